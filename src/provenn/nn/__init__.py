@@ -1,0 +1,1 @@
+"""Layers that several papers share, and the hosts that have slots."""

@@ -1,0 +1,1 @@
+"""Functions and kernels: `reference.py` defines each operation, `fast.py` computes it."""

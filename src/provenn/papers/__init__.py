@@ -1,0 +1,1 @@
+"""One folder a paper; whoever knows the paper's name knows the room."""

@@ -1,0 +1,1 @@
+"""One module a kind of work: data in, batch, loss, metric, picture, prediction."""
