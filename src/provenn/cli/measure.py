@@ -98,7 +98,7 @@ def _measure(
         papers[0].claim(name)
 
     def done(record: Record) -> None:
-        figure = view.ours(record.measurement) or record.reason
+        figure = record.reason or view.ours(record.measurement)
         tell(f"{view.SYMBOLS[record.verdict]} {record.paper} {record.claim}: {record.verdict}; {figure}")
 
     records: list[Record] = []
