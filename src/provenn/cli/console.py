@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from provenn.evidence import view
-from provenn.evidence.measurement import Measurement, Series
+from provenn.evidence.measurement import Measurement
 from provenn.evidence.record import Record
 from provenn.evidence.verdict import Verdict
 
@@ -73,20 +73,9 @@ def claims(records: Iterable[Record], title: str = "") -> Table:
     return grid
 
 
-def details(measurement: Measurement) -> Iterable[Table]:
-    """The tables of a measurement, and its series as tables."""
-    for own in measurement.tables:
-        yield table([escape(c) for c in own.columns], [[escape(cell(v)) for v in row] for row in own.rows], own.caption)
-    plots: dict[str, list[Series]] = {}
-    for series in measurement.series:
-        plots.setdefault(series.plot, []).append(series)
-    for name, lines in plots.items():
-        sizes = sorted({x for line in lines for x in line.x})
-        values = [dict(zip(line.x, line.y)) for line in lines]
-        rows = [[view.number(x), *(view.number(known.get(x)) for known in values)] for x in sizes]
-        label = lines[0].y_label and f" ({lines[0].y_label})"
-        yield table([lines[0].x_label or "x", *(line.name for line in lines)], rows, f"{name}{label}")
-
-
-def cell(value: str | float | int | None) -> str:
-    return value if isinstance(value, str) else view.number(value)
+def details(measurement: Measurement) -> Iterator[Table]:
+    """The tables of a measurement, and the numbers of its plots."""
+    drawn = [view.table_of(name or lines[0].y_label, lines) for name, lines in view.plots(measurement).items()]
+    for own in [*measurement.tables, *drawn]:
+        rows = [[escape(view.cell(value)) for value in row] for row in own.rows]
+        yield table([escape(column) for column in own.columns], rows, escape(own.caption))

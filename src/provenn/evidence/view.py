@@ -1,11 +1,11 @@
 """How records are put into words; the terminal, the report and the board say it alike. Nothing is computed here."""
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, isinf
 from pathlib import Path
 
-from provenn.evidence.measurement import Measurement
+from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.record import Ledger, Record
 from provenn.evidence.verdict import Verdict
 
@@ -41,7 +41,7 @@ def ours(measurement: Measurement) -> str:
         return "holds" if measurement.effect else "does not hold"
     unit = f" {measurement.unit}" if measurement.unit else ""
     low, high = measurement.interval or (None, None)
-    spread = "" if low is None or low == high else f" [{number(low)}, {number(high)}]"
+    spread = "" if low is None or low == high else f" [{number(low, 3)}, {number(high, 3)}]"
     if measurement.kind_of_effect == "value":
         return number(measurement.value) + unit + spread
     sides = f" ({number(measurement.value)} against {number(measurement.baseline)}{unit})"
@@ -52,6 +52,26 @@ def ours(measurement: Measurement) -> str:
 def theirs(record: Record) -> str:
     """The figure that was published, or what the claim comes to in numbers."""
     return record.published or ("" if record.measurement.kind_of_effect == "truth" else record.expects)
+
+
+def plots(measurement: Measurement) -> dict[str, list[Series]]:
+    """The lines by the picture that they share."""
+    found: dict[str, list[Series]] = {}
+    for series in measurement.series:
+        found.setdefault(series.plot, []).append(series)
+    return found
+
+
+def table_of(caption: str, lines: Sequence[Series]) -> Table:
+    """The numbers of a plot: one row a place on its horizontal axis."""
+    known = [dict(zip(line.x, line.y)) for line in lines]
+    rows = [[number(x), *(values.get(x) for values in known)] for x in sorted({x for line in lines for x in line.x})]
+    return Table(caption=caption, columns=[lines[0].x_label or "x", *(line.name for line in lines)], rows=rows)
+
+
+def cell(value: str | float | int | None) -> str:
+    """An entry of a table."""
+    return value if isinstance(value, str) else number(value)
 
 
 def repeat(records: Iterable[Record]) -> str:
