@@ -93,8 +93,8 @@ def insert_after(
             Without it a width is read off the module, or off the last of its children that has one.
 
     Raises:
-        UserError: nothing matches, a width cannot be told, the example does not reach a place, or a module is also in use
-            where `where` does not name it.
+        UserError: nothing matches, a width cannot be told, the example does not reach a place, or a module is in use
+            where `where` does not name it, too.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
     >>> print(insert_after(model, "0", nn.BatchNorm2d, name="norm", example=torch.zeros(1, 3, 4, 4)))
