@@ -348,7 +348,7 @@ def _history_class() -> type:
                 metrics = self.task.evaluate(module.model, self.data.val) if len(self.data.val) else {}  # type: ignore
             module.model.train()
             loss = torch.stack(self.losses).mean().item()
-            self.curve.append({"epoch": trainer.current_epoch + 1, "train_loss": loss, **metrics})
+            self.curve.append({"epoch": float(trainer.current_epoch + 1), "train_loss": loss, **metrics})
             if self.recipe.patience is not None and metrics:
                 self._stop_early(trainer, module, metrics[self.task.metric], self.recipe.patience)
 
