@@ -40,10 +40,6 @@ class PrefixState(NamedTuple):
         """Bytes held; they do not depend on how many tokens were seen."""
         return sum(tensor.nbytes for tensor in self)
 
-    def select(self, index) -> "PrefixState":
-        """The state of some of the batch: an index, a slice or a tensor of either kind along the first dimension."""
-        return PrefixState(*(tensor[index] for tensor in self))
-
 
 def finite(m: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """A maximum that can be subtracted: the empty set's −∞ becomes 0, so that −∞ − (−∞) never arises."""
