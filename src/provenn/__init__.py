@@ -1,3 +1,35 @@
-"""Papers that run, claims that are checked."""
+"""Papers that run, claims that are checked.
+
+>>> import provenn
+>>> provenn.paper("eca_net").card.arxiv
+'1910.03151'
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from provenn import papers
+    from provenn.api import from_official, paper, predict, train
+    from provenn.surgery import insert_after, swap
+
+_HOMES = {
+    **dict.fromkeys(("from_official", "paper", "predict", "train"), "provenn.api"),
+    **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
+}
+__all__ = ["__version__", "from_official", "insert_after", "paper", "papers", "predict", "swap", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import provenn` alone imports no torch."""
+    if name == "papers":
+        return importlib.import_module("provenn.papers")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'provenn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,198 @@
+"""The Python interface: papers as objects."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from provenn import catalog
+from provenn.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from provenn.evidence.record import Record
+    from provenn.weights import Label
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper: its card, its systems, its claims.
+
+    >>> paper("eca_net").card.arxiv
+    '1910.03151'
+    """
+
+    card: catalog.Card
+
+    def build(self, preset: str | None = None, **overrides: Any) -> "nn.Module":
+        """A system of the paper, with fresh weights.
+
+        Args:
+            preset: its name; by default the paper's first.
+            overrides: keyword arguments of the preset's function, such as `num_classes=10`.
+
+        Raises:
+            UserError: no such preset, or the preset takes no such argument.
+        """
+        import inspect
+
+        chosen = self.card.preset(preset)
+        function = self.card.resolve(chosen.build)
+        arguments = {**chosen.options, **overrides}
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            takes = ", ".join(inspect.signature(function).parameters)
+            raise UserError(f"{chosen.name} of {self.card.slug}: {error}; it takes: {takes}") from None
+        return function(**arguments)
+
+    def reproduce(self, **arguments: Any) -> "list[Record]":
+        """Measure the paper's claims; the arguments are those of `provenn.reproduce.reproduce`."""
+        from provenn.reproduce import reproduce
+
+        return reproduce(self.card, **arguments)
+
+    def from_official(self, file: str | Path) -> "nn.Module":
+        """Our model with the weights of the authors' checkpoint; the preset is recognised from the shapes."""
+        return self._official(file)[0]
+
+    def load(self, weights: str | Path) -> "tuple[nn.Module, Label]":
+        """The model in a weight file, ours or the authors', in eval mode, and what it says of itself.
+
+        Raises:
+            UserError: weights of another paper, or of none.
+        """
+        from provenn import weights as files
+
+        file = files.locate(weights)
+        state, label = files.read(file)
+        if label is None:
+            return self._official(file)
+        if label.paper != self.card.slug:
+            raise UserError(f"{file} holds weights of {label.paper}, not of {self.card.slug}")
+        model = self.build(label.preset, **label.options)
+        files.load_into(model, state, str(file))
+        return model.eval(), label
+
+    def _official(self, file: str | Path) -> "tuple[nn.Module, Label]":
+        from provenn import weights as files
+        from provenn.tasks import get_task
+
+        if not self.card.has("official"):
+            raise UserError(
+                f"{file} carries no provenn label, and {self.card.slug} has no public checkpoints to compare"
+            )
+        state, _ = files.read(file)
+        preset, options, converted = self.card.resolve("official:convert")(state)
+        model = self.build(preset, **options)
+        files.load_into(model, converted, str(file))
+        task = self.card.task_of(self.card.preset(preset))
+        meta = get_task(task).default_meta(options)
+        return model.eval(), files.Label(self.card.slug, preset, task, options, meta)
+
+
+def papers() -> Iterator[Paper]:
+    """Every paper, by slug."""
+    return (Paper(card) for card in catalog.cards().values())
+
+
+def paper(slug: str) -> Paper:
+    """One paper; an unknown slug is answered with the nearest one."""
+    return Paper(catalog.card(slug))
+
+
+def from_official(slug: str, file: str | Path) -> "nn.Module":
+    """Our model with the weights of the authors' checkpoint."""
+    return paper(slug).from_official(file)
+
+
+def train(
+    slug: str,
+    data: str | Path,
+    *,
+    preset: str | None = None,
+    task: str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    devices: int = 1,
+    strategy: str = "auto",
+    resume: bool = False,
+    options: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> "tuple[Path, dict[str, float]]":
+    """Train a paper's system on data and save its weights; returns the folder and the test metrics.
+
+    Args:
+        slug: the paper.
+        data: an embedded data set's name, or a path.
+        preset, task: which system; by default the paper's first (for that task).
+        out: the run's folder; `runs/<slug>` by default.
+        seed: fixes everything random.
+        device, devices, strategy: where to train; Lightning's.
+        resume: go on from the folder's checkpoint.
+        options: changes to what the preset is built with.
+        recipe: changes to the preset's recipe, such as {"epochs": 20}.
+    """
+    from provenn import __version__, tasks, weights
+    from provenn.evidence.record import write_atomically
+    from provenn.reproduce import check_writable, choose_device
+    from provenn.tasks.training import CHECKPOINT, recipe_of
+
+    card = catalog.card(slug)
+    chosen = card.preset(preset, task)
+    kind = tasks.get_task(card.task_of(chosen))
+    folder = Path(out) if out is not None else Path("runs") / card.slug
+    if resume and not (folder / CHECKPOINT).exists():
+        raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
+    final = recipe_of(chosen.recipe, **(recipe or {}))
+    loaded = kind.load(data, seed=seed)
+    built_with = {**loaded.options, **(options or {})}
+    check_writable(folder)
+    result = tasks.fit(
+        lambda: Paper(card).build(chosen.name, **built_with),
+        kind,
+        loaded,
+        final,
+        seed=seed,
+        device=choose_device(device),
+        devices=devices,
+        strategy=strategy,
+        out=folder,
+        resume=resume,
+        title=f"{card.slug}: {chosen.name} on {loaded.name}",
+    )
+    label = weights.Label(card.slug, chosen.name, kind.name, {**chosen.options, **built_with}, loaded.meta, __version__)
+    weights.save(result.model, folder / weights.FILE, label)
+    import json
+    from dataclasses import asdict
+
+    summary = {
+        **asdict(label),
+        "data": loaded.name,
+        "fingerprint": loaded.fingerprint,
+        "seed": seed,
+        "recipe": asdict(final),
+        "metrics": result.metrics,
+        "curve": result.curve,
+        "seconds": result.seconds,
+        "steps": result.steps,
+    }
+    write_atomically(folder / "run.json", json.dumps(summary, indent=1))
+    picture = kind.picture(result.model, loaded)
+    if picture is not None:
+        picture.savefig(folder / "picture.png", dpi=110, bbox_inches="tight")
+    return folder, result.metrics
+
+
+def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, output: str | Path | None = None) -> str:
+    """Apply trained weights to files; returns what the terminal shows."""
+    from provenn.tasks import get_task
+
+    files = [Path(i) for i in inputs]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"no file at {file}")
+    model, label = paper(slug).load(weights)
+    return get_task(label.task).predict(model, label.meta, files, None if output is None else Path(output))

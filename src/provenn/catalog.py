@@ -1,0 +1,273 @@
+"""Finds papers and reads their cards: this package's folders, and other packages' through the entry-point group.
+
+Reading every card imports no torch, so that looking for a paper is instant.
+"""
+
+import importlib
+import importlib.util
+import tomllib
+from collections.abc import Iterable, Iterator
+from datetime import date
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from provenn.errors import UserError
+
+ENTRY_POINT_GROUP = "provenn.papers"
+
+
+class Facts(BaseModel):
+    """Read-only data; a key that does not exist is an error, so that no typo is silently ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Figure(Facts):
+    """A number that was published, and where."""
+
+    value: float
+    unit: str = ""
+    source: str
+    what: str = ""
+
+
+class Region(Facts):
+    """The set of effects that prove a claim: open above or below a bound, or closed within two."""
+
+    above: float | None = None
+    below: float | None = None
+    within: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def one_side(self) -> "Region":
+        if sum(bound is not None for bound in (self.above, self.below, self.within)) != 1:
+            raise ValueError("give exactly one of above, below, within")
+        if self.within is not None and self.within[0] > self.within[1]:
+            raise ValueError(f"within must be [low, high], got {list(self.within)}")
+        return self
+
+    def __str__(self) -> str:
+        if self.within is not None:
+            return f"within [{self.within[0]:g}, {self.within[1]:g}]"
+        return f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"
+
+
+class Mechanism(Facts):
+    """A layer and the slot that it fits."""
+
+    name: str
+    slot: str
+    layer: str
+    arguments: dict[str, Any] = {}
+    cannot: dict[str, str] = {}
+    summary: str = ""
+
+
+class Preset(Facts):
+    """A system of the paper, with what was published of it."""
+
+    name: str
+    build: str
+    task: str | None = None
+    options: dict[str, Any] = {}
+    input: list[int] | None = None
+    published: list[Figure] = []
+    recipe: dict[str, Any] = {}
+    data: str | None = None
+    summary: str = ""
+
+
+class Claim(Facts):
+    """What the paper, or we, say; and which effects would prove it."""
+
+    id: str = Field(pattern=r"^[a-z0-9_]+$")
+    kind: Literal["exact", "cost", "quality"]
+    says: str
+    origin: Literal["paper", "ours"] = "paper"
+    published: Figure | None = None
+    expects: Region | None = None
+    tolerance: float = 0.0
+    needs: str | None = None
+
+
+class Card(Facts):
+    """All the facts of one paper."""
+
+    slug: str
+    package: str
+    folder: Path
+    title: str
+    arxiv: str | None = None
+    date: date
+    authors: int
+    code: str | None = None
+    task: str | None = None
+    tags: list[str] = []
+    summary: str
+    mechanisms: list[Mechanism] = []
+    presets: list[Preset] = []
+    claims: list[Claim] = []
+
+    @field_validator("mechanisms", "presets", "claims")
+    @classmethod
+    def distinct(cls, entries: list) -> list:
+        names = [entry.id if isinstance(entry, Claim) else entry.name for entry in entries]
+        if len(set(names)) < len(names):
+            raise ValueError(f"named twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        return entries
+
+    def claim(self, name: str) -> Claim:
+        return _named(self.claims, name, "claim", self.slug, "id")
+
+    def preset(self, name: str | None = None, task: str | None = None) -> Preset:
+        """The preset of that name; without one, the first (of that task, where one is given)."""
+        if name is not None:
+            return _named(self.presets, name, "preset", self.slug)
+        fitting = [p for p in self.presets if task in (None, p.task or self.task)]
+        if not fitting:
+            about = f" for the task {task!r}" if task else ""
+            raise UserError(f"{self.slug} has no preset{about}; it has: {_listed(p.name for p in self.presets)}")
+        return fitting[0]
+
+    def mechanism(self, name: str) -> Mechanism:
+        return _named(self.mechanisms, name, "mechanism", self.slug)
+
+    def task_of(self, preset: Preset) -> str:
+        task = preset.task or self.task
+        if task is None:
+            raise UserError(f"the preset {preset.name!r} of {self.slug} names no task")
+        return task
+
+    def resolve(self, target: str) -> Any:
+        """The object behind `module:name` inside this paper's folder."""
+        module, _, name = target.partition(":")
+        return getattr(self.resolve_module(module), name)
+
+    def resolve_module(self, module: str) -> ModuleType:
+        """A module of this paper's folder, imported."""
+        return importlib.import_module(f"{self.package}.{module}")
+
+    def has(self, module: str) -> bool:
+        return (self.folder / f"{module}.py").exists() or (self.folder / module).is_dir()
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _named(entries: list, name: str, what: str, slug: str, key: str = "name") -> Any:
+    for entry in entries:
+        if getattr(entry, key) == name:
+            return entry
+    names = [getattr(entry, key) for entry in entries]
+    raise UserError(f"{slug} has no {what} {name!r}{_meant(name, names)}; it has: {_listed(names)}")
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def read_card(folder: Path, package: str) -> Card:
+    """Read `paper.toml` in `folder`; what is wrong with it is one line: file, key, reason."""
+    file = folder / "paper.toml"
+    try:
+        facts = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from None
+    try:
+        return Card(slug=folder.name, package=package, folder=folder, **facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+        raise UserError(f"{file}: {key}: {first['msg']}") from None
+    except TypeError as error:  # a key of the file collides with slug, package or folder
+        raise UserError(f"{file}: {error}") from None
+
+
+def _folders() -> Iterator[tuple[Path, str]]:
+    own = Path(__file__).parent / "papers"
+    for file in sorted(own.glob("*/paper.toml")):
+        yield file.parent, f"provenn.papers.{file.parent.name}"
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        spec = importlib.util.find_spec(entry.value)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"entry point {entry.name!r} of {ENTRY_POINT_GROUP} names no package: {entry.value}")
+        yield Path(spec.submodule_search_locations[0]), entry.value
+
+
+@cache
+def cards() -> dict[str, Card]:
+    """Every paper's card by slug."""
+    found: dict[str, Card] = {}
+    for folder, package in _folders():
+        card = read_card(folder, package)
+        if card.slug in found:
+            raise UserError(f"two papers are called {card.slug!r}: {found[card.slug].folder} and {card.folder}")
+        found[card.slug] = card
+    return found
+
+
+def card(slug: str) -> Card:
+    """The card of one paper; an unknown slug is answered with the nearest one."""
+    known = cards()
+    name = slug.lower().replace("-", "_")
+    if name in known:
+        return known[name]
+    raise UserError(f"no paper is called {slug!r}{_meant(name, known)}; `provenn list` names them all")
+
+
+def _within_one_edit(word: str, other: str) -> bool:
+    if abs(len(word) - len(other)) > 1:
+        return False
+    start = 0
+    while start < min(len(word), len(other)) and word[start] == other[start]:
+        start += 1
+    rest, other_rest = word[start:], other[start:]
+    swapped = len(rest) > 1 and rest[1::-1] + rest[2:] == other_rest
+    return rest[1:] == other_rest[1:] or rest[1:] == other_rest or rest == other_rest[1:] or swapped
+
+
+def _normal(text: str) -> str:
+    return "".join(c if c.isalnum() else " " for c in text.lower().replace("-", "").replace("_", ""))
+
+
+def _match(word: str, text: str) -> float:
+    """How well one query word fits a text: 1 a word, 0.8 the start of one, 0.6 inside, 0.4 one typo away, else 0."""
+    words = _normal(text).split()
+    if word in words:
+        return 1.0
+    if any(w.startswith(word) for w in words):
+        return 0.8
+    if word in "".join(words):
+        return 0.6
+    return 0.4 if len(word) > 3 and any(_within_one_edit(word, w) for w in words) else 0.0
+
+
+def search(query: str = "", task: str | None = None, slot: str | None = None) -> list[Card]:
+    """Papers that fit, best first: title and slug count most, then mechanisms, tags and summary.
+
+    Case, hyphens and one typo a word are forgiven; every word of the query must be found somewhere.
+    """
+    found = []
+    for paper in cards().values():
+        tasks = {paper.task, *(preset.task for preset in paper.presets)}
+        if (task and task not in tasks) or (slot and slot not in {m.slot for m in paper.mechanisms}):
+            continue
+        fields = [
+            (4.0, f"{paper.slug} {paper.title} {paper.arxiv or ''}"),
+            (3.0, " ".join(f"{m.name} {m.layer.partition(':')[2]}" for m in paper.mechanisms)),
+            (2.0, " ".join(paper.tags)),
+            (1.0, paper.summary),
+        ]
+        scores = [max(weight * _match(word, text) for weight, text in fields) for word in _normal(query).split()]
+        if all(scores):
+            found.append((sum(scores), paper))
+    return [paper for _, paper in sorted(found, key=lambda pair: (-pair[0], pair[1].slug))]

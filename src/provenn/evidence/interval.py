@@ -1,0 +1,56 @@
+"""95 % intervals: Student's t for paired differences, the bootstrap for ratios."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+CONFIDENCE = 0.95
+SMALLEST_BOOTSTRAP = 8  # below this many pairs, resampling cannot show the tails
+
+Interval = tuple[float, float]
+
+
+def student(values: Sequence[float]) -> tuple[Interval | None, str]:
+    """The interval of a mean over independent values; none for a single value."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return None, "one value has no interval"
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread
+    return (mean - half, mean + half), f"Student's t over {n} values, 95 %"
+
+
+def paired_difference(system: Sequence[float], baseline: Sequence[float]) -> tuple[Interval | None, str]:
+    """The interval of the mean of `system - baseline`, pair by pair."""
+    _same_length(system, baseline)
+    interval, _ = student([a - b for a, b in zip(system, baseline)])
+    return interval, f"Student's t, paired over {len(system)} seeds, 95 %"
+
+
+def paired_ratio(system: Sequence[float], baseline: Sequence[float]) -> tuple[float, Interval | None, str]:
+    """The median of `system / baseline` pair by pair, and its interval.
+
+    The bootstrap of the median where there are at least 8 pairs, Student's t on the logarithms below that. Both
+    respect inversion: swapping the two sides inverts ratio and interval.
+    """
+    _same_length(system, baseline)
+    if min(*system, *baseline) <= 0:
+        raise ValueError(f"a ratio needs positive values, got {min(*system, *baseline)}")
+    logs = np.log(np.asarray(system, dtype=float)) - np.log(np.asarray(baseline, dtype=float))
+    if len(logs) < SMALLEST_BOOTSTRAP:
+        interval, _ = student(logs.tolist())
+        bounds = None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
+        return math.exp(float(np.mean(logs))), bounds, f"Student's t on log ratios, {len(logs)} pairs, 95 %"
+    draws = np.random.default_rng(0).choice(logs, size=(2000, len(logs)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.median(draws, axis=1), [tail, 1 - tail])
+    centre = math.exp(float(np.median(logs)))
+    return centre, (math.exp(low), math.exp(high)), f"bootstrap of the median ratio, {len(logs)} pairs, 95 %"
+
+
+def _same_length(system: Sequence[float], baseline: Sequence[float]) -> None:
+    if len(system) != len(baseline) or not system:
+        raise ValueError(f"pairs need as many values on both sides, got {len(system)} and {len(baseline)}")

@@ -1,0 +1,90 @@
+"""What a measuring function is given: budget, seeds, device, and a memory of the trials that have ended."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from provenn import progress
+from provenn.evidence.measurement import Picture
+from provenn.evidence.record import Ledger, Trial, plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Budget = Literal["smoke", "small", "paper"]
+
+
+class Run:
+    """One run of one paper's claims.
+
+    Args:
+        paper: the slug.
+        budget: smoke (seconds, no verdict), small (minutes on two cores), paper (the paper's own setting).
+        seeds: one trial each.
+        device: a torch device.
+        out: the folder that holds `<slug>.json` and the pictures.
+        ledger: what has been measured so far.
+        reuse: take the trials of the ledger for this run's own; else only those that this run has made.
+    """
+
+    def __init__(
+        self,
+        paper: str,
+        out: Path,
+        *,
+        budget: Budget = "small",
+        seeds: tuple[int, ...] = (0, 1, 2),
+        device: str = "cpu",
+        ledger: Ledger | None = None,
+        reuse: bool = False,
+    ):
+        self.paper, self.out, self.budget, self.seeds, self.device = paper, Path(out), budget, tuple(seeds), device
+        self.ledger = ledger or Ledger(paper=paper)
+        self._known = list(self.ledger.trials) if reuse else []
+
+    @property
+    def smoke(self) -> bool:
+        """Only show that the path works: the shortest run that touches all the code."""
+        return self.budget == "smoke"
+
+    @property
+    def file(self) -> Path:
+        return self.out / f"{self.paper}.json"
+
+    def trials(self, name: str, function: Callable[[int], Any], **setting: Any) -> list[Any]:
+        """`function(seed)` for each seed, each result saved as it ends; what is known already is not run again.
+
+        The same name and setting in another claim give the same results. `function` returns plain JSON.
+        """
+        with progress.bar(name, len(self.seeds)) as advance:
+            results = []
+            for seed in self.seeds:
+                results.append(self._kept(name, seed, partial(function, seed), setting))
+                advance()
+        return results
+
+    def trial(self, name: str, function: Callable[[], Any], **setting: Any) -> Any:
+        """`function()` once, its result saved."""
+        return self._kept(name, None, function, setting)
+
+    def _kept(self, name: str, seed: int | None, function: Callable[[], Any], setting: dict[str, Any]) -> Any:
+        question = Trial.question(name, seed, f"{self.budget} on {self.device}", plain(setting))
+        for trial in self._known:
+            if trial.key == question:
+                return trial.value
+        start = time.perf_counter()
+        value = plain(function())
+        trial = Trial(key=question, value=value, seconds=round(time.perf_counter() - start, 3))
+        self._known.append(trial)
+        self.ledger.trials = [t for t in self.ledger.trials if t.key != question] + [trial]
+        self.ledger.write(self.file)
+        return value
+
+    def picture(self, name: str, figure: "Figure", caption: str) -> Picture:
+        """Save a matplotlib figure as a PNG beside the record; the caption says what is to be seen."""
+        file = self.out / self.paper / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=110, bbox_inches="tight")
+        return Picture(file=f"{self.paper}/{name}.png", caption=caption)

@@ -1,0 +1,129 @@
+"""Measures a paper's claims, one record each, written as each ends."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from provenn import progress
+from provenn.catalog import Card, Claim
+from provenn.errors import UserError
+from provenn.evidence.claim import measuring_functions
+from provenn.evidence.measurement import Measurement
+from provenn.evidence.record import Environment, Ledger, Record, here, peak_memory
+from provenn.evidence.run import Budget, Run
+
+BUDGETS = ("smoke", "small", "paper")
+
+
+def reproduce(
+    card: Card,
+    *,
+    claims: Sequence[str] | None = None,
+    budget: Budget = "small",
+    seeds: int | Sequence[int] = 3,
+    device: str = "auto",
+    out: str | Path = "runs/latest",
+    resume: bool = False,
+    tell: Callable[[str], None] = lambda message: None,
+    done: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Measure a paper's claims and return their records, which also lie in `out/<slug>.json`.
+
+    Args:
+        card: the paper.
+        claims: ids of the claims to measure; by default all.
+        budget: smoke, small or paper.
+        seeds: how many, or which.
+        device: auto, cpu, cuda, mps or a torch device.
+        out: folder of the records.
+        resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
+        tell: is given messages for the user.
+        done: is given each record as it is written.
+
+    Raises:
+        UserError: an unknown claim, budget or device, or no seeds.
+    """
+    chosen_seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen_seeds or min(chosen_seeds) < 0:
+        raise UserError(f"seeds must be at least 1, got {seeds}")
+    if budget not in BUDGETS:
+        raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    wanted = [card.claim(name) for name in claims] if claims else card.claims
+    device = choose_device(device)
+    functions = measuring_functions(card.resolve_module("claims")) if card.has("claims") else {}
+
+    folder = Path(out)
+    check_writable(folder)
+    earlier, trouble = Ledger.read(folder / f"{card.slug}.json")
+    if trouble:
+        tell(trouble)
+    run = Run(card.slug, folder, budget=budget, seeds=chosen_seeds, device=device, ledger=earlier, reuse=resume)
+    environment = here(device)
+    records = []
+    with progress.bar(card.slug, len(wanted)) as advance:
+        for claim in wanted:
+            advance(0, f"{card.slug}: {claim.id}")
+            kept = run.ledger.record(claim.id) if resume else None
+            if kept is None or not _still_good(kept, run, claim, environment):
+                kept = _measure(run, claim, functions.get(claim.id), environment)
+                run.ledger.put(kept)
+                run.ledger.write(run.file)
+            records.append(kept)
+            done(kept)
+            advance()
+    return records
+
+
+def _measure(run: Run, claim: Claim, function: Callable | None, environment: Environment) -> Record:
+    start = time.perf_counter()
+    if claim.needs is not None or function is None:
+        measurement = Measurement.not_measured(claim.needs or "a function that measures it")
+    else:
+        measurement = function(run)
+    return Record.of(
+        run.paper,
+        claim,
+        measurement,
+        budget=run.budget,
+        environment=environment,
+        wall_seconds=round(time.perf_counter() - start, 3),
+        peak_memory_bytes=peak_memory(run.device),
+    )
+
+
+def _still_good(record: Record, run: Run, claim: Claim, environment: Environment) -> bool:
+    """A record may stand for a new measurement only where claim, budget, seeds and versions are the same."""
+    same_seeds = not record.measurement.seeds or tuple(record.measurement.seeds) == run.seeds
+    again = Record.of(run.paper, claim, record.measurement, budget=run.budget, environment=environment)
+    facts = ("says", "published", "expects", "verdict", "budget")
+    return (
+        same_seeds
+        and record.environment == environment
+        and all(getattr(record, fact) == getattr(again, fact) for fact in facts)
+    )
+
+
+def choose_device(name: str) -> str:
+    """The torch device of that name; auto takes the best one there is."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"no device {name!r} on this machine; try --device auto or cpu") from None
+    return name
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, or say in one line why results cannot be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --out"
+        ) from None

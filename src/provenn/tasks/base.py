@@ -1,0 +1,143 @@
+"""What every kind of work offers: data in, loss, metric, picture, prediction."""
+
+import hashlib
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from provenn.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = (
+    "image-classification",
+    "series-classification",
+    "series-forecasting",
+    "event-forecasting",
+    "reinforcement-learning",
+    "super-resolution",
+)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A data set, split, with what models and predictions need to know of it.
+
+    Args:
+        name: the embedded name, or the path that was read.
+        train, val, test: map-style data sets of whatever the task's loss takes, before batching.
+        fingerprint: a checksum of the content.
+        options: keyword arguments that a preset needs to fit the data, such as `num_classes`.
+        meta: plain JSON that prediction needs, such as class names; saved with the weights.
+        collate: joins examples to a batch; torch's own by default.
+        about: one sentence for the report: what the data is and what it is not.
+    """
+
+    name: str
+    train: Dataset
+    val: Dataset
+    test: Dataset
+    fingerprint: str
+    options: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    collate: Callable | None = None
+    about: str = ""
+
+
+class Task(ABC):
+    """One kind of work. A module in `provenn.tasks` defines one and calls it `TASK`."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    embedded: dict[str, str]  # name of each embedded data set, and a sentence about it
+    reads: str  # what a path may hold, in one phrase
+
+    @abstractmethod
+    def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
+        """The embedded data set of that name, or the user's data at that path.
+
+        Raises:
+            UserError: neither; or data that cannot be read, in one line that says what was wrong and where.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch, for training."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """Metrics of the whole data set, `self.metric` among them. The model is in eval mode, without gradients."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        """Apply a trained model to files; write `output` where one is given; return text for the terminal."""
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What prediction assumes of weights that carry no meta of their own (an author's checkpoint)."""
+        return {}
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
+        """A picture of what the model does, where the task has one."""
+        return None
+
+    def _named(self, source: str | Path) -> str | Path:
+        """Tell an embedded name from a path; neither is an error that says what there is."""
+        if isinstance(source, str) and source in self.embedded:
+            return source
+        path = Path(source)
+        if not path.exists():
+            raise UserError(
+                f"no data at {str(source)!r}: give a path to {self.reads}, "
+                f"or an embedded data set: {', '.join(self.embedded)}"
+            )
+        return path
+
+
+def get_task(name: str) -> Task:
+    """The task of that name, such as `image-classification`."""
+    if name not in NAMES:
+        raise UserError(f"no task is called {name!r}; there are: {', '.join(NAMES)}")
+    return importlib.import_module(f"provenn.tasks.{name.replace('-', '_')}").TASK
+
+
+def fingerprint(*parts: np.ndarray | Tensor | bytes | str) -> str:
+    """A short checksum of data.
+
+    >>> fingerprint("a") == fingerprint("a"), fingerprint("a") == fingerprint("b")
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().numpy()
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            part = np.ascontiguousarray(part).tobytes()
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+def split_indices(count: int, shares: Sequence[float], seed: int = 0) -> list[list[int]]:
+    """Shuffle `range(count)` and cut it by shares that sum to one.
+
+    >>> [len(part) for part in split_indices(10, (0.6, 0.2, 0.2))]
+    [6, 2, 2]
+    """
+    order = np.random.default_rng(seed).permutation(count)
+    cuts = np.round(np.cumsum(shares)[:-1] * count).astype(int)
+    return [part.tolist() for part in np.split(order, cuts)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights lie."""
+    return next(model.parameters(), torch.empty(0)).device

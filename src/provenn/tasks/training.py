@@ -1,0 +1,362 @@
+"""Training, on Lightning: the same loop for every task, deterministic for a seed, resumable bit for bit."""
+
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from provenn import progress
+from provenn.errors import UserError
+from provenn.tasks.base import Task, TaskData
+
+CHECKPOINT = "last.ckpt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. The defaults are nobody's paper: a preset's own recipe stands in its `paper.toml`.
+
+    Args:
+        epochs: passes over the training data.
+        batch_size: examples a step and a device.
+        optimizer: sgd, adam, adamw or radam.
+        lr: learning rate; its peak where the schedule has one.
+        weight_decay, momentum, betas: the optimizer's.
+        schedule: constant, cosine (to 0), onecycle, step (by `gamma` every `step_epochs` epochs) or exponential
+            (by `gamma` each epoch).
+        warmup_steps: linear, before the schedule.
+        clip: largest norm of the gradient; None leaves it.
+        patience: stop after so many epochs without a better validation metric, and return to the best.
+        max_steps: a bound on the steps, whatever the epochs.
+        precision: Lightning's, such as "32-true" or "bf16-mixed".
+    """
+
+    epochs: int = 10
+    batch_size: int = 32
+    optimizer: Literal["sgd", "adam", "adamw", "radam"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "cosine", "onecycle", "step", "exponential"] = "constant"
+    step_epochs: int = 30
+    gamma: float = 0.1
+    warmup_steps: int = 0
+    clip: float | None = None
+    patience: int | None = None
+    max_steps: int | None = None
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise UserError(f"lr must be a positive number, got {self.lr}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        weights = [p for p in model.parameters() if p.requires_grad]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(weights, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return OPTIMIZERS[self.optimizer](weights, self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay)
+
+    def make_schedule(
+        self, optimizer: torch.optim.Optimizer, steps: int, steps_per_epoch: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The factor on the learning rate at each step."""
+
+        def factor(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+            epoch = step // max(1, steps_per_epoch)
+            return SCHEDULES[self.schedule](self, min(done, 1.0), epoch)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _onecycle(done: float, rise: float = 0.3, start: float = 1 / 25, end: float = 1e-4 / 25) -> float:
+    low, high, part = (start, 1.0, done / rise) if done < rise else (end, 1.0, (1 - done) / (1 - rise))
+    return low + (high - low) * (1 - math.cos(math.pi * part)) / 2
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "radam": torch.optim.RAdam,
+}
+SCHEDULES: dict[str, Callable[[Recipe, float, int], float]] = {
+    "constant": lambda recipe, done, epoch: 1.0,
+    "cosine": lambda recipe, done, epoch: (1 + math.cos(math.pi * done)) / 2,
+    "onecycle": lambda recipe, done, epoch: _onecycle(done),
+    "step": lambda recipe, done, epoch: recipe.gamma ** (epoch // recipe.step_epochs),
+    "exponential": lambda recipe, done, epoch: recipe.gamma**epoch,
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished training.
+
+    Args:
+        model: trained, in eval mode.
+        metrics: of the test split.
+        curve: one entry an epoch: `epoch`, `train_loss`, and the validation metrics.
+        seconds: wall time of the training.
+        steps: how many were taken.
+    """
+
+    model: nn.Module
+    metrics: dict[str, float]
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    steps: int = 0
+
+    def series(self, key: str) -> list[float]:
+        """One column of the curve."""
+        return [entry[key] for entry in self.curve if key in entry]
+
+
+class EpochSampler(Sampler[int]):
+    """A fresh order every epoch that depends on seed and epoch alone, so that a resumed run sees the same batches."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def fit(
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    devices: int = 1,
+    strategy: str = "auto",
+    out: Path | None = None,
+    resume: bool = False,
+    title: str = "training",
+) -> Fit:
+    """Build a model from the seed and train it.
+
+    Args:
+        build: makes the model; called after the seed is set, so that a seed fixes the weights.
+        task, data, recipe: what is learned, from what, and how.
+        seed: fixes weights, order, dropout and augmentation.
+        device: cpu, cuda or mps.
+        devices, strategy: Lightning's, such as 2 and "ddp".
+        out: a folder for checkpoints after every epoch; None keeps none.
+        resume: go on from the checkpoint in `out` where there is one.
+        title: of the progress bar.
+
+    Raises:
+        UserError: a loss that is not finite, with the step at which it happened.
+    """
+    lightning = _lightning()
+    torch.manual_seed(seed)
+    model = build()
+    history = _history_class()(task, data, title, recipe)
+    checkpoint = None if out is None else out / CHECKPOINT
+    callbacks: list[Any] = [history]
+    if out is not None:
+        callbacks.append(
+            lightning.pytorch.callbacks.ModelCheckpoint(
+                dirpath=out, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+            )
+        )
+    sampler = EpochSampler(len(data.train), seed)  # type: ignore[arg-type]
+    loader = DataLoader(
+        data.train,
+        batch_size=recipe.batch_size,
+        sampler=sampler,
+        collate_fn=data.collate,
+        generator=torch.Generator(),  # or the loader would draw from the generator that dropout draws from
+    )
+    steps_per_epoch = math.ceil(len(loader) / devices)
+    steps = min(recipe.epochs * steps_per_epoch, recipe.max_steps or sys.maxsize)
+    with _quiet():
+        trainer = lightning.Trainer(
+            accelerator={"cuda": "gpu"}.get(device.split(":")[0], device.split(":")[0]),
+            devices=devices,
+            strategy=strategy,
+            max_epochs=recipe.epochs,
+            max_steps=recipe.max_steps or -1,
+            gradient_clip_val=recipe.clip,
+            precision=recipe.precision,  # type: ignore[arg-type]
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=out is not None,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            deterministic="warn" if device == "cpu" else None,
+            num_sanity_val_steps=0,
+            default_root_dir=out,
+        )
+        module = _module_class()(model, task, recipe, seed, steps, steps_per_epoch)
+        start = time.perf_counter()
+        going_on = str(checkpoint) if resume and checkpoint is not None and checkpoint.exists() else None
+        trainer.fit(module, loader, ckpt_path=going_on, weights_only=True)
+        seconds = time.perf_counter() - start
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    model = module.model.to(device)
+    history.restore_best(model)
+    model.eval()
+    with torch.no_grad():
+        metrics = task.evaluate(model, data.test)
+    return Fit(model, metrics, history.curve, round(seconds, 3), trainer.global_step)
+
+
+def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
+    """A recipe from a preset's facts and the user's changes; a field that does not exist is refused."""
+    merged = {**facts, **{key: value for key, value in changes.items() if value is not None}}
+    known = asdict(Recipe())
+    for name in merged:
+        if name not in known:
+            raise UserError(f"a recipe has no field {name!r}; it has: {', '.join(known)}")
+    return Recipe(**merged)
+
+
+def _lightning() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import lightning
+        import lightning.pytorch.callbacks
+    return lightning
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's tips and banners say nothing that our user can act on."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _module_class() -> type:
+    lightning = _lightning()
+
+    class Module(lightning.LightningModule):
+        """Ties a model to its task's loss; the model itself knows nothing of this."""
+
+        def __init__(self, model: nn.Module, task: Task, recipe: Recipe, seed: int, steps: int, steps_per_epoch: int):
+            super().__init__()
+            self.model, self.task, self.recipe, self.seed = model, task, recipe, seed
+            self.steps, self.steps_per_epoch = steps, steps_per_epoch
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            loss = self.task.loss(self.model, batch)
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss.item()} at step {self.global_step}; "
+                    f"a lower lr than {self.recipe.lr:g} may help"
+                )
+            return loss
+
+        def on_train_epoch_start(self) -> None:
+            # Dropout and augmentation draw from here on: a resumed epoch draws what an uninterrupted one would.
+            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch * 101 + self.global_rank)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = self.recipe.make_optimizer(self.model)
+            schedule = self.recipe.make_schedule(optimizer, self.steps, self.steps_per_epoch)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    return Module
+
+
+def _history_class() -> type:
+    lightning = _lightning()
+
+    class History(lightning.pytorch.callbacks.Callback):
+        """Keeps the learning curve, shows the bar, and stops early where the recipe says so."""
+
+        def __init__(self, task: Task, data: TaskData, title: str, recipe: Recipe):
+            self.task, self.data, self.title, self.recipe = task, data, title, recipe
+            self.curve: list[dict[str, float]] = []
+            self.best: float | None = None
+            self.best_state: dict[str, Tensor] | None = None
+            self.waited = 0
+            self.losses: list[Tensor] = []
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            total = min(trainer.max_epochs * trainer.num_training_batches, self.recipe.max_steps or sys.maxsize)
+            self.context = progress.bar(self.title, total)
+            self.advance = self.context.__enter__()
+            self.advance(trainer.global_step)
+
+        def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+            if hasattr(self, "context"):
+                self.context.__exit__(None, None, None)
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            self.losses = []
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            self.losses.append(outputs["loss"].detach())
+            self.advance()
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            module.model.eval()
+            with torch.no_grad():
+                metrics = self.task.evaluate(module.model, self.data.val) if len(self.data.val) else {}  # type: ignore
+            module.model.train()
+            loss = torch.stack(self.losses).mean().item()
+            self.curve.append({"epoch": trainer.current_epoch + 1, "train_loss": loss, **metrics})
+            if self.recipe.patience is not None and metrics:
+                self._stop_early(trainer, module, metrics[self.task.metric], self.recipe.patience)
+
+        def _stop_early(self, trainer: Any, module: Any, value: float, patience: int) -> None:
+            sign = 1 if self.task.higher_is_better else -1
+            if self.best is None or sign * value > sign * self.best:
+                self.best, self.waited = value, 0
+                self.best_state = {k: v.detach().clone() for k, v in module.model.state_dict().items()}
+                return
+            self.waited += 1
+            trainer.should_stop = self.waited >= patience
+
+        def restore_best(self, model: nn.Module) -> None:
+            if self.best_state is not None:
+                model.load_state_dict(self.best_state)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"curve": self.curve, "best": self.best, "best_state": self.best_state, "waited": self.waited}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.curve, self.best, self.waited = state["curve"], state["best"], state["waited"]
+            self.best_state = state["best_state"]
+
+    return History
