@@ -98,7 +98,7 @@ def read_table(file: Path) -> Table:
     header = rows[0]
     if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
         raise UserError(f"{file} is separated by {'tabs' if chr(9) in header[0] else 'semicolons'}: expected commas")
-    if all(_is_number(cell) for cell in header):
+    if all(is_number(cell) for cell in header):
         raise UserError(f"{file}, row 1 holds numbers: expected a header with the columns' names")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
@@ -131,7 +131,8 @@ def write_table(file: Path, columns: Sequence[str], rows: Iterable[Sequence[str 
         raise UserError(f"cannot write {file}: {error.strerror}") from None
 
 
-def _is_number(cell: str) -> bool:
+def is_number(cell: str) -> bool:
+    """Whether a cell reads as a number, NaN included."""
     try:
         float(cell)
     except ValueError:
