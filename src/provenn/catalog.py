@@ -81,6 +81,7 @@ class Preset(Facts):
     input: list[int] | None = None
     published: list[Figure] = []
     recipe: dict[str, Any] = {}
+    cannot: dict[str, str] = {}
     data: str | None = None
     summary: str = ""
 

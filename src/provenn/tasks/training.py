@@ -123,11 +123,11 @@ class Fit:
 
     model: nn.Module
     metrics: dict[str, float]
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float | int]] = field(default_factory=list)
     seconds: float = 0.0
     steps: int = 0
 
-    def series(self, key: str) -> list[float]:
+    def series(self, key: str) -> list[float | int]:
         """One column of the curve."""
         return [entry[key] for entry in self.curve if key in entry]
 
@@ -319,7 +319,7 @@ def _history_class() -> type:
 
         def __init__(self, task: Task, data: TaskData, title: str, recipe: Recipe):
             self.task, self.data, self.title, self.recipe = task, data, title, recipe
-            self.curve: list[dict[str, float]] = []
+            self.curve: list[dict[str, float | int]] = []
             self.best: float | None = None
             self.best_state: dict[str, Tensor] | None = None
             self.waited = 0
@@ -348,7 +348,7 @@ def _history_class() -> type:
                 metrics = self.task.evaluate(module.model, self.data.val) if len(self.data.val) else {}  # type: ignore
             module.model.train()
             loss = torch.stack(self.losses).mean().item()
-            self.curve.append({"epoch": trainer.current_epoch + 1, "train_loss": loss, **metrics})
+            self.curve.append({"epoch": float(trainer.current_epoch + 1), "train_loss": loss, **metrics})
             if self.recipe.patience is not None and metrics:
                 self._stop_early(trainer, module, metrics[self.task.metric], self.recipe.patience)
 
