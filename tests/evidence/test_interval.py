@@ -34,15 +34,13 @@ def test_a_paired_interval_is_not_widened_by_what_the_pairs_share():
     assert high - low < 1 and low < 1 < high and "paired over 5 seeds" in method
 
 
-@pytest.mark.parametrize("n", [3, 8, 25])
-def test_the_interval_of_a_ratio_holds_it_about_as_often_as_it_says(n):
-    """The percentile bootstrap of a median is a little off for few values, so the bound is looser than Student's."""
-
+@pytest.mark.parametrize("n", [3, 8, 15, 25])
+def test_the_interval_of_a_ratio_holds_it_as_often_as_it_says(n):
     def draw(rng):
         base = rng.lognormal(0, 1, n)
         return paired_ratio((base * 0.5 * rng.lognormal(0, 0.2, n)).tolist(), base.tolist())[1]
 
-    assert covered(draw, 0.5, 300) > 0.89
+    assert covered(draw, 0.5, 500) > 0.92
 
 
 @given(pairs)
