@@ -57,7 +57,8 @@ def reproduce(
     earlier, trouble = Ledger.read(folder / f"{card.slug}.json")
     if trouble:
         tell(trouble)
-    run = Run(card.slug, folder, budget=cast(Budget, budget), seeds=chosen_seeds, device=device, ledger=earlier, reuse=resume)
+    size = cast(Budget, budget)
+    run = Run(card.slug, folder, budget=size, seeds=chosen_seeds, device=device, ledger=earlier, reuse=resume)
     run.ledger.records = [r for r in run.ledger.records if r.claim in {claim.id for claim in card.claims}]
     environment = here(device)
     records = []
