@@ -122,11 +122,11 @@ class Fit:
 
     model: nn.Module
     metrics: dict[str, float]
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float | int]] = field(default_factory=list)
     seconds: float = 0.0
     steps: int = 0
 
-    def series(self, key: str) -> list[float]:
+    def series(self, key: str) -> list[float | int]:
         """One column of the curve."""
         return [entry[key] for entry in self.curve if key in entry]
 
@@ -306,7 +306,7 @@ def _history_class() -> type:
 
         def __init__(self, task: Task, data: TaskData, title: str, recipe: Recipe):
             self.task, self.data, self.title, self.recipe = task, data, title, recipe
-            self.curve: list[dict[str, float]] = []
+            self.curve: list[dict[str, float | int]] = []
             self.best: float | None = None
             self.best_state: dict[str, Tensor] | None = None
             self.waited = 0
