@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from provenn.errors import UserError
 from provenn.evidence.interval import Interval, paired_difference, paired_ratio
 
 
@@ -66,6 +67,7 @@ class Measurement(Part):
     fingerprint: str = ""
     at_paper_setting: bool = False
     needs: str | None = None
+    failed: str | None = None
     note: str = ""
     series: list[Series] = []
     tables: list[Table] = []
@@ -152,3 +154,9 @@ class Measurement(Part):
     def not_measured(cls, needs: str) -> "Measurement":
         """Could not be measured here; says what it needs."""
         return cls(needs=needs)
+
+    @classmethod
+    def failure(cls, error: Exception) -> "Measurement":
+        """The measuring function raised; says what, in one line."""
+        words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return cls(failed=" ".join(words.split())[:300])
