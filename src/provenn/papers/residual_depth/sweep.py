@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from provenn import progress
 
@@ -77,7 +78,8 @@ def train_grid(
     first = [torch.zeros_like(w) for w in weights]
     second = [torch.zeros_like(w) for w in weights] if adam else []
     history = []
-    with progress.bar(title, steps) as advance:
+    # The fused attention of the CPU cannot be stacked.
+    with progress.bar(title, steps) as advance, sdpa_kernel(SDPBackend.MATH):
         for step in range(steps):
             drawn = [batch(seed, step) for seed in seeds]
             x, t = (torch.stack([pair[i] for pair in drawn]).repeat_interleave(len(lrs), 0) for i in (0, 1))
@@ -90,11 +92,11 @@ def train_grid(
             size = rate * (1 + math.cos(math.pi * step / steps)) / 2
             with torch.no_grad():
                 _update(weights, _clipped(grads, clip), size, first, second, step)
-    return [
-        Trained(seed, lr, _loaded(base, names, weights, buffers, i * len(lrs) + j), starts[i], [h[i * len(lrs) + j] for h in history])
-        for i, seed in enumerate(seeds)
-        for j, lr in enumerate(lrs)
-    ]  # fmt: skip
+    trained = []
+    for i, (seed, lr) in enumerate((seed, lr) for seed in seeds for lr in lrs):
+        model = _loaded(base, names, weights, buffers, i)
+        trained.append(Trained(seed, lr, model, starts[i // len(lrs)], [row[i] for row in history]))
+    return trained
 
 
 def best_of_each_seed(runs: Sequence[Trained], score: Callable[[Trained], float]) -> list[Trained]:
