@@ -103,7 +103,7 @@ def _stacked_steps(module: Any, x: Tensor) -> Tensor:
 def _keep_shape(subject: Subject) -> None:
     """At odd sizes and for a batch of one, the output has the shape and type of the first input, and is finite."""
     assert subject.slot is not None
-    for dim in (WIDTH, 24):
+    for dim in (WIDTH, 2 * WIDTH):
         module = subject.build(dim=dim)
         for batch, sizes in [(1, subject.slot.sizes[-1]), *((3, sizes) for sizes in subject.slot.sizes)]:
             inputs = subject.inputs(**sizes | {"dim": dim, "batch": sizes.get("batch", batch)})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from provenn.catalog import Card, Figure, Preset
 from provenn.slots import Slot
 
-WIDTH = 16  # of the mechanisms that are checked: small, and divisible by the usual numbers of heads
+WIDTH = 24  # of the mechanisms that are checked: small, and divisible by the usual numbers of heads
 SIZES = {"batch": 3, "tokens": 7, "other": 5, "height": 6, "width": 9}
 DEPTH = 10  # the number of branches that a residual mechanism is told of
 
