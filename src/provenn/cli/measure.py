@@ -107,7 +107,7 @@ def _measure(
             records += measure(
                 card,
                 claims=claims,
-                budget=budget,  # type: ignore[arg-type]
+                budget=budget,
                 seeds=seeds,
                 device=device,
                 out=out,

@@ -51,16 +51,10 @@ class ScalePolicy(nn.Module):
     def forward(self, x: Float[Tensor, "..."], f: Callable[[Tensor], Tensor], depth: int) -> Float[Tensor, "..."]:
         if depth < 1:
             raise ValueError(f"depth is the number of residual modules, at least 1, got {depth}")
-        scale, y = self.scale(depth), f(self.prepare(x))
+        scale = self.scale(depth)
         if isinstance(scale, Tensor):
-            return x + scale * y
-        return torch.add(x, y, alpha=scale)
-
-    def _along_channels(self, parameter: Tensor, x_dims: int) -> Tensor:
-        """A vector over channels, shaped to multiply a stream of `x_dims` axes."""
-        shape = [1] * x_dims
-        shape[self.channel_dim] = self.dim
-        return parameter.view(shape)
+            return x + self.branch(x, f, depth)
+        return torch.add(x, f(self.prepare(x)), alpha=scale)
 
 
 class ConstantScale(ScalePolicy):
@@ -133,10 +127,9 @@ class LayerScale(ScalePolicy):
         return self.gamma
 
     def branch(self, x: Tensor, f: Callable[[Tensor], Tensor], depth: int) -> Tensor:
-        return self._along_channels(self.gamma, x.dim()) * f(x)
-
-    def forward(self, x: Float[Tensor, "..."], f: Callable[[Tensor], Tensor], depth: int) -> Float[Tensor, "..."]:
-        return x + self.branch(x, f, depth)
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = self.dim
+        return self.gamma.view(shape) * f(x)
 
 
 class ScalarBias(nn.Module):
