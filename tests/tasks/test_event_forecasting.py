@@ -94,8 +94,8 @@ def test_padding_changes_nothing():
 
 def test_learns_that_one_mark_sets_off_the_other():
     data = TASK.load("hawkes")
-    result = fit(lambda: Recent(2), TASK, data, Recipe(epochs=8, batch_size=32, lr=0.05))
-    assert data.meta["true_nll"] < result.metrics["nll"] < data.meta["constant_rate_nll"] - 0.05
+    result = fit(lambda: Recent(2), TASK, data, Recipe(epochs=4, batch_size=32, lr=0.1))
+    assert data.meta["true_nll"] < result.metrics["nll"] < data.meta["constant_rate_nll"] - 0.03
     assert result.metrics["accuracy"] > 0.63, "a coin has 0.5, the truth about 0.67"
     assert TASK.picture(result.model, data).axes
 
