@@ -1,0 +1,81 @@
+"""MobileNetV2 (Sandler et al., 2018, arXiv:1801.04381) with a slot for a gate at the end of every block's branch."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from provenn.nn.channel_gates import Gate
+
+# Table 2: expansion t, channels c, repeats n, stride s.
+SETTINGS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def _conv_bn(channels: int, out: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, out, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU6(),
+    )
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter each channel, project linearly, gate; added to the input where the shapes allow it."""
+
+    def __init__(self, channels: int, out: int, stride: int, expansion: int, gate: Gate | None = None):
+        super().__init__()
+        hidden = channels * expansion
+        self.conv = nn.Sequential(
+            *([_conv_bn(channels, hidden, 1)] if expansion > 1 else []),
+            _conv_bn(hidden, hidden, 3, stride, groups=hidden),
+            nn.Conv2d(hidden, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+        self.gate = gate(out) if gate else nn.Identity()
+        self.residual = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.gate(self.conv(x))
+        return x + branch if self.residual else branch
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 of width 1: 3,504,872 parameters without a gate.
+
+    Args:
+        num_classes: size of the output.
+        in_channels: channels of the image.
+        gate: makes the module that closes each block's branch, given the branch's channels; none by default.
+        dropout: rate before the classifier.
+
+    Shapes: (batch, in_channels, height, width) to (batch, num_classes).
+    """
+
+    def __init__(
+        self, *, num_classes: int = 1000, in_channels: int = 3, gate: Gate | None = None, dropout: float = 0.2
+    ):
+        super().__init__()
+        channels = 32
+        layers: list[nn.Module] = [_conv_bn(in_channels, channels, 3, stride=2)]
+        for expansion, out, repeats, first_stride in SETTINGS:
+            for position in range(repeats):
+                layers.append(InvertedResidual(channels, out, first_stride if position == 0 else 1, expansion, gate))
+                channels = out
+        layers.append(_conv_bn(channels, 1280, 1))
+        self.features = nn.Sequential(*layers)
+        head = nn.Linear(1280, num_classes)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), head)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+
+    def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
+        return self.classifier(self.features(x).mean(dim=(2, 3)))

@@ -1,0 +1,360 @@
+"""Put layers into a model that already exists: after a module, or in place of one.
+
+Models are changed in place, and any `nn.Module` will do. Places are named by a pattern over module names, by a type, or
+by several of these:
+
+- `"resnet.encoder.stages.*.layers.*.layer"`: `*` stands for one name or a part of it, `**` for any number of names;
+- `nn.ReLU`: every module of this type or of one derived from it.
+
+>>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+>>> print(swap(model, nn.ReLU, lambda relu: nn.PReLU()))
+1: ReLU becomes PReLU, +1 parameters
+1 change, +1 parameters
+>>> print(insert_after(model, nn.Conv2d, nn.BatchNorm2d, name="norm"))
+0: BatchNorm2d follows Conv2d (8 wide) as 0.norm, +16 parameters
+2: BatchNorm2d follows Conv2d (4 wide) as 2.norm, +8 parameters
+2 changes, +24 parameters
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from provenn.bench import count_parameters
+from provenn.errors import UserError
+
+Place = str | type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One place that surgery changed: what happened there, and how many parameters came or went."""
+
+    name: str
+    what: str
+    parameters: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}, {self.parameters:+,} parameters"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that one call changed; printing it gives a line for each place and the sum."""
+
+    places: tuple[Change, ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model gained, or lost where negative."""
+        return sum(change.parameters for change in self.places)
+
+    def __iter__(self) -> Iterator[Change]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __str__(self) -> str:
+        total = f"{len(self)} change{'s' if len(self) != 1 else ''}, {self.parameters:+,} parameters"
+        return "\n".join([*map(str, self), total])
+
+
+def insert_after(
+    model: nn.Module,
+    where: Place | Sequence[Place],
+    factory: Callable[[int], nn.Module | None],
+    *,
+    name: str = "inserted",
+    example: Any = None,
+) -> Changes:
+    """Let a new module follow each module that `where` names.
+
+    The new module becomes a child of the one that it follows, so no existing key of the state dict changes: pretrained
+    weights load into the changed model with `strict=False`, and the new keys are `<place>.<name>.…`. It takes what the
+    module gives; of a tuple, the first. Copying, pickling, `torch.compile` and `torch.export` keep it.
+
+    Args:
+        model: changed in place.
+        where: a pattern, a type, or a sequence of them.
+        factory: makes the new module from the width there (channels or features), as `EfficientChannelAttention` does;
+            None leaves this place alone.
+        name: what the new child is called; a place that has such a child already gives it a number.
+        example: an input of the model (a tensor, a tuple of positional or a dict of keyword arguments). With it the
+            widths are those that really pass, and the changed model is run once: if it fails, the change is undone.
+            Without it a width is read off the module, or off the last of its children that has one.
+
+    Raises:
+        UserError: nothing matches, a width cannot be told, the example does not reach a place, or a module is in use
+            where `where` does not name it, too.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    >>> print(insert_after(model, "0", nn.BatchNorm2d, name="norm", example=torch.zeros(1, 3, 4, 4)))
+    0: BatchNorm2d follows Conv2d (8 wide) as 0.norm, +16 parameters
+    1 change, +16 parameters
+    """
+    found = _find(model, where)
+    for module, names in found.items():
+        if others := set(_names(model)[module]) - set(names):
+            raise UserError(
+                f"{names[0]} and {', '.join(sorted(others))} are one module, so what follows one follows both; "
+                "name them all, or give the model a copy of its own first"
+            )
+    widths = (
+        {module: _width(module) for module in found} if example is None else _observed_widths(model, found, example)
+    )
+    planned = []
+    for module, names in found.items():
+        width = widths.get(module)
+        if width is None:
+            if example is None:
+                raise UserError(
+                    f"cannot tell how wide {names[0]} ({_kind(module)}) is; pass an input of the model as example="
+                )
+            raise UserError(f"the model does not call {names[0]} ({_kind(module)}): it may use its weights directly")
+        new = _made(factory(width), like=module, model=model)
+        if new is not None:
+            child = _free_name(module, name)
+            what = f"{_kind(new)} follows {_kind(module)} ({width} wide) as {names[0]}.{child}"
+            planned += [(module, child, new, Change(" = ".join(names), what, count_parameters(new)))]
+    undo = [_follow(module, child, new) for module, child, new, _ in planned]
+    if example is not None:
+        try:
+            _run(model, example, {})
+        except Exception:
+            for step in undo:
+                step()
+            raise
+    return Changes(tuple(change for *_, change in planned))
+
+
+def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[Any], nn.Module | None]) -> Changes:
+    """Put a new module in place of each one that `where` names.
+
+    A module in use at several places becomes one new module at all of those that are named. Where a match lies inside
+    another, the outer is swapped. Parameters that were tied to those of a module now gone are no longer tied, and the
+    report says so.
+
+    Args:
+        model: changed in place.
+        where: a pattern, a type, or a sequence of them.
+        factory: makes the new module from the old one, whose weights it may take; None leaves this place alone.
+
+    Raises:
+        UserError: nothing matches.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> print(swap(model, "1", lambda old: nn.GELU()))
+    1: ReLU becomes GELU, +0 parameters
+    1 change, +0 parameters
+    """
+    planned = []
+    gone: list[str] = []
+    for old, names in _find(model, where).items():
+        names = [name for name in names if not any(name.startswith(f"{outer}.") for outer in gone)]
+        new = _made(factory(old), like=old, model=model) if names else None
+        if new is not None:
+            planned += [(old, names, new)]
+            gone += names
+    changes = []
+    for old, names, new in planned:
+        before, size = _parameter_names(model), count_parameters(model)
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+        after = _parameter_names(model)
+        what = f"{_kind(old)} becomes {_kind(new)}"
+        for parameter in old.parameters():
+            lost = [key for key in before[parameter] if key not in after.get(parameter, [key])]
+            if lost:
+                what += f" (no longer tied to {after[parameter][0]}: {', '.join(lost)})"
+        changes += [Change(" = ".join(names), what, count_parameters(model) - size)]
+    return Changes(tuple(changes))
+
+
+def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
+    """Let each module that `where` names pass its input on unchanged. It must take one input and return one output.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    >>> print(remove(model, nn.Dropout))
+    1: Dropout becomes Identity, +0 parameters
+    1 change, +0 parameters
+    """
+    return swap(model, where, lambda old: nn.Identity())
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module but the model itself, with all the names that it goes by."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def _parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _find(model: nn.Module, where: Place | Sequence[Place]) -> dict[nn.Module, list[str]]:
+    places = [where] if isinstance(where, str | type) else list(where)
+    names = _names(model)
+    found: dict[nn.Module, list[str]] = {}
+    unused = list(places)
+    for module, called in names.items():
+        for place in places:
+            if isinstance(place, str):
+                hits = [name for name in called if _matches(name.split("."), place.split("."))]
+            else:
+                hits = called if isinstance(module, place) else []
+            if hits:
+                unused = [other for other in unused if other != place]
+                found[module] = [name for name in called if name in hits or name in found.get(module, [])]
+    if unused or not places:
+        raise UserError(_nothing_matches(model, unused[0]) if unused else "no place was named")
+    return found
+
+
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_matches(name[i:], pattern[1:]) for i in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
+
+
+def _nothing_matches(model: nn.Module, place: Place) -> str:
+    if not isinstance(place, str):
+        kinds = Counter(_kind(module) for module in _names(model))
+        listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(12))
+        return f"no {place.__name__} in this {_kind(model)}; it has {listed or 'no modules inside'}"
+    # Names that differ in their numbers alone are one choice: layers.0.norm and layers.1.norm read layers.*.norm.
+    names = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for called in _names(model).values() for name in called})
+    close = get_close_matches(re.sub(r"(?<![^.])\d+(?![^.])", "*", place), names, n=5, cutoff=0.5)
+    hint = f"close to it are {', '.join(close)}" if close else f"there are {', '.join(names[:12]) or 'none'}"
+    return f"no module of this {_kind(model)} is called {place!r}; {hint}"
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    """`name`, or the first of name_2, name_3, … that the module does not use."""
+    candidates = (name if number == 1 else f"{name}_{number}" for number in range(1, len(module._modules) + 3))
+    return next(candidate for candidate in candidates if not hasattr(module, candidate))
+
+
+def _made(new: object, *, like: nn.Module, model: nn.Module) -> nn.Module | None:
+    """What a factory gave, on the device, in the precision and in the mode of what it joins."""
+    if new is None:
+        return None
+    if not isinstance(new, nn.Module):
+        raise TypeError(
+            f"the factory must return an nn.Module (or None to leave a place alone), got {type(new).__name__}"
+        )
+    reference = next(iter(like.parameters()), None)
+    reference = next(iter(model.parameters()), None) if reference is None else reference
+    if reference is not None:
+        new.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
+    return new if new.training == like.training else new.train(like.training)
+
+
+def _width(module: nn.Module) -> int | None:
+    """Channels or features that a module gives: its own figure, or that of the last of its children to have one."""
+    for part in [module, *reversed(list(module.modules()))]:
+        for attribute in ("out_channels", "out_features", "num_features", "embed_dim", "embedding_dim"):
+            if isinstance(width := getattr(part, attribute, None), int):
+                return width
+        if isinstance(part, nn.GroupNorm):
+            return part.num_channels
+        if isinstance(part, nn.LayerNorm | nn.RMSNorm):
+            return part.normalized_shape[-1]
+    return None
+
+
+class _RunChild:
+    """A forward hook that hands what its module gives to one of the module's children.
+
+    It finds the child by name, so that a copy of the module runs the child's copy.
+    """
+
+    def __init__(self, child: str):
+        self.child = child
+        self.hook_id = -1
+
+    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
+        new = getattr(module, self.child)
+        if isinstance(output, Tensor):
+            return new(output)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return (new(output[0]), *output[1:])
+        raise TypeError(
+            f"{_kind(module)} returns {type(output).__name__}; only a tensor, or a first one in a tuple, is followed"
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Hooks are numbered by process: after unpickling, a later hook would get our number and displace us.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
+
+
+def _follow(module: nn.Module, child: str, new: nn.Module) -> Callable[[], None]:
+    """Run `new` after `module` as its child; returns what undoes it."""
+    module.add_module(child, new)
+    handle = None
+    if type(module).forward is not nn.Sequential.forward:  # that one runs its new last child by itself
+        hook = _RunChild(child)
+        handle = module.register_forward_hook(hook)
+        hook.hook_id = handle.id
+
+    def undo() -> None:
+        delattr(module, child)
+        if handle is not None:
+            handle.remove()
+
+    return undo
+
+
+def _run(model: nn.Module, example: Any, hooks: dict[nn.Module, Callable]) -> None:
+    """One forward pass in eval mode that leaves no trace in the model."""
+    modes = {module: module.training for module in model.modules()}
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            if isinstance(example, dict):
+                model(**example)
+            else:
+                model(*example) if isinstance(example, tuple) else model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _observed_widths(model: nn.Module, found: dict[nn.Module, list[str]], example: Any) -> dict[nn.Module, int]:
+    """The width that a module claims, if its output has it; else images (4-D or more) have it second, tokens last."""
+    widths: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: object, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.dim() > 1:
+            claimed = _width(module)
+            shape = first.shape
+            widths[module] = claimed if claimed and claimed in shape[1:] else shape[1 if len(shape) > 3 else -1]
+
+    _run(model, example, dict.fromkeys(found, note))
+    return widths

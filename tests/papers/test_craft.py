@@ -1,0 +1,284 @@
+"""What the blocks of CRAFT promise, and its exact claims."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from provenn.data.resize import bicubic
+from provenn.errors import UserError
+from provenn.papers import craft
+from provenn.papers.craft import HFB, HFERB, SRWAB, PositionBias, official
+from provenn.papers.craft.layers import windows_without_wrap
+from provenn.testing import seeded_state
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def awake(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights large enough that no branch is negligible."""
+    state = seeded_state({name: t.shape for name, t in module.state_dict().items()}, seed)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "count"), [(craft.craft_x2, 737_756), (craft.craft_x3, 744_251), (craft.craft_x4, 753_344)]
+)
+def test_published_parameter_counts(build, count):
+    assert parameters(build()) == count
+
+
+def test_parameters_of_the_parts_of_x4():
+    model = craft.craft_x4()
+    of = lambda kind: [parameters(m) for m in model.modules() if isinstance(m, kind)]  # noqa: E731
+    assert of(SRWAB) == [19_478] * 16
+    assert of(HFB) == [31_284] * 8
+    assert of(HFERB) == [8_160] * 8
+    assert sum(parameters(group.conv) for group in model.groups) == 83_136
+    assert [parameters(m) for m in (model.first, model.last, model.norm, model.upsample)] == [1_344, 20_784, 96, 20_784]
+    assert [parameters(m.upsample) for m in (craft.craft_x2(), craft.craft_x3())] == [5_196, 11_691]
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_output_is_scale_times_larger(scale):
+    x = torch.rand(2, 3, 16, 48)
+    assert craft.craft_small(scale=scale)(x).shape == (2, 3, 16 * scale, 48 * scale)
+
+
+@pytest.mark.parametrize("size", [(17, 32), (32, 24), (8, 8)])
+def test_the_core_refuses_other_sizes(size):
+    with pytest.raises(ValueError, match=f"multiples of 16, got {size[0]}×{size[1]}"):
+        craft.craft_small()(torch.rand(1, 3, *size))
+
+
+def test_published_position_bias_is_the_same_for_every_offset():
+    bias = awake(craft.SRWAB(48)).attention.bias
+    assert [b.constant for b in bias] == [True, True]
+    for b in bias:
+        table = b()
+        assert table.shape == (3, 64, 64)
+        assert (table == table[:, :1, :1]).all()
+        assert not any(p.requires_grad for p in b.parameters())
+
+
+def test_wider_position_bias_depends_on_the_offset_alone():
+    bias = awake(PositionBias((4, 16), heads=3, width=8))
+    table = bias().reshape(3, 4, 16, 4, 16)
+    torch.testing.assert_close(table[:, :3, 1:, :3, 1:], table[:, 1:, :15, 1:, :15])
+    direct = bias.head(bias.hidden(bias.embed(torch.tensor([[2.0, -5.0]]))))[0]
+    torch.testing.assert_close(table[:, 3, 4, 1, 9], direct)
+    assert table.flatten(1).std(dim=1).min() > 1e-3
+
+
+def test_attention_in_a_window_does_not_know_positions_unless_the_bias_is_repaired():
+    order = torch.randperm(64)
+    qkv = torch.randn(1, 4, 16, 72)  # one window of the first half of the channels
+    shuffled = qkv.reshape(1, 64, 72)[:, order].reshape(1, 4, 16, 72)
+
+    def difference(position_dim):
+        attention = awake(craft.RectangleWindowAttention(24, 2, position_dim=position_dim))
+        wide = lambda t: attention(t.repeat(1, 4, 1, 1))[:, :4, :, :12].reshape(64, 12)  # noqa: E731
+        return (wide(shuffled) - wide(qkv)[order]).abs().max().item()
+
+    assert difference(None) < 1e-5
+    assert difference(8) > 1e-2
+
+
+def influence(block: SRWAB, row: int, column: int, size: int = 32) -> torch.Tensor:
+    """Which output positions change when the input changes at one pixel."""
+    nn.init.zeros_(block.locality.weight)
+    x = torch.randn(1, 48, size, size)
+    moved = x.clone()
+    moved[:, :, row, column] += torch.randn(48)
+    return ((block(moved) - block(x)).abs().amax(dim=1)[0] > 1e-7).detach()
+
+
+def test_a_pixel_reaches_its_two_windows():
+    seen = influence(awake(SRWAB(48)), 5, 19)
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    expected[4:8, 16:32] = True
+    expected[0:16, 16:20] = True
+    assert torch.equal(seen, expected)
+    assert seen.sum() == 112
+
+
+def test_shifted_windows_wrap_around_the_borders():
+    seen = influence(awake(SRWAB(48, shifted=True)), 0, 0)
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    rows, columns = torch.arange(32).roll(2)[:4], torch.arange(32).roll(8)[:16]
+    expected[rows[:, None], columns] = True
+    expected[columns[:, None], rows] = True
+    assert torch.equal(seen, expected)
+    assert seen.sum() == 112
+    assert seen[24:].any() and seen[:, 24:].any()
+
+
+def test_masked_windows_do_not_wrap_around():
+    seen = influence(awake(SRWAB(48, shifted=True, wrap=False)), 0, 0)
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    expected[:2, :8] = True
+    expected[:8, :2] = True
+    assert torch.equal(seen, expected)
+
+
+def test_the_mask_changes_nothing_inside():
+    wrapping, masked = awake(SRWAB(24, shifted=True)), SRWAB(24, shifted=True, wrap=False)
+    masked.load_state_dict(wrapping.state_dict())
+    x = torch.randn(2, 24, 48, 48)
+    inside = (..., slice(9, -9), slice(9, -9))
+    torch.testing.assert_close(masked(x)[inside], wrapping(x)[inside])
+    assert windows_without_wrap(48, 48, (4, 16), (0, 0)).all()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_rolling_by_whole_windows_commutes(shifted):
+    block = awake(SRWAB(24, shifted=shifted))
+    block.locality.padding_mode = "circular"
+    block.locality._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    x = torch.randn(1, 24, 32, 48)
+    torch.testing.assert_close(
+        block(x.roll((16, -16), dims=(2, 3))), block(x).roll((16, -16), dims=(2, 3)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_both_window_shapes_in_one_call_equal_one_call_each():
+    """The definition: roll, cut, softmax(q kᵀ/√d) v, paste, roll back, for each half by itself."""
+    attention = craft.RectangleWindowAttention(24, 6, shifted=True)
+    qkv = torch.randn(2, 32, 16, 72)
+    for half, (rows, columns), (down, right) in ((0, (4, 16), (2, 8)), (1, (16, 4), (8, 2))):
+        expected = torch.zeros(2, 32, 16, 12)
+        for top in range(0, 32, rows):
+            for left in range(0, 16, columns):
+                r = ((torch.arange(rows) + top + down) % 32)[:, None]
+                c = (torch.arange(columns) + left + right) % 16
+                tokens = qkv[:, r, c].reshape(2, 64, 3, 2, 3, 4)[:, :, :, half]
+                q, k, v = tokens.permute(2, 0, 3, 1, 4)
+                a = (q @ k.transpose(-1, -2) / 2).softmax(dim=-1)
+                torch.testing.assert_close(a.sum(dim=-1), torch.ones(2, 3, 64))
+                expected[:, r, c] = (a @ v).permute(0, 2, 1, 3).reshape(2, rows, columns, 12)
+        torch.testing.assert_close(attention(qkv)[..., 12 * half : 12 * half + 12], expected)
+
+
+def test_hferb_without_its_last_convolution_is_the_identity():
+    block = HFERB(8)
+    nn.init.zeros_(block.merge.weight)
+    nn.init.zeros_(block.merge.bias)
+    x = torch.randn(2, 8, 7, 5)
+    assert torch.equal(block(x), x)
+
+
+def test_max_pooling_is_monotone_and_sees_no_padding():
+    pool = HFERB(8).pool
+    x = torch.randn(1, 4, 6, 6) - 10
+    assert (pool(x + torch.rand_like(x)) >= pool(x)).all()
+    assert (pool(x) >= x).all() and pool(x).max() == x.max()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (9, 7), (32, 16)])
+def test_fusion_attends_over_channels_whatever_the_size(size):
+    attention = HFB(48).attention
+    q, k = (100 * torch.randn(2, 6, 8, size[0] * size[1]) for _ in range(2))
+    cosines = attention.cosines(q, k)
+    assert cosines.shape == (2, 6, 8, 8)
+    assert cosines.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(attention.cosines(q, q).diagonal(dim1=2, dim2=3), torch.ones(2, 6, 8))
+
+
+def test_fusion_forgets_the_size_of_its_query():
+    block = awake(HFB(24))
+    low, high = torch.randn(2, 24, 9, 6), torch.randn(2, 24, 9, 6)
+    for factor in (1e-3, 0.5, 1e4):
+        torch.testing.assert_close(block(low, factor * high), block(low, high), rtol=1e-4, atol=1e-5)
+    assert (block(low, -high) - block(low, high)).abs().max() > 1e-3
+
+
+def test_zero_values_leave_only_the_low_branch_and_the_gate():
+    block = awake(HFB(24))
+    low, high = torch.randn(1, 24, 8, 8), torch.randn(1, 24, 8, 8)
+    nn.init.zeros_(block.attention.project.weight)
+    nn.init.zeros_(block.feed.project.weight)
+    assert torch.equal(block(low, high), low)
+
+
+def test_hidden_width_of_the_gate_is_odd():
+    assert craft.GDFN(48).project.in_channels == 127
+
+
+def test_blocks_keep_gradients_right():
+    x = torch.randn(1, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    window = (2, 4)
+    blocks = [awake(SRWAB(4, 2, window=window, shifted=True, position_dim=2)), awake(HFERB(4))]
+    for block in blocks:
+        assert torch.autograd.gradcheck(block.double(), (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(awake(HFB(4, 2)).double().forward, (x, x.detach() * 2 + 1), fast_mode=True)
+
+
+def test_without_an_upsampler_the_output_is_the_mean_colour():
+    model, over = craft.craft_small(over_bicubic=False), craft.craft_small()
+    for module in (model, over):
+        nn.init.zeros_(module.upsample[0].weight)
+        nn.init.zeros_(module.upsample[0].bias)
+    x = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(model(x), model.mean.expand(1, 3, 32, 32))
+    torch.testing.assert_close(over(x)[..., 4:-4, 4:-4], bicubic(x, (32, 32))[..., 4:-4, 4:-4])
+
+
+def macs(model: nn.Module, height: int, width: int) -> int:
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.to("meta")(torch.zeros(1, 3, height, width))
+    return counter.get_total_flops() // 2
+
+
+def test_multiplications_are_linear_in_the_area():
+    model = craft.craft_x4().eval()
+    assert macs(model, 64, 64) == pytest.approx(3.462e9, rel=2e-4)
+    assert macs(model, 32, 128) == macs(model, 64, 64)
+    small = craft.craft_small().eval()
+    assert macs(small, 64, 96) == 6 * macs(small, 32, 32)
+
+
+def test_bfloat16_stays_near_float32():
+    model = awake(craft.craft_x2())
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        full = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(x)
+    assert (half - full).norm() / full.norm() < 0.03
+
+
+def test_official_names_cover_every_parameter():
+    with pytest.raises(UserError, match="not CRAFT weights"):
+        official.convert({"fc.weight": torch.zeros(2, 2)})
+    state = {
+        "upsample.0.weight": torch.zeros(12, 60, 3, 3),
+        "layers.0.residual_group.srwa_blocks.0.attns.0.pos.pos_proj.weight": torch.zeros(1, 2),
+    }
+    with pytest.raises(UserError, match="60 channels"):
+        official.convert(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SRWAB(48, 5), "heads must be even"),
+        (lambda: SRWAB(50, 6), "divide dim"),
+        (lambda: SRWAB(48, window=(3, 16)), "multiple of short"),
+        (lambda: SRWAB(48, position_dim=0), "position_dim"),
+        (lambda: HFERB(7), "dim must be even"),
+        (lambda: HFB(48, 5), "heads must divide"),
+        (lambda: craft.CRAFT(0), "scale must be"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
