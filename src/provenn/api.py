@@ -147,6 +147,7 @@ def train(
     if resume and not (folder / CHECKPOINT).exists():
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
     final = recipe_of(chosen.recipe, **(recipe or {}))
+    device = choose_device(device)
     loaded = kind.load(data, seed=seed)
     built_with = {**loaded.options, **(options or {})}
     check_writable(folder)
@@ -156,7 +157,7 @@ def train(
         loaded,
         final,
         seed=seed,
-        device=choose_device(device),
+        device=device,
         devices=devices,
         strategy=strategy,
         out=folder,

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from provenn.errors import UserError
 
@@ -141,3 +141,9 @@ def split_indices(count: int, shares: Sequence[float], seed: int = 0) -> list[li
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's weights lie."""
     return next(model.parameters(), torch.empty(0)).device
+
+
+def batches(dataset: Dataset, batch_size: int, device: torch.device) -> Iterator[list[Tensor]]:
+    """A data set of tuples of tensors, in order, as batches on the device."""
+    for batch in DataLoader(dataset, batch_size=batch_size):
+        yield [part.to(device) for part in batch]

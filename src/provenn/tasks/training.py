@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import sys
 import time
 import warnings
@@ -122,11 +123,11 @@ class Fit:
 
     model: nn.Module
     metrics: dict[str, float]
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float | int]] = field(default_factory=list)
     seconds: float = 0.0
     steps: int = 0
 
-    def series(self, key: str) -> list[float]:
+    def series(self, key: str) -> list[float | int]:
         """One column of the curve."""
         return [entry[key] for entry in self.curve if key in entry]
 
@@ -220,10 +221,9 @@ def fit(
         module = _module_class()(model, task, recipe, seed, steps, steps_per_epoch)
         start = time.perf_counter()
         going_on = str(checkpoint) if resume and checkpoint is not None and checkpoint.exists() else None
-        trainer.fit(module, loader, ckpt_path=going_on, weights_only=True)
+        with _plain_interrupt(trainer):
+            trainer.fit(module, loader, ckpt_path=going_on, weights_only=True)
         seconds = time.perf_counter() - start
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     model = module.model.to(device)
     history.restore_best(model)
     model.eval()
@@ -248,6 +248,19 @@ def _lightning() -> Any:
         import lightning
         import lightning.pytorch.callbacks
     return lightning
+
+
+@contextmanager
+def _plain_interrupt(trainer: Any) -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, where Lightning would leave the process and ignore the signal ever after."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+    if trainer.interrupted:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -306,7 +319,7 @@ def _history_class() -> type:
 
         def __init__(self, task: Task, data: TaskData, title: str, recipe: Recipe):
             self.task, self.data, self.title, self.recipe = task, data, title, recipe
-            self.curve: list[dict[str, float]] = []
+            self.curve: list[dict[str, float | int]] = []
             self.best: float | None = None
             self.best_state: dict[str, Tensor] | None = None
             self.waited = 0

@@ -1,0 +1,169 @@
+"""Prefix-scan attention in PyTorch, for any device: a chunked scan with linear work, and the paper's log-depth scan.
+
+The chunked scan rests on the running maximum m_k = max_{i≤k} s_i, which costs one scalar a token. With it,
+w_k = Σ_{i≤k} exp(s_i − m_k) v_i needs no rescaling: inside a chunk it is a small lower-triangular matrix product whose
+exponents are all ≤ 0, and what came before enters as exp(m_end − m_k) times the state at the end of the last chunk.
+Those states are themselves such a sum over chunks, so the same step is applied to them, and so on: the work is
+linear in the number of tokens, the depth logarithmic, and every product is batched.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reference import PrefixState, leaves, merge
+
+CHUNK = 32
+
+
+def _triangle(a: Tensor, b: Tensor) -> Tensor:
+    """exp(a_i − b_k) for i ≤ k, else 0, with k the row; b_k ≥ a_i there, so no entry exceeds 1."""
+    return (a.unsqueeze(-2) - b.unsqueeze(-1)).exp_().tril_()
+
+
+def _decayed_sums(level: Tensor, x: Tensor) -> Tensor:
+    """y_k = Σ_{i≤k} exp(level_i − level_k) x_i over the second last dimension, for `level` that never falls."""
+    b, n, q = x.shape
+    if n <= 2 * CHUNK:
+        return _triangle(level, level) @ x
+    chunks = -(-n // CHUNK)
+    padding = chunks * CHUNK - n
+    if padding:
+        level = torch.cat([level, level[:, -1:].expand(b, padding)], dim=1)
+        x = F.pad(x, (0, 0, 0, padding))
+    level, x = level.view(b, chunks, CHUNK), x.view(b, chunks, CHUNK, q)
+    y = _triangle(level, level) @ x
+    ends = level[..., -1]
+    before = _decayed_sums(ends, y[:, :, -1])[:, :-1]
+    decay = (ends[:, :-1, None] - level[:, 1:]).exp_()
+    y[:, 1:].addcmul_(decay.unsqueeze(-1), before.unsqueeze(-2))
+    return y.view(b, chunks * CHUNK, q)[:, :n]
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """(s, v, state) → (o, state) for a whole number of chunks, with the suffix scans as its backward.
+
+    With π_{k,i} = exp(s_i − m_k) / u_k:  ∂L/∂v_i = Σ_{k≥i} π_{k,i} g_k  and  ∂L/∂s_i = Σ_{k≥i} π_{k,i} g_k·(v_i − o_k).
+    """
+
+    @staticmethod
+    def forward(ctx, s: Tensor, v: Tensor, m0: Tensor, u0: Tensor, w0: Tensor, chunk: int):
+        b, n, dim = v.shape
+        # The lowest finite number stands for −∞, so that differences of maxima are never −∞ − (−∞).
+        lowest = torch.finfo(s.dtype).min
+        m = torch.maximum(s.cummax(dim=1).values, m0.unsqueeze(1)).clamp_(min=lowest)
+        ends = torch.cat([m0.clamp(min=lowest).unsqueeze(1), m[:, chunk - 1 :: chunk]], dim=1)
+        s_, m_, v_ = s.view(b, -1, chunk), m.view(b, -1, chunk), v.view(b, -1, chunk, dim)
+
+        weights = _triangle(s_, m_)
+        u, w = weights.sum(dim=-1), weights @ v_
+        state0 = torch.cat([w0, u0.unsqueeze(1)], dim=1).unsqueeze(1)
+        totals = torch.cat([w[:, :, -1], u[:, :, -1:]], dim=2)
+        states = _decayed_sums(ends, torch.cat([state0, totals], dim=1))
+        decay = (ends[:, :-1, None] - m_).exp_()
+        u += decay * states[:, :-1, -1:]
+        w.addcmul_(decay.unsqueeze(-1), states[:, :-1, None, :-1])
+        per_u = u.reciprocal_().masked_fill_(u == torch.inf, 0)
+        outputs = w.mul_(per_u.unsqueeze(-1)).view(b, n, dim)
+
+        ctx.save_for_backward(s, v, m, per_u, ends, outputs)
+        ctx.chunk = chunk
+        m_end = ends[:, -1].masked_fill(ends[:, -1] == lowest, -torch.inf)
+        ctx.mark_non_differentiable(m_end)
+        return outputs, m_end, states[:, -1, -1].clone(), states[:, -1, :-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor, grad_u: Tensor, grad_w: Tensor):
+        s, v, m, per_u, ends, outputs = ctx.saved_tensors
+        b, n, dim = v.shape
+        s_, m_, g_ = (t.reshape(b, -1, ctx.chunk, *t.shape[2:]) for t in (s, m, grad))
+        along = (grad * outputs).sum(dim=-1).view_as(s_)  # g_k·o_k
+
+        weights = _triangle(s_, m_).mul_(per_u.unsqueeze(-1)).mT
+        grad_v = weights @ g_
+        taken = (weights @ along.unsqueeze(-1)).squeeze(-1)
+        # What a chunk sends to all before it, scaled to the maximum where they end; ≤ 1, since maxima never fall.
+        back = (ends[:, :-1, None] - m_).exp_().mul_(per_u)
+        sent = torch.cat([(back.unsqueeze(-2) @ g_).squeeze(-2), (back * along).sum(dim=-1, keepdim=True)], dim=2)
+        last = torch.cat([grad_w, -grad_u.unsqueeze(1)], dim=1).unsqueeze(1)
+        sent = torch.cat([sent, last], dim=1)
+        received = _decayed_sums(-ends.flip(1), sent.flip(1)).flip(1)
+        share = (s_ - ends[:, 1:, None]).exp_()
+        grad_v.addcmul_(share.unsqueeze(-1), received[:, 1:, None, :-1])
+        taken.addcmul_(share, received[:, 1:, -1:])
+        grad_v = grad_v.view(b, n, dim)
+        grad_s = (v * grad_v).sum(dim=-1).sub_(taken.view(b, n))
+        return grad_s, grad_v, None, -received[:, 0, -1], received[:, 0, :-1], None
+
+
+def chunked_attention(
+    scores: Float[Tensor, "*batch tokens"],
+    values: Float[Tensor, "*batch tokens dim"],
+    *,
+    mask: Bool[Tensor, "..."] | None = None,
+    state: PrefixState | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Tensor, "*batch tokens dim"], PrefixState]:
+    """Attention of a fixed query over every prefix by a chunked scan: linear work, no loop over tokens.
+
+    o_k = w_k / u_k with (m_k, u_k, w_k) merged over tokens 1..k (section 3.2). Sums are held in float32 at least.
+
+    Args:
+        scores: s_i, the query against every key, already scaled.
+        values: v_i.
+        mask: True where a token may be attended; broadcasts to `scores`.
+        state: what came before; by default nothing.
+        chunk: tokens handled by one small matrix product.
+
+    Returns the output at every token and the state after the last.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    *batch, n, dim = values.shape
+    dtype = torch.promote_types(torch.promote_types(scores.dtype, values.dtype), torch.float32)
+    if state is None:
+        state = PrefixState.empty(*batch, dim=dim, dtype=dtype, device=values.device)
+    s, v = scores.to(dtype), values.to(dtype)
+    if mask is not None:
+        s, v = s.masked_fill(~mask, -torch.inf), v.masked_fill(~mask.unsqueeze(-1), 0)
+    s, v = s.reshape(-1, n), v.reshape(-1, n, dim)
+    chunk = n if n <= 2 * chunk else chunk
+    padding = -n % chunk
+    if padding:
+        s, v = F.pad(s, (0, padding), value=-torch.inf), F.pad(v, (0, 0, 0, padding))
+    m0, u0, w0 = state.m.to(dtype).reshape(-1), state.u.to(dtype).reshape(-1), state.w.to(dtype).reshape(-1, dim)
+    outputs, m, u, w = _ChunkedScan.apply(s, v, m0.detach(), u0, w0, chunk)
+    final = PrefixState(m.view(batch), u.view(batch), w.view(*batch, dim))
+    return outputs[:, :n].reshape(values.shape).to(values.dtype), final
+
+
+def log_depth_attention(
+    scores: Float[Tensor, "*batch tokens"],
+    values: Float[Tensor, "*batch tokens dim"],
+    *,
+    mask: Bool[Tensor, "..."] | None = None,
+    state: PrefixState | None = None,
+) -> tuple[Float[Tensor, "*batch tokens dim"], PrefixState]:
+    """The scan as the paper prints it (Algorithm 1): in round r, token i merges with token i − 2^r.
+
+    ⌈log₂ tokens⌉ rounds, each of which moves every state; the chunked form does linear work instead.
+    """
+    tokens = leaves(scores, values, mask)
+    m, u, w = tokens
+    step, n = 1, scores.shape[-1]
+    while step < n:
+        earlier = PrefixState(m[..., :-step], u[..., :-step], w[..., :-step, :])
+        later = PrefixState(m[..., step:], u[..., step:], w[..., step:, :])
+        merged = merge(earlier, later)
+        m = torch.cat([m[..., :step], merged.m], dim=-1)
+        u = torch.cat([u[..., :step], merged.u], dim=-1)
+        w = torch.cat([w[..., :step, :], merged.w], dim=-2)
+        step *= 2
+    prefixes = PrefixState(m, u, w)
+    if state is not None:
+        prefixes = merge(PrefixState(state.m.unsqueeze(-1), state.u.unsqueeze(-1), state.w.unsqueeze(-2)), prefixes)
+    final = PrefixState(prefixes.m[..., -1], prefixes.u[..., -1], prefixes.w[..., -1, :])
+    return prefixes.output.to(values.dtype), final

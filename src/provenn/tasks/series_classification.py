@@ -1,0 +1,255 @@
+"""Series in, a class out: UCR and UEA sets, and the user's own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from provenn.data.series import FORMATS, Collection, bundled, read_series
+from provenn.data.tables import write_table
+from provenn.errors import UserError
+from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ARCHIVE = {
+    "japanese-vowels": ("JapaneseVowels", "who of 9 speakers says a vowel: 12 cepstral channels, 7 to 29 steps"),
+    "basic-motions": ("BasicMotions", "4 activities from a watch: 6 channels, 100 steps"),
+    "arrow-head": ("ArrowHead", "3 kinds of arrow heads by their outline: 251 steps"),
+    "italy-power-demand": ("ItalyPowerDemand", "a day's electricity demand, October to March or April on: 24 steps"),
+    "gun-point": ("GunPoint", "a hand that draws a gun or points: 150 steps"),
+    "osu-leaf": ("OSULeaf", "6 kinds of leaves by their outline: 427 steps"),
+    "acsf1": ("ACSF1", "10 kinds of household appliances by their power: 1460 steps"),
+}
+SHOWN = 20  # lines of predictions in the terminal
+
+
+class SeriesClassification(Task):
+    """A dataset's items are (values (tokens, channels) padded with zeros, count of valid tokens, class)."""
+
+    name = "series-classification"
+    metric = "accuracy"
+    higher_is_better = True
+    embedded = {name: about for name, (_, about) in ARCHIVE.items()}  # noqa: RUF012
+    reads = f"{FORMATS}; or a folder with one NAME_TRAIN and one NAME_TEST file of these"
+
+    def load(self, source: str | Path, *, seed: int = 0, validation: float | int = 0.2, **options: Any) -> TaskData:
+        """The archive's own split where there is one, else 60 % train, 20 % validation, 20 % test, class by class.
+
+        Args:
+            source: an embedded name or a path.
+            seed: of the split.
+            validation: share of the archive's training split to hold out; 0 leaves all of it for training.
+
+        Raises:
+            UserError: no such data, or data without labels, with one class, or with too few series.
+        """
+        if options:
+            raise UserError(f"{self.name} takes the option validation, not {', '.join(options)}")
+        place = self._named(source)
+        if place == source and isinstance(source, str) and source in ARCHIVE:
+            stem = ARCHIVE[source][0]
+            files = [bundled(f"{stem}/{stem}_{split}.ts") for split in ("TRAIN", "TEST")]
+        else:
+            files = _files(Path(place))
+        read = [_labelled(file) for file in files]
+        if len(read) == 2:
+            train_all, test = read
+            kept, held = _stratified(train_all.labels or [], (1.0 - validation, float(validation)), seed)
+            train, val = _pick(train_all, kept), _pick(train_all, held)
+        else:
+            parts = _stratified(read[0].labels or [], (0.6, 0.2, 0.2), seed)
+            train, val, test = (_pick(read[0], part) for part in parts)
+        if not test.series or (validation and not val.series):
+            raise UserError(f"{source} holds {len(read[0].series)} series: too few for a split; expected 5 a class")
+        return _prepare(str(source), train, val, test, self.embedded.get(str(source), "the user's own series"))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        x, lengths, classes = batch
+        return F.cross_entropy(_logits(model, x, lengths), classes)
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """Share of series classified right, and the mean cross-entropy in nats."""
+        device = device_of(model)
+        right, entropy, count = 0, 0.0, 0
+        for x, lengths, classes in batches(dataset, batch_size, device):
+            logits = _logits(model, x, lengths)
+            right += int((logits.argmax(-1) == classes).sum())
+            entropy += F.cross_entropy(logits, classes, reduction="sum").item()
+            count += len(classes)
+        return {"accuracy": right / count, "cross_entropy": entropy / count}
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        channels = options["channels"]
+        return {
+            "classes": [str(i) for i in range(options["num_classes"])],
+            "length": options["length"],
+            "mean": [0.0] * channels,
+            "std": [1.0] * channels,
+        }
+
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        """Label every series of the files, with the probability of each class."""
+        rows: list[list[str | float]] = []
+        for file in inputs:
+            collection = read_series(file)
+            _check_fits(file, collection, meta)
+            x, lengths = _padded(collection, meta)
+            dataset = TensorDataset(x, lengths)
+            with torch.no_grad():
+                parts = [_logits(model, *batch).softmax(-1).cpu() for batch in batches(dataset, 256, device_of(model))]
+            for name, shares in zip(collection.names, torch.cat(parts).tolist()):
+                best = int(np.argmax(shares))
+                rows.append([str(file), name, meta["classes"][best], shares[best], *shares])
+        if output is not None:
+            write_table(output, ["file", "series", "label", "probability", *meta["classes"]], rows)
+        lines = [f"{name}  series {series}  {label}  {share:.3f}" for name, series, label, share, *_ in rows[:SHOWN]]
+        if len(rows) > SHOWN:
+            lines.append(f"and {len(rows) - SHOWN} more{'' if output else '; -o FILE.csv writes them all'}")
+        return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure":
+        """Which classes are confused, and how much of a series must be seen before its class is known."""
+        from matplotlib.figure import Figure
+
+        device, names = device_of(model), data.meta["classes"]
+        shares = np.linspace(0.1, 1, 10)
+        seen = [0] * len(shares)
+        confused = np.zeros((len(names), len(names)))
+        with torch.no_grad():
+            for x, lengths, classes in batches(data.test, 256, device):
+                for i, share in enumerate(shares):
+                    found = _logits(model, x, (lengths * share).ceil().long()).argmax(-1)
+                    seen[i] += int((found == classes).sum())
+                np.add.at(confused, (classes.cpu().numpy(), found.cpu().numpy()), 1)
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        image = left.imshow(confused / np.maximum(confused.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(image, ax=left, label="share of the true class")
+        for row, column in np.argwhere(confused > 0):
+            dark = confused[row, column] > confused[row].sum() / 2
+            text = f"{confused[row, column]:.0f}"
+            left.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
+        turn = 60 if max(map(len, names)) > 3 else 0
+        left.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted", ylabel="true")
+        left.set_xticklabels(names, rotation=turn, ha="right" if turn else "center")
+        left.set_yticklabels(names)
+        left.set_title(f"{data.name}: {np.trace(confused):.0f} of {confused.sum():.0f} right")
+        right.plot(shares * 100, np.asarray(seen) / confused.sum(), marker="o")
+        right.axhline(confused.sum(1).max() / confused.sum(), color="gray", linestyle="--", label="the commonest class")
+        right.set(xlabel="part of the series seen, %", ylabel="test accuracy", ylim=(0, 1.02), xlim=(0, 103))
+        right.set_title("How early is the class known?")
+        right.grid(alpha=0.3)
+        right.legend(loc="lower right")
+        return figure
+
+
+TASK = SeriesClassification()
+
+
+def _logits(
+    model: nn.Module, x: Float[Tensor, "batch tokens channels"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch classes"]:
+    longest = int(lengths.max())
+    mask: Bool[Tensor, "batch tokens"] = torch.arange(longest, device=x.device) < lengths[:, None]
+    return model(x[:, :longest], mask)
+
+
+def _files(place: Path) -> list[Path]:
+    """The one file, or the archive's pair in a folder."""
+    if not place.is_dir():
+        return [place]
+    found = [sorted(f for f in place.iterdir() if f.stem.upper().endswith(end)) for end in ("_TRAIN", "_TEST")]
+    # The UCR archive ships each set in several formats: the first that there is a pair of is read.
+    for suffix in (".ts", ".tsv", ".csv"):
+        pairs = [[f for f in files if f.suffix == suffix] for files in found]
+        if [len(files) for files in pairs] == [1, 1]:
+            return [files[0] for files in pairs]
+    raise UserError(f"{place} holds no pair of NAME_TRAIN and NAME_TEST as .ts, .tsv or .csv: give a file, or one pair")
+
+
+def _labelled(file: Path) -> Collection:
+    collection = read_series(file)
+    if collection.labels is None:
+        raise UserError(f"{file} has no labels: training needs them; expected {FORMATS}")
+    return collection
+
+
+def _pick(collection: Collection, places: Sequence[int]) -> Collection:
+    labels = collection.labels or []
+    return Collection(
+        [collection.series[i] for i in places], [collection.names[i] for i in places], [labels[i] for i in places]
+    )
+
+
+def _stratified(labels: Sequence[str], shares: Sequence[float], seed: int) -> list[list[int]]:
+    """Places of each part, every class cut by the same shares, in the file's order."""
+    parts: list[list[int]] = [[] for _ in shares]
+    for number, label in enumerate(sorted(set(labels))):
+        own = [i for i, other in enumerate(labels) if other == label]
+        for part, chosen in zip(parts, split_indices(len(own), shares, seed + 1000 * number)):
+            part.extend(own[i] for i in chosen)
+    return [sorted(part) for part in parts]
+
+
+def _prepare(name: str, train: Collection, val: Collection, test: Collection, about: str) -> TaskData:
+    found = set(train.labels or [])
+    classes = sorted(found, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
+    if len(classes) < 2:
+        raise UserError(f"every training series of {name} has the label {classes[0]!r}: expected two classes or more")
+    for part in (val, test):
+        unknown = set(part.labels or []) - found
+        if unknown:
+            raise UserError(
+                f"{name}: the label {min(unknown)!r} occurs in no training series: expected it in both splits"
+            )
+    channels = train.series[0].shape[1]
+    other = next((s.shape[1] for s in test.series if s.shape[1] != channels), channels)
+    if other != channels:
+        raise UserError(f"{name}: test series have {other} channels where training series have {channels}")
+    steps = np.concatenate(train.series).astype(np.float64)
+    std = steps.std(0)
+    meta = {
+        "classes": classes,
+        "length": max(len(s) for part in (train, val, test) for s in part.series),
+        "mean": steps.mean(0).tolist(),
+        "std": np.where(std > 1e-8, std, 1.0).tolist(),
+    }
+    sets = []
+    for part in (train, val, test):
+        x, lengths = _padded(part, meta)
+        sets.append(
+            TensorDataset(x, lengths, torch.tensor([classes.index(label) for label in part.labels or []]).long())
+        )
+    options = {"channels": channels, "num_classes": len(classes), "length": meta["length"]}
+    marks = [tensor for dataset in sets for tensor in dataset.tensors]
+    return TaskData(name, sets[0], sets[1], sets[2], fingerprint(*marks), options, meta, about=about)
+
+
+def _padded(
+    collection: Collection, meta: dict[str, Any]
+) -> tuple[Float[Tensor, "batch tokens channels"], Int[Tensor, " batch"]]:
+    """Standardised by the training split's mean and deviation, then padded with zeros."""
+    x = np.zeros((len(collection.series), meta["length"], len(meta["mean"])), dtype=np.float32)
+    for row, values in zip(x, collection.series):
+        row[: len(values)] = (values - np.asarray(meta["mean"])) / np.asarray(meta["std"])
+    return torch.from_numpy(x), torch.tensor([len(values) for values in collection.series]).long()
+
+
+def _check_fits(file: Path, collection: Collection, meta: dict[str, Any]) -> None:
+    channels = collection.series[0].shape[1]
+    if channels != len(meta["mean"]):
+        raise UserError(f"{file}: series of {channels} channels, the model was trained on {len(meta['mean'])}")
+    for name, values in zip(collection.names, collection.series):
+        if len(values) > meta["length"]:
+            raise UserError(
+                f"{file}: series {name} has {len(values)} steps, the model was trained on up to {meta['length']}: "
+                "cut or resample it"
+            )

@@ -1,0 +1,259 @@
+"""The past of a series in, its future out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from provenn.data.dates import continue_dates
+from provenn.data.series import bundled
+from provenn.data.tables import Table, is_number, read_table, write_table
+from provenn.errors import UserError
+from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARES = (0.6, 0.2, 0.2)  # of the rows, in order of time, for training, validation and test
+TIMES = ("", "date", "datetime", "datetime_gmt", "month", "quarter", "time", "timestamp", "year")
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A series that aeon ships: file, columns besides the time that are left out, window, and a sentence."""
+
+    file: str
+    context: int
+    horizon: int
+    about: str
+    without: tuple[str, ...] = ()
+
+
+BUNDLED = {
+    "airline": Bundled("Airline/Airline.csv", 24, 12, "airline passengers a month, 1949 to 1960: 144 rows"),
+    "lynx": Bundled("Lynx/Lynx.csv", 20, 10, "Canadian lynx trapped a year, 1821 to 1934: 114 rows"),
+    "shampoo-sales": Bundled("ShampooSales/ShampooSales.csv", 12, 3, "shampoo sold a month, three years: 36 rows"),
+    "uschange": Bundled(
+        "Uschange/Uschange.csv", 16, 4, "quarterly change of 5 economic figures of the USA: 187 rows", ("",)
+    ),
+    "solar": Bundled("solar/solar.csv", 48, 12, "British solar power each half hour, six days of May 2021: 289 rows"),
+    "daphnet": Bundled(
+        "Daphnet_S06R02E0/S06R02E0.csv",
+        48,
+        12,
+        "nine accelerations of a walking patient, 64 a second: 7040 rows",
+        ("is_anomaly",),
+    ),
+}
+
+
+class Windows(Dataset):
+    """Every (context, horizon) whose horizon lies in rows `first` to `stop` of the standardised series."""
+
+    def __init__(self, values: Float[Tensor, "rows channels"], context: int, horizon: int, first: int, stop: int):
+        self.values, self.context, self.horizon = values, context, horizon
+        self.first = max(first, context)
+        self.count = max(0, stop - horizon - self.first + 1)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        now = self.first + index
+        return self.values[now - self.context : now], self.values[now : now + self.horizon]
+
+
+class SeriesForecasting(Task):
+    """A dataset's items are (past (context, channels), future (horizon, channels)), scaled by the training rows."""
+
+    name = "series-forecasting"
+    metric = "mse"
+    higher_is_better = False
+    embedded = {name: entry.about for name, entry in BUNDLED.items()}  # noqa: RUF012
+    reads = "a CSV with a header, a row a step in order of time, numeric columns, and if you like a date column first"
+
+    def load(
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        context: int | None = None,
+        horizon: int | None = None,
+        **options: Any,
+    ) -> TaskData:
+        """Cut the rows 60 : 20 : 20 in order of time; the future of no window reaches over a cut.
+
+        Args:
+            source: an embedded name or a CSV file.
+            seed: not used; the split is chronological.
+            context, horizon: rows seen and rows to forecast; by default up to 48 and 12, fewer for a short series.
+
+        Raises:
+            UserError: no such data, cells that are no numbers, or too few rows for the windows.
+        """
+        if options:
+            raise UserError(f"{self.name} takes the options context and horizon, not {', '.join(options)}")
+        place = self._named(source)
+        known = BUNDLED.get(source) if place == source and isinstance(source, str) else None
+        file = bundled(known.file) if known else Path(place)
+        columns, values, _ = _read(read_table(file), known.without if known else ())
+        rows = len(values)
+        fitting = (known.context, known.horizon) if known else (min(48, rows // 5), min(12, max(1, rows // 12)))
+        context, horizon = context or fitting[0], horizon or fitting[1]
+        cuts = np.round(np.cumsum(SHARES) * rows).astype(int).tolist()
+        shortest = min(cuts[0] - context, cuts[1] - cuts[0], cuts[2] - cuts[1])
+        if context < 1 or horizon < 1 or shortest < horizon:
+            raise UserError(
+                f"{source} has {rows} rows: too few for a context of {context} and a horizon of {horizon}; "
+                f"training takes the first {cuts[0]}, validation and test {cuts[1] - cuts[0]} and {rows - cuts[1]}"
+            )
+        train = values[: cuts[0]]
+        std = train.std(0)
+        std = np.where(std > 1e-12, std, 1.0)
+        meta = {
+            "columns": columns,
+            "context": context,
+            "horizon": horizon,
+            "mean": train.mean(0).tolist(),
+            "std": std.tolist(),
+        }
+        scaled = torch.from_numpy(((values - train.mean(0)) / std).astype(np.float32))
+        sets = [Windows(scaled, context, horizon, first, stop) for first, stop in zip([0, *cuts], cuts)]
+        built_with = {"channels": len(columns), "context": context, "horizon": horizon}
+        about = known.about if known else "the user's own series"
+        return TaskData(str(source), sets[0], sets[1], sets[2], fingerprint(scaled), built_with, meta, about=about)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        past, future = batch
+        return F.mse_loss(model(past), future)
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """Mean squared and absolute error on the standardised scale, and those of repeating the last value."""
+        sums, count = np.zeros(4), 0
+        for past, future in batches(dataset, batch_size, device_of(model)):
+            for i, forecast in enumerate((model(past), past[:, -1:])):
+                error = forecast - future
+                sums[2 * i : 2 * i + 2] += error.square().sum().item(), error.abs().sum().item()
+            count += future.numel()
+        names = ("mse", "mae", "last_value_mse", "last_value_mae")
+        return dict(zip(names, (sums / count).tolist()))
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        channels = options["channels"]
+        return {
+            "columns": [str(i) for i in range(channels)],
+            "context": options["context"],
+            "horizon": options["horizon"],
+            "mean": [0.0] * channels,
+            "std": [1.0] * channels,
+        }
+
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        """Forecast what follows the last row of each file: a CSV, and beside it a plot."""
+        texts = []
+        for file in inputs:
+            columns, values, times = _read(read_table(file), (), meta["columns"])
+            past = values[-meta["context"] :]
+            if len(past) < meta["context"]:
+                raise UserError(f"{file} has {len(past)} rows: the model looks back over {meta['context']}")
+            mean, std = np.asarray(meta["mean"]), np.asarray(meta["std"])
+            x = torch.from_numpy(((past - mean) / std).astype(np.float32))[None].to(device_of(model))
+            with torch.no_grad():
+                forecast = model(x)[0].double().cpu().numpy() * std + mean
+            dates = None if times is None else continue_dates(times[1], len(forecast))
+            header = times[0] or "time" if times and dates else "step"
+            labels = dates or [str(i) for i in range(1, len(forecast) + 1)]
+            rows = [[label, *row] for label, row in zip(labels, forecast.tolist())]
+            if output is None:
+                shown = "\n".join("  ".join(f"{c:.6g}" if isinstance(c, float) else c for c in row) for row in rows)
+                texts.append("  ".join([header, *columns]) + "\n" + shown)
+                continue
+            several = len(inputs) > 1 or output.is_dir()
+            target = output / f"{file.stem}_forecast.csv" if several else output
+            write_table(target, [header, *columns], rows)
+            _forecast_plot(columns, values[-4 * len(past) :], forecast).savefig(target.with_suffix(".png"), dpi=110)
+            texts.append(f"{file}: {len(rows)} steps, wrote {target} and {target.with_suffix('.png')}")
+        return "\n".join(texts)
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure":
+        """Forecasts of the test rows beside what came, and the error by how far ahead it looks."""
+        from matplotlib.figure import Figure
+
+        test: Any = data.test
+        ahead = test.horizon
+        errors = np.zeros((2, ahead))
+        forecasts = []
+        with torch.no_grad():
+            for past, future in batches(test, 256, device_of(model)):
+                made = model(past)
+                forecasts.append(made[..., 0].cpu())
+                for i, forecast in enumerate((made, past[:, -1:])):
+                    errors[i] += (forecast - future).square().mean(-1).sum(0).cpu().numpy() / len(test)
+        mean, std = data.meta["mean"][0], data.meta["std"][0]
+        lines = torch.cat(forecasts).numpy() * std + mean
+        shown = min(len(test), 10 * ahead)
+        rows = np.arange(test.first - test.context, test.first + shown + ahead - 1)
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+        left.plot(rows, test.values[rows, 0] * std + mean, color="black", linewidth=1.2, label="what came")
+        left.axvline(test.first - 0.5, color="gray", linestyle=":", linewidth=1)
+        for i in range(0, shown, ahead):
+            span = np.arange(test.first + i, test.first + i + ahead)
+            left.plot(span, lines[i], color=f"C{i // ahead % 2}", label="forecasts" if i == 0 else None)
+        left.set(
+            xlabel="row", ylabel=data.meta["columns"][0], title=f"{data.name}: forecasts of {ahead} test rows each"
+        )
+        left.legend()
+        right.plot(range(1, ahead + 1), errors[0], marker="o", label="model")
+        right.plot(range(1, ahead + 1), errors[1], marker="s", color="gray", linestyle="--", label="last value")
+        right.set(xlabel="rows ahead", ylabel="mean squared error, standardised", title="Error by horizon")
+        right.set_ylim(bottom=0)
+        right.legend()
+        right.grid(alpha=0.3)
+        return figure
+
+
+TASK = SeriesForecasting()
+
+
+def _read(
+    table: Table, without: Sequence[str], expected: Sequence[str] | None = None
+) -> tuple[list[str], np.ndarray, tuple[str, list[str]] | None]:
+    """Names and values of the numeric columns, and the time column's name and cells where there is one."""
+    columns = [name for name in table.columns if name not in without]
+    first = table.rows[0][table.columns.index(columns[0])]
+    named_so = columns[0].lower() in TIMES
+    has_time = named_so or (len(columns) > 1 and first != "" and not is_number(first))
+    times = (columns[0], table.column(columns[0])) if has_time else None
+    numeric = columns[1:] if has_time else columns
+    if not numeric:
+        raise UserError(f"{table.file} has no column besides {columns[0]!r}: expected at least one of numbers")
+    if expected is not None and list(expected) != numeric:
+        raise UserError(f"{table.file} has the columns {', '.join(numeric)}: the model knows {', '.join(expected)}")
+    return numeric, table.numbers(numeric), times
+
+
+def _forecast_plot(columns: Sequence[str], past: np.ndarray, forecast: np.ndarray) -> "Figure":
+    from matplotlib.figure import Figure
+
+    shown = min(len(columns), 8)
+    figure = Figure(figsize=(9, 1 + 2.4 * shown), layout="constrained")
+    joined = np.concatenate([past[-1:], forecast])
+    for i, axes in enumerate(np.atleast_1d(figure.subplots(shown, 1, sharex=True))):
+        axes.plot(np.arange(1 - len(past), 1), past[:, i], color="black", linewidth=1.2, label="given")
+        axes.plot(np.arange(len(joined)), joined[:, i], color="C0", marker=".", label="forecast")
+        axes.set_ylabel(columns[i])
+        axes.grid(alpha=0.3)
+        if i == 0:
+            axes.legend(loc="upper left")
+    axes.set_xlabel("rows from the last one given")
+    return figure

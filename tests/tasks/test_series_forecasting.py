@@ -1,0 +1,130 @@
+"""Forecasting: windows without leakage, honest baselines, files in and out."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from provenn.errors import UserError
+from provenn.tasks import Recipe, fit, get_task
+
+TASK = get_task("series-forecasting")
+
+
+class Linear(nn.Module):
+    """One matrix from past to future around the last value, with the interface of the real ones."""
+
+    def __init__(self, channels, context, horizon):
+        super().__init__()
+        self.map = nn.Linear(context, horizon)
+
+    def forward(self, x):
+        last = x[:, -1:]
+        return last + self.map((x - last).transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "channels"),
+    [
+        ("airline", 144, 1),
+        ("lynx", 114, 1),
+        ("shampoo-sales", 36, 1),
+        ("uschange", 187, 5),
+        ("solar", 289, 1),
+        ("daphnet", 7040, 9),
+    ],
+)
+def test_embedded_series(name, rows, channels):
+    data = TASK.load(name)
+    assert data.train.values.shape == (rows, channels) and data.options["channels"] == channels
+    assert min(len(data.train), len(data.val), len(data.test)) >= 4
+    past, future = data.test[len(data.test) - 1]
+    assert past.shape == (data.options["context"], channels) and future.shape == (data.options["horizon"], channels)
+    assert torch.equal(future[-1], data.test.values[-1])
+
+
+def test_no_target_is_seen_in_training_and_no_scale_looks_ahead(tmp_path):
+    """The values are the row numbers, so that every window shows where it comes from."""
+    (tmp_path / "rows.csv").write_text("x\n" + "".join(f"{i}\n" for i in range(100)))
+    data = TASK.load(tmp_path / "rows.csv", context=7, horizon=3)
+    mean, std = data.meta["mean"][0], data.meta["std"][0]
+    assert mean == pytest.approx(np.arange(60).mean()) and std == pytest.approx(np.arange(60).std())
+    seen = [
+        {round(float(v) * std + mean) for i in range(len(part)) for v in part[i][1]}
+        for part in (data.train, data.val, data.test)
+    ]
+    assert seen == [set(range(7, 60)), set(range(60, 80)), set(range(80, 100))]
+    past, future = data.val[0]
+    assert (past.flatten() * std + mean).round().tolist() == list(range(53, 60)), "a context may be known rows"
+    assert (future.flatten() * std + mean).round().tolist() == [60, 61, 62]
+
+
+def test_the_last_value_is_a_baseline_and_batches_do_not_matter():
+    data = TASK.load("airline")
+    model = Linear(**data.options).eval()
+    nn.init.zeros_(model.map.weight)
+    nn.init.zeros_(model.map.bias)
+    metrics = TASK.evaluate(model, data.test)
+    assert metrics["mse"] == pytest.approx(metrics["last_value_mse"], rel=1e-6)
+    assert metrics["mae"] == pytest.approx(metrics["last_value_mae"], rel=1e-6)
+    assert TASK.evaluate(model, data.test, 1) == pytest.approx(metrics, rel=1e-5)
+
+
+def test_learns_the_season_of_airline():
+    data = TASK.load("airline")
+    result = fit(lambda: Linear(**data.options), TASK, data, Recipe(epochs=60, batch_size=16, lr=0.01))
+    assert result.metrics["mse"] < 0.5 * result.metrics["last_value_mse"]
+    assert TASK.picture(result.model, data).axes
+
+
+def test_forecast_goes_on_from_the_last_row(tmp_path):
+    """A model that repeats the last value shows scale, order and dates."""
+    file, out = tmp_path / "mine.csv", tmp_path / "new" / "forecast.csv"
+    lines = ["Month,sales,cost", *(f"2023-{i % 12 + 1:02d}-01,{100 + i},{-i}" for i in range(12))]
+    file.write_text("\n".join(lines) + "\n")
+    meta = TASK.default_meta({"channels": 2, "context": 5, "horizon": 2})
+    meta |= {"columns": ["sales", "cost"], "mean": [50.0, 3.0], "std": [7.0, 2.0]}
+    model = Linear(2, 5, 2)
+    nn.init.zeros_(model.map.weight)
+    nn.init.zeros_(model.map.bias)
+    assert "forecast.csv" in TASK.predict(model, meta, [file], out)
+    rows = list(csv.reader(out.open()))
+    assert rows == [["Month", "sales", "cost"], ["2024-01-01", "111", "-11"], ["2024-02-01", "111", "-11"]]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "2024-02-01  111  -11" in TASK.predict(model, meta, [file], None)
+    TASK.predict(model, meta, [file, file], tmp_path / "many")
+    assert (tmp_path / "many" / "mine_forecast.csv").exists()
+
+
+def test_prediction_refuses_other_columns_and_a_short_past(tmp_path):
+    meta = TASK.default_meta({"channels": 1, "context": 5, "horizon": 2})
+    (tmp_path / "a.csv").write_text("x\n1\n2\n")
+    with pytest.raises(UserError, match="has the columns x: the model knows 0"):
+        TASK.predict(Linear(1, 5, 2), meta, [tmp_path / "a.csv"], None)
+    with pytest.raises(UserError, match="has 2 rows: the model looks back over 5"):
+        TASK.predict(Linear(1, 5, 2), meta | {"columns": ["x"]}, [tmp_path / "a.csv"], None)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("date,x\n2020-01-01,1\n2020-01-02,\n", "row 3, column 'x' is empty"),
+        ("date,x\n2020-01-01,1\n2020-01-02,nan\n", "row 3, column 'x' is nan"),
+        ("x,y\n1,2\n1,low\n", "row 3, column 'y': expected a number, got 'low'"),
+        ("date\n2020-01-01\n", "no column besides 'date'"),
+        ("x\n1\n2\n3\n", "has 3 rows: too few"),
+        ("x,y\n1\n", "row 2 has 1 cells where the header has 2"),
+    ],
+)
+def test_bad_series_are_refused_in_one_line(tmp_path, content, says):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=says) as error:
+        TASK.load(tmp_path / "a.csv")
+    assert "\n" not in str(error.value)
+
+
+def test_windows_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="144 rows: too few for a context of 24 and a horizon of 40"):
+        TASK.load("airline", horizon=40)
