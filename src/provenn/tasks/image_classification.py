@@ -1,7 +1,5 @@
 """Images to classes: one label for each image."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from provenn import progress
 from provenn.data.images import images_in, read_image, size_of
+from provenn.data.tables import write_table
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, device_of, fingerprint, split_indices
 
@@ -96,12 +95,11 @@ class ImageClassification(Task):
             ]
         classes = meta["classes"]
         if output is not None:
-            table = io.StringIO()
-            writer = csv.writer(table)
-            writer.writerow(["file", "label", *classes])
-            for file, row in zip(files, probabilities, strict=True):
-                writer.writerow([file, classes[int(row.argmax())], *(f"{p:.6g}" for p in row.tolist())])
-            output.write_text(table.getvalue(), encoding="utf-8")
+            rows = [
+                [str(file), classes[int(row.argmax())], *row.tolist()]
+                for file, row in zip(files, probabilities, strict=True)
+            ]
+            write_table(output, ["file", "label", *classes], rows)
         return "\n".join(
             f"{file}: " + ", ".join(f"{classes[i]} {p:.1%}" for p, i in zip(*map(Tensor.tolist, row.topk(_shown(row)))))
             for file, row in zip(files, probabilities, strict=True)

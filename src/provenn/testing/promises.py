@@ -225,7 +225,8 @@ def _reach_parameters(subject: Subject) -> None:
 def _keep_gradients_finite(subject: Subject) -> None:
     """Output and gradients are finite for usual, for zero and (of a mechanism) for large inputs."""
     for scale in (1.0, 0.0, *([1e3] if subject.slot else [])):
-        module, inputs = subject.build().train(), _cast(subject.inputs(), lambda x, scale=scale: x * scale)
+        module, factor = subject.build().train(), torch.tensor(scale)
+        inputs = _cast(subject.inputs(), factor.mul)
         _backward(module, inputs)
         bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         bad += ["the input" for x in inputs if x.grad is not None and not x.grad.isfinite().all()]
