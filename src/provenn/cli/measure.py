@@ -121,7 +121,7 @@ def _measure(
         terminal = console.console()
         for card in papers:
             mine = [record for record in records if record.paper == card.slug]
-            terminal.print("", console.claims(mine, console.escape(card.title)))
+            terminal.print("", console.claims(mine, console.escape(card.title)), f"[bold]{view.tally(mine)}[/]")
             if detailed:
                 for record in mine:
                     for grid in console.details(record.measurement):
