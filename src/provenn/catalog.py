@@ -35,6 +35,9 @@ class Figure(Facts):
     source: str
     what: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.value:.15g} {self.unit or self.what}".strip() + f" ({self.source})"
+
 
 class Region(Facts):
     """The set of effects that prove a claim: open above or below a bound, or closed within two."""
@@ -68,6 +71,13 @@ class Mechanism(Facts):
     summary: str = ""
 
 
+class Example(Facts):
+    """An input for the common checks: normal noise, or integers from 0 to `below` (exclusive)."""
+
+    shape: list[int]
+    below: int | None = None
+
+
 class Preset(Facts):
     """A system of the paper, with what was published of it."""
 
@@ -75,11 +85,19 @@ class Preset(Facts):
     build: str
     task: str | None = None
     options: dict[str, Any] = {}
-    input: list[int] | None = None
+    input: list[Example] = []
     published: list[Figure] = []
     recipe: dict[str, Any] = {}
+    cannot: dict[str, str] = {}
     data: str | None = None
     summary: str = ""
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def one_input(cls, given: Any) -> Any:
+        """A list of numbers is the shape of the only input."""
+        plain = isinstance(given, list) and all(isinstance(size, int) for size in given)
+        return [{"shape": given}] if plain and given else given
 
 
 class Claim(Facts):
@@ -120,6 +138,12 @@ class Card(Facts):
         if len(set(names)) < len(names):
             raise ValueError(f"named twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
         return entries
+
+    @property
+    def tasks(self) -> list[str]:
+        """What kinds of work its systems do."""
+        named = [self.task, *(preset.task for preset in self.presets)]
+        return list(dict.fromkeys(task for task in named if task is not None))
 
     def claim(self, name: str) -> Claim:
         return _named(self.claims, name, "claim", self.slug, "id")
@@ -165,10 +189,11 @@ def _named(entries: list, name: str, what: str, slug: str, key: str = "name") ->
         if getattr(entry, key) == name:
             return entry
     names = [getattr(entry, key) for entry in entries]
-    raise UserError(f"{slug} has no {what} {name!r}{_meant(name, names)}; it has: {_listed(names)}")
+    raise UserError(f"{slug} has no {what} {name!r}{meant(name, names)}; it has: {_listed(names)}")
 
 
-def _meant(name: str, names: Iterable[str]) -> str:
+def meant(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a name that does not exist: the nearest that does."""
     import difflib
 
     close = difflib.get_close_matches(name, list(names), n=1)
@@ -182,6 +207,8 @@ def read_card(folder: Path, package: str) -> Card:
         facts = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     try:
         return Card(slug=folder.name, package=package, folder=folder, **facts)
     except ValidationError as error:
@@ -197,7 +224,10 @@ def _folders() -> Iterator[tuple[Path, str]]:
     for file in sorted(own.glob("*/paper.toml")):
         yield file.parent, f"provenn.papers.{file.parent.name}"
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        spec = importlib.util.find_spec(entry.value)
+        try:
+            spec = importlib.util.find_spec(entry.value)
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"entry point {entry.name!r} of {ENTRY_POINT_GROUP} names no package: {entry.value}")
         yield Path(spec.submodule_search_locations[0]), entry.value
@@ -221,7 +251,7 @@ def card(slug: str) -> Card:
     name = slug.lower().replace("-", "_")
     if name in known:
         return known[name]
-    raise UserError(f"no paper is called {slug!r}{_meant(name, known)}; `provenn list` names them all")
+    raise UserError(f"no paper is called {slug!r}{meant(name, known)}; `provenn list` names them all")
 
 
 def _within_one_edit(word: str, other: str) -> bool:
@@ -258,8 +288,7 @@ def search(query: str = "", task: str | None = None, slot: str | None = None) ->
     """
     found = []
     for paper in cards().values():
-        tasks = {paper.task, *(preset.task for preset in paper.presets)}
-        if (task and task not in tasks) or (slot and slot not in {m.slot for m in paper.mechanisms}):
+        if (task and task not in paper.tasks) or (slot and slot not in {m.slot for m in paper.mechanisms}):
             continue
         fields = [
             (4.0, f"{paper.slug} {paper.title} {paper.arxiv or ''}"),

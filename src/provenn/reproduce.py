@@ -1,8 +1,10 @@
 """Measures a paper's claims, one record each, written as each ends."""
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 from provenn import progress
 from provenn.catalog import Card, Claim
@@ -19,7 +21,7 @@ def reproduce(
     card: Card,
     *,
     claims: Sequence[str] | None = None,
-    budget: Budget = "small",
+    budget: str = "small",
     seeds: int | Sequence[int] = 3,
     device: str = "auto",
     out: str | Path = "runs/latest",
@@ -50,14 +52,14 @@ def reproduce(
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     wanted = [card.claim(name) for name in claims] if claims else card.claims
     device = choose_device(device)
-    functions = measuring_functions(card.resolve_module("claims")) if card.has("claims") else {}
-
     folder = Path(out)
     check_writable(folder)
     earlier, trouble = Ledger.read(folder / f"{card.slug}.json")
     if trouble:
         tell(trouble)
-    run = Run(card.slug, folder, budget=budget, seeds=chosen_seeds, device=device, ledger=earlier, reuse=resume)
+    size = cast(Budget, budget)
+    run = Run(card.slug, folder, budget=size, seeds=chosen_seeds, device=device, ledger=earlier, reuse=resume)
+    run.ledger.records = [r for r in run.ledger.records if r.claim in {claim.id for claim in card.claims}]
     environment = here(device)
     records = []
     with progress.bar(card.slug, len(wanted)) as advance:
@@ -65,7 +67,7 @@ def reproduce(
             advance(0, f"{card.slug}: {claim.id}")
             kept = run.ledger.record(claim.id) if resume else None
             if kept is None or not _still_good(kept, run, claim, environment):
-                kept = _measure(run, claim, functions.get(claim.id), environment)
+                kept = _measure(run, card, claim, environment)
                 run.ledger.put(kept)
                 run.ledger.write(run.file)
             records.append(kept)
@@ -74,25 +76,40 @@ def reproduce(
     return records
 
 
-def _measure(run: Run, claim: Claim, function: Callable | None, environment: Environment) -> Record:
-    start = time.perf_counter()
-    if claim.needs is not None or function is None:
-        measurement = Measurement.not_measured(claim.needs or "a function that measures it")
-    else:
-        measurement = function(run)
+def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Record:
+    start, spared = time.perf_counter(), run.spared
+    try:
+        function = _function(card, claim)
+        needs = claim.needs or "a function that measures it"
+        measurement = Measurement.not_measured(needs) if function is None else function(run)
+    except Exception as error:  # one claim's trouble must not cost the others their work
+        measurement = Measurement.failure(error)
+        with (run.out / f"{run.paper}.errors.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{claim.id}\n{traceback.format_exc()}\n")
     return Record.of(
         run.paper,
         claim,
         measurement,
         budget=run.budget,
         environment=environment,
-        wall_seconds=round(time.perf_counter() - start, 3),
+        wall_seconds=round(time.perf_counter() - start + run.spared - spared, 3),
         peak_memory_bytes=peak_memory(run.device),
     )
 
 
+def _function(card: Card, claim: Claim) -> Callable[[Run], Measurement] | None:
+    if claim.needs is not None or not card.has("claims"):
+        return None
+    return measuring_functions(card.resolve_module("claims")).get(claim.id)
+
+
 def _still_good(record: Record, run: Run, claim: Claim, environment: Environment) -> bool:
-    """A record may stand for a new measurement only where claim, budget, seeds and versions are the same."""
+    """A record may stand for a new measurement only where claim, budget, seeds and versions are the same.
+
+    What was not measured is tried again: what it needed may be there by now.
+    """
+    if record.measurement.needs or record.measurement.failed:
+        return False
     same_seeds = not record.measurement.seeds or tuple(record.measurement.seeds) == run.seeds
     again = Record.of(run.paper, claim, record.measurement, budget=run.budget, environment=environment)
     facts = ("says", "published", "expects", "verdict", "budget")

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from provenn.data.resize import bicubic
 from provenn.errors import UserError
-from provenn.nn.padding import PadToMultiple, mirror_pad
 from provenn.papers import craft
 from provenn.papers.craft import HFB, HFERB, SRWAB, PositionBias, official
 from provenn.papers.craft.layers import windows_without_wrap
@@ -60,36 +58,6 @@ def test_output_is_scale_times_larger(scale):
 def test_the_core_refuses_other_sizes(size):
     with pytest.raises(ValueError, match=f"multiples of 16, got {size[0]}×{size[1]}"):
         craft.craft_small()(torch.rand(1, 3, *size))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 37), (16, 16), (33, 31)])
-@pytest.mark.parametrize("mode", ["symmetric", "reflect"])
-def test_padding_takes_any_size(size, mode):
-    model = PadToMultiple(craft.craft_small().eval(), 16, 2, mode=mode)
-    assert model(torch.rand(1, 3, *size)).shape == (1, 3, 2 * size[0], 2 * size[1])
-
-
-def test_padding_leaves_whole_multiples_alone_unless_asked():
-    model = craft.craft_small().eval()
-    x = torch.rand(1, 3, 32, 16)
-    assert torch.equal(PadToMultiple(model, 16, 2)(x), model(x))
-    padded = mirror_pad(x, 16, 16)
-    assert padded.shape == (1, 3, 48, 32)
-    assert torch.equal(PadToMultiple(model, 16, 2, always=True)(x), model(padded)[..., :64, :32])
-
-
-@given(st.integers(1, 9), st.integers(0, 30))
-@settings(max_examples=30, deadline=None)
-def test_mirror_padding_continues_by_reflection(size, extra):
-    x = torch.arange(size).float()[None, None, :, None]
-    symmetric = mirror_pad(x, extra, 0)[0, 0, :, 0]
-    assert torch.equal(symmetric[:size], x[0, 0, :, 0])
-    assert (symmetric.diff().abs() <= 1).all()
-    once = min(extra, size)
-    assert torch.equal(symmetric[size : size + once], x[0, 0, :, 0].flip(0)[:once])
-    if 0 < extra < size:
-        reflected = nn.functional.pad(x, (0, 0, 0, extra), mode="reflect")
-        assert torch.equal(mirror_pad(x, extra, 0, "reflect"), reflected)
 
 
 def test_published_position_bias_is_the_same_for_every_offset():
@@ -182,7 +150,7 @@ def test_rolling_by_whole_windows_commutes(shifted):
     )
 
 
-def test_both_window_shapes_in_one_call_equal_one_call_each():
+def test_attention_equals_its_definition_window_by_window():
     """The definition: roll, cut, softmax(q kᵀ/√d) v, paste, roll back, for each half by itself."""
     attention = craft.RectangleWindowAttention(24, 6, shifted=True)
     qkv = torch.randn(2, 32, 16, 72)
@@ -255,11 +223,13 @@ def test_blocks_keep_gradients_right():
 
 
 def test_without_an_upsampler_the_output_is_the_mean_colour():
-    model = craft.craft_small()
-    nn.init.zeros_(model.upsample[0].weight)
-    nn.init.zeros_(model.upsample[0].bias)
-    y = model(torch.rand(1, 3, 16, 16))
-    torch.testing.assert_close(y, model.mean.expand_as(y))
+    model, over = craft.craft_small(over_bicubic=False), craft.craft_small()
+    for module in (model, over):
+        nn.init.zeros_(module.upsample[0].weight)
+        nn.init.zeros_(module.upsample[0].bias)
+    x = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(model(x), model.mean.expand(1, 3, 32, 32))
+    torch.testing.assert_close(over(x)[..., 4:-4, 4:-4], bicubic(x, (32, 32))[..., 4:-4, 4:-4])
 
 
 def macs(model: nn.Module, height: int, width: int) -> int:
@@ -307,8 +277,6 @@ def test_official_names_cover_every_parameter():
         (lambda: HFERB(7), "dim must be even"),
         (lambda: HFB(48, 5), "heads must divide"),
         (lambda: craft.CRAFT(0), "scale must be"),
-        (lambda: mirror_pad(torch.rand(1, 1, 2, 2), 1, 1, "wrap"), "'symmetric'"),
-        (lambda: PadToMultiple(nn.Identity(), 0), "at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(make, message):

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from provenn.evidence.interval import Interval, paired_difference, paired_ratio
+from provenn.errors import UserError
+from provenn.evidence.interval import Interval, Number, paired_difference, paired_ratio
 
 
 class Part(BaseModel):
@@ -66,13 +67,14 @@ class Measurement(Part):
     fingerprint: str = ""
     at_paper_setting: bool = False
     needs: str | None = None
+    failed: str | None = None
     note: str = ""
     series: list[Series] = []
     tables: list[Table] = []
     pictures: list[Picture] = []
 
     @classmethod
-    def exact(cls, value: float, unit: str = "", **more: Any) -> "Measurement":
+    def exact(cls, value: Number, unit: str = "", **more: Any) -> "Measurement":
         """A count or an identity's error: no uncertainty."""
         number = float(value)
         method = "exact"
@@ -96,7 +98,7 @@ class Measurement(Part):
 
     @classmethod
     def paired(
-        cls, system: Sequence[float], baseline: Sequence[float], *, seeds: Sequence[int], unit: str = "", **more: Any
+        cls, system: Sequence[Number], baseline: Sequence[Number], *, seeds: Sequence[int], unit: str = "", **more: Any
     ) -> "Measurement":
         """System against baseline over seeds: the mean difference."""
         interval, method = paired_difference(system, baseline)
@@ -118,8 +120,8 @@ class Measurement(Part):
     @classmethod
     def ratio(
         cls,
-        system: Sequence[float],
-        baseline: Sequence[float],
+        system: Sequence[Number],
+        baseline: Sequence[Number],
         *,
         unit: str = "",
         seeds: Sequence[int] = (),
@@ -143,7 +145,7 @@ class Measurement(Part):
 
     @classmethod
     def figure(
-        cls, value: float, interval: Interval | None, *, method: str, unit: str = "", **more: Any
+        cls, value: Number, interval: Interval | None, *, method: str, unit: str = "", **more: Any
     ) -> "Measurement":
         """A figure with an interval of its own, such as a fitted exponent."""
         return cls(effect=float(value), interval=interval, method=method, value=float(value), unit=unit, **more)
@@ -152,3 +154,9 @@ class Measurement(Part):
     def not_measured(cls, needs: str) -> "Measurement":
         """Could not be measured here; says what it needs."""
         return cls(needs=needs)
+
+    @classmethod
+    def failure(cls, error: Exception) -> "Measurement":
+        """The measuring function raised; says what, in one line."""
+        words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return cls(failed=" ".join(words.split())[:300])

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from provenn.catalog import Claim
+from provenn.errors import UserError
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
 
@@ -65,7 +66,6 @@ class Record(BaseModel):
     ) -> "Record":
         verdict, reason = decide(claim, measurement, budget=budget)
         region = region_of(claim, measurement)
-        figure = claim.published
         return cls(
             paper=paper,
             claim=claim.id,
@@ -73,7 +73,7 @@ class Record(BaseModel):
             origin=claim.origin,
             says=claim.says,
             budget=budget,
-            published="" if figure is None else f"{figure.value:.15g} {figure.unit}".strip() + f" ({figure.source})",
+            published=str(claim.published or ""),
             expects="" if region is None else str(region),
             measurement=measurement,
             verdict=verdict,
@@ -121,14 +121,18 @@ class Ledger(BaseModel):
         if not file.exists():
             return None, ""
         try:
-            ledger = cls.model_validate_json(file.read_bytes())
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}; choose another folder with --out") from None
+        try:
+            ledger = cls.model_validate_json(content)
             if ledger.schema_version > SCHEMA_VERSION:
                 raise ValueError(f"written by a newer provenn (schema {ledger.schema_version})")
             return ledger, ""
-        except (ValidationError, ValueError) as error:
+        except ValueError as error:
             aside = file.with_name(f"{file.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
             os.replace(file, aside)
-            reason = str(error).splitlines()[0]
+            reason = _reason(error)
             return None, f"{file} is no record that can be read ({reason}); it was moved to {aside.name}"
 
     def write(self, file: Path) -> None:
@@ -136,10 +140,22 @@ class Ledger(BaseModel):
 
     def put(self, record: Record) -> None:
         """Add a record in the place of an older one of the same claim."""
-        self.records = [r for r in self.records if r.claim != record.claim] + [record]
+        claims = [r.claim for r in self.records]
+        if record.claim in claims:
+            self.records[claims.index(record.claim)] = record
+        else:
+            self.records.append(record)
 
     def record(self, claim: str) -> Record | None:
         return next((r for r in self.records if r.claim == claim), None)
+
+
+def _reason(error: ValueError) -> str:
+    """Where and why, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0]
+    first = error.errors()[0]
+    return ": ".join([*([".".join(str(part) for part in first["loc"])] if first["loc"] else []), first["msg"]])
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -159,13 +175,13 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON gives it back: tuples become lists, numpy numbers become Python's."""
+    """The value as JSON gives it back: tuples become lists, arrays and numpy numbers Python's."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return json.loads(json.dumps(value, default=str))

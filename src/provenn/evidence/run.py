@@ -43,6 +43,7 @@ class Run:
         self.paper, self.out, self.budget, self.seeds, self.device = paper, Path(out), budget, tuple(seeds), device
         self.ledger = ledger or Ledger(paper=paper)
         self._known = list(self.ledger.trials) if reuse else []
+        self.spared = 0.0  # seconds that known trials took when they were run
 
     @property
     def smoke(self) -> bool:
@@ -73,6 +74,7 @@ class Run:
         question = Trial.question(name, seed, f"{self.budget} on {self.device}", plain(setting))
         for trial in self._known:
             if trial.key == question:
+                self.spared += trial.seconds
                 return trial.value
         start = time.perf_counter()
         value = plain(function())

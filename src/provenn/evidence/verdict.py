@@ -57,6 +57,8 @@ def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> 
     direction holds: the interval lies wholly where the claim says; not reproduced: wholly elsewhere;
     inconclusive: across the edge.
     """
+    if measurement.failed:
+        return Verdict.NOT_MEASURED, f"the measurement failed: {measurement.failed}"
     if measurement.needs:
         return Verdict.NOT_MEASURED, f"needs {measurement.needs}"
     if claim.kind != "exact" and budget == "smoke":
@@ -68,6 +70,8 @@ def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> 
         missing = "a region in paper.toml" if region is None else "more than one value"
         return Verdict.NOT_MEASURED, f"needs {missing}"
     verdict = place(measurement.interval, region)
+    if claim.kind == "exact" and verdict is Verdict.INCONCLUSIVE and measurement.interval[0] == measurement.interval[1]:
+        verdict = Verdict.NOT_REPRODUCED  # on the bound of an open region: without uncertainty that is outside
     if verdict is not Verdict.DIRECTION_HOLDS:
         return verdict, ""
     if claim.kind == "exact" or (measurement.at_paper_setting and _met(claim, measurement)):

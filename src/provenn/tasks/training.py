@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import sys
 import time
 import warnings
@@ -220,10 +221,9 @@ def fit(
         module = _module_class()(model, task, recipe, seed, steps, steps_per_epoch)
         start = time.perf_counter()
         going_on = str(checkpoint) if resume and checkpoint is not None and checkpoint.exists() else None
-        trainer.fit(module, loader, ckpt_path=going_on, weights_only=True)
+        with _plain_interrupt(trainer):
+            trainer.fit(module, loader, ckpt_path=going_on, weights_only=True)
         seconds = time.perf_counter() - start
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     model = module.model.to(device)
     history.restore_best(model)
     model.eval()
@@ -248,6 +248,19 @@ def _lightning() -> Any:
         import lightning
         import lightning.pytorch.callbacks
     return lightning
+
+
+@contextmanager
+def _plain_interrupt(trainer: Any) -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, where Lightning would leave the process and ignore the signal ever after."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+    if trainer.interrupted:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -335,7 +348,7 @@ def _history_class() -> type:
                 metrics = self.task.evaluate(module.model, self.data.val) if len(self.data.val) else {}  # type: ignore
             module.model.train()
             loss = torch.stack(self.losses).mean().item()
-            self.curve.append({"epoch": trainer.current_epoch + 1, "train_loss": loss, **metrics})
+            self.curve.append({"epoch": float(trainer.current_epoch + 1), "train_loss": loss, **metrics})
             if self.recipe.patience is not None and metrics:
                 self._stop_early(trainer, module, metrics[self.task.metric], self.recipe.patience)
 

@@ -1,4 +1,4 @@
-"""The promises that every paper keeps, as functions anyone can call on their own mechanism."""
+"""Noise that depends on names alone, so that two code bases can hold the same weights."""
 
 import math
 import zlib

@@ -1,0 +1,163 @@
+"""The application, the options that several verbs share, and how errors reach the user."""
+
+import errno
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from provenn import catalog
+from provenn.errors import UserError
+
+app = typer.Typer(
+    help="Papers that run, claims that are checked.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# typer carries its own click from some version on; what a usage error is, both tell by this class.
+UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+INTERRUPTED = 130
+_typed: list[str] = []
+
+
+def slugs(incomplete: str) -> list[tuple[str, str]]:
+    return [(slug, card.title) for slug, card in catalog.cards().items() if slug.startswith(incomplete)]
+
+
+def of_the_paper(attribute: str, key: str) -> Callable[[Any, str], list[str]]:
+    """Completes the names of a list on the card of the paper that stands on the command line; of all, without one."""
+
+    def complete(ctx: Any, incomplete: str) -> list[str]:
+        named = ctx.params.get("slug") or ctx.params.get("slugs") or ()
+        named = [named] if isinstance(named, str) else named
+        papers = [card for slug, card in catalog.cards().items() if not named or slug in named]
+        found = {getattr(entry, key) for card in papers for entry in getattr(card, attribute)}
+        return sorted(name for name in found if name.startswith(incomplete))
+
+    return complete
+
+
+def tasks(incomplete: str) -> list[str]:
+    found = {task for card in catalog.cards().values() for task in card.tasks}
+    return sorted(task for task in found if task.startswith(incomplete))
+
+
+def budgets(incomplete: str) -> list[tuple[str, str]]:
+    known = {
+        "smoke": "seconds: the path works, no verdict",
+        "small": "minutes on two cores, embedded data",
+        "paper": "the paper's own data and size",
+    }
+    return [(name, what) for name, what in known.items() if name.startswith(incomplete)]
+
+
+def devices(incomplete: str) -> list[str]:
+    return [name for name in ("auto", "cpu", "cuda", "mps") if name.startswith(incomplete)]
+
+
+Slug = Annotated[str, typer.Argument(help="The paper, as `provenn list` calls it.", autocompletion=slugs)]
+Preset = Annotated[
+    str | None, typer.Option(help="The system; by default the first.", autocompletion=of_the_paper("presets", "name"))
+]
+Task = Annotated[str | None, typer.Option(help="Only this kind of work.", autocompletion=tasks)]
+Slot = Annotated[str | None, typer.Option(help="Only this slot.", autocompletion=of_the_paper("mechanisms", "slot"))]
+Budget = Annotated[
+    str, typer.Option(help="smoke (seconds), small (minutes) or paper (its own size).", autocompletion=budgets)
+]
+Seeds = Annotated[int, typer.Option(help="How many; a verdict on quality needs 3.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps or a torch device.", autocompletion=devices)]
+Out = Annotated[Path, typer.Option(help="Folder of the records and the report.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run in the same folder stopped.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 if a claim is not reproduced.")]
+Json = Annotated[bool, typer.Option("--json", help="For machines, on stdout.")]
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        from provenn import __version__
+
+        print(f"provenn {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def provenn(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
+    """Papers that run, claims that are checked."""
+
+
+def command(resume: bool = False) -> str:
+    """What the user typed, to be typed again; to go on from there, or to measure anew."""
+    words = [word for word in _typed if word != "--resume"]
+    return shlex.join(["provenn", *words, *(["--resume"] if resume else [])])
+
+
+def tell(message: str) -> None:
+    """A message beside the output proper: on stderr, so that stdout can be piped."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def resumable(kept: Callable[[], bool]) -> Iterator[None]:
+    """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept():
+            tell(f"provenn: interrupted; what has ended is kept. Go on with: {command(resume=True)}")
+        else:
+            tell("provenn: interrupted before anything had ended; there is nothing to resume")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 done, 1 a claim is not reproduced, 2 bad input, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _typed[:] = given
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console without ✔ shows a question mark
+    try:
+        code: Any = app(given, prog_name="provenn", standalone_mode=False)
+        sys.stdout.flush()
+    except UserError as error:
+        return _refuse(str(error))
+    except UsageProblem as error:
+        return _refuse(error.format_message() + f" (see: {_help(given)})")  # type: ignore[attr-defined]
+    except BrokenPipeError:
+        return _closed_pipe()
+    except OSError as error:
+        if error.errno not in FULL_OR_READ_ONLY:
+            raise
+        return _refuse(f"{error.filename or 'writing'}: {error.strerror}")
+    except SystemExit as error:
+        return _closed_pipe() if error.code == 1 else int(error.code or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    tell("provenn: " + " ".join(message.split()))
+    return 2
+
+
+def _help(given: Sequence[str]) -> str:
+    verbs = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    return " ".join(["provenn", *(word for word in given[:1] if word in verbs), "--help"])
+
+
+def _closed_pipe() -> int:
+    """Whoever read our output has gone (`provenn list | head`): leave quietly, as SIGPIPE would."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141

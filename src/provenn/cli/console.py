@@ -1,0 +1,81 @@
+"""Tables and colours of the terminal."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from provenn.evidence import view
+from provenn.evidence.measurement import Measurement
+from provenn.evidence.record import Record
+from provenn.evidence.verdict import Verdict
+
+PIPED_WIDTH = 200
+COLOURS = {
+    Verdict.REPRODUCED: "green",
+    Verdict.DIRECTION_HOLDS: "cyan",
+    Verdict.INCONCLUSIVE: "yellow",
+    Verdict.NOT_REPRODUCED: "red",
+    Verdict.NOT_MEASURED: "bright_black",
+}
+
+
+def console() -> Console:
+    """Stdout, with room for long lines where no terminal folds them."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def machine(value: Any) -> None:
+    """JSON on stdout; what JSON has no number for (infinity, not a number) is null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
+    """A plain table; the cells may hold rich markup."""
+    grid = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in grid.columns:
+        column.overflow = "fold"
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def verdict(which: Verdict) -> str:
+    return f"[{COLOURS[which]}]{view.SYMBOLS[which]} {which}[/]"
+
+
+def claims(records: Iterable[Record], title: str = "") -> Table:
+    """What a paper says, what it published, what we measured, and the verdict."""
+    rows = [
+        (
+            f"[bold]{record.claim}[/]\n{escape(record.says)}",
+            escape(view.theirs(record)),
+            escape(view.ours(record.measurement)),
+            verdict(record.verdict) + (f"\n[dim]{escape(record.reason)}[/]" if record.reason else ""),
+        )
+        for record in records
+    ]
+    grid = table(("claim", "the paper's figure", "ours, with its 95 % interval", "verdict"), rows, title)
+    grid.show_lines, grid.padding = False, (0, 3, 1, 0)
+    return grid
+
+
+def details(measurement: Measurement) -> Iterator[Table]:
+    """The tables of a measurement, and the numbers of its plots."""
+    drawn = [view.table_of(name or lines[0].y_label, lines) for name, lines in view.plots(measurement).items()]
+    for own in [*measurement.tables, *drawn]:
+        rows = [[escape(view.cell(value)) for value in row] for row in own.rows]
+        yield table([escape(column) for column in own.columns], rows, escape(own.caption))

@@ -1,0 +1,99 @@
+"""What this machine can run, and what is missing."""
+
+import importlib.util
+from typing import Annotated, Any
+
+import typer
+
+from provenn import progress
+from provenn.cli.app import Json, app
+
+EXTRAS = {"aeon": "series", "gymnasium": "series", "transformers": "hf"}
+PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "skimage", "safetensors", "matplotlib")
+
+
+@app.command()
+def doctor(
+    json: Json = False,
+    data: Annotated[bool, typer.Option("--data/--no-data", help="Load every embedded data set too.")] = True,
+) -> None:
+    """What this machine can run, and what is missing."""
+    from provenn.cli import console
+
+    with progress.shown():
+        found = {"versions": _versions(), "machine": _machine(), "extras": _extras(), "data": _data() if data else {}}
+    if json:
+        console.machine(found)
+        return
+    terminal = console.console()
+    for title in ("versions", "machine"):
+        terminal.print(console.table((title, ""), [(k, console.escape(str(v))) for k, v in found[title].items()]), "")
+    rows = [(name, _sign(not more), more or "present") for name, more in found["extras"].items()]
+    terminal.print(console.table(("extra", "", ""), rows), "")
+    rows = [(name, _sign(entry["loads"]), console.escape(entry["about"])) for name, entry in found["data"].items()]
+    if rows:
+        terminal.print(console.table(("embedded data", "", ""), rows))
+
+
+def _sign(good: bool) -> str:
+    return "[green]✔[/]" if good else "[yellow]–[/]"
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import packages_distributions, version
+
+    from provenn import __version__
+
+    homes = packages_distributions()
+    found = {name: version(homes[name][0]) if name in homes else "missing" for name in PACKAGES}
+    return {"provenn": __version__, "python": platform.python_version(), "system": platform.platform(), **found}
+
+
+def _machine() -> dict[str, Any]:
+    import os
+
+    import torch
+
+    from provenn.evidence.record import here
+    from provenn.reproduce import choose_device
+
+    best = choose_device("auto")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    found: dict[str, Any] = {
+        "device": here(best).device,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
+    }
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB"
+    if best == "cpu":
+        found["without a GPU"] = "all at budget small runs; claims that need a GPU are not measured"
+    return found
+
+
+def _extras() -> dict[str, str]:
+    """Each optional package, and what adds it where it is missing."""
+    return {
+        package: "" if importlib.util.find_spec(package) else f"missing: pip install 'provenn[{extra}]'"
+        for package, extra in EXTRAS.items()
+    }
+
+
+def _data() -> dict[str, dict[str, Any]]:
+    """Whether the data sets that every task embeds can be loaded here."""
+    from provenn.tasks import get_task
+    from provenn.tasks.base import NAMES
+
+    found: dict[str, dict[str, Any]] = {}
+    for task in progress.track(NAMES, "embedded data"):
+        try:
+            for name in (kind := get_task(task)).embedded:
+                loaded = kind.load(name)
+                sizes = ", ".join(str(len(part)) for part in (loaded.train, loaded.val, loaded.test))  # type: ignore[arg-type]
+                found[f"{task}: {name}"] = {"loads": True, "about": f"{sizes} to train, validate, test"}
+        except Exception as error:  # whatever is wrong, the user wants to know, and the rest of the list too
+            found[task] = {"loads": False, "about": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return found

@@ -1,0 +1,170 @@
+"""Verbs that measure: reproduce, bench, compare."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from provenn import catalog, progress
+from provenn.catalog import Card
+from provenn.cli.app import (
+    Budget,
+    Device,
+    Json,
+    Out,
+    Resume,
+    Seeds,
+    Slug,
+    Strict,
+    app,
+    command,
+    of_the_paper,
+    resumable,
+    slugs,
+    tell,
+)
+from provenn.errors import UserError
+
+RUN = Path("runs/latest")
+
+
+@app.command()
+def reproduce(
+    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG…", help="Papers.", autocompletion=slugs)] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every paper.")] = False,
+    claim: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this claim; may be given again.", autocompletion=of_the_paper("claims", "id")),
+    ] = None,
+    budget: Budget = "small",
+    seeds: Seeds = 3,
+    device: Device = "auto",
+    out: Out = RUN,
+    resume: Resume = False,
+    strict: Strict = False,
+    json: Json = False,
+) -> None:
+    """Measure papers' claims, and give each a verdict."""
+    if everything == bool(slugs):
+        raise UserError("name the papers to reproduce, or give --all; `provenn list` names them")
+    chosen = list(catalog.cards().values()) if everything else [catalog.card(s) for s in dict.fromkeys(slugs or [])]
+    if claim and len(chosen) > 1:
+        raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
+    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json)
+
+
+@app.command()
+def bench(
+    slug: Slug,
+    budget: Budget = "small",
+    seeds: Seeds = 3,
+    device: Device = "auto",
+    out: Out = RUN,
+    resume: Resume = False,
+    strict: Strict = False,
+    json: Json = False,
+) -> None:
+    """Time, memory and FLOPs against baselines: the paper's claims about cost, with their tables."""
+    card = catalog.card(slug)
+    costs = [claim.id for claim in card.claims if claim.kind == "cost"]
+    if not costs:
+        raise UserError(f"{card.slug} claims nothing about cost; `provenn show {card.slug}` lists what it claims")
+    _measure([card], costs, budget, seeds, device, out, resume, strict, json, detailed=True)
+
+
+def _measure(
+    papers: Sequence[Card],
+    claims: Sequence[str] | None,
+    budget: str,
+    seeds: int,
+    device: str,
+    out: Path,
+    resume: bool,
+    strict: bool,
+    json: bool,
+    detailed: bool = False,
+) -> None:
+    from provenn.cli import console
+    from provenn.evidence import report, view
+    from provenn.evidence.record import Record
+    from provenn.evidence.verdict import Verdict
+    from provenn.reproduce import reproduce as measure
+
+    for name in claims or ():
+        papers[0].claim(name)
+
+    def done(record: Record) -> None:
+        figure = record.reason or view.ours(record.measurement)
+        tell(f"{view.SYMBOLS[record.verdict]} {record.paper} {record.claim}: {record.verdict}; {figure}")
+
+    records: list[Record] = []
+    with resumable(lambda: any((out / f"{card.slug}.json").exists() for card in papers)), progress.shown():
+        for card in papers:
+            records += measure(
+                card,
+                claims=claims,
+                budget=budget,
+                seeds=seeds,
+                device=device,
+                out=out,
+                resume=resume,
+                tell=tell,
+                done=done,
+            )
+    page = report.write(out)
+    failed = [record for record in records if record.measurement.failed]
+    if json:
+        summary: dict[str, Any] = {"out": str(out), "report": str(page), "repeat": command()}
+        console.machine({**summary, "records": [record.model_dump(mode="json") for record in records]})
+    else:
+        terminal = console.console()
+        for card in papers:
+            mine = [record for record in records if record.paper == card.slug]
+            terminal.print("", console.claims(mine, console.escape(card.title)))
+            if detailed:
+                for record in mine:
+                    for grid in console.details(record.measurement):
+                        terminal.print(grid, "")
+        terminal.print(f"report   {page}", soft_wrap=True)
+        terminal.print(f"records  {', '.join(str(out / f'{card.slug}.json') for card in papers)}", soft_wrap=True)
+        terminal.print(f"repeat   {command()}", soft_wrap=True, markup=False)
+    for slug in dict.fromkeys(record.paper for record in failed):
+        names = ", ".join(record.claim for record in failed if record.paper == slug)
+        tell(f"provenn: the measurement of {names} of {slug} failed; see {out / f'{slug}.errors.txt'}")
+    if failed or (strict and any(record.verdict is Verdict.NOT_REPRODUCED for record in records)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    slot: Annotated[str, typer.Option(help="The slot to fill.", autocompletion=of_the_paper("mechanisms", "slot"))],
+    data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
+    candidates: Annotated[str | None, typer.Option("--with", metavar="A,B,…", help="By default all.")] = None,
+    budget: Budget = "small",
+    seeds: Seeds = 3,
+    out: Out = Path("runs/compare"),
+    json: Json = False,
+) -> None:
+    """Mechanisms of one slot in the same host, trained at equal budget."""
+    from provenn.cli import console
+    from provenn.compare import compare as measure
+    from provenn.evidence import Measurement
+    from provenn.reproduce import check_writable
+
+    if seeds < 1:
+        raise UserError(f"seeds must be at least 1, got {seeds}")
+    names = [name.strip() for name in candidates.split(",") if name.strip()] if candidates is not None else None
+    check_writable(out)
+    with progress.shown():
+        result = measure(slot=slot, candidates=names, data=data, budget=budget, seeds=seeds, out=out)
+    files = [str(file) for file in result.save(out)]
+    if json:
+        console.machine({"table": result.table.model_dump(mode="json"), "files": files})
+        return
+    terminal = console.console()
+    for grid in console.details(Measurement(tables=[result.table])):
+        terminal.print(grid, "")
+    for file in files:
+        terminal.print(f"written  {file}", soft_wrap=True)
+    terminal.print(f"repeat   {command()}", soft_wrap=True, markup=False)

@@ -1,0 +1,76 @@
+"""Verbs that work on the user's data: train, predict."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from provenn import catalog, progress
+from provenn.cli.app import Device, Preset, Resume, Slug, Task, app, resumable
+from provenn.errors import UserError
+
+STRATEGIES = ("auto", "ddp", "fsdp")
+
+
+@app.command()
+def train(
+    slug: Slug,
+    data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
+    preset: Preset = None,
+    task: Task = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default the preset's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; by default the preset's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step; by default the preset's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes everything random.")] = 0,
+    device: Device = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
+    resume: Resume = False,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/SLUG by default.")] = None,
+) -> None:
+    """Train a paper's system on data."""
+    if strategy not in STRATEGIES:
+        raise UserError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    card = catalog.card(slug)
+    folder = out if out is not None else Path("runs") / card.slug
+    from provenn import api
+    from provenn.cli import console
+    from provenn.evidence.view import number
+    from provenn.tasks.training import CHECKPOINT
+
+    with resumable((folder / CHECKPOINT).exists), progress.shown():
+        folder, metrics = api.train(
+            card.slug,
+            data,
+            preset=preset,
+            task=task,
+            out=folder,
+            seed=seed,
+            device=device,
+            devices=devices,
+            strategy=strategy,
+            resume=resume,
+            recipe={"epochs": epochs, "lr": lr, "batch_size": batch_size},
+        )
+    terminal = console.console()
+    terminal.print(console.table(("on the test split", ""), [(name, number(value)) for name, value in metrics.items()]))
+    for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
+        terminal.print(f"written  {file}", soft_wrap=True)
+    terminal.print(
+        f"next     provenn predict {card.slug} INPUT… --weights {folder} -o OUTPUT", markup=False, soft_wrap=True
+    )
+
+
+@app.command()
+def predict(
+    slug: Slug,
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT…", help="Files to apply the system to.")],
+    weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")] = None,
+) -> None:
+    """Apply trained weights to files."""
+    from provenn import api
+
+    with progress.shown():
+        text = api.predict(slug, inputs, weights=weights, output=output)
+    print(text)

@@ -1,0 +1,199 @@
+"""Images from and to files, 16-bit ones kept whole."""
+
+import os
+import struct
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from provenn.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as numbers.
+
+    Args:
+        colour: (height, width, 3), uint8 or uint16; grey images have three equal channels.
+        alpha: (height, width) of the same type, where there is one.
+        grey: whether the file had one channel.
+        profile: the ICC profile, where there is one.
+    """
+
+    colour: np.ndarray
+    alpha: np.ndarray | None = None
+    grey: bool = False
+    profile: bytes | None = None
+
+    @property
+    def deep(self) -> bool:
+        """Whether it has 16 bits a channel."""
+        return self.colour.dtype == np.uint16
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder and its subfolders, by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
+    )
+    if not found:
+        raise UserError(f"{folder} holds no images; expected files ending in {', '.join(SUFFIXES)}")
+    return found
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Height and width of an image in a file, from its header."""
+    with _opened(file) as image:
+        width, height = image.size
+        try:
+            turned = image.getexif().get(0x0112, 1) >= 5
+        except (OSError, SyntaxError, ValueError, struct.error) as error:  # a PNG is read to its end for this
+            raise UserError(f"{file} is damaged: {error}") from None
+    return (width, height) if turned else (height, width)
+
+
+def read_image(file: Path) -> Picture:
+    """Read a photograph of 8 or 16 bits a channel, grey or colour, with or without alpha, turned as its EXIF says.
+
+    Raises:
+        UserError: the file is no image, damaged, animated, or in a colour space that is not RGB.
+    """
+    with _opened(file) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise UserError(f"{file} holds {image.n_frames} frames; expected a single image")  # type: ignore[attr-defined]
+        profile = image.info.get("icc_profile")
+        try:
+            deep = _deep(image, file)
+            if deep is not None:
+                return _picture(deep, profile)
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("P", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
+            if image.mode == "1":
+                image = image.convert("L")
+            if image.mode not in ("L", "LA", "RGB", "RGBA"):
+                raise UserError(
+                    f"{file} is a {image.mode} image; expected grey or RGB of 8 or 16 bits: convert it first"
+                )
+            return _picture(np.asarray(image), profile)
+        except (OSError, SyntaxError, ValueError, zlib.error, struct.error) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{file} is damaged: {error}") from None
+
+
+def write_image(file: Path, picture: Picture) -> None:
+    """Write an image in the format of the file's ending, in one step.
+
+    Raises:
+        UserError: the format cannot hold alpha or 16 bits, or the place cannot be written.
+    """
+    check_holds(file, picture)
+    channels = picture.colour[..., :1] if picture.grey else picture.colour
+    if picture.alpha is not None:
+        channels = np.concatenate([channels, picture.alpha[..., None]], axis=-1)
+    unfinished = file.with_name(f".{file.stem}.part{file.suffix}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not picture.deep:
+            image = Image.fromarray(channels.squeeze(-1) if channels.shape[-1] == 1 else channels)
+            options: dict[str, Any] = {"quality": 95} if file.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+            image.save(unfinished, icc_profile=picture.profile, **options)
+        elif file.suffix.lower() == ".png":
+            unfinished.write_bytes(_png16(channels, picture.profile))
+        else:
+            from skimage.io import imsave
+
+            imsave(unfinished, channels.squeeze(-1) if channels.shape[-1] == 1 else channels, check_contrast=False)
+        os.replace(unfinished, file)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def check_holds(file: Path, picture: Picture) -> None:
+    """Refuse a file format that would lose alpha or depth.
+
+    Raises:
+        UserError: says which endings would do.
+    """
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"cannot write {file.name}: expected an ending among {', '.join(SUFFIXES)}")
+    if picture.deep and suffix not in (".png", ".tif", ".tiff"):
+        raise UserError(f"{file.name} cannot hold 16 bits a channel; write to .png or .tif")
+    if picture.alpha is not None and suffix in (".jpg", ".jpeg", ".bmp"):
+        raise UserError(f"{file.name} cannot hold the image's alpha channel; write to .png, .webp or .tif")
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        raise UserError(f"{file} is no image that can be read; expected one of {', '.join(SUFFIXES)}") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{file}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+
+
+def _deep(image: Image.Image, file: Path) -> np.ndarray | None:
+    """The channels of a 16-bit image; None for 8 bits."""
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)
+    if image.format == "TIFF" and 16 in image.tag_v2.get(258, ()):  # type: ignore[attr-defined]
+        from skimage.io import imread
+
+        return imread(file)
+    raw = image.tile[0].args if image.format == "PNG" and image.tile else None  # type: ignore[attr-defined]
+    if not isinstance(raw, str) or not raw.endswith(";16B"):
+        return None
+    if raw == "LA;16B":
+        raise UserError(f"{file} is a grey image of 16 bits with alpha, which cannot be read; save it as RGBA first")
+    # Pillow keeps the high byte of each number. Read as little-endian, the low byte takes its place.
+    high = np.asarray(image).astype(np.uint16)
+    with Image.open(file) as again:
+        tile = again.tile[0]  # type: ignore[attr-defined]
+        again.tile = [tile._replace(args=raw.replace("16B", "16L"))]  # type: ignore[attr-defined]
+        low = np.asarray(again)
+    return high << 8 | low
+
+
+def _picture(channels: np.ndarray, profile: bytes | None) -> Picture:
+    if channels.ndim == 2:
+        channels = channels[..., None]
+    if channels.dtype not in (np.uint8, np.uint16) or channels.shape[-1] > 4:
+        raise ValueError(f"{channels.shape[-1]} channels of {channels.dtype}")
+    grey = channels.shape[-1] < 3
+    alpha = channels[..., -1] if channels.shape[-1] in (2, 4) else None
+    colour = np.repeat(channels[..., :1], 3, axis=-1) if grey else channels[..., :3]
+    return Picture(np.ascontiguousarray(colour), alpha, grey, profile)
+
+
+def _png16(channels: np.ndarray, profile: bytes | None) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow cannot write in colour; rows are stored as what changes from above."""
+    height, width, count = channels.shape
+    rows = channels.astype(">u2").view(np.uint8).reshape(height, -1)
+    above = np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
+    up = np.full((height, 1), 2, np.uint8)
+    data = zlib.compress(np.concatenate([up, rows - above], axis=1).tobytes(), 6)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[count], 0, 0, 0)
+    colours = chunk(b"iCCP", b"icc\0\0" + zlib.compress(profile)) if profile else b""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colours + chunk(b"IDAT", data) + chunk(b"IEND", b"")

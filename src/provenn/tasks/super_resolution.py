@@ -1,0 +1,349 @@
+"""Super-resolution: photographs in, the same photographs with more pixels out."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from provenn import progress
+from provenn.data.images import SUFFIXES, Picture, check_holds, images_in, read_image, write_image
+from provenn.data.photographs import Photographs, photograph
+from provenn.data.resize import bicubic
+from provenn.errors import UserError
+from provenn.tasks.base import Task, TaskData, fingerprint, split_indices
+from provenn.tasks.upscale import OVERLAP, TILE, count_tiles, upscale
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Side of the input that a training step sees, in pixels, as the field has it (DIV2K, 64×64).
+PATCH = 64
+# The cubic kernel reaches two low-resolution pixels beyond a crop: that much of its border is not that of the photo.
+MARGIN = 2
+
+
+def degrade(hr: Shaped[Tensor, "*batch height width"], scale: int) -> Float[Tensor, "*batch height2 width2"]:
+    """What the network is given: the photograph reduced by antialiased bicubic, in 8 bits.
+
+    Args:
+        hr: photographs, 0…255; rows and columns beyond a multiple of `scale` are left out.
+        scale: s.
+    """
+    height, width = (side // scale for side in hr.shape[-2:])
+    if min(height, width) < 1:
+        raise ValueError(f"an image of {hr.shape[-2]}×{hr.shape[-1]} pixels cannot be reduced {scale} times")
+    return to_8_bits(bicubic(hr[..., : height * scale, : width * scale].float(), (height, width)))
+
+
+def enlarge(lr: Shaped[Tensor, "*batch height width"], scale: int) -> Float[Tensor, "*batch height2 width2"]:
+    """The baseline: bicubic interpolation, in 8 bits (0…255)."""
+    return to_8_bits(bicubic(lr.float(), (lr.shape[-2] * scale, lr.shape[-1] * scale)))
+
+
+def to_8_bits(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Rounded to whole numbers of 0…255."""
+    return x.round().clamp(0, 255)
+
+
+def luma(rgb: Shaped[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch height width"]:
+    """Y of BT.601 in studio range, 16…235, of 8-bit RGB in 0…255; not rounded."""
+    weight = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=rgb.device) / 255
+    return 16 + torch.einsum("...chw,c->...hw", rgb.double(), weight)
+
+
+def psnr(
+    image: Shaped[Tensor, "3 height width"], reference: Shaped[Tensor, "3 height width"], *, border: int = 0
+) -> float:
+    """Peak signal-to-noise ratio on the Y channel, in dB: 10 log₁₀(255² / mean squared error).
+
+    Args:
+        image, reference: 8-bit RGB, 0…255.
+        border: pixels that are cut off on each side; the field cuts as many as the scale.
+    """
+    error = (_inside(luma(image), border) - _inside(luma(reference), border)).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def ssim(
+    image: Shaped[Tensor, "3 height width"], reference: Shaped[Tensor, "3 height width"], *, border: int = 0
+) -> float:
+    """Structural similarity on the Y channel (Wang et al., 2004), in 11×11 Gaussian windows of σ 1.5.
+
+    Args:
+        image, reference, border: as in `psnr`; what is left has at least 11 pixels on each side.
+    """
+    x, y = (_inside(luma(t), border)[None, None] for t in (image, reference))
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs at least 11 pixels on each side, got {x.shape[-2]}×{x.shape[-1]}")
+    gauss = torch.exp(-((torch.arange(11, dtype=torch.float64, device=x.device) - 5) ** 2) / (2 * 1.5**2))
+    gauss = gauss / gauss.sum()
+
+    def mean(t: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(t, gauss.view(1, 1, 11, 1)), gauss.view(1, 1, 1, 11))
+
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return similarity.mean().item()
+
+
+def _inside(y: Tensor, border: int) -> Tensor:
+    height, width = y.shape[-2:]
+    return y[..., border : height - border, border : width - border]
+
+
+class Crops(Dataset):
+    """Random squares of photographs, flipped and turned, (3, patch, patch), uint8.
+
+    Args:
+        photos: arrays (height, width, 3), uint8; smaller ones are continued by their mirror image.
+        patch: side, in pixels of the photograph.
+        each: crops of every photograph in one pass.
+    """
+
+    def __init__(self, photos: Sequence[np.ndarray] | Photographs, patch: int, each: int):
+        self.photos, self.patch, self.each = photos, patch, each
+
+    def __len__(self) -> int:
+        return len(self.photos) * self.each
+
+    def __getitem__(self, index: int) -> Tensor:
+        photo = self.photos[index // self.each]
+        missing = [max(0, self.patch - side) for side in photo.shape[:2]]
+        if any(missing):
+            photo = np.pad(photo, [(0, missing[0]), (0, missing[1]), (0, 0)], mode="symmetric")
+        top, left = (int(torch.randint(side - self.patch + 1, ())) for side in photo.shape[:2])
+        crop = torch.from_numpy(np.array(photo[top : top + self.patch, left : left + self.patch])).permute(2, 0, 1)
+        turn = int(torch.randint(8, ()))
+        crop = crop.rot90(turn % 4, dims=(1, 2))
+        return (crop.flip(2) if turn >= 4 else crop).contiguous()
+
+
+class Whole(Dataset):
+    """Photographs as they are, (3, height, width), uint8."""
+
+    def __init__(self, photos: Sequence[np.ndarray] | Photographs):
+        self.photos = photos
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self.photos[index])).permute(2, 0, 1)
+
+
+class SuperResolution(Task):
+    """Photographs are the data; how much smaller the network's input is follows from the network's own `scale`."""
+
+    name = "super-resolution"
+    metric = "psnr"
+    higher_is_better = True
+    embedded = {  # noqa: RUF012
+        "photographs": "nine colour photographs that scikit-image and scikit-learn ship"
+    }
+    reads = "a folder of photographs"
+
+    def load(
+        self, source: str | Path, *, seed: int = 0, patch: int = 4 * (PATCH + 2 * MARGIN), crops: int = 64, **_: Any
+    ) -> TaskData:
+        """Photographs, split into those to train on, to validate with and to test.
+
+        Args:
+            source: `photographs`, or a folder of images, at least three.
+            seed: splits the user's folder.
+            patch: side of a training crop, in pixels of the photograph; the default serves every scale up to 4.
+            crops: crops of each photograph in an epoch.
+        """
+        place = self._named(source)
+        if isinstance(place, str):
+            return self._photographs(patch, crops)
+        if not place.is_dir():
+            raise UserError(f"{place} is a file; expected {self.reads}")
+        files = images_in(place)
+        if len(files) < 3:
+            raise UserError(
+                f"{place} holds {len(files)} image(s); expected at least 3: to train, to validate and to test"
+            )
+        held = max(1, round(0.1 * len(files)))
+        order = [i for part in split_indices(len(files), (1.0,), seed) for i in part]
+        parts = order[2 * held :], order[:held], order[held : 2 * held]
+        train, val, test = (Photographs([files[i] for i in sorted(part)], smallest=PATCH) for part in parts)
+        return TaskData(
+            name=str(place),
+            train=Crops(train, patch, crops),
+            val=Whole(val),
+            test=Whole(test),
+            fingerprint=fingerprint(*(part for f in files for part in (f.name, f.read_bytes()))),
+            about=f"{len(files)} photographs of {place.name}, {len(test)} of them for the test, split by seed {seed}.",
+        )
+
+    def _photographs(self, patch: int, crops: int) -> TaskData:
+        train = [photograph(name) for name in ("astronaut", "coffee", "rocket", "china", "hubble")]
+        val = [photograph("motorcycle")[100:356, 200:456]]
+        test = [photograph("chelsea"), photograph("flower"), photograph("ihc")[:256, :256]]
+        return TaskData(
+            name="photographs",
+            train=Crops(train, patch, crops),
+            val=Whole(val),
+            test=Whole(test),
+            fingerprint=fingerprint(*train, *val, *test),
+            about=(
+                "Five photographs to train on (an astronaut, a cup, a rocket, a palace, the Hubble deep field), part "
+                "of a motorcycle to validate, a cat, a flower and stained tissue to test. Some are JPEGs. It is no "
+                "benchmark of the field: figures compare with each other, not with Set5."
+            ),
+        )
+
+    def loss(self, model: nn.Module, batch: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, ""]:
+        """Mean absolute error of RGB in 0…1."""
+        scale, multiple = int(model.scale), int(getattr(model, "multiple", 1))  # type: ignore[arg-type]
+        lr = degrade(batch, scale)
+        side = min(PATCH, lr.shape[-1] - 2 * MARGIN) // multiple * multiple
+        if side < 1:
+            raise ValueError(
+                f"crops of {batch.shape[-1]} pixels are too small to train ×{scale} in steps of {multiple}"
+            )
+        start = (lr.shape[-1] - side) // 2
+        low = lr[..., start : start + side, start : start + side]
+        high = batch[..., start * scale : (start + side) * scale, start * scale : (start + side) * scale]
+        return F.l1_loss(model(low / 255), high / 255)
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """PSNR and SSIM on Y with a border of `scale` pixels cut, of the network and of bicubic interpolation."""
+        scale = int(model.scale)  # type: ignore[arg-type]
+        rows = []
+        for index in range(len(dataset)):  # type: ignore[arg-type]
+            lr, hr = reduced(dataset[index], scale)
+            images = {"": restore(model, lr), "_bicubic": enlarge(lr, scale)}
+            rows.append(
+                {
+                    f"{measure.__name__}{name}": measure(image, hr, border=scale)
+                    for name, image in images.items()
+                    for measure in (psnr, ssim)
+                }
+            )
+        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        """Enlarge images: a file to a file, a folder or several files to a folder."""
+        if output is None:
+            raise UserError("an image needs a place: give a file or a folder with -o")
+        scale = int(model.scale)  # type: ignore[arg-type]
+        jobs = _destinations(inputs, output, scale)
+        for source, target in jobs:
+            check_holds(target, read_image(source))
+        told = []
+        for source, target in jobs:
+            picture = read_image(source)
+            height, width = picture.colour.shape[:2]
+            start = time.perf_counter()
+            with progress.bar(source.name, count_tiles(height, width)) as advance:
+                larger = enlarged(picture, model, advance=advance)
+            write_image(target, larger)
+            told.append(
+                f"{source} {width}×{height} → {target} {width * scale}×{height * scale}"
+                f" in {time.perf_counter() - start:.1f} s"
+            )
+        return "\n".join(told)
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
+        """A crop of the first test photograph: input, bicubic, network, original."""
+        return before_and_after({"network": model}, data.test[0])
+
+
+def reduced(photo: Shaped[Tensor, "3 height width"], scale: int) -> tuple[Tensor, Tensor]:
+    """A photograph's input to the network, and the photograph cut to `scale` times that size; both 0…255."""
+    lr = degrade(photo, scale)
+    return lr, photo[..., : lr.shape[-2] * scale, : lr.shape[-1] * scale]
+
+
+def restore(model: nn.Module, lr: Float[Tensor, "3 height width"]) -> Float[Tensor, "3 height2 width2"]:
+    """The network's output in 8 bits, as the published figures are computed."""
+    image = lr.permute(1, 2, 0).to(torch.uint8).cpu().numpy()
+    return torch.from_numpy(upscale(image, model)).permute(2, 0, 1).float()
+
+
+def enlarged(
+    picture: Picture, model: nn.Module, *, tile: int = TILE, overlap: int = OVERLAP, advance: Any = lambda: None
+) -> Picture:
+    """A picture through the network: grey stays grey, 16 bits stay 16, alpha is enlarged by bicubic interpolation."""
+    colour = upscale(picture.colour, model, tile=tile, overlap=overlap, advance=advance)
+    if picture.grey:
+        # The network may tint what had no colour: keep the brightness (BT.601).
+        grey = np.rint(colour @ np.array([0.299, 0.587, 0.114], np.float32)).astype(colour.dtype)
+        colour = np.broadcast_to(grey[..., None], colour.shape)
+    alpha = None
+    if picture.alpha is not None:
+        size = colour.shape[0], colour.shape[1]
+        limit = np.iinfo(picture.alpha.dtype).max
+        smooth = bicubic(torch.from_numpy(picture.alpha.astype(np.float32)), size)
+        alpha = smooth.round().clamp(0, limit).numpy().astype(picture.alpha.dtype)
+    return Picture(colour, alpha, picture.grey, picture.profile)
+
+
+def before_and_after(
+    models: dict[str, nn.Module], photo: Shaped[Tensor, "3 height width"], *, side: int = 96
+) -> "Figure":
+    """The most detailed square of a photograph: input, bicubic, each model's output, original, with PSNR on Y.
+
+    Args:
+        models: by the name that stands above their output; all of one scale.
+        photo: 0…255.
+        side: of the square, in pixels of the photograph.
+    """
+    from matplotlib.figure import Figure
+
+    scale = int(next(iter(models.values())).scale)  # type: ignore[arg-type]
+    lr, hr = reduced(photo, scale)
+    images = {"bicubic": enlarge(lr, scale), **{name: restore(model, lr) for name, model in models.items()}}
+    side = min(side, *hr.shape[-2:]) // scale * scale
+    gray = luma(hr)
+    detail = F.avg_pool2d((gray - F.avg_pool2d(gray[None], 5, 1, 2)[0]).square()[None], side, scale)[0]
+    top, left = (scale * int(i) for i in np.unravel_index(int(detail.argmax()), detail.shape))
+    panels = {
+        f"input, 1/{scale} size": lr[:, top // scale : (top + side) // scale, left // scale :][..., : side // scale]
+    }
+    for name, image in images.items():
+        panels[f"{name}\n{psnr(image, hr, border=scale):.2f} dB"] = image[:, top : top + side, left : left + side]
+    panels["original"] = hr[:, top : top + side, left : left + side]
+    figure = Figure(figsize=(2.4 * len(panels), 2.9), layout="constrained")
+    for axis, (name, panel) in zip(figure.subplots(1, len(panels)), panels.items()):
+        axis.imshow(panel.permute(1, 2, 0).numpy().astype(np.uint8), interpolation="nearest")
+        axis.set_title(name, fontsize=9)
+        axis.set_axis_off()
+    return figure
+
+
+def _destinations(inputs: Sequence[Path], output: Path, scale: int) -> list[tuple[Path, Path]]:
+    """Which file goes where; no input is overwritten, and no two go to one place."""
+    single = len(inputs) == 1 and inputs[0].is_file()
+    if single and not output.is_dir() and output.suffix:
+        jobs = [(inputs[0], output)]
+    else:
+        if output.is_file():
+            raise UserError(f"{output} is a file; several images need a folder")
+        jobs = []
+        for given in inputs:
+            for source in images_in(given) if given.is_dir() else [given]:
+                inside = source.relative_to(given).parent if given.is_dir() else Path()
+                suffix = source.suffix if source.suffix.lower() in SUFFIXES else ".png"
+                jobs.append((source, output / inside / f"{source.stem}_x{scale}{suffix}"))
+    targets = [target.resolve() for _, target in jobs]
+    for source, target in jobs:
+        if target.resolve() == source.resolve():
+            raise UserError(f"{target} is the input itself; choose another place with -o")
+        if targets.count(target.resolve()) > 1:
+            raise UserError(f"two images would both be written to {target}; rename one or give them apart")
+    return jobs
+
+
+TASK = SuperResolution()

@@ -1,0 +1,128 @@
+"""Hold a mechanism or a paper to the promises."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+from provenn.catalog import Card, Mechanism, Preset, card
+from provenn.slots import slot
+from provenn.testing.promises import PROMISES, parameters_on_meta
+from provenn.testing.subject import Subject
+
+OF_EVERY_PRESET = ("match-published-counts", "reach-parameters", "build-on-meta")
+
+
+class BrokenPromise(AssertionError):
+    """One or more promises that a mechanism or a preset does not keep, a line for each."""
+
+
+def check_mechanism(
+    factory: Callable[..., Any],
+    slot_name: str,
+    *,
+    cannot: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
+) -> None:
+    """Hold a mechanism to every promise of its slot.
+
+    Args:
+        factory: makes it, as the slot says: `factory(dim)`, `factory(channels)`, ...
+        slot_name: one of `provenn.slots.SLOTS`.
+        cannot: promises that it cannot keep, each with the reason. One that it does keep is reported as well.
+        only: names of the promises to ask for; by default all.
+
+    Raises:
+        BrokenPromise: one or more promises are broken; a line for each.
+    """
+    of = slot(slot_name)
+    _ask(Subject.mechanism(factory, of, f"{_called(factory)} as {of.name}"), of.name, cannot or {}, only)
+
+
+def check_paper(paper: str | Card) -> None:
+    """Hold every mechanism and every preset of a paper to its promises.
+
+    The smallest preset of each task is asked for all of them; the others, being the same code, for a few.
+
+    Args:
+        paper: a slug, or the card of a paper that is not installed (`provenn.catalog.read_card`).
+
+    Raises:
+        BrokenPromise: one or more promises are broken; a line for each.
+    """
+    broken = []
+    for check in checks_of(card(paper) if isinstance(paper, str) else paper).values():
+        try:
+            check()
+        except BrokenPromise as error:
+            broken.append(str(error))
+    if broken:
+        raise BrokenPromise("\n".join(broken))
+
+
+def checks_of(paper: Card) -> dict[str, Callable[[], None]]:
+    """One check for each mechanism and preset of a paper, by name."""
+    return {
+        **{f"{paper.slug} {m.name}": partial(_check_mechanism, paper, m) for m in paper.mechanisms},
+        **{f"{paper.slug} {p.name}": partial(_check_preset, paper, p) for p in paper.presets},
+    }
+
+
+def _check_mechanism(paper: Card, mechanism: Mechanism) -> None:
+    of, name = slot(mechanism.slot), f"{paper.slug} {mechanism.name}"
+    try:
+        layer = paper.resolve(mechanism.layer)
+    except (ImportError, AttributeError) as error:
+        raise BrokenPromise(f"{name}\n  {mechanism.layer} cannot be imported: {error}") from error
+    _ask(Subject.mechanism(partial(layer, **mechanism.arguments), of, name), of.name, mechanism.cannot)
+
+
+def _check_preset(paper: Card, preset: Preset) -> None:
+    same_task = [other for other in paper.presets if (other.task or paper.task) == (preset.task or paper.task)]
+    asked = (
+        None if preset == min(same_task, key=lambda other: _size(paper, other)) else {*OF_EVERY_PRESET, *preset.cannot}
+    )
+    _ask(Subject.preset(paper, preset), None, preset.cannot, asked)
+
+
+_SIZES: dict[tuple[str, str, str], int | float] = {}
+
+
+def _size(paper: Card, preset: Preset) -> int | float:
+    """How many parameters a preset has, found once; infinitely many where it cannot be built, as its check will say."""
+    key = (paper.package, preset.build, repr(preset.options))
+    if key not in _SIZES:
+        try:
+            _SIZES[key] = parameters_on_meta(Subject.preset(paper, preset))
+        except Exception:
+            _SIZES[key] = math.inf
+    return _SIZES[key]
+
+
+def _called(factory: Callable[..., Any]) -> str:
+    inner = factory.func if isinstance(factory, partial) else factory
+    return getattr(inner, "__name__", repr(inner))
+
+
+def _ask(
+    subject: Subject, slot_name: str | None, cannot: Mapping[str, str], only: Collection[str] | None = None
+) -> None:
+    asked = {name: promise for name, promise in PROMISES.items() if promise.concerns(slot_name)}
+    unknown = [name for name in (*cannot, *(only or ())) if name not in asked]
+    if unknown:
+        raise BrokenPromise(f"{subject.name}: there is no promise {unknown[0]!r} here; there are: {', '.join(asked)}")
+    broken: list[tuple[str, Exception | None]] = []
+    for name, promise in asked.items():
+        if only is not None and name not in only:
+            continue
+        try:
+            promise.check(subject)
+        except Exception as error:
+            if name not in cannot:
+                reason = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                broken.append((f"  {name}: {reason.strip() or 'broken'}", error))
+        else:
+            if name in cannot:
+                broken.append((f"  {name}: is kept, so cannot need not name it ({cannot[name]})", None))
+    if broken:
+        raise BrokenPromise("\n".join([subject.name, *(line for line, _ in broken)])) from broken[0][1]

@@ -1,0 +1,475 @@
+"""The promises, one function each."""
+
+import copy
+import inspect
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from provenn.bench import count_parameters
+from provenn.testing.subject import WIDTH, Subject
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A property that can be asked of a mechanism or a preset: `check` raises AssertionError where it does not hold."""
+
+    name: str
+    says: str
+    check: Callable[[Subject], None]
+    slots: frozenset[str] | None
+
+    def concerns(self, slot: str | None) -> bool:
+        """Whether it is asked of mechanisms of this slot; None stands for presets."""
+        return self.slots is None or (slot or "preset") in self.slots
+
+
+PROMISES: dict[str, Promise] = {}
+
+
+def _promise(name: str, *where: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    """Register a check under a name that reads well after "cannot"; `where` limits it to some slots, or to "preset"."""
+
+    def register(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        PROMISES[name] = Promise(name, inspect.getdoc(check) or "", check, frozenset(where) or None)
+        return check
+
+    return register
+
+
+MECHANISMS = ("token-mixer", "channel-gate", "map-mixer", "batch-mixer", "cross-mixer", "residual")
+MIXERS = ("token-mixer", "map-mixer", "batch-mixer", "cross-mixer")
+APART = ("token-mixer", "channel-gate", "map-mixer", "cross-mixer", "residual", "preset")
+
+
+def _close(actual: Any, expected: Any, message: str, tolerance: float = 1e-4) -> None:
+    """All tensors of two outputs agree to `tolerance`, relative to the largest value of each."""
+    pairs = list(zip(tree_leaves(actual), tree_leaves(expected), strict=True))
+    for a, b in pairs:
+        if not isinstance(a, Tensor):
+            continue
+        assert a.shape == b.shape, f"{message}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        scale = max(b.detach().abs().max().item(), 1e-3) if b.numel() else 1.0
+        worst = (a.detach() - b.detach()).abs().max().item() if b.numel() else 0.0
+        assert worst <= tolerance * scale, f"{message}: differs by {worst:.3g} where values reach {scale:.3g}"
+
+
+def _cast(inputs: list[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The inputs with a change to the real ones; integers are indices and stay what they are."""
+    return [change(x) if x.is_floating_point() else x for x in inputs]
+
+
+def _first(output: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _silence(module: nn.Module) -> nn.Module:
+    """Training mode, but for the layers that are known and seen to depend on it: dropout and batch norm."""
+    visible = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    module.train()
+    for part in module.modules():
+        if isinstance(part, visible):
+            part.eval()
+    return module
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Switch run-time shape checks off, which no tracer can follow."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def _stacked_steps(module: Any, x: Tensor) -> Tensor:
+    state = module.init_state(len(x))
+    outputs = []
+    for t in range(x.shape[1]):
+        y, state = module.step(x[:, t], state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1)
+
+
+@_promise("keep-shape", *MECHANISMS)
+def _keep_shape(subject: Subject) -> None:
+    """At odd sizes and for a batch of one, the output has the shape and type of the first input, and is finite."""
+    assert subject.slot is not None
+    for dim in (WIDTH, 2 * WIDTH):
+        module = subject.build(dim=dim)
+        for batch, sizes in [(1, subject.slot.sizes[-1]), *((3, sizes) for sizes in subject.slot.sizes)]:
+            inputs = subject.inputs(**sizes | {"dim": dim, "batch": sizes.get("batch", batch)})
+            with torch.no_grad():
+                output = module(*inputs)
+            assert isinstance(output, Tensor), f"gives {type(output).__name__}, not a tensor"
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            assert output.shape == inputs[0].shape, f"{shapes} gives {tuple(output.shape)}"
+            assert output.dtype == inputs[0].dtype, f"{inputs[0].dtype} gives {output.dtype}"
+            assert output.isfinite().all(), f"{shapes} gives values that are not finite"
+
+
+@_promise("keep-examples-apart", *APART)
+def _keep_examples_apart(subject: Subject) -> None:
+    """The order and the size of the batch change no example's output, in training too (batch norms put aside)."""
+    for mode in ("evaluating", "training"):
+        module, inputs, order = subject.build(), subject.inputs(batch=4), torch.tensor([2, 0, 3, 1])
+        module = _silence(module) if mode == "training" else module
+        with torch.no_grad():
+            torch.manual_seed(0)
+            together = tree_leaves(module(*inputs))
+            shuffled = tree_leaves(module(*(x[order] for x in inputs)))
+            alone = tree_leaves(module(*(x[1:2] for x in inputs)))
+        _close(shuffled, [y[order] for y in together], f"{mode}, the order of the batch changes outputs")
+        _close(alone, [y[1:2] for y in together], f"{mode}, an example's company changes its output")
+
+
+@_promise("mix", *MIXERS)
+def _mix(subject: Subject) -> None:
+    """What the slot mixes is mixed: a change at one position reaches another."""
+    assert subject.slot is not None
+    module, inputs = subject.build(), subject.inputs()
+    changed = [x.clone() for x in inputs]
+    if subject.slot.mixes == "other":
+        changed[1] += 1
+        reaches: tuple[Any, ...] = (slice(None),)
+    elif subject.slot.mixes == "space":
+        changed[0][..., 2, 2] += 3
+        reaches = (slice(None), slice(None), slice(3, None))
+    else:
+        changed[0][(slice(None), 0) if subject.slot.mixes == "tokens" else (0,)] += 3
+        reaches = (slice(None), slice(1, None)) if subject.slot.mixes == "tokens" else (slice(1, None),)
+    with torch.no_grad():
+        before, after = module(*inputs)[reaches], module(*changed)[reaches]
+    assert not torch.allclose(before, after, rtol=1e-5, atol=1e-7), f"nothing passes along: {subject.slot.mixes}"
+
+
+@_promise("be-causal", "token-mixer")
+def _be_causal(subject: Subject) -> None:
+    """With causal=True a change at token t moves no output before t."""
+    module = subject.build(causal=True)
+    (x,) = subject.inputs(tokens=9)
+    with torch.no_grad():
+        before = module(x)
+        for t in (1, 4, 8):
+            changed = x.clone()
+            changed[:, t:] = 10 * torch.randn(changed[:, t:].shape, generator=torch.Generator().manual_seed(t))
+            _close(module(changed)[:, :t], before[:, :t], f"tokens from {t} on change outputs before {t}", 1e-5)
+
+
+@_promise("see-both-ways", "token-mixer")
+def _see_both_ways(subject: Subject) -> None:
+    """With causal=False the last token reaches the first output."""
+    module = subject.build(causal=False)
+    (x,) = subject.inputs()
+    changed = x.clone()
+    changed[:, -1] += 3
+    with torch.no_grad():
+        assert not torch.allclose(module(x)[:, 0], module(changed)[:, 0]), (
+            "the first output does not see the last token"
+        )
+
+
+@_promise("heed-mask", "token-mixer")
+def _heed_mask(subject: Subject) -> None:
+    """A token that mask says may not be attended changes no other token's output; a mask of True changes nothing."""
+    module = subject.build()
+    (x,) = subject.inputs()
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    with torch.no_grad():
+        _close(module(x, mask=mask), module(x), "a mask that allows everything changes outputs")
+        mask[:, 2] = mask[1, 4] = False
+        changed = torch.where(mask[..., None], x, torch.full_like(x, 7.0))
+        before, after = module(x, mask=mask), module(changed, mask=mask)
+    _close(after[mask], before[mask], "a token that may not be attended changes other outputs")
+    assert before.isfinite().all(), "a mask gives values that are not finite"
+
+
+@_promise("stream", "token-mixer")
+def _stream(subject: Subject) -> None:
+    """Where there is a step, forward is the fold of step, and each example's state is its own."""
+    module: Any = subject.build()
+    if not hasattr(module, "step"):
+        return
+    (x,) = subject.inputs(tokens=9)
+    with torch.no_grad():
+        streamed = _stacked_steps(module, x)
+        _close(streamed, module(x), "forward is not the fold of step")
+        _close(_stacked_steps(module, x[1:2]), streamed[1:2], "an example's company changes how it streams")
+
+
+@_promise("reach-parameters")
+def _reach_parameters(subject: Subject) -> None:
+    """A gradient that is not all zero reaches every parameter that is trained, and the input."""
+    module, inputs = subject.build().train(), subject.inputs()
+    _backward(module, inputs)
+    frozen = [name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not frozen, f"no gradient reaches {', '.join(frozen[:6])}{' and others' if len(frozen) > 6 else ''}"
+    real = [x for x in inputs if x.is_floating_point()]
+    assert all(x.grad is not None and x.grad.any() for x in real), "no gradient reaches the input"
+
+
+@_promise("keep-gradients-finite")
+def _keep_gradients_finite(subject: Subject) -> None:
+    """Output and gradients are finite for usual, for zero and (of a mechanism) for large inputs."""
+    for scale in (1.0, 0.0, *([1e3] if subject.slot else [])):
+        module, factor = subject.build().train(), torch.tensor(scale)
+        inputs = _cast(subject.inputs(), factor.mul)
+        _backward(module, inputs)
+        bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad += ["the input" for x in inputs if x.grad is not None and not x.grad.isfinite().all()]
+        assert not bad, f"for inputs of size {scale:g} the gradient of {', '.join(bad[:6])} is not finite"
+
+
+def _backward(module: Callable[..., Any], inputs: list[Tensor]) -> None:
+    _cast(inputs, Tensor.requires_grad_)
+    torch.manual_seed(0)
+    outputs = [leaf for leaf in tree_leaves(module(*inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    assert outputs, "the output depends on nothing that can be trained"
+    # A random direction: the plain sum of a normalised output has no gradient.
+    generator = torch.Generator().manual_seed(0)
+    torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in outputs]).sum().backward()
+
+
+@_promise("pass-gradcheck", *MECHANISMS)
+def _pass_gradcheck(subject: Subject) -> None:
+    """In float64 the gradients of input and parameters equal finite differences."""
+    module = subject.build().double()
+    inputs = [x.double() for x in subject.inputs(batch=2, tokens=4, other=3, height=4, width=5)]
+    names, parameters = zip(*module.named_parameters()) if list(module.parameters()) else ((), ())
+
+    def function(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors[len(inputs) :]))
+        return torch.func.functional_call(module, given, tensors[: len(inputs)])
+
+    given = [x.requires_grad_() for x in inputs] + [p.detach().clone().requires_grad_() for p in parameters]
+    torch.manual_seed(0)
+    torch.autograd.gradcheck(function, given, fast_mode=True, atol=1e-4)
+
+
+@_promise("run-in-bfloat16")
+def _run_in_bfloat16(subject: Subject) -> None:
+    """In bfloat16 the output stays within 5 % of float32's."""
+    module, inputs = subject.build(), subject.inputs()
+    low = copy.deepcopy(module).bfloat16()
+    module.load_state_dict(low.state_dict())  # the same rounded weights
+    with torch.no_grad():
+        expected = _first(module(*_cast(inputs, lambda x: x.bfloat16().float())))
+        actual = _first(low(*_cast(inputs, Tensor.bfloat16)))
+    assert actual.dtype == torch.bfloat16, f"bfloat16 gives {actual.dtype}"
+    error = ((actual.float() - expected).norm() / expected.norm()).item()
+    assert error <= 0.05, f"the output is off by {100 * error:.1f} %"
+
+
+@_promise("repeat")
+def _repeat(subject: Subject) -> None:
+    """The same seed gives the same weights, and building does not touch the seed."""
+    first, again = subject.build(stir=False).state_dict(), subject.build(stir=False).state_dict()
+    different = [name for name, value in first.items() if not torch.equal(value, again[name])]
+    assert not different, f"the same seed gives another {', '.join(different[:6])}"
+    assert torch.initial_seed() == 0, "building it sets torch's seed"
+
+
+@_promise("be-deterministic")
+def _be_deterministic(subject: Subject) -> None:
+    """In eval mode the same input gives the same output twice, and nothing in the module changes."""
+    module, inputs = subject.build(), subject.inputs()
+    before = copy.deepcopy(module.state_dict())
+    with torch.no_grad():
+        first, again = tree_leaves(module(*inputs)), tree_leaves(module(*inputs))
+    _close(again, first, "the second call differs from the first", 0.0)
+    moved = [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
+    assert not moved, f"evaluating changes {', '.join(moved)}"
+
+
+@_promise("train-as-it-evaluates")
+def _train_as_it_evaluates(subject: Subject) -> None:
+    """Training and evaluating differ by dropout and batch norm layers alone."""
+    module, inputs = subject.build(), subject.inputs()
+    with torch.no_grad():
+        evaluated = module(*inputs)
+        _close(_silence(module)(*inputs), evaluated, "training differs from evaluating, dropout and batch norm aside")
+
+
+@_promise("load-state")
+def _load_state(subject: Subject) -> None:
+    """After training steps, the state dict carries all that another instance needs to give the same output."""
+    module, inputs = _trained(subject), subject.inputs()
+    other = subject.build(seed=1)
+    other.load_state_dict(copy.deepcopy(module.state_dict()))
+    with torch.no_grad():
+        _close(other(*inputs), module(*inputs), "with the state loaded, another instance differs", 0.0)
+
+
+@_promise("load-safetensors")
+def _load_safetensors(subject: Subject) -> None:
+    """The same through a safetensors file."""
+    from safetensors.torch import load_model, save_model
+
+    module, inputs = _trained(subject), subject.inputs()
+    other = subject.build(seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.safetensors"
+        save_model(module, str(file))
+        load_model(other, str(file))
+    with torch.no_grad():
+        _close(other(*inputs), module(*inputs), "with the file loaded, another instance differs", 0.0)
+
+
+def _trained(subject: Subject) -> nn.Module:
+    """An instance whose buffers have seen data."""
+    module = subject.build().train()
+    with torch.no_grad():
+        for seed in (1, 2):
+            module(*subject.inputs(seed=seed))
+    return module.eval()
+
+
+@_promise("copy")
+def _copy(subject: Subject) -> None:
+    """A deep copy and an unpickled one give the same output, and share nothing with the original."""
+    module, inputs = subject.build(), subject.inputs()
+    with torch.no_grad():
+        expected = module(*inputs)
+        for way, twin in (("deepcopy", copy.deepcopy(module)), ("pickle", pickle.loads(pickle.dumps(module)))):
+            _close(twin(*inputs), expected, f"{way} gives another output", 0.0)
+            own = {p.data_ptr() for p in module.parameters() if p.numel()}
+            assert not any(p.data_ptr() in own for p in twin.parameters()), f"{way} shares weights with the original"
+
+
+@_promise("compile")
+def _compile(subject: Subject) -> None:
+    """torch.compile takes it whole (one graph, the backend aot_eager) and gives the same output and gradients."""
+    module, inputs = subject.build(), subject.inputs()
+    torch._dynamo.reset()
+    with unchecked():
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            _close(compiled(*inputs), module(*inputs), "compiled, it gives another output")
+        gradients = []
+        for run in (module, compiled):
+            module.zero_grad()
+            _backward(run, given := [x.detach().clone() for x in inputs])
+            gradients.append([x.grad for x in given])
+        _close(gradients[1], gradients[0], "compiled, it gives another gradient", 1e-3)
+    torch._dynamo.reset()
+
+
+@_promise("export")
+def _export(subject: Subject) -> None:
+    """torch.export takes it and gives the same output."""
+    module, inputs = subject.build(), subject.inputs()
+    with unchecked(), torch.no_grad():
+        exported = torch.export.export(module, tuple(inputs))
+        _close(exported.module()(*inputs), module(*inputs), "exported, it gives another output")
+
+
+@_promise("build-on-meta")
+def _build_on_meta(subject: Subject) -> None:
+    """It can be built and called on the meta device, where nothing is computed, and gives the true shape there."""
+    with torch.device("meta"):
+        module = subject.make().eval()
+    real = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if not t.is_meta]
+    assert not real, f"not on the meta device: {', '.join(real[:6])}"
+    with torch.no_grad():
+        output = _first(module(*(x.to("meta") for x in subject.inputs())))
+    assert output.is_meta, "gives a real tensor on the meta device"
+
+
+@_promise("leave-its-input")
+def _leave_its_input(subject: Subject) -> None:
+    """What it is given is not changed."""
+    module, inputs = subject.build(), subject.inputs()
+    before = [x.clone() for x in inputs]
+    with torch.no_grad():
+        module(*inputs)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before)), "the input is changed in place"
+
+
+@_promise("take-any-layout", *MECHANISMS)
+def _take_any_layout(subject: Subject) -> None:
+    """How the input lies in memory (transposed, channels last) does not matter."""
+    module, inputs = subject.build(), subject.inputs()
+    strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    with torch.no_grad():
+        expected = module(*inputs)
+        _close(module(*strided), expected, "a transposed input gives another output")
+        if inputs[0].dim() == 4:
+            last = [x.to(memory_format=torch.channels_last) for x in inputs]
+            _close(module(*last), expected, "an input with its channels last gives another output")
+
+
+@_promise("refuse-bad-arguments", *MECHANISMS)
+def _refuse_bad_arguments(subject: Subject) -> None:
+    """Impossible arguments raise a ValueError that says what came."""
+    assert subject.slot is not None
+    for bad in (0, -1):
+        _refused(f"{subject.slot.width}={bad}", bad, partial(subject.make, dim=bad))
+    try:
+        subject.make(heads=1)
+    except TypeError:
+        pass  # it has no heads
+    else:
+        for bad in (0, WIDTH - 1):
+            _refused(f"heads={bad} of {subject.slot.width}={WIDTH}", bad, partial(subject.make, heads=bad))
+    if subject.slot.name == "residual":
+        join: Any = subject.build()
+        _refused("depth=0", 0, lambda: join.join(*subject.inputs(), join.branch, 0))
+
+
+def _refused(what: str, value: int, attempt: Callable[[], object]) -> None:
+    try:
+        attempt()
+    except ValueError as error:
+        assert str(value) in str(error), f"{what} must raise ValueError that names it, its message is {str(error)!r}"
+        return
+    except Exception as error:
+        raise AssertionError(
+            f"{what} must raise ValueError that names it, {type(error).__name__} was raised"
+        ) from error
+    raise AssertionError(f"{what} must raise ValueError that names it, nothing was raised")
+
+
+UNITS = {
+    "": 1,
+    "parameters": 1,
+    "2^10": 2**10,
+    "2^20": 2**20,
+    "k": 10**3,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "B": 10**9,
+}
+
+
+def parameters_on_meta(subject: Subject) -> int:
+    with torch.device("meta"):
+        return count_parameters(subject.make())
+
+
+@_promise("match-published-counts", "preset")
+def _match_published_counts(subject: Subject) -> None:
+    """Its parameters number what was published, to the last digit printed."""
+    figures = [figure for figure in subject.published if figure.what == "parameters"]
+    counted = parameters_on_meta(subject)
+    for figure in figures:
+        assert figure.unit in UNITS, f"{figure.source}: unit {figure.unit!r} is none of {', '.join(UNITS)}"
+        digits = max(-int(Decimal(repr(figure.value)).as_tuple().exponent), 0) if figure.value % 1 else 0
+        ours = counted / UNITS[figure.unit]
+        allowed = 0 if UNITS[figure.unit] == 1 else 10.0**-digits  # printed figures are rounded or cut
+        assert abs(ours - figure.value) <= allowed, (
+            f"{figure.source} says {figure.value} {figure.unit}, we count {ours:.6g}"
+        )

@@ -1,0 +1,99 @@
+"""What is asked to keep a promise: a mechanism or a preset, with inputs that fit it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from provenn.catalog import Card, Figure, Preset
+from provenn.slots import Slot
+
+WIDTH = 24  # of the mechanisms that are checked: small, and divisible by the usual numbers of heads
+SIZES = {"batch": 3, "tokens": 7, "other": 5, "height": 6, "width": 9}
+DEPTH = 10  # the number of branches that a residual mechanism is told of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is asked to keep a promise.
+
+    Args:
+        name: for messages.
+        make: builds the module from torch's global generator; keyword arguments override its settings.
+        shapes: the shapes of its inputs; keyword arguments override sizes (only `batch`, of a preset).
+        slot: the slot of a mechanism; None for a preset.
+        below: for each input, None where it is real, else how many integers it may hold.
+        published: what was published of a preset.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    shapes: Callable[..., list[tuple[int, ...]]]
+    slot: Slot | None = None
+    below: tuple[int | None, ...] = ()
+    published: tuple[Figure, ...] = ()
+
+    @classmethod
+    def mechanism(cls, factory: Callable[..., Any], slot: Slot, name: str = "") -> "Subject":
+        def make(dim: int = WIDTH, **options: Any) -> nn.Module:
+            if slot.name != "token-mixer":
+                made = factory(dim, **options)
+                return _Joined(made, dim) if slot.name == "residual" else made
+            if "causal" in options:
+                return factory(dim, **options)
+            try:
+                return factory(dim, causal=True, **options)
+            except ValueError:  # one that looks both ways alone; whether it may is asked by the promise be-causal
+                return factory(dim, causal=False, **options)
+
+        def shapes(dim: int = WIDTH, **sizes: int) -> list[tuple[int, ...]]:
+            return slot.shapes(**{**SIZES, slot.width: dim, **sizes})
+
+        return cls(name or getattr(factory, "__name__", repr(factory)), make, shapes, slot)
+
+    @classmethod
+    def preset(cls, paper: Card, preset: Preset) -> "Subject":
+        def make(**options: Any) -> nn.Module:
+            return paper.resolve(preset.build)(**{**preset.options, **options})
+
+        def shapes(batch: int = 3) -> list[tuple[int, ...]]:
+            assert preset.input, f"the preset {preset.name} of {paper.slug} names no input in paper.toml"
+            return [(batch, *example.shape[1:]) for example in preset.input]
+
+        below = tuple(example.below for example in preset.input)
+        return cls(f"{paper.slug} {preset.name}", make, shapes, below=below, published=tuple(preset.published))
+
+    def build(self, seed: int = 0, *, stir: bool = True, **options: Any) -> nn.Module:
+        """The module in eval mode, with weights of that seed; `stir` moves parameters off the zeros they start at."""
+        torch.manual_seed(seed)
+        module = self.make(**options).eval()
+        with torch.no_grad():
+            for parameter in module.parameters() if stir else ():
+                size = parameter.square().mean().sqrt().item() if parameter.numel() else 0.0
+                parameter.add_(torch.randn_like(parameter), alpha=0.1 * size or 0.02)
+        return module
+
+    def inputs(self, seed: int = 0, **sizes: int) -> list[Tensor]:
+        """Noise of that seed in the shape of each input."""
+        generator = torch.Generator().manual_seed(seed)
+        shapes = self.shapes(**sizes)
+        return [
+            torch.randn(shape, generator=generator)
+            if below is None
+            else torch.randint(below, shape, generator=generator)
+            for shape, below in zip(shapes, self.below or [None] * len(shapes))
+        ]
+
+
+class _Joined(nn.Module):
+    """A residual mechanism with a branch, so that it is called as any other layer."""
+
+    def __init__(self, join: Callable[..., Tensor], dim: int):
+        super().__init__()
+        self.join = join
+        self.branch = nn.Sequential(nn.Linear(dim, dim), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(x, self.branch, DEPTH)

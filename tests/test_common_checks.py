@@ -1,0 +1,540 @@
+"""Every paper keeps the promises; and for each promise a mechanism that breaks it is caught, by that promise's name."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from provenn.catalog import Card, cards, read_card
+from provenn.slots import SLOTS
+from provenn.testing import PROMISES, BrokenPromise, check_mechanism, check_paper, checks_of
+
+
+class Gate(nn.Module):
+    """A channel gate that keeps every promise; the broken ones below change one thing each."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        self.scale = nn.Parameter(torch.rand(channels))
+
+    def gate(self, x: Tensor) -> Tensor:
+        return (self.scale * x.mean((2, 3))).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)[:, :, None, None]
+
+
+class Mean(nn.Module):
+    """A token mixer that keeps every promise: each head weighs the tokens by a sigmoid and takes their mean so far."""
+
+    def __init__(self, dim: int, heads: int = 2, causal: bool = True):
+        super().__init__()
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim, both at least 1, got {heads} and {dim}")
+        self.causal, self.heads = causal, heads
+        self.weigh, self.value = nn.Linear(dim, heads), nn.Linear(dim, dim)
+
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.weigh(x).sigmoid().repeat_interleave(x.shape[-1] // self.heads, -1)
+        return weight * self.value(x), weight
+
+    def total(self, terms: Tensor) -> Tensor:
+        return terms.cumsum(1) if self.causal else terms.sum(1, keepdim=True).expand_as(terms)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        values, weights = self.terms(x)
+        if mask is not None:
+            values, weights = values * mask[..., None], weights * mask[..., None]
+        return self.total(values) / (self.total(weights) + 1e-6)
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        return (torch.zeros(batch, self.value.out_features),) * 2
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        values, weights = (old + new for old, new in zip(state, self.terms(x)))
+        return values / (weights + 1e-6), (values, weights)
+
+
+class Blur(Gate):
+    """A map mixer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale[:, None, None] + nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
+
+
+class Pull(nn.Module):
+    """A batch mixer."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        self.value = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.value(x).mean(0)
+
+
+class Lookup(Pull):
+    """A cross mixer."""
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(self.value(x), other, other)
+
+
+class Scaled(nn.Module):
+    """A residual mechanism."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+
+    def forward(self, x: Tensor, f: Callable[[Tensor], Tensor], depth: int) -> Tensor:
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        return x + f(x) / depth
+
+
+SOUND = {
+    "token-mixer": Mean,
+    "channel-gate": Gate,
+    "map-mixer": Blur,
+    "batch-mixer": Pull,
+    "cross-mixer": Lookup,
+    "residual": Scaled,
+}
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_a_sound_mechanism_of_each_slot_keeps_every_promise(slot: str):
+    check_mechanism(SOUND[slot], slot)
+
+
+class WrongShape(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., 1:]
+
+
+class DiesOnOnePixel(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / x.flatten(2).std(-1)[:, :, None, None]
+
+
+class HiddenBatchNorm(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y - y.mean((0, 2, 3), keepdim=True) if self.training else y
+
+
+class MixesTheBatch(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        return (self.scale * x.mean((0, 2, 3))).sigmoid().expand(len(x), -1)
+
+
+class MixesNothing(Mean):
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.value(x)
+
+
+class Pointwise(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale[:, None, None]
+
+
+class CausalLeak(Mean):
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x + 0.001 * x.mean(1, keepdim=True), mask=mask)
+
+
+class LooksBackAlone(Mean):
+    def __init__(self, dim: int, causal: bool = True):
+        super().__init__(dim, causal=True)
+
+
+class MaskForgotten(Mean):
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class WrongStep(Mean):
+    def step(self, x: Tensor, state: Any) -> Any:
+        y, (values, weights) = super().step(x, state)
+        return y, (0.99 * values, weights)
+
+
+class SharedState(Mean):
+    def init_state(self, batch: int) -> Any:
+        return (torch.zeros(self.value.out_features),) * 2
+
+    def step(self, x: Tensor, state: Any) -> Any:
+        values, weights = (old + new.mean(0) for old, new in zip(state, self.terms(x)))
+        return (values / (weights + 1e-6)).expand_as(x), (values, weights)
+
+
+class DeadParameter(Gate):
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.unused = nn.Parameter(torch.ones(3))
+
+
+class CutGradient(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach() * self.gate(x.detach())[:, :, None, None]
+
+
+class NanGradient(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.square().sum((2, 3), keepdim=True).sqrt()
+
+
+class Overflows(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        weight = (self.scale * x.amax((2, 3))).exp()
+        return weight / weight.sum(1, keepdim=True)
+
+
+class WrongBackward(Gate):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * grad
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.Double.apply(super().gate(x))
+
+
+class SingleInside(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        return super().gate(x.float()) if x.dtype == torch.bfloat16 else super().gate(x)
+
+
+class CancelsInBfloat16(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x) + 100) - 100
+
+
+class RandomWeights(Gate):
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        generator = torch.Generator()
+        generator.seed()
+        nn.init.uniform_(self.scale, generator=generator)
+
+
+class SetsTheSeed(Gate):
+    def __init__(self, channels: int):
+        torch.manual_seed(7)
+        super().__init__(channels)
+
+
+class DropsAlways(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.1, training=True)
+
+
+class RemembersWhatItSaw(Gate):
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class HiddenDropout(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.1, training=self.training)
+
+
+class LostBuffer(Gate):
+    persistent = False
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.register_buffer("mean", torch.zeros(channels), persistent=self.persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = self.mean + x.mean((0, 2, 3))
+        return super().forward(x) + self.mean[:, None, None]
+
+
+class StateOutsideTensors(Gate):
+    def get_extra_state(self) -> object:
+        return {"not": "a tensor"}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+class Unpicklable(Gate):
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.activation = lambda x: x.sigmoid()
+
+
+class BreaksTheGraph(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+class DependsOnData(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum().item() > 0 else super().forward(2 * x) / 2
+
+
+class PutsThingsOnCpu(Gate):
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.register_buffer("one", torch.ones((), device="cpu"))
+
+
+class WritesItsInput(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            x += 1e-3
+        return super().forward(x)
+
+
+class ReadsMemory(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.as_strided((x.numel(),), (1,)).view(x.shape)
+        return super().forward(flat)
+
+
+class TakesAnything(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(max(channels, 1)))
+
+    forward = Gate.forward
+    gate = Gate.gate
+
+
+class NamesNothing(Gate):
+    def __init__(self, channels: int):
+        if channels < 1:
+            raise ValueError("bad argument")
+        super().__init__(channels)
+
+
+class AnyHeads(Mean):
+    def __init__(self, dim: int, heads: int = 2, causal: bool = True):
+        super().__init__(dim, heads if heads > 0 and dim % heads == 0 else 1, causal)
+
+
+class AnyDepth(Scaled):
+    def forward(self, x: Tensor, f: Callable[[Tensor], Tensor], depth: int) -> Tensor:
+        return x + f(x) / max(depth, 1)
+
+
+BROKEN = [
+    (WrongShape, "channel-gate", "keep-shape"),
+    (DiesOnOnePixel, "channel-gate", "keep-shape"),
+    (HiddenBatchNorm, "channel-gate", "keep-examples-apart"),
+    (MixesTheBatch, "channel-gate", "keep-examples-apart"),
+    (MixesNothing, "token-mixer", "mix"),
+    (Pointwise, "map-mixer", "mix"),
+    (lambda dim: nn.Sequential(Pull(dim).value), "batch-mixer", "mix"),
+    (CausalLeak, "token-mixer", "be-causal"),
+    (LooksBackAlone, "token-mixer", "see-both-ways"),
+    (MaskForgotten, "token-mixer", "heed-mask"),
+    (WrongStep, "token-mixer", "stream"),
+    (SharedState, "token-mixer", "stream"),
+    (DeadParameter, "channel-gate", "reach-parameters"),
+    (CutGradient, "channel-gate", "reach-parameters"),
+    (NanGradient, "channel-gate", "keep-gradients-finite"),
+    (Overflows, "channel-gate", "keep-gradients-finite"),
+    (WrongBackward, "channel-gate", "pass-gradcheck"),
+    (SingleInside, "channel-gate", "run-in-bfloat16"),
+    (CancelsInBfloat16, "channel-gate", "run-in-bfloat16"),
+    (RandomWeights, "channel-gate", "repeat"),
+    (SetsTheSeed, "channel-gate", "repeat"),
+    (DropsAlways, "channel-gate", "be-deterministic"),
+    (RemembersWhatItSaw, "channel-gate", "be-deterministic"),
+    (HiddenDropout, "channel-gate", "train-as-it-evaluates"),
+    (LostBuffer, "channel-gate", "load-state"),
+    (StateOutsideTensors, "channel-gate", "load-safetensors"),
+    (Unpicklable, "channel-gate", "copy"),
+    (BreaksTheGraph, "channel-gate", "compile"),
+    (DependsOnData, "channel-gate", "export"),
+    (PutsThingsOnCpu, "channel-gate", "build-on-meta"),
+    (WritesItsInput, "channel-gate", "leave-its-input"),
+    (ReadsMemory, "channel-gate", "take-any-layout"),
+    (TakesAnything, "channel-gate", "refuse-bad-arguments"),
+    (NamesNothing, "channel-gate", "refuse-bad-arguments"),
+    (AnyHeads, "token-mixer", "refuse-bad-arguments"),
+    (AnyDepth, "residual", "refuse-bad-arguments"),
+]
+
+
+@pytest.mark.parametrize("factory, slot, promise", BROKEN, ids=lambda part: getattr(part, "__name__", part))
+def test_a_broken_promise_is_caught_by_its_name(factory: Any, slot: str, promise: str):
+    with pytest.raises(BrokenPromise, match=f"\n  {promise}: "):
+        check_mechanism(factory, slot, only=[promise])
+
+
+def test_every_promise_is_seen_broken():
+    assert {promise for _, _, promise in BROKEN} | {"match-published-counts"} == set(PROMISES)
+
+
+def test_what_cannot_be_kept_is_excused_with_a_reason():
+    check_mechanism(CausalLeak, "token-mixer", cannot={"be-causal": "…", "stream": "…"}, only=["be-causal", "stream"])
+
+
+def test_an_excuse_that_is_not_needed_is_reported():
+    with pytest.raises(BrokenPromise, match="be-causal: is kept, so cannot need not name it"):
+        check_mechanism(Mean, "token-mixer", cannot={"be-causal": "thought so"}, only=["be-causal"])
+
+
+def test_a_promise_that_does_not_exist_is_refused():
+    with pytest.raises(BrokenPromise, match="no promise 'be-casual' here; there are: keep-shape"):
+        check_mechanism(Mean, "token-mixer", cannot={"be-casual": "a typo"})
+    with pytest.raises(BrokenPromise, match="no promise 'be-causal'"):
+        check_mechanism(Gate, "channel-gate", only=["be-causal"])
+
+
+def test_all_broken_promises_are_listed_at_once():
+    with pytest.raises(BrokenPromise) as error:
+        check_mechanism(MixesTheBatch, "channel-gate", only=["keep-examples-apart", "keep-shape", "repeat"])
+    assert str(error.value).splitlines()[0] == "MixesTheBatch as channel-gate"
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_an_unknown_slot_names_those_there_are():
+    with pytest.raises(ValueError, match="no slot is called 'channel-gates'; there are: token-mixer"):
+        check_mechanism(Gate, "channel-gates")
+
+
+FOUND = {name: check for card in cards().values() for name, check in checks_of(card).items()}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_every_mechanism_and_preset_of_every_paper_keeps_its_promises(name: str):
+    FOUND[name]()
+
+
+def test_integers_are_inputs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    facts = (
+        FACTS[: FACTS.index("[[mechanisms]]")]
+        + """
+[[presets]]
+name = "lookup"
+build = "model:Lookup"
+input = [{ shape = [1, 5], below = 4 }, { shape = [1, 5] }]
+"""
+    )
+    lookup = """
+
+class Lookup(nn.Module):
+    def __init__(self, entries=4):
+        super().__init__()
+        self.table = nn.Embedding(entries, 1)
+
+    def forward(self, index, weight):
+        return self.table(index)[..., 0] * weight
+"""
+    check_paper(tiny(tmp_path, monkeypatch, facts, MODEL + lookup))
+    with pytest.raises(BrokenPromise, match="index out of range"):
+        check_paper(tiny(tmp_path / "again", monkeypatch, facts.replace("below = 4", "below = 40"), MODEL + lookup))
+
+
+LAYERS = """
+import torch
+from torch import nn
+
+
+class Gate(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x):
+        return x * self.scale[:, None, None].sigmoid()
+"""
+MODEL = """
+from torch import nn
+from .layers import Gate
+
+
+def network(*, width=4, dropout=0.0):
+    layers = [nn.Conv2d(3, width, 3), Gate(width), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(dropout))
+"""
+FACTS = """
+title = "Tiny"
+date = 2026-01-01
+authors = 1
+task = "image-classification"
+summary = "…"
+[[mechanisms]]
+name = "gate"
+slot = "channel-gate"
+layer = "layers:Gate"
+[[presets]]
+name = "tiny"
+build = "model:network"
+input = [1, 3, 6, 6]
+published = [
+  { what = "parameters", value = 144, source = "table 1" },
+  { what = "parameters", value = 0.14, unit = "k", source = "table 2" },
+  { what = "top-1", value = 77, source = "table 1" },
+]
+[[presets]]
+name = "wide"
+build = "model:network"
+input = [1, 3, 6, 6]
+options = { width = 8, dropout = 0.5 }
+published = [ { what = "parameters", value = 320, source = "table 1" } ]
+"""
+
+
+def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, facts: str = FACTS, model: str = MODEL) -> Card:
+    package = folder / "tiny_paper"
+    package.mkdir(parents=True)
+    for name, text in (("__init__.py", ""), ("layers.py", LAYERS), ("model.py", model), ("paper.toml", facts)):
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.startswith("tiny_paper")]:
+        monkeypatch.delitem(sys.modules, name)
+    return read_card(package, "tiny_paper")
+
+
+def test_a_sound_paper_keeps_every_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_paper(tiny(tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "before, after, complaint",
+    [
+        ("value = 144", "value = 145", "tiny_paper tiny\n  match-published-counts: table 1 says 145"),
+        ("value = 0.14,", "value = 0.17,", "table 2 says 0.17 k, we count 0.144"),
+        ("value = 320", "value = 321", "tiny_paper wide\n  match-published-counts: table 1 says 321"),
+        ('layer = "layers:Gate"', 'layer = "layers:Gates"', "tiny_paper gate\n  layers:Gates cannot be imported"),
+        ('"model:network"', '"model:net"', "tiny_paper tiny\n  reach-parameters: AttributeError"),
+        ('"channel-gate"', '"map-mixer"', "tiny_paper gate\n  mix: "),
+        ('"layers:Gate"', '"layers:Gate"\ncannot = { export = "?" }', "export: is kept"),
+        ('build = "model:network"', 'build = "model:network"\ncannot = { stream = "?" }', "no promise 'stream' here"),
+    ],
+)
+def test_a_wrong_fact_is_caught(
+    before: str, after: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paper = tiny(tmp_path, monkeypatch, FACTS.replace(before, after, 1))
+    with pytest.raises(BrokenPromise, match=complaint):
+        check_paper(paper)
