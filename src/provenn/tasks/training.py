@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -335,9 +335,7 @@ def _module_class() -> type:
 
         def configure_optimizers(self) -> Any:
             optimizer = self.recipe.make_optimizer(self.model)
-            steps_per_epoch = math.ceil(
-                math.ceil(len(self.data.train) / self.trainer.world_size) / self.recipe.batch_size
-            )
+            steps_per_epoch = len(self.train_dataloader())
             steps = min(self.recipe.epochs * steps_per_epoch, self.recipe.max_steps or sys.maxsize)
             schedule = self.recipe.make_schedule(optimizer, steps, steps_per_epoch)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -361,7 +359,8 @@ def _history_class() -> type:
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             total = min(trainer.max_epochs * trainer.num_training_batches, self.recipe.max_steps or sys.maxsize)
-            self.context = progress.bar(self.title, total)
+            # Of several processes one shows the bar.
+            self.context = progress.bar(self.title, total) if trainer.is_global_zero else nullcontext(lambda *_: None)
             self.advance = self.context.__enter__()
             self.advance(trainer.global_step)
             if self.recipe.patience is not None and self.waited >= self.recipe.patience:
