@@ -150,7 +150,7 @@ def test_rolling_by_whole_windows_commutes(shifted):
     )
 
 
-def test_both_window_shapes_in_one_call_equal_one_call_each():
+def test_attention_equals_its_definition_window_by_window():
     """The definition: roll, cut, softmax(q kᵀ/√d) v, paste, roll back, for each half by itself."""
     attention = craft.RectangleWindowAttention(24, 6, shifted=True)
     qkv = torch.randn(2, 32, 16, 72)

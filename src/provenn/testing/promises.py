@@ -65,6 +65,11 @@ def _close(actual: Any, expected: Any, message: str, tolerance: float = 1e-4) ->
         assert worst <= tolerance * scale, f"{message}: differs by {worst:.3g} where values reach {scale:.3g}"
 
 
+def _cast(inputs: list[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The inputs with a change to the real ones; integers are indices and stay what they are."""
+    return [change(x) if x.is_floating_point() else x for x in inputs]
+
+
 def _first(output: Any) -> Tensor:
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
@@ -212,14 +217,16 @@ def _reach_parameters(subject: Subject) -> None:
     _backward(module, inputs)
     frozen = [name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not frozen, f"no gradient reaches {', '.join(frozen[:6])}{' and others' if len(frozen) > 6 else ''}"
-    assert all(x.grad is not None and x.grad.any() for x in inputs), "no gradient reaches the input"
+    real = [x for x in inputs if x.is_floating_point()]
+    assert all(x.grad is not None and x.grad.any() for x in real), "no gradient reaches the input"
 
 
 @_promise("keep-gradients-finite")
 def _keep_gradients_finite(subject: Subject) -> None:
     """Output and gradients are finite for usual, for zero and (of a mechanism) for large inputs."""
     for scale in (1.0, 0.0, *([1e3] if subject.slot else [])):
-        module, inputs = subject.build().train(), [x * scale for x in subject.inputs()]
+        module, factor = subject.build().train(), torch.tensor(scale)
+        inputs = _cast(subject.inputs(), factor.mul)
         _backward(module, inputs)
         bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         bad += ["the input" for x in inputs if x.grad is not None and not x.grad.isfinite().all()]
@@ -227,8 +234,7 @@ def _keep_gradients_finite(subject: Subject) -> None:
 
 
 def _backward(module: Callable[..., Any], inputs: list[Tensor]) -> None:
-    for x in inputs:
-        x.requires_grad_()
+    _cast(inputs, Tensor.requires_grad_)
     torch.manual_seed(0)
     outputs = [leaf for leaf in tree_leaves(module(*inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
     assert outputs, "the output depends on nothing that can be trained"
@@ -260,8 +266,8 @@ def _run_in_bfloat16(subject: Subject) -> None:
     low = copy.deepcopy(module).bfloat16()
     module.load_state_dict(low.state_dict())  # the same rounded weights
     with torch.no_grad():
-        expected = _first(module(*(x.bfloat16().float() for x in inputs)))
-        actual = _first(low(*(x.bfloat16() for x in inputs)))
+        expected = _first(module(*_cast(inputs, lambda x: x.bfloat16().float())))
+        actual = _first(low(*_cast(inputs, Tensor.bfloat16)))
     assert actual.dtype == torch.bfloat16, f"bfloat16 gives {actual.dtype}"
     error = ((actual.float() - expected).norm() / expected.norm()).item()
     assert error <= 0.05, f"the output is off by {100 * error:.1f} %"
@@ -378,7 +384,7 @@ def _build_on_meta(subject: Subject) -> None:
     real = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if not t.is_meta]
     assert not real, f"not on the meta device: {', '.join(real[:6])}"
     with torch.no_grad():
-        output = _first(module(*(torch.empty(shape, device="meta") for shape in subject.shapes())))
+        output = _first(module(*(x.to("meta") for x in subject.inputs())))
     assert output.is_meta, "gives a real tensor on the meta device"
 
 

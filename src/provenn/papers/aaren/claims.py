@@ -29,6 +29,7 @@ from provenn.ops.prefix_scan_attention import (
 from provenn.papers.aaren.layers import AarenAttention, AarenEncoder, attention_rnn
 from provenn.papers.aaren.model import (
     MIXERS,
+    DecisionTransformer,
     EventForecaster,
     Forecaster,
     SeriesClassifier,
@@ -300,7 +301,7 @@ def streams(run: Run) -> dict[str, list[list[float]]]:
 
     def measure() -> dict[str, list[list[float]]]:
         steps = {(mixer, n): stream_after(mixer, n) for mixer in MIXERS for n in CONTEXTS}
-        times = interleaved(steps, rounds=2 if run.smoke else 9, calls=1 if run.smoke else 10)
+        times = interleaved(steps, rounds=2 if run.smoke else 25, calls=1 if run.smoke else 5)
         return {mixer: [times[mixer, n] for n in CONTEXTS] for mixer in MIXERS}
 
     return run.trial("time of a token", measure, dim=64, heads=4, layers=1, contexts=list(CONTEXTS))
@@ -488,7 +489,7 @@ SMALL = {"dim": 32, "heads": 4, "layers": 2, "feedforward": 64}
 def classification(run: Run) -> Measurement:
     """JapaneseVowels, one of the paper's own sets, whole; the brief training of a small budget."""
     data = loaded("series-classification", "japanese-vowels", validation=0)
-    recipe = Recipe(optimizer="radam", lr=3e-3, batch_size=32, clip=4.0, epochs=1 if run.smoke else 20)
+    recipe = Recipe(optimizer="radam", lr=3e-3, batch_size=32, clip=4.0, epochs=1 if run.smoke else 15)
     fits = trained(run, "series-classification", data, SeriesClassifier, SMALL, recipe)
     accuracy = {mixer: metric(own, "accuracy") for mixer, own in fits.items()}
     return Measurement.paired(
@@ -504,14 +505,17 @@ def classification(run: Run) -> Measurement:
     )
 
 
+EPOCHS = {"airline": 40, "solar": 20}  # 80 steps each
+
+
 @measures("forecasting")
 def forecasting(run: Run) -> Measurement:
     """Test error on two real series, as the ratio of their geometric mean."""
     fits, errors, others = {}, {}, {}
-    for source, epochs in (("solar", 30), ("daphnet", 2)):
+    for source, epochs in EPOCHS.items():
         data = loaded("series-forecasting", source)
         recipe = Recipe(
-            optimizer="adam", lr=1e-3, batch_size=64, epochs=1 if run.smoke else epochs,
+            optimizer="adam", lr=1e-3, batch_size=32, epochs=1 if run.smoke else epochs,
             max_steps=2 if run.smoke else None,
         )  # fmt: skip
         fits[source] = trained(run, "series-forecasting", data, Forecaster, SMALL, recipe)
@@ -527,7 +531,7 @@ def forecasting(run: Run) -> Measurement:
         seeds=run.seeds,
         unit="test mean squared error, standardised",
         data=", ".join(errors),
-        setting={**SMALL, **vars(recipe), "epochs": {"solar": 30, "daphnet": 2}},
+        setting={**SMALL, **vars(recipe), "epochs": EPOCHS},
         series=curves(fits["solar"], "Forecasting: solar"),
         tables=[results("Test mean squared error, mean and range over seeds", errors, others)],
     )
@@ -538,7 +542,7 @@ def events(run: Run) -> Measurement:
     """A simulated Hawkes process, whose own likelihood is the floor."""
     data = loaded("event-forecasting", "hawkes")
     recipe = Recipe(
-        optimizer="adam", lr=3e-3, batch_size=32, clip=1.0, epochs=1 if run.smoke else 8,
+        optimizer="adam", lr=3e-3, batch_size=32, clip=1.0, epochs=1 if run.smoke else 5,
         max_steps=2 if run.smoke else None,
     )  # fmt: skip
     fits = trained(run, "event-forecasting", data, EventForecaster, SMALL, recipe)
@@ -559,6 +563,30 @@ def events(run: Run) -> Measurement:
         setting={**SMALL, **vars(recipe)},
         series=curves(fits, "Events: Hawkes process"),
         tables=[results("Test metrics, mean and range over seeds", rows, others)],
+    )
+
+
+@measures("reinforcement_learning")
+def reinforcement_learning(run: Run) -> Measurement:
+    """Score 0 is random play, 100 the controller behind the recorded episodes; both see the last 20 steps."""
+    episodes, test = (4, 1) if run.smoke else (200, 20)
+    data = loaded("reinforcement-learning", "cartpole-medium", episodes=episodes, validation=0, test=test)
+    recipe = Recipe(
+        optimizer="adamw", lr=1e-3, weight_decay=1e-4, batch_size=64, clip=0.25, epochs=1 if run.smoke else 4,
+        max_steps=2 if run.smoke else None,
+    )  # fmt: skip
+    fits = trained(run, "reinforcement-learning", data, DecisionTransformer, SMALL, recipe)
+    score = {mixer: metric(own, "score") for mixer, own in fits.items()}
+    return Measurement.paired(
+        score["aaren"],
+        score["softmax"],
+        seeds=run.seeds,
+        unit="score",
+        data=data.name,
+        fingerprint=data.fingerprint,
+        setting={**SMALL, **vars(recipe), "context": 20, "episodes": episodes},
+        series=curves(fits, "Reinforcement learning: CartPole"),
+        tables=[results(f"Score over {test} episodes, mean and range over seeds", {data.name: score})],
     )
 
 
@@ -601,7 +629,7 @@ def against(run: Run, name: str, other: Callable[[int], Callable[[], object]], l
             list(
                 interleaved(
                     {"scan": there_and_back(prefix_scan_attention, HEADS, n), name: other(n)},
-                    rounds=2 if run.smoke else 7,
+                    rounds=2 if run.smoke else 11,
                 ).values()
             )
             for n in sizes

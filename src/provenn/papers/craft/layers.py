@@ -64,8 +64,7 @@ class PositionBias(nn.Module):
 class RectangleWindowAttention(nn.Module):
     """Softmax attention in 4×16 windows for one half of the channels and in 16×4 windows for the other half.
 
-    A = softmax(q kᵀ / √d + b), output A v, in each window and head. Both window shapes hold the same number of tokens,
-    so one batched call computes them both.
+    A = softmax(q kᵀ / √d + b), output A v, in each window and head.
 
     Args:
         dim: C, the number of channels; each half has `heads` / 2 heads.
@@ -112,49 +111,30 @@ class RectangleWindowAttention(nn.Module):
     def forward(
         self, qkv: Float[Tensor, "batch height width channels3"]
     ) -> Float[Tensor, "batch height width channels"]:
-        batch, height, width, _ = qkv.shape
+        height, width = qkv.shape[1:3]
         long = self.windows[1][0]
         if height % long or width % long:
             raise ValueError(f"height and width must be multiples of {long}, got {height}×{width}")
-        parts = []
-        pair = rearrange(qkv, "b h w (three half c) -> half b h w three c", three=3, half=2)
-        for part, (rows, columns), (down, right) in zip(pair, self.windows, self.shifts):
-            if down or right:
-                part = part.roll((-down, -right), dims=(1, 2))
-            parts.append(
-                rearrange(
-                    part,
-                    "b (i r) (j c) three (head d) -> three (b i j) head (r c) d",
-                    r=rows,
-                    c=columns,
-                    head=self.heads // 2,
-                )
-            )
-        q, k, v = torch.cat(parts, dim=2)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(batch, height, width, q))
-        halves = []
-        for part, (rows, columns), (down, right) in zip(attended.chunk(2, dim=1), self.windows, self.shifts):
-            part = rearrange(
-                part,
-                "(b i j) head (r c) d -> b (i r) (j c) (head d)",
-                i=height // rows,
-                j=width // columns,
-                r=rows,
-            )
-            halves.append(part.roll((down, right), dims=(1, 2)) if down or right else part)
-        return torch.cat(halves, dim=-1)
+        halves = rearrange(qkv, "b h w (three half c) -> half b h w three c", three=3, half=2)
+        settings = zip(halves, self.windows, self.shifts, self.bias)
+        return torch.cat([self._attend(*one) for one in settings], dim=-1)
 
-    def _mask(self, batch: int, height: int, width: int, q: Tensor) -> Tensor | None:
-        bias = None
-        if not all(b.constant for b in self.bias):
-            bias = torch.cat([b() for b in self.bias])[None].to(q.dtype)
-        if self.wrap or not any(map(any, self.shifts)):
-            return bias
-        seen = [
-            windows_without_wrap(height, width, size, shift, q.device) for size, shift in zip(self.windows, self.shifts)
-        ]
-        mask = torch.stack(seen, dim=1).repeat_interleave(self.heads // 2, dim=1).repeat(batch, 1, 1, 1)
-        return mask if bias is None else bias.masked_fill(~mask, -torch.inf)
+    def _attend(self, qkv: Tensor, window: tuple[int, int], shift: tuple[int, int], bias: nn.Module) -> Tensor:
+        batch, height, width = qkv.shape[:3]
+        sides = dict(zip("rc", window))
+        if any(shift):
+            qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
+        heads = self.heads // 2
+        cut = "b (i r) (j c) three (head d) -> three (b i j) head (r c) d"
+        q, k, v = rearrange(qkv, cut, head=heads, **sides)
+        mask = None if bias.constant else bias()[None].to(q.dtype)
+        if any(shift) and not self.wrap:
+            seen = windows_without_wrap(height, width, window, shift, q.device).repeat(batch, 1, 1)[:, None]
+            mask = seen if mask is None else mask.masked_fill(~seen, -torch.inf)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        paste = "(b i j) head (r c) d -> b (i r) (j c) (head d)"
+        y = rearrange(y, paste, b=batch, i=height // window[0], **sides)
+        return y.roll(shift, dims=(1, 2)) if any(shift) else y
 
 
 def windows_without_wrap(
@@ -322,17 +302,18 @@ class HFB(nn.Module):
     Args:
         dim: C, the number of channels.
         heads: number of heads of the attention across channels.
+        expansion: of the GDFN.
 
     Shapes: low and high (batch, dim, height, width) to the same. Multiplying `high` by a positive number changes
     nothing: it is not normalised, but the query that it becomes is, and no convolution has a bias.
     """
 
-    def __init__(self, dim: int, heads: int = 6):
+    def __init__(self, dim: int, heads: int = 6, *, expansion: float = 2.66):
         super().__init__()
         self.norm1 = ChannelNorm(dim)
         self.attention = InterAttention(dim, heads)
         self.norm2 = ChannelNorm(dim)
-        self.feed = GDFN(dim)
+        self.feed = GDFN(dim, expansion)
 
     def forward(
         self, low: Float[Tensor, "batch dim height width"], high: Float[Tensor, "batch dim height width"]

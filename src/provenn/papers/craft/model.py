@@ -97,8 +97,12 @@ class CRAFT(nn.Module):
         self.groups = nn.Sequential(*(Group(dim, [block(dim) for _ in range(depth)]) for _ in range(groups)))
         self.norm = ChannelNorm(dim)
         self.last = nn.Conv2d(dim, dim, 3, padding=1)
-        self.upsample = nn.Sequential(nn.Conv2d(dim, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale))
+        pixels = nn.Conv2d(dim, 3 * scale**2, 3, padding=1)
+        self.upsample = nn.Sequential(pixels, nn.PixelShuffle(scale))
         self.apply(_initialise)
+        if over_bicubic:
+            # Start close to the interpolation, not from noise on top of it.
+            nn.init.trunc_normal_(pixels.weight, std=1e-3)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height2 width2"]:
         height, width = x.shape[2:]

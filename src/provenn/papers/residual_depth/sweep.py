@@ -79,7 +79,7 @@ def train_grid(
     second = [torch.zeros_like(w) for w in weights] if adam else []
     history = []
     # The fused attention of the CPU cannot be stacked.
-    with progress.bar(title, steps) as advance, sdpa_kernel(SDPBackend.MATH):
+    with progress.bar(title, steps) as advance, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         for step in range(steps):
             drawn = [batch(seed, step) for seed in seeds]
             x, t = (torch.stack([pair[i] for pair in drawn]).repeat_interleave(len(lrs), 0) for i in (0, 1))
