@@ -271,7 +271,7 @@ def test_official_names_cover_every_parameter():
     ("make", "message"),
     [
         (lambda: SRWAB(48, 5), "heads must be even"),
-        (lambda: SRWAB(50, 6), "divide dim"),
+        (lambda: SRWAB(50, 6), "dim=50"),
         (lambda: SRWAB(48, window=(3, 16)), "multiple of short"),
         (lambda: SRWAB(48, position_dim=0), "position_dim"),
         (lambda: HFERB(7), "dim must be even"),
