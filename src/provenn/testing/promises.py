@@ -233,7 +233,8 @@ def _keep_gradients_finite(subject: Subject) -> None:
         assert not bad, f"for inputs of size {scale:g} the gradient of {', '.join(bad[:6])} is not finite"
 
 
-def _backward(module: Callable[..., Any], inputs: list[Tensor]) -> None:
+def _backward(module: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+    """Run it forward and back; the gradients are left with inputs and parameters."""
     _cast(inputs, Tensor.requires_grad_)
     torch.manual_seed(0)
     outputs = [leaf for leaf in tree_leaves(module(*inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -241,6 +242,7 @@ def _backward(module: Callable[..., Any], inputs: list[Tensor]) -> None:
     # A random direction: the plain sum of a normalised output has no gradient.
     generator = torch.Generator().manual_seed(0)
     torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in outputs]).sum().backward()
+    return outputs
 
 
 @_promise("pass-gradcheck", *MECHANISMS)
@@ -352,19 +354,17 @@ def _copy(subject: Subject) -> None:
 @_promise("compile")
 def _compile(subject: Subject) -> None:
     """torch.compile takes it whole (one graph, the backend aot_eager) and gives the same output and gradients."""
-    module, inputs = subject.build(), subject.inputs()
+    module = subject.build()
     torch._dynamo.reset()
+    results = []
     with unchecked():
-        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-        with torch.no_grad():
-            _close(compiled(*inputs), module(*inputs), "compiled, it gives another output")
-        gradients = []
-        for run in (module, compiled):
-            module.zero_grad()
-            _backward(run, given := [x.detach().clone() for x in inputs])
-            gradients.append([x.grad for x in given])
-        _close(gradients[1], gradients[0], "compiled, it gives another gradient", 1e-3)
+        for run in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+            inputs = subject.inputs()
+            output = _backward(run, inputs)
+            results.append((output, [x.grad for x in inputs]))
     torch._dynamo.reset()
+    _close(results[1][0], results[0][0], "compiled, it gives another output")
+    _close(results[1][1], results[0][1], "compiled, it gives another gradient", 1e-3)
 
 
 @_promise("export")
@@ -419,9 +419,12 @@ def _refuse_bad_arguments(subject: Subject) -> None:
         _refused(f"{subject.slot.width}={bad}", bad, partial(subject.make, dim=bad))
     try:
         subject.make(heads=1)
+        has_heads = True
     except TypeError:
-        pass  # it has no heads
-    else:
+        has_heads = False
+    except ValueError:
+        has_heads = True  # and needs more than one
+    if has_heads:
         for bad in (0, WIDTH - 1):
             _refused(f"heads={bad} of {subject.slot.width}={WIDTH}", bad, partial(subject.make, heads=bad))
     if subject.slot.name == "residual":
