@@ -124,6 +124,8 @@ def _measure(
             terminal.print("", console.claims(mine, console.escape(card.title)), f"[bold]{view.tally(mine)}[/]")
             if detailed:
                 for record in mine:
+                    if record.measurement.note:
+                        terminal.print(f"[bold]{record.claim}[/]: {console.escape(record.measurement.note)}\n")
                     for grid in console.details(record.measurement):
                         terminal.print(grid, "")
         terminal.print(f"report   {page}", soft_wrap=True)
