@@ -206,19 +206,22 @@ class SlotComparison:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(13, 4.2), layout="constrained")
-        labels = {"parameters": "parameters", "FLOPs": "FLOPs, one example", "latency": "time as a multiple of "}
-        labels["latency"] += self.candidates[0].name
-        for axes, cost in zip(figure.subplots(1, len(COSTS), sharey=True), COSTS):
+        scale = {"parameters": 1.0, "FLOPs": 1e6, "latency": 1.0}
+        labels = ("parameters", "million FLOPs, one example", f"time as a multiple of {self.candidates[0].name}")
+        for axes, cost, label in zip(figure.subplots(1, len(COSTS), sharey=True), COSTS, labels):
             front = self.front(cost)
-            axes.plot([c.cost(cost) for c in front], [c.mean for c in front], color="0.7", zorder=0, label="front")
-            for one in self.candidates:
+            costs = [one.cost(cost) / scale[cost] for one in front]
+            axes.plot(costs, [one.mean for one in front], color="0.75", zorder=0, label="the best for their cost")
+            for number, one in enumerate(self.candidates):
+                x, color = one.cost(cost) / scale[cost], f"C{number % 10}"
                 low, high = one.interval or (one.mean, one.mean)
-                axes.errorbar(
-                    one.cost(cost), one.mean, [[one.mean - low], [high - one.mean]], marker="o", capsize=3, lw=1
-                )
-                axes.annotate(one.name, (one.cost(cost), one.mean), xytext=(5, 5), textcoords="offset points")
-            axes.set_xlabel(labels[cost])
+                axes.errorbar(x, one.mean, [[one.mean - low], [high - one.mean]], marker="o", capsize=3, color=color)
+                axes.scatter([x] * len(one.quality), one.quality, s=14, color=color, alpha=0.4)  # each seed
+                axes.annotate(one.name, (x, one.mean), xytext=(6, 4), textcoords="offset points")
+            axes.set_xlabel(label)
             axes.margins(x=0.15)
+            axes.locator_params(axis="x", nbins=4)
+            axes.grid(alpha=0.3)
         figure.axes[0].set_ylabel(f"test {self.metric}")
         figure.axes[0].legend(loc="lower right")
         figure.suptitle(f"{self.slot} on {self.data}: {self.host}", fontsize=11)
