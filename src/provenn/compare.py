@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,16 +82,31 @@ def _mixers() -> dict[str, Factory]:
     return {"none": Nothing, "softmax": partial(SoftmaxAttention, heads=4)}
 
 
+class Sum(nn.Module):
+    """The plain join of a residual branch, x + f(x)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], depth: int) -> torch.Tensor:
+        return x + f(x)
+
+
+def _residual_tower(join: Factory, options: dict[str, Any]) -> nn.Module:
+    from provenn.nn.hosts import ResidualHost
+
+    return ResidualHost(join, **options)
+
+
 _SGD = Recipe(batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="onecycle")
 _RADAM = Recipe(batch_size=16, optimizer="radam", lr=1e-3, clip=4.0)
 
 
 def _budgets(recipe: Recipe, small: int, paper: int) -> dict[str, Recipe]:
-    facts = asdict(recipe)
     return {
-        "smoke": Recipe(**{**facts, "epochs": 1, "max_steps": 2}),
-        "small": Recipe(**{**facts, "epochs": small, "max_steps": 1000}),
-        "paper": Recipe(**{**facts, "epochs": paper}),
+        "smoke": replace(recipe, epochs=1, max_steps=2),
+        "small": replace(recipe, epochs=small, max_steps=1000),
+        "paper": replace(recipe, epochs=paper),
     }
 
 
@@ -105,6 +120,13 @@ HOSTS = {
         _mixers,
         _budgets(_RADAM, 25, 60),
         "a causal encoder of two layers, 64 wide",
+    ),
+    "residual": Host(
+        "image-classification",
+        _residual_tower,
+        lambda: {"sum": Sum},
+        _budgets(replace(_SGD, lr=0.02), 15, 100),
+        "a tower of 24 branches, 64 wide, without normalisation",
     ),
 }
 
@@ -260,7 +282,8 @@ def compare(
     Args:
         slot: one that has a host: see `HOSTS`.
         candidates: names of mechanisms in the catalogue (`slug:name` where two papers share a name) and of baselines;
-            by default all that fit the slot. They are measured against `none`, or without it against the first.
+            by default all that fit the slot. They are measured against the host's first baseline (`none`), or without
+            it against the first that is named.
         data: an embedded data set's name, or a path.
         budget: smoke, small or paper.
         seeds: how many, or which.
@@ -340,7 +363,8 @@ def compare(
 
 def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tuple[Factory, str]]:
     """Each candidate's factory, and the slug of its paper (none for a baseline)."""
-    known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in host.baselines().items()}
+    baselines = host.baselines()
+    known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in baselines.items()}
     mechanisms = [(card, mechanism) for card in cards().values() for mechanism in card.mechanisms]
     fitting = [(card, mechanism) for card, mechanism in mechanisms if mechanism.slot == slot]
     called = [mechanism.name for _, mechanism in fitting]
@@ -350,7 +374,7 @@ def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tup
         factory = partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra)
         known[f"{card.slug}:{mechanism.name}" if shared else mechanism.name] = (factory, card.slug)
     wanted = list(known) if names is None else list(dict.fromkeys(names))
-    wanted.sort(key=lambda name: name != "none")  # the reference comes first
+    wanted.sort(key=lambda name: name != next(iter(baselines)))  # the reference comes first
     for name in wanted:
         if name not in known:
             raise UserError(f"no {slot} is called {name!r}{meant(name, known)}; there are: {', '.join(known)}")
