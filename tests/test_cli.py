@@ -4,6 +4,10 @@ import json
 import os
 import pickle
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from provenn import api
+from provenn import api, catalog
 from provenn.cli import main
 
 pytestmark = pytest.mark.usefixtures("third_party")
@@ -234,3 +238,209 @@ def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says
     assert out == "" and "Traceback" not in err and "─" not in err
     assert everything_in(props) == before, "something was left behind"
     assert not [warning for warning in recwarn if not issubclass(warning.category, DeprecationWarning)]
+
+
+def test_without_a_word_it_says_what_there_is(run):
+    code, out, err = run("")
+    assert code == 0 and err == ""
+    for verb in ("list", "show", "reproduce", "train", "predict", "compare", "bench", "board", "doctor"):
+        assert f" {verb} " in out
+
+
+def test_version(run):
+    from provenn import __version__
+
+    assert run("--version") == (0, f"provenn {__version__}\n", "")
+
+
+def test_list_and_show_for_people_and_machines(run):
+    code, out, _ = run("list gate tiny")
+    assert code == 0 and "Tiny Gates: A Third Party's Paper" in out and "tiny (channel-gate)" in out
+    (entry,) = [entry for entry in json.loads(run("list tiny-gate --json")[1]) if entry["slug"] == "tiny_gate"]
+    assert entry["arxiv"] == "2401.00001" and entry["mechanisms"] == [{"name": "tiny", "slot": "channel-gate"}]
+    code, out, _ = run("show Tiny-Gate")
+    assert code == 0
+    for word in (
+        "tiny_gate.layers.TinyGate",
+        "35 parameters (Table 1)",
+        "needs ImageNet-1K and eight GPUs",
+        "exact, ours",
+    ):
+        assert word in out
+    shown = json.loads(run("show tiny_gate --json")[1])
+    assert [claim["id"] for claim in shown["claims"]][:2] == ["parameters", "identity"] and shown["evidence"] == []
+
+
+def test_a_search_that_finds_nothing_says_so(run):
+    code, out, err = run("list zebra")
+    assert (code, out) == (0, "") and "no paper fits 'zebra'" in err
+    assert json.loads(run("list zebra --json")[1]) == []
+
+
+def test_reproduce_ends_with_the_claims_and_says_where_everything_lies(run, here):
+    code, out, err = run("reproduce tiny_gate --out run")
+    assert code == 0
+    for words in ("✔ reproduced", "▲ direction holds", "✘ not reproduced", "– not measured"):
+        assert words in out
+    assert "35 parameters (Table 1)" in out and "+2.2 [1.7, 2.7] (92.3 against 90.1 points)" in out
+    assert "run/report.html" in out and "run/tiny_gate.json" in out
+    assert "repeat   provenn reproduce tiny_gate --out run\n" in out
+    assert [line.split()[2] for line in err.splitlines()] == [
+        "parameters:", "identity:", "linear:", "better:", "overstated:", "imagenet:"
+    ]  # fmt: skip
+    page = (here / "run" / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count("not reproduced") >= 2
+
+
+def test_strict_exits_1_where_a_claim_is_not_reproduced(run, here):
+    assert run("reproduce tiny_gate --out run --strict")[0] == 1
+    assert run("reproduce tiny_gate --out run --strict --claim parameters --claim better")[0] == 0
+
+
+def test_a_measurement_that_fails_is_said_in_the_end(run, here, monkeypatch):
+    monkeypatch.setenv("TINY_GATE_BREAKS", "1")
+    code, out, err = run("reproduce tiny_gate --out run")
+    assert code == 1 and "the measurement failed: RuntimeError: the clock stopped" in out
+    assert err.endswith("provenn: the measurement of linear of tiny_gate failed; see run/tiny_gate.errors.txt\n")
+    assert "direction holds" in out, "the other claims' work was lost"
+
+
+def test_reproduce_for_machines(run, here):
+    summary = json.loads(run("reproduce tiny_gate --out run --budget smoke --json")[1])
+    assert summary["out"] == "run" and Path(summary["report"]).exists()
+    assert summary["repeat"] == "provenn reproduce tiny_gate --out run --budget smoke --json"
+    assert {record["verdict"] for record in summary["records"]} == {"reproduced", "not reproduced", "not measured"}
+
+
+def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
+    code, out, err = run("bench tiny_gate --out run")
+    assert code == 0 and err.count("\n") == 1 and "linear" in err
+    assert "Operations" in out and "no gate" in out and "2.5" in out
+    (record,) = json.loads(run("bench tiny_gate --out run --json")[1])["records"]
+    assert record["kind"] == "cost"
+
+
+def test_board(run, here):
+    run("reproduce tiny_gate --out run")
+    (here / "run" / "other.json").write_text("{}")
+    code, out, err = run("board --from run")
+    assert code == 0 and "left out run/other.json" in err
+    assert [line.split()[:5] for line in out.splitlines() if line.startswith("tiny_gate")] == [
+        ["tiny_gate", "2", "2", "1", "1"]
+    ]
+    (paper,) = json.loads(run("board --from run --json")[1])
+    assert paper["verdicts"]["not reproduced"] == 1 and len(paper["records"]) == 6
+
+
+def test_train_then_predict(run, props):
+    code, out, err = run("train tiny_gate --data classes --out run --epochs 2")
+    assert (code, err) == (0, "") and "accuracy" in out
+    assert "next     provenn predict tiny_gate INPUT… --weights run -o OUTPUT" in out
+    assert (props / "run" / "weights.safetensors").exists() and (props / "run" / "run.json").exists()
+    code, out, err = run("predict tiny_gate classes/a/0.png classes/b/0.png --weights run -o out.csv")
+    assert (code, err) == (0, "") and out.count("%") == 4
+    assert (props / "out.csv").read_text().count("\n") == 3
+
+
+def test_training_goes_on_where_it_stopped(run, props):
+    run("train tiny_gate --data classes --out once --epochs 2")
+    run("train tiny_gate --data classes --out twice --epochs 1")
+    assert run("train tiny_gate --data classes --out twice --epochs 2 --resume")[0] == 0
+    one, two = (api.paper("tiny_gate").load(folder)[0].state_dict() for folder in ("once", "twice"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("when, resumable", [("first", False), ("second", True)])
+def test_ctrl_c_leaves_a_run_that_can_go_on(run, props, monkeypatch, when, resumable):
+    from provenn.tasks.image_classification import ImageClassification
+
+    evaluate, calls = ImageClassification.evaluate, []
+
+    def interrupted(self, model, dataset, batch_size=256):
+        calls.append(1)
+        if len(calls) == (1 if when == "first" else 2):
+            raise KeyboardInterrupt
+        return evaluate(self, model, dataset, batch_size)
+
+    monkeypatch.setattr(ImageClassification, "evaluate", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    code, out, err = run("train tiny_gate --data classes --out run --epochs 3")
+    assert code == 130 and out == "" and signal.getsignal(signal.SIGINT) is handler
+    if not resumable:
+        assert err == "provenn: interrupted before anything had ended; there is nothing to resume\n"
+        return
+    again = "provenn train tiny_gate --data classes --out run --epochs 3 --resume"
+    assert err == f"provenn: interrupted; what has ended is kept. Go on with: {again}\n"
+    assert run(again.removeprefix("provenn "))[0] == 0
+    assert len(json.loads((props / "run" / "run.json").read_text())["curve"]) == 3
+
+
+def command(site: Path, words: str, cwd: Path, **environment: str) -> subprocess.Popen:
+    """The same in a process of its own, as a shell starts it."""
+    source = Path(catalog.__file__).parents[1]
+    environment = {"PYTHONPATH": f"{source}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "provenn", *shlex.split(words)], cwd=cwd, env=environment, **pipes)
+
+
+def test_ctrl_c_in_a_measurement_says_how_to_go_on(third_party, here):
+    process = command(
+        third_party, "reproduce tiny_gate --out run", here, TINY_GATE_SECONDS="0.5", TINY_GATE_CALLS=str(here / "calls")
+    )
+    deadline = time.monotonic() + 60
+    while not (here / "calls").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.endswith("Go on with: provenn reproduce tiny_gate --out run --resume")
+
+
+def test_a_reader_that_leaves_is_no_trouble(third_party, here):
+    source = Path(catalog.__file__).parents[1]
+    line = f"{shlex.quote(sys.executable)} -m provenn show tiny_gate | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env={"PYTHONPATH": f"{source}:{third_party}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "" and done.stdout.strip() in ("0", "141")
+
+
+@pytest.mark.parametrize(
+    "typed, offered",
+    [
+        ("show tiny", "tiny_gate"),
+        ("reproduce tiny_gate --claim be", "better"),
+        ("reproduce tiny_gate --budget sm", "smoke small"),
+        ("train tiny_gate --preset tiny_", "tiny_small tiny_large tiny_forecast tiny_upscale"),
+        ("list --slot channel", "channel-gate"),
+        ("list --task image", "image-classification"),
+        ("compare --slot channel", "channel-gate"),
+        ("reproduce tiny_gate --device c", "cpu cuda"),
+        ("rep", "reproduce"),
+    ],
+)
+def test_the_shell_completes(monkeypatch, capsys, typed, offered):
+    words = f"provenn {typed}"
+    monkeypatch.setenv("_PROVENN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert main(typed.split()) == 0
+    assert set(offered.split()) <= set(capsys.readouterr().out.split())
+
+
+def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aeon" else find(name, *rest))
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for words in (torch.__version__, "pip install 'provenn[series]'", "threads", "digits"):
+        assert words in out
+    found = json.loads(run("doctor --json")[1])
+    assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""

@@ -279,8 +279,6 @@ def compare(
     host = HOSTS[slot]
     chosen = _choose(slot, host, candidates)
     device = choose_device(device)
-    folder = Path(out)
-    check_writable(folder)
     task = get_task(host.task)
     loaded = task.load(data)
     recipe = host.recipe[budget]
@@ -289,6 +287,8 @@ def compare(
             host.build(factory, loaded.options)
         except (TypeError, ValueError) as error:
             raise UserError(f"{name} does not fit {host.about}: {error}") from None
+    folder = Path(out)
+    check_writable(folder)
 
     topic = f"compare-{slot}"
     ledger, trouble = Ledger.read(folder / f"{topic}.json")

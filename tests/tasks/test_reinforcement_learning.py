@@ -99,7 +99,7 @@ def test_rollouts_are_the_same_alone_and_side_by_side(cartpole):
 def test_streaming_plays_as_a_window_over_everything_does(cartpole):
     """The stream remembers all; a window as long as the episode sees all."""
     model = Counting()
-    whole = dataclasses.replace(cartpole.test.setting, context=500)
+    whole = dataclasses.replace(cartpole.test.setting, context=500, streaming=False)
     streaming = dataclasses.replace(whole, streaming=True)
     seeds, targets = range(8), [float(t) for t in range(50, 450, 50)]
     assert rollouts(model, streaming, seeds, targets).tolist() == rollouts(model, whole, seeds, targets).tolist()

@@ -108,13 +108,18 @@ def tell(message: str) -> None:
 
 
 @contextmanager
-def resumable(kept: Callable[[], bool]) -> Iterator[None]:
-    """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130."""
+def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
+    """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130.
+
+    Args:
+        kept: is there something to go on from?
+        resume: the verb needs --resume to go on.
+    """
     try:
         yield
     except KeyboardInterrupt:
         if kept():
-            tell(f"provenn: interrupted; what has ended is kept. Go on with: {command(resume=True)}")
+            tell(f"provenn: interrupted; what has ended is kept. Go on with: {command(resume)}")
         else:
             tell("provenn: interrupted before anything had ended; there is nothing to resume")
         raise typer.Exit(INTERRUPTED) from None

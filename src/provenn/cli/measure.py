@@ -143,21 +143,18 @@ def compare(
     candidates: Annotated[str | None, typer.Option("--with", metavar="A,B,…", help="By default all.")] = None,
     budget: Budget = "small",
     seeds: Seeds = 3,
+    device: Device = "auto",
     out: Out = Path("runs/compare"),
     json: Json = False,
 ) -> None:
-    """Mechanisms of one slot in the same host, trained at equal budget."""
+    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped."""
     from provenn.cli import console
     from provenn.compare import compare as measure
     from provenn.evidence import Measurement
-    from provenn.reproduce import check_writable
 
-    if seeds < 1:
-        raise UserError(f"seeds must be at least 1, got {seeds}")
     names = [name.strip() for name in candidates.split(",") if name.strip()] if candidates is not None else None
-    check_writable(out)
-    with progress.shown():
-        result = measure(slot=slot, candidates=names, data=data, budget=budget, seeds=seeds, out=out)
+    with resumable(lambda: out.is_dir() and any(out.iterdir()), resume=False), progress.shown():
+        result = measure(slot, names, data=data, budget=budget, seeds=seeds, device=device, out=out, tell=tell)
     files = [str(file) for file in result.save(out)]
     if json:
         console.machine({"table": result.table.model_dump(mode="json"), "files": files})

@@ -116,7 +116,7 @@ class ImageClassification(Task):
         with torch.no_grad():
             chance, guess = model(images.to(device_of(model))).softmax(1).cpu().max(1)
         order = (guess == labels).long().argsort(stable=True)[:24]
-        figure = Figure(figsize=(12, 2.2 * math.ceil(len(order) / 8)), layout="constrained")
+        figure = Figure(figsize=(12, 1.9 * math.ceil(len(order) / 8)), layout="constrained")
         for place, index in enumerate(order.tolist()):
             axes = figure.add_subplot(math.ceil(len(order) / 8), 8, place + 1)
             axes.imshow((images[index] * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")

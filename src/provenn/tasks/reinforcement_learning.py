@@ -34,7 +34,7 @@ class Setting:
         target: the return that is asked for.
         context: steps that the model was trained to look back.
         length: steps that an episode may take.
-        streaming: whether a rollout keeps the model's state, or shows it the last `context` steps anew.
+        streaming: rollouts keep the state of a model that has one, instead of showing it the last `context` steps.
     """
 
     environment: str | None
@@ -116,12 +116,13 @@ def rollouts(
     received, active = np.zeros(count), np.ones(count, dtype=bool)
     history: list[tuple[Tensor, Tensor]] = []
     taken = torch.zeros(count, 0, dtype=torch.long, device=device)
-    stream: Any = model.init_state(count) if setting.streaming else None  # type: ignore[operator]
+    streaming = setting.streaming and hasattr(model, "step")
+    stream: Any = model.init_state(count) if streaming else None  # type: ignore[operator]
     for step in range(setting.length):
         to_go = torch.tensor((np.asarray(targets) - received) / setting.scale, dtype=torch.float32)[:, None].to(device)
         states, now = setting.states(seen).to(device), torch.full((count,), step, device=device)
         with torch.no_grad():
-            if setting.streaming:
+            if streaming:
                 logits, stream = model.step(to_go, states, now, stream)  # type: ignore[operator]
                 actions = logits.argmax(-1)
                 stream = model.act(actions, now, stream)  # type: ignore[operator]
@@ -167,7 +168,7 @@ class ReinforcementLearning(Task):
         episodes: int | None = None,
         validation: int = 5,
         test: int = 20,
-        streaming: bool = False,
+        streaming: bool = True,
         **options: Any,
     ) -> TaskData:
         """Recorded episodes for training; validation and test are episodes to be played.
@@ -181,7 +182,7 @@ class ReinforcementLearning(Task):
             context: steps a window.
             episodes: collected for an embedded set; by default its own number.
             validation, test: episodes to be played.
-            streaming: play with the model's state alone, instead of showing it the last `context` steps anew.
+            streaming: play with the state of a model that has one, instead of showing it the last `context` steps.
 
         Raises:
             UserError: no such data, or trajectories that cannot be read.
@@ -266,7 +267,7 @@ class ReinforcementLearning(Task):
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         width = options["state_dim"]
-        return vars(Setting(None, [0.0] * width, [1.0] * width, 1.0, 0.0, 20, options["max_length"], False))
+        return vars(Setting(None, [0.0] * width, [1.0] * width, 1.0, 0.0, 20, options["max_length"], True))
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """Play episodes (no input: 20; a CSV with `seed,target`: these), or tell the next action of trajectories."""

@@ -419,9 +419,12 @@ def _refuse_bad_arguments(subject: Subject) -> None:
         _refused(f"{subject.slot.width}={bad}", bad, partial(subject.make, dim=bad))
     try:
         subject.make(heads=1)
+        has_heads = True
     except TypeError:
-        pass  # it has no heads
-    else:
+        has_heads = False
+    except ValueError:
+        has_heads = True  # and needs more than one
+    if has_heads:
         for bad in (0, WIDTH - 1):
             _refused(f"heads={bad} of {subject.slot.width}={WIDTH}", bad, partial(subject.make, heads=bad))
     if subject.slot.name == "residual":

@@ -8,6 +8,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.padding import PadToMultiple
+
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalisation over the channels of a map, at each pixel (eps 1e-5, biased variance).
@@ -90,8 +92,7 @@ class RectangleWindowAttention(nn.Module):
         position_dim: int | None = None,
     ):
         super().__init__()
-        if heads < 2 or heads % 2 or dim % heads:
-            raise ValueError(f"heads must be even and divide dim, got heads={heads} and dim={dim}")
+        _check_heads(dim, heads, even=True)
         short, long = window
         if short < 1 or long < short or long % short:
             raise ValueError(f"window must be (short, long) with long a multiple of short, got {window}")
@@ -168,8 +169,8 @@ class SRWAB(nn.Module):
         heads: number of heads, half of them for each window shape.
         window, shifted, wrap, position_dim: as in `RectangleWindowAttention`.
 
-    Shapes: (batch, dim, height, width) to the same; height and width are multiples of the long window side.
-    Slot: map-mixer.
+    Shapes: (batch, dim, height, width) to the same; height and width are multiples of the long window side, which
+    `padded_srwab` sees to.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class SRWAB(nn.Module):
         position_dim: int | None = None,
     ):
         super().__init__()
+        _check_heads(dim, heads, even=True)
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attention = RectangleWindowAttention(
@@ -203,6 +205,11 @@ class SRWAB(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
 
+def padded_srwab(dim: int, heads: int = 6, *, shifted: bool = False, position_dim: int | None = None) -> PadToMultiple:
+    """An SRWAB for maps of any size, continued by their mirror image where a window is not full. Slot: map-mixer."""
+    return PadToMultiple(SRWAB(dim, heads, shifted=shifted, position_dim=position_dim), 16)
+
+
 class HFERB(nn.Module):
     """High-frequency enhancement residual block: convolution and max-pooling side by side (section 3.3).
 
@@ -217,8 +224,8 @@ class HFERB(nn.Module):
 
     def __init__(self, dim: int, *, pool: Callable[[], nn.Module] | None = None):
         super().__init__()
-        if dim % 2:
-            raise ValueError(f"dim must be even, got {dim}")
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim must be even and at least 2, got {dim}")
         self.local = nn.Conv2d(dim // 2, dim // 2, 3, padding=1)
         self.pool = nn.MaxPool2d(3, stride=1, padding=1) if pool is None else pool()
         self.sharp = nn.Conv2d(dim // 2, dim // 2, 1)
@@ -244,8 +251,7 @@ class InterAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int = 6):
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, got heads={heads} and dim={dim}")
+        _check_heads(dim, heads)
         self.heads = heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.q = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), depthwise(dim))
@@ -310,6 +316,7 @@ class HFB(nn.Module):
 
     def __init__(self, dim: int, heads: int = 6, *, expansion: float = 2.66):
         super().__init__()
+        _check_heads(dim, heads)
         self.norm1 = ChannelNorm(dim)
         self.attention = InterAttention(dim, heads)
         self.norm2 = ChannelNorm(dim)
@@ -320,6 +327,11 @@ class HFB(nn.Module):
     ) -> Float[Tensor, "batch dim height width"]:
         y = low + self.attention(self.norm1(low), high)
         return y + self.feed(self.norm2(y))
+
+
+def _check_heads(dim: int, heads: int, even: bool = False) -> None:
+    if dim < 1 or heads < 1 or dim % heads or (even and heads % 2):
+        raise ValueError(f"heads must {'be even and ' * even}divide dim, got heads={heads} and dim={dim}")
 
 
 def depthwise(dim: int) -> nn.Conv2d:

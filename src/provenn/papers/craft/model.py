@@ -112,7 +112,9 @@ class CRAFT(nn.Module):
         deep = self.last(self.norm(self.groups(shallow)))
         base = self.mean
         if self.over_bicubic:
-            base = F.interpolate(x, scale_factor=self.scale, mode="bicubic", antialias=True)
+            # Not implemented for bfloat16 on CPU.
+            precise = x.to(torch.promote_types(x.dtype, torch.float32))
+            base = F.interpolate(precise, scale_factor=self.scale, mode="bicubic", antialias=True).to(x.dtype)
         return self.upsample(deep + shallow) + base
 
 

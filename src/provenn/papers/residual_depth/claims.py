@@ -31,6 +31,7 @@ from .text import standard_library
 Rows = list[list[str | float | int | None]]
 
 LAMBDAS = (0.1, 0.05, 0.025, 0.0125)
+DRAWS = 8  # initialisations that are averaged within a seed where one alone is noisy
 DIGITS = "scikit-learn digits, 1000 to train, 200 to validate, 597 to test"
 TEXT = "source text of Python's standard library, as bytes"
 NAMES = {
@@ -125,13 +126,13 @@ def _truncation(run: Run, policy: str) -> tuple[list[list[float]], Series]:
     def errors(seed: int) -> list[float]:
         torch.manual_seed(seed)
         tower = ResidualTower(_mlp_blocks(n=64, dim=16), policy, dim=16)
-        expansion = residual_expansion(tower, torch.randn(16, 16).double(), 12)
+        expansion = residual_expansion(tower, torch.randn(16, 16).double(), 14)
         added = (expansion.output - expansion.levels[0]).norm().item()
         return [remainder / added for remainder in expansion.remainders()]
 
     found = run.trials(f"error by order, {policy}", errors)
     plot, mean = "error of the truncated network, n = 64", np.mean(found, axis=0).tolist()
-    return found, _line(NAMES[policy], range(13), mean, plot, "order", "relative error", "y")
+    return found, _line(NAMES[policy], range(15), mean, plot, "order", "relative error", "y")
 
 
 @measures("network")
@@ -144,7 +145,8 @@ def network(run: Run) -> Measurement:
 def sqrt_series(run: Run) -> Measurement:
     found, line = _truncation(run, "inv_sqrt_depth")
     lines = [line, _truncation(run, "inv_depth")[1]]
-    return _figure(run, [errors[12] / errors[2] for errors in found], unit="× the error at order 2", series=lines)
+    grown = [math.log10(errors[14] / errors[2]) for errors in found]
+    return _figure(run, grown, unit="powers of ten from order 2 to 14", series=lines)
 
 
 @measures("ensemble_grows")
@@ -350,11 +352,13 @@ def batchnorm_branch(run: Run) -> Measurement:
 
     def exponent(seed: int) -> float:
         torch.manual_seed(seed)
-        tower = ResidualTower([mlp_branch(32) for _ in depths], "batchnorm", dim=32)
-        with torch.no_grad():
-            stream = torch.stack(tower.stream(torch.randn(256, 32)))
-        ratio = (stream[1:] - stream[:-1]).var((1, 2)) / stream[:-1].var((1, 2))
-        return _slope(depths[4:], ratio[4:].tolist())
+        ratios = []
+        for _ in range(DRAWS):
+            tower = ResidualTower([mlp_branch(32) for _ in depths], "batchnorm", dim=32)
+            with torch.no_grad():
+                stream = torch.stack(tower.stream(torch.randn(256, 32)))
+            ratios.append((stream[1:] - stream[:-1]).var((1, 2)) / stream[:-1].var((1, 2)))
+        return _slope(depths[4:], torch.stack(ratios).mean(0)[4:].tolist())
 
     return _figure(run, run.trials("variance of batch-norm branches", exponent), unit="exponent of l")
 
@@ -377,7 +381,8 @@ def _update_exponent(run: Run, policy: str) -> Measurement:
             return ((model(x[:200]) - before).norm() / rate).item()
 
     def exponent(seed: int) -> float:
-        return _slope(depths, [change(n, seed) for n in depths])
+        changes = [[change(n, seed * DRAWS + draw) for draw in range(DRAWS)] for n in depths]
+        return _slope(depths, np.exp(np.mean(np.log(changes), axis=1)).tolist())
 
     values = run.trials(f"change a step, {policy}", exponent, depths=list(depths))
     return _figure(run, values, unit="exponent of n", data=DIGITS)
@@ -412,7 +417,7 @@ def _mlp(run: Run, policy: str, **changes: Any) -> list[dict[str, Any]]:
 
 
 def _cnn(run: Run, policy: str) -> list[dict[str, Any]]:
-    setting: dict[str, Any] = {"blocks": 9, "width": 4, "epochs": 3, "lrs": [0.3, 0.1, 0.03]}
+    setting: dict[str, Any] = {"blocks": 9, "width": 4, "epochs": 3, "lrs": [1.0, 0.3, 0.1, 0.03]}
     if run.smoke:
         setting |= {"blocks": 1, "epochs": 1, "lrs": [0.1]}
     return run.trial(
@@ -425,14 +430,8 @@ def _cnn(run: Run, policy: str) -> list[dict[str, Any]]:
 
 
 def _text(run: Run, policy: str) -> list[dict[str, Any]]:
-    setting: dict[str, Any] = {
-        "layers": 12,
-        "dim": 32,
-        "tokens": 32,
-        "batch_size": 12,
-        "steps": 40,
-        "lrs": [0.01, 0.003],
-    }
+    setting: dict[str, Any] = {"layers": 12, "dim": 32, "tokens": 32, "batch_size": 12}
+    setting |= {"steps": 40, "lrs": [0.01, 0.003]}
     if run.smoke:
         setting |= {"layers": 1, "steps": 3}
     return run.trial(
@@ -448,7 +447,7 @@ Study = Callable[..., list[dict[str, Any]]]
 
 
 def _against(
-    run: Run, study: Study, system: str, baseline: str, key: str, *, unit: str, about: dict[str, Any] | None = None,
+    run: Run, study: Study, system: str, baseline: str, key: str, *, unit: str, 
     others: Sequence[str] = (), **changes: Any,
 ) -> Measurement:  # fmt: skip
     """Two policies, each at its tuned learning rate, seed by seed."""
@@ -462,8 +461,8 @@ def _against(
         unit=unit,
         data=TEXT if text else DIGITS,
         fingerprint=fingerprint(*standard_library()) if text else fingerprint(*digits()[0]),
-        setting={"system": system, "baseline": baseline, **(about or {}), **changes},
-        series=[_curve(policy, outcomes[policy]) for policy in shown],
+        setting={"system": system, "baseline": baseline, **changes},
+        series=[line for line in (_curve(policy, outcomes[policy]) for policy in shown) if line.x],
         tables=[_summary(outcomes)],
     )
 
@@ -477,8 +476,8 @@ def _curve(policy: str, outcomes: list[dict[str, Any]]) -> Series:
     steps = min(next((i for i, v in enumerate(o["curve"]) if not math.isfinite(v)), len(o["curve"])) for o in outcomes)
     rows = np.array([outcome["curve"][:steps] for outcome in outcomes])
     return Series(
-        name=NAMES.get(policy, policy), x=[float(i) for i in range(steps)], y=rows.mean(0).tolist(),
-        low=rows.min(0).tolist(), high=rows.max(0).tolist(), plot="training loss", x_label="step", y_label="loss", log="y",
+        name=NAMES.get(policy, policy), x=[float(i) for i in range(steps)], y=rows.mean(0).tolist(), log="y",
+        low=rows.min(0).tolist(), high=rows.max(0).tolist(), plot="training loss", x_label="step", y_label="loss",
     )  # fmt: skip
 
 
@@ -557,14 +556,14 @@ def thousand_sqrt(run: Run) -> Measurement:
 
 @measures("cnn_without_norm")
 def cnn_without_norm(run: Run) -> Measurement:
-    others = ("batchnorm", "skipinit")
+    others = ("inv_depth", "batchnorm", "skipinit")
     return _against(run, _cnn, "inv_sqrt_depth", "one", "accuracy", unit="accuracy", others=others)
 
 
 @measures("transformer_without_norm")
 def transformer_without_norm(run: Run) -> Measurement:
     others = ("inv_depth", "layernorm")
-    return _against(run, _text, "inv_sqrt_depth", "one", "loss", unit="nats a byte", others=others)
+    return _against(run, _text, "inv_sqrt_depth", "one", "accuracy", unit="accuracy of the next byte", others=others)
 
 
 @measures("transformer_against_norm")
@@ -587,7 +586,7 @@ def learned_scale(run: Run) -> Measurement:
 
 def _by_scale(run: Run) -> dict[str, list[dict[str, Any]]]:
     """Trained towers of 50 modules over scales n^−1.5 … n^−0.25."""
-    n, exponents = 50, (-1.5, -1.0, -0.75, -0.5, -0.25)
+    n, exponents = 50, (-1.5, -1.0, -0.75, -0.5, -0.4, -0.25)
     names = {-1.0: "inv_depth", -0.5: "inv_sqrt_depth"}
     return {f"n^{e:g}": _mlp(run, names.get(e, f"const({n**e:.4g})")) for e in exponents}
 
@@ -602,8 +601,9 @@ def capacity(run: Run) -> Measurement:
 def complexity_falls(run: Run) -> Measurement:
     sweep = _by_scale(run)
     values = {name: _column(found, "feature_complexity") for name, found in sweep.items()}
-    scales = [50.0 ** float(name[2:]) for name in sweep]
-    rows = np.array(list(values.values()))
+    trained = [name for name, row in values.items() if all(map(math.isfinite, row))]
+    scales = [50.0 ** float(name[2:]) for name in trained]
+    rows = np.array([values[name] for name in trained])
     line = Series(
         name="trained features", x=scales, y=rows.mean(1).tolist(), low=rows.min(1).tolist(), high=rows.max(1).tolist(),
         plot="geometric complexity over scale", x_label="λ", y_label="geometric complexity", log="xy",
@@ -617,8 +617,9 @@ def complexity_falls(run: Run) -> Measurement:
         ],
     )
     return Measurement.ratio(
-        values["n^-0.25"], values["n^-0.5"], unit="× geometric complexity", seeds=list(run.seeds), data=DIGITS,
-        series=[line], tables=[table],
+        values[trained[-1]], values[trained[-2]], unit="× geometric complexity", seeds=list(run.seeds), data=DIGITS,
+        setting={"scales": trained[-2:]}, series=[line], tables=[table],
+        note="the largest scale that trains with every seed against the one before it",
     )  # fmt: skip
 
 

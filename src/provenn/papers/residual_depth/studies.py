@@ -3,7 +3,6 @@
 Each study tunes the learning rate of each seed on validation data and returns plain numbers, one entry a seed.
 """
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .layers import SkipInit, geometric_complexity, residual_expansion
 from .model import ByteTransformer, CifarResNet, ResidualMLP
-from .sweep import Batch, Trained, best_of_each_seed, cross_entropy, train_grid
+from .sweep import Batch, Trained, cross_entropy, train_grid
 from .text import standard_library, windows
 
 TRAIN, VALIDATE = 1000, 200  # of 1797 digits; the other 597 are the test
@@ -78,25 +77,13 @@ def mlp_study(
     def build() -> ResidualMLP:
         return ResidualMLP(64, 10, dim=width, depth=depth, policy=policy)
 
-    runs = train_grid(
-        build,
-        batch,
-        seeds=seeds,
-        lrs=lrs,
-        steps=epochs * (TRAIN // batch_size),
-        clip=clip,
-        title=f"{policy}, n = {depth}",
-    )
-
-    def score(run: Trained) -> float:
-        data = (x, labels[run.seed][0]) if noise else validate
-        return cross_entropy(run.model(data[0]), data[1]).item()
-
+    title, steps = f"{policy}, n = {depth}", epochs * (TRAIN // batch_size)
+    grid = train_grid(build, batch, seeds=seeds, lrs=lrs, steps=steps, clip=clip, title=title)
     outcomes = []
-    for run in best_of_each_seed(runs, score):
+    for run in grid.best(lambda seed: (x, labels[seed][0]) if noise else validate):
         noisy, flipped = labels[run.seed]
         logits = run.model(x)
-        outcome = _outcome(run, runs, accuracy(run.model(test[0]), test[1]), cross_entropy(logits, noisy).item())
+        outcome = _outcome(run, accuracy(run.model(test[0]), test[1]), cross_entropy(logits, noisy).item())
         if noise:
             outcome["noise_fit"] = accuracy(logits[flipped], noisy[flipped])
         if details:
@@ -126,12 +113,11 @@ def cnn_study(
     def build() -> CifarResNet:
         return CifarResNet(blocks, in_channels=1, policy=policy, width=width)
 
-    steps = epochs * (TRAIN // batch_size)
-    runs = train_grid(build, batch, seeds=seeds, lrs=lrs, steps=steps, title=f"{policy}, ResNet-{6 * blocks + 2}")
-    best = best_of_each_seed(runs, lambda run: cross_entropy(run.model(validate[0]), validate[1]).item())
+    title, steps = f"{policy}, ResNet-{6 * blocks + 2}", epochs * (TRAIN // batch_size)
+    grid = train_grid(build, batch, seeds=seeds, lrs=lrs, steps=steps, title=title)
     return [
-        _outcome(run, runs, accuracy(run.model(test[0]), test[1]), cross_entropy(run.model(train[0]), train[1]).item())
-        for run in best
+        _outcome(run, accuracy(run.model(test[0]), test[1]), cross_entropy(run.model(train[0]), train[1]).item())
+        for run in grid.best(lambda seed: validate)
     ]
 
 
@@ -158,9 +144,12 @@ def text_study(
     def build() -> ByteTransformer:
         return ByteTransformer(dim=dim, heads=2, layers=layers, max_tokens=tokens, policy=policy)
 
-    runs = train_grid(build, batch, seeds=seeds, lrs=lrs, steps=steps, adam=True, title=f"{policy}, {layers} layers")
-    best = best_of_each_seed(runs, lambda run: cross_entropy(run.model(tune[0]), tune[1]).item())
-    return [_outcome(run, runs, math.nan, cross_entropy(run.model(test[0]), test[1]).item()) for run in best]
+    grid = train_grid(build, batch, seeds=seeds, lrs=lrs, steps=steps, adam=True, title=f"{policy}, {layers} layers")
+    outcomes = []
+    for run in grid.best(lambda seed: tune):
+        logits = run.model(test[0])
+        outcomes.append(_outcome(run, accuracy(logits, test[1]), cross_entropy(logits, test[1]).item()))
+    return outcomes
 
 
 def _picks(seed: int, step: int, batch_size: int) -> Tensor:
@@ -170,9 +159,8 @@ def _picks(seed: int, step: int, batch_size: int) -> Tensor:
     return order[index * batch_size : (index + 1) * batch_size]
 
 
-def _outcome(run: Trained, runs: Sequence[Trained], right: float, loss: float) -> dict[str, Any]:
-    diverged = sum(not math.isfinite(other.curve[-1]) for other in runs if other.seed == run.seed)
-    return {"lr": run.lr, "accuracy": right, "loss": loss, "diverged": diverged, "curve": run.curve}
+def _outcome(run: Trained, right: float, loss: float) -> dict[str, Any]:
+    return {"lr": run.lr, "accuracy": right, "loss": loss, "diverged": run.diverged, "curve": run.curve}
 
 
 def _details(run: Trained, test: Batch) -> dict[str, Any]:
@@ -180,7 +168,7 @@ def _details(run: Trained, test: Batch) -> dict[str, Any]:
     x, labels = test[0][:200], test[1][:200]
     entering = model.encoder(x)
     trained = residual_expansion(model.tower, entering, 3)
-    start: Any = run.start.eval()
+    start: Any = run.start
     scales = [join.alpha.abs().item() for join in model.tower.policies if isinstance(join, SkipInit)]
     lesions, joint = _lesions(model, x, labels)
     return {
