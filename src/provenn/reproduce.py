@@ -4,6 +4,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 from provenn import progress
 from provenn.catalog import Card, Claim
@@ -20,7 +21,7 @@ def reproduce(
     card: Card,
     *,
     claims: Sequence[str] | None = None,
-    budget: Budget = "small",
+    budget: str = "small",
     seeds: int | Sequence[int] = 3,
     device: str = "auto",
     out: str | Path = "runs/latest",
@@ -56,7 +57,8 @@ def reproduce(
     earlier, trouble = Ledger.read(folder / f"{card.slug}.json")
     if trouble:
         tell(trouble)
-    run = Run(card.slug, folder, budget=budget, seeds=chosen_seeds, device=device, ledger=earlier, reuse=resume)
+    size = cast(Budget, budget)
+    run = Run(card.slug, folder, budget=size, seeds=chosen_seeds, device=device, ledger=earlier, reuse=resume)
     run.ledger.records = [r for r in run.ledger.records if r.claim in {claim.id for claim in card.claims}]
     environment = here(device)
     records = []
@@ -77,11 +79,9 @@ def reproduce(
 def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Record:
     start, spared = time.perf_counter(), run.spared
     try:
-        functions = measuring_functions(card.resolve_module("claims")) if card.has("claims") else {}
-        if claim.needs is not None or claim.id not in functions:
-            measurement = Measurement.not_measured(claim.needs or "a function that measures it")
-        else:
-            measurement = functions[claim.id](run)
+        function = _function(card, claim)
+        needs = claim.needs or "a function that measures it"
+        measurement = Measurement.not_measured(needs) if function is None else function(run)
     except Exception as error:  # one claim's trouble must not cost the others their work
         measurement = Measurement.failure(error)
         with (run.out / f"{run.paper}.errors.txt").open("a", encoding="utf-8") as file:
@@ -95,6 +95,12 @@ def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Re
         wall_seconds=round(time.perf_counter() - start + run.spared - spared, 3),
         peak_memory_bytes=peak_memory(run.device),
     )
+
+
+def _function(card: Card, claim: Claim) -> Callable[[Run], Measurement] | None:
+    if claim.needs is not None or not card.has("claims"):
+        return None
+    return measuring_functions(card.resolve_module("claims")).get(claim.id)
 
 
 def _still_good(record: Record, run: Run, claim: Claim, environment: Environment) -> bool:

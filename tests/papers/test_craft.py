@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from provenn.data.resize import bicubic
 from provenn.errors import UserError
 from provenn.papers import craft
-from provenn.papers.craft import HFB, HFERB, SRWAB, PositionBias, official
+from provenn.papers.craft import HFB, HFERB, SRWAB, PositionBias, claims, official
 from provenn.papers.craft.layers import windows_without_wrap
 from provenn.testing import seeded_state
 
@@ -150,7 +150,7 @@ def test_rolling_by_whole_windows_commutes(shifted):
     )
 
 
-def test_both_window_shapes_in_one_call_equal_one_call_each():
+def test_attention_equals_its_definition_window_by_window():
     """The definition: roll, cut, softmax(q kᵀ/√d) v, paste, roll back, for each half by itself."""
     attention = craft.RectangleWindowAttention(24, 6, shifted=True)
     qkv = torch.randn(2, 32, 16, 72)
@@ -246,6 +246,32 @@ def test_multiplications_are_linear_in_the_area():
     assert macs(small, 64, 96) == 6 * macs(small, 32, 32)
 
 
+def test_networks_that_are_compared_are_of_equal_size():
+    full = parameters(claims.small_network("CRAFT"))
+    for block in claims.BLOCKS:
+        assert parameters(claims.small_network(block)) == pytest.approx(full, rel=0.03), block
+
+
+@pytest.mark.parametrize(("scale", "printed"), [(2, 878), (3, 886), (4, 897)])
+def test_swinir_light_is_counted_as_its_paper_prints_it(scale, printed):
+    whole, tables = claims.swinir_light(scale)
+    assert round((whole - tables) / 1000) == printed
+
+
+def test_removing_frequencies_removes_the_highest():
+    rows = torch.arange(32)
+    slow, fast = (127 + 40 * torch.cos(2 * torch.pi * k * rows / 32).expand(32, 32) for k in (2, 15))
+    torch.testing.assert_close(claims._without_highest(slow, 50), slow.round())
+    assert (claims._without_highest(fast, 50) == 127).all()
+    assert torch.equal(claims._without_highest(fast.round(), 0), fast.round())
+
+
+def test_one_call_for_both_window_shapes_gives_the_same():
+    attention = craft.RectangleWindowAttention(24, 6, shifted=True)
+    qkv = torch.randn(2, 16, 32, 72)
+    torch.testing.assert_close(claims._in_one_call(attention, qkv), attention(qkv))
+
+
 def test_bfloat16_stays_near_float32():
     model = awake(craft.craft_x2())
     x = torch.rand(1, 3, 32, 32)
@@ -271,7 +297,7 @@ def test_official_names_cover_every_parameter():
     ("make", "message"),
     [
         (lambda: SRWAB(48, 5), "heads must be even"),
-        (lambda: SRWAB(50, 6), "divide dim"),
+        (lambda: SRWAB(50, 6), "dim=50"),
         (lambda: SRWAB(48, window=(3, 16)), "multiple of short"),
         (lambda: SRWAB(48, position_dim=0), "position_dim"),
         (lambda: HFERB(7), "dim must be even"),

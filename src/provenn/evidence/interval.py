@@ -8,10 +8,11 @@ import numpy as np
 CONFIDENCE = 0.95
 SMALLEST_BOOTSTRAP = 8  # below this many pairs, resampling cannot show the tails
 
+Number = float | int
 Interval = tuple[float, float]
 
 
-def student(values: Sequence[float]) -> tuple[Interval | None, str]:
+def student(values: Sequence[Number]) -> tuple[Interval | None, str]:
     """The interval of a mean over independent values; none for a single value."""
     from scipy.stats import t
 
@@ -23,14 +24,14 @@ def student(values: Sequence[float]) -> tuple[Interval | None, str]:
     return (mean - half, mean + half), f"Student's t over {n} values, 95 %"
 
 
-def paired_difference(system: Sequence[float], baseline: Sequence[float]) -> tuple[Interval | None, str]:
+def paired_difference(system: Sequence[Number], baseline: Sequence[Number]) -> tuple[Interval | None, str]:
     """The interval of the mean of `system - baseline`, pair by pair."""
     _same_length(system, baseline)
     interval, _ = student([a - b for a, b in zip(system, baseline)])
     return interval, f"Student's t, paired over {len(system)} seeds, 95 %"
 
 
-def paired_ratio(system: Sequence[float], baseline: Sequence[float]) -> tuple[float, Interval | None, str]:
+def paired_ratio(system: Sequence[Number], baseline: Sequence[Number]) -> tuple[float, Interval | None, str]:
     """The median of `system / baseline` pair by pair, and its interval.
 
     The bootstrap of the median where there are at least 8 pairs, Student's t on the logarithms below that. Both
@@ -45,12 +46,21 @@ def paired_ratio(system: Sequence[float], baseline: Sequence[float]) -> tuple[fl
         bounds = None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
         return math.exp(float(np.mean(logs))), bounds, f"Student's t on log ratios, {len(logs)} pairs, 95 %"
     draws = np.random.default_rng(0).choice(logs, size=(2000, len(logs)))
-    tail = (1 - CONFIDENCE) / 2
+    tail = _expanded_tail(len(logs))
     low, high = np.quantile(np.median(draws, axis=1), [tail, 1 - tail])
     centre = math.exp(float(np.median(logs)))
-    return centre, (math.exp(low), math.exp(high)), f"bootstrap of the median ratio, {len(logs)} pairs, 95 %"
+    return centre, (math.exp(low), math.exp(high)), f"expanded bootstrap of the median ratio, {len(logs)} pairs, 95 %"
 
 
-def _same_length(system: Sequence[float], baseline: Sequence[float]) -> None:
+def _expanded_tail(n: int) -> float:
+    """The share that a percentile bootstrap cuts off at each end so that few values are covered as often as many.
+
+    XX"""
+    from scipy.stats import norm, t
+
+    return float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf((1 - CONFIDENCE) / 2, n - 1)))
+
+
+def _same_length(system: Sequence[Number], baseline: Sequence[Number]) -> None:
     if len(system) != len(baseline) or not system:
         raise ValueError(f"pairs need as many values on both sides, got {len(system)} and {len(baseline)}")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from provenn.errors import UserError
-from provenn.evidence.interval import Interval, paired_difference, paired_ratio
+from provenn.evidence.interval import Interval, Number, paired_difference, paired_ratio
 
 
 class Part(BaseModel):
@@ -74,7 +74,7 @@ class Measurement(Part):
     pictures: list[Picture] = []
 
     @classmethod
-    def exact(cls, value: float, unit: str = "", **more: Any) -> "Measurement":
+    def exact(cls, value: Number, unit: str = "", **more: Any) -> "Measurement":
         """A count or an identity's error: no uncertainty."""
         number = float(value)
         method = "exact"
@@ -98,7 +98,7 @@ class Measurement(Part):
 
     @classmethod
     def paired(
-        cls, system: Sequence[float], baseline: Sequence[float], *, seeds: Sequence[int], unit: str = "", **more: Any
+        cls, system: Sequence[Number], baseline: Sequence[Number], *, seeds: Sequence[int], unit: str = "", **more: Any
     ) -> "Measurement":
         """System against baseline over seeds: the mean difference."""
         interval, method = paired_difference(system, baseline)
@@ -120,8 +120,8 @@ class Measurement(Part):
     @classmethod
     def ratio(
         cls,
-        system: Sequence[float],
-        baseline: Sequence[float],
+        system: Sequence[Number],
+        baseline: Sequence[Number],
         *,
         unit: str = "",
         seeds: Sequence[int] = (),
@@ -145,7 +145,7 @@ class Measurement(Part):
 
     @classmethod
     def figure(
-        cls, value: float, interval: Interval | None, *, method: str, unit: str = "", **more: Any
+        cls, value: Number, interval: Interval | None, *, method: str, unit: str = "", **more: Any
     ) -> "Measurement":
         """A figure with an interval of its own, such as a fitted exponent."""
         return cls(effect=float(value), interval=interval, method=method, value=float(value), unit=unit, **more)

@@ -175,13 +175,13 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON gives it back: tuples become lists, numpy numbers become Python's."""
+    """The value as JSON gives it back: tuples become lists, arrays and numpy numbers Python's."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return json.loads(json.dumps(value, default=str))

@@ -90,7 +90,7 @@ def _record(record: Record, folder: Path) -> dict[str, Any]:
 def _where(record: Record) -> str:
     environment = record.environment
     return (
-        f"{record.date:%Y-%m-%d}, budget {record.budget}, {environment.device}, {environment.threads} threads, "
+        f"{record.date:%Y-%m-%d}, budget {record.budget}, {environment.device}, {environment.threads} thread(s), "
         f"{environment.system}, provenn {environment.provenn}, torch {environment.torch}, Python {environment.python}"
     )
 
@@ -114,7 +114,7 @@ def _facts(record: Record, measurement: Measurement) -> list[tuple[str, str]]:
         ("Setting", "; ".join(f"{key} = {_setting(value)}" for key, value in measurement.setting.items())),
         ("Budget", record.budget + (", the paper’s setting" if measurement.at_paper_setting else "")),
         ("Time and memory", f"{record.wall_seconds:.3g} s, peak {record.peak_memory_bytes / 2**20:.0f} MiB"),
-        ("Machine", f"{environment.device}, {environment.threads} threads, {environment.system}"),
+        ("Machine", f"{environment.device}, {environment.threads} thread(s), {environment.system}"),
         ("Versions", f"provenn {environment.provenn}, torch {environment.torch}, Python {environment.python}"),
         ("Date", f"{record.date:%Y-%m-%d %H:%M} UTC"),
     ]

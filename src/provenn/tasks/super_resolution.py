@@ -153,7 +153,7 @@ class SuperResolution(Task):
     reads = "a folder of photographs"
 
     def load(
-        self, source: str | Path, *, seed: int = 0, patch: int = 4 * (PATCH + 2 * MARGIN), crops: int = 64, **_: Any
+        self, source: str | Path, *, seed: int = 0, patch: int = 4 * (PATCH + 2 * MARGIN), crops: int = 16, **_: Any
     ) -> TaskData:
         """Photographs, split into those to train on, to validate with and to test.
 

@@ -88,8 +88,9 @@ class SeriesClassifier(nn.Module):
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         x = x.masked_fill(~mask.unsqueeze(-1), 0)
         # A series' first valid token is at position 0, whichever side the padding is on.
-        positions = sinusoidal_encoding((mask.cumsum(dim=1) - 1).clamp_min(0), self.dim)
-        hidden = self.dropout(self.embed(x) + positions.to(x.dtype))
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        encoding = sinusoidal_encoding(torch.arange(tokens, device=x.device), self.dim).to(x.dtype)
+        hidden = self.dropout(self.embed(x) + encoding[positions])
         hidden = self.encoder(hidden, mask=mask)
         valid = mask.unsqueeze(-1)
         mean = hidden.masked_fill(~valid, 0).sum(dim=1) / valid.sum(dim=1).clamp_min(1)

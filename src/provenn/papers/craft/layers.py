@@ -8,6 +8,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.padding import PadToMultiple
+
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalisation over the channels of a map, at each pixel (eps 1e-5, biased variance).
@@ -64,8 +66,7 @@ class PositionBias(nn.Module):
 class RectangleWindowAttention(nn.Module):
     """Softmax attention in 4×16 windows for one half of the channels and in 16×4 windows for the other half.
 
-    A = softmax(q kᵀ / √d + b), output A v, in each window and head. Both window shapes hold the same number of tokens,
-    so one batched call computes them both.
+    A = softmax(q kᵀ / √d + b), output A v, in each window and head.
 
     Args:
         dim: C, the number of channels; each half has `heads` / 2 heads.
@@ -91,8 +92,7 @@ class RectangleWindowAttention(nn.Module):
         position_dim: int | None = None,
     ):
         super().__init__()
-        if heads < 2 or heads % 2 or dim % heads:
-            raise ValueError(f"heads must be even and divide dim, got heads={heads} and dim={dim}")
+        _check_heads(dim, heads, even=True)
         short, long = window
         if short < 1 or long < short or long % short:
             raise ValueError(f"window must be (short, long) with long a multiple of short, got {window}")
@@ -112,49 +112,30 @@ class RectangleWindowAttention(nn.Module):
     def forward(
         self, qkv: Float[Tensor, "batch height width channels3"]
     ) -> Float[Tensor, "batch height width channels"]:
-        batch, height, width, _ = qkv.shape
+        height, width = qkv.shape[1:3]
         long = self.windows[1][0]
         if height % long or width % long:
             raise ValueError(f"height and width must be multiples of {long}, got {height}×{width}")
-        parts = []
-        pair = rearrange(qkv, "b h w (three half c) -> half b h w three c", three=3, half=2)
-        for part, (rows, columns), (down, right) in zip(pair, self.windows, self.shifts):
-            if down or right:
-                part = part.roll((-down, -right), dims=(1, 2))
-            parts.append(
-                rearrange(
-                    part,
-                    "b (i r) (j c) three (head d) -> three (b i j) head (r c) d",
-                    r=rows,
-                    c=columns,
-                    head=self.heads // 2,
-                )
-            )
-        q, k, v = torch.cat(parts, dim=2)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(batch, height, width, q))
-        halves = []
-        for part, (rows, columns), (down, right) in zip(attended.chunk(2, dim=1), self.windows, self.shifts):
-            part = rearrange(
-                part,
-                "(b i j) head (r c) d -> b (i r) (j c) (head d)",
-                i=height // rows,
-                j=width // columns,
-                r=rows,
-            )
-            halves.append(part.roll((down, right), dims=(1, 2)) if down or right else part)
-        return torch.cat(halves, dim=-1)
+        halves = rearrange(qkv, "b h w (three half c) -> half b h w three c", three=3, half=2)
+        settings = zip(halves, self.windows, self.shifts, self.bias)
+        return torch.cat([self._attend(*one) for one in settings], dim=-1)
 
-    def _mask(self, batch: int, height: int, width: int, q: Tensor) -> Tensor | None:
-        bias = None
-        if not all(b.constant for b in self.bias):
-            bias = torch.cat([b() for b in self.bias])[None].to(q.dtype)
-        if self.wrap or not any(map(any, self.shifts)):
-            return bias
-        seen = [
-            windows_without_wrap(height, width, size, shift, q.device) for size, shift in zip(self.windows, self.shifts)
-        ]
-        mask = torch.stack(seen, dim=1).repeat_interleave(self.heads // 2, dim=1).repeat(batch, 1, 1, 1)
-        return mask if bias is None else bias.masked_fill(~mask, -torch.inf)
+    def _attend(self, qkv: Tensor, window: tuple[int, int], shift: tuple[int, int], bias: nn.Module) -> Tensor:
+        batch, height, width = qkv.shape[:3]
+        sides = dict(zip("rc", window))
+        if any(shift):
+            qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
+        heads = self.heads // 2
+        cut = "b (i r) (j c) three (head d) -> three (b i j) head (r c) d"
+        q, k, v = rearrange(qkv, cut, head=heads, **sides)
+        mask = None if bias.constant else bias()[None].to(q.dtype)
+        if any(shift) and not self.wrap:
+            seen = windows_without_wrap(height, width, window, shift, q.device).repeat(batch, 1, 1)[:, None]
+            mask = seen if mask is None else mask.masked_fill(~seen, -torch.inf)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        paste = "(b i j) head (r c) d -> b (i r) (j c) (head d)"
+        y = rearrange(y, paste, b=batch, i=height // window[0], **sides)
+        return y.roll(shift, dims=(1, 2)) if any(shift) else y
 
 
 def windows_without_wrap(
@@ -188,8 +169,8 @@ class SRWAB(nn.Module):
         heads: number of heads, half of them for each window shape.
         window, shifted, wrap, position_dim: as in `RectangleWindowAttention`.
 
-    Shapes: (batch, dim, height, width) to the same; height and width are multiples of the long window side.
-    Slot: map-mixer.
+    Shapes: (batch, dim, height, width) to the same; height and width are multiples of the long window side, which
+    `padded_srwab` sees to.
     """
 
     def __init__(
@@ -203,6 +184,7 @@ class SRWAB(nn.Module):
         position_dim: int | None = None,
     ):
         super().__init__()
+        _check_heads(dim, heads, even=True)
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attention = RectangleWindowAttention(
@@ -223,6 +205,11 @@ class SRWAB(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
 
+def padded_srwab(dim: int, heads: int = 6, *, shifted: bool = False, position_dim: int | None = None) -> PadToMultiple:
+    """An SRWAB for maps of any size, continued by their mirror image where a window is not full. Slot: map-mixer."""
+    return PadToMultiple(SRWAB(dim, heads, shifted=shifted, position_dim=position_dim), 16)
+
+
 class HFERB(nn.Module):
     """High-frequency enhancement residual block: convolution and max-pooling side by side (section 3.3).
 
@@ -237,8 +224,8 @@ class HFERB(nn.Module):
 
     def __init__(self, dim: int, *, pool: Callable[[], nn.Module] | None = None):
         super().__init__()
-        if dim % 2:
-            raise ValueError(f"dim must be even, got {dim}")
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim must be even and at least 2, got {dim}")
         self.local = nn.Conv2d(dim // 2, dim // 2, 3, padding=1)
         self.pool = nn.MaxPool2d(3, stride=1, padding=1) if pool is None else pool()
         self.sharp = nn.Conv2d(dim // 2, dim // 2, 1)
@@ -264,8 +251,7 @@ class InterAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int = 6):
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, got heads={heads} and dim={dim}")
+        _check_heads(dim, heads)
         self.heads = heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.q = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), depthwise(dim))
@@ -322,23 +308,30 @@ class HFB(nn.Module):
     Args:
         dim: C, the number of channels.
         heads: number of heads of the attention across channels.
+        expansion: of the GDFN.
 
     Shapes: low and high (batch, dim, height, width) to the same. Multiplying `high` by a positive number changes
     nothing: it is not normalised, but the query that it becomes is, and no convolution has a bias.
     """
 
-    def __init__(self, dim: int, heads: int = 6):
+    def __init__(self, dim: int, heads: int = 6, *, expansion: float = 2.66):
         super().__init__()
+        _check_heads(dim, heads)
         self.norm1 = ChannelNorm(dim)
         self.attention = InterAttention(dim, heads)
         self.norm2 = ChannelNorm(dim)
-        self.feed = GDFN(dim)
+        self.feed = GDFN(dim, expansion)
 
     def forward(
         self, low: Float[Tensor, "batch dim height width"], high: Float[Tensor, "batch dim height width"]
     ) -> Float[Tensor, "batch dim height width"]:
         y = low + self.attention(self.norm1(low), high)
         return y + self.feed(self.norm2(y))
+
+
+def _check_heads(dim: int, heads: int, even: bool = False) -> None:
+    if dim < 1 or heads < 1 or dim % heads or (even and heads % 2):
+        raise ValueError(f"heads must {'be even and ' * even}divide dim, got heads={heads} and dim={dim}")
 
 
 def depthwise(dim: int) -> nn.Conv2d:

@@ -97,8 +97,12 @@ class CRAFT(nn.Module):
         self.groups = nn.Sequential(*(Group(dim, [block(dim) for _ in range(depth)]) for _ in range(groups)))
         self.norm = ChannelNorm(dim)
         self.last = nn.Conv2d(dim, dim, 3, padding=1)
-        self.upsample = nn.Sequential(nn.Conv2d(dim, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale))
+        pixels = nn.Conv2d(dim, 3 * scale**2, 3, padding=1)
+        self.upsample = nn.Sequential(pixels, nn.PixelShuffle(scale))
         self.apply(_initialise)
+        if over_bicubic:
+            # Start close to the interpolation, not from noise on top of it.
+            nn.init.trunc_normal_(pixels.weight, std=1e-3)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height2 width2"]:
         height, width = x.shape[2:]
@@ -108,7 +112,9 @@ class CRAFT(nn.Module):
         deep = self.last(self.norm(self.groups(shallow)))
         base = self.mean
         if self.over_bicubic:
-            base = F.interpolate(x, scale_factor=self.scale, mode="bicubic", antialias=True)
+            # Not implemented for bfloat16 on CPU.
+            precise = x.to(torch.promote_types(x.dtype, torch.float32))
+            base = F.interpolate(precise, scale_factor=self.scale, mode="bicubic", antialias=True).to(x.dtype)
         return self.upsample(deep + shallow) + base
 
 

@@ -1,0 +1,170 @@
+import json
+import os
+from datetime import UTC, datetime
+from math import inf, isnan, nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from provenn.catalog import Claim, Figure
+from provenn.errors import UserError
+from provenn.evidence import Ledger, Measurement, Picture, Record, Series, Table
+from provenn.evidence.record import SCHEMA_VERSION, Environment, Trial, plain, write_atomically
+
+HERE = Environment(provenn="0", torch="2", python="3", device="cpu: x", threads=1, system="Linux")
+CLAIM = Claim(id="c", kind="exact", says="It is three.", published=Figure(value=3, source="Table 1"))
+
+
+def record(measurement: Measurement | None = None, claim: Claim = CLAIM) -> Record:
+    return Record.of("p", claim, measurement or Measurement.exact(3), budget="small", environment=HERE)
+
+
+def full() -> Measurement:
+    return Measurement.paired(
+        [1.0, inf, 3.0],
+        [1.0, -inf, nan],
+        seeds=[0, 1, 2],
+        unit="points",
+        setting={"lr": 0.1, "widths": [1, 2], "bound": inf, "name": "é"},
+        data="digits",
+        fingerprint="abc",
+        note="…",
+        series=[Series(name="s", x=[1.0], y=[nan], low=[-inf], high=[inf], log="xy")],
+        tables=[Table(caption="t", columns=["a", "b"], rows=[["x", None], [1, 2.5]])],
+        pictures=[Picture(file="p/a.png", caption="a")],
+    )
+
+
+def same(a: object, b: object) -> bool:
+    """Equal, and not a number where the other is not one."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (isinstance(a, float) and isinstance(b, float) and isnan(a) and isnan(b))
+
+
+def test_a_ledger_comes_back_as_it_was_written(tmp_path):
+    trials = [Trial(key="k", value={"loss": [nan, inf, -inf, 1.5]}, seconds=1.0)]
+    ledger = Ledger(paper="p", records=[record(full())], trials=trials)
+    ledger.write(tmp_path / "p.json")
+    again, trouble = Ledger.read(tmp_path / "p.json")
+    assert trouble == "" and again is not None
+    assert same(again.model_dump(mode="python"), ledger.model_dump(mode="python"))
+
+
+def test_a_record_says_all_that_is_needed_to_repeat_it():
+    before = datetime.now(UTC)
+    made = record(full())
+    assert made.schema_version == SCHEMA_VERSION and before <= made.date <= datetime.now(UTC)
+    assert made.published == "3 (Table 1)" and made.expects == "within [3, 3]"
+    assert made.measurement.values[0] == 1.0 and made.measurement.seeds == [0, 1, 2]
+
+
+def test_a_new_record_takes_the_place_of_the_old_one():
+    ledger = Ledger(paper="p")
+    for name in ("a", "b", "c"):
+        ledger.put(record(claim=CLAIM.model_copy(update={"id": name})))
+    ledger.put(record(Measurement.exact(4), CLAIM.model_copy(update={"id": "b"})))
+    assert [r.claim for r in ledger.records] == ["a", "b", "c"]
+    assert ledger.record("b").measurement.value == 4 and ledger.record("z") is None
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "EOF"),
+        (b"\x00\xff", "expected value"),
+        (b'{"paper": "p"', "EOF"),
+        (b"[]", "should be an object"),
+        (b'{"records": []}', "paper: Field required"),
+        (b'{"paper": "p", "records": [{}]}', "records.0.paper: Field required"),
+        (b'{"paper": "p", "colour": 1}', "colour: Extra inputs"),
+        (b'{"paper": "p", "schema_version": 99}', "written by a newer provenn (schema 99)"),
+    ],
+)
+def test_a_file_that_is_no_record_is_moved_aside_and_said(tmp_path, content, reason):
+    file = tmp_path / "p.json"
+    file.write_bytes(content)
+    ledger, trouble = Ledger.read(file)
+    (aside,) = tmp_path.iterdir()
+    assert ledger is None and not file.exists()
+    assert reason in trouble and aside.name in trouble and "\n" not in trouble
+    assert aside.read_bytes() == content and aside.name.startswith("p.json.corrupt-")
+
+
+def test_two_corrupt_files_are_both_kept(tmp_path):
+    for _ in range(2):
+        (tmp_path / "p.json").write_text("{")
+        Ledger.read(tmp_path / "p.json")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_file_is_no_trouble_and_a_folder_in_its_place_is_the_user_s(tmp_path):
+    assert Ledger.read(tmp_path / "p.json") == (None, "")
+    (tmp_path / "p.json").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        Ledger.read(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    file = tmp_path / "p.json"
+    write_atomically(file, "old")
+
+    def fail(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError):
+        write_atomically(file, "new")
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
+    """The file has its old content until the new is wholly on disk."""
+    file = tmp_path / "p.json"
+    write_atomically(file, "old")
+    replace, seen = os.replace, []
+
+    def watch(source, target):
+        seen.append((file.read_text(), Path(source).read_text()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    write_atomically(file, "new")
+    assert seen == [("old", "new")] and file.read_text() == "new"
+
+
+def test_records_can_be_read_by_others(tmp_path):
+    """A temporary file is the owner's alone; a record is not."""
+    write_atomically(tmp_path / "p.json", "x")
+    assert (tmp_path / "p.json").stat().st_mode & 0o777 == 0o644
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(json_values)
+def test_a_value_is_plain_after_the_first_time(value):
+    once = plain(value)
+    assert plain(once) == once == json.loads(json.dumps(once))
+
+
+def test_numpy_and_torch_numbers_become_python_s():
+    import torch
+
+    value = plain({"a": np.float32(0.5), "b": (np.int64(2), torch.tensor(1.5)), "c": np.bool_(True), 3: "x"})
+    assert value == {"a": 0.5, "b": [2, 1.5], "c": True, "3": "x"}
+    assert [type(v) for v in (value["a"], value["b"][0], value["c"])] == [float, int, bool]
+
+
+def test_arrays_become_lists():
+    assert plain({"a": np.arange(3), "b": np.array([[1.5]])}) == {"a": [0, 1, 2], "b": [[1.5]]}

@@ -1,0 +1,251 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from provenn import catalog
+from provenn.errors import UserError
+from provenn.evidence import Ledger, Run, Verdict
+from provenn.reproduce import reproduce
+
+
+def ended(run: Path) -> set[tuple[str, int]]:
+    """Name and seed of each trial that the run's file holds."""
+    ledger, trouble = Ledger.read(run / "tiny_gate.json")
+    assert trouble == ""
+    return set() if ledger is None else {tuple(json.loads(trial.key)[:2]) for trial in ledger.trials}
+
+
+def called(calls: Path) -> Counter:
+    lines = [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+    return Counter(("gate" if gain == "2" else "no gate", int(seed)) for gain, seed in lines)
+
+
+def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
+    source, run, calls = Path(catalog.__file__).parents[1], tmp_path / "run", tmp_path / "calls"
+    environment = {
+        "PYTHONPATH": f"{source}:{site}",
+        "PATH": "",
+        "OMP_NUM_THREADS": "1",
+        "TINY_GATE_SECONDS": "0.25",
+        "TINY_GATE_CALLS": str(calls),
+    }
+    words = ["reproduce", "tiny_gate", "--claim", "better", "--seeds", "4", "--out", str(run)]
+
+    def start(*more: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-m", "provenn", *words, *more], env=environment)
+
+    kept: set[tuple[str, int]] = set()
+    for until, pause, more in ((2, 0.0, ()), (4, 0.12, ("--resume",))):
+        process = start(*more)
+        deadline = time.monotonic() + 60
+        while called(calls).total() < until and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(pause)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        assert kept <= ended(run)
+        kept = ended(run)
+    assert 0 < len(kept) < 8
+    assert start("--resume").wait() == 0
+    counts = called(calls)
+    assert len(counts) == 8 and all(counts[trial] == 1 for trial in kept)
+    assert counts.total() <= 8 + 2  # each kill may cost the one seed that it met
+    (record,) = Ledger.read(run / "tiny_gate.json")[0].records
+    assert record.measurement.seeds == [0, 1, 2, 3] and record.verdict is Verdict.DIRECTION_HOLDS
+
+
+def run_with(tmp_path: Path, ledger: Ledger | None = None, **more) -> Run:
+    return Run("p", tmp_path, **{"seeds": (0, 1), "ledger": ledger, "reuse": True, **more})
+
+
+def count(calls: list, value=1.0):
+    def trial(seed: int):
+        calls.append(seed)
+        return value
+
+    return trial
+
+
+def test_each_trial_is_on_disk_before_the_next_begins(tmp_path):
+    run = run_with(tmp_path)
+    on_disk = []
+
+    def trial(seed: int) -> float:
+        ledger, _ = Ledger.read(run.file)
+        on_disk.append(0 if ledger is None else len(ledger.trials))
+        return float(seed)
+
+    assert run.trials("a", trial) == [0.0, 1.0]
+    assert run.trial("b", lambda: trial(7)) == 7.0
+    assert on_disk == [0, 1, 2]
+
+
+def test_the_same_question_is_asked_once(tmp_path):
+    calls: list[int] = []
+    run = run_with(tmp_path)
+    for _ in range(2):
+        run.trials("a", count(calls), epochs=2, widths=(1, 2))
+    assert calls == [0, 1]
+    run_with(tmp_path, Ledger.read(run.file)[0]).trials("a", count(calls), epochs=2, widths=[1, 2])
+    assert calls == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "b"}, {"epochs": 3}, {"budget": "smoke"}, {"device": "meta"}, {"reuse": False}, {"versions": True}],
+)
+def test_another_question_is_asked_again(tmp_path, monkeypatch, change):
+    calls: list[int] = []
+    run_with(tmp_path).trials("a", count(calls), epochs=2)
+    ledger, _ = Ledger.read(tmp_path / "p.json")
+    if change.pop("versions", False):
+        monkeypatch.setattr("provenn.__version__", "99")
+    setting = {"epochs": change.pop("epochs", 2)}
+    name = change.pop("name", "a")
+    run_with(tmp_path, ledger, **change).trials(name, count(calls), **setting)
+    assert calls == [0, 1, 0, 1]
+
+
+def test_what_a_trial_returns_is_the_same_the_first_time_and_from_disk(tmp_path):
+    import numpy as np
+
+    value = {"curve": np.array([1.0, 2.0]), "pair": (1, 2)}
+    run = run_with(tmp_path)
+    first = run.trial("a", lambda: value)
+    again = run_with(tmp_path, Ledger.read(run.file)[0]).trial("a", lambda: None)
+    assert first == again == {"curve": [1.0, 2.0], "pair": [1, 2]}
+
+
+@pytest.fixture
+def card(third_party, monkeypatch, tmp_path) -> catalog.Card:
+    monkeypatch.setenv("TINY_GATE_CALLS", str(tmp_path / "calls"))
+    return catalog.card("tiny_gate")
+
+
+def verdicts(records) -> dict[str, str]:
+    return {record.claim: str(record.verdict) for record in records}
+
+
+def test_every_claim_gets_a_record_and_a_verdict(card, tmp_path):
+    told: list[str] = []
+    records = reproduce(card, out=tmp_path, done=lambda record: told.append(record.claim))
+    assert verdicts(records) == {
+        "parameters": "reproduced",
+        "identity": "reproduced",
+        "linear": "direction holds",
+        "better": "direction holds",
+        "overstated": "not reproduced",
+        "imagenet": "not measured",
+    }
+    assert told == [claim.id for claim in card.claims]
+    assert Ledger.read(tmp_path / "tiny_gate.json")[0].records == records
+
+
+def test_resuming_measures_nothing_again(card, tmp_path, monkeypatch):
+    first = reproduce(card, out=tmp_path)
+    again = reproduce(card, out=tmp_path, resume=True)
+    done = [record for record in again if record.claim != "imagenet"]
+    assert done == [record for record in first if record.claim != "imagenet"]
+    assert called(tmp_path / "calls").total() == 6
+
+
+def test_without_resume_everything_is_measured_again(card, tmp_path):
+    first = reproduce(card, claims=["better"], out=tmp_path)
+    again = reproduce(card, claims=["better"], out=tmp_path)
+    assert called(tmp_path / "calls").total() == 12 and again[0].date > first[0].date
+
+
+@pytest.mark.parametrize("change", [{"seeds": 4}, {"budget": "smoke"}])
+def test_resuming_with_another_setting_measures_what_is_new(card, tmp_path, change):
+    reproduce(card, claims=["better"], out=tmp_path)
+    (record,) = reproduce(card, claims=["better"], out=tmp_path, resume=True, **change)
+    assert record.budget == change.get("budget", "small") and len(record.measurement.seeds) == change.get("seeds", 3)
+    assert called(tmp_path / "calls").total() == 6 + (2 if "seeds" in change else 6)
+
+
+def test_a_changed_claim_is_judged_again_from_kept_seeds(card, tmp_path):
+    reproduce(card, claims=["better"], out=tmp_path)
+    harder = [
+        claim.model_copy(update={"expects": catalog.Region(above=50.0)}) if claim.id == "better" else claim
+        for claim in card.claims
+    ]
+    changed = card.model_copy(update={"claims": harder})
+    (record,) = reproduce(changed, claims=["better"], out=tmp_path, resume=True)
+    assert record.verdict is Verdict.NOT_REPRODUCED and record.expects == "above 50"
+    assert called(tmp_path / "calls").total() == 6
+
+
+def test_measuring_one_claim_keeps_the_records_of_the_others(card, tmp_path):
+    reproduce(card, out=tmp_path)
+    reproduce(card, claims=["parameters"], out=tmp_path)
+    ledger, _ = Ledger.read(tmp_path / "tiny_gate.json")
+    assert [record.claim for record in ledger.records] == [claim.id for claim in card.claims]
+
+
+def test_a_claim_that_is_no_longer_made_leaves_the_file(card, tmp_path):
+    reproduce(card, out=tmp_path)
+    fewer = card.model_copy(update={"claims": card.claims[:2]})
+    reproduce(fewer, out=tmp_path)
+    assert len(Ledger.read(tmp_path / "tiny_gate.json")[0].records) == 2
+
+
+def test_one_claim_s_trouble_does_not_cost_the_others_their_work(card, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY_GATE_BREAKS", "1")
+    records = {record.claim: record for record in reproduce(card, out=tmp_path)}
+    failed = records["linear"]
+    assert failed.verdict is Verdict.NOT_MEASURED
+    assert failed.reason == "the measurement failed: RuntimeError: the clock stopped"
+    assert records["better"].verdict is Verdict.DIRECTION_HOLDS
+    errors = (tmp_path / "tiny_gate.errors.txt").read_text()
+    assert errors.startswith("linear\n") and "claims.py" in errors and "the clock\nstopped" in errors
+    monkeypatch.delenv("TINY_GATE_BREAKS")
+    mended = {record.claim: record for record in reproduce(card, out=tmp_path, resume=True)}
+    assert mended["linear"].verdict is Verdict.DIRECTION_HOLDS and mended["better"] == records["better"]
+
+
+def test_claims_that_cannot_be_imported_fail_one_by_one(card, site, tmp_path):
+    (site / "tiny_gate" / "claims.py").write_text("import a_package_that_is_not_there\n")
+    records = reproduce(card, out=tmp_path)
+    assert [record.verdict for record in records] == [Verdict.NOT_MEASURED] * 6
+    assert "a_package_that_is_not_there" in records[0].reason
+    assert records[-1].reason.startswith("needs ImageNet")
+
+
+def test_a_record_s_time_is_what_its_measurement_took_resumed_or_not(card, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY_GATE_SECONDS", "0.05")
+    reproduce(card, claims=["better"], out=tmp_path)
+    ledger, _ = Ledger.read(tmp_path / "tiny_gate.json")
+    Ledger(paper=ledger.paper, trials=ledger.trials).write(tmp_path / "tiny_gate.json")
+    (record,) = reproduce(card, claims=["better"], out=tmp_path, resume=True)
+    assert called(tmp_path / "calls").total() == 6 and record.wall_seconds >= 0.3
+
+
+def test_a_corrupt_file_is_said_and_kept_aside(card, tmp_path):
+    (tmp_path / "tiny_gate.json").write_text("{")
+    told: list[str] = []
+    reproduce(card, claims=["parameters"], out=tmp_path, resume=True, tell=told.append)
+    assert len(told) == 1 and "moved to tiny_gate.json.corrupt-" in told[0]
+    assert len(list(tmp_path.glob("*.corrupt-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"budget": "huge"}, "budget must be one of smoke, small, paper, got 'huge'"),
+        ({"claims": ["beter"]}, "did you mean 'better'"),
+        ({"device": "abacus"}, "no device 'abacus'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(card, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        reproduce(card, out=tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()

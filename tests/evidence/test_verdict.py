@@ -1,0 +1,155 @@
+from math import inf, nan
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from provenn.catalog import Claim, Figure, Region
+from provenn.evidence import Measurement, Verdict, decide
+from provenn.evidence.verdict import FEWEST_SEEDS, place
+
+numbers = st.floats(-1e6, 1e6)
+intervals = st.tuples(numbers, numbers).map(lambda pair: (min(pair), max(pair)))
+regions = st.one_of(
+    numbers.map(lambda bound: Region(above=bound)),
+    numbers.map(lambda bound: Region(below=bound)),
+    intervals.map(lambda pair: Region(within=pair)),
+)
+seeds = st.lists(st.integers(0, 5), max_size=6)
+BETTER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.DIRECTION_HOLDS)
+
+
+def claim(kind: str = "quality", **more) -> Claim:
+    return Claim(id="c", kind=kind, says="It is so.", **more)
+
+
+def measured(interval, **more) -> Measurement:
+    middle = sum(interval) / 2
+    return Measurement(**{"effect": middle, "value": middle, "interval": interval, "seeds": [0, 1, 2], **more})
+
+
+def mirrored(region: Region) -> Region:
+    if region.within is not None:
+        return Region(within=(-region.within[1], -region.within[0]))
+    return Region(below=-region.above) if region.above is not None else Region(above=-region.below)
+
+
+@given(intervals, regions)
+def test_what_is_said_of_an_effect_is_said_of_its_mirror_image(interval, region):
+    assert place(interval, region) == place((-interval[1], -interval[0]), mirrored(region))
+
+
+@given(intervals, numbers, st.floats(0, 1e6))
+def test_a_larger_effect_never_proves_less_of_a_claim_that_it_is_large(interval, bound, more):
+    larger = (interval[0] + more, interval[1] + more)
+    above = Region(above=bound)
+    assert BETTER.index(place(larger, above)) >= BETTER.index(place(interval, above))
+    below = Region(below=bound)
+    assert BETTER.index(place(larger, below)) <= BETTER.index(place(interval, below))
+
+
+@given(intervals, regions, st.floats(0, 1e3))
+def test_a_wider_interval_never_turns_a_verdict_round(interval, region, more):
+    wide, narrow = place((interval[0] - more, interval[1] + more), region), place(interval, region)
+    assert wide in (narrow, Verdict.INCONCLUSIVE)
+
+
+@given(intervals, numbers)
+def test_a_claim_and_its_opposite_are_never_both_proven(interval, bound):
+    verdicts = [place(interval, Region(above=bound)), place(interval, Region(below=bound))]
+    assert verdicts.count(Verdict.DIRECTION_HOLDS) <= 1
+    assert (verdicts[0] is Verdict.DIRECTION_HOLDS) == (verdicts[1] is Verdict.NOT_REPRODUCED and interval[0] > bound)
+
+
+@given(numbers)
+def test_an_effect_of_exactly_the_bound_proves_nothing(bound):
+    assert place((bound, bound), Region(above=bound)) is Verdict.INCONCLUSIVE
+    assert place((bound, bound), Region(below=bound)) is Verdict.INCONCLUSIVE
+    assert place((bound, bound), Region(within=(bound, bound))) is Verdict.DIRECTION_HOLDS
+
+
+@given(regions)
+def test_what_is_not_a_number_proves_nothing(region):
+    assert place((nan, nan), region) is Verdict.INCONCLUSIVE
+    assert place((-inf, inf), region) is Verdict.INCONCLUSIVE
+
+
+@given(intervals, regions, seeds, st.booleans())
+def test_quality_needs_several_seeds(interval, region, given_seeds, at_paper_setting):
+    assume(len(set(given_seeds)) < FEWEST_SEEDS)
+    measurement = measured(interval, seeds=given_seeds, at_paper_setting=at_paper_setting)
+    verdict, reason = decide(claim(expects=region), measurement)
+    assert verdict is Verdict.NOT_MEASURED
+    assert f"at least {FEWEST_SEEDS} seeds, got {len(set(given_seeds))}" in reason
+
+
+@given(numbers, regions, st.sampled_from(["cost", "quality"]), st.booleans())
+def test_one_value_gives_no_verdict(value, region, kind, at_paper_setting):
+    measurement = Measurement(effect=value, value=value, seeds=[0, 1, 2], at_paper_setting=at_paper_setting)
+    assert decide(claim(kind, expects=region), measurement)[0] is Verdict.NOT_MEASURED
+
+
+@given(intervals, regions, st.sampled_from(["cost", "quality"]))
+def test_a_smoke_run_gives_no_verdict(interval, region, kind):
+    assert decide(claim(kind, expects=region), measured(interval), budget="smoke")[0] is Verdict.NOT_MEASURED
+
+
+@given(intervals, regions, st.sampled_from(["exact", "cost", "quality"]))
+def test_reproduced_is_for_the_paper_s_own_setting_alone(interval, region, kind):
+    smaller, _ = decide(claim(kind, expects=region), measured(interval))
+    if kind != "exact":
+        assert smaller is place(interval, region)
+    full = decide(
+        claim(kind, expects=region, published=Figure(value=sum(interval) / 2, source="Table 1")),
+        measured(interval, at_paper_setting=True),
+    )[0]
+    assert (full is Verdict.REPRODUCED) == (place(interval, region) is Verdict.DIRECTION_HOLDS)
+
+
+@given(numbers, st.floats(0.01, 1e3), st.floats(-3, 3))
+def test_the_published_figure_is_met_within_its_tolerance_or_not(figure, tolerance, away):
+    assume(abs(abs(away) - 1) > 1e-3)
+    value = figure + away * tolerance
+    said = claim(published=Figure(value=figure, source="Table 1"), tolerance=tolerance, expects=Region(above=-1e9))
+    verdict, _ = decide(said, measured((value, value), at_paper_setting=True))
+    assert verdict is (Verdict.REPRODUCED if abs(away) < 1 else Verdict.DIRECTION_HOLDS)
+
+
+def test_a_published_difference_is_held_against_the_effect_and_a_figure_against_the_system():
+    measurement = measured((1.9, 2.1), value=77.5, at_paper_setting=True)
+    both = {"tolerance": 0.2, "expects": Region(above=0)}
+    difference = claim(published=Figure(value=2.0, source="t", what="difference"), **both)
+    own = claim(published=Figure(value=77.4, source="t"), **both)
+    assert decide(difference, measurement)[0] is Verdict.REPRODUCED
+    assert decide(own, measurement)[0] is Verdict.REPRODUCED
+    assert decide(own, measured((1.9, 2.1), value=2.0, at_paper_setting=True))[0] is Verdict.DIRECTION_HOLDS
+
+
+@given(st.integers(-1000, 1000), st.integers(-1000, 1000))
+def test_an_exact_claim_holds_or_is_false(value, figure):
+    verdict, reason = decide(claim("exact", published=Figure(value=figure, source="t")), Measurement.exact(value))
+    assert verdict is (Verdict.REPRODUCED if value == figure else Verdict.NOT_REPRODUCED)
+    assert reason == ""
+
+
+@given(numbers, st.sampled_from(["above", "below"]))
+def test_an_exact_value_on_an_open_bound_is_outside(bound, side):
+    verdict, _ = decide(claim("exact", expects=Region(**{side: bound})), Measurement.exact(bound))
+    assert verdict is Verdict.NOT_REPRODUCED
+
+
+@pytest.mark.parametrize("truth, verdict", [(True, Verdict.REPRODUCED), (False, Verdict.NOT_REPRODUCED)])
+def test_a_statement_is_true_or_false(truth, verdict):
+    assert decide(claim("exact"), Measurement.holds(truth))[0] is verdict
+
+
+@pytest.mark.parametrize(
+    "measurement, reason",
+    [
+        (Measurement.not_measured("a GPU"), "needs a GPU"),
+        (Measurement.failure(ValueError("no\nluck")), "the measurement failed: ValueError: no luck"),
+        (measured((0.0, 1.0)), "needs a region in paper.toml"),
+    ],
+)
+def test_without_a_measurement_there_is_a_reason(measurement, reason):
+    assert decide(claim(), measurement) == (Verdict.NOT_MEASURED, reason)

@@ -1,0 +1,218 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import FIXTURES, install
+from provenn import catalog
+from provenn.errors import UserError
+
+CARD = (FIXTURES / "tiny_gate" / "paper.toml").read_text()
+
+
+def card_with(tmp_path: Path, text: str) -> catalog.Card:
+    (tmp_path / "some_paper").mkdir()
+    (tmp_path / "some_paper" / "paper.toml").write_text(text)
+    return catalog.read_card(tmp_path / "some_paper", "some_paper")
+
+
+@pytest.mark.parametrize(
+    "old, new, key, reason",
+    [
+        ('kind = "cost"', 'kind = "speed"', "claims.2.kind", "'exact', 'cost' or 'quality'"),
+        ("authors = 2", 'authors = "two"', "authors", "integer"),
+        ("authors = 2", "autors = 2", "authors", "required"),
+        ('tags = ["', 'tagss = ["', "tagss", "not permitted"),
+        ('id = "linear"', 'id = "Linear growth"', "claims.2.id", "pattern"),
+        ('id = "linear"', 'id = "better"', "claims", "named twice: better"),
+        ('name = "tiny_large"', 'name = "tiny_small"', "presets", "named twice: tiny_small"),
+        ("within = [0.99, 1.01]", "within = [1.01, 0.99]", "claims.2.expects", "[low, high]"),
+        ("within = [0.99, 1.01]", "above = 1, below = 2", "claims.2.expects", "exactly one of above, below, within"),
+        ("date = 2024-01-01", 'date = "long ago"', "date", "date"),
+        ('source = "Table 3"', "page = 3", "claims.3.published.source", "required"),
+        ("authors = 2", 'authors = 2\nslug = "other"', "slug", ""),
+        ("authors = 2", "authors = ", "not valid TOML", "line 4"),
+    ],
+)
+def test_what_is_wrong_with_a_card_is_said_by_file_key_and_reason(tmp_path, old, new, key, reason):
+    assert CARD.count(old) >= 1
+    with pytest.raises(UserError) as error:
+        card_with(tmp_path, CARD.replace(old, new, 1))
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / "some_paper" / "paper.toml"))
+    assert key in message and reason in message and "\n" not in message
+
+
+def test_a_card_that_is_not_text_or_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        catalog.read_card(tmp_path, "nothing")
+    (tmp_path / "paper.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not valid TOML"):
+        catalog.read_card(tmp_path, "nothing")
+
+
+def paper(slug: str, **facts) -> catalog.Card:
+    base = {"title": "A Title", "summary": "Words.", "date": "2024-01-01", "authors": 1}
+    return catalog.Card(slug=slug, package="x", folder=Path("x"), **{**base, **facts})
+
+
+@pytest.fixture
+def shelf(monkeypatch) -> list[catalog.Card]:
+    """Four papers that hold the same word, each in another field."""
+    shelf = [
+        paper("d_summary", summary="It speaks of gating."),
+        paper("c_tag", tags=["gating"]),
+        paper("b_mechanism", mechanisms=[{"name": "gating", "slot": "channel-gate", "layer": "layers:Gating"}]),
+        paper("a_title", title="Gating for ECA-Net", arxiv="1910.03151", task="image-classification"),
+        paper(
+            "e_none", title="Self-Attention", mechanisms=[{"name": "sa", "slot": "token-mixer", "layer": "layers:SA"}]
+        ),
+    ]
+    monkeypatch.setattr(catalog, "cards", lambda: {card.slug: card for card in shelf})
+    return shelf
+
+
+def found(query: str = "", **where) -> list[str]:
+    return [card.slug for card in catalog.search(query, **where)]
+
+
+def test_search_ranks_by_field(shelf):
+    assert found("gating") == ["a_title", "b_mechanism", "c_tag", "d_summary"]
+
+
+@pytest.mark.parametrize(
+    "query", ["eca-net", "ECA-Net", "ecanet", "eca_net", "EcaNet", "ecanets", "ecanrt", "ecante", "1910.03151"]
+)
+def test_search_forgives_case_hyphens_and_one_typo(shelf, query):
+    assert found(query)[0] == "a_title"
+
+
+@pytest.mark.parametrize("query", ["gatign", "gatin", "gatting", "Gatimg", "GATING"])
+def test_one_typo_of_each_kind(shelf, query):
+    assert found(query) == ["a_title", "b_mechanism", "c_tag", "d_summary"]
+
+
+@pytest.mark.parametrize("query", ["gxtixg", "attention gating", "zzz"])
+def test_two_typos_or_a_word_that_is_nowhere_find_nothing(shelf, query):
+    assert found(query) == []
+
+
+def test_an_exact_word_comes_before_a_typo(shelf):
+    shelf.append(paper("f_near", title="Rating"))
+    assert found("rating") == ["f_near", "a_title", "b_mechanism", "c_tag", "d_summary"]
+
+
+def test_filters_by_task_and_slot(shelf):
+    assert found(slot="token-mixer") == ["e_none"]
+    assert found(task="image-classification") == ["a_title"]
+    assert found("attention", slot="channel-gate") == []
+    assert len(found()) == len(shelf)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(third_party):
+    assert catalog.card("Tiny-Gate").slug == "tiny_gate"
+    with pytest.raises(UserError, match="did you mean 'tiny_gate'"):
+        catalog.card("tiny_gait")
+    card = catalog.card("tiny_gate")
+    for lookup, near, meant in ((card.claim, "beter", "better"), (card.preset, "tiny_smal", "tiny_small")):
+        with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+            lookup(near)
+    with pytest.raises(UserError, match="no preset for the task 'sorting'"):
+        card.preset(task="sorting")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "nowhere.deeper", "json.decoder"])
+def test_an_entry_point_that_names_no_package_is_said(site, monkeypatch, target):
+    (site / "tiny_gate-1.0.dist-info" / "entry_points.txt").write_text(f"[provenn.papers]\nbroken = {target}\n")
+    monkeypatch.syspath_prepend(str(site))
+    catalog.cards.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"entry point 'broken' of provenn.papers names no package"):
+            catalog.cards()
+    finally:
+        catalog.cards.cache_clear()
+
+
+def test_two_papers_of_one_name_are_refused(site, monkeypatch):
+    other = site / "acme"
+    other.mkdir()
+    (other / "__init__.py").touch()
+    install(FIXTURES / "tiny_gate", other)
+    facts = other / "tiny_gate-1.0.dist-info" / "entry_points.txt"
+    facts.write_text("[provenn.papers]\nsecond = acme.tiny_gate\n")
+    for path in (other, site):
+        monkeypatch.syspath_prepend(str(path))
+    (other / "tiny_gate-1.0.dist-info").rename(site / "acme-1.0.dist-info")
+    (site / "acme-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    catalog.cards.cache_clear()
+    try:
+        with pytest.raises(UserError, match="two papers are called 'tiny_gate'"):
+            catalog.cards()
+    finally:
+        catalog.cards.cache_clear()
+
+
+def provenn(site: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess:
+    source = Path(catalog.__file__).parents[1]
+    environment = {"PYTHONPATH": f"{source}:{site}", "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
+    return subprocess.run(
+        [sys.executable, "-m", "provenn", *words], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_paper_of_another_package_is_listed_shown_and_reproduced(site, tmp_path):
+    listed = provenn(site, "list", "tiny", cwd=tmp_path)
+    assert "tiny_gate" in listed.stdout and listed.returncode == 0
+    shown = provenn(site, "show", "tiny_gate", cwd=tmp_path)
+    assert "Tiny Gates" in shown.stdout and "tiny_gate.layers.TinyGate" in shown.stdout
+    reproduced = provenn(site, "reproduce", "tiny_gate", "--out", "run", cwd=tmp_path)
+    assert reproduced.returncode == 0, reproduced.stderr
+    assert "direction holds" in reproduced.stdout and (tmp_path / "run" / "report.html").exists()
+
+
+def test_looking_for_a_paper_imports_no_torch(site):
+    code = """
+import sys
+import provenn
+assert "torch" not in sys.modules and "typer" not in sys.modules, "import provenn"
+from provenn.cli import main
+for words in (["list"], ["list", "gate", "--json"], ["show", "tiny_gate"], ["show", "tiny_gate", "--json"], ["--help"]):
+    assert main(words) == 0, words
+    assert "torch" not in sys.modules, words
+"""
+    source = Path(catalog.__file__).parents[1]
+    environment = {"PYTHONPATH": f"{source}:{site}", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def every_paper() -> list[str]:
+    return list(catalog.cards())
+
+
+@pytest.mark.parametrize("slug", every_paper())
+def test_facts_and_functions_agree(slug):
+    """Each claim has exactly one function or says what it needs, and no function measures what nobody claims."""
+    from provenn.evidence.claim import measuring_functions
+
+    card = catalog.card(slug)
+    functions = measuring_functions(card.resolve_module("claims")) if card.has("claims") else {}
+    assert set(functions) == {claim.id for claim in card.claims if claim.needs is None}
+
+
+@pytest.mark.parametrize("slug", every_paper())
+def test_every_measured_claim_can_get_a_verdict(slug):
+    """A claim about cost or quality names the region that would prove it, or a figure to meet."""
+    lost = [c.id for c in catalog.card(slug).claims if not (c.needs or c.expects or c.published or c.kind == "exact")]
+    assert not lost
+
+
+@pytest.mark.parametrize("slug", every_paper())
+def test_what_a_card_names_exists(slug):
+    from provenn.tasks.base import NAMES
+
+    card = catalog.card(slug)
+    assert set(card.tasks) <= set(NAMES)
+    for target in [m.layer for m in card.mechanisms] + [p.build for p in card.presets]:
+        assert callable(card.resolve(target))

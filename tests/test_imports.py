@@ -1,0 +1,91 @@
+"""Imports go one way, as CONTRIBUTING.md says; read off the syntax tree, so imports inside functions count too."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import provenn
+
+ROOT = Path(provenn.__file__).parent
+
+# From the bottom up. A part may import its own and those below; `papers/__init__.py` is the interface's `papers()`.
+ORDER = [
+    {"errors", "progress"},
+    {"slots", "catalog"},
+    {"ops"},
+    {"nn"},
+    {"data"},
+    {"tasks"},
+    {"bench"},
+    {"surgery", "evidence", "weights", "testing"},
+    {"papers"},
+    {"reproduce"},
+    {"compare", "report", "board", "doctor", "benchmarks"},
+    {"api", "__init__", "papers/__init__"},
+    {"cli", "web", "__main__"},
+]
+LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
+PAPERS_MAY = {"nn", "ops", "errors", "progress"}
+CLAIMS_MAY = PAPERS_MAY | {"evidence", "bench", "surgery", "tasks", "testing"}
+NOT_IN_PAPERS = {"lightning", "pytorch_lightning", "typer", "rich", "fastapi", "click"}
+
+
+def files() -> list[str]:
+    return sorted(str(file.relative_to(ROOT)) for file in ROOT.rglob("*.py"))
+
+
+def part_of(file: str) -> str:
+    if file in ("papers/__init__.py", "__init__.py"):
+        return file.removesuffix(".py")
+    return file.split("/")[0].removesuffix(".py")
+
+
+def imported(file: str) -> Iterator[str]:
+    """Dotted names that a file imports, relative ones made absolute: `from provenn.nn import x` gives provenn.nn.x."""
+    package = ["provenn", *Path(file).parent.parts]
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def parts_imported(file: str) -> set[str]:
+    """Parts of provenn that a file imports; `from provenn import __version__` is none."""
+    names = [name.split(".") for name in imported(file)]
+    return {parts[1] for parts in names if parts[0] == "provenn" and len(parts) > 1 and parts[1] in LEVEL}
+
+
+@pytest.mark.parametrize("file", files())
+def test_a_file_imports_nothing_above_it(file: str):
+    part = part_of(file)
+    assert part in LEVEL, f"{part} has no place in ORDER: say where it stands"
+    above = {other for other in parts_imported(file) if LEVEL[other] > LEVEL[part]}
+    assert not above, f"{file} imports {above}, which stand above {part}"
+
+
+def test_data_is_read_by_tasks_alone():
+    users = {file for file in files() if "data" in parts_imported(file) and part_of(file) != "data"}
+    assert {part_of(file) for file in users} <= {"tasks"}, users
+
+
+@pytest.mark.parametrize("file", [file for file in files() if file.startswith("papers/") and file.count("/") > 1])
+def test_a_paper_keeps_to_itself(file: str):
+    slug = file.split("/")[1]
+    for name in imported(file):
+        parts = name.split(".")
+        assert parts[0] not in NOT_IN_PAPERS, f"{file} imports {name}"
+        if parts[:2] == ["provenn", "papers"]:
+            assert parts[2] == slug, f"{file} imports another paper: {name}"
+    own = parts_imported(file) - {"papers"}
+    allowed = CLAIMS_MAY if file.split("/")[2] in ("claims.py", "claims") else PAPERS_MAY
+    assert own <= allowed, f"{file} imports {own - allowed}"
+
+
+def test_the_tree_is_read_as_it_stands():
+    assert parts_imported("surgery.py") == {"bench", "errors"}
+    assert "provenn.errors.UserError" in set(imported("slots.py"))
