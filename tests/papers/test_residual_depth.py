@@ -373,6 +373,8 @@ def test_bad_arguments_are_refused() -> None:
         path_lengths([-1.0])
     with pytest.raises(ValueError, match="Fixup needs"):
         Fixup(4).initialise(nn.Tanh(), 3)
+    with pytest.raises(ValueError, match="64 values an example, got 75"):
+        residual_mlp(depth=1)(torch.randn(2, 3, 5, 5))
     with pytest.raises(ValueError, match="activation"):
         mlp_branch(4, activation="step")
 
