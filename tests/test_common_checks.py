@@ -427,6 +427,31 @@ def test_every_mechanism_and_preset_of_every_paper_keeps_its_promises(name: str)
     FOUND[name]()
 
 
+def test_integers_are_inputs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    facts = (
+        FACTS[: FACTS.index("[[mechanisms]]")]
+        + """
+[[presets]]
+name = "lookup"
+build = "model:Lookup"
+input = [{ shape = [1, 5], below = 4 }, { shape = [1, 5] }]
+"""
+    )
+    lookup = """
+
+class Lookup(nn.Module):
+    def __init__(self, entries=4):
+        super().__init__()
+        self.table = nn.Embedding(entries, 1)
+
+    def forward(self, index, weight):
+        return self.table(index)[..., 0] * weight
+"""
+    check_paper(tiny(tmp_path, monkeypatch, facts, MODEL + lookup))
+    with pytest.raises(BrokenPromise, match="index out of range"):
+        check_paper(tiny(tmp_path / "again", monkeypatch, facts.replace("below = 4", "below = 40"), MODEL + lookup))
+
+
 LAYERS = """
 import torch
 from torch import nn
@@ -479,10 +504,10 @@ published = [ { what = "parameters", value = 320, source = "table 1" } ]
 """
 
 
-def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, facts: str = FACTS) -> Card:
+def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, facts: str = FACTS, model: str = MODEL) -> Card:
     package = folder / "tiny_paper"
-    package.mkdir()
-    for name, text in (("__init__.py", ""), ("layers.py", LAYERS), ("model.py", MODEL), ("paper.toml", facts)):
+    package.mkdir(parents=True)
+    for name, text in (("__init__.py", ""), ("layers.py", LAYERS), ("model.py", model), ("paper.toml", facts)):
         (package / name).write_text(text)
     monkeypatch.syspath_prepend(folder)
     for name in [name for name in sys.modules if name.startswith("tiny_paper")]:

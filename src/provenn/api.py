@@ -1,6 +1,7 @@
 """The Python interface: papers as objects."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,7 @@ def train(
     """
     from provenn import __version__, tasks, weights
     from provenn.evidence.record import write_atomically
-    from provenn.reproduce import check_writable, choose_device
+    from provenn.reproduce import choose_device
     from provenn.tasks.training import CHECKPOINT, recipe_of
 
     card = catalog.card(slug)
@@ -150,20 +151,20 @@ def train(
     device = choose_device(device)
     loaded = kind.load(data, seed=seed)
     built_with = {**loaded.options, **(options or {})}
-    check_writable(folder)
-    result = tasks.fit(
-        lambda: Paper(card).build(chosen.name, **built_with),
-        kind,
-        loaded,
-        final,
-        seed=seed,
-        device=device,
-        devices=devices,
-        strategy=strategy,
-        out=folder,
-        resume=resume,
-        title=f"{card.slug}: {chosen.name} on {loaded.name}",
-    )
+    with _folder_for(folder):
+        result = tasks.fit(
+            lambda: Paper(card).build(chosen.name, **built_with),
+            kind,
+            loaded,
+            final,
+            seed=seed,
+            device=device,
+            devices=devices,
+            strategy=strategy,
+            out=folder,
+            resume=resume,
+            title=f"{card.slug}: {chosen.name} on {loaded.name}",
+        )
     label = weights.Label(card.slug, chosen.name, kind.name, {**chosen.options, **built_with}, loaded.meta, __version__)
     weights.save(result.model, folder / weights.FILE, label)
     import json
@@ -185,6 +186,21 @@ def train(
     if picture is not None:
         picture.savefig(folder / "picture.png", dpi=110, bbox_inches="tight")
     return folder, result.metrics
+
+
+@contextmanager
+def _folder_for(folder: Path) -> Iterator[None]:
+    """Make a folder to work in; where the work fails before it has written anything, nothing is left behind."""
+    from provenn.reproduce import check_writable
+
+    made = not folder.exists()
+    check_writable(folder)
+    try:
+        yield
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, output: str | Path | None = None) -> str:

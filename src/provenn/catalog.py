@@ -71,6 +71,13 @@ class Mechanism(Facts):
     summary: str = ""
 
 
+class Example(Facts):
+    """An input for the common checks: normal noise, or integers from 0 to `below` (exclusive)."""
+
+    shape: list[int]
+    below: int | None = None
+
+
 class Preset(Facts):
     """A system of the paper, with what was published of it."""
 
@@ -78,12 +85,19 @@ class Preset(Facts):
     build: str
     task: str | None = None
     options: dict[str, Any] = {}
-    input: list[int] | None = None
+    input: list[Example] = []
     published: list[Figure] = []
     recipe: dict[str, Any] = {}
     cannot: dict[str, str] = {}
     data: str | None = None
     summary: str = ""
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def one_input(cls, given: Any) -> Any:
+        """A list of numbers is the shape of the only input."""
+        plain = isinstance(given, list) and all(isinstance(size, int) for size in given)
+        return [{"shape": given}] if plain and given else given
 
 
 class Claim(Facts):

@@ -1,6 +1,8 @@
 """Weights in files: ours with their preset and task in the metadata, and the authors' own."""
 
 import json
+import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,9 +74,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a file that is refused, or of its age
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "GLOBAL" in str(error) or _is_pickle(file):
             reason = "it holds objects other than tensors, and loading it could run code"
         else:
             reason = "it is no torch checkpoint, or damaged"
@@ -87,6 +91,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
     names = list(content)
     shared = "module." if all(name.startswith("module.") for name in names) else ""
     return {name.removeprefix(shared): value for name, value in content.items()}, None
+
+
+def _is_pickle(file: Path) -> bool:
+    with suppress(OSError), file.open("rb") as handle:
+        return handle.read(1) == b"\x80"
+    return False
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Label | None]:

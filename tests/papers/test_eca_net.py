@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import provenn
 from provenn.nn import resnet
 from provenn.nn.channel_gates import SqueezeExcitation, record_gates
 from provenn.nn.mobilenet import MobileNetV2
@@ -25,6 +26,7 @@ from provenn.papers.eca_net import (
     adaptive_kernel_size,
     add_eca,
 )
+from provenn.papers.eca_net.bands import BANDS, bad_bands
 from provenn.papers.eca_net.model import kernel_sizes
 from provenn.papers.eca_net.official import convert
 
@@ -437,3 +439,36 @@ def test_same_host_for_every_gate():
         for build in (resnet.resnet20(), resnet.resnet20(gate=SqueezeExcitation), eca_net.eca_resnet20())
     )
     assert plain < se and plain < eca
+
+
+# The claims
+
+
+def test_exact_claims_hold_but_the_one_that_does_not(tmp_path):
+    card = provenn.paper("eca_net").card
+    exact = [claim.id for claim in card.claims if claim.kind == "exact"]
+    records = provenn.paper("eca_net").reproduce(claims=exact, budget="smoke", out=tmp_path, device="cpu")
+    verdicts = {record.claim: record.verdict.value for record in records}
+    assert verdicts.pop("module_flops") == "not reproduced"
+    assert set(verdicts.values()) == {"reproduced"}
+
+
+def test_other_claims_take_their_paths(tmp_path):
+    card = provenn.paper("eca_net").card
+    rest = [claim.id for claim in card.claims if claim.kind != "exact" and claim.needs is None]
+    records = provenn.paper("eca_net").reproduce(claims=rest, budget="smoke", seeds=2, out=tmp_path, device="cpu")
+    assert {record.verdict.value for record in records} == {"not measured"}
+    assert all("smoke" in record.reason for record in records)
+    assert {file.name for file in (tmp_path / "eca_net").iterdir()} == {"digits.png", "gates.png"}
+
+
+def test_failing_bands_are_what_they_say():
+    x, material, failed = bad_bands(400, seed=5)
+    again = bad_bands(400, seed=5)
+    assert torch.equal(x, again[0]) and not torch.equal(x, bad_bands(400, seed=6)[0])
+    assert x.shape == (400, BANDS, 8, 8) and set(material.tolist()) == set(range(8))
+    runs = failed.sum(1)
+    assert runs.min() >= 6 and runs.max() <= 19
+    assert bool(((failed[:, 1:] != failed[:, :-1]).sum(1) <= 2).all())
+    within = x.var(dim=(2, 3))
+    assert within[failed].mean() > 2 > within[~failed].mean()

@@ -16,7 +16,6 @@ from provenn.errors import UserError
 
 app = typer.Typer(
     help="Papers that run, claims that are checked.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -26,16 +25,17 @@ app = typer.Typer(
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 INTERRUPTED = 130
+_typed: list[str] = []
 
 
 def slugs(incomplete: str) -> list[tuple[str, str]]:
     return [(slug, card.title) for slug, card in catalog.cards().items() if slug.startswith(incomplete)]
 
 
-def of_the_paper(attribute: str, key: str) -> Callable[[typer.Context, str], list[str]]:
+def of_the_paper(attribute: str, key: str) -> Callable[[Any, str], list[str]]:
     """Completes the names of a list on the card of the paper that stands on the command line; of all, without one."""
 
-    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+    def complete(ctx: Any, incomplete: str) -> list[str]:
         named = ctx.params.get("slug") or ctx.params.get("slugs") or ()
         named = [named] if isinstance(named, str) else named
         papers = [card for slug, card in catalog.cards().items() if not named or slug in named]
@@ -80,12 +80,13 @@ Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 if a claim is not
 Json = Annotated[bool, typer.Option("--json", help="For machines, on stdout.")]
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from provenn import __version__
 
         print(f"provenn {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -95,10 +96,10 @@ def provenn(
     """Papers that run, claims that are checked."""
 
 
-def command(ctx: typer.Context, *more: str, without: Sequence[str] = ()) -> str:
-    """What the user typed, to be typed again."""
-    given: list[str] = ctx.obj
-    return shlex.join(["provenn", *(word for word in given if word not in without), *more])
+def command(resume: bool = False) -> str:
+    """What the user typed, to be typed again; to go on from there, or to measure anew."""
+    words = [word for word in _typed if word != "--resume"]
+    return shlex.join(["provenn", *words, *(["--resume"] if resume else [])])
 
 
 def tell(message: str) -> None:
@@ -107,14 +108,18 @@ def tell(message: str) -> None:
 
 
 @contextmanager
-def resumable(ctx: typer.Context, kept: Callable[[], bool]) -> Iterator[None]:
-    """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130."""
+def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
+    """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130.
+
+    Args:
+        kept: is there something to go on from?
+        resume: the verb needs --resume to go on.
+    """
     try:
         yield
     except KeyboardInterrupt:
         if kept():
-            again = command(ctx, "--resume", without=("--resume",))
-            tell(f"provenn: interrupted; what has ended is kept. Go on with: {again}")
+            tell(f"provenn: interrupted; what has ended is kept. Go on with: {command(resume)}")
         else:
             tell("provenn: interrupted before anything had ended; there is nothing to resume")
         raise typer.Exit(INTERRUPTED) from None
@@ -122,12 +127,13 @@ def resumable(ctx: typer.Context, kept: Callable[[], bool]) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 done, 1 a claim is not reproduced, 2 bad input, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _typed[:] = given
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without ✔ shows a question mark
     try:
-        code: Any = app(given, prog_name="provenn", standalone_mode=False, obj=given)
+        code: Any = app(given, prog_name="provenn", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:
         return _refuse(str(error))

@@ -133,9 +133,14 @@ def board(
         raise UserError("no records come with this installation: give a folder of your own, such as --from runs/latest")
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}: give --from the folder of a `provenn reproduce`")
-    found = view.ledgers(folder, tell)
+    unread: list[str] = []
+    found = view.ledgers(folder, unread.append)
     if not found:
-        raise UserError(f"{folder} holds no records: `provenn reproduce SLUG --out {folder}` writes some")
+        raise UserError(
+            f"{folder} holds no records that can be read: `provenn reproduce SLUG --out {folder}` writes some"
+        )
+    for message in unread:
+        tell(message)
     counts = {
         ledger.paper: {which: sum(r.verdict == which for r in ledger.records) for which in Verdict} for ledger in found
     }

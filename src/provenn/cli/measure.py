@@ -31,7 +31,6 @@ RUN = Path("runs/latest")
 
 @app.command()
 def reproduce(
-    ctx: typer.Context,
     slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG…", help="Papers.", autocompletion=slugs)] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every paper.")] = False,
     claim: Annotated[
@@ -52,12 +51,11 @@ def reproduce(
     chosen = list(catalog.cards().values()) if everything else [catalog.card(s) for s in dict.fromkeys(slugs or [])]
     if claim and len(chosen) > 1:
         raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
-    _measure(ctx, chosen, claim, budget, seeds, device, out, resume, strict, json)
+    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json)
 
 
 @app.command()
 def bench(
-    ctx: typer.Context,
     slug: Slug,
     budget: Budget = "small",
     seeds: Seeds = 3,
@@ -72,11 +70,10 @@ def bench(
     costs = [claim.id for claim in card.claims if claim.kind == "cost"]
     if not costs:
         raise UserError(f"{card.slug} claims nothing about cost; `provenn show {card.slug}` lists what it claims")
-    _measure(ctx, [card], costs, budget, seeds, device, out, resume, strict, json, detailed=True)
+    _measure([card], costs, budget, seeds, device, out, resume, strict, json, detailed=True)
 
 
 def _measure(
-    ctx: typer.Context,
     papers: Sequence[Card],
     claims: Sequence[str] | None,
     budget: str,
@@ -102,7 +99,7 @@ def _measure(
         tell(f"{view.SYMBOLS[record.verdict]} {record.paper} {record.claim}: {record.verdict}; {figure}")
 
     records: list[Record] = []
-    with resumable(ctx, lambda: any((out / f"{card.slug}.json").exists() for card in papers)), progress.shown():
+    with resumable(lambda: any((out / f"{card.slug}.json").exists() for card in papers)), progress.shown():
         for card in papers:
             records += measure(
                 card,
@@ -118,7 +115,7 @@ def _measure(
     page = report.write(out)
     failed = [record for record in records if record.measurement.failed]
     if json:
-        summary: dict[str, Any] = {"out": str(out), "report": str(page), "repeat": command(ctx, without=("--resume",))}
+        summary: dict[str, Any] = {"out": str(out), "report": str(page), "repeat": command()}
         console.machine({**summary, "records": [record.model_dump(mode="json") for record in records]})
     else:
         terminal = console.console()
@@ -131,7 +128,7 @@ def _measure(
                         terminal.print(grid, "")
         terminal.print(f"report   {page}", soft_wrap=True)
         terminal.print(f"records  {', '.join(str(out / f'{card.slug}.json') for card in papers)}", soft_wrap=True)
-        terminal.print(f"repeat   {command(ctx, without=('--resume',))}", soft_wrap=True, markup=False)
+        terminal.print(f"repeat   {command()}", soft_wrap=True, markup=False)
     for slug in dict.fromkeys(record.paper for record in failed):
         names = ", ".join(record.claim for record in failed if record.paper == slug)
         tell(f"provenn: the measurement of {names} of {slug} failed; see {out / f'{slug}.errors.txt'}")
@@ -141,27 +138,23 @@ def _measure(
 
 @app.command()
 def compare(
-    ctx: typer.Context,
     slot: Annotated[str, typer.Option(help="The slot to fill.", autocompletion=of_the_paper("mechanisms", "slot"))],
     data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
     candidates: Annotated[str | None, typer.Option("--with", metavar="A,B,…", help="By default all.")] = None,
     budget: Budget = "small",
     seeds: Seeds = 3,
+    device: Device = "auto",
     out: Out = Path("runs/compare"),
     json: Json = False,
 ) -> None:
-    """Mechanisms of one slot in the same host, trained at equal budget."""
+    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped."""
     from provenn.cli import console
     from provenn.compare import compare as measure
     from provenn.evidence import Measurement
-    from provenn.reproduce import check_writable
 
-    if seeds < 1:
-        raise UserError(f"seeds must be at least 1, got {seeds}")
     names = [name.strip() for name in candidates.split(",") if name.strip()] if candidates is not None else None
-    check_writable(out)
-    with progress.shown():
-        result = measure(slot=slot, candidates=names, data=data, budget=budget, seeds=seeds, out=out)
+    with resumable(lambda: out.is_dir() and any(out.iterdir()), resume=False), progress.shown():
+        result = measure(slot, names, data=data, budget=budget, seeds=seeds, device=device, out=out, tell=tell)
     files = [str(file) for file in result.save(out)]
     if json:
         console.machine({"table": result.table.model_dump(mode="json"), "files": files})
@@ -171,4 +164,4 @@ def compare(
         terminal.print(grid, "")
     for file in files:
         terminal.print(f"written  {file}", soft_wrap=True)
-    terminal.print(f"repeat   {command(ctx)}", soft_wrap=True, markup=False)
+    terminal.print(f"repeat   {command()}", soft_wrap=True, markup=False)

@@ -14,7 +14,6 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 
 @app.command()
 def train(
-    ctx: typer.Context,
     slug: Slug,
     data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
     preset: Preset = None,
@@ -39,7 +38,7 @@ def train(
     from provenn.evidence.view import number
     from provenn.tasks.training import CHECKPOINT
 
-    with resumable(ctx, (folder / CHECKPOINT).exists), progress.shown():
+    with resumable((folder / CHECKPOINT).exists), progress.shown():
         folder, metrics = api.train(
             card.slug,
             data,

@@ -56,7 +56,10 @@ def size_of(file: Path) -> tuple[int, int]:
     """Height and width of an image in a file, from its header."""
     with _opened(file) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5
+        try:
+            turned = image.getexif().get(0x0112, 1) >= 5
+        except (OSError, SyntaxError, ValueError, struct.error) as error:  # a PNG is read to its end for this
+            raise UserError(f"{file} is damaged: {error}") from None
     return (width, height) if turned else (height, width)
 
 

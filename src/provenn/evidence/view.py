@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, isinf
 from pathlib import Path
 
+from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.record import Ledger, Record
 from provenn.evidence.verdict import Verdict
@@ -18,7 +19,7 @@ SYMBOLS = {
 }
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def number(value: Number | None, digits: int = 4) -> str:
     """A figure as people write it.
 
     >>> number(25557112.0), number(0.123456), number(-2.0), number(1.5e-9), number(None)

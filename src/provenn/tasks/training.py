@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData
 
 CHECKPOINT = "last.ckpt"
+STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,29 @@ class Recipe:
     epochs: int = 10
     batch_size: int = 32
     optimizer: Literal["sgd", "adam", "adamw", "radam"] = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    momentum: float = 0.9
+    lr: float | int = 1e-3
+    weight_decay: float | int = 0.0
+    momentum: float | int = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["constant", "cosine", "onecycle", "step", "exponential"] = "constant"
     step_epochs: int = 30
-    gamma: float = 0.1
+    gamma: float | int = 0.1
     warmup_steps: int = 0
-    clip: float | None = None
+    clip: float | int | None = None
     patience: int | None = None
     max_steps: int | None = None
     precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "patience", "max_steps", "step_epochs"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("weight_decay", "momentum", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip must be a positive number, got {self.clip}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"lr must be a positive number, got {self.lr}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -133,20 +140,26 @@ class Fit:
 
 
 class EpochSampler(Sampler[int]):
-    """A fresh order every epoch that depends on seed and epoch alone, so that a resumed run sees the same batches."""
+    """A fresh order every epoch that depends on seed and epoch alone, so that a resumed run sees the same batches.
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch = count, seed, 0
+    Of several processes each takes every so manieth example: together their batches are one process's larger batch.
+    Where the count does not divide, the first examples of the order come twice.
+    """
+
+    def __init__(self, count: int, seed: int, rank: int = 0, processes: int = 1):
+        self.count, self.seed, self.rank, self.processes, self.epoch = count, seed, rank, processes, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.count, generator=generator).tolist())
+        order = torch.randperm(self.count, generator=generator)
+        places = torch.arange(self.rank, self.processes * len(self), self.processes) % self.count
+        return iter(order[places].tolist())
 
     def __len__(self) -> int:
-        return self.count
+        return math.ceil(self.count / self.processes)
 
 
 def fit(
@@ -170,14 +183,17 @@ def fit(
         task, data, recipe: what is learned, from what, and how.
         seed: fixes weights, order, dropout and augmentation.
         device: cpu, cuda or mps.
-        devices, strategy: Lightning's, such as 2 and "ddp".
+        devices, strategy: how many processes train together, and how: "ddp" or "fsdp". Lightning starts them by
+            running the program again (or torchrun has); only the first returns, the others leave the program.
         out: a folder for checkpoints after every epoch; None keeps none.
         resume: go on from the checkpoint in `out` where there is one.
         title: of the progress bar.
 
     Raises:
-        UserError: a loss that is not finite, with the step at which it happened.
+        UserError: a loss that is not finite, with the step at which it happened; or patience without its metric.
     """
+    if strategy not in STRATEGIES:
+        raise UserError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     lightning = _lightning()
     torch.manual_seed(seed)
     model = build()
@@ -190,21 +206,12 @@ def fit(
                 dirpath=out, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
             )
         )
-    sampler = EpochSampler(len(data.train), seed)  # type: ignore[arg-type]
-    loader = DataLoader(
-        data.train,
-        batch_size=recipe.batch_size,
-        sampler=sampler,
-        collate_fn=data.collate,
-        generator=torch.Generator(),  # or the loader would draw from the generator that dropout draws from
-    )
-    steps_per_epoch = math.ceil(len(loader) / devices)
-    steps = min(recipe.epochs * steps_per_epoch, recipe.max_steps or sys.maxsize)
-    with _quiet():
+    with _quiet(), _deterministic(device == "cpu"):
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(device.split(":")[0], device.split(":")[0]),
             devices=devices,
-            strategy=strategy,
+            strategy="ddp" if strategy == "auto" and devices > 1 else strategy,
+            use_distributed_sampler=False,
             max_epochs=recipe.epochs,
             max_steps=recipe.max_steps or -1,
             gradient_clip_val=recipe.clip,
@@ -214,16 +221,17 @@ def fit(
             enable_checkpointing=out is not None,
             enable_progress_bar=False,
             enable_model_summary=False,
-            deterministic="warn" if device == "cpu" else None,
             num_sanity_val_steps=0,
             default_root_dir=out,
         )
-        module = _module_class()(model, task, recipe, seed, steps, steps_per_epoch)
+        module = _module_class()(model, task, data, recipe, seed)
         start = time.perf_counter()
         going_on = str(checkpoint) if resume and checkpoint is not None and checkpoint.exists() else None
         with _plain_interrupt(trainer):
-            trainer.fit(module, loader, ckpt_path=going_on, weights_only=True)
+            trainer.fit(module, ckpt_path=going_on, weights_only=True)
         seconds = time.perf_counter() - start
+    if not trainer.is_global_zero:
+        raise SystemExit(0)
     model = module.model.to(device)
     history.restore_best(model)
     model.eval()
@@ -235,6 +243,8 @@ def fit(
 def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
     """A recipe from a preset's facts and the user's changes; a field that does not exist is refused."""
     merged = {**facts, **{key: value for key, value in changes.items() if value is not None}}
+    if "betas" in merged:
+        merged["betas"] = tuple(merged["betas"])  # TOML and JSON have lists
     known = asdict(Recipe())
     for name in merged:
         if name not in known:
@@ -248,6 +258,17 @@ def _lightning() -> Any:
         import lightning
         import lightning.pytorch.callbacks
     return lightning
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Ask torch for deterministic algorithms, and leave it as it was."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted or before[0], warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextmanager
@@ -285,10 +306,19 @@ def _module_class() -> type:
     class Module(lightning.LightningModule):
         """Ties a model to its task's loss; the model itself knows nothing of this."""
 
-        def __init__(self, model: nn.Module, task: Task, recipe: Recipe, seed: int, steps: int, steps_per_epoch: int):
+        def __init__(self, model: nn.Module, task: Task, data: TaskData, recipe: Recipe, seed: int):
             super().__init__()
-            self.model, self.task, self.recipe, self.seed = model, task, recipe, seed
-            self.steps, self.steps_per_epoch = steps, steps_per_epoch
+            self.model, self.task, self.data, self.recipe, self.seed = model, task, data, recipe, seed
+
+        def train_dataloader(self) -> DataLoader:
+            count = len(self.data.train)  # type: ignore[arg-type]
+            return DataLoader(
+                self.data.train,
+                batch_size=self.recipe.batch_size,
+                sampler=EpochSampler(count, self.seed, self.global_rank, self.trainer.world_size),
+                collate_fn=self.data.collate,
+                generator=torch.Generator(),  # or the loader would draw from the generator that dropout draws from
+            )
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             loss = self.task.loss(self.model, batch)
@@ -305,7 +335,9 @@ def _module_class() -> type:
 
         def configure_optimizers(self) -> Any:
             optimizer = self.recipe.make_optimizer(self.model)
-            schedule = self.recipe.make_schedule(optimizer, self.steps, self.steps_per_epoch)
+            steps_per_epoch = len(self.train_dataloader())
+            steps = min(self.recipe.epochs * steps_per_epoch, self.recipe.max_steps or sys.maxsize)
+            schedule = self.recipe.make_schedule(optimizer, steps, steps_per_epoch)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     return Module
@@ -327,9 +359,12 @@ def _history_class() -> type:
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             total = min(trainer.max_epochs * trainer.num_training_batches, self.recipe.max_steps or sys.maxsize)
-            self.context = progress.bar(self.title, total)
+            # Of several processes one shows the bar.
+            self.context = progress.bar(self.title, total) if trainer.is_global_zero else nullcontext(lambda *_: None)
             self.advance = self.context.__enter__()
             self.advance(trainer.global_step)
+            if self.recipe.patience is not None and self.waited >= self.recipe.patience:
+                trainer.should_stop = True  # the run that is resumed had stopped
 
         def teardown(self, trainer: Any, module: Any, stage: str) -> None:
             if hasattr(self, "context"):
@@ -347,9 +382,13 @@ def _history_class() -> type:
             with torch.no_grad():
                 metrics = self.task.evaluate(module.model, self.data.val) if len(self.data.val) else {}  # type: ignore
             module.model.train()
-            loss = torch.stack(self.losses).mean().item()
+            loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean").item()
             self.curve.append({"epoch": float(trainer.current_epoch + 1), "train_loss": loss, **metrics})
-            if self.recipe.patience is not None and metrics:
+            if self.recipe.patience is not None:
+                if self.task.metric not in metrics:
+                    raise UserError(
+                        f"patience watches {self.task.metric!r}, and {self.data.name} has no validation for it"
+                    )
                 self._stop_early(trainer, module, metrics[self.task.metric], self.recipe.patience)
 
         def _stop_early(self, trainer: Any, module: Any, value: float, patience: int) -> None:

@@ -78,15 +78,25 @@ def _check_mechanism(paper: Card, mechanism: Mechanism) -> None:
 
 
 def _check_preset(paper: Card, preset: Preset) -> None:
-    def size(other: Preset) -> int | float:
-        try:
-            return parameters_on_meta(Subject.preset(paper, other))
-        except Exception:  # its own check says why
-            return math.inf
-
     same_task = [other for other in paper.presets if (other.task or paper.task) == (preset.task or paper.task)]
-    asked = None if preset == min(same_task, key=size) else {*OF_EVERY_PRESET, *preset.cannot}
+    asked = (
+        None if preset == min(same_task, key=lambda other: _size(paper, other)) else {*OF_EVERY_PRESET, *preset.cannot}
+    )
     _ask(Subject.preset(paper, preset), None, preset.cannot, asked)
+
+
+_SIZES: dict[tuple[str, str, str], int | float] = {}
+
+
+def _size(paper: Card, preset: Preset) -> int | float:
+    """How many parameters a preset has, found once; infinitely many where it cannot be built, as its check will say."""
+    key = (paper.package, preset.build, repr(preset.options))
+    if key not in _SIZES:
+        try:
+            _SIZES[key] = parameters_on_meta(Subject.preset(paper, preset))
+        except Exception:
+            _SIZES[key] = math.inf
+    return _SIZES[key]
 
 
 def _called(factory: Callable[..., Any]) -> str:

@@ -65,6 +65,11 @@ def _close(actual: Any, expected: Any, message: str, tolerance: float = 1e-4) ->
         assert worst <= tolerance * scale, f"{message}: differs by {worst:.3g} where values reach {scale:.3g}"
 
 
+def _cast(inputs: list[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The inputs with a change to the real ones; integers are indices and stay what they are."""
+    return [change(x) if x.is_floating_point() else x for x in inputs]
+
+
 def _first(output: Any) -> Tensor:
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
@@ -212,29 +217,32 @@ def _reach_parameters(subject: Subject) -> None:
     _backward(module, inputs)
     frozen = [name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not frozen, f"no gradient reaches {', '.join(frozen[:6])}{' and others' if len(frozen) > 6 else ''}"
-    assert all(x.grad is not None and x.grad.any() for x in inputs), "no gradient reaches the input"
+    real = [x for x in inputs if x.is_floating_point()]
+    assert all(x.grad is not None and x.grad.any() for x in real), "no gradient reaches the input"
 
 
 @_promise("keep-gradients-finite")
 def _keep_gradients_finite(subject: Subject) -> None:
     """Output and gradients are finite for usual, for zero and (of a mechanism) for large inputs."""
     for scale in (1.0, 0.0, *([1e3] if subject.slot else [])):
-        module, inputs = subject.build().train(), [x * scale for x in subject.inputs()]
+        module, factor = subject.build().train(), torch.tensor(scale)
+        inputs = _cast(subject.inputs(), factor.mul)
         _backward(module, inputs)
         bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         bad += ["the input" for x in inputs if x.grad is not None and not x.grad.isfinite().all()]
         assert not bad, f"for inputs of size {scale:g} the gradient of {', '.join(bad[:6])} is not finite"
 
 
-def _backward(module: Callable[..., Any], inputs: list[Tensor]) -> None:
-    for x in inputs:
-        x.requires_grad_()
+def _backward(module: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+    """Run it forward and back; the gradients are left with inputs and parameters."""
+    _cast(inputs, Tensor.requires_grad_)
     torch.manual_seed(0)
     outputs = [leaf for leaf in tree_leaves(module(*inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
     assert outputs, "the output depends on nothing that can be trained"
     # A random direction: the plain sum of a normalised output has no gradient.
     generator = torch.Generator().manual_seed(0)
     torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in outputs]).sum().backward()
+    return outputs
 
 
 @_promise("pass-gradcheck", *MECHANISMS)
@@ -260,8 +268,8 @@ def _run_in_bfloat16(subject: Subject) -> None:
     low = copy.deepcopy(module).bfloat16()
     module.load_state_dict(low.state_dict())  # the same rounded weights
     with torch.no_grad():
-        expected = _first(module(*(x.bfloat16().float() for x in inputs)))
-        actual = _first(low(*(x.bfloat16() for x in inputs)))
+        expected = _first(module(*_cast(inputs, lambda x: x.bfloat16().float())))
+        actual = _first(low(*_cast(inputs, Tensor.bfloat16)))
     assert actual.dtype == torch.bfloat16, f"bfloat16 gives {actual.dtype}"
     error = ((actual.float() - expected).norm() / expected.norm()).item()
     assert error <= 0.05, f"the output is off by {100 * error:.1f} %"
@@ -346,19 +354,17 @@ def _copy(subject: Subject) -> None:
 @_promise("compile")
 def _compile(subject: Subject) -> None:
     """torch.compile takes it whole (one graph, the backend aot_eager) and gives the same output and gradients."""
-    module, inputs = subject.build(), subject.inputs()
+    module = subject.build()
     torch._dynamo.reset()
+    results = []
     with unchecked():
-        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-        with torch.no_grad():
-            _close(compiled(*inputs), module(*inputs), "compiled, it gives another output")
-        gradients = []
-        for run in (module, compiled):
-            module.zero_grad()
-            _backward(run, given := [x.detach().clone() for x in inputs])
-            gradients.append([x.grad for x in given])
-        _close(gradients[1], gradients[0], "compiled, it gives another gradient", 1e-3)
+        for run in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+            inputs = subject.inputs()
+            output = _backward(run, inputs)
+            results.append((output, [x.grad for x in inputs]))
     torch._dynamo.reset()
+    _close(results[1][0], results[0][0], "compiled, it gives another output")
+    _close(results[1][1], results[0][1], "compiled, it gives another gradient", 1e-3)
 
 
 @_promise("export")
@@ -378,7 +384,7 @@ def _build_on_meta(subject: Subject) -> None:
     real = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if not t.is_meta]
     assert not real, f"not on the meta device: {', '.join(real[:6])}"
     with torch.no_grad():
-        output = _first(module(*(torch.empty(shape, device="meta") for shape in subject.shapes())))
+        output = _first(module(*(x.to("meta") for x in subject.inputs())))
     assert output.is_meta, "gives a real tensor on the meta device"
 
 

@@ -24,6 +24,7 @@ class Subject:
         make: builds the module from torch's global generator; keyword arguments override its settings.
         shapes: the shapes of its inputs; keyword arguments override sizes (only `batch`, of a preset).
         slot: the slot of a mechanism; None for a preset.
+        below: for each input, None where it is real, else how many integers it may hold.
         published: what was published of a preset.
     """
 
@@ -31,6 +32,7 @@ class Subject:
     make: Callable[..., nn.Module]
     shapes: Callable[..., list[tuple[int, ...]]]
     slot: Slot | None = None
+    below: tuple[int | None, ...] = ()
     published: tuple[Figure, ...] = ()
 
     @classmethod
@@ -57,11 +59,11 @@ class Subject:
             return paper.resolve(preset.build)(**{**preset.options, **options})
 
         def shapes(batch: int = 3) -> list[tuple[int, ...]]:
-            if preset.input is None:
-                raise AssertionError(f"the preset {preset.name} of {paper.slug} names no input in paper.toml")
-            return [(batch, *preset.input[1:])]
+            assert preset.input, f"the preset {preset.name} of {paper.slug} names no input in paper.toml"
+            return [(batch, *example.shape[1:]) for example in preset.input]
 
-        return cls(f"{paper.slug} {preset.name}", make, shapes, None, tuple(preset.published))
+        below = tuple(example.below for example in preset.input)
+        return cls(f"{paper.slug} {preset.name}", make, shapes, below=below, published=tuple(preset.published))
 
     def build(self, seed: int = 0, *, stir: bool = True, **options: Any) -> nn.Module:
         """The module in eval mode, with weights of that seed; `stir` moves parameters off the zeros they start at."""
@@ -74,9 +76,15 @@ class Subject:
         return module
 
     def inputs(self, seed: int = 0, **sizes: int) -> list[Tensor]:
-        """Normal noise of that seed in the shape of each input."""
+        """Noise of that seed in the shape of each input."""
         generator = torch.Generator().manual_seed(seed)
-        return [torch.randn(shape, generator=generator) for shape in self.shapes(**sizes)]
+        shapes = self.shapes(**sizes)
+        return [
+            torch.randn(shape, generator=generator)
+            if below is None
+            else torch.randint(below, shape, generator=generator)
+            for shape, below in zip(shapes, self.below or [None] * len(shapes))
+        ]
 
 
 class _Joined(nn.Module):

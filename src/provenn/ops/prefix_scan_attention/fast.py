@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .reference import PrefixState, leaves, merge
 
-CHUNK = 32
+CHUNK = 16
 
 
 def _triangle(a: Tensor, b: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def chunked_attention(
     if mask is not None:
         s, v = s.masked_fill(~mask, -torch.inf), v.masked_fill(~mask.unsqueeze(-1), 0)
     s, v = s.reshape(-1, n), v.reshape(-1, n, dim)
-    chunk = n if n <= 2 * chunk else chunk
+    chunk = min(n, chunk)
     padding = -n % chunk
     if padding:
         s, v = F.pad(s, (0, padding), value=-torch.inf), F.pad(v, (0, 0, 0, padding))

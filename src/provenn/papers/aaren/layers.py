@@ -62,8 +62,8 @@ class AarenAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True):
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
         if not causal:
             raise ValueError("Aaren attends over prefixes, so causal must be True, got False")
         self.dim, self.heads, self.causal = dim, heads, causal

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from provenn.errors import UserError
+
 # Blocks of each stage, and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "eca_resnet18",
@@ -23,18 +25,18 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
     A `module.` left by data-parallel training is dropped.
 
     Raises:
-        ValueError: when the parameters are not those of one of the authors' models.
+        UserError: when the parameters are not those of one of the authors' models.
     """
     plain = {name.replace("module.", ""): value for name, value in state.items()}
     if "classifier.1.weight" in plain:
         return _mobilenet(plain)
     if "fc.weight" not in plain or not any(".eca." in name for name in plain):
-        raise ValueError("expected a state dict of ECANet's eca_resnet* or eca_mobilenet_v2, found other parameters")
+        raise UserError("expected a state dict of ECANet's eca_resnet* or eca_mobilenet_v2, found other parameters")
     ours = {name.replace(".eca.", ".gate."): value for name, value in plain.items()}
     depths = tuple(len({n.split(".")[1] for n in plain if n.startswith(f"layer{stage}.")}) for stage in (1, 2, 3, 4))
     preset = _RESNETS.get((depths, "layer1.0.conv3.weight" in plain))
     if preset is None:
-        raise ValueError(f"no ECA-ResNet of the paper has stages of {depths} blocks")
+        raise UserError(f"no ECA-ResNet of the paper has stages of {depths} blocks")
     sizes = [ours[f"layer{stage}.0.gate.conv.weight"].shape[-1] for stage in (1, 2, 3, 4)]
     options = {
         "num_classes": plain["fc.weight"].shape[0],

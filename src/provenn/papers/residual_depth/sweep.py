@@ -19,6 +19,11 @@ from provenn import progress
 Batch = tuple[Tensor, Tensor]
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over a batch, and over tokens where there are some."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
 @dataclass(frozen=True)
 class Trained:
     """One network after its training.
@@ -26,6 +31,7 @@ class Trained:
     Attributes:
         curve: the loss of each step; its end is not finite where the training diverged.
         start: the network as it was built.
+        diverged: how many of the seed's trials, one a learning rate, ended in a loss that is not finite.
     """
 
     seed: int
@@ -33,11 +39,37 @@ class Trained:
     model: nn.Module
     start: nn.Module
     curve: list[float]
+    diverged: int
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over a batch, and over tokens where there are some."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+@dataclass(frozen=True)
+class Grid:
+    """Networks trained side by side: seeds outermost, learning rates within."""
+
+    seeds: Sequence[int]
+    lrs: Sequence[float]
+    starts: list[nn.Module]
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    history: list[list[float]]
+
+    def best(self, data: Callable[[int], Batch]) -> list[Trained]:
+        """The network with the lowest loss on `data(seed)` for each seed; a loss that is not finite is the worst."""
+        drawn = [data(seed) for seed in self.seeds]
+        x, t = (torch.stack([pair[i] for pair in drawn]).repeat_interleave(len(self.lrs), 0) for i in (0, 1))
+        with torch.no_grad():
+            losses = _losses(self.starts[0].eval(), self.weights, self.buffers, x, t)
+        table = losses.nan_to_num(math.inf, posinf=math.inf).view(len(self.seeds), len(self.lrs))
+        return [self._trained(i, int(row.argmin())) for i, row in enumerate(table)]
+
+    def _trained(self, i: int, j: int) -> Trained:
+        at, count = i * len(self.lrs) + j, len(self.lrs)
+        model = deepcopy(self.starts[i])
+        state = {name: w[at] for name, w in (*self.weights.items(), *self.buffers.items())}
+        model.load_state_dict(state)
+        diverged = sum(not math.isfinite(loss) for loss in self.history[-1][i * count : (i + 1) * count])
+        curve = [row[at] for row in self.history]
+        return Trained(self.seeds[i], self.lrs[j], model.eval(), self.starts[i].eval(), curve, diverged)
 
 
 def train_grid(
@@ -50,7 +82,7 @@ def train_grid(
     adam: bool = False,
     clip: float | None = None,
     title: str = "training",
-) -> list[Trained]:
+) -> Grid:
     """Train `build()` from each seed with each learning rate, cosine to 0, in one stack of networks.
 
     Args:
@@ -61,29 +93,22 @@ def train_grid(
         adam: use Adam (β 0.9, 0.95).
         clip: largest norm of each network's gradient; None leaves it, so that explosions show.
         title: of the progress bar.
-
-    Returns:
-        one entry for each seed and learning rate, seeds outermost.
     """
     starts = [_built(build, seed) for seed in seeds]
-    models = [deepcopy(start) for start in starts for _ in lrs]
-    base = models[0]
-    params, buffers = stack_module_state(models)
-    names, weights = list(params), [p.detach().requires_grad_() for p in params.values()]
+    params, buffers = (
+        {name: value.detach().repeat_interleave(len(lrs), 0) for name, value in stacked.items()}
+        for stacked in stack_module_state(starts)
+    )
+    names, weights = list(params), [p.requires_grad_() for p in params.values()]
     rate = torch.tensor(list(lrs) * len(seeds))
-
-    def loss(p: dict[str, Tensor], b: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
-        return cross_entropy(functional_call(base, (p, b), (x,)), t)
-
     first = [torch.zeros_like(w) for w in weights]
     second = [torch.zeros_like(w) for w in weights] if adam else []
     history = []
-    # The fused attention of the CPU cannot be stacked.
-    with progress.bar(title, steps) as advance, sdpa_kernel(SDPBackend.MATH):
+    with progress.bar(title, steps) as advance, torch.enable_grad():
         for step in range(steps):
             drawn = [batch(seed, step) for seed in seeds]
             x, t = (torch.stack([pair[i] for pair in drawn]).repeat_interleave(len(lrs), 0) for i in (0, 1))
-            losses = torch.vmap(loss)(dict(zip(names, weights)), buffers, x, t)
+            losses = _losses(starts[0], dict(zip(names, weights)), buffers, x, t)
             history.append(losses.tolist())
             advance()
             if not losses.isfinite().any():
@@ -92,21 +117,18 @@ def train_grid(
             size = rate * (1 + math.cos(math.pi * step / steps)) / 2
             with torch.no_grad():
                 _update(weights, _clipped(grads, clip), size, first, second, step)
-    trained = []
-    for i, (seed, lr) in enumerate((seed, lr) for seed in seeds for lr in lrs):
-        model = _loaded(base, names, weights, buffers, i)
-        trained.append(Trained(seed, lr, model, starts[i // len(lrs)], [row[i] for row in history]))
-    return trained
+    return Grid(seeds, lrs, starts, {n: w.detach() for n, w in zip(names, weights)}, buffers, history)
 
 
-def best_of_each_seed(runs: Sequence[Trained], score: Callable[[Trained], float]) -> list[Trained]:
-    """The run with the lowest score for each seed; a score that is not finite counts as the worst."""
+def _losses(base: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+    """The loss of each network of a stack, each on a batch of its own."""
 
-    def finite(run: Trained) -> float:
-        value = score(run)
-        return value if math.isfinite(value) else math.inf
+    def loss(w: dict[str, Tensor], b: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+        return cross_entropy(functional_call(base, (w, b), (x,)), t)
 
-    return [min((r for r in runs if r.seed == seed), key=finite) for seed in dict.fromkeys(r.seed for r in runs)]
+    # The fused attention of the CPU cannot be stacked.
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.vmap(loss)(weights, buffers, x, t)
 
 
 def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -140,10 +162,3 @@ def _update(
         v.lerp_(g.square(), 0.05)
         direction = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
         w.sub_(_along(size, w) * direction)
-
-
-def _loaded(base: nn.Module, names: list[str], weights: list[Tensor], buffers: dict[str, Tensor], i: int) -> nn.Module:
-    model = deepcopy(base)
-    state = {name: w[i].detach() for name, w in zip(names, weights)} | {name: b[i] for name, b in buffers.items()}
-    model.load_state_dict(state)
-    return model.eval()

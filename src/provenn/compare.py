@@ -1,0 +1,396 @@
+"""Mechanisms of one slot in the same host: trained at equal budget from the same seeds, and put beside their cost."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from provenn import bench, progress
+from provenn.catalog import cards, meant
+from provenn.errors import UserError
+from provenn.evidence import Ledger, Run, Table
+from provenn.evidence.interval import Interval, paired_difference, student
+from provenn.evidence.record import write_atomically
+from provenn.evidence.run import Budget
+from provenn.reproduce import BUDGETS, check_writable, choose_device
+from provenn.slots import slot as slot_called
+from provenn.tasks import Recipe, Task, TaskData, fit, get_task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Factory = Callable[[int], nn.Module]
+COSTS = ("parameters", "FLOPs", "latency")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network with one open slot, and how it is trained.
+
+    Args:
+        task: what it learns.
+        build: makes it from a mechanism's factory and the options of the data.
+        baselines: what every mechanism of the slot is compared with; the first is the reference.
+        recipe: one for each budget.
+        about: the host in one phrase.
+    """
+
+    task: str
+    build: Callable[[Factory, dict[str, Any]], nn.Module]
+    baselines: Callable[[], dict[str, Factory]]
+    recipe: dict[str, Recipe]
+    about: str
+
+
+class Nothing(nn.Module):
+    """The empty slot, whatever else its mechanisms are given."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return x
+
+
+def _gated_resnet(gate: Factory, options: dict[str, Any]) -> nn.Module:
+    from provenn.nn.resnet import resnet20
+
+    return resnet20(gate=gate, **options)
+
+
+def _gates() -> dict[str, Factory]:
+    from provenn.nn.channel_gates import CBAM, SqueezeExcitation
+
+    return {"none": Nothing, "se": SqueezeExcitation, "cbam": CBAM}
+
+
+def _series_encoder(mixer: Factory, options: dict[str, Any]) -> nn.Module:
+    from provenn.nn.hosts import SeriesHost
+
+    return SeriesHost(mixer, channels=options["channels"], num_classes=options["num_classes"])
+
+
+def _mixers() -> dict[str, Factory]:
+    from provenn.nn.attention import SoftmaxAttention
+
+    return {"none": Nothing, "softmax": partial(SoftmaxAttention, heads=4)}
+
+
+_SGD = Recipe(batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="onecycle")
+_RADAM = Recipe(batch_size=16, optimizer="radam", lr=1e-3, clip=4.0)
+
+
+def _budgets(recipe: Recipe, small: int, paper: int) -> dict[str, Recipe]:
+    facts = asdict(recipe)
+    return {
+        "smoke": Recipe(**{**facts, "epochs": 1, "max_steps": 2}),
+        "small": Recipe(**{**facts, "epochs": small, "max_steps": 1000}),
+        "paper": Recipe(**{**facts, "epochs": paper}),
+    }
+
+
+HOSTS = {
+    "channel-gate": Host(
+        "image-classification", _gated_resnet, _gates, _budgets(_SGD, 8, 100), "ResNet-20 with a gate on every branch"
+    ),
+    "token-mixer": Host(
+        "series-classification",
+        _series_encoder,
+        _mixers,
+        _budgets(_RADAM, 25, 60),
+        "a causal encoder of two layers, 64 wide",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One mechanism, measured in the host. Costs are of the whole network on one example."""
+
+    name: str
+    paper: str
+    quality: tuple[float, ...]
+    interval: Interval | None
+    difference: float
+    difference_interval: Interval | None
+    parameters: int
+    flops: int
+    latency: float
+    latency_interval: Interval
+
+    def cost(self, name: str) -> float:
+        """One of `COSTS`; the latency as a multiple of the reference's."""
+        return float({"parameters": self.parameters, "FLOPs": self.flops, "latency": self.latency}[name])
+
+    @property
+    def mean(self) -> float:
+        return sum(self.quality) / len(self.quality)
+
+
+@dataclass(frozen=True)
+class SlotComparison:
+    """Every candidate of a slot, its quality over the seeds and its cost.
+
+    Args:
+        candidates: the first is the reference of differences and ratios.
+        metric, higher_is_better: the quality.
+        setting: all that is needed to repeat it.
+    """
+
+    slot: str
+    host: str
+    data: str
+    metric: str
+    higher_is_better: bool
+    candidates: tuple[Candidate, ...]
+    setting: dict[str, Any]
+
+    def front(self, cost: str) -> list[Candidate]:
+        """The Pareto front, cheapest first: nobody is at least as good at no more cost."""
+        sign = 1 if self.higher_is_better else -1
+
+        def beaten(one: Candidate) -> bool:
+            mine = (-one.cost(cost), sign * one.mean)
+            others = [(-other.cost(cost), sign * other.mean) for other in self.candidates]
+            return any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in others)
+
+        return sorted((one for one in self.candidates if not beaten(one)), key=lambda one: one.cost(cost))
+
+    @property
+    def table(self) -> Table:
+        """A row for each candidate."""
+        reference = self.candidates[0]
+        fronts = {cost: self.front(cost) for cost in COSTS}
+        rows: list[list[str | float | int | None]] = []
+        for one in self.candidates:
+            added = one.parameters - reference.parameters
+            rows.append(
+                [
+                    one.name,
+                    one.paper,
+                    _with_interval(one.mean, one.interval, ".4f"),
+                    "" if one is reference else _with_interval(one.difference, one.difference_interval, "+.4f"),
+                    f"{one.parameters:,}" + (f" ({added:+,})" if one is not reference else ""),
+                    f"{one.flops / 1e6:.2f} M",
+                    "1" if one is reference else _with_interval(one.latency, one.latency_interval, ".2f"),
+                    ", ".join(cost for cost in COSTS if one in fronts[cost]),
+                ]
+            )
+        seeds = len(reference.quality)
+        return Table(
+            caption=(
+                f"{self.slot} on {self.data}: {self.host}, {seeds} seed{'s' if seeds != 1 else ''}, budget "
+                f"{self.setting['budget']}; 95 % intervals, costs of the whole network for one example"
+            ),
+            columns=[
+                "candidate",
+                "paper",
+                self.metric,
+                f"against {reference.name}",
+                "parameters",
+                "FLOPs",
+                f"time × {reference.name}",
+                "best for its",
+            ],
+            rows=rows,
+        )
+
+    def figure(self) -> "Figure":
+        """Quality against each cost, the front joined by a line."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(13, 4.2), layout="constrained")
+        labels = {"parameters": "parameters", "FLOPs": "FLOPs, one example", "latency": "time as a multiple of "}
+        labels["latency"] += self.candidates[0].name
+        for axes, cost in zip(figure.subplots(1, len(COSTS), sharey=True), COSTS):
+            front = self.front(cost)
+            axes.plot([c.cost(cost) for c in front], [c.mean for c in front], color="0.7", zorder=0, label="front")
+            for one in self.candidates:
+                low, high = one.interval or (one.mean, one.mean)
+                axes.errorbar(
+                    one.cost(cost), one.mean, [[one.mean - low], [high - one.mean]], marker="o", capsize=3, lw=1
+                )
+                axes.annotate(one.name, (one.cost(cost), one.mean), xytext=(5, 5), textcoords="offset points")
+            axes.set_xlabel(labels[cost])
+            axes.margins(x=0.15)
+        figure.axes[0].set_ylabel(f"test {self.metric}")
+        figure.axes[0].legend(loc="lower right")
+        figure.suptitle(f"{self.slot} on {self.data}: {self.host}", fontsize=11)
+        return figure
+
+    def save(self, out: str | Path) -> list[Path]:
+        """Write the numbers, the table and the plot into a folder; returns the files."""
+        folder = Path(out)
+        check_writable(folder)
+        numbers, table, plot = (folder / f"{self.slot}.{kind}" for kind in ("json", "md", "png"))
+        write_atomically(numbers, json.dumps(asdict(self), indent=1))
+        view = self.table
+        rows = "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in view.rows)
+        head = f"| {' | '.join(view.columns)} |\n|{' --- |' * len(view.columns)}\n"
+        write_atomically(table, f"{view.caption}\n\n{head}{rows}")
+        self.figure().savefig(plot, dpi=110)
+        return [table, plot, numbers]
+
+
+def compare(
+    slot: str,
+    candidates: Sequence[str] | None = None,
+    *,
+    data: str | Path,
+    budget: str = "small",
+    seeds: int | Sequence[int] = 3,
+    device: str = "auto",
+    out: str | Path = "runs/compare",
+    tell: Callable[[str], None] = lambda message: None,
+) -> SlotComparison:
+    """Train each candidate of a slot in the same host, with the same recipe, data and seeds.
+
+    Every finished training is kept in `out`, so that the same question asked again, or after an interruption, goes on
+    where it stopped.
+
+    Args:
+        slot: one that has a host: see `HOSTS`.
+        candidates: names of mechanisms in the catalogue (`slug:name` where two papers share a name) and of baselines;
+            by default all that fit the slot. They are measured against `none`, or without it against the first.
+        data: an embedded data set's name, or a path.
+        budget: smoke, small or paper.
+        seeds: how many, or which.
+        device: auto, cpu, cuda, mps or a torch device.
+        out: folder of the finished trainings.
+        tell: is given messages for the user.
+
+    Raises:
+        UserError: an unknown slot, candidate, budget, device or data set, or a candidate that does not fit the host.
+    """
+    slot_called(slot)
+    if slot not in HOSTS:
+        raise UserError(f"no host has the slot {slot!r} to compare in; these have: {', '.join(HOSTS)}")
+    if budget not in BUDGETS:
+        raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    chosen_seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen_seeds or min(chosen_seeds) < 0:
+        raise UserError(f"seeds must be at least 1, got {seeds}")
+    host = HOSTS[slot]
+    chosen = _choose(slot, host, candidates)
+    device = choose_device(device)
+    task = get_task(host.task)
+    loaded = task.load(data)
+    recipe = host.recipe[budget]
+    for name, (factory, _) in chosen.items():
+        try:
+            host.build(factory, loaded.options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} does not fit {host.about}: {error}") from None
+    folder = Path(out)
+    check_writable(folder)
+
+    topic = f"compare-{slot}"
+    ledger, trouble = Ledger.read(folder / f"{topic}.json")
+    if trouble:
+        tell(trouble)
+    run = Run(topic, folder, budget=cast(Budget, budget), seeds=chosen_seeds, device=device, ledger=ledger, reuse=True)
+    setting = {"host": host.about, "data": str(data), "fingerprint": loaded.fingerprint, "recipe": asdict(recipe)}
+    qualities: dict[str, list[float]] = {}
+    costs: dict[str, dict[str, Any]] = {}
+    reference = next(iter(chosen))
+    with progress.bar(f"compare {slot}", len(chosen)) as advance:
+        for name, (factory, _) in chosen.items():
+            build = partial(host.build, factory, loaded.options)
+            train = partial(_trained_quality, build, task, loaded, recipe, device=device, title=name)
+            qualities[name] = run.trials(name, train, **setting)
+            against = None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
+            cost = partial(_cost, build, against, task, loaded, device, rounds=3 if run.smoke else 15)
+            costs[name] = run.trial(f"{name}: cost", cost, reference=reference, **setting)
+            advance()
+
+    base = qualities[reference]
+    return SlotComparison(
+        slot=slot,
+        host=host.about,
+        data=loaded.name,
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        candidates=tuple(
+            Candidate(
+                name=name,
+                paper=paper,
+                quality=tuple(qualities[name]),
+                interval=student(qualities[name])[0],
+                difference=sum(a - b for a, b in zip(qualities[name], base)) / len(base),
+                difference_interval=paired_difference(qualities[name], base)[0],
+                parameters=costs[name]["parameters"],
+                flops=costs[name]["flops"],
+                latency=costs[name]["latency"],
+                latency_interval=(costs[name]["latency_low"], costs[name]["latency_high"]),
+            )
+            for name, (_, paper) in chosen.items()
+        ),
+        setting={"budget": budget, "seeds": list(chosen_seeds), "device": device, **setting},
+    )
+
+
+def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tuple[Factory, str]]:
+    """Each candidate's factory, and the slug of its paper (none for a baseline)."""
+    known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in host.baselines().items()}
+    mechanisms = [(card, mechanism) for card in cards().values() for mechanism in card.mechanisms]
+    fitting = [(card, mechanism) for card, mechanism in mechanisms if mechanism.slot == slot]
+    called = [mechanism.name for _, mechanism in fitting]
+    for card, mechanism in fitting:
+        shared = called.count(mechanism.name) > 1 or mechanism.name in known
+        extra = {"causal": True} if slot == "token-mixer" else {}
+        factory = partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra)
+        known[f"{card.slug}:{mechanism.name}" if shared else mechanism.name] = (factory, card.slug)
+    wanted = list(known) if names is None else list(dict.fromkeys(names))
+    wanted.sort(key=lambda name: name != "none")  # the reference comes first
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"no {slot} is called {name!r}{meant(name, known)}; there are: {', '.join(known)}")
+    if len(wanted) < 2:
+        raise UserError(
+            f"a comparison takes two candidates or more, got {', '.join(wanted) or 'none'}; try none, a baseline"
+        )
+    return {name: known[name] for name in wanted}
+
+
+def _trained_quality(
+    build: Callable[[], nn.Module], task: Task, data: TaskData, recipe: Recipe, seed: int, *, device: str, title: str
+) -> float:
+    return fit(build, task, data, recipe, seed=seed, device=device, title=title).metrics[task.metric]
+
+
+def _cost(
+    build: Callable[[], nn.Module],
+    reference: Callable[[], nn.Module] | None,
+    task: Task,
+    data: TaskData,
+    device: str,
+    *,
+    rounds: int,
+) -> dict[str, Any]:
+    """Parameters, operations and time of the network on one example, its loss included."""
+    torch.manual_seed(0)
+    model = build().to(device).eval()
+    batch = next(iter(DataLoader(Subset(data.test, [0]), batch_size=1, collate_fn=data.collate)))
+    batch = [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
+    counts = {"parameters": bench.count_parameters(model), "latency": 1.0, "latency_low": 1.0, "latency_high": 1.0}
+    with torch.no_grad():
+        counts["flops"] = bench.flops(partial(task.loss, model, batch), elementwise=True)
+        if reference is None:
+            return counts
+        other = reference().to(device).eval()
+        time = bench.compare(partial(task.loss, model, batch), partial(task.loss, other, batch), rounds=rounds)
+    low, high = time.interval
+    timed = {"latency": time.ratio, "latency_low": low, "latency_high": high, "latency_method": time.method}
+    return {**counts, **timed, "seconds": list(time.a), "reference_seconds": list(time.b)}
+
+
+def _with_interval(value: float, interval: Interval | None, style: str) -> str:
+    if interval is None:
+        return format(value, style)
+    return f"{value:{style}} ({interval[0]:{style}} to {interval[1]:{style}})"

@@ -1,0 +1,217 @@
+"""Trajectories of decisions: collected by scripted policies of mixed quality, and the user's own."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from provenn import progress
+from provenn.data.tables import read_lines
+from provenn.errors import UserError
+
+QUALITIES = ("medium", "medium-replay", "medium-expert")
+ARRAYS = ("observations", "actions", "rewards")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode: what was seen, done and received at each step."""
+
+    observations: Float32[np.ndarray, "steps state_dim"]
+    actions: Int64[np.ndarray, " steps"]
+    rewards: Float32[np.ndarray, " steps"]
+
+    @property
+    def total(self) -> float:
+        """The return of the episode."""
+        return float(self.rewards.sum())
+
+
+@dataclass(frozen=True)
+class Script:
+    """A controller for a gymnasium environment.
+
+    Args:
+        environment: gymnasium's name.
+        act: the controller: the action for an observation.
+        noise: share of random actions that makes it medium: about a third of the way from random to expert, as in D4RL.
+        episodes: collected by default.
+        random, expert: mean return of random actions, and of the controller; 0 and 100 on the normalised score.
+    """
+
+    environment: str
+    act: Callable[[np.ndarray], int]
+    noise: float
+    episodes: int
+    random: float
+    expert: float
+
+
+SCRIPTS = {
+    # Push to the side that the pole falls to.
+    "cartpole": Script(
+        "CartPole-v1", lambda o: int(0.1 * o[0] + 0.2 * o[1] + o[2] + 0.5 * o[3] > 0), 0.5, 200, 22.0, 500.0
+    ),
+    # Swing the lower link along with itself.
+    "acrobot": Script("Acrobot-v1", lambda o: 2 if o[5] > 0 else 0, 0.8, 100, -499.0, -83.0),
+    # Push along with the car.
+    "mountaincar": Script("MountainCar-v0", lambda o: 2 if o[1] >= 0 else 0, 0.4, 200, -200.0, -119.0),
+}
+
+
+def make_environment(name: str) -> tuple[Any, int]:
+    """A gymnasium environment without wrappers, and the steps that an episode may take.
+
+    Raises:
+        UserError: no such environment, no discrete actions, or observations that are no vector.
+    """
+    try:
+        import gymnasium
+    except ImportError:
+        raise UserError("rollouts need gymnasium: pip install 'provenn[series]'") from None
+    try:
+        environment = gymnasium.make(name, disable_env_checker=True)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise UserError(f"gymnasium cannot make {name!r}: {str(error).splitlines()[0]}") from None
+    if not isinstance(environment.action_space, gymnasium.spaces.Discrete):
+        raise UserError(f"{name} has actions in {environment.action_space}: expected discrete ones")
+    if len(environment.observation_space.shape or ()) != 1:
+        raise UserError(f"{name} has observations in {environment.observation_space}: expected a vector")
+    limit = environment.spec.max_episode_steps if environment.spec else None
+    if limit is None:
+        raise UserError(f"{name} sets no limit to an episode: expected one with max_episode_steps")
+    return environment.unwrapped, limit
+
+
+@lru_cache(maxsize=8)
+def collect(name: str, quality: str, episodes: int, seed: int = 0) -> tuple[Trajectory, ...]:
+    """Episodes of a script in `SCRIPTS` with noise of a quality.
+
+    `medium`: one level of noise. `medium-replay`: from random down to medium, as a learner's past would be.
+    `medium-expert`: half medium, half without noise.
+    """
+    script = SCRIPTS[name]
+    noise = {
+        "medium": np.full(episodes, script.noise),
+        "medium-replay": np.linspace(1, script.noise, episodes),
+        "medium-expert": np.where(np.arange(episodes) % 2, 0.0, script.noise),
+    }[quality]
+    rng = np.random.default_rng([seed, QUALITIES.index(quality)])
+    environment, limit = make_environment(script.environment)
+    found = []
+    for share in progress.track(noise, f"collecting {name}-{quality}"):
+        seen, done, received = [], [], []
+        observation, _ = environment.reset(seed=int(rng.integers(2**31)))
+        for _ in range(limit):
+            random = rng.random() < share
+            action = int(rng.integers(environment.action_space.n)) if random else script.act(observation)
+            seen.append(observation)
+            done.append(action)
+            observation, reward, terminated, _, _ = environment.step(action)
+            received.append(reward)
+            if terminated:
+                break
+        arrays = (np.array(seen, np.float32), np.array(done, np.int64), np.array(received, np.float32))
+        found.append(Trajectory(*arrays))
+    return tuple(found)
+
+
+def read_trajectories(file: Path) -> tuple[list[Trajectory], str | None]:
+    """The trajectories in a `.jsonl` or `.npz` file, and the gymnasium environment that it names, if any.
+
+    A line of JSONL is an episode: `{"observations": [[…], …], "actions": […], "rewards": […]}`, the first with
+    `"environment": "CartPole-v1"` if there is one. NPZ has D4RL's arrays `observations`, `actions`, `rewards`,
+    `terminals` and, if you like, `timeouts` over all episodes one after another, and `environment`.
+
+    Raises:
+        UserError: another format, missing arrays, lengths that differ, or values that are not finite.
+    """
+    if file.suffix == ".jsonl":
+        episodes, environment = _read_jsonl(file)
+    elif file.suffix == ".npz":
+        episodes, environment = _read_npz(file)
+    else:
+        raise UserError(f"{file}: cannot read trajectories from {file.suffix or 'no suffix'}; expected .jsonl or .npz")
+    found = [_trajectory(parts, where) for where, parts in episodes]
+    widths = [trajectory.observations.shape[1] for trajectory in found]
+    odd = next((i for i, width in enumerate(widths) if width != widths[0]), None)
+    if odd is not None:
+        raise UserError(f"{episodes[odd][0]}: observations of {widths[odd]} numbers where the first has {widths[0]}")
+    return found, environment
+
+
+def _read_jsonl(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
+    episodes, environment = [], None
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            parts = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number}: no JSON: {error}") from None
+        if not isinstance(parts, dict):
+            raise UserError(f"{file}, line {number}: expected an object with {', '.join(ARRAYS)}")
+        environment = environment or parts.get("environment")
+        episodes.append((f"{file}, line {number}", parts))
+    return episodes, environment
+
+
+def _read_npz(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
+    import zipfile
+
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        raise UserError(f"{file} is no readable .npz of plain arrays") from None
+    missing = [name for name in (*ARRAYS, "terminals") if name not in arrays]
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}: expected D4RL's {', '.join(ARRAYS)}, terminals, timeouts")
+    steps = len(arrays["observations"])
+    for name in (*ARRAYS[1:], "terminals", "timeouts"):
+        if name in arrays and arrays[name].shape[:1] != (steps,):
+            raise UserError(f"{file}: {name} has shape {arrays[name].shape} where there are {steps} observations")
+    ends = arrays["terminals"].astype(bool) | arrays.get("timeouts", np.zeros(steps)).astype(bool)
+    cuts = np.flatnonzero(ends) + 1
+    pieces = {name: np.split(arrays[name], cuts) for name in ARRAYS}
+    episodes = [
+        (f"{file}, episode {i + 1}", {name: pieces[name][i] for name in ARRAYS})
+        for i in range(len(cuts) + 1)
+        if len(pieces["observations"][i])
+    ]
+    if not episodes:
+        raise UserError(f"{file} holds no steps")
+    return episodes, str(arrays["environment"]) if "environment" in arrays else None
+
+
+def _trajectory(parts: dict[str, Any], where: str) -> Trajectory:
+    arrays = []
+    for name, dims in zip(ARRAYS, (2, 1, 1)):
+        if name not in parts:
+            raise UserError(f"{where} lacks {name}: expected {', '.join(ARRAYS)}")
+        try:
+            array = np.asarray(parts[name], dtype=np.float64)
+        except (ValueError, TypeError):
+            raise UserError(f"{where}: {name} are no numbers, or rows of unequal length") from None
+        if array.ndim != dims or 0 in array.shape:
+            expected = "a row a step" if dims == 2 else "a number a step"
+            raise UserError(f"{where}: {name} has shape {array.shape}, expected {expected}")
+        if not np.isfinite(array).all():
+            raise UserError(f"{where}: {name} holds a value that is not finite at step {_first_bad(array)}")
+        arrays.append(array)
+    observations, actions, rewards = arrays
+    if not len(observations) == len(actions) == len(rewards):
+        sizes = f"{len(observations)} observations, {len(actions)} actions and {len(rewards)} rewards"
+        raise UserError(f"{where} has {sizes}: expected one of each a step")
+    if (actions != actions.round()).any() or actions.min() < 0:
+        raise UserError(f"{where}: actions must be whole numbers from 0 on, a discrete choice, got {actions.min():g}")
+    return Trajectory(observations.astype(np.float32), actions.astype(np.int64), rewards.astype(np.float32))
+
+
+def _first_bad(array: np.ndarray) -> int:
+    return int(np.argwhere(~np.isfinite(array))[0, 0]) + 1

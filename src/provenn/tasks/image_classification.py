@@ -1,0 +1,329 @@
+"""Images to classes: one label for each image."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from provenn import progress
+from provenn.data.images import images_in, read_image, size_of
+from provenn.data.tables import write_table
+from provenn.errors import UserError
+from provenn.tasks.base import Task, TaskData, device_of, fingerprint, split_indices
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Mean and deviation of ImageNet's red, green and blue, which published weights expect.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_SIZE = 224
+EMBEDDED = {"digits": "1,797 handwritten digits of 8×8 pixels (scikit-learn, from the UCI repository); 10 classes"}
+LARGEST_CHECKED = 20_000  # images; a larger folder is read as training goes, for a first look at all would take hours
+MEMORY = 2**30  # bytes of decoded images that are kept
+
+
+class ImageClassification(Task):
+    """Cross-entropy on labels; accuracy, and top-5 accuracy where there are more than five classes."""
+
+    name = "image-classification"
+    metric = "accuracy"
+    higher_is_better = True
+    embedded = EMBEDDED
+    reads = "a folder with one sub-folder of images for each class (or train/, val/ and test/ folders of such)"
+
+    def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
+        """The embedded data set of that name, or a folder of images per class.
+
+        Args:
+            source: "digits", or a folder. `train`, `val` (or `valid`) and `test` folders in it are honoured; what is
+                missing is cut from `train`, class by class. Where there is `val` but no `test`, `val` is the test.
+            seed: of the split.
+            options: for a folder, `size`: side of the square that the model sees; by default 224 pixels, or less where
+                the images are smaller.
+        """
+        named = self._named(source)
+        return _digits(seed) if named == "digits" else _folder(Path(named), seed, **options)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        device = device_of(model)
+        top1 = top5 = count = 0
+        loss = 0.0
+        for images, labels in DataLoader(dataset, batch_size=batch_size):
+            logits, labels = model(images.to(device)), labels.to(device)
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            top1 += int(ranked[:, 0].sum())
+            top5 += int(ranked.sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            count += len(labels)
+        metrics = {"accuracy": top1 / count, "loss": loss / count}
+        return metrics | {"top5": top5 / count} if logits.shape[1] > 5 else metrics
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "classes": [f"class {index}" for index in range(options.get("num_classes", 1000))],
+            "size": IMAGENET_SIZE,
+            "channels": options.get("in_channels", 3),
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+        }
+
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        """The most likely classes of each image; `output` (.csv) gets the probability of every class.
+
+        A folder among the inputs stands for the images in it.
+        """
+        if output is not None and output.suffix.lower() != ".csv":
+            raise UserError(f"predictions of classes are written as .csv, got {str(output)!r}")
+        files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
+        device = device_of(model)
+        images = (_standard(_see(_read(file, meta["channels"]), meta["size"]), meta) for file in files)
+        with torch.no_grad():
+            probabilities = [
+                model(image[None].to(device)).softmax(1)[0].cpu()
+                for image in progress.track(images, "predicting", total=len(files))
+            ]
+        classes = meta["classes"]
+        if output is not None:
+            rows = [
+                [str(file), classes[int(row.argmax())], *row.tolist()]
+                for file, row in zip(files, probabilities, strict=True)
+            ]
+            write_table(output, ["file", "label", *classes], rows)
+        return "\n".join(
+            f"{file}: " + ", ".join(f"{classes[i]} {p:.1%}" for p, i in zip(*map(Tensor.tolist, row.topk(_shown(row)))))
+            for file, row in zip(files, probabilities, strict=True)
+        )
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure":
+        """Test images with what the model says, mistakes first."""
+        from matplotlib.figure import Figure
+
+        classes, mean, std = data.meta["classes"], _column(data.meta["mean"]), _column(data.meta["std"])
+        count = min(96, len(data.test))  # type: ignore[arg-type]
+        pairs = [data.test[index] for index in range(count)]
+        images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
+        with torch.no_grad():
+            chance, guess = model(images.to(device_of(model))).softmax(1).cpu().max(1)
+        order = (guess == labels).long().argsort(stable=True)[:24]
+        figure = Figure(figsize=(12, 1.9 * math.ceil(len(order) / 8)), layout="constrained")
+        for place, index in enumerate(order.tolist()):
+            axes = figure.add_subplot(math.ceil(len(order) / 8), 8, place + 1)
+            axes.imshow((images[index] * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
+            right = guess[index] == labels[index]
+            said = f"{classes[int(guess[index])]} {chance[index]:.0%}"
+            axes.set_title(said if right else f"✗ {said}\nis {classes[int(labels[index])]}", fontsize=9)
+            axes.title.set_color("black" if right else "#b00020")
+            axes.set_axis_off()
+        return figure
+
+
+def _shown(row: Tensor) -> int:
+    return min(5, len(row))
+
+
+def _column(values: Sequence[float]) -> Float[Tensor, "channels 1 1"]:
+    return torch.tensor(values)[:, None, None]
+
+
+def _digits(seed: int) -> TaskData:
+    from sklearn.datasets import load_digits
+
+    content = load_digits()
+    images = torch.from_numpy(content.images.astype(np.float32))[:, None] / 16
+    labels = torch.from_numpy(content.target.astype(np.int64))
+    train, val, test = split_indices(len(images), (0.7, 0.1, 0.2), seed)
+    mean, std = images[train].mean().item(), images[train].std().item()
+    standard = (images - mean) / std
+    parts = [TensorDataset(standard[part], labels[part]) for part in (train, val, test)]
+    return TaskData(
+        "digits",
+        train=parts[0],
+        val=parts[1],
+        test=parts[2],
+        fingerprint=fingerprint(images, labels, str(seed)),
+        options={"num_classes": 10, "in_channels": 1},
+        meta={"classes": [str(i) for i in range(10)], "size": 8, "channels": 1, "mean": [mean], "std": [std]},
+        about="Handwritten digits of 8×8 pixels, grey. Real, but small and easy: 99 % is common.",
+    )
+
+
+class ImageFiles(Dataset):
+    """Images read from files: as the model sees them, or cropped and mirrored at random for training.
+
+    Decoded images are kept in memory as far as `MEMORY` reaches.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]], meta: dict[str, Any], augment: bool = False):
+        self.files, self.meta, self.augment = list(files), meta, augment
+        self.kept: dict[int, Tensor] = {}
+        self.room = MEMORY
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "channels size size"], int]:
+        file, label = self.files[index]
+        image = self.kept.get(index)
+        if image is None:
+            image = shrink(_read(file, self.meta["channels"]), _short_side(self.meta["size"]))
+            if image.nbytes <= self.room:
+                self.kept[index] = image
+                self.room -= image.nbytes
+        size = self.meta["size"]
+        return _standard(random_crop(image, size) if self.augment else _see(image, size), self.meta), label
+
+
+def _read(file: Path, channels: int) -> UInt8[Tensor, "channels height width"]:
+    """An image as 8-bit grey or colour; what is transparent is laid on white."""
+    picture = read_image(file)
+    pixels = torch.from_numpy(picture.colour.astype(np.float32)).permute(2, 0, 1)
+    full = 65535 if picture.deep else 255
+    if picture.alpha is not None:
+        cover = torch.from_numpy(picture.alpha.astype(np.float32)) / full
+        pixels = pixels * cover + full * (1 - cover)
+    if channels == 1:  # luma as ITU-R BT.601 defines it
+        pixels = torch.tensordot(torch.tensor([[0.299, 0.587, 0.114]]), pixels, 1)
+    return (pixels * (255 / full)).round().byte()
+
+
+def _short_side(size: int) -> int:
+    """The images are tested on the middle of a slightly larger one: 256 for 224."""
+    return round(size * 256 / 224)
+
+
+def shrink(image: UInt8[Tensor, "channels height width"], short: int) -> UInt8[Tensor, "channels height2 width2"]:
+    """Scale, antialiased, so that the shorter side is `short`."""
+    height, width = image.shape[1:]
+    if min(height, width) == short:
+        return image
+    scale = short / min(height, width)
+    return _resize(image, max(short, round(height * scale)), max(short, round(width * scale)))
+
+
+def _resize(image: UInt8[Tensor, "channels height width"], height: int, width: int) -> UInt8[Tensor, "channels _ _"]:
+    values = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)[0]
+    return values.round().clamp(0, 255).byte()
+
+
+def _see(image: UInt8[Tensor, "channels height width"], size: int) -> UInt8[Tensor, "channels size size"]:
+    """What the model sees of an image: the middle square of the shrunk one."""
+    image = shrink(image, _short_side(size))
+    top, left = ((length - size) // 2 for length in image.shape[1:])
+    return image[:, top : top + size, left : left + size]
+
+
+def random_crop(image: UInt8[Tensor, "channels height width"], size: int) -> UInt8[Tensor, "channels size size"]:
+    """A random rectangle of a quarter to all of the area, scaled to a square, and mirrored one time in two.
+
+    Its sides are as 3:4 to 4:3. Draws from torch's global generator, which the training loop seeds for each epoch.
+    """
+    height, width = image.shape[1:]
+    draw = torch.rand(5).tolist()
+    area = height * width * (0.25 + 0.75 * draw[0])
+    ratio = math.exp((2 * draw[1] - 1) * math.log(4 / 3))
+    tall = min(height, max(1, round(math.sqrt(area / ratio))))
+    wide = min(width, max(1, round(math.sqrt(area * ratio))))
+    top, left = int(draw[2] * (height - tall + 1)), int(draw[3] * (width - wide + 1))
+    crop = _resize(image[:, top : top + tall, left : left + wide], size, size)
+    return crop.flip(2) if draw[4] < 0.5 else crop
+
+
+def _standard(image: UInt8[Tensor, "channels h w"], meta: dict[str, Any]) -> Float[Tensor, "channels h w"]:
+    return (image.float() / 255 - _column(meta["mean"])) / _column(meta["std"])
+
+
+def _class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The images of each class in a folder of class folders, or an error that says what is wrong with it."""
+    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if not folders:
+        loose = len(images_in(folder))  # says so where there are none
+        raise UserError(f"{folder} holds {loose} images and no folders: give each class a folder of its images")
+    classes = {f.name: images_in(f) for f in folders}
+    if len(classes) == 1:
+        raise UserError(f"{folder} holds one class, {next(iter(classes))!r}: a classifier needs two or more")
+    return classes
+
+
+def _folder(root: Path, seed: int, size: int | None = None) -> TaskData:
+    if not root.is_dir():
+        raise UserError(f"{root} is a file: give a folder with one sub-folder of images for each class")
+    parts: dict[str, dict[str, list[Path]]] = {}
+    for split, names in {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}.items():
+        folders = [root / name for name in names if (root / name).is_dir()]
+        if folders:
+            parts[split] = _class_folders(folders[0])
+    if "train" not in parts:
+        if parts:
+            raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
+        parts = {"train": _class_folders(root)}
+    classes = list(parts["train"])
+    for split, found in parts.items():
+        if list(found) != classes:
+            odd = sorted(set(found) ^ set(classes))[0]
+            raise UserError(f"{root}: the class {odd!r} is in {'train' if odd in classes else split} alone")
+    if "val" in parts and "test" not in parts:
+        parts["test"] = parts.pop("val")
+    missing = [split for split in ("val", "test") if split not in parts]
+    if missing:
+        parts = _cut(parts, missing, seed)
+    files = {s: [(file, i) for i, name in enumerate(classes) for file in found[name]] for s, found in parts.items()}
+    everything = sorted(file for listed in files.values() for file, _ in listed)
+    size = size or _side(everything)
+    meta = {"classes": classes, "size": size, "channels": 3, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    sets = {split: ImageFiles(files[split], meta, augment=split == "train") for split in ("train", "val", "test")}
+    if len(everything) <= LARGEST_CHECKED:
+        with progress.bar("reading images", len(everything)) as advance:
+            for images in sets.values():
+                for index in range(len(images)):
+                    images[index]  # names a damaged file now, not in the middle of training; keeps what was decoded
+                    advance()
+        checksum = fingerprint(*(part for f in everything for part in (str(f.relative_to(root)), f.read_bytes())))
+    else:
+        checksum = fingerprint(*(f"{f.relative_to(root)} {f.stat().st_size}" for f in everything))
+    return TaskData(
+        str(root),
+        sets["train"],
+        sets["val"],
+        sets["test"],
+        fingerprint=checksum,
+        options={"num_classes": len(classes), "in_channels": 3},
+        meta=meta,
+        about=f"{len(everything)} images of {len(classes)} classes, seen at {size}×{size} pixels.",
+    )
+
+
+def _cut(parts: dict[str, dict[str, list[Path]]], missing: list[str], seed: int) -> dict[str, dict[str, list[Path]]]:
+    """Cut the missing splits from `train`, 15 % each and at least one image of every class."""
+    parts = {**parts, "train": dict(parts["train"]), **{split: {} for split in missing}}
+    for name, files in parts["train"].items():
+        if len(files) <= len(missing):
+            raise UserError(
+                f"the class {name!r} has {len(files)} image{'s' * (len(files) != 1)}; "
+                f"cutting {' and '.join(missing)} from train needs {len(missing) + 1} or more"
+            )
+        order = split_indices(len(files), (1.0,), seed)[0]
+        count = max(1, round(0.15 * len(files)))
+        count = min(count, (len(files) - 1) // len(missing))
+        for split in missing:
+            parts[split][name] = [files[order.pop()] for _ in range(count)]
+        parts["train"][name] = [files[index] for index in sorted(order)]
+    return parts
+
+
+def _side(files: Sequence[Path]) -> int:
+    """224 pixels, or what the smaller half of the images allows; from a sample, without decoding."""
+    return min(IMAGENET_SIZE, int(np.median([min(size_of(file)) for file in files[:: max(1, len(files) // 200)]])))
+
+
+TASK = ImageClassification()

@@ -1,0 +1,377 @@
+"""Recorded decisions in, a policy out: offline, conditioned on the return that is wanted (Chen et al., 2021)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from provenn.data.tables import read_table, write_table
+from provenn.data.trajectories import QUALITIES, SCRIPTS, Trajectory, collect, make_environment, read_trajectories
+from provenn.errors import UserError
+from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # of episodes, apart from those of the collected ones
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a rollout needs besides the model; saved with the weights.
+
+    Args:
+        environment: gymnasium's name; None where there is none, and nothing can be rolled out.
+        mean, std: of the training observations.
+        scale: returns are divided by it.
+        target: the return that is asked for.
+        context: steps that the model was trained to look back.
+        length: steps that an episode may take.
+        streaming: rollouts keep the state of a model that has one, instead of showing it the last `context` steps.
+    """
+
+    environment: str | None
+    mean: list[float]
+    std: list[float]
+    scale: float
+    target: float
+    context: int
+    length: int
+    streaming: bool
+
+    def states(self, observations: np.ndarray) -> Tensor:
+        """Observations as the model takes them."""
+        return torch.from_numpy(((observations - np.asarray(self.mean)) / np.asarray(self.std)).astype(np.float32))
+
+
+class Windows(Dataset):
+    """Items are (returns-to-go, states, actions, timesteps, mask): `context` steps, padded at the end."""
+
+    def __init__(self, trajectories: Sequence[Trajectory], setting: Setting, seed: int):
+        self.returns = [trajectory.total for trajectory in trajectories]
+        rng, context = np.random.default_rng(seed), setting.context
+        parts: list[tuple[np.ndarray, ...]] = []
+        for trajectory in trajectories:
+            steps = len(trajectory.actions)
+            to_go = trajectory.rewards[::-1].cumsum()[::-1] / setting.scale
+            states = setting.states(trajectory.observations).numpy()
+            starts = [0, *range(int(rng.integers(1, context + 1)), steps, context)]
+            for start in starts:
+                rows = slice(start, min(start + context, steps))
+                padding = (0, context - (rows.stop - start))
+                parts.append(
+                    (
+                        np.pad(to_go[rows].astype(np.float32), padding)[:, None],
+                        np.pad(states[rows], (padding, (0, 0))),
+                        np.pad(trajectory.actions[rows], padding),
+                        np.pad(np.arange(rows.start, rows.stop), padding),
+                        np.pad(np.ones(rows.stop - start, dtype=bool), padding),
+                    )
+                )
+        self.tensors = [torch.from_numpy(np.stack(column)) for column in zip(*parts)]
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+
+class Episodes(Dataset):
+    """Episodes to be played: items are (seed, return asked for)."""
+
+    def __init__(self, setting: Setting, seeds: Sequence[int], targets: Sequence[float]):
+        self.setting, self.seeds, self.targets = setting, list(seeds), list(targets)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        return self.seeds[index], self.targets[index]
+
+
+def rollouts(
+    model: nn.Module, setting: Setting, seeds: Sequence[int], targets: Sequence[float]
+) -> Float64[np.ndarray, " episodes"]:
+    """Play episodes side by side, always taking the likeliest action; returns what each received.
+
+    Args:
+        model: takes (returns-to-go, states, actions, timesteps); for streaming it has `init_state`, `step`, `act`.
+        setting: the environment, and how its numbers are scaled.
+        seeds: of each episode's start.
+        targets: the return asked for in each.
+    """
+    if setting.environment is None:
+        raise UserError("these weights know no environment to play in: train on data that name a gymnasium one")
+    device, count = device_of(model), len(seeds)
+    made = [make_environment(setting.environment)[0] for _ in seeds]
+    seen = np.stack([environment.reset(seed=seed)[0] for environment, seed in zip(made, seeds)])
+    received, active = np.zeros(count), np.ones(count, dtype=bool)
+    history: list[tuple[Tensor, Tensor]] = []
+    taken = torch.zeros(count, 0, dtype=torch.long, device=device)
+    streaming = setting.streaming and hasattr(model, "step")
+    stream: Any = model.init_state(count) if streaming else None  # type: ignore[operator]
+    for step in range(setting.length):
+        to_go = torch.tensor((np.asarray(targets) - received) / setting.scale, dtype=torch.float32)[:, None].to(device)
+        states, now = setting.states(seen).to(device), torch.full((count,), step, device=device)
+        with torch.no_grad():
+            if streaming:
+                logits, stream = model.step(to_go, states, now, stream)  # type: ignore[operator]
+                actions = logits.argmax(-1)
+                stream = model.act(actions, now, stream)  # type: ignore[operator]
+            else:
+                history = [*history, (to_go, states)][-setting.context :]
+                timesteps = torch.arange(step + 1 - len(history), step + 1, device=device).expand(count, -1)
+                # The place of the action to come may hold anything: no prediction looks at it.
+                known = torch.cat(
+                    [taken[:, -len(history) + 1 :] if len(history) > 1 else taken[:, :0], taken.new_zeros(count, 1)], 1
+                )
+                returns, past = (torch.stack(column, dim=1) for column in zip(*history))
+                actions = model(returns, past, known, timesteps)[:, -1].argmax(-1)
+                taken = torch.cat([taken, actions[:, None]], 1)
+        chosen = actions.cpu().numpy()
+        for i in np.flatnonzero(active):
+            seen[i], reward, terminated, _, _ = made[i].step(int(chosen[i]))
+            received[i] += reward
+            active[i] = not terminated
+        if not active.any():
+            break
+    return received
+
+
+class ReinforcementLearning(Task):
+    """Learns the actions of recorded episodes; is judged by the return that it reaches when it plays."""
+
+    name = "reinforcement-learning"
+    metric = "return"
+    higher_is_better = True
+    embedded = {  # noqa: RUF012
+        f"{name}-{quality}": f"{script.environment} played by a scripted controller with random actions mixed in"
+        for name, script in SCRIPTS.items()
+        for quality in QUALITIES
+    }
+    reads = "trajectories: .jsonl (an episode a line: observations, actions, rewards) or .npz (D4RL's arrays)"
+
+    def load(
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        context: int = 20,
+        episodes: int | None = None,
+        validation: int = 5,
+        test: int = 20,
+        streaming: bool = True,
+        **options: Any,
+    ) -> TaskData:
+        """Recorded episodes for training; validation and test are episodes to be played.
+
+        Data of the user's that name no environment cannot be played: their episodes are cut 60 : 20 : 20, and the
+        measure is the share of actions foretold.
+
+        Args:
+            source: an embedded name or a file.
+            seed: of where the windows are cut, and of the user's split.
+            context: steps a window.
+            episodes: collected for an embedded set; by default its own number.
+            validation, test: episodes to be played.
+            streaming: play with the state of a model that has one, instead of showing it the last `context` steps.
+
+        Raises:
+            UserError: no such data, or trajectories that cannot be read.
+        """
+        if options:
+            raise UserError(f"{self.name} takes no option {', '.join(options)}")
+        if context < 1:
+            raise UserError(f"context must be at least 1 step, got {context}")
+        place = self._named(source)
+        if place == source and isinstance(source, str):
+            name, _, quality = source.partition("-")
+            script = SCRIPTS[name]
+            found: Sequence[Trajectory] = collect(name, quality, episodes or script.episodes)
+            environment: str | None = script.environment
+            about = self.embedded[source]
+        else:
+            found, environment = read_trajectories(Path(place))
+            about = "the user's own trajectories"
+        width = found[0].observations.shape[1]
+        actions, length = int(max(t.actions.max() for t in found)) + 1, max(len(t.actions) for t in found)
+        if environment is not None:
+            made, limit = make_environment(environment)
+            if made.observation_space.shape != (width,) or actions > made.action_space.n:
+                raise UserError(
+                    f"{source}: observations of {width} numbers and {actions} actions do not fit {environment}, "
+                    f"which has {made.observation_space.shape[0]} and {made.action_space.n}"
+                )
+            actions, length = int(made.action_space.n), max(limit, length)
+        if actions < 2:
+            raise UserError(f"{source}: every action is 0: expected a choice of two or more")
+        parts = [list(found)]
+        if environment is None:
+            if len(found) < 5:
+                raise UserError(f"{source} holds {len(found)} trajectories: expected 5 or more")
+            parts = [[found[i] for i in part] for part in split_indices(len(found), (0.6, 0.2, 0.2), seed)]
+        seen = np.concatenate([t.observations for t in parts[0]]).astype(np.float64)
+        std = seen.std(0)
+        setting = Setting(
+            environment=environment,
+            mean=seen.mean(0).tolist(),
+            std=np.where(std > 1e-8, std, 1.0).tolist(),
+            scale=max(max(abs(t.total) for t in parts[0]), 1e-8),
+            target=max(t.total for t in parts[0]),
+            context=context,
+            length=length,
+            streaming=streaming,
+        )
+        train = Windows(parts[0], setting, seed)
+        held: list[Dataset] = [Windows(part, setting, seed) for part in parts[1:]]
+        if environment is not None:
+            held = [
+                Episodes(setting, range(first, first + count), [setting.target] * count)
+                for first, count in ((VALIDATION_SEED, validation), (TEST_SEED, test))
+            ]
+        built_with = {"state_dim": width, "actions": actions, "max_length": length}
+        checksum = fingerprint(*(part for t in found for part in (t.observations, t.actions, t.rewards)))
+        return TaskData(str(source), train, held[0], held[1], checksum, built_with, vars(setting), about=about)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        *inputs, mask = batch
+        return F.cross_entropy(model(*inputs, mask)[mask], inputs[2][mask])
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """Of `Episodes`: mean return, its deviation, and where they are known the score (0 random, 100 the controller).
+
+        Of recorded steps: the share of actions foretold, and the mean cross-entropy in nats.
+        """
+        if isinstance(dataset, Episodes):
+            found = rollouts(model, dataset.setting, dataset.seeds, dataset.targets)
+            metrics = {"return": float(found.mean()), "return_std": float(found.std())}
+            script = next((s for s in SCRIPTS.values() if s.environment == dataset.setting.environment), None)
+            if script is not None:
+                metrics["score"] = 100 * (metrics["return"] - script.random) / (script.expert - script.random)
+            return metrics
+        right, entropy, count = 0, 0.0, 0
+        for *inputs, mask in batches(dataset, batch_size, device_of(model)):
+            logits, actions = model(*inputs, mask)[mask], inputs[2][mask]
+            right += int((logits.argmax(-1) == actions).sum())
+            entropy += F.cross_entropy(logits, actions, reduction="sum").item()
+            count += len(actions)
+        return {"accuracy": right / count, "cross_entropy": entropy / count}
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        width = options["state_dim"]
+        return vars(Setting(None, [0.0] * width, [1.0] * width, 1.0, 0.0, 20, options["max_length"], True))
+
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        """Play episodes (no input: 20; a CSV with `seed,target`: these), or tell the next action of trajectories."""
+        setting = Setting(**meta)
+        tables = [file for file in inputs if file.suffix == ".csv"]
+        if inputs and not tables:
+            return _next_actions(model, setting, inputs, output)
+        if len(tables) != len(inputs):
+            raise UserError("expected either CSV files with seed,target or trajectories, got both")
+        seeds, targets = list(range(20)), [setting.target] * 20
+        if tables:
+            seeds, targets = _asked(tables)
+        found = rollouts(model, setting, seeds, targets)
+        text = f"{setting.environment}: mean return {found.mean():.1f} over {len(found)} episodes, "
+        text += f"from {found.min():g} to {found.max():g}; asked for {np.mean(targets):g}"
+        if output is None:
+            return text
+        write_table(output, ["seed", "target", "return"], [list(row) for row in zip(seeds, targets, found.tolist())])
+        _returns_plot(setting, targets, found).savefig(output.with_suffix(".png"), dpi=110)
+        return f"{text}\nwrote {output} and {output.with_suffix('.png')}"
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
+        """What was recorded and what the model reaches; and what it reaches when less is asked for."""
+        if not isinstance(data.test, Episodes):
+            return None
+        from matplotlib.figure import Figure
+
+        train: Any = data.train
+        setting, each = data.test.setting, 6
+        asked = np.linspace(min(train.returns), setting.target, 6)
+        targets = [*np.repeat(asked, each).tolist(), *data.test.targets]
+        seeds = [*np.tile(np.arange(each) + TEST_SEED, len(asked)).tolist(), *data.test.seeds]
+        found = rollouts(model, setting, seeds, targets)
+        varied, reached = found[: each * len(asked)].reshape(len(asked), each), found[each * len(asked) :]
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        low, high = min(*train.returns, *found), max(*train.returns, *found)
+        bins = np.linspace(low, high + 1e-6, 25).tolist()
+        weights = [np.full(len(values), 100 / len(values)) for values in (train.returns, reached)]
+        left.hist(train.returns, bins, weights=weights[0], color="lightgray", label="recorded episodes")
+        left.hist(reached, bins, weights=weights[1], histtype="step", color="C0", linewidth=2, label="model")
+        left.axvline(setting.target, color="black", linestyle="--", linewidth=1, label="asked for")
+        left.set(xlabel="return", ylabel="% of episodes", title=f"{data.name}: mean return {reached.mean():.1f}")
+        left.legend()
+        right.plot(asked, asked, color="gray", linestyle="--", linewidth=1, label="as asked")
+        right.plot(np.repeat(asked, each), varied.ravel(), "o", color="C0", alpha=0.35, markersize=4)
+        right.plot(asked, varied.mean(1), marker="o", color="C0", label="model, mean of 6")
+        right.set(xlabel="return asked for", ylabel="return reached", title="Does it do as it is asked?")
+        right.grid(alpha=0.3)
+        right.legend()
+        return figure
+
+
+TASK = ReinforcementLearning()
+
+
+def _asked(tables: Sequence[Path]) -> tuple[list[int], list[float]]:
+    rows: list[list[float]] = []
+    for file in tables:
+        table = read_table(file)
+        if sorted(table.columns) != ["seed", "target"]:
+            raise UserError(f"{file} has the columns {', '.join(table.columns)}: expected seed,target")
+        rows.extend(table.numbers(["seed", "target"]).tolist())
+    if any(seed < 0 or seed != int(seed) for seed, _ in rows):
+        raise UserError("every seed must be a whole number from 0 on")
+    return [int(seed) for seed, _ in rows], [target for _, target in rows]
+
+
+def _next_actions(model: nn.Module, setting: Setting, inputs: Sequence[Path], output: Path | None) -> str:
+    rows: list[list[str | int | float]] = []
+    device = device_of(model)
+    for file in inputs:
+        for number, trajectory in enumerate(read_trajectories(file)[0], start=1):
+            if trajectory.observations.shape[1] != len(setting.mean):
+                width = trajectory.observations.shape[1]
+                raise UserError(f"{file}: observations of {width} numbers, the model knows {len(setting.mean)}")
+            steps = len(trajectory.actions)
+            if steps > setting.length:
+                raise UserError(f"{file}: episode {number} has {steps} steps, the model knows up to {setting.length}")
+            before = np.concatenate([[0.0], trajectory.rewards.astype(np.float64).cumsum()[:-1]])
+            to_go = torch.from_numpy(((setting.target - before) / setting.scale).astype(np.float32))[:, None]
+            parts = (
+                to_go,
+                setting.states(trajectory.observations),
+                torch.from_numpy(trajectory.actions),
+                torch.arange(steps),
+            )
+            with torch.no_grad():
+                logits = model(*(part[-setting.context :][None].to(device) for part in parts))[0, -1]
+            shares = logits.softmax(-1).tolist()
+            rows.append([str(file), number, int(np.argmax(shares)), *shares])
+    if output is not None:
+        write_table(output, ["file", "episode", "action", *map(str, range(len(rows[0]) - 3))], rows)
+    lines = [f"{file}  episode {number}  action {action}  {max(shares):.3f}" for file, number, action, *shares in rows]
+    return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
+
+
+def _returns_plot(setting: Setting, targets: Sequence[float], found: np.ndarray) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(1, len(found) + 1), found, color="C0", label="reached")
+    axes.step(np.arange(len(found) + 1) + 0.5, [*targets, targets[-1]], where="post", color="black", label="asked for")
+    axes.set(xlabel="episode", ylabel="return", title=f"{setting.environment}: mean return {found.mean():.1f}")
+    axes.legend()
+    return figure

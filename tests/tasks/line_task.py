@@ -1,0 +1,51 @@
+"""The smallest task there is, for tests of training. Run as a program it trains over two processes."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from provenn.tasks import Recipe, Task, TaskData, fit
+
+
+class Line(Task):
+    """Learn a linear map from noisy examples."""
+
+    name = "line"
+    metric = "error"
+    higher_is_better = False
+    embedded = {"line": "a line"}  # noqa: RUF012
+    reads = "nothing"
+
+    def load(self, source="line", *, seed=0, **options):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(96, 4, generator=generator, dtype=torch.float64)
+        y = x @ torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64) + 0.1 * x[:, 0].sin()
+        parts = [TensorDataset(x[rows], y[rows]) for rows in (slice(0, 64), slice(64, 80), slice(80, 96))]
+        return TaskData("line", *parts, fingerprint="")
+
+    def loss(self, model, batch):
+        return (model(batch[0].to(next(model.parameters()).dtype))[:, 0] - batch[1]).square().mean()
+
+    def evaluate(self, model, dataset, batch_size=256):
+        assert not model.training and not torch.is_grad_enabled()
+        return {"error": self.loss(model, dataset.tensors).item()}
+
+    def predict(self, model, meta, inputs, output):
+        return ""
+
+
+def build(dropout=0.0):
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 1)).double()
+
+
+RECIPE = Recipe(epochs=3, batch_size=8, optimizer="sgd", lr=0.05, schedule="cosine", clip=1.0, precision="64-true")
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    result = fit(build, Line(), Line().load(), RECIPE, devices=2, strategy="ddp", out=out)
+    # Only the first process comes here: a second one would find the file and fail.
+    with open(out / "result.pt", "xb") as file:
+        torch.save([result.model.state_dict(), result.curve, result.metrics, result.steps], file)

@@ -1,0 +1,223 @@
+"""Training: a seed fixes every bit, a resumed run is the run that was not broken off, two processes are one."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from line_task import RECIPE, Line, build
+from torch import nn
+
+from provenn.errors import UserError
+from provenn.tasks import Recipe, fit
+from provenn.tasks.training import CHECKPOINT, SCHEDULES, EpochSampler, recipe_of
+
+TASK, DATA = Line(), Line().load()
+
+
+def with_dropout():
+    return build(dropout=0.3)
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    one, other = first.state_dict(), second.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "radam"])
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(optimizer):
+    recipe = replace(RECIPE, optimizer=optimizer, epochs=2)
+    first, again, other = (fit(with_dropout, TASK, DATA, recipe, seed=seed) for seed in (3, 3, 4))
+    assert same(first.model, again.model) and first.metrics == again.metrics and first.curve == again.curve
+    assert not same(first.model, other.model)
+    assert first.steps == 16 and not first.model.training
+
+
+def test_what_ran_before_in_the_process_does_not_matter():
+    first = fit(with_dropout, TASK, DATA, RECIPE, seed=1)
+    torch.rand(17)
+    fit(with_dropout, TASK, DATA, RECIPE, seed=2)
+    assert same(first.model, fit(with_dropout, TASK, DATA, RECIPE, seed=1).model)
+
+
+class Crash(Line):
+    """Breaks off in the validation of its second epoch."""
+
+    def __init__(self, reason):
+        self.left, self.reason = 2, reason
+
+    def evaluate(self, model, dataset, batch_size=256):
+        self.left -= 1
+        if not self.left:
+            raise self.reason
+        return super().evaluate(model, dataset, batch_size)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "radam"])
+def test_one_epoch_and_one_resumed_are_two_bit_for_bit(tmp_path, optimizer):
+    recipe = replace(RECIPE, optimizer=optimizer, schedule="constant", warmup_steps=3, epochs=2)
+    whole = fit(with_dropout, TASK, DATA, recipe, seed=5)
+    fit(with_dropout, TASK, DATA, replace(recipe, epochs=1), seed=5, out=tmp_path)
+    resumed = fit(with_dropout, TASK, DATA, recipe, seed=5, out=tmp_path, resume=True)
+    assert same(whole.model, resumed.model)
+    assert (whole.curve, whole.metrics, whole.steps) == (resumed.curve, resumed.metrics, resumed.steps)
+
+
+@pytest.mark.parametrize("reason", [RuntimeError("the machine went down"), KeyboardInterrupt()])
+def test_a_run_that_broke_off_goes_on_bit_for_bit(tmp_path, reason):
+    recipe = replace(RECIPE, schedule="onecycle", epochs=4, patience=4)
+    whole = fit(with_dropout, TASK, DATA, recipe, seed=6)
+    with pytest.raises(type(reason)):
+        fit(with_dropout, Crash(reason), DATA, recipe, seed=6, out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
+    resumed = fit(with_dropout, TASK, DATA, recipe, seed=6, out=tmp_path, resume=True)
+    assert same(whole.model, resumed.model) and whole.curve == resumed.curve
+
+
+def test_without_resume_a_run_starts_anew(tmp_path):
+    first = fit(with_dropout, TASK, DATA, RECIPE, out=tmp_path)
+    assert same(first.model, fit(with_dropout, TASK, DATA, RECIPE, out=tmp_path).model)
+
+
+class Scripted(Line):
+    """Validation errors that are known beforehand."""
+
+    def __init__(self, errors):
+        self.errors = list(errors)
+
+    def evaluate(self, model, dataset, batch_size=256):
+        return {"error": self.errors.pop(0)} if dataset is DATA.val else super().evaluate(model, dataset)
+
+
+def test_early_stopping_waits_and_returns_to_the_best(tmp_path):
+    recipe = replace(RECIPE, epochs=9, patience=2, schedule="constant")
+    errors = [3.0, 1.0, 2.0, 1.0, 9.0, 9.0]
+    stopped = fit(with_dropout, Scripted(errors), DATA, recipe, out=tmp_path)
+    assert stopped.series("error") == [3.0, 1.0, 2.0, 1.0], "two epochs without a better one: an equal one is none"
+    best = fit(with_dropout, TASK, DATA, replace(recipe, epochs=2, patience=None))
+    assert same(stopped.model, best.model)
+    again = fit(with_dropout, Scripted(errors), DATA, recipe, out=tmp_path, resume=True)
+    assert same(again.model, best.model) and again.curve == stopped.curve, "a run that has stopped stays so"
+
+
+def test_patience_without_its_metric_is_refused():
+    class Mute(Line):
+        def evaluate(self, model, dataset, batch_size=256):
+            return {}
+
+    with pytest.raises(UserError, match="patience watches 'error'"):
+        fit(build, Mute(), DATA, replace(RECIPE, patience=1))
+
+
+def test_a_loss_that_is_not_finite_names_its_step():
+    class Diverging(Line):
+        steps = 0
+
+        def loss(self, model, batch):
+            self.steps += 1
+            return super().loss(model, batch) * (math.nan if self.steps > 3 else 1)
+
+    with pytest.raises(UserError, match=r"the loss became nan at step 3; a lower lr than 0\.05 may help") as error:
+        fit(build, Diverging(), DATA, RECIPE)
+    assert "\n" not in str(error.value)
+
+
+def test_max_steps_bounds_whatever_the_epochs():
+    assert fit(build, TASK, DATA, replace(RECIPE, epochs=50, max_steps=11)).steps == 11
+
+
+def test_training_learns_and_leaves_torch_as_it_was():
+    result = fit(build, TASK, DATA, replace(RECIPE, epochs=60, lr=0.1))
+    variance = DATA.test.tensors[1].var().item()
+    assert result.metrics["error"] < 0.05 * variance
+    assert result.series("train_loss")[-1] < 0.1 * result.series("train_loss")[0]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_an_epoch(processes):
+    samplers = [EpochSampler(10, 7, rank, processes) for rank in range(processes)]
+    parts = [list(sampler) for sampler in samplers]
+    assert {len(part) for part in parts} == {len(samplers[0])} and {place for part in parts for place in part} == set(
+        range(10)
+    )
+    alone = list(EpochSampler(10, 7))
+    assert [place for row in zip(*parts) for place in row][:10] == alone, "in turns they take what one takes"
+    samplers[0].set_epoch(1)
+    assert list(samplers[0]) != parts[0]
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]])
+def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path, launcher):
+    """Batches of 8 in two processes over gloo are batches of 16 in one, gradient by gradient."""
+    program = str(Path(__file__).with_name("line_task.py"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, program, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    state, curve, metrics, steps = torch.load(tmp_path / "result.pt", weights_only=True)
+    alone = fit(build, TASK, DATA, replace(RECIPE, batch_size=16))
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-14)
+    assert steps == alone.steps == 12
+    assert metrics == pytest.approx(alone.metrics, rel=1e-10)
+    for ours, theirs in zip(curve, alone.curve, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number"),
+        ({"patience": 0}, "patience must be a whole number"),
+        ({"max_steps": -1}, "max_steps must be a whole number"),
+        ({"lr": 0.0}, "lr must be a positive number"),
+        ({"lr": math.nan}, "lr must be a positive number"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"clip": 0.0}, "clip must be a positive number"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, radam, got 'lion'"),
+        ({"schedule": "spiral"}, "schedule must be one of"),
+        ({"learning_rate": 0.1}, "a recipe has no field 'learning_rate'; it has: epochs"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(changes, says, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # or the suite's own checks would come first
+    with pytest.raises(UserError, match=says):
+        recipe_of({}, **changes)
+
+
+def test_a_recipe_takes_what_toml_writes():
+    assert recipe_of({"clip": 4, "betas": [0.9, 0.98]}, lr=1, epochs=None) == Recipe(
+        clip=4.0, betas=(0.9, 0.98), lr=1.0
+    )
+
+
+def test_bad_strategies_are_refused():
+    with pytest.raises(UserError, match="strategy must be one of auto, ddp, fsdp, got 'ddp_spawn'"):
+        fit(build, TASK, DATA, RECIPE, devices=2, strategy="ddp_spawn")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_warm_up_and_stay_below_the_peak(schedule):
+    recipe = Recipe(schedule=schedule, warmup_steps=5, lr=1.0, step_epochs=2, gamma=0.5)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    stepper = recipe.make_schedule(optimizer, steps=50, steps_per_epoch=10)
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        stepper.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(rates) <= 1
+    last = {"constant": 1, "cosine": 0.002, "onecycle": 0.002, "step": 0.25, "exponential": 0.0625}[schedule]
+    assert rates[-1] == pytest.approx(last, abs=0.003)

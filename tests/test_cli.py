@@ -1,0 +1,446 @@
+"""The command line as its users meet it: what it prints, what it writes, what it answers to bad input."""
+
+import json
+import os
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from provenn import api, catalog
+from provenn.cli import main
+
+pytestmark = pytest.mark.usefixtures("third_party")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys) -> Callable[[str], tuple[int, str, str]]:
+    """Runs a command line in this process: exit code, stdout, stderr."""
+
+    def command(line: str) -> tuple[int, str, str]:
+        code = main(shlex.split(line))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+class RunsCode:
+    """What a hostile checkpoint is made of: loading it writes a file."""
+
+    def __reduce__(self):
+        return (os.system, ("touch code-was-run",))
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def table(rows: list[str]) -> str:
+    return "\n".join(["time,a,b,c", *rows]) + "\n"
+
+
+def series(rows: int = 200) -> list[str]:
+    return [f"{i},{np.sin(i / 3):.4f},{np.cos(i / 3):.4f},{i % 7}" for i in range(rows)]
+
+
+@pytest.fixture
+def props(here) -> Path:
+    """Everything that the bad commands below are pointed at."""
+    Image.fromarray(noise(40, 40, 3)).save("good.png")
+    (here / "truncated.png").write_bytes((here / "good.png").read_bytes()[:1500])
+    (here / "text.png").write_text("I am no image.\n")
+    (here / "empty.png").touch()
+    (here / "empty").mkdir()
+    for kind in "ab":
+        (here / "classes" / kind).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(noise(16, 16, 3)).save(here / "classes" / kind / f"{i}.png")
+    (here / "one_class" / "a").mkdir(parents=True)
+    Image.fromarray(noise(16, 16, 3)).save(here / "one_class" / "a" / "0.png")
+    (here / "damaged").mkdir()
+    for i in range(6):
+        (here / "damaged" / f"{i}.png").write_bytes((here / "truncated.png").read_bytes())
+    rows = series()
+    (here / "good.csv").write_text(table(rows))
+    (here / "holes.csv").write_text(table([*rows[:50], "50,1.0,,2", *rows[51:]]))
+    (here / "nan.csv").write_text(table([*rows[:50], "50,1.0,nan,2", *rows[51:]]))
+    (here / "words.csv").write_text(table([*rows[:50], "50,1.0,many,2", *rows[51:]]))
+    (here / "ragged.csv").write_text(table([*rows[:50], "50,1.0", *rows[51:]]))
+    (here / "short.csv").write_text(table(rows[:3]))
+    (here / "two_columns.csv").write_text("\n".join(["time,a,b", *(row.rpartition(",")[0] for row in rows)]))
+    (here / "nothing.csv").touch()
+    (here / "binary.csv").write_bytes(bytes(range(256)))
+    (here / "code.pt").write_bytes(pickle.dumps(RunsCode()))
+    (here / "noise.pt").write_bytes(noise(500).tobytes())
+    torch.save([1, 2, 3], here / "list.pt")
+    torch.save(torch.nn.Linear(2, 2), here / "module.pt")
+    torch.save({"weight": torch.ones(2)}, here / "plain.pt")
+    (here / "corrupt.safetensors").write_bytes(b"\xff" * 100)
+    save_file({"weight": torch.ones(2)}, here / "unlabelled.safetensors")
+    (here / "file").touch()
+    from provenn import weights
+
+    def labelled(
+        name: str, preset: str, task: str, paper: str = "tiny_gate", state: dict | None = None, **more
+    ) -> None:
+        label = weights.Label(paper, preset, task, **more)
+        tensors = api.paper("tiny_gate").build(preset, **label.options).state_dict() if state is None else state
+        metadata = {weights.KEY: json.dumps(label.__dict__)}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, here / f"{name}.safetensors", metadata)
+
+    forecast = {"channels": 3, "context": 12, "horizon": 2}
+    meta = {"columns": ["a", "b", "c"], "context": 12, "horizon": 2, "mean": [0.0] * 3, "std": [1.0] * 3}
+    labelled("forecast", "tiny_forecast", "series-forecasting", options=forecast, meta=meta)
+    labelled("upscale", "tiny_upscale", "super-resolution")
+    labelled("other", "tiny_upscale", "super-resolution", paper="another_paper")
+    labelled("wrong_shape", "tiny_upscale", "super-resolution", state={"0.weight": torch.ones(2)})
+    labelled("no_preset", "tiny_upscale", "super-resolution", state={"0.weight": torch.ones(2)})
+    content = (here / "no_preset.safetensors").read_bytes()
+    (here / "no_preset.safetensors").write_bytes(content.replace(b"tiny_upscale", b"tiny_upscala"))
+    (here / "locked").mkdir()
+    (here / "board").mkdir()
+    (here / "board" / "tiny_gate.json").write_text("{")
+    return here
+
+
+FORECAST = "predict tiny_gate --weights forecast.safetensors -o out.csv"
+UPSCALE = "predict tiny_gate --weights upscale.safetensors -o out.png"
+TRAIN = "train tiny_gate --out run"
+
+BAD = [
+    # what the user types, and what the one line must say
+    ("lst", "list"),
+    ("show", "Missing argument 'slug'"),
+    ("show tiny_gait", "did you mean 'tiny_gate'"),
+    ("show nothing_like_it", "`provenn list` names them all"),
+    ("list --task sorting", "no paper has the task 'sorting'"),
+    ("list --slot chanel-gate", "did you mean 'channel-gate'"),
+    ("list --colour", "No such option: --colour"),
+    ("reproduce", "name the papers to reproduce, or give --all"),
+    ("reproduce tiny_gate --all", "name the papers to reproduce, or give --all"),
+    ("reproduce tiny_gate tiny_gait", "did you mean 'tiny_gate'"),
+    ("reproduce tiny_gate --seeds 0", "seeds must be at least 1, got 0"),
+    ("reproduce tiny_gate --seeds -3", "seeds must be at least 1, got -3"),
+    ("reproduce tiny_gate --seeds many", "--seeds"),
+    ("reproduce tiny_gate --budget tiny", "budget must be one of smoke, small, paper, got 'tiny'"),
+    ("reproduce tiny_gate --claim beter", "did you mean 'better'"),
+    ("reproduce tiny_gate --device abacus", "no device 'abacus' on this machine"),
+    ("reproduce tiny_gate --device cuda:99", "no device 'cuda:99' on this machine"),
+    ("reproduce tiny_gate --out file", "cannot write to file"),
+    ("reproduce tiny_gate --out /proc/nowhere", "cannot write to /proc/nowhere"),
+    ("reproduce tiny_gate --bugdet small", "--budget"),
+    ("bench nothing", "no paper is called 'nothing'"),
+    ("bench tiny_gate --seeds 0", "seeds must be at least 1, got 0"),
+    ("board --from nowhere", "no folder at nowhere"),
+    ("board --from empty", "empty holds no records that can be read"),
+    ("board --from file", "no folder at file"),
+    ("board --from board", "board holds no records that can be read"),
+    (f"{TRAIN}", "Missing option '--data'"),
+    (f"{TRAIN} --data nowhere", "no data at 'nowhere'"),
+    (f"{TRAIN} --data empty", "empty holds no images"),
+    (f"{TRAIN} --data one_class", "one class"),
+    (f"{TRAIN} --data good.png", "good.png"),
+    (f"{TRAIN} --data classes --preset tiny_smal", "did you mean 'tiny_small'"),
+    (f"{TRAIN} --data classes --task sorting", "no preset for the task 'sorting'"),
+    (f"{TRAIN} --data classes --lr -1", "lr must be a positive number, got -1.0"),
+    (f"{TRAIN} --data classes --lr nan", "lr must be a positive number, got nan"),
+    (f"{TRAIN} --data classes --epochs 0", "epochs must be at least 1, got 0"),
+    (f"{TRAIN} --data classes --batch-size 0", "batch_size must be at least 1, got 0"),
+    (f"{TRAIN} --data classes --seed -1", "--seed"),
+    (f"{TRAIN} --data classes --devices 0", "--devices"),
+    (f"{TRAIN} --data classes --strategy magic", "strategy must be one of auto, ddp, fsdp, got 'magic'"),
+    (f"{TRAIN} --data classes --device abacus", "no device 'abacus' on this machine"),
+    (f"{TRAIN} --data classes --resume", "nothing to resume in run"),
+    ("train tiny_gate --data classes --out file", "cannot write to file"),
+    (f"{TRAIN} --task series-forecasting --data holes.csv", "holes.csv"),
+    (f"{TRAIN} --task series-forecasting --data nan.csv", "nan.csv"),
+    (f"{TRAIN} --task series-forecasting --data words.csv", "words.csv"),
+    (f"{TRAIN} --task series-forecasting --data ragged.csv", "ragged.csv"),
+    (f"{TRAIN} --task series-forecasting --data short.csv", "short.csv has 3 rows"),
+    (f"{TRAIN} --task series-forecasting --data nothing.csv", "nothing.csv"),
+    (f"{TRAIN} --task series-forecasting --data binary.csv", "binary.csv"),
+    (f"{TRAIN} --task series-forecasting --data empty", "empty"),
+    (f"{TRAIN} --task super-resolution --data damaged", "damaged"),
+    (f"{TRAIN} --task super-resolution --data good.png", "good.png is a file"),
+    ("predict tiny_gate good.png -o out.png", "Missing option '--weights'"),
+    ("predict tiny_gate --weights upscale.safetensors -o out.png", "Missing argument 'INPUT"),
+    (f"{UPSCALE} nowhere.png", "no file at nowhere.png"),
+    (f"{UPSCALE} truncated.png", "truncated.png"),
+    (f"{UPSCALE} text.png", "text.png is no image"),
+    (f"{UPSCALE} empty.png", "empty.png is no image"),
+    (f"{UPSCALE} empty", "empty holds no images"),
+    (f"{UPSCALE} good.csv", "good.csv is no image"),
+    ("predict tiny_gate good.png --weights upscale.safetensors", "give a file or a folder with -o"),
+    ("predict tiny_gate good.png --weights upscale.safetensors -o good.png", "is the input itself"),
+    ("predict tiny_gate good.png --weights upscale.safetensors -o file/out.png", "file"),
+    ("predict tiny_gate good.png --weights upscale.safetensors -o out.doc", "out.doc"),
+    ("predict tiny_gate good.png --weights upscale.safetensors -o /proc/out.png", "/proc"),
+    (f"{FORECAST} holes.csv", "holes.csv"),
+    (f"{FORECAST} nan.csv", "nan.csv"),
+    (f"{FORECAST} short.csv", "short.csv has 3 rows"),
+    (f"{FORECAST} two_columns.csv", "two_columns.csv has the columns a, b: the model knows a, b, c"),
+    (f"{FORECAST} empty", "empty"),
+    ("predict tiny_gate good.csv --weights forecast.safetensors -o file/out.csv", "file"),
+    ("predict tiny_gate good.csv --weights forecast.safetensors -o /proc/out.csv", "/proc"),
+    ("predict tiny_gate good.png -o out.png --weights nowhere.pt", "no weights at nowhere.pt"),
+    ("predict tiny_gate good.png -o out.png --weights empty", "empty holds no weights.safetensors"),
+    ("predict tiny_gate good.png -o out.png --weights code.pt", "loading it could run code"),
+    ("predict tiny_gate good.png -o out.png --weights module.pt", "loading it could run code"),
+    ("predict tiny_gate good.png -o out.png --weights noise.pt", "no torch checkpoint, or damaged"),
+    ("predict tiny_gate good.png -o out.png --weights good.png", "no torch checkpoint, or damaged"),
+    ("predict tiny_gate good.png -o out.png --weights list.pt", "expected a state dict of tensors"),
+    ("predict tiny_gate good.png -o out.png --weights plain.pt", "carries no provenn label"),
+    ("predict tiny_gate good.png -o out.png --weights unlabelled.safetensors", "carries no provenn label"),
+    ("predict tiny_gate good.png -o out.png --weights corrupt.safetensors", "no readable safetensors file"),
+    ("predict tiny_gate good.png -o out.png --weights other.safetensors", "weights of another_paper, not of tiny_gate"),
+    ("predict tiny_gate good.png -o out.png --weights wrong_shape.safetensors", "does not fit this model"),
+    ("predict tiny_gate good.png -o out.png --weights no_preset.safetensors", "did you mean 'tiny_upscale'"),
+    ("compare --slot channel-gate", "Missing option '--data'"),
+    ("compare --slot chanel-gate --data digits --out run", "chanel-gate"),
+    ("compare --slot channel-gate --data nowhere --out run", "nowhere"),
+    ("compare --slot channel-gate --data digits --with tiny,nobody --out run", "nobody"),
+    ("compare --slot channel-gate --data digits --seeds 0 --out run", "seeds must be at least 1, got 0"),
+    ("compare --slot channel-gate --data digits --budget tiny --out run", "tiny"),
+]
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("line, says", BAD, ids=[line for line, _ in BAD])
+def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says):
+    before = everything_in(props)
+    code, out, err = run(line)
+    assert code == 2, (out, err)
+    assert err.startswith("provenn: ") and err.count("\n") == 1, err
+    assert says in err
+    assert out == "" and "Traceback" not in err and "─" not in err
+    assert everything_in(props) == before, "something was left behind"
+    assert not [warning for warning in recwarn if not issubclass(warning.category, DeprecationWarning)]
+
+
+def test_without_a_word_it_says_what_there_is(run):
+    code, out, err = run("")
+    assert code == 0 and err == ""
+    for verb in ("list", "show", "reproduce", "train", "predict", "compare", "bench", "board", "doctor"):
+        assert f" {verb} " in out
+
+
+def test_version(run):
+    from provenn import __version__
+
+    assert run("--version") == (0, f"provenn {__version__}\n", "")
+
+
+def test_list_and_show_for_people_and_machines(run):
+    code, out, _ = run("list gate tiny")
+    assert code == 0 and "Tiny Gates: A Third Party's Paper" in out and "tiny (channel-gate)" in out
+    (entry,) = [entry for entry in json.loads(run("list tiny-gate --json")[1]) if entry["slug"] == "tiny_gate"]
+    assert entry["arxiv"] == "2401.00001" and entry["mechanisms"] == [{"name": "tiny", "slot": "channel-gate"}]
+    code, out, _ = run("show Tiny-Gate")
+    assert code == 0
+    for word in (
+        "tiny_gate.layers.TinyGate",
+        "35 parameters (Table 1)",
+        "needs ImageNet-1K and eight GPUs",
+        "exact, ours",
+    ):
+        assert word in out
+    shown = json.loads(run("show tiny_gate --json")[1])
+    assert [claim["id"] for claim in shown["claims"]][:2] == ["parameters", "identity"] and shown["evidence"] == []
+
+
+def test_a_search_that_finds_nothing_says_so(run):
+    code, out, err = run("list zebra")
+    assert (code, out) == (0, "") and "no paper fits 'zebra'" in err
+    assert json.loads(run("list zebra --json")[1]) == []
+
+
+def test_reproduce_ends_with_the_claims_and_says_where_everything_lies(run, here):
+    code, out, err = run("reproduce tiny_gate --out run")
+    assert code == 0
+    for words in ("✔ reproduced", "▲ direction holds", "✘ not reproduced", "– not measured"):
+        assert words in out
+    assert "35 parameters (Table 1)" in out and "+2.2 [1.7, 2.7] (92.3 against 90.1 points)" in out
+    assert "run/report.html" in out and "run/tiny_gate.json" in out
+    assert "repeat   provenn reproduce tiny_gate --out run\n" in out
+    assert [line.split()[2] for line in err.splitlines()] == [
+        "parameters:", "identity:", "linear:", "better:", "overstated:", "imagenet:"
+    ]  # fmt: skip
+    page = (here / "run" / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count("not reproduced") >= 2
+
+
+def test_strict_exits_1_where_a_claim_is_not_reproduced(run, here):
+    assert run("reproduce tiny_gate --out run --strict")[0] == 1
+    assert run("reproduce tiny_gate --out run --strict --claim parameters --claim better")[0] == 0
+
+
+def test_a_measurement_that_fails_is_said_in_the_end(run, here, monkeypatch):
+    monkeypatch.setenv("TINY_GATE_BREAKS", "1")
+    code, out, err = run("reproduce tiny_gate --out run")
+    assert code == 1 and "the measurement failed: RuntimeError: the clock stopped" in out
+    assert err.endswith("provenn: the measurement of linear of tiny_gate failed; see run/tiny_gate.errors.txt\n")
+    assert "direction holds" in out, "the other claims' work was lost"
+
+
+def test_reproduce_for_machines(run, here):
+    summary = json.loads(run("reproduce tiny_gate --out run --budget smoke --json")[1])
+    assert summary["out"] == "run" and Path(summary["report"]).exists()
+    assert summary["repeat"] == "provenn reproduce tiny_gate --out run --budget smoke --json"
+    assert {record["verdict"] for record in summary["records"]} == {"reproduced", "not reproduced", "not measured"}
+
+
+def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
+    code, out, err = run("bench tiny_gate --out run")
+    assert code == 0 and err.count("\n") == 1 and "linear" in err
+    assert "Operations" in out and "no gate" in out and "2.5" in out
+    (record,) = json.loads(run("bench tiny_gate --out run --json")[1])["records"]
+    assert record["kind"] == "cost"
+
+
+def test_board(run, here):
+    run("reproduce tiny_gate --out run")
+    (here / "run" / "other.json").write_text("{}")
+    code, out, err = run("board --from run")
+    assert code == 0 and "left out run/other.json" in err
+    assert [line.split()[:5] for line in out.splitlines() if line.startswith("tiny_gate")] == [
+        ["tiny_gate", "2", "2", "1", "1"]
+    ]
+    (paper,) = json.loads(run("board --from run --json")[1])
+    assert paper["verdicts"]["not reproduced"] == 1 and len(paper["records"]) == 6
+
+
+def test_train_then_predict(run, props):
+    code, out, err = run("train tiny_gate --data classes --out run --epochs 2")
+    assert (code, err) == (0, "") and "accuracy" in out
+    assert "next     provenn predict tiny_gate INPUT… --weights run -o OUTPUT" in out
+    assert (props / "run" / "weights.safetensors").exists() and (props / "run" / "run.json").exists()
+    code, out, err = run("predict tiny_gate classes/a/0.png classes/b/0.png --weights run -o out.csv")
+    assert (code, err) == (0, "") and out.count("%") == 4
+    assert (props / "out.csv").read_text().count("\n") == 3
+
+
+def test_training_goes_on_where_it_stopped(run, props):
+    run("train tiny_gate --data classes --out once --epochs 2")
+    run("train tiny_gate --data classes --out twice --epochs 1")
+    assert run("train tiny_gate --data classes --out twice --epochs 2 --resume")[0] == 0
+    one, two = (api.paper("tiny_gate").load(folder)[0].state_dict() for folder in ("once", "twice"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("when, resumable", [("first", False), ("second", True)])
+def test_ctrl_c_leaves_a_run_that_can_go_on(run, props, monkeypatch, when, resumable):
+    from provenn.tasks.image_classification import ImageClassification
+
+    evaluate, calls = ImageClassification.evaluate, []
+
+    def interrupted(self, model, dataset, batch_size=256):
+        calls.append(1)
+        if len(calls) == (1 if when == "first" else 2):
+            raise KeyboardInterrupt
+        return evaluate(self, model, dataset, batch_size)
+
+    monkeypatch.setattr(ImageClassification, "evaluate", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    code, out, err = run("train tiny_gate --data classes --out run --epochs 3")
+    assert code == 130 and out == "" and signal.getsignal(signal.SIGINT) is handler
+    if not resumable:
+        assert err == "provenn: interrupted before anything had ended; there is nothing to resume\n"
+        return
+    again = "provenn train tiny_gate --data classes --out run --epochs 3 --resume"
+    assert err == f"provenn: interrupted; what has ended is kept. Go on with: {again}\n"
+    assert run(again.removeprefix("provenn "))[0] == 0
+    assert len(json.loads((props / "run" / "run.json").read_text())["curve"]) == 3
+
+
+def command(site: Path, words: str, cwd: Path, **environment: str) -> subprocess.Popen:
+    """The same in a process of its own, as a shell starts it."""
+    source = Path(catalog.__file__).parents[1]
+    environment = {"PYTHONPATH": f"{source}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "provenn", *shlex.split(words)], cwd=cwd, env=environment, **pipes)
+
+
+def test_ctrl_c_in_a_measurement_says_how_to_go_on(third_party, here):
+    process = command(
+        third_party, "reproduce tiny_gate --out run", here, TINY_GATE_SECONDS="0.5", TINY_GATE_CALLS=str(here / "calls")
+    )
+    deadline = time.monotonic() + 60
+    while not (here / "calls").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.endswith("Go on with: provenn reproduce tiny_gate --out run --resume")
+
+
+def test_a_reader_that_leaves_is_no_trouble(third_party, here):
+    source = Path(catalog.__file__).parents[1]
+    line = f"{shlex.quote(sys.executable)} -m provenn show tiny_gate | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env={"PYTHONPATH": f"{source}:{third_party}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "" and done.stdout.strip() in ("0", "141")
+
+
+@pytest.mark.parametrize(
+    "typed, offered",
+    [
+        ("show tiny", "tiny_gate"),
+        ("reproduce tiny_gate --claim be", "better"),
+        ("reproduce tiny_gate --budget sm", "smoke small"),
+        ("train tiny_gate --preset tiny_", "tiny_small tiny_large tiny_forecast tiny_upscale"),
+        ("list --slot channel", "channel-gate"),
+        ("list --task image", "image-classification"),
+        ("compare --slot channel", "channel-gate"),
+        ("reproduce tiny_gate --device c", "cpu cuda"),
+        ("rep", "reproduce"),
+    ],
+)
+def test_the_shell_completes(monkeypatch, capsys, typed, offered):
+    words = f"provenn {typed}"
+    monkeypatch.setenv("_PROVENN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert main(typed.split()) == 0
+    assert set(offered.split()) <= set(capsys.readouterr().out.split())
+
+
+def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aeon" else find(name, *rest))
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for words in (torch.__version__, "pip install 'provenn[series]'", "threads", "digits"):
+        assert words in out
+    found = json.loads(run("doctor --json")[1])
+    assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""

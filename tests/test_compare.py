@@ -1,0 +1,157 @@
+"""Candidates of one slot are trained alike, kept as they end, and ranked by quality against cost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from provenn import compare as module
+from provenn.bench import count_parameters
+from provenn.compare import COSTS, Candidate, SlotComparison, compare
+from provenn.errors import UserError
+from provenn.nn.channel_gates import SqueezeExcitation
+from provenn.nn.resnet import resnet20
+
+
+def gates(out: Path, *names: str, seeds: int = 2) -> SlotComparison:
+    return compare("channel-gate", names, data="digits", budget="smoke", seeds=seeds, device="cpu", out=out)
+
+
+def test_gates_are_trained_in_one_host_and_their_costs_counted(tmp_path: Path):
+    result = gates(tmp_path, "eca", "se", "none")
+    assert [one.name for one in result.candidates] == ["none", "eca", "se"]
+    none, eca, se = result.candidates
+    assert (none.paper, eca.paper, se.paper) == ("", "eca_net", "")
+    options = {"num_classes": 10, "in_channels": 1}
+    assert none.parameters == count_parameters(resnet20(**options))
+    assert se.parameters == count_parameters(resnet20(gate=SqueezeExcitation, **options))
+    assert none.parameters < eca.parameters < se.parameters and none.flops < eca.flops
+    assert all(len(one.quality) == 2 and 0 <= one.mean <= 1 for one in result.candidates)
+    assert none.difference == 0 and none.latency == 1 and none.latency_interval == (1, 1)
+    assert eca.difference == pytest.approx(eca.mean - none.mean)
+
+
+def test_all_get_the_same_recipe_data_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def fit(build: Any, task: Any, data: Any, recipe: Any, *, seed: int, **_: Any) -> Any:
+        calls.append((data.fingerprint, recipe, seed))
+        return type("Fit", (), {"metrics": {"accuracy": 0.5}})
+
+    monkeypatch.setattr(module, "fit", fit)
+    gates(tmp_path, "none", "se", "cbam", seeds=3)
+    assert len(calls) == 9 and calls[:3] == calls[3:6] == calls[6:]
+    assert [seed for _, _, seed in calls[:3]] == [0, 1, 2]
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[int] = []
+
+    def fit(build: Any, task: Any, data: Any, recipe: Any, *, seed: int, **_: Any) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(seed)
+        return type("Fit", (), {"metrics": {"accuracy": seed / 10}})
+
+    monkeypatch.setattr(module, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        gates(tmp_path, "none", "se")
+    assert calls == [0, 1, 0]
+    calls = [7]
+    result = gates(tmp_path, "none", "se")
+    assert calls == [7, 1]
+    assert [one.quality for one in result.candidates] == [(0.0, 0.1), (0.0, 0.1)]
+    monkeypatch.setattr(module, "fit", None)
+    assert gates(tmp_path, "none", "se") == result
+
+
+def test_the_result_is_written_as_numbers_table_and_plot(tmp_path: Path):
+    result = gates(tmp_path / "run", "none", "se", seeds=1)
+    files = result.save(tmp_path / "saved")
+    assert sorted(file.suffix for file in files) == [".json", ".md", ".png"]
+    assert all(file.stat().st_size > 100 for file in files)
+    numbers = json.loads((tmp_path / "saved" / "channel-gate.json").read_text())
+    assert [one["name"] for one in numbers["candidates"]] == ["none", "se"]
+    assert numbers["setting"]["budget"] == "smoke" and numbers["setting"]["recipe"]["max_steps"] == 2
+    text = (tmp_path / "saved" / "channel-gate.md").read_text()
+    assert "| se |" in text and "accuracy" in text
+    assert [len(row) for row in result.table.rows] == [len(result.table.columns)] * 2
+
+
+def test_token_mixers_are_compared_on_series(tmp_path: Path):
+    names = ["aaren", "softmax", "none"]
+    result = compare(
+        "token-mixer", names, data="italy-power-demand", budget="smoke", seeds=1, device="cpu", out=tmp_path
+    )
+    none, aaren, softmax = result.candidates
+    assert none.parameters < softmax.parameters
+    assert aaren.parameters == softmax.parameters + 2 * 64  # one learned query a layer
+
+
+def candidate(name: str, quality: float, cost: int) -> Candidate:
+    return Candidate(name, "", (quality,), None, 0.0, None, cost, cost, float(cost), (0.0, 0.0))
+
+
+def ranked(pairs: list[tuple[float, int]], higher: bool = True) -> SlotComparison:
+    candidates = tuple(candidate(str(i), quality, cost) for i, (quality, cost) in enumerate(pairs))
+    return SlotComparison("channel-gate", "host", "data", "accuracy", higher, candidates, {"budget": "small"})
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 9)), min_size=1, max_size=8), st.booleans())
+def test_the_front_holds_exactly_those_that_nobody_beats(pairs: list[tuple[float, int]], higher: bool):
+    result = ranked(pairs, higher)
+    sign = 1 if higher else -1
+    for cost in COSTS:
+        front = result.front(cost)
+        assert front
+        for one in result.candidates:
+            better = [
+                other
+                for other in result.candidates
+                if other.cost(cost) <= one.cost(cost)
+                and sign * other.mean >= sign * one.mean
+                and (other.cost(cost), other.mean) != (one.cost(cost), one.mean)
+            ]
+            assert (one in front) == (not better)
+
+
+def test_a_front_by_hand():
+    result = ranked([(0.9, 5), (0.8, 1), (0.7, 2), (0.9, 6)])
+    assert [one.name for one in result.front("parameters")] == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"slot": "channel-gates"}, "no slot is called 'channel-gates'; there are: token-mixer"),
+        ({"slot": "batch-mixer"}, "no host has the slot 'batch-mixer' to compare in; these have: channel-gate"),
+        (
+            {"candidates": ["ecca", "none"]},
+            r"no channel-gate is called 'ecca', did you mean 'eca'\?; there are: none, se",
+        ),
+        ({"candidates": ["aaren", "none"]}, "no channel-gate is called 'aaren'"),
+        ({"candidates": ["se", "se"]}, "takes two candidates or more"),
+        ({"candidates": []}, "takes two candidates or more"),
+        ({"data": "digit"}, "no data at 'digit'"),
+        ({"budget": "huge"}, "budget must be one of smoke, small, paper, got 'huge'"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"device": "abacus"}, "no device 'abacus'"),
+    ],
+)
+def test_bad_questions_are_answered_in_one_line(arguments: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=message) as error:
+        compare(
+            **{"slot": "channel-gate", "candidates": ["none", "se"], "data": "digits", "out": tmp_path, **arguments}
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_that_cannot_be_read_is_moved_aside_and_said(tmp_path: Path):
+    (tmp_path / "compare-channel-gate.json").write_text("{")
+    said: list[str] = []
+    arguments: dict[str, Any] = {"data": "digits", "budget": "smoke", "seeds": 1, "device": "cpu", "out": tmp_path}
+    compare("channel-gate", ["none", "se"], tell=said.append, **arguments)
+    assert len(said) == 1 and "moved" in said[0]

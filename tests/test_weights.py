@@ -1,0 +1,136 @@
+"""Weight files: what is saved comes back with its label, what could run code or does not fit is refused."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from provenn import weights
+from provenn.errors import UserError
+
+LABEL = weights.Label(
+    "aaren", "classifier", "series-classification", {"channels": 2}, {"classes": ["a", "ß"], "mean": [0.1, 1e-9]}, "0.1"
+)
+
+
+class Tied(nn.Module):
+    """Two names for one matrix, a counter and a normalisation's buffers."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.first, self.norm = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width)
+        self.second = nn.Linear(width, width, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    made = Tied()
+    made(torch.randn(8, 4))  # the running statistics move
+    return made.eval()
+
+
+def test_safetensors_bring_back_every_bit_and_the_label(tmp_path, model):
+    file = tmp_path / "run" / weights.FILE
+    weights.save(model, file, LABEL)
+    state, label = weights.read(file)
+    assert label == LABEL
+    other = Tied().eval()
+    weights.load_into(other, state, "file")
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert other.second.weight is other.first.weight
+    assert [f.name for f in file.parent.iterdir()] == [weights.FILE], "nothing half-written stays"
+    assert weights.read(file.parent)[1] == LABEL, "a run's folder stands for its file"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, model, monkeypatch):
+    file = tmp_path / weights.FILE
+    weights.save(model, file, LABEL)
+    before = file.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        weights.save(Tied(), file, LABEL)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("wrapper", [None, *weights.WRAPPERS])
+def test_plain_checkpoints_are_unwrapped(tmp_path, model, wrapper):
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "a.pth")
+    read, label = weights.read(tmp_path / "a.pth")
+    assert label is None and list(read) == list(model.state_dict())
+
+
+class Code:
+    """A pickle that would leave a file behind when it is loaded."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path):
+    trace = tmp_path / "trace"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "more": Code(trace)}, tmp_path / "a.pth")
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps(Code(trace)))
+    torch.save(nn.Linear(1, 1), tmp_path / "c.pt")
+    for name in ("a.pth", "b.pkl", "c.pt"):
+        with pytest.raises(UserError, match="refused") as error:
+            weights.read(tmp_path / name)
+        assert "\n" not in str(error.value) and "could run code" in str(error.value)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.pth", b"", "no torch checkpoint, or damaged"),
+        ("a.pth", b"PK\x03\x04 cut off", "no torch checkpoint, or damaged"),
+        ("a.txt", b"hello", "no torch checkpoint, or damaged"),
+        ("a.safetensors", b"", "no readable safetensors file"),
+        ("a.safetensors", b"\xff" * 64, "no readable safetensors file"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as error:
+        weights.read(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_off_safetensors_is_refused(tmp_path, model):
+    weights.save(model, tmp_path / weights.FILE, LABEL)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / weights.FILE).read_bytes()[:-10])
+    with pytest.raises(UserError, match="no readable safetensors file"):
+        weights.read(tmp_path / "cut.safetensors")
+
+
+def test_what_holds_no_tensors_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(UserError, match="expected a state dict of tensors, got list"):
+        weights.read(tmp_path / "a.pth")
+
+
+def test_missing_files_and_folders_say_what_to_give(tmp_path):
+    with pytest.raises(UserError, match=r"holds no weights\.safetensors"):
+        weights.read(tmp_path)
+    with pytest.raises(UserError, match="no weights at"):
+        weights.read(tmp_path / "none.pth")
+
+
+def test_weights_that_do_not_fit_name_the_first_difference(model):
+    state = dict(model.state_dict())
+    with pytest.raises(UserError, match=r"first\.weight is \[4, 4\] where the model has \[5, 5\]"):
+        weights.load_into(Tied(5), state, "a.pth")
+    state.pop("norm.bias")
+    with pytest.raises(UserError, match=r"a\.pth does not fit this model: lacks norm\.bias; has unknown extra"):
+        weights.load_into(Tied(), {**state, "extra": torch.ones(1)}, "a.pth")
