@@ -313,7 +313,7 @@ def small_network(block: str) -> CRAFT:
 
 @cache
 def _data(smoke: bool) -> TaskData:
-    """Crops whose input is 16×16 pixels, and half of the validation photograph; a quick look takes a piece of a test photograph."""
+    """Crops whose input is 16×16 pixels, the middle of the validation photograph; for a quick look one small piece."""
     data = TASK.load("photographs", patch=40, crops=2 if smoke else 48)
     if not smoke:
         return replace(data, val=Whole([data.val[0][:, 64:192, 64:192].permute(1, 2, 0).numpy()]))
