@@ -287,7 +287,7 @@ def band_network(gate: Gate) -> nn.Module:
 @lru_cache(maxsize=3)
 def band_data(seed: int, smoke: bool) -> TaskData:
     counts = (100, 50, 50) if smoke else (600, 100, 3000)
-    parts = [bad_bands(count, seed=3 * seed + part)[:2] for part, count in enumerate(counts)]
+    parts = [bad_bands(count, seed=3 * seed + part, materials=seed)[:2] for part, count in enumerate(counts)]
     train, val, test = (TensorDataset(*part) for part in parts)
     return TaskData("bad bands", train, val, test, fingerprint=fingerprint(*parts[0]))
 
@@ -342,7 +342,7 @@ GATES_CAPTION = "The gates of a trained ECA module on three tiles; the shaded ba
 def picture_of_gates(run: Run, network: nn.Module) -> None:
     from matplotlib.figure import Figure
 
-    x, _, failed = bad_bands(3, seed=3 * run.seeds[0] + 2)
+    x, _, failed = bad_bands(3, seed=3 * run.seeds[0] + 2, materials=run.seeds[0])
     (gates,) = record_gates(network, x.to(run.device)).values()
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for place, (gate, bands) in enumerate(zip(gates.cpu(), failed, strict=True)):
