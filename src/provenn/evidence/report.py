@@ -8,7 +8,6 @@ import base64
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,13 +55,12 @@ def html(ledgers: Sequence[Ledger], folder: Path) -> str:
 
 def _paper(ledger: Ledger, folder: Path) -> dict[str, Any]:
     card = catalog.cards().get(ledger.paper)
-    counts = Counter(record.verdict for record in ledger.records)
     return {
         "slug": ledger.paper,
         "title": card.title if card else ledger.paper,
         "summary": card.summary if card else "",
         "arxiv": card.arxiv if card else None,
-        "counts": ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]),
+        "counts": view.tally(ledger.records),
         "repeat": view.repeat(ledger.records),
         "where": "; ".join(sorted({_where(record) for record in ledger.records})),
         "records": [_record(record, folder) for record in ledger.records],
@@ -170,9 +168,9 @@ def _svg(title: str, lines: Sequence[Series], salt: str) -> Any:
             )
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-        if "x" in lines[0].log:
+        if "x" in lines[0].log and any(x > 0 for line in lines for x in line.x):
             axes.set_xscale("log")
-        if "y" in lines[0].log:
+        if "y" in lines[0].log and any(y > 0 for line in lines for y in line.y):
             axes.set_yscale("log")
         axes.set_xlabel(_literal(lines[0].x_label))
         axes.set_ylabel(_literal(lines[0].y_label))
