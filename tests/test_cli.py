@@ -339,6 +339,19 @@ def test_board(run, here):
     assert paper["verdicts"]["not reproduced"] == 1 and len(paper["records"]) == 6
 
 
+def test_the_records_that_come_with_the_source_are_shown(run, here, monkeypatch):
+    from provenn.evidence import view
+
+    monkeypatch.setattr(view, "committed", lambda: None)
+    assert "no records come with this installation" in run("board")[2]
+    run("reproduce tiny_gate --out run")
+    monkeypatch.setattr(view, "committed", lambda: here / "run")
+    out = run("show tiny_gate")[1]
+    assert "▲ direction holds" in out and "+2.2 [1.7, 2.7]" in out
+    assert len(json.loads(run("show tiny_gate --json")[1])["evidence"]) == 6
+    assert "tiny_gate" in run("board")[1]
+
+
 def test_train_then_predict(run, props):
     code, out, err = run("train tiny_gate --data classes --out run --epochs 2")
     assert (code, err) == (0, "") and "accuracy" in out
