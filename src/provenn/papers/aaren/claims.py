@@ -44,7 +44,7 @@ LENGTHS = (1, 2, 17, 100, 333)  # with 1 and sizes that no power of two divides
 STDS = (1.0, 30.0)  # of the scores; at 30 a softmax is nearly a maximum
 
 
-def draw(*shape: int, std: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def draw(*shape: int, std: float | int = 1, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return std * torch.randn(shape, generator=generator, dtype=dtype)
 
@@ -292,8 +292,8 @@ def interleaved(functions: dict[Any, Callable[[], object]], rounds: int, calls: 
     return times
 
 
-def middle(times: dict[Any, list[float]]) -> list[float]:
-    return [float(np.median(own)) for own in times.values()]
+def middle(times: Sequence[float]) -> float:
+    return float(np.median(times))
 
 
 def streams(run: Run) -> dict[str, list[list[float]]]:
@@ -312,7 +312,7 @@ def stream_series(times: dict[str, list[list[float]]]) -> list[Series]:
         Series(
             name=NAMES[mixer],
             x=list(CONTEXTS),
-            y=[1e3 * float(np.median(own)) for own in times[mixer]],
+            y=[1e3 * middle(own) for own in times[mixer]],
             low=[1e3 * min(own) for own in times[mixer]],
             high=[1e3 * max(own) for own in times[mixer]],
             plot="Time of a token in a stream",
@@ -330,7 +330,7 @@ STREAM = {"dim": 64, "heads": 4, "layers": 1, "batch": 1}
 @measures("stream_time_constant")
 def stream_time_constant(run: Run) -> Measurement:
     times = streams(run)
-    fitted = growth(CONTEXTS, [float(np.median(own)) for own in times["aaren"]])
+    fitted = growth(CONTEXTS, [middle(own) for own in times["aaren"]])
     return Measurement.figure(
         fitted.exponent,
         fitted.interval,
@@ -345,7 +345,7 @@ def stream_time_constant(run: Run) -> Measurement:
 def stream_time_transformer(run: Run) -> Measurement:
     times = streams(run)
     chosen = [i for i, n in enumerate(CONTEXTS) if n >= DOMINATED]
-    fitted = growth([CONTEXTS[i] for i in chosen], [float(np.median(times["softmax"][i])) for i in chosen])
+    fitted = growth([CONTEXTS[i] for i in chosen], [middle(times["softmax"][i]) for i in chosen])
     return Measurement.figure(
         fitted.exponent,
         fitted.interval,
@@ -363,8 +363,8 @@ def compared(times_a: Sequence[float], times_b: Sequence[float], **more: Any) ->
         kind_of_effect="ratio",
         interval=comparison.interval,
         method=comparison.method,
-        value=1e3 * float(np.median(times_a)),
-        baseline=1e3 * float(np.median(times_b)),
+        value=1e3 * middle(times_a),
+        baseline=1e3 * middle(times_b),
         values=list(times_a),
         baselines=list(times_b),
         **more,
@@ -375,7 +375,7 @@ def compared(times_a: Sequence[float], times_b: Sequence[float], **more: Any) ->
 def stream_time_ratio(run: Run) -> Measurement:
     times = streams(run)
     rows: list[list[str | float | int | None]] = [
-        [n, *(1e3 * float(np.median(times[mixer][i])) for mixer in MIXERS)] for i, n in enumerate(CONTEXTS)
+        [n, *(1e3 * middle(times[mixer][i]) for mixer in MIXERS)] for i, n in enumerate(CONTEXTS)
     ]
     return compared(
         times["aaren"][-1],
@@ -644,7 +644,7 @@ def against(run: Run, name: str, other: Callable[[int], Callable[[], object]], l
     times = run.trial(f"scan and {name}", measure, sizes=sizes, heads=HEADS, head=HEAD)
     lines = [
         Series(
-            name=label, x=list(sizes), y=[1e3 * float(np.median(one[side])) for one in times],
+            name=label, x=list(sizes), y=[1e3 * middle(one[side]) for one in times],
             plot=f"Forward and backward: chunked scan and {name}", x_label="tokens", y_label="milliseconds", log="xy",
         )
         for side, label in enumerate(("chunked scan", name))
@@ -652,7 +652,7 @@ def against(run: Run, name: str, other: Callable[[int], Callable[[], object]], l
     rows: list[list[str | float | int | None]] = []
     for n, (scan, own) in zip(sizes, times):
         found = Comparison.of(scan, own)
-        rows.append([n, *(1e3 * float(np.median(t)) for t in (scan, own)), str(found)])
+        rows.append([n, *(1e3 * middle(t) for t in (scan, own)), str(found)])
     return compared(
         *times[-1],
         unit="milliseconds, forward and backward",
