@@ -167,6 +167,7 @@ BAD = [
     (f"{TRAIN} --data classes --task sorting", "no preset for the task 'sorting'"),
     (f"{TRAIN} --data classes --lr -1", "lr must be a positive number, got -1.0"),
     (f"{TRAIN} --data classes --lr nan", "lr must be a positive number, got nan"),
+    (f"{TRAIN} --data classes --lr 1e30 --batch-size 2", "a lower lr than 1e+30 may help"),
     (f"{TRAIN} --data classes --epochs 0", "epochs must be a whole number of at least 1, got 0"),
     (f"{TRAIN} --data classes --batch-size 0", "batch_size must be a whole number of at least 1, got 0"),
     (f"{TRAIN} --data classes --seed -1", "--seed"),
