@@ -369,6 +369,9 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(run, props, monkeypatch, when, resum
         return evaluate(self, model, dataset, batch_size)
 
     monkeypatch.setattr(ImageClassification, "evaluate", interrupted)
+    (props / "run").mkdir()
+    (props / "run" / "last.ckpt").touch()
+    os.utime(props / "run" / "last.ckpt", (0, 0))  # of a run long ago, which is not the one to go on with
     handler = signal.getsignal(signal.SIGINT)
     code, out, err = run("train tiny_gate --data classes --out run --epochs 3")
     assert code == 130 and out == "" and signal.getsignal(signal.SIGINT) is handler

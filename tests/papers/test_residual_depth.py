@@ -701,3 +701,38 @@ def test_a_study_gives_plain_numbers_for_each_seed(policy: str) -> None:
     outcomes = mlp_study(policy, (0, 1), depth=5, width=8, epochs=1, lrs=(0.03, 0.01), batch_size=250)
     assert len(json.loads(json.dumps(outcomes))) == 2
     assert all(0 <= o["accuracy"] <= 1 and len(o["curve"]) == 4 for o in outcomes)
+
+
+class BasicBlock(nn.Module):
+    """As torchvision has it: one activation module used twice, and a projection where the shape changes."""
+
+    def __init__(self, inputs: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        projection = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride), nn.BatchNorm2d(channels))
+        self.downsample = projection if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += identity
+        return self.relu(out)
+
+
+def test_a_convolutional_branch_that_ends_in_a_norm_is_scaled_there_and_folds() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BasicBlock(4, 4, 1), BasicBlock(4, 6, 2), BasicBlock(6, 6, 1))
+    model(x)  # the norms see some data
+    assert scale_residuals(model, "layerscale(0.3)", x) == ["1.bn2", "2.bn2", "3.bn2"]
+    model.eval()
+    torch.testing.assert_close(fold_residuals(model)(x), model(x))
+
+
+def test_modules_that_work_in_place_expand_too() -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(3)]
+    x = torch.randn(2, 4)
+    plain = [nn.Sequential(block[0], nn.ReLU(), block[2]) for block in blocks]
+    for ours, same in zip(*(residual_expansion(ResidualTower(b, "one", dim=4), x, 2).levels for b in (blocks, plain))):
+        torch.testing.assert_close(ours, same)

@@ -121,7 +121,9 @@ def _measure(
         terminal = console.console()
         for card in papers:
             mine = [record for record in records if record.paper == card.slug]
-            terminal.print("", console.claims(mine, console.escape(card.title)), f"[bold]{view.tally(mine)}[/]")
+            terminal.print(
+                f"\n[bold]{console.escape(card.title)}[/]", console.claims(mine), f"[bold]{view.tally(mine)}[/]"
+            )
             if detailed:
                 for record in mine:
                     if record.measurement.note:

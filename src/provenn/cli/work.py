@@ -1,5 +1,6 @@
 """Verbs that work on the user's data: train, predict."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,12 @@ def train(
     from provenn.evidence.view import number
     from provenn.tasks.training import CHECKPOINT
 
-    with resumable((folder / CHECKPOINT).exists), progress.shown():
+    checkpoint, start = folder / CHECKPOINT, time.time()
+
+    def kept() -> bool:
+        return checkpoint.exists() and (resume or checkpoint.stat().st_mtime >= start)
+
+    with resumable(kept), progress.shown():
         folder, metrics = api.train(
             card.slug,
             data,

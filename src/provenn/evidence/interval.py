@@ -30,7 +30,7 @@ def _around(mean: float, spread: float, n: int) -> Interval:
 def paired_difference(system: Sequence[Number], baseline: Sequence[Number]) -> tuple[Interval | None, str]:
     """The interval of the mean of `system - baseline`, pair by pair.
 
-    Where all pairs differ by the same amount, that amount is the metric's resolution (one image of the test set, say) and
+    Where all pairs differ by the same amount, that amount is the metric's resolution (one image of the test set, say),
     no certainty: it then stands for the spread.
     """
     _same_length(system, baseline)

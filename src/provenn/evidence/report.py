@@ -7,6 +7,7 @@ own variables, so that they follow it from light to dark.
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from provenn.evidence.verdict import Verdict
 
 FILE = "report.html"
 MOST_ROWS = 60  # of a plot's numbers; longer ones are in the record
+MOST_SIZES, MOST_TICKS = 20, 7  # on a logarithmic axis: of points that get ticks of their own, and of these ticks
 INK = "#010101"  # stands for the page's text colour until the plot is drawn
 COLOURS = tuple(f"#0101{10 + i}" for i in range(6))  # stand for --c0 to --c5
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
@@ -168,8 +170,13 @@ def _svg(title: str, lines: Sequence[Series], salt: str) -> Any:
             )
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-        if "x" in lines[0].log and any(x > 0 for line in lines for x in line.x):
+        sizes = sorted({x for line in lines for x in line.x if x > 0})
+        if "x" in lines[0].log and sizes:
             axes.set_xscale("log")
+            if len(sizes) <= MOST_SIZES:  # the sizes that were measured say more than powers of ten
+                axes.minorticks_off()
+                shown = sizes[:: math.ceil(len(sizes) / MOST_TICKS)]
+                axes.set_xticks(shown, [view.number(x) for x in shown])
         if "y" in lines[0].log and any(y > 0 for line in lines for y in line.y):
             axes.set_yscale("log")
         axes.set_xlabel(_literal(lines[0].x_label))
