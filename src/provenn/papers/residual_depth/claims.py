@@ -625,7 +625,7 @@ def complexity_falls(run: Run) -> Measurement:
 
 @measures("noise")
 def noise(run: Run) -> Measurement:
-    changes: dict[str, Any] = {"noise": 0.2, "epochs": 16, "lrs": [0.3, 0.1, 0.03], "details": False}
+    changes: dict[str, Any] = {"noise": 0.2, "epochs": 30, "lrs": [0.3, 0.1, 0.03], "details": False}
     return _against(run, _mlp, "inv_depth", "inv_sqrt_depth", "noise_fit", unit="of flipped labels fitted", **changes)
 
 
@@ -705,7 +705,10 @@ def _step(policy: str, depth: int) -> Callable[[], object]:
 
 def _time_against(run: Run, norm: str) -> Measurement:
     depths = (4,) if run.smoke else (50, 200, 1000)
-    found = {n: bench.compare(_step("inv_sqrt_depth", n), _step(norm, n), rounds=7 if n < 1000 else 6) for n in depths}
+    found = {
+        n: bench.compare(_step("inv_sqrt_depth", n), _step(norm, n), rounds=15 if n < 1000 else 6, warmup=1)
+        for n in depths
+    }
     rows: Rows = [[n, c.ratio, *c.interval, float(np.median(c.a)), float(np.median(c.b))] for n, c in found.items()]
     columns = ["modules", "ratio", "low", "high", "scaled, seconds", f"{NAMES[norm]}, seconds"]
     table = Table(caption="Forward and backward, batch 100, width 32", columns=columns, rows=rows)
