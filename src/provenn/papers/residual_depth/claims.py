@@ -309,12 +309,12 @@ def _growth(run: Run, policy: str) -> tuple[list[int], list[list[float]]]:
     return depths, [[energy**0.5 for energy in row] for row in values]
 
 
-def _growth_line(run: Run, policy: str) -> Series:
+def _growth_line(run: Run, policy: str, plot: str) -> Series:
     depths, norms = _growth(run, policy)
     low, high = np.min(norms, axis=0).tolist(), np.max(norms, axis=0).tolist()
     return Series(
         name=NAMES.get(policy, policy), x=[float(n) for n in depths], y=np.exp(np.mean(np.log(norms), 0)).tolist(),
-        low=low, high=high, plot="norm of the output at the start", x_label="modules", y_label="‖T(x)‖/‖x‖", log="xy",
+        low=low, high=high, plot=plot, x_label="modules", y_label="‖T(x)‖/‖x‖", log="xy",
     )  # fmt: skip
 
 
@@ -322,7 +322,8 @@ def _growth_line(run: Run, policy: str) -> Series:
 def explosion(run: Run) -> Measurement:
     depths, norms = _growth(run, "one")
     rates = [float(np.exp(np.polyfit(depths, 2 * np.log(row), 1)[0])) for row in norms]
-    series = [_growth_line(run, policy) for policy in NAMES]
+    series = [_growth_line(run, policy, "norm of the output at the start") for policy in ("one", "inv_sqrt_depth")]
+    series += [_growth_line(run, policy, "the same, of joins that bound it") for policy in NAMES if policy != "one"]
     return _figure(run, rates, unit="× energy a module", series=series)
 
 
@@ -462,7 +463,7 @@ def _against(
         data=TEXT if text else DIGITS,
         fingerprint=fingerprint(*standard_library()) if text else fingerprint(*digits()[0]),
         setting={"system": system, "baseline": baseline, **changes},
-        series=[line for line in (_curve(policy, outcomes[policy]) for policy in shown) if line.x],
+        series=[line for line in (_curve(policy, outcomes[policy]) for policy in shown) if len(line.x) > 1],
         tables=[_summary(outcomes)],
     )
 
