@@ -302,7 +302,7 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "convolutions only": lambda dim: nn.Sequential(ConvPair(dim, 24), ConvPair(dim, 24)),
     "attention only": lambda dim: _windows(dim, 4),
 }
-# Unclipped, some seeds of every network stay on a plateau half a decibel lower.
+# Unclipped, some seeds stay on a plateau half a decibel lower.
 RECIPE = Recipe(epochs=5, batch_size=4, optimizer="adam", betas=(0.9, 0.99), lr=4e-3, schedule="onecycle", clip=0.1)
 REMOVED = [10, 20, 30, 40, 50]
 
