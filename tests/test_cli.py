@@ -117,7 +117,10 @@ def props(here) -> Path:
     labelled("no_preset", "tiny_upscale", "super-resolution", state={"0.weight": torch.ones(2)})
     content = (here / "no_preset.safetensors").read_bytes()
     (here / "no_preset.safetensors").write_bytes(content.replace(b"tiny_upscale", b"tiny_upscala"))
-    (here / "locked").mkdir()
+    (here / "cut").mkdir()
+    (here / "cut" / "last.ckpt").write_bytes((here / "module.pt").read_bytes()[:300])
+    (here / "started").mkdir()
+    torch.save({"state_dict": {"model.weight": torch.ones(2)}}, here / "started" / "last.ckpt")
     (here / "board").mkdir()
     (here / "board" / "tiny_gate.json").write_text("{")
     return here
@@ -164,14 +167,17 @@ BAD = [
     (f"{TRAIN} --data classes --task sorting", "no preset for the task 'sorting'"),
     (f"{TRAIN} --data classes --lr -1", "lr must be a positive number, got -1.0"),
     (f"{TRAIN} --data classes --lr nan", "lr must be a positive number, got nan"),
-    (f"{TRAIN} --data classes --epochs 0", "epochs must be at least 1, got 0"),
-    (f"{TRAIN} --data classes --batch-size 0", "batch_size must be at least 1, got 0"),
+    (f"{TRAIN} --data classes --epochs 0", "epochs must be a whole number of at least 1, got 0"),
+    (f"{TRAIN} --data classes --batch-size 0", "batch_size must be a whole number of at least 1, got 0"),
     (f"{TRAIN} --data classes --seed -1", "--seed"),
     (f"{TRAIN} --data classes --devices 0", "--devices"),
     (f"{TRAIN} --data classes --strategy magic", "strategy must be one of auto, ddp, fsdp, got 'magic'"),
     (f"{TRAIN} --data classes --device abacus", "no device 'abacus' on this machine"),
     (f"{TRAIN} --data classes --resume", "nothing to resume in run"),
     ("train tiny_gate --data classes --out file", "cannot write to file"),
+    (f"{TRAIN} --data classes --device cpu --devices 2 --strategy fsdp", "strategy fsdp needs GPUs, got device 'cpu'"),
+    ("train tiny_gate --data classes --out cut --resume", "last.ckpt is damaged"),
+    ("train tiny_gate --data classes --out started --resume", "last.ckpt is of another preset or of other data"),
     (f"{TRAIN} --task series-forecasting --data holes.csv", "holes.csv"),
     (f"{TRAIN} --task series-forecasting --data nan.csv", "nan.csv"),
     (f"{TRAIN} --task series-forecasting --data words.csv", "words.csv"),
@@ -363,6 +369,9 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(run, props, monkeypatch, when, resum
         return evaluate(self, model, dataset, batch_size)
 
     monkeypatch.setattr(ImageClassification, "evaluate", interrupted)
+    (props / "run").mkdir()
+    (props / "run" / "last.ckpt").touch()
+    os.utime(props / "run" / "last.ckpt", (0, 0))  # of a run long ago, which is not the one to go on with
     handler = signal.getsignal(signal.SIGINT)
     code, out, err = run("train tiny_gate --data classes --out run --epochs 3")
     assert code == 130 and out == "" and signal.getsignal(signal.SIGINT) is handler

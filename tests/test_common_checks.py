@@ -124,7 +124,7 @@ class WrongShape(Gate):
 
 class DiesOnOnePixel(Gate):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) / x.flatten(2).std(-1)[:, :, None, None]
+        return super().forward(x) / x.flatten(2).std(-1, correction=0)[:, :, None, None]
 
 
 class HiddenBatchNorm(Gate):
@@ -527,6 +527,7 @@ def test_a_sound_paper_keeps_every_promise(tmp_path: Path, monkeypatch: pytest.M
         ("value = 320", "value = 321", "tiny_paper wide\n  match-published-counts: table 1 says 321"),
         ('layer = "layers:Gate"', 'layer = "layers:Gates"', "tiny_paper gate\n  layers:Gates cannot be imported"),
         ('"model:network"', '"model:net"', "tiny_paper tiny\n  reach-parameters: AttributeError"),
+        ('"channel-gate"', '"gate"', "tiny_paper gate\n  no slot is called 'gate'; there are: token-mixer"),
         ('"channel-gate"', '"map-mixer"', "tiny_paper gate\n  mix: "),
         ('"layers:Gate"', '"layers:Gate"\ncannot = { export = "?" }', "export: is kept"),
         ('build = "model:network"', 'build = "model:network"\ncannot = { stream = "?" }', "no promise 'stream' here"),

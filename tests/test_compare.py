@@ -91,6 +91,13 @@ def test_token_mixers_are_compared_on_series(tmp_path: Path):
     assert aaren.parameters == softmax.parameters + 2 * 64  # one learned query a layer
 
 
+def test_joins_of_residual_branches_are_compared_in_a_tower(tmp_path: Path):
+    names = ["inv_depth", "fixup", "sum"]
+    result = compare("residual", names, data="digits", budget="smoke", seeds=1, device="cpu", out=tmp_path)
+    plain, inverse, fixup = result.candidates
+    assert plain.name == "sum" and plain.parameters == inverse.parameters < fixup.parameters
+
+
 def candidate(name: str, quality: float, cost: int) -> Candidate:
     return Candidate(name, "", (quality,), None, 0.0, None, cost, cost, float(cost), (0.0, 0.0))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from provenn import papers
+    from provenn import bench, papers, slots, surgery, testing
     from provenn.api import from_official, paper, predict, train
     from provenn.surgery import insert_after, swap
 
@@ -19,17 +19,31 @@ _HOMES = {
     **dict.fromkeys(("from_official", "paper", "predict", "train"), "provenn.api"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
 }
-__all__ = ["__version__", "from_official", "insert_after", "paper", "papers", "predict", "swap", "train"]
+_MODULES = ("bench", "papers", "slots", "surgery", "testing")
+__all__ = [
+    "__version__",
+    "bench",
+    "from_official",
+    "insert_after",
+    "paper",
+    "papers",
+    "predict",
+    "slots",
+    "surgery",
+    "swap",
+    "testing",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `import provenn` alone imports no torch."""
-    if name == "papers":
-        return importlib.import_module("provenn.papers")
+    if name in _MODULES:
+        return importlib.import_module(f"provenn.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'provenn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})

@@ -120,6 +120,7 @@ def train(
     devices: int = 1,
     strategy: str = "auto",
     resume: bool = False,
+    data_options: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> "tuple[Path, dict[str, float]]":
@@ -133,6 +134,7 @@ def train(
         seed: fixes everything random.
         device, devices, strategy: where to train; Lightning's.
         resume: go on from the folder's checkpoint.
+        data_options: of the task's `load`, such as {"horizon": 24}.
         options: changes to what the preset is built with.
         recipe: changes to the preset's recipe, such as {"epochs": 20}.
     """
@@ -149,7 +151,7 @@ def train(
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
     final = recipe_of(chosen.recipe, **(recipe or {}))
     device = choose_device(device)
-    loaded = kind.load(data, seed=seed)
+    loaded = kind.load(data, seed=seed, **(data_options or {}))
     built_with = {**loaded.options, **(options or {})}
     with _folder_for(folder):
         result = tasks.fit(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,16 +82,31 @@ def _mixers() -> dict[str, Factory]:
     return {"none": Nothing, "softmax": partial(SoftmaxAttention, heads=4)}
 
 
+class Sum(nn.Module):
+    """The plain join of a residual branch, x + f(x)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], depth: int) -> torch.Tensor:
+        return x + f(x)
+
+
+def _residual_tower(join: Factory, options: dict[str, Any]) -> nn.Module:
+    from provenn.nn.hosts import ResidualHost
+
+    return ResidualHost(join, **options)
+
+
 _SGD = Recipe(batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="onecycle")
 _RADAM = Recipe(batch_size=16, optimizer="radam", lr=1e-3, clip=4.0)
 
 
 def _budgets(recipe: Recipe, small: int, paper: int) -> dict[str, Recipe]:
-    facts = asdict(recipe)
     return {
-        "smoke": Recipe(**{**facts, "epochs": 1, "max_steps": 2}),
-        "small": Recipe(**{**facts, "epochs": small, "max_steps": 1000}),
-        "paper": Recipe(**{**facts, "epochs": paper}),
+        "smoke": replace(recipe, epochs=1, max_steps=2),
+        "small": replace(recipe, epochs=small, max_steps=1000),
+        "paper": replace(recipe, epochs=paper),
     }
 
 
@@ -105,6 +120,13 @@ HOSTS = {
         _mixers,
         _budgets(_RADAM, 25, 60),
         "a causal encoder of two layers, 64 wide",
+    ),
+    "residual": Host(
+        "image-classification",
+        _residual_tower,
+        lambda: {"sum": Sum},
+        _budgets(replace(_SGD, lr=0.02), 15, 100),
+        "a tower of 24 branches, 64 wide, without normalisation",
     ),
 }
 
@@ -206,19 +228,22 @@ class SlotComparison:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(13, 4.2), layout="constrained")
-        labels = {"parameters": "parameters", "FLOPs": "FLOPs, one example", "latency": "time as a multiple of "}
-        labels["latency"] += self.candidates[0].name
-        for axes, cost in zip(figure.subplots(1, len(COSTS), sharey=True), COSTS):
+        scale = {"parameters": 1.0, "FLOPs": 1e6, "latency": 1.0}
+        labels = ("parameters", "million FLOPs, one example", f"time as a multiple of {self.candidates[0].name}")
+        for axes, cost, label in zip(figure.subplots(1, len(COSTS), sharey=True), COSTS, labels):
             front = self.front(cost)
-            axes.plot([c.cost(cost) for c in front], [c.mean for c in front], color="0.7", zorder=0, label="front")
-            for one in self.candidates:
+            costs = [one.cost(cost) / scale[cost] for one in front]
+            axes.plot(costs, [one.mean for one in front], color="0.75", zorder=0, label="the best for their cost")
+            for number, one in enumerate(self.candidates):
+                x, color = one.cost(cost) / scale[cost], f"C{number % 10}"
                 low, high = one.interval or (one.mean, one.mean)
-                axes.errorbar(
-                    one.cost(cost), one.mean, [[one.mean - low], [high - one.mean]], marker="o", capsize=3, lw=1
-                )
-                axes.annotate(one.name, (one.cost(cost), one.mean), xytext=(5, 5), textcoords="offset points")
-            axes.set_xlabel(labels[cost])
+                axes.errorbar(x, one.mean, [[one.mean - low], [high - one.mean]], marker="o", capsize=3, color=color)
+                axes.scatter([x] * len(one.quality), one.quality, s=14, color=color, alpha=0.4)  # each seed
+                axes.annotate(one.name, (x, one.mean), xytext=(6, 4), textcoords="offset points")
+            axes.set_xlabel(label)
             axes.margins(x=0.15)
+            axes.locator_params(axis="x", nbins=4)
+            axes.grid(alpha=0.3)
         figure.axes[0].set_ylabel(f"test {self.metric}")
         figure.axes[0].legend(loc="lower right")
         figure.suptitle(f"{self.slot} on {self.data}: {self.host}", fontsize=11)
@@ -257,7 +282,8 @@ def compare(
     Args:
         slot: one that has a host: see `HOSTS`.
         candidates: names of mechanisms in the catalogue (`slug:name` where two papers share a name) and of baselines;
-            by default all that fit the slot. They are measured against `none`, or without it against the first.
+            by default all that fit the slot. They are measured against the host's first baseline (`none`), or without
+            it against the first that is named.
         data: an embedded data set's name, or a path.
         budget: smoke, small or paper.
         seeds: how many, or which.
@@ -337,7 +363,8 @@ def compare(
 
 def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tuple[Factory, str]]:
     """Each candidate's factory, and the slug of its paper (none for a baseline)."""
-    known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in host.baselines().items()}
+    baselines = host.baselines()
+    known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in baselines.items()}
     mechanisms = [(card, mechanism) for card in cards().values() for mechanism in card.mechanisms]
     fitting = [(card, mechanism) for card, mechanism in mechanisms if mechanism.slot == slot]
     called = [mechanism.name for _, mechanism in fitting]
@@ -347,7 +374,7 @@ def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tup
         factory = partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra)
         known[f"{card.slug}:{mechanism.name}" if shared else mechanism.name] = (factory, card.slug)
     wanted = list(known) if names is None else list(dict.fromkeys(names))
-    wanted.sort(key=lambda name: name != "none")  # the reference comes first
+    wanted.sort(key=lambda name: name != next(iter(baselines)))  # the reference comes first
     for name in wanted:
         if name not in known:
             raise UserError(f"no {slot} is called {name!r}{meant(name, known)}; there are: {', '.join(known)}")

@@ -13,10 +13,10 @@ _display: Any = None
 
 
 @contextmanager
-def shown(enabled: bool | None = None) -> Iterator[None]:
-    """Show the bars of everything that runs inside; by default only where stderr is a terminal."""
+def shown() -> Iterator[None]:
+    """Show the bars of everything that runs inside, where stderr is a terminal."""
     global _display
-    if _display is not None or not (sys.stderr.isatty() if enabled is None else enabled):
+    if _display is not None or not sys.stderr.isatty():
         yield
         return
     from rich.console import Console

@@ -87,7 +87,7 @@ SLOTS: dict[str, Slot] = {
         Slot(
             "residual",
             "how a branch joins its stream: called as (x, f, depth), f the branch and depth how many there are, "
-            "it gives the next x, of any shape that f keeps",
+            "it gives the next x, of any shape that f keeps; initialise(f, depth), where it has one, is called before",
             "factory(dim)",
             ("batch dim",),
             width="dim",

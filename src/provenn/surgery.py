@@ -11,8 +11,8 @@ by several of these:
 1: ReLU becomes PReLU, +1 parameters
 1 change, +1 parameters
 >>> print(insert_after(model, nn.Conv2d, nn.BatchNorm2d, name="norm"))
-0: BatchNorm2d follows Conv2d (8 wide) as 0.norm, +16 parameters
-2: BatchNorm2d follows Conv2d (4 wide) as 2.norm, +8 parameters
+0: BatchNorm2d follows Conv2d, 8 wide, as .norm, +16 parameters
+2: BatchNorm2d follows Conv2d, 4 wide, as .norm, +8 parameters
 2 changes, +24 parameters
 """
 
@@ -98,7 +98,7 @@ def insert_after(
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
     >>> print(insert_after(model, "0", nn.BatchNorm2d, name="norm", example=torch.zeros(1, 3, 4, 4)))
-    0: BatchNorm2d follows Conv2d (8 wide) as 0.norm, +16 parameters
+    0: BatchNorm2d follows Conv2d, 8 wide, as .norm, +16 parameters
     1 change, +16 parameters
     """
     found = _find(model, where)
@@ -123,7 +123,7 @@ def insert_after(
         new = _made(factory(width), like=module, model=model)
         if new is not None:
             child = _free_name(module, name)
-            what = f"{_kind(new)} follows {_kind(module)} ({width} wide) as {names[0]}.{child}"
+            what = f"{_kind(new)} follows {_kind(module)}, {width} wide, as .{child}"
             planned += [(module, child, new, Change(" = ".join(names), what, count_parameters(new)))]
     undo = [_follow(module, child, new) for module, child, new, _ in planned]
     if example is not None:

@@ -45,6 +45,7 @@ def save(model: nn.Module, file: Path, label: Label) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.part")
     save_model(model, str(unfinished), metadata={KEY: json.dumps(asdict(label))})
+    os.chmod(unfinished, 0o644)
     os.replace(unfinished, file)
 
 

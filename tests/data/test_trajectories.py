@@ -13,7 +13,7 @@ from provenn.errors import UserError
 def test_qualities_are_ordered(name):
     mean = {q: np.mean([t.total for t in collect(name, q, 20)]) for q in ("medium", "medium-replay", "medium-expert")}
     script = SCRIPTS[name]
-    assert script.random - 1 < mean["medium-replay"] < mean["medium"] < mean["medium-expert"] < script.expert + 5
+    assert script.random - 1 < mean["medium-replay"] < mean["medium"] < mean["medium-expert"] < script.expert + 8
     share = (mean["medium"] - script.random) / (script.expert - script.random)
     assert 0.1 < share < 0.6, "medium lies between random and expert"
 
@@ -98,12 +98,20 @@ def test_arrays_that_hold_code_are_refused(tmp_path):
     np.savez(tmp_path / "b.npz", observations=np.ones((2, 2)))
     with pytest.raises(UserError, match="lacks actions, rewards, terminals"):
         read_trajectories(tmp_path / "b.npz")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with pytest.raises(UserError, match="no readable"):
+        read_trajectories(tmp_path / "empty.npz")
     with pytest.raises(UserError, match=r"expected \.jsonl or \.npz"):
         read_trajectories(tmp_path / "c.hdf5")
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("NoSuch-v9", "gymnasium cannot make 'NoSuch-v9'"), ("Pendulum-v1", "expected discrete ones")]
+    ("name", "says"),
+    [
+        ("NoSuch-v9", "gymnasium cannot make 'NoSuch-v9'"),
+        ("Pendulum-v1", "expected discrete ones"),
+        ("antigravity:Game-v0", "names a module to import"),
+    ],
 )
 def test_environments_that_do_not_fit_are_refused(name, says):
     with pytest.raises(UserError, match=says):

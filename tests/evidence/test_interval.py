@@ -86,6 +86,22 @@ def test_equal_values_have_an_interval_of_no_width():
     assert ratio == 0.5 and np.allclose(interval, (0.5, 0.5))
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_pairs_that_tie_at_one_step_prove_nothing_by_themselves(n):
+    """Three seeds that each lose the same single image are no certainty that the next one would."""
+    (low, high), method = paired_difference([0.991] * n, [0.994] * n)
+    assert low < -0.003 < 0 < high
+    assert "tie" in method
+
+
+def test_many_pairs_that_tie_do_prove_something():
+    assert paired_difference([0.991] * 30, [0.994] * 30)[0][1] < 0
+
+
+def test_pairs_without_any_difference_agree_exactly():
+    assert paired_difference([0.9, 0.8, 0.7], [0.9, 0.8, 0.7])[0] == (0.0, 0.0)
+
+
 def test_what_is_not_a_number_spreads():
     (low, high), _ = student([1.0, math.nan, 2.0])
     assert math.isnan(low) and math.isnan(high)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
@@ -46,6 +47,9 @@ from provenn.papers.residual_depth.model import (
     resnet110,
     resnet1202,
 )
+from provenn.papers.residual_depth.studies import accuracy, digits, mlp_study, noisy_labels
+from provenn.papers.residual_depth.sweep import train_grid
+from provenn.papers.residual_depth.text import standard_library, windows
 
 LAMBDAS = (0.1, 0.05, 0.025, 0.0125)
 
@@ -369,6 +373,8 @@ def test_bad_arguments_are_refused() -> None:
         path_lengths([-1.0])
     with pytest.raises(ValueError, match="Fixup needs"):
         Fixup(4).initialise(nn.Tanh(), 3)
+    with pytest.raises(ValueError, match="64 values an example, got 75"):
+        residual_mlp(depth=1)(torch.randn(2, 3, 5, 5))
     with pytest.raises(ValueError, match="activation"):
         mlp_branch(4, activation="step")
 
@@ -607,3 +613,126 @@ def test_the_report_covers_every_tower_and_names_a_scale() -> None:
     assert mlp.suggested_scale == pytest.approx((2 * 32) ** -0.5, rel=0.25)
     with pytest.raises(ValueError, match="no ResidualTower"):
         expansion_report(nn.Linear(2, 2), torch.randn(1, 2))
+
+
+# Many networks at once
+
+
+def grid_batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    return torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def small_mlp() -> ResidualMLP:
+    return ResidualMLP(6, 3, dim=4, depth=3, policy="skipinit(0.5)")
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_stack_trains_as_each_network_would_alone(adam: bool) -> None:
+    lrs, steps = (0.1, 0.01), 5
+    grid = train_grid(small_mlp, grid_batch, seeds=(3, 4), lrs=lrs, steps=steps, adam=adam)
+    for i, (seed, lr) in enumerate((seed, lr) for seed in (3, 4) for lr in lrs):
+        torch.manual_seed(seed)
+        model = small_mlp()
+        choices = {"betas": (0.9, 0.95)} if adam else {"momentum": 0.9}
+        optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(model.parameters(), lr, **choices)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(steps):
+            x, y = grid_batch(seed, step)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            assert grid.history[step][i] == pytest.approx(loss.item(), rel=1e-6)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(grid.weights[name][i], parameter.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_bounds_the_gradient_of_each_network_apart() -> None:
+    start = train_grid(small_mlp, grid_batch, seeds=(0, 1), lrs=(1.0,), steps=1, clip=1e-3)
+    for i, built in enumerate(start.starts):
+        moved = sum((start.weights[name][i] - p.detach()).square().sum() for name, p in built.named_parameters())
+        assert moved.sqrt().item() == pytest.approx(1e-3)
+
+
+def test_the_best_network_of_a_seed_has_the_lowest_loss() -> None:
+    grid = train_grid(small_mlp, grid_batch, seeds=(0, 1), lrs=(0.1, 1e30), steps=3)
+    for run in grid.best(lambda seed: grid_batch(seed, 99)):
+        assert run.lr == 0.1
+        assert run.diverged == 1
+        x, y = grid_batch(run.seed, 99)
+        assert nn.functional.cross_entropy(run.model(x), y).isfinite()
+
+
+def test_batch_norms_keep_their_statistics_in_a_stack() -> None:
+    def build() -> ResidualMLP:
+        return ResidualMLP(6, 3, dim=4, depth=2, policy="batchnorm")
+
+    grid = train_grid(build, grid_batch, seeds=(0,), lrs=(0.1, 0.01), steps=4)
+    (run,) = grid.best(lambda seed: grid_batch(seed, 99))
+    assert run.model.tower.policies[0].norm.num_batches_tracked == 4
+    assert run.start.tower.policies[0].norm.num_batches_tracked == 0
+
+
+def test_wrong_labels_are_wrong_and_as_many_as_asked() -> None:
+    labels, flipped = noisy_labels(0, 0.2)
+    true = digits()[0][1]
+    assert (labels != true).equal(flipped)
+    assert flipped.double().mean() == pytest.approx(0.2, abs=0.04)
+
+
+def test_an_output_that_is_not_finite_is_a_wrong_answer() -> None:
+    logits = torch.tensor([[1.0, 0.0], [math.nan, 0.0]])
+    assert accuracy(logits, torch.tensor([0, 0])) == 0.5
+
+
+def test_windows_of_text_are_followed_by_their_next_byte() -> None:
+    train, held = standard_library()
+    x, y = windows(train, 5, 16, torch.Generator().manual_seed(0))
+    assert x[:, 1:].equal(y[:, :-1]) and x.shape == (5, 16)
+    assert len(train) > 5 * len(held) > 0
+    assert int(train.max()) < 256
+
+
+@pytest.mark.parametrize("policy", ["inv_sqrt_depth", "batchnorm", "one"])
+def test_a_study_gives_plain_numbers_for_each_seed(policy: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    outcomes = mlp_study(policy, (0, 1), depth=5, width=8, epochs=1, lrs=(0.03, 0.01), batch_size=250)
+    assert len(json.loads(json.dumps(outcomes))) == 2
+    assert all(0 <= o["accuracy"] <= 1 and len(o["curve"]) == 4 for o in outcomes)
+
+
+class BasicBlock(nn.Module):
+    """As torchvision has it: one activation module used twice, and a projection where the shape changes."""
+
+    def __init__(self, inputs: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        projection = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride), nn.BatchNorm2d(channels))
+        self.downsample = projection if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += identity
+        return self.relu(out)
+
+
+def test_a_convolutional_branch_that_ends_in_a_norm_is_scaled_there_and_folds() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BasicBlock(4, 4, 1), BasicBlock(4, 6, 2), BasicBlock(6, 6, 1))
+    model(x)  # the norms see some data
+    assert scale_residuals(model, "layerscale(0.3)", x) == ["1.bn2", "2.bn2", "3.bn2"]
+    model.eval()
+    torch.testing.assert_close(fold_residuals(model)(x), model(x))
+
+
+def test_modules_that_work_in_place_expand_too() -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(3)]
+    x = torch.randn(2, 4)
+    plain = [nn.Sequential(block[0], nn.ReLU(), block[2]) for block in blocks]
+    for ours, same in zip(*(residual_expansion(ResidualTower(b, "one", dim=4), x, 2).levels for b in (blocks, plain))):
+        torch.testing.assert_close(ours, same)

@@ -154,6 +154,17 @@ def test_grey_models_see_luma(tmp_path):
     assert [line.split(": ")[1].split()[0] for line in lines.splitlines()] == ["bright", "dark", "bright"]
 
 
+def test_every_colour_space_of_a_collection_is_read(tmp_path):
+    meta = {"classes": ["blue", "red"], "size": 8, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+    model = Colour(2, 3)
+    model.linear.weight.data, model.linear.bias.data = torch.tensor([[-1.0, 0, 1], [1, 0, -1]]), torch.zeros(2)
+    save(tmp_path / "cmyk.jpg", (0, 255, 255, 0), mode="CMYK")
+    save(tmp_path / "indexed.png", (0, 0, 255))
+    Image.open(tmp_path / "indexed.png").convert("P").save(tmp_path / "indexed.png")
+    lines = TASK.predict(model, meta, [tmp_path / "cmyk.jpg", tmp_path / "indexed.png"], None).splitlines()
+    assert [line.split(": ")[1].split()[0] for line in lines] == ["red", "blue"]
+
+
 def test_published_weights_are_given_their_classes():
     meta = TASK.default_meta({"num_classes": 1000})
     assert len(meta["classes"]) == 1000 and meta["size"] == 224 and meta["mean"][0] == 0.485

@@ -105,6 +105,18 @@ def test_streaming_plays_as_a_window_over_everything_does(cartpole):
     assert rollouts(model, streaming, seeds, targets).tolist() == rollouts(model, whole, seeds, targets).tolist()
 
 
+def test_what_was_received_is_no_longer_asked_for(cartpole):
+    class Listening(Reflex):
+        heard: list[float] = []  # noqa: RUF012
+
+        def forward(self, returns_to_go, states, actions, timesteps, mask=None):
+            self.heard.append(returns_to_go[0, -1, 0].item() * cartpole.meta["scale"])
+            return super().forward(returns_to_go, states, actions, timesteps)
+
+    received = rollouts(Listening(4, 2, 500), cartpole.test.setting, [7], [100.0])[0]
+    assert Listening.heard == pytest.approx([100.0 - step for step in range(int(received))], abs=1e-3)
+
+
 def test_learns_to_balance_better_than_what_it_saw(cartpole):
     result = fit(lambda: Reflex(**cartpole.options), TASK, cartpole, Recipe(epochs=6, batch_size=32, lr=0.05))
     assert result.metrics["return"] > 1.5 * np.mean(cartpole.train.returns)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -43,9 +43,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A plain table; the cells may hold rich markup."""
-    grid = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    grid = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for column in grid.columns:
         column.overflow = "fold"
     for row in rows:
@@ -57,7 +57,7 @@ def verdict(which: Verdict) -> str:
     return f"[{COLOURS[which]}]{view.SYMBOLS[which]} {which}[/]"
 
 
-def claims(records: Iterable[Record], title: str = "") -> Table:
+def claims(records: Iterable[Record]) -> Table:
     """What a paper says, what it published, what we measured, and the verdict."""
     rows = [
         (
@@ -68,14 +68,14 @@ def claims(records: Iterable[Record], title: str = "") -> Table:
         )
         for record in records
     ]
-    grid = table(("claim", "the paper's figure", "ours, with its 95 % interval", "verdict"), rows, title)
-    grid.show_lines, grid.padding = False, (0, 3, 1, 0)
+    grid = table(("claim", "the paper's figure", "ours, with its 95 % interval", "verdict"), rows)
+    grid.padding = (0, 3, 1, 0)
     return grid
 
 
-def details(measurement: Measurement) -> Iterator[Table]:
+def details(measurement: Measurement) -> Iterator[Group]:
     """The tables of a measurement, and the numbers of its plots."""
     drawn = [view.table_of(name or lines[0].y_label, lines) for name, lines in view.plots(measurement).items()]
     for own in [*measurement.tables, *drawn]:
         rows = [[escape(view.cell(value)) for value in row] for row in own.rows]
-        yield table([escape(column) for column in own.columns], rows, escape(own.caption))
+        yield Group(f"[bold]{escape(own.caption)}[/]", table([escape(column) for column in own.columns], rows))

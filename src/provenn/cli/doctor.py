@@ -1,9 +1,7 @@
 """What this machine can run, and what is missing."""
 
 import importlib.util
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from provenn import progress
 from provenn.cli.app import Json, app
@@ -13,15 +11,12 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "
 
 
 @app.command()
-def doctor(
-    json: Json = False,
-    data: Annotated[bool, typer.Option("--data/--no-data", help="Load every embedded data set too.")] = True,
-) -> None:
+def doctor(json: Json = False) -> None:
     """What this machine can run, and what is missing."""
     from provenn.cli import console
 
     with progress.shown():
-        found = {"versions": _versions(), "machine": _machine(), "extras": _extras(), "data": _data() if data else {}}
+        found = {"versions": _versions(), "machine": _machine(), "extras": _extras(), "data": _data()}
     if json:
         console.machine(found)
         return
@@ -31,8 +26,7 @@ def doctor(
     rows = [(name, _sign(not more), more or "present") for name, more in found["extras"].items()]
     terminal.print(console.table(("extra", "", ""), rows), "")
     rows = [(name, _sign(entry["loads"]), console.escape(entry["about"])) for name, entry in found["data"].items()]
-    if rows:
-        terminal.print(console.table(("embedded data", "", ""), rows))
+    terminal.print(console.table(("task", "", "embedded data"), rows))
 
 
 def _sign(good: bool) -> str:
@@ -83,17 +77,19 @@ def _extras() -> dict[str, str]:
 
 
 def _data() -> dict[str, dict[str, Any]]:
-    """Whether the data sets that every task embeds can be loaded here."""
+    """For each task, whether the first of its embedded data sets can be loaded here, and what others there are."""
     from provenn.tasks import get_task
     from provenn.tasks.base import NAMES
 
     found: dict[str, dict[str, Any]] = {}
     for task in progress.track(NAMES, "embedded data"):
         try:
-            for name in (kind := get_task(task)).embedded:
-                loaded = kind.load(name)
-                sizes = ", ".join(str(len(part)) for part in (loaded.train, loaded.val, loaded.test))  # type: ignore[arg-type]
-                found[f"{task}: {name}"] = {"loads": True, "about": f"{sizes} to train, validate, test"}
+            kind = get_task(task)
+            first, *others = kind.embedded
+            loaded = kind.load(first)
+            sizes = ", ".join(str(len(part)) for part in (loaded.train, loaded.val, loaded.test))  # type: ignore[arg-type]
+            more = f"; also {', '.join(others)}" if others else ""
+            found[task] = {"loads": True, "about": f"{first} ({sizes} to train, validate, test){more}"}
         except Exception as error:  # whatever is wrong, the user wants to know, and the rest of the list too
             found[task] = {"loads": False, "about": f"{type(error).__name__}: {error}".splitlines()[0]}
     return found

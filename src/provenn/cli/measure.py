@@ -121,9 +121,13 @@ def _measure(
         terminal = console.console()
         for card in papers:
             mine = [record for record in records if record.paper == card.slug]
-            terminal.print("", console.claims(mine, console.escape(card.title)))
+            terminal.print(
+                f"\n[bold]{console.escape(card.title)}[/]", console.claims(mine), f"[bold]{view.tally(mine)}[/]"
+            )
             if detailed:
                 for record in mine:
+                    if record.measurement.note:
+                        terminal.print(f"[bold]{record.claim}[/]: {console.escape(record.measurement.note)}\n")
                     for grid in console.details(record.measurement):
                         terminal.print(grid, "")
         terminal.print(f"report   {page}", soft_wrap=True)

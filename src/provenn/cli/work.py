@@ -1,5 +1,6 @@
 """Verbs that work on the user's data: train, predict."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -7,9 +8,6 @@ import typer
 
 from provenn import catalog, progress
 from provenn.cli.app import Device, Preset, Resume, Slug, Task, app, resumable
-from provenn.errors import UserError
-
-STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 @app.command()
@@ -29,8 +27,6 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/SLUG by default.")] = None,
 ) -> None:
     """Train a paper's system on data."""
-    if strategy not in STRATEGIES:
-        raise UserError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     card = catalog.card(slug)
     folder = out if out is not None else Path("runs") / card.slug
     from provenn import api
@@ -38,7 +34,12 @@ def train(
     from provenn.evidence.view import number
     from provenn.tasks.training import CHECKPOINT
 
-    with resumable((folder / CHECKPOINT).exists), progress.shown():
+    checkpoint, start = folder / CHECKPOINT, time.time()
+
+    def kept() -> bool:
+        return checkpoint.exists() and (resume or checkpoint.stat().st_mtime >= start)
+
+    with resumable(kept), progress.shown():
         folder, metrics = api.train(
             card.slug,
             data,

@@ -63,8 +63,12 @@ def size_of(file: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def read_image(file: Path) -> Picture:
+def read_image(file: Path, *, convert: bool = False) -> Picture:
     """Read a photograph of 8 or 16 bits a channel, grey or colour, with or without alpha, turned as its EXIF says.
+
+    Args:
+        file: where it lies.
+        convert: turn other colour spaces, such as the CMYK of some JPEGs, into RGB, instead of refusing them.
 
     Raises:
         UserError: the file is no image, damaged, animated, or in a colour space that is not RGB.
@@ -82,6 +86,8 @@ def read_image(file: Path) -> Picture:
                 image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
             if image.mode == "1":
                 image = image.convert("L")
+            if convert and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+                image, profile = image.convert("RGB"), None
             if image.mode not in ("L", "LA", "RGB", "RGBA"):
                 raise UserError(
                     f"{file} is a {image.mode} image; expected grey or RGB of 8 or 16 bits: convert it first"

@@ -55,12 +55,12 @@ class Script:
 SCRIPTS = {
     # Push to the side that the pole falls to.
     "cartpole": Script(
-        "CartPole-v1", lambda o: int(0.1 * o[0] + 0.2 * o[1] + o[2] + 0.5 * o[3] > 0), 0.5, 200, 22.0, 500.0
+        "CartPole-v1", lambda o: int(0.1 * o[0] + 0.2 * o[1] + o[2] + 0.5 * o[3] > 0), 0.5, 200, 23.0, 500.0
     ),
     # Swing the lower link along with itself.
-    "acrobot": Script("Acrobot-v1", lambda o: 2 if o[5] > 0 else 0, 0.8, 100, -499.0, -83.0),
+    "acrobot": Script("Acrobot-v1", lambda o: 2 if o[5] > 0 else 0, 0.8, 100, -500.0, -91.0),
     # Push along with the car.
-    "mountaincar": Script("MountainCar-v0", lambda o: 2 if o[1] >= 0 else 0, 0.4, 200, -200.0, -119.0),
+    "mountaincar": Script("MountainCar-v0", lambda o: 2 if o[1] >= 0 else 0, 0.4, 200, -200.0, -120.0),
 }
 
 
@@ -74,6 +74,8 @@ def make_environment(name: str) -> tuple[Any, int]:
         import gymnasium
     except ImportError:
         raise UserError("rollouts need gymnasium: pip install 'provenn[series]'") from None
+    if ":" in name:  # gymnasium would import the module before the colon, and a data file may not run code
+        raise UserError(f"the environment {name!r} names a module to import: expected a registered name")
     try:
         environment = gymnasium.make(name, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
@@ -156,7 +158,10 @@ def _read_jsonl(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | Non
             raise UserError(f"{file}, line {number}: no JSON: {error}") from None
         if not isinstance(parts, dict):
             raise UserError(f"{file}, line {number}: expected an object with {', '.join(ARRAYS)}")
-        environment = environment or parts.get("environment")
+        named = parts.get("environment", environment)
+        if named is not None and not isinstance(named, str):
+            raise UserError(f"{file}, line {number}: environment is {named!r}, expected gymnasium's name of it")
+        environment = environment or named
         episodes.append((f"{file}, line {number}", parts))
     return episodes, environment
 
@@ -167,7 +172,7 @@ def _read_npz(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]
     try:
         with np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{file} is no readable .npz of plain arrays") from None
     missing = [name for name in (*ARRAYS, "terminals") if name not in arrays]
     if missing:

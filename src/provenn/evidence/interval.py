@@ -14,21 +14,33 @@ Interval = tuple[float, float]
 
 def student(values: Sequence[Number]) -> tuple[Interval | None, str]:
     """The interval of a mean over independent values; none for a single value."""
+    if len(values) < 2:
+        return None, "one value has no interval"
+    interval = _around(float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
+    return interval, f"Student's t over {len(values)} values, 95 %"
+
+
+def _around(mean: float, spread: float, n: int) -> Interval:
     from scipy.stats import t
 
-    n = len(values)
-    if n < 2:
-        return None, "one value has no interval"
-    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread
-    return (mean - half, mean + half), f"Student's t over {n} values, 95 %"
+    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread / math.sqrt(n)
+    return mean - half, mean + half
 
 
 def paired_difference(system: Sequence[Number], baseline: Sequence[Number]) -> tuple[Interval | None, str]:
-    """The interval of the mean of `system - baseline`, pair by pair."""
+    """The interval of the mean of `system - baseline`, pair by pair.
+
+    Where all pairs differ by the same amount, that amount is the metric's resolution (one image of the test set, say),
+    no certainty: it then stands for the spread.
+    """
     _same_length(system, baseline)
-    interval, _ = student([a - b for a, b in zip(system, baseline)])
-    return interval, f"Student's t, paired over {len(system)} seeds, 95 %"
+    differences = [a - b for a, b in zip(system, baseline)]
+    interval, _ = student(differences)
+    method = f"Student's t, paired over {len(system)} seeds, 95 %"
+    step = abs(differences[0])
+    if interval is not None and step > 0 and max(differences) - min(differences) < 1e-9 * step:
+        return _around(differences[0], step, len(differences)), f"{method}; all pairs tie, their step is the spread"
+    return interval, method
 
 
 def paired_ratio(system: Sequence[Number], baseline: Sequence[Number]) -> tuple[float, Interval | None, str]:
@@ -55,7 +67,8 @@ def paired_ratio(system: Sequence[Number], baseline: Sequence[Number]) -> tuple[
 def _expanded_tail(n: int) -> float:
     """The share that a percentile bootstrap cuts off at each end so that few values are covered as often as many.
 
-    XX"""
+    Φ(√(n/(n−1)) · t_{n−1}(2.5 %)): what Student's t asks of a normal distribution (Hesterberg, 2015, section 4.2).
+    """
     from scipy.stats import norm, t
 
     return float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf((1 - CONFIDENCE) / 2, n - 1)))

@@ -7,8 +7,8 @@ own variables, so that they follow it from light to dark.
 import base64
 import io
 import json
+import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from provenn.evidence.verdict import Verdict
 
 FILE = "report.html"
 MOST_ROWS = 60  # of a plot's numbers; longer ones are in the record
+MOST_SIZES, MOST_TICKS = 20, 7  # on a logarithmic axis: of points that get ticks of their own, and of these ticks
 INK = "#010101"  # stands for the page's text colour until the plot is drawn
 COLOURS = tuple(f"#0101{10 + i}" for i in range(6))  # stand for --c0 to --c5
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
@@ -56,13 +57,12 @@ def html(ledgers: Sequence[Ledger], folder: Path) -> str:
 
 def _paper(ledger: Ledger, folder: Path) -> dict[str, Any]:
     card = catalog.cards().get(ledger.paper)
-    counts = Counter(record.verdict for record in ledger.records)
     return {
         "slug": ledger.paper,
         "title": card.title if card else ledger.paper,
         "summary": card.summary if card else "",
         "arxiv": card.arxiv if card else None,
-        "counts": ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]),
+        "counts": view.tally(ledger.records),
         "repeat": view.repeat(ledger.records),
         "where": "; ".join(sorted({_where(record) for record in ledger.records})),
         "records": [_record(record, folder) for record in ledger.records],
@@ -170,9 +170,14 @@ def _svg(title: str, lines: Sequence[Series], salt: str) -> Any:
             )
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-        if "x" in lines[0].log:
+        sizes = sorted({x for line in lines for x in line.x if x > 0})
+        if "x" in lines[0].log and sizes:
             axes.set_xscale("log")
-        if "y" in lines[0].log:
+            if len(sizes) <= MOST_SIZES:  # the sizes that were measured say more than powers of ten
+                axes.minorticks_off()
+                shown = sizes[:: math.ceil(len(sizes) / MOST_TICKS)]
+                axes.set_xticks(shown, [view.number(x) for x in shown])
+        if "y" in lines[0].log and any(y > 0 for line in lines for y in line.y):
             axes.set_yscale("log")
         axes.set_xlabel(_literal(lines[0].x_label))
         axes.set_ylabel(_literal(lines[0].y_label))

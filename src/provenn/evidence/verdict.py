@@ -62,7 +62,7 @@ def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> 
     if measurement.needs:
         return Verdict.NOT_MEASURED, f"needs {measurement.needs}"
     if claim.kind != "exact" and budget == "smoke":
-        return Verdict.NOT_MEASURED, "a smoke run only shows that the path works; needs --budget small"
+        return Verdict.NOT_MEASURED, "a smoke run only shows that the path works; needs the budget small"
     if claim.kind == "quality" and len(set(measurement.seeds)) < FEWEST_SEEDS:
         return Verdict.NOT_MEASURED, f"needs at least {FEWEST_SEEDS} seeds, got {len(set(measurement.seeds))}"
     region = region_of(claim, measurement)

@@ -1,6 +1,7 @@
 """How records are put into words; the terminal, the report and the board say it alike. Nothing is computed here."""
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, isinf
 from pathlib import Path
@@ -52,7 +53,19 @@ def ours(measurement: Measurement) -> str:
 
 def theirs(record: Record) -> str:
     """The figure that was published, or what the claim comes to in numbers."""
-    return record.published or ("" if record.measurement.kind_of_effect == "truth" else record.expects)
+    if record.published or not record.expects or record.measurement.kind_of_effect == "truth":
+        return record.published
+    return f"claimed {record.expects}"
+
+
+def tally(records: Iterable[Record]) -> str:
+    """How many records got which verdict.
+
+    >>> tally([])
+    ''
+    """
+    counts = Counter(record.verdict for record in records)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
 
 
 def plots(measurement: Measurement) -> dict[str, list[Series]]:

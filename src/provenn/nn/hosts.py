@@ -1,6 +1,7 @@
 """Small networks with one open slot, in which mechanisms are compared."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,3 +48,40 @@ class SeriesHost(nn.Module):
         hidden = self.encoder(embedded + sinusoidal_encoding(positions, embedded.shape[-1]).to(embedded), mask=mask)
         valid = mask[..., None].to(hidden)
         return self.head((hidden * valid).sum(1) / valid.sum(1).clamp_min(1))
+
+
+class ResidualHost(nn.Module):
+    """Classes of images through a tower of residual branches without normalisation, whose join is open.
+
+    The image is pooled to 8×8, embedded, passed through `depth` branches W₂ ReLU(W₁ x), and classified by a linear map.
+
+    Args:
+        join: makes the join of each branch for a width; one that has `initialise(branch, depth)` is asked to.
+        num_classes, in_channels: of the images.
+        dim: width of the stream.
+        depth: number of branches.
+
+    Shapes: (batch, in_channels, height, width) to (batch, num_classes).
+    """
+
+    def __init__(
+        self, join: Callable[[int], nn.Module], *, num_classes: int, in_channels: int, dim: int = 64, depth: int = 24
+    ):
+        super().__init__()
+        self.depth = depth
+        self.embed = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64 * in_channels, dim))
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)) for _ in range(depth)
+        )
+        self.joins: Any = nn.ModuleList(join(dim) for _ in range(depth))
+        for own, branch in zip(self.joins, self.branches):
+            initialise: Any = getattr(own, "initialise", None)
+            if initialise is not None:
+                initialise(branch, depth)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
+        x = self.embed(x)
+        for join, branch in zip(self.joins, self.branches):
+            x = join(x, branch, self.depth)
+        return self.head(x)

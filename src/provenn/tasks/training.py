@@ -194,6 +194,10 @@ def fit(
     """
     if strategy not in STRATEGIES:
         raise UserError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy == "fsdp" and not device.startswith("cuda"):
+        raise UserError(f"strategy fsdp needs GPUs, got device {device!r}; take ddp")
+    if device.startswith("cuda") and devices > torch.cuda.device_count():
+        raise UserError(f"devices must be at most {torch.cuda.device_count()} on this machine, got {devices}")
     lightning = _lightning()
     torch.manual_seed(seed)
     model = build()
@@ -227,6 +231,8 @@ def fit(
         module = _module_class()(model, task, data, recipe, seed)
         start = time.perf_counter()
         going_on = str(checkpoint) if resume and checkpoint is not None and checkpoint.exists() else None
+        if going_on is not None:
+            _check_fits(Path(going_on), module)
         with _plain_interrupt(trainer):
             trainer.fit(module, ckpt_path=going_on, weights_only=True)
         seconds = time.perf_counter() - start
@@ -238,6 +244,21 @@ def fit(
     with torch.no_grad():
         metrics = task.evaluate(model, data.test)
     return Fit(model, metrics, history.curve, round(seconds, 3), trainer.global_step)
+
+
+def _check_fits(checkpoint: Path, module: nn.Module) -> None:
+    """Is this a checkpoint of the module that is to go on from it?"""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            held = torch.load(checkpoint, map_location="meta", weights_only=True)["state_dict"]
+    except Exception:
+        raise UserError(f"{checkpoint} is damaged: train again without --resume") from None
+    if {name: value.shape for name, value in held.items()} != {n: v.shape for n, v in module.state_dict().items()}:
+        raise UserError(
+            f"{checkpoint} is of another preset or of other data: resume with what it was started with, "
+            "or train in another folder"
+        )
 
 
 def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:

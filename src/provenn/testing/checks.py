@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from provenn.catalog import Card, Mechanism, Preset, card
+from provenn.errors import UserError
 from provenn.slots import slot
 from provenn.testing.promises import PROMISES, parameters_on_meta
 from provenn.testing.subject import Subject
@@ -69,9 +70,11 @@ def checks_of(paper: Card) -> dict[str, Callable[[], None]]:
 
 
 def _check_mechanism(paper: Card, mechanism: Mechanism) -> None:
-    of, name = slot(mechanism.slot), f"{paper.slug} {mechanism.name}"
+    name = f"{paper.slug} {mechanism.name}"
     try:
-        layer = paper.resolve(mechanism.layer)
+        of, layer = slot(mechanism.slot), paper.resolve(mechanism.layer)
+    except UserError as error:
+        raise BrokenPromise(f"{name}\n  {error}") from None
     except (ImportError, AttributeError) as error:
         raise BrokenPromise(f"{name}\n  {mechanism.layer} cannot be imported: {error}") from error
     _ask(Subject.mechanism(partial(layer, **mechanism.arguments), of, name), of.name, mechanism.cannot)

@@ -20,7 +20,7 @@ def smooth_curves(count: int, length: float, generator: torch.Generator) -> Floa
 
 
 def bad_bands(
-    tiles: int, *, seed: int
+    tiles: int, *, seed: int, materials: int = 0
 ) -> tuple[Float[Tensor, "tiles bands side side"], Int[Tensor, " tiles"], Bool[Tensor, "tiles bands"]]:
     """Tiles of one material each, the material's index, and which bands failed.
 
@@ -30,9 +30,10 @@ def bad_bands(
 
     Args:
         tiles: how many.
-        seed: draws the tiles; the eight spectra are always the same.
+        seed: draws the tiles.
+        materials: draws the eight spectra; training and test tiles of one experiment share it.
     """
-    spectra = (0.15 * smooth_curves(MATERIALS, 6.0, torch.Generator().manual_seed(0))).exp()
+    spectra = (0.15 * smooth_curves(MATERIALS, 6.0, torch.Generator().manual_seed(materials))).exp()
     generator = torch.Generator().manual_seed(1_000_003 + seed)
     material = torch.randint(MATERIALS, (tiles,), generator=generator)
     illumination = (0.3 * smooth_curves(tiles, 20.0, generator)).exp()

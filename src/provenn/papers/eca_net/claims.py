@@ -1,13 +1,14 @@
 """What ECA-Net's authors say, and what building it brought to light, as measurements."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from provenn import bench
 from provenn.bench import count_parameters
@@ -286,7 +287,7 @@ def band_network(gate: Gate) -> nn.Module:
 @lru_cache(maxsize=3)
 def band_data(seed: int, smoke: bool) -> TaskData:
     counts = (100, 50, 50) if smoke else (600, 100, 3000)
-    parts = [bad_bands(count, seed=3 * seed + part)[:2] for part, count in enumerate(counts)]
+    parts = [bad_bands(count, seed=3 * seed + part, materials=seed)[:2] for part, count in enumerate(counts)]
     train, val, test = (TensorDataset(*part) for part in parts)
     return TaskData("bad bands", train, val, test, fingerprint=fingerprint(*parts[0]))
 
@@ -341,7 +342,7 @@ GATES_CAPTION = "The gates of a trained ECA module on three tiles; the shaded ba
 def picture_of_gates(run: Run, network: nn.Module) -> None:
     from matplotlib.figure import Figure
 
-    x, _, failed = bad_bands(3, seed=3 * run.seeds[0] + 2)
+    x, _, failed = bad_bands(3, seed=3 * run.seeds[0] + 2, materials=run.seeds[0])
     (gates,) = record_gates(network, x.to(run.device)).values()
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for place, (gate, bands) in enumerate(zip(gates.cpu(), failed, strict=True)):
@@ -494,7 +495,7 @@ DIGIT_GATES: dict[str, tuple[str, Gate | None]] = {
     "se": ("SE-ResNet-8", SqueezeExcitation),
     "eca": ("ECA-ResNet-8", EfficientChannelAttention),
 }
-DIGIT_RECIPE = Recipe(epochs=8, batch_size=64, optimizer="sgd", lr=0.1, weight_decay=1e-4, schedule="onecycle")
+DIGIT_RECIPE = Recipe(epochs=12, batch_size=64, optimizer="sgd", lr=0.1, weight_decay=1e-4, schedule="onecycle")
 DIGITS_CAPTION = "Test digits as ECA-ResNet-8 reads them, mistakes first."
 
 
@@ -502,12 +503,19 @@ def digit_network(gate: Gate | None, **options: Any) -> nn.Module:
     return resnet.ResNet(resnet.BasicBlock, (1, 1, 1), widths=(16, 32, 64), stem="small", gate=gate, **options)
 
 
+def digit_data(seed: int) -> TaskData:
+    """Half of the task's training images go to the test: one image of 359 would be as large as the effect."""
+    data = get_task("image-classification").load("digits", seed=seed)
+    count = len(data.train)  # type: ignore[arg-type]
+    kept, moved = (Subset(data.train, part) for part in (range(count // 2), range(count // 2, count)))
+    return replace(data, train=kept, test=ConcatDataset([data.test, moved]))
+
+
 def digit_trials(run: Run, name: str) -> list[dict[str, Any]]:
     label, gate = DIGIT_GATES[name]
 
     def one(seed: int) -> dict[str, Any]:
-        task = get_task("image-classification")
-        data = task.load("digits", seed=seed)
+        task, data = get_task("image-classification"), digit_data(seed)
         recipe = Recipe(epochs=1, max_steps=2) if run.smoke else DIGIT_RECIPE
         result = fit(
             lambda: digit_network(gate, **data.options),
@@ -529,16 +537,15 @@ def digit_trials(run: Run, name: str) -> list[dict[str, Any]]:
 
 def on_digits(run: Run, baseline: str) -> Measurement:
     system, other = digit_trials(run, "eca"), digit_trials(run, baseline)
-    data = get_task("image-classification").load("digits", seed=run.seeds[0])
     return Measurement.paired(
         accuracies(system),
         accuracies(other),
         seeds=run.seeds,
         unit="accuracy",
         data="digits (scikit-learn), 8×8 pixels",
-        fingerprint=data.fingerprint,
-        setting={"recipe": DIGIT_RECIPE, "host": "ResNet-8 of widths 16, 32, 64"},
-        note="about 360 test images: one image is 0.3 points",
+        fingerprint=digit_data(run.seeds[0]).fingerprint,
+        setting={"recipe": DIGIT_RECIPE, "host": "ResNet-8 of widths 16, 32, 64", "train": 629, "test": 988},
+        note="one test image is 0.1 points",
         series=curves("digits", {DIGIT_GATES["eca"][0]: system, DIGIT_GATES[baseline][0]: other}),
         pictures=kept_picture(run, "digits", DIGITS_CAPTION) if baseline == "none" else [],
     )

@@ -365,7 +365,7 @@ def batchnorm_branch(run: Run) -> Measurement:
 
 def _update_exponent(run: Run, policy: str) -> Measurement:
     """How the change of T by one small step of gradient descent depends on depth."""
-    depths = (8, 16, 32, 64) if not run.smoke else (4, 8)
+    depths = (16, 32, 64, 128) if not run.smoke else (4, 8)
 
     def change(n: int, seed: int) -> float:
         torch.manual_seed(seed)
@@ -403,7 +403,7 @@ def update_inverse(run: Run) -> Measurement:
 
 def _mlp(run: Run, policy: str, **changes: Any) -> list[dict[str, Any]]:
     """MLP towers on the digits, one outcome a seed; 50 modules unless told otherwise."""
-    setting: dict[str, Any] = {"depth": 50, "width": 32, "epochs": 8, "lrs": [1.0, 0.3, 0.1, 0.03, 0.01, 0.003]}
+    setting: dict[str, Any] = {"depth": 50, "width": 32, "epochs": 8, "lrs": [0.3, 0.1, 0.03, 0.01, 0.003]}
     setting |= changes
     if run.smoke:
         setting |= {"depth": min(setting["depth"], 6), "width": 8, "epochs": 1, "lrs": [0.03]}
@@ -417,7 +417,7 @@ def _mlp(run: Run, policy: str, **changes: Any) -> list[dict[str, Any]]:
 
 
 def _cnn(run: Run, policy: str) -> list[dict[str, Any]]:
-    setting: dict[str, Any] = {"blocks": 9, "width": 4, "epochs": 3, "lrs": [1.0, 0.3, 0.1, 0.03]}
+    setting: dict[str, Any] = {"blocks": 18, "width": 4, "epochs": 2, "batch_size": 50, "lrs": [1.0, 0.3, 0.1, 0.03]}
     if run.smoke:
         setting |= {"blocks": 1, "epochs": 1, "lrs": [0.1]}
     return run.trial(
@@ -556,7 +556,7 @@ def thousand_sqrt(run: Run) -> Measurement:
 
 @measures("cnn_without_norm")
 def cnn_without_norm(run: Run) -> Measurement:
-    others = ("inv_depth", "batchnorm", "skipinit")
+    others = ("batchnorm", "skipinit")
     return _against(run, _cnn, "inv_sqrt_depth", "one", "accuracy", unit="accuracy", others=others)
 
 
@@ -625,7 +625,7 @@ def complexity_falls(run: Run) -> Measurement:
 
 @measures("noise")
 def noise(run: Run) -> Measurement:
-    changes: dict[str, Any] = {"noise": 0.2, "epochs": 20, "lrs": [1.0, 0.3, 0.1, 0.03], "details": False}
+    changes: dict[str, Any] = {"noise": 0.2, "epochs": 16, "lrs": [0.3, 0.1, 0.03], "details": False}
     return _against(run, _mlp, "inv_depth", "inv_sqrt_depth", "noise_fit", unit="of flipped labels fitted", **changes)
 
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from provenn.errors import UserError
+
 from .layers import ResidualTower, make_policy
 
 
@@ -70,7 +72,13 @@ class ResidualMLP(nn.Module):
         self.decoder = nn.Linear(dim, num_classes)
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
-        return self.decoder(self.tower(self.encoder(x.flatten(1))))
+        x = x.flatten(1)
+        if x.shape[1] != self.encoder.in_features:
+            raise UserError(
+                f"this MLP takes {self.encoder.in_features} values an example, got {x.shape[1]}; "
+                "build it with the size of your images, or use a ResNet preset, which takes any"
+            )
+        return self.decoder(self.tower(self.encoder(x)))
 
 
 class PadShortcut(nn.Module):

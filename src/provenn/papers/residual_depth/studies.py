@@ -17,6 +17,7 @@ from .sweep import Batch, Trained, cross_entropy, train_grid
 from .text import standard_library, windows
 
 TRAIN, VALIDATE = 1000, 200  # of 1797 digits; the other 597 are the test
+SLOPES = 200  # test examples at which slopes are taken
 LESIONS = 5  # how many blocks are deleted together
 
 
@@ -165,15 +166,15 @@ def _outcome(run: Trained, right: float, loss: float) -> dict[str, Any]:
 
 def _details(run: Trained, test: Batch) -> dict[str, Any]:
     model: Any = run.model
-    x, labels = test[0][:200], test[1][:200]
+    x, labels = test
     entering = model.encoder(x)
     trained = residual_expansion(model.tower, entering, 3)
     start: Any = run.start
     scales = [join.alpha.abs().item() for join in model.tower.policies if isinstance(join, SkipInit)]
     lesions, joint = _lesions(model, x, labels)
     return {
-        "feature_complexity": geometric_complexity(lambda z: model.tower(model.encoder(z)), x),
-        "complexity": geometric_complexity(model, x),
+        "feature_complexity": geometric_complexity(lambda z: model.tower(model.encoder(z)), x[:SLOPES]),
+        "complexity": geometric_complexity(model, x[:SLOPES]),
         "shares": trained.shares(),
         "start_shares": residual_expansion(start.tower, start.encoder(x), 3).shares(),
         "truncated": [accuracy(model.decoder(total), labels) for total in trained.partial_sums()],

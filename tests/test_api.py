@@ -1,0 +1,120 @@
+import json
+
+import pytest
+import torch
+
+import provenn
+from provenn import api, catalog, weights
+from provenn.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("third_party")
+
+
+def test_papers_are_listed_and_found_by_name():
+    assert [paper.card.slug for paper in provenn.papers()] == list(catalog.cards())
+    assert provenn.paper("Tiny-Gate").card.title == "Tiny Gates: A Third Party's Paper"
+    assert "tiny_gate" not in dir(provenn) and {"paper", "papers", "train", "swap"} <= set(dir(provenn))
+    with pytest.raises(AttributeError, match="no attribute 'pape'"):
+        provenn.pape  # noqa: B018
+    with pytest.raises(UserError, match="did you mean 'tiny_gate'"):
+        provenn.paper("tiny_gait")
+
+
+def test_a_system_is_built_with_its_options_and_the_user_s():
+    paper = provenn.paper("tiny_gate")
+    assert paper.build()[-1].out_features == 4  # the card's example
+    assert paper.build("tiny_large", num_classes=7)[-1].out_features == 7
+    with pytest.raises(UserError, match=r"tiny_small of tiny_gate: .*'classes'; it takes: num_classes, in_channels"):
+        paper.build(classes=3)
+
+
+def test_claims_are_measured_from_python(tmp_path):
+    records = provenn.paper("tiny_gate").reproduce(claims=["parameters"], out=tmp_path)
+    assert [(record.claim, str(record.verdict)) for record in records] == [("parameters", "reproduced")]
+
+
+def test_what_was_trained_is_what_is_loaded(tmp_path):
+    folder, metrics = provenn.train("tiny_gate", "digits", out=tmp_path / "run", recipe={"epochs": 2})
+    assert 0 <= metrics["accuracy"] <= 1
+    model, label = provenn.paper("tiny_gate").load(folder)
+    assert not model.training and label.options == {"num_classes": 10, "in_channels": 1}
+    run = json.loads((folder / "run.json").read_text())
+    assert run["metrics"] == metrics and run["recipe"]["epochs"] == 2 and len(run["curve"]) == 2
+    assert run["fingerprint"] and run["data"] == "digits" and run["version"] == provenn.__version__
+    again, _ = provenn.train("tiny_gate", "digits", out=tmp_path / "again", recipe={"epochs": 2})
+    states = [api.paper("tiny_gate").load(place)[0].state_dict() for place in (folder, again)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_an_author_s_checkpoint_is_recognised(site, tmp_path):
+    (site / "tiny_gate" / "official.py").write_text(
+        "def convert(state):\n"
+        "    classes = len(state['head.bias'])\n"
+        "    ours = {'0.weight': 'gate', '3.weight': 'head.weight', '3.bias': 'head.bias'}\n"
+        "    return 'tiny_small', {'num_classes': classes}, {name: state[old] for name, old in ours.items()}\n"
+    )
+    torch.manual_seed(0)
+    theirs = {"gate": torch.rand(3), "head.weight": torch.rand(5, 3), "head.bias": torch.rand(5)}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in theirs.items()}}, tmp_path / "theirs.pth")
+    model = provenn.from_official("tiny_gate", tmp_path / "theirs.pth")
+    x = torch.rand(2, 3, 4, 4)
+    expected = (x * theirs["gate"][:, None, None]).mean((2, 3)) @ theirs["head.weight"].T + theirs["head.bias"]
+    assert torch.allclose(model(x), expected)
+    _, label = provenn.paper("tiny_gate").load(tmp_path / "theirs.pth")
+    assert label.preset == "tiny_small" and len(label.meta["classes"]) == 5
+
+
+def test_weights_and_label_come_back(tmp_path):
+    model = api.paper("tiny_gate").build()
+    label = weights.Label(
+        "tiny_gate", "tiny_small", "image-classification", {"num_classes": 4}, {"classes": ["é"]}, "1"
+    )
+    weights.save(model, tmp_path / "deep" / "w.safetensors", label)
+    state, again = weights.read(tmp_path / "deep" / "w.safetensors")
+    assert again == label and all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
+    assert (tmp_path / "deep" / "w.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(3, 2)
+        self.head = torch.nn.Linear(2, 3, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_are_saved_once_and_loaded_twice(tmp_path):
+    torch.manual_seed(0)
+    model, fresh = Tied(), Tied()
+    weights.save(model, tmp_path / "w.safetensors", weights.Label("p", "q", "t"))
+    state, _ = weights.read(tmp_path / "w.safetensors")
+    assert len(state) == 1
+    weights.load_into(fresh, state, "w.safetensors")
+    assert torch.equal(fresh.head.weight, model.head.weight) and fresh.head.weight is fresh.embedding.weight
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda state: state.pop("3.bias"), "lacks 3.bias"),
+        (lambda state: state.update(more=torch.ones(1)), "has unknown more"),
+        (lambda state: state.update({"0.weight": torch.ones(9)}), r"0.weight is \[9\] where the model has \[3\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(change, says):
+    model = api.paper("tiny_gate").build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    change(state)
+    with pytest.raises(UserError, match=f"a file does not fit this model: .*{says}"):
+        weights.load_into(model, state, "a file")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapper", [*weights.WRAPPERS, None])
+def test_a_state_dict_is_found_inside_a_checkpoint(tmp_path, wrapper):
+    state = {"module.a": torch.ones(1), "module.b": torch.zeros(2)}
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "c.pt")
+    read, label = weights.read(tmp_path / "c.pt")
+    assert label is None and set(read) == {"a", "b"}

@@ -1,0 +1,32 @@
+import sys
+
+import pytest
+
+from provenn import progress
+
+
+def work() -> list[int]:
+    with progress.bar("outer", 2) as advance:
+        advance(1, "claim one")
+        if progress._display is not None:
+            progress._display.refresh()
+    return list(progress.track(iter([1, 2]), "inner", total=2))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_go_to_stderr_and_to_terminals_alone(capsys, monkeypatch, terminal):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with progress.shown():
+        assert work() == [1, 2]
+    captured = capsys.readouterr()
+    assert captured.out == "" and ("claim one" in captured.err and "inner" in captured.err) == terminal
+
+
+def test_nested_displays_are_one_and_an_error_leaves_none(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(KeyError), progress.shown(), progress.shown():
+        raise KeyError
+    capsys.readouterr()
+    work()
+    assert capsys.readouterr().err == ""
