@@ -302,7 +302,8 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "convolutions only": lambda dim: nn.Sequential(ConvPair(dim, 24), ConvPair(dim, 24)),
     "attention only": lambda dim: _windows(dim, 4),
 }
-RECIPE = Recipe(epochs=5, batch_size=4, optimizer="adam", betas=(0.9, 0.99), lr=4e-3, schedule="onecycle")
+# Unclipped, some seeds stay on a plateau half a decibel lower.
+RECIPE = Recipe(epochs=5, batch_size=4, optimizer="adam", betas=(0.9, 0.99), lr=4e-3, schedule="onecycle", clip=0.1)
 REMOVED = [10, 20, 30, 40, 50]
 
 
@@ -355,6 +356,7 @@ def _setting(recipe: Recipe = RECIPE) -> dict[str, Any]:
         "optimizer": recipe.optimizer,
         "lr": recipe.lr,
         "schedule": recipe.schedule,
+        "clip": recipe.clip,
         "output": "over bicubic interpolation (ours, for all alike)",
     }
 
