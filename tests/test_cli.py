@@ -144,7 +144,9 @@ BAD = [
     ("reproduce tiny_gate tiny_gait", "did you mean 'tiny_gate'"),
     ("reproduce tiny_gate --seeds 0", "seeds must be at least 1, got 0"),
     ("reproduce tiny_gate --seeds -3", "seeds must be at least 1, got -3"),
-    ("reproduce tiny_gate --seeds many", "--seeds"),
+    ("reproduce tiny_gate --seeds many", "--seeds takes a count (3), a list (7,9,11) or a range (10-12), got 'many'"),
+    ("reproduce tiny_gate --seeds 1,1,2", "seeds must differ, got 1,1,2"),
+    ("reproduce tiny_gate --seeds 5-3", "seeds must be at least 1, got 5-3"),
     ("reproduce tiny_gate --budget tiny", "budget must be one of smoke, small, paper, got 'tiny'"),
     ("reproduce tiny_gate --claim beter", "did you mean 'better'"),
     ("reproduce tiny_gate --device abacus", "no device 'abacus' on this machine"),
@@ -167,6 +169,7 @@ BAD = [
     (f"{TRAIN} --data classes --task sorting", "no preset for the task 'sorting'"),
     (f"{TRAIN} --data classes --lr -1", "lr must be a positive number, got -1.0"),
     (f"{TRAIN} --data classes --lr nan", "lr must be a positive number, got nan"),
+    (f"{TRAIN} --data classes --lr 1e30 --batch-size 2", "a lower lr than 1e+30 may help"),
     (f"{TRAIN} --data classes --epochs 0", "epochs must be a whole number of at least 1, got 0"),
     (f"{TRAIN} --data classes --batch-size 0", "batch_size must be a whole number of at least 1, got 0"),
     (f"{TRAIN} --data classes --seed -1", "--seed"),
@@ -336,6 +339,19 @@ def test_board(run, here):
     ]
     (paper,) = json.loads(run("board --from run --json")[1])
     assert paper["verdicts"]["not reproduced"] == 1 and len(paper["records"]) == 6
+
+
+def test_the_records_that_come_with_the_source_are_shown(run, here, monkeypatch):
+    from provenn.evidence import view
+
+    monkeypatch.setattr(view, "committed", lambda: None)
+    assert "no records come with this installation" in run("board")[2]
+    run("reproduce tiny_gate --out run")
+    monkeypatch.setattr(view, "committed", lambda: here / "run")
+    out = run("show tiny_gate")[1]
+    assert "▲ direction holds" in out and "+2.2 [1.7, 2.7]" in out
+    assert len(json.loads(run("show tiny_gate --json")[1])["evidence"]) == 6
+    assert "tiny_gate" in run("board")[1]
 
 
 def test_train_then_predict(run, props):

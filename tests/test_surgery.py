@@ -200,6 +200,14 @@ def test_the_result_compiles_and_exports():
     assert "1.up.inserted.scale" in exported.state_dict
 
 
+@pytest.mark.parametrize("place", [nn.Sequential(nn.Identity()), nn.Identity()])
+def test_an_inserted_module_runs_once(place: nn.Module):
+    model = nn.Sequential(nn.Linear(4, 4), place)
+    insert_after(model, "1", lambda width: ChannelScale(width, 0.5), example=torch.randn(1, 4))
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(model(x), model[0](x) / 2)
+
+
 def test_inserting_twice_stacks_in_order():
     model = nn.Sequential(Branch())
     insert_after(model, "0", lambda width: nn.Identity())

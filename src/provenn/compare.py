@@ -18,7 +18,7 @@ from provenn.evidence import Ledger, Run, Table
 from provenn.evidence.interval import Interval, paired_difference, student
 from provenn.evidence.record import write_atomically
 from provenn.evidence.run import Budget
-from provenn.reproduce import BUDGETS, check_writable, choose_device
+from provenn.reproduce import BUDGETS, check_writable, choose_device, choose_seeds
 from provenn.slots import slot as slot_called
 from provenn.tasks import Recipe, Task, TaskData, fit, get_task
 
@@ -269,7 +269,7 @@ def compare(
     *,
     data: str | Path,
     budget: str = "small",
-    seeds: int | Sequence[int] = 3,
+    seeds: int | str | Sequence[int] = 3,
     device: str = "auto",
     out: str | Path = "runs/compare",
     tell: Callable[[str], None] = lambda message: None,
@@ -299,9 +299,7 @@ def compare(
         raise UserError(f"no host has the slot {slot!r} to compare in; these have: {', '.join(HOSTS)}")
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-    chosen_seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen_seeds or min(chosen_seeds) < 0:
-        raise UserError(f"seeds must be at least 1, got {seeds}")
+    chosen_seeds = choose_seeds(seeds)
     host = HOSTS[slot]
     chosen = _choose(slot, host, candidates)
     device = choose_device(device)

@@ -22,7 +22,7 @@ def reproduce(
     *,
     claims: Sequence[str] | None = None,
     budget: str = "small",
-    seeds: int | Sequence[int] = 3,
+    seeds: int | str | Sequence[int] = 3,
     device: str = "auto",
     out: str | Path = "runs/latest",
     resume: bool = False,
@@ -35,7 +35,7 @@ def reproduce(
         card: the paper.
         claims: ids of the claims to measure; by default all.
         budget: smoke, small or paper.
-        seeds: how many, or which.
+        seeds: how many, or which: see `choose_seeds`.
         device: auto, cpu, cuda, mps or a torch device.
         out: folder of the records.
         resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
@@ -45,9 +45,7 @@ def reproduce(
     Raises:
         UserError: an unknown claim, budget or device, or no seeds.
     """
-    chosen_seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen_seeds or min(chosen_seeds) < 0:
-        raise UserError(f"seeds must be at least 1, got {seeds}")
+    chosen_seeds = choose_seeds(seeds)
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     wanted = [card.claim(name) for name in claims] if claims else card.claims
@@ -118,6 +116,33 @@ def _still_good(record: Record, run: Run, claim: Claim, environment: Environment
         and record.environment == environment
         and all(getattr(record, fact) == getattr(again, fact) for fact in facts)
     )
+
+
+def choose_seeds(seeds: int | str | Sequence[int]) -> tuple[int, ...]:
+    """The seeds meant: a count starts at 0; a list or a range names them, so that a finding can be held to fresh ones.
+
+    >>> choose_seeds(3), choose_seeds("3"), choose_seeds("10-12"), choose_seeds("7,9,11")
+    ((0, 1, 2), (0, 1, 2), (10, 11, 12), (7, 9, 11))
+    """
+    if isinstance(seeds, str):
+        chosen = _parsed(seeds)
+    else:
+        chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen or min(chosen) < 0:
+        raise UserError(f"seeds must be at least 1, got {seeds}")
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"seeds must differ, got {seeds}")
+    return chosen
+
+
+def _parsed(text: str) -> tuple[int, ...]:
+    try:
+        if "," in text:
+            return tuple(int(part) for part in text.split(","))
+        first, dash, last = text.strip().partition("-")
+        return tuple(range(int(first), int(last) + 1)) if dash and first else tuple(range(int(text)))
+    except ValueError:
+        raise UserError(f"--seeds takes a count (3), a list (7,9,11) or a range (10-12), got {text!r}") from None
 
 
 def choose_device(name: str) -> str:

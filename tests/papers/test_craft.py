@@ -123,11 +123,12 @@ def test_shifted_windows_wrap_around_the_borders():
 
 
 def test_masked_windows_do_not_wrap_around():
-    seen = influence(awake(SRWAB(48, shifted=True, wrap=False)), 0, 0)
-    expected = torch.zeros(32, 32, dtype=torch.bool)
-    expected[:2, :8] = True
-    expected[:8, :2] = True
-    assert torch.equal(seen, expected)
+    block = awake(SRWAB(48, shifted=True, wrap=False))
+    for column, near, far in ((0, slice(0, 2), slice(0, 8)), (31, slice(30, 32), slice(24, 32))):
+        expected = torch.zeros(32, 32, dtype=torch.bool)
+        expected[:2, far] = True
+        expected[:8, near] = True
+        assert torch.equal(influence(block, 0, column), expected)
 
 
 def test_the_mask_changes_nothing_inside():

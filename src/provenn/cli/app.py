@@ -72,7 +72,7 @@ Slot = Annotated[str | None, typer.Option(help="Only this slot.", autocompletion
 Budget = Annotated[
     str, typer.Option(help="smoke (seconds), small (minutes) or paper (its own size).", autocompletion=budgets)
 ]
-Seeds = Annotated[int, typer.Option(help="How many; a verdict on quality needs 3.")]
+Seeds = Annotated[str, typer.Option(help="How many, or which: 3, 7,9,11 or 10-12. A verdict on quality needs 3.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps or a torch device.", autocompletion=devices)]
 Out = Annotated[Path, typer.Option(help="Folder of the records and the report.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run in the same folder stopped.")]

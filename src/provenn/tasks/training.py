@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 import sys
 import time
 import warnings
@@ -294,12 +293,10 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _plain_interrupt(trainer: Any) -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt, where Lightning would leave the process and ignore the signal ever after."""
-    handler = signal.getsignal(signal.SIGINT)
+    """Ctrl-C is a KeyboardInterrupt, where Lightning would leave the process."""
     try:
         yield
     except SystemExit:
-        signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
     if trainer.interrupted:
         raise KeyboardInterrupt

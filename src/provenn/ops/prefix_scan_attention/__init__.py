@@ -48,7 +48,8 @@ def prefix_scan_attention(
             "scores must be (..., tokens) and values (..., tokens, dim) with at least one token, "
             f"got {tuple(scores.shape)} and {tuple(values.shape)}"
         )
-    single = values.dtype != torch.float64 and scores.dtype != torch.float64
-    if values.is_cuda and single and values.shape[-1] <= triton.LARGEST_DIM and triton.available(values.device):
+    fits = torch.float64 not in (values.dtype, scores.dtype) and values.shape[-1] <= triton.LARGEST_DIM
+    # A compiler or an export traces the PyTorch form, which it can fuse and carry elsewhere.
+    if values.is_cuda and fits and not torch.compiler.is_compiling() and triton.available(values.device):
         return triton.triton_attention(scores, values, mask=mask, state=state)
     return chunked_attention(scores, values, mask=mask, state=state)

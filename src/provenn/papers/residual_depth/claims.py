@@ -309,12 +309,12 @@ def _growth(run: Run, policy: str) -> tuple[list[int], list[list[float]]]:
     return depths, [[energy**0.5 for energy in row] for row in values]
 
 
-def _growth_line(run: Run, policy: str) -> Series:
+def _growth_line(run: Run, policy: str, plot: str) -> Series:
     depths, norms = _growth(run, policy)
     low, high = np.min(norms, axis=0).tolist(), np.max(norms, axis=0).tolist()
     return Series(
         name=NAMES.get(policy, policy), x=[float(n) for n in depths], y=np.exp(np.mean(np.log(norms), 0)).tolist(),
-        low=low, high=high, plot="norm of the output at the start", x_label="modules", y_label="‖T(x)‖/‖x‖", log="xy",
+        low=low, high=high, plot=plot, x_label="modules", y_label="‖T(x)‖/‖x‖", log="xy",
     )  # fmt: skip
 
 
@@ -322,7 +322,8 @@ def _growth_line(run: Run, policy: str) -> Series:
 def explosion(run: Run) -> Measurement:
     depths, norms = _growth(run, "one")
     rates = [float(np.exp(np.polyfit(depths, 2 * np.log(row), 1)[0])) for row in norms]
-    series = [_growth_line(run, policy) for policy in NAMES]
+    series = [_growth_line(run, policy, "norm of the output at the start") for policy in ("one", "inv_sqrt_depth")]
+    series += [_growth_line(run, policy, "the same, of joins that bound it") for policy in NAMES if policy != "one"]
     return _figure(run, rates, unit="× energy a module", series=series)
 
 
@@ -462,7 +463,7 @@ def _against(
         data=TEXT if text else DIGITS,
         fingerprint=fingerprint(*standard_library()) if text else fingerprint(*digits()[0]),
         setting={"system": system, "baseline": baseline, **changes},
-        series=[line for line in (_curve(policy, outcomes[policy]) for policy in shown) if line.x],
+        series=[line for line in (_curve(policy, outcomes[policy]) for policy in shown) if len(line.x) > 1],
         tables=[_summary(outcomes)],
     )
 
@@ -625,7 +626,7 @@ def complexity_falls(run: Run) -> Measurement:
 
 @measures("noise")
 def noise(run: Run) -> Measurement:
-    changes: dict[str, Any] = {"noise": 0.2, "epochs": 16, "lrs": [0.3, 0.1, 0.03], "details": False}
+    changes: dict[str, Any] = {"noise": 0.2, "epochs": 30, "lrs": [0.3, 0.1, 0.03], "details": False}
     return _against(run, _mlp, "inv_depth", "inv_sqrt_depth", "noise_fit", unit="of flipped labels fitted", **changes)
 
 
@@ -705,7 +706,10 @@ def _step(policy: str, depth: int) -> Callable[[], object]:
 
 def _time_against(run: Run, norm: str) -> Measurement:
     depths = (4,) if run.smoke else (50, 200, 1000)
-    found = {n: bench.compare(_step("inv_sqrt_depth", n), _step(norm, n), rounds=7 if n < 1000 else 6) for n in depths}
+    found = {
+        n: bench.compare(_step("inv_sqrt_depth", n), _step(norm, n), rounds=15 if n < 1000 else 6, warmup=1)
+        for n in depths
+    }
     rows: Rows = [[n, c.ratio, *c.interval, float(np.median(c.a)), float(np.median(c.b))] for n, c in found.items()]
     columns = ["modules", "ratio", "low", "high", "scaled, seconds", f"{NAMES[norm]}, seconds"]
     table = Table(caption="Forward and backward, batch 100, width 32", columns=columns, rows=rows)
