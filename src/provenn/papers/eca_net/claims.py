@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -325,15 +325,16 @@ def accuracies(trials: list[dict[str, Any]]) -> list[float]:
 def band_trials(run: Run, name: str) -> list[dict[str, Any]]:
     label, gate = BAND_GATES[name]
 
+    recipe = Recipe(epochs=1, batch_size=50) if run.smoke else BAND_RECIPE
+
     def one(seed: int) -> dict[str, Any]:
-        recipe = Recipe(epochs=1, batch_size=50) if run.smoke else BAND_RECIPE
         task, data = get_task("image-classification"), band_data(seed, run.smoke)
         result = fit(lambda: band_network(gate), task, data, recipe, seed=seed, device=run.device, title=label)
         if name == "eca" and seed == run.seeds[0]:
             picture_of_gates(run, result.model)
         return learned(result)
 
-    return run.trials(f"failing bands, {label}", one)
+    return run.trials(f"failing bands, {label}", one, **vars(recipe))
 
 
 GATES_CAPTION = "The gates of a trained ECA module on three tiles; the shaded bands fail."
@@ -514,9 +515,10 @@ def digit_data(seed: int) -> TaskData:
 def digit_trials(run: Run, name: str) -> list[dict[str, Any]]:
     label, gate = DIGIT_GATES[name]
 
+    recipe = Recipe(epochs=1, max_steps=2) if run.smoke else DIGIT_RECIPE
+
     def one(seed: int) -> dict[str, Any]:
         task, data = get_task("image-classification"), digit_data(seed)
-        recipe = Recipe(epochs=1, max_steps=2) if run.smoke else DIGIT_RECIPE
         result = fit(
             lambda: digit_network(gate, **data.options),
             task,
@@ -532,7 +534,7 @@ def digit_trials(run: Run, name: str) -> list[dict[str, Any]]:
                 run.picture("digits", figure, caption=DIGITS_CAPTION)
         return learned(result)
 
-    return run.trials(f"digits, {label}", one)
+    return run.trials(f"digits, {label}", one, **vars(recipe))
 
 
 def on_digits(run: Run, baseline: str) -> Measurement:
@@ -595,23 +597,31 @@ def timed(run: Run, baseline: Gate | None, training: bool) -> Measurement:
     )
 
 
-@measures("inference_time")
-def inference_time(run: Run) -> Measurement:
-    measurement = timed(run, SqueezeExcitation, training=False)
+def modules_alone(run: Run, training: bool) -> Table:
+    """ECA against SE without a network around them, at the four widths of ResNet-50."""
     batch = 1 if run.smoke else 32 if run.device.startswith("cuda") else 2
     rows: list[list[str | float | int | None]] = []
     for channels, side in ((256, 56), (512, 28), (1024, 14), (2048, 7)):
-        x = torch.randn(batch, channels, side, side, device=run.device)
+        x = torch.randn(batch, channels, side, side, device=run.device, requires_grad=training)
+
+        def call(gate: nn.Module, x: Tensor = x) -> object:
+            with torch.set_grad_enabled(training):
+                y = gate(x)
+            return torch.autograd.grad(y.sum(), [x, *gate.parameters()]) if training else y
+
         eca, se = (gate(channels).to(run.device) for gate in (EfficientChannelAttention, SqueezeExcitation))
-        with torch.no_grad():
-            times = bench.compare(lambda: eca(x), lambda: se(x), rounds=1 if run.smoke else 7)  # noqa: B023
+        times = bench.compare(partial(call, eca), partial(call, se), rounds=1 if run.smoke else 7)
         rows.append(
             [f"({batch}, {channels}, {side}, {side})", round(times.ratio, 3), *(round(t, 3) for t in times.interval)]
         )
     columns = ["input", "time of ECA / time of SE", "low", "high"]
-    return measurement.model_copy(
-        update={"tables": [Table(caption="The modules alone, forward", columns=columns, rows=rows)]}
-    )
+    return Table(caption=f"The modules alone, forward{' and backward' if training else ''}", columns=columns, rows=rows)
+
+
+@measures("inference_time")
+def inference_time(run: Run) -> Measurement:
+    measurement = timed(run, SqueezeExcitation, training=False)
+    return measurement.model_copy(update={"tables": [modules_alone(run, training=False)]})
 
 
 @measures("inference_overhead")
@@ -621,4 +631,5 @@ def inference_overhead(run: Run) -> Measurement:
 
 @measures("training_time")
 def training_time(run: Run) -> Measurement:
-    return timed(run, SqueezeExcitation, training=True)
+    measurement = timed(run, SqueezeExcitation, training=True)
+    return measurement.model_copy(update={"tables": [modules_alone(run, training=True)]})

@@ -163,6 +163,5 @@ def _end_of_branch(block: nn.Module) -> str | None:
 
 
 def _width(block: nn.Module) -> int:
-    """Channels that the block's branch puts out: those of the last norm which is not the shortcut's."""
-    branch = [m for n, m in block.named_modules() if not n.startswith(("downsample", "shortcut"))]
-    return [m.num_features for m in branch if isinstance(m, nn.BatchNorm2d)][-1]
+    """Channels that the block puts out: those of its last norm, be it the branch's or the shortcut's."""
+    return [m.num_features for m in block.modules() if isinstance(m, nn.BatchNorm2d)][-1]

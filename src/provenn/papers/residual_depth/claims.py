@@ -71,7 +71,7 @@ def _remainders(blocks: Sequence[nn.Module], dim: int, axis: int, x: Tensor, ord
     return [residual_expansion(tower, x, order).remainders()[order] for tower in towers]
 
 
-def _slope(x: Sequence[float], y: Sequence[float]) -> float:
+def _slope(x: Sequence[float | int], y: Sequence[float]) -> float:
     """The exponent of y in x."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
@@ -741,7 +741,9 @@ def memory(run: Run) -> Measurement:
 # Shared
 
 
-def _line(name: str, x: Sequence[float], y: Sequence[float], plot: str, x_label: str, y_label: str, log: Any) -> Series:
+def _line(
+    name: str, x: Sequence[float | int], y: Sequence[float], plot: str, x_label: str, y_label: str, log: Any
+) -> Series:
     return Series(
         name=name,
         x=[float(v) for v in x],
