@@ -118,3 +118,39 @@ def test_a_state_dict_is_found_inside_a_checkpoint(tmp_path, wrapper):
     torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "c.pt")
     read, label = weights.read(tmp_path / "c.pt")
     assert label is None and set(read) == {"a", "b"}
+
+
+def test_changes_reach_the_data_and_the_system_by_name(tmp_path):
+    changes = {"context": 12, "horizon": 3, "dim": 16}
+    folder, _ = provenn.train(
+        "aaren",
+        "airline",
+        task="series-forecasting",
+        out=tmp_path / "run",
+        device="cpu",
+        changes=changes,
+        recipe={"epochs": 1},
+    )
+    _, label = provenn.paper("aaren").load(folder)
+    assert {name: label.options[name] for name in changes} == changes
+
+
+def test_a_change_of_what_does_not_exist_says_what_does(tmp_path):
+    with pytest.raises(UserError, match=r"nothing here is called 'horizn'.*horizon.*dim"):
+        provenn.train(
+            "aaren", "airline", task="series-forecasting", out=tmp_path / "run", changes={"horizn": 3}, device="cpu"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"horizon": "soon"}, "horizon: .*valid integer.*'soon'"),
+        ({"dim": "wide"}, "dim: .*valid integer.*'wide'"),
+        ({"dim": 30, "heads": 4}, "heads must divide dim"),
+    ],
+)
+def test_a_change_that_cannot_be_is_one_line(tmp_path, change, says):
+    with pytest.raises(UserError, match=says):
+        provenn.train("aaren", "airline", task="series-forecasting", out=tmp_path / "run", changes=change, device="cpu")

@@ -1,10 +1,10 @@
 """The Python interface: papers as objects."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from provenn import catalog
 from provenn.errors import UserError
@@ -46,7 +46,10 @@ class Paper:
         except TypeError as error:
             takes = ", ".join(inspect.signature(function).parameters)
             raise UserError(f"{chosen.name} of {self.card.slug}: {error}; it takes: {takes}") from None
-        return function(**arguments)
+        try:
+            return function(**arguments)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{chosen.name} of {self.card.slug}: {error}") from None
 
     def reproduce(self, **arguments: Any) -> "list[Record]":
         """Measure the paper's claims; the arguments are those of `provenn.reproduce.reproduce`."""
@@ -120,8 +123,7 @@ def train(
     devices: int = 1,
     strategy: str = "auto",
     resume: bool = False,
-    data_options: dict[str, Any] | None = None,
-    options: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> "tuple[Path, dict[str, float]]":
     """Train a paper's system on data and save its weights; returns the folder and the test metrics.
@@ -134,8 +136,7 @@ def train(
         seed: fixes everything random.
         device, devices, strategy: where to train; Lightning's.
         resume: go on from the folder's checkpoint.
-        data_options: of the task's `load`, such as {"horizon": 24}.
-        options: changes to what the preset is built with.
+        changes: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
         recipe: changes to the preset's recipe, such as {"epochs": 20}.
     """
     from provenn import __version__, tasks, weights
@@ -151,8 +152,9 @@ def train(
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
     final = recipe_of(chosen.recipe, **(recipe or {}))
     device = choose_device(device)
-    loaded = kind.load(data, seed=seed, **(data_options or {}))
-    built_with = {**loaded.options, **(options or {})}
+    of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
+    loaded = kind.load(data, seed=seed, **of_data)
+    built_with = {**loaded.options, **of_system}
     with _folder_for(folder):
         result = tasks.fit(
             lambda: Paper(card).build(chosen.name, **built_with),
@@ -203,6 +205,40 @@ def _folder_for(folder: Path) -> Iterator[None]:
         if made and not any(folder.iterdir()):
             folder.rmdir()
         raise
+
+
+def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
+    """The changes that each of the functions takes; one that both take goes to the first, which tells the second."""
+    known = [_arguments(taker) for taker in takers]
+    there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
+    for name, value in changes.items():
+        if name not in there:
+            raise UserError(f"nothing here is called {name!r}; what can be set: {', '.join(there)}")
+        _check_type(name, value, there[name])
+    taken: list[dict[str, Any]] = []
+    for position, arguments in enumerate(known):
+        before = {name for earlier in known[:position] for name in earlier}
+        taken.append({name: v for name, v in changes.items() if name in arguments and name not in before})
+    return taken
+
+
+def _arguments(taker: Callable) -> dict[str, Any]:
+    """What can be set by name, and its type."""
+    import inspect
+
+    function = taker.__init__ if isinstance(taker, type) else taker  # type: ignore[misc]
+    hints = get_type_hints(function)
+    keywords = (p for p in inspect.signature(taker).parameters.values() if p.kind is not p.VAR_KEYWORD)
+    return {p.name: hints.get(p.name, Any) for p in keywords if p.name not in ("source", "seed")}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
 def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, output: str | Path | None = None) -> str:

@@ -1,13 +1,16 @@
 """Verbs that work on the user's data: train, predict."""
 
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from provenn import catalog, progress
 from provenn.cli.app import Device, Preset, Resume, Slug, Task, app, resumable
+from provenn.errors import UserError
 
 
 @app.command()
@@ -19,6 +22,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default the preset's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step; by default the preset's.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of the data or the system, such as horizon=24; repeatable."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes everything random.")] = 0,
     device: Device = "auto",
     devices: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
@@ -51,6 +58,7 @@ def train(
             devices=devices,
             strategy=strategy,
             resume=resume,
+            changes=_pairs(changes or []),
             recipe={"epochs": epochs, "lr": lr, "batch_size": batch_size},
         )
     terminal = console.console()
@@ -60,6 +68,20 @@ def train(
     terminal.print(
         f"next     provenn predict {card.slug} INPUT… --weights {folder} -o OUTPUT", markup=False, soft_wrap=True
     )
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE as typed; a value that is no number or list stays text."""
+    pairs: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set takes KEY=VALUE, such as horizon=24, got {text!r}")
+        try:
+            pairs[key] = json.loads(value)
+        except json.JSONDecodeError:
+            pairs[key] = value
+    return pairs
 
 
 @app.command()
