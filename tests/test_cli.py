@@ -145,7 +145,10 @@ BAD = [
     ("reproduce tiny_gate --seeds 0", "seeds must be at least 1, got 0"),
     ("reproduce tiny_gate --seeds -3", "seeds must be at least 1, got -3"),
     ("train aaren --task series-forecasting --data airline --set horizon --out run", "--set takes KEY=VALUE"),
-    ("train aaren --task series-forecasting --data airline --set horizn=3 --out run", "nothing here is called 'horizn'"),
+    (
+        "train aaren --task series-forecasting --data airline --set horizn=3 --out run",
+        "nothing here is called 'horizn'",
+    ),
     ("train aaren --task series-forecasting --data airline --set horizon=soon --out run", "horizon: Input should be"),
     ("train aaren --task series-forecasting --data airline --set dim=30 --out run", "heads must divide dim"),
     ("reproduce tiny_gate --seeds many", "--seeds takes a count (3), a list (7,9,11) or a range (10-12), got 'many'"),

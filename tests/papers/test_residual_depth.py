@@ -563,7 +563,7 @@ def test_patching_refuses_what_it_cannot_do() -> None:
         scale_residuals(nn.Linear(4, 4), "inv_depth", x)
     with pytest.raises(ValueError, match="changes the branch"):
         scale_residuals(Plain(), "fixup", x)
-    with pytest.raises(ValueError, match="'f.2', which the model calls 2 times"):
+    with pytest.raises(ValueError, match=r"'f\.2', which the model calls 2 times"):
         scale_residuals(Twice(), "inv_depth", x)
     model = Plain()
     scale_residuals(model, "inv_depth", x)
