@@ -1,5 +1,6 @@
 """Gates on the channels of a feature map: the slot `channel-gate`, and the baselines that papers measure against."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ Gate = Callable[[int], nn.Module]
 """What a host asks for: given a number of channels, a module that keeps the shape of its input."""
 
 
-class PooledGate(nn.Module):
+class PooledGate(nn.Module, ABC):
     """Scale each channel by a gate computed from the mean of every channel.
 
     ω = σ(W(y)), y = mean over space of x, output = ω · x. A subclass says what W is, in `interact`.
@@ -30,9 +31,9 @@ class PooledGate(nn.Module):
             raise ValueError(f"channels must be at least 1, got {channels}")
         self.channels = channels
 
+    @abstractmethod
     def interact(self, context: Float[Tensor, "batch channels"]) -> Float[Tensor, "batch channels"]:
         """The logits of the gate, W(y)."""
-        raise NotImplementedError
 
     def gate(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels"]:
         """The gate ω in (0, 1) that `forward` applies to each channel of `x`."""
