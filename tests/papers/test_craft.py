@@ -194,6 +194,12 @@ def test_fusion_attends_over_channels_whatever_the_size(size):
     torch.testing.assert_close(attention.cosines(q, q).diagonal(dim1=2, dim2=3), torch.ones(2, 6, 8))
 
 
+def test_lengths_over_large_maps_do_not_overflow_in_half_precision():
+    attention = HFB(48).attention
+    q = 100 * torch.randn(1, 6, 8, 10_000)
+    torch.testing.assert_close(attention.cosines(q.half(), q.half()), attention.cosines(q, q), rtol=1e-3, atol=1e-3)
+
+
 def test_fusion_forgets_the_size_of_its_query():
     block = awake(HFB(24))
     low, high = torch.randn(2, 24, 9, 6), torch.randn(2, 24, 9, 6)
@@ -233,6 +239,13 @@ def test_without_an_upsampler_the_output_is_the_mean_colour():
     torch.testing.assert_close(over(x)[..., 4:-4, 4:-4], bicubic(x, (32, 32))[..., 4:-4, 4:-4])
 
 
+def test_linear_layers_start_small_and_without_bias():
+    for module in craft.craft_x2().groups.modules():
+        if isinstance(module, nn.Linear) and module.weight.numel() > 1000:
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert not module.bias.any()
+
+
 def macs(model: nn.Module, height: int, width: int) -> int:
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.to("meta")(torch.zeros(1, 3, height, width))
@@ -251,6 +264,60 @@ def test_networks_that_are_compared_are_of_equal_size():
     full = parameters(claims.small_network("CRAFT"))
     for block in claims.BLOCKS:
         assert parameters(claims.small_network(block)) == pytest.approx(full, rel=0.03), block
+
+
+@pytest.mark.parametrize(
+    ("block", "has", "lacks"),
+    [
+        ("CRAFT", {SRWAB, HFERB, HFB, nn.MaxPool2d}, {nn.AvgPool2d}),
+        ("without HFERB", {SRWAB, HFB}, {HFERB}),
+        ("without SRWAB", {HFERB, HFB}, {SRWAB}),
+        ("average pooling", {SRWAB, HFERB, HFB, nn.AvgPool2d}, {nn.MaxPool2d}),
+        ("convolutions only", {claims.ConvPair}, {SRWAB, HFERB, HFB}),
+        ("attention only", {SRWAB}, {HFERB, HFB, claims.ConvPair}),
+    ],
+)
+def test_networks_that_are_compared_lack_what_they_are_said_to_lack(block, has, lacks):
+    network = claims.small_network(block)
+    kinds = {type(module) for module in network.modules()}
+    assert has <= kinds and not lacks & kinds
+    shifted = [any(map(any, m.attention.shifts)) for m in network.modules() if isinstance(m, SRWAB)]
+    assert shifted == [False, True] * (len(shifted) // 2)
+
+
+class Says(nn.Module):
+    """A network that answers every input with one image."""
+
+    scale, multiple = 2, 1
+
+    def __init__(self, image: torch.Tensor):
+        super().__init__()
+        self.image = image
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.image[None] / 255
+
+
+def test_the_high_band_is_what_lies_above_half_nyquist():
+    columns = torch.arange(64)
+    slow, fast = (60 * torch.cos(2 * torch.pi * k * columns / 64).expand(3, 64, 64) for k in (8, 24))
+    photo = (127 + slow / 2 + fast / 2).round().byte()
+    assert claims._high_band_error(Says(127 + fast / 2), photo) < 0.01
+    assert claims._high_band_error(Says(127 + slow / 2), photo) == pytest.approx(1, abs=0.05)
+
+
+class Interpolation(nn.Module):
+    """Bicubic, which needs the high frequencies of its input."""
+
+    scale, multiple = 2, 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return bicubic(x, (2 * x.shape[-2], 2 * x.shape[-1]))
+
+
+def test_an_input_without_its_high_frequencies_costs_more_the_more_is_removed():
+    drops = claims._drops(Interpolation(), claims._data(True))
+    assert len(drops) == len(claims.REMOVED) and 0 < drops[0] < drops[-1]
 
 
 @pytest.mark.parametrize(("scale", "printed"), [(2, 878), (3, 886), (4, 897)])

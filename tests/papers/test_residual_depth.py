@@ -47,8 +47,16 @@ from provenn.papers.residual_depth.model import (
     resnet110,
     resnet1202,
 )
-from provenn.papers.residual_depth.studies import accuracy, digits, mlp_study, noisy_labels
-from provenn.papers.residual_depth.sweep import train_grid
+from provenn.papers.residual_depth.studies import (
+    _lesions,
+    accuracy,
+    cnn_study,
+    digits,
+    mlp_study,
+    noisy_labels,
+    text_study,
+)
+from provenn.papers.residual_depth.sweep import Grid, train_grid
 from provenn.papers.residual_depth.text import standard_library, windows
 
 LAMBDAS = (0.1, 0.05, 0.025, 0.0125)
@@ -514,6 +522,18 @@ class Plain(nn.Module):
         return y * y.sigmoid() + y
 
 
+class Twice(nn.Module):
+    """One branch in two places, where a scale of its own has no place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp_branch(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(x)
+        return x + self.f(x)
+
+
 def test_branches_are_found_by_what_is_added_to_what() -> None:
     assert [b.module for b in find_branches(Plain(), torch.randn(2, 4))] == ["first.2", "second.2"]
 
@@ -543,6 +563,8 @@ def test_patching_refuses_what_it_cannot_do() -> None:
         scale_residuals(nn.Linear(4, 4), "inv_depth", x)
     with pytest.raises(ValueError, match="changes the branch"):
         scale_residuals(Plain(), "fixup", x)
+    with pytest.raises(ValueError, match=r"'f\.2', which the model calls 2 times"):
+        scale_residuals(Twice(), "inv_depth", x)
     model = Plain()
     scale_residuals(model, "inv_depth", x)
     with pytest.raises(ValueError, match="already"):
@@ -701,6 +723,45 @@ def test_a_study_gives_plain_numbers_for_each_seed(policy: str) -> None:
     outcomes = mlp_study(policy, (0, 1), depth=5, width=8, epochs=1, lrs=(0.03, 0.01), batch_size=250)
     assert len(json.loads(json.dumps(outcomes))) == 2
     assert all(0 <= o["accuracy"] <= 1 and len(o["curve"]) == 4 for o in outcomes)
+
+
+def test_learning_rates_are_tuned_on_data_that_is_not_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float32)
+    tuned, best = [], Grid.best
+    monkeypatch.setattr(Grid, "best", lambda grid, data: tuned.append(data(0)) or best(grid, data))
+    train, validate, test = digits()
+    once = {"epochs": 1, "lrs": (0.03,), "batch_size": 500}
+    mlp_study("one", (0,), depth=1, width=4, details=False, **once)
+    (noisy,) = mlp_study("one", (0,), depth=1, width=4, details=False, noise=0.2, **once)
+    cnn_study("inv_depth", (0,), blocks=1, width=4, **once)
+    for (x, labels), (expected, answers) in zip(tuned, (validate, (train[0], noisy_labels(0, 0.2)[0]), validate)):
+        assert x.flatten(1).equal(expected) and labels.equal(answers)
+    assert not (validate[0][:, None] == test[0]).all(-1).any()
+    fitted = noisy["noise_fit"] * int(noisy_labels(0, 0.2)[1].sum())
+    assert fitted == pytest.approx(round(fitted), abs=1e-9), "a share of the flipped labels alone"
+
+    text_study("inv_depth", (0,), layers=1, dim=4, tokens=8, batch_size=2, steps=1, lrs=(0.01,))
+    held = bytes(standard_library()[1].tolist())
+    first_half = held[: (len(held) + 1) // 2]
+    assert all(bytes(window) in first_half for window in tuned[3][0].tolist())
+
+
+def test_a_deletion_costs_what_it_takes_away() -> None:
+    """The loss of accuracy counts up, and effects that add up do not interact."""
+    torch.set_default_dtype(torch.float32)
+    model = ResidualMLP(64, 10, dim=8, depth=6, policy="one")
+    for block in model.tower.blocks:
+        for parameter in block.parameters():
+            nn.init.zeros_(parameter)
+    with torch.no_grad():
+        for i, block in enumerate(model.tower.blocks):
+            block[-1].bias[i] = 1.0  # each module adds a constant of its own
+        model.encoder.weight.zero_(), model.encoder.bias.zero_()
+        model.decoder.weight.zero_(), model.decoder.bias.zero_()
+        model.decoder.weight[0, :6], model.decoder.bias[1] = 1.0, 5.5  # class 0 wins with all six modules alone
+        drop, interaction = _lesions(model, torch.randn(5, 64), torch.zeros(5, dtype=torch.long))
+    assert drop == 1.0
+    assert interaction == pytest.approx(0, abs=1e-6)
 
 
 class BasicBlock(nn.Module):

@@ -612,7 +612,10 @@ def events(run: Run) -> Measurement:
 
 @measures("reinforcement_learning")
 def reinforcement_learning(run: Run) -> Measurement:
-    """Score 0 is random play, 100 the controller behind the recorded episodes; both see the last 20 steps."""
+    """Score 0 is random play, 100 the controller behind the recorded episodes.
+
+    Both are trained on windows of 20 steps, and play as streams that remember the whole episode.
+    """
     episodes, test = (4, 1) if run.smoke else (100, 20)
     data = loaded("reinforcement-learning", "acrobot-medium", episodes=episodes, validation=0, test=test)
     recipe = Recipe(
@@ -628,7 +631,7 @@ def reinforcement_learning(run: Run) -> Measurement:
         unit="score",
         data=data.name,
         fingerprint=data.fingerprint,
-        setting={**SMALL, **vars(recipe), "context": 20, "episodes": episodes},
+        setting={**SMALL, **vars(recipe), "context": 20, "episodes": episodes, "play": "streams"},
         series=curves(fits, "Reinforcement learning: Acrobot"),
         tables=[results(f"Score over {test} episodes, mean and range over seeds", {data.name: score})],
     )
