@@ -355,6 +355,7 @@ def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
     code, out, err = run("bench tiny_gate --out run")
     assert code == 0 and err.count("\n") == 1 and "linear" in err
     assert "Operations" in out and "no gate" in out and "2.5" in out
+    assert out.count("\nlinear") == 2, "once with its verdict, once above its tables"
     (record,) = json.loads(run("bench tiny_gate --out run --json")[1])["records"]
     assert record["kind"] == "cost"
 
