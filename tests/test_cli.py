@@ -191,6 +191,7 @@ BAD = [
     ("train tiny_gate --data classes --out cut --resume", "last.ckpt is damaged"),
     ("train tiny_gate --data classes --out started", "holds a training that did not end: go on with --resume"),
     (f"{TRAIN} --data good.csv", "(read for image-classification; for other work add --task series-forecasting or"),
+    (f"{TRAIN} --data classes --set num_classes=3", "num_classes follows from the data, where it is 2, got 3"),
     (f"{TRAIN} --data airline", "for other work add --task series-forecasting)"),
     (f"{TRAIN} --data classes --seed 99999999999999999999", "seed must be a whole number from 0 to 4294967295"),
     ("train tiny_gate --data classes --out started --resume", "last.ckpt is of another preset or of other data"),

@@ -168,6 +168,9 @@ def train(
         if preset or task:
             raise
         raise UserError(f"{error}{_other_work(card, kind, data)}") from None
+    for name in of_system.keys() & loaded.options.keys():
+        if of_system[name] != loaded.options[name]:
+            raise UserError(f"{name} follows from the data, where it is {loaded.options[name]}, got {of_system[name]}")
     built_with = {**loaded.options, **of_system}
     with _folder_for(folder):
         result = tasks.fit(
