@@ -466,7 +466,6 @@ def test_decision_transformer_is_causal_and_streams(mixer):
         (lambda: sinusoidal_encoding(torch.arange(3), 5), "dim must be even"),
         (lambda: SoftmaxAttention(8, 2, causal=False).prefill(torch.randn(1, 3, 8)), "cannot stream"),
     ],
-    ids=str,
 )
 def test_bad_arguments_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):
