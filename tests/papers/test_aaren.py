@@ -184,6 +184,12 @@ def test_the_recurrence_with_latent_queries_is_cross_attention(block):
     torch.testing.assert_close(outputs, defined, rtol=0, atol=1e-12)
 
 
+def test_the_recurrence_keeps_its_sums_in_float32_and_answers_in_the_type_of_its_values():
+    q, k, v = (torch.randn(2, 3, 8).bfloat16() for _ in range(3))
+    outputs, state = attention_rnn(q, k, v)
+    assert outputs.dtype == torch.bfloat16 and {part.dtype for part in state} == {torch.float32}
+
+
 def test_published_parameter_counts():
     aaren, transformer = count_parameters(aaren_d512()), count_parameters(transformer_d512())
     assert (aaren, transformer, aaren - transformer) == (3_152_896, 3_152_384, 512)
