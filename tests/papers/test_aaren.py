@@ -309,13 +309,9 @@ def test_a_converted_encoder_keeps_its_epsilon_and_its_mode(training):
     stock = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).train(training)
     aaren = AarenEncoder.from_transformer(stock)
     assert aaren.layers[0].norm1.eps == aaren.layers[0].norm2.eps == 0.1
-    assert {
-        module.training for module in (*aaren.modules(), *AarenEncoder.from_transformer(aaren_host(training)).modules())
-    } == {training}
-
-
-def aaren_host(training):
-    return TransformerEncoder(8, lambda dim: SoftmaxAttention(dim, 2), layers=1, feedforward=16).train(training)
+    ours = TransformerEncoder(8, lambda dim: SoftmaxAttention(dim, 2), layers=1, feedforward=16).train(training)
+    for converted in (aaren, AarenEncoder.from_transformer(ours)):
+        assert {module.training for module in converted.modules()} == {training}
 
 
 def test_encoders_of_another_form_are_not_converted():
