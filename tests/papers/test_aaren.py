@@ -455,6 +455,9 @@ def test_event_model_is_a_distribution_and_streams(mixer):
         torch.testing.assert_close(padded.mark_logits[mask], prediction.mark_logits[mask])
     nll = -prediction.log_prob_gap(torch.zeros(2, 15, dtype=torch.float64))
     assert nll.isfinite().all()
+    nn.init.normal_(model.mixture.weight, std=1e3)
+    log_scales = model(gaps, marks).log_scales
+    assert -5 <= log_scales.min() < -4 and 0 < log_scales.max() <= 1
 
 
 @mixers
