@@ -1,5 +1,6 @@
 import json
 
+import jaxtyping
 import pytest
 import torch
 
@@ -18,6 +19,20 @@ def test_papers_are_listed_and_found_by_name():
         provenn.pape  # noqa: B018
     with pytest.raises(UserError, match="did you mean 'tiny_gate'"):
         provenn.paper("tiny_gait")
+    assert repr(provenn.paper("tiny_gate")) == "provenn.paper('tiny_gate')"
+
+
+def test_a_name_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(TypeError, match="named by a string such as 'eca_net', got 3"):
+        provenn.paper(3)  # type: ignore[arg-type]
+
+
+def test_a_training_that_did_not_end_is_not_overwritten(tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"hours of work")
+    with pytest.raises(UserError, match="holds a training that did not end: go on with --resume"):
+        provenn.train("tiny_gate", "digits", out=tmp_path)
+    assert (tmp_path / "last.ckpt").read_bytes() == b"hours of work"
 
 
 def test_a_system_is_built_with_its_options_and_the_user_s():
@@ -29,7 +44,7 @@ def test_a_system_is_built_with_its_options_and_the_user_s():
 
 
 def test_claims_are_measured_from_python(tmp_path):
-    records = provenn.paper("tiny_gate").reproduce(claims=["parameters"], out=tmp_path)
+    records = provenn.paper("tiny_gate").reproduce(claims="parameters", out=tmp_path)
     assert [(record.claim, str(record.verdict)) for record in records] == [("parameters", "reproduced")]
 
 

@@ -119,6 +119,8 @@ def props(here) -> Path:
     (here / "no_preset.safetensors").write_bytes(content.replace(b"tiny_upscale", b"tiny_upscala"))
     (here / "cut").mkdir()
     (here / "cut" / "last.ckpt").write_bytes((here / "module.pt").read_bytes()[:300])
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2"}, here / "cut" / "resume.ckpt")
+    (here / "cut" / "weights.safetensors").touch()
     (here / "started").mkdir()
     torch.save({"state_dict": {"model.weight": torch.ones(2)}}, here / "started" / "last.ckpt")
     (here / "board").mkdir()
@@ -187,6 +189,10 @@ BAD = [
     ("train tiny_gate --data classes --out file", "cannot write to file"),
     (f"{TRAIN} --data classes --device cpu --devices 2 --strategy fsdp", "strategy fsdp needs GPUs, got device 'cpu'"),
     ("train tiny_gate --data classes --out cut --resume", "last.ckpt is damaged"),
+    ("train tiny_gate --data classes --out started", "holds a training that did not end: go on with --resume"),
+    (f"{TRAIN} --data good.csv", "(read for image-classification; for other work add --task series-forecasting or"),
+    (f"{TRAIN} --data airline", "'airline' is data for series-forecasting: add --task series-forecasting"),
+    (f"{TRAIN} --data classes --seed 99999999999999999999", "seed must be a whole number from 0 to 4294967295"),
     ("train tiny_gate --data classes --out started --resume", "last.ckpt is of another preset or of other data"),
     (f"{TRAIN} --task series-forecasting --data holes.csv", "holes.csv"),
     (f"{TRAIN} --task series-forecasting --data nan.csv", "nan.csv"),
@@ -199,7 +205,7 @@ BAD = [
     (f"{TRAIN} --task super-resolution --data damaged", "damaged"),
     (f"{TRAIN} --task super-resolution --data good.png", "good.png is a file"),
     ("predict tiny_gate good.png -o out.png", "Missing option '--weights'"),
-    ("predict tiny_gate --weights upscale.safetensors -o out.png", "Missing argument 'INPUT"),
+    ("predict tiny_gate --weights upscale.safetensors -o out.png", "name the files to apply tiny_gate to"),
     (f"{UPSCALE} nowhere.png", "no file at nowhere.png"),
     (f"{UPSCALE} truncated.png", "truncated.png"),
     (f"{UPSCALE} text.png", "text.png is no image"),
@@ -211,6 +217,11 @@ BAD = [
     ("predict tiny_gate good.png --weights upscale.safetensors -o file/out.png", "file"),
     ("predict tiny_gate good.png --weights upscale.safetensors -o out.doc", "out.doc"),
     ("predict tiny_gate good.png --weights upscale.safetensors -o /proc/out.png", "/proc"),
+    (f"{FORECAST} good.csv holes.csv", "several forecasts need a folder"),
+    ("predict tiny_gate --weights forecast.safetensors -o out good.csv holes.csv", "holes.csv"),
+    ("predict tiny_gate --weights forecast.safetensors -o good.csv good.csv", "is the input itself"),
+    ("predict tiny_gate --weights forecast.safetensors -o out.png good.csv", "written as .csv, got 'out.png'"),
+    (f"{UPSCALE} ''", "argument 7 is empty"),
     (f"{FORECAST} holes.csv", "holes.csv"),
     (f"{FORECAST} nan.csv", "nan.csv"),
     (f"{FORECAST} short.csv", "short.csv has 3 rows"),
@@ -225,6 +236,7 @@ BAD = [
     ("predict tiny_gate good.png -o out.png --weights noise.pt", "no torch checkpoint, or damaged"),
     ("predict tiny_gate good.png -o out.png --weights good.png", "no torch checkpoint, or damaged"),
     ("predict tiny_gate good.png -o out.png --weights list.pt", "expected a state dict of tensors"),
+    ("predict tiny_gate good.png -o out.png --weights cut/resume.ckpt", "its weights are in cut/weights.safetensors"),
     ("predict tiny_gate good.png -o out.png --weights plain.pt", "carries no provenn label"),
     ("predict tiny_gate good.png -o out.png --weights unlabelled.safetensors", "carries no provenn label"),
     ("predict tiny_gate good.png -o out.png --weights corrupt.safetensors", "no readable safetensors file"),
@@ -263,6 +275,14 @@ def test_without_a_word_it_says_what_there_is(run):
         assert f" {verb} " in out
 
 
+def test_a_narrow_terminal_puts_a_claim_above_its_figures(run, monkeypatch):
+    from provenn.cli import console
+
+    monkeypatch.setattr(console, "PIPED_WIDTH", 50)
+    out = run("show tiny_gate")[1]
+    assert "the paper's figure: 35 parameters (Table 1)" in out and max(map(len, out.splitlines())) <= 60
+
+
 def test_version(run):
     from provenn import __version__
 
@@ -271,7 +291,7 @@ def test_version(run):
 
 def test_list_and_show_for_people_and_machines(run):
     code, out, _ = run("list gate tiny")
-    assert code == 0 and "Tiny Gates: A Third Party's Paper" in out and "tiny (channel-gate)" in out
+    assert code == 0 and "Tiny Gates: A Third Party's Paper" in out and "channel-gate: tiny" in out
     (entry,) = [entry for entry in json.loads(run("list tiny-gate --json")[1]) if entry["slug"] == "tiny_gate"]
     assert entry["arxiv"] == "2401.00001" and entry["mechanisms"] == [{"name": "tiny", "slot": "channel-gate"}]
     code, out, _ = run("show Tiny-Gate")
@@ -394,6 +414,7 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(run, props, monkeypatch, when, resum
     monkeypatch.setattr(ImageClassification, "evaluate", interrupted)
     (props / "run").mkdir()
     (props / "run" / "last.ckpt").touch()
+    (props / "run" / "weights.safetensors").touch()
     os.utime(props / "run" / "last.ckpt", (0, 0))  # of a run long ago, which is not the one to go on with
     handler = signal.getsignal(signal.SIGINT)
     code, out, err = run("train tiny_gate --data classes --out run --epochs 3")

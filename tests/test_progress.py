@@ -23,6 +23,17 @@ def test_bars_go_to_stderr_and_to_terminals_alone(capsys, monkeypatch, terminal)
     assert captured.out == "" and ("claim one" in captured.err and "inner" in captured.err) == terminal
 
 
+def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
+    work()
+    assert capsys.readouterr().err == "", "no line for those who only use the library"
+    with progress.shown():
+        work()
+        assert capsys.readouterr().err == "", "nothing that takes less than half a minute says so"
+        monkeypatch.setattr(progress, "EVERY", 0.0)
+        work()
+    assert capsys.readouterr().err == "claim one: 1 of 2\ninner: 1 of 2\ninner: 2 of 2\n"
+
+
 def test_nested_displays_are_one_and_an_error_leaves_none(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(KeyError), progress.shown(), progress.shown():

@@ -333,6 +333,14 @@ def test_an_example_leaves_no_trace():
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_model_and_no_place_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a .*Module, got str"):
+        insert_after("resnet", "layer1", nn.BatchNorm2d)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"where must be a name pattern, .* got 3"):
+        swap(nn.Sequential(nn.ReLU()), 3, lambda old: nn.GELU())  # type: ignore[arg-type]
+
+
 def test_a_factory_must_give_a_module():
     with pytest.raises(TypeError, match="must return an nn"):
         swap(nn.Sequential(nn.ReLU()), "0", lambda old: torch.relu)

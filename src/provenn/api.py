@@ -26,6 +26,9 @@ class Paper:
 
     card: catalog.Card
 
+    def __repr__(self) -> str:
+        return f"provenn.paper({self.card.slug!r})"
+
     def build(self, preset: str | None = None, **overrides: Any) -> "nn.Module":
         """A system of the paper, with fresh weights.
 
@@ -150,10 +153,25 @@ def train(
     folder = Path(out) if out is not None else Path("runs") / card.slug
     if resume and not (folder / CHECKPOINT).exists():
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
+    if not resume and (folder / CHECKPOINT).exists() and not (folder / weights.FILE).exists():
+        raise UserError(
+            f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
+            f"or delete {folder / CHECKPOINT}"
+        )
     final = recipe_of(chosen.recipe, **(recipe or {}))
     device = choose_device(device)
+    if str(data) not in kind.embedded and not Path(data).exists():
+        for other in card.tasks:
+            if data in tasks.get_task(other).embedded:
+                raise UserError(f"{data!r} is data for {other}: add --task {other}")
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
-    loaded = kind.load(data, seed=seed, **of_data)
+    try:
+        loaded = kind.load(data, seed=seed, **of_data)
+    except UserError as error:
+        others = [name for name in card.tasks if name != kind.name]
+        if preset or task or not others:
+            raise
+        raise UserError(f"{error} (read for {kind.name}; for other work add --task {' or '.join(others)})") from None
     built_with = {**loaded.options, **of_system}
     with _folder_for(folder):
         result = tasks.fit(
@@ -250,4 +268,6 @@ def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, out
         if not file.exists():
             raise UserError(f"no file at {file}")
     model, label = paper(slug).load(weights)
+    if not files and label.task != "reinforcement-learning":  # which can play episodes of its own
+        raise UserError(f"name the files to apply {slug} to")
     return get_task(label.task).predict(model, label.meta, files, None if output is None else Path(output))

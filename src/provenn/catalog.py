@@ -36,7 +36,9 @@ class Figure(Facts):
     what: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value:.15g} {self.unit or self.what}".strip() + f" ({self.source})"
+        unit = self.unit or self.what
+        times = "× " if unit[:1].isdigit() else ""  # of 2^20, say
+        return f"{self.value:,.15g} {times}{unit}".strip() + f" ({self.source})"
 
 
 class Region(Facts):
@@ -247,6 +249,8 @@ def cards() -> dict[str, Card]:
 
 def card(slug: str) -> Card:
     """The card of one paper; an unknown slug is answered with the nearest one."""
+    if not isinstance(slug, str):
+        raise TypeError(f"a paper is named by a string such as 'eca_net', got {slug!r}")
     known = cards()
     name = slug.lower().replace("-", "_")
     if name in known:

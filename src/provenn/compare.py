@@ -234,12 +234,14 @@ class SlotComparison:
             front = self.front(cost)
             costs = [one.cost(cost) / scale[cost] for one in front]
             axes.plot(costs, [one.mean for one in front], color="0.75", zorder=0, label="the best for their cost")
+            middle = sum(edge(one.cost(cost) for one in self.candidates) for edge in (min, max)) / scale[cost]
             for number, one in enumerate(self.candidates):
                 x, color = one.cost(cost) / scale[cost], f"C{number % 10}"
                 low, high = one.interval or (one.mean, one.mean)
                 axes.errorbar(x, one.mean, [[one.mean - low], [high - one.mean]], marker="o", capsize=3, color=color)
                 axes.scatter([x] * len(one.quality), one.quality, s=14, color=color, alpha=0.4)  # each seed
-                axes.annotate(one.name, (x, one.mean), xytext=(6, 4), textcoords="offset points")
+                inward = {"xytext": (6, 4), "ha": "left"} if 2 * x <= middle else {"xytext": (-6, 4), "ha": "right"}
+                axes.annotate(one.name, (x, one.mean), textcoords="offset points", **inward)
             axes.set_xlabel(label)
             axes.margins(x=0.15)
             axes.locator_params(axis="x", nbins=4)

@@ -1,23 +1,33 @@
-"""Progress bars on stderr, none when it is not a terminal.
+"""Progress on stderr: bars on a terminal, and elsewhere (a log file) a line now and then.
 
 One display is shared by whoever is working: bars of claims, seeds and epochs stack below each other.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+EVERY = 30.0  # seconds between two lines of a log
 _display: Any = None
+_log: float | None = None  # when the log got its last line, where there is one
 
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Show the bars of everything that runs inside, where stderr is a terminal."""
-    global _display
-    if _display is not None or not sys.stderr.isatty():
+    """Show how far everything is that runs inside."""
+    global _display, _log
+    if _display is not None or _log is not None:
         yield
+        return
+    if not sys.stderr.isatty():
+        _log = time.monotonic()
+        try:
+            yield
+        finally:
+            _log = None
         return
     from rich.console import Console
     from rich.progress import (
@@ -42,7 +52,7 @@ def shown() -> Iterator[None]:
 def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar of `total` steps; yields `advance(steps=1, description=None)`."""
     if _display is None:
-        yield lambda steps=1, description=None: None
+        yield _lines(description, total)
         return
     display, task = _display, _display.add_task(description, total=total)
 
@@ -53,6 +63,20 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
         yield advance
     finally:
         display.remove_task(task)
+
+
+def _lines(description: str, total: int | None) -> Callable[..., None]:
+    done, of = 0, "" if total is None else f" of {total}"
+
+    def advance(steps: int = 1, description: str | None = description) -> None:
+        global _log
+        nonlocal done
+        done += steps
+        if _log is not None and time.monotonic() - _log >= EVERY:
+            _log = time.monotonic()
+            print(f"{description}: {done}{of}", file=sys.stderr, flush=True)
+
+    return advance
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

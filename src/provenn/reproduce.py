@@ -20,7 +20,7 @@ BUDGETS = ("smoke", "small", "paper")
 def reproduce(
     card: Card,
     *,
-    claims: Sequence[str] | None = None,
+    claims: str | Sequence[str] | None = None,
     budget: str = "small",
     seeds: int | str | Sequence[int] = 3,
     device: str = "auto",
@@ -33,7 +33,7 @@ def reproduce(
 
     Args:
         card: the paper.
-        claims: ids of the claims to measure; by default all.
+        claims: ids of the claims to measure, or the one; by default all.
         budget: smoke, small or paper.
         seeds: how many, or which: see `choose_seeds`.
         device: auto, cpu, cuda, mps or a torch device.
@@ -48,6 +48,7 @@ def reproduce(
     chosen_seeds = choose_seeds(seeds)
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    claims = [claims] if isinstance(claims, str) else claims
     wanted = [card.claim(name) for name in claims] if claims else card.claims
     device = choose_device(device)
     folder = Path(out)

@@ -208,7 +208,11 @@ def _parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _find(model: nn.Module, where: Place | Sequence[Place]) -> dict[nn.Module, list[str]]:
-    places = [where] if isinstance(where, str | type) else list(where)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    places = [where] if isinstance(where, str | type) else list(where) if isinstance(where, Sequence) else [where]
+    if not all(isinstance(place, str | type) for place in places):
+        raise TypeError(f"where must be a name pattern, a module class, or a list of them, got {where!r}")
     names = _names(model)
     found: dict[nn.Module, list[str]] = {}
     unused = list(places)

@@ -84,6 +84,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
         else:
             reason = "it is no torch checkpoint, or damaged"
         raise UserError(f"refused {file}: {reason}; give a .safetensors file or a plain state dict") from None
+    if isinstance(content, dict) and "pytorch-lightning_version" in content and (file.parent / FILE).exists():
+        raise UserError(f"{file} is there to resume a training; its weights are in {file.parent / FILE}")
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -225,7 +225,8 @@ def test_a_paper_in_the_catalogue_brings_its_title(third_party, tmp_path):
 @pytest.mark.parametrize(
     "measurement, words",
     [
-        (Measurement.exact(25557112, unit="parameters"), "25557112 parameters"),
+        (Measurement.exact(25557112, unit="parameters"), "25,557,112 parameters"),
+        (Measurement.exact(24.37, unit="2^20 parameters"), "24.37 × 2^20 parameters"),
         (Measurement.holds(True), "holds"),
         (Measurement.holds(False), "does not hold"),
         (Measurement.paired([1.0, 2.0], [1.5, 2.6], seeds=[0, 1]), "-0.55 [-1.19, 0.0853] (1.5 against 2.05)"),

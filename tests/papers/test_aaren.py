@@ -132,6 +132,14 @@ def test_streaming_trains_as_the_scan_does():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_tokens_of_another_width_are_refused(untyped):
+    mixer = AarenAttention(8, 2)
+    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\), got \(3, 8\)"):
+        mixer(torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"expected one token a stream, \(batch, 8\), got \(1, 7\)"):
+        mixer.step(torch.randn(1, 7), mixer.init_state(1))
+
+
 def test_the_key_bias_is_a_dead_parameter():
     layer = AarenAttention(8, 2).double()
     x = torch.randn(2, 12, 8, dtype=torch.float64)
@@ -498,7 +506,6 @@ def test_decision_transformer_is_causal_and_streams(mixer):
         (lambda: sinusoidal_encoding(torch.arange(3), 5), "dim must be even"),
         (lambda: SoftmaxAttention(8, 2, causal=False).prefill(torch.randn(1, 3, 8)), "cannot stream"),
     ],
-    ids=str,
 )
 def test_bad_arguments_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):

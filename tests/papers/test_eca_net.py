@@ -319,6 +319,8 @@ def official_names(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_foreign_weights_are_refused():
     with pytest.raises(ValueError, match="expected a state dict of ECANet"):
         convert(resnet.resnet18().state_dict())
+    with pytest.raises(ValueError, match="expected a state dict of ECANet"):
+        convert({"classifier.1.weight": torch.zeros(10, 4)})  # torchvision's MobileNetV2 and VGG have such a name
     with pytest.raises(ValueError, match="stages of"):
         convert(official_names(eca_net.eca_resnet18()) | {"layer1.7.eca.conv.weight": torch.zeros(1, 1, 3)})
 

@@ -77,10 +77,16 @@ def test_a_folder_is_learned_and_predicted(reds_and_blues, tmp_path_factory):
     save(new / "b.png", (10, 10, 250, 255), (10, 40), "RGBA")
     text = TASK.predict(result.model, data.meta, [new / "a.png", new], new / "out" / "labels.csv")
     lines = text.splitlines()
-    assert len(lines) == 3 and "red" in lines[0].split(",")[0] and "blue" in lines[2].split(",")[0]
+    assert (
+        len(lines) == 4
+        and lines[3].startswith("wrote ")
+        and "red" in lines[0].split(",")[0]
+        and "blue" in lines[2].split(",")[0]
+    )
     rows = list(csv.DictReader((new / "out" / "labels.csv").open()))
     assert [row["label"] for row in rows] == ["red", "red", "blue"]
     assert all(abs(float(row["red"]) + float(row["blue"]) - 1) < 1e-5 for row in rows)
+    assert TASK.predict(result.model, data.meta, [new] * 15, None).endswith("and 10 more; -o FILE.csv writes them all")
     assert TASK.picture(result.model, data) is not None
 
 

@@ -94,8 +94,14 @@ def test_forecast_goes_on_from_the_last_row(tmp_path):
     assert rows == [["Month", "sales", "cost"], ["2024-01-01", "111", "-11"], ["2024-02-01", "111", "-11"]]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "2024-02-01  111  -11" in TASK.predict(model, meta, [file], None)
-    TASK.predict(model, meta, [file, file], tmp_path / "many")
-    assert (tmp_path / "many" / "mine_forecast.csv").exists()
+    again = tmp_path / "again.csv"
+    again.write_text(file.read_text())
+    TASK.predict(model, meta, [file, again], tmp_path / "many")
+    assert {made.name for made in (tmp_path / "many").iterdir()} == {
+        "mine_forecast.csv", "mine_forecast.png", "again_forecast.csv", "again_forecast.png"
+    }  # fmt: skip
+    with pytest.raises(UserError, match="two forecasts would both be written to"):
+        TASK.predict(model, meta, [file, file], tmp_path / "many")
 
 
 def test_prediction_refuses_other_columns_and_a_short_past(tmp_path):
@@ -115,6 +121,7 @@ def test_prediction_refuses_other_columns_and_a_short_past(tmp_path):
         ("x,y\n1,2\n1,low\n", "row 3, column 'y': expected a number, got 'low'"),
         ("date\n2020-01-01\n", "no column besides 'date'"),
         ("x\n1\n2\n3\n", "has 3 rows: too few"),
+        ("x\n" + "1e300\n-1e300\n" * 50, "column 'x' holds numbers too large to be standardised"),
         ("x,y\n1\n", "row 2 has 1 cells where the header has 2"),
     ],
 )

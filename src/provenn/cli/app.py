@@ -91,7 +91,9 @@ def _version(wanted: bool) -> bool:
 
 @app.callback()
 def provenn(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Papers that run, claims that are checked."""
 
@@ -132,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without ✔ shows a question mark
+    if "" in given:
+        return _refuse(f"argument {given.index('') + 1} is empty: was a variable of the shell not set?")
     try:
         code: Any = app(given, prog_name="provenn", standalone_mode=False)
         sys.stdout.flush()

@@ -15,7 +15,7 @@ from provenn.evidence.measurement import Measurement
 from provenn.evidence.record import Record
 from provenn.evidence.verdict import Verdict
 
-PIPED_WIDTH = 200
+PIPED_WIDTH, NARROW = 200, 100
 COLOURS = {
     Verdict.REPRODUCED: "green",
     Verdict.DIRECTION_HOLDS: "cyan",
@@ -68,7 +68,18 @@ def claims(records: Iterable[Record]) -> Table:
         )
         for record in records
     ]
-    grid = table(("claim", "the paper's figure", "ours, with its 95 % interval", "verdict"), rows)
+    return claim_table(("claim", "the paper's figure", "ours, with its 95 % interval", "verdict"), rows)
+
+
+def claim_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Claims side by side with what belongs to them; below them where the terminal is too narrow for that."""
+    if console().width < NARROW:
+        below = (
+            [first, *(f"[dim]{name}:[/] {cell}" for name, cell in zip(columns[1:], rest) if cell)]
+            for first, *rest in rows
+        )
+        columns, rows = columns[:1], [["\n".join(lines)] for lines in below]
+    grid = table(columns, rows)
     grid.padding = (0, 3, 1, 0)
     return grid
 

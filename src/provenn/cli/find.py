@@ -38,13 +38,18 @@ def list_papers(
     rows = [
         (
             f"[bold]{card.slug}[/]",
-            console.escape(card.title),
-            ", ".join(card.tasks),
-            ", ".join(f"{mechanism.name} ({mechanism.slot})" for mechanism in card.mechanisms),
+            "\n".join([console.escape(card.title), f"[dim]{', '.join(card.tasks)}[/]", *_slots(card)]),
         )
         for card in found
     ]
-    console.console().print(console.table(("slug", "title", "task", "mechanism (slot)"), rows))
+    console.console().print(console.table(("slug", "title, tasks, slot: mechanisms"), rows))
+
+
+def _slots(card: Card) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for mechanism in card.mechanisms:
+        names.setdefault(mechanism.slot, []).append(mechanism.name)
+    return [f"[dim]{slot}:[/] {', '.join(inside)}" for slot, inside in names.items()]
 
 
 def _known(what: str, name: str | None, names: set[str]) -> None:
@@ -95,8 +100,8 @@ def show(slug: Slug, json: Json = False) -> None:
         ]
         out.print(console.table(("preset", "task", "published"), rows), "")
     if card.claims:
-        columns = ("claim", "kind", "the paper's figure", "ours, with its 95 % interval", "verdict")
-        out.print(console.table(columns, [_claim(claim, evidence.get(claim.id)) for claim in card.claims]), "")
+        columns = ("claim", "the paper's figure", "ours, with its 95 % interval", "verdict")
+        out.print(console.claim_table(columns, [_claim(claim, evidence.get(claim.id)) for claim in card.claims]), "")
         out.print(f"provenn reproduce {card.slug}")
     if card.presets:
         out.print(f"provenn train {card.slug} --preset {card.presets[0].name} --data …")
@@ -107,10 +112,10 @@ def _claim(claim: Claim, record: "Record | None") -> tuple[str, ...]:
     from provenn.evidence import view
 
     needs = f"[dim]needs {console.escape(claim.needs)}[/]" if claim.needs else ""
+    kind = claim.kind + ("" if claim.origin == "paper" else ", ours")
     return (
-        f"[bold]{claim.id}[/]\n{console.escape(claim.says)}",
-        claim.kind + ("" if claim.origin == "paper" else ", ours"),
-        console.escape(str(claim.published or claim.expects or "")),
+        f"[bold]{claim.id}[/]\n{console.escape(claim.says)} [dim]({kind})[/]",
+        console.escape(view.theirs(claim)),
         console.escape(view.ours(record.measurement)) if record else "",
         console.verdict(record.verdict) if record else needs,
     )

@@ -1,6 +1,7 @@
 """Verbs that work on the user's data: train, predict."""
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,9 @@ def train(
     for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
         terminal.print(f"written  {file}", soft_wrap=True)
     terminal.print(
-        f"next     provenn predict {card.slug} INPUT… --weights {folder} -o OUTPUT", markup=False, soft_wrap=True
+        f"next     provenn predict {card.slug} INPUT… --weights {shlex.quote(str(folder))} -o OUTPUT",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -87,13 +90,16 @@ def _pairs(texts: Sequence[str]) -> dict[str, Any]:
 @app.command()
 def predict(
     slug: Slug,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT…", help="Files to apply the system to.")],
     weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="INPUT…", help="Files to apply the system to; an agent plays without."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")] = None,
 ) -> None:
     """Apply trained weights to files."""
     from provenn import api
 
     with progress.shown():
-        text = api.predict(slug, inputs, weights=weights, output=output)
+        text = api.predict(slug, inputs or [], weights=weights, output=output)
     print(text)

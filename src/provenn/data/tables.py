@@ -131,6 +131,16 @@ def write_table(file: Path, columns: Sequence[str], rows: Iterable[Sequence[str 
         raise UserError(f"cannot write {file}: {error.strerror}") from None
 
 
+def check_csv(output: Path | None, inputs: Iterable[Path]) -> None:
+    """Refuse to write predictions under a name that says they are no table, or over what they are made from."""
+    if output is None:
+        return
+    if output.suffix.lower() != ".csv":
+        raise UserError(f"predictions are written as .csv, got {str(output)!r}")
+    if output.resolve() in {file.resolve() for file in inputs}:
+        raise UserError(f"{output} is the input itself; choose another place with -o")
+
+
 def is_number(cell: str) -> bool:
     """Whether a cell reads as a number, NaN included."""
     try:

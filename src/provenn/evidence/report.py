@@ -146,6 +146,7 @@ def _svg(title: str, lines: Sequence[Series], salt: str) -> Any:
     import matplotlib as mpl
     from markupsafe import Markup, escape
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     look: dict[Any, Any] = {
         "svg.fonttype": "none",
@@ -177,6 +178,8 @@ def _svg(title: str, lines: Sequence[Series], salt: str) -> Any:
                 axes.minorticks_off()
                 shown = sizes[:: math.ceil(len(sizes) / MOST_TICKS)]
                 axes.set_xticks(shown, [view.number(x) for x in shown])
+        elif all(float(x).is_integer() for x in sizes):  # there is no epoch 0.98
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if "y" in lines[0].log and any(y > 0 for line in lines for y in line.y):
             axes.set_yscale("log")
         axes.set_xlabel(_literal(lines[0].x_label))

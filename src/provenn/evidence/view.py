@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, isinf
 from pathlib import Path
 
+from provenn.catalog import Claim
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.record import Ledger, Record
@@ -24,14 +25,14 @@ def number(value: Number | None, digits: int = 4) -> str:
     """A figure as people write it.
 
     >>> number(25557112.0), number(0.123456), number(-2.0), number(1.5e-9), number(None)
-    ('25557112', '0.1235', '-2', '1.5e-09', '–')
+    ('25,557,112', '0.1235', '-2', '1.5e-09', '–')
     """
     if value is None:
         return "–"
     if not isfinite(value):
         return ("-" if value < 0 else "") + "∞" if isinf(value) else "not a number"
     if float(value).is_integer() and abs(value) < 1e15:
-        return str(int(value))
+        return f"{int(value):,}"
     return f"{value:.{digits}g}"
 
 
@@ -42,6 +43,7 @@ def ours(measurement: Measurement) -> str:
     if measurement.kind_of_effect == "truth":
         return "holds" if measurement.effect else "does not hold"
     unit = f" {measurement.unit}" if measurement.unit else ""
+    unit = f" ×{unit}" if measurement.unit[:1].isdigit() else unit  # of 2^20, say
     low, high = measurement.interval or (None, None)
     spread = "" if low is None or low == high else f" [{number(low, 3)}, {number(high, 3)}]"
     if measurement.kind_of_effect == "value":
@@ -51,11 +53,11 @@ def ours(measurement: Measurement) -> str:
     return sign + number(measurement.effect) + spread + sides
 
 
-def theirs(record: Record) -> str:
+def theirs(of: Claim | Record) -> str:
     """The figure that was published, or what the claim comes to in numbers."""
-    if record.published or not record.expects or record.measurement.kind_of_effect == "truth":
-        return record.published
-    return f"claimed {record.expects}"
+    if of.published or not of.expects or (isinstance(of, Record) and of.measurement.kind_of_effect == "truth"):
+        return str(of.published or "")
+    return f"{'claimed' if of.origin == 'paper' else 'we claim'} {of.expects}"
 
 
 def tally(records: Iterable[Record]) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from provenn import progress
 from provenn.data.images import images_in, read_image, size_of
-from provenn.data.tables import write_table
+from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, device_of, fingerprint, split_indices
 
@@ -26,6 +26,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224
 EMBEDDED = {"digits": "1,797 handwritten digits of 8×8 pixels (scikit-learn, from the UCI repository); 10 classes"}
 LARGEST_CHECKED = 20_000  # images; a larger folder is read as training goes, for a first look at all would take hours
+SHOWN = 20  # lines of predictions in the terminal
 MEMORY = 2**30  # bytes of decoded images that are kept
 
 
@@ -83,8 +84,7 @@ class ImageClassification(Task):
 
         A folder among the inputs stands for the images in it.
         """
-        if output is not None and output.suffix.lower() != ".csv":
-            raise UserError(f"predictions of classes are written as .csv, got {str(output)!r}")
+        check_csv(output, inputs)
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         device = device_of(model)
         images = (_standard(_see(_read(file, meta["channels"]), meta["size"]), meta) for file in files)
@@ -100,10 +100,13 @@ class ImageClassification(Task):
                 for file, row in zip(files, probabilities, strict=True)
             ]
             write_table(output, ["file", "label", *classes], rows)
-        return "\n".join(
+        lines = [
             f"{file}: " + ", ".join(f"{classes[i]} {p:.1%}" for p, i in zip(*map(Tensor.tolist, row.topk(_shown(row)))))
-            for file, row in zip(files, probabilities, strict=True)
-        )
+            for file, row in zip(files[:SHOWN], probabilities)
+        ]
+        if len(files) > SHOWN:
+            lines.append(f"and {len(files) - SHOWN} more{'' if output else '; -o FILE.csv writes them all'}")
+        return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Test images with what the model says, mistakes first."""

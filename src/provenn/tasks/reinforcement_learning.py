@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from provenn.data.tables import read_table, write_table
+from provenn.data.tables import check_csv, read_table, write_table
 from provenn.data.trajectories import QUALITIES, SCRIPTS, Trajectory, collect, make_environment, read_trajectories
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
@@ -271,6 +271,7 @@ class ReinforcementLearning(Task):
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """Play episodes (no input: 20; a CSV with `seed,target`: these), or tell the next action of trajectories."""
+        check_csv(output, inputs)
         setting = Setting(**meta)
         tables = [file for file in inputs if file.suffix == ".csv"]
         if inputs and not tables:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from provenn.data.series import FORMATS, Collection, bundled, read_series
-from provenn.data.tables import write_table
+from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
 
@@ -97,6 +97,7 @@ class SeriesClassification(Task):
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """Label every series of the files, with the probability of each class."""
+        check_csv(output, inputs)
         rows: list[list[str | float]] = []
         for file in inputs:
             collection = read_series(file)

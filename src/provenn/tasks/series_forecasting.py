@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from provenn.data.dates import continue_dates
 from provenn.data.series import bundled
-from provenn.data.tables import Table, is_number, read_table, write_table
+from provenn.data.tables import Table, check_csv, is_number, read_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
 
@@ -117,7 +117,11 @@ class SeriesForecasting(Task):
                 f"training takes the first {cuts[0]}, validation and test {cuts[1] - cuts[0]} and {rows - cuts[1]}"
             )
         train = values[: cuts[0]]
-        std = train.std(0)
+        with np.errstate(over="ignore"):
+            std = train.std(0)
+        if not np.isfinite(std).all():
+            name = columns[int(np.argmin(np.isfinite(std)))]
+            raise UserError(f"{source}, column {name!r} holds numbers too large to be standardised: scale it down")
         std = np.where(std > 1e-12, std, 1.0)
         meta = {
             "columns": columns,
@@ -158,8 +162,9 @@ class SeriesForecasting(Task):
         }
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
-        """Forecast what follows the last row of each file: a CSV, and beside it a plot."""
-        texts = []
+        """Forecast what follows the last row of each file: a CSV and a plot beside it; for several, in a folder."""
+        targets = _targets(inputs, output)
+        texts, made = [], []
         for file in inputs:
             columns, values, times = _read(read_table(file), (), meta["columns"])
             past = values[-meta["context"] :]
@@ -176,11 +181,10 @@ class SeriesForecasting(Task):
             if output is None:
                 shown = "\n".join("  ".join(f"{c:.6g}" if isinstance(c, float) else c for c in row) for row in rows)
                 texts.append("  ".join([header, *columns]) + "\n" + shown)
-                continue
-            several = len(inputs) > 1 or output.is_dir()
-            target = output / f"{file.stem}_forecast.csv" if several else output
-            write_table(target, [header, *columns], rows)
-            _forecast_plot(columns, values[-4 * len(past) :], forecast).savefig(target.with_suffix(".png"), dpi=110)
+            made.append(([header, *columns], rows, _forecast_plot(columns, values[-4 * len(past) :], forecast)))
+        for file, target, (titles, rows, plot) in zip(inputs, targets, made):
+            write_table(target, titles, rows)
+            plot.savefig(target.with_suffix(".png"), dpi=110)
             texts.append(f"{file}: {len(rows)} steps, wrote {target} and {target.with_suffix('.png')}")
         return "\n".join(texts)
 
@@ -223,6 +227,23 @@ class SeriesForecasting(Task):
 
 
 TASK = SeriesForecasting()
+
+
+def _targets(inputs: Sequence[Path], output: Path | None) -> list[Path]:
+    """Where the forecast of each file goes: no input is overwritten, and no two go to one place."""
+    if output is None:
+        return []
+    if len(inputs) == 1 and not output.is_dir():
+        check_csv(output, inputs)
+        return [output]
+    if output.is_file() or output.suffix.lower() == ".csv":
+        raise UserError(f"{output} is a name for one file; several forecasts need a folder")
+    targets = [output / f"{file.stem}_forecast.csv" for file in inputs]
+    for target in targets:
+        check_csv(target, inputs)
+        if targets.count(target) > 1:
+            raise UserError(f"two forecasts would both be written to {target}; rename one or give them apart")
+    return targets
 
 
 def _read(

@@ -197,6 +197,8 @@ def fit(
         raise UserError(f"strategy fsdp needs GPUs, got device {device!r}; take ddp")
     if device.startswith("cuda") and devices > torch.cuda.device_count():
         raise UserError(f"devices must be at most {torch.cuda.device_count()} on this machine, got {devices}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
     lightning = _lightning()
     torch.manual_seed(seed)
     model = build()

@@ -106,6 +106,8 @@ class AarenAttention(nn.Module):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], PrefixState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
         scores = self._scores(x).transpose(1, 2)
         values = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         hidden = None if mask is None else mask.unsqueeze(1)
@@ -128,6 +130,8 @@ class AarenAttention(nn.Module):
         self, x_t: Float[Tensor, "batch dim"], state: PrefixState
     ) -> tuple[Float[Tensor, "batch dim"], PrefixState]:
         """One token more, in time and memory that do not depend on how many came before."""
+        if x_t.dim() != 2 or x_t.shape[-1] != self.dim:
+            raise ValueError(f"expected one token a stream, (batch, {self.dim}), got {tuple(x_t.shape)}")
         scores = self._scores(x_t).to(state.m.dtype)
         values = self.value(x_t).unflatten(-1, (self.heads, -1)).to(state.w.dtype)
         state = merge(state, PrefixState(scores, torch.ones_like(scores), values))

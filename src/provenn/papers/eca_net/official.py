@@ -28,10 +28,17 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
         UserError: when the parameters are not those of one of the authors' models.
     """
     plain = {name.replace("module.", ""): value for name, value in state.items()}
-    if "classifier.1.weight" in plain:
-        return _mobilenet(plain)
+    try:
+        return _mobilenet(plain) if "classifier.1.weight" in plain else _resnet(plain)
+    except (KeyError, IndexError):
+        raise UserError(
+            "expected a state dict of ECANet's eca_resnet* or eca_mobilenet_v2, found other parameters"
+        ) from None
+
+
+def _resnet(plain: dict[str, Tensor]) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     if "fc.weight" not in plain or not any(".eca." in name for name in plain):
-        raise UserError("expected a state dict of ECANet's eca_resnet* or eca_mobilenet_v2, found other parameters")
+        raise KeyError("fc.weight and .eca.")
     ours = {name.replace(".eca.", ".gate."): value for name, value in plain.items()}
     depths = tuple(len({n.split(".")[1] for n in plain if n.startswith(f"layer{stage}.")}) for stage in (1, 2, 3, 4))
     preset = _RESNETS.get((depths, "layer1.0.conv3.weight" in plain))
