@@ -191,7 +191,7 @@ BAD = [
     ("train tiny_gate --data classes --out cut --resume", "last.ckpt is damaged"),
     ("train tiny_gate --data classes --out started", "holds a training that did not end: go on with --resume"),
     (f"{TRAIN} --data good.csv", "(read for image-classification; for other work add --task series-forecasting or"),
-    (f"{TRAIN} --data airline", "'airline' is data for series-forecasting: add --task series-forecasting"),
+    (f"{TRAIN} --data airline", "for other work add --task series-forecasting)"),
     (f"{TRAIN} --data classes --seed 99999999999999999999", "seed must be a whole number from 0 to 4294967295"),
     ("train tiny_gate --data classes --out started --resume", "last.ckpt is of another preset or of other data"),
     (f"{TRAIN} --task series-forecasting --data holes.csv", "holes.csv"),
@@ -247,6 +247,9 @@ BAD = [
     ("compare --slot chanel-gate --data digits --out run", "chanel-gate"),
     ("compare --slot channel-gate --data nowhere --out run", "nowhere"),
     ("compare --slot channel-gate --data digits --with tiny,nobody --out run", "nobody"),
+    ("reproduce tiny_gate --seeds 100000000000 --out run", "seeds must be at most 10000"),
+    ("reproduce tiny_gate --seeds 1-99999999999 --out run", "seeds must be at most 10000"),
+    ("reproduce tiny_gate --seeds 1,99999999999 --out run", "each seed must be below 4294967296"),
     ("compare --slot channel-gate --data digits --seeds 0 --out run", "seeds must be at least 1, got 0"),
     ("compare --slot channel-gate --data digits --budget tiny --out run", "tiny"),
 ]
@@ -352,6 +355,7 @@ def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
     code, out, err = run("bench tiny_gate --out run")
     assert code == 0 and err.count("\n") == 1 and "linear" in err
     assert "Operations" in out and "no gate" in out and "2.5" in out
+    assert out.count("\nlinear") == 2, "once with its verdict, once above its tables"
     (record,) = json.loads(run("bench tiny_gate --out run --json")[1])["records"]
     assert record["kind"] == "cost"
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from provenn.evidence.record import Record
+    from provenn.tasks.base import Task
     from provenn.weights import Label
 
 
@@ -160,18 +161,13 @@ def train(
         )
     final = recipe_of(chosen.recipe, **(recipe or {}))
     device = choose_device(device)
-    if str(data) not in kind.embedded and not Path(data).exists():
-        for other in card.tasks:
-            if data in tasks.get_task(other).embedded:
-                raise UserError(f"{data!r} is data for {other}: add --task {other}")
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
     try:
         loaded = kind.load(data, seed=seed, **of_data)
     except UserError as error:
-        others = [name for name in card.tasks if name != kind.name]
-        if preset or task or not others:
+        if preset or task:
             raise
-        raise UserError(f"{error} (read for {kind.name}; for other work add --task {' or '.join(others)})") from None
+        raise UserError(f"{error}{_other_work(card, kind, data)}") from None
     built_with = {**loaded.options, **of_system}
     with _folder_for(folder):
         result = tasks.fit(
@@ -208,6 +204,15 @@ def train(
     if picture is not None:
         picture.savefig(folder / "picture.png", dpi=110, bbox_inches="tight")
     return folder, result.metrics
+
+
+def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
+    """A hint for those who gave data of one task to a paper whose first preset is for another."""
+    from provenn.tasks import get_task
+
+    others = [name for name in card.tasks if name != kind.name and data not in kind.embedded]
+    fitting = [name for name in others if data in get_task(name).embedded]
+    return f" (read for {kind.name}; for other work add --task {' or '.join(fitting or others)})" if others else ""
 
 
 @contextmanager

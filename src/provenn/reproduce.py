@@ -15,6 +15,7 @@ from provenn.evidence.record import Environment, Ledger, Record, here, peak_memo
 from provenn.evidence.run import Budget, Run
 
 BUDGETS = ("smoke", "small", "paper")
+MOST_SEEDS = 10_000
 
 
 def reproduce(
@@ -125,23 +126,25 @@ def choose_seeds(seeds: int | str | Sequence[int]) -> tuple[int, ...]:
     >>> choose_seeds(3), choose_seeds("3"), choose_seeds("10-12"), choose_seeds("7,9,11")
     ((0, 1, 2), (0, 1, 2), (10, 11, 12), (7, 9, 11))
     """
-    if isinstance(seeds, str):
-        chosen = _parsed(seeds)
-    else:
-        chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    meant = _parsed(seeds) if isinstance(seeds, str) else range(seeds) if isinstance(seeds, int) else seeds
+    if meant[MOST_SEEDS:]:
+        raise UserError(f"seeds must be at most {MOST_SEEDS}, got {seeds}")
+    chosen = tuple(meant)
     if not chosen or min(chosen) < 0:
         raise UserError(f"seeds must be at least 1, got {seeds}")
+    if max(chosen) >= 2**32:
+        raise UserError(f"each seed must be below {2**32}, got {max(chosen)}")
     if len(set(chosen)) < len(chosen):
         raise UserError(f"seeds must differ, got {seeds}")
     return chosen
 
 
-def _parsed(text: str) -> tuple[int, ...]:
+def _parsed(text: str) -> Sequence[int]:
     try:
         if "," in text:
             return tuple(int(part) for part in text.split(","))
         first, dash, last = text.strip().partition("-")
-        return tuple(range(int(first), int(last) + 1)) if dash and first else tuple(range(int(text)))
+        return range(int(first), int(last) + 1) if dash and first else range(int(text))
     except ValueError:
         raise UserError(f"--seeds takes a count (3), a list (7,9,11) or a range (10-12), got {text!r}") from None
 

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from provenn.evidence import view
 from provenn.evidence.measurement import Measurement
+from provenn.evidence.measurement import Table as Numbers
 from provenn.evidence.record import Record
 from provenn.evidence.verdict import Verdict
 
 PIPED_WIDTH, NARROW = 200, 100
+MANY = 5  # columns, more of which a narrow terminal has no room for
 COLOURS = {
     Verdict.REPRODUCED: "green",
     Verdict.DIRECTION_HOLDS: "cyan",
@@ -73,20 +75,26 @@ def claims(records: Iterable[Record]) -> Table:
 
 def claim_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Claims side by side with what belongs to them; below them where the terminal is too narrow for that."""
-    if console().width < NARROW:
-        below = (
-            [first, *(f"[dim]{name}:[/] {cell}" for name, cell in zip(columns[1:], rest) if cell)]
-            for first, *rest in rows
-        )
-        columns, rows = columns[:1], [["\n".join(lines)] for lines in below]
-    grid = table(columns, rows)
+    grid = _stacked(columns, rows) if console().width < NARROW else table(columns, rows)
     grid.padding = (0, 3, 1, 0)
     return grid
 
 
+def _stacked(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """One column: each row's first cell, and below it the others by name."""
+    lines = ([row[0], *(f"[dim]{name}:[/] {cell}" for name, cell in zip(columns[1:], row[1:]) if cell)] for row in rows)
+    return table(columns[:1], [["\n".join(cells)] for cells in lines])
+
+
 def details(measurement: Measurement) -> Iterator[Group]:
-    """The tables of a measurement, and the numbers of its plots."""
+    """The tables of a measurement, and the numbers of its plots that stand in none of them."""
     drawn = [view.table_of(name or lines[0].y_label, lines) for name, lines in view.plots(measurement).items()]
-    for own in [*measurement.tables, *drawn]:
+    told = [_cells(own) for own in measurement.tables]
+    for own in [*measurement.tables, *(one for one in drawn if not any(_cells(one) <= cells for cells in told))]:
         rows = [[escape(view.cell(value)) for value in row] for row in own.rows]
-        yield Group(f"[bold]{escape(own.caption)}[/]", table([escape(column) for column in own.columns], rows))
+        lay = _stacked if len(own.columns) > MANY and console().width < NARROW else table
+        yield Group(f"[bold]{escape(own.caption)}[/]", lay([escape(column) for column in own.columns], rows))
+
+
+def _cells(of: Numbers) -> set[str]:
+    return {view.cell(value) for row in of.rows for value in row}

@@ -5,6 +5,7 @@ from typing import Any
 
 from provenn import progress
 from provenn.cli.app import Json, app
+from provenn.errors import UserError
 
 EXTRAS = {"aeon": "series", "gymnasium": "series", "transformers": "hf"}
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "skimage", "safetensors", "matplotlib")
@@ -23,7 +24,7 @@ def doctor(json: Json = False) -> None:
     terminal = console.console()
     for title in ("versions", "machine"):
         terminal.print(console.table((title, ""), [(k, console.escape(str(v))) for k, v in found[title].items()]), "")
-    rows = [(name, _sign(not more), more or "present") for name, more in found["extras"].items()]
+    rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in found["extras"].items()]
     terminal.print(console.table(("extra", "", ""), rows), "")
     rows = [(name, _sign(entry["loads"]), console.escape(entry["about"])) for name, entry in found["data"].items()]
     terminal.print(console.table(("task", "", "embedded data"), rows))
@@ -90,6 +91,8 @@ def _data() -> dict[str, dict[str, Any]]:
             sizes = ", ".join(str(len(part)) for part in (loaded.train, loaded.val, loaded.test))  # type: ignore[arg-type]
             more = f"; also {', '.join(others)}" if others else ""
             found[task] = {"loads": True, "about": f"{first} ({sizes} to train, validate, test){more}"}
+        except UserError as error:
+            found[task] = {"loads": False, "about": str(error)}
         except Exception as error:  # whatever is wrong, the user wants to know, and the rest of the list too
             found[task] = {"loads": False, "about": f"{type(error).__name__}: {error}".splitlines()[0]}
     return found

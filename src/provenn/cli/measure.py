@@ -126,9 +126,10 @@ def _measure(
             )
             if detailed:
                 for record in mine:
-                    if record.measurement.note:
-                        terminal.print(f"[bold]{record.claim}[/]: {console.escape(record.measurement.note)}\n")
-                    for grid in console.details(record.measurement):
+                    grids = list(console.details(record.measurement))
+                    if grids or record.measurement.note:
+                        terminal.print(f"[bold]{record.claim}[/]  {console.escape(record.measurement.note)}\n")
+                    for grid in grids:
                         terminal.print(grid, "")
         terminal.print(f"report   {page}", soft_wrap=True)
         terminal.print(f"records  {', '.join(str(out / f'{card.slug}.json') for card in papers)}", soft_wrap=True)

@@ -182,8 +182,8 @@ class SeriesForecasting(Task):
                 shown = "\n".join("  ".join(f"{c:.6g}" if isinstance(c, float) else c for c in row) for row in rows)
                 texts.append("  ".join([header, *columns]) + "\n" + shown)
             made.append(([header, *columns], rows, _forecast_plot(columns, values[-4 * len(past) :], forecast)))
-        for file, target, (titles, rows, plot) in zip(inputs, targets, made):
-            write_table(target, titles, rows)
+        for file, target, (names, rows, plot) in zip(inputs, targets, made):
+            write_table(target, names, rows)
             plot.savefig(target.with_suffix(".png"), dpi=110)
             texts.append(f"{file}: {len(rows)} steps, wrote {target} and {target.with_suffix('.png')}")
         return "\n".join(texts)
