@@ -13,6 +13,7 @@ from torch import nn
 
 from provenn.bench import count_parameters, flops, growth
 from provenn.errors import UserError
+from provenn.evidence import Run
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.streaming import load_state, map_state, save_state, select_state, state_bytes
@@ -27,9 +28,11 @@ from provenn.papers.aaren import (
     SeriesClassifier,
     aaren_d512,
     attention_rnn,
+    claims,
     transformer_d512,
 )
 from provenn.papers.aaren.model import MIXERS, causal_encoder
+from provenn.tasks import Fit
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
 
@@ -192,6 +195,12 @@ def test_the_recurrence_with_latent_queries_is_cross_attention(block):
     torch.testing.assert_close(outputs, defined, rtol=0, atol=1e-12)
 
 
+def test_the_recurrence_keeps_its_sums_in_float32_and_answers_in_the_type_of_its_values():
+    q, k, v = (torch.randn(2, 3, 8).bfloat16() for _ in range(3))
+    outputs, state = attention_rnn(q, k, v)
+    assert outputs.dtype == torch.bfloat16 and {part.dtype for part in state} == {torch.float32}
+
+
 def test_published_parameter_counts():
     aaren, transformer = count_parameters(aaren_d512()), count_parameters(transformer_d512())
     assert (aaren, transformer, aaren - transformer) == (3_152_896, 3_152_384, 512)
@@ -302,6 +311,17 @@ def test_the_host_with_softmax_is_the_stock_encoder_layer_and_converts(activatio
     torch.testing.assert_close(again.eval()(x), aaren.eval()(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_converted_encoder_keeps_its_epsilon_and_its_mode(training):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, layer_norm_eps=0.1)
+    stock = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).train(training)
+    aaren = AarenEncoder.from_transformer(stock)
+    assert aaren.layers[0].norm1.eps == aaren.layers[0].norm2.eps == 0.1
+    ours = TransformerEncoder(8, lambda dim: SoftmaxAttention(dim, 2), layers=1, feedforward=16).train(training)
+    for converted in (aaren, AarenEncoder.from_transformer(ours)):
+        assert {module.training for module in converted.modules()} == {training}
+
+
 def test_encoders_of_another_form_are_not_converted():
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
     with pytest.raises(ValueError, match="norm_first"):
@@ -351,6 +371,23 @@ def test_compiles_exports_and_travels(untyped):
     torch.save(encoder, buffer)
     buffer.seek(0)
     torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), encoder(x))
+
+
+def test_the_sides_of_a_comparison_differ_in_their_attention_alone(tmp_path, monkeypatch):
+    trained = []
+
+    def fit(build, *rest, title, **more):
+        trained.append((build(), rest, more))
+        return Fit(nn.Identity(), {"accuracy": len(trained) / 4}, [{"epoch": 1, "train_loss": 1.0}])
+
+    monkeypatch.setattr(claims, "fit", fit)
+    found = claims.classification(Run("aaren", tmp_path, budget="smoke", seeds=(7, 8)))
+    kinds = [type(model.encoder.layers[0].mixer) for model, *_ in trained]
+    assert kinds == 2 * [AarenAttention] + 2 * [SoftmaxAttention]
+    assert count_parameters(trained[0][0]) - count_parameters(trained[2][0]) == 2 * 32
+    assert [rest for _, rest, _ in trained] == 4 * [trained[0][1]], "task, data and recipe"
+    assert [more["seed"] for *_, more in trained] == [7, 8, 7, 8]
+    assert found.values == [0.25, 0.5] and found.baselines == [0.75, 1.0]
 
 
 def classifier(mixer):
@@ -426,6 +463,9 @@ def test_event_model_is_a_distribution_and_streams(mixer):
         torch.testing.assert_close(padded.mark_logits[mask], prediction.mark_logits[mask])
     nll = -prediction.log_prob_gap(torch.zeros(2, 15, dtype=torch.float64))
     assert nll.isfinite().all()
+    nn.init.normal_(model.mixture.weight, std=1e3)
+    log_scales = model(gaps, marks).log_scales
+    assert -5 <= log_scales.min() < -4 and 0 < log_scales.max() <= 1
 
 
 @mixers
@@ -466,7 +506,6 @@ def test_decision_transformer_is_causal_and_streams(mixer):
         (lambda: sinusoidal_encoding(torch.arange(3), 5), "dim must be even"),
         (lambda: SoftmaxAttention(8, 2, causal=False).prefill(torch.randn(1, 3, 8)), "cannot stream"),
     ],
-    ids=str,
 )
 def test_bad_arguments_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):

@@ -4,11 +4,14 @@ import copy
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from provenn.evidence import Run
+from provenn.papers.residual_depth import claims
 from provenn.papers.residual_depth.layers import (
     POLICIES,
     ConstantScale,
@@ -185,10 +188,11 @@ def test_swapping_two_blocks_changes_level_two_by_their_bracket_and_level_one_no
 
 
 def test_random_chains_estimate_their_sum() -> None:
-    tower, x = tanh_tower(n=8), torch.randn(1, 6)
+    tower, x = tanh_tower(n=4), torch.randn(1, 6)
     estimate, error = sample_chains(tower, x, 2, 400, generator=torch.Generator().manual_seed(1))
     exact = residual_expansion(tower, x, 2).levels[2]
     assert ((estimate - exact).abs() < 4 * error).all()
+    assert error.norm() < 0.3 * exact.norm()
 
 
 # Taylor mode
@@ -535,7 +539,10 @@ class Twice(nn.Module):
 
 
 def test_branches_are_found_by_what_is_added_to_what() -> None:
-    assert [b.module for b in find_branches(Plain(), torch.randn(2, 4))] == ["first.2", "second.2"]
+    model = Plain()
+    model.first.eval()
+    assert [b.module for b in find_branches(model, torch.randn(2, 4))] == ["first.2", "second.2"]
+    assert model.training and model.drop.training and not model.first.training, "modes are as they were"
 
 
 @pytest.mark.parametrize("policy", ["inv_depth", "inv_sqrt_depth", "const(0.3)", "skipinit(0.3)", "layerscale(0.3)"])
@@ -714,6 +721,8 @@ def test_windows_of_text_are_followed_by_their_next_byte() -> None:
     x, y = windows(train, 5, 16, torch.Generator().manual_seed(0))
     assert x[:, 1:].equal(y[:, :-1]) and x.shape == (5, 16)
     assert len(train) > 5 * len(held) > 0
+    seen, kept = bytes(train.tolist()), bytes(held.tolist())
+    assert not any(kept[at : at + 200] in seen for at in range(0, len(kept) - 200, 20_000)), "no module is in both"
     assert int(train.max()) < 256
 
 
@@ -744,6 +753,18 @@ def test_learning_rates_are_tuned_on_data_that_is_not_the_test(monkeypatch: pyte
     held = bytes(standard_library()[1].tolist())
     first_half = held[: (len(held) + 1) // 2]
     assert all(bytes(window) in first_half for window in tuned[3][0].tolist())
+
+
+def test_the_tower_that_is_said_to_be_clipped_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def study(policy: str, seeds: tuple[int, ...], **setting: object) -> list[dict]:
+        asked.append((policy, setting.get("clip")))
+        return [{"accuracy": 0.5 + 0.1 * seed, "loss": 1.0, "lr": 0.1, "diverged": 0} for seed in seeds]
+
+    monkeypatch.setattr(claims, "mlp_study", study)
+    claims.clipping(Run("residual_depth", tmp_path))
+    assert asked == [("one", 1.0), ("inv_sqrt_depth", None)]
 
 
 def test_a_deletion_costs_what_it_takes_away() -> None:

@@ -188,11 +188,11 @@ class AarenEncoder(TransformerEncoder):
             aaren.layers = copy.deepcopy(encoder.layers)
             for layer in aaren.layers:
                 layer.mixer = AarenAttention.from_softmax(cast(SoftmaxAttention, layer.mixer))
-            return aaren
+            return aaren.train(encoder.training)
         aaren.layers = nn.ModuleList(_from_stock(cast(nn.TransformerEncoderLayer, layer)) for layer in encoder.layers)
         if encoder.norm is not None:
             raise ValueError("the encoder must have no final norm, as the paper's has none")
-        return aaren
+        return aaren.train(encoder.training)
 
 
 def _from_stock(stock: nn.TransformerEncoderLayer) -> EncoderLayer:
@@ -209,4 +209,4 @@ def _from_stock(stock: nn.TransformerEncoderLayer) -> EncoderLayer:
     for name in ("linear1", "linear2", "norm1", "norm2"):
         layer.get_submodule(name).load_state_dict(stock.get_submodule(name).state_dict())
     layer.norm1.eps, layer.norm2.eps = stock.norm1.eps, stock.norm2.eps
-    return layer.to(attention.token).train(stock.training)
+    return layer.to(attention.token)

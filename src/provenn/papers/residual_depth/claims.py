@@ -404,7 +404,7 @@ def update_inverse(run: Run) -> Measurement:
 
 def _mlp(run: Run, policy: str, **changes: Any) -> list[dict[str, Any]]:
     """MLP towers on the digits, one outcome a seed; 50 modules unless told otherwise."""
-    setting: dict[str, Any] = {"depth": 50, "width": 32, "epochs": 8, "lrs": [0.3, 0.1, 0.03, 0.01, 0.003]}
+    setting: dict[str, Any] = {"depth": 50, "width": 32, "epochs": 8, "lrs": [1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001]}
     setting |= changes
     if run.smoke:
         setting |= {"depth": min(setting["depth"], 6), "width": 8, "epochs": 1, "lrs": [0.03]}
@@ -418,7 +418,8 @@ def _mlp(run: Run, policy: str, **changes: Any) -> list[dict[str, Any]]:
 
 
 def _cnn(run: Run, policy: str) -> list[dict[str, Any]]:
-    setting: dict[str, Any] = {"blocks": 18, "width": 4, "epochs": 2, "batch_size": 50, "lrs": [1.0, 0.3, 0.1, 0.03]}
+    setting: dict[str, Any] = {"blocks": 18, "width": 4, "epochs": 2, "batch_size": 50}
+    setting |= {"lrs": [3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003]}
     if run.smoke:
         setting |= {"blocks": 1, "epochs": 1, "lrs": [0.1]}
     return run.trial(
@@ -432,7 +433,7 @@ def _cnn(run: Run, policy: str) -> list[dict[str, Any]]:
 
 def _text(run: Run, policy: str) -> list[dict[str, Any]]:
     setting: dict[str, Any] = {"layers": 12, "dim": 32, "tokens": 32, "batch_size": 12}
-    setting |= {"steps": 40, "lrs": [0.01, 0.003]}
+    setting |= {"steps": 40, "lrs": [0.03, 0.01, 0.003, 0.001]}
     if run.smoke:
         setting |= {"layers": 1, "steps": 3}
     return run.trial(
@@ -626,7 +627,7 @@ def complexity_falls(run: Run) -> Measurement:
 
 @measures("noise")
 def noise(run: Run) -> Measurement:
-    changes: dict[str, Any] = {"noise": 0.2, "epochs": 30, "lrs": [0.3, 0.1, 0.03], "details": False}
+    changes: dict[str, Any] = {"noise": 0.2, "epochs": 30, "lrs": [1.0, 0.3, 0.1, 0.03, 0.01], "details": False}
     return _against(run, _mlp, "inv_depth", "inv_sqrt_depth", "noise_fit", unit="of flipped labels fitted", **changes)
 
 
