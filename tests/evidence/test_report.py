@@ -11,6 +11,7 @@ from provenn import catalog
 from provenn.catalog import Claim
 from provenn.evidence import Ledger, Measurement, Record, Run, Series, Table, Verdict, report, view
 from provenn.evidence.record import Environment
+from provenn.reproduce import choose_seeds
 
 HERE = Environment(provenn="0", torch="2", python="3", device="cpu: x", threads=1, system="Linux")
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -238,3 +239,8 @@ def test_a_paper_in_the_catalogue_brings_its_title(third_party, tmp_path):
 )
 def test_a_measurement_in_words(measurement, words):
     assert view.ours(measurement) == words
+
+
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (10, 11, 12), (7,), (0,), (5, 3, 9)])
+def test_the_command_that_repeats_names_the_very_seeds(seeds):
+    assert choose_seeds(view.seeds_as_given(seeds)) == seeds

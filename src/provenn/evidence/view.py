@@ -93,10 +93,19 @@ def cell(value: str | float | int | None) -> str:
 def repeat(records: Iterable[Record]) -> str:
     """The command that measures these records of one paper again."""
     records = list(records)
-    seeds = max((len(record.measurement.seeds) for record in records), default=0)
+    seeds = max((record.measurement.seeds for record in records), key=len, default=[])
     device = records[0].environment.device.partition(":")[0]
     words = ["provenn", "reproduce", records[0].paper, "--budget", records[0].budget]
-    return shlex.join(words + (["--seeds", str(seeds)] if seeds else []) + ["--device", device])
+    return shlex.join(words + (["--seeds", seeds_as_given(seeds)] if seeds else []) + ["--device", device])
+
+
+def seeds_as_given(seeds: Sequence[int]) -> str:
+    """Seeds as `--seeds` takes them: a count where they are the first ones, else a range or a list."""
+    if list(seeds) == list(range(len(seeds))):
+        return str(len(seeds))
+    if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]}-{seeds[-1]}"
+    return ",".join(map(str, seeds))
 
 
 def committed() -> Path | None:
