@@ -510,3 +510,10 @@ def test_decision_transformer_is_causal_and_streams(mixer):
 def test_bad_arguments_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_stream_of_a_bfloat16_layer_keeps_its_sums_in_float32():
+    layer = AarenAttention(8, 2).bfloat16()
+    state = layer.init_state(batch=1)
+    _, after = layer.step(torch.randn(1, 8, dtype=torch.bfloat16), state)
+    assert {tensor.dtype for held in (state, after) for tensor in held} == {torch.float32}
