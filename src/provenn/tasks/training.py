@@ -200,6 +200,7 @@ def fit(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
     lightning = _lightning()
+    joined_here = not torch.distributed.is_initialized()
     torch.manual_seed(seed)
     model = build()
     history = _history_class()(task, data, title, recipe)
@@ -237,6 +238,10 @@ def fit(
         with _plain_interrupt(trainer):
             trainer.fit(module, ckpt_path=going_on, weights_only=True)
         seconds = time.perf_counter() - start
+    if joined_here and torch.distributed.is_initialized():
+        # Left standing, the group's threads outlive the interpreter and abort it.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if not trainer.is_global_zero:
         raise SystemExit(0)
     model = module.model.to(device)
