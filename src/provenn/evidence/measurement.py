@@ -29,6 +29,24 @@ class Series(Part):
     y_label: str = ""
     log: Literal["", "x", "y", "xy"] = ""
 
+    @classmethod
+    def over_seeds(cls, name: str, x: Sequence[Number], rows: Sequence[Sequence[Number]], **axes: Any) -> "Series":
+        """One row a seed, a number a point: the mean over seeds, in the range that they span.
+
+        >>> line = Series.over_seeds("loss", [1, 2], [[4, 2], [2, 1]])
+        >>> line.y, line.low, line.high
+        ([3.0, 1.5], [2.0, 1.0], [4.0, 2.0])
+        """
+        points = list(zip(*rows, strict=True))
+        return cls(
+            name=name,
+            x=[float(value) for value in x],
+            y=[sum(values) / len(values) for values in points],
+            low=[float(min(values)) for values in points],
+            high=[float(max(values)) for values in points],
+            **axes,
+        )
+
 
 class Table(Part):
     """Rows of text or numbers under a caption."""

@@ -495,14 +495,11 @@ def curves(fits: dict[str, list[dict[str, Any]]], plot: str) -> list[Series]:
     """Training loss over epochs: the mean over seeds in the range they span."""
     lines = []
     for mixer, own in fits.items():
-        losses = np.array([one["loss"] for one in own])
+        losses = [one["loss"] for one in own]
+        epochs = range(1, len(losses[0]) + 1)
         lines.append(
-            Series(
-                name=NAMES[mixer], x=list(range(1, losses.shape[1] + 1)), y=losses.mean(0).tolist(),
-                low=losses.min(0).tolist(), high=losses.max(0).tolist(), plot=plot, x_label="epoch",
-                y_label="training loss",
-            )
-        )  # fmt: skip
+            Series.over_seeds(NAMES[mixer], epochs, losses, plot=plot, x_label="epoch", y_label="training loss")
+        )
     return lines
 
 

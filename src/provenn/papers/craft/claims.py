@@ -535,17 +535,8 @@ def _curves(run: Run, blocks: tuple[str, ...], key: str, **axes: Any) -> list[Se
     """The mean over seeds of a list of numbers, and its spread."""
     lines = []
     for block in blocks:
-        columns = list(zip(*(t[key] for t in _trained(run, block))))
-        lines.append(
-            Series(
-                name=block,
-                x=[float(x) for x in (REMOVED if key == "drops" else range(1, len(columns) + 1))],
-                y=[_mean(c) for c in columns],
-                low=[min(c) for c in columns],
-                high=[max(c) for c in columns],
-                **axes,
-            )
-        )
+        rows = [trial[key] for trial in _trained(run, block)]
+        lines.append(Series.over_seeds(block, REMOVED if key == "drops" else range(1, len(rows[0]) + 1), rows, **axes))
     return lines
 
 

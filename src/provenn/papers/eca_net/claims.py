@@ -302,14 +302,11 @@ def curves(plot: str, results: dict[str, list[dict[str, Any]]]) -> list[Series]:
     """Validation accuracy over epochs: the mean over seeds, and the lowest and highest."""
     lines = []
     for name, trials in results.items():
-        over_seeds = list(zip(*(trial["curve"]["accuracy"] for trial in trials), strict=True))
         lines.append(
-            Series(
-                name=name,
-                x=trials[0]["curve"]["epoch"],
-                y=[sum(values) / len(values) for values in over_seeds],
-                low=[min(values) for values in over_seeds],
-                high=[max(values) for values in over_seeds],
+            Series.over_seeds(
+                name,
+                trials[0]["curve"]["epoch"],
+                [trial["curve"]["accuracy"] for trial in trials],
                 plot=plot,
                 x_label="epoch",
                 y_label="validation accuracy",
@@ -462,12 +459,10 @@ def teacher_gate(run: Run) -> Measurement:
         for name, make in TEACHER_GATES.items()
     ]
     lines = [
-        Series(
-            name=name,
-            x=list(sizes),
-            y=[sum(e) / len(e) for e in zip(*trials, strict=True)],
-            low=[min(e) for e in zip(*trials, strict=True)],
-            high=[max(e) for e in zip(*trials, strict=True)],
+        Series.over_seeds(
+            name,
+            sizes,
+            trials,
             plot="learning a local gate",
             x_label="examples",
             y_label="error of the gate",

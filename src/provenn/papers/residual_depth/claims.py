@@ -476,11 +476,9 @@ def _column(outcomes: list[dict[str, Any]], key: str) -> list[float]:
 def _curve(policy: str, outcomes: list[dict[str, Any]]) -> Series:
     """Loss at each step, cut where a seed's network is lost."""
     steps = min(next((i for i, v in enumerate(o["curve"]) if not math.isfinite(v)), len(o["curve"])) for o in outcomes)
-    rows = np.array([outcome["curve"][:steps] for outcome in outcomes])
-    return Series(
-        name=NAMES.get(policy, policy), x=[float(i) for i in range(steps)], y=rows.mean(0).tolist(), log="y",
-        low=rows.min(0).tolist(), high=rows.max(0).tolist(), plot="training loss", x_label="step", y_label="loss",
-    )  # fmt: skip
+    rows = [outcome["curve"][:steps] for outcome in outcomes]
+    axes: dict[str, Any] = {"plot": "training loss", "x_label": "step", "y_label": "loss", "log": "y"}
+    return Series.over_seeds(NAMES.get(policy, policy), range(steps), rows, **axes)
 
 
 def _summary(outcomes: dict[str, list[dict[str, Any]]]) -> Table:
@@ -605,9 +603,8 @@ def complexity_falls(run: Run) -> Measurement:
     values = {name: _column(found, "feature_complexity") for name, found in sweep.items()}
     trained = [name for name, row in values.items() if all(map(math.isfinite, row))]
     scales = [50.0 ** float(name[2:]) for name in trained]
-    rows = np.array([values[name] for name in trained])
-    line = Series(
-        name="trained features", x=scales, y=rows.mean(1).tolist(), low=rows.min(1).tolist(), high=rows.max(1).tolist(),
+    line = Series.over_seeds(
+        "trained features", scales, list(zip(*(values[name] for name in trained), strict=True)),
         plot="geometric complexity over scale", x_label="λ", y_label="geometric complexity", log="xy",
     )  # fmt: skip
     table = Table(
