@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from provenn.bench import count_parameters, flops, growth
-from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.streaming import state_bytes
 from provenn.nn.transformer import TransformerEncoder
 from provenn.ops.linear_attention import linear_attention_weights as weights
@@ -54,7 +55,7 @@ def seed():
 
 
 def host(layers=2, causal=True, dropout=0.0):
-    factory = lambda dim: SoftmaxAttention(dim, 2, causal=causal)  # noqa: E731
+    factory = partial(SoftmaxAttention, heads=2, causal=causal, rotary=True)
     return TransformerEncoder(8, factory, layers=layers, feedforward=16, dropout=dropout).double()
 
 
@@ -178,7 +179,7 @@ def test_layer_is_its_formula():
 @given(tokens=st.integers(2, 90), data=st.data())
 def test_forward_is_the_fold_of_step_from_any_split(name, tokens, data):
     cut = data.draw(st.integers(1, tokens - 1))
-    layer = LinearAttention(8, 2, name).double()
+    layer = LinearAttention(8, 2, name, rotary=True).double()
     x = torch.randn(2, tokens, 8, dtype=torch.float64)
     with torch.no_grad():
         whole = layer(x)
@@ -285,6 +286,12 @@ def test_distillation_brings_the_weights_to_softmax_and_leaves_the_host():
     target = softmax_weights(q, k)
     fresh = LinearAttention.from_softmax(attention.to_softmax())
     assert divergence(target, attention.weights(x)).mean() < 0.5 * divergence(target, fresh.weights(x)).mean()
+
+
+def test_a_window_is_not_converted():
+    model = TransformerEncoder(8, partial(SlidingWindowAttention, heads=2, window=3), layers=2, feedforward=16)
+    with pytest.raises(ValueError, match="no SoftmaxAttention"):
+        linearise(model)
 
 
 def test_maps_without_parameters_learn_nothing():

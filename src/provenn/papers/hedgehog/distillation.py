@@ -75,8 +75,8 @@ class _Teaching(nn.Module):
         return y
 
 
-def _exchange(model: nn.Module, kind: type[nn.Module], new: Callable[[Any], nn.Module]) -> list[str]:
-    places = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+def _exchange(model: nn.Module, fits: Callable[[nn.Module], bool], new: Callable[[Any], nn.Module]) -> list[str]:
+    places = [(name, module) for name, module in model.named_modules() if fits(module)]
     for name, module in places:
         model.set_submodule(name, new(module))
     return [name for name, _ in places]
@@ -85,12 +85,17 @@ def _exchange(model: nn.Module, kind: type[nn.Module], new: Callable[[Any], nn.M
 def linearise(model: nn.Module, feature_map: str | MapMaker = "hedgehog") -> list[str]:
     """Put linear attention in the place of every `SoftmaxAttention` of a model, on the same projections.
 
-    No weight changes, and `restore` undoes it. Returns the names of the places.
+    No weight changes, and `restore` undoes it. Attention of another kind (a sliding window) stays. Returns the names of
+    the places.
 
     Raises:
         ValueError: the model has no `SoftmaxAttention`.
     """
-    places = _exchange(model, SoftmaxAttention, lambda old: LinearAttention.from_softmax(old, feature_map))
+    places = _exchange(
+        model,
+        lambda module: type(module) is SoftmaxAttention,
+        lambda old: LinearAttention.from_softmax(old, feature_map),
+    )
     if not places:
         raise ValueError(f"this {type(model).__name__} has no SoftmaxAttention to convert")
     return places
@@ -98,7 +103,7 @@ def linearise(model: nn.Module, feature_map: str | MapMaker = "hedgehog") -> lis
 
 def restore(model: nn.Module) -> list[str]:
     """Put softmax attention back in the place of every `LinearAttention`; the maps are dropped. Returns the places."""
-    return _exchange(model, LinearAttention, lambda old: old.to_softmax())
+    return _exchange(model, lambda module: isinstance(module, LinearAttention), lambda old: old.to_softmax())
 
 
 @contextmanager

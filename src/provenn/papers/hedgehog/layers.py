@@ -19,6 +19,7 @@ from provenn.nn.feature_maps import (
     T2RMap,
     TaylorMap,
 )
+from provenn.nn.positions import rotate
 from provenn.ops.linear_attention import LinearState, linear_attention, linear_attention_weights
 
 FLOOR = 1e-12
@@ -132,19 +133,28 @@ class LinearAttention(nn.Module):
         feature_map: "hedgehog", "elu", "relu", "t2r", "cosformer", "exp1", "exp2", "taylor", or what makes a map
             from (heads, head_dim), such as `partial(HedgehogFeatureMap, form="joint")`.
         causal: whether token i sees tokens 1..i only, or all.
+        bias, rotary: of the projections, as in `SoftmaxAttention`.
 
     Shapes: (batch, tokens, dim) to the same. Parameters: those of softmax attention and of the two maps. Slot:
     token-mixer. A stream keeps H · (features · D/H + features) numbers, however many tokens came.
     """
 
-    def __init__(self, dim: int, heads: int, feature_map: str | MapMaker, *, causal: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        feature_map: str | MapMaker,
+        *,
+        causal: bool = True,
+        bias: bool = True,
+        rotary: bool = False,
+    ):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
-        self._take(SoftmaxAttention(dim, heads, causal=causal), feature_map)
+        self._take(SoftmaxAttention(dim, heads, causal=causal, bias=bias, rotary=rotary), feature_map)
 
     def _take(self, attention: SoftmaxAttention, feature_map: str | MapMaker) -> None:
-        self.dim, self.heads, self.causal = attention.dim, attention.heads, attention.causal
+        self.dim, self.heads = attention.dim, attention.heads
+        self.causal, self.rotary = attention.causal, attention.rotary
         self.query, self.key, self.value, self.out = attention.query, attention.key, attention.value, attention.out
         make = map_maker(feature_map)
         weight = self.out.weight
@@ -163,15 +173,18 @@ class LinearAttention(nn.Module):
     def to_softmax(self) -> SoftmaxAttention:
         """Softmax attention on these very projections: what `from_softmax` took."""
         with torch.device("meta"):
-            attention = SoftmaxAttention(self.dim, self.heads, causal=self.causal)
+            attention = SoftmaxAttention(self.dim, self.heads, causal=self.causal, rotary=self.rotary)
         attention.query, attention.key, attention.value, attention.out = self.query, self.key, self.value, self.out
         return attention.train(self.training)
 
     def project(self, x: Float[Tensor, "batch tokens dim"], start: int = 0) -> Projected:
-        """Queries, keys and values of each head, before φ."""
+        """Queries, keys and values of each head, before φ; `start` is the position of the first token."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
         q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        if self.rotary:
+            positions = torch.arange(start, start + x.shape[1], device=x.device)
+            q, k = rotate(q, positions), rotate(k, positions)
         return Projected(q, k, v)
 
     def weights(
@@ -236,8 +249,9 @@ class HedgehogAttention(LinearAttention):
     """Linear attention with Hedgehog's learned maps, for a model trained from scratch (section 5.1).
 
     Args:
-        dim, heads, causal: as in `LinearAttention`.
-        feature_dim, form, bias: as in `HedgehogFeatureMap`.
+        dim, heads, causal, bias, rotary: as in `LinearAttention`.
+        feature_dim, form: as in `HedgehogFeatureMap`.
+        map_bias: whether the maps have a b.
 
     Shapes: (batch, tokens, dim) to the same. Parameters: 4·D² + 4·D and, with D/H features, 2·D²/H of the maps. Slot:
     token-mixer. A stream keeps 2·D · (D/H + 1) numbers.
@@ -255,9 +269,11 @@ class HedgehogAttention(LinearAttention):
         heads: int,
         *,
         causal: bool = True,
+        bias: bool = True,
+        rotary: bool = False,
         feature_dim: int | None = None,
         form: str = "softmax",
-        bias: bool = False,
+        map_bias: bool = False,
     ):
-        maker = partial(HedgehogFeatureMap, feature_dim=feature_dim, form=form, bias=bias)
-        super().__init__(dim, heads, maker, causal=causal)
+        maker = partial(HedgehogFeatureMap, feature_dim=feature_dim, form=form, bias=map_bias)
+        super().__init__(dim, heads, maker, causal=causal, bias=bias, rotary=rotary)
