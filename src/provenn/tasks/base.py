@@ -25,6 +25,8 @@ NAMES = (
     "event-forecasting",
     "reinforcement-learning",
     "super-resolution",
+    "language-modelling",
+    "recall",
 )
 
 
@@ -61,6 +63,7 @@ class Task(ABC):
     higher_is_better: bool
     embedded: dict[str, str]  # name of each embedded data set, and a sentence about it
     reads: str  # what a path may hold, in one phrase
+    takes_words: bool = False  # whether `predict` takes words besides files
 
     @abstractmethod
     def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
