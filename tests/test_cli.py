@@ -494,6 +494,9 @@ def test_the_shell_completes(monkeypatch, capsys, typed, offered):
 def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
     import importlib.util
 
+    tiny = catalog.card("tiny_gate")
+    against = [claim.model_copy(update={"package": name}) for claim, name in zip(tiny.claims, ("a-peer", "torch"))]
+    monkeypatch.setitem(catalog.cards(), "tiny_gate", tiny.model_copy(update={"claims": against}))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aeon" else find(name, *rest))
     code, out, err = run("doctor")
@@ -502,3 +505,4 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
         assert words in out
     found = json.loads(run("doctor --json")[1])
     assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""
+    assert found["peers"]["a-peer"] == "missing: pip install a-peer (for tiny_gate)" and found["peers"]["torch"] == ""

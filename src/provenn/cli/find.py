@@ -111,7 +111,7 @@ def _claim(claim: Claim, record: "Record | None") -> tuple[str, ...]:
     from provenn.cli import console
     from provenn.evidence import view
 
-    needs = f"[dim]needs {console.escape(claim.needs)}[/]" if claim.needs else ""
+    needs = f"[dim]needs {console.escape(claim.lacks)}[/]" if claim.lacks else ""
     kind = claim.kind + ("" if claim.origin == "paper" else ", ours")
     return (
         f"[bold]{claim.id}[/]\n{console.escape(claim.says)} [dim]({kind})[/]",
