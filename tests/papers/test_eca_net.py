@@ -8,9 +8,11 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import provenn
 from provenn.evidence import Run
 from provenn.nn import resnet
 from provenn.nn.channel_gates import SqueezeExcitation, record_gates
@@ -442,6 +444,14 @@ def test_same_host_for_every_gate():
         for build in (resnet.resnet20(), resnet.resnet20(gate=SqueezeExcitation), eca_net.eca_resnet20())
     )
     assert plain < se and plain < eca
+
+
+def test_inspection_shows_the_gates_of_a_picture(tmp_path):
+    Image.fromarray((torch.rand(30, 40, 3) * 255).byte().numpy()).save(tmp_path / "a.png")
+    found = provenn.inspect("eca_net", tmp_path / "a.png", preset="eca_resnet18")
+    assert list(found.layers) == [f"layer{stage}.{block}.gate" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    assert [row.numel() for row in found.layers.values()] == [64, 64, 128, 128, 256, 256, 512, 512]
+    assert all(row.min() > 0 and row.max() < 1 for row in found.layers.values())
 
 
 # The claims

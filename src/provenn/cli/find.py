@@ -105,6 +105,8 @@ def show(slug: Slug, json: Json = False) -> None:
         out.print(f"provenn reproduce {card.slug}")
     if card.presets:
         out.print(f"provenn train {card.slug} --preset {card.presets[0].name} --data …")
+    if card.has("inspection"):
+        out.print(f"provenn inspect {card.slug} …")
 
 
 def _claim(claim: Claim, record: "Record | None") -> tuple[str, ...]:
