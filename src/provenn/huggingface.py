@@ -5,7 +5,7 @@ them share: which models there are, how a converted one is saved and found again
 module has been imported, and how quality is measured on the way.
 
     model = convert(AutoModelForCausalLM.from_pretrained("gpt2"), "hedgehog")
-    recovery = recover(model, "hedgehog", text, tokenizer)     # the same with its training, and what it kept
+    recovery = recover(model, "hedgehog", Text.of("my_text/", tokenizer, model))    # or with all its training
     model.save_pretrained("converted")
 """
 
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from provenn import catalog, progress
 from provenn.errors import UserError
+from provenn.tasks import get_task
 
 try:
     import transformers
 except ImportError:
-    raise UserError(
-        "converting pretrained models needs transformers and peft: pip install 'provenn[hf]'"
-    ) from None
+    raise UserError("converting pretrained models needs transformers and peft: pip install 'provenn[hf]'") from None
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,10 +39,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 Batch = dict[str, Tensor]
+PREFIX = "provenn_"  # of the model types of converted models
 TUNINGS = ("full", "lora", "none")
 LEARNING_RATES = {"full": 6e-4, "lora": 1e-4}  # arXiv:2402.04347, section 5.4, and its group's later code
 
@@ -54,7 +55,7 @@ class Conversion:
 
     Args:
         install: gives a model the mechanism in place, on the model's device and in its precision, from keyword options
-            that JSON can hold. It runs at conversion and again when a converted model is loaded, before its weights are,
+            that JSON can hold. It runs at conversion, and again when a converted model is loaded, before its weights,
             possibly on the meta device; so whatever it adds must be a parameter or buffer of the model.
         uninstall: takes out again what `install` put in.
         prepare: what is trained after conversion and before tuning, if anything: (model, batches, lr) → losses.
@@ -111,7 +112,7 @@ HOSTS = {
 
 def host_of(model: PreTrainedModel) -> Host:
     """The family of a model, converted or not."""
-    family = model.config.model_type.removeprefix("provenn_")
+    family = model.config.model_type.removeprefix(PREFIX)
     if family not in HOSTS:
         raise UserError(f"models of type {family!r} cannot be converted; these can: {', '.join(HOSTS)}")
     return HOSTS[family]
@@ -141,7 +142,9 @@ class _Converted:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         given = config.conversion
         if given is None:
-            raise UserError(f"{type(self).__name__} is built by provenn.huggingface.convert, or loaded from what it saved")
+            raise UserError(
+                f"{type(self).__name__} is built by provenn.huggingface.convert, or loaded from what it saved"
+            )
         conversion_of(given["paper"]).install(self, **given["options"])
 
     def _prepare_cache_for_generation(
@@ -156,25 +159,22 @@ class _Converted:
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
 
-class ConvertedGPT2Config(GPT2Config):
-    """GPT-2's, and which paper's mechanism it has with which options."""
+def _config(host: type[PreTrainedConfig]) -> Any:
+    """The host's configuration, with a model type of its own and a note of the paper and its options.
 
-    model_type = "provenn_gpt2"
-    conversion: dict | None = None
+    Made and not written out: transformers turns a subclass into a dataclass, whose arguments a run-time type checker of
+    this package's classes would take for its own.
+    """
+    name = f"Converted{host.__name__}"
+    about = "The host's configuration, and which paper's mechanism it has with which options."
+    kind = f"{PREFIX}{host.model_type}"
+    fields = {"model_type": kind, "conversion": None, "__annotations__": {"conversion": dict | None}}
+    return type(name, (host,), {**fields, "__doc__": about, "__module__": __name__})
 
 
-class ConvertedLlamaConfig(LlamaConfig):
-    """Llama's, and which paper's mechanism it has with which options."""
-
-    model_type = "provenn_llama"
-    conversion: dict | None = None
-
-
-class ConvertedBertConfig(BertConfig):
-    """BERT's, and which paper's mechanism it has with which options."""
-
-    model_type = "provenn_bert"
-    conversion: dict | None = None
+ConvertedGPT2Config = _config(GPT2Config)
+ConvertedLlamaConfig = _config(LlamaConfig)
+ConvertedBertConfig = _config(BertConfig)
 
 
 class ConvertedGPT2LMHeadModel(_Converted, GPT2LMHeadModel):
@@ -260,12 +260,19 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 # Text, quality, tuning.
 
 
-def blocks_of(tokens: Sequence[int], length: int) -> Tensor:
-    """Rows of `length` tokens, one after another; a rest that fills no row is left out."""
-    rows = len(tokens) // length
-    if rows < 2:
-        raise UserError(f"the text has {len(tokens)} tokens; {2 * length} are needed, half to learn from, half to test on")
-    return torch.tensor(tokens[: rows * length]).view(rows, length)
+def _rows(documents: Sequence[Any], tokenizer: Any, length: int, what: str) -> Tensor:
+    """Texts in tokens, packed end to end in rows of `length`; a rest that fills no row is left out."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for document in documents:
+        stream += [*tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+    rows = len(stream) // length
+    if not rows:
+        raise UserError(
+            f"too little text: {len(stream)} tokens {what} are fewer than a row of {length}; "
+            "give more text, or a smaller length"
+        )
+    return torch.tensor(stream[: rows * length]).view(rows, length)
 
 
 @dataclass(frozen=True)
@@ -282,20 +289,41 @@ class Text:
     masked: int | None = None
 
     @classmethod
-    def of(cls, text: str, tokenizer: Any, model: PreTrainedModel, *, length: int = 256, share: float = 0.1) -> "Text":
-        """Tokenise a text; its last `share` is the test."""
+    def of(
+        cls,
+        source: str | Path,
+        tokenizer: Any,
+        model: PreTrainedModel,
+        *,
+        length: int = 256,
+        tested: int = 32_768,
+    ) -> "Text":
+        """The rows of a text for a model.
+
+        Args:
+            source: what the task language-modelling takes: "stdlib", a file, a folder, or "hf:NAME". Whole documents
+                are held out; of one long text, its end.
+            tokenizer: the model's.
+            model: says what is predicted, and how long a row can be.
+            length: tokens a row.
+            tested: how many tokens are tested at the most, in rows spread evenly.
+
+        Raises:
+            UserError: too little text, or rows longer than the model's positions.
+        """
         limit = getattr(model.config, "max_position_embeddings", length)
-        if length > limit:
-            raise UserError(f"--length {length} is more than the {limit} positions that this model has")
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        rows = blocks_of(tokens, length)
-        test = max(1, round(share * len(rows)))
+        if not 2 <= length <= limit:
+            raise UserError(f"length must lie between 2 and the {limit} positions of this model, got {length}")
         masked = None
-        if isinstance(model, BertForMaskedLM):
+        if not _causal(model):
             masked = tokenizer.mask_token_id
             if masked is None:
                 raise UserError("this model predicts masked tokens, but its tokenizer has no mask token")
-        return cls(rows[:-test], rows[-test:], masked)
+        train, _, test = cast(Any, get_task("language-modelling")).documents(source)
+        rows = _rows(test, tokenizer, length, "of test text")
+        kept = min(len(rows), max(1, tested // length))
+        spread = torch.arange(kept) * len(rows) // kept
+        return cls(_rows(train, tokenizer, length, "of training text"), rows[spread], masked)
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """What a model reads and is to predict."""
@@ -529,8 +557,10 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded as a model: {_first_line(error)}") from None
-    if config.model_type.removeprefix("provenn_") not in HOSTS:
-        raise UserError(f"{name} is of type {config.model_type!r}, which cannot be converted; these can: {', '.join(HOSTS)}")
+    if config.model_type.removeprefix(PREFIX) not in HOSTS:
+        raise UserError(
+            f"{name} is of type {config.model_type!r}, which cannot be converted; these can: {', '.join(HOSTS)}"
+        )
     named = (config.architectures or ["none"])[0]
     kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
     if named not in kinds:
@@ -544,32 +574,16 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name} has no tokenizer that can be loaded: {_first_line(error)}") from None
+    # Where there are no files, some families get an empty tokenizer and not an error.
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{name} has no tokenizer; save the model's own beside it")
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens and its model {model.config.vocab_size}: "
+            "they do not belong together"
+        )
     return model, tokenizer
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_text(source: str | Path) -> str:
-    """The text of a file, or of all text files of a folder in order of their names.
-
-    Raises:
-        UserError: nothing there, nothing in it, or no text.
-    """
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".py", ".rst"))
-        if not files:
-            raise UserError(f"{path} holds no .txt, .md, .rst or .py file")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise UserError(f"{path} does not exist: --data takes a text file or a folder of them")
-    try:
-        text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    return text

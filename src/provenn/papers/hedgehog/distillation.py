@@ -1,7 +1,7 @@
 """Attention weight distillation (section 4.2): maps learn a frozen model's softmax weights, all layers at once."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -130,39 +130,39 @@ def map_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for module in linear for m in (module.map_query, module.map_key) for p in m.parameters()]
 
 
-def distill(
+def learn(
     model: nn.Module,
+    parameters: list[nn.Parameter],
+    lesson: AbstractContextManager[list[Tensor]],
     batches: Iterable[Any],
     *,
-    lr: float = 1e-2,
-    run: Callable[[nn.Module, Any], object] = lambda model, batch: model(batch),
+    lr: float,
+    run: Callable[[Any], object],
 ) -> list[float]:
-    """Train the feature maps of a converted model on its own softmax weights; nothing else in it changes.
-
-    One step of Adam a batch on the mean loss over layers, with dropout off. The model is left as it was, in its mode.
+    """One step of Adam a batch on the mean loss over layers, with dropout off; the model keeps its mode.
 
     Args:
-        model: as `linearise` left it.
-        batches: what the model reads; targets are not needed.
+        model: whose maps learn.
+        parameters: of the maps. Without any there is nothing to learn, and nothing is run.
+        lesson: opens the list in which each layer notes its loss.
+        batches: what the model reads.
         lr: of Adam.
-        run: how a batch is given to the model.
+        run: gives a batch to the model.
 
-    Returns the loss of every step. A model whose maps have no parameters learns nothing and returns [].
+    Returns the loss of every step.
     """
-    parameters = map_parameters(model)
     if not parameters:
         return []
     optimizer = torch.optim.Adam(parameters, lr=lr)
     modes = {module: module.training for module in model.modules()}
     history = []
     try:
-        with teaching(model) as losses:
+        with lesson as losses, torch.enable_grad():
             model.eval()
             for batch in batches:
                 losses.clear()
-                with torch.enable_grad():
-                    run(model, batch)
-                    loss = torch.stack(losses).mean()
+                run(batch)
+                loss = torch.stack(losses).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -171,3 +171,16 @@ def distill(
         for module, mode in modes.items():
             module.training = mode
     return history
+
+
+def distill(model: nn.Module, batches: Iterable[Any], *, lr: float = 1e-2) -> list[float]:
+    """Train the feature maps of a converted model on its own softmax weights; nothing else in it changes.
+
+    Args:
+        model: as `linearise` left it.
+        batches: what the model reads; targets are not needed.
+        lr: of Adam.
+
+    Returns the loss of every step; [] where the maps have no parameters.
+    """
+    return learn(model, map_parameters(model), teaching(model), batches, lr=lr, run=model)
