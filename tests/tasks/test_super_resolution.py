@@ -275,6 +275,14 @@ def test_a_folder_goes_to_a_folder(task, tmp_path):
     assert read_image(tmp_path / "out" / "more" / "b_x3.jpg").colour.shape == (60, 90, 3)
 
 
+def test_a_folder_may_hold_a_photograph_for_print(task, tmp_path):
+    write_image(tmp_path / "in" / "a.png", Picture(photograph("flower")[:20, :30]))
+    Image.fromarray(photograph("flower")[:20, :30]).convert("CMYK").save(tmp_path / "in" / "b.jpg", quality=95)
+    task.predict(Enlarge(), {}, [tmp_path / "in"], tmp_path / "out")
+    screen, printed = (read_image(tmp_path / "out" / name).colour.astype(int) for name in ("a_x2.png", "b_x2.jpg"))
+    assert printed.shape == (40, 60, 3) and np.abs(screen - printed).mean() < 10
+
+
 def test_bad_places_are_refused_before_anything_is_written(task, tmp_path):
     good, bad = tmp_path / "good.png", tmp_path / "zbad.png"
     write_image(good, Picture(photograph("flower")[:20, :30]))
