@@ -267,9 +267,24 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
-def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, output: str | Path | None = None) -> str:
-    """Apply trained weights to files; returns what the terminal shows."""
-    from provenn.tasks import get_task
+def predict(
+    slug: str,
+    inputs: Sequence[str | Path],
+    *,
+    weights: str | Path,
+    output: str | Path | None = None,
+    reference: str | Path | None = None,
+) -> str:
+    """Apply trained weights to files; returns what the terminal shows.
+
+    Args:
+        slug: the paper.
+        inputs: files, or folders of them.
+        weights: a weight file, or the folder of a run.
+        output: where the result goes.
+        reference: of super-resolution, the same images in full resolution, to compare the result with.
+    """
+    from provenn.tasks import get_task, super_resolution
 
     files = [Path(i) for i in inputs]
     for file in files:
@@ -278,4 +293,9 @@ def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, out
     model, label = paper(slug).load(weights)
     if not files and label.task != "reinforcement-learning":  # which can play episodes of its own
         raise UserError(f"name the files to apply {slug} to")
-    return get_task(label.task).predict(model, label.meta, files, None if output is None else Path(output))
+    place = None if output is None else Path(output)
+    if reference is None:
+        return get_task(label.task).predict(model, label.meta, files, place)
+    if label.task != super_resolution.TASK.name:
+        raise UserError(f"a reference is for super-resolution; these weights are for {label.task}")
+    return super_resolution.TASK.predict(model, label.meta, files, place, reference=Path(reference))

@@ -96,10 +96,14 @@ def predict(
         typer.Argument(metavar="INPUT…", help="Files to apply the system to; an agent plays without."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Of super-resolution: the images in full resolution; prints PSNR and SSIM."),
+    ] = None,
 ) -> None:
     """Apply trained weights to files."""
     from provenn import api
 
     with progress.shown():
-        text = api.predict(slug, inputs or [], weights=weights, output=output)
+        text = api.predict(slug, inputs or [], weights=weights, output=output, reference=reference)
     print(text)
