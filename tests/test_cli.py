@@ -67,6 +67,8 @@ def series(rows: int = 200) -> list[str]:
 def props(here) -> Path:
     """Everything that the bad commands below are pointed at."""
     Image.fromarray(noise(40, 40, 3)).save("good.png")
+    (here / "larger").mkdir()
+    Image.fromarray(noise(80, 80, 3)).save(here / "larger" / "fine.png")
     (here / "truncated.png").write_bytes((here / "good.png").read_bytes()[:1500])
     (here / "text.png").write_text("I am no image.\n")
     (here / "empty.png").touch()
@@ -221,6 +223,18 @@ BAD = [
     ("predict tiny_gate good.png --weights upscale.safetensors -o file/out.png", "file"),
     ("predict tiny_gate good.png --weights upscale.safetensors -o out.doc", "out.doc"),
     ("predict tiny_gate good.png --weights upscale.safetensors -o /proc/out.png", "/proc"),
+    (f"{UPSCALE} good.png --reference nowhere.png", "no reference at nowhere.png"),
+    (f"{UPSCALE} good.png --reference good.png", "good.png is 40×40 pixels; expected 80×80, 2 times good.png"),
+    (f"{UPSCALE} good.png --reference larger", "no reference for good.png in larger: expected good.png"),
+    (f"{UPSCALE} good.png --reference empty", "empty holds no images"),
+    (f"{UPSCALE} good.png --reference text.png", "text.png is no image"),
+    (f"{UPSCALE} good.png --reference truncated.png", "truncated.png"),
+    ("predict tiny_gate classes --weights upscale.safetensors -o out --reference good.png", "give a folder of them"),
+    (f"{FORECAST} good.csv --reference good.csv", "a prediction of series-forecasting has no 'reference'"),
+    (
+        "predict tiny_gate good.png --weights upscale.safetensors -o larger/fine.png --reference larger/fine.png",
+        "would be overwritten by the result",
+    ),
     (f"{FORECAST} good.csv holes.csv", "several forecasts need a folder"),
     ("predict tiny_gate --weights forecast.safetensors -o out good.csv holes.csv", "holes.csv"),
     ("predict tiny_gate --weights forecast.safetensors -o good.csv good.csv", "is the input itself"),

@@ -268,18 +268,52 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
-def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, output: str | Path | None = None) -> str:
-    """Apply trained weights to files; returns what the terminal shows."""
+def predict(
+    slug: str,
+    inputs: Sequence[str | Path],
+    *,
+    weights: str | Path,
+    output: str | Path | None = None,
+    changes: dict[str, Any] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> str:
+    """Apply trained weights to files; returns what the terminal shows.
+
+    Args:
+        slug: the paper.
+        inputs: files, or folders of them; of a language model, words.
+        weights: a weight file, or the folder of a run.
+        output: where the result goes.
+        changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100}.
+        tell: is given the result piece by piece, by tasks whose result comes so.
+    """
     from provenn.tasks import get_task
 
-    files = [Path(i) for i in inputs]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"no file at {file}")
     model, label = paper(slug).load(weights)
-    if not files and label.task != "reinforcement-learning":  # which can play episodes of its own
+    kind = get_task(label.task)
+    if not kind.takes_words:
+        missing = next((file for file in inputs if not Path(file).exists()), None)
+        if missing is not None:
+            raise UserError(f"no file at {missing}")
+    if not inputs and label.task != "reinforcement-learning":  # which can play episodes of its own
         raise UserError(f"name the files to apply {slug} to")
-    return get_task(label.task).predict(model, label.meta, files, None if output is None else Path(output))
+    given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
+    options = {**(changes or {}), **({} if tell is None or "tell" not in _arguments(kind.predict) else {"tell": tell})}
+    for name, value in options.items():
+        if name not in _of_predict(kind):
+            known = ", ".join(_of_predict(kind)) or "nothing"
+            raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {known}")
+        _check_type(name, value, _of_predict(kind)[name])
+    place = None if output is None else Path(output)
+    return kind.predict(model, label.meta, given, place, **options)  # type: ignore[arg-type]
+
+
+def _of_predict(kind: "Task") -> dict[str, Any]:
+    """What a task's prediction takes by name."""
+    return {name: hint for name, hint in _arguments(kind.predict).items() if name not in _PREDICT}
+
+
+_PREDICT = ("model", "meta", "inputs", "output")
 
 
 def inspect(
