@@ -208,12 +208,13 @@ CONVERTED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     BertForSequenceClassification: ConvertedBertForSequenceClassification,
 }
 
-for _auto, _class in (
+_found: tuple[tuple[Any, Any], ...] = (
     (AutoModelForCausalLM, ConvertedGPT2LMHeadModel),
     (AutoModelForCausalLM, ConvertedLlamaForCausalLM),
     (AutoModelForMaskedLM, ConvertedBertForMaskedLM),
     (AutoModelForSequenceClassification, ConvertedBertForSequenceClassification),
-):
+)
+for _auto, _class in _found:
     AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
     _auto.register(_class.config_class, _class, exist_ok=True)
 
@@ -240,10 +241,15 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
         raise UserError(f"{type(model).__name__} cannot be converted; these can: {names}")
     slug = catalog.card(paper).slug
     conversion_of(slug).install(model, **options)
-    model.__class__ = CONVERTED[type(model)]
-    model.config.__class__ = model.config_class
+    _become(model, CONVERTED[type(model)])
     model.config.conversion = {"paper": slug, "options": options}
     return model
+
+
+def _become(model: Any, kind: Any) -> None:
+    """Another class for a model and its configuration, whose attributes stay as they are."""
+    model.__class__ = kind
+    model.config.__class__ = kind.config_class
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -251,8 +257,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, _Converted):
         raise UserError(f"this {type(model).__name__} is not converted")
     conversion_of(model.config.conversion["paper"]).uninstall(model)
-    model.__class__ = next(host for host, kind in CONVERTED.items() if kind is type(model))
-    model.config.__class__ = model.config_class
+    _become(model, next(host for host, kind in CONVERTED.items() if kind is type(model)))
     del model.config.conversion
     return model
 
@@ -547,7 +552,7 @@ def recover(
     return recovery
 
 
-def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
+def load(name: str | Path) -> tuple[Any, Any]:
     """A model and its tokenizer, from a folder or from the hub.
 
     Raises:
