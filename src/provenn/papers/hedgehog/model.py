@@ -28,7 +28,7 @@ def hedgehog_gpt2(
     feature_map: str = "hedgehog",
     dropout: float | int = 0.0,
 ) -> CausalLM:
-    """GPT-2 of 124M parameters with a feature map in each head, 1,179,648 parameters more with Hedgehog's (section 5.4).
+    """GPT-2 of 124M parameters with a map of queries and one of keys in each head: 1,179,648 more (section 5.4).
 
     Args:
         vocab, dim, heads, layers, length: GPT-2's own.
