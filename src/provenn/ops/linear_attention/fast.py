@@ -112,10 +112,10 @@ def bidirectional_attention(
 ) -> tuple[Float[Tensor, "*batch queries dim"], LinearState]:
     """Every query attends to all tokens: one state is summed, then read. Arguments as in `causal_attention`."""
     dtype = accumulator(queries, keys, values)
+    q = queries.to(dtype)
     k, v = masked(mask, keys.to(dtype), values.to(dtype))
-    if state is None:
-        state = LinearState.empty(
-            *k.shape[:-2], features=k.shape[-1], dim=v.shape[-1], dtype=dtype, device=values.device
-        )
-    state = state.add(k, v)
-    return state.read(queries.to(dtype)).to(values.dtype), state
+    s, z = k.mT @ v, k.sum(dim=-2)
+    if state is not None:
+        s, z = state.s.to(dtype) + s, state.z.to(dtype) + z
+    outputs = normalised(q @ s, (q @ z.unsqueeze(-1)).squeeze(-1))
+    return outputs.to(values.dtype), LinearState(s, z)
