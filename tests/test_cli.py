@@ -258,6 +258,11 @@ BAD = [
     ("predict tiny_gate good.png -o out.png --weights other.safetensors", "weights of another_paper, not of tiny_gate"),
     ("predict tiny_gate good.png -o out.png --weights wrong_shape.safetensors", "does not fit this model"),
     ("predict tiny_gate good.png -o out.png --weights no_preset.safetensors", "did you mean 'tiny_upscale'"),
+    ("export tiny_gate -o out.onnx", "Missing option '--weights'"),
+    ("export tiny_gate --weights upscale.safetensors -o out.pt", "a system is exported as .onnx, got 'out.pt'"),
+    ("export tiny_gate --weights nowhere.pt -o out.onnx", "no weights at nowhere.pt"),
+    ("export tiny_gate --weights forecast.safetensors -o out.onnx", "only systems that take images can be exported"),
+    ("export tiny_gate --weights upscale.safetensors -o file/out.onnx", "cannot write file/out.onnx"),
     ("compare --slot channel-gate", "Missing option '--data'"),
     ("compare --slot chanel-gate --data digits --out run", "chanel-gate"),
     ("compare --slot channel-gate --data nowhere --out run", "nowhere"),
@@ -289,7 +294,7 @@ def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says
 def test_without_a_word_it_says_what_there_is(run):
     code, out, err = run("")
     assert code == 0 and err == ""
-    for verb in ("list", "show", "reproduce", "train", "predict", "compare", "bench", "board", "doctor"):
+    for verb in ("list", "show", "reproduce", "train", "predict", "export", "compare", "bench", "board", "doctor"):
         assert f" {verb} " in out
 
 

@@ -299,3 +299,28 @@ def predict(
     if label.task != super_resolution.TASK.name:
         raise UserError(f"a reference is for super-resolution; these weights are for {label.task}")
     return super_resolution.TASK.predict(model, label.meta, files, place, reference=Path(reference))
+
+
+def export(slug: str, weights: str | Path, output: str | Path) -> str:
+    """Write trained weights with their system as an ONNX file; returns what the terminal shows.
+
+    A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
+    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`. The file's metadata hold, under
+    `provenn`, what the weights say of themselves, such as class names.
+
+    Args:
+        slug: the paper.
+        weights: a weight file, or the folder of a run.
+        output: where it goes, ending in .onnx.
+    """
+    import json
+    from dataclasses import asdict
+
+    from provenn import export as onnx
+    from provenn.weights import KEY
+
+    file = Path(output)
+    onnx.check_place(file)
+    model, label = paper(slug).load(weights)
+    onnx.image_system(model, label.task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    return f"{label.preset} of {slug} → {file}"
