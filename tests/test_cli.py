@@ -71,6 +71,7 @@ def props(here) -> Path:
     (here / "text.png").write_text("I am no image.\n")
     (here / "empty.png").touch()
     (here / "empty").mkdir()
+    (here / "folder.png").mkdir()
     for kind in "ab":
         (here / "classes" / kind).mkdir(parents=True)
         for i in range(6):
@@ -265,6 +266,7 @@ BAD = [
     ("inspect tiny_gate good.png -o out.jpg", "the picture is written as .png, got 'out.jpg'"),
     ("inspect tiny_gate good.png -o good.png", "is the input itself"),
     ("inspect tiny_gate good.png -o file/out.png", "cannot write file/out.png"),
+    ("inspect tiny_gate good.png -o folder.png", "cannot write folder.png"),
     ("inspect tiny_gate good.png -o /proc/out.png", "cannot write /proc/out.png"),
     ("compare --slot channel-gate", "Missing option '--data'"),
     ("compare --slot chanel-gate --data digits --out run", "chanel-gate"),
