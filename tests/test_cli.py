@@ -73,6 +73,7 @@ def props(here) -> Path:
     (here / "text.png").write_text("I am no image.\n")
     (here / "empty.png").touch()
     (here / "empty").mkdir()
+    (here / "folder.png").mkdir()
     for kind in "ab":
         (here / "classes" / kind).mkdir(parents=True)
         for i in range(6):
@@ -279,6 +280,7 @@ BAD = [
     ("inspect tiny_gate good.png -o out.jpg", "the picture is written as .png, got 'out.jpg'"),
     ("inspect tiny_gate good.png -o good.png", "is the input itself"),
     ("inspect tiny_gate good.png -o file/out.png", "cannot write file/out.png"),
+    ("inspect tiny_gate good.png -o folder.png", "cannot write folder.png"),
     ("inspect tiny_gate good.png -o /proc/out.png", "cannot write /proc/out.png"),
     ("export tiny_gate -o out.onnx", "Missing option '--weights'"),
     ("export tiny_gate --weights upscale.safetensors -o out.pt", "a system is exported as .onnx, got 'out.pt'"),
