@@ -834,6 +834,38 @@ def test_the_study_of_growth_sees_one_tower_in_all_its_sizes() -> None:
     assert still["one"] == pytest.approx(still["loss"][0])
 
 
+def test_growth_is_judged_by_what_all_added_modules_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def study(seed: int, *, scale: float, **setting: object) -> dict:
+        fall = 0.1 if scale == pytest.approx(10**-0.5) else 0.3
+        loss = [1.0, 0.5, 1 - fall]
+        truncated = [[1.0] * 3] * 3 + [[1.0, 2.0, 3.0 + 0.01 * seed]]
+        return {"loss": loss, "training": loss, "accuracy": loss, "truncated": truncated, "one": 0.7}
+
+    monkeypatch.setattr(claims, "growth_study", study)
+    run = Run("residual_depth", tmp_path)
+    assert claims.modules_added(run).effect == pytest.approx(-0.1)
+    assert claims.modules_against_one(run).effect == pytest.approx(0.2)
+    assert claims.modules_levels(run).values == pytest.approx([2.3, 2.31, 2.32]), "3 that order 3 leaves, less 0.7"
+    assert claims.modules_levels(run).baselines == pytest.approx([0.0] * 3)
+
+
+def test_transformers_are_compared_at_the_largest_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def study(policy: str, seeds: tuple[int, ...], *, layers: int, **setting: object) -> list[dict]:
+        loss = math.nan if policy == "one" else {"inv_sqrt_depth": 3.0, "inv_depth": 2.5, "layernorm": 3.1}[policy]
+        return [{"accuracy": layers / 100, "loss": loss + layers / 1000, "lr": 0.1, "diverged": 0} for _ in seeds]
+
+    monkeypatch.setattr(claims, "text_study", study)
+    run = Run("residual_depth", tmp_path)
+    measurement = claims.transformer_deep_against_norm(run)
+    assert measurement.values == pytest.approx([3.048] * 3) and measurement.baselines == pytest.approx([3.148] * 3)
+    assert claims.transformer_deep_inverse(run).effect == pytest.approx(-0.5)
+    assert claims.transformer_deep_learns(run).baseline == pytest.approx(byte_frequency_loss())
+    assert claims.transformer_deep(run).baselines == [0.48] * 3
+    lines = {(line.plot, line.name): line for line in measurement.series}
+    assert all(line.x == [4, 12, 24, 48] and all(map(math.isfinite, line.y)) for line in lines.values())
+    assert lines["Transformers over depth: accuracy of the next byte", "unscaled"].y == [0.04, 0.12, 0.24, 0.48]
+
+
 # Precision
 
 
