@@ -1,5 +1,6 @@
 """Depth as a larger ensemble: a trained tower is frozen, and modules join it one by one, each at scale 0."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,9 +104,14 @@ def growth_study(
     def loss(stream: Tensor, labels: Tensor) -> float:
         return cross_entropy(model.decoder(stream), labels).item()
 
+    def validated(found: tuple[float, list[ResidualTower]]) -> float:
+        """A tower that diverged is the worst."""
+        value = loss(found[1][-1](model.encoder(validate[0])), validate[1])
+        return value if math.isfinite(value) else math.inf
+
     def best(modules: int, epochs: int) -> tuple[float, list[ResidualTower]]:
         grown = {lr: grow(model, seed, modules=modules, epochs=epochs, lr=lr, batch_size=batch_size) for lr in lrs}
-        return min(grown.items(), key=lambda found: loss(found[1][-1](model.encoder(validate[0])), validate[1]))
+        return min(grown.items(), key=validated)
 
     lr, towers = best(modules, epochs)
     one_lr, one = best(1, modules * epochs)
