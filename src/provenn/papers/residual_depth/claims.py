@@ -649,7 +649,10 @@ SHALLOW_AND_DEEP: dict[str, Any] = {"dim": 16, "batch_size": 8, "lrs": [0.3, 0.1
 TEXT_JOINS = ("one", "inv_sqrt_depth", "inv_depth", "layernorm")
 
 
-def _over_depth(run: Run) -> dict[str, dict[int, list[dict[str, Any]]]]:
+ByDepth = dict[str, dict[int, list[dict[str, Any]]]]
+
+
+def _over_depth(run: Run) -> ByDepth:
     """Byte Transformers of 4 to 48 layers: policy, layers, one outcome a seed."""
     return {
         policy: {layers: _text(run, policy, layers=layers, **SHALLOW_AND_DEEP) for layers in DEPTHS}
@@ -657,10 +660,10 @@ def _over_depth(run: Run) -> dict[str, dict[int, list[dict[str, Any]]]]:
     }
 
 
-def _depth_lines(run: Run) -> list[Series]:
+def _depth_lines(by_policy: ByDepth) -> list[Series]:
     lines = []
     for key, label in (("accuracy", "accuracy of the next byte"), ("loss", "nats a byte")):
-        for policy, found in _over_depth(run).items():
+        for policy, found in by_policy.items():
             if key == "loss" and policy == "one":
                 continue  # its losses, where there are any, are larger by powers of ten
             rows = list(zip(*(_column(found[layers], key) for layers in DEPTHS), strict=True))
@@ -686,7 +689,7 @@ def _deepest(run: Run, system: str, baseline: str, key: str, *, unit: str) -> Me
     ]
     return Measurement.paired(
         _column(found[system][deepest], key), other, seeds=run.seeds, unit=unit, data=TEXT,
-        fingerprint=fingerprint(*standard_library()), series=_depth_lines(run), tables=tables,
+        fingerprint=fingerprint(*standard_library()), series=_depth_lines(found), tables=tables,
         setting={"system": system, "baseline": baseline, "layers": deepest, **SHALLOW_AND_DEEP},
     )  # fmt: skip
 
@@ -724,53 +727,49 @@ def _grown(run: Run, policy: str) -> list[dict[str, Any]]:
     return run.trials(f"modules added, {policy}", lambda seed: growth_study(seed, **setting), **setting)
 
 
-def _growth_evidence(run: Run) -> dict[str, Any]:
-    """What the claims on added modules draw and list."""
+def _judged(run: Run, policy: str, ends: Callable[[dict[str, Any]], tuple[float, float]], unit: str) -> Measurement:
+    """Two figures of each seed's growth against each other, with all that the claims on added modules draw and list."""
     lines, rows = [], []
-    for policy in ("inv_sqrt_depth", "inv_depth"):
-        found = _grown(run, policy)
+    grown = {name: _grown(run, name) for name in ("inv_sqrt_depth", "inv_depth")}
+    for name, found in grown.items():
         added = range(len(found[0]["loss"]))
         axes: dict[str, Any] = {"x_label": "modules added", "y_label": "test loss, nats"}
-        losses = [o["loss"] for o in found]
-        lines.append(Series.over_seeds(NAMES[policy], added, losses, plot="modules added to a frozen tower", **axes))
-        one = [[o["loss"][0], o["one"]] for o in found]
-        name = f"{NAMES[policy]}, one module trained as long"
-        lines.append(Series.over_seeds(name, [0, 1], one, plot="modules added to a frozen tower", **axes))
-        axes |= {"plot": f"a grown tower of {NAMES[policy]}, cut off at each order", "log": "y"}
+        axes["plot"] = "modules added to a frozen tower"
+        losses, one = [o["loss"] for o in found], [[o["loss"][0], o["one"]] for o in found]
+        lines.append(Series.over_seeds(NAMES[name], added, losses, **axes))
+        lines.append(Series.over_seeds(f"{NAMES[name]}, one module trained as long", [0, 1], one, **axes))
+        axes |= {"plot": f"a grown tower of {NAMES[name]}, cut off at each order", "log": "y"}
         for order in range(len(found[0]["truncated"])):
             truncated = [o["truncated"][order] for o in found]
             lines.append(Series.over_seeds(f"order {order}", added, truncated, **axes))
         lines.append(Series.over_seeds("network", added, losses, **axes))
         for count in added:
-            row = [np.mean([o[key][count] for o in found]).item() for key in ("loss", "training", "accuracy")]
-            rows.append([NAMES[policy], count, *row])
+            means = (np.mean([o[key][count] for o in found]).item() for key in ("loss", "training", "accuracy"))
+            rows.append([NAMES[name], count, *means])
     columns = ["join of the frozen tower", "modules added", "test loss", "training loss", "test accuracy"]
     table = Table(caption="Modules added one by one at scale 0, means over seeds", columns=columns, rows=rows)
-    return {"seeds": run.seeds, "data": DIGITS, "fingerprint": fingerprint(*digits()[0])} | {
-        "series": lines,
-        "tables": [table],
-    }
+    return Measurement.paired(
+        *zip(*map(ends, grown[policy]), strict=True), seeds=run.seeds, unit=unit, data=DIGITS,
+        fingerprint=fingerprint(*digits()[0]), series=lines, tables=[table],
+    )  # fmt: skip
 
 
 @measures("modules_added")
 def modules_added(run: Run) -> Measurement:
-    ends = [(o["loss"][-1], o["loss"][0]) for o in _grown(run, "inv_sqrt_depth")]
-    return Measurement.paired(*zip(*ends, strict=True), unit="nats, test", **_growth_evidence(run))
+    return _judged(run, "inv_sqrt_depth", lambda o: (o["loss"][-1], o["loss"][0]), "nats, test")
 
 
 @measures("modules_against_one")
 def modules_against_one(run: Run) -> Measurement:
-    ends = [(o["loss"][-1], o["one"]) for o in _grown(run, "inv_sqrt_depth")]
-    return Measurement.paired(*zip(*ends, strict=True), unit="nats, test", **_growth_evidence(run))
+    return _judged(run, "inv_sqrt_depth", lambda o: (o["loss"][-1], o["one"]), "nats, test")
 
 
 @measures("modules_levels")
 def modules_levels(run: Run) -> Measurement:
-    gaps = [[cut - whole for cut, whole in zip(o["truncated"][3], o["loss"])] for o in _grown(run, "inv_depth")]
-    ends = [(gap[-1], gap[0]) for gap in gaps]
-    return Measurement.paired(
-        *zip(*ends, strict=True), unit="nats that order 3 leaves, after and before", **_growth_evidence(run)
-    )
+    def left(outcome: dict[str, Any], at: int) -> float:
+        return outcome["truncated"][3][at] - outcome["loss"][at]
+
+    return _judged(run, "inv_depth", lambda o: (left(o, -1), left(o, 0)), "nats that order 3 leaves, after and before")
 
 
 @measures("learned_scale")
