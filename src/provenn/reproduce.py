@@ -77,11 +77,15 @@ def reproduce(
 
 
 def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Record:
+    import torch
+
     start, spared = time.perf_counter(), run.spared
     try:
         function = _function(card, claim)
         needs = claim.needs or "a function that measures it"
-        measurement = Measurement.not_measured(needs) if function is None else function(run)
+        # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
+        with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
+            measurement = Measurement.not_measured(needs) if function is None else function(run)
     except Exception as error:  # one claim's trouble must not cost the others their work
         measurement = Measurement.failure(error)
         with (run.out / f"{run.paper}.errors.txt").open("a", encoding="utf-8") as file:
