@@ -102,8 +102,10 @@ class Paper:
 
 def _blame(error: Exception, arguments: dict[str, Any]) -> str:
     """Why a system could not be built, in one line that names the option: torch's own words name none."""
+    import re
+
     words = " ".join(str(error).split())
-    if any(name in words for name in arguments):
+    if any(re.search(rf"\b{name}\b", words) for name in arguments):
         return words
     for name, value in arguments.items():
         if isinstance(value, int | float) and value < 0:
