@@ -5,7 +5,7 @@ Every tensor of a state has the batch as its first dimension; a plain integer in
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,7 +58,7 @@ class TensorStep(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model: Any = model
-        self._like = self.model.init_state(1)
+        self._like = cast(Any, model).init_state(1)
         if not _tensors_alone(self._like):
             raise ValueError(f"expected a model whose state is tensors alone, {type(model).__name__} keeps more")
 
