@@ -19,10 +19,10 @@ ORDER = [
     {"data"},
     {"tasks"},
     {"bench"},
-    {"surgery", "evidence", "weights", "testing"},
+    {"surgery", "evidence", "weights", "testing", "export"},
     {"papers"},
     {"reproduce"},
-    {"compare", "report", "board", "doctor", "benchmarks"},
+    {"compare", "inspection", "report", "board", "doctor", "benchmarks"},
     {"api", "__init__", "papers/__init__"},
     {"cli", "web", "__main__"},
 ]

@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from provenn import bench, papers, slots, surgery, testing
-    from provenn.api import from_official, paper, predict, train
+    from provenn import bench, export, papers, slots, surgery, testing
+    from provenn.api import from_official, inspect, paper, predict, train
     from provenn.surgery import insert_after, swap
 
 _HOMES = {
-    **dict.fromkeys(("from_official", "paper", "predict", "train"), "provenn.api"),
+    **dict.fromkeys(("from_official", "inspect", "paper", "predict", "train"), "provenn.api"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
 }
-_MODULES = ("bench", "papers", "slots", "surgery", "testing")
+_MODULES = ("bench", "export", "papers", "slots", "surgery", "testing")
 __all__ = [
     "__version__",
     "bench",
+    "export",
     "from_official",
     "insert_after",
+    "inspect",
     "paper",
     "papers",
     "predict",

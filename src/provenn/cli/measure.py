@@ -65,7 +65,7 @@ def bench(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Time, memory and FLOPs against baselines: the paper's claims about cost, with their tables."""
+    """Time, memory and FLOPs against baselines and installed peers: the claims about cost, with their tables."""
     card = catalog.card(slug)
     costs = [claim.id for claim in card.claims if claim.kind == "cost"]
     if not costs:
@@ -162,10 +162,10 @@ def compare(
         result = measure(slot, names, data=data, budget=budget, seeds=seeds, device=device, out=out, tell=tell)
     files = [str(file) for file in result.save(out)]
     if json:
-        console.machine({"table": result.table.model_dump(mode="json"), "files": files})
+        console.machine({"tables": [view.model_dump(mode="json") for view in result.tables], "files": files})
         return
     terminal = console.console()
-    for grid in console.details(Measurement(tables=[result.table])):
+    for grid in console.details(Measurement(tables=result.tables)):
         terminal.print(grid, "")
     for file in files:
         terminal.print(f"written  {file}", soft_wrap=True)
