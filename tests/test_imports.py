@@ -19,7 +19,7 @@ ORDER = [
     {"data"},
     {"tasks"},
     {"bench"},
-    {"surgery", "evidence", "weights", "testing", "huggingface"},
+    {"surgery", "evidence", "weights", "testing", "huggingface", "export"},
     {"papers"},
     {"reproduce"},
     {"compare", "inspection", "report", "board", "doctor", "benchmarks"},

@@ -39,7 +39,7 @@ class Paper:
             overrides: keyword arguments of the preset's function, such as `num_classes=10`.
 
         Raises:
-            UserError: no such preset, or the preset takes no such argument.
+            UserError: no such preset, the preset takes no such argument, or nothing can be built with its value.
         """
         import inspect
 
@@ -53,8 +53,8 @@ class Paper:
             raise UserError(f"{chosen.name} of {self.card.slug}: {error}; it takes: {takes}") from None
         try:
             return function(**arguments)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{chosen.name} of {self.card.slug}: {error}") from None
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise UserError(f"{chosen.name} of {self.card.slug}: {_blame(error, arguments)}") from None
 
     def reproduce(self, **arguments: Any) -> "list[Record]":
         """Measure the paper's claims; the arguments are those of `provenn.reproduce.reproduce`."""
@@ -99,6 +99,20 @@ class Paper:
         task = self.card.task_of(self.card.preset(preset))
         meta = get_task(task).default_meta(options)
         return model.eval(), files.Label(self.card.slug, preset, task, options, meta)
+
+
+def _blame(error: Exception, arguments: dict[str, Any]) -> str:
+    """Why a system could not be built, in one line that names the option: torch's own words name none."""
+    import re
+
+    words = " ".join(str(error).split())
+    if any(re.search(rf"\b{name}\b", words) for name in arguments):
+        return words
+    for name, value in arguments.items():
+        if isinstance(value, int | float) and value < 0:
+            return f"{name} must not be negative, got {value!r}"
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"cannot be built with {given}: {words}"
 
 
 def papers() -> Iterator[Paper]:
@@ -361,3 +375,28 @@ def inspect(
     if not layers:
         raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
     return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers)
+
+
+def export(slug: str, weights: str | Path, output: str | Path) -> str:
+    """Write trained weights with their system as an ONNX file; returns what the terminal shows.
+
+    A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
+    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`. The file's metadata hold, under
+    `provenn`, what the weights say of themselves, such as class names.
+
+    Args:
+        slug: the paper.
+        weights: a weight file, or the folder of a run.
+        output: where it goes, ending in .onnx.
+    """
+    import json
+    from dataclasses import asdict
+
+    from provenn import export as onnx
+    from provenn.weights import KEY
+
+    file = Path(output)
+    onnx.check_place(file)
+    model, label = paper(slug).load(weights)
+    onnx.image_system(model, label.task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    return f"{label.preset} of {slug} → {file}"
