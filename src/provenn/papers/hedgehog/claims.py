@@ -43,6 +43,7 @@ from provenn.papers.hedgehog.distillation import (
 from provenn.papers.hedgehog.layers import FORMS, MAPS, HedgehogAttention, HedgehogFeatureMap, LinearAttention
 from provenn.papers.hedgehog.model import attention, hedgehog_gpt2, hedgehog_small, hedgehog_vit
 from provenn.tasks import Recipe, TaskData, fit, get_task
+from provenn.tasks.recall import PairEmbedding, lookup
 
 TITLES = {
     "softmax": "softmax",
@@ -595,31 +596,28 @@ def gpu_speed(run: Run) -> Measurement:
 
 # Regime 1, from scratch: associative recall.
 
-RECALL = {"slots": 32, "keys": 64, "values": 16, "queries": 16, "dim": 32, "heads": 4, "layers": 2, "steps": 300}
+RECALL = {"pairs": 32, "keys": 64, "values": 16, "dim": 32, "heads": 4, "layers": 2, "steps": 300}
 
 
 class RecallHost(nn.Module):
-    """Slots of a key and its value, then keys alone: two embeddings summed, blocks, and logits over the values."""
+    """Pairs of a key and its value, each one token, then the keys alone: embedding, blocks, logits over the values."""
 
     def __init__(self, mixer: Callable[[int], nn.Module], dim: int, layers: int):
         super().__init__()
-        self.key, self.value = nn.Embedding(RECALL["keys"], dim), nn.Embedding(RECALL["values"] + 1, dim)
+        self.embed = PairEmbedding(RECALL["keys"], RECALL["values"], dim)
         parts: dict[str, Any] = {"feedforward": partial(FeedForward, bias=True), "norm": nn.LayerNorm}
         self.blocks = nn.Sequential(*(PreNormBlock(dim, mixer, **parts) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, RECALL["values"])
 
-    def forward(self, keys: Tensor, values: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.key(keys) + self.value(values))))[:, RECALL["slots"] :]
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embed(tokens))))[:, RECALL["pairs"] :]
 
 
-def recall_batch(examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of the slots and queries, and what the queries should be answered."""
-    slots, queries, blank = RECALL["slots"], RECALL["queries"], RECALL["values"]
-    keys = torch.rand(examples, RECALL["keys"], generator=generator).argsort(1)[:, :slots]
-    values = torch.randint(RECALL["values"], (examples, slots), generator=generator)
-    asked = torch.rand(examples, slots, generator=generator).argsort(1)[:, :queries]
-    blanks = torch.full((examples, queries), blank)
-    return torch.cat([keys, keys.gather(1, asked)], 1), torch.cat([values, blanks], 1), values.gather(1, asked)
+def recall_batch(examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sequences of as many pairs as queries, without noise between them, and the values that are asked for."""
+    sizes = {key: RECALL[key] for key in ("pairs", "keys", "values")}
+    drawn = lookup(examples, generator, length=2 * RECALL["pairs"], **sizes)
+    return drawn.tokens, drawn.targets[:, RECALL["pairs"] :]
 
 
 def recall_accuracy(run: Run, name: str, heads: int = RECALL["heads"]) -> list[float]:
@@ -632,14 +630,14 @@ def recall_accuracy(run: Run, name: str, heads: int = RECALL["heads"]) -> list[f
         model = RecallHost(attention(name, heads), RECALL["dim"], RECALL["layers"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
         for _ in range(steps):
-            keys, values, answers = recall_batch(32, generator)
-            loss = F.cross_entropy(model(keys, values).flatten(0, 1), answers.flatten())
+            tokens, answers = recall_batch(32, generator)
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), answers.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        keys, values, answers = recall_batch(1024, torch.Generator().manual_seed(seed))
+        tokens, answers = recall_batch(1024, torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            return (model.eval()(keys, values).argmax(-1) == answers).double().mean().item()
+            return (model.eval()(tokens).argmax(-1) == answers).double().mean().item()
 
     return run.trials(f"recall with {TITLES[name]}", trial, map=name, **{**RECALL, "heads": heads, "steps": steps})
 
@@ -689,8 +687,8 @@ def recall_taylor(run: Run) -> Measurement:
     )
 
 
-@measures("recall_at_equal_state")
-def recall_at_equal_state(run: Run) -> Measurement:
+@measures("recall_is_state")
+def recall_is_state(run: Run) -> Measurement:
     wide = RECALL["heads"] // 2
     return Measurement.paired(
         recall_accuracy(run, "hedgehog"),
