@@ -84,8 +84,10 @@ def forms_agree(run: Run) -> Measurement:
             return torch.cat([first, second], dim=2)
 
         results = []
-        chunked = partial(linear_attention, causal=True)
-        for form in (recurrent_attention, quadratic_attention, chunked, *([halves] if n > 1 else [])):
+        forms: list[Callable[..., Any]] = [recurrent_attention, quadratic_attention, linear_attention]
+        if n > 1:
+            forms.append(halves)
+        for form in forms:
             given = [x.clone().requires_grad_() for x in inputs]
             output = form(*given)
             y = output[0] if isinstance(output, tuple) else output
@@ -251,11 +253,12 @@ def loss_is_bounded(run: Run) -> Measurement:
         for causal in (True, False):
             target = softmax_weights(q, k, causal=causal)
             loss = distillation_loss(q, k, phi_q.exp(), phi_k.exp(), causal=causal)
-            holds &= bool(loss >= attention_entropy(target).mean()) and divergence(target, target).abs().max() < 1e-12
+            holds &= bool(loss >= attention_entropy(target).mean())
+            holds &= bool(divergence(target, target).abs().max() < 1e-12)
             logits = target.clamp_min(1e-30).log().requires_grad_()
             (gradient,) = torch.autograd.grad(cross_entropy(target, logits.softmax(-1)).sum(), logits)
             holds &= bool(gradient.abs().max() < 1e-12)
-    return Measurement.holds(bool(holds), "20 draws, causal and not")
+    return Measurement.holds(holds, "20 draws, causal and not")
 
 
 # What building it brought to light, exactly.
@@ -710,7 +713,8 @@ def digits() -> TaskData:
 
 
 def image_batches(seed: int, steps: int, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-    images, labels = (torch.stack(part) for part in zip(*((x, torch.as_tensor(y)) for x, y in digits().train)))
+    examples: Any = digits().train
+    images, labels = (torch.stack(part) for part in zip(*((x, torch.as_tensor(y)) for x, y in examples)))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randint(len(labels), (size,), generator=generator)
@@ -738,7 +742,8 @@ def digits_conversion(run: Run, name: str, distilled: bool = True) -> list[dict[
             distill(model, (x for x, _ in image_batches(seed, int(setting["distil_steps"]))), lr=setting["distil_lr"])
         found["swapped"] = accuracy(model)
         with torch.no_grad(), teaching(model) as losses, looked_at(model) as entropies:
-            model(torch.stack([x for x, _ in digits().test]))
+            tested: Any = digits().test
+            model(torch.stack([x for x, _ in tested]))
         found["kl"] = torch.stack(losses).mean().item() - float(np.mean(entropies))
         optimizer = torch.optim.AdamW(model.parameters(), lr=setting["tune_lr"])
         model.train()
