@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -73,7 +74,9 @@ def interpreted(path: str):
     saved = {name: sys.modules.get(name) for name in ("triton", "triton.language")}
     sys.modules.update({"triton": fake, "triton.language": language})
     try:
-        spec = importlib.util.spec_from_file_location("provenn.ops.prefix_scan_attention.interpreted", path)
+        # Under the operation's own package, so that its relative imports find their neighbours.
+        name = f"provenn.ops.{Path(path).parent.name}.interpreted"
+        spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:
