@@ -15,13 +15,16 @@ def toeplitz_matrix(c: Float[Tensor, "#heads *offsets"], *, causal: bool = False
     """C_ij = c_{j−i}, and 0 where causal and j > i; tokens of a grid are counted row by row."""
     if causal:
         c = torch.cat([c, torch.zeros_like(c[:, 1:])], dim=1)
-    sides: list[int] = [(size + 1) // 2 for size in c.shape[1:]]
-    places: list[tuple[int, ...]] = list(itertools.product(*(range(side) for side in sides)))
-    rows = []
-    for i in places:
-        row = [c[(..., *(b - a + side - 1 for a, b, side in zip(i, j, sides)))] for j in places]
-        rows.append(torch.stack(row, dim=-1))
-    return torch.stack(rows, dim=-2)
+    sides = [(size + 1) // 2 for size in c.shape[1:]]
+    places = list(itertools.product(*(range(side) for side in sides)))
+
+    def entry(i: tuple[int, ...], j: tuple[int, ...]) -> int:
+        flat = 0
+        for a, b, side in zip(i, j, sides):
+            flat = flat * (2 * side - 1) + b - a + side - 1
+        return flat
+
+    return c.flatten(1)[:, torch.tensor([[entry(i, j) for j in places] for i in places])]
 
 
 def dense_matmul(
