@@ -92,8 +92,8 @@ def _check(c: Tensor, shape: torch.Size, causal: bool) -> None:
     n = shape[-2]
     if causal and c.dim() != 2:
         raise ValueError(f"causal kernels are (heads, tokens), got {tuple(c.shape)}")
-    tokens = c.shape[-1] if causal else math.prod((size + 1) // 2 for size in c.shape[1:])
-    odd = causal or all(size % 2 for size in c.shape[1:])
+    tokens = c.shape[-1] if causal else math.prod([(size + 1) // 2 for size in c.shape[1:]])
+    odd = causal or all([size % 2 for size in c.shape[1:]])
     if n < 1 or c.dim() < 2 or not odd or tokens != n or c.shape[0] not in (1, shape[1]):
         expected = f"(heads, {n})" if causal else f"(heads, {2 * n - 1}) or (heads, 2·rows − 1, 2·columns − 1)"
         raise ValueError(f"for {n} tokens and {shape[1]} heads c must be {expected}, got {tuple(c.shape)}")
