@@ -229,11 +229,12 @@ class KernelAttentionRPE(nn.Module):
         if hidden is not None:
             exponents = exponents.masked_fill(hidden, -torch.inf)
         if not self.normalize:
-            exponents = exponents - self._shift(exponents, w)
+            # Held above e^−50, so that no denominator vanishes (the Performer's code adds 1e-4 for this).
+            exponents = (exponents - self._shift(exponents, w)).clamp_min(-50)
         fk = exponents.exp()
         if self.feature_map == "trf":
             fk = torch.cat([angles.sin(), angles.cos()], dim=-1) * fk
-        return fq, fk
+        return fq, fk if hidden is None else fk.masked_fill(hidden, 0)
 
     def _shift(self, exponents: Tensor, w: Tensor) -> Tensor:
         """What keeps exponentials of unbounded keys finite: their maximum; where causal, what no later key changes."""
