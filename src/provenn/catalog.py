@@ -258,6 +258,18 @@ def card(slug: str) -> Card:
     raise UserError(f"no paper is called {slug!r}{meant(name, known)}; `provenn list` names them all")
 
 
+def mechanisms_of(slot: str, taken: Iterable[str] = ()) -> dict[str, tuple[Card, Mechanism]]:
+    """Every mechanism of a slot by name, or by `slug:name` where two papers share one or it is among `taken`."""
+    fitting = [
+        (card, mechanism) for card in cards().values() for mechanism in card.mechanisms if mechanism.slot == slot
+    ]
+    names = [*taken, *(mechanism.name for _, mechanism in fitting)]
+    return {
+        f"{card.slug}:{mechanism.name}" if names.count(mechanism.name) > 1 else mechanism.name: (card, mechanism)
+        for card, mechanism in fitting
+    }
+
+
 def _within_one_edit(word: str, other: str) -> bool:
     if abs(len(word) - len(other)) > 1:
         return False
