@@ -17,18 +17,19 @@ from torch.autograd.function import once_differentiable
 CHUNK = 32  # tokens that are stepped through; a sequence of up to two chunks is not cut
 
 
-def _walk(states: Sequence[Tensor], gates: Sequence[Tensor]) -> None:
-    for before, state, gate in zip(states, states[1:], gates):
-        state.addcmul_(gate, before)
+def _walk(a: Tensor, h: Tensor, order: Sequence[int]) -> Tensor:
+    """In place, in the order of the tokens or against it; the gate between two tokens is the later one's."""
+    for i in range(1, len(order)):
+        before, t = order[i - 1], order[i]
+        h.select(1, t).addcmul_(a.select(1, max(before, t)), h.select(1, before))
+    return h
 
 
 def _scan(a: Tensor, x: Tensor) -> Tensor:
     """h_t = a_t h_{t−1} + x_t over the second dimension of (rows, tokens, dim)."""
     rows, n, dim = x.shape
     if n <= 2 * CHUNK:
-        h = x.clone()
-        _walk(h.unbind(1), a.unbind(1)[1:])
-        return h
+        return _walk(a, x.clone(), range(n))
     chunks = -(-n // CHUNK)
     if n % CHUNK:
         padding = (0, 0, 0, chunks * CHUNK - n)
@@ -44,9 +45,7 @@ def _scan(a: Tensor, x: Tensor) -> Tensor:
 def _scan_back(a: Tensor, x: Tensor) -> Tensor:
     """h_t = a_{t+1} h_{t+1} + x_t, from the last token to the first."""
     if x.shape[1] <= 2 * CHUNK:
-        h = x.clone()
-        _walk(h.unbind(1)[::-1], a.unbind(1)[:0:-1])
-        return h
+        return _walk(a, x.clone(), range(x.shape[1] - 1, -1, -1))
     return _scan(F.pad(a.flip(1), (0, 0, 1, -1)), x.flip(1)).flip(1)
 
 
