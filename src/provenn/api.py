@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from provenn.evidence.record import Record
+    from provenn.inspection import Inspection
     from provenn.tasks.base import Task
     from provenn.weights import Label
 
@@ -267,15 +268,96 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
-def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, output: str | Path | None = None) -> str:
-    """Apply trained weights to files; returns what the terminal shows."""
+def predict(
+    slug: str,
+    inputs: Sequence[str | Path],
+    *,
+    weights: str | Path,
+    output: str | Path | None = None,
+    changes: dict[str, Any] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> str:
+    """Apply trained weights to files; returns what the terminal shows.
+
+    Args:
+        slug: the paper.
+        inputs: files, or folders of them; of a language model, words.
+        weights: a weight file, or the folder of a run.
+        output: where the result goes.
+        changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100}.
+        tell: is given the result piece by piece, by tasks whose result comes so.
+    """
     from provenn.tasks import get_task
 
-    files = [Path(i) for i in inputs]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"no file at {file}")
     model, label = paper(slug).load(weights)
-    if not files and label.task != "reinforcement-learning":  # which can play episodes of its own
+    kind = get_task(label.task)
+    if not kind.takes_words:
+        missing = next((file for file in inputs if not Path(file).exists()), None)
+        if missing is not None:
+            raise UserError(f"no file at {missing}")
+    if not inputs and label.task != "reinforcement-learning":  # which can play episodes of its own
         raise UserError(f"name the files to apply {slug} to")
-    return get_task(label.task).predict(model, label.meta, files, None if output is None else Path(output))
+    given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
+    options = {**(changes or {}), **({} if tell is None or "tell" not in _arguments(kind.predict) else {"tell": tell})}
+    for name, value in options.items():
+        if name not in _of_predict(kind):
+            known = ", ".join(_of_predict(kind)) or "nothing"
+            raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {known}")
+        _check_type(name, value, _of_predict(kind)[name])
+    place = None if output is None else Path(output)
+    return kind.predict(model, label.meta, given, place, **options)  # type: ignore[arg-type]
+
+
+def _of_predict(kind: "Task") -> dict[str, Any]:
+    """What a task's prediction takes by name."""
+    return {name: hint for name, hint in _arguments(kind.predict).items() if name not in _PREDICT}
+
+
+_PREDICT = ("model", "meta", "inputs", "output")
+
+
+def inspect(
+    slug: str, file: str | Path, *, preset: str | None = None, weights: str | Path | None = None
+) -> "Inspection":
+    """What goes on inside a paper's system that is given one file, such as ECA's gates on an image.
+
+    Args:
+        slug: the paper; it must have an `inspection.py`.
+        file: what the system is given.
+        preset: the system, with random weights; by default the paper's first.
+        weights: a weight file, ours or the authors', or the folder of a run; these say which preset they are of.
+
+    Raises:
+        UserError: the paper shows nothing, or the file or the weights cannot be read.
+    """
+    from inspect import getdoc
+
+    import torch
+
+    from provenn.inspection import Inspection
+    from provenn.tasks import get_task
+
+    chosen, source = paper(slug), Path(file)
+    if not chosen.card.has("inspection"):
+        able = [card.slug for card in catalog.cards().values() if card.has("inspection")]
+        raise UserError(f"{chosen.card.slug} shows nothing of its inside; what can be inspected: {', '.join(able)}")
+    if not source.is_file():
+        raise UserError(f"{source} is a folder: give one file" if source.is_dir() else f"no file at {source}")
+    if weights is None:
+        facts = chosen.card.preset(preset)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = chosen.build(facts.name).eval()
+        name, kind, trained = facts.name, get_task(chosen.card.task_of(facts)), "random weights"
+        meta = kind.default_meta(facts.options)
+    else:
+        model, label = chosen.load(weights)
+        if preset not in (None, label.preset):
+            raise UserError(f"{weights} holds weights of {label.preset}, not of {preset}: leave --preset out")
+        name, kind, trained, meta = label.preset, get_task(label.task), str(weights), label.meta
+    look = chosen.card.resolve("inspection:inspect")
+    with torch.no_grad():
+        layers = look(model, kind.example(source, meta))
+    if not layers:
+        raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
+    return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers)
