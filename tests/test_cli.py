@@ -73,6 +73,7 @@ def props(here) -> Path:
     (here / "text.png").write_text("I am no image.\n")
     (here / "empty.png").touch()
     (here / "empty").mkdir()
+    (here / "folder.png").mkdir()
     for kind in "ab":
         (here / "classes" / kind).mkdir(parents=True)
         for i in range(6):
@@ -279,7 +280,13 @@ BAD = [
     ("inspect tiny_gate good.png -o out.jpg", "the picture is written as .png, got 'out.jpg'"),
     ("inspect tiny_gate good.png -o good.png", "is the input itself"),
     ("inspect tiny_gate good.png -o file/out.png", "cannot write file/out.png"),
+    ("inspect tiny_gate good.png -o folder.png", "cannot write folder.png"),
     ("inspect tiny_gate good.png -o /proc/out.png", "cannot write /proc/out.png"),
+    ("export tiny_gate -o out.onnx", "Missing option '--weights'"),
+    ("export tiny_gate --weights upscale.safetensors -o out.pt", "a system is exported as .onnx, got 'out.pt'"),
+    ("export tiny_gate --weights nowhere.pt -o out.onnx", "no weights at nowhere.pt"),
+    ("export tiny_gate --weights forecast.safetensors -o out.onnx", "only systems that take images can be exported"),
+    ("export tiny_gate --weights upscale.safetensors -o file/out.onnx", "cannot write file/out.onnx"),
     ("compare --slot channel-gate", "Missing option '--data'"),
     ("compare --slot chanel-gate --data digits --out run", "chanel-gate"),
     ("compare --slot channel-gate --data nowhere --out run", "nowhere"),
@@ -311,7 +318,19 @@ def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says
 def test_without_a_word_it_says_what_there_is(run):
     code, out, err = run("")
     assert code == 0 and err == ""
-    for verb in ("list", "show", "reproduce", "train", "predict", "inspect", "compare", "bench", "board", "doctor"):
+    for verb in (
+        "list",
+        "show",
+        "reproduce",
+        "train",
+        "predict",
+        "inspect",
+        "export",
+        "compare",
+        "bench",
+        "board",
+        "doctor",
+    ):
         assert f" {verb} " in out
 
 

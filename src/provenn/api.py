@@ -361,3 +361,28 @@ def inspect(
     if not layers:
         raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
     return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers)
+
+
+def export(slug: str, weights: str | Path, output: str | Path) -> str:
+    """Write trained weights with their system as an ONNX file; returns what the terminal shows.
+
+    A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
+    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`. The file's metadata hold, under
+    `provenn`, what the weights say of themselves, such as class names.
+
+    Args:
+        slug: the paper.
+        weights: a weight file, or the folder of a run.
+        output: where it goes, ending in .onnx.
+    """
+    import json
+    from dataclasses import asdict
+
+    from provenn import export as onnx
+    from provenn.weights import KEY
+
+    file = Path(output)
+    onnx.check_place(file)
+    model, label = paper(slug).load(weights)
+    onnx.image_system(model, label.task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    return f"{label.preset} of {slug} → {file}"

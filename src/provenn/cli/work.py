@@ -1,4 +1,4 @@
-"""Verbs that work on the user's data: train, predict, inspect."""
+"""Verbs that work on the user's data: train, predict, inspect, export."""
 
 import json
 import shlex
@@ -155,3 +155,18 @@ def inspect(
         terminal.print(grid)
     if output is not None:
         terminal.print(f"written  {output}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    slug: Slug,
+    weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where it goes: a file ending in .onnx.")],
+) -> None:
+    """Trained weights with their system as an ONNX file."""
+    from provenn import api
+
+    with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
+        text = api.export(slug, weights, output)
+        advance()
+    print(text)
