@@ -79,6 +79,28 @@ def test_an_author_s_checkpoint_is_recognised(site, tmp_path):
     assert label.preset == "tiny_small" and len(label.meta["classes"]) == 5
 
 
+def test_inspecting_leaves_the_generator_alone(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (9, 9), (255, 0, 128)).save(tmp_path / "a.png")
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    found = provenn.inspect("tiny_gate", tmp_path / "a.png")
+    assert torch.equal(torch.rand(1), expected) and found.layers["0"].shape == (3,)
+    assert found.table().rows[0][:2] == ["0", 3]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 16])
+def test_an_inspection_draws_every_layer(count):
+    from provenn.inspection import Inspection
+
+    figure = Inspection("title", "caption", {f"layer{i}": torch.rand(4 + i) for i in range(count)}).picture()
+    drawn = [axes for axes in figure.axes if axes.lines]
+    assert [len(axes.lines[0].get_ydata()) for axes in drawn] == [4 + i for i in range(count)]
+    assert all(not axes.axison for axes in figure.axes if axes not in drawn)
+
+
 def test_weights_and_label_come_back(tmp_path):
     model = api.paper("tiny_gate").build()
     label = weights.Label(

@@ -30,6 +30,8 @@ def card_with(tmp_path: Path, text: str) -> catalog.Card:
         ("within = [0.99, 1.01]", "within = [1.01, 0.99]", "claims.2.expects", "[low, high]"),
         ("within = [0.99, 1.01]", "above = 1, below = 2", "claims.2.expects", "exactly one of above, below, within"),
         ("date = 2024-01-01", 'date = "long ago"', "date", "date"),
+        ('needs = "Im', 'package = "a-peer"\nneeds = "Im', "claims.5", "give needs (never measured here) or package"),
+        ('needs = "ImageNet-1K and eight GPUs"', 'package = "a peer"', "claims.5.package", "pattern"),
         ('source = "Table 3"', "page = 3", "claims.3.published.source", "required"),
         ("authors = 2", 'authors = 2\nslug = "other"', "slug", ""),
         ("authors = 2", "authors = ", "not valid TOML", "line 4"),

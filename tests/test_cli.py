@@ -112,6 +112,9 @@ def props(here) -> Path:
     meta = {"columns": ["a", "b", "c"], "context": 12, "horizon": 2, "mean": [0.0] * 3, "std": [1.0] * 3}
     labelled("forecast", "tiny_forecast", "series-forecasting", options=forecast, meta=meta)
     labelled("upscale", "tiny_upscale", "super-resolution")
+    seen = {"classes": ["a", "b"], "size": 8, "channels": 3, "mean": [0.0] * 3, "std": [1.0] * 3}
+    labelled("classify", "tiny_small", "image-classification", options={"num_classes": 2}, meta=seen)
+    labelled("gateless", "tiny_upscale", "image-classification", meta=seen)
     labelled("other", "tiny_upscale", "super-resolution", paper="another_paper")
     labelled("wrong_shape", "tiny_upscale", "super-resolution", state={"0.weight": torch.ones(2)})
     labelled("no_preset", "tiny_upscale", "super-resolution", state={"0.weight": torch.ones(2)})
@@ -244,6 +247,25 @@ BAD = [
     ("predict tiny_gate good.png -o out.png --weights other.safetensors", "weights of another_paper, not of tiny_gate"),
     ("predict tiny_gate good.png -o out.png --weights wrong_shape.safetensors", "does not fit this model"),
     ("predict tiny_gate good.png -o out.png --weights no_preset.safetensors", "did you mean 'tiny_upscale'"),
+    ("inspect tiny_gate", "Missing argument"),
+    ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
+    ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net, tiny_gate"),
+    ("inspect tiny_gate nowhere.png", "no file at nowhere.png"),
+    ("inspect tiny_gate empty", "empty is a folder: give one file"),
+    ("inspect tiny_gate text.png -o out.png", "text.png is no image"),
+    ("inspect tiny_gate truncated.png -o out.png", "truncated.png"),
+    ("inspect tiny_gate good.csv", "good.csv is no image"),
+    ("inspect tiny_gate good.png --preset tiny_smal", "did you mean 'tiny_small'"),
+    ("inspect tiny_gate good.csv --preset tiny_forecast", "series-forecasting makes no input of a single file"),
+    ("inspect tiny_gate good.png --weights nowhere.pt", "no weights at nowhere.pt"),
+    ("inspect tiny_gate good.png --weights code.pt", "loading it could run code"),
+    ("inspect tiny_gate good.png --weights other.safetensors", "weights of another_paper, not of tiny_gate"),
+    ("inspect tiny_gate good.png --weights classify.safetensors --preset tiny_large", "weights of tiny_small, not of"),
+    ("inspect tiny_gate good.png --weights gateless.safetensors", "has nothing inside that could be shown"),
+    ("inspect tiny_gate good.png -o out.jpg", "the picture is written as .png, got 'out.jpg'"),
+    ("inspect tiny_gate good.png -o good.png", "is the input itself"),
+    ("inspect tiny_gate good.png -o file/out.png", "cannot write file/out.png"),
+    ("inspect tiny_gate good.png -o /proc/out.png", "cannot write /proc/out.png"),
     ("compare --slot channel-gate", "Missing option '--data'"),
     ("compare --slot chanel-gate --data digits --out run", "chanel-gate"),
     ("compare --slot channel-gate --data nowhere --out run", "nowhere"),
@@ -275,7 +297,7 @@ def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says
 def test_without_a_word_it_says_what_there_is(run):
     code, out, err = run("")
     assert code == 0 and err == ""
-    for verb in ("list", "show", "reproduce", "train", "predict", "compare", "bench", "board", "doctor"):
+    for verb in ("list", "show", "reproduce", "train", "predict", "inspect", "compare", "bench", "board", "doctor"):
         assert f" {verb} " in out
 
 
@@ -396,6 +418,32 @@ def test_train_then_predict(run, props):
     assert (props / "out.csv").read_text().count("\n") == 3
 
 
+def test_inspect_shows_a_trained_model_on_a_file(run, props):
+    code, out, err = run("inspect tiny_gate good.png --weights classify.safetensors -o deep/inside.png")
+    assert (code, err) == (0, "") and "tiny_small (classify.safetensors) on good.png" in out
+    assert "How bright each channel is behind each gate." in out and "The suite compares" not in out
+    assert "written  deep/inside.png" in out and Image.open(props / "deep" / "inside.png").format == "PNG"
+    assert [file.name for file in (props / "deep").iterdir()] == ["inside.png"]
+    found = json.loads(run("inspect tiny_gate good.png --weights classify.safetensors --json")[1])
+    middle = np.asarray(Image.open("good.png")).mean((0, 1)) / 255
+    assert np.allclose(found["layers"]["0"], middle, atol=0.05)
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("0 ")]
+    values = found["layers"]["0"]
+    assert [float(cell) for cell in row[1:]] == pytest.approx([3, np.mean(values), min(values), max(values)], rel=1e-3)
+
+
+def test_inspect_says_that_weights_are_random(run, props):
+    code, out, err = run("inspect tiny_gate good.png --preset tiny_large")
+    assert code == 0 and "tiny_large (random weights) on good.png" in out
+    assert err == "the weights are random, nothing was learned: give some with --weights\n"
+    assert (
+        run("inspect tiny_gate good.png --preset tiny_large --json")[1]
+        == run("inspect tiny_gate good.png --preset tiny_large --json")[1]
+    )
+    assert "provenn inspect tiny_gate" in run("show tiny_gate")[1]
+    assert "provenn inspect" not in run("show craft")[1]
+
+
 def test_training_goes_on_where_it_stopped(run, props):
     run("train tiny_gate --data classes --out once --epochs 2")
     run("train tiny_gate --data classes --out twice --epochs 1")
@@ -494,6 +542,9 @@ def test_the_shell_completes(monkeypatch, capsys, typed, offered):
 def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
     import importlib.util
 
+    tiny = catalog.card("tiny_gate")
+    against = [claim.model_copy(update={"package": name}) for claim, name in zip(tiny.claims, ("a-peer", "torch"))]
+    monkeypatch.setitem(catalog.cards(), "tiny_gate", tiny.model_copy(update={"claims": against}))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aeon" else find(name, *rest))
     code, out, err = run("doctor")
@@ -502,3 +553,4 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
         assert words in out
     found = json.loads(run("doctor --json")[1])
     assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""
+    assert found["peers"]["a-peer"] == "missing: pip install a-peer (for tiny_gate)" and found["peers"]["torch"] == ""

@@ -22,7 +22,7 @@ ORDER = [
     {"surgery", "evidence", "weights", "testing"},
     {"papers"},
     {"reproduce"},
-    {"compare", "report", "board", "doctor", "benchmarks"},
+    {"compare", "inspection", "report", "board", "doctor", "benchmarks"},
     {"api", "__init__", "papers/__init__"},
     {"cli", "web", "__main__"},
 ]

@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from provenn import bench, papers, slots, surgery, testing
-    from provenn.api import from_official, paper, predict, train
+    from provenn.api import from_official, inspect, paper, predict, train
     from provenn.surgery import insert_after, swap
 
 _HOMES = {
-    **dict.fromkeys(("from_official", "paper", "predict", "train"), "provenn.api"),
+    **dict.fromkeys(("from_official", "inspect", "paper", "predict", "train"), "provenn.api"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
 }
 _MODULES = ("bench", "papers", "slots", "surgery", "testing")
@@ -25,6 +25,7 @@ __all__ = [
     "bench",
     "from_official",
     "insert_after",
+    "inspect",
     "paper",
     "papers",
     "predict",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from provenn.evidence.record import Record
+    from provenn.inspection import Inspection
     from provenn.tasks.base import Task
     from provenn.weights import Label
 
@@ -279,3 +280,50 @@ def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, out
     if not files and label.task != "reinforcement-learning":  # which can play episodes of its own
         raise UserError(f"name the files to apply {slug} to")
     return get_task(label.task).predict(model, label.meta, files, None if output is None else Path(output))
+
+
+def inspect(
+    slug: str, file: str | Path, *, preset: str | None = None, weights: str | Path | None = None
+) -> "Inspection":
+    """What goes on inside a paper's system that is given one file, such as ECA's gates on an image.
+
+    Args:
+        slug: the paper; it must have an `inspection.py`.
+        file: what the system is given.
+        preset: the system, with random weights; by default the paper's first.
+        weights: a weight file, ours or the authors', or the folder of a run; these say which preset they are of.
+
+    Raises:
+        UserError: the paper shows nothing, or the file or the weights cannot be read.
+    """
+    from inspect import getdoc
+
+    import torch
+
+    from provenn.inspection import Inspection
+    from provenn.tasks import get_task
+
+    chosen, source = paper(slug), Path(file)
+    if not chosen.card.has("inspection"):
+        able = [card.slug for card in catalog.cards().values() if card.has("inspection")]
+        raise UserError(f"{chosen.card.slug} shows nothing of its inside; what can be inspected: {', '.join(able)}")
+    if not source.is_file():
+        raise UserError(f"{source} is a folder: give one file" if source.is_dir() else f"no file at {source}")
+    if weights is None:
+        facts = chosen.card.preset(preset)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = chosen.build(facts.name).eval()
+        name, kind, trained = facts.name, get_task(chosen.card.task_of(facts)), "random weights"
+        meta = kind.default_meta(facts.options)
+    else:
+        model, label = chosen.load(weights)
+        if preset not in (None, label.preset):
+            raise UserError(f"{weights} holds weights of {label.preset}, not of {preset}: leave --preset out")
+        name, kind, trained, meta = label.preset, get_task(label.task), str(weights), label.meta
+    look = chosen.card.resolve("inspection:inspect")
+    with torch.no_grad():
+        layers = look(model, kind.example(source, meta))
+    if not layers:
+        raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
+    return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers)

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from datetime import date
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -113,6 +113,32 @@ class Claim(Facts):
     expects: Region | None = None
     tolerance: float = 0.0
     needs: str | None = None
+    package: str | None = Field(None, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
+
+    @model_validator(mode="after")
+    def one_lack(self) -> "Claim":
+        if self.needs is not None and self.package is not None:
+            raise ValueError("give needs (never measured here) or package (measured where it is installed), not both")
+        return self
+
+    @property
+    def lacks(self) -> str | None:
+        """What keeps this claim from being measured here, where something does."""
+        if self.package is not None and installed(self.package) is None:
+            return f"the package {self.package} (pip install {self.package})"
+        return self.needs
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, named as pip names it, or None where it is not installed.
+
+    >>> installed("provenn-no-such-package") is None
+    True
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 class Card(Facts):
@@ -256,6 +282,18 @@ def card(slug: str) -> Card:
     if name in known:
         return known[name]
     raise UserError(f"no paper is called {slug!r}{meant(name, known)}; `provenn list` names them all")
+
+
+def mechanisms_of(slot: str, taken: Iterable[str] = ()) -> dict[str, tuple[Card, Mechanism]]:
+    """Every mechanism of a slot by name, or by `slug:name` where two papers share one or it is among `taken`."""
+    fitting = [
+        (card, mechanism) for card in cards().values() for mechanism in card.mechanisms if mechanism.slot == slot
+    ]
+    names = [*taken, *(mechanism.name for _, mechanism in fitting)]
+    return {
+        f"{card.slug}:{mechanism.name}" if names.count(mechanism.name) > 1 else mechanism.name: (card, mechanism)
+        for card, mechanism in fitting
+    }
 
 
 def _within_one_edit(word: str, other: str) -> bool:

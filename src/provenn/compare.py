@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from provenn import bench, progress
-from provenn.catalog import cards, meant
+from provenn.catalog import meant, mechanisms_of
 from provenn.errors import UserError
 from provenn.evidence import Ledger, Run, Table
 from provenn.evidence.interval import Interval, paired_difference, student
@@ -365,14 +365,9 @@ def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tup
     """Each candidate's factory, and the slug of its paper (none for a baseline)."""
     baselines = host.baselines()
     known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in baselines.items()}
-    mechanisms = [(card, mechanism) for card in cards().values() for mechanism in card.mechanisms]
-    fitting = [(card, mechanism) for card, mechanism in mechanisms if mechanism.slot == slot]
-    called = [mechanism.name for _, mechanism in fitting]
-    for card, mechanism in fitting:
-        shared = called.count(mechanism.name) > 1 or mechanism.name in known
+    for name, (card, mechanism) in mechanisms_of(slot, taken=baselines).items():
         extra = {"causal": True} if slot == "token-mixer" else {}
-        factory = partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra)
-        known[f"{card.slug}:{mechanism.name}" if shared else mechanism.name] = (factory, card.slug)
+        known[name] = (partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra), card.slug)
     wanted = list(known) if names is None else list(dict.fromkeys(names))
     wanted.sort(key=lambda name: name != next(iter(baselines)))  # the reference comes first
     for name in wanted:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from provenn import progress
-from provenn.catalog import Card, Claim
+from provenn.catalog import Card, Claim, installed
 from provenn.errors import UserError
 from provenn.evidence.claim import measuring_functions
 from provenn.evidence.measurement import Measurement
@@ -80,8 +80,11 @@ def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Re
     start, spared = time.perf_counter(), run.spared
     try:
         function = _function(card, claim)
-        needs = claim.needs or "a function that measures it"
+        needs = claim.lacks or "a function that measures it"
         measurement = Measurement.not_measured(needs) if function is None else function(run)
+        if claim.package is not None and function is not None:
+            setting = {**measurement.setting, claim.package: installed(claim.package)}
+            measurement = measurement.model_copy(update={"setting": setting})
     except Exception as error:  # one claim's trouble must not cost the others their work
         measurement = Measurement.failure(error)
         with (run.out / f"{run.paper}.errors.txt").open("a", encoding="utf-8") as file:
@@ -98,7 +101,7 @@ def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Re
 
 
 def _function(card: Card, claim: Claim) -> Callable[[Run], Measurement] | None:
-    if claim.needs is not None or not card.has("claims"):
+    if claim.lacks is not None or not card.has("claims"):
         return None
     return measuring_functions(card.resolve_module("claims")).get(claim.id)
 
@@ -109,6 +112,11 @@ def _still_good(record: Record, run: Run, claim: Claim, environment: Environment
     What was not measured is tried again: what it needed may be there by now.
     """
     if record.measurement.needs or record.measurement.failed:
+        return False
+    if claim.package is not None and installed(claim.package) not in (
+        None,
+        record.measurement.setting.get(claim.package),
+    ):
         return False
     same_seeds = not record.measurement.seeds or tuple(record.measurement.seeds) == run.seeds
     again = Record.of(run.paper, claim, record.measurement, budget=run.budget, environment=environment)

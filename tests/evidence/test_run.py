@@ -1,5 +1,7 @@
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +218,38 @@ def test_claims_that_cannot_be_imported_fail_one_by_one(card, site, tmp_path):
     assert [record.verdict for record in records] == [Verdict.NOT_MEASURED] * 6
     assert "a_package_that_is_not_there" in records[0].reason
     assert records[-1].reason.startswith("needs ImageNet")
+
+
+def peer(site: Path, version: str) -> None:
+    """Install the package that a claim is measured against."""
+    for old in site.glob("a_peer-*"):
+        shutil.rmtree(old)
+    (site / f"a_peer-{version}.dist-info").mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: a-peer\nVersion: {version}\n"
+    (site / f"a_peer-{version}.dist-info" / "METADATA").write_text(metadata)
+    importlib.invalidate_caches()
+
+
+def test_a_claim_about_a_package_is_measured_where_the_package_is(card, site, tmp_path):
+    claims = [c.model_copy(update={"package": "a-peer"}) if c.id == "better" else c for c in card.claims]
+    against = card.model_copy(update={"claims": claims})
+
+    def measured(**more):
+        (record,) = reproduce(against, claims="better", out=tmp_path, **more)
+        return record.verdict, record.reason, record.measurement.setting.get("a-peer")
+
+    assert measured() == (Verdict.NOT_MEASURED, "needs the package a-peer (pip install a-peer)", None)
+    assert not (tmp_path / "calls").exists()
+    peer(site, "1.0")
+    assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "1.0")
+    first = Ledger.read(tmp_path / "tiny_gate.json")[0].record("better")
+    assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "1.0")
+    assert Ledger.read(tmp_path / "tiny_gate.json")[0].record("better") == first
+    peer(site, "2.0")
+    assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "2.0"), "another version is another measurement"
+    shutil.rmtree(site / "a_peer-2.0.dist-info")
+    importlib.invalidate_caches()
+    assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "2.0"), "what was measured stands"
 
 
 def test_a_record_s_time_is_what_its_measurement_took_resumed_or_not(card, tmp_path, monkeypatch):

@@ -8,9 +8,12 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import provenn
+from provenn.evidence import Run
 from provenn.nn import resnet
 from provenn.nn.channel_gates import SqueezeExcitation, record_gates
 from provenn.nn.mobilenet import MobileNetV2
@@ -443,19 +446,40 @@ def test_same_host_for_every_gate():
     assert plain < se and plain < eca
 
 
+def test_inspection_shows_the_gates_of_a_picture(tmp_path):
+    Image.fromarray((torch.rand(30, 40, 3) * 255).byte().numpy()).save(tmp_path / "a.png")
+    found = provenn.inspect("eca_net", tmp_path / "a.png", preset="eca_resnet18")
+    assert list(found.layers) == [f"layer{stage}.{block}.gate" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    assert [row.numel() for row in found.layers.values()] == [64, 64, 128, 128, 256, 256, 512, 512]
+    assert all(row.min() > 0 and row.max() < 1 for row in found.layers.values())
+
+
 # The claims
 
 
 def test_gates_that_are_compared_are_what_they_are_called():
-    family = {"SE r=16": 512, "SE-Var2": 64, "SE-Var3": 4096}
+    family = {"SE r=16": 512, "SE-Var2": 64, "SE-Var3": 4096, "ECA k=3": 3, "ECA k=5": 5, "ECA k=9": 9}
     compared = {label: gate for label, gate in claims.BAND_GATES.values()}
     for gates, others in (
-        (compared, {"no gate": 0, "ECA k=3": 3}),
-        (claims.TEACHER_GATES, {f"ECA k={k}": k for k in (3, 5, 9)}),
+        (compared, {"no gate": 0, "SE-Var1": 0, "SE r=4": 2048}),
+        (claims.TEACHER_GATES, {}),
     ):
         assert {label: sum(p.numel() for p in gate(BANDS).parameters()) for label, gate in gates.items()} == (
             family | others
         )
+
+
+def test_the_worst_of_several_gates_is_held_against_the_baseline(tmp_path, monkeypatch):
+    reached = {"eca": [0.5, 0.9], "eca9": [0.7, 0.6], "se": [0.1, 0.2]}
+
+    def trials(run, name):
+        return [{"accuracy": value, "curve": {"epoch": [1.0], "accuracy": [value]}} for value in reached[name]]
+
+    monkeypatch.setattr(claims, "band_trials", trials)
+    run = Run("eca_net", tmp_path, budget="smoke", seeds=(0, 1))
+    measurement = claims.on_bands(run, ("eca", "eca9"), "se")
+    assert measurement.values == [0.5, 0.6] and measurement.baselines == [0.1, 0.2]
+    assert [row[:2] for row in measurement.tables[0].rows] == [["ECA k=3", 3], ["ECA k=9", 9], ["SE r=16", 512]]
 
 
 def test_failing_bands_are_what_they_say():

@@ -14,6 +14,7 @@ from line_task import RECIPE, Line, build
 from torch import nn
 
 from provenn.errors import UserError
+from provenn.nn.auxiliary import add_auxiliary
 from provenn.tasks import Recipe, fit
 from provenn.tasks.training import CHECKPOINT, SCHEDULES, EpochSampler, recipe_of
 
@@ -137,6 +138,23 @@ def test_training_learns_and_leaves_torch_as_it_was():
     assert result.metrics["error"] < 0.05 * variance
     assert result.series("train_loss")[-1] < 0.1 * result.series("train_loss")[0]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_mean_of_what_layers_add_is_learned_too():
+    class Adding(nn.Linear):
+        def forward(self, x):
+            add_auxiliary(self.weight.sum())
+            return super().forward(x)
+
+    def trained(layer):
+        def made():
+            return nn.Sequential(layer(4, 4), layer(4, 1)).double()
+
+        recipe = replace(RECIPE, clip=None, momentum=0, schedule="constant", max_steps=1)
+        return fit(made, TASK, DATA, recipe).model
+
+    for with_it, without in zip(trained(Adding), trained(nn.Linear)):
+        torch.testing.assert_close(without.weight - with_it.weight, torch.full_like(without.weight, RECIPE.lr / 2))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -3,7 +3,7 @@
 import importlib.util
 from typing import Any
 
-from provenn import progress
+from provenn import catalog, progress
 from provenn.cli.app import Json, app
 from provenn.errors import UserError
 
@@ -17,7 +17,13 @@ def doctor(json: Json = False) -> None:
     from provenn.cli import console
 
     with progress.shown():
-        found = {"versions": _versions(), "machine": _machine(), "extras": _extras(), "data": _data()}
+        found = {
+            "versions": _versions(),
+            "machine": _machine(),
+            "extras": _extras(),
+            "peers": _peers(),
+            "data": _data(),
+        }
     if json:
         console.machine(found)
         return
@@ -26,6 +32,9 @@ def doctor(json: Json = False) -> None:
         terminal.print(console.table((title, ""), [(k, console.escape(str(v))) for k, v in found[title].items()]), "")
     rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in found["extras"].items()]
     terminal.print(console.table(("extra", "", ""), rows), "")
+    if found["peers"]:
+        rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in found["peers"].items()]
+        terminal.print(console.table(("to measure against", "", ""), rows), "")
     rows = [(name, _sign(entry["loads"]), console.escape(entry["about"])) for name, entry in found["data"].items()]
     terminal.print(console.table(("task", "", "embedded data"), rows))
 
@@ -74,6 +83,18 @@ def _extras() -> dict[str, str]:
     return {
         package: "" if importlib.util.find_spec(package) else f"missing: pip install 'provenn[{extra}]'"
         for package, extra in EXTRAS.items()
+    }
+
+
+def _peers() -> dict[str, str]:
+    """Each package that some claim is measured against, and who needs it where it is missing."""
+    users: dict[str, list[str]] = {}
+    for slug, card in catalog.cards().items():
+        for package in {claim.package for claim in card.claims if claim.package}:
+            users.setdefault(package, []).append(slug)
+    return {
+        package: "" if catalog.installed(package) else f"missing: pip install {package} (for {', '.join(slugs)})"
+        for package, slugs in sorted(users.items())
     }
 
 

@@ -105,13 +105,15 @@ def show(slug: Slug, json: Json = False) -> None:
         out.print(f"provenn reproduce {card.slug}")
     if card.presets:
         out.print(f"provenn train {card.slug} --preset {card.presets[0].name} --data …")
+    if card.has("inspection"):
+        out.print(f"provenn inspect {card.slug} …")
 
 
 def _claim(claim: Claim, record: "Record | None") -> tuple[str, ...]:
     from provenn.cli import console
     from provenn.evidence import view
 
-    needs = f"[dim]needs {console.escape(claim.needs)}[/]" if claim.needs else ""
+    needs = f"[dim]needs {console.escape(claim.lacks)}[/]" if claim.lacks else ""
     kind = claim.kind + ("" if claim.origin == "paper" else ", ours")
     return (
         f"[bold]{claim.id}[/]\n{console.escape(claim.says)} [dim]({kind})[/]",

@@ -65,7 +65,7 @@ def bench(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Time, memory and FLOPs against baselines: the paper's claims about cost, with their tables."""
+    """Time, memory and FLOPs against baselines and installed peers: the claims about cost, with their tables."""
     card = catalog.card(slug)
     costs = [claim.id for claim in card.claims if claim.kind == "cost"]
     if not costs:

@@ -1,4 +1,4 @@
-"""Verbs that work on the user's data: train, predict."""
+"""Verbs that work on the user's data: train, predict, inspect."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from provenn import catalog, progress
-from provenn.cli.app import Device, Preset, Resume, Slug, Task, app, resumable
+from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, resumable, tell
 from provenn.errors import UserError
 
 
@@ -103,3 +103,39 @@ def predict(
     with progress.shown():
         text = api.predict(slug, inputs or [], weights=weights, output=output)
     print(text)
+
+
+@app.command()
+def inspect(
+    slug: Slug,
+    file: Annotated[Path, typer.Argument(metavar="INPUT", help="What the system is given, such as an image.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="A weight file, ours or the authors', or the folder of a run; else random.")
+    ] = None,
+    preset: Preset = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PNG", help="Where a picture goes.")] = None,
+    json: Json = False,
+) -> None:
+    """What goes on inside a paper's system on an input of yours, such as the gates of its layers."""
+    from provenn import api, inspection
+    from provenn.cli import console
+    from provenn.evidence.measurement import Measurement
+
+    if output is not None:
+        inspection.check_png(output, file)
+    with progress.shown():
+        found = api.inspect(slug, file, preset=preset, weights=weights)
+        if output is not None:
+            found.save(output)
+    if weights is None:
+        tell("the weights are random, nothing was learned: give some with --weights")
+    if json:
+        layers = {name: row.tolist() for name, row in found.layers.items()}
+        console.machine({"title": found.title, "caption": found.caption, "layers": layers})
+        return
+    terminal = console.console()
+    terminal.print(f"[bold]{console.escape(found.title)}[/]\n")
+    for grid in console.details(Measurement(tables=[found.table()])):
+        terminal.print(grid)
+    if output is not None:
+        terminal.print(f"written  {output}", soft_wrap=True)

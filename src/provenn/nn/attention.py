@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.positions import rotate
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far, in buffers that double when full. Written in place: for inference."""
@@ -37,34 +39,47 @@ class KVCache(NamedTuple):
 class SoftmaxAttention(nn.Module):
     """Multi-head attention of every token to the tokens up to it (Vaswani et al., 2017, arXiv:1706.03762).
 
-    y_i = W_o [Σ_j softmax_j(q_i·k_j / √p) v_j], a head having p = dim / heads features; all four maps have biases.
+    y_i = W_o [Σ_j softmax_j(q_i·k_j / √p) v_j], a head having p = dim / heads features.
 
     Args:
         dim: D, width of a token.
         heads: attention heads; must divide `dim`.
         causal: whether token i sees tokens 1..i only, or all.
+        bias: of the four maps.
+        rotary: turn queries and keys by their position (`provenn.nn.positions.rotate`).
 
-    Shapes: (batch, tokens, dim) to the same. Parameters: 4·D² + 4·D. Slot: token-mixer. Streams with a key-value cache.
+    Shapes: (batch, tokens, dim) to the same. Parameters: 4·D², and 4·D with biases. Slot: token-mixer. Streams with a
+    key-value cache.
     """
 
-    def __init__(self, dim: int, heads: int, *, causal: bool = True):
+    def __init__(self, dim: int, heads: int, *, causal: bool = True, bias: bool = True, rotary: bool = False):
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
-        self.dim, self.heads, self.causal = dim, heads, causal
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        if rotary and dim // heads % 2:
+            raise ValueError(f"rotary positions need an even head width, got dim={dim} and heads={heads}")
+        self.dim, self.heads, self.causal, self.rotary = dim, heads, causal, rotary
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key = nn.Linear(dim, dim, bias=bias)
+        self.value = nn.Linear(dim, dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens that stand from `start` on."""
+        q, k, v = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
+        if self.rotary:
+            positions = torch.arange(start, start + x.shape[1], device=x.device)
+            q, k = rotate(q, positions), rotate(k, positions)
+        return q, k, v
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
-        q, k, v = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
+        q, k, v = self._project(x)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
@@ -86,7 +101,7 @@ class SoftmaxAttention(nn.Module):
         if not self.causal:
             raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
         state = self.init_state(x.shape[0]) if state is None else state
-        q, k, v = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
+        q, k, v = self._project(x, state.length)
         old, state = state.length, state.append(k, v)
         k, v = state.keys[:, :, : state.length], state.values[:, :, : state.length]
         if x.shape[1] == 1:
@@ -101,4 +116,89 @@ class SoftmaxAttention(nn.Module):
     def step(self, x_t: Float[Tensor, "batch dim"], state: KVCache) -> tuple[Float[Tensor, "batch dim"], KVCache]:
         """One token more; time and memory grow with the tokens so far."""
         y, state = self.prefill(x_t.unsqueeze(1), state)
+        return y.squeeze(1), state
+
+
+class WindowState(NamedTuple):
+    """Keys and values of the last tokens, as many as the window has, and how many tokens there were in all."""
+
+    keys: Float[Tensor, "batch heads window head_dim"]
+    values: Float[Tensor, "batch heads window head_dim"]
+    seen: int
+
+
+class SlidingWindowAttention(SoftmaxAttention):
+    """Causal attention to the last `window` tokens, the own one included (Beltagy et al., 2020, Longformer).
+
+    Runs block by block, in time O(tokens · window), and streams with a cache of constant size.
+
+    Args:
+        dim, heads, bias, rotary: as in `SoftmaxAttention`.
+        window: how many tokens a token sees.
+        causal: must be True.
+
+    Shapes: (batch, tokens, dim) to the same. Slot: token-mixer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        window: int = 128,
+        causal: bool = True,
+        bias: bool = True,
+        rotary: bool = False,
+    ):
+        super().__init__(dim, heads, bias=bias, rotary=rotary)
+        if not causal:
+            raise ValueError("a sliding window looks back alone: causal must be True")
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.window = window
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
+        return self._attend(x, self.init_state(x.shape[0]), mask)[0]
+
+    def init_state(self, batch: int) -> WindowState:  # type: ignore[override]
+        """A window before its first token."""
+        keys = self.out.weight.new_zeros(batch, self.heads, self.window, self.dim // self.heads)
+        return WindowState(keys, keys, 0)
+
+    def _attend(self, x: Tensor, state: WindowState, mask: Tensor | None) -> tuple[Tensor, WindowState]:
+        q, new_k, new_v = self._project(x, state.seen)
+        tokens, w = x.shape[1], self.window
+        block = min(tokens, w)
+        blocks = -(-tokens // block)
+        tail = (0, 0, 0, blocks * block - tokens)
+        # Queries of a block see its own keys and the `window` before them: windows that overlap, cut from one row.
+        k, v = torch.cat([state.keys, new_k], dim=2), torch.cat([state.values, new_v], dim=2)
+        wide_k, wide_v = (F.pad(part, tail).unfold(2, w + block, block).transpose(-1, -2) for part in (k, v))
+        wide_q = F.pad(q, tail).unflatten(2, (blocks, block))
+        row, column = (torch.arange(size, device=x.device) for size in (block, w + block))
+        near = (column > row[:, None]) & (column <= row[:, None] + w)
+        place = torch.arange(blocks, device=x.device)[:, None, None] * block + column
+        may = near & (place >= w - min(state.seen, w))
+        if mask is not None:
+            known = F.pad(F.pad(mask, (w, 0), value=True), (0, blocks * block - tokens), value=False)
+            may = may & known.unfold(1, w + block, block)[:, None, :, None, :]
+        y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=may)
+        y = y.flatten(2, 3)[:, :, :tokens]
+        after = WindowState(k[:, :, -w:], v[:, :, -w:], state.seen + tokens)
+        return self.out(y.transpose(1, 2).flatten(2)), after
+
+    def prefill(  # type: ignore[override]
+        self, x: Float[Tensor, "batch tokens dim"], state: WindowState | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], WindowState]:
+        """Many tokens at once: the outputs, and the window from which `step` goes on."""
+        return self._attend(x, self.init_state(x.shape[0]) if state is None else state, None)
+
+    def step(  # type: ignore[override]
+        self, x_t: Float[Tensor, "batch dim"], state: WindowState
+    ) -> tuple[Float[Tensor, "batch dim"], WindowState]:
+        """One token more, in time and memory that do not grow."""
+        y, state = self._attend(x_t.unsqueeze(1), state, None)
         return y.squeeze(1), state

@@ -23,3 +23,32 @@ def sinusoidal_encoding(positions: Shaped[Tensor, "*shape"], dim: int) -> Float[
     # Long streams reach positions at which float32 no longer tells neighbouring angles apart.
     angles = (positions.double().unsqueeze(-1) * rates.double()).remainder(2 * math.pi).float()
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def rotate(
+    x: Float[Tensor, "*batch tokens dim"], positions: Shaped[Tensor, " tokens"], base: float | int = 10_000
+) -> Float[Tensor, "*batch tokens dim"]:
+    """Turn the pair (x_j, x_{j + dim/2}) by position · base^(−2j/dim): rotary positions (Su et al., 2021, RoFormer).
+
+    The product of two vectors so turned depends on the difference of their positions alone.
+
+    Args:
+        x: queries or keys of a head.
+        positions: of the tokens, any real numbers.
+        base: of the wave lengths.
+
+    >>> rotate(torch.tensor([[1.0, 0.0]]), torch.tensor([0])).tolist()
+    [[1.0, 0.0]]
+    """
+    dim = x.shape[-1]
+    if dim % 2:
+        raise ValueError(f"rotary positions need an even head width, got {dim}")
+    rates = torch.exp(torch.arange(0, dim, 2, device=x.device) * (-math.log(base) / dim))
+    angles = (
+        (positions.double()[:, None] * rates.double())
+        .remainder(2 * math.pi)
+        .to(torch.promote_types(x.dtype, torch.float32))
+    )
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

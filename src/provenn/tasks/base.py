@@ -25,6 +25,8 @@ NAMES = (
     "event-forecasting",
     "reinforcement-learning",
     "super-resolution",
+    "language-modelling",
+    "recall",
 )
 
 
@@ -61,6 +63,7 @@ class Task(ABC):
     higher_is_better: bool
     embedded: dict[str, str]  # name of each embedded data set, and a sentence about it
     reads: str  # what a path may hold, in one phrase
+    takes_words: bool = False  # whether `predict` takes words besides files
 
     @abstractmethod
     def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
@@ -81,6 +84,14 @@ class Task(ABC):
     @abstractmethod
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """Apply a trained model to files; write `output` where one is given; return text for the terminal."""
+
+    def example(self, file: Path, meta: dict[str, Any]) -> Tensor:
+        """What a model sees of one file, as a batch of one, where the task can say.
+
+        Raises:
+            UserError: it cannot, or the file cannot be read.
+        """
+        raise UserError(f"{self.name} makes no input of a single file that could be inspected")
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         """What prediction assumes of weights that carry no meta of their own (an author's checkpoint)."""

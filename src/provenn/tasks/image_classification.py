@@ -79,6 +79,9 @@ class ImageClassification(Task):
             "std": list(IMAGENET_STD),
         }
 
+    def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "1 channels size size"]:
+        return _standard(_see(_read(file, meta["channels"]), meta["size"]), meta)[None]
+
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """The most likely classes of each image; `output` (.csv) gets the probability of every class.
 
@@ -87,10 +90,10 @@ class ImageClassification(Task):
         check_csv(output, inputs)
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         device = device_of(model)
-        images = (_standard(_see(_read(file, meta["channels"]), meta["size"]), meta) for file in files)
+        images = (self.example(file, meta) for file in files)
         with torch.no_grad():
             probabilities = [
-                model(image[None].to(device)).softmax(1)[0].cpu()
+                model(image.to(device)).softmax(1)[0].cpu()
                 for image in progress.track(images, "predicting", total=len(files))
             ]
         classes = meta["classes"]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from provenn import progress
 from provenn.errors import UserError
+from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks.base import Task, TaskData
 
 CHECKPOINT = "last.ckpt"
@@ -346,7 +347,10 @@ def _module_class() -> type:
             )
 
         def training_step(self, batch: Any, index: int) -> Tensor:
-            loss = self.task.loss(self.model, batch)
+            with collect_auxiliary() as added:
+                loss = self.task.loss(self.model, batch)
+            if added:
+                loss = loss + torch.stack(added).mean()
             if not torch.isfinite(loss):
                 raise UserError(
                     f"the loss became {loss.item()} at step {self.global_step}; "

@@ -1,0 +1,221 @@
+"""Text: the standard library's source, which every Python has, and the user's own; bytes and byte pairs as tokens."""
+
+import json
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from provenn.errors import UserError
+
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo"}
+END = "<|end|>"
+
+
+class Document(NamedTuple):
+    """One text and where it comes from."""
+
+    name: str
+    text: str
+
+
+def standard_library() -> list[Document]:
+    """Python's own standard library, about 11 MB of source in 580 files, without its tests.
+
+    The text depends on the version of Python, so its fingerprint belongs in a record.
+
+    Raises:
+        UserError: an installation without its sources.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(file for file in folder.rglob("*.py") if not NO_LIBRARY & {*file.relative_to(folder).parts[:-1]})
+    texts = [Document(str(file.relative_to(folder)), file.read_text("utf-8", "replace")) for file in files]
+    texts = [document for document in texts if document.text]
+    if len(texts) < 100:
+        raise UserError(f"{folder} holds too few of the standard library's sources; use a Python that has them")
+    return texts
+
+
+def read_documents(path: Path) -> list[Document]:
+    """The texts of a file or of a folder, in the order of their names. A line of a `.jsonl` is a text of its own.
+
+    Args:
+        path: a text file in UTF-8, a `.jsonl` whose lines have a key "text", or a folder of such files, searched whole.
+
+    Raises:
+        UserError: nothing to read, no UTF-8, a line that is no JSON, or no text at all.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise UserError(f"{path} holds no text: expected files that end in {', '.join(SUFFIXES)}")
+    else:
+        files = [path]
+    documents = [document for file in files for document in _read(file)]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise UserError(f"{path} is empty: expected text")
+    return documents
+
+
+def _read(file: Path) -> list[Document]:
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8 (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        raise UserError(f"{file} is no text: it holds a zero byte")
+    if file.suffix.lower() != ".jsonl":
+        return [Document(file.name, text)]
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number}: no JSON: {error.msg}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise UserError(f'{file}, line {number}: expected an object with a text, such as {{"text": "…"}}')
+        documents.append(Document(f"{file.name}:{number}", entry["text"]))
+    return documents
+
+
+def read_hub(name: str) -> list[Document]:
+    """The texts of a data set of the Hugging Face hub: its column "text", or its only column of strings.
+
+    Args:
+        name: as the hub writes it, with a configuration after a colon, such as "Salesforce/wikitext:wikitext-2-raw-v1".
+
+    Raises:
+        UserError: without the package `datasets`, the network or such a data set.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError("a data set of the hub needs the package datasets: pip install 'provenn[hf]'") from None
+    path, _, configuration = name.partition(":")
+    try:
+        rows: Any = load_dataset(path, configuration or None, split="train")
+    except Exception as error:
+        raise UserError(f"the data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    texts = [column for column in rows.column_names if isinstance(rows[0][column], str)]
+    column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+    if column is None:
+        raise UserError(f"the data set {name!r} has no column 'text'; it has: {', '.join(rows.column_names)}")
+    return [Document(f"{name}:{i}", text) for i, text in enumerate(rows[column]) if text.strip()]
+
+
+def split_documents(documents: Sequence[Document], seed: int = 0) -> list[list[Document]]:
+    """Texts for training (90 %), validation and test (5 % each), by whole documents; fewer than 20 are cut inside.
+
+    Of one long text, the beginning is trained on, so that nothing tested stands before what is learned.
+    """
+    if len(documents) < 20:
+        parts: list[list[Document]] = [[], [], []]
+        for name, text in documents:
+            cuts = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
+            for part, start, end in zip(parts, cuts, cuts[1:]):
+                part.append(Document(name, text[start:end]))
+        return parts
+    order = np.random.default_rng(seed).permutation(len(documents))
+    held = max(1, round(0.05 * len(documents)))
+    places = [order[2 * held :], order[:held], order[held : 2 * held]]
+    return [[documents[i] for i in sorted(part)] for part in places]
+
+
+class Bytes:
+    """Every byte of UTF-8 is a token; 0, which no text holds, ends a document.
+
+    >>> Bytes().encode("é").tolist(), Bytes().decode([195, 169])
+    ([195, 169], 'é')
+    """
+
+    vocab, end = 256, 0
+
+    def encode(self, text: str) -> Int64[np.ndarray, " tokens"]:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+    def lengths(self) -> Int64[np.ndarray, " vocab"]:
+        """How many bytes each token stands for."""
+        return np.ones(256, dtype=np.int64)
+
+    def dump(self) -> str:
+        """The tokenizer as text, for `read_tokenizer`."""
+        return "bytes"
+
+
+class BytePairs:
+    """Byte pairs merged as often as they occur (Sennrich et al., 2016), over bytes, by the package `tokenizers`."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        self.vocab = inner.get_vocab_size()
+        self.end = inner.token_to_id(END)
+
+    @classmethod
+    def learn(cls, documents: Sequence[Document], vocab: int) -> "BytePairs":
+        """The merges that shorten these texts most.
+
+        Raises:
+            UserError: fewer tokens than there are bytes, or without the package.
+        """
+        if vocab < 257:
+            raise UserError(f"vocab_size must be at least 257 (256 bytes and the end of a document), got {vocab}")
+        package = _tokenizers()
+        inner = package.Tokenizer(package.models.BPE())
+        inner.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = package.decoders.ByteLevel()
+        trainer = package.trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=[END],
+            initial_alphabet=sorted(package.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        inner.train_from_iterator((document.text for document in documents), trainer)
+        return cls(inner)
+
+    def encode(self, text: str) -> Int64[np.ndarray, " tokens"]:
+        return np.array(self.inner.encode(text).ids, dtype=np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.inner.decode(list(tokens))
+
+    def lengths(self) -> Int64[np.ndarray, " vocab"]:
+        # In the byte level's alphabet one character stands for one byte.
+        names = [self.inner.id_to_token(i) for i in range(self.vocab)]
+        return np.array([1 if name == END else len(name) for name in names], dtype=np.int64)
+
+    def dump(self) -> str:
+        return self.inner.to_str()
+
+
+Tokenizer = Bytes | BytePairs
+
+
+def read_tokenizer(text: str) -> Tokenizer:
+    """What `dump` wrote."""
+    return Bytes() if text == "bytes" else BytePairs(_tokenizers().Tokenizer.from_str(text))
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError:
+        raise UserError(
+            "byte pairs need the package tokenizers: pip install 'provenn[hf]'; or tokenizer=bytes"
+        ) from None
+    return tokenizers

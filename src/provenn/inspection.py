@@ -1,0 +1,76 @@
+"""What goes on inside a model that is given one input: a row of numbers for each layer, as a table and as a picture."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from provenn.errors import UserError
+from provenn.evidence.measurement import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = 4  # of the picture
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a paper's `inspection.py` found.
+
+    Args:
+        title: which model was given what.
+        caption: what the numbers are.
+        layers: a row of numbers for each layer, by its name, in the order in which the model computes them.
+    """
+
+    title: str
+    caption: str
+    layers: dict[str, Float[Tensor, " numbers"]]
+
+    def table(self) -> Table:
+        """Each layer's mean, least and greatest number."""
+        rows: list[list[str | float | int | None]] = [
+            [name, row.numel(), row.mean().item(), row.min().item(), row.max().item()]
+            for name, row in self.layers.items()
+        ]
+        return Table(caption=self.caption, columns=["layer", "numbers", "mean", "least", "greatest"], rows=rows)
+
+    def picture(self) -> "Figure":
+        """Each layer's numbers as a line; all share one vertical axis."""
+        from matplotlib.figure import Figure
+
+        columns = min(COLUMNS, len(self.layers))
+        lines = math.ceil(len(self.layers) / columns)
+        figure = Figure(figsize=(3.2 * max(columns, 2), 1.9 * lines + 0.7), layout="constrained")
+        figure.suptitle(f"{self.title}\n{self.caption}", fontsize=10)
+        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+        for axes, (name, row) in zip(panels, self.layers.items()):
+            axes.plot(row.float().cpu().numpy(), color="#1a5fb4", linewidth=0.7)
+            axes.set_title(f"{name}: mean {row.mean():.3g}", fontsize=8)
+            axes.tick_params(labelsize=7)
+        for axes in panels[len(self.layers) :]:
+            axes.set_axis_off()
+        return figure
+
+    def save(self, file: Path) -> None:
+        """Write the picture, in one step."""
+        unfinished = file.with_name(f".{file.name}.part")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.picture().savefig(unfinished, dpi=110, format="png")
+            os.replace(unfinished, file)
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror}") from None
+
+
+def check_png(output: Path, source: Path) -> None:
+    """Refuse to write the picture under a name that says it is none, or over what it is made from."""
+    if output.suffix.lower() != ".png":
+        raise UserError(f"the picture is written as .png, got {str(output)!r}")
+    if output.resolve() == source.resolve():
+        raise UserError(f"{output} is the input itself; choose another place with -o")

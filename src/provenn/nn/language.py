@@ -1,0 +1,418 @@
+"""The language model as a host: pre-norm blocks over tokens whose mixers are open, one of them for each layer."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from provenn.nn.mixers import Mixers, layer_mixers
+from provenn.nn.positions import sinusoidal_encoding
+from provenn.nn.streaming import state_bytes
+
+
+class FeedForward(nn.Module):
+    """W₂ GELU(W₁ x).
+
+    Shapes: (..., dim) to the same. Parameters: 2 · dim · hidden, and dim + hidden with biases.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None, *, bias: bool = False):
+        super().__init__()
+        hidden = 4 * dim if hidden is None else hidden
+        self.linear1 = nn.Linear(dim, hidden, bias=bias)
+        self.linear2 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return self.linear2(F.gelu(self.linear1(x)))
+
+
+class SwiGLU(nn.Module):
+    """W₂ (SiLU(W_g x) ⊙ W₁ x) (Shazeer, 2020, arXiv:2002.05202).
+
+    By default `hidden` is 8/3 · dim, rounded up to a multiple of 8, which costs what `FeedForward` does.
+
+    Shapes: (..., dim) to the same. Parameters: 3 · dim · hidden without biases.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None, *, bias: bool = False):
+        super().__init__()
+        hidden = -(-8 * dim // 24) * 8 if hidden is None else hidden
+        self.gate = nn.Linear(dim, hidden, bias=bias)
+        self.linear1 = nn.Linear(dim, hidden, bias=bias)
+        self.linear2 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return self.linear2(F.silu(self.gate(x)) * self.linear1(x))
+
+
+FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {"gelu": FeedForward, "swiglu": SwiGLU}
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+
+
+class PreNormBlock(nn.Module):
+    """x ← x + mixer(norm(x)); x ← x + feedforward(norm(x)).
+
+    Shapes: (batch, tokens, dim) to the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Callable[[int], nn.Module],
+        *,
+        feedforward: Callable[[int], nn.Module],
+        norm: Callable[[int], nn.Module],
+        dropout: float | int = 0.0,
+    ):
+        super().__init__()
+        self.norm1: Any = norm(dim)
+        self.mixer: Any = mixer(dim)
+        self.norm2: Any = norm(dim)
+        self.feedforward = feedforward(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def _join(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.feedforward(self.norm2(x)))
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        return self._join(x, self.mixer(self.norm1(x), mask=mask))
+
+    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: Any) -> tuple[Tensor, Any]:
+        """Many tokens at once: the outputs, and the state from which `step` goes on."""
+        mixed, state = self.mixer.prefill(self.norm1(x), state)
+        return self._join(x, mixed), state
+
+    def step(self, x_t: Float[Tensor, "batch dim"], state: Any) -> tuple[Float[Tensor, "batch dim"], Any]:
+        """One token more."""
+        mixed, state = self.mixer.step(self.norm1(x_t), state)
+        return self._join(x_t, mixed), state
+
+
+class TokenStack(nn.Module):
+    """Embedding, positions, blocks and a last norm: what `CausalLM` and `Encoder` share.
+
+    Every weight matrix and embedding starts as N(0, 0.02²) and every bias of a linear map at 0, as in GPT-2, in the
+    mixers too; a mixer that must start otherwise has a method `reset_parameters`, called after that. Parameters that
+    are no linear map's keep what their layer gave them.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        layers: int,
+        mixer: Mixers,
+        *,
+        causal: bool,
+        feedforward: str,
+        hidden: int | None,
+        norm: str,
+        positions: str,
+        max_length: int | None,
+        bias: bool,
+        dropout: float | int,
+        eps: float,
+    ):
+        super().__init__()
+        for name, value in (("vocab", vocab), ("dim", dim), ("layers", layers)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, kind, known in (("feedforward", feedforward, FEEDFORWARDS), ("norm", norm, NORMS)):
+            if kind not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {kind!r}")
+        if positions not in ("none", "learned", "sinusoidal"):
+            raise ValueError(f"positions must be none, learned or sinusoidal, got {positions!r}")
+        if positions == "learned" and max_length is None:
+            raise ValueError("learned positions need max_length, how many there are")
+        self.vocab, self.dim, self.positions, self.max_length = vocab, dim, positions, max_length
+        self.embed = nn.Embedding(vocab, dim)
+        self.place = nn.Embedding(max_length, dim) if positions == "learned" and max_length is not None else None
+        self.dropout = nn.Dropout(dropout)
+        made = partial(NORMS[norm], eps=eps) if norm == "rms" else partial(NORMS[norm], eps=eps, bias=bias)
+        inner = partial(FEEDFORWARDS[feedforward], hidden=hidden, bias=bias)
+        self.blocks: Any = nn.ModuleList(
+            PreNormBlock(dim, each, feedforward=inner, norm=made, dropout=dropout)
+            for each in layer_mixers(mixer, layers, causal=causal)
+        )
+        self.norm = made(dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for part in self.modules():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                nn.init.normal_(part.weight, std=0.02)
+                if isinstance(part, nn.Linear) and part.bias is not None:
+                    nn.init.zeros_(part.bias)
+        for block in self.blocks:
+            if hasattr(block.mixer, "reset_parameters"):
+                block.mixer.reset_parameters()
+
+    def _embed(self, tokens: Int[Tensor, "batch tokens"], start: int = 0) -> Float[Tensor, "batch tokens dim"]:
+        x = self.embed(tokens)
+        end = start + tokens.shape[1]
+        if self.max_length is not None and end > self.max_length:
+            raise ValueError(f"the sequence has {end} tokens, more than max_length={self.max_length}")
+        if self.place is not None:
+            x = x + self.place.weight[start:end]
+        elif self.positions == "sinusoidal":
+            x = x + sinusoidal_encoding(torch.arange(start, end, device=x.device), self.dim).to(x)
+        return self.dropout(x)
+
+
+class LanguageState(NamedTuple):
+    """The states of the mixers, one a layer, and how many tokens were read."""
+
+    layers: tuple[Any, ...]
+    seen: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return state_bytes(self.layers)
+
+
+class CausalLM(TokenStack):
+    """A decoder-only language model: embed, pre-norm blocks, norm, logits.
+
+    Args:
+        vocab: how many tokens there are.
+        dim: width of the stream.
+        layers: how many blocks.
+        mixer: makes a causal token mixer for a width; or several of them, which the layers take in turn; or their
+            names as in `"rat,rat,window"` (see `provenn.nn.mixers.mixers_called`).
+        feedforward: "gelu" (`FeedForward`) or "swiglu" (`SwiGLU`).
+        hidden: width inside the feed-forward part; by default 4 · dim, for swiglu 8/3 · dim.
+        norm: "rms" or "layer".
+        positions: added to the embedding: "none" (the mixers know order), "learned" or "sinusoidal".
+        max_length: of learned positions; where given, longer sequences are refused.
+        tied: whether the logits use the embedding's matrix.
+        bias: of the feed-forward part and of layer norms.
+        dropout: on the embedding and on both branches.
+        eps: of the norms.
+
+    Shapes: tokens (batch, tokens) to logits (batch, tokens, vocab). Streams where its mixers do.
+
+    >>> model = CausalLM(vocab=256, dim=32, layers=3, mixer="softmax,softmax,window")
+    >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
+    torch.Size([1, 5, 256])
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        layers: int,
+        mixer: Mixers,
+        *,
+        feedforward: str = "gelu",
+        hidden: int | None = None,
+        norm: str = "rms",
+        positions: str = "none",
+        max_length: int | None = None,
+        tied: bool = True,
+        bias: bool = False,
+        dropout: float | int = 0.0,
+        eps: float = 1e-6,
+    ):
+        super().__init__(
+            vocab,
+            dim,
+            layers,
+            mixer,
+            causal=True,
+            feedforward=feedforward,
+            hidden=hidden,
+            norm=norm,
+            positions=positions,
+            max_length=max_length,
+            bias=bias,
+            dropout=dropout,
+            eps=eps,
+        )
+        self.head = None if tied else nn.Linear(dim, vocab, bias=False)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """`mask` is True where a token is no padding."""
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self._logits(x)
+
+    def init_state(self, batch: int) -> LanguageState:
+        """The state of `batch` streams before their first token.
+
+        Raises:
+            ValueError: a mixer that cannot stream.
+        """
+        for block in self.blocks:
+            if not hasattr(block.mixer, "init_state"):
+                raise ValueError(f"{type(block.mixer).__name__} cannot stream: it has no init_state")
+        return LanguageState(tuple(block.mixer.init_state(batch) for block in self.blocks), 0)
+
+    def prefill(
+        self, tokens: Int[Tensor, "batch tokens"], state: LanguageState | None = None
+    ) -> tuple[Float[Tensor, "batch tokens vocab"], LanguageState]:
+        """Many tokens at once: the logits, and the state from which `step` goes on."""
+        state = self.init_state(tokens.shape[0]) if state is None else state
+        x = self._embed(tokens, state.seen)
+        after = []
+        for block, before in zip(self.blocks, state.layers):
+            x, new = block.prefill(x, before)
+            after.append(new)
+        return self._logits(x), LanguageState(tuple(after), state.seen + tokens.shape[1])
+
+    def step(
+        self, token: Int[Tensor, " batch"], state: LanguageState
+    ) -> tuple[Float[Tensor, "batch vocab"], LanguageState]:
+        """One token more."""
+        x_t = self._embed(token.unsqueeze(1), state.seen).squeeze(1)
+        after = []
+        for block, before in zip(self.blocks, state.layers):
+            x_t, new = block.step(x_t, before)
+            after.append(new)
+        return self._logits(x_t), LanguageState(tuple(after), state.seen + 1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Int[Tensor, "batch tokens"],
+        count: int,
+        *,
+        temperature: float | int = 1.0,
+        top_k: int | None = None,
+        top_p: float | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        """Tokens that follow a prompt, one at a time as they come.
+
+        Args:
+            prompt: at least one token.
+            count: how many tokens to draw.
+            temperature: the logits are divided by it; 0 takes the likeliest token.
+            top_k: draw from that many likeliest tokens only.
+            top_p: draw from the likeliest tokens that together have this probability.
+            generator: of the draws.
+        """
+        if prompt.shape[1] < 1:
+            raise ValueError("the prompt has no token: expected at least one")
+        logits, state = self.prefill(prompt)
+        last = logits[:, -1]
+        for i in range(count):
+            token = sample(last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            yield token
+            if i + 1 < count:
+                last, state = self.step(token, state)
+
+
+def sample(
+    logits: Float[Tensor, "batch vocab"],
+    *,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | int | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " batch"]:
+    """One token of each row, drawn as `CausalLM.generate` says.
+
+    >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0).tolist()
+    [1]
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    shares = logits.softmax(-1)
+    if top_p is not None:
+        ordered, order = shares.sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the first is always kept
+        shares = shares.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
+    return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
+
+
+class Encoder(TokenStack):
+    """A bidirectional Transformer over tokens: embed, pre-norm blocks, norm, and a head.
+
+    Args:
+        vocab, dim, layers, mixer, feedforward, hidden, norm, positions, max_length, bias, dropout, eps: as in
+            `CausalLM`; the mixers are made with `causal=False`.
+        num_classes: logits of so many classes from the mean over the tokens; by default logits of every token, for
+            masked language modelling, with the embedding's matrix.
+
+    Shapes: tokens (batch, tokens) to (batch, num_classes) or (batch, tokens, vocab).
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        layers: int,
+        mixer: Mixers,
+        *,
+        num_classes: int | None = None,
+        feedforward: str = "gelu",
+        hidden: int | None = None,
+        norm: str = "layer",
+        positions: str = "none",
+        max_length: int | None = None,
+        bias: bool = True,
+        dropout: float | int = 0.0,
+        eps: float = 1e-6,
+    ):
+        super().__init__(
+            vocab,
+            dim,
+            layers,
+            mixer,
+            causal=False,
+            feedforward=feedforward,
+            hidden=hidden,
+            norm=norm,
+            positions=positions,
+            max_length=max_length,
+            bias=bias,
+            dropout=dropout,
+            eps=eps,
+        )
+        self.head = None if num_classes is None else nn.Linear(dim, num_classes)
+
+    def hidden_states(
+        self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The vector of every token after the last norm; `mask` is True where a token is no padding."""
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self.norm(x)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch *logits"]:
+        x = self.hidden_states(tokens, mask=mask)
+        if self.head is None:
+            return F.linear(x, self.embed.weight)
+        if mask is None:
+            return self.head(x.mean(1))
+        valid = mask[..., None].to(x)
+        return self.head((x * valid).sum(1) / valid.sum(1).clamp_min(1))

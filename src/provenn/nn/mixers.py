@@ -1,0 +1,92 @@
+"""Token mixers by name: the baselines here, and every mechanism of the catalogue that fits the slot."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from provenn.catalog import meant, mechanisms_of
+from provenn.errors import UserError
+from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
+
+Factory = Callable[..., nn.Module]
+Mixers = Factory | Sequence[Factory] | str
+
+
+class NoMixer(nn.Module):
+    """The empty slot: every token keeps to itself."""
+
+    def __init__(self, dim: int, *, causal: bool = True):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def init_state(self, batch: int) -> tuple[()]:
+        return ()
+
+    def prefill(self, x: torch.Tensor, state: tuple[()] | None = None) -> tuple[torch.Tensor, tuple[()]]:
+        return torch.zeros_like(x), ()
+
+    def step(self, x_t: torch.Tensor, state: tuple[()]) -> tuple[torch.Tensor, tuple[()]]:
+        return torch.zeros_like(x_t), ()
+
+
+BASELINES: dict[str, Factory] = {
+    "softmax": partial(SoftmaxAttention, heads=4, bias=False, rotary=True),
+    "window": partial(SlidingWindowAttention, heads=4, bias=False, rotary=True),
+    "none": NoMixer,
+}
+
+
+def mixer_called(name: str) -> Factory:
+    """The factory of one token mixer: a baseline (`softmax`, `window`, `none`) or a mechanism of the catalogue.
+
+    Raises:
+        UserError: no such mixer.
+    """
+    if name in BASELINES:
+        return BASELINES[name]
+    known = mechanisms_of("token-mixer", taken=BASELINES)
+    if name not in known:
+        names = [*BASELINES, *known]
+        raise UserError(f"no token-mixer is called {name!r}{meant(name, names)}; there are: {', '.join(names)}")
+    card, mechanism = known[name]
+    return partial(card.resolve(mechanism.layer), **mechanism.arguments)
+
+
+def mixers_called(pattern: str, **options: Any) -> list[Factory]:
+    """The factories of a layer pattern, such as `"rat,rat,window"`; each option goes to the mixers that take it.
+
+    >>> [factory(32).heads for factory in mixers_called("softmax,window", heads=2, window=16)]
+    [2, 2]
+
+    Raises:
+        UserError: an empty pattern, an unknown name, or an option that no mixer takes.
+    """
+    names = [name.strip() for name in pattern.split(",")]
+    if not all(names):
+        raise UserError(f"a layer pattern is names between commas, such as 'rat,rat,window', got {pattern!r}")
+    factories = [mixer_called(name) for name in names]
+    takes = [inspect.signature(factory).parameters for factory in factories]
+    for option in options:
+        if not any(option in parameters for parameters in takes):
+            raise UserError(f"none of {pattern} takes the option {option!r}")
+    return [
+        partial(factory, **{option: value for option, value in options.items() if option in parameters})
+        for factory, parameters in zip(factories, takes)
+    ]
+
+
+def layer_mixers(mixer: Mixers, layers: int, *, causal: bool) -> list[Factory]:
+    """One factory for each layer, from one, several in turn, or their names."""
+    chosen = mixers_called(mixer) if isinstance(mixer, str) else [mixer] if callable(mixer) else list(mixer)
+    if not chosen:
+        raise ValueError("the list of mixers is empty: expected at least one")
+    taking = [
+        partial(each, causal=causal) if "causal" in inspect.signature(each).parameters else each for each in chosen
+    ]
+    return [taking[i % len(taking)] for i in range(layers)]

@@ -1,0 +1,299 @@
+"""Language modelling: the next token of a text."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from provenn.data.text import (
+    BytePairs,
+    Bytes,
+    Document,
+    Tokenizer,
+    read_documents,
+    read_hub,
+    read_tokenizer,
+    split_documents,
+    standard_library,
+)
+from provenn.errors import UserError
+from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HUB = "hf:"
+LOGITS = 2**24  # that an evaluation holds at a time
+
+
+class Windows(Dataset):
+    """A text in tokens, packed end to end and cut into windows: each with the same one token later.
+
+    Args:
+        stream: the tokens.
+        length: tokens a window.
+        bytes_of: how many bytes each token of the vocabulary stands for.
+        most: keep so many windows, spread evenly over the text; by default all.
+    """
+
+    def __init__(
+        self,
+        stream: Int64[np.ndarray, " tokens"],
+        length: int,
+        bytes_of: Int64[np.ndarray, " vocab"],
+        most: int | None = None,
+    ):
+        self.stream, self.length = torch.from_numpy(stream), length
+        self.bytes_of = torch.from_numpy(bytes_of)
+        count = (len(stream) - 1) // length
+        kept = count if most is None else min(most, count)
+        self.starts = (torch.arange(kept) * count // max(kept, 1)) * length
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        start = int(self.starts[index])
+        both = self.stream[start : start + self.length + 1]
+        return both[:-1], both[1:]
+
+
+class LanguageModelling(Task):
+    """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); those that stream also generate."""
+
+    name = "language-modelling"
+    metric = "bits_per_byte"
+    higher_is_better = False
+    embedded = {  # noqa: RUF012
+        "stdlib": "the source of Python's standard library, 11 MB in 580 files; those tested are not trained on",
+    }
+    takes_words = True
+    reads = "text: a file, a .jsonl with a key text, a folder of these, or hf:NAME of the Hugging Face hub"
+
+    def load(  # type: ignore[override]
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        length: int = 256,
+        tokenizer: str = "bytes",
+        vocab_size: int = 4096,
+        eval_tokens: int = 65_536,
+    ) -> TaskData:
+        """Text as windows of tokens.
+
+        Args:
+            source: "stdlib", a path, or "hf:NAME" for a data set of the hub.
+            seed: which documents are held out.
+            length: tokens a window.
+            tokenizer: "bytes", "bpe" (learned from the training text), or a tokenizer.json.
+            vocab_size: tokens that "bpe" learns.
+            eval_tokens: how many tokens of validation and of test text are read, in windows spread evenly over it.
+
+        Raises:
+            UserError: text that cannot be read, or less of it than windows need.
+        """
+        if length < 2:
+            raise UserError(f"length must be at least 2 tokens, got {length}")
+        if eval_tokens < length:
+            raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
+        parts = split_documents(self._documents(source), 0 if source == "stdlib" else seed)
+        chosen = _tokenizer(tokenizer, parts[0], vocab_size)
+        streams = [_packed(part, chosen) for part in parts]
+        for name, stream in zip(("training", "validation", "test"), streams):
+            if len(stream) <= length:
+                raise UserError(
+                    f"{source}: too little text: {len(stream)} tokens of {name} are fewer than a window of {length}; "
+                    "give more text, or a smaller length"
+                )
+        most = max(1, eval_tokens // length)
+        train, val, test = (Windows(s, length, chosen.lengths(), m) for s, m in zip(streams, (None, most, most)))
+        sizes = ", ".join(
+            f"{len(stream):,} {name}" for stream, name in zip(streams, ("training", "validation", "test"))
+        )
+        return TaskData(
+            str(source),
+            train,
+            val,
+            test,
+            fingerprint=fingerprint(*streams),
+            options={"vocab": chosen.vocab},
+            meta={"tokenizer": chosen.dump(), "length": length},
+            about=f"{self.embedded.get(str(source), 'the user’s own text')}; tokens: {sizes}",
+        )
+
+    def _documents(self, source: str | Path) -> list[Document]:
+        if isinstance(source, str) and source.startswith(HUB):
+            return read_hub(source.removeprefix(HUB))
+        place = self._named(source)
+        return standard_library() if isinstance(place, str) else read_documents(place)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return _nll(model, *batch).mean()
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """Bits a byte, perplexity and nats a token, and the share of tokens told right, each window from its start."""
+        bytes_of: Tensor = dataset.bytes_of  # type: ignore[attr-defined]
+        size = len(bytes_of) * dataset.length  # type: ignore[attr-defined]
+        nats, told, tokens, held = 0.0, 0, 0, 0
+        for x, y in batches(dataset, max(1, min(batch_size, LOGITS // size)), device_of(model)):
+            logits = model(x)
+            nats += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum").item()
+            told += int((logits.argmax(-1) == y).sum())
+            tokens += y.numel()
+            held += int(bytes_of.to(y.device)[y].sum())
+        nll = nats / tokens
+        return {
+            "bits_per_byte": nats / held / math.log(2),
+            "perplexity": math.exp(min(nll, 700)),
+            "nll": nll,
+            "accuracy": told / tokens,
+        }
+
+    def nll_by_position(self, model: nn.Module, dataset: Dataset) -> Float[Tensor, " tokens"]:
+        """Nats of the token at each position of a window, the mean over windows."""
+        size = len(dataset.bytes_of) * dataset.length  # type: ignore[attr-defined]
+        with torch.no_grad():
+            each = [_nll(model, x, y).sum(0) for x, y in batches(dataset, max(1, LOGITS // size), device_of(model))]
+        return torch.stack(each).sum(0).cpu() / len(dataset)  # type: ignore[arg-type]
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"tokenizer": "bytes", "length": 256}
+
+    def predict(
+        self,
+        model: nn.Module,
+        meta: dict[str, Any],
+        inputs: Sequence[Any],
+        output: Path | None,
+        *,
+        tokens: int = 200,
+        temperature: float | int = 0.8,
+        top_k: int | None = None,
+        top_p: float | int | None = None,
+        seed: int = 0,
+        tell: Callable[[str], None] | None = None,
+    ) -> str:
+        """Goes on with each prompt.
+
+        Args:
+            inputs: prompts, or files that hold one.
+            output: a file for the texts.
+            tokens: how many to write for each.
+            temperature, top_k, top_p: as in `CausalLM.generate`.
+            seed: of the draws.
+            tell: is given the text piece by piece as it comes.
+        """
+        if output is not None and any(output.resolve() == Path(given).resolve() for given in inputs if _is_file(given)):
+            raise UserError(f"{output} is a prompt: write elsewhere")
+        if tokens < 1:
+            raise UserError(f"tokens must be at least 1, got {tokens}")
+        generate: Any = getattr(model, "generate", None)
+        if generate is None:
+            raise UserError(f"{type(model).__name__} cannot generate text")
+        tokenizer = read_tokenizer(meta["tokenizer"])
+        prompts = [_prompt(given) for given in inputs]
+        texts: list[str] = []
+        for prompt in prompts:
+            encoded = tokenizer.encode(prompt)
+            start = torch.from_numpy(np.array([tokenizer.end]) if len(encoded) == 0 else encoded)[None]
+            pieces: list[int] = []
+            shown = prompt
+            if tell is not None:
+                tell(("\n\n" if texts else "") + prompt)
+            try:
+                drawn = generate(
+                    start.to(device_of(model)),
+                    tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    generator=torch.Generator(device_of(model)).manual_seed(seed),
+                )
+                for token in drawn:
+                    if int(token) == tokenizer.end:
+                        break
+                    pieces.append(int(token))
+                    text = prompt + tokenizer.decode(pieces)
+                    whole = text.rstrip("�")  # a character may take several tokens
+                    if tell is not None and len(whole) > len(shown):
+                        tell(whole[len(shown) :])
+                        shown = whole
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            texts.append(prompt + tokenizer.decode(pieces))
+        if output is not None:
+            output.write_text("\n\n".join(texts), "utf-8")
+        return "\n\n".join(texts) + (f"\nwrote {output}" if output else "")
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure":
+        """How well a token is told, over how much text stands before it."""
+        from matplotlib.figure import Figure
+
+        nats = self.nll_by_position(model, data.test).double().numpy()
+        places = np.arange(1, len(nats) + 1)
+        edges = np.unique(np.geomspace(1, len(nats) + 1, 25).astype(int))
+        middle = [places[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
+        height = [nats[a - 1 : b - 1].mean() / math.log(2) for a, b in pairwise(edges)]
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(middle, height, marker="o", markersize=3)
+        axes.set(xscale="log", xlabel="tokens before", ylabel="bits a token", title=f"{data.name}: test text")
+        axes.grid(alpha=0.3)
+        return figure
+
+
+TASK = LanguageModelling()
+
+
+def _nll(model: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, "batch tokens"]:
+    return F.cross_entropy(model(x).transpose(1, 2).float(), y, reduction="none")
+
+
+def _packed(documents: Sequence[Document], tokenizer: Tokenizer) -> Int64[np.ndarray, " tokens"]:
+    """The documents end to end, each after the token that ends the one before."""
+    end = np.array([tokenizer.end], dtype=np.int64)
+    return np.concatenate([part for document in documents for part in (tokenizer.encode(document.text), end)] or [end])
+
+
+def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokenizer:
+    if name == "bytes":
+        return Bytes()
+    if name == "bpe":
+        return BytePairs.learn(train, vocab_size)
+    if not Path(name).is_file():
+        raise UserError(f"tokenizer must be bytes, bpe or a tokenizer.json, got {name!r}")
+    try:
+        found = read_tokenizer(Path(name).read_text("utf-8"))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} is no tokenizer.json: {error}") from None
+    if found.end is None:
+        raise UserError(f"{name} has no token <|end|> to end a document with")
+    return found
+
+
+def _is_file(given: str | Path) -> bool:
+    try:
+        return Path(given).is_file()
+    except (OSError, ValueError):  # a prompt may be longer than a file's name may be
+        return False
+
+
+def _prompt(given: str | Path) -> str:
+    """The text of a file, or the words themselves."""
+    if not _is_file(given):
+        return str(given)
+    try:
+        return Path(given).read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{given} is no text in UTF-8") from None

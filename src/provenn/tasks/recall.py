@@ -1,0 +1,251 @@
+"""Recall: what a model can fetch back from its context. Generated, as the field does it, at any length."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from provenn.errors import UserError
+from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IGNORED = -100  # a target that is not asked for
+LOGITS = 2**24  # that an evaluation holds at a time
+
+
+class Examples(NamedTuple):
+    """Sequences, what is to be told at each place (`IGNORED` where nothing is), and how far back it stands."""
+
+    tokens: Int[Tensor, "examples tokens"]
+    targets: Int[Tensor, "examples tokens"]
+    distances: Int[Tensor, "examples tokens"]
+
+
+def associative_recall(
+    examples: int,
+    generator: torch.Generator,
+    *,
+    length: int = 128,
+    pairs: int = 8,
+    keys: int = 64,
+    values: int = 64,
+    power: float = 0.01,
+) -> Examples:
+    """Multi-query associative recall (Arora et al., 2023, Zoology, arXiv:2312.04927): pairs, then each key again.
+
+    k₁ v₁ k₂ v₂ …, then noise in which every key comes once more; there its value is to be told. The place of a
+    second coming is drawn with weight ∝ gap^(power − 1), so that most come soon, as words of a text do. Tokens: 0 to
+    values − 1 are noise, then come the keys, then the values.
+    """
+    if length < 4 * pairs:
+        raise UserError(f"length must be at least four times the pairs, got {length} and {pairs} pairs")
+    if keys < pairs:
+        raise UserError(f"keys must be at least the pairs, got {keys} keys and {pairs} pairs")
+    tokens = torch.randint(values, (examples, length), generator=generator)  # noise, of as many kinds as values
+    chosen = _without_replacement(torch.zeros(examples, keys), pairs, generator)
+    values_of = torch.randint(values, (examples, pairs), generator=generator)
+    first = 2 * torch.arange(pairs)
+    tokens[:, first], tokens[:, first + 1] = values + chosen, values + keys + values_of
+    slots = (length - 2 * pairs) // 2
+    weights = (power - 1) * torch.arange(1, slots + 1).log()
+    places = 2 * pairs + 2 * _without_replacement(weights.expand(examples, slots), pairs, generator)
+    targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
+    tokens.scatter_(1, places, values + chosen)
+    targets.scatter_(1, places, values + keys + values_of)
+    distances.scatter_(1, places, places - first)
+    return Examples(tokens, targets, distances)
+
+
+def needle(
+    examples: int,
+    generator: torch.Generator,
+    *,
+    length: int = 128,
+    pairs: int = 1,
+    keys: int = 64,
+    values: int = 64,
+) -> Examples:
+    """A needle in a haystack (as in RULER, Hsieh et al., 2024): noise with key and value somewhere; at its end the key.
+
+    With more pairs the others mislead: one of the keys is asked for. Tokens as in `associative_recall`.
+    """
+    if length < 2 * pairs + 1:
+        raise UserError(f"length must be at least {2 * pairs + 1} for {pairs} pairs and a question, got {length}")
+    if keys < pairs:
+        raise UserError(f"keys must be at least the pairs, got {keys} keys and {pairs} pairs")
+    tokens = torch.randint(values, (examples, length), generator=generator)
+    chosen = _without_replacement(torch.zeros(examples, keys), pairs, generator)
+    values_of = torch.randint(values, (examples, pairs), generator=generator)
+    slots = (length - 1) // 2
+    places = 2 * _without_replacement(torch.zeros(examples, slots), pairs, generator)
+    tokens.scatter_(1, places, values + chosen)
+    tokens.scatter_(1, places + 1, values + keys + values_of)
+    targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
+    tokens[:, -1] = values + chosen[:, 0]
+    targets[:, -1] = values + keys + values_of[:, 0]
+    distances[:, -1] = length - 1 - places[:, 0]
+    return Examples(tokens, targets, distances)
+
+
+def selective_copy(
+    examples: int,
+    generator: torch.Generator,
+    *,
+    length: int = 128,
+    pairs: int = 16,
+    keys: int = 1,
+    values: int = 16,
+) -> Examples:
+    """Selective copying (Gu and Dao, 2023, Mamba): `pairs` symbols scattered in blanks, to be told in their order.
+
+    Tokens: 0 is blank, 1 asks for the next symbol, the symbols follow; `keys` is not used.
+    """
+    if length < 2 * pairs:
+        raise UserError(f"length must be at least twice the symbols, got {length} and {pairs} symbols")
+    tokens = torch.zeros(examples, length, dtype=torch.long)
+    places = _without_replacement(torch.zeros(examples, length - pairs), pairs, generator).sort(dim=1).values
+    symbols = 2 + torch.randint(values, (examples, pairs), generator=generator)
+    tokens.scatter_(1, places, symbols)
+    targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
+    tokens[:, -pairs:] = 1
+    targets[:, -pairs:] = symbols
+    distances[:, -pairs:] = torch.arange(length - pairs, length) - places
+    return Examples(tokens, targets, distances)
+
+
+GENERATORS: dict[str, Callable[..., Examples]] = {
+    "mqar": associative_recall,
+    "needle": needle,
+    "selective-copy": selective_copy,
+}
+DEFAULTS = {"mqar": (8, 64), "needle": (1, 64), "selective-copy": (16, 16)}  # pairs and values
+
+
+class Recall(Task):
+    """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); only the asked places count."""
+
+    name = "recall"
+    metric = "accuracy"
+    higher_is_better = True
+    embedded = {  # noqa: RUF012
+        "mqar": "multi-query associative recall: pairs of key and value, then every key again in noise; generated",
+        "needle": "a needle in a haystack: a key and its value in noise, the key again at the end; generated",
+        "selective-copy": "symbols scattered in blanks, to be told in order; generated",
+    }
+    reads = "nothing: the sequences are generated"
+
+    def load(  # type: ignore[override]
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        length: int = 128,
+        pairs: int | None = None,
+        keys: int = 64,
+        values: int | None = None,
+        examples: int = 8192,
+        test_examples: int = 512,
+    ) -> TaskData:
+        """Sequences drawn from the seed.
+
+        Args:
+            source: mqar, needle or selective-copy.
+            length: tokens a sequence.
+            pairs: pairs of key and value (symbols, for copying); by default 8, 1 and 16.
+            keys, values: how many of each there are to draw from; by default 64 of each, 16 symbols.
+            examples, test_examples: how many to train on, and to validate and to test on.
+
+        Raises:
+            UserError: an unknown kind, or sizes that do not fit one another.
+        """
+        kind = self._named(source)
+        if not isinstance(kind, str):
+            raise UserError(f"recall reads no files, got {str(source)!r}; there are: {', '.join(self.embedded)}")
+        pairs = DEFAULTS[kind][0] if pairs is None else pairs
+        values = DEFAULTS[kind][1] if values is None else values
+        sizes = {"length": length, "pairs": pairs, "keys": keys, "values": values, "examples": examples}
+        for name, size in {**sizes, "test_examples": test_examples}.items():
+            if size < 1:
+                raise UserError(f"{name} must be at least 1, got {size}")
+        generator = torch.Generator().manual_seed(seed)
+        make = GENERATORS[kind]
+        parts = [
+            make(count, generator, length=length, pairs=pairs, keys=keys, values=values)
+            for count in (examples, test_examples, test_examples)
+        ]
+        vocab = 2 + values if kind == "selective-copy" else 2 * values + keys
+        setting = f"{length} tokens, {pairs} pairs" if kind != "selective-copy" else f"{length} tokens, {pairs} symbols"
+        return recall_data(kind, parts, vocab, f"{self.embedded[kind]}; {setting}")
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        tokens, targets, _ = batch
+        return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+    def _right(self, model: nn.Module, dataset: Dataset, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether each place is told right, whether it is asked for, and how far back the answer stands."""
+        rows = []
+        first: Any = dataset[0][0]
+        size = max(1, min(batch_size, LOGITS // (256 * len(first))))
+        for tokens, targets, distances in batches(dataset, size, device_of(model)):
+            told = model(tokens).argmax(-1)
+            rows.append([(told == targets).cpu(), (targets != IGNORED).cpu(), distances.cpu()])
+        right, asked, distances = (torch.cat(parts) for parts in zip(*rows))
+        return right, asked, distances
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """The share of asked places told right, and of sequences told right throughout."""
+        right, asked, _ = self._right(model, dataset, batch_size)
+        return {
+            "accuracy": right[asked].double().mean().item(),
+            "exact": (right | ~asked).all(1).double().mean().item(),
+        }
+
+    def accuracy_by_distance(
+        self, model: nn.Module, dataset: Dataset, bins: int = 8, batch_size: int = 256
+    ) -> list[tuple[float, float, int]]:
+        """Of places whose answer stands about as far back: that distance in tokens, the accuracy, how many they are."""
+        with torch.no_grad():
+            right, asked, distances = self._right(model, dataset, batch_size)
+        right, far = right[asked].double(), distances[asked].double()
+        edges = far.quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)).unique()
+        place = torch.bucketize(far, edges[1:-1], right=True)
+        groups = [(far[place == i], right[place == i]) for i in range(max(len(edges) - 1, 1))]
+        return [(d.mean().item(), r.mean().item(), len(r)) for d, r in groups if len(r)]
+
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        raise UserError("recall is a probe of models, with nothing to predict; `provenn train` reports its accuracy")
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure":
+        """How often the answer is right, over how far back it stands."""
+        from matplotlib.figure import Figure
+
+        points = self.accuracy_by_distance(model, data.test)
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([d for d, _, _ in points], [a for _, a, _ in points], marker="o")
+        axes.set(xlabel="tokens back", ylabel="accuracy", ylim=(-0.02, 1.02), title=f"{data.name}: test sequences")
+        axes.grid(alpha=0.3)
+        return figure
+
+
+TASK = Recall()
+
+
+def recall_data(name: str, parts: Sequence[Examples], vocab: int, about: str) -> TaskData:
+    """Examples for training, validation and test as data of this task, for recall of a paper's own making."""
+    train, val, test = (TensorDataset(*part) for part in parts)
+    checksum = fingerprint(*(tensor for part in parts for tensor in part))
+    return TaskData(name, train, val, test, checksum, {"vocab": vocab}, {"vocab": vocab}, about=about)
+
+
+def _without_replacement(weights: Tensor, count: int, generator: torch.Generator) -> Int[Tensor, "examples count"]:
+    """Different indices of each row, drawn with these log weights: the largest sums with Gumbel noise."""
+    noise = -(-torch.rand(weights.shape, generator=generator).clamp_min(1e-20).log()).log()
+    return (weights + noise).topk(count, dim=1).indices

@@ -1,0 +1,131 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from provenn.errors import UserError
+from provenn.nn.language import CausalLM
+from provenn.tasks import Recipe, fit, get_task
+
+TASK = get_task("language-modelling")
+
+
+@pytest.fixture(scope="module")
+def library():
+    return TASK.load("stdlib", length=32, eval_tokens=1024)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i:02}.txt").write_text(f"the {i}th file says the same as the others, thrice. " * 12)
+    return tmp_path
+
+
+def small(vocab=256):
+    return CausalLM(vocab, 32, 1, "softmax")
+
+
+class Uniform(nn.Module):
+    """Knows nothing."""
+
+    def __init__(self, vocab=256):
+        super().__init__()
+        self.vocab = vocab
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, tokens):
+        return self.weight.expand(*tokens.shape, self.vocab)
+
+
+def test_no_file_that_is_tested_is_trained_on(folder):
+    data = TASK.load(folder, length=16)
+    train, test = (bytes(part.stream.tolist()) for part in (data.train, data.test))
+    assert b"th file" in test and test.split(b"\0")[0] not in train
+
+
+def test_windows_are_the_text_and_the_same_a_token_later(library):
+    x, y = library.train[3]
+    assert len(x) == 32 and torch.equal(x[1:], y[:-1])
+    again, _ = library.train[4]
+    assert again[0] == y[-1]
+    assert len(library.test) == 32
+
+
+def test_who_knows_nothing_pays_eight_bits_a_byte(library):
+    metrics = TASK.evaluate(Uniform(), library.test)
+    assert metrics["bits_per_byte"] == pytest.approx(8)
+    assert metrics["perplexity"] == pytest.approx(256, rel=1e-4)
+
+
+def test_bits_a_byte_do_not_depend_on_the_tokens(folder):
+    data = TASK.load(folder, length=16, tokenizer="bpe", vocab_size=300)
+    assert data.options == {"vocab": 300}
+    metrics = TASK.evaluate(Uniform(300), data.test)
+    tokens = len(data.test) * 16
+    held = sum(data.test.bytes_of[y].sum().item() for _, y in (data.test[i] for i in range(len(data.test))))
+    assert metrics["bits_per_byte"] == pytest.approx(math.log2(300) * tokens / held)
+    assert held > 1.5 * tokens
+
+
+def test_a_small_model_learns(library):
+    recipe = Recipe(epochs=1, max_steps=20, batch_size=16, lr=1e-2)
+    result = fit(small, TASK, library, recipe)
+    assert result.metrics["bits_per_byte"] < 5
+    first, last = TASK.nll_by_position(result.model, library.test)[[0, -1]]
+    assert first > last
+    assert TASK.picture(result.model, library).axes
+
+
+def test_text_streams_as_it_is_generated(tmp_path):
+    model, told = small().eval(), []
+    meta = {"tokenizer": "bytes", "length": 32}
+    text = TASK.predict(model, meta, ["def né//é(", ""], tmp_path / "out.txt", tokens=20, tell=told.append)
+    assert "".join(told).replace("�", "") == text.rsplit("\nwrote", 1)[0].replace("�", "")
+    assert text.startswith("def né//é(") and len(told) > 5
+    assert (tmp_path / "out.txt").read_text() == text.rsplit("\nwrote", 1)[0]
+    assert TASK.predict(model, meta, ["def f("], None, seed=1) == TASK.predict(model, meta, ["def f("], None, seed=1)
+    assert TASK.predict(model, meta, ["def f("], None, seed=1) != TASK.predict(model, meta, ["def f("], None, seed=2)
+
+
+def test_a_prompt_may_be_a_file(tmp_path):
+    (tmp_path / "prompt.txt").write_text("import os")
+    text = TASK.predict(small().eval(), TASK.default_meta({}), [tmp_path / "prompt.txt"], None, tokens=3)
+    assert text.startswith("import os") and "prompt" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"length": 1}, "length must be at least 2 tokens, got 1"),
+        ({"length": 100_000, "eval_tokens": 200_000}, "too little text"),
+        ({"eval_tokens": 3}, "at least one window"),
+        ({"tokenizer": "words"}, "bytes, bpe or a tokenizer.json, got 'words'"),
+        ({"tokenizer": "bpe", "vocab_size": 9}, "at least 257"),
+    ],
+)
+def test_bad_settings_are_one_line(folder, options, says):
+    with pytest.raises(UserError, match=says):
+        TASK.load(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tokens": 0}, "tokens must be at least 1"),
+        ({"temperature": -1}, "temperature must not be negative"),
+        ({"top_p": 2}, "top_p must lie in"),
+    ],
+)
+def test_bad_draws_are_one_line(options, says):
+    with pytest.raises(UserError, match=says):
+        TASK.predict(small().eval(), TASK.default_meta({}), ["a"], None, **options)
+
+
+def test_a_prompt_is_not_written_over(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("keep me")
+    with pytest.raises(UserError, match="write elsewhere"):
+        TASK.predict(small(), TASK.default_meta({}), [file], file)
+    assert file.read_text() == "keep me"
