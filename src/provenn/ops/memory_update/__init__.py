@@ -38,7 +38,8 @@ def memory_update(
 ) -> tuple[Float[Tensor, "batch heads tokens width"], MemoryState, Surprise | None]:
     """y_t = M_t(q_t) with M_t = (1 − α_t) M_{t−1} + S_t and S_t = η_t S_{t−1} − θ_t ∇‖M(k_t) − v_t‖².
 
-    The neural long-term memory of section 3.1 of arXiv:2501.00663, in the chunked dual form of `fast.py`. Linear in the tokens, and differentiable in everything, through the inner gradients too.
+    The neural long-term memory of section 3.1 of arXiv:2501.00663, in the chunked dual form of `fast.py`: linear in the
+    tokens, and differentiable in everything, through the inner gradients too.
 
     Args:
         queries, keys, values: q_t, k_t, v_t.
