@@ -113,8 +113,8 @@ class NeuralMemory(Mixer):
         chunk: b, tokens whose gradients are taken at the same weights; 1 is the sequential rule.
         momentum, decay: whether there are η and α; without them they are 0.
         kernel: tokens that the causal depthwise convolution spans; 1 is none.
-        max_step: θ_max; by default 1 / (chunk · depth): a chunk of one key adds up its steps, a deep memory those of its
-            layers, and where they overshoot the memory diverges.
+        max_step: θ_max; by default 1 / (chunk · depth): a chunk of one key adds up its steps, a deep one those
+            of its layers, and where the sum overshoots the memory diverges.
         limit: a gradient of norm n is brought to limit · tanh(n / limit); None leaves it.
         read: "post" reads after the token is written, "pre" before.
         activation: φ inside the memory, "silu" or "gelu".
