@@ -67,10 +67,13 @@ def series(rows: int = 200) -> list[str]:
 def props(here) -> Path:
     """Everything that the bad commands below are pointed at."""
     Image.fromarray(noise(40, 40, 3)).save("good.png")
+    (here / "larger").mkdir()
+    Image.fromarray(noise(80, 80, 3)).save(here / "larger" / "fine.png")
     (here / "truncated.png").write_bytes((here / "good.png").read_bytes()[:1500])
     (here / "text.png").write_text("I am no image.\n")
     (here / "empty.png").touch()
     (here / "empty").mkdir()
+    (here / "folder.png").mkdir()
     for kind in "ab":
         (here / "classes" / kind).mkdir(parents=True)
         for i in range(6):
@@ -221,6 +224,18 @@ BAD = [
     ("predict tiny_gate good.png --weights upscale.safetensors -o file/out.png", "file"),
     ("predict tiny_gate good.png --weights upscale.safetensors -o out.doc", "out.doc"),
     ("predict tiny_gate good.png --weights upscale.safetensors -o /proc/out.png", "/proc"),
+    (f"{UPSCALE} good.png --reference nowhere.png", "no reference at nowhere.png"),
+    (f"{UPSCALE} good.png --reference good.png", "good.png is 40×40 pixels; expected 80×80, 2 times good.png"),
+    (f"{UPSCALE} good.png --reference larger", "no reference for good.png in larger: expected good.png"),
+    (f"{UPSCALE} good.png --reference empty", "empty holds no images"),
+    (f"{UPSCALE} good.png --reference text.png", "text.png is no image"),
+    (f"{UPSCALE} good.png --reference truncated.png", "truncated.png"),
+    ("predict tiny_gate classes --weights upscale.safetensors -o out --reference good.png", "give a folder of them"),
+    (f"{FORECAST} good.csv --reference good.csv", "a prediction of series-forecasting has no 'reference'"),
+    (
+        "predict tiny_gate good.png --weights upscale.safetensors -o larger/fine.png --reference larger/fine.png",
+        "would be overwritten by the result",
+    ),
     (f"{FORECAST} good.csv holes.csv", "several forecasts need a folder"),
     ("predict tiny_gate --weights forecast.safetensors -o out good.csv holes.csv", "holes.csv"),
     ("predict tiny_gate --weights forecast.safetensors -o good.csv good.csv", "is the input itself"),
@@ -265,7 +280,13 @@ BAD = [
     ("inspect tiny_gate good.png -o out.jpg", "the picture is written as .png, got 'out.jpg'"),
     ("inspect tiny_gate good.png -o good.png", "is the input itself"),
     ("inspect tiny_gate good.png -o file/out.png", "cannot write file/out.png"),
+    ("inspect tiny_gate good.png -o folder.png", "cannot write folder.png"),
     ("inspect tiny_gate good.png -o /proc/out.png", "cannot write /proc/out.png"),
+    ("export tiny_gate -o out.onnx", "Missing option '--weights'"),
+    ("export tiny_gate --weights upscale.safetensors -o out.pt", "a system is exported as .onnx, got 'out.pt'"),
+    ("export tiny_gate --weights nowhere.pt -o out.onnx", "no weights at nowhere.pt"),
+    ("export tiny_gate --weights forecast.safetensors -o out.onnx", "only systems that take images can be exported"),
+    ("export tiny_gate --weights upscale.safetensors -o file/out.onnx", "cannot write file/out.onnx"),
     ("compare --slot channel-gate", "Missing option '--data'"),
     ("compare --slot chanel-gate --data digits --out run", "chanel-gate"),
     ("compare --slot channel-gate --data nowhere --out run", "nowhere"),
@@ -297,7 +318,19 @@ def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says
 def test_without_a_word_it_says_what_there_is(run):
     code, out, err = run("")
     assert code == 0 and err == ""
-    for verb in ("list", "show", "reproduce", "train", "predict", "inspect", "compare", "bench", "board", "doctor"):
+    for verb in (
+        "list",
+        "show",
+        "reproduce",
+        "train",
+        "predict",
+        "inspect",
+        "export",
+        "compare",
+        "bench",
+        "board",
+        "doctor",
+    ):
         assert f" {verb} " in out
 
 

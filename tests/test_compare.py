@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provenn import compare as module
 from provenn.bench import count_parameters
-from provenn.compare import COSTS, Candidate, SlotComparison, compare
+from provenn.compare import COSTS, HOSTS, Candidate, SlotComparison, compare, host_for
+from provenn.compare import comparison as module
 from provenn.errors import UserError
 from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.nn.resnet import resnet20
@@ -89,6 +90,50 @@ def test_token_mixers_are_compared_on_series(tmp_path: Path):
     none, aaren, softmax = result.candidates
     assert none.parameters < softmax.parameters
     assert aaren.parameters == softmax.parameters + 2 * 64  # one learned query a layer
+
+
+def test_token_mixers_are_compared_in_a_language_model_of_one_size(tmp_path: Path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(30):
+        (text / f"{i:02}.txt").write_text("the same words again and again, one two three four. " * 40)
+    names = ["window", "aaren", "none", "softmax"]
+    result = compare("token-mixer", names, data=text, budget="smoke", seeds=2, device="cpu", out=tmp_path / "run")
+    assert [one.name for one in result.candidates] == ["softmax", "window", "aaren", "none"]
+    counts = [one.parameters for one in result.candidates]
+    assert max(counts) - min(counts) <= 2 * 2 * 64 * 2  # half a hidden feature in each of two layers, up or down
+    assert result.metric == "bits_per_byte" and all(6 < one.mean < 9 for one in result.candidates)
+    state = {name: of["state_bytes"] for name, of in result.more.items()}
+    assert state["softmax"][1] == 4 * state["softmax"][0] == 2 * 2 * 64 * 64 * 4  # keys and values, layers, dim, floats
+    assert (
+        state["window"][1] == state["window"][0] and state["aaren"][1] == state["aaren"][0] and state["none"] == [0, 0]
+    )
+    assert all(len(of["recall"]) == 2 and len(of["token_seconds"]) == 2 for of in result.more.values())
+    files = [file.name for file in result.save(tmp_path / "saved")]
+    assert files == ["token-mixer.md", "token-mixer.png", "token-mixer-context.png", "token-mixer.json"]
+    assert "after 64 tokens" in (tmp_path / "saved" / "token-mixer.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("data", "task"),
+    [
+        ("stdlib", "language-modelling"),
+        ("hf:some/name", "language-modelling"),
+        ("japanese-vowels", "series-classification"),
+        ("notes.md", "language-modelling"),
+        ("rows.csv", "series-classification"),
+    ],
+)
+def test_the_data_choose_the_host(data: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    if "." in data:
+        Path(data).write_text("x")
+    assert host_for("token-mixer", data).task == task
+
+
+def test_a_mixer_too_large_for_the_host_is_refused():
+    with pytest.raises(ValueError, match="more than the 49,152 of a layer"):
+        HOSTS["token-mixer"][0].build(lambda dim: torch.nn.Linear(dim, 1000), {"vocab": 256})
 
 
 def test_joins_of_residual_branches_are_compared_in_a_tower(tmp_path: Path):

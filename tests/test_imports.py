@@ -19,7 +19,7 @@ ORDER = [
     {"data"},
     {"tasks"},
     {"bench"},
-    {"surgery", "evidence", "weights", "testing"},
+    {"surgery", "evidence", "weights", "testing", "export"},
     {"papers"},
     {"reproduce"},
     {"compare", "inspection", "report", "board", "doctor", "benchmarks"},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from provenn import bench, papers, slots, surgery, testing
+    from provenn import bench, export, papers, slots, surgery, testing
     from provenn.api import from_official, inspect, paper, predict, train
     from provenn.surgery import insert_after, swap
 
@@ -19,10 +19,11 @@ _HOMES = {
     **dict.fromkeys(("from_official", "inspect", "paper", "predict", "train"), "provenn.api"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
 }
-_MODULES = ("bench", "papers", "slots", "surgery", "testing")
+_MODULES = ("bench", "export", "papers", "slots", "surgery", "testing")
 __all__ = [
     "__version__",
     "bench",
+    "export",
     "from_official",
     "insert_after",
     "inspect",

@@ -268,18 +268,52 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
-def predict(slug: str, inputs: Sequence[str | Path], *, weights: str | Path, output: str | Path | None = None) -> str:
-    """Apply trained weights to files; returns what the terminal shows."""
+def predict(
+    slug: str,
+    inputs: Sequence[str | Path],
+    *,
+    weights: str | Path,
+    output: str | Path | None = None,
+    changes: dict[str, Any] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> str:
+    """Apply trained weights to files; returns what the terminal shows.
+
+    Args:
+        slug: the paper.
+        inputs: files, or folders of them; of a language model, words.
+        weights: a weight file, or the folder of a run.
+        output: where the result goes.
+        changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100}.
+        tell: is given the result piece by piece, by tasks whose result comes so.
+    """
     from provenn.tasks import get_task
 
-    files = [Path(i) for i in inputs]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"no file at {file}")
     model, label = paper(slug).load(weights)
-    if not files and label.task != "reinforcement-learning":  # which can play episodes of its own
+    kind = get_task(label.task)
+    if not kind.takes_words:
+        missing = next((file for file in inputs if not Path(file).exists()), None)
+        if missing is not None:
+            raise UserError(f"no file at {missing}")
+    if not inputs and label.task != "reinforcement-learning":  # which can play episodes of its own
         raise UserError(f"name the files to apply {slug} to")
-    return get_task(label.task).predict(model, label.meta, files, None if output is None else Path(output))
+    given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
+    options = {**(changes or {}), **({} if tell is None or "tell" not in _arguments(kind.predict) else {"tell": tell})}
+    for name, value in options.items():
+        if name not in _of_predict(kind):
+            known = ", ".join(_of_predict(kind)) or "nothing"
+            raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {known}")
+        _check_type(name, value, _of_predict(kind)[name])
+    place = None if output is None else Path(output)
+    return kind.predict(model, label.meta, given, place, **options)  # type: ignore[arg-type]
+
+
+def _of_predict(kind: "Task") -> dict[str, Any]:
+    """What a task's prediction takes by name."""
+    return {name: hint for name, hint in _arguments(kind.predict).items() if name not in _PREDICT}
+
+
+_PREDICT = ("model", "meta", "inputs", "output")
 
 
 def inspect(
@@ -327,3 +361,28 @@ def inspect(
     if not layers:
         raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
     return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers)
+
+
+def export(slug: str, weights: str | Path, output: str | Path) -> str:
+    """Write trained weights with their system as an ONNX file; returns what the terminal shows.
+
+    A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
+    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`. The file's metadata hold, under
+    `provenn`, what the weights say of themselves, such as class names.
+
+    Args:
+        slug: the paper.
+        weights: a weight file, or the folder of a run.
+        output: where it goes, ending in .onnx.
+    """
+    import json
+    from dataclasses import asdict
+
+    from provenn import export as onnx
+    from provenn.weights import KEY
+
+    file = Path(output)
+    onnx.check_place(file)
+    model, label = paper(slug).load(weights)
+    onnx.image_system(model, label.task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    return f"{label.preset} of {slug} → {file}"

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,8 @@ class Inspection:
             self.picture().savefig(unfinished, dpi=110, format="png")
             os.replace(unfinished, file)
         except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink()
             raise UserError(f"cannot write {file}: {error.strerror}") from None
 
 

@@ -70,6 +70,14 @@ def test_palette_transparency_and_orientation(tmp_path):
     assert read_image(tmp_path / "turned.png").colour[0, 1].tolist() == [0, 0, 255]
 
 
+def test_printers_colours_become_screen_colours(tmp_path):
+    cyan = Image.new("CMYK", (4, 2), (255, 0, 0, 0))
+    cyan.save(tmp_path / "a.jpg", quality=95, icc_profile=b"of a printer")
+    picture = read_image(tmp_path / "a.jpg")
+    assert np.abs(picture.colour.astype(int) - [0, 255, 255]).max() <= 3
+    assert picture.profile is None and picture.alpha is None and not picture.grey
+
+
 def test_the_colour_profile_is_kept(tmp_path):
     for deep in (False, True):
         picture = noise(3, deep)
@@ -83,7 +91,7 @@ def test_the_colour_profile_is_kept(tmp_path):
         ("a.png", b"no image", "is no image"),
         ("a.png", None, "is damaged"),
         ("a.gif", "frames", "2 frames"),
-        ("a.jpg", "CMYK", "CMYK image"),
+        ("a.tif", "LAB", "LAB image"),
         ("a.tif", "F", "F image"),
     ],
 )

@@ -334,6 +334,34 @@ def test_removing_frequencies_removes_the_highest():
     assert torch.equal(claims._without_highest(fast.round(), 0), fast.round())
 
 
+def test_rounding_leaves_as_many_numbers_as_there_are_bits_for():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(80, 4)).eval()
+    seen, x = [], torch.randn(2, 3, 6, 6)
+    whole = model(x)
+    rounded = claims.Rounded(model, [x[:1], x[1:]])
+    assert torch.equal(model(x), whole)
+    model[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    errors = []
+    for bits in (4, 2, 16):
+        rounded.to(bits)
+        errors.append((model(x) - whole).abs().max().item())
+        assert max(len(row.unique()) for layer in (model[0], model[2]) for row in layer.weight) <= 2**bits - 1
+        assert len(seen[-1].unique()) <= 2**bits and seen[-1].min() == x.min()
+    assert errors[2] < 1e-3 < errors[0] < errors[1]
+    beyond = torch.full_like(x, 9.0)
+    model(beyond)
+    assert seen[-1].max() == pytest.approx(x.max().item())
+
+
+def test_layers_that_the_network_does_not_use_are_not_rounded():
+    network = claims.small_network("CRAFT").eval()
+    rounded = claims.Rounded(network, [torch.rand(1, 3, 16, 16)])
+    dead = {m for b in network.modules() if isinstance(b, PositionBias) for m in b.modules()}
+    layers = {m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert set(rounded.ranges) == layers - dead
+
+
 def test_one_call_for_both_window_shapes_gives_the_same():
     attention = craft.RectangleWindowAttention(24, 6, shifted=True)
     qkv = torch.randn(2, 16, 32, 72)

@@ -82,7 +82,7 @@ def test_text_streams_as_it_is_generated(tmp_path):
     model, told = small().eval(), []
     meta = {"tokenizer": "bytes", "length": 32}
     text = TASK.predict(model, meta, ["def né//é(", ""], tmp_path / "out.txt", tokens=20, tell=told.append)
-    assert "".join(told).replace("�", "") == text.rsplit("\nwrote", 1)[0].replace("�", "")
+    assert "".join(told).replace("�", "") == text.replace("�", "")
     assert text.startswith("def né//é(") and len(told) > 5
     assert (tmp_path / "out.txt").read_text() == text.rsplit("\nwrote", 1)[0]
     assert TASK.predict(model, meta, ["def f("], None, seed=1) == TASK.predict(model, meta, ["def f("], None, seed=1)

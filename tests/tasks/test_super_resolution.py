@@ -275,6 +275,35 @@ def test_a_folder_goes_to_a_folder(task, tmp_path):
     assert read_image(tmp_path / "out" / "more" / "b_x3.jpg").colour.shape == (60, 90, 3)
 
 
+def test_a_folder_may_hold_a_photograph_for_print(task, tmp_path):
+    write_image(tmp_path / "in" / "a.png", Picture(photograph("flower")[:20, :30]))
+    Image.fromarray(photograph("flower")[:20, :30]).convert("CMYK").save(tmp_path / "in" / "b.jpg", quality=95)
+    task.predict(Enlarge(), {}, [tmp_path / "in"], tmp_path / "out")
+    screen, printed = (read_image(tmp_path / "out" / name).colour.astype(int) for name in ("a_x2.png", "b_x2.jpg"))
+    assert printed.shape == (40, 60, 3) and np.abs(screen - printed).mean() < 10
+
+
+def test_results_are_compared_with_the_images_in_full_resolution(task, tmp_path):
+    """By name, the field's endings put aside, and cut as the field cuts them; printed as evaluation measures them."""
+    for name, photograph_ in (("a", "flower"), ("b", "chelsea")):
+        hr = photograph(photograph_)[:61, :81]
+        lr = sr.reduced(torch.from_numpy(hr.copy()).permute(2, 0, 1), 2)[0]
+        write_image(tmp_path / "hr" / f"{name}.png", Picture(np.ascontiguousarray(hr)))
+        write_image(
+            tmp_path / "lr" / f"{name}x2.png",
+            Picture(np.ascontiguousarray(lr.permute(1, 2, 0).numpy().astype(np.uint8))),
+        )
+    told = task.predict(Enlarge(), {}, [tmp_path / "lr"], tmp_path / "sr", reference=tmp_path / "hr").splitlines()
+    photos = sr.Whole([photograph("flower")[:61, :81], photograph("chelsea")[:61, :81]])
+    expected = task.evaluate(Enlarge(), photos)
+    mean = f"{expected['psnr']:.2f} dB PSNR, {expected['ssim']:.4f} SSIM; bicubic {expected['psnr_bicubic']:.2f} dB"
+    assert len(told) == 3 and told[-1] == f"mean of 2: on Y {mean}, {expected['ssim_bicubic']:.4f}"
+    single = task.predict(
+        Enlarge(), {}, [tmp_path / "lr" / "ax2.png"], tmp_path / "one.png", reference=tmp_path / "hr" / "a.png"
+    )
+    assert single.partition(" s; ")[2] == told[0].partition(" s; ")[2] != ""
+
+
 def test_bad_places_are_refused_before_anything_is_written(task, tmp_path):
     good, bad = tmp_path / "good.png", tmp_path / "zbad.png"
     write_image(good, Picture(photograph("flower")[:20, :30]))

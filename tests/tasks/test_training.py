@@ -206,6 +206,10 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path, launcher)
         ({"clip": 0.0}, "clip must be a positive number"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, radam, got 'lion'"),
         ({"schedule": "spiral"}, "schedule must be one of"),
+        ({"schedule": "multistep"}, "milestones belong to multistep"),
+        ({"schedule": "step", "milestones": [0.5]}, "milestones belong to multistep"),
+        ({"schedule": "multistep", "milestones": [0.8, 0.5]}, "milestones must grow"),
+        ({"schedule": "multistep", "milestones": [0.5, 1.5]}, "milestones must grow"),
         ({"learning_rate": 0.1}, "a recipe has no field 'learning_rate'; it has: epochs"),
     ],
 )
@@ -228,7 +232,8 @@ def test_bad_strategies_are_refused():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_warm_up_and_stay_below_the_peak(schedule):
-    recipe = Recipe(schedule=schedule, warmup_steps=5, lr=1.0, step_epochs=2, gamma=0.5)
+    milestones = (0.5, 0.8) if schedule == "multistep" else ()
+    recipe = Recipe(schedule=schedule, warmup_steps=5, lr=1.0, step_epochs=2, milestones=milestones, gamma=0.5)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     stepper = recipe.make_schedule(optimizer, steps=50, steps_per_epoch=10)
     rates = []
@@ -237,5 +242,21 @@ def test_schedules_warm_up_and_stay_below_the_peak(schedule):
         optimizer.step()
         stepper.step()
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(rates) <= 1
-    last = {"constant": 1, "cosine": 0.002, "onecycle": 0.002, "step": 0.25, "exponential": 0.0625}[schedule]
+    last = {
+        "constant": 1,
+        "cosine": 0.002,
+        "onecycle": 0.002,
+        "step": 0.25,
+        "multistep": 0.25,
+        "exponential": 0.0625,
+    }[schedule]
     assert rates[-1] == pytest.approx(last, abs=0.003)
+
+
+def test_milestones_are_shares_of_all_steps():
+    recipe = recipe_of({"schedule": "multistep", "milestones": [0.5, 0.8, 0.9, 0.95], "gamma": 0.5, "lr": 1.0})
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = recipe.make_schedule(optimizer, steps=500_000, steps_per_epoch=200).lr_lambdas[0]
+    changes = [step for step in range(0, 500_000, 1000) if factor(step) != factor(max(0, step - 1))]
+    assert changes == [250_000, 400_000, 450_000, 475_000]
+    assert factor(0) == 1 and factor(499_999) == 0.5**4

@@ -162,10 +162,10 @@ def compare(
         result = measure(slot, names, data=data, budget=budget, seeds=seeds, device=device, out=out, tell=tell)
     files = [str(file) for file in result.save(out)]
     if json:
-        console.machine({"table": result.table.model_dump(mode="json"), "files": files})
+        console.machine({"tables": [view.model_dump(mode="json") for view in result.tables], "files": files})
         return
     terminal = console.console()
-    for grid in console.details(Measurement(tables=[result.table])):
+    for grid in console.details(Measurement(tables=result.tables)):
         terminal.print(grid, "")
     for file in files:
         terminal.print(f"written  {file}", soft_wrap=True)

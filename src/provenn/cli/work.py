@@ -1,4 +1,4 @@
-"""Verbs that work on the user's data: train, predict, inspect."""
+"""Verbs that work on the user's data: train, predict, inspect, export."""
 
 import json
 import shlex
@@ -92,17 +92,33 @@ def predict(
     slug: Slug,
     weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
     inputs: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="INPUT…", help="Files to apply the system to; an agent plays without."),
+        list[str] | None,
+        typer.Argument(metavar="INPUT…", help="Files; words for a language model; an agent plays without."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Of super-resolution: the images in full resolution; prints PSNR and SSIM."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of the prediction, such as tokens=100; repeatable."),
+    ] = None,
 ) -> None:
-    """Apply trained weights to files."""
+    """Apply trained weights to files; a language model's text comes as it is written."""
     from provenn import api
 
+    options = {**_pairs(changes or []), **({} if reference is None else {"reference": reference})}
+    streamed = False
+
+    def tell(piece: str) -> None:
+        nonlocal streamed
+        streamed = True
+        print(piece, end="", flush=True)
+
     with progress.shown():
-        text = api.predict(slug, inputs or [], weights=weights, output=output)
-    print(text)
+        text = api.predict(slug, inputs or [], weights=weights, output=output, changes=options, tell=tell)
+    print("" if streamed else text)
 
 
 @app.command()
@@ -139,3 +155,18 @@ def inspect(
         terminal.print(grid)
     if output is not None:
         terminal.print(f"written  {output}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    slug: Slug,
+    weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where it goes: a file ending in .onnx.")],
+) -> None:
+    """Trained weights with their system as an ONNX file."""
+    from provenn import api
+
+    with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
+        text = api.export(slug, weights, output)
+        advance()
+    print(text)

@@ -63,15 +63,14 @@ def size_of(file: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def read_image(file: Path, *, convert: bool = False) -> Picture:
+def read_image(file: Path) -> Picture:
     """Read a photograph of 8 or 16 bits a channel, grey or colour, with or without alpha, turned as its EXIF says.
 
-    Args:
-        file: where it lies.
-        convert: turn other colour spaces, such as the CMYK of some JPEGs, into RGB, instead of refusing them.
+    Other colour spaces, such as the CMYK of some JPEGs, become RGB; their ICC profile, which is for the colours that
+    were, is left behind.
 
     Raises:
-        UserError: the file is no image, damaged, animated, or in a colour space that is not RGB.
+        UserError: the file is no image, damaged, animated, or of numbers that are not 8 or 16 bits.
     """
     with _opened(file) as image:
         if getattr(image, "n_frames", 1) > 1:
@@ -86,7 +85,7 @@ def read_image(file: Path, *, convert: bool = False) -> Picture:
                 image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
             if image.mode == "1":
                 image = image.convert("L")
-            if convert and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            if image.mode in ("CMYK", "YCbCr", "HSV"):
                 image, profile = image.convert("RGB"), None
             if image.mode not in ("L", "LA", "RGB", "RGBA"):
                 raise UserError(

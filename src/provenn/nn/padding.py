@@ -24,10 +24,9 @@ def mirror_pad(
         raise ValueError(f"mode must be 'symmetric' or 'reflect', got {mode!r}")
     for dim, extra in ((2, bottom), (3, right)):
         size = x.shape[dim]
-        if not extra:
-            continue
         period = 2 * size if mode == "symmetric" else max(1, 2 * size - 2)
-        place = torch.arange(size + extra, device=x.device) % period
+        # A tensor, since ONNX divides by no size that is still open; nor is there a way past this where `extra` is 0.
+        place = torch.arange(size + extra, device=x.device) % torch.full((), period, device=x.device)
         back = period - 1 - place if mode == "symmetric" else period - place
         x = x.index_select(dim, torch.where(place < size, place, back))
     return x
@@ -64,8 +63,10 @@ class PadToMultiple(nn.Module):
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height2 width2"]:
         height, width = x.shape[2:]
+        # Written as a product, which a tracer of open sizes can see to be a multiple.
         bottom, right = (
-            self.multiple - side % self.multiple if self.always else -side % self.multiple for side in (height, width)
+            ((side + (0 if self.always else -1)) // self.multiple + 1) * self.multiple - side
+            for side in (height, width)
         )
         y = self.model(mirror_pad(x, bottom, right, self.mode))
         return y[..., : height * self.scale, : width * self.scale]

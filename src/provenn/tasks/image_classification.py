@@ -192,7 +192,7 @@ class ImageFiles(Dataset):
 
 def _read(file: Path, channels: int) -> UInt8[Tensor, "channels height width"]:
     """An image as 8-bit grey or colour; what is transparent is laid on white."""
-    picture = read_image(file, convert=True)
+    picture = read_image(file)
     pixels = torch.from_numpy(picture.colour.astype(np.float32)).permute(2, 0, 1)
     full = 65535 if picture.deep else 255
     if picture.alpha is not None:

@@ -232,7 +232,10 @@ class LanguageModelling(Task):
             texts.append(prompt + tokenizer.decode(pieces))
         if output is not None:
             output.write_text("\n\n".join(texts), "utf-8")
-        return "\n\n".join(texts) + (f"\nwrote {output}" if output else "")
+        written = f"\nwrote {output}" if output else ""
+        if tell is not None and written:
+            tell(written)
+        return "\n\n".join(texts) + written
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """How well a token is told, over how much text stands before it."""

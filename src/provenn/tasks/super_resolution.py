@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from provenn import progress
-from provenn.data.images import SUFFIXES, Picture, check_holds, images_in, read_image, write_image
+from provenn.data.images import SUFFIXES, Picture, check_holds, images_in, read_image, size_of, write_image
 from provenn.data.photographs import Photographs, photograph
 from provenn.data.resize import bicubic
 from provenn.errors import UserError
@@ -233,26 +233,50 @@ class SuperResolution(Task):
             )
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
-    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
-        """Enlarge images: a file to a file, a folder or several files to a folder."""
+    def predict(
+        self,
+        model: nn.Module,
+        meta: dict[str, Any],
+        inputs: Sequence[Path],
+        output: Path | None,
+        *,
+        reference: Path | None = None,
+    ) -> str:
+        """Enlarge images: a file to a file, a folder or several files to a folder.
+
+        Args:
+            model, meta, inputs, output: as in `Task.predict`.
+            reference: the same images in full resolution, a file or a folder, to compare the result with: PSNR and SSIM
+                on Y with a border of `scale` pixels cut, beside those of bicubic interpolation.
+        """
         if output is None:
             raise UserError("an image needs a place: give a file or a folder with -o")
         scale = int(model.scale)  # type: ignore[arg-type]
         jobs = _destinations(inputs, output, scale)
-        for source, target in jobs:
+        originals = {} if reference is None else _originals(jobs, reference, scale)
+        for source, target, _ in jobs:
             check_holds(target, read_image(source))
-        told = []
-        for source, target in jobs:
+        told, scores = [], []
+        for source, target, _ in jobs:
             picture = read_image(source)
             height, width = picture.colour.shape[:2]
             start = time.perf_counter()
             with progress.bar(source.name, count_tiles(height, width)) as advance:
                 larger = enlarged(picture, model, advance=advance)
             write_image(target, larger)
-            told.append(
+            line = (
                 f"{source} {width}×{height} → {target} {width * scale}×{height * scale}"
                 f" in {time.perf_counter() - start:.1f} s"
             )
+            if source in originals:
+                hr = _in_8_bits(read_image(originals[source]))[:, : height * scale, : width * scale]
+                baseline = enlarge(_in_8_bits(picture), scale)
+                images = (_in_8_bits(larger), baseline)
+                scores.append([measure(image, hr, border=scale) for image in images for measure in (psnr, ssim)])
+                line += f"; {_scored(scores[-1])}"
+            told.append(line)
+        if len(scores) > 1:
+            told.append(f"mean of {len(scores)}: {_scored([sum(c) / len(scores) for c in zip(*scores)])}")
         return "\n".join(told)
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
@@ -323,11 +347,24 @@ def before_and_after(
     return figure
 
 
-def _destinations(inputs: Sequence[Path], output: Path, scale: int) -> list[tuple[Path, Path]]:
-    """Which file goes where; no input is overwritten, and no two go to one place."""
+def _in_8_bits(picture: Picture) -> Float[Tensor, "3 height width"]:
+    colour = torch.from_numpy(picture.colour.astype(np.float32)).permute(2, 0, 1)
+    return to_8_bits(colour / 257) if picture.deep else colour
+
+
+def _scored(scores: Sequence[float]) -> str:
+    ours, similar, bicubic_psnr, bicubic_ssim = scores
+    return f"on Y {ours:.2f} dB PSNR, {similar:.4f} SSIM; bicubic {bicubic_psnr:.2f} dB, {bicubic_ssim:.4f}"
+
+
+def _destinations(inputs: Sequence[Path], output: Path, scale: int) -> list[tuple[Path, Path, Path]]:
+    """Which file goes where, and its name in the folder that was given, without the ending.
+
+    No input is overwritten, and no two go to one place.
+    """
     single = len(inputs) == 1 and inputs[0].is_file()
     if single and not output.is_dir() and output.suffix:
-        jobs = [(inputs[0], output)]
+        jobs = [(inputs[0], output, Path(inputs[0].stem))]
     else:
         if output.is_file():
             raise UserError(f"{output} is a file; several images need a folder")
@@ -336,14 +373,48 @@ def _destinations(inputs: Sequence[Path], output: Path, scale: int) -> list[tupl
             for source in images_in(given) if given.is_dir() else [given]:
                 inside = source.relative_to(given).parent if given.is_dir() else Path()
                 suffix = source.suffix if source.suffix.lower() in SUFFIXES else ".png"
-                jobs.append((source, output / inside / f"{source.stem}_x{scale}{suffix}"))
-    targets = [target.resolve() for _, target in jobs]
-    for source, target in jobs:
+                jobs.append((source, output / inside / f"{source.stem}_x{scale}{suffix}", inside / source.stem))
+    targets = [target.resolve() for _, target, _ in jobs]
+    for source, target, _ in jobs:
         if target.resolve() == source.resolve():
             raise UserError(f"{target} is the input itself; choose another place with -o")
         if targets.count(target.resolve()) > 1:
             raise UserError(f"two images would both be written to {target}; rename one or give them apart")
     return jobs
+
+
+def _originals(jobs: Sequence[tuple[Path, Path, Path]], reference: Path, scale: int) -> dict[Path, Path]:
+    """The full-resolution image of each input: the one given, or those of a folder by name.
+
+    Names may end in x2 or _x2 on the side of the inputs, as those of the field's test sets do.
+    """
+    if not reference.exists():
+        raise UserError(f"no reference at {reference}: give the images in full resolution, a file or a folder")
+    if reference.is_file() and len(jobs) > 1:
+        raise UserError(f"{reference} is one reference for {len(jobs)} images; give a folder of them")
+    if reference.is_file():
+        found = {jobs[0][0]: reference}
+    else:
+        by_name = {file.relative_to(reference).with_suffix(""): file for file in images_in(reference)}
+        found = {}
+        for source, _, name in jobs:
+            plain = name.with_name(name.name.removesuffix(f"x{scale}").removesuffix("_") or name.name)
+            match = by_name.get(name, by_name.get(plain))
+            if match is None:
+                raise UserError(f"no reference for {source} in {reference}: expected {plain}.png or another image")
+            found[source] = match
+    targets = {target.resolve() for _, target, _ in jobs}
+    for source, original in found.items():
+        (height, width), (h, w) = size_of(original), (scale * side for side in size_of(source))
+        # The field cuts a photograph to a multiple of the scale before it reduces it.
+        if not (0 <= height - h < scale and 0 <= width - w < scale):
+            raise UserError(f"{original} is {width}×{height} pixels; expected {w}×{h}, {scale} times {source}")
+        if min(h, w) < 11 + 2 * scale:
+            raise UserError(f"{original} is {width}×{height} pixels; SSIM needs {11 + 2 * scale} on each side")
+        if original.resolve() in targets:
+            raise UserError(f"{original} would be overwritten by the result; choose another place with -o")
+        read_image(original)
+    return found
 
 
 TASK = SuperResolution()

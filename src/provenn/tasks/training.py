@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +35,9 @@ class Recipe:
         optimizer: sgd, adam, adamw or radam.
         lr: learning rate; its peak where the schedule has one.
         weight_decay, momentum, betas: the optimizer's.
-        schedule: constant, cosine (to 0), onecycle, step (by `gamma` every `step_epochs` epochs) or exponential
-            (by `gamma` each epoch).
+        schedule: constant, cosine (to 0), onecycle, step (by `gamma` every `step_epochs` epochs), multistep (by `gamma`
+            at each of `milestones`) or exponential (by `gamma` each epoch).
+        milestones: of multistep, as shares of all steps, such as (0.5, 0.8).
         warmup_steps: linear, before the schedule.
         clip: largest norm of the gradient; None leaves it.
         patience: stop after so many epochs without a better validation metric, and return to the best.
@@ -50,8 +52,9 @@ class Recipe:
     weight_decay: float | int = 0.0
     momentum: float | int = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["constant", "cosine", "onecycle", "step", "exponential"] = "constant"
+    schedule: Literal["constant", "cosine", "onecycle", "step", "multistep", "exponential"] = "constant"
     step_epochs: int = 30
+    milestones: tuple[float, ...] = ()
     gamma: float | int = 0.1
     warmup_steps: int = 0
     clip: float | int | None = None
@@ -74,6 +77,10 @@ class Recipe:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise UserError(f"milestones belong to multistep, got {self.milestones} with {self.schedule}")
+        if not all(low < high for low, high in pairwise((0, *self.milestones, 1))):
+            raise UserError(f"milestones must grow and lie between 0 and 1, got {self.milestones}")
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -112,6 +119,7 @@ SCHEDULES: dict[str, Callable[[Recipe, float, int], float]] = {
     "cosine": lambda recipe, done, epoch: (1 + math.cos(math.pi * done)) / 2,
     "onecycle": lambda recipe, done, epoch: _onecycle(done),
     "step": lambda recipe, done, epoch: recipe.gamma ** (epoch // recipe.step_epochs),
+    "multistep": lambda recipe, done, epoch: recipe.gamma ** sum(done >= share for share in recipe.milestones),
     "exponential": lambda recipe, done, epoch: recipe.gamma**epoch,
 }
 
@@ -271,8 +279,7 @@ def _check_fits(checkpoint: Path, module: nn.Module) -> None:
 def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
     """A recipe from a preset's facts and the user's changes; a field that does not exist is refused."""
     merged = {**facts, **{key: value for key, value in changes.items() if value is not None}}
-    if "betas" in merged:
-        merged["betas"] = tuple(merged["betas"])  # TOML and JSON have lists
+    merged |= {name: tuple(merged[name]) for name in ("betas", "milestones") if name in merged}  # TOML has lists
     known = asdict(Recipe())
     for name in merged:
         if name not in known:

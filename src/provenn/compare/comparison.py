@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Subset
 
 from provenn import bench, progress
 from provenn.catalog import meant, mechanisms_of
+from provenn.compare import language
+from provenn.compare.hosts import Factory, Host, host_for
 from provenn.errors import UserError
 from provenn.evidence import Ledger, Run, Table
 from provenn.evidence.interval import Interval, paired_difference, student
@@ -25,110 +27,7 @@ from provenn.tasks import Recipe, Task, TaskData, fit, get_task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Factory = Callable[[int], nn.Module]
 COSTS = ("parameters", "FLOPs", "latency")
-
-
-@dataclass(frozen=True)
-class Host:
-    """A network with one open slot, and how it is trained.
-
-    Args:
-        task: what it learns.
-        build: makes it from a mechanism's factory and the options of the data.
-        baselines: what every mechanism of the slot is compared with; the first is the reference.
-        recipe: one for each budget.
-        about: the host in one phrase.
-    """
-
-    task: str
-    build: Callable[[Factory, dict[str, Any]], nn.Module]
-    baselines: Callable[[], dict[str, Factory]]
-    recipe: dict[str, Recipe]
-    about: str
-
-
-class Nothing(nn.Module):
-    """The empty slot, whatever else its mechanisms are given."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-
-    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
-        return x
-
-
-def _gated_resnet(gate: Factory, options: dict[str, Any]) -> nn.Module:
-    from provenn.nn.resnet import resnet20
-
-    return resnet20(gate=gate, **options)
-
-
-def _gates() -> dict[str, Factory]:
-    from provenn.nn.channel_gates import CBAM, SqueezeExcitation
-
-    return {"none": Nothing, "se": SqueezeExcitation, "cbam": CBAM}
-
-
-def _series_encoder(mixer: Factory, options: dict[str, Any]) -> nn.Module:
-    from provenn.nn.hosts import SeriesHost
-
-    return SeriesHost(mixer, channels=options["channels"], num_classes=options["num_classes"])
-
-
-def _mixers() -> dict[str, Factory]:
-    from provenn.nn.attention import SoftmaxAttention
-
-    return {"none": Nothing, "softmax": partial(SoftmaxAttention, heads=4)}
-
-
-class Sum(nn.Module):
-    """The plain join of a residual branch, x + f(x)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-
-    def forward(self, x: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], depth: int) -> torch.Tensor:
-        return x + f(x)
-
-
-def _residual_tower(join: Factory, options: dict[str, Any]) -> nn.Module:
-    from provenn.nn.hosts import ResidualHost
-
-    return ResidualHost(join, **options)
-
-
-_SGD = Recipe(batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="onecycle")
-_RADAM = Recipe(batch_size=16, optimizer="radam", lr=1e-3, clip=4.0)
-
-
-def _budgets(recipe: Recipe, small: int, paper: int) -> dict[str, Recipe]:
-    return {
-        "smoke": replace(recipe, epochs=1, max_steps=2),
-        "small": replace(recipe, epochs=small, max_steps=1000),
-        "paper": replace(recipe, epochs=paper),
-    }
-
-
-HOSTS = {
-    "channel-gate": Host(
-        "image-classification", _gated_resnet, _gates, _budgets(_SGD, 8, 100), "ResNet-20 with a gate on every branch"
-    ),
-    "token-mixer": Host(
-        "series-classification",
-        _series_encoder,
-        _mixers,
-        _budgets(_RADAM, 25, 60),
-        "a causal encoder of two layers, 64 wide",
-    ),
-    "residual": Host(
-        "image-classification",
-        _residual_tower,
-        lambda: {"sum": Sum},
-        _budgets(replace(_SGD, lr=0.02), 15, 100),
-        "a tower of 24 branches, 64 wide, without normalisation",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -163,6 +62,7 @@ class SlotComparison:
         candidates: the first is the reference of differences and ratios.
         metric, higher_is_better: the quality.
         setting: all that is needed to repeat it.
+        more: what else the host measures of each candidate, by name; see `provenn.compare.language`.
     """
 
     slot: str
@@ -172,6 +72,7 @@ class SlotComparison:
     higher_is_better: bool
     candidates: tuple[Candidate, ...]
     setting: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
 
     def front(self, cost: str) -> list[Candidate]:
         """The Pareto front, cheapest first: nobody is at least as good at no more cost."""
@@ -183,6 +84,13 @@ class SlotComparison:
             return any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in others)
 
         return sorted((one for one in self.candidates if not beaten(one)), key=lambda one: one.cost(cost))
+
+    @property
+    def tables(self) -> list[Table]:
+        """Quality against cost, and what else the host measures."""
+        names = [one.name for one in self.candidates]
+        seeds = len(self.candidates[0].quality)
+        return [self.table, *([language.table(names, self.more, seeds)] if self.more else [])]
 
     @property
     def table(self) -> Table:
@@ -257,12 +165,14 @@ class SlotComparison:
         check_writable(folder)
         numbers, table, plot = (folder / f"{self.slot}.{kind}" for kind in ("json", "md", "png"))
         write_atomically(numbers, json.dumps(asdict(self), indent=1))
-        view = self.table
-        rows = "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in view.rows)
-        head = f"| {' | '.join(view.columns)} |\n|{' --- |' * len(view.columns)}\n"
-        write_atomically(table, f"{view.caption}\n\n{head}{rows}")
+        write_atomically(table, "\n".join(_markdown(view) for view in self.tables))
         self.figure().savefig(plot, dpi=110)
-        return [table, plot, numbers]
+        files = [table, plot, numbers]
+        if self.more:
+            names, qualities = [one.name for one in self.candidates], {one.name: one.quality for one in self.candidates}
+            files.insert(2, folder / f"{self.slot}-context.png")
+            language.figure(names, self.more, qualities, self.metric).savefig(files[2], dpi=110)
+        return files
 
 
 def compare(
@@ -284,8 +194,8 @@ def compare(
     Args:
         slot: one that has a host: see `HOSTS`.
         candidates: names of mechanisms in the catalogue (`slug:name` where two papers share a name) and of baselines;
-            by default all that fit the slot. They are measured against the host's first baseline (`none`), or without
-            it against the first that is named.
+            by default all that fit the slot. They are measured against the host's first baseline (`none`, of language
+            models `softmax`), or without it against the first that is named.
         data: an embedded data set's name, or a path.
         budget: smoke, small or paper.
         seeds: how many, or which.
@@ -297,16 +207,14 @@ def compare(
         UserError: an unknown slot, candidate, budget, device or data set, or a candidate that does not fit the host.
     """
     slot_called(slot)
-    if slot not in HOSTS:
-        raise UserError(f"no host has the slot {slot!r} to compare in; these have: {', '.join(HOSTS)}")
+    host = host_for(slot, data)
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     chosen_seeds = choose_seeds(seeds)
-    host = HOSTS[slot]
     chosen = _choose(slot, host, candidates)
     device = choose_device(device)
     task = get_task(host.task)
-    loaded = task.load(data)
+    loaded = task.load(data, **host.sizes)
     recipe = host.recipe[budget]
     for name, (factory, _) in chosen.items():
         try:
@@ -324,6 +232,7 @@ def compare(
     setting = {"host": host.about, "data": str(data), "fingerprint": loaded.fingerprint, "recipe": asdict(recipe)}
     qualities: dict[str, list[float]] = {}
     costs: dict[str, dict[str, Any]] = {}
+    more: dict[str, Any] = {}
     reference = next(iter(chosen))
     with progress.bar(f"compare {slot}", len(chosen)) as advance:
         for name, (factory, _) in chosen.items():
@@ -333,6 +242,9 @@ def compare(
             against = None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
             cost = partial(_cost, build, against, task, loaded, device, rounds=3 if run.smoke else 15)
             costs[name] = run.trial(f"{name}: cost", cost, reference=reference, **setting)
+            if host.more:
+                against_it = (reference, chosen[reference][0])
+                more[name] = language.measure(run, name, factory, against_it, loaded.options)
             advance()
 
     base = qualities[reference]
@@ -358,7 +270,13 @@ def compare(
             for name, (_, paper) in chosen.items()
         ),
         setting={"budget": budget, "seeds": list(chosen_seeds), "device": device, **setting},
+        more=more,
     )
+
+
+def _markdown(table: Table) -> str:
+    rows = "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in table.rows)
+    return f"{table.caption}\n\n| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n{rows}"
 
 
 def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tuple[Factory, str]]:

@@ -1,0 +1,168 @@
+"""The hosts of slots: networks with one open place, and how they are trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from provenn.compare import language
+from provenn.errors import UserError
+from provenn.tasks import Recipe, get_task
+
+Factory = Callable[[int], nn.Module]
+TEXTS = (".txt", ".md", ".rst", ".py", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network with one open slot, and how it is trained.
+
+    Args:
+        task: what it learns.
+        build: makes it from a mechanism's factory and the options of the data.
+        baselines: what every mechanism of the slot is compared with; the first is the reference.
+        recipe: one for each budget.
+        about: the host in one phrase.
+        sizes: how the task loads the data.
+        more: whether recall and the cost of a context are measured too (`provenn.compare.language`).
+    """
+
+    task: str
+    build: Callable[[Factory, dict[str, Any]], nn.Module]
+    baselines: Callable[[], dict[str, Factory]]
+    recipe: dict[str, Recipe]
+    about: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+    more: bool = False
+
+
+class Nothing(nn.Module):
+    """The empty slot, whatever else its mechanisms are given."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return x
+
+
+def _gated_resnet(gate: Factory, options: dict[str, Any]) -> nn.Module:
+    from provenn.nn.resnet import resnet20
+
+    return resnet20(gate=gate, **options)
+
+
+def _gates() -> dict[str, Factory]:
+    from provenn.nn.channel_gates import CBAM, SqueezeExcitation
+
+    return {"none": Nothing, "se": SqueezeExcitation, "cbam": CBAM}
+
+
+def _series_encoder(mixer: Factory, options: dict[str, Any]) -> nn.Module:
+    from provenn.nn.hosts import SeriesHost
+
+    return SeriesHost(mixer, channels=options["channels"], num_classes=options["num_classes"])
+
+
+def _mixers() -> dict[str, Factory]:
+    from provenn.nn.attention import SoftmaxAttention
+
+    return {"none": Nothing, "softmax": partial(SoftmaxAttention, heads=4)}
+
+
+class Sum(nn.Module):
+    """The plain join of a residual branch, x + f(x)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], depth: int) -> torch.Tensor:
+        return x + f(x)
+
+
+def _residual_tower(join: Factory, options: dict[str, Any]) -> nn.Module:
+    from provenn.nn.hosts import ResidualHost
+
+    return ResidualHost(join, **options)
+
+
+_SGD = Recipe(batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="onecycle")
+_RADAM = Recipe(batch_size=16, optimizer="radam", lr=1e-3, clip=4.0)
+
+
+def _budgets(recipe: Recipe, small: int, paper: int) -> dict[str, Recipe]:
+    return {
+        "smoke": replace(recipe, epochs=1, max_steps=2),
+        "small": replace(recipe, epochs=small, max_steps=1000),
+        "paper": replace(recipe, epochs=paper),
+    }
+
+
+HOSTS: dict[str, tuple[Host, ...]] = {
+    "channel-gate": (
+        Host(
+            "image-classification",
+            _gated_resnet,
+            _gates,
+            _budgets(_SGD, 8, 100),
+            "ResNet-20 with a gate on every branch",
+        ),
+    ),
+    "token-mixer": (
+        Host(
+            "language-modelling",
+            language.language_model,
+            lambda: language.BASELINES,
+            language.RECIPES,
+            "a byte language model of two layers, 64 wide, all of the same size",
+            sizes=language.SIZES,
+            more=True,
+        ),
+        Host(
+            "series-classification",
+            _series_encoder,
+            _mixers,
+            _budgets(_RADAM, 25, 60),
+            "a causal encoder of two layers, 64 wide",
+        ),
+    ),
+    "residual": (
+        Host(
+            "image-classification",
+            _residual_tower,
+            lambda: {"sum": Sum},
+            _budgets(replace(_SGD, lr=0.02), 15, 100),
+            "a tower of 24 branches, 64 wide, without normalisation",
+        ),
+    ),
+}
+
+
+def host_for(slot: str, data: str | Path) -> Host:
+    """The host of a slot that fits the data: by the embedded name, or by what files a path names.
+
+    Raises:
+        UserError: a slot without a host, or data that is neither embedded nor a path.
+    """
+    if slot not in HOSTS:
+        raise UserError(f"no host has the slot {slot!r} to compare in; these have: {', '.join(HOSTS)}")
+    hosts = HOSTS[slot]
+    for host in hosts:
+        if data in get_task(host.task).embedded or len(hosts) == 1:
+            return host
+    path = Path(data)
+    if str(data).startswith("hf:") or path.suffix.lower() in TEXTS:
+        return hosts[0]
+    if path.is_dir() and any(file.suffix.lower() in TEXTS for file in path.rglob("*")):
+        return hosts[0]
+    if not path.exists():
+        tasks = [get_task(host.task) for host in hosts]
+        reads, names = "; or ".join(task.reads for task in tasks), [name for task in tasks for name in task.embedded]
+        raise UserError(
+            f"no data at {str(data)!r}: give a path to {reads}; or an embedded data set: {', '.join(names)}"
+        )
+    return hosts[-1]

@@ -1,0 +1,84 @@
+"""ONNX files give what torch gives, at sizes that the export did not see."""
+
+import importlib.util
+import json
+import shlex
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from provenn import api, export, weights
+from provenn.cli import main
+from provenn.errors import UserError
+from provenn.papers.aaren import AarenAttention
+from provenn.papers.craft import CRAFT, cross_refinement
+from provenn.testing import seeded_state
+from provenn.testing.promises import unchecked
+
+
+@pytest.fixture(autouse=True)
+def traced():
+    torch.manual_seed(0)
+    with unchecked():
+        yield
+
+
+def awake(module: torch.nn.Module) -> torch.nn.Module:
+    module.load_state_dict(seeded_state({name: t.shape for name, t in module.state_dict().items()}, 0))
+    return module.eval()
+
+
+def test_craft_enlarges_images_of_any_size(tmp_path):
+    model = awake(CRAFT(2, dim=12, groups=1, depth=1, block=lambda dim: cross_refinement(dim, heads=2)))
+    export.image_system(model, "super-resolution", {}, tmp_path / "craft.onnx", {"provenn": "label"})
+    session = onnxruntime.InferenceSession(tmp_path / "craft.onnx")
+    assert session.get_modelmeta().custom_metadata_map["provenn"] == "label"
+    for size in ((16, 16), (65, 32), (1, 1), (20, 50)):
+        image = torch.rand(1, 3, *size)
+        (larger,) = session.run(None, {"image": image.numpy()})
+        with torch.no_grad():
+            expected = export.Enlarger(model)(image)
+        np.testing.assert_allclose(larger, expected.numpy(), atol=1e-5)
+        assert larger.shape == (1, 3, 2 * size[0], 2 * size[1]) and np.ptp(larger) > 0.01
+
+
+@pytest.mark.usefixtures("third_party")
+def test_a_classifier_comes_with_its_preparation_and_its_names(tmp_path, capsys):
+    model = api.paper("tiny_gate").build("tiny_small", num_classes=2).eval()
+    meta = {"classes": ["cat", "dog"], "size": 8, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    label = weights.Label("tiny_gate", "tiny_small", "image-classification", {"num_classes": 2}, meta)
+    weights.save(model, tmp_path / "weights.safetensors", label)
+    file = tmp_path / "new" / "gate.onnx"
+    assert main(shlex.split(f"export tiny_gate --weights {tmp_path} -o {file}")) == 0
+    assert str(file) in capsys.readouterr().out and [f.name for f in file.parent.iterdir()] == ["gate.onnx"]
+    session = onnxruntime.InferenceSession(file)
+    said = json.loads(session.get_modelmeta().custom_metadata_map["provenn"])
+    assert said["meta"]["classes"] == ["cat", "dog"]
+    for batch in (1, 5):
+        images = torch.rand(batch, 3, 8, 8)
+        (probabilities,) = session.run(None, {"image": images.numpy()})
+        column = lambda name: torch.tensor(meta[name]).view(3, 1, 1)  # noqa: E731
+        with torch.no_grad():
+            expected = model((images - column("mean")) / column("std")).softmax(1)
+        np.testing.assert_allclose(probabilities, expected.numpy(), atol=1e-6)
+
+
+def test_a_streaming_layer_takes_one_token_at_a_time(tmp_path):
+    layer = awake(AarenAttention(8, 2))
+    export.step(layer, 8, tmp_path / "step.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "step.onnx")
+    x = torch.randn(3, 6, 8)
+    state = [part.numpy() for part in layer.init_state(3)]
+    for t in range(6):
+        names = {f"state_{k}": part for k, part in enumerate(state)}
+        y, *state = session.run(None, {"token": x[:, t].numpy(), **names})
+    np.testing.assert_allclose(y, layer(x)[:, -1].detach().numpy(), atol=1e-5)
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(UserError, match=r"pip install 'provenn\[onnx\]'"):
+        export.check_place(tmp_path / "a.onnx")
