@@ -19,7 +19,7 @@ ORDER = [
     {"data"},
     {"tasks"},
     {"bench"},
-    {"surgery", "evidence", "weights", "testing", "huggingface", "export"},
+    {"surgery", "evidence", "weights", "testing", "export", "huggingface"},
     {"papers"},
     {"reproduce"},
     {"compare", "inspection", "report", "board", "doctor", "benchmarks"},

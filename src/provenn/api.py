@@ -174,7 +174,10 @@ def train(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
-    final = recipe_of(chosen.recipe, **(recipe or {}))
+    wanted = {name: value for name, value in (recipe or {}).items() if value is not None}
+    # Who asks for passes over the data means them, whatever number of steps the preset stops at.
+    facts = {name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in wanted}
+    final = recipe_of(facts, **wanted)
     device = choose_device(device)
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
     try:
