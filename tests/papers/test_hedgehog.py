@@ -143,6 +143,16 @@ def test_taylor_features_multiply_to_the_polynomial():
     torch.testing.assert_close(phi(q) @ phi(k).mT, 1 + s + s**2 / 2, rtol=0, atol=1e-12)
 
 
+def test_performers_features_are_exp_on_average_and_the_same_for_queries_and_keys():
+    q, k = 0.5 * torch.randn(2, 1, 2, 9, 4, dtype=torch.float64)
+    products = [MAPS["performer"](2, 4, features=512, seed=seed).double() for seed in range(40)]
+    mean = torch.stack([phi(q) @ phi(k).mT for phi in products]).mean(0)
+    torch.testing.assert_close(mean, (q @ k.mT / 2).exp(), rtol=0.05, atol=0)
+    layer = LinearAttention(8, 2, "performer")
+    assert torch.equal(layer.map_query.projection, layer.map_key.projection)
+    assert not torch.equal(layer.map_query.projection[0], layer.map_query.projection[1])
+
+
 def test_taylor_turns_at_minus_one():
     s = torch.linspace(-3, 1, 401, dtype=torch.float64)
     phi = MAPS["taylor"](1, 1)

@@ -51,6 +51,7 @@ TITLES = {
     "elu": "1 + ELU",
     "relu": "ReLU",
     "t2r": "T2R",
+    "performer": "Performer",
     "cosformer": "cosFormer",
     "exp1": "exp(x)",
     "exp2": "exp(2x)",
@@ -793,11 +794,13 @@ def digits_setting(run: Run) -> dict[str, Any]:
 
 @measures("swap_keeps_accuracy")
 def swap_keeps_accuracy(run: Run) -> Measurement:
-    variants = [("hedgehog", True), ("hedgehog", False), ("t2r", True), ("t2r", False), ("elu", True)]
+    variants = [
+        ("hedgehog", True), ("hedgehog", False), ("t2r", True), ("t2r", False), ("elu", True), ("performer", True),
+    ]  # fmt: skip
     found = {variant: digits_conversion(run, *variant) for variant in variants}
     rows: list[list[str | float | int | None]] = [
         [
-            TITLES[name] + (", distilled" if distilled and name != "elu" else ""),
+            TITLES[name] + (", distilled" if distilled and name in ("hedgehog", "t2r") else ""),
             *(float(np.mean([trial[key] for trial in found[name, distilled]])) for key in ("kl", "swapped", "tuned")),
         ]
         for name, distilled in variants
