@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from provenn import api, catalog
+from provenn import api, catalog, progress
 from provenn.cli import main
 
 pytestmark = pytest.mark.usefixtures("third_party")
@@ -30,6 +30,12 @@ def here(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_line_now_and_then(monkeypatch):
+    """How long the machine takes is no matter of these tests."""
+    monkeypatch.setattr(progress, "EVERY", float("inf"))
 
 
 @pytest.fixture
@@ -264,7 +270,7 @@ BAD = [
     ("predict tiny_gate good.png -o out.png --weights no_preset.safetensors", "did you mean 'tiny_upscale'"),
     ("inspect tiny_gate", "Missing argument"),
     ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
-    ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net, tiny_gate"),
+    ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net,"),
     ("inspect tiny_gate nowhere.png", "no file at nowhere.png"),
     ("inspect tiny_gate empty", "empty is a folder: give one file"),
     ("inspect tiny_gate text.png -o out.png", "text.png is no image"),
@@ -451,6 +457,62 @@ def test_train_then_predict(run, props):
     assert (props / "out.csv").read_text().count("\n") == 3
 
 
+@pytest.fixture
+def text(here):
+    (here / "text").mkdir()
+    for i in range(24):
+        (here / "text" / f"{i:02}.txt").write_text("round and round the wheels go. " * 40)
+    return here
+
+
+def test_a_language_model_is_trained_on_a_folder_and_goes_on_with_words(run, text):
+    train = "train tiny_gate --preset tiny_talk --data text --set length=16 --set eval_tokens=64 --out run"
+    code, out, _ = run(train)
+    assert code == 0 and "bits_per_byte" in out and json.loads((text / "run" / "run.json").read_text())["steps"] == 2
+    run(f"{train} --steps 5")
+    assert json.loads((text / "run" / "run.json").read_text())["steps"] == 5
+    run(f"{train} --epochs 1")  # asked for, a pass is a pass
+    assert json.loads((text / "run" / "run.json").read_text())["steps"] > 5
+    code, out, err = run("predict tiny_gate 'round and' --weights run --set tokens=12")
+    assert (code, err) == (0, "") and out.startswith("round and") and len(out) > len("round and") + 4
+    code, again, _ = run("predict tiny_gate 'round and' --weights run --set tokens=12 -o o.txt")
+    assert again == out.removesuffix("\n") + "\nwrote o.txt\n" and (text / "o.txt").read_text() == out.removesuffix(
+        "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--set tokens=0", "tokens must be at least 1"),
+        ("--set tokens=many", "tokens: Input should be a valid integer"),
+        ("--set temperature=-1", "temperature must not be negative"),
+        ("--set speed=3", "a prediction of language-modelling has no 'speed'; what can be set: tokens, temperature"),
+    ],
+)
+def test_bad_wishes_of_a_language_model_are_one_line(run, text, words, says):
+    run("train tiny_gate --preset tiny_talk --data text --set length=16 --set eval_tokens=64 --out run")
+    code, _, err = run(f"predict tiny_gate hello --weights run {words}")
+    assert code == 2 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--data text --set length=100000 --set eval_tokens=100000", "too little text"),
+        ("--data text --set tokenizer=words", "tokenizer must be bytes, bpe or a tokenizer.json, got 'words'"),
+        ("--data empty", "empty holds no text"),
+        ("--data nothing.txt", "nothing.txt is empty"),
+        ("--data text --steps 0", "max_steps must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_bad_text_is_one_line(run, text, words, says):
+    (text / "empty").mkdir()
+    (text / "nothing.txt").write_text("  ")
+    code, _, err = run(f"train tiny_gate --preset tiny_talk {words} --out run")
+    assert code == 2 and says in err and err.count("\n") == 1 and not (text / "run").exists()
+
+
 def test_inspect_shows_a_trained_model_on_a_file(run, props):
     code, out, err = run("inspect tiny_gate good.png --weights classify.safetensors -o deep/inside.png")
     assert (code, err) == (0, "") and "tiny_small (classify.safetensors) on good.png" in out
@@ -555,7 +617,7 @@ def test_a_reader_that_leaves_is_no_trouble(third_party, here):
         ("show tiny", "tiny_gate"),
         ("reproduce tiny_gate --claim be", "better"),
         ("reproduce tiny_gate --budget sm", "smoke small"),
-        ("train tiny_gate --preset tiny_", "tiny_small tiny_large tiny_forecast tiny_upscale"),
+        ("train tiny_gate --preset tiny_", "tiny_small tiny_large tiny_forecast tiny_upscale tiny_talk"),
         ("list --slot channel", "channel-gate"),
         ("list --task image", "image-classification"),
         ("compare --slot channel", "channel-gate"),

@@ -39,7 +39,7 @@ class Paper:
             overrides: keyword arguments of the preset's function, such as `num_classes=10`.
 
         Raises:
-            UserError: no such preset, or the preset takes no such argument.
+            UserError: no such preset, the preset takes no such argument, or nothing can be built with its value.
         """
         import inspect
 
@@ -53,8 +53,8 @@ class Paper:
             raise UserError(f"{chosen.name} of {self.card.slug}: {error}; it takes: {takes}") from None
         try:
             return function(**arguments)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{chosen.name} of {self.card.slug}: {error}") from None
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise UserError(f"{chosen.name} of {self.card.slug}: {_blame(error, arguments)}") from None
 
     def reproduce(self, **arguments: Any) -> "list[Record]":
         """Measure the paper's claims; the arguments are those of `provenn.reproduce.reproduce`."""
@@ -99,6 +99,20 @@ class Paper:
         task = self.card.task_of(self.card.preset(preset))
         meta = get_task(task).default_meta(options)
         return model.eval(), files.Label(self.card.slug, preset, task, options, meta)
+
+
+def _blame(error: Exception, arguments: dict[str, Any]) -> str:
+    """Why a system could not be built, in one line that names the option: torch's own words name none."""
+    import re
+
+    words = " ".join(str(error).split())
+    if any(re.search(rf"\b{name}\b", words) for name in arguments):
+        return words
+    for name, value in arguments.items():
+        if isinstance(value, int | float) and value < 0:
+            return f"{name} must not be negative, got {value!r}"
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"cannot be built with {given}: {words}"
 
 
 def papers() -> Iterator[Paper]:
@@ -160,7 +174,10 @@ def train(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
-    final = recipe_of(chosen.recipe, **(recipe or {}))
+    wanted = {name: value for name, value in (recipe or {}).items() if value is not None}
+    # Who asks for passes over the data means them, whatever number of steps the preset stops at.
+    facts = {name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in wanted}
+    final = recipe_of(facts, **wanted)
     device = choose_device(device)
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
     try:

@@ -21,6 +21,7 @@ def train(
     preset: Preset = None,
     task: Task = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after so many; by default the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default the preset's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step; by default the preset's.")] = None,
     changes: Annotated[
@@ -59,8 +60,8 @@ def train(
             devices=devices,
             strategy=strategy,
             resume=resume,
-            changes=_pairs(changes or []),
-            recipe={"epochs": epochs, "lr": lr, "batch_size": batch_size},
+            changes=pairs(changes or []),
+            recipe={"epochs": epochs, "max_steps": steps, "lr": lr, "batch_size": batch_size},
         )
     terminal = console.console()
     terminal.print(console.table(("on the test split", ""), [(name, number(value)) for name, value in metrics.items()]))
@@ -73,7 +74,7 @@ def train(
     )
 
 
-def _pairs(texts: Sequence[str]) -> dict[str, Any]:
+def pairs(texts: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE as typed; a value that is no number or list stays text."""
     pairs: dict[str, Any] = {}
     for text in texts:
@@ -108,7 +109,7 @@ def predict(
     """Apply trained weights to files; a language model's text comes as it is written."""
     from provenn import api
 
-    options = {**_pairs(changes or []), **({} if reference is None else {"reference": reference})}
+    options = {**pairs(changes or []), **({} if reference is None else {"reference": reference})}
     streamed = False
 
     def tell(piece: str) -> None:
