@@ -1,0 +1,1 @@
+"""MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv:2410.11842)."""
