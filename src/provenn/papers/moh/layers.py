@@ -74,6 +74,13 @@ def balance_loss(
     return scores.shape[-1] * (mean * share).sum()
 
 
+def add_balance(routing: Routing, beta: float | int, mask: Bool[Tensor, "batch tokens"] | None = None) -> None:
+    """Say β times the load-balance loss of a routing to whoever trains, where there is something to balance."""
+    if beta and routing.scores is not None:
+        chosen = routing.active[..., -routing.scores.shape[-1] :]
+        add_auxiliary(beta * balance_loss(routing.scores, chosen, mask))
+
+
 def straight_through(
     chosen: Bool[Tensor, "*batch routed"], scores: Float[Tensor, "*batch routed"]
 ) -> Float[Tensor, "*batch routed"]:
@@ -335,9 +342,8 @@ class MoHAttention(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; what may not is padding, and not counted in the balance."""
         q, k, v, routing = self._project(x)
-        if self.training and self.balance and routing.scores is not None:
-            chosen = routing.active[..., self.shared :]
-            add_auxiliary(self.balance * balance_loss(routing.scores, chosen, mask))
+        if self.training:
+            add_balance(routing, self.balance, mask)
         return self._attend(q, k, v, routing, mask)
 
     def init_state(self, batch: int) -> KVCache:
