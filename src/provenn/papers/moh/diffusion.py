@@ -1,4 +1,4 @@
-"""What a diffusion model is trained on, and how it is sampled (Ho et al., 2020, arXiv:2006.11239), as MoH-DiT uses it."""
+"""Training and sampling of a diffusion model (Ho et al., 2020, arXiv:2006.11239), as MoH-DiT uses them."""
 
 from typing import Any
 
@@ -47,7 +47,8 @@ def noise_loss(
     found = model(level.sqrt() * x + (1 - level).sqrt() * noise, t.to(x.device), y)
     if found.shape != noise.shape:
         raise ValueError(
-            f"expected a model that gives {x.shape[1]} channels, got {found.shape[1]}: learned variances are not trained"
+            f"expected a model that gives {x.shape[1]} channels, got {found.shape[1]}: "
+            "learned variances are not trained here"
         )
     return F.mse_loss(found, noise)
 

@@ -1,4 +1,4 @@
-"""MoH language models (section 4.3), and systems small enough to train on a CPU; MoH-ViT and MoH-DiT have their own files."""
+"""MoH language models (section 4.3), and a small vision Transformer; MoH-ViT and MoH-DiT have files of their own."""
 
 from collections.abc import Callable
 from functools import partial

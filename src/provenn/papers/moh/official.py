@@ -57,7 +57,7 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
     if "x_embedder.proj.weight" in plain and any(".attn.wg" in name for name in plain):
         ours = _renamed(plain, _DIT)
         options = {"num_classes": plain["y_embedder.embedding_table.weight"].shape[0] - 1}
-        presets = dit.PRESETS
+        presets: Mapping[str, Callable[..., nn.Module]] = dit.PRESETS
     elif "patch_embed1.proj.weight" in plain and any(".attn.wg" in name for name in plain):
         ours = {_counted_from_0(name): value for name, value in _renamed(plain, _VIT).items()}
         options = {

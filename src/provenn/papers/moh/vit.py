@@ -7,6 +7,7 @@ biases that a small network makes of relative coordinates, so any image whose si
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -302,7 +303,7 @@ class MoHViT(nn.Module):
             x = self.embeds[2 * i](x)
             height, width = x.shape[2:]
             x = self.embeds[2 * i + 1](x.flatten(2).transpose(1, 2))
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks:  # type: ignore[union-attr,attr-defined]
                 x = block(x, height, width)
             x = norm(x)
             if i < len(self.stages) - 1:
@@ -310,28 +311,28 @@ class MoHViT(nn.Module):
         return self.head(x.mean(dim=1))
 
 
-SMALL = {"dims": (72, 144, 288, 576), "heads": (3, 6, 12, 24), "depths": (5, 5, 22, 5)}
-BASE = {"dims": (96, 192, 384, 768), "heads": (4, 8, 16, 32), "depths": (5, 5, 23, 5)}
+SMALL: dict[str, Any] = {"dims": (72, 144, 288, 576), "heads": (3, 6, 12, 24), "depths": (5, 5, 22, 5)}
+BASE: dict[str, Any] = {"dims": (96, 192, 384, 768), "heads": (4, 8, 16, 32), "depths": (5, 5, 23, 5)}
 
 
-def moh_vit_small_80(**options: int | float) -> MoHViT:
+def moh_vit_small_80(**options: Any) -> MoHViT:
     """MoH-ViT-S with 80 % of the heads in use: 49,910,548 parameters."""
-    return MoHViT(**SMALL, shared=(3, 6, 3, 8), top_k=(0, 0, 6, 12), **options)  # type: ignore[arg-type]
+    return MoHViT(**SMALL, shared=(3, 6, 3, 8), top_k=(0, 0, 6, 12), **options)
 
 
-def moh_vit_small_75(**options: int | float) -> MoHViT:
+def moh_vit_small_75(**options: Any) -> MoHViT:
     """MoH-ViT-S with 75 % of the heads in use: 49,910,548 parameters."""
-    return MoHViT(**SMALL, shared=(3, 6, 3, 4), top_k=(0, 0, 6, 12), **options)  # type: ignore[arg-type]
+    return MoHViT(**SMALL, shared=(3, 6, 3, 4), top_k=(0, 0, 6, 12), **options)
 
 
-def moh_vit_base_75(**options: int | float) -> MoHViT:
+def moh_vit_base_75(**options: Any) -> MoHViT:
     """MoH-ViT-B with 75 % of the heads in use: 90,020,632 parameters."""
-    return MoHViT(**BASE, shared=(4, 8, 4, 5), top_k=(0, 0, 8, 16), **options)  # type: ignore[arg-type]
+    return MoHViT(**BASE, shared=(4, 8, 4, 5), top_k=(0, 0, 8, 16), **options)
 
 
-def moh_vit_base_50(**options: int | float) -> MoHViT:
+def moh_vit_base_50(**options: Any) -> MoHViT:
     """MoH-ViT-B with 50 % of the heads in use: 90,023,512 parameters."""
-    return MoHViT(**BASE, shared=(2, 2, 2, 4), top_k=(2, 4, 6, 8), **options)  # type: ignore[arg-type]
+    return MoHViT(**BASE, shared=(2, 2, 2, 4), top_k=(2, 4, 6, 8), **options)
 
 
 PRESETS = {
