@@ -43,6 +43,20 @@ def test_a_system_is_built_with_its_options_and_the_user_s():
         paper.build(classes=3)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": -1}, r"tiny_small of tiny_gate: num_classes must not be negative, got -1$"),
+        ({"num_classes": "ten"}, r"tiny_small of tiny_gate: cannot be built with num_classes='ten': "),
+    ],
+)
+def test_a_value_that_nothing_can_be_built_with_is_named(monkeypatch, options, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match=message) as error:
+        provenn.paper("tiny_gate").build(**options)
+    assert "\n" not in str(error.value)
+
+
 def test_claims_are_measured_from_python(tmp_path):
     records = provenn.paper("tiny_gate").reproduce(claims="parameters", out=tmp_path)
     assert [(record.claim, str(record.verdict)) for record in records] == [("parameters", "reproduced")]

@@ -39,7 +39,7 @@ class Paper:
             overrides: keyword arguments of the preset's function, such as `num_classes=10`.
 
         Raises:
-            UserError: no such preset, or the preset takes no such argument.
+            UserError: no such preset, the preset takes no such argument, or nothing can be built with its value.
         """
         import inspect
 
@@ -53,8 +53,8 @@ class Paper:
             raise UserError(f"{chosen.name} of {self.card.slug}: {error}; it takes: {takes}") from None
         try:
             return function(**arguments)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{chosen.name} of {self.card.slug}: {error}") from None
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise UserError(f"{chosen.name} of {self.card.slug}: {_blame(error, arguments)}") from None
 
     def reproduce(self, **arguments: Any) -> "list[Record]":
         """Measure the paper's claims; the arguments are those of `provenn.reproduce.reproduce`."""
@@ -99,6 +99,20 @@ class Paper:
         task = self.card.task_of(self.card.preset(preset))
         meta = get_task(task).default_meta(options)
         return model.eval(), files.Label(self.card.slug, preset, task, options, meta)
+
+
+def _blame(error: Exception, arguments: dict[str, Any]) -> str:
+    """Why a system could not be built, in one line that names the option: torch's own words name none."""
+    import re
+
+    words = " ".join(str(error).split())
+    if any(re.search(rf"\b{name}\b", words) for name in arguments):
+        return words
+    for name, value in arguments.items():
+        if isinstance(value, int | float) and value < 0:
+            return f"{name} must not be negative, got {value!r}"
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"cannot be built with {given}: {words}"
 
 
 def papers() -> Iterator[Paper]:

@@ -77,11 +77,15 @@ def reproduce(
 
 
 def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Record:
+    import torch
+
     start, spared = time.perf_counter(), run.spared
     try:
         function = _function(card, claim)
         needs = claim.lacks or "a function that measures it"
-        measurement = Measurement.not_measured(needs) if function is None else function(run)
+        # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
+        with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
+            measurement = Measurement.not_measured(needs) if function is None else function(run)
         if claim.package is not None and function is not None:
             setting = {**measurement.setting, claim.package: installed(claim.package)}
             measurement = measurement.model_copy(update={"setting": setting})

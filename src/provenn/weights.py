@@ -14,7 +14,7 @@ from provenn.errors import UserError
 
 FILE = "weights.safetensors"
 KEY = "provenn"
-WRAPPERS = ("state_dict", "model_state_dict", "params_ema", "params", "model", "net", "module")
+WRAPPERS = ("state_dict", "model_state_dict", "params_ema", "params", "model", "net", "module", "task")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from provenn import catalog
 from provenn.errors import UserError
@@ -133,6 +134,22 @@ def card(third_party, monkeypatch, tmp_path) -> catalog.Card:
 
 def verdicts(records) -> dict[str, str]:
     return {record.claim: str(record.verdict) for record in records}
+
+
+def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_path, monkeypatch):
+    drawn = []
+    module = sys.modules["provenn.reproduce"]
+    measured = module._function
+
+    def drawing(card, claim):
+        return lambda run: (torch.manual_seed(1), drawn.append(torch.rand(1)), measured(card, claim)(run))[-1]
+
+    monkeypatch.setattr(module, "_function", drawing)
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    reproduce(card, claims=["parameters", "identity"], out=tmp_path)
+    assert len(drawn) == 2 and torch.equal(torch.rand(4), expected)
 
 
 def test_every_claim_gets_a_record_and_a_verdict(card, tmp_path):

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -57,23 +58,27 @@ def interpreted(path: str):
     language = types.ModuleType("triton.language")
     language.arange = torch.arange
     language.load, language.store = _load, _store
-    language.exp = torch.exp
-    language.maximum = tensors(torch.maximum)
+    language.exp, language.log = torch.exp, torch.log
+    language.maximum, language.minimum = tensors(torch.maximum), tensors(torch.minimum)
     language.where = lambda condition, a, b: torch.where(torch.as_tensor(condition), torch.as_tensor(a), b)
     language.max = lambda x, axis: x.max(dim=axis).values
     language.sum = lambda x, axis: x.sum(dim=axis)
-    language.dot = lambda a, b, input_precision: a @ b
+    language.dot = lambda a, b, input_precision: a.float() @ b.float()
+    language.trans = lambda x: x.T
     language.cdiv = lambda a, b: -(-a // b)
-    language.int64, language.constexpr = torch.int64, object
+    language.int64, language.float32, language.constexpr = torch.int64, torch.float32, object
     fake = types.ModuleType("triton")
     fake.language = language
     fake.jit = lambda function: _Kernel(function, language)
+    fake.cdiv = language.cdiv
     fake.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
 
     saved = {name: sys.modules.get(name) for name in ("triton", "triton.language")}
     sys.modules.update({"triton": fake, "triton.language": language})
     try:
-        spec = importlib.util.spec_from_file_location("provenn.ops.prefix_scan_attention.interpreted", path)
+        # Under the operation's own package, so that its relative imports find their neighbours.
+        name = f"provenn.ops.{Path(path).parent.name}.interpreted"
+        spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:

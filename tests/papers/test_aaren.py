@@ -5,18 +5,20 @@ import io
 import math
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from provenn.bench import count_parameters, flops, growth
 from provenn.errors import UserError
 from provenn.evidence import Run
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.positions import sinusoidal_encoding
-from provenn.nn.streaming import load_state, map_state, save_state, select_state, state_bytes
+from provenn.nn.streaming import TensorStep, load_state, map_state, save_state, select_state, state_bytes
 from provenn.nn.transformer import TransformerEncoder
 from provenn.papers.aaren import (
     AarenAttention,
@@ -32,7 +34,7 @@ from provenn.papers.aaren import (
     transformer_d512,
 )
 from provenn.papers.aaren.model import MIXERS, causal_encoder
-from provenn.tasks import Fit
+from provenn.tasks import Fit, TaskData
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
 
@@ -371,6 +373,101 @@ def test_compiles_exports_and_travels(untyped):
     torch.save(encoder, buffer)
     buffer.seek(0)
     torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), encoder(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "token"),
+    [
+        (AarenEncoder(8, 2, layers=2, feedforward=16), lambda batch: [torch.randn(batch, 8)]),
+        (SeriesClassifier(3, 4, 30, dim=16, heads=2), lambda batch: [torch.randn(batch, 3)]),
+        (EventForecaster(3, dim=16, heads=2), lambda batch: [torch.rand(batch), torch.randint(3, (batch,))]),
+    ],
+    ids=["encoder", "classifier", "events"],
+)
+def test_a_stream_goes_on_in_an_exported_file_for_any_batch(model, token, tmp_path, untyped):
+    step = TensorStep(model.eval())
+    first, state = token(2), step.init_state(2)
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} for _ in first), [{0: batch} for _ in state]
+    program = torch.export.export(step, (*first, state), dynamic_shapes={"inputs": (*shapes[0], shapes[1])})
+    torch.export.save(program, tmp_path / "step.pt2")
+    loaded = torch.export.load(tmp_path / "step.pt2").module()
+    for streams in (2, 5):
+        exported, ours = step.init_state(streams), model.init_state(streams)
+        for _ in range(4):
+            now = token(streams)
+            (y, exported), (expected, ours) = loaded(*now, exported), model.step(*now, ours)
+            torch.testing.assert_close(y, tuple(expected) if isinstance(expected, tuple) else expected)
+        assert sum(part.nbytes for part in exported) == state_bytes(ours)
+
+
+def test_a_growing_cache_is_not_exported():
+    with pytest.raises(ValueError, match="state is tensors alone, TransformerEncoder keeps more"):
+        TensorStep(causal_encoder("softmax", 8, 2, layers=1, feedforward=8, dropout=0.0))
+
+
+def test_patches_keep_every_step_of_a_series():
+    x = torch.arange(2 * 10 * 3.0).view(2, 10, 3)
+    part = TensorDataset(x, torch.full((2,), 10), torch.tensor([0, 1]))
+    options = {"channels": 3, "num_classes": 2, "length": 10}
+    cut = claims.patched(TaskData("series", part, part, part, "", options), most=4)
+    tokens, lengths, classes = cut.test.tensors
+    assert cut.options == {"channels": 9, "num_classes": 2, "length": 4} and tokens.shape == (2, 4, 9)
+    assert torch.equal(tokens.view(2, 12, 3)[:, :10], x) and not tokens.view(2, 12, 3)[:, 10:].any()
+    assert lengths.tolist() == [4, 4] and classes.tolist() == [0, 1]
+    whole = claims.patched(cut, most=4)
+    assert torch.equal(whole.train.tensors[0], tokens) and whole.options == cut.options
+
+
+def test_the_paired_test_counts_signs():
+    assert claims.sign_flips(np.array([1.0, 1.0, 1.0, 1.0])) == 2 / 16
+    assert claims.sign_flips(np.array([1.0, -1.0])) == 1
+    assert claims.sign_flips(np.zeros(3)) == 1
+
+
+def told(monkeypatch, value):
+    """Trainings are not run: what one would have found is `value` of data's name, mixer and seed."""
+
+    def fit(build, task, data, *rest, seed, **more):
+        mixer = "aaren" if isinstance(build().encoder.layers[0].mixer, AarenAttention) else "softmax"
+        return Fit(nn.Identity(), value(data, mixer, seed), [{"epoch": 1, "train_loss": 1.0}])
+
+    monkeypatch.setattr(claims, "fit", fit)
+
+
+def test_the_table_of_sets_takes_its_interval_over_sets(tmp_path, monkeypatch):
+    sets = ["japanese-vowels", *claims.SETS]
+    by = dict(zip(sets, (0.1, 0.0, 0.0, 0.2, -0.1, 0.1)))
+    told(monkeypatch, lambda data, mixer, seed: {"accuracy": 0.5 + seed / 100 + (mixer == "aaren") * by[data.name]})
+    found = claims.classification_sets(Run("aaren", tmp_path, budget="smoke", seeds=(1, 2, 3)))
+    differences = np.array(list(by.values()))
+    half = 2.5706 * differences.std(ddof=1) / 6**0.5
+    assert found.effect == pytest.approx(0.05)
+    assert found.interval == pytest.approx((0.05 - half, 0.05 + half), abs=1e-4)
+    assert [row[0] for row in found.tables[0].rows] == sets and found.seeds == [1, 2, 3]
+    assert "6 data sets" in found.method
+
+
+def test_windows_and_streams_are_plays_of_one_training(tmp_path, monkeypatch):
+    trained, played = [], []
+
+    def value(data, mixer, seed):
+        trained.append((data.name, mixer, seed))
+        return {"score": 10.0 * seed + (mixer == "aaren")}
+
+    def evaluate(self, model, episodes):
+        played.append(episodes.setting.streaming)
+        return {"score": 50.0}
+
+    told(monkeypatch, value)
+    monkeypatch.setattr(type(claims.get_task("reinforcement-learning")), "evaluate", evaluate)
+    run = Run("aaren", tmp_path, budget="smoke", seeds=(1, 2))
+    windows, streams = claims.reinforcement_learning_windows(run), claims.reinforcement_learning_streams(run)
+    assert len(trained) == len(set(trained)) == 8 and played == 8 * [False]
+    assert windows.values == windows.baselines == [50.0, 50.0]
+    assert streams.values == [11.0, 21.0] and streams.baselines == [10.0, 20.0]
+    assert claims.windows_against_streams(run).values == windows.values
+    assert claims.windows_against_streams(run).baselines == streams.values
 
 
 def test_the_sides_of_a_comparison_differ_in_their_attention_alone(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from provenn.evidence import Run
 from provenn.papers.residual_depth import claims
+from provenn.papers.residual_depth.growth import NewModule, grow, growth_study, joined
 from provenn.papers.residual_depth.layers import (
     POLICIES,
     ConstantScale,
@@ -57,10 +58,11 @@ from provenn.papers.residual_depth.studies import (
     digits,
     mlp_study,
     noisy_labels,
+    precision_study,
     text_study,
 )
 from provenn.papers.residual_depth.sweep import Grid, train_grid
-from provenn.papers.residual_depth.text import standard_library, windows
+from provenn.papers.residual_depth.text import byte_frequency_loss, standard_library, windows
 
 LAMBDAS = (0.1, 0.05, 0.025, 0.0125)
 
@@ -783,6 +785,122 @@ def test_a_deletion_costs_what_it_takes_away() -> None:
         drop, interaction = _lesions(model, torch.randn(5, 64), torch.zeros(5, dtype=torch.long))
     assert drop == 1.0
     assert interaction == pytest.approx(0, abs=1e-6)
+
+
+# Modules added to a trained tower
+
+
+def test_a_new_module_starts_as_nothing_and_trains_alone() -> None:
+    decoder, stream = nn.Linear(6, 3), torch.randn(5, 6)
+    new = NewModule(decoder)
+    assert new(stream).equal(decoder(stream))
+    branch = mlp_branch(6)
+    assert count(new) == count(branch) + 1, "the decoder is not trained"
+
+
+def test_joined_towers_are_one_after_the_other() -> None:
+    first, second, x = tanh_tower("const(0.3)", 3), tanh_tower("skipinit(0.5)", 2), torch.randn(4, 6)
+    both = joined(first, second)
+    torch.testing.assert_close(both(x), second(first(x)))
+    assert [id(block) for block in both.blocks] == [id(block) for block in (*first.blocks, *second.blocks)]
+
+
+def test_growing_leaves_the_trained_tower_as_it_was() -> None:
+    torch.set_default_dtype(torch.float32)
+    model = ResidualMLP(64, 10, dim=8, depth=2, policy="const(0.5)", activation="tanh")
+    before = copy.deepcopy(model.state_dict())
+    towers = grow(model, 0, modules=2, epochs=1, lr=0.3, batch_size=100)
+    assert [len(tower.blocks) for tower in towers] == [2, 3, 4]
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert all(a is b for a, b in zip(towers[0].blocks, towers[2].blocks))
+    assert not towers[1].blocks[2][0].weight.equal(towers[2].blocks[3][0].weight), "each module is drawn anew"
+    x, labels = digits()[0]
+    with torch.no_grad():
+        losses = [nn.functional.cross_entropy(model.decoder(tower(model.encoder(x))), labels) for tower in towers]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_the_study_of_growth_sees_one_tower_in_all_its_sizes() -> None:
+    torch.set_default_dtype(torch.float32)
+    setting = {"scale": 0.1, "depth": 2, "width": 8, "base_epochs": 1, "base_lrs": (0.1,), "epochs": 1}
+    found = growth_study(0, **setting, modules=2, lrs=(1e30, 0.3, 1e-9))  # the first diverges
+    assert json.loads(json.dumps(found)) == found
+    assert len(found["loss"]) == len(found["accuracy"]) == len(found["training"]) == 3
+    assert [len(row) for row in found["truncated"]] == [3] * 4
+    assert len(set(found["truncated"][0])) == 1, "at order 0 no module is seen"
+    still = growth_study(0, **setting, modules=2, lrs=(1e-9,))
+    assert still["loss"] == pytest.approx([still["loss"][0]] * 3), "at scale 0 nothing changes"
+    assert found["loss"][0] == still["loss"][0] and found["lrs"][1] == 0.3
+    assert still["one"] == pytest.approx(still["loss"][0])
+
+
+def test_growth_is_judged_by_what_all_added_modules_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def study(seed: int, *, scale: float, **setting: object) -> dict:
+        fall = 0.1 if scale == pytest.approx(10**-0.5) else 0.3
+        loss = [1.0, 0.5, 1 - fall]
+        truncated = [[1.0] * 3] * 3 + [[1.0, 2.0, 3.0 + 0.01 * seed]]
+        return {"loss": loss, "training": loss, "accuracy": loss, "truncated": truncated, "one": 0.7}
+
+    monkeypatch.setattr(claims, "growth_study", study)
+    run = Run("residual_depth", tmp_path)
+    assert claims.modules_added(run).effect == pytest.approx(-0.1)
+    assert claims.modules_against_one(run).effect == pytest.approx(0.2)
+    assert claims.modules_levels(run).values == pytest.approx([2.3, 2.31, 2.32]), "3 that order 3 leaves, less 0.7"
+    assert claims.modules_levels(run).baselines == pytest.approx([0.0] * 3)
+
+
+def test_transformers_are_compared_at_the_largest_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def study(policy: str, seeds: tuple[int, ...], *, layers: int, **setting: object) -> list[dict]:
+        loss = math.nan if policy == "one" else {"inv_sqrt_depth": 3.0, "inv_depth": 2.5, "layernorm": 3.1}[policy]
+        return [{"accuracy": layers / 100, "loss": loss + layers / 1000, "lr": 0.1, "diverged": 0} for _ in seeds]
+
+    monkeypatch.setattr(claims, "text_study", study)
+    run = Run("residual_depth", tmp_path)
+    measurement = claims.transformer_deep_against_norm(run)
+    assert measurement.values == pytest.approx([3.048] * 3) and measurement.baselines == pytest.approx([3.148] * 3)
+    assert claims.transformer_deep_inverse(run).effect == pytest.approx(-0.5)
+    assert claims.transformer_deep_learns(run).baseline == pytest.approx(byte_frequency_loss())
+    assert claims.transformer_deep(run).baselines == [0.48] * 3
+    lines = {(line.plot, line.name): line for line in measurement.series}
+    assert all(line.x == [4, 12, 24, 48] and all(map(math.isfinite, line.y)) for line in lines.values())
+    assert lines["Transformers over depth: accuracy of the next byte", "unscaled"].y == [0.04, 0.12, 0.24, 0.48]
+
+
+# Precision
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_network_trains_in_either_precision_and_its_overflow_is_found(precision: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    setting = {"blocks": 2, "precision": precision, "device": "cpu", "batch_size": 8, "size": 8}
+    found = precision_study(0, policy="inv_sqrt_depth", steps=6, **setting)
+    assert found["overflows_at"] is None and found["loss"][-1] < found["loss"][0]
+    lost = precision_study(0, policy="const(1e20)", steps=1, **setting)
+    assert lost["overflows_at"] == 2, "10^20 fits after one module, 10^40 after two does not"
+    assert not math.isfinite(lost["loss"][0]) and lost["accuracy"] == 0
+
+
+def test_the_run_on_a_gpu_says_that_it_needs_one(tmp_path: Path) -> None:
+    assert claims.overflow_gpu(Run("residual_depth", tmp_path, device="cpu")).needs == "a CUDA GPU"
+
+
+def test_the_run_on_a_gpu_takes_the_worse_of_its_precisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def study(seed: int, *, policy: str, blocks: int, precision: str, **setting: object) -> dict:
+        right = 0.1 if policy == "one" else 0.8 - 0.2 * (precision == "bfloat16") + 0.01 * seed
+        return {"overflows_at": None, "accuracy": right if blocks == 200 else 0.0}
+
+    monkeypatch.setattr(claims, "precision_study", study)
+    measurement = claims.overflow_gpu(Run("residual_depth", tmp_path, device="cuda"))
+    assert measurement.values == pytest.approx([0.6, 0.61, 0.62]) and measurement.baselines == [0.1] * 3
+
+
+def test_frequencies_of_bytes_are_those_of_the_training_text() -> None:
+    train, test = (bytes(part.tolist()) for part in standard_library())
+    counts = {byte: train.count(byte) + 1 for byte in range(256)}
+    total = sum(counts.values())
+    expected = -sum(test.count(byte) * math.log(counts[byte] / total) for byte in range(256)) / len(test)
+    torch.set_default_dtype(torch.float32)
+    assert byte_frequency_loss() == pytest.approx(expected, rel=1e-4)
 
 
 class BasicBlock(nn.Module):

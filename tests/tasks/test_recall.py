@@ -5,7 +5,7 @@ from torch import nn
 from provenn.errors import UserError
 from provenn.nn.language import CausalLM
 from provenn.tasks import Recipe, fit, get_task
-from provenn.tasks.recall import IGNORED
+from provenn.tasks.recall import IGNORED, PairEmbedding
 
 TASK = get_task("recall")
 KINDS = list(TASK.embedded)
@@ -31,6 +31,9 @@ class Oracle(nn.Module):
                 if self.kind == "selective-copy":
                     asked = sequence[: t + 1].count(1) - 1
                     answer = symbols[max(asked, 0)]
+                elif self.kind == "lookup":
+                    key = token // 7
+                    answer = next((other % 7 for other in sequence[:t] if other // 7 == key), 0)
                 else:
                     earlier = [i for i in range(t) if sequence[i] == token and t - i < self.forget]
                     answer = sequence[earlier[0] + 1] if earlier else 0
@@ -46,9 +49,10 @@ def test_every_answer_stands_in_the_sequence(kind):
     assert tokens.max() < data.options["vocab"] and tokens.min() >= 0
     rows, places = (targets != IGNORED).nonzero(as_tuple=True)
     back = places - distances[rows, places]
-    follows = 0 if kind == "selective-copy" else 1
-    assert torch.equal(tokens[rows, back + follows], targets[rows, places])
-    assert {"mqar": 4, "needle": 1, "selective-copy": 4}[kind] == (targets[0] != IGNORED).sum()
+    follows = 1 if kind in ("mqar", "needle") else 0
+    found = tokens[rows, back + follows]
+    assert torch.equal(found % 7 if kind == "lookup" else found, targets[rows, places])
+    assert {"mqar": 4, "needle": 1, "selective-copy": 4, "lookup": 4}[kind] == (targets[0] != IGNORED).sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,6 +96,8 @@ def test_attention_learns_to_recall():
         ("mqar", {"keys": 3}, "keys must be at least the pairs"),
         ("needle", {"length": 8}, "length must be at least 9"),
         ("selective-copy", {"length": 7}, "twice the symbols"),
+        ("lookup", {"length": 7}, "twice the pairs"),
+        ("lookup", {"keys": 3}, "keys must be at least the pairs"),
         ("needle", {"pairs": 0}, "pairs must be at least 1, got 0"),
         ("mqr", {}, "no data at 'mqr'"),
     ],
@@ -99,6 +105,13 @@ def test_attention_learns_to_recall():
 def test_bad_sizes_are_one_line(kind, options, says):
     with pytest.raises(UserError, match=says):
         load(kind, **options)
+
+
+def test_a_pair_is_the_sum_of_its_parts():
+    embed = PairEmbedding(keys=3, values=6, dim=5)
+    tokens = torch.tensor([[0, 6, 7 * 2 + 4, 7 * 3 + 1]])
+    keys, values = torch.tensor([0, 0, 2, 3]), torch.tensor([0, 6, 4, 1])
+    torch.testing.assert_close(embed(tokens)[0], embed.key.weight[keys] + embed.value.weight[values])
 
 
 def test_there_are_no_files_to_read_or_to_predict(tmp_path):

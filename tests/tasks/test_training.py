@@ -128,6 +128,34 @@ def test_a_loss_that_is_not_finite_names_its_step():
     assert "\n" not in str(error.value)
 
 
+def test_weights_that_no_loss_has_seen_are_looked_at_too():
+    class Torn(Line):
+        def evaluate(self, model, dataset, batch_size=256):
+            raise AssertionError("evaluated with weights that are no numbers")
+
+    def steep():
+        model = build()
+        model[0].weight.register_hook(lambda gradient: gradient * math.inf)
+        return model
+
+    recipe = replace(RECIPE, max_steps=1, clip=None)
+    with pytest.raises(
+        UserError, match=r"the weights are no longer finite after step 1; a lower lr than 0\.05 may help"
+    ):
+        fit(steep, Torn(), DATA, recipe)
+
+
+def test_a_rate_that_overflows_the_optimizer_is_refused():
+    with pytest.raises(UserError, match=r"lr must be at most 1e\+30, got 1e\+38"):
+        Recipe(lr=1e38)
+    for optimizer in ("sgd", "adam", "adamw", "radam"):
+        model = nn.Linear(1, 1)
+        steps = Recipe(optimizer=optimizer, lr=1e30).make_optimizer(model)
+        model(torch.ones(1, 1)).sum().backward()
+        for _ in range(7):
+            steps.step()
+
+
 def test_max_steps_bounds_whatever_the_epochs():
     assert fit(build, TASK, DATA, replace(RECIPE, epochs=50, max_steps=11)).steps == 11
 

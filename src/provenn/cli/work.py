@@ -59,7 +59,7 @@ def train(
             devices=devices,
             strategy=strategy,
             resume=resume,
-            changes=_pairs(changes or []),
+            changes=pairs(changes or []),
             recipe={"epochs": epochs, "lr": lr, "batch_size": batch_size},
         )
     terminal = console.console()
@@ -73,7 +73,7 @@ def train(
     )
 
 
-def _pairs(texts: Sequence[str]) -> dict[str, Any]:
+def pairs(texts: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE as typed; a value that is no number or list stays text."""
     pairs: dict[str, Any] = {}
     for text in texts:

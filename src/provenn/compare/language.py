@@ -14,6 +14,7 @@ from provenn.nn.language import CausalLM
 from provenn.nn.mixers import BASELINES as KNOWN
 from provenn.nn.streaming import state_bytes
 from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks.recall import PairEmbedding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ Factory = Callable[..., nn.Module]
 DIM, LAYERS, WINDOW = 64, 2, 32
 BASELINES: dict[str, Factory] = {**KNOWN, "window": partial(KNOWN["window"], window=WINDOW)}
 SIZES: dict[str, Any] = {"length": 128, "eval_tokens": 32_768}  # of the text
-RECALL: dict[str, Any] = {"length": 64, "pairs": 6, "keys": 16, "values": 16, "examples": 16_384}
+RECALL: dict[str, Any] = {"length": 64, "pairs": 12, "keys": 32, "values": 8, "examples": 16_384}
 CONTEXTS = {"smoke": (16, 64), "small": (256, 1024, 4096), "paper": (256, 1024, 4096, 16_384)}
 _ADAMW = Recipe(epochs=1, batch_size=16, lr=3e-3, betas=(0.9, 0.95), warmup_steps=20, schedule="cosine", clip=1.0)
 RECIPES = {
@@ -32,10 +33,10 @@ RECIPES = {
     "paper": replace(_ADAMW, max_steps=20_000, epochs=10),
 }
 _HOST = {"dim": DIM, "layers": LAYERS, "window": WINDOW}
-RECALL_STEPS = {"smoke": 2, "small": 500, "paper": 5_000}
+RECALL_STEPS = {"smoke": 2, "small": 400, "paper": 5_000}
 
 
-def language_model(mixer: Factory, options: dict[str, Any]) -> nn.Module:
+def language_model(mixer: Factory, options: dict[str, Any], **more: Any) -> CausalLM:
     """A language model whose feed-forward part takes what the mixer leaves of 12 · dim² parameters a layer.
 
     So all candidates have the parameters of a Transformer, to within the width of one hidden feature.
@@ -45,7 +46,14 @@ def language_model(mixer: Factory, options: dict[str, Any]) -> nn.Module:
     hidden = round((12 * DIM**2 - own) / (2 * DIM))
     if hidden < 1:
         raise ValueError(f"its {own:,} parameters are more than the {12 * DIM**2:,} of a layer")
-    return CausalLM(options["vocab"], DIM, LAYERS, mixer, hidden=hidden)
+    return CausalLM(options["vocab"], DIM, LAYERS, mixer, hidden=hidden, **more)
+
+
+def lookup_model(mixer: Factory) -> CausalLM:
+    """The same for the task of looking values up, whose tokens are pairs."""
+    model = language_model(mixer, {"vocab": RECALL["values"]}, tied=False)
+    model.embed = PairEmbedding(RECALL["keys"], RECALL["values"], DIM)  # type: ignore[assignment]
+    return model
 
 
 def measure(
@@ -62,8 +70,8 @@ def measure(
 
 def _recall(factory: Factory, recipe: Recipe, device: str, seed: int) -> dict[str, Any]:
     task: Any = get_task("recall")
-    data = task.load("mqar", seed=seed, **RECALL)
-    result = fit(partial(language_model, factory, data.options), task, data, recipe, seed=seed, device=device)
+    data = task.load("lookup", seed=seed, **RECALL)
+    result = fit(partial(lookup_model, factory), task, data, recipe, seed=seed, device=device)
     return {**result.metrics, "by_distance": task.accuracy_by_distance(result.model, data.test)}
 
 
@@ -78,8 +86,8 @@ def _costs(factory: Factory, reference: Factory, options: dict[str, Any], run: R
     with torch.no_grad():
         for context in CONTEXTS[run.budget]:
             before = torch.randint(options["vocab"], (1, context), device=run.device)
-            states = [each.prefill(before)[1] for each in (model, other)]  # type: ignore[operator]
-            one, two = (partial(each.step, before[:, 0], s) for each, s in zip((model, other), states))  # type: ignore
+            states = [each.prefill(before)[1] for each in (model, other)]
+            one, two = (partial(each.step, before[:, 0], s) for each, s in zip((model, other), states))
             later.append(list(bench.compare(one, two, rounds=3 if run.smoke else 9).a))
             held.append(state_bytes(states[0]))
     return {

@@ -26,7 +26,7 @@ def sinusoidal_encoding(positions: Shaped[Tensor, "*shape"], dim: int) -> Float[
 
 
 def rotate(
-    x: Float[Tensor, "*batch tokens dim"], positions: Shaped[Tensor, " tokens"], base: float | int = 10_000
+    x: Float[Tensor, "*batch tokens dim"], positions: Shaped[Tensor, "*places tokens"], base: float | int = 10_000
 ) -> Float[Tensor, "*batch tokens dim"]:
     """Turn the pair (x_j, x_{j + dim/2}) by position · base^(−2j/dim): rotary positions (Su et al., 2021, RoFormer).
 
@@ -34,7 +34,7 @@ def rotate(
 
     Args:
         x: queries or keys of a head.
-        positions: of the tokens, any real numbers.
+        positions: of the tokens, any real numbers; dimensions before the tokens broadcast to those of `x`.
         base: of the wave lengths.
 
     >>> rotate(torch.tensor([[1.0, 0.0]]), torch.tensor([0])).tolist()
@@ -45,7 +45,7 @@ def rotate(
         raise ValueError(f"rotary positions need an even head width, got {dim}")
     rates = torch.exp(torch.arange(0, dim, 2, device=x.device) * (-math.log(base) / dim))
     angles = (
-        (positions.double()[:, None] * rates.double())
+        (positions.double().unsqueeze(-1) * rates.double())
         .remainder(2 * math.pi)
         .to(torch.promote_types(x.dtype, torch.float32))
     )

@@ -5,11 +5,11 @@ Every tensor of a state has the batch as its first dimension; a plain integer in
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from provenn.errors import UserError
 
@@ -33,6 +33,45 @@ def state_bytes(state: object) -> int:
     if isinstance(state, tuple):
         return sum(getattr(part, "nbytes", None) or state_bytes(part) for part in state)
     return 0
+
+
+def _tensors_alone(state: object) -> bool:
+    return isinstance(state, Tensor) or (isinstance(state, tuple) and all(map(_tensors_alone, state)))
+
+
+class TensorStep(nn.Module):
+    """The `step` of a model on plain tensors, (x_t, state) → (y_t, state), as `torch.export.save` can write it.
+
+    Args:
+        model: has `init_state` and `step`, and a state of tensors alone, as Aaren's is.
+
+    Raises:
+        ValueError: for a state that is more than tensors, as a growing cache is.
+
+    >>> from provenn.papers.aaren import AarenEncoder
+    >>> step = TensorStep(AarenEncoder(16, 4, layers=2, feedforward=32).eval())
+    >>> y, state = step(torch.randn(3, 16), step.init_state(batch=3))
+    >>> y.shape, [tuple(part.shape) for part in state]
+    (torch.Size([3, 16]), [(3, 4), (3, 4), (3, 4, 4), (3, 4), (3, 4), (3, 4, 4)])
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model: Any = model
+        self._like = cast(Any, model).init_state(1)
+        if not _tensors_alone(self._like):
+            raise ValueError(f"expected a model whose state is tensors alone, {type(model).__name__} keeps more")
+
+    def init_state(self, batch: int) -> list[Tensor]:
+        """The tensors of the state of `batch` streams before their first token, in the order of its fields."""
+        return [tensor for _, tensor in _named(self.model.init_state(batch))]
+
+    def forward(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
+        """The last argument is the state; the others are what the model's `step` takes before its own."""
+        *now, state = inputs
+        parts = iter(state)
+        y, after = self.model.step(*now, map_state(lambda _: next(parts), self._like))
+        return tuple(y) if isinstance(y, tuple) else y, [tensor for _, tensor in _named(after)]
 
 
 def select_state(state: State, index: int | slice | list[int] | Tensor) -> State:

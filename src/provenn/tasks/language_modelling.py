@@ -105,7 +105,7 @@ class LanguageModelling(Task):
             raise UserError(f"length must be at least 2 tokens, got {length}")
         if eval_tokens < length:
             raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
-        parts = split_documents(self._documents(source), 0 if source == "stdlib" else seed)
+        parts = self.documents(source, seed)
         chosen = _tokenizer(tokenizer, parts[0], vocab_size)
         streams = [_packed(part, chosen) for part in parts]
         for name, stream in zip(("training", "validation", "test"), streams):
@@ -130,11 +130,14 @@ class LanguageModelling(Task):
             about=f"{self.embedded.get(str(source), 'the user’s own text')}; tokens: {sizes}",
         )
 
-    def _documents(self, source: str | Path) -> list[Document]:
+    def documents(self, source: str | Path, seed: int = 0) -> list[list[Document]]:
+        """The texts for training, for validation and for the test, of any source that `load` takes."""
         if isinstance(source, str) and source.startswith(HUB):
-            return read_hub(source.removeprefix(HUB))
+            return split_documents(read_hub(source.removeprefix(HUB)), seed)
         place = self._named(source)
-        return standard_library() if isinstance(place, str) else read_documents(place)
+        if isinstance(place, str):
+            return split_documents(standard_library())
+        return split_documents(read_documents(place), seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return _nll(model, *batch).mean()

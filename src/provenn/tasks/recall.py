@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -120,12 +120,61 @@ def selective_copy(
     return Examples(tokens, targets, distances)
 
 
+def lookup(
+    examples: int,
+    generator: torch.Generator,
+    *,
+    length: int = 64,
+    pairs: int = 12,
+    keys: int = 32,
+    values: int = 8,
+) -> Examples:
+    """Pairs of key and value, each one token, scattered in noise; then the keys in another order, without values.
+
+    What is recalled takes one step of association, where `associative_recall` first has to join a key to the token
+    after it. The token of key k and value v is k · (values + 1) + v; `keys` stands for no key, `values` for no value:
+    `PairEmbedding` embeds the two apart.
+    """
+    if length < 2 * pairs:
+        raise UserError(f"length must be at least twice the pairs, got {length} and {pairs} pairs")
+    if keys < pairs:
+        raise UserError(f"keys must be at least the pairs, got {keys} keys and {pairs} pairs")
+    tokens = keys * (values + 1) + torch.randint(values, (examples, length), generator=generator)
+    chosen = _without_replacement(torch.zeros(examples, keys), pairs, generator)
+    values_of = torch.randint(values, (examples, pairs), generator=generator)
+    places = _without_replacement(torch.zeros(examples, length - pairs), pairs, generator)
+    tokens.scatter_(1, places, chosen * (values + 1) + values_of)
+    order = _without_replacement(torch.zeros(examples, pairs), pairs, generator)
+    targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
+    tokens[:, -pairs:] = chosen.gather(1, order) * (values + 1) + values
+    targets[:, -pairs:] = values_of.gather(1, order)
+    distances[:, -pairs:] = torch.arange(length - pairs, length) - places.gather(1, order)
+    return Examples(tokens, targets, distances)
+
+
+class PairEmbedding(nn.Module):
+    """The tokens of `lookup` as the sum of a key's and a value's vector.
+
+    Shapes: (batch, tokens) to (batch, tokens, dim).
+    """
+
+    def __init__(self, keys: int, values: int, dim: int):
+        super().__init__()
+        self.values = values
+        self.key = nn.Embedding(keys + 1, dim)
+        self.value = nn.Embedding(values + 1, dim)
+
+    def forward(self, tokens: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens dim"]:
+        return self.key(tokens // (self.values + 1)) + self.value(tokens % (self.values + 1))
+
+
 GENERATORS: dict[str, Callable[..., Examples]] = {
     "mqar": associative_recall,
     "needle": needle,
     "selective-copy": selective_copy,
+    "lookup": lookup,
 }
-DEFAULTS = {"mqar": (8, 64), "needle": (1, 64), "selective-copy": (16, 16)}  # pairs and values
+DEFAULTS = {"mqar": (8, 64), "needle": (1, 64), "selective-copy": (16, 16), "lookup": (12, 8)}  # pairs and values
 
 
 class Recall(Task):
@@ -138,6 +187,7 @@ class Recall(Task):
         "mqar": "multi-query associative recall: pairs of key and value, then every key again in noise; generated",
         "needle": "a needle in a haystack: a key and its value in noise, the key again at the end; generated",
         "selective-copy": "symbols scattered in blanks, to be told in order; generated",
+        "lookup": "pairs of key and value, each one token, in noise, then the keys; generated",
     }
     reads = "nothing: the sequences are generated"
 
@@ -156,10 +206,11 @@ class Recall(Task):
         """Sequences drawn from the seed.
 
         Args:
-            source: mqar, needle or selective-copy.
+            source: mqar, needle, selective-copy or lookup.
             length: tokens a sequence.
-            pairs: pairs of key and value (symbols, for copying); by default 8, 1 and 16.
-            keys, values: how many of each there are to draw from; by default 64 of each, 16 symbols.
+            pairs: pairs of key and value (symbols, for copying); by default 8, 1, 16 and 12.
+            keys, values: how many of each there are to draw from; by default 64 of each, 16 symbols,
+                8 values of a lookup.
             examples, test_examples: how many to train on, and to validate and to test on.
 
         Raises:
@@ -180,7 +231,7 @@ class Recall(Task):
             make(count, generator, length=length, pairs=pairs, keys=keys, values=values)
             for count in (examples, test_examples, test_examples)
         ]
-        vocab = 2 + values if kind == "selective-copy" else 2 * values + keys
+        vocab = {"selective-copy": 2 + values, "lookup": (keys + 1) * (values + 1)}.get(kind, 2 * values + keys)
         setting = f"{length} tokens, {pairs} pairs" if kind != "selective-copy" else f"{length} tokens, {pairs} symbols"
         return recall_data(kind, parts, vocab, f"{self.embedded[kind]}; {setting}")
 

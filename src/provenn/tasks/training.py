@@ -23,6 +23,7 @@ from provenn.tasks.base import Task, TaskData
 
 CHECKPOINT = "last.ckpt"
 STRATEGIES = ("auto", "ddp", "fsdp")
+LARGEST_LR = 1e30  # far above any that trains; beyond it the optimizers' own numbers overflow
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Recipe:
             raise UserError(f"clip must be a positive number, got {self.clip}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"lr must be a positive number, got {self.lr}")
+        if self.lr > LARGEST_LR:
+            raise UserError(f"lr must be at most {LARGEST_LR:g}, got {self.lr:g}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -414,6 +417,12 @@ def _history_class() -> type:
             self.advance()
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            # A loss tells of the weights before its step: those after the last one are seen by no loss.
+            if not all(bool(torch.isfinite(weight).all()) for weight in module.model.parameters()):
+                raise UserError(
+                    f"the weights are no longer finite after step {trainer.global_step}; "
+                    f"a lower lr than {self.recipe.lr:g} may help"
+                )
             module.model.eval()
             with torch.no_grad():
                 metrics = self.task.evaluate(module.model, self.data.val) if len(self.data.val) else {}  # type: ignore

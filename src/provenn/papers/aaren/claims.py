@@ -4,16 +4,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from provenn.bench import Comparison, count_parameters, flops, growth
 from provenn.evidence import Measurement, Run, Series, Table, measures
+from provenn.evidence.interval import paired_difference, student
 from provenn.nn.attention import KVCache
 from provenn.nn.streaming import map_state, state_bytes
 from provenn.nn.transformer import EncoderState, TransformerEncoder
@@ -467,9 +471,15 @@ def loaded(task: str, source: str, **options: Any) -> TaskData:
 
 
 def trained(
-    run: Run, task: str, data: TaskData, build: Callable[..., nn.Module], model: dict[str, Any], recipe: Recipe
+    run: Run,
+    task: str,
+    data: TaskData,
+    build: Callable[..., nn.Module],
+    model: dict[str, Any],
+    recipe: Recipe,
+    also: dict[str, TaskData] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Test metrics and learning curve of every seed, for both mixers."""
+    """Test metrics and learning curve of every seed, for both mixers; `also` has other data to test on, by name."""
 
     def train(mixer: str, seed: int) -> dict[str, Any]:
         with one_thread():
@@ -477,18 +487,21 @@ def trained(
                 lambda: build(**data.options, **model, mixer=mixer), get_task(task), data, recipe, seed=seed,
                 device=run.device, title=f"{NAMES[mixer]} on {data.name}",
             )  # fmt: skip
-        return {"metrics": done.metrics, "loss": done.series("train_loss")}
+            with torch.no_grad():
+                others = {name: get_task(task).evaluate(done.model, other.test) for name, other in (also or {}).items()}
+        return {"metrics": done.metrics, "loss": done.series("train_loss"), **others}
 
     tested = len(data.test)  # type: ignore[arg-type]
     setting = {"data": data.name, "fingerprint": data.fingerprint, "tested": tested, **model, **vars(recipe)}
+    setting |= {"also": list(also)} if also else {}
     return {
         mixer: run.trials(f"{NAMES[mixer]} on {data.name}", partial(train, mixer), mixer=mixer, **setting)
         for mixer in MIXERS
     }
 
 
-def metric(fits: list[dict[str, Any]], name: str) -> list[float]:
-    return [one["metrics"][name] for one in fits]
+def metric(fits: list[dict[str, Any]], name: str, of: str = "metrics") -> list[float]:
+    return [one[of][name] for one in fits]
 
 
 def curves(fits: dict[str, list[dict[str, Any]]], plot: str) -> list[Series]:
@@ -519,10 +532,7 @@ def results(caption: str, rows: dict[str, dict[str, list[float]]], others: dict[
 SMALL = {"dim": 32, "heads": 4, "layers": 2, "feedforward": 64}
 
 
-@measures("classification")
-def classification(run: Run) -> Measurement:
-    """JapaneseVowels, one of the paper's own sets, whole; the training is short, a quarter of the usual 60 epochs."""
-    data = loaded("series-classification", "japanese-vowels", validation=0)
+def vowels(run: Run) -> tuple[TaskData, Recipe]:
     recipe = Recipe(
         optimizer="radam",
         lr=3e-3,
@@ -531,6 +541,13 @@ def classification(run: Run) -> Measurement:
         epochs=1 if run.smoke else 15,
         max_steps=2 if run.smoke else None,
     )
+    return loaded("series-classification", "japanese-vowels", validation=0), recipe
+
+
+@measures("classification")
+def classification(run: Run) -> Measurement:
+    """JapaneseVowels, one of the paper's own sets, whole; the training is short, a quarter of the usual 60 epochs."""
+    data, recipe = vowels(run)
     fits = trained(run, "series-classification", data, SeriesClassifier, SMALL, recipe)
     accuracy = {mixer: metric(own, "accuracy") for mixer, own in fits.items()}
     return Measurement.paired(
@@ -544,6 +561,83 @@ def classification(run: Run) -> Measurement:
         series=curves(fits, "Classification: JapaneseVowels"),
         tables=[results("Test accuracy, mean and range over seeds", {data.name: accuracy})],
     )
+
+
+def patched(data: TaskData, most: int) -> TaskData:
+    """Series of one length cut to at most so many tokens: several steps side by side are one, and none is lost."""
+    size = math.ceil(data.options["length"] / most)
+    sets = []
+    for part in (data.train, data.val, data.test):
+        x, lengths, classes = cast(TensorDataset, part).tensors
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size)).flatten(2)
+        sets.append(TensorDataset(x, lengths.new_full(lengths.shape, x.shape[1]), classes))
+    options = {**data.options, "channels": size * data.options["channels"], "length": x.shape[1]}
+    return replace(data, train=sets[0], val=sets[1], test=sets[2], options=options)
+
+
+SETS = ("basic-motions", "arrow-head", "italy-power-demand", "gun-point", "osu-leaf")
+TOKENS = 32  # of a long series
+STEPS = 50
+
+
+@measures("classification_sets")
+def classification_sets(run: Run) -> Measurement:
+    """JapaneseVowels as in `classification`, five more sets by 50 steps of training each.
+
+    What is asked is whether another data set would show a difference, so the interval is over data sets.
+    """
+    short = Recipe(
+        optimizer="adam", lr=5e-3, batch_size=16, clip=4.0, epochs=STEPS, max_steps=2 if run.smoke else STEPS
+    )  # fmt: skip
+    jobs = [vowels(run)]
+    jobs += [(patched(loaded("series-classification", name, validation=0), TOKENS), short) for name in SETS]
+    accuracy: dict[str, dict[str, list[float]]] = {}
+    rows: list[list[str | float | int | None]] = []
+    for data, recipe in jobs:
+        fits = trained(run, "series-classification", data, SeriesClassifier, SMALL, recipe)
+        own = accuracy[data.name] = {mixer: metric(fits[mixer], "accuracy") for mixer in MIXERS}
+        spans = [f"{np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in own.values()]
+        difference = np.subtract(own["aaren"], own["softmax"]).mean()
+        interval, _ = paired_difference(own["aaren"], own["softmax"])
+        between = "" if interval is None else f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+        tested = len(data.test)  # type: ignore[arg-type]
+        rows.append([data.name, data.options["num_classes"], tested, *spans, f"{difference:+.3f}{between}"])
+    per_set = {mixer: [float(np.mean(own[mixer])) for own in accuracy.values()] for mixer in MIXERS}
+    per_seed = [np.mean([own[mixer] for own in accuracy.values()], axis=0).tolist() for mixer in MIXERS]
+    differences = np.subtract(per_set["aaren"], per_set["softmax"])
+    over_sets, method = student(differences.tolist())
+    over_seeds, _ = paired_difference(*per_seed)
+    seeds_say = "" if over_seeds is None else f"over seeds it is [{over_seeds[0]:+.3f}, {over_seeds[1]:+.3f}]; "
+    return Measurement(
+        effect=float(differences.mean()),
+        kind_of_effect="difference",
+        interval=over_sets,
+        method=f"{method}: the paired differences of {len(differences)} data sets, each a mean over seeds",
+        value=float(np.mean(per_set["aaren"])),
+        baseline=float(np.mean(per_set["softmax"])),
+        unit="test accuracy",
+        seeds=list(run.seeds),
+        values=per_set["aaren"],
+        baselines=per_set["softmax"],
+        data=", ".join(accuracy),
+        setting={**SMALL, **vars(short), "tokens": TOKENS},
+        tables=[
+            Table(
+                caption="Test accuracy, mean and range over seeds, and the paired difference with its interval",
+                columns=["data set", "classes", "tested", *NAMES.values(), "difference"],
+                rows=rows,
+            )
+        ],
+        note=f"The interval of the mean difference is over data sets; {seeds_say}"
+        f"flipping the signs of the data sets' differences gives p = {sign_flips(differences):.2f}.",
+    )
+
+
+def sign_flips(differences: np.ndarray) -> float:
+    """p of a paired test over all 2ⁿ signs: how often chance alone gives a mean as far from 0."""
+    signs = np.array(list(product((-1, 1), repeat=len(differences))))
+    means = np.abs(signs @ differences)
+    return float((means >= abs(differences.sum()) - 1e-12).mean())
 
 
 EPOCHS = {"airline": 40, "lynx": 30, "uschange": 15, "solar": 20}
@@ -578,16 +672,17 @@ def forecasting(run: Run) -> Measurement:
     )
 
 
-@measures("events")
-def events(run: Run) -> Measurement:
-    """A simulated Hawkes process, whose own likelihood is the floor."""
-    data = loaded("event-forecasting", "hawkes")
+def told_events(run: Run, process: str, title: str, lr: float, epochs: int) -> Measurement:
+    """A simulated process, whose own likelihood is the floor."""
+    data = loaded("event-forecasting", process)
     recipe = Recipe(
-        optimizer="adam", lr=3e-3, batch_size=32, clip=1.0, epochs=1 if run.smoke else 6,
+        optimizer="adam", lr=lr, batch_size=32, clip=1.0, epochs=1 if run.smoke else epochs,
         max_steps=2 if run.smoke else None,
     )  # fmt: skip
     fits = trained(run, "event-forecasting", data, EventForecaster, SMALL, recipe)
     names = {"nll": "negative log-likelihood, nats an event", "rmse": "RMSE of the gap", "accuracy": "mark accuracy"}
+    if len(data.meta["marks"]) == 1:
+        del names["accuracy"]
     rows = {text: {mixer: metric(own, name) for mixer, own in fits.items()} for name, text in names.items()}
     nll = rows[names["nll"]]
     others = {
@@ -602,9 +697,19 @@ def events(run: Run) -> Measurement:
         data=data.name,
         fingerprint=data.fingerprint,
         setting={**SMALL, **vars(recipe)},
-        series=curves(fits, "Events: Hawkes process"),
+        series=curves(fits, f"Events: {title}"),
         tables=[results("Test metrics, mean and range over seeds", rows, others)],
     )
+
+
+@measures("events")
+def events(run: Run) -> Measurement:
+    return told_events(run, "hawkes", "Hawkes process", lr=3e-3, epochs=6)
+
+
+@measures("events_sine")
+def events_sine(run: Run) -> Measurement:
+    return told_events(run, "sine", "sine process", lr=1e-2, epochs=3)
 
 
 @measures("reinforcement_learning")
@@ -634,7 +739,68 @@ def reinforcement_learning(run: Run) -> Measurement:
     )
 
 
+ENVIRONMENTS = {"cartpole-medium": "CartPole", "mountaincar-medium": "MountainCar"}
+PLAYS = {"streams": "metrics", "windows": "windows"}  # where a trial keeps them
+
+
+def played(run: Run) -> tuple[dict[tuple[str, str], list[float]], dict[str, Any]]:
+    """The score of every seed by mixer and play, as the mean over environments; and what a measurement says of it.
+
+    One training serves both plays: as a stream that remembers the whole episode, and from the last 20 steps alone.
+    """
+    episodes, test = (4, 1) if run.smoke else (100, 10)
+    recipe = Recipe(
+        optimizer="adamw", lr=3e-3, weight_decay=1e-4, batch_size=32, clip=0.25, epochs=1,
+        max_steps=2 if run.smoke else None,
+    )  # fmt: skip
+    scores: dict[tuple[str, str], list[list[float]]] = {(m, play): [] for m in MIXERS for play in PLAYS}
+    rows, lines, sets = {}, [], []
+    for source, name in ENVIRONMENTS.items():
+        streams, windows = (
+            loaded("reinforcement-learning", source, episodes=episodes, validation=0, test=test, streaming=streaming)
+            for streaming in (True, False)
+        )
+        fits = trained(
+            run, "reinforcement-learning", streams, DecisionTransformer, SMALL, recipe, also={"windows": windows}
+        )
+        for play, kept in PLAYS.items():
+            own = rows[f"{name}, {play}"] = {mixer: metric(fits[mixer], "score", kept) for mixer in MIXERS}
+            for mixer in MIXERS:
+                scores[mixer, play].append(own[mixer])
+        lines += curves(fits, f"Reinforcement learning: {name}")
+        sets.append(streams)
+    more = {
+        "unit": "score",
+        "data": ", ".join(data.name for data in sets),
+        "fingerprint": ", ".join(data.fingerprint for data in sets),
+        "setting": {**SMALL, **vars(recipe), "context": 20, "episodes": episodes},
+        "series": lines,
+        "tables": [results(f"Score over {test} episodes, mean and range over seeds", rows)],
+    }
+    return {key: np.mean(own, axis=0).tolist() for key, own in scores.items()}, more
+
+
+@measures("reinforcement_learning_windows")
+def reinforcement_learning_windows(run: Run) -> Measurement:
+    """The equal comparison: both see the same 20 steps, and neither remembers more."""
+    scores, more = played(run)
+    return Measurement.paired(scores["aaren", "windows"], scores["softmax", "windows"], seeds=run.seeds, **more)
+
+
+@measures("reinforcement_learning_streams")
+def reinforcement_learning_streams(run: Run) -> Measurement:
+    scores, more = played(run)
+    return Measurement.paired(scores["aaren", "streams"], scores["softmax", "streams"], seeds=run.seeds, **more)
+
+
 # What building it brought to light.
+
+
+@measures("windows_against_streams")
+def windows_against_streams(run: Run) -> Measurement:
+    """Aaren alone, the same weights: from the last 20 steps, as it was trained, and from the whole episode."""
+    scores, more = played(run)
+    return Measurement.paired(scores["aaren", "windows"], scores["aaren", "streams"], seeds=run.seeds, **more)
 
 
 def there_and_back(form: Callable[..., Any], tokens: int, device: str) -> Callable[[], object]:

@@ -1,7 +1,9 @@
 """What the paper says, and what building it brought to light, measured."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,11 @@ from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.evidence.interval import student
 from provenn.tasks import fingerprint
 
+from .growth import growth_study, joined
 from .layers import (
     ResidualTower,
+    branches,
+    chain,
     enumerate_chains,
     enumerate_level,
     fold,
@@ -24,9 +29,9 @@ from .layers import (
     residual_expansion,
 )
 from .model import CausalAttention, ResidualMLP, mlp_branch
-from .studies import cnn_study, digits, mlp_study, text_study
+from .studies import PRECISIONS, cnn_study, digits, in_precision, mlp_study, precision_study, text_study
 from .sweep import cross_entropy
-from .text import standard_library
+from .text import byte_frequency_loss, standard_library
 
 Rows = list[list[str | float | int | None]]
 
@@ -163,6 +168,29 @@ def ensemble_grows(run: Run) -> Measurement:
     columns = ["modules", "level 0", "level 1", "level 2", "level 3", "all paths"]
     table = Table(caption="Chains of modules", columns=columns, rows=counts)
     return Measurement.holds(right, "the levels are sums over C(n, k) chains, at every depth", tables=[table])
+
+
+@measures("zero_scale")
+def zero_scale(run: Run) -> Measurement:
+    torch.manual_seed(0)
+    n, x = 6, torch.randn(3, 6).double()
+    grown = [ResidualTower(_mlp_blocks(n=n), "const(0.3)", dim=6)]
+    for _ in range(3):
+        grown.append(joined(grown[-1], ResidualTower(_mlp_blocks(n=1), "skipinit(0)", dim=6)))
+    with torch.no_grad():
+        unchanged = all(torch.equal(tower(x), grown[0](x)) for tower in grown)
+        grown[1].policies[-1].alpha.fill_(0.3)  # type: ignore[operator, union-attr]
+    right, fs = True, branches(grown[1])
+    rows: Rows = []
+    for k in (1, 2):
+        before, after = (residual_expansion(tower, x, k).levels[k] for tower in grown[:2])
+        new = [path for path in itertools.combinations(range(n + 1), k) if n in path]
+        rows.append([k, math.comb(n, k), math.comb(n + 1, k), len(new)])
+        right &= torch.allclose(after - before, torch.stack([chain(fs, x, path) for path in new]).sum(0))
+        right &= len(new) == math.comb(n, k - 1)
+    columns = ["level", f"chains of {n} modules", f"of {n + 1}", "through the new one"]
+    table = Table(caption="What one more module adds", columns=columns, rows=rows)
+    return Measurement.holds(unchanged and right, "unchanged at 0, C(n, k − 1) chains more once raised", tables=[table])
 
 
 @measures("level_three_terms")
@@ -347,6 +375,51 @@ def overflow(run: Run) -> Measurement:
     return Measurement.exact(first, unit="modules until float32 overflows")
 
 
+@measures("overflow_precision")
+def overflow_precision(run: Run) -> Measurement:
+    rows: Rows = []
+    first: dict[tuple[str, str], int | None] = {}
+    for policy in ("one", "inv_sqrt_depth", "inv_depth"):
+        for name in PRECISIONS:
+            torch.manual_seed(0)
+            tower = ResidualTower([mlp_branch(32) for _ in range(200)], policy, dim=32)
+            with torch.no_grad(), in_precision(name, "cpu"):
+                stream = tower.stream(torch.randn(64, 32))
+            lost = [i for i, state in enumerate(stream) if not state.isfinite().all()]
+            first[policy, name] = lost[0] if lost else None
+            rows.append([NAMES[policy], name, first[policy, name]])
+    single, brain, half = (first["one", name] for name in PRECISIONS)
+    holds = single is not None and single == brain and half is not None and half < single / 4
+    holds &= all(at is None for (policy, _), at in first.items() if policy != "one")
+    table = Table(caption="200 modules on a CPU, autocast", columns=["join", "precision", "overflows at"], rows=rows)
+    return Measurement.holds(holds, f"unscaled: {single}, {brain} and {half} modules", tables=[table])
+
+
+@measures("overflow_gpu")
+def overflow_gpu(run: Run) -> Measurement:
+    if not run.device.startswith("cuda"):
+        return Measurement.not_measured("a CUDA GPU")
+    sizes, steps = ([1], 2) if run.smoke else ([18, 200], 20)
+    names, rows, right = ("float32", "bfloat16"), [], {}
+    for policy in ("one", "inv_depth", "inv_sqrt_depth", "skipinit", "fixup", "batchnorm"):
+        for blocks, name in itertools.product(sizes, names):
+            setting: dict[str, Any] = {"policy": policy, "blocks": blocks, "precision": name, "steps": steps}
+            found = run.trials(
+                f"digits, ResNet-{6 * blocks + 2}, {policy}, {name}",
+                partial(precision_study, device=run.device, **setting),
+                **setting,
+            )
+            right[policy, blocks, name] = _column(found, "accuracy")
+            rows.append([NAMES[policy], 6 * blocks + 2, name, found[0]["overflows_at"], _mean(found, "accuracy")])
+    worst, best = (
+        [choice(pair) for pair in zip(*(right[policy, sizes[-1], name] for name in names), strict=True)]
+        for policy, choice in (("inv_sqrt_depth", min), ("one", max))
+    )
+    columns = ["join", "layers", "precision", "overflows at module", "accuracy on its batch"]
+    table = Table(caption=f"CIFAR ResNets on 28 × 28 digits, {steps} steps", columns=columns, rows=rows)
+    return Measurement.paired(worst, best, seeds=run.seeds, unit="accuracy, training", data=DIGITS, tables=[table])
+
+
 @measures("batchnorm_branch")
 def batchnorm_branch(run: Run) -> Measurement:
     depths = range(1, 101)
@@ -431,9 +504,9 @@ def _cnn(run: Run, policy: str) -> list[dict[str, Any]]:
     )
 
 
-def _text(run: Run, policy: str) -> list[dict[str, Any]]:
+def _text(run: Run, policy: str, **changes: Any) -> list[dict[str, Any]]:
     setting: dict[str, Any] = {"layers": 12, "dim": 32, "tokens": 32, "batch_size": 12}
-    setting |= {"steps": 40, "lrs": [0.03, 0.01, 0.003, 0.001]}
+    setting |= {"steps": 40, "lrs": [0.03, 0.01, 0.003, 0.001]} | changes
     if run.smoke:
         setting |= {"layers": 1, "steps": 3}
     return run.trial(
@@ -569,6 +642,134 @@ def transformer_without_norm(run: Run) -> Measurement:
 @measures("transformer_against_norm")
 def transformer_against_norm(run: Run) -> Measurement:
     return _against(run, _text, "inv_sqrt_depth", "layernorm", "loss", unit="nats a byte")
+
+
+DEPTHS = (4, 12, 24, 48)  # layers, each of two modules
+SHALLOW_AND_DEEP: dict[str, Any] = {"dim": 16, "batch_size": 8, "lrs": [0.3, 0.1, 0.03, 0.01, 0.003]}
+TEXT_JOINS = ("one", "inv_sqrt_depth", "inv_depth", "layernorm")
+
+
+ByDepth = dict[str, dict[int, list[dict[str, Any]]]]
+
+
+def _over_depth(run: Run) -> ByDepth:
+    """Byte Transformers of 4 to 48 layers: policy, layers, one outcome a seed."""
+    return {
+        policy: {layers: _text(run, policy, layers=layers, **SHALLOW_AND_DEEP) for layers in DEPTHS}
+        for policy in TEXT_JOINS
+    }
+
+
+def _depth_lines(by_policy: ByDepth) -> list[Series]:
+    lines = []
+    for key, label in (("accuracy", "accuracy of the next byte"), ("loss", "nats a byte")):
+        for policy, found in by_policy.items():
+            if key == "loss" and policy == "one":
+                continue  # its losses, where there are any, are larger by powers of ten
+            rows = list(zip(*(_column(found[layers], key) for layers in DEPTHS), strict=True))
+            axes: dict[str, Any] = {"plot": f"Transformers over depth: {label}", "x_label": "layers", "y_label": label}
+            lines.append(Series.over_seeds(NAMES[policy], DEPTHS, rows, log="x", **axes))
+    counts = [byte_frequency_loss()] * len(DEPTHS)
+    axes = {"plot": "Transformers over depth: nats a byte", "x_label": "layers", "y_label": "nats a byte"}
+    return [*lines, Series(name="frequencies of bytes", x=list(map(float, DEPTHS)), y=counts, log="x", **axes)]
+
+
+def _deepest(run: Run, system: str, baseline: str, key: str, *, unit: str) -> Measurement:
+    """Two joins at the largest depth; `baseline` may be the frequencies of bytes, which no join enters."""
+    found, deepest = _over_depth(run), DEPTHS[-1]
+    if baseline == "frequencies of bytes":
+        other = [byte_frequency_loss()] * len(run.seeds)
+    else:
+        other = _column(found[baseline][deepest], key)
+    tables = [
+        _summary({policy: by_depth[layers] for policy, by_depth in found.items()}).model_copy(
+            update={"caption": f"{layers} layers, {2 * layers} modules: means over seeds, as many trials each"}
+        )
+        for layers in DEPTHS
+    ]
+    return Measurement.paired(
+        _column(found[system][deepest], key), other, seeds=run.seeds, unit=unit, data=TEXT,
+        fingerprint=fingerprint(*standard_library()), series=_depth_lines(found), tables=tables,
+        setting={"system": system, "baseline": baseline, "layers": deepest, **SHALLOW_AND_DEEP},
+    )  # fmt: skip
+
+
+@measures("transformer_deep")
+def transformer_deep(run: Run) -> Measurement:
+    return _deepest(run, "inv_sqrt_depth", "one", "accuracy", unit="accuracy of the next byte")
+
+
+@measures("transformer_deep_learns")
+def transformer_deep_learns(run: Run) -> Measurement:
+    return _deepest(run, "inv_sqrt_depth", "frequencies of bytes", "loss", unit="nats a byte")
+
+
+@measures("transformer_deep_against_norm")
+def transformer_deep_against_norm(run: Run) -> Measurement:
+    return _deepest(run, "inv_sqrt_depth", "layernorm", "loss", unit="nats a byte")
+
+
+@measures("transformer_deep_inverse")
+def transformer_deep_inverse(run: Run) -> Measurement:
+    return _deepest(run, "inv_depth", "inv_sqrt_depth", "loss", unit="nats a byte")
+
+
+# Modules added to a trained tower
+
+
+def _grown(run: Run, policy: str) -> list[dict[str, Any]]:
+    depth = 10
+    setting: dict[str, Any] = {"depth": depth, "width": 16, "base_epochs": 4, "base_lrs": [1.0, 0.3, 0.1, 0.03]}
+    setting |= {"scale": {"inv_depth": 1 / depth, "inv_sqrt_depth": depth**-0.5}[policy]}
+    setting |= {"modules": 8, "epochs": 8, "lrs": [3.0, 1.0, 0.3, 0.1, 0.03]}
+    if run.smoke:
+        setting |= {"depth": 2, "base_epochs": 1, "base_lrs": [0.1], "modules": 2, "epochs": 1, "lrs": [0.3]}
+    return run.trials(f"modules added, {policy}", lambda seed: growth_study(seed, **setting), **setting)
+
+
+def _judged(run: Run, policy: str, ends: Callable[[dict[str, Any]], tuple[float, float]], unit: str) -> Measurement:
+    """Two figures of each seed's growth against each other, with all that the claims on added modules draw and list."""
+    lines, rows = [], []
+    grown = {name: _grown(run, name) for name in ("inv_sqrt_depth", "inv_depth")}
+    for name, found in grown.items():
+        added = range(len(found[0]["loss"]))
+        axes: dict[str, Any] = {"x_label": "modules added", "y_label": "test loss, nats"}
+        axes["plot"] = "modules added to a frozen tower"
+        losses, one = [o["loss"] for o in found], [[o["loss"][0], o["one"]] for o in found]
+        lines.append(Series.over_seeds(NAMES[name], added, losses, **axes))
+        lines.append(Series.over_seeds(f"{NAMES[name]}, one module trained as long", [0, 1], one, **axes))
+        axes |= {"plot": f"a grown tower of {NAMES[name]}, cut off at each order", "log": "y"}
+        for order in range(len(found[0]["truncated"])):
+            truncated = [o["truncated"][order] for o in found]
+            lines.append(Series.over_seeds(f"order {order}", added, truncated, **axes))
+        lines.append(Series.over_seeds("network", added, losses, **axes))
+        for count in added:
+            means = (np.mean([o[key][count] for o in found]).item() for key in ("loss", "training", "accuracy"))
+            rows.append([NAMES[name], count, *means])
+    columns = ["join of the frozen tower", "modules added", "test loss", "training loss", "test accuracy"]
+    table = Table(caption="Modules added one by one at scale 0, means over seeds", columns=columns, rows=rows)
+    return Measurement.paired(
+        *zip(*map(ends, grown[policy]), strict=True), seeds=run.seeds, unit=unit, data=DIGITS,
+        fingerprint=fingerprint(*digits()[0]), series=lines, tables=[table],
+    )  # fmt: skip
+
+
+@measures("modules_added")
+def modules_added(run: Run) -> Measurement:
+    return _judged(run, "inv_sqrt_depth", lambda o: (o["loss"][-1], o["loss"][0]), "nats, test")
+
+
+@measures("modules_against_one")
+def modules_against_one(run: Run) -> Measurement:
+    return _judged(run, "inv_sqrt_depth", lambda o: (o["loss"][-1], o["one"]), "nats, test")
+
+
+@measures("modules_levels")
+def modules_levels(run: Run) -> Measurement:
+    def left(outcome: dict[str, Any], at: int) -> float:
+        return outcome["truncated"][3][at] - outcome["loss"][at]
+
+    return _judged(run, "inv_depth", lambda o: (left(o, -1), left(o, 0)), "nats that order 3 leaves, after and before")
 
 
 @measures("learned_scale")

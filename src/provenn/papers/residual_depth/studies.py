@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .text import standard_library, windows
 
 TRAIN, VALIDATE = 1000, 200  # of 1797 digits; the other 597 are the test
 SLOPES = 200  # test examples at which slopes are taken
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LESIONS = 5  # how many blocks are deleted together
 
 
@@ -72,7 +74,7 @@ def mlp_study(
     labels = {seed: noisy_labels(seed, noise) for seed in seeds}
 
     def batch(seed: int, step: int) -> Batch:
-        picks = _picks(seed, step, batch_size)
+        picks = batch_indices(seed, step, batch_size)
         return x[picks], labels[seed][0][picks]
 
     def build() -> ResidualMLP:
@@ -108,7 +110,7 @@ def cnn_study(
     train, validate, test = ((x.view(-1, 1, 8, 8), y) for x, y in digits())
 
     def batch(seed: int, step: int) -> Batch:
-        picks = _picks(seed, step, batch_size)
+        picks = batch_indices(seed, step, batch_size)
         return train[0][picks], train[1][picks]
 
     def build() -> CifarResNet:
@@ -153,7 +155,61 @@ def text_study(
     return outcomes
 
 
-def _picks(seed: int, step: int, batch_size: int) -> Tensor:
+def in_precision(name: str, device: str) -> torch.autocast:
+    """Autocast to float16 or bfloat16; float32 as it is."""
+    return torch.autocast(torch.device(device).type, PRECISIONS[name], enabled=name != "float32")
+
+
+def precision_study(
+    seed: int,
+    *,
+    policy: str,
+    blocks: int,
+    precision: str,
+    steps: int,
+    device: str,
+    lr: float = 0.01,
+    batch_size: int = 64,
+    size: int = 28,
+) -> dict[str, Any]:
+    """A CIFAR-style ResNet in one precision: the module at which it overflows, and what it learns.
+
+    Returns:
+        `overflows_at`, counted in modules at the start, None where the stream stays finite; the `accuracy` on one
+        batch of digits, brought to `size` pixels a side, after `steps` of SGD with momentum 0.9 on it; and the `loss`
+        of each step.
+    """
+    torch.manual_seed(seed)
+    model = CifarResNet(blocks, in_channels=1, policy=policy).to(device)
+    x, y = (part[:batch_size].to(device) for part in digits()[0])
+    x = F.interpolate(x.view(-1, 1, 8, 8), size, mode="bilinear")
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    with torch.no_grad(), in_precision(precision, device):
+        lost = [i for i, state in enumerate(_stream(model, x)) if not state.isfinite().all()]
+    losses = []
+    for _ in range(steps):
+        with in_precision(precision, device):
+            loss = cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad(), in_precision(precision, device):
+        right = accuracy(model(x), y)
+    return {"overflows_at": lost[0] if lost else None, "accuracy": right, "loss": losses}
+
+
+def _stream(model: CifarResNet, x: Tensor) -> list[Tensor]:
+    """What enters the first module and what leaves each."""
+    states = [model.stem(x)]
+    for i, tower in enumerate(model.towers):
+        if i:
+            states.append(model.turns[i - 1](states[-1]))
+        states += tower.stream(states[-1])[1:]  # type: ignore[operator]
+    return states
+
+
+def batch_indices(seed: int, step: int, batch_size: int) -> Tensor:
     """A fresh order of the training examples every epoch, cut into batches."""
     epoch, index = divmod(step, TRAIN // batch_size)
     order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -1,0 +1,87 @@
+"""The verb that puts a mechanism into a pretrained model: convert."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from provenn import catalog, progress
+from provenn.cli.app import Device, Json, Slug, app
+from provenn.cli.work import pairs
+from provenn.errors import UserError
+
+REPORT = "conversion.json"
+
+
+@app.command()
+def convert(
+    slug: Slug,
+    model: Annotated[str, typer.Argument(help="A GPT-2, Llama or BERT: its folder, or its name on the hub.")],
+    data: Annotated[str, typer.Option(help="Text: stdlib, a file, a folder, or hf:NAME for a data set of the hub.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the converted model.")],
+    tune: Annotated[str, typer.Option(help="full, lora or none.")] = "full",
+    steps: Annotated[int, typer.Option(min=0, help="Batches of tuning.")] = 200,
+    prepare_steps: Annotated[int, typer.Option(min=0, help="Batches for the new parts alone, before tuning.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
+    lr: Annotated[float | None, typer.Option(help="Of tuning; by default 6e-4 for full and 1e-4 for lora.")] = None,
+    prepare_lr: Annotated[float | None, typer.Option(help="Of the new parts; by default the paper's.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of the mechanism, such as feature_map=t2r; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes everything random.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Convert a pretrained model, train what is new, tune it, and say what was kept of its quality."""
+    card = catalog.card(slug)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"{out} is not empty; name a new folder for the converted model")
+    from provenn import huggingface
+    from provenn.cli import console
+    from provenn.evidence.view import number
+    from provenn.reproduce import choose_device
+
+    huggingface.conversion_of(card.slug)
+    options = pairs(changes or [])
+    with progress.shown():
+        host, tokenizer = huggingface.load(model)
+        host.to(choose_device(device))
+        text = huggingface.Text.of(data, tokenizer, host, length=length)
+        recovery = huggingface.recover(
+            host,
+            card.slug,
+            text,
+            tuning=tune,
+            steps=steps,
+            prepare_steps=prepare_steps,
+            batch_size=batch_size,
+            lr=lr,
+            prepare_lr=prepare_lr,
+            seed=seed,
+            **options,
+        )
+    recovery.setting.update(model=model, data=data)
+    host.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / REPORT).write_text(json.dumps(recovery.json(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        console.machine(recovery.json())
+        return
+    terminal = console.console()
+    rows = [(name, number(value), f"{100 * share:.1f} %") for name, value, share in recovery.stages()]
+    terminal.print(console.table(("stage", "perplexity", "of the quality before"), rows))
+    if recovery.layers:
+        columns = list(recovery.layers[0])
+        cells = [[number(row[column]) for column in columns] for row in recovery.layers]
+        terminal.print(console.table([column.replace("_", " ") for column in columns], cells))
+    terminal.print(f"added    {recovery.parameters:,} parameters", soft_wrap=True)
+    terminal.print(f"written  {out}, with {REPORT}", soft_wrap=True)
+    terminal.print(
+        f"next     import provenn.huggingface; AutoModel….from_pretrained({shlex.quote(str(out))!r})",
+        markup=False,
+        soft_wrap=True,
+    )

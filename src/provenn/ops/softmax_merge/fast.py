@@ -1,0 +1,51 @@
+"""The merge of two partial softmaxes with a backward that keeps nothing but its inputs and outputs."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reference import Partial
+
+
+def merge_(outputs: Float[Tensor, "*batch dim"], a_lse: Tensor, other: Float[Tensor, "*batch dim"], b_lse: Tensor):
+    """o ← o + w_b (o_b − o) in place, with w_b = σ(ℓ_b − ℓ_a); gives ℓ. `outputs` holds o_a, finite like o_b."""
+    lse = torch.logaddexp(a_lse, b_lse)
+    share = (b_lse - lse.masked_fill(lse == -torch.inf, 0)).exp_()
+    outputs.lerp_(other, share.unsqueeze(-1).to(outputs.dtype))
+    return lse
+
+
+class _Merge(torch.autograd.Function):
+    """With w_i = e^(ℓ_i − ℓ):  ∂L/∂o_i = w_i g  and  ∂L/∂ℓ_i = w_i (g·(o_i − o) + g_ℓ)."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor):
+        output = a.clone()
+        lse = merge_(output, a_lse, b, b_lse)
+        ctx.save_for_backward(a, a_lse, b, b_lse, output, lse)
+        return output, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, grad_lse: Tensor):
+        a, a_lse, b, b_lse, output, lse = ctx.saved_tensors
+        finite = lse.masked_fill(lse == -torch.inf, 0)
+        common = grad_lse - (grad * output).sum(dim=-1)
+        results = []
+        for part, part_lse in ((a, a_lse), (b, b_lse)):
+            share = (part_lse - finite).exp()
+            results += [share.unsqueeze(-1) * grad, share * ((grad * part).sum(dim=-1) + common)]
+        return tuple(results)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over both sets of keys from the attention over each."""
+    dtype = torch.promote_types(a.output.dtype, torch.float32)
+    parts = []
+    for part in (a, b):
+        lse = part.lse.to(dtype)
+        # What a query that sees none of the keys was given as output must not come through as 0 · ∞.
+        parts += [part.output.to(dtype).masked_fill((lse == -torch.inf).unsqueeze(-1), 0), lse]
+    output, lse = _Merge.apply(*parts)
+    return Partial(output.to(a.output.dtype), lse)

@@ -1,0 +1,99 @@
+"""Products with Toeplitz matrices, on a line, causal, or on a grid, and the attention sums that are made of them."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .fast import dense_matrix, fft_length, fft_matmul, fft_sums, quadratic_sums, without_autocast
+from .reference import dense_matmul, dense_sums, toeplitz_matrix
+
+__all__ = [
+    "dense_matmul",
+    "dense_matrix",
+    "dense_sums",
+    "fft_length",
+    "fft_matmul",
+    "fft_sums",
+    "quadratic_sums",
+    "resolved",
+    "toeplitz_matmul",
+    "toeplitz_matrix",
+    "toeplitz_sums",
+    "without_autocast",
+]
+
+QUADRATIC_UP_TO = 1024  # tokens; up to here n × n weights cost less than m·d transforms, on every machine we timed
+
+
+def toeplitz_matmul(
+    c: Float[Tensor, "#heads *offsets"],
+    x: Float[Tensor, "batch heads n channels"],
+    *,
+    causal: bool = False,
+    precision: str = "single",
+) -> Float[Tensor, "batch heads n channels"]:
+    """y_i = Σ_j c_{j−i} x_j by FFT, in O(n log n) (arXiv:2106.12566, section 3.2).
+
+    Args:
+        c: one number an offset j − i, j the key: −(n−1) to n−1; causal −(n−1) to 0; on a grid of n = H·W tokens, row by
+            row, the (2H−1)×(2W−1) offsets of rows and columns.
+        x: real numbers.
+        causal: y_i takes from j ≤ i only; on a line.
+        precision: of the FFT. All outputs share an error of about 1e-7 ("single") or 1e-16 ("double") times the largest
+            c and the largest sums, so where c varies by orders of magnitude small outputs need "double".
+
+    >>> c = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]])  # offset −2 alone: two tokens back
+    >>> toeplitz_matmul(c, torch.tensor([[[[1.0], [2.0], [3.0]]]])).flatten().round().tolist()
+    [0.0, 0.0, 1.0]
+    """
+    _check(c, x.shape, causal)
+    return fft_matmul(c, x, causal=causal, precision=precision)
+
+
+def toeplitz_sums(
+    c: Float[Tensor, "#heads *offsets"],
+    q: Float[Tensor, "batch heads n features"],
+    k: Float[Tensor, "batch heads n features"],
+    v: Float[Tensor, "batch heads n channels"],
+    *,
+    causal: bool = False,
+    form: str = "auto",
+    precision: str = "double",
+) -> Float[Tensor, "batch heads n channels"]:
+    """y_i = Σ_j c_{j−i} (q_i·k_j) v_j: attention by features and by offsets (arXiv:2106.12566, section 3.2).
+
+    Args:
+        c: one number an offset, as in `toeplitz_matmul`.
+        q, k: features of queries and keys, where the kernel is their product.
+        v: values; with a column of ones the sums of the weights come out beside them.
+        causal: y_i takes from j ≤ i only.
+        form: "fft", O(n log n) time, O(n) memory; "quadratic", through n × n weights; "auto" takes the quadratic one up
+            to 1,024 tokens, where it is faster.
+        precision: of the FFT.
+    """
+    _check(c, q.shape, causal)
+    if resolved(form, q.shape[-2]) == "quadratic":
+        return quadratic_sums(c, q, k, v, causal=causal)
+    return fft_sums(c, q, k, v, causal=causal, precision=precision)
+
+
+def resolved(form: str, n: int) -> str:
+    """What "auto" stands for with n tokens."""
+    if form not in ("auto", "fft", "quadratic"):
+        raise ValueError(f"form must be auto, fft or quadratic, got {form!r}")
+    if form == "auto":
+        return "quadratic" if n <= QUADRATIC_UP_TO else "fft"
+    return form
+
+
+def _check(c: Tensor, shape: torch.Size, causal: bool) -> None:
+    n = shape[-2]
+    if causal and c.dim() != 2:
+        raise ValueError(f"causal kernels are (heads, tokens), got {tuple(c.shape)}")
+    tokens = c.shape[-1] if causal else math.prod([(size + 1) // 2 for size in c.shape[1:]])
+    odd = causal or all([size % 2 for size in c.shape[1:]])
+    if n < 1 or c.dim() < 2 or not odd or tokens != n or c.shape[0] not in (1, shape[1]):
+        expected = f"(heads, {n})" if causal else f"(heads, {2 * n - 1}) or (heads, 2·rows − 1, 2·columns − 1)"
+        raise ValueError(f"for {n} tokens and {shape[1]} heads c must be {expected}, got {tuple(c.shape)}")

@@ -1,0 +1,204 @@
+"""Toeplitz products by FFT, a slice of channels at a time, with gradients that are Toeplitz products themselves.
+
+With s_t = c_t for t ≥ 0 and s_{L−t} = c_{−t}, y_i = Σ_j c_{j−i} x_j is a circular correlation of length L ≥ 2n − 1:
+
+    y = F⁻¹(F̄(s) F(x)),   ∂x = F⁻¹(F(s) F(∂y)),   ∂s = F⁻¹(F̄(∂y) F(x))
+
+and the same on a grid, with an FFT over both axes. The sums of kernelized attention are such products of n × m·d
+numbers. Of these a slice exists at a time, small enough for a processor's cache: both passes keep memory of
+O(n (m + d)), and on a CPU this is also several times faster than one large FFT.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SLICE = {"cpu": 2**17, "cuda": 2**26}  # numbers that are transformed at a time
+
+
+def fft_length(least: int) -> int:
+    """The smallest number of at least `least` with no prime factor above 5, for which FFTs are fast.
+
+    >>> [fft_length(n) for n in (1, 7, 127, 1025)]
+    [1, 8, 128, 1080]
+    """
+    best = 2 ** math.ceil(math.log2(max(least, 1)))
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            best = min(best, three * 2 ** math.ceil(math.log2(max(least / three, 1))))
+            three *= 3
+        five *= 5
+    return best
+
+
+class _Circle:
+    """A kernel of offsets as the spectrum of a circular correlation, for tokens on a line or on a grid."""
+
+    def __init__(self, c: Tensor, precision: str):
+        self.sides = [(size + 1) // 2 for size in c.shape[1:]]
+        self.dims = tuple(range(-len(self.sides), 0))
+        self.lengths = [fft_length(2 * side - 1) for side in self.sides]
+        self.dtype = torch.float64 if precision == "double" else torch.promote_types(c.dtype, torch.float32)
+        padding = [p for size, length in zip(c.shape[:0:-1], self.lengths[::-1]) for p in (0, length - size)]
+        self.shifts = [side - 1 for side in self.sides]
+        around = F.pad(c.to(self.dtype), padding).roll([-shift for shift in self.shifts], self.dims)
+        self.spectrum = torch.fft.rfftn(around, dim=self.dims)
+        self.inside = (..., *(slice(0, side) for side in self.sides))
+
+    def transform(self, x: Tensor) -> Tensor:
+        return torch.fft.rfftn(x.to(self.dtype), s=self.lengths, dim=self.dims)
+
+    def back(self, spectrum: Tensor) -> Tensor:
+        return torch.fft.irfftn(spectrum, s=self.lengths, dim=self.dims)[self.inside]
+
+    def kernel_of(self, spectrum: Tensor) -> Tensor:
+        """The offsets of a circle that was transformed: what `__init__` did, undone."""
+        around = torch.fft.irfftn(spectrum, s=self.lengths, dim=self.dims).roll(self.shifts, self.dims)
+        return around[(..., *(slice(0, 2 * side - 1) for side in self.sides))]
+
+    def rows_at_a_time(self, device: torch.device) -> int:
+        return max(1, SLICE.get(device.type, SLICE["cpu"]) // math.prod(self.lengths))
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """(batch, heads, n, channels) to (batch · heads, channels, *sides), contiguous."""
+        return x.mT.reshape(-1, x.shape[-1], *self.sides).contiguous()
+
+
+def _ranges(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _slices(rows: int, features: int, channels: int, at_a_time: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut rows × features × channels into boxes of about so many; whole channels first, then features, then rows."""
+    channel_step = min(channels, at_a_time)
+    feature_step = min(features, max(1, at_a_time // channel_step))
+    row_step = min(rows, max(1, at_a_time // (channel_step * feature_step)))
+    for b in _ranges(rows, row_step):
+        for r in _ranges(features, feature_step):
+            for d in _ranges(channels, channel_step):
+                yield b, r, d
+
+
+class _Sums(torch.autograd.Function):
+    """(c, q, k, v) → Σ_j c_{j−i} (q_i·k_j) v_j; c with all offsets. The n × m·d products are made again, not kept."""
+
+    @staticmethod
+    def forward(ctx, c: Tensor, q: Tensor, k: Tensor, v: Tensor, precision: str):
+        circle = _Circle(c, precision)
+        qs, ks, vs = (circle.on_grid(x) for x in (q, k, v))
+        spectrum = circle.spectrum.conj().expand(q.shape[0], q.shape[1], *circle.spectrum.shape[1:]).flatten(0, 1)
+        sums = vs.new_zeros(vs.shape, dtype=circle.dtype)
+        for b, r, d in _slices(len(vs), ks.shape[1], vs.shape[1], circle.rows_at_a_time(v.device)):
+            outer = circle.transform(ks[b, r, None].to(circle.dtype) * vs[b, None, d])
+            products = circle.back(outer.mul_(spectrum[b, None, None]))
+            sums[b, d] += (qs[b, r, None] * products).sum(dim=1)
+        ctx.save_for_backward(c, q, k, v)
+        ctx.precision = precision
+        return sums.flatten(2).mT.reshape(v.shape).to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        c, q, k, v = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        circle = _Circle(c, ctx.precision)
+        qs, ks, vs, gs = (circle.on_grid(x) for x in (q, k, v, grad))
+        spectrum = circle.spectrum.expand(q.shape[0], q.shape[1], *circle.spectrum.shape[1:]).flatten(0, 1)
+        grads = [x.new_zeros(x.shape, dtype=circle.dtype) for x in (qs, ks, vs)]
+        grad_q, grad_k, grad_v = grads
+        grad_s = torch.zeros_like(spectrum)
+        for b, r, d in _slices(len(vs), ks.shape[1], vs.shape[1], circle.rows_at_a_time(v.device)):
+            sent = circle.transform(ks[b, r, None].to(circle.dtype) * vs[b, None, d])
+            received = circle.transform(qs[b, r, None].to(circle.dtype) * gs[b, None, d])
+            along = spectrum[b, None, None]
+            if wanted[0]:
+                grad_s[b] += (received.conj() * sent).sum(dim=(1, 2))
+            if wanted[1]:
+                grad_q[b, r] += (circle.back(sent.mul_(along.conj())) * gs[b, None, d]).sum(dim=2)
+            if not (wanted[2] or wanted[3]):
+                continue
+            taken = circle.back(received.mul_(along))
+            grad_k[b, r] += (taken * vs[b, None, d]).sum(dim=2)
+            grad_v[b, d] += (taken * ks[b, r, None]).sum(dim=1)
+        grad_c = circle.kernel_of(grad_s.unflatten(0, q.shape[:2]).sum(dim=0)).sum_to_size(c.shape)
+        shaped = [g.flatten(2).mT.reshape(x.shape).to(x.dtype) for g, x in zip(grads, (q, k, v))]
+        return grad_c.to(c.dtype), *shaped, None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Where nothing is rounded to half precision: FFTs and exponentials need float32 at least."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def all_offsets(c: Float[Tensor, "#heads *offsets"], causal: bool) -> Float[Tensor, "#heads *all"]:
+    """The kernel with its later offsets: zeros, where causal."""
+    return F.pad(c, (0, c.shape[-1] - 1)) if causal else c
+
+
+def fft_sums(
+    c: Float[Tensor, "#heads *offsets"],
+    q: Float[Tensor, "batch heads n features"],
+    k: Float[Tensor, "batch heads n features"],
+    v: Float[Tensor, "batch heads n channels"],
+    *,
+    causal: bool = False,
+    precision: str = "single",
+) -> Float[Tensor, "batch heads n channels"]:
+    """Σ_j c_{j−i} (q_i·k_j) v_j by FFT: O(n log n · features · channels) time, O(n (features + channels)) memory."""
+    dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
+    with without_autocast(v):
+        return _Sums.apply(all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), precision)
+
+
+def fft_matmul(
+    c: Float[Tensor, "#heads *offsets"],
+    x: Float[Tensor, "batch heads n channels"],
+    *,
+    causal: bool = False,
+    precision: str = "single",
+) -> Float[Tensor, "batch heads n channels"]:
+    """Σ_j c_{j−i} x_j by FFT, in O(n log n · channels)."""
+    ones = torch.ones_like(x[..., :1])
+    return fft_sums(c, ones, ones, x, causal=causal, precision=precision)
+
+
+def _skewed(c: Tensor, dim: int) -> Tensor:
+    """Axis `dim` of 2n − 1 offsets to two axes i, j with c_{j−i}, by laying rows one entry short of each other."""
+    n = (c.shape[dim] + 1) // 2
+    c = F.pad(c.movedim(dim, -1), (0, 1))
+    rows = c.unsqueeze(-2).expand(*c.shape[:-1], n, 2 * n).flatten(-2)[..., : n * (2 * n - 1)]
+    return rows.unflatten(-1, (n, 2 * n - 1))[..., n - 1 :]
+
+
+def dense_matrix(c: Float[Tensor, "#heads *offsets"], *, causal: bool = False) -> Float[Tensor, "#heads n n"]:
+    """C_ij = c_{j−i}, made of views and one copy an axis, so that its gradient is deterministic and quick."""
+    matrix = all_offsets(c, causal)
+    axes = matrix.dim() - 1
+    for _ in range(axes):  # (heads, H, W) to (heads, W, H, H) to (heads, H, H, W, W)
+        matrix = _skewed(matrix, 1)
+    order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2)]
+    n = math.prod(matrix.shape[1::2])
+    return matrix.permute(order).reshape(c.shape[0], n, n)
+
+
+def quadratic_sums(
+    c: Float[Tensor, "#heads *offsets"],
+    q: Float[Tensor, "batch heads n features"],
+    k: Float[Tensor, "batch heads n features"],
+    v: Float[Tensor, "batch heads n channels"],
+    *,
+    causal: bool = False,
+) -> Float[Tensor, "batch heads n channels"]:
+    """The same sums through n × n weights: O(n² (features + channels)) time, faster while n is small, no FFT error."""
+    dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
+    with without_autocast(v):
+        return (q.to(dtype) @ k.to(dtype).mT * dense_matrix(c.to(dtype), causal=causal)) @ v.to(dtype)

@@ -1,0 +1,314 @@
+"""Hedgehog inside Hugging Face's models: distil the maps first, then tune (sections 5.3 and 5.4).
+
+transformers calls attention through a table of functions; the one here, "provenn_hedgehog", maps queries and keys as
+the host made them, after its rotation, and attends in linear time. Each self-attention module gets its two maps.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+
+from provenn.errors import UserError
+from provenn.huggingface import Batch, Conversion, attentions
+from provenn.ops.linear_attention import LinearState, linear_attention, linear_attention_weights
+from provenn.papers.hedgehog.diagnostics import (
+    attention_entropy,
+    divergence,
+    rank_correlation,
+    softmax_weights,
+)
+from provenn.papers.hedgehog.distillation import distillation_loss, learn
+from provenn.papers.hedgehog.layers import MAPS, HedgehogFeatureMap, MapMaker
+
+IMPLEMENTATION = "provenn_hedgehog"
+LOOKED_AT = 64  # tokens of a text that the report looks at: rank correlation takes their cube
+
+# (queries, keys, φ(q), φ(k), causal, mask, scale) of one layer, for whoever listens.
+Listener = Callable[[Tensor, Tensor, Tensor, Tensor, bool, Tensor | None, float | None], None]
+
+
+class AttentionMaps(nn.Module):
+    """The two maps of one self-attention. While somebody listens, the attention gives its softmax output instead."""
+
+    def __init__(self, heads: int, head_dim: int, make: MapMaker):
+        super().__init__()
+        self.map_query, self.map_key = make(heads, head_dim), make(heads, head_dim)
+        self.listener: Listener | None = None
+
+
+class StateLayer(CacheLayerMixin):
+    """What one layer keeps of the past: S, z, and how many tokens they hold. It does not grow."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: LinearState | None = None
+        self.seen = 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first call makes the state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new keys on, with this layer at their side for the attention to find."""
+        self.seen += key_states.shape[-2]
+        keys = key_states.view_as(key_states)
+        keys.past = self  # type: ignore[attr-defined]
+        return keys, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; they do not depend on how many tokens were seen."""
+        return 0 if self.state is None else self.state.nbytes
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = LinearState(*map(change, self.state))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda part: part[indices])
+
+    def reset(self) -> None:
+        self.state, self.seen = None, 0
+
+    def offload(self) -> None:
+        self._each(lambda part: part.to("cpu"))
+
+    def prefetch(self) -> None:
+        """The state goes where its next keys are."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a linear attention's state is a sum: the tokens in it cannot be taken out again")
+
+
+class StateCache(Cache):
+    """The past of a whole model in constant memory, for `generate` and for streaming, as `past_key_values`."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=StateLayer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(cast(StateLayer, layer).nbytes for layer in self.layers)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out.
+
+    Keys and values of fewer heads are repeated to the queries' before they are mapped. With a `StateCache` the keys are
+    the new tokens alone; with transformers' own cache they are all, which is right too, and takes memory that grows.
+    Dropout of attention weights, which are never formed, is left out.
+    """
+    host: Any = module
+    maps: AttentionMaps = host.attention_maps
+    causal = bool(getattr(host, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise UserError(
+            f"linear attention takes a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}"
+        )
+    past: StateLayer | None = getattr(key, "past", None)
+    groups = getattr(host, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    new, held = query.shape[-2], key.shape[-2]
+    mask = None if attention_mask is None else attention_mask[:, -held:].bool()
+    if maps.listener is not None:
+        if past is not None or new != held:
+            raise UserError("maps are distilled on whole sequences: call the model with use_cache=False")
+        features = maps.map_query(query.detach()), maps.map_key(key.detach())
+        maps.listener(query, key, *features, causal, mask, scaling)
+        return _softmax(module, query, key, value, mask, scaling, causal)
+    start = held - new if past is None else past.seen - new
+    phi_q = maps.map_query(query, start)
+    phi_k = maps.map_key(key, 0 if past is None else start)
+    hidden = None if mask is None else mask.unsqueeze(1)
+    if not causal:
+        y, _ = linear_attention(phi_q, phi_k, value, causal=False, mask=hidden)
+        return y.transpose(1, 2), None
+    state = None if past is None else past.state
+    if past is None and held > new:
+        # All keys are at hand: those before the first query become the state that the queries go on from.
+        early = None if hidden is None else hidden[..., :start]
+        _, state = linear_attention(
+            phi_q[..., :1, :], phi_k[..., :start, :], value[..., :start, :], causal=False, mask=early
+        )
+        phi_k, value = phi_k[..., start:, :], value[..., start:, :]
+        hidden = None if hidden is None else hidden[..., start:]
+    if state is not None:
+        state = LinearState(*(part.to(value.device) for part in state))
+    y, after = linear_attention(phi_q, phi_k, value, mask=hidden, state=state)
+    if past is not None:
+        past.state = after
+    return y.transpose(1, 2), None
+
+
+def _softmax(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    causal: bool,
+) -> tuple[Tensor, None]:
+    """The host's own attention, by transformers' function for it."""
+    whole = None
+    if mask is not None:
+        whole = mask[:, None, None, :].expand(-1, 1, query.shape[-2], -1)
+        whole = whole.tril() if causal else whole
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = key[:, ::groups], value[:, ::groups]  # it repeats them itself
+    with torch.no_grad():
+        y, _ = sdpa_attention_forward(module, query, key, value, whole, scaling=scaling, is_causal=causal)
+    return y, None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+# The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
+AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+
+
+def install(model: PreTrainedModel, *, feature_map: str = "hedgehog", **options: Any) -> None:
+    """Give every self-attention its two maps, and send the model's attention through them.
+
+    Args:
+        model: GPT-2, Llama or BERT.
+        feature_map: a name in `MAPS`.
+        options: of the map; of Hedgehog's `feature_dim`, `form` and `bias`.
+    """
+    if feature_map not in MAPS:
+        raise UserError(f"feature_map must be one of {', '.join(MAPS)}, got {feature_map!r}")
+    make = cast(MapMaker, partial(MAPS[feature_map], **options))
+    for attention in attentions(model):
+        weight = next(attention.module.parameters())
+        try:
+            maps = AttentionMaps(attention.heads, attention.head_dim, make)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the map {feature_map} does not take {options}: {error}") from None
+        attention.module.attention_maps = maps.to(weight.device, weight.dtype)
+        attention.module.attention_maps.train(attention.module.training)
+    model.config._attn_implementation = IMPLEMENTATION
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Take the maps out, and attend with softmax again."""
+    for attention in attentions(model):
+        del attention.module.attention_maps
+    model.config._attn_implementation = "sdpa"
+
+
+@contextmanager
+def _listening(model: PreTrainedModel, listener: Listener) -> Iterator[None]:
+    every = [cast(Any, attention.module).attention_maps for attention in attentions(model)]
+    for maps in every:
+        maps.listener = listener
+    try:
+        yield
+    finally:
+        for maps in every:
+            maps.listener = None
+
+
+@contextmanager
+def teaching(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Inside, a converted model gives its softmax outputs and notes each layer's distillation loss in the list."""
+    losses: list[Tensor] = []
+
+    def listen(q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, causal: bool, mask: Tensor | None, scale) -> None:
+        losses.append(distillation_loss(q, k, phi_q, phi_k, causal=causal, mask=mask, scale=scale))
+
+    with _listening(model, listen):
+        yield losses
+
+
+def distil(model: PreTrainedModel, batches: Iterable[Batch], lr: float) -> list[float]:
+    """Attention weight distillation of a converted model's maps; returns the loss of every step."""
+    every = [cast(Any, attention.module).attention_maps for attention in attentions(model)]
+    parameters = [parameter for maps in every for parameter in maps.parameters()]
+
+    def run(batch: Batch) -> None:
+        given = {name: part for name, part in batch.items() if name != "labels"}
+        # The body alone: what the head would do with the outputs teaches the maps nothing.
+        model.base_model(**given, **({"use_cache": False} if _streams(model) else {}))
+
+    return learn(model, parameters, teaching(model), batches, lr=lr, run=run)
+
+
+def _streams(model: PreTrainedModel) -> bool:
+    return model.can_generate()
+
+
+@torch.no_grad()
+def report(model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
+    """Of each layer: how far its weights are from softmax, and whether they are spiky and monotone as softmax is.
+
+    Means over the first 64 tokens of a batch's texts: KL to softmax (nats), entropy (nats) and softmax's, and the rank
+    correlation of weights with q·k.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def listen(q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, causal: bool, mask: Tensor | None, scale) -> None:
+        hidden = None if mask is None else mask.unsqueeze(1)
+        target = softmax_weights(q, k, causal=causal, mask=hidden, scale=scale)
+        weights = linear_attention_weights(phi_q, phi_k, causal=causal, mask=hidden)
+        rows.append(
+            {
+                "layer": len(rows),
+                "kl": divergence(target, weights).mean().item(),
+                "entropy": attention_entropy(weights).mean().item(),
+                "entropy_of_softmax": attention_entropy(target).mean().item(),
+                "rank_correlation": rank_correlation(q @ k.mT, weights, target > 0).nanmean().item(),
+            }
+        )
+
+    given = {name: part[:4, :LOOKED_AT] for name, part in batch.items() if name != "labels"}
+    training = model.training
+    model.eval()
+    with _listening(model, listen):
+        model.base_model(**given, **({"use_cache": False} if _streams(model) else {}))
+    model.train(training)
+    return rows
+
+
+CONVERSION = Conversion(
+    install=install,
+    uninstall=uninstall,
+    prepare=distil,
+    cache=lambda model: StateCache(),
+    report=report,
+)
+
+__all__ = ["CONVERSION", "HedgehogFeatureMap", "StateCache", "distil", "report", "teaching"]

@@ -1,0 +1,134 @@
+"""The systems of the paper (section 5): language models and vision Transformers whose attention alone is exchanged."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.language import CausalLM, FeedForward, PreNormBlock
+from provenn.papers.hedgehog.layers import LinearAttention
+
+
+def attention(feature_map: str, heads: int, *, bias: bool = True, rotary: bool = False) -> partial[nn.Module]:
+    """A maker of attention for a host: "softmax", or the name of a map in `MAPS`."""
+    if feature_map == "softmax":
+        return partial(SoftmaxAttention, heads=heads, bias=bias, rotary=rotary)
+    return partial(LinearAttention, heads=heads, feature_map=feature_map, bias=bias, rotary=rotary)
+
+
+def hedgehog_gpt2(
+    vocab: int = 50257,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    length: int = 1024,
+    feature_map: str = "hedgehog",
+    dropout: float | int = 0.0,
+) -> CausalLM:
+    """GPT-2 of 124M parameters with a map of queries and one of keys in each head: 1,179,648 more (section 5.4).
+
+    Args:
+        vocab, dim, heads, layers, length: GPT-2's own.
+        feature_map: "softmax" for GPT-2 itself, or a name in `MAPS`.
+        dropout: as in `CausalLM`.
+    """
+    return CausalLM(
+        vocab,
+        dim,
+        layers,
+        attention(feature_map, heads),
+        norm="layer",
+        positions="learned",
+        max_length=length,
+        bias=True,
+        dropout=dropout,
+        eps=1e-5,
+    )
+
+
+def hedgehog_small(
+    vocab: int = 256, dim: int = 96, heads: int = 4, layers: int = 4, feature_map: str = "hedgehog"
+) -> CausalLM:
+    """A language model that trains on a laptop, with rotary positions turned before the maps.
+
+    Args:
+        vocab, dim, heads, layers: as in `CausalLM`.
+        feature_map: "softmax", or a name in `MAPS`.
+    """
+    return CausalLM(vocab, dim, layers, attention(feature_map, heads, bias=False, rotary=True))
+
+
+class VisionTransformer(nn.Module):
+    """Patches, learned positions, pre-norm blocks that see both ways, the mean over patches, logits.
+
+    Args:
+        in_channels: of an image.
+        num_classes: logits.
+        size, patch: sides of the image and of a patch, in pixels.
+        dim, heads, layers: of the blocks.
+        feature_map: "softmax", or a name in `MAPS`.
+
+    Shapes: (batch, in_channels, size, size) to (batch, num_classes).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        size: int,
+        patch: int,
+        dim: int,
+        heads: int,
+        layers: int,
+        feature_map: str,
+    ):
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"patch must divide size, got size={size} and patch={patch}")
+        self.embed = nn.Conv2d(in_channels, dim, patch, stride=patch)
+        self.place = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, dim))
+        parts: dict[str, Any] = {"feedforward": partial(FeedForward, bias=True), "norm": nn.LayerNorm}
+        mixer = partial(attention(feature_map, heads), causal=False)
+        self.blocks = nn.ModuleList(PreNormBlock(dim, mixer, **parts) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
+        tokens = self.embed(x).flatten(2).mT
+        if tokens.shape[1] != len(self.place):
+            raise ValueError(f"expected images of {len(self.place)} patches, got {tokens.shape[1]}")
+        tokens = tokens + self.place
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens).mean(1))
+
+
+def hedgehog_vit(
+    in_channels: int = 1,
+    num_classes: int = 10,
+    size: int = 8,
+    patch: int = 2,
+    dim: int = 64,
+    heads: int = 4,
+    layers: int = 2,
+    feature_map: str = "hedgehog",
+) -> VisionTransformer:
+    """A small vision Transformer for small images, such as digits of 8×8 pixels.
+
+    Args:
+        in_channels, num_classes, size, patch, dim, heads, layers, feature_map: as in `VisionTransformer`.
+    """
+    return VisionTransformer(
+        in_channels,
+        num_classes,
+        size=size,
+        patch=patch,
+        dim=dim,
+        heads=heads,
+        layers=layers,
+        feature_map=feature_map,
+    )

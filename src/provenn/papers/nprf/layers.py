@@ -1,0 +1,477 @@
+"""Kernelized attention with relative positions (Luo et al., 2021, arXiv:2106.12566), section 3."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from provenn.nn.attention import KVCache, SoftmaxAttention
+from provenn.nn.random_features import elu_features, orthogonal_gaussian, positive_exponents
+from provenn.ops.linear_attention import LinearState, linear_attention
+from provenn.ops.toeplitz import dense_matrix, resolved, toeplitz_sums, without_autocast
+
+
+class RelativeBias(nn.Module):
+    """b_{j−i}: one learned number a head and an offset, on a line or on a grid of tokens (T5's, without its buckets).
+
+    Args:
+        heads: each with biases of its own.
+        sides: n of a line, or (height, width) of a grid: how far the table reaches.
+        causal: keep the n offsets of keys that are not later, instead of 2n − 1.
+        class_token: one token stands before the grid, with three biases of its own a head: from it, to it, and itself.
+        beyond: what longer inputs get: "clip", the bias of the farthest offset, or "interpolate", the table stretched.
+
+    Parameters, a head: n causal, 2n − 1 on a line, (2H−1)·(2W−1) on a grid; they start at 0.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        sides: tuple[int, ...],
+        *,
+        causal: bool = False,
+        class_token: bool = False,
+        beyond: str = "clip",
+    ):
+        super().__init__()
+        if len(sides) not in (1, 2) or min(sides) < 1:
+            raise ValueError(f"a bias table is for tokens on a line or a grid with sides of at least 1, got {sides}")
+        if causal and (len(sides) != 1 or class_token):
+            raise ValueError("a grid of tokens has no order: causal must be False, got True")
+        if beyond not in ("clip", "interpolate"):
+            raise ValueError(f"beyond must be clip or interpolate, got {beyond!r}")
+        self.causal, self.beyond = causal, beyond
+        self.table = nn.Parameter(torch.zeros(heads, *self._sizes(sides)))
+        self.of_class = nn.Parameter(torch.zeros(heads, 3)) if class_token else None
+
+    def _sizes(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        return sides if self.causal else tuple(2 * side - 1 for side in sides)
+
+    def forward(self, sides: tuple[int, ...]) -> Float[Tensor, "heads *offsets"]:
+        """The biases of an input with these sides, the offset 0 last where causal, else in the middle."""
+        table: Tensor = self.table
+        wanted = self._sizes(sides)
+        longer = [max(size, held) for size, held in zip(wanted, table.shape[1:])]
+        if self.beyond == "interpolate" and tuple(longer) != table.shape[1:]:
+            mode = "linear" if len(sides) == 1 else "bilinear"
+            table = F.interpolate(table[None], size=longer, mode=mode, align_corners=True)[0]
+        for dim, size in enumerate(wanted, start=1):
+            missing = size - table.shape[dim]
+            if missing > 0:  # as `F.pad` with replication, whose gradient is not deterministic on a GPU
+                ends = missing if self.causal else missing // 2
+                before, after = table.narrow(dim, 0, 1), table.narrow(dim, table.shape[dim] - 1, 1)
+                table = torch.cat([before] * ends + [table] + [after] * (0 if self.causal else ends), dim=dim)
+            elif missing < 0:
+                table = table.narrow(dim, -missing if self.causal else -missing // 2, size)
+        return table
+
+    def matrix(self, sides: tuple[int, ...]) -> Float[Tensor, "heads tokens tokens"]:
+        """b_{j−i} for all i and j, with −∞ where causal and j > i; the class token first, where there is one."""
+        matrix = dense_matrix(self(sides), causal=self.causal)
+        if self.causal:
+            later = torch.ones(matrix.shape[1:], dtype=torch.bool, device=matrix.device).triu(1)
+            return matrix.masked_fill(later, -torch.inf)
+        if self.of_class is None:
+            return matrix
+        away, to, own = self.of_class[:, :, None, None].unbind(1)
+        n = matrix.shape[1]
+        first = torch.cat([own, away.expand(-1, 1, n)], dim=2)
+        return torch.cat([first, torch.cat([to.expand(-1, n, 1), matrix], dim=2)], dim=1)
+
+
+def tokens_on(
+    grid: tuple[int, int] | None, tokens: int, class_token: bool, given: tuple[int, int] | None = None
+) -> tuple[int, ...]:
+    """How an input's tokens lie: on a line, or on the layer's grid or the one that the call gives."""
+    if grid is None:
+        if given is not None:
+            raise ValueError(f"tokens lie on a grid with rpe='2d' only, got grid={given}")
+        return (tokens,)
+    sides = grid if given is None else given
+    expected = math.prod(sides) + class_token
+    if tokens != expected:
+        raise ValueError(f"a grid of {sides[0]}×{sides[1]} has {expected} tokens here, got {tokens}")
+    return sides
+
+
+class KernelCache(NamedTuple):
+    """φ(k) and v of every token so far. Toeplitz weights are of no low rank, so nothing smaller is enough."""
+
+    features: Float[Tensor, "batch heads tokens features"]
+    values: Float[Tensor, "batch heads tokens head_dim"]
+
+
+class KernelAttentionRPE(nn.Module):
+    """Kernelized attention with relative positions, by FFT: NPRF with RPE where all is left as it is (section 3).
+
+    z_i = Σ_j e^{b_{j−i}} φ(q_i)·φ(k_j) v_j / Σ_j e^{b_{j−i}} φ(q_i)·φ(k_j)   (equation 10)
+
+    with q and k of norm 1 (section 3.3). The matrix of e^{b_{j−i}} is Toeplitz, so both sums over j are Toeplitz
+    products, of φ(k_j) v_jᵀ and of φ(k_j), and take O(n log n) by FFT.
+
+    Args:
+        dim: D, width of a token.
+        heads: must divide `dim`; d = dim / heads.
+        features: m, random vectors a head; "trf" makes two numbers of each, "elu" has none.
+        feature_map: φ: "prf", positive random features; "trf", trigonometric ones; "elu", elu(x) + 1.
+        normalize: q and k of ℓ2 norm 1 for each token and head; else the kernel is e^{q·k/√d}.
+        scale: multiplies q·k.
+        rpe: "1d", "2d" for tokens on a grid, or "none": kernelized attention as in the Performer.
+        max_length: how far the biases of "1d" reach.
+        grid: (height, width) that the biases of "2d" reach; tokens come row by row.
+        class_token: of "2d": one token stands before the grid.
+        beyond: "clip" or "interpolate": the biases of inputs that are longer (see `RelativeBias`).
+        causal: token i sees tokens 1..i only.
+        bias: of the four linear maps.
+        form: "fft", "quadratic" through n × n weights, or "auto": quadratic up to 1,024 tokens, where it is faster.
+        precision: of the FFT. Its error is shared by all outputs, so that "single" is good for biases within about ±4,
+            "double" within ±12.
+
+    Shapes: (batch, tokens, dim) to the same. Parameters: 4·D² + 4·D, and heads · (2 · max_length − 1), or heads ·
+    max_length causal. Slot: token-mixer. Streams: with `rpe="none"` in a constant state; with RPE there is none such,
+    the state is a cache of φ(k) and v, and a token takes time O(tokens so far), as in softmax attention.
+    """
+
+    draws: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        features: int = 32,
+        feature_map: str = "prf",
+        normalize: bool = True,
+        scale: float | int = 1.0,
+        rpe: str = "1d",
+        max_length: int = 512,
+        grid: tuple[int, int] | None = None,
+        class_token: bool = False,
+        beyond: str = "clip",
+        causal: bool = True,
+        bias: bool = True,
+        form: str = "auto",
+        precision: str = "double",
+    ):
+        super().__init__()
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        if rpe not in ("1d", "2d", "none"):
+            raise ValueError(f"rpe must be 1d, 2d or none, got {rpe!r}")
+        if (rpe == "2d") != (grid is not None):
+            raise ValueError(f"rpe='2d' and grid=(height, width) go together, got rpe={rpe!r} and grid={grid}")
+        if class_token and rpe != "2d":
+            raise ValueError(f"a class token has biases of its own with rpe='2d' only, got rpe={rpe!r}")
+        if feature_map not in ("prf", "trf", "elu"):
+            raise ValueError(f"feature_map must be prf, trf or elu, got {feature_map!r}")
+        if features < 1 or scale <= 0:
+            raise ValueError(f"features must be at least 1 and scale positive, got {features} and {scale}")
+        if precision not in ("single", "double"):
+            raise ValueError(f"precision must be single or double, got {precision!r}")
+        resolved(form, 1)
+        self.dim, self.heads, self.causal, self.grid = dim, heads, causal, grid
+        self.feature_map, self.normalize, self.scale = feature_map, normalize, scale
+        self.form, self.precision = form, precision
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key = nn.Linear(dim, dim, bias=bias)
+        self.value = nn.Linear(dim, dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+        w = None
+        if feature_map != "elu":
+            w = torch.stack([orthogonal_gaussian(features, dim // heads) for _ in range(heads)])
+        self.register_buffer("draws", w)
+        self.rpe = None
+        if rpe != "none":
+            sides = (max_length,) if grid is None else grid
+            self.rpe = RelativeBias(heads, sides, causal=causal, class_token=class_token, beyond=beyond)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        return q, k, v
+
+    def redraw(self, generator: torch.Generator | None = None) -> None:
+        """Other random features, in place."""
+        if self.draws is not None:
+            for w in self.draws:
+                w.copy_(orthogonal_gaussian(*w.shape, generator=generator))
+
+    def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k whose product the kernel is of, in float32 at least: normalised, or divided by d^¼."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        root = math.sqrt(self.scale)
+        if self.normalize:
+            return F.normalize(q.to(dtype), dim=-1, eps=1e-6) * root, F.normalize(k.to(dtype), dim=-1, eps=1e-6) * root
+        if self.feature_map != "elu":
+            root /= q.shape[-1] ** 0.25
+        return q.to(dtype) * root, k.to(dtype) * root
+
+    def features_of(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """φ(q) and φ(k), each up to a factor that cancels; φ(k) is 0 where `mask` is False."""
+        q, k = self.scaled(q, k)
+        hidden = None if mask is None else ~mask[:, None, :, None]
+        if self.draws is None:
+            fq, fk = elu_features(q.contiguous()), elu_features(k.contiguous())
+            return fq, fk if hidden is None else fk.masked_fill(hidden, 0)
+        w = self.draws.to(q.dtype)
+        if self.feature_map == "prf":
+            # A factor of one query cancels, and so do factors that all keys share.
+            fq, exponents = q @ w.mT, positive_exponents(k, w)
+            fq = (fq - fq.detach().amax(dim=-1, keepdim=True)).exp()
+        else:
+            angles = q @ w.mT
+            fq = torch.cat([angles.sin(), angles.cos()], dim=-1)
+            angles, exponents = k @ w.mT, k.square().sum(dim=-1, keepdim=True) / 2
+        if hidden is not None:
+            exponents = exponents.masked_fill(hidden, -torch.inf)
+        if not self.normalize:
+            # Held above e^−50, so that no denominator vanishes (the Performer's code adds 1e-4 for this).
+            exponents = (exponents - self._shift(exponents, w)).clamp_min(-50)
+        fk = exponents.exp()
+        if self.feature_map == "trf":
+            fk = torch.cat([angles.sin(), angles.cos()], dim=-1) * fk
+        return fq, fk if hidden is None else fk.masked_fill(hidden, 0)
+
+    def _shift(self, exponents: Tensor, w: Tensor) -> Tensor:
+        """What keeps exponentials of unbounded keys finite: their maximum; where causal, what no later key changes."""
+        if not self.causal:
+            highest = exponents.detach().amax(dim=(-2, -1), keepdim=True)
+            return highest.masked_fill(highest == -torch.inf, 0)
+        if self.feature_map == "prf":  # w·k − ‖k‖²/2 ≤ ‖w‖²/2
+            return (w.square().sum(dim=-1).amax() / 2 - 60).clamp_min(0)
+        return (exponents.detach() - 60).clamp_min(0)  # e^{‖k‖²/2} has no bound: beyond this one keys weigh too little
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        *,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """`mask` is True where a token may be attended, `grid` (height, width) of tokens other than at construction.
+
+        A token that may attend to nothing gets W_o's bias.
+        """
+        q, k, v = self._project(x)
+        class_token = self.rpe is not None and self.rpe.of_class is not None
+        sides = tokens_on(self.grid, x.shape[1], class_token, grid)
+        with without_autocast(x):
+            fq, fk = self.features_of(q, k, mask)
+            if self.rpe is None:
+                y = linear_attention(fq, fk, v.to(fk.dtype), causal=self.causal)[0]
+            else:
+                y = self._with_rpe(fq, fk, v, sides)
+        return self._join(y, x)
+
+    def _join(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
+
+    def _with_rpe(self, fq: Tensor, fk: Tensor, v: Tensor, sides: tuple[int, ...]) -> Tensor:
+        """Both sums, with a column of ones for the denominator, and their ratio."""
+        assert self.rpe is not None
+        v = torch.cat([v.to(fk.dtype), torch.ones_like(fk[..., :1])], dim=-1)
+        b = self.rpe(sides).to(fk.dtype)
+        form = resolved(self.form, math.prod(sides))
+        of_class = self.rpe.of_class
+        highest = b.detach().flatten(1).amax(dim=1)
+        if of_class is not None:
+            highest = torch.maximum(highest, of_class.detach().to(b.dtype).amax(dim=1))
+        c = (b - highest.view(-1, *[1] * (b.dim() - 1))).exp()
+        if of_class is None:
+            sums = toeplitz_sums(c, fq, fk, v, causal=self.causal, form=form, precision=self.precision)
+        else:
+            away, to, own = (of_class.to(b.dtype) - highest[:, None]).exp()[:, :, None, None].unbind(1)
+            sums = toeplitz_sums(c, fq[:, :, 1:], fk[:, :, 1:], v[:, :, 1:], form=form, precision=self.precision)
+            sums = sums + to * (fq[:, :, 1:] @ fk[:, :, :1].mT) @ v[:, :, :1]
+            weights = fq[:, :, :1] @ fk.mT * torch.cat([own, away.expand(-1, 1, fk.shape[2] - 1)], dim=2)
+            sums = torch.cat([weights @ v, sums], dim=2)
+        return self._ratio(sums, fq, fk, form)
+
+    def _ratio(self, sums: Tensor, fq: Tensor, fk: Tensor, form: str) -> Tensor:
+        """Numerator over denominator, held above the FFT's own error, and above 0 where φ is."""
+        top, bottom = sums[..., :-1], sums[..., -1:]
+        least = torch.full_like(bottom, 1e-30)  # of which a gradient is still finite
+        if form == "fft":
+            double = self.precision == "double" or bottom.dtype == torch.float64
+            error = torch.finfo(torch.float64 if double else torch.float32).eps
+            total = fk.detach().abs().sum(dim=2, keepdim=True)
+            least = torch.maximum(least, error * (fq.detach().abs() @ total.mT))
+        safe = bottom.abs() > least if self.feature_map == "trf" else bottom > least
+        return top / torch.where(safe, bottom, least)
+
+    def init_state(self, batch: int) -> KernelCache | LinearState:
+        """The state of `batch` streams before their first token, in float32 at least."""
+        if not self.causal:
+            raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
+        weight = self.out.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        d = self.dim // self.heads
+        m = d if self.draws is None else self.draws.shape[1] * (2 if self.feature_map == "trf" else 1)
+        if self.rpe is None:
+            s = weight.new_zeros(batch, self.heads, m, d, dtype=dtype)
+            return LinearState(s, s[..., 0].clone())
+        features = weight.new_zeros(batch, self.heads, 0, m, dtype=dtype)
+        return KernelCache(features, weight.new_zeros(batch, self.heads, 0, d, dtype=dtype))
+
+    def prefill(
+        self, x: Float[Tensor, "batch tokens dim"], state: KernelCache | LinearState | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], KernelCache | LinearState]:
+        """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
+        state = self.init_state(x.shape[0]) if state is None else state
+        q, k, v = self._project(x)
+        with without_autocast(x):
+            fq, fk = self.features_of(q, k)
+            if isinstance(state, LinearState):
+                y, state = linear_attention(fq, fk, v.to(fk.dtype), state=state)
+                return self._join(y, x), state
+            old = state.features.shape[2]
+            self._reaches(old + x.shape[1])
+            fk, v = torch.cat([state.features, fk], dim=2), torch.cat([state.values, v.to(fk.dtype)], dim=2)
+            state = KernelCache(fk, v)
+            if x.shape[1] == 1:
+                y = self._last(fq, fk, v)
+            else:  # tokens that were read ask again, with a query of 0
+                y = self._with_rpe(F.pad(fq, (0, 0, old, 0)), fk, v, (fk.shape[2],))[:, :, old:]
+        return self._join(y, x), state
+
+    def _reaches(self, tokens: int) -> None:
+        assert self.rpe is not None
+        if self.rpe.beyond == "interpolate" and tokens > self.rpe.table.shape[1]:
+            raise ValueError(
+                f"a stream cannot be longer than its biases where beyond='interpolate': they reach "
+                f"{self.rpe.table.shape[1]} tokens, got {tokens}; use beyond='clip'"
+            )
+
+    def _last(self, fq: Tensor, fk: Tensor, v: Tensor) -> Tensor:
+        """One query at the end of all keys: a row of the weights."""
+        assert self.rpe is not None
+        b = self.rpe((fk.shape[2],)).to(fk.dtype)
+        weights = fq @ fk.mT * (b - b.amax(dim=-1, keepdim=True)).exp().unsqueeze(-2)
+        ones = torch.ones_like(v[..., :1])
+        return self._ratio(weights @ torch.cat([v, ones], dim=-1), fq, fk, "quadratic")
+
+    def step(
+        self, x_t: Float[Tensor, "batch dim"], state: KernelCache | LinearState
+    ) -> tuple[Float[Tensor, "batch dim"], KernelCache | LinearState]:
+        """One token more; with RPE in time and memory that grow with the tokens so far."""
+        y, state = self.prefill(x_t.unsqueeze(1), state)
+        return y.squeeze(1), state
+
+
+class SoftmaxAttentionRPE(SoftmaxAttention):
+    """Softmax attention with the same biases: α_ij ∝ exp(q_i·k_j / √d + b_{j−i}) (equation 5), what is to be matched.
+
+    Args:
+        dim, heads, causal, bias: as in `SoftmaxAttention`.
+        max_length, grid, class_token, beyond: as in `KernelAttentionRPE`; on a grid where one is given.
+
+    Shapes: (batch, tokens, dim) to the same. Slot: token-mixer. Streams with a key-value cache.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        max_length: int = 512,
+        grid: tuple[int, int] | None = None,
+        class_token: bool = False,
+        beyond: str = "clip",
+        causal: bool = True,
+        bias: bool = True,
+    ):
+        super().__init__(dim, heads, causal=causal, bias=bias)
+        sides = (max_length,) if grid is None else grid
+        self.grid = grid
+        self.rpe = RelativeBias(heads, sides, causal=causal, class_token=class_token, beyond=beyond)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        *,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
+        q, k, v = self._project(x)
+        b = self.rpe.matrix(tokens_on(self.grid, x.shape[1], self.rpe.of_class is not None, grid)).to(q.dtype)
+        if mask is not None:
+            b = b.masked_fill(~mask[:, None, None], -torch.inf)
+        return self.out(_softmax(q, k, v, b).transpose(1, 2).flatten(2))
+
+    def prefill(
+        self, x: Float[Tensor, "batch tokens dim"], state: KVCache | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], KVCache]:
+        """Many tokens at once: the outputs, and the cache from which `step` goes on."""
+        if not self.causal:
+            raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
+        state = self.init_state(x.shape[0]) if state is None else state
+        q, k, v = self._project(x)
+        state = state.append(k, v)
+        k, v = state.keys[:, :, : state.length], state.values[:, :, : state.length]
+        sides = (state.length,)
+        # A row of the matrix for one token; of a prompt's matrix the last rows.
+        b = self.rpe(sides).unsqueeze(1) if x.shape[1] == 1 else self.rpe.matrix(sides)[:, -x.shape[1] :]
+        return self.out(_softmax(q, k, v, b.to(q.dtype)).transpose(1, 2).flatten(2)), state
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """Attention with biases on the scores; 0 where all are −∞."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=b.expand(q.shape[0], -1, -1, -1))
+
+
+class LinformerAttention(nn.Module):
+    """Softmax over k learned mixtures of the keys and values (Wang et al., 2020, arXiv:2006.04768): O(n·k), not causal.
+
+    y_i = softmax(q_i (E K)ᵀ / √d) F V, E and F: k × max_length, shared by the heads.
+
+    Args:
+        dim, heads, bias: as in `SoftmaxAttention`.
+        mixtures: k.
+        max_length: the longest input.
+        causal: must be False: a mixture is of all tokens.
+
+    Shapes: (batch, tokens, dim) to the same. Slot: token-mixer. Parameters: 2 · k · max_length more than softmax's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mixtures: int = 32,
+        max_length: int = 512,
+        causal: bool = False,
+        bias: bool = True,
+    ):
+        if causal:
+            raise ValueError("Linformer mixes all tokens, so causal must be False, got True")
+        if mixtures < 1 or max_length < 1:
+            raise ValueError(f"mixtures and max_length must be at least 1, got {mixtures} and {max_length}")
+        super().__init__()
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        self.dim, self.heads, self.causal, self.max_length = dim, heads, causal, max_length
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key = nn.Linear(dim, dim, bias=bias)
+        self.value = nn.Linear(dim, dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+        self.mix_keys = nn.Parameter(torch.randn(mixtures, max_length) / math.sqrt(max_length))
+        self.mix_values = nn.Parameter(torch.randn(mixtures, max_length) / math.sqrt(max_length))
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """`mask` is True where a token may be attended; the others are taken out of every mixture."""
+        n = x.shape[1]
+        if n > self.max_length:
+            raise ValueError(f"the sequence has {n} tokens, more than max_length={self.max_length}")
+        q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        if mask is not None:
+            k, v = (part.masked_fill(~mask[:, None, :, None], 0) for part in (k, v))
+        y = F.scaled_dot_product_attention(q, self.mix_keys[:, :n] @ k, self.mix_values[:, :n] @ v)
+        return self.out(y.transpose(1, 2).flatten(2))

@@ -1,0 +1,326 @@
+"""The four systems of the paper (section 4), and its attentions by name: only the attention tells them apart."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.language import CausalLM, Encoder, FeedForward, PreNormBlock
+from provenn.nn.positions import sinusoidal_encoding
+from provenn.papers.nprf.layers import KernelAttentionRPE, LinformerAttention, SoftmaxAttentionRPE
+
+KERNELS: dict[str, dict[str, Any]] = {
+    "prf": {"normalize": False},
+    "nprf": {"normalize": True},
+    "elu": {"normalize": False, "feature_map": "elu"},
+}
+ATTENTIONS = ("softmax", "softmax+rpe", "prf", "prf+rpe", "nprf", "nprf+rpe", "elu", "linformer")
+
+
+def attention_called(
+    name: str,
+    heads: int,
+    *,
+    features: int = 32,
+    max_length: int = 512,
+    grid: tuple[int, int] | None = None,
+    class_token: bool = False,
+    **kernel: Any,
+) -> Callable[..., nn.Module]:
+    """The factory, of a width and `causal=`, of an attention by the paper's name.
+
+    Args:
+        name: "softmax", "softmax+rpe"; "prf" and "prf+rpe", positive random features of q/d^¼ and k/d^¼; "nprf" and
+            "nprf+rpe" (the paper's), of q and k of norm 1; "elu"; "linformer", which is not causal.
+        heads: attention heads.
+        features: m of the random features, and the mixtures of Linformer.
+        max_length: how far biases reach, and the longest input of Linformer.
+        grid, class_token: of tokens that lie on a grid.
+        kernel: more arguments of `KernelAttentionRPE`, such as `form` or `precision`.
+
+    >>> attention_called("nprf+rpe", 4)(64).rpe.table.shape
+    torch.Size([4, 512])
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
+    plain, _, rpe = name.partition("+")
+    if plain == "softmax":
+        if not rpe:
+            return partial(SoftmaxAttention, heads=heads)
+        return partial(SoftmaxAttentionRPE, heads=heads, max_length=max_length, grid=grid, class_token=class_token)
+    if plain == "linformer":
+        tokens = max_length if grid is None else grid[0] * grid[1] + class_token
+        return partial(LinformerAttention, heads=heads, mixtures=features, max_length=tokens)
+    options: dict[str, Any] = {"rpe": "none"}
+    if rpe and grid is None:
+        options = {"rpe": "1d", "max_length": max_length}
+    elif rpe:
+        options = {"rpe": "2d", "grid": grid, "class_token": class_token}
+    return partial(KernelAttentionRPE, heads=heads, features=features, **KERNELS[plain], **options, **kernel)
+
+
+def _positions(name: str) -> str:
+    """Attention with relative positions needs no others."""
+    return "none" if name.endswith("+rpe") else "learned"
+
+
+def nprf_lm_base(
+    vocab: int = 32_000,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    attention: str = "nprf+rpe",
+    features: int = 64,
+    max_length: int = 512,
+    dropout: float | int = 0.0,
+    **kernel: Any,
+) -> CausalLM:
+    """The decoder language model: GPT-2's width and depth, causal biases.
+
+    Args:
+        vocab: how many tokens there are.
+        dim, heads, layers: of the host.
+        attention: one of `ATTENTIONS` that can be causal; those without RPE get learned positions.
+        features: m.
+        max_length: how far the biases reach; longer texts clip them. Learned positions end there.
+        dropout: of the host.
+        kernel: more arguments of `KernelAttentionRPE`.
+    """
+    mixer = attention_called(attention, heads, features=features, max_length=max_length, **kernel)
+    positions = _positions(attention)
+    longest = max_length if positions == "learned" else None
+    options: dict[str, Any] = {"norm": "layer", "bias": True, "dropout": dropout}
+    return CausalLM(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
+
+
+def nprf_lm_tiny(vocab: int = 256, **options: Any) -> CausalLM:
+    """The same, small enough to train on a CPU: width 64, 4 heads, 2 layers; options as in `nprf_lm_base`."""
+    return nprf_lm_base(vocab, **{"dim": 64, "heads": 4, "layers": 2, "features": 32, **options})
+
+
+def nprf_encoder_base(
+    vocab: int = 30_522,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    attention: str = "nprf+rpe",
+    features: int = 64,
+    max_length: int = 512,
+    num_classes: int | None = None,
+    dropout: float | int = 0.0,
+    **kernel: Any,
+) -> Encoder:
+    """The bidirectional encoder, of BERT-base's width and depth: vectors to logits of every token, or of classes.
+
+    Args as in `nprf_lm_base`; `num_classes` as in `provenn.nn.language.Encoder`.
+    """
+    mixer = attention_called(attention, heads, features=features, max_length=max_length, **kernel)
+    positions = _positions(attention)
+    longest = max_length if positions == "learned" else None
+    options: dict[str, Any] = {"num_classes": num_classes, "dropout": dropout}
+    return Encoder(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
+
+
+def nprf_encoder_tiny(vocab: int = 256, **options: Any) -> Encoder:
+    """The same with width 64, 4 heads, 2 layers; options as in `nprf_encoder_base`."""
+    return nprf_encoder_base(vocab, **{"dim": 64, "heads": 4, "layers": 2, "features": 32, **options})
+
+
+class VisionTransformer(nn.Module):
+    """Classes of images through pre-norm blocks over patches (DeiT's host), with relative positions on the grid.
+
+    Args:
+        num_classes, in_channels: of the images.
+        image_size: side of the square images; a multiple of `patch`. Other sizes go where positions are relative only.
+        patch: side of a patch.
+        dim, heads, layers: of the host.
+        attention: one of `ATTENTIONS`.
+        features: m.
+        class_token: classify a token that stands before the patches, else the mean over patches.
+        positions: whether patches get learned absolute positions as well.
+        dropout: on both branches of a block.
+        kernel: more arguments of `KernelAttentionRPE`.
+
+    Shapes: (batch, in_channels, image_size, image_size) to (batch, num_classes).
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        image_size: int = 224,
+        patch: int = 16,
+        dim: int = 768,
+        heads: int = 12,
+        layers: int = 12,
+        attention: str = "nprf+rpe",
+        features: int = 64,
+        class_token: bool = True,
+        positions: bool = True,
+        dropout: float | int = 0.0,
+        **kernel: Any,
+    ):
+        super().__init__()
+        if image_size < 1 or patch < 1 or image_size % patch:
+            raise ValueError(f"patch must divide image_size, both at least 1, got {patch} and {image_size}")
+        side = image_size // patch
+        self.image_size = image_size
+        self.patches = nn.Conv2d(in_channels, dim, patch, patch)
+        self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, dim)) if class_token else None
+        tokens = side * side + class_token
+        self.positions = nn.Parameter(0.02 * torch.randn(1, tokens, dim)) if positions else None
+        mixer = attention_called(
+            attention, heads, features=features, grid=(side, side), class_token=class_token, **kernel
+        )
+        self.blocks = nn.ModuleList(
+            PreNormBlock(
+                dim,
+                partial(mixer, causal=False),
+                feedforward=partial(FeedForward, bias=True),
+                norm=partial(nn.LayerNorm, eps=1e-6),
+                dropout=dropout,
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
+        if x.shape[2:] != (self.image_size, self.image_size):
+            height, width = x.shape[2:]
+            raise ValueError(f"expected images of {self.image_size}×{self.image_size} pixels, got {height}×{width}")
+        x = self.patches(x).flatten(2).mT
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        if self.positions is not None:
+            x = x + self.positions
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(x[:, 0] if self.class_token is not None else x.mean(dim=1))
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of one sequence to another, without relative positions: between the two there are none.
+
+    Shapes: (batch, tokens, dim) and (batch, other, dim) to the first. Slot: cross-mixer.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        other: Float[Tensor, "batch other dim"],
+        *,
+        mask: Bool[Tensor, "batch other"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """`mask` is True where a token of the other sequence may be attended."""
+        pairs = ((self.query, x), (self.key, other), (self.value, other))
+        q, k, v = (m(part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m, part in pairs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """x ← x + mixer(norm x); x ← x + cross(norm x, source); x ← x + feedforward(norm x)."""
+
+    def __init__(self, dim: int, heads: int, mixer: Callable[..., nn.Module], dropout: float | int = 0.0):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.mixer, self.cross = mixer(dim), CrossAttention(dim, heads)
+        self.feedforward = FeedForward(dim, bias=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        source: Float[Tensor, "batch other dim"],
+        *,
+        mask: Bool[Tensor, "batch other"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        x = x + self.dropout(self.mixer(self.norm1(x)))
+        x = x + self.dropout(self.cross(self.norm2(x), source, mask=mask))
+        return x + self.dropout(self.feedforward(self.norm3(x)))
+
+
+class Translator(nn.Module):
+    """The encoder-decoder: biases in the encoder's attention and, causal, in the decoder's; softmax between the two.
+
+    Args:
+        vocab: tokens that both sides share, with one embedding that also gives the logits.
+        dim, heads, layers: of encoder and decoder each.
+        attention, features, max_length, dropout, kernel: as in `nprf_lm_base`.
+
+    Shapes: source (batch, other) and target (batch, tokens) to logits (batch, tokens, vocab) of each next target token.
+    """
+
+    def __init__(
+        self,
+        vocab: int = 10_000,
+        dim: int = 512,
+        heads: int = 8,
+        layers: int = 6,
+        attention: str = "nprf+rpe",
+        features: int = 64,
+        max_length: int = 512,
+        dropout: float | int = 0.0,
+        **kernel: Any,
+    ):
+        super().__init__()
+        self.encoder = nprf_encoder_base(
+            vocab, dim, heads, layers, attention, features, max_length, dropout=dropout, **kernel
+        )
+        mixer = attention_called(attention, heads, features=features, max_length=max_length, **kernel)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(dim, heads, partial(mixer, causal=True), dropout) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.absolute = not attention.endswith("+rpe")
+
+    def forward(
+        self,
+        source: Int[Tensor, "batch other"],
+        target: Int[Tensor, "batch tokens"],
+        *,
+        mask: Bool[Tensor, "batch other"] | None = None,
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """`mask` is True where a source token is no padding."""
+        read = self.encoder.hidden_states(source, mask=mask)
+        x = self.encoder.embed(target)
+        if self.absolute:
+            x = x + sinusoidal_encoding(torch.arange(target.shape[1], device=x.device), x.shape[-1]).to(x)
+        for block in self.blocks:
+            x = block(x, read, mask=mask)
+        return F.linear(self.norm(x), self.encoder.embed.weight)
+
+
+def nprf_translator_base(**options: Any) -> Translator:
+    """The Transformer of Vaswani et al.: width 512, 8 heads, 6 layers a side."""
+    return Translator(**options)
+
+
+def nprf_translator_tiny(vocab: int = 256, **options: Any) -> Translator:
+    """Width 64, 4 heads, 2 layers a side."""
+    return Translator(vocab, **{"dim": 64, "heads": 4, "layers": 2, "features": 32, **options})
+
+
+def nprf_vit_base(**options: Any) -> VisionTransformer:
+    """DeiT-base's width and depth: 224×224 pixels in patches of 16, a class token, 1000 classes."""
+    return VisionTransformer(**options)
+
+
+def nprf_vit_tiny(num_classes: int = 10, in_channels: int = 1, **options: Any) -> VisionTransformer:
+    """Width 64, 4 heads, 2 layers; 8×8 pixels in patches of 1, and the mean over them."""
+    small = {"image_size": 8, "patch": 1, "dim": 64, "heads": 4, "layers": 2, "features": 32, "class_token": False}
+    return VisionTransformer(num_classes, in_channels, **{**small, **options})

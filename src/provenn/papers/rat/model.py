@@ -1,0 +1,146 @@
+"""The language models of the paper (section 4): pre-norm decoders that differ in their token mixers alone.
+
+Each comes at the paper's 1.3 billion parameters (`_xl`: width 2048, 24 layers, heads of 128) and at a size that trains
+on a CPU (`_small`: width 96, 4 layers). All have RMS norms, GELU, no biases and tied embeddings.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
+from provenn.nn.language import CausalLM
+from provenn.papers.rat.layers import RATMixer, RNNMixer
+
+XL_WINDOW = 1025  # tokens that a token sees: itself and 1024 before it, as in the authors' code
+
+
+def _lm(vocab: int, dim: int, layers: int, mixers: Sequence) -> CausalLM:
+    return CausalLM(vocab, dim, layers, mixers, feedforward="gelu", norm="rms", positions="none", eps=1e-6)
+
+
+def _attention(heads: int) -> partial:
+    return partial(SoftmaxAttention, heads=heads, bias=False, rotary=True)
+
+
+def _window(heads: int, window: int) -> partial:
+    return partial(SlidingWindowAttention, heads=heads, window=window, bias=False, rotary=True)
+
+
+def _rats(heads: int, chunk: int | Sequence[int], groups: int, positions: str) -> list[partial]:
+    """One mixer for each chunk length; the layers take them in turn."""
+    chunks = [chunk] if isinstance(chunk, int) else chunk
+    if not chunks:
+        raise ValueError("chunk is an empty list: expected a length, or one for each layer in turn")
+    return [partial(RATMixer, heads=heads, chunk=each, groups=groups, positions=positions) for each in chunks]
+
+
+def attention_xl(vocab: int = 32_000, *, dim: int = 2048, layers: int = 24, heads: int = 16) -> CausalLM:
+    """Softmax attention with rotary positions: 1,273,595,904 parameters."""
+    return _lm(vocab, dim, layers, [_attention(heads)])
+
+
+def rnn_xl(vocab: int = 32_000, *, dim: int = 2048, layers: int = 24, length: int = 4096) -> CausalLM:
+    """The gated RNN: 1,273,645,056 parameters.
+
+    Args:
+        length: the longest memory that the gates start with; the training length.
+    """
+    return _lm(vocab, dim, layers, [partial(RNNMixer, length=length)])
+
+
+def rat_xl(
+    vocab: int = 32_000,
+    *,
+    dim: int = 2048,
+    layers: int = 24,
+    heads: int = 16,
+    chunk: int | list[int] = 16,
+    groups: int = 2,
+    positions: str = "chunk",
+) -> CausalLM:
+    """RAT: 1,298,810,880 parameters.
+
+    Args:
+        chunk: tokens a chunk; a list gives the layers theirs in turn.
+        groups, positions: as in `RATMixer`.
+    """
+    return _lm(vocab, dim, layers, _rats(heads, chunk, groups, positions))
+
+
+def rat_swa_xl(
+    vocab: int = 32_000,
+    *,
+    dim: int = 2048,
+    layers: int = 24,
+    heads: int = 16,
+    chunk: int | list[int] = 16,
+    groups: int = 2,
+    positions: str = "chunk",
+    window: int = XL_WINDOW,
+) -> CausalLM:
+    """RAT in layers 0, 2, 4, …, attention to a sliding window in between: 1,286,203,392 parameters.
+
+    Args:
+        chunk, groups, positions: as in `rat_xl`; a list of chunk lengths is for the RAT layers alone.
+        window: tokens that a token sees in the other layers, itself included.
+    """
+    pairs = ((rat, _window(heads, window)) for rat in _rats(heads, chunk, groups, positions))
+    return _lm(vocab, dim, layers, [mixer for pair in pairs for mixer in pair])
+
+
+def attention_swa_xl(
+    vocab: int = 32_000, *, dim: int = 2048, layers: int = 24, heads: int = 16, window: int = XL_WINDOW
+) -> CausalLM:
+    """Full attention in layers 0, 2, 4, …, a sliding window in between: 1,273,595,904 parameters.
+
+    Args:
+        window: tokens that a token sees in the other layers, itself included.
+    """
+    return _lm(vocab, dim, layers, [_attention(heads), _window(heads, window)])
+
+
+def attention_small(vocab: int = 256, *, dim: int = 96, layers: int = 4, heads: int = 4) -> CausalLM:
+    """`attention_xl` at a size that trains on a CPU."""
+    return attention_xl(vocab, dim=dim, layers=layers, heads=heads)
+
+
+def rnn_small(vocab: int = 256, *, dim: int = 96, layers: int = 4, length: int = 256) -> CausalLM:
+    """`rnn_xl` at a size that trains on a CPU."""
+    return rnn_xl(vocab, dim=dim, layers=layers, length=length)
+
+
+def rat_small(
+    vocab: int = 256,
+    *,
+    dim: int = 96,
+    layers: int = 4,
+    heads: int = 4,
+    chunk: int | list[int] = 16,
+    groups: int = 2,
+    positions: str = "chunk",
+) -> CausalLM:
+    """`rat_xl` at a size that trains on a CPU."""
+    return rat_xl(vocab, dim=dim, layers=layers, heads=heads, chunk=chunk, groups=groups, positions=positions)
+
+
+def rat_swa_small(
+    vocab: int = 256,
+    *,
+    dim: int = 96,
+    layers: int = 4,
+    heads: int = 4,
+    chunk: int | list[int] = 16,
+    groups: int = 2,
+    positions: str = "chunk",
+    window: int = 64,
+) -> CausalLM:
+    """`rat_swa_xl` at a size that trains on a CPU."""
+    size = {"dim": dim, "layers": layers, "heads": heads, "groups": groups, "window": window}
+    return rat_swa_xl(vocab, chunk=chunk, positions=positions, **size)
+
+
+def attention_swa_small(
+    vocab: int = 256, *, dim: int = 96, layers: int = 4, heads: int = 4, window: int = 64
+) -> CausalLM:
+    """`attention_swa_xl` at a size that trains on a CPU."""
+    return attention_swa_xl(vocab, dim=dim, layers=layers, heads=heads, window=window)

@@ -1,0 +1,397 @@
+"""What Hedgehog promises: maps that learn softmax's weights, in linear time, on a host's own projections."""
+
+import copy
+import math
+from functools import partial
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from provenn.bench import count_parameters, flops, growth
+from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
+from provenn.nn.streaming import state_bytes
+from provenn.nn.transformer import TransformerEncoder
+from provenn.ops.linear_attention import linear_attention_weights as weights
+from provenn.papers.hedgehog import (
+    MAPS,
+    HedgehogAttention,
+    HedgehogFeatureMap,
+    LinearAttention,
+    attention_entropy,
+    cross_entropy,
+    distill,
+    distillation_loss,
+    divergence,
+    inverted_pairs,
+    linearise,
+    rank_correlation,
+    restore,
+    softmax_weights,
+    teaching,
+)
+from provenn.papers.hedgehog import distillation as distillation_module
+from provenn.papers.hedgehog.distillation import map_parameters
+from provenn.papers.hedgehog.layers import FORMS
+
+STABLE = [form for form in FORMS if form != "plain"]
+
+
+@pytest.fixture
+def untyped():
+    """Run-time shape checks would refuse bad shapes before we do."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def host(layers=2, causal=True, dropout=0.0):
+    factory = partial(SoftmaxAttention, heads=2, causal=causal, rotary=True)
+    return TransformerEncoder(8, factory, layers=layers, feedforward=16, dropout=dropout).double()
+
+
+# The feature map.
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=10)
+@given(std=st.sampled_from([0.1, 1.0, 20.0]), width=st.sampled_from([None, 2, 6]))
+def test_features_are_not_negative_and_sum_as_the_form_says(form, std, width):
+    phi = HedgehogFeatureMap(3, 4, width, form=form)
+    nn.init.normal_(phi.linear.weight)
+    x = std * torch.randn(2, 3, 7, 4)
+    features = phi(x)
+    assert features.shape == (2, 3, 7, phi.features) and phi.features == 2 * (width or 4)
+    assert (features >= 0).all()
+    halves = features.unflatten(-1, (2, -1)).sum(-1)
+    if form == "softmax":
+        torch.testing.assert_close(halves, torch.ones_like(halves))
+    if form == "joint":
+        torch.testing.assert_close(halves.sum(-1), torch.ones_like(halves[..., 0]))
+    if form == "exp":
+        assert (features.unflatten(-1, (2, -1)).amax(-1) == 1).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_other_sign_swaps_the_halves(form):
+    phi = HedgehogFeatureMap(3, 4, form=form).double()
+    x = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    torch.testing.assert_close(phi(-x), phi(x).unflatten(-1, (2, -1)).flip(-2).flatten(-2), rtol=0, atol=1e-15)
+
+
+def test_a_shift_of_y_leaves_each_half_of_the_softmax_form():
+    phi = HedgehogFeatureMap(3, 4, bias=True).double()
+    x = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    before = phi(x)
+    with torch.no_grad():
+        phi.linear.bias += torch.randn(3, 1, 1)
+    torch.testing.assert_close(phi(x), before, rtol=0, atol=1e-14)
+
+
+def test_joint_is_plain_at_twice_y_but_for_a_factor_a_token_so_only_keys_differ():
+    joint, plain = HedgehogFeatureMap(2, 4, form="joint").double(), HedgehogFeatureMap(2, 4, form="plain").double()
+    q, k = torch.randn(2, 1, 2, 9, 4, dtype=torch.float64)
+    ratio = joint(q) / plain(2 * q)
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
+    torch.testing.assert_close(weights(joint(q), joint(k)), weights(plain(2 * q), joint(k)))
+    assert (weights(joint(q), joint(k)) - weights(joint(q), plain(2 * k))).abs().max() > 0.01
+    softmax = HedgehogFeatureMap(2, 4).double()
+    ratio = softmax(q) / plain(q)
+    assert (ratio - ratio[..., :1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_plain_exponentials_overflow_where_the_others_do_not(form):
+    x = torch.randn(1, 2, 30, 16)
+    x = 1e3 * x / x.norm(dim=-1, keepdim=True)
+    phi = HedgehogFeatureMap(2, 16, form=form)
+    assert phi(x).isfinite().all() == (form != "plain")
+    attention = HedgehogAttention(16, 2, form=form)
+    assert attention(1e3 * torch.randn(1, 30, 16)).isfinite().all() == (form != "plain")
+
+
+def test_features_are_in_float32_under_bfloat16():
+    phi = HedgehogFeatureMap(2, 4).bfloat16()
+    assert phi(torch.randn(1, 2, 3, 4).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_every_map_gives_what_it_says(name):
+    phi = MAPS[name](2, 4)
+    x = torch.randn(3, 2, 5, 4)
+    assert phi(x).shape == (3, 2, 5, phi.features)
+    products = phi(x) @ phi(torch.randn(3, 2, 5, 4)).mT
+    assert (products >= 0).all()
+
+
+def test_taylor_features_multiply_to_the_polynomial():
+    q, k = torch.randn(2, 1, 2, 9, 4, dtype=torch.float64)
+    phi = MAPS["taylor"](2, 4)
+    s = q @ k.mT / 2
+    torch.testing.assert_close(phi(q) @ phi(k).mT, 1 + s + s**2 / 2, rtol=0, atol=1e-12)
+
+
+def test_taylor_turns_at_minus_one():
+    s = torch.linspace(-3, 1, 401, dtype=torch.float64)
+    phi = MAPS["taylor"](1, 1)
+    values = (phi(torch.ones(1, 1, 1, 1).double()) @ phi(s.view(1, 1, -1, 1)).mT).flatten()
+    assert (values.diff()[s[:-1] >= -1] > 0).all() and (values.diff()[s[1:] <= -1] < 0).all()
+    assert s[values.argmin()].item() == pytest.approx(-1) and values.min() == pytest.approx(0.5)
+
+
+def test_cosformer_weighs_by_distance_and_ends_at_its_length(untyped):
+    phi = MAPS["cosformer"](1, 1)
+    assert phi.length == 2048
+    ones = torch.ones(1, 1, 20, 1)
+    products = (phi(ones) @ phi(ones).mT)[0, 0]
+    i = torch.arange(20)
+    torch.testing.assert_close(products, torch.cos(math.pi / 4096 * (i[:, None] - i)))
+    torch.testing.assert_close(phi(ones, 5)[:, :, :15], phi(ones)[:, :, 5:])
+    with pytest.raises(ValueError, match="end at length=2048, got 2058"):
+        phi(ones, 2038)
+
+
+# The attention.
+
+
+def test_layer_is_its_formula():
+    layer = HedgehogAttention(8, 2).double()
+    x = torch.randn(2, 11, 8, dtype=torch.float64)
+    q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (layer.query, layer.key, layer.value))
+    phi_q, phi_k = layer.map_query(q), layer.map_key(k)
+    a = (phi_q @ phi_k.mT).tril()
+    y = (a / a.sum(-1, keepdim=True)) @ v
+    torch.testing.assert_close(layer(x), layer.out(y.transpose(1, 2).flatten(2)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.weights(x), a / a.sum(-1, keepdim=True), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@settings(deadline=None, max_examples=5)
+@given(tokens=st.integers(2, 90), data=st.data())
+def test_forward_is_the_fold_of_step_from_any_split(name, tokens, data):
+    cut = data.draw(st.integers(1, tokens - 1))
+    layer = LinearAttention(8, 2, name, rotary=True).double()
+    x = torch.randn(2, tokens, 8, dtype=torch.float64)
+    with torch.no_grad():
+        whole = layer(x)
+        first, state = layer.prefill(x[:, :cut])
+        torch.testing.assert_close(first, whole[:, :cut])
+        again, _ = layer.prefill(x[:, cut:], state)
+        torch.testing.assert_close(again, whole[:, cut:])
+        for t in range(cut, tokens):
+            y, state = layer.step(x[:, t], state)
+            torch.testing.assert_close(y, whole[:, t])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_masked_tokens_are_as_if_they_were_not_there(causal, side):
+    layer = HedgehogAttention(8, 2, causal=causal).double()
+    x = torch.randn(2, 20, 8, dtype=torch.float64)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[:, {"left": slice(0, 7), "right": slice(13, None), "holes": slice(5, None, 3)}[side]] = False
+    outputs = layer(x, mask=mask)
+    torch.testing.assert_close(outputs[mask].view(2, -1, 8), layer(x[mask].view(2, -1, 8)))
+    sums = layer.weights(x, mask=mask).sum(-1)
+    torch.testing.assert_close(sums[:, :, mask[0]], torch.ones_like(sums[:, :, mask[0]]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [2, 4, 7])
+def test_a_state_has_the_papers_size_after_any_number_of_tokens(width):
+    layer = HedgehogAttention(8, 2, feature_dim=width)
+    for tokens in (1, 10, 300):
+        _, state = layer.prefill(torch.randn(1, tokens, 8))
+        assert state_bytes(state) == state_bytes(layer.init_state(1)) == 4 * 2 * (2 * width * 4 + 2 * width)
+
+
+def test_published_parameter_counts():
+    def maps(layers, heads, dim, width=None, bias=False):
+        return layers * 2 * count_parameters(HedgehogFeatureMap(heads, dim, width, bias=bias))
+
+    assert maps(12, 12, 64) == 1_179_648
+    assert maps(12, 12, 64, bias=True) == 1_198_080
+    assert maps(32, 32, 128) == 33_554_432
+    assert maps(32, 32, 128, 64) == 16_777_216
+    assert maps(12, 1, 64, bias=True) == 99_840
+    plain = count_parameters(SoftmaxAttention(64, 4))
+    assert count_parameters(HedgehogAttention(64, 4)) - plain == 2 * 4 * 16 * 16
+
+
+def test_work_is_linear_in_the_tokens():
+    layer, sizes = HedgehogAttention(8, 2), [512, 1024, 2048]
+    work = [flops(lambda n=n: layer(torch.randn(1, n, 8)).sum().backward()) for n in sizes]
+    assert growth(sizes, work).exponent == pytest.approx(1, abs=0.02)
+
+
+# Conversion and distillation.
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_conversion_keeps_every_weight_and_can_be_undone(causal):
+    model = host(causal=causal).eval()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    before, logits = copy.deepcopy(model.state_dict()), model(x)
+    assert linearise(model) == ["layers.0.mixer", "layers.1.mixer"]
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert (model(x) - logits).abs().max() > 1e-3
+    assert [m.causal for m in model.modules() if isinstance(m, LinearAttention)] == 2 * [causal]
+    assert restore(model) == ["layers.0.mixer", "layers.1.mixer"]
+    assert list(model.state_dict()) == list(before) and torch.equal(model(x), logits)
+
+
+def test_while_it_is_distilled_a_model_gives_its_own_softmax_outputs():
+    model = host().eval()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    logits = model(x)
+    linearise(model)
+    converted = model(x)
+    with teaching(model) as losses:
+        assert torch.equal(model(x), logits)
+    assert len(losses) == 2 and torch.equal(model(x), converted)
+
+
+def test_distillation_reaches_every_map_and_nothing_else():
+    model = host()
+    linearise(model)
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    with teaching(model) as losses:
+        model(x)
+    torch.stack(losses).mean().backward()
+    trained = {id(p) for p in map_parameters(model)}
+    assert len(trained) == 4
+    for parameter in model.parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == (id(parameter) in trained)
+
+
+def test_distillation_brings_the_weights_to_softmax_and_leaves_the_host():
+    model = host(dropout=0.5).train()
+    x = torch.randn(4, 12, 8, dtype=torch.float64)
+    before = copy.deepcopy(model.state_dict())
+    linearise(model)
+    history = distill(model, 60 * [x])
+    assert model.training and len(history) == 60 and history[-1] < history[0]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    attention = model.layers[0].mixer
+    q, k, _ = attention.project(x)
+    target = softmax_weights(q, k)
+    fresh = LinearAttention.from_softmax(attention.to_softmax())
+    assert divergence(target, attention.weights(x)).mean() < 0.5 * divergence(target, fresh.weights(x)).mean()
+
+
+def test_a_window_is_not_converted():
+    model = TransformerEncoder(8, partial(SlidingWindowAttention, heads=2, window=3), layers=2, feedforward=16)
+    with pytest.raises(ValueError, match="no SoftmaxAttention"):
+        linearise(model)
+
+
+def test_maps_without_parameters_learn_nothing():
+    model = host()
+    linearise(model, "elu")
+    assert distill(model, [torch.randn(1, 4, 8, dtype=torch.float64)]) == []
+
+
+@settings(deadline=None, max_examples=15)
+@given(tokens=st.integers(2, 12), causal=st.booleans(), seed=st.integers(0, 1000))
+def test_the_loss_is_at_least_the_entropy_and_reaches_it_at_softmax(tokens, causal, seed):
+    torch.manual_seed(seed)
+    q, k, phi_q, phi_k = torch.randn(4, 2, 3, tokens, 5, dtype=torch.float64)
+    target = softmax_weights(q, k, causal=causal)
+    loss = distillation_loss(q, k, phi_q.exp(), phi_k.exp(), causal=causal)
+    entropy = attention_entropy(target)
+    assert loss > entropy.mean() and (divergence(target, target).abs() < 1e-12).all()
+    logits = target.clamp_min(1e-30).log().requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(target, logits.softmax(-1)).sum(), logits)
+    assert gradient.abs().max() < 1e-12
+
+
+def test_the_loss_is_the_mean_over_real_queries_whatever_padding_holds():
+    q, k = torch.randn(2, 2, 3, 10, 4, dtype=torch.float64)
+    phi_q, phi_k = torch.rand(2, 2, 3, 10, 6, dtype=torch.float64)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[1, 6:] = False
+    loss = distillation_loss(q, k, phi_q, phi_k, mask=mask)
+    first = distillation_loss(q[:1], k[:1], phi_q[:1], phi_k[:1])
+    second = distillation_loss(q[1:, :, :6], k[1:, :, :6], phi_q[1:, :, :6], phi_k[1:, :, :6])
+    torch.testing.assert_close(loss, (10 * first + 6 * second) / 16)
+    q[1, :, 6:] = phi_k[1, :, 6:] = 1e3
+    torch.testing.assert_close(distillation_loss(q, k, phi_q, phi_k, mask=mask), loss)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_long_sequences_are_done_in_blocks_with_the_same_gradient(causal, monkeypatch):
+    q, k = torch.randn(2, 2, 3, 20, 4, dtype=torch.float64)
+    phi = [torch.rand(2, 3, 20, 6, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    mask = torch.arange(20) < torch.tensor([[20], [13]])
+    results = []
+    for block in (1024, 7):
+        monkeypatch.setattr(distillation_module, "QUERIES_AT_ONCE", block)
+        loss = distillation_loss(q, k, *phi, causal=causal, mask=mask)
+        results.append((loss, *torch.autograd.grad(loss, phi)))
+    for whole, blocks in zip(*results):
+        torch.testing.assert_close(blocks, whole)
+
+
+# Diagnostics.
+
+
+def test_softmax_is_monotone_and_its_opposite_is_inverted():
+    products = torch.randn(2, 6, 9, dtype=torch.float64)
+    weights = products.softmax(-1)
+    ones, zeros = torch.ones(2, 6, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.float64)
+    torch.testing.assert_close(rank_correlation(products, weights), ones)
+    torch.testing.assert_close(rank_correlation(-products, weights), -ones)
+    torch.testing.assert_close(inverted_pairs(products, weights), zeros)
+    torch.testing.assert_close(inverted_pairs(-products, weights), ones)
+
+
+def test_rank_correlation_is_spearmans():
+    from scipy.stats import spearmanr
+
+    products, weights = torch.randn(2, 1, 12, dtype=torch.float64)
+    weights = weights.round(decimals=0)  # with ties
+    expected = spearmanr(products[0], weights[0]).statistic
+    assert rank_correlation(products, weights).item() == pytest.approx(expected)
+    seen = torch.arange(12) < 7
+    expected = spearmanr(products[0, :7], weights[0, :7]).statistic
+    assert rank_correlation(products, weights, seen).item() == pytest.approx(expected)
+
+
+def test_queries_without_a_pair_have_no_monotonicity():
+    products = torch.randn(3, 3)
+    seen = torch.ones(3, 3, dtype=torch.bool).tril()
+    assert rank_correlation(products, products.exp(), seen).isnan().tolist() == [True, False, False]
+    assert inverted_pairs(products, products.exp(), seen).isnan().tolist() == [True, False, False]
+
+
+def test_entropy_is_that_of_the_weights():
+    assert attention_entropy(torch.eye(4)).tolist() == [0, 0, 0, 0]
+    assert attention_entropy(torch.full((1, 8), 1 / 8)).item() == pytest.approx(math.log(8))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: HedgehogAttention(10, 4), "heads must divide dim"),
+        (lambda: LinearAttention(8, 2, "softmax"), "feature_map must be one of"),
+        (lambda: HedgehogFeatureMap(2, 4, form="relu"), "form must be one of"),
+        (lambda: HedgehogFeatureMap(2, 4, 0), "at least 1"),
+        (lambda: MAPS["cosformer"](2, 4, length=0), "length must be at least 1"),
+        (lambda: HedgehogFeatureMap(2, 4)(torch.zeros(1, 3, 5, 4)), r"expected \(batch, 2, tokens, 4\)"),
+        (lambda: HedgehogAttention(8, 2)(torch.zeros(3, 8)), r"expected \(batch, tokens, 8\)"),
+        (lambda: HedgehogAttention(8, 2, causal=False).prefill(torch.zeros(1, 3, 8)), "cannot stream"),
+        (lambda: linearise(nn.Linear(2, 2)), "no SoftmaxAttention"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_reason(build, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        build()

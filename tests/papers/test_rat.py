@@ -1,0 +1,391 @@
+"""What RAT promises: attention at one end, a gated RNN at the other, and a stream that keeps one entry a chunk."""
+
+import copy
+import io
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from provenn.bench import count_parameters, flops, growth
+from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.positions import rotate
+from provenn.nn.streaming import load_state, map_state, save_state, select_state, state_bytes
+from provenn.papers.rat import RATMixer, RNNMixer
+
+MIXERS = {
+    "rat": lambda dim=24, **options: RATMixer(dim, 4, **{"chunk": 4, **options}),
+    "rat, token positions": lambda dim=24: RATMixer(dim, 4, chunk=4, positions="token"),
+    "rat, no positions": lambda dim=24: RATMixer(dim, 4, chunk=4, positions="none"),
+    "rat, chunks of 1": lambda dim=24: RATMixer(dim, 4, chunk=1),
+    "rat, one long chunk": lambda dim=24: RATMixer(dim, 4, chunk=64),
+    "rnn": lambda dim=24: RNNMixer(dim, length=32),
+}
+mixers = pytest.mark.parametrize("build", MIXERS.values(), ids=MIXERS)
+
+
+@pytest.fixture
+def untyped():
+    """Run-time shape checks cannot be traced, and would refuse bad shapes before we do."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def stirred(module):
+    """In float64, with weights large enough that softmax and gates are far from even."""
+    module = module.double().eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return module
+
+
+def fold(module, x, state=None):
+    """The outputs of `step` over a sequence, and the last state."""
+    state = module.init_state(x.shape[0]) if state is None else state
+    outputs = []
+    for t in range(x.shape[1]):
+        y, state = module.step(x[:, t], state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1), state
+
+
+def by_definition(layer, x):
+    """RAT token by token, from the equations of section 3."""
+    dim, heads, p = layer.dim, layer.heads, layer.dim // layer.heads
+    shared = layer.groups * p
+    z, v, g, q, k = layer.project(x).split((dim, dim, dim, shared, shared), dim=-1)
+    z, g = z.sigmoid(), (g + layer.gate_bias).sigmoid()
+    q, k = (part.repeat(1, 1, heads // layer.groups) for part in (q, k))
+    outputs, finished = [], []
+    for t in range(x.shape[1]):
+        c = t // layer.chunk
+        new = t % layer.chunk == 0
+        key = (1 - g[:, t]) * k[:, t] + (0 if new else g[:, t] * key)
+        value = (1 - g[:, t]) * v[:, t] + (0 if new else g[:, t] * value)
+        turned, query = (rotate(part.view(-1, heads, 1, p), torch.tensor([c])).squeeze(2) for part in (key, q[:, t]))
+        seen = [*finished, (turned, value.view(-1, heads, p))]
+        scores = torch.stack([(query * past).sum(-1) / p**0.5 for past, _ in seen], dim=-1)
+        mixed = torch.einsum("bhc,bhcp->bhp", scores.softmax(-1), torch.stack([past for _, past in seen], dim=2))
+        outputs.append(layer.out(z[:, t] * mixed.flatten(1)))
+        if t % layer.chunk == layer.chunk - 1:
+            finished.append(seen[-1])
+    return torch.stack(outputs, dim=1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 64])
+@pytest.mark.parametrize("tokens", [1, 8, 21])
+def test_rat_is_what_its_equations_say(chunk, tokens):
+    layer = stirred(RATMixer(24, 4, chunk=chunk))
+    x = torch.randn(2, tokens, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), by_definition(layer, x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 21])
+def test_a_chunk_as_long_as_the_sequence_is_the_rnn_whatever_queries_and_keys_are(tokens):
+    rat, rnn = stirred(RATMixer(24, 4, chunk=tokens)), stirred(RNNMixer(24))
+    rnn.project.weight.data = rat.project.weight.data[: 3 * 24]
+    rnn.gate_bias.data, rnn.out.weight.data = rat.gate_bias.data, rat.out.weight.data
+    rat.project.weight.data[3 * 24 :] *= 100
+    x = torch.randn(2, tokens, 24, dtype=torch.float64)
+    torch.testing.assert_close(rat(x), rnn(x), rtol=0, atol=1e-12)
+
+
+def gated_attention(layer, x, closed):
+    """Softmax attention with token positions, tiled queries and keys, gated outputs; keys and values (1 − g) times."""
+    z, v, g, q, k = layer.project(x).split(layer.widths, dim=-1)
+    keep = 1 - torch.zeros_like(v) if closed else 1 - (g + layer.gate_bias).sigmoid()
+    q, k = (part.repeat(1, 1, layer.heads // layer.groups) for part in (q, k))
+    q, k, v = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (q, keep * k, keep * v))
+    positions = torch.arange(x.shape[1])
+    y = F.scaled_dot_product_attention(rotate(q, positions), rotate(k, positions), v, is_causal=True)
+    return layer.out(z.sigmoid() * y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["gates as they are", "gates at 0"])
+def test_chunks_of_one_token_are_attention(closed):
+    layer = stirred(RATMixer(24, 4, chunk=1))
+    if closed:
+        nn.init.constant_(layer.gate_bias, -torch.inf)
+    x = torch.randn(2, 21, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), gated_attention(layer, x, closed), rtol=0, atol=1e-12)
+
+
+@mixers
+@settings(deadline=None, max_examples=8)
+@given(tokens=st.integers(2, 40), data=st.data())
+def test_whole_is_the_fold_of_steps_from_any_split(build, tokens, data):
+    layer = stirred(build())
+    x = torch.randn(2, tokens, 24, dtype=torch.float64)
+    cut = data.draw(st.integers(1, tokens - 1))
+    with torch.no_grad():
+        whole = layer(x)
+        streamed, end = fold(layer, x)
+        torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-10)
+        first, state = layer.prefill(x[:, :cut])
+        second, resumed = layer.prefill(x[:, cut:], state)
+        torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=0, atol=1e-10)
+        torch.testing.assert_close(fold(layer, x[:, cut:], state)[0], whole[:, cut:], rtol=0, atol=1e-10)
+        # The states themselves are one: what comes after all of them is the same.
+        more = torch.randn(2, 9, 24, dtype=torch.float64)
+        expected = layer(torch.cat([x, more], dim=1))[:, tokens:]
+        for after in (end, resumed):
+            torch.testing.assert_close(layer.prefill(more, after)[0], expected, rtol=0, atol=1e-10)
+            torch.testing.assert_close(fold(layer, more, after)[0], expected, rtol=0, atol=1e-10)
+
+
+@mixers
+def test_single_precision_streams_to_1e_5(build):
+    layer = stirred(build()).float()
+    x = torch.randn(2, 133, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(fold(layer, x)[0], layer(x), rtol=1e-5, atol=1e-5)
+
+
+@mixers
+def test_a_prompt_in_several_pieces_has_the_same_gradient(build):
+    layer = stirred(build())
+    x = torch.randn(2, 22, 24, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 22, 24, dtype=torch.float64)
+    state, outputs = None, []
+    for piece in x.split([7, 1, 8, 6], dim=1):
+        y, state = layer.prefill(piece, state)
+        outputs.append(y)
+    leaves = [x, *layer.parameters()]
+    pieces = torch.autograd.grad((torch.cat(outputs, 1) * weight).sum(), leaves, allow_unused=True)
+    whole = torch.autograd.grad((layer(x) * weight).sum(), leaves, allow_unused=True)
+    for a, b in zip(pieces, whole):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@mixers
+@settings(deadline=None, max_examples=8)
+@given(data=st.data())
+def test_hidden_tokens_are_as_if_they_were_not_there(build, data):
+    layer = stirred(build())
+    mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=19, max_size=19)) for _ in range(3)])
+    x, more = torch.randn(3, 19, 24, dtype=torch.float64), torch.randn(3, 7, 24, dtype=torch.float64)
+    with torch.no_grad():
+        spoiled = x.masked_fill(~mask.unsqueeze(-1), torch.nan)
+        y, state = layer.prefill(spoiled, mask=mask)
+        later, state = layer.prefill(more[:, :3], state)
+        streamed, _ = fold(layer, more[:, 3:], state)
+        for i in range(3):
+            alone = layer(torch.cat([x[i : i + 1, mask[i]], more[i : i + 1]], dim=1))[0]
+            ours = torch.cat([y[i, mask[i]], later[i], streamed[i]])
+            torch.testing.assert_close(ours, alone, rtol=0, atol=1e-10)
+
+
+@mixers
+def test_tokens_move_nothing_before_them(build):
+    layer = stirred(build())
+    x = torch.randn(1, 20, 24, dtype=torch.float64, requires_grad=True)
+    for t in (0, 3, 4, 11, 18):
+        (grad,) = torch.autograd.grad(layer(x)[:, t].sum(), x)
+        assert not grad[:, t + 1 :].any() and grad[:, t].any()
+
+
+def test_finished_chunks_do_not_depend_on_later_ones():
+    layer = stirred(RATMixer(24, 4, chunk=4))
+    x = torch.randn(2, 19, 24, dtype=torch.float64)
+    _, short = layer.prefill(x[:, :8])
+    _, long = layer.prefill(x)
+    torch.testing.assert_close(long.chunks.keys[:, :, :2], short.chunks.keys)
+    torch.testing.assert_close(long.chunks.values[:, :, :2], short.chunks.values)
+
+
+def test_the_first_chunk_is_finite_forward_and_backward():
+    layer = RATMixer(24, 4, chunk=8)
+    x = torch.randn(2, 8, 24, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_groups_are_tiled_over_heads_not_interleaved():
+    layer = stirred(RATMixer(24, 4, groups=2, chunk=4))
+    _, _, _, q, k = layer._project(torch.randn(1, 5, 24, dtype=torch.float64))
+    for part in (q, k):
+        heads = part.view(1, 5, 4, 6)
+        assert torch.equal(heads[:, :, 0], heads[:, :, 2]) and torch.equal(heads[:, :, 1], heads[:, :, 3])
+        assert not torch.equal(heads[:, :, 0], heads[:, :, 1])
+
+
+def test_after_the_recurrence_each_head_has_keys_of_its_own():
+    layer = stirred(RATMixer(24, 4, groups=2, chunk=4))
+    _, state = layer.prefill(torch.randn(1, 8, 24, dtype=torch.float64))
+    keys = state.chunks.keys
+    assert not torch.allclose(keys[:, 0], keys[:, 2]) and not torch.allclose(keys[:, 1], keys[:, 3])
+
+
+def test_positions_are_relative_and_shared_in_a_chunk():
+    layer = RATMixer(24, 4, chunk=4)
+    x = torch.randn(1, 4, 8, 6, dtype=torch.float64)
+    turned = layer._rotate(x, torch.arange(8))
+    torch.testing.assert_close(turned[:, :, :4], x[:, :, :4])
+    torch.testing.assert_close(turned[:, :, 4:], rotate(x[:, :, 4:], torch.ones(4)))
+    far = layer._rotate(x, torch.arange(8) + 4 * 1000)
+    torch.testing.assert_close(far @ far.mT, turned @ turned.mT)
+
+
+def test_adding_a_constant_to_all_chunk_numbers_changes_no_output(monkeypatch):
+    layer = stirred(RATMixer(24, 4, chunk=4))
+    x = torch.randn(1, 21, 24, dtype=torch.float64)
+    plain = layer(x)
+    monkeypatch.setattr(layer, "_rotate", lambda part, token: rotate(part, token // 4 + 1000))
+    torch.testing.assert_close(layer(x), plain)
+    monkeypatch.setattr(layer, "_rotate", lambda part, token: rotate(part, token // 4 * 2))
+    assert not torch.allclose(layer(x), plain)
+
+
+@pytest.mark.parametrize("dim, heads, groups", [(24, 4, 2), (32, 4, 4), (48, 3, 1)])
+def test_parameters(dim, heads, groups):
+    rat = 4 * dim**2 + 2 * groups * (dim // heads) * dim + dim
+    assert count_parameters(RATMixer(dim, heads, groups=groups)) == rat
+    assert count_parameters(RNNMixer(dim)) == 4 * dim**2 + dim
+
+
+def test_gates_start_as_memories_of_all_lengths_up_to_a_chunk():
+    horizon = RATMixer(2000, 4, chunk=16).gate_bias.exp()
+    assert horizon.min() >= 1 and horizon.max() <= 15 and abs(horizon.mean() - 8) < 0.5
+    horizon = RNNMixer(2000, length=512).gate_bias.exp()
+    assert horizon.min() >= 1 and horizon.max() <= 511 and abs(horizon.mean() - 256) < 20
+    assert not RATMixer(24, 4, chunk=1).gate_bias.any()
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("way", ["prefill", "step"])
+def test_a_stream_keeps_one_entry_a_chunk(tokens, way):
+    layer = RATMixer(24, 4, chunk=16)
+    x = torch.randn(3, tokens, 24)
+    with torch.no_grad():
+        state = layer.prefill(x)[1] if way == "prefill" else fold(layer, x)[1]
+    # A key and a value for each chunk, the running pair, and the position of each stream.
+    assert state.nbytes == 4 * 3 * 2 * 24 * (-(-tokens // 16) + 1) + 8 * 3
+    assert state_bytes((state,)) == state.nbytes
+
+
+def test_the_rnns_stream_does_not_grow():
+    layer = RNNMixer(24)
+    with torch.no_grad():
+        assert {state_bytes(layer.prefill(torch.randn(2, n, 24))[1]) for n in (1, 10, 1000)} == {4 * 2 * 24}
+
+
+@mixers
+def test_states_are_selected_saved_and_loaded(build, tmp_path):
+    layer = build().eval()
+    x, next_token = torch.randn(4, 9, 24), torch.randn(4, 24)
+    with torch.no_grad():
+        _, state = layer.prefill(x)
+        save_state(state, tmp_path / "state.safetensors")
+        again = load_state(layer.init_state(1), tmp_path / "state.safetensors")
+        expected, _ = layer.step(next_token, map_state(torch.clone, state))
+        torch.testing.assert_close(layer.step(next_token, again)[0], expected)
+        for index in (2, [0, 3], slice(1, 3), torch.tensor([True, False, False, True])):
+            some = next_token[[index] if isinstance(index, int) else index]
+            part = [index] if isinstance(index, int) else index
+            torch.testing.assert_close(layer.step(some, select_state(state, index))[0], expected[part])
+
+
+def test_a_bfloat16_stream_keeps_its_running_state_in_float32():
+    for layer in (RATMixer(24, 4).bfloat16(), RNNMixer(24).bfloat16()):
+        x = torch.randn(2, 40, 24).bfloat16()
+        with torch.no_grad():
+            y, prefilled = layer.prefill(x)
+            streamed, state = fold(layer, x)
+        assert y.dtype == streamed.dtype == torch.bfloat16
+        for held in (state, prefilled):
+            assert held.value.dtype == torch.float32
+        torch.testing.assert_close(streamed.float(), y.float(), rtol=0.05, atol=0.05 * y.float().abs().max().item())
+
+
+def test_attention_work_falls_by_the_chunk_length():
+    def work(layer, n):
+        with torch.no_grad():
+            return flops(lambda: layer(torch.randn(1, n, 8))) - n * sum(
+                2 * p.numel() for p in layer.parameters() if p.dim() == 2
+            )
+
+    sizes = [1024, 2048, 4096]
+    softmax = [work(SoftmaxAttention(8, 2, bias=False), n) for n in sizes]
+    rat = [work(RATMixer(8, 2, chunk=16), n) for n in sizes]
+    assert all(a / b == pytest.approx(16, rel=0.05) for a, b in zip(softmax, rat))
+    assert growth(sizes, rat).exponent == pytest.approx(2, abs=0.05)
+    assert work(RNNMixer(8), 1024) == 0
+
+
+@mixers
+def test_bfloat16_stays_close_to_float32(build):
+    layer = build().eval()
+    x = torch.randn(2, 100, 24)
+    low = copy.deepcopy(layer).bfloat16()(x.bfloat16()).float()
+    assert (low - layer(x)).norm() / layer(x).norm() < 0.03
+
+
+def test_compiles_exports_and_travels(untyped):
+    layer = RATMixer(24, 4, chunk=4).eval()
+    x = torch.randn(2, 13, 24)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x_t, state):
+            return self.layer.step(x_t, state)
+
+    with torch.no_grad():
+        _, state = layer.prefill(x[:, :5])
+        exported = torch.export.export(Step(), (x[:, 5], map_state(torch.clone, state))).module()
+        ours, _ = exported(x[:, 5], map_state(torch.clone, state))
+        torch.testing.assert_close(ours, layer.step(x[:, 5], state)[0])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    leaves = list(layer.parameters())
+    gradients = [torch.autograd.grad(form(x).square().sum(), leaves, allow_unused=True) for form in (compiled, layer)]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RATMixer(10, 4), "heads must divide dim, .* dim=10 and heads=4"),
+        (lambda: RATMixer(12, 3), "groups must divide heads .* groups=2 and heads=3"),
+        (lambda: RATMixer(8, 2, chunk=0), "chunk must be at least 1, got 0"),
+        (lambda: RATMixer(6, 2), "even head width, got dim=6 and heads=2"),
+        (lambda: RATMixer(8, 2, positions="learned"), "positions must be one of chunk, token, none, got 'learned'"),
+        (lambda: RATMixer(8, 2, causal=False), "causal must be True"),
+        (lambda: RNNMixer(0), "dim must be at least 1, got 0"),
+        (lambda: RNNMixer(8, length=0), "length must be at least 1, got 0"),
+        (lambda: RNNMixer(8, causal=False), "causal must be True"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_reason(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@mixers
+def test_tensors_of_the_wrong_shape_are_refused(build, untyped):
+    layer = build()
+    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 24\), got \(2, 5, 23\)"):
+        layer(torch.randn(2, 5, 23))
+    with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 5\), got \(2, 4\)"):
+        layer(torch.randn(2, 5, 24), mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="one token a stream"):
+        layer.step(torch.randn(2, 5, 24), layer.init_state(2))

@@ -1,0 +1,261 @@
+"""The neural memory and the three ways to build it in: what the layers promise, and every exact claim."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from provenn.nn.streaming import load_state, map_state, save_state, select_state, state_bytes
+from provenn.papers.titans import (
+    LongTermMemory,
+    MemoryAsContext,
+    MemoryAsGate,
+    MemoryAsLayer,
+    NeuralMemory,
+    frozen_memory,
+    observe_surprise,
+)
+
+MIXERS = {
+    "memory": partial(NeuralMemory, chunk=4),
+    "lmm": partial(LongTermMemory, heads=2, chunk=4, persistent=3),
+    "mac": partial(MemoryAsContext, heads=2, segment=6, chunk=4, persistent=2),
+    "mag": partial(MemoryAsGate, heads=2, window=5, chunk=4, persistent=2),
+    "mal": partial(MemoryAsLayer, heads=2, window=5, chunk=4, persistent=2),
+    "mac, one token a segment, no persistent tokens": partial(MemoryAsContext, heads=2, segment=1, persistent=0),
+    "mag, window of one, no persistent tokens": partial(MemoryAsGate, heads=2, window=1, persistent=0),
+    "lmm without all that": partial(LongTermMemory, momentum=False, decay=False, kernel=1, persistent=0, depth=1),
+}
+mixers = pytest.mark.parametrize("make", MIXERS.values(), ids=MIXERS)
+
+
+def built(make, dim=8, dtype=torch.float64, seed=0, **options):
+    torch.manual_seed(seed)
+    return make(dim, **options).to(dtype).eval()
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def in_pieces(mixer, x, cuts, mask=None):
+    state, outputs = None, []
+    for a, b in zip((0, *cuts), (*cuts, x.shape[1])):
+        y, state = mixer.prefill(x[:, a:b], state, mask=None if mask is None else mask[:, a:b])
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+@mixers
+@settings(max_examples=12)
+@given(n=st.integers(1, 25), hidden=st.sampled_from([0.0, 0.4]), data=st.data())
+def test_a_sequence_may_be_cut_anywhere(make, n, hidden, data):
+    cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=3))) if n > 1 else []
+    mixer, x = built(make), draw(2, n, 8, seed=n)
+    mask = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) >= hidden if hidden else None
+    with torch.no_grad():
+        torch.testing.assert_close(in_pieces(mixer, x, cuts, mask)[0], mixer(x, mask=mask), rtol=0, atol=1e-11)
+
+
+@mixers
+def test_forward_is_the_fold_of_step_in_float32(make):
+    mixer, x = built(make, dtype=torch.float32), draw(2, 37, 8, dtype=torch.float32)
+    with torch.no_grad():
+        state, outputs = mixer.init_state(2), []
+        for t in range(37):
+            y, state = mixer.step(x[:, t], state)
+            outputs.append(y)
+        torch.testing.assert_close(torch.stack(outputs, dim=1), mixer(x), rtol=0, atol=1e-4)
+
+
+@mixers
+def test_a_later_token_changes_no_bit_before_it(make):
+    mixer, x = built(make), draw(2, 24, 8)
+    before = mixer(x)
+    for t in (0, 5, 11, 23):
+        changed = x.clone()
+        changed[:, t:] = draw(2, 24 - t, 8, seed=9)
+        after = mixer(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+def test_the_equations_of_mac_taken_literally_look_ahead_in_a_segment():
+    mixer, x = built(MIXERS["mac"], causal=False), draw(2, 24, 8)
+    changed = x.clone()
+    changed[:, 10:] = draw(2, 14, 8, seed=9)
+    before, after = mixer(x), mixer(changed)
+    assert torch.equal(after[:, :6], before[:, :6])  # the segment before
+    assert (after[:, 6:10] - before[:, 6:10]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="cannot stream; build it with causal=True"):
+        mixer.init_state(1)
+
+
+def test_mac_recalls_with_the_memory_from_before_the_segment_and_writes_what_attention_gives():
+    mixer, x = built(MIXERS["mac"]), draw(2, 12, 8)
+    prefix, memory = mixer.persistent.expand(2, 2, 8), mixer.memory
+    state, tail, outputs = memory.init_state(2), torch.zeros(2, 3, 8).double(), []
+    for segment in x.split(6, dim=1):
+        h, tail = memory.recall(segment, state.memory.weights, tail)
+        y = mixer.attention(segment, [h, segment], prefix)[0]
+        recalled, state = memory.prefill(y, state)
+        outputs.append(mixer.join(y, recalled))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), mixer(x), rtol=0, atol=1e-12)
+
+
+def test_window_attention_is_a_masked_softmax_with_distances_and_a_free_prefix():
+    from provenn.nn.positions import rotate
+
+    attention = built(MIXERS["mag"]).attention
+    x, prefix = draw(2, 13, 8), draw(2, 2, 8, seed=1)
+    q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (attention.query, attention.key, attention.value))
+    pk, pv = (m(prefix).unflatten(-1, (2, 4)).transpose(1, 2) for m in (attention.key, attention.value))
+    place = torch.arange(13)
+    distance = place[:, None] - place
+    scores = (rotate(q, place) @ rotate(k, place).mT).masked_fill((distance < 0) | (distance >= 5), -torch.inf)
+    weights = (torch.cat([q @ pk.mT, scores], dim=-1) / 2).softmax(dim=-1)
+    y = weights @ torch.cat([pv, v], dim=2)
+    torch.testing.assert_close(attention(x, [x], prefix)[0], attention.out(y.transpose(1, 2).flatten(2)))
+
+
+@mixers
+def test_sequences_of_a_batch_never_meet(make):
+    mixer, x = built(make), draw(4, 13, 8)
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        y, state = mixer.prefill(x)
+        torch.testing.assert_close(mixer(x[order]), y[order])
+        token, some = draw(4, 8, seed=3), [3, 1]
+        expected, _ = mixer.step(token, state)
+        torch.testing.assert_close(mixer.step(token[some], select_state(state, some))[0], expected[some])
+
+
+@mixers
+def test_a_state_never_grows_and_travels_through_a_file(make, tmp_path):
+    mixer, x = built(make, dtype=torch.float32), draw(2, 40, 8, dtype=torch.float32)
+    with torch.no_grad():
+        held = state_bytes(mixer.init_state(2))
+        for n in (1, 7, 40):
+            _, state = mixer.prefill(x[:, :n])
+            assert state_bytes(state) == held
+        save_state(state, tmp_path / "state.safetensors")
+        again = load_state(mixer.init_state(1), tmp_path / "state.safetensors")
+        token = draw(2, 8, seed=3, dtype=torch.float32)
+        torch.testing.assert_close(mixer.step(token, again)[0], mixer.step(token, state)[0])
+
+
+def test_a_memory_holds_its_weights_its_momentum_and_the_weights_of_the_chunks_start():
+    for momentum, kinds in ((True, 3), (False, 2)):
+        state = NeuralMemory(8, heads=2, momentum=momentum).init_state(3)
+        memory = 2 * (4 * 16 + 16 * 4)
+        assert state_bytes(state) == 4 * 3 * (kinds * memory + 3 * 24)
+
+
+@mixers
+def test_a_frozen_memory_is_read_and_not_written(make):
+    mixer, x = built(make), draw(2, 12, 8)
+    with torch.no_grad():
+        _, state = mixer.prefill(x)
+        memory = [part for part in mixer.modules() if isinstance(part, NeuralMemory)]
+        with frozen_memory(mixer):
+            assert not any(part.writing for part in memory)
+            _, after = mixer.prefill(x, state)
+        assert all(part.writing for part in memory)
+
+    def weights(state):
+        while not hasattr(state, "weights"):
+            state = state.memory
+        return state.weights
+
+    for a, b in zip(weights(state), weights(after)):
+        assert torch.equal(a, b)
+    assert not torch.equal(weights(mixer.prefill(x, state)[1])[0], weights(state)[0])
+
+
+def test_surprise_is_observed_in_the_order_of_the_memories_and_is_that_of_autograd():
+    torch.manual_seed(0)
+    first, second = NeuralMemory(8, chunk=1).double(), LongTermMemory(8, heads=2, chunk=4).double()
+    x = draw(2, 9, 8)
+    with observe_surprise() as found:
+        second(first(x))
+    assert [one.norm.shape for one in found] == [(2, 1, 9), (2, 2, 9)]
+    state, norms = first.init_state(2), []
+    for t in range(9):
+        (_, k, v), _ = first._projected(x[:, t : t + 1], state.tail)
+        weights = [w.detach().requires_grad_() for w in state.memory.weights]
+        hidden = torch.nn.functional.silu(k @ weights[0]) @ weights[1]
+        gradients = torch.autograd.grad((hidden - v).square().sum(), weights)
+        norms.append(sum(u.square().sum((1, 2, 3)) for u in gradients).sqrt())
+        _, state = first.prefill(x[:, t : t + 1], state)
+    torch.testing.assert_close(found[0].norm[:, 0], torch.stack(norms, dim=1))
+
+
+def test_gates_start_where_a_memory_trains():
+    memory = NeuralMemory(64, heads=2, chunk=16)
+    step, forget, momentum = memory.gates.bias.detach().view(3, 2).sigmoid()[:, 0].tolist()
+    assert memory.max_step * step == pytest.approx(0.2689 / 32, abs=1e-5)
+    assert forget < 0.01 and momentum == pytest.approx(0.1192, abs=1e-4)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [1, 16, 64])
+def test_one_token_without_end_does_not_blow_a_memory_up(depth, chunk):
+    memory = built(NeuralMemory, dim=16, dtype=torch.float32, depth=depth, chunk=chunk)
+    x = draw(2, 1, 16, dtype=torch.float32).expand(2, 1024, 16).contiguous().requires_grad_()
+    y = memory(x)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *memory.parameters()])
+    assert y.abs().max() < 10 and all(g.isfinite().all() for g in gradients)
+
+
+def test_larger_steps_than_one_a_chunk_blow_up_on_one_token_without_end():
+    memory = built(NeuralMemory, dim=16, dtype=torch.float32, depth=1, chunk=16, max_step=1.0)
+    x = draw(2, 1, 16, dtype=torch.float32).expand(2, 1024, 16)
+    assert not memory(x).abs().max() < 1e6
+
+
+@mixers
+def test_bfloat16_weights_keep_a_float32_memory(make):
+    mixer = built(make, dtype=torch.bfloat16)
+    _, state = mixer.prefill(draw(1, 9, 8, dtype=torch.bfloat16))
+    kinds = set()
+    map_state(lambda x: kinds.add(x.dtype), state.memory)
+    assert torch.float32 in kinds
+    inner = state.memory
+    while not hasattr(inner, "layers"):
+        inner = inner.memory
+    assert {x.dtype for x in inner.layers} == {torch.float32}
+
+
+def test_copies_share_no_memory():
+    mixer = built(MIXERS["mag"])
+    twin = copy.deepcopy(mixer)
+    with torch.no_grad():
+        twin.memory.memory[0].zero_()
+    assert mixer.memory.memory[0].any()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: NeuralMemory(10, heads=4), "heads must divide dim, both at least 1, got dim=10 and heads=4"),
+        (lambda: NeuralMemory(8, depth=0), "depth must be at least 1, got 0"),
+        (lambda: NeuralMemory(8, chunk=0), "chunk must be at least 1, got 0"),
+        (lambda: NeuralMemory(8, kernel=0), "kernel must be at least 1, got 0"),
+        (lambda: NeuralMemory(8, max_step=0.0), "max_step must be above 0, got 0.0"),
+        (lambda: NeuralMemory(8, expansion=0.01), "a hidden width of at least 1"),
+        (lambda: NeuralMemory(8, read="now"), "read must be post or pre"),
+        (lambda: NeuralMemory(8, causal=False), "causal must be True"),
+        (lambda: LongTermMemory(8, persistent=-1), "persistent must be at least 0, got -1"),
+        (lambda: MemoryAsGate(8, heads=3), "heads must divide dim"),
+        (lambda: MemoryAsGate(8, heads=8), "an even head width"),
+        (lambda: MemoryAsGate(8, heads=2, window=0), "window must be at least 1, got 0"),
+        (lambda: MemoryAsContext(8, heads=2, segment=0), "segment must be at least 1, got 0"),
+        (lambda: MemoryAsLayer(8, heads=2, causal=False), "causal must be True"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_reason(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

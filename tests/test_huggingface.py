@@ -1,0 +1,339 @@
+"""Pretrained models with another attention: converted, taught, tuned, saved, loaded, streamed, and undone."""
+
+import copy
+import json
+import shlex
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from provenn import huggingface
+from provenn.cli import main
+from provenn.errors import UserError
+from provenn.huggingface import Text, attentions, conversion_of, convert, perplexity, recover, revert, tune
+from provenn.papers.hedgehog.convert import StateCache, distil, report, teaching
+
+VOCAB = 60
+
+
+def gpt2(**options):
+    return GPT2LMHeadModel(
+        GPT2Config(
+            **{"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": VOCAB, "n_positions": 64, "bos_token_id": 0,
+               "eos_token_id": 0, "initializer_range": 0.3, **options},
+        )
+    )  # fmt: skip
+
+
+def llama(**options):
+    return LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=2, hidden_size=16, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, initializer_range=0.3,
+            **options,
+        )
+    )  # fmt: skip
+
+
+def bert(**options):
+    return BertForMaskedLM(
+        BertConfig(
+            num_hidden_layers=2, hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=VOCAB,
+            max_position_embeddings=64, initializer_range=0.3, **options,
+        )
+    )  # fmt: skip
+
+
+BUILDERS = {"gpt2": gpt2, "llama": llama, "bert": bert}
+GENERATE = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCAB + 1}
+hosts = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+decoders_only = pytest.mark.parametrize("build", [gpt2, llama], ids=["gpt2", "llama"])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def batch(tokens=14, padding=0):
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    mask[0, :padding] = 0
+    return {"input_ids": torch.randint(1, VOCAB, (2, tokens)), "attention_mask": mask}
+
+
+def stir(model):
+    """Maps away from where they start, so that what is compared is not the identity."""
+    with torch.no_grad():
+        for attention in attentions(model):
+            for parameter in attention.module.attention_maps.parameters():
+                parameter += 0.5 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    special = ["<end>", "<mask>"]
+    inner.train_from_iterator(["the cat sat on the mat"], trainers.BpeTrainer(vocab_size=40, special_tokens=special))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", mask_token="<mask>")
+
+
+@pytest.fixture
+def story(tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_text("the cat sat on the mat. " * 120)
+    return file
+
+
+@hosts
+def test_conversion_keeps_every_weight_and_can_be_undone(build):
+    model, given = build().eval(), batch()
+    before, logits, kind = copy.deepcopy(model.state_dict()), model(**given).logits, type(model)
+    assert convert(model, "hedgehog") is model and isinstance(model, kind)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert (model(**given).logits - logits).abs().max() > 1e-2
+    revert(model)
+    assert type(model) is kind and list(model.state_dict()) == list(before)
+    assert torch.equal(model(**given).logits, logits)
+    assert model.config.model_type in BUILDERS and not hasattr(model.config, "conversion")
+
+
+@hosts
+@pytest.mark.parametrize("padding", [0, 5])
+def test_while_it_is_taught_a_model_gives_its_own_outputs(build, padding):
+    model, given = build().eval(), batch(padding=padding)
+    logits = model(**given).logits
+    convert(model, "hedgehog")
+    with teaching(model) as losses:
+        taught = model(**given, **({} if build is bert else {"use_cache": False})).logits
+    real = given["attention_mask"].bool()
+    torch.testing.assert_close(taught[real], logits[real], rtol=0, atol=0 if padding == 0 else 1e-5)
+    assert len(losses) == 2
+
+
+@hosts
+def test_distillation_trains_the_maps_alone(build):
+    model = convert(build().train(), "hedgehog")
+    before = copy.deepcopy(model.state_dict())
+    losses = distil(model, 40 * [batch(padding=3)], 1e-2)
+    assert model.training and len(losses) == 40 and losses[-1] < losses[0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != ("attention_maps" in name)
+
+
+@hosts
+@pytest.mark.parametrize("padding", [0, 5])
+def test_padding_on_the_left_changes_nothing(build, padding):
+    model = stir(convert(build().eval(), "hedgehog"))
+    tokens = torch.randint(1, VOCAB, (1, 9))
+    positions = torch.arange(9)[None]
+    alone = model(tokens, position_ids=positions).logits
+    padded = model(
+        torch.cat([torch.zeros(1, padding, dtype=torch.long), tokens], 1),
+        attention_mask=(torch.arange(9 + padding) >= padding).long()[None],
+        position_ids=torch.cat([torch.zeros(1, padding, dtype=torch.long), positions], 1),
+    ).logits
+    torch.testing.assert_close(padded[:, padding:], alone, rtol=1e-4, atol=1e-4)
+
+
+@decoders_only
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_keeps_a_state_of_constant_size_and_says_what_a_full_cache_says(build, padding, beams, monkeypatch):
+    model, given = stir(convert(build().eval(), "hedgehog")), batch(padding=padding)
+    made = []
+    monkeypatch.setattr(StateCache, "__init__", lambda self, old=StateCache.__init__: (old(self), made.append(self))[0])
+    ours = model.generate(**given, **GENERATE, num_beams=beams)
+    assert len(made) == 1 and made[0].get_seq_length() == 14 + 8 - 1
+    assert {tensor.shape[-2:] for layer in made[0].layers for tensor in [layer.state.s]} == {
+        (2 * 8, 8)
+    } or build is llama
+    theirs = model.generate(**given, **GENERATE, num_beams=beams, past_key_values=DynamicCache())
+    assert torch.equal(ours, theirs)
+    if beams == 1 and not padding:
+        tokens = given["input_ids"]
+        for _ in range(8):
+            tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ours, tokens)
+
+
+@decoders_only
+def test_a_stream_holds_the_same_bytes_after_any_number_of_tokens(build):
+    model, cache = convert(build().eval(), "hedgehog"), StateCache()
+    sizes = set()
+    with torch.no_grad():
+        for tokens in (1, 7, 30):
+            model(torch.randint(1, VOCAB, (1, tokens)), past_key_values=cache, use_cache=True)
+            sizes.add(cache.nbytes)
+    heads, width = (2, 8) if build is gpt2 else (4, 4)
+    assert sizes == {2 * 4 * heads * (2 * width * width + 2 * width)} and cache.get_seq_length() == 38
+
+
+def test_a_state_can_be_split_repeated_and_reset_but_not_cropped():
+    model, cache, alone = convert(gpt2().eval(), "hedgehog"), StateCache(), StateCache()
+    tokens = torch.randint(1, VOCAB, (2, 6))
+    with torch.no_grad():
+        model(tokens, past_key_values=cache, use_cache=True)
+        model(tokens[1:], past_key_values=alone, use_cache=True)
+    one = copy.deepcopy(cache)
+    one.batch_select_indices(torch.tensor([1]))
+    torch.testing.assert_close(one.layers[1].state.s, alone.layers[1].state.s)
+    one.batch_repeat_interleave(3)
+    assert one.layers[0].state.s.shape[0] == 3
+    with pytest.raises(ValueError, match="cannot be taken out"):
+        cache.crop(-1)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+
+
+@hosts
+@pytest.mark.parametrize("options", [{}, {"feature_map": "t2r"}, {"form": "joint", "feature_dim": 3}], ids=str)
+def test_a_saved_model_is_found_again_by_the_auto_classes(build, options, tmp_path):
+    model, given = stir(convert(build().eval(), "hedgehog", **options)), batch()
+    model.save_pretrained(tmp_path)
+    auto = AutoModelForMaskedLM if build is bert else AutoModelForCausalLM
+    again = auto.from_pretrained(tmp_path).eval()
+    assert type(again) is type(model) and again.config.conversion == {"paper": "hedgehog", "options": options}
+    assert torch.equal(again(**given).logits, model(**given).logits)
+    revert(again)
+    assert torch.equal(again(**given).logits, revert(model)(**given).logits)
+
+
+@hosts
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_tuning_lowers_the_loss_and_leaves_an_ordinary_model(build, how):
+    model = convert(build(), "hedgehog")
+    given = {**batch(), "labels": torch.randint(1, VOCAB, (2, 14))}
+    names, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    losses = tune(model, 12 * [given], how, lr=1e-2)
+    assert losses[-1] < losses[0] and list(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    if how == "lora":
+        suffixes = ("c_attn.weight", "attn.c_proj.weight", "_proj.weight", "query.weight", "key.weight", "value.weight")
+        assert changed and all(name.endswith((*suffixes, "attention.output.dense.weight")) for name in changed)
+        assert not any("mlp" in name or "attention_maps" in name for name in changed)
+    else:
+        assert any("attention_maps" in name for name in changed)
+
+
+def test_the_report_of_a_layer_is_near_softmax_where_the_maps_are():
+    model = convert(llama(), "hedgehog")
+    given = batch(padding=2)
+    distil(model, 60 * [given], 3e-2)
+    rows = report(model, given)
+    assert [row["layer"] for row in rows] == [0, 1]
+    raw = report(convert(revert(model), "hedgehog", feature_map="elu"), given)
+    for learned, fixed in zip(rows, raw):
+        assert 0 <= learned["kl"] < fixed["kl"]
+        assert abs(learned["entropy"] - learned["entropy_of_softmax"]) < abs(
+            fixed["entropy"] - fixed["entropy_of_softmax"]
+        )
+
+
+def test_recovery_measures_each_stage(tokenizer, story):
+    model = gpt2()
+    text = Text.of(story, tokenizer, model, length=16)
+    tune(model, text.batches(40, 4, 0), lr=3e-3)
+    recovery = recover(model, "hedgehog", text, steps=20, prepare_steps=20, batch_size=4, lr=1e-3)
+    names = [name for name, *_ in recovery.stages()]
+    assert names == ["before", "converted", "prepared", "tuned"]
+    assert recovery.before == pytest.approx(recovery.stages()[0][1]) and recovery.stages()[0][2] == 1
+    assert recovery.prepared < recovery.converted and recovery.parameters == 2 * 2 * 2 * 8 * 8
+    assert recovery.tuned == pytest.approx(perplexity(model, text.tests(4)))
+    assert json.loads(json.dumps(recovery.json()))["recovered"]["before"] == 1
+
+
+def test_masked_models_are_tested_on_what_is_masked(tokenizer, story):
+    model = bert()
+    text = Text.of(story, tokenizer, model, length=16)
+    given = next(text.batches(1, 3, seed=0))
+    hidden = given["labels"] != -100
+    assert (given["input_ids"][hidden] == tokenizer.mask_token_id).all() and hidden.any(1).all()
+    assert torch.equal(given["input_ids"][~hidden], given["input_ids"][~hidden])
+    first, again = ([part["input_ids"] for part in text.tests(2)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    # A model that knows nothing is as unsure as its vocabulary is large.
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert perplexity(model, text.tests(2)) == pytest.approx(VOCAB)
+
+
+def test_the_command_line_converts_a_folder(tokenizer, story, tmp_path, capsys):
+    host = tmp_path / "host"
+    gpt2().save_pretrained(host)
+    tokenizer.save_pretrained(host)
+    out = tmp_path / "converted"
+    line = f"convert hedgehog {host} --data {story} -o {out} --tune lora --steps 3 --prepare-steps 3 --length 16 --json"
+    assert main(shlex.split(line)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((out / "conversion.json").read_text())
+    assert told["setting"]["tuning"] == "lora" and len(told["losses"]["prepare"]) == 3 and len(told["layers"]) == 2
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "ConvertedGPT2LMHeadModel"
+    assert main(shlex.split(line)) == 2 and "is not empty" in capsys.readouterr().err
+    again = f"convert hedgehog {out} --data {story} -o {tmp_path / 'twice'} --length 16"
+    assert main(shlex.split(again)) == 2 and "already; revert it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("hedgehog nowhere --data {story}", "nowhere cannot be loaded as a model"),
+        ("hedgehog {host} --data nothing.txt --length 16", "nothing.txt"),
+        ("hedgehog {host} --data {empty} --length 16", "is empty"),
+        ("hedgehog {host} --data {story} --length 65", "length must lie between 2 and the 64 positions"),
+        ("hedgehog {host} --data {short} --length 64", "too little text"),
+        ("hedgehog {host} --data {story} --length 16 --tune some", "--tune takes full, lora, none"),
+        ("hedgehog {host} --data {story} --length 16 --set feature_map=tanh", "feature_map must be one of"),
+        ("hedgehog {host} --data {story} --length 16 --set depth=3", "does not take"),
+        ("eca_net {host} --data {story}", "eca_net has no conversion of pretrained models; these have: hedgehog"),
+        ("hedgehog {bare} --data {story}", "no tokenizer"),
+        ("hedgehog {small} --data {story}", "they do not belong together"),
+    ],
+)
+def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    places = {"story": story}
+    for name in ("host", "bare", "small"):
+        places[name] = tmp_path / name
+        gpt2(**({"vocab_size": 10} if name == "small" else {})).save_pretrained(places[name])
+    for name in ("host", "small"):
+        tokenizer.save_pretrained(places[name])
+    for name, text in (("empty", ""), ("short", "the cat")):
+        places[name] = tmp_path / f"{name}.txt"
+        places[name].write_text(text)
+    assert main(shlex.split(f"convert {words.format(**places)} -o {tmp_path / 'out'} --steps 1 --prepare-steps 1")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and not (tmp_path / "out").exists()
+
+
+def test_models_of_another_kind_are_refused():
+    with pytest.raises(UserError, match="GPT2Model cannot be converted; these can: GPT2LMHeadModel"):
+        convert(gpt2().transformer, "hedgehog")
+    with pytest.raises(UserError, match="is not converted"):
+        revert(gpt2())
+    with pytest.raises(UserError, match="revert it first"):
+        convert(convert(gpt2(), "hedgehog"), "hedgehog")
+    with pytest.raises(UserError, match="is built by"):
+        huggingface.ConvertedGPT2LMHeadModel(huggingface.ConvertedGPT2Config())
+    model = convert(gpt2(), "hedgehog")
+    with pytest.raises(UserError, match="takes a mask of padding"):
+        model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
+    with teaching(model), pytest.raises(UserError, match="whole sequences"):
+        model(torch.ones(1, 4, dtype=torch.long), past_key_values=StateCache(), use_cache=True)
+    assert conversion_of("hedgehog").prepare is distil
