@@ -22,7 +22,7 @@ def gates(out: Path, *names: str, seeds: int = 2) -> SlotComparison:
 
 
 def test_gates_are_trained_in_one_host_and_their_costs_counted(tmp_path: Path):
-    result = gates(tmp_path, "eca", "se", "none")
+    result = gates(tmp_path, "eca-net", "se", "none")  # a slug stands for its first mechanism
     assert [one.name for one in result.candidates] == ["none", "eca", "se"]
     none, eca, se = result.candidates
     assert (none.paper, eca.paper, se.paper) == ("", "eca_net", "")
