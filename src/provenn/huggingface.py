@@ -592,5 +592,11 @@ def load(name: str | Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def quiet() -> None:
+    """Only transformers' errors, and none of its progress bars."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -44,6 +44,7 @@ def convert(
     from provenn.evidence.view import number
     from provenn.reproduce import choose_device
 
+    huggingface.quiet()
     huggingface.conversion_of(card.slug)
     options = pairs(changes or [])
     with progress.shown():
