@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from provenn.bench import Comparison, count_parameters, growth
-from provenn.catalog import installed
+from provenn.bench import Comparison, count_parameters, flops, growth
 from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.nn.attention import KVCache, SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.mixers import Mixers
@@ -505,28 +504,29 @@ def training_speed(run: Run) -> Measurement:
     )
 
 
-def training_growth(run: Run, name: str) -> Measurement:
-    """How the time grows where attention dominates it: from 2,048 tokens on, each length's quickest round."""
-    times, sizes = training(run)[name], LENGTHS[:3] if run.smoke else LENGTHS
-    first = 0 if run.smoke else 1
-    fitted = growth(sizes[first:], [min(own) for own in times[first:]])
+def operations(build: Callable[[], nn.Module]) -> Measurement:
+    """How the operations of a layer grow: matrix products and attention, counted."""
+    sizes, layer = (2048, 4096, 8192, 16_384), build()
+    with torch.no_grad():
+        counts = [flops(partial(layer, draw(1, n, 16, dtype=torch.float32))) for n in sizes]
+    fitted = growth(sizes, counts)
     return Measurement.figure(
         fitted.exponent,
         fitted.interval,
         method=fitted.method,
-        unit="exponent of time over tokens",
-        setting={"dim": 16, "heads": 1, "tokens": list(sizes[first:])},
+        unit="exponent of operations over tokens",
+        setting={"dim": 16, "heads": 1, "tokens": list(sizes)},
     )
 
 
-@measures("training_growth_rnn")
-def training_growth_rnn(run: Run) -> Measurement:
-    return training_growth(run, "RNN")
+@measures("operations_rnn")
+def operations_rnn(run: Run) -> Measurement:
+    return operations(TRAINED_LAYERS["RNN"])
 
 
-@measures("training_growth_attention")
-def training_growth_attention(run: Run) -> Measurement:
-    return training_growth(run, "attention")
+@measures("operations_attention")
+def operations_attention(run: Run) -> Measurement:
+    return operations(TRAINED_LAYERS["attention"])
 
 
 PAPER_LAYER: dict[str, Any] = {"dim": 2048, "heads": 16}
@@ -654,15 +654,15 @@ def generation_far(run: Run) -> Measurement:
 
 @measures("fused_against_matrix")
 def fused_against_matrix(run: Run) -> Measurement:
-    """Forward and backward at 2,048 tokens, 4 heads of 32, chunks of 16."""
-    tokens = 256 if run.smoke else 2048
+    """Forward and backward at 8,192 tokens, 4 heads of 32, chunks of 16."""
+    tokens = 256 if run.smoke else 8192
     leaves = [draw(1, 4, tokens, 32, seed=i, dtype=torch.float32).to(run.device).requires_grad_() for i in range(3)]
 
     def of(form: Callable[..., Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(form(*leaves, chunk=16).sum(), leaves)
 
     def measure() -> dict[str, list[float]]:
-        return interleaved({"fused": of(chunk_attention), "matrix": of(joint_softmax)}, run.device, 15)
+        return interleaved({"fused": of(chunk_attention), "matrix": of(joint_softmax)}, run.device, 9)
 
     times = run.trial("chunk attention", measure, tokens=tokens, heads=4, head_dim=32, chunk=16)
     return compared(
@@ -673,6 +673,8 @@ def fused_against_matrix(run: Run) -> Measurement:
 @measures("window_against_local_attention")
 def window_against_local_attention(run: Run) -> Measurement:
     """The hybrid's other half: a layer with a window of 128, forward and backward at 4,096 tokens, no positions."""
+    from importlib.metadata import version
+
     from local_attention.transformer import LocalMHA
 
     tokens = 512 if run.smoke else 4096
@@ -687,7 +689,7 @@ def window_against_local_attention(run: Run) -> Measurement:
         steps = {"ours": there_and_back(ours, x), "peer": there_and_back(peer, x)}
         return interleaved(steps, run.device, 2 if run.smoke else 15)
 
-    setting = {"dim": 256, "heads": 8, "window": 128, "tokens": tokens, "local-attention": installed("local-attention")}
+    setting = {"dim": 256, "heads": 8, "window": 128, "tokens": tokens, "local-attention": version("local-attention")}
     times = run.trial("a window against local-attention", measure, **setting)
     return compared(times["ours"], times["peer"], setting=setting)
 
