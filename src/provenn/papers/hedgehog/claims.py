@@ -851,8 +851,8 @@ def distillation_matters(run: Run) -> Measurement:
 # Regime 3, pretrained conversion: a language model of source code.
 
 TEXT = {
-    "dim": 64, "heads": 4, "layers": 3, "length": 96, "batch_size": 16, "steps": 600, "lr": 3e-3, "distil_steps": 160,
-    "distil_lr": 1e-2, "tune_steps": 80, "tune_lr": 1e-3, "lora_lr": 3e-3, "rank": 8, "alpha": 16,
+    "dim": 64, "heads": 4, "layers": 3, "length": 96, "batch_size": 16, "steps": 450, "lr": 3e-3, "distil_steps": 120,
+    "distil_lr": 1e-2, "tune_steps": 60, "tune_lr": 1e-3, "lora_lr": 3e-3, "rank": 8, "alpha": 16,
 }  # fmt: skip
 
 
