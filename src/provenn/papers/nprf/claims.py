@@ -48,7 +48,7 @@ def error(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def biases(*shape: int, reach: float = 2.0, dtype: torch.dtype = torch.float64) -> Tensor:
+def biases(*shape: int, reach: float | int = 2.0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Uniform within ±reach, so that e^b spans e^{2·reach}."""
     generator = torch.Generator().manual_seed(7)
     return ((2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * reach).to(dtype)
@@ -796,7 +796,7 @@ def faster_on_a_gpu(run: Run) -> Measurement:
 REACHES = (1, 2, 4, 6, 8, 10, 12)
 
 
-def reach_error(reach: float, precision: str) -> tuple[float, bool]:
+def reach_error(reach: float | int, precision: str) -> tuple[float, bool]:
     """The largest relative error of any output with b from −reach to reach, and whether all denominators are positive.
 
     The biases fall with the offset, so that the first tokens, causal, see the smallest only.
