@@ -241,8 +241,8 @@ def transforms(n: int, features: int = 8, channels: int = 9) -> float:
 
 @measures("operations")
 def operations(run: Run) -> Measurement:
-    """Of all FFTs that a call makes, at 128 to 8,192 tokens; the circle has 2n places."""
-    sizes = [2**power for power in range(7, 14)]
+    """Of all FFTs that a call makes, at 128 to 2,048 tokens; the circle has 2n places."""
+    sizes = [2**power for power in range(7, 12)]
     counted = [transforms(n) for n in sizes]
     off = max(abs(b / a / (2 * (1 + 1 / math.log2(2 * n))) - 1) for n, a, b in zip(sizes, counted, counted[1:]))
     expected = (2 * 8 * 9 + 1) * 2 * sizes[-1] * math.log2(2 * sizes[-1])
@@ -839,7 +839,7 @@ def double_precision_holds(run: Run) -> Measurement:
 @measures("half_precision")
 def half_precision(run: Run) -> Measurement:
     """Inputs of an FFT in bfloat16, the biases within ±2, all else in float32; relative to the largest output."""
-    n = 1024
+    n = 256
     c, x = biases(1, 2 * n - 1).exp(), draw(1, 1, n, 4)
     around = F.pad(c, (0, fft_length(2 * n - 1) - 2 * n + 1)).roll(-(n - 1), -1)
     spectrum = torch.view_as_real(torch.fft.rfft(around)).bfloat16().double()
