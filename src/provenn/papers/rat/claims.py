@@ -529,22 +529,82 @@ def training_growth_attention(run: Run) -> Measurement:
     return training_growth(run, "attention")
 
 
-DECODED = {"dim": 256, "heads": 8}
+PAPER_LAYER: dict[str, Any] = {"dim": 2048, "heads": 16}
+GPU = "a CUDA GPU with 90 GB or more (the paper's is a GH200), minutes: provenn reproduce rat --device cuda"
+
+
+def paper_layer(mixer: str, device: str) -> nn.Module:
+    build = RATMixer if mixer == "RAT" else partial(SoftmaxAttention, bias=False, rotary=True)
+    return build(**PAPER_LAYER).to(device, torch.bfloat16)
+
+
+@measures("training_speed_gpu")
+def training_speed_gpu(run: Run) -> Measurement:
+    """The paper's table: as many tokens in all at every length, 262,144."""
+    if not run.device.startswith("cuda"):
+        return Measurement.not_measured(GPU)
+    lengths = (4096, 16_384, 65_536, 131_072)
+    mixers = ("attention", "RAT")
+
+    def measure() -> dict[str, list[list[float]]]:
+        found: dict[str, list[list[float]]] = {mixer: [] for mixer in mixers}
+        for n in lengths:
+            x = torch.randn(2**18 // n, n, 2048, device=run.device, dtype=torch.bfloat16, requires_grad=True)
+            steps = {mixer: there_and_back(paper_layer(mixer, run.device), x) for mixer in mixers}
+            for mixer, times in interleaved(steps, run.device, 9, 3).items():
+                found[mixer].append(times)
+        return found
+
+    times = run.trial("training one layer of the paper's size", measure, **PAPER_LAYER, lengths=list(lengths))
+    return compared(
+        times["attention"][-1],
+        times["RAT"][-1],
+        setting={**PAPER_LAYER, "chunk": 16, "tokens": lengths[-1], "batch": 2, "type": "bfloat16"},
+        series=lines(times, lengths, "Forward and backward of a layer of the paper's size", "tokens"),
+        at_paper_setting=True,
+    )
+
+
+@measures("generation_speed_gpu")
+def generation_speed_gpu(run: Run) -> Measurement:
+    if not run.device.startswith("cuda"):
+        return Measurement.not_measured(GPU)
+    batch = 512
+
+    def measure() -> dict[str, list[float]]:
+        options: dict[str, Any] = {**PAPER_LAYER, "dtype": torch.bfloat16}
+        steps = {mixer: after(mixer, 4095, batch, run.device, **options) for mixer in ("attention", "RAT")}
+        return interleaved(steps, run.device, 41, 5)
+
+    times = run.trial("generation by a layer of the paper's size", measure, **PAPER_LAYER, batch=batch)
+    setting = {**PAPER_LAYER, "chunk": 16, "batch": batch, "context": 4095, "type": "bfloat16"}
+    return compared(times["attention"], times["RAT"], setting=setting, at_paper_setting=True)
+
+
+DECODED: dict[str, Any] = {"dim": 256, "heads": 8}
 CONTEXTS = (1024, 4096, 16_384, 32_768, 65_536)
 
 
-def after(mixer: str, context: int, batch: int, device: str) -> Callable[[], object]:
+def after(
+    mixer: str,
+    context: int,
+    batch: int,
+    device: str,
+    *,
+    dim: int,
+    heads: int,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], object]:
     """A step of streams that have read `context` tokens; what they were does not matter to its time."""
-    dim, heads = DECODED["dim"], DECODED["heads"]
     layer: Any = RATMixer(dim, heads) if mixer == "RAT" else SoftmaxAttention(dim, heads, bias=False, rotary=True)
-    layer = layer.to(device).eval()
+    layer = layer.to(device, dtype).eval()
     slots = -(-context // 16) if mixer == "RAT" else context
-    keys = torch.ones(batch, heads, slots + 1, dim // heads, device=device)
+    keys = torch.ones(batch, heads, slots + 1, dim // heads, device=device, dtype=dtype)
     state: Any = KVCache(keys, keys.clone(), slots)
     if mixer == "RAT":
         running = torch.zeros(batch, dim, device=device)
         state = RATState(state, running, running, torch.full((batch,), context, device=device), context)
-    x_t = draw(batch, dim, dtype=torch.float32).to(device)
+    x_t = draw(batch, dim, dtype=torch.float32).to(device, dtype)
 
     def step() -> object:
         with torch.inference_mode():
@@ -559,7 +619,7 @@ def generation_speed(run: Run) -> Measurement:
     batch = 2 if run.smoke else 16
 
     def measure() -> dict[str, list[float]]:
-        steps = {mixer: after(mixer, 4095, batch, run.device) for mixer in ("attention", "RAT")}
+        steps = {mixer: after(mixer, 4095, batch, run.device, **DECODED) for mixer in ("attention", "RAT")}
         return interleaved(steps, run.device, 3 if run.smoke else 41, 3)
 
     times = run.trial("generation at 4,096 tokens", measure, **DECODED, batch=batch)
@@ -572,7 +632,7 @@ def generation_far(run: Run) -> Measurement:
     mixers = ("attention", "RAT")
 
     def measure() -> dict[str, list[list[float]]]:
-        steps = {(mixer, n): after(mixer, n - 1, 1, run.device) for mixer in mixers for n in CONTEXTS}
+        steps = {(mixer, n): after(mixer, n - 1, 1, run.device, **DECODED) for mixer in mixers for n in CONTEXTS}
         times = interleaved(steps, run.device, 3 if run.smoke else 25, 2)
         return {mixer: [times[mixer, n] for n in CONTEXTS] for mixer in mixers}
 
