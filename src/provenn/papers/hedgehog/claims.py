@@ -735,7 +735,7 @@ def digits_conversion(run: Run, name: str, distilled: bool = True) -> list[dict[
         return get_task("image-classification").evaluate(model.eval(), digits().test)["accuracy"]
 
     def trial(seed: int) -> dict[str, float]:
-        model = copy.deepcopy(trained_teacher(("digits", seed), partial(teacher, seed)))
+        model = copy.deepcopy(trained_teacher(("digits", run.budget, seed), partial(teacher, seed)))
         found = {"softmax": accuracy(model)}
         torch.manual_seed(seed)
         linearise(model, name)
@@ -918,7 +918,7 @@ def text_conversion(run: Run, name: str) -> list[dict[str, Any]]:
             return task.evaluate(model.eval(), text().test)["perplexity"]
 
     def trial(seed: int) -> dict[str, Any]:
-        base = copy.deepcopy(trained_teacher(("text", seed), partial(teacher, seed)))
+        base = copy.deepcopy(trained_teacher(("text", run.budget, seed), partial(teacher, seed)))
         found: dict[str, Any] = {"before": perplexity(base)}
         torch.manual_seed(seed)
         if name != "softmax":
