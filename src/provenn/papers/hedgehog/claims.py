@@ -728,7 +728,8 @@ def digits_conversion(run: Run, name: str, distilled: bool = True) -> list[dict[
 
     def teacher(seed: int) -> nn.Module:
         task = get_task("image-classification")
-        recipe = Recipe(optimizer="adamw", lr=setting["lr"], epochs=int(setting["epochs"]), batch_size=64)
+        epochs, lr = int(setting["epochs"]), setting["lr"]
+        recipe = Recipe(optimizer="adamw", lr=lr, schedule="cosine", epochs=epochs, batch_size=64)
         return fit(partial(hedgehog_vit, feature_map="softmax"), task, digits(), recipe, seed=seed).model
 
     def accuracy(model: nn.Module) -> float:
