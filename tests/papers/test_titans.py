@@ -59,7 +59,7 @@ def in_pieces(mixer, x, cuts, mask=None):
 
 
 @mixers
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(n=st.integers(1, 25), hidden=st.sampled_from([0.0, 0.4]), data=st.data())
 def test_a_sequence_may_be_cut_anywhere(make, n, hidden, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=3))) if n > 1 else []
@@ -213,7 +213,7 @@ def test_gates_start_where_a_memory_trains():
 @pytest.mark.parametrize("chunk", [1, 16, 64])
 def test_one_token_without_end_does_not_blow_a_memory_up(depth, chunk):
     memory = built(NeuralMemory, dim=16, dtype=torch.float32, depth=depth, chunk=chunk)
-    x = draw(2, 1, 16, dtype=torch.float32).expand(2, 1024, 16).contiguous().requires_grad_()
+    x = draw(2, 1, 16, dtype=torch.float32).expand(2, 320, 16).contiguous().requires_grad_()
     y = memory(x)
     gradients = torch.autograd.grad(y.square().sum(), [x, *memory.parameters()])
     assert y.abs().max() < 10 and all(g.isfinite().all() for g in gradients)
@@ -320,8 +320,8 @@ def test_unknown_variants_are_refused():
 
 
 EXACT = [
-    "sequential_rule", "chunks_are_exact", "gradients_are_exact", "inner_gradients", "any_cut", "dual_read", "delta_rule",
-    "linear_attention", "gates_at_their_ends", "factor_two", "streams", "batch_apart",
+    "sequential_rule", "chunks_are_exact", "gradients_are_exact", "inner_gradients", "any_cut", "dual_read",
+    "delta_rule", "linear_attention", "gates_at_their_ends", "factor_two", "streams", "batch_apart",
 ]  # fmt: skip
 
 
