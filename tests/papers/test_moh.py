@@ -1,8 +1,8 @@
 """What MoH promises: attention whose heads are weighed and chosen by the token, with its limits and its identities."""
 
+import re
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from provenn.bench import count_parameters
+from provenn.errors import UserError
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.language import CausalLM
 from provenn.nn.streaming import select_state
+from provenn.papers.moh import DiT, MoHViT, dit, moh_dit_digits, moh_llm_b, moh_llm_s, moh_vit_digits, vit
+from provenn.papers.moh.diffusion import noise_loss, noise_schedule, sample
 from provenn.papers.moh.layers import (
     HeadRouter,
     MoHAttention,
@@ -26,18 +30,11 @@ from provenn.papers.moh.layers import (
     straight_through,
     watch_routing,
 )
+from provenn.papers.moh.official import convert
+from provenn.papers.moh.vit import AggregatedAttention, relative_coordinates
 
 KINDS = [(2, 3), (1, 2), (0, 4), (8, 0), (4, 4), (6, 1)]  # (shared, top_k) of 8 heads
 kinds = pytest.mark.parametrize("shared, top_k", KINDS)
-
-
-@pytest.fixture
-def untyped():
-    """Run-time shape checks would refuse bad shapes before we do, and cannot be traced."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(autouse=True)
@@ -335,5 +332,253 @@ def test_head_width_may_be_set_apart_from_the_width():
     ],
 )
 def test_bad_arguments_are_refused_with_a_reason(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# The systems.
+
+
+def test_relative_coordinates_are_those_of_every_pair():
+    for height, width, ratio, trained in ((4, 6, 2, 4), (3, 3, 1, 7), (8, 8, 8, 8)):
+        table, index = relative_coordinates(height, width, ratio, trained, torch.zeros((), dtype=torch.float64))
+        rows, columns = (torch.arange(side, dtype=torch.float64) for side in (height, width))
+        middles = [F.avg_pool1d(axis[None], ratio)[0] for axis in (rows, columns)]
+        query = torch.cartesian_prod(rows, columns)
+        offset = (query[:, None] - torch.cartesian_prod(*middles)) / (trained - 1) * 8
+        torch.testing.assert_close(table[index], offset.sign() * (offset.abs() + 1).log2() / 3)
+
+
+def test_aggregated_attention_is_one_softmax_over_near_and_far():
+    """Token by token, from the definition: its 3×3 neighbours inside the image and all pooled tokens."""
+    layer = AggregatedAttention(8, 2, 1, 1, ratio=2, trained=4).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x, side = draw(1, 16, 8), 4
+    pooled = F.avg_pool2d(F.gelu(layer.reduce(x.transpose(1, 2).view(1, 8, 4, 4))), 2).flatten(2).transpose(1, 2)
+    pooled = layer.norm(pooled)
+    heads = {
+        name: map(part)[0].view(-1, 2, 4).transpose(0, 1)
+        for name, map, part in (
+            ("q", layer.query, x),
+            ("k", layer.key, x),
+            ("v", layer.value, x),
+            ("far_k", layer.key, pooled),
+            ("far_v", layer.value, pooled),
+        )
+    }
+    q, k, far_k = (F.normalize(heads[name], dim=-1) for name in ("q", "k", "far_k"))
+    bias = layer._position_bias(4, 4)
+    y = torch.zeros(16, 2, 4, dtype=torch.float64)
+    for head in range(2):
+        for token in range(16):
+            row, column = divmod(token, side)
+            near = [
+                (slot, (row + slot // 3 - 1) * side + column + slot % 3 - 1)
+                for slot in range(9)
+                if 0 <= row + slot // 3 - 1 < side and 0 <= column + slot % 3 - 1 < side
+            ]
+            sharp = F.softplus(layer.temperature[head]).item() * torch.tensor(len(near) + 4.0).double().log()
+            query = (q[head, token] + layer.query_embedding[head, 0]) * sharp
+            scores = [query @ k[head, other] + layer.local_bias[head, slot] for slot, other in near]
+            scores += [query @ far_k[head, j] + bias[head, token, j] for j in range(4)]
+            weights = torch.stack(scores).softmax(0)
+            learned = q[head, token] @ layer.local_tokens[head] + layer.local_shift[head, 0]
+            for weight, (slot, other) in zip(weights, near):
+                y[token, head] += (weight + learned[slot]) * heads["v"][head, other]
+            y[token, head] += weights[len(near) :] @ heads["far_v"][head]
+    expected = layer.out((y * layer.router(x).gates[0, ..., None]).flatten(1))
+    torch.testing.assert_close(layer(x, 4, 4)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "build, parameters, routers",
+    [
+        (vit.moh_vit_small_80, 49_910_548, 168_984),
+        (vit.moh_vit_small_75, 49_910_548, 168_984),
+        (vit.moh_vit_base_75, 90_020_632, 299_136),
+        (vit.moh_vit_base_50, 90_023_512, 302_016),
+        (dit.moh_dit_xl_90, 675_666_464, 536_832),
+        (dit.moh_dit_xl_75, 675_689_504, 559_872),
+        (dit.moh_dit_l_90, 458_512_416, None),
+        (dit.moh_dit_l_75, 458_528_800, None),
+        (dit.moh_dit_b_90, 130_638_368, None),
+        (dit.moh_dit_b_75, 130_638_368, None),
+        (dit.moh_dit_s_90, 32_997_152, None),
+        (dit.moh_dit_s_75, 32_998_688, None),
+    ],
+)
+def test_published_systems_have_the_authors_parameters(build, parameters, routers):
+    with torch.device("meta"):
+        model = build()
+    assert count_parameters(model) == parameters
+    if routers is not None:
+        assert sum(p.numel() for name, p in model.named_parameters() if ".router." in name) == routers
+
+
+@pytest.mark.parametrize(
+    "build, share",
+    [(vit.moh_vit_small_80, 343 / 429), (vit.moh_vit_small_75, 323 / 429), (vit.moh_vit_base_75, 441 / 588),
+     (vit.moh_vit_base_50, 294 / 588)],
+)  # fmt: skip
+def test_the_share_of_heads_is_the_one_in_the_name(build, share):
+    with torch.device("meta"):
+        routers = [part for part in build().modules() if isinstance(part, HeadRouter)]
+    assert sum(r.shared + r.top_k for r in routers) / sum(r.heads for r in routers) == share
+
+
+def test_language_models_have_the_papers_size():
+    with torch.device("meta"):
+        counted = [count_parameters(m) for m in (moh_llm_s(), moh_llm_b(), moh_llm_b(shared=None, top_k=None))]
+    assert [round(count / 1e6) for count in counted] == [186, 882, 881]
+
+
+@pytest.mark.parametrize("name", ["moh_vit_small_75", "moh_vit_base_50", "moh_dit_s_90", "moh_dit_b_75"])
+def test_a_published_state_dict_is_recognised(name):
+    """From our names back to the authors', and forth again."""
+    with torch.device("meta"):
+        ours = {**vit.PRESETS, **dit.PRESETS}[name](num_classes=7).state_dict()
+    preset, options, back = convert(in_the_authors_names(ours))
+    assert preset == name and options["num_classes"] == 7
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in ours.items()}
+
+
+def in_the_authors_names(ours):
+    """What the authors call our parameters, with q, k and v in one."""
+    found = {}
+    for name, value in ours.items():
+        for own, theirs in (
+            (r"^embeds\.(\d)\.", lambda m: f"patch_embed{int(m[1]) // 2 + 1}.{('proj', 'norm')[int(m[1]) % 2]}."),
+            (r"^norms\.(\d)\.", lambda m: f"norm{int(m[1]) + 1}."),
+            (r"^stages\.(\d)\.", lambda m: f"block{int(m[1]) + 1}."),
+            (r"feedforward\.linear", "mlp.fc"),
+            (r"feedforward\.conv\.", "mlp.dwconv.dwconv."),
+            (r"(blocks\.\d+)\.linear", r"\1.mlp.fc"),
+            (r"^patches\.", "x_embedder.proj."),
+            (r"^positions$", "pos_embed"),
+            (r"^time1\.", "t_embedder.mlp.0."),
+            (r"^time2\.", "t_embedder.mlp.2."),
+            (r"^classes\.", "y_embedder.embedding_table."),
+            (r"\.modulation\.", ".adaLN_modulation.1."),
+            (r"\.attention\.", ".attn."),
+            (r"router\.routed", "wg"),
+            (r"router\.kinds", "wg_0"),
+            (r"router\.common", "wg_1"),
+            (r"attn\.out\.", "attn.proj."),
+            (r"attn\.reduce\.", "attn.sr."),
+            (r"position([12])\.", r"cpb_fc\1."),
+            (r"local_bias", "relative_pos_bias_local"),
+            (r"local_tokens", "learnable_tokens"),
+            (r"local_shift", "learnable_bias"),
+        ):
+            name = re.sub(own, theirs, name)
+        if name.startswith("head.") and "positions" in ours:
+            name = "final_layer.linear." + name.removeprefix("head.")
+        found[name] = value
+    for name in [name for name in found if ".attn.query." in name]:
+        block, kind = name.split(".attn.query.")
+        parts = [found.pop(f"{block}.attn.{part}.{kind}") for part in ("query", "key", "value")]
+        if f"{block}.attn.learnable_bias" in found:  # where neighbours and pooled tokens share keys and values
+            found[f"{block}.attn.q.{kind}"] = parts[0]
+            found[f"{block}.attn.kv.{kind}"] = torch.cat(parts[1:])
+        else:
+            found[f"{block}.attn.qkv.{kind}"] = torch.cat(parts)
+    return found
+
+
+def test_weights_of_other_models_are_refused():
+    with pytest.raises(UserError, match="found other parameters"):
+        convert({"fc.weight": torch.zeros(1)})
+    with torch.device("meta"):
+        theirs = in_the_authors_names(vit.moh_vit_small_75(num_classes=7).state_dict())
+    theirs.pop("norm1.bias")
+    with pytest.raises(UserError, match="not the sizes"):
+        convert(theirs)
+
+
+def test_a_diffusion_transformer_starts_as_nothing_and_learns_to_denoise():
+    model = moh_dit_digits(layers=2, dim=32)
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, 10])
+    assert not model(x, t, y).any()
+    images, generator = torch.ones(16, 1, 8, 8), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        loss = noise_loss(model, images, torch.zeros(16, dtype=torch.long), generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
+    drawn = sample(model.eval(), torch.zeros(4, dtype=torch.long), (1, 8, 8), generator=generator, steps=20, limit=1.5)
+    assert (drawn.mean() - 1).abs() < 0.3
+    with pytest.raises(ValueError, match="learned variances"):
+        noise_loss(
+            DiT(dim=16, heads=[2], shared=[2], top_k=[0], size=8, in_channels=1),
+            images,
+            y.new_zeros(16),
+            generator=generator,
+        )
+
+
+def test_an_exact_denoiser_draws_what_it_knows():
+    """If ε is always the noise over an image c, every step of DDIM keeps to c, and the last gives it."""
+    target = torch.randn(1, 1, 8, 8)
+
+    class Knows(nn.Linear):
+        def forward(self, x, t, y):
+            level = noise_schedule()[t].to(x)[:, None, None, None]
+            return (x - level.sqrt() * target) / (1 - level).sqrt()
+
+    drawn = sample(Knows(1, 1), torch.zeros(2, dtype=torch.long), (1, 8, 8), generator=torch.Generator(), steps=10)
+    torch.testing.assert_close(drawn, target.expand(2, 1, 8, 8), rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_moves_from_no_class_to_the_class():
+    model = DiT(dim=16, heads=[2, 2], shared=[1, 1], top_k=[1, 1], size=8, num_classes=10)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 4])
+    given, free = model(x, t, y), model(x, t, torch.full_like(y, 10))
+    torch.testing.assert_close(model.guided(x, t, y, 1.0), given, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.guided(x, t, y, 0.0)[:, :3], free[:, :3], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.guided(x, t, y, 2.0)[:, 3:], given[:, 3:], rtol=1e-3, atol=1e-3)
+
+
+def test_a_vision_transformer_takes_images_of_other_sizes():
+    model = MoHViT(
+        dims=(8, 8), heads=(2, 2), depths=(1, 1), shared=(2, 1), top_k=(0, 1), ratios=(2, 2), size=64, num_classes=3
+    )
+    assert model(torch.randn(2, 3, 64, 96)).shape == (2, 3)
+    with pytest.raises(ValueError, match="multiples of 32, got 60 x 64"):
+        model(torch.randn(1, 3, 60, 64))
+
+
+def test_what_is_inspected_is_the_load_of_the_heads():
+    from provenn.papers.moh.inspection import inspect
+
+    rows = inspect(moh_vit_digits(), torch.randn(1, 1, 8, 8))
+    assert len(rows) == 3
+    for load in rows.values():
+        assert load[:3].tolist() == [1.0] * 3 and load.sum().item() == pytest.approx(6)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: moh_vit_digits(size=9), "patch must divide size"),
+        (lambda: moh_dit_digits(size=9), "patch must divide size"),
+        (lambda: moh_dit_digits(shared=None), "or both not at all"),
+        (
+            lambda: moh_dit_digits(dim=32)(torch.zeros(1, 1, 6, 6), torch.zeros(1), torch.zeros(1).long()),
+            "8 pixels",
+        ),
+        (lambda: DiT(dim=16, heads=[2, 2], shared=[1], top_k=[1]), "one entry for each block"),
+        (lambda: vit.moh_vit_small_75(size=100), "size must be a multiple of 32, got 100"),
+        (lambda: MoHViT(dims=(8,), heads=(2, 2), depths=(1,), shared=(1,), top_k=(1,), ratios=(2,)), "for each stage"),
+        (lambda: noise_schedule(0), "steps must be at least 1"),
+    ],
+)
+def test_systems_that_cannot_be_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()

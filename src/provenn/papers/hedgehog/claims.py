@@ -728,14 +728,15 @@ def digits_conversion(run: Run, name: str, distilled: bool = True) -> list[dict[
 
     def teacher(seed: int) -> nn.Module:
         task = get_task("image-classification")
-        recipe = Recipe(optimizer="adamw", lr=setting["lr"], epochs=int(setting["epochs"]), batch_size=64)
+        epochs, lr = int(setting["epochs"]), setting["lr"]
+        recipe = Recipe(optimizer="adamw", lr=lr, schedule="cosine", epochs=epochs, batch_size=64)
         return fit(partial(hedgehog_vit, feature_map="softmax"), task, digits(), recipe, seed=seed).model
 
     def accuracy(model: nn.Module) -> float:
         return get_task("image-classification").evaluate(model.eval(), digits().test)["accuracy"]
 
     def trial(seed: int) -> dict[str, float]:
-        model = copy.deepcopy(trained_teacher(("digits", seed), partial(teacher, seed)))
+        model = copy.deepcopy(trained_teacher(("digits", run.budget, seed), partial(teacher, seed)))
         found = {"softmax": accuracy(model)}
         torch.manual_seed(seed)
         linearise(model, name)
@@ -851,8 +852,8 @@ def distillation_matters(run: Run) -> Measurement:
 # Regime 3, pretrained conversion: a language model of source code.
 
 TEXT = {
-    "dim": 64, "heads": 4, "layers": 3, "length": 96, "batch_size": 16, "steps": 600, "lr": 3e-3, "distil_steps": 160,
-    "distil_lr": 1e-2, "tune_steps": 80, "tune_lr": 1e-3, "lora_lr": 3e-3, "rank": 8, "alpha": 16,
+    "dim": 64, "heads": 4, "layers": 3, "length": 96, "batch_size": 16, "steps": 450, "lr": 3e-3, "distil_steps": 120,
+    "distil_lr": 1e-2, "tune_steps": 60, "tune_lr": 1e-3, "lora_lr": 3e-3, "rank": 8, "alpha": 16,
 }  # fmt: skip
 
 
@@ -918,7 +919,7 @@ def text_conversion(run: Run, name: str) -> list[dict[str, Any]]:
             return task.evaluate(model.eval(), text().test)["perplexity"]
 
     def trial(seed: int) -> dict[str, Any]:
-        base = copy.deepcopy(trained_teacher(("text", seed), partial(teacher, seed)))
+        base = copy.deepcopy(trained_teacher(("text", run.budget, seed), partial(teacher, seed)))
         found: dict[str, Any] = {"before": perplexity(base)}
         torch.manual_seed(seed)
         if name != "softmax":

@@ -750,7 +750,7 @@ def balance_leaves_no_head_dead(run: Run) -> Measurement:
         unit="load of the least used routed head over the mean",
         data="digits",
         setting={**DIGITS, "shared": 3, "top_k": 3, "routed": 5},
-        note=f"In the layer where it is least, on test images; without the loss {min(without):.2g} to {max(without):.2g}",
+        note=f"In its worst layer, on test images; {min(without):.2g} to {max(without):.2g} without the loss",
     )
 
 
@@ -796,7 +796,8 @@ def diffusion(run: Run, name: str) -> list[dict[str, Any]]:
                 for _ in range(2 if run.smoke else 20)
             ]
             digits = torch.arange(10, device=run.device)
-            drawn = sample(model, digits, (1, 8, 8), generator=fixed, steps=5 if run.smoke else 50, guidance=2.0)
+            steps = 5 if run.smoke else 50
+            drawn = sample(model, digits, (1, 8, 8), generator=fixed, steps=steps, guidance=2.0, limit=2.5)
         return {"loss": sum(losses) / len(losses), "drawn": [round(v, 2) for v in drawn.flatten().tolist()]}
 
     return run.trials(f"noise, {name}", train, **NOISE)

@@ -62,6 +62,7 @@ def sample(
     generator: torch.Generator,
     steps: int = 50,
     guidance: float | int = 1.0,
+    limit: float | int | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
     """Images of the classes `y`, by DDIM without noise (Song et al., 2021, arXiv:2010.02502).
 
@@ -72,6 +73,8 @@ def sample(
         generator: of the noise that is started from, on the CPU.
         steps: evenly spaced among the 1000.
         guidance: scale of classifier-free guidance; 1 is none.
+        limit: hold each step's guess of the image within ±limit. Where values have bounds, as pixels do, this keeps the
+            first steps, which divide by √ᾱ = 0.006, from leaving them.
     """
     if not 1 <= steps <= STEPS:
         raise ValueError(f"steps must lie between 1 and {STEPS}, got {steps}")
@@ -86,5 +89,8 @@ def sample(
         noise = found[:, : shape[0]]
         level, after = levels[here], levels[there] if there >= 0 else levels.new_ones(())
         clean = (x - (1 - level).sqrt() * noise) / level.sqrt()
+        if limit is not None:
+            clean = clean.clamp(-limit, limit)
+            noise = (x - level.sqrt() * clean) / (1 - level).sqrt()
         x = after.sqrt() * clean + (1 - after).sqrt() * noise
     return x

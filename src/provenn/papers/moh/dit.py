@@ -246,14 +246,14 @@ def moh_dit_s_75(**options: Any) -> DiT:
 
 
 PRESETS = {
-    "moh_dit_xl_90": moh_dit_xl_90,
-    "moh_dit_xl_75": moh_dit_xl_75,
-    "moh_dit_l_90": moh_dit_l_90,
-    "moh_dit_l_75": moh_dit_l_75,
-    "moh_dit_b_90": moh_dit_b_90,
-    "moh_dit_b_75": moh_dit_b_75,
     "moh_dit_s_90": moh_dit_s_90,
     "moh_dit_s_75": moh_dit_s_75,
+    "moh_dit_b_90": moh_dit_b_90,
+    "moh_dit_b_75": moh_dit_b_75,
+    "moh_dit_l_90": moh_dit_l_90,
+    "moh_dit_l_75": moh_dit_l_75,
+    "moh_dit_xl_90": moh_dit_xl_90,
+    "moh_dit_xl_75": moh_dit_xl_75,
 }
 
 
