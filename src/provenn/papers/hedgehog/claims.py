@@ -527,7 +527,7 @@ def stream_time_constant(run: Run) -> Measurement:
             steps["softmax"].append(partial(softmax.step, x_t, KVCache(keys, keys.clone(), n)))
         best = {name: [float("inf")] * len(contexts) for name in steps}
         with one_thread(), torch.inference_mode():
-            for _ in range(2 if run.smoke else 40):
+            for _ in range(2 if run.smoke else 150):
                 for name, own in steps.items():
                     for i, step in enumerate(own):
                         step()  # what the step before it left in the caches is not this one's doing
