@@ -9,13 +9,33 @@ from provenn.papers.titans.layers import (
     frozen_memory,
     observe_surprise,
 )
+from provenn.papers.titans.model import (
+    Forecaster,
+    SequenceClassifier,
+    titans_170m,
+    titans_340m,
+    titans_400m,
+    titans_760m,
+    titans_lm,
+    titans_mixer,
+    titans_small,
+)
 
 __all__ = [
+    "Forecaster",
     "LongTermMemory",
     "MemoryAsContext",
     "MemoryAsGate",
     "MemoryAsLayer",
     "NeuralMemory",
+    "SequenceClassifier",
     "frozen_memory",
     "observe_surprise",
+    "titans_170m",
+    "titans_340m",
+    "titans_400m",
+    "titans_760m",
+    "titans_lm",
+    "titans_mixer",
+    "titans_small",
 ]

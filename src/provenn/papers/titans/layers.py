@@ -58,6 +58,14 @@ class Mixer(nn.Module):
 
     dim: int
 
+    def reset_parameters(self) -> None:
+        """Start anew: linear maps that keep the size of what they are given, and memories that know nothing."""
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=part.in_features**-0.5)
+            if isinstance(part, NeuralMemory):
+                part.reset_memory()
+
     def init_state(self, batch: int) -> Any:
         """The state of `batch` streams before their first token."""
         raise NotImplementedError
@@ -168,16 +176,15 @@ class NeuralMemory(Mixer):
         self.gates = nn.Linear(dim, heads * (1 + momentum + decay))
         sizes = [width, *[hidden] * (depth - 1), width]
         self.memory = nn.ParameterList(torch.empty(heads, a, b) for a, b in pairwise(sizes))
-        nn.init.normal_(self.project.weight, std=dim**-0.5)
-        nn.init.normal_(self.gates.weight, std=0.02)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Start the convolution, the memory M_0 and the gates' biases anew."""
+    def reset_memory(self) -> None:
+        """Start with an M_0 that knows nothing: its last matrix is 0, so that all it recalls was written."""
         if self.convolution is not None:
             nn.init.uniform_(self.convolution, -(self.kernel**-0.5), self.kernel**-0.5)
         for weight in self.memory:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.memory[-1])
         starts = [STEP, *[FORGET] * self.decay, *[MOMENTUM] * self.momentum]
         with torch.no_grad():
             self.gates.bias.view(-1, self.heads).copy_(torch.tensor(starts).unsqueeze(1))
@@ -425,10 +432,7 @@ class LongTermMemory(Mixer):
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.gate = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Start the memory anew."""
-        self.memory.reset_parameters()
+        self.reset_parameters()
 
     def _read_off(self, x: Tensor, recalled: Tensor) -> Tensor:
         return self.out(self.norm(recalled) * F.silu(self.gate(x)))
@@ -504,10 +508,7 @@ class MemoryAsContext(Mixer):
         self.memory = NeuralMemory(dim, memory_heads, **memory)
         self.persistent = persistent_tokens(persistent, dim)
         self.join = Join(dim)
-
-    def reset_parameters(self) -> None:
-        """Start the memory anew."""
-        self.memory.reset_parameters()
+        self.reset_parameters()
 
     def init_state(self, batch: int) -> ContextState:
         """M_0 and an empty segment for `batch` streams."""
@@ -587,10 +588,7 @@ class MemoryAsGate(Mixer):
         self.memory = NeuralMemory(dim, memory_heads, causal=causal, **memory)
         self.persistent = persistent_tokens(persistent, dim)
         self.join = Join(dim)
-
-    def reset_parameters(self) -> None:
-        """Start the memory anew."""
-        self.memory.reset_parameters()
+        self.reset_parameters()
 
     def init_state(self, batch: int) -> GateState:
         """The memory that has read the persistent tokens, and an empty window, for `batch` streams."""
@@ -647,10 +645,7 @@ class MemoryAsLayer(Mixer):
         self.attention = PrefixAttention(dim, heads, window)
         self.memory = LongTermMemory(dim, memory_heads, persistent=persistent, causal=causal, **memory)
         self.norm = nn.RMSNorm(dim, eps=1e-6)
-
-    def reset_parameters(self) -> None:
-        """Start the memory anew."""
-        self.memory.reset_parameters()
+        self.reset_parameters()
 
     def init_state(self, batch: int) -> LayerState:
         """The memory that has read the persistent tokens, and an empty window, for `batch` streams."""

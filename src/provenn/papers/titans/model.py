@@ -1,0 +1,192 @@
+"""The systems of the paper: language models of four variants, a forecaster and a classifier of sequences.
+
+The paper gives numbers of parameters and no shapes; depth and width here are the usual ones for the size, and the width
+of the feed-forward part is what brings each variant to its number.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from provenn.nn.language import CausalLM, PreNormBlock, SwiGLU
+from provenn.papers.titans.layers import LongTermMemory, MemoryAsContext, MemoryAsGate, MemoryAsLayer
+
+VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    "lmm": LongTermMemory,
+    "mac": MemoryAsContext,
+    "mag": MemoryAsGate,
+    "mal": MemoryAsLayer,
+}
+
+
+def titans_mixer(
+    variant: str, heads: int = 4, memory_heads: int = 1, window: int = 128, **options: Any
+) -> Callable[..., nn.Module]:
+    """The token mixer of a variant, with one name for what each calls its own.
+
+    Args:
+        variant: "lmm", "mac", "mag" or "mal".
+        heads: attention heads; LMM has none.
+        memory_heads: heads of the memory.
+        window: tokens that attention sees: the window, and for MAC the segment.
+        options: of the variant and its memory: persistent, depth, chunk, ...
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    own: dict[str, Any] = {
+        "lmm": {"heads": memory_heads},
+        "mac": {"heads": heads, "memory_heads": memory_heads, "segment": window},
+    }.get(variant, {"heads": heads, "memory_heads": memory_heads, "window": window})
+    return partial(VARIANTS[variant], **own, **options)
+
+
+def titans_lm(
+    variant: str = "mag",
+    vocab: int = 256,
+    dim: int = 96,
+    layers: int = 4,
+    heads: int = 4,
+    memory_heads: int = 4,
+    window: int = 64,
+    hidden: int | None = None,
+    **options: Any,
+) -> CausalLM:
+    """A Titans language model of any size: pre-norm blocks of a variant's mixer and SwiGLU.
+
+    Args:
+        variant, heads, memory_heads, window, options: as in `titans_mixer`.
+        vocab, dim, layers, hidden: as in `provenn.nn.language.CausalLM`.
+    """
+    mixer = titans_mixer(variant, heads, memory_heads, window, **options)
+    return CausalLM(vocab, dim, layers, mixer, feedforward="swiglu", hidden=hidden)
+
+
+def titans_small(vocab: int = 256, variant: str = "mag", **options: Any) -> CausalLM:
+    """Width 96, 4 layers: trains here in minutes."""
+    return titans_lm(variant, vocab, **options)
+
+
+def _sized(dim: int, layers: int, hidden: dict[str, int], vocab: int, variant: str, **options: Any) -> CausalLM:
+    if variant not in hidden:
+        raise ValueError(f"variant must be one of {', '.join(hidden)}, got {variant!r}")
+    heads = dim // 64
+    given = {"heads": heads, "memory_heads": heads, "window": 512, "hidden": hidden[variant], "chunk": 64} | options
+    return titans_lm(variant, vocab, dim, layers, **given)
+
+
+def titans_170m(vocab: int = 32000, variant: str = "mag", **options: Any) -> CausalLM:
+    """170 million parameters: width 768, 12 layers."""
+    return _sized(768, 12, {"lmm": 3776, "mac": 3264, "mag": 3264, "mal": 2752}, vocab, variant, **options)
+
+
+def titans_340m(vocab: int = 32000, variant: str = "mag", **options: Any) -> CausalLM:
+    """340 million parameters: width 1024, 24 layers."""
+    return _sized(1024, 24, {"lmm": 2272, "mac": 1600, "mag": 1600, "mal": 896}, vocab, variant, **options)
+
+
+def titans_400m(vocab: int = 32000, variant: str = "mag", **options: Any) -> CausalLM:
+    """400 million parameters: width 1024, 24 layers, a wider feed-forward part."""
+    return _sized(1024, 24, {"lmm": 3072, "mac": 2400, "mag": 2400, "mal": 1728}, vocab, variant, **options)
+
+
+def titans_760m(vocab: int = 32000, variant: str = "mag", **options: Any) -> CausalLM:
+    """760 million parameters: width 1536, 24 layers."""
+    return _sized(1536, 24, {"lmm": 3680, "mac": 2656, "mag": 2656, "mal": 1632}, vocab, variant, **options)
+
+
+class _Blocks(nn.Module):
+    """Linear embedding, pre-norm blocks of a mixer and SwiGLU, norm: what reads a series."""
+
+    def __init__(self, channels: int, dim: int, layers: int, mixer: Callable[..., nn.Module]):
+        super().__init__()
+        if channels < 1 or layers < 1:
+            raise ValueError(f"channels and layers must be at least 1, got {channels} and {layers}")
+        self.embed = nn.Linear(channels, dim)
+        norm = partial(nn.RMSNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(PreNormBlock(dim, mixer, feedforward=SwiGLU, norm=norm) for _ in range(layers))
+        self.norm = norm(dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self.norm(x)
+
+
+class SequenceClassifier(nn.Module):
+    """Class of a sequence, say of one-hot nucleotides: blocks, the mean over the valid tokens, linear (section 5.6).
+
+    Args:
+        channels: measurements a token.
+        num_classes: classes.
+        length: of the longest series; not used, since no position is learned.
+        dim, layers: of the stack.
+        mixer: makes the token mixer; by default LMM.
+        options: of LMM.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        length: int | None = None,
+        dim: int = 48,
+        layers: int = 2,
+        mixer: Callable[..., nn.Module] | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        self.stack = _Blocks(channels, dim, layers, mixer or titans_mixer("lmm", **options))
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens channels"], mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits; `mask` is True for the tokens of a series and False for its padding."""
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        valid = mask.unsqueeze(-1)
+        hidden = self.stack(x.masked_fill(~valid, 0), mask).masked_fill(~valid, 0)
+        return self.head(hidden.sum(dim=1) / valid.sum(dim=1).clamp_min(1))
+
+
+class Forecaster(nn.Module):
+    """The next `horizon` values of a series from its last `context`, on the scale of the window (section 5.5).
+
+    Each channel is normalised by the window's mean and standard deviation, and the forecast scaled back; it is read off
+    the last token. A linear map of the window is added, as in the framework that the paper puts its memory into.
+
+    Args:
+        channels: measurements a token.
+        context, horizon: tokens in, at least 2, and out.
+        dim, layers, mixer, options: as in `SequenceClassifier`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context: int,
+        horizon: int,
+        dim: int = 32,
+        layers: int = 1,
+        mixer: Callable[..., nn.Module] | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        if context < 2 or horizon < 1:
+            raise ValueError(f"context must be at least 2 and horizon at least 1, got {context} and {horizon}")
+        self.context, self.horizon = context, horizon
+        self.stack = _Blocks(channels, dim, layers, mixer or titans_mixer("lmm", **options))
+        self.head = nn.Linear(dim, horizon * channels)
+        self.linear = nn.Linear(context, horizon)
+
+    def forward(self, x: Float[Tensor, "batch context channels"]) -> Float[Tensor, "batch horizon channels"]:
+        if x.shape[1] != self.context:
+            raise ValueError(f"the window must have context={self.context} tokens, got {x.shape[1]}")
+        mean, std = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True, correction=0).clamp_min(1e-5)
+        scaled = (x - mean) / std
+        recalled = self.head(self.stack(scaled)[:, -1]).unflatten(-1, (self.horizon, -1))
+        return (recalled + self.linear(scaled.mT).mT) * std + mean
