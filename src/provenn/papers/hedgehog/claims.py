@@ -734,7 +734,8 @@ def digits_conversion(run: Run, name: str, distilled: bool = True) -> list[dict[
         return fit(partial(hedgehog_vit, feature_map="softmax"), task, digits(), recipe, seed=seed).model
 
     def accuracy(model: nn.Module) -> float:
-        return get_task("image-classification").evaluate(model.eval(), digits().test)["accuracy"]
+        with torch.no_grad():
+            return get_task("image-classification").evaluate(model.eval(), digits().test)["accuracy"]
 
     def trial(seed: int) -> dict[str, float]:
         model = copy.deepcopy(trained_teacher(("digits", run.budget, seed), partial(teacher, seed)))
