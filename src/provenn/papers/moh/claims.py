@@ -845,8 +845,8 @@ def dit_90(run: Run) -> Measurement:
 # Language: the standard library's source, byte by byte.
 
 TEXT = {"length": 96, "eval_tokens": 12_288}
-LM = {"steps": 150, "tuning": 15, "batch_size": 16, "dim": 64, "layers": 3, "heads": 8, **TEXT}
-LEARN = {"batch_size": 16, "lr": 4e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "clip": 1.0, "epochs": 1}
+LM = {"steps": 400, "tuning": 40, "batch_size": 6, "lr": 8e-3, "dim": 64, "layers": 3, "heads": 8, **TEXT}
+LEARN = {"batch_size": 6, "lr": 8e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "clip": 1.0, "epochs": 1}
 
 
 class Words(NamedTuple):
@@ -860,7 +860,7 @@ class Words(NamedTuple):
 
 def words(run: Run) -> Words:
     task = get_task("language-modelling")
-    steps, tuning = (4, 2) if run.smoke else (150, 15)
+    steps, tuning = (4, 2) if run.smoke else (400, 40)
     return Words(task, task.load("stdlib", **TEXT), steps, tuning)
 
 
