@@ -41,6 +41,12 @@ def test_an_encoder_in_eval_mode_is_counted_as_in_training():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_a_parameter_given_to_a_module_is_counted_without_gradients():
+    layer, tokens = nn.Linear(3, 5), nn.Parameter(torch.zeros(7, 3))
+    with torch.no_grad():
+        assert flops(lambda: layer(tokens)) == 2 * 7 * 3 * 5
+
+
 def test_elementwise_work_is_counted_when_asked_for():
     x = torch.randn(10, 10)
     assert flops(lambda: x.exp() + x) == 0

@@ -332,6 +332,7 @@ def test_without_a_word_it_says_what_there_is(run):
         "predict",
         "inspect",
         "export",
+        "convert",
         "compare",
         "bench",
         "board",

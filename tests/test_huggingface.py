@@ -153,8 +153,11 @@ def test_padding_on_the_left_changes_nothing(build, padding):
 @decoders_only
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_keeps_a_state_of_constant_size_and_says_what_a_full_cache_says(build, padding, beams, monkeypatch):
-    model, given = stir(convert(build().eval(), "hedgehog")), batch(padding=padding)
+@pytest.mark.parametrize("feature_map", ["hedgehog", "cosformer"])
+def test_generate_keeps_a_state_of_constant_size_and_says_what_a_full_cache_says(
+    build, padding, beams, feature_map, monkeypatch
+):
+    model, given = stir(convert(build().eval(), "hedgehog", feature_map=feature_map)), batch(padding=padding)
     made = []
     monkeypatch.setattr(StateCache, "__init__", lambda self, old=StateCache.__init__: (old(self), made.append(self))[0])
     ours = model.generate(**given, **GENERATE, num_beams=beams)

@@ -103,6 +103,18 @@ def _without_fused_encoder():
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+class _NoModules:
+    """Stands in for the tracker of modules, which fails where a parameter is passed to one without gradients."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> "_NoModules":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+
 class _ElementwiseCounter(TorchDispatchMode):
     """One operation for each element that a pointwise operator writes, or that a reduction or scan reads."""
 
@@ -145,7 +157,9 @@ def flops(fn: Callable[[], object], *, elementwise: bool = False) -> int:
             sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
-    with _without_fused_encoder(), FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with _without_fused_encoder(), counter:
         if not elementwise:
             fn()
             return counter.get_total_flops()

@@ -296,6 +296,17 @@ def mechanisms_of(slot: str, taken: Iterable[str] = ()) -> dict[str, tuple[Card,
     }
 
 
+def first_mechanism(name: str, known: dict[str, tuple[Card, Mechanism]]) -> str:
+    """The name in `known` of a paper's first mechanism of a slot, for whoever names the paper; else the name itself.
+
+    >>> first_mechanism("eca_net", mechanisms_of("channel-gate"))
+    'eca'
+    """
+    if name in known:
+        return name
+    return next((each for each, (card, _) in known.items() if card.slug == name.replace("-", "_")), name)
+
+
 def _within_one_edit(word: str, other: str) -> bool:
     if abs(len(word) - len(other)) > 1:
         return False

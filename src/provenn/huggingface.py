@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from provenn import catalog, progress
 from provenn.errors import UserError
+from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks import get_task
 
 try:
@@ -441,9 +442,10 @@ def tune(
     try:
         with _mode(model, training=True):
             for batch in batches:
-                loss = trained(**_on(batch, model)).loss
+                with collect_auxiliary() as added:
+                    loss = trained(**_on(batch, model)).loss
                 optimizer.zero_grad()
-                loss.backward()
+                (loss + torch.stack(added).mean() if added else loss).backward()
                 nn.utils.clip_grad_norm_(parameters, clip)
                 optimizer.step()
                 losses.append(loss.item())
@@ -588,6 +590,12 @@ def load(name: str | Path) -> tuple[Any, Any]:
             "they do not belong together"
         )
     return model, tokenizer
+
+
+def quiet() -> None:
+    """Only transformers' errors, and none of its progress bars."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

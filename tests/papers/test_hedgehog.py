@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from provenn.bench import count_parameters, flops, growth
+from provenn.evidence import Run
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.streaming import state_bytes
 from provenn.nn.transformer import TransformerEncoder
@@ -22,6 +23,7 @@ from provenn.papers.hedgehog import (
     HedgehogFeatureMap,
     LinearAttention,
     attention_entropy,
+    claims,
     cross_entropy,
     distill,
     distillation_loss,
@@ -36,6 +38,7 @@ from provenn.papers.hedgehog import (
 from provenn.papers.hedgehog import distillation as distillation_module
 from provenn.papers.hedgehog.distillation import map_parameters
 from provenn.papers.hedgehog.layers import FORMS
+from provenn.papers.hedgehog.model import hedgehog_gpt2, hedgehog_small, hedgehog_vit
 
 STABLE = [form for form in FORMS if form != "plain"]
 
@@ -138,6 +141,16 @@ def test_taylor_features_multiply_to_the_polynomial():
     phi = MAPS["taylor"](2, 4)
     s = q @ k.mT / 2
     torch.testing.assert_close(phi(q) @ phi(k).mT, 1 + s + s**2 / 2, rtol=0, atol=1e-12)
+
+
+def test_performers_features_are_exp_on_average_and_the_same_for_queries_and_keys():
+    q, k = 0.5 * torch.randn(2, 1, 2, 9, 4, dtype=torch.float64)
+    products = [MAPS["performer"](2, 4, features=512, seed=seed).double() for seed in range(40)]
+    mean = torch.stack([phi(q) @ phi(k).mT for phi in products]).mean(0)
+    torch.testing.assert_close(mean, (q @ k.mT / 2).exp(), rtol=0.05, atol=0)
+    layer = LinearAttention(8, 2, "performer")
+    assert torch.equal(layer.map_query.projection, layer.map_key.projection)
+    assert not torch.equal(layer.map_query.projection[0], layer.map_query.projection[1])
 
 
 def test_taylor_turns_at_minus_one():
@@ -395,3 +408,74 @@ def test_entropy_is_that_of_the_weights():
 def test_bad_arguments_are_refused_with_a_reason(build, message, untyped):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# The systems.
+
+
+def test_presets_have_the_papers_parameters_and_are_transformers_with_softmax():
+    with torch.device("meta"):
+        ours, gpt2 = hedgehog_gpt2(), hedgehog_gpt2(feature_map="softmax")
+    assert count_parameters(gpt2) == 124_439_808
+    assert count_parameters(ours) - count_parameters(gpt2) == 1_179_648
+    kinds = {type(block.mixer) for block in hedgehog_small(feature_map="softmax").blocks}
+    assert kinds == {SoftmaxAttention}
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "taylor", "softmax"])
+def test_a_language_model_streams_what_it_reads(name):
+    model = hedgehog_small(vocab=30, dim=16, heads=2, layers=2, feature_map=name).double().eval()
+    tokens = torch.randint(30, (2, 21))
+    with torch.no_grad():
+        whole = model(tokens)
+        logits, state = model.prefill(tokens[:, :13])
+        torch.testing.assert_close(logits, whole[:, :13])
+        for t in range(13, 21):
+            logits, state = model.step(tokens[:, t], state)
+            torch.testing.assert_close(logits, whole[:, t])
+
+
+def test_a_vision_transformer_sees_both_ways_and_is_converted():
+    model = hedgehog_vit(feature_map="softmax", dim=16, heads=2).eval()
+    x = torch.randn(2, 1, 8, 8)
+    logits = model(x)
+    assert len(linearise(model)) == 2 and not any(part.causal for part in model.modules() if hasattr(part, "causal"))
+    assert (model(x) - logits).abs().max() > 1e-6
+    restore(model)
+    assert torch.equal(model(x), logits)
+    with pytest.raises(ValueError, match="16 patches, got 4"):
+        model(x[:, :, :4, :4])
+    with pytest.raises(ValueError, match="patch must divide size"):
+        hedgehog_vit(patch=3)
+
+
+def test_low_rank_additions_start_at_nothing_and_leave_the_weights():
+    linear = nn.Linear(6, 5)
+    adapted = claims.LowRank(linear, rank=2, alpha=4)
+    x = torch.randn(3, 6)
+    assert torch.equal(adapted(x), linear(x))
+    nn.init.normal_(adapted.up)
+    torch.testing.assert_close(adapted(x), linear(x) + 2 * x @ adapted.down.T @ adapted.up.T)
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad] == ["down", "up"]
+
+
+def test_every_pair_of_recall_is_asked_for_once():
+    tokens, answers = claims.recall_batch(5, torch.Generator().manual_seed(0))
+    pairs, base = claims.RECALL["pairs"], claims.RECALL["values"] + 1
+    keys, values = tokens // base, tokens % base
+    for row in range(5):
+        told = dict(zip(keys[row, :pairs].tolist(), values[row, :pairs].tolist()))
+        assert len(told) == pairs
+        assert [told[key] for key in keys[row, pairs:].tolist()] == answers[row].tolist()
+
+
+def test_the_sides_of_a_recall_differ_in_their_attention_alone(tmp_path):
+    run = Run("hedgehog", tmp_path, budget="smoke", seeds=(3,))
+    drawn = []
+    original = claims.recall_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "recall_batch", lambda *a: (drawn.append(original(*a)), drawn[-1])[1])
+        for name in ("hedgehog", "softmax"):
+            claims.recall_accuracy(run, name)
+    half = len(drawn) // 2
+    assert half == 3 and all(torch.equal(a, b) for x, y in zip(drawn, drawn[half:]) for a, b in zip(x, y))

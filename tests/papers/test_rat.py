@@ -12,10 +12,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 from provenn.bench import count_parameters, flops, growth
-from provenn.nn.attention import SoftmaxAttention
+from provenn.errors import UserError
+from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.positions import rotate
 from provenn.nn.streaming import load_state, map_state, save_state, select_state, state_bytes
-from provenn.papers.rat import RATMixer, RNNMixer
+from provenn.papers.rat import (
+    RATMixer,
+    RNNMixer,
+    attention_small,
+    attention_swa_small,
+    rat_small,
+    rat_swa_small,
+    rnn_small,
+)
+from provenn.papers.rat.costs import mixer_costs
+from provenn.papers.rat.official import convert
+from provenn.papers.rat.studies import KEYS, NEEDLES, QUESTIONS, SLOTS, VALUES, needles_in_filler, open_gates
+from provenn.testing import seeded_state
 
 MIXERS = {
     "rat": lambda dim=24, **options: RATMixer(dim, 4, **{"chunk": 4, **options}),
@@ -389,3 +402,142 @@ def test_tensors_of_the_wrong_shape_are_refused(build, untyped):
         layer(torch.randn(2, 5, 24), mask=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="one token a stream"):
         layer.step(torch.randn(2, 5, 24), layer.init_state(2))
+
+
+MODELS = {f.__name__: f for f in (rat_small, rat_swa_small, rnn_small, attention_small, attention_swa_small)}
+models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+
+
+@models
+def test_models_read_whole_and_token_by_token_alike(build):
+    options = {"window": 8} if "swa" in build.__name__ else {}
+    model = build(vocab=20, dim=24, layers=3, **({} if build is rnn_small else {"heads": 4}), **options)
+    model = stirred(model)
+    tokens = torch.randint(20, (2, 41))
+    with torch.no_grad():
+        whole = model(tokens)
+        first, state = model.prefill(tokens[:, :19])
+        outputs = [first]
+        for t in range(19, 41):
+            y, state = model.step(tokens[:, t], state)
+            outputs.append(y.unsqueeze(1))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=0, atol=1e-9)
+
+
+def test_layers_take_their_chunk_lengths_in_turn():
+    assert [block.mixer.chunk for block in rat_small(layers=5, chunk=[4, 32]).blocks] == [4, 32, 4, 32, 4]
+    hybrid = rat_swa_small(layers=5, chunk=[4, 32], window=9).blocks
+    assert [getattr(block.mixer, "chunk", None) or block.mixer.window for block in hybrid] == [4, 9, 32, 9, 4]
+    with pytest.raises(ValueError, match="chunk is an empty list"):
+        rat_small(chunk=[])
+
+
+def test_the_host_leaves_the_gates_as_they_should_start():
+    horizon = torch.cat([block.mixer.gate_bias.exp() for block in rat_small(chunk=16).blocks])
+    assert horizon.min() >= 1 and horizon.max() <= 15 and horizon.std() > 3
+
+
+def theirs(kinds, dim=128, vocab=30):
+    """Names and shapes of an authors' model with these layers."""
+    shapes = {"embedding.wte.weight": (vocab, dim), "backbone.ln.weight": (dim,)}
+    for i, kind in enumerate(kinds):
+        at = f"backbone.layers.{i}."
+        rows = {"rat": 3 * dim + 4 * 64, "rnn": 3 * dim, "attention": 3 * dim}[kind]
+        shapes |= {
+            f"{at}seq_layer.in_proj.weight": (rows, dim),
+            f"{at}seq_layer.out_proj.weight": (dim, dim),
+            f"{at}seq_layer.input_norm.weight": (dim,),
+            f"{at}hidden_layer.fc1.weight": (4 * dim, dim),
+            f"{at}hidden_layer.fc2.weight": (dim, 4 * dim),
+            f"{at}hidden_layer.ln.weight": (dim,),
+        }
+        if kind != "attention":
+            shapes[f"{at}seq_layer.gate_bias"] = (dim,)
+    return seeded_state(shapes)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "preset"),
+    [
+        (["rat"] * 3, "rat_small"),
+        (["rnn"] * 2, "rnn_small"),
+        (["attention"] * 2, "attention_small"),
+        (["rat", "attention", "rat"], "rat_swa_small"),
+    ],
+)
+def test_official_weights_tell_their_preset(kinds, preset):
+    state = {f"_orig_mod.{name}": value for name, value in theirs(kinds).items()}
+    found, options, ours = convert(state)
+    assert found == preset and options["layers"] == len(kinds)
+    MODELS[found](**options).load_state_dict(ours, strict=True)
+
+
+def test_official_weights_of_other_models_are_refused():
+    with pytest.raises(UserError, match="expected a state dict of CLAIRE-Labo/RAT"):
+        convert({"conv.weight": torch.zeros(3)})
+    with pytest.raises(UserError, match="no model of the paper has layers rnn, attention"):
+        convert(theirs(["rnn", "attention"]))
+    with pytest.raises(UserError, match="tie the two"):
+        convert(theirs(["rat"]) | {"head.lm_head.weight": torch.zeros(30, 128)})
+
+
+def brute_force(mixer, tokens, chunk, window):
+    """Pairs of a query and a key, counted in the mask."""
+    t, j = torch.arange(tokens)[:, None], torch.arange(tokens)
+    if mixer == "rat":
+        return int((t // chunk > torch.arange(tokens // chunk)).sum()) + tokens
+    return int(((j <= t) & (t - j < (window if mixer == "window" else tokens))).sum())
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 100])
+@pytest.mark.parametrize("mixer", ["attention", "window", "rat", "rnn"])
+def test_costs_are_those_of_the_layers(tokens, mixer):
+    dim, heads, chunk, window = 24, 4, 16, 32
+    build = {
+        "attention": lambda: SoftmaxAttention(dim, heads, bias=False),
+        "window": lambda: SlidingWindowAttention(dim, heads, window=window, bias=False),
+        "rat": lambda: RATMixer(dim, heads, chunk=chunk),
+        "rnn": lambda: RNNMixer(dim),
+    }[mixer]
+    layer = build()
+    found = mixer_costs(mixer, tokens, dim=dim, heads=heads, chunk=chunk, window=window, layers=3, number_bytes=4)
+    maps = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    pairs = 0 if mixer == "rnn" else brute_force(mixer, tokens, chunk, window)
+    states = {"rat": 2, "rnn": 1}.get(mixer, 0)
+    assert found.flops == 3 * (2 * tokens * maps + 4 * dim * pairs + 2 * tokens * dim * states)
+    with torch.no_grad():
+        _, state = layer.prefill(torch.randn(1, tokens, dim))
+    kept = {"attention": tokens, "window": min(tokens, window), "rat": -(-tokens // chunk), "rnn": 0}[mixer]
+    assert found.cache_bytes == 3 * 4 * 2 * dim * kept
+    if mixer in ("attention", "rat"):
+        cache = state if mixer == "attention" else state.chunks
+        assert 3 * cache.nbytes == found.cache_bytes
+    running = {"rat": lambda: (state.key, state.value), "rnn": lambda: state}.get(mixer, tuple)()
+    assert 3 * state_bytes(running) == found.running_bytes
+
+
+def test_costs_refuse_what_is_not_there():
+    with pytest.raises(ValueError, match="mixer must be one of attention, window, rat, rnn, got 'lstm'"):
+        mixer_costs("lstm", 10, dim=8)
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        mixer_costs("rat", 0, dim=8)
+
+
+def test_needles_are_where_the_questions_say():
+    tokens, answers, far = needles_in_filler(50, torch.Generator().manual_seed(0))
+    assert tokens.shape == (50, SLOTS + QUESTIONS) and answers.shape == far.shape == (50, QUESTIONS)
+    key, value = tokens // (VALUES + 1), tokens % (VALUES + 1)
+    assert ((key[:, :SLOTS] > 0).sum(1) == NEEDLES).all() and (value[:, :SLOTS] < VALUES).all()
+    assert (value[:, SLOTS:] == VALUES).all() and key.max() < KEYS
+    at = torch.arange(SLOTS, SLOTS + QUESTIONS) - far
+    assert torch.equal(key.gather(1, at), key[:, SLOTS:])
+    assert torch.equal(KEYS + value.gather(1, at), answers)
+
+
+def test_open_gates_are_read_from_the_layers():
+    model = rat_small(vocab=20, dim=24, layers=2)
+    for block, bias in zip(model.blocks, (0.0, 100.0)):
+        nn.init.zeros_(block.mixer.project.weight)
+        nn.init.constant_(block.mixer.gate_bias, bias)
+    tokens = torch.randint(20, (2, 9))
+    assert open_gates(model, tokens, tokens > 3) == [pytest.approx(0.5), pytest.approx(0.0)]

@@ -1,7 +1,6 @@
 """The verb that puts a mechanism into a pretrained model: convert."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +44,7 @@ def convert(
     from provenn.evidence.view import number
     from provenn.reproduce import choose_device
 
+    huggingface.quiet()
     huggingface.conversion_of(card.slug)
     options = pairs(changes or [])
     with progress.shown():
@@ -81,7 +81,7 @@ def convert(
     terminal.print(f"added    {recovery.parameters:,} parameters", soft_wrap=True)
     terminal.print(f"written  {out}, with {REPORT}", soft_wrap=True)
     terminal.print(
-        f"next     import provenn.huggingface; AutoModel….from_pretrained({shlex.quote(str(out))!r})",
+        f"next     import provenn.huggingface, and load it with from_pretrained({str(out)!r})",
         markup=False,
         soft_wrap=True,
     )

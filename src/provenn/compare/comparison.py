@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from provenn import bench, progress
-from provenn.catalog import meant, mechanisms_of
+from provenn.catalog import first_mechanism, meant, mechanisms_of
 from provenn.compare import language
 from provenn.compare.hosts import Factory, Host, host_for
 from provenn.errors import UserError
@@ -193,9 +193,9 @@ def compare(
 
     Args:
         slot: one that has a host: see `HOSTS`.
-        candidates: names of mechanisms in the catalogue (`slug:name` where two papers share a name) and of baselines;
-            by default all that fit the slot. They are measured against the host's first baseline (`none`, of language
-            models `softmax`), or without it against the first that is named.
+        candidates: names of mechanisms in the catalogue (`slug:name` where two papers share a name), slugs, which
+            stand for their first one, and baselines; by default all that fit the slot. They are measured against the
+            host's first baseline (`none`, of language models `softmax`), or without it against the first named.
         data: an embedded data set's name, or a path.
         budget: smoke, small or paper.
         seeds: how many, or which.
@@ -283,10 +283,12 @@ def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tup
     """Each candidate's factory, and the slug of its paper (none for a baseline)."""
     baselines = host.baselines()
     known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in baselines.items()}
-    for name, (card, mechanism) in mechanisms_of(slot, taken=baselines).items():
+    found = mechanisms_of(slot, taken=baselines)
+    for name, (card, mechanism) in found.items():
         extra = {"causal": True} if slot == "token-mixer" else {}
         known[name] = (partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra), card.slug)
-    wanted = list(known) if names is None else list(dict.fromkeys(names))
+    named = known if names is None else [n if n in known else first_mechanism(n, found) for n in names]
+    wanted = list(dict.fromkeys(named))
     wanted.sort(key=lambda name: name != next(iter(baselines)))  # the reference comes first
     for name in wanted:
         if name not in known:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Factory = Callable[..., nn.Module]
 
 DIM, LAYERS, WINDOW = 64, 2, 32
+LAYER = 16 * DIM**2  # parameters of a mixer and its feed-forward part
 BASELINES: dict[str, Factory] = {**KNOWN, "window": partial(KNOWN["window"], window=WINDOW)}
 SIZES: dict[str, Any] = {"length": 128, "eval_tokens": 32_768}  # of the text
 RECALL: dict[str, Any] = {"length": 64, "pairs": 12, "keys": 32, "values": 8, "examples": 16_384}
@@ -32,20 +33,21 @@ RECIPES = {
     "small": replace(_ADAMW, max_steps=300),
     "paper": replace(_ADAMW, max_steps=20_000, epochs=10),
 }
-_HOST = {"dim": DIM, "layers": LAYERS, "window": WINDOW}
+_HOST = {"dim": DIM, "layers": LAYERS, "layer": LAYER, "window": WINDOW}
 RECALL_STEPS = {"smoke": 2, "small": 400, "paper": 5_000}
 
 
 def language_model(mixer: Factory, options: dict[str, Any], **more: Any) -> CausalLM:
-    """A language model whose feed-forward part takes what the mixer leaves of 12 · dim² parameters a layer.
+    """A language model whose feed-forward part takes what the mixer leaves of 16 · dim² parameters a layer.
 
-    So all candidates have the parameters of a Transformer, to within the width of one hidden feature.
+    So all candidates have the same size, to within the width of one hidden feature. It is a third more than a
+    Transformer's 12 · dim², so that a memory of two layers leaves room for a feed-forward part.
     """
     with torch.device("meta"):
         own = bench.count_parameters(mixer(DIM))
-    hidden = round((12 * DIM**2 - own) / (2 * DIM))
+    hidden = round((LAYER - own) / (2 * DIM))
     if hidden < 1:
-        raise ValueError(f"its {own:,} parameters are more than the {12 * DIM**2:,} of a layer")
+        raise ValueError(f"its {own:,} parameters are more than the {LAYER:,} of a layer")
     return CausalLM(options["vocab"], DIM, LAYERS, mixer, hidden=hidden, **more)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.nn.random_features import elu_features, orthogonal_gaussian, positive_features
 from provenn.ops.linear_attention.reference import accumulator
 
 
@@ -68,7 +69,7 @@ class EluMap(FeatureMap):
     """φ(x) = 1 + elu(x) (Katharopoulos et al., 2020, arXiv:2006.16236)."""
 
     def phi(self, x: Tensor, start: int) -> Tensor:
-        return 1 + F.elu(x)
+        return elu_features(x)
 
 
 class ReluMap(FeatureMap):
@@ -90,6 +91,31 @@ class T2RMap(FeatureMap):
 
     def phi(self, x: Tensor, start: int) -> Tensor:
         return F.relu(self.linear(x))
+
+
+class PerformerMap(FeatureMap):
+    """φ(x) = e^{w·u − ‖u‖²/2} / √m with u = x/d^¼: on average φ(q)·φ(k) = exp(q·k/√d) (Choromanski et al., 2021).
+
+    Positive random features of orthogonal rows w. Maps of one seed draw the same, as those of queries and keys must.
+
+    Args:
+        heads, head_dim: as in `FeatureMap`.
+        features: m; d·ln d by default.
+        seed: of the draw, which each head has for itself.
+    """
+
+    projection: Tensor
+
+    def __init__(self, heads: int, head_dim: int, features: int | None = None, *, seed: int = 0):
+        super().__init__(
+            heads, head_dim, max(1, round(head_dim * math.log(head_dim))) if features is None else features
+        )
+        generator = torch.Generator().manual_seed(seed)
+        rows = [orthogonal_gaussian(self.features, head_dim, generator=generator, device="cpu") for _ in range(heads)]
+        self.register_buffer("projection", torch.stack(rows))
+
+    def phi(self, x: Tensor, start: int) -> Tensor:
+        return positive_features(x / self.head_dim**0.25, self.projection.to(x.dtype))
 
 
 class CosFormerMap(FeatureMap):

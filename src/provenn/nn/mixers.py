@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from provenn.catalog import meant, mechanisms_of
+from provenn.catalog import first_mechanism, meant, mechanisms_of
 from provenn.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 
@@ -43,7 +43,9 @@ BASELINES: dict[str, Factory] = {
 
 
 def mixer_called(name: str) -> Factory:
-    """The factory of one token mixer: a baseline (`softmax`, `window`, `none`) or a mechanism of the catalogue.
+    """The factory of one token mixer: a baseline (`softmax`, `window`, `none`), or a mechanism of the catalogue.
+
+    A paper's slug stands for its first mechanism of the slot.
 
     Raises:
         UserError: no such mixer.
@@ -51,6 +53,7 @@ def mixer_called(name: str) -> Factory:
     if name in BASELINES:
         return BASELINES[name]
     known = mechanisms_of("token-mixer", taken=BASELINES)
+    name = first_mechanism(name, known)
     if name not in known:
         names = [*BASELINES, *known]
         raise UserError(f"no token-mixer is called {name!r}{meant(name, names)}; there are: {', '.join(names)}")

@@ -121,7 +121,7 @@ def rollouts(
     for step in range(setting.length):
         to_go = torch.tensor((np.asarray(targets) - received) / setting.scale, dtype=torch.float32)[:, None].to(device)
         states, now = setting.states(seen).to(device), torch.full((count,), step, device=device)
-        with torch.no_grad():
+        with torch.inference_mode():
             if streaming:
                 logits, stream = model.step(to_go, states, now, stream)  # type: ignore[operator]
                 actions = logits.argmax(-1)

@@ -52,7 +52,8 @@ def merge(a: PrefixState, b: PrefixState) -> PrefixState:
     m = max(m_a, m_b),  u = u_a exp(m_a − m) + u_b exp(m_b − m),  w likewise.
     """
     m = torch.maximum(a.m, b.m)
-    scale_a, scale_b = (a.m - finite(m)).exp(), (b.m - finite(m)).exp()
+    shift = finite(m)
+    scale_a, scale_b = (a.m - shift).exp(), (b.m - shift).exp()
     u = a.u * scale_a + b.u * scale_b
     w = a.w * scale_a.unsqueeze(-1) + b.w * scale_b.unsqueeze(-1)
     return PrefixState(m, u, w)

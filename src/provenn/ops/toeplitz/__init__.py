@@ -24,7 +24,7 @@ __all__ = [
     "without_autocast",
 ]
 
-QUADRATIC_UP_TO = 1024  # tokens; up to here n × n weights cost less than m·d transforms, on every machine we timed
+QUADRATIC_UP_TO = 1024  # tokens; up to here n × n weights cost less than m·d transforms, on the CPUs that we timed
 
 
 def toeplitz_matmul(

@@ -576,13 +576,13 @@ def patched(data: TaskData, most: int) -> TaskData:
 
 
 SETS = ("basic-motions", "arrow-head", "italy-power-demand", "gun-point", "osu-leaf")
-TOKENS = 32  # of a long series
-STEPS = 50
+TOKENS = 16  # of a long series
+STEPS = 30
 
 
 @measures("classification_sets")
 def classification_sets(run: Run) -> Measurement:
-    """JapaneseVowels as in `classification`, five more sets by 50 steps of training each.
+    """JapaneseVowels as in `classification`, five more sets by 30 steps of training each.
 
     What is asked is whether another data set would show a difference, so the interval is over data sets.
     """
@@ -672,11 +672,11 @@ def forecasting(run: Run) -> Measurement:
     )
 
 
-def told_events(run: Run, process: str, title: str, lr: float, epochs: int) -> Measurement:
+def told_events(run: Run, process: str, title: str, lr: float, epochs: int, batch_size: int) -> Measurement:
     """A simulated process, whose own likelihood is the floor."""
     data = loaded("event-forecasting", process)
     recipe = Recipe(
-        optimizer="adam", lr=lr, batch_size=32, clip=1.0, epochs=1 if run.smoke else epochs,
+        optimizer="adam", lr=lr, batch_size=batch_size, clip=1.0, epochs=1 if run.smoke else epochs,
         max_steps=2 if run.smoke else None,
     )  # fmt: skip
     fits = trained(run, "event-forecasting", data, EventForecaster, SMALL, recipe)
@@ -704,12 +704,12 @@ def told_events(run: Run, process: str, title: str, lr: float, epochs: int) -> M
 
 @measures("events")
 def events(run: Run) -> Measurement:
-    return told_events(run, "hawkes", "Hawkes process", lr=3e-3, epochs=6)
+    return told_events(run, "hawkes", "Hawkes process", lr=3e-3, epochs=6, batch_size=32)
 
 
 @measures("events_sine")
 def events_sine(run: Run) -> Measurement:
-    return told_events(run, "sine", "sine process", lr=1e-2, epochs=3)
+    return told_events(run, "sine", "sine process", lr=1e-2, epochs=1, batch_size=8)
 
 
 @measures("reinforcement_learning")
@@ -746,20 +746,23 @@ PLAYS = {"streams": "metrics", "windows": "windows"}  # where a trial keeps them
 def played(run: Run) -> tuple[dict[tuple[str, str], list[float]], dict[str, Any]]:
     """The score of every seed by mixer and play, as the mean over environments; and what a measurement says of it.
 
-    One training serves both plays: as a stream that remembers the whole episode, and from the last 20 steps alone.
+    One training serves both plays: as a stream that remembers the whole episode, and from the last 10 steps alone.
     """
-    episodes, test = (4, 1) if run.smoke else (100, 10)
+    context, episodes, test = 10, *((4, 1) if run.smoke else (25, 5))
     recipe = Recipe(
-        optimizer="adamw", lr=3e-3, weight_decay=1e-4, batch_size=32, clip=0.25, epochs=1,
+        optimizer="adamw", lr=3e-3, weight_decay=1e-4, batch_size=16, clip=0.25, epochs=1,
         max_steps=2 if run.smoke else None,
     )  # fmt: skip
     scores: dict[tuple[str, str], list[list[float]]] = {(m, play): [] for m in MIXERS for play in PLAYS}
     rows, lines, sets = {}, [], []
     for source, name in ENVIRONMENTS.items():
         streams, windows = (
-            loaded("reinforcement-learning", source, episodes=episodes, validation=0, test=test, streaming=streaming)
+            loaded(
+                "reinforcement-learning", source, context=context, episodes=episodes, validation=0, test=test,
+                streaming=streaming,
+            )
             for streaming in (True, False)
-        )
+        )  # fmt: skip
         fits = trained(
             run, "reinforcement-learning", streams, DecisionTransformer, SMALL, recipe, also={"windows": windows}
         )
@@ -773,7 +776,7 @@ def played(run: Run) -> tuple[dict[tuple[str, str], list[float]], dict[str, Any]
         "unit": "score",
         "data": ", ".join(data.name for data in sets),
         "fingerprint": ", ".join(data.fingerprint for data in sets),
-        "setting": {**SMALL, **vars(recipe), "context": 20, "episodes": episodes},
+        "setting": {**SMALL, **vars(recipe), "context": context, "episodes": episodes},
         "series": lines,
         "tables": [results(f"Score over {test} episodes, mean and range over seeds", rows)],
     }
@@ -782,7 +785,7 @@ def played(run: Run) -> tuple[dict[tuple[str, str], list[float]], dict[str, Any]
 
 @measures("reinforcement_learning_windows")
 def reinforcement_learning_windows(run: Run) -> Measurement:
-    """The equal comparison: both see the same 20 steps, and neither remembers more."""
+    """The equal comparison: both see the same 10 steps, and neither remembers more."""
     scores, more = played(run)
     return Measurement.paired(scores["aaren", "windows"], scores["softmax", "windows"], seeds=run.seeds, **more)
 
@@ -798,7 +801,7 @@ def reinforcement_learning_streams(run: Run) -> Measurement:
 
 @measures("windows_against_streams")
 def windows_against_streams(run: Run) -> Measurement:
-    """Aaren alone, the same weights: from the last 20 steps, as it was trained, and from the whole episode."""
+    """Aaren alone, the same weights: from the last 10 steps, as it was trained, and from the whole episode."""
     scores, more = played(run)
     return Measurement.paired(scores["aaren", "windows"], scores["aaren", "streams"], seeds=run.seeds, **more)
 

@@ -43,6 +43,7 @@ from provenn.papers.hedgehog.distillation import (
 from provenn.papers.hedgehog.layers import FORMS, MAPS, HedgehogAttention, HedgehogFeatureMap, LinearAttention
 from provenn.papers.hedgehog.model import attention, hedgehog_gpt2, hedgehog_small, hedgehog_vit
 from provenn.tasks import Recipe, TaskData, fit, get_task
+from provenn.tasks.recall import PairEmbedding, lookup
 
 TITLES = {
     "softmax": "softmax",
@@ -50,6 +51,7 @@ TITLES = {
     "elu": "1 + ELU",
     "relu": "ReLU",
     "t2r": "T2R",
+    "performer": "Performer",
     "cosformer": "cosFormer",
     "exp1": "exp(x)",
     "exp2": "exp(2x)",
@@ -83,8 +85,10 @@ def forms_agree(run: Run) -> Measurement:
             return torch.cat([first, second], dim=2)
 
         results = []
-        chunked = partial(linear_attention, causal=True)
-        for form in (recurrent_attention, quadratic_attention, chunked, *([halves] if n > 1 else [])):
+        forms: list[Callable[..., Any]] = [recurrent_attention, quadratic_attention, linear_attention]
+        if n > 1:
+            forms.append(halves)
+        for form in forms:
             given = [x.clone().requires_grad_() for x in inputs]
             output = form(*given)
             y = output[0] if isinstance(output, tuple) else output
@@ -250,11 +254,12 @@ def loss_is_bounded(run: Run) -> Measurement:
         for causal in (True, False):
             target = softmax_weights(q, k, causal=causal)
             loss = distillation_loss(q, k, phi_q.exp(), phi_k.exp(), causal=causal)
-            holds &= bool(loss >= attention_entropy(target).mean()) and divergence(target, target).abs().max() < 1e-12
+            holds &= bool(loss >= attention_entropy(target).mean())
+            holds &= bool(divergence(target, target).abs().max() < 1e-12)
             logits = target.clamp_min(1e-30).log().requires_grad_()
             (gradient,) = torch.autograd.grad(cross_entropy(target, logits.softmax(-1)).sum(), logits)
             holds &= bool(gradient.abs().max() < 1e-12)
-    return Measurement.holds(bool(holds), "20 draws, causal and not")
+    return Measurement.holds(holds, "20 draws, causal and not")
 
 
 # What building it brought to light, exactly.
@@ -595,31 +600,28 @@ def gpu_speed(run: Run) -> Measurement:
 
 # Regime 1, from scratch: associative recall.
 
-RECALL = {"slots": 32, "keys": 64, "values": 16, "queries": 16, "dim": 32, "heads": 4, "layers": 2, "steps": 300}
+RECALL = {"pairs": 32, "keys": 64, "values": 16, "dim": 32, "heads": 4, "layers": 2, "steps": 300}
 
 
 class RecallHost(nn.Module):
-    """Slots of a key and its value, then keys alone: two embeddings summed, blocks, and logits over the values."""
+    """Pairs of a key and its value, each one token, then the keys alone: embedding, blocks, logits over the values."""
 
     def __init__(self, mixer: Callable[[int], nn.Module], dim: int, layers: int):
         super().__init__()
-        self.key, self.value = nn.Embedding(RECALL["keys"], dim), nn.Embedding(RECALL["values"] + 1, dim)
+        self.embed = PairEmbedding(RECALL["keys"], RECALL["values"], dim)
         parts: dict[str, Any] = {"feedforward": partial(FeedForward, bias=True), "norm": nn.LayerNorm}
         self.blocks = nn.Sequential(*(PreNormBlock(dim, mixer, **parts) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, RECALL["values"])
 
-    def forward(self, keys: Tensor, values: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.key(keys) + self.value(values))))[:, RECALL["slots"] :]
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embed(tokens))))[:, RECALL["pairs"] :]
 
 
-def recall_batch(examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of the slots and queries, and what the queries should be answered."""
-    slots, queries, blank = RECALL["slots"], RECALL["queries"], RECALL["values"]
-    keys = torch.rand(examples, RECALL["keys"], generator=generator).argsort(1)[:, :slots]
-    values = torch.randint(RECALL["values"], (examples, slots), generator=generator)
-    asked = torch.rand(examples, slots, generator=generator).argsort(1)[:, :queries]
-    blanks = torch.full((examples, queries), blank)
-    return torch.cat([keys, keys.gather(1, asked)], 1), torch.cat([values, blanks], 1), values.gather(1, asked)
+def recall_batch(examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sequences of as many pairs as queries, without noise between them, and the values that are asked for."""
+    sizes = {key: RECALL[key] for key in ("pairs", "keys", "values")}
+    drawn = lookup(examples, generator, length=2 * RECALL["pairs"], **sizes)
+    return drawn.tokens, drawn.targets[:, RECALL["pairs"] :]
 
 
 def recall_accuracy(run: Run, name: str, heads: int = RECALL["heads"]) -> list[float]:
@@ -632,14 +634,14 @@ def recall_accuracy(run: Run, name: str, heads: int = RECALL["heads"]) -> list[f
         model = RecallHost(attention(name, heads), RECALL["dim"], RECALL["layers"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
         for _ in range(steps):
-            keys, values, answers = recall_batch(32, generator)
-            loss = F.cross_entropy(model(keys, values).flatten(0, 1), answers.flatten())
+            tokens, answers = recall_batch(32, generator)
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), answers.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        keys, values, answers = recall_batch(1024, torch.Generator().manual_seed(seed))
+        tokens, answers = recall_batch(1024, torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            return (model.eval()(keys, values).argmax(-1) == answers).double().mean().item()
+            return (model.eval()(tokens).argmax(-1) == answers).double().mean().item()
 
     return run.trials(f"recall with {TITLES[name]}", trial, map=name, **{**RECALL, "heads": heads, "steps": steps})
 
@@ -689,8 +691,8 @@ def recall_taylor(run: Run) -> Measurement:
     )
 
 
-@measures("recall_at_equal_state")
-def recall_at_equal_state(run: Run) -> Measurement:
+@measures("recall_is_state")
+def recall_is_state(run: Run) -> Measurement:
     wide = RECALL["heads"] // 2
     return Measurement.paired(
         recall_accuracy(run, "hedgehog"),
@@ -712,7 +714,8 @@ def digits() -> TaskData:
 
 
 def image_batches(seed: int, steps: int, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-    images, labels = (torch.stack(part) for part in zip(*((x, torch.as_tensor(y)) for x, y in digits().train)))
+    examples: Any = digits().train
+    images, labels = (torch.stack(part) for part in zip(*((x, torch.as_tensor(y)) for x, y in examples)))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randint(len(labels), (size,), generator=generator)
@@ -725,14 +728,15 @@ def digits_conversion(run: Run, name: str, distilled: bool = True) -> list[dict[
 
     def teacher(seed: int) -> nn.Module:
         task = get_task("image-classification")
-        recipe = Recipe(optimizer="adamw", lr=setting["lr"], epochs=int(setting["epochs"]), batch_size=64)
+        epochs, lr = int(setting["epochs"]), setting["lr"]
+        recipe = Recipe(optimizer="adamw", lr=lr, schedule="cosine", epochs=epochs, batch_size=64)
         return fit(partial(hedgehog_vit, feature_map="softmax"), task, digits(), recipe, seed=seed).model
 
     def accuracy(model: nn.Module) -> float:
         return get_task("image-classification").evaluate(model.eval(), digits().test)["accuracy"]
 
     def trial(seed: int) -> dict[str, float]:
-        model = copy.deepcopy(trained_teacher(("digits", seed), partial(teacher, seed)))
+        model = copy.deepcopy(trained_teacher(("digits", run.budget, seed), partial(teacher, seed)))
         found = {"softmax": accuracy(model)}
         torch.manual_seed(seed)
         linearise(model, name)
@@ -740,7 +744,8 @@ def digits_conversion(run: Run, name: str, distilled: bool = True) -> list[dict[
             distill(model, (x for x, _ in image_batches(seed, int(setting["distil_steps"]))), lr=setting["distil_lr"])
         found["swapped"] = accuracy(model)
         with torch.no_grad(), teaching(model) as losses, looked_at(model) as entropies:
-            model(torch.stack([x for x, _ in digits().test]))
+            tested: Any = digits().test
+            model(torch.stack([x for x, _ in tested]))
         found["kl"] = torch.stack(losses).mean().item() - float(np.mean(entropies))
         optimizer = torch.optim.AdamW(model.parameters(), lr=setting["tune_lr"])
         model.train()
@@ -790,11 +795,13 @@ def digits_setting(run: Run) -> dict[str, Any]:
 
 @measures("swap_keeps_accuracy")
 def swap_keeps_accuracy(run: Run) -> Measurement:
-    variants = [("hedgehog", True), ("hedgehog", False), ("t2r", True), ("t2r", False), ("elu", True)]
+    variants = [
+        ("hedgehog", True), ("hedgehog", False), ("t2r", True), ("t2r", False), ("elu", True), ("performer", True),
+    ]  # fmt: skip
     found = {variant: digits_conversion(run, *variant) for variant in variants}
     rows: list[list[str | float | int | None]] = [
         [
-            TITLES[name] + (", distilled" if distilled and name != "elu" else ""),
+            TITLES[name] + (", distilled" if distilled and name in ("hedgehog", "t2r") else ""),
             *(float(np.mean([trial[key] for trial in found[name, distilled]])) for key in ("kl", "swapped", "tuned")),
         ]
         for name, distilled in variants
@@ -845,8 +852,8 @@ def distillation_matters(run: Run) -> Measurement:
 # Regime 3, pretrained conversion: a language model of source code.
 
 TEXT = {
-    "dim": 64, "heads": 4, "layers": 3, "length": 96, "batch_size": 16, "steps": 600, "lr": 3e-3, "distil_steps": 160,
-    "distil_lr": 1e-2, "tune_steps": 80, "tune_lr": 1e-3, "lora_lr": 3e-3, "rank": 8, "alpha": 16,
+    "dim": 64, "heads": 4, "layers": 3, "length": 96, "batch_size": 16, "steps": 450, "lr": 3e-3, "distil_steps": 120,
+    "distil_lr": 1e-2, "tune_steps": 60, "tune_lr": 1e-3, "lora_lr": 3e-3, "rank": 8, "alpha": 16,
 }  # fmt: skip
 
 
@@ -912,7 +919,7 @@ def text_conversion(run: Run, name: str) -> list[dict[str, Any]]:
             return task.evaluate(model.eval(), text().test)["perplexity"]
 
     def trial(seed: int) -> dict[str, Any]:
-        base = copy.deepcopy(trained_teacher(("text", seed), partial(teacher, seed)))
+        base = copy.deepcopy(trained_teacher(("text", run.budget, seed), partial(teacher, seed)))
         found: dict[str, Any] = {"before": perplexity(base)}
         torch.manual_seed(seed)
         if name != "softmax":

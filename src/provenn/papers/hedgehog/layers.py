@@ -14,6 +14,7 @@ from provenn.nn.feature_maps import (
     EluMap,
     ExponentialMap,
     FeatureMap,
+    PerformerMap,
     PerHeadLinear,
     ReluMap,
     T2RMap,
@@ -85,6 +86,7 @@ MAPS: dict[str, MapMaker] = {
     "elu": EluMap,
     "relu": ReluMap,
     "t2r": T2RMap,
+    "performer": PerformerMap,
     "cosformer": CosFormerMap,
     "exp1": partial(ExponentialMap, t=1.0),
     "exp2": partial(ExponentialMap, t=2.0),
@@ -130,8 +132,8 @@ class LinearAttention(nn.Module):
     Args:
         dim: D, width of a token.
         heads: H; must divide `dim`.
-        feature_map: "hedgehog", "elu", "relu", "t2r", "cosformer", "exp1", "exp2", "taylor", or what makes a map
-            from (heads, head_dim), such as `partial(HedgehogFeatureMap, form="joint")`.
+        feature_map: "hedgehog", "elu", "relu", "t2r", "performer", "cosformer", "exp1", "exp2", "taylor", or what makes
+            a map from (heads, head_dim), such as `partial(HedgehogFeatureMap, form="joint")`.
         causal: whether token i sees tokens 1..i only, or all.
         bias, rotary: of the projections, as in `SoftmaxAttention`.
 

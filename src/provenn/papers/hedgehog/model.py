@@ -1,5 +1,6 @@
 """The systems of the paper (section 5): language models and vision Transformers whose attention alone is exchanged."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from provenn.nn.language import CausalLM, FeedForward, PreNormBlock
 from provenn.papers.hedgehog.layers import LinearAttention
 
 
-def attention(feature_map: str, heads: int, *, bias: bool = True, rotary: bool = False) -> partial[nn.Module]:
+def attention(feature_map: str, heads: int, *, bias: bool = True, rotary: bool = False) -> Callable[..., nn.Module]:
     """A maker of attention for a host: "softmax", or the name of a map in `MAPS`."""
     if feature_map == "softmax":
         return partial(SoftmaxAttention, heads=heads, bias=bias, rotary=rotary)

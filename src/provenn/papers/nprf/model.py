@@ -98,9 +98,19 @@ def nprf_lm_base(
     return CausalLM(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
 
 
-def nprf_lm_tiny(vocab: int = 256, **options: Any) -> CausalLM:
-    """The same, small enough to train on a CPU: width 64, 4 heads, 2 layers; options as in `nprf_lm_base`."""
-    return nprf_lm_base(vocab, **{"dim": 64, "heads": 4, "layers": 2, "features": 32, **options})
+def nprf_lm_tiny(
+    vocab: int = 256,
+    dim: int = 64,
+    heads: int = 4,
+    layers: int = 2,
+    attention: str = "nprf+rpe",
+    features: int = 32,
+    max_length: int = 512,
+    dropout: float | int = 0.0,
+    **kernel: Any,
+) -> CausalLM:
+    """The same, small enough to train on a CPU."""
+    return nprf_lm_base(vocab, dim, heads, layers, attention, features, max_length, dropout, **kernel)
 
 
 def nprf_encoder_base(
@@ -126,9 +136,11 @@ def nprf_encoder_base(
     return Encoder(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
 
 
-def nprf_encoder_tiny(vocab: int = 256, **options: Any) -> Encoder:
-    """The same with width 64, 4 heads, 2 layers; options as in `nprf_encoder_base`."""
-    return nprf_encoder_base(vocab, **{"dim": 64, "heads": 4, "layers": 2, "features": 32, **options})
+def nprf_encoder_tiny(
+    vocab: int = 256, dim: int = 64, heads: int = 4, layers: int = 2, features: int = 32, **options: Any
+) -> Encoder:
+    """The same, small; more options as in `nprf_encoder_base`."""
+    return nprf_encoder_base(vocab, dim, heads, layers, features=features, **options)
 
 
 class VisionTransformer(nn.Module):
@@ -310,17 +322,39 @@ def nprf_translator_base(**options: Any) -> Translator:
     return Translator(**options)
 
 
-def nprf_translator_tiny(vocab: int = 256, **options: Any) -> Translator:
-    """Width 64, 4 heads, 2 layers a side."""
-    return Translator(vocab, **{"dim": 64, "heads": 4, "layers": 2, "features": 32, **options})
+def nprf_translator_tiny(
+    vocab: int = 256, dim: int = 64, heads: int = 4, layers: int = 2, features: int = 32, **options: Any
+) -> Translator:
+    """The same, small; more options as in `Translator`."""
+    return Translator(vocab, dim, heads, layers, features=features, **options)
 
 
-def nprf_vit_base(**options: Any) -> VisionTransformer:
-    """DeiT-base's width and depth: 224×224 pixels in patches of 16, a class token, 1000 classes."""
-    return VisionTransformer(**options)
+def nprf_vit_base(
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    image_size: int = 224,
+    patch: int = 16,
+    attention: str = "nprf+rpe",
+    **options: Any,
+) -> VisionTransformer:
+    """DeiT-base's width and depth, with a class token; more options as in `VisionTransformer`."""
+    return VisionTransformer(num_classes, in_channels, image_size, patch, attention=attention, **options)
 
 
-def nprf_vit_tiny(num_classes: int = 10, in_channels: int = 1, **options: Any) -> VisionTransformer:
-    """Width 64, 4 heads, 2 layers; 8×8 pixels in patches of 1, and the mean over them."""
-    small = {"image_size": 8, "patch": 1, "dim": 64, "heads": 4, "layers": 2, "features": 32, "class_token": False}
-    return VisionTransformer(num_classes, in_channels, **{**small, **options})
+def nprf_vit_tiny(
+    num_classes: int = 10,
+    in_channels: int = 1,
+    image_size: int = 8,
+    patch: int = 1,
+    dim: int = 64,
+    heads: int = 4,
+    layers: int = 2,
+    attention: str = "nprf+rpe",
+    features: int = 32,
+    class_token: bool = False,
+    **options: Any,
+) -> VisionTransformer:
+    """The same for 8×8 pixels, each a token, and the mean over them."""
+    return VisionTransformer(
+        num_classes, in_channels, image_size, patch, dim, heads, layers, attention, features, class_token, **options
+    )

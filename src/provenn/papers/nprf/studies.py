@@ -27,7 +27,7 @@ class Copier(nn.Module):
         stress: factor on the query and key maps at the start, which scales the norms of q and k.
     """
 
-    def __init__(self, name: str, stress: float = 1.0, dim: int = 64, heads: int = 4, features: int = 32):
+    def __init__(self, name: str, stress: float | int = 1.0, dim: int = 64, heads: int = 4, features: int = 32):
         super().__init__()
         self.embed = nn.Embedding(SYMBOLS, dim)
         mixer = attention_called(name, heads, features=features, max_length=LENGTH)
@@ -47,7 +47,7 @@ class Copier(nn.Module):
 
 
 def learn_to_copy(
-    name: str, *, lr: float, steps: int, stress: float, seed: int, device: str, batch: int = 16
+    name: str, *, lr: float, steps: int, stress: float | int, seed: int, device: str, batch: int = 16
 ) -> dict[str, Any]:
     """Train a `Copier` with Adam: its accuracy on 256 fresh rows, and loss and gradient norm at every step."""
     torch.manual_seed(seed)
@@ -74,7 +74,9 @@ def learn_to_copy(
     return {"accuracy": accuracy, "loss": losses, "gradient": norms}
 
 
-def row_error(norm: float, features: int, *, seed: int, dim: int = 64, tokens: int = 64, draws: int = 20) -> float:
+def row_error(
+    norm: float | int, features: int, *, seed: int, dim: int = 64, tokens: int = 64, draws: int = 20
+) -> float:
     """Mean L1 distance of attention rows by orthogonal positive features from exact softmax, q and k of one norm."""
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
@@ -106,7 +108,7 @@ def quickest(functions: dict[Any, Callable[[], object]], rounds: int, device: st
     return times
 
 
-def crossing(sizes: Sequence[int], ours: Sequence[float], theirs: Sequence[float]) -> float:
+def crossing(sizes: Sequence[int], ours: Sequence[float | int], theirs: Sequence[float | int]) -> float:
     """Where two curves of time over size meet, on log-log axes; beyond the last size by its last slope."""
     gaps = [math.log(a / b) for a, b in zip(ours, theirs)]
     for i in range(len(gaps) - 1):

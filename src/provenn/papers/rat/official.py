@@ -28,8 +28,6 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
     plain = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     try:
         embedding = plain["embedding.wte.weight"]
-        if not plain.get("head.lm_head.weight", embedding).equal(embedding):
-            raise UserError("the head's matrix is not the embedding's: the paper's models tie the two")
         dim = embedding.shape[1]
         layers = len({name.split(".")[2] for name in plain if name.startswith("backbone.layers.")})
         mixers = [_mixer(plain, f"backbone.layers.{i}.seq_layer.", dim) for i in range(layers)]
@@ -47,6 +45,8 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
     except (KeyError, IndexError, ValueError):
         raise UserError("expected a state dict of CLAIRE-Labo/RAT's language models, found other parameters") from None
 
+    if not plain.get("head.lm_head.weight", embedding).equal(embedding):
+        raise UserError("the head's matrix is not the embedding's: the paper's models tie the two")
     kinds = [kind for kind, _ in mixers]
     system = _system(kinds)
     options: dict[str, Any] = {"vocab": embedding.shape[0], "dim": dim, "layers": layers}

@@ -15,8 +15,8 @@ SLOTS, NEEDLES, QUESTIONS = 120, 12, 8
 class PairReader(CausalLM):
     """A language model whose tokens are pairs of a key and a value: the embedding is the sum of theirs.
 
-    Token key · (VALUES + 1) + value; the logits at KEYS + value are the value's. Matrices start as N(0, 1/dim), which is
-    what the paper's 0.02² is at its width of 2048.
+    Token key · (VALUES + 1) + value; the logits at KEYS + value are the value's. Matrices start as N(0, 1/dim), which
+    is what the paper's 0.02² is at its width of 2048.
     """
 
     def __init__(self, mixer: Mixers, *, dim: int = 64, layers: int = 2):

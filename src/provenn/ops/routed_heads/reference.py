@@ -1,0 +1,46 @@
+"""Attention in which a token uses some of the heads, by its definition (Jin et al., 2024, arXiv:2410.11842, section 3).
+
+A pair (token, head) that is active gives the head's softmax attention over the keys of all tokens; one that is not
+gives 0. Keys and values belong to every token in every head: other tokens may attend to them.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
+    """True where a query may attend: the last query sees all keys, the one before it all but the last, and so on."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def dense_masked_attention(
+    q: Float[Tensor, "batch heads queries dim"],
+    k: Float[Tensor, "batch groups keys dim"],
+    v: Float[Tensor, "batch groups keys width"],
+    active: Bool[Tensor, "batch heads queries"],
+    *,
+    causal: bool = False,
+    mask: Bool[Tensor, "batch keys"] | None = None,
+) -> Float[Tensor, "batch heads queries width"]:
+    """The definition: every head for every token, and zeros where the pair is not active. It saves nothing.
+
+    Args:
+        q: queries, not yet scaled.
+        k, v: keys and values; with fewer heads than `q`, each serves so many neighbouring query heads.
+        active: True where a token uses a head.
+        causal: whether a query sees the keys up to its own token alone; the last query stands at the last key.
+        mask: True where a key may be attended. A query that may attend to nothing gives 0.
+    """
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    if mask is None and not causal:
+        y = F.scaled_dot_product_attention(q, k, v)
+    elif mask is None and q.shape[2] == k.shape[2]:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        may = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask[:, None, None, :]
+        if causal:
+            may = may & causal_mask(q.shape[2], k.shape[2], q.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=may)
+    return torch.where(active.unsqueeze(-1), y, 0)

@@ -1,0 +1,152 @@
+"""MoH inside Hugging Face's models: heads chosen by the size of their queries, and no parameter more (section 4.4).
+
+transformers calls attention through a table of functions; the one here, "provenn_moh", weighs the heads of each token.
+It is given queries after their rotation, which keeps their lengths, and so chooses the same heads.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import flash_attention_mask
+
+from provenn.errors import UserError
+from provenn.huggingface import Batch, Conversion, attentions
+from provenn.ops.routed_heads import dense_masked_attention, routed_attention, routed_decode
+from provenn.papers.moh.layers import BALANCE, QueryNormRouter, add_balance, watch_routing
+
+IMPLEMENTATION = "provenn_moh"
+
+
+class ConvertedRouter(QueryNormRouter):
+    """The router of one converted attention, with how it is trained and computed.
+
+    Args:
+        heads, shared, top_k: as in `QueryNormRouter`.
+        balance: β of the load-balance loss.
+        execute: "dense" or "gather", as in `provenn.papers.moh.layers.MoHAttention`.
+    """
+
+    def __init__(self, heads: int, shared: int, top_k: int, *, balance: float | int, execute: str):
+        super().__init__(0, heads, shared, top_k)
+        self.balance, self.execute = balance, execute
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out.
+
+    Keys and values of fewer heads serve several queries; the cache is the host's own. Dropout of attention weights is
+    left out.
+    """
+    host: Any = module
+    router: ConvertedRouter = host.head_router
+    causal = bool(getattr(host, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise UserError(f"expected a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}")
+    mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :].bool()
+    routing = router(None, query.transpose(1, 2))
+    if module.training:
+        add_balance(routing, router.balance, None if mask is None else mask[:, -query.shape[2] :])
+    if scaling is not None:  # ours divides by the root of the width
+        query = query * (scaling * math.sqrt(query.shape[-1]))
+    active = routing.active.transpose(1, 2)
+    if router.execute == "dense":
+        y = dense_masked_attention(query, key, value, active, causal=causal, mask=mask)
+    elif mask is None and query.shape[2] == 1:
+        y = routed_decode(query[:, :, 0], key, value, active[:, :, 0], always=router.shared).unsqueeze(2)
+    else:
+        y = routed_attention(query, key, value, active, always=router.shared, causal=causal, mask=mask)
+    return y.transpose(1, 2) * routing.gates.unsqueeze(-1).to(y.dtype), None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+# The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
+AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+
+
+def install(
+    model: PreTrainedModel,
+    *,
+    shared: float | int = 0.5,
+    active: float | int = 0.75,
+    balance: float | int = BALANCE,
+    execute: str = "dense",
+) -> None:
+    """Let every self-attention choose its heads.
+
+    Args:
+        model: GPT-2, Llama or BERT.
+        shared: the share of the heads that every token uses.
+        active: the share that a token uses in all.
+        balance: β of the load-balance loss while tuning.
+        execute: "dense" or "gather".
+    """
+    if not 0 <= shared < active <= 1:
+        raise UserError(f"expected shares 0 <= shared < active <= 1, got shared={shared} and active={active}")
+    if execute not in ("dense", "gather"):
+        raise UserError(f"execute must be one of dense, gather, got {execute!r}")
+    for attention in attentions(model):
+        always = int(attention.heads * shared)
+        chosen = int(attention.heads * active) - always
+        if chosen < 1 or attention.heads - always < 2:
+            raise UserError(
+                f"{attention.heads} heads with shared={shared} and active={active} leave nothing to choose from; "
+                "change the shares"
+            )
+        router = ConvertedRouter(attention.heads, always, chosen, balance=balance, execute=execute)
+        attention.module.head_router = router.train(attention.module.training)
+    model.config._attn_implementation = IMPLEMENTATION
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """All heads for all tokens again."""
+    for attention in attentions(model):
+        del attention.module.head_router
+    model.config._attn_implementation = "sdpa"
+
+
+@torch.no_grad()
+def report(model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
+    """Of each layer: the share of heads in use, and how evenly the routed ones are.
+
+    `least_used` and `most_used` are relative to an even load; `load_entropy` is 1 when it is even.
+    """
+    given = {name: part for name, part in batch.items() if name != "labels"}
+    training = model.training
+    model.eval()
+    with watch_routing(model) as seen:
+        model.base_model(**given)
+    model.train(training)
+    rows = []
+    for layer, calls in enumerate(seen.values()):
+        active = calls[0].active.flatten(0, -2).float()
+        routed = cast(Tensor, calls[0].scores).shape[-1]
+        load = active[:, -routed:].mean(0)
+        even = load / load.sum()
+        entropy = -(even * even.clamp_min(1e-12).log()).sum() / math.log(routed)
+        rows.append(
+            {
+                "layer": layer,
+                "heads_in_use": active.mean().item(),
+                "least_used": (load.min() / load.mean()).item(),
+                "most_used": (load.max() / load.mean()).item(),
+                "load_entropy": entropy.item(),
+            }
+        )
+    return rows
+
+
+CONVERSION = Conversion(install=install, uninstall=uninstall, report=report)
+
+__all__ = ["CONVERSION", "ConvertedRouter", "report"]

@@ -1,0 +1,343 @@
+"""MoH-ViT: TransNeXt (Shi, 2024, arXiv:2311.17132) whose heads are weighed and chosen by the token (section 4.1).
+
+Four stages at strides 4, 8, 16 and 32. In the first three a token attends, in one softmax, to the 3×3 tokens around it
+and to a coarse 1/32 map of all; in the last, to all tokens. Queries and keys have length one, and positions enter by
+biases that a small network makes of relative coordinates, so any image whose sides are multiples of 32 is taken.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from provenn.papers.moh.layers import BALANCE, HeadRouter, add_balance
+
+WINDOW = 9  # tokens of the 3×3 neighbourhood
+SHARPNESS = math.log(math.exp(1 / 0.24) - 1)  # softplus gives 1 / 0.24, the temperature that training starts at
+
+
+def relative_coordinates(
+    height: int, width: int, ratio: int, trained: int, like: Tensor
+) -> tuple[Float[Tensor, "offsets 2"], Int[Tensor, "tokens pooled"]]:
+    """All offsets from a token to the centre of a pooled one, on a logarithmic scale, and which pair has which.
+
+    An offset r becomes sign(r) log₂(|r| + 1) / log₂ 8 after scaling to 8 over the side of the map.
+
+    Args:
+        height, width: of the map of tokens.
+        ratio: side of the square that is pooled to one.
+        trained: side of the map at the size of image that the weights were trained at.
+        like: a tensor of the dtype and device of the coordinates.
+    """
+    axes, places, counts = [], [], []
+    for side in (height, width):
+        pooled = side // ratio
+        # A token q and a pooled one j are q − (ratio · j + (ratio − 1) / 2) apart; counted from the least, an integer.
+        least = ratio * (pooled - 1)
+        token, other = torch.arange(side, device=like.device), torch.arange(pooled, device=like.device)
+        places.append(token[:, None] - ratio * other + least)
+        counts.append(side + least)
+        offset = torch.arange(side + least, device=like.device) - least - (ratio - 1) / 2
+        offset = offset.to(like.dtype) / max(trained - 1, 1) * 8
+        axes.append(offset.sign() * (offset.abs() + 1).log2() / 3)
+    table = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    index = places[0][:, None, :, None] * counts[1] + places[1][None, :, None, :]
+    return table, index.flatten(2, 3).flatten(0, 1)
+
+
+class HeadAttention(nn.Module):
+    """What both attentions of the network have: maps, temperature, position network and router.
+
+    Args:
+        dim, heads, shared, top_k, balance: as in `provenn.papers.moh.layers.MoHAttention`.
+        ratio: side of the squares of tokens whose mean is attended to; 1 attends to the tokens themselves.
+        trained: side of the map of tokens at the image size that coordinates are scaled to.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, shared: int, top_k: int, *, ratio: int, trained: int, balance: float | int
+    ):
+        super().__init__()
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        self.heads, self.ratio, self.trained, self.balance = heads, ratio, trained, balance
+        self.router = HeadRouter(dim, heads, shared, top_k)
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), SHARPNESS))
+        self.query_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, 1, dim // heads), std=0.02))
+        self.position1 = nn.Linear(2, 512)
+        self.position2 = nn.Linear(512, heads)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _position_bias(self, height: int, width: int) -> Float[Tensor, "heads tokens pooled"]:
+        table, index = relative_coordinates(height, width, self.ratio, self.trained, self.position1.weight)
+        return self.position2(self.position1(table).relu()).T[:, index]
+
+    def _scaled(self, q: Tensor, length: Tensor | float) -> Tensor:
+        """(q + query embedding) · softplus(τ) · log(how many are attended to)."""
+        return (q + self.query_embedding) * F.softplus(self.temperature) * length
+
+    def _join(self, y: Tensor, x: Tensor) -> Tensor:
+        """The heads' outputs, weighed by what the router makes of the tokens, through W_O."""
+        routing = self.router(x)
+        if self.training:
+            add_balance(routing, self.balance)
+        weighed = y.transpose(1, 2) * routing.gates.unsqueeze(-1).to(y.dtype)
+        return self.out(weighed.flatten(2))
+
+
+class CosineAttention(HeadAttention):
+    """Attention to all tokens by the cosine of queries and keys (the last stage).
+
+    Args:
+        dim, heads, shared, top_k, trained, balance: as in `HeadAttention`.
+
+    Shapes: (batch, height · width, dim) to the same.
+    """
+
+    def __init__(self, dim: int, heads: int, shared: int, top_k: int, *, trained: int, balance: float | int = BALANCE):
+        super().__init__(dim, heads, shared, top_k, ratio=1, trained=trained, balance=balance)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], height: int, width: int
+    ) -> Float[Tensor, "batch tokens dim"]:
+        q, k = (F.normalize(self._heads(map(x)), dim=-1) for map in (self.query, self.key))
+        q = self._scaled(q, math.log(height * width))
+        bias = self._position_bias(height, width).to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, self._heads(self.value(x)), attn_mask=bias, scale=1.0)
+        return self._join(y, x)
+
+
+class AggregatedAttention(HeadAttention):
+    """Attention to the 3×3 neighbourhood and to a pooled map, under one softmax (TransNeXt, section 3.3).
+
+    The weights of the neighbourhood gain a term that depends on the query alone, q̂ · T + b, after the softmax.
+
+    Args:
+        dim, heads, shared, top_k, ratio, trained, balance: as in `HeadAttention`.
+
+    Shapes: (batch, height · width, dim) to the same; `ratio` divides both sides.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        shared: int,
+        top_k: int,
+        *,
+        ratio: int,
+        trained: int,
+        balance: float | int = BALANCE,
+    ):
+        super().__init__(dim, heads, shared, top_k, ratio=ratio, trained=trained, balance=balance)
+        self.reduce = nn.Conv2d(dim, dim, 1)
+        self.norm = nn.LayerNorm(dim)
+        self.local_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, WINDOW), std=4e-4))
+        self.local_tokens = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, dim // heads, WINDOW), std=0.02))
+        self.local_shift = nn.Parameter(torch.zeros(heads, 1, WINDOW))
+
+    def _neighbours(self, x: Tensor, height: int, width: int) -> Float[Tensor, "batch heads tokens dim 9"]:
+        """The 3×3 tokens around each, zeros beyond the border; `x` is (batch, heads, tokens, dim)."""
+        image = x.transpose(2, 3).flatten(1, 2).unflatten(-1, (height, width))
+        return F.unfold(image, 3, padding=1).unflatten(1, (self.heads, -1, WINDOW)).permute(0, 1, 4, 2, 3)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], height: int, width: int
+    ) -> Float[Tensor, "batch tokens dim"]:
+        inside = F.unfold(x.new_ones(1, 1, height, width), 3, padding=1)[0].T  # (tokens, 9): 0 beyond the border
+        image = x.transpose(1, 2).unflatten(-1, (height, width))
+        pooled = F.avg_pool2d(F.gelu(self.reduce(image)), self.ratio).flatten(2).transpose(1, 2)
+        pooled = self.norm(pooled)
+
+        q = F.normalize(self._heads(self.query(x)), dim=-1)
+        length = (inside.sum(-1, keepdim=True) + pooled.shape[1]).log()
+        scaled = self._scaled(q, length)
+        near_k = self._neighbours(F.normalize(self._heads(self.key(x)), dim=-1), height, width)
+        near_v = self._neighbours(self._heads(self.value(x)), height, width)
+        far_k = F.normalize(self._heads(self.key(pooled)), dim=-1)
+
+        near = (scaled.unsqueeze(-2) @ near_k).squeeze(-2) + self.local_bias.unsqueeze(1)
+        near = near.masked_fill(inside == 0, -torch.inf)
+        far = scaled @ far_k.mT + self._position_bias(height, width)
+        weights = torch.cat([near, far], dim=-1).softmax(dim=-1)
+        near, far = weights.split([WINDOW, pooled.shape[1]], dim=-1)
+        near = near + q @ self.local_tokens + self.local_shift
+        y = (near.unsqueeze(-2) @ near_v.mT).squeeze(-2) + far @ self._heads(self.value(pooled))
+        return self._join(y, x)
+
+
+class ConvGLU(nn.Module):
+    """GELU(dwconv(a)) ⊙ v with a, v the halves of W₁ x, through W₂ (TransNeXt, section 3.4).
+
+    Args:
+        dim: width of a token.
+        hidden: width of a half; 2/3 of an ordinary feed-forward part's.
+
+    Shapes: (batch, height · width, dim) to the same.
+    """
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, 2 * hidden)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.linear2 = nn.Linear(hidden, dim)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], height: int, width: int
+    ) -> Float[Tensor, "batch tokens dim"]:
+        a, v = self.linear1(x).chunk(2, dim=-1)
+        a = self.conv(a.transpose(1, 2).unflatten(-1, (height, width))).flatten(2).transpose(1, 2)
+        return self.linear2(F.gelu(a) * v)
+
+
+class Block(nn.Module):
+    """x ← x + attention(norm(x)); x ← x + ConvGLU(norm(x)).
+
+    Args:
+        attention: of `dim` wide tokens.
+        hidden: of the ConvGLU.
+        drop_path: probability with which a branch of an example is left out while training.
+    """
+
+    def __init__(self, dim: int, attention: HeadAttention, hidden: int, drop_path: float | int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = attention
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.feedforward = ConvGLU(dim, hidden)
+        self.drop = nn.Dropout(drop_path)
+
+    def _keep(self, branch: Tensor) -> Tensor:
+        return branch * self.drop(branch.new_ones(branch.shape[0], 1, 1))
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], height: int, width: int
+    ) -> Float[Tensor, "batch tokens dim"]:
+        x = x + self._keep(self.attention(self.norm1(x), height, width))
+        return x + self._keep(self.feedforward(self.norm2(x), height, width))
+
+
+class MoHViT(nn.Module):
+    """TransNeXt with routed heads.
+
+    Args:
+        dims, heads, depths, ratios: width, heads, blocks and feed-forward ratio of each stage.
+        shared, top_k: h_s and K of each stage; K = 0 where all heads are shared, which are weighed all the same.
+        num_classes: logits.
+        in_channels: of the image.
+        size: side of the square images that the weights are trained at; coordinates are scaled to it.
+        drop_path: of the last block, rising linearly from 0.
+        balance: β of the load-balance loss.
+
+    Shapes: (batch, in_channels, height, width), sides multiples of 32, to (batch, num_classes).
+    """
+
+    def __init__(
+        self,
+        *,
+        dims: Sequence[int],
+        heads: Sequence[int],
+        depths: Sequence[int],
+        shared: Sequence[int],
+        top_k: Sequence[int],
+        ratios: Sequence[int] = (8, 8, 4, 4),
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        size: int = 224,
+        drop_path: float | int = 0.0,
+        balance: float | int = BALANCE,
+    ):
+        super().__init__()
+        if not {len(dims)} == {len(each) for each in (heads, depths, shared, top_k, ratios)}:
+            raise ValueError("dims, heads, depths, shared, top_k and ratios must have one entry for each stage")
+        if size < 32 or size % 32:
+            raise ValueError(f"size must be a multiple of 32, got {size}")
+        rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.embeds, self.stages, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        last, channels = len(dims) - 1, in_channels
+        for i, dim in enumerate(dims):
+            stride, kernel = (4, 7) if i == 0 else (2, 3)
+            self.embeds.append(nn.Conv2d(channels, dim, kernel, stride, kernel // 2))
+            self.embeds.append(nn.LayerNorm(dim))
+            side, pool = size // 2 ** (i + 2), 2 ** (last - i)
+            blocks = []
+            for _ in range(depths[i]):
+                attention = (
+                    CosineAttention(dim, heads[i], shared[i], top_k[i], trained=side, balance=balance)
+                    if i == last
+                    else AggregatedAttention(
+                        dim, heads[i], shared[i], top_k[i], ratio=pool, trained=side, balance=balance
+                    )
+                )
+                blocks.append(Block(dim, attention, 2 * ratios[i] * dim // 3, rates.pop(0)))
+            self.stages.append(nn.ModuleList(blocks))
+            self.norms.append(nn.LayerNorm(dim, eps=1e-6))
+            channels = dim
+        self.head = nn.Linear(channels, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=0.02)
+            elif isinstance(part, nn.Conv2d):
+                fan_out = part.kernel_size[0] * part.kernel_size[1] * part.out_channels // part.groups
+                nn.init.normal_(part.weight, std=math.sqrt(2 / fan_out))
+            if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        if x.shape[2] % 32 or x.shape[3] % 32:
+            raise ValueError(f"the sides of an image must be multiples of 32, got {x.shape[2]} x {x.shape[3]}")
+        for i, (blocks, norm) in enumerate(zip(self.stages, self.norms)):
+            x = self.embeds[2 * i](x)
+            height, width = x.shape[2:]
+            x = self.embeds[2 * i + 1](x.flatten(2).transpose(1, 2))
+            for block in blocks:  # type: ignore[union-attr,attr-defined]
+                x = block(x, height, width)
+            x = norm(x)
+            if i < len(self.stages) - 1:
+                x = x.transpose(1, 2).unflatten(-1, (height, width))
+        return self.head(x.mean(dim=1))
+
+
+SMALL: dict[str, Any] = {"dims": (72, 144, 288, 576), "heads": (3, 6, 12, 24), "depths": (5, 5, 22, 5)}
+BASE: dict[str, Any] = {"dims": (96, 192, 384, 768), "heads": (4, 8, 16, 32), "depths": (5, 5, 23, 5)}
+
+
+def moh_vit_small_80(**options: Any) -> MoHViT:
+    """MoH-ViT-S with 80 % of the heads in use: 49,910,548 parameters."""
+    return MoHViT(**SMALL, shared=(3, 6, 3, 8), top_k=(0, 0, 6, 12), **options)
+
+
+def moh_vit_small_75(**options: Any) -> MoHViT:
+    """MoH-ViT-S with 75 % of the heads in use: 49,910,548 parameters."""
+    return MoHViT(**SMALL, shared=(3, 6, 3, 4), top_k=(0, 0, 6, 12), **options)
+
+
+def moh_vit_base_75(**options: Any) -> MoHViT:
+    """MoH-ViT-B with 75 % of the heads in use: 90,020,632 parameters."""
+    return MoHViT(**BASE, shared=(4, 8, 4, 5), top_k=(0, 0, 8, 16), **options)
+
+
+def moh_vit_base_50(**options: Any) -> MoHViT:
+    """MoH-ViT-B with 50 % of the heads in use: 90,023,512 parameters."""
+    return MoHViT(**BASE, shared=(2, 2, 2, 4), top_k=(2, 4, 6, 8), **options)
+
+
+PRESETS = {
+    "moh_vit_small_80": moh_vit_small_80,
+    "moh_vit_small_75": moh_vit_small_75,
+    "moh_vit_base_75": moh_vit_base_75,
+    "moh_vit_base_50": moh_vit_base_50,
+}

@@ -1,0 +1,488 @@
+"""What kernelized attention with relative positions promises: attention by offsets in n log n, stable, and streamed."""
+
+import math
+from functools import partial
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from provenn.bench import count_parameters
+from provenn.nn.language import CausalLM
+from provenn.nn.random_features import elu_features, positive_features, trigonometric_features
+from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
+from provenn.papers.nprf import (
+    ATTENTIONS,
+    KernelAttentionRPE,
+    LinformerAttention,
+    RelativeBias,
+    SoftmaxAttentionRPE,
+    attention_called,
+    attention_rows,
+    diagnose,
+    diagnose_model,
+    nprf_encoder_base,
+    nprf_encoder_tiny,
+    nprf_lm_base,
+    nprf_lm_tiny,
+    nprf_translator_tiny,
+    nprf_vit_base,
+    nprf_vit_tiny,
+)
+from provenn.papers.nprf.inspection import inspect
+from provenn.papers.nprf.studies import Copier, crossing, learn_to_copy, row_error
+
+forms = pytest.mark.parametrize("form", ["fft", "quadratic"])
+CAUSAL = [name for name in ATTENTIONS if name != "linformer"]
+
+
+@pytest.fixture
+def untyped():
+    """Run-time shape checks would refuse bad shapes before we do."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def stirred(layer: nn.Module, reach: float = 2.0) -> nn.Module:
+    """In float64, with biases off their start of 0."""
+    for part in layer.modules():
+        if isinstance(part, RelativeBias):
+            nn.init.uniform_(part.table, -reach, reach)
+            if part.of_class is not None:
+                nn.init.uniform_(part.of_class, -reach, reach)
+    return layer.double().eval()
+
+
+def by_definition(layer: KernelAttentionRPE, x, mask=None):
+    """The layer from its formula, with the maps as they are written and a weight for every pair."""
+    q, k, v = layer._project(x)
+    q, k = layer.scaled(q, k)
+    if layer.feature_map == "elu":
+        fq, fk = elu_features(q), elu_features(k)
+    else:
+        feature_map = positive_features if layer.feature_map == "prf" else trigonometric_features
+        fq, fk = feature_map(q, layer.draws), feature_map(k, layer.draws)
+    n = x.shape[1]
+    weights = fq @ fk.mT
+    if layer.rpe is not None:
+        sides = (n,) if layer.grid is None else layer.grid
+        weights = weights * layer.rpe.matrix(sides).exp()
+    elif layer.causal:
+        weights = weights.tril()
+    if mask is not None:
+        weights = weights.masked_fill(~mask[:, None, None], 0)
+    return layer._join(weights @ v / weights.sum(-1, keepdim=True), x)
+
+
+@forms
+@pytest.mark.parametrize("feature_map", ["prf", "trf", "elu"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_layer_is_its_formula_with_gradients(form, feature_map, normalize, causal):
+    options = {"feature_map": feature_map, "normalize": normalize, "causal": causal, "form": form}
+    layer = stirred(KernelAttentionRPE(8, 2, features=6, max_length=20, **options))
+    x = torch.randn(2, 13, 8, dtype=torch.float64, requires_grad=True)
+    ours, plain = layer(x), by_definition(layer, x)
+    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+    weight = torch.randn_like(ours)
+    wanted = [x, *layer.parameters()]
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (ours, plain))):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@forms
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (4, 1)])
+def test_on_a_grid_it_is_its_formula(form, grid):
+    layer = stirred(KernelAttentionRPE(8, 2, features=6, rpe="2d", grid=grid, causal=False, form=form))
+    x = torch.randn(2, math.prod(grid), 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), by_definition(layer, x), rtol=1e-9, atol=1e-9)
+
+
+@forms
+def test_a_class_token_has_biases_of_its_own(form):
+    options = {"rpe": "2d", "grid": (3, 4), "class_token": True, "causal": False, "form": form}
+    layer = stirred(KernelAttentionRPE(8, 2, features=6, **options))
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), by_definition(layer, x), rtol=1e-9, atol=1e-9)
+    away, to, own = layer.rpe.of_class[0].tolist()
+    matrix = layer.rpe.matrix((3, 4))[0]
+    assert matrix[0, 0] == own and (matrix[0, 1:] == away).all() and (matrix[1:, 0] == to).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"rpe": "none"}, {"causal": False}, {"causal": False, "rpe": "none"}])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_hidden_tokens_weigh_nothing_whatever_they_hold(options, normalize):
+    layer = stirred(KernelAttentionRPE(8, 2, features=6, normalize=normalize, **options))
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    mask = torch.ones(2, 13, dtype=torch.bool)
+    mask[0, 5:9] = mask[1, 10:] = False
+    changed = torch.where(mask[..., None], x, 100.0)
+    ours = layer(changed, mask=mask)
+    torch.testing.assert_close(ours[mask], by_definition(layer, x, mask)[mask], rtol=1e-9, atol=1e-9)
+    nothing = layer(x, mask=torch.zeros_like(mask))
+    torch.testing.assert_close(nothing, layer.out.bias.expand_as(nothing))
+
+
+@forms
+@pytest.mark.parametrize("name", CAUSAL)
+@settings(deadline=None, max_examples=8)
+@given(tokens=st.integers(2, 40), data=st.data())
+def test_forward_is_the_fold_of_step_from_any_split(form, name, tokens, data):
+    cut = data.draw(st.integers(1, tokens - 1))
+    kernel = {} if name.startswith("softmax") else {"form": form}
+    layer = stirred(attention_called(name, 2, features=6, max_length=16, **kernel)(8, causal=True))
+    x = torch.randn(3, tokens, 8, dtype=torch.float64)
+    with torch.no_grad():
+        whole = layer(x)
+        first, state = layer.prefill(x[:, :cut])
+        torch.testing.assert_close(first, whole[:, :cut])
+        again, _ = layer.prefill(x[:, cut:], state)
+        torch.testing.assert_close(again, whole[:, cut:])
+        for t in range(cut, tokens):
+            y, state = layer.step(x[:, t], state)
+            torch.testing.assert_close(y, whole[:, t])
+
+
+def test_streams_in_float32_within_1e_5():
+    layer = KernelAttentionRPE(32, 4, max_length=50).eval()
+    nn.init.uniform_(layer.rpe.table, -2, 2)
+    x = torch.randn(2, 77, 32)
+    with torch.no_grad():
+        state, outputs = layer.init_state(2), []
+        for t in range(77):
+            y, state = layer.step(x[:, t], state)
+            outputs.append(y)
+        assert (torch.stack(outputs, 1) - layer(x)).abs().max() < 1e-5
+
+
+def test_states_are_cut_and_saved(tmp_path):
+    layer = KernelAttentionRPE(16, 4, features=8)
+    with torch.no_grad():
+        x = torch.randn(3, 9, 16)
+        _, state = layer.prefill(x)
+        assert state_bytes(state) == 3 * 9 * 4 * (4 * 8 + 16)
+        save_state(state, tmp_path / "state")
+        held = select_state(load_state(layer.init_state(1), tmp_path / "state"), 1)
+        expected = layer.step(x[:, 0], state)[0][1:2]
+        torch.testing.assert_close(layer.step(x[1:2, 0], held)[0], expected)
+
+
+def test_keys_of_any_size_leave_outputs_and_gradients_finite():
+    for feature_map in ("prf", "trf", "elu"):
+        for causal in (True, False):
+            options = {"feature_map": feature_map, "normalize": False, "causal": causal}
+            layer = KernelAttentionRPE(16, 2, features=8, form="fft", precision="single", **options)
+            x = (300 * torch.randn(2, 9, 16)).requires_grad_()
+            y = layer(x)
+            y.sum().backward()
+            assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_without_normalisation_later_keys_do_not_change_earlier_outputs():
+    layer = KernelAttentionRPE(16, 2, features=8, normalize=False)
+    x = torch.randn(1, 12, 16)
+    changed = torch.cat([x[:, :8], 50 * torch.randn(1, 4, 16)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(changed)[:, :8], layer(x)[:, :8])
+
+
+def test_more_features_come_nearer_to_softmax():
+    x = torch.randn(1, 30, 16)
+    near = [sum(diagnose(KernelAttentionRPE(16, 2, features=m, causal=False), x).distance) for m in (4, 64, 1024)]
+    assert near[0] > 2 * near[1] > 4 * near[2]
+
+
+def test_normalisation_is_of_each_token_and_head():
+    layer = KernelAttentionRPE(16, 4)
+    q, k = layer.scaled(*layer._project(torch.randn(2, 5, 16))[:2])
+    torch.testing.assert_close(q.norm(dim=-1), torch.ones(2, 4, 5))
+    torch.testing.assert_close(k.norm(dim=-1), torch.ones(2, 4, 5))
+    wide = KernelAttentionRPE(16, 4, scale=4.0)
+    torch.testing.assert_close(wide.scaled(q, k)[0].norm(dim=-1), torch.full((2, 4, 5), 2.0))
+
+
+@pytest.mark.parametrize("form", ["fft", "quadratic"])
+def test_autocast_leaves_the_sums_in_full_precision(form):
+    layer = KernelAttentionRPE(16, 2, form=form)
+    x = torch.randn(1, 20, 16)
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = layer(x)
+    assert got.dtype == torch.bfloat16 and (got.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_features_are_in_the_state_dict_and_can_be_drawn_again():
+    layer = KernelAttentionRPE(16, 2)
+    assert "draws" in layer.state_dict()
+    x, before = torch.randn(1, 9, 16), layer.draws.clone()
+    layer.redraw(torch.Generator().manual_seed(1))
+    after = layer(x)
+    assert not torch.equal(layer.draws, before)
+    layer.redraw(torch.Generator().manual_seed(1))
+    assert torch.equal(layer(x), after)
+
+
+# Biases.
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_offsets_beyond_the_table_get_its_ends(causal):
+    bias = RelativeBias(2, (4,), causal=causal)
+    nn.init.normal_(bias.table)
+    long, held = bias((7,)), bias.table
+    if causal:
+        assert torch.equal(long, torch.cat([held[:, :1].expand(-1, 3), held], dim=1))
+        assert torch.equal(bias((2,)), held[:, -2:])
+    else:
+        assert torch.equal(long, torch.cat([held[:, :1].expand(-1, 3), held, held[:, -1:].expand(-1, 3)], dim=1))
+        assert torch.equal(bias((2,)), held[:, 2:5])
+
+
+def test_a_grid_is_extended_on_every_side():
+    bias = RelativeBias(1, (2, 3))
+    nn.init.normal_(bias.table)
+    larger = bias((4, 3))
+    assert larger.shape == (1, 7, 5)
+    assert torch.equal(larger[:, 2:5], bias.table) and torch.equal(larger[:, 0], bias.table[:, 0])
+
+
+@pytest.mark.parametrize("sides", [(4,), (3, 4)])
+def test_interpolation_stretches_the_table_and_keeps_its_ends(sides):
+    bias = RelativeBias(1, sides, beyond="interpolate")
+    nn.init.normal_(bias.table)
+    longer = bias(tuple(3 * side for side in sides))
+    assert longer.shape[1:] == tuple(6 * side - 1 for side in sides)
+    for corner in (0, -1):
+        at = (0, *[corner] * len(sides))
+        torch.testing.assert_close(longer[at], bias.table[at])
+    assert torch.equal(bias(sides), bias.table)
+
+
+@pytest.mark.parametrize("name", ["nprf+rpe", "softmax+rpe"])
+def test_another_grid_at_test_time(name):
+    layer = attention_called(name, 2, grid=(3, 3), class_token=True)(8, causal=False)
+    assert layer(torch.randn(1, 31, 8), grid=(5, 6)).shape == (1, 31, 8)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_softmax_with_rpe_is_its_formula(causal):
+    layer = stirred(SoftmaxAttentionRPE(8, 2, max_length=20, causal=causal))
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    mask = torch.ones(2, 13, dtype=torch.bool)
+    mask[0, 3:6] = False
+    q, k, v = layer._project(x)
+    offsets = torch.arange(13) - torch.arange(13)[:, None]
+    scores = q @ k.mT / 2 + layer.rpe.table[:, 19 + (offsets.clamp(max=0) if causal else offsets)]
+    if causal:
+        scores = scores.masked_fill(~torch.ones(13, 13, dtype=torch.bool).tril(), -torch.inf)
+    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    plain = layer.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, mask=mask), plain)
+
+
+def test_linformer_attends_to_mixtures():
+    layer = LinformerAttention(8, 2, mixtures=3, max_length=20).double()
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    mask = torch.ones(2, 13, dtype=torch.bool)
+    mask[:, 10:] = False
+    q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (layer.query, layer.key, layer.value))
+    keys, values = layer.mix_keys[:, :10] @ k[:, :, :10], layer.mix_values[:, :10] @ v[:, :, :10]
+    plain = layer.out(((q @ keys.mT / 2).softmax(-1) @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, mask=mask), plain)
+    with pytest.raises(ValueError, match="more than max_length=20"):
+        layer(torch.randn(1, 21, 8, dtype=torch.float64))
+
+
+# The diagnosis.
+
+
+def test_rows_are_those_that_the_layer_applies():
+    layer = stirred(KernelAttentionRPE(8, 2, features=6, max_length=20))
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    mask = torch.ones(2, 13, dtype=torch.bool)
+    mask[1, 4:7] = False
+    implied, exact = attention_rows(layer, x, mask)
+    _, _, v = layer._project(x)
+    torch.testing.assert_close(layer._join(implied @ v, x), layer(x, mask=mask))
+    assert (implied[1, :, :, 4:7] == 0).all() and (exact.sum(-1) - 1).abs().max() < 1e-9
+    assert (exact.triu(1) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "reach", "says"),
+    [
+        ({}, 1, None),
+        ({"normalize": False}, 1, "norms of"),
+        ({"scale": 9.0}, 1, "norms of"),
+        ({"form": "fft", "precision": "single"}, 9, "precision='double'"),
+        ({"form": "fft"}, 9, None),
+        ({"form": "fft"}, 20, "form='quadratic'"),
+        ({"form": "quadratic"}, 20, None),
+        ({"feature_map": "trf", "features": 4, "causal": False}, 1, "negative"),
+    ],
+    ids=str,
+)
+def test_warnings_name_what_is_out_of_the_safe_region(options, reach, says):
+    layer = KernelAttentionRPE(32, 2, max_length=16, **{"features": 256, **options})
+    nn.init.uniform_(layer.rpe.table, -reach, reach)
+    with torch.no_grad():
+        layer.query.weight.mul_(3)
+        layer.key.weight.mul_(3)
+    found = diagnose(layer, 3 * torch.randn(2, 16, 32))
+    assert (not found.warnings) if says is None else any(says in warning for warning in found.warnings)
+    assert all(f"warning: {warning}" in str(found) for warning in found.warnings)
+
+
+def test_a_model_is_diagnosed_layer_by_layer():
+    model = nprf_lm_tiny()
+    tokens = torch.randint(256, (1, 20))
+    found = diagnose_model(model, tokens)
+    assert list(found) == ["blocks.0.mixer", "blocks.1.mixer"]
+    assert all(0 < d < 2 for one in found.values() for d in one.distance)
+    shown = inspect(nprf_vit_tiny(), torch.randn(1, 1, 8, 8))
+    assert [len(row) for row in shown.values()] == [4, 4]
+
+
+# Systems.
+
+
+def test_biases_are_all_that_is_added():
+    with torch.device("meta"):
+        plain = count_parameters(nprf_vit_base(attention="softmax"))
+        assert plain == 86_567_656  # DeiT-base
+        assert count_parameters(nprf_vit_base()) - plain == 12 * 12 * (27 * 27 + 3)
+        encoder, decoder = nprf_encoder_base(), nprf_lm_base()
+        assert sum(b.mixer.rpe.table.numel() for b in encoder.blocks) == 12 * 12_276
+        assert sum(b.mixer.rpe.table.numel() for b in decoder.blocks) == 12 * 12 * 512
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_attention_runs_in_every_host(name):
+    tokens = torch.randint(256, (2, 10))
+    if name != "linformer":
+        assert nprf_lm_tiny(attention=name)(tokens).shape == (2, 10, 256)
+        assert nprf_translator_tiny(attention=name)(tokens, tokens[:, :7]).shape == (2, 7, 256)
+    assert nprf_encoder_tiny(attention=name, num_classes=3)(tokens).shape == (2, 3)
+    for class_token in (True, False):
+        model = nprf_vit_tiny(attention=name, patch=2, class_token=class_token)
+        assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_decoder_generates_as_it_reads():
+    model = nprf_lm_tiny().eval()
+    assert isinstance(model, CausalLM)
+    prompt = torch.randint(256, (1, 6))
+    tokens = list(model.generate(prompt, 5, temperature=0))
+    whole = torch.cat([prompt, torch.stack(tokens, 1)], dim=1)
+    assert torch.equal(model(whole)[:, 5:-1].argmax(-1), whole[:, 6:])
+
+
+def test_the_translator_hides_padding_and_later_words():
+    model = nprf_translator_tiny().eval()
+    source, target = torch.randint(256, (2, 9)), torch.randint(256, (2, 7))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[:, 6:] = False
+    other = torch.where(mask, source, 5)
+    with torch.no_grad():
+        expected = model(source, target, mask=mask)
+        torch.testing.assert_close(model(other, target, mask=mask), expected)
+        changed = target.clone()
+        changed[:, 4:] = 3
+        torch.testing.assert_close(model(source, changed, mask=mask)[:, :4], expected[:, :4])
+
+
+def test_the_task_of_positions_can_be_learned_by_offsets():
+    plain, offsets = (learn_to_copy(n, lr=1e-2, steps=60, stress=1, seed=0, device="cpu") for n in ("nprf", "nprf+rpe"))
+    assert offsets["accuracy"] > plain["accuracy"] + 0.1
+    assert len(offsets["loss"]) == len(offsets["gradient"]) == 60
+
+
+def test_stress_scales_the_maps_of_queries_and_keys():
+    plain, stressed = (partial(Copier, "prf")(stress) for stress in (1.0, 8.0))
+    ratio = stressed.block.mixer.query.weight.norm() / plain.block.mixer.query.weight.norm()
+    assert 7 < ratio < 9
+
+
+def test_errors_of_rows_grow_with_norms_and_fall_with_features():
+    errors = {(r, m): row_error(r, m, seed=0, draws=3) for r in (1.0, 2.0) for m in (16, 64)}
+    assert errors[1.0, 64] < errors[1.0, 16] < errors[2.0, 64]
+    assert abs(errors[1.0, 64] - 0.151) < 0.02  # 0.151 in an independent computation
+
+
+def test_curves_cross_where_they_meet():
+    sizes = (1, 10, 100)
+    assert crossing(sizes, [10, 100, 1000], [1, 100, 10_000]) == pytest.approx(10)
+    assert crossing(sizes, [100, 1000, 10_000], [1e-2, 1, 100]) == pytest.approx(10_000)
+
+
+def test_an_autograd_step_through_fft_and_through_weights_are_one():
+    losses = {}
+    for form in ("fft", "quadratic"):
+        torch.manual_seed(0)
+        model = nprf_lm_tiny(form=form)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        tokens = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[form] = loss.item()
+    assert losses["fft"] == pytest.approx(losses["quadratic"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: KernelAttentionRPE(10, 4), "heads must divide dim"),
+        (lambda: KernelAttentionRPE(8, 2, rpe="3d"), "rpe must be"),
+        (lambda: KernelAttentionRPE(8, 2, rpe="2d"), "go together"),
+        (lambda: KernelAttentionRPE(8, 2, grid=(2, 2)), "go together"),
+        (lambda: KernelAttentionRPE(8, 2, rpe="2d", grid=(2, 2)), "causal must be False"),
+        (lambda: KernelAttentionRPE(8, 2, class_token=True), "class token"),
+        (lambda: KernelAttentionRPE(8, 2, feature_map="relu"), "feature_map must be"),
+        (lambda: KernelAttentionRPE(8, 2, features=0), "features must be at least 1"),
+        (lambda: KernelAttentionRPE(8, 2, scale=0), "scale positive"),
+        (lambda: KernelAttentionRPE(8, 2, form="slow"), "form must be"),
+        (lambda: KernelAttentionRPE(8, 2, precision="half"), "precision must be"),
+        (lambda: KernelAttentionRPE(8, 2, beyond="wrap"), "beyond must be"),
+        (lambda: KernelAttentionRPE(8, 2, max_length=0), "at least 1"),
+        (lambda: KernelAttentionRPE(8, 2, causal=False).init_state(1), "cannot stream"),
+        (lambda: SoftmaxAttentionRPE(8, 2, causal=False).prefill(torch.randn(1, 3, 8)), "cannot stream"),
+        (lambda: KernelAttentionRPE(8, 2)(torch.randn(1, 3, 8), grid=(1, 3)), "rpe='2d' only"),
+        (lambda: attention_called("nprf+rpe", 2, grid=(2, 3))(8, causal=False)(torch.randn(1, 5, 8)), "has 6 tokens"),
+        (lambda: attention_called("performer", 2), "attention must be one of"),
+        (lambda: nprf_lm_tiny(attention="linformer"), "causal must be False"),
+        (lambda: LinformerAttention(8, 2, mixtures=0), "mixtures"),
+        (lambda: nprf_vit_tiny(patch=3), "patch must divide"),
+        (lambda: nprf_vit_tiny()(torch.randn(1, 1, 9, 9)), "9×9"),
+        (lambda: crossing([1], [1], [1]), "two sizes"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_reason(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_stream_with_stretched_biases_ends_with_them():
+    layer = KernelAttentionRPE(8, 2, max_length=4, beyond="interpolate")
+    _, state = layer.prefill(torch.randn(1, 4, 8))
+    with pytest.raises(ValueError, match="reach 4 tokens, got 5"):
+        layer.step(torch.randn(1, 8), state)
+
+
+def test_tokens_of_another_width_are_refused(untyped):
+    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\)"):
+        KernelAttentionRPE(8, 2)(torch.randn(1, 3, 9))
