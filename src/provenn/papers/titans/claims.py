@@ -572,11 +572,6 @@ def recall_mag(run: Run) -> Measurement:
     return recall_of(run, "MAG", "window")
 
 
-@measures("recall_mac")
-def recall_mac(run: Run) -> Measurement:
-    return recall_of(run, "MAC", "window")
-
-
 @measures("momentum_helps")
 def momentum_helps(run: Run) -> Measurement:
     return recall_of(run, "LMM", "LMM, no momentum")
@@ -733,7 +728,7 @@ def large_steps_diverge(run: Run) -> Measurement:
     )
 
 
-SERIES = {"airline": 60, "lynx": 60}
+SERIES = {"airline": 30, "lynx": 30}
 
 
 @measures("forecasting")
@@ -783,7 +778,7 @@ class Nothing(nn.Module):
 @measures("motifs")
 def motifs(run: Run) -> Measurement:
     """Synthetic DNA of 96 letters: which of two motifs comes first, 12 letters or more apart in the mean."""
-    task, epochs = get_task("series-classification"), 8
+    task, epochs = get_task("series-classification"), 6
 
     def accuracy(name: str, seed: int) -> float:
         data = motif_data(seed)

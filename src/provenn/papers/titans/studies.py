@@ -90,7 +90,7 @@ def motif_order(
     return F.one_hot(bases, 4).float(), first
 
 
-def motif_data(seed: int, length: int = 96, examples: int = 1024, tested: int = 256) -> TaskData:
+def motif_data(seed: int, length: int = 96, examples: int = 768, tested: int = 256) -> TaskData:
     """`motif_order` as data of the task series-classification."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
