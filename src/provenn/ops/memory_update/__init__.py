@@ -7,13 +7,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .fast import chunked_memory
-from .reference import ACTIVATIONS, MemoryState, Surprise, read_memory, recurrent_memory
+from .reference import ACTIVATIONS, MemoryState, Surprise, current_weights, read_memory, recurrent_memory
 
 __all__ = [
     "ACTIVATIONS",
     "MemoryState",
     "Surprise",
     "chunked_memory",
+    "current_weights",
     "memory_update",
     "read_memory",
     "recurrent_memory",
@@ -79,8 +80,9 @@ def memory_update(
     if not isinstance(state, MemoryState):
         dtype = torch.promote_types(values.dtype, torch.float32)
         state = MemoryState.start([w.to(dtype) for w in state], len(keys), momentum=momentum is not None)
-    if bool(state.momentum) != (momentum is not None):
-        raise ValueError(f"the state has {'a' if state.momentum else 'no'} momentum, and the tokens bring the opposite")
+    moves = state.layers[0].shape[2] == 2
+    if moves != (momentum is not None):
+        raise ValueError(f"the state has {'a' if moves else 'no'} momentum, and the tokens bring the opposite")
     if state.position >= chunk:
         raise ValueError(f"the state is at token {state.position} of its chunk, which is no place in one of {chunk}")
     rows, columns = state.layers[0].shape[3], state.layers[-1].shape[4]

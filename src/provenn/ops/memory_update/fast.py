@@ -11,6 +11,7 @@ What follows from the gates alone is found for all chunks at once; the loop goes
 are taken at the weights that the one before has left.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -107,6 +108,13 @@ def _chunk(
     return after, z, seen
 
 
+def _cut(x: Tensor, *, start: int, count: int, size: int, dtype: torch.dtype) -> Tensor:
+    """(chunks, groups, size, ...) of (batch, heads, tokens, ...)."""
+    part = x[:, :, start : start + count * size]
+    part = part.reshape(part.shape[0] * part.shape[1], count, size, *part.shape[3:])
+    return part.transpose(0, 1).to(dtype).contiguous()
+
+
 def chunked_memory(
     queries: Float[Tensor, "batch heads tokens dim"],
     keys: Float[Tensor, "batch heads tokens dim"],
@@ -145,11 +153,7 @@ def chunked_memory(
         if not count * size:
             continue
 
-        def cut(x: Tensor, start: int = start, count: int = count, size: int = size) -> Tensor:
-            """(chunks, groups, size, ...) of (batch, heads, tokens, ...)."""
-            part = x[:, :, start : start + count * size].reshape(groups, count, size, *x.shape[3:])
-            return part.transpose(0, 1).to(dtype).contiguous()
-
+        cut = partial(_cut, start=start, count=count, size=size, dtype=dtype)
         q, k, v = cut(queries), cut(keys), cut(values)
         seen = None if mask is None else cut(mask[:, None].expand(batch, heads, tokens)).bool()
         gates = _gates(cut(step), cut(forget), None if momentum is None else cut(momentum), seen, read)

@@ -43,12 +43,17 @@ class MemoryState(NamedTuple):
     @property
     def weights(self) -> tuple[Float[Tensor, "batch heads _ _"], ...]:
         """M_t, a matrix for each layer of the memory."""
-        return tuple(layer[:, :, 0] for layer in self.layers)
+        return current_weights(self)
 
     @property
     def momentum(self) -> tuple[Float[Tensor, "batch heads _ _"], ...]:
         """S_t, likewise; empty where there is no momentum."""
         return tuple(layer[:, :, 1] for layer in self.layers if layer.shape[2] == 2)
+
+
+def current_weights(state: MemoryState) -> tuple[Float[Tensor, "batch heads _ _"], ...]:
+    """M_t of a state; a function, since compilers do not trace properties of tuples."""
+    return tuple(layer[:, :, 0] for layer in state.layers)
 
 
 class Surprise(NamedTuple):

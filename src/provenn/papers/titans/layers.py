@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from provenn.nn.positions import rotate
 from provenn.nn.streaming import map_state
-from provenn.ops.memory_update import ACTIVATIONS, MemoryState, Surprise, memory_update, read_memory
+from provenn.ops.memory_update import (
+    ACTIVATIONS,
+    MemoryState,
+    Surprise,
+    current_weights,
+    memory_update,
+    read_memory,
+)
 
 # Where the gates start: σ(−5), σ(−2) and σ(−1) of the largest step. A momentum of one half beside a step of one half
 # makes a step of 2θ / (1 − η) = 2, at the edge of oscillation.
@@ -235,7 +242,9 @@ class NeuralMemory(Mixer):
         state = self.init_state(len(x)) if state is None else state
         if not self.writing:
             (q, *_), tail = self._projected(x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0), state.tail)
-            y = read_memory(q.to(state.memory.layers[0].dtype), state.memory.weights, activation=self.activation)
+            y = read_memory(
+                q.to(state.memory.layers[0].dtype), current_weights(state.memory), activation=self.activation
+            )
             return self._merged(y.to(x.dtype)), NeuralState(state.memory, tail)
         y, state, surprise = self._learn(x, state, mask, surprised=bool(_observed))
         if surprise is not None:
@@ -275,7 +284,7 @@ class NeuralMemory(Mixer):
         if not len(prefix):
             return prefix.expand(batch, *prefix.shape), map_state(lambda x: x.expand(batch, *x.shape[1:]), state)
         y, state, _ = self._learn(prefix.unsqueeze(0), state)
-        state = state._replace(memory=MemoryState(state.memory.layers, state.memory.weights))
+        state = state._replace(memory=MemoryState(state.memory.layers, current_weights(state.memory)))
         return y.expand(batch, *y.shape[1:]), map_state(lambda x: x.expand(batch, *x.shape[1:]), state)
 
 
@@ -286,17 +295,18 @@ class AttentionCache(NamedTuple):
     values: Float[Tensor, "batch heads reach kinds width"]
     seen: Bool[Tensor, "batch reach"]
 
-    def append(self, keys: Tensor, values: Tensor, seen: Tensor) -> "AttentionCache":
-        """With more tokens at the end."""
-        k, v = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        return AttentionCache(k, v, torch.cat([self.seen, seen], dim=1))
 
-    def last(self, count: int) -> "AttentionCache":
-        """The last `count` tokens; where there are fewer, unseen ones before them."""
-        start = self.seen.shape[1] - count
-        room = max(0, -start)
-        k, v = (F.pad(part, (0, 0, 0, 0, room, 0))[:, :, max(0, start) :] for part in (self.keys, self.values))
-        return AttentionCache(k, v, F.pad(self.seen, (room, 0))[:, max(0, start) :])
+def _append(cache: AttentionCache, keys: Tensor, values: Tensor, seen: Tensor) -> AttentionCache:
+    k, v = torch.cat([cache.keys, keys], dim=2), torch.cat([cache.values, values], dim=2)
+    return AttentionCache(k, v, torch.cat([cache.seen, seen], dim=1))
+
+
+def _last(cache: AttentionCache, count: int) -> AttentionCache:
+    """The last `count` tokens; where there are fewer, unseen ones before them."""
+    start = cache.seen.shape[1] - count
+    room = max(0, -start)
+    k, v = (F.pad(part, (0, 0, 0, 0, room, 0))[:, :, max(0, start) :] for part in (cache.keys, cache.values))
+    return AttentionCache(k, v, F.pad(cache.seen, (room, 0))[:, max(0, start) :])
 
 
 class PrefixAttention(nn.Module):
@@ -330,7 +340,7 @@ class PrefixAttention(nn.Module):
         """A window before its first token."""
         keys = self.out.weight.new_zeros(batch, self.heads, 0, self.kinds, self.dim // self.heads)
         seen = torch.zeros(batch, 0, dtype=torch.bool, device=keys.device)
-        return AttentionCache(keys, keys, seen).last(self.window - 1)
+        return _last(AttentionCache(keys, keys, seen), self.window - 1)
 
     def forward(
         self,
@@ -353,13 +363,13 @@ class PrefixAttention(nn.Module):
         blocks = -(-tokens // block)
         before = self.init_state(len(x)) if cache is None else cache
         if cache is None and blocks == 1:
-            before = before.last(0)  # no need to look at room for what never came
+            before = _last(before, 0)  # no need to look at room for what never came
         reach = before.seen.shape[1]
         q = self._heads(self.query(x))
         both = torch.stack(list(context), dim=2)
         k, v = (m(both).unflatten(-1, (self.heads, -1)).permute(0, 3, 1, 2, 4) for m in (self.key, self.value))
         now = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        k, v, seen = known = before.append(k, v, now)
+        k, v, seen = known = _append(before, k, v, now)
 
         # Blocks of queries see their own keys and the window before them: stretches that overlap.
         room = blocks * block - tokens
@@ -383,7 +393,7 @@ class PrefixAttention(nn.Module):
         weights = scores.to(exact).softmax(dim=-1).to(scores.dtype).split([prefix.shape[1], turned_k.shape[3]], dim=-1)
         y = weights[0] @ fixed_v + weights[1] @ wide_v.flatten(3, 4)
         y = y.flatten(2, 3)[:, :, :tokens].transpose(1, 2).flatten(2)
-        return self.out(y), known.last(window - 1)
+        return self.out(y), _last(known, window - 1)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -519,7 +529,7 @@ class MemoryAsContext(Mixer):
     def _start(self, batch: int) -> ContextState:
         memory = self.memory.init_state(batch)
         cache = self.attention.init_state(batch)
-        return ContextState(memory, memory.memory.weights, memory.tail[..., : self.dim], cache, 0)
+        return ContextState(memory, current_weights(memory.memory), memory.tail[..., : self.dim], cache, 0)
 
     def prefill(
         self,
@@ -543,10 +553,10 @@ class MemoryAsContext(Mixer):
             asked = memory.tail[..., : self.dim]
             m, memory = self.memory.prefill(y, memory, mask=hidden)
             if not self.causal:
-                m, _ = self.memory.recall(y, memory.memory.weights, asked)
+                m, _ = self.memory.recall(y, current_weights(memory.memory), asked)
             outputs.append(self.join(y, m))
             position, start = (position + end - start) % self.segment, end
-            base = base if position else memory.memory.weights
+            base = base if position else current_weights(memory.memory)
         return torch.cat(outputs, dim=1), ContextState(memory, base, tail, cache, position)
 
 
