@@ -85,7 +85,7 @@ def _check_mechanism(paper: Card, mechanism: Mechanism) -> None:
 
 def _check_preset(paper: Card, preset: Preset) -> None:
     same_task = [other for other in paper.presets if (other.task or paper.task) == (preset.task or paper.task)]
-    few = OF_LARGE_PRESETS if _size(paper, preset) > LARGE else OF_EVERY_PRESET
+    few = OF_LARGE_PRESETS if LARGE < _size(paper, preset) < math.inf else OF_EVERY_PRESET
     asked = None if preset == min(same_task, key=lambda other: _size(paper, other)) else {*few, *preset.cannot}
     _ask(Subject.preset(paper, preset), None, preset.cannot, asked)
 

@@ -34,7 +34,7 @@ def memory_update(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     read: str = "post",
     activation: str = "silu",
-    limit: float | None = None,
+    limit: float | int | None = None,
     surprised: bool = False,
 ) -> tuple[Float[Tensor, "batch heads tokens width"], MemoryState, Surprise | None]:
     """y_t = M_t(q_t) with M_t = (1 − α_t) M_{t−1} + S_t and S_t = η_t S_{t−1} − θ_t ∇‖M(k_t) − v_t‖².

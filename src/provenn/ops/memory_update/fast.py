@@ -74,7 +74,7 @@ def _gates(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor |
 
 def _chunk(
     layers: list[Tensor], anchor: list[Tensor], q: Tensor, k: Tensor, v: Tensor, qk: Tensor, gates: _Gates,
-    activation: str, limit: float | None, surprised: bool,
+    activation: str, limit: float | int | None, surprised: bool,
 ) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
     """One chunk: layers (groups, kinds · rows, columns), q, k, v (groups, b, features), qk (groups, b, b) = q·k."""
     φ = ACTIVATIONS[activation]
@@ -128,7 +128,7 @@ def chunked_memory(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     read: str = "post",
     activation: str = "silu",
-    limit: float | None = None,
+    limit: float | int | None = None,
     surprised: bool = False,
 ) -> tuple[Float[Tensor, "batch heads tokens width"], MemoryState, Surprise | None]:
     """The dual form: batched matrix products and a loop over chunks.

@@ -76,7 +76,7 @@ def read_memory(
     return y
 
 
-def clamped(square: Float[Tensor, "*batch"], limit: float) -> Float[Tensor, "*batch"]:
+def clamped(square: Float[Tensor, "*batch"], limit: float | int) -> Float[Tensor, "*batch"]:
     """limit · tanh(n / limit) / n, which brings a gradient of norm n softly under `limit`, from n²."""
     # Clamped before the root, whose slope at 0 is infinite.
     ratio = (square / limit**2).clamp_min(torch.finfo(square.dtype).eps).sqrt()
@@ -96,7 +96,7 @@ def recurrent_memory(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     read: str = "post",
     activation: str = "silu",
-    limit: float | None = None,
+    limit: float | int | None = None,
 ) -> tuple[Float[Tensor, "batch heads tokens width"], MemoryState, Surprise]:
     """The definition: a loop over tokens that asks autograd for each gradient.
 
