@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from provenn.bench import Comparison, compare, count_parameters, flops, growth, macs, peak_activation_bytes
+from provenn.bench import Comparison, compare, count_parameters, flops, growth, interleaved, macs, peak_activation_bytes
 
 times = st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=40)
 
@@ -162,3 +162,18 @@ def test_compare_refuses_to_measure_nothing():
 def test_parameters_are_counted_once_however_often_used():
     linear = nn.Linear(4, 4, bias=False)
     assert count_parameters(nn.Sequential(linear, linear, nn.BatchNorm1d(4))) == 16 + 8
+
+
+def test_interleaved_turns_the_order_of_every_other_round_on_one_thread():
+    called: list[tuple[str, int]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        functions = {name: (lambda name=name: called.append((name, torch.get_num_threads()))) for name in "ab"}
+        times = interleaved(functions, rounds=3, calls=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert "".join(name for name, _ in called) == "ba" + "aabb" + "bbaa" + "aabb"
+    assert {count for _, count in called} == {1}
+    assert [len(own) for own in times.values()] == [3, 3] and min(min(own) for own in times.values()) >= 0

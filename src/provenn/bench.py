@@ -4,7 +4,8 @@ Counts are preferred to clocks where they say the same: they are equal on every 
 """
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -90,6 +91,49 @@ def compare(
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
             times[side].append(timers[side].timeit(calls[side]).mean)
     return Comparison.of(*times)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small operators are quicker on one thread: a second one mostly waits, and for long where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleaved(
+    functions: Mapping[Any, Callable[[], object]],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    calls: int = 1,
+    warmup: int = 1,
+) -> dict[Any, list[float]]:
+    """Seconds a call of each of several functions, round by round, on one thread; every other round turns their order.
+
+    Args:
+        functions: by name.
+        rounds: how many times each is measured.
+        device: a GPU is waited for.
+        calls: that one measurement takes the mean of.
+        warmup: rounds before anything is kept.
+    """
+    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    times: dict[Any, list[float]] = {name: [] for name in functions}
+    with one_thread():
+        for turn in range(-warmup, rounds):
+            for name in functions if turn % 2 == 0 else reversed(functions):
+                wait()
+                start = time.perf_counter()
+                for _ in range(calls if turn >= 0 else 1):
+                    functions[name]()
+                wait()
+                if turn >= 0:
+                    times[name].append((time.perf_counter() - start) / calls)
+    return times
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """What the paper says of Aaren, and what building it brought to light, as measurements."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from provenn.bench import Comparison, count_parameters, flops, growth
+from provenn.bench import Comparison, count_parameters, flops, growth, interleaved, one_thread
 from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.evidence.interval import paired_difference, student
 from provenn.nn.attention import KVCache
@@ -283,37 +281,6 @@ def stream_after(mixer: str, context: int, dim: int, heads: int, device: str) ->
     return step
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """These operators are too small to share: a second thread mostly waits, and for long where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def interleaved(
-    functions: dict[Any, Callable[[], object]], device: str, rounds: int, calls: int = 1
-) -> dict[Any, list[float]]:
-    """Seconds a call, round by round; each round runs them all, in an order that turns around every other time."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[Any, list[float]] = {name: [] for name in functions}
-    with one_thread():
-        for function in functions.values():
-            function()
-        for turn in range(rounds):
-            for name in list(functions) if turn % 2 == 0 else list(functions)[::-1]:
-                wait()
-                start = time.perf_counter()
-                for _ in range(calls):
-                    functions[name]()
-                wait()
-                times[name].append((time.perf_counter() - start) / calls)
-    return times
-
-
 def middle(times: Sequence[float]) -> float:
     return float(np.median(times))
 
@@ -325,7 +292,7 @@ def streams(
 
     def measure() -> dict[str, list[list[float]]]:
         steps = {(mixer, n): stream_after(mixer, n, dim, heads, run.device) for mixer in MIXERS for n in contexts}
-        times = interleaved(steps, run.device, rounds=2 if run.smoke else 25, calls=1 if run.smoke else 3)
+        times = interleaved(steps, device=run.device, rounds=2 if run.smoke else 25, calls=1 if run.smoke else 3)
         return {mixer: [times[mixer, n] for n in contexts] for mixer in MIXERS}
 
     return run.trial("time of a token", measure, dim=dim, heads=heads, layers=1, contexts=list(contexts))
@@ -842,7 +809,7 @@ def against(run: Run, name: str, other: Callable[[int], Callable[[], object]], l
             list(
                 interleaved(
                     {"scan": there_and_back(prefix_scan_attention, n, run.device), name: other(n)},
-                    run.device,
+                    device=run.device,
                     rounds=2 if run.smoke else 11,
                 ).values()
             )
@@ -894,7 +861,7 @@ def scan_against_blocks(run: Run) -> Measurement:
         forms = {
             block: there_and_back(partial(blockwise_attention, block=block), n, run.device) for block in (64, 128, 256)
         }
-        times = interleaved(forms, run.device, rounds=2)
+        times = interleaved(forms, device=run.device, rounds=2)
         return forms[min(times, key=lambda block: min(times[block]))]
 
     return against(run, "block-by-block loop", best, 16_384)

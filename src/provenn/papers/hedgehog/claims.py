@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from provenn.bench import compare, count_parameters, flops, growth, peak_activation_bytes
+from provenn.bench import compare, count_parameters, flops, growth, one_thread, peak_activation_bytes
 from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.nn.attention import KVCache, SoftmaxAttention
 from provenn.nn.language import CausalLM, FeedForward, PreNormBlock
@@ -361,17 +361,6 @@ def bfloat16_sums(run: Run) -> Measurement:
 
 
 # Cost.
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """These operators are small: a second thread mostly waits, and for long where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def layer_of(feature_map: str, dim: int, heads: int) -> nn.Module:

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from provenn.bench import Comparison, count_parameters, flops
+from provenn.bench import Comparison, count_parameters, flops, interleaved
 from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.evidence.measurement import Picture
 from provenn.nn.attention import SoftmaxAttention
@@ -350,25 +349,6 @@ def scaled_share(percent: int, heads: int) -> tuple[int, int]:
     return shared * heads // HEADS, top_k * heads // HEADS
 
 
-def rounds_of(
-    functions: dict[str, Callable[[], object]], device: str, rounds: int, calls: int = 1
-) -> dict[str, list[float]]:
-    """Seconds a call, round by round; each round runs them all, in an order that turns around every other time."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for turn in range(rounds):
-        for name in list(functions) if turn % 2 == 0 else list(functions)[::-1]:
-            wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                functions[name]()
-            wait()
-            times[name].append((time.perf_counter() - start) / calls)
-    return times
-
-
 def forms(tokens: int, heads: int, device: str, causal: bool = False) -> dict[str, Callable[[], object]]:
     """Fused attention with all heads, the masked one, and the gathered ones at 50, 75 and 90 %."""
     q, k, v = core(tokens, heads, device)
@@ -393,7 +373,8 @@ def clocks(run: Run, *, causal: bool = False) -> dict[str, dict[str, list[float]
             heads = 8 if tokens > TIMED else HEADS
             rounds = 2 if run.smoke else {256: 15, 512: 11, TIMED: 9}.get(tokens, 3)
             with torch.inference_mode():
-                found[str(tokens)] = rounds_of(forms(tokens, heads, run.device, causal), run.device, rounds)
+                made = forms(tokens, heads, run.device, causal)
+                found[str(tokens)] = interleaved(made, device=run.device, rounds=rounds)
             if run.smoke and tokens == TIMED:
                 break
         return found
@@ -472,7 +453,8 @@ def compared(
     """Time of one over the other, in turns."""
 
     def measure() -> dict[str, list[float]]:
-        return rounds_of({"system": system, "baseline": baseline}, run.device, 2 if run.smoke else rounds)
+        sides = {"system": system, "baseline": baseline}
+        return interleaved(sides, device=run.device, rounds=2 if run.smoke else rounds)
 
     times = run.trial(name, measure, **setting)
     found = Comparison.of(times["system"], times["baseline"])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from provenn.bench import Comparison, count_parameters, growth, peak_activation_bytes
+from provenn.bench import Comparison, count_parameters, growth, interleaved, peak_activation_bytes
 from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.nn.random_features import orthogonal_gaussian, positive_features
 from provenn.nn.streaming import state_bytes
@@ -27,7 +27,7 @@ from provenn.papers.nprf.model import (
     nprf_vit_base,
     nprf_vit_tiny,
 )
-from provenn.papers.nprf.studies import BACK, LENGTH, SYMBOLS, crossing, learn_to_copy, quickest, row_error
+from provenn.papers.nprf.studies import BACK, LENGTH, SYMBOLS, crossing, learn_to_copy, row_error
 from provenn.tasks import Recipe, TaskData, fit, get_task
 
 # Offsets of a line of 1, 2, an odd, a prime and an even number of tokens, of causal lines, and of grids.
@@ -586,7 +586,7 @@ def clocked(run: Run) -> dict[str, list[list[float]]]:
             made = {name: form(n, device=run.device) for name, form in forms.items()}
             for form in made.values():
                 form()
-            for name, own in quickest(made, 1 if run.smoke else 6, run.device).items():
+            for name, own in interleaved(made, rounds=1 if run.smoke else 6, device=run.device, warmup=0).items():
                 times[name].append(own)
         return times
 
@@ -744,7 +744,7 @@ def slices_are_faster(run: Run) -> Measurement:
 
     form()
     whole()
-    times = quickest({"slices": form, "whole": whole}, 1 if run.smoke else 9, run.device)
+    times = interleaved({"slices": form, "whole": whole}, rounds=1 if run.smoke else 9, device=run.device, warmup=0)
     found = Comparison.of(times["slices"], times["whole"])
     return ratio_of(found, {**CLOCK, "tokens": 4096, "features": 32, "numbers a slice": slicing.SLICE["cpu"]})
 
@@ -760,7 +760,7 @@ def quadratic_when_short(run: Run) -> Measurement:
     }
     for form in forms.values():
         form()
-    times = quickest(forms, 1 if run.smoke else 15, run.device)
+    times = interleaved(forms, rounds=1 if run.smoke else 15, device=run.device, warmup=0)
     return ratio_of(Comparison.of(times["quadratic"], times["fft"]), {**CLOCK, "tokens": n, "features": 32})
 
 
@@ -787,7 +787,7 @@ def faster_on_a_gpu(run: Run) -> Measurement:
     forms = {"ours": by_fft(n, 32, run.device), "theirs": by_softmax(n, run.device, fused=True)}
     for form in forms.values():
         form()
-    times = quickest(forms, 15, run.device)
+    times = interleaved(forms, rounds=15, device=run.device, warmup=0)
     return ratio_of(Comparison.of(times["ours"], times["theirs"]), {**CLOCK, "tokens": n, "features": 32})
 
 

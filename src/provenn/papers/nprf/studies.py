@@ -1,8 +1,7 @@
 """The small systems that the claims are measured on: a task of positions, and errors of random features."""
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -87,25 +86,6 @@ def row_error(
         implied = implied / implied.sum(dim=-1, keepdim=True)
         total += (implied - (q @ k.mT).softmax(dim=-1)).abs().sum(dim=-1).mean().item()
     return total / draws
-
-
-def quickest(functions: dict[Any, Callable[[], object]], rounds: int, device: str) -> dict[Any, list[float]]:
-    """Seconds a call, round by round, one thread; each round runs them all, every other time in the other order."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[Any, list[float]] = {name: [] for name in functions}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for turn in range(rounds):
-            for name in list(functions) if turn % 2 == 0 else list(functions)[::-1]:
-                wait()
-                start = time.perf_counter()
-                functions[name]()
-                wait()
-                times[name].append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return times
 
 
 def crossing(sizes: Sequence[int], ours: Sequence[float | int], theirs: Sequence[float | int]) -> float:

@@ -1,9 +1,7 @@
 """What the paper says of RAT, and what building it brought to light, as measurements."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from provenn.bench import Comparison, count_parameters, flops, growth
+from provenn.bench import Comparison, count_parameters, flops, growth, interleaved, one_thread
 from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.nn.attention import KVCache, SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.mixers import Mixers
@@ -391,35 +389,6 @@ def bfloat16_state_stalls(run: Run) -> Measurement:
 # Speed.
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """These operators are too small to share: a second thread mostly waits, and for long where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def interleaved(
-    functions: dict[Any, Callable[[], object]], device: str, rounds: int, warmup: int = 1
-) -> dict[Any, list[float]]:
-    """Seconds a call, round by round; each round runs them all, in an order that turns around every other time."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[Any, list[float]] = {name: [] for name in functions}
-    with one_thread():
-        for turn in range(-warmup, rounds):
-            for name in list(functions) if turn % 2 == 0 else list(functions)[::-1]:
-                wait()
-                start = time.perf_counter()
-                functions[name]()
-                wait()
-                if turn >= 0:
-                    times[name].append(time.perf_counter() - start)
-    return times
-
-
 def compared(times_a: Sequence[float], times_b: Sequence[float], **more: Any) -> Measurement:
     """How often a takes b's time; the times are in seconds, the values in milliseconds."""
     comparison = Comparison.of(times_a, times_b)
@@ -481,7 +450,7 @@ def training(run: Run) -> dict[str, list[list[float]]]:
             steps = {name: there_and_back(build().to(run.device), x) for name, build in TRAINED_LAYERS.items()}
             # The longest takes half a minute a round, beside which a first call's extra does not show.
             rounds, warmup = (1, 1) if run.smoke else (3, 0) if n == LENGTHS[-1] else (7, 1)
-            times = interleaved(steps, run.device, rounds, warmup)
+            times = interleaved(steps, device=run.device, rounds=rounds, warmup=warmup)
             for name in found:
                 found[name].append(times[name])
         return found
@@ -551,7 +520,7 @@ def training_speed_gpu(run: Run) -> Measurement:
         for n in lengths:
             x = torch.randn(2**18 // n, n, 2048, device=run.device, dtype=torch.bfloat16, requires_grad=True)
             steps = {mixer: there_and_back(paper_layer(mixer, run.device), x) for mixer in mixers}
-            for mixer, times in interleaved(steps, run.device, 9, 3).items():
+            for mixer, times in interleaved(steps, device=run.device, rounds=9, warmup=3).items():
                 found[mixer].append(times)
         return found
 
@@ -574,7 +543,7 @@ def generation_speed_gpu(run: Run) -> Measurement:
     def measure() -> dict[str, list[float]]:
         options: dict[str, Any] = {**PAPER_LAYER, "dtype": torch.bfloat16}
         steps = {mixer: after(mixer, 4095, batch, run.device, **options) for mixer in ("attention", "RAT")}
-        return interleaved(steps, run.device, 41, 5)
+        return interleaved(steps, device=run.device, rounds=41, warmup=5)
 
     times = run.trial("generation by a layer of the paper's size", measure, **PAPER_LAYER, batch=batch)
     setting = {**PAPER_LAYER, "chunk": 16, "batch": batch, "context": 4095, "type": "bfloat16"}
@@ -620,7 +589,7 @@ def generation_speed(run: Run) -> Measurement:
 
     def measure() -> dict[str, list[float]]:
         steps = {mixer: after(mixer, 4095, batch, run.device, **DECODED) for mixer in ("attention", "RAT")}
-        return interleaved(steps, run.device, 3 if run.smoke else 41, 3)
+        return interleaved(steps, device=run.device, rounds=3 if run.smoke else 41, warmup=3)
 
     times = run.trial("generation at 4,096 tokens", measure, **DECODED, batch=batch)
     return compared(times["attention"], times["RAT"], setting={**DECODED, "chunk": 16, "batch": batch, "context": 4095})
@@ -633,7 +602,7 @@ def generation_far(run: Run) -> Measurement:
 
     def measure() -> dict[str, list[list[float]]]:
         steps = {(mixer, n): after(mixer, n - 1, 1, run.device, **DECODED) for mixer in mixers for n in contexts}
-        times = interleaved(steps, run.device, 3 if run.smoke else 25, 2)
+        times = interleaved(steps, device=run.device, rounds=3 if run.smoke else 25, warmup=2)
         return {mixer: [times[mixer, n] for n in contexts] for mixer in mixers}
 
     times = run.trial("generation over context", measure, **DECODED, batch=1, contexts=list(contexts))
@@ -662,7 +631,7 @@ def fused_against_matrix(run: Run) -> Measurement:
         return lambda: torch.autograd.grad(form(*leaves, chunk=16).sum(), leaves)
 
     def measure() -> dict[str, list[float]]:
-        return interleaved({"fused": of(chunk_attention), "matrix": of(joint_softmax)}, run.device, 9)
+        return interleaved({"fused": of(chunk_attention), "matrix": of(joint_softmax)}, device=run.device, rounds=9)
 
     times = run.trial("chunk attention", measure, tokens=tokens, heads=4, head_dim=32, chunk=16)
     return compared(
@@ -687,7 +656,7 @@ def window_against_local_attention(run: Run) -> Measurement:
 
     def measure() -> dict[str, list[float]]:
         steps = {"ours": there_and_back(ours, x), "peer": there_and_back(peer, x)}
-        return interleaved(steps, run.device, 2 if run.smoke else 15)
+        return interleaved(steps, device=run.device, rounds=2 if run.smoke else 15)
 
     setting = {"dim": 256, "heads": 8, "window": 128, "tokens": tokens, "local-attention": version("local-attention")}
     times = run.trial("a window against local-attention", measure, **setting)

@@ -1,7 +1,6 @@
 """What the paper says of Titans, and what building it brought to light, as measurements."""
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from provenn.bench import Comparison, compare, count_parameters, flops, growth, peak_activation_bytes
+from provenn.bench import Comparison, compare, count_parameters, flops, growth, interleaved, peak_activation_bytes
 from provenn.errors import UserError
 from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
@@ -374,29 +373,15 @@ def memory(run: Run) -> Measurement:
 def time_of_tokens(run: Run) -> Measurement:
     """Quickest of five passes: whatever else the machine does only adds."""
 
-    calls = {
-        name: [there_and_back(mixer, n, run.device) for n in lengths(run)] for name, mixer in measured_layers().items()
-    }
+    layers = measured_layers()
+    calls = {(name, n): there_and_back(mixer, n, run.device) for name, mixer in layers.items() for n in lengths(run)}
 
     def measure() -> dict[str, list[float]]:
-        rounds = [
-            {name: [one_time(call, run.device) for call in own] for name, own in calls.items()}
-            for _ in range(2 if run.smoke else 5)
-        ]
-        return {name: [min(own) for own in zip(*(one[name] for one in rounds))] for name in calls}
+        times = interleaved(calls, rounds=2 if run.smoke else 5, device=run.device)
+        return {name: [min(times[name, n]) for n in lengths(run)] for name in layers}
 
     times = run.trial("time of a pass", measure, sizes=list(lengths(run)), dim=WIDTH)
     return of_growth(times, lengths(run), "Time, forward and backward", "seconds", "exponent of time over tokens")
-
-
-def one_time(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
 
 
 @measures("window_operations")
@@ -428,11 +413,10 @@ def depth_costs(run: Run) -> Measurement:
 
     def measure() -> list[float]:
         torch.manual_seed(0)
-        calls = [
-            there_and_back(LongTermMemory(WIDTH, chunk=64, depth=depth, expansion=1), n, run.device) for depth in depths
-        ]
-        rounds = [[one_time(call, run.device) for call in calls] for _ in range(2 if run.smoke else 5)]
-        return [min(own) for own in zip(*rounds)]
+        memories = {depth: LongTermMemory(WIDTH, chunk=64, depth=depth, expansion=1) for depth in depths}
+        calls = {depth: there_and_back(memory, n, run.device) for depth, memory in memories.items()}
+        times = interleaved(calls, rounds=2 if run.smoke else 5, device=run.device)
+        return [min(own) for own in times.values()]
 
     times = run.trial("time over depth", measure, tokens=n, dim=WIDTH)
     slope, intercept = np.polyfit(depths, times, 1)
@@ -450,13 +434,11 @@ def chunk_sweep(run: Run) -> Measurement:
     """Time of a training pass with chunks of 64 as a multiple of that with chunks of 4."""
     n = 256 if run.smoke else 1024
     torch.manual_seed(0)
-    calls = {chunk: there_and_back(LongTermMemory(WIDTH, chunk=chunk), n, run.device) for chunk in (4, 16, 64, 256)}
+    chunks = (4, 16, 64, 256)
+    calls = {str(c): there_and_back(LongTermMemory(WIDTH, chunk=c), n, run.device) for c in chunks}
 
     def measure() -> dict[str, list[float]]:
-        rounds = [
-            {str(c): one_time(call, run.device) for c, call in calls.items()} for _ in range(2 if run.smoke else 7)
-        ]
-        return {str(c): [one[str(c)] for one in rounds] for c in calls}
+        return interleaved(calls, rounds=2 if run.smoke else 7, device=run.device)
 
     times = run.trial("time over chunk", measure, tokens=n, dim=WIDTH)
     found = Comparison.of(times["64"], times["4"])
