@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 reproduce: install
-	OMP_NUM_THREADS=2 $(BIN)/provenn reproduce aaren eca_net --budget small --out runs/first
+	$(BIN)/provenn reproduce aaren eca_net --jobs 2 --budget small --out runs/first
 
 test: install
 	$(BIN)/python -m pytest -n 2

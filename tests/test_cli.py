@@ -157,6 +157,7 @@ BAD = [
     ("reproduce tiny_gate --all", "name the papers to reproduce, or give --all"),
     ("reproduce tiny_gate tiny_gait", "did you mean 'tiny_gate'"),
     ("reproduce tiny_gate --seeds 0", "seeds must be at least 1, got 0"),
+    ("reproduce tiny_gate --jobs 0", "--jobs must be at least 1, got 0"),
     ("reproduce tiny_gate --seeds -3", "seeds must be at least 1, got -3"),
     ("train aaren --task series-forecasting --data airline --set horizon --out run", "--set takes KEY=VALUE"),
     (

@@ -1,13 +1,20 @@
 """Measures a paper's claims, one record each, written as each ends."""
 
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import cast
+from queue import Empty
+from typing import Any, cast
 
 from provenn import progress
-from provenn.catalog import Card, Claim, installed
+from provenn.catalog import Card, Claim, card, installed
 from provenn.errors import UserError
 from provenn.evidence.claim import measuring_functions
 from provenn.evidence.measurement import Measurement
@@ -74,6 +81,93 @@ def reproduce(
             done(kept)
             advance()
     return records
+
+
+def reproduce_many(
+    cards: Sequence[Card],
+    *,
+    jobs: int = 1,
+    tell: Callable[[str], None] = lambda message: None,
+    done: Callable[[Record], None] = lambda record: None,
+    **arguments: Any,
+) -> list[Record]:
+    """Measure several papers' claims, paper by paper, or `jobs` papers side by side.
+
+    Side by side, each paper has a process of its own, and the processes share the cores. Times are ratios of what runs
+    in turns, so they hold beside other work; their intervals widen.
+
+    Args:
+        cards: the papers.
+        jobs: papers measured at the same time.
+        tell: is given messages for the user.
+        done: is given each record as it is written.
+        arguments: the others of `reproduce`.
+
+    Raises:
+        UserError: what `reproduce` refuses, or a process that was killed.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if min(jobs, len(cards)) < 2:
+        return [record for own in cards for record in reproduce(own, tell=tell, done=done, **arguments)]
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    events = context.Queue()
+    records: dict[str, list[Record]] = {own.slug: [] for own in cards}
+    waiting, running = list(records), dict[str, BaseProcess]()
+    threads = max(1, (os.cpu_count() or 1) // min(jobs, len(cards)))
+    with ExitStack() as bars:
+        advance = {own.slug: bars.enter_context(progress.bar(own.slug, len(own.claims))) for own in cards}
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    slug = waiting.pop(0)
+                    running[slug] = context.Process(target=_reproduce_apart, args=(slug, threads, arguments, events))
+                    running[slug].start()
+                try:
+                    slug, event, content = events.get(timeout=0.5)
+                except Empty:
+                    _refuse_the_dead(running)
+                    continue
+                if event == "tell":
+                    tell(content)
+                elif event == "record":
+                    records[slug].append(content)
+                    advance[slug](1, f"{slug}: {content.claim}")
+                    done(content)
+                elif event == "refused":
+                    raise UserError(content)
+                else:
+                    running.pop(slug).join()
+        finally:
+            for process in running.values():
+                process.terminate()
+                process.join()
+    return [record for own in records.values() for record in own]
+
+
+def _reproduce_apart(slug: str, threads: int, arguments: dict[str, Any], events: Any) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    torch.set_num_threads(threads)
+
+    def send(event: str, content: object = None) -> None:
+        events.put((slug, event, content))
+
+    try:
+        reproduce(card(slug), tell=partial(send, "tell"), done=partial(send, "record"), **arguments)
+        send("end")
+    except UserError as error:
+        send("refused", str(error))
+
+
+def _refuse_the_dead(running: dict[str, BaseProcess]) -> None:
+    for slug, process in running.items():
+        if process.exitcode:
+            raise UserError(
+                f"the process that measured {slug} ended with {process.exitcode} (-9 often means out of memory); "
+                "what had ended is kept: go on with --resume, and with fewer --jobs if it happens again"
+            )
 
 
 def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Record:

@@ -64,6 +64,47 @@ def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
     assert record.measurement.seeds == [0, 1, 2, 3] and record.verdict is Verdict.DIRECTION_HOLDS
 
 
+@pytest.fixture
+def two_papers(site) -> dict[str, str]:
+    """An environment in which a copy of the fixture's paper lies beside it under another name."""
+    for folder in list(site.glob("tiny_gate*")):
+        twin = shutil.copytree(folder, site / folder.name.replace("gate", "twin"))
+        for file in twin.iterdir():
+            file.write_text(file.read_text().replace("tiny_gate", "tiny_twin"))
+    source = Path(catalog.__file__).parents[1]
+    return {"PYTHONPATH": f"{source}:{site}", "PATH": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def both(out: Path, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess:
+    words = ["reproduce", "tiny_gate", "tiny_twin", "--out", str(out), *more]
+    return subprocess.run(
+        [sys.executable, "-m", "provenn", *words], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_papers_side_by_side_give_what_they_give_in_turn(two_papers, tmp_path):
+    facts = []
+    for jobs in ("1", "2"):
+        ended = both(tmp_path / jobs, two_papers, "--jobs", jobs, "--json")
+        assert ended.returncode == 0, ended.stderr
+        records = json.loads(ended.stdout)["records"]
+        facts.append([(one["paper"], one["claim"], one["verdict"], one["measurement"]) for one in records])
+        for paper in ("tiny_gate", "tiny_twin"):
+            kept = Ledger.read(tmp_path / jobs / f"{paper}.json")[0].records
+            assert [r.claim for r in kept] == [claim for own, claim, *_ in facts[-1] if own == paper]
+            assert f"{paper} better" in ended.stderr
+    assert facts[0] == facts[1] and {paper for paper, *_ in facts[0]} == {"tiny_gate", "tiny_twin"}
+
+
+def test_a_process_that_is_killed_beside_another_is_one_line_and_resumes(two_papers, tmp_path):
+    killed = both(tmp_path, {**two_papers, "TINY_GATE_DIES": "tiny_twin"}, "--jobs", "2")
+    assert killed.returncode == 2 and "Traceback" not in killed.stderr
+    assert "the process that measured tiny_twin ended with -9" in killed.stderr.splitlines()[-1]
+    kept = Ledger.read(tmp_path / "tiny_twin.json")[0].records
+    assert [record.claim for record in kept][:2] == ["parameters", "identity"]
+    assert both(tmp_path, two_papers, "--jobs", "2", "--resume").returncode == 0
+
+
 def run_with(tmp_path: Path, ledger: Ledger | None = None, **more) -> Run:
     return Run("p", tmp_path, **{"seeds": (0, 1), "ledger": ledger, "reuse": True, **more})
 

@@ -40,6 +40,7 @@ def reproduce(
     budget: Budget = "small",
     seeds: Seeds = "3",
     device: Device = "auto",
+    jobs: Annotated[int, typer.Option(help="Papers measured side by side; they share the cores.")] = 1,
     out: Out = RUN,
     resume: Resume = False,
     strict: Strict = False,
@@ -51,7 +52,7 @@ def reproduce(
     chosen = list(catalog.cards().values()) if everything else [catalog.card(s) for s in dict.fromkeys(slugs or [])]
     if claim and len(chosen) > 1:
         raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
-    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json)
+    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json, jobs=jobs)
 
 
 @app.command()
@@ -84,12 +85,13 @@ def _measure(
     strict: bool,
     json: bool,
     detailed: bool = False,
+    jobs: int = 1,
 ) -> None:
     from provenn.cli import console
     from provenn.evidence import report, view
     from provenn.evidence.record import Record
     from provenn.evidence.verdict import Verdict
-    from provenn.reproduce import reproduce as measure
+    from provenn.reproduce import reproduce_many
 
     for name in claims or ():
         papers[0].claim(name)
@@ -98,20 +100,19 @@ def _measure(
         figure = record.reason or view.ours(record.measurement)
         tell(f"{view.SYMBOLS[record.verdict]} {record.paper} {record.claim}: {record.verdict}; {figure}")
 
-    records: list[Record] = []
     with resumable(lambda: any((out / f"{card.slug}.json").exists() for card in papers)), progress.shown():
-        for card in papers:
-            records += measure(
-                card,
-                claims=claims,
-                budget=budget,
-                seeds=seeds,
-                device=device,
-                out=out,
-                resume=resume,
-                tell=tell,
-                done=done,
-            )
+        records = reproduce_many(
+            papers,
+            jobs=jobs,
+            claims=claims,
+            budget=budget,
+            seeds=seeds,
+            device=device,
+            out=out,
+            resume=resume,
+            tell=tell,
+            done=done,
+        )
     page = report.write(out)
     failed = [record for record in records if record.measurement.failed]
     if json:
