@@ -140,7 +140,7 @@ def reproduce_many(
                     running.pop(slug).join()
         finally:
             for process in running.values():
-                process.terminate()
+                process.kill()  # records are whole at every moment, and Lightning would take its time over a request
                 process.join()
     return [record for own in records.values() for record in own]
 
@@ -159,6 +159,8 @@ def _reproduce_apart(slug: str, threads: int, arguments: dict[str, Any], events:
         send("end")
     except UserError as error:
         send("refused", str(error))
+    except KeyboardInterrupt:  # Lightning listens for Ctrl-C by itself
+        pass
 
 
 def _refuse_the_dead(running: dict[str, BaseProcess]) -> None:
