@@ -2,8 +2,11 @@
 
 import copy
 import json
+import math
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,8 +28,10 @@ from provenn.cli import main
 from provenn.errors import UserError
 from provenn.huggingface import Text, attentions, conversion_of, convert, perplexity, recover, revert, tune
 from provenn.papers.hedgehog.convert import StateCache, distil, report, teaching
+from provenn.testing import seeded_array, seeded_state
 
 VOCAB = 60
+LOLCATS = json.loads((Path(__file__).parent / "fixtures" / "hedgehog_lolcats.json").read_text())
 
 
 def gpt2(**options):
@@ -133,6 +138,30 @@ def test_distillation_trains_the_maps_alone(build):
     assert model.training and len(losses) == 40 and losses[-1] < losses[0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) != ("attention_maps" in name)
+
+
+@pytest.mark.parametrize("case", LOLCATS["cases"], ids=lambda case: f"{case['form']}-{case['feature_dim']}")
+def test_a_converted_llama_is_that_of_the_groups_own_code(case):
+    """Logits and distillation loss of a Llama with grouped queries, as HazyResearch/lolcats computed them."""
+    shapes, seed = {name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"]
+    state = {}
+    for name, value in seeded_state(shapes, seed).items():
+        # Larger than drawn, so that attention is far from uniform.
+        factor = 8 if "feature_map" in name else 2 if "q_proj" in name or "k_proj" in name else 1
+        for theirs, own in (("feature_map_q.mlp.layer", "map_query"), ("feature_map_k.mlp.layer", "map_key")):
+            name = name.replace(theirs, f"attention_maps.{own}.linear.weight")
+        state[name] = factor * value
+    model = LlamaForCausalLM(LlamaConfig(**LOLCATS["config"])).eval()
+    convert(model, "hedgehog", form=case["form"], feature_dim=case["feature_dim"])
+    model.load_state_dict(state)
+    noise = seeded_array(LOLCATS["tokens"], "tokens", seed) / math.sqrt(3)
+    tokens = torch.from_numpy(((noise + 1) / 2 * LOLCATS["config"]["vocab_size"]).astype(np.int64))
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits.flatten()
+        with teaching(model) as losses:
+            model(tokens, use_cache=False)
+    np.testing.assert_allclose(logits[case["logits"]["index"]], case["logits"]["value"], rtol=1e-4, atol=1e-4)
+    assert torch.stack(losses).mean().item() == pytest.approx(case["loss"], rel=1e-5)
 
 
 @hosts
