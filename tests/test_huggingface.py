@@ -118,6 +118,17 @@ def test_conversion_keeps_every_weight_and_can_be_undone(build):
 
 
 @hosts
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_undone_a_model_attends_by_what_it_attended_by_before(build, attention):
+    model, given = build().eval(), batch(padding=3)
+    model.set_attn_implementation(attention)
+    logits = model(**given).logits
+    assert convert(model, "hedgehog").config._attn_implementation == "provenn_hedgehog"
+    revert(model)
+    assert model.config._attn_implementation == attention and torch.equal(model(**given).logits, logits)
+
+
+@hosts
 @pytest.mark.parametrize("padding", [0, 5])
 def test_while_it_is_taught_a_model_gives_its_own_outputs(build, padding):
     model, given = build().eval(), batch(padding=padding)
@@ -364,7 +375,7 @@ def test_models_of_another_kind_are_refused():
     with pytest.raises(UserError, match="is built by"):
         huggingface.ConvertedGPT2LMHeadModel(huggingface.ConvertedGPT2Config())
     model = convert(gpt2(), "hedgehog")
-    with pytest.raises(UserError, match="takes a mask of padding"):
+    with pytest.raises(UserError, match="expected a mask of padding"):
         model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
     with teaching(model), pytest.raises(UserError, match="whole sequences"):
         model(torch.ones(1, 4, dtype=torch.long), past_key_values=StateCache(), use_cache=True)

@@ -13,8 +13,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ try:
 except ImportError:
     raise UserError("converting pretrained models needs transformers and peft: pip install 'provenn[hf]'") from None
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -43,6 +46,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import flash_attention_mask
 
 Batch = dict[str, Tensor]
 PREFIX = "provenn_"  # of the model types of converted models
@@ -50,11 +54,40 @@ TUNINGS = ("full", "lora", "none")
 LEARNING_RATES = {"full": 6e-4, "lora": 1e-4}  # arXiv:2402.04347, section 5.4, and its group's later code
 
 
+@runtime_checkable
+class Attend(Protocol):
+    """The attention of a converted model, in the place of softmax's.
+
+    Args:
+        host: the module that attends, with whatever `install` gave it.
+        queries: (batch, heads, tokens, head_dim), turned already where the host turns them.
+        keys, values: likewise, of as many tokens as the cache hands on, and of fewer heads where these serve several.
+        causal: whether a query sees the tokens up to its own only.
+        mask: True where a token is no padding, (batch, tokens of `keys`); None where none is padding.
+        scale: of the host's softmax.
+
+    Returns (batch, heads, tokens, head_dim). Dropout of attention weights is left out.
+    """
+
+    def __call__(
+        self,
+        host: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Conversion:
     """How a paper converts a model; its `convert.py` names one `CONVERSION`.
 
     Args:
+        attend: what each self-attention of a converted model does.
         install: gives a model the mechanism in place, on the model's device and in its precision, from keyword options
             that JSON can hold. It runs at conversion, and again when a converted model is loaded, before its weights,
             possibly on the meta device; so whatever it adds must be a parameter or buffer of the model.
@@ -65,6 +98,7 @@ class Conversion:
         report: one row a layer of whatever tells how well a converted model does on a batch, before or after tuning.
     """
 
+    attend: Attend
     install: Callable[..., None]
     uninstall: Callable[[PreTrainedModel], None]
     prepare: Callable[[PreTrainedModel, Iterable[Batch], float], list[float]] | None = None
@@ -136,6 +170,37 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
 # Converted models: the host's own classes, which install the mechanism when they are built.
 
 
+def _install(model: Any, paper: str, options: dict[str, Any]) -> None:
+    """Put a mechanism in, and send the model's attention through it by transformers' table of attention functions."""
+    conversion, name = conversion_of(paper), f"{PREFIX}{paper}"
+    conversion.install(model, **options)
+    AttentionInterface.register(name, partial(_attend, conversion.attend))
+    # The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    model.own_attention = model.config._attn_implementation
+    model.config._attn_implementation = name
+
+
+def _attend(
+    attend: Attend,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out."""
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise UserError(f"expected a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}")
+    mask = None if attention_mask is None else attention_mask[:, -key.shape[-2] :].bool()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(module, query, key, value, causal=causal, mask=mask, scale=scale).transpose(1, 2), None
+
+
 class _Converted:
     """What is added to a host's class: the mechanism at construction, and its cache in `generate`."""
 
@@ -146,7 +211,7 @@ class _Converted:
             raise UserError(
                 f"{type(self).__name__} is built by provenn.huggingface.convert, or loaded from what it saved"
             )
-        conversion_of(given["paper"]).install(self, **given["options"])
+        _install(self, given["paper"], given["options"])
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -241,7 +306,7 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
         names = ", ".join(kind.__name__ for kind in CONVERTED)
         raise UserError(f"{type(model).__name__} cannot be converted; these can: {names}")
     slug = catalog.card(paper).slug
-    conversion_of(slug).install(model, **options)
+    _install(model, slug, options)
     _become(model, CONVERTED[type(model)])
     model.config.conversion = {"paper": slug, "options": options}
     return model
@@ -258,6 +323,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, _Converted):
         raise UserError(f"this {type(model).__name__} is not converted")
     conversion_of(model.config.conversion["paper"]).uninstall(model)
+    model.config._attn_implementation = model.__dict__.pop("own_attention")
     _become(model, next(host for host, kind in CONVERTED.items() if kind is type(model)))
     del model.config.conversion
     return model
