@@ -346,6 +346,10 @@ def test_the_command_line_converts_a_folder(tokenizer, story, tmp_path, capsys):
         ("eca_net {host} --data {story}", "eca_net has no conversion of pretrained models; these have: hedgehog"),
         ("hedgehog {bare} --data {story}", "no tokenizer"),
         ("hedgehog {small} --data {story}", "they do not belong together"),
+        (
+            "hedgehog {host} --data {story} --length 16 --set feature_map=cosformer --set length=9",
+            "cosFormer's positions end at length=9, got 16 tokens",
+        ),
     ],
 )
 def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, tmp_path, capsys, monkeypatch):
@@ -363,6 +367,46 @@ def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, t
     assert main(shlex.split(f"convert {words.format(**places)} -o {tmp_path / 'out'} --steps 1 --prepare-steps 1")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("build", "change", "message"),
+    [
+        (gpt2, {"model_type": "t5"}, "host is of type 't5', which cannot be converted; these can: gpt2, llama, bert"),
+        (gpt2, {"n_head": 3}, "the weights of host cannot be loaded: `embed_dim` must be divisible by num_heads"),
+        (llama, {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads"),
+        (bert, {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads"),
+        (llama, {"num_key_value_heads": 4}, "have other sizes than its config says for 4 parameters, model.layers.0"),
+        (gpt2, {"n_layer": 3}, "the weights of host lack 12 parameters, transformer.h.2.attn.c_attn.bias among them"),
+        (gpt2, "config.json", "host cannot be loaded as a model"),
+        (gpt2, "model.safetensors", "the weights of host cannot be loaded"),
+        (gpt2, None, "host cannot be loaded as a model"),
+    ],
+)
+def test_a_damaged_model_is_answered_with_one_line(
+    build, change, message, tokenizer, story, tmp_path, capsys, monkeypatch
+):
+    """Changes to its config, a file of it that was cut, or a folder without a config."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    host = Path("host")
+    build().save_pretrained(host)
+    tokenizer.save_pretrained(host)
+    config = host / "config.json"
+    if change is None:
+        config.unlink()
+    elif isinstance(change, str):
+        (host / change).write_bytes((host / change).read_bytes()[:100])
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert main(shlex.split(f"convert hedgehog host --data {story} -o out --length 16")) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1] and "Traceback" not in "".join(error) and not Path("out").exists()
+
+
+def test_a_folder_below_a_file_is_refused_before_any_work(story, tmp_path, capsys):
+    assert main(shlex.split(f"convert hedgehog nowhere --data {story} -o {story / 'out'}")) == 2
+    assert "story.txt is a file; name another folder" in capsys.readouterr().err
 
 
 def test_models_of_another_kind_are_refused():

@@ -10,6 +10,7 @@ module has been imported, and how quality is measured on the way.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -501,7 +502,9 @@ def tune(
             target_modules=list(host_of(model).lora),
             fan_in_fan_out=isinstance(model, GPT2LMHeadModel),
         )
-        trained = get_peft_model(cast(Any, model), lora)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers
+            trained = get_peft_model(cast(Any, model), lora)
     losses = []
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
@@ -624,11 +627,12 @@ def load(name: str | Path) -> tuple[Any, Any]:
     """A model and its tokenizer, from a folder or from the hub.
 
     Raises:
-        UserError: nothing there, a model of another kind, or no tokenizer.
+        UserError: nothing there, a model of another kind, weights that are not all there, or no tokenizer.
     """
+    # What a damaged folder raises is any of a dozen classes, of several packages.
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"{name} cannot be loaded as a model: {_first_line(error)}") from None
     if config.model_type.removeprefix(PREFIX) not in HOSTS:
         raise UserError(
@@ -640,9 +644,19 @@ def load(name: str | Path) -> tuple[Any, Any]:
         able = ", ".join(kind.__name__ for kind in CONVERTED)
         raise UserError(f"{name} holds a {named}, which cannot be converted; these can: {able}")
     try:
-        model = kinds[named].from_pretrained(name)
-    except (OSError, ValueError) as error:
+        # Sizes that differ are told below: of these, transformers raises an error that names none.
+        model, found = cast(Any, kinds[named]).from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:
         raise UserError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from None
+    for what, of in (
+        ("lack", found["missing_keys"]),
+        ("have other sizes than its config says for", found["mismatched_keys"]),
+    ):
+        if of:
+            names = sorted(key if isinstance(key, str) else key[0] for key in of)
+            raise UserError(f"the weights of {name} {what} {len(names)} parameters, {names[0]} among them")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -664,5 +678,6 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error  # a check of a config wraps what it found
     return (str(error).strip() or type(error).__name__).splitlines()[0]

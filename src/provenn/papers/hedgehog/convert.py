@@ -134,8 +134,11 @@ def attend(
         maps.listener(queries, keys, *features, causal, mask, scale)
         return _softmax(host, queries, keys[:, ::groups], values[:, ::groups], mask, scale, causal)
     start = held - new if past is None else past.seen - new
-    phi_q = maps.map_query(queries, start)
-    phi_k = maps.map_key(keys, 0 if past is None else start)
+    try:
+        phi_q = maps.map_query(queries, start)
+        phi_k = maps.map_key(keys, 0 if past is None else start)
+    except ValueError as error:  # a map whose positions end
+        raise UserError(str(error)) from None
     hidden = None if mask is None else mask.unsqueeze(1)
     if not causal:
         return linear_attention(phi_q, phi_k, values, causal=False, mask=hidden)[0]
