@@ -12,15 +12,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from provenn import huggingface
@@ -274,6 +279,45 @@ def test_tuning_lowers_the_loss_and_leaves_an_ordinary_model(build, how):
         assert any("attention_maps" in name for name in changed)
 
 
+def image_classifier():
+    return ViTForImageClassification(
+        ViTConfig(
+            num_hidden_layers=2, hidden_size=16, intermediate_size=32, num_attention_heads=2, image_size=32,
+            patch_size=3, num_channels=1, num_labels=5, initializer_range=0.3,
+        )
+    )  # fmt: skip
+
+
+def text_classifier():
+    return BertForSequenceClassification(bert(num_labels=5).config)
+
+
+@pytest.mark.parametrize(
+    ("build", "auto", "given"),
+    [
+        (image_classifier, AutoModelForImageClassification, {"pixel_values": torch.randn(6, 1, 32, 32)}),
+        (text_classifier, AutoModelForSequenceClassification, batch(padding=2)),
+    ],
+)
+def test_a_classifier_is_converted_distilled_tuned_saved_and_undone(build, auto, given, tmp_path):
+    model = build().eval()
+    logits = model(**given).logits
+    revert(convert(model, "hedgehog"))
+    assert torch.equal(model(**given).logits, logits)
+    before = copy.deepcopy(convert(model, "hedgehog").state_dict())
+    raw = report(model, given)
+    losses = distil(model, 40 * [given], 1e-2)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(v, before[name]) != ("attention_maps" in name) for name, v in model.state_dict().items())
+    assert all(after["kl"] < fresh["kl"] for after, fresh in zip(report(model, given), raw, strict=True))
+    for how in ("full", "lora"):
+        losses = tune(model, 10 * [{**given, "labels": torch.arange(len(logits)) % 5}], how, lr=1e-2)
+        assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    again = auto.from_pretrained(tmp_path).eval()
+    assert type(again) is type(model) and torch.equal(again(**given).logits, model(**given).logits)
+
+
 def test_the_report_of_a_layer_is_near_softmax_where_the_maps_are():
     model = convert(llama(), "hedgehog")
     given = batch(padding=2)
@@ -381,6 +425,8 @@ def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, t
         (gpt2, "config.json", "host cannot be loaded as a model"),
         (gpt2, "model.safetensors", "the weights of host cannot be loaded"),
         (gpt2, None, "host cannot be loaded as a model"),
+        (text_classifier, {}, "host holds a BertForSequenceClassification, which predicts no tokens of a text"),
+        (image_classifier, {}, "host holds a ViTForImageClassification, which predicts no tokens of a text"),
     ],
 )
 def test_a_damaged_model_is_answered_with_one_line(

@@ -35,6 +35,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -46,6 +47,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 from transformers.masking_utils import flash_attention_mask
 
@@ -143,6 +146,7 @@ HOSTS = {
     "gpt2": Host("GPT2Attention", ("attn.c_attn", "attn.c_proj")),
     "llama": Host("LlamaAttention", ("q_proj", "k_proj", "v_proj", "o_proj")),
     "bert": Host("BertSelfAttention", ("self.query", "self.key", "self.value", "attention.output.dense")),
+    "vit": Host("ViTAttention", ("q_proj", "k_proj", "v_proj", "o_proj")),
 }
 
 
@@ -242,6 +246,7 @@ def _config(host: type[PreTrainedConfig]) -> Any:
 ConvertedGPT2Config = _config(GPT2Config)
 ConvertedLlamaConfig = _config(LlamaConfig)
 ConvertedBertConfig = _config(BertConfig)
+ConvertedViTConfig = _config(ViTConfig)
 
 
 class ConvertedGPT2LMHeadModel(_Converted, GPT2LMHeadModel):
@@ -268,18 +273,28 @@ class ConvertedBertForSequenceClassification(_Converted, BertForSequenceClassifi
     config_class = ConvertedBertConfig
 
 
+class ConvertedViTForImageClassification(_Converted, ViTForImageClassification):
+    """A vision Transformer that classifies, with another attention."""
+
+    config_class = ConvertedViTConfig
+
+
 CONVERTED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     GPT2LMHeadModel: ConvertedGPT2LMHeadModel,
     LlamaForCausalLM: ConvertedLlamaForCausalLM,
     BertForMaskedLM: ConvertedBertForMaskedLM,
     BertForSequenceClassification: ConvertedBertForSequenceClassification,
+    ViTForImageClassification: ConvertedViTForImageClassification,
 }
+
+LANGUAGE_MODELS = (GPT2LMHeadModel, LlamaForCausalLM, BertForMaskedLM)  # what `Text` and `recover` are for
 
 _found: tuple[tuple[Any, Any], ...] = (
     (AutoModelForCausalLM, ConvertedGPT2LMHeadModel),
     (AutoModelForCausalLM, ConvertedLlamaForCausalLM),
     (AutoModelForMaskedLM, ConvertedBertForMaskedLM),
     (AutoModelForSequenceClassification, ConvertedBertForSequenceClassification),
+    (AutoModelForImageClassification, ConvertedViTForImageClassification),
 )
 for _auto, _class in _found:
     AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
@@ -293,7 +308,7 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
     the Auto classes finds it again. `revert` undoes it.
 
     Args:
-        model: GPT-2, Llama or BERT with a head.
+        model: GPT-2, Llama, BERT or ViT with a head.
         paper: the slug of a paper that has a `convert.py`.
         options: of the mechanism, such as `feature_map="t2r"` for Hedgehog.
 
@@ -624,7 +639,7 @@ def recover(
 
 
 def load(name: str | Path) -> tuple[Any, Any]:
-    """A model and its tokenizer, from a folder or from the hub.
+    """A language model and its tokenizer, from a folder or from the hub.
 
     Raises:
         UserError: nothing there, a model of another kind, weights that are not all there, or no tokenizer.
@@ -640,9 +655,9 @@ def load(name: str | Path) -> tuple[Any, Any]:
         )
     named = (config.architectures or ["none"])[0]
     kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
-    if named not in kinds:
-        able = ", ".join(kind.__name__ for kind in CONVERTED)
-        raise UserError(f"{name} holds a {named}, which cannot be converted; these can: {able}")
+    able = [kind.__name__ for kind in LANGUAGE_MODELS]
+    if named.removeprefix("Converted") not in able:
+        raise UserError(f"{name} holds a {named}, which predicts no tokens of a text; these do: {', '.join(able)}")
     try:
         # Sizes that differ are told below: of these, transformers raises an error that names none.
         model, found = cast(Any, kinds[named]).from_pretrained(

@@ -176,7 +176,7 @@ def install(model: PreTrainedModel, *, feature_map: str = "hedgehog", **options:
     """Give every self-attention its two maps.
 
     Args:
-        model: GPT-2, Llama or BERT.
+        model: GPT-2, Llama, BERT or ViT.
         feature_map: a name in `MAPS`.
         options: of the map; of Hedgehog's `feature_dim`, `form` and `bias`.
     """
@@ -246,8 +246,8 @@ def _streams(model: PreTrainedModel) -> bool:
 def report(model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
     """Of each layer: how far its weights are from softmax, and whether they are spiky and monotone as softmax is.
 
-    Means over the first 64 tokens of a batch's texts: KL to softmax (nats), entropy (nats) and softmax's, and the rank
-    correlation of weights with q·k.
+    Means over the first 64 tokens of a batch's texts, or patches of its images: KL to softmax (nats), entropy (nats)
+    and softmax's, and the rank correlation of weights with q·k.
     """
     rows: list[dict[str, Any]] = []
 
@@ -255,6 +255,7 @@ def report(model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
         q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> None:
         hidden = None if mask is None else mask.unsqueeze(1)
+        q, phi_q = q[:, :, :LOOKED_AT], phi_q[:, :, :LOOKED_AT]  # of an image, which is not cut, more come
         target = softmax_weights(q, k, causal=causal, mask=hidden, scale=scale)
         weights = linear_attention_weights(phi_q, phi_k, causal=causal, mask=hidden)
         rows.append(
