@@ -2,22 +2,30 @@
 
 import copy
 import json
+import math
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from provenn import huggingface
@@ -25,8 +33,10 @@ from provenn.cli import main
 from provenn.errors import UserError
 from provenn.huggingface import Text, attentions, conversion_of, convert, perplexity, recover, revert, tune
 from provenn.papers.hedgehog.convert import StateCache, distil, report, teaching
+from provenn.testing import seeded_array, seeded_state
 
 VOCAB = 60
+LOLCATS = json.loads((Path(__file__).parent / "fixtures" / "hedgehog_lolcats.json").read_text())
 
 
 def gpt2(**options):
@@ -113,6 +123,17 @@ def test_conversion_keeps_every_weight_and_can_be_undone(build):
 
 
 @hosts
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_undone_a_model_attends_by_what_it_attended_by_before(build, attention):
+    model, given = build().eval(), batch(padding=3)
+    model.set_attn_implementation(attention)
+    logits = model(**given).logits
+    assert convert(model, "hedgehog").config._attn_implementation == "provenn_hedgehog"
+    revert(model)
+    assert model.config._attn_implementation == attention and torch.equal(model(**given).logits, logits)
+
+
+@hosts
 @pytest.mark.parametrize("padding", [0, 5])
 def test_while_it_is_taught_a_model_gives_its_own_outputs(build, padding):
     model, given = build().eval(), batch(padding=padding)
@@ -133,6 +154,30 @@ def test_distillation_trains_the_maps_alone(build):
     assert model.training and len(losses) == 40 and losses[-1] < losses[0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) != ("attention_maps" in name)
+
+
+@pytest.mark.parametrize("case", LOLCATS["cases"], ids=lambda case: f"{case['form']}-{case['feature_dim']}")
+def test_a_converted_llama_is_that_of_the_groups_own_code(case):
+    """Logits and distillation loss of a Llama with grouped queries, as HazyResearch/lolcats computed them."""
+    shapes, seed = {name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"]
+    state = {}
+    for name, value in seeded_state(shapes, seed).items():
+        # Larger than drawn, so that attention is far from uniform.
+        factor = 8 if "feature_map" in name else 2 if "q_proj" in name or "k_proj" in name else 1
+        for theirs, own in (("feature_map_q.mlp.layer", "map_query"), ("feature_map_k.mlp.layer", "map_key")):
+            name = name.replace(theirs, f"attention_maps.{own}.linear.weight")
+        state[name] = factor * value
+    model = LlamaForCausalLM(LlamaConfig(**LOLCATS["config"])).eval()
+    convert(model, "hedgehog", form=case["form"], feature_dim=case["feature_dim"])
+    model.load_state_dict(state)
+    noise = seeded_array(LOLCATS["tokens"], "tokens", seed) / math.sqrt(3)
+    tokens = torch.from_numpy(((noise + 1) / 2 * LOLCATS["config"]["vocab_size"]).astype(np.int64))
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits.flatten()
+        with teaching(model) as losses:
+            model(tokens, use_cache=False)
+    np.testing.assert_allclose(logits[case["logits"]["index"]], case["logits"]["value"], rtol=1e-4, atol=1e-4)
+    assert torch.stack(losses).mean().item() == pytest.approx(case["loss"], rel=1e-5)
 
 
 @hosts
@@ -234,6 +279,45 @@ def test_tuning_lowers_the_loss_and_leaves_an_ordinary_model(build, how):
         assert any("attention_maps" in name for name in changed)
 
 
+def image_classifier():
+    return ViTForImageClassification(
+        ViTConfig(
+            num_hidden_layers=2, hidden_size=16, intermediate_size=32, num_attention_heads=2, image_size=32,
+            patch_size=3, num_channels=1, num_labels=5, initializer_range=0.3,
+        )
+    )  # fmt: skip
+
+
+def text_classifier():
+    return BertForSequenceClassification(bert(num_labels=5).config)
+
+
+@pytest.mark.parametrize(
+    ("build", "auto", "given"),
+    [
+        (image_classifier, AutoModelForImageClassification, {"pixel_values": torch.randn(6, 1, 32, 32)}),
+        (text_classifier, AutoModelForSequenceClassification, batch(padding=2)),
+    ],
+)
+def test_a_classifier_is_converted_distilled_tuned_saved_and_undone(build, auto, given, tmp_path):
+    model = build().eval()
+    logits = model(**given).logits
+    revert(convert(model, "hedgehog"))
+    assert torch.equal(model(**given).logits, logits)
+    before = copy.deepcopy(convert(model, "hedgehog").state_dict())
+    raw = report(model, given)
+    losses = distil(model, 40 * [given], 1e-2)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(v, before[name]) != ("attention_maps" in name) for name, v in model.state_dict().items())
+    assert all(after["kl"] < fresh["kl"] for after, fresh in zip(report(model, given), raw, strict=True))
+    for how in ("full", "lora"):
+        losses = tune(model, 10 * [{**given, "labels": torch.arange(len(logits)) % 5}], how, lr=1e-2)
+        assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    again = auto.from_pretrained(tmp_path).eval()
+    assert type(again) is type(model) and torch.equal(again(**given).logits, model(**given).logits)
+
+
 def test_the_report_of_a_layer_is_near_softmax_where_the_maps_are():
     model = convert(llama(), "hedgehog")
     given = batch(padding=2)
@@ -306,6 +390,10 @@ def test_the_command_line_converts_a_folder(tokenizer, story, tmp_path, capsys):
         ("eca_net {host} --data {story}", "eca_net has no conversion of pretrained models; these have: hedgehog"),
         ("hedgehog {bare} --data {story}", "no tokenizer"),
         ("hedgehog {small} --data {story}", "they do not belong together"),
+        (
+            "hedgehog {host} --data {story} --length 16 --set feature_map=cosformer --set length=9",
+            "cosFormer's positions end at length=9, got 16 tokens",
+        ),
     ],
 )
 def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, tmp_path, capsys, monkeypatch):
@@ -325,6 +413,48 @@ def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, t
     assert message in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("build", "change", "message"),
+    [
+        (gpt2, {"model_type": "t5"}, "host is of type 't5', which cannot be converted; these can: gpt2, llama, bert"),
+        (gpt2, {"n_head": 3}, "the weights of host cannot be loaded: `embed_dim` must be divisible by num_heads"),
+        (llama, {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads"),
+        (bert, {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads"),
+        (llama, {"num_key_value_heads": 4}, "have other sizes than its config says for 4 parameters, model.layers.0"),
+        (gpt2, {"n_layer": 3}, "the weights of host lack 12 parameters, transformer.h.2.attn.c_attn.bias among them"),
+        (gpt2, "config.json", "host cannot be loaded as a model"),
+        (gpt2, "model.safetensors", "the weights of host cannot be loaded"),
+        (gpt2, None, "host cannot be loaded as a model"),
+        (text_classifier, {}, "host holds a BertForSequenceClassification, which predicts no tokens of a text"),
+        (image_classifier, {}, "host holds a ViTForImageClassification, which predicts no tokens of a text"),
+    ],
+)
+def test_a_damaged_model_is_answered_with_one_line(
+    build, change, message, tokenizer, story, tmp_path, capsys, monkeypatch
+):
+    """Changes to its config, a file of it that was cut, or a folder without a config."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    host = Path("host")
+    build().save_pretrained(host)
+    tokenizer.save_pretrained(host)
+    config = host / "config.json"
+    if change is None:
+        config.unlink()
+    elif isinstance(change, str):
+        (host / change).write_bytes((host / change).read_bytes()[:100])
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert main(shlex.split(f"convert hedgehog host --data {story} -o out --length 16")) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1] and "Traceback" not in "".join(error) and not Path("out").exists()
+
+
+def test_a_folder_below_a_file_is_refused_before_any_work(story, tmp_path, capsys):
+    assert main(shlex.split(f"convert hedgehog nowhere --data {story} -o {story / 'out'}")) == 2
+    assert "story.txt is a file; name another folder" in capsys.readouterr().err
+
+
 def test_models_of_another_kind_are_refused():
     with pytest.raises(UserError, match="GPT2Model cannot be converted; these can: GPT2LMHeadModel"):
         convert(gpt2().transformer, "hedgehog")
@@ -335,7 +465,7 @@ def test_models_of_another_kind_are_refused():
     with pytest.raises(UserError, match="is built by"):
         huggingface.ConvertedGPT2LMHeadModel(huggingface.ConvertedGPT2Config())
     model = convert(gpt2(), "hedgehog")
-    with pytest.raises(UserError, match="takes a mask of padding"):
+    with pytest.raises(UserError, match="expected a mask of padding"):
         model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
     with teaching(model), pytest.raises(UserError, match="whole sequences"):
         model(torch.ones(1, 4, dtype=torch.long), past_key_values=StateCache(), use_cache=True)

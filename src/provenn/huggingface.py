@@ -10,11 +10,13 @@ module has been imported, and how quality is measured on the way.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +31,11 @@ try:
 except ImportError:
     raise UserError("converting pretrained models needs transformers and peft: pip install 'provenn[hf]'") from None
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -42,7 +47,10 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
+from transformers.masking_utils import flash_attention_mask
 
 Batch = dict[str, Tensor]
 PREFIX = "provenn_"  # of the model types of converted models
@@ -50,11 +58,40 @@ TUNINGS = ("full", "lora", "none")
 LEARNING_RATES = {"full": 6e-4, "lora": 1e-4}  # arXiv:2402.04347, section 5.4, and its group's later code
 
 
+@runtime_checkable
+class Attend(Protocol):
+    """The attention of a converted model, in the place of softmax's.
+
+    Args:
+        host: the module that attends, with whatever `install` gave it.
+        queries: (batch, heads, tokens, head_dim), turned already where the host turns them.
+        keys, values: likewise, of as many tokens as the cache hands on, and of fewer heads where these serve several.
+        causal: whether a query sees the tokens up to its own only.
+        mask: True where a token is no padding, (batch, tokens of `keys`); None where none is padding.
+        scale: of the host's softmax.
+
+    Returns (batch, heads, tokens, head_dim). Dropout of attention weights is left out.
+    """
+
+    def __call__(
+        self,
+        host: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Conversion:
     """How a paper converts a model; its `convert.py` names one `CONVERSION`.
 
     Args:
+        attend: what each self-attention of a converted model does.
         install: gives a model the mechanism in place, on the model's device and in its precision, from keyword options
             that JSON can hold. It runs at conversion, and again when a converted model is loaded, before its weights,
             possibly on the meta device; so whatever it adds must be a parameter or buffer of the model.
@@ -65,6 +102,7 @@ class Conversion:
         report: one row a layer of whatever tells how well a converted model does on a batch, before or after tuning.
     """
 
+    attend: Attend
     install: Callable[..., None]
     uninstall: Callable[[PreTrainedModel], None]
     prepare: Callable[[PreTrainedModel, Iterable[Batch], float], list[float]] | None = None
@@ -108,6 +146,7 @@ HOSTS = {
     "gpt2": Host("GPT2Attention", ("attn.c_attn", "attn.c_proj")),
     "llama": Host("LlamaAttention", ("q_proj", "k_proj", "v_proj", "o_proj")),
     "bert": Host("BertSelfAttention", ("self.query", "self.key", "self.value", "attention.output.dense")),
+    "vit": Host("ViTAttention", ("q_proj", "k_proj", "v_proj", "o_proj")),
 }
 
 
@@ -136,6 +175,37 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
 # Converted models: the host's own classes, which install the mechanism when they are built.
 
 
+def _install(model: Any, paper: str, options: dict[str, Any]) -> None:
+    """Put a mechanism in, and send the model's attention through it by transformers' table of attention functions."""
+    conversion, name = conversion_of(paper), f"{PREFIX}{paper}"
+    conversion.install(model, **options)
+    AttentionInterface.register(name, partial(_attend, conversion.attend))
+    # The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    model.own_attention = model.config._attn_implementation
+    model.config._attn_implementation = name
+
+
+def _attend(
+    attend: Attend,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out."""
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise UserError(f"expected a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}")
+    mask = None if attention_mask is None else attention_mask[:, -key.shape[-2] :].bool()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(module, query, key, value, causal=causal, mask=mask, scale=scale).transpose(1, 2), None
+
+
 class _Converted:
     """What is added to a host's class: the mechanism at construction, and its cache in `generate`."""
 
@@ -146,7 +216,7 @@ class _Converted:
             raise UserError(
                 f"{type(self).__name__} is built by provenn.huggingface.convert, or loaded from what it saved"
             )
-        conversion_of(given["paper"]).install(self, **given["options"])
+        _install(self, given["paper"], given["options"])
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -176,6 +246,7 @@ def _config(host: type[PreTrainedConfig]) -> Any:
 ConvertedGPT2Config = _config(GPT2Config)
 ConvertedLlamaConfig = _config(LlamaConfig)
 ConvertedBertConfig = _config(BertConfig)
+ConvertedViTConfig = _config(ViTConfig)
 
 
 class ConvertedGPT2LMHeadModel(_Converted, GPT2LMHeadModel):
@@ -202,18 +273,28 @@ class ConvertedBertForSequenceClassification(_Converted, BertForSequenceClassifi
     config_class = ConvertedBertConfig
 
 
+class ConvertedViTForImageClassification(_Converted, ViTForImageClassification):
+    """A vision Transformer that classifies, with another attention."""
+
+    config_class = ConvertedViTConfig
+
+
 CONVERTED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     GPT2LMHeadModel: ConvertedGPT2LMHeadModel,
     LlamaForCausalLM: ConvertedLlamaForCausalLM,
     BertForMaskedLM: ConvertedBertForMaskedLM,
     BertForSequenceClassification: ConvertedBertForSequenceClassification,
+    ViTForImageClassification: ConvertedViTForImageClassification,
 }
+
+LANGUAGE_MODELS = (GPT2LMHeadModel, LlamaForCausalLM, BertForMaskedLM)  # what `Text` and `recover` are for
 
 _found: tuple[tuple[Any, Any], ...] = (
     (AutoModelForCausalLM, ConvertedGPT2LMHeadModel),
     (AutoModelForCausalLM, ConvertedLlamaForCausalLM),
     (AutoModelForMaskedLM, ConvertedBertForMaskedLM),
     (AutoModelForSequenceClassification, ConvertedBertForSequenceClassification),
+    (AutoModelForImageClassification, ConvertedViTForImageClassification),
 )
 for _auto, _class in _found:
     AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
@@ -227,7 +308,7 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
     the Auto classes finds it again. `revert` undoes it.
 
     Args:
-        model: GPT-2, Llama or BERT with a head.
+        model: GPT-2, Llama, BERT or ViT with a head.
         paper: the slug of a paper that has a `convert.py`.
         options: of the mechanism, such as `feature_map="t2r"` for Hedgehog.
 
@@ -241,7 +322,7 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
         names = ", ".join(kind.__name__ for kind in CONVERTED)
         raise UserError(f"{type(model).__name__} cannot be converted; these can: {names}")
     slug = catalog.card(paper).slug
-    conversion_of(slug).install(model, **options)
+    _install(model, slug, options)
     _become(model, CONVERTED[type(model)])
     model.config.conversion = {"paper": slug, "options": options}
     return model
@@ -258,6 +339,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, _Converted):
         raise UserError(f"this {type(model).__name__} is not converted")
     conversion_of(model.config.conversion["paper"]).uninstall(model)
+    model.config._attn_implementation = model.__dict__.pop("own_attention")
     _become(model, next(host for host, kind in CONVERTED.items() if kind is type(model)))
     del model.config.conversion
     return model
@@ -435,7 +517,9 @@ def tune(
             target_modules=list(host_of(model).lora),
             fan_in_fan_out=isinstance(model, GPT2LMHeadModel),
         )
-        trained = get_peft_model(cast(Any, model), lora)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers
+            trained = get_peft_model(cast(Any, model), lora)
     losses = []
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
@@ -555,14 +639,15 @@ def recover(
 
 
 def load(name: str | Path) -> tuple[Any, Any]:
-    """A model and its tokenizer, from a folder or from the hub.
+    """A language model and its tokenizer, from a folder or from the hub.
 
     Raises:
-        UserError: nothing there, a model of another kind, or no tokenizer.
+        UserError: nothing there, a model of another kind, weights that are not all there, or no tokenizer.
     """
+    # What a damaged folder raises is any of a dozen classes, of several packages.
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"{name} cannot be loaded as a model: {_first_line(error)}") from None
     if config.model_type.removeprefix(PREFIX) not in HOSTS:
         raise UserError(
@@ -570,13 +655,23 @@ def load(name: str | Path) -> tuple[Any, Any]:
         )
     named = (config.architectures or ["none"])[0]
     kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
-    if named not in kinds:
-        able = ", ".join(kind.__name__ for kind in CONVERTED)
-        raise UserError(f"{name} holds a {named}, which cannot be converted; these can: {able}")
+    able = [kind.__name__ for kind in LANGUAGE_MODELS]
+    if named.removeprefix("Converted") not in able:
+        raise UserError(f"{name} holds a {named}, which predicts no tokens of a text; these do: {', '.join(able)}")
     try:
-        model = kinds[named].from_pretrained(name)
-    except (OSError, ValueError) as error:
+        # Sizes that differ are told below: of these, transformers raises an error that names none.
+        model, found = cast(Any, kinds[named]).from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:
         raise UserError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from None
+    for what, of in (
+        ("lack", found["missing_keys"]),
+        ("have other sizes than its config says for", found["mismatched_keys"]),
+    ):
+        if of:
+            names = sorted(key if isinstance(key, str) else key[0] for key in of)
+            raise UserError(f"the weights of {name} {what} {len(names)} parameters, {names[0]} among them")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -598,5 +693,6 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error  # a check of a config wraps what it found
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,6 +14,7 @@ from torch import nn
 from provenn.bench import count_parameters, flops, growth
 from provenn.evidence import Run
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
+from provenn.nn.feature_maps import FeatureMap
 from provenn.nn.streaming import state_bytes
 from provenn.nn.transformer import TransformerEncoder
 from provenn.ops.linear_attention import linear_attention_weights as weights
@@ -120,6 +121,11 @@ def test_plain_exponentials_overflow_where_the_others_do_not(form):
     assert phi(x).isfinite().all() == (form != "plain")
     attention = HedgehogAttention(16, 2, form=form)
     assert attention(1e3 * torch.randn(1, 30, 16)).isfinite().all() == (form != "plain")
+
+
+def test_a_map_that_does_not_say_what_it_maps_cannot_be_built():
+    with pytest.raises(TypeError, match="abstract method"):
+        type("Nothing", (FeatureMap,), {})(2, 4)
 
 
 def test_features_are_in_float32_under_bfloat16():

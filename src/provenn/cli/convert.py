@@ -39,6 +39,8 @@ def convert(
     card = catalog.card(slug)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out} is not empty; name a new folder for the converted model")
+    if file := next((place for place in out.parents if place.is_file()), None):
+        raise UserError(f"{out} cannot be made: {file} is a file; name another folder for the converted model")
     from provenn import huggingface
     from provenn.cli import console
     from provenn.evidence.view import number

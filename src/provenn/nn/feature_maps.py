@@ -6,6 +6,7 @@ how many. A map of one kind is built anew for queries and for keys, as `maker(he
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from provenn.nn.random_features import elu_features, orthogonal_gaussian, positi
 from provenn.ops.linear_attention.reference import accumulator
 
 
-class FeatureMap(nn.Module):
+class FeatureMap(nn.Module, ABC):
     """What all maps share: the sizes, and the shape that `forward` asks for.
 
     Args:
@@ -41,9 +42,9 @@ class FeatureMap(nn.Module):
             raise ValueError(f"expected (batch, {self.heads}, tokens, {self.head_dim}), got {tuple(x.shape)}")
         return self.phi(x.to(accumulator(x)), start)
 
+    @abstractmethod
     def phi(self, x: Tensor, start: int) -> Tensor:
         """The map itself, of an x of the right shape, in float32 at least."""
-        raise NotImplementedError
 
 
 class PerHeadLinear(nn.Module):

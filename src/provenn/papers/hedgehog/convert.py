@@ -1,7 +1,6 @@
 """Hedgehog inside Hugging Face's models: distil the maps first, then tune (sections 5.3 and 5.4).
 
-transformers calls attention through a table of functions; the one here, "provenn_hedgehog", maps queries and keys as
-the host made them, after its rotation, and attends in linear time. Each self-attention module gets its two maps.
+Each self-attention gets its two maps, of queries and keys as the host made them, after its rotation.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +10,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import flash_attention_mask
 
 from provenn.errors import UserError
 from provenn.huggingface import Batch, Conversion, attentions
@@ -28,11 +26,10 @@ from provenn.papers.hedgehog.diagnostics import (
 from provenn.papers.hedgehog.distillation import distillation_loss, learn
 from provenn.papers.hedgehog.layers import MAPS, HedgehogFeatureMap, MapMaker
 
-IMPLEMENTATION = "provenn_hedgehog"
 LOOKED_AT = 64  # tokens of a text that the report looks at: rank correlation takes their cube
 
 # (queries, keys, φ(q), φ(k), causal, mask, scale) of one layer, for whoever listens.
-Listener = Callable[[Tensor, Tensor, Tensor, Tensor, bool, Tensor | None, float | None], None]
+Listener = Callable[[Tensor, Tensor, Tensor, Tensor, bool, Tensor | None, float], None]
 
 
 class AttentionMaps(nn.Module):
@@ -118,94 +115,68 @@ class StateCache(Cache):
 
 
 def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out.
+    host: Any, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+) -> Tensor:
+    """`provenn.huggingface.Attend` in linear time.
 
     Keys and values of fewer heads are repeated to the queries' before they are mapped. With a `StateCache` the keys are
     the new tokens alone; with transformers' own cache they are all, which is right too, and takes memory that grows.
-    Dropout of attention weights, which are never formed, is left out.
     """
-    host: Any = module
     maps: AttentionMaps = host.attention_maps
-    causal = bool(getattr(host, "is_causal", True) if is_causal is None else is_causal)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise UserError(
-            f"linear attention takes a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}"
-        )
-    past: StateLayer | None = getattr(key, "past", None)
+    past: StateLayer | None = getattr(keys, "past", None)
     groups = getattr(host, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    new, held = query.shape[-2], key.shape[-2]
-    mask = None if attention_mask is None else attention_mask[:, -held:].bool()
+    keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
+    new, held = queries.shape[-2], keys.shape[-2]
     if maps.listener is not None:
         if past is not None or new != held:
             raise UserError("maps are distilled on whole sequences: call the model with use_cache=False")
-        features = maps.map_query(query.detach()), maps.map_key(key.detach())
-        maps.listener(query, key, *features, causal, mask, scaling)
-        return _softmax(module, query, key, value, mask, scaling, causal)
+        features = maps.map_query(queries.detach()), maps.map_key(keys.detach())
+        maps.listener(queries, keys, *features, causal, mask, scale)
+        return _softmax(host, queries, keys[:, ::groups], values[:, ::groups], mask, scale, causal)
     start = held - new if past is None else past.seen - new
-    phi_q = maps.map_query(query, start)
-    phi_k = maps.map_key(key, 0 if past is None else start)
+    try:
+        phi_q = maps.map_query(queries, start)
+        phi_k = maps.map_key(keys, 0 if past is None else start)
+    except ValueError as error:  # a map whose positions end
+        raise UserError(str(error)) from None
     hidden = None if mask is None else mask.unsqueeze(1)
     if not causal:
-        y, _ = linear_attention(phi_q, phi_k, value, causal=False, mask=hidden)
-        return y.transpose(1, 2), None
+        return linear_attention(phi_q, phi_k, values, causal=False, mask=hidden)[0]
     state = None if past is None else past.state
     if past is None and held > new:
         # All keys are at hand: those before the first query become the state that the queries go on from.
         early = None if hidden is None else hidden[..., :start]
         _, state = linear_attention(
-            phi_q[..., :1, :], phi_k[..., :start, :], value[..., :start, :], causal=False, mask=early
+            phi_q[..., :1, :], phi_k[..., :start, :], values[..., :start, :], causal=False, mask=early
         )
-        phi_k, value = phi_k[..., start:, :], value[..., start:, :]
+        phi_k, values = phi_k[..., start:, :], values[..., start:, :]
         hidden = None if hidden is None else hidden[..., start:]
     if state is not None:
-        state = LinearState(*(part.to(value.device) for part in state))
-    y, after = linear_attention(phi_q, phi_k, value, mask=hidden, state=state)
+        state = LinearState(*(part.to(values.device) for part in state))
+    y, after = linear_attention(phi_q, phi_k, values, mask=hidden, state=state)
     if past is not None:
         past.state = after
-    return y.transpose(1, 2), None
+    return y
 
 
 def _softmax(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    causal: bool,
-) -> tuple[Tensor, None]:
-    """The host's own attention, by transformers' function for it."""
+    host: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """The host's own attention, by transformers' function for it, which repeats keys and values itself."""
     whole = None
     if mask is not None:
-        whole = mask[:, None, None, :].expand(-1, 1, query.shape[-2], -1)
+        whole = mask[:, None, None, :].expand(-1, 1, queries.shape[-2], -1)
         whole = whole.tril() if causal else whole
-    groups = getattr(module, "num_key_value_groups", 1)
-    key, value = key[:, ::groups], value[:, ::groups]  # it repeats them itself
     with torch.no_grad():
-        y, _ = sdpa_attention_forward(module, query, key, value, whole, scaling=scaling, is_causal=causal)
-    return y, None
-
-
-AttentionInterface.register(IMPLEMENTATION, attend)
-# The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
-AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+        y, _ = sdpa_attention_forward(host, queries, keys, values, whole, scaling=scale, is_causal=causal)
+    return y.transpose(1, 2)
 
 
 def install(model: PreTrainedModel, *, feature_map: str = "hedgehog", **options: Any) -> None:
-    """Give every self-attention its two maps, and send the model's attention through them.
+    """Give every self-attention its two maps.
 
     Args:
-        model: GPT-2, Llama or BERT.
+        model: GPT-2, Llama, BERT or ViT.
         feature_map: a name in `MAPS`.
         options: of the map; of Hedgehog's `feature_dim`, `form` and `bias`.
     """
@@ -220,14 +191,12 @@ def install(model: PreTrainedModel, *, feature_map: str = "hedgehog", **options:
             raise UserError(f"the map {feature_map} does not take {options}: {error}") from None
         attention.module.attention_maps = maps.to(weight.device, weight.dtype)
         attention.module.attention_maps.train(attention.module.training)
-    model.config._attn_implementation = IMPLEMENTATION
 
 
 def uninstall(model: PreTrainedModel) -> None:
-    """Take the maps out, and attend with softmax again."""
+    """Take the maps out."""
     for attention in attentions(model):
         del attention.module.attention_maps
-    model.config._attn_implementation = "sdpa"
 
 
 @contextmanager
@@ -247,7 +216,9 @@ def teaching(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Inside, a converted model gives its softmax outputs and notes each layer's distillation loss in the list."""
     losses: list[Tensor] = []
 
-    def listen(q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, causal: bool, mask: Tensor | None, scale) -> None:
+    def listen(
+        q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> None:
         losses.append(distillation_loss(q, k, phi_q, phi_k, causal=causal, mask=mask, scale=scale))
 
     with _listening(model, listen):
@@ -275,13 +246,16 @@ def _streams(model: PreTrainedModel) -> bool:
 def report(model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
     """Of each layer: how far its weights are from softmax, and whether they are spiky and monotone as softmax is.
 
-    Means over the first 64 tokens of a batch's texts: KL to softmax (nats), entropy (nats) and softmax's, and the rank
-    correlation of weights with q·k.
+    Means over the first 64 tokens of a batch's texts, or patches of its images: KL to softmax (nats), entropy (nats)
+    and softmax's, and the rank correlation of weights with q·k.
     """
     rows: list[dict[str, Any]] = []
 
-    def listen(q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, causal: bool, mask: Tensor | None, scale) -> None:
+    def listen(
+        q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> None:
         hidden = None if mask is None else mask.unsqueeze(1)
+        q, phi_q = q[:, :, :LOOKED_AT], phi_q[:, :, :LOOKED_AT]  # of an image, which is not cut, more come
         target = softmax_weights(q, k, causal=causal, mask=hidden, scale=scale)
         weights = linear_attention_weights(phi_q, phi_k, causal=causal, mask=hidden)
         rows.append(
@@ -304,6 +278,7 @@ def report(model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
 
 
 CONVERSION = Conversion(
+    attend=attend,
     install=install,
     uninstall=uninstall,
     prepare=distil,

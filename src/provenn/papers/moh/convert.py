@@ -1,23 +1,19 @@
 """MoH inside Hugging Face's models: heads chosen by the size of their queries, and no parameter more (section 4.4).
 
-transformers calls attention through a table of functions; the one here, "provenn_moh", weighs the heads of each token.
-It is given queries after their rotation, which keeps their lengths, and so chooses the same heads.
+Heads are chosen by queries after their rotation, which keeps their lengths.
 """
 
 import math
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import flash_attention_mask
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from provenn.errors import UserError
 from provenn.huggingface import Batch, Conversion, attentions
 from provenn.ops.routed_heads import dense_masked_attention, routed_attention, routed_decode
 from provenn.papers.moh.layers import BALANCE, QueryNormRouter, add_balance, watch_routing
-
-IMPLEMENTATION = "provenn_moh"
 
 
 class ConvertedRouter(QueryNormRouter):
@@ -35,44 +31,26 @@ class ConvertedRouter(QueryNormRouter):
 
 
 def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out.
+    host: Any, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+) -> Tensor:
+    """`provenn.huggingface.Attend` by the heads that each token chooses.
 
-    Keys and values of fewer heads serve several queries; the cache is the host's own. Dropout of attention weights is
-    left out.
+    Keys and values of fewer heads serve several queries; the cache is the host's own.
     """
-    host: Any = module
     router: ConvertedRouter = host.head_router
-    causal = bool(getattr(host, "is_causal", True) if is_causal is None else is_causal)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise UserError(f"expected a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}")
-    mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :].bool()
-    routing = router(None, query.transpose(1, 2))
-    if module.training:
-        add_balance(routing, router.balance, None if mask is None else mask[:, -query.shape[2] :])
-    if scaling is not None:  # ours divides by the root of the width
-        query = query * (scaling * math.sqrt(query.shape[-1]))
+    new = queries.shape[2]
+    routing = router(None, queries.transpose(1, 2))
+    if host.training:
+        add_balance(routing, router.balance, None if mask is None else mask[:, -new:])
+    queries = queries * (scale * math.sqrt(queries.shape[-1]))  # ours divides by the root of the width
     active = routing.active.transpose(1, 2)
     if router.execute == "dense":
-        y = dense_masked_attention(query, key, value, active, causal=causal, mask=mask)
-    elif mask is None and query.shape[2] == 1:
-        y = routed_decode(query[:, :, 0], key, value, active[:, :, 0], always=router.shared).unsqueeze(2)
+        y = dense_masked_attention(queries, keys, values, active, causal=causal, mask=mask)
+    elif mask is None and new == 1:
+        y = routed_decode(queries[:, :, 0], keys, values, active[:, :, 0], always=router.shared).unsqueeze(2)
     else:
-        y = routed_attention(query, key, value, active, always=router.shared, causal=causal, mask=mask)
-    return y.transpose(1, 2) * routing.gates.unsqueeze(-1).to(y.dtype), None
-
-
-AttentionInterface.register(IMPLEMENTATION, attend)
-# The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
-AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+        y = routed_attention(queries, keys, values, active, always=router.shared, causal=causal, mask=mask)
+    return y * routing.gates.transpose(1, 2).unsqueeze(-1).to(y.dtype)
 
 
 def install(
@@ -86,7 +64,7 @@ def install(
     """Let every self-attention choose its heads.
 
     Args:
-        model: GPT-2, Llama or BERT.
+        model: GPT-2, Llama, BERT or ViT.
         shared: the share of the heads that every token uses.
         active: the share that a token uses in all.
         balance: β of the load-balance loss while tuning.
@@ -106,14 +84,12 @@ def install(
             )
         router = ConvertedRouter(attention.heads, always, chosen, balance=balance, execute=execute)
         attention.module.head_router = router.train(attention.module.training)
-    model.config._attn_implementation = IMPLEMENTATION
 
 
 def uninstall(model: PreTrainedModel) -> None:
     """All heads for all tokens again."""
     for attention in attentions(model):
         del attention.module.head_router
-    model.config._attn_implementation = "sdpa"
 
 
 @torch.no_grad()
@@ -147,6 +123,6 @@ def report(model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
     return rows
 
 
-CONVERSION = Conversion(install=install, uninstall=uninstall, report=report)
+CONVERSION = Conversion(attend=attend, install=install, uninstall=uninstall, report=report)
 
 __all__ = ["CONVERSION", "ConvertedRouter", "report"]
