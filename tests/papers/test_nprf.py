@@ -540,7 +540,7 @@ def test_states_and_grids_of_another_kind_are_refused(untyped):
 def test_what_a_system_is_given_must_fit(untyped):
     vit = nprf_vit_tiny()
     for image in (torch.randn(1, 3, 8, 8), torch.randn(1, 8, 8)):
-        with pytest.raises(ValueError, match=r"expected images \(batch, 1, height, width\)"):
+        with pytest.raises(UserError, match=r"expected images \(batch, 1, height, width\)"):
             vit(image)
     with pytest.raises(UserError, match="multiples of the patch's 2, got 8×9"):
         nprf_vit_tiny(patch=2, positions=False)(torch.randn(1, 1, 8, 9))

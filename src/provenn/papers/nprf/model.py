@@ -216,7 +216,7 @@ class VisionTransformer(nn.Module):
     def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The patches as tokens, row by row, and how many rows and columns there are."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"expected images (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
+            raise UserError(f"expected images (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
         height, width = x.shape[2:]
         side = self.image_size
         if (height, width) != (side, side) and not self.any_size:
