@@ -205,3 +205,9 @@ def test_a_change_of_what_does_not_exist_says_what_does(tmp_path):
 def test_a_change_that_cannot_be_is_one_line(tmp_path, change, says):
     with pytest.raises(UserError, match=says):
         provenn.train("aaren", "airline", task="series-forecasting", out=tmp_path / "run", changes=change, device="cpu")
+
+
+def test_what_can_be_set_of_a_preset_that_is_a_partial_is_what_the_whole_takes():
+    vit, translator = (catalog.card("nprf").resolve(f"model:{name}") for name in ("nprf_vit_tiny", "Translator"))
+    assert {"dropout", "num_classes"} <= api._arguments(vit).keys()
+    assert api._arguments(vit)["dim"] is api._arguments(translator)["dim"] is int

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from provenn.bench import count_parameters
+from provenn.bench import count_parameters, flops
+from provenn.errors import UserError
 from provenn.nn.language import CausalLM
 from provenn.nn.random_features import elu_features, positive_features, trigonometric_features
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
@@ -176,6 +177,17 @@ def test_states_are_cut_and_saved(tmp_path):
         held = select_state(load_state(layer.init_state(1), tmp_path / "state"), 1)
         expected = layer.step(x[:, 0], state)[0][1:2]
         torch.testing.assert_close(layer.step(x[1:2, 0], held)[0], expected)
+
+
+def test_a_token_of_a_stream_costs_as_many_operations_as_there_were_tokens():
+    """n (m + d) for each head, beside the four maps; without RPE the same at any time."""
+    for rpe in ("1d", "none"):
+        layer = KernelAttentionRPE(16, 4, features=8, rpe=rpe)
+        with torch.no_grad():
+            states = [layer.prefill(torch.randn(1, n, 16))[1] for n in (99, 199, 299)]
+            costs = [flops(partial(layer.step, torch.randn(1, 16), state)) for state in states]
+        added = 2 * 100 * 4 * (8 + 4 + 1) if rpe == "1d" else 0
+        assert costs[1] - costs[0] == costs[2] - costs[1] == added
 
 
 def test_keys_of_any_size_leave_outputs_and_gradients_finite():
@@ -467,7 +479,15 @@ def test_an_autograd_step_through_fft_and_through_weights_are_one():
         (lambda: nprf_lm_tiny(attention="linformer"), "causal must be False"),
         (lambda: LinformerAttention(8, 2, mixtures=0), "mixtures"),
         (lambda: nprf_vit_tiny(patch=3), "patch must divide"),
-        (lambda: nprf_vit_tiny()(torch.randn(1, 1, 9, 9)), "9×9"),
+        (lambda: nprf_vit_tiny()(torch.randn(1, 1, 9, 9)), "of 8×8 pixels, got 9×9: build with that image_size"),
+        (lambda: nprf_vit_tiny(layers=0), "layers must be at least 1, got 0"),
+        (lambda: nprf_vit_tiny(heads=3), "heads must divide dim"),
+        (lambda: nprf_translator_tiny(heads=3), "heads must divide dim"),
+        (lambda: KernelAttentionRPE(8, 2, rpe="2d", grid=(0, 4), causal=False), "sides of at least 1"),
+        (
+            lambda: KernelAttentionRPE(8, 2, rpe="2d", grid=(2, 2), causal=False)(torch.randn(1, 4, 8), grid=(-2, -2)),
+            "at least one row",
+        ),
         (lambda: crossing([1], [1], [1]), "two sizes"),
     ],
 )
@@ -483,6 +503,82 @@ def test_a_stream_with_stretched_biases_ends_with_them():
         layer.step(torch.randn(1, 8), state)
 
 
-def test_tokens_of_another_width_are_refused(untyped):
-    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\)"):
-        KernelAttentionRPE(8, 2)(torch.randn(1, 3, 9))
+LAYERS = [
+    KernelAttentionRPE,
+    partial(KernelAttentionRPE, rpe="none"),
+    SoftmaxAttentionRPE,
+    partial(LinformerAttention, max_length=8),
+]
+
+
+@pytest.mark.parametrize("build", LAYERS, ids=str)
+def test_tokens_and_masks_of_another_shape_are_refused(untyped, build):
+    layer, x = build(8, 2), torch.randn(2, 3, 8)
+    for other in (torch.randn(2, 3, 9), x[0], x[:, :0]):
+        with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\) with at least one token"):
+            layer(other)
+    for shape in ((2, 4), (1, 3), (3,), (2, 3, 3)):
+        with pytest.raises(ValueError, match=r"mask must be bool of shape \(2, 3\)"):
+            layer(x, mask=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"got torch.float32 of shape \(2, 3\)"):
+        layer(x, mask=torch.ones(2, 3))
+
+
+def test_states_and_grids_of_another_kind_are_refused(untyped):
+    with_rpe, without = KernelAttentionRPE(8, 2), KernelAttentionRPE(8, 2, rpe="none")
+    for layer, other in ((with_rpe, without), (without, with_rpe)):
+        with pytest.raises(TypeError, match="expected the"):
+            layer.step(torch.randn(2, 8), other.init_state(2))
+        with pytest.raises(ValueError, match="of 3 streams, got tokens of 2"):
+            layer.step(torch.randn(2, 8), layer.init_state(3))
+    with pytest.raises(ValueError, match=r"go together, got rpe='2d' and grid=\(4,\)"):
+        KernelAttentionRPE(8, 2, rpe="2d", grid=(4,))
+    with pytest.raises(ValueError, match="cannot stream"):
+        KernelAttentionRPE(8, 2, causal=False).step(torch.randn(2, 8), with_rpe.init_state(2))
+
+
+def test_what_a_system_is_given_must_fit(untyped):
+    vit = nprf_vit_tiny()
+    for image in (torch.randn(1, 3, 8, 8), torch.randn(1, 8, 8)):
+        with pytest.raises(UserError, match=r"expected images \(batch, 1, height, width\)"):
+            vit(image)
+    with pytest.raises(UserError, match="multiples of the patch's 2, got 8×9"):
+        nprf_vit_tiny(patch=2, positions=False)(torch.randn(1, 1, 8, 9))
+    tokens = torch.randint(256, (2, 5))
+    with pytest.raises(ValueError, match="one batch, got 1 and 2"):
+        nprf_translator_tiny()(tokens, tokens[:1])
+    with pytest.raises(ValueError, match="mask must be bool"):
+        nprf_encoder_tiny()(tokens, mask=torch.ones(2, 6, dtype=torch.bool))
+    for build in (nprf_encoder_tiny, nprf_lm_tiny):
+        with pytest.raises(UserError, match="5 tokens, more than max_length=4"):
+            build(attention="nprf", max_length=4)(tokens)
+
+
+@pytest.mark.parametrize("name", ["nprf+rpe", "softmax+rpe"])
+def test_images_of_other_sizes_go_through_relative_positions_alone(name):
+    model = nprf_vit_tiny(attention=name, patch=2, positions=False, class_token=True).eval()
+    stirred(model)
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert model(torch.randn(2, 1, 12, 6, dtype=torch.float64)).shape == (2, 10)
+        # A table that is clipped to the same offsets: the larger system's inner ones.
+        larger = (
+            nprf_vit_tiny(attention=name, patch=2, image_size=12, positions=False, class_token=True).double().eval()
+        )
+        state = larger.state_dict()
+        for key, value in model.state_dict().items():
+            if key.endswith("rpe.table"):
+                state[key][:, 2:-2, 2:-2] = value
+            else:
+                state[key] = value
+        larger.load_state_dict(state)
+        torch.testing.assert_close(larger(x), model(x))
+
+
+def test_names_settle_what_the_attention_is_and_leave_the_rest_open():
+    assert attention_called("softmax+rpe", 2, beyond="interpolate")(8).rpe.beyond == "interpolate"
+    assert attention_called("softmax", 2, bias=False, form="fft")(8).query.bias is None
+    with pytest.raises(ValueError, match="has no 'normalize' to be set; it takes beyond"):
+        nprf_lm_tiny(normalize=False)
+    with pytest.raises(ValueError, match="has no 'featuers'"):
+        nprf_lm_tiny(attention="softmax", featuers=8)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from provenn.errors import UserError
 from provenn.nn.mixers import Mixers, layer_mixers
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.streaming import state_bytes
@@ -80,9 +81,10 @@ class PreNormBlock(nn.Module):
         return x + self.dropout(self.feedforward(self.norm2(x)))
 
     def forward(
-        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None, **more: Any
     ) -> Float[Tensor, "batch tokens dim"]:
-        return self._join(x, self.mixer(self.norm1(x), mask=mask))
+        """`more` is what else the mixer takes, such as the grid that its tokens lie on."""
+        return self._join(x, self.mixer(self.norm1(x), mask=mask, **more))
 
     def prefill(self, x: Float[Tensor, "batch tokens dim"], state: Any) -> tuple[Tensor, Any]:
         """Many tokens at once: the outputs, and the state from which `step` goes on."""
@@ -158,7 +160,9 @@ class TokenStack(nn.Module):
         x = self.embed(tokens)
         end = start + tokens.shape[1]
         if self.max_length is not None and end > self.max_length:
-            raise ValueError(f"the sequence has {end} tokens, more than max_length={self.max_length}")
+            raise UserError(
+                f"the sequence has {end} tokens, more than max_length={self.max_length}: shorten it, or build with more"
+            )
         if self.place is not None:
             x = x + self.place.weight[start:end]
         elif self.positions == "sinusoidal":

@@ -18,7 +18,7 @@ from provenn.nn.streaming import state_bytes
 from provenn.ops.toeplitz import dense_matmul, dense_matrix, dense_sums, fft_length, fft_sums, quadratic_sums
 from provenn.ops.toeplitz import fast as slicing
 from provenn.papers.nprf.diagnosis import attention_rows
-from provenn.papers.nprf.layers import KernelAttentionRPE
+from provenn.papers.nprf.layers import KernelAttentionRPE, SoftmaxAttentionRPE
 from provenn.papers.nprf.model import (
     attention_called,
     nprf_encoder_base,
@@ -200,6 +200,27 @@ def normalised_weights_are_flat(run: Run) -> Measurement:
     weights = (flat @ flat.mT).softmax(dim=-1)
     largest = (weights.amax(dim=-1) / weights.amin(dim=-1)).max().item()
     return Measurement.exact(largest, "ratio of two weights of a row", note="e² is 7.389; biases lift the bound.")
+
+
+@measures("beyond_dot_then_exponentiate")
+def beyond_dot_then_exponentiate(run: Run) -> Measurement:
+    """Identical tokens, which any map of each token leaves identical; and scores as the product of two maps.
+
+    The rank is of q·k + b_{j−i}, which for a head of width 8 would be the width of maps that know the places as well.
+    """
+    x, n = draw(1, 1, 16).expand(1, 30, 16), 30
+    spread: dict[str, list[float]] = {"none": [], "1d": []}
+    for rpe, own in spread.items():
+        for feature_map in ("prf", "trf", "elu"):
+            rows = attention_rows(layer_of(causal=False, feature_map=feature_map, rpe=rpe), x)[0]
+            own.append((rows.amax(-1) / rows.amin(-1)).log().abs().max().item())
+    q, k = draw(2, n, 8)
+    ranks = [int(torch.linalg.matrix_rank(q @ k.mT + b)) for b in (torch.zeros(n, n), dense_matrix(biases(1, 59))[0])]
+    return Measurement.holds(
+        max(spread["none"]) < 1e-9 and min(spread["1d"]) > 1 and ranks == [8, n],
+        f"weights of {n} identical tokens differ by a factor of {math.exp(max(spread['none'])):.3g} without biases, "
+        f"{math.exp(min(spread['1d'])):.3g} with; scores of width 8 have rank {ranks[0]} without, {ranks[1]} with",
+    )
 
 
 @measures("parameters")
@@ -398,9 +419,10 @@ STRESS = 8.0
 STRESSED = ("nprf+rpe", "prf", "prf+rpe", "softmax+rpe")
 
 
-def under_stress(run: Run, baseline: str) -> Measurement:
-    fits = {name: copied(run, name, 3e-3, STRESS) for name in dict.fromkeys(("nprf+rpe", baseline))}
-    shown = {name: copied(run, name, 3e-3, STRESS) for name in STRESSED} if baseline == "prf" else {}
+def under_stress(run: Run, baseline: str, system: str = "nprf+rpe") -> Measurement:
+    fits = {name: copied(run, name, 3e-3, STRESS) for name in (system, baseline)}
+    all_shown = (system, baseline) == ("nprf+rpe", "prf")
+    shown = {name: copied(run, name, 3e-3, STRESS) for name in STRESSED} if all_shown else {}
     accuracy = {name: [one["accuracy"] for one in own] for name, own in fits.items()}
     rows: list[list[str | float | int | None]] = [
         [
@@ -414,7 +436,7 @@ def under_stress(run: Run, baseline: str) -> Measurement:
     ]
     columns = ["", "accuracy", "last loss", "first gradient norm", "largest gradient norm"]
     return Measurement.paired(
-        accuracy["nprf+rpe"],
+        accuracy[system],
         accuracy[baseline],
         seeds=run.seeds,
         unit="accuracy, chance is 0.03",
@@ -436,6 +458,11 @@ def stable_where_prf_is_not(run: Run) -> Measurement:
 @measures("normalisation_is_what_stabilises")
 def normalisation_is_what_stabilises(run: Run) -> Measurement:
     return under_stress(run, "prf+rpe")
+
+
+@measures("rpe_under_stress")
+def rpe_under_stress(run: Run) -> Measurement:
+    return under_stress(run, "prf", system="prf+rpe")
 
 
 @measures("stable_beside_softmax")
@@ -777,6 +804,83 @@ def ratio_of(found: Comparison, setting: dict[str, Any]) -> Measurement:
         baselines=list(found.b),
         setting=setting,
     )
+
+
+PEER = {"batch": 1, "dim": 128, "heads": 4, "tokens": 2048, "causal": True, "features": 32, "threads": 1}
+
+
+def beside_x_transformers(run: Run) -> dict[str, Any]:
+    """Seconds of a causal layer forward and backward: ours, and the package's with T5's biases, fused and explicit.
+
+    With its weights, and its biases of each offset in our table, our softmax gives what the package gives.
+    """
+    from importlib.metadata import version
+
+    from x_transformers.x_transformers import Attention, RelativePositionBias
+
+    dim, heads, n = PEER["dim"], PEER["heads"], 128 if run.smoke else PEER["tokens"]
+    torch.manual_seed(0)
+    x = draw(1, n, dim, dtype=torch.float32).to(run.device).requires_grad_()
+    softmax = SoftmaxAttentionRPE(dim, heads, max_length=n, bias=False)
+    layers: dict[str, nn.Module] = {
+        "NPRF with RPE": KernelAttentionRPE(dim, heads, features=PEER["features"], max_length=n, bias=False),
+        "softmax with RPE": softmax,
+    }
+    biases_of_peer = RelativePositionBias(scale=(dim / heads) ** 0.5, causal=True, heads=heads)
+    for flash in (True, False):
+        layer = Attention(dim=dim, dim_head=dim // heads, heads=heads, causal=True, flash=flash)
+        layer.register_module("biases", biases_of_peer)
+        layers[f"x-transformers, {'fused' if flash else 'explicit'}"] = layer
+    with torch.no_grad():
+        peer: Any = layer
+        for name in ("query", "key", "value", "out"):
+            getattr(softmax, name).weight.copy_(getattr(peer, f"to_{name if name == 'out' else name[0]}").weight)
+        softmax.rpe.table.copy_(biases_of_peer(n, n)[:, -1])  # the last token's row: all offsets
+    calls = {name: partial(_of_layer, layer.to(run.device)) for name, layer in layers.items()}
+    with torch.no_grad():
+        off = error(calls["softmax with RPE"](x), calls["x-transformers, explicit"](x))
+
+    def there_and_back(name: str) -> None:
+        torch.autograd.grad(calls[name](x).square().sum(), [x, *layers[name].parameters()])
+
+    def measure() -> dict[str, list[float]]:
+        forms = {name: partial(there_and_back, name) for name in layers}
+        return interleaved(forms, rounds=2 if run.smoke else 7, device=run.device)
+
+    setting = {**PEER, "tokens": n, "pass": "forward and backward", "x-transformers": version("x-transformers")}
+    return {"times": run.trial("a layer beside x-transformers", measure, **setting), "setting": setting, "error": off}
+
+
+def _of_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x, rel_pos=layer.biases) if hasattr(layer, "biases") else layer(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def against_x_transformers(run: Run, system: str) -> Measurement:
+    """Against the quicker of the package's two forms."""
+    found = beside_x_transformers(run)
+    times = found["times"]
+    peer = min((name for name in times if name.startswith("x-")), key=lambda name: np.median(times[name]))
+    rows: list[list[str | float | int | None]] = [[name, 1e3 * float(np.median(own))] for name, own in times.items()]
+    measured = ratio_of(
+        Comparison.of(times[system], times[peer]), {**found["setting"], "system": system, "baseline": peer}
+    )
+    return measured.model_copy(
+        update={
+            "tables": [Table(caption="A layer, forward and backward", columns=["", "milliseconds"], rows=rows)],
+            "note": f"With the same weights our softmax and the package's differ by {found['error']:.1g}, relative.",
+        }
+    )
+
+
+@measures("against_x_transformers")
+def nprf_against_x_transformers(run: Run) -> Measurement:
+    return against_x_transformers(run, "NPRF with RPE")
+
+
+@measures("softmax_against_x_transformers")
+def softmax_against_x_transformers(run: Run) -> Measurement:
+    return against_x_transformers(run, "softmax with RPE")
 
 
 @measures("faster_on_a_gpu")

@@ -30,7 +30,7 @@ def attention_rows(
     Quadratic in the tokens.
     """
     with torch.no_grad():
-        q, k, _ = (part.double() for part in layer._project(x))
+        q, k, _ = (part.double() for part in layer._project(x, mask))
         b = _biases(layer, x.shape[1], q)
         fq, fk = layer.features_of(q, k, mask)
         # What all offsets share cancels; without it e^b may not fit.

@@ -82,6 +82,15 @@ class RelativeBias(nn.Module):
         return torch.cat([first, torch.cat([to.expand(-1, n, 1), matrix], dim=2)], dim=1)
 
 
+def check_tokens(x: Tensor, dim: int, mask: Tensor | None) -> None:
+    """Refuse tokens and masks of another shape than a layer of this width takes."""
+    if x.dim() != 3 or x.shape[-1] != dim or not x.shape[1]:
+        raise ValueError(f"expected (batch, tokens, {dim}) with at least one token, got {tuple(x.shape)}")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        expected = tuple(x.shape[:2])
+        raise ValueError(f"mask must be bool of shape {expected}, got {mask.dtype} of shape {tuple(mask.shape)}")
+
+
 def tokens_on(
     grid: tuple[int, int] | None, tokens: int, class_token: bool, given: tuple[int, int] | None = None
 ) -> tuple[int, ...]:
@@ -91,6 +100,8 @@ def tokens_on(
             raise ValueError(f"tokens lie on a grid with rpe='2d' only, got grid={given}")
         return (tokens,)
     sides = grid if given is None else given
+    if min(sides) < 1:
+        raise ValueError(f"a grid has at least one row and one column, got {sides}")
     expected = math.prod(sides) + class_token
     if tokens != expected:
         raise ValueError(f"a grid of {sides[0]}×{sides[1]} has {expected} tokens here, got {tokens}")
@@ -161,7 +172,7 @@ class KernelAttentionRPE(nn.Module):
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
         if rpe not in ("1d", "2d", "none"):
             raise ValueError(f"rpe must be 1d, 2d or none, got {rpe!r}")
-        if (rpe == "2d") != (grid is not None):
+        if (rpe == "2d") != (grid is not None and len(grid) == 2):
             raise ValueError(f"rpe='2d' and grid=(height, width) go together, got rpe={rpe!r} and grid={grid}")
         if class_token and rpe != "2d":
             raise ValueError(f"a class token has biases of its own with rpe='2d' only, got rpe={rpe!r}")
@@ -188,9 +199,8 @@ class KernelAttentionRPE(nn.Module):
             sides = (max_length,) if grid is None else grid
             self.rpe = RelativeBias(heads, sides, causal=causal, class_token=class_token, beyond=beyond)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+    def _project(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        check_tokens(x, self.dim, mask)
         q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
         return q, k, v
 
@@ -256,7 +266,7 @@ class KernelAttentionRPE(nn.Module):
 
         A token that may attend to nothing gets W_o's bias.
         """
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, mask)
         class_token = self.rpe is not None and self.rpe.of_class is not None
         sides = tokens_on(self.grid, x.shape[1], class_token, grid)
         with without_autocast(x):
@@ -303,10 +313,18 @@ class KernelAttentionRPE(nn.Module):
         safe = bottom.abs() > least if self.feature_map == "trf" else bottom > least
         return top / torch.where(safe, bottom, least)
 
-    def init_state(self, batch: int) -> KernelCache | LinearState:
-        """The state of `batch` streams before their first token, in float32 at least."""
+    def _streams(self, state: KernelCache | LinearState | None, batch: int) -> None:
         if not self.causal:
             raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
+        expected = LinearState if self.rpe is None else KernelCache
+        if state is not None and not isinstance(state, expected):
+            raise TypeError(f"expected the {expected.__name__} of this layer's init_state, got {type(state).__name__}")
+        if state is not None and len(state[0]) != batch:
+            raise ValueError(f"the state is of {len(state[0])} streams, got tokens of {batch}")
+
+    def init_state(self, batch: int) -> KernelCache | LinearState:
+        """The state of `batch` streams before their first token, in float32 at least."""
+        self._streams(None, batch)
         weight = self.out.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         d = self.dim // self.heads
@@ -321,6 +339,7 @@ class KernelAttentionRPE(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], state: KernelCache | LinearState | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], KernelCache | LinearState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
+        self._streams(state, x.shape[0])
         state = self.init_state(x.shape[0]) if state is None else state
         q, k, v = self._project(x)
         with without_autocast(x):
@@ -397,6 +416,7 @@ class SoftmaxAttentionRPE(SoftmaxAttention):
         grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
+        check_tokens(x, self.dim, mask)
         q, k, v = self._project(x)
         b = self.rpe.matrix(tokens_on(self.grid, x.shape[1], self.rpe.of_class is not None, grid)).to(q.dtype)
         if mask is not None:
@@ -409,6 +429,7 @@ class SoftmaxAttentionRPE(SoftmaxAttention):
         """Many tokens at once: the outputs, and the cache from which `step` goes on."""
         if not self.causal:
             raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
+        check_tokens(x, self.dim, None)
         state = self.init_state(x.shape[0]) if state is None else state
         q, k, v = self._project(x)
         state = state.append(k, v)
@@ -467,6 +488,7 @@ class LinformerAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; the others are taken out of every mixture."""
+        check_tokens(x, self.dim, mask)
         n = x.shape[1]
         if n > self.max_length:
             raise ValueError(f"the sequence has {n} tokens, more than max_length={self.max_length}")

@@ -1,5 +1,7 @@
 """The four systems of the paper (section 4), and its attentions by name: only the attention tells them apart."""
 
+import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from provenn.errors import UserError
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM, Encoder, FeedForward, PreNormBlock
 from provenn.nn.positions import sinusoidal_encoding
-from provenn.papers.nprf.layers import KernelAttentionRPE, LinformerAttention, SoftmaxAttentionRPE
+from provenn.papers.nprf.layers import KernelAttentionRPE, LinformerAttention, SoftmaxAttentionRPE, check_tokens
 
 KERNELS: dict[str, dict[str, Any]] = {
     "prf": {"normalize": False},
@@ -41,7 +44,7 @@ def attention_called(
         features: m of the random features, and the mixtures of Linformer.
         max_length: how far biases reach, and the longest input of Linformer.
         grid, class_token: of tokens that lie on a grid.
-        kernel: more arguments of `KernelAttentionRPE`, such as `form` or `precision`.
+        kernel: more arguments of `KernelAttentionRPE`, such as `form`; the others take those that they have as well.
 
     >>> attention_called("nprf+rpe", 4)(64).rpe.table.shape
     torch.Size([4, 512])
@@ -49,19 +52,26 @@ def attention_called(
     if name not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
     plain, _, rpe = name.partition("+")
-    if plain == "softmax":
-        if not rpe:
-            return partial(SoftmaxAttention, heads=heads)
-        return partial(SoftmaxAttentionRPE, heads=heads, max_length=max_length, grid=grid, class_token=class_token)
+    layer: type[nn.Module] = KernelAttentionRPE
+    options: dict[str, Any] = {"heads": heads}
     if plain == "linformer":
-        tokens = max_length if grid is None else grid[0] * grid[1] + class_token
-        return partial(LinformerAttention, heads=heads, mixtures=features, max_length=tokens)
-    options: dict[str, Any] = {"rpe": "none"}
-    if rpe and grid is None:
-        options = {"rpe": "1d", "max_length": max_length}
-    elif rpe:
-        options = {"rpe": "2d", "grid": grid, "class_token": class_token}
-    return partial(KernelAttentionRPE, heads=heads, features=features, **KERNELS[plain], **options, **kernel)
+        layer = LinformerAttention
+        options |= {"mixtures": features, "max_length": max_length if grid is None else math.prod(grid) + class_token}
+    elif plain == "softmax":
+        layer = SoftmaxAttentionRPE if rpe else SoftmaxAttention
+    else:
+        options |= {
+            "features": features,
+            "rpe": "none" if not rpe else "1d" if grid is None else "2d",
+            **KERNELS[plain],
+        }
+    if rpe:
+        options |= {"max_length": max_length, "grid": grid, "class_token": class_token}
+    free = {"beyond", "bias", "feature_map", "form", "precision", "scale"} - options.keys()
+    for key in kernel.keys() - free:
+        raise ValueError(f"attention {name!r} has no {key!r} to be set; it takes {', '.join(sorted(free))}")
+    taken = inspect.signature(layer).parameters
+    return partial(layer, **options, **{key: value for key, value in kernel.items() if key in taken})
 
 
 def _positions(name: str) -> str:
@@ -98,19 +108,7 @@ def nprf_lm_base(
     return CausalLM(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
 
 
-def nprf_lm_tiny(
-    vocab: int = 256,
-    dim: int = 64,
-    heads: int = 4,
-    layers: int = 2,
-    attention: str = "nprf+rpe",
-    features: int = 32,
-    max_length: int = 512,
-    dropout: float | int = 0.0,
-    **kernel: Any,
-) -> CausalLM:
-    """The same, small enough to train on a CPU."""
-    return nprf_lm_base(vocab, dim, heads, layers, attention, features, max_length, dropout, **kernel)
+nprf_lm_tiny = partial(nprf_lm_base, vocab=256, dim=64, heads=4, layers=2, features=32)
 
 
 def nprf_encoder_base(
@@ -136,11 +134,7 @@ def nprf_encoder_base(
     return Encoder(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
 
 
-def nprf_encoder_tiny(
-    vocab: int = 256, dim: int = 64, heads: int = 4, layers: int = 2, features: int = 32, **options: Any
-) -> Encoder:
-    """The same, small; more options as in `nprf_encoder_base`."""
-    return nprf_encoder_base(vocab, dim, heads, layers, features=features, **options)
+nprf_encoder_tiny = partial(nprf_encoder_base, vocab=256, dim=64, heads=4, layers=2, features=32)
 
 
 class VisionTransformer(nn.Module):
@@ -148,7 +142,8 @@ class VisionTransformer(nn.Module):
 
     Args:
         num_classes, in_channels: of the images.
-        image_size: side of the square images; a multiple of `patch`. Other sizes go where positions are relative only.
+        image_size: side of the square images; a multiple of `patch`. Where relative positions are the only ones, images
+            of other sizes, also multiples, are taken too: their biases are clipped (see `RelativeBias`).
         patch: side of a patch.
         dim, heads, layers: of the host.
         attention: one of `ATTENTIONS`.
@@ -180,8 +175,12 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if image_size < 1 or patch < 1 or image_size % patch:
             raise ValueError(f"patch must divide image_size, both at least 1, got {patch} and {image_size}")
+        for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("layers", layers)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         side = image_size // patch
-        self.image_size = image_size
+        self.in_channels, self.image_size, self.patch = in_channels, image_size, patch
+        self.any_size = attention.endswith("+rpe") and not positions
         self.patches = nn.Conv2d(in_channels, dim, patch, patch)
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, dim)) if class_token else None
         tokens = side * side + class_token
@@ -203,18 +202,31 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
-        if x.shape[2:] != (self.image_size, self.image_size):
-            height, width = x.shape[2:]
-            raise ValueError(f"expected images of {self.image_size}×{self.image_size} pixels, got {height}×{width}")
-        x = self.patches(x).flatten(2).mT
+        x, grid = self._patches(x)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
         if self.positions is not None:
             x = x + self.positions
+        given = {"grid": grid} if self.any_size else {}
         for block in self.blocks:
-            x = block(x)
+            x = block(x, **given)
         x = self.norm(x)
         return self.head(x[:, 0] if self.class_token is not None else x.mean(dim=1))
+
+    def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The patches as tokens, row by row, and how many rows and columns there are."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise UserError(f"expected images (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
+        height, width = x.shape[2:]
+        side = self.image_size
+        if (height, width) != (side, side) and not self.any_size:
+            raise UserError(
+                f"expected images of {side}×{side} pixels, got {height}×{width}: build with that image_size, or for "
+                "any with relative positions alone, attention='nprf+rpe' and positions=False"
+            )
+        if height % self.patch or width % self.patch:
+            raise UserError(f"height and width must be multiples of the patch's {self.patch}, got {height}×{width}")
+        return self.patches(x).flatten(2).mT, (height // self.patch, width // self.patch)
 
 
 class CrossAttention(nn.Module):
@@ -238,6 +250,10 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "batch other"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token of the other sequence may be attended."""
+        check_tokens(x, self.query.in_features, None)
+        check_tokens(other, self.key.in_features, mask)
+        if len(x) != len(other):
+            raise ValueError(f"both sequences need one batch, got {len(x)} and {len(other)}")
         pairs = ((self.query, x), (self.key, other), (self.value, other))
         q, k, v = (m(part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m, part in pairs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
@@ -317,44 +333,18 @@ class Translator(nn.Module):
         return F.linear(self.norm(x), self.encoder.embed.weight)
 
 
-def nprf_translator_base(**options: Any) -> Translator:
-    """The Transformer of Vaswani et al.: width 512, 8 heads, 6 layers a side."""
-    return Translator(**options)
-
-
-def nprf_translator_tiny(
-    vocab: int = 256, dim: int = 64, heads: int = 4, layers: int = 2, features: int = 32, **options: Any
-) -> Translator:
-    """The same, small; more options as in `Translator`."""
-    return Translator(vocab, dim, heads, layers, features=features, **options)
-
-
-def nprf_vit_base(
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    image_size: int = 224,
-    patch: int = 16,
-    attention: str = "nprf+rpe",
-    **options: Any,
-) -> VisionTransformer:
-    """DeiT-base's width and depth, with a class token; more options as in `VisionTransformer`."""
-    return VisionTransformer(num_classes, in_channels, image_size, patch, attention=attention, **options)
-
-
-def nprf_vit_tiny(
-    num_classes: int = 10,
-    in_channels: int = 1,
-    image_size: int = 8,
-    patch: int = 1,
-    dim: int = 64,
-    heads: int = 4,
-    layers: int = 2,
-    attention: str = "nprf+rpe",
-    features: int = 32,
-    class_token: bool = False,
-    **options: Any,
-) -> VisionTransformer:
-    """The same for 8×8 pixels, each a token, and the mean over them."""
-    return VisionTransformer(
-        num_classes, in_channels, image_size, patch, dim, heads, layers, attention, features, class_token, **options
-    )
+# DeiT-base, and the Transformer of Vaswani et al., are what the two classes are by default.
+nprf_translator_base, nprf_vit_base = Translator, VisionTransformer
+nprf_translator_tiny = partial(Translator, vocab=256, dim=64, heads=4, layers=2, features=32)
+nprf_vit_tiny = partial(
+    VisionTransformer,
+    num_classes=10,
+    in_channels=1,
+    image_size=8,
+    patch=1,
+    dim=64,
+    heads=4,
+    layers=2,
+    features=32,
+    class_token=False,
+)
