@@ -106,6 +106,10 @@ def props(here) -> Path:
     torch.save({"weight": torch.ones(2)}, here / "plain.pt")
     (here / "corrupt.safetensors").write_bytes(b"\xff" * 100)
     save_file({"weight": torch.ones(2)}, here / "unlabelled.safetensors")
+    wheels(here / "text")
+    (here / "prompt.txt").write_text("round and")
+    (here / "untitled.jsonl").write_text('{"body": "round and"}\n' * 30)
+    (here / "broken.jsonl").write_text('{"text": "round and"}\n{"text": \n')
     (here / "file").touch()
     from provenn import weights
 
@@ -121,6 +125,8 @@ def props(here) -> Path:
     meta = {"columns": ["a", "b", "c"], "context": 12, "horizon": 2, "mean": [0.0] * 3, "std": [1.0] * 3}
     labelled("forecast", "tiny_forecast", "series-forecasting", options=forecast, meta=meta)
     labelled("upscale", "tiny_upscale", "super-resolution")
+    labelled("talk", "tiny_talk", "language-modelling", options={"vocab": 256}, meta={"tokenizer": "bytes"})
+    labelled("probed", "tiny_talk", "recall", options={"vocab": 192}, meta={"vocab": 192})
     seen = {"classes": ["a", "b"], "size": 8, "channels": 3, "mean": [0.0] * 3, "std": [1.0] * 3}
     labelled("classify", "tiny_small", "image-classification", options={"num_classes": 2}, meta=seen)
     labelled("gateless", "tiny_upscale", "image-classification", meta=seen)
@@ -143,6 +149,9 @@ def props(here) -> Path:
 FORECAST = "predict tiny_gate --weights forecast.safetensors -o out.csv"
 UPSCALE = "predict tiny_gate --weights upscale.safetensors -o out.png"
 TRAIN = "train tiny_gate --out run"
+READ = f"{TRAIN} --preset tiny_talk"
+TALK = "predict tiny_gate --weights talk.safetensors"
+MIX = "compare --slot token-mixer --out run"
 
 BAD = [
     # what the user types, and what the one line must say
@@ -269,6 +278,46 @@ BAD = [
     ("predict tiny_gate good.png -o out.png --weights other.safetensors", "weights of another_paper, not of tiny_gate"),
     ("predict tiny_gate good.png -o out.png --weights wrong_shape.safetensors", "does not fit this model"),
     ("predict tiny_gate good.png -o out.png --weights no_preset.safetensors", "did you mean 'tiny_upscale'"),
+    (f"{READ} --data text --set length=100000 --set eval_tokens=100000", "too little text"),
+    (f"{READ} --data text --set length=1", "length must be at least 2 tokens, got 1"),
+    (f"{READ} --data text --set length=32.5", "length: Input should be a valid integer"),
+    (f"{READ} --data text --set vocab=100", "vocab follows from the data, where it is 256, got 100"),
+    (f"{READ} --data text --set tokenizer=words", "tokenizer must be bytes, bpe or a tokenizer.json, got 'words'"),
+    (f"{READ} --data text --set tokenizer=prompt.txt", "prompt.txt is no tokenizer.json"),
+    (f"{READ} --data text --set tokenizer=bpe --set vocab_size=200", "vocab_size must be at least 257"),
+    (f"{READ} --data text --steps 0", "max_steps must be a whole number of at least 1, got 0"),
+    (f"{READ} --data empty", "empty holds no text"),
+    (f"{READ} --data nothing.csv", "nothing.csv is empty"),
+    (f"{READ} --data binary.csv", "binary.csv is no text in UTF-8"),
+    (f"{READ} --data untitled.jsonl", "untitled.jsonl, line 1: expected an object with a text"),
+    (f"{READ} --data broken.jsonl", "broken.jsonl, line 2: no JSON"),
+    (f"{READ} --data hf:", "a data set of the hub is named after hf:"),
+    (f"{TRAIN} --data mqar", "no data at 'mqar'"),
+    (f"{TRAIN} --data mqar", "for other work add --task recall"),
+    (f"{TRAIN} --task recall --data mqar --set length=12", "length must be at least four times the pairs"),
+    (f"{TRAIN} --task recall --data text", "recall reads no files"),
+    ("train eca_net --task recall --data mqar --out run", "no preset for the task 'language-modelling'"),
+    ("train rat --data text --set heads=5 --out run", "heads must divide dim"),
+    ("train rat --data text --set length=16 --out started --resume", "last.ckpt is of another preset or of other data"),
+    (TALK, "give words for tiny_gate to go on from, or a file that holds them"),
+    (f"{TALK} hello --set tokens=0", "tokens must be at least 1, got 0"),
+    (f"{TALK} hello --set tokens=many", "tokens: Input should be a valid integer"),
+    (f"{TALK} hello --set temperature=-1", "temperature must be finite and not negative, got -1"),
+    (f"{TALK} hello --set temperature=nan -o out.txt", "temperature must be finite and not negative, got nan"),
+    (f"{TALK} hello --set top_k=0", "top_k must be at least 1, got 0"),
+    (f"{TALK} hello --set top_p=2", "top_p must lie in (0, 1], got 2"),
+    (f"{TALK} hello --set seed=-1", "seed must be a whole number from 0 to"),
+    (f"{TALK} hello --set speed=3", "has no 'speed'; what can be set: tokens, temperature, top_k, top_p, seed"),
+    (f"{TALK} hello --reference good.png", "a prediction of language-modelling has no 'reference'"),
+    (f"{TALK} binary.csv", "binary.csv is no text in UTF-8"),
+    (f"{TALK} prompt.txt -o prompt.txt", "prompt.txt is a prompt: write elsewhere"),
+    (f"{TALK} hello -o empty", "cannot write empty: Is a directory"),
+    (f"{TALK} hello -o file/out.txt", "cannot write file/out.txt"),
+    (f"{TALK} hello -o /proc/out.txt", "cannot write /proc/out.txt"),
+    (f"{TALK} ''", "is empty: was a variable of the shell not set?"),
+    ("predict aaren hello --weights talk.safetensors", "talk.safetensors holds weights of tiny_gate, not of aaren"),
+    ("predict tiny_gate hello --weights probed.safetensors", "recall is a probe of models, with nothing to predict"),
+    ("export tiny_gate --weights talk.safetensors -o out.onnx", "only systems that take images can be exported"),
     ("inspect tiny_gate", "Missing argument"),
     ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
     ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net,"),
@@ -303,6 +352,11 @@ BAD = [
     ("reproduce tiny_gate --seeds 1,99999999999 --out run", "each seed must be below 4294967296"),
     ("compare --slot channel-gate --data digits --seeds 0 --out run", "seeds must be at least 1, got 0"),
     ("compare --slot channel-gate --data digits --budget tiny --out run", "tiny"),
+    (f"{MIX} --data text --with softmax,sofmax", "no token-mixer is called 'sofmax', did you mean 'softmax'?"),
+    (f"{MIX} --data text --with softmax,linformer", "linformer does not fit a byte language model"),
+    (f"{MIX} --data empty", "empty is an empty folder: expected text"),
+    (f"{MIX} --data untitled.jsonl", "untitled.jsonl, line 1: expected an object with a text"),
+    (f"{MIX} --data prompt.txt --with softmax,none", "prompt.txt: too little text"),
 ]
 
 
@@ -459,11 +513,16 @@ def test_train_then_predict(run, props):
     assert (props / "out.csv").read_text().count("\n") == 3
 
 
+def wheels(folder: Path) -> None:
+    """Enough text to train on and to hold some out."""
+    folder.mkdir()
+    for i in range(24):
+        (folder / f"{i:02}.txt").write_text("round and round the wheels go. " * 40)
+
+
 @pytest.fixture
 def text(here):
-    (here / "text").mkdir()
-    for i in range(24):
-        (here / "text" / f"{i:02}.txt").write_text("round and round the wheels go. " * 40)
+    wheels(here / "text")
     return here
 
 
@@ -471,48 +530,26 @@ def test_a_language_model_is_trained_on_a_folder_and_goes_on_with_words(run, tex
     train = "train tiny_gate --preset tiny_talk --data text --set length=16 --set eval_tokens=64 --out run"
     code, out, _ = run(train)
     assert code == 0 and "bits_per_byte" in out and json.loads((text / "run" / "run.json").read_text())["steps"] == 2
+    assert "next     provenn predict tiny_gate 'some words' --weights run\n" in out
     run(f"{train} --steps 5")
     assert json.loads((text / "run" / "run.json").read_text())["steps"] == 5
     run(f"{train} --epochs 1")  # asked for, a pass is a pass
     assert json.loads((text / "run" / "run.json").read_text())["steps"] > 5
     code, out, err = run("predict tiny_gate 'round and' --weights run --set tokens=12")
     assert (code, err) == (0, "") and out.startswith("round and") and len(out) > len("round and") + 4
+    assert run("predict tiny_gate 'round and' --weights run --set tokens=12 --set seed=1")[1] != out
     code, again, _ = run("predict tiny_gate 'round and' --weights run --set tokens=12 -o o.txt")
     assert again == out.removesuffix("\n") + "\nwrote o.txt\n" and (text / "o.txt").read_text() == out.removesuffix(
         "\n"
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--set tokens=0", "tokens must be at least 1"),
-        ("--set tokens=many", "tokens: Input should be a valid integer"),
-        ("--set temperature=-1", "temperature must not be negative"),
-        ("--set speed=3", "a prediction of language-modelling has no 'speed'; what can be set: tokens, temperature"),
-    ],
-)
-def test_bad_wishes_of_a_language_model_are_one_line(run, text, words, says):
-    run("train tiny_gate --preset tiny_talk --data text --set length=16 --set eval_tokens=64 --out run")
-    code, _, err = run(f"predict tiny_gate hello --weights run {words}")
-    assert code == 2 and says in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--data text --set length=100000 --set eval_tokens=100000", "too little text"),
-        ("--data text --set tokenizer=words", "tokenizer must be bytes, bpe or a tokenizer.json, got 'words'"),
-        ("--data empty", "empty holds no text"),
-        ("--data nothing.txt", "nothing.txt is empty"),
-        ("--data text --steps 0", "max_steps must be a whole number of at least 1, got 0"),
-    ],
-)
-def test_bad_text_is_one_line(run, text, words, says):
-    (text / "empty").mkdir()
-    (text / "nothing.txt").write_text("  ")
-    code, _, err = run(f"train tiny_gate --preset tiny_talk {words} --out run")
-    assert code == 2 and says in err and err.count("\n") == 1 and not (text / "run").exists()
+def test_a_language_model_is_probed_for_recall(run, here):
+    sizes = "--set length=24 --set pairs=2 --set examples=64 --set test_examples=16"
+    code, out, err = run(f"train tiny_gate --task recall --data needle {sizes} --out run")
+    assert (code, err) == (0, "") and "accuracy" in out and "exact" in out and "provenn predict" not in out
+    told = json.loads((here / "run" / "run.json").read_text())
+    assert (told["task"], told["preset"]) == ("recall", "tiny_talk")
 
 
 def test_inspect_shows_a_trained_model_on_a_file(run, props):

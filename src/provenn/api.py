@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from provenn import catalog
 from provenn.errors import UserError
 
+PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -150,7 +152,7 @@ def train(
     Args:
         slug: the paper.
         data: an embedded data set's name, or a path.
-        preset, task: which system; by default the paper's first (for that task).
+        preset, task: which system; by default the paper's first (for that task). `recall` takes language models.
         out: the run's folder; `runs/<slug>` by default.
         seed: fixes everything random.
         device, devices, strategy: where to train; Lightning's.
@@ -164,8 +166,8 @@ def train(
     from provenn.tasks.training import CHECKPOINT, recipe_of
 
     card = catalog.card(slug)
-    chosen = card.preset(preset, task)
-    kind = tasks.get_task(card.task_of(chosen))
+    chosen = card.preset(preset, PROBES.get(task or "", task))
+    kind = tasks.get_task(task if task in PROBES else card.task_of(chosen))
     folder = Path(out) if out is not None else Path("runs") / card.slug
     if resume and not (folder / CHECKPOINT).exists():
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
@@ -231,8 +233,9 @@ def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
     """A hint for those who gave data of one task to a paper whose first preset is for another."""
     from provenn.tasks import get_task
 
+    probes = [name for name, of in PROBES.items() if of in card.tasks]
     others = [name for name in card.tasks if name != kind.name and data not in kind.embedded]
-    fitting = [name for name in others if data in get_task(name).embedded]
+    fitting = [name for name in (*others, *probes) if data in get_task(name).embedded]
     return f" (read for {kind.name}; for other work add --task {' or '.join(fitting or others)})" if others else ""
 
 
@@ -253,12 +256,12 @@ def _folder_for(folder: Path) -> Iterator[None]:
 
 def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
     """The changes that each of the functions takes; one that both take goes to the first, which tells the second."""
-    known = [_arguments(taker) for taker in takers]
+    known = [_arguments(taker, but=("source", "seed")) for taker in takers]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
-    for name, value in changes.items():
+    for name in changes:
         if name not in there:
             raise UserError(f"nothing here is called {name!r}; what can be set: {', '.join(there)}")
-        _check_type(name, value, there[name])
+    changes = {name: _typed(name, value, there[name]) for name, value in changes.items()}
     taken: list[dict[str, Any]] = []
     for position, arguments in enumerate(known):
         before = {name for earlier in known[:position] for name in earlier}
@@ -266,21 +269,22 @@ def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]
     return taken
 
 
-def _arguments(taker: Callable) -> dict[str, Any]:
+def _arguments(taker: Callable, but: tuple[str, ...]) -> dict[str, Any]:
     """What can be set by name, and its type."""
     import inspect
 
     whole = getattr(taker, "func", taker)  # a preset may be a `partial` of a larger one
     hints = get_type_hints(whole.__init__ if isinstance(whole, type) else whole)  # type: ignore[misc]
     keywords = (p for p in inspect.signature(taker).parameters.values() if p.kind is not p.VAR_KEYWORD)
-    return {p.name: hints.get(p.name, Any) for p in keywords if p.name not in ("source", "seed")}
+    return {p.name: hints.get(p.name, Any) for p in keywords if p.name not in but}
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as what is expected there: 24.0 as a whole number, a list as a tuple."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     try:
-        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
@@ -313,24 +317,21 @@ def predict(
         if missing is not None:
             raise UserError(f"no file at {missing}")
     if not inputs and label.task != "reinforcement-learning":  # which can play episodes of its own
-        raise UserError(f"name the files to apply {slug} to")
+        raise UserError(
+            f"give words for {slug} to go on from, or a file that holds them"
+            if kind.takes_words
+            else f"name the files to apply {slug} to"
+        )
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
-    options = {**(changes or {}), **({} if tell is None or "tell" not in _arguments(kind.predict) else {"tell": tell})}
-    for name, value in options.items():
-        if name not in _of_predict(kind):
-            known = ", ".join(_of_predict(kind)) or "nothing"
-            raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {known}")
-        _check_type(name, value, _of_predict(kind)[name])
+    known = _arguments(kind.predict, but=("model", "meta", "inputs", "output"))
+    telling = {} if known.pop("tell", None) is None or tell is None else {"tell": tell}
+    for name in changes or {}:
+        if name not in known:
+            there = ", ".join(known) or "nothing"
+            raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
+    options = {name: _typed(name, value, known[name]) for name, value in (changes or {}).items()}
     place = None if output is None else Path(output)
-    return kind.predict(model, label.meta, given, place, **options)  # type: ignore[arg-type]
-
-
-def _of_predict(kind: "Task") -> dict[str, Any]:
-    """What a task's prediction takes by name."""
-    return {name: hint for name, hint in _arguments(kind.predict).items() if name not in _PREDICT}
-
-
-_PREDICT = ("model", "meta", "inputs", "output")
+    return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
 
 
 def inspect(

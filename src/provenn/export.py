@@ -1,11 +1,9 @@
 """Systems and streaming layers as ONNX files, which run without Python and torch."""
 
 import importlib.util
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from provenn.errors import UserError
 from provenn.nn.padding import PadToMultiple
+from provenn.progress import quiet_loggers
 
 
 class Enlarger(nn.Module):
@@ -154,7 +153,7 @@ def _write(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch()  # tracing takes a while: say now that it cannot be kept
-        with _quiet():
+        with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):  # which name packages that nothing here needs
             program = torch.onnx.export(
                 system,
                 example,
@@ -173,19 +172,3 @@ def _write(
     finally:
         with suppress(OSError):
             unfinished.unlink()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What the exporter says of packages that nothing here needs is not for our user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

@@ -3,8 +3,10 @@
 One display is shared by whoever is working: bars of claims, seeds and epochs stack below each other.
 """
 
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -77,6 +79,22 @@ def _lines(description: str, total: int | None) -> Callable[..., None]:
             print(f"{description}: {done}{of}", file=sys.stderr, flush=True)
 
     return advance
+
+
+@contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Keep warnings, and what these loggers say below an error, from a user who can act on none of it."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -14,6 +14,7 @@ from provenn.data.text import (
     read_tokenizer,
     split_documents,
     standard_library,
+    written,
 )
 from provenn.errors import UserError
 
@@ -112,6 +113,24 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install"):
         read_hub("x")
+
+
+def test_more_byte_pairs_than_text_are_no_harm():
+    assert BytePairs.learn(TEXTS[:1], 10**9).vocab < 257 + len(TEXTS[0].text)
+
+
+def test_a_file_takes_its_name_when_all_is_written(tmp_path):
+    file = tmp_path / "deep" / "out.txt"
+    with written(file) as handle:
+        handle.write("naïve")
+        assert not file.exists()
+    assert file.read_text("utf-8") == "naïve"
+    with pytest.raises(KeyboardInterrupt), written(file) as handle:
+        handle.write("half of")
+        raise KeyboardInterrupt
+    assert file.read_text("utf-8") == "naïve" and [each.name for each in file.parent.iterdir()] == ["out.txt"]
+    with pytest.raises(UserError, match=r"cannot write .*deep: Is a directory"), written(file.parent):
+        pass
 
 
 def test_json_lines_keep_their_characters(tmp_path):

@@ -1,5 +1,7 @@
+from collections.abc import Iterator
 from functools import partial
 
+import jaxtyping
 import pytest
 import torch
 
@@ -11,6 +13,15 @@ from provenn.nn.mixers import mixer_called, mixers_called
 from provenn.nn.transformer import TransformerEncoder
 
 TOKENS = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def without_shape_checks() -> Iterator[None]:
+    """As for a user: the suite's own checks of shapes would come first."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def small(mixer="softmax,window", **options) -> CausalLM:
@@ -29,6 +40,17 @@ def test_a_stream_gives_what_the_whole_gives(options, cut):
         logits_t, state = model.step(TOKENS[:, t], state)
         parts.append(logits_t[:, None])
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hybrid_streams_from_every_split():
+    model = small("rat,rat,window")
+    expected = model(TOKENS)
+    for cut in range(TOKENS.shape[1] + 1):
+        logits, state = model.prefill(TOKENS[:, :cut]) if cut else (expected[:, :0], model.init_state(3))
+        for t in range(cut, TOKENS.shape[1]):
+            logits_t, state = model.step(TOKENS[:, t], state)
+            logits = torch.cat([logits, logits_t[:, None]], dim=1)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_it_is_causal():
@@ -136,6 +158,23 @@ def test_what_layers_add_is_seen_by_the_innermost_collection_alone():
     assert [loss.item() for loss in inner] == [2] and [loss.item() for loss in outer] == [3]
 
 
+@pytest.mark.parametrize("mixer", ["softmax", "window"])
+@pytest.mark.parametrize(
+    ("mask", "came"),
+    [
+        (torch.ones(3, 16, dtype=torch.bool), r"got bool of shape \(3, 16\)"),
+        (torch.ones(17, dtype=torch.bool), r"got bool of shape \(17,\)"),
+        (torch.ones(3, 17), r"got float32 of shape \(3, 17\)"),
+    ],
+)
+def test_a_mask_of_other_tokens_is_refused(without_shape_checks, mixer, mask, came):
+    says = rf"mask must be bool of shape \(batch, tokens\) = \(3, 17\), True where a token may be attended, {came}"
+    with pytest.raises(ValueError, match=says):
+        small(mixer)(TOKENS, mask=mask)
+    with pytest.raises(ValueError, match=says):
+        mixer_called(mixer)(16)(torch.zeros(3, 17, 16), mask=mask)
+
+
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [
@@ -147,13 +186,19 @@ def test_what_layers_add_is_seen_by_the_innermost_collection_alone():
         (lambda: CausalLM(50, 16, 2, "softmax", norm="batch"), "norm must be one of rms, layer, got 'batch'"),
         (lambda: CausalLM(50, 16, 2, "softmax", positions="learned"), "need max_length"),
         (lambda: small(max_length=8)(TOKENS), "17 tokens, more than max_length=8"),
-        (lambda: list(small().generate(TOKENS[:, :0], 3)), "no token"),
+        (lambda: list(small().generate(TOKENS[:, :0], 3)), "the sequence has no token"),
+        (lambda: small("window")(TOKENS[:, :0]), "the sequence has no token"),
         (lambda: sample(torch.zeros(1, 3), top_p=0), "top_p must lie in"),
+        (lambda: sample(torch.zeros(1, 3), temperature=float("nan")), "temperature must be finite and not negative"),
+        (lambda: next(small(max_length=20).generate(TOKENS, 5)), "17 tokens and 5 more are longer than max_length=20"),
+        (lambda: small(hiden=3), "hiden"),
+        (lambda: CausalLM(50, 18, 2, "softmax"), "heads must divide dim"),
+        (lambda: CausalLM(50, 16, 2, ""), "names between commas"),
         (lambda: small(lambda dim: torch.nn.Identity()).init_state(1), "Identity cannot stream"),
     ],
 )
 def test_bad_arguments_are_refused(attempt, message):
-    with pytest.raises((ValueError, UserError), match=message):
+    with pytest.raises((ValueError, TypeError, UserError), match=message):
         attempt()
 
 

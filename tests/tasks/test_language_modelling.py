@@ -114,13 +114,30 @@ def test_bad_settings_are_one_line(folder, options, says):
     ("options", "says"),
     [
         ({"tokens": 0}, "tokens must be at least 1"),
-        ({"temperature": -1}, "temperature must not be negative"),
+        ({"temperature": -1}, "temperature must be finite and not negative"),
         ({"top_p": 2}, "top_p must lie in"),
     ],
 )
 def test_bad_draws_are_one_line(options, says):
     with pytest.raises(UserError, match=says):
         TASK.predict(small().eval(), TASK.default_meta({}), ["a"], None, **options)
+
+
+def test_what_is_longer_than_the_positions_is_refused_before_a_word_is_told():
+    model = CausalLM(256, 32, 1, "softmax", positions="learned", max_length=16).eval()
+    told: list[str] = []
+    with pytest.raises(UserError, match="the prompt's 12 tokens and 6 more are longer than max_length=16"):
+        TASK.predict(model, TASK.default_meta({}), ["twelve bytes"], None, tokens=6, tell=told.append)
+    assert told == []
+    TASK.predict(model, TASK.default_meta({}), ["twelve bytes"], None, tokens=5, tell=told.append)
+    assert "".join(told).startswith("twelve bytes")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_prompt_of_characters_never_seen_goes_on(folder, tokenizer):
+    data = TASK.load(folder, length=16, tokenizer=tokenizer, vocab_size=300)
+    text = TASK.predict(small(data.options["vocab"]).eval(), data.meta, ["日本 ∂é\x00"], None, tokens=4)
+    assert text.startswith("日本 ∂é\x00")
 
 
 def test_a_prompt_is_not_written_over(tmp_path):

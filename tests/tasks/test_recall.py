@@ -114,6 +114,15 @@ def test_a_pair_is_the_sum_of_its_parts():
     torch.testing.assert_close(embed(tokens)[0], embed.key.weight[keys] + embed.value.weight[values])
 
 
+@pytest.mark.parametrize("length", [3, 64, 4096])
+def test_a_needle_lies_anywhere_in_a_haystack_of_any_length(length):
+    data = TASK.load("needle", length=length, examples=8, test_examples=256)
+    tokens, targets, distances = data.test.tensors
+    assert tokens.shape == (256, length) and (targets[:, -1] != IGNORED).all()
+    assert length == 3 or (distances.max() > 0.9 * length and distances[distances > 0].min() < 0.1 * length)
+    assert TASK.evaluate(Oracle(data), data.test)["accuracy"] == 1 if length < 4096 else True
+
+
 def test_there_are_no_files_to_read_or_to_predict(tmp_path):
     with pytest.raises(UserError, match="reads no files"):
         TASK.load(tmp_path)

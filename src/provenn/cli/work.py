@@ -41,6 +41,7 @@ def train(
     from provenn import api
     from provenn.cli import console
     from provenn.evidence.view import number
+    from provenn.tasks import get_task
     from provenn.tasks.training import CHECKPOINT
 
     checkpoint, start = folder / CHECKPOINT, time.time()
@@ -67,11 +68,15 @@ def train(
     terminal.print(console.table(("on the test split", ""), [(name, number(value)) for name, value in metrics.items()]))
     for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
         terminal.print(f"written  {file}", soft_wrap=True)
-    terminal.print(
-        f"next     provenn predict {card.slug} INPUT… --weights {shlex.quote(str(folder))} -o OUTPUT",
-        markup=False,
-        soft_wrap=True,
-    )
+    work = get_task(json.loads((folder / "run.json").read_text())["task"])
+    if work.name not in api.PROBES:
+        ends = "'some words'" if work.takes_words else "INPUT…"
+        out_option = "" if work.takes_words else " -o OUTPUT"
+        terminal.print(
+            f"next     provenn predict {card.slug} {ends} --weights {shlex.quote(str(folder))}{out_option}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def pairs(texts: Sequence[str]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def host_for(slot: str, data: str | Path) -> Host:
     """The host of a slot that fits the data: by the embedded name, or by what files a path names.
 
     Raises:
-        UserError: a slot without a host, or data that is neither embedded nor a path.
+        UserError: a slot without a host, an empty folder, or data that is neither embedded nor a path.
     """
     if slot not in HOSTS:
         raise UserError(f"no host has the slot {slot!r} to compare in; these have: {', '.join(HOSTS)}")
@@ -155,6 +155,8 @@ def host_for(slot: str, data: str | Path) -> Host:
         if data in get_task(host.task).embedded or len(hosts) == 1:
             return host
     path = Path(data)
+    if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
+        raise UserError(f"{path} is an empty folder: expected {'; or '.join(get_task(h.task).reads for h in hosts)}")
     if str(data).startswith("hf:") or path.suffix.lower() in TEXTS:
         return hosts[0]
     if path.is_dir() and any(file.suffix.lower() in TEXTS for file in path.rglob("*")):

@@ -30,11 +30,11 @@ CONTEXTS = {"smoke": (16, 64), "small": (256, 1024, 4096), "paper": (256, 1024, 
 _ADAMW = Recipe(epochs=1, batch_size=16, lr=3e-3, betas=(0.9, 0.95), warmup_steps=20, schedule="cosine", clip=1.0)
 RECIPES = {
     "smoke": replace(_ADAMW, max_steps=2),
-    "small": replace(_ADAMW, max_steps=300),
+    "small": replace(_ADAMW, max_steps=200),
     "paper": replace(_ADAMW, max_steps=20_000, epochs=10),
 }
 _HOST = {"dim": DIM, "layers": LAYERS, "layer": LAYER, "window": WINDOW}
-RECALL_STEPS = {"smoke": 2, "small": 400, "paper": 5_000}
+RECALL_STEPS = {"smoke": 2, "small": 300, "paper": 5_000}
 
 
 def language_model(mixer: Factory, options: dict[str, Any], **more: Any) -> CausalLM:
@@ -62,7 +62,7 @@ def measure(
     run: Run, name: str, factory: Factory, reference: tuple[str, Factory], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a candidate recalls over the seeds, what a training step takes, and what a long context costs."""
-    recipe = replace(_ADAMW, batch_size=32, max_steps=RECALL_STEPS[run.budget])
+    recipe = replace(_ADAMW, max_steps=RECALL_STEPS[run.budget])
     recall = partial(_recall, factory, recipe, run.device)
     recalled = run.trials(f"{name}: recall", recall, **RECALL, recipe=asdict(recipe), **_HOST)
     setting = {**_HOST, **options, **SIZES, "contexts": list(CONTEXTS[run.budget]), "reference": reference[0]}

@@ -1,15 +1,19 @@
 """Text: the standard library's source, which every Python has, and the user's own; bytes and byte pairs as tokens."""
 
+import errno
 import json
+import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from jaxtyping import Int64
 
 from provenn.errors import UserError
+from provenn.progress import quiet_loggers
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo"}
@@ -101,8 +105,11 @@ def read_hub(name: str) -> list[Document]:
     except ImportError:
         raise UserError("a data set of the hub needs the package datasets: pip install 'provenn[hf]'") from None
     path, _, configuration = name.partition(":")
+    if not path:
+        raise UserError("a data set of the hub is named after hf:, such as hf:Salesforce/wikitext:wikitext-2-raw-v1")
     try:
-        rows: Any = load_dataset(path, configuration or None, split="train")
+        with quiet_loggers("datasets", "huggingface_hub"):  # which tell of every attempt
+            rows: Any = load_dataset(path, configuration or None, split="train")
     except Exception as error:
         raise UserError(f"the data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     texts = [column for column in rows.column_names if isinstance(rows[0][column], str)]
@@ -110,6 +117,30 @@ def read_hub(name: str) -> list[Document]:
     if column is None:
         raise UserError(f"the data set {name!r} has no column 'text'; it has: {', '.join(rows.column_names)}")
     return [Document(f"{name}:{i}", text) for i, text in enumerate(rows[column]) if text.strip()]
+
+
+@contextmanager
+def written(file: Path) -> Iterator[TextIO]:
+    """A text file to write to, which takes its name once all is written; where none can be made is said before.
+
+    Raises:
+        UserError: a folder of that name, or no place for a file.
+    """
+    unfinished = file.with_name(f".{file.name}.part")
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = unfinished.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+    try:
+        with handle:
+            yield handle
+        os.replace(unfinished, file)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def split_documents(documents: Sequence[Document], seed: int = 0) -> list[list[Document]]:
@@ -176,7 +207,8 @@ class BytePairs:
         inner.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = package.decoders.ByteLevel()
         trainer = package.trainers.BpeTrainer(
-            vocab_size=vocab,
+            # Room is taken for all that are asked for, and there are no more merges than characters.
+            vocab_size=min(vocab, 257 + sum(len(document.text) for document in documents)),
             special_tokens=[END],
             initial_alphabet=sorted(package.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,

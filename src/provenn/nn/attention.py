@@ -4,10 +4,23 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from provenn.nn.positions import rotate
+
+
+def check_mask(mask: Tensor | None, x: Shaped[Tensor, "batch tokens *rest"]) -> None:
+    """Is this a mask of these tokens?
+
+    Raises:
+        ValueError: another shape, or another type than bool: numbers would be added to the scores.
+    """
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+        raise ValueError(
+            f"mask must be bool of shape (batch, tokens) = {tuple(x.shape[:2])}, True where a token may be attended, "
+            f"got {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
+        )
 
 
 class KVCache(NamedTuple):
@@ -79,6 +92,7 @@ class SoftmaxAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
+        check_mask(mask, x)
         q, k, v = self._project(x)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -161,6 +175,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
+        check_mask(mask, x)
         return self._attend(x, self.init_state(x.shape[0]), mask)[0]
 
     def init_state(self, batch: int) -> WindowState:  # type: ignore[override]

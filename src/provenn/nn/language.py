@@ -1,5 +1,6 @@
 """The language model as a host: pre-norm blocks over tokens whose mixers are open, one of them for each layer."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.errors import UserError
+from provenn.nn.attention import check_mask
 from provenn.nn.mixers import Mixers, layer_mixers
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.streaming import state_bytes
@@ -100,9 +102,18 @@ class PreNormBlock(nn.Module):
 class TokenStack(nn.Module):
     """Embedding, positions, blocks and a last norm: what `CausalLM` and `Encoder` share.
 
-    Every weight matrix and embedding starts as N(0, 0.02²) and every bias of a linear map at 0, as in GPT-2, in the
-    mixers too; a mixer that must start otherwise has a method `reset_parameters`, called after that. Parameters that
-    are no linear map's keep what their layer gave them.
+    The weight of every linear map and embedding, those of the mixers too, starts as N(0, 0.02²) and every bias of a
+    linear map at 0, as in GPT-2 but without its smaller start of the last map of a branch. A mixer that must start
+    otherwise has a method `reset_parameters`, called after that. All else keeps what its layer gave it: norms, filters,
+    decays, and the head of `Encoder`'s classes, which is torch's own.
+
+    At a width of 833 that is the spread of torch's own start, 1/√(3 · dim); a narrower model starts with smaller maps,
+    at a width of 64 with scores of attention that are 170 times smaller. See `CausalLM` for what to do about it.
+
+    Args:
+        vocab, dim, layers, mixer, feedforward, hidden, norm, positions, max_length, bias, dropout, eps: as in
+            `CausalLM`.
+        causal: what the mixers are made with that take it.
     """
 
     def __init__(
@@ -113,14 +124,14 @@ class TokenStack(nn.Module):
         mixer: Mixers,
         *,
         causal: bool,
-        feedforward: str,
-        hidden: int | None,
-        norm: str,
-        positions: str,
-        max_length: int | None,
-        bias: bool,
-        dropout: float | int,
-        eps: float,
+        feedforward: str = "gelu",
+        hidden: int | None = None,
+        norm: str = "rms",
+        positions: str = "none",
+        max_length: int | None = None,
+        bias: bool = False,
+        dropout: float | int = 0.0,
+        eps: float = 1e-6,
     ):
         super().__init__()
         for name, value in (("vocab", vocab), ("dim", dim), ("layers", layers)):
@@ -157,6 +168,8 @@ class TokenStack(nn.Module):
                 block.mixer.reset_parameters()
 
     def _embed(self, tokens: Int[Tensor, "batch tokens"], start: int = 0) -> Float[Tensor, "batch tokens dim"]:
+        if tokens.shape[1] == 0:
+            raise ValueError("the sequence has no token: expected at least one")
         x = self.embed(tokens)
         end = start + tokens.shape[1]
         if self.max_length is not None and end > self.max_length:
@@ -168,6 +181,16 @@ class TokenStack(nn.Module):
         elif self.positions == "sinusoidal":
             x = x + sinusoidal_encoding(torch.arange(start, end, device=x.device), self.dim).to(x)
         return self.dropout(x)
+
+    def hidden_states(
+        self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The vector of every token after the last norm; `mask` is True where a token is no padding."""
+        check_mask(mask, tokens)
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self.norm(x)
 
 
 class LanguageState(NamedTuple):
@@ -203,58 +226,35 @@ class CausalLM(TokenStack):
 
     Shapes: tokens (batch, tokens) to logits (batch, tokens, vocab). Streams where its mixers do.
 
+    The start (`TokenStack`) is made for widths of several hundred. A narrow model that has few steps to learn in, such
+    as a probe of recall, learns sooner from torch's own start of its linear maps; a mixer's own start comes after it:
+
+        for part in model.modules():
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
+        for block in model.blocks:
+            if hasattr(block.mixer, "reset_parameters"):
+                block.mixer.reset_parameters()
+
     >>> model = CausalLM(vocab=256, dim=32, layers=3, mixer="softmax,softmax,window")
     >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
     torch.Size([1, 5, 256])
     """
 
-    def __init__(
-        self,
-        vocab: int,
-        dim: int,
-        layers: int,
-        mixer: Mixers,
-        *,
-        feedforward: str = "gelu",
-        hidden: int | None = None,
-        norm: str = "rms",
-        positions: str = "none",
-        max_length: int | None = None,
-        tied: bool = True,
-        bias: bool = False,
-        dropout: float | int = 0.0,
-        eps: float = 1e-6,
-    ):
-        super().__init__(
-            vocab,
-            dim,
-            layers,
-            mixer,
-            causal=True,
-            feedforward=feedforward,
-            hidden=hidden,
-            norm=norm,
-            positions=positions,
-            max_length=max_length,
-            bias=bias,
-            dropout=dropout,
-            eps=eps,
-        )
+    def __init__(self, vocab: int, dim: int, layers: int, mixer: Mixers, *, tied: bool = True, **options: Any):
+        super().__init__(vocab, dim, layers, mixer, causal=True, **options)
         self.head = None if tied else nn.Linear(dim, vocab, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
 
     def forward(
         self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens vocab"]:
         """`mask` is True where a token is no padding."""
-        x = self._embed(tokens)
-        for block in self.blocks:
-            x = block(x, mask=mask)
-        return self._logits(x)
+        return self._logits(self.hidden_states(tokens, mask=mask))
 
     def init_state(self, batch: int) -> LanguageState:
         """The state of `batch` streams before their first token.
@@ -277,7 +277,7 @@ class CausalLM(TokenStack):
         for block, before in zip(self.blocks, state.layers):
             x, new = block.prefill(x, before)
             after.append(new)
-        return self._logits(x), LanguageState(tuple(after), state.seen + tokens.shape[1])
+        return self._logits(self.norm(x)), LanguageState(tuple(after), state.seen + tokens.shape[1])
 
     def step(
         self, token: Int[Tensor, " batch"], state: LanguageState
@@ -288,7 +288,7 @@ class CausalLM(TokenStack):
         for block, before in zip(self.blocks, state.layers):
             x_t, new = block.step(x_t, before)
             after.append(new)
-        return self._logits(x_t), LanguageState(tuple(after), state.seen + 1)
+        return self._logits(self.norm(x_t)), LanguageState(tuple(after), state.seen + 1)
 
     @torch.no_grad()
     def generate(
@@ -310,9 +310,16 @@ class CausalLM(TokenStack):
             top_k: draw from that many likeliest tokens only.
             top_p: draw from the likeliest tokens that together have this probability.
             generator: of the draws.
+
+        Raises:
+            ValueError: an empty prompt, more tokens than `max_length`, a mixer that cannot stream, or a setting
+                of the draw that is out of range.
         """
-        if prompt.shape[1] < 1:
-            raise ValueError("the prompt has no token: expected at least one")
+        read = prompt.shape[1] + count - 1  # nothing follows the last one
+        if self.max_length is not None and read > self.max_length:
+            raise ValueError(
+                f"the prompt's {prompt.shape[1]} tokens and {count} more are longer than max_length={self.max_length}"
+            )
         logits, state = self.prefill(prompt)
         last = logits[:, -1]
         for i in range(count):
@@ -335,8 +342,8 @@ def sample(
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0).tolist()
     [1]
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -359,8 +366,9 @@ class Encoder(TokenStack):
     """A bidirectional Transformer over tokens: embed, pre-norm blocks, norm, and a head.
 
     Args:
-        vocab, dim, layers, mixer, feedforward, hidden, norm, positions, max_length, bias, dropout, eps: as in
-            `CausalLM`; the mixers are made with `causal=False`.
+        vocab, dim, layers, mixer, feedforward, hidden, positions, max_length, dropout, eps: as in `CausalLM`; the
+            mixers are made with `causal=False`.
+        norm, bias: likewise, by default "layer" and True.
         num_classes: logits of so many classes from the mean over the tokens; by default logits of every token, for
             masked language modelling, with the embedding's matrix.
 
@@ -375,40 +383,12 @@ class Encoder(TokenStack):
         mixer: Mixers,
         *,
         num_classes: int | None = None,
-        feedforward: str = "gelu",
-        hidden: int | None = None,
         norm: str = "layer",
-        positions: str = "none",
-        max_length: int | None = None,
         bias: bool = True,
-        dropout: float | int = 0.0,
-        eps: float = 1e-6,
+        **options: Any,
     ):
-        super().__init__(
-            vocab,
-            dim,
-            layers,
-            mixer,
-            causal=False,
-            feedforward=feedforward,
-            hidden=hidden,
-            norm=norm,
-            positions=positions,
-            max_length=max_length,
-            bias=bias,
-            dropout=dropout,
-            eps=eps,
-        )
+        super().__init__(vocab, dim, layers, mixer, causal=False, norm=norm, bias=bias, **options)
         self.head = None if num_classes is None else nn.Linear(dim, num_classes)
-
-    def hidden_states(
-        self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """The vector of every token after the last norm; `mask` is True where a token is no padding."""
-        x = self._embed(tokens)
-        for block in self.blocks:
-            x = block(x, mask=mask)
-        return self.norm(x)
 
     def forward(
         self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from provenn.data.text import (
     read_tokenizer,
     split_documents,
     standard_library,
+    written,
 )
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
@@ -199,46 +201,29 @@ class LanguageModelling(Task):
             raise UserError(f"{output} is a prompt: write elsewhere")
         if tokens < 1:
             raise UserError(f"tokens must be at least 1, got {tokens}")
-        generate: Any = getattr(model, "generate", None)
-        if generate is None:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+        if not hasattr(model, "generate"):
             raise UserError(f"{type(model).__name__} cannot generate text")
-        tokenizer = read_tokenizer(meta["tokenizer"])
+        tokenizer, device = read_tokenizer(meta["tokenizer"]), device_of(model)
         prompts = [_prompt(given) for given in inputs]
         texts: list[str] = []
-        for prompt in prompts:
-            encoded = tokenizer.encode(prompt)
-            start = torch.from_numpy(np.array([tokenizer.end]) if len(encoded) == 0 else encoded)[None]
-            pieces: list[int] = []
-            shown = prompt
-            if tell is not None:
-                tell(("\n\n" if texts else "") + prompt)
-            try:
-                drawn = generate(
-                    start.to(device_of(model)),
-                    tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    generator=torch.Generator(device_of(model)).manual_seed(seed),
-                )
-                for token in drawn:
-                    if int(token) == tokenizer.end:
-                        break
-                    pieces.append(int(token))
-                    text = prompt + tokenizer.decode(pieces)
-                    whole = text.rstrip("�")  # a character may take several tokens
-                    if tell is not None and len(whole) > len(shown):
-                        tell(whole[len(shown) :])
-                        shown = whole
-            except ValueError as error:
-                raise UserError(str(error)) from None
-            texts.append(prompt + tokenizer.decode(pieces))
-        if output is not None:
-            output.write_text("\n\n".join(texts), "utf-8")
-        written = f"\nwrote {output}" if output else ""
-        if tell is not None and written:
-            tell(written)
-        return "\n\n".join(texts) + written
+        with nullcontext() if output is None else written(output) as file:
+            for prompt in prompts:
+                draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+                draw["generator"] = torch.Generator(device).manual_seed(seed)
+                if tell is not None and texts:
+                    tell("\n\n")
+                try:
+                    texts.append(_continued(model, tokenizer, prompt, tokens, draw, tell or (lambda piece: None)))
+                except ValueError as error:
+                    raise UserError(str(error)) from None
+            if file is not None:
+                file.write("\n\n".join(texts))
+        written_to = f"\nwrote {output}" if output else ""
+        if tell is not None and written_to:
+            tell(written_to)
+        return "\n\n".join(texts) + written_to
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """How well a token is told, over how much text stands before it."""
@@ -286,6 +271,26 @@ def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokeniz
     if found.end is None:
         raise UserError(f"{name} has no token <|end|> to end a document with")
     return found
+
+
+def _continued(
+    model: Any, tokenizer: Tokenizer, prompt: str, count: int, draw: dict[str, Any], tell: Callable[[str], None]
+) -> str:
+    """The prompt and what follows it, told as it comes; the prompt with the first token, when all is in order."""
+    encoded = tokenizer.encode(prompt)
+    start = torch.from_numpy(np.array([tokenizer.end]) if len(encoded) == 0 else encoded)[None]
+    pieces: list[int] = []
+    told = 0
+    for token in model.generate(start.to(device_of(model)), count, **draw):
+        if int(token) == tokenizer.end:
+            break
+        pieces.append(int(token))
+        whole = (prompt + tokenizer.decode(pieces)).rstrip("\ufffd")  # a character may take several tokens
+        tell(whole[told:])
+        told = max(told, len(whole))
+    text = prompt + tokenizer.decode(pieces)
+    tell(text[told:])
+    return text
 
 
 def _is_file(given: str | Path) -> bool:

@@ -190,6 +190,7 @@ class Recall(Task):
         "lookup": "pairs of key and value, each one token, in noise, then the keys; generated",
     }
     reads = "nothing: the sequences are generated"
+    takes_words = True  # in vain, as `predict` says
 
     def load(  # type: ignore[override]
         self,
@@ -270,8 +271,8 @@ class Recall(Task):
         groups = [(far[place == i], right[place == i]) for i in range(max(len(edges) - 1, 1))]
         return [(d.mean().item(), r.mean().item(), len(r)) for d, r in groups if len(r)]
 
-    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
-        raise UserError("recall is a probe of models, with nothing to predict; `provenn train` reports its accuracy")
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Any], output: Path | None) -> str:
+        raise UserError("recall is a probe of models, with nothing to predict; `provenn train` told their accuracy")
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """How often the answer is right, over how far back it stands."""
