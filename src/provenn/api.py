@@ -298,7 +298,7 @@ def predict(
 
     Args:
         slug: the paper.
-        inputs: files, or folders of them; of a language model, words.
+        inputs: files, or folders of them; of a language model, words; of what draws, classes.
         weights: a weight file, or the folder of a run.
         output: where the result goes.
         changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100}.
@@ -312,7 +312,10 @@ def predict(
         missing = next((file for file in inputs if not Path(file).exists()), None)
         if missing is not None:
             raise UserError(f"no file at {missing}")
-    if not inputs and label.task != "reinforcement-learning":  # which can play episodes of its own
+    if not inputs and label.task not in (
+        "reinforcement-learning",
+        "image-generation",
+    ):  # which play or draw by themselves
         raise UserError(f"name the files to apply {slug} to")
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
     options = {**(changes or {}), **({} if tell is None or "tell" not in _arguments(kind.predict) else {"tell": tell})}

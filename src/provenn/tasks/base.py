@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "image-classification",
+    "image-generation",
     "series-classification",
     "series-forecasting",
     "event-forecasting",

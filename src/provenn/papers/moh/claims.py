@@ -17,9 +17,9 @@ from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.evidence.measurement import Picture
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.auxiliary import collect_auxiliary
+from provenn.nn.diffusion import noise_loss, sample
 from provenn.ops.routed_heads import dense_masked_attention, routed_attention, routed_decode
 from provenn.papers.moh import dit, vit
-from provenn.papers.moh.diffusion import noise_loss, sample
 from provenn.papers.moh.dit import moh_dit_digits
 from provenn.papers.moh.layers import (
     HeadRouter,
