@@ -328,12 +328,43 @@ def test_head_width_may_be_set_apart_from_the_width():
         (lambda: MoHAttention(8, 4, execute="sparse"), "execute must be one of dense, gather, got 'sparse'"),
         (lambda: MoHAttention(12, 4, rotary=True), "must be at least 1 wide, and with rotary positions even, got 3"),
         (lambda: MoHAttention(8, 4, balance=-1), "balance must not be negative, got -1"),
+        (lambda: MoHAttention(8, 4, balance=float("nan")), "balance must not be negative, got nan"),
         (lambda: MoHAttention(8, 4, causal=False).prefill(torch.randn(1, 3, 8)), "cannot stream"),
+        (lambda: MoHAttention(8, 4)(torch.randn(1, 3, 7)), re.escape("expected (batch, tokens, 8), got (1, 3, 7)")),
     ],
 )
 def test_bad_arguments_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.fixture
+def unchecked():
+    """Shapes as they come, without the run-time types, which would refuse first."""
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.parametrize("execute", ["dense", "gather"])
+@pytest.mark.parametrize(
+    "mask, got",
+    [
+        (torch.ones(2, 4, dtype=torch.bool), "got (2, 4) of bool"),
+        (torch.ones(1, 5, dtype=torch.bool), "got (1, 5) of bool"),
+        (torch.ones(2, 5, 5, dtype=torch.bool), "got (2, 5, 5) of bool"),
+        (torch.ones(2, 5), "got (2, 5) of float32"),
+    ],
+)
+def test_masks_of_another_shape_are_refused(execute, mask, got, unchecked):
+    layer = MoHAttention(8, 4, execute=execute)
+    with pytest.raises(
+        ValueError, match=re.escape(f"mask must be (2, 5) of bool, True where a token may be attended, {got}")
+    ):
+        layer(torch.randn(2, 5, 8), mask=mask)
 
 
 # The systems.
@@ -543,15 +574,26 @@ def test_what_is_inspected_is_the_load_of_the_heads():
         assert load[:3].tolist() == [1.0] * 3 and load.sum().item() == pytest.approx(6)
 
 
+TINY = {"dims": (8,), "heads": (2,), "depths": (1,), "shared": (1,), "top_k": (1,), "ratios": (2,)}
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: moh_vit_digits(size=9), "patch must divide size"),
+        (lambda: moh_vit_digits(shared=None), "both given, or both None for multi-head attention, got None and 3"),
+        (lambda: moh_vit_digits(layers=0), "must be at least 1, got 64, 0, 1 and 10"),
+        (lambda: moh_vit_digits()(torch.zeros(1, 3, 8, 8)), r"expected images of \(1, 8, 8\).*got \(3, 8, 8\)"),
+        (lambda: moh_dit_digits(layers=0), "must be at least 1, got 64, 1, 10 and 0"),
+        (lambda: DiT(dim=16, heads=[2], shared=[1], top_k=[2]), "top_k must lie between 0 and the 1 routed heads"),
+        (lambda: MoHViT(**TINY, num_classes=0), "must be at least 1"),
+        (lambda: MoHViT(**TINY, drop_path=1), "drop_path must lie between 0 and 1, below 1, got 1"),
+        (lambda: MoHViT(**TINY)(torch.zeros(1, 1, 32, 32)), "expected images of 3 channels, got 1"),
         (lambda: moh_dit_digits(size=9), "patch must divide size"),
         (lambda: moh_dit_digits(shared=None), "or both not at all"),
         (
             lambda: moh_dit_digits(dim=32)(torch.zeros(1, 1, 6, 6), torch.zeros(1), torch.zeros(1).long()),
-            "8 pixels",
+            r"expected images of \(1, 8, 8\), channels and pixels, got \(1, 6, 6\)",
         ),
         (lambda: DiT(dim=16, heads=[2, 2], shared=[1], top_k=[1]), "one entry for each block"),
         (lambda: vit.moh_vit_small_75(size=100), "size must be a multiple of 32, got 100"),

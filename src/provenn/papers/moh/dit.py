@@ -110,8 +110,11 @@ class DiT(nn.Module):
         super().__init__()
         if size < 1 or patch < 1 or size % patch:
             raise ValueError(f"patch must divide size, both at least 1, got size={size} and patch={patch}")
-        if dim < 1 or not heads:
-            raise ValueError(f"dim must be at least 1 and heads name at least one block, got dim={dim}, heads={heads}")
+        if min(dim, in_channels, num_classes, len(heads)) < 1:
+            raise ValueError(
+                "dim, in_channels, num_classes and the number of blocks must be at least 1, got "
+                f"{dim}, {in_channels}, {num_classes} and {len(heads)}"
+            )
         if (shared is None) != (top_k is None):
             raise ValueError("shared and top_k are given for each block, or both not at all")
         if shared is not None and top_k is not None and not len(heads) == len(shared) == len(top_k):
@@ -159,10 +162,12 @@ class DiT(nn.Module):
         y: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch out height width"]:
         """`t` counts the steps of noise; `y` is the class, `num_classes` where there is none."""
-        tokens = self.patches(x).flatten(2).transpose(1, 2)
-        if tokens.shape[1] != self.positions.shape[1]:
-            raise ValueError(f"images must be {self.side * self.patch} pixels wide and high, got {tuple(x.shape)}")
-        tokens = tokens + self.positions
+        seen = (self.in_channels, self.side * self.patch, self.side * self.patch)
+        if x.shape[1:] != seen:
+            raise ValueError(f"expected images of {seen}, channels and pixels, got {tuple(x.shape[1:])}")
+        if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
+            raise ValueError(f"expected t and y of {len(x)} images, got {tuple(t.shape)} and {tuple(y.shape)}")
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         levels = noise_level_features(t, FREQUENCIES).to(tokens.dtype)
         c = self.time2(F.silu(self.time1(levels))) + self.classes(y)
         for block in self.blocks:
