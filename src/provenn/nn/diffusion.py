@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from provenn import progress
+
 STEPS = 1000
 
 
@@ -171,7 +173,7 @@ def sample(
     times = torch.linspace(0, STEPS - 1, steps).round().long() if steps > 1 else torch.tensor([STEPS - 1])
     kept = noise_schedule()[times]
     posterior, levels = Posterior(kept, like), kept.to(like)
-    for i in range(steps - 1, -1, -1):
+    for i in progress.track(range(steps - 1, -1, -1), "drawing", total=steps):
         t = times[i].to(like.device).expand(len(y))
         found = model(x, t, y) if guidance == 1 else host.guided(x, t, y, guidance)
         noise, given = _parts(found, shape[0])
