@@ -302,7 +302,7 @@ def predict(
 
     Args:
         slug: the paper.
-        inputs: files, or folders of them; of a language model, words.
+        inputs: files, or folders of them; of a language model, words; of what draws, classes.
         weights: a weight file, or the folder of a run.
         output: where the result goes.
         changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100}.
@@ -316,7 +316,7 @@ def predict(
         missing = next((file for file in inputs if not Path(file).exists()), None)
         if missing is not None:
             raise UserError(f"no file at {missing}")
-    if not inputs and label.task != "reinforcement-learning":  # which can play episodes of its own
+    if not inputs and kind.needs_inputs:
         raise UserError(
             f"give words for {slug} to go on from, or a file that holds them"
             if kind.takes_words

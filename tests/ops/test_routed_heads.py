@@ -119,6 +119,7 @@ def test_a_causal_gather_keeps_most_of_the_triangles_saving():
         (lambda q, k, v, a: (q, k[:, :3], v[:, :3], a), "divides theirs"),
         (lambda q, k, v, a: (q, k, v[:, :, :4], a), "divides theirs"),
         (lambda q, k, v, a: (q, k, v, a[:, :, :4]), "active must be"),
+        (lambda q, k, v, a: (q, k, v, a, {"mask": torch.ones(2, 8, dtype=torch.bool)}), "mask must be .*got .2, 8."),
     ],
 )
 def test_shapes_that_do_not_belong_together_are_refused(change, message):
@@ -128,7 +129,8 @@ def test_shapes_that_do_not_belong_together_are_refused(change, message):
     jaxtyping.config.update("jaxtyping_disable", True)  # which would refuse first
     try:
         with pytest.raises(ValueError, match=message):
-            routed_attention(*change(*case()))
+            q, k, v, active, *more = change(*case())
+            routed_attention(q, k, v, active, **(more[0] if more else {}))
     finally:
         jaxtyping.config.update("jaxtyping_disable", before)
 

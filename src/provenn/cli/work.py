@@ -99,7 +99,9 @@ def predict(
     weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="INPUT…", help="Files; words for a language model; an agent plays without."),
+        typer.Argument(
+            metavar="INPUT…", help="Files; words for a language model; classes to draw; an agent plays without."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")] = None,
     reference: Annotated[

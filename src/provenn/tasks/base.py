@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "image-classification",
+    "image-generation",
     "series-classification",
     "series-forecasting",
     "event-forecasting",
@@ -64,6 +65,7 @@ class Task(ABC):
     embedded: dict[str, str]  # name of each embedded data set, and a sentence about it
     reads: str  # what a path may hold, in one phrase
     takes_words: bool = False  # whether `predict` takes words besides files
+    needs_inputs: bool = True  # whether `predict` has nothing to do without any
 
     @abstractmethod
     def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:

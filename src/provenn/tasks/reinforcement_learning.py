@@ -152,6 +152,7 @@ class ReinforcementLearning(Task):
     name = "reinforcement-learning"
     metric = "return"
     higher_is_better = True
+    needs_inputs = False  # it plays episodes of its own
     embedded = {  # noqa: RUF012
         f"{name}-{quality}": f"{script.environment} played by a scripted controller with random actions mixed in"
         for name, script in SCRIPTS.items()

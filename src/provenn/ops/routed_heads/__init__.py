@@ -10,14 +10,12 @@ from .reference import causal_mask, dense_masked_attention
 __all__ = [
     "causal_mask",
     "dense_masked_attention",
-    "gathered_attention",
-    "gathered_decode",
     "routed_attention",
     "routed_decode",
 ]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, active: Tensor, always: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, active: Tensor, always: int, mask: Tensor | None = None) -> None:
     heads = q.shape[1]
     if k.shape[1] < 1 or heads % k.shape[1] or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1]:
         raise ValueError(
@@ -26,6 +24,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, active: Tensor, always: int) -> None
         )
     if active.shape != q.shape[:-1]:
         raise ValueError(f"active must be {tuple(q.shape[:-1])}, one for each query, got {tuple(active.shape)}")
+    if mask is not None and mask.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(f"mask must be {(k.shape[0], k.shape[2])}, one for each key, got {tuple(mask.shape)}")
     if not 0 <= always <= heads:
         raise ValueError(f"always must lie between 0 and the {heads} heads, got {always}")
 
@@ -59,10 +59,10 @@ def routed_attention(
     >>> routed_attention(q, k, v, active, causal=True)[..., 0].tolist()
     [[[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]]]
     """
-    _check(q, k, v, active, always)
+    _check(q, k, v, active, always, mask)
     if torch.compiler.is_compiling() or q.is_meta:
         return dense_masked_attention(q, k, v, active, causal=causal, mask=mask)
-    return gathered_attention(q, k, v, active, always=always, causal=causal, mask=mask)
+    return gathered_attention(q, k, v, active, always, causal, mask)
 
 
 def routed_decode(
@@ -81,4 +81,4 @@ def routed_decode(
         active, always: as in `routed_attention`.
     """
     _check(q, k, v, active, always)
-    return gathered_decode(q, k, v, active, always=always)
+    return gathered_decode(q, k, v, active, always)

@@ -10,7 +10,6 @@ triangle's saving but for the runs' own steps.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .reference import dense_masked_attention
@@ -20,20 +19,9 @@ SHORTEST_RUN = 64
 
 
 def gathered_attention(
-    q: Float[Tensor, "batch heads queries dim"],
-    k: Float[Tensor, "batch groups keys dim"],
-    v: Float[Tensor, "batch groups keys width"],
-    active: Bool[Tensor, "batch heads queries"],
-    *,
-    always: int = 0,
-    causal: bool = False,
-    mask: Bool[Tensor, "batch keys"] | None = None,
-) -> Float[Tensor, "batch heads queries width"]:
-    """`dense_masked_attention` that computes only what is active; the arguments are the same.
-
-    Args:
-        always: how many of the first heads are active for every token; they are not looked at in `active`.
-    """
+    q: Tensor, k: Tensor, v: Tensor, active: Tensor, always: int, causal: bool, mask: Tensor | None
+) -> Tensor:
+    """`routed_attention`, checked; the first `always` heads are not looked at in `active`."""
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     if not always:
         return _gathered(q, k, v, active, causal, mask)
@@ -80,23 +68,11 @@ def _in_runs(rows: Tensor, k: Tensor, v: Tensor, places: Tensor, real: Tensor, m
     return torch.cat(found, dim=2)
 
 
-def gathered_decode(
-    q: Float[Tensor, "batch heads dim"],
-    k: Float[Tensor, "batch groups keys dim"],
-    v: Float[Tensor, "batch groups keys width"],
-    active: Bool[Tensor, "batch heads"],
-    *,
-    always: int = 0,
-) -> Float[Tensor, "batch heads width"]:
-    """One query a stream over its cache: keys and values of a head that the token does not use are not read.
+def gathered_decode(q: Tensor, k: Tensor, v: Tensor, active: Tensor, always: int) -> Tensor:
+    """`routed_decode`, checked.
 
     Reading the cache is all the work there is, and gathering some heads of it into a tensor of their own would read
     and write it once more. So the active pairs attend one by one, each to its view of the cache.
-
-    Args:
-        q: the query of the token that comes now.
-        k, v: the cache, this token's own key and value at its end.
-        active, always: as in `gathered_attention`.
     """
     group = q.shape[1] // k.shape[1]
     out = v.new_zeros(*q.shape[:2], v.shape[-1])

@@ -26,12 +26,7 @@ def dense_masked_attention(
 ) -> Float[Tensor, "batch heads queries width"]:
     """The definition: every head for every token, and zeros where the pair is not active. It saves nothing.
 
-    Args:
-        q: queries, not yet scaled.
-        k, v: keys and values; with fewer heads than `q`, each serves so many neighbouring query heads.
-        active: True where a token uses a head.
-        causal: whether a query sees the keys up to its own token alone; the last query stands at the last key.
-        mask: True where a key may be attended. A query that may attend to nothing gives 0.
+    The arguments are `routed_attention`'s.
     """
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     if mask is None and not causal:

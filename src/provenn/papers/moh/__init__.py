@@ -1,6 +1,17 @@
 """MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv:2410.11842)."""
 
-from provenn.papers.moh.dit import DiT, moh_dit_digits, moh_dit_s_75, moh_dit_s_90
+from provenn.papers.moh.dit import (
+    DiT,
+    moh_dit_b_75,
+    moh_dit_b_90,
+    moh_dit_digits,
+    moh_dit_l_75,
+    moh_dit_l_90,
+    moh_dit_s_75,
+    moh_dit_s_90,
+    moh_dit_xl_75,
+    moh_dit_xl_90,
+)
 from provenn.papers.moh.layers import (
     HeadRouter,
     MoHAttention,
@@ -28,9 +39,15 @@ __all__ = [
     "balance_loss",
     "convert_to_moh",
     "head_load",
+    "moh_dit_b_75",
+    "moh_dit_b_90",
     "moh_dit_digits",
+    "moh_dit_l_75",
+    "moh_dit_l_90",
     "moh_dit_s_75",
     "moh_dit_s_90",
+    "moh_dit_xl_75",
+    "moh_dit_xl_90",
     "moh_llm_b",
     "moh_llm_s",
     "moh_small",

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 from provenn.bench import Comparison, count_parameters, flops, interleaved
 from provenn.evidence import Measurement, Run, Series, Table, measures
 from provenn.evidence.measurement import Picture
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.auxiliary import collect_auxiliary
+from provenn.nn.diffusion import noise_loss, sample
 from provenn.ops.routed_heads import dense_masked_attention, routed_attention, routed_decode
 from provenn.papers.moh import dit, vit
-from provenn.papers.moh.diffusion import noise_loss, sample
 from provenn.papers.moh.dit import moh_dit_digits
 from provenn.papers.moh.layers import (
     HeadRouter,
@@ -494,6 +495,20 @@ def time_training_50(run: Run) -> Measurement:
     return compared(run, "training", gathered, dense, 7, tokens=TIMED, shares=[shared, top_k], **CORE)
 
 
+@measures("time_layer_50")
+def time_layer_50(run: Run) -> Measurement:
+    """Maps, router, attention and W_O of a layer that is not causal; all heads have the same maps."""
+    dim, heads, tokens = 512, 8, 512 if run.smoke else 2048
+    torch.manual_seed(0)
+    dense = SoftmaxAttention(dim, heads, causal=False).to(run.device).eval()
+    shared, top_k = scaled_share(50, heads)
+    moh = MoHAttention.from_softmax(dense, router="linear", shared=shared, top_k=top_k, execute="gather")
+    x = draw(1, tokens, dim, dtype=torch.float32).to(run.device)
+    setting = {"tokens": tokens, "dim": dim, "heads": heads, "shares": [shared, top_k], "dtype": "float32"}
+    with torch.inference_mode():
+        return compared(run, "layer", lambda: moh(x), lambda: dense(x), 9, **setting)
+
+
 @measures("time_decode_75")
 def time_decode_75(run: Run) -> Measurement:
     """The cache holds all heads of all tokens; what is timed is the attention of one token more."""
@@ -588,10 +603,12 @@ VIT: dict[str, dict[str, Any]] = {
     "50 %": {"shared": 2, "top_k": 2},
     "50 %, none shared": {"shared": 0, "top_k": 4},
     "75 %, no balance": {"shared": 3, "top_k": 3, "balance": 0.0},
+    "75 %, one stage": {"shared": 3, "top_k": 3},
+    "all heads, weighed": {"shared": 8, "top_k": 0},
 }
 DIGITS = {
-    "epochs": 15,
-    "batch_size": 64,
+    "epochs": 10,
+    "batch_size": 32,
     "lr": 4e-3,
     "weight_decay": 0.05,
     "schedule": "cosine",
@@ -613,10 +630,23 @@ class FirstHeads(nn.Module):
         return self.attention(x, mask=mask)
 
 
+class OneStageRouter(HeadRouter):
+    """Shared and routed heads without the weights α of the two kinds, both of which are 1."""
+
+    def __init__(self, dim: int, heads: int, shared: int, top_k: int):
+        super().__init__(dim, heads, shared, top_k)
+        self.kinds = None
+
+
 def classifier(name: str) -> nn.Module:
     if name == "first 50 %":
         return PatchClassifier(partial(FirstHeads, heads=8, kept=4), dim=48, layers=2)
-    return moh_vit_digits(dim=48, layers=2, **VIT[name])
+    model = moh_vit_digits(dim=48, layers=2, **VIT[name])
+    if name == "75 %, one stage":
+        for part in model.modules():
+            if isinstance(part, MoHAttention):
+                part.router = OneStageRouter(part.dim, part.heads, part.shared, part.top_k)
+    return model
 
 
 def use_of(load: Tensor, routed: int) -> tuple[float, float]:
@@ -632,11 +662,17 @@ def digits(run: Run, name: str) -> list[dict[str, float]]:
     data = task.load("digits")
     recipe = Recipe(**{**DIGITS, "max_steps": 2 if run.smoke else None})  # type: ignore[arg-type]
 
+    unseen: ConcatDataset[Any] = ConcatDataset(
+        [data.val, data.test]
+    )  # nothing is chosen by the first, so it is as good a test
+
     def train(seed: int) -> dict[str, float]:
         done = fit(partial(classifier, name), task, data, recipe, seed=seed, device=run.device, title=name)
-        found = {"accuracy": done.metrics["accuracy"], "loss": done.metrics["loss"]}
+        with torch.no_grad():
+            metrics = task.evaluate(done.model, unseen)
+        found = {"accuracy": metrics["accuracy"], "loss": metrics["loss"]}
         if VIT.get(name, {}).get("top_k"):
-            images = torch.stack([data.test[i][0] for i in range(len(data.test))])  # type: ignore[arg-type]
+            images = torch.stack([unseen[i][0] for i in range(len(unseen))])
             routed = 8 - int(VIT[name]["shared"] or 0)
             uses = [use_of(load.cpu(), routed) for load in head_load(done.model, images.to(run.device)).values()]
             found |= {
@@ -645,7 +681,7 @@ def digits(run: Run, name: str) -> list[dict[str, float]]:
             }
         return found
 
-    return run.trials(f"digits, {name}", train, **DIGITS)
+    return run.trials(f"digits, {name}", train, tested=len(unseen), **DIGITS)
 
 
 def against(run: Run, name: str, baseline: str = "all heads", **more: Any) -> Measurement:
@@ -663,7 +699,7 @@ def against(run: Run, name: str, baseline: str = "all heads", **more: Any) -> Me
 
 def digits_table(run: Run) -> Table:
     rows: list[list[str | float | int | None]] = []
-    for name in ("all heads", "90 %", "75 %", "50 %", "50 %, none shared", "first 50 %"):
+    for name in (*VIT, "first 50 %"):
         found = digits(run, name)
         rows.append([name, *(round(sum(each[key] for each in found) / len(found), 4) for key in ("accuracy", "loss"))])
     return Table(caption="Digits, mean over seeds", columns=["heads in use", "accuracy", "loss"], rows=rows)
@@ -701,6 +737,16 @@ def vit_better(run: Run) -> Measurement:
 @measures("vit_shared")
 def vit_shared(run: Run) -> Measurement:
     return against(run, "50 %", "50 %, none shared")
+
+
+@measures("vit_two_stage")
+def vit_two_stage(run: Run) -> Measurement:
+    return against(run, "75 %", "75 %, one stage")
+
+
+@measures("vit_left_out")
+def vit_left_out(run: Run) -> Measurement:
+    return against(run, "75 %", "all heads, weighed")
 
 
 @measures("vit_chosen")
@@ -826,9 +872,9 @@ def dit_90(run: Run) -> Measurement:
 
 # Language: the standard library's source, byte by byte.
 
-TEXT = {"length": 96, "eval_tokens": 12_288}
-LM = {"steps": 400, "tuning": 40, "batch_size": 6, "lr": 8e-3, "dim": 64, "layers": 3, "heads": 8, **TEXT}
-LEARN = {"batch_size": 6, "lr": 8e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "clip": 1.0, "epochs": 1}
+TEXT = {"length": 64, "eval_tokens": 12_288}
+LM = {"steps": 500, "tuning": 50, "batch_size": 8, "lr": 4e-3, "dim": 64, "layers": 2, "heads": 8, **TEXT}
+LEARN = {"batch_size": 8, "lr": 4e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "clip": 1.0, "epochs": 1}
 
 
 class Words(NamedTuple):
@@ -842,12 +888,12 @@ class Words(NamedTuple):
 
 def words(run: Run) -> Words:
     task = get_task("language-modelling")
-    steps, tuning = (4, 2) if run.smoke else (400, 40)
+    steps, tuning = (4, 2) if run.smoke else (500, 50)
     return Words(task, task.load("stdlib", **TEXT), steps, tuning)
 
 
 def small_lm(**options: Any) -> nn.Module:
-    return moh_small(dim=64, layers=3, heads=8, **options)
+    return moh_small(dim=64, layers=2, heads=8, **options)
 
 
 def learned(run: Run, given: Words, build: Callable[[], nn.Module], seed: int) -> Fit:
@@ -895,12 +941,19 @@ def converted(dense: nn.Module, how: str, seed: int) -> nn.Module:
 
 
 WAYS = ("all heads", "query-norm", "random", "weighted")
+PARTS = (0.2, 0.5)  # of the tuning: where the curve of what it recovers has points besides its ends
 
 
 def conversions(run: Run) -> list[dict[str, Any]]:
     """Of each seed: bits a byte of a dense model; after conversion in each way; and after a tenth of the steps more."""
     given = words(run)
-    tuned = Recipe(**{**LEARN, "lr": 1e-3}, schedule="cosine", max_steps=given.tuning)  # type: ignore[arg-type]
+
+    def tuned(dense: nn.Module, how: str, seed: int, part: float = 1.0) -> float:
+        steps = max(1, round(part * given.tuning))
+        recipe = Recipe(**{**LEARN, "lr": 1e-3}, schedule="cosine", max_steps=steps)  # type: ignore[arg-type]
+        build = partial(converted, dense, how, seed)
+        done = fit(build, given.task, given.data, recipe, seed=seed + 1000, device=run.device, title=how)
+        return done.metrics["bits_per_byte"]
 
     def train(seed: int) -> dict[str, Any]:
         done = learned(run, given, partial(small_lm, shared=None, top_k=None), seed)
@@ -909,9 +962,8 @@ def conversions(run: Run) -> list[dict[str, Any]]:
             model = converted(done.model, how, seed).eval()
             with torch.no_grad():
                 before = given.task.evaluate(model, given.data.test)["bits_per_byte"]
-            build = partial(converted, done.model, how, seed)
-            again = fit(build, given.task, given.data, tuned, seed=seed + 1000, device=run.device, title=how)
-            found[how] = {"converted": before, "tuned": again.metrics["bits_per_byte"]}
+            found[how] = {"converted": before, "tuned": tuned(done.model, how, seed)}
+        found["on the way"] = [tuned(done.model, "query-norm", seed, part) for part in PARTS]
         return found
 
     return run.trials("conversion", train, **LM, tuning_lr=1e-3)
@@ -932,7 +984,20 @@ def conversion_table(found: list[dict[str, Any]]) -> Table:
     )
 
 
-def of_conversions(run: Run, system: Callable[[Any], float], base: Callable[[Any], float], unit: str) -> Measurement:
+def recovery(found: list[dict[str, Any]]) -> Series:
+    """Figure 2's curve: the share of the dense model's quality (perplexity) over the steps of tuning."""
+    rows = []
+    for each in found:
+        ends = each["query-norm"]["converted"], each["query-norm"]["tuned"]
+        rows.append([100 * 2 ** (each["dense"] - bits) for bits in (ends[0], *each["on the way"], ends[1])])
+    shares = [100 * part * LM["tuning"] / LM["steps"] for part in (0, *PARTS, 1)]
+    labels = {"x_label": "tuning, % of the training's steps", "y_label": "% of the dense model's quality"}
+    return Series.over_seeds("heads by the queries' size", shares, rows, plot="What tuning recovers", **labels)
+
+
+def of_conversions(
+    run: Run, system: Callable[[Any], float], base: Callable[[Any], float], unit: str, **more: Any
+) -> Measurement:
     found = conversions(run)
     return Measurement.paired(
         [system(each) for each in found],
@@ -942,6 +1007,7 @@ def of_conversions(run: Run, system: Callable[[Any], float], base: Callable[[Any
         data="stdlib",
         setting={**LM, "heads in use": 6, "shared": 4, "tuning_lr": 1e-3},
         tables=[conversion_table(found)],
+        **more,
     )
 
 
@@ -995,4 +1061,5 @@ def conversion_recovers(run: Run) -> Measurement:
         lambda each: 100 * 2 ** (each["dense"] - each["query-norm"]["tuned"]),
         lambda each: 0.0,
         "% of the dense model's quality (perplexity a byte)",
+        series=[recovery(conversions(run))],
     )

@@ -110,6 +110,11 @@ class DiT(nn.Module):
         super().__init__()
         if size < 1 or patch < 1 or size % patch:
             raise ValueError(f"patch must divide size, both at least 1, got size={size} and patch={patch}")
+        if min(dim, in_channels, num_classes, len(heads)) < 1:
+            raise ValueError(
+                "dim, in_channels, num_classes and the number of blocks must be at least 1, got "
+                f"{dim}, {in_channels}, {num_classes} and {len(heads)}"
+            )
         if (shared is None) != (top_k is None):
             raise ValueError("shared and top_k are given for each block, or both not at all")
         if shared is not None and top_k is not None and not len(heads) == len(shared) == len(top_k):
@@ -157,10 +162,12 @@ class DiT(nn.Module):
         y: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch out height width"]:
         """`t` counts the steps of noise; `y` is the class, `num_classes` where there is none."""
-        tokens = self.patches(x).flatten(2).transpose(1, 2)
-        if tokens.shape[1] != self.positions.shape[1]:
-            raise ValueError(f"images must be {self.side * self.patch} pixels wide and high, got {tuple(x.shape)}")
-        tokens = tokens + self.positions
+        seen = (self.in_channels, self.side * self.patch, self.side * self.patch)
+        if x.shape[1:] != seen:
+            raise ValueError(f"expected images of {seen}, channels and pixels, got {tuple(x.shape[1:])}")
+        if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
+            raise ValueError(f"expected t and y of {len(x)} images, got {tuple(t.shape)} and {tuple(y.shape)}")
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         levels = noise_level_features(t, FREQUENCIES).to(tokens.dtype)
         c = self.time2(F.silu(self.time1(levels))) + self.classes(y)
         for block in self.blocks:
@@ -182,11 +189,12 @@ class DiT(nn.Module):
 
         The authors guide three channels only, as their sampler's origin does, also where there are four.
         """
+        led = min(3, self.in_channels)
         given, free = self(
             x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, self.num_classes)])
         ).chunk(2)
-        guided = free[:, :3] + scale * (given[:, :3] - free[:, :3])
-        return torch.cat([guided, given[:, 3:]], dim=1)
+        guided = free[:, :led] + scale * (given[:, :led] - free[:, :led])
+        return torch.cat([guided, given[:, led:]], dim=1)
 
 
 def _runs(*runs: tuple[int, int]) -> list[int]:
@@ -265,13 +273,15 @@ def moh_dit_digits(
     heads: int = 8,
     layers: int = 4,
     size: int = 8,
+    in_channels: int = 1,
+    num_classes: int = 10,
     balance: float | int = BALANCE,
 ) -> DiT:
     """A size that trains in a minute, for 8×8 digits; ours. Without `shared` and `top_k` it is a plain DiT.
 
     Args:
         shared, top_k: h_s and K, alike in all blocks.
-        dim, heads, layers, size, balance: as in `DiT`.
+        dim, heads, layers, size, in_channels, num_classes, balance: as in `DiT`.
     """
     each = [None if value is None else [value] * layers for value in (shared, top_k)]
     return DiT(
@@ -280,8 +290,8 @@ def moh_dit_digits(
         shared=each[0],
         top_k=each[1],
         size=size,
-        in_channels=1,
-        num_classes=10,
+        in_channels=in_channels,
+        num_classes=num_classes,
         learn_sigma=False,
         balance=balance,
     )

@@ -277,7 +277,7 @@ class MoHAttention(nn.Module):
         for name, given, known in (("router", router, ROUTERS), ("execute", execute, ("dense", "gather"))):
             if given not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
-        if balance < 0:
+        if not balance >= 0:
             raise ValueError(f"balance must not be negative, got {balance}")
         shared = heads // 2 if shared is None else shared
         top_k = -(-(heads - shared) // 2) if top_k is None else top_k
@@ -312,6 +312,8 @@ class MoHAttention(nn.Module):
 
     def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Routing]:
         """Queries, keys and values of tokens that stand from `start` on, by head, and who uses which."""
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
         q, k, v = (map(x).unflatten(-1, (self.heads, -1)) for map in (self.query, self.key, self.value))
         routing = self.router(x, q)
         q, k, v = (part.transpose(-3, -2) for part in (q, k, v))
@@ -341,6 +343,11 @@ class MoHAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; what may not is padding, and not counted in the balance."""
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be {tuple(x.shape[:2])} of bool, True where a token may be attended, "
+                f"got {tuple(mask.shape)} of {str(mask.dtype).removeprefix('torch.')}"
+            )
         q, k, v, routing = self._project(x)
         if self.training:
             add_balance(routing, self.balance, mask)

@@ -22,7 +22,11 @@ def attention_factory(
     **options: bool | str,
 ) -> Callable[..., nn.Module]:
     """MoH for a width, or multi-head attention where `shared` and `top_k` are not given."""
-    if shared is None and top_k is None:
+    if (shared is None) != (top_k is None):
+        raise ValueError(
+            f"shared and top_k are both given, or both None for multi-head attention, got {shared} and {top_k}"
+        )
+    if shared is None:
         return partial(SoftmaxAttention, heads=heads, **options)  # type: ignore[arg-type]
     return partial(MoHAttention, heads=heads, shared=shared, top_k=top_k, router=router, balance=balance, **options)  # type: ignore[arg-type]
 
@@ -114,7 +118,12 @@ class PatchClassifier(nn.Module):
         super().__init__()
         if size < 1 or patch < 1 or size % patch:
             raise ValueError(f"patch must divide size, both at least 1, got size={size} and patch={patch}")
-        self.size = size
+        if min(dim, layers, in_channels, num_classes) < 1:
+            raise ValueError(
+                "dim, layers, in_channels and num_classes must be at least 1, got "
+                f"{dim}, {layers}, {in_channels} and {num_classes}"
+            )
+        self.seen = (in_channels, size, size)
         self.patches = nn.Conv2d(in_channels, dim, patch, patch)
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, (size // patch) ** 2, dim), std=0.02))
         make = partial(attention, causal=False)
@@ -126,8 +135,8 @@ class PatchClassifier(nn.Module):
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        if x.shape[-2:] != (self.size, self.size):
-            raise ValueError(f"images must be {self.size} pixels wide and high, got {tuple(x.shape)}")
+        if x.shape[1:] != self.seen:
+            raise ValueError(f"expected images of {self.seen}, channels and pixels, got {tuple(x.shape[1:])}")
         x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         for block in self.blocks:
             x = block(x)

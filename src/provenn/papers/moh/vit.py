@@ -260,6 +260,13 @@ class MoHViT(nn.Module):
         super().__init__()
         if not {len(dims)} == {len(each) for each in (heads, depths, shared, top_k, ratios)}:
             raise ValueError("dims, heads, depths, shared, top_k and ratios must have one entry for each stage")
+        if min(*dims, *depths, in_channels, num_classes) < 1:
+            raise ValueError(
+                "dims, depths, in_channels and num_classes must be at least 1, got "
+                f"{dims}, {depths}, {in_channels} and {num_classes}"
+            )
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must lie between 0 and 1, below 1, got {drop_path}")
         if size < 32 or size % 32:
             raise ValueError(f"size must be a multiple of 32, got {size}")
         rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
@@ -297,7 +304,9 @@ class MoHViT(nn.Module):
                 nn.init.zeros_(part.bias)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        if x.shape[2] % 32 or x.shape[3] % 32:
+        if x.shape[1] != self.embeds[0].in_channels:
+            raise ValueError(f"expected images of {self.embeds[0].in_channels} channels, got {x.shape[1]}")
+        if min(x.shape[2:]) < 32 or x.shape[2] % 32 or x.shape[3] % 32:
             raise ValueError(f"the sides of an image must be multiples of 32, got {x.shape[2]} x {x.shape[3]}")
         for i, (blocks, norm) in enumerate(zip(self.stages, self.norms)):
             x = self.embeds[2 * i](x)
