@@ -270,7 +270,7 @@ def _arguments(taker: Callable) -> dict[str, Any]:
     """What can be set by name, and its type."""
     import inspect
 
-    function = taker.__init__ if isinstance(taker, type) else taker  # type: ignore[misc]
+    function = taker.__init__ if isinstance(taker, type) else getattr(taker, "func", taker)  # type: ignore[misc]
     hints = get_type_hints(function)
     keywords = (p for p in inspect.signature(taker).parameters.values() if p.kind is not p.VAR_KEYWORD)
     return {p.name: hints.get(p.name, Any) for p in keywords if p.name not in ("source", "seed")}
