@@ -117,6 +117,27 @@ def test_kernel_arithmetic_equals_the_definition(n, chunk, dim, monkeypatch):
         torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 24, 64, 128, 256])
+def test_blocks_fit_into_shared_memory(dim, dtype):
+    kernels = interpreted(package.triton.__file__)
+    sizes = kernels._sizes(torch.empty(1, 1, dim, dtype=dtype), 16)
+    assert dim <= sizes["DIM"] and 16 <= sizes["STATES"] <= 64
+    # Queries, and keys and values in two stages, on GPUs with 99 KiB.
+    block = sizes["STATES"] * sizes["DIM"] * dtype.itemsize
+    assert (1 + 2 * sizes["num_stages"]) * block <= 99 * 1024
+
+
+@pytest.mark.parametrize("dim", [128, 200])
+def test_kernel_arithmetic_in_the_blocks_of_wide_heads(dim, monkeypatch):
+    kernels = interpreted(package.triton.__file__)
+    leaves = qkv(50, dim=dim, dtype=torch.float32)
+    with no_cuda_device(monkeypatch):
+        ours = values_and_gradients(kernels.triton_attention, leaves, 6)
+    for kernel, plain in zip(ours, values_and_gradients(joint_softmax, leaves, 6)):
+        torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_kernel_arithmetic_in_bfloat16(monkeypatch):
     kernels = interpreted(package.triton.__file__)
     leaves = [x.bfloat16() for x in qkv(70, dim=16)]

@@ -23,6 +23,8 @@ except ImportError:
     triton = None
 
 LARGEST_DIM = 256
+TILE = 2**14  # bytes of a block of queries or states: with two stages of loads a program needs five, 80 of the 99 KiB
+# of shared memory that the smaller GPUs have
 
 if triton is not None:
 
@@ -133,10 +135,10 @@ if triton is not None:
         tl.store(gv_ptr + end_at, grad_v, mask=some)
 
 
-def _sizes(dim: int, chunk: int) -> dict[str, int]:
-    width = max(16, triton.next_power_of_2(dim))
-    block = 64 if width <= 128 else 32
-    return {"CHUNK": chunk, "QUERIES": block, "STATES": block, "DIM": width}
+def _sizes(queries: Tensor, chunk: int) -> dict[str, int]:
+    width = max(16, triton.next_power_of_2(queries.shape[-1]))
+    block = min(64, TILE // (width * queries.element_size()))
+    return {"CHUNK": chunk, "QUERIES": block, "STATES": block, "DIM": width, "num_stages": 2}
 
 
 class _TritonChunkAttention(torch.autograd.Function):
@@ -145,7 +147,7 @@ class _TritonChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, chunk: int):
         rows, n, dim = q.shape
-        sizes = _sizes(dim, chunk)
+        sizes = _sizes(q, chunk)
         output, lse = torch.empty_like(q), torch.empty(rows, n, dtype=torch.float32, device=q.device)
         blocks = triton.cdiv(n, sizes["QUERIES"])
         with torch.cuda.device(q.device):
@@ -159,7 +161,7 @@ class _TritonChunkAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         q, k, v, output, lse = ctx.saved_tensors
         rows, n, dim = q.shape
-        sizes = _sizes(dim, ctx.chunk)
+        sizes = _sizes(q, ctx.chunk)
         grad = grad.contiguous()
         along = (grad.float() * output.float()).sum(dim=-1)
         grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=torch.float32, device=q.device) for _ in range(3))
