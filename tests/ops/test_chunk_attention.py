@@ -146,3 +146,11 @@ def test_kernel_arithmetic_in_bfloat16(monkeypatch):
     for kernel, plain in zip(ours, values_and_gradients(joint_softmax, [x.double() for x in leaves], 8)):
         assert kernel.dtype == torch.bfloat16
         torch.testing.assert_close(kernel.double(), plain, rtol=5e-2, atol=5e-2 * max(1, plain.abs().max().item()))
+
+
+def test_a_kernel_that_is_wrong_is_found_before_it_is_used(monkeypatch):
+    kernels = interpreted(package.triton.__file__)
+    with no_cuda_device(monkeypatch):
+        assert kernels._agree(torch.device("cpu"))
+        monkeypatch.setattr(kernels, "joint_softmax", lambda q, k, v, chunk: joint_softmax(q, k, v, chunk=2 * chunk))
+        assert not kernels._agree(torch.device("cpu"))
