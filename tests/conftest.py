@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from hypothesis import settings
 
@@ -23,6 +24,15 @@ def install(package: Path, site: Path) -> Path:
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package.name}\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text(f"[{catalog.ENTRY_POINT_GROUP}]\n{package.name} = {package.name}\n")
     return site
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Run-time shape checks cannot be traced, and would refuse bad shapes before we do."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

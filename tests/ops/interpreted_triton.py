@@ -35,12 +35,23 @@ def _store(pointer, value, mask=None):
     pointer.data[at[mask]] = value.expand(at.shape)[mask]
 
 
+def _arange(start, end):
+    assert (end - start).bit_count() == 1, "a block's size is a power of two"
+    return torch.arange(start, end)
+
+
+def _dot(a, b, input_precision):
+    assert a.dtype == b.dtype, f"a dot takes one type, got {a.dtype} and {b.dtype}"
+    assert min(*a.shape, *b.shape) >= 16, f"a dot takes blocks of 16 and more, got {a.shape} and {b.shape}"
+    return a.float() @ b.float()
+
+
 class _Kernel:
     def __init__(self, function, language):
         self.function, self.language = function, language
 
     def __getitem__(self, grid):
-        def launch(*arguments, **constants):
+        def launch(*arguments, num_warps=4, num_stages=3, **constants):
             arguments = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in arguments]
             for program in range(grid[0]):
                 self.language.program_id = lambda axis, program=program: torch.tensor(program)
@@ -56,14 +67,14 @@ def interpreted(path: str):
         return lambda *values: function(*(torch.as_tensor(value) for value in values))
 
     language = types.ModuleType("triton.language")
-    language.arange = torch.arange
+    language.arange = _arange
     language.load, language.store = _load, _store
     language.exp, language.log = torch.exp, torch.log
     language.maximum, language.minimum = tensors(torch.maximum), tensors(torch.minimum)
     language.where = lambda condition, a, b: torch.where(torch.as_tensor(condition), torch.as_tensor(a), b)
     language.max = lambda x, axis: x.max(dim=axis).values
     language.sum = lambda x, axis: x.sum(dim=axis)
-    language.dot = lambda a, b, input_precision: a.float() @ b.float()
+    language.dot = _dot
     language.trans = lambda x: x.T
     language.cdiv = lambda a, b: -(-a // b)
     language.int64, language.float32, language.constexpr = torch.int64, torch.float32, object

@@ -1,6 +1,5 @@
 """Chunk attention is one softmax over finished chunks and the own one, in every form."""
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,17 +93,12 @@ def test_work_falls_by_the_chunk_length():
     assert full / flops(lambda: chunk_attention(*inputs, chunk=16)) == pytest.approx(16, rel=0.05)
 
 
-def test_bad_arguments_are_refused():
+def test_bad_arguments_are_refused(untyped):
     q, k, v = qkv(5)
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         chunk_attention(q, k, v, chunk=0)
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match=r"one shape .* got \(2, 3, 5, 6\), \(2, 3, 4, 6\)"):
-            chunk_attention(q, k[:, :, :4], v, chunk=2)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
+    with pytest.raises(ValueError, match=r"one shape .* got \(2, 3, 5, 6\), \(2, 3, 4, 6\)"):
+        chunk_attention(q, k[:, :, :4], v, chunk=2)
 
 
 def test_without_a_gpu_the_kernel_steps_aside():
@@ -123,6 +117,27 @@ def test_kernel_arithmetic_equals_the_definition(n, chunk, dim, monkeypatch):
         torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 24, 64, 128, 256])
+def test_blocks_fit_into_shared_memory(dim, dtype):
+    kernels = interpreted(package.triton.__file__)
+    sizes = kernels._sizes(torch.empty(1, 1, dim, dtype=dtype), 16)
+    assert dim <= sizes["DIM"] and 16 <= sizes["STATES"] <= 64
+    # Queries, and keys and values in two stages, on GPUs with 99 KiB.
+    block = sizes["STATES"] * sizes["DIM"] * dtype.itemsize
+    assert (1 + 2 * sizes["num_stages"]) * block <= 99 * 1024
+
+
+@pytest.mark.parametrize("dim", [128, 200])
+def test_kernel_arithmetic_in_the_blocks_of_wide_heads(dim, monkeypatch):
+    kernels = interpreted(package.triton.__file__)
+    leaves = qkv(50, dim=dim, dtype=torch.float32)
+    with no_cuda_device(monkeypatch):
+        ours = values_and_gradients(kernels.triton_attention, leaves, 6)
+    for kernel, plain in zip(ours, values_and_gradients(joint_softmax, leaves, 6)):
+        torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_kernel_arithmetic_in_bfloat16(monkeypatch):
     kernels = interpreted(package.triton.__file__)
     leaves = [x.bfloat16() for x in qkv(70, dim=16)]
@@ -131,3 +146,11 @@ def test_kernel_arithmetic_in_bfloat16(monkeypatch):
     for kernel, plain in zip(ours, values_and_gradients(joint_softmax, [x.double() for x in leaves], 8)):
         assert kernel.dtype == torch.bfloat16
         torch.testing.assert_close(kernel.double(), plain, rtol=5e-2, atol=5e-2 * max(1, plain.abs().max().item()))
+
+
+def test_a_kernel_that_is_wrong_is_found_before_it_is_used(monkeypatch):
+    kernels = interpreted(package.triton.__file__)
+    with no_cuda_device(monkeypatch):
+        assert kernels._agree(torch.device("cpu"))
+        monkeypatch.setattr(kernels, "joint_softmax", lambda q, k, v, chunk: joint_softmax(q, k, v, chunk=2 * chunk))
+        assert not kernels._agree(torch.device("cpu"))

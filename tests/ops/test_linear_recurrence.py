@@ -1,6 +1,5 @@
 """Every form of the linear recurrence is the same function: states, last states, gradients."""
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,14 +98,9 @@ def test_products_of_gates_may_vanish():
 
 
 @pytest.mark.parametrize("shapes", [((2, 3, 1), (2, 4, 1)), ((2, 0, 1), (2, 0, 1)), ((3,), (3,))], ids=str)
-def test_shapes_that_do_not_fit_are_refused(shapes):
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match="gates and inputs must"):
-            linear_recurrence(*(torch.zeros(shape) for shape in shapes))
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
+def test_shapes_that_do_not_fit_are_refused(shapes, untyped):
+    with pytest.raises(ValueError, match="gates and inputs must"):
+        linear_recurrence(*(torch.zeros(shape) for shape in shapes))
 
 
 def test_without_a_gpu_the_kernel_steps_aside():

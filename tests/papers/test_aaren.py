@@ -4,12 +4,12 @@ import copy
 import io
 import math
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import fold
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -39,28 +39,9 @@ from provenn.tasks import Fit, TaskData
 mixers = pytest.mark.parametrize("mixer", MIXERS)
 
 
-@pytest.fixture
-def untyped():
-    """Run-time shape checks cannot be traced, and would refuse bad shapes before we do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def fold(module, x, state=None):
-    """The outputs of `step` over a sequence, and the last state."""
-    state = module.init_state(x.shape[0]) if state is None else state
-    outputs = []
-    for t in range(x.shape[1]):
-        y, state = module.step(x[:, t], state)
-        outputs.append(y)
-    return torch.stack(outputs, dim=1), state
 
 
 def plain_aaren(layer: AarenAttention, x):

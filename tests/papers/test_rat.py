@@ -2,18 +2,21 @@
 
 import copy
 import io
+from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import fold
 from torch import nn
 
+import provenn
 from provenn.bench import count_parameters, flops, growth
 from provenn.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
+from provenn.nn.language import CausalLM
 from provenn.nn.positions import rotate
 from provenn.nn.streaming import load_state, map_state, save_state, select_state, state_bytes
 from provenn.papers.rat import (
@@ -27,7 +30,7 @@ from provenn.papers.rat import (
 )
 from provenn.papers.rat.costs import mixer_costs
 from provenn.papers.rat.official import convert
-from provenn.papers.rat.studies import KEYS, NEEDLES, QUESTIONS, SLOTS, VALUES, needles_in_filler, open_gates
+from provenn.papers.rat.studies import open_gates, pair_reader
 from provenn.testing import seeded_state
 
 MIXERS = {
@@ -41,15 +44,6 @@ MIXERS = {
 mixers = pytest.mark.parametrize("build", MIXERS.values(), ids=MIXERS)
 
 
-@pytest.fixture
-def untyped():
-    """Run-time shape checks cannot be traced, and would refuse bad shapes before we do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -61,16 +55,6 @@ def stirred(module):
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.4)
     return module
-
-
-def fold(module, x, state=None):
-    """The outputs of `step` over a sequence, and the last state."""
-    state = module.init_state(x.shape[0]) if state is None else state
-    outputs = []
-    for t in range(x.shape[1]):
-        y, state = module.step(x[:, t], state)
-        outputs.append(y)
-    return torch.stack(outputs, dim=1), state
 
 
 def by_definition(layer, x):
@@ -395,22 +379,58 @@ def test_bad_arguments_are_refused_with_a_reason(build, message):
 
 @mixers
 def test_tensors_of_the_wrong_shape_are_refused(build, untyped):
-    layer = build()
-    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 24\), got \(2, 5, 23\)"):
+    layer, x = build(), torch.randn(2, 5, 24)
+    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 24\) .* got \(2, 5, 23\)"):
         layer(torch.randn(2, 5, 23))
-    with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 5\), got \(2, 4\)"):
-        layer(torch.randn(2, 5, 24), mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="at least one token"):
+        layer(torch.randn(2, 0, 24))
+    with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 5\) of bool, got \(2, 4\)"):
+        layer(x, mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must be .* of bool, got .* of torch.int64"):
+        layer(x, mask=torch.ones(2, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="one token a stream"):
-        layer.step(torch.randn(2, 5, 24), layer.init_state(2))
+        layer.step(x, layer.init_state(2))
+    for go_on in (lambda: layer.step(x[:, 0], layer.init_state(3)), lambda: layer.prefill(x, layer.init_state(3))):
+        with pytest.raises(ValueError, match="the state is of 3 streams, the input of 2"):
+            go_on()
 
 
-MODELS = {f.__name__: f for f in (rat_small, rat_swa_small, rnn_small, attention_small, attention_swa_small)}
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 5}, "heads must divide dim, both at least 1, got dim=96 and heads=5"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"chunk": [16, 0]}, "chunk must be at least 1, got 0"),
+        ({"positions": "learned"}, "positions must be one of chunk, token, none, got 'learned'"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"head": 4}, "it takes: vocab, dim, layers, heads, chunk, groups, positions, window"),
+    ],
+    ids=str,
+)
+def test_a_preset_refuses_bad_options_in_one_line(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        provenn.paper("rat").build("rat_swa_small", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_layer_patterns_are_refused():
+    with pytest.raises(UserError, match="no token-mixer is called 'rta', did you mean 'rat'"):
+        CausalLM(vocab=20, dim=24, layers=2, mixer="rta,window")
+
+
+MODELS = {
+    "rat_small": rat_small,
+    "rat_swa_small": rat_swa_small,
+    "rnn_small": rnn_small,
+    "attention_small": attention_small,
+    "attention_swa_small": attention_swa_small,
+}
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
 
 @models
 def test_models_read_whole_and_token_by_token_alike(build):
-    options = {"window": 8} if "swa" in build.__name__ else {}
+    options = {"window": 8} if "window" in build.keywords else {}
     model = build(vocab=20, dim=24, layers=3, **({} if build is rnn_small else {"heads": 4}), **options)
     model = stirred(model)
     tokens = torch.randint(20, (2, 41))
@@ -479,6 +499,8 @@ def test_official_weights_of_other_models_are_refused():
         convert(theirs(["rnn", "attention"]))
     with pytest.raises(UserError, match="tie the two"):
         convert(theirs(["rat"]) | {"head.lm_head.weight": torch.zeros(30, 128)})
+    with pytest.raises(UserError, match="3 rows of shared queries and keys"):
+        convert(theirs(["rat"]) | {"backbone.layers.0.seq_layer.in_proj.weight": torch.zeros(3 * 128 + 3, 128)})
 
 
 def brute_force(mixer, tokens, chunk, window):
@@ -521,17 +543,18 @@ def test_costs_refuse_what_is_not_there():
         mixer_costs("lstm", 10, dim=8)
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         mixer_costs("rat", 0, dim=8)
+    with pytest.raises(ValueError, match="heads must divide dim, got dim=8 and heads=3"):
+        mixer_costs("rat", 10, dim=8, heads=3)
+    with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
+        mixer_costs("rat", 10, dim=8, groups=0)
 
 
-def test_needles_are_where_the_questions_say():
-    tokens, answers, far = needles_in_filler(50, torch.Generator().manual_seed(0))
-    assert tokens.shape == (50, SLOTS + QUESTIONS) and answers.shape == far.shape == (50, QUESTIONS)
-    key, value = tokens // (VALUES + 1), tokens % (VALUES + 1)
-    assert ((key[:, :SLOTS] > 0).sum(1) == NEEDLES).all() and (value[:, :SLOTS] < VALUES).all()
-    assert (value[:, SLOTS:] == VALUES).all() and key.max() < KEYS
-    at = torch.arange(SLOTS, SLOTS + QUESTIONS) - far
-    assert torch.equal(key.gather(1, at), key[:, SLOTS:])
-    assert torch.equal(KEYS + value.gather(1, at), answers)
+def test_a_reader_of_pairs_starts_wide_and_tells_values():
+    model = pair_reader(partial(RATMixer, heads=4), keys=5, values=3, dim=64)
+    tokens = torch.randint(6 * 4, (2, 9))
+    assert model(tokens).shape == (2, 9, 3)
+    matrices = torch.cat([weight.flatten() for weight in model.blocks.parameters() if weight.dim() == 2])
+    assert matrices.std().item() == pytest.approx(64**-0.5, rel=0.02)
 
 
 def test_open_gates_are_read_from_the_layers():

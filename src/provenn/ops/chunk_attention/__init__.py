@@ -45,6 +45,7 @@ def chunk_attention(
     if queries.device.type in ("cpu", "meta"):
         return merged_attention(queries, keys, values, chunk=chunk, earlier=earlier)
     kernel = earlier is None and queries.dtype != torch.float64 and queries.shape[-1] <= triton.LARGEST_DIM
+    kernel = kernel and queries.dtype == keys.dtype == values.dtype
     if kernel and not torch.compiler.is_compiling() and triton.available(queries.device):
         return triton.triton_attention(queries, keys, values, chunk=chunk)
     return joint_softmax(queries, keys, values, chunk=chunk, earlier=earlier)

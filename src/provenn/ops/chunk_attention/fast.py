@@ -96,14 +96,7 @@ def merged_attention(
     chunk: int,
     earlier: Earlier | None = None,
 ) -> Float[Tensor, "batch heads tokens dim"]:
-    """Chunk attention in memory linear in the tokens, from PyTorch's fused attention for the CPU.
-
-    Args:
-        queries: q_t.
-        keys, values: running states of the chunk that t is in.
-        chunk: L, tokens a chunk.
-        earlier: states of chunks that were finished before these tokens.
-    """
+    """`chunk_attention` in memory linear in the tokens, from PyTorch's fused attention for the CPU."""
     n = queries.shape[2]
     padding = -n % chunk if n > chunk else 0
     rows = [F.pad(tensor.flatten(0, 1), (0, 0, 0, padding)) for tensor in (queries, keys, values)]

@@ -72,15 +72,7 @@ def chunked(
     *,
     state: Float[Tensor, "*batch dim"] | None = None,
 ) -> tuple[Float[Tensor, "*batch tokens dim"], Float[Tensor, "*batch dim"]]:
-    """h_t = a_t ⊙ h_{t−1} + x_t by chunks: linear work, depth that grows with the logarithm of the tokens.
-
-    Args:
-        gates: a_t.
-        inputs: x_t.
-        state: h_0; by default zero.
-
-    Returns h_t for every t in the inputs' type, and the last one in the type it was summed in.
-    """
+    """`linear_recurrence` by chunks: linear work, depth that grows with the logarithm of the tokens."""
     *_, n, dim = inputs.shape
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     a, x = gates.to(dtype), inputs.to(dtype)

@@ -11,15 +11,7 @@ def recurrent(
     *,
     state: Float[Tensor, "*batch dim"] | None = None,
 ) -> tuple[Float[Tensor, "*batch tokens dim"], Float[Tensor, "*batch dim"]]:
-    """The definition: h_t = a_t ⊙ h_{t−1} + x_t, in float32 at least.
-
-    Args:
-        gates: a_t.
-        inputs: x_t.
-        state: h_0; by default zero.
-
-    Returns h_t for every t in the inputs' type, and the last one in the type it was summed in.
-    """
+    """h_t = a_t ⊙ h_{t−1} + x_t with h_0 = `state` or zero, in float32 at least; every h_t, and the last unrounded."""
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     a, x = gates.to(dtype), inputs.to(dtype)
     h = torch.zeros_like(x[..., 0, :]) if state is None else state.to(dtype)

@@ -72,7 +72,7 @@ def _scan(a: Tensor, x: Tensor, reverse: bool = False) -> Tensor:
         padding = (0, 0, 0, spans * SPAN - n)
         return _scan(F.pad(a, padding), F.pad(x, padding), reverse)[:, :n]
     blocks = triton.cdiv(dim, BLOCK)
-    grid, constants = (rows * spans * blocks,), {"REVERSE": reverse, "BLOCK": BLOCK}
+    grid, constants = (rows * spans * blocks,), {"REVERSE": reverse, "BLOCK": BLOCK, "num_warps": BLOCK // 32}
     start = x.new_zeros(rows, spans, dim)
     h = torch.empty_like(x)
     with torch.cuda.device(x.device):

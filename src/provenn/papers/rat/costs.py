@@ -48,9 +48,12 @@ def mixer_costs(
     """
     if mixer not in MIXERS:
         raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
-    for name, value in (("tokens", tokens), ("dim", dim), ("heads", heads), ("chunk", chunk), ("window", window)):
+    sizes = {"tokens": tokens, "dim": dim, "heads": heads, "chunk": chunk, "groups": groups, "window": window}
+    for name, value in {**sizes, "layers": layers, "number_bytes": number_bytes}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if dim % heads:
+        raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
     maps = 4 * dim**2 + (2 * groups * (dim // heads) * dim if mixer == "rat" else 0)
     if mixer == "attention":
         pairs, states, kept = causal_pairs(tokens), 0, tokens

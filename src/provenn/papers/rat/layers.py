@@ -25,15 +25,23 @@ def chrono_bias(dim: int, length: int) -> Float[Tensor, " dim"]:
 
 
 def _check(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
-    if x.dim() != 3 or x.shape[-1] != dim:
-        raise ValueError(f"expected (batch, tokens, {dim}), got {tuple(x.shape)}")
-    if mask is not None and mask.shape != x.shape[:2]:
-        raise ValueError(f"mask must be (batch, tokens) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    if x.dim() != 3 or x.shape[-1] != dim or x.shape[1] < 1:
+        raise ValueError(f"expected (batch, tokens, {dim}) with at least one token, got {tuple(x.shape)}")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must be (batch, tokens) = {tuple(x.shape[:2])} of bool, got {tuple(mask.shape)} of {mask.dtype}"
+        )
 
 
-def _check_step(x_t: Tensor, dim: int) -> None:
+def _check_state(batch: int, running: Tensor) -> None:
+    if running.shape[0] != batch:
+        raise ValueError(f"the state is of {running.shape[0]} streams, the input of {batch}")
+
+
+def _check_step(x_t: Tensor, dim: int, running: Tensor) -> None:
     if x_t.dim() != 2 or x_t.shape[-1] != dim:
         raise ValueError(f"expected one token a stream, (batch, {dim}), got {tuple(x_t.shape)}")
+    _check_state(x_t.shape[0], running)
 
 
 class RNNState(NamedTuple):
@@ -85,6 +93,8 @@ class RNNMixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch tokens dim"], RNNState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
         _check(x, self.dim, mask)
+        if state is not None:
+            _check_state(x.shape[0], state.value)
         z, v, g = self.project(x).chunk(3, dim=-1)
         g = (g + self.gate_bias).to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
         inputs = (1 - g) * v
@@ -107,7 +117,7 @@ class RNNMixer(nn.Module):
 
     def step(self, x_t: Float[Tensor, "batch dim"], state: RNNState) -> tuple[Float[Tensor, "batch dim"], RNNState]:
         """One token more, in time and memory that do not depend on how many came before."""
-        _check_step(x_t, self.dim)
+        _check_step(x_t, self.dim, state.value)
         z, v, g = self.project(x_t).chunk(3, dim=-1)
         g = (g + self.gate_bias).to(state.value.dtype).sigmoid()
         value = torch.lerp(v.to(g.dtype), state.value, g)
@@ -234,6 +244,8 @@ class RATMixer(nn.Module):
         out, as if its sequence were shorter, so its place counts for no chunk.
         """
         _check(x, self.dim, mask)
+        if state is not None:
+            _check_state(x.shape[0], state.value)
         z, v, g, q, k = self._project(x)
         v, k = (1 - g) * v, (1 - g) * k
         if state is None and mask is None:
@@ -317,7 +329,7 @@ class RATMixer(nn.Module):
 
     def step(self, x_t: Float[Tensor, "batch dim"], state: RATState) -> tuple[Float[Tensor, "batch dim"], RATState]:
         """One token more; time and memory grow with the chunks so far."""
-        _check_step(x_t, self.dim)
+        _check_step(x_t, self.dim, state.value)
         z, v, g, q, k = self._project(x_t)
         begun = (state.position % self.chunk > 0).unsqueeze(1)
         value = torch.lerp(v.to(g.dtype), state.value * begun, g)

@@ -99,48 +99,9 @@ def attention_swa_xl(
     return _lm(vocab, dim, layers, [_attention(heads), _window(heads, window)])
 
 
-def attention_small(vocab: int = 256, *, dim: int = 96, layers: int = 4, heads: int = 4) -> CausalLM:
-    """`attention_xl` at a size that trains on a CPU."""
-    return attention_xl(vocab, dim=dim, layers=layers, heads=heads)
-
-
-def rnn_small(vocab: int = 256, *, dim: int = 96, layers: int = 4, length: int = 256) -> CausalLM:
-    """`rnn_xl` at a size that trains on a CPU."""
-    return rnn_xl(vocab, dim=dim, layers=layers, length=length)
-
-
-def rat_small(
-    vocab: int = 256,
-    *,
-    dim: int = 96,
-    layers: int = 4,
-    heads: int = 4,
-    chunk: int | list[int] = 16,
-    groups: int = 2,
-    positions: str = "chunk",
-) -> CausalLM:
-    """`rat_xl` at a size that trains on a CPU."""
-    return rat_xl(vocab, dim=dim, layers=layers, heads=heads, chunk=chunk, groups=groups, positions=positions)
-
-
-def rat_swa_small(
-    vocab: int = 256,
-    *,
-    dim: int = 96,
-    layers: int = 4,
-    heads: int = 4,
-    chunk: int | list[int] = 16,
-    groups: int = 2,
-    positions: str = "chunk",
-    window: int = 64,
-) -> CausalLM:
-    """`rat_swa_xl` at a size that trains on a CPU."""
-    size = {"dim": dim, "layers": layers, "heads": heads, "groups": groups, "window": window}
-    return rat_swa_xl(vocab, chunk=chunk, positions=positions, **size)
-
-
-def attention_swa_small(
-    vocab: int = 256, *, dim: int = 96, layers: int = 4, heads: int = 4, window: int = 64
-) -> CausalLM:
-    """`attention_swa_xl` at a size that trains on a CPU."""
-    return attention_swa_xl(vocab, dim=dim, layers=layers, heads=heads, window=window)
+# The same systems at a size that trains on a CPU: other defaults, no other options.
+attention_small = partial(attention_xl, vocab=256, dim=96, layers=4, heads=4)
+rnn_small = partial(rnn_xl, vocab=256, dim=96, layers=4, length=256)
+rat_small = partial(rat_xl, vocab=256, dim=96, layers=4, heads=4)
+rat_swa_small = partial(rat_swa_xl, vocab=256, dim=96, layers=4, heads=4, window=64)
+attention_swa_small = partial(attention_swa_xl, vocab=256, dim=96, layers=4, heads=4, window=64)

@@ -54,7 +54,11 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
         head = XL_HEAD if dim >= XL else HEAD
         if "rat" in kinds:
             shared = plain["backbone.layers.0.seq_layer.in_proj.weight"].shape[0] - 3 * dim
-            head = shared // (2 * GROUPS)
+            head, rest = divmod(shared, 2 * GROUPS)
+            if head < 1 or rest or dim % head:
+                raise UserError(
+                    f"{shared} rows of shared queries and keys are not {GROUPS} of each for heads that divide {dim}"
+                )
         options["heads"] = dim // head
     if system == "rat_swa":
         options["window"] = 1025
