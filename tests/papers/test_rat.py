@@ -384,9 +384,9 @@ def test_tensors_of_the_wrong_shape_are_refused(build, untyped):
         layer(torch.randn(2, 5, 23))
     with pytest.raises(ValueError, match="at least one token"):
         layer(torch.randn(2, 0, 24))
-    with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 5\) of bool, got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"mask must be bool of .* \(2, 5\), .* got bool of shape \(2, 4\)"):
         layer(x, mask=torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask must be .* of bool, got .* of torch.int64"):
+    with pytest.raises(ValueError, match=r"mask must be bool .* got int64"):
         layer(x, mask=torch.ones(2, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="one token a stream"):
         layer.step(x, layer.init_state(2))

@@ -23,6 +23,17 @@ def check_mask(mask: Tensor | None, x: Shaped[Tensor, "batch tokens *rest"]) -> 
         )
 
 
+def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
+    """Are these tokens of a layer's width, and is this a mask of them?
+
+    Raises:
+        ValueError: another number of dimensions, another width, no token, or what `check_mask` refuses.
+    """
+    if x.dim() != 3 or x.shape[-1] != dim or not x.shape[1]:
+        raise ValueError(f"expected (batch, tokens, {dim}) with at least one token, got {tuple(x.shape)}")
+    check_mask(mask, x)
+
+
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far, in buffers that double when full. Written in place: for inference."""
 
@@ -92,7 +103,7 @@ class SoftmaxAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
-        check_mask(mask, x)
+        check_tokens(x, self.dim, mask)
         q, k, v = self._project(x)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -175,7 +186,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
-        check_mask(mask, x)
+        check_tokens(x, self.dim, mask)
         return self._attend(x, self.init_state(x.shape[0]), mask)[0]
 
     def init_state(self, batch: int) -> WindowState:  # type: ignore[override]

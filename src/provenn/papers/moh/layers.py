@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.attention import KVCache, SoftmaxAttention
+from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.nn.positions import rotate
 from provenn.ops.routed_heads import causal_mask, routed_attention, routed_decode
@@ -343,11 +343,7 @@ class MoHAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; what may not is padding, and not counted in the balance."""
-        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"mask must be {tuple(x.shape[:2])} of bool, True where a token may be attended, "
-                f"got {tuple(mask.shape)} of {str(mask.dtype).removeprefix('torch.')}"
-            )
+        check_tokens(x, self.dim, mask)
         q, k, v, routing = self._project(x)
         if self.training:
             add_balance(routing, self.balance, mask)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.attention import KVCache, SoftmaxAttention
+from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
 from provenn.nn.random_features import elu_features, orthogonal_gaussian, positive_exponents
 from provenn.ops.linear_attention import LinearState, linear_attention
 from provenn.ops.toeplitz import dense_matrix, resolved, toeplitz_sums, without_autocast
@@ -80,15 +80,6 @@ class RelativeBias(nn.Module):
         n = matrix.shape[1]
         first = torch.cat([own, away.expand(-1, 1, n)], dim=2)
         return torch.cat([first, torch.cat([to.expand(-1, n, 1), matrix], dim=2)], dim=1)
-
-
-def check_tokens(x: Tensor, dim: int, mask: Tensor | None) -> None:
-    """Refuse tokens and masks of another shape than a layer of this width takes."""
-    if x.dim() != 3 or x.shape[-1] != dim or not x.shape[1]:
-        raise ValueError(f"expected (batch, tokens, {dim}) with at least one token, got {tuple(x.shape)}")
-    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-        expected = tuple(x.shape[:2])
-        raise ValueError(f"mask must be bool of shape {expected}, got {mask.dtype} of shape {tuple(mask.shape)}")
 
 
 def tokens_on(

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.errors import UserError
-from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.attention import SoftmaxAttention, check_tokens
 from provenn.nn.language import CausalLM, Encoder, FeedForward, PreNormBlock
 from provenn.nn.positions import sinusoidal_encoding
-from provenn.papers.nprf.layers import KernelAttentionRPE, LinformerAttention, SoftmaxAttentionRPE, check_tokens
+from provenn.papers.nprf.layers import KernelAttentionRPE, LinformerAttention, SoftmaxAttentionRPE
 
 KERNELS: dict[str, dict[str, Any]] = {
     "prf": {"normalize": False},

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from provenn.nn.attention import KVCache
+from provenn.nn.attention import KVCache, check_tokens
 from provenn.nn.positions import rotate
 from provenn.ops.chunk_attention import Earlier, chunk_attention
 from provenn.ops.linear_recurrence import linear_recurrence
@@ -22,15 +22,6 @@ def chrono_bias(dim: int, length: int) -> Float[Tensor, " dim"]:
     [0.0, 0.0, 0.0]
     """
     return torch.empty(dim).uniform_(1, max(1, length - 1)).log()
-
-
-def _check(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
-    if x.dim() != 3 or x.shape[-1] != dim or x.shape[1] < 1:
-        raise ValueError(f"expected (batch, tokens, {dim}) with at least one token, got {tuple(x.shape)}")
-    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask must be (batch, tokens) = {tuple(x.shape[:2])} of bool, got {tuple(mask.shape)} of {mask.dtype}"
-        )
 
 
 def _check_state(batch: int, running: Tensor) -> None:
@@ -92,7 +83,7 @@ class RNNMixer(nn.Module):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], RNNState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        _check(x, self.dim, mask)
+        check_tokens(x, self.dim, mask)
         if state is not None:
             _check_state(x.shape[0], state.value)
         z, v, g = self.project(x).chunk(3, dim=-1)
@@ -243,7 +234,7 @@ class RATMixer(nn.Module):
         Prompts of different lengths are padded on either side and told apart by `mask`: a token that it hides is left
         out, as if its sequence were shorter, so its place counts for no chunk.
         """
-        _check(x, self.dim, mask)
+        check_tokens(x, self.dim, mask)
         if state is not None:
             _check_state(x.shape[0], state.value)
         z, v, g, q, k = self._project(x)
