@@ -607,7 +607,7 @@ VIT: dict[str, dict[str, Any]] = {
     "all heads, weighed": {"shared": 8, "top_k": 0},
 }
 DIGITS = {
-    "epochs": 10,
+    "epochs": 13,
     "batch_size": 32,
     "lr": 4e-3,
     "weight_decay": 0.05,
