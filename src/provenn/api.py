@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
 
 from provenn import catalog
 from provenn.errors import UserError
@@ -270,13 +270,19 @@ def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]
 
 
 def _arguments(taker: Callable, but: tuple[str, ...]) -> dict[str, Any]:
-    """What can be set by name, and its type."""
+    """What can be set by name, and its type; `**options: Unpack[D]` takes what the typed dictionary D names."""
     import inspect
 
     whole = getattr(taker, "func", taker)  # a preset may be a `partial` of a larger one
     hints = get_type_hints(whole.__init__ if isinstance(whole, type) else whole)  # type: ignore[misc]
-    keywords = (p for p in inspect.signature(taker).parameters.values() if p.kind is not p.VAR_KEYWORD)
-    return {p.name: hints.get(p.name, Any) for p in keywords if p.name not in but}
+    taken: dict[str, Any] = {}
+    for parameter in inspect.signature(taker).parameters.values():
+        hint = hints.get(parameter.name, Any)
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            taken[parameter.name] = hint
+        elif get_origin(hint) is Unpack:
+            taken |= get_type_hints(*get_args(hint))
+    return {name: hint for name, hint in taken.items() if name not in but}
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -58,7 +58,7 @@ def everything(form, qkv, gates, start, cuts=(), mask=None, **options):
 @given(
     n=st.integers(1, 30),
     chunk=st.integers(1, 12),
-    depth=st.integers(1, 3),
+    depth=st.integers(1, 4),
     momentum=st.booleans(),
     read=st.sampled_from(["post", "pre"]),
     limit=st.sampled_from([None, 0.5]),
@@ -79,7 +79,7 @@ def test_equals_the_sequential_rule_however_it_is_cut(n, chunk, depth, momentum,
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12 * max(1, y.abs().max().item()))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_surprise_is_the_loss_and_the_norm_of_its_gradient_where_it_was_taken(depth, chunk):
     qkv, gates = tokens(11)
@@ -91,7 +91,7 @@ def test_surprise_is_the_loss_and_the_norm_of_its_gradient_where_it_was_taken(de
     assert memory_update(*qkv, **given)[2] is None
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_inner_gradients_by_formula_are_those_of_torch_func(depth):
     # One chunk with θ = 1 and no gates writes M_0 − Σ u_j.
     qkv, _ = tokens(6, batch=1, heads=1)
@@ -310,5 +310,10 @@ def test_shapes_that_do_not_fit_are_refused():
         for q, k, v in [(qkv[0][:, :, :5], *qkv[1:]), (*qkv[:2], qkv[2][:1]), [x[:, :, :0] for x in qkv]]:
             with pytest.raises(ValueError, match="queries and keys must be"):
                 memory_update(q, k, v, **gates, state=matrices(2, 5, 4, 1))
+        for name, x in gates.items():
+            with pytest.raises(ValueError, match=rf"{name} must be \(batch, heads, tokens\) = \(2, 2, 6\)"):
+                memory_update(*qkv, **{**gates, name: x[:, :1]}, state=matrices(2, 5, 4, 1))
+        with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 6\), got \(2, 5\)"):
+            memory_update(*qkv, **gates, state=matrices(2, 5, 4, 1), mask=torch.ones(2, 5, dtype=torch.bool))
     finally:
         jaxtyping.config.update("jaxtyping_disable", before)

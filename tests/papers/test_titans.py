@@ -1,14 +1,18 @@
 """The neural memory and the three ways to build it in: what the layers promise, and every exact claim."""
 
 import copy
+import json
+import shlex
 from functools import partial
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from provenn.bench import count_parameters
+from provenn.cli import main
 from provenn.evidence import Run
 from provenn.nn.streaming import load_state, map_state, save_state, select_state, state_bytes
 from provenn.papers.titans import (
@@ -209,6 +213,12 @@ def test_gates_start_where_a_memory_trains():
     assert forget < 0.01 and momentum == pytest.approx(0.1192, abs=1e-4)
 
 
+def test_where_the_forget_gate_starts_is_a_choice():
+    for bias, reach in ((-5.0, 149.4), (-3.0, 21.1)):
+        forget = NeuralMemory(8, forget_bias=bias).gates.bias.detach().view(3, 1)[1].sigmoid()
+        assert 1 / forget.item() == pytest.approx(reach, abs=0.1)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("chunk", [1, 16, 64])
 def test_one_token_without_end_does_not_blow_a_memory_up(depth, chunk):
@@ -254,6 +264,8 @@ def test_copies_share_no_memory():
         (lambda: NeuralMemory(8, chunk=0), "chunk must be at least 1, got 0"),
         (lambda: NeuralMemory(8, kernel=0), "kernel must be at least 1, got 0"),
         (lambda: NeuralMemory(8, max_step=0.0), "max_step must be above 0, got 0.0"),
+        (lambda: NeuralMemory(8, limit=0), "limit must be above 0, got 0"),
+        (lambda: MemoryAsContext(8, heads=2, memory_heads=3), "heads must divide dim"),
         (lambda: NeuralMemory(8, expansion=0.01), "a hidden width of at least 1"),
         (lambda: NeuralMemory(8, read="now"), "read must be post or pre"),
         (lambda: NeuralMemory(8, causal=False), "causal must be True"),
@@ -268,6 +280,27 @@ def test_copies_share_no_memory():
 def test_bad_arguments_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.fixture
+def untyped():
+    """Without the run-time shape checks, as a user runs it."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@mixers
+def test_what_does_not_fit_a_layer_is_refused_with_both_shapes(make, untyped):
+    mixer, x = built(make), draw(2, 7, 8)
+    with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 7\), got \(2, 6\)"):
+        mixer(x, mask=torch.ones(2, 6, dtype=torch.bool))
+    for wrong in (x[..., :6], x[0], x[:, :0]):
+        with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\) with at least one token, got"):
+            mixer(wrong)
+    with pytest.raises(ValueError, match=r"expected one token a stream, \(batch, 8\), got \(2, 7, 8\)"):
+        mixer.step(x, mixer.init_state(2))
 
 
 @pytest.mark.parametrize("size", [170, 340, 400, 760])
@@ -321,6 +354,81 @@ def test_unknown_variants_are_refused():
         titans_lm("mad")
     with pytest.raises(ValueError, match="variant must be one of lmm, mac, mag, mal, got 'mad'"):
         model_module.titans_170m(variant="mad")
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """A command line in a folder that holds a text and an empty one: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("round and round the wheels go. " * 60)
+    (tmp_path / "empty.txt").write_text("")
+
+    def command(line):
+        code = main(shlex.split(line))
+        return code, *capsys.readouterr()
+
+    return command
+
+
+SMALL = "--set length=16 --set eval_tokens=64 --set dim=16 --set layers=1 --set heads=2 --set memory_heads=2 --steps 2"
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("lmm", "depth=1"), ("mac", "depth=3"), ("mag", "depth=4"), ("mal", "persistent=2"), ("mag", "limit=1")],
+)
+def test_every_variant_is_trained_and_goes_on_with_words(run, variant, options, tmp_path):
+    train = f"train titans --preset titans_{variant}_small --data text.txt {SMALL} --set {options} --out run"
+    code, out, err = run(train)
+    assert code == 0 and "bits_per_byte" in out, err
+    name, value = options.split("=")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["options"][name] == int(value)
+    code, out, err = run("predict titans 'round and' --weights run --set tokens=12")
+    assert (code, err) == (0, "") and out.startswith("round and")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--preset titans_recall --data lookup --set examples=64 --set test_examples=16 --set variant=mac", "accuracy"),
+        ("--preset titans_forecaster --data airline --set depth=3 --set persistent=0", "mse"),
+        ("--preset titans_classifier --data japanese-vowels --set depth=1 --set dim=8 --set layers=1", "accuracy"),
+    ],
+)
+def test_recall_forecasting_and_classification_are_trained(run, words, told):
+    code, out, err = run(f"train titans {words} --steps 2 --out run")
+    assert code == 0 and told in out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--set depth=0", "depth must be at least 1, got 0"),
+        ("--set depth=two", "depth: Input should be a valid integer"),
+        ("--set chunk=0", "chunk must be at least 1, got 0"),
+        ("--set heads=5", "heads must divide dim, both at least 1, got dim=96 and heads=5"),
+        ("--set variant=mad", "variant must be one of lmm, mac, mag, mal, got 'mad'"),
+        ("--set width=3", "nothing here is called 'width'; what can be set: variant, vocab, dim"),
+        ("--data empty.txt", "empty.txt is empty"),
+        ("--set max_step=-1", "max_step must be above 0, got -1"),
+        (
+            "--set max_step=50 --set decay=false --lr 0.5",
+            "or a max_step below 50 or a limit of 1 for the memory may help",
+        ),
+    ],
+)
+def test_bad_wishes_are_one_line(run, words, says, tmp_path):
+    data = "" if "--data" in words else "--data text.txt"
+    code, _, err = run(f"train titans --preset titans_mag_small {data} {words} --set length=64 --steps 20 --out run")
+    assert code == 2 and says in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_of_one_variant_does_not_go_on_as_another_though_their_weights_have_the_same_shapes(run):
+    train = f"train titans --data text.txt {SMALL} --out run"
+    assert run(f"{train} --preset titans_mag_small")[0] == 0
+    code, _, err = run(f"{train} --preset titans_mac_small --resume")
+    assert code == 2 and "last.ckpt is of another preset or of other data" in err and err.count("\n") == 1
+    assert run(f"{train} --preset titans_mag_small --steps 3 --resume")[0] == 0
 
 
 EXACT = [

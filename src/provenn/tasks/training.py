@@ -269,14 +269,21 @@ def _check_fits(checkpoint: Path, module: nn.Module) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            held = torch.load(checkpoint, map_location="meta", weights_only=True)["state_dict"]
+            saved = torch.load(checkpoint, map_location="meta", weights_only=True)
+            held, parts = saved["state_dict"], saved.get("parts", _parts(module))
     except Exception:
         raise UserError(f"{checkpoint} is damaged: train again without --resume") from None
-    if {name: value.shape for name, value in held.items()} != {n: v.shape for n, v in module.state_dict().items()}:
+    shapes = {name: value.shape for name, value in held.items()}
+    if parts != _parts(module) or shapes != {name: value.shape for name, value in module.state_dict().items()}:
         raise UserError(
             f"{checkpoint} is of another preset or of other data: resume with what it was started with, "
             "or train in another folder"
         )
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """The kinds of a module's parts: two systems may have weights of the same names and shapes."""
+    return [type(part).__name__ for part in module.modules()]
 
 
 def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
@@ -346,6 +353,9 @@ def _module_class() -> type:
             super().__init__()
             self.model, self.task, self.data, self.recipe, self.seed = model, task, data, recipe, seed
 
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["parts"] = _parts(self)
+
         def train_dataloader(self) -> DataLoader:
             count = len(self.data.train)  # type: ignore[arg-type]
             return DataLoader(
@@ -362,10 +372,7 @@ def _module_class() -> type:
             if added:
                 loss = loss + torch.stack(added).mean()
             if not torch.isfinite(loss):
-                raise UserError(
-                    f"the loss became {loss.item()} at step {self.global_step}; "
-                    f"a lower lr than {self.recipe.lr:g} may help"
-                )
+                raise UserError(f"the loss became {loss.item()} at step {self.global_step}; {_help(self)}")
             return loss
 
         def on_train_epoch_start(self) -> None:
@@ -380,6 +387,12 @@ def _module_class() -> type:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     return Module
+
+
+def _help(module: Any) -> str:
+    """What may help where training diverges: a lower rate, and what layers know of themselves."""
+    own = [part.if_diverging for part in module.model.modules() if hasattr(part, "if_diverging")]
+    return f"{', or '.join(dict.fromkeys([f'a lower lr than {module.recipe.lr:g}', *own]))} may help"
 
 
 def _history_class() -> type:
@@ -419,10 +432,7 @@ def _history_class() -> type:
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             # A loss tells of the weights before its step: those after the last one are seen by no loss.
             if not all(bool(torch.isfinite(weight).all()) for weight in module.model.parameters()):
-                raise UserError(
-                    f"the weights are no longer finite after step {trainer.global_step}; "
-                    f"a lower lr than {self.recipe.lr:g} may help"
-                )
+                raise UserError(f"the weights are no longer finite after step {trainer.global_step}; {_help(module)}")
             module.model.eval()
             with torch.no_grad():
                 metrics = self.task.evaluate(module.model, self.data.val) if len(self.data.val) else {}  # type: ignore

@@ -69,6 +69,13 @@ def memory_update(
             "queries and keys must be (batch, heads, tokens, dim) and values (batch, heads, tokens, width) with at "
             f"least one token, got {tuple(queries.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}"
         )
+    for name, gate in (("step", step), ("forget", forget), ("momentum", momentum)):
+        if gate is not None and gate.shape != keys.shape[:3]:
+            raise ValueError(
+                f"{name} must be (batch, heads, tokens) = {tuple(keys.shape[:3])}, got {tuple(gate.shape)}"
+            )
+    if mask is not None and mask.shape != (keys.shape[0], keys.shape[2]):
+        raise ValueError(f"mask must be (batch, tokens) = {(keys.shape[0], keys.shape[2])}, got {tuple(mask.shape)}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     if read not in ("post", "pre"):

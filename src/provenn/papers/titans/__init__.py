@@ -18,7 +18,6 @@ from provenn.papers.titans.model import (
     titans_760m,
     titans_lm,
     titans_mixer,
-    titans_small,
 )
 
 __all__ = [
@@ -37,5 +36,4 @@ __all__ = [
     "titans_760m",
     "titans_lm",
     "titans_mixer",
-    "titans_small",
 ]

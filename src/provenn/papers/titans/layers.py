@@ -1,9 +1,10 @@
 """Titans (Behrouz, Zhong and Mirrokni, 2024, arXiv:2501.00663): a neural memory, and three ways to build it in."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ from provenn.ops.memory_update import (
     read_memory,
 )
 
-# Where the gates start: σ(−5), σ(−2) and σ(−1) of the largest step. A momentum of one half beside a step of one half
-# makes a step of 2θ / (1 − η) = 2, at the edge of oscillation.
-FORGET, MOMENTUM, STEP = -5.0, -2.0, -1.0
+# Where these gates start, σ(−2) and σ(−1) of the largest step. A momentum of one half beside a step of one half makes a
+# step of 2θ / (1 − η) = 2, at the edge of oscillation.
+MOMENTUM, STEP = -2.0, -1.0
 
 _observed: list[list[Surprise]] = []
 
@@ -60,7 +61,7 @@ def frozen_memory(model: nn.Module) -> Iterator[None]:
             memory.writing = writing
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """What the four mixers share: a whole sequence and one token are both a `prefill`."""
 
     dim: int
@@ -73,10 +74,11 @@ class Mixer(nn.Module):
             if isinstance(part, NeuralMemory):
                 part.reset_memory()
 
+    @abstractmethod
     def init_state(self, batch: int) -> Any:
         """The state of `batch` streams before their first token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefill(
         self,
         x: Float[Tensor, "batch tokens dim"],
@@ -85,7 +87,6 @@ class Mixer(nn.Module):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], Any]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        raise NotImplementedError
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
@@ -100,9 +101,11 @@ class Mixer(nn.Module):
         y, state = self.prefill(x_t.unsqueeze(1), state)
         return y.squeeze(1), state
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
+            raise ValueError(f"expected (batch, tokens, {self.dim}) with at least one token, got {tuple(x.shape)}")
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(f"mask must be (batch, tokens) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
 
 
 class NeuralState(NamedTuple):
@@ -110,6 +113,22 @@ class NeuralState(NamedTuple):
 
     memory: MemoryState
     tail: Float[Tensor, "batch reach channels"]
+
+
+class MemoryOptions(TypedDict, total=False):
+    """Options of `NeuralMemory` that whatever is built around one hands on."""
+
+    depth: int
+    expansion: float | int
+    chunk: int
+    momentum: bool
+    decay: bool
+    kernel: int
+    max_step: float | int | None
+    limit: float | int | None
+    forget_bias: float | int
+    read: str
+    activation: str
 
 
 class NeuralMemory(Mixer):
@@ -129,8 +148,11 @@ class NeuralMemory(Mixer):
         momentum, decay: whether there are η and α; without them they are 0.
         kernel: tokens that the causal depthwise convolution spans; 1 is none.
         max_step: θ_max; by default 1 / (chunk · depth): a chunk of one key adds up its steps, a deep one those
-            of its layers, and where the sum overshoots the memory diverges.
+            of its layers, and where the sum overshoots the memory diverges. A larger one writes more sharply, at
+            one's own risk.
         limit: a gradient of norm n is brought to limit · tanh(n / limit); None leaves it.
+        forget_bias: b of α: at first a token stays for about 1 / σ(b) others, 150 of them by default. Where that is
+            more than a training sequence has, longer ones fill the memory as training never saw it.
         read: "post" reads after the token is written, "pre" before.
         activation: φ inside the memory, "silu" or "gelu".
         causal: always True.
@@ -152,6 +174,7 @@ class NeuralMemory(Mixer):
         kernel: int = 4,
         max_step: float | int | None = None,
         limit: float | int | None = None,
+        forget_bias: float | int = -5.0,
         read: str = "post",
         activation: str = "silu",
         causal: bool = True,
@@ -166,8 +189,9 @@ class NeuralMemory(Mixer):
         hidden = round(expansion * width)
         if hidden < 1:
             raise ValueError(f"expansion must leave a hidden width of at least 1, got {expansion} of {width}")
-        if max_step is not None and max_step <= 0:
-            raise ValueError(f"max_step must be above 0, got {max_step}")
+        for name, bound in (("max_step", max_step), ("limit", limit)):
+            if bound is not None and bound <= 0:
+                raise ValueError(f"{name} must be above 0, got {bound}")
         if read not in ("post", "pre") or activation not in ACTIVATIONS:
             raise ValueError(
                 f"read must be post or pre and activation one of {', '.join(ACTIVATIONS)}, got {read!r}, {activation!r}"
@@ -177,7 +201,7 @@ class NeuralMemory(Mixer):
         self.dim, self.heads, self.chunk, self.kernel = dim, heads, chunk, kernel
         self.momentum, self.decay, self.limit = momentum, decay, limit
         self.max_step = 1 / (chunk * depth) if max_step is None else max_step
-        self.read_at, self.activation, self.writing = read, activation, True
+        self.forget_bias, self.read_at, self.activation, self.writing = forget_bias, read, activation, True
         self.project = nn.Linear(dim, 3 * dim, bias=False)
         self.convolution = nn.Parameter(torch.empty(kernel, 3 * dim)) if kernel > 1 else None
         self.gates = nn.Linear(dim, heads * (1 + momentum + decay))
@@ -192,9 +216,14 @@ class NeuralMemory(Mixer):
         for weight in self.memory:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         nn.init.zeros_(self.memory[-1])
-        starts = [STEP, *[FORGET] * self.decay, *[MOMENTUM] * self.momentum]
+        starts = [STEP, *[self.forget_bias] * self.decay, *[MOMENTUM] * self.momentum]
         with torch.no_grad():
             self.gates.bias.view(-1, self.heads).copy_(torch.tensor(starts).unsqueeze(1))
+
+    @property
+    def if_diverging(self) -> str:
+        """What helps where training with this memory has diverged."""
+        return f"a max_step below {self.max_step:g} or a limit of 1 for the memory"
 
     def init_state(self, batch: int) -> NeuralState:
         """M_0, no momentum, and a convolution that has seen zeros; numbers in float32 at least."""
@@ -238,7 +267,7 @@ class NeuralMemory(Mixer):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], NeuralState]:
         """Read many tokens, learning from each: what is recalled at each, and the state from which the next goes on."""
-        self._check(x)
+        self._check(x, mask)
         state = self.init_state(len(x)) if state is None else state
         if not self.writing:
             (q, *_), tail = self._projected(x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0), state.tail)
@@ -434,7 +463,9 @@ class LongTermMemory(Mixer):
     Shapes: (batch, tokens, dim) to the same. Slot: token-mixer. Streams in constant memory.
     """
 
-    def __init__(self, dim: int, heads: int = 1, *, persistent: int = 4, causal: bool = True, **memory: Any):
+    def __init__(
+        self, dim: int, heads: int = 1, *, persistent: int = 4, causal: bool = True, **memory: Unpack[MemoryOptions]
+    ):
         super().__init__()
         self.dim = dim
         self.memory = NeuralMemory(dim, heads, causal=causal, **memory)
@@ -464,7 +495,7 @@ class LongTermMemory(Mixer):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], NeuralState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        self._check(x)
+        self._check(x, mask)
         recalled, state = self.memory.prefill(x, self.init_state(len(x)) if state is None else state, mask=mask)
         return self._read_off(x, recalled), state
 
@@ -508,7 +539,7 @@ class MemoryAsContext(Mixer):
         persistent: int = 4,
         memory_heads: int = 1,
         causal: bool = True,
-        **memory: Any,
+        **memory: Unpack[MemoryOptions],
     ):
         super().__init__()
         if segment < 1:
@@ -539,7 +570,7 @@ class MemoryAsContext(Mixer):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], ContextState]:
         """Many tokens at once, segment by segment: the outputs, and the state from which the next goes on."""
-        self._check(x)
+        self._check(x, mask)
         memory, base, tail, cache, position = self._start(len(x)) if state is None else state
         prefix = self.persistent.expand(len(x), *self.persistent.shape)
         outputs, start = [], 0
@@ -560,6 +591,31 @@ class MemoryAsContext(Mixer):
         return torch.cat(outputs, dim=1), ContextState(memory, base, tail, cache, position)
 
 
+class WindowedMixer(Mixer):
+    """What MAG and MAL are built of: sliding-window attention, and a memory beside or below it."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 4,
+        *,
+        window: int = 128,
+        persistent: int = 4,
+        memory_heads: int = 1,
+        causal: bool = True,
+        **memory: Unpack[MemoryOptions],
+    ):
+        super().__init__()
+        self.dim = dim
+        self.attention = PrefixAttention(dim, heads, window)
+        self._build(memory_heads, persistent, causal=causal, **memory)
+        self.reset_parameters()
+
+    @abstractmethod
+    def _build(self, heads: int, persistent: int, **memory: Any) -> None:
+        """The memory, persistent tokens, and what joins them to the attention."""
+
+
 class GateState(NamedTuple):
     """MAG between two tokens: the memory and the window."""
 
@@ -567,7 +623,7 @@ class GateState(NamedTuple):
     cache: AttentionCache
 
 
-class MemoryAsGate(Mixer):
+class MemoryAsGate(WindowedMixer):
     """MAG: sliding-window attention, gated by the memory of the whole sequence (section 4.2).
 
     x̃ = P ‖ x,  y = SW-Attn*(x̃),  o = y ⊗ M(x̃)   (equations 26-28)
@@ -581,24 +637,10 @@ class MemoryAsGate(Mixer):
     Shapes: (batch, tokens, dim) to the same. Slot: token-mixer. Streams in constant memory.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 4,
-        *,
-        window: int = 128,
-        persistent: int = 4,
-        memory_heads: int = 1,
-        causal: bool = True,
-        **memory: Any,
-    ):
-        super().__init__()
-        self.dim = dim
-        self.attention = PrefixAttention(dim, heads, window)
-        self.memory = NeuralMemory(dim, memory_heads, causal=causal, **memory)
-        self.persistent = persistent_tokens(persistent, dim)
-        self.join = Join(dim)
-        self.reset_parameters()
+    def _build(self, heads: int, persistent: int, **memory: Any) -> None:
+        self.memory = NeuralMemory(self.dim, heads, **memory)
+        self.persistent = persistent_tokens(persistent, self.dim)
+        self.join = Join(self.dim)
 
     def init_state(self, batch: int) -> GateState:
         """The memory that has read the persistent tokens, and an empty window, for `batch` streams."""
@@ -612,7 +654,7 @@ class MemoryAsGate(Mixer):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], GateState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        self._check(x)
+        self._check(x, mask)
         memory, cache = (self.memory.primed(self.persistent, len(x))[1], None) if state is None else state
         m, memory = self.memory.prefill(x, memory, mask=mask)
         prefix = self.persistent.expand(len(x), *self.persistent.shape)
@@ -628,7 +670,7 @@ class LayerState(NamedTuple):
     cache: AttentionCache
 
 
-class MemoryAsLayer(Mixer):
+class MemoryAsLayer(WindowedMixer):
     """MAL: the memory, and sliding-window attention over what it gives (section 4.3).
 
     x̃ = P ‖ x,  y = M(x̃),  o = SW-Attn(y)   (equations 29-31)
@@ -639,23 +681,9 @@ class MemoryAsLayer(Mixer):
     Shapes: (batch, tokens, dim) to the same. Slot: token-mixer. Streams in constant memory.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 4,
-        *,
-        window: int = 128,
-        persistent: int = 4,
-        memory_heads: int = 1,
-        causal: bool = True,
-        **memory: Any,
-    ):
-        super().__init__()
-        self.dim = dim
-        self.attention = PrefixAttention(dim, heads, window)
-        self.memory = LongTermMemory(dim, memory_heads, persistent=persistent, causal=causal, **memory)
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.reset_parameters()
+    def _build(self, heads: int, persistent: int, **memory: Any) -> None:
+        self.memory = LongTermMemory(self.dim, heads, persistent=persistent, **memory)
+        self.norm = nn.RMSNorm(self.dim, eps=1e-6)
 
     def init_state(self, batch: int) -> LayerState:
         """The memory that has read the persistent tokens, and an empty window, for `batch` streams."""
@@ -670,7 +698,7 @@ class MemoryAsLayer(Mixer):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], LayerState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        self._check(x)
+        self._check(x, mask)
         memory, prefix, cache = (*self.memory.primed(len(x))[::-1], None) if state is None else state
         y, memory = self.memory.prefill(x, memory, mask=mask)
         y = self.norm(y)

@@ -6,14 +6,14 @@ of the feed-forward part is what brings each variant to its number.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.language import CausalLM, PreNormBlock, SwiGLU
-from provenn.papers.titans.layers import LongTermMemory, MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from provenn.papers.titans.layers import LongTermMemory, MemoryAsContext, MemoryAsGate, MemoryAsLayer, MemoryOptions
 
 VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "lmm": LongTermMemory,
@@ -23,8 +23,20 @@ VARIANTS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+class MixerOptions(MemoryOptions, total=False):
+    """Options that every variant's mixer takes: those of the memory, and N_p."""
+
+    persistent: int
+
+
+class SizedOptions(MixerOptions, total=False):
+    """Options of the models of the paper's sizes: a mixer's, and what attention sees."""
+
+    window: int
+
+
 def titans_mixer(
-    variant: str, heads: int = 4, memory_heads: int = 1, window: int = 128, **options: Any
+    variant: str, heads: int = 4, memory_heads: int = 1, window: int = 128, **options: Unpack[MixerOptions]
 ) -> Callable[..., nn.Module]:
     """The token mixer of a variant, with one name for what each calls its own.
 
@@ -53,9 +65,11 @@ def titans_lm(
     memory_heads: int = 4,
     window: int = 64,
     hidden: int | None = None,
-    **options: Any,
+    **options: Unpack[MixerOptions],
 ) -> CausalLM:
     """A Titans language model of any size: pre-norm blocks of a variant's mixer and SwiGLU.
+
+    As it stands it has width 96 and 4 layers, and trains here in minutes.
 
     Args:
         variant, heads, memory_heads, window, options: as in `titans_mixer`.
@@ -65,37 +79,40 @@ def titans_lm(
     return CausalLM(vocab, dim, layers, mixer, feedforward="swiglu", hidden=hidden)
 
 
-def titans_small(vocab: int = 256, variant: str = "mag", **options: Any) -> CausalLM:
-    """Width 96, 4 layers: trains here in minutes."""
-    return titans_lm(variant, vocab, **options)
-
-
-def _sized(dim: int, layers: int, hidden: dict[str, int], vocab: int, variant: str, **options: Any) -> CausalLM:
+def _sized(
+    dim: int,
+    layers: int,
+    hidden: dict[str, int],
+    vocab: int,
+    variant: str,
+    window: int = 512,
+    **options: Unpack[MixerOptions],
+) -> CausalLM:
     if variant not in hidden:
         raise ValueError(f"variant must be one of {', '.join(hidden)}, got {variant!r}")
     heads = dim // 64
-    given = {"heads": heads, "memory_heads": heads, "window": 512, "hidden": hidden[variant], "chunk": 64} | options
-    return titans_lm(variant, vocab, dim, layers, **given)
+    chunked: MixerOptions = {"chunk": 64, **options}
+    return titans_lm(variant, vocab, dim, layers, heads, heads, window, hidden[variant], **chunked)
 
 
-def titans_170m(vocab: int = 32000, variant: str = "mag", **options: Any) -> CausalLM:
+def titans_170m(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
     """170 million parameters: width 768, 12 layers."""
     return _sized(768, 12, {"lmm": 3776, "mac": 3264, "mag": 3264, "mal": 2752}, vocab, variant, **options)
 
 
-def titans_340m(vocab: int = 32000, variant: str = "mag", **options: Any) -> CausalLM:
+def titans_340m(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
     """340 million parameters: width 1024, 24 layers."""
-    return _sized(1024, 24, {"lmm": 2272, "mac": 1600, "mag": 1600, "mal": 896}, vocab, variant, **options)
+    return _sized(1024, 24, {"lmm": 2272, "mac": 1584, "mag": 1584, "mal": 896}, vocab, variant, **options)
 
 
-def titans_400m(vocab: int = 32000, variant: str = "mag", **options: Any) -> CausalLM:
+def titans_400m(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
     """400 million parameters: width 1024, 24 layers, a wider feed-forward part."""
-    return _sized(1024, 24, {"lmm": 3072, "mac": 2400, "mag": 2400, "mal": 1728}, vocab, variant, **options)
+    return _sized(1024, 24, {"lmm": 3080, "mac": 2400, "mag": 2400, "mal": 1720}, vocab, variant, **options)
 
 
-def titans_760m(vocab: int = 32000, variant: str = "mag", **options: Any) -> CausalLM:
+def titans_760m(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
     """760 million parameters: width 1536, 24 layers."""
-    return _sized(1536, 24, {"lmm": 3680, "mac": 2656, "mag": 2656, "mal": 1632}, vocab, variant, **options)
+    return _sized(1536, 24, {"lmm": 3664, "mac": 2640, "mag": 2640, "mal": 1616}, vocab, variant, **options)
 
 
 class _Blocks(nn.Module):
@@ -137,7 +154,7 @@ class SequenceClassifier(nn.Module):
         dim: int = 48,
         layers: int = 2,
         mixer: Callable[..., nn.Module] | None = None,
-        **options: Any,
+        **options: Unpack[MixerOptions],
     ):
         super().__init__()
         self.stack = _Blocks(channels, dim, layers, mixer or titans_mixer("lmm", **options))
@@ -173,7 +190,7 @@ class Forecaster(nn.Module):
         dim: int = 32,
         layers: int = 1,
         mixer: Callable[..., nn.Module] | None = None,
-        **options: Any,
+        **options: Unpack[MixerOptions],
     ):
         super().__init__()
         if context < 2 or horizon < 1:
