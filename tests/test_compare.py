@@ -1,6 +1,7 @@
 """Candidates of one slot are trained alike, kept as they end, and ranked by quality against cost."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from provenn.bench import count_parameters
 from provenn.compare import COSTS, HOSTS, Candidate, SlotComparison, compare, host_for
 from provenn.compare import comparison as module
+from provenn.compare.language import settled
 from provenn.errors import UserError
 from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.nn.resnet import resnet20
@@ -112,6 +114,40 @@ def test_token_mixers_are_compared_in_a_language_model_of_one_size(tmp_path: Pat
     files = [file.name for file in result.save(tmp_path / "saved")]
     assert files == ["token-mixer.md", "token-mixer.png", "token-mixer-context.png", "token-mixer.json"]
     assert "after 64 tokens" in (tmp_path / "saved" / "token-mixer.md").read_text()
+
+
+def test_times_follow_from_ratios_of_interleaved_runs():
+    """The second was measured while the machine was busy: that the first was slower alone says nothing."""
+    measured = {
+        "softmax": {
+            "step": 0.9,
+            "step_interval": [0.8, 1.1],
+            "step_seconds": 2.0,
+            "token": [1.1],
+            "token_seconds": [3.0],
+        },
+        "window": {
+            "step": 0.5,
+            "step_interval": [0.4, 0.6],
+            "step_seconds": 9.0,
+            "token": [2.0],
+            "token_seconds": [8.0],
+        },
+    }
+    found = settled(measured, "softmax")
+    assert (found["softmax"]["step"], found["softmax"]["token_seconds"]) == (1.0, [3.0])
+    assert (found["window"]["step_seconds"], found["window"]["token_seconds"]) == (1.0, [6.0])
+    assert found["window"]["tokens_per_second"] == 2 * found["softmax"]["tokens_per_second"]
+
+
+def test_a_cost_that_all_share_is_neither_drawn_nor_ranked():
+    result = ranked([(0.9, 1000), (0.8, 1009)])
+    assert result.telling == ["latency"]
+    assert ranked([(0.9, 5), (0.8, 6)]).telling == list(COSTS)
+    same = [replace(one, latency=10.0 * i + 1) for i, one in enumerate(result.candidates)]
+    drawn = replace(result, candidates=tuple(same))
+    assert drawn.telling == ["latency"] and len(drawn.figure().axes) == 1
+    assert [row[-1] for row in drawn.table.rows] == ["time", ""]
 
 
 @pytest.mark.parametrize(

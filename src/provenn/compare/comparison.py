@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from provenn import bench, progress
 from provenn.catalog import first_mechanism, meant, mechanisms_of
 from provenn.compare import language
+from provenn.compare.drawing import mark, plain_axis
 from provenn.compare.hosts import Factory, Host, host_for
 from provenn.errors import UserError
 from provenn.evidence import Ledger, Run, Table
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COSTS = ("parameters", "FLOPs", "latency")
+WORDS = {"parameters": "parameters", "FLOPs": "FLOPs", "latency": "time"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class SlotComparison:
         return sorted((one for one in self.candidates if not beaten(one)), key=lambda one: one.cost(cost))
 
     @property
+    def telling(self) -> list[str]:
+        """The costs that tell candidates apart: not those that are the same for all, to a hundredth."""
+        ranges = {cost: [one.cost(cost) for one in self.candidates] for cost in COSTS}
+        return [cost for cost, costs in ranges.items() if max(costs) > 1.01 * min(costs)] or ["latency"]
+
+    @property
     def tables(self) -> list[Table]:
         """Quality against cost, and what else the host measures."""
         names = [one.name for one in self.candidates]
@@ -96,7 +104,7 @@ class SlotComparison:
     def table(self) -> Table:
         """A row for each candidate."""
         reference = self.candidates[0]
-        fronts = {cost: self.front(cost) for cost in COSTS}
+        fronts = {cost: self.front(cost) for cost in self.telling}
         rows: list[list[str | float | int | None]] = []
         for one in self.candidates:
             added = one.parameters - reference.parameters
@@ -109,7 +117,7 @@ class SlotComparison:
                     f"{one.parameters:,}" + (f" ({added:+,})" if one is not reference else ""),
                     f"{one.flops / 1e6:.2f} M",
                     "1" if one is reference else _with_interval(one.latency, one.latency_interval, ".2f"),
-                    ", ".join(cost for cost in COSTS if one in fronts[cost]),
+                    ", ".join(WORDS[cost] for cost in fronts if one in fronts[cost]),
                 ]
             )
         seeds = len(reference.quality)
@@ -121,42 +129,50 @@ class SlotComparison:
             columns=[
                 "candidate",
                 "paper",
-                self.metric,
+                f"{self.metric.replace('_', ' ')} ({'higher' if self.higher_is_better else 'lower'} is better)",
                 f"against {reference.name}",
                 "parameters",
                 "FLOPs",
                 f"time × {reference.name}",
-                "best for its",
+                "nobody better for less",
             ],
             rows=rows,
         )
 
     def figure(self) -> "Figure":
-        """Quality against each cost, the front joined by a line."""
+        """Quality against each cost that tells candidates apart, the front joined by a line."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(13, 4.2), layout="constrained")
-        scale = {"parameters": 1.0, "FLOPs": 1e6, "latency": 1.0}
-        labels = ("parameters", "million FLOPs, one example", f"time as a multiple of {self.candidates[0].name}")
-        for axes, cost, label in zip(figure.subplots(1, len(COSTS), sharey=True), COSTS, labels):
+        figure = Figure(figsize=(2.5 + 4 * len(self.telling), 4.4), layout="constrained")
+        scale = {"parameters": 1e3, "FLOPs": 1e6, "latency": 1.0}
+        labels = {
+            "parameters": "parameters, thousands",
+            "FLOPs": "operations on one example, millions",
+            "latency": f"time of one example, × {self.candidates[0].name}",
+        }
+        every = figure.subplots(1, len(self.telling), sharey=True, squeeze=False)[0]
+        for axes, cost in zip(every, self.telling):
+            costs = {one.name: one.cost(cost) / scale[cost] for one in self.candidates}
             front = self.front(cost)
-            costs = [one.cost(cost) / scale[cost] for one in front]
-            axes.plot(costs, [one.mean for one in front], color="0.75", zorder=0, label="the best for their cost")
-            middle = sum(edge(one.cost(cost) for one in self.candidates) for edge in (min, max)) / scale[cost]
+            line = [costs[one.name] for one in front], [one.mean for one in front]
+            axes.plot(*line, color="0.75", zorder=0, label="the best for its cost")
             for number, one in enumerate(self.candidates):
-                x, color = one.cost(cost) / scale[cost], f"C{number % 10}"
                 low, high = one.interval or (one.mean, one.mean)
-                axes.errorbar(x, one.mean, [[one.mean - low], [high - one.mean]], marker="o", capsize=3, color=color)
-                axes.scatter([x] * len(one.quality), one.quality, s=14, color=color, alpha=0.4)  # each seed
-                inward = {"xytext": (6, 4), "ha": "left"} if 2 * x <= middle else {"xytext": (-6, 4), "ha": "right"}
-                axes.annotate(one.name, (x, one.mean), textcoords="offset points", **inward)
-            axes.set_xlabel(label)
+                bounds = [[one.mean - low], [high - one.mean]]
+                style = mark(number)
+                axes.errorbar(costs[one.name], one.mean, bounds, capsize=3, linestyle="none", label=one.name, **style)
+                alone = {"marker": style["marker"], "color": style["color"], "s": 14, "alpha": 0.4}
+                axes.scatter([costs[one.name]] * len(one.quality), one.quality, **alone)  # each seed
+            axes.set_xlabel(labels[cost])
+            plain_axis(axes, "x", list(costs.values()))
             axes.margins(x=0.15)
-            axes.locator_params(axis="x", nbins=4)
             axes.grid(alpha=0.3)
-        figure.axes[0].set_ylabel(f"test {self.metric}")
-        figure.axes[0].legend(loc="lower right")
-        figure.suptitle(f"{self.slot} on {self.data}: {self.host}", fontsize=11)
+        better = "higher" if self.higher_is_better else "lower"
+        every[0].set_ylabel(f"test {self.metric.replace('_', ' ')} ({better} is better)")
+        figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+        seeds = len(self.candidates[0].quality)
+        many = f"faint: each of {seeds} seeds; whiskers: 95 % interval of their mean" if seeds > 1 else "one seed"
+        figure.suptitle(f"{self.slot} on {self.data}: {self.host}\n{many}", fontsize=10)
         return figure
 
     def save(self, out: str | Path) -> list[Path]:
@@ -171,7 +187,7 @@ class SlotComparison:
         if self.more:
             names, qualities = [one.name for one in self.candidates], {one.name: one.quality for one in self.candidates}
             files.insert(2, folder / f"{self.slot}-context.png")
-            language.figure(names, self.more, qualities, self.metric).savefig(files[2], dpi=110)
+            language.figure(names, self.more, qualities, self.metric.replace("_", " ")).savefig(files[2], dpi=110)
         return files
 
 
@@ -270,7 +286,7 @@ def compare(
             for name, (_, paper) in chosen.items()
         ),
         setting={"budget": budget, "seeds": list(chosen_seeds), "device": device, **setting},
-        more=more,
+        more=language.settled(more, reference) if more else {},
     )
 
 

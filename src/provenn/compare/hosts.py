@@ -40,16 +40,6 @@ class Host:
     more: bool = False
 
 
-class Nothing(nn.Module):
-    """The empty slot, whatever else its mechanisms are given."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-
-    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
-        return x
-
-
 def _gated_resnet(gate: Factory, options: dict[str, Any]) -> nn.Module:
     from provenn.nn.resnet import resnet20
 
@@ -59,7 +49,7 @@ def _gated_resnet(gate: Factory, options: dict[str, Any]) -> nn.Module:
 def _gates() -> dict[str, Factory]:
     from provenn.nn.channel_gates import CBAM, SqueezeExcitation
 
-    return {"none": Nothing, "se": SqueezeExcitation, "cbam": CBAM}
+    return {"none": nn.Identity, "se": SqueezeExcitation, "cbam": CBAM}
 
 
 def _series_encoder(mixer: Factory, options: dict[str, Any]) -> nn.Module:
@@ -70,8 +60,9 @@ def _series_encoder(mixer: Factory, options: dict[str, Any]) -> nn.Module:
 
 def _mixers() -> dict[str, Factory]:
     from provenn.nn.attention import SoftmaxAttention
+    from provenn.nn.mixers import NoMixer
 
-    return {"none": Nothing, "softmax": partial(SoftmaxAttention, heads=4)}
+    return {"none": NoMixer, "softmax": partial(SoftmaxAttention, heads=4)}
 
 
 class Sum(nn.Module):

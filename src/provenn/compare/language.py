@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from provenn import bench
+from provenn.compare.drawing import mark, plain_axis
 from provenn.evidence import Run, Table
 from provenn.nn.language import CausalLM
 from provenn.nn.mixers import BASELINES as KNOWN
@@ -78,7 +79,7 @@ def _recall(factory: Factory, recipe: Recipe, device: str, seed: int) -> dict[st
 
 
 def _costs(factory: Factory, reference: Factory, options: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Seconds of a training step beside the reference's, and of one token more after a context; bytes of its state."""
+    """A training step and one token more after a context, as multiples of the reference's time; the state's bytes."""
     torch.manual_seed(0)
     model, other = (language_model(each, options).to(run.device) for each in (factory, reference))
     tokens = torch.randint(options["vocab"], (16, SIZES["length"]), device=run.device)
@@ -90,16 +91,35 @@ def _costs(factory: Factory, reference: Factory, options: dict[str, Any], run: R
             before = torch.randint(options["vocab"], (1, context), device=run.device)
             states = [each.prefill(before)[1] for each in (model, other)]
             one, two = (partial(each.step, before[:, 0], s) for each, s in zip((model, other), states))
-            later.append(list(bench.compare(one, two, rounds=3 if run.smoke else 9).a))
+            times = bench.compare(one, two, rounds=3 if run.smoke else 9)
+            later.append((times.ratio, min(times.b)))
             held.append(state_bytes(states[0]))
     return {
         "step": step.ratio,
         "step_interval": list(step.interval),
-        "tokens_per_second": tokens.numel() / min(step.a),
+        "step_seconds": min(step.b),
         "contexts": list(CONTEXTS[run.budget]),
-        "token_seconds": later,
+        "token": [ratio for ratio, _ in later],
+        "token_seconds": [seconds for _, seconds in later],
         "state_bytes": held,
     }
+
+
+def settled(more: dict[str, Any], reference: str) -> dict[str, Any]:
+    """The same with each candidate's own times: its ratio of interleaved runs, times what the reference took.
+
+    What was measured while the machine was busy would seem slow otherwise, and the reference is its own measure.
+    """
+    base = more[reference]
+    found = {}
+    for name, of in more.items():
+        alone = {"step": 1.0, "step_interval": [1.0, 1.0], "token": [1.0] * len(of["token"])} if of is base else {}
+        mine = {**of, **alone}
+        mine["step_seconds"] = mine["step"] * base["step_seconds"]
+        mine["tokens_per_second"] = 16 * SIZES["length"] / mine["step_seconds"]
+        mine["token_seconds"] = [ratio * seconds for ratio, seconds in zip(mine["token"], base["token_seconds"])]
+        found[name] = mine
+    return found
 
 
 def _train(model: nn.Module, tokens: torch.Tensor) -> None:
@@ -122,15 +142,16 @@ def table(names: Sequence[str], more: dict[str, Any], seeds: int) -> Table:
                 "1" if name == names[0] else f"{of['step']:.2f} ({low:.2f} to {high:.2f})",
                 f"{of['tokens_per_second']:,.0f}",
                 *(
-                    f"{1e3 * min(times):.2f} ms, {bytes_of(size)}"
-                    for times, size in zip(of["token_seconds"], of["state_bytes"])
+                    f"{1e3 * seconds:.2f} ms, {bytes_of(size)}"
+                    for seconds, size in zip(of["token_seconds"], of["state_bytes"])
                 ),
             ]
         )
     return Table(
         caption=(
-            f"Recall of {RECALL['pairs']} pairs over {RECALL['length']} tokens ({seeds} seeds, range), and what a long "
-            "context costs: the time of one token more, and the bytes kept"
+            f"Recall of {RECALL['pairs']} pairs over {RECALL['length']} tokens ({seeds} seed{'s' * (seeds != 1)}, "
+            f"mean and range; chance is {1 / RECALL['values']:.3f}), and what a long context costs: the time of one "
+            "token more, and the bytes kept of the context"
         ),
         columns=[
             "candidate",
@@ -159,27 +180,44 @@ def figure(names: Sequence[str], more: dict[str, Any], quality: Mapping[str, Seq
     """Quality against the time of a step, recall over distance, and time and bytes over the context."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(13, 8), layout="constrained")
+    drawn = Figure(figsize=(13, 8.4), layout="constrained")
     (first, second), (third, fourth) = drawn.subplots(2, 2)
+    chance = 1 / RECALL["values"]
+    second.axhline(chance, color="0.5", linestyle="--")
+    second.text(
+        0.99, chance - 0.01, "chance", transform=second.get_yaxis_transform(), ha="right", va="top", color="0.4"
+    )
     for number, name in enumerate(names):
-        of, style = more[name], {"color": f"C{number % 10}", "marker": "o^sDvPX*"[number % 8], "label": name}
+        of, style = more[name], mark(number)
         mean = sum(quality[name]) / len(quality[name])
         spread = [[mean - min(quality[name])], [max(quality[name]) - mean]]
-        first.errorbar(of["step"], mean, spread, capsize=3, linestyle="none", **style)
-        first.annotate(name, (of["step"], mean), textcoords="offset points", xytext=(7, 5))
+        first.errorbar(of["step"], mean, spread, capsize=3, linestyle="none", label=name, **style)
         points = list(zip(*(one["by_distance"] for one in of["recall"])))
         far = [sum(p[0] for p in point) / len(point) for point in points]
         told = [sum(p[1] for p in point) / len(point) for point in points]
-        second.plot(far, told, **style)
-        third.plot(of["contexts"], [1e3 * min(times) for times in of["token_seconds"]], **style)
-        fourth.plot(of["contexts"], [max(size, 1) for size in of["state_bytes"]], **style)
-    first.set(xlabel=f"time of a training step as a multiple of {names[0]}", ylabel=f"test {label}", xscale="log")
-    first.set_title("Quality against the cost of training (left and low is better)")
-    second.set(xlabel="tokens back", ylabel="accuracy", ylim=(-0.03, 1.03), title="Recall over distance")
-    third.set(xlabel="tokens before", ylabel="milliseconds", xscale="log", yscale="log")
-    third.set_title("One token more")
-    fourth.set(xlabel="tokens before", ylabel="bytes", xscale="log", yscale="log", title="What is kept of the context")
-    second.legend(fontsize=9)
+        # Curves that lie on each other are told apart where each is drawn a little narrower than the one below.
+        thin = {"linewidth": 3.2 - 2.4 * number / max(len(names) - 1, 1)}
+        second.plot(far, told, **thin, **style)
+        third.plot(of["contexts"], [1e3 * seconds for seconds in of["token_seconds"]], **thin, **style)
+        if any(of["state_bytes"]):  # nothing has no place on a logarithmic axis
+            fourth.plot(of["contexts"], of["state_bytes"], **thin, **style)
+    first.set(xlabel=f"time of a training step, × {names[0]}", ylabel=f"test {label}, range over seeds")
+    first.set_title("Quality against the cost of training (to the left and below is better)")
+    plain_axis(first, "x", [more[name]["step"] for name in names])
+    second.set(xlabel="tokens back", ylabel="share told right", ylim=(-0.03, 1.03))
+    second.set_title("What is recalled, over how far back it stands (higher is better)")
+    contexts = more[names[0]]["contexts"]
+    third.set(xlabel="tokens before", ylabel="milliseconds", title="Time of one token more (lower is better)")
+    plain_axis(third, "y", [1e3 * seconds for name in names for seconds in more[name]["token_seconds"]])
+    fourth.set(xlabel="tokens before", ylabel="bytes kept")
+    fourth.set_title("Memory of what was read (level: constant; rising: grows with the text)")
+    held = [size for name in names for size in more[name]["state_bytes"] if size]
+    if held:
+        plain_axis(fourth, "y", held, write=lambda size: bytes_of(round(size)), base=4)
+    for axes in (third, fourth):
+        plain_axis(axes, "x", contexts, every=True)
+    handles, texts = first.get_legend_handles_labels()
+    drawn.legend(handles, texts, loc="outside right upper")
     for axes in (first, second, third, fourth):
         axes.grid(alpha=0.3)
     return drawn

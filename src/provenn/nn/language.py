@@ -226,15 +226,13 @@ class CausalLM(TokenStack):
 
     Shapes: tokens (batch, tokens) to logits (batch, tokens, vocab). Streams where its mixers do.
 
-    The start (`TokenStack`) is made for widths of several hundred. A narrow model that has few steps to learn in, such
-    as a probe of recall, learns sooner from torch's own start of its linear maps; a mixer's own start comes after it:
+    The start (`TokenStack`) is made for widths of several hundred; 64 wide, maps start 3.6 times smaller than torch's
+    own. Softmax attention of that width learned associative recall (2 and 4 pairs, 400 and 600 steps) no better from
+    torch's; a mixer that does need larger maps gives them in `reset_parameters`, and anybody may after building:
 
         for part in model.modules():
             if isinstance(part, nn.Linear):
                 part.reset_parameters()
-        for block in model.blocks:
-            if hasattr(block.mixer, "reset_parameters"):
-                block.mixer.reset_parameters()
 
     >>> model = CausalLM(vocab=256, dim=32, layers=3, mixer="softmax,softmax,window")
     >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
