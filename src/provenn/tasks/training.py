@@ -1,6 +1,5 @@
 """Training, on Lightning: the same loop for every task, deterministic for a seed, resumable bit for bit."""
 
-import logging
 import math
 import sys
 import time
@@ -22,6 +21,7 @@ from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks.base import Task, TaskData
 
 CHECKPOINT = "last.ckpt"
+LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning")  # its loggers
 STRATEGIES = ("auto", "ddp", "fsdp")
 LARGEST_LR = 1e30  # far above any that trains; beyond it the optimizers' own numbers overflow
 
@@ -224,7 +224,8 @@ def fit(
                 dirpath=out, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
             )
         )
-    with _quiet(), _deterministic(device == "cpu"):
+    # Lightning's tips and banners say nothing that our user can act on.
+    with progress.quiet_loggers(*LIGHTNING), _deterministic(device == "cpu"):
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(device.split(":")[0], device.split(":")[0]),
             devices=devices,
@@ -325,22 +326,6 @@ def _plain_interrupt(trainer: Any) -> Iterator[None]:
         raise KeyboardInterrupt from None
     if trainer.interrupted:
         raise KeyboardInterrupt
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning's tips and banners say nothing that our user can act on."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
 
 
 def _module_class() -> type:
