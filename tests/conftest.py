@@ -1,5 +1,10 @@
 """What several tests share: a paper in a package of another name, installed as pip would."""
 
+import os
+
+# Before torch is imported: workers that each have a thread for every core wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 import sys
 from collections.abc import Iterator

@@ -330,7 +330,10 @@ def test_head_width_may_be_set_apart_from_the_width():
         (lambda: MoHAttention(8, 4, balance=-1), "balance must not be negative, got -1"),
         (lambda: MoHAttention(8, 4, balance=float("nan")), "balance must not be negative, got nan"),
         (lambda: MoHAttention(8, 4, causal=False).prefill(torch.randn(1, 3, 8)), "cannot stream"),
-        (lambda: MoHAttention(8, 4)(torch.randn(1, 3, 7)), re.escape("expected (batch, tokens, 8), got (1, 3, 7)")),
+        (
+            lambda: MoHAttention(8, 4)(torch.randn(1, 3, 7)),
+            re.escape("expected (batch, tokens, 8) with at least one token, got (1, 3, 7)"),
+        ),
     ],
 )
 def test_bad_arguments_are_refused_with_a_reason(build, message):
