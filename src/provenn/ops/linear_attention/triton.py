@@ -71,6 +71,7 @@ def kernel_product(q: Tensor, k: Tensor, v: Tensor, start: Tensor, reverse: bool
         "CHUNK": 32 if features > 128 else 64,
         "FEATURES": max(16, triton.next_power_of_2(features)),
         "DIM": width,
+        "num_stages": 1,  # with loads in flight it would not fit the 99 KiB of the smaller GPUs
     }
     with torch.cuda.device(v.device):
         _product[(rows * blocks,)](q, k, v, start, y, end, n, features, dim, blocks, REVERSE=reverse, **sizes)
