@@ -625,7 +625,11 @@ def command(site: Path, words: str, cwd: Path, **environment: str) -> subprocess
 
 def test_ctrl_c_in_a_measurement_says_how_to_go_on(third_party, here):
     process = command(
-        third_party, "reproduce tiny_gate --out run", here, TINY_GATE_SECONDS="0.5", TINY_GATE_CALLS=str(here / "calls")
+        third_party,
+        "reproduce tiny_gate --seeds 50 --out run",  # far from its end when the signal comes, however busy the machine
+        here,
+        TINY_GATE_SECONDS="0.5",
+        TINY_GATE_CALLS=str(here / "calls"),
     )
     deadline = time.monotonic() + 60
     while not (here / "calls").exists() and process.poll() is None and time.monotonic() < deadline:
@@ -635,7 +639,7 @@ def test_ctrl_c_in_a_measurement_says_how_to_go_on(third_party, here):
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last.endswith("Go on with: provenn reproduce tiny_gate --out run --resume")
+    assert last.endswith("Go on with: provenn reproduce tiny_gate --seeds 50 --out run --resume")
 
 
 def test_a_reader_that_leaves_is_no_trouble(third_party, here):
