@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from provenn.bench import count_parameters
 from provenn.compare import COSTS, HOSTS, Candidate, SlotComparison, compare, host_for
-from provenn.compare import comparison as module
+from provenn.compare import trained as module
 from provenn.compare.language import settled
 from provenn.errors import UserError
 from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.nn.resnet import resnet20
+from provenn.tasks import get_task
+from provenn.tasks.training import Diverged
 
 
 def gates(out: Path, *names: str, seeds: int = 2) -> SlotComparison:
@@ -42,7 +44,7 @@ def test_all_get_the_same_recipe_data_and_seeds(tmp_path: Path, monkeypatch: pyt
 
     def fit(build: Any, task: Any, data: Any, recipe: Any, *, seed: int, **_: Any) -> Any:
         calls.append((data.fingerprint, recipe, seed))
-        return type("Fit", (), {"metrics": {"accuracy": 0.5}})
+        return type("Fit", (), {"metrics": {"accuracy": 0.5}, "model": None})
 
     monkeypatch.setattr(module, "fit", fit)
     gates(tmp_path, "none", "se", "cbam", seeds=3)
@@ -57,7 +59,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, monk
         if len(calls) == 3:
             raise RuntimeError("killed")
         calls.append(seed)
-        return type("Fit", (), {"metrics": {"accuracy": seed / 10}})
+        return type("Fit", (), {"metrics": {"accuracy": seed / 10}, "model": None})
 
     monkeypatch.setattr(module, "fit", fit)
     with pytest.raises(RuntimeError, match="killed"):
@@ -69,6 +71,27 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, monk
     assert [one.quality for one in result.candidates] == [(0.0, 0.1), (0.0, 0.1)]
     monkeypatch.setattr(module, "fit", None)
     assert gates(tmp_path, "none", "se") == result
+
+
+def test_a_candidate_that_diverges_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fit, told = module.fit, []
+
+    def breaking(*given: Any, title: str, seed: int, **more: Any) -> Any:
+        if title == "se" and seed == 1:
+            raise Diverged("the loss became nan at step 56")
+        return fit(*given, title=title, seed=seed, **more)
+
+    monkeypatch.setattr(module, "fit", breaking)
+    result = compare(
+        "channel-gate", ["se", "none"], data="digits", budget="smoke", seeds=2, out=tmp_path, tell=told.append
+    )
+    assert told == ["se, seed 1: the loss became nan at step 56; it counts as it was before training"]
+    torch.manual_seed(1)
+    task = get_task("image-classification")
+    data = task.load("digits")
+    untrained = host_for("channel-gate", "digits").build(SqueezeExcitation, data.options).eval()
+    with torch.no_grad():
+        assert result.candidates[1].quality[1] == task.evaluate(untrained, data.test)["accuracy"]
 
 
 def test_the_result_is_written_as_numbers_table_and_plot(tmp_path: Path):

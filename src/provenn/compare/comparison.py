@@ -16,6 +16,7 @@ from provenn.catalog import first_mechanism, meant, mechanisms_of
 from provenn.compare import language
 from provenn.compare.drawing import mark, plain_axis
 from provenn.compare.hosts import Factory, Host, host_for
+from provenn.compare.trained import trained
 from provenn.errors import UserError
 from provenn.evidence import Ledger, Run, Table
 from provenn.evidence.interval import Interval, paired_difference, student
@@ -23,7 +24,7 @@ from provenn.evidence.record import write_atomically
 from provenn.evidence.run import Budget
 from provenn.reproduce import BUDGETS, check_writable, choose_device, choose_seeds
 from provenn.slots import slot as slot_called
-from provenn.tasks import Recipe, Task, TaskData, fit, get_task
+from provenn.tasks import Recipe, Task, TaskData, get_task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -253,14 +254,14 @@ def compare(
     with progress.bar(f"compare {slot}", len(chosen)) as advance:
         for name, (factory, _) in chosen.items():
             build = partial(host.build, factory, loaded.options)
-            train = partial(_trained_quality, build, task, loaded, recipe, device=device, title=name)
+            train = partial(_trained_quality, build, task, loaded, recipe, tell, device=device, title=name)
             qualities[name] = run.trials(name, train, **setting)
             against = None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
             cost = partial(_cost, build, against, task, loaded, device, rounds=3 if run.smoke else 15)
             costs[name] = run.trial(f"{name}: cost", cost, reference=reference, **setting)
             if host.more:
                 against_it = (reference, chosen[reference][0])
-                more[name] = language.measure(run, name, factory, against_it, loaded.options)
+                more[name] = language.measure(run, name, factory, against_it, loaded.options, tell)
             advance()
 
     base = qualities[reference]
@@ -317,9 +318,20 @@ def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tup
 
 
 def _trained_quality(
-    build: Callable[[], nn.Module], task: Task, data: TaskData, recipe: Recipe, seed: int, *, device: str, title: str
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    tell: Callable[[str], None],
+    seed: int,
+    *,
+    device: str,
+    title: str,
 ) -> float:
-    return fit(build, task, data, recipe, seed=seed, device=device, title=title).metrics[task.metric]
+    result = trained(build, task, data, recipe, seed=seed, device=device, title=title)
+    if result.diverged:
+        tell(f"{title}, seed {seed}: {result.diverged}; it counts as it was before training")
+    return result.metrics[task.metric]
 
 
 def _cost(

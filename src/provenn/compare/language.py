@@ -10,11 +10,12 @@ from torch import nn
 
 from provenn import bench
 from provenn.compare.drawing import mark, plain_axis
+from provenn.compare.trained import trained
 from provenn.evidence import Run, Table
 from provenn.nn.language import CausalLM
 from provenn.nn.mixers import BASELINES as KNOWN
 from provenn.nn.streaming import state_bytes
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import Recipe, get_task
 from provenn.tasks.recall import PairEmbedding
 
 if TYPE_CHECKING:
@@ -60,22 +61,33 @@ def lookup_model(mixer: Factory) -> CausalLM:
 
 
 def measure(
-    run: Run, name: str, factory: Factory, reference: tuple[str, Factory], options: dict[str, Any]
+    run: Run,
+    name: str,
+    factory: Factory,
+    reference: tuple[str, Factory],
+    options: dict[str, Any],
+    tell: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """What a candidate recalls over the seeds, what a training step takes, and what a long context costs."""
     recipe = replace(_ADAMW, max_steps=RECALL_STEPS[run.budget])
-    recall = partial(_recall, factory, recipe, run.device)
+    recall = partial(_recall, name, factory, recipe, run.device, tell)
     recalled = run.trials(f"{name}: recall", recall, **RECALL, recipe=asdict(recipe), **_HOST)
     setting = {**_HOST, **options, **SIZES, "contexts": list(CONTEXTS[run.budget]), "reference": reference[0]}
     costs = run.trial(f"{name}: context", partial(_costs, factory, reference[1], options, run), **setting)
     return {"recall": recalled, **costs}
 
 
-def _recall(factory: Factory, recipe: Recipe, device: str, seed: int) -> dict[str, Any]:
+def _recall(
+    name: str, factory: Factory, recipe: Recipe, device: str, tell: Callable[[str], None], seed: int
+) -> dict[str, Any]:
     task: Any = get_task("recall")
     data = task.load("lookup", seed=seed, **RECALL)
-    result = fit(partial(lookup_model, factory), task, data, recipe, seed=seed, device=device)
-    return {**result.metrics, "by_distance": task.accuracy_by_distance(result.model, data.test)}
+    build = partial(lookup_model, factory)
+    result = trained(build, task, data, recipe, seed=seed, device=device, title="recall")
+    if result.diverged:
+        tell(f"{name}, recall with seed {seed}: {result.diverged}; it counts as it was before training")
+    by_distance = task.accuracy_by_distance(result.model, data.test)
+    return {**result.metrics, "by_distance": by_distance, "diverged": bool(result.diverged)}
 
 
 def _costs(factory: Factory, reference: Factory, options: dict[str, Any], run: Run) -> dict[str, Any]:
@@ -127,6 +139,12 @@ def _train(model: nn.Module, tokens: torch.Tensor) -> None:
     get_task("language-modelling").loss(model, (tokens[:, :-1], tokens[:, 1:])).backward()
 
 
+def _lost(recall: Sequence[Mapping[str, Any]]) -> str:
+    """How many trainings diverged, where any did."""
+    lost = sum(one.get("diverged", False) for one in recall)
+    return f", {lost} of {len(recall)} diverged" if lost else ""
+
+
 def table(names: Sequence[str], more: dict[str, Any], seeds: int) -> Table:
     """A row for each candidate."""
     contexts = more[names[0]]["contexts"]
@@ -138,7 +156,8 @@ def table(names: Sequence[str], more: dict[str, Any], seeds: int) -> Table:
         rows.append(
             [
                 name,
-                f"{sum(recalled) / len(recalled):.3f} ({min(recalled):.3f} to {max(recalled):.3f})",
+                f"{sum(recalled) / len(recalled):.3f} ({min(recalled):.3f} to {max(recalled):.3f})"
+                + _lost(of["recall"]),
                 "1" if name == names[0] else f"{of['step']:.2f} ({low:.2f} to {high:.2f})",
                 f"{of['tokens_per_second']:,.0f}",
                 *(

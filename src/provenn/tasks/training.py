@@ -150,6 +150,10 @@ class Fit:
         return [entry[key] for entry in self.curve if key in entry]
 
 
+class Diverged(UserError):
+    """The loss is no number any more."""
+
+
 class EpochSampler(Sampler[int]):
     """A fresh order every epoch that depends on seed and epoch alone, so that a resumed run sees the same batches.
 
@@ -357,7 +361,7 @@ def _module_class() -> type:
             if added:
                 loss = loss + torch.stack(added).mean()
             if not torch.isfinite(loss):
-                raise UserError(f"the loss became {loss.item()} at step {self.global_step}; {_help(self)}")
+                raise Diverged(f"the loss became {loss.item()} at step {self.global_step}; {_help(self)}")
             return loss
 
         def on_train_epoch_start(self) -> None:
