@@ -616,17 +616,23 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(run, props, monkeypatch, when, resum
 
 
 def command(site: Path, words: str, cwd: Path, **environment: str) -> subprocess.Popen:
-    """The same in a process of its own, as a shell starts it."""
+    """The same in a process of its own, as a shell starts it: with Ctrl-C heeded, even where the suite runs without."""
     source = Path(catalog.__file__).parents[1]
     environment = {"PYTHONPATH": f"{source}:{site}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "provenn", *shlex.split(words)], cwd=cwd, env=environment, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-m", "provenn", *shlex.split(words)],
+        cwd=cwd,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
 
 
 def test_ctrl_c_in_a_measurement_says_how_to_go_on(third_party, here):
     process = command(
         third_party,
-        "reproduce tiny_gate --seeds 50 --out run",  # far from its end when the signal comes, however busy the machine
+        "reproduce tiny_gate --seeds 50 --out run",  # far from its end when the signal comes
         here,
         TINY_GATE_SECONDS="0.5",
         TINY_GATE_CALLS=str(here / "calls"),
