@@ -13,7 +13,7 @@ from provenn.testing.subject import Subject
 
 OF_EVERY_PRESET = ("match-published-counts", "reach-parameters", "build-on-meta")
 OF_LARGE_PRESETS = ("match-published-counts", "build-on-meta")
-LARGE = 2**26  # parameters; beyond, weights and gradients are more than a test should hold
+LARGE = 2**28  # parameters; beyond, weights and gradients are more than a test should hold
 
 
 class BrokenPromise(AssertionError):
