@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import jaxtyping
 import pytest
 from hypothesis import settings
 
@@ -34,10 +33,10 @@ def install(package: Path, site: Path) -> Path:
 @pytest.fixture
 def untyped() -> Iterator[None]:
     """Run-time shape checks cannot be traced, and would refuse bad shapes before we do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    from provenn.testing.promises import unchecked
+
+    with unchecked():
+        yield
 
 
 @pytest.fixture

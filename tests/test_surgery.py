@@ -4,9 +4,7 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,14 +52,6 @@ def vit() -> ViTForImageClassification:
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
     )
     return ViTForImageClassification(config).eval()
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 image = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -186,7 +176,7 @@ def test_in_another_process_a_later_hook_does_not_displace_an_inserted_module(tm
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True, env=environment)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("untyped")
 def test_the_result_compiles_and_exports():
     model = nn.Sequential(nn.Linear(4, 4), Branch(), nn.Sequential(nn.Linear(4, 4))).eval()
     x = torch.randn(2, 4)
@@ -333,7 +323,7 @@ def test_an_example_leaves_no_trace():
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("untyped")
 def test_what_is_no_model_and_no_place_is_refused():
     with pytest.raises(TypeError, match=r"model must be a .*Module, got str"):
         insert_after("resnet", "layer1", nn.BatchNorm2d)  # type: ignore[arg-type]

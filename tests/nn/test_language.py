@@ -1,7 +1,5 @@
-from collections.abc import Iterator
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 
@@ -13,15 +11,6 @@ from provenn.nn.mixers import mixer_called, mixers_called
 from provenn.nn.transformer import TransformerEncoder
 
 TOKENS = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def without_shape_checks() -> Iterator[None]:
-    """As for a user: the suite's own checks of shapes would come first."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def small(mixer="softmax,window", **options) -> CausalLM:
@@ -167,7 +156,7 @@ def test_what_layers_add_is_seen_by_the_innermost_collection_alone():
         (torch.ones(3, 17), r"got float32 of shape \(3, 17\)"),
     ],
 )
-def test_a_mask_of_other_tokens_is_refused(without_shape_checks, mixer, mask, came):
+def test_a_mask_of_other_tokens_is_refused(untyped, mixer, mask, came):
     says = rf"mask must be bool of shape \(batch, tokens\) = \(3, 17\), True where a token may be attended, {came}"
     with pytest.raises(ValueError, match=says):
         small(mixer)(TOKENS, mask=mask)

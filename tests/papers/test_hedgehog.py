@@ -4,7 +4,6 @@ import copy
 import math
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,15 +41,6 @@ from provenn.papers.hedgehog.layers import FORMS
 from provenn.papers.hedgehog.model import hedgehog_gpt2, hedgehog_small, hedgehog_vit
 
 STABLE = [form for form in FORMS if form != "plain"]
-
-
-@pytest.fixture
-def untyped():
-    """Run-time shape checks would refuse bad shapes before we do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(autouse=True)

@@ -341,17 +341,6 @@ def test_bad_arguments_are_refused_with_a_reason(build, message):
         build()
 
 
-@pytest.fixture
-def unchecked():
-    """Shapes as they come, without the run-time types, which would refuse first."""
-    import jaxtyping
-
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
-
-
 @pytest.mark.parametrize("execute", ["dense", "gather"])
 @pytest.mark.parametrize(
     "mask, got",
@@ -362,7 +351,7 @@ def unchecked():
         (torch.ones(2, 5), "got float32 of shape (2, 5)"),
     ],
 )
-def test_masks_of_another_shape_are_refused(execute, mask, got, unchecked):
+def test_masks_of_another_shape_are_refused(execute, mask, got, untyped):
     layer = MoHAttention(8, 4, execute=execute)
     with pytest.raises(ValueError, match=re.escape(f"(2, 5), True where a token may be attended, {got}")):
         layer(torch.randn(2, 5, 8), mask=mask)

@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,15 +38,6 @@ from provenn.papers.nprf.studies import Copier, crossing, learn_to_copy, row_err
 
 forms = pytest.mark.parametrize("form", ["fft", "quadratic"])
 CAUSAL = [name for name in ATTENTIONS if name != "linformer"]
-
-
-@pytest.fixture
-def untyped():
-    """Run-time shape checks would refuse bad shapes before we do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import json
 import shlex
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -280,15 +279,6 @@ def test_copies_share_no_memory():
 def test_bad_arguments_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-@pytest.fixture
-def untyped():
-    """Without the run-time shape checks, as a user runs it."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @mixers
