@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from provenn.cli import main
 from provenn.errors import UserError
 from provenn.nn.diffusion import noise_schedule
 from provenn.tasks import Recipe, fit, get_task
@@ -125,3 +126,10 @@ def test_latents_are_written_as_numbers(tmp_path):
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="size must be at least 1 pixel, got 0"):
         TASK.load("digits", size=0)
+
+
+def test_training_says_how_to_draw(tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["train", "moh", "--preset", "moh_dit_digits", "--data", "digits", "--steps", "1", "--out", str(run)]
+    assert main(words) == 0
+    assert f"next     provenn predict moh --weights {run} -o OUTPUT" in capsys.readouterr().out

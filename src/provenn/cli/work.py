@@ -70,10 +70,10 @@ def train(
         terminal.print(f"written  {file}", soft_wrap=True)
     work = get_task(json.loads((folder / "run.json").read_text())["task"])
     if work.name not in api.PROBES:
-        ends = "'some words'" if work.takes_words else "INPUT…"
-        out_option = "" if work.takes_words else " -o OUTPUT"
+        given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
+        out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
         terminal.print(
-            f"next     provenn predict {card.slug} {ends} --weights {shlex.quote(str(folder))}{out_option}",
+            f"next     provenn predict {card.slug}{given} --weights {shlex.quote(str(folder))}{out_option}",
             markup=False,
             soft_wrap=True,
         )
