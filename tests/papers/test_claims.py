@@ -112,7 +112,7 @@ def held(study: Study, run: Run) -> dict[str, list[float]]:
     data, task = study.data(0, True), study.of_task
     batch = next(iter(DataLoader(data.train, batch_size=4, collate_fn=data.collate)))  # type: ignore[arg-type]
     values = {}
-    for arm, (label, part) in study.arms.items():
+    for label, part in study.arms.values():
         torch.manual_seed(0)
         model = study.build(part, **data.options)
         with torch.no_grad():
