@@ -1,6 +1,7 @@
 """What MoH promises: attention whose heads are weighed and chosen by the token, with its limits and its identities."""
 
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import provenn
 from provenn.bench import count_parameters
 from provenn.errors import UserError
 from provenn.nn.attention import SoftmaxAttention
@@ -17,7 +19,7 @@ from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.diffusion import noise_loss, sample
 from provenn.nn.language import CausalLM
 from provenn.nn.streaming import select_state
-from provenn.papers.moh import DiT, MoHViT, dit, moh_dit_digits, moh_llm_b, moh_llm_s, moh_vit_digits, vit
+from provenn.papers.moh import DiT, MoHViT, dit, layers, moh_dit_digits, moh_llm_b, moh_llm_s, moh_vit_digits, vit
 from provenn.papers.moh.layers import (
     HeadRouter,
     MoHAttention,
@@ -553,6 +555,72 @@ def test_a_vision_transformer_takes_images_of_other_sizes():
     assert model(torch.randn(2, 3, 64, 96)).shape == (2, 3)
     with pytest.raises(ValueError, match="multiples of 32, got 60 x 64"):
         model(torch.randn(1, 3, 60, 64))
+
+
+def test_positions_of_the_diffusion_transformer_are_the_authors():
+    """Values of their table of 3 × 3 places in 8 features, of noise levels in 6: columns and sines first, then rows."""
+    table = [
+        [0.841471, 0.01, 0.540302, 0.99995, 0.0, 0.0, 1.0, 1.0],
+        [0.0, 0.0, 1.0, 1.0, 0.841471, 0.01, 0.540302, 0.99995],
+        [0.909297, 0.019999, -0.416147, 0.9998, 0.841471, 0.01, 0.540302, 0.99995],
+    ]
+    levels = [
+        [-0.989992, 0.990321, 0.999979, 0.14112, 0.138798, 0.006463],
+        [-0.839104, 0.475559, 0.062651, 0.543971, 0.879684, 0.998035],
+    ]
+    torch.testing.assert_close(dit.grid_positions(3, 8)[[1, 3, 5]], torch.tensor(table), rtol=0, atol=2e-6)
+    features = dit.noise_level_features(torch.tensor([3, 700]), 6)
+    torch.testing.assert_close(features, torch.tensor(levels), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [3, None])
+def test_a_diffusion_transformer_draws_queries_keys_and_values_as_one_map(shared):
+    """Xavier's bound of (3 · dim) × dim; drawn apart the weights would be √2 larger."""
+    model = moh_dit_digits(dim=64, layers=2, shared=shared, top_k=shared)
+    bound = (6 / (64 + 3 * 64)) ** 0.5
+    for block in model.blocks:
+        for part in (block.attention.query, block.attention.key, block.attention.value):
+            assert 0.99 * bound < part.weight.abs().max() <= bound
+        assert block.attention.out.weight.abs().max() > 1.3 * bound
+
+
+PRESETS_THAT_GATHER = {
+    "moh_small": ({"dim": 16, "layers": 1}, [torch.arange(40)[None]]),
+    "moh_vit_digits": ({"dim": 16, "layers": 1}, [torch.linspace(-1, 1, 64).view(1, 1, 8, 8)]),
+    "moh_dit_digits": (
+        {"dim": 16, "layers": 1},
+        [torch.linspace(-1, 1, 64).view(1, 1, 8, 8), torch.tensor([500]), torch.tensor([3])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS_THAT_GATHER)
+def test_a_preset_computes_the_heads_in_use_alone_where_that_is_asked(name, monkeypatch):
+    options, inputs = PRESETS_THAT_GATHER[name]
+    counted = []
+    routed = layers.routed_attention
+    monkeypatch.setattr(layers, "routed_attention", lambda *args, **more: counted.append(1) or routed(*args, **more))
+    outputs = []
+    for execute in ("dense", "gather"):
+        model = provenn.paper("moh").build(name, execute=execute, **options).double().eval()
+        torch.manual_seed(0)
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.3)
+        outputs.append(model(*(x.double() if x.is_floating_point() else x for x in inputs)))
+    assert counted == [1]
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_balance_that_nobody_takes_is_not_dropped_without_a_word():
+    layer, x = MoHAttention(16, 8), torch.randn(2, 9, 16)
+    with pytest.warns(UserWarning, match=r"collect_auxiliary.*balance=0"):
+        layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with collect_auxiliary():
+            layer(x)
+        MoHAttention(16, 8, balance=0)(x)
+        layer.eval()(x)
 
 
 def test_what_is_inspected_is_the_load_of_the_heads():
