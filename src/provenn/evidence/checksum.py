@@ -94,16 +94,18 @@ def _used(function: FunctionType, roots: set[str]) -> Iterator[Any]:
         value = function.__globals__.get(name)
         if isinstance(value, ModuleType):
             if value.__name__.partition(".")[0] in roots:
-                yield from (vars(value)[other] for other in names if _counts(vars(value).get(other), roots))
-        elif _counts(value, roots):
+                yield from (vars(value)[other] for other in names if _counts(other, vars(value).get(other), roots))
+        elif _counts(name, value, roots):
             yield value
 
 
-def _counts(value: Any, roots: set[str]) -> bool:
-    """Code of ours, or a constant."""
+def _counts(name: str, value: Any, roots: set[str]) -> bool:
+    """Code of ours, or a constant; a module's state, such as when a log got its last line, is no part of what it does."""
     if isinstance(value, (FunctionType, type)):
         return _package(value) in roots
-    return isinstance(value, (str, int, float, tuple, list, dict, partial, frozenset))
+    if isinstance(value, partial):
+        return True
+    return name.isupper() and isinstance(value, (str, int, float, tuple, list, dict, frozenset))
 
 
 def _names(code: CodeType) -> set[str]:
