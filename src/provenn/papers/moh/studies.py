@@ -166,14 +166,13 @@ def converted(way: Way, **options: Any) -> nn.Module:
     return model.requires_grad_(way.tuned)
 
 
-_trained: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+_trained: dict[tuple[Any, ...], dict[str, Tensor]] = {}  # of each seed, for all ways of converting it
 
 
 def pretrained(task: Task, data: TaskData, steps: int, seed: int, device: str) -> dict[str, Tensor]:
-    """The weights of a multi-head model of this seed, trained once for all ways of converting it."""
+    """The weights of a multi-head model of this seed, trained once."""
     key = (data.fingerprint, steps, seed, device)
     if key not in _trained:
-        _trained.clear()  # seeds come one after another
         build = partial(language_model, Heads(), **data.options)
         recipe = replace(PRETRAINING, max_steps=steps)
         done = fit(build, task, data, recipe, seed=seed, device=device, title="the model to convert")
