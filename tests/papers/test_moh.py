@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import provenn
-from provenn.bench import count_parameters
+from provenn.bench import count_parameters, flops
 from provenn.errors import UserError
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.diffusion import noise_loss, sample
 from provenn.nn.language import CausalLM
 from provenn.nn.streaming import select_state
+from provenn.ops.routed_heads import routed_attention
 from provenn.papers.moh import DiT, MoHViT, dit, layers, moh_dit_digits, moh_llm_b, moh_llm_s, moh_vit_digits, vit
 from provenn.papers.moh.layers import (
     HeadRouter,
@@ -107,6 +108,9 @@ def test_in_the_papers_form_it_is_not():
     gates = layer.router(x).gates
     torch.testing.assert_close(gates.sum(-1), torch.ones(2, 9, dtype=torch.float64))
     assert (layer(x) - softmax(x)).abs().max() > 0.1
+    even = MoHAttention.from_softmax(softmax, router="paper", shared=0, top_k=8)
+    nn.init.zeros_(even.router.routed.weight)
+    torch.testing.assert_close(even(x) - softmax.out.bias, (softmax(x) - softmax.out.bias) / 8)
 
 
 @settings(deadline=None, max_examples=40)
@@ -448,6 +452,51 @@ def test_the_share_of_heads_is_the_one_in_the_name(build, share):
     with torch.device("meta"):
         routers = [part for part in build().modules() if isinstance(part, HeadRouter)]
     assert sum(r.shared + r.top_k for r in routers) / sum(r.heads for r in routers) == share
+
+
+@pytest.mark.parametrize("build", [*dit.PRESETS.values(), moh_llm_s, moh_llm_b])
+def test_without_its_routers_a_system_has_the_parameters_of_multi_head_attention(build):
+    """Also where the paper's heads are as many as it says, of a width of their own: 675,129,632 for DiT-XL/2."""
+    with torch.device("meta"):
+        model = build()
+    routers = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+    if "llm" in build.__name__:
+        with torch.device("meta"):
+            assert count_parameters(model) - routers == count_parameters(build(shared=None, top_k=None))
+    elif "xl" in build.__name__:
+        assert count_parameters(model) - routers == 675_129_632
+    assert 0 < routers < 0.01 * count_parameters(model)
+
+
+@pytest.mark.parametrize(
+    "build, giga",
+    [(vit.moh_vit_small_75, 10.32), (vit.moh_vit_base_75, 18.35), (vit.moh_vit_base_50, 18.35)],
+)
+def test_a_vision_transformer_does_the_authors_multiply_adds(build, giga):
+    """Counted in their code at 224 × 224, routers included: as many at 50 % of the heads as at 75 %."""
+    with torch.device("meta"), torch.no_grad():
+        model, image = build().eval(), torch.zeros(1, 3, 224, 224)
+        assert flops(lambda: model(image)) / 2e9 == pytest.approx(giga, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "build, giga", [(dit.moh_dit_s_75, 5.46), (dit.moh_dit_b_90, 21.8), (dit.moh_dit_xl_75, 114.5)]
+)
+def test_a_diffusion_transformer_does_the_authors_multiply_adds(build, giga):
+    """Of its maps, as counted in their code, where attention is fused; and 2 · 256² for each feature of the heads."""
+    with torch.device("meta"), torch.no_grad():
+        model = build().eval()
+        inputs = torch.zeros(1, 4, 32, 32), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        products = sum(2 * 256**2 * block.attention.out.in_features for block in model.blocks)
+        assert flops(lambda: model(*inputs)) / 2e9 == pytest.approx(giga + products / 1e9, rel=2e-3)
+
+
+def test_gathered_attention_does_the_share_of_the_operations_that_is_in_use():
+    q, k, v = (torch.randn(1, 8, 64, 16) for _ in range(3))
+    turns = (torch.arange(64)[:, None] + torch.arange(6)) % 8  # 6 of 8 heads, each by as many tokens
+    active = torch.zeros(64, 8, dtype=torch.bool).scatter(1, turns, True).T[None]
+    gathered = flops(lambda: routed_attention(q, k, v, active))
+    assert gathered == 0.75 * flops(lambda: F.scaled_dot_product_attention(q, k, v))
 
 
 def test_language_models_have_the_papers_size():

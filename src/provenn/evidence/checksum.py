@@ -100,7 +100,8 @@ def _used(function: FunctionType, roots: set[str]) -> Iterator[Any]:
 
 
 def _counts(name: str, value: Any, roots: set[str]) -> bool:
-    """Code of ours, or a constant; a module's state, such as when a log got its last line, is no part of what it does."""
+    """Code of ours, or a constant; a module's state, such as the time of a log's last line, is no part of what it does.
+    """
     if isinstance(value, (FunctionType, type)):
         return _package(value) in roots
     if isinstance(value, partial):
