@@ -132,7 +132,7 @@ def _used(function: FunctionType, roots: set[str]) -> Iterator[Any]:
 
 
 def _counts(name: str, value: Any, roots: set[str]) -> bool:
-    """Code of ours, or a constant; a module's state, such as the time of a log's last line, is no part of what it does."""
+    """Code of ours, or a constant; a module's state, such as when a log got its last line, does not count."""
     if isinstance(value, (FunctionType, type)) or hasattr(value, "__wrapped__"):
         return _package(value) in roots
     if isinstance(value, partial):
