@@ -232,7 +232,9 @@ def sum_over_heads(run: Run) -> Measurement:
     rows = attention.out.weight.T.split(4)
     summed = torch.stack([heads[:, i] @ rows[i] for i in range(8)]).sum(0) + attention.out.bias
     sides = [
-        torch.cat([y.flatten(), *(g.flatten() for g in torch.autograd.grad((y * x).sum(), attention.parameters()))])
+        torch.cat(
+            [y.flatten(), *(g.flatten() for g in torch.autograd.grad((y * x).sum(), tuple(attention.parameters())))]
+        )
         for y in (attention(x), summed)
     ]
     difference = (sides[0] - sides[1]).abs().max() / sides[1].abs().max()
