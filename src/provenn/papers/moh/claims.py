@@ -73,7 +73,7 @@ NOISE = Study(
         "75": ("75 % of the heads", Heads(3, 3)),
     },
     build=denoiser,
-    recipe=Recipe(epochs=20, batch_size=32, optimizer="adamw", schedule="cosine", warmup_steps=20, clip=1.0),
+    recipe=Recipe(epochs=15, batch_size=32, optimizer="adamw", schedule="cosine", warmup_steps=20, clip=1.0),
     lrs=(2e-3, 6e-3, 2e-2),
     about="digits (scikit-learn), 8×8 pixels, with noise",
     setting={"host": "diffusion Transformer, 2 layers, width 48, 8 heads, 16 tokens"},
@@ -94,7 +94,7 @@ LANGUAGE = Study(
     },
     build=language_model,
     recipe=Recipe(
-        epochs=1, max_steps=700, batch_size=8, optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1,
+        epochs=1, max_steps=500, batch_size=8, optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1,
         schedule="cosine", warmup_steps=20, clip=1.0,
     ),
     lrs=(7e-4, 2e-3, 6e-3),
@@ -117,13 +117,13 @@ CONVERSION = Study(
     },
     build=converted,
     recipe=Recipe(
-        epochs=1, max_steps=70, batch_size=8, optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1,
+        epochs=1, max_steps=50, batch_size=8, optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1,
         schedule="cosine", clip=1.0,
     ),
     lrs=(3e-4, 1e-3, 3e-3),
     trained=continued,
     about="the standard library's source, bytes",
-    setting={"converted": "a multi-head model after 700 steps, to 75 % of its heads", "lr of the original": 2e-3},
+    setting={"converted": "a multi-head model after 500 steps, to 75 % of its heads", "lr of the original": 2e-3},
     kind="heads chosen",
 )  # fmt: skip
 
