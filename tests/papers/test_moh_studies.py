@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.nn.attention import SoftmaxAttention
 from provenn.papers.moh.layers import MoHAttention, head_load
 from provenn.papers.moh.studies import (
-    FirstHeads,
     FixedHeads,
     Heads,
     Way,
@@ -38,26 +36,12 @@ def digits():
     return TaskData("noise", images(), images(), images(), fingerprint="", options={})
 
 
-def test_the_first_heads_are_multi_head_attention_of_fewer_heads():
-    first = FirstHeads(16, 8, kept=4).double()
-    narrow = SoftmaxAttention(16, 8, causal=False).double()
-    for part in ("query", "key", "value"):
-        ours, theirs = getattr(first.attention, part), getattr(narrow, part)
-        theirs.weight.data[:8], theirs.bias.data[:8] = ours.weight.data, ours.bias.data
-    narrow.out.weight.data[:, :8] = first.attention.out.weight.data
-    narrow.out.weight.data[:, 8:] = 0
-    narrow.out.bias.data = first.attention.out.bias.data
-    x = torch.randn(2, 9, 16, dtype=torch.float64)
-    torch.testing.assert_close(first(x), narrow(x))
-    assert not any(weight.requires_grad for weight in first.attention.router.parameters())
-
-
-@pytest.mark.parametrize("heads", [Heads(), Heads(8, 0), Heads(3, 3), Heads(first=4)])
+@pytest.mark.parametrize("heads", [Heads(), Heads(8, 0), Heads(3, 3)])
 def test_a_digit_network_uses_the_heads_that_it_is_called_by(heads):
     model = classifier(heads, num_classes=10)
     loads = head_load(model, torch.randn(4, 1, 8, 8))
     used = {round(load.sum().item(), 4) for load in loads.values()}
-    assert used == (set() if heads == Heads() else {float(heads.first or heads.shared + heads.top_k)})
+    assert used == (set() if heads == Heads() else {float(heads.shared + heads.top_k)})
 
 
 def test_heads_that_are_alike_have_no_gap_and_one_that_is_needed_has():

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Subset
 from provenn.nn.attention import SoftmaxAttention
 from provenn.papers.moh.dit import DiT, moh_dit_digits
 from provenn.papers.moh.layers import HeadRouter, MoHAttention, Routing, choose, head_load
-from provenn.papers.moh.model import PatchClassifier, moh_small, moh_vit_digits
+from provenn.papers.moh.model import moh_small, moh_vit_digits
 from provenn.tasks import Fit, Recipe, Task, TaskData, fit, get_task
 
 if TYPE_CHECKING:
@@ -27,12 +27,11 @@ KEPT = 900  # digits to learn from; the other 897 are validation and test, where
 
 
 class Heads(NamedTuple):
-    """Which heads a digit network uses: shared ones, and so many of the others; None is multi-head attention."""
+    """Which heads a network uses: shared ones, and so many of the others; None is multi-head attention."""
 
     shared: int | None = None
     top_k: int | None = None
     balance: float = 0.01
-    first: int = 0  # or, for all tokens alike, only the first so many
 
 
 def digit_data(seed: int, smoke: bool, task: str = "image-classification") -> TaskData:
@@ -46,23 +45,7 @@ def digit_data(seed: int, smoke: bool, task: str = "image-classification") -> Ta
 noise_data = partial(digit_data, task="image-generation")
 
 
-class FirstHeads(nn.Module):
-    """Multi-head attention whose last heads are left out, for all tokens alike."""
-
-    def __init__(self, dim: int, heads: int, kept: int, causal: bool = False):
-        super().__init__()
-        self.attention = MoHAttention(dim, kept, head_dim=dim // heads, shared=kept, top_k=0, causal=causal)
-        self.attention.router.requires_grad_(False)
-        for weight in self.attention.router.parameters():
-            nn.init.zeros_(weight)  # every gate is 1
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        return self.attention(x, mask=mask)
-
-
 def classifier(heads: Heads, **options: Any) -> nn.Module:
-    if heads.first:
-        return PatchClassifier(partial(FirstHeads, heads=HEADS, kept=heads.first), dim=48, layers=2, **options)
     return moh_vit_digits(dim=48, layers=2, shared=heads.shared, top_k=heads.top_k, balance=heads.balance, **options)
 
 
