@@ -2,7 +2,10 @@
 
 import copy
 import io
+import sys
+import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -477,19 +480,136 @@ def theirs(kinds, dim=128, vocab=30):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "preset"),
+    ("kinds", "preset", "options"),
     [
-        (["rat"] * 3, "rat_small"),
-        (["rnn"] * 2, "rnn_small"),
-        (["attention"] * 2, "attention_small"),
-        (["rat", "attention", "rat"], "rat_swa_small"),
+        (["rat"] * 3, "rat_small", {"chunk": 8}),
+        (["rnn"] * 2, "rnn_small", {}),
+        (["attention"] * 2, "attention_small", {"preset": "attention_small", "heads": 2}),
+        (["attention"] * 2, "attention_swa_small", {"preset": "attention_swa_small", "heads": 2, "window": 9}),
+        (["rat", "attention", "rat"], "rat_swa_small", {"chunk": 8, "window": 9}),
     ],
 )
-def test_official_weights_tell_their_preset(kinds, preset):
+def test_official_weights_tell_their_preset(kinds, preset, options):
     state = {f"_orig_mod.{name}": value for name, value in theirs(kinds).items()}
-    found, options, ours = convert(state)
-    assert found == preset and options["layers"] == len(kinds)
-    MODELS[found](**options).load_state_dict(ours, strict=True)
+    found, built_with, ours = convert(state, **options)
+    assert found == preset and built_with["layers"] == len(kinds)
+    model = MODELS[found](**built_with)
+    model.load_state_dict(ours, strict=True)
+    assert all(getattr(block.mixer, "chunk", 8) == 8 for block in model.blocks)
+    assert getattr(model.blocks[-1 if kinds[0] == "attention" else 1].mixer, "window", 9) == options.get("window", 9)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options", "message"),
+    [
+        (["rat"], {}, "do not tell chunk, .* give chunk=16"),
+        (["rat", "attention"], {"chunk": 16}, "do not tell window, .* give window=1025"),
+        (["attention"], {}, "do not tell full attention from a window"),
+        (["attention"], {"preset": "attention_small"}, "do not tell heads"),
+        (["rat"], {"chunk": 16, "heads": 4}, "the checkpoint has heads=2, got heads=4"),
+    ],
+    ids=str,
+)
+def test_what_official_weights_do_not_tell_is_asked_for(kinds, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        convert(theirs(kinds), **options)
+    assert "\n" not in str(error.value)
+
+
+class EasyDict(dict):
+    """As in the package of that name: every item is an attribute too, and a pickle holds both."""
+
+    def __init__(self, items=()):
+        for name, value in dict(items).items():
+            self[name] = value
+
+    def __setitem__(self, name, value):
+        value = EasyDict(value) if isinstance(value, dict) else value
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+
+def trained_by_the_authors(file, monkeypatch, kinds, *cells, **more):
+    """A checkpoint as the authors' trainer writes it, read where their package is not installed."""
+    names = ("seq_cell",) if len(cells) == 1 else ("seq_cell1", "seq_cell")
+    backbone = {"_name_": "sequence", "num_layers": len(kinds), "d_model": 128, **dict(zip(names, cells))}
+    config = {"model": {"backbone": backbone, "embedding": {"pe": {"_name_": "interrope"}}}, "trainer": {"seed": 1005}}
+    with monkeypatch.context() as patch:
+        module = types.ModuleType("easydict")
+        module.EasyDict = EasyDict
+        patch.setattr(EasyDict, "__module__", "easydict")
+        patch.setitem(sys.modules, "easydict", module)
+        torch.save({"task": theirs(kinds), "config": EasyDict(config), "step": 47683, **more}, file)
+    return file
+
+
+RAT_CELL = {"_name_": "rat", "d_model": 128, "d_head": 64, "ngroups": 2, "chunk_size": 64}
+ATTENTION_CELL = {"_name_": "attention", "d_model": 128, "d_head": 32}
+LOCAL_CELL = {"_name_": "local_attention", "d_model": 128, "d_head": 64, "window_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "cells", "expected"),
+    [
+        (["rat"] * 2, [RAT_CELL], rat_small(chunk=64, heads=2, dim=128, layers=2, vocab=30)),
+        (["rnn"] * 2, [{"_name_": "rnn", "d_model": 128}], rnn_small(dim=128, layers=2, vocab=30)),
+        (["attention"] * 2, [ATTENTION_CELL], attention_small(heads=4, dim=128, layers=2, vocab=30)),
+        (
+            ["attention"] * 2,
+            [{**ATTENTION_CELL, "d_head": 64}, LOCAL_CELL],
+            attention_swa_small(heads=2, window=6, dim=128, layers=2, vocab=30),
+        ),
+        (
+            ["rat", "attention"],
+            [RAT_CELL, LOCAL_CELL],
+            rat_swa_small(chunk=64, heads=2, window=6, dim=128, layers=2, vocab=30),
+        ),
+    ],
+    ids=["rat", "rnn", "attention", "attention and window", "rat and window"],
+)
+def test_a_checkpoint_of_the_authors_trainer_says_what_it_is(tmp_path, monkeypatch, kinds, cells, expected):
+    file = trained_by_the_authors(tmp_path / "47683.pth", monkeypatch, kinds, *cells)
+    model = provenn.from_official("rat", file)
+    expected.load_state_dict(model.state_dict())
+    tokens = torch.randint(30, (2, 130))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), expected.eval()(tokens))
+    assert "easydict" not in sys.modules
+
+
+def test_the_length_of_a_chunk_is_the_checkpoint_s_and_not_the_user_s(tmp_path, monkeypatch):
+    file = trained_by_the_authors(tmp_path / "a.pth", monkeypatch, ["rat"], RAT_CELL)
+    assert provenn.from_official("rat", file, chunk=64).blocks[0].mixer.chunk == 64
+    with pytest.raises(UserError, match="the checkpoint has chunk=64, got chunk=16"):
+        provenn.from_official("rat", file, chunk=16)
+    with pytest.raises(UserError, match="holds weights of rat_small, not of rnn_small"):
+        provenn.from_official("rat", file, preset="rnn_small")
+    with pytest.raises(UserError, match="'length'; it takes: vocab, dim, layers, heads, chunk, groups, positions"):
+        provenn.from_official("rat", file, length=4)
+
+
+def test_a_config_with_code_in_it_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    trace = tmp_path / "trace"
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (trace,)
+
+    file = trained_by_the_authors(tmp_path / "a.pth", monkeypatch, ["rat"], RAT_CELL, more=Code())
+    with pytest.raises(UserError, match="could run code"):
+        provenn.from_official("rat", file)
+    assert not trace.exists()
+
+
+def test_what_the_weights_do_not_tell_is_given_to_a_prediction(tmp_path):
+    torch.save(theirs(["rat"], vocab=257), tmp_path / "plain.pth")
+    with pytest.raises(UserError, match="do not tell chunk"):
+        provenn.predict("rat", ["de"], weights=tmp_path / "plain.pth", changes={"tokens": 3})
+    texts = [
+        provenn.predict("rat", ["def f"], weights=tmp_path / "plain.pth", changes={"tokens": 3, "chunk": chunk})
+        for chunk in (2, 64)
+    ]
+    assert all(text.startswith("def f") for text in texts)
 
 
 def test_official_weights_of_other_models_are_refused():
@@ -501,6 +621,9 @@ def test_official_weights_of_other_models_are_refused():
         convert(theirs(["rat"]) | {"head.lm_head.weight": torch.zeros(30, 128)})
     with pytest.raises(UserError, match="3 rows of shared queries and keys"):
         convert(theirs(["rat"]) | {"backbone.layers.0.seq_layer.in_proj.weight": torch.zeros(3 * 128 + 3, 128)})
+    cells = {"seq_cell1": LOCAL_CELL, "seq_cell": RAT_CELL}
+    with pytest.raises(UserError, match="no model of the paper has layers window, rat in turn"):
+        convert(theirs(["attention", "rat"]), {"model": {"backbone": cells}})
 
 
 def brute_force(mixer, tokens, chunk, window):
