@@ -10,7 +10,7 @@ from provenn.errors import UserError
 GROUPS = 2  # queries and keys that heads share, in all of the authors' models
 XL = 2048
 CELLS = {"rat": "rat", "rnn": "rnn", "attention": "attention", "local_attention": "window"}  # their layers, and ours
-SYSTEMS = {("rat",): "rat", ("rnn",): "rnn", ("attention",): "attention"} | {
+SYSTEMS: dict[tuple[str, ...], str] = {("rat",): "rat", ("rnn",): "rnn", ("attention",): "attention"} | {
     (kind, "window"): f"{kind}_swa" for kind in ("rat", "attention")
 }
 
