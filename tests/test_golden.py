@@ -23,10 +23,11 @@ CASES = [
 def test_our_model_with_the_authors_weights_gives_the_authors_values(slug: str, case: dict, tmp_path: Path):
     state = seeded_state({name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"])
     torch.save(state, tmp_path / "official.pth")
-    preset, _, _ = provenn.paper(slug).card.resolve("official:convert")(state)
+    options = case.get("options", {})  # what the weights do not tell
+    preset, _, _ = provenn.paper(slug).card.resolve("official:convert")(state, **options)
     assert preset == case["preset"]
 
-    model = provenn.from_official(slug, tmp_path / "official.pth")
+    model = provenn.from_official(slug, tmp_path / "official.pth", **options)
     inputs = [drawn(spec, case["seed"]) for spec in case.get("inputs") or [case["input"]]]
     assert not model.training
     gradient = case.get("gradient")
