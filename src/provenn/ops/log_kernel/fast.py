@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK = 16  # queries: inside a block every pair has its features summed one by one
+BLOCK = 8  # queries: inside a block every pair has its features summed one by one
 
 
 class LogState(NamedTuple):
