@@ -43,8 +43,6 @@ COPYING = Study(
     data=copy_data,
     arms={
         "softmax": ("softmax", "softmax"),
-        "prf": ("PRF", "prf"),
-        "prf+rpe": ("PRF + RPE", "prf+rpe"),
         "nprf": ("NPRF", "nprf"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
     },
@@ -64,7 +62,6 @@ STRESS = Study(
     "recall",
     data=copy_data,
     arms={
-        "softmax+rpe": ("softmax + RPE", "softmax+rpe"),
         "prf": ("PRF", "prf"),
         "prf+rpe": ("PRF + RPE", "prf+rpe"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
@@ -76,7 +73,7 @@ STRESS = Study(
     kind="attention",
     setting={**SHORT, "layers": 1, "factor on the maps of q and k at the start": 8},
 )
-FAILS = "the paper could not train it at all where norms are large (section 4.1)"
+FAILS = "the paper could not pre-train it, because of the norms of its queries and keys (section 4.1)"
 
 TEXT = Study(
     "text",
@@ -87,11 +84,10 @@ TEXT = Study(
         "softmax-norm+rpe": ("normalised softmax + RPE", "softmax-norm+rpe"),
         "elu": ("linear (elu)", "elu"),
         "prf": ("PRF", "prf"),
-        "nprf": ("NPRF", "nprf"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
     },
     build=text_model,
-    recipe=Recipe(epochs=1, batch_size=8, max_steps=300, warmup_steps=30, schedule="cosine"),
+    recipe=Recipe(epochs=1, batch_size=8, max_steps=250, warmup_steps=30, schedule="cosine"),
     lrs=(1e-3, 3e-3, 1e-2),
     probes={"bits_lost": bits_lost},
     about="the source of Python's standard library, in bytes",
@@ -107,8 +103,6 @@ DIGITS = Study(
     arms={
         "softmax+rpe": ("softmax + RPE", "softmax+rpe"),
         "linformer": ("Linformer", "linformer"),
-        "prf": ("PRF", "prf"),
-        "nprf": ("NPRF", "nprf"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
     },
     build=digit_model,
@@ -170,17 +164,16 @@ CLAIMS = {
     "auto_when_short": FORMS.against("auto", "fft", at=1024),
     "auto_when_long": FORMS.against("auto", "quadratic", at=8192),
     "normalisation_alone": COPYING.against("nprf", "softmax"),
-    "rpe_restores": COPYING.against("nprf+rpe", "nprf", shown=["prf", "prf+rpe", "softmax"], picture=True),
+    "rpe_restores": COPYING.against("nprf+rpe", "nprf", shown=["softmax"], picture=True),
     "rpe_under_stress": STRESS.against("prf+rpe", "prf", may_guess=FAILS),
-    "stable_where_prf_is_not": STRESS.against("nprf+rpe", "prf", shown=["prf+rpe", "softmax+rpe"], may_guess=FAILS),
-    "normalisation_under_stress": STRESS.against("nprf+rpe", "prf+rpe", may_guess=FAILS),
+    "stable_where_prf_is_not": STRESS.against("nprf+rpe", "prf", shown=["prf+rpe"], may_guess=FAILS),
+    "normalisation_under_stress": STRESS.against("nprf+rpe", "prf+rpe"),
     "text_softmax": TEXT.against("nprf+rpe", "softmax+rpe"),
-    "text_rpe": TEXT.against("nprf+rpe", "nprf", shown=[arm for arm in TEXT.arms if arm != "softmax-norm+rpe"]),
-    "text_prf": TEXT.against("nprf+rpe", "prf"),
+    "text_prf": TEXT.against("nprf+rpe", "prf", shown=["softmax+rpe", "elu"]),
     "text_elu": TEXT.against("nprf+rpe", "elu"),
     "conversion": TEXT.against("softmax-norm+rpe", "softmax+rpe", metric="bits_lost"),
     "images_softmax": DIGITS.against("nprf+rpe", "softmax+rpe"),
-    "images_linformer": DIGITS.against("nprf+rpe", "linformer", shown=["prf", "nprf", "softmax+rpe"]),
+    "images_linformer": DIGITS.against("nprf+rpe", "linformer", shown=["softmax+rpe"]),
 }
 
 
@@ -226,7 +219,7 @@ def fft_is_attention(run: Run) -> Measurement:
             y = sums[..., :-1] / sums[..., -1:]
             results.append([y.detach(), *torch.autograd.grad((y * draw(*y.shape, seed=9)).sum(), (b, q, k, v))])
         for ours, defined in zip(*results, strict=True):
-            scale = max(defined.abs().max().item(), 1e-3)
+            scale = max(defined.abs().max().item(), 0.1)  # with one token gradients are 0
             worst = max(worst, (ours - defined).abs().max().item() / scale)
     return Measurement.exact(
         worst,
@@ -240,7 +233,7 @@ NORMS, FEATURES = (1.0, 2.0, 4.0), (16, 64, 256)
 
 def row_errors(run: Run) -> dict[int, list[list[float]]]:
     """For each m the errors at every norm, seed by seed."""
-    draws = 2 if run.smoke else 20
+    draws = 2 if run.smoke else 10
 
     def one(m: int, seed: int) -> list[float]:
         return [row_error(norm, m, seed=seed, draws=draws) for norm in NORMS]
@@ -259,7 +252,7 @@ def error_at_norm_one(run: Run) -> Measurement:
         seeds=run.seeds,
         unit="L1 distance of a row, at most 2",
         at_paper_setting=True,
-        setting={"dim": 64, "keys": 1024, "features": 64, "draws a seed": 20},
+        setting={"dim": 64, "keys": 1024, "features": 64, "draws a seed": 10},
         tables=[Table(caption="L1 distance", columns=["features", *(f"norm {r:g}" for r in NORMS)], rows=rows)],
         series=[
             Series.over_seeds(f"{m} features", NORMS, own, plot="Attention rows by random features",
@@ -278,7 +271,7 @@ def error_grows_with_norm(run: Run) -> Measurement:
         seeds=run.seeds,
         sides=("norm 1, 16 features", "norm 2, 256 features"),
         unit="L1 distance of a row, at most 2",
-        setting={"dim": 64, "keys": 1024, "draws a seed": 20},
+        setting={"dim": 64, "keys": 1024, "draws a seed": 10},
     )
 
 
@@ -288,7 +281,7 @@ def no_failures(run: Run) -> Measurement:
     rows: list[list[str | float | int | None]] = []
     failed, count = 0, 0
     for study in (COPYING, STRESS, TEXT, DIGITS):
-        for arm in ("nprf+rpe", "prf"):
+        for arm in (arm for arm in ("nprf+rpe", "prf") if arm in study.arms):
             metric, sign = study.of_task.metric, 1 if study.of_task.higher_is_better else -1
             bar = sign * sum(study.trivial(run)) / len(run.seeds)
             reached = [trial[metric] for trial in study.trials(run, arm)]
