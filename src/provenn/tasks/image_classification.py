@@ -77,7 +77,7 @@ class ImageClassification(Task):
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         return {
             "classes": [f"class {index}" for index in range(options.get("num_classes", 1000))],
-            "size": IMAGENET_SIZE,
+            "size": options.get("image_size", IMAGENET_SIZE),
             "channels": options.get("in_channels", 3),
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
