@@ -387,8 +387,8 @@ def inspect(
             if type(get_task(chosen.card.task_of(each))).example is not Task.example
         ]
         raise UserError(
-            f"{name} is of {kind.name}, which takes no single file; of {slug} what can be inspected: "
-            f"--preset {' or '.join(able) or '(none)'}"
+            f"{name}: {kind.name} makes no input of a single file that could be inspected"
+            + (f"; of {slug} take --preset {' or '.join(able)}" if able else "")
         )
     look = chosen.card.resolve("inspection:inspect")
     with torch.no_grad():
