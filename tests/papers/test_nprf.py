@@ -38,6 +38,20 @@ from provenn.papers.nprf import (
     nprf_vit_tiny,
 )
 from provenn.papers.nprf.inspection import inspect
+from provenn.papers.nprf.studies import (
+    bits_lost,
+    copier,
+    copy_data,
+    crossing,
+    explicit_layer,
+    fused_layer,
+    nprf_layer,
+    operations_of,
+    row_error,
+    stressed_copier,
+)
+from provenn.tasks import get_task
+from provenn.tasks.recall import IGNORED
 
 forms = pytest.mark.parametrize("form", ["fft", "quadratic"])
 CAUSAL = [name for name in ATTENTIONS if name != "linformer"]
@@ -546,6 +560,64 @@ def test_an_autograd_step_through_fft_and_through_weights_are_one():
             optimizer.step()
         losses[form] = loss.item()
     assert losses["fft"] == pytest.approx(losses["quadratic"], rel=1e-4)
+
+
+# The experiments.
+
+
+def test_what_is_to_be_copied_stood_seven_before():
+    data = copy_data(3, True)
+    tokens, targets, _ = data.train.tensors
+    assert (targets[:, :7] == IGNORED).all() and torch.equal(targets[:, 7:], tokens[:, :-7])
+    assert not torch.equal(tokens[:8], data.test.tensors[0])
+
+
+def test_stress_scales_the_maps_of_queries_and_keys_and_nothing_else():
+    torch.manual_seed(0)
+    plain = copier("prf", vocab=32)
+    torch.manual_seed(0)
+    stressed = stressed_copier("prf", vocab=32)
+    for (name, a), (_, b) in zip(plain.named_parameters(), stressed.named_parameters(), strict=True):
+        torch.testing.assert_close(8 * a if "query" in name or "key" in name else a, b)
+
+
+def test_errors_of_rows_grow_with_norms_and_fall_with_features():
+    errors = {(r, m): row_error(r, m, seed=0, draws=3, keys=128) for r in (1.0, 2.0) for m in (16, 64)}
+    assert errors[1.0, 64] < errors[1.0, 16] < errors[2.0, 64]
+
+
+def test_bits_are_lost_where_a_softmax_is_replaced_and_only_there():
+    data = get_task("language-modelling").load("stdlib", length=32, eval_tokens=1024)
+    torch.manual_seed(0)
+    exact, kernel = (nprf_lm_tiny(attention=name, max_length=32) for name in ("softmax+rpe", "nprf+rpe"))
+    for part in exact.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.3)
+    with torch.no_grad():
+        assert bits_lost(kernel, data) == 0
+        assert abs(bits_lost(exact, data)) > 1e-3
+
+
+def test_what_is_timed_as_softmax_is_softmax():
+    explicit, fused = explicit_layer(9), fused_layer(9)
+    explicit.load_state_dict(fused.state_dict())
+    x = torch.randn(1, 9, 64)
+    torch.testing.assert_close(explicit(x), fused(x))
+
+
+def test_operations_count_the_transforms_of_every_feature_and_channel():
+    """m (d + 1) there and back, and one of the biases, of 2n numbers; the maps come on top."""
+    n, m = 2048, 8
+    with torch.no_grad():
+        total = operations_of(partial(nprf_layer, features=m, form="fft"))(n, "cpu")()
+    ffts = (2 * m * 65 + 1) * 2.5 * 2 * n * math.log2(2 * n)
+    assert ffts < total < 2 * ffts
+
+
+def test_curves_cross_where_they_meet():
+    sizes = (1, 10, 100)
+    assert crossing(sizes, [10, 100, 1000], [1, 100, 10_000]) == pytest.approx(10)
+    assert crossing(sizes, [100, 1000, 10_000], [1e-2, 1, 100]) is None
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def toeplitz_sums(
     """
     _check(c, q.shape, causal)
     sides = (q.shape[-2],) if causal else [(size + 1) // 2 for size in c.shape[1:]]
-    width = {"features": q.shape[-1], "channels": v.shape[-1]}
-    if resolved(form, sides, **width, causal=causal, precision=precision) == "quadratic":
+    features, channels = q.shape[-1], v.shape[-1]
+    if resolved(form, sides, features=features, channels=channels, causal=causal, precision=precision) == "quadratic":
         return quadratic_sums(c, q, k, v, causal=causal)
     return fft_sums(c, q, k, v, causal=causal, precision=precision)
 

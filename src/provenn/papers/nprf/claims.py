@@ -14,6 +14,7 @@ from provenn.papers.nprf.studies import (
     LENGTH,
     TEXT_LENGTH,
     WIDTH,
+    Layer,
     biased_layer,
     bits_lost,
     copier,
@@ -114,7 +115,7 @@ DIGITS = Study(
 )
 
 HEAD = {"batch": 1, "heads": 1, "dim": WIDTH, "causal": False}
-LAYERS = {
+LAYERS: dict[str, Layer] = {
     "softmax": explicit_layer,
     "fused softmax": fused_layer,
     **{f"NPRF + RPE, m={m}": partial(nprf_layer, features=m, form="fft") for m in (8, 16, 32)},
