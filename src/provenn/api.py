@@ -400,7 +400,7 @@ def inspect(
     import torch
 
     from provenn.inspection import Inspection
-    from provenn.tasks import get_task
+    from provenn.tasks import Task, get_task
 
     chosen, source = paper(slug), Path(file)
     if not chosen.card.has("inspection"):
@@ -420,6 +420,17 @@ def inspect(
         if preset not in (None, label.preset):
             raise UserError(f"{weights} holds weights of {label.preset}, not of {preset}: leave --preset out")
         name, kind, trained, meta = label.preset, get_task(label.task), str(weights), label.meta
+    if type(kind).example is Task.example:
+        able = [
+            each.name
+            for each in chosen.card.presets
+            if each.task or chosen.card.task
+            if type(get_task(chosen.card.task_of(each))).example is not Task.example
+        ]
+        raise UserError(
+            f"{name}: {kind.name} makes no input of a single file that could be inspected"
+            + (f"; of {slug} take --preset {' or '.join(able)}" if able else "")
+        )
     look = chosen.card.resolve("inspection:inspect")
     with torch.no_grad():
         layers = look(model, kind.example(source, meta))
