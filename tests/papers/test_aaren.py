@@ -294,6 +294,27 @@ def test_the_host_with_softmax_is_the_stock_encoder_layer_and_converts(activatio
     torch.testing.assert_close(again.eval()(x), aaren.eval()(x))
 
 
+def test_conversion_keeps_float64_to_the_last_bit():
+    attention = SoftmaxAttention(8, 2).double()
+    stock = nn.MultiheadAttention(8, 2).double()
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double()
+    for module in (attention, stock, layer):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)  # with digits that float32 does not hold
+    converted = AarenAttention.from_softmax(attention)
+    assert all(torch.equal(converted.state_dict()[name], value) for name, value in attention.state_dict().items())
+    converted = AarenAttention.from_softmax(stock)
+    thirds = [converted.query, converted.key, converted.value]
+    assert torch.equal(torch.cat([linear.weight for linear in thirds]), stock.in_proj_weight)
+    assert torch.equal(torch.cat([linear.bias for linear in thirds]), stock.in_proj_bias)
+    assert torch.equal(converted.out.weight, stock.out_proj.weight)
+    encoder = AarenEncoder.from_transformer(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+    for name in ("linear1", "linear2", "norm1", "norm2"):
+        kept, given = (model.get_submodule(name).state_dict() for model in (encoder.layers[0], layer))
+        assert all(torch.equal(kept[key], given[key]) for key in given)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float64}
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_converted_encoder_keeps_its_epsilon_and_its_mode(training):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, layer_norm_eps=0.1)
@@ -315,6 +336,9 @@ def test_encoders_of_another_form_are_not_converted():
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     with pytest.raises(ValueError, match="final norm"):
         AarenEncoder.from_transformer(nn.TransformerEncoder(layer, 1, nn.LayerNorm(16), enable_nested_tensor=False))
+    for options in ({"bias": False}, {"rotary": True}):
+        with pytest.raises(ValueError, match="biases and no rotary positions"):
+            AarenAttention.from_softmax(SoftmaxAttention(16, 4, **options))
 
 
 def test_bfloat16_stays_close_to_float32():
