@@ -595,6 +595,28 @@ def test_decision_transformer_is_causal_and_streams(mixer):
         torch.testing.assert_close(model(*padded, mask)[:, 5:], logits)
 
 
+@mixers
+def test_continuous_decisions_are_bounded_causal_and_stream(mixer):
+    options = {"state_dim": 4, "actions": 3, "max_length": 50, "dim": 16, "heads": 2, "mixer": mixer}
+    model = DecisionTransformer(**options, continuous=True).double().eval()
+    returns, states = torch.randn(2, 12, 1, dtype=torch.float64), torch.randn(2, 12, 4, dtype=torch.float64)
+    actions, timesteps = torch.rand(2, 12, 3, dtype=torch.float64) * 2 - 1, torch.arange(12).expand(2, 12)
+    with torch.no_grad():
+        answers = model(returns, states, actions, timesteps)
+        state = model.init_state(2)
+        for t in range(12):
+            step, state = model.step(returns[:, t], states[:, t], timesteps[:, t], state)
+            torch.testing.assert_close(step, answers[:, t])
+            state = model.act(actions[:, t], timesteps[:, t], state)
+        other = torch.cat([actions[:, :7], -actions[:, 7:]], 1)
+        changed = model(returns, states, other, timesteps)
+        torch.testing.assert_close(changed[:, :8], answers[:, :8])
+        assert (changed[:, 8] - answers[:, 8]).abs().max() > 1e-4
+        assert model(1e6 * returns, states, actions, timesteps).abs().max() <= 1
+        model.head.weight *= 1e3
+        assert model(returns, states, actions, timesteps).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
