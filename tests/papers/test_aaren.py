@@ -34,6 +34,7 @@ from provenn.papers.aaren import (
     transformer_d512,
 )
 from provenn.papers.aaren.model import MIXERS, causal_encoder
+from provenn.papers.residual_depth import ResidualTower, residual_expansion
 from provenn.tasks import Fit, TaskData
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
@@ -103,6 +104,71 @@ def test_forward_is_the_fold_of_step_and_prefill_goes_between(mixer, tokens, dat
         torch.testing.assert_close(fold(encoder, x[:, cut:], state)[0], whole[:, cut:])
         _, state = encoder.prefill(x[:, :cut])
         torch.testing.assert_close(encoder.prefill(x[:, cut:], state)[0], whole[:, cut:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_with_the_backward_pass_outside(dtype):
+    """Forward under autocast, backward after it, as PyTorch, Lightning and Hugging Face do it."""
+    encoder, x = AarenEncoder(16, 4, layers=2, feedforward=32).eval(), torch.randn(2, 70, 16)
+    with torch.autocast("cpu", dtype):
+        loss = encoder(x).float().square().mean()
+    mixed = torch.autograd.grad(loss, list(encoder.parameters()))
+    full = torch.autograd.grad(encoder(x).square().mean(), list(encoder.parameters()))
+    near, far = (torch.cat([gradient.flatten() for gradient in part]) for part in (mixed, full))
+    assert torch.cosine_similarity(near, far, dim=0) > 0.99
+
+
+def test_second_derivatives_are_those_of_softmax_attention():
+    layer = AarenAttention(4, 2).double()
+    nn.init.normal_(layer.token)
+    x = torch.randn(1, 5, 4, dtype=torch.float64)
+    ours, plain = (
+        torch.autograd.functional.hessian(lambda x, form=form: form(x).square().sum(), x)
+        for form in (layer, lambda x: plain_aaren(layer, x))
+    )
+    assert plain.abs().max() > 0.01
+    torch.testing.assert_close(ours, plain)
+
+
+def test_gradients_of_each_example_by_functional_transforms():
+    layer = AarenAttention(8, 2).double()
+    x, weights = torch.randn(3, 20, 8, dtype=torch.float64), dict(layer.named_parameters())
+
+    def loss(weights, one):
+        return torch.func.functional_call(layer, weights, (one[None],)).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    for i in range(3):
+        for name, gradient in torch.func.grad(loss)(weights, x[i]).items():
+            torch.testing.assert_close(together[name][i], gradient)
+        alone = torch.autograd.grad(plain_aaren(layer, x[i : i + 1]).square().sum(), list(weights.values()))
+        for name, gradient in zip(weights, alone):
+            torch.testing.assert_close(together[name][i], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_a_tower_of_aaren_layers_is_expanded_level_by_level():
+    """T_n = x + λ Σ F_i + λ² Σ F_j' F_i + …: levels from a formula of the layer that is its own, without the scan."""
+    layers = [AarenAttention(8, 2).double() for _ in range(3)]
+    for layer in layers:
+        nn.init.normal_(layer.token, std=2)
+
+    class Plain(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return plain_aaren(self.layer, x)
+
+    x = torch.randn(2, 40, 8, dtype=torch.float64)
+    ours, plain = (
+        residual_expansion(ResidualTower(blocks, dim=8), x, order=2) for blocks in (layers, map(Plain, layers))
+    )
+    for level, expected in zip(ours.levels, plain.levels, strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(level, expected)
+    first, second = ours.remainders()[1:]
+    assert second < first < ours.remainders()[0]
 
 
 def test_streaming_trains_as_the_scan_does():
