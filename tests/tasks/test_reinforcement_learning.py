@@ -185,6 +185,21 @@ class Swinging(Counting):
         return self.head(total / (count + 1)), (total, before, count + 1)
 
 
+def test_the_trivial_policy_of_continuous_control_sees_nothing(pendulum, tmp_path):
+    setting = dataclasses.replace(pendulum.test.setting, length=40)
+    data = dataclasses.replace(pendulum, test=reinforcement_learning.Episodes(setting, range(6), [0.0] * 6))
+    best = TASK.trivial(data)
+    for answer in (-1.0, 0.0, 1.0):
+        model = Reflex(**data.options)
+        with torch.no_grad():
+            model.head.weight.zero_(), model.head.bias.fill_(answer)
+        assert TASK.evaluate(model, data.test)["return"] <= best
+    assert TASK.evaluate(Swinging(), data.test)["return"] < 0 > best
+    recorded_only = TASK.load(steered(tmp_path / "mine.jsonl"))
+    parts = [part.tensors[2][part.tensors[4]] for part in (recorded_only.train, recorded_only.test)]
+    assert TASK.trivial(recorded_only) == pytest.approx(((parts[1] - parts[0].mean(0)) ** 2).mean().item())
+
+
 def test_continuous_streams_play_as_a_window_over_everything_does(pendulum):
     model = Swinging()
     whole = dataclasses.replace(pendulum.test.setting, context=200, length=60, streaming=False)

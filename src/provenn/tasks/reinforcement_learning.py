@@ -324,17 +324,22 @@ class ReinforcementLearning(Task):
     def trivial(self, data: TaskData) -> float:
         """The best return of random actions and of each action taken all the time, in the episodes of the test.
 
-        Of recorded steps: the accuracy of the commonest action of training, or of a guess.
+        Of recorded steps: the accuracy of the commonest action of training, or of a guess. Where actions are continuous,
+        those taken all the time are the middle and both bounds; of recorded steps the mean of training is told.
         """
+        count, continuous = data.options["actions"], data.options["continuous"]
         if not isinstance(data.test, Episodes):
             cpu = torch.device("cpu")
-            actions = (
+            train, test = (
                 torch.cat([actions[mask] for _, _, actions, _, mask in batches(part, 256, cpu)])
                 for part in (data.train, data.test)
             )
-            return blind_accuracy(*actions)
-        count = data.options["actions"]
-        policies = [_Blind(count, action) for action in [None, *range(count)]]
+            return (test - train.mean(0)).square().mean().item() if continuous else blind_accuracy(train, test)
+        if continuous:
+            constant = [torch.full((count,), answer) for answer in (-1.0, 0.0, 1.0)]
+        else:
+            constant = list(torch.eye(count))
+        policies = [_Blind(count, answer, continuous) for answer in (None, *constant)]
         return max(self.evaluate(policy, data.test)[self.metric] for policy in policies)
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -414,16 +419,16 @@ TASK = ReinforcementLearning()
 class _Blind(nn.Module):
     """A policy that sees nothing: one action all the time, or without one a random action each step."""
 
-    def __init__(self, actions: int, action: int | None):
+    def __init__(self, actions: int, answer: Tensor | None, continuous: bool = False):
         super().__init__()
-        self.actions, self.action = actions, action
+        self.actions, self.answer, self.low = actions, answer, -1 if continuous else 0
         self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, returns: Tensor, states: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
-        shape = (*actions.shape, self.actions)
-        if self.action is None:
-            return torch.rand(shape, generator=self.generator)
-        return F.one_hot(torch.full(actions.shape, self.action), self.actions).float()
+        shape = (*timesteps.shape, self.actions)
+        if self.answer is None:
+            return torch.empty(shape).uniform_(self.low, 1, generator=self.generator)
+        return self.answer.expand(shape)
 
 
 def _asked(tables: Sequence[Path]) -> tuple[list[int], list[float]]:
