@@ -324,8 +324,8 @@ class ReinforcementLearning(Task):
     def trivial(self, data: TaskData) -> float:
         """The best return of random actions and of each action taken all the time, in the episodes of the test.
 
-        Of recorded steps: the accuracy of the commonest action of training, or of a guess. Where actions are continuous,
-        those taken all the time are the middle and both bounds; of recorded steps the mean of training is told.
+        Of recorded steps: the accuracy of the commonest action of training, or of a guess. Of continuous actions,
+        those taken all the time are the middle and both bounds, and of recorded steps the mean of training is told.
         """
         count, continuous = data.options["actions"], data.options["continuous"]
         if not isinstance(data.test, Episodes):
