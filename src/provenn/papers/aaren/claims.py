@@ -59,18 +59,13 @@ VOWELS = classification(
     about="JapaneseVowels, one of the paper's ten sets",
     note="One test series is 0.27 points.",
 )
-SETS = [
-    VOWELS,
-    classification("BasicMotions", "basic-motions", 100),
-    classification("ItalyPowerDemand", "italy-power-demand", 50),
-    classification("GunPoint", "gun-point", 67),
-    classification("OSULeaf", "osu-leaf", 20),
-]
-FORECAST = [
-    forecasting("Airline", "airline", 100),
-    forecasting("solar", "solar", 50),
-    forecasting("Daphnet", "daphnet", 2),
-]
+MOTIONS = classification("BasicMotions", "basic-motions", 100)
+POWER = classification("ItalyPowerDemand", "italy-power-demand", 50)
+POINT = classification("GunPoint", "gun-point", 67)
+LEAF = classification("OSULeaf", "osu-leaf", 20)
+AIRLINE = forecasting("Airline", "airline", 100)
+SOLAR = forecasting("solar", "solar", 50)
+DAPHNET = forecasting("Daphnet", "daphnet", 2)
 HAWKES = study(
     "Hawkes process",
     "event-forecasting",
@@ -172,8 +167,8 @@ CLAIMS = {
     "scan_against_softmax": PREFIXES.against("chunked scan", "a softmax a prefix"),
     "parallel_training": TRAINING.against("Aaren in parallel", "Aaren token by token"),
     "classification": VOWELS.against("aaren", "softmax"),
-    "classification_sets": together(SETS),
-    "forecasting": together(FORECAST, ratio=True),
+    "classification_sets": together([VOWELS, MOTIONS, POWER, POINT, LEAF]),
+    "forecasting": together([AIRLINE, SOLAR, DAPHNET], ratio=True),
     "events": HAWKES.against("aaren", "softmax"),
     "events_sine": SINE.against("aaren", "softmax"),
     "control": PENDULUM.against("aaren", "softmax", metric="from_windows"),

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from provenn.evidence import Measurement, Run, Study
+from provenn.evidence import Measurement, Run, Study, Table
 from provenn.nn.attention import KVCache
 from provenn.nn.streaming import map_state, state_bytes
-from provenn.nn.transformer import EncoderState
+from provenn.nn.transformer import EncoderState, TransformerEncoder
 from provenn.papers.aaren.model import MIXERS, DecisionTransformer, causal_encoder
 from provenn.tasks import Fit, Recipe, TaskData, fit, get_task
 from provenn.tasks.reinforcement_learning import Episodes
@@ -121,13 +121,14 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
 
     def measure(run: Run) -> Measurement:
         reached: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
-        skills, rows, lrs, notes = [], [], {}, []
+        skills, lrs, notes = [], {}, []
+        rows: list[list[str | float | int | None]] = []
         for one in studies:
             found, facts = one.measure(run, tuple(ARMS))
             for arm in ARMS:
                 reached[arm].append(found[arm])
             skills += [skill.model_copy(update={"arm": f"{skill.arm} on {one.name}"}) for skill in facts["skills"]]
-            guess = np.mean(one.trivial(run))
+            guess = float(np.mean(one.trivial(run)))
             rows.append(
                 [one.name, *(f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})" for v in found.values()), guess]
             )
@@ -147,21 +148,27 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
             setting={**SIZE, "of each": lrs},
             skills=skills,
             note=" ".join(notes),
-            tables=[_by_set(facts["unit"], labels, rows)],
+            tables=[
+                Table(
+                    caption=f"Test {facts['unit']}: mean and range over seeds",
+                    columns=["data set", *labels, "trivial predictor"],
+                    rows=rows,
+                )
+            ],
         )
 
     measure.sides = tuple(label for label, _ in ARMS.values())  # type: ignore[attr-defined]
     return measure
 
 
-def _by_set(unit: str, labels: list[str], rows: list[list[Any]]) -> Any:
-    from provenn.evidence import Table
-
-    caption = f"Test {unit}: mean and range over seeds"
-    return Table(caption=caption, columns=["data set", *labels, "trivial predictor"], rows=rows)
-
-
 # What one more token of a stream costs, after so many.
+
+
+def stream_encoder(mixer: str, device: str) -> TransformerEncoder:
+    torch.manual_seed(0)
+    dim, heads, layers, feedforward = STEP.values()
+    encoder = causal_encoder(mixer, dim, heads, layers=layers, feedforward=feedforward, dropout=0.0)
+    return encoder.eval().to(device)
 
 
 def stream_after(mixer: str, *, nbytes: bool = False) -> Callable[[int, str], Callable[[], Any]]:
@@ -173,14 +180,12 @@ def stream_after(mixer: str, *, nbytes: bool = False) -> Callable[[int, str], Ca
     def make(tokens: int, device: str) -> Callable[[], Any]:
         dim, heads = STEP["dim"], STEP["heads"]
         x_t = draw(1, dim, dtype=torch.float32).to(device)
-        torch.manual_seed(0)
         if mixer == "lstm":
             cell = nn.LSTMCell(dim, dim).to(device)
             state: Any = (torch.zeros(1, dim, device=device), torch.zeros(1, dim, device=device))
             call: Callable[[], Any] = lambda: cell(x_t, state)  # noqa: E731
         else:
-            options = {name: STEP[name] for name in ("layers", "feedforward")}
-            encoder = causal_encoder(mixer, dim, heads, **options, dropout=0.0).eval().to(device)
+            encoder = stream_encoder(mixer, device)
             state = map_state(torch.zeros_like, encoder.init_state(1))
             if mixer == "softmax":
                 keys = torch.ones(1, heads, tokens + 1, dim // heads, device=device)
@@ -200,11 +205,7 @@ def whole_stream(mixer: str) -> Callable[[int, str], Callable[[], Any]]:
     """All tokens one after another, from an empty state."""
 
     def make(tokens: int, device: str) -> Callable[[], Any]:
-        torch.manual_seed(0)
-        encoder = causal_encoder(
-            mixer, STEP["dim"], STEP["heads"], layers=STEP["layers"], feedforward=STEP["feedforward"], dropout=0.0
-        )
-        encoder = encoder.eval().to(device)
+        encoder = stream_encoder(mixer, device)
         x_t = draw(1, STEP["dim"], dtype=torch.float32).to(device)
 
         def call() -> Any:
