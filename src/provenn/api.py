@@ -94,12 +94,12 @@ class Paper:
         state, label = files.read(file)
         if label is None:
             return self._official(file, preset, options or {})
+        if label.paper != self.card.slug:
+            raise UserError(f"{file} holds weights of {label.paper}, not of {self.card.slug}")
         if options:
             raise UserError(f"{file} says itself what it was built with: leave {', '.join(options)} out")
         if preset not in (None, label.preset):
             raise UserError(f"{file} holds weights of {label.preset}, not of {preset}")
-        if label.paper != self.card.slug:
-            raise UserError(f"{file} holds weights of {label.paper}, not of {self.card.slug}")
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
         return model.eval(), label

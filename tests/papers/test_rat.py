@@ -16,6 +16,7 @@ from streams import fold
 from torch import nn
 
 import provenn
+from provenn import weights
 from provenn.bench import count_parameters, flops, growth
 from provenn.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
@@ -660,6 +661,18 @@ def test_what_the_weights_do_not_tell_is_given_to_a_prediction(tmp_path):
         for chunk in (2, 64)
     ]
     assert all(text.startswith("def f") for text in texts)
+
+
+def test_our_own_weights_say_what_they_are(tmp_path):
+    label = weights.Label("rat", "rat_small", "language-modelling", {"vocab": 20, "dim": 24, "layers": 1, "chunk": 4})
+    weights.save(rat_small(**label.options), tmp_path / "ours.safetensors", label)
+    assert weights.label_of(tmp_path / "ours.safetensors") == label
+    model, _ = provenn.paper("rat").load(tmp_path / "ours.safetensors")
+    assert model.blocks[0].mixer.chunk == 4
+    with pytest.raises(UserError, match="says itself what it was built with: leave chunk out"):
+        provenn.paper("rat").load(tmp_path / "ours.safetensors", options={"chunk": 8})
+    with pytest.raises(UserError, match="holds weights of rat_small, not of rnn_small"):
+        provenn.paper("rat").load(tmp_path / "ours.safetensors", preset="rnn_small")
 
 
 def test_official_weights_of_other_models_are_refused():
