@@ -27,9 +27,14 @@ def chunked_product(
 ) -> tuple[Tensor, Tensor]:
     """y_i = q_i·start + Σ_j (q_i·k_j) v_j over j ≤ i, or j ≥ i where `reverse`; and end = start + Σ_j k_j v_jᵀ."""
     rows, n, _ = q.shape
-    chunk = min(n, chunk)
-    padding = -n % chunk
-    q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
+    if isinstance(n, torch.SymInt):
+        # An export with open length takes whatever is true of its example for a rule: one chunk, or none to fill up.
+        padding = -n % chunk + chunk
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+    else:
+        chunk = min(n, chunk)
+        padding = -n % chunk
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
     q, k, v = (x.reshape(rows, -1, chunk, x.shape[-1]) for x in (q, k, v))
     weights = q @ k.mT
     weights = weights.triu_() if reverse else weights.tril_()
