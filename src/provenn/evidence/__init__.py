@@ -1,9 +1,54 @@
-"""Claims become measurements, measurements become records, and one function gives the verdict."""
+"""Claims become measurements, measurements become records, and one function gives each verdict.
 
-from provenn.evidence.claim import measures
-from provenn.evidence.measurement import Measurement, Picture, Series, Table
-from provenn.evidence.record import Ledger, Record
-from provenn.evidence.run import Run
-from provenn.evidence.verdict import Verdict, decide
+Names are loaded when they are asked for: records are read without torch.
+"""
 
-__all__ = ["Ledger", "Measurement", "Picture", "Record", "Run", "Series", "Table", "Verdict", "decide", "measures"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from provenn.evidence.claim import measures
+    from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
+    from provenn.evidence.race import Race
+    from provenn.evidence.record import Evidence, Finding, Record
+    from provenn.evidence.run import Run
+    from provenn.evidence.statement import judge
+    from provenn.evidence.study import Drawing, Study
+    from provenn.evidence.verdict import Verdict, decide
+
+HOMES = {
+    "claim": ("measures",),
+    "measurement": ("Measurement", "Picture", "Series", "Skill", "Table"),
+    "race": ("Race",),
+    "record": ("Evidence", "Finding", "Record"),
+    "run": ("Run",),
+    "statement": ("judge",),
+    "study": ("Drawing", "Study"),
+    "verdict": ("Verdict", "decide"),
+}
+
+__all__ = [
+    "Drawing",
+    "Evidence",
+    "Finding",
+    "Measurement",
+    "Picture",
+    "Race",
+    "Record",
+    "Run",
+    "Series",
+    "Skill",
+    "Study",
+    "Table",
+    "Verdict",
+    "decide",
+    "judge",
+    "measures",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

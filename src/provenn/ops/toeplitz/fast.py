@@ -11,13 +11,19 @@ O(n (m + d)), which is also faster than all at once where the whole outgrows the
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from provenn.ops.autograd import (
+    backward_without_autocast,
+    is_differentiated,
+    is_transformed,
+    plain_gradients,
+    without_autocast,
+)
 
 SLICE = {"cpu": 2**18, "cuda": 2**26}  # numbers that are transformed at a time
 
@@ -73,7 +79,7 @@ class _Circle:
 
 
 def _ranges(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
+    for start in range(0, size, max(step, 1)):
         yield slice(start, min(start + step, size))
 
 
@@ -106,9 +112,11 @@ class _Sums(torch.autograd.Function):
         return sums.flatten(2).mT.reshape(v.shape).to(v.dtype)
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx, grad: Tensor):
         c, q, k, v = ctx.saved_tensors
+        if is_differentiated():
+            return *plain_gradients(quadratic_sums, (c, q, k, v), grad), None
         wanted = ctx.needs_input_grad
         circle = _Circle(c, ctx.precision)
         qs, ks, vs, gs = (circle.on_grid(x) for x in (q, k, v, grad))
@@ -134,11 +142,6 @@ class _Sums(torch.autograd.Function):
         return grad_c.to(c.dtype), *shaped, None
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Where nothing is rounded to half precision: FFTs and exponentials need float32 at least."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 def all_offsets(c: Float[Tensor, "#heads *offsets"], causal: bool) -> Float[Tensor, "#heads *all"]:
     """The kernel with its later offsets: zeros, where causal."""
     return F.pad(c, (0, c.shape[-1] - 1)) if causal else c
@@ -156,6 +159,8 @@ def fft_sums(
     """Σ_j c_{j−i} (q_i·k_j) v_j by FFT: O(n log n · features · channels) time, O(n (features + channels)) memory."""
     dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
     with without_autocast(v):
+        if is_transformed():
+            return quadratic_sums(c, q, k, v, causal=causal)
         return _Sums.apply(all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), precision)
 
 
