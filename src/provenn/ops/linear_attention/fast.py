@@ -38,7 +38,7 @@ def chunked_product(
         chunk = min(n, chunk)
         padding = -n % chunk
         q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
-    q, k, v = (x.unflatten(1, (-1, chunk)) for x in (q, k, v))
+    q, k, v = (x.reshape(x.shape[0], x.shape[1] // chunk, chunk, x.shape[2]) for x in (q, k, v))
     weights = q @ k.mT
     weights = weights.triu() if reverse else weights.tril()
     y = weights @ v
