@@ -30,10 +30,15 @@ def chunked_product(
 ) -> tuple[Tensor, Tensor]:
     """y_i = q_i·start + Σ_j (q_i·k_j) v_j over j ≤ i, or j ≥ i where `reverse`; and end = start + Σ_j k_j v_jᵀ."""
     n = q.shape[1]
-    chunk = min(n, chunk)
-    padding = -n % chunk
-    q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
-    q, k, v = (x.unflatten(1, (-1, chunk)) for x in (q, k, v))
+    if isinstance(n, torch.SymInt):
+        # An export with open length takes whatever is true of its example for a rule: one chunk, or none to fill up.
+        padding = -n % chunk + chunk
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+    else:
+        chunk = min(n, chunk)
+        padding = -n % chunk
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
+    q, k, v = (x.reshape(x.shape[0], x.shape[1] // chunk, chunk, x.shape[2]) for x in (q, k, v))
     weights = q @ k.mT
     weights = weights.triu() if reverse else weights.tril()
     y = weights @ v

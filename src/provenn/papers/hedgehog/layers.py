@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.attention import SoftmaxAttention, check_tokens
 from provenn.nn.feature_maps import (
     CosFormerMap,
     EluMap,
@@ -182,8 +182,7 @@ class LinearAttention(nn.Module):
 
     def project(self, x: Float[Tensor, "batch tokens dim"], start: int = 0) -> Projected:
         """Queries, keys and values of each head, before φ; `start` is the position of the first token."""
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens(x, self.dim)
         q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
         if self.rotary:
             positions = torch.arange(start, start + x.shape[1], device=x.device)
@@ -217,6 +216,7 @@ class LinearAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
+        check_tokens(x, self.dim, mask)
         return self._attend(x, None, mask)[0]
 
     def init_state(self, batch: int) -> AttentionState:
