@@ -12,12 +12,19 @@ the same reasons: it takes O(n²) time, and no more memory than the other.
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from provenn.ops.autograd import (
+    backward_without_autocast,
+    is_differentiated,
+    is_transformed,
+    plain_gradients,
+    without_autocast,
+)
 
 SLICE = {"cpu": 2**18, "cuda": 2**26}  # numbers that are transformed at a time
 BLOCK = {"cpu": 2**17, "cuda": 2**26}  # weights that the quadratic form has at a time
@@ -75,7 +82,7 @@ class _Circle:
 
 
 def _ranges(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
+    for start in range(0, size, max(step, 1)):
         yield slice(start, min(start + step, size))
 
 
@@ -108,10 +115,11 @@ class _Sums(torch.autograd.Function):
         return sums.flatten(2).mT.reshape(v.shape).to(v.dtype)
 
     @staticmethod
+    @backward_without_autocast
     def backward(ctx, grad: Tensor):
         c, q, k, v = ctx.saved_tensors
-        if _is_differentiated_again():
-            return *_differentiable_gradients((c, q, k, v), grad), None
+        if is_differentiated():
+            return *plain_gradients(_plain_sums, (c, q, k, v), grad), None
         wanted = ctx.needs_input_grad
         circle = _Circle(c, ctx.precision)
         qs, ks, vs, gs = (circle.on_grid(x) for x in (q, k, v, grad))
@@ -137,11 +145,6 @@ class _Sums(torch.autograd.Function):
         return grad_c.to(c.dtype), *shaped, None
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Where nothing is rounded to half precision: FFTs and exponentials need float32 at least."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 def all_offsets(c: Float[Tensor, "#heads *offsets"], causal: bool) -> Float[Tensor, "#heads *all"]:
     """The kernel with its later offsets: zeros, where causal."""
     return F.pad(c, (0, c.shape[-1] - 1)) if causal else c
@@ -159,7 +162,8 @@ def fft_sums(
     """Σ_j c_{j−i} (q_i·k_j) v_j by FFT: O(n log n · features · channels) time, O(n (features + channels)) memory."""
     dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
     with without_autocast(v):
-        return _Sums.apply(all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), precision)
+        inputs = [all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)]
+        return _plain_sums(*inputs) if is_transformed() else _Sums.apply(*inputs, precision)
 
 
 def fft_matmul(
@@ -196,19 +200,6 @@ def dense_matrix(c: Float[Tensor, "#heads *offsets"], *, causal: bool = False) -
 def _plain_sums(c: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The sums with all n × n weights at once; c with all offsets."""
     return (q @ k.mT * dense_matrix(c)) @ v
-
-
-def _is_differentiated_again() -> bool:
-    """Whether a backward pass is to be differentiated itself (`create_graph=True`); a compiler never does so."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _differentiable_gradients(inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients that have gradients: from the plain sums, in O(n²) memory."""
-    wanted = [x for x in inputs if x.requires_grad]
-    # From autograd these are the inputs of the function itself, so that what follows is part of the outer graph.
-    grads = iter(torch.autograd.grad(_plain_sums(*inputs).to(grad.dtype), wanted, grad, create_graph=True))
-    return tuple(next(grads) if x.requires_grad else None for x in inputs)
 
 
 class _Windows:
@@ -271,10 +262,11 @@ class _QuadraticSums(torch.autograd.Function):
         return torch.cat(sums, dim=-2).flip(-2)
 
     @staticmethod
+    @backward_without_autocast
     def backward(ctx, grad: Tensor):
         c, q, k, v = ctx.saved_tensors
-        if _is_differentiated_again():
-            return *_differentiable_gradients((c, q, k, v), grad), None
+        if is_differentiated():
+            return *plain_gradients(_plain_sums, (c, q, k, v), grad), None
         n, back, given = q.shape[-2], q.flip(-2), grad.flip(-2)
         windows = _Windows(c, n, q.shape[0] * q.shape[1], ctx.causal)
         grad_c, grad_k, grad_v, grads_q = torch.zeros_like(c), torch.zeros_like(k), torch.zeros_like(v), []
@@ -300,4 +292,5 @@ def quadratic_sums(
     """The same sums through n × n weights: O(n² (features + channels)) time, O(n (features + channels)) memory."""
     dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
     with without_autocast(v):
-        return _QuadraticSums.apply(all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), causal)
+        inputs = [all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)]
+        return _plain_sums(*inputs) if is_transformed() else _QuadraticSums.apply(*inputs, causal)
