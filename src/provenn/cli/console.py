@@ -19,6 +19,7 @@ from provenn.evidence.verdict import Verdict
 
 PIPED_WIDTH, NARROW = 200, 100
 MOST_FINDINGS = 2  # beside a statement
+SHARES = (3, 10, 4, 6)  # of a statement's columns in the width
 MANY = 5  # columns, more of which a narrow terminal has no room for
 STANDING_COLOURS = {
     Standing.REPRODUCED: "green",
@@ -96,6 +97,10 @@ def statements(judged: Iterable[view.Judged]) -> Table:
         )
     grid = claim_table(("the verdict", "what the abstract says", "its figure", "measured here"), rows)
     grid.padding = (0, 2, 0, 0)
+    if len(grid.columns) == len(SHARES):
+        grid.expand = True
+        for column, share in zip(grid.columns, SHARES):
+            column.ratio = share
     return grid
 
 

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from provenn.ops.autograd import without_autocast
+
 from .fast import chunked_memory
 from .reference import ACTIVATIONS, MemoryState, Surprise, current_weights, read_memory, recurrent_memory
 
@@ -98,7 +100,8 @@ def memory_update(
             f"the memory maps {rows} to {columns} features for (batch, heads) = {tuple(state.layers[0].shape[:2])}, "
             f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}"
         )
-    return chunked_memory(
-        queries, keys, values, step=step, forget=forget, momentum=momentum, state=state, chunk=chunk, mask=mask,
-        read=read, activation=activation, limit=limit, surprised=surprised,
-    )  # fmt: skip
+    with without_autocast(values):
+        return chunked_memory(
+            queries, keys, values, step=step, forget=forget, momentum=momentum, state=state, chunk=chunk, mask=mask,
+            read=read, activation=activation, limit=limit, surprised=surprised,
+        )  # fmt: skip

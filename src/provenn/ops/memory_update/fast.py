@@ -101,7 +101,7 @@ def _chunk(
         kept = (z.unsqueeze(-2) * gates.keep.unsqueeze(-1)).flatten(-2)
         score = (z @ h.mT if i else qk) * gates.reach
         y = torch.baddbmm(kept @ held, score, δ, alpha=-1)
-        carried = (gates.carry @ held.view(len(held), gates.carry.shape[-1], -1)).view_as(held)
+        carried = (gates.carry @ held.unflatten(1, (gates.carry.shape[-1], -1)).flatten(2)).view_as(held)
         written = (h.mT.unsqueeze(-3) * gates.write.unsqueeze(-2)).flatten(1, 2)
         after.append(torch.baddbmm(carried, written, δ, alpha=-1))
         z = y
@@ -136,9 +136,9 @@ def chunked_memory(
     Arguments and results are those of `memory_update`.
     """
     batch, heads, tokens, width = values.shape
-    dtype, groups = state.layers[0].dtype, batch * heads
-    layers = [x.reshape(groups, -1, x.shape[-1]) for x in state.layers]
-    anchor = [x.reshape(groups, *x.shape[2:]) for x in state.anchor]
+    dtype = state.layers[0].dtype
+    layers = [x.flatten(2, 3).flatten(0, 1) for x in state.layers]
+    anchor = [x.flatten(0, 1) for x in state.anchor]
     position, kinds = state.position, state.layers[0].shape[2]
     if mask is not None:
         hidden = ~mask[:, None, :, None]
@@ -166,7 +166,7 @@ def chunked_memory(
             surprises.append(surprise)
             position = (position + size) % chunk
     y = torch.cat(outputs, dim=1).view(batch, heads, tokens, width).to(values.dtype)
-    held = tuple(x.view(batch, heads, kinds, -1, x.shape[-1]) for x in layers)
+    held = tuple(x.unflatten(1, (kinds, -1)).unflatten(0, (batch, heads)) for x in layers)
     at = tuple(x.view(batch, heads, *x.shape[1:]) for x in anchor) if position else tuple(x[:, :, 0] for x in held)
     state = MemoryState(held, at, position)
     if not surprised:

@@ -33,7 +33,7 @@ class HedgehogFeatureMap(FeatureMap):
 
     With y = x W + b, W starting as the identity, the forms of φ(x) are
       softmax: [softmax(y), softmax(−y)], each half at least 1e-12. Stable; what is trained in practice.
-      joint:   softmax([2y, −2y]). Stable; one positive factor for each token away from plain at 2y.
+      joint:   softmax([2y, −2y]), at least 1e-12. Stable; one positive factor for each token away from plain at 2y.
       exp:     [exp(y − max y), exp(−y + min y)], at least 1e-12. Stable; does not sum to one.
       plain:   [exp(y), exp(−y)], as the equation has it; overflows.
     A positive factor on φ(q) cancels in the attention and one on φ(k) does not. The halves of softmax and exp have
@@ -74,9 +74,10 @@ class HedgehogFeatureMap(FeatureMap):
         if self.form == "plain":
             return both.exp().flatten(-2)
         if self.form == "joint":
-            return (2 * both.flatten(-2)).softmax(dim=-1)
+            return (2 * both.flatten(-2)).softmax(dim=-1).clamp_min(FLOOR)
         if self.form == "exp":
-            both = both - both.detach().amax(dim=-1, keepdim=True)
+            # Not detached: on a key the maximum is a factor of its weight, which does not cancel.
+            both = both - both.amax(dim=-1, keepdim=True)
             return both.exp().clamp_min(FLOOR).flatten(-2)
         return both.softmax(dim=-1).clamp_min(FLOOR).flatten(-2)
 
