@@ -206,9 +206,11 @@ class SRWAB(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
 
-def padded_srwab(dim: int, heads: int = 6, *, shifted: bool = False, position_dim: int | None = None) -> PadToMultiple:
+def padded_srwab(
+    dim: int, heads: int = 6, *, shifted: bool = False, wrap: bool = True, position_dim: int | None = None
+) -> PadToMultiple:
     """An SRWAB for maps of any size, continued by their mirror image where a window is not full. Slot: map-mixer."""
-    return PadToMultiple(SRWAB(dim, heads, shifted=shifted, position_dim=position_dim), 16)
+    return PadToMultiple(SRWAB(dim, heads, shifted=shifted, wrap=wrap, position_dim=position_dim), 16)
 
 
 class HFERB(nn.Module):
