@@ -108,7 +108,7 @@ class RectangleWindowAttention(nn.Module):
         # What adds the same to all offsets the softmax cancels: at width 1 the whole of b, else the last layer's bias.
         # Such parameters have no gradient; they stay for the authors' weights.
         for bias in self.bias:
-            cancelled: nn.Module | Tensor = bias if width == 1 else bias.head[-1].bias  # type: ignore[union-attr]  # a Linear
+            cancelled: nn.Module | Tensor = bias if width == 1 else bias.head[-1].bias  # type: ignore[index, union-attr]
             cancelled.requires_grad_(False)
 
     def forward(
