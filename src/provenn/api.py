@@ -14,7 +14,7 @@ PROBES = {"recall": "language-modelling"}  # a task without presets of its own, 
 if TYPE_CHECKING:
     from torch import nn
 
-    from provenn.evidence.record import Record
+    from provenn.evidence.record import Finding
     from provenn.inspection import Inspection
     from provenn.tasks.base import Task
     from provenn.weights import Label
@@ -58,7 +58,7 @@ class Paper:
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"{chosen.name} of {self.card.slug}: {_blame(error, arguments)}") from None
 
-    def reproduce(self, **arguments: Any) -> "list[Record]":
+    def reproduce(self, **arguments: Any) -> "list[Finding]":
         """Measure the paper's claims; the arguments are those of `provenn.reproduce.reproduce`."""
         from provenn.reproduce import reproduce
 

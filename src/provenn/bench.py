@@ -18,7 +18,6 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -34,6 +33,7 @@ class Comparison:
 
     ratio: float
     interval: tuple[float, float]
+    confidence: float
     method: str
     a: tuple[float, ...]
     b: tuple[float, ...]
@@ -54,6 +54,7 @@ class Comparison:
         return cls(
             ratio=math.exp(median(logs)),
             interval=(math.exp(logs[outside - 1]), math.exp(logs[n - outside])),
+            confidence=float(confidence),
             method=f"median of {n} interleaved rounds, order-statistic interval ({100 * confidence:.1f} %)",
             a=tuple(a),
             b=tuple(b),
@@ -69,28 +70,18 @@ def compare(
     b: Callable[[], object],
     *,
     rounds: int = 15,
-    warmup: int = 3,
+    device: str = "cpu",
     min_time: float = 0.02,
 ) -> Comparison:
-    """Time `a` against `b`, in turns, so that whatever else the machine does meets both alike.
-
-    The order alternates from round to round. The clock is `torch.utils.benchmark.Timer`, which waits for a GPU to
-    finish and calls the function twice, untimed, before each measurement.
+    """Time `a` against `b` by the one clock, `interleaved`.
 
     Args:
         rounds: how many pairs of measurements; 6 is the fewest that give a 95 % interval.
-        warmup: calls of each before anything is kept; their time also decides how many calls a measurement makes.
+        device: where they compute.
         min_time: seconds that one measurement lasts at least.
     """
-    if rounds < 1 or warmup < 1:
-        raise ValueError(f"rounds and warmup must be at least 1, got rounds={rounds} and warmup={warmup}")
-    timers = [Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads()) for fn in (a, b)]
-    calls = [max(1, math.ceil(min_time / timer.timeit(warmup).mean)) for timer in timers]
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            times[side].append(timers[side].timeit(calls[side]).mean)
-    return Comparison.of(*times)
+    times = interleaved({"a": a, "b": b}, rounds=rounds, device=device, min_time=min_time)
+    return Comparison.of(times["a"], times["b"])
 
 
 @contextmanager
@@ -109,30 +100,42 @@ def interleaved(
     *,
     rounds: int,
     device: str = "cpu",
-    calls: int = 1,
+    min_time: float = 0.0,
     warmup: int = 1,
 ) -> dict[Any, list[float]]:
-    """Seconds a call of each of several functions, round by round, on one thread; every other round turns their order.
+    """Seconds a call of each of several functions, in turns; every other round turns their order.
+
+    What else the machine does meets all of them alike. On a CPU they run on one thread and CPU time is counted, which
+    other
+    processes do not add to; a GPU is waited for, and the wall clock taken.
 
     Args:
         functions: by name.
         rounds: how many times each is measured.
-        device: a GPU is waited for.
-        calls: that one measurement takes the mean of.
-        warmup: rounds before anything is kept.
+        device: where they compute.
+        min_time: seconds that one measurement lasts at least: quick functions are called several times.
+        warmup: rounds before anything is kept; their time also decides how many calls a measurement makes.
     """
-    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    if rounds < 1 or warmup < 1:
+        raise ValueError(f"rounds and warmup must be at least 1, got rounds={rounds} and warmup={warmup}")
+    gpu = device.startswith("cuda")
+    wait: Callable[[], None] = torch.cuda.synchronize if gpu else lambda: None
+    clock = time.perf_counter if gpu else time.process_time
     times: dict[Any, list[float]] = {name: [] for name in functions}
+    calls = dict.fromkeys(functions, 1)
     with one_thread():
         for turn in range(-warmup, rounds):
             for name in functions if turn % 2 == 0 else reversed(functions):
                 wait()
-                start = time.perf_counter()
-                for _ in range(calls if turn >= 0 else 1):
+                start = clock()
+                for _ in range(calls[name]):
                     functions[name]()
                 wait()
+                seconds = max((clock() - start) / calls[name], 1e-9)
                 if turn >= 0:
-                    times[name].append((time.perf_counter() - start) / calls)
+                    times[name].append(seconds)
+                elif turn == -1:
+                    calls[name] = max(1, math.ceil(min_time / seconds))
     return times
 
 

@@ -102,8 +102,32 @@ class Preset(Facts):
         return [{"shape": given}] if plain and given else given
 
 
+class Statement(Facts):
+    """One assertion of the abstract, in our words, and the claims that bear on it.
+
+    `needs` says what the paper's own setting takes; a statement without claims must say it.
+    """
+
+    says: str
+    kind: Literal["exact", "cost", "quality", "use"]
+    figure: str = ""
+    headline: bool = False
+    claims: list[str] = []
+    needs: str = ""
+
+    @model_validator(mode="after")
+    def bears_something(self) -> "Statement":
+        if not self.claims and not self.needs:
+            raise ValueError("a statement names the claims that bear on it, or what it needs")
+        return self
+
+
 class Claim(Facts):
-    """What the paper, or we, say; and which effects would prove it."""
+    """What the paper, or we, say; and which effects would prove it.
+
+    `sides` names the two that are compared, as the study's arms or the race's runners are labelled: it is written here
+    independently of the code that measures, so that exchanged sides are noticed. `why` is the reason for the region.
+    """
 
     id: str = Field(pattern=r"^[a-z0-9_]+$")
     kind: Literal["exact", "cost", "quality"]
@@ -111,6 +135,8 @@ class Claim(Facts):
     origin: Literal["paper", "ours"] = "paper"
     published: Figure | None = None
     expects: Region | None = None
+    why: str = ""
+    sides: tuple[str, str] | None = None
     tolerance: float = 0.0
     needs: str | None = None
     package: str | None = Field(None, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
@@ -156,8 +182,42 @@ class Card(Facts):
     tags: list[str] = []
     summary: str
     mechanisms: list[Mechanism] = []
+    recipes: dict[str, dict[str, Any]] = {}
     presets: list[Preset] = []
+    statements: list[Statement] = []
     claims: list[Claim] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def spell_out_recipes(cls, facts: Any) -> Any:
+        """A preset's recipe may name one of `recipes`, or be one with changes: `{ base = "imagenet", lr = 0.1 }`."""
+        recipes = facts.get("recipes", {})
+        presets = []
+        for preset in facts.get("presets", []):
+            recipe = preset.get("recipe", {}) if isinstance(preset, dict) else {}
+            changes = {"base": recipe} if isinstance(recipe, str) else recipe
+            if isinstance(changes, dict) and "base" in changes:
+                name = changes["base"]
+                if name not in recipes:
+                    raise ValueError(
+                        f"preset {preset.get('name')!r}: no recipe {name!r}; there are: {_listed(recipes)}"
+                    )
+                rest = {key: value for key, value in changes.items() if key != "base"}
+                preset = {**preset, "recipe": {**recipes[name], **rest}}
+            presets.append(preset)
+        return {**facts, "presets": presets}
+
+    @model_validator(mode="after")
+    def statements_fit_claims(self) -> "Card":
+        known = {claim.id for claim in self.claims}
+        for statement in self.statements:
+            unknown = [name for name in statement.claims if name not in known]
+            if unknown:
+                raise ValueError(f"the statement {statement.says!r} names no claim of this paper: {_listed(unknown)}")
+        headlines = sum(statement.headline for statement in self.statements)
+        if self.statements and headlines != 1:
+            raise ValueError(f"one statement is the headline, got {headlines}")
+        return self
 
     @field_validator("mechanisms", "presets", "claims")
     @classmethod

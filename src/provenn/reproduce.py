@@ -4,8 +4,9 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -16,13 +17,27 @@ from typing import Any, cast
 from provenn import progress
 from provenn.catalog import Card, Claim, card, installed
 from provenn.errors import UserError
-from provenn.evidence.claim import measuring_functions
+from provenn.evidence.checksum import checksum
+from provenn.evidence.claim import Measure, measuring_functions
 from provenn.evidence.measurement import Measurement
-from provenn.evidence.record import Environment, Ledger, Record, here, peak_memory
+from provenn.evidence.record import (
+    EVIDENCE,
+    LEDGER,
+    Evidence,
+    Finding,
+    Ledger,
+    Occasion,
+    Record,
+    here,
+    peak_memory,
+    read_or_set_aside,
+)
 from provenn.evidence.run import Budget, Run
 
 BUDGETS = ("smoke", "small", "paper")
 MOST_SEEDS = 10_000
+DEFAULT_SEEDS = 5
+LOCK, ERRORS = ".lock", "errors.txt"
 
 
 def reproduce(
@@ -30,14 +45,14 @@ def reproduce(
     *,
     claims: str | Sequence[str] | None = None,
     budget: str = "small",
-    seeds: int | str | Sequence[int] = 3,
+    seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
     device: str = "auto",
     out: str | Path = "runs/latest",
     resume: bool = False,
     tell: Callable[[str], None] = lambda message: None,
-    done: Callable[[Record], None] = lambda record: None,
-) -> list[Record]:
-    """Measure a paper's claims and return their records, which also lie in `out/<slug>.json`.
+    done: Callable[[Finding], None] = lambda finding: None,
+) -> list[Finding]:
+    """Measure a paper's claims and return what was found, which also lies in `out/<slug>/evidence.json`.
 
     Args:
         card: the paper.
@@ -48,10 +63,11 @@ def reproduce(
         out: folder of the records.
         resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
         tell: is given messages for the user.
-        done: is given each record as it is written.
+        done: is given each finding as it is written.
 
     Raises:
-        UserError: an unknown claim, budget or device, or no seeds.
+        UserError: an unknown claim, budget or device, no seeds, or a folder in which another process measures this
+        paper.
     """
     chosen_seeds = choose_seeds(seeds)
     if budget not in BUDGETS:
@@ -59,28 +75,53 @@ def reproduce(
     claims = [claims] if isinstance(claims, str) else claims
     wanted = [card.claim(name) for name in claims] if claims else card.claims
     device = choose_device(device)
-    folder = Path(out)
+    folder = Path(out) / card.slug
     check_writable(folder)
-    earlier, trouble = Ledger.read(folder / f"{card.slug}.json")
-    if trouble:
-        tell(trouble)
-    size = cast(Budget, budget)
-    run = Run(card.slug, folder, budget=size, seeds=chosen_seeds, device=device, ledger=earlier, reuse=resume)
-    run.ledger.records = [r for r in run.ledger.records if r.claim in {claim.id for claim in card.claims}]
-    environment = here(device)
-    records = []
-    with progress.bar(card.slug, len(wanted)) as advance:
-        for claim in wanted:
-            advance(0, f"{card.slug}: {claim.id}")
-            kept = run.ledger.record(claim.id) if resume else None
-            if kept is None or not _still_good(kept, run, claim, environment):
-                kept = _measure(run, card, claim, environment)
-                run.ledger.put(kept)
-                run.ledger.write(run.file)
-            records.append(kept)
-            done(kept)
-            advance()
-    return records
+    with alone_in(folder):
+        evidence, trouble = read_or_set_aside(Evidence, folder / EVIDENCE, card.slug)
+        ledger, more_trouble = read_or_set_aside(Ledger, folder / LEDGER, card.slug)
+        for message in filter(None, (trouble, more_trouble)):
+            tell(message)
+        evidence.keep_claims({claim.id for claim in card.claims})
+        run = Run(
+            card.slug,
+            Path(out),
+            budget=cast(Budget, budget),
+            seeds=chosen_seeds,
+            device=device,
+            ledger=ledger,
+            reuse=resume,
+        )
+        occasion = Occasion(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
+        with progress.bar(card.slug, len(wanted)) as advance:
+            for claim in wanted:
+                advance(0, f"{card.slug}: {claim.id}")
+                kept = evidence.record(claim.id) if resume else None
+                if kept is None or not _still_good(kept, evidence.occasions[kept.occasion], run, card, claim, occasion):
+                    evidence.put(_measure(run, card, claim), occasion)
+                    evidence.write(run.file)
+                finding = evidence.findings([claim])[0]
+                done(finding)
+                advance()
+    return evidence.findings(wanted)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder that this one writes; the system lifts the lock of a process that dies."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process is writing {folder}: wait until it has ended, or choose another folder with --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def reproduce_many(
@@ -88,9 +129,9 @@ def reproduce_many(
     *,
     jobs: int = 1,
     tell: Callable[[str], None] = lambda message: None,
-    done: Callable[[Record], None] = lambda record: None,
+    done: Callable[[Finding], None] = lambda finding: None,
     **arguments: Any,
-) -> list[Record]:
+) -> list[Finding]:
     """Measure several papers' claims, paper by paper, or `jobs` papers side by side.
 
     Side by side, each paper has a process of its own, and the processes share the cores. Times are ratios of what runs
@@ -100,7 +141,7 @@ def reproduce_many(
         cards: the papers.
         jobs: papers measured at the same time.
         tell: is given messages for the user.
-        done: is given each record as it is written.
+        done: is given each finding as it is written.
         arguments: the others of `reproduce`.
 
     Raises:
@@ -109,11 +150,11 @@ def reproduce_many(
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     if min(jobs, len(cards)) < 2:
-        return [record for own in cards for record in reproduce(own, tell=tell, done=done, **arguments)]
+        return [finding for own in cards for finding in reproduce(own, tell=tell, done=done, **arguments)]
     context = get_context("spawn")  # torch's threads do not survive a fork
     events = context.Queue()
-    records: dict[str, list[Record]] = {own.slug: [] for own in cards}
-    waiting, running = list(records), dict[str, BaseProcess]()
+    findings: dict[str, list[Finding]] = {own.slug: [] for own in cards}
+    waiting, running = list(findings), dict[str, BaseProcess]()
     threads = max(1, (os.cpu_count() or 1) // min(jobs, len(cards)))
     with ExitStack() as bars:
         advance = {own.slug: bars.enter_context(progress.bar(own.slug, len(own.claims))) for own in cards}
@@ -130,9 +171,9 @@ def reproduce_many(
                     continue
                 if event == "tell":
                     tell(content)
-                elif event == "record":
-                    records[slug].append(content)
-                    advance[slug](1, f"{slug}: {content.claim}")
+                elif event == "found":
+                    findings[slug].append(content)
+                    advance[slug](1, f"{slug}: {content.claim.id}")
                     done(content)
                 elif event == "refused":
                     raise UserError(content)
@@ -142,7 +183,7 @@ def reproduce_many(
             for process in running.values():
                 process.kill()  # records are whole at every moment, and Lightning would take its time over a request
                 process.join()
-    return [record for own in records.values() for record in own]
+    return [finding for own in findings.values() for finding in own]
 
 
 def _reproduce_apart(slug: str, threads: int, arguments: dict[str, Any], events: Any) -> None:
@@ -155,7 +196,7 @@ def _reproduce_apart(slug: str, threads: int, arguments: dict[str, Any], events:
         events.put((slug, event, content))
 
     try:
-        reproduce(card(slug), tell=partial(send, "tell"), done=partial(send, "record"), **arguments)
+        reproduce(card(slug), tell=partial(send, "tell"), done=partial(send, "found"), **arguments)
         send("end")
     except UserError as error:
         send("refused", str(error))
@@ -172,59 +213,61 @@ def _refuse_the_dead(running: dict[str, BaseProcess]) -> None:
             )
 
 
-def _measure(run: Run, card: Card, claim: Claim, environment: Environment) -> Record:
+def _measure(run: Run, card: Card, claim: Claim) -> Record:
     import torch
 
     start, spared = time.perf_counter(), run.spared
+    code = ""
     try:
         function = _function(card, claim)
         needs = claim.lacks or "a function that measures it"
         # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
         with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
             measurement = Measurement.not_measured(needs) if function is None else function(run)
+        code = checksum(function) if function is not None else ""
         if claim.package is not None and function is not None:
             setting = {**measurement.setting, claim.package: installed(claim.package)}
             measurement = measurement.model_copy(update={"setting": setting})
     except Exception as error:  # one claim's trouble must not cost the others their work
         measurement = Measurement.failure(error)
-        with (run.out / f"{run.paper}.errors.txt").open("a", encoding="utf-8") as file:
+        with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
             file.write(f"{claim.id}\n{traceback.format_exc()}\n")
     return Record.of(
-        run.paper,
         claim,
         measurement,
         budget=run.budget,
-        environment=environment,
+        code=code,
         wall_seconds=round(time.perf_counter() - start + run.spared - spared, 3),
         peak_memory_bytes=peak_memory(run.device),
     )
 
 
-def _function(card: Card, claim: Claim) -> Callable[[Run], Measurement] | None:
+def _function(card: Card, claim: Claim) -> Measure | None:
     if claim.lacks is not None or not card.has("claims"):
         return None
     return measuring_functions(card.resolve_module("claims")).get(claim.id)
 
 
-def _still_good(record: Record, run: Run, claim: Claim, environment: Environment) -> bool:
-    """A record may stand for a new measurement only where claim, budget, seeds and versions are the same.
+def _still_good(record: Record, earlier: Occasion, run: Run, card: Card, claim: Claim, now: Occasion) -> bool:
+    """A record may stand for a new measurement only where claim, code, budget, seeds, machine and versions are the
+    same.
 
     What was not measured is tried again: what it needed may be there by now.
     """
     if record.measurement.needs or record.measurement.failed:
         return False
-    if claim.package is not None and installed(claim.package) not in (
-        None,
-        record.measurement.setting.get(claim.package),
-    ):
+    function = _function(card, claim)
+    if function is None or record.code != checksum(function):
         return False
-    same_seeds = not record.measurement.seeds or tuple(record.measurement.seeds) == run.seeds
-    again = Record.of(run.paper, claim, record.measurement, budget=run.budget, environment=environment)
-    facts = ("says", "published", "expects", "verdict", "budget")
+    if claim.package is not None and installed(claim.package) != record.measurement.setting.get(claim.package):
+        return False
+    seeds = record.measurement.seeds
+    again = Record.of(claim, record.measurement, budget=run.budget)
     return (
-        same_seeds
-        and record.environment == environment
-        and all(getattr(record, fact) == getattr(again, fact) for fact in facts)
+        (not seeds or tuple(seeds) == run.seeds)
+        and (record.verdict, record.expects) == (again.verdict, again.expects)
+        and earlier.budget == now.budget
+        and earlier.environment.model_copy(update={"commit": ""}) == now.environment.model_copy(update={"commit": ""})
     )
 
 

@@ -13,12 +13,23 @@ from rich.table import Table
 from provenn.evidence import view
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.measurement import Table as Numbers
-from provenn.evidence.record import Record
+from provenn.evidence.record import Finding
+from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import Verdict
 
 PIPED_WIDTH, NARROW = 200, 100
+MOST_FINDINGS = 2  # beside a statement
 MANY = 5  # columns, more of which a narrow terminal has no room for
+STANDING_COLOURS = {
+    Standing.REPRODUCED: "green",
+    Standing.HOLDS_HERE: "cyan",
+    Standing.PARTLY: "yellow",
+    Standing.OPEN: "yellow",
+    Standing.NOT_HERE: "red",
+    Standing.NOT_MEASURED: "bright_black",
+}
 COLOURS = {
+    Verdict.HOLDS: "green",
     Verdict.REPRODUCED: "green",
     Verdict.DIRECTION_HOLDS: "cyan",
     Verdict.INCONCLUSIVE: "yellow",
@@ -59,18 +70,53 @@ def verdict(which: Verdict) -> str:
     return f"[{COLOURS[which]}]{view.SYMBOLS[which]} {which}[/]"
 
 
-def claims(records: Iterable[Record]) -> Table:
-    """What a paper says, what it published, what we measured, and the verdict."""
-    rows = [
-        (
-            f"[bold]{record.claim}[/]\n{escape(record.says)}",
-            escape(view.theirs(record)),
-            escape(view.ours(record.measurement)),
-            verdict(record.verdict) + (f"\n[dim]{escape(record.reason)}[/]" if record.reason else ""),
+def standing(judged: view.Judged) -> str:
+    """The verdict on a statement, without its reason."""
+    which = judged.judgement
+    words = str(which) if which.standing is Standing.PARTLY else str(which.standing)
+    return f"[{STANDING_COLOURS[which.standing]}]{judged.symbol} {words}[/]"
+
+
+def statements(judged: Iterable[view.Judged]) -> Table:
+    """What the abstract says: the verdict, the statement, the paper's figure, and what was measured first."""
+    rows = []
+    for each in judged:
+        says = escape(each.statement.says)
+        measured = [f for f in each.findings if f.verdict is not Verdict.NOT_MEASURED]
+        reason = each.judgement.reason or next((f.reason for f in each.findings if f.reason), "")
+        ours = "; ".join(view.shortly(f) for f in measured[:MOST_FINDINGS]) or reason
+        more = f" and {len(measured) - MOST_FINDINGS} more" if len(measured) > MOST_FINDINGS else ""
+        rows.append(
+            (
+                standing(each),
+                f"[bold]{says}[/]" if each.statement.headline else says,
+                escape(each.statement.figure),
+                escape(ours + more),
+            )
         )
-        for record in records
-    ]
-    return claim_table(("claim", "the paper's figure", "ours, with its 95 % interval", "verdict"), rows)
+    grid = claim_table(("the verdict", "what the abstract says", "its figure", "measured here"), rows)
+    grid.padding = (0, 2, 0, 0)
+    return grid
+
+
+def claims(findings: Iterable[Finding]) -> Table:
+    """What is claimed, what the paper published, what we ask for, what we measured, and the verdict."""
+    rows = []
+    for finding in findings:
+        origin = "" if finding.claim.origin == "paper" else " [dim](ours)[/]"
+        ours = "\n".join(filter(None, (view.ours(finding.measurement), view.when(finding))))
+        reason = f"\n[dim]{escape(finding.reason)}[/]" if finding.reason else ""
+        rows.append(
+            (
+                f"[bold]{finding.claim.id}[/]{origin}\n{escape(finding.claim.says)}",
+                escape(view.published(finding.claim)),
+                escape(view.asked(finding)),
+                escape(ours),
+                verdict(finding.verdict) + reason,
+            )
+        )
+    columns = ("claim", "published", "we ask for, and why", "ours, with its interval", "verdict")
+    return claim_table(columns, rows)
 
 
 def claim_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -1,17 +1,15 @@
 """Verbs that read: list, show, board. They import no torch."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from provenn import catalog
-from provenn.catalog import Card, Claim
+from provenn.catalog import Card
 from provenn.cli.app import Json, Slot, Slug, Task, app, tell
 from provenn.errors import UserError
-
-if TYPE_CHECKING:
-    from provenn.evidence.record import Record
+from provenn.evidence.record import Finding
 
 
 @app.command("list")
@@ -68,112 +66,132 @@ def _entry(card: Card) -> dict:
 
 
 @app.command()
-def show(slug: Slug, json: Json = False) -> None:
-    """A paper's card, its claims and their evidence, its presets."""
+def show(
+    slug: Slug,
+    everything: Annotated[bool, typer.Option("--all", help="Every claim, mechanism and preset too.")] = False,
+    json: Json = False,
+) -> None:
+    """What a paper's abstract says, and what of it holds."""
     from provenn.cli import console
     from provenn.evidence import view
 
     card = catalog.card(slug)
-    home = view.committed()
-    evidence = {
-        record.claim: record
-        for ledger in (view.ledgers(home) if home else [])
-        if ledger.paper == card.slug
-        for record in ledger.records
-    }
+    evidence = view.committed(card)
+    statements = view.judged(card, evidence)
+    findings = evidence.findings(card.claims) if evidence else [Finding(card.slug, claim) for claim in card.claims]
     if json:
-        records = [record.model_dump(mode="json") for record in evidence.values()]
-        console.machine({**card.model_dump(mode="json", exclude={"folder"}), "evidence": records})
+        console.machine(
+            {
+                **card.model_dump(mode="json", exclude={"folder"}),
+                "verdicts": [{"says": s.statement.says, "verdict": str(s.judgement)} for s in statements],
+                "evidence": evidence.model_dump(mode="json", exclude_defaults=True) if evidence else None,
+            }
+        )
         return
     out = console.console()
     out.print(f"[bold]{console.escape(card.title)}[/]")
     links = [f"https://arxiv.org/abs/{card.arxiv}" if card.arxiv else "", f"{card.date:%Y-%m-%d}"]
-    links += [f"code: https://github.com/{card.code}" if card.code else "", ", ".join(card.tasks), ", ".join(card.tags)]
-    out.print("[dim]" + console.escape(" · ".join(part for part in links if part)) + "[/]\n")
-    out.print(console.escape(card.summary) + "\n")
-    if card.mechanisms:
-        rows = [(f"[bold]{m.name}[/]", m.slot, f"{card.package}.{m.layer.replace(':', '.')}") for m in card.mechanisms]
-        out.print(console.table(("mechanism", "slot", "layer"), rows), "")
-    if card.presets:
-        rows = [
-            (f"[bold]{p.name}[/]", p.task or card.task or "", "; ".join(map(str, p.published))) for p in card.presets
-        ]
-        out.print(console.table(("preset", "task", "published"), rows), "")
+    links += [f"code: https://github.com/{card.code}" if card.code else "", ", ".join(card.tasks)]
+    out.print("[dim]" + console.escape(" · ".join(part for part in links if part)) + "[/]")
+    if everything:
+        out.print("\n" + console.escape(card.summary))
+    if statements:
+        out.print("", console.statements(statements))
+        out.print(f"\n[bold]{view.tally_of_statements(statements)}[/] of {len(statements)} statements", highlight=False)
+    if evidence:
+        out.print("[dim]measured " + console.escape("; ".join(view.where(evidence.occasions))) + "[/]")
+    if everything:
+        _everything(card, findings)
+    out.print()
+    if not everything:
+        out.print(f"provenn show {card.slug} --all       {len(card.claims)} claims, mechanisms, presets")
     if card.claims:
-        columns = ("claim", "the paper's figure", "ours, with its 95 % interval", "verdict")
-        out.print(console.claim_table(columns, [_claim(claim, evidence.get(claim.id)) for claim in card.claims]), "")
-        out.print(f"provenn reproduce {card.slug}")
+        out.print(f"provenn reproduce {card.slug}        measure them here")
     if card.presets:
         out.print(f"provenn train {card.slug} --preset {card.presets[0].name} --data …")
     if card.has("inspection"):
         out.print(f"provenn inspect {card.slug} …")
 
 
-def _claim(claim: Claim, record: "Record | None") -> tuple[str, ...]:
+def _everything(card: Card, findings: list[Finding]) -> None:
+    """Mechanisms, presets and every claim: those under statements first, then the body's, then ours."""
     from provenn.cli import console
-    from provenn.evidence import view
 
-    needs = f"[dim]needs {console.escape(claim.lacks)}[/]" if claim.lacks else ""
-    kind = claim.kind + ("" if claim.origin == "paper" else ", ours")
-    return (
-        f"[bold]{claim.id}[/]\n{console.escape(claim.says)} [dim]({kind})[/]",
-        console.escape(view.theirs(claim)),
-        console.escape(view.ours(record.measurement)) if record else "",
-        console.verdict(record.verdict) if record else needs,
-    )
+    out = console.console()
+    if card.mechanisms:
+        rows = [(f"[bold]{m.name}[/]", m.slot, f"{card.package}.{m.layer.replace(':', '.')}") for m in card.mechanisms]
+        out.print("", console.table(("mechanism", "slot", "layer"), rows))
+    if card.presets:
+        rows = [
+            (f"[bold]{p.name}[/]", p.task or card.task or "", "; ".join(map(str, p.published))) for p in card.presets
+        ]
+        out.print("", console.table(("preset", "task", "published"), rows))
+    for title, chosen in by_origin(card, findings).items():
+        if chosen:
+            out.print(f"\n[bold]{title}[/]", console.claims(chosen))
+
+
+def by_origin(card: Card, findings: list[Finding]) -> dict[str, list[Finding]]:
+    """Claims under the abstract's statements, the others of the paper, and ours."""
+    under = {name for statement in card.statements for name in statement.claims}
+    return {
+        "Under the abstract": [f for f in findings if f.claim.id in under],
+        "From the body of the paper": [f for f in findings if f.claim.id not in under and f.claim.origin == "paper"],
+        "Ours": [f for f in findings if f.claim.id not in under and f.claim.origin == "ours"],
+    }
 
 
 @app.command()
 def board(
     source: Annotated[
-        Path | None, typer.Option("--from", help="Folder of records; by default those that come with the source.")
+        Path | None, typer.Option("--from", help="Folder of a run; by default the evidence that comes with the papers.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """All evidence at a glance."""
+    """All evidence at a glance: a strip of the abstract's statements a paper."""
     from provenn.cli import console
     from provenn.evidence import view
-    from provenn.evidence.verdict import Verdict
+    from provenn.evidence.statement import Standing
 
-    folder = source or view.committed()
-    if folder is None:
-        raise UserError("no records come with this installation: give a folder of your own, such as --from runs/latest")
-    if not folder.is_dir():
-        raise UserError(f"no folder at {folder}: give --from the folder of a `provenn reproduce`")
-    unread: list[str] = []
-    found = view.ledgers(folder, unread.append)
-    if not found:
-        raise UserError(
-            f"{folder} holds no records that can be read: `provenn reproduce SLUG --out {folder}` writes some"
-        )
-    for message in unread:
-        tell(message)
-    counts = {
-        ledger.paper: {which: sum(r.verdict == which for r in ledger.records) for which in Verdict} for ledger in found
-    }
+    if source is None:
+        known = {card.slug: evidence for card in catalog.cards().values() if (evidence := view.committed(card))}
+    else:
+        if not source.is_dir():
+            raise UserError(f"no folder at {source}: give --from the folder of a `provenn reproduce`")
+        known = view.in_folder(source, tell)
+        if not known:
+            raise UserError(
+                f"{source} holds no evidence that can be read: `provenn reproduce SLUG --out {source}` writes some"
+            )
+    cards = [card for card in catalog.cards().values() if source is None or card.slug in known]
+    strips = {card.slug: view.judged(card, known.get(card.slug)) for card in cards}
     if json:
         console.machine(
             [
                 {
-                    "paper": ledger.paper,
-                    "verdicts": counts[ledger.paper],
-                    "records": ledger.model_dump(mode="json")["records"],
+                    "paper": slug,
+                    "statements": [
+                        {"says": s.statement.says, "headline": s.statement.headline, "verdict": str(s.judgement)}
+                        for s in strip
+                    ],
                 }
-                for ledger in found
+                for slug, strip in strips.items()
             ]
         )
         return
     rows = [
         (
-            f"[bold]{ledger.paper}[/]",
-            *(str(counts[ledger.paper][which] or "") for which in Verdict),
-            ", ".join(sorted({record.budget for record in ledger.records})),
-            ", ".join(sorted({record.environment.device for record in ledger.records})),
-            f"{max(record.date for record in ledger.records):%Y-%m-%d}" if ledger.records else "",
+            f"[bold]{card.slug}[/]",
+            console.escape(view.strip(strips[card.slug])),
+            console.escape(view.tally_of_statements(strips[card.slug])),
+            f"{known[card.slug].occasions[-1].date:%Y-%m-%d}"
+            if card.slug in known and known[card.slug].occasions
+            else "",
         )
-        for ledger in found
+        for card in cards
     ]
-    total = [str(sum(count[which] for count in counts.values())) for which in Verdict]
-    rows.append(("[dim]all[/]", *total, "", "", ""))
-    names = [console.verdict(which) for which in Verdict]
-    console.console().print(console.table(("paper", *names, "budget", "device", "date"), rows))
+    out = console.console()
+    out.print(console.table(("paper", "statements, [the headline]", "", "measured"), rows))
+    every = [each for strip in strips.values() for each in strip]
+    out.print(f"\n[bold]{len(every)} statements: {view.tally_of_statements(every)}[/]")
+    out.print("[dim]" + ", ".join(f"{view.STANDINGS[which]} {which}" for which in Standing) + "[/]")

@@ -26,7 +26,7 @@ from provenn.cli.app import (
 )
 from provenn.errors import UserError
 
-RUN = Path("runs/latest")
+RUN, BENCH = Path("runs/latest"), Path("runs/bench")
 
 
 @app.command()
@@ -38,7 +38,7 @@ def reproduce(
         typer.Option(help="Only this claim; may be given again.", autocompletion=of_the_paper("claims", "id")),
     ] = None,
     budget: Budget = "small",
-    seeds: Seeds = "3",
+    seeds: Seeds = "5",
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Papers measured side by side; they share the cores.")] = 1,
     out: Out = RUN,
@@ -59,9 +59,9 @@ def reproduce(
 def bench(
     slug: Slug,
     budget: Budget = "small",
-    seeds: Seeds = "3",
+    seeds: Seeds = "5",
     device: Device = "auto",
-    out: Out = RUN,
+    out: Out = BENCH,
     resume: Resume = False,
     strict: Strict = False,
     json: Json = False,
@@ -89,19 +89,19 @@ def _measure(
 ) -> None:
     from provenn.cli import console
     from provenn.evidence import report, view
-    from provenn.evidence.record import Record
+    from provenn.evidence.record import EVIDENCE, Evidence, Finding
     from provenn.evidence.verdict import Verdict
-    from provenn.reproduce import reproduce_many
+    from provenn.reproduce import ERRORS, reproduce_many
 
     for name in claims or ():
         papers[0].claim(name)
 
-    def done(record: Record) -> None:
-        figure = record.reason or view.ours(record.measurement)
-        tell(f"{view.SYMBOLS[record.verdict]} {record.paper} {record.claim}: {record.verdict}; {figure}")
+    def done(finding: Finding) -> None:
+        figure = finding.reason or view.ours(finding.measurement)
+        tell(f"{view.SYMBOLS[finding.verdict]} {finding.paper} {finding.claim.id}: {finding.verdict}; {figure}")
 
-    with resumable(lambda: any((out / f"{card.slug}.json").exists() for card in papers)), progress.shown():
-        records = reproduce_many(
+    with resumable(lambda: any((out / card.slug / EVIDENCE).exists() for card in papers)), progress.shown():
+        findings = reproduce_many(
             papers,
             jobs=jobs,
             claims=claims,
@@ -114,32 +114,42 @@ def _measure(
             done=done,
         )
     page = report.write(out)
-    failed = [record for record in records if record.measurement.failed]
+    failed = [finding for finding in findings if finding.measurement.failed]
     if json:
         summary: dict[str, Any] = {"out": str(out), "report": str(page), "repeat": command()}
-        console.machine({**summary, "records": [record.model_dump(mode="json") for record in records]})
+        console.machine({**summary, "findings": [_machine(finding) for finding in findings]})
     else:
         terminal = console.console()
         for card in papers:
-            mine = [record for record in records if record.paper == card.slug]
-            terminal.print(
-                f"\n[bold]{console.escape(card.title)}[/]", console.claims(mine), f"[bold]{view.tally(mine)}[/]"
-            )
+            mine = [finding for finding in findings if finding.paper == card.slug]
+            terminal.print(f"\n[bold]{console.escape(card.title)}[/]")
+            if claims is None:
+                statements = view.judged(card, Evidence.read(out / card.slug / EVIDENCE))
+                terminal.print(console.statements(statements), "")
+            else:
+                terminal.print(console.claims(mine))
+            terminal.print(f"[bold]{len(mine)} claims: {view.tally(mine)}[/]")
             if detailed:
-                for record in mine:
-                    grids = list(console.details(record.measurement))
-                    if grids or record.measurement.note:
-                        terminal.print(f"[bold]{record.claim}[/]  {console.escape(record.measurement.note)}\n")
+                for finding in mine:
+                    grids = list(console.details(finding.measurement))
+                    if grids or finding.measurement.note:
+                        note = console.escape(finding.measurement.note)
+                        terminal.print(f"[bold]{finding.claim.id}[/]  {note}\n")
                     for grid in grids:
                         terminal.print(grid, "")
         terminal.print(f"report   {page}", soft_wrap=True)
-        terminal.print(f"records  {', '.join(str(out / f'{card.slug}.json') for card in papers)}", soft_wrap=True)
+        terminal.print(f"records  {', '.join(str(out / card.slug / EVIDENCE) for card in papers)}", soft_wrap=True)
         terminal.print(f"repeat   {command()}", soft_wrap=True, markup=False)
-    for slug in dict.fromkeys(record.paper for record in failed):
-        names = ", ".join(record.claim for record in failed if record.paper == slug)
-        tell(f"provenn: the measurement of {names} of {slug} failed; see {out / f'{slug}.errors.txt'}")
-    if failed or (strict and any(record.verdict is Verdict.NOT_REPRODUCED for record in records)):
+    for slug in dict.fromkeys(finding.paper for finding in failed):
+        names = ", ".join(finding.claim.id for finding in failed if finding.paper == slug)
+        tell(f"provenn: the measurement of {names} of {slug} failed; see {out / slug / ERRORS}")
+    if failed or (strict and any(finding.verdict is Verdict.NOT_REPRODUCED for finding in findings)):
         raise typer.Exit(1)
+
+
+def _machine(finding: Any) -> dict[str, Any]:
+    record = finding.record.model_dump(mode="json") if finding.record else None
+    return {"paper": finding.paper, **finding.claim.model_dump(mode="json"), "record": record}
 
 
 @app.command()

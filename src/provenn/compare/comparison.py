@@ -18,9 +18,9 @@ from provenn.compare.drawing import mark, plain_axis
 from provenn.compare.hosts import Factory, Host, host_for
 from provenn.compare.trained import trained
 from provenn.errors import UserError
-from provenn.evidence import Ledger, Run, Table
+from provenn.evidence import Run, Table
 from provenn.evidence.interval import Interval, paired_difference, student
-from provenn.evidence.record import write_atomically
+from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside, write_atomically
 from provenn.evidence.run import Budget
 from provenn.reproduce import BUDGETS, check_writable, choose_device, choose_seeds
 from provenn.slots import slot as slot_called
@@ -239,10 +239,9 @@ def compare(
         except (TypeError, ValueError) as error:
             raise UserError(f"{name} does not fit {host.about}: {error}") from None
     folder = Path(out)
-    check_writable(folder)
-
     topic = f"compare-{slot}"
-    ledger, trouble = Ledger.read(folder / f"{topic}.json")
+    check_writable(folder / topic)
+    ledger, trouble = read_or_set_aside(Ledger, folder / topic / LEDGER, topic)
     if trouble:
         tell(trouble)
     run = Run(topic, folder, budget=cast(Budget, budget), seeds=chosen_seeds, device=device, ledger=ledger, reuse=True)

@@ -1,9 +1,14 @@
-"""Ties a function in a paper's `claims.py` to the claim in its `paper.toml`."""
+"""Ties what measures, in a paper's `claims.py`, to the claims in its `paper.toml`."""
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+if TYPE_CHECKING:
+    from provenn.evidence.measurement import Measurement
+    from provenn.evidence.run import Run
+
+Measure = Callable[["Run"], "Measurement"]
 F = TypeVar("F", bound=Callable)
 
 
@@ -11,20 +16,20 @@ def measures(claim: str) -> Callable[[F], F]:
     """Mark a function `(run: Run) -> Measurement` as the one that measures `claim`."""
 
     def mark(function: F) -> F:
-        function.measures = claim  # type: ignore[attr-defined]
+        function.measures = claim  # type: ignore[attr-defined]  # functions take attributes, their type does not say so
         return function
 
     return mark
 
 
-def measuring_functions(module: ModuleType) -> dict[str, Callable]:
-    """The marked functions of a module by claim, in the order of the file."""
-    found: dict[str, Callable] = {}
+def measuring_functions(module: ModuleType) -> dict[str, Measure]:
+    """What measures each claim: the module's `CLAIMS`, read off studies and races, and its marked functions."""
+    functions: dict[str, Measure] = dict(getattr(module, "CLAIMS", {}))
     for function in vars(module).values():
         claim = getattr(function, "measures", None)
-        if not isinstance(claim, str) or function.__module__ != module.__name__:
+        if not isinstance(claim, str) or getattr(function, "__module__", None) != module.__name__:
             continue
-        if claim in found:
+        if claim in functions:
             raise ValueError(f"{module.__name__}: the claim {claim!r} is measured by two functions")
-        found[claim] = function
-    return found
+        functions[claim] = function
+    return functions

@@ -1,7 +1,12 @@
-"""95 % intervals: Student's t for paired differences, the bootstrap for ratios."""
+"""Intervals of 95 % or more: Student's t for means and paired differences, the bootstrap for ratios of values, order
+statistics for ratios of clocks, least squares for exponents. `estimate` gives each from the raw values alone, so that
+every
+committed interval can be computed again.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -10,6 +15,56 @@ SMALLEST_BOOTSTRAP = 8  # below this many pairs, resampling cannot show the tail
 
 Number = float | int
 Interval = tuple[float, float]
+Estimator = Literal["mean", "difference", "ratio", "clock ratio", "growth", "exact ratio"]
+
+
+class Estimate(NamedTuple):
+    """An effect with its interval, how it was computed, and how sure it is (0.95 and more)."""
+
+    effect: float
+    interval: Interval | None
+    method: str
+    confidence: float = CONFIDENCE
+
+
+def estimate(estimator: Estimator, values: Sequence[Number], baselines: Sequence[Number]) -> Estimate:
+    """The effect of `values` against `baselines`, from the numbers alone.
+
+    mean: of the values. difference, ratio: paired. clock ratio: the median of paired times, by order statistics.
+        growth: the
+    exponent of values over sizes (the baselines). exact ratio: of two counts, which have no uncertainty.
+    """
+    return ESTIMATORS[estimator](values, baselines)
+
+
+def _mean(values: Sequence[Number], baselines: Sequence[Number]) -> Estimate:
+    return Estimate(float(np.mean(values)), *student(values))
+
+
+def _difference(values: Sequence[Number], baselines: Sequence[Number]) -> Estimate:
+    interval, method = paired_difference(values, baselines)
+    return Estimate(sum(values) / len(values) - sum(baselines) / len(baselines), interval, method)
+
+
+def _clock_ratio(values: Sequence[Number], baselines: Sequence[Number]) -> Estimate:
+    from provenn.bench import Comparison  # imports torch, which reading records does not need
+
+    compared = Comparison.of(values, baselines)
+    return Estimate(compared.ratio, compared.interval, compared.method, compared.confidence)
+
+
+def _growth(values: Sequence[Number], sizes: Sequence[Number]) -> Estimate:
+    from provenn.bench import growth
+
+    fitted = growth(sizes, values)
+    return Estimate(fitted.exponent, fitted.interval, fitted.method)
+
+
+def _exact_ratio(values: Sequence[Number], baselines: Sequence[Number]) -> Estimate:
+    if baselines[-1] == 0:
+        raise ValueError("a ratio needs a baseline other than 0")
+    ratio = values[-1] / baselines[-1]
+    return Estimate(ratio, (ratio, ratio), "counted", 1.0)
 
 
 def student(values: Sequence[Number]) -> tuple[Interval | None, str]:
@@ -77,3 +132,13 @@ def _expanded_tail(n: int) -> float:
 def _same_length(system: Sequence[Number], baseline: Sequence[Number]) -> None:
     if len(system) != len(baseline) or not system:
         raise ValueError(f"pairs need as many values on both sides, got {len(system)} and {len(baseline)}")
+
+
+ESTIMATORS: dict[str, Callable[[Sequence[Number], Sequence[Number]], Estimate]] = {
+    "mean": _mean,
+    "difference": _difference,
+    "ratio": lambda values, baselines: Estimate(*paired_ratio(values, baselines)),
+    "clock ratio": _clock_ratio,
+    "growth": _growth,
+    "exact ratio": _exact_ratio,
+}

@@ -1,12 +1,15 @@
 """What a measuring function returns: an effect with its interval, and what the report draws."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from provenn.errors import UserError
-from provenn.evidence.interval import Interval, Number, paired_difference, paired_ratio
+from provenn.evidence.interval import CONFIDENCE, Estimator, Interval, Number, estimate
+
+MOST_POINTS = 50  # of a curve in a record
 
 
 class Part(BaseModel):
@@ -47,6 +50,19 @@ class Series(Part):
             **axes,
         )
 
+    def thinned(self, most: int = MOST_POINTS) -> "Series":
+        """At most so many of its points, the first and the last among them."""
+        count = len(self.x)
+        if count <= most:
+            return self
+        places = sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+        kept = {
+            name: [values[i] for i in places]
+            for name in ("x", "y", "low", "high")
+            if (values := getattr(self, name)) is not None
+        }
+        return self.model_copy(update=kept)
+
 
 class Table(Part):
     """Rows of text or numbers under a caption."""
@@ -63,19 +79,40 @@ class Picture(Part):
     caption: str
 
 
+class Skill(Part):
+    """What an arm reached, seed by seed, beside what the trivial predictor reaches on the same data.
+
+    `may_guess` is the paper's reason why this arm cannot learn the task; without one, an arm that does not beat the
+    trivial
+    predictor shows nothing.
+    """
+
+    arm: str
+    values: list[float]
+    trivial: list[float]
+    higher_is_better: bool
+    may_guess: str = ""
+
+
 class Measurement(Part):
     """An effect, its interval, and all that is needed to repeat it. Build it with one of the class methods.
 
     The effect is what a claim's region is about: a difference, a ratio or a value. A missing interval means that the
-    data cannot give one, and then there is no verdict.
+    data cannot give one, and then there is no verdict. `estimator` names how effect and interval follow from `values`
+    and
+    `baselines`, so that both can be computed again; `sides` are the labels of the two.
     """
 
     effect: float | None = None
     kind_of_effect: Literal["value", "difference", "ratio", "truth"] = "value"
+    estimator: Estimator | None = None
     interval: Interval | None = None
+    confidence: float = 1.0
     method: str = ""
     value: float | None = None
     baseline: float | None = None
+    sides: tuple[str, str] | None = None
+    skills: list[Skill] = []
     unit: str = ""
     seeds: list[int] = []
     values: list[float] = []
@@ -115,58 +152,63 @@ class Measurement(Part):
         )
 
     @classmethod
-    def paired(
-        cls, system: Sequence[Number], baseline: Sequence[Number], *, seeds: Sequence[int], unit: str = "", **more: Any
-    ) -> "Measurement":
-        """System against baseline over seeds: the mean difference."""
-        interval, method = paired_difference(system, baseline)
-        value, base = sum(system) / len(system), sum(baseline) / len(baseline)
-        return cls(
-            effect=value - base,
-            kind_of_effect="difference",
-            interval=interval,
-            method=method,
-            value=value,
-            baseline=base,
-            unit=unit,
-            seeds=list(seeds),
-            values=list(system),
-            baselines=list(baseline),
-            **more,
-        )
-
-    @classmethod
-    def ratio(
+    def of(
         cls,
-        system: Sequence[Number],
-        baseline: Sequence[Number],
+        estimator: Estimator,
+        values: Sequence[Number],
+        baselines: Sequence[Number] = (),
         *,
-        unit: str = "",
         seeds: Sequence[int] = (),
         **more: Any,
     ) -> "Measurement":
-        """System against baseline, pair by pair: the median ratio."""
-        effect, interval, method = paired_ratio(system, baseline)
-        return cls(
-            effect=effect,
-            kind_of_effect="ratio",
-            interval=interval,
-            method=method,
-            value=sum(system) / len(system),
-            baseline=sum(baseline) / len(baseline),
-            unit=unit,
-            seeds=list(seeds),
-            values=list(system),
-            baselines=list(baseline),
-            **more,
-        )
+        """The effect that `estimate` computes from the raw values."""
+        effect, interval, method, confidence = estimate(estimator, values, baselines)
+        kinds = {"difference": "difference", "ratio": "ratio", "clock ratio": "ratio", "exact ratio": "ratio"}
+        if estimator in ("mean", "growth"):
+            value, baseline = effect, None
+        elif estimator == "clock ratio":
+            value, baseline = median(values), median(baselines)
+        else:
+            value, baseline = sum(values) / len(values), sum(baselines) / len(baselines)
+        facts: dict[str, Any] = {
+            "effect": effect,
+            "kind_of_effect": kinds.get(estimator, "value"),
+            "estimator": estimator,
+            "interval": interval,
+            "confidence": confidence,
+            "method": method,
+            "value": value,
+            "baseline": baseline,
+            "seeds": list(seeds),
+            "values": list(values),
+            "baselines": list(baselines),
+        }
+        return cls(**{**facts, **more})
+
+    @classmethod
+    def paired(
+        cls, system: Sequence[Number], baseline: Sequence[Number], *, seeds: Sequence[int], **more: Any
+    ) -> "Measurement":
+        """System against baseline over seeds: the mean difference."""
+        return cls.of("difference", system, baseline, seeds=seeds, **more)
+
+    @classmethod
+    def ratio(cls, system: Sequence[Number], baseline: Sequence[Number], **more: Any) -> "Measurement":
+        """System against baseline, pair by pair: the median ratio. Of clocks see `Race`."""
+        return cls.of("ratio", system, baseline, **more)
+
+    @classmethod
+    def mean(cls, values: Sequence[Number], *, seeds: Sequence[int], **more: Any) -> "Measurement":
+        """One side alone: the mean over seeds."""
+        return cls.of("mean", values, seeds=seeds, **more)
 
     @classmethod
     def figure(
-        cls, value: Number, interval: Interval | None, *, method: str, unit: str = "", **more: Any
+        cls, value: Number, interval: Interval | None, *, method: str, confidence: float = CONFIDENCE, **more: Any
     ) -> "Measurement":
-        """A figure with an interval of its own, such as a fitted exponent."""
-        return cls(effect=float(value), interval=interval, method=method, value=float(value), unit=unit, **more)
+        """A figure with an interval of its own. It cannot be computed again from a record: prefer `of`."""
+        facts = {"effect": float(value), "interval": interval, "confidence": confidence, "method": method}
+        return cls(value=float(value), **{**facts, **more})
 
     @classmethod
     def not_measured(cls, needs: str) -> "Measurement":

@@ -1,8 +1,11 @@
-"""One JSON file a paper: its records, and every seed's raw value."""
+"""Two JSON files a paper: the evidence, small and whole, and the ledger of every trial, which a killed run goes on
+from.
+"""
 
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ from provenn.errors import UserError
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"
 
 
 class Environment(BaseModel):
-    """Where a measurement was made."""
+    """Where a measurement was made, and with what."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,61 +32,133 @@ class Environment(BaseModel):
     device: str
     threads: int
     system: str
+    commit: str = ""
+
+
+class Occasion(BaseModel):
+    """What all claims that were measured together share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: str
+    environment: Environment
+    date: datetime
 
 
 class Record(BaseModel):
-    """A measurement with its verdict and all that is needed to repeat it. Views read this and compute nothing."""
+    """A measurement with its verdict. What the claim says stands in `paper.toml`; `expects` is the region it was held
+    to.
+
+    `code` is a checksum of what measured it, `occasion` the place in the evidence's list.
+    """
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+    claim: str
+    occasion: int = 0
+    verdict: Verdict
+    reason: str = ""
+    expects: str = ""
+    measurement: Measurement
+    code: str = ""
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @classmethod
+    def of(cls, claim: Claim, measurement: Measurement, *, budget: str, **more: Any) -> "Record":
+        verdict, reason = decide(claim, measurement, budget=budget)
+        region = region_of(claim, measurement)
+        thinned = [line.thinned() for line in measurement.series]
+        return cls(
+            claim=claim.id,
+            verdict=verdict,
+            reason=reason,
+            expects="" if region is None else str(region),
+            measurement=measurement.model_copy(update={"series": thinned}),
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim of a paper and what came of it: what views show. Without a record, nobody has measured it."""
+
+    paper: str
+    claim: Claim
+    record: Record | None = None
+    occasion: Occasion | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict.NOT_MEASURED if self.record is None else self.record.verdict
+
+    @property
+    def reason(self) -> str:
+        """Why there is no verdict."""
+        if self.record is not None:
+            return self.record.reason
+        return f"needs {self.claim.lacks}" if self.claim.lacks else f"needs a run: provenn reproduce {self.paper}"
+
+    @property
+    def measurement(self) -> Measurement:
+        return Measurement() if self.record is None else self.record.measurement
+
+
+class Evidence(BaseModel):
+    """What was measured of one paper, in one folder; written whole, atomically, after each claim."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     schema_version: int = SCHEMA_VERSION
     paper: str
-    claim: str
-    kind: str
-    origin: str
-    says: str
-    budget: str
-    published: str
-    expects: str
-    measurement: Measurement
-    verdict: Verdict
-    reason: str
-    wall_seconds: float
-    peak_memory_bytes: int
-    environment: Environment
-    date: datetime
+    occasions: list[Occasion] = []
+    records: list[Record] = []
 
     @classmethod
-    def of(
-        cls,
-        paper: str,
-        claim: Claim,
-        measurement: Measurement,
-        *,
-        budget: str,
-        environment: Environment,
-        wall_seconds: float = 0.0,
-        peak_memory_bytes: int = 0,
-    ) -> "Record":
-        verdict, reason = decide(claim, measurement, budget=budget)
-        region = region_of(claim, measurement)
-        return cls(
-            paper=paper,
-            claim=claim.id,
-            kind=claim.kind,
-            origin=claim.origin,
-            says=claim.says,
-            budget=budget,
-            published=str(claim.published or ""),
-            expects="" if region is None else str(region),
-            measurement=measurement,
-            verdict=verdict,
-            reason=reason,
-            wall_seconds=wall_seconds,
-            peak_memory_bytes=peak_memory_bytes,
-            environment=environment,
-            date=datetime.now(UTC),
-        )
+    def read(cls, file: Path) -> "Evidence":
+        """The evidence in `file`.
+
+        Raises:
+            ValueError: it is none, with the place and the reason.
+        """
+        evidence = _parsed(cls, file.read_bytes())
+        if any(not 0 <= record.occasion < len(evidence.occasions) for record in evidence.records):
+            raise ValueError("a record names a occasion that is not there")
+        return evidence
+
+    def write(self, file: Path) -> None:
+        write_atomically(file, compact(self.model_dump(mode="json", exclude_defaults=True)))
+
+    def put(self, record: Record, occasion: Occasion) -> None:
+        """Add a record in the place of an older one of the same claim; occasions that no record is left of go."""
+        if occasion not in self.occasions:
+            self.occasions.append(occasion)
+        record = record.model_copy(update={"occasion": self.occasions.index(occasion)})
+        others = [r for r in self.records if r.claim != record.claim]
+        place = next((i for i, r in enumerate(self.records) if r.claim == record.claim), len(others))
+        self._keep([*others[:place], record, *others[place:]])
+
+    def keep_claims(self, claims: set[str]) -> None:
+        """Drop the records of claims that are no more."""
+        self._keep([record for record in self.records if record.claim in claims])
+
+    def _keep(self, records: list[Record]) -> None:
+        used = sorted({record.occasion for record in records})
+        self.records = [r.model_copy(update={"occasion": used.index(r.occasion)}) for r in records]
+        self.occasions = [self.occasions[i] for i in used]
+
+    def record(self, claim: str) -> Record | None:
+        return next((r for r in self.records if r.claim == claim), None)
+
+    def findings(self, claims: list[Claim]) -> list[Finding]:
+        """Every claim with what was measured of it."""
+        known = {record.claim: record for record in self.records}
+        return [
+            Finding(self.paper, claim, record, self.occasions[record.occasion])
+            if (record := known.get(claim.id)) is not None
+            else Finding(self.paper, claim)
+            for claim in claims
+        ]
 
 
 class Trial(BaseModel):
@@ -106,51 +182,57 @@ class Trial(BaseModel):
 
 
 class Ledger(BaseModel):
-    """The records and trials of one paper in one folder; written whole, atomically, after each change."""
+    """Every trial that has ended, for a run that goes on."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     schema_version: int = SCHEMA_VERSION
     paper: str
-    records: list[Record] = []
     trials: list[Trial] = []
 
     @classmethod
-    def read(cls, file: Path) -> tuple["Ledger | None", str]:
-        """The ledger in `file`, or None and why. A file that is not one is moved aside, never overwritten."""
-        if not file.exists():
-            return None, ""
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}; choose another folder with --out") from None
-        try:
-            ledger = cls.model_validate_json(content)
-            if ledger.schema_version > SCHEMA_VERSION:
-                raise ValueError(f"written by a newer provenn (schema {ledger.schema_version})")
-            return ledger, ""
-        except ValueError as error:
-            aside = file.with_name(f"{file.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
-            os.replace(file, aside)
-            reason = _reason(error)
-            return None, f"{file} is no record that can be read ({reason}); it was moved to {aside.name}"
+    def read(cls, file: Path) -> "Ledger":
+        return _parsed(cls, file.read_bytes())
 
     def write(self, file: Path) -> None:
-        write_atomically(file, self.model_dump_json(indent=1))
-
-    def put(self, record: Record) -> None:
-        """Add a record in the place of an older one of the same claim."""
-        claims = [r.claim for r in self.records]
-        if record.claim in claims:
-            self.records[claims.index(record.claim)] = record
-        else:
-            self.records.append(record)
-
-    def record(self, claim: str) -> Record | None:
-        return next((r for r in self.records if r.claim == claim), None)
+        write_atomically(file, compact(self.model_dump(mode="json")))
 
 
-def _reason(error: ValueError) -> str:
+def _parsed(kind: Any, content: bytes) -> Any:
+    facts = json.loads(content)
+    if isinstance(facts, dict) and facts.get("schema_version", SCHEMA_VERSION) > SCHEMA_VERSION:
+        raise ValueError(f"written by a newer provenn (schema {facts['schema_version']})")
+    return kind.model_validate(facts)
+
+
+def read_or_set_aside(kind: Any, file: Path, paper: str) -> tuple[Any, str]:
+    """What lies in `file`, else an empty one and why. A file that is not one is moved aside, never overwritten."""
+    if not file.exists():
+        return kind(paper=paper), ""
+    try:
+        return kind.read(file), ""
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; choose another folder with --out") from None
+    except (ValueError, RecursionError) as error:
+        aside = file.with_name(f"{file.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
+        os.replace(file, aside)
+        trouble = f"{file} is no record that can be read ({_reason(error)}); it was moved to {aside.name}"
+        return kind(paper=paper), trouble
+
+
+def compact(value: Any, indent: str = "") -> str:
+    """JSON that people can read and compare: a key a line, a list of plain values on one line."""
+    if isinstance(value, dict) and value:
+        inner = indent + " "
+        lines = (f"{inner}{json.dumps(key)}: {compact(item, inner)}" for key, item in value.items())
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        inner = indent + " "
+        return "[\n" + ",\n".join(inner + compact(item, inner) for item in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _reason(error: Exception) -> str:
     """Where and why, in one line."""
     if not isinstance(error, ValidationError):
         return str(error).splitlines()[0]
@@ -203,7 +285,25 @@ def here(device: str) -> Environment:
         device=f"{device}: {name}",
         threads=torch.get_num_threads(),
         system=platform.system(),
+        commit=commit(),
     )
+
+
+def commit() -> str:
+    """The commit of the checkout that this code lies in, "+" where files differ from it; "" where it is none."""
+    import subprocess
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        return head + "+" * bool(head and git("status", "--porcelain", "--untracked-files=no", "--", "."))
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _processor() -> str:

@@ -9,25 +9,36 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from provenn import catalog
 from provenn.evidence import view
 from provenn.evidence.measurement import Measurement, Series, Table
-from provenn.evidence.record import Ledger, Record, write_atomically
+from provenn.evidence.record import Evidence, Finding, write_atomically
+from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import Verdict
 
 FILE = "report.html"
+PNG = b"\x89PNG\r\n\x1a\n"
 MOST_ROWS = 60  # of a plot's numbers; longer ones are in the record
 MOST_SIZES, MOST_TICKS = 20, 7  # on a logarithmic axis: of points that get ticks of their own, and of these ticks
 INK = "#010101"  # stands for the page's text colour until the plot is drawn
 COLOURS = tuple(f"#0101{10 + i}" for i in range(6))  # stand for --c0 to --c5
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = "os^Dvx"
+STANDINGS = {
+    Standing.REPRODUCED: "every claim is met at the paper’s setting, or exactly so",
+    Standing.HOLDS_HERE: "every claim that was measured holds, at a smaller setting",
+    Standing.PARTLY: "some claims hold, others do not or are open",
+    Standing.OPEN: "no interval decides",
+    Standing.NOT_HERE: "no claim holds, and some interval lies wholly elsewhere",
+    Standing.NOT_MEASURED: "says what it needs",
+}
 MEANINGS = {
-    Verdict.REPRODUCED: "the published figure is met at the paper’s setting, or an exact claim holds",
+    Verdict.HOLDS: "an identity or a count is exactly so",
+    Verdict.REPRODUCED: "the published figure is met at the paper’s setting",
     Verdict.DIRECTION_HOLDS: "at a smaller setting, the interval lies wholly where the claim says",
     Verdict.INCONCLUSIVE: "the interval straddles no effect",
     Verdict.NOT_REPRODUCED: "the interval lies wholly elsewhere, or an exact claim is false",
@@ -38,85 +49,116 @@ MEANINGS = {
 def write(folder: Path) -> Path:
     """Draw `folder/report.html` from the records in the folder."""
     page = folder / FILE
-    write_atomically(page, html(view.ledgers(folder), folder))
+    write_atomically(page, html(view.in_folder(folder), folder))
     return page
 
 
-def html(ledgers: Sequence[Ledger], folder: Path) -> str:
-    """The page for these records; their pictures lie in `folder`."""
+def html(every: Mapping[str, Evidence], folder: Path) -> str:
+    """The page for the evidence of papers; their pictures lie in `folder/<slug>`."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["slug"] = lambda verdict: str(verdict).replace(" ", "-")
     environment.filters["cell"] = view.cell
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    papers = [_paper(ledger, folder) for ledger in ledgers if ledger.records]
-    title = f"{papers[0]['title']}: claims, measured" if len(papers) == 1 else "Claims, measured"
-    return template.render(title=title, papers=papers, symbols=view.SYMBOLS, meanings=MEANINGS)
-
-
-def _paper(ledger: Ledger, folder: Path) -> dict[str, Any]:
-    card = catalog.cards().get(ledger.paper)
-    return {
-        "slug": ledger.paper,
-        "title": card.title if card else ledger.paper,
-        "summary": card.summary if card else "",
-        "arxiv": card.arxiv if card else None,
-        "counts": view.tally(ledger.records),
-        "repeat": view.repeat(ledger.records),
-        "where": "; ".join(sorted({_where(record) for record in ledger.records})),
-        "records": [_record(record, folder) for record in ledger.records],
-    }
-
-
-def _record(record: Record, folder: Path) -> dict[str, Any]:
-    measurement = record.measurement
-    drawn = bool(measurement.tables or measurement.series or measurement.pictures)
-    return {
-        **{key: getattr(record, key) for key in ("claim", "says", "origin", "verdict", "reason")},
-        "symbol": view.SYMBOLS[record.verdict],
-        "theirs": view.theirs(record),
-        "ours": view.ours(measurement),
-        "anchor": f"{record.paper}-{record.claim}",
-        "detailed": drawn or (measurement.effect is not None and record.kind != "exact"),
-        "note": measurement.note,
-        "plots": _plots(record),
-        "pictures": [{**p.model_dump(), "data": _inlined(folder / p.file)} for p in measurement.pictures],
-        "tables": measurement.tables,
-        "facts": [(term, text) for term, text in _facts(record, measurement) if text],
-    }
-
-
-def _where(record: Record) -> str:
-    environment = record.environment
-    return (
-        f"{record.date:%Y-%m-%d}, budget {record.budget}, {environment.device}, {environment.threads} thread(s), "
-        f"{environment.system}, provenn {environment.provenn}, torch {environment.torch}, Python {environment.python}"
+    papers = [
+        _paper(catalog.cards()[slug], evidence, folder / slug) for slug, evidence in every.items() if evidence.records
+    ]
+    title = f"{papers[0]['title']}: what holds" if len(papers) == 1 else "What holds"
+    return template.render(
+        title=title,
+        papers=papers,
+        symbols=view.SYMBOLS,
+        meanings=MEANINGS,
+        standings=view.STANDINGS,
+        readings=STANDINGS,
     )
 
 
-def _facts(record: Record, measurement: Measurement) -> list[tuple[str, str]]:
+def _paper(card: catalog.Card, evidence: Evidence, folder: Path) -> dict[str, Any]:
+    measured = [finding for finding in evidence.findings(card.claims) if finding.record is not None]
+    statements = view.judged(card, evidence)
+    return {
+        "slug": card.slug,
+        "title": card.title,
+        "summary": card.summary,
+        "arxiv": card.arxiv,
+        "counts": view.tally_of_statements(statements),
+        "claim_counts": view.tally(measured),
+        "repeat": view.repeat(card.slug, evidence),
+        "where": "; ".join(view.where(evidence.occasions)),
+        "statements": [_statement(each) for each in statements],
+        "findings": [_finding(finding, folder) for finding in measured],
+    }
+
+
+def _statement(judged: view.Judged) -> dict[str, Any]:
+    statement = judged.statement
+    return {
+        "says": statement.says,
+        "headline": statement.headline,
+        "figure": statement.figure,
+        "standing": judged.judgement.standing,
+        "verdict": str(judged.judgement),
+        "symbol": judged.symbol,
+        "measured": [
+            {"claim": f.claim.id, "anchor": _anchor(f), "symbol": view.SYMBOLS[f.verdict], "words": view.shortly(f)}
+            for f in judged.findings
+            if f.record is not None and f.measurement.effect is not None
+        ],
+    }
+
+
+def _anchor(finding: Finding) -> str:
+    return f"{finding.paper}-{finding.claim.id}"
+
+
+def _finding(finding: Finding, folder: Path) -> dict[str, Any]:
+    measurement, claim = finding.measurement, finding.claim
+    drawn = bool(measurement.tables or measurement.series or measurement.pictures)
+    return {
+        "claim": claim.id,
+        "says": claim.says,
+        "origin": claim.origin,
+        "verdict": finding.verdict,
+        "reason": finding.reason,
+        "symbol": view.SYMBOLS[finding.verdict],
+        "published": view.published(claim),
+        "asked": view.asked(finding),
+        "ours": view.ours(measurement),
+        "when": view.when(finding),
+        "anchor": _anchor(finding),
+        "detailed": drawn or (measurement.effect is not None and claim.kind != "exact"),
+        "note": measurement.note,
+        "plots": _plots(finding),
+        "pictures": [{**p.model_dump(), "data": _inlined(folder, p.file)} for p in measurement.pictures],
+        "tables": measurement.tables,
+        "facts": [(term, text) for term, text in _facts(finding, measurement) if text],
+    }
+
+
+def _facts(finding: Finding, measurement: Measurement) -> list[tuple[str, str]]:
     def several(values: Sequence[float]) -> str:
         return ", ".join(view.number(value) for value in values)
 
-    environment = record.environment
+    record, occasion = finding.record, finding.occasion
+    if record is None or occasion is None:
+        return []
+    system, baseline = measurement.sides or ("", "the baseline")
+    trivial = [f"{skill.arm}: {several(skill.trivial)}" for skill in measurement.skills[:1]]
     return [
-        (
-            "What was asked",
-            f"{record.kind} claim, effect {record.expects}" if record.expects else f"{record.kind} claim",
-        ),
+        ("What was asked", f"{finding.claim.kind} claim, effect {record.expects}" if record.expects else ""),
         ("Effect", f"{view.number(measurement.effect)} ({measurement.kind_of_effect})"),
         ("Interval", measurement.method),
         ("Seeds", ", ".join(str(seed) for seed in measurement.seeds)),
-        ("Values", several(measurement.values)),
-        ("Baseline’s values", several(measurement.baselines)),
+        (f"Values of {system}" if system else "Values", several(measurement.values)),
+        (f"Values of {baseline}", several(measurement.baselines)),
+        ("The trivial predictor", "".join(trivial).partition(": ")[2]),
         ("Data", measurement.data + (f" (checksum {measurement.fingerprint})" if measurement.fingerprint else "")),
         ("Setting", "; ".join(f"{key} = {_setting(value)}" for key, value in measurement.setting.items())),
-        ("Budget", record.budget + (", the paper’s setting" if measurement.at_paper_setting else "")),
+        ("Budget", occasion.budget + (", the paper’s setting" if measurement.at_paper_setting else "")),
         ("Time and memory", f"{record.wall_seconds:.3g} s, peak {record.peak_memory_bytes / 2**20:.0f} MiB"),
-        ("Machine", f"{environment.device}, {environment.threads} thread(s), {environment.system}"),
-        ("Versions", f"provenn {environment.provenn}, torch {environment.torch}, Python {environment.python}"),
-        ("Date", f"{record.date:%Y-%m-%d %H:%M} UTC"),
+        ("Where and when", "".join(view.where([occasion]))),
     ]
 
 
@@ -124,20 +166,23 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _inlined(file: Path) -> str | None:
+def _inlined(folder: Path, name: str) -> str | None:
+    """A picture as text. Evidence may come from strangers: only a PNG inside its own folder is read."""
+    file = (folder / name).resolve()
     try:
-        return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+        content = file.read_bytes() if file.is_relative_to(folder.resolve()) else b""
     except OSError:
         return None
+    return "data:image/png;base64," + base64.b64encode(content).decode() if content.startswith(PNG) else None
 
 
-def _plots(record: Record) -> list[dict[str, Any]]:
+def _plots(finding: Finding) -> list[dict[str, Any]]:
     plots = []
-    for name, lines in view.plots(record.measurement).items():
-        title = name or lines[0].y_label or record.claim
+    for name, lines in view.plots(finding.measurement).items():
+        title = name or lines[0].y_label or finding.claim.id
         table = view.table_of(title, lines)
         shown: Table | None = table if len(table.rows) <= MOST_ROWS else None
-        plots.append({"title": title, "svg": _svg(title, lines, f"{record.paper}-{record.claim}"), "table": shown})
+        plots.append({"title": title, "svg": _svg(title, lines, _anchor(finding)), "table": shown})
     return plots
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from provenn import progress
 from provenn.evidence.measurement import Picture
-from provenn.evidence.record import Ledger, Trial, plain
+from provenn.evidence.record import EVIDENCE, LEDGER, PICTURES, Ledger, Trial, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,11 +21,11 @@ class Run:
 
     Args:
         paper: the slug.
+        out: the folder of the run; the paper's files lie in `out/<slug>`.
         budget: smoke (seconds, no verdict), small (minutes on two cores), paper (the paper's own setting).
         seeds: one trial each.
         device: a torch device.
-        out: the folder that holds `<slug>.json` and the pictures.
-        ledger: what has been measured so far.
+        ledger: the trials that have ended.
         reuse: take the trials of the ledger for this run's own; else only those that this run has made.
     """
 
@@ -35,14 +35,16 @@ class Run:
         out: Path,
         *,
         budget: Budget = "small",
-        seeds: tuple[int, ...] = (0, 1, 2),
+        seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
         device: str = "cpu",
         ledger: Ledger | None = None,
         reuse: bool = False,
     ):
-        self.paper, self.out, self.budget, self.seeds, self.device = paper, Path(out), budget, tuple(seeds), device
+        self.paper, self.budget, self.seeds, self.device = paper, budget, tuple(seeds), device
+        self.folder = Path(out) / paper
         self.ledger = ledger or Ledger(paper=paper)
-        self._known = list(self.ledger.trials) if reuse else []
+        self._known = {trial.key: trial for trial in self.ledger.trials} if reuse else {}
+        self.memory: dict[Any, Any] = {}  # for what several claims of this run would compute alike
         self.spared = 0.0  # seconds that known trials took when they were run
 
     @property
@@ -52,41 +54,38 @@ class Run:
 
     @property
     def file(self) -> Path:
-        return self.out / f"{self.paper}.json"
+        return self.folder / EVIDENCE
 
     def trials(self, name: str, function: Callable[[int], Any], **setting: Any) -> list[Any]:
         """`function(seed)` for each seed, each result saved as it ends; what is known already is not run again.
 
-        The same name and setting in another claim give the same results. `function` returns plain JSON.
+        The same name and setting in another claim give the same results, so the setting is to hold all that decides the
+        value; a `Study` and a `Race` see to that, checksum of the code included. `function` returns plain JSON.
         """
         with progress.bar(name, len(self.seeds)) as advance:
             results = []
             for seed in self.seeds:
-                results.append(self._kept(name, seed, partial(function, seed), setting))
+                results.append(self.trial(name, partial(function, seed), seed=seed, **setting))
                 advance()
         return results
 
-    def trial(self, name: str, function: Callable[[], Any], **setting: Any) -> Any:
+    def trial(self, name: str, function: Callable[[], Any], *, seed: int | None = None, **setting: Any) -> Any:
         """`function()` once, its result saved."""
-        return self._kept(name, None, function, setting)
-
-    def _kept(self, name: str, seed: int | None, function: Callable[[], Any], setting: dict[str, Any]) -> Any:
         question = Trial.question(name, seed, f"{self.budget} on {self.device}", plain(setting))
-        for trial in self._known:
-            if trial.key == question:
-                self.spared += trial.seconds
-                return trial.value
+        if (known := self._known.get(question)) is not None:
+            self.spared += known.seconds
+            return known.value
         start = time.perf_counter()
         value = plain(function())
         trial = Trial(key=question, value=value, seconds=round(time.perf_counter() - start, 3))
-        self._known.append(trial)
+        self._known[question] = trial
         self.ledger.trials = [t for t in self.ledger.trials if t.key != question] + [trial]
-        self.ledger.write(self.file)
+        self.ledger.write(self.folder / LEDGER)
         return value
 
     def picture(self, name: str, figure: "Figure", caption: str) -> Picture:
-        """Save a matplotlib figure as a PNG beside the record; the caption says what is to be seen."""
-        file = self.out / self.paper / f"{name}.png"
+        """Save a matplotlib figure as a PNG beside the evidence; the caption says what is to be seen."""
+        file = self.folder / PICTURES / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=110, bbox_inches="tight")
-        return Picture(file=f"{self.paper}/{name}.png", caption=caption)
+        figure.savefig(file, dpi=80, bbox_inches="tight")
+        return Picture(file=f"{PICTURES}/{name}.png", caption=caption)

@@ -4,13 +4,15 @@ from enum import StrEnum
 from math import inf, isnan
 
 from provenn.catalog import Claim, Region
-from provenn.evidence.interval import Interval
-from provenn.evidence.measurement import Measurement
+from provenn.evidence.interval import CONFIDENCE, Interval, paired_difference
+from provenn.evidence.measurement import Measurement, Skill
 
 FEWEST_SEEDS = 3
+ROUNDING = 1e-9
 
 
 class Verdict(StrEnum):
+    HOLDS = "holds"
     REPRODUCED = "reproduced"
     DIRECTION_HOLDS = "direction holds"
     INCONCLUSIVE = "inconclusive"
@@ -53,9 +55,11 @@ def region_of(claim: Claim, measurement: Measurement) -> Region | None:
 def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> tuple[Verdict, str]:
     """The verdict and, where there is none, the reason.
 
-    reproduced: an exact claim holds, or the claim holds at the paper's setting and the published figure is met;
-    direction holds: the interval lies wholly where the claim says; not reproduced: wholly elsewhere;
-    inconclusive: across the edge.
+    holds: an identity or a count is exactly so; reproduced: the published figure is met within its tolerance at the
+    paper's setting; direction holds: the interval lies wholly where the claim says; not reproduced: wholly elsewhere;
+    inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from arms that have
+        learned
+    nothing.
     """
     if measurement.failed:
         return Verdict.NOT_MEASURED, f"the measurement failed: {measurement.failed}"
@@ -69,14 +73,34 @@ def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> 
     if region is None or measurement.interval is None:
         missing = "a region in paper.toml" if region is None else "more than one value"
         return Verdict.NOT_MEASURED, f"needs {missing}"
+    if measurement.confidence < CONFIDENCE - ROUNDING:
+        return Verdict.NOT_MEASURED, f"needs an interval of 95 %, this one has {100 * measurement.confidence:.1f} %"
+    if claim.sides is not None and measurement.sides is not None and claim.sides != measurement.sides:
+        both = " against ".join(measurement.sides)
+        return Verdict.NOT_MEASURED, f"needs {' against '.join(claim.sides)}; what was measured is {both}"
+    guessing = [skill for skill in measurement.skills if not skill.may_guess and not beats_the_trivial(skill)]
+    if guessing:
+        return Verdict.NOT_MEASURED, f"nothing was learned: {'; '.join(map(_beside_the_trivial, guessing))}"
     verdict = place(measurement.interval, region)
     if claim.kind == "exact" and verdict is Verdict.INCONCLUSIVE and measurement.interval[0] == measurement.interval[1]:
         verdict = Verdict.NOT_REPRODUCED  # on the bound of an open region: without uncertainty that is outside
     if verdict is not Verdict.DIRECTION_HOLDS:
         return verdict, ""
-    if claim.kind == "exact" or (measurement.at_paper_setting and _met(claim, measurement)):
+    if measurement.at_paper_setting and _met(claim, measurement):
         return Verdict.REPRODUCED, ""
-    return verdict, ""
+    return (Verdict.HOLDS if claim.kind == "exact" else verdict), ""
+
+
+def beats_the_trivial(skill: Skill) -> bool:
+    """Does the arm's lead over the trivial predictor, seed by seed, lie above zero with its whole interval?"""
+    ours, theirs = (skill.values, skill.trivial) if skill.higher_is_better else (skill.trivial, skill.values)
+    interval, _ = paired_difference(ours, theirs)
+    return interval is not None and interval[0] > 0
+
+
+def _beside_the_trivial(skill: Skill) -> str:
+    reached, guessed = (sum(side) / len(side) for side in (skill.values, skill.trivial))
+    return f"{skill.arm} reaches {reached:.4g}, the trivial predictor {guessed:.4g}"
 
 
 def _met(claim: Claim, measurement: Measurement) -> bool:

@@ -1,24 +1,80 @@
-"""How records are put into words; the terminal, the report and the board say it alike. Nothing is computed here."""
+"""How evidence is put into words; the terminal, the report and the board say it alike. Verdicts are `decide`'s and
+`judge`'s.
+"""
 
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from math import isfinite, isinf
 from pathlib import Path
 
-from provenn.catalog import Claim
+from provenn import catalog
+from provenn.catalog import Card, Claim, Statement
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Series, Table
-from provenn.evidence.record import Ledger, Record
+from provenn.evidence.record import EVIDENCE, Evidence, Finding, Occasion
+from provenn.evidence.statement import Judgement, Outcome, Standing, judge
 from provenn.evidence.verdict import Verdict
 
 SYMBOLS = {
+    Verdict.HOLDS: "=",
     Verdict.REPRODUCED: "✔",
     Verdict.DIRECTION_HOLDS: "▲",
     Verdict.INCONCLUSIVE: "~",
     Verdict.NOT_REPRODUCED: "✘",
     Verdict.NOT_MEASURED: "–",
 }
+STANDINGS = {
+    Standing.REPRODUCED: "✔",
+    Standing.HOLDS_HERE: "▲",
+    Standing.PARTLY: "◐",
+    Standing.OPEN: "~",
+    Standing.NOT_HERE: "✘",
+    Standing.NOT_MEASURED: "–",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A statement of an abstract, what it comes to, and the findings that bear on it."""
+
+    statement: Statement
+    judgement: Judgement
+    findings: list[Finding]
+
+    @property
+    def symbol(self) -> str:
+        return STANDINGS[self.judgement.standing]
+
+
+def judged(card: Card, evidence: Evidence | None) -> list[Judged]:
+    """The statements of a paper's abstract in its order, each with its verdict."""
+    every = (evidence or Evidence(paper=card.slug)).findings(card.claims)
+    by_claim = {finding.claim.id: finding for finding in every}
+    result = []
+    for statement in card.statements:
+        bearing = [by_claim[name] for name in statement.claims]
+        waiting = any(finding.record is None and finding.claim.lacks is None for finding in bearing)
+        outcomes = [
+            Outcome(f.claim.kind, f.verdict, f.measurement.at_paper_setting, f.reason)
+            for f in sorted(bearing, key=_waits)
+        ]
+        result.append(Judged(statement, judge(statement.kind, "" if waiting else statement.needs, outcomes), bearing))
+    return result
+
+
+def _waits(finding: Finding) -> bool:
+    """Those that only want a run come first: theirs is the reason that a reader can do something about."""
+    return finding.claim.lacks is not None
+
+
+def committed(card: Card) -> Evidence | None:
+    """The evidence that came with the paper's package; None where there is none that can be read."""
+    try:
+        return Evidence.read(card.folder / EVIDENCE)
+    except (OSError, ValueError):
+        return None
 
 
 def number(value: Number | None, digits: int = 4) -> str:
@@ -53,21 +109,77 @@ def ours(measurement: Measurement) -> str:
     return sign + number(measurement.effect) + spread + sides
 
 
-def theirs(of: Claim | Record) -> str:
-    """The figure that was published, or what the claim comes to in numbers."""
-    if of.published or not of.expects or (isinstance(of, Record) and of.measurement.kind_of_effect == "truth"):
-        return str(of.published or "")
-    return f"{'claimed' if of.origin == 'paper' else 'we claim'} {of.expects}"
+def shortly(finding: Finding) -> str:
+    """What was measured in a few words: the effect and its interval; or the verdict's reason."""
+    measurement = finding.measurement
+    if measurement.effect is None:
+        return finding.reason
+    if measurement.kind_of_effect == "truth":
+        return "holds" if measurement.effect else "does not hold"
+    sign = {"ratio": "×", "difference": "+" if measurement.effect >= 0 else ""}.get(measurement.kind_of_effect, "")
+    low, high = measurement.interval or (None, None)
+    spread = "" if low is None or low == high else f" [{number(low, 2)}, {number(high, 2)}]"
+    unit = f" {measurement.unit}" if measurement.unit and measurement.kind_of_effect != "ratio" else ""
+    unit = f" ×{unit}" if measurement.unit[:1].isdigit() and unit else unit  # of 2^20, say
+    digits = 3 if isinstance(measurement.effect, float) and not measurement.effect.is_integer() else 4
+    return f"{sign}{number(measurement.effect, digits)}{spread}{unit}"
 
 
-def tally(records: Iterable[Record]) -> str:
-    """How many records got which verdict.
+def published(claim: Claim) -> str:
+    """The figure that the paper published; nothing else."""
+    return str(claim.published or "")
+
+
+def asked(finding: Finding) -> str:
+    """The region that the effect is held to, and why that one."""
+    claim = finding.claim
+    if claim.expects is not None:
+        region = str(claim.expects)
+    elif claim.published is not None and finding.measurement.kind_of_effect != "truth":
+        region = f"the figure within {claim.tolerance:g}" if claim.tolerance else "the figure itself"
+    else:
+        region = "that it is so" if claim.needs is None else ""
+    return f"{region}: {claim.why}" if claim.why else region
+
+
+def when(finding: Finding) -> str:
+    """Seeds and date of a measurement."""
+    if finding.occasion is None:
+        return ""
+    seeds = finding.measurement.seeds
+    return ", ".join([f"{len(seeds)} seeds"] * bool(seeds) + [f"{finding.occasion.date:%Y-%m-%d}"])
+
+
+def where(occasions: Iterable[Occasion]) -> list[str]:
+    """Where and when measurements were made, a line each."""
+    return [
+        f"{s.date:%Y-%m-%d}, budget {s.budget}, {s.environment.device}, {s.environment.threads} thread(s), "
+        f"{s.environment.system}, provenn {s.environment.provenn}"
+        + (f" at {s.environment.commit}" if s.environment.commit else "")
+        + f", torch {s.environment.torch}, Python {s.environment.python}"
+        for s in occasions
+    ]
+
+
+def strip(statements: Iterable[Judged]) -> str:
+    """A sign a statement, the headline's in brackets."""
+    return "".join(f"[{each.symbol}]" if each.statement.headline else f" {each.symbol} " for each in statements)
+
+
+def tally(findings: Iterable[Finding]) -> str:
+    """How many claims got which verdict.
 
     >>> tally([])
     ''
     """
-    counts = Counter(record.verdict for record in records)
+    counts = Counter(finding.verdict for finding in findings)
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
+
+
+def tally_of_statements(statements: Iterable[Judged]) -> str:
+    """How many statements got which verdict."""
+    counts = Counter(each.judgement.standing for each in statements)
+    return ", ".join(f"{counts[standing]} {standing}" for standing in Standing if counts[standing])
 
 
 def plots(measurement: Measurement) -> dict[str, list[Series]]:
@@ -90,13 +202,13 @@ def cell(value: str | float | int | None) -> str:
     return value if isinstance(value, str) else number(value)
 
 
-def repeat(records: Iterable[Record]) -> str:
-    """The command that measures these records of one paper again."""
-    records = list(records)
-    seeds = max((record.measurement.seeds for record in records), key=len, default=[])
-    device = records[0].environment.device.partition(":")[0]
-    words = ["provenn", "reproduce", records[0].paper, "--budget", records[0].budget]
-    return shlex.join(words + (["--seeds", seeds_as_given(seeds)] if seeds else []) + ["--device", device])
+def repeat(paper: str, evidence: Evidence) -> str:
+    """The command that measures this evidence again."""
+    seeds = max((record.measurement.seeds for record in evidence.records), key=len, default=[])
+    last = evidence.occasions[-1]
+    words = ["provenn", "reproduce", paper, "--budget", last.budget]
+    words += ["--seeds", seeds_as_given(seeds)] if seeds else []
+    return shlex.join([*words, "--device", last.environment.device.partition(":")[0]])
 
 
 def seeds_as_given(seeds: Sequence[int]) -> str:
@@ -108,18 +220,17 @@ def seeds_as_given(seeds: Sequence[int]) -> str:
     return ",".join(map(str, seeds))
 
 
-def committed() -> Path | None:
-    """The folder of the records that come with the source, where this provenn runs from a checkout."""
-    folder = Path(__file__).parents[3] / "results"
-    return folder if folder.is_dir() else None
-
-
-def ledgers(folder: Path, tell: Callable[[str], None] = lambda message: None) -> list[Ledger]:
-    """The papers' records in a folder; a file that holds none is told of and left where it is."""
-    found = []
-    for file in sorted(folder.glob("*.json")):
+def in_folder(folder: Path, tell: Callable[[str], None] = lambda message: None) -> dict[str, Evidence]:
+    """The evidence of a run's folder by paper; a file that holds none is told of and left where it is."""
+    readable = {}
+    for file in sorted(folder.glob(f"*/{EVIDENCE}")):
         try:
-            found.append(Ledger.model_validate_json(file.read_bytes()))
-        except ValueError:
+            evidence = Evidence.read(file)
+        except (OSError, ValueError, RecursionError):
             tell(f"left out {file}: it holds no records that can be read")
-    return found
+            continue
+        if evidence.paper in catalog.cards():
+            readable[evidence.paper] = evidence
+        else:
+            tell(f"left out {file}: no paper here is called {evidence.paper!r}")
+    return readable

@@ -1,0 +1,174 @@
+"""What things cost at growing sizes, side by side: times in turns, operations and bytes as counts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from provenn.bench import flops, interleaved, peak_activation_bytes
+from provenn.evidence.checksum import checksum
+from provenn.evidence.measurement import Measurement, Series, Table
+from provenn.evidence.run import Run
+
+FEWEST_ROUNDS = 6  # pairs, below which no order-statistic interval has 95 %
+SECONDS = 0.02  # that one measurement of a clock lasts at least
+Quantity = Literal["time", "flops", "memory", "count"]
+UNITS = {"time": "milliseconds", "flops": "operations", "memory": "bytes", "count": ""}
+
+
+@dataclass(frozen=True)
+class Race:
+    """Calls that do the same work at each size: `runners[label](size, device)` makes what is measured.
+
+    Args:
+        name: of the trials and of the plot.
+        runners: by label; each makes a function without arguments.
+        sizes: growing.
+        quantity: time (CPU time of one thread, or the wall clock of a GPU), flops (elementwise operators included),
+            memory
+            (the most bytes that a call holds at any moment), or count (what the function returns).
+        unit: of the sizes.
+        of: the unit of a count.
+        rounds: of a clock.
+        setting: what else a reader needs to repeat it.
+        note: goes with every measurement.
+
+    Raises:
+        ValueError: fewer rounds than an interval of 95 % needs.
+    """
+
+    name: str
+    runners: Mapping[str, Callable[[int, str], Callable[[], Any]]]
+    sizes: Sequence[int]
+    quantity: Quantity = "time"
+    unit: str = "tokens"
+    of: str = ""
+    rounds: int = 11
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rounds < FEWEST_ROUNDS:
+            raise ValueError(f"{self.name}: {self.rounds} rounds give no 95 % interval, at least {FEWEST_ROUNDS} do")
+
+    def against(self, system: str, baseline: str, *, at: int | None = None) -> "Ratio":
+        """The ratio of the two at the largest size, or at that one; the table has every size and runner.
+
+        Raises:
+            ValueError: a runner or a size that does not exist.
+        """
+        self._known(system, baseline)
+        if at is not None and at not in self.sizes:
+            raise ValueError(f"{self.name} has no size {at}; it has: {', '.join(map(str, self.sizes))}")
+        return Ratio(self, system, baseline, at)
+
+    def grows(self, system: str) -> "Exponent":
+        """The exponent of the quantity over size; of a clock, of each size's quickest round."""
+        self._known(system)
+        if len(self.sizes) < 3:
+            raise ValueError(f"{self.name}: growth needs at least three sizes, got {len(self.sizes)}")
+        return Exponent(self, system)
+
+    def _known(self, *names: str) -> None:
+        for name in names:
+            if name not in self.runners:
+                raise ValueError(f"{self.name} has no runner {name!r}; it has: {', '.join(self.runners)}")
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        """All that decides what is measured: the trial's key, and the record's setting."""
+        sizes, rounds = (self.sizes[:3], 2) if run.smoke else (self.sizes, self.rounds)
+        clock = {"rounds": rounds} if self.quantity == "time" else {}
+        return {
+            self.unit: list(sizes),
+            "quantity": self.quantity,
+            **clock,
+            **self.setting,
+            "code": checksum(self.runners),
+        }
+
+    def measure(self, run: Run) -> dict[str, list[list[float]]]:
+        """By runner, one list a size: its rounds, or its count."""
+        facts = self.facts(run)
+        sizes = facts[self.unit]
+
+        def measure() -> dict[str, list[list[float]]]:
+            if self.quantity == "time":
+                calls = {(label, n): make(n, run.device) for label, make in self.runners.items() for n in sizes}
+                seconds = interleaved(
+                    calls, rounds=facts["rounds"], device=run.device, min_time=0.0 if run.smoke else SECONDS
+                )
+                return {label: [[1e3 * s for s in seconds[label, n]] for n in sizes] for label in self.runners}
+            return {label: [[self._count(make(n, run.device))] for n in sizes] for label, make in self.runners.items()}
+
+        return run.trial(self.name, measure, **facts)
+
+    def _count(self, function: Callable[[], Any]) -> float:
+        if self.quantity == "flops":
+            return flops(function, elementwise=True)
+        if self.quantity == "memory":
+            return peak_activation_bytes(function)
+        return function()
+
+    def shown(self, run: Run, measured: Mapping[str, list[list[float]]]) -> dict[str, Any]:
+        """What goes with every measurement of the race."""
+        facts = self.facts(run)
+        sizes = facts[self.unit]
+        rows: list[list[Any]] = [[n, *(median(measured[label][i]) for label in measured)] for i, n in enumerate(sizes)]
+        unit = self.of or UNITS[self.quantity]
+        series = [
+            Series(
+                name=label, x=list(sizes), y=[median(rounds) for rounds in rows_of], plot=self.name, x_label=self.unit,
+                y_label=unit, log="xy", low=[min(rounds) for rounds in rows_of], high=[max(rounds) for rounds in
+                rows_of],
+            )
+            for label, rows_of in measured.items()
+            if all(min(rounds) > 0 for rounds in rows_of)
+        ]  # fmt: skip
+        caption = f"{self.name[:1].upper()}{self.name[1:]}, {unit}"
+        return {
+            "setting": facts,
+            "tables": [Table(caption=caption, columns=[self.unit, *measured], rows=rows)],
+            "series": series if len(sizes) > 2 else [],
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A claim read off a race: one runner against another at one size."""
+
+    race: Race
+    system: str
+    baseline: str
+    at: int | None = None
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        return self.system, self.baseline
+
+    def __call__(self, run: Run) -> Measurement:
+        race, measured = self.race, self.race.measure(run)
+        sizes = race.facts(run)[race.unit]
+        place = sizes.index(self.at) if self.at in sizes else len(sizes) - 1
+        values, baselines = measured[self.system][place], measured[self.baseline][place]
+        estimator: Literal["clock ratio", "exact ratio"] = "clock ratio" if race.quantity == "time" else "exact ratio"
+        shown = race.shown(run, measured)
+        shown["setting"] = {**shown["setting"], "at": sizes[place]}
+        unit = race.of or UNITS[race.quantity]
+        return Measurement.of(estimator, values, baselines, sides=self.sides, unit=unit, **shown)
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """A claim read off a race: how one runner's quantity grows with the size."""
+
+    race: Race
+    system: str
+
+    sides = None
+
+    def __call__(self, run: Run) -> Measurement:
+        race, measured = self.race, self.race.measure(run)
+        least = [min(rounds) for rounds in measured[self.system]]
+        unit = f"exponent of {race.of or UNITS[race.quantity]} over {race.unit}"
+        return Measurement.of("growth", least, race.facts(run)[race.unit], unit=unit, **race.shown(run, measured))

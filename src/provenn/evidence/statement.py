@@ -1,0 +1,71 @@
+"""What a statement of the abstract comes to: a pure function of the verdicts of the claims that bear on it."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+from provenn.evidence.verdict import Verdict
+
+PROVED = {Verdict.HOLDS, Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS}
+
+
+class Standing(StrEnum):
+    REPRODUCED = "reproduced"
+    HOLDS_HERE = "holds here"
+    PARTLY = "partly"
+    OPEN = "open"
+    NOT_HERE = "not here"
+    NOT_MEASURED = "not measured"
+
+
+class Outcome(NamedTuple):
+    """A claim's kind and verdict, whether it was measured at the paper's setting, and why there is no verdict."""
+
+    kind: str
+    verdict: Verdict
+    at_paper_setting: bool = False
+    reason: str = ""
+
+
+class Judgement(NamedTuple):
+    """A statement's standing; of `asked` claims that were measured, `held` hold; or what is missing."""
+
+    standing: Standing
+    held: int = 0
+    asked: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.standing is Standing.PARTLY:
+            return f"partly, {self.held} of {self.asked}"
+        if self.standing is Standing.NOT_MEASURED and self.reason:
+            return f"not measured: {self.reason}"
+        return str(self.standing)
+
+
+def judge(kind: str, needs: str, outcomes: Sequence[Outcome]) -> Judgement:
+    """The standing of a statement of that kind.
+
+    Only what was measured counts, and what was measured at the paper's setting beats what was measured smaller. A
+    statement
+    about quality is not settled by counts and identities alone: they can speak against it, not for it. Then:
+
+    - all claims hold: reproduced where each does at the paper's setting, else holds here;
+    - some hold: partly; none holds and some interval lies wholly elsewhere: not here; none decides: open.
+    """
+    measured = [outcome for outcome in outcomes if outcome.verdict is not Verdict.NOT_MEASURED]
+    deciding = [outcome for outcome in measured if kind != "quality" or outcome.kind == "quality"]
+    if not deciding:
+        reasons = [outcome.reason for outcome in outcomes if outcome.reason]
+        return Judgement(Standing.NOT_MEASURED, reason=f"needs {needs}" if needs else next(iter(reasons), ""))
+    at_paper = [o for o in deciding if o.kind != "exact" and o.at_paper_setting]
+    if at_paper:
+        measured = [o for o in measured if o.at_paper_setting or o.kind == "exact"]
+    held = sum(outcome.verdict in PROVED for outcome in measured)
+    against = sum(outcome.verdict is Verdict.NOT_REPRODUCED for outcome in measured)
+    if held == len(measured):
+        full = all(o.verdict in (Verdict.HOLDS, Verdict.REPRODUCED) for o in measured)
+        return Judgement(Standing.REPRODUCED if full else Standing.HOLDS_HERE, held, held)
+    if held:
+        return Judgement(Standing.PARTLY, held, len(measured))
+    return Judgement(Standing.NOT_HERE if against else Standing.OPEN, 0, len(measured))

@@ -1,0 +1,383 @@
+"""Networks that differ in one part, trained alike on the same data and seeds, and read off against each other."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from provenn.evidence.checksum import checksum
+from provenn.evidence.interval import Number
+from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
+from provenn.evidence.record import PICTURES
+from provenn.evidence.run import Run
+from provenn.tasks import Diverged, Fit, Recipe, Task, TaskData, fit, get_task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TUNING_SEED = 900_001  # of data and weights when a learning rate is chosen; never measured
+FEWEST_RATES = 3
+Probe = Callable[[nn.Module, TaskData], float]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that one arm's training of the first seed leaves behind: `draw(fit, data, seed)`."""
+
+    arm: str
+    file: str
+    caption: str
+    draw: Callable[[Fit, TaskData, int], "Figure | None"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One training for each arm and seed, kept in the run; `against` reads a claim off two arms.
+
+    Every arm gets the same data, steps, seeds and tuning: its learning rate is the one of `lrs` that does best on the
+    validation split of a seed that is never measured. Metrics are the test split's. A training that diverges counts as
+    the trivial predictor.
+
+    Args:
+        name: of the trials and of the plot.
+        task: as `get_task` names it, or one of the paper's own; its metric is the effect.
+        data: `data(seed, smoke)`, the data of a seed; the flag asks for the shortest.
+        arms: by name, a label and the part in which the networks differ.
+        build: `build(part, **data.options)` makes the network.
+        recipe: how all of them are trained.
+        lrs: the learning rates that each arm may choose from, at least three; none takes the recipe's for all, and is
+            only
+            for arms that have nothing to tune.
+        smoke: the recipe that only shows that the path works; by default two steps.
+        probes: further figures of a trained network by name, `probe(model, data)`; to be read off the test split.
+        trained: takes the arguments of `fit` and returns a `Fit`, where a training has more than one stage.
+        about: the data, in words.
+        kind: what the arms are, over their column.
+        columns: of the table besides label and mean metric, from an arm's part.
+        setting: what else a reader needs to repeat it; recipe, rates, sizes, fingerprint and code are noted anyway.
+        note: goes with every measurement.
+        drawing: a picture of one arm.
+    """
+
+    name: str
+    task: str | Task
+    data: Callable[[int, bool], TaskData]
+    arms: Mapping[str, tuple[str, Any]]
+    build: Callable[..., nn.Module]
+    recipe: Recipe
+    lrs: Sequence[float] = ()
+    smoke: Recipe | None = None
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    trained: Callable[..., Fit] = fit
+    about: str = ""
+    kind: str = "network"
+    columns: Mapping[str, Callable[[Any], Number]] = field(default_factory=dict)
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    drawing: Drawing | None = None
+
+    def __post_init__(self) -> None:
+        if self.lrs and len(set(self.lrs)) < FEWEST_RATES:
+            raise ValueError(f"{self.name}: a rate is chosen from at least {FEWEST_RATES}, got {list(self.lrs)}")
+        labels = [label for label, _ in self.arms.values()]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"{self.name}: two arms share a label: {labels}")
+
+    def against(
+        self,
+        system: str | Sequence[str],
+        baseline: str,
+        *,
+        metric: str | None = None,
+        ratio: bool = False,
+        shown: Iterable[str] = (),
+        picture: bool = False,
+        may_guess: str = "",
+    ) -> "Contrast":
+        """A claim on one arm against another, seed by seed; of several systems the worst of each seed counts.
+
+        Args:
+            system, baseline: names of arms.
+            metric: the task's, or a probe's name.
+            ratio: of the two instead of their difference.
+            shown: further arms of the table.
+            picture: whether the study's drawing goes with it.
+            may_guess: the paper's reason why the baseline cannot learn this task at all.
+
+        Raises:
+            ValueError: an arm or a metric that does not exist, when `claims.py` is read and not after hours of
+            training.
+        """
+        systems = (system,) if isinstance(system, str) else tuple(system)
+        self._known("arm", self.arms, *systems, baseline, *shown)
+        if metric is not None:
+            self._known("metric", [self.of_task.metric, *self.probes], metric)
+        return Contrast(self, systems, baseline, metric, ratio, tuple(shown), picture, may_guess)
+
+    def figure(
+        self, arm: str, *, metric: str | None = None, shown: Iterable[str] = (), picture: bool = False
+    ) -> "Reading":
+        """A claim on one arm's own figure, the mean over seeds."""
+        self._known("arm", self.arms, arm, *shown)
+        if metric is not None:
+            self._known("metric", [self.of_task.metric, *self.probes], metric)
+        return Reading(self, arm, metric, tuple(shown), picture)
+
+    def _known(self, what: str, known: Iterable[str], *names: str) -> None:
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{self.name} has no {what} {name!r}; it has: {', '.join(known)}")
+
+    @property
+    def of_task(self) -> Task:
+        return get_task(self.task) if isinstance(self.task, str) else self.task
+
+    def label(self, arm: str) -> str:
+        return self.arms[arm][0]
+
+    def recipe_for(self, run: Run) -> Recipe:
+        return (self.smoke or replace(self.recipe, epochs=1, max_steps=2)) if run.smoke else self.recipe
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        """How, on what, and with what steps every arm is trained: the record's setting."""
+        key = ("facts", self.name)
+        if key not in run.memory:
+            data, recipe = self.data(run.seeds[0], run.smoke), _spoken(self.recipe_for(run))
+            sizes = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
+            rates = {"lrs": list(self.lrs)} if self.lrs else {}
+            run.memory[key] = {"recipe": recipe, **rates, **sizes, "fingerprint": data.fingerprint, **self.setting}
+        return dict(run.memory[key])
+
+    def question(self, run: Run, arm: str | None = None) -> dict[str, Any]:
+        """All that decides a trial's value besides rate and seed, a checksum of the code included: the trial's key."""
+        task, drawing = type(self.of_task), self.drawing
+        code = [self.data, task.trivial]
+        if arm is not None:
+            code += [self.build, self.arms[arm][1], self.probes, self.trained, task.loss, task.evaluate]
+            code += [drawing.draw] if drawing is not None and drawing.arm == arm else []
+        return {**self.facts(run), "code": checksum(*code)}
+
+    def rate(self, run: Run, arm: str) -> tuple[float, dict[str, float | None]]:
+        """The arm's learning rate, and what each of `lrs` reached on validation data; None where it diverged."""
+        recipe, task = self.recipe_for(run), self.of_task
+        if not self.lrs or run.smoke:
+            return float(self.lrs[0] if self.lrs else recipe.lr), {}
+        reached = {}
+        for lr in self.lrs:
+
+            def score(lr: float = lr) -> float | None:
+                data = self.data(TUNING_SEED, False)
+                try:
+                    model = self._fit(run, arm, data, lr, TUNING_SEED).model
+                except Diverged:
+                    return None
+                with torch.no_grad():
+                    value = task.evaluate(model, data.val)[task.metric]
+                return value if math.isfinite(value) else None
+
+            name = f"{self.name}, {self.label(arm)}, rate {lr:g}"
+            reached[f"{lr:g}"] = run.trial(name, score, seed=TUNING_SEED, lr=lr, **self.question(run, arm))
+        sign = 1 if task.higher_is_better else -1
+        worst = -math.inf
+        best = max(self.lrs, key=lambda lr: worst if (value := reached[f"{lr:g}"]) is None else sign * value)
+        return float(best), reached
+
+    def trials(self, run: Run, arm: str) -> list[dict[str, Any]]:
+        """Of each seed the test metric, the probes' figures, the validation curve, and whether it diverged."""
+        lr, _ = self.rate(run, arm)
+        task = self.of_task
+
+        def one(seed: int) -> dict[str, Any]:
+            data = self.data(seed, run.smoke)
+            try:
+                done = self._fit(run, arm, data, lr, seed)
+            except Diverged:
+                return {"diverged": True}
+            if self.drawing is not None and (arm, seed) == (self.drawing.arm, run.seeds[0]):
+                figure = self.drawing.draw(done, data, seed)
+                if figure is not None:
+                    run.picture(self.drawing.file, figure, self.drawing.caption)
+            with torch.no_grad():
+                probed = {name: float(probe(done.model, data)) for name, probe in self.probes.items()}
+            curve = {key: done.series(key) for key in ("epoch", task.metric)}
+            return {**done.metrics, **probed, "curve": curve, "steps": done.steps}
+
+        trials = run.trials(f"{self.name}, {self.label(arm)}", one, lr=lr, **self.question(run, arm))
+        guesses = self.trivial(run)
+        return [
+            {task.metric: guess, "curve": None, **trial} if trial.get("diverged") else trial
+            for trial, guess in zip(trials, guesses, strict=True)
+        ]
+
+    def trivial(self, run: Run) -> list[float]:
+        """What the trivial predictor reaches on the test data of each seed."""
+        task = self.of_task
+
+        def one(seed: int) -> float:
+            return float(task.trivial(self.data(seed, run.smoke)))
+
+        return run.trials(f"{self.name}, trivial predictor", one, **self.question(run))
+
+    def _fit(self, run: Run, arm: str, data: TaskData, lr: float, seed: int) -> Fit:
+        label, part = self.arms[arm]
+        return self.trained(
+            lambda: self.build(part, **data.options),
+            self.of_task,
+            data,
+            replace(self.recipe_for(run), lr=lr),
+            seed=seed,
+            device=run.device,
+            title=label,
+        )
+
+    def measure(
+        self,
+        run: Run,
+        arms: Sequence[str],
+        *,
+        shown: Iterable[str] = (),
+        metric: str | None = None,
+        may_guess: Mapping[str, str] | None = None,
+        picture: bool = False,
+    ) -> tuple[dict[str, list[float]], dict[str, Any]]:
+        """Each arm's figure seed by seed, and what goes with every measurement of them."""
+        task, facts = self.of_task, self.facts(run)
+        every = list(dict.fromkeys((*arms, *shown)))
+        trials = {arm: self.trials(run, arm) for arm in every}
+        name = metric or task.metric
+        missing = [self.label(arm) for arm in arms if any(name not in trial for trial in trials[arm])]
+        if missing:
+            raise ValueError(f"a training of {', '.join(missing)} diverged, so that there is no {name!r} of it")
+        reached = {arm: [trial[name] for trial in trials[arm] if name in trial] for arm in every}
+        rates = {self.label(arm): self.rate(run, arm) for arm in every}
+        skills = [
+            Skill(
+                arm=self.label(arm),
+                values=[trial[task.metric] for trial in trials[arm]],
+                trivial=self.trivial(run),
+                higher_is_better=task.higher_is_better,
+                may_guess=(may_guess or {}).get(arm, ""),
+            )
+            for arm in dict.fromkeys(arms)
+        ]
+        setting = {**facts, "lr": {label: lr for label, (lr, _) in rates.items()}}
+        fingerprint = setting.pop("fingerprint")
+        if tried := {label: tuned for label, (_, tuned) in rates.items() if tuned}:
+            setting["tuned"] = {"seed": TUNING_SEED, f"validation {task.metric}": tried}
+        return reached, {
+            "seeds": run.seeds,
+            "unit": name.replace("_", " "),
+            "data": self.about,
+            "fingerprint": fingerprint,
+            "setting": setting,
+            "skills": skills,
+            "note": " ".join(part for part in (self.note, *self._remarks(trials, rates)) if part),
+            "tables": [self._table(name, reached)] if len(every) > 2 or self.columns else [],
+            "series": [line for arm in dict.fromkeys(arms) if (line := self._curve(arm, trials[arm])) is not None],
+            "pictures": self._pictures(run) if picture else [],
+        }
+
+    def _remarks(self, trials: Mapping[str, list[dict[str, Any]]], rates: Mapping[str, Any]) -> Iterable[str]:
+        for arm, done in trials.items():
+            if count := sum(bool(trial.get("diverged")) for trial in done):
+                yield f"{count} of {len(done)} trainings of {self.label(arm)} diverged: as the trivial predictor."
+        ends = {f"{lr:g}" for lr in (min(self.lrs), max(self.lrs))} if self.lrs else set()
+        edge = [label for label, (lr, tried) in rates.items() if tried and f"{lr:g}" in ends]
+        if edge:
+            yield f"At the edge of the rates that were tried: {', '.join(edge)}."
+
+    def _table(self, metric: str, reached: Mapping[str, list[float]]) -> Table:
+        rows: list[list[str | float | int | None]] = [
+            [
+                self.label(arm),
+                *(column(self.arms[arm][1]) for column in self.columns.values()),
+                sum(values) / len(values),
+            ]
+            for arm, values in reached.items()
+            if values
+        ]
+        columns = [self.kind, *self.columns, metric.replace("_", " ")]
+        return Table(caption=self.name[:1].upper() + self.name[1:], columns=columns, rows=rows)
+
+    def _curve(self, arm: str, trials: list[dict[str, Any]]) -> Series | None:
+        """The task's metric on validation data over epochs: the mean over seeds in the range that they span."""
+        metric = self.of_task.metric
+        curves = [trial["curve"] for trial in trials if trial.get("curve") and trial["curve"][metric]]
+        if not curves or any(curve["epoch"] != curves[0]["epoch"] for curve in curves) or len(curves[0]["epoch"]) < 2:
+            return None
+        labels = {"plot": self.name, "x_label": "epoch", "y_label": f"validation {metric}"}
+        return Series.over_seeds(self.label(arm), curves[0]["epoch"], [curve[metric] for curve in curves], **labels)
+
+    def _pictures(self, run: Run) -> list[Picture]:
+        """What a trial has drawn, in this run or in the one that it resumes."""
+        if self.drawing is None or not (run.folder / PICTURES / f"{self.drawing.file}.png").exists():
+            return []
+        return [Picture(file=f"{PICTURES}/{self.drawing.file}.png", caption=self.drawing.caption)]
+
+
+def _spoken(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's fields that are not the defaults, and those that every reader asks for; the rate stands apart."""
+    plain = asdict(Recipe())
+    always = {"epochs", "batch_size", "optimizer"}
+    return {
+        name: value
+        for name, value in asdict(recipe).items()
+        if (name in always or value != plain[name]) and name != "lr"
+    }
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A claim read off a study: one arm, or the worst of several, against another."""
+
+    study: Study
+    systems: tuple[str, ...]
+    baseline: str
+    metric: str | None = None
+    ratio: bool = False
+    shown: tuple[str, ...] = ()
+    picture: bool = False
+    may_guess: str = ""
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        labels = [self.study.label(arm) for arm in self.systems]
+        return labels[0] if len(labels) == 1 else f"worst of {', '.join(labels)}", self.study.label(self.baseline)
+
+    def __call__(self, run: Run) -> Measurement:
+        study = self.study
+        reached, facts = study.measure(
+            run,
+            (*self.systems, self.baseline),
+            shown=self.shown,
+            metric=self.metric,
+            may_guess={self.baseline: self.may_guess},
+            picture=self.picture,
+        )
+        worst = min if study.of_task.higher_is_better else max
+        system = [worst(values) for values in zip(*(reached[arm] for arm in self.systems), strict=True)]
+        return Measurement.of(
+            "ratio" if self.ratio else "difference", system, reached[self.baseline], sides=self.sides, **facts
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A claim read off a study: the mean of one arm."""
+
+    study: Study
+    arm: str
+    metric: str | None = None
+    shown: tuple[str, ...] = ()
+    picture: bool = False
+
+    sides = None
+
+    def __call__(self, run: Run) -> Measurement:
+        reached, facts = self.study.measure(
+            run, (self.arm,), shown=self.shown, metric=self.metric, picture=self.picture
+        )
+        return Measurement.mean(reached[self.arm], **facts)
