@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from provenn.ops.memory_update import MemoryState, chunked_memory, fast, memory_update, read_memory, recurrent_memory
-from provenn.ops.memory_update.fast import _gelu
 
 
 def draw(*shape, std=1.0, seed=0, dtype=torch.float64):
@@ -177,11 +176,18 @@ def test_gradients_pass_through_two_chunks(residual):
     assert torch.autograd.gradcheck(outputs, [x.requires_grad_() for x in (*qkv, *gates.flat, *start)])
 
 
-def test_the_slope_of_the_activation_is_its_derivative():
-    x = torch.linspace(-6, 6, 50, dtype=torch.float64, requires_grad=True)
-    y, slope = _gelu(x)
-    torch.testing.assert_close(y, F.gelu(x))
-    torch.testing.assert_close(slope, torch.autograd.grad(y.sum(), x)[0])
+def test_second_derivatives_are_those_of_the_definition():
+    qkv, gates = tokens(4, batch=1, heads=1, dim=3, width=3, channels=forgets(2, 3, 3))
+    start = matrices(1, 3, 3, 2, hidden=3)
+
+    def curvature(form):
+        k = qkv[1].detach().clone().requires_grad_()
+        state = MemoryState.start(start, 1)
+        y = update((qkv[0], k, qkv[2]), gates, form, state=state, chunk=2, residual=True)[0]
+        (slope,) = torch.autograd.grad(y.square().sum(), k, create_graph=True)
+        return torch.autograd.grad((slope * draw(*k.shape, seed=5)).sum(), k)[0]
+
+    torch.testing.assert_close(curvature(chunked_memory), curvature(recurrent_memory), rtol=1e-6, atol=1e-6)
 
 
 def test_a_memory_is_its_input_and_the_norm_of_an_mlp():
