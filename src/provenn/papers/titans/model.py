@@ -88,7 +88,13 @@ def titans_lm(
 
 
 def _sized(
-    dim: int, layers: int, heads: int, vocab: int, variant: str, hidden: int | None = None, **given: Unpack[SizedOptions]
+    dim: int,
+    layers: int,
+    heads: int,
+    vocab: int,
+    variant: str,
+    hidden: int | None = None,
+    **given: Unpack[SizedOptions],
 ) -> CausalLM:
     """Appendix E.1: a window of 2,048, segments of 512 with 256 memory tokens, 128 persistent tokens, chunks of 16."""
     options: SizedOptions = {"window": 512 if variant == "mac" else 2048, "stride": 2, "persistent": 128, **given}

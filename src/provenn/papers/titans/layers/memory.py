@@ -339,5 +339,3 @@ class NeuralMemory(Mixer):
         y, state, _ = self._learn(prefix.unsqueeze(0), state)
         state = state._replace(memory=state.memory._replace(anchor=state.memory.weights, position=0))
         return y.expand(batch, *y.shape[1:]), map_state(lambda x: x.expand(batch, *x.shape[1:]), state)
-
-

@@ -180,7 +180,6 @@ class MemoryAsContext(Mixer):
             base = base if position else memory.memory.weights
         return torch.cat(outputs, dim=1), ContextState(memory, base, tail, cache, position)
 
-
     def _shown(self, s: Tensor, position: int, mask: Tensor | None) -> Tensor | None:
         """Which of h and s may be attended: h of every `stride`-th token of the segment."""
         if self.stride == 1:
