@@ -14,16 +14,16 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 reproduce: install
-	$(BIN)/provenn reproduce aaren eca_net --jobs 2 --budget small --out runs/first
+	$(BIN)/provenn reproduce aaren eca_net --headline --jobs 2 --budget small --out runs/first
 
 test: install
 	$(BIN)/python -m pytest -n 2
 
 lint: install
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts
 	$(BIN)/mypy
 
 format: install
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests scripts
+	$(BIN)/ruff check --fix src tests scripts

@@ -58,8 +58,8 @@ def test_a_value_that_nothing_can_be_built_with_is_named(monkeypatch, options, m
 
 
 def test_claims_are_measured_from_python(tmp_path):
-    records = provenn.paper("tiny_gate").reproduce(claims="parameters", out=tmp_path)
-    assert [(record.claim, str(record.verdict)) for record in records] == [("parameters", "reproduced")]
+    found = provenn.paper("tiny_gate").reproduce(claims="parameters", out=tmp_path)
+    assert [(finding.claim.id, str(finding.verdict)) for finding in found] == [("parameters", "reproduced")]
 
 
 def test_what_was_trained_is_what_is_loaded(tmp_path):

@@ -145,11 +145,18 @@ def test_few_rounds_say_how_little_they_are_worth():
 
 def test_compare_calls_the_two_in_turns():
     calls: list[str] = []
-    result = compare(lambda: calls.append("a"), lambda: calls.append("b"), rounds=4, warmup=1, min_time=1e-9)
-    order = [side for side, before in zip(calls, ["", *calls]) if side != before]
-    # ab to calibrate, then ab ba ab ba; runs of one side are written once.
-    assert "".join(order) == "abababa"
+    result = compare(lambda: calls.append("a"), lambda: calls.append("b"), rounds=4, min_time=1e-9)
+    assert "".join(calls) == "ba" + "ab" + "ba" + "ab" + "ba"  # the first to calibrate
     assert len(result.a) == len(result.b) == 4
+
+
+def test_a_quick_function_is_called_until_the_clock_can_see_it(monkeypatch):
+    """Each call takes a tick of a clock of our own; a measurement lasts five."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("provenn.bench.time.process_time", lambda: next(clock))
+    calls: list[int] = []
+    times = interleaved({"a": lambda: calls.append(next(clock))}, rounds=2, min_time=10.0)
+    assert len(calls) == 1 + 5 + 5 and [round(t, 1) for t in times["a"]] == [1.2, 1.2]
 
 
 def test_compare_refuses_to_measure_nothing():
@@ -170,10 +177,10 @@ def test_interleaved_turns_the_order_of_every_other_round_on_one_thread():
     torch.set_num_threads(2)
     try:
         functions = {name: (lambda name=name: called.append((name, torch.get_num_threads()))) for name in "ab"}
-        times = interleaved(functions, rounds=3, calls=2)
+        times = interleaved(functions, rounds=3)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert "".join(name for name, _ in called) == "ba" + "aabb" + "bbaa" + "aabb"
+    assert "".join(name for name, _ in called) == "ba" + "ab" + "ba" + "ab"
     assert {count for _, count in called} == {1}
     assert [len(own) for own in times.values()] == [3, 3] and min(min(own) for own in times.values()) >= 0

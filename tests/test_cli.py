@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,8 +142,8 @@ def props(here) -> Path:
     (here / "cut" / "weights.safetensors").touch()
     (here / "started").mkdir()
     torch.save({"state_dict": {"model.weight": torch.ones(2)}}, here / "started" / "last.ckpt")
-    (here / "board").mkdir()
-    (here / "board" / "tiny_gate.json").write_text("{")
+    (here / "board" / "tiny_gate").mkdir(parents=True)
+    (here / "board" / "tiny_gate" / "evidence.json").write_text("{")
     return here
 
 
@@ -188,9 +189,9 @@ BAD = [
     ("bench nothing", "no paper is called 'nothing'"),
     ("bench tiny_gate --seeds 0", "seeds must be at least 1, got 0"),
     ("board --from nowhere", "no folder at nowhere"),
-    ("board --from empty", "empty holds no records that can be read"),
+    ("board --from empty", "empty holds no evidence that can be read"),
     ("board --from file", "no folder at file"),
-    ("board --from board", "board holds no records that can be read"),
+    ("board --from board", "board holds no evidence that can be read"),
     (f"{TRAIN}", "Missing option '--data'"),
     (f"{TRAIN} --data nowhere", "no data at 'nowhere'"),
     (f"{TRAIN} --data empty", "empty holds no images"),
@@ -400,8 +401,8 @@ def test_a_narrow_terminal_puts_a_claim_above_its_figures(run, monkeypatch):
     from provenn.cli import console
 
     monkeypatch.setattr(console, "PIPED_WIDTH", 50)
-    out = run("show tiny_gate")[1]
-    assert "the paper's figure: 35 parameters (Table 1)" in out and max(map(len, out.splitlines())) <= 60
+    out = run("show tiny_gate --all")[1]
+    assert "published: 35 parameters (Table 1)" in out and max(map(len, out.splitlines())) <= 60
 
 
 def test_version(run):
@@ -416,16 +417,20 @@ def test_list_and_show_for_people_and_machines(run):
     (entry,) = [entry for entry in json.loads(run("list tiny-gate --json")[1]) if entry["slug"] == "tiny_gate"]
     assert entry["arxiv"] == "2401.00001" and entry["mechanisms"] == [{"name": "tiny", "slot": "channel-gate"}]
     code, out, _ = run("show Tiny-Gate")
-    assert code == 0
+    assert code == 0 and "The gate is two points better than none." in out
+    assert "needs a run: provenn reproduce tiny_gate" in out and "tiny_gate.layers.TinyGate" not in out
+    out = run("show tiny_gate --all")[1]
     for word in (
         "tiny_gate.layers.TinyGate",
         "35 parameters (Table 1)",
         "needs ImageNet-1K and eight GPUs",
-        "exact, ours",
+        "overstated (ours)",
+        "above 0: zero is no difference",
     ):
         assert word in out
     shown = json.loads(run("show tiny_gate --json")[1])
-    assert [claim["id"] for claim in shown["claims"]][:2] == ["parameters", "identity"] and shown["evidence"] == []
+    assert [claim["id"] for claim in shown["claims"]][:2] == ["parameters", "identity"] and shown["evidence"] is None
+    assert shown["verdicts"][2] == {"says": "Users like it.", "verdict": "not measured: needs users"}
 
 
 def test_a_search_that_finds_nothing_says_so(run):
@@ -437,10 +442,11 @@ def test_a_search_that_finds_nothing_says_so(run):
 def test_reproduce_ends_with_the_claims_and_says_where_everything_lies(run, here):
     code, out, err = run("reproduce tiny_gate --out run")
     assert code == 0
-    for words in ("✔ reproduced", "▲ direction holds", "✘ not reproduced", "– not measured"):
+    for words in ("✔ reproduced", "▲ holds here", "– not measured", "+2.4 [2, 2.8] points"):
         assert words in out
-    assert "35 parameters (Table 1)" in out and "+2.2 [1.7, 2.7] (92.3 against 90.1 points)" in out
-    assert "run/report.html" in out and "run/tiny_gate.json" in out
+    assert out.index("A gate of 35 parameters") < out.index("two points better") < out.index("Users like it")
+    assert "6 claims: 1 holds, 1 reproduced, 2 direction holds, 1 not reproduced, 1 not measured" in out
+    assert "run/report.html" in out and "run/tiny_gate/evidence.json" in out
     assert "repeat   provenn reproduce tiny_gate --out run\n" in out
     assert [line.split()[2] for line in err.splitlines()] == [
         "parameters:", "identity:", "linear:", "better:", "overstated:", "imagenet:"
@@ -457,16 +463,17 @@ def test_strict_exits_1_where_a_claim_is_not_reproduced(run, here):
 def test_a_measurement_that_fails_is_said_in_the_end(run, here, monkeypatch):
     monkeypatch.setenv("TINY_GATE_BREAKS", "1")
     code, out, err = run("reproduce tiny_gate --out run")
-    assert code == 1 and "the measurement failed: RuntimeError: the clock stopped" in out
-    assert err.endswith("provenn: the measurement of linear of tiny_gate failed; see run/tiny_gate.errors.txt\n")
-    assert "direction holds" in out, "the other claims' work was lost"
+    assert code == 1 and "the measurement failed: RuntimeError: the clock stopped" in err
+    assert err.endswith("provenn: the measurement of linear of tiny_gate failed; see run/tiny_gate/errors.txt\n")
+    assert "▲ holds here" in out, "the other claims' work was lost"
 
 
 def test_reproduce_for_machines(run, here):
     summary = json.loads(run("reproduce tiny_gate --out run --budget smoke --json")[1])
     assert summary["out"] == "run" and Path(summary["report"]).exists()
     assert summary["repeat"] == "provenn reproduce tiny_gate --out run --budget smoke --json"
-    assert {record["verdict"] for record in summary["records"]} == {"reproduced", "not reproduced", "not measured"}
+    verdicts = {found["record"]["verdict"] for found in summary["findings"]}
+    assert verdicts == {"holds", "reproduced", "not reproduced", "not measured"}
 
 
 def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
@@ -474,33 +481,32 @@ def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
     assert code == 0 and err.count("\n") == 1 and "linear" in err
     assert "Operations" in out and "no gate" in out and "2.5" in out
     assert out.count("\nlinear") == 2, "once with its verdict, once above its tables"
-    (record,) = json.loads(run("bench tiny_gate --out run --json")[1])["records"]
-    assert record["kind"] == "cost"
+    (found,) = json.loads(run("bench tiny_gate --out run --json")[1])["findings"]
+    assert found["kind"] == "cost"
 
 
 def test_board(run, here):
     run("reproduce tiny_gate --out run")
-    (here / "run" / "other.json").write_text("{}")
+    (here / "run" / "other").mkdir()
+    (here / "run" / "other" / "evidence.json").write_text("{}")
     code, out, err = run("board --from run")
-    assert code == 0 and "left out run/other.json" in err
-    assert [line.split()[:5] for line in out.splitlines() if line.startswith("tiny_gate")] == [
-        ["tiny_gate", "2", "2", "1", "1"]
-    ]
+    assert code == 0 and "left out run/other/evidence.json" in err
+    (line,) = [line for line in out.splitlines() if line.startswith("tiny_gate")]
+    assert "✔ [▲] –" in line and "1 reproduced, 1 holds here, 1 not measured" in line
+    assert "3 statements: 1 reproduced, 1 holds here, 1 not measured" in out
     (paper,) = json.loads(run("board --from run --json")[1])
-    assert paper["verdicts"]["not reproduced"] == 1 and len(paper["records"]) == 6
+    assert [each["verdict"] for each in paper["statements"]][:2] == ["reproduced", "holds here"]
 
 
-def test_the_records_that_come_with_the_source_are_shown(run, here, monkeypatch):
-    from provenn.evidence import view
-
-    monkeypatch.setattr(view, "committed", lambda: None)
-    assert "no records come with this installation" in run("board")[2]
+def test_the_evidence_that_comes_with_a_paper_is_shown(run, here, third_party):
+    assert "needs a run" in run("show tiny_gate")[1]
     run("reproduce tiny_gate --out run")
-    monkeypatch.setattr(view, "committed", lambda: here / "run")
+    shutil.copy(here / "run" / "tiny_gate" / "evidence.json", third_party / "tiny_gate")
     out = run("show tiny_gate")[1]
-    assert "▲ direction holds" in out and "+2.2 [1.7, 2.7]" in out
-    assert len(json.loads(run("show tiny_gate --json")[1])["evidence"]) == 6
-    assert "tiny_gate" in run("board")[1]
+    assert "▲ holds here" in out and "+2.4 [2, 2.8]" in out and "measured 20" in out
+    assert len(json.loads(run("show tiny_gate --json")[1])["evidence"]["records"]) == 6
+    (line,) = [line for line in run("board")[1].splitlines() if line.startswith("tiny_gate")]
+    assert "[▲]" in line
 
 
 def test_train_then_predict(run, props):

@@ -261,7 +261,8 @@ def test_bad_questions_are_answered_in_one_line(arguments: dict[str, Any], messa
 
 
 def test_a_record_that_cannot_be_read_is_moved_aside_and_said(tmp_path: Path):
-    (tmp_path / "compare-channel-gate.json").write_text("{")
+    (tmp_path / "compare-channel-gate").mkdir()
+    (tmp_path / "compare-channel-gate" / "ledger.json").write_text("{")
     said: list[str] = []
     arguments: dict[str, Any] = {"data": "digits", "budget": "smoke", "seeds": 1, "device": "cpu", "out": tmp_path}
     compare("channel-gate", ["none", "se"], tell=said.append, **arguments)

@@ -22,15 +22,35 @@ ORDER = [
     {"surgery", "evidence", "weights", "testing", "export", "huggingface"},
     {"papers"},
     {"reproduce"},
-    {"compare", "inspection", "report", "board", "doctor", "benchmarks"},
+    {"compare", "inspection"},
     {"api", "__init__", "papers/__init__"},
-    {"cli", "web", "__main__"},
+    {"cli", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 PAPERS_MAY = {"nn", "ops", "errors", "progress"}
 CONVERT_MAY = PAPERS_MAY | {"huggingface"}
 CLAIMS_MAY = PAPERS_MAY | {"catalog", "evidence", "bench", "surgery", "tasks", "testing"}
 NOT_IN_PAPERS = {"lightning", "pytorch_lightning", "typer", "rich", "fastapi", "click"}
+
+
+def rule() -> str:
+    """What CONTRIBUTING says of imports."""
+    levels = [" ".join(sorted(part for part in parts if "__" not in part)) for parts in ORDER]
+    lines = [*levels, "", "layers, model, official, inspection of a paper: " + " ".join(sorted(PAPERS_MAY))]
+    lines += ["its convert: these and " + " ".join(sorted(CONVERT_MAY - PAPERS_MAY))]
+    lines += ["its claims, studies and task: these and " + " ".join(sorted(CLAIMS_MAY - PAPERS_MAY))]
+    lines += ["data: used by tasks alone"]
+    return "\n".join(lines)
+
+
+def test_the_rule_is_the_one_that_contributing_prints():
+    """`python tests/test_imports.py` prints it."""
+    assert f"```\n{rule()}\n```" in (ROOT.parents[1] / "CONTRIBUTING.md").read_text()
+
+
+def test_every_part_in_the_rule_exists():
+    known = {part_of(file) for file in files()}
+    assert set(LEVEL) <= known, set(LEVEL) - known
 
 
 def files() -> list[str]:
@@ -83,7 +103,7 @@ def test_a_paper_keeps_to_itself(file: str):
         if parts[:2] == ["provenn", "papers"]:
             assert parts[2] == slug, f"{file} imports another paper: {name}"
     own = parts_imported(file) - {"papers"}
-    allowed = {"claims.py": CLAIMS_MAY, "studies.py": CLAIMS_MAY, "claims": CLAIMS_MAY, "convert.py": CONVERT_MAY}.get(
+    allowed = {"claims.py": CLAIMS_MAY, "studies.py": CLAIMS_MAY, "task.py": CLAIMS_MAY, "convert.py": CONVERT_MAY}.get(
         file.split("/")[2], PAPERS_MAY
     )
     assert own <= allowed, f"{file} imports {own - allowed}"
@@ -92,3 +112,7 @@ def test_a_paper_keeps_to_itself(file: str):
 def test_the_tree_is_read_as_it_stands():
     assert parts_imported("surgery.py") == {"bench", "errors"}
     assert "provenn.errors.UserError" in set(imported("slots.py"))
+
+
+if __name__ == "__main__":
+    print(rule())

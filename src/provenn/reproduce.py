@@ -44,6 +44,7 @@ def reproduce(
     card: Card,
     *,
     claims: str | Sequence[str] | None = None,
+    headline: bool = False,
     budget: str = "small",
     seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
     device: str = "auto",
@@ -57,6 +58,7 @@ def reproduce(
     Args:
         card: the paper.
         claims: ids of the claims to measure, or the one; by default all.
+        headline: only what the headline of the abstract rests on.
         budget: smoke, small or paper.
         seeds: how many, or which: see `choose_seeds`.
         device: auto, cpu, cuda, mps or a torch device.
@@ -73,6 +75,8 @@ def reproduce(
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     claims = [claims] if isinstance(claims, str) else claims
+    if headline:
+        claims = next((statement.claims for statement in card.statements if statement.headline), None)
     wanted = [card.claim(name) for name in claims] if claims else card.claims
     device = choose_device(device)
     folder = Path(out) / card.slug
@@ -111,6 +115,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder that this one writes; the system lifts the lock of a process that dies."""
     from filelock import FileLock, Timeout
 
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

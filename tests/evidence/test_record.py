@@ -11,15 +11,28 @@ from hypothesis import strategies as st
 
 from provenn.catalog import Claim, Figure
 from provenn.errors import UserError
-from provenn.evidence import Ledger, Measurement, Picture, Record, Series, Table
-from provenn.evidence.record import SCHEMA_VERSION, Environment, Trial, plain, write_atomically
+from provenn.evidence import Evidence, Measurement, Picture, Record, Series, Skill, Table
+from provenn.evidence.measurement import MOST_POINTS
+from provenn.evidence.record import (
+    Environment,
+    Ledger,
+    Occasion,
+    Trial,
+    compact,
+    plain,
+    read_or_set_aside,
+    write_atomically,
+)
 
 HERE = Environment(provenn="0", torch="2", python="3", device="cpu: x", threads=1, system="Linux")
 CLAIM = Claim(id="c", kind="exact", says="It is three.", published=Figure(value=3, source="Table 1"))
 
 
+TODAY = Occasion(budget="small", environment=HERE, date=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+
+
 def record(measurement: Measurement | None = None, claim: Claim = CLAIM) -> Record:
-    return Record.of("p", claim, measurement or Measurement.exact(3), budget="small", environment=HERE)
+    return Record.of(claim, measurement or Measurement.exact(3), budget="small")
 
 
 def full() -> Measurement:
@@ -35,6 +48,8 @@ def full() -> Measurement:
         series=[Series(name="s", x=[1.0], y=[nan], low=[-inf], high=[inf], log="xy")],
         tables=[Table(caption="t", columns=["a", "b"], rows=[["x", None], [1, 2.5]])],
         pictures=[Picture(file="p/a.png", caption="a")],
+        sides=("a", "b"),
+        skills=[Skill(arm="a", values=[1.0, 2.0, nan], trivial=[0.5, 0.5, 0.5], higher_is_better=True)],
     )
 
 
@@ -47,51 +62,78 @@ def same(a: object, b: object) -> bool:
     return a == b or (isinstance(a, float) and isinstance(b, float) and isnan(a) and isnan(b))
 
 
+def test_evidence_comes_back_as_it_was_written(tmp_path):
+    evidence = Evidence(paper="p")
+    evidence.put(record(full()), TODAY)
+    evidence.write(tmp_path / "p.json")
+    again = Evidence.read(tmp_path / "p.json")
+    assert same(again.model_dump(mode="python"), evidence.model_dump(mode="python"))
+
+
 def test_a_ledger_comes_back_as_it_was_written(tmp_path):
-    trials = [Trial(key="k", value={"loss": [nan, inf, -inf, 1.5]}, seconds=1.0)]
-    ledger = Ledger(paper="p", records=[record(full())], trials=trials)
+    ledger = Ledger(paper="p", trials=[Trial(key="k", value={"loss": [nan, inf, -inf, 1.5]}, seconds=1.0)])
     ledger.write(tmp_path / "p.json")
-    again, trouble = Ledger.read(tmp_path / "p.json")
-    assert trouble == "" and again is not None
-    assert same(again.model_dump(mode="python"), ledger.model_dump(mode="python"))
+    assert same(Ledger.read(tmp_path / "p.json").model_dump(), ledger.model_dump())
 
 
-def test_a_record_says_all_that_is_needed_to_repeat_it():
-    before = datetime.now(UTC)
-    made = record(full())
-    assert made.schema_version == SCHEMA_VERSION and before <= made.date <= datetime.now(UTC)
-    assert made.published == "3 (Table 1)" and made.expects == "within [3, 3]"
-    assert made.measurement.values[0] == 1.0 and made.measurement.seeds == [0, 1, 2]
+def test_a_record_holds_what_was_asked_and_measured_and_defaults_take_no_room(tmp_path):
+    evidence = Evidence(paper="p")
+    evidence.put(record(), TODAY)
+    evidence.write(tmp_path / "p.json")
+    (kept,) = json.loads((tmp_path / "p.json").read_text())["records"]
+    assert kept["expects"] == "within [3, 3]" and kept["verdict"] == "reproduced"
+    assert "seeds" not in kept["measurement"] and "series" not in kept["measurement"]
 
 
-def test_a_new_record_takes_the_place_of_the_old_one():
-    ledger = Ledger(paper="p")
+def test_long_curves_are_thinned_and_keep_their_ends():
+    x = [float(i) for i in range(1000)]
+    (line,) = record(Measurement.exact(3, series=[Series(name="s", x=x, y=x, low=x)])).measurement.series
+    assert len(line.x) == len(line.y) == len(line.low) <= MOST_POINTS and line.high is None
+    assert (line.x[0], line.x[-1]) == (0.0, 999.0) and line.x == line.y == line.low
+
+
+def test_a_new_record_takes_the_place_of_the_old_one_and_occasions_without_records_go():
+    evidence = Evidence(paper="p")
+    later = TODAY.model_copy(update={"budget": "paper"})
     for name in ("a", "b", "c"):
-        ledger.put(record(claim=CLAIM.model_copy(update={"id": name})))
-    ledger.put(record(Measurement.exact(4), CLAIM.model_copy(update={"id": "b"})))
-    assert [r.claim for r in ledger.records] == ["a", "b", "c"]
-    assert ledger.record("b").measurement.value == 4 and ledger.record("z") is None
+        evidence.put(record(claim=CLAIM.model_copy(update={"id": name})), TODAY)
+    evidence.put(record(Measurement.exact(4), CLAIM.model_copy(update={"id": "b"})), later)
+    assert [r.claim for r in evidence.records] == ["a", "b", "c"]
+    assert [evidence.occasions[r.occasion].budget for r in evidence.records] == ["small", "paper", "small"]
+    assert evidence.record("b").measurement.value == 4 and evidence.record("z") is None
+    evidence.keep_claims({"b"})
+    assert [r.claim for r in evidence.records] == ["b"] and evidence.occasions == [later]
+    (found, missing) = evidence.findings([CLAIM.model_copy(update={"id": name}) for name in ("b", "z")])
+    assert found.occasion == later and missing.record is None and "provenn reproduce p" in missing.reason
+
+
+def test_lists_of_plain_values_stand_on_one_line():
+    text = compact({"a": [1, 2.5, "é"], "b": [[1, 2], [3]], "c": {}, "d": [{"e": []}]})
+    assert json.loads(text) == {"a": [1, 2.5, "é"], "b": [[1, 2], [3]], "c": {}, "d": [{"e": []}]}
+    assert ' "a": [1, 2.5, "é"]' in text.split(",\n")[0] and "[1, 2]" in text
 
 
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (b"", "EOF"),
-        (b"\x00\xff", "expected value"),
-        (b'{"paper": "p"', "EOF"),
-        (b"[]", "should be an object"),
+        (b"", "Expecting value"),
+        (b"\x00\xff", "Expecting value"),
+        (b'{"paper": "p"', "Expecting"),
+        (b"[]", "valid dictionary"),
+        (b"[" * 100000, "recursion"),
         (b'{"records": []}', "paper: Field required"),
-        (b'{"paper": "p", "records": [{}]}', "records.0.paper: Field required"),
+        (b'{"paper": "p", "records": [{}]}', "records.0.claim: Field required"),
         (b'{"paper": "p", "colour": 1}', "colour: Extra inputs"),
         (b'{"paper": "p", "schema_version": 99}', "written by a newer provenn (schema 99)"),
+        (b'{"paper": "p", "records": [{"claim": "c", "verdict": "holds", "measurement": {}}]}', "names an occasion"),
     ],
 )
 def test_a_file_that_is_no_record_is_moved_aside_and_said(tmp_path, content, reason):
     file = tmp_path / "p.json"
     file.write_bytes(content)
-    ledger, trouble = Ledger.read(file)
+    evidence, trouble = read_or_set_aside(Evidence, file, "p")
     (aside,) = tmp_path.iterdir()
-    assert ledger is None and not file.exists()
+    assert evidence == Evidence(paper="p") and not file.exists()
     assert reason in trouble and aside.name in trouble and "\n" not in trouble
     assert aside.read_bytes() == content and aside.name.startswith("p.json.corrupt-")
 
@@ -99,15 +141,15 @@ def test_a_file_that_is_no_record_is_moved_aside_and_said(tmp_path, content, rea
 def test_two_corrupt_files_are_both_kept(tmp_path):
     for _ in range(2):
         (tmp_path / "p.json").write_text("{")
-        Ledger.read(tmp_path / "p.json")
+        read_or_set_aside(Ledger, tmp_path / "p.json", "p")
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_no_file_is_no_trouble_and_a_folder_in_its_place_is_the_user_s(tmp_path):
-    assert Ledger.read(tmp_path / "p.json") == (None, "")
+    assert read_or_set_aside(Ledger, tmp_path / "p.json", "p") == (Ledger(paper="p"), "")
     (tmp_path / "p.json").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
-        Ledger.read(tmp_path / "p.json")
+        read_or_set_aside(Ledger, tmp_path / "p.json", "p")
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

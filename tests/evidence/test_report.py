@@ -1,5 +1,6 @@
 import itertools
 import re
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from math import inf, nan
 from pathlib import Path
@@ -9,8 +10,9 @@ from matplotlib.figure import Figure
 
 from provenn import catalog
 from provenn.catalog import Claim
-from provenn.evidence import Ledger, Measurement, Record, Run, Series, Table, Verdict, report, view
-from provenn.evidence.record import Environment
+from provenn.evidence import Evidence, Measurement, Record, Run, Series, Table, Verdict, report, view
+from provenn.evidence.record import EVIDENCE, PICTURES, Environment, Occasion
+from provenn.evidence.statement import Standing
 from provenn.reproduce import choose_seeds
 
 HERE = Environment(provenn="0", torch="2", python="3", device="cpu: x", threads=1, system="Linux")
@@ -48,9 +50,54 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag in names]
 
 
-def record(name: str, measurement: Measurement, kind: str = "quality", **claim) -> Record:
-    facts = {"id": name, "kind": kind, "says": "It is <b>so</b> & more.", "expects": {"above": 0.0}, **claim}
-    return Record.of("a_paper", Claim(**facts), measurement, budget="small", environment=HERE)
+TODAY = Occasion(budget="small", environment=HERE, date=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+
+
+def claim(name: str, kind: str = "quality", **more) -> Claim:
+    facts = {"id": name, "kind": kind, "says": "It is <b>so</b> & more.", "expects": {"above": 0.0}, **more}
+    return Claim(**facts)
+
+
+CLAIMS = [
+    claim("everything", why="zero is no difference"),
+    claim("exact", "exact", published={"value": 3, "source": "Table 1"}, expects=None),
+    claim("identity", "exact", expects=None),
+    claim("fails"),
+    claim("open"),
+    claim("absent"),
+]
+STATEMENTS = [
+    {
+        "says": "It is <i>better</i>.",
+        "kind": "quality",
+        "claims": ["everything"],
+        "headline": True,
+        "figure": "2 points",
+    },
+    {"says": "It is three.", "kind": "exact", "claims": ["exact"]},
+    {"says": "It holds in parts.", "kind": "quality", "claims": ["everything", "fails"]},
+    {"says": "It fails.", "kind": "quality", "claims": ["fails"]},
+    {"says": "Who knows.", "kind": "quality", "claims": ["open"]},
+    {"says": "It needs more.", "kind": "quality", "claims": ["absent"], "needs": "a <GPU>"},
+]
+CARD = catalog.Card(
+    {"says": "It <i>is</i>.", "kind": "quality", "claims": ["everything"], "headline": True, "figure": "2"},
+    summary="Its summary.", claims=CLAIMS, statements=STATEMENTS,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def catalogued(monkeypatch):
+    """The catalogue has one more paper."""
+    known = {**catalog.cards(), "a_paper": CARD}
+    monkeypatch.setattr(catalog, "cards", lambda: known)
+
+
+def evidence(*records: tuple[str, Measurement]) -> Evidence:
+    made = Evidence(paper="a_paper")
+    for name, measurement in records:
+        made.put(Record.of(CARD.claim(name), measurement, budget="small"), TODAY)
+    return made
 
 
 def line(name: str, plot: str, **more) -> Series:
@@ -63,7 +110,7 @@ def folder(tmp_path) -> Path:
     figure = Figure(figsize=(1, 1))
     figure.add_subplot().plot([0, 1])
     picture = Run("a_paper", tmp_path).picture("sample", figure, 'Left: "input"; right: output.')
-    lost = picture.model_copy(update={"file": "a_paper/lost.png", "caption": "It was here."})
+    lost = picture.model_copy(update={"file": f"{PICTURES}/lost.png", "caption": "It was here."})
     everything = Measurement.paired(
         [3.0, 4.1, 5.0],
         [1.0, 2.0, 3.0],
@@ -81,17 +128,14 @@ def folder(tmp_path) -> Path:
         tables=[Table(caption="Sizes", columns=["size", "bytes"], rows=[["one", 1], ["two", None], ["three", 2.5]])],
         pictures=[picture, lost],
     )
-    ledger = Ledger(
-        paper="a_paper",
-        records=[
-            record("everything", everything),
-            record("exact", Measurement.exact(3), "exact", published={"value": 3, "source": "Table 1"}, expects=None),
-            record("fails", Measurement.paired([1.0, 2, 3], [3.0, 4.1, 5], seeds=[0, 1, 2])),
-            record("open", Measurement.paired([1.0, 5, 3], [3.0, 2.0, 3], seeds=[0, 1, 2])),
-            record("absent", Measurement.not_measured("a <GPU>")),
-        ],
-    )
-    ledger.write(tmp_path / "a_paper.json")
+    evidence(
+        ("everything", everything),
+        ("exact", Measurement.exact(3)),
+        ("identity", Measurement.holds(True)),
+        ("fails", Measurement.paired([1.0, 2, 3], [3.0, 4.1, 5], seeds=[0, 1, 2])),
+        ("open", Measurement.paired([1.0, 5, 3], [3.0, 2.0, 3], seeds=[0, 1, 2])),
+        ("absent", Measurement.not_measured("a <GPU>")),
+    ).write(tmp_path / "a_paper" / EVIDENCE)
     return tmp_path
 
 
@@ -120,7 +164,27 @@ def test_nothing_is_loaded_from_elsewhere(folder, page):
 def test_every_verdict_is_told_in_words_beside_its_symbol(page):
     for verdict in Verdict:
         assert f"{view.SYMBOLS[verdict]} {verdict}" in page.words
-    symbols = [attributes for tag, attributes in page.tags if tag == "span" and "aria-hidden" in attributes]
+    for standing in Standing:
+        assert f"{view.STANDINGS[standing]} {standing}" in page.words
+
+
+def test_the_abstract_s_statements_come_first_and_claims_are_folded(folder):
+    text = report.write(folder).read_text()
+    table, folded = text.index("What the abstract says"), text.index("Claims of a_paper")
+    assert table < text.index("<details") < folded and "<details open" not in text
+    page = Page(text)
+    for words in ("◐ partly, 1 of 2", "✘ not here", "– not measured: needs a <GPU>", "▲ holds here", "2 points"):
+        assert words in page.words, words
+
+
+def test_columns_tell_the_paper_s_figure_from_what_we_ask_for(page):
+    assert "above 0: zero is no difference" in page.words and "3 seeds, 2026-01-02" in page.words
+    assert "claimed" not in page.words
+
+
+def test_symbols_are_not_read_out(page):
+    if True:
+        symbols = [attributes for tag, attributes in page.tags if tag == "span" and "aria-hidden" in attributes]
     assert len(symbols) >= 10  # a screen reader hears the word alone
 
 
@@ -142,7 +206,7 @@ def test_pictures_and_plots_have_words(page):
     plots = page.all("svg")
     assert [plot["role"] for plot in plots] == ["img", "img"]
     assert plots[0]["aria-label"] == "cost: system, its <baseline>"
-    assert "a_paper/lost.png is missing: It was here." in page.words
+    assert "pictures/lost.png is missing: It was here." in page.words
 
 
 def test_links_lead_somewhere_and_names_are_unique(page):
@@ -154,7 +218,7 @@ def test_links_lead_somewhere_and_names_are_unique(page):
 
 
 def test_text_is_text_and_not_markup(page):
-    assert page.words.count("It is <b>so</b> & more.") >= 5 and not page.all("b")
+    assert page.words.count("It is <b>so</b> & more.") >= 5 and not page.all("b", "i")
     assert "needs a <GPU>" in page.words and "its <baseline>" in page.words
     assert "costs $5 or $6" in page.words
 
@@ -183,12 +247,23 @@ def test_everything_needed_to_repeat_it_is_there(page):
         assert words in page.words, words
 
 
-def test_a_view_computes_nothing(folder, monkeypatch):
-    """The page of a record says what the record says, though another verdict would follow from its numbers."""
-    ledger = view.ledgers(folder)[0]
-    ledger.records = [ledger.records[2].model_copy(update={"verdict": Verdict.REPRODUCED, "reason": "because"})]
-    words = Page(report.html([ledger], folder)).words
+def test_a_view_decides_nothing_about_claims(folder):
+    """The page says what the record says, though another verdict would follow from its numbers."""
+    known = view.in_folder(folder)["a_paper"]
+    known.records = [known.records[3].model_copy(update={"verdict": Verdict.REPRODUCED, "reason": "because"})]
+    words = Page(report.html({"a_paper": known}, folder)).words
     assert "1 reproduced" in words and "because" in words
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "pictures/no.png"])
+def test_a_picture_s_path_reads_no_file_but_a_png_inside_its_folder(tmp_path, name):
+    (tmp_path / "secret.png").write_bytes(report.PNG + b"secret")
+    (tmp_path / "a_paper" / PICTURES).mkdir(parents=True)
+    (tmp_path / "a_paper" / PICTURES / "no.png").write_text("secret, and no picture")
+    picture = {"file": name, "caption": "c"}
+    stranger = evidence(("exact", Measurement.exact(3, pictures=[picture])))
+    page = Page(report.html({"a_paper": stranger}, tmp_path))
+    assert not page.all("img") and "is missing" in page.words
 
 
 def test_the_same_records_give_the_same_page(folder):
@@ -206,21 +281,22 @@ def test_the_same_records_give_the_same_page(folder):
     ],
 )
 def test_odd_series_are_drawn_without_a_word(tmp_path, recwarn, series):
-    ledger = Ledger(paper="p", records=[record("odd", Measurement.figure(1.0, None, method="m", series=[series]))])
-    page = Page(report.html([ledger], tmp_path))
+    odd = evidence(("open", Measurement.figure(1.0, None, method="m", series=[series])))
+    page = Page(report.html({"a_paper": odd}, tmp_path))
     assert len(page.all("svg")) == 1 and not page.misnested
     assert not [
         warning for warning in recwarn if "log" in str(warning.message) or "non-positive" in str(warning.message)
     ]
 
 
-def test_a_paper_in_the_catalogue_brings_its_title(third_party, tmp_path):
-    Ledger(paper="tiny_gate", records=[record("x", Measurement.exact(3))]).write(tmp_path / "tiny_gate.json")
-    Ledger(paper="elsewhere", records=[record("x", Measurement.exact(3))]).write(tmp_path / "elsewhere.json")
-    page = Page(report.write(tmp_path).read_text())
-    assert "Tiny Gates: A Third Party's Paper" in page.words and "elsewhere" in page.words
-    assert catalog.card("tiny_gate").summary in page.words
-    assert [a["href"] for a in page.all("a") if "arxiv" in a["href"]] == ["https://arxiv.org/abs/2401.00001"]
+def test_evidence_of_papers_that_nobody_knows_is_left_out_and_said(folder):
+    (folder / "elsewhere").mkdir()
+    Evidence(paper="elsewhere").write(folder / "elsewhere" / EVIDENCE)
+    (folder / "broken").mkdir()
+    (folder / "broken" / EVIDENCE).write_text("{")
+    told: list[str] = []
+    assert list(view.in_folder(folder, told.append)) == ["a_paper"]
+    assert len(told) == 2 and "no paper here is called 'elsewhere'" in " ".join(told)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,19 @@ import torch
 
 from provenn import catalog
 from provenn.errors import UserError
-from provenn.evidence import Ledger, Run, Verdict
-from provenn.reproduce import reproduce
+from provenn.evidence import Evidence, Record, Run, Verdict
+from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
+from provenn.reproduce import alone_in, reproduce
 
 
 def ended(run: Path) -> set[tuple[str, int]]:
     """Name and seed of each trial that the run's file holds."""
-    ledger, trouble = Ledger.read(run / "tiny_gate.json")
-    assert trouble == ""
-    return set() if ledger is None else {tuple(json.loads(trial.key)[:2]) for trial in ledger.trials}
+    file = run / "tiny_gate" / LEDGER
+    return {tuple(json.loads(trial.key)[:2]) for trial in Ledger.read(file).trials} if file.exists() else set()
+
+
+def kept_records(out: Path, paper: str = "tiny_gate") -> list[Record]:
+    return Evidence.read(out / paper / EVIDENCE).records
 
 
 def called(calls: Path) -> Counter:
@@ -60,7 +64,7 @@ def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
     counts = called(calls)
     assert len(counts) == 8 and all(counts[trial] == taken for trial, taken in kept.items())
     assert counts.total() <= 8 + 2  # each kill may cost the one seed that it met
-    (record,) = Ledger.read(run / "tiny_gate.json")[0].records
+    (record,) = kept_records(run)
     assert record.measurement.seeds == [0, 1, 2, 3] and record.verdict is Verdict.DIRECTION_HOLDS
 
 
@@ -87,10 +91,12 @@ def test_papers_side_by_side_give_what_they_give_in_turn(two_papers, tmp_path):
     for jobs in ("1", "2"):
         ended = both(tmp_path / jobs, two_papers, "--jobs", jobs, "--json")
         assert ended.returncode == 0, ended.stderr
-        records = json.loads(ended.stdout)["records"]
-        facts.append([(one["paper"], one["claim"], one["verdict"], one["measurement"]) for one in records])
+        found = json.loads(ended.stdout)["findings"]
+        facts.append(
+            [(one["paper"], one["id"], one["record"]["verdict"], one["record"]["measurement"]) for one in found]
+        )
         for paper in ("tiny_gate", "tiny_twin"):
-            kept = Ledger.read(tmp_path / jobs / f"{paper}.json")[0].records
+            kept = kept_records(tmp_path / jobs, paper)
             assert [r.claim for r in kept] == [claim for own, claim, *_ in facts[-1] if own == paper]
             assert f"{paper} better" in ended.stderr
     assert facts[0] == facts[1] and {paper for paper, *_ in facts[0]} == {"tiny_gate", "tiny_twin"}
@@ -100,7 +106,7 @@ def test_a_process_that_is_killed_beside_another_is_one_line_and_resumes(two_pap
     killed = both(tmp_path, {**two_papers, "TINY_GATE_DIES": "tiny_twin"}, "--jobs", "2")
     assert killed.returncode == 2 and "Traceback" not in killed.stderr
     assert "the process that measured tiny_twin ended with -9" in killed.stderr.splitlines()[-1]
-    kept = Ledger.read(tmp_path / "tiny_twin.json")[0].records
+    kept = kept_records(tmp_path, "tiny_twin")
     assert [record.claim for record in kept][:2] == ["parameters", "identity"]
     assert both(tmp_path, two_papers, "--jobs", "2", "--resume").returncode == 0
 
@@ -122,8 +128,8 @@ def test_each_trial_is_on_disk_before_the_next_begins(tmp_path):
     on_disk = []
 
     def trial(seed: int) -> float:
-        ledger, _ = Ledger.read(run.file)
-        on_disk.append(0 if ledger is None else len(ledger.trials))
+        file = run.folder / LEDGER
+        on_disk.append(len(Ledger.read(file).trials) if file.exists() else 0)
         return float(seed)
 
     assert run.trials("a", trial) == [0.0, 1.0]
@@ -137,7 +143,7 @@ def test_the_same_question_is_asked_once(tmp_path):
     for _ in range(2):
         run.trials("a", count(calls), epochs=2, widths=(1, 2))
     assert calls == [0, 1]
-    run_with(tmp_path, Ledger.read(run.file)[0]).trials("a", count(calls), epochs=2, widths=[1, 2])
+    run_with(tmp_path, Ledger.read(run.folder / LEDGER)).trials("a", count(calls), epochs=2, widths=[1, 2])
     assert calls == [0, 1]
 
 
@@ -148,7 +154,7 @@ def test_the_same_question_is_asked_once(tmp_path):
 def test_another_question_is_asked_again(tmp_path, monkeypatch, change):
     calls: list[int] = []
     run_with(tmp_path).trials("a", count(calls), epochs=2)
-    ledger, _ = Ledger.read(tmp_path / "p.json")
+    ledger = Ledger.read(tmp_path / "p" / LEDGER)
     if change.pop("versions", False):
         monkeypatch.setattr("provenn.__version__", "99")
     setting = {"epochs": change.pop("epochs", 2)}
@@ -163,7 +169,7 @@ def test_what_a_trial_returns_is_the_same_the_first_time_and_from_disk(tmp_path)
     value = {"curve": np.array([1.0, 2.0]), "pair": (1, 2)}
     run = run_with(tmp_path)
     first = run.trial("a", lambda: value)
-    again = run_with(tmp_path, Ledger.read(run.file)[0]).trial("a", lambda: None)
+    again = run_with(tmp_path, Ledger.read(run.folder / LEDGER)).trial("a", lambda: None)
     assert first == again == {"curve": [1.0, 2.0], "pair": [1, 2]}
 
 
@@ -173,8 +179,8 @@ def card(third_party, monkeypatch, tmp_path) -> catalog.Card:
     return catalog.card("tiny_gate")
 
 
-def verdicts(records) -> dict[str, str]:
-    return {record.claim: str(record.verdict) for record in records}
+def verdicts(findings) -> dict[str, str]:
+    return {finding.claim.id: str(finding.verdict) for finding in findings}
 
 
 def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_path, monkeypatch):
@@ -195,39 +201,40 @@ def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_pat
 
 def test_every_claim_gets_a_record_and_a_verdict(card, tmp_path):
     told: list[str] = []
-    records = reproduce(card, out=tmp_path, done=lambda record: told.append(record.claim))
-    assert verdicts(records) == {
+    findings = reproduce(card, out=tmp_path, done=lambda finding: told.append(finding.claim.id))
+    assert verdicts(findings) == {
         "parameters": "reproduced",
-        "identity": "reproduced",
+        "identity": "holds",
         "linear": "direction holds",
         "better": "direction holds",
         "overstated": "not reproduced",
         "imagenet": "not measured",
     }
     assert told == [claim.id for claim in card.claims]
-    assert Ledger.read(tmp_path / "tiny_gate.json")[0].records == records
+    assert kept_records(tmp_path) == [finding.record for finding in findings]
 
 
 def test_resuming_measures_nothing_again(card, tmp_path, monkeypatch):
     first = reproduce(card, out=tmp_path)
     again = reproduce(card, out=tmp_path, resume=True)
-    done = [record for record in again if record.claim != "imagenet"]
-    assert done == [record for record in first if record.claim != "imagenet"]
-    assert called(tmp_path / "calls").total() == 6
+    done = [finding for finding in again if finding.claim.id != "imagenet"]
+    assert done == [finding for finding in first if finding.claim.id != "imagenet"]
+    assert called(tmp_path / "calls").total() == 10
 
 
 def test_without_resume_everything_is_measured_again(card, tmp_path):
     first = reproduce(card, claims=["better"], out=tmp_path)
     again = reproduce(card, claims=["better"], out=tmp_path)
-    assert called(tmp_path / "calls").total() == 12 and again[0].date > first[0].date
+    assert called(tmp_path / "calls").total() == 20 and again[0].occasion.date >= first[0].occasion.date
 
 
-@pytest.mark.parametrize("change", [{"seeds": 4}, {"budget": "smoke"}])
+@pytest.mark.parametrize("change", [{"seeds": 6}, {"budget": "smoke"}])
 def test_resuming_with_another_setting_measures_what_is_new(card, tmp_path, change):
     reproduce(card, claims=["better"], out=tmp_path)
-    (record,) = reproduce(card, claims=["better"], out=tmp_path, resume=True, **change)
-    assert record.budget == change.get("budget", "small") and len(record.measurement.seeds) == change.get("seeds", 3)
-    assert called(tmp_path / "calls").total() == 6 + (2 if "seeds" in change else 6)
+    (found,) = reproduce(card, claims=["better"], out=tmp_path, resume=True, **change)
+    assert found.occasion.budget == change.get("budget", "small")
+    assert len(found.measurement.seeds) == change.get("seeds", 5)
+    assert called(tmp_path / "calls").total() == 10 + (2 if "seeds" in change else 10)
 
 
 def test_a_changed_claim_is_judged_again_from_kept_seeds(card, tmp_path):
@@ -237,43 +244,42 @@ def test_a_changed_claim_is_judged_again_from_kept_seeds(card, tmp_path):
         for claim in card.claims
     ]
     changed = card.model_copy(update={"claims": harder})
-    (record,) = reproduce(changed, claims=["better"], out=tmp_path, resume=True)
-    assert record.verdict is Verdict.NOT_REPRODUCED and record.expects == "above 50"
-    assert called(tmp_path / "calls").total() == 6
+    (found,) = reproduce(changed, claims=["better"], out=tmp_path, resume=True)
+    assert found.verdict is Verdict.NOT_REPRODUCED and found.record.expects == "above 50"
+    assert called(tmp_path / "calls").total() == 10
 
 
 def test_measuring_one_claim_keeps_the_records_of_the_others(card, tmp_path):
     reproduce(card, out=tmp_path)
     reproduce(card, claims=["parameters"], out=tmp_path)
-    ledger, _ = Ledger.read(tmp_path / "tiny_gate.json")
-    assert [record.claim for record in ledger.records] == [claim.id for claim in card.claims]
+    assert [record.claim for record in kept_records(tmp_path)] == [claim.id for claim in card.claims]
 
 
 def test_a_claim_that_is_no_longer_made_leaves_the_file(card, tmp_path):
     reproduce(card, out=tmp_path)
     fewer = card.model_copy(update={"claims": card.claims[:2]})
     reproduce(fewer, out=tmp_path)
-    assert len(Ledger.read(tmp_path / "tiny_gate.json")[0].records) == 2
+    assert len(kept_records(tmp_path)) == 2
 
 
 def test_one_claim_s_trouble_does_not_cost_the_others_their_work(card, tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_GATE_BREAKS", "1")
-    records = {record.claim: record for record in reproduce(card, out=tmp_path)}
+    records = {found.claim.id: found for found in reproduce(card, out=tmp_path)}
     failed = records["linear"]
     assert failed.verdict is Verdict.NOT_MEASURED
     assert failed.reason == "the measurement failed: RuntimeError: the clock stopped"
     assert records["better"].verdict is Verdict.DIRECTION_HOLDS
-    errors = (tmp_path / "tiny_gate.errors.txt").read_text()
+    errors = (tmp_path / "tiny_gate" / "errors.txt").read_text()
     assert errors.startswith("linear\n") and "claims.py" in errors and "the clock\nstopped" in errors
     monkeypatch.delenv("TINY_GATE_BREAKS")
-    mended = {record.claim: record for record in reproduce(card, out=tmp_path, resume=True)}
+    mended = {found.claim.id: found for found in reproduce(card, out=tmp_path, resume=True)}
     assert mended["linear"].verdict is Verdict.DIRECTION_HOLDS and mended["better"] == records["better"]
 
 
 def test_claims_that_cannot_be_imported_fail_one_by_one(card, site, tmp_path):
     (site / "tiny_gate" / "claims.py").write_text("import a_package_that_is_not_there\n")
     records = reproduce(card, out=tmp_path)
-    assert [record.verdict for record in records] == [Verdict.NOT_MEASURED] * 6
+    assert [found.verdict for found in records] == [Verdict.NOT_MEASURED] * 6
     assert "a_package_that_is_not_there" in records[0].reason
     assert records[-1].reason.startswith("needs ImageNet")
 
@@ -293,38 +299,58 @@ def test_a_claim_about_a_package_is_measured_where_the_package_is(card, site, tm
     against = card.model_copy(update={"claims": claims})
 
     def measured(**more):
-        (record,) = reproduce(against, claims="better", out=tmp_path, **more)
-        return record.verdict, record.reason, record.measurement.setting.get("a-peer")
+        (found,) = reproduce(against, claims="better", out=tmp_path, **more)
+        return found.verdict, found.reason, found.measurement.setting.get("a-peer")
 
     assert measured() == (Verdict.NOT_MEASURED, "needs the package a-peer (pip install a-peer)", None)
     assert not (tmp_path / "calls").exists()
     peer(site, "1.0")
     assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "1.0")
-    first = Ledger.read(tmp_path / "tiny_gate.json")[0].record("better")
+    first = kept_records(tmp_path)
     assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "1.0")
-    assert Ledger.read(tmp_path / "tiny_gate.json")[0].record("better") == first
+    assert kept_records(tmp_path) == first
     peer(site, "2.0")
     assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "2.0"), "another version is another measurement"
-    shutil.rmtree(site / "a_peer-2.0.dist-info")
-    importlib.invalidate_caches()
-    assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "2.0"), "what was measured stands"
 
 
 def test_a_record_s_time_is_what_its_measurement_took_resumed_or_not(card, tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_GATE_SECONDS", "0.05")
     reproduce(card, claims=["better"], out=tmp_path)
-    ledger, _ = Ledger.read(tmp_path / "tiny_gate.json")
-    Ledger(paper=ledger.paper, trials=ledger.trials).write(tmp_path / "tiny_gate.json")
-    (record,) = reproduce(card, claims=["better"], out=tmp_path, resume=True)
-    assert called(tmp_path / "calls").total() == 6 and record.wall_seconds >= 0.3
+    (tmp_path / "tiny_gate" / EVIDENCE).unlink()
+    (found,) = reproduce(card, claims=["better"], out=tmp_path, resume=True)
+    assert called(tmp_path / "calls").total() == 10 and found.record.wall_seconds >= 0.5
 
 
-def test_a_corrupt_file_is_said_and_kept_aside(card, tmp_path):
-    (tmp_path / "tiny_gate.json").write_text("{")
+@pytest.mark.parametrize("name", [EVIDENCE, LEDGER])
+def test_a_corrupt_file_is_said_and_kept_aside(card, tmp_path, name):
+    (tmp_path / "tiny_gate").mkdir()
+    (tmp_path / "tiny_gate" / name).write_text("{")
     told: list[str] = []
     reproduce(card, claims=["parameters"], out=tmp_path, resume=True, tell=told.append)
-    assert len(told) == 1 and "moved to tiny_gate.json.corrupt-" in told[0]
-    assert len(list(tmp_path.glob("*.corrupt-*"))) == 1
+    assert len(told) == 1 and f"moved to {name}.corrupt-" in told[0]
+    assert len(list(tmp_path.glob("*/*.corrupt-*"))) == 1
+
+
+def test_two_processes_in_one_folder_are_refused_and_lose_nothing(card, tmp_path):
+    with alone_in(tmp_path / "tiny_gate"), pytest.raises(UserError, match="another process is writing"):
+        reproduce(card, claims=["parameters"], out=tmp_path)
+    assert not (tmp_path / "tiny_gate" / EVIDENCE).exists()
+    reproduce(card, claims=["parameters"], out=tmp_path)  # a lock that was given up keeps nobody out
+
+
+def test_only_what_the_headline_rests_on(card, tmp_path):
+    found = reproduce(card, headline=True, out=tmp_path)
+    assert [finding.claim.id for finding in found] == ["better", "imagenet"]
+
+
+def test_code_that_changed_is_measured_again(card, site, tmp_path):
+    reproduce(card, claims=["parameters"], out=tmp_path)
+    before = kept_records(tmp_path)[0].code
+    file = site / "tiny_gate" / "claims.py"
+    file.write_text(file.read_text().replace("tiny_small().parameters()", "tiny_large().parameters()"))
+    sys.modules.pop("tiny_gate.claims")
+    (found,) = reproduce(card, claims=["parameters"], out=tmp_path, resume=True)
+    assert found.verdict is Verdict.NOT_REPRODUCED and found.record.code != before
 
 
 @pytest.mark.parametrize(

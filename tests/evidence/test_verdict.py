@@ -5,8 +5,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from provenn.catalog import Claim, Figure, Region
-from provenn.evidence import Measurement, Verdict, decide
-from provenn.evidence.verdict import place
+from provenn.evidence import Measurement, Skill, Verdict, decide
+from provenn.evidence.verdict import beats_the_trivial, place
 
 numbers = st.floats(-1e6, 1e6)
 intervals = st.tuples(numbers, numbers).map(lambda pair: (min(pair), max(pair)))
@@ -144,7 +144,46 @@ def test_an_exact_value_on_an_open_bound_is_outside(bound, side):
     assert verdict is Verdict.NOT_REPRODUCED
 
 
-@pytest.mark.parametrize("truth, verdict", [(True, Verdict.REPRODUCED), (False, Verdict.NOT_REPRODUCED)])
+@given(intervals, regions, st.floats(0.5, 0.9499))
+def test_nothing_is_decided_from_an_interval_under_95_percent(interval, region, confidence):
+    verdict, reason = decide(claim("cost", expects=region), measured(interval, confidence=confidence))
+    assert verdict is Verdict.NOT_MEASURED and "needs an interval of 95 %" in reason
+
+
+def skill(values, trivial, higher=True, **more) -> Skill:
+    return Skill(arm="arm", values=values, trivial=trivial, higher_is_better=higher, **more)
+
+
+def test_arms_that_guess_show_nothing_be_they_ahead_behind_or_equal():
+    guesses = skill([0.50, 0.52, 0.48, 0.51, 0.49], [0.5] * 5)
+    for interval in ((0.1, 0.2), (-0.2, -0.1), (-0.001, 0.001)):
+        for region in (Region(above=0), Region(within=(-0.05, 0.05))):
+            verdict, reason = decide(claim(expects=region), measured(interval, skills=[guesses]))
+            assert verdict is Verdict.NOT_MEASURED
+            assert reason == "nothing was learned: arm reaches 0.5, the trivial predictor 0.5"
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_an_arm_that_beats_the_trivial_predictor_has_learned_and_one_that_it_beats_has_not(higher):
+    better, worse = [0.9, 0.91, 0.92], [0.1, 0.11, 0.12]
+    learned = skill(better, worse, higher) if higher else skill(worse, better, higher)
+    failed = skill(worse, better, higher) if higher else skill(better, worse, higher)
+    assert beats_the_trivial(learned) and not beats_the_trivial(failed)
+    said = claim(expects=Region(above=0))
+    assert decide(said, measured((0.1, 0.2), skills=[learned]))[0] is Verdict.DIRECTION_HOLDS
+    assert decide(said, measured((0.1, 0.2), skills=[learned, failed]))[0] is Verdict.NOT_MEASURED
+    excused = failed.model_copy(update={"may_guess": "it cannot see the answer"})
+    assert decide(said, measured((0.1, 0.2), skills=[learned, excused]))[0] is Verdict.DIRECTION_HOLDS
+
+
+def test_exchanged_sides_give_no_verdict():
+    said = claim("cost", expects=Region(below=1.0), sides=("ours", "theirs"))
+    assert decide(said, measured((0.4, 0.5), sides=("ours", "theirs")))[0] is Verdict.DIRECTION_HOLDS
+    verdict, reason = decide(said, measured((0.4, 0.5), sides=("theirs", "ours")))
+    assert verdict is Verdict.NOT_MEASURED and "theirs against ours" in reason
+
+
+@pytest.mark.parametrize("truth, verdict", [(True, Verdict.HOLDS), (False, Verdict.NOT_REPRODUCED)])
 def test_a_statement_is_true_or_false(truth, verdict):
     assert decide(claim("exact"), Measurement.holds(truth))[0] is verdict
 

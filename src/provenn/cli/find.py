@@ -158,11 +158,14 @@ def board(
     else:
         if not source.is_dir():
             raise UserError(f"no folder at {source}: give --from the folder of a `provenn reproduce`")
-        known = view.in_folder(source, tell)
+        unread: list[str] = []
+        known = view.in_folder(source, unread.append)
         if not known:
             raise UserError(
                 f"{source} holds no evidence that can be read: `provenn reproduce SLUG --out {source}` writes some"
             )
+        for message in unread:
+            tell(message)
     cards = [card for card in catalog.cards().values() if source is None or card.slug in known]
     strips = {card.slug: view.judged(card, known.get(card.slug)) for card in cards}
     if json:

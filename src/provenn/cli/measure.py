@@ -37,6 +37,7 @@ def reproduce(
         list[str] | None,
         typer.Option(help="Only this claim; may be given again.", autocompletion=of_the_paper("claims", "id")),
     ] = None,
+    headline: Annotated[bool, typer.Option("--headline", help="Only what the abstract's headline rests on.")] = False,
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
@@ -52,7 +53,9 @@ def reproduce(
     chosen = list(catalog.cards().values()) if everything else [catalog.card(s) for s in dict.fromkeys(slugs or [])]
     if claim and len(chosen) > 1:
         raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
-    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json, jobs=jobs)
+    if claim and headline:
+        raise UserError("give --claim or --headline, not both")
+    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json, jobs=jobs, headline=headline)
 
 
 @app.command()
@@ -86,6 +89,7 @@ def _measure(
     json: bool,
     detailed: bool = False,
     jobs: int = 1,
+    headline: bool = False,
 ) -> None:
     from provenn.cli import console
     from provenn.evidence import report, view
@@ -105,6 +109,7 @@ def _measure(
             papers,
             jobs=jobs,
             claims=claims,
+            headline=headline,
             budget=budget,
             seeds=seeds,
             device=device,

@@ -245,7 +245,12 @@ def compare(
     if trouble:
         tell(trouble)
     run = Run(topic, folder, budget=cast(Budget, budget), seeds=chosen_seeds, device=device, ledger=ledger, reuse=True)
-    setting = {"host": host.about, "data": str(data), "fingerprint": loaded.fingerprint, "recipe": asdict(recipe)}
+    setting: dict[str, Any] = {
+        "host": host.about,
+        "data": str(data),
+        "fingerprint": loaded.fingerprint,
+        "recipe": asdict(recipe),
+    }
     qualities: dict[str, list[float]] = {}
     costs: dict[str, dict[str, Any]] = {}
     more: dict[str, Any] = {}

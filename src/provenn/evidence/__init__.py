@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from provenn.evidence.claim import measures
-    from provenn.evidence.measurement import Measurement, Picture, Series, Table
+    from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
     from provenn.evidence.race import Race
     from provenn.evidence.record import Evidence, Finding, Record
     from provenn.evidence.run import Run
@@ -17,18 +17,38 @@ if TYPE_CHECKING:
     from provenn.evidence.verdict import Verdict, decide
 
 HOMES = {
-    "Drawing": "study", "Evidence": "record", "Finding": "record", "Measurement": "measurement", "Picture": "measurement",
-    "Race": "race", "Record": "record", "Run": "run", "Series": "measurement", "Study": "study", "Table": "measurement",
-    "Verdict": "verdict", "decide": "verdict", "judge": "statement", "measures": "claim",
-}  # fmt: skip
+    "claim": ("measures",),
+    "measurement": ("Measurement", "Picture", "Series", "Skill", "Table"),
+    "race": ("Race",),
+    "record": ("Evidence", "Finding", "Record"),
+    "run": ("Run",),
+    "statement": ("judge",),
+    "study": ("Drawing", "Study"),
+    "verdict": ("Verdict", "decide"),
+}
 
 __all__ = [
-    "Drawing", "Evidence", "Finding", "Measurement", "Picture", "Race", "Record", "Run", "Series", "Study", "Table",
-    "Verdict", "decide", "judge", "measures",
-]  # fmt: skip
+    "Drawing",
+    "Evidence",
+    "Finding",
+    "Measurement",
+    "Picture",
+    "Race",
+    "Record",
+    "Run",
+    "Series",
+    "Skill",
+    "Study",
+    "Table",
+    "Verdict",
+    "decide",
+    "judge",
+    "measures",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,15 +14,30 @@ from typing import Any
 
 import numpy as np
 
+LIBRARIES = {
+    "builtins",
+    "torch",
+    "numpy",
+    "functools",
+    "collections",
+    "math",
+    "operator",
+    "sklearn",
+    "scipy",
+    "transformers",
+}
+
 
 def checksum(*things: Any, packages: tuple[str, ...] = ("provenn",)) -> str:
-    """Twelve hexadecimal digits that depend on what `things` do, followed through functions of `packages`.
+    """Twelve hexadecimal digits that depend on what `things` do.
+
+    They are followed through `packages` and those that the things come from, large libraries aside.
 
     >>> checksum(len, 3) == checksum(len, 3), checksum(len, 3) == checksum(len, 4)
     (True, False)
     """
     digest, seen = hashlib.sha256(), set[int]()
-    roots = {*packages, *(_package(thing) for thing in things if isinstance(thing, FunctionType))}
+    roots = {*packages, *_packages(things)} - LIBRARIES
     waiting = list(things)[::-1]
     while waiting:
         thing = waiting.pop()
@@ -36,6 +51,21 @@ def checksum(*things: Any, packages: tuple[str, ...] = ("provenn",)) -> str:
     return digest.hexdigest()[:12]
 
 
+def _packages(things: Any) -> Iterator[str]:
+    """Where the functions and classes that somebody hands over come from: what they use there is followed too."""
+    for thing in things:
+        if isinstance(thing, (FunctionType, type)):
+            yield _package(thing)
+        elif isinstance(thing, Mapping):
+            yield from _packages(thing.values())
+        elif isinstance(thing, (list, tuple)):
+            yield from _packages(thing)
+        elif isinstance(thing, partial):
+            yield from _packages([thing.func])
+        elif not isinstance(thing, (str, bytes)) and hasattr(thing, "__dict__"):
+            yield _package(type(thing))
+
+
 def _package(thing: Any) -> str:
     return (getattr(thing, "__module__", None) or "").partition(".")[0]
 
@@ -46,6 +76,8 @@ def _described(thing: Any, roots: set[str]) -> tuple[str, list[Any]]:
         return "partial", [thing.func, *thing.args, *_items(thing.keywords)]
     if isinstance(thing, MethodType):
         return "method", [thing.__func__, thing.__self__]
+    if not isinstance(thing, (FunctionType, type)) and hasattr(thing, "__wrapped__"):  # a cache around a function
+        return "wrapped", [thing.__wrapped__]
     if isinstance(thing, FunctionType):
         if _package(thing) not in roots:
             return f"{thing.__module__}.{thing.__qualname__}", []
@@ -101,6 +133,8 @@ def _used(function: FunctionType, roots: set[str]) -> Iterator[Any]:
 
 def _counts(value: Any, roots: set[str]) -> bool:
     """Code of ours, or a constant."""
+    if hasattr(value, "__wrapped__") and not isinstance(value, (FunctionType, type)):
+        return _package(value) in roots
     if isinstance(value, (FunctionType, type)):
         return _package(value) in roots
     return isinstance(value, (str, int, float, tuple, list, dict, partial, frozenset))

@@ -104,10 +104,10 @@ class Race:
 
     def _count(self, function: Callable[[], Any]) -> float:
         if self.quantity == "flops":
-            return flops(function, elementwise=True)
+            return float(flops(function, elementwise=True))
         if self.quantity == "memory":
-            return peak_activation_bytes(function)
-        return function()
+            return float(peak_activation_bytes(function))
+        return float(function())
 
     def shown(self, run: Run, measured: Mapping[str, list[list[float]]]) -> dict[str, Any]:
         """What goes with every measurement of the race."""

@@ -123,7 +123,7 @@ class Evidence(BaseModel):
         """
         evidence = _parsed(cls, file.read_bytes())
         if any(not 0 <= record.occasion < len(evidence.occasions) for record in evidence.records):
-            raise ValueError("a record names a occasion that is not there")
+            raise ValueError("a record names an occasion that is not there")
         return evidence
 
     def write(self, file: Path) -> None:

@@ -153,12 +153,15 @@ class Study:
 
     def question(self, run: Run, arm: str | None = None) -> dict[str, Any]:
         """All that decides a trial's value besides rate and seed, a checksum of the code included: the trial's key."""
-        task, drawing = type(self.of_task), self.drawing
-        code = [self.data, task.trivial]
-        if arm is not None:
-            code += [self.build, self.arms[arm][1], self.probes, self.trained, task.loss, task.evaluate]
-            code += [drawing.draw] if drawing is not None and drawing.arm == arm else []
-        return {**self.facts(run), "code": checksum(*code)}
+        key = ("code", self.name, arm)
+        if key not in run.memory:  # once a run: what code keeps in its globals may change
+            task, drawing = type(self.of_task), self.drawing
+            code = [self.data, task.trivial]
+            if arm is not None:
+                code += [self.build, self.arms[arm][1], self.probes, self.trained, task.loss, task.evaluate]
+                code += [drawing.draw] if drawing is not None and drawing.arm == arm else []
+            run.memory[key] = checksum(*code)
+        return {**self.facts(run), "code": run.memory[key]}
 
     def rate(self, run: Run, arm: str) -> tuple[float, dict[str, float | None]]:
         """The arm's learning rate, and what each of `lrs` reached on validation data; None where it diverged."""

@@ -4,7 +4,7 @@ from enum import StrEnum
 from math import inf, isnan
 
 from provenn.catalog import Claim, Region
-from provenn.evidence.interval import CONFIDENCE, Interval, paired_difference
+from provenn.evidence.interval import CONFIDENCE, Interval, student
 from provenn.evidence.measurement import Measurement, Skill
 
 FEWEST_SEEDS = 3
@@ -93,8 +93,8 @@ def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> 
 
 def beats_the_trivial(skill: Skill) -> bool:
     """Does the arm's lead over the trivial predictor, seed by seed, lie above zero with its whole interval?"""
-    ours, theirs = (skill.values, skill.trivial) if skill.higher_is_better else (skill.trivial, skill.values)
-    interval, _ = paired_difference(ours, theirs)
+    sign = 1 if skill.higher_is_better else -1
+    interval, _ = student([sign * (ours - guess) for ours, guess in zip(skill.values, skill.trivial, strict=True)])
     return interval is not None and interval[0] > 0
 
 

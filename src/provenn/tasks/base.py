@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -84,6 +85,14 @@ class Task(ABC):
         """Metrics of the whole data set, `self.metric` among them. The model is in eval mode, without gradients."""
 
     @abstractmethod
+    def trivial(self, data: TaskData) -> float:
+        """`self.metric` on the test split, of the best predictor that looks at nothing that would have to be learned.
+
+        It is fitted on the training split: the commonest class, the frequencies of tokens, the last value. A model
+        that does no better has learned nothing, and nothing is concluded from it.
+        """
+
+    @abstractmethod
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """Apply a trained model to files; write `output` where one is given; return text for the terminal."""
 
@@ -149,6 +158,21 @@ def split_indices(count: int, shares: Sequence[float], seed: int = 0) -> list[li
     order = np.random.default_rng(seed).permutation(count)
     cuts = np.round(np.cumsum(shares)[:-1] * count).astype(int)
     return [part.tolist() for part in np.split(order, cuts)]
+
+
+def blind_accuracy(train: Int[Tensor, " examples"], test: Int[Tensor, " others"]) -> float:
+    """The share of test labels told right by who sees no input.
+
+    The better of always saying the commonest label of training and of guessing evenly: in a small test split of a
+    balanced set the first may be below the second, which then is what a model gets that has learned nothing.
+
+    >>> blind_accuracy(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1, 1]))
+    0.75
+    >>> blind_accuracy(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 0, 0]))
+    0.5
+    """
+    commonest = (test == train.bincount().argmax()).double().mean().item()
+    return max(commonest, 1 / len(train.unique()))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -121,6 +121,10 @@ class EventForecasting(Task):
             "accuracy": right,
         }
 
+    def trivial(self, data: TaskData) -> float:
+        """Of a Poisson process of constant rate, with marks drawn by their shares in training."""
+        return _constant_rate_nll(data.train, data.test, data.options["marks"])
+
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         return {"marks": [str(i) for i in range(options["marks"])], "scale": 1.0}
 
@@ -222,14 +226,18 @@ def _nll(prediction: Any, gaps: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _data(name: str, sets: list[Histories], kinds: list[str], about: str, floor: dict[str, float]) -> TaskData:
     """Joins the splits, with what a constant rate and constant shares of the marks would score on the test split."""
-    train, test = (_targets(sets[i]) for i in (0, 2))
-    rate = 1 / train[0].mean()
-    shares = (np.bincount(train[1], minlength=len(kinds)) + 1) / (len(train[1]) + len(kinds))
-    constant = rate * test[0].mean() - np.log(rate) - np.log(shares[test[1]]).mean()
-    scale = sets[0].scale
-    meta = {"marks": kinds, "scale": scale, "constant_rate_nll": float(constant + np.log(scale)), **floor}
+    constant = _constant_rate_nll(sets[0], sets[2], len(kinds))
+    meta = {"marks": kinds, "scale": sets[0].scale, "constant_rate_nll": constant, **floor}
     checksum = fingerprint(*(tensor for dataset in sets for tensor in dataset.tensors))
     return TaskData(name, sets[0], sets[1], sets[2], checksum, {"marks": len(kinds)}, meta, about=about)
+
+
+def _constant_rate_nll(train: Any, test: Any, kinds: int) -> float:
+    """Nats a test event in the data's own unit, rate and shares being those of the training split."""
+    (gaps, marks), (test_gaps, test_marks) = _targets(train), _targets(test)
+    rate = 1 / (gaps.mean() * train.scale)
+    shares = (np.bincount(marks, minlength=kinds) + 1) / (len(marks) + kinds)  # a mark not seen is not impossible
+    return float(rate * test_gaps.mean() * test.scale - np.log(rate) - np.log(shares[test_marks]).mean())
 
 
 def _targets(dataset: Histories) -> tuple[np.ndarray, np.ndarray]:

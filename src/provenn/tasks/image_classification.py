@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -16,7 +16,7 @@ from provenn import progress
 from provenn.data.images import images_in, read_image, size_of
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, device_of, fingerprint, split_indices
+from provenn.tasks.base import Task, TaskData, blind_accuracy, device_of, fingerprint, split_indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +69,10 @@ class ImageClassification(Task):
             count += len(labels)
         metrics = {"accuracy": top1 / count, "loss": loss / count}
         return metrics | {"top5": top5 / count} if logits.shape[1] > 5 else metrics
+
+    def trivial(self, data: TaskData) -> float:
+        """Accuracy without a look at the image: the commonest class, or a guess."""
+        return blind_accuracy(_labels(data.train), _labels(data.test))
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -132,6 +136,13 @@ class ImageClassification(Task):
             axes.title.set_color("black" if right else "#b00020")
             axes.set_axis_off()
         return figure
+
+
+def _labels(dataset: Dataset) -> Int[Tensor, " images"]:
+    if isinstance(dataset, ImageFiles):  # no need to decode the images
+        return torch.tensor([label for _, label in dataset.files])
+    count = len(dataset)  # type: ignore[arg-type]
+    return torch.tensor([int(dataset[index][1]) for index in range(count)])
 
 
 def _shown(row: Tensor) -> int:

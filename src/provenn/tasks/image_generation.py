@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from provenn.data.images import SUFFIXES, Picture, write_image
 from provenn.errors import UserError
-from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, sample
+from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, noise_schedule, sample
 from provenn.tasks import image_classification
 from provenn.tasks.base import Task, TaskData, device_of
 
@@ -85,6 +85,14 @@ class ImageGeneration(Task):
                 total += float(error) * len(images)
                 count += len(images)
         return {self.metric: total / count}
+
+    def trivial(self, data: TaskData) -> float:
+        """Of images whose pixels are independent and normal, with the training images' mean and variance of each."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # some are mirrored at random
+            images = torch.cat([x for x, *_ in DataLoader(data.train, batch_size=256)])
+        with torch.no_grad():
+            return self.evaluate(_Independent(images.mean(0), images.var(0)), data.test)[self.metric]
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         """Published weights draw latents of Stable Diffusion's autoencoder, which have neither bounds nor colours."""
@@ -179,6 +187,23 @@ class Mirrored(Dataset):
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "channels size size"], int]:
         image, label = self.images[index]
         return (image.flip(2) if torch.rand(()) < 0.5 else image), label
+
+
+class _Independent(nn.Module):
+    """The expected noise E[ε | x_t] = √(1 − ᾱ) (x_t − √ᾱ μ) / (ᾱ σ² + 1 − ᾱ), were each pixel normal by itself.
+
+    It knows neither shapes nor classes.
+    """
+
+    num_classes = 0
+
+    def __init__(self, mean: Float[Tensor, "channels height width"], variance: Float[Tensor, "channels height width"]):
+        super().__init__()
+        self.mean, self.variance = mean, variance
+
+    def forward(self, x: Float[Tensor, "batch channels height width"], t: Tensor, y: Tensor) -> Tensor:
+        level = noise_schedule().to(x)[t][:, None, None, None]
+        return (1 - level).sqrt() * (x - level.sqrt() * self.mean) / (level * self.variance + 1 - level)
 
 
 def _drawn(

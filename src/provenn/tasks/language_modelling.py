@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -163,6 +163,13 @@ class LanguageModelling(Task):
             "accuracy": told / tokens,
         }
 
+    def trivial(self, data: TaskData) -> float:
+        """Bits a byte of telling every token by its share of the training text alone."""
+        bytes_of: Tensor = data.test.bytes_of  # type: ignore[attr-defined]
+        train, test = (_counts(part, len(bytes_of)) for part in (data.train, data.test))
+        shares = (train + 1) / (train + 1).sum()  # a token not seen is not impossible
+        return (-(test * shares.log2()).sum() / (test * bytes_of).sum()).item()
+
     def nll_by_position(self, model: nn.Module, dataset: Dataset) -> Float[Tensor, " tokens"]:
         """Nats of the token at each position of a window, the mean over windows."""
         size = len(dataset.bytes_of) * dataset.length  # type: ignore[attr-defined]
@@ -247,6 +254,12 @@ TASK = LanguageModelling()
 
 def _nll(model: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, "batch tokens"]:
     return F.cross_entropy(model(x).transpose(1, 2).float(), y, reduction="none")
+
+
+def _counts(dataset: Dataset, vocab: int) -> Float64[Tensor, " vocab"]:
+    """How often each token is a target."""
+    counts = [y.flatten().bincount(minlength=vocab) for _, y in batches(dataset, 256, torch.device("cpu"))]
+    return torch.stack(counts).sum(0).double()
 
 
 def _packed(documents: Sequence[Document], tokenizer: Tokenizer) -> Int64[np.ndarray, " tokens"]:

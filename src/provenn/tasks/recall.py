@@ -1,6 +1,6 @@
 """Recall: what a model can fetch back from its context. Generated, as the field does it, at any length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -259,6 +259,23 @@ class Recall(Task):
             "exact": (right | ~asked).all(1).double().mean().item(),
         }
 
+    def trivial(self, data: TaskData) -> float:
+        """Accuracy of always saying that answer which stands most often in the sequence, or of guessing evenly.
+
+        It knows what answers look like, and not which of them belongs where. Where a sequence has but one, to find it
+        is the task: there it says the commonest answer of training.
+        """
+        train, test = (list(_sequences(part)) for part in (data.train, data.test))
+        frequency = torch.cat([answers for _, answers in train]).bincount(minlength=data.options["vocab"])
+        # Those of a lookup do not: its tokens are pairs. Then what the sequence asks for are its candidates.
+        stand_in_it = all(bool(torch.isin(answers, tokens).all()) for tokens, answers in train)
+        right = []
+        for tokens, answers in test:
+            candidates = tokens[frequency[tokens] > 0] if stand_in_it else answers
+            guess = candidates.bincount().argmax() if len(candidates) > 1 else frequency.argmax()
+            right.append(answers == guess)
+        return max(torch.cat(right).double().mean().item(), 1 / int((frequency > 0).sum()))
+
     def accuracy_by_distance(
         self, model: nn.Module, dataset: Dataset, bins: int = 8, batch_size: int = 256
     ) -> list[tuple[float, float, int]]:
@@ -295,6 +312,13 @@ def recall_data(name: str, parts: Sequence[Examples], vocab: int, about: str) ->
     train, val, test = (TensorDataset(*part) for part in parts)
     checksum = fingerprint(*(tensor for part in parts for tensor in part))
     return TaskData(name, train, val, test, checksum, {"vocab": vocab}, {"vocab": vocab}, about=about)
+
+
+def _sequences(dataset: Dataset) -> Iterator[tuple[Int[Tensor, " tokens"], Int[Tensor, " answers"]]]:
+    """The tokens of each sequence, and the answers that it asks for."""
+    for tokens, targets, _ in batches(dataset, 256, torch.device("cpu")):
+        for row, target in zip(tokens, targets):
+            yield row, target[target != IGNORED]
 
 
 def _without_replacement(weights: Tensor, count: int, generator: torch.Generator) -> Int[Tensor, "examples count"]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from provenn.data.tables import check_csv, read_table, write_table
 from provenn.data.trajectories import QUALITIES, SCRIPTS, Trajectory, collect, make_environment, read_trajectories
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
+from provenn.tasks.base import Task, TaskData, batches, blind_accuracy, device_of, fingerprint, split_indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -266,6 +266,22 @@ class ReinforcementLearning(Task):
             count += len(actions)
         return {"accuracy": right / count, "cross_entropy": entropy / count}
 
+    def trivial(self, data: TaskData) -> float:
+        """The best return of random actions and of each action taken all the time, in the episodes of the test.
+
+        Of recorded steps: the accuracy of the commonest action of training, or of a guess.
+        """
+        if not isinstance(data.test, Episodes):
+            cpu = torch.device("cpu")
+            actions = (
+                torch.cat([actions[mask] for _, _, actions, _, mask in batches(part, 256, cpu)])
+                for part in (data.train, data.test)
+            )
+            return blind_accuracy(*actions)
+        count = data.options["actions"]
+        policies = [_Blind(count, action) for action in [None, *range(count)]]
+        return max(self.evaluate(policy, data.test)[self.metric] for policy in policies)
+
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         width = options["state_dim"]
         return vars(Setting(None, [0.0] * width, [1.0] * width, 1.0, 0.0, 20, options["max_length"], True))
@@ -324,6 +340,21 @@ class ReinforcementLearning(Task):
 
 
 TASK = ReinforcementLearning()
+
+
+class _Blind(nn.Module):
+    """A policy that sees nothing: one action all the time, or without one a random action each step."""
+
+    def __init__(self, actions: int, action: int | None):
+        super().__init__()
+        self.actions, self.action = actions, action
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, returns: Tensor, states: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
+        shape = (*actions.shape, self.actions)
+        if self.action is None:
+            return torch.rand(shape, generator=self.generator)
+        return F.one_hot(torch.full(actions.shape, self.action), self.actions).float()
 
 
 def _asked(tables: Sequence[Path]) -> tuple[list[int], list[float]]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from provenn.data.series import FORMATS, Collection, bundled, read_series
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
+from provenn.tasks.base import Task, TaskData, batches, blind_accuracy, device_of, fingerprint, split_indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,6 +85,12 @@ class SeriesClassification(Task):
             entropy += F.cross_entropy(logits, classes, reduction="sum").item()
             count += len(classes)
         return {"accuracy": right / count, "cross_entropy": entropy / count}
+
+    def trivial(self, data: TaskData) -> float:
+        """Accuracy without a look at the series: the commonest class, or a guess."""
+        cpu = torch.device("cpu")
+        labels = (torch.cat([classes for *_, classes in batches(part, 256, cpu)]) for part in (data.train, data.test))
+        return blind_accuracy(*labels)
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         channels = options["channels"]

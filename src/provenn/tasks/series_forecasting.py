@@ -151,6 +151,17 @@ class SeriesForecasting(Task):
         names = ("mse", "mae", "last_value_mse", "last_value_mae")
         return dict(zip(names, (sums / count).tolist()))
 
+    def trivial(self, data: TaskData) -> float:
+        """Squared error of the better of two: repeating the last value, and the mean of what came in training."""
+        cpu = torch.device("cpu")
+        sums = [future.double().mean(1).sum(0) for _, future in batches(data.train, 256, cpu)]
+        mean = torch.stack(sums).sum(0) / len(data.train)  # type: ignore[arg-type]
+        errors = [
+            torch.stack([(forecast - future).square().mean((1, 2)).sum() for forecast in (past[:, -1:], mean)])
+            for past, future in batches(data.test, 256, cpu)
+        ]
+        return (torch.stack(errors).sum(0).min() / len(data.test)).item()  # type: ignore[arg-type]
+
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         channels = options["channels"]
         return {

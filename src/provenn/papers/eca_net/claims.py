@@ -89,7 +89,11 @@ def added_parameters(build: Callable[[int], nn.Module]) -> Callable[[int, str], 
     )
 
 
-ECA_RESNETS: dict[int, Callable[..., nn.Module]] = {50: presets.eca_resnet50, 101: presets.eca_resnet101, 152: presets.eca_resnet152}
+ECA_RESNETS: dict[int, Callable[..., nn.Module]] = {
+    50: presets.eca_resnet50,
+    101: presets.eca_resnet101,
+    152: presets.eca_resnet152,
+}
 ADDED = Race(
     "parameters added to a ResNet",
     {

@@ -1,0 +1,88 @@
+"""How often the verdicts are wrong: simulated experiments in which the truth is known, judged as real ones are.
+
+    python scripts/false_rates.py [--repeats 4000]
+
+prints the table of README's "How a claim is judged".
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from provenn.catalog import Claim, Region
+from provenn.evidence import Measurement, Skill, Verdict, decide
+from provenn.evidence.statement import Outcome, Standing, judge
+
+BETTER = Claim(id="better", kind="quality", says="A is better than B.", expects=Region(above=0.0))
+ON_PAR = Claim(id="par", kind="quality", says="A and B are on par.", expects=Region(within=(-1.0, 1.0)))
+FASTER = Claim(id="faster", kind="cost", says="A is faster than B.", expects=Region(below=1.0))
+
+
+def seeds(rng: np.random.Generator, effect: float, count: int, *, guessing: bool = False) -> Measurement:
+    """A paired comparison whose differences have a standard deviation of 1 over seeds, of 0.1 where both guess."""
+    baseline = rng.normal(0, 2, count)
+    difference = rng.normal(effect, 0.1 if guessing else 1, count)
+    values, trivial = (baseline + difference).tolist(), (baseline if guessing else baseline - 20).tolist()
+    arms = (("A", values), ("B", baseline.tolist()))
+    skills = [Skill(arm=arm, values=v, trivial=trivial, higher_is_better=True) for arm, v in arms]
+    return Measurement.paired(values, baseline.tolist(), seeds=range(count), skills=skills)
+
+
+def clocks(rng: np.random.Generator, ratio: float, rounds: int) -> Measurement:
+    """Interleaved rounds; what the machine does meets both alike, and each with a long tail of its own."""
+    shared = rng.lognormal(0, 0.1, rounds)
+    a, b = (shared * factor * (1 + rng.exponential(0.05, rounds)) for factor in (ratio, 1.0))
+    return Measurement.of("clock ratio", a.tolist(), b.tolist())
+
+
+def rates(claim: Claim, draw: Callable[[np.random.Generator], Measurement], repeats: int) -> Counter:
+    return Counter(decide(claim, draw(np.random.default_rng(i)))[0] for i in range(repeats))
+
+
+def standings(effects: tuple[float, ...], repeats: int) -> Counter:
+    """A statement that several independent claims bear on."""
+    counts: Counter = Counter()
+    for i in range(repeats):
+        rng = np.random.default_rng(i)
+        outcomes = [Outcome("quality", decide(BETTER, seeds(rng, effect, 5))[0]) for effect in effects]
+        counts[judge("quality", "", outcomes).standing] += 1
+    return counts
+
+
+def main(repeats: int) -> None:
+    print("| the truth | direction holds | inconclusive | not reproduced | not measured |")
+    print("| --- | --- | --- | --- | --- |")
+    cases = [
+        ("A is no better than B, 5 seeds", BETTER, lambda rng: seeds(rng, 0.0, 5)),
+        ("A is worse by one standard deviation, 5 seeds", BETTER, lambda rng: seeds(rng, -1.0, 5)),
+        ("A is better by one, 5 seeds", BETTER, lambda rng: seeds(rng, 1.0, 5)),
+        ("A is better by two, 5 seeds", BETTER, lambda rng: seeds(rng, 2.0, 5)),
+        ("A is better by two, 3 seeds", BETTER, lambda rng: seeds(rng, 2.0, 3)),
+        ("A and B both guess; the claim is that A is better", BETTER, lambda rng: seeds(rng, 0.0, 5, guessing=True)),
+        ("A and B both guess; the claim is that they are on par", ON_PAR, lambda rng: seeds(rng, 0, 5, guessing=True)),
+        ("A takes as long as B, 11 rounds of a clock", FASTER, lambda rng: clocks(rng, 1.0, 11)),
+        ("A takes 0.9 times as long, 11 rounds", FASTER, lambda rng: clocks(rng, 0.9, 11)),
+    ]
+    columns = (Verdict.DIRECTION_HOLDS, Verdict.INCONCLUSIVE, Verdict.NOT_REPRODUCED, Verdict.NOT_MEASURED)
+    for words, claim, draw in cases:
+        found = rates(claim, draw, repeats)
+        print(f"| {words} | " + " | ".join(f"{100 * found[verdict] / repeats:.1f} %" for verdict in columns) + " |")
+    columns = (Standing.HOLDS_HERE, Standing.PARTLY, Standing.OPEN, Standing.NOT_HERE)
+    print("\n| a statement with | holds here | partly | open | not here |\n| --- | --- | --- | --- | --- |")
+    statements = [
+        ("one claim without an effect", (0.0,)),
+        ("three claims without an effect", (0.0, 0.0, 0.0)),
+        ("two claims with an effect of two, one without", (2.0, 2.0, 0.0)),
+        ("three claims with an effect of two", (2.0, 2.0, 2.0)),
+    ]
+    for words, effects in statements:
+        counts = standings(effects, repeats)
+        print(f"| {words} | " + " | ".join(f"{100 * counts[standing] / repeats:.1f} %" for standing in columns) + " |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=4000)
+    main(parser.parse_args().repeats)

@@ -1,0 +1,30 @@
+"""The simulated false rates of README hold: no effect is told for one more often than an interval of 95 % allows."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from provenn.evidence import Verdict
+
+FILE = Path(__file__).parents[2] / "scripts" / "false_rates.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("false_rates", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_effect_is_seldom_told_for_one(script):
+    found = script.rates(script.BETTER, lambda rng: script.seeds(rng, 0.0, 5), 1000)
+    assert found[Verdict.DIRECTION_HOLDS] <= 45 and found[Verdict.NOT_REPRODUCED] <= 45  # 25, and four standard errors
+    clocks = script.rates(script.FASTER, lambda rng: script.clocks(rng, 1.0, 11), 500)
+    assert clocks[Verdict.DIRECTION_HOLDS] <= 28
+
+
+def test_two_that_guess_are_never_told_to_be_on_par(script):
+    found = script.rates(script.ON_PAR, lambda rng: script.seeds(rng, 0.0, 5, guessing=True), 300)
+    assert found[Verdict.DIRECTION_HOLDS] <= 15 and found[Verdict.NOT_MEASURED] >= 285

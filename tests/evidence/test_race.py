@@ -1,0 +1,86 @@
+import pytest
+
+from provenn import bench
+from provenn.catalog import Claim, Region
+from provenn.evidence import Race, Run, decide
+from provenn.evidence.race import FEWEST_ROUNDS
+from provenn.evidence.record import LEDGER, Ledger
+from provenn.evidence.verdict import Verdict
+
+
+def counts(factor: int):
+    return lambda size, device: lambda: factor * size**2
+
+
+COUNT = Race("squares", {"one": counts(1), "three": counts(3)}, sizes=(2, 4, 8), quantity="count", of="operations")
+
+
+def test_counts_have_no_uncertainty_and_name_their_sides(tmp_path):
+    measurement = COUNT.against("three", "one")(Run("p", tmp_path))
+    assert measurement.effect == 3.0 and measurement.interval == (3.0, 3.0) and measurement.confidence == 1.0
+    assert measurement.sides == ("three", "one") and measurement.value == 3 * 64
+    claim = Claim(id="c", kind="cost", says="x", expects=Region(above=2), sides=("three", "one"))
+    assert decide(claim, measurement)[0] is Verdict.DIRECTION_HOLDS
+
+
+def test_at_another_size(tmp_path):
+    race = Race("lines", {"a": lambda n, d: lambda: n, "b": lambda n, d: lambda: 8}, sizes=(2, 4, 8), quantity="count")
+    assert race.against("a", "b", at=4)(Run("p", tmp_path)).effect == 0.5
+
+
+def test_growth_is_the_exponent(tmp_path):
+    assert COUNT.grows("one")(Run("p", tmp_path)).effect == pytest.approx(2.0)
+
+
+def test_clocks_give_a_ratio_with_an_interval_of_95_percent(tmp_path, monkeypatch):
+    """The clock is the one of `bench`; here it tells of a thing twice as slow, give or take."""
+    times = {"slow": [2.0, 2.2, 1.9, 2.1, 2.0, 2.05], "quick": [1.0, 1.1, 1.0, 0.9, 1.0, 1.0]}
+    monkeypatch.setattr(
+        "provenn.evidence.race.interleaved", lambda calls, **more: {key: times[key[0]] for key in calls}
+    )
+    nothing = {name: lambda n, d: lambda: None for name in times}
+    race = Race("clock", nothing, sizes=(1,), rounds=6)
+    measurement = race.against("slow", "quick")(Run("p", tmp_path))
+    assert measurement.interval == (1.9, pytest.approx(2.1 / 0.9)) and measurement.confidence >= 0.95
+    assert measurement.values == [1e3 * t for t in times["slow"]] and measurement.unit == "milliseconds"
+
+
+def test_few_rounds_are_refused_for_no_interval_of_theirs_has_95_percent():
+    with pytest.raises(ValueError, match="5 rounds give no 95 %"):
+        Race("clock", {}, sizes=(1,), rounds=5)
+    for rounds in range(FEWEST_ROUNDS, 30):
+        times = [float(i + 1) for i in range(rounds)]
+        assert bench.Comparison.of(times, [1.0] * rounds).confidence >= 0.95
+
+
+@pytest.mark.parametrize("rounds, confidence", [(3, 0.75), (5, 0.9375)])
+def test_a_clock_of_few_rounds_decides_nothing(tmp_path, monkeypatch, rounds, confidence):
+    times = {"a": [1.0] * rounds, "b": [2.0] * rounds}
+    monkeypatch.setattr(
+        "provenn.evidence.race.interleaved", lambda calls, **more: {key: times[key[0]] for key in calls}
+    )
+    race = Race("clock", {name: lambda n, d: lambda: None for name in times}, sizes=(1,))
+    measurement = race.against("a", "b")(Run("p", tmp_path))
+    verdict, reason = decide(Claim(id="c", kind="cost", says="x", expects=Region(below=1)), measurement)
+    assert verdict is Verdict.NOT_MEASURED and f"{100 * confidence:.1f} %" in reason
+
+
+def test_changed_code_is_timed_again(tmp_path):
+    run = Run("p", tmp_path)
+    COUNT.against("three", "one")(run)
+    again = Run("p", tmp_path, ledger=Ledger.read(run.folder / LEDGER), reuse=True)
+    race = Race("squares", {"one": counts(1), "three": counts(4)}, sizes=(2, 4, 8), quantity="count", of="operations")
+    assert race.against("three", "one")(again).effect == 4.0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: COUNT.against("one", "two"), "no runner 'two'; it has: one, three"),
+        (lambda: COUNT.against("one", "three", at=3), "no size 3; it has: 2, 4, 8"),
+        (lambda: Race("x", {"a": counts(1)}, sizes=(1, 2)).grows("a"), "at least three sizes"),
+    ],
+)
+def test_mistakes_are_told_when_claims_are_read(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()

@@ -1,0 +1,210 @@
+"""Equal budget: a study gives all its arms the same data, steps, seeds and tuning, and reads the test split."""
+
+from collections import deque
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from provenn.catalog import Claim, Region
+from provenn.evidence import Run, Study, Verdict, decide
+from provenn.evidence.record import LEDGER, Ledger
+from provenn.evidence.study import TUNING_SEED
+from provenn.tasks import Diverged, Fit, Recipe, Task, TaskData
+
+BEST = {"a": 0.01, "b": 0.1}  # the rate with which each arm does best on validation data
+SKILL = {"a": 0.9, "b": 0.7}
+
+
+class Answer(nn.Module):
+    """What a training left: which part, with what rate and seed."""
+
+    def __init__(self, part: str):
+        super().__init__()
+        self.part = part
+
+
+class Guessing(Task):
+    """A task in which the split, the part and the rate decide the metric."""
+
+    name, metric, higher_is_better, embedded, reads = "guessing", "score", True, {}, ""
+
+    def load(self, source, *, seed=0, **options): ...
+
+    def predict(self, model, meta, inputs, output): ...
+
+    def loss(self, model, batch): ...
+
+    def evaluate(self, model, dataset, batch_size=256):
+        split = {1: "train", 2: "val", 3: "test"}[len(dataset)]
+        if split == "val":
+            return {"score": 1.0 if model.lr == BEST[model.part] else 0.5}
+        noise = 0.001 * (model.seed % 7) * (2 if model.part == "a" else 1)
+        return {"score": SKILL[model.part] + noise + (0.05 if split == "train" else 0.0)}
+
+    def trivial(self, data):
+        return 0.5
+
+
+def data(seed: int, smoke: bool) -> TaskData:
+    train, val, test = (TensorDataset(torch.zeros(count, 1)) for count in (1, 2, 3))
+    return TaskData(f"data {seed}", train, val, test, fingerprint=f"f{seed}")
+
+
+def build(part: str) -> nn.Module:
+    return Answer(part)
+
+
+CALLS: deque[dict] = deque()
+DIVERGES: set[tuple[str, int]] = set()
+
+
+def trained(build, task, data, recipe, *, seed, device, title):
+    model = build()
+    CALLS.append({"part": model.part, "recipe": recipe, "seed": seed, "data": data.name, "title": title})
+    if (model.part, seed) in DIVERGES:
+        raise Diverged("the loss became nan")
+    model.lr, model.seed = recipe.lr, seed
+    curve = [{"epoch": epoch, "score": 0.1 * epoch} for epoch in (1, 2)]
+    return Fit(model, task.evaluate(model, data.test), curve, steps=7)
+
+
+STUDY = Study(
+    "guesses",
+    Guessing(),
+    data=data,
+    arms={"a": ("arm A", "a"), "b": ("arm B", "b")},
+    build=build,
+    recipe=Recipe(epochs=2, batch_size=4),
+    lrs=(0.01, 0.03, 0.1),
+    probes={"depth": lambda model, data: float(len(data.test))},
+    trained=trained,
+    about="nothing",
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    CALLS.clear()
+    DIVERGES.clear()
+
+
+def run_in(tmp_path, **more) -> Run:
+    return Run("p", tmp_path, **{"seeds": (0, 1, 2, 3, 4), **more})
+
+
+def test_every_arm_has_the_same_data_steps_seeds_and_tuning(tmp_path):
+    STUDY.against("a", "b")(run_in(tmp_path))
+    by_part = {part: [call for call in CALLS if call["part"] == part] for part in "ab"}
+    for calls in by_part.values():
+        assert [call["recipe"].lr for call in calls if call["seed"] == TUNING_SEED] == [0.01, 0.03, 0.1]
+        assert [call["seed"] for call in calls if call["seed"] != TUNING_SEED] == [0, 1, 2, 3, 4]
+        assert all(call["data"] == f"data {call['seed']}" for call in calls)
+    plain = [[(replace(call["recipe"], lr=1.0), call["seed"]) for call in calls] for calls in by_part.values()]
+    assert plain[0] == plain[1]
+
+
+def test_each_arm_s_rate_is_the_best_on_validation_data_and_its_figure_is_the_test_split_s(tmp_path):
+    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    assert measurement.setting["lr"] == {"arm A": 0.01, "arm B": 0.1}
+    assert measurement.setting["tuned"]["validation score"]["arm B"] == {"0.01": 0.5, "0.03": 0.5, "0.1": 1.0}
+    assert measurement.values == [pytest.approx(0.9 + 0.002 * seed) for seed in range(5)]
+    assert measurement.effect == pytest.approx(0.202) and measurement.sides == ("arm A", "arm B")
+    assert "At the edge of the rates that were tried: arm A, arm B." in measurement.note
+
+
+def test_all_that_decides_the_values_is_in_the_record(tmp_path):
+    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    assert measurement.fingerprint == "f0" and measurement.seeds == [0, 1, 2, 3, 4]
+    assert measurement.setting["recipe"] == {"epochs": 2, "batch_size": 4, "optimizer": "adamw"}
+    assert {key: measurement.setting[key] for key in ("train", "val", "test")} == {"train": 1, "val": 2, "test": 3}
+    assert [skill.trivial for skill in measurement.skills] == [[0.5] * 5] * 2
+
+
+def test_exchanged_arms_are_noticed(tmp_path):
+    claim = Claim(id="c", kind="quality", says="A.", expects=Region(above=0), sides=("arm A", "arm B"))
+    assert decide(claim, STUDY.against("a", "b")(run_in(tmp_path)))[0] is Verdict.DIRECTION_HOLDS
+    assert decide(claim, STUDY.against("b", "a")(run_in(tmp_path)))[0] is Verdict.NOT_MEASURED
+
+
+def changed_build(part: str) -> nn.Module:
+    model = Answer(part)
+    model.part = str(part)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": Recipe(epochs=3, batch_size=4)},
+        {"build": changed_build},
+        {"arms": {"a": ("arm A", "b"), "b": ("arm B", "a")}},
+        {"probes": {"depth": lambda model, data: 2.0}},
+        {"setting": {"more": 1}},
+        {"data": lambda seed, smoke: replace(data(seed, smoke), fingerprint="another")},
+    ],
+)
+def test_nothing_stale_is_kept(tmp_path, change):
+    run = run_in(tmp_path)
+    STUDY.against("a", "b")(run)
+    count = len(CALLS)
+    again = {"ledger": Ledger.read(run.folder / LEDGER), "reuse": True}
+    STUDY.against("a", "b")(run_in(tmp_path, **again))
+    assert count == 2 * (3 + 5) == len(CALLS), "the same study was trained again"
+    replace(STUDY, **change).against("a", "b")(run_in(tmp_path, **again))
+    assert len(CALLS) == 2 * count, "a changed study kept stale trials"
+
+
+def test_another_arm_costs_the_others_nothing(tmp_path):
+    run = run_in(tmp_path)
+    STUDY.against("a", "b")(run)
+    count = len(CALLS)
+    run = run_in(tmp_path, ledger=Ledger.read(run.folder / LEDGER), reuse=True)
+    replace(STUDY, arms={**STUDY.arms, "c": ("arm C", "b")}).against("a", "b", shown=["c"])(run)
+    assert len(CALLS) == count + 3 + 5
+
+
+def test_a_diverged_training_counts_as_the_trivial_predictor(tmp_path):
+    DIVERGES.update({("b", 1), ("b", 2)})
+    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    assert measurement.baselines[1:3] == [0.5, 0.5] and "2 of 5 trainings of arm B diverged" in measurement.note
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path):
+    DIVERGES.add(("a", TUNING_SEED))
+    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    assert measurement.setting["tuned"]["validation score"]["arm A"] == {"0.01": None, "0.03": None, "0.1": None}
+    assert measurement.setting["lr"]["arm A"] == 0.01
+
+
+def test_of_several_systems_the_worst_counts(tmp_path):
+    measurement = STUDY.against(("a", "b"), "b")(run_in(tmp_path))
+    assert measurement.values == measurement.baselines and measurement.sides[0] == "worst of arm A, arm B"
+
+
+def test_probes_and_single_arms(tmp_path):
+    assert STUDY.against("a", "b", metric="depth")(run_in(tmp_path)).values == [3.0] * 5
+    figure = STUDY.figure("a")(run_in(tmp_path))
+    assert figure.effect == pytest.approx(0.904) and figure.estimator == "mean" and figure.sides is None
+
+
+def test_a_smoke_run_neither_tunes_nor_trains_in_full(tmp_path):
+    STUDY.against("a", "b")(run_in(tmp_path, budget="smoke", seeds=(0,)))
+    assert len(CALLS) == 2 and all(call["recipe"].max_steps == 2 for call in CALLS)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: STUDY.against("a", "c"), "no arm 'c'; it has: a, b"),
+        (lambda: STUDY.against("a", "b", metric="depht"), "no metric 'depht'"),
+        (lambda: STUDY.figure("c"), "no arm 'c'"),
+        (lambda: replace(STUDY, lrs=(0.1,)), "at least 3"),
+        (lambda: replace(STUDY, arms={"a": ("x", 1), "b": ("x", 2)}), "share a label"),
+    ],
+)
+def test_mistakes_are_told_when_claims_are_read(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()

@@ -1,0 +1,245 @@
+"""Every task knows what a predictor gets that has learned nothing, and `fit` reports the test split."""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from provenn.nn.diffusion import noise_schedule
+from provenn.tasks import Recipe, TaskData, fit, get_task
+from provenn.tasks.base import NAMES
+from provenn.tasks.language_modelling import Windows
+from provenn.tasks.recall import IGNORED
+from provenn.tasks.super_resolution import Crops, Whole, enlarge
+
+
+class Constant(nn.Module):
+    """Gives the same numbers whatever it is shown, for each example or each place."""
+
+    def __init__(self, values, places=False):
+        super().__init__()
+        self.values, self.places = nn.Parameter(torch.as_tensor(values).float()), places
+
+    def forward(self, x, *_):
+        return self.values.expand(*x.shape[: 1 + self.places], *self.values.shape)
+
+
+class Persistence(nn.Module):
+    def __init__(self, horizon):
+        super().__init__()
+        self.weight, self.horizon = nn.Parameter(torch.ones(())), horizon
+
+    def forward(self, past):
+        return self.weight * past[:, -1:].expand(-1, self.horizon, -1)
+
+
+@dataclass
+class Prediction:
+    rate: torch.Tensor
+    mark_logits: torch.Tensor
+
+    @property
+    def expected_gap(self):
+        return 1 / self.rate
+
+    def log_prob_gap(self, gaps):
+        return self.rate.log() - self.rate * gaps
+
+
+class Poisson(nn.Module):
+    def __init__(self, rate, shares):
+        super().__init__()
+        self.rate, self.shares = (nn.Parameter(torch.as_tensor(v).float()) for v in (rate, shares))
+
+    def forward(self, gaps, marks, mask=None):
+        return Prediction(self.rate.expand(gaps.shape), self.shares.log().expand(*gaps.shape, -1))
+
+
+class Independent(nn.Module):
+    """The regression of the noise on each pixel of the noisy image by itself: cov(ε, x_t) / var(x_t)."""
+
+    num_classes = 10
+
+    def __init__(self, images):
+        super().__init__()
+        self.mean, self.variance = images.mean(0), images.var(0)
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, y):
+        level = noise_schedule()[t].float()[:, None, None, None]
+        slope = (1 - level).sqrt() / (level * self.variance + 1 - level)
+        return self.weight * slope * (x - level.sqrt() * self.mean)
+
+
+class Bicubic(nn.Module):
+    scale, multiple = 2, 1
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.weight * enlarge(255 * x, 2) / 255
+
+
+class Loudest(nn.Module):
+    """Says at every place what stands in the sequence most often, of some tokens."""
+
+    def __init__(self, vocab, first):
+        super().__init__()
+        self.vocab, self.first = vocab, first
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens):
+        counts = torch.stack([row[row >= self.first].bincount(minlength=self.vocab) for row in tokens])
+        return self.weight * counts.float()[:, None].expand(-1, tokens.shape[1], -1)
+
+
+def labels(dataset):
+    return torch.tensor([int(dataset[i][-1]) for i in range(len(dataset))])
+
+
+def shares(found, count):
+    return (torch.as_tensor(found).bincount(minlength=count) + 1) / (len(found) + count)
+
+
+def classification(name, source, classes):
+    data = get_task(name).load(source)
+    return data, [Constant(shares(labels(data.train), classes))], 1 / classes
+
+
+def generation():
+    data = get_task("image-generation").load("digits")
+    return data, [Independent(torch.stack([image for image, _ in data.train]))], None
+
+
+def forecasting():
+    data = get_task("series-forecasting").load("airline", context=12, horizon=3)
+    mean = torch.stack([future for _, future in data.train]).mean((0, 1))
+    return data, [Constant(mean.repeat(3, 1)), Persistence(3)], None
+
+
+def events():
+    data = get_task("event-forecasting").load("hawkes")
+    gaps, marks, _ = data.train.tensors
+    return data, [Poisson(1 / gaps[:, 1:].mean(), shares(marks[:, 1:].flatten(), 2))], None
+
+
+def decisions(source="cartpole-medium"):
+    data = get_task("reinforcement-learning").load(source, episodes=3, validation=2, test=4)
+    return data, [Constant(logits, places=True) for logits in torch.eye(data.options["actions"])], None
+
+
+def photographs():
+    def photo(seed, side):
+        smooth = np.random.default_rng(seed).integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)
+        return smooth.repeat(4, 0).repeat(4, 1)
+
+    data = TaskData("noise", Crops([photo(0, 64)], 40, 4), Whole([photo(1, 48)]), Whole([photo(2, 48)]), "")
+    return data, [Bicubic()], None
+
+
+def text():
+    rng = np.random.default_rng(0)
+    parts = [rng.choice(5, 401, p=p) for p in ([0.4, 0.3, 0.2, 0.1, 0], [0.2] * 5, [0.3, 0.4, 0.1, 0.1, 0.1])]
+    train, val, test = (Windows(part, 8, np.array([1, 2, 1, 3, 1])) for part in parts)
+    data = TaskData("dice", train, val, test, "", {"vocab": 5})
+    return data, [Constant(shares(parts[0][1:], 5).log(), places=True)], None
+
+
+def pairs():
+    data = get_task("recall").load("mqar", length=40, pairs=4, keys=8, values=6, examples=64, test_examples=64)
+    return data, [Loudest(data.options["vocab"], 6 + 8)], 1 / 6
+
+
+CASES = {
+    "image-classification": lambda: classification("image-classification", "digits", 10),
+    "image-generation": generation,
+    "series-classification": lambda: classification("series-classification", "arrow-head", 3),
+    "series-forecasting": forecasting,
+    "event-forecasting": events,
+    "reinforcement-learning": decisions,
+    "super-resolution": photographs,
+    "language-modelling": text,
+    "recall": pairs,
+}
+# A car stays in the valley whatever is done blindly, and a pole falls soonest under one action all the time.
+UNMOVED = {"reinforcement-learning": lambda: decisions("mountaincar-medium")}
+CASE = cache(lambda name: CASES[name]())
+
+
+class Shut(Dataset):
+    """A split that nobody may look at."""
+
+    def __len__(self):
+        raise AssertionError("looked at the wrong split")
+
+    def __getitem__(self, index):
+        raise AssertionError("looked at the wrong split")
+
+
+def evaluated(task, model, dataset):
+    with torch.no_grad():
+        return task.evaluate(model.eval(), dataset)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_trivial_predictor_is_a_model_that_sees_nothing_fitted_on_train_and_judged_on_test(name):
+    """Models of this file's own, fitted to the training split by it, go through `evaluate`."""
+    task, (data, models, guess) = get_task(name), UNMOVED.get(name, lambda: CASE(name))()
+    scores = [evaluated(task, model, data.test)[task.metric] for model in models]
+    best = (max if task.higher_is_better else min)([*scores, *([] if guess is None else [guess])])
+    trivial = task.trivial(replace(data, val=Shut()))
+    assert trivial == pytest.approx(best, rel=1e-4)
+    assert trivial == task.trivial(data), "nothing of it is drawn anew"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fit_reports_the_metrics_of_the_test_split(name):
+    task, (data, models, _) = get_task(name), CASE(name)
+    recipe = Recipe(epochs=1, max_steps=1, batch_size=4, lr=1e-6)
+    done = fit(lambda: deepcopy(models[0]), task, data, recipe)
+    assert done.metrics == evaluated(task, done.model, data.test)
+    assert done.curve[-1] == {**done.curve[-1], **evaluated(task, done.model, data.val)}
+    for other in (data.train, data.val):
+        if name != "super-resolution" or other is data.val:  # of random crops
+            assert done.metrics != evaluated(task, done.model, other), "the splits would not be told apart"
+
+
+def test_what_is_rare_in_the_test_does_not_lower_the_bar_below_a_guess():
+    task = get_task("image-classification")
+    train = TensorDataset(torch.zeros(6, 1, 2, 2), torch.tensor([0, 0, 0, 1, 1, 2]))
+    data = TaskData("odd", train, train, Subset(train, [3, 4, 5]), "")
+    assert task.trivial(data) == pytest.approx(1 / 3)
+    assert task.trivial(replace(data, test=Subset(train, [0, 1, 3]))) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("kind", "guess"), [("needle", 1 / 6), ("selective-copy", None), ("lookup", None)])
+def test_recall_is_more_than_to_know_which_answers_there_are(kind, guess):
+    """One needle is not given away by being the only answer that stands there; of several the commonest is."""
+    task = get_task("recall")
+    options = {} if kind == "needle" else {"pairs": 4}
+    data = task.load(kind, length=40, keys=8, values=6, examples=300, test_examples=200, **options)
+    asked = [targets[targets != IGNORED] for targets in data.test.tensors[1]]
+    loudest = float(np.mean([answers.bincount().max() / len(answers) for answers in asked]))
+    if guess is None:
+        assert task.trivial(data) == pytest.approx(loudest)
+    else:
+        assert guess <= task.trivial(data) < 2 * guess
+
+
+def test_the_scale_of_photographs_is_that_of_their_meta():
+    task, (data, _, _) = get_task("super-resolution"), CASE("super-resolution")
+    assert task.trivial(replace(data, meta={"scale": 4})) < task.trivial(data) - 1
+
+
+def test_random_actions_count_where_none_taken_all_the_time_does_better():
+    task = get_task("reinforcement-learning")
+    data = task.load("cartpole-medium", episodes=3, validation=1, test=8)
+    constant = [evaluated(task, Constant(logits, places=True), data.test)["return"] for logits in torch.eye(2)]
+    assert task.trivial(data) > max(constant) + 5
