@@ -1,9 +1,11 @@
 """Small tasks that ask one question each, and the models that the claims train on them."""
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +15,18 @@ from torch import Tensor, nn
 from provenn.bench import count_parameters
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.language import PreNormBlock, SwiGLU
-from provenn.papers.titans.layers import NeuralMemory
+from provenn.nn.streaming import state_bytes
+from provenn.papers.titans.layers import LongTermMemory, NeuralMemory, frozen_memory, observe_surprise
 from provenn.papers.titans.layers.attention import PrefixAttention
-from provenn.papers.titans.model import titans_mixer
-from provenn.tasks import TaskData, get_task
+from provenn.papers.titans.model import Forecaster, titans_mixer
+from provenn.tasks import Fit, TaskData, get_task
 from provenn.tasks.recall import IGNORED, PairEmbedding
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Mixer = Callable[[int], nn.Module]
+Probe = Callable[[nn.Module, TaskData], float]
 
 
 class GatedRecurrence(nn.Module):
@@ -95,18 +102,21 @@ class Reader(nn.Module):
 
 # Recall
 
-KEYS, VALUES, PAIRS, LENGTH, FAR = 32, 8, 8, 32, 16
-WINDOW = 8  # of attention
+KEYS, VALUES, PAIRS, LENGTH, FAR = 32, 8, 4, 16, 16
+WINDOW, SEGMENT = 4, 8  # of attention
 WIDTH, PARAMETERS = 32, 24_000
-MEMORY: dict[str, Any] = {"heads": 2, "memory_heads": 2, "window": WINDOW, "chunk": 8, "max_step": 0.25}
+MEMORY: dict[str, Any] = {"heads": 2, "memory_heads": 2, "persistent": 0, "chunk": 8, "max_step": 0.25}
 
 
-def pairs_data(seed: int, smoke: bool = False, length: int = LENGTH, examples: int = 16_000) -> TaskData:
+def pairs_data(seed: int, smoke: bool = False) -> TaskData:
     """Pairs of a key and its value scattered in noise, then every key once more, where its value is to be told."""
-    sizes = {"examples": 64 if smoke else examples, "test_examples": 16 if smoke else 256}
-    return get_task("recall").load(  # type: ignore[call-arg]
-        "lookup", seed=seed, length=length, pairs=PAIRS, keys=KEYS, values=VALUES, **sizes
-    )
+    sizes = {"examples": 64 if smoke else 12_000, "test_examples": 16 if smoke else 256}
+    return lookup(seed, LENGTH, **sizes)
+
+
+def lookup(seed: int, length: int, **sizes: int) -> TaskData:
+    shape: dict[str, Any] = {"length": length, "pairs": PAIRS, "keys": KEYS, "values": VALUES, **sizes}
+    return get_task("recall").load("lookup", seed=seed, **shape)
 
 
 def recalling(mixer: Mixer, vocab: int) -> Reader:
@@ -114,16 +124,9 @@ def recalling(mixer: Mixer, vocab: int) -> Reader:
 
 
 def memory(variant: str, **options: Any) -> Mixer:
-    return titans_mixer(variant, **{**MEMORY, **options})
-
-
-def unwritten(dim: int) -> nn.Module:
-    """An LMM whose memory never learns: what is left is its M_0, read by the token's own query."""
-    mixer = memory("lmm")(dim)
-    for part in mixer.modules():
-        if isinstance(part, NeuralMemory):
-            part.writing = False
-    return mixer
+    """A variant at the settings of recall; a window leaves out most pairs, and a segment is twice as long."""
+    window = SEGMENT if variant == "mac" else WINDOW
+    return titans_mixer(variant, **{**MEMORY, "window": window, **options})
 
 
 full_attention = partial(SoftmaxAttention, heads=2, bias=False, rotary=True)
@@ -132,7 +135,7 @@ window_attention = partial(SlidingWindowAttention, heads=2, window=WINDOW, bias=
 
 @contextmanager
 def narrow_attention(model: nn.Module) -> Iterator[None]:
-    """Attention that sees the token itself and the persistent tokens alone."""
+    """Attention of the hybrids that sees the token itself and the persistent tokens alone."""
     parts = [part for part in model.modules() if isinstance(part, PrefixAttention)]
     before = [part.window for part in parts]
     for part in parts:
@@ -144,19 +147,223 @@ def narrow_attention(model: nn.Module) -> Iterator[None]:
             part.window = window
 
 
-def right_by_distance(model: nn.Module, data: TaskData) -> tuple[float, float]:
-    """Accuracy where the pair stands inside the window of its question, and where it stands outside."""
+def right_within(model: nn.Module, data: TaskData) -> float:
+    """Accuracy where the pair stands inside the window of its question."""
+    return _right_at(model, data, within=True)
+
+
+def right_beyond(model: nn.Module, data: TaskData) -> float:
+    """Accuracy where the pair stands outside."""
+    return _right_at(model, data, within=False)
+
+
+def _right_at(model: nn.Module, data: TaskData, *, within: bool) -> float:
     tokens, targets, distances = data.test[:]
-    right, asked = model(tokens).argmax(-1) == targets, targets != IGNORED
-    near = asked & (distances < WINDOW)
-    return right[near].double().mean().item(), right[asked & ~near].double().mean().item()
+    right, place = model(tokens).argmax(-1) == targets, (distances < WINDOW) == within
+    return right[(targets != IGNORED) & place].double().mean().item()
 
 
-def far(model: nn.Module, data: TaskData) -> float:
-    """Accuracy at 16 times the length of training: the same pairs and questions, more noise between."""
-    examples = min(128, len(data.test))  # type: ignore[arg-type]
-    longer = get_task("recall").load(  # type: ignore[call-arg]
-        "lookup", seed=int(data.fingerprint[:6], 16), length=FAR * LENGTH, pairs=PAIRS, keys=KEYS, values=VALUES,
-        examples=1, test_examples=examples,
-    )  # fmt: skip
+def switched(probe: Probe, switch: Callable[[nn.Module], AbstractContextManager]) -> Probe:
+    """A probe of the same model with something switched off."""
+
+    def probed(model: nn.Module, data: TaskData) -> float:
+        with switch(model):
+            return probe(model, data)
+
+    return probed
+
+
+def right_far(model: nn.Module, data: TaskData) -> float:
+    """Accuracy at 16 times the length of training: as many pairs and questions, more noise between."""
+    examples = min(64, len(data.test))  # type: ignore[arg-type]
+    longer = lookup(int(data.fingerprint[:6], 16), FAR * LENGTH, examples=1, test_examples=examples)
     return get_task("recall").evaluate(model, longer.test)["accuracy"]
+
+
+def right(model: nn.Module, data: TaskData) -> float:
+    return get_task("recall").evaluate(model, data.test)["accuracy"]
+
+
+# Text
+
+READ, LONG, BYTES = 64, 1024, 256
+TEXT_MEMORY = {"forget_bias": -3.0}  # a reach of 20 tokens at first: one of 150 is more than a window of training has
+
+
+@cache
+def text(length: int, smoke: bool = False) -> TaskData:
+    data = get_task("language-modelling").load(
+        "stdlib", length=length, eval_tokens=max(length, 512 if smoke else 16_384)
+    )
+    return replace(data, options={"vocab": BYTES})
+
+
+def text_data(seed: int, smoke: bool = False) -> TaskData:
+    """The same text for every seed: what differs is where a model starts and the order of the windows."""
+    return text(READ, smoke)
+
+
+def reading(mixer: Mixer, vocab: int) -> Reader:
+    return Reader(mixer, nn.Embedding(vocab, WIDTH), WIDTH, vocab, 50_000)
+
+
+def text_memory(variant: str, **options: Any) -> Mixer:
+    return titans_mixer(
+        variant, **{**MEMORY, "persistent": 4, "window": 16, "chunk": 16, "max_step": None, **TEXT_MEMORY, **options}
+    )
+
+
+def long_reading(model: nn.Module, data: TaskData) -> tuple[Tensor, Tensor]:
+    """Along texts of 16 times the training length: bits a byte, and what the memory gets wrong before it writes."""
+    test = text(LONG if len(data.test) > 8 else 2 * READ).test  # type: ignore[arg-type]  # few windows: a smoke run
+    x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(4))))
+    with torch.no_grad(), observe_surprise() as surprises:
+        logits = model(x)
+    bits = F.cross_entropy(logits.mT, y, reduction="none").mean(0) / math.log(2)
+    inner = torch.stack([one.loss.mean((0, 1)) for one in surprises]).mean(0) if surprises else torch.zeros_like(bits)
+    return bits, inner
+
+
+def late_bits(model: nn.Module, data: TaskData) -> float:
+    """Bits a byte in the second half of the long texts."""
+    bits = long_reading(model, data)[0]
+    return bits[len(bits) // 2 :].mean().item()
+
+
+def inner_fall(model: nn.Module, data: TaskData) -> float:
+    """The memory's own loss in the second half of a long text, as a share of that over its first 16 tokens."""
+    inner = long_reading(model, data)[1]
+    return (inner[len(inner) // 2 :].mean() / inner[:16].mean().clamp_min(1e-12)).item()
+
+
+@contextmanager
+def without_momentum(model: nn.Module) -> Iterator[None]:
+    """η = 0 in every memory."""
+    gates = [part.momentum_gate for part in model.modules() if isinstance(part, NeuralMemory) and part.momentum_gate]
+    before = [(gate.weight.detach().clone(), gate.bias.detach().clone()) for gate in gates]
+    with torch.no_grad():
+        for gate in gates:
+            gate.weight.zero_()
+            gate.bias.fill_(-1e4)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for gate, (weight, bias) in zip(gates, before):
+                gate.weight.copy_(weight)
+                gate.bias.copy_(bias)
+
+
+def draw_reading(done: Fit, data: TaskData, seed: int) -> "Figure":
+    """Inner loss and bits a byte along a long text: writing, never writing, and without momentum."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right_axes = figure.subplots(1, 2)
+    for name, switch in (
+        ("writing", lambda model: nullcontext()),
+        ("momentum off", without_momentum),
+        ("never written", frozen_memory),
+    ):
+        with switch(done.model):
+            bits, inner = long_reading(done.model, data)
+        places = torch.arange(len(bits)).view(32, -1).double().mean(1)
+        left.plot(places, bits.view(32, -1).mean(1), label=name)
+        if inner.any():
+            right_axes.plot(places, inner.view(32, -1).mean(1), label=name)
+    left.set(xlabel="position", ylabel="bits a byte")
+    right_axes.set(xlabel="position", ylabel="‖M(k) − v‖² before the write")
+    left.legend()
+    right_axes.legend()
+    return figure
+
+
+# Series
+
+
+def forecasting(mixer: Mixer, **options: Any) -> Forecaster:
+    model = Forecaster(**options, dim=16, mixer=mixer)
+    start_by_width(model)
+    return model
+
+
+def series_data(seed: int, smoke: bool = False) -> TaskData:
+    return get_task("series-forecasting").load("airline")
+
+
+# Costs
+
+
+def layer_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "attention":
+        return SoftmaxAttention(64, 4, rotary=True)
+    return GatedRecurrence(64) if name == "linear RNN" else LongTermMemory(64)
+
+
+def training_pass(name: str) -> Callable[[int, str], Callable[[], object]]:
+    """A forward and backward pass of one layer of width 64 over so many tokens."""
+
+    def make(tokens: int, device: str) -> Callable[[], object]:
+        layer = layer_of(name).to(device)
+        x = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        return lambda: layer(x).square().sum().backward()
+
+    return make
+
+
+def next_token(name: str) -> Callable[[int, str], Callable[[], object]]:
+    """One token more after so many."""
+
+    def make(tokens: int, device: str) -> Callable[[], object]:
+        layer: Any = layer_of(name).to(device).eval()
+        token = torch.zeros(1, 64, device=device)
+        with torch.no_grad():
+            state = layer.init_state(1)
+            if name == "attention":  # the cache as it would be, without attending from every token
+                state = state.append(*(torch.zeros(1, 4, tokens, 16, device=device) for _ in range(2)))
+
+        def step() -> None:
+            with torch.no_grad():
+                layer.step(token, state)
+
+        return step
+
+    return make
+
+
+def bytes_held(name: str) -> Callable[[int, str], Callable[[], int]]:
+    """Bytes of a stream's state after so many tokens, of one layer of width 8; what a memory reads, it reads."""
+
+    def make(tokens: int, device: str) -> Callable[[], int]:
+        torch.manual_seed(0)
+        layer: Any = LongTermMemory(8, chunk=64) if name == "LMM" else SoftmaxAttention(8, 2, rotary=True)
+
+        def count() -> int:
+            state, piece = layer.init_state(1), 2**15
+            with torch.no_grad():
+                for start in range(0, tokens, piece):
+                    x = torch.randn(1, min(piece, tokens - start), 8, generator=torch.Generator().manual_seed(start))
+                    if name == "LMM":
+                        y, state = layer.prefill(x, state)
+                        if not y.isfinite().all():
+                            raise ValueError(f"outputs are no longer finite after {start} tokens")
+                    else:  # the keys and values of each token, without attending from it
+                        state = state.append(*(torch.zeros(1, 2, x.shape[1], 4) for _ in range(2)))
+            return state_bytes(state)
+
+        return count
+
+    return make
+
+
+def small_chunks(chunk: int) -> Callable[[int, str], Callable[[], object]]:
+    """A training pass of the memory with so many tokens a chunk; 1 is the rule token by token."""
+
+    def make(tokens: int, device: str) -> Callable[[], object]:
+        torch.manual_seed(0)
+        layer = LongTermMemory(32, chunk=chunk, max_step=1 / 32).to(device)
+        x = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        return lambda: layer(x).square().sum().backward()
+
+    return make

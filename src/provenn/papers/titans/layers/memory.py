@@ -1,4 +1,4 @@
-"""The long-term memory: an MLP that learns while it reads (section 3.1 of the first version, 3.3 of the camera-ready)."""
+"""The long-term memory: an MLP that learns while it reads (v1, section 3.1; camera-ready, section 3.3)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -1,0 +1,216 @@
+"""What the paper says of Titans, and what building it brought to light, as measurements."""
+
+from typing import Any
+
+from provenn.evidence import Drawing, Measurement, Race, Run, Study, measures
+from provenn.nn.mixers import NoMixer
+from provenn.papers.titans.layers import frozen_memory
+from provenn.papers.titans.studies import (
+    MEMORY,
+    SEGMENT,
+    TEXT_MEMORY,
+    WINDOW,
+    GatedRecurrence,
+    bytes_held,
+    draw_reading,
+    forecasting,
+    full_attention,
+    inner_fall,
+    late_bits,
+    memory,
+    narrow_attention,
+    next_token,
+    pairs_data,
+    reading,
+    recalling,
+    right,
+    right_beyond,
+    right_far,
+    right_within,
+    series_data,
+    small_chunks,
+    switched,
+    text_data,
+    text_memory,
+    training_pass,
+    window_attention,
+)
+from provenn.tasks import Recipe
+
+RECALL = Study(
+    "recall",
+    "recall",
+    data=pairs_data,
+    arms={
+        "lmm": ("LMM", memory("lmm")),
+        "mac": ("MAC", memory("mac")),
+        "mag": ("MAG", memory("mag")),
+        "mal": ("MAL", memory("mal")),
+        "attention": ("full attention", full_attention),
+        "rnn": ("linear RNN", GatedRecurrence),
+        "window": ("window attention", window_attention),
+        "still": ("LMM without momentum", memory("lmm", momentum=False)),
+    },
+    build=recalling,
+    recipe=Recipe(
+        epochs=1, max_steps=1500, batch_size=8, optimizer="adamw", weight_decay=0.01, schedule="onecycle", clip=1.0
+    ),
+    lrs=(3e-3, 1e-2, 3e-2),
+    probes={
+        "beyond the window": right_beyond,
+        "at 16 times the length": right_far,
+        "unwritten": switched(right, frozen_memory),
+        "within": right_within,
+        "within, unwritten": switched(right_within, frozen_memory),
+        "beyond, unwritten": switched(right_beyond, frozen_memory),
+        "within, narrow": switched(right_within, narrow_attention),
+        "beyond, narrow": switched(right_beyond, narrow_attention),
+    },
+    about="4 pairs of a key and a value in noise, then the keys: 16 tokens; generated",
+    setting={"dim": 32, "blocks": 1, "window": WINDOW, "segment": SEGMENT, **MEMORY},
+    note="All arms have 24,000 parameters, by the width of the feed-forward part.",
+)
+
+TEXT = Study(
+    "reading text",
+    "language-modelling",
+    data=text_data,
+    arms={
+        "lmm": ("LMM", text_memory("lmm")),
+        "attention": ("full attention", full_attention),
+        "rnn": ("linear RNN", GatedRecurrence),
+    },
+    build=reading,
+    recipe=Recipe(
+        epochs=1, max_steps=300, batch_size=8, optimizer="adamw", weight_decay=0.01, schedule="onecycle", clip=1.0
+    ),
+    lrs=(3e-3, 1e-2, 3e-2),
+    probes={
+        "late": late_bits,
+        "late, unwritten": switched(late_bits, frozen_memory),
+        "late share of the inner loss": inner_fall,
+    },
+    about="the standard library's source, bytes, windows of 64",
+    setting={"dim": 32, "blocks": 1, "chunk": 16, "heads": 2, "probed at": 1024, **TEXT_MEMORY},
+    note="All arms have 50,000 parameters, by the width of the feed-forward part.",
+    drawing=Drawing(
+        "lmm",
+        "reading",
+        "Along texts of 16 times the training length: writing, momentum off, never written.",
+        draw_reading,
+    ),
+)
+
+SERIES = Study(
+    "forecasting",
+    "series-forecasting",
+    data=series_data,
+    arms={
+        "lmm": ("LMM", memory("lmm")),
+        "attention": ("full attention", full_attention),
+        "rnn": ("linear RNN", GatedRecurrence),
+        "none": ("no mixer", NoMixer),
+    },
+    build=forecasting,
+    recipe=Recipe(epochs=30, batch_size=16, optimizer="adam", schedule="onecycle", clip=1.0),
+    lrs=(1e-3, 3e-3, 1e-2),
+    about="airline passengers by month, standardised",
+    setting={"dim": 16, "blocks": 1},
+    note="One series of 144 months: the seeds differ in where a model starts.",
+)
+
+LAYERS = ("LMM", "attention", "linear RNN")
+OPERATIONS = Race(
+    "operations of a training pass",
+    {name: training_pass(name) for name in LAYERS},
+    sizes=(128, 256, 512, 1024, 2048),
+    quantity="flops",
+    setting={"dim": 64, "chunk": 16},
+)
+STEP = Race(
+    "operations of one token more",
+    {name: next_token(name) for name in ("LMM", "attention")},
+    sizes=(1024, 4096, 16_384),
+    quantity="flops",
+    unit="tokens before",
+    setting={"dim": 64},
+)
+STATE = Race(
+    "bytes of a stream's state",
+    {name: bytes_held(name) for name in ("LMM", "attention")},
+    sizes=(2**10, 2**12, 2**14, 2**21),
+    quantity="count",
+    of="bytes",
+    setting={"dim": 8, "chunk": 64},
+)
+CHUNKS = Race(
+    "time of a training pass",
+    {"chunks of 16": small_chunks(16), "token by token": small_chunks(1)},
+    sizes=(16, 32, 64),
+    rounds=7,
+    setting={"dim": 32},
+)
+
+CLAIMS = {
+    "attention_recalls": RECALL.against("attention", "rnn"),
+    "attention_operations": OPERATIONS.grows("attention"),
+    "state_is_constant": STATE.grows("LMM"),
+    "recall_beyond_window": RECALL.against(
+        "lmm", "window", metric="beyond the window", may_guess="what lies outside the window it cannot see"
+    ),
+    "inner_loss_falls": TEXT.figure("lmm", metric="late share of the inner loss", picture=True),
+    "chunks_train_faster": CHUNKS.against("chunks of 16", "token by token"),
+    "operations": OPERATIONS.grows("LMM"),
+    "next_token": STEP.against("LMM", "attention"),
+    "recall_attention": RECALL.against("lmm", "attention"),
+    "recall_rnn": RECALL.against("lmm", "rnn"),
+    "text_attention": TEXT.against("lmm", "attention"),
+    "text_rnn": TEXT.against("lmm", "rnn"),
+    "forecasting_attention": SERIES.against("lmm", "attention", ratio=True, shown=("none",)),
+    "forecasting_rnn": SERIES.against("lmm", "rnn", ratio=True, shown=("none",)),
+    "far_attention": RECALL.against("lmm", "attention", metric="at 16 times the length"),
+    "far_rnn": RECALL.against("lmm", "rnn", metric="at 16 times the length"),
+    "gate_beyond_window": RECALL.against(
+        "mag", "window", metric="beyond the window", may_guess="what lies outside the window it cannot see"
+    ),
+    "three_variants": RECALL.against(("mac", "mag", "mal"), "window", shown=("lmm",)),
+    "momentum_helps": RECALL.against("lmm", "still"),
+}
+
+
+def switched_off(
+    run: Run, study: Study, arm: str, on: str, off: str, baseline: tuple[str, str] | None = None
+) -> Measurement:
+    """What a trained arm loses where something is switched off; against what it loses elsewhere."""
+    _, facts = study.measure(run, [arm])
+    trials = study.trials(run, arm)
+
+    def lost(names: tuple[str, str]) -> list[float]:
+        return [trial[names[0]] - trial[names[1]] for trial in trials]
+
+    facts["unit"] = study.of_task.metric
+    if baseline is None:
+        return Measurement.paired([t[on] for t in trials], [t[off] for t in trials], **facts)
+    return Measurement.paired(lost((on, off)), lost(baseline), **facts)
+
+
+@measures("writing_recalls")
+def writing_recalls(run: Run) -> Measurement:
+    return switched_off(run, RECALL, "lmm", "accuracy", "unwritten")
+
+
+@measures("writing_reads")
+def writing_reads(run: Run) -> Measurement:
+    return switched_off(run, TEXT, "lmm", "late", "late, unwritten")
+
+
+@measures("memory_is_long")
+def memory_is_long(run: Run) -> Measurement:
+    far: Any = ("beyond the window", "beyond, unwritten")
+    return switched_off(run, RECALL, "mag", *far, ("within", "within, unwritten"))
+
+
+@measures("attention_is_short")
+def attention_is_short(run: Run) -> Measurement:
+    near: Any = ("within", "within, narrow")
+    return switched_off(run, RECALL, "mag", *near, ("beyond the window", "beyond, narrow"))
