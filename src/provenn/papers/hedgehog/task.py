@@ -31,10 +31,10 @@ class Distillation(Task):
         return self.of.load(source, seed=seed, **options)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean over layers of −Σ_j a_ij log â_ij."""
+        """The mean over layers of −Σ_j a_ij log â_ij; 0 where no attention is linear."""
         with teaching(model) as losses:
             model(batch[0])
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
         return self.of.evaluate(model, dataset, batch_size)
