@@ -276,6 +276,20 @@ def test_zero_momentum_is_no_momentum(chunk):
     assert not plain[1].momentum and moved[1].momentum
 
 
+@pytest.mark.parametrize(("step", "grows"), [(0.25, True), (0.12, False)])
+@pytest.mark.parametrize("decay", [0.0, 0.0067])
+def test_a_chunk_of_one_key_adds_up_its_steps_and_forgetting_does_not_save_it(step, grows, decay):
+    """Why memories diverge: from chunk to chunk the error is multiplied by a^b − 2θ Σ a^i, below −1 for large θ b."""
+    key = F.normalize(draw(5), dim=0).expand(1, 1, 40, 5)
+    gates = Gates(torch.full((1, 1, 1, 40), step).double(), (torch.full((1, 1, 40, 1), decay).double(),))
+    y = update((key, key, draw(1, 1, 1, 4, seed=1).expand(1, 1, 40, 4)), gates, state=matrices(1, 5, 4, 1), chunk=8)[0]
+    change = y[0, 0, 7::8].diff(dim=0)  # at the ends of chunks
+    a = 1 - decay
+    gain = a**8 - 2 * step * sum(a**i for i in range(8))
+    torch.testing.assert_close(change[1:], gain * change[:-1])
+    assert (abs(gain) > 1) == grows
+
+
 def test_the_factor_of_the_squared_norm_is_part_of_the_rule():
     # θ/2 with the loss doubled; doubling it is writing √2 (M(k) − v), which a linear memory does with √2 k and √2 v.
     (q, k, v), gates = tokens(9)

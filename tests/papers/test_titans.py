@@ -21,8 +21,10 @@ from provenn.papers.titans import (
     MemoryAsLayer,
     NeuralMemory,
     SequenceClassifier,
+    claims,
     frozen_memory,
     observe_surprise,
+    studies,
     titans_lm,
 )
 from provenn.papers.titans import model as model_module
@@ -459,3 +461,51 @@ def test_a_run_of_one_variant_does_not_go_on_as_another_though_their_weights_hav
     code, _, err = run(f"{train} --preset titans_mac_small --resume")
     assert code == 2 and "last.ckpt is of another preset or of other data" in err and err.count("\n") == 1
     assert run(f"{train} --preset titans_mag_small --steps 3 --resume")[0] == 0
+
+
+@pytest.mark.parametrize("study", [claims.RECALL, claims.TEXT], ids=lambda study: study.name)
+def test_arms_are_of_one_size_and_start_alike(study):
+    counts, spreads = [], []
+    for _, part in study.arms.values():
+        torch.manual_seed(0)
+        model = study.build(part, **study.data(0, True).options)
+        counts.append(count_parameters(model))
+        maps = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and min(m.weight.shape) > 7]
+        spreads += [m.weight.std().item() * m.in_features**0.5 for m in maps]
+    assert max(counts) / min(counts) < 1.005
+    assert 0.8 < min(spreads) < max(spreads) < 1.2
+
+
+def test_the_linear_rnn_is_its_recurrence():
+    rnn, x = built(studies.GatedRecurrence, dim=8), draw(2, 11, 8)
+    y = torch.nn.functional.pad(rnn.project(x), (0, 0, 3, 0)).unfold(1, 4, 1)
+    q, k, v = torch.nn.functional.silu((y * rnn.convolution.T).sum(-1)).unflatten(-1, (3, 2, 4)).unbind(2)
+    q, k = (torch.nn.functional.normalize(part, dim=-1) for part in (q, k))
+    state, outputs = torch.zeros(2, 2, 4, 4).double(), []
+    for t in range(11):
+        state = rnn.keep(x[:, t]).sigmoid()[..., None, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append((q[:, t, :, None] @ state).flatten(1))
+    expected = rnn.out(rnn.norm(torch.stack(outputs, dim=1)) * torch.nn.functional.silu(rnn.gate(x)))
+    torch.testing.assert_close(rnn(x), expected)
+
+
+@pytest.mark.parametrize("switch", [studies.narrow_attention, studies.without_momentum, frozen_memory])
+def test_what_is_switched_off_changes_a_model_and_comes_back(switch):
+    model, tokens = (
+        claims.RECALL.build(claims.RECALL.arms["mag"][1], vocab=0).eval(),
+        studies.pairs_data(0, True).test[:][0],
+    )
+    with torch.no_grad():
+        before = model(tokens)
+        with switch(model):
+            off = model(tokens)
+        assert torch.equal(model(tokens), before)
+    assert not torch.allclose(off, before, atol=1e-3)
+
+
+def test_without_momentum_is_a_memory_that_has_none():
+    with_gate, without = (built(partial(NeuralMemory, momentum=m)) for m in (True, False))
+    without.load_state_dict({k: v for k, v in with_gate.state_dict().items() if "momentum" not in k})
+    x = draw(2, 30, 8)
+    with studies.without_momentum(with_gate):
+        torch.testing.assert_close(with_gate(x), without(x))
