@@ -80,9 +80,11 @@ def test_measurements_were_made_in_full(paper):
             continue
         assert len(set(measured.seeds)) >= 5, f"{record.claim}: seeds {measured.seeds}"
         assert TUNING_SEED not in measured.seeds
-        assert len(measured.skills) >= 1 and measured.data, record.claim
-        for key in ("recipe", "train", "test", "lr"):
-            assert key in measured.setting, f"{record.claim} does not say its {key}"
+        assert measured.data, record.claim
+        if measured.skills or "recipe" in measured.setting:  # else nothing was trained: an error of an approximation, say
+            assert measured.skills, f"{record.claim}: did its arms beat the trivial predictor?"
+            for key in ("recipe", "train", "test", "lr"):
+                assert key in measured.setting, f"{record.claim} does not say its {key}"
 
 
 def test_every_arm_took_its_best_rate(paper):
