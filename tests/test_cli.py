@@ -494,7 +494,7 @@ def test_board(run, here):
     (here / "run" / "other").mkdir()
     (here / "run" / "other" / "evidence.json").write_text("{}")
     code, out, err = run("board --from run")
-    assert code == 0 and "left out run/other/evidence.json" in err
+    assert code == 0 and "left out run/other/evidence.json" in err and "statements, [headline]" in out
     (line,) = [line for line in out.splitlines() if line.startswith("tiny_gate")]
     assert "✔ [▲] –" in line and "1 reproduced, 1 holds here, 1 not measured" in line
     assert "3 statements: 1 reproduced, 1 holds here, 1 not measured" in out

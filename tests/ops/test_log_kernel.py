@@ -59,7 +59,7 @@ def test_nothing_to_attend_gives_zero_and_hidden_keys_weigh_nothing():
     hidden = e.clone()
     hidden[:, :, :18] = -torch.inf
     for factors in (None, f):
-        y, state = log_attention(a, hidden, v, factors=factors)
+        y, _ = log_attention(a, hidden, v, factors=factors)
         assert (y[:, :, :18] == 0).all() and y.isfinite().all()
         rest = None if factors is None else f[:, 18:, 18:]
         torch.testing.assert_close(

@@ -312,6 +312,38 @@ def test_autocast_leaves_the_sums_in_full_precision(form):
     assert got.dtype == torch.bfloat16 and (got.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    "options", [{"form": "fft"}, {"form": "quadratic"}, {"normalize": False}, {"rpe": "none"}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_as_people_use_it(options, dtype):
+    """The forward pass under autocast and the backward pass outside give nearly the gradients of full precision."""
+    layer, x = KernelAttentionRPE(16, 2, **options), torch.randn(2, 20, 16)
+    grads = []
+    for enabled in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = layer(x).float().square().mean()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in layer.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()
+
+
+@pytest.mark.parametrize("options", [{"form": "fft"}, {"form": "quadratic"}, {"normalize": False}], ids=str)
+def test_an_empty_batch_gives_an_empty_batch(options):
+    layer = KernelAttentionRPE(16, 2, **options)
+    y = layer(torch.zeros(0, 7, 16, requires_grad=True))
+    assert y.shape == (0, 7, 16)
+    y.sum().backward()
+
+
+def test_second_derivatives_through_a_layer_equal_finite_differences():
+    for options in ({"form": "fft"}, {"form": "quadratic"}, {"normalize": False}):
+        layer = stirred(KernelAttentionRPE(4, 1, features=3, max_length=5, **options))
+        x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
+
+
 def test_features_are_in_the_state_dict_and_can_be_drawn_again():
     layer = KernelAttentionRPE(16, 2)
     assert "draws" in layer.state_dict()

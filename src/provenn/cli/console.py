@@ -85,7 +85,7 @@ def statements(judged: Iterable[view.Judged]) -> Table:
         says = escape(each.statement.says)
         measured = [f for f in each.findings if f.verdict is not Verdict.NOT_MEASURED]
         reason = each.judgement.reason or next((f.reason for f in each.findings if f.reason), "")
-        ours = "; ".join(view.shortly(f) for f in measured[:MOST_FINDINGS]) or reason
+        ours = "; ".join(f"{view.SYMBOLS[f.verdict]} {view.shortly(f)}" for f in measured[:MOST_FINDINGS]) or reason
         more = f" and {len(measured) - MOST_FINDINGS} more" if len(measured) > MOST_FINDINGS else ""
         rows.append(
             (

@@ -157,7 +157,7 @@ class Study:
         key = ("code", self.name, arm)
         if key not in run.memory:  # once a run: what code keeps in its globals may change
             task, drawing = type(self.of_task), self.drawing
-            code = [self.data, task.trivial]
+            code: list[Any] = [self.data, task.trivial]
             if arm is not None:
                 code += [self.build, self.arms[arm][1], self.probes, self.trained, task.loss, task.evaluate]
                 code += [drawing.draw] if drawing is not None and drawing.arm == arm else []

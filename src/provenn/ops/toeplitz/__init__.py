@@ -126,7 +126,7 @@ def resolved(
     if form != "auto":
         return form
     cost = WITH_BACKWARD if (torch.is_grad_enabled() if backward is None else backward) else FORWARD
-    n, circle = math.prod(sides), math.prod(fft_length(2 * side - 1) for side in sides)
+    n, circle = math.prod(sides), math.prod([fft_length(2 * side - 1) for side in sides])
     quadratic = n * n * (cost.weight + cost.width * (features + channels)) / (2 if causal else 1)
     transforms = features * channels * circle * math.log2(max(circle, 2))
     return "fft" if transforms * (cost.double if precision == "double" else cost.single) < quadratic else "quadratic"

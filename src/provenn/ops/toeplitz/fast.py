@@ -78,7 +78,7 @@ class _Circle:
 
     def on_grid(self, x: Tensor) -> Tensor:
         """(batch, heads, n, channels) to (batch · heads, channels, *sides), contiguous."""
-        return x.mT.reshape(-1, x.shape[-1], *self.sides).contiguous()
+        return x.mT.reshape(x.shape[0] * x.shape[1], x.shape[-1], *self.sides).contiguous()
 
 
 def _ranges(size: int, step: int) -> Iterator[slice]:
@@ -90,7 +90,7 @@ def _slices(rows: int, features: int, channels: int, at_a_time: int) -> Iterator
     """Cut rows × features × channels into boxes of about so many; whole channels first, then features, then rows."""
     channel_step = min(channels, at_a_time)
     feature_step = min(features, max(1, at_a_time // channel_step))
-    row_step = min(rows, max(1, at_a_time // (channel_step * feature_step)))
+    row_step = min(max(rows, 1), max(1, at_a_time // (channel_step * feature_step)))
     for b in _ranges(rows, row_step):
         for r in _ranges(features, feature_step):
             for d in _ranges(channels, channel_step):

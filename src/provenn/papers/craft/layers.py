@@ -108,7 +108,8 @@ class RectangleWindowAttention(nn.Module):
         # What adds the same to all offsets the softmax cancels: at width 1 the whole of b, else the last layer's bias.
         # Such parameters have no gradient; they stay for the authors' weights.
         for bias in self.bias:
-            (bias if width == 1 else bias.head[-1].bias).requires_grad_(False)
+            cancelled: nn.Module | Tensor = bias if width == 1 else bias.head[-1].bias  # type: ignore[index, union-attr]
+            cancelled.requires_grad_(False)
 
     def forward(
         self, qkv: Float[Tensor, "batch height width channels3"]
@@ -206,9 +207,11 @@ class SRWAB(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
 
-def padded_srwab(dim: int, heads: int = 6, *, shifted: bool = False, position_dim: int | None = None) -> PadToMultiple:
+def padded_srwab(
+    dim: int, heads: int = 6, *, shifted: bool = False, wrap: bool = True, position_dim: int | None = None
+) -> PadToMultiple:
     """An SRWAB for maps of any size, continued by their mirror image where a window is not full. Slot: map-mixer."""
-    return PadToMultiple(SRWAB(dim, heads, shifted=shifted, position_dim=position_dim), 16)
+    return PadToMultiple(SRWAB(dim, heads, shifted=shifted, wrap=wrap, position_dim=position_dim), 16)
 
 
 class HFERB(nn.Module):
