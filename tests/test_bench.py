@@ -117,6 +117,11 @@ def test_growth_wants_three_sizes(sizes: list[float], values: list[float]):
         growth(sizes, values)
 
 
+def test_what_stays_the_same_grows_by_exactly_nothing():
+    fit = growth([1, 10, 100, 1000], [288] * 4)
+    assert fit.exponent == 0 and fit.interval == (0, 0)
+
+
 def test_growth_wants_positive_numbers():
     with pytest.raises(ValueError, match="positive"):
         growth([1, 2, 3], [1, 0, 3])

@@ -322,6 +322,10 @@ BAD = [
     ("inspect tiny_gate", "Missing argument"),
     ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
     ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net,"),
+    (
+        "inspect nprf good.png",
+        "that could be inspected; of nprf take --preset nprf_vit_tiny",
+    ),
     ("inspect tiny_gate nowhere.png", "no file at nowhere.png"),
     ("inspect tiny_gate empty", "empty is a folder: give one file"),
     ("inspect tiny_gate text.png -o out.png", "text.png is no image"),

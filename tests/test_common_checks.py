@@ -214,6 +214,74 @@ class WrongBackward(Gate):
         return self.Double.apply(super().gate(x))
 
 
+class WrongParameterGradient(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        return (WrongBackward.Double.apply(self.scale) * x.mean((2, 3))).sigmoid()
+
+
+class SilentSecondDerivative(Gate):
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * grad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Square.apply(x * self.scale[:, None, None])
+
+
+class ForgetsAutocast(Gate):
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x @ w
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            x, w = ctx.saved_tensors
+            return grad @ w.mT, x.mT @ grad
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.Product.apply(x.mean((2, 3)), self.scale.diag()).sigmoid()
+
+
+class NeedsAnExample(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        return (self.scale * x.reshape(len(x), len(self.scale), -1).mean(-1)).sigmoid()
+
+
+class ReachedByRounding(Gate):
+    """A shift of all scores, which the softmax cancels: its gradient is a sum of rounding errors."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def gate(self, x: Tensor) -> Tensor:
+        return (self.scale * x.mean((2, 3)) + self.shift).softmax(-1)
+
+
+class MixesByRounding(Mean):
+    """Each token by itself, but for a sum over tokens that is subtracted again."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        total = x.cumsum(1) if self.causal else x.sum(1, keepdim=True)
+        return self.value(x) + (self.weigh(x).sum() + total.abs() - total.abs() - self.weigh(x).sum())
+
+
+class SeesAConstantAlone(Mean):
+    """Not blind: its tokens are normalised first, so that adding a constant to a token changes nothing."""
+
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().terms(nn.functional.layer_norm(x, x.shape[-1:]))
+
+
 class SingleInside(Gate):
     def gate(self, x: Tensor) -> Tensor:
         return super().gate(x.float()) if x.dtype == torch.bfloat16 else super().gate(x)
@@ -347,10 +415,12 @@ BROKEN = [
     (HiddenBatchNorm, "channel-gate", "keep-examples-apart"),
     (MixesTheBatch, "channel-gate", "keep-examples-apart"),
     (MixesNothing, "token-mixer", "mix"),
+    (MixesByRounding, "token-mixer", "mix"),
     (Pointwise, "map-mixer", "mix"),
     (lambda dim: nn.Sequential(Pull(dim).value), "batch-mixer", "mix"),
     (CausalLeak, "token-mixer", "be-causal"),
     (LooksBackAlone, "token-mixer", "see-both-ways"),
+    (MixesByRounding, "token-mixer", "see-both-ways"),
     (MaskForgotten, "token-mixer", "heed-mask"),
     (WrongStep, "token-mixer", "stream"),
     (SharedState, "token-mixer", "stream"),
@@ -358,7 +428,12 @@ BROKEN = [
     (CutGradient, "channel-gate", "reach-parameters"),
     (NanGradient, "channel-gate", "keep-gradients-finite"),
     (Overflows, "channel-gate", "keep-gradients-finite"),
+    (ReachedByRounding, "channel-gate", "reach-parameters"),
     (WrongBackward, "channel-gate", "pass-gradcheck"),
+    (WrongParameterGradient, "channel-gate", "pass-gradcheck"),
+    (SilentSecondDerivative, "channel-gate", "differentiate-twice"),
+    (ForgetsAutocast, "channel-gate", "train-in-mixed-precision"),
+    (NeedsAnExample, "channel-gate", "take-an-empty-batch"),
     (SingleInside, "channel-gate", "run-in-bfloat16"),
     (CancelsInBfloat16, "channel-gate", "run-in-bfloat16"),
     (RandomWeights, "channel-gate", "repeat"),
@@ -385,6 +460,31 @@ BROKEN = [
 def test_a_broken_promise_is_caught_by_its_name(factory: Any, slot: str, promise: str):
     with pytest.raises(BrokenPromise, match=f"\n  {promise}: "):
         check_mechanism(factory, slot, only=[promise])
+
+
+@pytest.mark.parametrize("promise", ["mix", "see-both-ways"])
+def test_tokens_that_are_normalised_first_are_seen_to_mix(promise: str):
+    check_mechanism(SeesAConstantAlone, "token-mixer", only=[promise])
+
+
+class RefusesHalf(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16:
+            raise TypeError(f"no sums in {x.dtype}: give float32")
+        return super().forward(x)
+
+
+class FailsInHalf(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dtype != torch.bfloat16 else super().forward(x[()][len(x)])
+
+
+def test_an_accident_is_no_refusal():
+    excuse = {"run-in-bfloat16": "sums in half precision"}
+    check_mechanism(RefusesHalf, "channel-gate", cannot=excuse, only=excuse)
+    check_mechanism(CancelsInBfloat16, "channel-gate", cannot=excuse, only=excuse)
+    with pytest.raises(BrokenPromise, match="run-in-bfloat16: cannot names it, but this is an accident"):
+        check_mechanism(FailsInHalf, "channel-gate", cannot=excuse, only=excuse)
 
 
 def test_every_promise_is_seen_broken():
@@ -474,7 +574,7 @@ from .layers import Gate
 
 def network(*, width=4, dropout=0.0):
     layers = [nn.Conv2d(3, width, 3), Gate(width), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(dropout))
+    return nn.Sequential(*layers, nn.Linear(width, width), nn.SiLU(), nn.BatchNorm1d(width), nn.Dropout(dropout))
 """
 FACTS = """
 title = "Tiny"
@@ -504,10 +604,12 @@ published = [ { what = "parameters", value = 320, source = "table 1" } ]
 """
 
 
-def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, facts: str = FACTS, model: str = MODEL) -> Card:
+def tiny(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, facts: str = FACTS, model: str = MODEL, layers: str = LAYERS
+) -> Card:
     package = folder / "tiny_paper"
     package.mkdir(parents=True)
-    for name, text in (("__init__.py", ""), ("layers.py", LAYERS), ("model.py", model), ("paper.toml", facts)):
+    for name, text in (("__init__.py", ""), ("layers.py", layers), ("model.py", model), ("paper.toml", facts)):
         (package / name).write_text(text)
     monkeypatch.syspath_prepend(folder)
     for name in [name for name in sys.modules if name.startswith("tiny_paper")]:
@@ -517,6 +619,19 @@ def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, facts: str = FACTS, mode
 
 def test_a_sound_paper_keeps_every_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check_paper(tiny(tmp_path, monkeypatch))
+
+
+def test_every_variant_of_a_mechanism_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    layers = LAYERS.replace("channels):", "channels, power=1):").replace("return x *", "return x ** self.power *")
+    layers = layers.replace("        self.scale", "        self.power = power\n        self.scale")
+    facts = FACTS.replace('"layers:Gate"', '"layers:Gate"\nvariants = [{ power = 2 }, { power = 0.5 }]')
+    paper = tiny(tmp_path, monkeypatch, facts, layers=layers)
+    assert [name for name in checks_of(paper) if "gate" in name] == [
+        "tiny_paper gate", "tiny_paper gate with power=2", "tiny_paper gate with power=0.5"
+    ]  # fmt: skip
+    with pytest.raises(BrokenPromise, match=r"tiny_paper gate with power=0\.5\n  keep-shape: ") as error:
+        check_paper(paper)
+    assert "power=2" not in str(error.value)
 
 
 @pytest.mark.parametrize(

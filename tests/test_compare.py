@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from provenn.bench import count_parameters
 from provenn.compare import COSTS, HOSTS, Candidate, SlotComparison, compare, host_for
-from provenn.compare import trained as module
 from provenn.compare.language import settled
 from provenn.errors import UserError
+from provenn.evidence import Study
+from provenn.evidence.study import TUNING_SEED
 from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.nn.resnet import resnet20
 from provenn.tasks import get_task
@@ -39,29 +40,42 @@ def test_gates_are_trained_in_one_host_and_their_costs_counted(tmp_path: Path):
     assert eca.difference == pytest.approx(eca.mean - none.mean)
 
 
-def test_all_get_the_same_recipe_data_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def fitted(value: float) -> Any:
+    return type(
+        "Fit", (), {"metrics": {"accuracy": value}, "model": None, "steps": 1, "series": lambda self, key: []}
+    )()
+
+
+def test_all_get_the_same_recipe_data_seeds_and_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
 
-    def fit(build: Any, task: Any, data: Any, recipe: Any, *, seed: int, **_: Any) -> Any:
-        calls.append((data.fingerprint, recipe, seed))
-        return type("Fit", (), {"metrics": {"accuracy": 0.5}, "model": None})
+    def fit(self: Study, run: Any, arm: str, data: Any, lr: float, seed: int) -> Any:
+        calls.append((arm, data.fingerprint, self.recipe_for(run), lr, seed))
+        if seed == TUNING_SEED and arm == "se" and lr == 0.1:
+            raise Diverged("the loss became nan")
+        return fitted(0.5)
 
-    monkeypatch.setattr(module, "fit", fit)
-    gates(tmp_path, "none", "se", "cbam", seeds=3)
-    assert len(calls) == 9 and calls[:3] == calls[3:6] == calls[6:]
-    assert [seed for _, _, seed in calls[:3]] == [0, 1, 2]
+    monkeypatch.setattr(Study, "_fit", fit)
+    monkeypatch.setattr(type(get_task("image-classification")), "evaluate", lambda *_: {"accuracy": 0.5})
+    result = compare("channel-gate", ["none", "se", "cbam"], data="digits", seeds=3, device="cpu", out=tmp_path)
+    own = [[call[1:] for call in calls if call[0] == name] for name in ("none", "se", "cbam")]
+    assert len(own[0]) == 3 + 3 and own[0] == own[1] == own[2]
+    assert [(lr, seed) for _, _, lr, seed in own[0]] == [
+        (0.03, TUNING_SEED), (0.1, TUNING_SEED), (0.3, TUNING_SEED), (0.03, 0), (0.03, 1), (0.03, 2)
+    ]  # fmt: skip
+    assert result.setting["lr"] == {"none": 0.03, "se": 0.03, "cbam": 0.03}
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
 
-    def fit(build: Any, task: Any, data: Any, recipe: Any, *, seed: int, **_: Any) -> Any:
+    def fit(self: Study, run: Any, arm: str, data: Any, lr: float, seed: int) -> Any:
         if len(calls) == 3:
             raise RuntimeError("killed")
         calls.append(seed)
-        return type("Fit", (), {"metrics": {"accuracy": seed / 10}, "model": None})
+        return fitted(seed / 10)
 
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(Study, "_fit", fit)
     with pytest.raises(RuntimeError, match="killed"):
         gates(tmp_path, "none", "se")
     assert calls == [0, 1, 0]
@@ -69,29 +83,25 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, monk
     result = gates(tmp_path, "none", "se")
     assert calls == [7, 1]
     assert [one.quality for one in result.candidates] == [(0.0, 0.1), (0.0, 0.1)]
-    monkeypatch.setattr(module, "fit", None)
+    monkeypatch.setattr(Study, "_fit", None)
     assert gates(tmp_path, "none", "se") == result
 
 
 def test_a_candidate_that_diverges_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    fit, told = module.fit, []
+    fit, told = Study._fit, []
 
-    def breaking(*given: Any, title: str, seed: int, **more: Any) -> Any:
-        if title == "se" and seed == 1:
+    def breaking(self: Study, run: Any, arm: str, data: Any, lr: float, seed: int) -> Any:
+        if arm == "se" and seed == 1:
             raise Diverged("the loss became nan at step 56")
-        return fit(*given, title=title, seed=seed, **more)
+        return fit(self, run, arm, data, lr, seed)
 
-    monkeypatch.setattr(module, "fit", breaking)
+    monkeypatch.setattr(Study, "_fit", breaking)
     result = compare(
         "channel-gate", ["se", "none"], data="digits", budget="smoke", seeds=2, out=tmp_path, tell=told.append
     )
-    assert told == ["se, seed 1: the loss became nan at step 56; it counts as it was before training"]
-    torch.manual_seed(1)
+    assert told == ["se, seed 1: the training diverged; it counts as the trivial predictor"]
     task = get_task("image-classification")
-    data = task.load("digits")
-    untrained = host_for("channel-gate", "digits").build(SqueezeExcitation, data.options).eval()
-    with torch.no_grad():
-        assert result.candidates[1].quality[1] == task.evaluate(untrained, data.test)["accuracy"]
+    assert result.candidates[1].quality[1] == task.trivial(task.load("digits"))
 
 
 def test_the_result_is_written_as_numbers_table_and_plot(tmp_path: Path):

@@ -14,6 +14,7 @@ from provenn.cli import main
 from provenn.errors import UserError
 from provenn.papers.aaren import AarenAttention
 from provenn.papers.craft import CRAFT, CRFB, HFB, HFERB, SRWAB
+from provenn.papers.hedgehog import HedgehogAttention
 from provenn.testing import seeded_state
 from provenn.testing.promises import unchecked
 
@@ -77,6 +78,21 @@ def test_a_streaming_layer_takes_one_token_at_a_time(tmp_path):
         names = {f"state_{k}": part for k, part in enumerate(state)}
         y, *state = session.run(None, {"token": x[:, t].numpy(), **names})
     np.testing.assert_allclose(y, layer(x)[:, -1].detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_linear_attention_exported_at_a_short_length_takes_any_other(causal, tmp_path):
+    layer = awake(HedgehogAttention(8, 2, causal=causal))
+    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
+    program = torch.onnx.export(
+        layer, (torch.randn(2, 9, 8),), dynamo=True, dynamic_shapes=sizes, input_names=["x"], verbose=False
+    )
+    program.save(str(tmp_path / "layer.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    for tokens in (1, 9, 64, 70, 128, 200):  # chunks have 64
+        x = torch.randn(3, tokens, 8)
+        (y,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(y, layer(x).detach().numpy(), atol=1e-5)
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):

@@ -23,23 +23,35 @@ CASES = [
 def test_our_model_with_the_authors_weights_gives_the_authors_values(slug: str, case: dict, tmp_path: Path):
     state = seeded_state({name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"])
     torch.save(state, tmp_path / "official.pth")
-    preset, _, _ = provenn.paper(slug).card.resolve("official:convert")(state)
+    options = case.get("options", {})  # what the weights do not tell
+    preset, _, _ = provenn.paper(slug).card.resolve("official:convert")(state, **options)
     assert preset == case["preset"]
 
-    model = provenn.from_official(slug, tmp_path / "official.pth")
-    noise = seeded_array(case["input"]["shape"], case["input"]["name"], case["seed"])
-    if below := case["input"].get("below"):  # tokens: the noise is uniform over (−√3, √3)
-        given = torch.from_numpy(((noise / np.sqrt(3) + 1) / 2 * below).astype(np.int64))
-    else:
-        given = torch.from_numpy(noise.astype(np.float32))
+    model = provenn.from_official(slug, tmp_path / "official.pth", **options)
+    inputs = [drawn(spec, case["seed"]) for spec in case.get("inputs") or [case["input"]]]
     assert not model.training
-    with torch.no_grad():
-        output = model(given)
+    gradient = case.get("gradient")
+    with torch.set_grad_enabled(gradient is not None):
+        output = model(*(x.requires_grad_(gradient is not None and x.is_floating_point()) for x in inputs))
+    assert_values(output, case["output"])
+    if gradient is not None:
+        weight = torch.from_numpy(seeded_array(output.shape, "gradient", case["seed"]).astype(np.float32))
+        assert_values(torch.autograd.grad((output * weight).sum(), inputs[0])[0], gradient)
 
-    assert list(output.shape) == case["output"]["shape"]
-    expected = np.asarray(case["output"]["value"])
-    actual = output.flatten()[case["output"]["index"]].double().numpy()
-    # Relative to the size of the output: single values may lie near zero by chance.
+
+def drawn(spec: dict, seed: int) -> torch.Tensor:
+    """Noise, or tokens where `below` says how many there are: the noise is uniform over (−√3, √3)."""
+    noise = seeded_array(spec["shape"], spec["name"], seed)
+    if below := spec.get("below"):
+        return torch.from_numpy(((noise / np.sqrt(3) + 1) / 2 * below).astype(np.int64))
+    return torch.from_numpy(noise.astype(np.float32))
+
+
+def assert_values(tensor: torch.Tensor, golden: dict):
+    assert list(tensor.shape) == golden["shape"]
+    expected = np.asarray(golden["value"])
+    actual = tensor.detach().flatten()[golden["index"]].double().numpy()
+    # Relative to the size of the tensor: single values may lie near zero by chance.
     size = float(np.sqrt(np.mean(expected**2)))
     assert len(expected) >= 20 and size > 0
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * size)

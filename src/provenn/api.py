@@ -64,12 +64,26 @@ class Paper:
 
         return reproduce(self.card, **arguments)
 
-    def from_official(self, file: str | Path) -> "nn.Module":
-        """Our model with the weights of the authors' checkpoint; the preset is recognised from the shapes."""
-        return self._official(file)[0]
+    def from_official(self, file: str | Path, *, preset: str | None = None, **options: Any) -> "nn.Module":
+        """Our model with the weights of the authors' checkpoint.
 
-    def load(self, weights: str | Path) -> "tuple[nn.Module, Label]":
+        Args:
+            file: the checkpoint.
+            preset, options: what neither its shapes nor its config tell, such as `chunk=64` for RAT.
+
+        Raises:
+            UserError: weights of no preset, options that contradict the file, or a file that leaves something open.
+        """
+        return self._official(file, preset, options)[0]
+
+    def load(
+        self, weights: str | Path, *, preset: str | None = None, options: dict[str, Any] | None = None
+    ) -> "tuple[nn.Module, Label]":
         """The model in a weight file, ours or the authors', in eval mode, and what it says of itself.
+
+        Args:
+            weights: the file, or the folder of a run.
+            preset, options: of an author's file, as in `from_official`; ours say themselves what they are.
 
         Raises:
             UserError: weights of another paper, or of none.
@@ -79,14 +93,20 @@ class Paper:
         file = files.locate(weights)
         state, label = files.read(file)
         if label is None:
-            return self._official(file)
+            return self._official(file, preset, options or {})
         if label.paper != self.card.slug:
             raise UserError(f"{file} holds weights of {label.paper}, not of {self.card.slug}")
+        if options:
+            raise UserError(f"{file} says itself what it was built with: leave {', '.join(options)} out")
+        if preset not in (None, label.preset):
+            raise UserError(f"{file} holds weights of {label.preset}, not of {preset}")
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
         return model.eval(), label
 
-    def _official(self, file: str | Path) -> "tuple[nn.Module, Label]":
+    def _official(self, file: str | Path, given: str | None, options: dict[str, Any]) -> "tuple[nn.Module, Label]":
+        import inspect
+
         from provenn import weights as files
         from provenn.tasks import get_task
 
@@ -94,13 +114,20 @@ class Paper:
             raise UserError(
                 f"{file} carries no provenn label, and {self.card.slug} has no public checkpoints to compare"
             )
-        state, _ = files.read(file)
-        preset, options, converted = self.card.resolve("official:convert")(state)
-        model = self.build(preset, **options)
+        contents = files.read_contents(file)
+        convert = self.card.resolve("official:convert")
+        # Of some papers the shapes do not tell all: their `convert` asks for what the file and its user know besides.
+        asks = "config" in inspect.signature(convert).parameters
+        known = {"config": contents.config, "preset": given, **options} if asks else {}
+        preset, found, converted = convert(contents.state, **known)
+        if given not in (None, preset):
+            raise UserError(f"{file} holds weights of {preset}, not of {given}")
+        built_with = {**found, **options}
+        model = self.build(preset, **built_with)
         files.load_into(model, converted, str(file))
         task = self.card.task_of(self.card.preset(preset))
-        meta = get_task(task).default_meta(options)
-        return model.eval(), files.Label(self.card.slug, preset, task, options, meta)
+        meta = get_task(task).default_meta(built_with)
+        return model.eval(), files.Label(self.card.slug, preset, task, built_with, meta)
 
 
 def _blame(error: Exception, arguments: dict[str, Any]) -> str:
@@ -127,9 +154,9 @@ def paper(slug: str) -> Paper:
     return Paper(catalog.card(slug))
 
 
-def from_official(slug: str, file: str | Path) -> "nn.Module":
-    """Our model with the weights of the authors' checkpoint."""
-    return paper(slug).from_official(file)
+def from_official(slug: str, file: str | Path, *, preset: str | None = None, **options: Any) -> "nn.Module":
+    """Our model with the weights of the authors' checkpoint; `preset` and `options` say what the file does not."""
+    return paper(slug).from_official(file, preset=preset, **options)
 
 
 def train(
@@ -311,12 +338,18 @@ def predict(
         inputs: files, or folders of them; of a language model, words; of what draws, classes.
         weights: a weight file, or the folder of a run.
         output: where the result goes.
-        changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100}.
+        changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100};
+            of an author's file also what it does not tell, as in `from_official`, such as {"chunk": 64}.
         tell: is given the result piece by piece, by tasks whose result comes so.
     """
+    from provenn import weights as files
     from provenn.tasks import get_task
 
-    model, label = paper(slug).load(weights)
+    chosen, changes = paper(slug), dict(changes or {})
+    of_system: dict[str, Any] = {}
+    if files.label_of(weights) is None:
+        of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes)}
+    model, label = chosen.load(weights, preset=of_system.pop("preset", None), options=of_system)
     kind = get_task(label.task)
     if not kind.takes_words:
         missing = next((file for file in inputs if not Path(file).exists()), None)
@@ -331,13 +364,21 @@ def predict(
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
     known = _arguments(kind.predict, but=("model", "meta", "inputs", "output"))
     telling = {} if known.pop("tell", None) is None or tell is None else {"tell": tell}
-    for name in changes or {}:
+    for name in changes:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
-    options = {name: _typed(name, value, known[name]) for name, value in (changes or {}).items()}
+    options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
     return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
+
+
+def _unasked(card: catalog.Card, changes: dict[str, Any]) -> list[str]:
+    """Names that no prediction of the paper takes: what is left is said of the system."""
+    from provenn.tasks import get_task
+
+    takers = [_arguments(get_task(name).predict, but=("model", "meta", "inputs", "output")) for name in card.tasks]
+    return [name for name in changes if not any(name in taker for taker in takers)]
 
 
 def inspect(
@@ -359,7 +400,7 @@ def inspect(
     import torch
 
     from provenn.inspection import Inspection
-    from provenn.tasks import get_task
+    from provenn.tasks import Task, get_task
 
     chosen, source = paper(slug), Path(file)
     if not chosen.card.has("inspection"):
@@ -379,6 +420,17 @@ def inspect(
         if preset not in (None, label.preset):
             raise UserError(f"{weights} holds weights of {label.preset}, not of {preset}: leave --preset out")
         name, kind, trained, meta = label.preset, get_task(label.task), str(weights), label.meta
+    if type(kind).example is Task.example:
+        able = [
+            each.name
+            for each in chosen.card.presets
+            if each.task or chosen.card.task
+            if type(get_task(chosen.card.task_of(each))).example is not Task.example
+        ]
+        raise UserError(
+            f"{name}: {kind.name} makes no input of a single file that could be inspected"
+            + (f"; of {slug} take --preset {' or '.join(able)}" if able else "")
+        )
     look = chosen.card.resolve("inspection:inspect")
     with torch.no_grad():
         layers = look(model, kind.example(source, meta))

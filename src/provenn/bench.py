@@ -292,6 +292,8 @@ def growth(sizes: Sequence[int | float], values: Sequence[int | float]) -> Growt
         raise ValueError(f"need a value for each of at least 3 different sizes, got {len(sizes)} and {len(values)}")
     if min(sizes) <= 0 or min(values) <= 0:
         raise ValueError("sizes and values must be positive: growth is fitted to their logarithms")
+    if len(set(values)) == 1:  # no variance to be explained: the regression would give 0 ± nan
+        return Growth(exponent=0.0, interval=(0.0, 0.0))
     fit = stats.linregress(np.log(sizes), np.log(values))
     margin = float(stats.t.ppf(0.975, len(sizes) - 2) * fit.stderr)
     slope = round(float(fit.slope), 12)

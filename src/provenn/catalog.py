@@ -63,12 +63,16 @@ class Region(Facts):
 
 
 class Mechanism(Facts):
-    """A layer and the slot that it fits."""
+    """A layer and the slot that it fits.
+
+    Each of `variants` is a set of arguments beside the default one; the common checks run over all of them.
+    """
 
     name: str
     slot: str
     layer: str
     arguments: dict[str, Any] = {}
+    variants: list[dict[str, Any]] = []
     cannot: dict[str, str] = {}
     summary: str = ""
 

@@ -2,10 +2,11 @@
 
 import json
 import warnings
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from provenn.errors import UserError
 
 FILE = "weights.safetensors"
 KEY = "provenn"
+CONFIGS = ("config", "args")  # where a trainer notes what the model was built with
+HOLDERS = ("easydict.EasyDict", "argparse.Namespace")  # classes of such a config: names and values, nothing else
 WRAPPERS = ("state_dict", "model_state_dict", "params_ema", "params", "model", "net", "module", "task")
 
 
@@ -34,6 +37,20 @@ class Label:
     options: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+
+
+def label_of(path: str | Path) -> Label | None:
+    """The label of a weight file, without its tensors; None where it has none."""
+    file = locate(path)
+    return _read_safetensors(file, tensors=False)[1] if file.suffix == ".safetensors" else None
+
+
+class Contents(NamedTuple):
+    """What a weight file holds: tensors, our label, and what the authors' trainer noted of the model."""
+
+    state: dict[str, Tensor]
+    label: Label | None
+    config: dict[str, Any]
 
 
 def save(model: nn.Module, file: Path, label: Label) -> None:
@@ -63,19 +80,26 @@ def locate(path: str | Path) -> Path:
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
-    """The tensors in a file, and the label where the file has one.
+    """The tensors in a file, and the label where the file has one; see `read_contents`."""
+    return read_contents(path)[:2]
+
+
+def read_contents(path: str | Path) -> Contents:
+    """The tensors in a file, its label, and the config that an authors' trainer put beside them.
 
     A `.safetensors` file is read as such; any other as a torch checkpoint with `weights_only=True`, so that no code in
-    it runs, and unwrapped to the state dict inside.
+    it runs, and unwrapped to the state dict inside. An `EasyDict` or a `Namespace` becomes a plain dictionary: its
+    class is neither imported nor called.
 
     Raises:
-        UserError: the file is damaged, no checkpoint, or holds more than tensors.
+        UserError: the file is damaged, no checkpoint, or holds more than tensors and plain values.
     """
     file = locate(path)
     if file.suffix == ".safetensors":
-        return _read_safetensors(file)
+        return Contents(*_read_safetensors(file), {})
     try:
-        with warnings.catch_warnings():
+        # An ordered dictionary takes in both what such a class keeps as items and what it keeps as attributes.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(OrderedDict, name) for name in HOLDERS]):
             warnings.simplefilter("ignore")  # what torch thinks of a file that is refused, or of its age
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -86,6 +110,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
         raise UserError(f"refused {file}: {reason}; give a .safetensors file or a plain state dict") from None
     if isinstance(content, dict) and "pytorch-lightning_version" in content and (file.parent / FILE).exists():
         raise UserError(f"{file} is there to resume a training; its weights are in {file.parent / FILE}")
+    noted = [content[name] for name in CONFIGS if isinstance(content, dict) and isinstance(content.get(name), dict)]
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -93,7 +118,15 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
         raise UserError(f"refused {file}: expected a state dict of tensors, got {type(content).__name__}")
     names = list(content)
     shared = "module." if all(name.startswith("module.") for name in names) else ""
-    return {name.removeprefix(shared): value for name, value in content.items()}, None
+    state = {name.removeprefix(shared): value for name, value in content.items()}
+    return Contents(state, None, _plain(noted[0]) if noted else {})
+
+
+def _plain(value: Any) -> Any:
+    """Nested dictionaries without the attributes that an ordered one may carry."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in {**getattr(value, "__dict__", {}), **value}.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _is_pickle(file: Path) -> bool:
@@ -102,13 +135,14 @@ def _is_pickle(file: Path) -> bool:
     return False
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Label | None]:
+def _read_safetensors(file: Path, tensors: bool = True) -> tuple[dict[str, Tensor], Label | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="pt") as handle:
             label = (handle.metadata() or {}).get(KEY)
-            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            names = handle.keys() if tensors else []
+            state = {name: handle.get_tensor(name) for name in names}
         return state, Label(**json.loads(label)) if label else None
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} is no readable safetensors file: {str(error).splitlines()[0]}") from None

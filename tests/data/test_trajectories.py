@@ -23,13 +23,17 @@ def test_trajectories_follow_the_environments_own_dynamics(name):
     """Played again from the same state, the actions lead through the same observations."""
     trajectory = collect(name, "medium", 2)[0]
     environment, limit = make_environment(SCRIPTS[name].environment)
-    assert len(trajectory.actions) <= limit and set(trajectory.actions) <= set(range(environment.action_space.n))
+    assert len(trajectory.actions) <= limit
+    assert all(environment.action_space.contains(action) for action in trajectory.actions)
     if name == "acrobot":  # its observation is not its state
         return
     environment.reset(seed=0)
     environment.state = tuple(trajectory.observations[0].astype(float))
+    if name == "pendulum":
+        cosine, sine, speed = environment.state
+        environment.state = (np.arctan2(sine, cosine), speed)
     for action, following in zip(trajectory.actions[:20], trajectory.observations[1:21]):
-        np.testing.assert_allclose(environment.step(int(action))[0], following, atol=1e-4)
+        np.testing.assert_allclose(environment.step(action)[0], following, atol=1e-4)
 
 
 def test_collected_once_and_the_same_for_a_seed():
@@ -73,6 +77,12 @@ def test_npz_is_cut_where_episodes_end(tmp_path):
         (episode(rewards=[1.0]), "3 observations, 3 actions and 1 rewards"),
         (episode(actions=[0, 0.5, 1]), "a discrete choice"),
         (episode(actions=[0, -1, 1]), "a discrete choice"),
+        (episode(actions=[[[0.5]], [[1]], [[1]]]), "expected a number or a row a step"),
+        (episode(actions=[[0.5], [1, 2], [1]]), "rows of unequal length"),
+        (
+            episode() + "\n" + episode(actions=[[0.5], [1], [1]]),
+            "line 2: actions are rows of 1 numbers where the first",
+        ),
         (episode(observations=[[1], [1, 2], [1]]), "rows of unequal length"),
         (episode(observations=[1, 2, 3]), "expected a row a step"),
         (episode(rewards=[1, float("nan"), 1]), "rewards holds a value that is not finite at step 2"),
@@ -105,11 +115,33 @@ def test_arrays_that_hold_code_are_refused(tmp_path):
         read_trajectories(tmp_path / "c.hdf5")
 
 
+def test_continuous_actions_are_rows_of_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_text(episode(actions=[[0.5, -1], [1, 0.25], [0, 0]]))
+    ((found,), _) = read_trajectories(tmp_path / "a.jsonl")
+    assert found.continuous and found.actions.dtype == np.float32 and found.actions.tolist()[1] == [1, 0.25]
+    arrays = {"observations": np.ones((4, 2)), "actions": np.ones((4, 3)), "rewards": np.ones(4)}
+    np.savez(tmp_path / "a.npz", **arrays, terminals=np.array([0, 1, 0, 1]))
+    assert [t.actions.shape for t in read_trajectories(tmp_path / "a.npz")[0]] == [(2, 3), (2, 3)]
+
+
+def test_environments_with_other_actions_are_refused(monkeypatch):
+    import gymnasium
+
+    class Keys(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+        spec = None
+
+    for space in (gymnasium.spaces.MultiBinary(3), gymnasium.spaces.Box(-np.inf, np.inf, (1,))):
+        Keys.action_space = space
+        monkeypatch.setattr(gymnasium, "make", lambda name, **options: Keys())
+        with pytest.raises(UserError, match="expected discrete ones, or a vector within bounds"):
+            make_environment("Keys-v0")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         ("NoSuch-v9", "gymnasium cannot make 'NoSuch-v9'"),
-        ("Pendulum-v1", "expected discrete ones"),
         ("antigravity:Game-v0", "names a module to import"),
     ],
 )

@@ -190,9 +190,58 @@ def test_forms_by_name():
     c, q, k, v = problem((13,), False)
     for name in ("auto", "fft", "quadratic"):
         torch.testing.assert_close(toeplitz_sums(c, q, k, v, form=name), dense_sums(c, q, k, v))
-    assert [resolved("auto", n) for n in (1024, 1025)] == ["quadratic", "fft"]
     with pytest.raises(ValueError, match="form must be"):
-        resolved("slow", 4)
+        resolved("slow", [4])
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("precision", ["single", "double"])
+def test_auto_changes_form_once_and_later_with_more_to_transform(backward, precision):
+    """The more features and channels, the more transforms: n² weights stay the cheaper for longer."""
+    sizes, changes = [2**power for power in range(3, 21)], []
+    for features, channels in ((2, 17), (8, 17), (8, 65), (32, 65)):
+        options = {"features": features, "channels": channels, "precision": precision, "backward": backward}
+        forms = [resolved("auto", [n], **options) for n in sizes]
+        first = forms.index("fft")
+        assert set(forms[:first]) == {"quadratic"} and set(forms[first:]) == {"fft"}
+        changes.append(sizes[first])
+        assert resolved("auto", [sizes[first]], **options, causal=True) in ("fft", "quadratic")
+    assert changes == sorted(changes) and changes[0] < changes[-1]
+
+
+@pytest.mark.parametrize("features", [8, 32, 64])
+def test_auto_is_quadratic_where_the_transforms_took_nine_times_as_long(features):
+    """1,025 to 4,096 tokens of 64-wide heads, at the default precision."""
+    for n in (1025, 2048, 4096):
+        assert resolved("auto", [n], features=features, channels=65, backward=False) == "quadratic"
+
+
+@form
+@pytest.mark.parametrize(("offsets", "causal"), [((9,), False), ((5,), True), ((3, 5), False)], ids=str)
+def test_second_derivatives_equal_finite_differences(form, offsets, causal):
+    n = tokens_of(offsets, causal)
+    inputs = draw(2, *offsets).exp(), draw(1, 2, n, 2), draw(1, 2, n, 2, seed=1), draw(1, 2, n, 3, seed=2)
+    assert torch.autograd.gradgradcheck(partial(form, causal=causal), [x.requires_grad_() for x in inputs])
+
+
+@given(n=st.integers(1, 30), causal=st.booleans(), least=st.sampled_from([1, 3, 32]))
+def test_any_blocks_of_queries_give_the_same(n, causal, least):
+    inputs = problem((n,) if causal else (2 * n - 1,), causal, heads=2)
+    before = fast_module.LEAST_BLOCK, fast_module.BLOCK["cpu"]
+    fast_module.LEAST_BLOCK, fast_module.BLOCK["cpu"] = least, 1
+    try:
+        cut = with_gradients(quadratic_sums, inputs, causal=causal)
+    finally:
+        fast_module.LEAST_BLOCK, fast_module.BLOCK["cpu"] = before
+    for a, b in zip(cut, with_gradients(dense_sums, inputs, causal=causal)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_quadratic_form_keeps_no_matrix():
+    n = 4096
+    shapes = (1, 2 * n - 1), (1, 1, n, 8), (1, 1, n, 8), (1, 1, n, 8)
+    c, q, k, v = (draw(*shape).float().requires_grad_() for shape in shapes)
+    assert peak_activation_bytes(lambda: quadratic_sums(c, q, k, v).sum().backward()) < 4 * n * n / 4
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,23 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 
 from provenn.bench import count_parameters, flops, growth
-from provenn.evidence import Run
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.feature_maps import FeatureMap
 from provenn.nn.streaming import state_bytes
 from provenn.nn.transformer import TransformerEncoder
+from provenn.ops.linear_attention import linear_attention
 from provenn.ops.linear_attention import linear_attention_weights as weights
 from provenn.papers.hedgehog import (
     MAPS,
@@ -33,12 +36,15 @@ from provenn.papers.hedgehog import (
     rank_correlation,
     restore,
     softmax_weights,
+    studies,
     teaching,
 )
 from provenn.papers.hedgehog import distillation as distillation_module
 from provenn.papers.hedgehog.distillation import map_parameters
 from provenn.papers.hedgehog.layers import FORMS
 from provenn.papers.hedgehog.model import hedgehog_gpt2, hedgehog_small, hedgehog_vit
+from provenn.papers.hedgehog.task import Distillation
+from provenn.tasks import Recipe, get_task
 
 STABLE = [form for form in FORMS if form != "plain"]
 
@@ -111,6 +117,67 @@ def test_plain_exponentials_overflow_where_the_others_do_not(form):
     assert phi(x).isfinite().all() == (form != "plain")
     attention = HedgehogAttention(16, 2, form=form)
     assert attention(1e3 * torch.randn(1, 30, 16)).isfinite().all() == (form != "plain")
+
+
+OPTIONS = [
+    *MAPS.values(),
+    *(partial(HedgehogFeatureMap, form=f, bias=b, feature_dim=w) for f in FORMS for b in (False, True) for w in (2, 6)),
+]
+
+
+@pytest.mark.parametrize("make", OPTIONS)
+def test_gradients_are_true_for_every_map_and_option_on_queries_and_on_keys(make):
+    maps = nn.ModuleList(make(2, 4).double() for _ in range(2))
+    for parameter in maps.parameters():
+        nn.init.normal_(parameter)
+    names = [name for name, _ in maps.named_parameters()]
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
+
+    def attend(q, k, *parameters):
+        given = dict(zip(names, parameters))
+        phi_q, phi_k = (
+            torch.func.functional_call(phi, {n[2:]: p for n, p in given.items() if n[0] == str(i)}, (x,))
+            for i, (phi, x) in enumerate(zip(maps, (q, k)))
+        )
+        return linear_attention(phi_q, phi_k, v)[0]
+
+    assert torch.autograd.gradcheck(attend, (q.requires_grad_(), k.requires_grad_(), *maps.parameters()))
+
+
+def test_the_forms_are_different_attentions():
+    q, k = torch.randn(2, 2, 4, 30, 8, dtype=torch.float64)
+    maps = {form: HedgehogFeatureMap(4, 8, form=form).double() for form in FORMS}
+    attention = {form: weights(phi(q), phi(k)) for form, phi in maps.items()}
+    assert all((attention[a] - attention[b]).abs().max() > 0.01 for a, b in combinations(FORMS, 2))
+
+
+def test_a_factor_of_a_query_cancels_and_one_of_a_key_does_not():
+    q, k = torch.randn(2, 2, 3, 30, 8, dtype=torch.float64).exp()
+    factor = torch.randn(2, 3, 30, 1, dtype=torch.float64).exp()
+    torch.testing.assert_close(weights(factor * q, k), weights(q, k), rtol=1e-12, atol=1e-12)
+    assert (weights(q, factor * k) - weights(q, k)).abs().max() > 0.1
+
+
+def test_spiky_features_that_do_not_meet_keep_all_their_weight():
+    """An ε of 1e-12 in the sum would take a fifth of it: why there is none."""
+    phi, eye = HedgehogFeatureMap(1, 16).double(), 40 * torch.eye(16, dtype=torch.float64)
+    features = phi((eye[:8] - eye[8:])[None, None])[0, 0]
+    queries, key = features[1:], features[:1]
+    products = queries @ key.mT
+    assert (products / (products + 1e-12)).min() < 0.9
+    torch.testing.assert_close(weights(queries, key, causal=False), torch.ones(7, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("start", ["zeros_", "eye_"])
+def test_maps_that_start_at_zero_would_never_learn(start):
+    q, k = torch.randn(2, 2, 2, 20, 8, dtype=torch.float64)
+    maps = [HedgehogFeatureMap(2, 8).double() for _ in range(2)]
+    for phi in maps:
+        if start == "zeros_":
+            nn.init.zeros_(phi.linear.weight)
+    loss = distillation_loss(q, k, maps[0](q), maps[1](k))
+    gradients = torch.autograd.grad(loss, [phi.linear.weight for phi in maps])
+    assert all((gradient.abs().max() < 1e-12) == (start == "zeros_") for gradient in gradients)
 
 
 def test_a_map_that_does_not_say_what_it_maps_cannot_be_built():
@@ -337,6 +404,27 @@ def test_the_loss_is_the_mean_over_real_queries_whatever_padding_holds():
 
 
 @pytest.mark.parametrize("causal", [True, False])
+def test_the_teacher_is_the_softmax_of_the_host_with_its_scale(causal):
+    """By value: the target is softmax(q kᵀ/√d), what the host's own attention computes."""
+    host, x = SoftmaxAttention(18, 2, causal=causal).double(), torch.randn(2, 7, 18, dtype=torch.float64)
+    q, k, v = (m(x).unflatten(-1, (2, 9)).transpose(1, 2) for m in (host.query, host.key, host.value))
+    scores = q @ k.mT / 3  # √9
+    if causal:
+        scores = scores.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -math.inf)
+    target = scores.softmax(-1)
+    torch.testing.assert_close(host.out((target @ v).transpose(1, 2).flatten(2)), host(x))
+    torch.testing.assert_close(softmax_weights(q, k, causal=causal), target)
+    phi_q, phi_k = torch.rand(2, 2, 2, 7, 5, dtype=torch.float64)
+    expected = -(target * weights(phi_q, phi_k, causal=causal).clamp_min(1e-12).log()).sum(-1).mean()
+    torch.testing.assert_close(distillation_loss(q, k, phi_q, phi_k, causal=causal), expected)
+    linear = LinearAttention.from_softmax(host)
+    with teaching(model := nn.Sequential(linear)) as losses:
+        model(x)
+    expected = -(target * linear.weights(x).clamp_min(1e-12).log()).sum(-1).mean()
+    torch.testing.assert_close(losses[0], expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
 def test_long_sequences_are_done_in_blocks_with_the_same_gradient(causal, monkeypatch):
     q, k = torch.randn(2, 2, 3, 20, 4, dtype=torch.float64)
     phi = [torch.rand(2, 3, 20, 6, dtype=torch.float64).requires_grad_() for _ in range(2)]
@@ -397,6 +485,11 @@ def test_entropy_is_that_of_the_weights():
         (lambda: MAPS["cosformer"](2, 4, length=0), "length must be at least 1"),
         (lambda: HedgehogFeatureMap(2, 4)(torch.zeros(1, 3, 5, 4)), r"expected \(batch, 2, tokens, 4\)"),
         (lambda: HedgehogAttention(8, 2)(torch.zeros(3, 8)), r"expected \(batch, tokens, 8\)"),
+        (lambda: HedgehogAttention(8, 2)(torch.zeros(1, 3, 8), mask=torch.ones(1, 3)), "mask must be bool"),
+        (
+            lambda: HedgehogAttention(8, 2)(torch.zeros(1, 3, 8), mask=torch.ones(1, 4) > 0),
+            "mask must be bool of shape",
+        ),
         (lambda: HedgehogAttention(8, 2, causal=False).prefill(torch.zeros(1, 3, 8)), "cannot stream"),
         (lambda: linearise(nn.Linear(2, 2)), "no SoftmaxAttention"),
     ],
@@ -445,33 +538,109 @@ def test_a_vision_transformer_sees_both_ways_and_is_converted():
         hedgehog_vit(patch=3)
 
 
+# The experiments
+
+
 def test_low_rank_additions_start_at_nothing_and_leave_the_weights():
     linear = nn.Linear(6, 5)
-    adapted = claims.LowRank(linear, rank=2, alpha=4)
+    low_rank = studies.LowRank(linear, rank=2, alpha=4)
     x = torch.randn(3, 6)
-    assert torch.equal(adapted(x), linear(x))
-    nn.init.normal_(adapted.up)
-    torch.testing.assert_close(adapted(x), linear(x) + 2 * x @ adapted.down.T @ adapted.up.T)
-    assert [name for name, p in adapted.named_parameters() if p.requires_grad] == ["down", "up"]
+    assert torch.equal(low_rank(x), linear(x))
+    nn.init.normal_(low_rank.up)
+    torch.testing.assert_close(low_rank(x), linear(x) + 2 * x @ low_rank.down.T @ low_rank.up.T)
+
+
+@pytest.mark.parametrize("name", ["softmax", "hedgehog"])
+def test_adaptation_trains_low_rank_additions_to_the_four_projections_alone(name):
+    model = studies.adapted(hedgehog_small(vocab=30, dim=16, heads=2, layers=2, feature_map=name))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    parts = ("query", "key", "value", "out")
+    assert trained == {f"blocks.{i}.mixer.{p}.{side}" for i in range(2) for p in parts for side in ("up", "down")}
 
 
 def test_every_pair_of_recall_is_asked_for_once():
-    tokens, answers = claims.recall_batch(5, torch.Generator().manual_seed(0))
-    pairs, base = claims.RECALL["pairs"], claims.RECALL["values"] + 1
+    tokens, answers, _ = studies.recall_data(0, True).test[:5]
+    pairs, base = studies.PAIRS, studies.VALUES + 1
     keys, values = tokens // base, tokens % base
     for row in range(5):
         told = dict(zip(keys[row, :pairs].tolist(), values[row, :pairs].tolist()))
         assert len(told) == pairs
-        assert [told[key] for key in keys[row, pairs:].tolist()] == answers[row].tolist()
+        assert [told[key] for key in keys[row, pairs:].tolist()] == answers[row, pairs:].tolist()
 
 
-def test_the_sides_of_a_recall_differ_in_their_attention_alone(tmp_path):
-    run = Run("hedgehog", tmp_path, budget="smoke", seeds=(3,))
-    drawn = []
-    original = claims.recall_batch
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims, "recall_batch", lambda *a: (drawn.append(original(*a)), drawn[-1])[1])
-        for name in ("hedgehog", "softmax"):
-            claims.recall_accuracy(run, name)
-    half = len(drawn) // 2
-    assert half == 3 and all(torch.equal(a, b) for x, y in zip(drawn, drawn[half:]) for a, b in zip(x, y))
+def test_code_and_prose_share_nothing():
+    text = '"""Say why."""\nx = 1  # because\ny = """a\nb"""\n'
+    assert studies.prose_of(text) == "Say why.\n\na\nb"
+    assert studies.code_of(text) == "\nx = 1  \ny = \n"
+
+
+def test_softmax_mimics_itself_and_a_fixed_map_does_not():
+    data = studies.digit_data(0, True)
+    options = {"dim": 16, "heads": 2}
+    softmax, elu = (hedgehog_vit(feature_map=name, **options).eval() for name in ("softmax", "elu"))
+    assert [probe(softmax, data) for probe in (studies.SPIKINESS, studies.DIVERGENCE)] == pytest.approx(
+        [0, 0], abs=1e-6
+    )
+    assert studies.RANK(softmax, data) == pytest.approx(1)
+    assert studies.DIVERGENCE(elu, data) > 0 and studies.RANK(elu, data) < 1
+
+
+SHORT = Recipe(epochs=1, batch_size=64, max_steps=2, lr=1e-2)
+
+
+def convert(study, arm, **changes):
+    """One training of an arm as the study does it, in two steps a stage."""
+    data, (label, part) = study.data(0, True), study.arms[arm]
+    trained = replace(study.trained, **changes)
+    build = lambda: study.build(part, **data.options)  # noqa: E731
+    return trained(build, study.of_task, data, SHORT, seed=0, device="cpu", title=label).model
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    fresh = studies.Kept()
+    monkeypatch.setattr(studies, "KEPT", fresh)
+    return fresh
+
+
+def test_every_arm_starts_from_one_host_which_frozen_arms_keep(kept):
+    base = convert(claims.LORA, "base")
+    (host,) = kept.values.values()
+    assert all(torch.equal(host[name], value) for name, value in base.state_dict().items())
+    model = convert(claims.LORA, "hedgehog")
+    assert len(kept.values) == 2  # the maps, and no second host
+    for name, value in model.state_dict().items():
+        name = name.replace(".linear.weight", ".weight") if "map_" not in name else name
+        assert name not in host or torch.equal(host[name], value)
+
+
+def test_tuning_does_not_reach_what_is_kept_of_the_host_and_its_maps(kept):
+    convert(claims.WHOLE, "hedgehog")
+    before = copy.deepcopy(kept.values)
+    tuned = convert(claims.WHOLE, "hedgehog")
+    for place, state in kept.values.items():
+        assert all(torch.equal(value, before[place][name]) for name, value in state.items())
+    host, maps = before.values()
+    assert all(torch.equal(maps[name], value) for name, value in host.items())  # distillation leaves the host
+    assert not all(torch.equal(maps[name], value) for name, value in tuned.state_dict().items())
+
+
+def test_swapped_in_maps_are_distilled_but_for_the_frozen(kept):
+    model, raw = convert(claims.SWAPPED, "hedgehog"), convert(claims.SWAPPED, "raw")
+    assert len(kept.values) == 1
+    learned, fixed = (part.state_dict() for part in (model, raw))
+    assert {name for name in learned if not torch.equal(learned[name], fixed[name])} == {
+        name for name in learned if "map_" in name
+    }
+
+
+def test_distillation_as_a_task_has_the_mean_loss_of_the_layers_and_the_metric_of_its_task():
+    task, of = Distillation("image-classification"), get_task("image-classification")
+    data = studies.digit_data(0, True)
+    model = hedgehog_vit(dim=16, heads=2)
+    batch = next(iter(DataLoader(data.train, batch_size=8)))
+    with teaching(model) as losses:
+        model(batch[0])
+    torch.testing.assert_close(task.loss(model, batch), sum(losses) / 2)
+    assert task.metric == of.metric and task.trivial(data) == of.trivial(data)
+    assert task.evaluate(model.eval(), data.val) == of.evaluate(model, data.val)

@@ -1,6 +1,7 @@
 """What MoH promises: attention whose heads are weighed and chosen by the token, with its limits and its identities."""
 
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -10,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from provenn.bench import count_parameters
+import provenn
+from provenn.bench import count_parameters, flops
 from provenn.errors import UserError
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.diffusion import noise_loss, sample
 from provenn.nn.language import CausalLM
 from provenn.nn.streaming import select_state
-from provenn.papers.moh import DiT, MoHViT, dit, moh_dit_digits, moh_llm_b, moh_llm_s, moh_vit_digits, vit
+from provenn.ops.routed_heads import routed_attention
+from provenn.papers.moh import DiT, MoHViT, dit, layers, moh_dit_digits, moh_llm_b, moh_llm_s, moh_vit_digits, vit
 from provenn.papers.moh.layers import (
     HeadRouter,
     MoHAttention,
@@ -105,6 +108,9 @@ def test_in_the_papers_form_it_is_not():
     gates = layer.router(x).gates
     torch.testing.assert_close(gates.sum(-1), torch.ones(2, 9, dtype=torch.float64))
     assert (layer(x) - softmax(x)).abs().max() > 0.1
+    even = MoHAttention.from_softmax(softmax, router="paper", shared=0, top_k=8)
+    nn.init.zeros_(even.router.routed.weight)
+    torch.testing.assert_close(even(x) - softmax.out.bias, (softmax(x) - softmax.out.bias) / 8)
 
 
 @settings(deadline=None, max_examples=40)
@@ -448,6 +454,51 @@ def test_the_share_of_heads_is_the_one_in_the_name(build, share):
     assert sum(r.shared + r.top_k for r in routers) / sum(r.heads for r in routers) == share
 
 
+@pytest.mark.parametrize("build", [*dit.PRESETS.values(), moh_llm_s, moh_llm_b])
+def test_without_its_routers_a_system_has_the_parameters_of_multi_head_attention(build):
+    """Also where the paper's heads are as many as it says, of a width of their own: 675,129,632 for DiT-XL/2."""
+    with torch.device("meta"):
+        model = build()
+    routers = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+    if "llm" in build.__name__:
+        with torch.device("meta"):
+            assert count_parameters(model) - routers == count_parameters(build(shared=None, top_k=None))
+    elif "xl" in build.__name__:
+        assert count_parameters(model) - routers == 675_129_632
+    assert 0 < routers < 0.01 * count_parameters(model)
+
+
+@pytest.mark.parametrize(
+    "build, giga",
+    [(vit.moh_vit_small_75, 10.32), (vit.moh_vit_base_75, 18.35), (vit.moh_vit_base_50, 18.35)],
+)
+def test_a_vision_transformer_does_the_authors_multiply_adds(build, giga):
+    """Counted in their code at 224 × 224, routers included: as many at 50 % of the heads as at 75 %."""
+    with torch.device("meta"), torch.no_grad():
+        model, image = build().eval(), torch.zeros(1, 3, 224, 224)
+        assert flops(lambda: model(image)) / 2e9 == pytest.approx(giga, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "build, giga", [(dit.moh_dit_s_75, 5.46), (dit.moh_dit_b_90, 21.8), (dit.moh_dit_xl_75, 114.5)]
+)
+def test_a_diffusion_transformer_does_the_authors_multiply_adds(build, giga):
+    """Of its maps, as counted in their code, where attention is fused; and 2 · 256² for each feature of the heads."""
+    with torch.device("meta"), torch.no_grad():
+        model = build().eval()
+        inputs = torch.zeros(1, 4, 32, 32), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        products = sum(2 * 256**2 * block.attention.out.in_features for block in model.blocks)
+        assert flops(lambda: model(*inputs)) / 2e9 == pytest.approx(giga + products / 1e9, rel=2e-3)
+
+
+def test_gathered_attention_does_the_share_of_the_operations_that_is_in_use():
+    q, k, v = (torch.randn(1, 8, 64, 16) for _ in range(3))
+    turns = (torch.arange(64)[:, None] + torch.arange(6)) % 8  # 6 of 8 heads, each by as many tokens
+    active = torch.zeros(64, 8, dtype=torch.bool).scatter(1, turns, True).T[None]
+    gathered = flops(lambda: routed_attention(q, k, v, active))
+    assert gathered == 0.75 * flops(lambda: F.scaled_dot_product_attention(q, k, v))
+
+
 def test_language_models_have_the_papers_size():
     with torch.device("meta"):
         counted = [count_parameters(m) for m in (moh_llm_s(), moh_llm_b(), moh_llm_b(shared=None, top_k=None))]
@@ -553,6 +604,72 @@ def test_a_vision_transformer_takes_images_of_other_sizes():
     assert model(torch.randn(2, 3, 64, 96)).shape == (2, 3)
     with pytest.raises(ValueError, match="multiples of 32, got 60 x 64"):
         model(torch.randn(1, 3, 60, 64))
+
+
+def test_positions_of_the_diffusion_transformer_are_the_authors():
+    """Values of their table of 3 × 3 places in 8 features, of noise levels in 6: columns and sines first, then rows."""
+    table = [
+        [0.841471, 0.01, 0.540302, 0.99995, 0.0, 0.0, 1.0, 1.0],
+        [0.0, 0.0, 1.0, 1.0, 0.841471, 0.01, 0.540302, 0.99995],
+        [0.909297, 0.019999, -0.416147, 0.9998, 0.841471, 0.01, 0.540302, 0.99995],
+    ]
+    levels = [
+        [-0.989992, 0.990321, 0.999979, 0.14112, 0.138798, 0.006463],
+        [-0.839104, 0.475559, 0.062651, 0.543971, 0.879684, 0.998035],
+    ]
+    torch.testing.assert_close(dit.grid_positions(3, 8)[[1, 3, 5]], torch.tensor(table), rtol=0, atol=2e-6)
+    features = dit.noise_level_features(torch.tensor([3, 700]), 6)
+    torch.testing.assert_close(features, torch.tensor(levels), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [3, None])
+def test_a_diffusion_transformer_draws_queries_keys_and_values_as_one_map(shared):
+    """Xavier's bound of (3 · dim) × dim; drawn apart the weights would be √2 larger."""
+    model = moh_dit_digits(dim=64, layers=2, shared=shared, top_k=shared)
+    bound = (6 / (64 + 3 * 64)) ** 0.5
+    for block in model.blocks:
+        for part in (block.attention.query, block.attention.key, block.attention.value):
+            assert 0.99 * bound < part.weight.abs().max() <= bound
+        assert block.attention.out.weight.abs().max() > 1.3 * bound
+
+
+PRESETS_THAT_GATHER = {
+    "moh_small": ({"dim": 16, "layers": 1}, [torch.arange(40)[None]]),
+    "moh_vit_digits": ({"dim": 16, "layers": 1}, [torch.linspace(-1, 1, 64).view(1, 1, 8, 8)]),
+    "moh_dit_digits": (
+        {"dim": 16, "layers": 1},
+        [torch.linspace(-1, 1, 64).view(1, 1, 8, 8), torch.tensor([500]), torch.tensor([3])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS_THAT_GATHER)
+def test_a_preset_computes_the_heads_in_use_alone_where_that_is_asked(name, monkeypatch):
+    options, inputs = PRESETS_THAT_GATHER[name]
+    counted = []
+    routed = layers.routed_attention
+    monkeypatch.setattr(layers, "routed_attention", lambda *args, **more: counted.append(1) or routed(*args, **more))
+    outputs = []
+    for execute in ("dense", "gather"):
+        model = provenn.paper("moh").build(name, execute=execute, **options).double().eval()
+        torch.manual_seed(0)
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.3)
+        outputs.append(model(*(x.double() if x.is_floating_point() else x for x in inputs)))
+    assert counted == [1]
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_balance_that_nobody_takes_is_not_dropped_without_a_word():
+    layer, x = MoHAttention(16, 8), torch.randn(2, 9, 16)
+    with pytest.warns(UserWarning, match=r"collect_auxiliary.*balance=0"):
+        layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with collect_auxiliary():
+            layer(x)
+        MoHAttention(16, 8, balance=0)(x)
+        layer.eval()(x)
 
 
 def test_what_is_inspected_is_the_load_of_the_heads():

@@ -1,9 +1,13 @@
 """MoH in pretrained models: no parameter more, the authors' router, streamed, saved, tuned and undone."""
 
 import copy
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -16,8 +20,9 @@ from transformers import (
 
 from provenn.errors import UserError
 from provenn.huggingface import attentions, convert, revert, tune
-from provenn.papers.moh import watch_routing
+from provenn.papers.moh import moh_small, watch_routing
 from provenn.papers.moh.convert import report
+from provenn.testing import seeded_array, seeded_state
 
 VOCAB = 60
 
@@ -28,21 +33,20 @@ def gpt2():
     )
 
 
-def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=2,
-            hidden_size=32,
-            intermediate_size=32,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            vocab_size=VOCAB,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+def llama(**options):
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**small, **options}))
 
 
 def bert():
@@ -102,6 +106,74 @@ def test_a_llama_chooses_heads_as_the_authors_formula_says():
     expected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(2).indices, True)
     assert torch.equal(first.active[..., 4:], expected) and first.active[..., :4].all()
     assert first.active.float().mean() == 0.75
+
+
+def test_a_llama_gives_the_values_of_the_authors_code():
+    """Logits that their modeling_llama.py gave for weights and tokens of this seed; it holds no gradient of a gate."""
+    golden = json.loads((Path(__file__).parents[1] / "fixtures" / "moh_llama.json").read_text())
+    model = llama(intermediate_size=48, tie_word_embeddings=False).eval()
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(seeded_state(shapes, golden["seed"]))
+    noise = seeded_array(golden["tokens"]["shape"], golden["tokens"]["name"], golden["seed"])
+    ids = torch.from_numpy(((noise / np.sqrt(3) + 1) / 2 * golden["tokens"]["below"]).astype(np.int64))
+    with torch.no_grad():
+        logits = convert(model, "moh")(ids).logits
+    expected = torch.tensor(golden["output"]["value"])
+    torch.testing.assert_close(logits.flatten()[golden["output"]["index"]], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared, top_k", [(4, 2), (2, 2), (None, None)])
+def test_our_language_model_is_a_llama_whose_heads_are_weighed(shared, top_k):
+    """Hugging Face's Llama with the same weights; what W_O reads is multiplied by the gates of equations 4 to 6."""
+    ours = moh_small(VOCAB, dim=32, layers=2, heads=8, shared=shared, top_k=top_k).double().eval()
+    for name, weight in ours.named_parameters():
+        nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+    theirs = llama(num_key_value_heads=8, intermediate_size=ours.blocks[0].feedforward.linear1.out_features).double()
+    theirs.model.embed_tokens.weight.data = theirs.lm_head.weight.data = ours.embed.weight.data
+    theirs.model.norm.weight.data = ours.norm.weight.data
+    theirs.model.norm.variance_epsilon = 1e-6
+    for block, layer in zip(ours.blocks, theirs.eval().model.layers, strict=True):
+        mixer, feedforward = block.mixer, block.feedforward
+        for own, other in (
+            (block.norm1, layer.input_layernorm),
+            (block.norm2, layer.post_attention_layernorm),
+            (mixer.query, layer.self_attn.q_proj),
+            (mixer.key, layer.self_attn.k_proj),
+            (mixer.value, layer.self_attn.v_proj),
+            (mixer.out, layer.self_attn.o_proj),
+            (feedforward.gate, layer.mlp.gate_proj),
+            (feedforward.linear1, layer.mlp.up_proj),
+            (feedforward.linear2, layer.mlp.down_proj),
+        ):
+            other.weight.data = own.weight.data
+        if shared is not None:
+            gate_by_the_equations(layer, mixer.router, shared, top_k)
+    ids = tokens()
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(*ids.shape, VOCAB, dtype=torch.float64)
+    (own,) = torch.autograd.grad((ours(ids) * weight).sum(), ours.blocks[0].mixer.query.weight)
+    (other,) = torch.autograd.grad((theirs(ids).logits * weight).sum(), theirs.model.layers[0].self_attn.q_proj.weight)
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def gate_by_the_equations(layer, router, shared, top_k):
+    """g = (2 α₁ h_s softmax(W_s x), 2 α₂ K p ⊙ m / Σ(p ⊙ m)) on what the output map of an attention reads."""
+    seen = []
+
+    def read(_, args, named):
+        seen.append(named["hidden_states"] if "hidden_states" in named else args[0])
+
+    def gate(_, args):
+        x = seen.pop()
+        p = (x @ router.routed.weight.T).softmax(-1)
+        kept = torch.where(p >= p.topk(top_k).values[..., -1:], p, 0)
+        alpha = 2 * (x @ router.kinds.weight.T).softmax(-1)
+        first = shared * (x @ router.common.weight.T).softmax(-1)
+        gates = torch.cat([alpha[..., :1] * first, alpha[..., 1:] * top_k * kept / kept.sum(-1, keepdim=True)], -1)
+        return (args[0] * gates.repeat_interleave(args[0].shape[-1] // gates.shape[-1], -1),)
+
+    layer.self_attn.register_forward_pre_hook(read, with_kwargs=True)
+    layer.self_attn.o_proj.register_forward_pre_hook(gate)
 
 
 @executions

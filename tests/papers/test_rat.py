@@ -2,7 +2,10 @@
 
 import copy
 import io
+import sys
+import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from streams import fold
 from torch import nn
 
 import provenn
+from provenn import weights
 from provenn.bench import count_parameters, flops, growth
 from provenn.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
@@ -24,13 +28,30 @@ from provenn.papers.rat import (
     RNNMixer,
     attention_small,
     attention_swa_small,
+    claims,
     rat_small,
     rat_swa_small,
     rnn_small,
 )
 from provenn.papers.rat.costs import mixer_costs
 from provenn.papers.rat.official import convert
-from provenn.papers.rat.studies import open_gates, pair_reader
+from provenn.papers.rat.studies import (
+    NEEDLES,
+    _state_after,
+    attention,
+    held,
+    needles,
+    open_gates,
+    pair_reader,
+    read_needles,
+    rise,
+    rnn,
+    selection,
+    streamed,
+    text,
+    trained,
+    window,
+)
 from provenn.testing import seeded_state
 
 MIXERS = {
@@ -301,9 +322,42 @@ def test_a_bfloat16_stream_keeps_its_running_state_in_float32():
             y, prefilled = layer.prefill(x)
             streamed, state = fold(layer, x)
         assert y.dtype == streamed.dtype == torch.bfloat16
-        for held in (state, prefilled):
-            assert held.value.dtype == torch.float32
+        assert state.value.dtype == prefilled.value.dtype == torch.float32
         torch.testing.assert_close(streamed.float(), y.float(), rtol=0.05, atol=0.05 * y.float().abs().max().item())
+
+
+def test_a_running_state_of_a_bfloat16_stream_does_not_stall():
+    """A mean of ones with a gate of 0.999 stops at a quarter where it is itself held in bfloat16."""
+    for layer in (RATMixer(4, 2, chunk=10**6), RNNMixer(4)):
+        nn.init.zeros_(layer.project.weight)
+        layer.project.weight.data[4:8] = 1  # v = Σ x = 1
+        nn.init.constant_(layer.gate_bias, 6.9068)  # σ⁻¹(0.999)
+        layer, x = layer.bfloat16(), torch.full((1, 4), 0.25).bfloat16()
+        state = layer.init_state(1)
+        with torch.no_grad():
+            for _ in range(3000):
+                _, state = layer.step(x, state)
+        assert state.value.mean() > 0.9
+
+
+def test_gates_whose_product_underflows_lose_nothing():
+    """The closed form, which divides by that product, is 0/0 within a chunk of 64."""
+    layer = RATMixer(4, 2, chunk=128)
+    nn.init.zeros_(layer.project.weight)
+    layer.project.weight.data[4:8] = 1
+    nn.init.constant_(layer.gate_bias, -2.0)
+    gate = torch.sigmoid(torch.tensor(-2.0))
+    assert gate**128 == 0
+    _, state = layer.prefill(torch.full((1, 128, 4), 0.25))
+    torch.testing.assert_close(state.value, torch.ones(1, 4))
+
+
+@pytest.mark.parametrize(("build", "mebibytes"), [(attention, 768), (RATMixer, 48)], ids=["attention", "rat"])
+def test_a_stream_of_the_1_3b_models_holds_what_the_paper_s_formula_says(build, mebibytes):
+    with torch.device("meta"), torch.no_grad():
+        _, state = build(2048, 16).bfloat16().prefill(torch.empty(1, 4096, 2048, dtype=torch.bfloat16))
+    cache = state.chunks if isinstance(build, type) else state
+    assert 24 * cache.nbytes == mebibytes * 2**20
 
 
 def test_attention_work_falls_by_the_chunk_length():
@@ -477,19 +531,148 @@ def theirs(kinds, dim=128, vocab=30):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "preset"),
+    ("kinds", "preset", "options"),
     [
-        (["rat"] * 3, "rat_small"),
-        (["rnn"] * 2, "rnn_small"),
-        (["attention"] * 2, "attention_small"),
-        (["rat", "attention", "rat"], "rat_swa_small"),
+        (["rat"] * 3, "rat_small", {"chunk": 8}),
+        (["rnn"] * 2, "rnn_small", {}),
+        (["attention"] * 2, "attention_small", {"preset": "attention_small", "heads": 2}),
+        (["attention"] * 2, "attention_swa_small", {"preset": "attention_swa_small", "heads": 2, "window": 9}),
+        (["rat", "attention", "rat"], "rat_swa_small", {"chunk": 8, "window": 9}),
     ],
 )
-def test_official_weights_tell_their_preset(kinds, preset):
+def test_official_weights_tell_their_preset(kinds, preset, options):
     state = {f"_orig_mod.{name}": value for name, value in theirs(kinds).items()}
-    found, options, ours = convert(state)
-    assert found == preset and options["layers"] == len(kinds)
-    MODELS[found](**options).load_state_dict(ours, strict=True)
+    found, built_with, ours = convert(state, **options)
+    assert found == preset and built_with["layers"] == len(kinds)
+    model = MODELS[found](**built_with)
+    model.load_state_dict(ours, strict=True)
+    assert all(getattr(block.mixer, "chunk", 8) == 8 for block in model.blocks)
+    assert getattr(model.blocks[-1 if kinds[0] == "attention" else 1].mixer, "window", 9) == options.get("window", 9)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options", "message"),
+    [
+        (["rat"], {}, "do not tell chunk, .* give chunk=16"),
+        (["rat", "attention"], {"chunk": 16}, "do not tell window, .* give window=1025"),
+        (["attention"], {}, "do not tell full attention from a window"),
+        (["attention"], {"preset": "attention_small"}, "do not tell heads"),
+        (["rat"], {"chunk": 16, "heads": 4}, "the checkpoint has heads=2, got heads=4"),
+    ],
+    ids=str,
+)
+def test_what_official_weights_do_not_tell_is_asked_for(kinds, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        convert(theirs(kinds), **options)
+    assert "\n" not in str(error.value)
+
+
+class EasyDict(dict):
+    """As in the package of that name: every item is an attribute too, and a pickle holds both."""
+
+    def __init__(self, items=()):
+        for name, value in dict(items).items():
+            self[name] = value
+
+    def __setitem__(self, name, value):
+        value = EasyDict(value) if isinstance(value, dict) else value
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+
+def trained_by_the_authors(file, monkeypatch, kinds, *cells, **more):
+    """A checkpoint as the authors' trainer writes it, read where their package is not installed."""
+    names = ("seq_cell",) if len(cells) == 1 else ("seq_cell1", "seq_cell")
+    backbone = {"_name_": "sequence", "num_layers": len(kinds), "d_model": 128, **dict(zip(names, cells))}
+    config = {"model": {"backbone": backbone, "embedding": {"pe": {"_name_": "interrope"}}}, "trainer": {"seed": 1005}}
+    with monkeypatch.context() as patch:
+        module = types.ModuleType("easydict")
+        module.EasyDict = EasyDict
+        patch.setattr(EasyDict, "__module__", "easydict")
+        patch.setitem(sys.modules, "easydict", module)
+        torch.save({"task": theirs(kinds), "config": EasyDict(config), "step": 47683, **more}, file)
+    return file
+
+
+RAT_CELL = {"_name_": "rat", "d_model": 128, "d_head": 64, "ngroups": 2, "chunk_size": 64}
+ATTENTION_CELL = {"_name_": "attention", "d_model": 128, "d_head": 32}
+LOCAL_CELL = {"_name_": "local_attention", "d_model": 128, "d_head": 64, "window_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "cells", "expected"),
+    [
+        (["rat"] * 2, [RAT_CELL], rat_small(chunk=64, heads=2, dim=128, layers=2, vocab=30)),
+        (["rnn"] * 2, [{"_name_": "rnn", "d_model": 128}], rnn_small(dim=128, layers=2, vocab=30)),
+        (["attention"] * 2, [ATTENTION_CELL], attention_small(heads=4, dim=128, layers=2, vocab=30)),
+        (
+            ["attention"] * 2,
+            [{**ATTENTION_CELL, "d_head": 64}, LOCAL_CELL],
+            attention_swa_small(heads=2, window=6, dim=128, layers=2, vocab=30),
+        ),
+        (
+            ["rat", "attention"],
+            [RAT_CELL, LOCAL_CELL],
+            rat_swa_small(chunk=64, heads=2, window=6, dim=128, layers=2, vocab=30),
+        ),
+    ],
+    ids=["rat", "rnn", "attention", "attention and window", "rat and window"],
+)
+def test_a_checkpoint_of_the_authors_trainer_says_what_it_is(tmp_path, monkeypatch, kinds, cells, expected):
+    file = trained_by_the_authors(tmp_path / "47683.pth", monkeypatch, kinds, *cells)
+    model = provenn.from_official("rat", file)
+    expected.load_state_dict(model.state_dict())
+    tokens = torch.randint(30, (2, 130))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), expected.eval()(tokens))
+    assert "easydict" not in sys.modules
+
+
+def test_the_length_of_a_chunk_is_the_checkpoint_s_and_not_the_user_s(tmp_path, monkeypatch):
+    file = trained_by_the_authors(tmp_path / "a.pth", monkeypatch, ["rat"], RAT_CELL)
+    assert provenn.from_official("rat", file, chunk=64).blocks[0].mixer.chunk == 64
+    with pytest.raises(UserError, match="the checkpoint has chunk=64, got chunk=16"):
+        provenn.from_official("rat", file, chunk=16)
+    with pytest.raises(UserError, match="holds weights of rat_small, not of rnn_small"):
+        provenn.from_official("rat", file, preset="rnn_small")
+    with pytest.raises(UserError, match="'length'; it takes: vocab, dim, layers, heads, chunk, groups, positions"):
+        provenn.from_official("rat", file, length=4)
+
+
+def test_a_config_with_code_in_it_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    trace = tmp_path / "trace"
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (trace,)
+
+    file = trained_by_the_authors(tmp_path / "a.pth", monkeypatch, ["rat"], RAT_CELL, more=Code())
+    with pytest.raises(UserError, match="could run code"):
+        provenn.from_official("rat", file)
+    assert not trace.exists()
+
+
+def test_what_the_weights_do_not_tell_is_given_to_a_prediction(tmp_path):
+    torch.save(theirs(["rat"], vocab=257), tmp_path / "plain.pth")
+    with pytest.raises(UserError, match="do not tell chunk"):
+        provenn.predict("rat", ["de"], weights=tmp_path / "plain.pth", changes={"tokens": 3})
+    texts = [
+        provenn.predict("rat", ["def f"], weights=tmp_path / "plain.pth", changes={"tokens": 3, "chunk": chunk})
+        for chunk in (2, 64)
+    ]
+    assert all(text.startswith("def f") for text in texts)
+
+
+def test_our_own_weights_say_what_they_are(tmp_path):
+    label = weights.Label("rat", "rat_small", "language-modelling", {"vocab": 20, "dim": 24, "layers": 1, "chunk": 4})
+    weights.save(rat_small(**label.options), tmp_path / "ours.safetensors", label)
+    assert weights.label_of(tmp_path / "ours.safetensors") == label
+    model, _ = provenn.paper("rat").load(tmp_path / "ours.safetensors")
+    assert model.blocks[0].mixer.chunk == 4
+    with pytest.raises(UserError, match="says itself what it was built with: leave chunk out"):
+        provenn.paper("rat").load(tmp_path / "ours.safetensors", options={"chunk": 8})
+    with pytest.raises(UserError, match="holds weights of rat_small, not of rnn_small"):
+        provenn.paper("rat").load(tmp_path / "ours.safetensors", preset="rnn_small")
 
 
 def test_official_weights_of_other_models_are_refused():
@@ -501,6 +684,9 @@ def test_official_weights_of_other_models_are_refused():
         convert(theirs(["rat"]) | {"head.lm_head.weight": torch.zeros(30, 128)})
     with pytest.raises(UserError, match="3 rows of shared queries and keys"):
         convert(theirs(["rat"]) | {"backbone.layers.0.seq_layer.in_proj.weight": torch.zeros(3 * 128 + 3, 128)})
+    cells = {"seq_cell1": LOCAL_CELL, "seq_cell": RAT_CELL}
+    with pytest.raises(UserError, match="no model of the paper has layers window, rat in turn"):
+        convert(theirs(["attention", "rat"]), {"model": {"backbone": cells}})
 
 
 def brute_force(mixer, tokens, chunk, window):
@@ -547,6 +733,105 @@ def test_costs_refuse_what_is_not_there():
         mixer_costs("rat", 10, dim=8, heads=3)
     with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
         mixer_costs("rat", 10, dim=8, groups=0)
+
+
+# The experiments
+
+
+def differences(models):
+    """Names of parameters that not all of the models have in the same shape."""
+    shapes = [{(name, tuple(p.shape)) for name, p in model.named_parameters()} for model in models]
+    return {name for some in shapes for name, _ in some ^ shapes[0]}
+
+
+def test_the_arms_of_a_study_differ_in_their_mixers_alone():
+    for study, options in ((claims.TEXT, {"vocab": 257}), (claims.RECALL, {"vocab": 576})):
+        models = {arm: study.build(part, **options) for arm, (_, part) in study.arms.items()}
+        assert differences(models.values()) and all(".mixer." in name for name in differences(models.values()))
+        kinds = {arm: [type(block.mixer).__name__ for block in model.blocks] for arm, model in models.items()}
+        assert kinds["attention"] == ["SoftmaxAttention"] * 2 and kinds["rnn"] == ["RNNMixer"] * 2
+        assert {block.mixer.chunk for block in models["rat" if study is claims.TEXT else "rat16"].blocks} == {16}
+    assert [type(b.mixer).__name__ for b in claims.TEXT.build(claims.TEXT.arms["hybrid"][1], vocab=257).blocks] == [
+        "RATMixer",
+        "SlidingWindowAttention",
+    ]
+
+
+def test_every_arm_chooses_from_the_same_rates():
+    for study in (claims.TEXT, claims.RECALL):
+        assert len(study.lrs) >= 3 and max(study.lrs) / min(study.lrs) >= 8
+
+
+STREAMING = {
+    "attention": attention,
+    "window": lambda dim, heads: SlidingWindowAttention(dim, heads, window=7, bias=False, rotary=True),
+    "rat": RATMixer,
+    "rnn": rnn,
+}
+
+
+@pytest.mark.parametrize("build", STREAMING.values(), ids=STREAMING)
+@pytest.mark.parametrize("count", [5, 31, 48])
+def test_a_timed_stream_holds_what_one_that_has_read_holds(build, count):
+    layer = build(8, 2)
+    with torch.no_grad():
+        _, real = layer.prefill(torch.randn(3, count, 8))
+        made = _state_after(layer, count, 3, "cpu", torch.float32)
+        made_bytes, real_bytes = (getattr(state, "nbytes", None) or state_bytes((state,)) for state in (made, real))
+        assert made_bytes == real_bytes
+        y, after = layer.step(torch.randn(3, 8), made)
+    assert y.shape == (3, 8) and y.isfinite().all()
+    for name in ("length", "seen"):
+        assert getattr(after, name, None) == (getattr(real, name) + 1 if hasattr(real, name) else None)
+
+
+def test_bytes_held_are_those_of_the_layers_in_bfloat16():
+    count = held(attention, RATMixer, dim=8, heads=2)(33, "cpu")()
+    layers = [attention(8, 2).bfloat16(), RATMixer(8, 2).bfloat16()]
+    with torch.no_grad():
+        states = [layer.prefill(torch.randn(1, 33, 8).bfloat16())[1] for layer in layers]
+    assert count == state_bytes(tuple(states)) == 2 * 2 * 8 * 33 + 2 * 2 * 8 * 3 + 2 * 4 * 8 + 8
+
+
+def test_work_that_is_timed_runs_forward_and_backward_and_streams():
+    gradients = trained(RATMixer, 8, 2)(40, "cpu")()
+    assert gradients[0].shape == (1, 40, 8) and all(g is None or g.isfinite().all() for g in gradients)
+    batched = trained(attention, 8, 2, tokens=64)(16, "cpu")()
+    assert batched[0].shape == (4, 16, 8)
+    y = streamed(RATMixer, window, dim=8, heads=2, slots=64)(16, "cpu")()
+    assert y.shape == (4, 8) and y.isfinite().all()
+
+
+class Telling(nn.Module):
+    """Gives the same bits to every byte up to `known`, and none after."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.weight = known, nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens):
+        logits = torch.zeros(*tokens.shape, 257)
+        logits[:, self.known :, 0] = 5.0
+        return logits
+
+
+def test_the_rise_is_of_the_end_of_a_longer_text_against_its_start():
+    data = text(128, True)
+    assert rise(Telling(512), data) == pytest.approx(0, abs=1e-6)
+    assert rise(Telling(300), data) > 0.3
+    assert rise(Telling(0), data) == pytest.approx(0, abs=1e-6)
+
+
+def test_selection_is_of_needles_against_filler():
+    model = read_needles(partial(RATMixer, heads=4, chunk=4))
+    first = model.blocks[0].mixer
+    data = needles(0, True, 32)
+    nn.init.zeros_(first.project.weight)
+    assert selection(model, data) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():  # z and v come before g: filler closes the gates
+        first.project.weight[128:192] = model.embed.key.weight[NEEDLES["keys"]].expand(64, -1)
+    assert selection(model, data) > 0.1
+    assert selection(read_needles(partial(SoftmaxAttention, heads=4)), data) == 0
 
 
 def test_a_reader_of_pairs_starts_wide_and_tells_values():

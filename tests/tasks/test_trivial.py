@@ -14,6 +14,7 @@ from provenn.nn.diffusion import noise_schedule
 from provenn.tasks import Recipe, TaskData, fit, get_task
 from provenn.tasks.base import NAMES
 from provenn.tasks.language_modelling import Windows
+from provenn.tasks.masked_language_modelling import Blanks
 from provenn.tasks.recall import IGNORED
 from provenn.tasks.super_resolution import Crops, Whole, enlarge
 
@@ -157,6 +158,38 @@ def pairs():
     return data, [Loudest(data.options["vocab"], 6 + 8)], 1 / 6
 
 
+def blanks():
+    parts = [
+        np.random.default_rng(seed).choice(5, size, p=[0.5, 0.2, 0.1, 0.1, 0.1])
+        for seed, size in enumerate((801, 401, 403))
+    ]
+    train, val, test = (Blanks(Windows(part, 8, np.ones(5, dtype=np.int64)), 5) for part in parts)
+    data = TaskData("dice", train, val, test, "", {"vocab": 6})
+    return data, [Constant(shares(parts[0], 6).add(1e-9).log(), places=True)], None
+
+
+class Parrot(nn.Module):
+    """Writes one sentence, whatever it is given."""
+
+    def __init__(self, sentence):
+        super().__init__()
+        self.values = nn.Parameter(nn.functional.one_hot(sentence, 256).float())
+
+    def forward(self, source, written, mask=None):
+        return self.values[: written.shape[1]].expand(len(source), -1, -1)
+
+
+def sentences():
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for count, often in ((40, 0.6), (40, 0.4), (40, 0.2)):
+        targets = torch.randint(1, 256, (count, 5), generator=generator)
+        targets[:, -1] = 0
+        targets[: int(often * count)] = torch.tensor([7, 8, 9, 0, 0])
+        parts.append(TensorDataset(torch.randint(1, 256, (count, 6), generator=generator), targets))
+    return TaskData("parrot", *parts, "", {"vocab": 256}), [Parrot(torch.tensor([7, 8, 9, 0, 0]))], None
+
+
 CASES = {
     "image-classification": lambda: classification("image-classification", "digits", 10),
     "image-generation": generation,
@@ -166,6 +199,8 @@ CASES = {
     "reinforcement-learning": decisions,
     "super-resolution": photographs,
     "language-modelling": text,
+    "masked-language-modelling": blanks,
+    "translation": sentences,
     "recall": pairs,
 }
 # A car stays in the valley whatever is done blindly, and a pole falls soonest under one action all the time.

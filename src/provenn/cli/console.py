@@ -19,6 +19,7 @@ from provenn.evidence.verdict import Verdict
 
 PIPED_WIDTH, NARROW = 200, 100
 MOST_FINDINGS = 2  # beside a statement
+SHARES = (3, 10, 4, 6)  # of a statement's columns in the width
 MANY = 5  # columns, more of which a narrow terminal has no room for
 STANDING_COLOURS = {
     Standing.REPRODUCED: "green",
@@ -84,7 +85,7 @@ def statements(judged: Iterable[view.Judged]) -> Table:
         says = escape(each.statement.says)
         measured = [f for f in each.findings if f.verdict is not Verdict.NOT_MEASURED]
         reason = each.judgement.reason or next((f.reason for f in each.findings if f.reason), "")
-        ours = "; ".join(view.shortly(f) for f in measured[:MOST_FINDINGS]) or reason
+        ours = "; ".join(f"{view.SYMBOLS[f.verdict]} {view.shortly(f)}" for f in measured[:MOST_FINDINGS]) or reason
         more = f" and {len(measured) - MOST_FINDINGS} more" if len(measured) > MOST_FINDINGS else ""
         rows.append(
             (
@@ -96,6 +97,10 @@ def statements(judged: Iterable[view.Judged]) -> Table:
         )
     grid = claim_table(("the verdict", "what the abstract says", "its figure", "measured here"), rows)
     grid.padding = (0, 2, 0, 0)
+    if len(grid.columns) == len(SHARES):
+        grid.expand = True
+        for column, share in zip(grid.columns, SHARES):
+            column.ratio = share
     return grid
 
 

@@ -110,7 +110,11 @@ def predict(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Of the prediction, such as tokens=100; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of the prediction, such as tokens=100; or what authors' weights do not tell, such as chunk=64.",
+        ),
     ] = None,
 ) -> None:
     """Apply trained weights to files; a language model's text comes as it is written."""

@@ -16,15 +16,15 @@ from provenn.catalog import first_mechanism, meant, mechanisms_of
 from provenn.compare import language
 from provenn.compare.drawing import mark, plain_axis
 from provenn.compare.hosts import Factory, Host, host_for
-from provenn.compare.trained import trained
 from provenn.errors import UserError
-from provenn.evidence import Run, Table
+from provenn.evidence import Run, Study, Table
+from provenn.evidence.checksum import checksum
 from provenn.evidence.interval import Interval, paired_difference, student
 from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside, write_atomically
 from provenn.evidence.run import Budget
-from provenn.reproduce import BUDGETS, check_writable, choose_device, choose_seeds
+from provenn.reproduce import BUDGETS, DEFAULT_SEEDS, alone_in, check_writable, choose_device, choose_seeds
 from provenn.slots import slot as slot_called
-from provenn.tasks import Recipe, Task, TaskData, get_task
+from provenn.tasks import Task, TaskData, get_task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -198,12 +198,12 @@ def compare(
     *,
     data: str | Path,
     budget: str = "small",
-    seeds: int | str | Sequence[int] = 3,
+    seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
     device: str = "auto",
     out: str | Path = "runs/compare",
     tell: Callable[[str], None] = lambda message: None,
 ) -> SlotComparison:
-    """Train each candidate of a slot in the same host, with the same recipe, data and seeds.
+    """Train each candidate of a slot in the same host, with the same recipe, data, seeds and tuning of the rate.
 
     Every finished training is kept in `out`, so that the same question asked again, or after an interruption, goes on
     where it stopped.
@@ -241,32 +241,51 @@ def compare(
     folder = Path(out)
     topic = f"compare-{slot}"
     check_writable(folder / topic)
-    ledger, trouble = read_or_set_aside(Ledger, folder / topic / LEDGER, topic)
-    if trouble:
-        tell(trouble)
-    run = Run(topic, folder, budget=cast(Budget, budget), seeds=chosen_seeds, device=device, ledger=ledger, reuse=True)
-    setting: dict[str, Any] = {
-        "host": host.about,
-        "data": str(data),
-        "fingerprint": loaded.fingerprint,
-        "recipe": asdict(recipe),
-    }
-    qualities: dict[str, list[float]] = {}
-    costs: dict[str, dict[str, Any]] = {}
-    more: dict[str, Any] = {}
-    reference = next(iter(chosen))
-    with progress.bar(f"compare {slot}", len(chosen)) as advance:
-        for name, (factory, _) in chosen.items():
-            build = partial(host.build, factory, loaded.options)
-            train = partial(_trained_quality, build, task, loaded, recipe, tell, device=device, title=name)
-            qualities[name] = run.trials(name, train, **setting)
-            against = None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
-            cost = partial(_cost, build, against, task, loaded, device, rounds=3 if run.smoke else 15)
-            costs[name] = run.trial(f"{name}: cost", cost, reference=reference, **setting)
-            if host.more:
-                against_it = (reference, chosen[reference][0])
-                more[name] = language.measure(run, name, factory, against_it, loaded.options, tell)
-            advance()
+    with alone_in(folder / topic):
+        ledger, trouble = read_or_set_aside(Ledger, folder / topic / LEDGER, topic)
+        if trouble:
+            tell(trouble)
+        size = cast(Budget, budget)
+        run = Run(topic, folder, budget=size, seeds=chosen_seeds, device=device, ledger=ledger, reuse=True)
+        study = Study(
+            f"{slot} on {data}",
+            task,
+            data=lambda seed, smoke: loaded,
+            arms={name: (name, factory) for name, (factory, _) in chosen.items()},
+            build=partial(_built, host),
+            recipe=recipe,
+            smoke=host.recipe["smoke"],
+            lrs=host.lrs,
+            about=str(data),
+            setting={"host": host.about},
+        )
+        reference = next(iter(chosen))
+        qualities, costs, more = {}, {}, {}
+        recall = language.recall_study({name: factory for name, (factory, _) in chosen.items()}, budget)
+        with progress.bar(f"compare {slot}", len(chosen)) as advance:
+            for name, (factory, _) in chosen.items():
+                trials = study.trials(run, name)
+                qualities[name] = [trial[task.metric] for trial in trials]
+                _tell_diverged(trials, name, run, tell)
+                build = partial(host.build, factory, loaded.options)
+                against = None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
+                cost = partial(_cost, build, against, task, loaded, device, rounds=3 if run.smoke else 15)
+                code = checksum(_cost, host.build, factory, chosen[reference][0])
+                costs[name] = run.trial(f"{name}: cost", cost, reference=reference, code=code, **study.facts(run))
+                if host.more:
+                    other = (reference, chosen[reference][0])
+                    recalled = recall.trials(run, name)
+                    _tell_diverged(recalled, f"{name}, recall", run, tell)
+                    more[name] = {
+                        "recall": [{"by_distance": [], **trial, "curve": None} for trial in recalled],
+                        **language.context_costs(run, name, factory, other, loaded.options),
+                    }
+                advance()
+        rates = {name: study.rate(run, name)[0] for name in chosen}
+        setting = {**study.facts(run), "lr": rates}
+        if host.more:
+            setting["recall"] = {"steps": recall.recipe_for(run).max_steps, **language.RECALL}
+            setting["recall"]["lr"] = {name: recall.rate(run, name)[0] for name in chosen}
 
     base = qualities[reference]
     return SlotComparison(
@@ -321,21 +340,14 @@ def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tup
     return {name: known[name] for name in wanted}
 
 
-def _trained_quality(
-    build: Callable[[], nn.Module],
-    task: Task,
-    data: TaskData,
-    recipe: Recipe,
-    tell: Callable[[str], None],
-    seed: int,
-    *,
-    device: str,
-    title: str,
-) -> float:
-    result = trained(build, task, data, recipe, seed=seed, device=device, title=title)
-    if result.diverged:
-        tell(f"{title}, seed {seed}: {result.diverged}; it counts as it was before training")
-    return result.metrics[task.metric]
+def _built(host: Host, factory: Factory, **options: Any) -> nn.Module:
+    return host.build(factory, options)
+
+
+def _tell_diverged(trials: Sequence[dict[str, Any]], name: str, run: Run, tell: Callable[[str], None]) -> None:
+    for trial, seed in zip(trials, run.seeds):
+        if trial.get("diverged"):
+            tell(f"{name}, seed {seed}: the training diverged; it counts as the trivial predictor")
 
 
 def _cost(

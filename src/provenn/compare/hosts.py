@@ -26,6 +26,7 @@ class Host:
         build: makes it from a mechanism's factory and the options of the data.
         baselines: what every mechanism of the slot is compared with; the first is the reference.
         recipe: one for each budget.
+        lrs: the learning rates that each candidate may choose from, on validation data.
         about: the host in one phrase.
         sizes: how the task loads the data.
         more: whether recall and the cost of a context are measured too (`provenn.compare.language`).
@@ -35,6 +36,7 @@ class Host:
     build: Callable[[Factory, dict[str, Any]], nn.Module]
     baselines: Callable[[], dict[str, Factory]]
     recipe: dict[str, Recipe]
+    lrs: tuple[float, ...]
     about: str
     sizes: dict[str, Any] = field(default_factory=dict)
     more: bool = False
@@ -100,6 +102,7 @@ HOSTS: dict[str, tuple[Host, ...]] = {
             _gated_resnet,
             _gates,
             _budgets(_SGD, 8, 100),
+            (0.03, 0.1, 0.3),
             "ResNet-20 with a gate on every branch",
         ),
     ),
@@ -109,6 +112,7 @@ HOSTS: dict[str, tuple[Host, ...]] = {
             language.language_model,
             lambda: language.BASELINES,
             language.RECIPES,
+            language.LRS,
             "a byte language model of two layers, 64 wide, all of the same size",
             sizes=language.SIZES,
             more=True,
@@ -118,6 +122,7 @@ HOSTS: dict[str, tuple[Host, ...]] = {
             _series_encoder,
             _mixers,
             _budgets(_RADAM, 25, 60),
+            (3e-4, 1e-3, 3e-3),
             "a causal encoder of two layers, 64 wide",
         ),
     ),
@@ -127,6 +132,7 @@ HOSTS: dict[str, tuple[Host, ...]] = {
             _residual_tower,
             lambda: {"sum": Sum},
             _budgets(replace(_SGD, lr=0.02), 15, 100),
+            (0.007, 0.02, 0.06),
             "a tower of 24 branches, 64 wide, without normalisation",
         ),
     ),

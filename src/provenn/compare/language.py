@@ -1,7 +1,7 @@
 """Token mixers in a language model: what is recalled from how far, and what a long context costs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,12 @@ from torch import nn
 
 from provenn import bench
 from provenn.compare.drawing import mark, plain_axis
-from provenn.compare.trained import trained
-from provenn.evidence import Run, Table
+from provenn.evidence import Run, Study, Table
+from provenn.evidence.checksum import checksum
 from provenn.nn.language import CausalLM
 from provenn.nn.mixers import BASELINES as KNOWN
 from provenn.nn.streaming import state_bytes
-from provenn.tasks import Recipe, get_task
+from provenn.tasks import Recipe, TaskData, get_task
 from provenn.tasks.recall import PairEmbedding
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ CONTEXTS = {"smoke": (16, 64), "small": (256, 1024, 4096), "paper": (256, 1024, 
 _ADAMW = Recipe(epochs=1, batch_size=16, lr=3e-3, betas=(0.9, 0.95), warmup_steps=20, schedule="cosine", clip=1.0)
 RECIPES = {
     "smoke": replace(_ADAMW, max_steps=2),
-    "small": replace(_ADAMW, max_steps=200),
+    "small": replace(_ADAMW, max_steps=1000),
     "paper": replace(_ADAMW, max_steps=20_000, epochs=10),
 }
 _HOST = {"dim": DIM, "layers": LAYERS, "layer": LAYER, "window": WINDOW}
-RECALL_STEPS = {"smoke": 2, "small": 300, "paper": 5_000}
+RECALL_STEPS = {"smoke": 2, "small": 600, "paper": 5_000}
+LRS = (1e-3, 3e-3, 1e-2)
 
 
 def language_model(mixer: Factory, options: dict[str, Any], **more: Any) -> CausalLM:
@@ -53,41 +54,46 @@ def language_model(mixer: Factory, options: dict[str, Any], **more: Any) -> Caus
     return CausalLM(options["vocab"], DIM, LAYERS, mixer, hidden=hidden, **more)
 
 
-def lookup_model(mixer: Factory) -> CausalLM:
+def lookup_model(mixer: Factory, **options: Any) -> CausalLM:
     """The same for the task of looking values up, whose tokens are pairs."""
     model = language_model(mixer, {"vocab": RECALL["values"]}, tied=False)
     model.embed = PairEmbedding(RECALL["keys"], RECALL["values"], DIM)  # type: ignore[assignment]
     return model
 
 
-def measure(
-    run: Run,
-    name: str,
-    factory: Factory,
-    reference: tuple[str, Factory],
-    options: dict[str, Any],
-    tell: Callable[[str], None] = lambda message: None,
-) -> dict[str, Any]:
-    """What a candidate recalls over the seeds, what a training step takes, and what a long context costs."""
-    recipe = replace(_ADAMW, max_steps=RECALL_STEPS[run.budget])
-    recall = partial(_recall, name, factory, recipe, run.device, tell)
-    recalled = run.trials(f"{name}: recall", recall, **RECALL, recipe=asdict(recipe), **_HOST)
-    setting = {**_HOST, **options, **SIZES, "contexts": list(CONTEXTS[run.budget]), "reference": reference[0]}
-    costs = run.trial(f"{name}: context", partial(_costs, factory, reference[1], options, run), **setting)
-    return {"recall": recalled, **costs}
+def recall_data(seed: int, smoke: bool) -> TaskData:
+    return get_task("recall").load("lookup", seed=seed, **RECALL)
 
 
-def _recall(
-    name: str, factory: Factory, recipe: Recipe, device: str, tell: Callable[[str], None], seed: int
-) -> dict[str, Any]:
+def by_distance(model: nn.Module, data: TaskData) -> Any:
+    """How far back the answer stands, and the share told right."""
     task: Any = get_task("recall")
-    data = task.load("lookup", seed=seed, **RECALL)
-    build = partial(lookup_model, factory)
-    result = trained(build, task, data, recipe, seed=seed, device=device, title="recall")
-    if result.diverged:
-        tell(f"{name}, recall with seed {seed}: {result.diverged}; it counts as it was before training")
-    by_distance = task.accuracy_by_distance(result.model, data.test)
-    return {**result.metrics, "by_distance": by_distance, "diverged": bool(result.diverged)}
+    return task.accuracy_by_distance(model, data.test)
+
+
+def recall_study(candidates: Mapping[str, Factory], budget: str) -> Study:
+    """What each candidate recalls, over how far back it stands."""
+    return Study(
+        "recall",
+        "recall",
+        data=recall_data,
+        arms={name: (name, factory) for name, factory in candidates.items()},
+        build=lookup_model,
+        recipe=replace(_ADAMW, max_steps=RECALL_STEPS[budget]),
+        lrs=LRS,
+        probes={"by_distance": by_distance},
+        about="pairs to be looked up",
+        setting=_HOST,
+    )
+
+
+def context_costs(
+    run: Run, name: str, factory: Factory, reference: tuple[str, Factory], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What a training step of a candidate takes, and what a long context costs."""
+    setting = {**_HOST, **options, **SIZES, "contexts": list(CONTEXTS[run.budget]), "reference": reference[0]}
+    costs = partial(_costs, factory, reference[1], options, run)
+    return run.trial(f"{name}: context", costs, **setting, code=checksum(_costs, factory, reference[1]))
 
 
 def _costs(factory: Factory, reference: Factory, options: dict[str, Any], run: Run) -> dict[str, Any]:
@@ -211,7 +217,7 @@ def figure(names: Sequence[str], more: dict[str, Any], quality: Mapping[str, Seq
         mean = sum(quality[name]) / len(quality[name])
         spread = [[mean - min(quality[name])], [max(quality[name]) - mean]]
         first.errorbar(of["step"], mean, spread, capsize=3, linestyle="none", label=name, **style)
-        points = list(zip(*(one["by_distance"] for one in of["recall"])))
+        points = list(zip(*(one["by_distance"] for one in of["recall"] if one["by_distance"])))  # of those that ended
         far = [sum(p[0] for p in point) / len(point) for point in points]
         told = [sum(p[1] for p in point) / len(point) for point in points]
         # Curves that lie on each other are told apart where each is drawn a little narrower than the one below.

@@ -1,6 +1,7 @@
 """Trajectories of decisions: collected by scripted policies of mixed quality, and the user's own."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,16 +21,24 @@ ARRAYS = ("observations", "actions", "rewards")
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One episode: what was seen, done and received at each step."""
+    """One episode: what was seen, done and received at each step.
+
+    Actions are whole numbers, one of several choices, or rows of numbers where the control is continuous.
+    """
 
     observations: Float32[np.ndarray, "steps state_dim"]
-    actions: Int64[np.ndarray, " steps"]
+    actions: Int64[np.ndarray, " steps"] | Float32[np.ndarray, "steps action_dim"]
     rewards: Float32[np.ndarray, " steps"]
 
     @property
     def total(self) -> float:
         """The return of the episode."""
         return float(self.rewards.sum())
+
+    @property
+    def continuous(self) -> bool:
+        """Whether an action is a row of numbers."""
+        return self.actions.ndim == 2
 
 
 @dataclass(frozen=True)
@@ -45,11 +54,22 @@ class Script:
     """
 
     environment: str
-    act: Callable[[np.ndarray], int]
+    act: Callable[[np.ndarray], int | list[float]]
     noise: float
     episodes: int
     random: float
     expert: float
+
+
+def _swing_up(observation: np.ndarray) -> list[float]:
+    """Pump energy until the pendulum is near the top, then hold it there as a spring with friction would."""
+    cosine, sine, speed = observation.tolist()
+    if cosine > 0.8:
+        torque = -12 * math.atan2(sine, cosine) - 3 * speed
+    else:
+        missing = 5 * (1 - cosine) - speed**2 / 6  # energy at rest on top less the energy now: m g l / 2 = 5, I = 1/3
+        torque = math.copysign(2, speed) * missing
+    return [min(max(torque, -2.0), 2.0)]
 
 
 SCRIPTS = {
@@ -61,6 +81,7 @@ SCRIPTS = {
     "acrobot": Script("Acrobot-v1", lambda o: 2 if o[5] > 0 else 0, 0.8, 100, -500.0, -91.0),
     # Push along with the car.
     "mountaincar": Script("MountainCar-v0", lambda o: 2 if o[1] >= 0 else 0, 0.4, 200, -200.0, -120.0),
+    "pendulum": Script("Pendulum-v1", _swing_up, 0.7, 100, -1210.0, -156.0),
 }
 
 
@@ -68,7 +89,8 @@ def make_environment(name: str) -> tuple[Any, int]:
     """A gymnasium environment without wrappers, and the steps that an episode may take.
 
     Raises:
-        UserError: no such environment, no discrete actions, or observations that are no vector.
+        UserError: no such environment, actions that are neither a choice nor a vector within bounds, or observations
+            that are no vector.
     """
     try:
         import gymnasium
@@ -80,8 +102,10 @@ def make_environment(name: str) -> tuple[Any, int]:
         environment = gymnasium.make(name, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
         raise UserError(f"gymnasium cannot make {name!r}: {str(error).splitlines()[0]}") from None
-    if not isinstance(environment.action_space, gymnasium.spaces.Discrete):
-        raise UserError(f"{name} has actions in {environment.action_space}: expected discrete ones")
+    space = environment.action_space
+    bounded = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
+    if not bounded and not isinstance(space, gymnasium.spaces.Discrete):
+        raise UserError(f"{name} has actions in {space}: expected discrete ones, or a vector within bounds")
     if len(environment.observation_space.shape or ()) != 1:
         raise UserError(f"{name} has observations in {environment.observation_space}: expected a vector")
     limit = environment.spec.max_episode_steps if environment.spec else None
@@ -105,21 +129,28 @@ def collect(name: str, quality: str, episodes: int, seed: int = 0) -> tuple[Traj
     }[quality]
     rng = np.random.default_rng([seed, QUALITIES.index(quality)])
     environment, limit = make_environment(script.environment)
+    space = environment.action_space
+    continuous = hasattr(space, "low")
+
+    def draw() -> Any:
+        return rng.uniform(space.low, space.high) if continuous else int(rng.integers(space.n))
+
     found = []
     for share in progress.track(noise, f"collecting {name}-{quality}"):
         seen, done, received = [], [], []
         observation, _ = environment.reset(seed=int(rng.integers(2**31)))
         for _ in range(limit):
             random = rng.random() < share
-            action = int(rng.integers(environment.action_space.n)) if random else script.act(observation)
+            action = draw() if random else script.act(observation)
+            action = np.asarray(action, np.float32) if continuous else action
             seen.append(observation)
             done.append(action)
             observation, reward, terminated, _, _ = environment.step(action)
             received.append(reward)
             if terminated:
                 break
-        arrays = (np.array(seen, np.float32), np.array(done, np.int64), np.array(received, np.float32))
-        found.append(Trajectory(*arrays))
+        actions = np.array(done, np.float32 if continuous else np.int64)
+        found.append(Trajectory(np.array(seen, np.float32), actions, np.array(received, np.float32)))
     return tuple(found)
 
 
@@ -127,8 +158,9 @@ def read_trajectories(file: Path) -> tuple[list[Trajectory], str | None]:
     """The trajectories in a `.jsonl` or `.npz` file, and the gymnasium environment that it names, if any.
 
     A line of JSONL is an episode: `{"observations": [[…], …], "actions": […], "rewards": […]}`, the first with
-    `"environment": "CartPole-v1"` if there is one. NPZ has D4RL's arrays `observations`, `actions`, `rewards`,
-    `terminals` and, if you like, `timeouts` over all episodes one after another, and `environment`.
+    `"environment": "CartPole-v1"` if there is one. Actions are whole numbers, or rows of numbers (continuous control).
+    NPZ has D4RL's arrays `observations`, `actions`, `rewards`, `terminals` and, if you like, `timeouts` over all
+    episodes one after another, and `environment`.
 
     Raises:
         UserError: another format, missing arrays, lengths that differ, or values that are not finite.
@@ -144,6 +176,11 @@ def read_trajectories(file: Path) -> tuple[list[Trajectory], str | None]:
     odd = next((i for i, width in enumerate(widths) if width != widths[0]), None)
     if odd is not None:
         raise UserError(f"{episodes[odd][0]}: observations of {widths[odd]} numbers where the first has {widths[0]}")
+    shapes = [trajectory.actions.shape[1:] for trajectory in found]
+    odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is not None:
+        kinds = [f"rows of {shape[0]} numbers" if shape else "whole numbers" for shape in (shapes[odd], shapes[0])]
+        raise UserError(f"{episodes[odd][0]}: actions are {kinds[0]} where the first's are {kinds[1]}")
     return found, environment
 
 
@@ -196,15 +233,15 @@ def _read_npz(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]
 
 def _trajectory(parts: dict[str, Any], where: str) -> Trajectory:
     arrays = []
-    for name, dims in zip(ARRAYS, (2, 1, 1)):
+    for name, dims in zip(ARRAYS, ((2,), (1, 2), (1,))):
         if name not in parts:
             raise UserError(f"{where} lacks {name}: expected {', '.join(ARRAYS)}")
         try:
             array = np.asarray(parts[name], dtype=np.float64)
         except (ValueError, TypeError):
             raise UserError(f"{where}: {name} are no numbers, or rows of unequal length") from None
-        if array.ndim != dims or 0 in array.shape:
-            expected = "a row a step" if dims == 2 else "a number a step"
+        if array.ndim not in dims or 0 in array.shape:
+            expected = {(2,): "a row a step", (1,): "a number a step", (1, 2): "a number or a row a step"}[dims]
             raise UserError(f"{where}: {name} has shape {array.shape}, expected {expected}")
         if not np.isfinite(array).all():
             raise UserError(f"{where}: {name} holds a value that is not finite at step {_first_bad(array)}")
@@ -213,9 +250,13 @@ def _trajectory(parts: dict[str, Any], where: str) -> Trajectory:
     if not len(observations) == len(actions) == len(rewards):
         sizes = f"{len(observations)} observations, {len(actions)} actions and {len(rewards)} rewards"
         raise UserError(f"{where} has {sizes}: expected one of each a step")
-    if (actions != actions.round()).any() or actions.min() < 0:
-        raise UserError(f"{where}: actions must be whole numbers from 0 on, a discrete choice, got {actions.min():g}")
-    return Trajectory(observations.astype(np.float32), actions.astype(np.int64), rewards.astype(np.float32))
+    if actions.ndim == 1 and ((actions != actions.round()).any() or actions.min() < 0):
+        raise UserError(
+            f"{where}: actions must be whole numbers from 0 on, a discrete choice, or rows of numbers, continuous "
+            f"control, got {actions[(actions != actions.round()) | (actions < 0)][0]:g}"
+        )
+    kind = np.int64 if actions.ndim == 1 else np.float32
+    return Trajectory(observations.astype(np.float32), actions.astype(kind), rewards.astype(np.float32))
 
 
 def _first_bad(array: np.ndarray) -> int:

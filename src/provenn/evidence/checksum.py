@@ -126,18 +126,18 @@ def _used(function: FunctionType, roots: set[str]) -> Iterator[Any]:
         value = function.__globals__.get(name)
         if isinstance(value, ModuleType):
             if value.__name__.partition(".")[0] in roots:
-                yield from (vars(value)[other] for other in names if _counts(vars(value).get(other), roots))
-        elif _counts(value, roots):
+                yield from (vars(value)[other] for other in names if _counts(other, vars(value).get(other), roots))
+        elif _counts(name, value, roots):
             yield value
 
 
-def _counts(value: Any, roots: set[str]) -> bool:
-    """Code of ours, or a constant."""
-    if hasattr(value, "__wrapped__") and not isinstance(value, (FunctionType, type)):
+def _counts(name: str, value: Any, roots: set[str]) -> bool:
+    """Code of ours, or a constant; a module's state, such as when a log got its last line, does not count."""
+    if isinstance(value, (FunctionType, type)) or hasattr(value, "__wrapped__"):
         return _package(value) in roots
-    if isinstance(value, (FunctionType, type)):
-        return _package(value) in roots
-    return isinstance(value, (str, int, float, tuple, list, dict, partial, frozenset))
+    if isinstance(value, partial):
+        return True
+    return name.isupper() and isinstance(value, (str, int, float, tuple, list, dict, frozenset))
 
 
 def _names(code: CodeType) -> set[str]:

@@ -154,6 +154,10 @@ def _facts(finding: Finding, measurement: Measurement) -> list[tuple[str, str]]:
         (f"Values of {system}" if system else "Values", several(measurement.values)),
         (f"Values of {baseline}", several(measurement.baselines)),
         ("The trivial predictor", "".join(trivial).partition(": ")[2]),
+        (
+            "Need not learn",
+            "; ".join(f"{skill.arm}: {skill.may_guess}" for skill in measurement.skills if skill.may_guess),
+        ),
         ("Data", measurement.data + (f" (checksum {measurement.fingerprint})" if measurement.fingerprint else "")),
         ("Setting", "; ".join(f"{key} = {_setting(value)}" for key, value in measurement.setting.items())),
         ("Budget", occasion.budget + (", the paper’s setting" if measurement.at_paper_setting else "")),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TUNING_SEED = 900_001  # of data and weights when a learning rate is chosen; never measured
 FEWEST_RATES = 3
-Probe = Callable[[nn.Module, TaskData], float]
+Probe = Callable[[nn.Module, TaskData], Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Study:
             only
             for arms that have nothing to tune.
         smoke: the recipe that only shows that the path works; by default two steps.
-        probes: further figures of a trained network by name, `probe(model, data)`; to be read off the test split.
+        probes: further figures of a trained network by name, `probe(model, data)`, to be read off the test split; those
+            that `against` compares are numbers.
         trained: takes the arguments of `fit` and returns a `Fit`, where a training has more than one stage.
         about: the data, in words.
         kind: what the arms are, over their column.
@@ -156,7 +157,7 @@ class Study:
         key = ("code", self.name, arm)
         if key not in run.memory:  # once a run: what code keeps in its globals may change
             task, drawing = type(self.of_task), self.drawing
-            code = [self.data, task.trivial]
+            code: list[Any] = [self.data, task.trivial]
             if arm is not None:
                 code += [self.build, self.arms[arm][1], self.probes, self.trained, task.loss, task.evaluate]
                 code += [drawing.draw] if drawing is not None and drawing.arm == arm else []
@@ -204,7 +205,7 @@ class Study:
                 if figure is not None:
                     run.picture(self.drawing.file, figure, self.drawing.caption)
             with torch.no_grad():
-                probed = {name: float(probe(done.model, data)) for name, probe in self.probes.items()}
+                probed = {name: probe(done.model, data) for name, probe in self.probes.items()}
             curve = {key: done.series(key) for key in ("epoch", task.metric)}
             return {**done.metrics, **probed, "curve": curve, "steps": done.steps}
 

@@ -118,7 +118,7 @@ def shortly(finding: Finding) -> str:
         return "holds" if measurement.effect else "does not hold"
     sign = {"ratio": "×", "difference": "+" if measurement.effect >= 0 else ""}.get(measurement.kind_of_effect, "")
     low, high = measurement.interval or (None, None)
-    spread = "" if low is None or low == high else f" [{number(low, 2)}, {number(high, 2)}]"
+    spread = "" if low is None or low == high else f" [{number(low, 3)}, {number(high, 3)}]"
     unit = f" {measurement.unit}" if measurement.unit and measurement.kind_of_effect != "ratio" else ""
     unit = f" ×{unit}" if measurement.unit[:1].isdigit() and unit else unit  # of 2^20, say
     digits = 3 if isinstance(measurement.effect, float) and not measurement.effect.is_integer() else 4

@@ -1,12 +1,20 @@
 """Losses that a layer adds to its task's, such as the balance of a router's load.
 
-A layer says what it would add; whoever trains opens a collection and takes what was said. Outside of one, nothing is
-kept.
+A layer says what it would add; whoever trains opens a collection and takes what was said, as `provenn train` and
+`provenn.huggingface.tune` do. In a loop of one's own:
+
+    with collect_auxiliary() as added:
+        loss = criterion(model(x), y)
+    (loss + torch.stack(added).mean()).backward()
+
+Outside of a collection nothing is kept, and a warning says so.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 _open: list[list[Tensor]] = []
@@ -34,3 +42,10 @@ def add_auxiliary(loss: Tensor) -> None:
     """Called by a layer in its forward pass, with a scalar that already carries its weight."""
     if _open:
         _open[-1].append(loss)
+    elif loss.requires_grad and not torch.compiler.is_compiling():
+        warnings.warn(
+            "a layer adds a loss of its own while it trains, such as the balance of a router's load, and nobody takes "
+            "it: run the model inside `with provenn.nn.auxiliary.collect_auxiliary() as added:` and add "
+            "torch.stack(added).mean() to the loss, or turn it off where the layer is built (balance=0)",
+            stacklevel=2,
+        )

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.nn.random_features import elu_features, orthogonal_gaussian, positive_features
+from provenn.ops.autograd import without_autocast
 from provenn.ops.linear_attention.reference import accumulator
 
 
@@ -40,7 +41,8 @@ class FeatureMap(nn.Module, ABC):
         """φ of every token; `start` is the position of the first."""
         if x.shape[1] != self.heads or x.shape[-1] != self.head_dim:
             raise ValueError(f"expected (batch, {self.heads}, tokens, {self.head_dim}), got {tuple(x.shape)}")
-        return self.phi(x.to(accumulator(x)), start)
+        with without_autocast(x):  # half precision overflows in the exponentials of most maps
+            return self.phi(x.to(accumulator(x)), start)
 
     @abstractmethod
     def phi(self, x: Tensor, start: int) -> Tensor:

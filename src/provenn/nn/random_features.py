@@ -1,4 +1,4 @@
-"""Random features, φ with E[φ(q)·φ(k)] = e^{q·k}, drawn orthogonally (Choromanski et al., 2021, arXiv:2009.14794)."""
+"""Random features, φ with E[φ(q)·φ(k)] = e^{q·k} (Choromanski et al., 2021, arXiv:2009.14794)."""
 
 import math
 
@@ -34,6 +34,22 @@ def orthogonal_gaussian(
     # With the signs of R's diagonal Q is uniform over all rotations; QR as computed prefers some.
     rows = (q * torch.sign(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)).mT.flatten(0, 1)
     return rows[:features] * lengths
+
+
+def gaussian(
+    features: int, dim: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Float[Tensor, "features dim"]:
+    """Rows that are independent N(0, I): what the kernel's expectation is over."""
+    if features < 1 or dim < 1:
+        raise ValueError(f"features and dim must be at least 1, got features={features} and dim={dim}")
+    return torch.randn(features, dim, generator=generator, device=device)
+
+
+def spherical(
+    features: int, dim: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Float[Tensor, "features dim"]:
+    """Independent rows, uniform on the sphere of radius √dim (arXiv:2106.12566, section 4.3)."""
+    return math.sqrt(dim) * F.normalize(gaussian(features, dim, generator=generator, device=device), dim=-1)
 
 
 def positive_exponents(

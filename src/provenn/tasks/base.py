@@ -28,6 +28,8 @@ NAMES = (
     "reinforcement-learning",
     "super-resolution",
     "language-modelling",
+    "masked-language-modelling",
+    "translation",
     "recall",
 )
 

@@ -75,12 +75,13 @@ class ImageClassification(Task):
         return blind_accuracy(_labels(data.train), _labels(data.test))
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        channels = options.get("in_channels", 3)
         return {
             "classes": [f"class {index}" for index in range(options.get("num_classes", 1000))],
-            "size": IMAGENET_SIZE,
-            "channels": options.get("in_channels", 3),
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "size": options.get("image_size", IMAGENET_SIZE),
+            "channels": channels,
+            "mean": list(IMAGENET_MEAN) if channels == 3 else [0.0] * channels,
+            "std": list(IMAGENET_STD) if channels == 3 else [1.0] * channels,
         }
 
     def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "1 channels size size"]:

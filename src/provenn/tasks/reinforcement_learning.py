@@ -35,6 +35,8 @@ class Setting:
         context: steps that the model was trained to look back.
         length: steps that an episode may take.
         streaming: rollouts keep the state of a model that has one, instead of showing it the last `context` steps.
+        low, high: bounds of each number of a continuous action, which the model sees as −1 … 1; None where actions
+            are a choice.
     """
 
     environment: str | None
@@ -45,6 +47,25 @@ class Setting:
     context: int
     length: int
     streaming: bool
+    low: list[float] | None = None
+    high: list[float] | None = None
+
+    @property
+    def continuous(self) -> bool:
+        """Whether an action is a row of numbers."""
+        return self.low is not None
+
+    def scaled(self, actions: np.ndarray) -> np.ndarray:
+        """Actions as the model takes them."""
+        if not self.continuous:
+            return actions
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        return (2 * (actions - low) / (high - low) - 1).astype(np.float32)
+
+    def unscaled(self, actions: np.ndarray) -> np.ndarray:
+        """What a model answers as the environment takes it."""
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        return (low + (np.clip(actions, -1, 1) + 1) / 2 * (high - low)).astype(np.float32)
 
     def states(self, observations: np.ndarray) -> Tensor:
         """Observations as the model takes them."""
@@ -55,13 +76,14 @@ class Windows(Dataset):
     """Items are (returns-to-go, states, actions, timesteps, mask): `context` steps, padded at the end."""
 
     def __init__(self, trajectories: Sequence[Trajectory], setting: Setting, seed: int):
-        self.returns = [trajectory.total for trajectory in trajectories]
+        self.returns, self.continuous = [trajectory.total for trajectory in trajectories], setting.continuous
         rng, context = np.random.default_rng(seed), setting.context
         parts: list[tuple[np.ndarray, ...]] = []
         for trajectory in trajectories:
             steps = len(trajectory.actions)
             to_go = trajectory.rewards[::-1].cumsum()[::-1] / setting.scale
             states = setting.states(trajectory.observations).numpy()
+            actions = setting.scaled(trajectory.actions)
             starts = [0, *range(int(rng.integers(1, context + 1)), steps, context)]
             for start in starts:
                 rows = slice(start, min(start + context, steps))
@@ -70,7 +92,7 @@ class Windows(Dataset):
                     (
                         np.pad(to_go[rows].astype(np.float32), padding)[:, None],
                         np.pad(states[rows], (padding, (0, 0))),
-                        np.pad(trajectory.actions[rows], padding),
+                        np.pad(actions[rows], (padding, (0, 0)) if setting.continuous else padding),
                         np.pad(np.arange(rows.start, rows.stop), padding),
                         np.pad(np.ones(rows.stop - start, dtype=bool), padding),
                     )
@@ -100,7 +122,7 @@ class Episodes(Dataset):
 def rollouts(
     model: nn.Module, setting: Setting, seeds: Sequence[int], targets: Sequence[float]
 ) -> Float64[np.ndarray, " episodes"]:
-    """Play episodes side by side, always taking the likeliest action; returns what each received.
+    """Play episodes side by side, always taking the likeliest action, or the one told; returns what each received.
 
     Args:
         model: takes (returns-to-go, states, actions, timesteps); for streaming it has `init_state`, `step`, `act`.
@@ -116,6 +138,8 @@ def rollouts(
     received, active = np.zeros(count), np.ones(count, dtype=bool)
     history: list[tuple[Tensor, Tensor]] = []
     taken = torch.zeros(count, 0, dtype=torch.long, device=device)
+    if setting.low is not None:
+        taken = torch.zeros(count, 0, len(setting.low), device=device)
     streaming = setting.streaming and hasattr(model, "step")
     stream: Any = model.init_state(count) if streaming else None  # type: ignore[operator]
     for step in range(setting.length):
@@ -123,22 +147,28 @@ def rollouts(
         states, now = setting.states(seen).to(device), torch.full((count,), step, device=device)
         with torch.inference_mode():
             if streaming:
-                logits, stream = model.step(to_go, states, now, stream)  # type: ignore[operator]
-                actions = logits.argmax(-1)
+                outputs, stream = model.step(to_go, states, now, stream)  # type: ignore[operator]
+                actions = outputs.clamp(-1, 1) if setting.continuous else outputs.argmax(-1)
                 stream = model.act(actions, now, stream)  # type: ignore[operator]
             else:
                 history = [*history, (to_go, states)][-setting.context :]
                 timesteps = torch.arange(step + 1 - len(history), step + 1, device=device).expand(count, -1)
                 # The place of the action to come may hold anything: no prediction looks at it.
                 known = torch.cat(
-                    [taken[:, -len(history) + 1 :] if len(history) > 1 else taken[:, :0], taken.new_zeros(count, 1)], 1
+                    [
+                        taken[:, -len(history) + 1 :] if len(history) > 1 else taken[:, :0],
+                        taken.new_zeros(count, 1, *taken.shape[2:]),
+                    ],
+                    dim=1,
                 )
                 returns, past = (torch.stack(column, dim=1) for column in zip(*history))
-                actions = model(returns, past, known, timesteps)[:, -1].argmax(-1)
+                outputs = model(returns, past, known, timesteps)[:, -1]
+                actions = outputs.clamp(-1, 1) if setting.continuous else outputs.argmax(-1)
                 taken = torch.cat([taken, actions[:, None]], 1)
         chosen = actions.cpu().numpy()
+        chosen = setting.unscaled(chosen) if setting.continuous else chosen
         for i in np.flatnonzero(active):
-            seen[i], reward, terminated, _, _ = made[i].step(int(chosen[i]))
+            seen[i], reward, terminated, _, _ = made[i].step(chosen[i] if setting.continuous else int(chosen[i]))
             received[i] += reward
             active[i] = not terminated
         if not active.any():
@@ -158,7 +188,10 @@ class ReinforcementLearning(Task):
         for name, script in SCRIPTS.items()
         for quality in QUALITIES
     }
-    reads = "trajectories: .jsonl (an episode a line: observations, actions, rewards) or .npz (D4RL's arrays)"
+    reads = (
+        "trajectories, actions discrete or continuous: "
+        ".jsonl (an episode a line: observations, actions, rewards) or .npz (D4RL's arrays)"
+    )
 
     def load(
         self,
@@ -175,7 +208,8 @@ class ReinforcementLearning(Task):
         """Recorded episodes for training; validation and test are episodes to be played.
 
         Data of the user's that name no environment cannot be played: their episodes are cut 60 : 20 : 20, and the
-        measure is the share of actions foretold.
+        measure is the share of actions foretold, or the squared error of continuous ones. Continuous actions reach the
+        model within −1 … 1, by the environment's bounds, or by the largest that were recorded where there is none.
 
         Args:
             source: an embedded name or a file.
@@ -202,18 +236,30 @@ class ReinforcementLearning(Task):
         else:
             found, environment = read_trajectories(Path(place))
             about = "the user's own trajectories"
-        width = found[0].observations.shape[1]
-        actions, length = int(max(t.actions.max() for t in found)) + 1, max(len(t.actions) for t in found)
+        width, continuous = found[0].observations.shape[1], found[0].continuous
+        length = max(len(t.actions) for t in found)
+        actions = found[0].actions.shape[1] if continuous else int(max(t.actions.max() for t in found)) + 1
+        low = high = None
+        if continuous:
+            low, high = (side([side(t.actions, 0) for t in found], 0) for side in (np.min, np.max))
         if environment is not None:
             made, limit = make_environment(environment)
-            if made.observation_space.shape != (width,) or actions > made.action_space.n:
+            space = made.action_space
+            there = space.shape[0] if hasattr(space, "low") else int(space.n)
+            fits = actions == there if continuous else actions <= there
+            if made.observation_space.shape != (width,) or continuous != hasattr(space, "low") or not fits:
+                kinds = [f"{'continuous ' if c else ''}" for c in (continuous, hasattr(space, "low"))]
                 raise UserError(
-                    f"{source}: observations of {width} numbers and {actions} actions do not fit {environment}, "
-                    f"which has {made.observation_space.shape[0]} and {made.action_space.n}"
+                    f"{source}: observations of {width} numbers and {actions} {kinds[0]}actions do not fit "
+                    f"{environment}, which has {made.observation_space.shape[0]} and {there} {kinds[1]}actions"
                 )
-            actions, length = int(made.action_space.n), max(limit, length)
-        if actions < 2:
+            actions, length = there, max(limit, length)
+            if continuous:
+                low, high = space.low, space.high
+        if not continuous and actions < 2:
             raise UserError(f"{source}: every action is 0: expected a choice of two or more")
+        if low is not None and high is not None and (low == high).any():
+            raise UserError(f"{source}: number {int((low == high).argmax()) + 1} of every action is {low.min():g}")
         parts = [list(found)]
         if environment is None:
             if len(found) < 5:
@@ -230,6 +276,8 @@ class ReinforcementLearning(Task):
             context=context,
             length=length,
             streaming=streaming,
+            low=None if low is None else low.astype(float).tolist(),
+            high=None if high is None else high.astype(float).tolist(),
         )
         train = Windows(parts[0], setting, seed)
         held: list[Dataset] = [Windows(part, setting, seed) for part in parts[1:]]
@@ -238,18 +286,20 @@ class ReinforcementLearning(Task):
                 Episodes(setting, range(first, first + count), [setting.target] * count)
                 for first, count in ((VALIDATION_SEED, validation), (TEST_SEED, test))
             ]
-        built_with = {"state_dim": width, "actions": actions, "max_length": length}
+        built_with = {"state_dim": width, "actions": actions, "max_length": length, "continuous": continuous}
         checksum = fingerprint(*(part for t in found for part in (t.observations, t.actions, t.rewards)))
         return TaskData(str(source), train, held[0], held[1], checksum, built_with, vars(setting), about=about)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         *inputs, mask = batch
-        return F.cross_entropy(model(*inputs, mask)[mask], inputs[2][mask])
+        outputs, actions = model(*inputs, mask)[mask], inputs[2][mask]
+        return F.mse_loss(outputs, actions) if actions.is_floating_point() else F.cross_entropy(outputs, actions)
 
     def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
         """Of `Episodes`: mean return, its deviation, and where they are known the score (0 random, 100 the controller).
 
-        Of recorded steps: the share of actions foretold, and the mean cross-entropy in nats.
+        Of recorded steps: the share of actions foretold, and the mean cross-entropy in nats; of continuous actions the
+        mean squared error, within −1 … 1.
         """
         if isinstance(dataset, Episodes):
             found = rollouts(model, dataset.setting, dataset.seeds, dataset.targets)
@@ -258,33 +308,57 @@ class ReinforcementLearning(Task):
             if script is not None:
                 metrics["score"] = 100 * (metrics["return"] - script.random) / (script.expert - script.random)
             return metrics
-        right, entropy, count = 0, 0.0, 0
+        right, entropy, error, count = 0, 0.0, 0.0, 0
         for *inputs, mask in batches(dataset, batch_size, device_of(model)):
-            logits, actions = model(*inputs, mask)[mask], inputs[2][mask]
-            right += int((logits.argmax(-1) == actions).sum())
-            entropy += F.cross_entropy(logits, actions, reduction="sum").item()
+            outputs, actions = model(*inputs, mask)[mask], inputs[2][mask]
             count += len(actions)
+            if actions.is_floating_point():
+                error += F.mse_loss(outputs, actions, reduction="none").mean(-1).sum().item()
+                continue
+            right += int((outputs.argmax(-1) == actions).sum())
+            entropy += F.cross_entropy(outputs, actions, reduction="sum").item()
+        if getattr(dataset, "continuous", False):
+            return {"action_mse": error / count}
         return {"accuracy": right / count, "cross_entropy": entropy / count}
 
     def trivial(self, data: TaskData) -> float:
         """The best return of random actions and of each action taken all the time, in the episodes of the test.
 
-        Of recorded steps: the accuracy of the commonest action of training, or of a guess.
+        Of recorded steps: the accuracy of the commonest action of training, or of a guess. Of continuous actions,
+        those taken all the time are the middle and both bounds, and of recorded steps the mean of training is told.
         """
+        count, continuous = data.options["actions"], data.options["continuous"]
         if not isinstance(data.test, Episodes):
             cpu = torch.device("cpu")
-            actions = (
+            train, test = (
                 torch.cat([actions[mask] for _, _, actions, _, mask in batches(part, 256, cpu)])
                 for part in (data.train, data.test)
             )
-            return blind_accuracy(*actions)
-        count = data.options["actions"]
-        policies = [_Blind(count, action) for action in [None, *range(count)]]
+            return (test - train.mean(0)).square().mean().item() if continuous else blind_accuracy(train, test)
+        if continuous:
+            constant = [torch.full((count,), answer) for answer in (-1.0, 0.0, 1.0)]
+        else:
+            constant = list(torch.eye(count))
+        policies = [_Blind(count, answer, continuous) for answer in (None, *constant)]
         return max(self.evaluate(policy, data.test)[self.metric] for policy in policies)
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         width = options["state_dim"]
-        return vars(Setting(None, [0.0] * width, [1.0] * width, 1.0, 0.0, 20, options["max_length"], True))
+        bound = [1.0] * options["actions"] if options.get("continuous") else None
+        return vars(
+            Setting(
+                environment=None,
+                mean=[0.0] * width,
+                std=[1.0] * width,
+                scale=1.0,
+                target=0.0,
+                context=20,
+                length=options["max_length"],
+                streaming=True,
+                low=bound and [-1.0] * len(bound),
+                high=bound,
+            )
+        )
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """Play episodes (no input: 20; a CSV with `seed,target`: these), or tell the next action of trajectories."""
@@ -345,16 +419,16 @@ TASK = ReinforcementLearning()
 class _Blind(nn.Module):
     """A policy that sees nothing: one action all the time, or without one a random action each step."""
 
-    def __init__(self, actions: int, action: int | None):
+    def __init__(self, actions: int, answer: Tensor | None, continuous: bool = False):
         super().__init__()
-        self.actions, self.action = actions, action
+        self.actions, self.answer, self.low = actions, answer, -1 if continuous else 0
         self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, returns: Tensor, states: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
-        shape = (*actions.shape, self.actions)
-        if self.action is None:
-            return torch.rand(shape, generator=self.generator)
-        return F.one_hot(torch.full(actions.shape, self.action), self.actions).float()
+        shape = (*timesteps.shape, self.actions)
+        if self.answer is None:
+            return torch.empty(shape).uniform_(self.low, 1, generator=self.generator)
+        return self.answer.expand(shape)
 
 
 def _asked(tables: Sequence[Path]) -> tuple[list[int], list[float]]:
@@ -382,16 +456,31 @@ def _next_actions(model: nn.Module, setting: Setting, inputs: Sequence[Path], ou
                 raise UserError(f"{file}: episode {number} has {steps} steps, the model knows up to {setting.length}")
             before = np.concatenate([[0.0], trajectory.rewards.astype(np.float64).cumsum()[:-1]])
             to_go = torch.from_numpy(((setting.target - before) / setting.scale).astype(np.float32))[:, None]
+            if trajectory.continuous != setting.continuous:
+                kinds = ["continuous" if c else "discrete" for c in (trajectory.continuous, setting.continuous)]
+                raise UserError(f"{file}: episode {number} has {kinds[0]} actions, the model knows {kinds[1]} ones")
+            if setting.low is not None and trajectory.actions.shape[1] != len(setting.low):
+                raise UserError(
+                    f"{file}: actions of {trajectory.actions.shape[1]} numbers, the model knows {len(setting.low)}"
+                )
             parts = (
                 to_go,
                 setting.states(trajectory.observations),
-                torch.from_numpy(trajectory.actions),
+                torch.from_numpy(setting.scaled(trajectory.actions)),
                 torch.arange(steps),
             )
             with torch.no_grad():
-                logits = model(*(part[-setting.context :][None].to(device) for part in parts))[0, -1]
-            shares = logits.softmax(-1).tolist()
+                outputs = model(*(part[-setting.context :][None].to(device) for part in parts))[0, -1]
+            if setting.continuous:
+                rows.append([str(file), number, *setting.unscaled(outputs.cpu().numpy()).tolist()])
+                continue
+            shares = outputs.softmax(-1).tolist()
             rows.append([str(file), number, int(np.argmax(shares)), *shares])
+    if setting.continuous:
+        if output is not None:
+            write_table(output, ["file", "episode", *(f"action_{i}" for i in range(len(rows[0]) - 2))], rows)
+        lines = [f"{file}  episode {number}  action {' '.join(f'{a:.4g}' for a in row)}" for file, number, *row in rows]
+        return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
     if output is not None:
         write_table(output, ["file", "episode", "action", *map(str, range(len(rows[0]) - 3))], rows)
     lines = [f"{file}  episode {number}  action {action}  {max(shares):.3f}" for file, number, action, *shares in rows]

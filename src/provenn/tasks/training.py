@@ -1,5 +1,6 @@
 """Training, on Lightning: the same loop for every task, deterministic for a seed, resumable bit for bit."""
 
+import copy
 import math
 import sys
 import time
@@ -263,10 +264,16 @@ def fit(
         raise SystemExit(0)
     model = module.model.to(device)
     history.restore_best(model)
-    model.eval()
+    model = _single(model).eval()
     with torch.no_grad():
         metrics = task.evaluate(model, data.test)
     return Fit(model, metrics, history.curve, round(seconds, 3), trainer.global_step)
+
+
+def _single(model: nn.Module) -> nn.Module:
+    """The model, or a copy in float32 of one that is trained in another type: data and metrics are float32."""
+    other = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+    return copy.deepcopy(model).float() if other else model
 
 
 def _check_fits(checkpoint: Path, module: nn.Module) -> None:
@@ -424,7 +431,7 @@ def _history_class() -> type:
                 raise UserError(f"the weights are no longer finite after step {trainer.global_step}; {_help(module)}")
             module.model.eval()
             with torch.no_grad():
-                metrics = self.task.evaluate(module.model, self.data.val) if len(self.data.val) else {}  # type: ignore
+                metrics = self.task.evaluate(_single(module.model), self.data.val) if len(self.data.val) else {}  # type: ignore
             module.model.train()
             loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean").item()
             self.curve.append({"epoch": float(trainer.current_epoch + 1), "train_loss": loss, **metrics})

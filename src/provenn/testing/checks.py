@@ -1,5 +1,6 @@
 """Hold a mechanism or a paper to the promises."""
 
+import dis
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -13,6 +14,7 @@ from provenn.testing.subject import Subject
 
 OF_EVERY_PRESET = ("match-published-counts", "reach-parameters", "build-on-meta")
 OF_LARGE_PRESETS = ("match-published-counts", "build-on-meta")
+TRACED = ("compile", "export")
 LARGE = 2**28  # parameters; beyond, weights and gradients are more than a test should hold
 
 
@@ -65,29 +67,44 @@ def check_paper(paper: str | Card) -> None:
 
 
 def checks_of(paper: Card) -> dict[str, Callable[[], None]]:
-    """One check for each mechanism and preset of a paper, by name."""
-    return {
-        **{f"{paper.slug} {m.name}": partial(_check_mechanism, paper, m) for m in paper.mechanisms},
-        **{f"{paper.slug} {p.name}": partial(_check_preset, paper, p) for p in paper.presets},
+    """One check for each mechanism, each of its variants, and each preset of a paper, by name."""
+    checks: dict[str, Callable[[], None]] = {
+        f"{paper.slug} {m.name}{_options(variant)}": partial(_check_mechanism, paper, m, variant)
+        for m in paper.mechanisms
+        for variant in ({}, *m.variants)
     }
+    checks |= {f"{paper.slug} {p.name}": partial(_check_preset, paper, p) for p in paper.presets}
+    return checks
 
 
-def _check_mechanism(paper: Card, mechanism: Mechanism) -> None:
-    name = f"{paper.slug} {mechanism.name}"
+def _options(variant: Mapping[str, Any]) -> str:
+    return f" with {', '.join(f'{key}={value!r}' for key, value in variant.items())}" if variant else ""
+
+
+def _check_mechanism(paper: Card, mechanism: Mechanism, variant: Mapping[str, Any]) -> None:
+    name = f"{paper.slug} {mechanism.name}{_options(variant)}"
     try:
         of, layer = slot(mechanism.slot), paper.resolve(mechanism.layer)
     except UserError as error:
         raise BrokenPromise(f"{name}\n  {error}") from None
     except (ImportError, AttributeError) as error:
         raise BrokenPromise(f"{name}\n  {mechanism.layer} cannot be imported: {error}") from error
-    _ask(Subject.mechanism(partial(layer, **mechanism.arguments), of, name), of.name, mechanism.cannot)
+    arguments = {**mechanism.arguments, **variant}
+    _ask(Subject.mechanism(partial(layer, **arguments), of, name), of.name, mechanism.cannot)
 
 
 def _check_preset(paper: Card, preset: Preset) -> None:
-    same_task = [other for other in paper.presets if (other.task or paper.task) == (preset.task or paper.task)]
     few = OF_LARGE_PRESETS if LARGE < _size(paper, preset) < math.inf else OF_EVERY_PRESET
-    asked = None if preset == min(same_task, key=lambda other: _size(paper, other)) else {*few, *preset.cannot}
+    asked = None if preset in smallest_presets(paper) else {*few, *preset.cannot}
     _ask(Subject.preset(paper, preset), None, preset.cannot, asked)
+
+
+def smallest_presets(paper: Card) -> list[Preset]:
+    """The preset with the fewest parameters for each kind of work."""
+    smallest: dict[str | None, Preset] = {}
+    for preset in sorted(paper.presets, key=lambda preset: _size(paper, preset)):
+        smallest.setdefault(preset.task or paper.task, preset)
+    return list(smallest.values())
 
 
 _SIZES: dict[tuple[str, str, str], int | float] = {}
@@ -102,6 +119,24 @@ def _size(paper: Card, preset: Preset) -> int | float:
         except Exception:
             _SIZES[key] = math.inf
     return _SIZES[key]
+
+
+def _refuses(error: Exception, promise: str) -> bool:
+    """Whether a promise was seen not to be kept, or refused in words, rather than missed by an accident on the way.
+
+    A refusal is a `raise` with a message, not an operation that went wrong. Of torch's own only a tracer's counts.
+    """
+    if isinstance(error, AssertionError):
+        return True
+    if not isinstance(error, ValueError | TypeError | NotImplementedError | RuntimeError) or not str(error):
+        return False
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    assert place is not None
+    code, module = place.tb_frame.f_code, place.tb_frame.f_globals.get("__name__", "")
+    raised = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+    return raised and (promise in TRACED or not module.startswith("torch."))
 
 
 def _called(factory: Callable[..., Any]) -> str:
@@ -123,9 +158,11 @@ def _ask(
         try:
             promise.check(subject)
         except Exception as error:
+            reason = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
             if name not in cannot:
-                reason = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
                 broken.append((f"  {name}: {reason.strip() or 'broken'}", error))
+            elif not _refuses(error, name):
+                broken.append((f"  {name}: cannot names it, but this is an accident, no refusal: {reason}", error))
         else:
             if name in cannot:
                 broken.append((f"  {name}: is kept, so cannot need not name it ({cannot[name]})", None))

@@ -15,6 +15,7 @@ from typing import Any
 import jaxtyping
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_leaves
 
 from provenn.bench import count_parameters
@@ -48,6 +49,8 @@ def _promise(name: str, *where: str) -> Callable[[Callable[[Subject], None]], Ca
     return register
 
 
+EQUAL = 1e-6  # of two runs of the same arithmetic: how memory is aligned may change the order of a sum
+KEY_BIASES = ("key.bias", "k_proj.bias")
 MECHANISMS = ("token-mixer", "channel-gate", "map-mixer", "batch-mixer", "cross-mixer", "residual")
 MIXERS = ("token-mixer", "map-mixer", "batch-mixer", "cross-mixer")
 APART = ("token-mixer", "channel-gate", "map-mixer", "cross-mixer", "residual", "preset")
@@ -138,22 +141,36 @@ def _keep_examples_apart(subject: Subject) -> None:
 
 @_promise("mix", *MIXERS)
 def _mix(subject: Subject) -> None:
-    """What the slot mixes is mixed: a change at one position reaches another."""
+    """What the slot mixes is mixed: other noise at one position reaches another."""
     assert subject.slot is not None
-    module, inputs = subject.build(), subject.inputs()
-    changed = [x.clone() for x in inputs]
+    position: tuple[Any, ...]
+    reached: tuple[Any, ...]
     if subject.slot.mixes == "other":
-        changed[1] += 1
-        reaches: tuple[Any, ...] = (slice(None),)
+        which, position, reached = 1, (slice(None), 0), (slice(None),)
     elif subject.slot.mixes == "space":
-        changed[0][..., 2, 2] += 3
-        reaches = (slice(None), slice(None), slice(3, None))
+        which, position, reached = 0, (..., 2, 2), (slice(None), slice(None), slice(3, None))
+    elif subject.slot.mixes == "tokens":
+        which, position, reached = 0, (slice(None), 0), (slice(None), slice(1, None))
     else:
-        changed[0][(slice(None), 0) if subject.slot.mixes == "tokens" else (0,)] += 3
-        reaches = (slice(None), slice(1, None)) if subject.slot.mixes == "tokens" else (slice(1, None),)
+        which, position, reached = 0, (0,), (slice(1, None),)
+    assert _reaches(subject.build(), subject, which, position, reached), f"nothing passes along: {subject.slot.mixes}"
+
+
+def _reaches(
+    module: nn.Module, subject: Subject, which: int, position: tuple[Any, ...], reached: tuple[Any, ...]
+) -> bool:
+    """Whether other noise at a position of an input changes the outputs at others.
+
+    Noise that differs by channel, since a layer norm cancels a constant; and float64, where rounding is far below what
+    counts as a change, on every processor.
+    """
+    inputs, other = ([x.double() for x in subject.inputs(seed=seed)] for seed in (0, 1))
+    changed = [x.clone() for x in inputs]
+    changed[which][position] = other[which][position]
+    module = module.double()
     with torch.no_grad():
-        before, after = module(*inputs)[reaches], module(*changed)[reaches]
-    assert not torch.allclose(before, after, rtol=1e-5, atol=1e-7), f"nothing passes along: {subject.slot.mixes}"
+        before, after = module(*inputs)[reached], module(*changed)[reached]
+    return bool((after - before).abs().max() > 1e-9 * before.abs().max())
 
 
 @_promise("be-causal", "token-mixer")
@@ -173,13 +190,8 @@ def _be_causal(subject: Subject) -> None:
 def _see_both_ways(subject: Subject) -> None:
     """With causal=False the last token reaches the first output."""
     module = subject.build(causal=False)
-    (x,) = subject.inputs()
-    changed = x.clone()
-    changed[:, -1] += 3
-    with torch.no_grad():
-        assert not torch.allclose(module(x)[:, 0], module(changed)[:, 0]), (
-            "the first output does not see the last token"
-        )
+    reaches = _reaches(module, subject, 0, (slice(None), -1), (slice(None), 0))
+    assert reaches, "the first output does not see the last token"
 
 
 @_promise("heed-mask", "token-mixer")
@@ -191,7 +203,7 @@ def _heed_mask(subject: Subject) -> None:
     with torch.no_grad():
         _close(module(x, mask=mask), module(x), "a mask that allows everything changes outputs")
         mask[:, 2] = mask[1, 4] = False
-        changed = torch.where(mask[..., None], x, torch.full_like(x, 7.0))
+        changed = torch.where(mask[..., None], x, 7 * subject.inputs(seed=1)[0])
         before, after = module(x, mask=mask), module(changed, mask=mask)
     _close(after[mask], before[mask], "a token that may not be attended changes other outputs")
     assert before.isfinite().all(), "a mask gives values that are not finite"
@@ -212,13 +224,22 @@ def _stream(subject: Subject) -> None:
 
 @_promise("reach-parameters")
 def _reach_parameters(subject: Subject) -> None:
-    """A gradient that is not all zero reaches every parameter that is trained, and the input."""
+    """A gradient well above rounding reaches every parameter that is trained, but the biases of keys, and the input.
+
+    A bias of all keys adds one number to all scores of a query, which a softmax cancels: rounding alone reaches it. Up
+    to 2^24 parameters it is asked in float64, where that is seen; beyond, any gradient counts.
+    """
     module, inputs = subject.build().train(), subject.inputs()
+    small = count_parameters(module) <= 2**24
+    if small:
+        module, inputs = module.double(), _cast(inputs, Tensor.double)
     _backward(module, inputs)
-    frozen = [name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert not frozen, f"no gradient reaches {', '.join(frozen[:6])}{' and others' if len(frozen) > 6 else ''}"
-    real = [x for x in inputs if x.is_floating_point()]
-    assert all(x.grad is not None and x.grad.any() for x in real), "no gradient reaches the input"
+    trained: list[tuple[str, Tensor]] = [("the input", x) for x in inputs if x.is_floating_point()]
+    trained += [(n, p) for n, p in module.named_parameters() if p.requires_grad and not n.endswith(KEY_BIASES)]
+    sizes = {name: 0.0 if x.grad is None else x.grad.abs().max().item() for name, x in trained if x.numel()}
+    least = 1e-12 * max(sizes.values(), default=0.0) if small else 0.0
+    missed = [name for name, size in sizes.items() if size <= least]
+    assert not missed, f"no gradient reaches {', '.join(missed[:6])}{' and others' if len(missed) > 6 else ''}"
 
 
 @_promise("keep-gradients-finite")
@@ -237,12 +258,17 @@ def _backward(module: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
     """Run it forward and back; the gradients are left with inputs and parameters."""
     _cast(inputs, Tensor.requires_grad_)
     torch.manual_seed(0)
-    outputs = [leaf for leaf in tree_leaves(module(*inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    outputs = module(*inputs)
+    _weighted_sum(outputs).backward()
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def _weighted_sum(output: Any) -> Tensor:
+    """All outputs in a random direction: the plain sum of a normalised one has no gradient."""
+    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     assert outputs, "the output depends on nothing that can be trained"
-    # A random direction: the plain sum of a normalised output has no gradient.
     generator = torch.Generator().manual_seed(0)
-    torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in outputs]).sum().backward()
-    return outputs
+    return torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in outputs]).sum()
 
 
 @_promise("pass-gradcheck", *MECHANISMS)
@@ -258,12 +284,86 @@ def _pass_gradcheck(subject: Subject) -> None:
 
     given = [x.requires_grad_() for x in inputs] + [p.detach().clone().requires_grad_() for p in parameters]
     torch.manual_seed(0)
-    torch.autograd.gradcheck(function, given, fast_mode=True, atol=1e-4)
+    try:
+        torch.autograd.gradcheck(function, given, fast_mode=True, atol=1e-4)
+    except GradcheckError as error:
+        raise AssertionError(str(error)) from error
+
+
+@_promise("differentiate-twice", *MECHANISMS)
+def _differentiate_twice(subject: Subject) -> None:
+    """In float64 the second derivatives equal finite differences of the gradient, or are refused with a message."""
+    module = subject.build().double()
+    inputs = [x.double() for x in subject.inputs(batch=2, tokens=4, other=3, height=4, width=5)]
+    names = [name for name, _ in module.named_parameters()]
+    start = [*inputs, *(p.detach() for p in module.parameters())]
+    generator = torch.Generator().manual_seed(0)
+    along = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in start]
+
+    def gradients(step: float, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        at = [(x + step * direction).requires_grad_() for x, direction in zip(start, along)]
+        output = torch.func.functional_call(module, dict(zip(names, at[len(inputs) :])), tuple(at[: len(inputs)]))
+        # A plain weighted sum: the gradient that comes back in is a constant, as most losses make it look at first.
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).cos().view(output.shape)
+        grads = torch.autograd.grad((output * weights).sum(), at, create_graph=again, allow_unused=True)
+        return at, [torch.zeros_like(x) if g is None else g for x, g in zip(at, grads)]
+
+    try:
+        at, grads = gradients(0.0, again=True)
+        slope = torch.stack([(g * direction).sum() for g, direction in zip(grads, along)]).sum()
+        second = torch.autograd.grad(slope, at, allow_unused=True) if slope.requires_grad else [None] * len(at)
+    except (RuntimeError, NotImplementedError) as error:
+        assert str(error), "second derivatives are refused without a word"
+        return
+    step = 1e-6
+    differences = [(g - h) / (2 * step) for g, h in zip(gradients(step)[1], gradients(-step)[1])]
+    actual = [torch.zeros_like(x) if s is None else s for x, s in zip(at, second)]
+    _close(actual, differences, "the second derivative is not that of the gradient")
+
+
+@_promise("train-in-mixed-precision")
+def _train_in_mixed_precision(subject: Subject) -> None:
+    """Forward under autocast and backward outside, as trainers do it, gives gradients within half of float32's.
+
+    In bfloat16, and in float16 with a gradient scaler, which then takes the step.
+    """
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        module, inputs = _silence(subject.build()), _cast(subject.inputs(), Tensor.requires_grad_)
+        trained = [x for x in (*inputs, *module.parameters()) if x.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = _weighted_sum(module(*inputs))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        gradients.append(
+            torch.cat([torch.zeros_like(x).flatten() if x.grad is None else x.grad.flatten() for x in trained])
+        )
+        scaler.step(optimizer)
+    expected = gradients[0]
+    for name, actual in zip(("bfloat16", "float16"), gradients[1:]):
+        error = ((actual - expected).norm() / expected.norm()).item()
+        assert error <= 0.5, f"under autocast to {name} the gradient is off by {100 * error:.1f} %"
+
+
+@_promise("take-an-empty-batch", *APART)
+def _take_an_empty_batch(subject: Subject) -> None:
+    """A batch of no example gives an output of none, as the last piece of a data set that is divided may be."""
+    module, inputs = subject.build(), subject.inputs(batch=0)
+    with torch.no_grad():
+        empty, one = tree_leaves(module(*inputs)), tree_leaves(module(*subject.inputs(batch=1)))
+    for y, expected in zip(empty, one, strict=True):
+        if isinstance(y, Tensor) and expected.dim():
+            assert y.shape == (0, *expected.shape[1:]), (
+                f"no example gives {tuple(y.shape)}, one {tuple(expected.shape)}"
+            )
 
 
 @_promise("run-in-bfloat16")
 def _run_in_bfloat16(subject: Subject) -> None:
-    """In bfloat16 the output stays within 5 % of float32's."""
+    """In bfloat16 the output stays within 15 % of float32's, of which choosing another head takes the most."""
     module, inputs = subject.build(), subject.inputs()
     low = copy.deepcopy(module).bfloat16()
     module.load_state_dict(low.state_dict())  # the same rounded weights
@@ -272,7 +372,7 @@ def _run_in_bfloat16(subject: Subject) -> None:
         actual = _first(low(*_cast(inputs, Tensor.bfloat16)))
     assert actual.dtype == torch.bfloat16, f"bfloat16 gives {actual.dtype}"
     error = ((actual.float() - expected).norm() / expected.norm()).item()
-    assert error <= 0.05, f"the output is off by {100 * error:.1f} %"
+    assert error <= 0.15, f"the output is off by {100 * error:.1f} %"
 
 
 @_promise("repeat")
@@ -291,7 +391,7 @@ def _be_deterministic(subject: Subject) -> None:
     before = copy.deepcopy(module.state_dict())
     with torch.no_grad():
         first, again = tree_leaves(module(*inputs)), tree_leaves(module(*inputs))
-    _close(again, first, "the second call differs from the first", 0.0)
+    _close(again, first, "the second call differs from the first", EQUAL)
     moved = [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
     assert not moved, f"evaluating changes {', '.join(moved)}"
 
@@ -312,7 +412,7 @@ def _load_state(subject: Subject) -> None:
     other = subject.build(seed=1)
     other.load_state_dict(copy.deepcopy(module.state_dict()))
     with torch.no_grad():
-        _close(other(*inputs), module(*inputs), "with the state loaded, another instance differs", 0.0)
+        _close(other(*inputs), module(*inputs), "with the state loaded, another instance differs", EQUAL)
 
 
 @_promise("load-safetensors")
@@ -327,7 +427,7 @@ def _load_safetensors(subject: Subject) -> None:
         save_model(module, str(file))
         load_model(other, str(file))
     with torch.no_grad():
-        _close(other(*inputs), module(*inputs), "with the file loaded, another instance differs", 0.0)
+        _close(other(*inputs), module(*inputs), "with the file loaded, another instance differs", EQUAL)
 
 
 def _trained(subject: Subject) -> nn.Module:
@@ -346,7 +446,7 @@ def _copy(subject: Subject) -> None:
     with torch.no_grad():
         expected = module(*inputs)
         for way, twin in (("deepcopy", copy.deepcopy(module)), ("pickle", pickle.loads(pickle.dumps(module)))):
-            _close(twin(*inputs), expected, f"{way} gives another output", 0.0)
+            _close(twin(*inputs), expected, f"{way} gives another output", EQUAL)
             own = {p.data_ptr() for p in module.parameters() if p.numel()}
             assert not any(p.data_ptr() in own for p in twin.parameters()), f"{way} shares weights with the original"
 

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from provenn.ops.autograd import is_transformed
+
 from . import triton
 from .fast import merged_attention
 from .reference import Earlier, joint_softmax
@@ -42,6 +44,8 @@ def chunk_attention(
         raise ValueError(
             f"queries, keys and values must be of one shape (batch, heads, tokens, dim) with a token, got {shapes}"
         )
+    if is_transformed():
+        return joint_softmax(queries, keys, values, chunk=chunk, earlier=earlier)
     if queries.device.type in ("cpu", "meta"):
         return merged_attention(queries, keys, values, chunk=chunk, earlier=earlier)
     kernel = earlier is None and queries.dtype != torch.float64 and queries.shape[-1] <= triton.LARGEST_DIM

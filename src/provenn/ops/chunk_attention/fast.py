@@ -8,15 +8,17 @@ The backward pass is that of one joint softmax. Given the merged output and log-
 computes the weights that the joint softmax gave to its share of the keys, so each part is differentiated by itself.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from provenn.ops.autograd import backward_without_autocast, is_differentiated, plain_gradients, without_autocast
 from provenn.ops.softmax_merge import merge_
 
-from .reference import Earlier
+from .reference import Earlier, joint_softmax
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -35,6 +37,12 @@ def _in_order(x: Tensor) -> Tensor:
 def _ends(x: Tensor, chunk: int) -> Tensor:
     """The states of all chunks but the last, seen from each position in a chunk: (rows, chunk, chunks − 1, dim)."""
     return x[:, chunk - 1 : -chunk : chunk].unsqueeze(1).expand(-1, chunk, -1, -1)
+
+
+def plain_rows(q: Tensor, k: Tensor, v: Tensor, *slots: Tensor, filled: Tensor | None = None, chunk: int) -> Tensor:
+    """`joint_softmax` of rows, (rows, tokens, dim), after the keys and values of `slots` where there are any."""
+    earlier = None if filled is None else Earlier(slots[0], slots[1], filled)
+    return joint_softmax(*(x.unsqueeze(1) for x in (q, k, v)), chunk=chunk, earlier=earlier).squeeze(1)
 
 
 class _ChunkAttention(torch.autograd.Function):
@@ -63,10 +71,16 @@ class _ChunkAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx, grad: Tensor):
         q, k, v, slots, slot_values, bias, own, output, lse = ctx.saved_tensors
         chunk, scale = ctx.chunk, q.shape[-1] ** -0.5
+        if is_differentiated():
+            given, filled = [x for x in (q, k, v, slots, slot_values) if x is not None], None
+            if bias is not None:
+                filled = (bias == 0).sum(dim=-1).flatten()
+            grads = plain_gradients(partial(plain_rows, filled=filled, chunk=chunk), given, grad)
+            return *grads, *[None] * (7 - len(grads))
         share = (own - lse).exp_().unsqueeze(-1).to(q.dtype)
         grad_v = share * grad
         grad_own = (grad_v * (v - output)).sum(dim=-1, keepdim=True).mul_(scale)
@@ -106,4 +120,5 @@ def merged_attention(
         bias = queries.new_zeros(()).masked_fill(~earlier.mask, torch.finfo(queries.dtype).min)
         bias = bias.expand(-1, queries.shape[1], -1, -1)
         before = [tensor.flatten(0, 1).unsqueeze(1) for tensor in (earlier.keys, earlier.values, bias)]
-    return _ChunkAttention.apply(*rows, *before, chunk)[:, :n].unflatten(0, queries.shape[:2])
+    with without_autocast(queries):
+        return _ChunkAttention.apply(*rows, *before, chunk)[:, :n].unflatten(0, queries.shape[:2])

@@ -12,8 +12,10 @@ import warnings
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from provenn.ops.autograd import is_differentiated, plain_gradients
+
+from .fast import plain_rows
 from .reference import joint_softmax
 
 try:
@@ -159,9 +161,10 @@ class _TritonChunkAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, output, lse = ctx.saved_tensors
+        if is_differentiated():
+            return *plain_gradients(functools.partial(plain_rows, chunk=ctx.chunk), (q, k, v), grad), None
         rows, n, dim = q.shape
         sizes = _sizes(q, ctx.chunk)
         grad = grad.contiguous()

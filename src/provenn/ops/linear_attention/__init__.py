@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from provenn.ops.autograd import is_transformed
+
 from . import triton
 from .fast import bidirectional_attention, causal_attention, chunked_product
 from .reference import LinearState, linear_attention_weights, quadratic_attention, recurrent_attention
@@ -61,6 +63,7 @@ def linear_attention(
     fits = torch.float64 not in (queries.dtype, keys.dtype, values.dtype)
     fits &= max(keys.shape[-1], values.shape[-1] + 1) <= triton.LARGEST
     # A compiler or an export traces the PyTorch form, which it can fuse and carry elsewhere.
-    if values.is_cuda and fits and not torch.compiler.is_compiling() and triton.available(values.device):
+    traced = torch.compiler.is_compiling() or is_transformed()
+    if values.is_cuda and fits and not traced and triton.available(values.device):
         return causal_attention(queries, keys, values, mask=mask, state=state, product=triton.kernel_product)
     return causal_attention(queries, keys, values, mask=mask, state=state)

@@ -6,6 +6,7 @@ chunks. Its three gradients are the same operation with the roles exchanged, two
 backward pass needs nothing but the inputs and is differentiable again.
 """
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from provenn.ops.autograd import backward_without_autocast, is_transformed, without_autocast
 
 from .reference import LinearState, accumulator, masked, normalised
 
@@ -26,20 +29,25 @@ def chunked_product(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, reverse: bool, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """y_i = q_i·start + Σ_j (q_i·k_j) v_j over j ≤ i, or j ≥ i where `reverse`; and end = start + Σ_j k_j v_jᵀ."""
-    rows, n, _ = q.shape
-    chunk = min(n, chunk)
-    padding = -n % chunk
-    q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
-    q, k, v = (x.reshape(rows, -1, chunk, x.shape[-1]) for x in (q, k, v))
+    n = q.shape[1]
+    if isinstance(n, torch.SymInt):
+        # An export with open length takes whatever is true of its example for a rule: one chunk, or none to fill up.
+        padding = -n % chunk + chunk
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+    else:
+        chunk = min(n, chunk)
+        padding = -n % chunk
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
+    q, k, v = (x.reshape(x.shape[0], x.shape[1] // chunk, chunk, x.shape[2]) for x in (q, k, v))
     weights = q @ k.mT
-    weights = weights.triu_() if reverse else weights.tril_()
+    weights = weights.triu() if reverse else weights.tril()
     y = weights @ v
     totals = k.mT @ v
     if reverse:
         totals = totals.flip(1)
     states = torch.cat([start.unsqueeze(1), totals], dim=1).cumsum(dim=1)
     before, end = states[:, :-1], states[:, -1]
-    y += q @ (before.flip(1) if reverse else before)
+    y = y + q @ (before.flip(1) if reverse else before)  # not in place, which vmap could not follow
     return y.flatten(1, 2)[:, :n], end
 
 
@@ -57,6 +65,7 @@ class CausalProduct(torch.autograd.Function):
         return product(q, k, v, start, reverse)
 
     @staticmethod
+    @backward_without_autocast
     def backward(ctx, g: Tensor, d: Tensor):
         q, k, v, start = ctx.saved_tensors
         to, back = (ctx.reverse, ctx.product), (not ctx.reverse, ctx.product)
@@ -95,8 +104,13 @@ def causal_attention(
     # A column of ones beside the values carries the normaliser along.
     v = torch.cat([v, v.new_ones(*batch, n, 1)], dim=-1)
     start = torch.cat([state.s, state.z.unsqueeze(-1)], dim=-1).to(dtype)
-    flat = (x.reshape(-1, *x.shape[-2:]) for x in (queries.to(dtype), k, v, start))
-    y, end = cast(tuple[Tensor, Tensor], CausalProduct.apply(*flat, False, product))
+    rows = math.prod(batch)  # not −1, which an empty batch leaves open
+    q, k, v, start = (x.reshape(rows, *x.shape[-2:]) for x in (queries.to(dtype), k, v, start))
+    with without_autocast(v):
+        if is_transformed():
+            y, end = chunked_product(q, k, v, start, reverse=False)
+        else:
+            y, end = cast(tuple[Tensor, Tensor], CausalProduct.apply(q, k, v, start, False, product))
     y, end = y.view(*batch, n, dim + 1), end.view(*batch, features, dim + 1)
     outputs = normalised(y[..., :-1], y[..., -1]).to(values.dtype)
     return outputs, LinearState(end[..., :-1], end[..., -1])
@@ -114,8 +128,9 @@ def bidirectional_attention(
     dtype = accumulator(queries, keys, values)
     q = queries.to(dtype)
     k, v = masked(mask, keys.to(dtype), values.to(dtype))
-    s, z = k.mT @ v, k.sum(dim=-2)
-    if state is not None:
-        s, z = state.s.to(dtype) + s, state.z.to(dtype) + z
-    outputs = normalised(q @ s, (q @ z.unsqueeze(-1)).squeeze(-1))
+    with without_autocast(v):
+        s, z = k.mT @ v, k.sum(dim=-2)
+        if state is not None:
+            s, z = state.s.to(dtype) + s, state.z.to(dtype) + z
+        outputs = normalised(q @ s, (q @ z.unsqueeze(-1)).squeeze(-1))
     return outputs.to(values.dtype), LinearState(s, z)

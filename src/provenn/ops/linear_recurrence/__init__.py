@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from provenn.ops.autograd import is_transformed
+
 from . import triton
 from .fast import chunked
 from .reference import recurrent
@@ -40,6 +42,7 @@ def linear_recurrence(
         )
     fits = torch.float64 not in (gates.dtype, inputs.dtype)
     # A compiler or an export traces the PyTorch form, which it can fuse and carry elsewhere.
-    if inputs.is_cuda and fits and not torch.compiler.is_compiling() and triton.available(inputs.device):
+    traced = torch.compiler.is_compiling() or is_transformed()
+    if inputs.is_cuda and fits and not traced and triton.available(inputs.device):
         return triton.triton_recurrence(gates, inputs, state=state)
     return chunked(gates, inputs, state=state)

@@ -6,13 +6,17 @@ same recurrence, from chunk to chunk, with the product of a chunk's gates as the
 share is then added. No gate is ever divided by, so gates may be 0, and their products may vanish.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from provenn.ops.autograd import is_differentiated, is_transformed
+
+from .reference import recurrent
 
 CHUNK = 32  # tokens that are stepped through; a sequence of up to two chunks is not cut
 
@@ -59,10 +63,12 @@ class _LinearRecurrence(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         a, h = ctx.saved_tensors
-        r = _scan_back(a, grad)
+        if is_differentiated():  # r obeys the same recurrence from the other end, which can be differentiated again
+            r = _LinearRecurrence.apply(F.pad(a.flip(1), (0, 0, 1, -1)), grad.flip(1)).flip(1)
+        else:
+            r = _scan_back(a, grad)
         return F.pad(r[:, 1:] * h[:, :-1], (0, 0, 1, 0)), r
 
 
@@ -79,5 +85,7 @@ def chunked(
     if state is not None:
         first = x[..., :1, :] + a[..., :1, :] * state.to(dtype).unsqueeze(-2)
         x = torch.cat([first, x[..., 1:, :]], dim=-2)
-    h = _LinearRecurrence.apply(a.reshape(-1, n, dim), x.reshape(-1, n, dim)).reshape(inputs.shape)
+    rows = math.prod(inputs.shape[:-2])  # not −1, which an empty batch leaves open
+    a, x = a.reshape(rows, n, dim), x.reshape(rows, n, dim)
+    h = (recurrent(a, x)[0] if is_transformed() else _LinearRecurrence.apply(a, x)).reshape(inputs.shape)
     return h.to(inputs.dtype), h[..., -1, :]

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from provenn.ops.autograd import is_differentiated
 
 from .fast import chunked
 
@@ -95,10 +96,12 @@ class _TritonRecurrence(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         a, h = ctx.saved_tensors
-        r = _scan(F.pad(a, (0, 0, -1, 1)), grad.contiguous(), reverse=True)
+        if is_differentiated():  # r obeys the same recurrence from the other end, which can be differentiated again
+            r = _TritonRecurrence.apply(F.pad(a.flip(1), (0, 0, 1, -1)), grad.flip(1)).flip(1)
+        else:
+            r = _scan(F.pad(a, (0, 0, -1, 1)), grad.contiguous(), reverse=True)
         return F.pad(r[:, 1:] * h[:, :-1], (0, 0, 1, 0)), r
 
 

@@ -1,11 +1,12 @@
 """A memory whose weights are trained, by the sequence that it reads, while it is read."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from provenn.ops.autograd import without_autocast
 
 from .fast import chunked_memory
 from .reference import MemoryState, Surprise, read_memory, recurrent_memory
@@ -95,8 +96,7 @@ def memory_update(
     if residual and keys.shape[3] != values.shape[3]:
         raise ValueError(f"x + LN(MLP(x)) keeps the width, got keys of {keys.shape[3]} and values of {values.shape[3]}")
     _check_gates(keys, state.weights, step, forget, momentum)
-    kind = keys.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with without_autocast(values):
         return chunked_memory(
             queries, keys, values, step=step, forget=forget, momentum=momentum, state=state, chunk=chunk, mask=mask,
             read=read, residual=residual, limit=limit, surprised=surprised,

@@ -50,8 +50,8 @@ def _products(factors: Tensor) -> tuple[Tensor, Tensor]:
     logs = factors.clamp_min(torch.finfo(factors.dtype).tiny ** 0.5).log().cumsum(dim=-2)
     b = factors.shape[-2]
     later = torch.ones(b, b, dtype=torch.bool, device=factors.device).triu(1)
-    # Masked before the exponential: later tokens would overflow it, and a quotient of products would be 0 / 0. In place,
-    # since these are the largest numbers of all, and their derivatives need nothing of what is overwritten.
+    # Masked before the exponential: later tokens would overflow it, and a quotient of products would be 0 / 0.
+    # In place, since these are the largest numbers of all, and their derivatives need nothing of what is overwritten.
     between = (logs.unsqueeze(-1) - logs.mT.unsqueeze(-3)).masked_fill_(later.unsqueeze(-2), -torch.inf).exp_()
     return between, logs.exp()
 

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from provenn.ops.autograd import is_transformed
+
 from . import triton
 from .fast import chunked_attention, log_depth_attention
 from .reference import PrefixState, blockwise_attention, masked_softmax_attention, merge, recurrent_attention
@@ -50,6 +52,7 @@ def prefix_scan_attention(
         )
     fits = torch.float64 not in (values.dtype, scores.dtype) and values.shape[-1] <= triton.LARGEST_DIM
     # A compiler or an export traces the PyTorch form, which it can fuse and carry elsewhere.
-    if values.is_cuda and fits and not torch.compiler.is_compiling() and triton.available(values.device):
+    traced = torch.compiler.is_compiling() or is_transformed()
+    if values.is_cuda and fits and not traced and triton.available(values.device):
         return triton.triton_attention(scores, values, mask=mask, state=state)
     return chunked_attention(scores, values, mask=mask, state=state)

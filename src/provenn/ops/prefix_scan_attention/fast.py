@@ -7,11 +7,21 @@ Those states are themselves such a sum over chunks, so the same step is applied 
 linear in the number of tokens, the depth logarithmic, and every product is batched.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from provenn.ops.autograd import (
+    backward_without_autocast,
+    is_differentiated,
+    is_transformed,
+    plain_gradients,
+    without_autocast,
+)
 
 from .reference import PrefixState, leaves, merge
 
@@ -42,6 +52,34 @@ def _decayed_sums(level: Tensor, x: Tensor) -> Tensor:
     return y.view(b, chunks * CHUNK, q)[:, :n]
 
 
+def plain_scan(s: Tensor, v: Tensor, m0: Tensor, u0: Tensor, w0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(s, v, state) → (o, state) by a tokens × tokens matrix; the maxima are constants, as in `PrefixState`.
+
+    In plain operations, for second derivatives and `torch.func`.
+    """
+    n, lowest = s.shape[1], torch.finfo(s.dtype).min
+    m = torch.maximum(s.detach().cummax(dim=1).values, m0.detach().unsqueeze(1)).clamp(min=lowest)
+    later = torch.ones(n, n, dtype=torch.bool, device=s.device).triu(1)
+    weights = (s.unsqueeze(1) - m.unsqueeze(2)).masked_fill(later, -torch.inf).exp()
+    decay = (m0.detach().clamp(min=lowest).unsqueeze(1) - m).exp()
+    u = weights.sum(dim=-1) + decay * u0.unsqueeze(1)
+    w = weights @ v + decay.unsqueeze(-1) * w0.unsqueeze(1)
+    m_end = m[:, -1].masked_fill(m[:, -1] == lowest, -torch.inf)
+    return w / u.masked_fill(u == 0, 1).unsqueeze(-1), m_end, u[:, -1], w[:, -1]
+
+
+def scan_gradients(inputs: tuple[Tensor, ...], grad: Tensor, grad_u: Tensor, grad_w: Tensor) -> tuple[Any, ...]:
+    """The gradients of (s, v, m0, u0, w0) by `plain_scan`; the maxima have none."""
+    s, v, m0, u0, w0 = inputs
+
+    def without_maxima(s: Tensor, v: Tensor, u0: Tensor, w0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        outputs, _, u, w = plain_scan(s, v, m0, u0, w0)
+        return outputs, u, w
+
+    grad_s, grad_v, grad_u0, grad_w0 = plain_gradients(without_maxima, (s, v, u0, w0), (grad, grad_u, grad_w))
+    return grad_s, grad_v, None, grad_u0, grad_w0
+
+
 class _ChunkedScan(torch.autograd.Function):
     """(s, v, state) → (o, state) for a whole number of chunks, with the suffix scans as its backward.
 
@@ -55,7 +93,7 @@ class _ChunkedScan(torch.autograd.Function):
         lowest = torch.finfo(s.dtype).min
         m = torch.maximum(s.cummax(dim=1).values, m0.unsqueeze(1)).clamp_(min=lowest)
         ends = torch.cat([m0.clamp(min=lowest).unsqueeze(1), m[:, chunk - 1 :: chunk]], dim=1)
-        s_, m_, v_ = s.view(b, -1, chunk), m.view(b, -1, chunk), v.view(b, -1, chunk, dim)
+        s_, m_, v_ = (x.unflatten(1, (-1, chunk)) for x in (s, m, v))
 
         weights = _triangle(s_, m_)
         u, w = weights.sum(dim=-1), weights @ v_
@@ -68,18 +106,21 @@ class _ChunkedScan(torch.autograd.Function):
         per_u = u.reciprocal_().masked_fill_(u == torch.inf, 0)
         outputs = w.mul_(per_u.unsqueeze(-1)).view(b, n, dim)
 
-        ctx.save_for_backward(s, v, m, per_u, ends, outputs)
+        ctx.save_for_backward(s, v, m0, u0, w0, m, per_u, ends, outputs)
         ctx.chunk = chunk
         m_end = ends[:, -1].masked_fill(ends[:, -1] == lowest, -torch.inf)
         ctx.mark_non_differentiable(m_end)
         return outputs, m_end, states[:, -1, -1].clone(), states[:, -1, :-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx, grad: Tensor, _: Tensor, grad_u: Tensor, grad_w: Tensor):
-        s, v, m, per_u, ends, outputs = ctx.saved_tensors
+        *inputs, m, per_u, ends, outputs = ctx.saved_tensors
+        if is_differentiated():
+            return *scan_gradients(tuple(inputs), grad, grad_u, grad_w), None
+        s, v = inputs[:2]
         b, n, dim = v.shape
-        s_, m_, g_ = (t.reshape(b, -1, ctx.chunk, *t.shape[2:]) for t in (s, m, grad))
+        s_, m_, g_ = (t.unflatten(1, (-1, ctx.chunk)) for t in (s, m, grad))
         along = (grad * outputs).sum(dim=-1).view_as(s_)  # g_k·o_k
 
         weights = _triangle(s_, m_).mul_(per_u.unsqueeze(-1)).mT
@@ -129,13 +170,18 @@ def chunked_attention(
     s, v = scores.to(dtype), values.to(dtype)
     if mask is not None:
         s, v = s.masked_fill(~mask, -torch.inf), v.masked_fill(~mask.unsqueeze(-1), 0)
-    s, v = s.reshape(-1, n), v.reshape(-1, n, dim)
+    rows = math.prod(batch)  # not −1, which an empty batch leaves open
+    s, v = s.reshape(rows, n), v.reshape(rows, n, dim)
     chunk = min(n, chunk)
     padding = -n % chunk
     if padding:
         s, v = F.pad(s, (0, padding), value=-torch.inf), F.pad(v, (0, 0, 0, padding))
-    m0, u0, w0 = state.m.to(dtype).reshape(-1), state.u.to(dtype).reshape(-1), state.w.to(dtype).reshape(-1, dim)
-    outputs, m, u, w = _ChunkedScan.apply(s, v, m0.detach(), u0, w0, chunk)
+    m0, u0, w0 = (x.to(dtype).reshape(rows, *x.shape[len(batch) :]) for x in state)
+    with without_autocast(v):
+        if is_transformed():
+            outputs, m, u, w = plain_scan(s, v, m0, u0, w0)
+        else:
+            outputs, m, u, w = _ChunkedScan.apply(s, v, m0.detach(), u0, w0, chunk)
     final = PrefixState(m.view(batch), u.view(batch), w.view(*batch, dim))
     return outputs[:, :n].reshape(values.shape).to(values.dtype), final
 

@@ -11,9 +11,10 @@ import warnings
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .fast import chunked_attention
+from provenn.ops.autograd import is_differentiated
+
+from .fast import chunked_attention, scan_gradients
 from .reference import PrefixState
 
 try:
@@ -118,16 +119,17 @@ class _TritonScan(torch.autograd.Function):
         sizes = {"CHUNK": 32 if dim > 128 else 64, "DIM": max(16, triton.next_power_of_2(dim))}
         with torch.cuda.device(v.device):
             _forward[(rows,)](s, v, m0, u0, w0, outputs, m, per_u, u, w, n, dim, LOWEST, **sizes)
-        ctx.save_for_backward(s, v, m0, m, per_u, outputs)
+        ctx.save_for_backward(s, v, m0, u0, w0, m, per_u, outputs)
         ctx.sizes = sizes
         m_end = m[:, -1].masked_fill(m[:, -1] == LOWEST, -torch.inf)
         ctx.mark_non_differentiable(m_end)
         return outputs, m_end, u, w
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor, grad_u: Tensor, grad_w: Tensor):
-        s, v, m0, m, per_u, outputs = ctx.saved_tensors
+        s, v, m0, u0, w0, m, per_u, outputs = ctx.saved_tensors
+        if is_differentiated():
+            return scan_gradients((s, v, m0, u0, w0), grad, grad_u, grad_w)
         rows, n, dim = v.shape
         grad, grad_u, grad_w = grad.contiguous(), grad_u.contiguous(), grad_w.contiguous()
         along = (grad * outputs).sum(dim=-1)

@@ -2,6 +2,8 @@
 
 import torch
 
+from provenn.ops.autograd import is_transformed
+
 from . import triton
 from .fast import merge, merge_
 from .reference import Partial, merge_by_weights
@@ -30,6 +32,7 @@ def softmax_merge(a: Partial, b: Partial) -> Partial:
         raise ValueError(f"both parts must be an output (..., dim) and an lse (...) of the same sizes, got {shapes}")
     o = a.output
     fits = o.dtype != torch.float64 and o.shape[-1] <= triton.LARGEST_DIM
-    if o.is_cuda and fits and not torch.compiler.is_compiling() and triton.available(o.device):
+    traced = torch.compiler.is_compiling() or is_transformed()
+    if o.is_cuda and fits and not traced and triton.available(o.device):
         return triton.triton_merge(a, b)
     return merge(a, b)

@@ -3,9 +3,10 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .reference import Partial
+from provenn.ops.autograd import is_differentiated, is_transformed, plain_gradients
+
+from .reference import Partial, merge_by_weights
 
 
 def merge_(outputs: Float[Tensor, "*batch dim"], a_lse: Tensor, other: Float[Tensor, "*batch dim"], b_lse: Tensor):
@@ -14,6 +15,12 @@ def merge_(outputs: Float[Tensor, "*batch dim"], a_lse: Tensor, other: Float[Ten
     share = (b_lse - lse.masked_fill(lse == -torch.inf, 0)).exp_()
     outputs.lerp_(other, share.unsqueeze(-1).to(outputs.dtype))
     return lse
+
+
+def plain_merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in plain operations, for second derivatives and `torch.func`."""
+    output, lse = merge_by_weights(Partial(a, a_lse), Partial(b, b_lse))
+    return output, lse
 
 
 class _Merge(torch.autograd.Function):
@@ -27,9 +34,10 @@ class _Merge(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, grad_lse: Tensor):
         a, a_lse, b, b_lse, output, lse = ctx.saved_tensors
+        if is_differentiated():
+            return plain_gradients(plain_merge, (a, a_lse, b, b_lse), (grad, grad_lse))
         finite = lse.masked_fill(lse == -torch.inf, 0)
         common = grad_lse - (grad * output).sum(dim=-1)
         results = []
@@ -47,5 +55,5 @@ def merge(a: Partial, b: Partial) -> Partial:
         lse = part.lse.to(dtype)
         # What a query that sees none of the keys was given as output must not come through as 0 · ∞.
         parts += [part.output.to(dtype).masked_fill((lse == -torch.inf).unsqueeze(-1), 0), lse]
-    output, lse = _Merge.apply(*parts)
+    output, lse = plain_merge(*parts) if is_transformed() else _Merge.apply(*parts)
     return Partial(output.to(a.output.dtype), lse)

@@ -10,7 +10,8 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from provenn.ops.autograd import is_differentiated, plain_gradients
 
 from . import fast
 from .reference import Partial
@@ -91,9 +92,10 @@ class _TritonMerge(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, grad_lse: Tensor):
         saved = ctx.saved_tensors
+        if is_differentiated():
+            return plain_gradients(fast.plain_merge, saved[:4], (grad, grad_lse))
         results = [torch.empty_like(tensor) for tensor in saved[:4]]
         _launch(_backward, [*saved, grad.contiguous(), grad_lse.contiguous(), *results])
         return tuple(results)

@@ -1,6 +1,8 @@
 """Products with Toeplitz matrices, on a line, causal, or on a grid, and the attention sums that are made of them."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,8 +25,6 @@ __all__ = [
     "toeplitz_sums",
     "without_autocast",
 ]
-
-QUADRATIC_UP_TO = 1024  # tokens; up to here n × n weights cost less than m·d transforms, on the CPUs that we timed
 
 
 def toeplitz_matmul(
@@ -69,23 +69,67 @@ def toeplitz_sums(
         q, k: features of queries and keys, where the kernel is their product.
         v: values; with a column of ones the sums of the weights come out beside them.
         causal: y_i takes from j ≤ i only.
-        form: "fft", O(n log n) time, O(n) memory; "quadratic", through n × n weights; "auto" takes the quadratic one up
-            to 1,024 tokens, where it is faster.
+        form: "fft", O(n log n) time; "quadratic", O(n²), through blocks of the n × n weights; both take O(n) memory.
+            "auto" is the faster of them (see `resolved`).
         precision: of the FFT.
     """
     _check(c, q.shape, causal)
-    if resolved(form, q.shape[-2]) == "quadratic":
+    sides = (q.shape[-2],) if causal else [(size + 1) // 2 for size in c.shape[1:]]
+    features, channels = q.shape[-1], v.shape[-1]
+    if resolved(form, sides, features=features, channels=channels, causal=causal, precision=precision) == "quadratic":
         return quadratic_sums(c, q, k, v, causal=causal)
     return fft_sums(c, q, k, v, causal=causal, precision=precision)
 
 
-def resolved(form: str, n: int) -> str:
-    """What "auto" stands for with n tokens."""
+class Cost(NamedTuple):
+    """Nanoseconds, of which only the ratios matter: what was timed on one thread of an AMD EPYC.
+
+    Of an FFT in single and in double precision, for each number and binary logarithm of its length, there and back; of
+    a weight of the n × n, and of each feature and channel that it is made from and multiplied with.
+    """
+
+    single: float
+    double: float
+    weight: float
+    width: float
+
+
+FORWARD, WITH_BACKWARD = Cost(0.4, 1.05, 1.0, 0.02), Cost(1.5, 3.0, 10.0, 0.04)
+
+
+def resolved(
+    form: str,
+    sides: Sequence[int],
+    *,
+    features: int = 32,
+    channels: int = 65,
+    causal: bool = False,
+    precision: str = "double",
+    backward: bool | None = None,
+) -> str:
+    """What "auto" stands for: the form whose operations, counted and weighed, take less time.
+
+    The quadratic form has n² weights of a head, half of them where causal; the other transforms features · channels
+    sequences, each of a length of at least 2n − 1. Batch and heads multiply both. GPUs were not timed.
+
+    Args:
+        form: "auto", or the form itself.
+        sides: n of a line, or (height, width) of a grid.
+        features, channels, causal, precision: of the sums.
+        backward: whether gradients will be asked for; by default, whether torch keeps what they need.
+
+    >>> [resolved("auto", [n], features=8, channels=17, backward=True) for n in (256, 8192)]
+    ['quadratic', 'fft']
+    """
     if form not in ("auto", "fft", "quadratic"):
         raise ValueError(f"form must be auto, fft or quadratic, got {form!r}")
-    if form == "auto":
-        return "quadratic" if n <= QUADRATIC_UP_TO else "fft"
-    return form
+    if form != "auto":
+        return form
+    cost = WITH_BACKWARD if (torch.is_grad_enabled() if backward is None else backward) else FORWARD
+    n, circle = math.prod(sides), math.prod([fft_length(2 * side - 1) for side in sides])
+    quadratic = n * n * (cost.weight + cost.width * (features + channels)) / (2 if causal else 1)
+    transforms = features * channels * circle * math.log2(max(circle, 2))
+    return "fft" if transforms * (cost.double if precision == "double" else cost.single) < quadratic else "quadratic"
 
 
 def _check(c: Tensor, shape: torch.Size, causal: bool) -> None:

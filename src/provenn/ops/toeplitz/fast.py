@@ -1,4 +1,4 @@
-"""Toeplitz products by FFT, a slice of channels at a time, with gradients that are Toeplitz products themselves.
+"""Toeplitz products by FFT, a slice of channels at a time, and through n × n weights, a block of queries at a time.
 
 With s_t = c_t for t ≥ 0 and s_{L−t} = c_{−t}, y_i = Σ_j c_{j−i} x_j is a circular correlation of length L ≥ 2n − 1:
 
@@ -6,20 +6,29 @@ With s_t = c_t for t ≥ 0 and s_{L−t} = c_{−t}, y_i = Σ_j c_{j−i} x_j is
 
 and the same on a grid, with an FFT over both axes. The sums of kernelized attention are such products of n × m·d
 numbers. Of these a slice exists at a time, small enough for a processor's cache: both passes keep memory of
-O(n (m + d)), which is also faster than all at once where the whole outgrows the caches.
+O(n (m + d)), which is also faster than all at once where the whole outgrows the caches. The quadratic form is cut for
+the same reasons: it takes O(n²) time, and no more memory than the other.
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from provenn.ops.autograd import (
+    backward_without_autocast,
+    is_differentiated,
+    is_transformed,
+    plain_gradients,
+    without_autocast,
+)
 
 SLICE = {"cpu": 2**18, "cuda": 2**26}  # numbers that are transformed at a time
+BLOCK = {"cpu": 2**17, "cuda": 2**26}  # weights that the quadratic form has at a time
+LEAST_BLOCK = 32  # queries of a block: with fewer, matrix products are slow
 
 
 def fft_length(least: int) -> int:
@@ -69,11 +78,11 @@ class _Circle:
 
     def on_grid(self, x: Tensor) -> Tensor:
         """(batch, heads, n, channels) to (batch · heads, channels, *sides), contiguous."""
-        return x.mT.reshape(-1, x.shape[-1], *self.sides).contiguous()
+        return x.mT.reshape(x.shape[0] * x.shape[1], x.shape[-1], *self.sides).contiguous()
 
 
 def _ranges(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
+    for start in range(0, size, max(step, 1)):
         yield slice(start, min(start + step, size))
 
 
@@ -81,7 +90,7 @@ def _slices(rows: int, features: int, channels: int, at_a_time: int) -> Iterator
     """Cut rows × features × channels into boxes of about so many; whole channels first, then features, then rows."""
     channel_step = min(channels, at_a_time)
     feature_step = min(features, max(1, at_a_time // channel_step))
-    row_step = min(rows, max(1, at_a_time // (channel_step * feature_step)))
+    row_step = min(max(rows, 1), max(1, at_a_time // (channel_step * feature_step)))
     for b in _ranges(rows, row_step):
         for r in _ranges(features, feature_step):
             for d in _ranges(channels, channel_step):
@@ -106,9 +115,11 @@ class _Sums(torch.autograd.Function):
         return sums.flatten(2).mT.reshape(v.shape).to(v.dtype)
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx, grad: Tensor):
         c, q, k, v = ctx.saved_tensors
+        if is_differentiated():
+            return *plain_gradients(_plain_sums, (c, q, k, v), grad), None
         wanted = ctx.needs_input_grad
         circle = _Circle(c, ctx.precision)
         qs, ks, vs, gs = (circle.on_grid(x) for x in (q, k, v, grad))
@@ -134,11 +145,6 @@ class _Sums(torch.autograd.Function):
         return grad_c.to(c.dtype), *shaped, None
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Where nothing is rounded to half precision: FFTs and exponentials need float32 at least."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 def all_offsets(c: Float[Tensor, "#heads *offsets"], causal: bool) -> Float[Tensor, "#heads *all"]:
     """The kernel with its later offsets: zeros, where causal."""
     return F.pad(c, (0, c.shape[-1] - 1)) if causal else c
@@ -156,7 +162,8 @@ def fft_sums(
     """Σ_j c_{j−i} (q_i·k_j) v_j by FFT: O(n log n · features · channels) time, O(n (features + channels)) memory."""
     dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
     with without_autocast(v):
-        return _Sums.apply(all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), precision)
+        inputs = [all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)]
+        return _plain_sums(*inputs) if is_transformed() else _Sums.apply(*inputs, precision)
 
 
 def fft_matmul(
@@ -190,6 +197,90 @@ def dense_matrix(c: Float[Tensor, "#heads *offsets"], *, causal: bool = False) -
     return matrix.permute(order).reshape(c.shape[0], n, n)
 
 
+def _plain_sums(c: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sums with all n × n weights at once; c with all offsets."""
+    return (q @ k.mT * dense_matrix(c)) @ v
+
+
+class _Windows:
+    """Rows of C_ij = c_{j−i} as views of c: row i is the window of c that begins at the offset −i.
+
+    Windows come in the order of their beginnings, so that row t is that of the query n − 1 − t, on a grid too.
+    """
+
+    def __init__(self, c: Tensor, n: int, rows: int, causal: bool):
+        self.n, self.causal, self.device = n, causal, c.device
+        self.sides = [(size + 1) // 2 for size in c.shape[1:]]
+        self.windows = c
+        for dim, side in enumerate(self.sides, start=1):  # (heads, 2H−1, 2W−1) to (heads, H, W, H, W)
+            self.windows = self.windows.unfold(dim, side, 1)
+        most = BLOCK.get(c.device.type, BLOCK["cpu"]) // max(1, rows * n)
+        self.lines = max(1, max(most, LEAST_BLOCK) * self.sides[0] // n)
+
+    def blocks(self) -> Iterator[tuple[slice, int, Tensor]]:
+        """Some rows, how many keys they see at most, and their weights (heads, rows, keys)."""
+        inner = self.n // self.sides[0]
+        for lines in _ranges(self.sides[0], self.lines):
+            seen = self.n - lines.start if self.causal else self.n
+            block = self.windows[:, lines].reshape(len(self.windows), -1, self.n)[..., :seen]
+            yield slice(lines.start * inner, lines.stop * inner), seen, block
+
+    def add_gradient(self, grad_c: Tensor, rows: slice, grads: Tensor) -> None:
+        """What C's rows were given, (heads, rows, keys), to where they were cut from: what `blocks` did, undone."""
+        inner = self.n // self.sides[0]
+        sums = F.pad(grads, (0, self.n - grads.shape[-1]))
+        sums = sums.reshape(len(sums), -1, *self.sides[1:], *self.sides)
+        if len(self.sides) == 2:  # (heads, lines, W, H, W) to (heads, offsets, W, W)
+            sums = _unskewed(sums.movedim((1, 3), (-2, -1))).movedim(-1, 1)
+        sums = _unskewed(sums)
+        start = rows.start // inner
+        grad_c[:, start : start + sums.shape[1]] += sums
+
+
+def _unskewed(x: Float[Tensor, "*rest rows n"]) -> Float[Tensor, "*rest offsets"]:
+    """Sums of x over all (t, j) with the same t + j: each row is shifted by one more place, then all are added."""
+    rows, n = x.shape[-2:]
+    wide = x.new_zeros(*x.shape[:-1], n + rows - 1)
+    # Row t of a view that steps one place more than a row is long begins at place t of row t.
+    wide.as_strided(x.shape, (*wide.stride()[:-2], n + rows, 1)).copy_(x)
+    return wide.sum(dim=-2)
+
+
+class _QuadraticSums(torch.autograd.Function):
+    """(c, q, k, v) → Σ_j c_{j−i} (q_i·k_j) v_j through weights of a block of queries, made again on the way back."""
+
+    @staticmethod
+    def forward(ctx, c: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool):
+        n, back = q.shape[-2], q.flip(-2)
+        windows = _Windows(c, n, q.shape[0] * q.shape[1], causal)
+        sums = [
+            (back[:, :, rows] @ k[:, :, :seen].mT).mul_(weights) @ v[:, :, :seen]
+            for rows, seen, weights in windows.blocks()
+        ]
+        ctx.save_for_backward(c, q, k, v)
+        ctx.causal = causal
+        return torch.cat(sums, dim=-2).flip(-2)
+
+    @staticmethod
+    @backward_without_autocast
+    def backward(ctx, grad: Tensor):
+        c, q, k, v = ctx.saved_tensors
+        if is_differentiated():
+            return *plain_gradients(_plain_sums, (c, q, k, v), grad), None
+        n, back, given = q.shape[-2], q.flip(-2), grad.flip(-2)
+        windows = _Windows(c, n, q.shape[0] * q.shape[1], ctx.causal)
+        grad_c, grad_k, grad_v, grads_q = torch.zeros_like(c), torch.zeros_like(k), torch.zeros_like(v), []
+        for rows, seen, weights in windows.blocks():
+            scores, wanted = back[:, :, rows] @ k[:, :, :seen].mT, given[:, :, rows] @ v[:, :, :seen].mT
+            if ctx.needs_input_grad[0]:
+                windows.add_gradient(grad_c, rows, (scores * wanted).sum(dim=0).sum_to_size(weights.shape))
+            scores, wanted = scores.mul_(weights), wanted.mul_(weights)
+            grad_v[:, :, :seen] += scores.mT @ given[:, :, rows]
+            grad_k[:, :, :seen] += wanted.mT @ back[:, :, rows]
+            grads_q.append(wanted @ k[:, :, :seen])
+        return grad_c, torch.cat(grads_q, dim=-2).flip(-2), grad_k, grad_v, None
+
+
 def quadratic_sums(
     c: Float[Tensor, "#heads *offsets"],
     q: Float[Tensor, "batch heads n features"],
@@ -198,7 +289,8 @@ def quadratic_sums(
     *,
     causal: bool = False,
 ) -> Float[Tensor, "batch heads n channels"]:
-    """The same sums through n × n weights: O(n² (features + channels)) time, faster while n is small, no FFT error."""
+    """The same sums through n × n weights: O(n² (features + channels)) time, O(n (features + channels)) memory."""
     dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
     with without_autocast(v):
-        return (q.to(dtype) @ k.to(dtype).mT * dense_matrix(c.to(dtype), causal=causal)) @ v.to(dtype)
+        inputs = [all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)]
+        return _plain_sums(*inputs) if is_transformed() else _QuadraticSums.apply(*inputs, causal)

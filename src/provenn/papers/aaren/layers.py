@@ -75,21 +75,28 @@ class AarenAttention(nn.Module):
 
     @classmethod
     def from_softmax(cls, attention: SoftmaxAttention | nn.MultiheadAttention) -> "AarenAttention":
-        """Aaren with the four maps of a trained attention, and a fresh query to fine-tune."""
+        """Aaren with the four maps of a trained attention, and a fresh query to fine-tune.
+
+        Raises:
+            ValueError: an attention with rotary positions, without biases, or with keys of another width.
+        """
+        # `to` comes before the copies: float64 weights that went through a float32 layer would be rounded.
         if isinstance(attention, SoftmaxAttention):
-            aaren = cls(attention.dim, attention.heads)
+            if attention.rotary or attention.out.bias is None:
+                raise ValueError("attention must have biases and no rotary positions")
+            aaren = cls(attention.dim, attention.heads).to(attention.out.weight)
             aaren.load_state_dict({"token": aaren.token, **attention.state_dict()})
-            return aaren.to(attention.out.weight)
+            return aaren
         if attention.in_proj_weight is None or attention.in_proj_bias is None:
             raise ValueError("attention must have keys and values of its own width, and biases")
-        aaren = cls(attention.embed_dim, attention.num_heads)
+        aaren = cls(attention.embed_dim, attention.num_heads).to(attention.in_proj_weight)
         maps = (aaren.query, aaren.key, aaren.value)
         with torch.no_grad():
-            for own, weight, bias in zip(maps, attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)):
-                own.weight.copy_(weight)
-                own.bias.copy_(bias)
+            for linear, weight, bias in zip(maps, attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)):
+                linear.weight.copy_(weight)
+                linear.bias.copy_(bias)
         aaren.out.load_state_dict(attention.out_proj.state_dict())
-        return aaren.to(attention.in_proj_weight)
+        return aaren
 
     def _scores(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch heads"]:
         # q·(W_k x + b_k) = (W_kᵀq)·x + q·b_k: with one query for all tokens, no token needs a key of its own.
@@ -205,8 +212,8 @@ def _from_stock(stock: nn.TransformerEncoderLayer) -> EncoderLayer:
     feedforward, dropout = stock.linear1.out_features, stock.dropout1.p
     layer = EncoderLayer(
         attention.dim, lambda dim: attention, feedforward=feedforward, dropout=dropout, activation=activation
-    )
+    ).to(attention.token)
     for name in ("linear1", "linear2", "norm1", "norm2"):
         layer.get_submodule(name).load_state_dict(stock.get_submodule(name).state_dict())
     layer.norm1.eps, layer.norm2.eps = stock.norm1.eps, stock.norm2.eps
-    return layer.to(attention.token)
+    return layer

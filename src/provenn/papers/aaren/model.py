@@ -308,14 +308,15 @@ class DecisionTransformer(nn.Module):
     """Actions that reach a wanted return, from (return-to-go, state, action) tokens (Chen et al., 2021; section 4.1).
 
     Three tokens a step, each with a learned embedding of the timestep, a LayerNorm, and the causal stack; the action is
-    read off the state's token.
+    read off the state's token. Actions are a choice (logits) or, for continuous control, numbers within −1 … 1 (tanh).
 
     Args:
         state_dim: numbers in a state.
-        actions: discrete actions.
+        actions: how many there are to choose from; of continuous control, numbers in an action.
         max_length: timesteps that have an embedding, 0 … max_length − 1.
         dim, heads, layers, feedforward, dropout: the stack.
         mixer: "aaren" or "softmax".
+        continuous: whether an action is a row of numbers, as in the paper's twelve sets, instead of a choice.
     """
 
     def __init__(
@@ -329,26 +330,28 @@ class DecisionTransformer(nn.Module):
         feedforward: int = 128,
         mixer: str = "aaren",
         dropout: float = 0.1,
+        continuous: bool = False,
     ):
         super().__init__()
         self.embed_return = nn.Linear(1, dim)
         self.embed_state = nn.Linear(state_dim, dim)
-        self.embed_action = nn.Embedding(actions, dim)
+        self.embed_action: nn.Module = nn.Linear(actions, dim) if continuous else nn.Embedding(actions, dim)
         self.embed_timestep = nn.Embedding(max_length, dim)
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.encoder = causal_encoder(mixer, dim, heads, layers=layers, feedforward=feedforward, dropout=dropout)
         self.head = nn.Linear(dim, actions)
+        self.squash = nn.Tanh() if continuous else nn.Identity()
 
     def forward(
         self,
         returns_to_go: Float[Tensor, "batch steps 1"],
         states: Float[Tensor, "batch steps state_dim"],
-        actions: Int[Tensor, "batch steps"],
+        actions: Int[Tensor, "batch steps"] | Float[Tensor, "batch steps actions"],
         timesteps: Int[Tensor, "batch steps"],
         mask: Bool[Tensor, "batch steps"] | None = None,
     ) -> Float[Tensor, "batch steps actions"]:
-        """Logits of each step's action, from all before it and that step's return-to-go and state.
+        """Each step's action, from all before it and that step's return-to-go and state: logits, or the numbers.
 
         Args:
             returns_to_go: reward still wanted, scaled as in training.
@@ -362,7 +365,7 @@ class DecisionTransformer(nn.Module):
         tokens = torch.stack([part + time for part in parts], dim=2).flatten(1, 2)
         three = None if mask is None else mask.repeat_interleave(3, dim=1)
         hidden = self.encoder(self.dropout(self.norm(tokens)), mask=three)
-        return self.head(hidden[:, 1::3])
+        return self.squash(self.head(hidden[:, 1::3]))
 
     def init_state(self, batch: int) -> EncoderState:
         """`batch` episodes before their first step."""
@@ -375,13 +378,18 @@ class DecisionTransformer(nn.Module):
         timesteps: Int[Tensor, "batch"],
         state: EncoderState,
     ) -> tuple[Float[Tensor, "batch actions"], EncoderState]:
-        """Logits of the action now; tell which one was taken with `act` before the next step."""
+        """The action now, as logits or numbers; tell which one was taken with `act` before the next step."""
         time = self.embed_timestep(timesteps)
         _, state = self.encoder.step(self.dropout(self.norm(self.embed_return(returns_to_go) + time)), state)
         hidden, state = self.encoder.step(self.dropout(self.norm(self.embed_state(states) + time)), state)
-        return self.head(hidden), state
+        return self.squash(self.head(hidden)), state
 
-    def act(self, actions: Int[Tensor, "batch"], timesteps: Int[Tensor, "batch"], state: EncoderState) -> EncoderState:
+    def act(
+        self,
+        actions: Int[Tensor, "batch"] | Float[Tensor, "batch actions"],
+        timesteps: Int[Tensor, "batch"],
+        state: EncoderState,
+    ) -> EncoderState:
         """The stream after the action that was taken at `timesteps`."""
         token = self.embed_action(actions) + self.embed_timestep(timesteps)
         return self.encoder.step(self.dropout(self.norm(token)), state)[1]

@@ -105,9 +105,11 @@ class RectangleWindowAttention(nn.Module):
         # The authors' rule ((C/2)//4)//4 gives 1 for C = 48, and 0 for less than 32 channels.
         width = position_dim or max(1, dim // 2 // 4 // 4)
         self.bias = nn.ModuleList(PositionBias(size, heads // 2, width) for size in self.windows)
-        if width == 1:
-            # The gradient of a bias that the softmax cancels is zero; the parameters stay for the authors' weights.
-            self.bias.requires_grad_(False)
+        # What adds the same to all offsets the softmax cancels: at width 1 the whole of b, else the last layer's bias.
+        # Such parameters have no gradient; they stay for the authors' weights.
+        for bias in self.bias:
+            cancelled: nn.Module | Tensor = bias if width == 1 else bias.head[-1].bias  # type: ignore[index, union-attr]
+            cancelled.requires_grad_(False)
 
     def forward(
         self, qkv: Float[Tensor, "batch height width channels3"]
@@ -134,7 +136,7 @@ class RectangleWindowAttention(nn.Module):
             mask = seen if mask is None else mask.masked_fill(~seen, -torch.inf)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         paste = "(b i j) head (r c) d -> b (i r) (j c) (head d)"
-        y = rearrange(y, paste, b=batch, i=height // window[0], **sides)
+        y = rearrange(y, paste, b=batch, i=height // window[0], j=width // window[1], **sides)
         return y.roll(shift, dims=(1, 2)) if any(shift) else y
 
 
@@ -205,9 +207,11 @@ class SRWAB(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
 
-def padded_srwab(dim: int, heads: int = 6, *, shifted: bool = False, position_dim: int | None = None) -> PadToMultiple:
+def padded_srwab(
+    dim: int, heads: int = 6, *, shifted: bool = False, wrap: bool = True, position_dim: int | None = None
+) -> PadToMultiple:
     """An SRWAB for maps of any size, continued by their mirror image where a window is not full. Slot: map-mixer."""
-    return PadToMultiple(SRWAB(dim, heads, shifted=shifted, position_dim=position_dim), 16)
+    return PadToMultiple(SRWAB(dim, heads, shifted=shifted, wrap=wrap, position_dim=position_dim), 16)
 
 
 class HFERB(nn.Module):

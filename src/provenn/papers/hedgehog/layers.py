@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.attention import SoftmaxAttention, check_tokens
 from provenn.nn.feature_maps import (
     CosFormerMap,
     EluMap,
@@ -33,7 +33,7 @@ class HedgehogFeatureMap(FeatureMap):
 
     With y = x W + b, W starting as the identity, the forms of φ(x) are
       softmax: [softmax(y), softmax(−y)], each half at least 1e-12. Stable; what is trained in practice.
-      joint:   softmax([2y, −2y]). Stable; one positive factor for each token away from plain at 2y.
+      joint:   softmax([2y, −2y]), at least 1e-12. Stable; one positive factor for each token away from plain at 2y.
       exp:     [exp(y − max y), exp(−y + min y)], at least 1e-12. Stable; does not sum to one.
       plain:   [exp(y), exp(−y)], as the equation has it; overflows.
     A positive factor on φ(q) cancels in the attention and one on φ(k) does not. The halves of softmax and exp have
@@ -74,9 +74,10 @@ class HedgehogFeatureMap(FeatureMap):
         if self.form == "plain":
             return both.exp().flatten(-2)
         if self.form == "joint":
-            return (2 * both.flatten(-2)).softmax(dim=-1)
+            return (2 * both.flatten(-2)).softmax(dim=-1).clamp_min(FLOOR)
         if self.form == "exp":
-            both = both - both.detach().amax(dim=-1, keepdim=True)
+            # Not detached: on a key the maximum is a factor of its weight, which does not cancel.
+            both = both - both.amax(dim=-1, keepdim=True)
             return both.exp().clamp_min(FLOOR).flatten(-2)
         return both.softmax(dim=-1).clamp_min(FLOOR).flatten(-2)
 
@@ -181,8 +182,7 @@ class LinearAttention(nn.Module):
 
     def project(self, x: Float[Tensor, "batch tokens dim"], start: int = 0) -> Projected:
         """Queries, keys and values of each head, before φ; `start` is the position of the first token."""
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens(x, self.dim)
         q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
         if self.rotary:
             positions = torch.arange(start, start + x.shape[1], device=x.device)
@@ -216,6 +216,7 @@ class LinearAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
+        check_tokens(x, self.dim, mask)
         return self._attend(x, None, mask)[0]
 
     def init_state(self, batch: int) -> AttentionState:

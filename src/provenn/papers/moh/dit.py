@@ -69,6 +69,15 @@ class DiTBlock(nn.Module):
         return x + gate2.unsqueeze(1) * self.linear2(inner)
 
 
+def _draw_as_one(attention: SoftmaxAttention | MoHAttention) -> None:
+    """Xavier's bound of the three maps in one, as the authors have them: drawn apart each would be √2 larger."""
+    maps = attention.query.weight, attention.key.weight, attention.value.weight
+    fused = nn.init.xavier_uniform_(torch.cat([weight.detach() for weight in maps]))
+    with torch.no_grad():
+        for weight, drawn in zip(maps, fused.chunk(3)):
+            weight.copy_(drawn)
+
+
 class _Modulation(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
@@ -87,7 +96,7 @@ class DiT(nn.Module):
         in_channels: of the image.
         num_classes: one more stands for no class, as classifier-free guidance needs it.
         learn_sigma: whether twice the channels are given, the second half for the variance of a sampling step.
-        balance: β of the load-balance loss.
+        balance, execute: as in `MoHAttention`.
 
     Shapes: x (batch, in_channels, size, size), t (batch,) in steps, y (batch,) to (batch, channels, size, size).
     """
@@ -106,6 +115,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         balance: float | int = BALANCE,
+        execute: str = "dense",
     ):
         super().__init__()
         if size < 1 or patch < 1 or size % patch:
@@ -131,7 +141,14 @@ class DiT(nn.Module):
                 attention = SoftmaxAttention(dim, count, causal=False)
             else:
                 attention = MoHAttention(
-                    dim, count, shared=shared[i], top_k=top_k[i], head_dim=head_dim, causal=False, balance=balance
+                    dim,
+                    count,
+                    shared=shared[i],
+                    top_k=top_k[i],
+                    head_dim=head_dim,
+                    causal=False,
+                    balance=balance,
+                    execute=execute,
                 )
             blocks.append(DiTBlock(dim, attention))
         self.blocks = nn.ModuleList(blocks)
@@ -152,6 +169,7 @@ class DiT(nn.Module):
             nn.init.normal_(named.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)  # type: ignore[union-attr,arg-type]
+            _draw_as_one(block.attention)  # type: ignore[union-attr,arg-type]
         nn.init.zeros_(self.final_layer.modulation.weight)
         nn.init.zeros_(self.head.weight)
 
@@ -276,12 +294,13 @@ def moh_dit_digits(
     in_channels: int = 1,
     num_classes: int = 10,
     balance: float | int = BALANCE,
+    execute: str = "dense",
 ) -> DiT:
     """A size that trains in a minute, for 8×8 digits; ours. Without `shared` and `top_k` it is a plain DiT.
 
     Args:
         shared, top_k: h_s and K, alike in all blocks.
-        dim, heads, layers, size, in_channels, num_classes, balance: as in `DiT`.
+        dim, heads, layers, size, in_channels, num_classes, balance, execute: as in `DiT`.
     """
     each = [None if value is None else [value] * layers for value in (shared, top_k)]
     return DiT(
@@ -294,4 +313,5 @@ def moh_dit_digits(
         num_classes=num_classes,
         learn_sigma=False,
         balance=balance,
+        execute=execute,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ def attention_factory(
     *,
     router: str = "linear",
     balance: float | int = BALANCE,
+    execute: str = "dense",
     **options: bool | str,
 ) -> Callable[..., nn.Module]:
     """MoH for a width, or multi-head attention where `shared` and `top_k` are not given."""
@@ -28,7 +30,8 @@ def attention_factory(
         )
     if shared is None:
         return partial(SoftmaxAttention, heads=heads, **options)  # type: ignore[arg-type]
-    return partial(MoHAttention, heads=heads, shared=shared, top_k=top_k, router=router, balance=balance, **options)  # type: ignore[arg-type]
+    chosen = {"shared": shared, "top_k": top_k, "router": router, "balance": balance, "execute": execute}
+    return partial(MoHAttention, heads=heads, **chosen, **options)  # type: ignore[arg-type]
 
 
 def _lm(
@@ -40,15 +43,19 @@ def _lm(
     shared: int | None,
     top_k: int | None,
     tied: bool,
-    router: str = "linear",
-    balance: float | int = BALANCE,
+    **options: Any,
 ) -> CausalLM:
-    attention = attention_factory(heads, shared, top_k, router=router, balance=balance, bias=False, rotary=True)
+    attention = attention_factory(heads, shared, top_k, bias=False, rotary=True, **options)
     return CausalLM(vocab, dim, layers, attention, feedforward="swiglu", hidden=hidden, norm="rms", tied=tied)
 
 
 def moh_llm_s(
-    vocab: int = 65_536, *, shared: int | None = 6, top_k: int | None = 3, balance: float | int = BALANCE
+    vocab: int = 65_536,
+    *,
+    shared: int | None = 6,
+    top_k: int | None = 3,
+    balance: float | int = BALANCE,
+    execute: str = "dense",
 ) -> CausalLM:
     """MoH-LLM-S: 12 layers, width 768, 12 heads; 186 million parameters.
 
@@ -56,20 +63,25 @@ def moh_llm_s(
         vocab: how many tokens there are.
         shared, top_k: h_s and K, which the paper does not give; both None for multi-head attention. The default uses
             75 % of the heads; 2 and 4 use 50 %.
-        balance: β of the load-balance loss.
+        balance, execute: as in `MoHAttention`; "gather" computes the heads in use alone.
     """
-    return _lm(vocab, 768, 12, 12, 2048, shared, top_k, tied=False, balance=balance)
+    return _lm(vocab, 768, 12, 12, 2048, shared, top_k, tied=False, balance=balance, execute=execute)
 
 
 def moh_llm_b(
-    vocab: int = 65_536, *, shared: int | None = 8, top_k: int | None = 4, balance: float | int = BALANCE
+    vocab: int = 65_536,
+    *,
+    shared: int | None = 8,
+    top_k: int | None = 4,
+    balance: float | int = BALANCE,
+    execute: str = "dense",
 ) -> CausalLM:
     """MoH-LLM-B: 24 layers, width 1536, 16 heads; 882 million parameters, 881 with multi-head attention.
 
     Args:
-        vocab, shared, top_k, balance: as in `moh_llm_s`.
+        vocab, shared, top_k, balance, execute: as in `moh_llm_s`.
     """
-    return _lm(vocab, 1536, 24, 16, 4096, shared, top_k, tied=False, balance=balance)
+    return _lm(vocab, 1536, 24, 16, 4096, shared, top_k, tied=False, balance=balance, execute=execute)
 
 
 def moh_small(
@@ -82,14 +94,16 @@ def moh_small(
     top_k: int | None = 2,
     router: str = "linear",
     balance: float | int = BALANCE,
+    execute: str = "dense",
 ) -> CausalLM:
     """A language model that trains in minutes; ours.
 
     Args:
         vocab, dim, layers, heads: its size.
-        shared, top_k, router, balance: as in `MoHAttention`; the first two None for multi-head attention.
+        shared, top_k, router, balance, execute: as in `MoHAttention`; the first two None for multi-head attention.
     """
-    return _lm(vocab, dim, layers, heads, None, shared, top_k, tied=True, router=router, balance=balance)
+    options = {"router": router, "balance": balance, "execute": execute}
+    return _lm(vocab, dim, layers, heads, None, shared, top_k, tied=True, **options)
 
 
 class PatchClassifier(nn.Module):
@@ -149,6 +163,7 @@ def moh_vit_digits(
     top_k: int | None = 3,
     heads: int = 8,
     balance: float | int = BALANCE,
+    execute: str = "dense",
     dim: int = 64,
     layers: int = 3,
     size: int = 8,
@@ -159,11 +174,11 @@ def moh_vit_digits(
     """A plain vision Transformer with MoH for small images; ours.
 
     Args:
-        shared, top_k, heads, balance: as in `MoHAttention`; the first two None for multi-head attention.
+        shared, top_k, heads, balance, execute: as in `MoHAttention`; the first two None for multi-head attention.
         dim, layers, size, patch, in_channels, num_classes: as in `PatchClassifier`.
     """
     return PatchClassifier(
-        attention_factory(heads, shared, top_k, balance=balance),
+        attention_factory(heads, shared, top_k, balance=balance, execute=execute),
         dim=dim,
         layers=layers,
         size=size,

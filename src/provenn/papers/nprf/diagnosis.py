@@ -6,16 +6,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.ops.toeplitz import resolved
 from provenn.papers.nprf.layers import KernelAttentionRPE, tokens_on
 
 LARGEST_NORM = 1.5  # of q and k; beyond, rows of 64 positive features are off by more than 0.4 of at most 2
 LARGEST_RANGE = {"single": 8.0, "double": 24.0}  # of b, highest to lowest: what the FFT keeps to three digits
 
 
+def _sides(layer: KernelAttentionRPE, tokens: int) -> tuple[int, ...]:
+    return tokens_on(layer.grid, tokens, layer.rpe is not None and layer.rpe.of_class is not None)
+
+
 def _biases(layer: KernelAttentionRPE, tokens: int, like: Tensor) -> Tensor:
     if layer.rpe is not None:
-        return layer.rpe.matrix(tokens_on(layer.grid, tokens, layer.rpe.of_class is not None)).to(like)
+        return layer.rpe.matrix(_sides(layer, tokens)).to(like)
     b = like.new_zeros(1, tokens, tokens)
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).triu(1)
     return b.masked_fill(later, -torch.inf) if layer.causal else b
@@ -101,7 +104,7 @@ def diagnose(
         )
     if found.lowest < 0:
         found.warnings.append("some weights are negative, so that a denominator may vanish: use feature_map='prf'")
-    by_fft = layer.rpe is not None and resolved(layer.form, x.shape[1]) == "fft"
+    by_fft = layer.rpe is not None and layer.form_for(_sides(layer, x.shape[1])) == "fft"
     if by_fft and reach > LARGEST_RANGE[layer.precision]:
         remedy = "precision='double'" if layer.precision == "single" else "form='quadratic', or clamp the biases"
         found.warnings.append(

@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
-from provenn.nn.random_features import elu_features, orthogonal_gaussian, positive_exponents
+from provenn.nn.attention import check_tokens
+from provenn.nn.random_features import elu_features, gaussian, orthogonal_gaussian, positive_exponents, spherical
 from provenn.ops.linear_attention import LinearState, linear_attention
+from provenn.ops.log_kernel import LogState, log_attention
 from provenn.ops.toeplitz import dense_matrix, resolved, toeplitz_sums, without_autocast
+
+# The paper compares four ways to draw (Figure 3b); "prf" is its own.
+DRAWS = {"prf": gaussian, "trf": gaussian, "sphere": spherical, "orf": orthogonal_gaussian}
 
 
 class RelativeBias(nn.Module):
@@ -82,6 +86,17 @@ class RelativeBias(nn.Module):
         return torch.cat([first, torch.cat([to.expand(-1, n, 1), matrix], dim=2)], dim=1)
 
 
+def check_rpe(rpe: str, grid: tuple[int, int] | None, class_token: bool) -> tuple[int, int] | None:
+    """The grid, where the kind of relative positions, the grid and the class token go together."""
+    if rpe not in ("1d", "2d", "none"):
+        raise ValueError(f"rpe must be 1d, 2d or none, got {rpe!r}")
+    if (rpe == "2d") != (grid is not None and len(grid) == 2):
+        raise ValueError(f"rpe='2d' and grid=(height, width) go together, got rpe={rpe!r} and grid={grid}")
+    if class_token and rpe != "2d":
+        raise ValueError(f"a class token has biases of its own with rpe='2d' only, got rpe={rpe!r}")
+    return grid
+
+
 def tokens_on(
     grid: tuple[int, int] | None, tokens: int, class_token: bool, given: tuple[int, int] | None = None
 ) -> tuple[int, ...]:
@@ -100,25 +115,30 @@ def tokens_on(
 
 
 class KernelCache(NamedTuple):
-    """φ(k) and v of every token so far. Toeplitz weights are of no low rank, so nothing smaller is enough."""
+    """φ(k), or its logarithm, and v of all tokens so far: Toeplitz weights have no low rank, nothing less is enough."""
 
     features: Float[Tensor, "batch heads tokens features"]
     values: Float[Tensor, "batch heads tokens head_dim"]
 
 
+State = KernelCache | LinearState | LogState
+
+
 class KernelAttentionRPE(nn.Module):
     """Kernelized attention with relative positions, by FFT: NPRF with RPE where all is left as it is (section 3).
 
-    z_i = Σ_j e^{b_{j−i}} φ(q_i)·φ(k_j) v_j / Σ_j e^{b_{j−i}} φ(q_i)·φ(k_j)   (equation 10)
+    z_i = Σ_j e^{b_{j−i}} φ(q_i)·φ(k_j) v_j / Σ_j e^{b_{j−i}} φ(q_i)·φ(k_j)   (Algorithm 1)
 
-    with q and k of norm 1 (section 3.3). The matrix of e^{b_{j−i}} is Toeplitz, so both sums over j are Toeplitz
+    with q and k of norm 1. The matrix of e^{b_{j−i}} is Toeplitz, so both sums over j are Toeplitz
     products, of φ(k_j) v_jᵀ and of φ(k_j), and take O(n log n) by FFT.
 
     Args:
         dim: D, width of a token.
         heads: must divide `dim`; d = dim / heads.
         features: m, random vectors a head; "trf" makes two numbers of each, "elu" has none.
-        feature_map: φ: "prf", positive random features; "trf", trigonometric ones; "elu", elu(x) + 1.
+        feature_map: φ: "prf", positive random features of independent N(0, I) (equation 4); "sphere", of vectors on the
+            sphere of radius √d; "orf", of orthogonal ones; "trf", trigonometric features (equation 5); "elu",
+            elu(x) + 1.
         normalize: q and k of ℓ2 norm 1 for each token and head; else the kernel is e^{q·k/√d}.
         scale: multiplies q·k.
         rpe: "1d", "2d" for tokens on a grid, or "none": kernelized attention as in the Performer.
@@ -128,7 +148,9 @@ class KernelAttentionRPE(nn.Module):
         beyond: "clip" or "interpolate": the biases of inputs that are longer (see `RelativeBias`).
         causal: token i sees tokens 1..i only.
         bias: of the four linear maps.
-        form: "fft", "quadratic" through n × n weights, or "auto": quadratic up to 1,024 tokens, where it is faster.
+        form: "fft", "quadratic" through n × n weights, or "auto", the faster for the number of tokens (see `resolved`).
+            Causal attention by positive features that are not normalised has one form, through the logarithms of its
+            features: an FFT shares its error among outputs whose sizes differ without bound.
         precision: of the FFT. Its error is shared by all outputs, so that "single" is good for biases within about ±4,
             "double" within ±12.
 
@@ -161,20 +183,19 @@ class KernelAttentionRPE(nn.Module):
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
-        if rpe not in ("1d", "2d", "none"):
-            raise ValueError(f"rpe must be 1d, 2d or none, got {rpe!r}")
-        if (rpe == "2d") != (grid is not None and len(grid) == 2):
-            raise ValueError(f"rpe='2d' and grid=(height, width) go together, got rpe={rpe!r} and grid={grid}")
-        if class_token and rpe != "2d":
-            raise ValueError(f"a class token has biases of its own with rpe='2d' only, got rpe={rpe!r}")
-        if feature_map not in ("prf", "trf", "elu"):
-            raise ValueError(f"feature_map must be prf, trf or elu, got {feature_map!r}")
+        if feature_map not in (*DRAWS, "elu"):
+            raise ValueError(f"feature_map must be one of {', '.join(DRAWS)} and elu, got {feature_map!r}")
+        self.in_logs = causal and not normalize and feature_map not in ("trf", "elu")
+        if causal and not normalize and feature_map == "trf":
+            raise ValueError("causal sums of feature_map='trf' have no bound where normalize=False: use normalize=True")
+        if self.in_logs and rpe != "none" and form == "fft":
+            raise ValueError("form='fft' cannot hold causal sums where normalize=False: use form='auto', or normalize")
         if features < 1 or scale <= 0:
             raise ValueError(f"features must be at least 1 and scale positive, got {features} and {scale}")
         if precision not in ("single", "double"):
             raise ValueError(f"precision must be single or double, got {precision!r}")
-        resolved(form, 1)
-        self.dim, self.heads, self.causal, self.grid = dim, heads, causal, grid
+        resolved(form, (1,))
+        self.dim, self.heads, self.causal, self.grid = dim, heads, causal, check_rpe(rpe, grid, class_token)
         self.feature_map, self.normalize, self.scale = feature_map, normalize, scale
         self.form, self.precision = form, precision
         self.query = nn.Linear(dim, dim, bias=bias)
@@ -183,7 +204,7 @@ class KernelAttentionRPE(nn.Module):
         self.out = nn.Linear(dim, dim, bias=bias)
         w = None
         if feature_map != "elu":
-            w = torch.stack([orthogonal_gaussian(features, dim // heads) for _ in range(heads)])
+            w = torch.stack([DRAWS[feature_map](features, dim // heads) for _ in range(heads)])
         self.register_buffer("draws", w)
         self.rpe = None
         if rpe != "none":
@@ -199,7 +220,7 @@ class KernelAttentionRPE(nn.Module):
         """Other random features, in place."""
         if self.draws is not None:
             for w in self.draws:
-                w.copy_(orthogonal_gaussian(*w.shape, generator=generator))
+                w.copy_(DRAWS[self.feature_map](*w.shape, generator=generator))
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k whose product the kernel is of, in float32 at least: normalised, or divided by d^¼."""
@@ -211,40 +232,42 @@ class KernelAttentionRPE(nn.Module):
             root /= q.shape[-1] ** 0.25
         return q.to(dtype) * root, k.to(dtype) * root
 
-    def features_of(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """φ(q) and φ(k), each up to a factor that cancels; φ(k) is 0 where `mask` is False."""
+    def log_features_of(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log φ(q), up to a number for each query, and log φ(k) of positive random features; −∞ where hidden."""
         q, k = self.scaled(q, k)
-        hidden = None if mask is None else ~mask[:, None, :, None]
-        if self.draws is None:
-            fq, fk = elu_features(q.contiguous()), elu_features(k.contiguous())
-            return fq, fk if hidden is None else fk.masked_fill(hidden, 0)
+        assert self.draws is not None
         w = self.draws.to(q.dtype)
-        if self.feature_map == "prf":
-            # A factor of one query cancels, and so do factors that all keys share.
-            fq, exponents = q @ w.mT, positive_exponents(k, w)
-            fq = (fq - fq.detach().amax(dim=-1, keepdim=True)).exp()
-        else:
-            angles = q @ w.mT
-            fq = torch.cat([angles.sin(), angles.cos()], dim=-1)
-            angles, exponents = k @ w.mT, k.square().sum(dim=-1, keepdim=True) / 2
-        if hidden is not None:
-            exponents = exponents.masked_fill(hidden, -torch.inf)
-        if not self.normalize:
-            # Held above e^−50, so that no denominator vanishes (the Performer's code adds 1e-4 for this).
-            exponents = (exponents - self._shift(exponents, w)).clamp_min(-50)
-        fk = exponents.exp()
-        if self.feature_map == "trf":
-            fk = torch.cat([angles.sin(), angles.cos()], dim=-1) * fk
-        return fq, fk if hidden is None else fk.masked_fill(hidden, 0)
+        exponents = positive_exponents(k, w)
+        return q @ w.mT, exponents if mask is None else exponents.masked_fill(~mask[:, None, :, None], -torch.inf)
 
-    def _shift(self, exponents: Tensor, w: Tensor) -> Tensor:
-        """What keeps exponentials of unbounded keys finite: their maximum; where causal, what no later key changes."""
-        if not self.causal:
-            highest = exponents.detach().amax(dim=(-2, -1), keepdim=True)
-            return highest.masked_fill(highest == -torch.inf, 0)
-        if self.feature_map == "prf":  # w·k − ‖k‖²/2 ≤ ‖w‖²/2
-            return (w.square().sum(dim=-1).amax() / 2 - 60).clamp_min(0)
-        return (exponents.detach() - 60).clamp_min(0)  # e^{‖k‖²/2} has no bound: beyond this one keys weigh too little
+    def features_of(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """φ(q) and φ(k) up to factors that cancel; φ(k) is 0 where `mask` is False."""
+        hidden = None if mask is None else ~mask[:, None, :, None]
+        if self.feature_map == "elu" or self.feature_map == "trf":
+            q, k = self.scaled(q, k)
+            fq, fk = self._elu(q, k) if self.draws is None else self._trigonometric(q, k, hidden)
+            return fq, fk if hidden is None else fk.masked_fill(hidden, 0)
+        fq, fk = self.log_features_of(q, k, mask)
+        if not self.normalize:
+            # A factor that all keys share in one feature cancels against the queries' in that feature. With the largest
+            # key's no exponential overflows, and no query's denominator vanishes.
+            peak = fk.detach().amax(dim=-2, keepdim=True).clamp_min(torch.finfo(fk.dtype).min)
+            fq, fk = fq + peak, fk - peak
+        return (fq - fq.detach().amax(dim=-1, keepdim=True)).exp(), fk.exp()
+
+    def _elu(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return elu_features(q.contiguous()), elu_features(k.contiguous())
+
+    def _trigonometric(self, q: Tensor, k: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """sin and cos, the keys' times e^{‖k‖²/2} relative to the longest; the queries' factor cancels."""
+        assert self.draws is not None
+        w = self.draws.to(q.dtype)
+        half = k.square().sum(dim=-1, keepdim=True) / 2
+        half = half if hidden is None else half.masked_fill(hidden, -torch.inf)
+        if not self.normalize:
+            half = half - half.detach().amax(dim=-2, keepdim=True).clamp_min(0)
+        fq, fk = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (q @ w.mT, k @ w.mT))
+        return fq, fk * half.exp()
 
     def forward(
         self,
@@ -261,6 +284,9 @@ class KernelAttentionRPE(nn.Module):
         class_token = self.rpe is not None and self.rpe.of_class is not None
         sides = tokens_on(self.grid, x.shape[1], class_token, grid)
         with without_autocast(x):
+            if self.in_logs:
+                y = self._by_logs(*self.log_features_of(q, k, mask), v, None)[0]
+                return self._join(y, x)
             fq, fk = self.features_of(q, k, mask)
             if self.rpe is None:
                 y = linear_attention(fq, fk, v.to(fk.dtype), causal=self.causal)[0]
@@ -271,12 +297,33 @@ class KernelAttentionRPE(nn.Module):
     def _join(self, y: Tensor, x: Tensor) -> Tensor:
         return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
 
+    def _by_logs(self, a: Tensor, e: Tensor, v: Tensor, state: LogState | None) -> tuple[Tensor, LogState | None]:
+        """Causal attention from log φ(q) of the last tokens and log φ(k) of all."""
+        v = v.to(e.dtype)
+        if self.rpe is None:
+            return log_attention(a, e, v, state=state)
+        b = self.rpe((e.shape[2],)).to(e.dtype)
+        c = (b - b.detach().amax(dim=-1, keepdim=True)).exp()
+        # One query at the end needs a row of the matrix, which is c itself.
+        factors = c.unsqueeze(1) if a.shape[2] == 1 else dense_matrix(c, causal=True)[:, -a.shape[2] :]
+        return log_attention(a, e, v, factors=factors)
+
+    def form_for(self, sides: tuple[int, ...]) -> str:
+        """Which form the layer takes for tokens on these sides: "fft", "quadratic" or, alone, "logs"."""
+        if self.in_logs:
+            return "logs"
+        head_dim = self.dim // self.heads
+        width = head_dim if self.draws is None else self.draws.shape[1] * (2 if self.feature_map == "trf" else 1)
+        return resolved(
+            self.form, sides, features=width, channels=head_dim + 1, causal=self.causal, precision=self.precision
+        )
+
     def _with_rpe(self, fq: Tensor, fk: Tensor, v: Tensor, sides: tuple[int, ...]) -> Tensor:
         """Both sums, with a column of ones for the denominator, and their ratio."""
         assert self.rpe is not None
         v = torch.cat([v.to(fk.dtype), torch.ones_like(fk[..., :1])], dim=-1)
         b = self.rpe(sides).to(fk.dtype)
-        form = resolved(self.form, math.prod(sides))
+        form = self.form_for(sides)
         of_class = self.rpe.of_class
         highest = b.detach().flatten(1).amax(dim=1)
         if of_class is not None:
@@ -304,22 +351,24 @@ class KernelAttentionRPE(nn.Module):
         safe = bottom.abs() > least if self.feature_map == "trf" else bottom > least
         return top / torch.where(safe, bottom, least)
 
-    def _streams(self, state: KernelCache | LinearState | None, batch: int) -> None:
+    def _streams(self, state: State | None, batch: int) -> None:
         if not self.causal:
             raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
-        expected = LinearState if self.rpe is None else KernelCache
+        expected = KernelCache if self.rpe is not None else LogState if self.in_logs else LinearState
         if state is not None and not isinstance(state, expected):
             raise TypeError(f"expected the {expected.__name__} of this layer's init_state, got {type(state).__name__}")
         if state is not None and len(state[0]) != batch:
             raise ValueError(f"the state is of {len(state[0])} streams, got tokens of {batch}")
 
-    def init_state(self, batch: int) -> KernelCache | LinearState:
+    def init_state(self, batch: int) -> State:
         """The state of `batch` streams before their first token, in float32 at least."""
         self._streams(None, batch)
         weight = self.out.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         d = self.dim // self.heads
         m = d if self.draws is None else self.draws.shape[1] * (2 if self.feature_map == "trf" else 1)
+        if self.rpe is None and self.in_logs:
+            return LogState.empty(batch, self.heads, features=m, dim=d, like=weight.new_empty(0, dtype=dtype))
         if self.rpe is None:
             s = weight.new_zeros(batch, self.heads, m, d, dtype=dtype)
             return LinearState(s, s[..., 0].clone())
@@ -327,14 +376,18 @@ class KernelAttentionRPE(nn.Module):
         return KernelCache(features, weight.new_zeros(batch, self.heads, 0, d, dtype=dtype))
 
     def prefill(
-        self, x: Float[Tensor, "batch tokens dim"], state: KernelCache | LinearState | None = None
-    ) -> tuple[Float[Tensor, "batch tokens dim"], KernelCache | LinearState]:
+        self, x: Float[Tensor, "batch tokens dim"], state: State | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], State]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
         self._streams(state, x.shape[0])
         state = self.init_state(x.shape[0]) if state is None else state
         q, k, v = self._project(x)
         with without_autocast(x):
-            fq, fk = self.features_of(q, k)
+            fq, fk = self.log_features_of(q, k) if self.in_logs else self.features_of(q, k)
+            if isinstance(state, LogState):
+                y, after = self._by_logs(fq, fk, v, state)
+                assert after is not None
+                return self._join(y, x), after
             if isinstance(state, LinearState):
                 y, state = linear_attention(fq, fk, v.to(fk.dtype), state=state)
                 return self._join(y, x), state
@@ -342,7 +395,9 @@ class KernelAttentionRPE(nn.Module):
             self._reaches(old + x.shape[1])
             fk, v = torch.cat([state.features, fk], dim=2), torch.cat([state.values, v.to(fk.dtype)], dim=2)
             state = KernelCache(fk, v)
-            if x.shape[1] == 1:
+            if self.in_logs:
+                y = self._by_logs(fq, fk, v, None)[0]
+            elif x.shape[1] == 1:
                 y = self._last(fq, fk, v)
             else:  # tokens that were read ask again, with a query of 0
                 y = self._with_rpe(F.pad(fq, (0, 0, old, 0)), fk, v, (fk.shape[2],))[:, :, old:]
@@ -364,127 +419,7 @@ class KernelAttentionRPE(nn.Module):
         ones = torch.ones_like(v[..., :1])
         return self._ratio(weights @ torch.cat([v, ones], dim=-1), fq, fk, "quadratic")
 
-    def step(
-        self, x_t: Float[Tensor, "batch dim"], state: KernelCache | LinearState
-    ) -> tuple[Float[Tensor, "batch dim"], KernelCache | LinearState]:
+    def step(self, x_t: Float[Tensor, "batch dim"], state: State) -> tuple[Float[Tensor, "batch dim"], State]:
         """One token more; with RPE in time and memory that grow with the tokens so far."""
         y, state = self.prefill(x_t.unsqueeze(1), state)
         return y.squeeze(1), state
-
-
-class SoftmaxAttentionRPE(SoftmaxAttention):
-    """Softmax attention with the same biases: α_ij ∝ exp(q_i·k_j / √d + b_{j−i}) (equation 5), what is to be matched.
-
-    Args:
-        dim, heads, causal, bias: as in `SoftmaxAttention`.
-        max_length, grid, class_token, beyond: as in `KernelAttentionRPE`; on a grid where one is given.
-
-    Shapes: (batch, tokens, dim) to the same. Slot: token-mixer. Streams with a key-value cache.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        max_length: int = 512,
-        grid: tuple[int, int] | None = None,
-        class_token: bool = False,
-        beyond: str = "clip",
-        causal: bool = True,
-        bias: bool = True,
-    ):
-        super().__init__(dim, heads, causal=causal, bias=bias)
-        sides = (max_length,) if grid is None else grid
-        self.grid = grid
-        self.rpe = RelativeBias(heads, sides, causal=causal, class_token=class_token, beyond=beyond)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        *,
-        mask: Bool[Tensor, "batch tokens"] | None = None,
-        grid: tuple[int, int] | None = None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
-        check_tokens(x, self.dim, mask)
-        q, k, v = self._project(x)
-        b = self.rpe.matrix(tokens_on(self.grid, x.shape[1], self.rpe.of_class is not None, grid)).to(q.dtype)
-        if mask is not None:
-            b = b.masked_fill(~mask[:, None, None], -torch.inf)
-        return self.out(_softmax(q, k, v, b).transpose(1, 2).flatten(2))
-
-    def prefill(
-        self, x: Float[Tensor, "batch tokens dim"], state: KVCache | None = None
-    ) -> tuple[Float[Tensor, "batch tokens dim"], KVCache]:
-        """Many tokens at once: the outputs, and the cache from which `step` goes on."""
-        if not self.causal:
-            raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
-        check_tokens(x, self.dim, None)
-        state = self.init_state(x.shape[0]) if state is None else state
-        q, k, v = self._project(x)
-        state = state.append(k, v)
-        k, v = state.keys[:, :, : state.length], state.values[:, :, : state.length]
-        sides = (state.length,)
-        # A row of the matrix for one token; of a prompt's matrix the last rows.
-        b = self.rpe(sides).unsqueeze(1) if x.shape[1] == 1 else self.rpe.matrix(sides)[:, -x.shape[1] :]
-        return self.out(_softmax(q, k, v, b.to(q.dtype)).transpose(1, 2).flatten(2)), state
-
-
-def _softmax(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    """Attention with biases on the scores; 0 where all are −∞."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=b.expand(q.shape[0], -1, -1, -1))
-
-
-class LinformerAttention(nn.Module):
-    """Softmax over k learned mixtures of the keys and values (Wang et al., 2020, arXiv:2006.04768): O(n·k), not causal.
-
-    y_i = softmax(q_i (E K)ᵀ / √d) F V, E and F: k × max_length, shared by the heads.
-
-    Args:
-        dim, heads, bias: as in `SoftmaxAttention`.
-        mixtures: k.
-        max_length: the longest input.
-        causal: must be False: a mixture is of all tokens.
-
-    Shapes: (batch, tokens, dim) to the same. Slot: token-mixer. Parameters: 2 · k · max_length more than softmax's.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        mixtures: int = 32,
-        max_length: int = 512,
-        causal: bool = False,
-        bias: bool = True,
-    ):
-        if causal:
-            raise ValueError("Linformer mixes all tokens, so causal must be False, got True")
-        if mixtures < 1 or max_length < 1:
-            raise ValueError(f"mixtures and max_length must be at least 1, got {mixtures} and {max_length}")
-        super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
-        self.dim, self.heads, self.causal, self.max_length = dim, heads, causal, max_length
-        self.query = nn.Linear(dim, dim, bias=bias)
-        self.key = nn.Linear(dim, dim, bias=bias)
-        self.value = nn.Linear(dim, dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
-        self.mix_keys = nn.Parameter(torch.randn(mixtures, max_length) / math.sqrt(max_length))
-        self.mix_values = nn.Parameter(torch.randn(mixtures, max_length) / math.sqrt(max_length))
-
-    def forward(
-        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """`mask` is True where a token may be attended; the others are taken out of every mixture."""
-        check_tokens(x, self.dim, mask)
-        n = x.shape[1]
-        if n > self.max_length:
-            raise ValueError(f"the sequence has {n} tokens, more than max_length={self.max_length}")
-        q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
-        if mask is not None:
-            k, v = (part.masked_fill(~mask[:, None, :, None], 0) for part in (k, v))
-        y = F.scaled_dot_product_attention(q, self.mix_keys[:, :n] @ k, self.mix_values[:, :n] @ v)
-        return self.out(y.transpose(1, 2).flatten(2))

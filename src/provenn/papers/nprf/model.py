@@ -1,8 +1,9 @@
-"""The four systems of the paper (section 4), and its attentions by name: only the attention tells them apart."""
+"""The five systems of the paper (section 4, appendix A), and its attentions by name: only the attention differs."""
 
+import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,26 @@ from provenn.errors import UserError
 from provenn.nn.attention import SoftmaxAttention, check_tokens
 from provenn.nn.language import CausalLM, Encoder, FeedForward, PreNormBlock
 from provenn.nn.positions import sinusoidal_encoding
-from provenn.papers.nprf.layers import KernelAttentionRPE, LinformerAttention, SoftmaxAttentionRPE
+from provenn.papers.nprf.baselines import LinformerAttention, SoftmaxAttentionRPE
+from provenn.papers.nprf.layers import KernelAttentionRPE
 
 KERNELS: dict[str, dict[str, Any]] = {
     "prf": {"normalize": False},
     "nprf": {"normalize": True},
     "elu": {"normalize": False, "feature_map": "elu"},
 }
-ATTENTIONS = ("softmax", "softmax+rpe", "prf", "prf+rpe", "nprf", "nprf+rpe", "elu", "linformer")
+ATTENTIONS = (
+    "softmax",
+    "softmax+rpe",
+    "softmax-norm",
+    "softmax-norm+rpe",
+    "prf",
+    "prf+rpe",
+    "nprf",
+    "nprf+rpe",
+    "elu",
+    "linformer",
+)
 
 
 def attention_called(
@@ -38,8 +51,9 @@ def attention_called(
     """The factory, of a width and `causal=`, of an attention by the paper's name.
 
     Args:
-        name: "softmax", "softmax+rpe"; "prf" and "prf+rpe", positive random features of q/d^¼ and k/d^¼; "nprf" and
-            "nprf+rpe" (the paper's), of q and k of norm 1; "elu"; "linformer", which is not causal.
+        name: "softmax", "softmax+rpe"; "softmax-norm" and "softmax-norm+rpe", of q and k of norm 1; "prf" and
+            "prf+rpe", positive random features of q/d^¼ and k/d^¼; "nprf" and "nprf+rpe" (the paper's), of q and k of
+            norm 1; "elu"; "linformer", which is not causal.
         heads: attention heads.
         features: m of the random features, and the mixtures of Linformer.
         max_length: how far biases reach, and the longest input of Linformer.
@@ -57,14 +71,15 @@ def attention_called(
     if plain == "linformer":
         layer = LinformerAttention
         options |= {"mixtures": features, "max_length": max_length if grid is None else math.prod(grid) + class_token}
-    elif plain == "softmax":
-        layer = SoftmaxAttentionRPE if rpe else SoftmaxAttention
+    elif name == "softmax":
+        layer = SoftmaxAttention
     else:
-        options |= {
-            "features": features,
-            "rpe": "none" if not rpe else "1d" if grid is None else "2d",
-            **KERNELS[plain],
-        }
+        options["rpe"] = "none" if not rpe else "1d" if grid is None else "2d"
+        if plain.startswith("softmax"):
+            layer = SoftmaxAttentionRPE
+            options["normalize"] = plain == "softmax-norm"
+        else:
+            options |= {"features": features, **KERNELS[plain]}
     if rpe:
         options |= {"max_length": max_length, "grid": grid, "class_token": class_token}
     free = {"beyond", "bias", "feature_map", "form", "precision", "scale"} - options.keys()
@@ -74,6 +89,49 @@ def attention_called(
     return partial(layer, **options, **{key: value for key, value in kernel.items() if key in taken})
 
 
+def share_biases(blocks: Iterable[Any]) -> None:
+    """One table of biases for all layers (section 2.2, after T5): that of the first."""
+    first, *rest = [block.mixer for block in blocks]
+    for mixer in rest:
+        if getattr(mixer, "rpe", None) is not None:
+            mixer.rpe = first.rpe
+
+
+def kernelized(
+    model: nn.Module, features: int = 32, *, generator: torch.Generator | None = None, **kernel: Any
+) -> nn.Module:
+    """A copy of a model with random features in the place of e^{q·k} in its softmax attention, not trained (Figure 2).
+
+    Normalised softmax becomes NPRF, plain softmax PRF; maps and biases stay what they are.
+
+    Args:
+        model: with `SoftmaxAttention` or `SoftmaxAttentionRPE` inside.
+        features: m.
+        generator: of the draws.
+        kernel: more arguments of `KernelAttentionRPE`, such as `form`.
+
+    Raises:
+        ValueError: no softmax attention inside, or one with rotary positions.
+    """
+    model = copy.deepcopy(model)
+    layers = [(name, part) for name, part in model.named_modules() if isinstance(part, SoftmaxAttention)]
+    if not layers or any(layer.rotary for _, layer in layers):
+        raise ValueError("expected a model with softmax attention inside, without rotary positions")
+    for name, layer in layers:
+        given: dict[str, Any] = {"causal": layer.causal, "bias": layer.out.bias is not None}
+        made = KernelAttentionRPE(
+            layer.dim, layer.heads, features=features, normalize=getattr(layer, "normalize", False), rpe="none",
+            **given, **kernel,
+        )  # fmt: skip
+        made.rpe, made.grid = getattr(layer, "rpe", None), getattr(layer, "grid", None)
+        for part in ("query", "key", "value", "out"):
+            getattr(made, part).load_state_dict(getattr(layer, part).state_dict())
+        made.redraw(generator)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, made.to(layer.out.weight).train(layer.training))
+    return model
+
+
 def _positions(name: str) -> str:
     """Attention with relative positions needs no others."""
     return "none" if name.endswith("+rpe") else "learned"
@@ -81,16 +139,17 @@ def _positions(name: str) -> str:
 
 def nprf_lm_base(
     vocab: int = 32_000,
-    dim: int = 768,
-    heads: int = 12,
-    layers: int = 12,
+    dim: int = 512,
+    heads: int = 8,
+    layers: int = 6,
     attention: str = "nprf+rpe",
     features: int = 64,
     max_length: int = 512,
     dropout: float | int = 0.0,
+    share_bias: bool = True,
     **kernel: Any,
 ) -> CausalLM:
-    """The decoder language model: GPT-2's width and depth, causal biases.
+    """The decoder language model of WikiText-103 (section 4.2), causal biases; the paper does not say its vocabulary.
 
     Args:
         vocab: how many tokens there are.
@@ -99,16 +158,23 @@ def nprf_lm_base(
         features: m.
         max_length: how far the biases reach; longer texts clip them. Learned positions end there.
         dropout: of the host.
+        share_bias: one table of biases for all layers, or one for each.
         kernel: more arguments of `KernelAttentionRPE`.
     """
     mixer = attention_called(attention, heads, features=features, max_length=max_length, **kernel)
     positions = _positions(attention)
     longest = max_length if positions == "learned" else None
     options: dict[str, Any] = {"norm": "layer", "bias": True, "dropout": dropout}
-    return CausalLM(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
+    model = CausalLM(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
+    if share_bias:
+        share_biases(model.blocks)
+    return model
 
 
+# Ours, to train in minutes; the paper has no model of this size.
 nprf_lm_tiny = partial(nprf_lm_base, vocab=256, dim=64, heads=4, layers=2, features=32)
+# ImageNet32 pixel by pixel (appendix A.5): 32·32·3 bytes.
+nprf_pixels_base = partial(nprf_lm_base, vocab=256, features=32, max_length=3072)
 
 
 def nprf_encoder_base(
@@ -121,17 +187,23 @@ def nprf_encoder_base(
     max_length: int = 512,
     num_classes: int | None = None,
     dropout: float | int = 0.0,
+    share_bias: bool = True,
+    hidden: int | None = None,
     **kernel: Any,
 ) -> Encoder:
-    """The bidirectional encoder, of BERT-base's width and depth: vectors to logits of every token, or of classes.
+    """The bidirectional encoder of BERT-base's size (section 4.1): logits of every token, or of classes.
 
-    Args as in `nprf_lm_base`; `num_classes` as in `provenn.nn.language.Encoder`.
+    The paper says neither its vocabulary nor m. Args as in `nprf_lm_base`; `num_classes` and `hidden` as in
+    `provenn.nn.language.Encoder`.
     """
     mixer = attention_called(attention, heads, features=features, max_length=max_length, **kernel)
     positions = _positions(attention)
     longest = max_length if positions == "learned" else None
-    options: dict[str, Any] = {"num_classes": num_classes, "dropout": dropout}
-    return Encoder(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
+    options: dict[str, Any] = {"num_classes": num_classes, "dropout": dropout, "hidden": hidden}
+    model = Encoder(vocab, dim, layers, mixer, positions=positions, max_length=longest, **options)
+    if share_bias:
+        share_biases(model.blocks)
+    return model
 
 
 nprf_encoder_tiny = partial(nprf_encoder_base, vocab=256, dim=64, heads=4, layers=2, features=32)
@@ -148,9 +220,11 @@ class VisionTransformer(nn.Module):
         dim, heads, layers: of the host.
         attention: one of `ATTENTIONS`.
         features: m.
-        class_token: classify a token that stands before the patches, else the mean over patches.
-        positions: whether patches get learned absolute positions as well.
+        class_token: classify a token that stands before the patches (DeiT's; ours), else the mean over patches (the
+            paper's, appendix A.4).
+        positions: whether patches get learned absolute positions as well, as in DeiT; the paper does not say.
         dropout: on both branches of a block.
+        share_bias: one table of biases for all layers, or one for each.
         kernel: more arguments of `KernelAttentionRPE`.
 
     Shapes: (batch, in_channels, image_size, image_size) to (batch, num_classes).
@@ -166,10 +240,11 @@ class VisionTransformer(nn.Module):
         heads: int = 12,
         layers: int = 12,
         attention: str = "nprf+rpe",
-        features: int = 64,
-        class_token: bool = True,
+        features: int = 32,
+        class_token: bool = False,
         positions: bool = True,
         dropout: float | int = 0.0,
+        share_bias: bool = True,
         **kernel: Any,
     ):
         super().__init__()
@@ -198,6 +273,8 @@ class VisionTransformer(nn.Module):
             )
             for _ in range(layers)
         )
+        if share_bias:
+            share_biases(self.blocks)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
 
@@ -263,11 +340,13 @@ class CrossAttention(nn.Module):
 class DecoderBlock(nn.Module):
     """x ← x + mixer(norm x); x ← x + cross(norm x, source); x ← x + feedforward(norm x)."""
 
-    def __init__(self, dim: int, heads: int, mixer: Callable[..., nn.Module], dropout: float | int = 0.0):
+    def __init__(
+        self, dim: int, heads: int, mixer: Callable[..., nn.Module], hidden: int | None, dropout: float | int = 0.0
+    ):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.mixer, self.cross = mixer(dim), CrossAttention(dim, heads)
-        self.feedforward = FeedForward(dim, bias=True)
+        self.feedforward = FeedForward(dim, hidden, bias=True)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -283,12 +362,16 @@ class DecoderBlock(nn.Module):
 
 
 class Translator(nn.Module):
-    """The encoder-decoder: biases in the encoder's attention and, causal, in the decoder's; softmax between the two.
+    """The encoder-decoder of IWSLT14 (section 4.3): biases in the encoder's attention and, causal, in the decoder's.
+
+    What joins the two is softmax attention without positions: the paper does not say it.
 
     Args:
         vocab: tokens that both sides share, with one embedding that also gives the logits.
         dim, heads, layers: of encoder and decoder each.
-        attention, features, max_length, dropout, kernel: as in `nprf_lm_base`.
+        hidden: width of the feed-forward parts; 1,024 as in the usual model of this data, the paper does not say it.
+        attention, max_length, dropout, share_bias, kernel: as in `nprf_lm_base`.
+        features, decoder_features: m of the encoder and of the decoder.
 
     Shapes: source (batch, other) and target (batch, tokens) to logits (batch, tokens, vocab) of each next target token.
     """
@@ -297,22 +380,28 @@ class Translator(nn.Module):
         self,
         vocab: int = 10_000,
         dim: int = 512,
-        heads: int = 8,
+        heads: int = 4,
         layers: int = 6,
         attention: str = "nprf+rpe",
-        features: int = 64,
+        features: int = 16,
+        decoder_features: int = 24,
         max_length: int = 512,
+        hidden: int | None = 1024,
         dropout: float | int = 0.0,
+        share_bias: bool = True,
         **kernel: Any,
     ):
         super().__init__()
         self.encoder = nprf_encoder_base(
-            vocab, dim, heads, layers, attention, features, max_length, dropout=dropout, **kernel
-        )
-        mixer = attention_called(attention, heads, features=features, max_length=max_length, **kernel)
+            vocab, dim, heads, layers, attention, features, max_length, dropout=dropout, share_bias=share_bias,
+            hidden=hidden, **kernel,
+        )  # fmt: skip
+        mixer = attention_called(attention, heads, features=decoder_features, max_length=max_length, **kernel)
         self.blocks = nn.ModuleList(
-            DecoderBlock(dim, heads, partial(mixer, causal=True), dropout) for _ in range(layers)
+            DecoderBlock(dim, heads, partial(mixer, causal=True), hidden, dropout) for _ in range(layers)
         )
+        if share_bias:
+            share_biases(self.blocks)
         self.norm = nn.LayerNorm(dim)
         self.absolute = not attention.endswith("+rpe")
 
@@ -333,9 +422,11 @@ class Translator(nn.Module):
         return F.linear(self.norm(x), self.encoder.embed.weight)
 
 
-# DeiT-base, and the Transformer of Vaswani et al., are what the two classes are by default.
+# The sizes of sections 4.3 and 4.4 are what the two classes are by default.
 nprf_translator_base, nprf_vit_base = Translator, VisionTransformer
-nprf_translator_tiny = partial(Translator, vocab=256, dim=64, heads=4, layers=2, features=32)
+nprf_translator_tiny = partial(
+    Translator, vocab=256, dim=64, heads=4, layers=2, features=32, decoder_features=32, hidden=256
+)
 nprf_vit_tiny = partial(
     VisionTransformer,
     num_classes=10,
@@ -346,5 +437,4 @@ nprf_vit_tiny = partial(
     heads=4,
     layers=2,
     features=32,
-    class_token=False,
 )

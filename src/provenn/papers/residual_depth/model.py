@@ -40,6 +40,14 @@ def mlp_branch(dim: int, *, activation: str = "relu") -> nn.Sequential:
     return branch
 
 
+def classifier(dim: int, classes: int, policy: str) -> nn.Linear:
+    """The last layer, which Fixup starts at 0 as it does the last layer of each branch (rule 1 of its paper)."""
+    linear = nn.Linear(dim, classes)
+    if policy == "fixup":
+        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+    return linear
+
+
 class ResidualMLP(nn.Module):
     """Encoder, tower and decoder: D T_n(E x).
 
@@ -69,7 +77,7 @@ class ResidualMLP(nn.Module):
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.encoder = nn.Linear(inputs, dim)
         self.tower = ResidualTower((mlp_branch(dim, activation=activation) for _ in range(depth)), policy, dim=dim)
-        self.decoder = nn.Linear(dim, num_classes)
+        self.decoder = classifier(dim, num_classes, policy)
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
         x = x.flatten(1)
@@ -146,7 +154,7 @@ class CifarResNet(nn.Module):
             branches = [conv_branch(channels, channels, norm=norm) for _ in range(count)]
             self.towers.append(ResidualTower(branches, policy, dim=channels, depth=self.depth, channel_dim=1))
         self.norm = nn.BatchNorm2d(4 * width) if norm else nn.Identity()
-        self.head = nn.Linear(4 * width, num_classes)
+        self.head = classifier(4 * width, num_classes, policy)
         he_init(self.stem)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
@@ -230,7 +238,7 @@ class ByteTransformer(nn.Module):
             blocks += [attention, mlp]
         self.tower = ResidualTower(blocks, policy, dim=dim)
         self.norm = nn.LayerNorm(dim) if policy == "layernorm" else nn.Identity()
-        self.head = nn.Linear(dim, vocab)
+        self.head = classifier(dim, vocab, policy)
 
     def forward(self, x: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocab"]:
         if x.shape[1] > len(self.positions):

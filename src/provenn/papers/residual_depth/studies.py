@@ -1,259 +1,133 @@
-"""The trained networks that the claims look at: digits by an MLP or a CNN, source text by a Transformer.
+"""Data, networks and what is read off them: digits by residual towers."""
 
-Each study tunes the learning rate of each seed on validation data and returns plain numbers, one entry a seed.
-"""
-
-from collections.abc import Sequence
-from functools import cache
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from .layers import SkipInit, geometric_complexity, residual_expansion
-from .model import ByteTransformer, CifarResNet, ResidualMLP
-from .sweep import Batch, Trained, cross_entropy, train_grid
-from .text import standard_library, windows
+from provenn.tasks import TaskData, fingerprint, get_task
 
-TRAIN, VALIDATE = 1000, 200  # of 1797 digits; the other 597 are the test
+from .layers import ResidualTower, SkipInit, geometric_complexity, residual_expansion
+from .model import CausalAttention, CifarResNet, ResidualMLP, mlp_branch
+
+WRONG = 0.2  # share of the labels that are moved to another class
 SLOPES = 200  # test examples at which slopes are taken
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LESIONS = 5  # how many blocks are deleted together
 
 
-@cache
-def digits() -> tuple[Batch, Batch, Batch]:
-    """scikit-learn's digits, shuffled once and standardised by the training part: 1000, 200 and 597 to test."""
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images / 16, dtype=torch.float32)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], torch.tensor(labels)[order]
-    x = (x - x[:TRAIN].mean()) / x[:TRAIN].std()
-    cuts = (slice(0, TRAIN), slice(TRAIN, TRAIN + VALIDATE), slice(TRAIN + VALIDATE, None))
-    train, validate, test = ((x[cut], y[cut]) for cut in cuts)
-    return train, validate, test
+def digits(seed: int, smoke: bool) -> TaskData:
+    """A smoke run's networks have few modules."""
+    data = get_task("image-classification").load("digits", seed=seed)
+    return replace(data, options={"most": 6 if smoke else 10_000})
 
 
-def noisy_labels(seed: int, share: float) -> tuple[Tensor, Tensor]:
-    """The training labels with a share of them moved to another class, and which ones were."""
-    labels = digits()[0][1]
+def wrong_digits(seed: int, smoke: bool) -> TaskData:
+    """Digits of whose training labels a fifth is wrong. The rate is the one that fits these labels best.
+
+    How much a network can fit is the question, so that what selects the rate is the training set itself.
+    """
+    data = digits(seed, smoke)
+    images, labels = data.train[:]
     generator = torch.Generator().manual_seed(10_000 + seed)
-    flipped = torch.rand(len(labels), generator=generator) < share
-    others = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
-    return torch.where(flipped, others, labels), flipped
+    moved = torch.rand(len(labels), generator=generator) < WRONG
+    noisy = torch.where(moved, (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10, labels)
+    train = TensorDataset(images, noisy)
+    return TaskData(
+        "digits, a fifth of the labels wrong", train, train, data.test, fingerprint(images, noisy), data.options,
+        {"moved": moved.nonzero().flatten().tolist()},
+    )  # fmt: skip
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of right answers; an output that is not finite is a wrong one."""
-    right = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
-    return right.double().mean().item()
+def tower(part: tuple[str, int, int], most: int) -> nn.Module:
+    """An MLP of modules that join by a policy: (policy, modules, width)."""
+    policy, depth, width = part
+    return ResidualMLP(64, 10, dim=width, depth=min(depth, most), policy=policy)
 
 
-@torch.no_grad()
-def mlp_study(
-    policy: str,
-    seeds: Sequence[int],
-    *,
-    depth: int,
-    width: int,
-    epochs: int,
-    lrs: Sequence[float],
-    batch_size: int = 100,
-    noise: float = 0.0,
-    clip: float | None = None,
-    details: bool = True,
-) -> list[dict[str, Any]]:
-    """Train MLP towers on the digits; `details` adds geometric complexity, level norms and lesions.
-
-    With label noise the question is how much a network can fit, so its learning rate is the one with the lowest
-    training loss; else the one with the lowest validation loss.
-    """
-    (x, _), validate, test = digits()
-    labels = {seed: noisy_labels(seed, noise) for seed in seeds}
-
-    def batch(seed: int, step: int) -> Batch:
-        picks = batch_indices(seed, step, batch_size)
-        return x[picks], labels[seed][0][picks]
-
-    def build() -> ResidualMLP:
-        return ResidualMLP(64, 10, dim=width, depth=depth, policy=policy)
-
-    title, steps = f"{policy}, n = {depth}", epochs * (TRAIN // batch_size)
-    grid = train_grid(build, batch, seeds=seeds, lrs=lrs, steps=steps, clip=clip, title=title)
-    outcomes = []
-    for run in grid.best(lambda seed: (x, labels[seed][0]) if noise else validate):
-        noisy, flipped = labels[run.seed]
-        logits = run.model(x)
-        outcome = _outcome(run, accuracy(run.model(test[0]), test[1]), cross_entropy(logits, noisy).item())
-        if noise:
-            outcome["noise_fit"] = accuracy(logits[flipped], noisy[flipped])
-        if details:
-            outcome |= _details(run, test)
-        outcomes.append(outcome)
-    return outcomes
+def resnet(policy: str, most: int) -> nn.Module:
+    """ResNet-110, 54 modules, of 8, 16 and 32 channels."""
+    return CifarResNet(min(18, most // 3), in_channels=1, policy=policy, width=8)
 
 
-@torch.no_grad()
-def cnn_study(
-    policy: str,
-    seeds: Sequence[int],
-    *,
-    blocks: int,
-    width: int,
-    epochs: int,
-    lrs: Sequence[float],
-    batch_size: int = 100,
-) -> list[dict[str, Any]]:
-    """Train CIFAR-style ResNets on the digits as 8 × 8 images."""
-    train, validate, test = ((x.view(-1, 1, 8, 8), y) for x, y in digits())
-
-    def batch(seed: int, step: int) -> Batch:
-        picks = batch_indices(seed, step, batch_size)
-        return train[0][picks], train[1][picks]
-
-    def build() -> CifarResNet:
-        return CifarResNet(blocks, in_channels=1, policy=policy, width=width)
-
-    title, steps = f"{policy}, ResNet-{6 * blocks + 2}", epochs * (TRAIN // batch_size)
-    grid = train_grid(build, batch, seeds=seeds, lrs=lrs, steps=steps, title=title)
-    return [
-        _outcome(run, accuracy(run.model(test[0]), test[1]), cross_entropy(run.model(train[0]), train[1]).item())
-        for run in grid.best(lambda seed: validate)
-    ]
+def _images(data: TaskData) -> Tensor:
+    return data.test[:][0].flatten(1)
 
 
-@torch.no_grad()
-def text_study(
-    policy: str,
-    seeds: Sequence[int],
-    *,
-    layers: int,
-    dim: int,
-    tokens: int,
-    batch_size: int,
-    steps: int,
-    lrs: Sequence[float],
-) -> list[dict[str, Any]]:
-    """Train byte-level Transformers with Adam; half of the held-out text tunes, half tests (nats a byte)."""
-    train, held = standard_library()
-    generator = torch.Generator().manual_seed(0)
-    tune, test = (windows(half, 64, tokens, generator) for half in held.chunk(2))
-
-    def batch(seed: int, step: int) -> Batch:
-        return windows(train, batch_size, tokens, torch.Generator().manual_seed(seed * 1_000_003 + step))
-
-    def build() -> ByteTransformer:
-        return ByteTransformer(dim=dim, heads=2, layers=layers, max_tokens=tokens, policy=policy)
-
-    grid = train_grid(build, batch, seeds=seeds, lrs=lrs, steps=steps, adam=True, title=f"{policy}, {layers} layers")
-    outcomes = []
-    for run in grid.best(lambda seed: tune):
-        logits = run.model(test[0])
-        outcomes.append(_outcome(run, accuracy(logits, test[1]), cross_entropy(logits, test[1]).item()))
-    return outcomes
+def feature_complexity(model: Any, data: TaskData) -> float:
+    """Geometric complexity of what the tower gives to the decoder."""
+    with torch.enable_grad():
+        return geometric_complexity(lambda x: model.tower(model.encoder(x)), _images(data)[:SLOPES])
 
 
-def in_precision(name: str, device: str) -> torch.autocast:
-    """Autocast to float16 or bfloat16; float32 as it is."""
-    return torch.autocast(torch.device(device).type, PRECISIONS[name], enabled=name != "float32")
+def _levels(model: Any, data: TaskData) -> Any:
+    return residual_expansion(model.tower, model.encoder(_images(data)), 2)
 
 
-def precision_study(
-    seed: int,
-    *,
-    policy: str,
-    blocks: int,
-    precision: str,
-    steps: int,
-    device: str,
-    lr: float = 0.01,
-    batch_size: int = 64,
-    size: int = 28,
-) -> dict[str, Any]:
-    """A CIFAR-style ResNet in one precision: the module at which it overflows, and what it learns.
-
-    Returns:
-        `overflows_at`, counted in modules at the start, None where the stream stays finite; the `accuracy` on one
-        batch of digits, brought to `size` pixels a side, after `steps` of SGD with momentum 0.9 on it; and the `loss`
-        of each step.
-    """
-    torch.manual_seed(seed)
-    model = CifarResNet(blocks, in_channels=1, policy=policy).to(device)
-    x, y = (part[:batch_size].to(device) for part in digits()[0])
-    x = F.interpolate(x.view(-1, 1, 8, 8), size, mode="bilinear")
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    with torch.no_grad(), in_precision(precision, device):
-        lost = [i for i, state in enumerate(_stream(model, x)) if not state.isfinite().all()]
-    losses = []
-    for _ in range(steps):
-        with in_precision(precision, device):
-            loss = cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    with torch.no_grad(), in_precision(precision, device):
-        right = accuracy(model(x), y)
-    return {"overflows_at": lost[0] if lost else None, "accuracy": right, "loss": losses}
+def first_level(model: Any, data: TaskData) -> float:
+    """‖level 1‖/‖T(x) − x‖."""
+    return _levels(model, data).shares()[0]
 
 
-def _stream(model: CifarResNet, x: Tensor) -> list[Tensor]:
-    """What enters the first module and what leaves each."""
-    states = [model.stem(x)]
-    for i, tower in enumerate(model.towers):
-        if i:
-            states.append(model.turns[i - 1](states[-1]))
-        states += tower.stream(states[-1])[1:]  # type: ignore[operator]
-    return states
+def second_to_first(model: Any, data: TaskData) -> float:
+    """‖level 2‖/‖level 1‖."""
+    first, second = _levels(model, data).shares()
+    return second / first
 
 
-def batch_indices(seed: int, step: int, batch_size: int) -> Tensor:
-    """A fresh order of the training examples every epoch, cut into batches."""
-    epoch, index = divmod(step, TRAIN // batch_size)
-    order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[index * batch_size : (index + 1) * batch_size]
+def lost_at_order_two(model: Any, data: TaskData) -> float:
+    """Accuracy of the network less that of the network cut off at order 2."""
+    labels, cut = data.test[:][1], _levels(model, data).partial_sums()[2]
+    right = [(model.decoder(x).argmax(-1) == labels).double().mean().item() for x in (_levels(model, data).output, cut)]
+    return right[0] - right[1]
 
 
-def _outcome(run: Trained, right: float, loss: float) -> dict[str, Any]:
-    return {"lr": run.lr, "accuracy": right, "loss": loss, "diverged": run.diverged, "curve": run.curve}
-
-
-def _details(run: Trained, test: Batch) -> dict[str, Any]:
-    model: Any = run.model
-    x, labels = test
-    entering = model.encoder(x)
-    trained = residual_expansion(model.tower, entering, 3)
-    start: Any = run.start
+def learned_scale(model: Any, data: TaskData) -> float:
+    """The mean size of the scales where they are learned, else 0."""
     scales = [join.alpha.abs().item() for join in model.tower.policies if isinstance(join, SkipInit)]
-    lesions, joint = _lesions(model, x, labels)
+    return sum(scales) / max(len(scales), 1)
+
+
+def wrong_labels_fitted(model: nn.Module, data: TaskData) -> float:
+    """The share of the moved labels that the network gives as they were moved."""
+    images, labels = data.train[data.meta["moved"]]
+    return (model(images).argmax(-1) == labels).double().mean().item()
+
+
+def smooth_towers() -> dict[str, tuple[list[nn.Module], int, int, Tensor]]:
+    """Modules, width, channel axis and input of one tower of each kind, in double precision."""
+    torch.manual_seed(0)
+    convolutions = [
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.GELU(), nn.Conv2d(3, 3, 3, padding=1)) for _ in range(8)
+    ]
+    kinds: dict[str, tuple[list[Any], int, int, Tensor]] = {
+        "MLP": ([mlp_branch(6, activation="tanh") for _ in range(8)], 6, -1, torch.randn(3, 6)),
+        "convolution": (convolutions, 3, 1, torch.randn(2, 3, 6, 6)),
+        "attention": ([CausalAttention(8, 2) for _ in range(8)], 8, -1, torch.randn(2, 6, 8)),
+    }
     return {
-        "feature_complexity": geometric_complexity(lambda z: model.tower(model.encoder(z)), x[:SLOPES]),
-        "complexity": geometric_complexity(model, x[:SLOPES]),
-        "shares": trained.shares(),
-        "start_shares": residual_expansion(start.tower, start.encoder(x), 3).shares(),
-        "truncated": [accuracy(model.decoder(total), labels) for total in trained.partial_sums()],
-        "whole": accuracy(model(x), labels),
-        "scale": sum(scales) / len(scales) if scales else None,
-        "lesion_drop": lesions,
-        "lesion_interaction": joint,
+        kind: ([module.double() for module in modules], dim, axis, x.double())
+        for kind, (modules, dim, axis, x) in kinds.items()
     }
 
 
-def _lesions(model: Any, x: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The mean loss of accuracy when one block is deleted, and how far deletions are from adding up.
+def norms_over_depth(policy: str, depths: tuple[int, ...], seed: int) -> list[float]:
+    """‖T_n(x)‖/‖x‖ at the start for each n, He two-layer ReLU branches of width 32, in double precision."""
+    norms = []
+    for n in depths:
+        torch.manual_seed(seed)
+        start = ResidualTower([mlp_branch(32) for _ in range(n)], policy, dim=32).double()
+        x = torch.randn(64, 32).double()
+        with torch.no_grad():
+            norms.append((start(x).norm() / x.norm()).item())
+    return norms
 
-    The second is ‖Δ(several) − Σ Δ(each)‖/‖Δ(several)‖ of the stream: 0 where lesions are additive.
-    """
-    tower: Any = model.tower
-    stream = model.encoder(x)
-    whole = tower(stream)
-    right = accuracy(model.decoder(whole), labels)
-    n = len(tower.blocks)
-    alone = [tower.without(i)(stream) for i in range(n)]
-    drop = sum(right - accuracy(model.decoder(y), labels) for y in alone) / n
-    chosen = [round(i * (n - 1) / (LESIONS - 1)) for i in range(LESIONS)]
-    together = tower.without(*chosen)(stream) - whole
-    summed = torch.stack([alone[i] - whole for i in chosen]).sum(0)
-    return drop, ((together - summed).norm() / together.norm()).item()
+
+def branch_variances(depth: int, seed: int) -> Tensor:
+    """Of each of `depth` batch-norm modules at the start, the variance of its branch over that of its stream."""
+    torch.manual_seed(seed)
+    start = ResidualTower([mlp_branch(32) for _ in range(depth)], "batchnorm", dim=32)
+    with torch.no_grad():
+        stream = torch.stack(copy.deepcopy(start).train().stream(torch.randn(256, 32)))
+    return (stream[1:] - stream[:-1]).var((1, 2)) / stream[:-1].var((1, 2))

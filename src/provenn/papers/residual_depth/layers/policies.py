@@ -184,7 +184,7 @@ class BatchNormBranch(ScalePolicy):
 
     def prepare(self, x: Tensor) -> Tensor:
         channels_second = x.movedim(self.channel_dim, 1)
-        examples_channels_positions = channels_second.reshape(len(x), self.dim, -1)
+        examples_channels_positions = channels_second.unsqueeze(-1).flatten(2)
         return self.norm(examples_channels_positions).view(channels_second.shape).movedim(1, self.channel_dim)
 
 

@@ -111,8 +111,8 @@ def last_layer(branch: nn.Module) -> nn.Module:
 def scale_layer(layer: nn.Module, scale: float | Tensor) -> None:
     """Multiply a layer's output by a number, or by one number a channel, by changing its weight and bias."""
     with torch.no_grad():
-        factor = torch.as_tensor(scale)
         weight: Tensor = layer.weight  # type: ignore[assignment]
+        factor = torch.as_tensor(scale).to(weight) if isinstance(scale, Tensor) else weight.new_tensor(scale)
         weight.mul_(factor.view(-1, *[1] * (weight.dim() - 1)) if factor.dim() else factor)
         if getattr(layer, "bias", None) is not None:
             layer.bias.mul_(factor)  # type: ignore[union-attr, operator]

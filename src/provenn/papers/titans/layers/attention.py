@@ -111,7 +111,8 @@ class PrefixAttention(nn.Module):
 
         turned_q = rotate(wide_q, places[reach:])
         turned_k = rotate(wide_k.transpose(3, 4), places).transpose(3, 4).flatten(3, 4)
-        scores = (turned_q @ turned_k.mT).masked_fill(~may.flatten(-2), torch.finfo(x.dtype).min)
+        scores = turned_q @ turned_k.mT
+        scores = scores.masked_fill(~may.flatten(-2), torch.finfo(scores.dtype).min)
         fixed_k, fixed_v = (self._heads(m(prefix)).unsqueeze(2) for m in (self.key, self.value))
         scores = torch.cat([wide_q @ fixed_k.mT, scores], dim=-1) * (self.dim // self.heads) ** -0.5
         exact = torch.promote_types(scores.dtype, torch.float32)

@@ -1,0 +1,46 @@
+"""Distillation as a kind of work: another task's data and metric, and the maps' loss in the place of its own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from provenn.papers.hedgehog.distillation import teaching
+from provenn.tasks import Task, TaskData, get_task
+
+
+class Distillation(Task):
+    """Train the maps of a converted model with `fit`: all of its layers at once, on their own softmax weights.
+
+    The host's parameters get no gradient, and keep their values where the recipe has no weight decay. Metrics are the
+    task's, of the model with its linear attention.
+
+    Args:
+        of: the task that the host was trained for; its batches begin with what the model reads.
+    """
+
+    def __init__(self, of: str):
+        self.of = get_task(of)
+        self.name, self.metric, self.higher_is_better = of, self.of.metric, self.of.higher_is_better
+        self.embedded, self.reads = self.of.embedded, self.of.reads
+
+    def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
+        return self.of.load(source, seed=seed, **options)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean over layers of −Σ_j a_ij log â_ij; 0 where no attention is linear."""
+        with teaching(model) as losses:
+            model(batch[0])
+        return torch.stack(losses).mean() if losses else torch.zeros(())
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        return self.of.evaluate(model, dataset, batch_size)
+
+    def trivial(self, data: TaskData) -> float:
+        return self.of.trivial(data)
+
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        return self.of.predict(model, meta, inputs, output)

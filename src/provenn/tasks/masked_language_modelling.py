@@ -1,0 +1,110 @@
+"""Masked language modelling: the tokens that a text leaves blank (Devlin et al., 2018, arXiv:1810.04805)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from provenn.data.text import read_tokenizer
+from provenn.errors import UserError
+from provenn.tasks.base import TaskData, batches, device_of
+from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
+from provenn.tasks.recall import IGNORED
+
+BLANK = "[MASK]"
+SHARE, BLANKED, REPLACED = 0.15, 0.8, 0.1  # of all tokens; of those the blank ones, and those with another in place
+
+
+class Blanks(Dataset):
+    """Windows of which 15 % of the tokens are to be told: of these 80 % are blank, 10 % others, 10 % left as they are.
+
+    What is blank is drawn once for each window, from its number.
+    """
+
+    def __init__(self, windows: Windows, vocab: int):
+        self.windows, self.vocab = windows, vocab
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        tokens, _ = self.windows[index]
+        generator = torch.Generator().manual_seed(index)
+        lot, kind = torch.rand(2, len(tokens), generator=generator)
+        asked = lot < SHARE
+        asked[lot.argmin()] = True  # at least one
+        other = torch.randint(self.vocab, tokens.shape, generator=generator)
+        hidden = torch.where(kind < BLANKED, self.vocab, torch.where(kind < BLANKED + REPLACED, other, tokens))
+        return torch.where(asked, hidden, tokens), torch.where(asked, tokens, IGNORED)
+
+
+class MaskedLanguageModelling(LanguageModelling):
+    """Models take tokens (batch, tokens), one kind of them blank, and give logits (batch, tokens, vocab)."""
+
+    name = "masked-language-modelling"
+    metric = "accuracy"
+    higher_is_better = True
+
+    def load(self, source: str | Path, **options: Any) -> TaskData:  # type: ignore[override]
+        """Text as in language modelling; the last of the vocabulary's tokens is the blank."""
+        data = super().load(source, **options)
+        vocab = data.options["vocab"]
+        train, val, test = (Blanks(part, vocab) for part in (data.train, data.val, data.test))  # type: ignore[arg-type]
+        meta = {**data.meta, "blank": vocab}
+        return TaskData(
+            data.name, train, val, test, data.fingerprint, {"vocab": vocab + 1}, meta, about=f"{data.about}; 15 % blank"
+        )
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        tokens, targets = batch
+        return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        """The share of tokens told right of those asked for, and nats a token."""
+        first, _ = dataset[0]
+        right, nats, count = 0, 0.0, 0
+        size = max(1, min(batch_size, LOGITS // (256 * len(first))))
+        for tokens, targets in batches(dataset, size, device_of(model)):
+            asked = targets != IGNORED
+            logits, wanted = model(tokens)[asked].float(), targets[asked]
+            right += int((logits.argmax(-1) == wanted).sum())
+            nats += F.cross_entropy(logits, wanted, reduction="sum").item()
+            count += len(wanted)
+        return {"accuracy": right / count, "nll": nats / count}
+
+    def trivial(self, data: TaskData) -> float:
+        """Accuracy of always saying the commonest token of the training text."""
+        train: Any = data.train
+        commonest = train.windows.stream.bincount(minlength=train.vocab).argmax()
+        wanted = [targets[targets != IGNORED] for _, targets in (data.test[i] for i in range(len(data.test)))]  # type: ignore[arg-type]
+        return (torch.cat(wanted) == commonest).double().mean().item()
+
+    def predict(  # type: ignore[override]
+        self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Any], output: Path | None
+    ) -> str:
+        """Fills every [MASK] of each text, or of each file, with one token."""
+        tokenizer, texts = read_tokenizer(meta["tokenizer"]), []
+        for given in inputs:
+            text = Path(given).read_text("utf-8") if Path(given).is_file() else str(given)
+            parts = [tokenizer.encode(part) for part in text.split(BLANK)]
+            if len(parts) == 1:
+                raise UserError(f"{text[:40]!r} has no blank to fill: write {BLANK} where a token is missing")
+            tokens = [int(token) for part in parts for token in (*part, meta["blank"])][:-1]
+            x = torch.tensor([tokens], device=device_of(model))
+            told = model(x)[0, :, : meta["blank"]].argmax(-1)
+            texts.append(tokenizer.decode(torch.where(x[0] == meta["blank"], told, x[0]).tolist()))
+        joined = "\n".join(texts)
+        if output is not None:
+            output.write_text(joined + "\n", "utf-8")
+            return f"{joined}\nwrote {output}"
+        return joined
+
+    def picture(self, model: nn.Module, data: TaskData) -> None:  # type: ignore[override]
+        return None
+
+
+TASK = MaskedLanguageModelling()

@@ -1,0 +1,112 @@
+"""What MoH's experiments train and read off: baselines are what they are called, figures mean what they say."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from provenn.papers.moh.layers import MoHAttention, head_load
+from provenn.papers.moh.studies import (
+    FixedHeads,
+    Heads,
+    Way,
+    classifier,
+    continued,
+    converted,
+    gap_between_heads,
+    language_model,
+    least_used_head,
+    pretrained,
+)
+from provenn.tasks import Recipe, TaskData, get_task
+from provenn.tasks.language_modelling import Windows
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def images(count=40):
+    return torch.utils.data.TensorDataset(torch.randn(count, 1, 8, 8), torch.randint(10, (count,)))
+
+
+def digits():
+    return TaskData("noise", images(), images(), images(), fingerprint="", options={})
+
+
+@pytest.mark.parametrize("heads", [Heads(), Heads(8, 0), Heads(3, 3)])
+def test_a_digit_network_uses_the_heads_that_it_is_called_by(heads):
+    model = classifier(heads, num_classes=10)
+    loads = head_load(model, torch.randn(4, 1, 8, 8))
+    used = {round(load.sum().item(), 4) for load in loads.values()}
+    assert used == (set() if heads == Heads() else {float(heads.shared + heads.top_k)})
+
+
+def test_heads_that_are_alike_have_no_gap_and_one_that_is_needed_has():
+    data = digits()
+    model = classifier(Heads()).eval()
+    attention = model.blocks[0].mixer
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.out.weight.zero_()
+        assert gap_between_heads(model, data) == 0
+        attention.out.weight[:, :6].normal_()  # the first of 8 heads, 6 wide
+        before = attention.out.weight.clone()
+        needed = gap_between_heads(model, data)
+    assert needed != 0 and torch.equal(attention.out.weight, before)
+
+
+def test_the_least_used_head_is_told_from_shared_ones_and_from_no_routing():
+    data = digits()
+    assert least_used_head(classifier(Heads()), data) == 1
+    assert least_used_head(classifier(Heads(8, 0)), data) == 1
+    model = classifier(Heads(3, 3))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.router.routed.weight.zero_()  # ties go to the first three of five
+    assert least_used_head(model, data) == 0
+
+
+def text():
+    tokens = torch.randint(32, (2000,), generator=torch.Generator().manual_seed(1)).numpy()
+    part = Windows(tokens, 16, torch.ones(32, dtype=torch.long).numpy())
+    return TaskData("noise", part, part, part, fingerprint="noise", options={"vocab": 32})
+
+
+@pytest.mark.parametrize("router, used", [("query-norm", 6), ("random", 6), ("linear", 6), ("none", 8)])
+def test_a_conversion_keeps_the_trained_weights_and_three_quarters_of_the_heads(router, used):
+    data, task = text(), get_task("language-modelling")
+    build = partial(converted, Way(router, False), **data.options)
+    recipe = Recipe(epochs=1, batch_size=8, max_steps=1)
+    done = continued(build, task, data, recipe, seed=3, device="cpu", title="")
+    weights = pretrained(task, data, 10, 3, "cpu")
+    state = done.model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+    loads = head_load(done.model, torch.randint(32, (2, 9)))
+    assert all(load.sum().item() == pytest.approx(used) for load in loads.values())
+    assert bool(loads) == (router != "none") and done.steps == 0
+    again = continued(build, task, data, recipe, seed=3, device="cpu", title="")
+    assert again.metrics == done.metrics
+    if router == "none":
+        original = language_model(Heads(), **data.options)
+        original.load_state_dict(weights)
+        with torch.no_grad():
+            assert done.metrics == task.evaluate(original.eval(), data.test)
+
+
+def test_a_conversion_is_tuned_where_that_is_asked():
+    data, task = text(), get_task("language-modelling")
+    build = partial(converted, Way("query-norm", True), **data.options)
+    done = continued(build, task, data, Recipe(epochs=1, batch_size=8, max_steps=1), seed=3, device="cpu", title="")
+    weights = pretrained(task, data, 10, 3, "cpu")
+    assert done.steps == 1 and any((done.model.state_dict()[n] - w).abs().max() > 0 for n, w in weights.items())
+
+
+def test_fixed_heads_are_the_same_for_all_tokens():
+    layer = MoHAttention(16, 8, router="query-norm")
+    layer.router = FixedHeads(8, 6)
+    load = head_load(layer, torch.randn(2, 9, 16))["router"]
+    assert sorted(load.tolist()) == [0.0] * 2 + [1.0] * 6
+    assert not nn.ModuleList([layer.router]).state_dict().keys() - {"0.kept"}

@@ -1,0 +1,49 @@
+"""Every paper's smallest system of each kind of work trains in the precisions that people train in."""
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from provenn import tasks
+from provenn.api import Paper
+from provenn.catalog import cards
+from provenn.tasks import Recipe, TaskData
+from provenn.testing.checks import smallest_presets
+
+SYSTEMS = {
+    f"{card.slug} {preset.name}": (card, preset)
+    for card in cards().values()
+    for preset in smallest_presets(card)
+    if preset.task or card.task
+}
+
+
+@cache
+def embedded(task: str, name: str | None) -> TaskData:
+    kind = tasks.get_task(task)
+    return kind.load(name or next(iter(kind.embedded)))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+@pytest.mark.filterwarnings("ignore:.*fp16 is not supported on CPU")
+def test_a_system_trains_in_half_precision(name: str, precision: str, monkeypatch: pytest.MonkeyPatch):
+    card, preset = SYSTEMS[name]
+    task = tasks.get_task(card.task_of(preset))
+    data = embedded(task.name, preset.data)
+    evaluated = []
+
+    def evaluate(model: nn.Module, dataset: Any, batch_size: int = 256) -> dict[str, float]:
+        evaluated.extend(p.dtype for p in model.parameters())
+        return {task.metric: 0.0}
+
+    monkeypatch.setattr(task, "evaluate", evaluate)
+    recipe = Recipe(epochs=1, max_steps=2, batch_size=2, precision=precision)
+    fit = tasks.fit(lambda: Paper(card).build(preset.name, **data.options), task, data, recipe)
+    assert fit.steps == 2
+    assert math.isfinite(fit.curve[-1]["train_loss"])
+    assert {*evaluated, *(p.dtype for p in fit.model.parameters())} == {torch.float32}, "data and metrics are float32"
