@@ -27,21 +27,31 @@ from .reference import EPS, MemoryState, Surprise, clamped
 ROOM = 2**24  # numbers of the gates' products that are held at once, where nobody asks for gradients
 
 
+class _Push(NamedTuple):
+    """What momentum makes of S in a chunk."""
+
+    into: Tensor  # (chunks, groups, b, C): f_t, the share of S_0 in W_t
+    last: Tensor  # (chunks, groups, 1, C): f_b
+    fade: Tensor  # (chunks, groups, 1, 1): e_b
+    write: Tensor  # (chunks, groups, 1, b): E_bj θ_j
+
+    def unbind(self) -> list["_Push"]:
+        return [_Push(*chunk) for chunk in zip(*(part.unbind() for part in self))]
+
+
 class _Gates(NamedTuple):
     """What a layer's gates make of its state and of the tokens of a chunk; C is 1 where all channels forget alike."""
 
     keep: Tensor  # (chunks, groups, b, C): a_t, the share of W_0 in W_t
-    pushed: Tensor | None  # (chunks, groups, b, C): f_t, that of S_0; None without momentum
     reach: Tensor  # (chunks, groups, b, C, b): K_tj θ_j
     left: Tensor  # (chunks, groups, 1, C): a_b
-    moved: Tensor | None  # (chunks, groups, 1, C): f_b
     write: Tensor  # (chunks, groups, C, b): K_bj θ_j
-    fade: Tensor | None  # (chunks, groups, 1, 1): e_b
-    push: Tensor | None  # (chunks, groups, 1, b): E_bj θ_j
+    push: _Push | None
 
     def unbind(self) -> list["_Gates"]:
-        parts = (len(self.keep) * [None] if part is None else part.unbind() for part in self)
-        return [_Gates(*chunk) for chunk in zip(*parts)]
+        pushes: list[_Push | None] = [None] * len(self.keep) if self.push is None else [*self.push.unbind()]
+        parts = zip(self.keep.unbind(), self.reach.unbind(), self.left.unbind(), self.write.unbind(), pushes)
+        return [_Gates(*chunk) for chunk in parts]
 
 
 def _products(factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,25 +72,25 @@ def _gates(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor |
         step, forget = step.masked_fill(~seen, 0), forget.masked_fill(~seen.unsqueeze(-1), 0)
     decay, keep = _products(1 - forget)
     rate = step.unsqueeze(-2)
+    push = None
     if momentum is None:
-        reach, pushed, moved, fade, push = decay * rate.unsqueeze(-2), None, None, None, None
+        reach = decay * rate.unsqueeze(-2)
     else:
         still, e = _products((momentum if seen is None else momentum.masked_fill(~seen, 1)).unsqueeze(-1))
-        still = still.squeeze(-2) * rate
-        fade, push = e[..., -1:, :], still[..., -1:, :]
+        still, fade = still.squeeze(-2) * rate, e[..., -1:, :]
+        write = still[..., -1:, :]
         if seen is not None:
             still, e = still * seen.unsqueeze(-1), e * seen.unsqueeze(-1)
         # Σ_i A_ti E_ij θ_j for every channel: one matrix product, the channels among the rows.
         rows = decay.flatten(-3, -2)
-        reach = (rows @ still).view_as(decay)
-        pushed = (rows @ e).view_as(keep)
-        moved = pushed[..., -1:, :]
-    left, write = keep[..., -1:, :], reach[..., -1, :, :]
+        reach, into = (rows @ still).view_as(decay), (rows @ e).view_as(keep)
+        push = _Push(into, into[..., -1:, :], fade, write)
+    left, last = keep[..., -1:, :], reach[..., -1, :, :]
     if read == "pre":
         keep = torch.cat([torch.ones_like(keep[..., :1, :]), keep[..., :-1, :]], dim=-2)
-        pushed = None if pushed is None else F.pad(pushed[..., :-1, :], (0, 0, 1, 0))
+        push = None if push is None else push._replace(into=F.pad(push.into[..., :-1, :], (0, 0, 1, 0)))
         reach = F.pad(reach[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
-    return _Gates(keep, pushed, reach, left, moved, write, fade, push)
+    return _Gates(keep, reach, left, last, push)
 
 
 def _first_scores(q: Tensor, k: Tensor, reach: Tensor) -> Tensor:
@@ -122,11 +132,11 @@ def _errors(
 
 def _read(z: Tensor, i: int, weight: Tensor, moving: Tensor | None, gates: _Gates) -> Tensor:
     """a_t z_t W_0 + f_t z_t S_0."""
-    if not i:
-        y = (z * gates.keep) @ weight
-        return y if moving is None else torch.baddbmm(y, z * gates.pushed, moving)
-    y = gates.keep * (z @ weight)
-    return y if moving is None else torch.addcmul(y, gates.pushed, z @ moving)
+    y = (z * gates.keep) @ weight if not i else gates.keep * (z @ weight)
+    if moving is None or gates.push is None:
+        return y
+    into = gates.push.into
+    return torch.addcmul(y, into, z @ moving) if i else torch.baddbmm(y, z * into, moving)
 
 
 def _written(z: Tensor, i: int, h: Tensor, δ: Tensor, first: Tensor, reach: Tensor) -> Tensor:
@@ -143,19 +153,13 @@ def _after(
     i: int, weight: Tensor, moving: Tensor | None, h: Tensor, δ: Tensor, gates: _Gates
 ) -> tuple[Tensor, Tensor | None]:
     """W and S at the chunk's end."""
-    if not i:
-        kept = gates.left.mT * weight
-        if moving is not None:
-            kept = torch.addcmul(kept, gates.moved.mT, moving)
-        weight = torch.baddbmm(kept, h.mT * gates.write, δ, alpha=-1)
-    else:
-        kept = gates.left * weight
-        if moving is not None:
-            kept = torch.addcmul(kept, gates.moved, moving)
-        weight = torch.baddbmm(kept, h.mT, δ * gates.write.mT, alpha=-1)
-    if moving is not None:
-        moving = torch.baddbmm(gates.fade * moving, h.mT * gates.push, δ, alpha=-1)
-    return weight, moving
+    left = gates.left if i else gates.left.mT
+    kept = left * weight
+    if moving is not None and gates.push is not None:
+        kept = torch.addcmul(kept, gates.push.last if i else gates.push.last.mT, moving)
+        moving = torch.baddbmm(gates.push.fade * moving, h.mT * gates.push.write, δ, alpha=-1)
+    inputs, errors = (h.mT, δ * gates.write.mT) if i else (h.mT * gates.write, δ)
+    return torch.baddbmm(kept, inputs, errors, alpha=-1), moving
 
 
 def _cut(x: Tensor, *, start: int, count: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -202,7 +206,7 @@ def chunked_memory(
     if mask is not None:
         hidden = ~mask[:, None, :, None]
         keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
-    products = groups * chunk * chunk * max(gate.shape[-1] for gate in forget)
+    products = max(1, groups * chunk * chunk * max(gate.shape[-1] for gate in forget))
     most = max(1, tokens if torch.is_grad_enabled() else ROOM // products)
     outputs, surprises = [], []
     for start, count, size in _pieces(tokens, position, chunk, most):
@@ -223,20 +227,19 @@ def chunked_memory(
                 surprises.append((difference.detach().square().sum(-1), square.detach().sqrt()))
                 if limit is not None:
                     errors = [δ * clamped(square, limit).unsqueeze(-1) for δ in errors]
-            z, before = q[c], (weights, moving or [None] * depth)
-            weights, moving = [], []
-            for i, (weight, s, h, δ, gate) in enumerate(zip(*before, inputs, errors, layers)):
+            z, after = q[c], []
+            pushed: list[Tensor | None] = [*moving] if moving else [None] * depth
+            for i, (weight, s, h, δ, gate) in enumerate(zip(weights, pushed, inputs, errors, layers)):
                 z = F.gelu(z) if i else z
-                y = _read(z, i, weight, s, gate) - _written(z, i, h, δ, scores[c], gate.reach)
-                weight, s = _after(i, weight, s, h, δ, gate)
-                weights.append(weight)
-                moving += [] if s is None else [s]
-                z = y
+                z = _read(z, i, weight, s, gate) - _written(z, i, h, δ, scores[c], gate.reach)
+                after.append(_after(i, weight, s, h, δ, gate))
+            weights, moving = [w for w, _ in after], [s for _, s in after if s is not None]
             outputs.append(q[c] + F.layer_norm(z, z.shape[-1:], eps=EPS) if residual else z)
             position = (position + size) % chunk
     y = torch.cat(outputs, dim=1).view(batch, heads, tokens, width).to(values.dtype)
     parts = (weights, moving, anchor if position else weights)
-    state = MemoryState(*(tuple(x.unflatten(0, (batch, heads)) for x in part) for part in parts), position)
+    held, pushes, at = (tuple(x.view(batch, heads, *x.shape[1:]) for x in part) for part in parts)
+    state = MemoryState(held, pushes, at, position)
     if not surprised:
         return y, state, None
     loss, norm = (torch.cat(part, dim=1).view(batch, heads, tokens) for part in zip(*surprises))

@@ -1,7 +1,5 @@
 """What the paper says of Titans, and what building it brought to light, as measurements."""
 
-from typing import Any
-
 from provenn.evidence import Drawing, Measurement, Race, Run, Study, measures
 from provenn.nn.mixers import NoMixer
 from provenn.papers.titans.layers import frozen_memory
@@ -179,38 +177,37 @@ CLAIMS = {
 
 
 def switched_off(
-    run: Run, study: Study, arm: str, on: str, off: str, baseline: tuple[str, str] | None = None
+    run: Run, study: Study, arm: str, lost: tuple[str, str], elsewhere: tuple[str, str] | None = None
 ) -> Measurement:
-    """What a trained arm loses where something is switched off; against what it loses elsewhere."""
+    """A trained arm's figure as it is and with something switched off; or what it so loses in two places."""
     _, facts = study.measure(run, [arm])
     trials = study.trials(run, arm)
-
-    def lost(names: tuple[str, str]) -> list[float]:
-        return [trial[names[0]] - trial[names[1]] for trial in trials]
-
-    facts["unit"] = study.of_task.metric
-    if baseline is None:
-        return Measurement.paired([t[on] for t in trials], [t[off] for t in trials], **facts)
-    return Measurement.paired(lost((on, off)), lost(baseline), **facts)
+    facts["unit"] = study.of_task.metric.replace("_", " ")
+    as_it_is, off = ([trial[name] for trial in trials] for name in lost)
+    if elsewhere is None:
+        return Measurement.paired(as_it_is, off, **facts)
+    losses = [a - b for a, b in zip(as_it_is, off)]
+    return Measurement.paired(losses, [trial[elsewhere[0]] - trial[elsewhere[1]] for trial in trials], **facts)
 
 
 @measures("writing_recalls")
 def writing_recalls(run: Run) -> Measurement:
-    return switched_off(run, RECALL, "lmm", "accuracy", "unwritten")
+    return switched_off(run, RECALL, "lmm", ("accuracy", "unwritten"))
 
 
 @measures("writing_reads")
 def writing_reads(run: Run) -> Measurement:
-    return switched_off(run, TEXT, "lmm", "late", "late, unwritten")
+    return switched_off(run, TEXT, "lmm", ("late", "late, unwritten"))
+
+
+FAR, NEAR = "beyond the window", "within"
 
 
 @measures("memory_is_long")
 def memory_is_long(run: Run) -> Measurement:
-    far: Any = ("beyond the window", "beyond, unwritten")
-    return switched_off(run, RECALL, "mag", *far, ("within", "within, unwritten"))
+    return switched_off(run, RECALL, "mag", (FAR, "beyond, unwritten"), (NEAR, "within, unwritten"))
 
 
 @measures("attention_is_short")
 def attention_is_short(run: Run) -> Measurement:
-    near: Any = ("within", "within, narrow")
-    return switched_off(run, RECALL, "mag", *near, ("beyond the window", "beyond, narrow"))
+    return switched_off(run, RECALL, "mag", (NEAR, "within, narrow"), (FAR, "beyond, narrow"))

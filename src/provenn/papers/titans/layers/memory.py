@@ -317,16 +317,15 @@ class NeuralMemory(Mixer):
 
     def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """θ and η, (gates, batch, heads, tokens), and α of each layer, (batch, heads, tokens, channels)."""
-
-        def scalars(gate: nn.Module) -> Tensor:
-            return gate(x).unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1).to(dtype).sigmoid()
-
-        step = self.max_step * scalars(self.step_gate)
-        momentum = None if self.momentum_gate is None else scalars(self.momentum_gate)
+        step = self.max_step * self._scalars(self.step_gate, x, dtype)
+        momentum = None if self.momentum_gate is None else self._scalars(self.momentum_gate, x, dtype)
         if self.forget_gate is None:
             return step, momentum, [torch.zeros_like(one).unsqueeze(-1) for one in step]
         forget = self.forget_gate(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).to(dtype).sigmoid()
         return step, momentum, list(forget.split(self.channels, dim=-1))
+
+    def _scalars(self, gate: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return gate(x).unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1).to(dtype).sigmoid()
 
     def primed(self, prefix: Float[Tensor, "persistent dim"], batch: int) -> tuple[Tensor, NeuralState]:
         """What persistent tokens recall, and the memory that has read them as a chunk of their own.
