@@ -80,7 +80,7 @@ def test_measurements_were_made_in_full(paper):
             continue
         assert len(set(measured.seeds)) >= 5, f"{record.claim}: seeds {measured.seeds}"
         assert TUNING_SEED not in measured.seeds
-        if measured.skills or "recipe" in measured.setting:  # else nothing was trained: an error of an approximation, say
+        if measured.skills or "recipe" in measured.setting:  # else nothing was trained
             assert measured.skills, f"{record.claim}: did its arms beat the trivial predictor?"
             assert measured.data, record.claim
             for key in ("recipe", "train", "test", "lr"):
