@@ -67,10 +67,11 @@ def offsets(form: Operation, c: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 
 def remembered(form: Operation, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-    step, forget, momentum = gates.sigmoid().mul(0.3).unsqueeze(1).unbind(-1)
+    step, forget, momentum = gates.sigmoid().mul(0.3).unsqueeze(1).unbind(-1)  # one layer's: (batch, heads, tokens)
     q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     weights = torch.linspace(-1, 1, q.shape[-1] * v.shape[-1], dtype=q.dtype).view(1, q.shape[-1], v.shape[-1])
-    return form(q, k, v, step=step, forget=forget, momentum=momentum, state=[weights], chunk=4)[0]
+    gated = {"step": step[None], "forget": [forget.unsqueeze(-1)], "momentum": momentum[None]}
+    return form(q, k, v, **gated, state=[weights], chunk=4, residual=False)[0]
 
 
 def step_by_step(*inputs: Tensor, state: list[Tensor], momentum: Tensor, **options) -> tuple[Tensor, ...]:
