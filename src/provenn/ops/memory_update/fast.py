@@ -35,9 +35,6 @@ class _Push(NamedTuple):
     fade: Tensor  # (chunks, groups, 1, 1): e_b
     write: Tensor  # (chunks, groups, 1, b): E_bj θ_j
 
-    def unbind(self) -> list["_Push"]:
-        return [_Push(*chunk) for chunk in zip(*(part.unbind() for part in self))]
-
 
 class _Gates(NamedTuple):
     """What a layer's gates make of its state and of the tokens of a chunk; C is 1 where all channels forget alike."""
@@ -48,10 +45,14 @@ class _Gates(NamedTuple):
     write: Tensor  # (chunks, groups, C, b): K_bj θ_j
     push: _Push | None
 
-    def unbind(self) -> list["_Gates"]:
-        pushes: list[_Push | None] = [None] * len(self.keep) if self.push is None else [*self.push.unbind()]
-        parts = zip(self.keep.unbind(), self.reach.unbind(), self.left.unbind(), self.write.unbind(), pushes)
-        return [_Gates(*chunk) for chunk in parts]
+
+def _by_chunk(gates: _Gates) -> list[_Gates]:
+    """The gates of each chunk; a function, since compilers do not trace methods of tuples."""
+    pushes: list[_Push | None] = [None] * len(gates.keep)
+    if gates.push is not None:
+        pushes = [_Push(*chunk) for chunk in zip(*(part.unbind() for part in gates.push))]
+    parts = zip(gates.keep.unbind(), gates.reach.unbind(), gates.left.unbind(), gates.write.unbind(), pushes)
+    return [_Gates(*chunk) for chunk in parts]
 
 
 def _products(factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +219,7 @@ def chunked_memory(
             for i in range(len(step))
         ] * (depth if len(step) == 1 else 1)
         scores = _first_scores(q, k, gates[0].reach)
-        for c, layers in enumerate(zip(*(gate.unbind() for gate in gates))):
+        for c, layers in enumerate(zip(*(_by_chunk(gate) for gate in gates))):
             if position == 0:
                 anchor = weights
             inputs, errors, difference = _errors(anchor, k[c], v[c], residual)
