@@ -107,6 +107,28 @@ def test_a_new_record_takes_the_place_of_the_old_one_and_occasions_without_recor
     assert found.occasion == later and missing.record is None and "provenn reproduce p" in missing.reason
 
 
+def test_what_claims_share_is_written_once_and_drawings_are_rounded(tmp_path):
+    line = Series(name="s", x=[1.0, 2.0], y=[0.123456, 2.0])
+    evidence = Evidence(paper="p")
+    for name in ("a", "b"):
+        made = Measurement.exact(0.123456, series=[line], tables=[Table(caption=name, columns=["x"], rows=[[1]])])
+        evidence.put(record(made, CLAIM.model_copy(update={"id": name})), TODAY)
+    evidence.write(tmp_path / "p.json")
+    first, second = (each.measurement for each in Evidence.read(tmp_path / "p.json").records)
+    assert first.series[0].y == [0.1235, 2.0] and second.series == [] and second.tables[0].caption == "b"
+    assert first.value == 0.123456, "what an interval follows from is kept in full"
+    assert evidence.records[1].measurement.series == [line], "in memory nothing is lost"
+
+
+def test_what_no_interval_follows_from_has_six_digits(tmp_path):
+    measured = Measurement.paired([0.1234567891, 0.2], [0.1, 0.1], seeds=[0, 1], setting={"tuned": {"1": 0.123456789}})
+    evidence = Evidence(paper="demo")
+    evidence.put(record(measured), TODAY)
+    evidence.write(tmp_path / "evidence.json")
+    again = Evidence.read(tmp_path / "evidence.json").records[0].measurement
+    assert again.setting == {"tuned": {"1": 0.123457}} and again.values == [0.1234567891, 0.2]
+
+
 def test_lists_of_plain_values_stand_on_one_line():
     text = compact({"a": [1, 2.5, "é"], "b": [[1, 2], [3]], "c": {}, "d": [{"e": []}]})
     assert json.loads(text) == {"a": [1, 2.5, "é"], "b": [[1, 2], [3]], "c": {}, "d": [{"e": []}]}

@@ -81,9 +81,17 @@ STATEMENTS = [
     {"says": "It needs more.", "kind": "quality", "claims": ["absent"], "needs": "a <GPU>"},
 ]
 CARD = catalog.Card(
-    {"says": "It <i>is</i>.", "kind": "quality", "claims": ["everything"], "headline": True, "figure": "2"},
-    summary="Its summary.", claims=CLAIMS, statements=STATEMENTS,
-)  # fmt: skip
+    slug="a_paper",
+    package="a_paper",
+    folder=Path("."),
+    title="A Paper",
+    date="2024-01-01",
+    authors=1,
+    arxiv="2401.00001",
+    summary="Its summary.",
+    claims=CLAIMS,
+    statements=STATEMENTS,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@ from.
 """
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
 
 SCHEMA_VERSION = 2
+WIDEST = 200  # characters of a mapping that stands on one line
 EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"
 
 
@@ -127,7 +129,19 @@ class Evidence(BaseModel):
         return evidence
 
     def write(self, file: Path) -> None:
-        write_atomically(file, compact(self.model_dump(mode="json", exclude_defaults=True)))
+        """Small: defaults are left out, drawings keep four digits, and what claims share is with the first of them."""
+        facts = self.model_dump(mode="json", exclude_defaults=True)
+        seen: set[str] = set()
+        for record in facts.get("records", []):
+            measurement = record["measurement"]
+            told = {kind: rounded(measurement[kind], 6) for kind in ("setting", "skills") if kind in measurement}
+            measurement.update(told)  # beside the figures that an interval follows from, which are kept in full
+            for kind in ("series", "tables"):
+                drawn = [rounded(one) for one in measurement.pop(kind, [])]
+                fresh = [one for one in drawn if json.dumps(one) not in seen]
+                seen.update(map(json.dumps, fresh))
+                measurement.update({kind: fresh} if fresh else {})
+        write_atomically(file, compact(facts))
 
     def put(self, record: Record, occasion: Occasion) -> None:
         """Add a record in the place of an older one of the same claim; occasions that no record is left of go."""
@@ -220,9 +234,27 @@ def read_or_set_aside(kind: Any, file: Path, paper: str) -> tuple[Any, str]:
         return kind(paper=paper), trouble
 
 
+def rounded(value: Any, digits: int = 4) -> Any:
+    """Numbers that are only drawn, to so many digits; whole ones stay as they are.
+
+    >>> rounded({"y": [0.123456, 12345678.0, 3]})
+    {'y': [0.1235, 12345678.0, 3]}
+    """
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
+        return float(f"{value:.{digits}g}")
+    return value
+
+
 def compact(value: Any, indent: str = "") -> str:
-    """JSON that people can read and compare: a key a line, a list of plain values on one line."""
+    """JSON that people can read and compare: a list of plain values on one line, a mapping where it fits on one."""
     if isinstance(value, dict) and value:
+        line = json.dumps(value, ensure_ascii=False)
+        if len(line) <= WIDEST and not any(isinstance(item, (dict, list)) for item in value.values()):
+            return line
         inner = indent + " "
         lines = (f"{inner}{json.dumps(key)}: {compact(item, inner)}" for key, item in value.items())
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

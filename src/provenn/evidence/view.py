@@ -92,6 +92,16 @@ def number(value: Number | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def effect(measurement: Measurement) -> float:
+    """The effect without the rounding of a difference that is none.
+
+    >>> effect(Measurement(effect=2e-16, interval=(-0.01, 0.01)))
+    0.0
+    """
+    value, (low, high) = measurement.effect or 0.0, measurement.interval or (0.0, 0.0)
+    return 0.0 if abs(value) < 1e-9 * (high - low) else value
+
+
 def ours(measurement: Measurement) -> str:
     """What was measured: the effect, its interval, and the two sides that it came from."""
     if measurement.effect is None:
@@ -106,7 +116,7 @@ def ours(measurement: Measurement) -> str:
         return number(measurement.value) + unit + spread
     sides = f" ({number(measurement.value)} against {number(measurement.baseline)}{unit})"
     sign = "×" if measurement.kind_of_effect == "ratio" else "+" if measurement.effect >= 0 else ""
-    return sign + number(measurement.effect) + spread + sides
+    return sign + number(effect(measurement)) + spread + sides
 
 
 def shortly(finding: Finding) -> str:
@@ -118,11 +128,11 @@ def shortly(finding: Finding) -> str:
         return "holds" if measurement.effect else "does not hold"
     sign = {"ratio": "×", "difference": "+" if measurement.effect >= 0 else ""}.get(measurement.kind_of_effect, "")
     low, high = measurement.interval or (None, None)
-    spread = "" if low is None or low == high else f" [{number(low, 2)}, {number(high, 2)}]"
+    spread = "" if low is None or low == high else f" [{number(low, 3)}, {number(high, 3)}]"
     unit = f" {measurement.unit}" if measurement.unit and measurement.kind_of_effect != "ratio" else ""
     unit = f" ×{unit}" if measurement.unit[:1].isdigit() and unit else unit  # of 2^20, say
     digits = 3 if isinstance(measurement.effect, float) and not measurement.effect.is_integer() else 4
-    return f"{sign}{number(measurement.effect, digits)}{spread}{unit}"
+    return f"{sign}{number(effect(measurement), digits)}{spread}{unit}"
 
 
 def published(claim: Claim) -> str:
