@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 reproduce: install
-	$(BIN)/provenn reproduce aaren eca_net --headline --jobs 2 --budget small --out runs/first
+	$(BIN)/provenn reproduce eca_net residual_depth --headline --jobs 2 --budget small --out runs/first
 
 test: install
 	$(BIN)/python -m pytest -n 2

@@ -459,6 +459,13 @@ def test_reproduce_ends_with_the_claims_and_says_where_everything_lies(run, here
     assert page.startswith("<!doctype html>") and page.count("not reproduced") >= 2
 
 
+def test_the_headline_alone_is_the_quick_answer(run, here):
+    code, out, _ = run("reproduce tiny_gate --headline --out run")
+    assert code == 0 and "two points better" in out and "2 claims: 1 direction holds, 1 not measured" in out
+    assert "A gate of 35 parameters" not in out and "2 more statements without --headline" in out
+    assert "not both" in run("reproduce tiny_gate --headline --claim better --out run")[2]
+
+
 def test_strict_exits_1_where_a_claim_is_not_reproduced(run, here):
     assert run("reproduce tiny_gate --out run --strict")[0] == 1
     assert run("reproduce tiny_gate --out run --strict --claim parameters --claim better")[0] == 0
@@ -494,7 +501,7 @@ def test_board(run, here):
     (here / "run" / "other").mkdir()
     (here / "run" / "other" / "evidence.json").write_text("{}")
     code, out, err = run("board --from run")
-    assert code == 0 and "left out run/other/evidence.json" in err
+    assert code == 0 and "left out run/other/evidence.json" in err and "statements, [headline]" in out
     (line,) = [line for line in out.splitlines() if line.startswith("tiny_gate")]
     assert "✔ [▲] –" in line and "1 reproduced, 1 holds here, 1 not measured" in line
     assert "3 statements: 1 reproduced, 1 holds here, 1 not measured" in out

@@ -156,6 +156,30 @@ def test_distillation_trains_the_maps_alone(build):
         assert torch.equal(value, before[name]) != ("attention_maps" in name)
 
 
+@decoders_only
+@pytest.mark.parametrize("mechanism", ["hedgehog", "moh"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_converted_model_trains_in_mixed_precision(build, mechanism, dtype):
+    """Forward under autocast and backward outside, with a scaler, as transformers' trainer does it."""
+    options = {"n_head": 4, "n_embd": 32} if build is gpt2 else {}
+    model = convert(build(**options).train(), mechanism)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    given, gradients = batch(padding=3), []
+    for enabled in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = model(**given, labels=given["input_ids"]).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[1] - gradients[0]).norm() <= 0.5 * gradients[0].norm()
+
+
 @pytest.mark.parametrize("case", LOLCATS["cases"], ids=lambda case: f"{case['form']}-{case['feature_dim']}")
 def test_a_converted_llama_is_that_of_the_groups_own_code(case):
     """Logits and distillation loss of a Llama with grouped queries, as HazyResearch/lolcats computed them."""

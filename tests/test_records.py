@@ -13,24 +13,27 @@ from provenn.evidence.study import TUNING_SEED
 
 PAPERS = [slug for slug, card in catalog.cards().items() if card.package.startswith("provenn.")]
 LARGEST = 60_000  # bytes
-# Moved to the new rules, and not yet measured under them.
-AWAITING: set[str] = set()
+# Not yet measured in full under the rules that hold now: `show` says of what is missing that it needs a run.
+INCOMPLETE = {"aaren", "craft", "hedgehog", "nprf", "rat", "titans"}
 
 
-@pytest.fixture(params=[slug for slug in PAPERS if slug not in AWAITING])
+def has_evidence(slug: str) -> bool:
+    return (catalog.card(slug).folder / EVIDENCE).exists()
+
+
+@pytest.fixture(params=[slug for slug in PAPERS if has_evidence(slug)])
 def paper(request) -> tuple[catalog.Card, Evidence]:
     card = catalog.card(request.param)
     return card, Evidence.read(card.folder / EVIDENCE)
 
 
-@pytest.mark.parametrize("slug", sorted(AWAITING))
-def test_a_paper_that_awaits_its_measurement_has_none(slug):
-    assert not (catalog.card(slug).folder / EVIDENCE).exists()
-
-
-def test_every_claim_has_a_record_and_every_record_a_claim(paper):
-    card, evidence = paper
-    assert {record.claim for record in evidence.records} == {claim.id for claim in card.claims}
+@pytest.mark.parametrize("slug", PAPERS)
+def test_every_claim_has_a_record_and_every_record_a_claim(slug):
+    card = catalog.card(slug)
+    records = Evidence.read(card.folder / EVIDENCE).records if has_evidence(slug) else []
+    missing = {claim.id for claim in card.claims} - {record.claim for record in records}
+    assert {record.claim for record in records} <= {claim.id for claim in card.claims}
+    assert bool(missing) == (slug in INCOMPLETE), f"{slug} lacks {missing}"
 
 
 def test_effects_and_intervals_follow_from_the_values(paper):
@@ -77,9 +80,11 @@ def test_measurements_were_made_in_full(paper):
             continue
         assert len(set(measured.seeds)) >= 5, f"{record.claim}: seeds {measured.seeds}"
         assert TUNING_SEED not in measured.seeds
-        assert len(measured.skills) >= 1 and measured.data, record.claim
-        for key in ("recipe", "train", "test", "lr"):
-            assert key in measured.setting, f"{record.claim} does not say its {key}"
+        if measured.skills or "recipe" in measured.setting:  # else nothing was trained
+            assert measured.skills, f"{record.claim}: did its arms beat the trivial predictor?"
+            assert measured.data, record.claim
+            for key in ("recipe", "train", "test", "lr"):
+                assert key in measured.setting, f"{record.claim} does not say its {key}"
 
 
 def test_every_arm_took_its_best_rate(paper):

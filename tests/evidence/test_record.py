@@ -120,6 +120,15 @@ def test_what_claims_share_is_written_once_and_drawings_are_rounded(tmp_path):
     assert evidence.records[1].measurement.series == [line], "in memory nothing is lost"
 
 
+def test_what_no_interval_follows_from_has_six_digits(tmp_path):
+    measured = Measurement.paired([0.1234567891, 0.2], [0.1, 0.1], seeds=[0, 1], setting={"tuned": {"1": 0.123456789}})
+    evidence = Evidence(paper="demo")
+    evidence.put(record(measured), TODAY)
+    evidence.write(tmp_path / "evidence.json")
+    again = Evidence.read(tmp_path / "evidence.json").records[0].measurement
+    assert again.setting == {"tuned": {"1": 0.123457}} and again.values == [0.1234567891, 0.2]
+
+
 def test_lists_of_plain_values_stand_on_one_line():
     text = compact({"a": [1, 2.5, "é"], "b": [[1, 2], [3]], "c": {}, "d": [{"e": []}]})
     assert json.loads(text) == {"a": [1, 2.5, "é"], "b": [[1, 2], [3]], "c": {}, "d": [{"e": []}]}

@@ -540,6 +540,8 @@ def test_several_data_sets_are_one_mean_a_seed_and_each_must_be_learned(tmp_path
     assert scaled.values == pytest.approx([math.sqrt((1.1 + s / 100) * (guess + s / 1000)) for s in (1, 2, 3)])
     assert scaled.kind_of_effect == "ratio" and [row[0] for row in found.tables[0].rows] == ["hawkes", "sine"]
     said = Claim(id="x", kind="quality", says="", expects={"within": (-9, 9)}, why="any", sides=found.sides)
+    assert set(found.setting["lr"]) == {f"{label} on {name}" for label in found.sides for name in ("hawkes", "sine")}
+    assert found.setting["train"] == {"hawkes": 400, "sine": 400}
     verdict, reason = decide(said, found)
     assert verdict.value == "not measured" and "Aaren on sine" in reason and "hawkes" not in reason
     good, _ = stand_in("good", "sine", lambda label, seed: 0.5 + seed / 100)

@@ -99,7 +99,7 @@ def test_other_claims_take_their_paths(slug: str, tmp_path: Path) -> None:
     for each in found:
         if each.measurement.sides is not None:
             assert each.claim.sides == each.measurement.sides, each.claim.id
-        if each.claim.kind == "quality" and each.claim.package is None and not each.measurement.needs:
+        if each.claim.kind == "quality" and each.claim.package is None and "recipe" in each.measurement.setting:
             assert each.measurement.skills, f"{each.claim.id}: did its arms beat the trivial predictor?"
     drawn = {picture.file for each in found for picture in each.measurement.pictures}
     assert {str(file.relative_to(tmp_path / slug)) for file in tmp_path.rglob("*.png")} <= drawn

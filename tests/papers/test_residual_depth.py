@@ -2,17 +2,12 @@
 
 import copy
 import itertools
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from provenn.evidence import Run
-from provenn.papers.residual_depth import claims
-from provenn.papers.residual_depth.growth import NewModule, grow, growth_study, joined
 from provenn.papers.residual_depth.layers import (
     POLICIES,
     ConstantScale,
@@ -52,17 +47,14 @@ from provenn.papers.residual_depth.model import (
     resnet1202,
 )
 from provenn.papers.residual_depth.studies import (
-    _lesions,
-    accuracy,
-    cnn_study,
     digits,
-    mlp_study,
-    noisy_labels,
-    precision_study,
-    text_study,
+    first_level,
+    learned_scale,
+    lost_at_order_two,
+    second_to_first,
+    wrong_digits,
+    wrong_labels_fitted,
 )
-from provenn.papers.residual_depth.sweep import Grid, train_grid
-from provenn.papers.residual_depth.text import byte_frequency_loss, standard_library, windows
 
 LAMBDAS = (0.1, 0.05, 0.025, 0.0125)
 
@@ -337,6 +329,14 @@ def test_fixup_starts_as_the_identity_with_scaled_inner_layers_and_scalar_biases
     assert count(tower) == count(plain) + 16 * (2 + 2)  # m and b, and one bias before the activation, one after it
 
 
+def test_fixup_starts_the_classifier_at_zero_too() -> None:
+    maps = torch.randn(2, 3, 8, 8)
+    assert not ResidualMLP(6, 3, dim=4, depth=2, policy="fixup")(torch.randn(5, 6)).any()
+    assert not CifarResNet(1, policy="fixup")(maps).any()
+    assert not ByteTransformer(dim=8, layers=1, policy="fixup")(torch.zeros(1, 4, dtype=torch.long)).any()
+    assert CifarResNet(1, policy="skipinit")(maps).any()
+
+
 def test_fixed_scales_add_no_parameters() -> None:
     counts = {
         policy: count(tanh_tower(policy)) for policy in ("one", "const", "inv_depth", "inv_sqrt_depth", "skipinit")
@@ -432,6 +432,14 @@ def test_folding_keeps_the_outputs(policy: str) -> None:
     torch.testing.assert_close(folded(x), tower(x))
     assert all(not isinstance(join, (SkipInit, LayerScale)) for join in folded.policies)
     assert all(join.multiplier == 1 for join in folded.policies if isinstance(join, Fixup))
+
+
+@pytest.mark.parametrize("policy", ["inv_depth", "skipinit(0.3)"])
+def test_folding_a_tower_in_double_precision_rounds_nothing_to_single(policy: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    tower = ResidualTower([mlp_branch(6, activation="tanh") for _ in range(7)], policy, dim=6).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(fold(tower)(x), tower(x), rtol=1e-14, atol=1e-14)
 
 
 def test_folding_a_convolution_scales_its_output_channels() -> None:
@@ -646,261 +654,53 @@ def test_the_report_covers_every_tower_and_names_a_scale() -> None:
         expansion_report(nn.Linear(2, 2), torch.randn(1, 2))
 
 
-# Many networks at once
-
-
-def grid_batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 * seed + step)
-    return torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
-
-
-def small_mlp() -> ResidualMLP:
-    return ResidualMLP(6, 3, dim=4, depth=3, policy="skipinit(0.5)")
-
-
-@pytest.mark.parametrize("adam", [False, True])
-def test_a_stack_trains_as_each_network_would_alone(adam: bool) -> None:
-    lrs, steps = (0.1, 0.01), 5
-    grid = train_grid(small_mlp, grid_batch, seeds=(3, 4), lrs=lrs, steps=steps, adam=adam)
-    for i, (seed, lr) in enumerate((seed, lr) for seed in (3, 4) for lr in lrs):
-        torch.manual_seed(seed)
-        model = small_mlp()
-        choices = {"betas": (0.9, 0.95)} if adam else {"momentum": 0.9}
-        optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(model.parameters(), lr, **choices)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for step in range(steps):
-            x, y = grid_batch(seed, step)
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            assert grid.history[step][i] == pytest.approx(loss.item(), rel=1e-6)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(grid.weights[name][i], parameter.detach(), rtol=1e-5, atol=1e-7)
-
-
-def test_clipping_bounds_the_gradient_of_each_network_apart() -> None:
-    start = train_grid(small_mlp, grid_batch, seeds=(0, 1), lrs=(1.0,), steps=1, clip=1e-3)
-    for i, built in enumerate(start.starts):
-        moved = sum((start.weights[name][i] - p.detach()).square().sum() for name, p in built.named_parameters())
-        assert moved.sqrt().item() == pytest.approx(1e-3)
-
-
-def test_the_best_network_of_a_seed_has_the_lowest_loss() -> None:
-    grid = train_grid(small_mlp, grid_batch, seeds=(0, 1), lrs=(0.1, 1e30), steps=3)
-    for run in grid.best(lambda seed: grid_batch(seed, 99)):
-        assert run.lr == 0.1
-        assert run.diverged == 1
-        x, y = grid_batch(run.seed, 99)
-        assert nn.functional.cross_entropy(run.model(x), y).isfinite()
-
-
-def test_batch_norms_keep_their_statistics_in_a_stack() -> None:
-    def build() -> ResidualMLP:
-        return ResidualMLP(6, 3, dim=4, depth=2, policy="batchnorm")
-
-    grid = train_grid(build, grid_batch, seeds=(0,), lrs=(0.1, 0.01), steps=4)
-    (run,) = grid.best(lambda seed: grid_batch(seed, 99))
-    assert run.model.tower.policies[0].norm.num_batches_tracked == 4
-    assert run.start.tower.policies[0].norm.num_batches_tracked == 0
+# Experiments
 
 
 def test_wrong_labels_are_wrong_and_as_many_as_asked() -> None:
-    labels, flipped = noisy_labels(0, 0.2)
-    true = digits()[0][1]
-    assert (labels != true).equal(flipped)
-    assert flipped.double().mean() == pytest.approx(0.2, abs=0.04)
+    noisy, true = wrong_digits(3, False), digits(3, False)
+    moved = torch.zeros(len(noisy.train), dtype=torch.bool)
+    moved[noisy.meta["moved"]] = True
+    assert (noisy.train[:][1] != true.train[:][1]).equal(moved)
+    assert moved.double().mean() == pytest.approx(0.2, abs=0.04)
+    assert noisy.val is noisy.train, "the rate is the one that fits these labels best"
+    assert noisy.test[:][1].equal(true.test[:][1])
 
 
-def test_an_output_that_is_not_finite_is_a_wrong_answer() -> None:
-    logits = torch.tensor([[1.0, 0.0], [math.nan, 0.0]])
-    assert accuracy(logits, torch.tensor([0, 0])) == 0.5
+def test_of_the_wrong_labels_those_are_counted_that_a_network_gives_as_they_were_moved() -> None:
+    data = wrong_digits(0, False)
+    images, labels = data.train[:]
+    answers = {image.numpy().tobytes(): label for image, label in zip(images, labels)}
+
+    class Learned(nn.Module):
+        wrong = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = torch.stack([answers[image.numpy().tobytes()] for image in x])
+            given[: self.wrong] = (given[: self.wrong] + 1) % 10
+            return nn.functional.one_hot(given, 10)
+
+    learned = Learned()
+    assert wrong_labels_fitted(learned, data) == 1
+    learned.wrong = len(data.meta["moved"]) // 2
+    assert wrong_labels_fitted(learned, data) == pytest.approx(0.5, abs=0.01)
 
 
-def test_windows_of_text_are_followed_by_their_next_byte() -> None:
-    train, held = standard_library()
-    x, y = windows(train, 5, 16, torch.Generator().manual_seed(0))
-    assert x[:, 1:].equal(y[:, :-1]) and x.shape == (5, 16)
-    assert len(train) > 5 * len(held) > 0
-    seen, kept = bytes(train.tolist()), bytes(held.tolist())
-    assert not any(kept[at : at + 200] in seen for at in range(0, len(kept) - 200, 20_000)), "no module is in both"
-    assert int(train.max()) < 256
-
-
-@pytest.mark.parametrize("policy", ["inv_sqrt_depth", "batchnorm", "one"])
-def test_a_study_gives_plain_numbers_for_each_seed(policy: str) -> None:
+def test_probes_read_the_levels_of_the_trained_tower() -> None:
     torch.set_default_dtype(torch.float32)
-    outcomes = mlp_study(policy, (0, 1), depth=5, width=8, epochs=1, lrs=(0.03, 0.01), batch_size=250)
-    assert len(json.loads(json.dumps(outcomes))) == 2
-    assert all(0 <= o["accuracy"] <= 1 and len(o["curve"]) == 4 for o in outcomes)
-
-
-def test_learning_rates_are_tuned_on_data_that_is_not_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_default_dtype(torch.float32)
-    tuned, best = [], Grid.best
-    monkeypatch.setattr(Grid, "best", lambda grid, data: tuned.append(data(0)) or best(grid, data))
-    train, validate, test = digits()
-    once = {"epochs": 1, "lrs": (0.03,), "batch_size": 500}
-    mlp_study("one", (0,), depth=1, width=4, details=False, **once)
-    (noisy,) = mlp_study("one", (0,), depth=1, width=4, details=False, noise=0.2, **once)
-    cnn_study("inv_depth", (0,), blocks=1, width=4, **once)
-    for (x, labels), (expected, answers) in zip(tuned, (validate, (train[0], noisy_labels(0, 0.2)[0]), validate)):
-        assert x.flatten(1).equal(expected) and labels.equal(answers)
-    assert not (validate[0][:, None] == test[0]).all(-1).any()
-    fitted = noisy["noise_fit"] * int(noisy_labels(0, 0.2)[1].sum())
-    assert fitted == pytest.approx(round(fitted), abs=1e-9), "a share of the flipped labels alone"
-
-    text_study("inv_depth", (0,), layers=1, dim=4, tokens=8, batch_size=2, steps=1, lrs=(0.01,))
-    held = bytes(standard_library()[1].tolist())
-    first_half = held[: (len(held) + 1) // 2]
-    assert all(bytes(window) in first_half for window in tuned[3][0].tolist())
-
-
-def test_the_tower_that_is_said_to_be_clipped_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def study(policy: str, seeds: tuple[int, ...], **setting: object) -> list[dict]:
-        asked.append((policy, setting.get("clip")))
-        return [{"accuracy": 0.5 + 0.1 * seed, "loss": 1.0, "lr": 0.1, "diverged": 0} for seed in seeds]
-
-    monkeypatch.setattr(claims, "mlp_study", study)
-    claims.clipping(Run("residual_depth", tmp_path))
-    assert asked == [("one", 1.0), ("inv_sqrt_depth", None)]
-
-
-def test_a_deletion_costs_what_it_takes_away() -> None:
-    """The loss of accuracy counts up, and effects that add up do not interact."""
-    torch.set_default_dtype(torch.float32)
-    model = ResidualMLP(64, 10, dim=8, depth=6, policy="one")
-    for block in model.tower.blocks:
-        for parameter in block.parameters():
-            nn.init.zeros_(parameter)
-    with torch.no_grad():
-        for i, block in enumerate(model.tower.blocks):
-            block[-1].bias[i] = 1.0  # each module adds a constant of its own
-        model.encoder.weight.zero_(), model.encoder.bias.zero_()
-        model.decoder.weight.zero_(), model.decoder.bias.zero_()
-        model.decoder.weight[0, :6], model.decoder.bias[1] = 1.0, 5.5  # class 0 wins with all six modules alone
-        drop, interaction = _lesions(model, torch.randn(5, 64), torch.zeros(5, dtype=torch.long))
-    assert drop == 1.0
-    assert interaction == pytest.approx(0, abs=1e-6)
-
-
-# Modules added to a trained tower
-
-
-def test_a_new_module_starts_as_nothing_and_trains_alone() -> None:
-    decoder, stream = nn.Linear(6, 3), torch.randn(5, 6)
-    new = NewModule(decoder)
-    assert new(stream).equal(decoder(stream))
-    branch = mlp_branch(6)
-    assert count(new) == count(branch) + 1, "the decoder is not trained"
-
-
-def test_joined_towers_are_one_after_the_other() -> None:
-    first, second, x = tanh_tower("const(0.3)", 3), tanh_tower("skipinit(0.5)", 2), torch.randn(4, 6)
-    both = joined(first, second)
-    torch.testing.assert_close(both(x), second(first(x)))
-    assert [id(block) for block in both.blocks] == [id(block) for block in (*first.blocks, *second.blocks)]
-
-
-def test_growing_leaves_the_trained_tower_as_it_was() -> None:
-    torch.set_default_dtype(torch.float32)
-    model = ResidualMLP(64, 10, dim=8, depth=2, policy="const(0.5)", activation="tanh")
-    before = copy.deepcopy(model.state_dict())
-    towers = grow(model, 0, modules=2, epochs=1, lr=0.3, batch_size=100)
-    assert [len(tower.blocks) for tower in towers] == [2, 3, 4]
-    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-    assert all(a is b for a, b in zip(towers[0].blocks, towers[2].blocks))
-    assert not towers[1].blocks[2][0].weight.equal(towers[2].blocks[3][0].weight), "each module is drawn anew"
-    x, labels = digits()[0]
-    with torch.no_grad():
-        losses = [nn.functional.cross_entropy(model.decoder(tower(model.encoder(x))), labels) for tower in towers]
-    assert losses[0] > losses[1] > losses[2]
-
-
-def test_the_study_of_growth_sees_one_tower_in_all_its_sizes() -> None:
-    torch.set_default_dtype(torch.float32)
-    setting = {"scale": 0.1, "depth": 2, "width": 8, "base_epochs": 1, "base_lrs": (0.1,), "epochs": 1}
-    found = growth_study(0, **setting, modules=2, lrs=(1e30, 0.3, 1e-9))  # the first diverges
-    assert json.loads(json.dumps(found)) == found
-    assert len(found["loss"]) == len(found["accuracy"]) == len(found["training"]) == 3
-    assert [len(row) for row in found["truncated"]] == [3] * 4
-    assert len(set(found["truncated"][0])) == 1, "at order 0 no module is seen"
-    still = growth_study(0, **setting, modules=2, lrs=(1e-9,))
-    assert still["loss"] == pytest.approx([still["loss"][0]] * 3), "at scale 0 nothing changes"
-    assert found["loss"][0] == still["loss"][0] and found["lrs"][1] == 0.3
-    assert still["one"] == pytest.approx(still["loss"][0])
-
-
-def test_growth_is_judged_by_what_all_added_modules_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def study(seed: int, *, scale: float, **setting: object) -> dict:
-        fall = 0.1 if scale == pytest.approx(10**-0.5) else 0.3
-        loss = [1.0, 0.5, 1 - fall]
-        truncated = [[1.0] * 3] * 3 + [[1.0, 2.0, 3.0 + 0.01 * seed]]
-        return {"loss": loss, "training": loss, "accuracy": loss, "truncated": truncated, "one": 0.7}
-
-    monkeypatch.setattr(claims, "growth_study", study)
-    run = Run("residual_depth", tmp_path)
-    assert claims.modules_added(run).effect == pytest.approx(-0.1)
-    assert claims.modules_against_one(run).effect == pytest.approx(0.2)
-    assert claims.modules_levels(run).values == pytest.approx([2.3, 2.31, 2.32]), "3 that order 3 leaves, less 0.7"
-    assert claims.modules_levels(run).baselines == pytest.approx([0.0] * 3)
-
-
-def test_transformers_are_compared_at_the_largest_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def study(policy: str, seeds: tuple[int, ...], *, layers: int, **setting: object) -> list[dict]:
-        loss = math.nan if policy == "one" else {"inv_sqrt_depth": 3.0, "inv_depth": 2.5, "layernorm": 3.1}[policy]
-        return [{"accuracy": layers / 100, "loss": loss + layers / 1000, "lr": 0.1, "diverged": 0} for _ in seeds]
-
-    monkeypatch.setattr(claims, "text_study", study)
-    run = Run("residual_depth", tmp_path)
-    measurement = claims.transformer_deep_against_norm(run)
-    assert measurement.values == pytest.approx([3.048] * 3) and measurement.baselines == pytest.approx([3.148] * 3)
-    assert claims.transformer_deep_inverse(run).effect == pytest.approx(-0.5)
-    assert claims.transformer_deep_learns(run).baseline == pytest.approx(byte_frequency_loss())
-    assert claims.transformer_deep(run).baselines == [0.48] * 3
-    lines = {(line.plot, line.name): line for line in measurement.series}
-    assert all(line.x == [4, 12, 24, 48] and all(map(math.isfinite, line.y)) for line in lines.values())
-    assert lines["Transformers over depth: accuracy of the next byte", "unscaled"].y == [0.04, 0.12, 0.24, 0.48]
-
-
-# Precision
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_network_trains_in_either_precision_and_its_overflow_is_found(precision: str) -> None:
-    torch.set_default_dtype(torch.float32)
-    setting = {"blocks": 2, "precision": precision, "device": "cpu", "batch_size": 8, "size": 8}
-    found = precision_study(0, policy="inv_sqrt_depth", steps=6, **setting)
-    assert found["overflows_at"] is None and found["loss"][-1] < found["loss"][0]
-    lost = precision_study(0, policy="const(1e20)", steps=1, **setting)
-    assert lost["overflows_at"] == 2, "10^20 fits after one module, 10^40 after two does not"
-    assert not math.isfinite(lost["loss"][0]) and lost["accuracy"] == 0
-
-
-def test_the_run_on_a_gpu_says_that_it_needs_one(tmp_path: Path) -> None:
-    assert claims.overflow_gpu(Run("residual_depth", tmp_path, device="cpu")).needs == "a CUDA GPU"
-
-
-def test_the_run_on_a_gpu_takes_the_worse_of_its_precisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def study(seed: int, *, policy: str, blocks: int, precision: str, **setting: object) -> dict:
-        right = 0.1 if policy == "one" else 0.8 - 0.2 * (precision == "bfloat16") + 0.01 * seed
-        return {"overflows_at": None, "accuracy": right if blocks == 200 else 0.0}
-
-    monkeypatch.setattr(claims, "precision_study", study)
-    measurement = claims.overflow_gpu(Run("residual_depth", tmp_path, device="cuda"))
-    assert measurement.values == pytest.approx([0.6, 0.61, 0.62]) and measurement.baselines == [0.1] * 3
-
-
-def test_frequencies_of_bytes_are_those_of_the_training_text() -> None:
-    train, test = (bytes(part.tolist()) for part in standard_library())
-    counts = {byte: train.count(byte) + 1 for byte in range(256)}
-    total = sum(counts.values())
-    expected = -sum(test.count(byte) * math.log(counts[byte] / total) for byte in range(256)) / len(test)
-    torch.set_default_dtype(torch.float32)
-    assert byte_frequency_loss() == pytest.approx(expected, rel=1e-4)
+    data = digits(0, True)
+    linear = ResidualMLP(64, 10, dim=8, depth=3, policy="skipinit(0.1)")
+    for block in linear.tower.blocks:
+        block[0], block[1] = nn.Identity(), nn.Identity()
+        nn.init.eye_(block[2].weight), nn.init.zeros_(block[2].bias)
+    with torch.no_grad():  # T = 1.1³: levels 0.3, 0.03 and 0.001
+        assert first_level(linear, data) == pytest.approx(0.3 / 0.331, rel=1e-4)
+        assert second_to_first(linear, data) == pytest.approx(0.1, rel=1e-4)
+        assert learned_scale(linear, data) == pytest.approx(0.1)
+        assert lost_at_order_two(linear, data) == pytest.approx(0, abs=0.02)
+        linear.tower.policies[0].alpha.fill_(-0.4)
+    assert learned_scale(linear, data) == pytest.approx(0.2), "the mean of sizes"
+    assert learned_scale(ResidualMLP(64, 10, dim=8, depth=3, policy="inv_depth"), data) == 0
 
 
 class BasicBlock(nn.Module):

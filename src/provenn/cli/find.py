@@ -194,7 +194,7 @@ def board(
         for card in cards
     ]
     out = console.console()
-    out.print(console.table(("paper", "statements, [the headline]", "", "measured"), rows))
+    out.print(console.table(("paper", console.escape("statements, [headline]"), "", "measured"), rows))
     every = [each for strip in strips.values() for each in strip]
     out.print(f"\n[bold]{len(every)} statements: {view.tally_of_statements(every)}[/]")
     out.print("[dim]" + ", ".join(f"{view.STANDINGS[which]} {which}" for which in Standing) + "[/]")

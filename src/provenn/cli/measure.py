@@ -130,7 +130,11 @@ def _measure(
             terminal.print(f"\n[bold]{console.escape(card.title)}[/]")
             if claims is None:
                 statements = view.judged(card, Evidence.read(out / card.slug / EVIDENCE))
-                terminal.print(console.statements(statements), "")
+                told = [each for each in statements if any(f.record for f in each.findings)] if headline else statements
+                terminal.print(console.statements(told), "")
+                if len(told) < len(statements):
+                    rest = len(statements) - len(told)
+                    terminal.print(f"[dim]{rest} more statements without --headline: provenn reproduce {card.slug}[/]")
             else:
                 terminal.print(console.claims(mine))
             terminal.print(f"[bold]{len(mine)} claims: {view.tally(mine)}[/]")

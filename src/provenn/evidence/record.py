@@ -19,6 +19,7 @@ from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
 
 SCHEMA_VERSION = 2
+WIDEST = 200  # characters of a mapping that stands on one line
 EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"
 
 
@@ -133,6 +134,8 @@ class Evidence(BaseModel):
         seen: set[str] = set()
         for record in facts.get("records", []):
             measurement = record["measurement"]
+            told = {kind: rounded(measurement[kind], 6) for kind in ("setting", "skills") if kind in measurement}
+            measurement.update(told)  # beside the figures that an interval follows from, which are kept in full
             for kind in ("series", "tables"):
                 drawn = [rounded(one) for one in measurement.pop(kind, [])]
                 fresh = [one for one in drawn if json.dumps(one) not in seen]
@@ -247,8 +250,11 @@ def rounded(value: Any, digits: int = 4) -> Any:
 
 
 def compact(value: Any, indent: str = "") -> str:
-    """JSON that people can read and compare: a key a line, a list of plain values on one line."""
+    """JSON that people can read and compare: a list of plain values on one line, a mapping where it fits on one."""
     if isinstance(value, dict) and value:
+        line = json.dumps(value, ensure_ascii=False)
+        if len(line) <= WIDEST and not any(isinstance(item, (dict, list)) for item in value.values()):
+            return line
         inner = indent + " "
         lines = (f"{inner}{json.dumps(key)}: {compact(item, inner)}" for key, item in value.items())
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

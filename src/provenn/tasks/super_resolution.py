@@ -215,7 +215,8 @@ class SuperResolution(Task):
         start = (lr.shape[-1] - side) // 2
         low = lr[..., start : start + side, start : start + side]
         high = batch[..., start * scale : (start + side) * scale, start * scale : (start + side) * scale]
-        return F.l1_loss(model(low / 255), high / 255)
+        dtype = next((p.dtype for p in model.parameters()), torch.float32)  # of a model in half precision throughout
+        return F.l1_loss(model((low / 255).to(dtype)), high / 255)
 
     def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
         """PSNR and SSIM on Y with a border of `scale` pixels cut, of the network and of bicubic interpolation."""

@@ -16,7 +16,7 @@ def seeded_array(shape: Sequence[int], name: str, seed: int = 0) -> np.ndarray:
     True
     """
     bits = np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed]))
-    return (bits.random(tuple(shape)) * 2 - 1) * math.sqrt(3)
+    return np.asarray((bits.random(tuple(shape)) * 2 - 1) * math.sqrt(3))  # also of no dimension
 
 
 def seeded_state(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:

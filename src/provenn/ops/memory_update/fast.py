@@ -7,105 +7,160 @@ Within a chunk of b tokens, with W_0 and S_0 at its start, E_tj = ∏_{j<i≤t} 
 
 A layer's gradient is rank one, u_j = h_jᵀ δ_j, with h_j the layer's input and δ_j the error sent back to its output. So
 a read needs no W_t: z_t W_t = a_t z_t W_0 + f_t z_t S_0 − Σ_j K_tj θ_j (z_t·h_j) δ_j, which has the form of attention.
-What follows from the gates alone is found for all chunks at once; the loop goes over chunks, since the gradients of one
-are taken at the weights that the one before has left.
+Where α differs by channel, a, f and K have the channels too: of the input in the first layer, where they go with z and
+h, of the output in the others, where they go with the result and δ.
+What follows from the gates alone is computed for many chunks at once; the loop goes over chunks, since the gradients of
+one are taken at the weights that the one before has left.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .reference import ACTIVATIONS, MemoryState, Surprise, clamped
+from .reference import EPS, MemoryState, Surprise, clamped
+
+ROOM = 2**24  # numbers of the gates' products that are held at once, where nobody asks for gradients
 
 
-def _slope(activation: str, x: Tensor) -> Tensor:
-    """φ′(x)."""
-    if activation == "silu":
-        gate = x.sigmoid()
-        return gate * (1 + x * (1 - gate))
-    return 0.5 * (1 + (x * 0.5**0.5).erf()) + x * (-0.5 * x * x).exp() * (0.5 / torch.pi) ** 0.5
+class _Push(NamedTuple):
+    """What momentum makes of S in a chunk."""
+
+    into: Tensor  # (chunks, groups, b, C): f_t, the share of S_0 in W_t
+    last: Tensor  # (chunks, groups, 1, C): f_b
+    fade: Tensor  # (chunks, groups, 1, 1): e_b
+    write: Tensor  # (chunks, groups, 1, b): E_bj θ_j
 
 
 class _Gates(NamedTuple):
-    """What the gates of a chunk make of the state and of its tokens; `kinds` is 2 with momentum, else 1."""
+    """What a layer's gates make of its state and of the tokens of a chunk; C is 1 where all channels forget alike."""
 
-    keep: Tensor  # (chunks, groups, b, kinds): a_t, f_t
-    reach: Tensor  # (chunks, groups, b, b): K_tj θ_j
-    carry: Tensor  # (chunks, groups, kinds, kinds): (W, S) at the chunk's end from those at its start
-    write: Tensor  # (chunks, groups, kinds, b): K_bj θ_j and E_bj θ_j
+    keep: Tensor  # (chunks, groups, b, C): a_t, the share of W_0 in W_t
+    reach: Tensor  # (chunks, groups, b, C, b): K_tj θ_j
+    left: Tensor  # (chunks, groups, 1, C): a_b
+    write: Tensor  # (chunks, groups, C, b): K_bj θ_j
+    push: _Push | None
+
+
+def _by_chunk(gates: _Gates) -> list[_Gates]:
+    """The gates of each chunk; a function, since compilers do not trace methods of tuples."""
+    pushes: list[_Push | None] = [None] * len(gates.keep)
+    if gates.push is not None:
+        pushes = [_Push(*chunk) for chunk in zip(*(part.unbind() for part in gates.push))]
+    parts = zip(gates.keep.unbind(), gates.reach.unbind(), gates.left.unbind(), gates.write.unbind(), pushes)
+    return [_Gates(*chunk) for chunk in parts]
 
 
 def _products(factors: Tensor) -> tuple[Tensor, Tensor]:
-    """∏_{j<i≤t} x_i as a lower triangle, and ∏_{i≤t} x_i, over the last dimension."""
+    """∏_{j<i≤t} x_i, (..., t, C, j) and 0 for j > t, and ∏_{i≤t} x_i, of x (..., b, C)."""
     # The root of the smallest number stands for 0: beside it every product vanishes, yet logarithms can be added.
-    logs = factors.clamp_min(torch.finfo(factors.dtype).tiny ** 0.5).log().cumsum(dim=-1)
-    b = factors.shape[-1]
+    logs = factors.clamp_min(torch.finfo(factors.dtype).tiny ** 0.5).log().cumsum(dim=-2)
+    b = factors.shape[-2]
     later = torch.ones(b, b, dtype=torch.bool, device=factors.device).triu(1)
-    return (logs.unsqueeze(-1) - logs.unsqueeze(-2)).masked_fill(later, -torch.inf).exp(), logs.exp()
+    # Masked before the exponential: later tokens would overflow it, and a quotient of products would be 0 / 0.
+    # In place, since these are the largest numbers of all, and their derivatives need nothing of what is overwritten.
+    between = (logs.unsqueeze(-1) - logs.mT.unsqueeze(-3)).masked_fill_(later.unsqueeze(-2), -torch.inf).exp_()
+    return between, logs.exp()
 
 
 def _gates(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor | None, read: str) -> _Gates:
-    """All of (chunks, groups, b); a token that is not `seen` leaves W and S as they are."""
+    """Of (chunks, groups, b) and, to forget, (chunks, groups, b, C); a token not `seen` leaves W and S as they are."""
     if seen is not None:
-        step, forget = step.masked_fill(~seen, 0), forget.masked_fill(~seen, 0)
-    decay, a = _products(1 - forget)
+        step, forget = step.masked_fill(~seen, 0), forget.masked_fill(~seen.unsqueeze(-1), 0)
+    decay, keep = _products(1 - forget)
+    rate = step.unsqueeze(-2)
+    push = None
     if momentum is None:
-        reach, keep, carry = decay, a.unsqueeze(-1), a[..., -1:, None]
-        write = decay[..., -1:, :]
+        reach = decay * rate.unsqueeze(-2)
     else:
-        moving, e = _products(momentum if seen is None else momentum.masked_fill(~seen, 1))
-        steps = torch.cat([moving, e.unsqueeze(-1)], dim=-1)
-        reached = decay @ (steps if seen is None else steps * seen.unsqueeze(-1))
-        reach, f = reached[..., :-1], reached[..., -1]
-        keep = torch.stack([a, f], dim=-1)
-        last = torch.stack([torch.zeros_like(e[..., -1]), e[..., -1]], dim=-1)
-        carry = torch.stack([keep[..., -1, :], last], dim=-2)
-        write = torch.stack([reach[..., -1, :], moving[..., -1, :]], dim=-2)
+        still, e = _products((momentum if seen is None else momentum.masked_fill(~seen, 1)).unsqueeze(-1))
+        still, fade = still.squeeze(-2) * rate, e[..., -1:, :]
+        write = still[..., -1:, :]
+        if seen is not None:
+            still, e = still * seen.unsqueeze(-1), e * seen.unsqueeze(-1)
+        # Σ_i A_ti E_ij θ_j for every channel: one matrix product, the channels among the rows.
+        rows = decay.flatten(-3, -2)
+        reach, into = (rows @ still).view_as(decay), (rows @ e).view_as(keep)
+        push = _Push(into, into[..., -1:, :], fade, write)
+    left, last = keep[..., -1:, :], reach[..., -1, :, :]
     if read == "pre":
-        start = torch.zeros_like(keep[..., :1, :])
-        start[..., 0] = 1
-        keep = torch.cat([start, keep[..., :-1, :]], dim=-2)
-        reach = torch.cat([torch.zeros_like(reach[..., :1, :]), reach[..., :-1, :]], dim=-2)
-    return _Gates(keep, reach * step.unsqueeze(-2), carry, write * step.unsqueeze(-2))
+        keep = torch.cat([torch.ones_like(keep[..., :1, :]), keep[..., :-1, :]], dim=-2)
+        push = None if push is None else push._replace(into=F.pad(push.into[..., :-1, :], (0, 0, 1, 0)))
+        reach = F.pad(reach[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
+    return _Gates(keep, reach, left, last, push)
 
 
-def _chunk(
-    layers: list[Tensor], anchor: list[Tensor], q: Tensor, k: Tensor, v: Tensor, qk: Tensor, gates: _Gates,
-    activation: str, limit: float | int | None, surprised: bool,
-) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
-    """One chunk: layers (groups, kinds · rows, columns), q, k, v (groups, b, features), qk (groups, b, b) = q·k."""
-    φ = ACTIVATIONS[activation]
+def _first_scores(q: Tensor, k: Tensor, reach: Tensor) -> Tensor:
+    """Σ_c q_tc K_tcj θ_j k_jc, (chunks, groups, b, b): what the first layer needs of its tokens, known beforehand."""
+    if reach.shape[-2] == 1:
+        return (q @ k.mT) * reach.squeeze(-2)
+    return (q.unsqueeze(-2) @ (reach * k.mT.unsqueeze(-3))).squeeze(-2)
+
+
+def _normed_back(error: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
+    """An error behind a layer norm without weights, sent back before it."""
+    error = error - error.mean(-1, keepdim=True) - normed * (error * normed).mean(-1, keepdim=True)
+    return error * scale
+
+
+def _errors(
+    anchor: Sequence[Tensor], k: Tensor, v: Tensor, residual: bool
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Each layer's inputs h and errors δ at the weights of the chunk's start, and M(k) − v."""
     inputs, before = [k], []
     for weight in anchor[:-1]:
         before.append(inputs[-1] @ weight)
-        inputs.append(φ(before[-1]))
-    error = inputs[-1] @ anchor[-1] - v
-    errors = [2 * error]
+        inputs.append(F.gelu(before[-1]))
+    y = inputs[-1] @ anchor[-1]
+    if residual:
+        centred = y - y.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        normed = centred * scale
+        difference = k + normed - v
+        errors = [_normed_back(2 * difference, normed, scale)]
+    else:
+        difference = y - v
+        errors = [2 * difference]
     for weight, x in zip(anchor[:0:-1], before[::-1]):
-        errors.insert(0, (errors[0] @ weight.mT) * _slope(activation, x))
+        # One kernel for δ · GELU′(x), differentiable itself; written out it is a dozen.
+        errors.insert(0, torch.ops.aten.gelu_backward(errors[0] @ weight.mT, x))
+    return inputs, errors, difference
 
-    seen = None
-    if surprised or limit is not None:
-        square = sum((h.square().sum(-1) * δ.square().sum(-1) for h, δ in zip(inputs, errors)), k.new_zeros(()))
-        if limit is not None:
-            factor = clamped(square, limit).unsqueeze(-1)
-            errors = [δ * factor for δ in errors]
-        seen = error.detach().square().sum(-1), square.detach().sqrt()
 
-    after, z = [], q
-    for i, (held, h, δ) in enumerate(zip(layers, inputs, errors)):
-        z = φ(z) if i else z
-        kept = (z.unsqueeze(-2) * gates.keep.unsqueeze(-1)).flatten(-2)
-        score = (z @ h.mT if i else qk) * gates.reach
-        y = torch.baddbmm(kept @ held, score, δ, alpha=-1)
-        carried = (gates.carry @ held.unflatten(1, (gates.carry.shape[-1], -1)).flatten(2)).view_as(held)
-        written = (h.mT.unsqueeze(-3) * gates.write.unsqueeze(-2)).flatten(1, 2)
-        after.append(torch.baddbmm(carried, written, δ, alpha=-1))
-        z = y
-    return after, z, seen
+def _read(z: Tensor, i: int, weight: Tensor, moving: Tensor | None, gates: _Gates) -> Tensor:
+    """a_t z_t W_0 + f_t z_t S_0."""
+    y = (z * gates.keep) @ weight if not i else gates.keep * (z @ weight)
+    if moving is None or gates.push is None:
+        return y
+    into = gates.push.into
+    return torch.addcmul(y, into, z @ moving) if i else torch.baddbmm(y, z * into, moving)
+
+
+def _written(z: Tensor, i: int, h: Tensor, δ: Tensor, first: Tensor, reach: Tensor) -> Tensor:
+    """Σ_j K_tj θ_j (z_t·h_j) δ_j."""
+    if not i:
+        return first @ δ
+    score = z @ h.mT
+    if reach.shape[-2] == 1:
+        return (score * reach.squeeze(-2)) @ δ
+    return ((reach * δ.mT.unsqueeze(-3)) @ score.unsqueeze(-1)).squeeze(-1)
+
+
+def _after(
+    i: int, weight: Tensor, moving: Tensor | None, h: Tensor, δ: Tensor, gates: _Gates
+) -> tuple[Tensor, Tensor | None]:
+    """W and S at the chunk's end."""
+    left = gates.left if i else gates.left.mT
+    kept = left * weight
+    if moving is not None and gates.push is not None:
+        kept = torch.addcmul(kept, gates.push.last if i else gates.push.last.mT, moving)
+        moving = torch.baddbmm(gates.push.fade * moving, h.mT * gates.push.write, δ, alpha=-1)
+    inputs, errors = (h.mT, δ * gates.write.mT) if i else (h.mT * gates.write, δ)
+    return torch.baddbmm(kept, inputs, errors, alpha=-1), moving
 
 
 def _cut(x: Tensor, *, start: int, count: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -115,19 +170,29 @@ def _cut(x: Tensor, *, start: int, count: int, size: int, dtype: torch.dtype) ->
     return part.transpose(0, 1).to(dtype).contiguous()
 
 
+def _pieces(tokens: int, position: int, chunk: int, most: int) -> list[tuple[int, int, int]]:
+    """Start, chunks and tokens a chunk: what is left of the chunk that the state is in, whole chunks, and the rest."""
+    first = min((chunk - position) % chunk, tokens)
+    whole = (tokens - first) // chunk
+    pieces = [(0, 1, first)]
+    pieces += [(first + i * chunk, min(most, whole - i), chunk) for i in range(0, whole, most)]
+    pieces.append((first + whole * chunk, 1, (tokens - first) % chunk))
+    return [piece for piece in pieces if piece[1] * piece[2]]
+
+
 def chunked_memory(
     queries: Float[Tensor, "batch heads tokens dim"],
     keys: Float[Tensor, "batch heads tokens dim"],
     values: Float[Tensor, "batch heads tokens width"],
     *,
-    step: Float[Tensor, "batch heads tokens"],
-    forget: Float[Tensor, "batch heads tokens"],
-    momentum: Float[Tensor, "batch heads tokens"] | None = None,
+    step: Float[Tensor, "gates batch heads tokens"],
+    forget: Sequence[Float[Tensor, "batch heads tokens _"]],
+    momentum: Float[Tensor, "gates batch heads tokens"] | None = None,
     state: MemoryState,
     chunk: int = 1,
     mask: Bool[Tensor, "batch tokens"] | None = None,
     read: str = "post",
-    activation: str = "silu",
+    residual: bool = True,
     limit: float | int | None = None,
     surprised: bool = False,
 ) -> tuple[Float[Tensor, "batch heads tokens width"], MemoryState, Surprise | None]:
@@ -136,39 +201,46 @@ def chunked_memory(
     Arguments and results are those of `memory_update`.
     """
     batch, heads, tokens, width = values.shape
-    dtype = state.layers[0].dtype
-    layers = [x.flatten(2, 3).flatten(0, 1) for x in state.layers]
-    anchor = [x.flatten(0, 1) for x in state.anchor]
-    position, kinds = state.position, state.layers[0].shape[2]
+    dtype, groups, depth = state.weights[0].dtype, batch * heads, len(state.weights)
+    weights, moving, anchor = ([x.flatten(0, 1) for x in part] for part in state[:3])
+    position = state.position
     if mask is not None:
         hidden = ~mask[:, None, :, None]
         keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
-
-    # What is left of the chunk that the state is in, whole chunks, and the rest.
-    first = min((chunk - position) % chunk, tokens)
-    whole = (tokens - first) // chunk
-    pieces = [(0, 1, first), (first, whole, chunk), (first + whole * chunk, 1, (tokens - first) % chunk)]
+    products = max(1, groups * chunk * chunk * max(gate.shape[-1] for gate in forget))
+    most = max(1, tokens if torch.is_grad_enabled() else ROOM // products)
     outputs, surprises = [], []
-    for start, count, size in pieces:
-        if not count * size:
-            continue
-
+    for start, count, size in _pieces(tokens, position, chunk, most):
         cut = partial(_cut, start=start, count=count, size=size, dtype=dtype)
         q, k, v = cut(queries), cut(keys), cut(values)
         seen = None if mask is None else cut(mask[:, None].expand(batch, heads, tokens)).bool()
-        gates = _gates(cut(step), cut(forget), None if momentum is None else cut(momentum), seen, read)
-        each = zip(q.unbind(), k.unbind(), v.unbind(), (q @ k.mT).unbind(), zip(*(gate.unbind() for gate in gates)))
-        for q_c, k_c, v_c, qk, own in each:
+        gates = [
+            _gates(cut(step[i]), cut(forget[i]), None if momentum is None else cut(momentum[i]), seen, read)
+            for i in range(len(step))
+        ] * (depth if len(step) == 1 else 1)
+        scores = _first_scores(q, k, gates[0].reach)
+        for c, layers in enumerate(zip(*(_by_chunk(gate) for gate in gates))):
             if position == 0:
-                anchor = [x[:, : x.shape[1] // kinds] for x in layers]
-            layers, y, surprise = _chunk(layers, anchor, q_c, k_c, v_c, qk, _Gates(*own), activation, limit, surprised)
-            outputs.append(y)
-            surprises.append(surprise)
+                anchor = weights
+            inputs, errors, difference = _errors(anchor, k[c], v[c], residual)
+            if surprised or limit is not None:
+                square = sum((h.square().sum(-1) * δ.square().sum(-1) for h, δ in zip(inputs, errors)), k.new_zeros(()))
+                surprises.append((difference.detach().square().sum(-1), square.detach().sqrt()))
+                if limit is not None:
+                    errors = [δ * clamped(square, limit).unsqueeze(-1) for δ in errors]
+            z, after = q[c], []
+            pushed: list[Tensor | None] = [*moving] if moving else [None] * depth
+            for i, (weight, s, h, δ, gate) in enumerate(zip(weights, pushed, inputs, errors, layers)):
+                z = F.gelu(z) if i else z
+                z = _read(z, i, weight, s, gate) - _written(z, i, h, δ, scores[c], gate.reach)
+                after.append(_after(i, weight, s, h, δ, gate))
+            weights, moving = [w for w, _ in after], [s for _, s in after if s is not None]
+            outputs.append(q[c] + F.layer_norm(z, z.shape[-1:], eps=EPS) if residual else z)
             position = (position + size) % chunk
     y = torch.cat(outputs, dim=1).view(batch, heads, tokens, width).to(values.dtype)
-    held = tuple(x.unflatten(1, (kinds, -1)).unflatten(0, (batch, heads)) for x in layers)
-    at = tuple(x.view(batch, heads, *x.shape[1:]) for x in anchor) if position else tuple(x[:, :, 0] for x in held)
-    state = MemoryState(held, at, position)
+    parts = (weights, moving, anchor if position else weights)
+    held, pushes, at = (tuple(x.view(batch, heads, *x.shape[1:]) for x in part) for part in parts)
+    state = MemoryState(held, pushes, at, position)
     if not surprised:
         return y, state, None
     loss, norm = (torch.cat(part, dim=1).view(batch, heads, tokens) for part in zip(*surprises))

@@ -121,7 +121,8 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
 
     def measure(run: Run) -> Measurement:
         reached: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
-        skills, lrs, notes = [], {}, []
+        skills, notes = [], []
+        setting: dict[str, Any] = {key: {} for key in ("recipe", "train", "test", "lr", "tuned")}
         rows: list[list[str | float | int | None]] = []
         for one in studies:
             found, facts = one.measure(run, tuple(ARMS))
@@ -132,7 +133,14 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
             rows.append(
                 [one.name, *(f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})" for v in found.values()), guess]
             )
-            lrs[one.name] = {key: facts["setting"][key] for key in ("lr", "train", "test", "recipe")}
+            for key in ("recipe", "train", "test"):
+                setting[key][one.name] = facts["setting"][key]
+            for label, lr in facts["setting"]["lr"].items():
+                setting["lr"][f"{label} on {one.name}"] = lr
+            for metric, tried in facts["setting"].get("tuned", {}).items():  # beside the metric's, the seed
+                if isinstance(tried, dict):
+                    of_sets = setting["tuned"].setdefault(metric, {})
+                    of_sets.update({f"{label} on {one.name}": rates for label, rates in tried.items()})
             notes += [facts["note"]] if facts["note"] else []
         mean = (lambda values: math.exp(np.mean(np.log(values)))) if ratio else (lambda values: float(np.mean(values)))
         joint = {arm: [mean(values) for values in zip(*reached[arm], strict=True)] for arm in ARMS}
@@ -145,7 +153,7 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
             sides=(labels[0], labels[1]),
             unit=f"{facts['unit']}, {'geometric ' if ratio else ''}mean over data sets",
             data=", ".join(one.name for one in studies),
-            setting={**SIZE, "of each": lrs},
+            setting={**SIZE, **setting},
             skills=skills,
             note=" ".join(notes),
             tables=[

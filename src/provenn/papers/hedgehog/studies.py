@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from provenn.data.text import Bytes, Document
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import FeedForward, PreNormBlock
 from provenn.nn.streaming import state_bytes
@@ -90,9 +89,9 @@ def prose_of(text: str) -> str:
 def texts(part: Callable[[str], str], smoke: bool) -> TaskData:
     """One part of each file of Python's standard library, as bytes; the files tested are not trained on."""
     task: Any = get_task("language-modelling")
-    splits: list[list[Document]] = task.documents("stdlib")
-    kept = [split[:10] if smoke else split for split in splits]
-    streams = [Bytes().encode("\0".join(part(document.text) for document in split)) for split in kept]
+    splits = [split[:10] if smoke else split for split in task.documents("stdlib")]
+    joined = ["\0".join(part(document.text) for document in split).encode() for split in splits]
+    streams = [np.frombuffer(text, dtype=np.uint8).astype(np.int64) for text in joined]
     windows = 4 if smoke else EVALUATED // LENGTH
     most = (None, windows, windows)
     train, val, test = (Windows(s, LENGTH, np.ones(256, np.int64), m) for s, m in zip(streams, most))

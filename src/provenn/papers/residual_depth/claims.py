@@ -14,7 +14,6 @@ from provenn.papers.residual_depth.layers import ResidualTower, enumerate_level,
 from provenn.papers.residual_depth.model import ResidualMLP, mlp_branch
 from provenn.papers.residual_depth.studies import (
     branch_variances,
-    change_of_a_step,
     digits,
     feature_complexity,
     first_level,
@@ -162,7 +161,7 @@ LAMBDAS = (0.1, 0.05, 0.025, 0.0125)
 DRAWS = 8  # initialisations that are averaged within a seed where one alone is noisy
 
 
-def _slope(x: Sequence[float], y: Sequence[float]) -> float:
+def _slope(x: Sequence[float | int], y: Sequence[float]) -> float:
     """The exponent of y in x."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
@@ -252,18 +251,3 @@ def batchnorm_branch(run: Run) -> Measurement:
     setting = {"modules": depth, "width": 32, "draws": DRAWS, "fitted from module": first + 1}
     exponents = run.trials("variance of batch-norm branches", exponent, **setting)
     return Measurement.mean(exponents, seeds=run.seeds, unit="exponent of l", setting=setting)
-
-
-@measures("update_sqrt")
-def update_sqrt(run: Run) -> Measurement:
-    depths = (4, 8) if run.smoke else (16, 32, 64, 128)
-
-    def exponent(seed: int) -> float:
-        changes = [
-            [change_of_a_step("inv_sqrt_depth", n, seed * DRAWS + draw) for draw in range(DRAWS)] for n in depths
-        ]
-        return _slope(depths, np.exp(np.mean(np.log(changes), axis=1)).tolist())
-
-    setting = {"modules": list(depths), "width": 32, "draws": DRAWS}
-    exponents = run.trials("change of a step, 1/√n", exponent, **setting)
-    return Measurement.mean(exponents, seeds=run.seeds, unit="exponent of n", setting=setting)

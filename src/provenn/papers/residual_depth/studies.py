@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -123,20 +122,6 @@ def norms_over_depth(policy: str, depths: tuple[int, ...], seed: int) -> list[fl
         with torch.no_grad():
             norms.append((start(x).norm() / x.norm()).item())
     return norms
-
-
-def change_of_a_step(policy: str, n: int, seed: int) -> float:
-    """How far one small step of gradient descent on the tower's weights moves the logits, for each unit of rate."""
-    torch.manual_seed(seed)
-    images, labels = (part[:200] for part in digits(0, False).train[:])
-    model, rate = ResidualMLP(64, 10, depth=n, policy=policy), 1e-4
-    before = model(images)
-    trained = list(model.tower.parameters())
-    grads = torch.autograd.grad(F.cross_entropy(before, labels), trained)
-    with torch.no_grad():
-        for parameter, gradient in zip(trained, grads):
-            parameter.sub_(rate * gradient)
-        return ((model(images) - before).norm() / rate).item()
 
 
 def branch_variances(depth: int, seed: int) -> Tensor:

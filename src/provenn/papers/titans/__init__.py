@@ -12,6 +12,7 @@ from provenn.papers.titans.layers import (
 from provenn.papers.titans.model import (
     Forecaster,
     SequenceClassifier,
+    titans_1_3b,
     titans_170m,
     titans_340m,
     titans_400m,
@@ -30,6 +31,7 @@ __all__ = [
     "SequenceClassifier",
     "frozen_memory",
     "observe_surprise",
+    "titans_1_3b",
     "titans_170m",
     "titans_340m",
     "titans_400m",

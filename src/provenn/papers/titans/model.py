@@ -1,7 +1,7 @@
 """The systems of the paper: language models of four variants, a forecaster and a classifier of sequences.
 
-The paper gives numbers of parameters and no shapes; depth and width here are the usual ones for the size, and the width
-of the feed-forward part is what brings each variant to its number.
+Blocks are Llama's with a Titans mixer in the place of attention (camera-ready, section 3.3). Depth, width and heads are
+those of its Table 5; what it leaves open, such as tied embeddings, is ours, and its names are not counts to the digit.
 """
 
 from collections.abc import Callable
@@ -30,13 +30,19 @@ class MixerOptions(MemoryOptions, total=False):
 
 
 class SizedOptions(MixerOptions, total=False):
-    """Options of the models of the paper's sizes: a mixer's, and what attention sees."""
+    """Options of the models of the paper's sizes: a mixer's, what attention sees, and how often MAC asks its memory."""
 
     window: int
+    stride: int
 
 
 def titans_mixer(
-    variant: str, heads: int = 4, memory_heads: int = 1, window: int = 128, **options: Unpack[MixerOptions]
+    variant: str,
+    heads: int = 4,
+    memory_heads: int = 1,
+    window: int = 128,
+    stride: int = 1,
+    **options: Unpack[MixerOptions],
 ) -> Callable[..., nn.Module]:
     """The token mixer of a variant, with one name for what each calls its own.
 
@@ -45,13 +51,14 @@ def titans_mixer(
         heads: attention heads; LMM has none.
         memory_heads: heads of the memory.
         window: tokens that attention sees: the window, and for MAC the segment.
+        stride: for MAC, every so many tokens of a segment ask the memory.
         options: of the variant and its memory: persistent, depth, chunk, ...
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     own: dict[str, Any] = {
         "lmm": {"heads": memory_heads},
-        "mac": {"heads": heads, "memory_heads": memory_heads, "segment": window},
+        "mac": {"heads": heads, "memory_heads": memory_heads, "segment": window, "stride": stride},
     }.get(variant, {"heads": heads, "memory_heads": memory_heads, "window": window})
     return partial(VARIANTS[variant], **own, **options)
 
@@ -64,6 +71,7 @@ def titans_lm(
     heads: int = 4,
     memory_heads: int = 4,
     window: int = 64,
+    stride: int = 1,
     hidden: int | None = None,
     **options: Unpack[MixerOptions],
 ) -> CausalLM:
@@ -72,47 +80,50 @@ def titans_lm(
     As it stands it has width 96 and 4 layers, and trains here in minutes.
 
     Args:
-        variant, heads, memory_heads, window, options: as in `titans_mixer`.
+        variant, heads, memory_heads, window, stride, options: as in `titans_mixer`.
         vocab, dim, layers, hidden: as in `provenn.nn.language.CausalLM`.
     """
-    mixer = titans_mixer(variant, heads, memory_heads, window, **options)
+    mixer = titans_mixer(variant, heads, memory_heads, window, stride, **options)
     return CausalLM(vocab, dim, layers, mixer, feedforward="swiglu", hidden=hidden)
 
 
 def _sized(
     dim: int,
     layers: int,
-    hidden: dict[str, int],
+    heads: int,
     vocab: int,
     variant: str,
-    window: int = 512,
-    **options: Unpack[MixerOptions],
+    hidden: int | None = None,
+    **given: Unpack[SizedOptions],
 ) -> CausalLM:
-    if variant not in hidden:
-        raise ValueError(f"variant must be one of {', '.join(hidden)}, got {variant!r}")
-    heads = dim // 64
-    chunked: MixerOptions = {"chunk": 64, **options}
-    return titans_lm(variant, vocab, dim, layers, heads, heads, window, hidden[variant], **chunked)
+    """Appendix E.1: a window of 2,048, segments of 512 with 256 memory tokens, 128 persistent tokens, chunks of 16."""
+    options: SizedOptions = {"window": 512 if variant == "mac" else 2048, "stride": 2, "persistent": 128, **given}
+    return titans_lm(variant, vocab, dim, layers, heads, heads, hidden=hidden, **options)
 
 
 def titans_170m(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
-    """170 million parameters: width 768, 12 layers."""
-    return _sized(768, 12, {"lmm": 3776, "mac": 3264, "mag": 3264, "mal": 2752}, vocab, variant, **options)
+    """12 blocks of width 768, 16 heads."""
+    return _sized(768, 12, 16, vocab, variant, **options)
 
 
 def titans_340m(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
-    """340 million parameters: width 1024, 24 layers."""
-    return _sized(1024, 24, {"lmm": 2272, "mac": 1584, "mag": 1584, "mal": 896}, vocab, variant, **options)
+    """24 blocks of width 1,024, 16 heads."""
+    return _sized(1024, 24, 16, vocab, variant, **options)
 
 
 def titans_400m(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
-    """400 million parameters: width 1024, 24 layers, a wider feed-forward part."""
-    return _sized(1024, 24, {"lmm": 3080, "mac": 2400, "mag": 2400, "mal": 1720}, vocab, variant, **options)
+    """As 340m with a wider feed-forward part, which is ours: Table 5 leaves this size out."""
+    return _sized(1024, 24, 16, vocab, variant, hidden=3584, **options)
 
 
 def titans_760m(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
-    """760 million parameters: width 1536, 24 layers."""
-    return _sized(1536, 24, {"lmm": 3664, "mac": 2640, "mag": 2640, "mal": 1616}, vocab, variant, **options)
+    """24 blocks of width 1,536, 16 heads."""
+    return _sized(1536, 24, 16, vocab, variant, **options)
+
+
+def titans_1_3b(vocab: int = 32000, variant: str = "mag", **options: Unpack[SizedOptions]) -> CausalLM:
+    """18 blocks of width 2,048, 8 heads."""
+    return _sized(2048, 18, 8, vocab, variant, **options)
 
 
 class _Blocks(nn.Module):
