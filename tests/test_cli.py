@@ -446,7 +446,7 @@ def test_a_search_that_finds_nothing_says_so(run):
 def test_reproduce_ends_with_the_claims_and_says_where_everything_lies(run, here):
     code, out, err = run("reproduce tiny_gate --out run")
     assert code == 0
-    for words in ("✔ reproduced", "▲ holds here", "– not measured", "+2.4 [2, 2.8] points"):
+    for words in ("✔ reproduced", "▲ holds here", "– not measured", "+2.4 [2.01, 2.79] points"):
         assert words in out
     assert out.index("A gate of 35 parameters") < out.index("two points better") < out.index("Users like it")
     assert "6 claims: 1 holds, 1 reproduced, 2 direction holds, 1 not reproduced, 1 not measured" in out
@@ -514,7 +514,7 @@ def test_the_evidence_that_comes_with_a_paper_is_shown(run, here, third_party):
     run("reproduce tiny_gate --out run")
     shutil.copy(here / "run" / "tiny_gate" / "evidence.json", third_party / "tiny_gate")
     out = run("show tiny_gate")[1]
-    assert "▲ holds here" in out and "+2.4 [2, 2.8]" in out and "measured 20" in out
+    assert "▲ holds here" in out and "+2.4 [2.01, 2.79]" in out and "measured 20" in out
     assert len(json.loads(run("show tiny_gate --json")[1])["evidence"]["records"]) == 6
     (line,) = [line for line in run("board")[1].splitlines() if line.startswith("tiny_gate")]
     assert "[▲]" in line

@@ -12,6 +12,7 @@ the same reasons: it takes O(n²) time, and no more memory than the other.
 
 import math
 from collections.abc import Iterator
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,7 @@ def fft_length(least: int) -> int:
     return best
 
 
+@no_type_check  # run-time shape checks inside a class keep a compiler from tracing its making
 class _Circle:
     """A kernel of offsets as the spectrum of a circular correlation, for tokens on a line or on a grid."""
 
@@ -202,6 +204,7 @@ def _plain_sums(c: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * dense_matrix(c)) @ v
 
 
+@no_type_check
 class _Windows:
     """Rows of C_ij = c_{j−i} as views of c: row i is the window of c that begins at the offset −i.
 
