@@ -99,7 +99,7 @@ def show(
         out.print("", console.statements(statements))
         out.print(f"\n[bold]{view.tally_of_statements(statements)}[/] of {len(statements)} statements", highlight=False)
     if evidence:
-        out.print("[dim]measured " + console.escape("; ".join(view.where(evidence.occasions))) + "[/]")
+        out.print("[dim]measured " + console.escape("; ".join(dict.fromkeys(view.where(evidence.occasions)))) + "[/]")
     if everything:
         _everything(card, findings)
     out.print()
