@@ -82,7 +82,7 @@ def toeplitz_sums(
 
 
 class Cost(NamedTuple):
-    """Nanoseconds, of which only the ratios matter: what was timed on one thread of an AMD EPYC.
+    """Nanoseconds, of which only the ratios matter: what was timed on one thread of an Intel Xeon.
 
     Of an FFT in single and in double precision, for each number and binary logarithm of its length, there and back; of
     a weight of the n × n, and of each feature and channel that it is made from and multiplied with.
