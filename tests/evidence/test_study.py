@@ -157,6 +157,12 @@ def test_nothing_stale_is_kept(tmp_path, change):
     assert len(CALLS) == 2 * count, "a changed study kept stale trials"
 
 
+def test_two_studies_of_one_name_are_not_taken_for_each_other(tmp_path):
+    run, other = run_in(tmp_path), replace(STUDY, recipe=Recipe(epochs=3, batch_size=4))
+    recipes = [study.against("a", "b")(run).setting["recipe"]["epochs"] for study in (STUDY, other)]
+    assert recipes == [2, 3]
+
+
 def test_another_arm_costs_the_others_nothing(tmp_path):
     run = run_in(tmp_path)
     STUDY.against("a", "b")(run)

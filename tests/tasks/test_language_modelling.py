@@ -53,6 +53,11 @@ def test_windows_are_the_text_and_the_same_a_token_later(library):
     assert len(library.test) == 32
 
 
+def test_targets_at_once_are_those_of_each_window(library):
+    for part in (library.val, library.test):
+        assert torch.equal(part.targets(), torch.stack([part[i][1] for i in range(len(part))]))
+
+
 def test_who_knows_nothing_pays_eight_bits_a_byte(library):
     metrics = TASK.evaluate(Uniform(), library.test)
     assert metrics["bits_per_byte"] == pytest.approx(8)

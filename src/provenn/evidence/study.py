@@ -113,22 +113,20 @@ class Study:
             training.
         """
         systems = (system,) if isinstance(system, str) else tuple(system)
-        self._known("arm", self.arms, *systems, baseline, *shown)
-        if metric is not None:
-            self._known("metric", [self.of_task.metric, *self.probes], metric)
+        self._check(metric, *systems, baseline, *shown)
         return Contrast(self, systems, baseline, metric, ratio, tuple(shown), picture, may_guess)
 
     def figure(
         self, arm: str, *, metric: str | None = None, shown: Iterable[str] = (), picture: bool = False
     ) -> "Reading":
         """A claim on one arm's own figure, the mean over seeds."""
-        self._known("arm", self.arms, arm, *shown)
-        if metric is not None:
-            self._known("metric", [self.of_task.metric, *self.probes], metric)
+        self._check(metric, arm, *shown)
         return Reading(self, arm, metric, tuple(shown), picture)
 
-    def _known(self, what: str, known: Iterable[str], *names: str) -> None:
-        for name in names:
+    def _check(self, metric: str | None, *arms: str) -> None:
+        metrics = [self.of_task.metric, *self.probes]
+        asked = [("arm", arm, list(self.arms)) for arm in arms] + [("metric", metric or metrics[0], metrics)]
+        for what, name, known in asked:
             if name not in known:
                 raise ValueError(f"{self.name} has no {what} {name!r}; it has: {', '.join(known)}")
 
@@ -144,7 +142,7 @@ class Study:
 
     def facts(self, run: Run) -> dict[str, Any]:
         """How, on what, and with what steps every arm is trained: the record's setting."""
-        key = ("facts", self.name)
+        key = ("facts", id(self))
         if key not in run.memory:
             data, recipe = self.data(run.seeds[0], run.smoke), _spoken(self.recipe_for(run))
             sizes = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
@@ -154,11 +152,13 @@ class Study:
 
     def question(self, run: Run, arm: str | None = None) -> dict[str, Any]:
         """All that decides a trial's value besides rate and seed, a checksum of the code included: the trial's key."""
-        key = ("code", self.name, arm)
+        key = ("code", id(self), arm)
         if key not in run.memory:  # once a run: what code keeps in its globals may change
             task, drawing = type(self.of_task), self.drawing
-            code: list[Any] = [self.data, task.trivial]
-            if arm is not None:
+            code: list[Any] = [self.data]
+            if arm is None:
+                code.append(task.trivial)
+            else:
                 code += [self.build, self.arms[arm][1], self.probes, self.trained, task.loss, task.evaluate]
                 code += [drawing.draw] if drawing is not None and drawing.arm == arm else []
             run.memory[key] = checksum(*code)

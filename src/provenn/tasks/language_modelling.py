@@ -67,6 +67,11 @@ class Windows(Dataset):
         both = self.stream[start : start + self.length + 1]
         return both[:-1], both[1:]
 
+    def targets(self) -> Int64[Tensor, "windows tokens"]:
+        """What is to be told in every window, at once: windows lie end to end in the text."""
+        whole = (len(self.stream) - 1) // self.length * self.length
+        return self.stream[1 : whole + 1].view(-1, self.length)[self.starts // self.length]
+
 
 class LanguageModelling(Task):
     """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); those that stream also generate."""
@@ -258,6 +263,8 @@ def _nll(model: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, "batch tokens"
 
 def _counts(dataset: Dataset, vocab: int) -> Float64[Tensor, " vocab"]:
     """How often each token is a target."""
+    if isinstance(dataset, Windows):
+        return dataset.targets().flatten().bincount(minlength=vocab).double()
     counts = [y.flatten().bincount(minlength=vocab) for _, y in batches(dataset, 256, torch.device("cpu"))]
     return torch.stack(counts).sum(0).double()
 
