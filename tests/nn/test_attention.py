@@ -59,6 +59,22 @@ def test_a_window_streams_from_any_split_with_a_state_that_does_not_grow(draw, c
     assert state_bytes(state) == size
 
 
+@pytest.mark.parametrize("pieces", [(3, 1, 5, 1, 1, 12, 2, 8), (8, 1, 8, 1, 7, 8), (1, 2, 30)])
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_a_window_reads_pieces_of_any_length_and_tokens_between(draw, window, pieces):
+    layer = SlidingWindowAttention(8, 2, window=window, rotary=True).double()
+    x = draw(2, sum(pieces), 8)
+    parts, state = [], layer.init_state(2)
+    for piece in x.split(pieces, dim=1):
+        if piece.shape[1] == 1:
+            y, state = layer.step(piece[:, 0], state)
+            y = y[:, None]
+        else:
+            y, state = layer.prefill(piece, state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x))
+
+
 def test_rotary_attention_streams(draw):
     layer = SoftmaxAttention(8, 2, rotary=True, bias=False).double()
     x = draw(2, 9, 8)

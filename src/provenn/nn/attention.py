@@ -145,7 +145,10 @@ class SoftmaxAttention(nn.Module):
 
 
 class WindowState(NamedTuple):
-    """Keys and values of the last tokens, as many as the window has, and how many tokens there were in all."""
+    """Keys and values of the last tokens, and how many there were in all. Written in place: for inference.
+
+    A ring: what token t left stands at t mod window, until token t + window takes its place.
+    """
 
     keys: Float[Tensor, "batch heads window head_dim"]
     values: Float[Tensor, "batch heads window head_dim"]
@@ -192,16 +195,20 @@ class SlidingWindowAttention(SoftmaxAttention):
     def init_state(self, batch: int) -> WindowState:  # type: ignore[override]
         """A window before its first token."""
         keys = self.out.weight.new_zeros(batch, self.heads, self.window, self.dim // self.heads)
-        return WindowState(keys, keys, 0)
+        return WindowState(keys, torch.zeros_like(keys), 0)
 
-    def _attend(self, x: Tensor, state: WindowState, mask: Tensor | None) -> tuple[Tensor, WindowState]:
+    def _attend(self, x: Tensor, state: WindowState, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs, and all keys and values: those of `state` before those of x."""
         q, new_k, new_v = self._project(x, state.seen)
         tokens, w = x.shape[1], self.window
         block = min(tokens, w)
         blocks = -(-tokens // block)
         tail = (0, 0, 0, blocks * block - tokens)
         # Queries of a block see its own keys and the `window` before them: windows that overlap, cut from one row.
-        k, v = torch.cat([state.keys, new_k], dim=2), torch.cat([state.values, new_v], dim=2)
+        k, v = (
+            torch.cat([old.roll(-(state.seen % w), 2), new], dim=2)
+            for old, new in ((state.keys, new_k), (state.values, new_v))
+        )
         wide_k, wide_v = (F.pad(part, tail).unfold(2, w + block, block).transpose(-1, -2) for part in (k, v))
         wide_q = F.pad(q, tail).unflatten(2, (blocks, block))
         row, column = (torch.arange(size, device=x.device) for size in (block, w + block))
@@ -213,18 +220,24 @@ class SlidingWindowAttention(SoftmaxAttention):
             may = may & known.unfold(1, w + block, block)[:, None, :, None, :]
         y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=may)
         y = y.flatten(2, 3)[:, :, :tokens]
-        after = WindowState(k[:, :, -w:], v[:, :, -w:], state.seen + tokens)
-        return self.out(y.transpose(1, 2).flatten(2)), after
+        return self.out(y.transpose(1, 2).flatten(2)), k, v
 
     def prefill(  # type: ignore[override]
         self, x: Float[Tensor, "batch tokens dim"], state: WindowState | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], WindowState]:
         """Many tokens at once: the outputs, and the window from which `step` goes on."""
-        return self._attend(x, self.init_state(x.shape[0]) if state is None else state, None)
+        state = self.init_state(x.shape[0]) if state is None else state
+        y, k, v = self._attend(x, state, None)
+        seen, w = state.seen + x.shape[1], self.window
+        return y, WindowState(k[:, :, -w:].roll(seen % w, 2), v[:, :, -w:].roll(seen % w, 2), seen)
 
     def step(  # type: ignore[override]
         self, x_t: Float[Tensor, "batch dim"], state: WindowState
     ) -> tuple[Float[Tensor, "batch dim"], WindowState]:
         """One token more, in time and memory that do not grow."""
-        y, state = self._attend(x_t.unsqueeze(1), state, None)
-        return y.squeeze(1), state
+        q, k, v = self._project(x_t.unsqueeze(1), state.seen)
+        place, seen = state.seen % self.window, state.seen + 1
+        state.keys[:, :, place], state.values[:, :, place] = k.squeeze(2), v.squeeze(2)
+        known = min(seen, self.window)
+        y = F.scaled_dot_product_attention(q, state.keys[:, :, :known], state.values[:, :, :known])
+        return self.out(y.flatten(1)), WindowState(state.keys, state.values, seen)
