@@ -52,14 +52,14 @@ IMAGES = Study(
     },
     build=classifier,
     recipe=Recipe(
-        epochs=12, batch_size=32, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup_steps=20, clip=1.0
+        epochs=25, batch_size=32, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup_steps=20, clip=1.0
     ),
     lrs=(2e-3, 6e-3, 2e-2),
     probes={"gap between heads": gap_between_heads, "least used head": least_used_head},
     about="digits (scikit-learn), 8×8 pixels",
     setting={"host": "vision Transformer, 2 layers, width 48, 8 heads, 16 tokens"},
     kind="heads in use",
-    note="One test image is 0.14 points.",
+    note="One test image is 0.19 points.",
 )
 
 NOISE = Study(
