@@ -15,6 +15,7 @@ from provenn.data.events import PROCESSES, read_histories
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
+from provenn.tasks.meta import Events
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +43,7 @@ class EventForecasting(Task):
     """Events i + 1 are told from events up to i: −log p(gap) − log p(mark), in the data's own unit of time."""
 
     name = "event-forecasting"
+    meta_schema = Events
     metric = "nll"
     higher_is_better = False
     embedded = {  # noqa: RUF012

@@ -15,7 +15,9 @@ from torch.utils.data import Dataset
 from provenn.data.tables import check_csv, read_table, write_table
 from provenn.data.trajectories import QUALITIES, SCRIPTS, Trajectory, collect, make_environment, read_trajectories
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.tasks.base import Task, TaskData, batches, blind_accuracy, device_of, fingerprint, split_indices
+from provenn.tasks.meta import Play
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -180,6 +182,7 @@ class ReinforcementLearning(Task):
     """Learns the actions of recorded episodes; is judged by the return that it reaches when it plays."""
 
     name = "reinforcement-learning"
+    meta_schema = Play
     metric = "return"
     higher_is_better = True
     needs_inputs = False  # it plays episodes of its own
@@ -378,7 +381,8 @@ class ReinforcementLearning(Task):
         if output is None:
             return text
         write_table(output, ["seed", "target", "return"], [list(row) for row in zip(seeds, targets, found.tolist())])
-        _returns_plot(setting, targets, found).savefig(output.with_suffix(".png"), dpi=110)
+        with whole(output.with_suffix(".png")) as place:
+            _returns_plot(setting, targets, found).savefig(place, dpi=110)
         return f"{text}\nwrote {output} and {output.with_suffix('.png')}"
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":

@@ -15,6 +15,7 @@ from provenn.data.series import FORMATS, Collection, bundled, read_series
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, batches, blind_accuracy, device_of, fingerprint, split_indices
+from provenn.tasks.meta import LabelledSeries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +36,7 @@ class SeriesClassification(Task):
     """A dataset's items are (values (tokens, channels) padded with zeros, count of valid tokens, class)."""
 
     name = "series-classification"
+    meta_schema = LabelledSeries
     metric = "accuracy"
     higher_is_better = True
     embedded = {name: about for name, (_, about) in ARCHIVE.items()}  # noqa: RUF012
