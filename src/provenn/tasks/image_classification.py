@@ -17,6 +17,7 @@ from provenn.data.images import images_in, read_image, size_of
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import Task, TaskData, blind_accuracy, device_of, fingerprint, split_indices
+from provenn.tasks.meta import Images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,23 +35,33 @@ class ImageClassification(Task):
     """Cross-entropy on labels; accuracy, and top-5 accuracy where there are more than five classes."""
 
     name = "image-classification"
+    meta_schema = Images
     metric = "accuracy"
     higher_is_better = True
     embedded = EMBEDDED
     reads = "a folder with one sub-folder of images for each class (or train/, val/ and test/ folders of such)"
 
-    def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
+    def load(  # type: ignore[override]
+        self, source: str | Path, *, seed: int = 0, size: int | None = None, skip_broken: bool = False
+    ) -> TaskData:
         """The embedded data set of that name, or a folder of images per class.
 
         Args:
             source: "digits", or a folder. `train`, `val` (or `valid`) and `test` folders in it are honoured; what is
                 missing is cut from `train`, class by class. Where there is `val` but no `test`, `val` is the test.
             seed: of the split.
-            options: for a folder, `size`: side of the square that the model sees; by default 224 pixels, or less where
-                the images are smaller.
+            size: of a folder, side of the square that the model sees; by default 224 pixels, or less where the images
+                are smaller.
+            skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
         named = self._named(source)
-        return _digits(seed) if named == "digits" else _folder(Path(named), seed, **options)
+        if size is not None and size < 1:
+            raise UserError(f"size must be at least 1 pixel, got {size}")
+        if named == "digits":
+            if size not in (None, 8):
+                raise UserError(f"digits are images of 8×8 pixels: leave size out, got {size}")
+            return _digits(seed)
+        return _folder(Path(named), seed, size, skip_broken)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels = batch
@@ -261,30 +272,30 @@ def _standard(image: UInt8[Tensor, "channels h w"], meta: dict[str, Any]) -> Flo
     return (image.float() / 255 - _column(meta["mean"])) / _column(meta["std"])
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
+def _class_folders(folder: Path, skip_broken: bool) -> dict[str, list[Path]]:
     """The images of each class in a folder of class folders, or an error that says what is wrong with it."""
     folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     if not folders:
         loose = len(images_in(folder))  # says so where there are none
         raise UserError(f"{folder} holds {loose} images and no folders: give each class a folder of its images")
-    classes = {f.name: images_in(f) for f in folders}
+    classes = {f.name: images_in(f, skip_broken) for f in folders}
     if len(classes) == 1:
         raise UserError(f"{folder} holds one class, {next(iter(classes))!r}: a classifier needs two or more")
     return classes
 
 
-def _folder(root: Path, seed: int, size: int | None = None) -> TaskData:
+def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskData:
     if not root.is_dir():
         raise UserError(f"{root} is a file: give a folder with one sub-folder of images for each class")
     parts: dict[str, dict[str, list[Path]]] = {}
     for split, names in {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}.items():
         folders = [root / name for name in names if (root / name).is_dir()]
         if folders:
-            parts[split] = _class_folders(folders[0])
+            parts[split] = _class_folders(folders[0], skip_broken)
     if "train" not in parts:
         if parts:
             raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
-        parts = {"train": _class_folders(root)}
+        parts = {"train": _class_folders(root, skip_broken)}
     classes = list(parts["train"])
     for split, found in parts.items():
         if list(found) != classes:

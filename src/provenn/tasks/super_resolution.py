@@ -153,7 +153,14 @@ class SuperResolution(Task):
     reads = "a folder of photographs"
 
     def load(
-        self, source: str | Path, *, seed: int = 0, patch: int = 4 * (PATCH + 2 * MARGIN), crops: int = 16, **_: Any
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        patch: int = 4 * (PATCH + 2 * MARGIN),
+        crops: int = 16,
+        skip_broken: bool = False,
+        **_: Any,
     ) -> TaskData:
         """Photographs, split into those to train on, to validate with and to test.
 
@@ -162,13 +169,14 @@ class SuperResolution(Task):
             seed: splits the user's folder.
             patch: side of a training crop, in pixels of the photograph; the default serves every scale up to 4.
             crops: crops of each photograph in an epoch.
+            skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
         place = self._named(source)
         if isinstance(place, str):
             return self._photographs(patch, crops)
         if not place.is_dir():
             raise UserError(f"{place} is a file; expected {self.reads}")
-        files = images_in(place)
+        files = images_in(place, skip_broken)
         if len(files) < 3:
             raise UserError(
                 f"{place} holds {len(files)} image(s); expected at least 3: to train, to validate and to test"
