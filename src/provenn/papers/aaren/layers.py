@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.arguments import check_whole
+from provenn.nn.attention import SoftmaxAttention, check_mask
 from provenn.nn.transformer import ACTIVATIONS, EncoderLayer, TransformerEncoder
 from provenn.ops.prefix_scan_attention import PrefixState, merge, prefix_scan_attention
 
@@ -61,6 +62,7 @@ class AarenAttention(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True):
+        check_whole(dim=dim, heads=heads)
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
@@ -115,6 +117,7 @@ class AarenAttention(nn.Module):
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_mask(mask, x)
         scores = self._scores(x).transpose(1, 2)
         values = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         hidden = None if mask is None else mask.unsqueeze(1)

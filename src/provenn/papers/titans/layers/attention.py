@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.nn.positions import rotate
 
 
@@ -46,6 +47,7 @@ class PrefixAttention(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, window: int, kinds: int = 1):
+        check_whole(dim=dim, heads=heads, window=window, kinds=kinds)
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")

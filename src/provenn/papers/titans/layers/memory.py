@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_finite, check_whole
+from provenn.nn.attention import check_mask
 from provenn.nn.streaming import map_state
 from provenn.ops.memory_update import MemoryState, Surprise, memory_update, read_memory
 
@@ -97,8 +99,7 @@ class Mixer(nn.Module, ABC):
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
             raise ValueError(f"expected (batch, tokens, {self.dim}) with at least one token, got {tuple(x.shape)}")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be (batch, tokens) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+        check_mask(mask, x)
 
 
 class NeuralState(NamedTuple):
@@ -177,6 +178,8 @@ class NeuralMemory(Mixer):
         gating: str = "layer",
         causal: bool = True,
     ):
+        check_whole(dim=dim, heads=heads, depth=depth, chunk=chunk, kernel=kernel)
+        check_finite(expansion=expansion, max_step=max_step, limit=limit, forget_bias=forget_bias)
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
