@@ -5,7 +5,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
@@ -33,6 +33,7 @@ from provenn.evidence.record import (
     read_or_set_aside,
 )
 from provenn.evidence.run import Budget, Run
+from provenn.files import Unwritable
 
 BUDGETS = ("smoke", "small", "paper")
 MOST_SEEDS = 10_000
@@ -112,20 +113,37 @@ def reproduce(
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder that this one writes; the system lifts the lock of a process that dies."""
-    from filelock import FileLock, Timeout
+    """Keep other processes out of a folder that this one writes; the system lifts the lock of a process that dies.
+
+    Raises:
+        UserError: another process writes there, and which one.
+    """
+    import platform
+
+    from filelock import FileLock, SoftFileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    file = folder / LOCK
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        holder = ""
+        with suppress(OSError, ValueError):
+            holder = file.read_text(encoding="utf-8").strip()
         raise UserError(
-            f"another process is writing {folder}: wait until it has ended, or choose another folder with --out"
+            f"another process is writing {folder}{f' ({holder})' if holder else ''}: "
+            "wait until it has ended, or choose another folder with --out"
         ) from None
     try:
+        if not isinstance(lock, SoftFileLock):  # which stands in where a file system has no locks, and writes there
+            with suppress(OSError):
+                since = f"{datetime.now():%Y-%m-%d %H:%M}"
+                file.write_text(f"process {os.getpid()} on {platform.node()}, since {since}", encoding="utf-8")
         yield
     finally:
+        with suppress(OSError):
+            file.unlink()  # while it is held: nobody waits for it, so nobody is left with a lock of no name
         lock.release()
 
 
@@ -233,6 +251,8 @@ def _measure(run: Run, card: Card, claim: Claim) -> Record:
         if claim.package is not None and function is not None:
             setting = {**measurement.setting, claim.package: installed(claim.package)}
             measurement = measurement.model_copy(update={"setting": setting})
+    except Unwritable:  # the next claim could not be written either
+        raise
     except Exception as error:  # one claim's trouble must not cost the others their work
         measurement = Measurement.failure(error)
         with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
@@ -261,7 +281,10 @@ def _still_good(record: Record, earlier: Occasion, run: Run, card: Card, claim: 
     """
     if record.measurement.needs or record.measurement.failed:
         return False
-    function = _function(card, claim)
+    try:
+        function = _function(card, claim)
+    except UserError:  # what is wrong with it is told where it is measured
+        return False
     if function is None or record.code != checksum(function):
         return False
     if claim.package is not None and installed(claim.package) != record.measurement.setting.get(claim.package):
