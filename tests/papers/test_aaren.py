@@ -252,6 +252,10 @@ def test_the_recurrence_keeps_its_sums_in_float32_and_answers_in_the_type_of_its
     q, k, v = (torch.randn(2, 3, 8).bfloat16() for _ in range(3))
     outputs, state = attention_rnn(q, k, v)
     assert outputs.dtype == torch.bfloat16 and {part.dtype for part in state} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            outputs, state = attention_rnn(q, k, v, state)
+    assert outputs.dtype == torch.bfloat16 and {part.dtype for part in state} == {torch.float32}
 
 
 def test_published_parameter_counts():
@@ -512,8 +516,8 @@ def taught(value):
 def stand_in(name, process, value):
     trained, seen = taught(lambda label, lr, seed: {"nll": value(label, seed)})
     recipe = Recipe(epochs=1, max_steps=1)
-    events = study(name, "event-forecasting", EventForecaster, events_of(process), recipe=recipe, trained=trained)
-    return events, seen
+    more = {"recipe": recipe, "trained": trained, "note": "As told."}
+    return study(name, "event-forecasting", EventForecaster, events_of(process), **more), seen
 
 
 def test_the_sides_of_a_study_differ_in_their_attention_alone(tmp_path):
@@ -544,6 +548,7 @@ def test_several_data_sets_are_one_mean_a_seed_and_each_must_be_learned(tmp_path
     assert found.setting["train"] == {"hawkes": 400, "sine": 400}
     verdict, reason = decide(said, found)
     assert verdict.value == "not measured" and "Aaren on sine" in reason and "hawkes" not in reason
+    assert found.note == "hawkes: As told. sine: As told."
     good, _ = stand_in("good", "sine", lambda label, seed: 0.5 + seed / 100)
     assert decide(said, together([one, good])(run))[0].value == "direction holds"
 

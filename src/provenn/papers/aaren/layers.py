@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.transformer import ACTIVATIONS, EncoderLayer, TransformerEncoder
+from provenn.ops.autograd import without_autocast
 from provenn.ops.prefix_scan_attention import PrefixState, merge, prefix_scan_attention
 
 
@@ -41,7 +42,8 @@ def attention_rnn(
         scores = scores.masked_fill(~mask, -torch.inf)
     m = scores.amax(dim=-1)
     weights = (scores - m.masked_fill(m == -torch.inf, 0).unsqueeze(-1)).exp()
-    block = PrefixState(m, weights.sum(dim=-1), weights @ values.to(weights.dtype))
+    with without_autocast(weights):
+        block = PrefixState(m, weights.sum(dim=-1), weights @ values.to(weights.dtype))
     state = block if state is None else merge(state, block)
     return state.output.to(values.dtype), state
 
