@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from provenn.bench import count_parameters
 from provenn.cli import main
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
+from provenn.ops.memory_update import MemoryState, recurrent_memory
 from provenn.papers.titans import (
     Forecaster,
     LongTermMemory,
@@ -119,6 +120,97 @@ def test_mac_recalls_with_the_memory_from_before_the_segment_and_writes_what_att
         recalled, state = memory.prefill(y, state)
         outputs.append(mixer.join(y, recalled))
     torch.testing.assert_close(torch.cat(outputs, dim=1), mixer(x), rtol=0, atol=1e-12)
+
+
+OPTIONS = {
+    "as in the camera-ready": {},
+    "matrix, one gate of each kind": {"depth": 1, "residual": False, "gating": "token"},
+    "deep, read before the write": {"depth": 3, "read": "pre", "kernel": 2},
+    "limited, no momentum": {"limit": 0.5, "momentum": False, "max_step": 0.3},
+    "no decay, no convolution": {"decay": False, "kernel": 1, "expansion": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_memory_is_what_its_equations_say_from_the_tokens_on(options):
+    """Maps, convolution, SiLU, unit keys and gates written out; the rule by its definition, token by token."""
+    memory, x = built(partial(NeuralMemory, heads=2, chunk=4, **options)), draw(2, 11, 8).requires_grad_()
+    with torch.no_grad():  # where gates start they hardly differ
+        for gate in (memory.step_gate, memory.momentum_gate):
+            if gate is not None:
+                gate.weight.normal_()
+    y = x @ memory.project.weight.T
+    if memory.kernel > 1:
+        taps = memory.convolution.T.unsqueeze(1)
+        y = torch.nn.functional.conv1d(torch.nn.functional.pad(y.mT, (memory.kernel - 1, 0)), taps, groups=24).mT
+    q, k, v = torch.nn.functional.silu(y).view(2, 11, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+    depth = len(memory.memory)
+    gates = depth if options.get("gating") != "token" else 1
+
+    def scalars(gate):
+        return gate(x).sigmoid().view(2, 11, gates, 2).permute(2, 0, 3, 1)
+
+    forget = [torch.zeros(2, 2, 11, 1).double()] * gates
+    if memory.forget_gate is not None:
+        α = memory.forget_gate(x).sigmoid().view(2, 11, 2, -1).transpose(1, 2)
+        forget = α.split(memory.channels, -1)
+    moving = None if memory.momentum_gate is None else scalars(memory.momentum_gate)
+    expected = recurrent_memory(
+        q, k, v,
+        step=options.get("max_step", 1 / (4 * depth)) * scalars(memory.step_gate),
+        forget=forget,
+        momentum=moving,
+        state=MemoryState.start(list(memory.memory), 2, momentum=moving is not None),
+        chunk=4,
+        read=options.get("read", "post"),
+        residual=options.get("residual", True),
+        limit=options.get("limit"),
+    )[0].transpose(1, 2).flatten(2)  # fmt: skip
+    ours = memory(x)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+    slopes = (torch.autograd.grad(form.square().sum(), [x, *memory.parameters()]) for form in (ours, expected))
+    for a, b in zip(*slopes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def rms(x, norm):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mag", "mal"])
+def test_variants_are_what_their_equations_say(variant):
+    """With one token a chunk, reading the persistent tokens first is reading P ‖ x."""
+    mixer, x = built(partial(MIXERS[variant], chunk=1)), draw(2, 9, 8)
+    with torch.no_grad():
+        for part in mixer.modules():
+            if isinstance(part, torch.nn.RMSNorm):
+                part.weight.copy_(1 + draw(8).abs())
+        lmm = mixer.memory if variant == "mal" else mixer
+        count = len(lmm.persistent)
+        whole = torch.cat([lmm.persistent.expand(2, count, 8), x], dim=1)
+        m = lmm.memory(whole)
+        if variant == "mag":
+            y = mixer.attention(x, [x], mixer.persistent.expand(2, count, 8))[0]
+            expected = rms(y, mixer.join.norm_y) * rms(m, mixer.join.norm_m)[:, count:].sigmoid()
+        else:
+            expected = lmm.out(rms(m, lmm.norm) * torch.nn.functional.silu(lmm.gate(whole)))
+            if variant == "mal":
+                prefix, seen = rms(expected, mixer.norm).split([count, 9], dim=1)
+                expected = torch.cat([prefix, mixer.attention(seen, [seen], prefix)[0]], dim=1)
+            expected = expected[:, count:]
+        torch.testing.assert_close(mixer(x), expected, rtol=0, atol=1e-9)
+
+
+def test_persistent_tokens_are_a_chunk_of_their_own():
+    mixer, x = built(partial(LongTermMemory, chunk=4, persistent=3)), draw(2, 9, 8)
+    with torch.no_grad():
+        state = mixer.memory.prefill(mixer.persistent.expand(2, 3, 8))[1]
+        state = state._replace(memory=MemoryState.start([w[0] for w in state.memory.weights], 2)._replace(
+            momentum=state.memory.momentum))  # fmt: skip
+        recalled = mixer.memory.prefill(x, state)[0]
+        expected = mixer.out(rms(recalled, mixer.norm) * torch.nn.functional.silu(mixer.gate(x)))
+        torch.testing.assert_close(mixer(x), expected, rtol=0, atol=1e-11)
 
 
 def test_window_attention_is_a_masked_softmax_with_distances_and_a_free_prefix():
@@ -261,6 +353,17 @@ def test_bfloat16_weights_keep_a_float32_memory(make):
     assert {x.dtype for x in (*state.weights, *state.momentum)} == {torch.float32}
 
 
+def test_a_memory_is_asked_in_its_own_precision_under_autocast_whether_it_writes_or_not():
+    memory = built(NeuralMemory, dtype=torch.float32, momentum=False, decay=False, max_step=1e-30)  # writes nothing
+    x = draw(2, 9, 8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        writing, recalled = memory(x), memory.recall(x, memory.init_state(2).memory.weights, torch.zeros(2, 3, 8))[0]
+        with frozen_memory(memory):
+            frozen = memory(x)
+    for y in (frozen, recalled):
+        torch.testing.assert_close(y, writing, rtol=1e-5, atol=1e-5)
+
+
 def test_copies_share_no_memory():
     mixer = built(MIXERS["mag"])
     twin = copy.deepcopy(mixer)
@@ -300,8 +403,10 @@ def test_bad_arguments_are_refused_with_a_reason(build, message):
 @mixers
 def test_what_does_not_fit_a_layer_is_refused_with_both_shapes(make, untyped):
     mixer, x = built(make), draw(2, 7, 8)
-    with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 7\), got \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"mask must be bool of shape .* = \(2, 7\), .* got bool of shape \(2, 6\)"):
         mixer(x, mask=torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must be bool .* got float64 of"):
+        mixer(x, mask=torch.ones(2, 7, dtype=torch.float64))
     for wrong in (x[..., :6], x[0], x[:, :0]):
         with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\) with at least one token, got"):
             mixer(wrong)
