@@ -187,10 +187,17 @@ def test_streaming_trains_as_the_scan_does():
 
 def test_tokens_of_another_width_are_refused(untyped):
     mixer = AarenAttention(8, 2)
-    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\), got \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\) with at least one token, got \(3, 8\)"):
         mixer(torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"mask must be bool .* got int64 of"):
+        mixer(torch.randn(2, 3, 8), mask=torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"expected one token a stream, \(batch, 8\), got \(1, 7\)"):
         mixer.step(torch.randn(1, 7), mixer.init_state(1))
+
+
+def test_the_query_starts_as_an_embedding_of_a_token_does():
+    token = AarenAttention(4096, 2).token
+    assert token.std().item() == pytest.approx(0.02, rel=0.05) and abs(token.mean().item()) < 0.002
 
 
 def test_the_key_bias_is_a_dead_parameter():
