@@ -757,6 +757,13 @@ def test_costs_are_those_of_the_layers(tokens, mixer):
     assert 3 * state_bytes(running) == found.running_bytes
 
 
+def test_at_the_length_of_the_abstract_attention_takes_seven_times_the_products_though_half_the_square_is_left_out():
+    attention_costs, rat_costs = (
+        mixer_costs(mixer, 98_304, dim=2048, heads=16).flops for mixer in ("attention", "rat")
+    )
+    assert attention_costs / rat_costs == pytest.approx(7.2, abs=0.05)
+
+
 def test_costs_refuse_what_is_not_there():
     with pytest.raises(ValueError, match="mixer must be one of attention, window, rat, rnn, got 'lstm'"):
         mixer_costs("lstm", 10, dim=8)

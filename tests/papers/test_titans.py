@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provenn.bench import count_parameters
+from provenn.bench import count_parameters, flops, growth
 from provenn.cli import main
+from provenn.nn.positions import rotate
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
 from provenn.ops.memory_update import MemoryState, recurrent_memory
 from provenn.papers.titans import (
@@ -214,8 +215,6 @@ def test_persistent_tokens_are_a_chunk_of_their_own():
 
 
 def test_window_attention_is_a_masked_softmax_with_distances_and_a_free_prefix():
-    from provenn.nn.positions import rotate
-
     attention = built(MIXERS["mag"]).attention
     x, prefix = draw(2, 13, 8), draw(2, 2, 8, seed=1)
     q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (attention.query, attention.key, attention.value))
@@ -226,6 +225,36 @@ def test_window_attention_is_a_masked_softmax_with_distances_and_a_free_prefix()
     weights = (torch.cat([q @ pk.mT, scores], dim=-1) / 2).softmax(dim=-1)
     y = weights @ torch.cat([pv, v], dim=2)
     torch.testing.assert_close(attention(x, [x], prefix)[0], attention.out(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_attention_to_two_kinds_sees_what_it_should_of_a_segment(ahead):
+    """[P ‖ h ‖ s]: with `ahead` the h of later tokens too, as the equations of MAC have it."""
+    attention = built(MIXERS["mac"]).attention
+    s, h, prefix = draw(2, 6, 8), draw(2, 6, 8, seed=1), draw(2, 2, 8, seed=2)
+    q, *keys = (attention._heads(attention.query(s)), *(attention._heads(attention.key(x)) for x in (h, s, prefix)))
+    values = torch.cat([attention._heads(attention.value(x)) for x in (prefix, h, s)], dim=2)
+    place = torch.arange(6)
+    later = place > place[:, None]
+    turned = [rotate(q, place) @ rotate(k, place).mT for k in keys[:2]]
+    turned[0] = turned[0] if ahead else turned[0].masked_fill(later, -torch.inf)
+    scores = torch.cat([q @ keys[2].mT, turned[0], turned[1].masked_fill(later, -torch.inf)], dim=-1) / 2
+    y = attention.out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(s, [h, s], prefix, ahead=ahead)[0], y)
+
+
+def test_mac_to_the_letter_asks_the_memory_that_has_read_the_segment():
+    mixer, x = built(MIXERS["mac"], causal=False), draw(2, 12, 8)
+    prefix, memory = mixer.persistent.expand(2, 2, 8), mixer.memory
+    state, outputs = memory.init_state(2), []
+    q_tail = torch.zeros(2, 3, 8).double()
+    for segment in x.split(6, dim=1):
+        h, q_tail = memory.recall(segment, state.memory.weights, q_tail)
+        y = mixer.attention(segment, [h, segment], prefix, ahead=1)[0]
+        asked = state.tail[..., :8]
+        state = memory.prefill(y, state)[1]
+        outputs.append(mixer.join(y, memory.recall(y, state.memory.weights, asked)[0]))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), mixer(x), rtol=0, atol=1e-12)
 
 
 @mixers
@@ -446,6 +475,14 @@ def test_mac_asks_its_memory_at_every_second_token():
     mixer.attention.register_forward_pre_hook(lambda part, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
     mixer(x)
     assert seen[0][0, :, 0].tolist() == [False, True] * 3 and seen[0][0, :, 1].all()
+
+
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
+def test_work_of_the_hybrids_is_linear_in_the_tokens(variant):
+    mixer, sizes = built(MIXERS[variant], dtype=torch.float32), [96, 192, 384]
+    with torch.no_grad():
+        work = [flops(lambda n=n: mixer(draw(1, n, 8, dtype=torch.float32))) for n in sizes]
+    assert growth(sizes, work).exponent == pytest.approx(1, abs=0.03)
 
 
 def test_a_preset_reads_a_text_on_the_meta_device():
