@@ -382,9 +382,11 @@ def test_bfloat16_weights_keep_a_float32_memory(make):
     assert {x.dtype for x in (*state.weights, *state.momentum)} == {torch.float32}
 
 
-def test_a_memory_is_asked_in_its_own_precision_under_autocast_whether_it_writes_or_not():
-    memory = built(NeuralMemory, dtype=torch.float32, momentum=False, decay=False, max_step=1e-30)  # writes nothing
-    x = draw(2, 9, 8, dtype=torch.float32)
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_memory_is_asked_the_same_way_and_in_its_own_precision_whether_it_writes_or_not(residual):
+    options = {"momentum": False, "decay": False, "max_step": 1e-30, "residual": residual}  # writes nothing
+    memory, x = built(NeuralMemory, dtype=torch.float32, **options), draw(2, 9, 8, dtype=torch.float32)
+    torch.nn.init.normal_(memory.memory[-1])
     with torch.autocast("cpu", torch.bfloat16):
         writing, recalled = memory(x), memory.recall(x, memory.init_state(2).memory.weights, torch.zeros(2, 3, 8))[0]
         with frozen_memory(memory):
