@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from provenn.bench import count_parameters, flops, growth
 from provenn.cli import main
+from provenn.evidence import Run, Study
 from provenn.nn.positions import rotate
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
 from provenn.ops.memory_update import MemoryState, recurrent_memory
@@ -653,3 +654,73 @@ def test_without_momentum_is_a_memory_that_has_none():
     x = draw(2, 30, 8)
     with studies.without_momentum(with_gate):
         torch.testing.assert_close(with_gate(x), without(x))
+
+
+class Told(torch.nn.Module):
+    """Answers right where the pair stands at most so far back, and wrong elsewhere."""
+
+    def __init__(self, data, reach):
+        super().__init__()
+        self.reach, self.lengths = reach, []
+        _, self.targets, self.distances = data.test[:]
+
+    def forward(self, tokens):
+        self.lengths.append(tokens.shape[1])
+        if tokens.shape != self.targets.shape:
+            return torch.zeros(*tokens.shape, studies.VALUES)
+        right = torch.nn.functional.one_hot(self.targets.clamp_min(0), studies.VALUES)
+        return torch.where((self.distances <= self.reach).unsqueeze(-1), right, -right).float()
+
+
+def test_recall_is_probed_within_the_window_beyond_it_and_far():
+    data = studies.pairs_data(0, True)
+    model = Told(data, studies.WINDOW - 1)  # as far back as window attention sees, itself included
+    assert (studies.right_within(model, data), studies.right_beyond(model, data)) == (1.0, 0.0)
+    assert 0 < studies.right(model, data) < 1
+    beyond = Told(data, -1)
+    assert studies.right_within(beyond, data) == studies.right_beyond(beyond, data) == 0.0
+    model.lengths.clear()
+    studies.right_far(model, data)
+    assert model.lengths == [16 * studies.LENGTH]
+
+
+def test_a_long_text_is_probed_late_and_the_inner_loss_against_its_start(monkeypatch):
+    bits, inner = torch.arange(64.0), torch.cat([torch.full((16,), 4.0), torch.full((48,), 1.0)])
+    monkeypatch.setattr(studies, "long_reading", lambda model, data: (bits, inner))
+    model, data = torch.nn.Identity(), studies.text_data(0, True)
+    assert studies.late_bits(model, data) == pytest.approx(47.5)
+    assert studies.inner_fall(model, data) == pytest.approx(0.25)
+
+
+def test_a_long_text_is_read_in_bits_and_with_the_surprise_of_every_token():
+    model = claims.TEXT.build(claims.TEXT.arms["lmm"][1], vocab=256)
+    data = studies.text_data(0, True)
+    torch.nn.init.zeros_(model.head.weight)
+    bits, inner = studies.long_reading(model, data)
+    assert bits.shape == inner.shape == (2 * studies.READ,) and inner.min() > 0
+    torch.testing.assert_close(bits, torch.full_like(bits, 8.0))  # all bytes alike
+
+
+@pytest.mark.parametrize(
+    ("claim", "study", "figures", "effect"),
+    [
+        ("writing_recalls", "RECALL", {"accuracy": 0.9, "unwritten": 0.2}, 0.7),
+        ("writing_reads", "TEXT", {"late": 2.0, "late, unwritten": 2.5}, -0.5),
+        ("memory_is_long", "RECALL", {"beyond the window": 0.9, "beyond, unwritten": 0.3, "within": 0.8,
+                                      "within, unwritten": 0.7}, 0.5),
+        ("attention_is_short", "RECALL", {"within": 0.8, "within, narrow": 0.4, "beyond the window": 0.9,
+                                          "beyond, narrow": 0.85}, 0.35),
+    ],
+)  # fmt: skip
+def test_what_is_switched_off_is_set_against_what_is_left_on(claim, study, figures, effect, monkeypatch, tmp_path):
+    study = getattr(claims, study)
+    assert set(figures) <= {*study.probes, study.of_task.metric}
+
+    def trials(self, run, arm):
+        assert self is study and arm == ("lmm" if "writing" in claim else "mag")
+        return [{name: value + seed / 1000 for name, value in figures.items()} for seed in run.seeds]
+
+    monkeypatch.setattr(Study, "trials", trials)
+    monkeypatch.setattr(Study, "measure", lambda self, run, arms: ({}, {"seeds": run.seeds, "unit": ""}))
+    found = getattr(claims, claim)(Run("titans", tmp_path, budget="small", seeds=(1, 2, 3)))
+    assert found.effect == pytest.approx(effect)
