@@ -80,7 +80,7 @@ TEXT = Study(
     },
     build=reading,
     recipe=Recipe(
-        epochs=1, max_steps=300, batch_size=8, optimizer="adamw", weight_decay=0.01, schedule="onecycle", clip=1.0
+        epochs=1, max_steps=1000, batch_size=8, optimizer="adamw", weight_decay=0.01, schedule="onecycle", clip=1.0
     ),
     lrs=(3e-3, 1e-2, 3e-2),
     probes={
