@@ -4,16 +4,21 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from provenn.ops.routed_heads import dense_masked_attention
 from provenn.papers.moh.layers import MoHAttention, head_load
 from provenn.papers.moh.studies import (
     FixedHeads,
     Heads,
     Way,
+    among_themselves,
+    chosen_pairs,
     classifier,
     continued,
     converted,
+    core,
     gap_between_heads,
     language_model,
     least_used_head,
@@ -110,3 +115,14 @@ def test_fixed_heads_are_the_same_for_all_tokens():
     load = head_load(layer, torch.randn(2, 9, 16))["router"]
     assert sorted(load.tolist()) == [0.0] * 2 + [1.0] * 6
     assert not nn.ModuleList([layer.router]).state_dict().keys() - {"0.kept"}
+
+
+def test_table_7_times_another_function_than_the_layer():
+    """Each head attends among the tokens that chose it; in the layer it attends from those to all."""
+    q, k, v = core(48, 8, "cpu")
+    active = chosen_pairs(48, 8, 0, 4)
+    pairs = active.unsqueeze(-1) & active.unsqueeze(-2)
+    among = torch.where(active.unsqueeze(-1), F.scaled_dot_product_attention(q, k, v, attn_mask=pairs), 0)
+    torch.testing.assert_close(among_themselves(4, heads=8)(48, "cpu")(), among)
+    layer = dense_masked_attention(q, k, v, active)
+    assert (among - layer).norm() > 0.1 * layer.norm()
