@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,41 +39,40 @@ from provenn.tasks import Recipe
 
 # Names as `attention_called` takes them, and as the paper's figures do.
 SHORT = {"dim": 64, "heads": 4, "features": 32}
+COPY: dict[str, Any] = {
+    "data": copy_data,
+    "recipe": Recipe(optimizer="adam", batch_size=16, max_steps=300),
+    "lrs": (1e-3, 3e-3, 1e-2),
+    "about": f"random symbols of 32 kinds, {LENGTH} a row; the one that stood {BACK} before is told",
+    "kind": "attention",
+}
 COPYING = Study(
     "copying",
     "recall",
-    data=copy_data,
     arms={
         "softmax": ("softmax", "softmax"),
         "nprf": ("NPRF", "nprf"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
     },
     build=copier,
-    recipe=Recipe(optimizer="adam", batch_size=16, max_steps=300),
-    lrs=(1e-3, 3e-3, 1e-2),
-    about=f"random symbols of 32 kinds, {LENGTH} a row; the one that stood {BACK} before is told",
-    kind="attention",
     setting={**SHORT, "layers": 1, "positions": "sinusoidal, for all"},
     drawing=Drawing(
         "nprf+rpe", "biases", "What each of the four heads has learned to weigh an offset with, e^b.", draw_biases
     ),
+    **COPY,
 )
 
 STRESS = Study(
     "copying from large maps",
     "recall",
-    data=copy_data,
     arms={
         "prf": ("PRF", "prf"),
         "prf+rpe": ("PRF + RPE", "prf+rpe"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
     },
     build=stressed_copier,
-    recipe=Recipe(optimizer="adam", batch_size=16, max_steps=300),
-    lrs=(1e-3, 3e-3, 1e-2),
-    about=f"random symbols of 32 kinds, {LENGTH} a row; the one that stood {BACK} before is told",
-    kind="attention",
     setting={**SHORT, "layers": 1, "factor on the maps of q and k at the start": 8},
+    **COPY,
 )
 FAILS = "the paper could not pre-train it, because of the norms of its queries and keys (section 4.1)"
 
