@@ -133,6 +133,45 @@ def test_layer_is_its_formula_with_gradients(form, feature_map, normalize, causa
 
 
 @forms
+@pytest.mark.parametrize(("offset", "causal"), [(-3, True), (-3, False), (2, False)])
+def test_a_bias_that_leaves_one_offset_copies_the_token_there(form, offset, causal):
+    """z_i = v_{i+δ}: a table read the other way round would copy from the other side."""
+    layer = KernelAttentionRPE(8, 2, features=6, max_length=13, causal=causal, form=form).double()
+    with torch.no_grad():
+        layer.rpe.table.fill_(-25)
+        layer.rpe.table[:, 12 + offset] = 0
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    there = slice(max(-offset, 0), 13 - max(offset, 0))
+    copied = layer.out(layer.value(x.roll(-offset, 1)))
+    torch.testing.assert_close(layer(x)[:, there], copied[:, there], rtol=1e-6, atol=1e-6)
+
+
+@forms
+def test_what_is_shifted_within_its_padding_gives_shifted_outputs(form):
+    layer = stirred(KernelAttentionRPE(8, 2, features=6, max_length=30, causal=False, form=form))
+    content = torch.randn(1, 11, 8, dtype=torch.float64)
+    outputs = []
+    for start in (2, 9):
+        x, mask = torch.zeros(1, 30, 8, dtype=torch.float64), torch.zeros(1, 30, dtype=torch.bool)
+        x[:, start : start + 11], mask[:, start : start + 11] = content, True
+        outputs.append(layer(x, mask=mask)[:, start : start + 11])
+    torch.testing.assert_close(*outputs, rtol=1e-7, atol=1e-9)
+
+
+def test_normalised_weights_are_within_e_squared_of_each_other_until_biases_come():
+    x = torch.randn(1, 40, 16, dtype=torch.float64)
+    plain = KernelAttentionRPE(16, 2, features=8192, rpe="none", causal=False).double()
+    with torch.no_grad():
+        plain.query.weight.mul_(20)
+        plain.key.weight.mul_(20)
+    rows = attention_rows(plain, x)[0]
+    assert 3 < (rows.amax(-1) / rows.amin(-1)).max() < 1.5 * math.e**2  # the estimate is off by a fifth
+    biased = stirred(KernelAttentionRPE(16, 2, features=64, causal=False))
+    rows = attention_rows(biased, x)[0]
+    assert (rows.amax(-1) / rows.amin(-1)).max() > math.e**2
+
+
+@forms
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (4, 1)])
 def test_on_a_grid_it_is_its_formula(form, grid):
     layer = stirred(KernelAttentionRPE(8, 2, features=6, rpe="2d", grid=grid, causal=False, form=form))
