@@ -220,6 +220,20 @@ def assert_values(tensor, golden):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.sqrt(np.mean(expected**2)))
 
 
+@pytest.mark.parametrize("execute", ["dense", "gather"])
+def test_a_host_with_a_scale_of_its_own_keeps_it(execute):
+    """Layer i of this GPT-2 divides its scores by i + 1 besides: the teacher does, and all heads of MoH do."""
+    model, given = gpt2(scale_attn_by_inverse_layer_idx=True).eval(), batch()
+    with torch.no_grad():
+        logits = model(**given).logits
+        assert (gpt2().eval().requires_grad_(False)(**given).logits - logits).abs().max() > 1e-3
+        convert(model, "moh", shared=0.0, active=1.0, execute=execute)
+        torch.testing.assert_close(model(**given).logits, logits, rtol=1e-4, atol=1e-4)
+        convert(revert(model), "hedgehog")
+        with teaching(model):
+            torch.testing.assert_close(model(**given, use_cache=False).logits, logits, rtol=1e-4, atol=1e-4)
+
+
 @hosts
 @pytest.mark.parametrize("padding", [0, 5])
 def test_padding_on_the_left_changes_nothing(build, padding):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from provenn.bench import count_parameters, flops
 from provenn.errors import UserError
+from provenn.evidence import Run
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
@@ -24,6 +26,7 @@ from provenn.papers.nprf import (
     SoftmaxAttentionRPE,
     attention_called,
     attention_rows,
+    claims,
     diagnose,
     diagnose_model,
     kernelized,
@@ -615,6 +618,48 @@ def test_the_translator_hides_padding_and_later_words():
         changed = target.clone()
         changed[:, 4:] = 3
         torch.testing.assert_close(model(source, changed, mask=mask)[:, :4], expected[:, :4])
+
+
+def test_the_translator_has_absolute_positions_where_it_has_no_others():
+    """The last of a causal layer's outputs knows the order of the words before it by positions alone."""
+    source, target = torch.randint(256, (1, 5)), torch.tensor([[7, 8, 9, 10]])
+    swapped = torch.tensor([[8, 7, 9, 10]])
+    for name, knows in (("softmax", True), ("prf", True), ("softmax+rpe", False), ("nprf+rpe", False)):
+        model = nprf_translator_tiny(attention=name, layers=1).eval()  # biases start at 0
+        with torch.no_grad():
+            change = (model(source, swapped)[:, -1] - model(source, target)[:, -1]).abs().max()
+        assert (change > 1e-4) == knows, name
+
+
+def test_failures_are_counted_over_all_rates_and_seeds(monkeypatch, tmp_path):
+    class Trained:
+        def __init__(self, name, arms, higher, reached):
+            self.name, self.arms, self.reached = name, arms, reached
+            self.of_task = types.SimpleNamespace(metric="metric", higher_is_better=higher)
+
+        def label(self, arm):
+            return arm
+
+        def trivial(self, run):
+            return [0.4, 0.6]
+
+        def trials(self, run, arm):
+            return [{"metric": value} for value in self.reached[arm][:2]]
+
+        def rate(self, run, arm):
+            return 0.0, dict(zip("ab", self.reached[arm][2:]))
+
+    fine = Trained("fine", ["nprf+rpe"], True, {"nprf+rpe": [0.9, 0.8, 0.7, 0.6]})
+    poor = {"nprf+rpe": [0.5, 0.9, None, 0.4], "prf": [0.3, math.nan, 0.9, 0.9]}  # 0.5 is trivial
+    for name in ("COPYING", "TEXT", "DIGITS"):
+        monkeypatch.setattr(claims, name, fine)
+    monkeypatch.setattr(claims, "STRESS", Trained("poor", list(poor), True, poor))
+    run = Run("nprf", tmp_path, budget="smoke", seeds=(0, 1))
+    measured = claims.no_failures(run)
+    assert measured.value == 3 and measured.unit == "failed of 16 trainings"
+    assert measured.tables[0].rows[1:3] == [["poor", "nprf+rpe", 3, 4], ["poor", "prf", 2, 4]]
+    monkeypatch.setattr(claims, "STRESS", Trained("bits", ["nprf+rpe"], False, {"nprf+rpe": [0.4, 0.3, 0.5, 0.1]}))
+    assert claims.no_failures(run).value == 1
 
 
 def test_an_autograd_step_through_fft_and_through_weights_are_one():
