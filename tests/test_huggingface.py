@@ -274,6 +274,18 @@ def test_generate_keeps_a_state_of_constant_size_and_says_what_a_full_cache_says
 
 
 @decoders_only
+@pytest.mark.parametrize("cache", [StateCache, DynamicCache])
+def test_positions_go_on_where_the_cache_ends(build, cache):
+    """cosFormer's map knows its tokens' places, and with 24 of them weights change from place to place."""
+    model = convert(build().eval(), "hedgehog", feature_map="cosformer", length=24)
+    tokens, past = torch.randint(1, VOCAB, (2, 20)), cache()
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        parts = [model(part, past_key_values=past, use_cache=True).logits for part in tokens.split([9, 10, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+@decoders_only
 def test_a_stream_holds_the_same_bytes_after_any_number_of_tokens(build):
     model, cache = convert(build().eval(), "hedgehog"), StateCache()
     sizes = set()
