@@ -172,6 +172,17 @@ def test_another_arm_costs_the_others_nothing(tmp_path):
     assert len(CALLS) == count + 3 + 5
 
 
+def test_another_rate_is_tried_and_the_others_are_kept(tmp_path):
+    run = run_in(tmp_path)
+    STUDY.against("a", "b")(run)
+    count = len(CALLS)
+    run = run_in(tmp_path, ledger=Ledger.read(run.folder / LEDGER), reuse=True)
+    wider = replace(STUDY, lrs=(*STUDY.lrs, 0.3)).against("a", "b")(run)
+    assert wider.setting["lrs"] == [*STUDY.lrs, 0.3]
+    chosen = list(wider.setting["lr"].values()).count(0.3)
+    assert len(CALLS) == count + 2 + 5 * chosen, "more was trained than a new rate needs"
+
+
 def test_a_diverged_training_counts_as_the_trivial_predictor(tmp_path):
     DIVERGES.update({("b", 1), ("b", 2)})
     measurement = STUDY.against("a", "b")(run_in(tmp_path))

@@ -37,7 +37,7 @@ RECIPES = {
 }
 _HOST = {"dim": DIM, "layers": LAYERS, "layer": LAYER, "window": WINDOW}
 RECALL_STEPS = {"smoke": 2, "small": 600, "paper": 5_000}
-LRS = (1e-3, 3e-3, 1e-2)
+LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def language_model(mixer: Factory, options: dict[str, Any], **more: Any) -> CausalLM:

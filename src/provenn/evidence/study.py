@@ -162,7 +162,9 @@ class Study:
                 code += [self.build, self.arms[arm][1], self.probes, self.trained, task.loss, task.evaluate]
                 code += [drawing.draw] if drawing is not None and drawing.arm == arm else []
             run.memory[key] = checksum(*code)
-        return {**self.facts(run), "code": run.memory[key]}
+        facts = self.facts(run)
+        facts.pop("lrs", None)  # a trial has a rate of its own
+        return {**facts, "code": run.memory[key]}
 
     def rate(self, run: Run, arm: str) -> tuple[float, dict[str, float | None]]:
         """The arm's learning rate, and what each of `lrs` reached on validation data; None where it diverged."""

@@ -52,8 +52,8 @@ NETWORKS = Study(
     },
     build=small_network,
     # Unclipped, some seeds stay on a plateau half a decibel lower.
-    recipe=Recipe(epochs=5, batch_size=2, optimizer="adam", betas=(0.9, 0.99), schedule="onecycle", clip=0.1),
-    lrs=(2e-3, 6e-3, 2e-2),
+    recipe=Recipe(epochs=10, batch_size=2, optimizer="adam", betas=(0.9, 0.99), schedule="onecycle", clip=0.1),
+    lrs=(6e-4, 2e-3, 6e-3, 2e-2),
     probes={
         "gain": gain,
         "high_band": partial(band_error, high=True),

@@ -77,7 +77,7 @@ TEXT = Study(
     data=text_data,
     arms={"lmm": ("LMM", text_memory("lmm")), **BASELINES},
     build=reading,
-    recipe=replace(ONE_PASS, max_steps=300),
+    recipe=replace(ONE_PASS, max_steps=1000),
     lrs=(3e-3, 1e-2, 3e-2),
     probes={
         "late": late_bits,
