@@ -371,8 +371,9 @@ class Says(nn.Module):
 
 
 def test_the_high_band_is_what_lies_above_half_nyquist():
-    columns = torch.arange(64)
-    slow, fast = (60 * torch.cos(2 * torch.pi * k * columns / 64).expand(3, 64, 64) for k in (8, 24))
+    columns = torch.arange(64)  # half of Nyquist is 16 periods over 64 pixels
+    slow, fast = (60 * torch.cos(2 * torch.pi * k * columns / 64).expand(3, 64, 64) for k in (15, 18))
+    assert [studies.high_share(wave[None]) for wave in (slow, fast)] == pytest.approx([0, 1], abs=1e-4)
     photo = (127 + slow / 2 + fast / 2).round().byte()
     data = photos(photo)
     for lacking, high, low in ((Says(127 + slow / 2), 1, 0), (Says(127 + fast / 2), 0, 1)):
