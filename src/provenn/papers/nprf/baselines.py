@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
 from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
-from provenn.papers.nprf.layers import RelativeBias, check_rpe, tokens_on
+from provenn.papers.nprf.layers import make_biases, tokens_on
 
 
 class SoftmaxAttentionRPE(SoftmaxAttention):
@@ -40,11 +40,10 @@ class SoftmaxAttentionRPE(SoftmaxAttention):
     ):
         check_whole(dim=dim, heads=heads, max_length=max_length)
         super().__init__(dim, heads, causal=causal, bias=bias)
-        self.normalize = normalize
-        self.grid, self.rpe = check_rpe(rpe, grid, class_token), None
-        if rpe != "none":
-            sides = (max_length,) if grid is None else grid
-            self.rpe = RelativeBias(heads, sides, causal=causal, class_token=class_token, beyond=beyond)
+        self.normalize, self.grid = normalize, grid
+        self.rpe = make_biases(
+            rpe, heads, max_length=max_length, grid=grid, causal=causal, class_token=class_token, beyond=beyond
+        )
 
     def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super()._project(x, start)
