@@ -74,7 +74,7 @@ class Text(Meta):
     """Of language modelling; `tokenizer` is what `Tokenizer.dump` wrote."""
 
     tokenizer: str
-    length: Count
+    length: Count = 256
 
 
 class Blanked(Text):
