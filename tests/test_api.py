@@ -39,15 +39,16 @@ def test_a_training_that_did_not_end_is_not_overwritten(tmp_path):
 def test_two_trainings_in_one_folder_are_refused_and_name_who_was_first(tmp_path):
     from provenn.reproduce import LOCK, alone_in
 
+    folder = tmp_path / "run"
     with (
-        alone_in(tmp_path),
+        alone_in(folder),
         pytest.raises(UserError, match=rf"another process is writing .*\(process {os.getpid()} on .*choose another"),
     ):
-        provenn.train("tiny_gate", "digits", out=tmp_path, changes={"in_channels": 1})
-    assert not list(tmp_path.iterdir())
-    (tmp_path / LOCK).write_text("process 1 on another machine")  # what a killed one leaves behind
-    with alone_in(tmp_path):
-        assert str(os.getpid()) in (tmp_path / LOCK).read_text()
+        provenn.train("tiny_gate", "digits", out=folder, changes={"in_channels": 1})
+    assert not list(folder.iterdir())
+    (folder / LOCK).write_text("process 1 on another machine")  # what a killed one leaves behind
+    with alone_in(folder):
+        assert str(os.getpid()) in (folder / LOCK).read_text()
 
 
 def test_a_system_is_built_with_its_options_and_the_user_s():
