@@ -190,7 +190,7 @@ def _check_every_step_alike(system: Step, token: Tensor, state: list[Tensor | in
             sequences.append((operations.seen, [getattr(part, "shape", ()) for part in after]))
         alike = not _Position.rounds and all(sequence == sequences[0] for sequence in sequences)
         alike = alike and sequences[0][1] == [getattr(part, "shape", ()) for part in state]
-    except (RuntimeError, IndexError):  # no place is left in a cache
+    except (RuntimeError, IndexError, ValueError):  # no place is left in a cache, or no such place in a chunk
         alike = False
     if not alike:
         raise UserError(
