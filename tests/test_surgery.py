@@ -244,6 +244,23 @@ def test_untying_is_reported():
     assert changes.parameters == 20
 
 
+def test_a_swap_that_does_not_fit_the_example_is_undone():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    parts, names, x = list(model), list(model.state_dict()), torch.randn(3, 4)
+    with pytest.raises(
+        UserError, match=r"0: Linear gave \(3, 6\) for this example, Linear gives \(3, 7\); the change is"
+    ):
+        swap(nn.Sequential(*parts[:1]), "0", lambda old: nn.Linear(4, 7), example=x)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        swap(model, nn.Linear, lambda old: nn.Linear(5, old.out_features), example=x)
+    assert list(model) == parts and list(model.state_dict()) == names
+    y = model(x)
+    with pytest.raises(TypeError):
+        swap(model, "1", lambda old: nn.Bilinear(1, 1, 1), example=x)
+    assert list(model) == parts and torch.equal(model(x), y) and model.training
+    assert len(swap(model, "1", lambda old: nn.Tanh(), example=(x,))) == 1 and isinstance(model[1], nn.Tanh)
+
+
 def test_the_outer_of_two_matches_is_swapped():
     model = nn.Sequential(nn.Sequential(nn.Sequential(nn.ReLU())), nn.Sequential())
     changes = swap(model, nn.Sequential, lambda old: nn.Identity())

@@ -136,7 +136,13 @@ def insert_after(
     return Changes(tuple(change for *_, change in planned))
 
 
-def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[Any], nn.Module | None]) -> Changes:
+def swap(
+    model: nn.Module,
+    where: Place | Sequence[Place],
+    factory: Callable[[Any], nn.Module | None],
+    *,
+    example: Any = None,
+) -> Changes:
     """Put a new module in place of each one that `where` names.
 
     A module in use at several places becomes one new module at all of those that are named. Where a match lies inside
@@ -147,12 +153,15 @@ def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[An
         model: changed in place.
         where: a pattern, a type, or a sequence of them.
         factory: makes the new module from the old one, whose weights it may take; None leaves this place alone.
+        example: an input of the model (a tensor, a tuple of positional or a dict of keyword arguments). With it the
+            model is run once before and once after: if it then fails, or a new module gives another shape than the old
+            one gave, or is not called where the old one was, the change is undone.
 
     Raises:
-        UserError: nothing matches.
+        UserError: nothing matches, or a new module does not do in its place with `example`.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> print(swap(model, "1", lambda old: nn.GELU()))
+    >>> print(swap(model, "1", lambda old: nn.GELU(), example=torch.zeros(1, 2)))
     1: ReLU becomes GELU, +0 parameters
     1 change, +0 parameters
     """
@@ -164,12 +173,11 @@ def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[An
         if new is not None:
             planned += [(old, names, new)]
             gone += names
+    expected = {} if example is None else _observed_shapes(model, [old for old, _, _ in planned], example)
     changes = []
     for old, names, new in planned:
         before, size = _parameter_names(model), count_parameters(model)
-        for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new)
+        _put(model, names, new)
         after = _parameter_names(model)
         what = f"{_kind(old)} becomes {_kind(new)}"
         for parameter in old.parameters():
@@ -177,6 +185,19 @@ def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[An
             if lost:
                 what += f" (no longer tied to {after[parameter][0]}: {', '.join(lost)})"
         changes += [Change(" = ".join(names), what, count_parameters(model) - size)]
+    if example is not None:
+        try:
+            given = _observed_shapes(model, [new for _, _, new in planned], example)
+            for old, names, new in planned:
+                if given.get(new) != expected.get(old):
+                    raise UserError(
+                        f"{names[0]}: {_kind(old)} gave {_told(expected.get(old))} for this example, "
+                        f"{_kind(new)} gives {_told(given.get(new))}; the change is undone"
+                    )
+        except Exception:
+            for old, names, _ in planned:
+                _put(model, names, old)
+            raise
     return Changes(tuple(changes))
 
 
@@ -189,6 +210,16 @@ def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
     1 change, +0 parameters
     """
     return swap(model, where, lambda old: nn.Identity())
+
+
+def _put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _told(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else f"{shape}" if shape else "no tensor"
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -362,3 +393,15 @@ def _observed_widths(model: nn.Module, found: dict[nn.Module, list[str]], exampl
 
     _run(model, example, dict.fromkeys(found, note))
     return widths
+
+
+def _observed_shapes(model: nn.Module, modules: Sequence[nn.Module], example: Any) -> dict[nn.Module, tuple[int, ...]]:
+    """The shape that each module gives, of a tuple its first; () for no tensor. A module not called is left out."""
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(module: nn.Module, args: object, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        shapes[module] = tuple(first.shape) if isinstance(first, Tensor) else ()
+
+    _run(model, example, dict.fromkeys(modules, note))
+    return shapes
