@@ -1,6 +1,8 @@
 """The verb that puts a mechanism into a pretrained model: convert."""
 
 import json
+import math
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +19,12 @@ REPORT = "conversion.json"
 @app.command()
 def convert(
     slug: Slug,
-    model: Annotated[str, typer.Argument(help="A GPT-2, Llama or BERT: its folder, or its name on the hub.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="GPT-2, Llama, Qwen2, Mistral, BERT, RoBERTa or DistilBERT: a folder, or a name on the hub."
+        ),
+    ],
     data: Annotated[str, typer.Option(help="Text: stdlib, a file, a folder, or hf:NAME for a data set of the hub.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the converted model.")],
     tune: Annotated[str, typer.Option(help="full, lora or none.")] = "full",
@@ -46,13 +53,22 @@ def convert(
     from provenn.evidence.view import number
     from provenn.reproduce import choose_device
 
+    # Whatever can be wrong is looked at before the weights, which may be many gigabytes, are fetched and read.
     huggingface.quiet()
     huggingface.conversion_of(card.slug)
-    options = pairs(changes or [])
-    with progress.shown():
-        host, tokenizer = huggingface.load(model)
-        host.to(choose_device(device))
-        text = huggingface.Text.of(data, tokenizer, host, length=length)
+    options, where = pairs(changes or []), choose_device(device)
+    if tune not in huggingface.TUNINGS:
+        raise UserError(f"--tune takes {', '.join(huggingface.TUNINGS)}, got {tune!r}")
+    for name, rate in (("--lr", lr), ("--prepare-lr", prepare_lr)):
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"{name} must be above 0, got {rate}")
+    with progress.shown(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", huggingface.WindowLifted)  # told with the result
+        source = huggingface.Source.of(model)
+        tokenizer = source.tokenizer()
+        text = huggingface.Text.of(data, tokenizer, source.outline, length=length)
+        source.rehearse(card.slug, options)
+        host = source.weights().to(where)
         recovery = huggingface.recover(
             host,
             card.slug,
@@ -81,6 +97,8 @@ def convert(
         cells = [[number(row[column]) for column in columns] for row in recovery.layers]
         terminal.print(console.table([column.replace("_", " ") for column in columns], cells))
     terminal.print(f"added    {recovery.parameters:,} parameters", soft_wrap=True)
+    if note := huggingface.window_note(host):
+        terminal.print(f"note     {note}", soft_wrap=True)
     terminal.print(f"written  {out}, with {REPORT}", soft_wrap=True)
     terminal.print(
         f"next     import provenn.huggingface, and load it with from_pretrained({str(out)!r})",
