@@ -57,17 +57,16 @@ def convert(
     huggingface.quiet()
     huggingface.conversion_of(card.slug)
     options, where = pairs(changes or []), choose_device(device)
-    if tune not in huggingface.TUNINGS:
-        raise UserError(f"--tune takes {', '.join(huggingface.TUNINGS)}, got {tune!r}")
+    huggingface.check_tuning(tune)
     for name, rate in (("--lr", lr), ("--prepare-lr", prepare_lr)):
         if rate is not None and not 0 < rate < math.inf:
             raise UserError(f"{name} must be above 0, got {rate}")
     with progress.shown(), warnings.catch_warnings():
         warnings.simplefilter("ignore", huggingface.WindowLifted)  # told with the result
         source = huggingface.Source.of(model)
+        source.rehearse(card.slug, options)
         tokenizer = source.tokenizer()
         text = huggingface.Text.of(data, tokenizer, source.outline, length=length)
-        source.rehearse(card.slug, options)
         host = source.weights().to(where)
         recovery = huggingface.recover(
             host,

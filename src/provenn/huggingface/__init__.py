@@ -36,7 +36,7 @@ from provenn.huggingface.conversion import (
 from provenn.huggingface.families import FAMILIES, Attention, Family, attentions, family_of
 from provenn.huggingface.loading import Source, load, quiet
 from provenn.huggingface.mixers import MixerAttention, as_attention
-from provenn.huggingface.tuning import TUNINGS, Recovery, Text, perplexity, recover, train_alone, tune
+from provenn.huggingface.tuning import TUNINGS, Recovery, Text, check_tuning, perplexity, recover, train_alone, tune
 
 __all__ = [
     "CONVERTED",
@@ -57,6 +57,7 @@ __all__ = [
     "WindowLifted",
     "as_attention",
     "attentions",
+    "check_tuning",
     "conversion_of",
     "convert",
     "family_of",

@@ -1,5 +1,6 @@
 """Text for a language model, its perplexity, tuning, and how much quality a converted model recovers."""
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -153,6 +154,18 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+def check_tuning(how: str) -> None:
+    """Is this a way of tuning, and is what it needs installed?
+
+    Raises:
+        UserError: it is none, or low-rank tuning without the package peft.
+    """
+    if how not in TUNINGS:
+        raise UserError(f"--tune takes {', '.join(TUNINGS)}, got {how!r}")
+    if how == "lora" and importlib.util.find_spec("peft") is None:
+        raise UserError("--tune lora needs peft: pip install 'provenn[hf]'")
+
+
 def tune(
     model: PreTrainedModel,
     batches: Iterable[Batch],
@@ -174,18 +187,15 @@ def tune(
         rank, alpha: of lora.
         clip: largest norm of the gradient.
     """
-    if how not in TUNINGS:
-        raise UserError(f"--tune takes {', '.join(TUNINGS)}, got {how!r}")
+    check_tuning(how)
     if how == "none":
         return []
     lr = LEARNING_RATES[how] if lr is None else lr
     if how == "full":
         return _learn(model, model, batches, lr, clip)
+    from peft import LoraConfig, get_peft_model
+
     with _asking(model):
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise UserError("--tune lora needs peft: pip install 'provenn[hf]'") from None
         lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,

@@ -102,7 +102,7 @@ def install(model: PreTrainedModel, *, feature_map: str = "hedgehog", **options:
     """Give every self-attention its two maps.
 
     Args:
-        model: GPT-2, Llama, BERT or ViT.
+        model: of any family in `provenn.huggingface.FAMILIES`.
         feature_map: a name in `MAPS`.
         options: of the map; of Hedgehog's `feature_dim`, `form` and `bias`.
     """
