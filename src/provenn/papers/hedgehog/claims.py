@@ -50,7 +50,7 @@ RECALL = Study(
     about="16 pairs of 32 keys and 16 values, then each key once; drawn from the seed",
     kind="map",
     columns={"numbers kept of a sequence": recall_state},
-    setting={"host": "2 blocks of width 32; 2 heads, and 1 where heads are wide"},
+    setting={"host": "2 blocks of width 32; 4 heads, and 1 where heads are wide"},
 )
 
 SCRATCH = Study(

@@ -141,6 +141,7 @@ CHUNKS = Race(
     setting={"dim": 32},
 )
 
+OUTSIDE = "what lies outside the window it cannot see"
 CLAIMS = {
     "attention_recalls": RECALL.against("attention", "rnn"),
     "attention_operations": OPERATIONS.grows("attention"),
@@ -148,16 +149,16 @@ CLAIMS = {
     "chunks_train_faster": CHUNKS.against("chunks of 16", "token by token"),
     "operations": OPERATIONS.grows("LMM"),
     "next_token": STEP.against("LMM", "attention"),
+    "recall_attention": RECALL.against("lmm", "attention"),
+    "recall_rnn": RECALL.against("lmm", "rnn"),
     "text_attention": TEXT.against("lmm", "attention"),
     "text_rnn": TEXT.against("lmm", "rnn"),
     "forecasting_attention": SERIES.against("lmm", "attention", ratio=True, shown=("none",)),
     "forecasting_rnn": SERIES.against("lmm", "rnn", ratio=True, shown=("none",)),
     "far_attention": RECALL.against("lmm", "attention", metric="at 16 times the length"),
     "far_rnn": RECALL.against("lmm", "rnn", metric="at 16 times the length"),
-    "gate_beyond_window": RECALL.against(
-        "mag", "window", metric="beyond the window", may_guess="what lies outside the window it cannot see"
-    ),
-    "three_variants": RECALL.against(("mac", "mag", "mal"), "window", shown=("lmm",)),
+    "gate_beyond_window": RECALL.against("mag", "window", metric="beyond the window", may_guess=OUTSIDE),
+    "three_variants": RECALL.against(("mac", "mag", "mal"), "window", shown=("lmm",), may_guess=OUTSIDE),
     "momentum_helps": RECALL.against("lmm", "still"),
 }
 
@@ -204,4 +205,5 @@ def state_is_constant(run: Run) -> Measurement:
     """Growth has no interval where nothing grows, so this is a quotient of counts."""
     held = STATE.measure(run)
     first, *_, last = (count for (count,) in held["LMM"])
-    return Measurement.exact(last / first, unit="bytes at the longest / at the shortest", **STATE.shown(run, held))
+    unit = "bytes at the longest / at the shortest"
+    return Measurement.of("exact ratio", [last], [first], unit=unit, **STATE.shown(run, held))
