@@ -22,7 +22,7 @@ ORDER = [
     {"surgery", "evidence", "weights", "testing", "export", "huggingface"},
     {"papers"},
     {"reproduce"},
-    {"compare", "inspection"},
+    {"compare", "evaluation", "inspection"},
     {"api", "__init__", "papers/__init__"},
     {"cli", "__main__"},
 ]

@@ -14,6 +14,7 @@ PROBES = {"recall": "language-modelling"}  # a task without presets of its own, 
 if TYPE_CHECKING:
     from torch import nn
 
+    from provenn.evaluation import Evaluation
     from provenn.evidence.record import Finding
     from provenn.inspection import Inspection
     from provenn.tasks.base import Task
@@ -233,7 +234,15 @@ def train(
             resume=resume,
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
-    label = weights.Label(card.slug, chosen.name, kind.name, {**chosen.options, **built_with}, loaded.meta, __version__)
+    label = weights.Label(
+        card.slug,
+        chosen.name,
+        kind.name,
+        {**chosen.options, **built_with},
+        loaded.meta,
+        __version__,
+        {"fingerprint": loaded.fingerprint, "seed": seed, "options": of_data},
+    )
     weights.save(result.model, folder / weights.FILE, label)
     import json
     from dataclasses import asdict
@@ -373,12 +382,93 @@ def predict(
     return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
 
 
-def _unasked(card: catalog.Card, changes: dict[str, Any]) -> list[str]:
+def _unasked(card: catalog.Card, changes: dict[str, Any], method: str = "predict") -> list[str]:
     """Names that no prediction of the paper takes: what is left is said of the system."""
     from provenn.tasks import get_task
 
-    takers = [_arguments(get_task(name).predict, but=("model", "meta", "inputs", "output")) for name in card.tasks]
+    takers = [_arguments(getattr(get_task(name), method), but=()) for name in card.tasks]
     return [name for name in changes if not any(name in taker for taker in takers)]
+
+
+def evaluate(
+    slug: str,
+    data: str | Path,
+    *,
+    weights: str | Path,
+    preset: str | None = None,
+    whole: bool | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    batch_size: int = 256,
+    changes: dict[str, Any] | None = None,
+) -> "Evaluation":
+    """The metrics of trained weights on data, each with a 95 % interval over the examples.
+
+    The data are read as the weights say: in their classes, their scale, their tokens.
+
+    Args:
+        slug: the paper.
+        data: an embedded data set's name, or a path, in the formats that `train` reads.
+        weights: a weight file, ours or the authors', or the folder of a run.
+        preset: of an author's file that does not tell.
+        whole: test on all of the data, or on the part that a training with this seed holds out. By default on all,
+            but on what was held out where these weights were trained on the same data; data that come with a test
+            split are tested on it.
+        seed: of the split; by default the training's.
+        device: auto, cpu, cuda, mps or a torch device.
+        batch_size: examples at a time.
+        changes: how the data are read, such as {"length": 512}; of an author's file also what it does not tell, as in
+            `from_official`, such as {"chunk": 64}.
+
+    Raises:
+        UserError: weights or data that cannot be read, or that do not fit each other.
+    """
+    from provenn import evaluation
+    from provenn import weights as files
+    from provenn.reproduce import choose_device
+    from provenn.tasks import get_task
+
+    if batch_size < 1:
+        raise UserError(f"batch size must be at least 1, got {batch_size}")
+    chosen, changes = paper(slug), dict(changes or {})
+    of_system: dict[str, Any] = {}
+    if files.label_of(weights) is None:
+        of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
+    model, label = chosen.load(weights, preset=preset, options=of_system)
+    kind = get_task(label.task)
+    known = _arguments(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
+    if not known:  # what `held_out` passes on to `load`
+        known = _arguments(kind.load, but=("source", "seed", "options", "_"))
+    for name in changes:
+        if name not in known:
+            there = ", ".join(known) or "nothing"
+            raise UserError(f"an evaluation of {label.task} has no {name!r}; what can be set: {there}")
+    options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
+    if whole is None:
+        whole = not _trained_on(label, kind, data)
+    split_seed = label.trained_on.get("seed", 0) if seed is None else seed
+    held_out = kind.held_out(data, label.meta, seed=split_seed, whole=whole, **options)
+    return evaluation.evaluate(
+        model.to(choose_device(device)),
+        kind,
+        held_out,
+        meta=label.meta,
+        batch_size=batch_size,
+        title=f"{label.preset} of {chosen.card.slug}",
+        published=evaluation.published_of(chosen.card, chosen.card.preset(label.preset)),
+    )
+
+
+def _trained_on(label: "Label", kind: "Task", data: str | Path) -> bool:
+    """Were these weights trained on this data?"""
+    if "fingerprint" not in label.trained_on:
+        return False
+    options = label.trained_on.get("options", {})
+    try:
+        again = kind.load(data, seed=label.trained_on.get("seed", 0), **options)
+    except (UserError, TypeError):  # too little for a split, say: then no training has read it
+        return False
+    return again.fingerprint == label.trained_on["fingerprint"]
 
 
 def inspect(

@@ -29,6 +29,7 @@ class Label:
         options: what the preset was built with.
         meta: what prediction needs, such as class names.
         version: the provenn that wrote them.
+        trained_on: `fingerprint` of the data, and the `seed` and `options` with which they were read and split.
     """
 
     paper: str
@@ -37,6 +38,7 @@ class Label:
     options: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+    trained_on: dict[str, Any] = field(default_factory=dict)
 
 
 def label_of(path: str | Path) -> Label | None:

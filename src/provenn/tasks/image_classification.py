@@ -16,7 +16,19 @@ from provenn import progress
 from provenn.data.images import images_in, read_image, size_of
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, blind_accuracy, device_of, fingerprint, split_indices
+from provenn.tasks.base import (
+    LABEL,
+    TOLD,
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    blind_accuracy,
+    device_of,
+    fingerprint,
+    join_scores,
+    split_indices,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,19 +68,42 @@ class ImageClassification(Task):
         images, labels = batch
         return F.cross_entropy(model(images), labels)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        device = device_of(model)
-        top1 = top5 = count = 0
-        loss = 0.0
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Whether the likeliest class of each image is right, and one of the five likeliest; nats of the right one."""
+        device, rows = device_of(model), []
         for images, labels in DataLoader(dataset, batch_size=batch_size):
-            logits, labels = model(images.to(device)), labels.to(device)
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            top1 += int(ranked[:, 0].sum())
-            top5 += int(ranked.sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            count += len(labels)
-        metrics = {"accuracy": top1 / count, "loss": loss / count}
-        return metrics | {"top5": top5 / count} if logits.shape[1] > 5 else metrics
+            logits, labels = model(images.to(device)).float(), labels.to(device)
+            told = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            right = told == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            rows.append([right[:, 0].double(), loss.double(), right.any(1).double(), labels, told[:, 0]])
+        names = ("accuracy", "loss", "top5", LABEL, TOLD)
+        scores = join_scores(names, rows)
+        return scores if logits.shape[1] > 5 else {name: scores[name] for name in names if name != "top5"}
+
+    def held_out(  # type: ignore[override]
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        size: int | None = None,
+    ) -> HeldOut:
+        """As in `Task`; `size`: side of the square that the model sees, by default what its weights say."""
+        named = self._named(source)
+        meta = {**meta, "size": size or meta["size"]}
+        if named == "digits":
+            return _test_digits(meta, seed)
+        root = Path(named)
+        parts = _given(root)
+        if not whole:
+            parts = _with_splits(root, parts, seed)
+        split = next(name for name in ("test", "val", "train") if name in parts)
+        numbers = _numbers(root, list(parts[split]), meta["classes"])
+        files = [(file, numbers[name]) for name, listed in parts[split].items() for file in listed]
+        which = "all" if split == "train" else f"the {split} split"
+        return HeldOut(ImageFiles(files, meta), f"{which} of {root}, at {meta['size']}×{meta['size']} pixels")
 
     def trivial(self, data: TaskData) -> float:
         """Accuracy without a look at the image: the commonest class, or a guess."""
@@ -176,6 +211,22 @@ def _digits(seed: int) -> TaskData:
     )
 
 
+def _test_digits(meta: dict[str, Any], seed: int) -> HeldOut:
+    """The digits' test split on the scale of weights that may have been trained on others."""
+    if (meta["channels"], meta["size"]) != (1, 8) or len(meta["classes"]) < 10:
+        raise UserError(
+            f"digits are grey images of 8×8 pixels in 10 classes; these weights take {meta['channels']} channel(s) "
+            f"of {meta['size']}×{meta['size']} in {len(meta['classes'])}"
+        )
+    data = _digits(seed)
+    images, labels = data.test.tensors  # type: ignore[attr-defined]
+    (mean,), (std,) = data.meta["mean"], data.meta["std"]
+    numbers = _numbers(Path("digits"), data.meta["classes"], meta["classes"])
+    labels = torch.tensor([numbers[str(int(label))] for label in labels])
+    scaled = (images * std + mean - meta["mean"][0]) / meta["std"][0]
+    return HeldOut(TensorDataset(scaled, labels), "the test split of digits")
+
+
 class ImageFiles(Dataset):
     """Images read from files: as the model sees them, or cropped and mirrored at random for training.
 
@@ -273,18 +324,25 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _folder(root: Path, seed: int, size: int | None = None) -> TaskData:
+Splits = dict[str, dict[str, list[Path]]]  # the images of each class of each split
+
+
+def _given(root: Path) -> Splits:
+    """What a folder holds: the splits that it names, or all of it as `train`."""
     if not root.is_dir():
         raise UserError(f"{root} is a file: give a folder with one sub-folder of images for each class")
-    parts: dict[str, dict[str, list[Path]]] = {}
+    parts: Splits = {}
     for split, names in {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}.items():
         folders = [root / name for name in names if (root / name).is_dir()]
         if folders:
             parts[split] = _class_folders(folders[0])
+    return parts or {"train": _class_folders(root)}
+
+
+def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
+    """The same, and what of train, val and test is missing cut from `train`."""
     if "train" not in parts:
-        if parts:
-            raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
-        parts = {"train": _class_folders(root)}
+        raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
     classes = list(parts["train"])
     for split, found in parts.items():
         if list(found) != classes:
@@ -293,8 +351,29 @@ def _folder(root: Path, seed: int, size: int | None = None) -> TaskData:
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
     missing = [split for split in ("val", "test") if split not in parts]
-    if missing:
-        parts = _cut(parts, missing, seed)
+    return _cut(parts, missing, seed) if missing else parts
+
+
+def _numbers(root: Path, names: list[str], classes: list[str]) -> dict[str, int]:
+    """The model's number of each class of a folder: by name, or in order where the weights know no names."""
+    if set(names) <= set(classes):
+        return {name: classes.index(name) for name in names}
+    nameless = classes == [f"class {index}" for index in range(len(classes))]
+    if nameless and len(names) == len(classes):
+        return {name: index for index, name in enumerate(names)}
+    if nameless:
+        raise UserError(
+            f"{root} has {len(names)} classes; these weights tell {len(classes)} and know no names of them: give a "
+            f"folder for each, sorted as they were trained, or call yours 'class 0' to 'class {len(classes) - 1}'"
+        )
+    odd = next(name for name in names if name not in classes)
+    some = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+    raise UserError(f"{root}: the model knows no class {odd!r}; it knows: {some}")
+
+
+def _folder(root: Path, seed: int, size: int | None = None) -> TaskData:
+    parts = _with_splits(root, _given(root), seed)
+    classes = list(parts["train"])
     files = {s: [(file, i) for i, name in enumerate(classes) for file in found[name]] for s, found in parts.items()}
     everything = sorted(file for listed in files.values() for file, _ in listed)
     size = size or _side(everything)

@@ -27,7 +27,7 @@ from provenn.data.text import (
     written,
 )
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,24 +149,69 @@ class LanguageModelling(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return _nll(model, *batch).mean()
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """Bits a byte, perplexity and nats a token, and the share of tokens told right, each window from its start."""
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Of each window, from its start: nats, tokens told right, tokens, and the bytes that they stand for."""
         bytes_of: Tensor = dataset.bytes_of  # type: ignore[attr-defined]
         size = len(bytes_of) * dataset.length  # type: ignore[attr-defined]
-        nats, told, tokens, held = 0.0, 0, 0, 0
+        rows = []
         for x, y in batches(dataset, max(1, min(batch_size, LOGITS // size)), device_of(model)):
             logits = model(x)
-            nats += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum").item()
-            told += int((logits.argmax(-1) == y).sum())
-            tokens += y.numel()
-            held += int(bytes_of.to(y.device)[y].sum())
-        nll = nats / tokens
+            nats = F.cross_entropy(logits.transpose(1, 2).float(), y, reduction="none").double()
+            parts = (nats, logits.argmax(-1) == y, torch.ones_like(y), bytes_of.to(y.device)[y])
+            rows.append([part.sum(1).double() for part in parts])
+        names = ("nats", "right", "tokens", "bytes")
+        return join_scores(names, rows)
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """Bits a byte, perplexity and nats a token, and the share of tokens told right."""
+        nats, right, tokens, held = (float(scores[name].sum()) for name in ("nats", "right", "tokens", "bytes"))
         return {
             "bits_per_byte": nats / held / math.log(2),
-            "perplexity": math.exp(min(nll, 700)),
-            "nll": nll,
-            "accuracy": told / tokens,
+            "perplexity": math.exp(min(nats / tokens, 700)),
+            "nll": nats / tokens,
+            "accuracy": right / tokens,
         }
+
+    def held_out(  # type: ignore[override]
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        length: int | None = None,
+        tokenizer: str | None = None,
+        eval_tokens: int = 65_536,
+    ) -> HeldOut:
+        """As in `Task`, the text in the model's own tokens.
+
+        Args:
+            source, meta, seed, whole: as in `Task`.
+            length: tokens a window; by default as the model was trained.
+            tokenizer: a tokenizer.json, of weights that do not bring their own.
+            eval_tokens: how many tokens are read, in windows spread evenly over the text.
+        """
+        length = length or meta["length"]
+        if length < 2:
+            raise UserError(f"length must be at least 2 tokens, got {length}")
+        if eval_tokens < length:
+            raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
+        tokens = read_tokenizer(meta["tokenizer"]) if tokenizer is None else _tokenizer(tokenizer, (), 0)
+        if meta.get("vocab", tokens.vocab) != tokens.vocab:
+            raise UserError(
+                f"the model has {meta['vocab']} tokens, the tokenizer {tokens.vocab}: give the model's own with "
+                "--set tokenizer=tokenizer.json"
+            )
+        parts = self.documents(source, seed)
+        whole = whole and source not in self.embedded
+        stream = _packed([text for part in parts for text in part] if whole else parts[2], tokens)
+        if len(stream) <= length:
+            raise UserError(f"{source}: {len(stream)} tokens are fewer than a window of {length}; give more text")
+        windows = Windows(stream, length, tokens.lengths(), max(1, eval_tokens // length))
+        every = (len(stream) - 1) // length
+        some = f"{len(windows)} of {every:,} windows" if len(windows) < every else f"all {every:,} windows"
+        which = "" if whole else "the test split of "
+        return HeldOut(windows, f"{some} of {length} tokens of {which}{source}")
 
     def trivial(self, data: TaskData) -> float:
         """Bits a byte of telling every token by its share of the training text alone."""
@@ -183,7 +228,8 @@ class LanguageModelling(Task):
         return torch.stack(each).sum(0).cpu() / len(dataset)  # type: ignore[arg-type]
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"tokenizer": "bytes", "length": 256}
+        vocab = {"vocab": options["vocab"]} if "vocab" in options else {}
+        return {"tokenizer": "bytes", "length": 256, **vocab}
 
     def predict(
         self,

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from provenn.data.text import read_tokenizer
 from provenn.errors import UserError
-from provenn.tasks.base import TaskData, batches, device_of
+from provenn.tasks.base import HeldOut, Scores, TaskData, batches, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
 from provenn.tasks.recall import IGNORED
 
@@ -63,18 +63,31 @@ class MaskedLanguageModelling(LanguageModelling):
         tokens, targets = batch
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """The share of tokens told right of those asked for, and nats a token."""
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Of each window: tokens told right of those asked for, nats, and how many are asked for."""
         first, _ = dataset[0]
-        right, nats, count = 0, 0.0, 0
+        rows = []
         size = max(1, min(batch_size, LOGITS // (256 * len(first))))
         for tokens, targets in batches(dataset, size, device_of(model)):
-            asked = targets != IGNORED
-            logits, wanted = model(tokens)[asked].float(), targets[asked]
-            right += int((logits.argmax(-1) == wanted).sum())
-            nats += F.cross_entropy(logits, wanted, reduction="sum").item()
-            count += len(wanted)
-        return {"accuracy": right / count, "nll": nats / count}
+            logits = model(tokens).float()
+            nats = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+            parts = (logits.argmax(-1) == targets, nats, targets != IGNORED)
+            rows.append([part.double().sum(1) for part in parts])
+        names = ("right", "nats", "asked")
+        return join_scores(names, rows)
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """The share of tokens told right of those asked for, and nats a token."""
+        right, nats, asked = (float(scores[name].sum()) for name in ("right", "nats", "asked"))
+        return {"accuracy": right / asked, "nll": nats / asked}
+
+    def held_out(self, source: str | Path, meta: dict[str, Any], **options: Any) -> HeldOut:  # type: ignore[override]
+        """As in language modelling."""
+        # The model has one token more, the blank; without a meta of its own, the last.
+        vocab = meta.get("blank", meta.get("vocab", 0) - 1)
+        found = super().held_out(source, {**meta, **({"vocab": vocab} if "vocab" in meta else {})}, **options)
+        windows: Any = found.dataset
+        return HeldOut(Blanks(windows, len(windows.bytes_of)), f"{found.about}, 15 % blank")
 
     def trivial(self, data: TaskData) -> float:
         """Accuracy of always saying the commonest token of the training text."""

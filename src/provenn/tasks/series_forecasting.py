@@ -16,7 +16,7 @@ from provenn.data.dates import continue_dates
 from provenn.data.series import bundled
 from provenn.data.tables import Table, check_csv, is_number, read_table, write_table
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,16 +140,33 @@ class SeriesForecasting(Task):
         past, future = batch
         return F.mse_loss(model(past), future)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Mean squared and absolute error on the standardised scale, and those of repeating the last value."""
-        sums, count = np.zeros(4), 0
+        rows = []
         for past, future in batches(dataset, batch_size, device_of(model)):
-            for i, forecast in enumerate((model(past), past[:, -1:])):
-                error = forecast - future
-                sums[2 * i : 2 * i + 2] += error.square().sum().item(), error.abs().sum().item()
-            count += future.numel()
+            errors = [(forecast - future).double() for forecast in (model(past), past[:, -1:])]
+            rows.append([part.mean((1, 2)) for error in errors for part in (error.square(), error.abs())])
         names = ("mse", "mae", "last_value_mse", "last_value_mae")
-        return dict(zip(names, (sums / count).tolist()))
+        return join_scores(names, rows)
+
+    def held_out(  # type: ignore[override]
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+    ) -> HeldOut:
+        """As in `Task`: windows over all rows, or over the last 20 %, in the columns and on the scale of the model."""
+        place = self._named(source)
+        known = BUNDLED.get(source) if place == source and isinstance(source, str) else None
+        table = read_table(bundled(known.file) if known else Path(place))
+        _, values, _ = _read(table, known.without if known else (), meta["columns"])
+        rows, context, horizon = len(values), meta["context"], meta["horizon"]
+        whole = whole and known is None
+        first = 0 if whole else int(np.round(sum(SHARES[:2]) * rows))
+        if max(first, context) + horizon > rows:
+            raise UserError(f"{source} has {rows} rows: too few for a context of {context} and a horizon of {horizon}")
+        mean, std = np.asarray(meta["mean"]), np.asarray(meta["std"])
+        scaled = torch.from_numpy(((values - mean) / std).astype(np.float32))
+        which = "all" if whole else "the test split"
+        # Forecasts of windows that are fewer than `horizon` rows apart are judged by some of the same rows.
+        return HeldOut(Windows(scaled, context, horizon, first, rows), f"{which} of {source}", overlap=horizon)
 
     def trivial(self, data: TaskData) -> float:
         """Squared error of the better of two: repeating the last value, and the mean of what came in training."""

@@ -18,7 +18,7 @@ from provenn.data.images import SUFFIXES, Picture, check_holds, images_in, read_
 from provenn.data.photographs import Photographs, photograph
 from provenn.data.resize import bicubic
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, fingerprint, split_indices
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, fingerprint, split_indices
 from provenn.tasks.upscale import OVERLAP, TILE, count_tiles, upscale
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class SuperResolution(Task):
         dtype = next((p.dtype for p in model.parameters()), torch.float32)  # of a model in half precision throughout
         return F.l1_loss(model((low / 255).to(dtype)), high / 255)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """PSNR and SSIM on Y with a border of `scale` pixels cut, of the network and of bicubic interpolation."""
         scale = int(model.scale)  # type: ignore[arg-type]
         rows = []
@@ -232,7 +232,18 @@ class SuperResolution(Task):
                     for measure in (psnr, ssim)
                 }
             )
-        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+    def held_out(  # type: ignore[override]
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+    ) -> HeldOut:
+        """As in `Task`: photographs in full resolution, which are reduced by bicubic interpolation."""
+        place = self._named(source)
+        if isinstance(place, str) or not whole:
+            return super().held_out(source, meta, seed=seed)
+        if not place.is_dir():
+            raise UserError(f"{place} is a file; expected {self.reads}")
+        return HeldOut(Whole(Photographs.of(place, smallest=PATCH)), f"all of {place}")
 
     def trivial(self, data: TaskData) -> float:
         """PSNR of bicubic interpolation, at the `scale` of the data's meta, 2 where it names none."""
