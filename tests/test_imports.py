@@ -14,6 +14,7 @@ ROOT = Path(provenn.__file__).parent
 ORDER = [
     {"errors", "progress"},
     {"slots", "catalog"},
+    {"datasets"},
     {"ops"},
     {"nn"},
     {"data"},
@@ -21,6 +22,7 @@ ORDER = [
     {"bench"},
     {"surgery", "evidence", "weights", "testing", "export", "huggingface"},
     {"papers"},
+    {"at_paper"},
     {"reproduce"},
     {"compare", "evaluation", "inspection"},
     {"api", "__init__", "papers/__init__"},

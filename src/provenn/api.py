@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
 
-from provenn import catalog
+from provenn import catalog, datasets
 from provenn.errors import UserError
 
 PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
@@ -106,29 +106,9 @@ class Paper:
         return model.eval(), label
 
     def _official(self, file: str | Path, given: str | None, options: dict[str, Any]) -> "tuple[nn.Module, Label]":
-        import inspect
-
         from provenn import weights as files
-        from provenn.tasks import get_task
 
-        if not self.card.has("official"):
-            raise UserError(
-                f"{file} carries no provenn label, and {self.card.slug} has no public checkpoints to compare"
-            )
-        contents = files.read_contents(file)
-        convert = self.card.resolve("official:convert")
-        # Of some papers the shapes do not tell all: their `convert` asks for what the file and its user know besides.
-        asks = "config" in inspect.signature(convert).parameters
-        known = {"config": contents.config, "preset": given, **options} if asks else {}
-        preset, found, converted = convert(contents.state, **known)
-        if given not in (None, preset):
-            raise UserError(f"{file} holds weights of {preset}, not of {given}")
-        built_with = {**found, **options}
-        model = self.build(preset, **built_with)
-        files.load_into(model, converted, str(file))
-        task = self.card.task_of(self.card.preset(preset))
-        meta = get_task(task).default_meta(built_with)
-        return model.eval(), files.Label(self.card.slug, preset, task, built_with, meta)
+        return files.read_official(self.card, file, preset=given, options=options, build=self.build)
 
 
 def _blame(error: Exception, arguments: dict[str, Any]) -> str:
@@ -210,6 +190,8 @@ def train(
     final = recipe_of(facts, **wanted)
     device = choose_device(device)
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
+    source = datasets.resolve(data)
+    data, of_data = source.data, {**source.options, **of_data}
     try:
         loaded = kind.load(data, seed=seed, **of_data)
     except UserError as error:
@@ -443,7 +425,10 @@ def evaluate(
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"an evaluation of {label.task} has no {name!r}; what can be set: {there}")
-    options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
+    source = datasets.resolve(data)
+    data = source.data
+    fixed = {name: value for name, value in source.options.items() if name in known}
+    options = {**fixed, **{name: _typed(name, value, known[name]) for name, value in changes.items()}}
     if whole is None:
         whole = not _trained_on(label, kind, data)
     split_seed = label.trained_on.get("seed", 0) if seed is None else seed

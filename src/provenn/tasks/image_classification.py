@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from provenn import progress
+from provenn.data.cifar import SIDE, files_in, read_cifar
 from provenn.data.images import images_in, read_image, size_of
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
@@ -49,7 +50,10 @@ class ImageClassification(Task):
     metric = "accuracy"
     higher_is_better = True
     embedded = EMBEDDED
-    reads = "a folder with one sub-folder of images for each class (or train/, val/ and test/ folders of such)"
+    reads = (
+        "a folder with one sub-folder of images for each class (or train/, val/ and test/ folders of such), "
+        "or CIFAR's binary files"
+    )
 
     def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
         """The embedded data set of that name, or a folder of images per class.
@@ -58,11 +62,15 @@ class ImageClassification(Task):
             source: "digits", or a folder. `train`, `val` (or `valid`) and `test` folders in it are honoured; what is
                 missing is cut from `train`, class by class. Where there is `val` but no `test`, `val` is the test.
             seed: of the split.
-            options: for a folder, `size`: side of the square that the model sees; by default 224 pixels, or less where
-                the images are smaller.
+            options: `size`: side of the square that the model sees; by default 224 pixels, or less where the images are
+                smaller, and 32 for CIFAR. Not of the digits.
         """
         named = self._named(source)
-        return _digits(seed) if named == "digits" else _folder(Path(named), seed, **options)
+        if named == "digits":
+            return _digits(seed)
+        if files_in(Path(named)) is not None:
+            return _cifar(Path(named), seed, **options)
+        return _folder(Path(named), seed, **options)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels = batch
@@ -96,6 +104,12 @@ class ImageClassification(Task):
         if named == "digits":
             return _test_digits(meta, seed)
         root = Path(named)
+        if files_in(root) is not None:
+            content = read_cifar(root)
+            numbers = _numbers(root, content.classes, meta["classes"])
+            labels = np.array([numbers[content.classes[label]] for label in content.test_labels])
+            images = CifarImages(content.test, labels, meta)
+            return HeldOut(images, f"the test split of {root}, at {meta['size']}×{meta['size']} pixels")
         parts = _given(root)
         if not whole:
             parts = _with_splits(root, parts, seed)
@@ -175,6 +189,8 @@ class ImageClassification(Task):
 
 
 def _labels(dataset: Dataset) -> Int[Tensor, " images"]:
+    if isinstance(dataset, CifarImages):
+        return dataset.labels
     if isinstance(dataset, ImageFiles):  # no need to decode the images
         return torch.tensor([label for _, label in dataset.files])
     count = len(dataset)  # type: ignore[arg-type]
@@ -225,6 +241,65 @@ def _test_digits(meta: dict[str, Any], seed: int) -> HeldOut:
     labels = torch.tensor([numbers[str(int(label))] for label in labels])
     scaled = (images * std + mean - meta["mean"][0]) / meta["std"][0]
     return HeldOut(TensorDataset(scaled, labels), "the test split of digits")
+
+
+class CifarImages(Dataset):
+    """CIFAR's images as the model sees them; for training padded by 4, cropped and mirrored (He et al., 2016).
+
+    Args:
+        images: as they were read.
+        labels: one each.
+        meta: mean and standard deviation of each channel, and the side of the square that the model sees.
+        augment: for training.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "images 3 32 32"],
+        labels: Int[np.ndarray, " images"],
+        meta: dict[str, Any],
+        augment: bool = False,
+    ):
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
+        self.meta, self.augment = meta, augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 size size"], int]:
+        image, size = self.images[index], self.meta["size"]
+        if size != image.shape[-1]:
+            image = _resize(image, size, size)
+        if self.augment:
+            top, left, mirrored = (int(torch.randint(count, ())) for count in (9, 9, 2))
+            image = F.pad(image, (4, 4, 4, 4))[:, top : top + size, left : left + size]
+            image = image.flip(2) if mirrored else image
+        return _standard(image, self.meta), int(self.labels[index])
+
+
+def _cifar(root: Path, seed: int, size: int = SIDE) -> TaskData:
+    """A tenth of the training images is held out to validate with, as He et al. have it."""
+    content = read_cifar(root)
+    order, held = split_indices(len(content.train), (0.9, 0.1), seed)
+    pixels = content.train[order].astype(np.float32) / 255
+    meta = {
+        "classes": content.classes,
+        "size": size,
+        "channels": 3,
+        "mean": pixels.mean((0, 2, 3), dtype=np.float64).tolist(),
+        "std": pixels.std((0, 2, 3), dtype=np.float64).tolist(),
+    }
+    return TaskData(
+        str(root),
+        CifarImages(content.train[order], content.train_labels[order], meta, augment=True),
+        CifarImages(content.train[held], content.train_labels[held], meta),
+        CifarImages(content.test, content.test_labels, meta),
+        fingerprint=fingerprint(*content[:4]),
+        options={"num_classes": len(content.classes), "in_channels": 3},
+        meta=meta,
+        about=f"CIFAR-{len(content.classes)}: {len(order):,} images to train, {len(held):,} to validate, "
+        f"{len(content.test):,} to test",
+    )
 
 
 class ImageFiles(Dataset):

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from provenn.data.text import (
+    ENDS,
     BytePairs,
     Bytes,
     Document,
     Tokenizer,
+    Words,
     read_documents,
     read_hub,
+    read_splits,
     read_tokenizer,
     split_documents,
     standard_library,
@@ -101,7 +104,8 @@ class LanguageModelling(Task):
             source: "stdlib", a path, or "hf:NAME" for a data set of the hub.
             seed: which documents are held out.
             length: tokens a window.
-            tokenizer: "bytes", "bpe" (learned from the training text), or a tokenizer.json.
+            tokenizer: "bytes", "bpe" (learned from the training text), "words" (all of the training text's, between
+                blanks, as WikiText has them), or a tokenizer.json, also one beside the text.
             vocab_size: tokens that "bpe" learns.
             eval_tokens: how many tokens of validation and of test text are read, in windows spread evenly over it.
 
@@ -113,7 +117,7 @@ class LanguageModelling(Task):
         if eval_tokens < length:
             raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
         parts = self.documents(source, seed)
-        chosen = _tokenizer(tokenizer, parts[0], vocab_size)
+        chosen = _tokenizer(_beside(source, tokenizer), parts[0], vocab_size)
         streams = [_packed(part, chosen) for part in parts]
         for name, stream in zip(("training", "validation", "test"), streams):
             if len(stream) <= length:
@@ -144,7 +148,7 @@ class LanguageModelling(Task):
         place = self._named(source)
         if isinstance(place, str):
             return split_documents(standard_library())
-        return split_documents(read_documents(place), seed)
+        return read_splits(place) or split_documents(read_documents(place), seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return _nll(model, *batch).mean()
@@ -196,14 +200,16 @@ class LanguageModelling(Task):
             raise UserError(f"length must be at least 2 tokens, got {length}")
         if eval_tokens < length:
             raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
-        tokens = read_tokenizer(meta["tokenizer"]) if tokenizer is None else _tokenizer(tokenizer, (), 0)
+        tokens = (
+            read_tokenizer(meta["tokenizer"]) if tokenizer is None else _tokenizer(_beside(source, tokenizer), (), 0)
+        )
         if meta.get("vocab", tokens.vocab) != tokens.vocab:
             raise UserError(
                 f"the model has {meta['vocab']} tokens, the tokenizer {tokens.vocab}: give the model's own with "
                 "--set tokenizer=tokenizer.json"
             )
         parts = self.documents(source, seed)
-        whole = whole and source not in self.embedded
+        whole = whole and source not in self.embedded and read_splits(Path(source)) is None
         stream = _packed([text for part in parts for text in part] if whole else parts[2], tokens)
         if len(stream) <= length:
             raise UserError(f"{source}: {len(stream)} tokens are fewer than a window of {length}; give more text")
@@ -321,13 +327,21 @@ def _packed(documents: Sequence[Document], tokenizer: Tokenizer) -> Int64[np.nda
     return np.concatenate([part for document in documents for part in (tokenizer.encode(document.text), end)] or [end])
 
 
+def _beside(source: str | Path, tokenizer: str) -> str:
+    """The path of a tokenizer that lies with the text."""
+    inside = Path(source) / tokenizer
+    return str(inside) if not Path(tokenizer).exists() and inside.is_file() else tokenizer
+
+
 def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokenizer:
     if name == "bytes":
         return Bytes()
     if name == "bpe":
         return BytePairs.learn(train, vocab_size)
+    if name == "words":
+        return Words.learn(train)
     if not Path(name).is_file():
-        raise UserError(f"tokenizer must be bytes, bpe or a tokenizer.json, got {name!r}")
+        raise UserError(f"tokenizer must be bytes, bpe, words or a tokenizer.json, got {name!r}")
     try:
         found = read_tokenizer(Path(name).read_text("utf-8"))
     except UserError:
@@ -335,7 +349,7 @@ def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokeniz
     except Exception as error:
         raise UserError(f"{name} is no tokenizer.json: {error}") from None
     if found.end is None:
-        raise UserError(f"{name} has no token <|end|> to end a document with")
+        raise UserError(f"{name} has no token to end a document with: expected one of {', '.join(ENDS)}")
     return found
 
 

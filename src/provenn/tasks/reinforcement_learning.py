@@ -13,7 +13,15 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from provenn.data.tables import check_csv, read_table, write_table
-from provenn.data.trajectories import QUALITIES, SCRIPTS, Trajectory, collect, make_environment, read_trajectories
+from provenn.data.trajectories import (
+    QUALITIES,
+    SCRIPTS,
+    Trajectory,
+    collect,
+    make_environment,
+    read_trajectories,
+    reference_returns,
+)
 from provenn.errors import UserError
 from provenn.tasks.base import (
     HeldOut,
@@ -202,7 +210,7 @@ class ReinforcementLearning(Task):
     }
     reads = (
         "trajectories, actions discrete or continuous: "
-        ".jsonl (an episode a line: observations, actions, rewards) or .npz (D4RL's arrays)"
+        ".jsonl (an episode a line: observations, actions, rewards), .hdf5 or .npz (D4RL's arrays)"
     )
 
     def load(
@@ -215,6 +223,7 @@ class ReinforcementLearning(Task):
         validation: int = 5,
         test: int = 20,
         streaming: bool = True,
+        environment: str | None = None,
         **options: Any,
     ) -> TaskData:
         """Recorded episodes for training; validation and test are episodes to be played.
@@ -230,6 +239,7 @@ class ReinforcementLearning(Task):
             episodes: collected for an embedded set; by default its own number.
             validation, test: episodes to be played.
             streaming: play with the state of a model that has one, instead of showing it the last `context` steps.
+            environment: gymnasium's name of what a file was recorded in, where the file does not say.
 
         Raises:
             UserError: no such data, or trajectories that cannot be read.
@@ -243,10 +253,11 @@ class ReinforcementLearning(Task):
             name, _, quality = source.partition("-")
             script = SCRIPTS[name]
             found: Sequence[Trajectory] = collect(name, quality, episodes or script.episodes)
-            environment: str | None = script.environment
+            environment = script.environment
             about = self.embedded[source]
         else:
-            found, environment = read_trajectories(Path(place))
+            found, named = read_trajectories(Path(place))
+            environment = environment or named
             about = "the user's own trajectories"
         width, continuous = found[0].observations.shape[1], found[0].continuous
         length = max(len(t.actions) for t in found)
@@ -314,9 +325,11 @@ class ReinforcementLearning(Task):
         """
         if isinstance(dataset, Episodes):
             found = rollouts(model, dataset.setting, dataset.seeds, dataset.targets)
-            script = next((s for s in SCRIPTS.values() if s.environment == dataset.setting.environment), None)
-            known = {} if script is None else {"score": 100 * (found - script.random) / (script.expert - script.random)}
-            return {"return": found, **known}
+            known = reference_returns(dataset.setting.environment)
+            if known is None:
+                return {"return": found}
+            random, expert = known
+            return {"return": found, "score": 100 * (found - random) / (expert - random)}
         rows = []
         for *inputs, mask in batches(dataset, batch_size, device_of(model)):
             outputs, actions = model(*inputs, mask), inputs[2]
@@ -355,6 +368,7 @@ class ReinforcementLearning(Task):
         whole: bool = True,
         test: int = 20,
         target: float | int | None = None,
+        environment: str | None = None,
     ) -> HeldOut:
         """As in `Task`: episodes in the environment that the model was trained for, or recorded steps.
 
@@ -362,15 +376,17 @@ class ReinforcementLearning(Task):
             source, meta, seed, whole: as in `Task`; data that name no environment, or weights, are recorded steps.
             test: episodes to be played.
             target: the return that is asked for; by default the best that the model was trained on.
+            environment: gymnasium's name of what a file was recorded in, where the file does not say.
         """
         setting = Setting(**meta)
         setting = setting if target is None else replace(setting, target=float(target))
         place = self._named(source)
         if place == source and isinstance(source, str):
-            environment: str | None = SCRIPTS[source.partition("-")[0]].environment
+            environment = SCRIPTS[source.partition("-")[0]].environment
             found: Sequence[Trajectory] = ()
         else:
-            found, environment = read_trajectories(Path(place))
+            found, named = read_trajectories(Path(place))
+            environment = environment or named
         if environment is not None and setting.environment is not None:
             if environment != setting.environment:
                 raise UserError(f"{source} is of {environment}; the model plays {setting.environment}")
