@@ -180,28 +180,58 @@ def test_a_converted_model_trains_in_mixed_precision(build, mechanism, dtype):
     assert (gradients[1] - gradients[0]).norm() <= 0.5 * gradients[0].norm()
 
 
+def own_name(name):
+    for theirs, own in (("feature_map_q.mlp.layer", "map_query"), ("feature_map_k.mlp.layer", "map_key")):
+        name = name.replace(theirs, f"attention_maps.{own}.linear.weight")
+    return name
+
+
 @pytest.mark.parametrize("case", LOLCATS["cases"], ids=lambda case: f"{case['form']}-{case['feature_dim']}")
 def test_a_converted_llama_is_that_of_the_groups_own_code(case):
-    """Logits and distillation loss of a Llama with grouped queries, as HazyResearch/lolcats computed them."""
+    """Logits, loss and gradients of a Llama with grouped queries, as HazyResearch/lolcats computed them."""
     shapes, seed = {name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"]
     state = {}
     for name, value in seeded_state(shapes, seed).items():
         # Larger than drawn, so that attention is far from uniform.
         factor = 8 if "feature_map" in name else 2 if "q_proj" in name or "k_proj" in name else 1
-        for theirs, own in (("feature_map_q.mlp.layer", "map_query"), ("feature_map_k.mlp.layer", "map_key")):
-            name = name.replace(theirs, f"attention_maps.{own}.linear.weight")
-        state[name] = factor * value
+        state[own_name(name)] = factor * value
     model = LlamaForCausalLM(LlamaConfig(**LOLCATS["config"])).eval()
     convert(model, "hedgehog", form=case["form"], feature_dim=case["feature_dim"])
     model.load_state_dict(state)
     noise = seeded_array(LOLCATS["tokens"], "tokens", seed) / math.sqrt(3)
     tokens = torch.from_numpy(((noise + 1) / 2 * LOLCATS["config"]["vocab_size"]).astype(np.int64))
+    weights = {own_name(name): name for name in case["logits_gradient"]}
+    parameters = {weights[name]: p.requires_grad_() for name, p in model.named_parameters() if name in weights}
+    logits = model(tokens, use_cache=False).logits
+    with teaching(model) as losses:
+        model(tokens, use_cache=False)
+    loss = torch.stack(losses).mean()
+    assert_values(logits, case["logits"])
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    weighed = logits * torch.from_numpy(seeded_array(logits.shape, "gradient", seed).astype(np.float32))
+    for scalar, golden in ((weighed.sum(), case["logits_gradient"]), (loss, case["loss_gradient"])):
+        for name, values in golden.items():
+            assert_values(torch.autograd.grad(scalar, parameters[name], retain_graph=True)[0], values)
+
+
+def assert_values(tensor, golden):
+    """To 1e-4 of the tensor's size."""
+    expected, actual = np.asarray(golden["value"]), tensor.detach().flatten()[golden["index"]].numpy()
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.sqrt(np.mean(expected**2)))
+
+
+@pytest.mark.parametrize("execute", ["dense", "gather"])
+def test_a_host_with_a_scale_of_its_own_keeps_it(execute):
+    """Layer i of this GPT-2 divides its scores by i + 1 besides: the teacher does, and all heads of MoH do."""
+    model, given = gpt2(scale_attn_by_inverse_layer_idx=True).eval(), batch()
     with torch.no_grad():
-        logits = model(tokens, use_cache=False).logits.flatten()
-        with teaching(model) as losses:
-            model(tokens, use_cache=False)
-    np.testing.assert_allclose(logits[case["logits"]["index"]], case["logits"]["value"], rtol=1e-4, atol=1e-4)
-    assert torch.stack(losses).mean().item() == pytest.approx(case["loss"], rel=1e-5)
+        logits = model(**given).logits
+        assert (gpt2().eval().requires_grad_(False)(**given).logits - logits).abs().max() > 1e-3
+        convert(model, "moh", shared=0.0, active=1.0, execute=execute)
+        torch.testing.assert_close(model(**given).logits, logits, rtol=1e-4, atol=1e-4)
+        convert(revert(model), "hedgehog")
+        with teaching(model):
+            torch.testing.assert_close(model(**given, use_cache=False).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 @hosts
@@ -241,6 +271,18 @@ def test_generate_keeps_a_state_of_constant_size_and_says_what_a_full_cache_says
         for _ in range(8):
             tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(ours, tokens)
+
+
+@decoders_only
+@pytest.mark.parametrize("cache", [StateCache, DynamicCache])
+def test_positions_go_on_where_the_cache_ends(build, cache):
+    """cosFormer's map knows its tokens' places, and with 24 of them weights change from place to place."""
+    model = convert(build().eval(), "hedgehog", feature_map="cosformer", length=24)
+    tokens, past = torch.randint(1, VOCAB, (2, 20)), cache()
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        parts = [model(part, past_key_values=past, use_cache=True).logits for part in tokens.split([9, 10, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 @decoders_only

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from provenn.nn.random_features import elu_features, orthogonal_gaussian, positive_features, trigonometric_features
+from provenn.nn.random_features import (
+    elu_features,
+    gaussian,
+    orthogonal_gaussian,
+    positive_features,
+    trigonometric_features,
+)
 
 
 def test_blocks_are_orthogonal():
@@ -33,6 +39,19 @@ def test_products_of_features_are_unbiased(feature_map):
     estimates = torch.stack(draws)
     error = (estimates.mean(dim=0) - (q @ k.T).exp()).abs()
     assert (error < 4.5 * estimates.std(dim=0) / len(draws) ** 0.5).all()
+
+
+@pytest.mark.parametrize("norm", [0.3, 0.6])
+def test_the_variance_of_positive_features_is_lemma_2_s(norm):
+    """Var[φ(x)·φ(y)] = (e^{‖x+y‖²} − 1) e^{2x·y} / m (arXiv:2106.12566): why norms must be bounded."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (norm * part / part.norm() for part in torch.randn(2, 1, 6, generator=generator, dtype=torch.float64))
+    draws, m = 50_000, 4
+    w = gaussian(draws * m, 6, generator=generator).double()
+    terms = positive_features(x, w) * positive_features(y, w) * draws  # φ of all draws together has m · draws features
+    products = terms[0].unflatten(0, (draws, m)).sum(-1)
+    expected = ((x + y).square().sum().exp() - 1) * (2 * (x * y).sum()).exp() / m
+    assert products.var().item() == pytest.approx(expected.item(), rel=0.1)
 
 
 def test_positive_features_are_positive_and_trigonometric_products_can_be_negative():

@@ -187,10 +187,17 @@ def test_streaming_trains_as_the_scan_does():
 
 def test_tokens_of_another_width_are_refused(untyped):
     mixer = AarenAttention(8, 2)
-    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\), got \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\) with at least one token, got \(3, 8\)"):
         mixer(torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"mask must be bool .* got int64 of"):
+        mixer(torch.randn(2, 3, 8), mask=torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"expected one token a stream, \(batch, 8\), got \(1, 7\)"):
         mixer.step(torch.randn(1, 7), mixer.init_state(1))
+
+
+def test_the_query_starts_as_an_embedding_of_a_token_does():
+    token = AarenAttention(4096, 2).token
+    assert token.std().item() == pytest.approx(0.02, rel=0.05) and abs(token.mean().item()) < 0.002
 
 
 def test_the_key_bias_is_a_dead_parameter():
@@ -251,6 +258,10 @@ def test_the_recurrence_with_latent_queries_is_cross_attention(block):
 def test_the_recurrence_keeps_its_sums_in_float32_and_answers_in_the_type_of_its_values():
     q, k, v = (torch.randn(2, 3, 8).bfloat16() for _ in range(3))
     outputs, state = attention_rnn(q, k, v)
+    assert outputs.dtype == torch.bfloat16 and {part.dtype for part in state} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            outputs, state = attention_rnn(q, k, v, state)
     assert outputs.dtype == torch.bfloat16 and {part.dtype for part in state} == {torch.float32}
 
 
@@ -512,8 +523,8 @@ def taught(value):
 def stand_in(name, process, value):
     trained, seen = taught(lambda label, lr, seed: {"nll": value(label, seed)})
     recipe = Recipe(epochs=1, max_steps=1)
-    events = study(name, "event-forecasting", EventForecaster, events_of(process), recipe=recipe, trained=trained)
-    return events, seen
+    more = {"recipe": recipe, "trained": trained, "note": "As told."}
+    return study(name, "event-forecasting", EventForecaster, events_of(process), **more), seen
 
 
 def test_the_sides_of_a_study_differ_in_their_attention_alone(tmp_path):
@@ -544,6 +555,7 @@ def test_several_data_sets_are_one_mean_a_seed_and_each_must_be_learned(tmp_path
     assert found.setting["train"] == {"hawkes": 400, "sine": 400}
     verdict, reason = decide(said, found)
     assert verdict.value == "not measured" and "Aaren on sine" in reason and "hawkes" not in reason
+    assert found.note == "hawkes: As told. sine: As told."
     good, _ = stand_in("good", "sine", lambda label, seed: 0.5 + seed / 100)
     assert decide(said, together([one, good])(run))[0].value == "direction holds"
 

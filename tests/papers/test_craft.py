@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import gelu, max_pool2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from provenn.data.resize import bicubic
 from provenn.errors import UserError
 from provenn.evidence import Run
+from provenn.nn.padding import PadToMultiple
 from provenn.papers import craft
 from provenn.papers.craft import HFB, HFERB, SRWAB, PositionBias, claims, official, studies
 from provenn.papers.craft.layers import windows_without_wrap
@@ -181,6 +183,25 @@ def test_hferb_without_its_last_convolution_is_the_identity():
     assert torch.equal(block(x), x)
 
 
+def test_hferb_is_its_equation_with_another_pool_too():
+    x = torch.randn(2, 8, 7, 5)
+    for pool, pooled in ((None, max_pool2d(x[:, 4:], 3, 1, 1)), (nn.Identity, x[:, 4:])):
+        block = awake(HFERB(8, pool=pool))
+        branches = [gelu(block.local(x[:, :4])), gelu(block.sharp(pooled))]
+        torch.testing.assert_close(block(x), x + block.merge(torch.cat(branches, 1)))
+
+
+@pytest.mark.parametrize("build", [craft.craft_x2, craft.craft_small])
+def test_a_preset_s_options_reach_every_window(build):
+    published, repaired = (
+        [m for m in model.modules() if isinstance(m, SRWAB)] for model in (build(), build(wrap=False, position_dim=2))
+    )
+    assert len(published) == len(repaired) > 0
+    for ours, theirs in zip(repaired, published):
+        assert theirs.attention.wrap and all(b.constant for b in theirs.attention.bias)
+        assert not ours.attention.wrap and {b.embed.out_features for b in ours.attention.bias} == {2}
+
+
 def test_max_pooling_is_monotone_and_sees_no_padding():
     pool = HFERB(8).pool
     x = torch.randn(1, 4, 6, 6) - 10
@@ -350,8 +371,9 @@ class Says(nn.Module):
 
 
 def test_the_high_band_is_what_lies_above_half_nyquist():
-    columns = torch.arange(64)
-    slow, fast = (60 * torch.cos(2 * torch.pi * k * columns / 64).expand(3, 64, 64) for k in (8, 24))
+    columns = torch.arange(64)  # half of Nyquist is 16 periods over 64 pixels
+    slow, fast = (60 * torch.cos(2 * torch.pi * k * columns / 64).expand(3, 64, 64) for k in (15, 18))
+    assert [studies.high_share(wave[None]) for wave in (slow, fast)] == pytest.approx([0, 1], abs=1e-4)
     photo = (127 + slow / 2 + fast / 2).round().byte()
     data = photos(photo)
     for lacking, high, low in ((Says(127 + slow / 2), 1, 0), (Says(127 + fast / 2), 0, 1)):
@@ -424,19 +446,7 @@ def test_one_pixel_reaches_two_windows_or_its_neighbours():
     assert studies.reach(block, 32) == 112
 
 
-def test_attention_among_pixels_equals_its_definition():
-    module = studies.PositionAttention(8, 2)
-    low, high = torch.randn(2, 1, 8, 3, 5)
-    q, (k, v) = module.q(high), module.kv(low).chunk(2, dim=1)
-    q, k, v = (t.reshape(2, 4, 15) for t in (q, k, v))  # heads, channels, pixels
-    weights = (q.transpose(1, 2) @ k / 2).softmax(-1)
-    mixed = (weights @ v.transpose(1, 2)).transpose(1, 2).reshape(1, 8, 3, 5)
-    torch.testing.assert_close(module(low, high), module.project(mixed))
-
-
-@pytest.mark.parametrize(
-    "measure", [claims.position_bias_is_dead, claims.windows_wrap_around, claims.padding_rule_matters]
-)
+@pytest.mark.parametrize("measure", [claims.position_bias_is_dead, claims.windows_wrap_around])
 def test_what_the_authors_code_does_is_found(measure, tmp_path):
     assert measure(Run("craft", tmp_path)).effect == 1
 
@@ -447,6 +457,16 @@ def test_with_a_living_bias_it_is_not_said_to_be_dead(monkeypatch, tmp_path):
         claims, "RectangleWindowAttention", lambda dim, position_dim=None: real(dim, position_dim=position_dim or 2)
     )
     assert claims.position_bias_is_dead(Run("craft", tmp_path)).effect == 0
+
+
+def test_the_authors_two_ways_to_pad_give_two_images_where_nothing_is_missing():
+    """Evaluation mirrors with the edge and always adds; validation without it, and only what is missing."""
+    model, x = awake(craft.craft_small()), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        evaluation = PadToMultiple(model, 16, 2, mode="symmetric", always=True)(x)
+        validation = PadToMultiple(model, 16, 2, mode="reflect")(x)
+    assert torch.equal(validation, model(x))
+    assert (evaluation - validation)[..., 24:40, 24:40].abs().max() > 1e-3
 
 
 def test_bfloat16_stays_near_float32():

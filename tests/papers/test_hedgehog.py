@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from provenn.bench import count_parameters, flops, growth
+from provenn.evidence import Run
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.feature_maps import FeatureMap
 from provenn.nn.streaming import state_bytes
@@ -364,6 +365,14 @@ def test_distillation_brings_the_weights_to_softmax_and_leaves_the_host():
     assert divergence(target, attention.weights(x)).mean() < 0.5 * divergence(target, fresh.weights(x)).mean()
 
 
+def test_distillation_as_a_task_learns_without_dropout():
+    model, x = host(dropout=0.5).train(), torch.randn(2, 9, 8, dtype=torch.float64)
+    linearise(model)
+    task = Distillation("language-modelling")
+    losses = [task.loss(model, [x]) for _ in range(2)]
+    assert model.training and losses[0].item() == losses[1].item()
+
+
 def test_a_window_is_not_converted():
     model = TransformerEncoder(8, partial(SlidingWindowAttention, heads=2, window=3), layers=2, feedforward=16)
     with pytest.raises(ValueError, match="no SoftmaxAttention"):
@@ -583,6 +592,61 @@ def test_softmax_mimics_itself_and_a_fixed_map_does_not():
     )
     assert studies.RANK(softmax, data) == pytest.approx(1)
     assert studies.DIVERGENCE(elu, data) > 0 and studies.RANK(elu, data) < 1
+
+
+def test_probes_are_less_entropy_than_softmax_and_the_divergence_from_it():
+    """By value, so that neither a sign nor the order of the two attentions can change."""
+    data = studies.digit_data(0, True)
+    model = hedgehog_vit(dim=16, heads=2, layers=1, feature_map="elu").eval()
+    attention = model.blocks[0].mixer
+    with torch.no_grad():
+        attention.query.weight.mul_(4)
+        attention.key.weight.mul_(4)
+        inputs = []
+        attention.register_forward_hook(lambda _, given, __: inputs.append(given[0]))
+        model(next(iter(DataLoader(data.test, batch_size=studies.SEEN)))[0])
+        q, k, _ = attention.project(inputs[0])
+        softmax, own = (q @ k.mT / math.sqrt(8)).softmax(-1), attention.weights(inputs[0])
+    entropies = [-(a * a.log()).sum(-1).mean().item() for a in (softmax, own)]
+    assert studies.SPIKINESS(model, data) == pytest.approx(entropies[0] - entropies[1], rel=1e-4) and entropies[0] < 2.5
+    expected = (softmax * (softmax / own).log()).sum(-1).mean().item()
+    assert studies.DIVERGENCE(model, data) == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx((own * (own / softmax).log()).sum(-1).mean().item(), rel=0.05)
+
+
+def test_images_that_are_learned_from_are_not_tested_on():
+    data, whole = studies.digit_data(0, False), get_task("image-classification").load("digits", seed=0)
+    parts = [{image.numpy().tobytes() for image, _ in part} for part in (data.train, data.val, data.test)]
+    assert [len(data.train), len(data.test)] == [838, 779] and len(data.val) == len(whole.val)
+    assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+def test_the_tie_of_properties_to_quality_is_that_of_the_weaker_property(monkeypatch, tmp_path):
+    figures = {  # of two seeds; fewer bits are better
+        None: {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [3.0, 3.0], "d": [4.0, 4.0]},
+        "spikiness": {"a": [-0.1, -0.1], "b": [-0.2, -0.3], "c": [-0.3, -0.2], "d": [-0.4, -0.4]},
+        "rank": {"a": [0.9, 0.9], "b": [0.8, 0.8], "c": [0.6, 0.7], "d": [0.7, 0.6]},
+    }
+
+    class Measured:
+        arms = "abcd"
+
+        def measure(self, run, arms, metric=None):
+            return figures[metric], {"seeds": (0, 1), "unit": "bits"}
+
+    monkeypatch.setattr(claims, "WHOLE", Measured())
+    measured = claims.properties_tied(Run("hedgehog", tmp_path, budget="smoke", seeds=(0, 1)))
+    assert measured.values == pytest.approx([0.8, 0.8])  # of rank with seed 0, of spikiness with seed 1
+    assert measured.unit == "rank correlation"
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_teacher_takes_the_scale_of_its_host(scale):
+    q, k = torch.randn(2, 2, 3, 9, 4, dtype=torch.float64)
+    phi_q, phi_k = torch.rand(2, 2, 3, 9, 6, dtype=torch.float64)
+    target = (q @ k.mT * (0.5 if scale is None else scale)).masked_fill(torch.ones(9, 9).triu(1) > 0, -math.inf)
+    expected = -(target.softmax(-1) * weights(phi_q, phi_k).clamp_min(1e-12).log()).sum(-1).mean()
+    torch.testing.assert_close(distillation_loss(q, k, phi_q, phi_k, scale=scale), expected)
 
 
 SHORT = Recipe(epochs=1, batch_size=64, max_steps=2, lr=1e-2)

@@ -4,19 +4,26 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from provenn.ops.routed_heads import dense_masked_attention
 from provenn.papers.moh.layers import MoHAttention, head_load
 from provenn.papers.moh.studies import (
     FixedHeads,
     Heads,
     Way,
+    among_themselves,
+    chosen_pairs,
     classifier,
     continued,
     converted,
+    core,
+    digit_data,
     gap_between_heads,
     language_model,
     least_used_head,
+    noise_data,
     pretrained,
 )
 from provenn.tasks import Recipe, TaskData, get_task
@@ -56,6 +63,42 @@ def test_heads_that_are_alike_have_no_gap_and_one_that_is_needed_has():
         before = attention.out.weight.clone()
         needed = gap_between_heads(model, data)
     assert needed != 0 and torch.equal(attention.out.weight, before)
+
+
+def test_the_most_and_least_needed_heads_are_chosen_on_other_images():
+    data, task = digits(), get_task("image-classification")
+    model = classifier(Heads()).eval()
+
+    def losses(images):
+        rows = []
+        for block in model.blocks:
+            weight, rows = block.mixer.out.weight, [*rows, []]
+            for head in range(8):
+                kept = weight.clone()
+                weight[:, 6 * head : 6 * head + 6] = 0
+                rows[-1].append(task.evaluate(model, images)["loss"])
+                weight.copy_(kept)
+        return torch.tensor(rows)
+
+    with torch.no_grad():
+        chosen, measured = losses(data.val), losses(data.test)
+        gaps = [row[c.argmax()] - row[c.argmin()] for c, row in zip(chosen, measured)]
+        assert gap_between_heads(model, data) == pytest.approx(sum(gaps).item() / 2, abs=1e-6)
+    assert (measured.amax(1) - measured.amin(1)).mean() > sum(gaps) / 2  # chosen there, it would be larger
+
+
+@pytest.mark.parametrize(("load", "sizes"), [(digit_data, (900, 360, 537)), (noise_data, (900, 180, 717))])
+def test_images_that_are_learned_from_choose_no_rate_and_are_not_tested_on(load, sizes):
+    data = load(0, False)
+    parts = [[part[i][0].numpy().tobytes() for i in range(len(part))] for part in (data.train, data.val, data.test)]
+    assert tuple(map(len, parts)) == sizes
+    assert len({image for part in parts for image in part}) == sum(sizes)
+
+
+def test_the_model_to_convert_is_one_of_each_seed():
+    data, task = text(), get_task("language-modelling")
+    first, other, again = (pretrained(task, data, 1, seed, "cpu") for seed in (5, 6, 5))
+    assert first is again and any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_the_least_used_head_is_told_from_shared_ones_and_from_no_routing():
@@ -110,3 +153,14 @@ def test_fixed_heads_are_the_same_for_all_tokens():
     load = head_load(layer, torch.randn(2, 9, 16))["router"]
     assert sorted(load.tolist()) == [0.0] * 2 + [1.0] * 6
     assert not nn.ModuleList([layer.router]).state_dict().keys() - {"0.kept"}
+
+
+def test_table_7_times_another_function_than_the_layer():
+    """Each head attends among the tokens that chose it; in the layer it attends from those to all."""
+    q, k, v = core(48, 8, "cpu")
+    active = chosen_pairs(48, 8, 0, 4)
+    pairs = active.unsqueeze(-1) & active.unsqueeze(-2)
+    among = torch.where(active.unsqueeze(-1), F.scaled_dot_product_attention(q, k, v, attn_mask=pairs), 0)
+    torch.testing.assert_close(among_themselves(4, heads=8)(48, "cpu")(), among)
+    layer = dense_masked_attention(q, k, v, active)
+    assert (among - layer).norm() > 0.1 * layer.norm()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from provenn.bench import count_parameters, flops
 from provenn.errors import UserError
+from provenn.evidence import Run
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
@@ -24,6 +26,7 @@ from provenn.papers.nprf import (
     SoftmaxAttentionRPE,
     attention_called,
     attention_rows,
+    claims,
     diagnose,
     diagnose_model,
     kernelized,
@@ -130,6 +133,45 @@ def test_layer_is_its_formula_with_gradients(form, feature_map, normalize, causa
     wanted = [x, *layer.parameters()]
     for a, b in zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (ours, plain))):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@forms
+@pytest.mark.parametrize(("offset", "causal"), [(-3, True), (-3, False), (2, False)])
+def test_a_bias_that_leaves_one_offset_copies_the_token_there(form, offset, causal):
+    """z_i = v_{i+δ}: a table read the other way round would copy from the other side."""
+    layer = KernelAttentionRPE(8, 2, features=6, max_length=13, causal=causal, form=form).double()
+    with torch.no_grad():
+        layer.rpe.table.fill_(-25)
+        layer.rpe.table[:, 12 + offset] = 0
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    there = slice(max(-offset, 0), 13 - max(offset, 0))
+    copied = layer.out(layer.value(x.roll(-offset, 1)))
+    torch.testing.assert_close(layer(x)[:, there], copied[:, there], rtol=1e-6, atol=1e-6)
+
+
+@forms
+def test_what_is_shifted_within_its_padding_gives_shifted_outputs(form):
+    layer = stirred(KernelAttentionRPE(8, 2, features=6, max_length=30, causal=False, form=form))
+    content = torch.randn(1, 11, 8, dtype=torch.float64)
+    outputs = []
+    for start in (2, 9):
+        x, mask = torch.zeros(1, 30, 8, dtype=torch.float64), torch.zeros(1, 30, dtype=torch.bool)
+        x[:, start : start + 11], mask[:, start : start + 11] = content, True
+        outputs.append(layer(x, mask=mask)[:, start : start + 11])
+    torch.testing.assert_close(*outputs, rtol=1e-7, atol=1e-9)
+
+
+def test_normalised_weights_are_within_e_squared_of_each_other_until_biases_come():
+    x = torch.randn(1, 40, 16, dtype=torch.float64)
+    plain = KernelAttentionRPE(16, 2, features=8192, rpe="none", causal=False).double()
+    with torch.no_grad():
+        plain.query.weight.mul_(20)
+        plain.key.weight.mul_(20)
+    rows = attention_rows(plain, x)[0]
+    assert 3 < (rows.amax(-1) / rows.amin(-1)).max() < 1.5 * math.e**2  # the estimate is off by a fifth
+    biased = stirred(KernelAttentionRPE(16, 2, features=64, causal=False))
+    rows = attention_rows(biased, x)[0]
+    assert (rows.amax(-1) / rows.amin(-1)).max() > math.e**2
 
 
 @forms
@@ -576,6 +618,48 @@ def test_the_translator_hides_padding_and_later_words():
         changed = target.clone()
         changed[:, 4:] = 3
         torch.testing.assert_close(model(source, changed, mask=mask)[:, :4], expected[:, :4])
+
+
+def test_the_translator_has_absolute_positions_where_it_has_no_others():
+    """The last of a causal layer's outputs knows the order of the words before it by positions alone."""
+    source, target = torch.randint(256, (1, 5)), torch.tensor([[7, 8, 9, 10]])
+    swapped = torch.tensor([[8, 7, 9, 10]])
+    for name, knows in (("softmax", True), ("prf", True), ("softmax+rpe", False), ("nprf+rpe", False)):
+        model = nprf_translator_tiny(attention=name, layers=1).eval()  # biases start at 0
+        with torch.no_grad():
+            change = (model(source, swapped)[:, -1] - model(source, target)[:, -1]).abs().max()
+        assert (change > 1e-4) == knows, name
+
+
+def test_failures_are_counted_over_all_rates_and_seeds(monkeypatch, tmp_path):
+    class Trained:
+        def __init__(self, name, arms, higher, reached):
+            self.name, self.arms, self.reached = name, arms, reached
+            self.of_task = types.SimpleNamespace(metric="metric", higher_is_better=higher)
+
+        def label(self, arm):
+            return arm
+
+        def trivial(self, run):
+            return [0.4, 0.6]
+
+        def trials(self, run, arm):
+            return [{"metric": value} for value in self.reached[arm][:2]]
+
+        def rate(self, run, arm):
+            return 0.0, dict(zip("ab", self.reached[arm][2:]))
+
+    fine = Trained("fine", ["nprf+rpe"], True, {"nprf+rpe": [0.9, 0.8, 0.7, 0.6]})
+    poor = {"nprf+rpe": [0.5, 0.9, None, 0.4], "prf": [0.3, math.nan, 0.9, 0.9]}  # 0.5 is trivial
+    for name in ("COPYING", "TEXT", "DIGITS"):
+        monkeypatch.setattr(claims, name, fine)
+    monkeypatch.setattr(claims, "STRESS", Trained("poor", list(poor), True, poor))
+    run = Run("nprf", tmp_path, budget="smoke", seeds=(0, 1))
+    measured = claims.no_failures(run)
+    assert measured.value == 3 and measured.unit == "failed of 16 trainings"
+    assert measured.tables[0].rows[1:3] == [["poor", "nprf+rpe", 3, 4], ["poor", "prf", 2, 4]]
+    monkeypatch.setattr(claims, "STRESS", Trained("bits", ["nprf+rpe"], False, {"nprf+rpe": [0.4, 0.3, 0.5, 0.1]}))
+    assert claims.no_failures(run).value == 1
 
 
 def test_an_autograd_step_through_fft_and_through_weights_are_one():

@@ -28,10 +28,14 @@ from provenn.papers.rat import (
     RNNMixer,
     attention_small,
     attention_swa_small,
+    attention_swa_xl,
     claims,
     rat_small,
     rat_swa_small,
+    rat_swa_xl,
+    rat_xl,
     rnn_small,
+    rnn_xl,
 )
 from provenn.papers.rat.costs import mixer_costs
 from provenn.papers.rat.official import convert
@@ -91,7 +95,8 @@ def by_definition(layer, x):
         new = t % layer.chunk == 0
         key = (1 - g[:, t]) * k[:, t] + (0 if new else g[:, t] * key)
         value = (1 - g[:, t]) * v[:, t] + (0 if new else g[:, t] * value)
-        turned, query = (rotate(part.view(-1, heads, 1, p), torch.tensor([c])).squeeze(2) for part in (key, q[:, t]))
+        place = torch.tensor([{"chunk": c, "token": t, "none": 0}[layer.positions]])
+        turned, query = (rotate(part.view(-1, heads, 1, p), place).squeeze(2) for part in (key, q[:, t]))
         seen = [*finished, (turned, value.view(-1, heads, p))]
         scores = torch.stack([(query * past).sum(-1) / p**0.5 for past, _ in seen], dim=-1)
         mixed = torch.einsum("bhc,bhcp->bhp", scores.softmax(-1), torch.stack([past for _, past in seen], dim=2))
@@ -107,6 +112,34 @@ def test_rat_is_what_its_equations_say(chunk, tokens):
     layer = stirred(RATMixer(24, 4, chunk=chunk))
     x = torch.randn(2, tokens, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x), by_definition(layer, x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("positions", ["chunk", "token", "none"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_every_option_is_what_its_equations_say_and_so_is_its_gradient(groups, positions):
+    layer = stirred(RATMixer(24, 4, chunk=3, groups=groups, positions=positions))
+    x = torch.randn(2, 11, 24, dtype=torch.float64, requires_grad=True)
+    ours, defined = layer(x), by_definition(layer, x)
+    torch.testing.assert_close(ours, defined, rtol=0, atol=1e-10)
+    weight, leaves = torch.randn_like(ours), [x, *layer.parameters()]
+    slopes = (torch.autograd.grad((y * weight).sum(), leaves) for y in (ours, defined))
+    for a, b in zip(*slopes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_the_1_3b_models_are_those_of_the_authors_code():
+    """What no count of parameters tells: windows of 1,025 with the own token, chunks of 16, two groups, wide heads."""
+    with torch.device("meta"):
+        models = [build(layers=4) for build in (rat_swa_xl, attention_swa_xl, rat_xl, rnn_xl)]
+    hybrid, windowed, rat, rnn_model = ([block.mixer for block in model.blocks] for model in models)
+    assert [mixer.window for mixer in (*hybrid[1::2], *windowed[1::2])] == [1025] * 4
+    assert {(mixer.chunk, mixer.groups, mixer.positions) for mixer in (*hybrid[::2], *rat)} == {(16, 2, "chunk")}
+    assert {type(mixer) for mixer in windowed[::2]} == {SoftmaxAttention}
+    assert {mixer.dim // mixer.heads for mixer in (*hybrid, *windowed, *rat)} == {128}
+    assert {mixer.length for mixer in rnn_model} == {4096}
+    assert all(mixer.rotary for mixer in (*hybrid[1::2], *windowed))
+    norms = [part for model in models for part in model.modules() if isinstance(part, nn.RMSNorm)]
+    assert len(norms) == 4 * 9 and {norm.eps for norm in norms} == {1e-6}
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 21])
@@ -724,6 +757,13 @@ def test_costs_are_those_of_the_layers(tokens, mixer):
     assert 3 * state_bytes(running) == found.running_bytes
 
 
+def test_at_the_length_of_the_abstract_attention_takes_seven_times_the_products_though_half_the_square_is_left_out():
+    attention_costs, rat_costs = (
+        mixer_costs(mixer, 98_304, dim=2048, heads=16).flops for mixer in ("attention", "rat")
+    )
+    assert attention_costs / rat_costs == pytest.approx(7.2, abs=0.05)
+
+
 def test_costs_refuse_what_is_not_there():
     with pytest.raises(ValueError, match="mixer must be one of attention, window, rat, rnn, got 'lstm'"):
         mixer_costs("lstm", 10, dim=8)
@@ -830,7 +870,11 @@ def test_selection_is_of_needles_against_filler():
     assert selection(model, data) == pytest.approx(0, abs=1e-6)
     with torch.no_grad():  # z and v come before g: filler closes the gates
         first.project.weight[128:192] = model.embed.key.weight[NEEDLES["keys"]].expand(64, -1)
-    assert selection(model, data) > 0.1
+    told = selection(model, data)
+    assert told > 0.1
+    with torch.no_grad():  # questions close them too, and do not count
+        first.project.weight[128:192] += model.embed.value.weight[NEEDLES["values"]]
+    assert selection(model, data) > 0.75 * told
     assert selection(read_needles(partial(SoftmaxAttention, heads=4)), data) == 0
 
 

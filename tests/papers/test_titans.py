@@ -10,9 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provenn.bench import count_parameters
+from provenn.bench import count_parameters, flops, growth
 from provenn.cli import main
+from provenn.evidence import Run, Study
+from provenn.nn.positions import rotate
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
+from provenn.ops.memory_update import MemoryState, recurrent_memory
 from provenn.papers.titans import (
     Forecaster,
     LongTermMemory,
@@ -121,9 +124,98 @@ def test_mac_recalls_with_the_memory_from_before_the_segment_and_writes_what_att
     torch.testing.assert_close(torch.cat(outputs, dim=1), mixer(x), rtol=0, atol=1e-12)
 
 
-def test_window_attention_is_a_masked_softmax_with_distances_and_a_free_prefix():
-    from provenn.nn.positions import rotate
+OPTIONS = {
+    "as in the camera-ready": {},
+    "matrix, one gate of each kind": {"depth": 1, "residual": False, "gating": "token"},
+    "deep, read before the write": {"depth": 3, "read": "pre", "kernel": 2},
+    "limited, no momentum": {"limit": 0.5, "momentum": False, "max_step": 0.3},
+    "no decay, no convolution": {"decay": False, "kernel": 1, "expansion": 2},
+}
 
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_memory_is_what_its_equations_say_from_the_tokens_on(options):
+    """Maps, convolution, SiLU, unit keys and gates written out; the rule by its definition, token by token."""
+    memory, x = built(partial(NeuralMemory, heads=2, chunk=4, **options)), draw(2, 11, 8).requires_grad_()
+    with torch.no_grad():  # where gates start they hardly differ
+        for gate in (memory.step_gate, memory.momentum_gate):
+            if gate is not None:
+                gate.weight.normal_()
+    y = x @ memory.project.weight.T
+    if memory.kernel > 1:
+        taps = memory.convolution.T.unsqueeze(1)
+        y = torch.nn.functional.conv1d(torch.nn.functional.pad(y.mT, (memory.kernel - 1, 0)), taps, groups=24).mT
+    q, k, v = torch.nn.functional.silu(y).view(2, 11, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+    depth = len(memory.memory)
+    gates = depth if options.get("gating") != "token" else 1
+
+    def scalars(gate):
+        return gate(x).sigmoid().view(2, 11, gates, 2).permute(2, 0, 3, 1)
+
+    forget = [torch.zeros(2, 2, 11, 1).double()] * gates
+    if memory.forget_gate is not None:
+        α = memory.forget_gate(x).sigmoid().view(2, 11, 2, -1).transpose(1, 2)
+        forget = α.split(memory.channels, -1)
+    moving = None if memory.momentum_gate is None else scalars(memory.momentum_gate)
+    expected = recurrent_memory(
+        q, k, v,
+        step=options.get("max_step", 1 / (4 * depth)) * scalars(memory.step_gate),
+        forget=forget,
+        momentum=moving,
+        state=MemoryState.start(list(memory.memory), 2, momentum=moving is not None),
+        chunk=4,
+        read=options.get("read", "post"),
+        residual=options.get("residual", True),
+        limit=options.get("limit"),
+    )[0].transpose(1, 2).flatten(2)  # fmt: skip
+    ours = memory(x)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+    slopes = (torch.autograd.grad(form.square().sum(), [x, *memory.parameters()]) for form in (ours, expected))
+    for a, b in zip(*slopes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def rms(x, norm):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mag", "mal"])
+def test_variants_are_what_their_equations_say(variant):
+    """With one token a chunk, reading the persistent tokens first is reading P ‖ x."""
+    mixer, x = built(partial(MIXERS[variant], chunk=1)), draw(2, 9, 8)
+    with torch.no_grad():
+        for part in mixer.modules():
+            if isinstance(part, torch.nn.RMSNorm):
+                part.weight.copy_(1 + draw(8).abs())
+        lmm = mixer.memory if variant == "mal" else mixer
+        count = len(lmm.persistent)
+        whole = torch.cat([lmm.persistent.expand(2, count, 8), x], dim=1)
+        m = lmm.memory(whole)
+        if variant == "mag":
+            y = mixer.attention(x, [x], mixer.persistent.expand(2, count, 8))[0]
+            expected = rms(y, mixer.join.norm_y) * rms(m, mixer.join.norm_m)[:, count:].sigmoid()
+        else:
+            expected = lmm.out(rms(m, lmm.norm) * torch.nn.functional.silu(lmm.gate(whole)))
+            if variant == "mal":
+                prefix, seen = rms(expected, mixer.norm).split([count, 9], dim=1)
+                expected = torch.cat([prefix, mixer.attention(seen, [seen], prefix)[0]], dim=1)
+            expected = expected[:, count:]
+        torch.testing.assert_close(mixer(x), expected, rtol=0, atol=1e-9)
+
+
+def test_persistent_tokens_are_a_chunk_of_their_own():
+    mixer, x = built(partial(LongTermMemory, chunk=4, persistent=3)), draw(2, 9, 8)
+    with torch.no_grad():
+        state = mixer.memory.prefill(mixer.persistent.expand(2, 3, 8))[1]
+        state = state._replace(memory=MemoryState.start([w[0] for w in state.memory.weights], 2)._replace(
+            momentum=state.memory.momentum))  # fmt: skip
+        recalled = mixer.memory.prefill(x, state)[0]
+        expected = mixer.out(rms(recalled, mixer.norm) * torch.nn.functional.silu(mixer.gate(x)))
+        torch.testing.assert_close(mixer(x), expected, rtol=0, atol=1e-11)
+
+
+def test_window_attention_is_a_masked_softmax_with_distances_and_a_free_prefix():
     attention = built(MIXERS["mag"]).attention
     x, prefix = draw(2, 13, 8), draw(2, 2, 8, seed=1)
     q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (attention.query, attention.key, attention.value))
@@ -134,6 +226,36 @@ def test_window_attention_is_a_masked_softmax_with_distances_and_a_free_prefix()
     weights = (torch.cat([q @ pk.mT, scores], dim=-1) / 2).softmax(dim=-1)
     y = weights @ torch.cat([pv, v], dim=2)
     torch.testing.assert_close(attention(x, [x], prefix)[0], attention.out(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_attention_to_two_kinds_sees_what_it_should_of_a_segment(ahead):
+    """[P ‖ h ‖ s]: with `ahead` the h of later tokens too, as the equations of MAC have it."""
+    attention = built(MIXERS["mac"]).attention
+    s, h, prefix = draw(2, 6, 8), draw(2, 6, 8, seed=1), draw(2, 2, 8, seed=2)
+    q, *keys = (attention._heads(attention.query(s)), *(attention._heads(attention.key(x)) for x in (h, s, prefix)))
+    values = torch.cat([attention._heads(attention.value(x)) for x in (prefix, h, s)], dim=2)
+    place = torch.arange(6)
+    later = place > place[:, None]
+    turned = [rotate(q, place) @ rotate(k, place).mT for k in keys[:2]]
+    turned[0] = turned[0] if ahead else turned[0].masked_fill(later, -torch.inf)
+    scores = torch.cat([q @ keys[2].mT, turned[0], turned[1].masked_fill(later, -torch.inf)], dim=-1) / 2
+    y = attention.out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(s, [h, s], prefix, ahead=ahead)[0], y)
+
+
+def test_mac_to_the_letter_asks_the_memory_that_has_read_the_segment():
+    mixer, x = built(MIXERS["mac"], causal=False), draw(2, 12, 8)
+    prefix, memory = mixer.persistent.expand(2, 2, 8), mixer.memory
+    state, outputs = memory.init_state(2), []
+    q_tail = torch.zeros(2, 3, 8).double()
+    for segment in x.split(6, dim=1):
+        h, q_tail = memory.recall(segment, state.memory.weights, q_tail)
+        y = mixer.attention(segment, [h, segment], prefix, ahead=1)[0]
+        asked = state.tail[..., :8]
+        state = memory.prefill(y, state)[1]
+        outputs.append(mixer.join(y, memory.recall(y, state.memory.weights, asked)[0]))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), mixer(x), rtol=0, atol=1e-12)
 
 
 @mixers
@@ -261,6 +383,19 @@ def test_bfloat16_weights_keep_a_float32_memory(make):
     assert {x.dtype for x in (*state.weights, *state.momentum)} == {torch.float32}
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_memory_is_asked_the_same_way_and_in_its_own_precision_whether_it_writes_or_not(residual):
+    options = {"momentum": False, "decay": False, "max_step": 1e-30, "residual": residual}  # writes nothing
+    memory, x = built(NeuralMemory, dtype=torch.float32, **options), draw(2, 9, 8, dtype=torch.float32)
+    torch.nn.init.normal_(memory.memory[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        writing, recalled = memory(x), memory.recall(x, memory.init_state(2).memory.weights, torch.zeros(2, 3, 8))[0]
+        with frozen_memory(memory):
+            frozen = memory(x)
+    for y in (frozen, recalled):
+        torch.testing.assert_close(y, writing, rtol=1e-5, atol=1e-5)
+
+
 def test_copies_share_no_memory():
     mixer = built(MIXERS["mag"])
     twin = copy.deepcopy(mixer)
@@ -300,8 +435,10 @@ def test_bad_arguments_are_refused_with_a_reason(build, message):
 @mixers
 def test_what_does_not_fit_a_layer_is_refused_with_both_shapes(make, untyped):
     mixer, x = built(make), draw(2, 7, 8)
-    with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 7\), got \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"mask must be bool of shape .* = \(2, 7\), .* got bool of shape \(2, 6\)"):
         mixer(x, mask=torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must be bool .* got float64 of"):
+        mixer(x, mask=torch.ones(2, 7, dtype=torch.float64))
     for wrong in (x[..., :6], x[0], x[:, :0]):
         with pytest.raises(ValueError, match=r"expected \(batch, tokens, 8\) with at least one token, got"):
             mixer(wrong)
@@ -341,6 +478,14 @@ def test_mac_asks_its_memory_at_every_second_token():
     mixer.attention.register_forward_pre_hook(lambda part, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
     mixer(x)
     assert seen[0][0, :, 0].tolist() == [False, True] * 3 and seen[0][0, :, 1].all()
+
+
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
+def test_work_of_the_hybrids_is_linear_in_the_tokens(variant):
+    mixer, sizes = built(MIXERS[variant], dtype=torch.float32), [96, 192, 384]
+    with torch.no_grad():
+        work = [flops(lambda n=n: mixer(draw(1, n, 8, dtype=torch.float32))) for n in sizes]
+    assert growth(sizes, work).exponent == pytest.approx(1, abs=0.03)
 
 
 def test_a_preset_reads_a_text_on_the_meta_device():
@@ -509,3 +654,73 @@ def test_without_momentum_is_a_memory_that_has_none():
     x = draw(2, 30, 8)
     with studies.without_momentum(with_gate):
         torch.testing.assert_close(with_gate(x), without(x))
+
+
+class Told(torch.nn.Module):
+    """Answers right where the pair stands at most so far back, and wrong elsewhere."""
+
+    def __init__(self, data, reach):
+        super().__init__()
+        self.reach, self.lengths = reach, []
+        _, self.targets, self.distances = data.test[:]
+
+    def forward(self, tokens):
+        self.lengths.append(tokens.shape[1])
+        if tokens.shape != self.targets.shape:
+            return torch.zeros(*tokens.shape, studies.VALUES)
+        right = torch.nn.functional.one_hot(self.targets.clamp_min(0), studies.VALUES)
+        return torch.where((self.distances <= self.reach).unsqueeze(-1), right, -right).float()
+
+
+def test_recall_is_probed_within_the_window_beyond_it_and_far():
+    data = studies.pairs_data(0, True)
+    model = Told(data, studies.WINDOW - 1)  # as far back as window attention sees, itself included
+    assert (studies.right_within(model, data), studies.right_beyond(model, data)) == (1.0, 0.0)
+    assert 0 < studies.right(model, data) < 1
+    beyond = Told(data, -1)
+    assert studies.right_within(beyond, data) == studies.right_beyond(beyond, data) == 0.0
+    model.lengths.clear()
+    studies.right_far(model, data)
+    assert model.lengths == [16 * studies.LENGTH]
+
+
+def test_a_long_text_is_probed_late_and_the_inner_loss_against_its_start(monkeypatch):
+    bits, inner = torch.arange(64.0), torch.cat([torch.full((16,), 4.0), torch.full((48,), 1.0)])
+    monkeypatch.setattr(studies, "long_reading", lambda model, data: (bits, inner))
+    model, data = torch.nn.Identity(), studies.text_data(0, True)
+    assert studies.late_bits(model, data) == pytest.approx(47.5)
+    assert studies.inner_fall(model, data) == pytest.approx(0.25)
+
+
+def test_a_long_text_is_read_in_bits_and_with_the_surprise_of_every_token():
+    model = claims.TEXT.build(claims.TEXT.arms["lmm"][1], vocab=256)
+    data = studies.text_data(0, True)
+    torch.nn.init.zeros_(model.head.weight)
+    bits, inner = studies.long_reading(model, data)
+    assert bits.shape == inner.shape == (2 * studies.READ,) and inner.min() > 0
+    torch.testing.assert_close(bits, torch.full_like(bits, 8.0))  # all bytes alike
+
+
+@pytest.mark.parametrize(
+    ("claim", "study", "figures", "effect"),
+    [
+        ("writing_recalls", "RECALL", {"accuracy": 0.9, "unwritten": 0.2}, 0.7),
+        ("writing_reads", "TEXT", {"late": 2.0, "late, unwritten": 2.5}, -0.5),
+        ("memory_is_long", "RECALL", {"beyond the window": 0.9, "beyond, unwritten": 0.3, "within": 0.8,
+                                      "within, unwritten": 0.7}, 0.5),
+        ("attention_is_short", "RECALL", {"within": 0.8, "within, narrow": 0.4, "beyond the window": 0.9,
+                                          "beyond, narrow": 0.85}, 0.35),
+    ],
+)  # fmt: skip
+def test_what_is_switched_off_is_set_against_what_is_left_on(claim, study, figures, effect, monkeypatch, tmp_path):
+    study = getattr(claims, study)
+    assert set(figures) <= {*study.probes, study.of_task.metric}
+
+    def trials(self, run, arm):
+        assert self is study and arm == ("lmm" if "writing" in claim else "mag")
+        return [{name: value + seed / 1000 for name, value in figures.items()} for seed in run.seeds]
+
+    monkeypatch.setattr(Study, "trials", trials)
+    monkeypatch.setattr(Study, "measure", lambda self, run, arms: ({}, {"seeds": run.seeds, "unit": ""}))
+    found = getattr(claims, claim)(Run("titans", tmp_path, budget="small", seeds=(1, 2, 3)))
+    assert found.effect == pytest.approx(effect)

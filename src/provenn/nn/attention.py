@@ -34,6 +34,18 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
     check_mask(mask, x)
 
 
+def check_heads(dim: int, heads: int, *, rotary: bool = False) -> None:
+    """Is this a number of heads that share `dim`, and can their halves be turned against each other?
+
+    Raises:
+        ValueError: heads that do not divide the width, or an odd width with rotary positions.
+    """
+    if dim < 1 or heads < 1 or dim % heads:
+        raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+    if rotary and dim // heads % 2:
+        raise ValueError(f"rotary positions need an even head width, got dim={dim} and heads={heads}")
+
+
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far, in buffers that double when full. Written in place: for inference."""
 
@@ -78,10 +90,7 @@ class SoftmaxAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True, bias: bool = True, rotary: bool = False):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
-        if rotary and dim // heads % 2:
-            raise ValueError(f"rotary positions need an even head width, got dim={dim} and heads={heads}")
+        check_heads(dim, heads, rotary=rotary)
         self.dim, self.heads, self.causal, self.rotary = dim, heads, causal, rotary
         self.query = nn.Linear(dim, dim, bias=bias)
         self.key = nn.Linear(dim, dim, bias=bias)

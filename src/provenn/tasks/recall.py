@@ -1,12 +1,13 @@
 """Recall: what a model can fetch back from its context. Generated, as the field does it, at any length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -281,15 +282,20 @@ class Recall(Task):
         It knows what answers look like, and not which of them belongs where. Where a sequence has but one, to find it
         is the task: there it says the commonest answer of training.
         """
-        train, test = (list(_sequences(part)) for part in (data.train, data.test))
-        frequency = torch.cat([answers for _, answers in train]).bincount(minlength=data.options["vocab"])
+        vocab, sequences = data.options["vocab"], partial(batches, batch_size=256, device=torch.device("cpu"))
+        train = [(tokens, targets, targets != IGNORED) for tokens, targets, _ in sequences(data.train)]
+        frequency = torch.cat([targets[asked] for _, targets, asked in train]).bincount(minlength=vocab)
         # Those of a lookup do not: its tokens are pairs. Then what the sequence asks for are its candidates.
-        stand_in_it = all(bool(torch.isin(answers, tokens).all()) for tokens, answers in train)
+        stand_in_it = all(
+            bool((_counts(tokens, vocab).gather(1, targets.clamp_min(0)) > 0)[asked].all())
+            for tokens, targets, asked in train
+        )
         right = []
-        for tokens, answers in test:
-            candidates = tokens[frequency[tokens] > 0] if stand_in_it else answers
-            guess = candidates.bincount().argmax() if len(candidates) > 1 else frequency.argmax()
-            right.append(answers == guess)
+        for tokens, targets, _ in sequences(data.test):
+            asked = targets != IGNORED
+            candidates = _counts(tokens, vocab) * (frequency > 0) if stand_in_it else _counts(targets, vocab, asked)
+            guess = torch.where(candidates.sum(1) > 1, candidates.argmax(1), frequency.argmax())
+            right.append((targets == guess[:, None])[asked])
         return max(torch.cat(right).double().mean().item(), 1 / int((frequency > 0).sum()))
 
     def accuracy_by_distance(
@@ -330,11 +336,12 @@ def recall_data(name: str, parts: Sequence[Examples], vocab: int, about: str) ->
     return TaskData(name, train, val, test, checksum, {"vocab": vocab}, {"vocab": vocab}, about=about)
 
 
-def _sequences(dataset: Dataset) -> Iterator[tuple[Int[Tensor, " tokens"], Int[Tensor, " answers"]]]:
-    """The tokens of each sequence, and the answers that it asks for."""
-    for tokens, targets, _ in batches(dataset, 256, torch.device("cpu")):
-        for row, target in zip(tokens, targets):
-            yield row, target[target != IGNORED]
+def _counts(
+    symbols: Int[Tensor, "examples tokens"], vocab: int, counted: Bool[Tensor, "examples tokens"] | None = None
+) -> Int[Tensor, "examples vocab"]:
+    """How often each symbol stands in each sequence, at the places that count."""
+    places = torch.ones_like(symbols) if counted is None else counted.long()
+    return symbols.new_zeros(len(symbols), vocab).scatter_add_(1, symbols.clamp_min(0), places)
 
 
 def _without_replacement(weights: Tensor, count: int, generator: torch.Generator) -> Int[Tensor, "examples count"]:

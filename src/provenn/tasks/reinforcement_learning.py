@@ -172,15 +172,10 @@ def rollouts(
                 stream = model.act(actions, now, stream)  # type: ignore[operator]
             else:
                 history = [*history, (to_go, states)][-setting.context :]
-                timesteps = torch.arange(step + 1 - len(history), step + 1, device=device).expand(count, -1)
+                first = step + 1 - len(history)
+                timesteps = torch.arange(first, step + 1, device=device).expand(count, -1)
                 # The place of the action to come may hold anything: no prediction looks at it.
-                known = torch.cat(
-                    [
-                        taken[:, -len(history) + 1 :] if len(history) > 1 else taken[:, :0],
-                        taken.new_zeros(count, 1, *taken.shape[2:]),
-                    ],
-                    dim=1,
-                )
+                known = torch.cat([taken[:, first:], taken.new_zeros(count, 1, *taken.shape[2:])], dim=1)
                 returns, past = (torch.stack(column, dim=1) for column in zip(*history))
                 outputs = model(returns, past, known, timesteps)[:, -1]
                 actions = outputs.clamp(-1, 1) if setting.continuous else outputs.argmax(-1)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.attention import SoftmaxAttention, check_heads, check_tokens
 from provenn.nn.transformer import ACTIVATIONS, EncoderLayer, TransformerEncoder
+from provenn.ops.autograd import without_autocast
 from provenn.ops.prefix_scan_attention import PrefixState, merge, prefix_scan_attention
 
 
@@ -41,7 +42,8 @@ def attention_rnn(
         scores = scores.masked_fill(~mask, -torch.inf)
     m = scores.amax(dim=-1)
     weights = (scores - m.masked_fill(m == -torch.inf, 0).unsqueeze(-1)).exp()
-    block = PrefixState(m, weights.sum(dim=-1), weights @ values.to(weights.dtype))
+    with without_autocast(weights):
+        block = PrefixState(m, weights.sum(dim=-1), weights @ values.to(weights.dtype))
     state = block if state is None else merge(state, block)
     return state.output.to(values.dtype), state
 
@@ -62,8 +64,7 @@ class AarenAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        check_heads(dim, heads)
         if not causal:
             raise ValueError("Aaren attends over prefixes, so causal must be True, got False")
         self.dim, self.heads, self.causal = dim, heads, causal
@@ -113,8 +114,7 @@ class AarenAttention(nn.Module):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], PrefixState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens(x, self.dim, mask)
         scores = self._scores(x).transpose(1, 2)
         values = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         hidden = None if mask is None else mask.unsqueeze(1)

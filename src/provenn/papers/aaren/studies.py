@@ -16,7 +16,7 @@ from provenn.evidence import Measurement, Run, Study, Table
 from provenn.nn.attention import KVCache
 from provenn.nn.streaming import map_state, state_bytes
 from provenn.nn.transformer import EncoderState, TransformerEncoder
-from provenn.papers.aaren.model import MIXERS, DecisionTransformer, causal_encoder
+from provenn.papers.aaren.model import MIXERS, causal_encoder
 from provenn.tasks import Fit, Recipe, TaskData, fit, get_task
 from provenn.tasks.reinforcement_learning import Episodes
 
@@ -97,22 +97,6 @@ def fit_unwatched(build: Callable[[], nn.Module], task: Any, data: TaskData, rec
     return fit(build, task, replace(data, val=Subset(data.val, [])), recipe, **more)
 
 
-def decisions(name: str, source: str, episodes: int, **more: Any) -> Study:
-    """Recorded episodes learned on windows of 20 steps, and played as streams and from such windows."""
-    recipe = Recipe(optimizer="adamw", weight_decay=1e-4, batch_size=32, clip=0.25, schedule="cosine", **more)
-    return study(
-        name,
-        "reinforcement-learning",
-        DecisionTransformer,
-        episodes_of(source, episodes),
-        recipe=recipe,
-        lrs=(1e-3, 3e-3, 1e-2),
-        trained=fit_unwatched,
-        probes={"from_windows": from_windows},
-        about=source,
-    )
-
-
 def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run], Measurement]:
     """Aaren against the Transformer over several data sets: each seed's mean of all, geometric for a ratio.
 
@@ -141,7 +125,7 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
                 if isinstance(tried, dict):
                     of_sets = setting["tuned"].setdefault(metric, {})
                     of_sets.update({f"{label} on {one.name}": rates for label, rates in tried.items()})
-            notes += [facts["note"]] if facts["note"] else []
+            notes += [f"{one.name}: {facts['note']}"] if facts["note"] else []
         mean = (lambda values: math.exp(np.mean(np.log(values)))) if ratio else (lambda values: float(np.mean(values)))
         joint = {arm: [mean(values) for values in zip(*reached[arm], strict=True)] for arm in ARMS}
         labels = [label for label, _ in ARMS.values()]

@@ -6,17 +6,16 @@ import torch
 
 from provenn.bench import count_parameters
 from provenn.evidence import Drawing, Measurement, Race, Run, Study, measures
-from provenn.nn.padding import PadToMultiple
-from provenn.papers.craft.layers import HFERB, SRWAB, InterAttention, RectangleWindowAttention
-from provenn.papers.craft.model import craft_x2, craft_x3, craft_x4
+from provenn.papers.craft.layers import HFERB, SRWAB, RectangleWindowAttention
+from provenn.papers.craft.model import craft_x4
 from provenn.papers.craft.studies import (
     DIM,
     HEADS,
     INPUT,
     PRESETS,
     SCALE,
-    PositionAttention,
     attention,
+    awake,
     band_error,
     convolutions,
     draw,
@@ -35,7 +34,6 @@ from provenn.papers.craft.studies import (
     without_srwab,
 )
 from provenn.tasks import Recipe
-from provenn.testing import seeded_state
 
 NETWORKS = Study(
     "small networks",
@@ -84,23 +82,6 @@ WORK = Race(
     quantity="flops",
     unit="pixels",
 )
-MEMORY = Race(
-    "peak activation memory",
-    {"CRAFT ×4": on_maps(craft_x4, [3])},
-    sizes=(32**2, 64**2, 128**2),
-    quantity="memory",
-    unit="pixels",
-)
-FUSION = Race(
-    "attention of the HFB",
-    {
-        "among channels": on_maps(partial(InterAttention, 48), [48, 48]),
-        "among pixels": on_maps(partial(PositionAttention, 48), [48, 48]),
-    },
-    sizes=(16**2, 32**2, 64**2),
-    quantity="flops",
-    unit="pixels",
-)
 REACH = Race(
     "reach of one pixel",
     {
@@ -129,33 +110,14 @@ CLAIMS = {
     "prior_in_high_band": NETWORKS.against("craft", "no_hferb", metric="high_band"),
     "global_branch": NETWORKS.against("craft", "no_srwab"),
     "fusion": NETWORKS.against("craft", "sum"),
-    "beats_bicubic": NETWORKS.figure("craft", metric="gain"),
     "fewer_parameters": SIZES.against("CRAFT", "SwinIR-light", at=4),
     "linear_work": WORK.grows("CRAFT ×4"),
-    "linear_memory": MEMORY.grows("CRAFT ×4"),
-    "channels_cost_less": FUSION.against("among channels", "among pixels"),
 }
-
-
-@measures("parameters_x2")
-def parameters_x2(run: Run) -> Measurement:
-    return Measurement.exact(count_parameters(craft_x2()), unit="parameters")
-
-
-@measures("parameters_x3")
-def parameters_x3(run: Run) -> Measurement:
-    return Measurement.exact(count_parameters(craft_x3()), unit="parameters")
 
 
 @measures("parameters_x4")
 def parameters_x4(run: Run) -> Measurement:
     return Measurement.exact(count_parameters(craft_x4()), unit="parameters")
-
-
-def awake(module: torch.nn.Module) -> torch.nn.Module:
-    """Random weights of a size at which every branch matters."""
-    module.load_state_dict(seeded_state({name: t.shape for name, t in module.state_dict().items()}, 0))
-    return module.eval()
 
 
 @measures("position_bias_is_dead")
@@ -184,16 +146,3 @@ def windows_wrap_around(run: Run) -> Measurement:
             far[wrap] = (block(moved) - block(x))[..., 24:, :].abs().max().item()
     words = f"The last rows move by {far[True]:.2g} with the first pixel, and by {far[False]:.2g} under a mask."
     return Measurement.holds(far[True] > 1e-3 > 10 * far[False], words)
-
-
-@measures("padding_rule_matters")
-def padding_rule_matters(run: Run) -> Measurement:
-    """One 32×32 image through one network, padded as the authors' evaluation and validation pad."""
-    model = awake(craft_x2())
-    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        evaluation = PadToMultiple(model, 16, 2, mode="symmetric", always=True)(x)
-        validation = PadToMultiple(model, 16, 2, mode="reflect")(x)
-    difference = (evaluation - validation)[..., 24:40, 24:40].abs().max().item()
-    words = f"In the middle of the image the two differ by up to {difference:.2g} with random weights."
-    return Measurement.holds(difference > 1e-3, words)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn import bench
-from provenn.papers.craft.layers import GDFN, HFB, HFERB, SRWAB, ChannelNorm, InterAttention
+from provenn.papers.craft.layers import GDFN, HFB, HFERB, SRWAB, ChannelNorm
 from provenn.papers.craft.model import CRAFT, CRFB, craft_x2, craft_x3, craft_x4
 from provenn.tasks import Fit, TaskData
 from provenn.tasks.super_resolution import TASK, Whole, before_and_after, luma, psnr, reduced, restore
+from provenn.testing import seeded_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -212,17 +212,20 @@ def draw(done: Fit, data: TaskData, seed: int) -> "Figure":
 # Counts
 
 
+def awake(module: nn.Module) -> nn.Module:
+    """Random weights of a size at which every branch matters."""
+    module.load_state_dict(seeded_state({name: t.shape for name, t in module.state_dict().items()}))
+    return module.eval()
+
+
 def reach(block: nn.Module, side: int) -> int:
     """How many positions of a map change when its middle pixel does."""
-    from provenn.testing import seeded_state
-
-    block.load_state_dict(seeded_state({name: t.shape for name, t in block.state_dict().items()}, 0))
     draw = torch.Generator().manual_seed(0)
     x, change = (torch.randn(1, DIM, side, side, generator=draw, dtype=torch.float64) for _ in range(2))
     moved = x.clone()
     moved[..., side // 2, side // 2] += change[..., 0, 0]
     with torch.no_grad():
-        block = block.double().eval()
+        block = awake(block).double()
         return int(((block(moved) - block(x)).abs().amax(dim=1) > 1e-6).sum())
 
 
@@ -254,18 +257,6 @@ def swinir_light(scale: int) -> nn.ModuleList:
     groups = [nn.ModuleList([*(block() for _ in range(6)), nn.Conv2d(dim, dim, 3)]) for _ in range(4)]
     ends = [nn.Conv2d(3, dim, 3), nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Conv2d(dim, dim, 3)]
     return nn.ModuleList([*groups, *ends, nn.Conv2d(dim, 3 * scale**2, 3)])
-
-
-class PositionAttention(InterAttention):
-    """The queries, keys and values of the HFB's attention, but each pixel attends to all pixels."""
-
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(t, "b (head c) h w -> b head (h w) c", head=self.heads)
-            for t in (self.q(high), *self.kv(low).chunk(2, dim=1))
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.project(rearrange(mixed, "b head (h w) c -> b (head c) h w", h=low.shape[2]))
 
 
 def on_maps(module: Callable[[], nn.Module], channels: Sequence[int]) -> Callable[[int, str], Callable[[], object]]:

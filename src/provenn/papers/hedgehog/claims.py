@@ -25,7 +25,6 @@ from provenn.papers.hedgehog.studies import (
     recall_data,
     recall_state,
     runner,
-    stream,
     text_network,
     whole_text,
 )
@@ -51,7 +50,7 @@ RECALL = Study(
     about="16 pairs of 32 keys and 16 values, then each key once; drawn from the seed",
     kind="map",
     columns={"numbers kept of a sequence": recall_state},
-    setting={"host": "2 blocks of width 32; 2 heads, and 1 where heads are wide"},
+    setting={"host": "2 blocks of width 32; 4 heads, and 1 where heads are wide"},
 )
 
 SCRATCH = Study(
@@ -179,39 +178,19 @@ OPERATIONS = Race(
     quantity="flops",
     setting=HEAD,
 )
-TIME = Race(
-    "time of a layer, forward and backward",
-    {"Hedgehog": runner("hedgehog", 256, 4), "softmax": runner("softmax", 256, 4)},
-    sizes=(256, 1024, 4096),
-    setting={"dim": 256, "heads": 4, "batch": 1},
-    note="Softmax is PyTorch's fused causal attention.",
-)
-STREAM = Race(
-    "memory of a stream",
-    {"Hedgehog": stream("hedgehog", 64, 4), "softmax": stream("softmax", 64, 4)},
-    sizes=(64, 512, 4096),
-    quantity="count",
-    of="bytes",
-    setting={"dim": 64, "heads": 4},
-)
 
 UNTUNED = "fixed maps are not expected to take softmax's place without tuning"
 EARLIER = ("elu", "t2r", "performer")
 CLAIMS = {
     "linear_operations": OPERATIONS.grows("Hedgehog"),
-    "softmax_operations": OPERATIONS.grows("softmax"),
     "taylor_operations": OPERATIONS.against("Taylor", "softmax", at=4096),
-    "time_at_4096": TIME.against("Hedgehog", "softmax"),
-    "stream_memory": STREAM.against("Hedgehog", "softmax"),
     "recall_against_softmax": RECALL.against("hedgehog", "softmax", ratio=True, shown=RECALL.arms),
     "elu_falls_short": RECALL.against("elu", "softmax"),
     "taylor_recall": RECALL.against("taylor", "softmax", ratio=True),
-    "recall_is_state": RECALL.against("hedgehog", "elu_wide"),
     "scratch_against_performer": SCRATCH.against("hedgehog", "performer", shown=SCRATCH.arms),
     "scratch_against_softmax": SCRATCH.against("hedgehog", "softmax", ratio=True),
     "finetuned_conversion": TUNED.against("hedgehog", "softmax", ratio=True, shown=TUNED.arms),
     "converted_against_elu": TUNED.against("hedgehog", "elu"),
-    "swap_keeps_accuracy": SWAPPED.against("hedgehog", "softmax", shown=SWAPPED.arms),
     "distillation_matters": SWAPPED.against("hedgehog", "raw", may_guess=UNTUNED),
     "mimicry": SWAPPED.against("hedgehog", "t2r", metric="divergence", shown=SWAPPED.arms),
     "entropy_after_distillation": SWAPPED.against("hedgehog", "softmax", metric="spikiness", shown=SWAPPED.arms),
@@ -223,7 +202,6 @@ CLAIMS = {
     "pretrained_against_softmax": WHOLE.against("hedgehog", "softmax", metric="perplexity", ratio=True),
     "lora_against_base": LORA.against("hedgehog", "base", metric="perplexity", ratio=True, shown=LORA.arms),
     "lora_t2r_against_base": LORA.against("t2r", "base", metric="perplexity", ratio=True),
-    "lora_against_softmax": LORA.against("hedgehog", "softmax", metric="perplexity", ratio=True),
 }
 
 

@@ -124,6 +124,18 @@ def teaching(model: nn.Module) -> Iterator[list[Tensor]]:
             model.set_submodule(name, module)
 
 
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in evaluation mode; each part gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def map_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What distillation trains: the parameters of the feature maps."""
     linear = [module for module in model.modules() if isinstance(module, LinearAttention)]
@@ -154,22 +166,16 @@ def learn(
     if not parameters:
         return []
     optimizer = torch.optim.Adam(parameters, lr=lr)
-    modes = {module: module.training for module in model.modules()}
     history = []
-    try:
-        with lesson as losses, torch.enable_grad():
-            model.eval()
-            for batch in batches:
-                losses.clear()
-                run(batch)
-                loss = torch.stack(losses).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                history.append(loss.item())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with lesson as losses, without_dropout(model), torch.enable_grad():
+        for batch in batches:
+            losses.clear()
+            run(batch)
+            loss = torch.stack(losses).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
     return history
 
 

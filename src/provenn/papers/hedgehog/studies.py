@@ -311,18 +311,3 @@ def runner(feature_map: str, dim: int, heads: int, where: str | None = None) -> 
         return step
 
     return make
-
-
-def stream(feature_map: str, dim: int, heads: int) -> Callable[[int, str], Callable[[], int]]:
-    """Bytes that a layer keeps of a stream after so many tokens."""
-
-    def make(tokens: int, device: str) -> Callable[[], int]:
-        layer: Any = layer_of(feature_map, dim, heads)
-
-        def count() -> int:
-            with torch.no_grad():
-                return state_bytes((layer.prefill(torch.zeros(1, tokens, dim))[1],))
-
-        return count
-
-    return make

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from provenn.papers.hedgehog.distillation import teaching
+from provenn.papers.hedgehog.distillation import teaching, without_dropout
 from provenn.tasks import Task, TaskData, get_task
 
 
@@ -31,8 +31,8 @@ class Distillation(Task):
         return self.of.load(source, seed=seed, **options)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean over layers of −Σ_j a_ij log â_ij; 0 where no attention is linear."""
-        with teaching(model) as losses:
+        """The mean over layers of −Σ_j a_ij log â_ij, with dropout off; 0 where no attention is linear."""
+        with teaching(model) as losses, without_dropout(model):
             model(batch[0])
         return torch.stack(losses).mean() if losses else torch.zeros(())
 

@@ -202,11 +202,7 @@ CLAIMS = {
     "lm_weighed": LANGUAGE.against("weighed", "all", shown=LANGUAGE.arms),
     "lm_75": LANGUAGE.against("75", "all"),
     "lm_50": LANGUAGE.against("50", "all"),
-    "lm_left_out": LANGUAGE.against("75", "weighed"),
     "conversion_keeps": CONVERSION.against("norm", "original", ratio=True, shown=CONVERSION.arms),
-    "conversion_recovers": CONVERSION.against("norm", "norm at once"),
-    "conversion_norm_or_random": CONVERSION.against("norm at once", "random at once"),
-    "conversion_hard_or_weighed": CONVERSION.against("norm", "linear"),
     "conversion_gain": CONVERSION.against("norm", "original"),
     "conversion_gain_is_its_own": CONVERSION.against("norm", "original on"),
     "released_code_saves": RELEASED.against("50 % of the heads", "75 % of the heads"),
@@ -279,16 +275,3 @@ def conversion_adds_nothing(run: Run) -> Measurement:
     same = list(model.state_dict()) == names
     note = "The state dict has the same names: old weights load." if same else "The state dict has other names."
     return Measurement.exact(count_parameters(model) - count, "parameters", note=note)
-
-
-@measures("table_7_is_another_function")
-def table_7_is_another_function(run: Run) -> Measurement:
-    """Each head attends among the tokens that chose it; the layer's attends from those to all."""
-    q, k, v = (part.double() for part in core(256, HEADS, "cpu"))
-    active = chosen_pairs(256, HEADS, 0, 4)
-    layer = dense_masked_attention(q, k, v, active)
-    pairs = active.unsqueeze(-1) & active.unsqueeze(-2)
-    among = torch.where(active.unsqueeze(-1), F.scaled_dot_product_attention(q, k, v, attn_mask=pairs), 0)
-    return Measurement.exact(
-        ((among - layer).norm() / layer.norm()).item(), "relative difference", setting={"tokens": 256}
-    )

@@ -9,7 +9,7 @@ with g_i = 0 for the heads that are not chosen. Keys and values of all tokens st
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.nn.positions import rotate
+from provenn.ops.autograd import without_autocast
 from provenn.ops.routed_heads import causal_mask, routed_attention, routed_decode
 
 BALANCE = 0.01  # β of the load-balance loss, in all of the paper's systems
@@ -137,7 +138,7 @@ class HeadRouter(nn.Module):
     def forward(self, x: Float[Tensor, "*batch dim"], q: Tensor | None = None) -> Routing:
         """`q` is what `QueryNormRouter` reads; it is not used here."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        with _full_precision(x):
+        with without_autocast(x):
             common, kinds, scores = (
                 None if map is None else F.linear(x, map.weight.to(x.dtype)).softmax(dim=-1)
                 for map in (self.common, self.kinds, self.routed)
@@ -179,11 +180,6 @@ def _weighed(shared: Tensor, routed: Tensor, kinds: Tensor | None) -> Tensor:
     if kinds is None:
         return torch.cat([shared, routed], dim=-1)
     return torch.cat([kinds[..., :1] * shared, kinds[..., 1:] * routed], dim=-1)
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast; the meta device has none."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class QueryNormRouter(nn.Module):
@@ -310,10 +306,9 @@ class MoHAttention(nn.Module):
         moh.load_state_dict({**moh.router.state_dict(prefix="router."), **attention.state_dict()})
         return moh.to(attention.out.weight).train(attention.training)
 
-    def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Routing]:
+    def _project(self, x: Tensor, start: int = 0, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Routing]:
         """Queries, keys and values of tokens that stand from `start` on, by head, and who uses which."""
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens(x, self.dim, mask)
         q, k, v = (map(x).unflatten(-1, (self.heads, -1)) for map in (self.query, self.key, self.value))
         routing = self.router(x, q)
         q, k, v = (part.transpose(-3, -2) for part in (q, k, v))
@@ -343,8 +338,7 @@ class MoHAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; what may not is padding, and not counted in the balance."""
-        check_tokens(x, self.dim, mask)
-        q, k, v, routing = self._project(x)
+        q, k, v, routing = self._project(x, mask=mask)
         if self.training:
             add_balance(routing, self.balance, mask)
         return self._attend(q, k, v, routing, mask)

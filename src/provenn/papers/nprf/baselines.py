@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
-from provenn.papers.nprf.layers import RelativeBias, check_rpe, tokens_on
+from provenn.papers.nprf.layers import make_biases, tokens_on
 
 
 class SoftmaxAttentionRPE(SoftmaxAttention):
@@ -38,11 +38,10 @@ class SoftmaxAttentionRPE(SoftmaxAttention):
         bias: bool = True,
     ):
         super().__init__(dim, heads, causal=causal, bias=bias)
-        self.normalize = normalize
-        self.grid, self.rpe = check_rpe(rpe, grid, class_token), None
-        if rpe != "none":
-            sides = (max_length,) if grid is None else grid
-            self.rpe = RelativeBias(heads, sides, causal=causal, class_token=class_token, beyond=beyond)
+        self.normalize, self.grid = normalize, grid
+        self.rpe = make_biases(
+            rpe, heads, max_length=max_length, grid=grid, causal=causal, class_token=class_token, beyond=beyond
+        )
 
     def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super()._project(x, start)

@@ -86,15 +86,27 @@ class RelativeBias(nn.Module):
         return torch.cat([first, torch.cat([to.expand(-1, n, 1), matrix], dim=2)], dim=1)
 
 
-def check_rpe(rpe: str, grid: tuple[int, int] | None, class_token: bool) -> tuple[int, int] | None:
-    """The grid, where the kind of relative positions, the grid and the class token go together."""
+def make_biases(
+    rpe: str,
+    heads: int,
+    *,
+    max_length: int,
+    grid: tuple[int, int] | None,
+    causal: bool,
+    class_token: bool,
+    beyond: str,
+) -> RelativeBias | None:
+    """The biases of a layer, None of one without; its kind, its grid and its class token must go together."""
     if rpe not in ("1d", "2d", "none"):
         raise ValueError(f"rpe must be 1d, 2d or none, got {rpe!r}")
     if (rpe == "2d") != (grid is not None and len(grid) == 2):
         raise ValueError(f"rpe='2d' and grid=(height, width) go together, got rpe={rpe!r} and grid={grid}")
     if class_token and rpe != "2d":
         raise ValueError(f"a class token has biases of its own with rpe='2d' only, got rpe={rpe!r}")
-    return grid
+    if rpe == "none":
+        return None
+    sides = (max_length,) if grid is None else grid
+    return RelativeBias(heads, sides, causal=causal, class_token=class_token, beyond=beyond)
 
 
 def tokens_on(
@@ -195,7 +207,7 @@ class KernelAttentionRPE(nn.Module):
         if precision not in ("single", "double"):
             raise ValueError(f"precision must be single or double, got {precision!r}")
         resolved(form, (1,))
-        self.dim, self.heads, self.causal, self.grid = dim, heads, causal, check_rpe(rpe, grid, class_token)
+        self.dim, self.heads, self.causal, self.grid = dim, heads, causal, grid
         self.feature_map, self.normalize, self.scale = feature_map, normalize, scale
         self.form, self.precision = form, precision
         self.query = nn.Linear(dim, dim, bias=bias)
@@ -206,10 +218,9 @@ class KernelAttentionRPE(nn.Module):
         if feature_map != "elu":
             w = torch.stack([DRAWS[feature_map](features, dim // heads) for _ in range(heads)])
         self.register_buffer("draws", w)
-        self.rpe = None
-        if rpe != "none":
-            sides = (max_length,) if grid is None else grid
-            self.rpe = RelativeBias(heads, sides, causal=causal, class_token=class_token, beyond=beyond)
+        self.rpe = make_biases(
+            rpe, heads, max_length=max_length, grid=grid, causal=causal, class_token=class_token, beyond=beyond
+        )
 
     def _project(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         check_tokens(x, self.dim, mask)

@@ -12,7 +12,6 @@ from provenn.bench import count_parameters
 from provenn.evidence import Measurement, Race, Run, Study, measures
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.positions import rotate
-from provenn.ops.chunk_attention import chunk_attention, joint_softmax
 from provenn.papers.rat.layers import RATMixer, RNNMixer
 from provenn.papers.rat.model import attention_small, rat_small, rat_swa_small, rnn_small
 from provenn.papers.rat.studies import (
@@ -148,22 +147,6 @@ CACHE = Race(
 )
 
 
-def chunk_attention_by(form: Callable[..., Tensor]) -> Callable[[int, str], Callable[[], object]]:
-    def make(n: int, device: str) -> Callable[[], object]:
-        leaves = [torch.ones(1, 4, n, 32, device=device).normal_().requires_grad_() for _ in range(3)]
-        return lambda: torch.autograd.grad(form(*leaves, chunk=16).sum(), leaves)
-
-    return make
-
-
-FORMS = Race(
-    "chunk attention, forward and backward",
-    {"fused and merged": chunk_attention_by(chunk_attention), "one matrix": chunk_attention_by(joint_softmax)},
-    sizes=(512, 2048, 8192),
-    rounds=9,
-    setting={"heads": 4, "head_dim": 32, "chunk": 16},
-)
-
 # The paper's figures, on a GPU: as many tokens in all at every length.
 
 ON_GPU: dict[str, Any] = {"dtype": torch.bfloat16, **XL}
@@ -192,15 +175,12 @@ CLAIMS: dict[str, Callable[[Run], Measurement]] = {
     "softmax_share": OPERATIONS.against("softmax attention", "whole block"),
     "training_operations": TRAINING_OPERATIONS.against("attention", "RAT, chunks of 16"),
     "training_speed": TRAINING.against("attention", "RAT, chunks of 16"),
-    "training_rnn": TRAINING.against("RAT, chunks of 16", "RNN"),
     "generation_speed": GENERATION.against("attention", "RAT, chunks of 16", at=4096),
     "hybrid_generation": GENERATION.against("attention", "RAT and window", at=4096),
     "hybrid_generation_window": GENERATION.against("attention and window", "RAT and window", at=4096),
-    "cache": CACHE.against("attention", "RAT, chunks of 16", at=4096),
     "cache_dial": CACHE.against("RAT, chunks of 4", "RAT, chunks of 16", at=4096),
     "hybrid_cache": CACHE.against("RAT and window", "attention", at=4096),
     "hybrid_cache_window": CACHE.against("RAT and window", "attention and window", at=4096),
-    "fused_form": FORMS.against("fused and merged", "one matrix"),
     "text_on_par": TEXT.against("rat", "attention", shown=["rnn"]),
     "text_rnn": TEXT.against("rat", "rnn"),
     "text_hybrid": TEXT.against("hybrid", "attention"),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from provenn.nn.attention import KVCache, check_tokens
+from provenn.nn.attention import KVCache, check_heads, check_tokens
 from provenn.nn.positions import rotate
 from provenn.ops.chunk_attention import Earlier, chunk_attention
 from provenn.ops.linear_recurrence import linear_recurrence
@@ -169,16 +169,13 @@ class RATMixer(nn.Module):
         causal: bool = True,
     ):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        check_heads(dim, heads, rotary=positions != "none")
         if groups < 1 or heads % groups:
             raise ValueError(f"groups must divide heads and be at least 1, got groups={groups} and heads={heads}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
-        if positions != "none" and dim // heads % 2:
-            raise ValueError(f"rotary positions need an even head width, got dim={dim} and heads={heads}")
         if not causal:
             raise ValueError("RAT's chunks are read from the first token on, so causal must be True, got False")
         self.dim, self.heads, self.chunk, self.groups = dim, heads, chunk, groups

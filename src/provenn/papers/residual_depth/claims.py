@@ -2,23 +2,21 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from provenn.evidence import Measurement, Race, Run, Series, Study, Table, measures
+from provenn.evidence import Measurement, Run, Series, Study, Table, measures
 from provenn.papers.residual_depth.layers import ResidualTower, enumerate_level, residual_expansion
-from provenn.papers.residual_depth.model import ResidualMLP, mlp_branch
+from provenn.papers.residual_depth.model import mlp_branch
 from provenn.papers.residual_depth.studies import (
     branch_variances,
     digits,
     feature_complexity,
     first_level,
     learned_scale,
-    lost_at_order_two,
     norms_over_depth,
     resnet,
     second_to_first,
@@ -52,7 +50,6 @@ TOWERS = Study(
         "feature_complexity": feature_complexity,
         "first_level": first_level,
         "second_to_first_level": second_to_first,
-        "accuracy_lost_at_order_2": lost_at_order_two,
         "learned_scale": learned_scale,
     },
     about="digits (scikit-learn), 8×8 pixels",
@@ -67,7 +64,6 @@ THOUSAND = Study(
     arms={
         "one": ("unscaled", ("one", 1000, 16)),
         "inverse": ("1/n", ("inv_depth", 1000, 16)),
-        "sqrt": ("1/√n", ("inv_sqrt_depth", 1000, 16)),
     },
     build=tower,
     recipe=Recipe(epochs=2, batch_size=100, optimizer="sgd", schedule="cosine"),
@@ -105,35 +101,6 @@ WRONG_LABELS = Study(
     note="The rate of each join is the one that fits the training labels best.",
 )
 
-
-def training_step(policy: str) -> Callable[[int, str], Callable[[], object]]:
-    def make(modules: int, device: str) -> Callable[[], object]:
-        torch.manual_seed(0)
-        model = ResidualMLP(64, 10, depth=modules, policy=policy).to(device)
-        x, y = torch.randn(100, 64, device=device), torch.randint(10, (100,), device=device)
-
-        def step() -> None:
-            model.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x), y).backward()
-
-        return step
-
-    return make
-
-
-MEMORY = Race(
-    "memory of a training step",
-    {
-        "1/√n": training_step("inv_sqrt_depth"),
-        "BatchNorm": training_step("batchnorm"),
-        "SkipInit": training_step("skipinit"),
-    },
-    sizes=(10, 50),
-    quantity="memory",
-    unit="modules",
-    setting={"batch": 100, "width": 32},
-)
-
 CLAIMS = {
     "norm_needed": TOWERS.against("batchnorm", "one", may_guess=EXPLODES),
     "mlp_without_norm": TOWERS.against("sqrt", "one", may_guess=EXPLODES, shown=TOWERS.arms),
@@ -141,7 +108,6 @@ CLAIMS = {
     "fixup_trains": TOWERS.against("fixup", "one", may_guess=EXPLODES),
     "learned_scale": TOWERS.against("skipinit", "shallow", metric="learned_scale", ratio=True),
     "thousand_inverse": THOUSAND.against("inverse", "one", may_guess=EXPLODES),
-    "thousand_sqrt": THOUSAND.against("sqrt", "one", may_guess=EXPLODES),
     "cnn_without_norm": CONVOLUTIONS.against("sqrt", "one", may_guess=EXPLODES),
     "sqrt_beats_inverse": TOWERS.against("sqrt", "inverse"),
     "inverse_below_norm": TOWERS.against("inverse", "batchnorm"),
@@ -153,8 +119,6 @@ CLAIMS = {
     "noise_accuracy": WRONG_LABELS.against("inverse", "sqrt"),
     "first_level_inverse": TOWERS.figure("inverse", metric="first_level"),
     "higher_levels_sqrt": TOWERS.figure("sqrt", metric="second_to_first_level"),
-    "second_order_sqrt": TOWERS.figure("sqrt", metric="accuracy_lost_at_order_2", shown=["inverse"]),
-    "memory": MEMORY.against("1/√n", "BatchNorm"),
 }
 
 LAMBDAS = (0.1, 0.05, 0.025, 0.0125)

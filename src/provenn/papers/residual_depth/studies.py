@@ -76,13 +76,6 @@ def second_to_first(model: Any, data: TaskData) -> float:
     return second / first
 
 
-def lost_at_order_two(model: Any, data: TaskData) -> float:
-    """Accuracy of the network less that of the network cut off at order 2."""
-    labels, cut = data.test[:][1], _levels(model, data).partial_sums()[2]
-    right = [(model.decoder(x).argmax(-1) == labels).double().mean().item() for x in (_levels(model, data).output, cut)]
-    return right[0] - right[1]
-
-
 def learned_scale(model: Any, data: TaskData) -> float:
     """The mean size of the scales where they are learned, else 0."""
     scales = [join.alpha.abs().item() for join in model.tower.policies if isinstance(join, SkipInit)]

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from provenn.bench import count_parameters
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
@@ -195,8 +194,7 @@ TEXT_MEMORY = {"forget_bias": -3.0}  # a reach of 20 tokens at first: one of 150
 def text(length: int, smoke: bool = False) -> TaskData:
     tested = max(length, 512 if smoke else 16_384)
     data = get_task("language-modelling").load("stdlib", length=length, eval_tokens=tested)
-    train = Subset(data.train, range(64)) if smoke else data.train
-    return replace(data, train=train, options={"vocab": BYTES})
+    return replace(data, options={"vocab": BYTES})
 
 
 def text_data(seed: int, smoke: bool = False) -> TaskData:

@@ -251,7 +251,7 @@ def _batch_norm(op: Any, x: Jet, weight: Any, bias: Any, mean: Tensor, var: Tens
 LINEAR = (
     *("t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "flip", "roll", "contiguous", "clone", "alias"),
     *("slice", "select", "split", "split_with_sizes", "unbind", "chunk", "index_select", "gather", "tril", "triu"),
-    *("mean", "sum", "cumsum", "neg", "_to_copy", "detach", "constant_pad_nd", "avg_pool2d", "_adaptive_avg_pool2d"),
+    *("mean", "sum", "cumsum", "neg", "_to_copy", "detach", "avg_pool2d", "_adaptive_avg_pool2d"),
 )
 
 RULES: dict[str, Callable[..., Any]] = {
@@ -265,6 +265,8 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"), _batch_norm),
     "convolution": _affine,
     "native_layer_norm": _layer_norm,
+    # What is put in besides the series, as a bias, belongs to order 0 alone.
+    "constant_pad_nd": lambda op, x, pad, value=0: Jet([op(t, pad, 0 if k else value) for k, t in enumerate(x.terms)]),
     "masked_fill": lambda op, x, mask, value: Jet([op(t, mask, 0 if k else value) for k, t in enumerate(x.terms)]),
     "rsub": lambda op, x, other: -x + other,
     "div": _divide,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.attention import check_heads
 from provenn.nn.positions import rotate
 
 
@@ -47,10 +48,7 @@ class PrefixAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, window: int, kinds: int = 1):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
-        if dim // heads % 2:
-            raise ValueError(f"rotary positions need an even head width, got dim={dim} and heads={heads}")
+        check_heads(dim, heads, rotary=True)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         self.dim, self.heads, self.window, self.kinds = dim, heads, window, kinds

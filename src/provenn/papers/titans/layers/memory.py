@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.attention import check_heads, check_tokens
 from provenn.nn.streaming import map_state
+from provenn.ops.autograd import without_autocast
 from provenn.ops.memory_update import MemoryState, Surprise, memory_update, read_memory
 
 # Where these gates start, σ(−2) and σ(−1) of the largest step. A momentum of one half beside a step of one half makes a
@@ -72,6 +74,9 @@ class Mixer(nn.Module, ABC):
         """The state of `batch` streams before their first token."""
 
     @abstractmethod
+    def _read(self, x: Tensor, state: Any, mask: Tensor | None) -> tuple[Tensor, Any]:
+        """`prefill` of tokens that were looked at; without a state, of the first ones."""
+
     def prefill(
         self,
         x: Float[Tensor, "batch tokens dim"],
@@ -80,6 +85,8 @@ class Mixer(nn.Module, ABC):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], Any]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
+        check_tokens(x, self.dim, mask)
+        return self._read(x, state, mask)
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
@@ -93,12 +100,6 @@ class Mixer(nn.Module, ABC):
             raise ValueError(f"expected one token a stream, (batch, {self.dim}), got {tuple(x_t.shape)}")
         y, state = self.prefill(x_t.unsqueeze(1), state)
         return y.squeeze(1), state
-
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.dim or x.shape[1] < 1:
-            raise ValueError(f"expected (batch, tokens, {self.dim}) with at least one token, got {tuple(x.shape)}")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be (batch, tokens) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
 
 
 class NeuralState(NamedTuple):
@@ -178,8 +179,7 @@ class NeuralMemory(Mixer):
         causal: bool = True,
     ):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        check_heads(dim, heads)
         for name, value in (("depth", depth), ("chunk", chunk), ("kernel", kernel)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -269,24 +269,18 @@ class NeuralMemory(Mixer):
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch reach dim"]]:
         """M*(x W_Q): what weights recall, and nothing is written. `tail` is the convolution's, of the queries alone."""
         (q,), tail = self._projected(x, tail, 1)
-        y = read_memory(q.to(weights[0].dtype), weights, residual=self.residual)
-        return self._merged(y.to(x.dtype)), tail
+        return self._asked(q, weights, x.dtype), tail
 
-    def prefill(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        state: NeuralState | None = None,
-        *,
-        mask: Bool[Tensor, "batch tokens"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], NeuralState]:
-        """Read many tokens, learning from each: what is recalled at each, and the state from which the next goes on."""
-        self._check(x, mask)
+    def _asked(self, q: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        # In the memory's precision under autocast too, as where it writes.
+        with without_autocast(q):
+            return self._merged(read_memory(q.to(weights[0].dtype), weights, residual=self.residual).to(dtype))
+
+    def _read(self, x: Tensor, state: NeuralState | None, mask: Tensor | None) -> tuple[Tensor, NeuralState]:
         state = self.init_state(len(x)) if state is None else state
         if not self.writing:
             (q, *_), tail = self._projected(x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0), state.tail)
-            weights = state.memory.weights
-            y = read_memory(q.to(weights[0].dtype), weights, residual=self.residual)
-            return self._merged(y.to(x.dtype)), NeuralState(state.memory, tail)
+            return self._asked(q, state.memory.weights, x.dtype), NeuralState(state.memory, tail)
         y, state, surprise = self._learn(x, state, mask, surprised=bool(_observed))
         if surprise is not None:
             _observed[-1].append(surprise)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.papers.titans.layers.attention import AttentionCache, PrefixAttention
@@ -71,15 +71,7 @@ class LongTermMemory(Mixer):
         """The memory that has read the persistent tokens, for `batch` streams."""
         return self.memory.primed(self.persistent, batch)[1]
 
-    def prefill(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        state: NeuralState | None = None,
-        *,
-        mask: Bool[Tensor, "batch tokens"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], NeuralState]:
-        """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        self._check(x, mask)
+    def _read(self, x: Tensor, state: NeuralState | None, mask: Tensor | None) -> tuple[Tensor, NeuralState]:
         recalled, state = self.memory.prefill(x, self.init_state(len(x)) if state is None else state, mask=mask)
         return self._read_off(x, recalled), state
 
@@ -151,15 +143,7 @@ class MemoryAsContext(Mixer):
         cache = self.attention.init_state(batch)
         return ContextState(memory, memory.memory.weights, memory.tail[..., : self.dim], cache, 0)
 
-    def prefill(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        state: ContextState | None = None,
-        *,
-        mask: Bool[Tensor, "batch tokens"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], ContextState]:
-        """Many tokens at once, segment by segment: the outputs, and the state from which the next goes on."""
-        self._check(x, mask)
+    def _read(self, x: Tensor, state: ContextState | None, mask: Tensor | None) -> tuple[Tensor, ContextState]:
         memory, base, tail, cache, position = self._start(len(x)) if state is None else state
         prefix = self.persistent.expand(len(x), *self.persistent.shape)
         outputs, start = [], 0
@@ -244,15 +228,7 @@ class MemoryAsGate(WindowedMixer):
         """The memory that has read the persistent tokens, and an empty window, for `batch` streams."""
         return GateState(self.memory.primed(self.persistent, batch)[1], self.attention.init_state(batch))
 
-    def prefill(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        state: GateState | None = None,
-        *,
-        mask: Bool[Tensor, "batch tokens"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], GateState]:
-        """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        self._check(x, mask)
+    def _read(self, x: Tensor, state: GateState | None, mask: Tensor | None) -> tuple[Tensor, GateState]:
         memory, cache = (self.memory.primed(self.persistent, len(x))[1], None) if state is None else state
         m, memory = self.memory.prefill(x, memory, mask=mask)
         prefix = self.persistent.expand(len(x), *self.persistent.shape)
@@ -288,15 +264,7 @@ class MemoryAsLayer(WindowedMixer):
         prefix, memory = self.memory.primed(batch)
         return LayerState(memory, prefix, self.attention.init_state(batch))
 
-    def prefill(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        state: LayerState | None = None,
-        *,
-        mask: Bool[Tensor, "batch tokens"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], LayerState]:
-        """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
-        self._check(x, mask)
+    def _read(self, x: Tensor, state: LayerState | None, mask: Tensor | None) -> tuple[Tensor, LayerState]:
         memory, prefix, cache = (*self.memory.primed(len(x))[::-1], None) if state is None else state
         y, memory = self.memory.prefill(x, memory, mask=mask)
         y = self.norm(y)
