@@ -203,9 +203,10 @@ class LanguageModelling(Task):
         tokens = (
             read_tokenizer(meta["tokenizer"]) if tokenizer is None else _tokenizer(_beside(source, tokenizer), (), 0)
         )
-        if meta.get("vocab", tokens.vocab) != tokens.vocab:
+        vocab = meta.get("blank", meta.get("vocab", tokens.vocab))
+        if vocab != tokens.vocab:
             raise UserError(
-                f"the model has {meta['vocab']} tokens, the tokenizer {tokens.vocab}: give the model's own with "
+                f"the model has {vocab} tokens, the tokenizer {tokens.vocab}: give the model's own with "
                 "--set tokenizer=tokenizer.json"
             )
         parts = self.documents(source, seed)
@@ -217,7 +218,11 @@ class LanguageModelling(Task):
         every = (len(stream) - 1) // length
         some = f"{len(windows)} of {every:,} windows" if len(windows) < every else f"all {every:,} windows"
         which = "" if whole else "the test split of "
-        return HeldOut(windows, f"{some} of {length} tokens of {which}{source}")
+        return HeldOut(self.asked(windows), f"{some} of {length} tokens of {which}{source}")
+
+    def asked(self, windows: Windows) -> Dataset:
+        """What is asked of windows of text: here the token after each."""
+        return windows
 
     def trivial(self, data: TaskData) -> float:
         """Bits a byte of telling every token by its share of the training text alone."""

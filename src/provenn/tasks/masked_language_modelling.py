@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from provenn.data.text import read_tokenizer
 from provenn.errors import UserError
-from provenn.tasks.base import HeldOut, Scores, TaskData, batches, device_of, join_scores
+from provenn.tasks.base import Scores, TaskData, batches, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
 from provenn.tasks.recall import IGNORED
 
@@ -81,13 +81,13 @@ class MaskedLanguageModelling(LanguageModelling):
         right, nats, asked = (float(scores[name].sum()) for name in ("right", "nats", "asked"))
         return {"accuracy": right / asked, "nll": nats / asked}
 
-    def held_out(self, source: str | Path, meta: dict[str, Any], **options: Any) -> HeldOut:  # type: ignore[override]
-        """As in language modelling."""
-        # The model has one token more, the blank; without a meta of its own, the last.
-        vocab = meta.get("blank", meta.get("vocab", 0) - 1)
-        found = super().held_out(source, {**meta, **({"vocab": vocab} if "vocab" in meta else {})}, **options)
-        windows: Any = found.dataset
-        return HeldOut(Blanks(windows, len(windows.bytes_of)), f"{found.about}, 15 % blank")
+    def asked(self, windows: Windows) -> Dataset:
+        """The tokens that are left blank."""
+        return Blanks(windows, len(windows.bytes_of))
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        meta = super().default_meta(options)
+        return {**meta, "blank": meta["vocab"] - 1} if "vocab" in meta else meta
 
     def trivial(self, data: TaskData) -> float:
         """Accuracy of always saying the commonest token of the training text."""
