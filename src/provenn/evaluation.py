@@ -217,11 +217,15 @@ def _confusion(scores: Scores, classes: int) -> Int[np.ndarray, "classes classes
 
 
 def published_of(card: Card, preset: Preset) -> dict[str, list[str]]:
-    """What the paper says of a preset's metrics."""
+    """What the paper says of a preset's metrics: at claims that name the data, and at the preset."""
     said: dict[str, list[str]] = {}
+    for claim in card.claims:
+        how = claim.at_paper
+        if how is not None and how.preset == preset.name and how.against is None and claim.published is not None:
+            said.setdefault(how.metric, []).append(f"{claim.published} on {', '.join(how.sets)}")
     for figure in preset.published:
         name = PUBLISHED.get(figure.what)
-        if name is not None:
+        if name is not None and not any(told.startswith(f"{figure.value:,.15g} ") for told in said.get(name, [])):
             said.setdefault(name, []).append(str(figure))
     return said
 
