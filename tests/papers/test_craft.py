@@ -175,6 +175,15 @@ def test_attention_equals_its_definition_window_by_window():
         torch.testing.assert_close(attention(qkv)[..., 12 * half : 12 * half + 12], expected)
 
 
+def test_windows_and_the_convolution_beside_them_read_values_alone():
+    block, x = awake(SRWAB(8, 2)), torch.randn(1, 8, 16, 16)
+    for values in (block.qkv.weight.data[16:], block.qkv.bias.data[16:], block.locality.bias.data):
+        values.zero_()
+    tokens = x.permute(0, 2, 3, 1) + block.project.bias
+    expected = tokens + block.mlp(block.norm2(tokens))
+    torch.testing.assert_close(block(x), expected.permute(0, 3, 1, 2))
+
+
 def test_hferb_without_its_last_convolution_is_the_identity():
     block = HFERB(8)
     nn.init.zeros_(block.merge.weight)
