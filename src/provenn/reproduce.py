@@ -105,10 +105,10 @@ def reproduce(
             for claim in wanted:
                 advance(0, f"{card.slug}: {claim.id}")
                 kept = evidence.record(claim.id) if resume else None
-                function = _function(run, card, claim, data)
+                find = partial(_function, run, card, claim, data)
                 earlier = None if kept is None else evidence.occasions[kept.occasion]
-                if kept is None or not _still_good(kept, earlier, run, function, claim, occasion):
-                    evidence.put(_measure(run, function, claim), occasion)
+                if kept is None or not _still_good(kept, earlier, run, find, claim, occasion):
+                    evidence.put(_measure(run, find, claim), occasion)
                     evidence.write(run.file)
                 finding = evidence.findings([claim])[0]
                 done(finding)
@@ -224,12 +224,13 @@ def _refuse_the_dead(running: dict[str, BaseProcess]) -> None:
             )
 
 
-def _measure(run: Run, function: Measure | None, claim: Claim) -> Record:
+def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Record:
     import torch
 
     start, spared = time.perf_counter(), run.spared
     code = ""
     try:
+        function = find()
         needs = claim.lacks or "a function that measures it"
         # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
         with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
@@ -262,7 +263,7 @@ def _function(run: Run, card: Card, claim: Claim, data: Places | None) -> Measur
 
 
 def _still_good(
-    record: Record, earlier: Occasion | None, run: Run, function: Measure | None, claim: Claim, now: Occasion
+    record: Record, earlier: Occasion | None, run: Run, find: Callable[[], Measure | None], claim: Claim, now: Occasion
 ) -> bool:
     """A record may stand for a new measurement only where claim, code, budget, seeds, machine and versions are the
     same.
@@ -271,6 +272,7 @@ def _still_good(
     """
     if record.measurement.needs or record.measurement.failed:
         return False
+    function = find()
     if earlier is None or function is None or record.code != checksum(function):
         return False
     if claim.package is not None and installed(claim.package) != record.measurement.setting.get(claim.package):
