@@ -118,9 +118,9 @@ def table(file: Path, rows: int, columns: int = 1) -> None:
     steps = np.arange(rows)[:, None]
     values = np.sin(steps / (5 + np.arange(columns))) + 0.1 * rng().normal(size=(rows, columns))
     header = ",".join(["date", *(f"c{i}" for i in range(columns))])
+    dates = np.datetime64("2016-07-01T00:00") + 15 * np.arange(rows).astype("timedelta64[m]")
     lines = (
-        f"2016-07-{1 + i // 24 % 28:02} {i % 24:02}:00," + ",".join(f"{v:.3f}" for v in row)
-        for i, row in enumerate(values)
+        f"{date.replace('T', ' ')}," + ",".join(f"{v:.3f}" for v in row) for date, row in zip(dates.astype(str), values)
     )
     file.write_text("\n".join([header, *lines]) + "\n")
 

@@ -5,7 +5,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
@@ -35,6 +35,7 @@ from provenn.evidence.record import (
     read_or_set_aside,
 )
 from provenn.evidence.run import Budget, Run
+from provenn.files import Unwritable
 
 BUDGETS = ("smoke", "small", "paper")
 MOST_SEEDS = 10_000
@@ -105,10 +106,10 @@ def reproduce(
             for claim in wanted:
                 advance(0, f"{card.slug}: {claim.id}")
                 kept = evidence.record(claim.id) if resume else None
-                function = _function(run, card, claim, data)
+                find = partial(_function, run, card, claim, data)
                 earlier = None if kept is None else evidence.occasions[kept.occasion]
-                if kept is None or not _still_good(kept, earlier, run, function, claim, occasion):
-                    evidence.put(_measure(run, function, claim), occasion)
+                if kept is None or not _still_good(kept, earlier, run, find, claim, occasion):
+                    evidence.put(_measure(run, find, claim), occasion)
                     evidence.write(run.file)
                 finding = evidence.findings([claim])[0]
                 done(finding)
@@ -118,20 +119,37 @@ def reproduce(
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder that this one writes; the system lifts the lock of a process that dies."""
-    from filelock import FileLock, Timeout
+    """Keep other processes out of a folder that this one writes; the system lifts the lock of a process that dies.
+
+    Raises:
+        UserError: another process writes there, and which one.
+    """
+    import platform
+
+    from filelock import FileLock, SoftFileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    file = folder / LOCK
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        holder = ""
+        with suppress(OSError, ValueError):
+            holder = file.read_text(encoding="utf-8").strip()
         raise UserError(
-            f"another process is writing {folder}: wait until it has ended, or choose another folder with --out"
+            f"another process is writing {folder}{f' ({holder})' if holder else ''}: "
+            "wait until it has ended, or choose another folder with --out"
         ) from None
     try:
+        if not isinstance(lock, SoftFileLock):  # which stands in where a file system has no locks, and writes there
+            with suppress(OSError):
+                since = f"{datetime.now():%Y-%m-%d %H:%M}"
+                file.write_text(f"process {os.getpid()} on {platform.node()}, since {since}", encoding="utf-8")
         yield
     finally:
+        with suppress(OSError):
+            file.unlink()  # while it is held: nobody waits for it, so nobody is left with a lock of no name
         lock.release()
 
 
@@ -224,12 +242,13 @@ def _refuse_the_dead(running: dict[str, BaseProcess]) -> None:
             )
 
 
-def _measure(run: Run, function: Measure | None, claim: Claim) -> Record:
+def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Record:
     import torch
 
     start, spared = time.perf_counter(), run.spared
     code = ""
     try:
+        function = find()
         needs = claim.lacks or "a function that measures it"
         # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
         with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
@@ -238,6 +257,8 @@ def _measure(run: Run, function: Measure | None, claim: Claim) -> Record:
         if claim.package is not None and function is not None:
             setting = {**measurement.setting, claim.package: installed(claim.package)}
             measurement = measurement.model_copy(update={"setting": setting})
+    except Unwritable:  # the next claim could not be written either
+        raise
     except Exception as error:  # one claim's trouble must not cost the others their work
         measurement = Measurement.failure(error)
         with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
@@ -262,7 +283,7 @@ def _function(run: Run, card: Card, claim: Claim, data: Places | None) -> Measur
 
 
 def _still_good(
-    record: Record, earlier: Occasion | None, run: Run, function: Measure | None, claim: Claim, now: Occasion
+    record: Record, earlier: Occasion | None, run: Run, find: Callable[[], Measure | None], claim: Claim, now: Occasion
 ) -> bool:
     """A record may stand for a new measurement only where claim, code, budget, seeds, machine and versions are the
     same.
@@ -270,6 +291,10 @@ def _still_good(
     What was not measured is tried again: what it needed may be there by now.
     """
     if record.measurement.needs or record.measurement.failed:
+        return False
+    try:
+        function = find()
+    except UserError:  # what is wrong with it is told where it is measured
         return False
     if earlier is None or function is None or record.code != checksum(function):
         return False
