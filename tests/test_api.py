@@ -1,4 +1,5 @@
 import json
+import os
 
 import jaxtyping
 import pytest
@@ -33,6 +34,21 @@ def test_a_training_that_did_not_end_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="holds a training that did not end: go on with --resume"):
         provenn.train("tiny_gate", "digits", out=tmp_path)
     assert (tmp_path / "last.ckpt").read_bytes() == b"hours of work"
+
+
+def test_two_trainings_in_one_folder_are_refused_and_name_who_was_first(tmp_path):
+    from provenn.reproduce import LOCK, alone_in
+
+    folder = tmp_path / "run"
+    with (
+        alone_in(folder),
+        pytest.raises(UserError, match=rf"another process is writing .*\(process {os.getpid()} on .*choose another"),
+    ):
+        provenn.train("tiny_gate", "digits", out=folder, changes={"in_channels": 1})
+    assert not list(folder.iterdir())
+    (folder / LOCK).write_text("process 1 on another machine")  # what a killed one leaves behind
+    with alone_in(folder):
+        assert str(os.getpid()) in (folder / LOCK).read_text()
 
 
 def test_a_system_is_built_with_its_options_and_the_user_s():

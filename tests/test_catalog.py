@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from conftest import FIXTURES, install
-from provenn import catalog
+from provenn import api, catalog
+from provenn.cli import doctor, main
+from provenn.compare import comparison, host_for
 from provenn.errors import UserError
 
 CARD = (FIXTURES / "tiny_gate" / "paper.toml").read_text()
@@ -142,35 +145,86 @@ def test_an_unknown_name_is_answered_with_the_nearest(third_party):
         card.preset(task="sorting")
 
 
-@pytest.mark.parametrize("target", ["nowhere", "nowhere.deeper", "json.decoder"])
-def test_an_entry_point_that_names_no_package_is_said(site, monkeypatch, target):
-    (site / "tiny_gate-1.0.dist-info" / "entry_points.txt").write_text(f"[provenn.papers]\nbroken = {target}\n")
-    monkeypatch.syspath_prepend(str(site))
-    catalog.cards.cache_clear()
-    try:
-        with pytest.raises(UserError, match=r"entry point 'broken' of provenn.papers names no package"):
-            catalog.cards()
-    finally:
-        catalog.cards.cache_clear()
+def add_paper(site: Path, entry: str, package: str, files: dict[str, str] | None = None) -> None:
+    """One more package with an entry point, beside `tiny_gate`, whose files are changed or taken away (None)."""
+    folder = site / package.replace(".", "/")
+    if files is not None:
+        install(FIXTURES / "tiny_gate", site / "elsewhere")
+        (site / "elsewhere" / "tiny_gate").rename(folder)
+        for name, content in files.items():
+            (folder / name).write_text(content)
+    facts = site / f"{entry.replace('-', '_')}-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {entry}\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(f"[provenn.papers]\n{entry} = {package}\n")
 
 
-def test_two_papers_of_one_name_are_refused(site, monkeypatch):
-    other = site / "acme"
-    other.mkdir()
-    (other / "__init__.py").touch()
-    install(FIXTURES / "tiny_gate", other)
-    facts = other / "tiny_gate-1.0.dist-info" / "entry_points.txt"
-    facts.write_text("[provenn.papers]\nsecond = acme.tiny_gate\n")
-    for path in (other, site):
-        monkeypatch.syspath_prepend(str(path))
-    (other / "tiny_gate-1.0.dist-info").rename(site / "acme-1.0.dist-info")
-    (site / "acme-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+RAISES = "raise SystemExit('no licence\\nfound')\n"
+BROKEN = {
+    # entry point, package, changed files, what is said of it
+    "no package": ("broken", "nowhere", None, "names no package: nowhere"),
+    "no parent": (
+        "broken",
+        "nowhere.deeper",
+        None,
+        "of its entry point cannot be found: ModuleNotFoundError: No module named 'nowhere'",
+    ),
+    "a module": ("broken", "json.decoder", None, "names no package: json.decoder"),
+    "bad facts": ("broken", "bad_facts", {"paper.toml": CARD.replace("authors = 2", 'authors = "two"')}, "authors"),
+    "bad TOML": ("broken", "bad_toml", {"paper.toml": "title = "}, "not valid TOML"),
+    "deep TOML": ("broken", "deep_toml", {"paper.toml": "a = " + "[" * 3000}, "not valid TOML"),
+    "a slug that exists": ("eca-net", "another_eca", {}, "a paper of this name is there already"),
+    "a slug that is none": ("../../etc", "climber", {}, "slug: String should match pattern"),
+}
+
+
+@pytest.mark.usefixtures("third_party")
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_paper_is_left_out_and_costs_no_other(site, capsys, case):
+    entry, package, files, says = BROKEN[case]
+    add_paper(site, entry.replace("/", "").replace(".", ""), package, files)
+    listed = site / f"{entry.replace('/', '').replace('.', '').replace('-', '_')}-1.0.dist-info" / "entry_points.txt"
+    listed.write_text(f"[provenn.papers]\n{entry} = {package}\n")
     catalog.cards.cache_clear()
-    try:
-        with pytest.raises(UserError, match="two papers are called 'tiny_gate'"):
-            catalog.cards()
-    finally:
-        catalog.cards.cache_clear()
+    assert {"eca_net", "aaren", "tiny_gate"} <= set(catalog.cards()) and list(catalog.cards().left_out) == [entry]
+    assert main(["list", "tiny"]) == 0
+    out, err = capsys.readouterr()
+    assert "Tiny Gates" in out and err.count("\n") == 1
+    assert f"the paper {entry} is left out: " in err and says in err and "see provenn doctor" in err
+    with pytest.warns(UserWarning, match="is left out"):
+        assert "eca_net" in {paper.card.slug for paper in api.papers()}
+    if entry == "broken":
+        assert main(["show", "broken"]) == 2 and "the paper 'broken' cannot be used: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("third_party")
+def test_a_paper_that_raises_on_import_is_explained_by_doctor(site, capsys, monkeypatch, tmp_path):
+    needs = "import a_package_that_is_missing\n"
+    add_paper(site, "raising", "raising_paper", {"layers.py": RAISES, "__init__.py": "", "claims.py": needs})
+    catalog.cards.cache_clear()
+    assert "raising" in catalog.cards()
+    said = "raising_paper.layers cannot be imported: SystemExit: no licence found"
+    with pytest.raises(UserError, match=said) as error:
+        catalog.card("raising").resolve("layers:TinyGate")
+    assert "\n" not in str(error.value)
+    told: list[str] = []
+    known = comparison._choose("channel-gate", host_for("channel-gate", "digits"), None, told.append)
+    assert {"eca", "tiny"} & set(known) and any(said in message for message in told)
+    with pytest.raises(UserError, match="no licence found"):
+        comparison._choose("channel-gate", host_for("channel-gate", "digits"), ["none", "raising"], told.append)
+    assert main(["reproduce", "raising", "--budget", "smoke", "--out", str(tmp_path / "run")]) == 1
+    assert "No module named 'a_package_that_is_missing'" in capsys.readouterr().err
+    monkeypatch.setattr(doctor, "_data", dict)
+    assert main(["doctor", "--json"]) == 0
+    papers = json.loads(capsys.readouterr().out)["papers"]
+    assert said in papers["raising"] and papers["tiny_gate"] == ""
+
+
+@pytest.mark.usefixtures("third_party")
+def test_a_paper_is_called_what_its_entry_point_says(site):
+    add_paper(site, "Other-Name", "some_folder", {})
+    catalog.cards.cache_clear()
+    assert catalog.card("other-name").folder.name == "some_folder" and "some_folder" not in catalog.cards()
 
 
 def provenn(site: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess:

@@ -87,6 +87,10 @@ def props(here) -> Path:
             Image.fromarray(noise(16, 16, 3)).save(here / "classes" / kind / f"{i}.png")
     (here / "one_class" / "a").mkdir(parents=True)
     Image.fromarray(noise(16, 16, 3)).save(here / "one_class" / "a" / "0.png")
+    shutil.copytree(here / "classes", here / "some_broken")
+    (here / "some_broken" / "a" / "broken.png").write_bytes((here / "truncated.png").read_bytes())
+    (here / "half.jsonl").write_text('{"text": "half \\ud800"}\n' * 30)
+    (here / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
     (here / "damaged").mkdir()
     for i in range(6):
         (here / "damaged" / f"{i}.png").write_bytes((here / "truncated.png").read_bytes())
@@ -125,7 +129,11 @@ def props(here) -> Path:
     forecast = {"channels": 3, "context": 12, "horizon": 2}
     meta = {"columns": ["a", "b", "c"], "context": 12, "horizon": 2, "mean": [0.0] * 3, "std": [1.0] * 3}
     labelled("forecast", "tiny_forecast", "series-forecasting", options=forecast, meta=meta)
+    labelled("forged", "tiny_forecast", "series-forecasting", options=forecast, meta={**meta, "std": [0.0] * 3})
     labelled("upscale", "tiny_upscale", "super-resolution")
+    state = api.paper("tiny_gate").build("tiny_upscale").state_dict()
+    diverged = {name: torch.full_like(value, torch.nan) for name, value in state.items()}
+    labelled("not_a_number", "tiny_upscale", "super-resolution", state=diverged)
     labelled("talk", "tiny_talk", "language-modelling", options={"vocab": 256}, meta={"tokenizer": "bytes"})
     labelled("probed", "tiny_talk", "recall", options={"vocab": 192}, meta={"vocab": 192})
     seen = {"classes": ["a", "b"], "size": 8, "channels": 3, "mean": [0.0] * 3, "std": [1.0] * 3}
@@ -149,6 +157,7 @@ def props(here) -> Path:
 
 FORECAST = "predict tiny_gate --weights forecast.safetensors -o out.csv"
 UPSCALE = "predict tiny_gate --weights upscale.safetensors -o out.png"
+CONVERT = "convert hedgehog nowhere/at-all --data text -o converted"
 TRAIN = "train tiny_gate --out run"
 READ = f"{TRAIN} --preset tiny_talk"
 TALK = "predict tiny_gate --weights talk.safetensors"
@@ -319,6 +328,21 @@ BAD = [
     ("predict aaren hello --weights talk.safetensors", "talk.safetensors holds weights of tiny_gate, not of aaren"),
     ("predict tiny_gate hello --weights probed.safetensors", "recall is a probe of models, with nothing to predict"),
     ("export tiny_gate --weights talk.safetensors -o out.onnx", "only systems that take images can be exported"),
+    (f"{READ} --data text --set vocab_size=3", "vocab_size is of tokenizer=bpe, which learns its tokens"),
+    (f"{READ} --data half.jsonl", "half.jsonl, line 1: holds half a character (a lone surrogate)"),
+    (f"{READ} --data deep.jsonl", "deep.jsonl, line 1: nested too deeply"),
+    (f"{TRAIN} --task series-forecasting --data good.csv --set horizon=0", "horizon must be at least 1 row, got 0"),
+    (f"{TRAIN} --data classes --set size=0", "size must be at least 1 pixel, got 0"),
+    (f"{TRAIN} --data some_broken", "broken.png"),
+    (f"{TALK} hello -o .", "cannot write .: Is a directory"),
+    ("predict tiny_gate --weights forecast.safetensors -o . good.csv good.csv", "two forecasts would both be written"),
+    ("export tiny_gate --weights upscale.safetensors -o .", "a system is exported as .onnx, got '.'"),
+    ("predict tiny_gate good.png -o out.png --weights not_a_number.safetensors", "values that are no finite numbers"),
+    ("predict tiny_gate good.csv --weights forged.safetensors", "meta.std.0: Input should be greater than 0"),
+    (f"{CONVERT} --tune some", "--tune takes full, lora, none, got 'some'"),
+    (f"{CONVERT} --lr nan", "--lr must be a positive number, got nan"),
+    ("convert hedgehog nowhere/at-all --data nowhere.txt -o converted", "no data at 'nowhere.txt'"),
+    (f"{CONVERT} --device abacus", "no device 'abacus' on this machine"),
     ("inspect tiny_gate", "Missing argument"),
     ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
     ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net,"),
@@ -663,6 +687,60 @@ def test_ctrl_c_in_a_measurement_says_how_to_go_on(third_party, here):
     assert out == "" and "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.endswith("Go on with: provenn reproduce tiny_gate --seeds 50 --out run --resume")
+
+
+def test_a_scheduler_that_ends_a_run_is_answered_like_ctrl_c(run, here, monkeypatch):
+    from provenn import reproduce
+
+    def measured(*args, **kwargs):
+        (here / "run" / "tiny_gate").mkdir(parents=True)
+        (here / "run" / "tiny_gate" / "evidence.json").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(reproduce, "reproduce_many", measured)
+    before = signal.getsignal(signal.SIGTERM)
+    code, out, err = run("reproduce tiny_gate --out run")
+    again = "Go on with: provenn reproduce tiny_gate --out run --resume"
+    assert (code, out) == (143, "") and err == f"provenn: interrupted; what has ended is kept. {again}\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out_on_demand(run, props):
+    Image.fromarray(noise(16, 16)).save(props / "some_broken" / "b" / "still.gif")
+    code, _, err = run("train tiny_gate --data some_broken --out run --skip-broken --set size=8")
+    assert code == 0
+    assert "some_broken/a: left out broken.png, which cannot be read" in err
+    assert "some_broken/b: left out still.gif: images are read that end in .png" in err
+    kept = json.loads((props / "run" / "run.json").read_text())
+    assert kept["meta"]["size"] == 8
+
+
+def test_names_of_strangers_command_no_terminal_and_no_spreadsheet(run, props):
+    evil = props / "=cmd()\x1b[31m[bold].png"
+    shutil.copy(props / "good.png", evil)
+    code, out, err = run(f"predict tiny_gate {shlex.quote(evil.name)} --weights classify.safetensors -o out.csv")
+    assert code == 0 and "\x1b" not in out and r"=cmd()\x1b[31m[bold].png" in out
+    assert (props / "out.csv").read_text().splitlines()[1].startswith("'=cmd()")
+    code, out, err = run(f"predict tiny_gate {shlex.quote(evil.name + 'x')} --weights classify.safetensors")
+    assert code == 2 and "\x1b" not in err
+    code, out, err = run("train tiny_gate --data classes --out '\x1b[2Jrun[b]' --epochs 1")
+    assert code == 0 and "\x1b" not in out and r"\x1b[2Jrun[b]" in out
+
+
+def test_without_a_network_a_model_of_the_hub_is_refused_at_once(run, props, monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    def nobody(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits to try again"))
+    code, _, err = run(CONVERT)
+    assert code == 2 and "nowhere/at-all cannot be loaded as a model" in err and err.count("\n") == 1
 
 
 def test_a_reader_that_leaves_is_no_trouble(third_party, here):

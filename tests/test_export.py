@@ -8,13 +8,18 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from provenn import api, export, weights
 from provenn.cli import main
 from provenn.errors import UserError
+from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.papers.aaren import AarenAttention
 from provenn.papers.craft import CRAFT, CRFB, HFB, HFERB, SRWAB
-from provenn.papers.hedgehog import HedgehogAttention
+from provenn.papers.hedgehog import HedgehogAttention, LinearAttention
+from provenn.papers.nprf import KernelAttentionRPE
+from provenn.papers.rat import RATMixer, RNNMixer
+from provenn.papers.titans import LongTermMemory
 from provenn.testing import seeded_state
 from provenn.testing.promises import unchecked
 
@@ -78,6 +83,45 @@ def test_a_streaming_layer_takes_one_token_at_a_time(tmp_path):
         names = {f"state_{k}": part for k, part in enumerate(state)}
         y, *state = session.run(None, {"token": x[:, t].numpy(), **names})
     np.testing.assert_allclose(y, layer(x)[:, -1].detach().numpy(), atol=1e-5)
+
+
+STREAMS = {
+    "hedgehog": lambda: HedgehogAttention(8, 2),
+    "cosformer, turned": lambda: LinearAttention(8, 2, "cosformer", rotary=True),
+    "RNN": lambda: RNNMixer(8),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_state_that_counts_its_tokens_goes_on(tmp_path, name):
+    layer = awake(STREAMS[name]())
+    export.step(layer, 8, tmp_path / "step.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "step.onnx")
+    x = torch.randn(3, 20, 8)
+    state = [np.asarray(part) for part in pytree.tree_leaves(layer.init_state(3))]
+    outputs = []
+    for t in range(20):
+        y, *state = session.run(None, {"token": x[:, t].numpy(), **{f"state_{k}": s for k, s in enumerate(state)}})
+        outputs.append(y)
+    np.testing.assert_allclose(np.stack(outputs, 1), layer(x).detach().numpy(), atol=1e-4)
+    assert all(int(part) == 20 for part in state if part.ndim == 0)
+
+
+REFUSED = {
+    "a growing cache": lambda: SoftmaxAttention(8, 2),
+    "a ring": lambda: SlidingWindowAttention(8, 2, window=3),
+    "chunks": lambda: RATMixer(8, 2, chunk=4),
+    "chunks of a memory": lambda: LongTermMemory(8, 2),
+    "an operation of its own": lambda: KernelAttentionRPE(8, 2, rpe="none", normalize=False),
+    "no stream": lambda: torch.nn.Linear(8, 8),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_step_that_no_onnx_file_holds_is_refused_in_one_line(tmp_path, name):
+    with pytest.raises(UserError, match=r"is another one at some positions|cannot stream|cannot be written") as error:
+        export.step(REFUSED[name]().eval(), 8, tmp_path / "step.onnx")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -307,6 +307,28 @@ def test_an_insertion_that_fails_on_the_example_is_undone():
     assert model(torch.randn(1, 4)).shape == (1, 4)
 
 
+def test_a_swap_that_fails_on_the_example_is_undone():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Sequential(nn.ReLU(), shared), nn.Linear(4, 2))
+    before = dict(model.named_modules())
+    x = torch.randn(3, 4)
+    for factory, says in (
+        (lambda old: nn.Linear(4, 5), "does not run on the example: RuntimeError"),
+        (lambda old: nn.Unflatten(1, (2, 2)) if old.out_features == 2 else None, r"would be \[\(3, 2, 2\)\].*was"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            swap(model, nn.Linear, factory, example=x)
+        assert "\n" not in str(error.value) and dict(model.named_modules()) == before
+    assert len(swap(model, nn.Linear, lambda old: nn.Linear(4, old.out_features), example=x)) == 2
+    assert model.training and model[0] is model[1][1] and model[0] is not shared
+
+
+def test_a_name_of_the_interface_loads_no_statistics():
+    """`scipy.stats` takes as long to load as torch."""
+    code = "import sys; from provenn import swap, insert_after; assert 'scipy.stats' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
 def test_a_module_that_is_never_called_is_noticed():
     attention = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True))
     with pytest.raises(UserError, match="does not call 0"):

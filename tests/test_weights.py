@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from provenn import weights
@@ -55,7 +56,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, model, monkeypatch):
     weights.save(model, file, LABEL)
     before = file.read_bytes()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot write .*weights\.safetensors: disk full"):
         weights.save(Tied(), file, LABEL)
     assert file.read_bytes() == before
 
@@ -134,3 +135,30 @@ def test_weights_that_do_not_fit_name_the_first_difference(model):
     state.pop("norm.bias")
     with pytest.raises(UserError, match=r"a\.pth does not fit this model: lacks norm\.bias; has unknown extra"):
         weights.load_into(Tied(), {**state, "extra": torch.ones(1)}, "a.pth")
+
+
+def test_numbers_that_are_none_are_refused_and_an_infinite_constant_is_not(model):
+    model.register_buffer("hidden", torch.full((2,), -torch.inf))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    weights.load_into(model, state, "a.pth")
+    for bad in (torch.nan, torch.inf):
+        spoiled = {**state, "norm.bias": torch.full_like(state["norm.bias"], bad)}
+        with pytest.raises(UserError, match=r"a\.pth: norm\.bias holds values that are no finite numbers"):
+            weights.load_into(model, spoiled, "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("no JSON", "its label is no JSON"),
+        ("[" * 100_000, "its label is no JSON"),
+        ("[1]", "its label cannot be read: the whole"),
+        ('{"paper": "a", "preset": "b"}', "its label cannot be read: task: Field required"),
+        ('{"paper": "a", "preset": "b", "task": "c", "options": [1]}', "its label cannot be read: options"),
+    ],
+)
+def test_a_label_of_another_form_is_refused_in_one_line(tmp_path, label, says):
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", {weights.KEY: label})
+    with pytest.raises(UserError, match=says) as error:
+        weights.read(tmp_path / "a.safetensors")
+    assert "\n" not in str(error.value)

@@ -1,7 +1,7 @@
 """The Python interface: papers as objects."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
@@ -56,8 +56,8 @@ class Paper:
             raise UserError(f"{chosen.name} of {self.card.slug}: {error}; it takes: {takes}") from None
         try:
             return function(**arguments)
-        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise UserError(f"{chosen.name} of {self.card.slug}: {_blame(error, arguments)}") from None
+        except Exception as error:  # options may come from a file of a stranger's
+            raise UserError(f"{chosen.name} of {self.card.slug}: {_blame(error, arguments)}") from error
 
     def reproduce(self, **arguments: Any) -> "list[Finding]":
         """Measure the paper's claims; the arguments are those of `provenn.reproduce.reproduce`."""
@@ -90,6 +90,7 @@ class Paper:
             UserError: weights of another paper, or of none.
         """
         from provenn import weights as files
+        from provenn.tasks import get_task
 
         file = files.locate(weights)
         state, label = files.read(file)
@@ -101,6 +102,7 @@ class Paper:
             raise UserError(f"{file} says itself what it was built with: leave {', '.join(options)} out")
         if preset not in (None, label.preset):
             raise UserError(f"{file} holds weights of {label.preset}, not of {preset}")
+        get_task(label.task).check_meta(label.meta, str(file))
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
         return model.eval(), label
@@ -126,7 +128,11 @@ def _blame(error: Exception, arguments: dict[str, Any]) -> str:
 
 
 def papers() -> Iterator[Paper]:
-    """Every paper, by slug."""
+    """Every paper, by slug; a warning names those of other packages that cannot be used."""
+    import warnings
+
+    for name, reason in catalog.cards().left_out.items():
+        warnings.warn(f"the paper {name} is left out: {reason}", stacklevel=2)
     return (Paper(card) for card in catalog.cards().values())
 
 
@@ -168,18 +174,23 @@ def train(
         changes: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
         recipe: changes to the preset's recipe, such as {"epochs": 20}.
     """
+    import json
+    from dataclasses import asdict
+
     from provenn import __version__, tasks, weights
     from provenn.evidence.record import write_atomically
+    from provenn.files import whole
     from provenn.reproduce import choose_device
-    from provenn.tasks.training import CHECKPOINT, recipe_of
+    from provenn.tasks.checkpoints import CHECKPOINT, begun
+    from provenn.tasks.training import recipe_of
 
     card = catalog.card(slug)
     chosen = card.preset(preset, PROBES.get(task or "", task))
     kind = tasks.get_task(task if task in PROBES else card.task_of(chosen))
     folder = Path(out) if out is not None else Path("runs") / card.slug
-    if resume and not (folder / CHECKPOINT).exists():
+    if resume and not begun(folder):
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
-    if not resume and (folder / CHECKPOINT).exists() and not (folder / weights.FILE).exists():
+    if not resume and begun(folder) and not (folder / weights.FILE).exists():
         raise UserError(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
@@ -216,34 +227,26 @@ def train(
             resume=resume,
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
-    label = weights.Label(
-        card.slug,
-        chosen.name,
-        kind.name,
-        {**chosen.options, **built_with},
-        loaded.meta,
-        __version__,
-        {"fingerprint": loaded.fingerprint, "seed": seed, "options": of_data},
-    )
-    weights.save(result.model, folder / weights.FILE, label)
-    import json
-    from dataclasses import asdict
-
-    summary = {
-        **asdict(label),
-        "data": loaded.name,
-        "fingerprint": loaded.fingerprint,
-        "seed": seed,
-        "recipe": asdict(final),
-        "metrics": result.metrics,
-        "curve": result.curve,
-        "seconds": result.seconds,
-        "steps": result.steps,
-    }
-    write_atomically(folder / "run.json", json.dumps(summary, indent=1))
-    picture = kind.picture(result.model, loaded)
-    if picture is not None:
-        picture.savefig(folder / "picture.png", dpi=110, bbox_inches="tight")
+        told = {**chosen.options, **built_with}
+        trained_on = {"fingerprint": loaded.fingerprint, "seed": seed, "options": of_data}
+        label = weights.Label(card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on)
+        weights.save(result.model, folder / weights.FILE, label)
+        summary = {
+            **asdict(label),
+            "data": loaded.name,
+            "fingerprint": loaded.fingerprint,
+            "seed": seed,
+            "recipe": asdict(final),
+            "metrics": result.metrics,
+            "curve": result.curve,
+            "seconds": result.seconds,
+            "steps": result.steps,
+        }
+        write_atomically(folder / "run.json", json.dumps(summary, indent=1))
+        picture = kind.picture(result.model, loaded)
+        if picture is not None:
+            with whole(folder / "picture.png") as place:
+                picture.savefig(place, dpi=110, bbox_inches="tight")
     return folder, result.metrics
 
 
@@ -259,13 +262,18 @@ def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
 
 @contextmanager
 def _folder_for(folder: Path) -> Iterator[None]:
-    """Make a folder to work in; where the work fails before it has written anything, nothing is left behind."""
-    from provenn.reproduce import check_writable
+    """Make a folder to work in, alone; where the work fails before it has written anything, nothing is left behind."""
+    import os
 
+    from provenn.reproduce import alone_in, check_writable
+
+    # Of processes that train together, each runs this; the first one locks for all.
+    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
     made = not folder.exists()
     check_writable(folder)
     try:
-        yield
+        with alone_in(folder) if rank == "0" else nullcontext():
+            yield
     except BaseException:
         if made and not any(folder.iterdir()):
             folder.rmdir()
@@ -361,7 +369,22 @@ def predict(
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
     options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
-    return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
+    with _fitting(str(weights)):
+        return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _fitting(weights: str) -> Iterator[None]:
+    """A model that does not fit what its weight file says of its data is the file's fault, told in one line."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(f"out of memory: give a smaller input; {' '.join(str(error).split())[:200]}") from error
+    except (RuntimeError, IndexError, KeyError, TypeError, ArithmeticError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise UserError(f"{weights}: the model does not fit its label or this input: {words}") from error
 
 
 def _unasked(card: catalog.Card, changes: dict[str, Any], method: str = "predict") -> list[str]:

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,6 +46,8 @@ class Comparison:
         """
         if len(a) != len(b) or not len(a):
             raise ValueError(f"paired times need equally many of each, at least one; got {len(a)} and {len(b)}")
+        from scipy import stats
+
         logs = sorted(math.log(x / y) for x, y in zip(a, b))
         n = len(logs)
         outside = next((k for k in range(n // 2, 0, -1) if stats.binom.cdf(k - 1, n, 0.5) <= 0.025), 1)
@@ -294,6 +295,8 @@ def growth(sizes: Sequence[int | float], values: Sequence[int | float]) -> Growt
         raise ValueError("sizes and values must be positive: growth is fitted to their logarithms")
     if len(set(values)) == 1:  # no variance to be explained: the regression would give 0 ± nan
         return Growth(exponent=0.0, interval=(0.0, 0.0))
+    from scipy import stats
+
     fit = stats.linregress(np.log(sizes), np.log(values))
     margin = float(stats.t.ppf(0.975, len(sizes) - 2) * fit.stderr)
     slope = round(float(fit.slope), 12)

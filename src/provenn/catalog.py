@@ -6,7 +6,7 @@ Reading every card imports no torch, so that looking for a paper is instant.
 import importlib
 import importlib.util
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -205,7 +205,7 @@ def installed(package: str) -> str | None:
 class Card(Facts):
     """All the facts of one paper."""
 
-    slug: str
+    slug: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
     package: str
     folder: Path
     title: str
@@ -295,13 +295,28 @@ class Card(Facts):
         return task
 
     def resolve(self, target: str) -> Any:
-        """The object behind `module:name` inside this paper's folder."""
+        """The object behind `module:name` inside this paper's folder.
+
+        Raises:
+            UserError: the module cannot be imported, or has no such name.
+        """
         module, _, name = target.partition(":")
-        return getattr(self.resolve_module(module), name)
+        found = self.resolve_module(module)
+        if not hasattr(found, name):
+            raise UserError(f"{self.slug}: {self.package}.{module} has no {name!r}, which its paper.toml names")
+        return getattr(found, name)
 
     def resolve_module(self, module: str) -> ModuleType:
-        """A module of this paper's folder, imported."""
-        return importlib.import_module(f"{self.package}.{module}")
+        """A module of this paper's folder, imported.
+
+        Raises:
+            UserError: it raised something, or needs a package that is not installed.
+        """
+        name = f"{self.package}.{module}"
+        try:
+            return importlib.import_module(name)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{self.slug}: {name} cannot be imported: {_in_a_line(error)}") from error
 
     def has(self, module: str) -> bool:
         return (self.folder / f"{module}.py").exists() or (self.folder / module).is_dir()
@@ -327,17 +342,28 @@ def meant(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def read_card(folder: Path, package: str) -> Card:
-    """Read `paper.toml` in `folder`; what is wrong with it is one line: file, key, reason."""
+def _in_a_line(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def read_card(folder: Path, package: str, slug: str | None = None) -> Card:
+    """Read `paper.toml` in `folder`; what is wrong with it is one line: file, key, reason.
+
+    Args:
+        folder: the paper's.
+        package: how it is imported.
+        slug: what the paper is called; by default as its folder.
+    """
     file = folder / "paper.toml"
     try:
         facts = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # no text, no TOML, or a number of thousands of digits
+        raise UserError(f"{file}: not valid TOML: {_in_a_line(error).partition(': ')[2]}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     try:
-        return Card(slug=folder.name, package=package, folder=folder, **facts)
+        return Card(slug=folder.name if slug is None else slug, package=package, folder=folder, **facts)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "(whole file)"
@@ -346,40 +372,59 @@ def read_card(folder: Path, package: str) -> Card:
         raise UserError(f"{file}: {error}") from None
 
 
-def _folders() -> Iterator[tuple[Path, str]]:
-    own = Path(__file__).parent / "papers"
-    for file in sorted(own.glob("*/paper.toml")):
-        yield file.parent, f"provenn.papers.{file.parent.name}"
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        try:
-            spec = importlib.util.find_spec(entry.value)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"entry point {entry.name!r} of {ENTRY_POINT_GROUP} names no package: {entry.value}")
-        yield Path(spec.submodule_search_locations[0]), entry.value
+class Shelf(dict[str, Card]):
+    """Every paper's card by slug. `left_out` has the reason for each that cannot be used, by its entry point's name."""
+
+    left_out: dict[str, str]
 
 
 @cache
-def cards() -> dict[str, Card]:
-    """Every paper's card by slug."""
-    found: dict[str, Card] = {}
-    for folder, package in _folders():
-        card = read_card(folder, package)
-        if card.slug in found:
-            raise UserError(f"two papers are called {card.slug!r}: {found[card.slug].folder} and {card.folder}")
-        found[card.slug] = card
+def cards() -> Shelf:
+    """This package's papers, and those of others that say where they are by an entry point, whose name is the slug.
+
+    What is wrong with one of the others costs that one alone: it is left out, with the reason.
+    """
+    own = Path(__file__).parent / "papers"
+    found, left_out = Shelf(), dict[str, str]()
+    for folder in sorted(file.parent for file in own.glob("*/paper.toml")):
+        found[folder.name] = read_card(folder, f"provenn.papers.{folder.name}")
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)):
+        slug = _slug(entry.name)
+        try:
+            if slug in found:
+                raise UserError(f"a paper of this name is there already, in {found[slug].folder}")
+            found[slug] = read_card(_folder_of(entry.value), entry.value, slug)
+        except UserError as error:
+            left_out[entry.name if entry.name not in left_out else f"{entry.name} ({entry.value})"] = str(error)
+    found.left_out = left_out
     return found
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _folder_of(package: str) -> Path:
+    """Where a package lies, found without importing it; its parents are."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"the package {package} of its entry point cannot be found: {_in_a_line(error)}") from None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"its entry point names no package: {package}")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def card(slug: str) -> Card:
     """The card of one paper; an unknown slug is answered with the nearest one."""
     if not isinstance(slug, str):
         raise TypeError(f"a paper is named by a string such as 'eca_net', got {slug!r}")
-    known = cards()
-    name = slug.lower().replace("-", "_")
+    known, name = cards(), _slug(slug)
     if name in known:
         return known[name]
+    reason = next((why for entry, why in known.left_out.items() if _slug(entry) == name), None)
+    if reason is not None:
+        raise UserError(f"the paper {slug!r} cannot be used: {reason}")
     raise UserError(f"no paper is called {slug!r}{meant(name, known)}; `provenn list` names them all")
 
 

@@ -1,9 +1,7 @@
 """Systems and streaming layers as ONNX files, which run without Python and torch."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.nn.padding import PadToMultiple
 from provenn.progress import quiet_loggers
+
+POSITIONS = (0, 1, 2, 7, 40)  # at which a step must do the same
+AT_POSITION = 7  # of the example that is traced: 0 and 1 would be taken for constants
 
 
 class Enlarger(nn.Module):
@@ -58,12 +61,12 @@ class Classifier(nn.Module):
 
 
 class Step(nn.Module):
-    """One step of a streaming layer, its state spread out into tensors.
+    """One step of a streaming layer, its state spread out into tensors and whole numbers (the tokens so far, say).
 
     Args:
         layer: has `init_state` and `step`.
 
-    Shapes: token (batch, dim) and the state's tensors to the output and the new state's tensors.
+    Shapes: token (batch, dim) and the parts of the state to the output and the parts of the new state.
     """
 
     def __init__(self, layer: Any):
@@ -71,7 +74,7 @@ class Step(nn.Module):
         self.layer = layer
         self.form = pytree.tree_flatten(layer.init_state(1))[1]
 
-    def forward(self, token: Float[Tensor, "batch dim"], *state: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, token: Float[Tensor, "batch dim"], *state: Tensor | int) -> tuple[Tensor | int, ...]:
         y, new = self.layer.step(token, pytree.tree_unflatten(list(state), self.form))
         return y, *pytree.tree_leaves(new)
 
@@ -107,24 +110,94 @@ def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, 
 def step(layer: Any, dim: int, file: str | Path) -> None:
     """Write one step of a streaming layer: `token`, `state_0`… to `output`, `new_state_0`…; the batch stays open.
 
+    What the state holds of whole numbers, such as the tokens so far, are scalars of type int64 in the file.
+
     Args:
         layer: a token mixer or an encoder with `init_state` and `step`, in eval mode.
         dim: width of a token.
         file: where it goes, ending in .onnx.
+
+    Raises:
+        UserError: a layer that cannot stream; whose step is another one at some positions, as where a chunk ends or a
+            cache grows, of which an ONNX file holds one alone; or with an operation that ONNX has not.
     """
-    system = Step(layer)
+    check_place(Path(file))
+    if not (hasattr(layer, "init_state") and hasattr(layer, "step")):
+        raise UserError(f"{type(layer).__name__} has no init_state and step: it cannot stream")
+    system = Step(layer).eval()
     state = pytree.tree_leaves(layer.init_state(2))
+    _check_every_step_alike(system, torch.randn(2, dim), state)
     batch = torch.export.Dim("batch")
     names = [f"state_{k}" for k in range(len(state))]
-    _write(
-        system.eval(),
-        (torch.randn(2, dim), *state),
-        ({0: batch}, tuple({0: batch} for _ in state)),
-        ["token", *names],
-        ["output", *(f"new_{name}" for name in names)],
-        Path(file),
-        {},
-    )
+    example = [AT_POSITION if isinstance(part, int) else part for part in state]
+    open_sizes = tuple(torch.export.Dim.DYNAMIC if isinstance(part, int) else {0: batch} for part in state)
+    try:
+        _write(
+            system,
+            (torch.randn(2, dim), *example),
+            ({0: batch}, open_sizes),
+            ["token", *names],
+            ["output", *(f"new_{name}" for name in names)],
+            Path(file),
+            {},
+        )
+    except (RuntimeError, torch.onnx.OnnxExporterError) as error:
+        words = str(error).partition("## Exception summary")[2] or str(error)
+        raise UserError(f"{type(layer).__name__} cannot be written as ONNX: {' '.join(words.split())[:240]}") from error
+
+
+class _Position(int):
+    """A whole number of a state that notes where something is counted round by it: a place in a ring, a chunk's end."""
+
+    rounds = False
+
+    def __add__(self, other: Any) -> "_Position":
+        return _Position(int(self) + other) if isinstance(other, int) else NotImplemented
+
+    __radd__ = __add__
+
+    def __mod__(self, other: Any) -> Any:
+        _Position.rounds = True
+        return int(self) % other
+
+    def __floordiv__(self, other: Any) -> Any:
+        _Position.rounds = True
+        return int(self) // other
+
+
+class _Operations(TorchDispatchMode):
+    """Notes each operation with the shapes that it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen.append((str(func), [tuple(t.shape) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]))
+        return result
+
+
+def _check_every_step_alike(system: Step, token: Tensor, state: list[Tensor | int]) -> None:
+    """Raises UserError where a step does something else at some positions than at others."""
+    sequences = []
+    _Position.rounds = False
+    try:
+        for position in POSITIONS:
+            with torch.no_grad(), _Operations() as operations:
+                parts = [_Position(position) if isinstance(part, int) else part.clone() for part in state]
+                _, *after = system(token, *parts)
+            sequences.append((operations.seen, [getattr(part, "shape", ()) for part in after]))
+        alike = not _Position.rounds and all(sequence == sequences[0] for sequence in sequences)
+        alike = alike and sequences[0][1] == [getattr(part, "shape", ()) for part in state]
+    except (RuntimeError, IndexError, ValueError):  # no place is left in a cache, or no such place in a chunk
+        alike = False
+    if not alike:
+        raise UserError(
+            f"a step of {type(system.layer).__name__} is another one at some positions, as where a chunk ends or a "
+            "cache grows, and an ONNX file holds one alone; what can be exported keeps a state of one size, as Aaren "
+            "and Hedgehog do"
+        )
 
 
 def check_place(file: Path) -> None:
@@ -141,7 +214,7 @@ def check_place(file: Path) -> None:
 
 def _write(
     system: nn.Module,
-    example: tuple[Tensor, ...],
+    example: tuple[Tensor | int, ...],
     sizes: Any,
     inputs: list[str],
     outputs: list[str],
@@ -149,10 +222,8 @@ def _write(
     about: dict[str, str],
 ) -> None:
     check_place(file)
-    unfinished = file.with_name(f".{file.name}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()  # tracing takes a while: say now that it cannot be kept
+    with whole(file) as place:
+        place.touch()  # tracing takes a while: say now that it cannot be kept
         with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):  # which name packages that nothing here needs
             program = torch.onnx.export(
                 system,
@@ -165,10 +236,4 @@ def _write(
             )
         assert program is not None
         program.model.metadata_props.update(about)
-        program.save(str(unfinished))
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+        program.save(str(place))

@@ -1,8 +1,6 @@
 """What goes on inside a model that is given one input: a row of numbers for each layer, as a table and as a picture."""
 
 import math
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from provenn.errors import UserError
 from provenn.evidence.measurement import Table
+from provenn.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,15 +59,8 @@ class Inspection:
 
     def save(self, file: Path) -> None:
         """Write the picture, in one step."""
-        unfinished = file.with_name(f".{file.name}.part")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self.picture().savefig(unfinished, dpi=110, format="png")
-            os.replace(unfinished, file)
-        except OSError as error:
-            with suppress(OSError):
-                unfinished.unlink()
-            raise UserError(f"cannot write {file}: {error.strerror}") from None
+        with whole(file) as place:
+            self.picture().savefig(place, dpi=110, format="png")
 
 
 def check_png(output: Path, source: Path) -> None:

@@ -6,6 +6,7 @@ One display is shared by whoever is working: bars of claims, seeds and epochs st
 import logging
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def shown() -> Iterator[None]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     _display = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     try:
         with _display:
@@ -76,7 +77,7 @@ def _lines(description: str, total: int | None) -> Callable[..., None]:
         done += steps
         if _log is not None and time.monotonic() - _log >= EVERY:
             _log = time.monotonic()
-            print(f"{description}: {done}{of}", file=sys.stderr, flush=True)
+            print(without_controls(f"{description}: {done}{of}"), file=sys.stderr, flush=True)
 
     return advance
 
@@ -95,6 +96,32 @@ def quiet_loggers(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+def without_controls(text: str) -> str:
+    r"""Text that moves no cursor and colours nothing: names may come from a stranger's files.
+
+    >>> without_controls("a\x1b[31mred\x1b[0m\nb\x07")
+    'a\\x1b[31mred\\x1b[0m\nb\\x07'
+    """
+    text = text.replace("\r\n", "\n")
+    return "".join(c if c in "\n\t" or not _commands(c) else repr(c)[1:-1] for c in text)
+
+
+def _commands(character: str) -> bool:
+    """Controls, halves of characters, and what turns the direction of writing."""
+    return unicodedata.category(character) in ("Cc", "Cs") or "\u202a" <= character <= "\u202e"
+
+
+def say(message: str) -> None:
+    """A line that the user should read, above the bars; who calls from Python and shows none gets it as a warning."""
+    message = without_controls(message)
+    if _display is not None:
+        _display.console.print(message, markup=False, highlight=False, soft_wrap=True)
+    elif _log is not None:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        warnings.warn(message, stacklevel=2)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

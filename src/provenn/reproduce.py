@@ -5,7 +5,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
@@ -35,6 +35,7 @@ from provenn.evidence.record import (
     read_or_set_aside,
 )
 from provenn.evidence.run import Budget, Run
+from provenn.files import Unwritable
 
 BUDGETS = ("smoke", "small", "paper")
 MOST_SEEDS = 10_000
@@ -118,20 +119,37 @@ def reproduce(
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder that this one writes; the system lifts the lock of a process that dies."""
-    from filelock import FileLock, Timeout
+    """Keep other processes out of a folder that this one writes; the system lifts the lock of a process that dies.
+
+    Raises:
+        UserError: another process writes there, and which one.
+    """
+    import platform
+
+    from filelock import FileLock, SoftFileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    file = folder / LOCK
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        holder = ""
+        with suppress(OSError, ValueError):
+            holder = file.read_text(encoding="utf-8").strip()
         raise UserError(
-            f"another process is writing {folder}: wait until it has ended, or choose another folder with --out"
+            f"another process is writing {folder}{f' ({holder})' if holder else ''}: "
+            "wait until it has ended, or choose another folder with --out"
         ) from None
     try:
+        if not isinstance(lock, SoftFileLock):  # which stands in where a file system has no locks, and writes there
+            with suppress(OSError):
+                since = f"{datetime.now():%Y-%m-%d %H:%M}"
+                file.write_text(f"process {os.getpid()} on {platform.node()}, since {since}", encoding="utf-8")
         yield
     finally:
+        with suppress(OSError):
+            file.unlink()  # while it is held: nobody waits for it, so nobody is left with a lock of no name
         lock.release()
 
 
@@ -239,6 +257,8 @@ def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Reco
         if claim.package is not None and function is not None:
             setting = {**measurement.setting, claim.package: installed(claim.package)}
             measurement = measurement.model_copy(update={"setting": setting})
+    except Unwritable:  # the next claim could not be written either
+        raise
     except Exception as error:  # one claim's trouble must not cost the others their work
         measurement = Measurement.failure(error)
         with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
@@ -272,7 +292,10 @@ def _still_good(
     """
     if record.measurement.needs or record.measurement.failed:
         return False
-    function = find()
+    try:
+        function = find()
+    except UserError:  # what is wrong with it is told where it is measured
+        return False
     if earlier is None or function is None or record.code != checksum(function):
         return False
     if claim.package is not None and installed(claim.package) != record.measurement.setting.get(claim.package):

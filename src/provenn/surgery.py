@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from provenn.bench import count_parameters
@@ -136,7 +137,13 @@ def insert_after(
     return Changes(tuple(change for *_, change in planned))
 
 
-def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[Any], nn.Module | None]) -> Changes:
+def swap(
+    model: nn.Module,
+    where: Place | Sequence[Place],
+    factory: Callable[[Any], nn.Module | None],
+    *,
+    example: Any = None,
+) -> Changes:
     """Put a new module in place of each one that `where` names.
 
     A module in use at several places becomes one new module at all of those that are named. Where a match lies inside
@@ -147,15 +154,18 @@ def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[An
         model: changed in place.
         where: a pattern, a type, or a sequence of them.
         factory: makes the new module from the old one, whose weights it may take; None leaves this place alone.
+        example: an input of the model (a tensor, a tuple of positional or a dict of keyword arguments). With it the
+            changed model is run once: if that fails, or gives an output of another shape, the change is undone.
 
     Raises:
-        UserError: nothing matches.
+        UserError: nothing matches; or the changed model does not run on the example as the old one did, and why.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> print(swap(model, "1", lambda old: nn.GELU()))
     1: ReLU becomes GELU, +0 parameters
     1 change, +0 parameters
     """
+    before_all = None if example is None else _shapes(_run(model, example, {}))
     planned = []
     gone: list[str] = []
     for old, names in _find(model, where).items():
@@ -164,12 +174,12 @@ def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[An
         if new is not None:
             planned += [(old, names, new)]
             gone += names
-    changes = []
+    changes, undo = [], []
     for old, names, new in planned:
+        undo += [(name, model.get_submodule(name)) for name in names]
         before, size = _parameter_names(model), count_parameters(model)
         for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new)
+            _put(model, name, new)
         after = _parameter_names(model)
         what = f"{_kind(old)} becomes {_kind(new)}"
         for parameter in old.parameters():
@@ -177,7 +187,31 @@ def swap(model: nn.Module, where: Place | Sequence[Place], factory: Callable[[An
             if lost:
                 what += f" (no longer tied to {after[parameter][0]}: {', '.join(lost)})"
         changes += [Change(" = ".join(names), what, count_parameters(model) - size)]
+    if example is not None:
+        trouble = _trouble(model, example, before_all)
+        if trouble:
+            for name, old in reversed(undo):
+                _put(model, name, old)
+            raise UserError(f"nothing was swapped: {trouble}")
     return Changes(tuple(changes))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _trouble(model: nn.Module, example: Any, expected: list[tuple[int, ...]] | None) -> str:
+    """What keeps a changed model from running as it did, in a line; "" where nothing does."""
+    try:
+        shapes = _shapes(_run(model, example, {}))
+    except Exception as error:  # whatever a stranger's module raises
+        return f"the changed model does not run on the example: {type(error).__name__}: {' '.join(str(error).split())}"
+    return "" if shapes == expected else f"the model's output would be {shapes}, and it was {expected}"
+
+
+def _shapes(output: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
@@ -331,17 +365,16 @@ def _follow(module: nn.Module, child: str, new: nn.Module) -> Callable[[], None]
     return undo
 
 
-def _run(model: nn.Module, example: Any, hooks: dict[nn.Module, Callable]) -> None:
-    """One forward pass in eval mode that leaves no trace in the model."""
+def _run(model: nn.Module, example: Any, hooks: dict[nn.Module, Callable]) -> Any:
+    """The output of one forward pass in eval mode that leaves no trace in the model."""
     modes = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
         model.eval()
         with torch.no_grad():
             if isinstance(example, dict):
-                model(**example)
-            else:
-                model(*example) if isinstance(example, tuple) else model(example)
+                return model(**example)
+            return model(*example) if isinstance(example, tuple) else model(example)
     finally:
         for handle in handles:
             handle.remove()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from provenn.catalog import Card
 from provenn.errors import UserError
+from provenn.files import whole
 
 FILE = "weights.safetensors"
 KEY = "provenn"
@@ -60,15 +61,14 @@ class Contents(NamedTuple):
 
 def save(model: nn.Module, file: Path, label: Label) -> None:
     """Write weights and label as safetensors, in one step."""
-    import os
-
+    from safetensors import SafetensorError
     from safetensors.torch import save_model
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.part")
-    save_model(model, str(unfinished), metadata={KEY: json.dumps(asdict(label))})
-    os.chmod(unfinished, 0o644)
-    os.replace(unfinished, file)
+    with whole(file) as place:
+        try:
+            save_model(model, str(place), metadata={KEY: json.dumps(asdict(label))})
+        except SafetensorError as error:  # which is how it tells of a full disk
+            raise OSError(str(error)) from None
 
 
 def locate(path: str | Path) -> Path:
@@ -188,16 +188,29 @@ def _read_safetensors(file: Path, tensors: bool = True) -> tuple[dict[str, Tenso
             label = (handle.metadata() or {}).get(KEY)
             names = handle.keys() if tensors else []
             state = {name: handle.get_tensor(name) for name in names}
-        return state, Label(**json.loads(label)) if label else None
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is no readable safetensors file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file} is no readable safetensors file: {str(error).partition(chr(10))[0]}") from None
+    return state, _label(label, file) if label else None
+
+
+def _label(text: str, file: Path) -> Label:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Label).validate_python(json.loads(text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise UserError(f"{file}: its label cannot be read: {place}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: its label is no JSON: {error}") from None
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict, strictly except for tensors that the model ties to others.
 
     Raises:
-        UserError: names or shapes differ, with the first few of them.
+        UserError: names or shapes differ, with the first few of them; or a number that is none.
     """
     own = model.state_dict()
     storages = {name: tensor.data_ptr() for name, tensor in own.items()}
@@ -216,4 +229,10 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
             if names
         ]
         raise UserError(f"{source} does not fit this model: {'; '.join(problems)}")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in state.items():
+        # Constants that a model keeps beside its parameters may be infinite, as those that hide the future are.
+        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() < 2 else tensor
+        if not bool((torch.isfinite(values) if name in parameters else ~torch.isnan(values)).all()):
+            raise UserError(f"{source}: {name} holds values that are no finite numbers: its training diverged")
     model.load_state_dict(state, strict=False)

@@ -160,3 +160,14 @@ def test_a_folder_of_photographs(tmp_path):
         Photographs.of(tmp_path, smallest=8)
     with pytest.raises(UserError, match="holds no images"):
         images_in(tmp_path / "nothing")
+
+
+def test_images_that_are_left_out_are_named(tmp_path):
+    write_image(tmp_path / "a.png", noise(3, False))
+    Image.new("L", (3, 3)).save(tmp_path / "still.gif")
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    with pytest.warns(UserWarning, match=r"left out still\.gif: images are read that end in \.png"):
+        assert [file.name for file in images_in(tmp_path)] == ["a.png", "cut.jpg"]
+    (tmp_path / "still.gif").unlink()
+    with pytest.warns(UserWarning, match=r"left out cut\.jpg, which cannot be read"):
+        assert [file.name for file in images_in(tmp_path, skip_broken=True)] == ["a.png"]

@@ -49,3 +49,26 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         write_table(tmp_path / "file" / "a.csv", ["x"], [])
+
+
+def test_no_cell_is_a_formula_and_numbers_stay_numbers(tmp_path):
+    cells = ["=1+1", "@sum", "-1", "+2.5", "+cmd", "\tx", "-cmd", "plain"]
+    write_table(tmp_path / "a.csv", ["=name", "x"], [[cell, -1.5] for cell in cells])
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    expected = ["'=1+1", "'@sum", "-1", "+2.5", "'+cmd", "'\tx", "'-cmd", "plain"]
+    assert lines == ["'=name,x", *(f"{cell},-1.5" for cell in expected)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "txt", "jsonl"])
+def test_a_byte_order_mark_is_part_of_no_file(tmp_path, kind):
+    from provenn.data.series import read_series
+    from provenn.data.text import read_documents
+
+    content = {"csv": "x,y\n1,2\n", "tsv": "a\t1\t2\n", "txt": "words", "jsonl": '{"text": "words"}\n'}[kind]
+    (tmp_path / f"a.{kind}").write_text(content, encoding="utf-8-sig")
+    if kind == "csv":
+        assert read_table(tmp_path / "a.csv").columns == ["x", "y"]
+    elif kind == "tsv":
+        assert read_series(tmp_path / "a.tsv").labels == ["a"]
+    else:
+        assert [document.text for document in read_documents(tmp_path / f"a.{kind}")] == ["words"]

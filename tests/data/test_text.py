@@ -136,3 +136,24 @@ def test_a_file_takes_its_name_when_all_is_written(tmp_path):
 def test_json_lines_keep_their_characters(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "naïve"}), "utf-8")
     assert read_documents(tmp_path / "a.jsonl")[0].text == "naïve"
+
+
+def test_a_line_of_jsonl_ends_where_json_says(tmp_path):
+    """Other ends of lines, such as U+2028, may stand inside a text."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028line"}\r\n{"text": "two"}\n', encoding="utf-8")
+    assert [document.text for document in read_documents(tmp_path / "a.jsonl")] == ["one\u2028line", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (r'{"text": "\ud800"}', "line 1: holds half a character"),
+        ("[" * 100_000, "line 1: nested too deeply"),
+        ("1" * 5000, "line 1: no JSON"),
+    ],
+)
+def test_lines_that_json_alone_would_let_through_are_refused(tmp_path, line, says):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=says) as error:
+        read_documents(tmp_path / "a.jsonl")
+    assert "\n" not in str(error.value)

@@ -108,6 +108,8 @@ def test_a_prompt_may_be_a_file(tmp_path):
         ({"eval_tokens": 3}, "at least one window"),
         ({"tokenizer": "words"}, "bytes, bpe or a tokenizer.json, got 'words'"),
         ({"tokenizer": "bpe", "vocab_size": 9}, "at least 257"),
+        ({"tokenizer": "bpe", "vocab_size": 0}, "at least 257"),
+        ({"vocab_size": 3}, "vocab_size is of tokenizer=bpe, which learns its tokens; of bytes leave it out"),
     ],
 )
 def test_bad_settings_are_one_line(folder, options, says):
@@ -140,7 +142,8 @@ def test_what_is_longer_than_the_positions_is_refused_before_a_word_is_told():
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_a_prompt_of_characters_never_seen_goes_on(folder, tokenizer):
-    data = TASK.load(folder, length=16, tokenizer=tokenizer, vocab_size=300)
+    learned = {"vocab_size": 300} if tokenizer == "bpe" else {}
+    data = TASK.load(folder, length=16, tokenizer=tokenizer, **learned)
     text = TASK.predict(small(data.options["vocab"]).eval(), data.meta, ["日本 ∂é\x00"], None, tokens=4)
     assert text.startswith("日本 ∂é\x00")
 

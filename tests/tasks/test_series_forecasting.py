@@ -123,6 +123,10 @@ def test_prediction_refuses_other_columns_and_a_short_past(tmp_path):
         ("x\n1\n2\n3\n", "has 3 rows: too few"),
         ("x\n" + "1e300\n-1e300\n" * 50, "column 'x' holds numbers too large to be standardised"),
         ("x,y\n1\n", "row 2 has 1 cells where the header has 2"),
+        ("2020-01-01,1\n2020-01-02,2\n", "row 1 holds a date and numbers: expected a header"),
+        ("01.02.2020 12:00,1,2\n02.02.2020 12:00,2,3\n", "row 1 holds a date and numbers"),
+        ("day,x\n2020-01-02,1\n2020-01-01,2\n", "row 3: '2020-01-01' does not come after '2020-01-02'"),
+        ("day,x\n2020-01-02,1\n2020-01-02,2\n", "row 3: '2020-01-02' repeats '2020-01-02' in the row before"),
     ],
 )
 def test_bad_series_are_refused_in_one_line(tmp_path, content, says):
@@ -132,6 +136,24 @@ def test_bad_series_are_refused_in_one_line(tmp_path, content, says):
     assert "\n" not in str(error.value)
 
 
+def test_steps_that_skip_time_are_said_and_read(tmp_path):
+    days = [f"2024-01-{day:02d},{day}" for day in range(1, 30) if day not in (7, 20, 21)]
+    (tmp_path / "a.csv").write_text("\n".join(["day,x", *days]))
+    says = r"a\.csv: 2 of 25 steps skip time, the first from '2024-01-06' to '2024-01-08' in rows 7 and 8, 2 times"
+    with pytest.warns(UserWarning, match=says):
+        data = TASK.load(tmp_path / "a.csv")
+    assert data.options["channels"] == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", TASK.embedded)
+def test_embedded_series_skip_nothing(name):
+    TASK.load(name)
+
+
 def test_windows_that_do_not_fit_are_refused():
+    for option in ("context", "horizon"):
+        with pytest.raises(UserError, match=f"{option} must be at least 1 row, got 0"):
+            TASK.load("airline", **{option: 0})
     with pytest.raises(UserError, match="144 rows: too few for a context of 24 and a horizon of 40"):
         TASK.load("airline", horizon=40)

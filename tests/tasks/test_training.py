@@ -16,7 +16,8 @@ from torch import nn
 from provenn.errors import UserError
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.tasks import Recipe, fit
-from provenn.tasks.training import CHECKPOINT, SCHEDULES, EpochSampler, recipe_of
+from provenn.tasks.checkpoints import CHECKPOINT
+from provenn.tasks.training import SCHEDULES, EpochSampler, recipe_of
 
 TASK, DATA = Line(), Line().load()
 

@@ -73,7 +73,7 @@ def test_letters_after_the_end_count_neither_in_the_loss_nor_in_the_metric():
     [
         ("a.tsv", "one two\n", "line 1: expected a sentence, a tab"),
         ("a.jsonl", '{"source": "a"}\n', "keys source and target"),
-        ("a.jsonl", "[" * 9000, "keys source and target"),
+        ("a.jsonl", "[" * 9000, "nested too deeply"),
         ("a.tsv", "a\tb\n", "at least 20 pairs"),
     ],
 )

@@ -3,7 +3,9 @@
 import errno
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import typer
 
 from provenn import catalog
 from provenn.errors import UserError
+from provenn.progress import without_controls
 
 app = typer.Typer(
     help="Papers that run, claims that are checked.",
@@ -24,7 +27,7 @@ app = typer.Typer(
 # typer carries its own click from some version on; what a usage error is, both tell by this class.
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 _typed: list[str] = []
 
 
@@ -106,17 +109,26 @@ def command(resume: bool = False) -> str:
 
 def tell(message: str) -> None:
     """A message beside the output proper: on stderr, so that stdout can be piped."""
-    print(message, file=sys.stderr, flush=True)
+    print(without_controls(message), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
-    """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130.
+    """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130; SIGTERM, by which
+    schedulers and `kill` end a process, likewise, and exits 143.
 
     Args:
         kept: is there something to go on from?
         resume: the verb needs --resume to go on.
     """
+    code = INTERRUPTED
+
+    def terminate(*_: object) -> None:
+        nonlocal code
+        code = TERMINATED
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
     except KeyboardInterrupt:
@@ -124,7 +136,10 @@ def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
             tell(f"provenn: interrupted; what has ended is kept. Go on with: {command(resume)}")
         else:
             tell("provenn: interrupted before anything had ended; there is nothing to resume")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(code) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: Any = app(given, prog_name="provenn", standalone_mode=False)
         sys.stdout.flush()
+        _tell_left_out(given)
     except UserError as error:
         return _refuse(str(error))
     except UsageProblem as error:
@@ -154,6 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _tell_left_out(given: Sequence[str]) -> None:
+    """One line for each paper of another package that cannot be used, where papers were looked for at all."""
+    if catalog.cards.cache_info().currsize and given[0] != "doctor":  # which tells more of them
+        for name, reason in catalog.cards().left_out.items():
+            tell(f"provenn: the paper {name} is left out: {reason}; see provenn doctor")
 
 
 def _refuse(message: str) -> int:

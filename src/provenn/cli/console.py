@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console, Group
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from provenn.evidence import view
@@ -16,6 +16,7 @@ from provenn.evidence.measurement import Table as Numbers
 from provenn.evidence.record import Finding
 from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import Verdict
+from provenn.progress import without_controls
 
 PIPED_WIDTH, NARROW = 200, 100
 MOST_FINDINGS = 2  # beside a statement
@@ -42,6 +43,11 @@ COLOURS = {
 def console() -> Console:
     """Stdout, with room for long lines where no terminal folds them."""
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def escape(text: str) -> str:
+    """Text as it stands, in a line with markup: neither markup of its own nor a terminal's commands take effect."""
+    return escape_markup(without_controls(text))
 
 
 def machine(value: Any) -> None:

@@ -1,6 +1,7 @@
 """The verb that puts a mechanism into a pretrained model: convert."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,24 @@ from provenn.cli.work import pairs
 from provenn.errors import UserError
 
 REPORT = "conversion.json"
+HUB, EMBEDDED = "hf:", ("stdlib",)
+
+
+def _offline_where_no_hub_answers() -> None:
+    """Without a network the hub's client would try for half a minute; told that it is offline, it looks at what it has
+    kept and says at once what is missing.
+    """
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if not getproxies():
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
 
 
 @app.command()
@@ -49,9 +68,20 @@ def convert(
     huggingface.quiet()
     huggingface.conversion_of(card.slug)
     options = pairs(changes or [])
+    # What is wrong with these is said now, not when the model is there.
+    if tune not in huggingface.TUNINGS:
+        raise UserError(f"--tune takes {', '.join(huggingface.TUNINGS)}, got {tune!r}")
+    for name, rate in (("--lr", lr), ("--prepare-lr", prepare_lr)):
+        if rate is not None and not (rate > 0 and math.isfinite(rate)):
+            raise UserError(f"{name} must be a positive number, got {rate}")
+    if not (data in EMBEDDED or data.startswith(HUB) or Path(data).exists()):
+        raise UserError(f"no data at {data!r}: give {', '.join(EMBEDDED)}, a file or a folder of text, or hf:NAME")
+    place = choose_device(device)
+    if not Path(model).is_dir():
+        _offline_where_no_hub_answers()
     with progress.shown():
         host, tokenizer = huggingface.load(model)
-        host.to(choose_device(device))
+        host.to(place)
         text = huggingface.Text.of(data, tokenizer, host, length=length)
         recovery = huggingface.recover(
             host,

@@ -23,6 +23,7 @@ def doctor(json: Json = False) -> None:
             "extras": _extras(),
             "peers": _peers(),
             "data": _data(),
+            "papers": _papers(),
         }
     if json:
         console.machine(found)
@@ -37,6 +38,11 @@ def doctor(json: Json = False) -> None:
         terminal.print(console.table(("to measure against", "", ""), rows), "")
     rows = [(name, _sign(entry["loads"]), console.escape(entry["about"])) for name, entry in found["data"].items()]
     terminal.print(console.table(("task", "", "embedded data"), rows))
+    if found["papers"]:
+        rows = [
+            (name, _sign(not trouble), console.escape(trouble or "works")) for name, trouble in found["papers"].items()
+        ]
+        terminal.print("", console.table(("paper of another package", "", ""), rows))
 
 
 def _sign(good: bool) -> str:
@@ -96,6 +102,25 @@ def _peers() -> dict[str, str]:
         package: "" if catalog.installed(package) else f"missing: pip install {package} (for {', '.join(slugs)})"
         for package, slugs in sorted(users.items())
     }
+
+
+def _papers() -> dict[str, str]:
+    """Each paper of another package, and what is wrong with it: all that its card names is imported."""
+    known = catalog.cards()
+    troubles = {card.slug: _trouble(card) for card in known.values() if not card.package.startswith("provenn.papers.")}
+    return troubles | {name: f"left out: {reason}" for name, reason in known.left_out.items()}
+
+
+def _trouble(card: catalog.Card) -> str:
+    try:
+        for target in (*(m.layer for m in card.mechanisms), *(preset.build for preset in card.presets)):
+            card.resolve(target)
+        for module in ("claims", "official", "inspection", "convert"):
+            if card.has(module):
+                card.resolve_module(module)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _data() -> dict[str, dict[str, Any]]:

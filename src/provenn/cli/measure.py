@@ -26,6 +26,7 @@ from provenn.cli.app import (
 )
 from provenn.cli.data import Places
 from provenn.errors import UserError
+from provenn.progress import without_controls
 
 RUN, BENCH = Path("runs/latest"), Path("runs/bench")
 
@@ -153,9 +154,10 @@ def _measure(
                         terminal.print(f"[bold]{finding.claim.id}[/]  {note}\n")
                     for grid in grids:
                         terminal.print(grid, "")
-        terminal.print(f"report   {page}", soft_wrap=True)
-        terminal.print(f"records  {', '.join(str(out / card.slug / EVIDENCE) for card in papers)}", soft_wrap=True)
-        terminal.print(f"repeat   {command()}", soft_wrap=True, markup=False)
+        terminal.print(without_controls(f"report   {page}"), soft_wrap=True, markup=False)
+        records = ", ".join(str(out / card.slug / EVIDENCE) for card in papers)
+        terminal.print(without_controls(f"records  {records}"), soft_wrap=True, markup=False)
+        terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)
     for slug in dict.fromkeys(finding.paper for finding in failed):
         names = ", ".join(finding.claim.id for finding in failed if finding.paper == slug)
         tell(f"provenn: the measurement of {names} of {slug} failed; see {out / slug / ERRORS}")
@@ -195,5 +197,5 @@ def compare(
     for grid in console.details(Measurement(tables=result.tables)):
         terminal.print(grid, "")
     for file in files:
-        terminal.print(f"written  {file}", soft_wrap=True)
-    terminal.print(f"repeat   {command()}", soft_wrap=True, markup=False)
+        terminal.print(without_controls(f"written  {file}"), soft_wrap=True, markup=False)
+    terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)

@@ -12,6 +12,7 @@ import typer
 from provenn import catalog, progress
 from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, resumable, tell
 from provenn.errors import UserError
+from provenn.progress import without_controls
 
 SPLITS = {"auto": None, "all": True, "test": False}
 CLASSES_SHOWN = 20
@@ -36,6 +37,9 @@ def train(
     devices: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
     strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
     resume: Resume = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Name images that cannot be read, and go on.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/SLUG by default.")] = None,
 ) -> None:
     """Train a paper's system on data."""
@@ -45,7 +49,7 @@ def train(
     from provenn.cli import console
     from provenn.evidence.view import number
     from provenn.tasks import get_task
-    from provenn.tasks.training import CHECKPOINT
+    from provenn.tasks.checkpoints import CHECKPOINT
 
     checkpoint, start = folder / CHECKPOINT, time.time()
 
@@ -64,19 +68,24 @@ def train(
             devices=devices,
             strategy=strategy,
             resume=resume,
-            changes=pairs(changes or []),
+            changes={**pairs(changes or []), **({"skip_broken": True} if skip_broken else {})},
             recipe={"epochs": epochs, "max_steps": steps, "lr": lr, "batch_size": batch_size},
         )
     terminal = console.console()
-    terminal.print(console.table(("on the test split", ""), [(name, number(value)) for name, value in metrics.items()]))
+    terminal.print(
+        console.table(
+            ("on the test split", ""), [(console.escape(name), number(value)) for name, value in metrics.items()]
+        )
+    )
     for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
-        terminal.print(f"written  {file}", soft_wrap=True)
+        terminal.print(f"written  {console.escape(str(file))}", soft_wrap=True)
     work = get_task(json.loads((folder / "run.json").read_text())["task"])
     if work.name not in api.PROBES:
         given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
         out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
+        place = without_controls(shlex.quote(str(folder)))
         terminal.print(
-            f"next     provenn predict {card.slug}{given} --weights {shlex.quote(str(folder))}{out_option}",
+            f"next     provenn predict {card.slug}{given} --weights {place}{out_option}",
             markup=False,
             soft_wrap=True,
         )
@@ -129,11 +138,11 @@ def predict(
     def tell(piece: str) -> None:
         nonlocal streamed
         streamed = True
-        print(piece, end="", flush=True)
+        print(without_controls(piece), end="", flush=True)
 
     with progress.shown():
         text = api.predict(slug, inputs or [], weights=weights, output=output, changes=options, tell=tell)
-    print("" if streamed else text)
+    print("" if streamed else without_controls(text))
 
 
 @app.command()
@@ -230,7 +239,7 @@ def inspect(
     for grid in console.details(Measurement(tables=[found.table()])):
         terminal.print(grid)
     if output is not None:
-        terminal.print(f"written  {output}", soft_wrap=True)
+        terminal.print(f"written  {console.escape(str(output))}", soft_wrap=True)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from provenn.evidence.checksum import checksum
 from provenn.evidence.interval import Interval, paired_difference, student
 from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside, write_atomically
 from provenn.evidence.run import Budget
+from provenn.files import whole
 from provenn.reproduce import BUDGETS, DEFAULT_SEEDS, alone_in, check_writable, choose_device, choose_seeds
 from provenn.slots import slot as slot_called
 from provenn.tasks import Task, TaskData, get_task
@@ -183,12 +184,14 @@ class SlotComparison:
         numbers, table, plot = (folder / f"{self.slot}.{kind}" for kind in ("json", "md", "png"))
         write_atomically(numbers, json.dumps(asdict(self), indent=1))
         write_atomically(table, "\n".join(_markdown(view) for view in self.tables))
-        self.figure().savefig(plot, dpi=110)
+        with whole(plot) as place:
+            self.figure().savefig(place, dpi=110)
         files = [table, plot, numbers]
         if self.more:
             names, qualities = [one.name for one in self.candidates], {one.name: one.quality for one in self.candidates}
             files.insert(2, folder / f"{self.slot}-context.png")
-            language.figure(names, self.more, qualities, self.metric.replace("_", " ")).savefig(files[2], dpi=110)
+            with whole(files[2]) as place:
+                language.figure(names, self.more, qualities, self.metric.replace("_", " ")).savefig(place, dpi=110)
         return files
 
 
@@ -228,7 +231,7 @@ def compare(
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     chosen_seeds = choose_seeds(seeds)
-    chosen = _choose(slot, host, candidates)
+    chosen = _choose(slot, host, candidates, tell)
     device = choose_device(device)
     task = get_task(host.task)
     loaded = task.load(data, **host.sizes)
@@ -319,18 +322,29 @@ def _markdown(table: Table) -> str:
     return f"{table.caption}\n\n| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n{rows}"
 
 
-def _choose(slot: str, host: Host, names: Sequence[str] | None) -> dict[str, tuple[Factory, str]]:
+def _choose(
+    slot: str, host: Host, names: Sequence[str] | None, tell: Callable[[str], None]
+) -> dict[str, tuple[Factory, str]]:
     """Each candidate's factory, and the slug of its paper (none for a baseline)."""
     baselines = host.baselines()
     known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in baselines.items()}
     found = mechanisms_of(slot, taken=baselines)
+    broken: dict[str, UserError] = {}
     for name, (card, mechanism) in found.items():
         extra = {"causal": True} if slot == "token-mixer" else {}
-        known[name] = (partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra), card.slug)
+        try:
+            known[name] = (partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra), card.slug)
+        except UserError as error:
+            broken[name] = error
+    if names is None:
+        for name, trouble in broken.items():
+            tell(f"{name} is left out: {trouble}")
     named = known if names is None else [n if n in known else first_mechanism(n, found) for n in names]
     wanted = list(dict.fromkeys(named))
     wanted.sort(key=lambda name: name != next(iter(baselines)))  # the reference comes first
     for name in wanted:
+        if name in broken:
+            raise broken[name]
         if name not in known:
             raise UserError(f"no {slot} is called {name!r}{meant(name, known)}; there are: {', '.join(known)}")
     if len(wanted) < 2:

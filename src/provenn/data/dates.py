@@ -1,6 +1,11 @@
-"""Dates of a regular series, and how they go on."""
+"""Dates of a regular series: what they say of its order and its gaps, and how they go on."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +45,113 @@ def continue_dates(dates: Sequence[str], count: int) -> list[str] | None:
     if following is None:
         return None
     return [str(stamp).replace("T", " " if " " in recent[-1] else "T") + zone for stamp in following]
+
+
+class Gap(NamedTuple):
+    """Rows between which time is skipped: how many times, the first of them from 0, and the steps there and usually."""
+
+    places: int
+    first: int
+    step: float
+    usual: float
+
+
+FORMATS = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d", "%d-%m-%Y", "%m-%d-%Y", "%d-%b-%Y", "%d %b %Y", "%b %Y")
+CLOCKS = ("", " %H:%M", " %H:%M:%S")
+
+
+def readings(dates: Sequence[str]) -> list[np.ndarray]:
+    """What dates may mean, as numbers that grow with time: numbers, quarters, ISO 8601, or days written as people do.
+
+    Of several readings, such as day before month and month before day, each is given; of names, as of week days, none.
+
+    >>> [list(np.diff(reading)) for reading in readings(["2024-01", "2024-02", "2024-03"])]
+    [[2678400.0, 2505600.0]]
+    >>> len(readings(["01/02/2024", "02/03/2024"])), readings(["monday", "tuesday"])
+    (2, [])
+    """
+    readers: list[Callable[[str], float]] = [
+        _quarter,
+        _iso,
+        *(partial(_written, style=day + clock) for day in FORMATS for clock in CLOCKS),
+        _number,
+    ]
+    found = []
+    for reader in readers:
+        try:
+            reader(dates[0])  # most are out of the question at once
+            found.append(np.array([reader(date) for date in dates]))
+        except (ValueError, OverflowError):
+            continue
+        if reader in (_quarter, _iso):
+            break
+    return found
+
+
+def first_disorder(dates: Sequence[str]) -> int | None:
+    """The first row, from 0, that is no later than the one before, in whatever way the dates are read."""
+    found = readings(dates) if len(dates) else []
+    disorders = [np.flatnonzero(np.diff(reading) <= 0) for reading in found]
+    if not disorders or min(map(len, disorders)) == 0:
+        return None
+    return int(min(disorders, key=len)[0]) + 1
+
+
+def gaps(dates: Sequence[str]) -> Gap | None:
+    """Where a series in order of time skips some: steps of more than one and a half times the usual one.
+
+    >>> gaps(["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-06"])
+    Gap(places=1, first=2, step=259200.0, usual=86400.0)
+    """
+    found = [reading for reading in (readings(dates) if len(dates) > 2 else []) if (np.diff(reading) > 0).all()]
+    if not found:
+        return None
+    wide = [np.flatnonzero(np.diff(reading) > 1.5 * np.median(np.diff(reading))) for reading in found]
+    place = min(range(len(found)), key=lambda i: len(wide[i]))
+    if not len(wide[place]):
+        return None
+    steps, first = np.diff(found[place]), int(wide[place][0])
+    return Gap(len(wide[place]), first, float(steps[first]), float(np.median(steps)))
+
+
+def is_date(cell: str) -> bool:
+    """Whether a cell is a date, and no mere number.
+
+    >>> [is_date(cell) for cell in ("2024-01-31", "31.01.2024 12:00", "2024 Q1", "2024", "when")]
+    [True, True, True, False, False]
+    """
+    try:
+        float(cell)
+    except ValueError:
+        return bool(readings([cell]))
+    return False
+
+
+def _quarter(date: str) -> float:
+    quarters = _quarters([date])
+    if quarters is None:
+        raise ValueError(date)
+    return float(quarters[0])
+
+
+def _iso(date: str) -> float:
+    month = re.fullmatch(r"(\d{4})-?(\d{2})", date)
+    return _seconds(datetime.fromisoformat(f"{month[1]}-{month[2]}-01" if month else date))
+
+
+def _written(date: str, style: str) -> float:
+    return _seconds(datetime.strptime(date, style))
+
+
+def _seconds(moment: datetime) -> float:
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _number(date: str) -> float:
+    number = float(date)
+    if not math.isfinite(number):
+        raise ValueError(date)
+    return number
 
 
 def _evenly(values: np.ndarray, count: int) -> np.ndarray | None:

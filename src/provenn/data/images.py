@@ -1,9 +1,8 @@
 """Images from and to files, 16-bit ones kept whole."""
 
-import os
 import struct
 import zlib
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from provenn import progress
 from provenn.errors import UserError
+from provenn.files import whole
 
+UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg", ".ico", ".tga", ".exr", ".dng")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -38,18 +40,42 @@ class Picture:
         return self.colour.dtype == np.uint16
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, by name.
+def images_in(folder: Path, skip_broken: bool = False) -> list[Path]:
+    """The image files of a folder and its subfolders, by name. Images of other formats are named and left out.
+
+    Args:
+        folder: searched whole.
+        skip_broken: read every file now, and name and leave out those that cannot be read.
 
     Raises:
         UserError: there are none.
     """
-    found = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    others = [file for file in files if file.suffix.lower() in UNREAD]
+    if others:
+        progress.say(f"{folder}: left out {_some(others)}: images are read that end in {', '.join(SUFFIXES)}")
+    if skip_broken:
+        broken = [file for file in progress.track(found, f"reading {folder.name}") if not _readable(file)]
+        if broken:
+            progress.say(f"{folder}: left out {_some(broken)}, which cannot be read")
+            found = [file for file in found if file not in set(broken)]
     if not found:
         raise UserError(f"{folder} holds no images; expected files ending in {', '.join(SUFFIXES)}")
     return found
+
+
+def _some(files: Sequence[Path], most: int = 5) -> str:
+    rest = f" and {len(files) - most} more" if len(files) > most else ""
+    return ", ".join(file.name for file in files[:most]) + rest
+
+
+def _readable(file: Path) -> bool:
+    try:
+        read_image(file)
+    except UserError:
+        return False
+    return True
 
 
 def size_of(file: Path) -> tuple[int, int]:
@@ -108,25 +134,17 @@ def write_image(file: Path, picture: Picture) -> None:
     channels = picture.colour[..., :1] if picture.grey else picture.colour
     if picture.alpha is not None:
         channels = np.concatenate([channels, picture.alpha[..., None]], axis=-1)
-    unfinished = file.with_name(f".{file.stem}.part{file.suffix}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as place:
         if not picture.deep:
             image = Image.fromarray(channels.squeeze(-1) if channels.shape[-1] == 1 else channels)
             options: dict[str, Any] = {"quality": 95} if file.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-            image.save(unfinished, icc_profile=picture.profile, **options)
+            image.save(place, icc_profile=picture.profile, **options)
         elif file.suffix.lower() == ".png":
-            unfinished.write_bytes(_png16(channels, picture.profile))
+            place.write_bytes(_png16(channels, picture.profile))
         else:
             from skimage.io import imsave
 
-            imsave(unfinished, channels.squeeze(-1) if channels.shape[-1] == 1 else channels, check_contrast=False)
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+            imsave(place, channels.squeeze(-1) if channels.shape[-1] == 1 else channels, check_contrast=False)
 
 
 def check_holds(file: Path, picture: Picture) -> None:

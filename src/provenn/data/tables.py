@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
+from provenn.data.dates import is_date
 from provenn.errors import UserError
+from provenn.files import whole
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,10 @@ def read_table(file: Path) -> Table:
     header = rows[0]
     if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
         raise UserError(f"{file} is separated by {'tabs' if chr(9) in header[0] else 'semicolons'}: expected commas")
-    if all(is_number(cell) for cell in header):
-        raise UserError(f"{file}, row 1 holds numbers: expected a header with the columns' names")
+    numbers = [is_number(cell) for cell in header]
+    if any(numbers) and all(number or is_date(cell) for number, cell in zip(numbers, header)):
+        what = "numbers" if all(numbers) else "a date and numbers"
+        raise UserError(f"{file}, row 1 holds {what}: expected a header with the columns' names")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"{file}, row 1: two columns are called {twice!r}")
@@ -117,18 +120,22 @@ def read_table(file: Path) -> Table:
 
 
 def write_table(file: Path, columns: Sequence[str], rows: Iterable[Sequence[str | int | float]]) -> None:
-    """Write a CSV file in one step; numbers with up to seven digits."""
+    """Write a CSV file in one step; numbers with up to seven digits.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe in front: it may be the name of a stranger's
+    file.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([f"{c:.7g}" if isinstance(c, float) else c for c in row] for row in rows)
-    unfinished = file.with_name(f".{file.name}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    writer.writerow([_harmless(name) for name in columns])
+    writer.writerows([f"{c:.7g}" if isinstance(c, float) else _harmless(c) for c in row] for row in rows)
+    with whole(file) as place:
+        place.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _harmless(cell: str | int) -> str | int:
+    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(cell)
+    return f"'{cell}" if formula else cell
 
 
 def check_csv(output: Path | None, inputs: Iterable[Path]) -> None:

@@ -1,13 +1,11 @@
 """Text: the standard library's source, which every Python has, and the user's own; bytes and byte pairs as tokens."""
 
-import errno
 import json
-import os
 import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -15,6 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.progress import quiet_loggers
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".tokens", ".raw")
@@ -83,25 +82,59 @@ def read_splits(folder: Path) -> list[list[Document]] | None:
     return [read_documents(found[name]) for name in ("train", "val", "test")]
 
 
-def _read(file: Path) -> list[Document]:
+def read_text(file: Path) -> str:
+    """The text of a file; a byte order mark at its start is none of it.
+
+    Raises:
+        UserError: it cannot be read, or is no text in UTF-8.
+    """
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no text in UTF-8 (byte {error.start}); convert it first") from None
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     if "\0" in text:
         raise UserError(f"{file} is no text: it holds a zero byte")
+    return text
+
+
+def text_of(given: str | Path) -> str:
+    """What a user gave to a model: the text of a file, where there is one of that name, or the words themselves."""
+    try:
+        is_file = Path(given).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        is_file = False
+    return read_text(Path(given)) if is_file else str(given)
+
+
+def parse_json(line: str, where: str) -> Any:
+    """The value in a line of JSON.
+
+    Raises:
+        UserError: it is none, nested too deeply, or holds half a character (a lone surrogate).
+    """
+    try:
+        value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half a character (a lone surrogate): write the text anew in UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: no JSON: {getattr(error, 'msg', error)}") from None
+    return value
+
+
+def _read(file: Path) -> list[Document]:
+    text = read_text(file)
     if file.suffix.lower() != ".jsonl":
         return [Document(file.name, text)]
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines may stand in a JSON text
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: no JSON: {error.msg}") from None
+        entry = parse_json(line, f"{file}, line {number}")
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise UserError(f'{file}, line {number}: expected an object with a text, such as {{"text": "…"}}')
         documents.append(Document(f"{file.name}:{number}", entry["text"]))
@@ -128,7 +161,7 @@ def read_hub(name: str) -> list[Document]:
         with quiet_loggers("datasets", "huggingface_hub"):  # which tell of every attempt
             rows: Any = load_dataset(path, configuration or None, split="train")
     except Exception as error:
-        raise UserError(f"the data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the data set {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}") from None
     texts = [column for column in rows.column_names if isinstance(rows[0][column], str)]
     column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if column is None:
@@ -143,21 +176,8 @@ def written(file: Path) -> Iterator[TextIO]:
     Raises:
         UserError: a folder of that name, or no place for a file.
     """
-    unfinished = file.with_name(f".{file.name}.part")
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = unfinished.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
-    try:
-        with handle:
-            yield handle
-        os.replace(unfinished, file)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+    with whole(file) as place, place.open("w", encoding="utf-8") as handle:
+        yield handle
 
 
 def split_documents(documents: Sequence[Document], seed: int = 0) -> list[list[Document]]:
@@ -288,12 +308,30 @@ Tokenizer = Bytes | BytePairs | Words
 
 
 def read_tokenizer(text: str) -> Tokenizer:
-    """What `dump` wrote."""
+    """What `dump` wrote.
+
+    Raises:
+        UserError: something else, or without the package `tokenizers`.
+    """
     if text == "bytes":
         return Bytes()
     if text.startswith('{"words"'):
-        return Words(json.loads(text)["words"])
-    return BytePairs(_tokenizers().Tokenizer.from_str(text))
+        return _read_words(text)
+    package = _tokenizers()
+    try:
+        return BytePairs(package.Tokenizer.from_str(text))
+    except Exception as error:  # the package's own kind is the plain one
+        raise UserError(f"no tokenizer that can be read: {' '.join(str(error).split())}") from None
+
+
+def _read_words(text: str) -> Words:
+    try:
+        words = json.loads(text)["words"]
+    except (ValueError, KeyError, RecursionError):
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or END_OF_LINE not in words:
+        raise UserError(f"no tokenizer that can be read: expected a list of words, {END_OF_LINE} among them")
+    return Words(words)
 
 
 def _tokenizers() -> Any:

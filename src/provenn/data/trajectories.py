@@ -1,6 +1,5 @@
 """Trajectories of decisions: collected by scripted policies of mixed quality, and the user's own."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from provenn import progress
-from provenn.data.tables import read_lines
+from provenn.data.text import parse_json, read_text
 from provenn.errors import UserError
 
 HDF5 = (".hdf5", ".h5")
@@ -119,7 +118,7 @@ def make_environment(name: str) -> tuple[Any, int]:
     try:
         environment = gymnasium.make(name, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
-        raise UserError(f"gymnasium cannot make {name!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"gymnasium cannot make {name!r}: {str(error).partition(chr(10))[0]}") from None
     space = environment.action_space
     bounded = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
     if not bounded and not isinstance(space, gymnasium.spaces.Discrete):
@@ -208,13 +207,10 @@ def read_trajectories(file: Path) -> tuple[list[Trajectory], str | None]:
 
 def _read_jsonl(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
     episodes, environment = [], None
-    for number, line in enumerate(read_lines(file), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            parts = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: no JSON: {error}") from None
+        parts = parse_json(line, f"{file}, line {number}")
         if not isinstance(parts, dict):
             raise UserError(f"{file}, line {number}: expected an object with {', '.join(ARRAYS)}")
         named = parts.get("environment", environment)
@@ -222,6 +218,8 @@ def _read_jsonl(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | Non
             raise UserError(f"{file}, line {number}: environment is {named!r}, expected gymnasium's name of it")
         environment = environment or named
         episodes.append((f"{file}, line {number}", parts))
+    if not episodes:
+        raise UserError(f"{file} is empty")
     return episodes, environment
 
 

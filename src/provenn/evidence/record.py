@@ -5,7 +5,6 @@ from.
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from provenn.catalog import Claim
 from provenn.errors import UserError
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
+from provenn.files import whole
 
 SCHEMA_VERSION = 2
 WIDEST = 200  # characters of a mapping that stands on one line
@@ -274,18 +274,8 @@ def _reason(error: Exception) -> str:
 
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file's content in one step: a reader or a crash sees the old text or the new, never a part."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole(file) as place:
+        place.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

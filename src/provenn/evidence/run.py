@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from provenn import progress
 from provenn.evidence.measurement import Picture
 from provenn.evidence.record import EVIDENCE, LEDGER, PICTURES, Ledger, Trial, plain
+from provenn.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,6 +88,6 @@ class Run:
     def picture(self, name: str, figure: "Figure", caption: str) -> Picture:
         """Save a matplotlib figure as a PNG beside the evidence; the caption says what is to be seen."""
         file = self.folder / PICTURES / f"{name}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=80, bbox_inches="tight")
+        with whole(file) as place:
+            figure.savefig(place, dpi=80, bbox_inches="tight")
         return Picture(file=f"{PICTURES}/{name}.png", caption=caption)

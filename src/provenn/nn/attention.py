@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.nn.positions import rotate
 
 
@@ -16,11 +17,15 @@ def check_mask(mask: Tensor | None, x: Shaped[Tensor, "batch tokens *rest"]) -> 
     Raises:
         ValueError: another shape, or another type than bool: numbers would be added to the scores.
     """
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-        raise ValueError(
-            f"mask must be bool of shape (batch, tokens) = {tuple(x.shape[:2])}, True where a token may be attended, "
-            f"got {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
-        )
+    if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape[:2]):
+        return
+    kind = type(mask).__name__
+    if isinstance(mask, Tensor):
+        kind = f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
+    raise ValueError(
+        f"mask must be bool of shape (batch, tokens) = {tuple(x.shape[:2])}, True where a token may be attended, "
+        f"got {kind}"
+    )
 
 
 def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
@@ -89,6 +94,7 @@ class SoftmaxAttention(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True, bias: bool = True, rotary: bool = False):
+        check_whole(dim=dim, heads=heads)
         super().__init__()
         check_heads(dim, heads, rotary=rotary)
         self.dim, self.heads, self.causal, self.rotary = dim, heads, causal, rotary
@@ -187,6 +193,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         bias: bool = True,
         rotary: bool = False,
     ):
+        check_whole(dim=dim, heads=heads, window=window)
         super().__init__(dim, heads, bias=bias, rotary=rotary)
         if not causal:
             raise ValueError("a sliding window looks back alone: causal must be True")

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
+
 Gate = Callable[[int], nn.Module]
 """What a host asks for: given a number of channels, a module that keeps the shape of its input."""
 
@@ -26,6 +28,7 @@ class PooledGate(nn.Module, ABC):
     """
 
     def __init__(self, channels: int):
+        check_whole(channels=channels)
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels must be at least 1, got {channels}")
@@ -59,6 +62,7 @@ class SqueezeExcitation(PooledGate):
     """
 
     def __init__(self, channels: int, reduction: int = 16, bias: bool = False):
+        check_whole(channels=channels, reduction=reduction)
         super().__init__(channels)
         if reduction < 1:
             raise ValueError(f"reduction must be at least 1, got {reduction}")
@@ -85,6 +89,7 @@ class CBAM(nn.Module):
     """
 
     def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7):
+        check_whole(channels=channels, reduction=reduction, kernel_size=kernel_size)
         super().__init__()
         if channels < 1 or reduction < 1:
             raise ValueError(f"channels and reduction must be at least 1, got {channels} and {reduction}")

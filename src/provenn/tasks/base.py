@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Int, Shaped
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -87,6 +88,7 @@ class Task(ABC):
     embedded: dict[str, str]  # name of each embedded data set, and a sentence about it
     reads: str  # what a path may hold, in one phrase
     takes_words: bool = False  # whether `predict` takes words besides files
+    meta_schema: type[BaseModel] | None = None  # what the meta of its data must be
     needs_inputs: bool = True  # whether `predict` has nothing to do without any
 
     @abstractmethod
@@ -154,6 +156,21 @@ class Task(ABC):
             UserError: it cannot, or the file cannot be read.
         """
         raise UserError(f"{self.name} makes no input of a single file that could be inspected")
+
+    def check_meta(self, meta: dict[str, Any], source: str) -> None:
+        """Hold the meta of a weight file to `meta_schema`.
+
+        Raises:
+            UserError: another key or value, with its place and `source`.
+        """
+        if self.meta_schema is None:
+            return
+        try:
+            self.meta_schema.model_validate(meta)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(["meta", *(str(part) for part in first["loc"])])
+            raise UserError(f"{source}: its label cannot be read: {place}: {first['msg']}") from None
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         """What prediction assumes of weights that carry no meta of their own (an author's checkpoint)."""

@@ -25,6 +25,7 @@ from provenn.tasks.base import (
     join_scores,
     split_indices,
 )
+from provenn.tasks.meta import Events
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,7 @@ class EventForecasting(Task):
     """Events i + 1 are told from events up to i: −log p(gap) − log p(mark), in the data's own unit of time."""
 
     name = "event-forecasting"
+    meta_schema = Events
     metric = "nll"
     higher_is_better = False
     embedded = {  # noqa: RUF012

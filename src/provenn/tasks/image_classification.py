@@ -30,6 +30,7 @@ from provenn.tasks.base import (
     join_scores,
     split_indices,
 )
+from provenn.tasks.meta import Images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +48,7 @@ class ImageClassification(Task):
     """Cross-entropy on labels; accuracy, and top-5 accuracy where there are more than five classes."""
 
     name = "image-classification"
+    meta_schema = Images
     metric = "accuracy"
     higher_is_better = True
     embedded = EMBEDDED
@@ -55,22 +57,29 @@ class ImageClassification(Task):
         "or CIFAR's binary files"
     )
 
-    def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
+    def load(  # type: ignore[override]
+        self, source: str | Path, *, seed: int = 0, size: int | None = None, skip_broken: bool = False
+    ) -> TaskData:
         """The embedded data set of that name, or a folder of images per class.
 
         Args:
             source: "digits", or a folder. `train`, `val` (or `valid`) and `test` folders in it are honoured; what is
                 missing is cut from `train`, class by class. Where there is `val` but no `test`, `val` is the test.
             seed: of the split.
-            options: `size`: side of the square that the model sees; by default 224 pixels, or less where the images are
-                smaller, and 32 for CIFAR. Not of the digits.
+            size: of a folder, side of the square that the model sees; by default 224 pixels, or less where the images
+                are smaller, and 32 for CIFAR.
+            skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
         named = self._named(source)
+        if size is not None and size < 1:
+            raise UserError(f"size must be at least 1 pixel, got {size}")
         if named == "digits":
+            if size not in (None, 8):
+                raise UserError(f"digits are images of 8×8 pixels: leave size out, got {size}")
             return _digits(seed)
         if files_in(Path(named)) is not None:
-            return _cifar(Path(named), seed, **options)
-        return _folder(Path(named), seed, **options)
+            return _cifar(Path(named), seed, size or SIDE)
+        return _folder(Path(named), seed, size, skip_broken)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels = batch
@@ -387,13 +396,13 @@ def _standard(image: UInt8[Tensor, "channels h w"], meta: dict[str, Any]) -> Flo
     return (image.float() / 255 - _column(meta["mean"])) / _column(meta["std"])
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
+def _class_folders(folder: Path, skip_broken: bool) -> dict[str, list[Path]]:
     """The images of each class in a folder of class folders, or an error that says what is wrong with it."""
     folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     if not folders:
         loose = len(images_in(folder))  # says so where there are none
         raise UserError(f"{folder} holds {loose} images and no folders: give each class a folder of its images")
-    classes = {f.name: images_in(f) for f in folders}
+    classes = {f.name: images_in(f, skip_broken) for f in folders}
     if len(classes) == 1:
         raise UserError(f"{folder} holds one class, {next(iter(classes))!r}: a classifier needs two or more")
     return classes
@@ -402,7 +411,7 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
 Splits = dict[str, dict[str, list[Path]]]  # the images of each class of each split
 
 
-def _given(root: Path) -> Splits:
+def _given(root: Path, skip_broken: bool = False) -> Splits:
     """What a folder holds: the splits that it names, or all of it as `train`."""
     if not root.is_dir():
         raise UserError(f"{root} is a file: give a folder with one sub-folder of images for each class")
@@ -410,8 +419,8 @@ def _given(root: Path) -> Splits:
     for split, names in {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}.items():
         folders = [root / name for name in names if (root / name).is_dir()]
         if folders:
-            parts[split] = _class_folders(folders[0])
-    return parts or {"train": _class_folders(root)}
+            parts[split] = _class_folders(folders[0], skip_broken)
+    return parts or {"train": _class_folders(root, skip_broken)}
 
 
 def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
@@ -446,8 +455,8 @@ def _numbers(root: Path, names: list[str], classes: list[str]) -> dict[str, int]
     raise UserError(f"{root}: the model knows no class {odd!r}; it knows: {some}")
 
 
-def _folder(root: Path, seed: int, size: int | None = None) -> TaskData:
-    parts = _with_splits(root, _given(root), seed)
+def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskData:
+    parts = _with_splits(root, _given(root, skip_broken), seed)
     classes = list(parts["train"])
     files = {s: [(file, i) for i, name in enumerate(classes) for file in found[name]] for s, found in parts.items()}
     everything = sorted(file for listed in files.values() for file, _ in listed)

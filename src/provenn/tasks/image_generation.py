@@ -15,6 +15,7 @@ from provenn.errors import UserError
 from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, noise_schedule, sample
 from provenn.tasks import image_classification
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, device_of, join_scores
+from provenn.tasks.meta import Images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ class ImageGeneration(Task):
     """
 
     name = "image-generation"
+    meta_schema = Images
     metric = "noise_error"
     higher_is_better = False
     embedded = image_classification.EMBEDDED
@@ -41,7 +43,7 @@ class ImageGeneration(Task):
     needs_inputs = False  # it draws some of every class
 
     def load(  # type: ignore[override]
-        self, source: str | Path, *, seed: int = 0, size: int = SIZE
+        self, source: str | Path, *, seed: int = 0, size: int = SIZE, skip_broken: bool = False
     ) -> TaskData:
         """The embedded digits, or a folder of images per class, the middle square of each, mirrored one time in two.
 
@@ -49,12 +51,15 @@ class ImageGeneration(Task):
             source: as for image classification.
             seed: of the split.
             size: of a folder, side of the square that is drawn, in pixels.
+            skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
         if size < 1:
             raise UserError(f"size must be at least 1 pixel, got {size}")
         named = self._named(source)
         embedded = isinstance(named, str)
-        found = image_classification.TASK.load(named, seed=seed, **({} if embedded else {"size": size}))
+        found = image_classification.TASK.load(
+            named, seed=seed, size=None if embedded else size, skip_broken=skip_broken
+        )
         train = found.train
         if isinstance(train, image_classification.ImageFiles):
             train.augment = False  # which would crop

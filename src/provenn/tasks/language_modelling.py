@@ -24,13 +24,16 @@ from provenn.data.text import (
     read_documents,
     read_hub,
     read_splits,
+    read_text,
     read_tokenizer,
     split_documents,
     standard_library,
+    text_of,
     written,
 )
 from provenn.errors import UserError
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
+from provenn.tasks.meta import Text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,6 +83,7 @@ class LanguageModelling(Task):
     """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); those that stream also generate."""
 
     name = "language-modelling"
+    meta_schema = Text
     metric = "bits_per_byte"
     higher_is_better = False
     embedded = {  # noqa: RUF012
@@ -95,7 +99,7 @@ class LanguageModelling(Task):
         seed: int = 0,
         length: int = 256,
         tokenizer: str = "bytes",
-        vocab_size: int = 4096,
+        vocab_size: int | None = None,
         eval_tokens: int = 65_536,
     ) -> TaskData:
         """Text as windows of tokens.
@@ -106,7 +110,7 @@ class LanguageModelling(Task):
             length: tokens a window.
             tokenizer: "bytes", "bpe" (learned from the training text), "words" (all of the training text's, between
                 blanks, as WikiText has them), or a tokenizer.json, also one beside the text.
-            vocab_size: tokens that "bpe" learns.
+            vocab_size: tokens that "bpe" learns, 4,096 by default.
             eval_tokens: how many tokens of validation and of test text are read, in windows spread evenly over it.
 
         Raises:
@@ -116,8 +120,10 @@ class LanguageModelling(Task):
             raise UserError(f"length must be at least 2 tokens, got {length}")
         if eval_tokens < length:
             raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
+        if vocab_size is not None and tokenizer != "bpe":
+            raise UserError(f"vocab_size is of tokenizer=bpe, which learns its tokens; of {tokenizer} leave it out")
         parts = self.documents(source, seed)
-        chosen = _tokenizer(_beside(source, tokenizer), parts[0], vocab_size)
+        chosen = _tokenizer(_beside(source, tokenizer), parts[0], 4096 if vocab_size is None else vocab_size)
         streams = [_packed(part, chosen) for part in parts]
         for name, stream in zip(("training", "validation", "test"), streams):
             if len(stream) <= length:
@@ -275,7 +281,7 @@ class LanguageModelling(Task):
         if not hasattr(model, "generate"):
             raise UserError(f"{type(model).__name__} cannot generate text")
         tokenizer, device = read_tokenizer(meta["tokenizer"]), device_of(model)
-        prompts = [_prompt(given) for given in inputs]
+        prompts = [text_of(given) for given in inputs]
         texts: list[str] = []
         with nullcontext() if output is None else written(output) as file:
             for prompt in prompts:
@@ -348,10 +354,8 @@ def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokeniz
     if not Path(name).is_file():
         raise UserError(f"tokenizer must be bytes, bpe, words or a tokenizer.json, got {name!r}")
     try:
-        found = read_tokenizer(Path(name).read_text("utf-8"))
-    except UserError:
-        raise
-    except Exception as error:
+        found = read_tokenizer(read_text(Path(name)))
+    except UserError as error:
         raise UserError(f"{name} is no tokenizer.json: {error}") from None
     if found.end is None:
         raise UserError(f"{name} has no token to end a document with: expected one of {', '.join(ENDS)}")
@@ -383,13 +387,3 @@ def _is_file(given: str | Path) -> bool:
         return Path(given).is_file()
     except (OSError, ValueError):  # a prompt may be longer than a file's name may be
         return False
-
-
-def _prompt(given: str | Path) -> str:
-    """The text of a file, or the words themselves."""
-    if not _is_file(given):
-        return str(given)
-    try:
-        return Path(given).read_text("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{given} is no text in UTF-8") from None

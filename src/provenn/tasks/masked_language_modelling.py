@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from provenn.data.text import read_tokenizer
+from provenn.data.text import read_tokenizer, text_of
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.tasks.base import Scores, TaskData, batches, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
+from provenn.tasks.meta import Blanked
 from provenn.tasks.recall import IGNORED
 
 BLANK = "[MASK]"
@@ -46,12 +48,24 @@ class MaskedLanguageModelling(LanguageModelling):
     """Models take tokens (batch, tokens), one kind of them blank, and give logits (batch, tokens, vocab)."""
 
     name = "masked-language-modelling"
+    meta_schema = Blanked  # type: ignore[assignment]
     metric = "accuracy"
     higher_is_better = True
 
-    def load(self, source: str | Path, **options: Any) -> TaskData:  # type: ignore[override]
+    def load(  # type: ignore[override]
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        length: int = 256,
+        tokenizer: str = "bytes",
+        vocab_size: int | None = None,
+        eval_tokens: int = 65_536,
+    ) -> TaskData:
         """Text as in language modelling; the last of the vocabulary's tokens is the blank."""
-        data = super().load(source, **options)
+        data = super().load(
+            source, seed=seed, length=length, tokenizer=tokenizer, vocab_size=vocab_size, eval_tokens=eval_tokens
+        )
         vocab = data.options["vocab"]
         train, val, test = (Blanks(part, vocab) for part in (data.train, data.val, data.test))  # type: ignore[arg-type]
         meta = {**data.meta, "blank": vocab}
@@ -101,8 +115,7 @@ class MaskedLanguageModelling(LanguageModelling):
     ) -> str:
         """Fills every [MASK] of each text, or of each file, with one token."""
         tokenizer, texts = read_tokenizer(meta["tokenizer"]), []
-        for given in inputs:
-            text = Path(given).read_text("utf-8") if Path(given).is_file() else str(given)
+        for text in map(text_of, inputs):
             parts = [tokenizer.encode(part) for part in text.split(BLANK)]
             if len(parts) == 1:
                 raise UserError(f"{text[:40]!r} has no blank to fill: write {BLANK} where a token is missing")
@@ -112,7 +125,8 @@ class MaskedLanguageModelling(LanguageModelling):
             texts.append(tokenizer.decode(torch.where(x[0] == meta["blank"], told, x[0]).tolist()))
         joined = "\n".join(texts)
         if output is not None:
-            output.write_text(joined + "\n", "utf-8")
+            with whole(output) as place:
+                place.write_text(joined + "\n", "utf-8")
             return f"{joined}\nwrote {output}"
         return joined
 

@@ -23,6 +23,7 @@ from provenn.data.trajectories import (
     reference_returns,
 )
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.tasks.base import (
     HeldOut,
     Scores,
@@ -35,6 +36,7 @@ from provenn.tasks.base import (
     join_scores,
     split_indices,
 )
+from provenn.tasks.meta import Play
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -195,6 +197,7 @@ class ReinforcementLearning(Task):
     """Learns the actions of recorded episodes; is judged by the return that it reaches when it plays."""
 
     name = "reinforcement-learning"
+    meta_schema = Play
     metric = "return"
     higher_is_better = True
     needs_inputs = False  # it plays episodes of its own
@@ -452,7 +455,8 @@ class ReinforcementLearning(Task):
         if output is None:
             return text
         write_table(output, ["seed", "target", "return"], [list(row) for row in zip(seeds, targets, found.tolist())])
-        _returns_plot(setting, targets, found).savefig(output.with_suffix(".png"), dpi=110)
+        with whole(output.with_suffix(".png")) as place:
+            _returns_plot(setting, targets, found).savefig(place, dpi=110)
         return f"{text}\nwrote {output} and {output.with_suffix('.png')}"
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":

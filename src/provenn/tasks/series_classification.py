@@ -28,6 +28,7 @@ from provenn.tasks.base import (
     join_scores,
     split_indices,
 )
+from provenn.tasks.meta import LabelledSeries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +50,7 @@ class SeriesClassification(Task):
     """A dataset's items are (values (tokens, channels) padded with zeros, count of valid tokens, class)."""
 
     name = "series-classification"
+    meta_schema = LabelledSeries
     metric = "accuracy"
     higher_is_better = True
     embedded = {name: about for name, (_, about) in ARCHIVE.items()}  # noqa: RUF012

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from provenn.data.dates import continue_dates
+from provenn import progress
+from provenn.data.dates import continue_dates, first_disorder, gaps
 from provenn.data.series import bundled
 from provenn.data.tables import Table, check_csv, is_number, read_table, write_table
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
+from provenn.tasks.meta import Forecast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,6 +79,7 @@ class SeriesForecasting(Task):
     """A dataset's items are (past (context, channels), future (horizon, channels)), scaled by the training rows."""
 
     name = "series-forecasting"
+    meta_schema = Forecast
     metric = "mse"
     higher_is_better = False
     embedded = {name: entry.about for name, entry in BUNDLED.items()}  # noqa: RUF012
@@ -100,7 +104,7 @@ class SeriesForecasting(Task):
             parts: how much is for training, validation and the test: shares, 60 : 20 : 20, or numbers of rows.
 
         Raises:
-            UserError: no such data, cells that are no numbers, or too few rows for the windows.
+            UserError: no such data, cells that are no numbers, dates out of order, or too few rows for the windows.
         """
         if options:
             raise UserError(f"{self.name} takes the options context, horizon and parts, not {', '.join(options)}")
@@ -110,10 +114,13 @@ class SeriesForecasting(Task):
         columns, values, _ = _read(read_table(file), known.without if known else ())
         rows = len(values)
         fitting = (known.context, known.horizon) if known else (min(48, rows // 5), min(12, max(1, rows // 12)))
+        for what, length in (("context", context), ("horizon", horizon)):
+            if length is not None and length < 1:
+                raise UserError(f"{what} must be at least 1 row, got {length}")
         context, horizon = context or fitting[0], horizon or fitting[1]
         cuts = _cuts(parts, rows, str(source))
         shortest = min(cuts[0] - context, cuts[1] - cuts[0], cuts[2] - cuts[1])
-        if context < 1 or horizon < 1 or shortest < horizon:
+        if context < 1 or shortest < horizon:
             raise UserError(
                 f"{source} has {rows} rows: too few for a context of {context} and a horizon of {horizon}; "
                 f"training takes the first {cuts[0]}, validation and test {cuts[1] - cuts[0]} and {cuts[2] - cuts[1]}"
@@ -220,7 +227,8 @@ class SeriesForecasting(Task):
             made.append(([header, *columns], rows, _forecast_plot(columns, values[-4 * len(past) :], forecast)))
         for file, target, (names, rows, plot) in zip(inputs, targets, made):
             write_table(target, names, rows)
-            plot.savefig(target.with_suffix(".png"), dpi=110)
+            with whole(target.with_suffix(".png")) as place:
+                plot.savefig(place, dpi=110)
             texts.append(f"{file}: {len(rows)} steps, wrote {target} and {target.with_suffix('.png')}")
         return "\n".join(texts)
 
@@ -310,7 +318,27 @@ def _read(
         raise UserError(f"{table.file} has no column besides {columns[0]!r}: expected at least one of numbers")
     if expected is not None and list(expected) != numeric:
         raise UserError(f"{table.file} has the columns {', '.join(numeric)}: the model knows {', '.join(expected)}")
+    if times is not None:
+        _check_times(table.file, times[1])
     return numeric, table.numbers(numeric), times
+
+
+def _check_times(file: Path, dates: Sequence[str]) -> None:
+    """Refuse rows out of order, and say where some are missing: to the model all are one step apart."""
+    row = first_disorder(dates)
+    if row is not None:
+        again = "repeats" if dates[row] == dates[row - 1] else "does not come after"
+        raise UserError(
+            f"{file}, row {row + 2}: {dates[row]!r} {again} {dates[row - 1]!r} in the row before: "
+            "expected rows in order of time, one a moment; sort them and join those of one moment"
+        )
+    gap = gaps(dates)
+    if gap is not None:
+        progress.say(
+            f"{file}: {gap.places} of {len(dates) - 1} steps skip time, the first from {dates[gap.first]!r} to "
+            f"{dates[gap.first + 1]!r} in rows {gap.first + 2} and {gap.first + 3}, {gap.step / gap.usual:.3g} times "
+            "the usual step; rows are taken as evenly spaced: fill the gaps if that is not meant"
+        )
 
 
 def _forecast_plot(columns: Sequence[str], past: np.ndarray, forecast: np.ndarray) -> "Figure":

@@ -141,7 +141,7 @@ class Whole(Dataset):
         return torch.from_numpy(np.array(self.photos[index])).permute(2, 0, 1)
 
 
-def _splits(place: Path) -> list[list[Path]] | None:
+def _splits(place: Path, skip_broken: bool = False) -> list[list[Path]] | None:
     """The photographs of a folder that names its splits, as DIV2K and DF2K do; None of any other."""
     found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
     for folder in sorted(entry for entry in place.iterdir() if entry.is_dir()):
@@ -150,7 +150,7 @@ def _splits(place: Path) -> list[list[Path]] | None:
             continue
         kind = next((kind for kind in found if kind in name), "train" if name.startswith("flickr2k") else None)
         if kind is not None:
-            found[kind] += images_in(folder)
+            found[kind] += images_in(folder, skip_broken)
     if not found["train"] or not found["val"]:
         return None
     if not found["test"]:
@@ -171,7 +171,14 @@ class SuperResolution(Task):
     reads = "a folder of photographs"
 
     def load(
-        self, source: str | Path, *, seed: int = 0, patch: int = 4 * (PATCH + 2 * MARGIN), crops: int = 16, **_: Any
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        patch: int = 4 * (PATCH + 2 * MARGIN),
+        crops: int = 16,
+        skip_broken: bool = False,
+        **_: Any,
     ) -> TaskData:
         """Photographs, split into those to train on, to validate with and to test.
 
@@ -181,14 +188,15 @@ class SuperResolution(Task):
             seed: splits the user's folder.
             patch: side of a training crop, in pixels of the photograph; the default serves every scale up to 4.
             crops: crops of each photograph in an epoch.
+            skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
         place = self._named(source)
         if isinstance(place, str):
             return self._photographs(patch, crops)
         if not place.is_dir():
             raise UserError(f"{place} is a file; expected {self.reads}")
-        named = _splits(place)
-        files = [file for part in named for file in part] if named else images_in(place)
+        named = _splits(place, skip_broken)
+        files = [file for part in named for file in part] if named else images_in(place, skip_broken)
         if len(files) < 3:
             raise UserError(
                 f"{place} holds {len(files)} image(s); expected at least 3: to train, to validate and to test"

@@ -20,8 +20,8 @@ from provenn import progress
 from provenn.errors import UserError
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks.base import Task, TaskData
+from provenn.tasks.checkpoints import checkpoint_writer, newest, read
 
-CHECKPOINT = "last.ckpt"
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning")  # its loggers
 STRATEGIES = ("auto", "ddp", "fsdp")
 LARGEST_LR = 1e30  # far above any that trains; beyond it the optimizers' own numbers overflow
@@ -221,7 +221,7 @@ def fit(
     torch.manual_seed(seed)
     model = build()
     history = _history_class()(task, data, title, recipe)
-    checkpoint = None if out is None else out / CHECKPOINT
+    going_on = newest(out) if resume and out is not None else None
     callbacks: list[Any] = [history]
     if out is not None:
         callbacks.append(
@@ -241,6 +241,7 @@ def fit(
             gradient_clip_val=recipe.clip,
             precision=recipe.precision,  # type: ignore[arg-type]
             callbacks=callbacks,
+            plugins=[] if out is None else [checkpoint_writer()],
             logger=False,
             enable_checkpointing=out is not None,
             enable_progress_bar=False,
@@ -250,11 +251,10 @@ def fit(
         )
         module = _module_class()(model, task, data, recipe, seed)
         start = time.perf_counter()
-        going_on = str(checkpoint) if resume and checkpoint is not None and checkpoint.exists() else None
         if going_on is not None:
-            _check_fits(Path(going_on), module)
+            _check_fits(going_on, module)
         with _plain_interrupt(trainer):
-            trainer.fit(module, ckpt_path=going_on, weights_only=True)
+            trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
         seconds = time.perf_counter() - start
     if joined_here and torch.distributed.is_initialized():
         # Left standing, the group's threads outlive the interpreter and abort it.
@@ -278,15 +278,11 @@ def _single(model: nn.Module) -> nn.Module:
 
 def _check_fits(checkpoint: Path, module: nn.Module) -> None:
     """Is this a checkpoint of the module that is to go on from it?"""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saved = torch.load(checkpoint, map_location="meta", weights_only=True)
-            held, parts = saved["state_dict"], saved.get("parts", _parts(module))
-    except Exception:
-        raise UserError(f"{checkpoint} is damaged: train again without --resume") from None
-    shapes = {name: value.shape for name, value in held.items()}
-    if parts != _parts(module) or shapes != {name: value.shape for name, value in module.state_dict().items()}:
+    saved = read(checkpoint) or {"state_dict": {}}
+    shapes = {name: getattr(value, "shape", None) for name, value in saved["state_dict"].items()}
+    if saved.get("parts", _parts(module)) != _parts(module) or shapes != {
+        name: value.shape for name, value in module.state_dict().items()
+    }:
         raise UserError(
             f"{checkpoint} is of another preset or of other data: resume with what it was started with, "
             "or train in another folder"

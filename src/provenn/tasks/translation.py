@@ -1,6 +1,5 @@
 """Translation: one sentence in, another out, letter by letter."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from provenn.data.text import Bytes
+from provenn.data.text import Bytes, parse_json, read_text, text_of
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.tasks.base import (
     HeldOut,
     Scores,
@@ -24,6 +24,7 @@ from provenn.tasks.base import (
     join_scores,
     split_indices,
 )
+from provenn.tasks.meta import Length
 
 END = 0  # begins what is written, ends both sides, and fills them up
 LARGEST = 9999
@@ -79,6 +80,7 @@ class Translation(Task):
     """Models take a source (batch, other), what is written so far (batch, tokens) and mask=, and give its logits."""
 
     name = "translation"
+    meta_schema = Length
     metric = "exact"
     higher_is_better = True
     embedded = {  # noqa: RUF012
@@ -161,11 +163,7 @@ class Translation(Task):
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Any], output: Path | None) -> str:
         """Writes the likeliest letter after letter for each sentence, or each line of a file."""
-        lines = [
-            line
-            for given in inputs
-            for line in (Path(given).read_text("utf-8").splitlines() if Path(given).is_file() else [str(given)])
-        ]
+        lines = [line for given in inputs for line in text_of(given).splitlines()]
         if not all(line.strip() for line in lines):
             raise UserError("expected a sentence to translate, got an empty one")
         texts = []
@@ -180,7 +178,8 @@ class Translation(Task):
             texts.append(Bytes().decode(written[0, 1:].tolist()))
         joined = "\n".join(texts)
         if output is not None:
-            output.write_text(joined + "\n", "utf-8")
+            with whole(output) as place:
+                place.write_text(joined + "\n", "utf-8")
             return f"{joined}\nwrote {output}"
         return joined
 
@@ -197,23 +196,18 @@ def _padded(texts: Sequence[str]) -> Int[Tensor, "texts letters"]:
 def _read(path: Path) -> list[tuple[str, str]]:
     if path.is_dir():
         raise UserError(f"{path} is a folder: expected a .tsv or a .jsonl of pairs of sentences")
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 (byte {error.start})") from None
     pairs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         parts: list[Any]
         if path.suffix.lower() == ".jsonl":
-            try:
-                entry = json.loads(line)
-                parts = [entry["source"], entry["target"]]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise UserError(f"{path}, line {number}: expected an object with the keys source and target") from None
+            entry = parse_json(line, f"{path}, line {number}")
+            if not isinstance(entry, dict) or not {"source", "target"} <= entry.keys():
+                raise UserError(f"{path}, line {number}: expected an object with the keys source and target")
+            parts = [entry["source"], entry["target"]]
         else:
-            parts = line.split("\t")
+            parts = line.removesuffix("\r").split("\t")
         if len(parts) != 2 or not all(isinstance(part, str) and part.strip() and "\0" not in part for part in parts):
             raise UserError(f"{path}, line {number}: expected a sentence, a tab and its translation")
         pairs.append((parts[0], parts[1]))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.nn.attention import SoftmaxAttention, check_heads, check_tokens
 from provenn.nn.transformer import ACTIVATIONS, EncoderLayer, TransformerEncoder
 from provenn.ops.autograd import without_autocast
@@ -63,6 +64,7 @@ class AarenAttention(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True):
+        check_whole(dim=dim, heads=heads)
         super().__init__()
         check_heads(dim, heads)
         if not causal:

@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.padding import PadToMultiple
 
 
@@ -91,6 +92,7 @@ class RectangleWindowAttention(nn.Module):
         wrap: bool = True,
         position_dim: int | None = None,
     ):
+        check_whole(dim=dim, heads=heads, position_dim=position_dim)
         super().__init__()
         _check_heads(dim, heads, even=True)
         short, long = window
@@ -185,6 +187,7 @@ class SRWAB(nn.Module):
         wrap: bool = True,
         position_dim: int | None = None,
     ):
+        check_whole(dim=dim, heads=heads, position_dim=position_dim)
         super().__init__()
         _check_heads(dim, heads, even=True)
         self.norm1 = nn.LayerNorm(dim)
@@ -227,6 +230,7 @@ class HFERB(nn.Module):
     """
 
     def __init__(self, dim: int, *, pool: Callable[[], nn.Module] | None = None):
+        check_whole(dim=dim)
         super().__init__()
         if dim < 2 or dim % 2:
             raise ValueError(f"dim must be even and at least 2, got {dim}")
@@ -254,6 +258,7 @@ class InterAttention(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int = 6):
+        check_whole(dim=dim, heads=heads)
         super().__init__()
         _check_heads(dim, heads)
         self.heads = heads
@@ -294,6 +299,8 @@ class GDFN(nn.Module):
     """
 
     def __init__(self, dim: int, expansion: float = 2.66):
+        check_whole(dim=dim)
+        check_finite(expansion=expansion)
         super().__init__()
         hidden = int(dim * expansion)
         self.expand = nn.Sequential(nn.Conv2d(dim, 2 * hidden, 1, bias=False), depthwise(2 * hidden))

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.channel_gates import PooledGate
 
 
@@ -50,6 +51,7 @@ class SEGroupConv(PooledGate):
     """
 
     def __init__(self, channels: int, groups: int):
+        check_whole(channels=channels, groups=groups)
         super().__init__(channels)
         if groups < 1 or channels % groups:
             raise ValueError(f"groups must divide the {channels} channels, got {groups}")
@@ -102,6 +104,8 @@ class EfficientChannelAttention(PooledGate):
     """
 
     def __init__(self, channels: int, kernel_size: int | None = None, scale: float = 1.0):
+        check_whole(channels=channels, kernel_size=kernel_size)
+        check_finite(scale=scale)
         super().__init__(channels)
         k = adaptive_kernel_size(channels) if kernel_size is None else _odd(kernel_size)
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
@@ -131,6 +135,7 @@ class UnsharedChannelAttention(PooledGate):
     """
 
     def __init__(self, channels: int, kernel_size: int | None = None):
+        check_whole(channels=channels, kernel_size=kernel_size)
         super().__init__(channels)
         self.kernel_size = adaptive_kernel_size(channels) if kernel_size is None else _odd(kernel_size)
         self.conv = nn.Conv1d(channels, channels, self.kernel_size, groups=channels, bias=False)

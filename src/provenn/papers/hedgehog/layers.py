@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.nn.attention import SoftmaxAttention, check_tokens
 from provenn.nn.feature_maps import (
     CosFormerMap,
@@ -61,6 +62,7 @@ class HedgehogFeatureMap(FeatureMap):
         form: str = "softmax",
         bias: bool = False,
     ):
+        check_whole(num_heads=num_heads, head_dim=head_dim, feature_dim=feature_dim)
         feature_dim = head_dim if feature_dim is None else feature_dim
         super().__init__(num_heads, head_dim, 2 * feature_dim)
         if form not in FORMS:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.nn.positions import rotate
@@ -127,6 +128,7 @@ class HeadRouter(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, shared: int, top_k: int):
+        check_whole(dim=dim, heads=heads, shared=shared, top_k=top_k)
         super().__init__()
         _check_heads(heads, shared, top_k)
         self.heads, self.shared, self.top_k = heads, shared, top_k
@@ -264,6 +266,8 @@ class MoHAttention(nn.Module):
         balance: float | int = BALANCE,
         execute: str = "dense",
     ):
+        check_whole(dim=dim, heads=heads, shared=shared, top_k=top_k, head_dim=head_dim)
+        check_finite(balance=balance)
         super().__init__()
         if dim < 1 or heads < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")

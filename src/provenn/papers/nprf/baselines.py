@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
 from provenn.papers.nprf.layers import make_biases, tokens_on
 
@@ -37,6 +38,7 @@ class SoftmaxAttentionRPE(SoftmaxAttention):
         causal: bool = True,
         bias: bool = True,
     ):
+        check_whole(dim=dim, heads=heads, max_length=max_length)
         super().__init__(dim, heads, causal=causal, bias=bias)
         self.normalize, self.grid = normalize, grid
         self.rpe = make_biases(
@@ -116,6 +118,7 @@ class LinformerAttention(nn.Module):
         causal: bool = False,
         bias: bool = True,
     ):
+        check_whole(dim=dim, heads=heads, mixtures=mixtures, max_length=max_length)
         if causal:
             raise ValueError("Linformer mixes all tokens, so causal must be False, got True")
         if mixtures < 1 or max_length < 1:

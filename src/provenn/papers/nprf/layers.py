@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import check_tokens
 from provenn.nn.random_features import elu_features, gaussian, orthogonal_gaussian, positive_exponents, spherical
 from provenn.ops.linear_attention import LinearState, linear_attention
@@ -192,6 +193,8 @@ class KernelAttentionRPE(nn.Module):
         form: str = "auto",
         precision: str = "double",
     ):
+        check_whole(dim=dim, heads=heads, features=features, max_length=max_length)
+        check_finite(scale=scale)
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.nn.attention import KVCache, check_heads, check_tokens
 from provenn.nn.positions import rotate
 from provenn.ops.chunk_attention import Earlier, chunk_attention
@@ -55,6 +56,7 @@ class RNNMixer(nn.Module):
     """
 
     def __init__(self, dim: int, *, length: int = 4096, causal: bool = True):
+        check_whole(dim=dim, length=length)
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
@@ -168,6 +170,7 @@ class RATMixer(nn.Module):
         positions: str = "chunk",
         causal: bool = True,
     ):
+        check_whole(dim=dim, heads=heads, chunk=chunk, groups=groups)
         super().__init__()
         check_heads(dim, heads, rotary=positions != "none")
         if groups < 1 or heads % groups:

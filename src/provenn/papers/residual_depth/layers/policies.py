@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_finite, check_whole
+
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -28,6 +30,7 @@ class ScalePolicy(nn.Module):
     """
 
     def __init__(self, dim: int, *, channel_dim: int = -1):
+        check_whole(dim=dim, channel_dim=channel_dim)
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
@@ -65,6 +68,8 @@ class ConstantScale(ScalePolicy):
     """
 
     def __init__(self, dim: int, *, value: float = 1.0, channel_dim: int = -1):
+        check_whole(dim=dim, channel_dim=channel_dim)
+        check_finite(value=value)
         super().__init__(dim, channel_dim=channel_dim)
         if not math.isfinite(value):
             raise ValueError(f"value must be finite, got {value}")
@@ -99,6 +104,8 @@ class SkipInit(ScalePolicy):
     """
 
     def __init__(self, dim: int, *, init: float = 0.0, channel_dim: int = -1):
+        check_whole(dim=dim, channel_dim=channel_dim)
+        check_finite(init=init)
         super().__init__(dim, channel_dim=channel_dim)
         self.alpha = nn.Parameter(torch.tensor(float(init)))
 
@@ -115,6 +122,8 @@ class LayerScale(ScalePolicy):
     """
 
     def __init__(self, dim: int, *, init: float | None = None, channel_dim: int = -1):
+        check_whole(dim=dim, channel_dim=channel_dim)
+        check_finite(init=init)
         super().__init__(dim, channel_dim=channel_dim)
         self.by_depth = init is None
         self.gamma = nn.Parameter(torch.full((dim,), 0.1 if init is None else float(init)))

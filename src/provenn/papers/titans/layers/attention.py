@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.nn.attention import check_heads
 from provenn.nn.positions import rotate
 
@@ -47,6 +48,7 @@ class PrefixAttention(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, window: int, kinds: int = 1):
+        check_whole(dim=dim, heads=heads, window=window, kinds=kinds)
         super().__init__()
         check_heads(dim, heads, rotary=True)
         if window < 1:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import check_heads, check_tokens
 from provenn.nn.streaming import map_state
 from provenn.ops.autograd import without_autocast
@@ -178,6 +179,8 @@ class NeuralMemory(Mixer):
         gating: str = "layer",
         causal: bool = True,
     ):
+        check_whole(dim=dim, heads=heads, depth=depth, chunk=chunk, kernel=kernel)
+        check_finite(expansion=expansion, max_step=max_step, limit=limit, forget_bias=forget_bias)
         super().__init__()
         check_heads(dim, heads)
         for name, value in (("depth", depth), ("chunk", chunk), ("kernel", kernel)):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.nn.arguments import check_whole
 from provenn.papers.titans.layers.attention import AttentionCache, PrefixAttention
 from provenn.papers.titans.layers.memory import MemoryOptions, Mixer, NeuralMemory, NeuralState
 
@@ -50,6 +51,7 @@ class LongTermMemory(Mixer):
     def __init__(
         self, dim: int, heads: int = 1, *, persistent: int = 4, causal: bool = True, **memory: Unpack[MemoryOptions]
     ):
+        check_whole(dim=dim, heads=heads, persistent=persistent)
         super().__init__()
         self.dim = dim
         self.memory = NeuralMemory(dim, heads, causal=causal, **memory)
@@ -120,6 +122,9 @@ class MemoryAsContext(Mixer):
         causal: bool = True,
         **memory: Unpack[MemoryOptions],
     ):
+        check_whole(
+            dim=dim, heads=heads, segment=segment, persistent=persistent, stride=stride, memory_heads=memory_heads
+        )
         super().__init__()
         if segment < 1:
             raise ValueError(f"segment must be at least 1, got {segment}")
@@ -187,6 +192,7 @@ class WindowedMixer(Mixer):
         causal: bool = True,
         **memory: Unpack[MemoryOptions],
     ):
+        check_whole(dim=dim, heads=heads, window=window, persistent=persistent, memory_heads=memory_heads)
         super().__init__()
         self.dim = dim
         self.attention = PrefixAttention(dim, heads, window)

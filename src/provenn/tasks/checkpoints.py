@@ -1,0 +1,64 @@
+"""Checkpoints that outlive a kill: each is written beside the last, which is kept until the next is whole."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from provenn.errors import UserError
+from provenn.files import whole
+
+CHECKPOINT, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+def checkpoint_writer() -> Any:
+    """What writes Lightning's checkpoints. Its own writes to the folder for temporary files, and where that is another
+    file system the move from there is a copy, which a kill cuts in two.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+    class CheckpointWriter(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            file = Path(path)
+            keep = file.with_name(PREVIOUS) if file.name == CHECKPOINT else None
+            for stray in file.parent.glob(f".{file.stem}.*.part{file.suffix}"):  # of a run that was killed
+                stray.unlink(missing_ok=True)
+            with whole(file, keep) as place, place.open("wb") as handle:
+                try:
+                    torch.save(checkpoint, handle)
+                except RuntimeError as error:  # torch's words for a write that failed
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+    return CheckpointWriter()
+
+
+def begun(folder: Path) -> bool:
+    """Whether a training has left a checkpoint in the folder."""
+    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint to go on from: the last, or the one before where a kill left no whole one.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read.
+    """
+    there = [file for file in (folder / CHECKPOINT, folder / PREVIOUS) if file.exists()]
+    readable = next((file for file in there if read(file) is not None), None)
+    if there and readable is None:
+        raise UserError(f"{there[0]} is damaged: train again without --resume")
+    return readable
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """A checkpoint without the numbers in its tensors; None of what is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(file, map_location="meta", weights_only=True)
+        return saved if isinstance(saved, dict) and isinstance(saved.get("state_dict"), dict) else None
+    except Exception:  # whatever torch makes of damaged bytes
+        return None
