@@ -244,6 +244,23 @@ def test_untying_is_reported():
     assert changes.parameters == 20
 
 
+def test_a_swap_that_does_not_fit_the_example_is_undone():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    parts, names, x = list(model), list(model.state_dict()), torch.randn(3, 4)
+    with pytest.raises(
+        UserError, match=r"0: Linear gave \(3, 6\) for this example, Linear gives \(3, 7\); the change is"
+    ):
+        swap(nn.Sequential(*parts[:1]), "0", lambda old: nn.Linear(4, 7), example=x)
+    with pytest.raises(UserError, match="shapes cannot be multiplied"):
+        swap(model, nn.Linear, lambda old: nn.Linear(5, old.out_features), example=x)
+    assert list(model) == parts and list(model.state_dict()) == names
+    y = model(x)
+    with pytest.raises(UserError, match="TypeError"):
+        swap(model, "1", lambda old: nn.Bilinear(1, 1, 1), example=x)
+    assert list(model) == parts and torch.equal(model(x), y) and model.training
+    assert len(swap(model, "1", lambda old: nn.Tanh(), example=(x,))) == 1 and isinstance(model[1], nn.Tanh)
+
+
 def test_the_outer_of_two_matches_is_swapped():
     model = nn.Sequential(nn.Sequential(nn.Sequential(nn.ReLU())), nn.Sequential())
     changes = swap(model, nn.Sequential, lambda old: nn.Identity())
@@ -314,7 +331,7 @@ def test_a_swap_that_fails_on_the_example_is_undone():
     x = torch.randn(3, 4)
     for factory, says in (
         (lambda old: nn.Linear(4, 5), "does not run on the example: RuntimeError"),
-        (lambda old: nn.Unflatten(1, (2, 2)) if old.out_features == 2 else None, r"would be \[\(3, 2, 2\)\].*was"),
+        (lambda old: nn.Unflatten(1, (2, 2)) if old.out_features == 2 else None, r"gave \(3, 2\).*gives \(3, 2, 2\)"),
     ):
         with pytest.raises(UserError, match=says) as error:
             swap(model, nn.Linear, factory, example=x)

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from provenn.bench import count_parameters
@@ -155,17 +154,17 @@ def swap(
         where: a pattern, a type, or a sequence of them.
         factory: makes the new module from the old one, whose weights it may take; None leaves this place alone.
         example: an input of the model (a tensor, a tuple of positional or a dict of keyword arguments). With it the
-            changed model is run once: if that fails, or gives an output of another shape, the change is undone.
+            model is run once before and once after: if it then fails, or a new module gives another shape than the old
+            one gave, or is not called where the old one was, the change is undone.
 
     Raises:
-        UserError: nothing matches; or the changed model does not run on the example as the old one did, and why.
+        UserError: nothing matches, or a new module does not do in its place with `example`.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> print(swap(model, "1", lambda old: nn.GELU()))
+    >>> print(swap(model, "1", lambda old: nn.GELU(), example=torch.zeros(1, 2)))
     1: ReLU becomes GELU, +0 parameters
     1 change, +0 parameters
     """
-    before_all = None if example is None else _shapes(_run(model, example, {}))
     planned = []
     gone: list[str] = []
     for old, names in _find(model, where).items():
@@ -174,12 +173,11 @@ def swap(
         if new is not None:
             planned += [(old, names, new)]
             gone += names
-    changes, undo = [], []
+    expected = {} if example is None else _observed_shapes(model, [old for old, _, _ in planned], example)
+    changes = []
     for old, names, new in planned:
-        undo += [(name, model.get_submodule(name)) for name in names]
         before, size = _parameter_names(model), count_parameters(model)
-        for name in names:
-            _put(model, name, new)
+        _put(model, names, new)
         after = _parameter_names(model)
         what = f"{_kind(old)} becomes {_kind(new)}"
         for parameter in old.parameters():
@@ -188,30 +186,24 @@ def swap(
                 what += f" (no longer tied to {after[parameter][0]}: {', '.join(lost)})"
         changes += [Change(" = ".join(names), what, count_parameters(model) - size)]
     if example is not None:
-        trouble = _trouble(model, example, before_all)
-        if trouble:
-            for name, old in reversed(undo):
-                _put(model, name, old)
-            raise UserError(f"nothing was swapped: {trouble}")
+        try:
+            given = _observed_shapes(model, [new for _, _, new in planned], example)
+            for old, names, new in planned:
+                if given.get(new) != expected.get(old):
+                    raise UserError(
+                        f"{names[0]}: {_kind(old)} gave {_told(expected.get(old))} for this example, "
+                        f"{_kind(new)} gives {_told(given.get(new))}; the change is undone"
+                    )
+        except Exception as error:  # whatever a stranger's module raises
+            for old, names, _ in reversed(planned):
+                _put(model, names, old)
+            if isinstance(error, UserError):
+                raise
+            words = " ".join(str(error).split())
+            raise UserError(
+                f"the changed model does not run on the example: {type(error).__name__}: {words}; the change is undone"
+            ) from error
     return Changes(tuple(changes))
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _trouble(model: nn.Module, example: Any, expected: list[tuple[int, ...]] | None) -> str:
-    """What keeps a changed model from running as it did, in a line; "" where nothing does."""
-    try:
-        shapes = _shapes(_run(model, example, {}))
-    except Exception as error:  # whatever a stranger's module raises
-        return f"the changed model does not run on the example: {type(error).__name__}: {' '.join(str(error).split())}"
-    return "" if shapes == expected else f"the model's output would be {shapes}, and it was {expected}"
-
-
-def _shapes(output: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
@@ -223,6 +215,16 @@ def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
     1 change, +0 parameters
     """
     return swap(model, where, lambda old: nn.Identity())
+
+
+def _put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _told(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else f"{shape}" if shape else "no tensor"
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -365,16 +367,17 @@ def _follow(module: nn.Module, child: str, new: nn.Module) -> Callable[[], None]
     return undo
 
 
-def _run(model: nn.Module, example: Any, hooks: dict[nn.Module, Callable]) -> Any:
-    """The output of one forward pass in eval mode that leaves no trace in the model."""
+def _run(model: nn.Module, example: Any, hooks: dict[nn.Module, Callable]) -> None:
+    """One forward pass in eval mode that leaves no trace in the model."""
     modes = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
         model.eval()
         with torch.no_grad():
             if isinstance(example, dict):
-                return model(**example)
-            return model(*example) if isinstance(example, tuple) else model(example)
+                model(**example)
+            else:
+                model(*example) if isinstance(example, tuple) else model(example)
     finally:
         for handle in handles:
             handle.remove()
@@ -395,3 +398,15 @@ def _observed_widths(model: nn.Module, found: dict[nn.Module, list[str]], exampl
 
     _run(model, example, dict.fromkeys(found, note))
     return widths
+
+
+def _observed_shapes(model: nn.Module, modules: Sequence[nn.Module], example: Any) -> dict[nn.Module, tuple[int, ...]]:
+    """The shape that each module gives, of a tuple its first; () for no tensor. A module not called is left out."""
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(module: nn.Module, args: object, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        shapes[module] = tuple(first.shape) if isinstance(first, Tensor) else ()
+
+    _run(model, example, dict.fromkeys(modules, note))
+    return shapes

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -13,30 +14,17 @@ from provenn.cli.work import pairs
 from provenn.errors import UserError
 
 REPORT = "conversion.json"
-HUB, EMBEDDED = "hf:", ("stdlib",)
-
-
-def _offline_where_no_hub_answers() -> None:
-    """Without a network the hub's client would try for half a minute; told that it is offline, it looks at what it has
-    kept and says at once what is missing.
-    """
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    from huggingface_hub import constants
-
-    if not getproxies():
-        try:
-            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
 
 
 @app.command()
 def convert(
     slug: Slug,
-    model: Annotated[str, typer.Argument(help="A GPT-2, Llama or BERT: its folder, or its name on the hub.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="GPT-2, Llama, Qwen2, Mistral, BERT, RoBERTa or DistilBERT: a folder, or a name on the hub."
+        ),
+    ],
     data: Annotated[str, typer.Option(help="Text: stdlib, a file, a folder, or hf:NAME for a data set of the hub.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the converted model.")],
     tune: Annotated[str, typer.Option(help="full, lora or none.")] = "full",
@@ -65,24 +53,21 @@ def convert(
     from provenn.evidence.view import number
     from provenn.reproduce import choose_device
 
+    # Whatever can be wrong is looked at before the weights, which may be many gigabytes, are fetched and read.
     huggingface.quiet()
     huggingface.conversion_of(card.slug)
-    options = pairs(changes or [])
-    # What is wrong with these is said now, not when the model is there.
-    if tune not in huggingface.TUNINGS:
-        raise UserError(f"--tune takes {', '.join(huggingface.TUNINGS)}, got {tune!r}")
+    options, where = pairs(changes or []), choose_device(device)
+    huggingface.check_tuning(tune)
     for name, rate in (("--lr", lr), ("--prepare-lr", prepare_lr)):
-        if rate is not None and not (rate > 0 and math.isfinite(rate)):
-            raise UserError(f"{name} must be a positive number, got {rate}")
-    if not (data in EMBEDDED or data.startswith(HUB) or Path(data).exists()):
-        raise UserError(f"no data at {data!r}: give {', '.join(EMBEDDED)}, a file or a folder of text, or hf:NAME")
-    place = choose_device(device)
-    if not Path(model).is_dir():
-        _offline_where_no_hub_answers()
-    with progress.shown():
-        host, tokenizer = huggingface.load(model)
-        host.to(place)
-        text = huggingface.Text.of(data, tokenizer, host, length=length)
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"{name} must be above 0, got {rate}")
+    with progress.shown(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", huggingface.WindowLifted)  # told with the result
+        source = huggingface.Source.of(model)
+        source.rehearse(card.slug, options)
+        tokenizer = source.tokenizer()
+        text = huggingface.Text.of(data, tokenizer, source.outline, length=length)
+        host = source.weights().to(where)
         recovery = huggingface.recover(
             host,
             card.slug,
@@ -111,6 +96,8 @@ def convert(
         cells = [[number(row[column]) for column in columns] for row in recovery.layers]
         terminal.print(console.table([column.replace("_", " ") for column in columns], cells))
     terminal.print(f"added    {recovery.parameters:,} parameters", soft_wrap=True)
+    if note := huggingface.window_note(host):
+        terminal.print(f"note     {note}", soft_wrap=True)
     terminal.print(f"written  {out}, with {REPORT}", soft_wrap=True)
     terminal.print(
         f"next     import provenn.huggingface, and load it with from_pretrained({str(out)!r})",

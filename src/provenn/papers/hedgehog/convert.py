@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from provenn.errors import UserError
-from provenn.huggingface import Batch, Conversion, attentions
+from provenn.huggingface import Batch, Conversion, StateCache, StateLayer, attentions
 from provenn.ops.linear_attention import LinearState, linear_attention, linear_attention_weights
 from provenn.papers.hedgehog.diagnostics import (
     attention_entropy,
@@ -39,79 +38,6 @@ class AttentionMaps(nn.Module):
         super().__init__()
         self.map_query, self.map_key = make(heads, head_dim), make(heads, head_dim)
         self.listener: Listener | None = None
-
-
-class StateLayer(CacheLayerMixin):
-    """What one layer keeps of the past: S, z, and how many tokens they hold. It does not grow."""
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: LinearState | None = None
-        self.seen = 0
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the first call makes the state."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the new keys on, with this layer at their side for the attention to find."""
-        self.seen += key_states.shape[-2]
-        keys = key_states.view_as(key_states)
-        keys.past = self  # type: ignore[attr-defined]
-        return keys, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held; they do not depend on how many tokens were seen."""
-        return 0 if self.state is None else self.state.nbytes
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.state is not None:
-            self.state = LinearState(*map(change, self.state))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda part: part.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda part: part[indices])
-
-    def reset(self) -> None:
-        self.state, self.seen = None, 0
-
-    def offload(self) -> None:
-        self._each(lambda part: part.to("cpu"))
-
-    def prefetch(self) -> None:
-        """The state goes where its next keys are."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("a linear attention's state is a sum: the tokens in it cannot be taken out again")
-
-
-class StateCache(Cache):
-    """The past of a whole model in constant memory, for `generate` and for streaming, as `past_key_values`."""
-
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=StateLayer)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all layers."""
-        return sum(cast(StateLayer, layer).nbytes for layer in self.layers)
 
 
 def attend(
@@ -176,7 +102,7 @@ def install(model: PreTrainedModel, *, feature_map: str = "hedgehog", **options:
     """Give every self-attention its two maps.
 
     Args:
-        model: GPT-2, Llama, BERT or ViT.
+        model: of any family in `provenn.huggingface.FAMILIES`.
         feature_map: a name in `MAPS`.
         options: of the map; of Hedgehog's `feature_dim`, `form` and `bias`.
     """

@@ -64,7 +64,7 @@ def install(
     """Let every self-attention choose its heads.
 
     Args:
-        model: GPT-2, Llama, BERT or ViT.
+        model: of any family in `provenn.huggingface.FAMILIES`.
         shared: the share of the heads that every token uses.
         active: the share that a token uses in all.
         balance: β of the load-balance loss while tuning.

@@ -36,7 +36,7 @@ from provenn.papers.hedgehog.convert import StateCache, distil, report, teaching
 from provenn.testing import seeded_array, seeded_state
 
 VOCAB = 60
-LOLCATS = json.loads((Path(__file__).parent / "fixtures" / "hedgehog_lolcats.json").read_text())
+LOLCATS = json.loads((Path(__file__).parents[1] / "fixtures" / "hedgehog_lolcats.json").read_text())
 
 
 def gpt2(**options):
@@ -453,7 +453,10 @@ def test_the_command_line_converts_a_folder(tokenizer, story, tmp_path, capsys):
         ("hedgehog {host} --data {story} --length 16 --tune some", "--tune takes full, lora, none"),
         ("hedgehog {host} --data {story} --length 16 --set feature_map=tanh", "feature_map must be one of"),
         ("hedgehog {host} --data {story} --length 16 --set depth=3", "does not take"),
-        ("eca_net {host} --data {story}", "eca_net has no conversion of pretrained models; these have: hedgehog"),
+        (
+            "eca_net {host} --data {story}",
+            "eca_net has no conversion of pretrained models; these have: aaren, hedgehog",
+        ),
         ("hedgehog {bare} --data {story}", "no tokenizer"),
         ("hedgehog {small} --data {story}", "they do not belong together"),
         (
@@ -482,7 +485,7 @@ def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, t
 @pytest.mark.parametrize(
     ("build", "change", "message"),
     [
-        (gpt2, {"model_type": "t5"}, "host is of type 't5', which cannot be converted; these can: gpt2, llama, bert"),
+        (gpt2, {"model_type": "t5"}, "host is of type 't5', which cannot be converted; these can: gpt2, llama, qwen2"),
         (gpt2, {"n_head": 3}, "the weights of host cannot be loaded: `embed_dim` must be divisible by num_heads"),
         (llama, {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads"),
         (bert, {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads"),
@@ -529,7 +532,8 @@ def test_models_of_another_kind_are_refused():
     with pytest.raises(UserError, match="revert it first"):
         convert(convert(gpt2(), "hedgehog"), "hedgehog")
     with pytest.raises(UserError, match="is built by"):
-        huggingface.ConvertedGPT2LMHeadModel(huggingface.ConvertedGPT2Config())
+        kind = huggingface.CONVERTED[GPT2LMHeadModel]
+        kind(kind.config_class())
     model = convert(gpt2(), "hedgehog")
     with pytest.raises(UserError, match="expected a mask of padding"):
         model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))

@@ -1,0 +1,72 @@
+"""Mechanisms of the catalogue inside Hugging Face's models: convert, tune, save, load, generate, and undo.
+
+A paper that can convert a pretrained Transformer says how in its `convert.py`, as a `Conversion`. Here is what all of
+them share: which models there are, how a converted one is saved and found again by transformers' Auto classes once this
+package has been imported, and how quality is measured on the way.
+
+    model = convert(AutoModelForCausalLM.from_pretrained("gpt2"), "hedgehog")
+    recovery = recover(model, "hedgehog", Text.of("my_text/", tokenizer, model))    # or with all its training
+    model.save_pretrained("converted")
+
+Any token mixer can take the place of an attention, too, in any model of Hugging Face:
+
+    swap(model, "model.layers.*.self_attn", as_attention("rat", chunk=16), example={"input_ids": tokens})
+"""
+
+from provenn.errors import UserError
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError:
+    raise UserError("converting pretrained models needs transformers and peft: pip install 'provenn[hf]'") from None
+
+from provenn.huggingface.cache import StateCache, StateLayer
+from provenn.huggingface.companion import Companion
+from provenn.huggingface.conversion import (
+    CONVERTED,
+    Attend,
+    Batch,
+    Conversion,
+    WindowLifted,
+    conversion_of,
+    convert,
+    revert,
+    window_note,
+)
+from provenn.huggingface.families import FAMILIES, Attention, Family, attentions, family_of
+from provenn.huggingface.loading import Source, load, quiet
+from provenn.huggingface.mixers import MixerAttention, as_attention
+from provenn.huggingface.tuning import TUNINGS, Recovery, Text, check_tuning, perplexity, recover, train_alone, tune
+
+__all__ = [
+    "CONVERTED",
+    "FAMILIES",
+    "TUNINGS",
+    "Attend",
+    "Attention",
+    "Batch",
+    "Companion",
+    "Conversion",
+    "Family",
+    "MixerAttention",
+    "Recovery",
+    "Source",
+    "StateCache",
+    "StateLayer",
+    "Text",
+    "WindowLifted",
+    "as_attention",
+    "attentions",
+    "check_tuning",
+    "conversion_of",
+    "convert",
+    "family_of",
+    "load",
+    "perplexity",
+    "quiet",
+    "recover",
+    "revert",
+    "train_alone",
+    "tune",
+    "window_note",
+]

@@ -1,0 +1,82 @@
+"""What a conversion adds to a self-attention when queries, keys and values, turned by the host, are not enough."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from provenn.huggingface.cache import StateLayer, state_layer
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, (batch, tokens, head_dim) each
+
+
+class Companion(nn.Module):
+    """A module at the side of a host's self-attention, which sees what the host is called with.
+
+    While it is attached, the host leaves queries and keys as they are and a mechanism turns them itself, after what it
+    does with them before; a cache keeps the mechanism's state of this layer. The host's own maps do the rest, so their
+    weights, names and LoRA are as before.
+
+    In a call of the host there are `x`, the tokens (batch, tokens, dim); `rotation`, of their positions, None where the
+    host has none; `past`, the layer of the cache, None without one.
+    """
+
+    x: Tensor | None = None
+    rotation: Rotation | None = None
+    past: StateLayer | None = None
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens of its own `widen` puts before the text's."""
+        return 0
+
+    def widen(self, x: Tensor) -> Tensor:
+        """What the host reads in the place of its tokens."""
+        return x
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What the host gives in the place of its outputs."""
+        return y
+
+    def attach(self, host: nn.Module) -> None:
+        """Stand by a self-attention, on its device, in its precision and mode."""
+        weight = next(host.parameters())
+        host.companion = self.to(weight.device, weight.dtype).train(host.training)
+        before = host.register_forward_pre_hook(_before, with_kwargs=True)
+        self.handles: list[RemovableHandle] = [before, host.register_forward_hook(_after)]
+
+    @staticmethod
+    def detach(host: Any) -> None:
+        """Leave a self-attention as it was."""
+        for handle in host.companion.handles:
+            handle.remove()
+        del host.companion
+
+
+def turn(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """Queries or keys (batch, heads, tokens, head_dim) turned by their positions, as hosts with rotations do it."""
+    if rotation is None:
+        return x
+    cos, sin = (part.unsqueeze(1).to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _before(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    companion: Companion = host.companion
+    x = args[0] if args else kwargs["hidden_states"]
+    companion.x = x
+    companion.past = state_layer(kwargs.get("past_key_values"), getattr(host, "layer_idx", None), companion.prefix)
+    companion.rotation = rotation = kwargs.get("position_embeddings")
+    if rotation is not None:
+        kwargs = {**kwargs, "position_embeddings": (torch.ones_like(rotation[0][:, :1]), 0 * rotation[1][:, :1])}
+    wide = companion.widen(x)
+    return ((wide, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": wide})
+
+
+def _after(host: Any, args: tuple[Any, ...], output: Any) -> Any:
+    companion = cast(Companion, host.companion)
+    y = companion.finish(output[0])
+    companion.x = companion.rotation = companion.past = None  # so that no activation outlives its call
+    return (y, *output[1:])

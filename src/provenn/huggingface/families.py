@@ -1,0 +1,153 @@
+"""The models that can be converted: where their self-attentions are, and what is particular to each family."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DistilBertForMaskedLM,
+    DistilBertForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    ViTForImageClassification,
+)
+
+from provenn.errors import UserError
+
+PREFIX = "provenn_"  # of the model types of converted models
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Args:
+        label: as people write it.
+        attention: the class of its self-attention.
+        lora: which of its maps LoRA adapts (q, k, v, o).
+        causal: whether a token sees those before it alone.
+        rotary: whether queries and keys are turned by their positions.
+    """
+
+    label: str
+    attention: str
+    lora: tuple[str, ...]
+    causal: bool = False
+    rotary: bool = False
+
+
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
+BERT = ("self.query", "self.key", "self.value", "attention.output.dense")
+FAMILIES = {
+    "gpt2": Family("GPT-2", "GPT2Attention", ("attn.c_attn", "attn.c_proj"), causal=True),
+    "llama": Family("Llama", "LlamaAttention", LLAMA, causal=True, rotary=True),
+    "qwen2": Family("Qwen2", "Qwen2Attention", LLAMA, causal=True, rotary=True),
+    "mistral": Family("Mistral", "MistralAttention", LLAMA, causal=True, rotary=True),
+    "bert": Family("BERT", "BertSelfAttention", BERT),
+    "roberta": Family("RoBERTa", "RobertaSelfAttention", BERT),
+    "distilbert": Family("DistilBERT", "DistilBertSelfAttention", ("q_lin", "k_lin", "v_lin", "out_lin")),
+    "vit": Family("ViT", "ViTAttention", LLAMA),
+}
+# Models with a head, and the Auto class that finds each.
+MODELS: dict[type[PreTrainedModel], Any] = {
+    GPT2LMHeadModel: AutoModelForCausalLM,
+    LlamaForCausalLM: AutoModelForCausalLM,
+    Qwen2ForCausalLM: AutoModelForCausalLM,
+    MistralForCausalLM: AutoModelForCausalLM,
+    BertForMaskedLM: AutoModelForMaskedLM,
+    RobertaForMaskedLM: AutoModelForMaskedLM,
+    DistilBertForMaskedLM: AutoModelForMaskedLM,
+    BertForSequenceClassification: AutoModelForSequenceClassification,
+    RobertaForSequenceClassification: AutoModelForSequenceClassification,
+    DistilBertForSequenceClassification: AutoModelForSequenceClassification,
+    ViTForImageClassification: AutoModelForImageClassification,
+}
+# What `Text` and `recover` are for.
+LANGUAGE_MODELS = [model for model, auto in MODELS.items() if auto in (AutoModelForCausalLM, AutoModelForMaskedLM)]
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model, converted or not, by its configuration.
+
+    Raises:
+        UserError: a family that cannot be converted.
+    """
+    kind = config.model_type.removeprefix(PREFIX)
+    if kind not in FAMILIES:
+        raise UserError(f"models of type {kind!r} cannot be converted; these can: {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def max_tokens(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model has positions for; None where nothing says so."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type.removeprefix(PREFIX) == "roberta":
+        return positions - config.pad_token_id - 1  # RoBERTa counts from the token of padding on
+    return positions
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One self-attention of a model: its name, its module, how many heads it has, and how wide a head is."""
+
+    name: str
+    module: nn.Module
+    heads: int
+    head_dim: int
+
+
+def attentions(model: PreTrainedModel) -> list[Attention]:
+    """The self-attentions of a model in the order of its layers."""
+    kind = family_of(model.config).attention
+    listed = []
+    for name, module in model.named_modules():
+        part: Any = module
+        if type(part).__name__ != kind or getattr(part, "is_cross_attention", False):
+            continue
+        heads = part.config.num_attention_heads
+        width = part.attention_head_size if hasattr(part, "attention_head_size") else part.head_dim
+        listed.append(Attention(name, part, heads, width))
+    return listed
+
+
+def lift_window(config: PreTrainedConfig) -> dict[str, Any]:
+    """Let every layer attend to the whole text, where some attend to a window of it; gives what the config said."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        if "sliding_attention" not in layer_types:
+            return {}
+        config.layer_types = ["full_attention"] * len(layer_types)
+        return {"layer_types": list(layer_types)}
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return {}
+    config.sliding_window = None
+    return {"sliding_window": window}
+
+
+def restore_window(model: PreTrainedModel, kept: dict[str, Any]) -> None:
+    """Undo `lift_window`, in a model that may have been built after it."""
+    config: Any = model.config
+    for name, value in kept.items():
+        setattr(config, name, value)
+    if "layer_types" not in kept:
+        return
+    for part in cast(Any, model).modules():
+        if hasattr(part, "has_sliding_layers"):
+            part.has_sliding_layers = True
+    for attention, kind in zip(attentions(model), kept["layer_types"], strict=True):
+        host: Any = attention.module
+        host.layer_type = kind
+        host.sliding_window = config.sliding_window if kind == "sliding_attention" else None

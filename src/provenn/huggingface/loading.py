@@ -1,0 +1,170 @@
+"""Language models from a folder or the hub: what is cheap to look at first, the weights last."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from provenn.errors import UserError
+from provenn.huggingface.conversion import CONVERTED, convert
+from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PREFIX
+
+PATIENCE = 10.0  # seconds for the hub to answer a first question
+
+
+@dataclass(frozen=True)
+class Source:
+    """A language model that is not loaded yet.
+
+    Args:
+        name: of its folder or on the hub.
+        config: its configuration.
+        kind: its class.
+        local: whether the hub is left alone, as its copy is on this machine already.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    kind: type[PreTrainedModel]
+    local: bool
+
+    @classmethod
+    def of(cls, name: str | Path) -> "Source":
+        """Look at a model's configuration.
+
+        Raises:
+            UserError: nothing there, a hub that does not answer, or a model of a kind that cannot be converted.
+        """
+        local = _is_here(name)
+        # What a damaged folder raises is any of a dozen classes, of several packages.
+        try:
+            config = AutoConfig.from_pretrained(name, local_files_only=local)
+        except Exception as error:
+            raise UserError(f"{name} cannot be loaded as a model: {_first_line(error)}") from None
+        if config.model_type.removeprefix(PREFIX) not in FAMILIES:
+            raise UserError(
+                f"{name} is of type {config.model_type!r}, which cannot be converted; these can: {', '.join(FAMILIES)}"
+            )
+        named = (config.architectures or ["none"])[0]
+        kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
+        able = [kind.__name__ for kind in LANGUAGE_MODELS]
+        if named.removeprefix("Converted") not in able:
+            raise UserError(f"{name} holds a {named}, which predicts no tokens of a text; these do: {', '.join(able)}")
+        return cls(str(name), config, kinds[named], local)
+
+    @cached_property
+    def outline(self) -> Any:
+        """The model on the meta device: its shapes, and no weights."""
+        try:
+            with torch.device("meta"), no_init_weights():
+                return self.kind(self.config)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from None
+
+    def rehearse(self, paper: str, options: dict[str, Any]) -> None:
+        """Convert the outline of the model, so that whatever is wrong with it or the options shows before the weights.
+
+        Raises:
+            UserError: what `convert` refuses.
+        """
+        convert(self.outline, paper, **options)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            UserError: there is none, or it belongs to another model.
+        """
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.name, local_files_only=self.local)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.name} has no tokenizer that can be loaded: {_first_line(error)}") from None
+        # Where there are no files, some families get an empty tokenizer and not an error.
+        if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+            raise UserError(f"{self.name} has no tokenizer; save the model's own beside it")
+        size = cast(Any, self.config).vocab_size
+        if len(tokenizer) > size:
+            raise UserError(
+                f"the tokenizer of {self.name} has {len(tokenizer)} tokens and its model {size}: "
+                "they do not belong together"
+            )
+        return tokenizer
+
+    def weights(self) -> Any:
+        """The model itself.
+
+        Raises:
+            UserError: weights that cannot be read, or are not all there.
+        """
+        try:
+            # Sizes that differ are told below: of these, transformers raises an error that names none.
+            model, told = cast(Any, self.kind).from_pretrained(
+                self.name, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=self.local
+            )
+        except Exception as error:
+            raise UserError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from None
+        for what, keys in (
+            ("lack", told["missing_keys"]),
+            ("have other sizes than its config says for", told["mismatched_keys"]),
+        ):
+            if keys:
+                names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+                raise UserError(f"the weights of {self.name} {what} {len(names)} parameters, {names[0]} among them")
+        return model
+
+
+def load(name: str | Path) -> tuple[Any, Any]:
+    """A language model and its tokenizer, from a folder or from the hub.
+
+    Raises:
+        UserError: nothing there, a model of another kind, weights that are not all there, or no tokenizer.
+    """
+    source = Source.of(name)
+    tokenizer = source.tokenizer()
+    return source.weights(), tokenizer
+
+
+def _is_here(name: str | Path) -> bool:
+    """Whether a model is a folder, or a copy of the hub's that must do; if neither, the hub is asked once.
+
+    transformers would ask it six times in 24 seconds, for each file.
+
+    Raises:
+        UserError: neither, and the hub does not know the name, or does not answer.
+    """
+    if Path(name).exists():
+        return True
+    words = str(name)
+    if words.count("/") > 1 or words.startswith((".", "~", "/")):
+        raise UserError(f"{name} cannot be loaded as a model: there is no such folder")
+    try:
+        copied = isinstance(huggingface_hub.try_to_load_from_cache(words, "config.json"), str)
+        huggingface_hub.HfApi().model_info(words, timeout=PATIENCE)
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
+        raise UserError(f"{name} cannot be loaded as a model: no folder here, and no model of the hub") from None
+    except Exception as error:  # of the connection, of whichever package makes it
+        if copied:
+            return True
+        raise UserError(
+            f"{name} cannot be loaded as a model: no folder here, and the hub does not answer: {_first_line(error)}"
+        ) from None
+    return False
+
+
+def quiet() -> None:
+    """Only transformers' errors, and none of its progress bars."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error  # a check of a config wraps what it found
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,155 @@
+"""Token mixers with the signature of a Hugging Face attention."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from provenn.errors import UserError
+from provenn.huggingface.cache import state_layer
+from provenn.nn.mixers import mixers_called
+
+
+class MixerAttention(nn.Module):
+    """A token mixer that is called as a self-attention of Hugging Face's models is: y, None = f(hidden_states, …).
+
+    Where the mixer streams (`init_state`, `prefill`, `step`), `past_key_values` keeps its state, in any cache of
+    transformers that grows; so `generate` works as it stands, in models whose other layers keep keys and values, too.
+    Positions that the host computes are not used: a mixer has its own. Weights of attention are not given: the second
+    value is None.
+
+    Args:
+        mixer: of the slot token-mixer, (batch, tokens, dim) to the same.
+        layer_idx: its place among the layers of the model, under which a cache keeps its state; None where no cache is.
+
+    Shapes: (batch, tokens, dim) to the same.
+
+    >>> from provenn.papers.rat import RATMixer
+    >>> attention = MixerAttention(RATMixer(16, 4), layer_idx=0)
+    >>> y, weights = attention(torch.randn(2, 5, 16), attention_mask=None)
+    >>> y.shape, weights
+    (torch.Size([2, 5, 16]), None)
+    """
+
+    def __init__(self, mixer: nn.Module, layer_idx: int | None = None):
+        super().__init__()
+        self.mixer: Any = mixer
+        self.layer_idx = layer_idx
+        self.is_causal = bool(getattr(mixer, "causal", True))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """Mix tokens.
+
+        Args:
+            hidden_states: (batch, tokens, dim).
+            attention_mask: of transformers: None, (batch, tokens so far), or (batch, 1, tokens, tokens so far) of bools
+                or of numbers that are added to scores. It may hide padding, and later tokens of a causal mixer.
+            past_key_values: a cache that grows.
+            encoder_hidden_states: must be None.
+            unused: what else hosts hand to their attentions, such as position_embeddings.
+
+        Raises:
+            UserError: tokens of an encoder, a mask that hides more than padding, or a cache for a mixer that cannot
+                stream.
+        """
+        if encoder_hidden_states is not None:
+            raise UserError("a token mixer reads one text: it cannot take the place of cross-attention")
+        mask = padding_of(attention_mask, hidden_states.shape[1], causal=self.is_causal)
+        past = state_layer(past_key_values, self.layer_idx)
+        if past is None:
+            return self.mixer(hidden_states, **({} if mask is None else {"mask": mask})), None
+        name, start = type(self.mixer).__name__, past.seen
+        past.seen += hidden_states.shape[1]
+        if not hasattr(self.mixer, "init_state"):
+            if start:
+                raise UserError(f"{name} cannot stream; call the model with use_cache=False")
+            return self.mixer(hidden_states, **({} if mask is None else {"mask": mask})), None
+        if hidden_states.shape[1] == 1 and start and mask is None:
+            y, past.state = self.mixer.step(hidden_states[:, 0], past.state)
+            return y.unsqueeze(1), None
+        if mask is None:
+            y, past.state = self.mixer.prefill(hidden_states, past.state)
+            return y, None
+        if "mask" not in inspect.signature(self.mixer.prefill).parameters:
+            raise UserError(f"{name} takes no padding while it streams; call the model with use_cache=False")
+        y, past.state = self.mixer.prefill(hidden_states, past.state, mask=mask)
+        return y, None
+
+
+def padding_of(mask: Tensor | None, tokens: int, *, causal: bool) -> Tensor | None:
+    """Which of the last `tokens` tokens are no padding, (batch, tokens), of any mask of transformers; None: all are.
+
+    Raises:
+        UserError: a mask that hides more than padding, as that of several texts in one row, or of a kind unknown.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise UserError(f"expected a mask of 2 or 4 dimensions, got {type(mask).__name__}")
+    shown = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0
+    if shown.dim() == 2:
+        real = shown[:, -tokens:].bool()
+        return None if real.all() else real
+    shown = shown[:, 0, -tokens:, -tokens:]
+    real = shown.diagonal(dim1=-2, dim2=-1)  # every token that is none of padding sees itself
+    later = torch.ones_like(shown[0]).triu(1)
+    if causal and (shown & later).any():
+        raise UserError("the mask shows later tokens, and this mixer is causal: it cannot serve this model")
+    if not causal and not (shown == real[:, None, :]).all():
+        raise UserError("the mask hides more than padding, and a mixer that is not causal sees the whole text")
+    # A window moves on token by token; where the first token in sight is passed over in a leap, a new text begins.
+    first = shown.int().argmax(dim=-1)
+    if causal and ((first.diff(dim=1) > 1) & real[:, :-1] & real[:, 1:]).any():
+        raise UserError("the mask keeps several texts in one row apart, which a token mixer cannot; give each a row")
+    return None if real.all() else real
+
+
+def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Callable[[nn.Module], MixerAttention]:
+    """What `provenn.swap` makes of a self-attention: the mixer, as wide as it and of as many heads, in its signature.
+
+        swap(model, "model.layers.*.self_attn", as_attention("rat", chunk=16), example={"input_ids": tokens})
+
+    Weights are new. The changed model trains and generates; `save_pretrained` writes its weights, which are loaded into
+    a model that was changed in the same way, by `load_state_dict`.
+
+    Args:
+        mixer: a name, as in `provenn.nn.language.CausalLM`, or what makes a token mixer from a width.
+        options: of the mixer; `heads` are the attention's by default, where the mixer takes any.
+
+    Raises:
+        UserError: no such mixer or option; when called, a module that is no self-attention, or a mixer that looks back
+            alone in the place of an attention that sees the whole text.
+    """
+    factory = mixers_called(mixer, **options)[0] if isinstance(mixer, str) else mixer
+    takes = inspect.signature(factory).parameters
+    given = {} if isinstance(mixer, str) else options
+
+    def make(attention: Any) -> MixerAttention:
+        config = getattr(attention, "config", None)
+        if config is None or not hasattr(config, "num_attention_heads"):
+            raise UserError(f"{type(attention).__name__} is no self-attention of Hugging Face's: it has no config")
+        causal = bool(getattr(attention, "is_causal", False))
+        more = {"heads": config.num_attention_heads} if "heads" in takes and "heads" not in options else {}
+        if "causal" in takes:
+            more["causal"] = causal
+        try:
+            built = factory(config.hidden_size, **given, **more)
+        except ValueError as error:
+            raise UserError(
+                f"{getattr(mixer, '__name__', mixer)} cannot take the place of this attention: {error}"
+            ) from None
+        if not causal and getattr(built, "causal", True):
+            raise UserError(f"{type(built).__name__} looks back alone, and this attention sees the whole text")
+        return MixerAttention(built, getattr(attention, "layer_idx", None))
+
+    return make

@@ -1,0 +1,350 @@
+"""Text for a language model, its perplexity, tuning, and how much quality a converted model recovers."""
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, PreTrainedModel
+
+from provenn import progress
+from provenn.errors import UserError
+from provenn.huggingface.conversion import Batch, conversion_of, convert
+from provenn.huggingface.families import family_of, max_tokens
+from provenn.nn.auxiliary import collect_auxiliary
+from provenn.tasks import get_task
+
+TUNINGS = ("full", "lora", "none")
+LEARNING_RATES = {"full": 6e-4, "lora": 1e-4}  # arXiv:2402.04347, section 5.4, and its group's later code
+
+
+def _rows(documents: Sequence[Any], tokenizer: Any, length: int, what: str) -> Tensor:
+    """Texts in tokens, packed end to end in rows of `length`; a rest that fills no row is left out."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for document in documents:
+        stream += [*tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+    rows = len(stream) // length
+    if not rows:
+        raise UserError(
+            f"too little text: {len(stream)} tokens {what} are fewer than a row of {length}; "
+            "give more text, or a smaller length"
+        )
+    return torch.tensor(stream[: rows * length]).view(rows, length)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens to learn from and tokens to test on, in rows of equal length.
+
+    Args:
+        train, test: (rows, length).
+        masked: the mask token, where the model predicts masked tokens; None where it predicts the next.
+    """
+
+    train: Tensor
+    test: Tensor
+    masked: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: str | Path,
+        tokenizer: Any,
+        model: PreTrainedModel,
+        *,
+        length: int = 256,
+        tested: int = 32_768,
+    ) -> "Text":
+        """The rows of a text for a model.
+
+        Args:
+            source: what the task language-modelling takes: "stdlib", a file, a folder, or "hf:NAME". Whole documents
+                are held out; of one long text, its end.
+            tokenizer: the model's.
+            model: says what is predicted, and how long a row can be.
+            length: tokens a row.
+            tested: how many tokens are tested at the most, in rows spread evenly.
+
+        Raises:
+            UserError: too little text, or rows longer than the model's positions.
+        """
+        limit = max_tokens(model.config)
+        if length < 2 or (limit is not None and length > limit):
+            raise UserError(f"length must lie between 2 and the {limit} positions of this model, got {length}")
+        masked = None
+        if not _causal(model):
+            masked = tokenizer.mask_token_id
+            if masked is None:
+                raise UserError("this model predicts masked tokens, but its tokenizer has no mask token")
+        train, _, test = cast(Any, get_task("language-modelling")).documents(source)
+        rows = _rows(test, tokenizer, length, "of test text")
+        kept = min(len(rows), max(1, tested // length))
+        spread = torch.arange(kept) * len(rows) // kept
+        return cls(_rows(train, tokenizer, length, "of training text"), rows[spread], masked)
+
+    def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
+        """What a model reads and is to predict."""
+        whole = torch.ones_like(rows)
+        if self.masked is None:
+            return {"input_ids": rows, "attention_mask": whole, "labels": rows}
+        hidden = torch.rand(rows.shape, generator=generator) < 0.15
+        hidden[:, 0] = True  # at least one in each row
+        labels = rows.masked_fill(~hidden, -100)
+        return {"input_ids": rows.masked_fill(hidden, self.masked), "attention_mask": whole, "labels": labels}
+
+    def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """So many random batches of the rows to learn from; the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            chosen = torch.randint(len(self.train), (batch_size,), generator=generator)
+            yield self.batch(self.train[chosen], generator)
+
+    def tests(self, batch_size: int) -> Iterator[Batch]:
+        """The rows to test on, always with the same masks."""
+        generator = torch.Generator().manual_seed(0)
+        for rows in self.test.split(batch_size):
+            yield self.batch(rows, generator)
+
+
+def _on(batch: Batch, model: PreTrainedModel) -> Batch:
+    return {name: part.to(model.device) for name, part in batch.items()}
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """exp of the mean loss over all predicted tokens; lower is better."""
+    training = model.training
+    model.eval()
+    total = count = 0.0
+    try:
+        for batch in batches:
+            given = _on(batch, model)
+            labels = given.pop("labels")
+            logits = model(**given, use_cache=False).logits if _causal(model) else model(**given).logits
+            if _causal(model):
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+            total, count = total + loss.item(), count + (labels != -100).sum().item()
+    finally:
+        model.train(training)
+    return math.exp(min(total / count, 80))
+
+
+def _causal(model: PreTrainedModel) -> bool:
+    return family_of(model.config).causal
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_tuning(how: str) -> None:
+    """Is this a way of tuning, and is what it needs installed?
+
+    Raises:
+        UserError: it is none, or low-rank tuning without the package peft.
+    """
+    if how not in TUNINGS:
+        raise UserError(f"--tune takes {', '.join(TUNINGS)}, got {how!r}")
+    if how == "lora" and importlib.util.find_spec("peft") is None:
+        raise UserError("--tune lora needs peft: pip install 'provenn[hf]'")
+
+
+def tune(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    how: str = "full",
+    *,
+    lr: float | None = None,
+    rank: int = 8,
+    alpha: int = 16,
+    clip: float = 1.0,
+) -> list[float]:
+    """Fine-tune a model in place on its own task, with AdamW; returns the loss of every step.
+
+    Args:
+        model: converted or not.
+        batches: with labels; one step each.
+        how: "full" trains every parameter; "lora" trains low-rank additions to the maps of q, k, v and o by peft, and
+            merges them into the weights at the end, so that what is saved is an ordinary model; "none" does nothing.
+        lr: by default 6e-4 for full and 1e-4 for lora.
+        rank, alpha: of lora.
+        clip: largest norm of the gradient.
+    """
+    check_tuning(how)
+    if how == "none":
+        return []
+    lr = LEARNING_RATES[how] if lr is None else lr
+    if how == "full":
+        return _learn(model, model, batches, lr, clip)
+    from peft import LoraConfig, get_peft_model
+
+    with _asking(model):
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=list(family_of(model.config).lora),
+            fan_in_fan_out=isinstance(model, GPT2LMHeadModel),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers
+            trained = get_peft_model(cast(Any, model), lora)
+        try:
+            return _learn(model, trained, batches, lr, clip)
+        finally:
+            trained.merge_and_unload()
+
+
+def train_alone(part: str, model: PreTrainedModel, batches: Iterable[Batch], lr: float) -> list[float]:
+    """Train the parameters that have `part` in their names on a model's own task, all others frozen.
+
+    What a conversion adds is trained so before the whole is tuned: `Conversion(prepare=partial(train_alone, "gates"))`.
+
+    Returns the loss of every step.
+    """
+    with _asking(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part in name.split("."))
+        return _learn(model, model, batches, lr, clip=1.0)
+
+
+@contextmanager
+def _asking(model: nn.Module) -> Iterator[None]:
+    """Afterwards, the same parameters ask for gradients as before."""
+    asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(asked[name])
+
+
+def _learn(model: PreTrainedModel, trained: Any, batches: Iterable[Batch], lr: float, clip: float) -> list[float]:
+    """Steps of AdamW on the parameters of `trained` that ask for a gradient; `trained` is the model or holds it."""
+    losses = []
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    with _mode(model, training=True):
+        for batch in batches:
+            given = _on(batch, model)
+            with collect_auxiliary() as added:
+                loss = trained(**given, **({"use_cache": False} if _causal(model) else {})).loss
+            optimizer.zero_grad()
+            (loss + torch.stack(added).mean() if added else loss).backward()
+            nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+@dataclass
+class Recovery:
+    """What a model could do before it was converted, and after each stage: perplexity on text that it was not shown.
+
+    Args:
+        before: of the model as it came.
+        converted: right after the mechanism was put in.
+        prepared: after the new parts were trained, everything else frozen; None where the paper has no such stage.
+        tuned: after tuning; None without.
+        parameters: how many the mechanism added.
+        losses: of each step of the stages "prepare" and "tune".
+        layers: what the paper reports of each layer, after the last stage.
+        setting: how it was done.
+    """
+
+    before: float
+    converted: float
+    prepared: float | None = None
+    tuned: float | None = None
+    parameters: int = 0
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    setting: dict[str, Any] = field(default_factory=dict)
+
+    def stages(self) -> list[tuple[str, float, float]]:
+        """Each stage that was run, its perplexity, and the share of the quality before: 1 where none was lost."""
+        found = {
+            "before": self.before,
+            "converted": self.converted,
+            "prepared": self.prepared,
+            "tuned": self.tuned,
+        }
+        return [(name, value, self.before / value) for name, value in found.items() if value is not None]
+
+    def json(self) -> dict[str, Any]:
+        """All of it for a file."""
+        return {**asdict(self), "recovered": {name: share for name, _, share in self.stages()}}
+
+
+def recover(
+    model: PreTrainedModel,
+    paper: str,
+    text: Text,
+    *,
+    tuning: str = "full",
+    steps: int = 200,
+    prepare_steps: int = 200,
+    batch_size: int = 8,
+    lr: float | None = None,
+    prepare_lr: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Recovery:
+    """Convert a model, train what is new, tune the whole, and measure its quality before and after each stage.
+
+    Args:
+        model: as for `convert`; converted in place.
+        paper: the slug.
+        text: to learn from and to test on.
+        tuning: "full", "lora" or "none".
+        steps, prepare_steps: batches of tuning, and of the stage before.
+        batch_size: rows a batch.
+        lr, prepare_lr: by default those of `tune` and of the conversion.
+        seed: of the batches, and of whatever the mechanism draws.
+        options: of the mechanism.
+    """
+    conversion = conversion_of(paper)
+    torch.manual_seed(seed)
+    before = perplexity(model, text.tests(batch_size))
+    had = sum(parameter.numel() for parameter in model.parameters())
+    convert(model, paper, **options)
+    recovery = Recovery(before, perplexity(model, text.tests(batch_size)))
+    recovery.parameters = sum(parameter.numel() for parameter in model.parameters()) - had
+    if conversion.prepare is not None and prepare_steps:
+        given = (_on(batch, model) for batch in text.batches(prepare_steps, batch_size, seed))
+        shown = progress.track(given, "new parts", prepare_steps)
+        recovery.losses["prepare"] = conversion.prepare(model, shown, prepare_lr or conversion.lr)
+        recovery.prepared = perplexity(model, text.tests(batch_size))
+    if tuning != "none" and steps:
+        shown = progress.track(text.batches(steps, batch_size, seed + 1), "tuning", steps)
+        recovery.losses["tune"] = tune(model, shown, tuning, lr=lr)
+        recovery.tuned = perplexity(model, text.tests(batch_size))
+    if conversion.report is not None:
+        recovery.layers = conversion.report(model, _on(next(text.tests(batch_size)), model))
+    recovery.setting = {
+        "paper": paper,
+        "options": options,
+        "tuning": tuning,
+        "steps": steps,
+        "prepare_steps": prepare_steps,
+        "batch_size": batch_size,
+        "length": text.test.shape[1],
+        "seed": seed,
+    }
+    return recovery
