@@ -14,6 +14,7 @@ ROOT = Path(provenn.__file__).parent
 ORDER = [
     {"errors", "files", "progress"},
     {"slots", "catalog"},
+    {"datasets"},
     {"ops"},
     {"nn"},
     {"data"},
@@ -21,8 +22,9 @@ ORDER = [
     {"bench"},
     {"surgery", "evidence", "weights", "testing", "export", "huggingface"},
     {"papers"},
+    {"at_paper"},
     {"reproduce"},
-    {"compare", "inspection"},
+    {"compare", "evaluation", "inspection"},
     {"api", "__init__", "papers/__init__"},
     {"cli", "__main__"},
 ]

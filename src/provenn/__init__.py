@@ -12,17 +12,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from provenn import bench, export, papers, slots, surgery, testing
-    from provenn.api import from_official, inspect, paper, predict, train
+    from provenn.api import evaluate, from_official, inspect, paper, predict, train
     from provenn.surgery import insert_after, swap
 
 _HOMES = {
-    **dict.fromkeys(("from_official", "inspect", "paper", "predict", "train"), "provenn.api"),
+    **dict.fromkeys(("evaluate", "from_official", "inspect", "paper", "predict", "train"), "provenn.api"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
 }
 _MODULES = ("bench", "export", "papers", "slots", "surgery", "testing")
 __all__ = [
     "__version__",
     "bench",
+    "evaluate",
     "export",
     "from_official",
     "insert_after",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
 
-from provenn import catalog
+from provenn import catalog, datasets
 from provenn.errors import UserError
 
 PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
@@ -14,6 +14,7 @@ PROBES = {"recall": "language-modelling"}  # a task without presets of its own, 
 if TYPE_CHECKING:
     from torch import nn
 
+    from provenn.evaluation import Evaluation
     from provenn.evidence.record import Finding
     from provenn.inspection import Inspection
     from provenn.tasks.base import Task
@@ -107,29 +108,9 @@ class Paper:
         return model.eval(), label
 
     def _official(self, file: str | Path, given: str | None, options: dict[str, Any]) -> "tuple[nn.Module, Label]":
-        import inspect
-
         from provenn import weights as files
-        from provenn.tasks import get_task
 
-        if not self.card.has("official"):
-            raise UserError(
-                f"{file} carries no provenn label, and {self.card.slug} has no public checkpoints to compare"
-            )
-        contents = files.read_contents(file)
-        convert = self.card.resolve("official:convert")
-        # Of some papers the shapes do not tell all: their `convert` asks for what the file and its user know besides.
-        asks = "config" in inspect.signature(convert).parameters
-        known = {"config": contents.config, "preset": given, **options} if asks else {}
-        preset, found, converted = convert(contents.state, **known)
-        if given not in (None, preset):
-            raise UserError(f"{file} holds weights of {preset}, not of {given}")
-        built_with = {**found, **options}
-        model = self.build(preset, **built_with)
-        files.load_into(model, converted, str(file))
-        task = self.card.task_of(self.card.preset(preset))
-        meta = get_task(task).default_meta(built_with)
-        return model.eval(), files.Label(self.card.slug, preset, task, built_with, meta)
+        return files.read_official(self.card, file, preset=given, options=options, build=self.build)
 
 
 def _blame(error: Exception, arguments: dict[str, Any]) -> str:
@@ -220,6 +201,8 @@ def train(
     final = recipe_of(facts, **wanted)
     device = choose_device(device)
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
+    source = datasets.resolve(data)
+    data, of_data = source.data, {**source.options, **of_data}
     try:
         loaded = kind.load(data, seed=seed, **of_data)
     except UserError as error:
@@ -245,7 +228,8 @@ def train(
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
         told = {**chosen.options, **built_with}
-        label = weights.Label(card.slug, chosen.name, kind.name, told, loaded.meta, __version__)
+        trained_on = {"fingerprint": loaded.fingerprint, "seed": seed, "options": of_data}
+        label = weights.Label(card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on)
         weights.save(result.model, folder / weights.FILE, label)
         summary = {
             **asdict(label),
@@ -403,12 +387,96 @@ def _fitting(weights: str) -> Iterator[None]:
         raise UserError(f"{weights}: the model does not fit its label or this input: {words}") from error
 
 
-def _unasked(card: catalog.Card, changes: dict[str, Any]) -> list[str]:
+def _unasked(card: catalog.Card, changes: dict[str, Any], method: str = "predict") -> list[str]:
     """Names that no prediction of the paper takes: what is left is said of the system."""
     from provenn.tasks import get_task
 
-    takers = [_arguments(get_task(name).predict, but=("model", "meta", "inputs", "output")) for name in card.tasks]
+    takers = [_arguments(getattr(get_task(name), method), but=()) for name in card.tasks]
     return [name for name in changes if not any(name in taker for taker in takers)]
+
+
+def evaluate(
+    slug: str,
+    data: str | Path,
+    *,
+    weights: str | Path,
+    preset: str | None = None,
+    whole: bool | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    batch_size: int = 256,
+    changes: dict[str, Any] | None = None,
+) -> "Evaluation":
+    """The metrics of trained weights on data, each with a 95 % interval over the examples.
+
+    The data are read as the weights say: in their classes, their scale, their tokens.
+
+    Args:
+        slug: the paper.
+        data: an embedded data set's name, or a path, in the formats that `train` reads.
+        weights: a weight file, ours or the authors', or the folder of a run.
+        preset: of an author's file that does not tell.
+        whole: test on all of the data, or on the part that a training with this seed holds out. By default on all,
+            but on what was held out where these weights were trained on the same data; data that come with a test
+            split are tested on it.
+        seed: of the split; by default the training's.
+        device: auto, cpu, cuda, mps or a torch device.
+        batch_size: examples at a time.
+        changes: how the data are read, such as {"length": 512}; of an author's file also what it does not tell, as in
+            `from_official`, such as {"chunk": 64}.
+
+    Raises:
+        UserError: weights or data that cannot be read, or that do not fit each other.
+    """
+    from provenn import evaluation
+    from provenn import weights as files
+    from provenn.reproduce import choose_device
+    from provenn.tasks import get_task
+
+    if batch_size < 1:
+        raise UserError(f"batch size must be at least 1, got {batch_size}")
+    chosen, changes = paper(slug), dict(changes or {})
+    of_system: dict[str, Any] = {}
+    if files.label_of(weights) is None:
+        of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
+    model, label = chosen.load(weights, preset=preset, options=of_system)
+    kind = get_task(label.task)
+    known = _arguments(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
+    if not known:  # what `held_out` passes on to `load`
+        known = _arguments(kind.load, but=("source", "seed", "options", "_"))
+    for name in changes:
+        if name not in known:
+            there = ", ".join(known) or "nothing"
+            raise UserError(f"an evaluation of {label.task} has no {name!r}; what can be set: {there}")
+    source = datasets.resolve(data)
+    data = source.data
+    fixed = {name: value for name, value in source.options.items() if name in known}
+    options = {**fixed, **{name: _typed(name, value, known[name]) for name, value in changes.items()}}
+    if whole is None:
+        whole = not _trained_on(label, kind, data)
+    split_seed = label.trained_on.get("seed", 0) if seed is None else seed
+    held_out = kind.held_out(data, label.meta, seed=split_seed, whole=whole, **options)
+    return evaluation.evaluate(
+        model.to(choose_device(device)),
+        kind,
+        held_out,
+        meta=label.meta,
+        batch_size=batch_size,
+        title=f"{label.preset} of {chosen.card.slug}",
+        published=evaluation.published_of(chosen.card, chosen.card.preset(label.preset)),
+    )
+
+
+def _trained_on(label: "Label", kind: "Task", data: str | Path) -> bool:
+    """Were these weights trained on this data?"""
+    if "fingerprint" not in label.trained_on:
+        return False
+    options = label.trained_on.get("options", {})
+    try:
+        again = kind.load(data, seed=label.trained_on.get("seed", 0), **options)
+    except (UserError, TypeError):  # too little for a split, say: then no training has read it
+        return False
+    return again.fingerprint == label.trained_on["fingerprint"]
 
 
 def inspect(

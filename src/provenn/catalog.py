@@ -126,6 +126,36 @@ class Statement(Facts):
         return self
 
 
+class AtPaper(Facts):
+    """How a claim is measured on the paper's own data, at the budget paper.
+
+    The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, with `changes`
+    to how the data are read and the system is built. With `against`, changes that make the paper's baseline, both are
+    trained and the effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`);
+    of several the metric's mean is taken. `split`: where the figure is of validation data. `gpu`: without one it would
+    take weeks.
+    """
+
+    preset: str
+    data: str | list[str]
+    metric: str
+    weights: Literal["authors", "train"]
+    changes: dict[str, Any] = {}
+    against: dict[str, Any] | None = None
+    split: Literal["test", "val"] = "test"
+    gpu: bool = False
+
+    @model_validator(mode="after")
+    def trained_against(self) -> "AtPaper":
+        if self.against is not None and self.weights == "authors":
+            raise ValueError("a baseline is trained beside the system: weights must be 'train'")
+        return self
+
+    @property
+    def sets(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else self.data
+
+
 class Claim(Facts):
     """What the paper, or we, say; and which effects would prove it.
 
@@ -144,6 +174,7 @@ class Claim(Facts):
     tolerance: float = 0.0
     needs: str | None = None
     package: str | None = Field(None, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
+    at_paper: AtPaper | None = None
 
     @model_validator(mode="after")
     def one_lack(self) -> "Claim":
@@ -218,6 +249,10 @@ class Card(Facts):
             unknown = [name for name in statement.claims if name not in known]
             if unknown:
                 raise ValueError(f"the statement {statement.says!r} names no claim of this paper: {_listed(unknown)}")
+        presets = {preset.name for preset in self.presets}
+        for claim in self.claims:
+            if claim.at_paper is not None and claim.at_paper.preset not in presets:
+                raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {claim.at_paper.preset}")
         headlines = sum(statement.headline for statement in self.statements)
         if self.statements and headlines != 1:
             raise ValueError(f"one statement is the headline, got {headlines}")

@@ -15,7 +15,9 @@ from queue import Empty
 from typing import Any, cast
 
 from provenn import progress
+from provenn.at_paper import measure_at_paper
 from provenn.catalog import Card, Claim, card, installed
+from provenn.datasets import Places
 from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.claim import Measure, measuring_functions
@@ -51,6 +53,7 @@ def reproduce(
     device: str = "auto",
     out: str | Path = "runs/latest",
     resume: bool = False,
+    data: Places | None = None,
     tell: Callable[[str], None] = lambda message: None,
     done: Callable[[Finding], None] = lambda finding: None,
 ) -> list[Finding]:
@@ -65,6 +68,7 @@ def reproduce(
         device: auto, cpu, cuda, mps or a torch device.
         out: folder of the records.
         resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
+        data: where data sets and checkpoints lie that `provenn data` lists, by name; for the budget paper.
         tell: is given messages for the user.
         done: is given each finding as it is written.
 
@@ -102,8 +106,10 @@ def reproduce(
             for claim in wanted:
                 advance(0, f"{card.slug}: {claim.id}")
                 kept = evidence.record(claim.id) if resume else None
-                if kept is None or not _still_good(kept, evidence.occasions[kept.occasion], run, card, claim, occasion):
-                    evidence.put(_measure(run, card, claim), occasion)
+                find = partial(_function, run, card, claim, data)
+                earlier = None if kept is None else evidence.occasions[kept.occasion]
+                if kept is None or not _still_good(kept, earlier, run, find, claim, occasion):
+                    evidence.put(_measure(run, find, claim), occasion)
                     evidence.write(run.file)
                 finding = evidence.findings([claim])[0]
                 done(finding)
@@ -236,13 +242,13 @@ def _refuse_the_dead(running: dict[str, BaseProcess]) -> None:
             )
 
 
-def _measure(run: Run, card: Card, claim: Claim) -> Record:
+def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Record:
     import torch
 
     start, spared = time.perf_counter(), run.spared
     code = ""
     try:
-        function = _function(card, claim)
+        function = find()
         needs = claim.lacks or "a function that measures it"
         # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
         with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
@@ -267,13 +273,18 @@ def _measure(run: Run, card: Card, claim: Claim) -> Record:
     )
 
 
-def _function(card: Card, claim: Claim) -> Measure | None:
+def _function(run: Run, card: Card, claim: Claim, data: Places | None) -> Measure | None:
+    """What measures a claim at this budget; None where nothing can."""
+    if run.budget == "paper" and claim.at_paper is not None:
+        return partial(measure_at_paper, card=card, claim=claim, places=data)
     if claim.lacks is not None or not card.has("claims"):
         return None
     return measuring_functions(card.resolve_module("claims")).get(claim.id)
 
 
-def _still_good(record: Record, earlier: Occasion, run: Run, card: Card, claim: Claim, now: Occasion) -> bool:
+def _still_good(
+    record: Record, earlier: Occasion | None, run: Run, find: Callable[[], Measure | None], claim: Claim, now: Occasion
+) -> bool:
     """A record may stand for a new measurement only where claim, code, budget, seeds, machine and versions are the
     same.
 
@@ -282,10 +293,10 @@ def _still_good(record: Record, earlier: Occasion, run: Run, card: Card, claim: 
     if record.measurement.needs or record.measurement.failed:
         return False
     try:
-        function = _function(card, claim)
+        function = find()
     except UserError:  # what is wrong with it is told where it is measured
         return False
-    if function is None or record.code != checksum(function):
+    if earlier is None or function is None or record.code != checksum(function):
         return False
     if claim.package is not None and installed(claim.package) != record.measurement.setting.get(claim.package):
         return False

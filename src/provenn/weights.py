@@ -1,8 +1,10 @@
 """Weights in files: ours with their preset and task in the metadata, and the authors' own."""
 
+import inspect
 import json
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from provenn.catalog import Card
 from provenn.errors import UserError
 from provenn.files import whole
 
@@ -30,6 +33,7 @@ class Label:
         options: what the preset was built with.
         meta: what prediction needs, such as class names.
         version: the provenn that wrote them.
+        trained_on: `fingerprint` of the data, and the `seed` and `options` with which they were read and split.
     """
 
     paper: str
@@ -38,6 +42,7 @@ class Label:
     options: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+    trained_on: dict[str, Any] = field(default_factory=dict)
 
 
 def label_of(path: str | Path) -> Label | None:
@@ -120,6 +125,46 @@ def read_contents(path: str | Path) -> Contents:
     shared = "module." if all(name.startswith("module.") for name in names) else ""
     state = {name.removeprefix(shared): value for name, value in content.items()}
     return Contents(state, None, _plain(noted[0]) if noted else {})
+
+
+def read_official(
+    card: Card,
+    path: str | Path,
+    *,
+    preset: str | None = None,
+    options: dict[str, Any] | None = None,
+    build: Callable[..., nn.Module] | None = None,
+) -> tuple[nn.Module, Label]:
+    """Our model with the weights of an authors' checkpoint, in eval mode, and what is assumed of it.
+
+    Args:
+        card: the paper.
+        path: the checkpoint.
+        preset, options: what neither its shapes nor its config tell.
+        build: makes a preset of that name with those options; by default the preset's function does.
+
+    Raises:
+        UserError: weights of no preset, options that contradict the file, or a file that leaves something open.
+    """
+    from provenn.tasks import get_task
+
+    options = options or {}
+    if not card.has("official"):
+        raise UserError(f"{path} carries no provenn label, and {card.slug} has no public checkpoints to compare")
+    contents = read_contents(path)
+    convert = card.resolve("official:convert")
+    # Of some papers the shapes do not tell all: their `convert` asks for what the file and its user know besides.
+    asks = "config" in inspect.signature(convert).parameters
+    known = {"config": contents.config, "preset": preset, **options} if asks else {}
+    name, found, converted = convert(contents.state, **known)
+    if preset not in (None, name):
+        raise UserError(f"{path} holds weights of {name}, not of {preset}")
+    chosen = card.preset(name)
+    built_with = {**found, **options}
+    model = build(name, **built_with) if build else card.resolve(chosen.build)(**{**chosen.options, **built_with})
+    load_into(model, converted, str(path))
+    task = card.task_of(chosen)
+    return model.eval(), Label(card.slug, name, task, built_with, get_task(task).default_meta(built_with))
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from provenn import catalog, progress
+from provenn import catalog, datasets, progress
 from provenn.catalog import Card
 from provenn.cli.app import (
     Budget,
@@ -24,6 +24,7 @@ from provenn.cli.app import (
     slugs,
     tell,
 )
+from provenn.cli.data import Places
 from provenn.errors import UserError
 from provenn.progress import without_controls
 
@@ -43,6 +44,7 @@ def reproduce(
     seeds: Seeds = "5",
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Papers measured side by side; they share the cores.")] = 1,
+    places: Places = None,
     out: Out = RUN,
     resume: Resume = False,
     strict: Strict = False,
@@ -56,7 +58,10 @@ def reproduce(
         raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
     if claim and headline:
         raise UserError("give --claim or --headline, not both")
-    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json, jobs=jobs, headline=headline)
+    if places and budget != "paper":
+        raise UserError(f"--data is for --budget paper; at {budget} the data are embedded")
+    given = datasets.given_places(places or [])
+    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json, jobs=jobs, headline=headline, data=given)
 
 
 @app.command()
@@ -91,6 +96,7 @@ def _measure(
     detailed: bool = False,
     jobs: int = 1,
     headline: bool = False,
+    data: datasets.Places | None = None,
 ) -> None:
     from provenn.cli import console
     from provenn.evidence import report, view
@@ -116,6 +122,7 @@ def _measure(
             device=device,
             out=out,
             resume=resume,
+            data=data,
             tell=tell,
             done=done,
         )

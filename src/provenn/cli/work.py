@@ -14,6 +14,9 @@ from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, resum
 from provenn.errors import UserError
 from provenn.progress import without_controls
 
+SPLITS = {"auto": None, "all": True, "test": False}
+CLASSES_SHOWN = 20
+
 
 @app.command()
 def train(
@@ -140,6 +143,67 @@ def predict(
     with progress.shown():
         text = api.predict(slug, inputs or [], weights=weights, output=output, changes=options, tell=tell)
     print("" if streamed else without_controls(text))
+
+
+@app.command()
+def evaluate(
+    slug: Slug,
+    weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
+    data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
+    preset: Preset = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="auto, all or test: all of the data, or what a training on them holds out. auto takes test where "
+            "these weights were trained on them. A test split that comes with the data is what is tested on.",
+        ),
+    ] = "auto",
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the split; by default the training's.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of the data, such as length=512; or what authors' weights do not tell, such as chunk=64.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 256,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the metrics, and of classes a table and a picture.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Metrics of trained weights on data, with intervals over the examples, beside the published figures."""
+    from provenn import api
+    from provenn.cli import console
+    from provenn.evidence.measurement import Measurement
+
+    if split not in SPLITS:
+        raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
+    with progress.shown():
+        found = api.evaluate(
+            slug,
+            data,
+            weights=weights,
+            preset=preset,
+            whole=SPLITS[split],
+            seed=seed,
+            device=device,
+            batch_size=batch_size,
+            changes=pairs(changes or []),
+        )
+    files = found.save(out) if out is not None else []
+    if json:
+        console.machine({**found.as_json(), "files": [str(file) for file in files]})
+        return
+    terminal = console.console()
+    tables = [found.table(), *filter(None, [found.class_table(most=CLASSES_SHOWN)])]
+    for grid in console.details(Measurement(tables=tables)):
+        terminal.print(grid, "")
+    terminal.print(f"[dim]intervals: {console.escape(found.method)}[/]", soft_wrap=True)
+    for file in files:
+        terminal.print(f"written  {file}", soft_wrap=True)
 
 
 @app.command()

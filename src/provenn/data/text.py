@@ -1,7 +1,9 @@
 """Text: the standard library's source, which every Python has, and the user's own; bytes and byte pairs as tokens."""
 
 import json
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +16,13 @@ from provenn.errors import UserError
 from provenn.files import whole
 from provenn.progress import quiet_loggers
 
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".tokens", ".raw")
 NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo"}
 END = "<|end|>"
+ENDS = (END, "<|endoftext|>", "</s>")  # ours, and what others end a document with
+UNKNOWN, END_OF_LINE = "<unk>", "<eos>"  # of WikiText
+# The splits that a folder may name: train.jsonl, valid.txt, test/, wiki.train.tokens, …
+SPLIT = re.compile(r"(?:wiki\.)?(train|valid|validation|val|test)(?:\.(?:tokens|raw|txt|jsonl))?")
 
 
 class Document(NamedTuple):
@@ -63,6 +69,17 @@ def read_documents(path: Path) -> list[Document]:
     if not documents:
         raise UserError(f"{path} is empty: expected text")
     return documents
+
+
+def read_splits(folder: Path) -> list[list[Document]] | None:
+    """The texts for training, validation and the test of a folder that names all three; None of any other."""
+    found: dict[str, Path] = {}
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if match := SPLIT.fullmatch(entry.name):
+            found.setdefault({"valid": "val", "validation": "val"}.get(match[1], match[1]), entry)
+    if set(found) != {"train", "val", "test"}:
+        return None
+    return [read_documents(found[name]) for name in ("train", "val", "test")]
 
 
 def read_text(file: Path) -> str:
@@ -211,7 +228,7 @@ class BytePairs:
     def __init__(self, inner: Any):
         self.inner = inner
         self.vocab = inner.get_vocab_size()
-        self.end = inner.token_to_id(END)
+        self.end = next((inner.token_to_id(end) for end in ENDS if inner.token_to_id(end) is not None), None)
 
     @classmethod
     def learn(cls, documents: Sequence[Document], vocab: int) -> "BytePairs":
@@ -245,13 +262,49 @@ class BytePairs:
     def lengths(self) -> Int64[np.ndarray, " vocab"]:
         # In the byte level's alphabet one character stands for one byte.
         names = [self.inner.id_to_token(i) for i in range(self.vocab)]
-        return np.array([1 if name == END else len(name) for name in names], dtype=np.int64)
+        return np.array([1 if name in ENDS else len(name) for name in names], dtype=np.int64)
 
     def dump(self) -> str:
         return self.inner.to_str()
 
 
-Tokenizer = Bytes | BytePairs
+class Words:
+    """Words between blanks are tokens, as in WikiText, where punctuation stands apart; so is the end of each line.
+
+    >>> words = Words.learn([Document("", "a b a")])
+    >>> words.encode("b a\\nc").tolist(), words.decode([2, 3])
+    ([3, 2, 1, 0, 1], 'a b')
+    """
+
+    def __init__(self, words: Sequence[str]):
+        self.words = list(words)
+        self.numbers = {word: number for number, word in enumerate(self.words)}
+        self.vocab, self.end = len(self.words), self.numbers[END_OF_LINE]
+
+    @classmethod
+    def learn(cls, documents: Sequence[Document]) -> "Words":
+        """Every word of these texts, the commonest first."""
+        counts = Counter(word for document in documents for line in document.text.splitlines() for word in line.split())
+        common = [word for word, _ in counts.most_common() if word not in (UNKNOWN, END_OF_LINE)]
+        return cls([UNKNOWN, END_OF_LINE, *common])
+
+    def encode(self, text: str) -> Int64[np.ndarray, " tokens"]:
+        unknown = self.numbers[UNKNOWN]
+        lines = (line.split() for line in text.splitlines())
+        told = (self.numbers.get(word, unknown) for line in lines for word in (*line, END_OF_LINE))
+        return np.fromiter(told, dtype=np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(self.words[token] for token in tokens).replace(f" {END_OF_LINE} ", "\n")
+
+    def lengths(self) -> Int64[np.ndarray, " vocab"]:
+        return np.array([1 if word == END_OF_LINE else len(word.encode()) + 1 for word in self.words], dtype=np.int64)
+
+    def dump(self) -> str:
+        return json.dumps({"words": self.words})
+
+
+Tokenizer = Bytes | BytePairs | Words
 
 
 def read_tokenizer(text: str) -> Tokenizer:
@@ -262,11 +315,23 @@ def read_tokenizer(text: str) -> Tokenizer:
     """
     if text == "bytes":
         return Bytes()
+    if text.startswith('{"words"'):
+        return _read_words(text)
     package = _tokenizers()
     try:
         return BytePairs(package.Tokenizer.from_str(text))
     except Exception as error:  # the package's own kind is the plain one
         raise UserError(f"no tokenizer that can be read: {' '.join(str(error).split())}") from None
+
+
+def _read_words(text: str) -> Words:
+    try:
+        words = json.loads(text)["words"]
+    except (ValueError, KeyError, RecursionError):
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or END_OF_LINE not in words:
+        raise UserError(f"no tokenizer that can be read: expected a list of words, {END_OF_LINE} among them")
+    return Words(words)
 
 
 def _tokenizers() -> Any:

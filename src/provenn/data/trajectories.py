@@ -14,6 +14,7 @@ from provenn import progress
 from provenn.data.text import parse_json, read_text
 from provenn.errors import UserError
 
+HDF5 = (".hdf5", ".h5")
 QUALITIES = ("medium", "medium-replay", "medium-expert")
 ARRAYS = ("observations", "actions", "rewards")
 
@@ -82,6 +83,23 @@ SCRIPTS = {
     "mountaincar": Script("MountainCar-v0", lambda o: 2 if o[1] >= 0 else 0, 0.4, 200, -200.0, -120.0),
     "pendulum": Script("Pendulum-v1", _swing_up, 0.7, 100, -1210.0, -156.0),
 }
+
+
+# Returns of random and of expert play, 0 and 100 on D4RL's normalised score (Fu et al., 2020, arXiv:2004.07219).
+D4RL_RETURNS = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Walker2d": (1.629008, 4592.3),
+    "Hopper": (-20.272305, 3234.3),
+    "Ant": (-325.6, 3879.7),
+}
+
+
+def reference_returns(environment: str | None) -> tuple[float, float] | None:
+    """Returns of random play and of the controller, or the expert, where they are known."""
+    script = next((script for script in SCRIPTS.values() if script.environment == environment), None)
+    if script is not None:
+        return script.random, script.expert
+    return D4RL_RETURNS.get((environment or "").partition("-")[0])
 
 
 def make_environment(name: str) -> tuple[Any, int]:
@@ -154,12 +172,12 @@ def collect(name: str, quality: str, episodes: int, seed: int = 0) -> tuple[Traj
 
 
 def read_trajectories(file: Path) -> tuple[list[Trajectory], str | None]:
-    """The trajectories in a `.jsonl` or `.npz` file, and the gymnasium environment that it names, if any.
+    """The trajectories in a `.jsonl`, `.npz` or `.hdf5` file, and the gymnasium environment that it names, if any.
 
     A line of JSONL is an episode: `{"observations": [[…], …], "actions": […], "rewards": […]}`, the first with
     `"environment": "CartPole-v1"` if there is one. Actions are whole numbers, or rows of numbers (continuous control).
-    NPZ has D4RL's arrays `observations`, `actions`, `rewards`, `terminals` and, if you like, `timeouts` over all
-    episodes one after another, and `environment`.
+    HDF5 and NPZ have D4RL's arrays `observations`, `actions`, `rewards`, `terminals` and, if you like, `timeouts` over
+    all episodes one after another; NPZ also `environment`.
 
     Raises:
         UserError: another format, missing arrays, lengths that differ, or values that are not finite.
@@ -168,8 +186,12 @@ def read_trajectories(file: Path) -> tuple[list[Trajectory], str | None]:
         episodes, environment = _read_jsonl(file)
     elif file.suffix == ".npz":
         episodes, environment = _read_npz(file)
+    elif file.suffix in HDF5:
+        episodes, environment = _episodes(file, _read_hdf5(file)), None
     else:
-        raise UserError(f"{file}: cannot read trajectories from {file.suffix or 'no suffix'}; expected .jsonl or .npz")
+        raise UserError(
+            f"{file}: cannot read trajectories from {file.suffix or 'no suffix'}; expected .jsonl, .npz or .hdf5"
+        )
     found = [_trajectory(parts, where) for where, parts in episodes]
     widths = [trajectory.observations.shape[1] for trajectory in found]
     odd = next((i for i, width in enumerate(widths) if width != widths[0]), None)
@@ -209,6 +231,24 @@ def _read_npz(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]
             arrays = {name: content[name] for name in content.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{file} is no readable .npz of plain arrays") from None
+    return _episodes(file, arrays), str(arrays["environment"]) if "environment" in arrays else None
+
+
+def _read_hdf5(file: Path) -> dict[str, np.ndarray]:
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"{file}: HDF5 needs the package h5py: pip install 'provenn[series]'") from None
+    try:
+        with h5py.File(file, "r") as content:
+            wanted = (*ARRAYS, "terminals", "timeouts")
+            return {name: content[name][()] for name in wanted if isinstance(content.get(name), h5py.Dataset)}
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{file} is no readable HDF5 file: {str(error).splitlines()[0]}") from None
+
+
+def _episodes(file: Path, arrays: dict[str, np.ndarray]) -> list[tuple[str, dict[str, Any]]]:
+    """D4RL's arrays over all episodes, cut where one ends."""
     missing = [name for name in (*ARRAYS, "terminals") if name not in arrays]
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}: expected D4RL's {', '.join(ARRAYS)}, terminals, timeouts")
@@ -226,7 +266,7 @@ def _read_npz(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]
     ]
     if not episodes:
         raise UserError(f"{file} holds no steps")
-    return episodes, str(arrays["environment"]) if "environment" in arrays else None
+    return episodes
 
 
 def _trajectory(parts: dict[str, Any], where: str) -> Trajectory:

@@ -164,7 +164,7 @@ class Measurement(Part):
         """The effect that `estimate` computes from the raw values."""
         effect, interval, method, confidence = estimate(estimator, values, baselines)
         kinds = {"difference": "difference", "ratio": "ratio", "clock ratio": "ratio", "exact ratio": "ratio"}
-        if estimator in ("mean", "growth"):
+        if estimator in ("mean", "growth", "test set"):
             value, baseline = effect, None
         elif estimator == "clock ratio":
             value, baseline = median(values), median(baselines)

@@ -42,6 +42,7 @@ class Run:
         reuse: bool = False,
     ):
         self.paper, self.budget, self.seeds, self.device = paper, budget, tuple(seeds), device
+        self.reuse = reuse
         self.folder = Path(out) / paper
         self.ledger = ledger or Ledger(paper=paper)
         self._known = {trial.key: trial for trial in self.ledger.trials} if reuse else {}

@@ -79,7 +79,8 @@ def noise_losses(
     *,
     generator: torch.Generator | None = None,
     unlabelled: float | int = 0.1,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
+    each: bool = False,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, ""] | None]:
     """‖ε − ε_θ(√ᾱ_t x + √(1 − ᾱ_t) ε, t, y)‖² over uniform t, and where variances are learned their bound, in bits.
 
     The bound is KL(q(x_{t−1} | x_t, x) ‖ p_θ), and at t = 0 −log p_θ(x) of values taken to be 8-bit pixels on −1 to 1,
@@ -90,6 +91,7 @@ def noise_losses(
         x, y: images of about unit variance and their classes.
         generator: of noise levels, noise, and of whose class is hidden, on the CPU; by default torch's own.
         unlabelled: the share of images whose class is hidden, so that guidance can be used later.
+        each: give the first error of each image, not their mean.
     """
     host: Any = model
     t = torch.randint(STEPS, (len(x),), generator=generator).to(x.device)
@@ -99,7 +101,7 @@ def noise_losses(
     level = _at(levels.to(x), t)
     noisy = level.sqrt() * x + (1 - level).sqrt() * noise
     found, given = _parts(model(noisy, t, torch.where(hidden.to(y.device), host.num_classes, y)), x.shape[1])
-    error = F.mse_loss(found, noise)
+    error = F.mse_loss(found, noise, reduction="none").mean((1, 2, 3)) if each else F.mse_loss(found, noise)
     if given is None:
         return error, None
     posterior = Posterior(levels, x)

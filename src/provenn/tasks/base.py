@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +33,10 @@ NAMES = (
     "translation",
     "recall",
 )
+
+
+Scores = dict[str, Shaped[np.ndarray, " examples"]]  # of each example, by name
+LABEL, TOLD = "label", "told"  # scores of a classifier: the class of each example, and the one that the model says
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,21 @@ class TaskData:
     about: str = ""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Examples to test a trained model on.
+
+    Args:
+        dataset: map-style, as the splits of `TaskData`.
+        about: what they are, in a few words.
+        overlap: how many examples in a row may share what they are judged by, as windows of one series do.
+    """
+
+    dataset: Dataset
+    about: str
+    overlap: int = 1
+
+
 class Task(ABC):
     """One kind of work. A module in `provenn.tasks` defines one and calls it `TASK`."""
 
@@ -84,9 +103,39 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, for training."""
 
-    @abstractmethod
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """What the metrics follow from, a row an example. The model is in eval mode, without gradients.
+
+        Where examples have classes, `label` and `told` are among the columns.
+        """
+        raise NotImplementedError(f"the task {self.name} defines neither scores nor evaluate")
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """Metrics of the examples with these scores, `self.metric` among them: by default the mean of each column."""
+        return {name: float(column.mean()) for name, column in scores.items() if name not in (LABEL, TOLD)}
+
     def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
         """Metrics of the whole data set, `self.metric` among them. The model is in eval mode, without gradients."""
+        return self.summary(self.scores(model, dataset, batch_size))
+
+    def held_out(
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True, **options: Any
+    ) -> HeldOut:
+        """Examples to test a trained model on, read as its meta says: in its classes, its scale, its tokens.
+
+        Args:
+            source: as in `load`.
+            meta: what was saved with the weights, or `default_meta`.
+            seed: of the split.
+            whole: take all of the user's data where they come without a split of their own; else the part that `load`
+                holds out for the test, which a model that was trained on the same data has not seen.
+            options: as in `load`.
+
+        Raises:
+            UserError: data that cannot be read, or that the model does not fit.
+        """
+        data = self.load(source, seed=seed, **options)
+        return HeldOut(data.test, f"the test split of {data.name}")
 
     @abstractmethod
     def trivial(self, data: TaskData) -> float:
@@ -197,6 +246,16 @@ def blind_accuracy(train: Int[Tensor, " examples"], test: Int[Tensor, " others"]
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's weights lie."""
     return next(model.parameters(), torch.empty(0)).device
+
+
+def join_scores(names: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> Scores:
+    """The scores of a data set from those of its batches, each a column a name.
+
+    >>> join_scores(["right"], [[torch.tensor([1.0])], [torch.tensor([0.0, 1.0])]])
+    {'right': array([1., 0., 1.], dtype=float32)}
+    """
+    columns = [torch.cat(column).detach().cpu().numpy() for column in zip(*rows)]
+    return dict(zip(names, columns, strict=True))
 
 
 def batches(dataset: Dataset, batch_size: int, device: torch.device) -> Iterator[list[Tensor]]:

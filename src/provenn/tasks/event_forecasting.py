@@ -14,7 +14,17 @@ from torch.utils.data import Dataset, TensorDataset
 from provenn.data.events import PROCESSES, read_histories
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
+from provenn.tasks.base import (
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    batches,
+    device_of,
+    fingerprint,
+    join_scores,
+    split_indices,
+)
 from provenn.tasks.meta import Events
 
 if TYPE_CHECKING:
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
 
 EVENTS = 64  # of a simulated sequence
 SEQUENCES = (400, 100, 100)  # simulated for training, validation and test
+CUT = (0.6, 0.2, 0.2)  # of the user's sequences, for training, validation and test
 SHOWN = 20  # lines of predictions in the terminal
 
 
@@ -74,7 +85,7 @@ class EventForecasting(Task):
         if len(histories) < 5:
             raise UserError(f"{source} holds {len(histories)} sequences: expected 5 or more; cut a long log by the day")
         kinds = sorted({mark for history in histories for mark in history.marks})
-        parts = [[histories[i] for i in part] for part in split_indices(len(histories), (0.6, 0.2, 0.2), seed)]
+        parts = [[histories[i] for i in part] for part in split_indices(len(histories), CUT, seed)]
         scale = float(np.concatenate([np.diff(h.times) for h in parts[0]]).mean())
         sets = []
         for part in parts:
@@ -102,26 +113,49 @@ class EventForecasting(Task):
         gap_nll, mark_nll = _nll(prediction, target_gaps, target_marks)
         return (gap_nll + mark_nll)[valid].mean()
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """Nats an event, the error of the expected gap, and the share of marks told right."""
-        scale = dataset.scale  # type: ignore[attr-defined]
-        sums, count = np.zeros(4), 0
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Sums over the events of each sequence: nats of gaps and marks, squared error of the gap, marks told right."""
+        scale, rows = dataset.scale, []  # type: ignore[attr-defined]
         for gaps, marks, counts in batches(dataset, batch_size, device_of(model)):
             prediction, target_gaps, target_marks, valid = _predicted(model, gaps, marks, counts)
             gap_nll, mark_nll = _nll(prediction, target_gaps, target_marks)
-            error = (prediction.expected_gap - target_gaps).square()
-            right = (prediction.mark_logits.argmax(-1) == target_marks).double()
-            sums += [part[valid].double().sum().item() for part in (gap_nll, mark_nll, error, right)]
-            count += int(valid.sum())
-        gap, mark, error, right = (sums / count).tolist()
-        gap += float(np.log(scale))
-        return {
-            "nll": gap + mark,
-            "nll_gap": gap,
-            "nll_mark": mark,
-            "rmse": error**0.5 * scale,
-            "accuracy": right,
-        }
+            error = (prediction.expected_gap - target_gaps).double() * scale
+            right = prediction.mark_logits.argmax(-1) == target_marks
+            parts = (gap_nll.double() + float(np.log(scale)), mark_nll, error.square(), right, torch.ones_like(valid))
+            rows.append([torch.where(valid, part.double(), 0.0).sum(1) for part in parts])
+        names = ("gap", "mark", "error", "right", "events")
+        return join_scores(names, rows)
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """Nats an event, the error of the expected gap, and the share of marks told right."""
+        count = scores["events"].sum()
+        gap, mark, error, right = (float(scores[name].sum() / count) for name in ("gap", "mark", "error", "right"))
+        return {"nll": gap + mark, "nll_gap": gap, "nll_mark": mark, "rmse": error**0.5, "accuracy": right}
+
+    def held_out(  # type: ignore[override]
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+    ) -> HeldOut:
+        """As in `Task`."""
+        place = self._named(source)
+        if place == source and isinstance(source, str):
+            gaps, marks, _ = self._simulated(source).test.tensors  # type: ignore[attr-defined]
+            own = self._simulated(source).test.scale  # type: ignore[attr-defined]
+            kinds = [[str(int(mark)) for mark in row] for row in marks]
+            found = [(row.double().numpy() * own, names) for row, names in zip(gaps, kinds)]
+            which = f"the test split of {source}"
+        else:
+            histories = read_histories(Path(place))
+            if not whole:
+                histories = [histories[i] for i in split_indices(len(histories), CUT, seed)[2]]
+            found = [(np.diff(h.times, prepend=h.times[0] - meta["scale"]), list(h.marks)) for h in histories]
+            which = f"{'all' if whole else 'the test split'} of {source}"
+        unknown = {mark for _, names in found for mark in names} - set(meta["marks"])
+        if unknown:
+            raise UserError(f"{source}: the mark {min(unknown)!r} is none of the model's: {', '.join(meta['marks'])}")
+        if not any(len(names) > 1 for _, names in found):
+            raise UserError(f"{source}: every sequence has one event: nothing is to be told from what came before")
+        numbers = [np.array([meta["marks"].index(mark) for mark in names]) for _, names in found]
+        return HeldOut(Histories([gap for gap, _ in found], numbers, meta["scale"]), which)
 
     def trivial(self, data: TaskData) -> float:
         """Of a Poisson process of constant rate, with marks drawn by their shares in training."""

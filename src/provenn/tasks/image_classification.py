@@ -13,10 +13,23 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from provenn import progress
+from provenn.data.cifar import SIDE, files_in, read_cifar
 from provenn.data.images import images_in, read_image, size_of
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, blind_accuracy, device_of, fingerprint, split_indices
+from provenn.tasks.base import (
+    LABEL,
+    TOLD,
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    blind_accuracy,
+    device_of,
+    fingerprint,
+    join_scores,
+    split_indices,
+)
 from provenn.tasks.meta import Images
 
 if TYPE_CHECKING:
@@ -39,7 +52,10 @@ class ImageClassification(Task):
     metric = "accuracy"
     higher_is_better = True
     embedded = EMBEDDED
-    reads = "a folder with one sub-folder of images for each class (or train/, val/ and test/ folders of such)"
+    reads = (
+        "a folder with one sub-folder of images for each class (or train/, val/ and test/ folders of such), "
+        "or CIFAR's binary files"
+    )
 
     def load(  # type: ignore[override]
         self, source: str | Path, *, seed: int = 0, size: int | None = None, skip_broken: bool = False
@@ -51,7 +67,7 @@ class ImageClassification(Task):
                 missing is cut from `train`, class by class. Where there is `val` but no `test`, `val` is the test.
             seed: of the split.
             size: of a folder, side of the square that the model sees; by default 224 pixels, or less where the images
-                are smaller.
+                are smaller, and 32 for CIFAR.
             skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
         named = self._named(source)
@@ -61,25 +77,56 @@ class ImageClassification(Task):
             if size not in (None, 8):
                 raise UserError(f"digits are images of 8×8 pixels: leave size out, got {size}")
             return _digits(seed)
+        if files_in(Path(named)) is not None:
+            return _cifar(Path(named), seed, size or SIDE)
         return _folder(Path(named), seed, size, skip_broken)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels = batch
         return F.cross_entropy(model(images), labels)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        device = device_of(model)
-        top1 = top5 = count = 0
-        loss = 0.0
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Whether the likeliest class of each image is right, and one of the five likeliest; nats of the right one."""
+        device, rows = device_of(model), []
         for images, labels in DataLoader(dataset, batch_size=batch_size):
-            logits, labels = model(images.to(device)), labels.to(device)
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            top1 += int(ranked[:, 0].sum())
-            top5 += int(ranked.sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            count += len(labels)
-        metrics = {"accuracy": top1 / count, "loss": loss / count}
-        return metrics | {"top5": top5 / count} if logits.shape[1] > 5 else metrics
+            logits, labels = model(images.to(device)).float(), labels.to(device)
+            told = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            right = told == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            rows.append([right[:, 0].double(), loss.double(), right.any(1).double(), labels, told[:, 0]])
+        names = ("accuracy", "loss", "top5", LABEL, TOLD)
+        scores = join_scores(names, rows)
+        return scores if logits.shape[1] > 5 else {name: scores[name] for name in names if name != "top5"}
+
+    def held_out(  # type: ignore[override]
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        size: int | None = None,
+    ) -> HeldOut:
+        """As in `Task`; `size`: side of the square that the model sees, by default what its weights say."""
+        named = self._named(source)
+        meta = {**meta, "size": size or meta["size"]}
+        if named == "digits":
+            return _test_digits(meta, seed)
+        root = Path(named)
+        if files_in(root) is not None:
+            content = read_cifar(root)
+            numbers = _numbers(root, content.classes, meta["classes"])
+            labels = np.array([numbers[content.classes[label]] for label in content.test_labels])
+            images = CifarImages(content.test, labels, meta)
+            return HeldOut(images, f"the test split of {root}, at {meta['size']}×{meta['size']} pixels")
+        parts = _given(root)
+        if not whole:
+            parts = _with_splits(root, parts, seed)
+        split = next(name for name in ("test", "val", "train") if name in parts)
+        numbers = _numbers(root, list(parts[split]), meta["classes"])
+        files = [(file, numbers[name]) for name, listed in parts[split].items() for file in listed]
+        which = "all" if split == "train" else f"the {split} split"
+        return HeldOut(ImageFiles(files, meta), f"{which} of {root}, at {meta['size']}×{meta['size']} pixels")
 
     def trivial(self, data: TaskData) -> float:
         """Accuracy without a look at the image: the commonest class, or a guess."""
@@ -151,6 +198,8 @@ class ImageClassification(Task):
 
 
 def _labels(dataset: Dataset) -> Int[Tensor, " images"]:
+    if isinstance(dataset, CifarImages):
+        return dataset.labels
     if isinstance(dataset, ImageFiles):  # no need to decode the images
         return torch.tensor([label for _, label in dataset.files])
     count = len(dataset)  # type: ignore[arg-type]
@@ -184,6 +233,81 @@ def _digits(seed: int) -> TaskData:
         options={"num_classes": 10, "in_channels": 1},
         meta={"classes": [str(i) for i in range(10)], "size": 8, "channels": 1, "mean": [mean], "std": [std]},
         about="Handwritten digits of 8×8 pixels, grey. Real, but small and easy: 99 % is common.",
+    )
+
+
+def _test_digits(meta: dict[str, Any], seed: int) -> HeldOut:
+    """The digits' test split on the scale of weights that may have been trained on others."""
+    if (meta["channels"], meta["size"]) != (1, 8) or len(meta["classes"]) < 10:
+        raise UserError(
+            f"digits are grey images of 8×8 pixels in 10 classes; these weights take {meta['channels']} channel(s) "
+            f"of {meta['size']}×{meta['size']} in {len(meta['classes'])}"
+        )
+    data = _digits(seed)
+    images, labels = data.test.tensors  # type: ignore[attr-defined]
+    (mean,), (std,) = data.meta["mean"], data.meta["std"]
+    numbers = _numbers(Path("digits"), data.meta["classes"], meta["classes"])
+    labels = torch.tensor([numbers[str(int(label))] for label in labels])
+    scaled = (images * std + mean - meta["mean"][0]) / meta["std"][0]
+    return HeldOut(TensorDataset(scaled, labels), "the test split of digits")
+
+
+class CifarImages(Dataset):
+    """CIFAR's images as the model sees them; for training padded by 4, cropped and mirrored (He et al., 2016).
+
+    Args:
+        images: as they were read.
+        labels: one each.
+        meta: mean and standard deviation of each channel, and the side of the square that the model sees.
+        augment: for training.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "images 3 32 32"],
+        labels: Int[np.ndarray, " images"],
+        meta: dict[str, Any],
+        augment: bool = False,
+    ):
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
+        self.meta, self.augment = meta, augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 size size"], int]:
+        image, size = self.images[index], self.meta["size"]
+        if size != image.shape[-1]:
+            image = _resize(image, size, size)
+        if self.augment:
+            top, left, mirrored = (int(torch.randint(count, ())) for count in (9, 9, 2))
+            image = F.pad(image, (4, 4, 4, 4))[:, top : top + size, left : left + size]
+            image = image.flip(2) if mirrored else image
+        return _standard(image, self.meta), int(self.labels[index])
+
+
+def _cifar(root: Path, seed: int, size: int = SIDE) -> TaskData:
+    """A tenth of the training images is held out to validate with, as He et al. have it."""
+    content = read_cifar(root)
+    order, held = split_indices(len(content.train), (0.9, 0.1), seed)
+    pixels = content.train[order].astype(np.float32) / 255
+    meta = {
+        "classes": content.classes,
+        "size": size,
+        "channels": 3,
+        "mean": pixels.mean((0, 2, 3), dtype=np.float64).tolist(),
+        "std": pixels.std((0, 2, 3), dtype=np.float64).tolist(),
+    }
+    return TaskData(
+        str(root),
+        CifarImages(content.train[order], content.train_labels[order], meta, augment=True),
+        CifarImages(content.train[held], content.train_labels[held], meta),
+        CifarImages(content.test, content.test_labels, meta),
+        fingerprint=fingerprint(*content[:4]),
+        options={"num_classes": len(content.classes), "in_channels": 3},
+        meta=meta,
+        about=f"CIFAR-{len(content.classes)}: {len(order):,} images to train, {len(held):,} to validate, "
+        f"{len(content.test):,} to test",
     )
 
 
@@ -284,18 +408,25 @@ def _class_folders(folder: Path, skip_broken: bool) -> dict[str, list[Path]]:
     return classes
 
 
-def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskData:
+Splits = dict[str, dict[str, list[Path]]]  # the images of each class of each split
+
+
+def _given(root: Path, skip_broken: bool = False) -> Splits:
+    """What a folder holds: the splits that it names, or all of it as `train`."""
     if not root.is_dir():
         raise UserError(f"{root} is a file: give a folder with one sub-folder of images for each class")
-    parts: dict[str, dict[str, list[Path]]] = {}
+    parts: Splits = {}
     for split, names in {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}.items():
         folders = [root / name for name in names if (root / name).is_dir()]
         if folders:
             parts[split] = _class_folders(folders[0], skip_broken)
+    return parts or {"train": _class_folders(root, skip_broken)}
+
+
+def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
+    """The same, and what of train, val and test is missing cut from `train`."""
     if "train" not in parts:
-        if parts:
-            raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
-        parts = {"train": _class_folders(root, skip_broken)}
+        raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
     classes = list(parts["train"])
     for split, found in parts.items():
         if list(found) != classes:
@@ -304,8 +435,29 @@ def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskD
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
     missing = [split for split in ("val", "test") if split not in parts]
-    if missing:
-        parts = _cut(parts, missing, seed)
+    return _cut(parts, missing, seed) if missing else parts
+
+
+def _numbers(root: Path, names: list[str], classes: list[str]) -> dict[str, int]:
+    """The model's number of each class of a folder: by name, or in order where the weights know no names."""
+    if set(names) <= set(classes):
+        return {name: classes.index(name) for name in names}
+    nameless = classes == [f"class {index}" for index in range(len(classes))]
+    if nameless and len(names) == len(classes):
+        return {name: index for index, name in enumerate(names)}
+    if nameless:
+        raise UserError(
+            f"{root} has {len(names)} classes; these weights tell {len(classes)} and know no names of them: give a "
+            f"folder for each, sorted as they were trained, or call yours 'class 0' to 'class {len(classes) - 1}'"
+        )
+    odd = next(name for name in names if name not in classes)
+    some = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+    raise UserError(f"{root}: the model knows no class {odd!r}; it knows: {some}")
+
+
+def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskData:
+    parts = _with_splits(root, _given(root, skip_broken), seed)
+    classes = list(parts["train"])
     files = {s: [(file, i) for i, name in enumerate(classes) for file in found[name]] for s, found in parts.items()}
     everything = sorted(file for listed in files.values() for file, _ in listed)
     size = size or _side(everything)

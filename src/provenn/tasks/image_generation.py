@@ -14,7 +14,7 @@ from provenn.data.images import SUFFIXES, Picture, write_image
 from provenn.errors import UserError
 from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, noise_schedule, sample
 from provenn.tasks import image_classification
-from provenn.tasks.base import Task, TaskData, device_of
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, device_of, join_scores
 from provenn.tasks.meta import Images
 
 if TYPE_CHECKING:
@@ -79,17 +79,21 @@ class ImageGeneration(Task):
         images, labels = batch
         return noise_loss(model, images, labels)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """The mean squared error of the noise, at noise and levels that are the same in every evaluation."""
-        device, total, count = device_of(model), 0.0, 0
+        device, rows = device_of(model), []
         generator = torch.Generator().manual_seed(0)
         for images, labels in DataLoader(dataset, batch_size=batch_size):
-            for _ in range(DRAWS):
-                given = images.to(device), labels.to(device)
-                error, _ = noise_losses(model, *given, generator=generator, unlabelled=0)
-                total += float(error) * len(images)
-                count += len(images)
-        return {self.metric: total / count}
+            given = images.to(device), labels.to(device)
+            draws = [noise_losses(model, *given, generator=generator, unlabelled=0, each=True)[0] for _ in range(DRAWS)]
+            rows.append([torch.stack(draws).double().mean(0)])
+        return join_scores([self.metric], rows)
+
+    def held_out(  # type: ignore[override]
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+    ) -> HeldOut:
+        """As in `Task`."""
+        return image_classification.TASK.held_out(source, meta, seed=seed, whole=whole)
 
     def trivial(self, data: TaskData) -> float:
         """Of images whose pixels are independent and normal, with the training images' mean and variance of each."""

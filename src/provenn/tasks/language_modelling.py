@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from provenn.data.text import (
+    ENDS,
     BytePairs,
     Bytes,
     Document,
     Tokenizer,
+    Words,
     read_documents,
     read_hub,
+    read_splits,
     read_text,
     read_tokenizer,
     split_documents,
@@ -29,7 +32,7 @@ from provenn.data.text import (
     written,
 )
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
 from provenn.tasks.meta import Text
 
 if TYPE_CHECKING:
@@ -105,7 +108,8 @@ class LanguageModelling(Task):
             source: "stdlib", a path, or "hf:NAME" for a data set of the hub.
             seed: which documents are held out.
             length: tokens a window.
-            tokenizer: "bytes", "bpe" (learned from the training text), or a tokenizer.json.
+            tokenizer: "bytes", "bpe" (learned from the training text), "words" (all of the training text's, between
+                blanks, as WikiText has them), or a tokenizer.json, also one beside the text.
             vocab_size: tokens that "bpe" learns, 4,096 by default.
             eval_tokens: how many tokens of validation and of test text are read, in windows spread evenly over it.
 
@@ -119,7 +123,7 @@ class LanguageModelling(Task):
         if vocab_size is not None and tokenizer != "bpe":
             raise UserError(f"vocab_size is of tokenizer=bpe, which learns its tokens; of {tokenizer} leave it out")
         parts = self.documents(source, seed)
-        chosen = _tokenizer(tokenizer, parts[0], 4096 if vocab_size is None else vocab_size)
+        chosen = _tokenizer(_beside(source, tokenizer), parts[0], 4096 if vocab_size is None else vocab_size)
         streams = [_packed(part, chosen) for part in parts]
         for name, stream in zip(("training", "validation", "test"), streams):
             if len(stream) <= length:
@@ -150,29 +154,81 @@ class LanguageModelling(Task):
         place = self._named(source)
         if isinstance(place, str):
             return split_documents(standard_library())
-        return split_documents(read_documents(place), seed)
+        return read_splits(place) or split_documents(read_documents(place), seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return _nll(model, *batch).mean()
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """Bits a byte, perplexity and nats a token, and the share of tokens told right, each window from its start."""
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Of each window, from its start: nats, tokens told right, tokens, and the bytes that they stand for."""
         bytes_of: Tensor = dataset.bytes_of  # type: ignore[attr-defined]
         size = len(bytes_of) * dataset.length  # type: ignore[attr-defined]
-        nats, told, tokens, held = 0.0, 0, 0, 0
+        rows = []
         for x, y in batches(dataset, max(1, min(batch_size, LOGITS // size)), device_of(model)):
             logits = model(x)
-            nats += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum").item()
-            told += int((logits.argmax(-1) == y).sum())
-            tokens += y.numel()
-            held += int(bytes_of.to(y.device)[y].sum())
-        nll = nats / tokens
+            nats = F.cross_entropy(logits.transpose(1, 2).float(), y, reduction="none").double()
+            parts = (nats, logits.argmax(-1) == y, torch.ones_like(y), bytes_of.to(y.device)[y])
+            rows.append([part.sum(1).double() for part in parts])
+        names = ("nats", "right", "tokens", "bytes")
+        return join_scores(names, rows)
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """Bits a byte, perplexity and nats a token, and the share of tokens told right."""
+        nats, right, tokens, held = (float(scores[name].sum()) for name in ("nats", "right", "tokens", "bytes"))
         return {
             "bits_per_byte": nats / held / math.log(2),
-            "perplexity": math.exp(min(nll, 700)),
-            "nll": nll,
-            "accuracy": told / tokens,
+            "perplexity": math.exp(min(nats / tokens, 700)),
+            "nll": nats / tokens,
+            "accuracy": right / tokens,
         }
+
+    def held_out(  # type: ignore[override]
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        length: int | None = None,
+        tokenizer: str | None = None,
+        eval_tokens: int = 65_536,
+    ) -> HeldOut:
+        """As in `Task`, the text in the model's own tokens.
+
+        Args:
+            source, meta, seed, whole: as in `Task`.
+            length: tokens a window; by default as the model was trained.
+            tokenizer: a tokenizer.json, of weights that do not bring their own.
+            eval_tokens: how many tokens are read, in windows spread evenly over the text.
+        """
+        length = length or meta["length"]
+        if length < 2:
+            raise UserError(f"length must be at least 2 tokens, got {length}")
+        if eval_tokens < length:
+            raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
+        tokens = (
+            read_tokenizer(meta["tokenizer"]) if tokenizer is None else _tokenizer(_beside(source, tokenizer), (), 0)
+        )
+        vocab = meta.get("blank", meta.get("vocab", tokens.vocab))
+        if vocab != tokens.vocab:
+            raise UserError(
+                f"the model has {vocab} tokens, the tokenizer {tokens.vocab}: give the model's own with "
+                "--set tokenizer=tokenizer.json"
+            )
+        parts = self.documents(source, seed)
+        whole = whole and source not in self.embedded and read_splits(Path(source)) is None
+        stream = _packed([text for part in parts for text in part] if whole else parts[2], tokens)
+        if len(stream) <= length:
+            raise UserError(f"{source}: {len(stream)} tokens are fewer than a window of {length}; give more text")
+        windows = Windows(stream, length, tokens.lengths(), max(1, eval_tokens // length))
+        every = (len(stream) - 1) // length
+        some = f"{len(windows)} of {every:,} windows" if len(windows) < every else f"all {every:,} windows"
+        which = "" if whole else "the test split of "
+        return HeldOut(self.asked(windows), f"{some} of {length} tokens of {which}{source}")
+
+    def asked(self, windows: Windows) -> Dataset:
+        """What is asked of windows of text: here the token after each."""
+        return windows
 
     def trivial(self, data: TaskData) -> float:
         """Bits a byte of telling every token by its share of the training text alone."""
@@ -189,7 +245,8 @@ class LanguageModelling(Task):
         return torch.stack(each).sum(0).cpu() / len(dataset)  # type: ignore[arg-type]
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"tokenizer": "bytes", "length": 256}
+        vocab = {"vocab": options["vocab"]} if "vocab" in options else {}
+        return {"tokenizer": "bytes", "length": 256, **vocab}
 
     def predict(
         self,
@@ -281,19 +338,27 @@ def _packed(documents: Sequence[Document], tokenizer: Tokenizer) -> Int64[np.nda
     return np.concatenate([part for document in documents for part in (tokenizer.encode(document.text), end)] or [end])
 
 
+def _beside(source: str | Path, tokenizer: str) -> str:
+    """The path of a tokenizer that lies with the text."""
+    inside = Path(source) / tokenizer
+    return str(inside) if not Path(tokenizer).exists() and inside.is_file() else tokenizer
+
+
 def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokenizer:
     if name == "bytes":
         return Bytes()
     if name == "bpe":
         return BytePairs.learn(train, vocab_size)
+    if name == "words":
+        return Words.learn(train)
     if not Path(name).is_file():
-        raise UserError(f"tokenizer must be bytes, bpe or a tokenizer.json, got {name!r}")
+        raise UserError(f"tokenizer must be bytes, bpe, words or a tokenizer.json, got {name!r}")
     try:
         found = read_tokenizer(read_text(Path(name)))
     except UserError as error:
         raise UserError(f"{name} is no tokenizer.json: {error}") from None
     if found.end is None:
-        raise UserError(f"{name} has no token <|end|> to end a document with")
+        raise UserError(f"{name} has no token to end a document with: expected one of {', '.join(ENDS)}")
     return found
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from provenn.data.text import read_tokenizer, text_of
 from provenn.errors import UserError
 from provenn.files import whole
-from provenn.tasks.base import TaskData, batches, device_of
+from provenn.tasks.base import Scores, TaskData, batches, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
 from provenn.tasks.meta import Blanked
 from provenn.tasks.recall import IGNORED
@@ -77,18 +77,31 @@ class MaskedLanguageModelling(LanguageModelling):
         tokens, targets = batch
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """The share of tokens told right of those asked for, and nats a token."""
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Of each window: tokens told right of those asked for, nats, and how many are asked for."""
         first, _ = dataset[0]
-        right, nats, count = 0, 0.0, 0
+        rows = []
         size = max(1, min(batch_size, LOGITS // (256 * len(first))))
         for tokens, targets in batches(dataset, size, device_of(model)):
-            asked = targets != IGNORED
-            logits, wanted = model(tokens)[asked].float(), targets[asked]
-            right += int((logits.argmax(-1) == wanted).sum())
-            nats += F.cross_entropy(logits, wanted, reduction="sum").item()
-            count += len(wanted)
-        return {"accuracy": right / count, "nll": nats / count}
+            logits = model(tokens).float()
+            nats = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+            parts = (logits.argmax(-1) == targets, nats, targets != IGNORED)
+            rows.append([part.double().sum(1) for part in parts])
+        names = ("right", "nats", "asked")
+        return join_scores(names, rows)
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """The share of tokens told right of those asked for, and nats a token."""
+        right, nats, asked = (float(scores[name].sum()) for name in ("right", "nats", "asked"))
+        return {"accuracy": right / asked, "nll": nats / asked}
+
+    def asked(self, windows: Windows) -> Dataset:
+        """The tokens that are left blank."""
+        return Blanks(windows, len(windows.bytes_of))
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        meta = super().default_meta(options)
+        return {**meta, "blank": meta["vocab"] - 1} if "vocab" in meta else meta
 
     def trivial(self, data: TaskData) -> float:
         """Accuracy of always saying the commonest token of the training text."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,13 +252,29 @@ class Recall(Task):
         right, asked, distances = (torch.cat(parts) for parts in zip(*rows))
         return right, asked, distances
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """The share of asked places told right, and of sequences told right throughout."""
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Of each sequence: asked places told right, asked places, and whether all are right."""
         right, asked, _ = self._right(model, dataset, batch_size)
+        parts = {"right": (right & asked).sum(1), "asked": asked.sum(1), "exact": (right | ~asked).all(1)}
+        return {name: part.double().numpy() for name, part in parts.items()}
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """The share of asked places told right, and of sequences told right throughout."""
         return {
-            "accuracy": right[asked].double().mean().item(),
-            "exact": (right | ~asked).all(1).double().mean().item(),
+            "accuracy": float(scores["right"].sum() / scores["asked"].sum()),
+            "exact": float(scores["exact"].mean()),
         }
+
+    def held_out(self, source: str | Path, meta: dict[str, Any], **options: Any) -> HeldOut:  # type: ignore[override]
+        """As in `Task`; what is set for the training, such as `length`, is set again for the test."""
+        options.pop("whole", None)
+        data = self.load(source, **options)
+        if data.meta["vocab"] != meta["vocab"]:
+            raise UserError(
+                f"{source} has {data.meta['vocab']} tokens, the model {meta['vocab']}: give the keys, values and pairs "
+                "that it was trained with by --set"
+            )
+        return HeldOut(data.test, data.about)
 
     def trivial(self, data: TaskData) -> float:
         """Accuracy of always saying that answer which stands most often in the sequence, or of guessing evenly.

@@ -1,7 +1,7 @@
 """Recorded decisions in, a policy out: offline, conditioned on the return that is wanted (Chen et al., 2021)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,35 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from provenn.data.tables import check_csv, read_table, write_table
-from provenn.data.trajectories import QUALITIES, SCRIPTS, Trajectory, collect, make_environment, read_trajectories
+from provenn.data.trajectories import (
+    QUALITIES,
+    SCRIPTS,
+    Trajectory,
+    collect,
+    make_environment,
+    read_trajectories,
+    reference_returns,
+)
 from provenn.errors import UserError
 from provenn.files import whole
-from provenn.tasks.base import Task, TaskData, batches, blind_accuracy, device_of, fingerprint, split_indices
+from provenn.tasks.base import (
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    batches,
+    blind_accuracy,
+    device_of,
+    fingerprint,
+    join_scores,
+    split_indices,
+)
 from provenn.tasks.meta import Play
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CUT = (0.6, 0.2, 0.2)  # of episodes that are not played, for training, validation and test
 TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # of episodes, apart from those of the collected ones
 
 
@@ -188,7 +208,7 @@ class ReinforcementLearning(Task):
     }
     reads = (
         "trajectories, actions discrete or continuous: "
-        ".jsonl (an episode a line: observations, actions, rewards) or .npz (D4RL's arrays)"
+        ".jsonl (an episode a line: observations, actions, rewards), .hdf5 or .npz (D4RL's arrays)"
     )
 
     def load(
@@ -201,6 +221,7 @@ class ReinforcementLearning(Task):
         validation: int = 5,
         test: int = 20,
         streaming: bool = True,
+        environment: str | None = None,
         **options: Any,
     ) -> TaskData:
         """Recorded episodes for training; validation and test are episodes to be played.
@@ -216,6 +237,7 @@ class ReinforcementLearning(Task):
             episodes: collected for an embedded set; by default its own number.
             validation, test: episodes to be played.
             streaming: play with the state of a model that has one, instead of showing it the last `context` steps.
+            environment: gymnasium's name of what a file was recorded in, where the file does not say.
 
         Raises:
             UserError: no such data, or trajectories that cannot be read.
@@ -229,10 +251,11 @@ class ReinforcementLearning(Task):
             name, _, quality = source.partition("-")
             script = SCRIPTS[name]
             found: Sequence[Trajectory] = collect(name, quality, episodes or script.episodes)
-            environment: str | None = script.environment
+            environment = script.environment
             about = self.embedded[source]
         else:
-            found, environment = read_trajectories(Path(place))
+            found, named = read_trajectories(Path(place))
+            environment = environment or named
             about = "the user's own trajectories"
         width, continuous = found[0].observations.shape[1], found[0].continuous
         length = max(len(t.actions) for t in found)
@@ -262,7 +285,7 @@ class ReinforcementLearning(Task):
         if environment is None:
             if len(found) < 5:
                 raise UserError(f"{source} holds {len(found)} trajectories: expected 5 or more")
-            parts = [[found[i] for i in part] for part in split_indices(len(found), (0.6, 0.2, 0.2), seed)]
+            parts = [[found[i] for i in part] for part in split_indices(len(found), CUT, seed)]
         seen = np.concatenate([t.observations for t in parts[0]]).astype(np.float64)
         std = seen.std(0)
         setting = Setting(
@@ -293,31 +316,87 @@ class ReinforcementLearning(Task):
         outputs, actions = model(*inputs, mask)[mask], inputs[2][mask]
         return F.mse_loss(outputs, actions) if actions.is_floating_point() else F.cross_entropy(outputs, actions)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """Of `Episodes`: mean return, its deviation, and where they are known the score (0 random, 100 the controller).
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Of `Episodes` the return of each, and where it is known the score; of recorded steps sums over each window.
+
+        These are: steps, actions foretold and their cross-entropy in nats, or of continuous actions the squared error.
+        """
+        if isinstance(dataset, Episodes):
+            found = rollouts(model, dataset.setting, dataset.seeds, dataset.targets)
+            known = reference_returns(dataset.setting.environment)
+            if known is None:
+                return {"return": found}
+            random, expert = known
+            return {"return": found, "score": 100 * (found - random) / (expert - random)}
+        rows = []
+        for *inputs, mask in batches(dataset, batch_size, device_of(model)):
+            outputs, actions = model(*inputs, mask), inputs[2]
+            if actions.is_floating_point():
+                errors = [F.mse_loss(outputs, actions, reduction="none").mean(-1)]
+            else:
+                entropy = F.cross_entropy(outputs.transpose(1, 2), actions, reduction="none")
+                errors = [outputs.argmax(-1) == actions, entropy]
+            rows.append([torch.where(mask, part.double(), 0.0).sum(1) for part in (torch.ones_like(mask), *errors)])
+        names = ("steps", "error") if getattr(dataset, "continuous", False) else ("steps", "right", "entropy")
+        return join_scores(names, rows)
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """Of episodes: mean return, its deviation, and where it is known the score (0 random, 100 the controller).
 
         Of recorded steps: the share of actions foretold, and the mean cross-entropy in nats; of continuous actions the
         mean squared error, within −1 … 1.
         """
-        if isinstance(dataset, Episodes):
-            found = rollouts(model, dataset.setting, dataset.seeds, dataset.targets)
-            metrics = {"return": float(found.mean()), "return_std": float(found.std())}
-            script = next((s for s in SCRIPTS.values() if s.environment == dataset.setting.environment), None)
-            if script is not None:
-                metrics["score"] = 100 * (metrics["return"] - script.random) / (script.expert - script.random)
-            return metrics
-        right, entropy, error, count = 0, 0.0, 0.0, 0
-        for *inputs, mask in batches(dataset, batch_size, device_of(model)):
-            outputs, actions = model(*inputs, mask)[mask], inputs[2][mask]
-            count += len(actions)
-            if actions.is_floating_point():
-                error += F.mse_loss(outputs, actions, reduction="none").mean(-1).sum().item()
-                continue
-            right += int((outputs.argmax(-1) == actions).sum())
-            entropy += F.cross_entropy(outputs, actions, reduction="sum").item()
-        if getattr(dataset, "continuous", False):
-            return {"action_mse": error / count}
-        return {"accuracy": right / count, "cross_entropy": entropy / count}
+        if "return" in scores:
+            mean = {name: float(column.mean()) for name, column in scores.items()}
+            return {"return": mean.pop("return"), "return_std": float(scores["return"].std()), **mean}
+        steps = scores["steps"].sum()
+        if "error" in scores:
+            return {"action_mse": float(scores["error"].sum() / steps)}
+        return {
+            "accuracy": float(scores["right"].sum() / steps),
+            "cross_entropy": float(scores["entropy"].sum() / steps),
+        }
+
+    def held_out(  # type: ignore[override]
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        test: int = 20,
+        target: float | int | None = None,
+        environment: str | None = None,
+    ) -> HeldOut:
+        """As in `Task`: episodes in the environment that the model was trained for, or recorded steps.
+
+        Args:
+            source, meta, seed, whole: as in `Task`; data that name no environment, or weights, are recorded steps.
+            test: episodes to be played.
+            target: the return that is asked for; by default the best that the model was trained on.
+            environment: gymnasium's name of what a file was recorded in, where the file does not say.
+        """
+        setting = Setting(**meta)
+        setting = setting if target is None else replace(setting, target=float(target))
+        place = self._named(source)
+        if place == source and isinstance(source, str):
+            environment = SCRIPTS[source.partition("-")[0]].environment
+            found: Sequence[Trajectory] = ()
+        else:
+            found, named = read_trajectories(Path(place))
+            environment = environment or named
+        if environment is not None and setting.environment is not None:
+            if environment != setting.environment:
+                raise UserError(f"{source} is of {environment}; the model plays {setting.environment}")
+            episodes = Episodes(setting, range(TEST_SEED, TEST_SEED + test), [setting.target] * test)
+            return HeldOut(episodes, f"{test} episodes of {environment}, a return of {setting.target:g} asked for")
+        if not found:
+            raise UserError(f"these weights know no environment to play {source} in: give recorded trajectories")
+        _check_fits(source, found, setting)
+        if not whole:
+            found = [found[i] for i in split_indices(len(found), CUT, seed)[2]]
+        which = "all" if whole else "the test split"
+        return HeldOut(Windows(found, setting, seed), f"recorded steps of {which} of {source}")
 
     def trivial(self, data: TaskData) -> float:
         """The best return of random actions and of each action taken all the time, in the episodes of the test.
@@ -442,26 +521,34 @@ def _asked(tables: Sequence[Path]) -> tuple[list[int], list[float]]:
     return [int(seed) for seed, _ in rows], [target for _, target in rows]
 
 
+def _check_fits(source: str | Path, trajectories: Sequence[Trajectory], setting: Setting) -> None:
+    """Are these observations and actions those that the model knows?"""
+    for number, trajectory in enumerate(trajectories, start=1):
+        where = f"{source}: episode {number}"
+        if trajectory.observations.shape[1] != len(setting.mean):
+            width = trajectory.observations.shape[1]
+            raise UserError(f"{where} has observations of {width} numbers, the model knows {len(setting.mean)}")
+        if len(trajectory.actions) > setting.length:
+            steps = len(trajectory.actions)
+            raise UserError(f"{where} has {steps} steps, the model knows up to {setting.length}")
+        if trajectory.continuous != setting.continuous:
+            kinds = ["continuous" if c else "discrete" for c in (trajectory.continuous, setting.continuous)]
+            raise UserError(f"{where} has {kinds[0]} actions, the model knows {kinds[1]} ones")
+        if setting.low is not None and trajectory.actions.shape[1] != len(setting.low):
+            width = trajectory.actions.shape[1]
+            raise UserError(f"{where} has actions of {width} numbers, the model knows {len(setting.low)}")
+
+
 def _next_actions(model: nn.Module, setting: Setting, inputs: Sequence[Path], output: Path | None) -> str:
     rows: list[list[str | int | float]] = []
     device = device_of(model)
     for file in inputs:
-        for number, trajectory in enumerate(read_trajectories(file)[0], start=1):
-            if trajectory.observations.shape[1] != len(setting.mean):
-                width = trajectory.observations.shape[1]
-                raise UserError(f"{file}: observations of {width} numbers, the model knows {len(setting.mean)}")
+        trajectories, _ = read_trajectories(file)
+        _check_fits(file, trajectories, setting)
+        for number, trajectory in enumerate(trajectories, start=1):
             steps = len(trajectory.actions)
-            if steps > setting.length:
-                raise UserError(f"{file}: episode {number} has {steps} steps, the model knows up to {setting.length}")
             before = np.concatenate([[0.0], trajectory.rewards.astype(np.float64).cumsum()[:-1]])
             to_go = torch.from_numpy(((setting.target - before) / setting.scale).astype(np.float32))[:, None]
-            if trajectory.continuous != setting.continuous:
-                kinds = ["continuous" if c else "discrete" for c in (trajectory.continuous, setting.continuous)]
-                raise UserError(f"{file}: episode {number} has {kinds[0]} actions, the model knows {kinds[1]} ones")
-            if setting.low is not None and trajectory.actions.shape[1] != len(setting.low):
-                raise UserError(
-                    f"{file}: actions of {trajectory.actions.shape[1]} numbers, the model knows {len(setting.low)}"
-                )
             parts = (
                 to_go,
                 setting.states(trajectory.observations),

@@ -14,7 +14,20 @@ from torch.utils.data import Dataset, TensorDataset
 from provenn.data.series import FORMATS, Collection, bundled, read_series
 from provenn.data.tables import check_csv, write_table
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, batches, blind_accuracy, device_of, fingerprint, split_indices
+from provenn.tasks.base import (
+    LABEL,
+    TOLD,
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    batches,
+    blind_accuracy,
+    device_of,
+    fingerprint,
+    join_scores,
+    split_indices,
+)
 from provenn.tasks.meta import LabelledSeries
 
 if TYPE_CHECKING:
@@ -29,6 +42,7 @@ ARCHIVE = {
     "osu-leaf": ("OSULeaf", "6 kinds of leaves by their outline: 427 steps"),
     "acsf1": ("ACSF1", "10 kinds of household appliances by their power: 1460 steps"),
 }
+CUT = (0.6, 0.2, 0.2)  # of the user's series, for training, validation and test
 SHOWN = 20  # lines of predictions in the terminal
 
 
@@ -55,19 +69,13 @@ class SeriesClassification(Task):
         """
         if options:
             raise UserError(f"{self.name} takes the option validation, not {', '.join(options)}")
-        place = self._named(source)
-        if place == source and isinstance(source, str) and source in ARCHIVE:
-            stem = ARCHIVE[source][0]
-            files = [bundled(f"{stem}/{stem}_{split}.ts") for split in ("TRAIN", "TEST")]
-        else:
-            files = _files(Path(place))
-        read = [_labelled(file) for file in files]
+        read = [_labelled(file) for file in self._files(source)]
         if len(read) == 2:
             train_all, test = read
             kept, held = _stratified(train_all.labels or [], (1.0 - validation, float(validation)), seed)
             train, val = _pick(train_all, kept), _pick(train_all, held)
         else:
-            parts = _stratified(read[0].labels or [], (0.6, 0.2, 0.2), seed)
+            parts = _stratified(read[0].labels or [], CUT, seed)
             train, val, test = (_pick(read[0], part) for part in parts)
         if not test.series or (validation and not val.series):
             raise UserError(f"{source} holds {len(read[0].series)} series: too few for a split; expected 5 a class")
@@ -77,16 +85,43 @@ class SeriesClassification(Task):
         x, lengths, classes = batch
         return F.cross_entropy(_logits(model, x, lengths), classes)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """Share of series classified right, and the mean cross-entropy in nats."""
-        device = device_of(model)
-        right, entropy, count = 0, 0.0, 0
-        for x, lengths, classes in batches(dataset, batch_size, device):
-            logits = _logits(model, x, lengths)
-            right += int((logits.argmax(-1) == classes).sum())
-            entropy += F.cross_entropy(logits, classes, reduction="sum").item()
-            count += len(classes)
-        return {"accuracy": right / count, "cross_entropy": entropy / count}
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Whether each series is classified right, and the cross-entropy in nats."""
+        rows = []
+        for x, lengths, classes in batches(dataset, batch_size, device_of(model)):
+            logits = _logits(model, x, lengths).float()
+            told = logits.argmax(-1)
+            entropy = F.cross_entropy(logits, classes, reduction="none")
+            rows.append([(told == classes).double(), entropy.double(), classes, told])
+        names = ("accuracy", "cross_entropy", LABEL, TOLD)
+        return join_scores(names, rows)
+
+    def held_out(  # type: ignore[override]
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+    ) -> HeldOut:
+        """As in `Task`; of an archive's pair of files the test file."""
+        files = self._files(source)
+        test = _labelled(files[-1])
+        which = f"the test split of {source}" if len(files) == 2 else f"all of {source}"
+        if len(files) == 1 and not whole:
+            test = _pick(test, _stratified(test.labels or [], CUT, seed)[2])
+            which = f"the test split of {source}"
+        _check_fits(files[-1], test, meta)
+        unknown = set(test.labels or []) - set(meta["classes"])
+        if unknown:
+            raise UserError(
+                f"{files[-1]}: the model knows no label {min(unknown)!r}; it knows: {', '.join(meta['classes'])}"
+            )
+        labels = torch.tensor([meta["classes"].index(label) for label in test.labels or []]).long()
+        return HeldOut(TensorDataset(*_padded(test, meta), labels), which)
+
+    def _files(self, source: str | Path) -> list[Path]:
+        """One file, or those of training and of the test."""
+        place = self._named(source)
+        if place == source and isinstance(source, str) and source in ARCHIVE:
+            stem = ARCHIVE[source][0]
+            return [bundled(f"{stem}/{stem}_{split}.ts") for split in ("TRAIN", "TEST")]
+        return _files(Path(place))
 
     def trivial(self, data: TaskData) -> float:
         """Accuracy without a look at the series: the commonest class, or a guess."""

@@ -18,7 +18,7 @@ from provenn.data.series import bundled
 from provenn.data.tables import Table, check_csv, is_number, read_table, write_table
 from provenn.errors import UserError
 from provenn.files import whole
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
 from provenn.tasks.meta import Forecast
 
 if TYPE_CHECKING:
@@ -92,20 +92,22 @@ class SeriesForecasting(Task):
         seed: int = 0,
         context: int | None = None,
         horizon: int | None = None,
+        parts: tuple[float | int, float | int, float | int] = SHARES,
         **options: Any,
     ) -> TaskData:
-        """Cut the rows 60 : 20 : 20 in order of time; the future of no window reaches over a cut.
+        """Cut the rows in order of time; the future of no window reaches over a cut.
 
         Args:
             source: an embedded name or a CSV file.
             seed: not used; the split is chronological.
             context, horizon: rows seen and rows to forecast; by default up to 48 and 12, fewer for a short series.
+            parts: how much is for training, validation and the test: shares, 60 : 20 : 20, or numbers of rows.
 
         Raises:
             UserError: no such data, cells that are no numbers, dates out of order, or too few rows for the windows.
         """
         if options:
-            raise UserError(f"{self.name} takes the options context and horizon, not {', '.join(options)}")
+            raise UserError(f"{self.name} takes the options context, horizon and parts, not {', '.join(options)}")
         place = self._named(source)
         known = BUNDLED.get(source) if place == source and isinstance(source, str) else None
         file = bundled(known.file) if known else Path(place)
@@ -116,12 +118,12 @@ class SeriesForecasting(Task):
             if length is not None and length < 1:
                 raise UserError(f"{what} must be at least 1 row, got {length}")
         context, horizon = context or fitting[0], horizon or fitting[1]
-        cuts = np.round(np.cumsum(SHARES) * rows).astype(int).tolist()
+        cuts = _cuts(parts, rows, str(source))
         shortest = min(cuts[0] - context, cuts[1] - cuts[0], cuts[2] - cuts[1])
         if context < 1 or shortest < horizon:
             raise UserError(
                 f"{source} has {rows} rows: too few for a context of {context} and a horizon of {horizon}; "
-                f"training takes the first {cuts[0]}, validation and test {cuts[1] - cuts[0]} and {rows - cuts[1]}"
+                f"training takes the first {cuts[0]}, validation and test {cuts[1] - cuts[0]} and {cuts[2] - cuts[1]}"
             )
         train = values[: cuts[0]]
         with np.errstate(over="ignore"):
@@ -147,16 +149,39 @@ class SeriesForecasting(Task):
         past, future = batch
         return F.mse_loss(model(past), future)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Mean squared and absolute error on the standardised scale, and those of repeating the last value."""
-        sums, count = np.zeros(4), 0
+        rows = []
         for past, future in batches(dataset, batch_size, device_of(model)):
-            for i, forecast in enumerate((model(past), past[:, -1:])):
-                error = forecast - future
-                sums[2 * i : 2 * i + 2] += error.square().sum().item(), error.abs().sum().item()
-            count += future.numel()
+            errors = [(forecast - future).double() for forecast in (model(past), past[:, -1:])]
+            rows.append([part.mean((1, 2)) for error in errors for part in (error.square(), error.abs())])
         names = ("mse", "mae", "last_value_mse", "last_value_mae")
-        return dict(zip(names, (sums / count).tolist()))
+        return join_scores(names, rows)
+
+    def held_out(  # type: ignore[override]
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        parts: tuple[float | int, float | int, float | int] = SHARES,
+    ) -> HeldOut:
+        """As in `Task`: windows over all rows, or over the last part, in the columns and on the scale of the model."""
+        place = self._named(source)
+        known = BUNDLED.get(source) if place == source and isinstance(source, str) else None
+        table = read_table(bundled(known.file) if known else Path(place))
+        _, values, _ = _read(table, known.without if known else (), meta["columns"])
+        rows, context, horizon = len(values), meta["context"], meta["horizon"]
+        whole = whole and known is None
+        first, stop = (0, rows) if whole else _cuts(parts, rows, str(source))[1:]
+        if max(first, context) + horizon > stop:
+            raise UserError(f"{source} has {rows} rows: too few for a context of {context} and a horizon of {horizon}")
+        mean, std = np.asarray(meta["mean"]), np.asarray(meta["std"])
+        scaled = torch.from_numpy(((values - mean) / std).astype(np.float32))
+        which = "all" if whole else "the test split"
+        # Forecasts of windows that are fewer than `horizon` rows apart are judged by some of the same rows.
+        return HeldOut(Windows(scaled, context, horizon, first, stop), f"{which} of {source}", overlap=horizon)
 
     def trivial(self, data: TaskData) -> float:
         """Squared error of the better of two: repeating the last value, and the mean of what came in training."""
@@ -246,6 +271,20 @@ class SeriesForecasting(Task):
 
 
 TASK = SeriesForecasting()
+
+
+def _cuts(parts: Sequence[float | int], rows: int, source: str) -> list[int]:
+    """The rows at which training, validation and the test end."""
+    if len(parts) != 3 or not all(part > 0 for part in parts):
+        raise UserError(f"parts must be three positive numbers, of training, validation and test, got {list(parts)}")
+    if sum(parts) <= 1 + 1e-9:
+        return np.round(np.cumsum(parts) * rows).astype(int).tolist()
+    if sum(parts) > rows or any(part != int(part) for part in parts):
+        raise UserError(
+            f"parts must be shares that sum to 1 at most, or whole numbers of rows of the {rows} in {source}, "
+            f"got {list(parts)}"
+        )
+    return np.cumsum(parts).astype(int).tolist()
 
 
 def _targets(inputs: Sequence[Path], output: Path | None) -> list[Path]:

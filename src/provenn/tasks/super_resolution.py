@@ -18,7 +18,7 @@ from provenn.data.images import SUFFIXES, Picture, check_holds, images_in, read_
 from provenn.data.photographs import Photographs, photograph
 from provenn.data.resize import bicubic
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData, fingerprint, split_indices
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, fingerprint, split_indices
 from provenn.tasks.upscale import OVERLAP, TILE, count_tiles, upscale
 
 if TYPE_CHECKING:
@@ -141,6 +141,24 @@ class Whole(Dataset):
         return torch.from_numpy(np.array(self.photos[index])).permute(2, 0, 1)
 
 
+def _splits(place: Path, skip_broken: bool = False) -> list[list[Path]] | None:
+    """The photographs of a folder that names its splits, as DIV2K and DF2K do; None of any other."""
+    found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    for folder in sorted(entry for entry in place.iterdir() if entry.is_dir()):
+        name = folder.name.lower()
+        if "lr" in name.split("_"):  # reduced ones, which are made here
+            continue
+        kind = next((kind for kind in found if kind in name), "train" if name.startswith("flickr2k") else None)
+        if kind is not None:
+            found[kind] += images_in(folder, skip_broken)
+    if not found["train"] or not found["val"]:
+        return None
+    if not found["test"]:
+        held = max(1, round(0.1 * len(found["val"])))
+        found["val"], found["test"] = found["val"][:held], found["val"][held:] or found["val"]
+    return list(found.values())
+
+
 class SuperResolution(Task):
     """Photographs are the data; how much smaller the network's input is follows from the network's own `scale`."""
 
@@ -165,7 +183,8 @@ class SuperResolution(Task):
         """Photographs, split into those to train on, to validate with and to test.
 
         Args:
-            source: `photographs`, or a folder of images, at least three.
+            source: `photographs`, or a folder of images, at least three. Folders in it whose names hold `train`, `val`
+                and `test`, as those of DIV2K do, are honoured; without the last, a tenth of the second validates.
             seed: splits the user's folder.
             patch: side of a training crop, in pixels of the photograph; the default serves every scale up to 4.
             crops: crops of each photograph in an epoch.
@@ -176,22 +195,25 @@ class SuperResolution(Task):
             return self._photographs(patch, crops)
         if not place.is_dir():
             raise UserError(f"{place} is a file; expected {self.reads}")
-        files = images_in(place, skip_broken)
+        named = _splits(place, skip_broken)
+        files = [file for part in named for file in part] if named else images_in(place, skip_broken)
         if len(files) < 3:
             raise UserError(
                 f"{place} holds {len(files)} image(s); expected at least 3: to train, to validate and to test"
             )
         held = max(1, round(0.1 * len(files)))
         order = [i for part in split_indices(len(files), (1.0,), seed) for i in part]
-        parts = order[2 * held :], order[:held], order[held : 2 * held]
-        train, val, test = (Photographs([files[i] for i in sorted(part)], smallest=PATCH) for part in parts)
+        cut = (order[2 * held :], order[:held], order[held : 2 * held])
+        parts = named or [[files[i] for i in sorted(part)] for part in cut]
+        train, val, test = (Photographs(part, smallest=PATCH) for part in parts)
         return TaskData(
             name=str(place),
             train=Crops(train, patch, crops),
             val=Whole(val),
             test=Whole(test),
             fingerprint=fingerprint(*(part for f in files for part in (f.name, f.read_bytes()))),
-            about=f"{len(files)} photographs of {place.name}, {len(test)} of them for the test, split by seed {seed}.",
+            about=f"{len(files)} photographs of {place.name}, {len(val)} of them to validate and {len(test)} for the "
+            f"test, {'as their folders say' if named else f'split by seed {seed}'}.",
         )
 
     def _photographs(self, patch: int, crops: int) -> TaskData:
@@ -226,7 +248,7 @@ class SuperResolution(Task):
         dtype = next((p.dtype for p in model.parameters()), torch.float32)  # of a model in half precision throughout
         return F.l1_loss(model((low / 255).to(dtype)), high / 255)
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """PSNR and SSIM on Y with a border of `scale` pixels cut, of the network and of bicubic interpolation."""
         scale = int(model.scale)  # type: ignore[arg-type]
         rows = []
@@ -240,7 +262,20 @@ class SuperResolution(Task):
                     for measure in (psnr, ssim)
                 }
             )
-        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+    def held_out(  # type: ignore[override]
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+    ) -> HeldOut:
+        """As in `Task`: photographs in full resolution, which are reduced by bicubic interpolation."""
+        place = self._named(source)
+        if isinstance(place, str) or not whole:
+            return super().held_out(source, meta, seed=seed)
+        if not place.is_dir():
+            raise UserError(f"{place} is a file; expected {self.reads}")
+        named = _splits(place)
+        files, which = (named[2], "the test split") if named else (images_in(place), "all")
+        return HeldOut(Whole(Photographs(files, smallest=PATCH)), f"{which} of {place}")
 
     def trivial(self, data: TaskData) -> float:
         """PSNR of bicubic interpolation, at the `scale` of the data's meta, 2 where it names none."""

@@ -13,7 +13,17 @@ from torch.utils.data import Dataset, TensorDataset
 from provenn.data.text import Bytes, parse_json, read_text, text_of
 from provenn.errors import UserError
 from provenn.files import whole
-from provenn.tasks.base import Task, TaskData, batches, device_of, fingerprint, split_indices
+from provenn.tasks.base import (
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    batches,
+    device_of,
+    fingerprint,
+    join_scores,
+    split_indices,
+)
 from provenn.tasks.meta import Length
 
 END = 0  # begins what is written, ends both sides, and fills them up
@@ -115,15 +125,32 @@ class Translation(Task):
         logits, counts = self._told(model, *batch)
         return F.cross_entropy(logits[counts].float(), batch[1][counts])
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
-        """The share of sentences whose every letter is right, as greedy writing has it; and of letters."""
-        whole, right, letters = [], 0, 0
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Of each sentence: whether every letter is right, as greedy writing has it; of letters how many."""
+        rows = []
         for source, target in batches(dataset, batch_size, device_of(model)):
             logits, counts = self._told(model, source, target)
             told = (logits.argmax(-1) == target) | ~counts
-            whole.append(told.all(1))
-            right, letters = right + int((told & counts).sum()), letters + int(counts.sum())
-        return {"exact": torch.cat(whole).double().mean().item(), "letters": right / letters}
+            rows.append([told.all(1).double(), (told & counts).double().sum(1), counts.double().sum(1)])
+        names = ("exact", "right", "letters")
+        return join_scores(names, rows)
+
+    def summary(self, scores: Scores) -> dict[str, float]:
+        """The share of sentences whose every letter is right, and of letters."""
+        return {
+            "exact": float(scores["exact"].mean()),
+            "letters": float(scores["right"].sum() / scores["letters"].sum()),
+        }
+
+    def held_out(  # type: ignore[override]
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+    ) -> HeldOut:
+        """As in `Task`."""
+        if isinstance(self._named(source), str) or not whole:
+            return super().held_out(source, meta, seed=seed)
+        pairs = _read(Path(source))
+        sides = [_padded([pair[side] for pair in pairs]) for side in (0, 1)]
+        return HeldOut(TensorDataset(*sides), f"all of {source}")
 
     def trivial(self, data: TaskData) -> float:
         """The share of test sentences that are the commonest translation of training."""

@@ -1,0 +1,231 @@
+"""Measures a claim on the paper's own data: one function for all papers, told by `at_paper` in `paper.toml`.
+
+The authors' weights are evaluated, or the preset is trained by its recipe, wherever the data set is found.
+"""
+
+import hashlib
+import inspect
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from provenn import datasets
+from provenn import weights as files
+from provenn.catalog import AtPaper, Card, Claim, Preset
+from provenn.errors import UserError
+from provenn.evidence.checksum import checksum
+from provenn.evidence.measurement import Measurement, Skill
+from provenn.evidence.run import Run
+from provenn.tasks import Task, fit, get_task
+from provenn.tasks.training import recipe_of
+
+TRAININGS = "trainings"  # the folder of those that have not ended
+
+
+def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places | None = None) -> Measurement:
+    """Measure a claim as its `at_paper` says; not measured, with what it needs, where that is not here.
+
+    Args:
+        run: at the budget paper.
+        card, claim: of the paper; the claim has an `at_paper`.
+        places: where data sets and checkpoints lie, as far as PROVENN_DATA does not tell.
+
+    Raises:
+        UserError: data or weights that are there and cannot be read.
+    """
+    how = claim.at_paper
+    if how is None:
+        raise ValueError(f"{claim.id} has no at_paper")
+    preset = card.preset(how.preset)
+    found = {name: datasets.find(name, places) for name in how.sets}
+    lacking = [each.needs for each in found.values() if not each.there]
+    checkpoint = datasets.find_weights(card, how.preset, places) if how.weights == "authors" else None
+    if checkpoint is not None and not checkpoint.there:
+        lacking.append(checkpoint.needs)
+    if lacking:
+        return Measurement.not_measured("; ".join(lacking))
+    if how.gpu and not run.device.startswith("cuda"):
+        return Measurement.not_measured(f"a GPU (the device is {run.device})")
+    scale = 100.0 if claim.published is not None and claim.published.unit.startswith("%") else 1.0
+    where = {name: each.place for name, each in found.items()}
+    try:
+        if checkpoint is not None:
+            return _of_authors(run, card, how, checkpoint.place, where, scale)
+        return _trained(run, card, claim, preset, where, scale)
+    except torch.OutOfMemoryError:
+        return Measurement.not_measured(f"more memory than {run.device} has")
+
+
+def _of_authors(
+    run: Run, card: Card, how: AtPaper, checkpoint: Path, where: Mapping[str, Path], scale: float
+) -> Measurement:
+    kind = get_task(card.task_of(card.preset(how.preset)))
+    of_data, of_system = _divided(how.changes, kind.held_out)
+
+    def one() -> dict[str, Any]:
+        model, label = files.read_official(card, checkpoint, preset=how.preset, options=of_system)
+        model.to(run.device)
+        told = {}
+        for name, place in where.items():
+            options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data}
+            held_out = kind.held_out(place, label.meta, whole=True, **options)
+            with torch.no_grad():
+                metrics = kind.evaluate(model, held_out.dataset)
+            told[name] = {"about": f"{held_out.about.replace(str(place), name)}", **metrics}
+        return told
+
+    setting = _setting(card, how, where, weights=_contents(checkpoint))
+    told = run.trial(f"{how.preset}, the authors' weights on {', '.join(where)}", one, **setting)
+    _check_metric(how.metric, next(iter(told.values())), kind)
+    value = scale * sum(metrics[how.metric] for metrics in told.values()) / len(told)
+    return Measurement.of(
+        "test set",
+        [value],
+        unit=how.metric.replace("_", " "),
+        data="; ".join(str(metrics["about"]) for metrics in told.values()),
+        fingerprint=setting["data"],
+        setting={key: entry for key, entry in setting.items() if key != "code"},
+        at_paper_setting=True,
+        note="; ".join(_spoken(name, metrics) for name, metrics in told.items()),
+    )
+
+
+def _trained(
+    run: Run, card: Card, claim: Claim, preset: Preset, where: Mapping[str, Path], scale: float
+) -> Measurement:
+    how: Any = claim.at_paper
+    kind = get_task(card.task_of(preset))
+    # A recipe of so many steps means them, whatever passes over the data they are.
+    passes = sys.maxsize if "max_steps" in preset.recipe and "epochs" not in preset.recipe else None
+    recipe = recipe_of(preset.recipe, epochs=passes)
+    build = card.resolve(preset.build)
+    sides: dict[str, dict[str, Any]] = {preset.name: {}}
+    if how.against is not None:
+        changed = ", ".join(f"{name}={value}" for name, value in how.against.items())
+        sides[f"{preset.name}, {changed}"] = how.against
+    setting = {**_setting(card, how, where), "recipe": asdict(recipe)}
+    reached: dict[str, list[float]] = {label: [] for label in sides}
+    skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}
+    steps = 0
+
+    def train(label: str, name: str, seed: int) -> dict[str, Any]:
+        of_data, of_system = _divided({**how.changes, **sides[label]}, kind.load, build)
+        options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data}
+        data = kind.load(where[name], seed=seed, **options)
+        folder = run.folder / TRAININGS / _contents_of(claim.id, label, name, str(seed))
+        if not run.reuse:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        done = fit(
+            lambda: _build(build, {**preset.options, **data.options, **of_system}),
+            kind,
+            data,
+            recipe,
+            seed=seed,
+            device=run.device,
+            out=folder,
+            resume=True,
+            title=f"{claim.id}: {label} on {name}",
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        metrics = done.metrics
+        if how.split == "val":
+            with torch.no_grad():
+                metrics = kind.evaluate(done.model, data.val)
+        return {**metrics, "trivial": float(kind.trivial(data)), "steps": done.steps, "about": data.about}
+
+    told: dict[str, Any] = {}
+    for label in sides:
+        for seed in run.seeds:
+            for name in where:
+                question = {**setting, "side": label}
+                told[name] = run.trial(
+                    f"{claim.id}, {label} on {name}",
+                    lambda label=label, name=name, seed=seed: train(label, name, seed),  # type: ignore[misc]
+                    seed=seed,
+                    **question,
+                )
+                _check_metric(how.metric, told[name], kind)
+                steps = max(steps, told[name]["steps"])
+            reached[label].append(scale * sum(told[name][how.metric] for name in where) / len(where))
+            ours, trivial = skills[label]
+            ours.append(sum(told[name][kind.metric] for name in where) / len(where))
+            trivial.append(sum(told[name]["trivial"] for name in where) / len(where))
+    facts: dict[str, Any] = {
+        "seeds": run.seeds,
+        "unit": how.metric.replace("_", " "),
+        "data": "; ".join(f"{name}: {metrics['about']}" for name, metrics in told.items()),
+        "fingerprint": setting["data"],
+        "setting": {**{key: entry for key, entry in setting.items() if key != "code"}, "steps": steps},
+        "at_paper_setting": True,
+        "skills": [
+            Skill(arm=label, values=ours, trivial=trivial, higher_is_better=kind.higher_is_better)
+            for label, (ours, trivial) in skills.items()
+        ],
+    }
+    if how.against is None:
+        return Measurement.mean(reached[preset.name], **facts)
+    system, baseline = sides
+    return Measurement.paired(reached[system], reached[baseline], sides=(system, baseline), **facts)
+
+
+def _build(build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
+    try:
+        return build(**options)
+    except TypeError as error:
+        raise UserError(f"at_paper: {error}") from None
+
+
+def _divided(changes: Mapping[str, Any], reads: Callable, build: Callable | None = None) -> list[dict[str, Any]]:
+    """Changes to how data are read and to the system: by the names that `reads` takes, or that `build` does not."""
+    takes = inspect.signature(reads).parameters
+    open_to_all = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    built = set() if build is None else set(inspect.signature(build).parameters)
+    of_data = {name for name in changes if name in takes or (open_to_all and build is not None and name not in built)}
+    return [
+        {name: value for name, value in changes.items() if name in of_data},
+        {name: value for name, value in changes.items() if name not in of_data},
+    ]
+
+
+def _check_metric(name: str, metrics: Mapping[str, Any], kind: Task) -> None:
+    if name not in metrics:
+        there = ", ".join(key for key, value in metrics.items() if not isinstance(value, str))
+        raise UserError(f"at_paper asks for {name!r}; {kind.name} measures {there}")
+
+
+def _setting(card: Card, how: AtPaper, where: Mapping[str, Path], **more: str) -> dict[str, Any]:
+    """All that decides the value, but for seed, device and versions."""
+    kind = get_task(card.task_of(card.preset(how.preset)))
+    return {
+        "at_paper": how.model_dump(exclude_defaults=True),
+        "data": _contents_of(*(_listing(place) for place in where.values())),
+        "code": checksum(card.resolve(card.preset(how.preset).build), kind, fit, files.read_official),
+        **more,
+    }
+
+
+def _listing(place: Path) -> str:
+    """Names and sizes of a data set's files: to read all of ImageNet would take an hour."""
+    every = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    return "\n".join(f"{file.relative_to(place.parent)} {file.stat().st_size}" for file in every)
+
+
+def _contents(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def _contents_of(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _spoken(name: str, metrics: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if not isinstance(value, str))
+    return f"{name}: {told}"

@@ -1,0 +1,112 @@
+"""The verb that tells which data sets are there, and what each unlocks."""
+
+from typing import Annotated, Any
+
+import typer
+
+from provenn import catalog, datasets
+from provenn.cli.app import Json, app, tell
+
+Places = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="NAME=PATH", help="Where a known data set lies; repeatable. See `provenn data`."),
+]
+
+
+def names(incomplete: str) -> list[str]:
+    return [name for name in datasets.known() if name.startswith(incomplete)]
+
+
+@app.command()
+def data(
+    name: Annotated[str | None, typer.Argument(help="One of them, in full.", autocompletion=names)] = None,
+    places: Places = None,
+    json: Json = False,
+) -> None:
+    """Data sets that the papers name: found or not, where each is expected, and which claims it unlocks."""
+    from provenn.cli import console
+
+    given = datasets.given_places(places or [])
+    known = datasets.known() if name is None else {name: datasets.get(name)}
+    entries = [_entry(each, datasets.find(each, given), known[each]) for each in known]
+    entries += [_entry(each, _checkpoint(each, given)) for each in datasets.checkpoints() if name is None]
+    if json:
+        console.machine(entries)
+        return
+    if name is not None:
+        _in_full(entries[0])
+        return
+    rows = [
+        (
+            f"[bold]{each['name']}[/]",
+            "[green]found[/]" if each["found"] else _lacking(each),
+            console.escape(each["place"]),
+            console.escape(_unlocks(each)),
+        )
+        for each in entries
+    ]
+    grid = console.table(("data set", "", "where it lies, or is expected", "unlocks"), rows)
+    grid.padding = (0, 2, 0, 0)
+    terminal = console.console()
+    terminal.print(grid)
+    there = sum(each["found"] for each in entries)
+    terminal.print(f"\n[bold]{there} of {len(entries)} found[/]; `provenn data NAME` says what a set looks like", "")
+    terminal.print(
+        f"provenn reproduce SLUG --budget paper --data NAME=PATH   or once for all {datasets.VARIABLE}=FOLDER"
+    )
+    if not datasets.roots():
+        tell(f"{datasets.VARIABLE} is not set: it names the folders that hold data sets by their names")
+
+
+def _checkpoint(name: str, places: datasets.Places) -> datasets.Found:
+    slug, _, preset = name.partition(":")
+    return datasets.find_weights(catalog.card(slug), preset, places)
+
+
+def _entry(name: str, found: datasets.Found, known: datasets.DataSet | None = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "title": known.title if known else f"the authors' weights of {name.partition(':')[2]}",
+        "found": found.there,
+        "place": str(found.place),
+        "missing": list(found.missing),
+        "task": known.task if known else None,
+        "layout": known.layout if known else "the checkpoint as the authors published it",
+        "lacks": known.lacks if known else "",
+        "claims": [f"{card.slug} {claim.id}" for card, claim in datasets.unlocked_by(name)],
+    }
+
+
+def _lacking(entry: dict[str, Any]) -> str:
+    missing = entry["missing"]
+    return "not found" if missing == ["everything"] else f"[yellow]lacks {len(missing)}[/]"
+
+
+def _unlocks(entry: dict[str, Any]) -> str:
+    by_paper: dict[str, list[str]] = {}
+    for claim in entry["claims"]:
+        slug, _, which = claim.partition(" ")
+        by_paper.setdefault(slug, []).append(which)
+    claims = "; ".join(f"{slug} {', '.join(which)}" for slug, which in by_paper.items())
+    trains = f"train, evaluate: {entry['task']}" if entry["task"] else ""
+    no_claim = f"no claim yet: needs {entry['lacks']}" if entry["lacks"] else ""
+    return "; ".join(part for part in (claims, no_claim, trains if not claims else "") if part)
+
+
+def _in_full(entry: dict[str, Any]) -> None:
+    from provenn.cli import console
+
+    lines = {
+        "": entry["title"],
+        "found": "yes" if entry["found"] else "no",
+        "where": entry["place"],
+        "layout": entry["layout"],
+        "missing": ", ".join(entry["missing"]),
+        "task": entry["task"] or "",
+        "lacks": entry["lacks"],
+        "unlocks": ", ".join(entry["claims"]),
+    }
+    rows = [(f"[bold]{key}[/]", console.escape(value)) for key, value in lines.items() if value]
+    console.console().print(console.table((entry["name"], ""), rows))
+    if not entry["found"]:
+        tell(f"give --data {entry['name']}=PATH, or put it in a folder of {datasets.VARIABLE}")

@@ -1,0 +1,211 @@
+"""Claims at the budget paper, end to end, on miniature sets in the layout of the real ones."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+import miniature
+import provenn
+from provenn import catalog
+from provenn.catalog import Card, Claim, Figure
+from provenn.cli import main
+from provenn.evidence import Verdict
+from provenn.reproduce import reproduce
+from provenn.testing.seeded import seeded_state
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("PROVENN_DATA", str(folder))
+    return folder
+
+
+def small(slug: str, claim: str, *, recipe: dict, preset: str | None = None, **changes) -> Card:
+    """The paper with one claim, its `at_paper` made small; of presets the one that it names."""
+    card = catalog.card(slug)
+    asked = card.claim(claim)
+    changed = {**asked.at_paper.changes, **changes.pop("changes", {})}
+    how = asked.at_paper.model_copy(
+        update={"gpu": False, "changes": changed, **({"preset": preset} if preset else {}), **changes}
+    )
+    chosen = card.preset(how.preset)
+    return card.model_copy(
+        update={
+            "claims": [asked.model_copy(update={"at_paper": how})],
+            "presets": [chosen.model_copy(update={"recipe": {**chosen.recipe, **recipe}})],
+        }
+    )
+
+
+def published(card: Card, value: float) -> Card:
+    claim: Claim = card.claims[0]
+    return card.model_copy(
+        update={
+            "claims": [
+                claim.model_copy(update={"published": Figure(value=value, unit=claim.published.unit, source="a test")})
+            ]
+        }
+    )
+
+
+def authors_mobilenet(file) -> None:
+    """Random weights under the names that the authors' model has."""
+    model = provenn.paper("eca_net").build("eca_mobilenet_v2", num_classes=3)
+    theirs = {re.sub(r"(features\.\d+)\.gate\.", r"\1.conv.9.", name): t for name, t in model.state_dict().items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": theirs}, file)
+
+
+def test_the_authors_weights_are_held_to_the_published_figure(data, tmp_path, capsys):
+    miniature.write("imagenet-1k", data)
+    authors_mobilenet(tmp_path / "their.pth.tar")
+    line = (
+        f"reproduce eca_net --claim imagenet_mobilenet --budget paper --device cpu --json --out {tmp_path / 'run'} "
+        f"--data eca_net:eca_mobilenet_v2={tmp_path / 'their.pth.tar'}"
+    )
+    assert main(shlex.split(line)) == 0
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    measured = finding["record"]["measurement"]
+    told = provenn.evaluate("eca_net", data / "imagenet-1k", weights=tmp_path / "their.pth.tar", device="cpu")
+    assert measured["value"] == pytest.approx(100 * told.metrics["accuracy"]) and told.examples == 6
+    assert measured["at_paper_setting"] and measured["method"] == "the published test set, whole"
+    assert str(tmp_path) not in json.dumps(finding["record"])
+    assert finding["record"]["verdict"] == "not reproduced"  # of a figure of 72.56 %
+
+    card = published(small("eca_net", "imagenet_mobilenet", recipe={}), measured["value"] + 0.1)
+    places = {"eca_net:eca_mobilenet_v2": tmp_path / "their.pth.tar"}
+    (finding,) = reproduce(card, budget="paper", device="cpu", out=tmp_path / "other", data=places)
+    assert finding.verdict is Verdict.REPRODUCED
+
+
+def test_photographs_of_a_benchmark_are_restored_by_the_authors_weights(data, tmp_path):
+    miniature.write("set5", data)
+    with open("tests/golden/craft.json") as file:
+        case = next(case for case in json.load(file)["cases"] if case["preset"] == "craft_x2")
+    state = seeded_state({name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"])
+    (data / "weights" / "craft").mkdir(parents=True)
+    torch.save({"params_ema": state}, data / "weights" / "craft" / "craft_x2.pth")
+    (finding,) = reproduce(catalog.card("craft"), claims="set5_x2", budget="paper", device="cpu", out=tmp_path / "run")
+    told = provenn.evaluate("craft", data / "set5" / "HR", weights=data / "weights" / "craft" / "craft_x2.pth")
+    assert finding.measurement.value == pytest.approx(told.metrics["psnr"]) and told.examples == 2
+    assert finding.measurement.data == "all of set5"
+    assert told.published["psnr"][0] == "38.23 dB PSNR-Y (the authors' README) on set5"
+
+
+TINY = {"dim": 8, "heads": 2, "layers": 1, "feedforward": 8}
+TRAINED = {
+    "classification": (
+        "uea",
+        small,
+        "aaren",
+        "classification_paper",
+        {"changes": TINY, "data": ["uea/Handwriting", "uea/PEMS-SF"]},
+    ),
+    "forecasting": (
+        "forecasting",
+        small,
+        "aaren",
+        "forecasting_paper",
+        {
+            "changes": {**TINY, "context": 12, "horizon": 4},
+            "data": ["forecasting/weather.csv", "forecasting/traffic.csv"],
+        },
+    ),
+    "events": (
+        "events",
+        small,
+        "aaren",
+        "events_paper",
+        {"changes": TINY, "data": ["events/mimic.csv", "events/taxi.csv"]},
+    ),
+    "depth": ("cifar-10", small, "residual_depth", "cifar10", {"preset": "scaled_resnet20"}),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_system_and_its_baseline_are_trained_on_the_papers_sets(name, data, tmp_path):
+    where, make, slug, claim, changes = TRAINED[name]
+    miniature.write(where, data)
+    card = make(slug, claim, recipe={"max_steps": 2, "epochs": 1, "batch_size": 8}, **changes)
+    how = card.claims[0].at_paper
+
+    def measure(**more):
+        return reproduce(card, budget="paper", seeds=3, device="cpu", out=tmp_path / "run", **more)[0]
+
+    finding = measure()
+    assert not finding.measurement.failed and not finding.measurement.needs
+    measured = finding.measurement
+    assert len(measured.values) == len(measured.baselines) == 3 and measured.values != measured.baselines
+    assert measured.sides[0] == how.preset and next(iter(how.against)) in measured.sides[1]
+    assert [skill.arm for skill in measured.skills] == list(measured.sides)
+    assert measured.at_paper_setting and measured.setting["at_paper"]["metric"] == how.metric
+    ledger = json.loads((tmp_path / "run" / slug / "ledger.json").read_text())
+    assert len(ledger["trials"]) == 2 * 3 * len(how.sets)
+    assert not any((tmp_path / "run" / slug / "trainings").iterdir())
+    (tmp_path / "run" / slug / "evidence.json").unlink()
+    again = measure(resume=True)  # every trial is known
+    assert again.measurement.values == measured.values and again.record.wall_seconds >= 0
+    assert json.loads((tmp_path / "run" / slug / "ledger.json").read_text()) == ledger
+
+
+def test_a_policy_plays_in_the_environment_that_the_registry_names(data, tmp_path, monkeypatch):
+    pytest.importorskip("h5py")
+    from provenn import datasets
+
+    miniature.write("d4rl", data)
+    entry = datasets.get("d4rl").model_copy(update={"options": {"hopper*": {"environment": "Pendulum-v1"}}})
+    monkeypatch.setitem(datasets.known(), "d4rl", entry)
+    changes = {**TINY, "test": 1, "validation": 1, "context": 4}
+    sets = ["d4rl/hopper_medium-v2.hdf5"]
+    card = small("aaren", "d4rl", recipe={"max_steps": 1, "epochs": 1}, changes=changes, data=sets)
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    assert not finding.measurement.failed and len(finding.measurement.values) == 1
+    assert finding.measurement.skills[0].values != finding.measurement.values  # returns, and scores
+
+
+def test_a_figure_of_validation_data_is_held_to_validation_data(data, tmp_path):
+    miniature.write("wikitext-103", data)
+    tiny = {"dim": 8, "heads": 2, "layers": 1, "features": 4, "length": 16}
+    recipe = {"max_steps": 3, "warmup_steps": 0, "batch_size": 4}
+    card = small("nprf", "wikitext103", recipe=recipe, changes=tiny)
+    (finding,) = reproduce(card, budget="paper", seeds=3, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed, measured.failed
+    assert len(measured.values) == 3 and 1 < min(measured.values) < 60
+    other = card.model_copy(
+        update={
+            "claims": [
+                card.claims[0].model_copy(
+                    update={"at_paper": card.claims[0].at_paper.model_copy(update={"split": "test"})}
+                )
+            ]
+        }
+    )
+    (tested,) = reproduce(other, budget="paper", seeds=3, device="cpu", out=tmp_path / "other")
+    assert tested.measurement.values != measured.values
+
+
+def test_what_is_not_there_is_said_and_nothing_is_run(data, tmp_path):
+    card = catalog.card("eca_net")
+    (finding,) = reproduce(card, claims="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path)
+    assert finding.verdict is Verdict.NOT_MEASURED
+    assert "ImageNet-1K" in finding.reason and "the authors' weights of eca_resnet50" in finding.reason
+    miniature.write("imagenet-1k", data)
+    (finding,) = reproduce(catalog.card("nprf"), claims="imagenet", budget="paper", device="cpu", out=tmp_path)
+    assert finding.reason == "needs a GPU (the device is cpu)"
+    (finding,) = reproduce(card, claims="imagenet_resnet50", budget="small", device="cpu", out=tmp_path)
+    assert finding.reason == "needs ImageNet-1K, 4 GPUs, about 2 days"
+
+
+def test_weights_of_another_system_fail_that_claim_alone(data, tmp_path):
+    miniature.write("imagenet-1k", data)
+    authors_mobilenet(data / "weights" / "eca_net" / "eca_resnet50.pth")
+    (finding,) = reproduce(
+        catalog.card("eca_net"), claims="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path
+    )
+    assert "holds weights of eca_mobilenet_v2, not of eca_resnet50" in finding.reason

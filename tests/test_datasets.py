@@ -1,0 +1,230 @@
+"""The registry of data sets: each in miniature is found, read by its task, and unlocks what the papers say."""
+
+import inspect
+import json
+import os
+import shlex
+
+import numpy as np
+import pytest
+import torch
+
+import miniature
+from provenn import catalog, datasets
+from provenn.cli import main
+from provenn.data.cifar import read_cifar
+from provenn.data.text import Document, Words, read_tokenizer
+from provenn.errors import UserError
+from provenn.tasks import get_task
+
+READ = [name for name, entry in datasets.known().items() if entry.task is not None]
+AT_PAPER = [(card, claim) for card in catalog.cards().values() for claim in card.claims if claim.at_paper]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """An empty folder that PROVENN_DATA names second, after one that is not there."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("PROVENN_DATA", f"{tmp_path / 'nowhere'}{os.pathsep}{folder}")
+    return folder
+
+
+def options_for(name: str) -> dict:
+    """What makes miniature windows fit miniature data."""
+    kind = datasets.get(name).task
+    small = {"series-forecasting": {"context": 8, "horizon": 4}, "language-modelling": {"length": 16}}.get(kind, {})
+    return small | {
+        "wikitext-103": {"tokenizer": "words"},
+        "wikitext-103-raw": {"tokenizer": "tokenizer.json"},
+        "d4rl": {"environment": "Pendulum-v1"},
+    }.get(name, {})
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_set_in_its_layout_is_found_and_read(name, data, monkeypatch):
+    if name == "d4rl":
+        pytest.importorskip("h5py")
+    assert not datasets.find(name).there
+    place = miniature.write(name, data)
+    found = datasets.find(name)
+    assert found.there, found.missing
+    files = {"uea": "Handwriting", "iwslt14": "pairs.tsv"}
+    member = files.get(name, datasets.get(name).holds[-1] if name in ("ett", "forecasting", "events", "d4rl") else "")
+    source = datasets.resolve(f"{name}/{member}" if member else name)
+    task = get_task(datasets.get(name).task)
+    if name in ("set5", "set14", "bsd100", "urban100", "manga109"):  # there is nothing in them to train on
+        dataset = task.held_out(source.data, {}).dataset
+        assert source.data == place / "HR" and [photo.shape for photo in dataset] == [(3, 64, 64)] * 2
+        return
+    loaded = task.load(source.data, **{**source.options, **options_for(name)})
+    assert min(len(part) for part in (loaded.train, loaded.val, loaded.test)) > 0
+    again = task.held_out(
+        source.data, loaded.meta, **{k: v for k, v in options_for(name).items() if k == "environment"}
+    )
+    assert len(again.dataset) > 0
+
+
+def test_the_fields_own_splits_are_honoured(data):
+    images, series, text, photos = (
+        get_task(datasets.get(name).task) for name in ("cifar-10", "ett", "wikitext-103", "div2k")
+    )
+    loaded = images.load(miniature.write("cifar-10", data))
+    assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [90, 10, 20]
+    source = datasets.resolve(f"ett/ETTh1.csv={miniature.write('ett', data)}")
+    loaded = series.load(source.data, context=96, horizon=24, **source.options)
+    assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [8640 - 96 - 23, 2880 - 23, 2880 - 23]
+    documents = text.documents(miniature.write("wikitext-103", data))
+    assert [document.name for part in documents for document in part] == [
+        f"wiki.{split}.tokens" for split in ("train", "valid", "test")
+    ]
+    loaded = photos.load(miniature.write("div2k", data))
+    assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [32, 1, 1]
+
+
+def test_cifar_is_read_as_its_authors_wrote_it(tmp_path):
+    """A byte of label, then the rows of red, of green, of blue."""
+    red, green = np.zeros((3, 32, 32), np.uint8), np.zeros((3, 32, 32), np.uint8)
+    red[0, 0, :], green[1, :, 0] = 255, 9
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)]:
+        (tmp_path / name).write_bytes(b"\x07" + red.tobytes())
+    (tmp_path / "test_batch.bin").write_bytes(b"\x03" + green.tobytes())
+    content = read_cifar(tmp_path)
+    assert content.train_labels.tolist() == [7] * 5 and content.test_labels.tolist() == [3]
+    np.testing.assert_array_equal(content.train[4], red)
+    np.testing.assert_array_equal(content.test[0], green)
+    (tmp_path / "data_batch_3.bin").write_bytes(b"\x07" + red.tobytes()[:-1])
+    with pytest.raises(UserError, match=r"data_batch_3.bin has 3,072 bytes: expected a multiple of 3073"):
+        read_cifar(tmp_path)
+    (tmp_path / "data_batch_3.bin").write_bytes(b"\x0b" + red.tobytes())
+    with pytest.raises(UserError, match="has the label 11 where there are 10 classes"):
+        read_cifar(tmp_path)
+    (tmp_path / "test_batch.bin").unlink()
+    with pytest.raises(UserError, match=r"lacks test_batch.bin"):
+        read_cifar(tmp_path)
+
+
+def test_words_are_told_apart_and_unknown_ones_are_one():
+    words = Words.learn([Document("", "the cat sat\nthe mat <unk>\n")])
+    assert words.vocab == 6 and words.encode("the dog\n").tolist() == [2, 0, 1]
+    assert words.decode(words.encode("the cat\nsat").tolist()) == "the cat\nsat <eos>"
+    again = read_tokenizer(words.dump())
+    assert again.words == words.words and again.end == words.end
+    assert int(words.lengths()[words.encode("the cat")].sum()) == len("the cat\n") + 1
+
+
+def test_episodes_of_hdf5_end_where_they_end_or_were_cut(tmp_path):
+    pytest.importorskip("h5py")
+    from provenn.data.trajectories import read_trajectories
+
+    (tmp_path / "d4rl").mkdir()
+    miniature.d4rl(tmp_path / "d4rl", width=5, actions=2)
+    found, environment = read_trajectories(tmp_path / "d4rl" / "ant_medium-v2.hdf5")
+    assert [trajectory.actions.shape for trajectory in found] == [(10, 2)] * 3 and environment is None
+    (tmp_path / "noise.hdf5").write_bytes(b"no hdf5")
+    with pytest.raises(UserError, match="no readable HDF5"):
+        read_trajectories(tmp_path / "noise.hdf5")
+
+
+def test_where_a_set_is_looked_for(data, tmp_path):
+    assert datasets.find("cifar-10").missing == ("everything",)
+    assert "--data cifar-10=PATH, or PROVENN_DATA" in datasets.find("cifar-10").needs
+    (data / "cifar10").mkdir()  # another name that it goes by
+    part = datasets.find("cifar-10")
+    assert part.place == data / "cifar10" and len(part.missing) == 6 and "lacks data_batch_1.bin" in part.needs
+    whole = miniature.write("cifar-10", tmp_path / "else")
+    assert datasets.find("cifar-10", {"cifar-10": whole}).place == whole
+    assert datasets.resolve(f"cifar-10={whole}").data == whole
+    assert not datasets.find("cifar-10", {"cifar-10": tmp_path / "empty"}).there  # what is said outright is believed
+    with pytest.raises(UserError, match=r"no cifar-10: needs CIFAR-10, .* lacks data_batch_1.bin"):
+        datasets.resolve("cifar-10")
+    assert datasets.resolve("digits").data == "digits" and datasets.resolve(tmp_path).data == tmp_path
+    with pytest.raises(UserError, match="did you mean 'cifar-10'"):
+        datasets.get("cifar-1O")
+
+
+def test_the_authors_weights_are_looked_for_beside_the_data(data):
+    card = catalog.card("craft")
+    missing = datasets.find_weights(card, "craft_x2")
+    assert not missing.there and "craft:craft_x2=FILE" in missing.needs
+    file = data / "weights" / "craft" / "craft_x2.pth.tar"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert datasets.find_weights(card, "craft_x2").place == file
+
+
+@pytest.mark.parametrize(("card", "claim"), AT_PAPER, ids=lambda each: getattr(each, "slug", getattr(each, "id", "")))
+def test_what_papers_ask_for_is_there(card, claim):
+    """Known sets of the preset's task, a metric that it measures, and changes that something takes."""
+    how = claim.at_paper
+    preset = card.preset(how.preset)
+    task = get_task(card.task_of(preset))
+    assert {datasets.get(name).task for name in how.sets} == {task.name}
+    members = [name.partition("/")[2] for name in how.sets if "/" in name]
+    holds = [pattern.partition("/")[0] for name in how.sets for pattern in datasets.get(name).holds]
+    assert set(members) <= set(holds)
+    takes = set(inspect.signature(card.resolve(preset.build)).parameters)
+    takes |= set(inspect.signature(task.load).parameters)
+    assert {*how.changes, *(how.against or {})} <= takes
+    assert how.weights == "train" or card.has("official")
+    assert claim.needs, "what it needs, for whoever has not got it"
+    assert (claim.expects is not None) if how.against or claim.published is None else claim.published is not None
+    measured = {
+        "image-classification": {"accuracy"},
+        "super-resolution": {"psnr"},
+        "series-forecasting": {"mse"},
+        "language-modelling": {"perplexity"},
+        "series-classification": {"accuracy"},
+        "event-forecasting": {"nll"},
+        "reinforcement-learning": {"score"},
+    }
+    assert how.metric in measured[task.name]
+
+
+def test_the_command_line_lists_what_is_found_and_what_it_unlocks(data, capsys):
+    miniature.write("set5", data)
+    assert main(["data", "--json"]) == 0
+    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert set(datasets.known()) < set(entries) and "eca_net:eca_resnet50" in entries
+    assert entries["set5"]["found"] and entries["set5"]["claims"] == ["craft set5_x2", "craft set5_x3", "craft set5_x4"]
+    assert [name for name, entry in entries.items() if entry["found"]] == ["set5"]
+    unlocking = {claim for entry in entries.values() for claim in entry["claims"]}
+    assert unlocking == {f"{card.slug} {claim.id}" for card, claim in AT_PAPER}
+    idle = [name for name, entry in entries.items() if not (entry["claims"] or entry["lacks"] or entry["task"])]
+    assert not idle, "neither unlocks anything nor says what is missing"
+    assert main(["data"]) == 0
+    text = capsys.readouterr().out
+    assert f"1 of {len(entries)} found" in text and "needs a detector" in text
+    assert main(["data", "ett", "--data", f"ett={data}"]) == 0
+    text = capsys.readouterr().out
+    assert "ETTh1.csv, ETTh2.csv" in text and str(data) in text
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("data nowhere", "no data set is called 'nowhere'"),
+        ("data --data set5", "--data takes NAME=PATH, such as set5=photos/Set5, got 'set5'"),
+        ("data --data set5=nowhere", "--data set5: nothing at nowhere"),
+        ("data --data craft:craft_x9=.", "craft has no preset 'craft_x9'"),
+        ("reproduce craft --data set5=.", "--data is for --budget paper"),
+        ("train craft --data set5", "no set5: needs Set5 at"),
+        ("train eca_net --data cifar-10=nowhere", "no cifar-10: needs CIFAR-10"),
+    ],
+)
+def test_bad_requests_are_answered_in_a_line(line, says, data, capsys):
+    assert main(shlex.split(line)) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and "\n" not in error
+
+
+def test_a_known_set_is_trained_on_by_its_name(data, tmp_path, monkeypatch):
+    import provenn
+
+    monkeypatch.chdir(tmp_path)
+    miniature.write("cifar-10", data)
+    _, metrics = provenn.train("residual_depth", "cifar-10", preset="scaled_resnet20", recipe={"max_steps": 2})
+    assert set(metrics) >= {"accuracy", "top5"}
+    told = provenn.evaluate("residual_depth", "cifar-10", weights="runs/residual_depth")
+    assert told.metrics == pytest.approx(metrics, rel=1e-4) and told.examples == 20
+    assert told.classes[3] == "class_3" and torch.tensor(told.confusion).sum() == 20
