@@ -28,13 +28,14 @@ def wheel(tmp_path_factory) -> Path:
     return file
 
 
-def test_papers_bring_their_facts_and_evidence(wheel):
+def test_papers_bring_their_facts_evidence_and_weights(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for slug, card in catalog.cards().items():
         if not card.package.startswith("provenn."):
             continue
         files = ["paper.toml", "README.md", *(EVIDENCE for _ in [1] if (card.folder / EVIDENCE).exists())]
         files += [f"pictures/{file.name}" for file in card.folder.glob("pictures/*")]
+        files += [f"weights/{file.name}" for file in card.folder.glob("weights/*")]
         assert {f"provenn/papers/{slug}/{file}" for file in files} <= names
     assert not [name for name in names if "ledger.json" in name or name.startswith("tests/")]
 

@@ -34,17 +34,27 @@ class Paper:
     def __repr__(self) -> str:
         return f"provenn.paper({self.card.slug!r})"
 
-    def build(self, preset: str | None = None, **overrides: Any) -> "nn.Module":
-        """A system of the paper, with fresh weights.
+    def build(self, preset: str | None = None, *, pretrained: bool = False, **overrides: Any) -> "nn.Module":
+        """A system of the paper, with fresh weights, or with those that ship with the package.
 
         Args:
-            preset: its name; by default the paper's first.
+            preset: its name; by default the paper's first, or the first whose weights ship.
+            pretrained: load the weights that ship (`card.shipped` names them); the model is then in eval mode.
             overrides: keyword arguments of the preset's function, such as `num_classes=10`.
 
         Raises:
-            UserError: no such preset, the preset takes no such argument, or nothing can be built with its value.
+            UserError: no such preset, the preset takes no such argument, or nothing can be built with its value; no
+                weights ship with it, or they were trained with another value.
         """
         import inspect
+
+        if pretrained:
+            model, label = self.load(preset=preset)
+            for name, value in overrides.items():
+                if name not in label.options or label.options[name] != value:
+                    was = label.options.get(name, "its default")
+                    raise UserError(f"the weights of {label.preset} were trained with {name} = {was}, got {value!r}")
+            return model
 
         chosen = self.card.preset(preset)
         function = self.card.resolve(chosen.build)
@@ -78,12 +88,12 @@ class Paper:
         return self._official(file, preset, options)[0]
 
     def load(
-        self, weights: str | Path, *, preset: str | None = None, options: dict[str, Any] | None = None
+        self, weights: str | Path | None = None, *, preset: str | None = None, options: dict[str, Any] | None = None
     ) -> "tuple[nn.Module, Label]":
         """The model in a weight file, ours or the authors', in eval mode, and what it says of itself.
 
         Args:
-            weights: the file, or the folder of a run.
+            weights: the file, or the folder of a run; by default what ships with the package.
             preset, options: of an author's file, as in `from_official`; ours say themselves what they are.
 
         Raises:
@@ -92,7 +102,7 @@ class Paper:
         from provenn import weights as files
         from provenn.tasks import get_task
 
-        file = files.locate(weights)
+        file = self.card.shipped_weights(preset) if weights is None else files.locate(weights)
         state, label = files.read(file)
         if label is None:
             return self._official(file, preset, options or {})
@@ -201,7 +211,7 @@ def train(
     final = recipe_of(facts, **wanted)
     device = choose_device(device)
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
-    source = datasets.resolve(data)
+    source, given = datasets.resolve(data), data
     data, of_data = source.data, {**source.options, **of_data}
     try:
         loaded = kind.load(data, seed=seed, **of_data)
@@ -228,8 +238,18 @@ def train(
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
         told = {**chosen.options, **built_with}
-        trained_on = {"fingerprint": loaded.fingerprint, "seed": seed, "options": of_data}
-        label = weights.Label(card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on)
+        system = {"preset": preset or chosen.name, "task": task}
+        trained_on = {
+            "data": str(given),
+            "fingerprint": loaded.fingerprint,
+            "seed": seed,
+            "options": of_data,
+            "recipe": asdict(final),
+            "command": _command(card.slug, given, {**system, **wanted, "seed": seed}, {**of_data, **of_system}),
+        }
+        label = weights.Label(
+            card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on, result.metrics
+        )
         weights.save(result.model, folder / weights.FILE, label)
         summary = {
             **asdict(label),
@@ -237,7 +257,6 @@ def train(
             "fingerprint": loaded.fingerprint,
             "seed": seed,
             "recipe": asdict(final),
-            "metrics": result.metrics,
             "curve": result.curve,
             "seconds": result.seconds,
             "steps": result.steps,
@@ -248,6 +267,22 @@ def train(
             with whole(folder / "picture.png") as place:
                 picture.savefig(place, dpi=110, bbox_inches="tight")
     return folder, result.metrics
+
+
+OPTIONS = {"max_steps": "steps", "batch_size": "batch-size"}  # of the command line, where they are called otherwise
+
+
+def _command(slug: str, data: str | Path, options: dict[str, Any], changes: dict[str, Any]) -> str:
+    """The command that trains so again."""
+    import json
+    import shlex
+
+    words = ["provenn", "train", slug, "--data", str(data)]
+    for name, value in options.items():
+        words += [] if value is None else [f"--{OPTIONS.get(name, name)}", str(value)]
+    for name, value in changes.items():
+        words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join(words)
 
 
 def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
@@ -325,7 +360,8 @@ def predict(
     slug: str,
     inputs: Sequence[str | Path],
     *,
-    weights: str | Path,
+    weights: str | Path | None = None,
+    preset: str | None = None,
     output: str | Path | None = None,
     changes: dict[str, Any] | None = None,
     tell: Callable[[str], None] | None = None,
@@ -335,7 +371,8 @@ def predict(
     Args:
         slug: the paper.
         inputs: files, or folders of them; of a language model, words; of what draws, classes.
-        weights: a weight file, or the folder of a run.
+        weights: a weight file, or the folder of a run; by default what ships with the package.
+        preset: whose weights, where those of several ship; or of an author's file that does not tell.
         output: where the result goes.
         changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100};
             of an author's file also what it does not tell, as in `from_official`, such as {"chunk": 64}.
@@ -346,9 +383,9 @@ def predict(
 
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
-    if files.label_of(weights) is None:
+    if weights is not None and files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes)}
-    model, label = chosen.load(weights, preset=of_system.pop("preset", None), options=of_system)
+    model, label = chosen.load(weights, preset=of_system.pop("preset", preset), options=of_system)
     kind = get_task(label.task)
     if not kind.takes_words:
         missing = next((file for file in inputs if not Path(file).exists()), None)
@@ -369,7 +406,7 @@ def predict(
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
     options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
-    with _fitting(str(weights)):
+    with _fitting(str(weights or chosen.card.shipped_weights(preset))):
         return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
 
 
@@ -399,7 +436,7 @@ def evaluate(
     slug: str,
     data: str | Path,
     *,
-    weights: str | Path,
+    weights: str | Path | None = None,
     preset: str | None = None,
     whole: bool | None = None,
     seed: int | None = None,
@@ -414,8 +451,8 @@ def evaluate(
     Args:
         slug: the paper.
         data: an embedded data set's name, or a path, in the formats that `train` reads.
-        weights: a weight file, ours or the authors', or the folder of a run.
-        preset: of an author's file that does not tell.
+        weights: a weight file, ours or the authors', or the folder of a run; by default what ships with the package.
+        preset: whose weights, where those of several ship; or of an author's file that does not tell.
         whole: test on all of the data, or on the part that a training with this seed holds out. By default on all,
             but on what was held out where these weights were trained on the same data; data that come with a test
             split are tested on it.
@@ -437,7 +474,7 @@ def evaluate(
         raise UserError(f"batch size must be at least 1, got {batch_size}")
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
-    if files.label_of(weights) is None:
+    if weights is not None and files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
     model, label = chosen.load(weights, preset=preset, options=of_system)
     kind = get_task(label.task)
@@ -487,8 +524,9 @@ def inspect(
     Args:
         slug: the paper; it must have an `inspection.py`.
         file: what the system is given.
-        preset: the system, with random weights; by default the paper's first.
-        weights: a weight file, ours or the authors', or the folder of a run; these say which preset they are of.
+        preset: the system; by default the first whose weights ship with the package, or the paper's first.
+        weights: a weight file, ours or the authors', or the folder of a run; these say which preset they are of. By
+            default those that ship, or random ones where none do.
 
     Raises:
         UserError: the paper shows nothing, or the file or the weights cannot be read.
@@ -506,7 +544,8 @@ def inspect(
         raise UserError(f"{chosen.card.slug} shows nothing of its inside; what can be inspected: {', '.join(able)}")
     if not source.is_file():
         raise UserError(f"{source} is a folder: give one file" if source.is_dir() else f"no file at {source}")
-    if weights is None:
+    shipped = chosen.card.shipped
+    if weights is None and (preset not in shipped if preset else not shipped):
         facts = chosen.card.preset(preset)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -514,10 +553,11 @@ def inspect(
         name, kind, trained = facts.name, get_task(chosen.card.task_of(facts)), "random weights"
         meta = kind.default_meta(facts.options)
     else:
-        model, label = chosen.load(weights)
+        model, label = chosen.load(weights, preset=preset if weights is None else None)
         if preset not in (None, label.preset):
             raise UserError(f"{weights} holds weights of {label.preset}, not of {preset}: leave --preset out")
-        name, kind, trained, meta = label.preset, get_task(label.task), str(weights), label.meta
+        trained = "the weights that ship" if weights is None else str(weights)
+        name, kind, meta = label.preset, get_task(label.task), label.meta
     if type(kind).example is Task.example:
         able = [
             each.name
@@ -537,7 +577,7 @@ def inspect(
     return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers)
 
 
-def export(slug: str, weights: str | Path, output: str | Path) -> str:
+def export(slug: str, weights: str | Path | None, output: str | Path, *, preset: str | None = None) -> str:
     """Write trained weights with their system as an ONNX file; returns what the terminal shows.
 
     A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
@@ -546,8 +586,9 @@ def export(slug: str, weights: str | Path, output: str | Path) -> str:
 
     Args:
         slug: the paper.
-        weights: a weight file, or the folder of a run.
+        weights: a weight file, or the folder of a run; None takes what ships with the package.
         output: where it goes, ending in .onnx.
+        preset: whose weights, where those of several ship.
     """
     import json
     from dataclasses import asdict
@@ -557,6 +598,6 @@ def export(slug: str, weights: str | Path, output: str | Path) -> str:
 
     file = Path(output)
     onnx.check_place(file)
-    model, label = paper(slug).load(weights)
+    model, label = paper(slug).load(weights, preset=preset)
     onnx.image_system(model, label.task, label.meta, file, {KEY: json.dumps(asdict(label))})
     return f"{label.preset} of {slug} → {file}"

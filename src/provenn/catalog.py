@@ -5,6 +5,7 @@ Reading every card imports no torch, so that looking for a paper is instant.
 
 import importlib
 import importlib.util
+import json
 import tomllib
 from collections.abc import Iterable
 from datetime import date
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from provenn.errors import UserError
 
 ENTRY_POINT_GROUP = "provenn.papers"
+WEIGHTS = "weights"  # the folder of trained weights that come with a paper, a file a preset
 
 
 class Facts(BaseModel):
@@ -294,6 +296,28 @@ class Card(Facts):
             raise UserError(f"the preset {preset.name!r} of {self.slug} names no task")
         return task
 
+    @property
+    def shipped(self) -> dict[str, Path]:
+        """The weight files that come with the paper, by preset, in the order of the presets."""
+        places = {preset.name: self.folder / WEIGHTS / f"{preset.name}.safetensors" for preset in self.presets}
+        return {name: file for name, file in places.items() if file.is_file()}
+
+    def shipped_weights(self, preset: str | None = None) -> Path:
+        """The weight file that comes with a preset; without one, the first that comes with any.
+
+        Raises:
+            UserError: no such preset, or no weights come with it.
+        """
+        name = next(iter(self.shipped), None) if preset is None else self.preset(preset).name
+        if name not in self.shipped:
+            there = f"; there are some of {_listed(self.shipped)}" if self.shipped else ""
+            about = f"of {preset} " if preset else ""
+            raise UserError(
+                f"no weights {about}come with {self.slug}{there}: give a weight file or the folder of a run with "
+                f"--weights, as `provenn train {self.slug}{f' --preset {preset}' if preset else ''} --data …` writes it"
+            )
+        return self.shipped[name]
+
     def resolve(self, target: str) -> Any:
         """The object behind `module:name` inside this paper's folder.
 
@@ -320,6 +344,26 @@ class Card(Facts):
 
     def has(self, module: str) -> bool:
         return (self.folder / f"{module}.py").exists() or (self.folder / module).is_dir()
+
+
+def label_of_shipped(file: Path) -> dict[str, Any]:
+    """What a weight file that comes with a paper says of itself (`provenn.weights.Label`), read without torch."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="numpy") as handle:
+            label = json.loads((handle.metadata() or {})["provenn"])
+    except (SafetensorError, OSError, ValueError, KeyError):  # which loading it will tell
+        return {}
+    return label if isinstance(label, dict) else {}
+
+
+def shipped_in_words(file: Path) -> str:
+    """What the weights that come with a paper were trained on, and how well they do: "trained on digits, …"."""
+    label = label_of_shipped(file)
+    trained, metrics = label.get("trained_on", {}), label.get("metrics", {})
+    told = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()]
+    return f"trained on {trained.get('data', 'data that it does not name')}" + (f" ({', '.join(told)})" if told else "")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -33,7 +33,9 @@ class Label:
         options: what the preset was built with.
         meta: what prediction needs, such as class names.
         version: the provenn that wrote them.
-        trained_on: `fingerprint` of the data, and the `seed` and `options` with which they were read and split.
+        trained_on: `data` and their `fingerprint`, the `seed` and `options` with which they were read and split, the
+            `recipe`, and the `command` that trains so again.
+        metrics: of the test split.
     """
 
     paper: str
@@ -43,6 +45,7 @@ class Label:
     meta: dict[str, Any] = field(default_factory=dict)
     version: str = ""
     trained_on: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def label_of(path: str | Path) -> Label | None:

@@ -104,11 +104,36 @@ def test_forecast_goes_on_from_the_last_row(tmp_path):
         TASK.predict(model, meta, [file, file], tmp_path / "many")
 
 
+def test_a_model_of_one_column_forecasts_each_of_others_on_its_own_scale(tmp_path):
+    """What is forecast of a column depends on neither its name, its unit nor the columns beside it; this is said."""
+    torch.manual_seed(0)
+    model, meta = Linear(1, 5, 2), TASK.default_meta({"channels": 1, "context": 5, "horizon": 2}) | {"columns": ["own"]}
+    past = np.random.default_rng(0).normal(size=30)
+    rows = {"own": past, "far": 1000 + 50 * past, "flat": np.ones(30)}
+    for file, names in (("one.csv", ["far"]), ("two.csv", ["far", "flat"])):
+        lines = [",".join(str(rows[name][i]) for name in names) for i in range(30)]
+        (tmp_path / file).write_text("\n".join([",".join(names), *lines]))
+
+    def forecast(file):
+        with pytest.warns(UserWarning, match="forecast one by one, on their own scale, by what was learned of own"):
+            TASK.predict(model, meta, [tmp_path / file], tmp_path / "out.csv")
+        table = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()]
+        return {name: np.array([float(row[i]) for row in table[1:]]) for i, name in enumerate(table[0]) if i}
+
+    one, two = forecast("one.csv"), forecast("two.csv")
+    assert np.allclose(one["far"], two["far"], rtol=1e-4) and np.isfinite(two["flat"]).all()
+    standard = torch.from_numpy(((past - past.mean()) / past.std()).astype(np.float32))[-5:].view(1, 5, 1)
+    with torch.no_grad():
+        expected = model(standard).view(2).double().numpy() * rows["far"].std() + rows["far"].mean()
+    assert np.allclose(one["far"], expected, rtol=1e-4)
+
+
 def test_prediction_refuses_other_columns_and_a_short_past(tmp_path):
     meta = TASK.default_meta({"channels": 1, "context": 5, "horizon": 2})
     (tmp_path / "a.csv").write_text("x\n1\n2\n")
-    with pytest.raises(UserError, match="has the columns x: the model knows 0"):
-        TASK.predict(Linear(1, 5, 2), meta, [tmp_path / "a.csv"], None)
+    with pytest.raises(UserError, match="has the columns x: the model knows 0, 1"):
+        two = TASK.default_meta({"channels": 2, "context": 5, "horizon": 2})
+        TASK.predict(Linear(2, 5, 2), two, [tmp_path / "a.csv"], None)
     with pytest.raises(UserError, match="has 2 rows: the model looks back over 5"):
         TASK.predict(Linear(1, 5, 2), meta | {"columns": ["x"]}, [tmp_path / "a.csv"], None)
 

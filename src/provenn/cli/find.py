@@ -83,6 +83,7 @@ def show(
         console.machine(
             {
                 **card.model_dump(mode="json", exclude={"folder"}),
+                "weights": {name: catalog.label_of_shipped(file) for name, file in card.shipped.items()},
                 "verdicts": [{"says": s.statement.says, "verdict": str(s.judgement)} for s in statements],
                 "evidence": evidence.model_dump(mode="json", exclude_defaults=True) if evidence else None,
             }
@@ -109,6 +110,10 @@ def show(
         out.print(f"provenn reproduce {card.slug}        measure them here")
     if card.presets:
         out.print(f"provenn train {card.slug} --preset {card.presets[0].name} --data …")
+    for name, file in card.shipped.items():
+        which = "" if name == next(iter(card.shipped)) else f" --preset {name}"
+        words = console.escape(catalog.shipped_in_words(file))
+        out.print(f"provenn predict {card.slug} …{which}         with the weights that ship: {name}, {words}")
     if card.has("inspection"):
         out.print(f"provenn inspect {card.slug} …")
 

@@ -16,6 +16,10 @@ from provenn.progress import without_controls
 
 SPLITS = {"auto": None, "all": True, "test": False}
 CLASSES_SHOWN = 20
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A weight file, ours or the authors', or the folder of a run; by default what ships."),
+]
 
 
 @app.command()
@@ -105,16 +109,27 @@ def pairs(texts: Sequence[str]) -> dict[str, Any]:
     return pairs
 
 
+def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed: bool = True) -> bool:
+    """Where no weights are given, say which come with the paper, on stderr; False where none do and none are needed."""
+    card = catalog.card(slug)
+    if weights is not None or not (needed or (preset in card.shipped if preset else card.shipped)):
+        return weights is not None
+    file = card.shipped_weights(preset)
+    tell(f"with the weights that ship: {file.stem}, {catalog.shipped_in_words(file)}")
+    return True
+
+
 @app.command()
 def predict(
     slug: Slug,
-    weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="INPUT…", help="Files; words for a language model; classes to draw; an agent plays without."
         ),
     ] = None,
+    weights: Weights = None,
+    preset: Preset = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")] = None,
     reference: Annotated[
         Path | None,
@@ -135,21 +150,24 @@ def predict(
     options = {**pairs(changes or []), **({} if reference is None else {"reference": reference})}
     streamed = False
 
-    def tell(piece: str) -> None:
+    def tell_piece(piece: str) -> None:
         nonlocal streamed
         streamed = True
         print(without_controls(piece), end="", flush=True)
 
     with progress.shown():
-        text = api.predict(slug, inputs or [], weights=weights, output=output, changes=options, tell=tell)
+        _say_what_ships(slug, weights, preset)
+        text = api.predict(
+            slug, inputs or [], weights=weights, preset=preset, output=output, changes=options, tell=tell_piece
+        )
     print("" if streamed else without_controls(text))
 
 
 @app.command()
 def evaluate(
     slug: Slug,
-    weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
     data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
+    weights: Weights = None,
     preset: Preset = None,
     split: Annotated[
         str,
@@ -181,6 +199,7 @@ def evaluate(
 
     if split not in SPLITS:
         raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
+    _say_what_ships(slug, weights, preset)
     with progress.shown():
         found = api.evaluate(
             slug,
@@ -210,9 +229,7 @@ def evaluate(
 def inspect(
     slug: Slug,
     file: Annotated[Path, typer.Argument(metavar="INPUT", help="What the system is given, such as an image.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="A weight file, ours or the authors', or the folder of a run; else random.")
-    ] = None,
+    weights: Weights = None,
     preset: Preset = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PNG", help="Where a picture goes.")] = None,
     json: Json = False,
@@ -228,7 +245,7 @@ def inspect(
         found = api.inspect(slug, file, preset=preset, weights=weights)
         if output is not None:
             found.save(output)
-    if weights is None:
+    if weights is None and not _say_what_ships(slug, weights, preset, needed=False):
         tell("the weights are random, nothing was learned: give some with --weights")
     if json:
         layers = {name: row.tolist() for name, row in found.layers.items()}
@@ -245,13 +262,15 @@ def inspect(
 @app.command()
 def export(
     slug: Slug,
-    weights: Annotated[Path, typer.Option(help="A weight file, ours or the authors', or the folder of a run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where it goes: a file ending in .onnx.")],
+    weights: Weights = None,
+    preset: Preset = None,
 ) -> None:
     """Trained weights with their system as an ONNX file."""
     from provenn import api
 
+    _say_what_ships(slug, weights, preset)
     with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
-        text = api.export(slug, weights, output)
+        text = api.export(slug, weights, output, preset=preset)
         advance()
     print(text)

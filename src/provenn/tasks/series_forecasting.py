@@ -205,18 +205,31 @@ class SeriesForecasting(Task):
         }
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
-        """Forecast what follows the last row of each file: a CSV and a plot beside it; for several, in a folder."""
+        """Forecast what follows the last row of each file: a CSV and a plot beside it; for several, in a folder.
+
+        A model of one column forecasts each column of a file with others, on the scale of that column, and says so.
+        """
         targets = _targets(inputs, output)
         texts, made = [], []
         for file in inputs:
-            columns, values, times = _read(read_table(file), (), meta["columns"])
+            single = len(meta["columns"]) == 1
+            columns, values, times = _read(read_table(file), (), None if single else meta["columns"])
+            each = single and columns != meta["columns"]
             past = values[-meta["context"] :]
             if len(past) < meta["context"]:
                 raise UserError(f"{file} has {len(past)} rows: the model looks back over {meta['context']}")
             mean, std = np.asarray(meta["mean"]), np.asarray(meta["std"])
-            x = torch.from_numpy(((past - mean) / std).astype(np.float32))[None].to(device_of(model))
+            if each:
+                mean, spread = values.mean(0), values.std(0)
+                std = np.where(spread > 1e-12, spread, 1.0)
+                progress.say(
+                    f"{file}: {', '.join(columns)} forecast one by one, on their own scale, by what was learned of "
+                    f"{meta['columns'][0]}; `provenn train` learns from your own series"
+                )
+            x = torch.from_numpy(((past - mean) / std).astype(np.float32)).to(device_of(model))
             with torch.no_grad():
-                forecast = model(x)[0].double().cpu().numpy() * std + mean
+                scaled = model(x.T[..., None])[..., 0].T if each else model(x[None])[0]
+            forecast = scaled.double().cpu().numpy() * std + mean
             dates = None if times is None else continue_dates(times[1], len(forecast))
             header = times[0] or "time" if times and dates else "step"
             labels = dates or [str(i) for i in range(1, len(forecast) + 1)]

@@ -4,12 +4,14 @@ import dis
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from provenn.catalog import Card, Mechanism, Preset, card
 from provenn.errors import UserError
 from provenn.slots import slot
 from provenn.testing.promises import PROMISES, parameters_on_meta
+from provenn.testing.shipped import check_weights, files_of
 from provenn.testing.subject import Subject
 
 OF_EVERY_PRESET = ("match-published-counts", "reach-parameters", "build-on-meta")
@@ -45,7 +47,7 @@ def check_mechanism(
 
 
 def check_paper(paper: str | Card) -> None:
-    """Hold every mechanism and every preset of a paper to its promises.
+    """Hold every mechanism and every preset of a paper to its promises, and the weights that ship to their metrics.
 
     The smallest preset of each task is asked for all of them; the others, being the same code, for a few, and those
     with more than 2^28 parameters for what the meta device can show.
@@ -67,13 +69,14 @@ def check_paper(paper: str | Card) -> None:
 
 
 def checks_of(paper: Card) -> dict[str, Callable[[], None]]:
-    """One check for each mechanism, each of its variants, and each preset of a paper, by name."""
+    """One check for each mechanism, each of its variants, each preset and each weight file of a paper, by name."""
     checks: dict[str, Callable[[], None]] = {
         f"{paper.slug} {m.name}{_options(variant)}": partial(_check_mechanism, paper, m, variant)
         for m in paper.mechanisms
         for variant in ({}, *m.variants)
     }
     checks |= {f"{paper.slug} {p.name}": partial(_check_preset, paper, p) for p in paper.presets}
+    checks |= {f"{paper.slug} weights/{file.name}": partial(_check_weights, paper, file) for file in files_of(paper)}
     return checks
 
 
@@ -97,6 +100,13 @@ def _check_preset(paper: Card, preset: Preset) -> None:
     few = OF_LARGE_PRESETS if LARGE < _size(paper, preset) < math.inf else OF_EVERY_PRESET
     asked = None if preset in smallest_presets(paper) else {*few, *preset.cannot}
     _ask(Subject.preset(paper, preset), None, preset.cannot, asked)
+
+
+def _check_weights(paper: Card, file: Path) -> None:
+    try:
+        check_weights(paper, file)
+    except (AssertionError, UserError) as error:
+        raise BrokenPromise(f"{paper.slug} weights/{file.name}\n  {error}") from error
 
 
 def smallest_presets(paper: Card) -> list[Preset]:
