@@ -122,7 +122,7 @@ def gallery(tmp_path, monkeypatch):
         (lambda label: {"metrics": {"accuracy": 0.9}}, r"accuracy is 0\.\d+, it says 0\.9"),
         (lambda label: {"metrics": {}}, "does not say its accuracy"),
         (lambda label: {"preset": "eca_resnet18"}, "says that it is of eca_net, eca_resnet18"),
-        (lambda label: {"trained_on": {**label.trained_on, "command": None}}, ""),
+        (lambda label: {"trained_on": {**label.trained_on, "command": None}}, "does not say of its training: command"),
         (lambda label: {"trained_on": {"seed": 0}}, "does not say of its training: command, data, recipe"),
     ],
 )

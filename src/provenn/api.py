@@ -238,7 +238,7 @@ def train(
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
         told = {**chosen.options, **built_with}
-        system = {"preset": preset or chosen.name, "task": task}
+        system = {"preset": chosen.name, "task": task}
         trained_on = {
             "data": str(given),
             "fingerprint": loaded.fingerprint,
@@ -269,18 +269,22 @@ def train(
     return folder, result.metrics
 
 
-OPTIONS = {"max_steps": "steps", "batch_size": "batch-size"}  # of the command line, where they are called otherwise
+# What `provenn train` takes, and how it is called there.
+OPTIONS = {"preset": "preset", "task": "task", "epochs": "epochs", "max_steps": "steps", "lr": "lr"}
+OPTIONS |= {"batch_size": "batch-size", "seed": "seed"}
 
 
-def _command(slug: str, data: str | Path, options: dict[str, Any], changes: dict[str, Any]) -> str:
-    """The command that trains so again."""
+def _command(slug: str, data: str | Path, options: dict[str, Any], changes: dict[str, Any]) -> str | None:
+    """The command that trains so again; None where the recipe was changed in what only Python can change."""
     import json
     import shlex
 
+    if not options.keys() <= OPTIONS.keys():
+        return None
     words = ["provenn", "train", slug, "--data", str(data)]
-    for name, value in options.items():
-        words += [] if value is None else [f"--{OPTIONS.get(name, name)}", str(value)]
-    for name, value in changes.items():
+    for name, option in OPTIONS.items():
+        words += [] if options.get(name) is None else [f"--{option}", str(options[name])]
+    for name, value in sorted(changes.items()):
         words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return shlex.join(words)
 

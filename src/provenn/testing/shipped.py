@@ -36,7 +36,7 @@ def check_weights(paper: Card, file: Path) -> None:
     preset = paper.preset(file.stem)
     said = (label.paper, label.preset, label.task)
     assert said == (paper.slug, preset.name, paper.task_of(preset)), f"says that it is of {', '.join(said)}"
-    missing = [name for name in ("command", "data", "recipe", "seed") if name not in label.trained_on]
+    missing = [name for name in ("command", "data", "recipe", "seed") if label.trained_on.get(name) is None]
     assert not missing, f"does not say of its training: {', '.join(missing)}"
     kind = get_task(label.task)
     assert kind.metric in label.metrics, f"does not say its {kind.metric}"
