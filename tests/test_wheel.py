@@ -40,7 +40,7 @@ def test_papers_bring_their_facts_evidence_and_weights(wheel):
     assert not [name for name in names if "ledger.json" in name or name.startswith("tests/")]
 
 
-def test_show_and_board_work_from_an_installed_wheel(wheel, tmp_path):
+def test_show_board_and_predict_work_from_an_installed_wheel(wheel, tmp_path):
     """In an environment of its own that has this one's dependencies, not its checkout, and no network."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
@@ -61,6 +61,7 @@ def test_show_and_board_work_from_an_installed_wheel(wheel, tmp_path):
         [python, "-c", "import provenn; print(provenn.__file__)"], cwd=tmp_path, capture_output=True, text=True
     ).stdout
     assert where.startswith(str(tmp_path)), where
+    assert "def " in run("predict", "rat", "def ", "--set", "tokens=3")
     board = run("board")
     for slug, card in catalog.cards().items():
         if (card.folder / EVIDENCE).exists():
