@@ -183,7 +183,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         raise OSError("no space left")
 
     monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"cannot write .*p\.json: no space left"):
         write_atomically(file, "new")
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
