@@ -300,7 +300,10 @@ BAD = [
     (f"{READ} --data text --set length=1", "length must be at least 2 tokens, got 1"),
     (f"{READ} --data text --set length=32.5", "length: Input should be a valid integer"),
     (f"{READ} --data text --set vocab=100", "vocab follows from the data, where it is 256, got 100"),
-    (f"{READ} --data text --set tokenizer=words", "tokenizer must be bytes, bpe or a tokenizer.json, got 'words'"),
+    (
+        f"{READ} --data text --set tokenizer=letters",
+        "tokenizer must be bytes, bpe, words or a tokenizer.json, got 'letters'",
+    ),
     (f"{READ} --data text --set tokenizer=prompt.txt", "prompt.txt is no tokenizer.json"),
     (f"{READ} --data text --set tokenizer=bpe --set vocab_size=200", "vocab_size must be at least 257"),
     (f"{READ} --data text --steps 0", "max_steps must be a whole number of at least 1, got 0"),

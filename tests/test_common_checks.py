@@ -640,8 +640,16 @@ def test_every_variant_of_a_mechanism_is_asked(tmp_path: Path, monkeypatch: pyte
         ("value = 144", "value = 145", "tiny_paper tiny\n  match-published-counts: table 1 says 145"),
         ("value = 0.14,", "value = 0.17,", "table 2 says 0.17 k, we count 0.144"),
         ("value = 320", "value = 321", "tiny_paper wide\n  match-published-counts: table 1 says 321"),
-        ('layer = "layers:Gate"', 'layer = "layers:Gates"', "tiny_paper gate\n  layers:Gates cannot be imported"),
-        ('"model:network"', '"model:net"', "tiny_paper tiny\n  reach-parameters: AttributeError"),
+        (
+            'layer = "layers:Gate"',
+            'layer = "layers:Gates"',
+            "tiny_paper gate\n  tiny_paper: tiny_paper.layers has no 'Gates'",
+        ),
+        (
+            '"model:network"',
+            '"model:net"',
+            "tiny_paper tiny\n  reach-parameters: UserError: tiny_paper: tiny_paper.model has no 'net'",
+        ),
         ('"channel-gate"', '"gate"', "tiny_paper gate\n  no slot is called 'gate'; there are: token-mixer"),
         ('"channel-gate"', '"map-mixer"', "tiny_paper gate\n  mix: "),
         ('"layers:Gate"', '"layers:Gate"\ncannot = { export = "?" }', "export: is kept"),

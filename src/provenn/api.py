@@ -112,7 +112,8 @@ class Paper:
             raise UserError(f"{file} says itself what it was built with: leave {', '.join(options)} out")
         if preset not in (None, label.preset):
             raise UserError(f"{file} holds weights of {label.preset}, not of {preset}")
-        get_task(label.task).check_meta(label.meta, str(file))
+        if label.meta:  # of weights that were saved for Python alone there may be none
+            get_task(label.task).check_meta(label.meta, str(file))
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
         return model.eval(), label

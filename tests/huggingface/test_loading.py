@@ -96,8 +96,8 @@ def test_the_command_line_converts_a_folder_of_every_family(family, slug, folder
         ("llama", "rat {host} --data {story} --set depth=2", "rat takes no option depth; it takes chunk, positions"),
         ("gpt2", "moh {host} --data {story} --set shared=much", "moh cannot be put into this GPT-2 with shared='much'"),
         ("llama", "hedgehog {host} --data {story} --tune some", "--tune takes full, lora, none"),
-        ("llama", "hedgehog {host} --data {story} --lr 0", "--lr must be above 0, got 0.0"),
-        ("llama", "hedgehog {host} --data {story} --prepare-lr nan", "--prepare-lr must be above 0, got nan"),
+        ("llama", "hedgehog {host} --data {story} --lr 0", "--lr must be a positive number, got 0.0"),
+        ("llama", "hedgehog {host} --data {story} --prepare-lr nan", "--prepare-lr must be a positive number, got nan"),
         ("llama", "hedgehog {host} --data nothing.txt", "nothing.txt"),
         ("llama", "hedgehog {host} --data {story} --length 65", "length must lie between 2 and the 64 positions"),
         ("llama", "hedgehog {host} --data {story} --device moon", "moon"),
@@ -118,7 +118,7 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(
 
 
 def test_wrong_arguments_are_said_before_anything_of_the_model_is_looked_at(tmp_path, capsys):
-    for words, message in (("--tune some", "--tune takes"), ("--lr -1", "--lr must be above 0")):
+    for words, message in (("--tune some", "--tune takes"), ("--lr -1", "--lr must be a positive number")):
         assert main(shlex.split(f"convert hedgehog nobody/nothing --data stdlib -o {tmp_path / 'out'} {words}")) == 2
         assert message in capsys.readouterr().err
 

@@ -334,7 +334,7 @@ def test_head_width_may_be_set_apart_from_the_width():
         (lambda: MoHAttention(8, 4, execute="sparse"), "execute must be one of dense, gather, got 'sparse'"),
         (lambda: MoHAttention(12, 4, rotary=True), "must be at least 1 wide, and with rotary positions even, got 3"),
         (lambda: MoHAttention(8, 4, balance=-1), "balance must not be negative, got -1"),
-        (lambda: MoHAttention(8, 4, balance=float("nan")), "balance must not be negative, got nan"),
+        (lambda: MoHAttention(8, 4, balance=float("nan")), "balance must be a finite number, got nan"),
         (lambda: MoHAttention(8, 4, causal=False).prefill(torch.randn(1, 3, 8)), "cannot stream"),
         (
             lambda: MoHAttention(8, 4)(torch.randn(1, 3, 7)),

@@ -14,6 +14,7 @@ from provenn.cli.work import pairs
 from provenn.errors import UserError
 
 REPORT = "conversion.json"
+HUB, EMBEDDED = "hf:", ("stdlib",)
 
 
 @app.command()
@@ -60,7 +61,9 @@ def convert(
     huggingface.check_tuning(tune)
     for name, rate in (("--lr", lr), ("--prepare-lr", prepare_lr)):
         if rate is not None and not 0 < rate < math.inf:
-            raise UserError(f"{name} must be above 0, got {rate}")
+            raise UserError(f"{name} must be a positive number, got {rate}")
+    if not (data in EMBEDDED or data.startswith(HUB) or Path(data).exists()):
+        raise UserError(f"no data at {data!r}: give {', '.join(EMBEDDED)}, a file or a folder of text, or hf:NAME")
     with progress.shown(), warnings.catch_warnings():
         warnings.simplefilter("ignore", huggingface.WindowLifted)  # told with the result
         source = huggingface.Source.of(model)

@@ -65,7 +65,7 @@ def readings(dates: Sequence[str]) -> list[np.ndarray]:
 
     Of several readings, such as day before month and month before day, each is given; of names, as of week days, none.
 
-    >>> [list(np.diff(reading)) for reading in readings(["2024-01", "2024-02", "2024-03"])]
+    >>> [np.diff(reading).tolist() for reading in readings(["2024-01", "2024-02", "2024-03"])]
     [[2678400.0, 2505600.0]]
     >>> len(readings(["01/02/2024", "02/03/2024"])), readings(["monday", "tuesday"])
     (2, [])
