@@ -13,6 +13,13 @@ from provenn.tasks import Recipe, fit, get_task
 TASK = get_task("series-forecasting")
 
 
+class Squares(nn.Linear):
+    """The squares of the last two values, which tell where zero is and what is one."""
+
+    def forward(self, x):
+        return x[:, -2:].square()
+
+
 class Linear(nn.Module):
     """One matrix from past to future around the last value, with the interface of the real ones."""
 
@@ -106,8 +113,8 @@ def test_forecast_goes_on_from_the_last_row(tmp_path):
 
 def test_a_model_of_one_column_forecasts_each_of_others_on_its_own_scale(tmp_path):
     """What is forecast of a column depends on neither its name, its unit nor the columns beside it; this is said."""
-    torch.manual_seed(0)
-    model, meta = Linear(1, 5, 2), TASK.default_meta({"channels": 1, "context": 5, "horizon": 2}) | {"columns": ["own"]}
+    meta = TASK.default_meta({"channels": 1, "context": 5, "horizon": 2}) | {"columns": ["own"]}
+    model = Squares(1, 1)
     past = np.random.default_rng(0).normal(size=30)
     rows = {"own": past, "far": 1000 + 50 * past, "flat": np.ones(30)}
     for file, names in (("one.csv", ["far"]), ("two.csv", ["far", "flat"])):
@@ -122,9 +129,8 @@ def test_a_model_of_one_column_forecasts_each_of_others_on_its_own_scale(tmp_pat
 
     one, two = forecast("one.csv"), forecast("two.csv")
     assert np.allclose(one["far"], two["far"], rtol=1e-4) and np.isfinite(two["flat"]).all()
-    standard = torch.from_numpy(((past - past.mean()) / past.std()).astype(np.float32))[-5:].view(1, 5, 1)
-    with torch.no_grad():
-        expected = model(standard).view(2).double().numpy() * rows["far"].std() + rows["far"].mean()
+    squares = ((past - past.mean()) / past.std())[-2:] ** 2
+    expected = squares * rows["far"].std() + rows["far"].mean()
     assert np.allclose(one["far"], expected, rtol=1e-4)
 
 
