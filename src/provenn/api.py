@@ -177,12 +177,12 @@ def train(
     import json
     from dataclasses import asdict
 
-    from provenn import __version__, tasks, weights
+    from provenn import __version__, tasks, training, weights
     from provenn.evidence.record import write_atomically
     from provenn.files import whole
     from provenn.reproduce import choose_device
-    from provenn.tasks.checkpoints import CHECKPOINT, begun
-    from provenn.tasks.training import recipe_of
+    from provenn.training.checkpoints import CHECKPOINT, begun
+    from provenn.training.recipes import recipe_of
 
     card = catalog.card(slug)
     chosen = card.preset(preset, PROBES.get(task or "", task))
@@ -214,7 +214,7 @@ def train(
             raise UserError(f"{name} follows from the data, where it is {loaded.options[name]}, got {of_system[name]}")
     built_with = {**loaded.options, **of_system}
     with _folder_for(folder):
-        result = tasks.fit(
+        result = training.fit(
             lambda: Paper(card).build(chosen.name, **built_with),
             kind,
             loaded,

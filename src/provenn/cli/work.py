@@ -49,7 +49,7 @@ def train(
     from provenn.cli import console
     from provenn.evidence.view import number
     from provenn.tasks import get_task
-    from provenn.tasks.checkpoints import CHECKPOINT
+    from provenn.training.checkpoints import CHECKPOINT
 
     checkpoint, start = folder / CHECKPOINT, time.time()
 
