@@ -157,7 +157,11 @@ def train(
     device: str = "auto",
     devices: int = 1,
     strategy: str = "auto",
+    workers: int = 0,
     resume: bool = False,
+    save_every: int | None = None,
+    keep_best: int = 0,
+    logger: str | None = None,
     changes: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> "tuple[Path, dict[str, float]]":
@@ -170,7 +174,11 @@ def train(
         out: the run's folder; `runs/<slug>` by default.
         seed: fixes everything random.
         device, devices, strategy: where to train; Lightning's.
+        workers: processes that read the data.
         resume: go on from the folder's checkpoint.
+        save_every: a checkpoint after every so many steps, besides each epoch's.
+        keep_best: how many epochs' weights, the best on validation data, are kept as `best-EPOCH.safetensors`.
+        logger: "csv" or "tensorboard"; both write under the folder's `log`.
         changes: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
         recipe: changes to the preset's recipe, such as {"epochs": 20}.
     """
@@ -195,7 +203,9 @@ def train(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
+    hints = get_type_hints(training.Recipe)
     wanted = {name: value for name, value in (recipe or {}).items() if value is not None}
+    wanted = {name: _typed(name, value, hints[name]) if name in hints else value for name, value in wanted.items()}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
     facts = {name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in wanted}
     final = recipe_of(facts, **wanted)
@@ -213,6 +223,9 @@ def train(
         if of_system[name] != loaded.options[name]:
             raise UserError(f"{name} follows from the data, where it is {loaded.options[name]}, got {of_system[name]}")
     built_with = {**loaded.options, **of_system}
+    told = {**chosen.options, **built_with}
+    trained_on = {"fingerprint": loaded.fingerprint, "seed": seed, "options": of_data}
+    label = weights.Label(card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on)
     with _folder_for(folder):
         result = training.fit(
             lambda: Paper(card).build(chosen.name, **built_with),
@@ -223,13 +236,15 @@ def train(
             device=device,
             devices=devices,
             strategy=strategy,
+            workers=workers,
             out=folder,
             resume=resume,
+            save_every=save_every,
+            keep_best=keep_best,
+            save=lambda model, file: weights.save(model, file, label),
+            logger=logger,
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
-        told = {**chosen.options, **built_with}
-        trained_on = {"fingerprint": loaded.fingerprint, "seed": seed, "options": of_data}
-        label = weights.Label(card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on)
         weights.save(result.model, folder / weights.FILE, label)
         summary = {
             **asdict(label),

@@ -214,7 +214,7 @@ def test_tensorboard_writes_events_or_says_what_to_install(tmp_path, monkeypatch
         fit(build, TASK, DATA, replace(RECIPE, epochs=1), out=tmp_path, logger="tensorboard")
         assert list((tmp_path / "log" / "version_0").glob("events.*"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs a package: pip install tensorboard; or take csv"):
+    with pytest.raises(UserError, match=r"needs a package: pip install 'provenn\[tensorboard\]'; or take csv"):
         fit(build, TASK, DATA, RECIPE, out=tmp_path / "other", logger="tensorboard")
 
 

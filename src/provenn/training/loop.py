@@ -268,7 +268,7 @@ def _logger(name: str, out: Path) -> Any:
     if name not in LOGGERS:
         raise UserError(f"logger must be one of {', '.join(LOGGERS)}, got {name!r}")
     if name == "tensorboard" and not any(importlib.util.find_spec(each) for each in ("tensorboard", "tensorboardX")):
-        raise UserError("the tensorboard logger needs a package: pip install tensorboard; or take csv")
+        raise UserError("the tensorboard logger needs a package: pip install 'provenn[tensorboard]'; or take csv")
     loggers = _lightning().pytorch.loggers
     return (loggers.CSVLogger if name == "csv" else loggers.TensorBoardLogger)(out, name=LOG)
 
