@@ -216,6 +216,15 @@ BAD = [
     (f"{TRAIN} --data classes --seed -1", "--seed"),
     (f"{TRAIN} --data classes --devices 0", "--devices"),
     (f"{TRAIN} --data classes --strategy magic", "strategy must be one of auto, ddp, fsdp, got 'magic'"),
+    (f"{TRAIN} --data classes --precision fp8", "precision must be one of 32-true, 64-true, bf16-mixed, 16-mixed"),
+    (f"{TRAIN} --data classes --accumulate 0", "accumulate must be a whole number of at least 1, got 0"),
+    (f"{TRAIN} --data classes --patience 0", "patience must be a whole number of at least 1, got 0"),
+    (f"{TRAIN} --data classes --logger wandb", "logger must be one of csv, tensorboard, got 'wandb'"),
+    (f"{TRAIN} --data classes --workers -1", "--workers"),
+    (f"{TRAIN} --data classes --recipe ema", "--recipe takes KEY=VALUE, such as ema=0.999, got 'ema'"),
+    (f"{TRAIN} --data classes --recipe emma=0.9", "a recipe has no field 'emma'; it has: epochs"),
+    (f"{TRAIN} --data classes --recipe ema=much", "ema: Input should be a valid number"),
+    (f"{TRAIN} --data classes --recipe optimizer=lion", "optimizer: Input should be 'sgd', 'adam', 'adamw' or 'radam'"),
     (f"{TRAIN} --data classes --device abacus", "no device 'abacus' on this machine"),
     (f"{TRAIN} --data classes --resume", "nothing to resume in run"),
     ("train tiny_gate --data classes --out file", "cannot write to file"),
@@ -636,6 +645,22 @@ def test_training_goes_on_where_it_stopped(run, props):
     assert run("train tiny_gate --data classes --out twice --epochs 2 --resume")[0] == 0
     one, two = (api.paper("tiny_gate").load(folder)[0].state_dict() for folder in ("once", "twice"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_options_of_a_training_reach_it(run, props):
+    options = "--precision bf16-mixed --accumulate 2 --patience 9 --workers 1 --logger csv --keep-best 2 --save-every 1"
+    recipe = "--recipe ema=0.5 --recipe schedule=cosine --recipe final_lr=1e-5 --recipe decay_vectors=false"
+    words = f"train tiny_gate --data classes --out run --epochs 3 --batch-size 2 {options} {recipe}"
+    code, out, err = run(words)
+    assert (code, err) == (0, "")
+    used = json.loads((props / "run" / "run.json").read_text())["recipe"]
+    wanted = {"precision": "bf16-mixed", "accumulate": 2, "patience": 9, "ema": 0.5, "schedule": "cosine"}
+    assert wanted.items() <= used.items() and used["final_lr"] == 1e-5 and used["decay_vectors"] is False
+    assert (props / "run" / "log" / "version_0" / "metrics.csv").exists() and "written  run/log" in out
+    kept = sorted(file.name for file in (props / "run").glob("best-*"))
+    assert len(kept) == 2 and f"written  run/{kept[0]}" in out
+    code, out, err = run(f"predict tiny_gate good.png --weights run/{kept[0]}")
+    assert (code, err) == (0, "") and "%" in out
 
 
 @pytest.mark.parametrize("when, resumable", [("first", False), ("second", True)])

@@ -19,7 +19,7 @@ from provenn.evidence.study import TUNING_SEED
 from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.nn.resnet import resnet20
 from provenn.tasks import get_task
-from provenn.tasks.training import Diverged
+from provenn.training import Diverged
 
 
 def gates(out: Path, *names: str, seeds: int = 2) -> SlotComparison:

@@ -20,7 +20,7 @@ from provenn.data.tables import write_table
 from provenn.data.text import written
 from provenn.evidence.record import write_atomically
 from provenn.files import Unwritable, whole
-from provenn.tasks.checkpoints import CHECKPOINT, PREVIOUS, begun, checkpoint_writer, newest, read
+from provenn.training.checkpoints import CHECKPOINT, PREVIOUS, begun, checkpoint_writer, newest, read
 
 resource = pytest.importorskip("resource")  # limits of a process, which Windows has none of
 SHARED_MEMORY = Path("/dev/shm")

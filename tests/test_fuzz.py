@@ -23,8 +23,9 @@ from provenn.data import images, series, tables, text, trajectories
 from provenn.data.events import read_histories
 from provenn.errors import UserError
 from provenn.evidence.record import Evidence, Ledger, read_or_set_aside
-from provenn.tasks import checkpoints, get_task, translation
+from provenn.tasks import get_task, translation
 from provenn.tasks.base import NAMES
+from provenn.training import checkpoints
 
 EXAMPLES = settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
 

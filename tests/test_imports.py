@@ -19,6 +19,7 @@ ORDER = [
     {"nn"},
     {"data"},
     {"tasks"},
+    {"training"},
     {"bench"},
     {"surgery", "evidence", "weights", "testing", "export", "huggingface"},
     {"papers"},
@@ -31,7 +32,7 @@ ORDER = [
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 PAPERS_MAY = {"nn", "ops", "errors", "progress"}
 CONVERT_MAY = PAPERS_MAY | {"huggingface"}
-CLAIMS_MAY = PAPERS_MAY | {"catalog", "evidence", "bench", "surgery", "tasks", "testing"}
+CLAIMS_MAY = PAPERS_MAY | {"catalog", "evidence", "bench", "surgery", "tasks", "testing", "training"}
 NOT_IN_PAPERS = {"lightning", "pytorch_lightning", "typer", "rich", "fastapi", "click"}
 
 

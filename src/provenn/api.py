@@ -168,7 +168,11 @@ def train(
     device: str = "auto",
     devices: int = 1,
     strategy: str = "auto",
+    workers: int = 0,
     resume: bool = False,
+    save_every: int | None = None,
+    keep_best: int = 0,
+    logger: str | None = None,
     changes: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> "tuple[Path, dict[str, float]]":
@@ -181,19 +185,23 @@ def train(
         out: the run's folder; `runs/<slug>` by default.
         seed: fixes everything random.
         device, devices, strategy: where to train; Lightning's.
+        workers: processes that read the data.
         resume: go on from the folder's checkpoint.
+        save_every: a checkpoint after every so many steps, besides each epoch's.
+        keep_best: how many epochs' weights, the best on validation data, are kept as `best-EPOCH.safetensors`.
+        logger: "csv" or "tensorboard"; both write under the folder's `log`.
         changes: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
         recipe: changes to the preset's recipe, such as {"epochs": 20}.
     """
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from provenn import __version__, tasks, weights
+    from provenn import __version__, tasks, training, weights
     from provenn.evidence.record import write_atomically
     from provenn.files import whole
     from provenn.reproduce import choose_device
-    from provenn.tasks.checkpoints import CHECKPOINT, begun
-    from provenn.tasks.training import recipe_of
+    from provenn.training.checkpoints import CHECKPOINT, begun
+    from provenn.training.recipes import recipe_of
 
     card = catalog.card(slug)
     chosen = card.preset(preset, PROBES.get(task or "", task))
@@ -206,7 +214,9 @@ def train(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
+    hints = get_type_hints(training.Recipe)
     wanted = {name: value for name, value in (recipe or {}).items() if value is not None}
+    wanted = {name: _typed(name, value, hints[name]) if name in hints else value for name, value in wanted.items()}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
     facts = {name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in wanted}
     final = recipe_of(facts, **wanted)
@@ -224,8 +234,19 @@ def train(
         if of_system[name] != loaded.options[name]:
             raise UserError(f"{name} follows from the data, where it is {loaded.options[name]}, got {of_system[name]}")
     built_with = {**loaded.options, **of_system}
+    told = {**chosen.options, **built_with}
+    system = {"preset": chosen.name, "task": task}
+    trained_on = {
+        "data": str(given),
+        "fingerprint": loaded.fingerprint,
+        "seed": seed,
+        "options": of_data,
+        "recipe": asdict(final),
+        "command": _command(card.slug, given, {**system, **wanted, "seed": seed}, {**of_data, **of_system}),
+    }
+    label = weights.Label(card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on)
     with _folder_for(folder):
-        result = tasks.fit(
+        result = training.fit(
             lambda: Paper(card).build(chosen.name, **built_with),
             kind,
             loaded,
@@ -234,23 +255,16 @@ def train(
             device=device,
             devices=devices,
             strategy=strategy,
+            workers=workers,
             out=folder,
             resume=resume,
+            save_every=save_every,
+            keep_best=keep_best,
+            save=lambda model, file: weights.save(model, file, label),
+            logger=logger,
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
-        told = {**chosen.options, **built_with}
-        system = {"preset": chosen.name, "task": task}
-        trained_on = {
-            "data": str(given),
-            "fingerprint": loaded.fingerprint,
-            "seed": seed,
-            "options": of_data,
-            "recipe": asdict(final),
-            "command": _command(card.slug, given, {**system, **wanted, "seed": seed}, {**of_data, **of_system}),
-        }
-        label = weights.Label(
-            card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on, result.metrics
-        )
+        label = replace(label, metrics=result.metrics)
         weights.save(result.model, folder / weights.FILE, label)
         summary = {
             **asdict(label),
@@ -275,18 +289,22 @@ OPTIONS = {"preset": "preset", "task": "task", "epochs": "epochs", "max_steps": 
 OPTIONS |= {"batch_size": "batch-size", "seed": "seed"}
 
 
-def _command(slug: str, data: str | Path, options: dict[str, Any], changes: dict[str, Any]) -> str | None:
-    """The command that trains so again; None where the recipe was changed in what only Python can change."""
+def _command(slug: str, data: str | Path, options: dict[str, Any], changes: dict[str, Any]) -> str:
+    """The command that trains so again."""
     import json
     import shlex
 
-    if not options.keys() <= OPTIONS.keys():
-        return None
+    def told(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
     words = ["provenn", "train", slug, "--data", str(data)]
-    for name, option in OPTIONS.items():
-        words += [] if options.get(name) is None else [f"--{option}", str(options[name])]
+    for name, value in options.items():
+        if name in OPTIONS:
+            words += [] if value is None else [f"--{OPTIONS[name]}", str(value)]
+        else:
+            words += ["--recipe", f"{name}={told(value)}"]
     for name, value in sorted(changes.items()):
-        words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        words += ["--set", f"{name}={told(value)}"]
     return shlex.join(words)
 
 

@@ -22,8 +22,9 @@ from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Skill
 from provenn.evidence.run import Run
-from provenn.tasks import Task, fit, get_task
-from provenn.tasks.training import recipe_of
+from provenn.tasks import Task, get_task
+from provenn.training import fit
+from provenn.training.recipes import recipe_of
 
 TRAININGS = "trainings"  # the folder of those that have not ended
 

@@ -10,6 +10,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -70,14 +71,19 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
 
 def _lines(description: str, total: int | None) -> Callable[..., None]:
     done, of = 0, "" if total is None else f" of {total}"
+    began, before = time.monotonic(), 0
 
     def advance(steps: int = 1, description: str | None = description) -> None:
         global _log
-        nonlocal done
+        nonlocal done, before
+        before = steps if done == 0 else before  # of a run that is resumed: no work of ours
         done += steps
         if _log is not None and time.monotonic() - _log >= EVERY:
             _log = time.monotonic()
-            print(without_controls(f"{description}: {done}{of}"), file=sys.stderr, flush=True)
+            left = 0.0 if total is None or done == before else (total - done) * (_log - began) / (done - before)
+            time_left = f", {timedelta(seconds=round(left))} left" if left >= 1 else ""
+            words = without_controls(f"{description}: {done}{of}{time_left}")
+            print(words, file=sys.stderr, flush=True)
 
     return advance
 

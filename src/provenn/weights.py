@@ -34,7 +34,7 @@ class Label:
         meta: what prediction needs, such as class names.
         version: the provenn that wrote them.
         trained_on: `data` and their `fingerprint`, the `seed` and `options` with which they were read and split, the
-            `recipe`, and the `command` that trains so again (None where only Python can).
+            `recipe`, and the `command` that trains so again.
         metrics: of the test split.
     """
 

@@ -7,7 +7,7 @@ import pytest
 
 from provenn import progress
 from provenn.evidence.checksum import checksum
-from provenn.tasks import fit
+from provenn.training import fit
 
 HELPERS = '''
 LIMIT = 3

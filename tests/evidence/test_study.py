@@ -12,7 +12,8 @@ from provenn.catalog import Claim, Region
 from provenn.evidence import Run, Study, Verdict, decide
 from provenn.evidence.record import LEDGER, Ledger
 from provenn.evidence.study import TUNING_SEED
-from provenn.tasks import Diverged, Fit, Recipe, Task, TaskData
+from provenn.tasks import Task, TaskData
+from provenn.training import Diverged, Fit, Recipe
 
 BEST = {"a": 0.01, "b": 0.1}  # the rate with which each arm does best on validation data
 SKILL = {"a": 0.9, "b": 0.7}

@@ -39,7 +39,8 @@ from provenn.papers.aaren import (
 from provenn.papers.aaren.model import MIXERS, causal_encoder
 from provenn.papers.aaren.studies import events_of, from_windows, patched, study, together
 from provenn.papers.residual_depth import ResidualTower, residual_expansion
-from provenn.tasks import Fit, Recipe, TaskData
+from provenn.tasks import TaskData
+from provenn.training import Fit, Recipe
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
 

@@ -45,7 +45,8 @@ from provenn.papers.hedgehog.distillation import map_parameters
 from provenn.papers.hedgehog.layers import FORMS
 from provenn.papers.hedgehog.model import hedgehog_gpt2, hedgehog_small, hedgehog_vit
 from provenn.papers.hedgehog.task import Distillation
-from provenn.tasks import Recipe, get_task
+from provenn.tasks import get_task
+from provenn.training import Recipe
 
 STABLE = [form for form in FORMS if form != "plain"]
 

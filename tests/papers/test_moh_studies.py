@@ -26,8 +26,9 @@ from provenn.papers.moh.studies import (
     noise_data,
     pretrained,
 )
-from provenn.tasks import Recipe, TaskData, get_task
+from provenn.tasks import TaskData, get_task
 from provenn.tasks.language_modelling import Windows
+from provenn.training import Recipe
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ from torch import nn
 
 from provenn.data.events import PROCESSES
 from provenn.errors import UserError
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import get_task
 from provenn.tasks.event_forecasting import Histories
+from provenn.training import Recipe, fit
 
 TASK = get_task("event-forecasting")
 

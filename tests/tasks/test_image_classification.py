@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from provenn.errors import UserError
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import get_task
 from provenn.tasks.image_classification import random_crop, shrink
+from provenn.training import Recipe, fit
 
 TASK = get_task("image-classification")
 

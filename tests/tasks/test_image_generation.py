@@ -9,7 +9,8 @@ from torch import nn
 from provenn.cli import main
 from provenn.errors import UserError
 from provenn.nn.diffusion import noise_schedule
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import get_task
+from provenn.training import Recipe, fit
 
 TASK = get_task("image-generation")
 

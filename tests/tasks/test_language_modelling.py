@@ -6,7 +6,8 @@ from torch import nn
 
 from provenn.errors import UserError
 from provenn.nn.language import CausalLM
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import get_task
+from provenn.training import Recipe, fit
 
 TASK = get_task("language-modelling")
 

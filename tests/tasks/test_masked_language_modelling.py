@@ -5,8 +5,9 @@ import torch
 
 from provenn.errors import UserError
 from provenn.papers.nprf import nprf_encoder_tiny
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import get_task
 from provenn.tasks.recall import IGNORED
+from provenn.training import Recipe, fit
 
 TASK = get_task("masked-language-modelling")
 

@@ -4,8 +4,9 @@ from torch import nn
 
 from provenn.errors import UserError
 from provenn.nn.language import CausalLM
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import get_task
 from provenn.tasks.recall import IGNORED, PairEmbedding
+from provenn.training import Recipe, fit
 
 TASK = get_task("recall")
 KINDS = list(TASK.embedded)

@@ -11,8 +11,9 @@ from torch import nn
 
 from provenn.data.trajectories import make_environment
 from provenn.errors import UserError
-from provenn.tasks import Recipe, fit, get_task, reinforcement_learning
+from provenn.tasks import get_task, reinforcement_learning
 from provenn.tasks.reinforcement_learning import Setting, rollouts
+from provenn.training import Recipe, fit
 
 TASK = get_task("reinforcement-learning")
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from provenn.errors import UserError
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import get_task
+from provenn.training import Recipe, fit
 
 TASK = get_task("series-classification")
 

@@ -13,9 +13,10 @@ from provenn.data.images import Picture, read_image, write_image
 from provenn.data.photographs import photograph
 from provenn.data.resize import bicubic
 from provenn.errors import UserError
-from provenn.tasks import Recipe, fit, get_task
+from provenn.tasks import get_task
 from provenn.tasks import super_resolution as sr
 from provenn.tasks.upscale import count_tiles, cuts, upscale
+from provenn.training import Recipe, fit
 
 
 class Enlarge(nn.Module):

@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from provenn.nn.diffusion import noise_schedule
-from provenn.tasks import Recipe, TaskData, fit, get_task
+from provenn.tasks import TaskData, get_task
 from provenn.tasks.base import NAMES
 from provenn.tasks.language_modelling import Windows
 from provenn.tasks.masked_language_modelling import Blanks
 from provenn.tasks.recall import IGNORED
 from provenn.tasks.super_resolution import Crops, Whole, enlarge
+from provenn.training import Recipe, fit
 
 
 class Constant(nn.Module):

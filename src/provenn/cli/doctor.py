@@ -7,7 +7,14 @@ from provenn import catalog, progress
 from provenn.cli.app import Json, app
 from provenn.errors import UserError
 
-EXTRAS = {"aeon": "series", "gymnasium": "series", "h5py": "series", "transformers": "hf", "onnxscript": "onnx"}
+EXTRAS = {
+    "aeon": "series",
+    "gymnasium": "series",
+    "h5py": "series",
+    "transformers": "hf",
+    "onnxscript": "onnx",
+    "tensorboard": "tensorboard",
+}
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "skimage", "safetensors", "matplotlib")
 
 

@@ -20,6 +20,7 @@ Weights = Annotated[
     Path | None,
     typer.Option(help="A weight file, ours or the authors', or the folder of a run; by default what ships."),
 ]
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 
 
 @app.command()
@@ -32,6 +33,20 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Stop after so many; by default the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default the preset's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step; by default the preset's.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"{', '.join(PRECISIONS)}; by default the preset's.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without a better validation metric; keep the best.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            metavar="KEY=VALUE",
+            help="Of the training, such as ema=0.999, schedule=cosine, final_lr=1e-5, warmup_steps=100, "
+            "weight_decay=0.05, decay_vectors=false; repeatable.",
+        ),
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Of the data or the system, such as horizon=24; repeatable."),
@@ -40,26 +55,48 @@ def train(
     device: Device = "auto",
     devices: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
     strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read the data.")] = 0,
     resume: Resume = False,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="A checkpoint so often, besides each epoch's.")
+    ] = None,
+    keep_best: Annotated[
+        int, typer.Option(min=0, help="Keep the weights of so many epochs, the best on validation data.")
+    ] = 0,
+    logger: Annotated[str | None, typer.Option(help="csv or tensorboard: curves under OUT/log.")] = None,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Name images that cannot be read, and go on.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/SLUG by default.")] = None,
 ) -> None:
-    """Train a paper's system on data."""
+    """Train a paper's system on data.
+
+    \b
+    provenn train craft --data photos/ --precision bf16-mixed --workers 4 --patience 5
+    provenn train rat --data text/ --accumulate 8 --save-every 500 --keep-best 3 --logger csv --recipe ema=0.999
+    """
     card = catalog.card(slug)
     folder = out if out is not None else Path("runs") / card.slug
     from provenn import api
     from provenn.cli import console
     from provenn.evidence.view import number
     from provenn.tasks import get_task
-    from provenn.tasks.checkpoints import CHECKPOINT
+    from provenn.training.checkpoints import CHECKPOINT
 
     checkpoint, start = folder / CHECKPOINT, time.time()
 
     def kept() -> bool:
         return checkpoint.exists() and (resume or checkpoint.stat().st_mtime >= start)
 
+    named = {
+        "epochs": epochs,
+        "max_steps": steps,
+        "lr": lr,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "precision": precision,
+        "patience": patience,
+    }
     with resumable(kept), progress.shown():
         folder, metrics = api.train(
             card.slug,
@@ -71,9 +108,16 @@ def train(
             device=device,
             devices=devices,
             strategy=strategy,
+            workers=workers,
             resume=resume,
+            save_every=save_every,
+            keep_best=keep_best,
+            logger=logger,
             changes={**pairs(changes or []), **({"skip_broken": True} if skip_broken else {})},
-            recipe={"epochs": epochs, "max_steps": steps, "lr": lr, "batch_size": batch_size},
+            recipe={
+                **pairs(recipe or [], "--recipe", "ema=0.999"),
+                **{name: value for name, value in named.items() if value is not None},
+            },
         )
     terminal = console.console()
     terminal.print(
@@ -83,6 +127,8 @@ def train(
     )
     for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
         terminal.print(f"written  {console.escape(str(file))}", soft_wrap=True)
+    if logger is not None:
+        terminal.print(f"written  {console.escape(str(folder / 'log'))}", soft_wrap=True)
     work = get_task(json.loads((folder / "run.json").read_text())["task"])
     if work.name not in api.PROBES:
         given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
@@ -95,13 +141,13 @@ def train(
         )
 
 
-def pairs(texts: Sequence[str]) -> dict[str, Any]:
+def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=24") -> dict[str, Any]:
     """KEY=VALUE as typed; a value that is no number or list stays text."""
     pairs: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"--set takes KEY=VALUE, such as horizon=24, got {text!r}")
+            raise UserError(f"{option} takes KEY=VALUE, such as {example}, got {text!r}")
         try:
             pairs[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -11,7 +11,8 @@ from torch import nn
 
 from provenn.compare import language
 from provenn.errors import UserError
-from provenn.tasks import Recipe, get_task
+from provenn.tasks import get_task
+from provenn.training import Recipe
 
 Factory = Callable[[int], nn.Module]
 TEXTS = (".txt", ".md", ".rst", ".py", ".jsonl")

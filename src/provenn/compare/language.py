@@ -15,8 +15,9 @@ from provenn.evidence.checksum import checksum
 from provenn.nn.language import CausalLM
 from provenn.nn.mixers import BASELINES as KNOWN
 from provenn.nn.streaming import state_bytes
-from provenn.tasks import Recipe, TaskData, get_task
+from provenn.tasks import TaskData, get_task
 from provenn.tasks.recall import PairEmbedding
+from provenn.training import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

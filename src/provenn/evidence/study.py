@@ -13,7 +13,8 @@ from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
 from provenn.evidence.record import PICTURES
 from provenn.evidence.run import Run
-from provenn.tasks import Diverged, Fit, Recipe, Task, TaskData, fit, get_task
+from provenn.tasks import Task, TaskData, get_task
+from provenn.training import Diverged, Fit, Recipe, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -36,7 +36,7 @@ from provenn.papers.aaren.studies import (
     whole_stream,
     windows_of,
 )
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 # Quality: the same system, data, recipe and tuning, with one or the other attention.
 

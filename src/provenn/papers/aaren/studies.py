@@ -17,8 +17,9 @@ from provenn.nn.attention import KVCache
 from provenn.nn.streaming import map_state, state_bytes
 from provenn.nn.transformer import EncoderState, TransformerEncoder
 from provenn.papers.aaren.model import MIXERS, causal_encoder
-from provenn.tasks import Fit, Recipe, TaskData, fit, get_task
+from provenn.tasks import TaskData, get_task
 from provenn.tasks.reinforcement_learning import Episodes
+from provenn.training import Fit, Recipe, fit
 
 ARMS = {"aaren": ("Aaren", "aaren"), "softmax": ("Transformer", "softmax")}
 SIZE: dict[str, Any] = {"dim": 32, "heads": 4, "layers": 2, "feedforward": 64}

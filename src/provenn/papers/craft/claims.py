@@ -33,7 +33,7 @@ from provenn.papers.craft.studies import (
     without_hferb,
     without_srwab,
 )
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 NETWORKS = Study(
     "small networks",

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from provenn import bench
 from provenn.papers.craft.layers import GDFN, HFB, HFERB, SRWAB, ChannelNorm
 from provenn.papers.craft.model import CRAFT, CRFB, craft_x2, craft_x3, craft_x4
-from provenn.tasks import Fit, TaskData
+from provenn.tasks import TaskData
 from provenn.tasks.super_resolution import TASK, Whole, before_and_after, luma, psnr, reduced, restore
 from provenn.testing import seeded_state
+from provenn.training import Fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

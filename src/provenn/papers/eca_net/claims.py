@@ -30,7 +30,7 @@ from provenn.papers.eca_net.studies import (
     on_meta,
     runner,
 )
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 RESNETS: dict[int, Callable[..., nn.Module]] = {50: resnet.resnet50, 101: resnet.resnet101, 152: resnet.resnet152}
 RELEASED = {"ResNet-18": "3577", "ResNet-50": "3557", "ResNet-101": "3357", "MobileNetV2": "1111333"}

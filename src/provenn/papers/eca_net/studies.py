@@ -14,7 +14,8 @@ from provenn import bench
 from provenn.nn import resnet
 from provenn.nn.channel_gates import Gate, record_gates
 from provenn.papers.eca_net.bands import BANDS, MATERIALS, bad_bands
-from provenn.tasks import Fit, TaskData, fingerprint, get_task
+from provenn.tasks import TaskData, fingerprint, get_task
+from provenn.training import Fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

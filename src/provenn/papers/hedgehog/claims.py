@@ -29,7 +29,7 @@ from provenn.papers.hedgehog.studies import (
     whole_text,
 )
 from provenn.papers.hedgehog.task import Distillation
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 # From scratch
 

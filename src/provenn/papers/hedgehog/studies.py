@@ -26,9 +26,10 @@ from provenn.papers.hedgehog.distillation import map_parameters
 from provenn.papers.hedgehog.layers import LinearAttention
 from provenn.papers.hedgehog.model import attention, hedgehog_small, hedgehog_vit
 from provenn.papers.hedgehog.task import Distillation
-from provenn.tasks import Fit, Recipe, Task, TaskData, fingerprint, fit, get_task
+from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.language_modelling import Windows
 from provenn.tasks.recall import PairEmbedding
+from provenn.training import Fit, Recipe, fit
 
 # Associative recall, from scratch
 

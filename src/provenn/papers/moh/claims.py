@@ -34,7 +34,7 @@ from provenn.papers.moh.studies import (
     noise_data,
     text_data,
 )
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 # Trained networks.
 

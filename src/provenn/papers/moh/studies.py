@@ -15,7 +15,8 @@ from provenn.nn.attention import SoftmaxAttention
 from provenn.papers.moh.dit import DiT, moh_dit_digits
 from provenn.papers.moh.layers import HeadRouter, MoHAttention, Routing, choose, head_load
 from provenn.papers.moh.model import moh_small, moh_vit_digits
-from provenn.tasks import Fit, Recipe, Task, TaskData, fit, get_task
+from provenn.tasks import Task, TaskData, get_task
+from provenn.training import Fit, Recipe, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -35,7 +35,7 @@ from provenn.papers.nprf.studies import (
     text_model,
     there_and_back,
 )
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 # Names as `attention_called` takes them, and as the paper's figures do.
 SHORT = {"dim": 64, "heads": 4, "features": 32}

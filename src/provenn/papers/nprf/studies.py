@@ -17,8 +17,9 @@ from provenn.nn.random_features import gaussian, positive_exponents
 from provenn.papers.nprf.baselines import SoftmaxAttentionRPE
 from provenn.papers.nprf.layers import KernelAttentionRPE
 from provenn.papers.nprf.model import attention_called, kernelized, nprf_lm_tiny, nprf_vit_tiny
-from provenn.tasks import Fit, TaskData, get_task
+from provenn.tasks import TaskData, get_task
 from provenn.tasks.recall import IGNORED, Examples, recall_data
+from provenn.training import Fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

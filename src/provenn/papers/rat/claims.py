@@ -33,7 +33,7 @@ from provenn.papers.rat.studies import (
     trained,
     window,
 )
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 # Accuracy: models of one size that differ in their token mixers, each at the learning rate that suits it.
 

@@ -25,7 +25,7 @@ from provenn.papers.residual_depth.studies import (
     wrong_digits,
     wrong_labels_fitted,
 )
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 EXPLODES = "the paper says that an unscaled tower's signal explodes, so that it cannot train without norms"
 

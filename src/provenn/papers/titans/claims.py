@@ -35,7 +35,7 @@ from provenn.papers.titans.studies import (
     training_pass,
     window_attention,
 )
-from provenn.tasks import Recipe
+from provenn.training import Recipe
 
 BASELINES = {"attention": ("full attention", full_attention), "rnn": ("linear RNN", GatedRecurrence)}
 ONE_PASS = Recipe(epochs=1, batch_size=8, optimizer="adamw", weight_decay=0.01, schedule="onecycle", clip=1.0)

@@ -19,8 +19,9 @@ from provenn.nn.streaming import state_bytes
 from provenn.papers.titans.layers import LongTermMemory, NeuralMemory, frozen_memory, observe_surprise
 from provenn.papers.titans.layers.attention import PrefixAttention
 from provenn.papers.titans.model import Forecaster, titans_mixer
-from provenn.tasks import Fit, TaskData, get_task
+from provenn.tasks import TaskData, get_task
 from provenn.tasks.recall import IGNORED, PairEmbedding
+from provenn.training import Fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from provenn.tasks import Recipe, Task, TaskData, fit
+from provenn.tasks import Task, TaskData
+from provenn.training import Recipe, fit
 
 
 class Line(Task):

@@ -15,9 +15,10 @@ from torch import nn
 
 from provenn.errors import UserError
 from provenn.nn.auxiliary import add_auxiliary
-from provenn.tasks import Recipe, fit
-from provenn.tasks.checkpoints import CHECKPOINT
-from provenn.tasks.training import SCHEDULES, EpochSampler, recipe_of
+from provenn.training import Recipe, fit
+from provenn.training.checkpoints import CHECKPOINT
+from provenn.training.loop import EpochSampler
+from provenn.training.recipes import SCHEDULES, recipe_of
 
 TASK, DATA = Line(), Line().load()
 

@@ -35,6 +35,17 @@ def checkpoint_writer() -> Any:
     return CheckpointWriter()
 
 
+def best_file(folder: Path, epoch: int) -> Path:
+    """Where the model of one of the best epochs lies."""
+    return folder / f"best-{epoch}.safetensors"
+
+
+def clear_best(folder: Path) -> None:
+    """Remove the best models of a training that another one takes the place of."""
+    for file in folder.glob("best-*.safetensors"):
+        file.unlink(missing_ok=True)
+
+
 def begun(folder: Path) -> bool:
     """Whether a training has left a checkpoint in the folder."""
     return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))

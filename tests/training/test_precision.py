@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from provenn import tasks
+from provenn import tasks, training
 from provenn.api import Paper
 from provenn.catalog import cards
-from provenn.tasks import Recipe, TaskData
+from provenn.tasks import TaskData
 from provenn.testing.checks import smallest_presets
+from provenn.training import Recipe
 
 SYSTEMS = {
     f"{card.slug} {preset.name}": (card, preset)
@@ -43,7 +44,7 @@ def test_a_system_trains_in_half_precision(name: str, precision: str, monkeypatc
 
     monkeypatch.setattr(task, "evaluate", evaluate)
     recipe = Recipe(epochs=1, max_steps=2, batch_size=2, precision=precision)
-    fit = tasks.fit(lambda: Paper(card).build(preset.name, **data.options), task, data, recipe)
+    fit = training.fit(lambda: Paper(card).build(preset.name, **data.options), task, data, recipe)
     assert fit.steps == 2
     assert math.isfinite(fit.curve[-1]["train_loss"])
     assert {*evaluated, *(p.dtype for p in fit.model.parameters())} == {torch.float32}, "data and metrics are float32"

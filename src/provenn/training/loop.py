@@ -1,16 +1,16 @@
 """Training, on Lightning: the same loop for every task, deterministic for a seed, resumable bit for bit."""
 
 import copy
+import importlib.util
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,112 +20,15 @@ from provenn import progress
 from provenn.errors import UserError
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks.base import Task, TaskData
-from provenn.tasks.checkpoints import checkpoint_writer, newest, read
+from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_writer, clear_best, newest, read
+from provenn.training.recipes import Recipe
+from provenn.training.systems import JointOptimizer, before_saving, make_optimizer, training_loss
 
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning")  # its loggers
 STRATEGIES = ("auto", "ddp", "fsdp")
-LARGEST_LR = 1e30  # far above any that trains; beyond it the optimizers' own numbers overflow
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained. The defaults are nobody's paper: a preset's own recipe stands in its `paper.toml`.
-
-    Args:
-        epochs: passes over the training data.
-        batch_size: examples a step and a device.
-        optimizer: sgd, adam, adamw or radam.
-        lr: learning rate; its peak where the schedule has one.
-        weight_decay, momentum, betas: the optimizer's.
-        schedule: constant, cosine (to 0), onecycle, step (by `gamma` every `step_epochs` epochs), multistep (by `gamma`
-            at each of `milestones`) or exponential (by `gamma` each epoch).
-        milestones: of multistep, as shares of all steps, such as (0.5, 0.8).
-        warmup_steps: linear, before the schedule.
-        clip: largest norm of the gradient; None leaves it.
-        patience: stop after so many epochs without a better validation metric, and return to the best.
-        max_steps: a bound on the steps, whatever the epochs.
-        precision: Lightning's, such as "32-true" or "bf16-mixed".
-    """
-
-    epochs: int = 10
-    batch_size: int = 32
-    optimizer: Literal["sgd", "adam", "adamw", "radam"] = "adamw"
-    lr: float | int = 1e-3
-    weight_decay: float | int = 0.0
-    momentum: float | int = 0.9
-    betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["constant", "cosine", "onecycle", "step", "multistep", "exponential"] = "constant"
-    step_epochs: int = 30
-    milestones: tuple[float, ...] = ()
-    gamma: float | int = 0.1
-    warmup_steps: int = 0
-    clip: float | int | None = None
-    patience: int | None = None
-    max_steps: int | None = None
-    precision: str = "32-true"
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience", "max_steps", "step_epochs"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("weight_decay", "momentum", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip must be a positive number, got {self.clip}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise UserError(f"lr must be a positive number, got {self.lr}")
-        if self.lr > LARGEST_LR:
-            raise UserError(f"lr must be at most {LARGEST_LR:g}, got {self.lr:g}")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if (self.schedule == "multistep") != bool(self.milestones):
-            raise UserError(f"milestones belong to multistep, got {self.milestones} with {self.schedule}")
-        if not all(low < high for low, high in pairwise((0, *self.milestones, 1))):
-            raise UserError(f"milestones must grow and lie between 0 and 1, got {self.milestones}")
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        weights = [p for p in model.parameters() if p.requires_grad]
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(weights, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        return OPTIMIZERS[self.optimizer](weights, self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay)
-
-    def make_schedule(
-        self, optimizer: torch.optim.Optimizer, steps: int, steps_per_epoch: int
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The factor on the learning rate at each step."""
-
-        def factor(step: int) -> float:
-            if step < self.warmup_steps:
-                return (step + 1) / self.warmup_steps
-            done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
-            epoch = step // max(1, steps_per_epoch)
-            return SCHEDULES[self.schedule](self, min(done, 1.0), epoch)
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _onecycle(done: float, rise: float = 0.3, start: float = 1 / 25, end: float = 1e-4 / 25) -> float:
-    low, high, part = (start, 1.0, done / rise) if done < rise else (end, 1.0, (1 - done) / (1 - rise))
-    return low + (high - low) * (1 - math.cos(math.pi * part)) / 2
-
-
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "radam": torch.optim.RAdam,
-}
-SCHEDULES: dict[str, Callable[[Recipe, float, int], float]] = {
-    "constant": lambda recipe, done, epoch: 1.0,
-    "cosine": lambda recipe, done, epoch: (1 + math.cos(math.pi * done)) / 2,
-    "onecycle": lambda recipe, done, epoch: _onecycle(done),
-    "step": lambda recipe, done, epoch: recipe.gamma ** (epoch // recipe.step_epochs),
-    "multistep": lambda recipe, done, epoch: recipe.gamma ** sum(done >= share for share in recipe.milestones),
-    "exponential": lambda recipe, done, epoch: recipe.gamma**epoch,
-}
+LOGGERS = ("csv", "tensorboard")
+LOG = "log"  # the folder of what they write
+OFTEN = 0.5  # seconds between two figures on the live line: reading a loss waits for the device
 
 
 @dataclass(frozen=True)
@@ -160,19 +63,26 @@ class EpochSampler(Sampler[int]):
 
     Of several processes each takes every so manieth example: together their batches are one process's larger batch.
     Where the count does not divide, the first examples of the order come twice.
+
+    Args:
+        count, seed: how many examples, and what fixes their order.
+        rank, processes: which of how many processes this is.
+        epoch, start: where a resumed run goes on: so many of the process's examples of this epoch were taken.
     """
 
-    def __init__(self, count: int, seed: int, rank: int = 0, processes: int = 1):
-        self.count, self.seed, self.rank, self.processes, self.epoch = count, seed, rank, processes, 0
+    def __init__(self, count: int, seed: int, rank: int = 0, processes: int = 1, *, epoch: int = 0, start: int = 0):
+        self.count, self.seed, self.rank, self.processes = count, seed, rank, processes
+        self.epoch, self.start = epoch, start
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.count, generator=generator)
         places = torch.arange(self.rank, self.processes * len(self), self.processes) % self.count
-        return iter(order[places].tolist())
+        return iter(order[places].tolist()[self.start :])
 
     def __len__(self) -> int:
         return math.ceil(self.count / self.processes)
@@ -188,11 +98,18 @@ def fit(
     device: str = "cpu",
     devices: int = 1,
     strategy: str = "auto",
+    workers: int = 0,
     out: Path | None = None,
     resume: bool = False,
+    save_every: int | None = None,
+    keep_best: int = 0,
+    save: Callable[[nn.Module, Path], None] | None = None,
+    logger: str | None = None,
     title: str = "training",
 ) -> Fit:
     """Build a model from the seed and train it.
+
+    The model may bring a loss, optimizers and a last step of its own: see `provenn.training.systems`.
 
     Args:
         build: makes the model; called after the seed is set, so that a seed fixes the weights.
@@ -201,13 +118,28 @@ def fit(
         device: cpu, cuda or mps.
         devices, strategy: how many processes train together, and how: "ddp" or "fsdp". Lightning starts them by
             running the program again (or torchrun has); only the first returns, the others leave the program.
+        workers: processes that read the data; 0 reads in this one. Augmentation draws otherwise with them than without.
         out: a folder for checkpoints after every epoch; None keeps none.
         resume: go on from the checkpoint in `out` where there is one.
+        save_every: a checkpoint after every so many steps too.
+        keep_best, save: the models of so many best epochs by the validation metric are written, by `save(model, file)`,
+            as `best-EPOCH.safetensors` in `out`.
+        logger: "csv" or "tensorboard": loss and rate of each step, metrics of each epoch, under `out`/log.
         title: of the progress bar.
 
     Raises:
-        UserError: a loss that is not finite, with the step at which it happened; or patience without its metric.
+        UserError: a loss that is not finite, with the step at which it happened; patience or keep_best without their
+            metric; or what does not go together.
     """
+    for name, value, least in (("workers", workers, 0), ("keep_best", keep_best, 0), ("save_every", save_every, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be a whole number of at least {least}, got {value}")
+    if out is None and (save_every or keep_best or logger):
+        raise UserError("save_every, keep_best and logger write to a folder: give out")
+    if keep_best and save is None:
+        raise UserError("keep_best needs `save`, which writes a model to a file")
+    if strategy == "fsdp" and (keep_best or recipe.ema is not None):
+        raise UserError("keep_best and ema need whole weights in each process: take strategy ddp")
     if strategy not in STRATEGIES:
         raise UserError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if strategy == "fsdp" and not device.startswith("cuda"):
@@ -220,8 +152,11 @@ def fit(
     joined_here = not torch.distributed.is_initialized()
     torch.manual_seed(seed)
     model = build()
-    history = _history_class()(task, data, title, recipe)
+    best = _Best(out, keep_best, save) if out is not None and save is not None and keep_best else None
+    history = _history_class()(task, data, title, recipe, out, save_every, best)
     going_on = newest(out) if resume and out is not None else None
+    if out is not None and going_on is None:
+        clear_best(out)
     callbacks: list[Any] = [history]
     if out is not None:
         callbacks.append(
@@ -239,17 +174,18 @@ def fit(
             max_epochs=recipe.epochs,
             max_steps=recipe.max_steps or -1,
             gradient_clip_val=recipe.clip,
+            accumulate_grad_batches=recipe.accumulate,
             precision=recipe.precision,  # type: ignore[arg-type]
             callbacks=callbacks,
             plugins=[] if out is None else [checkpoint_writer()],
-            logger=False,
+            logger=False if logger is None or out is None else _logger(logger, out),
             enable_checkpointing=out is not None,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=out,
         )
-        module = _module_class()(model, task, data, recipe, seed)
+        module = _module_class()(model, task, data, recipe, seed, history, workers)
         start = time.perf_counter()
         if going_on is not None:
             _check_fits(going_on, module)
@@ -263,8 +199,11 @@ def fit(
     if not trainer.is_global_zero:
         raise SystemExit(0)
     model = module.model.to(device)
+    if recipe.ema is not None:
+        model.load_state_dict(module.learned().state_dict())
     history.restore_best(model)
     model = _single(model).eval()
+    before_saving(model)
     with torch.no_grad():
         metrics = task.evaluate(model, data.test)
     return Fit(model, metrics, history.curve, round(seconds, 3), trainer.global_step)
@@ -292,17 +231,6 @@ def _check_fits(checkpoint: Path, module: nn.Module) -> None:
 def _parts(module: nn.Module) -> list[str]:
     """The kinds of a module's parts: two systems may have weights of the same names and shapes."""
     return [type(part).__name__ for part in module.modules()]
-
-
-def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
-    """A recipe from a preset's facts and the user's changes; a field that does not exist is refused."""
-    merged = {**facts, **{key: value for key, value in changes.items() if value is not None}}
-    merged |= {name: tuple(merged[name]) for name in ("betas", "milestones") if name in merged}  # TOML has lists
-    known = asdict(Recipe())
-    for name in merged:
-        if name not in known:
-            raise UserError(f"a recipe has no field {name!r}; it has: {', '.join(known)}")
-    return Recipe(**merged)
 
 
 def _lightning() -> Any:
@@ -335,36 +263,84 @@ def _plain_interrupt(trainer: Any) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def _logger(name: str, out: Path) -> Any:
+    """Lightning's logger of that name; each start of a run gets a folder `version_N` under `out`/log."""
+    if name not in LOGGERS:
+        raise UserError(f"logger must be one of {', '.join(LOGGERS)}, got {name!r}")
+    if name == "tensorboard" and not any(importlib.util.find_spec(each) for each in ("tensorboard", "tensorboardX")):
+        raise UserError("the tensorboard logger needs a package: pip install 'provenn[tensorboard]'; or take csv")
+    loggers = _lightning().pytorch.loggers
+    return (loggers.CSVLogger if name == "csv" else loggers.TensorBoardLogger)(out, name=LOG)
+
+
+@dataclass
+class _Best:
+    """Keeps the models of the best epochs as files, each written beside and renamed."""
+
+    folder: Path
+    count: int
+    save: Callable[[nn.Module, Path], None]
+    kept: list[tuple[float, int]] = field(default_factory=list)
+
+    def offer(self, model: nn.Module, score: float, epoch: int) -> None:
+        """Keep the model of an epoch if it is among the best; a higher score is better, and of equals the earlier."""
+        ranked = sorted([*self.kept, (score, epoch)], key=lambda entry: (-entry[0], entry[1]))
+        self.kept, gone = ranked[: self.count], ranked[self.count :]
+        if (score, epoch) in self.kept:
+            ready = copy.deepcopy(model).eval()
+            before_saving(ready)
+            self.save(ready, best_file(self.folder, epoch))
+        for _, other in gone:
+            best_file(self.folder, other).unlink(missing_ok=True)
+
+
 def _module_class() -> type:
     lightning = _lightning()
 
     class Module(lightning.LightningModule):
         """Ties a model to its task's loss; the model itself knows nothing of this."""
 
-        def __init__(self, model: nn.Module, task: Task, data: TaskData, recipe: Recipe, seed: int):
+        def __init__(
+            self, model: nn.Module, task: Task, data: TaskData, recipe: Recipe, seed: int, history: Any, workers: int
+        ):
             super().__init__()
             self.model, self.task, self.data, self.recipe, self.seed = model, task, data, recipe, seed
+            self.history, self.workers = history, workers
+            if recipe.ema is not None:
+                keep = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
+                self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=keep).requires_grad_(False)
+
+        def learned(self) -> nn.Module:
+            """What is validated, tested and saved: the average of the weights where the recipe keeps one."""
+            return self.model if self.recipe.ema is None else self.average.module
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             checkpoint["parts"] = _parts(self)
 
         def train_dataloader(self) -> DataLoader:
             count = len(self.data.train)  # type: ignore[arg-type]
+            # Of a run that goes on after an epoch, `current_epoch` still is the one that has ended.
+            processes, epoch = self.trainer.world_size, self.trainer.fit_loop.epoch_progress.current.processed
+            start = self.history.batches_done * self.recipe.batch_size
+            # With a generator of its own, or the loader would draw from the one that dropout draws from.
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch * 101 + self.global_rank)
             return DataLoader(
                 self.data.train,
                 batch_size=self.recipe.batch_size,
-                sampler=EpochSampler(count, self.seed, self.global_rank, self.trainer.world_size),
+                sampler=EpochSampler(count, self.seed, self.global_rank, processes, epoch=epoch, start=start),
                 collate_fn=self.data.collate,
-                generator=torch.Generator(),  # or the loader would draw from the generator that dropout draws from
+                generator=generator,
+                num_workers=self.workers,
             )
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             with collect_auxiliary() as added:
-                loss = self.task.loss(self.model, batch)
+                loss = training_loss(self.model, self.task, batch)
             if added:
                 loss = loss + torch.stack(added).mean()
             if not torch.isfinite(loss):
                 raise Diverged(f"the loss became {loss.item()} at step {self.global_step}; {_help(self)}")
+            self.history.loss = loss.detach()
             return loss
 
         def on_train_epoch_start(self) -> None:
@@ -372,8 +348,10 @@ def _module_class() -> type:
             torch.manual_seed(self.seed * 1_000_003 + self.current_epoch * 101 + self.global_rank)
 
         def configure_optimizers(self) -> Any:
-            optimizer = self.recipe.make_optimizer(self.model)
-            steps_per_epoch = len(self.train_dataloader())
+            optimizer = make_optimizer(self.model, self.recipe)
+            if isinstance(optimizer, JointOptimizer) and "FSDP" in type(self.trainer.strategy).__name__:
+                raise UserError("strategy fsdp takes one optimizer, and this system brings several: take ddp")
+            steps_per_epoch = math.ceil(len(self.train_dataloader()) / self.recipe.accumulate)
             steps = min(self.recipe.epochs * steps_per_epoch, self.recipe.max_steps or sys.maxsize)
             schedule = self.recipe.make_schedule(optimizer, steps, steps_per_epoch)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -393,8 +371,21 @@ def _history_class() -> type:
     class History(lightning.pytorch.callbacks.Callback):
         """Keeps the learning curve, shows the bar, and stops early where the recipe says so."""
 
-        def __init__(self, task: Task, data: TaskData, title: str, recipe: Recipe):
+        def __init__(
+            self,
+            task: Task,
+            data: TaskData,
+            title: str,
+            recipe: Recipe,
+            out: Path | None,
+            save_every: int | None,
+            keeper: _Best | None,
+        ):
             self.task, self.data, self.title, self.recipe = task, data, title, recipe
+            self.out, self.save_every, self.keeper = out, save_every, keeper
+            self.loss = torch.zeros(())  # of the last batch
+            self.batches_done = 0  # of an epoch that a checkpoint breaks off
+            self.random: dict[str, Tensor] = {}
             self.curve: list[dict[str, float | int]] = []
             self.best: float | None = None
             self.best_state: dict[str, Tensor] | None = None
@@ -402,11 +393,16 @@ def _history_class() -> type:
             self.losses: list[Tensor] = []
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            total = min(trainer.max_epochs * trainer.num_training_batches, self.recipe.max_steps or sys.maxsize)
+            per_epoch = math.ceil(trainer.num_training_batches / self.recipe.accumulate)
+            total = min(trainer.max_epochs * per_epoch, self.recipe.max_steps or sys.maxsize)
             # Of several processes one shows the bar.
             self.context = progress.bar(self.title, total) if trainer.is_global_zero else nullcontext(lambda *_: None)
             self.advance = self.context.__enter__()
             self.advance(trainer.global_step)
+            self.steps = self.first_step = trainer.global_step
+            self.started = self.told = time.monotonic()
+            if self.batches_done:
+                self._set_random(trainer, module)
             if self.recipe.patience is not None and self.waited >= self.recipe.patience:
                 trainer.should_stop = True  # the run that is resumed had stopped
 
@@ -418,31 +414,73 @@ def _history_class() -> type:
             self.losses = []
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            self.losses.append(outputs["loss"].detach())
-            self.advance()
+            self.losses.append(self.loss)
+            if trainer.global_step == self.steps:  # the batches of this step are not complete
+                return
+            self.steps = trainer.global_step
+            if self.recipe.ema is not None:
+                module.average.update_parameters(module.model)
+            for each in trainer.loggers:
+                rate = trainer.optimizers[0].param_groups[0]["lr"]
+                each.log_metrics({"train_loss": self.loss.item(), "lr": rate}, step=self.steps)
+            self.advance(1, self._line())
+            # The last batch of an epoch is followed by the epoch's own checkpoint.
+            if self.save_every and self.steps % self.save_every == 0 and index + 1 < trainer.num_training_batches:
+                self.batches_done = index + 1
+                self.random = {"cpu": torch.get_rng_state()}
+                if module.device.type == "cuda":
+                    self.random["cuda"] = torch.cuda.get_rng_state(module.device)
+                trainer.save_checkpoint(Path(str(self.out)) / CHECKPOINT)
+
+        def _line(self) -> str | None:
+            """Loss and rate, now and then."""
+            now = time.monotonic()
+            if now - self.told < OFTEN:
+                return None
+            self.told = now
+            speed = (self.steps - self.first_step) / (now - self.started)
+            return f"{self.title}: loss {self.loss.item():.4g}, {speed:.3g} steps/s"
+
+        def _set_random(self, trainer: Any, module: Any) -> None:
+            """Dropout and augmentation draw on where the checkpoint was written, by the first of the processes."""
+            if not trainer.is_global_zero:
+                module.on_train_epoch_start()
+                return
+            torch.set_rng_state(self.random["cpu"].cpu())
+            if "cuda" in self.random and module.device.type == "cuda":
+                torch.cuda.set_rng_state(self.random["cuda"].cpu(), module.device)
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             # A loss tells of the weights before its step: those after the last one are seen by no loss.
             if not all(bool(torch.isfinite(weight).all()) for weight in module.model.parameters()):
                 raise UserError(f"the weights are no longer finite after step {trainer.global_step}; {_help(module)}")
-            module.model.eval()
+            self.batches_done, self.random = 0, {}
+            model = module.learned()
+            model.eval()
             with torch.no_grad():
-                metrics = self.task.evaluate(_single(module.model), self.data.val) if len(self.data.val) else {}  # type: ignore
-            module.model.train()
+                metrics = self.task.evaluate(_single(model), self.data.val) if len(self.data.val) else {}  # type: ignore
+            model.train()
             loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean").item()
             self.curve.append({"epoch": float(trainer.current_epoch + 1), "train_loss": loss, **metrics})
+            for each in trainer.loggers:
+                each.log_metrics({"epoch": trainer.current_epoch + 1, **metrics}, step=trainer.global_step)
+            watching = "patience" if self.recipe.patience is not None else "keep_best" if self.keeper else None
+            if watching and self.task.metric not in metrics:
+                raise UserError(
+                    f"{watching} watches {self.task.metric!r}, and {self.data.name} has no validation for it"
+                )
+            if self.keeper is not None and trainer.is_global_zero:
+                value = metrics[self.task.metric]
+                score = value if self.task.higher_is_better else -value
+                self.keeper.offer(_single(model), score, trainer.current_epoch + 1)
             if self.recipe.patience is not None:
-                if self.task.metric not in metrics:
-                    raise UserError(
-                        f"patience watches {self.task.metric!r}, and {self.data.name} has no validation for it"
-                    )
-                self._stop_early(trainer, module, metrics[self.task.metric], self.recipe.patience)
+                self._stop_early(trainer, model, metrics[self.task.metric], self.recipe.patience)
 
-        def _stop_early(self, trainer: Any, module: Any, value: float, patience: int) -> None:
+        def _stop_early(self, trainer: Any, model: nn.Module, value: float, patience: int) -> None:
             sign = 1 if self.task.higher_is_better else -1
             if self.best is None or sign * value > sign * self.best:
                 self.best, self.waited = value, 0
-                self.best_state = {k: v.detach().clone() for k, v in module.model.state_dict().items()}
+                self.best_state = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 return
             self.waited += 1
             trainer.should_stop = self.waited >= patience
@@ -452,10 +490,20 @@ def _history_class() -> type:
                 model.load_state_dict(self.best_state)
 
         def state_dict(self) -> dict[str, Any]:
-            return {"curve": self.curve, "best": self.best, "best_state": self.best_state, "waited": self.waited}
+            state: dict[str, Any] = {"curve": self.curve, "best": self.best, "waited": self.waited}
+            state["best_state"] = self.best_state
+            if self.keeper is not None:
+                state["kept"] = list(self.keeper.kept)
+            if self.batches_done:
+                state |= {"batches_done": self.batches_done, "random": self.random, "losses": list(self.losses)}
+            return state
 
         def load_state_dict(self, state: dict[str, Any]) -> None:
             self.curve, self.best, self.waited = state["curve"], state["best"], state["waited"]
             self.best_state = state["best_state"]
+            if self.keeper is not None:
+                self.keeper.kept = [(score, epoch) for score, epoch in state.get("kept", [])]
+            self.batches_done, self.random = state.get("batches_done", 0), state.get("random", {})
+            self.losses = list(state.get("losses", []))
 
     return History

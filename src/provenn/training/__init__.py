@@ -1,0 +1,6 @@
+"""Recipes and the training itself, on Lightning."""
+
+from provenn.training.loop import Diverged, Fit, fit
+from provenn.training.recipes import Recipe
+
+__all__ = ["Diverged", "Fit", "Recipe", "fit"]
