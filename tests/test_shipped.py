@@ -94,7 +94,7 @@ def test_the_other_verbs_take_them_too(tmp_path, capsys):
 
 
 def test_a_run_says_how_it_was_trained_and_the_command_trains_the_same_weights(tmp_path):
-    given = {"recipe": {"max_steps": 2, "batch_size": 8, "lr": 0.01}, "seed": 3, "out": tmp_path / "first"}
+    given = {"recipe": {"max_steps": 2, "batch_size": 8, "lr": 0.01, "ema": 0.9}, "seed": 3, "out": tmp_path / "first"}
     folder, metrics = train("aaren", "airline", preset="aaren_forecaster", changes={"horizon": 3, "dim": 8}, **given)
     state, label = weights.read(folder)
     assert label is not None and label.metrics == metrics and label.trained_on["recipe"]["max_steps"] == 2

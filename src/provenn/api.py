@@ -298,11 +298,10 @@ def _command(slug: str, data: str | Path, options: dict[str, Any], changes: dict
         return value if isinstance(value, str) else json.dumps(value)
 
     words = ["provenn", "train", slug, "--data", str(data)]
-    for name, value in options.items():
-        if name in OPTIONS:
-            words += [] if value is None else [f"--{OPTIONS[name]}", str(value)]
-        else:
-            words += ["--recipe", f"{name}={told(value)}"]
+    for name, option in OPTIONS.items():
+        words += [] if options.get(name) is None else [f"--{option}", str(options[name])]
+    for name in sorted(options.keys() - OPTIONS.keys()):
+        words += ["--recipe", f"{name}={told(options[name])}"]
     for name, value in sorted(changes.items()):
         words += ["--set", f"{name}={told(value)}"]
     return shlex.join(words)
