@@ -114,7 +114,7 @@ def test_equals_the_sequential_rule_however_it_is_cut(
     assert position == expected == n % chunk
     # A layer norm divides by how much its input spreads, and enlarges rounding by as much.
     for x, y in zip(ours, defined, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=(1e-9 if residual else 1e-12) * max(1, y.abs().max().item()))
+        torch.testing.assert_close(x, y, rtol=0, atol=(1e-7 if residual else 1e-10) * max(1, y.abs().max().item()))
 
 
 def test_long_texts_are_read_in_stretches_where_nobody_asks_for_gradients(monkeypatch):

@@ -107,7 +107,7 @@ def test_a_prompt_may_be_a_file(tmp_path):
         ({"length": 1}, "length must be at least 2 tokens, got 1"),
         ({"length": 100_000, "eval_tokens": 200_000}, "too little text"),
         ({"eval_tokens": 3}, "at least one window"),
-        ({"tokenizer": "words"}, "bytes, bpe or a tokenizer.json, got 'words'"),
+        ({"tokenizer": "letters"}, "bytes, bpe, words or a tokenizer.json, got 'letters'"),
         ({"tokenizer": "bpe", "vocab_size": 9}, "at least 257"),
         ({"tokenizer": "bpe", "vocab_size": 0}, "at least 257"),
         ({"vocab_size": 3}, "vocab_size is of tokenizer=bpe, which learns its tokens; of bytes leave it out"),
