@@ -367,7 +367,7 @@ BAD = [
     ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
     ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net,"),
     (
-        "inspect nprf good.png",
+        "inspect nprf good.png --preset nprf_lm_tiny",
         "that could be inspected; of nprf take --preset nprf_vit_tiny",
     ),
     ("inspect tiny_gate nowhere.png", "no file at nowhere.png"),
