@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from provenn.errors import UserError
 from provenn.evidence.interval import Interval, resampled
 from provenn.evidence.measurement import Table
 from provenn.evidence.record import write_atomically
+from provenn.files import whole
 from provenn.tasks.base import LABEL, TOLD, HeldOut, Scores, Task
 
 if TYPE_CHECKING:
@@ -147,13 +146,8 @@ class Evaluation:
         if table is None or picture is None:
             return [folder / METRICS]
         write_atomically(folder / CLASSES, _as_csv(table))
-        unfinished = folder / f".{CONFUSION}.part"
-        try:
-            picture.savefig(unfinished, dpi=110, format="png")
-            os.replace(unfinished, folder / CONFUSION)
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
+        with whole(folder / CONFUSION) as place:
+            picture.savefig(place, dpi=110)
         return [folder / METRICS, folder / CLASSES, folder / CONFUSION]
 
 

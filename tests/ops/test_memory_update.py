@@ -112,9 +112,10 @@ def test_equals_the_sequential_rule_however_it_is_cut(
     ours, position = everything(chunked_memory, qkv, gates, start, cuts, **options)
     defined, expected = everything(recurrent_memory, qkv, gates, start, **options)
     assert position == expected == n % chunk
-    # A layer norm divides by how much its input spreads, and enlarges rounding by as much.
+    # A layer norm divides by how much its input spreads, and enlarges rounding by as much, each layer's once more.
+    bound = (1e-7 if depth > 2 else 1e-9) if residual else 1e-12
     for x, y in zip(ours, defined, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=(1e-7 if residual else 1e-10) * max(1, y.abs().max().item()))
+        torch.testing.assert_close(x, y, rtol=0, atol=bound * max(1, y.abs().max().item()))
 
 
 def test_long_texts_are_read_in_stretches_where_nobody_asks_for_gradients(monkeypatch):
