@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from provenn.nn.feature_maps import (
     TaylorMap,
 )
 from provenn.nn.positions import rotate
-from provenn.ops.linear_attention import LinearState, linear_attention, linear_attention_weights
+from provenn.ops.linear_attention import LinearState, attention_outputs, linear_attention, linear_attention_weights
 
 FLOOR = 1e-12
 FORMS = ("softmax", "joint", "exp", "plain")
@@ -71,17 +72,21 @@ class HedgehogFeatureMap(FeatureMap):
         self.linear = PerHeadLinear(num_heads, head_dim, feature_dim, bias=bias)
 
     def phi(self, x: Tensor, start: int) -> Tensor:
-        y = self.linear(x)
-        both = torch.stack([y, -y], dim=-2)
+        both = self.linear.both_signs(x)
         if self.form == "plain":
             return both.exp().flatten(-2)
         if self.form == "joint":
-            return (2 * both.flatten(-2)).softmax(dim=-1).clamp_min(FLOOR)
+            return _floored((2 * both.flatten(-2)).softmax(dim=-1))
         if self.form == "exp":
             # Not detached: on a key the maximum is a factor of its weight, which does not cancel.
             both = both - both.amax(dim=-1, keepdim=True)
-            return both.exp().clamp_min(FLOOR).flatten(-2)
-        return both.softmax(dim=-1).clamp_min(FLOOR).flatten(-2)
+            return _floored(both.exp()).flatten(-2)
+        return _floored(both.softmax(dim=-1)).flatten(-2)
+
+
+def _floored(features: Tensor) -> Tensor:
+    """At least 1e-12. Not by `clamp_min`, whose gradient takes eight times as long."""
+    return F.threshold(features, FLOOR, FLOOR) if torch.is_grad_enabled() else features.clamp_min_(FLOOR)
 
 
 MAPS: dict[str, MapMaker] = {
@@ -199,27 +204,15 @@ class LinearAttention(nn.Module):
         hidden = None if mask is None else mask.unsqueeze(1)
         return linear_attention_weights(self.map_query(q), self.map_key(k), causal=self.causal, mask=hidden)
 
-    def _attend(
-        self, x: Tensor, state: AttentionState | None, mask: Tensor | None = None
-    ) -> tuple[Tensor, AttentionState]:
-        start = 0 if state is None else state.length
-        q, k, v = self.project(x, start)
-        y, after = linear_attention(
-            self.map_query(q, start),
-            self.map_key(k, start),
-            v,
-            causal=self.causal,
-            mask=None if mask is None else mask.unsqueeze(1),
-            state=None if state is None else LinearState(state.s, state.z),
-        )
-        return self.out(y.transpose(1, 2).flatten(2)), AttentionState(after.s, after.z, start + x.shape[1])
-
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
         check_tokens(x, self.dim, mask)
-        return self._attend(x, None, mask)[0]
+        q, k, v = self.project(x)
+        hidden = None if mask is None else mask.unsqueeze(1)
+        y = attention_outputs(self.map_query(q, 0), self.map_key(k, 0), v, causal=self.causal, mask=hidden)
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def init_state(self, batch: int) -> AttentionState:
         """The state of `batch` streams before their first token, in float32 at least."""
@@ -240,7 +233,11 @@ class LinearAttention(nn.Module):
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
         if not self.causal:
             raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
-        return self._attend(x, state)
+        start = 0 if state is None else state.length
+        q, k, v = self.project(x, start)
+        before = None if state is None else LinearState(state.s, state.z)
+        y, after = linear_attention(self.map_query(q, start), self.map_key(k, start), v, state=before)
+        return self.out(y.transpose(1, 2).flatten(2)), AttentionState(after.s, after.z, start + x.shape[1])
 
     def step(
         self, x_t: Float[Tensor, "batch dim"], state: AttentionState
