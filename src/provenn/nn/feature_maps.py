@@ -67,7 +67,9 @@ class PerHeadLinear(nn.Module):
         y = x @ self.weight.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
-    def both_signs(self, x: Float[Tensor, "batch heads tokens head_dim"]) -> Float[Tensor, "batch heads tokens 2 width"]:
+    def both_signs(
+        self, x: Float[Tensor, "batch heads tokens head_dim"]
+    ) -> Float[Tensor, "batch heads tokens 2 width"]:
         """y and −y by one product, which is quicker than to copy y."""
         weight = self.weight.to(x.dtype)
         y = x @ torch.cat([weight, -weight], dim=-1)
