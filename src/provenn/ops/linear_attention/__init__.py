@@ -14,6 +14,7 @@ from .fast import CHUNK, bidirectional_attention, causal_attention, chunked_prod
 from .reference import LinearState, linear_attention_weights, quadratic_attention, recurrent_attention
 
 __all__ = [
+    "FORMS",
     "LinearState",
     "attention_outputs",
     "bidirectional_attention",
@@ -26,6 +27,8 @@ __all__ = [
     "resolved",
     "short_attention",
 ]
+
+FORMS = ("auto", "linear", "quadratic")
 
 
 def linear_attention(
@@ -131,8 +134,8 @@ def resolved(
     >>> [resolved("auto", n, features=128, dim=64, causal=True) for n in (128, 1024)]
     ['quadratic', 'linear']
     """
-    if form not in ("auto", "linear", "quadratic"):
-        raise ValueError(f"form must be auto, linear or quadratic, got {form!r}")
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if form != "auto":
         return form
     queries = tokens if queries is None else queries

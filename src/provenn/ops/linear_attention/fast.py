@@ -1,9 +1,10 @@
-"""Linear attention in PyTorch, for any device: chunked for the causal form, one product each way for the other.
+"""Linear attention in PyTorch, for any device: through weights where tokens are few, else in linear time.
 
-Short sequences take less time through their tokens × tokens weights, `short_attention`. Else all rests on one bilinear operation, y_i = Σ_{j≤i} (q_i·k_j) v_j. Inside a chunk it is two small matrix products with a
-triangle between them; what came before a chunk enters as the matrix Σ k vᵀ of the chunks before, a running sum over
-chunks. Its three gradients are the same operation with the roles exchanged, two of them from the other end, so the
-backward pass needs nothing but the inputs and is differentiable again.
+In linear time the bidirectional form is one product each way. The causal one is chunked and rests on one bilinear
+operation, y_i = Σ_{j≤i} (q_i·k_j) v_j. Inside a chunk it is two small matrix products with a triangle between them;
+what came before a chunk enters as the matrix Σ k vᵀ of the chunks before, a running sum over chunks. Its three
+gradients are the same operation with the roles exchanged, two of them from the other end, so the backward pass needs
+nothing but the inputs and is differentiable again.
 """
 
 import functools
@@ -61,7 +62,7 @@ def chunked_product(
 
 
 def sliced_product(q: Tensor, k: Tensor, v: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """`chunked_product` without a record for autograd, some rows at a time, so that what it makes stays in the cache."""
+    """`chunked_product` without a record for autograd, some rows at a time: what it makes stays in the cache."""
     rows, n, features = q.shape
     dim = v.shape[-1]
     count = max(1, math.ceil(n / CHUNK))
@@ -186,14 +187,14 @@ def short_attention(
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     weights = q @ k.mT
-    weights = weights.tril() if causal else weights
+    weights = weights.tril_() if causal else weights
     return normalised(weights @ v, weights.sum(dim=-1))
 
 
 class Quadratic(torch.autograd.Function):
     """`_weighted`, some rows at a time: their weights are made again on the way back, and stay in the cache.
 
-    With y = s/z, s_i = Σ_j w_ij v_j and z_i = Σ_j w_ij:  ∂L/∂s = g/z and ∂L/∂z = −g·y/z, so ∂L/∂w_ij = (g_i/z_i)·(v_j − y_i).
+    With y = s/z, s_i = Σ_j w_ij v_j and z_i = Σ_j w_ij:  ∂L/∂s = g/z, ∂L/∂z = −g·y/z, ∂L/∂w_ij = (g_i/z_i)·(v_j − y_i).
     """
 
     @staticmethod

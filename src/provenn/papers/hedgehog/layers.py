@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,16 @@ from provenn.nn.feature_maps import (
     TaylorMap,
 )
 from provenn.nn.positions import rotate
-from provenn.ops.linear_attention import LinearState, attention_outputs, linear_attention, linear_attention_weights
+from provenn.ops.linear_attention import (
+    FORMS,
+    LinearState,
+    attention_outputs,
+    linear_attention,
+    linear_attention_weights,
+)
 
 FLOOR = 1e-12
-FORMS = ("softmax", "joint", "exp", "plain")
+MAP_FORMS = ("softmax", "joint", "exp", "plain")
 MapMaker = Callable[[int, int], FeatureMap]
 
 
@@ -66,8 +72,8 @@ class HedgehogFeatureMap(FeatureMap):
         check_whole(num_heads=num_heads, head_dim=head_dim, feature_dim=feature_dim)
         feature_dim = head_dim if feature_dim is None else feature_dim
         super().__init__(num_heads, head_dim, 2 * feature_dim)
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        if form not in MAP_FORMS:
+            raise ValueError(f"form must be one of {', '.join(MAP_FORMS)}, got {form!r}")
         self.form = form
         self.linear = PerHeadLinear(num_heads, head_dim, feature_dim, bias=bias)
 
@@ -144,6 +150,8 @@ class LinearAttention(nn.Module):
             a map from (heads, head_dim), such as `partial(HedgehogFeatureMap, form="joint")`.
         causal: whether token i sees tokens 1..i only, or all.
         bias, rotary: of the projections, as in `SoftmaxAttention`.
+        execute: "linear"; "quadratic", through tokens × tokens weights; "auto", the shorter of them for the number of
+            tokens (see `provenn.ops.linear_attention.resolved`). Streams are linear.
 
     Shapes: (batch, tokens, dim) to the same. Parameters: those of softmax attention and of the two maps. Slot:
     token-mixer. A stream keeps H · (features · D/H + features) numbers, however many tokens came.
@@ -158,11 +166,15 @@ class LinearAttention(nn.Module):
         causal: bool = True,
         bias: bool = True,
         rotary: bool = False,
+        execute: str = "auto",
     ):
         super().__init__()
-        self._take(SoftmaxAttention(dim, heads, causal=causal, bias=bias, rotary=rotary), feature_map)
+        self._take(SoftmaxAttention(dim, heads, causal=causal, bias=bias, rotary=rotary), feature_map, execute)
 
-    def _take(self, attention: SoftmaxAttention, feature_map: str | MapMaker) -> None:
+    def _take(self, attention: SoftmaxAttention, feature_map: str | MapMaker, execute: str = "auto") -> None:
+        if execute not in FORMS:
+            raise ValueError(f"execute must be one of {', '.join(FORMS)}, got {execute!r}")
+        self.execute = execute
         self.dim, self.heads = attention.dim, attention.heads
         self.causal, self.rotary = attention.causal, attention.rotary
         self.query, self.key, self.value, self.out = attention.query, attention.key, attention.value, attention.out
@@ -211,7 +223,8 @@ class LinearAttention(nn.Module):
         check_tokens(x, self.dim, mask)
         q, k, v = self.project(x)
         hidden = None if mask is None else mask.unsqueeze(1)
-        y = attention_outputs(self.map_query(q, 0), self.map_key(k, 0), v, causal=self.causal, mask=hidden)
+        options: dict[str, Any] = {"causal": self.causal, "mask": hidden, "form": self.execute}
+        y = attention_outputs(self.map_query(q, 0), self.map_key(k, 0), v, **options)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def init_state(self, batch: int) -> AttentionState:
@@ -251,7 +264,7 @@ class HedgehogAttention(LinearAttention):
     """Linear attention with Hedgehog's learned maps, for a model trained from scratch (section 5.1).
 
     Args:
-        dim, heads, causal, bias, rotary: as in `LinearAttention`.
+        dim, heads, causal, bias, rotary, execute: as in `LinearAttention`.
         feature_dim, form: as in `HedgehogFeatureMap`.
         map_bias: whether the maps have a b.
 
@@ -276,6 +289,7 @@ class HedgehogAttention(LinearAttention):
         feature_dim: int | None = None,
         form: str = "softmax",
         map_bias: bool = False,
+        execute: str = "auto",
     ):
         maker = partial(HedgehogFeatureMap, feature_dim=feature_dim, form=form, bias=map_bias)
-        super().__init__(dim, heads, maker, causal=causal, bias=bias, rotary=rotary)
+        super().__init__(dim, heads, maker, causal=causal, bias=bias, rotary=rotary, execute=execute)
