@@ -187,7 +187,8 @@ def short_attention(
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     weights = q @ k.mT
-    weights = weights.tril_() if causal else weights
+    if causal:  # in place, except where vmap has no rule for it
+        weights = weights.tril() if is_transformed() else weights.tril_()
     return normalised(weights @ v, weights.sum(dim=-1))
 
 

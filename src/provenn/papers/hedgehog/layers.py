@@ -24,7 +24,9 @@ from provenn.nn.feature_maps import (
 )
 from provenn.nn.positions import rotate
 from provenn.ops.linear_attention import (
-    FORMS,
+    FORMS as EXECUTIONS,
+)
+from provenn.ops.linear_attention import (
     LinearState,
     attention_outputs,
     linear_attention,
@@ -32,7 +34,7 @@ from provenn.ops.linear_attention import (
 )
 
 FLOOR = 1e-12
-MAP_FORMS = ("softmax", "joint", "exp", "plain")
+FORMS = ("softmax", "joint", "exp", "plain")
 MapMaker = Callable[[int, int], FeatureMap]
 
 
@@ -72,8 +74,8 @@ class HedgehogFeatureMap(FeatureMap):
         check_whole(num_heads=num_heads, head_dim=head_dim, feature_dim=feature_dim)
         feature_dim = head_dim if feature_dim is None else feature_dim
         super().__init__(num_heads, head_dim, 2 * feature_dim)
-        if form not in MAP_FORMS:
-            raise ValueError(f"form must be one of {', '.join(MAP_FORMS)}, got {form!r}")
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         self.form = form
         self.linear = PerHeadLinear(num_heads, head_dim, feature_dim, bias=bias)
 
@@ -172,8 +174,8 @@ class LinearAttention(nn.Module):
         self._take(SoftmaxAttention(dim, heads, causal=causal, bias=bias, rotary=rotary), feature_map, execute)
 
     def _take(self, attention: SoftmaxAttention, feature_map: str | MapMaker, execute: str = "auto") -> None:
-        if execute not in FORMS:
-            raise ValueError(f"execute must be one of {', '.join(FORMS)}, got {execute!r}")
+        if execute not in EXECUTIONS:
+            raise ValueError(f"execute must be one of {', '.join(EXECUTIONS)}, got {execute!r}")
         self.execute = execute
         self.dim, self.heads = attention.dim, attention.heads
         self.causal, self.rotary = attention.causal, attention.rotary
