@@ -214,12 +214,11 @@ def train(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
-    hints = get_type_hints(training.Recipe)
     wanted = {name: value for name, value in (recipe or {}).items() if value is not None}
-    wanted = {name: _typed(name, value, hints[name]) if name in hints else value for name, value in wanted.items()}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
     facts = {name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in wanted}
     final = recipe_of(facts, **wanted)
+    training.check_recipe(final, kind)
     device = choose_device(device)
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
     source, given = datasets.resolve(data), data

@@ -44,7 +44,7 @@ def train(
             "--recipe",
             metavar="KEY=VALUE",
             help="Of the training, such as ema=0.999, schedule=cosine, final_lr=1e-5, warmup_steps=100, "
-            "weight_decay=0.05, decay_vectors=false; repeatable.",
+            "weight_decay=0.05, decay_vectors=false, mixup=0.8, rand_augment=9, layer_decay=0.65; repeatable.",
         ),
     ] = None,
     changes: Annotated[

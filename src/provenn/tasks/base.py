@@ -89,6 +89,8 @@ class Task(ABC):
     reads: str  # what a path may hold, in one phrase
     takes_words: bool = False  # whether `predict` takes words besides files
     meta_schema: type[BaseModel] | None = None  # what the meta of its data must be
+    augments: bool = False  # whether its batches are images and their classes, which a recipe may augment and mix
+    smooths: bool = False  # whether `loss` takes the share of label smoothing as a third argument
     needs_inputs: bool = True  # whether `predict` has nothing to do without any
 
     @abstractmethod

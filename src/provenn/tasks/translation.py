@@ -88,6 +88,7 @@ class Translation(Task):
     }
     reads = "a .tsv with a sentence and its translation a line, or a .jsonl with the keys source and target"
     takes_words = True
+    smooths = True
 
     def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
         """Pairs of sentences as bytes, split 90 : 5 : 5.
@@ -121,9 +122,9 @@ class Translation(Task):
         counts = F.pad(target[:, :-1] != END, (1, 0), value=True)
         return model(source, written, mask=source != END), counts
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any, smoothing: float = 0.0) -> Tensor:
         logits, counts = self._told(model, *batch)
-        return F.cross_entropy(logits[counts].float(), batch[1][counts])
+        return F.cross_entropy(logits[counts].float(), batch[1][counts], label_smoothing=smoothing)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of each sentence: whether every letter is right, as greedy writing has it; of letters how many."""

@@ -20,6 +20,7 @@ from provenn import progress
 from provenn.errors import UserError
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks.base import Task, TaskData
+from provenn.training.augmentation import augmented, check_recipe, mixed
 from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_writer, clear_best, newest, read
 from provenn.training.recipes import Recipe
 from provenn.training.systems import JointOptimizer, before_saving, make_optimizer, training_loss
@@ -148,10 +149,12 @@ def fit(
         raise UserError(f"devices must be at most {torch.cuda.device_count()} on this machine, got {devices}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+    check_recipe(recipe, task)
     lightning = _lightning()
     joined_here = not torch.distributed.is_initialized()
     torch.manual_seed(seed)
     model = build()
+    check_recipe(recipe, task, model)
     best = _Best(out, keep_best, save) if out is not None and save is not None and keep_best else None
     history = _history_class()(task, data, title, recipe, out, save_every, best)
     going_on = newest(out) if resume and out is not None else None
@@ -324,10 +327,11 @@ def _module_class() -> type:
             start = self.history.batches_done * self.recipe.batch_size
             # With a generator of its own, or the loader would draw from the one that dropout draws from.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch * 101 + self.global_rank)
+            sampler = EpochSampler(count, self.seed, self.global_rank, processes, epoch=epoch, start=start)
             return DataLoader(
-                self.data.train,
+                augmented(self.data, self.recipe, self.seed, sampler),
                 batch_size=self.recipe.batch_size,
-                sampler=EpochSampler(count, self.seed, self.global_rank, processes, epoch=epoch, start=start),
+                sampler=sampler,
                 collate_fn=self.data.collate,
                 generator=generator,
                 num_workers=self.workers,
@@ -335,7 +339,9 @@ def _module_class() -> type:
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             with collect_auxiliary() as added:
-                loss = training_loss(self.model, self.task, batch)
+                loss = training_loss(
+                    self.model, self.task, mixed(batch, self.recipe, self.data), self.recipe.label_smoothing
+                )
             if added:
                 loss = loss + torch.stack(added).mean()
             if not torch.isfinite(loss):
