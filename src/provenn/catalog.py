@@ -131,31 +131,47 @@ class Statement(Facts):
 class AtPaper(Facts):
     """How a claim is measured on the paper's own data, at the budget paper.
 
-    The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, with `changes`
-    to how the data are read and the system is built. With `against`, changes that make the paper's baseline, both are
-    trained and the effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`);
-    of several the metric's mean is taken. `split`: where the figure is of validation data. `gpu`: without one it would
-    take weeks.
+    The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, or by `recipe`
+    (one of the paper's by name, or a table with `base`), with `changes` to how the data are read and the system is
+    built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `changes` to how
+    (`provenn.huggingface.recover`). With `against`, changes that make the paper's baseline, both are trained and the
+    effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several the
+    metric's mean is taken. `tested_on` names another set for the test; `split`: where the figure is of validation data.
+    `departs`: what is not as in the paper, so that the published figure cannot be reproduced, only the direction be
+    seen. `gpu`: without one it would take weeks.
     """
 
     preset: str
     data: str | list[str]
     metric: str
-    weights: Literal["authors", "train"]
+    weights: Literal["authors", "train", "converted"]
+    host: str | None = None
+    recipe: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     against: dict[str, Any] | None = None
+    tested_on: str | None = None
     split: Literal["test", "val"] = "test"
+    departs: str = ""
     gpu: bool = False
 
     @model_validator(mode="after")
-    def trained_against(self) -> "AtPaper":
-        if self.against is not None and self.weights == "authors":
+    def fits_together(self) -> "AtPaper":
+        if self.against is not None and self.weights != "train":
             raise ValueError("a baseline is trained beside the system: weights must be 'train'")
+        if (self.host is not None) != (self.weights == "converted"):
+            raise ValueError("host names the pretrained model that is converted: weights must be 'converted'")
+        if (self.recipe or self.tested_on) and self.weights != "train":
+            raise ValueError("recipe and tested_on are of a training: weights must be 'train'")
         return self
 
     @property
     def sets(self) -> list[str]:
         return [self.data] if isinstance(self.data, str) else self.data
+
+    @property
+    def checkpoint(self) -> str | None:
+        """What lies with the weights of others, where it takes some: the preset's by the authors, or the host."""
+        return self.host if self.weights == "converted" else self.preset if self.weights == "authors" else None
 
 
 class Claim(Facts):
@@ -204,6 +220,22 @@ def installed(package: str) -> str | None:
         return None
 
 
+def _key(facts: Any, name: str) -> Any:
+    return facts.get(name) if isinstance(facts, dict) else None
+
+
+def _spelled_out(place: str, facts: Any, recipes: dict[str, dict[str, Any]]) -> Any:
+    """The same facts, their recipe with all that its base says."""
+    recipe = _key(facts, "recipe") or {}
+    changes = {"base": recipe} if isinstance(recipe, str) else recipe
+    if not isinstance(changes, dict) or "base" not in changes:
+        return facts
+    name = changes["base"]
+    if name not in recipes:
+        raise ValueError(f"{place}: no recipe {name!r}; there are: {_listed(recipes)}")
+    return {**facts, "recipe": {**recipes[name], **{key: value for key, value in changes.items() if key != "base"}}}
+
+
 class Card(Facts):
     """All the facts of one paper."""
 
@@ -227,22 +259,19 @@ class Card(Facts):
     @model_validator(mode="before")
     @classmethod
     def spell_out_recipes(cls, facts: Any) -> Any:
-        """A preset's recipe may name one of `recipes`, or be one with changes: `{ base = "imagenet", lr = 0.1 }`."""
+        """A preset's recipe may name one of `recipes`, or be one with changes: `{ base = "imagenet", lr = 0.1 }`.
+
+        So may that of an `at_paper`.
+        """
         recipes = facts.get("recipes", {})
-        presets = []
-        for preset in facts.get("presets", []):
-            recipe = preset.get("recipe", {}) if isinstance(preset, dict) else {}
-            changes = {"base": recipe} if isinstance(recipe, str) else recipe
-            if isinstance(changes, dict) and "base" in changes:
-                name = changes["base"]
-                if name not in recipes:
-                    raise ValueError(
-                        f"preset {preset.get('name')!r}: no recipe {name!r}; there are: {_listed(recipes)}"
-                    )
-                rest = {key: value for key, value in changes.items() if key != "base"}
-                preset = {**preset, "recipe": {**recipes[name], **rest}}
-            presets.append(preset)
-        return {**facts, "presets": presets}
+        presets = [_spelled_out(f"preset {_key(each, 'name')!r}", each, recipes) for each in facts.get("presets", [])]
+        claims = []
+        for claim in facts.get("claims", []):
+            how = claim.get("at_paper") if isinstance(claim, dict) else None
+            if isinstance(how, dict):
+                claim = {**claim, "at_paper": _spelled_out(f"claim {_key(claim, 'id')!r}", how, recipes)}
+            claims.append(claim)
+        return {**facts, "presets": presets, "claims": claims}
 
     @model_validator(mode="after")
     def statements_fit_claims(self) -> "Card":
@@ -253,8 +282,11 @@ class Card(Facts):
                 raise ValueError(f"the statement {statement.says!r} names no claim of this paper: {_listed(unknown)}")
         presets = {preset.name for preset in self.presets}
         for claim in self.claims:
-            if claim.at_paper is not None and claim.at_paper.preset not in presets:
-                raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {claim.at_paper.preset}")
+            how = claim.at_paper
+            if how is not None and how.preset not in presets:
+                raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {how.preset}")
+            if how is not None and how.departs and claim.expects is None:
+                raise ValueError(f"{claim.id}: at_paper departs from the paper: say with expects what shows the claim")
         headlines = sum(statement.headline for statement in self.statements)
         if self.statements and headlines != 1:
             raise ValueError(f"one statement is the headline, got {headlines}")

@@ -238,7 +238,7 @@ def test_parameters_are_left_without_decay_by_name():
     spared = {name for name, p in model.named_parameters() if groups[id(p)]["weight_decay"] == 0}
     assert spared == {"place"} | {f"blocks.{i}.norm1.{part}" for i in range(3) for part in ("weight", "bias")}
     assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
-    with pytest.raises(UserError, match="no_decay: no parameter is called 'plase'; there are place, embed.weight"):
+    with pytest.raises(UserError, match=r"no_decay: no parameter is called 'plase'; there are place, embed.weight"):
         replace(recipe, no_decay=("plase",)).make_optimizer(model)
 
 

@@ -66,7 +66,7 @@ def _checkpoint(name: str, places: datasets.Places) -> datasets.Found:
 def _entry(name: str, found: datasets.Found, known: datasets.DataSet | None = None) -> dict[str, Any]:
     return {
         "name": name,
-        "title": known.title if known else f"the authors' weights of {name.partition(':')[2]}",
+        "title": known.title if known else f"weights of {name.partition(':')[2]}, by its authors",
         "found": found.there,
         "place": str(found.place),
         "missing": list(found.missing),

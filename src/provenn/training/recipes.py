@@ -49,7 +49,8 @@ class Recipe:
         mixup, cutmix: α of the Beta distribution that mixes pairs of a batch's images and their classes, by weight or
             by a rectangle; 0 does not. Of both, one is drawn for each batch.
         crop: the least share of a file's area that a random crop takes, such as 0.08; None leaves it to the task.
-        rand_augment: the magnitude of RandAugment's two operations an image, above 0 and below 10, such as 9; by kornia.
+        rand_augment: the magnitude of RandAugment's two operations an image, above 0 and below 10, such as 9;
+            by kornia.
         auto_augment: the policy of AutoAugment: imagenet, cifar10 or svhn; by kornia.
         random_erasing: the probability with which a rectangle of an image is put to its mean; by kornia.
 
@@ -158,7 +159,7 @@ class Recipe:
             left_alone = any(fnmatchcase(name, pattern) for pattern in self.no_decay)
             decays = not left_alone and (self.decay_vectors or p.ndim >= 2)
             scale = self.layer_decay ** (count - depths[name]) if depths else 1.0
-            group = {"params": [], "lr": self.lr * scale, **({} if decays else {"weight_decay": 0.0})}
+            group: dict[str, Any] = {"params": [], "lr": self.lr * scale, **({} if decays else {"weight_decay": 0.0})}
             groups.setdefault((decays, scale), group)["params"].append(p)
         weights: Any = list(groups.values())
         if self.optimizer == "sgd":
