@@ -204,6 +204,37 @@ def iwslt14(place: Path) -> None:
                 (place / folder / f"{split}.{language}").write_text(lines)
 
 
+def labelled_texts(place: Path, kinds: dict[str, str]) -> None:
+    for split, count in (("train", 6), ("test", 2)):
+        for label, alphabet in kinds.items():
+            (place / split / label).mkdir(parents=True)
+            for i in range(count):
+                text = "".join(np.random.default_rng(i).choice(list(alphabet), 12 + i))
+                (place / split / label / f"{i}_7.txt").write_text(text)
+
+
+def lra(place: Path) -> None:
+    listops, image, pathfinder = (place / name for name in ("listops", "image", "pathfinder"))
+    listops.mkdir()
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        rows = "".join(f"( ( ( [MAX {i % 3} ) {i % 2} ) ] )\t{max(i % 3, i % 2)}\n" for i in range(count))
+        (listops / f"basic_{split}.tsv").write_text("Source\tTarget\n" + rows)
+    labelled_texts(place / "text", {"pos": "good ", "neg": "bad "})
+    (place / "text" / "train" / "unsup").mkdir()
+    (place / "text" / "train" / "unsup" / "0_0.txt").write_text("neither")
+    image.mkdir()
+    cifar10(image)
+    (pathfinder / "metadata").mkdir(parents=True)
+    for i in range(20):
+        photo(pathfinder / "imgs" / "0" / f"sample_{i}.png", 8, level=60 + 100 * (i % 2))
+    lines = "".join(f"imgs/0 sample_{i}.png {i} {i % 2} 0 0\n" for i in range(20))
+    (pathfinder / "metadata" / "0.npy").write_text(lines)
+
+
+def genomics(place: Path) -> None:
+    labelled_texts(place / "human_nontata_promoters", {"positive": "ACG", "negative": "GTN"})
+
+
 WRITERS = {
     "imagenet-1k": imagenet,
     "cifar-10": cifar10,
@@ -220,4 +251,6 @@ WRITERS = {
     "events": events,
     "d4rl": d4rl,
     "iwslt14": iwslt14,
+    "lra": lra,
+    "genomics": genomics,
 }

@@ -129,6 +129,7 @@ TRAINED = {
         "events_paper",
         {"changes": TINY, "data": ["events/mimic.csv", "events/taxi.csv"]},
     ),
+    "sequences": ("lra", small, "hedgehog", "lra", {"changes": {**TINY, "longest": 24}}),
     "depth": ("cifar-10", small, "residual_depth", "cifar10", {"preset": "scaled_resnet20"}),
 }
 
@@ -149,7 +150,7 @@ def test_a_system_and_its_baseline_are_trained_on_the_papers_sets(name, data, tm
     assert len(measured.values) == len(measured.baselines) == 3 and measured.values != measured.baselines
     assert measured.sides[0] == how.preset and next(iter(how.against)) in measured.sides[1]
     assert [skill.arm for skill in measured.skills] == list(measured.sides)
-    assert measured.at_paper_setting and measured.setting["at_paper"]["metric"] == how.metric
+    assert measured.at_paper_setting != bool(how.departs) and measured.setting["at_paper"]["metric"] == how.metric
     ledger = json.loads((tmp_path / "run" / slug / "ledger.json").read_text())
     assert len(ledger["trials"]) == 2 * 3 * len(how.sets)
     assert not any((tmp_path / "run" / slug / "trainings").iterdir())
@@ -266,6 +267,17 @@ def test_translations_are_compared_by_bleu_over_all_languages(data, tmp_path):
     assert measured.unit == "bleu" and 0 <= measured.values[0] <= 100
     assert "iwslt14/de-en: pairs of sentences: 40 train, 6 valid, 8 test; 11 words" in measured.data
     assert measured.setting["recipe"]["label_smoothing"] == 0.1
+
+
+def test_nucleotides_are_told_apart(data, tmp_path):
+    miniature.write("genomics", data)
+    recipe = {"max_steps": 20, "epochs": 20, "batch_size": 4}
+    card = small("titans", "genomics", recipe=recipe, changes={"dim": 16, "layers": 1})
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert measured.values == [100.0] and not measured.at_paper_setting, "in per cent, and from scratch"
+    assert "sequences of up to 17 nucleotides" in measured.data
 
 
 def test_where_the_setting_departs_nothing_is_said_to_be_the_papers(data, tmp_path):

@@ -51,7 +51,7 @@ def test_a_set_in_its_layout_is_found_and_read(name, data, monkeypatch):
     place = miniature.write(name, data)
     found = datasets.find(name)
     assert found.there, found.missing
-    files = {"uea": "Handwriting", "iwslt14": "de-en"}
+    files = {"uea": "Handwriting", "iwslt14": "de-en", "lra": "listops", "genomics": "human_nontata_promoters"}
     member = files.get(name, datasets.get(name).holds[-1] if name in ("ett", "forecasting", "events", "d4rl") else "")
     source = datasets.resolve(f"{name}/{member}" if member else name)
     task = get_task(datasets.get(name).task)

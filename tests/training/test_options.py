@@ -162,7 +162,7 @@ def test_cosine_ends_at_the_final_rate():
         ({"mixup": -0.1}, "mixup must not be negative, got -0.1"),
         ({"rand_augment": 10}, "rand_augment must lie between 0 and 10, got 10"),
         ({"rand_augment": 9, "auto_augment": "imagenet"}, "give rand_augment or auto_augment, not both"),
-        ({"auto_augment": "mnist"}, "auto_augment: .*'imagenet', 'cifar10' or 'svhn'.*, got 'mnist'"),
+        ({"auto_augment": "mnist"}, "auto_augment must be one of imagenet, cifar10, svhn, got 'mnist'"),
         ({"random_erasing": 2}, "random_erasing must be a probability from 0 to 1, got 2"),
         ({"crop": 0}, "crop must lie above 0 and be at most 1, the whole image, got 0"),
         ({"lr": "fast"}, "lr: .* got 'fast'"),

@@ -275,6 +275,8 @@ def test_schedules_warm_up_and_stay_below_the_peak(schedule):
     last = {
         "constant": 1,
         "cosine": 0.002,
+        "linear": 0.02,
+        "inverse-sqrt": math.sqrt(5 / 50),
         "onecycle": 0.002,
         "step": 0.25,
         "multistep": 0.25,

@@ -14,6 +14,8 @@ from provenn.errors import UserError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 POLICIES = ("imagenet", "cifar10", "svhn")  # that AutoAugment found
+WHOLE = ("epochs", "batch_size", "patience", "max_steps", "step_epochs", "accumulate")
+CHOSEN = ("optimizer", "schedule", "precision", "auto_augment")
 LARGEST_LR = 1e30  # far above any that trains; beyond it the optimizers' own numbers overflow
 
 
@@ -92,7 +94,7 @@ class Recipe:
     random_erasing: float | int = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience", "max_steps", "step_epochs", "accumulate"):
+        for name in WHOLE:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -274,5 +276,7 @@ def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
         try:
             merged[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
+            if name in (*WHOLE, *CHOSEN):
+                continue  # the recipe itself says what it takes there
             raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
     return Recipe(**merged)
