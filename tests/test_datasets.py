@@ -175,7 +175,7 @@ def test_what_papers_ask_for_is_there(card, claim):
     assert {*how.changes, *(how.against or {})} <= takes
     assert how.weights != "authors" or card.has("official")
     recipe_of(how.recipe or preset.recipe)  # what it asks for is a recipe, and one for this task
-    check_recipe(recipe_of(how.recipe or preset.recipe, rand_augment=None, random_erasing=0.0), task)
+    check_recipe(recipe_of(how.recipe or preset.recipe, rand_augment=0, random_erasing=0.0), task)
     assert claim.needs, "what it needs, for whoever has not got it"
     assert (claim.expects is not None) if how.against or claim.published is None else claim.published is not None
     measured = {

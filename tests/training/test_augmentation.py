@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import miniature
+from provenn import catalog
 from provenn.errors import UserError
 from provenn.tasks import TaskData, get_task
 from provenn.training import Recipe, check_recipe, fit
@@ -161,8 +162,8 @@ def test_crops_take_as_little_as_the_recipe_says(tmp_path):
     whole = augmented(data, replace(RECIPE, crop=1.0), 0, EpochSampler(9, 0))
     assert whole.images.least_area == 1.0 and data.train.least_area == 0.25
     assert whole[0][0].shape == data.train[0][0].shape
-    with pytest.raises(UserError, match="crop is of images that are cropped from files, which made are not"):
-        augmented(images(), replace(RECIPE, crop=0.08), 0, EpochSampler(24, 0))
+    other = images()
+    assert torch.equal(augmented(other, replace(RECIPE, crop=0.08), 0, EpochSampler(24, 0))[0][0], other.train[0][0])
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,10 @@ def test_what_data_or_systems_cannot_do_is_refused(monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"rand_augment needs the package kornia: pip install 'provenn\[augment\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"rand_augment needs the package kornia: pip install 'provenn\[augment\]', or --recipe rand_augment=0",
+    ):
         check_recipe(replace(RECIPE, rand_augment=9), TASK)
 
 
@@ -246,3 +250,33 @@ def test_the_inverse_square_root_starts_where_the_warm_up_ends():
     recipe = Recipe(schedule="inverse-sqrt", warmup_steps=4)
     factor = recipe.make_schedule(torch.optim.SGD(net().parameters(), 1.0), 100, 10).lr_lambdas[0]
     assert [factor(step) for step in (0, 3, 15, 63)] == pytest.approx([0.25, 1, 0.5, 0.25])
+
+
+PRESETS = [(card, preset) for card in catalog.cards().values() for preset in card.presets if preset.recipe]
+
+
+def test_every_recipe_of_every_paper_is_one_and_fits_its_task():
+    for card, preset in PRESETS:
+        recipe = recipe_of(preset.recipe)
+        unaided = replace(recipe, rand_augment=0, auto_augment=None, random_erasing=0.0)  # without kornia
+        check_recipe(unaided, get_task(card.task_of(preset)))
+
+
+def test_the_papers_own_groups_are_those_of_their_code():
+    card = catalog.card("moh")
+    recipe = recipe_of(card.preset("moh_vit_small_75").recipe)
+    assert (recipe.batch_size * recipe.accumulate, recipe.mixup, recipe.rand_augment) == (1024, 0.8, 9)
+    with torch.device("meta"):
+        model = card.resolve("vit:moh_vit_small_75")()
+    kept = {
+        id(p) for group in recipe.make_optimizer(model).param_groups if group["weight_decay"] for p in group["params"]
+    }
+    decaying = {
+        name.rpartition(".")[2] if "position" not in name else name
+        for name, p in model.named_parameters()
+        if id(p) in kept
+    }
+    assert not any(
+        "position" in name or name in ("bias", "temperature", "query_embedding", "local_bias") for name in decaying
+    )
+    assert {"weight", "local_tokens", "local_shift"} <= decaying

@@ -160,7 +160,7 @@ def test_cosine_ends_at_the_final_rate():
         ({"layer_decay": 0}, "layer_decay must lie above 0 and be at most 1, got 0"),
         ({"label_smoothing": 1.0}, "label_smoothing must lie between 0 and 1, below 1, got 1.0"),
         ({"mixup": -0.1}, "mixup must not be negative, got -0.1"),
-        ({"rand_augment": 10}, "rand_augment must lie between 0 and 10, got 10"),
+        ({"rand_augment": 10}, "rand_augment must lie between 0 and 10, below 10, got 10"),
         ({"rand_augment": 9, "auto_augment": "imagenet"}, "give rand_augment or auto_augment, not both"),
         ({"auto_augment": "mnist"}, "auto_augment must be one of imagenet, cifar10, svhn, got 'mnist'"),
         ({"random_erasing": 2}, "random_erasing must be a probability from 0 to 1, got 2"),

@@ -279,7 +279,7 @@ def _of_tokens(name: str, corpus: Corpus, validation: float | int, seed: int) ->
         "mean": [0.0] * corpus.alphabet,
         "std": [1.0] * corpus.alphabet,
     }
-    parts_of = [part for split in sets.values() for part in (*split.sequences, split.labels)]
+    parts_of: list[Any] = [part for split in sets.values() for part in (*split.sequences, split.labels)]
     options = {"channels": corpus.alphabet, "num_classes": len(classes), "length": length}
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in sets.items())
     about = f"sequences of up to {length:,} {corpus.about}: {sizes}"

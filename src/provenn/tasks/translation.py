@@ -303,7 +303,8 @@ def _corpus(folder: Path, languages: str | None) -> TaskData:
 
 
 def _benchmark(lines: Sequence[Sequence[str]], tokens: Pieces, length: int) -> Benchmark:
-    return Benchmark(*(_padded(side, tokens) for side in lines), tokens, length)
+    source, target = (_padded(side, tokens) for side in lines)
+    return Benchmark(source, target, tokens, length)
 
 
 def translate(
@@ -333,7 +334,7 @@ def translate(
         chosen = written.view(batch, beam, -1)
         kept = []
         for i in range(batch):
-            rows = []
+            rows: list[tuple[float, int]] = []
             for score, at in zip(top[i].tolist(), place[i].tolist()):
                 if score == -torch.inf:
                     continue
@@ -360,14 +361,15 @@ def _matches(model: nn.Module, dataset: Benchmark) -> Scores:
     """Of each translation, in whole words: what BLEU adds up over sentences."""
     from torchmetrics.text import BLEUScore
 
-    told, rows, meter = dataset.tokens, [], BLEUScore()
+    told, meter = dataset.tokens, BLEUScore()
+    matched: list[list[Any]] = []
     for source, target in batches(dataset, AT_ONCE, device_of(model)):
         for ours, theirs in zip(translate(model, source, dataset.length), target.tolist()):
             meter.reset()
             meter.update([told.decode(ours)], [[told.decode(theirs[: theirs.index(END)])]])
-            rows.append([*meter.numerator.tolist(), *meter.denominator.tolist(), meter.preds_len, meter.target_len])
+            matched.append([*meter.numerator.tolist(), *meter.denominator.tolist(), meter.preds_len, meter.target_len])
     names = [f"{kind}{n}" for kind in ("matches", "grams") for n in range(1, 5)] + ["written", "asked"]
-    return {name: torch.tensor([float(row[i]) for row in rows]).numpy() for i, name in enumerate(names)}
+    return {name: torch.tensor([float(row[i]) for row in matched]).numpy() for i, name in enumerate(names)}
 
 
 def _bleu(scores: Scores) -> float:

@@ -33,7 +33,9 @@ def check_recipe(recipe: Recipe, task: Task, model: nn.Module | None = None) -> 
         raise UserError(f"label_smoothing is of targets that are classes or tokens; {task.name} smooths none")
     missing = [name for name in augmenting if name in BY_KORNIA and importlib.util.find_spec("kornia") is None]
     if missing:
-        raise UserError(f"{missing[0]} needs the package kornia: pip install 'provenn[augment]'")
+        raise UserError(
+            f"{missing[0]} needs the package kornia: pip install 'provenn[augment]', or --recipe {missing[0]}=0"
+        )
     mixing = [name for name in (*OF_BATCHES, "label_smoothing") if getattr(recipe, name)]
     if mixing and hasattr(model, "training_loss"):
         raise UserError(f"{type(model).__name__} brings a loss of its own, which {mixing[0]} does not reach")
@@ -56,9 +58,7 @@ class AugmentedImages(Dataset):
 
     def __init__(self, data: TaskData, recipe: Recipe, seed: int, sampler: Sampler):
         self.images, self.recipe, self.seed, self.sampler = data.train, recipe, seed, sampler
-        if recipe.crop is not None:
-            if not hasattr(data.train, "least_area"):
-                raise UserError(f"crop is of images that are cropped from files, which {data.name} are not")
+        if recipe.crop is not None and hasattr(data.train, "least_area"):
             self.images = copy.copy(data.train)
             self.images.least_area = recipe.crop  # type: ignore[attr-defined]
         if any(getattr(recipe, name) for name in BY_KORNIA):
@@ -94,7 +94,7 @@ def _made(recipe: Recipe) -> tuple[Any, Any]:
     from kornia.augmentation.auto import AutoAugment, RandAugment
 
     policy = None
-    if recipe.rand_augment is not None:
+    if recipe.rand_augment:
         # Kornia counts magnitudes to 30, the recipes of timm and DeiT to 10.
         policy = RandAugment(OPERATIONS, 3 * recipe.rand_augment)  # type: ignore[arg-type]
     elif recipe.auto_augment is not None:

@@ -50,9 +50,9 @@ class Recipe:
         label_smoothing: the share of each target that is spread evenly over all classes or tokens.
         mixup, cutmix: α of the Beta distribution that mixes pairs of a batch's images and their classes, by weight or
             by a rectangle; 0 does not. Of both, one is drawn for each batch.
-        crop: the least share of a file's area that a random crop takes, such as 0.08; None leaves it to the task.
-        rand_augment: the magnitude of RandAugment's two operations an image, above 0 and below 10, such as 9;
-            by kornia.
+        crop: the least share of a file's area that a random crop takes, such as 0.08; None leaves it to the task. Images
+            that are not cropped from files stay as they are.
+        rand_augment: the magnitude of RandAugment's two operations an image, such as 9; 0 does none; by kornia.
         auto_augment: the policy of AutoAugment: imagenet, cifar10 or svhn; by kornia.
         random_erasing: the probability with which a rectangle of an image is put to its mean; by kornia.
 
@@ -89,7 +89,7 @@ class Recipe:
     mixup: float | int = 0.0
     cutmix: float | int = 0.0
     crop: float | int | None = None
-    rand_augment: float | int | None = None
+    rand_augment: float | int = 0.0
     auto_augment: Literal["imagenet", "cifar10", "svhn"] | None = None
     random_erasing: float | int = 0.0
 
@@ -125,11 +125,11 @@ class Recipe:
             raise UserError(f"random_erasing must be a probability from 0 to 1, got {self.random_erasing}")
         if self.crop is not None and not 0 < self.crop <= 1:
             raise UserError(f"crop must lie above 0 and be at most 1, the whole image, got {self.crop}")
-        if self.rand_augment is not None and not 0 < self.rand_augment < 10:
-            raise UserError(f"rand_augment must lie between 0 and 10, got {self.rand_augment}")
+        if not 0 <= self.rand_augment < 10:
+            raise UserError(f"rand_augment must lie between 0 and 10, below 10, got {self.rand_augment}")
         if self.auto_augment not in (None, *POLICIES):
             raise UserError(f"auto_augment must be one of {', '.join(POLICIES)}, got {self.auto_augment!r}")
-        if self.auto_augment is not None and self.rand_augment is not None:
+        if self.auto_augment is not None and self.rand_augment:
             raise UserError("give rand_augment or auto_augment, not both")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema must lie between 0 and 1, got {self.ema}")
