@@ -55,12 +55,9 @@ def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places
         return Measurement.not_measured(f"a GPU (the device is {run.device})")
     scale = 100.0 if claim.published is not None and claim.published.unit.startswith("%") else 1.0
     where = {name: each.place for name, each in found.items()}
-    try:
-        if checkpoint is not None:
-            return _of_authors(run, card, how, checkpoint.place, where, scale)
-        return _trained(run, card, claim, preset, where, scale)
-    except torch.OutOfMemoryError:
-        return Measurement.not_measured(f"more memory than {run.device} has")
+    if checkpoint is not None:
+        return _of_authors(run, card, how, checkpoint.place, where, scale)
+    return _trained(run, card, claim, preset, where, scale)
 
 
 def _of_authors(

@@ -1,5 +1,6 @@
 """Measures a paper's claims, one record each, written as each ends."""
 
+import gc
 import os
 import signal
 import time
@@ -260,9 +261,13 @@ def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Reco
     except Unwritable:  # the next claim could not be written either
         raise
     except Exception as error:  # one claim's trouble must not cost the others their work
-        measurement = Measurement.failure(error)
+        measurement = Measurement.failure(error, run.device)
         with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
             file.write(f"{claim.id}\n{traceback.format_exc()}\n")
+    if measurement.out_of_memory:  # of the error nothing is left now that held tensors: the other claims get the room
+        gc.collect()
+        if run.device.startswith("cuda"):
+            torch.cuda.empty_cache()
     return Record.of(
         claim,
         measurement,
@@ -290,7 +295,7 @@ def _still_good(
 
     What was not measured is tried again: what it needed may be there by now.
     """
-    if record.measurement.needs or record.measurement.failed:
+    if record.measurement.missed:
         return False
     try:
         function = find()

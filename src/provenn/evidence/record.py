@@ -18,7 +18,8 @@ from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
 from provenn.files import whole
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+PLAIN_VERSION = 2  # of a file without what came with version 3: outcomes of a device, and changed settings
 WIDEST = 200  # characters of a mapping that stands on one line
 EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"
 
@@ -80,6 +81,10 @@ class Record(BaseModel):
             **more,
         )
 
+    @property
+    def needs_version_3(self) -> bool:
+        return self.verdict in (Verdict.UNSUPPORTED, Verdict.OUT_OF_MEMORY)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -111,7 +116,7 @@ class Evidence(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = PLAIN_VERSION
     paper: str
     occasions: list[Occasion] = []
     records: list[Record] = []
@@ -129,7 +134,13 @@ class Evidence(BaseModel):
         return evidence
 
     def write(self, file: Path) -> None:
-        """Small: defaults are left out, drawings keep four digits, and what claims share is with the first of them."""
+        """Small: defaults are left out, drawings keep four digits, and what claims share is with the first of them.
+
+        A file that an older provenn can read says nothing of its version; another names it, so that the older one
+        tells its user what is wrong.
+        """
+        newer = any(record.needs_version_3 for record in self.records)
+        self.schema_version = SCHEMA_VERSION if newer else PLAIN_VERSION
         facts = self.model_dump(mode="json", exclude_defaults=True)
         seen: set[str] = set()
         for record in facts.get("records", []):
@@ -200,7 +211,7 @@ class Ledger(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = PLAIN_VERSION
     paper: str
     trials: list[Trial] = []
 
@@ -214,7 +225,7 @@ class Ledger(BaseModel):
 
 def _parsed(kind: Any, content: bytes) -> Any:
     facts = json.loads(content)
-    if isinstance(facts, dict) and facts.get("schema_version", SCHEMA_VERSION) > SCHEMA_VERSION:
+    if isinstance(facts, dict) and facts.get("schema_version", PLAIN_VERSION) > SCHEMA_VERSION:
         raise ValueError(f"written by a newer provenn (schema {facts['schema_version']})")
     return kind.model_validate(facts)
 

@@ -43,6 +43,8 @@ MEANINGS = {
     Verdict.INCONCLUSIVE: "the interval straddles no effect",
     Verdict.NOT_REPRODUCED: "the interval lies wholly elsewhere, or an exact claim is false",
     Verdict.NOT_MEASURED: "says what it needs",
+    Verdict.UNSUPPORTED: "the device or this build of torch lacks an operation",
+    Verdict.OUT_OF_MEMORY: "the device has less memory than it takes",
 }
 
 

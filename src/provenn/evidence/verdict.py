@@ -18,6 +18,11 @@ class Verdict(StrEnum):
     INCONCLUSIVE = "inconclusive"
     NOT_REPRODUCED = "not reproduced"
     NOT_MEASURED = "not measured"
+    UNSUPPORTED = "unsupported"
+    OUT_OF_MEMORY = "out of memory"
+
+
+NO_VERDICT = {Verdict.NOT_MEASURED, Verdict.UNSUPPORTED, Verdict.OUT_OF_MEMORY}  # on the claim: there are no numbers
 
 
 def place(interval: Interval, region: Region) -> Verdict:
@@ -58,9 +63,13 @@ def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> 
     holds: an identity or a count is exactly so; reproduced: the published figure is met within its tolerance at the
     paper's setting; direction holds: the interval lies wholly where the claim says; not reproduced: wholly elsewhere;
     inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from arms that have
-        learned
-    nothing.
+    learned nothing. unsupported and out of memory: what device and build cannot do, or hold; they say nothing of the
+    claim.
     """
+    if measurement.unsupported:
+        return Verdict.UNSUPPORTED, measurement.unsupported
+    if measurement.out_of_memory:
+        return Verdict.OUT_OF_MEMORY, measurement.out_of_memory
     if measurement.failed:
         return Verdict.NOT_MEASURED, f"the measurement failed: {measurement.failed}"
     if measurement.needs:

@@ -24,6 +24,8 @@ SYMBOLS = {
     Verdict.INCONCLUSIVE: "~",
     Verdict.NOT_REPRODUCED: "✘",
     Verdict.NOT_MEASURED: "–",
+    Verdict.UNSUPPORTED: "⊘",
+    Verdict.OUT_OF_MEMORY: "⊠",
 }
 STANDINGS = {
     Standing.REPRODUCED: "✔",
