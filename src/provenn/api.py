@@ -93,8 +93,10 @@ class Paper:
         """The model in a weight file, ours or the authors', in eval mode, and what it says of itself.
 
         Args:
-            weights: the file, or the folder of a run; by default what ships with the package.
-            preset, options: of an author's file, as in `from_official`; ours say themselves what they are.
+            weights: the file, or the folder of a run; by default what ships with the package. A preset without
+                parameters has none, and is taken as it is built.
+            preset, options: of an author's file, as in `from_official`, and of a preset without parameters; ours say
+                themselves what they are.
 
         Raises:
             UserError: weights of another paper, or of none.
@@ -102,6 +104,11 @@ class Paper:
         from provenn import weights as files
         from provenn.tasks import get_task
 
+        if weights is None and self.is_parameter_free(preset):
+            facts = self.card.preset(preset)
+            work, built_with = self.card.task_of(facts), {**facts.options, **(options or {})}
+            label = files.Label(self.card.slug, facts.name, work, built_with, get_task(work).default_meta(built_with))
+            return self.build(facts.name, **built_with).eval(), label
         file = self.card.shipped_weights(preset) if weights is None else files.locate(weights)
         state, label = files.read(file)
         if label is None:
@@ -117,6 +124,25 @@ class Paper:
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
         return model.eval(), label
+
+    def is_parameter_free(self, preset: str | None = None) -> bool:
+        """Whether a preset has nothing to train and no weights come with it: it is used as it is built.
+
+        Raises:
+            UserError: no such preset, or a procedure that is for no work on data.
+        """
+        import torch
+
+        shipped = self.card.shipped
+        if preset in shipped if preset else shipped:
+            return False
+        facts = self.card.preset(preset)
+        self.card.task_of(facts)
+        try:
+            with torch.device("meta"):  # where a large preset takes no memory
+                return not self.build(facts.name).state_dict()
+        except UserError:  # it needs options that follow from data: it has something to fit
+            return False
 
     def _official(self, file: str | Path, given: str | None, options: dict[str, Any]) -> "tuple[nn.Module, Label]":
         from provenn import weights as files
@@ -405,7 +431,7 @@ def predict(
 
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
-    if weights is not None and files.label_of(weights) is None:
+    if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes)}
     model, label = chosen.load(weights, preset=of_system.pop("preset", preset), options=of_system)
     kind = get_task(label.task)
@@ -428,7 +454,7 @@ def predict(
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
     options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
-    with _fitting(str(weights or chosen.card.shipped_weights(preset))):
+    with _fitting(str(weights or label.preset)):
         return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
 
 
@@ -496,7 +522,7 @@ def evaluate(
         raise UserError(f"batch size must be at least 1, got {batch_size}")
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
-    if weights is not None and files.label_of(weights) is None:
+    if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
     model, label = chosen.load(weights, preset=preset, options=of_system)
     kind = get_task(label.task)
@@ -584,7 +610,7 @@ def inspect(
         able = [
             each.name
             for each in chosen.card.presets
-            if each.task or chosen.card.task
+            if chosen.card.work_of(each)
             if type(get_task(chosen.card.task_of(each))).example is not Task.example
         ]
         raise UserError(
@@ -603,7 +629,8 @@ def export(slug: str, weights: str | Path | None, output: str | Path, *, preset:
     """Write trained weights with their system as an ONNX file; returns what the terminal shows.
 
     A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
-    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`. The file's metadata hold, under
+    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`; a task of a paper's own says itself
+    what its system takes and gives (`Task.portable`). The file's metadata hold, under
     `provenn`, what the weights say of themselves, such as class names.
 
     Args:
@@ -616,10 +643,11 @@ def export(slug: str, weights: str | Path | None, output: str | Path, *, preset:
     from dataclasses import asdict
 
     from provenn import export as onnx
+    from provenn.tasks import get_task
     from provenn.weights import KEY
 
     file = Path(output)
     onnx.check_place(file)
     model, label = paper(slug).load(weights, preset=preset)
-    onnx.image_system(model, label.task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    onnx.portable_system(model, get_task(label.task), label.meta, file, {KEY: json.dumps(asdict(label))})
     return f"{label.preset} of {slug} → {file}"

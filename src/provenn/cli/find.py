@@ -108,8 +108,10 @@ def show(
         out.print(f"provenn show {card.slug} --all       {len(card.claims)} claims, mechanisms, presets")
     if card.claims:
         out.print(f"provenn reproduce {card.slug}        measure them here")
-    if card.presets:
-        out.print(f"provenn train {card.slug} --preset {card.presets[0].name} --data …")
+    if card.tasks and card.presets:
+        out.print(f"provenn train {card.slug} --preset {card.preset().name} --data …")
+    elif card.presets:
+        out.print(f"from Python: provenn.paper({card.slug!r}).build(); its presets have nothing to train")
     for name, file in card.shipped.items():
         which = "" if name == next(iter(card.shipped)) else f" --preset {name}"
         words = console.escape(catalog.shipped_in_words(file))
@@ -128,7 +130,8 @@ def _everything(card: Card, findings: list[Finding]) -> None:
         out.print("", console.table(("mechanism", "slot", "layer"), rows))
     if card.presets:
         rows = [
-            (f"[bold]{p.name}[/]", p.task or card.task or "", "; ".join(map(str, p.published))) for p in card.presets
+            (f"[bold]{p.name}[/]", card.work_of(p) or "(a procedure)", "; ".join(map(str, p.published)))
+            for p in card.presets
         ]
         out.print("", console.table(("preset", "task", "published"), rows))
     for title, chosen in by_origin(card, findings).items():

@@ -245,10 +245,11 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALL
 NO_OPERATION = (
     "not implemented for",
     "not currently implemented",
-    "not currently supported on the",
     "not supported on",
+    "no kernel image is available",
+    "not compiled with",
+    "arguments from the '",
 )
-NO_OPERATION += ("no kernel image is available", "not compiled with", "was built without", "arguments from the '")
 STUB = 'missing the required "forward" function'  # of a module: what its author left out, no device has
 
 
