@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from provenn import catalog, datasets
 from provenn.errors import UserError
+from provenn.settings import arguments_of, typed
 
 PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
 
@@ -107,8 +108,9 @@ class Paper:
         if weights is None and self.is_parameter_free(preset):
             facts = self.card.preset(preset)
             work, built_with = self.card.task_of(facts), {**facts.options, **(options or {})}
-            label = files.Label(self.card.slug, facts.name, work, built_with, get_task(work).default_meta(built_with))
-            return self.build(facts.name, **built_with).eval(), label
+            meta = get_task(work).default_meta(built_with)
+            model = self.build(facts.name, **built_with).eval()
+            return model, files.Label(self.card.slug, facts.name, work, built_with, meta)
         file = self.card.shipped_weights(preset) if weights is None else files.locate(weights)
         state, label = files.read(file)
         if label is None:
@@ -242,7 +244,7 @@ def train(
         )
     hints = get_type_hints(training.Recipe)
     wanted = {name: value for name, value in (recipe or {}).items() if value is not None}
-    wanted = {name: _typed(name, value, hints[name]) if name in hints else value for name, value in wanted.items()}
+    wanted = {name: typed(name, value, hints[name]) if name in hints else value for name, value in wanted.items()}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
     facts = {name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in wanted}
     final = recipe_of(facts, **wanted)
@@ -365,43 +367,17 @@ def _folder_for(folder: Path) -> Iterator[None]:
 
 def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
     """The changes that each of the functions takes; one that both take goes to the first, which tells the second."""
-    known = [_arguments(taker, but=("source", "seed")) for taker in takers]
+    known = [arguments_of(taker, but=("source", "seed")) for taker in takers]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
     for name in changes:
         if name not in there:
             raise UserError(f"nothing here is called {name!r}; what can be set: {', '.join(there)}")
-    changes = {name: _typed(name, value, there[name]) for name, value in changes.items()}
+    changes = {name: typed(name, value, there[name]) for name, value in changes.items()}
     taken: list[dict[str, Any]] = []
     for position, arguments in enumerate(known):
         before = {name for earlier in known[:position] for name in earlier}
         taken.append({name: v for name, v in changes.items() if name in arguments and name not in before})
     return taken
-
-
-def _arguments(taker: Callable, but: tuple[str, ...]) -> dict[str, Any]:
-    """What can be set by name, and its type; `**options: Unpack[D]` takes what the typed dictionary D names."""
-    import inspect
-
-    whole = getattr(taker, "func", taker)  # a preset may be a `partial` of a larger one
-    hints = get_type_hints(whole.__init__ if isinstance(whole, type) else whole)  # type: ignore[misc]
-    taken: dict[str, Any] = {}
-    for parameter in inspect.signature(taker).parameters.values():
-        hint = hints.get(parameter.name, Any)
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            taken[parameter.name] = hint
-        elif get_origin(hint) is Unpack:
-            taken |= get_type_hints(*get_args(hint))
-    return {name: hint for name, hint in taken.items() if name not in but}
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as what is expected there: 24.0 as a whole number, a list as a tuple."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
 def predict(
@@ -446,13 +422,13 @@ def predict(
             else f"name the files to apply {slug} to"
         )
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
-    known = _arguments(kind.predict, but=("model", "meta", "inputs", "output"))
+    known = arguments_of(kind.predict, but=("model", "meta", "inputs", "output"))
     telling = {} if known.pop("tell", None) is None or tell is None else {"tell": tell}
     for name in changes:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
-    options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
+    options = {name: typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
     with _fitting(str(weights or label.preset)):
         return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
@@ -476,7 +452,7 @@ def _unasked(card: catalog.Card, changes: dict[str, Any], method: str = "predict
     """Names that no prediction of the paper takes: what is left is said of the system."""
     from provenn.tasks import get_task
 
-    takers = [_arguments(getattr(get_task(name), method), but=()) for name in card.tasks]
+    takers = [arguments_of(getattr(get_task(name), method), but=()) for name in card.tasks]
     return [name for name in changes if not any(name in taker for taker in takers)]
 
 
@@ -526,9 +502,9 @@ def evaluate(
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
     model, label = chosen.load(weights, preset=preset, options=of_system)
     kind = get_task(label.task)
-    known = _arguments(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
+    known = arguments_of(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
     if not known:  # what `held_out` passes on to `load`
-        known = _arguments(kind.load, but=("source", "seed", "options", "_"))
+        known = arguments_of(kind.load, but=("source", "seed", "options", "_"))
     for name in changes:
         if name not in known:
             there = ", ".join(known) or "nothing"
@@ -536,7 +512,7 @@ def evaluate(
     source = datasets.resolve(data)
     data = source.data
     fixed = {name: value for name, value in source.options.items() if name in known}
-    options = {**fixed, **{name: _typed(name, value, known[name]) for name, value in changes.items()}}
+    options = {**fixed, **{name: typed(name, value, known[name]) for name, value in changes.items()}}
     if whole is None:
         whole = not _trained_on(label, kind, data)
     split_seed = label.trained_on.get("seed", 0) if seed is None else seed

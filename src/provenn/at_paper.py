@@ -8,9 +8,9 @@ import inspect
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -22,20 +22,54 @@ from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Skill
 from provenn.evidence.run import Run
+from provenn.settings import arguments_of
 from provenn.tasks import Task, get_task
-from provenn.training import fit
+from provenn.training import Recipe, fit
 from provenn.training.recipes import recipe_of
 
 TRAININGS = "trainings"  # the folder of those that have not ended
 
 
-def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places | None = None) -> Measurement:
+@dataclass(frozen=True)
+class AtPaperScale:
+    """A claim as its `at_paper` says, or with `changes` to the recipe, to how data are read or to the system."""
+
+    card: Card
+    claim: Claim
+    places: datasets.Places | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def settable(self) -> dict[str, Any]:
+        """What `--set` may change, and its type."""
+        how: Any = self.claim.at_paper
+        preset = self.card.preset(how.preset)
+        kind = get_task(self.card.task_of(preset))
+        read = arguments_of(kind.load, but=("source", "seed", "options", "_"))
+        if how.weights == "authors":
+            return read
+        return {**arguments_of(self.card.resolve(preset.build)), **read, **get_type_hints(Recipe)}
+
+    def varied(self, **changes: Any) -> "AtPaperScale":
+        return replace(self, changes={**self.changes, **changes})
+
+    def __call__(self, run: Run) -> Measurement:
+        return measure_at_paper(run, self.card, self.claim, self.places, self.changes)
+
+
+def measure_at_paper(
+    run: Run,
+    card: Card,
+    claim: Claim,
+    places: datasets.Places | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Measurement:
     """Measure a claim as its `at_paper` says; not measured, with what it needs, where that is not here.
 
     Args:
         run: at the budget paper.
         card, claim: of the paper; the claim has an `at_paper`.
         places: where data sets and checkpoints lie, as far as PROVENN_DATA does not tell.
+        changes: to the recipe, to how data are read, or to the system.
 
     Raises:
         UserError: data or weights that are there and cannot be read.
@@ -43,6 +77,9 @@ def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places
     how = claim.at_paper
     if how is None:
         raise ValueError(f"{claim.id} has no at_paper")
+    of_recipe = {name: value for name, value in (changes or {}).items() if name in get_type_hints(Recipe)}
+    others = {name: value for name, value in (changes or {}).items() if name not in of_recipe}
+    how = how.model_copy(update={"changes": {**how.changes, **others}}) if others else how
     preset = card.preset(how.preset)
     found = {name: datasets.find(name, places) for name in how.sets}
     lacking = [each.needs for each in found.values() if not each.there]
@@ -57,7 +94,7 @@ def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places
     where = {name: each.place for name, each in found.items()}
     if checkpoint is not None:
         return _of_authors(run, card, how, checkpoint.place, where, scale)
-    return _trained(run, card, claim, preset, where, scale)
+    return _trained(run, card, claim, how, preset, where, scale, of_recipe)
 
 
 def _of_authors(
@@ -95,13 +132,19 @@ def _of_authors(
 
 
 def _trained(
-    run: Run, card: Card, claim: Claim, preset: Preset, where: Mapping[str, Path], scale: float
+    run: Run,
+    card: Card,
+    claim: Claim,
+    how: AtPaper,
+    preset: Preset,
+    where: Mapping[str, Path],
+    scale: float,
+    of_recipe: dict[str, Any],
 ) -> Measurement:
-    how: Any = claim.at_paper
     kind = get_task(card.task_of(preset))
     # A recipe of so many steps means them, whatever passes over the data they are.
     passes = sys.maxsize if "max_steps" in preset.recipe and "epochs" not in preset.recipe else None
-    recipe = recipe_of(preset.recipe, epochs=passes)
+    recipe = recipe_of(preset.recipe, **{"epochs": passes, **of_recipe})
     build = card.resolve(preset.build)
     sides: dict[str, dict[str, Any]] = {preset.name: {}}
     if how.against is not None:

@@ -117,7 +117,7 @@ def claims(findings: Iterable[Finding]) -> Table:
     rows = []
     for finding in findings:
         origin = "" if finding.claim.origin == "paper" else " [dim](ours)[/]"
-        ours = "\n".join(filter(None, (view.ours(finding.measurement), view.when(finding))))
+        ours = "\n".join(filter(None, (view.ours(finding.measurement), view.when(finding), view.at_setting(finding))))
         reason = f"\n[dim]{escape(finding.reason)}[/]" if finding.reason else ""
         rows.append(
             (

@@ -101,8 +101,9 @@ def show(
         out.print(f"\n[bold]{view.tally_of_statements(statements)}[/] of {len(statements)} statements", highlight=False)
     if evidence:
         out.print("[dim]measured " + console.escape("; ".join(dict.fromkeys(view.where(evidence.occasions)))) + "[/]")
+    elsewhere = evidence.at_other_settings(card.claims) if evidence else []
     if everything:
-        _everything(card, findings)
+        _everything(card, findings, elsewhere)
     out.print()
     if not everything:
         out.print(f"provenn show {card.slug} --all       {len(card.claims)} claims, mechanisms, presets")
@@ -120,8 +121,8 @@ def show(
         out.print(f"provenn inspect {card.slug} …")
 
 
-def _everything(card: Card, findings: list[Finding]) -> None:
-    """Mechanisms, presets and every claim: those under statements first, then the body's, then ours."""
+def _everything(card: Card, findings: list[Finding], elsewhere: list[Finding]) -> None:
+    """Mechanisms, presets and every claim: under statements, the body's, ours; then what other settings gave."""
     from provenn.cli import console
 
     out = console.console()
@@ -134,7 +135,8 @@ def _everything(card: Card, findings: list[Finding]) -> None:
             for p in card.presets
         ]
         out.print("", console.table(("preset", "task", "published"), rows))
-    for title, chosen in by_origin(card, findings).items():
+    tables = by_origin(card, findings) | {"At other settings, which bear on no statement": elsewhere}
+    for title, chosen in tables.items():
         if chosen:
             out.print(f"\n[bold]{title}[/]", console.claims(chosen))
 

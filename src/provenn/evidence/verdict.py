@@ -57,14 +57,16 @@ def region_of(claim: Claim, measurement: Measurement) -> Region | None:
     return None
 
 
-def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> tuple[Verdict, str]:
+def decide(
+    claim: Claim, measurement: Measurement, *, budget: str = "small", changed: bool = False
+) -> tuple[Verdict, str]:
     """The verdict and, where there is none, the reason.
 
     holds: an identity or a count is exactly so; reproduced: the published figure is met within its tolerance at the
     paper's setting; direction holds: the interval lies wholly where the claim says; not reproduced: wholly elsewhere;
     inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from arms that have
     learned nothing. unsupported and out of memory: what device and build cannot do, or hold; they say nothing of the
-    claim.
+    claim. Of a setting that is not the claim's own (`changed`) no published figure speaks.
     """
     if measurement.unsupported:
         return Verdict.UNSUPPORTED, measurement.unsupported
@@ -79,6 +81,8 @@ def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> 
     drawn = measurement.estimator != "test set"  # given weights on a given test set give one figure
     if claim.kind == "quality" and drawn and len(set(measurement.seeds)) < FEWEST_SEEDS:
         return Verdict.NOT_MEASURED, f"needs at least {FEWEST_SEEDS} seeds, got {len(set(measurement.seeds))}"
+    if changed and claim.expects is None and measurement.kind_of_effect != "truth":
+        return Verdict.NOT_MEASURED, "the published figure is of another setting"
     region = region_of(claim, measurement)
     if region is None or measurement.interval is None:
         missing = "a region in paper.toml" if region is None else "more than one value"

@@ -84,8 +84,8 @@ class Portable:
 class Task(ABC):
     """One kind of work. A module in `provenn.tasks`, or a paper's `task.py`, defines one and calls it `TASK`.
 
-    What a system is given is a tensor, or has several parts: a tuple of positional or a dict of keyword arguments; `call`
-    hands them to the model. Batches may nest tensors as they like.
+    What a system is given is a tensor, or has several parts: a tuple of positional or a dict of keyword arguments;
+    `call` hands them to the model. Batches may nest tensors as they like.
     """
 
     name: str
