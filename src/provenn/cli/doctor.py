@@ -133,8 +133,9 @@ def _trouble(card: catalog.Card) -> str:
 def _data() -> dict[str, dict[str, Any]]:
     """For each task, whether the first of its embedded data sets can be loaded here, and what others there are."""
     from provenn.tasks import get_task, task_names
+    from provenn.tasks.discovery import shadowed
 
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {name: {"loads": False, "about": why} for name, why in shadowed().items()}
     for task in progress.track(task_names(), "embedded data"):
         try:
             kind = get_task(task)

@@ -59,6 +59,12 @@ def task_names() -> list[str]:
     return [*SHARED, *_bringers()]
 
 
+def shadowed() -> dict[str, str]:
+    """Tasks of other packages that are left out since a shared one has their name, by entry point; and why."""
+    points = entry_points(group=ENTRY_POINT_GROUP)
+    return {f"{e.name} ({e.value})": "left out: a shared task has this name" for e in points if e.name in SHARED}
+
+
 def _bringers() -> dict[str, list[catalog.Card | EntryPoint]]:
     """Who may bring a task, by its name: nobody a shared one."""
     found: dict[str, list[catalog.Card | EntryPoint]] = {}
