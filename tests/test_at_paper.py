@@ -12,6 +12,7 @@ import provenn
 from provenn import catalog
 from provenn.catalog import Card, Claim, Figure
 from provenn.cli import main
+from provenn.errors import UserError
 from provenn.evidence import Verdict
 from provenn.reproduce import reproduce
 from provenn.testing.seeded import seeded_state
@@ -339,3 +340,15 @@ def test_weights_of_another_system_fail_that_claim_alone(data, tmp_path):
         catalog.card("eca_net"), claims="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path
     )
     assert "holds weights of eca_mobilenet_v2, not of eca_resnet50" in finding.reason
+
+
+def test_at_another_setting_it_is_no_figure_of_the_paper(data, tmp_path):
+    where, make, slug, claim, changes = TRAINED["events"]
+    miniature.write(where, data)
+    card = make(slug, claim, recipe={"max_steps": 2, "epochs": 1, "batch_size": 8}, **changes)
+    settings: dict = {"budget": "paper", "seeds": 1, "device": "cpu", "out": tmp_path / "run"}
+    (finding,) = reproduce(card, changes={"max_steps": 1, "dim": 4}, **settings)
+    assert finding.changes == {"max_steps": 1, "dim": 4} and finding.measurement.setting["steps"] == 1
+    assert not finding.measurement.at_paper_setting and finding.measurement.setting["at_paper"]["changes"]["dim"] == 4
+    with pytest.raises(UserError, match="takes 'dims', did you mean 'dim'"):
+        reproduce(card, changes={"dims": 4}, **settings)

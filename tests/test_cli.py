@@ -883,3 +883,16 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
     found = json.loads(run("doctor --json")[1])
     assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""
     assert found["peers"]["a-peer"] == "missing: pip install a-peer (for tiny_gate)" and found["peers"]["torch"] == ""
+
+
+def test_a_device_that_holds_too_little_is_one_line_and_no_failure(run, here, monkeypatch):
+    monkeypatch.setenv("TINY_GATE_BREAKS", "memory")
+    code, out, err = run("reproduce tiny_gate --out run --strict --claim linear --claim identity")
+    assert code == 0 and "1 holds, 1 out of memory" in out
+    (line,) = (line for line in err.splitlines() if "linear" in line)
+    assert line.startswith("⊠ tiny_gate linear: out of memory; on cpu: DefaultCPUAllocator: can't allocate memory")
+    page = (here / "run" / "report.html").read_text()
+    assert 'v-out-of-memory"><span aria-hidden="true">⊠</span> out of memory' in page
+    found = json.loads(run("reproduce tiny_gate --out run --claim linear --json")[1])["findings"][0]
+    assert found["record"]["verdict"] == "out of memory" and found["record"]["measurement"]["out_of_memory"]
+    assert run("board --from run")[0] == 0

@@ -24,7 +24,7 @@ from provenn.data.events import read_histories
 from provenn.errors import UserError
 from provenn.evidence.record import Evidence, Ledger, read_or_set_aside
 from provenn.tasks import get_task, translation
-from provenn.tasks.base import NAMES
+from provenn.tasks.discovery import SHARED
 from provenn.training import checkpoints
 
 EXAMPLES = settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
@@ -192,7 +192,7 @@ def test_a_label_that_is_none_is_refused_in_one_line(text_of_label):
             assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("task", NAMES)
+@pytest.mark.parametrize("task", SHARED)
 @EXAMPLES
 @given(meta=st.dictionaries(st.sampled_from([*SEEN, *PAST, "tokenizer", "length", "blank", "marks"]), VALUES))
 def test_any_meta_is_held_to_its_task_s_schema(task, meta):
@@ -202,7 +202,7 @@ def test_any_meta_is_held_to_its_task_s_schema(task, meta):
         assert str(error).startswith("a file: its label cannot be read: meta") and "\n" not in str(error)
 
 
-@pytest.mark.parametrize("task", NAMES)
+@pytest.mark.parametrize("task", SHARED)
 def test_what_a_task_writes_it_reads(task):
     """`default_meta` keeps the schema, so that an author's weights and a schema never disagree."""
     options = {"channels": 2, "context": 4, "horizon": 2, "num_classes": 3, "length": 9, "marks": 2, "state_dim": 3,

@@ -12,7 +12,7 @@ ROOT = Path(provenn.__file__).parent
 
 # From the bottom up. A part may import its own and those below; `papers/__init__.py` is the interface's `papers()`.
 ORDER = [
-    {"errors", "files", "progress"},
+    {"errors", "files", "progress", "settings"},
     {"slots", "catalog"},
     {"datasets"},
     {"ops"},

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from provenn import catalog, datasets
 from provenn.errors import UserError
+from provenn.settings import arguments_of, typed
 
 PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
 
@@ -93,8 +94,10 @@ class Paper:
         """The model in a weight file, ours or the authors', in eval mode, and what it says of itself.
 
         Args:
-            weights: the file, or the folder of a run; by default what ships with the package.
-            preset, options: of an author's file, as in `from_official`; ours say themselves what they are.
+            weights: the file, or the folder of a run; by default what ships with the package. A preset without
+                parameters has none, and is taken as it is built.
+            preset, options: of an author's file, as in `from_official`, and of a preset without parameters; ours say
+                themselves what they are.
 
         Raises:
             UserError: weights of another paper, or of none.
@@ -102,6 +105,12 @@ class Paper:
         from provenn import weights as files
         from provenn.tasks import get_task
 
+        if weights is None and self.is_parameter_free(preset):
+            facts = self.card.preset(preset)
+            work, built_with = self.card.task_of(facts), {**facts.options, **(options or {})}
+            meta = get_task(work).default_meta(built_with)
+            model = self.build(facts.name, **built_with).eval()
+            return model, files.Label(self.card.slug, facts.name, work, built_with, meta)
         file = self.card.shipped_weights(preset) if weights is None else files.locate(weights)
         state, label = files.read(file)
         if label is None:
@@ -117,6 +126,25 @@ class Paper:
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
         return model.eval(), label
+
+    def is_parameter_free(self, preset: str | None = None) -> bool:
+        """Whether a preset has nothing to train and no weights come with it: it is used as it is built.
+
+        Raises:
+            UserError: no such preset, or a procedure that is for no work on data.
+        """
+        import torch
+
+        shipped = self.card.shipped
+        if preset in shipped if preset else shipped:
+            return False
+        facts = self.card.preset(preset)
+        self.card.task_of(facts)
+        try:
+            with torch.device("meta"):  # where a large preset takes no memory
+                return not self.build(facts.name).state_dict()
+        except UserError:  # it needs options that follow from data: it has something to fit
+            return False
 
     def _official(self, file: str | Path, given: str | None, options: dict[str, Any]) -> "tuple[nn.Module, Label]":
         from provenn import weights as files
@@ -338,43 +366,17 @@ def _folder_for(folder: Path) -> Iterator[None]:
 
 def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
     """The changes that each of the functions takes; one that both take goes to the first, which tells the second."""
-    known = [_arguments(taker, but=("source", "seed")) for taker in takers]
+    known = [arguments_of(taker, but=("source", "seed")) for taker in takers]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
     for name in changes:
         if name not in there:
             raise UserError(f"nothing here is called {name!r}; what can be set: {', '.join(there)}")
-    changes = {name: _typed(name, value, there[name]) for name, value in changes.items()}
+    changes = {name: typed(name, value, there[name]) for name, value in changes.items()}
     taken: list[dict[str, Any]] = []
     for position, arguments in enumerate(known):
         before = {name for earlier in known[:position] for name in earlier}
         taken.append({name: v for name, v in changes.items() if name in arguments and name not in before})
     return taken
-
-
-def _arguments(taker: Callable, but: tuple[str, ...]) -> dict[str, Any]:
-    """What can be set by name, and its type; `**options: Unpack[D]` takes what the typed dictionary D names."""
-    import inspect
-
-    whole = getattr(taker, "func", taker)  # a preset may be a `partial` of a larger one
-    hints = get_type_hints(whole.__init__ if isinstance(whole, type) else whole)  # type: ignore[misc]
-    taken: dict[str, Any] = {}
-    for parameter in inspect.signature(taker).parameters.values():
-        hint = hints.get(parameter.name, Any)
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            taken[parameter.name] = hint
-        elif get_origin(hint) is Unpack:
-            taken |= get_type_hints(*get_args(hint))
-    return {name: hint for name, hint in taken.items() if name not in but}
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as what is expected there: 24.0 as a whole number, a list as a tuple."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
 def predict(
@@ -404,7 +406,7 @@ def predict(
 
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
-    if weights is not None and files.label_of(weights) is None:
+    if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes)}
     model, label = chosen.load(weights, preset=of_system.pop("preset", preset), options=of_system)
     kind = get_task(label.task)
@@ -419,15 +421,15 @@ def predict(
             else f"name the files to apply {slug} to"
         )
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
-    known = _arguments(kind.predict, but=("model", "meta", "inputs", "output"))
+    known = arguments_of(kind.predict, but=("model", "meta", "inputs", "output"))
     telling = {} if known.pop("tell", None) is None or tell is None else {"tell": tell}
     for name in changes:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
-    options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
+    options = {name: typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
-    with _fitting(str(weights or chosen.card.shipped_weights(preset))):
+    with _fitting(str(weights or label.preset)):
         return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
 
 
@@ -449,7 +451,7 @@ def _unasked(card: catalog.Card, changes: dict[str, Any], method: str = "predict
     """Names that no prediction of the paper takes: what is left is said of the system."""
     from provenn.tasks import get_task
 
-    takers = [_arguments(getattr(get_task(name), method), but=()) for name in card.tasks]
+    takers = [arguments_of(getattr(get_task(name), method), but=()) for name in card.tasks]
     return [name for name in changes if not any(name in taker for taker in takers)]
 
 
@@ -495,13 +497,13 @@ def evaluate(
         raise UserError(f"batch size must be at least 1, got {batch_size}")
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
-    if weights is not None and files.label_of(weights) is None:
+    if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
     model, label = chosen.load(weights, preset=preset, options=of_system)
     kind = get_task(label.task)
-    known = _arguments(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
+    known = arguments_of(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
     if not known:  # what `held_out` passes on to `load`
-        known = _arguments(kind.load, but=("source", "seed", "options", "_"))
+        known = arguments_of(kind.load, but=("source", "seed", "options", "_"))
     for name in changes:
         if name not in known:
             there = ", ".join(known) or "nothing"
@@ -509,7 +511,7 @@ def evaluate(
     source = datasets.resolve(data)
     data = source.data
     fixed = {name: value for name, value in source.options.items() if name in known}
-    options = {**fixed, **{name: _typed(name, value, known[name]) for name, value in changes.items()}}
+    options = {**fixed, **{name: typed(name, value, known[name]) for name, value in changes.items()}}
     if whole is None:
         whole = not _trained_on(label, kind, data)
     split_seed = label.trained_on.get("seed", 0) if seed is None else seed
@@ -583,7 +585,7 @@ def inspect(
         able = [
             each.name
             for each in chosen.card.presets
-            if each.task or chosen.card.task
+            if chosen.card.work_of(each)
             if type(get_task(chosen.card.task_of(each))).example is not Task.example
         ]
         raise UserError(
@@ -602,7 +604,8 @@ def export(slug: str, weights: str | Path | None, output: str | Path, *, preset:
     """Write trained weights with their system as an ONNX file; returns what the terminal shows.
 
     A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
-    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`. The file's metadata hold, under
+    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`; a task of a paper's own says itself
+    what its system takes and gives (`Task.portable`). The file's metadata hold, under
     `provenn`, what the weights say of themselves, such as class names.
 
     Args:
@@ -615,10 +618,11 @@ def export(slug: str, weights: str | Path | None, output: str | Path, *, preset:
     from dataclasses import asdict
 
     from provenn import export as onnx
+    from provenn.tasks import get_task
     from provenn.weights import KEY
 
     file = Path(output)
     onnx.check_place(file)
     model, label = paper(slug).load(weights, preset=preset)
-    onnx.image_system(model, label.task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    onnx.portable_system(model, get_task(label.task), label.meta, file, {KEY: json.dumps(asdict(label))})
     return f"{label.preset} of {slug} → {file}"

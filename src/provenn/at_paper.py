@@ -9,9 +9,9 @@ import inspect
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -23,20 +23,54 @@ from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Skill
 from provenn.evidence.run import Run
+from provenn.settings import arguments_of
 from provenn.tasks import Task, get_task
-from provenn.training import fit
+from provenn.training import Recipe, fit
 from provenn.training.recipes import recipe_of
 
 TRAININGS = "trainings"  # the folder of those that have not ended
 
 
-def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places | None = None) -> Measurement:
+@dataclass(frozen=True)
+class AtPaperScale:
+    """A claim as its `at_paper` says, or with `changes` to the recipe, to how data are read or to the system."""
+
+    card: Card
+    claim: Claim
+    places: datasets.Places | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def settable(self) -> dict[str, Any]:
+        """What `--set` may change, and its type."""
+        how: Any = self.claim.at_paper
+        preset = self.card.preset(how.preset)
+        kind = get_task(self.card.task_of(preset))
+        read = arguments_of(kind.load, but=("source", "seed", "options", "_"))
+        if how.weights == "authors":
+            return read
+        return {**arguments_of(self.card.resolve(preset.build)), **read, **get_type_hints(Recipe)}
+
+    def varied(self, **changes: Any) -> "AtPaperScale":
+        return replace(self, changes={**self.changes, **changes})
+
+    def __call__(self, run: Run) -> Measurement:
+        return measure_at_paper(run, self.card, self.claim, self.places, self.changes)
+
+
+def measure_at_paper(
+    run: Run,
+    card: Card,
+    claim: Claim,
+    places: datasets.Places | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Measurement:
     """Measure a claim as its `at_paper` says; not measured, with what it needs, where that is not here.
 
     Args:
         run: at the budget paper.
         card, claim: of the paper; the claim has an `at_paper`.
         places: where data sets and checkpoints lie, as far as PROVENN_DATA does not tell.
+        changes: to the recipe, to how data are read, or to the system.
 
     Raises:
         UserError: data or weights that are there and cannot be read.
@@ -44,6 +78,9 @@ def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places
     how = claim.at_paper
     if how is None:
         raise ValueError(f"{claim.id} has no at_paper")
+    of_recipe = {name: value for name, value in (changes or {}).items() if name in get_type_hints(Recipe)}
+    others = {name: value for name, value in (changes or {}).items() if name not in of_recipe}
+    how = how.model_copy(update={"changes": {**how.changes, **others}}) if others else how
     preset = card.preset(how.preset)
     found = {name: datasets.find(name, places) for name in how.sets}
     tested = None if how.tested_on is None else datasets.find(how.tested_on, places)
@@ -57,14 +94,11 @@ def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places
         return Measurement.not_measured(f"a GPU (the device is {run.device})")
     scale = 100.0 if claim.published is not None and claim.published.unit.startswith("%") else 1.0
     where = {name: each.place for name, each in found.items()}
-    try:
-        if how.weights == "converted" and checkpoint is not None:
-            return _converted(run, card, claim, checkpoint.place, where)
-        if checkpoint is not None:
-            return _of_authors(run, card, how, checkpoint.place, where, scale)
-        return _trained(run, card, claim, preset, where, scale, None if tested is None else tested.place)
-    except torch.OutOfMemoryError:
-        return Measurement.not_measured(f"more memory than {run.device} has")
+    if how.weights == "converted" and checkpoint is not None:
+        return _converted(run, card, claim, how, checkpoint.place, where)
+    if checkpoint is not None:
+        return _of_authors(run, card, how, checkpoint.place, where, scale)
+    return _trained(run, card, claim, how, preset, where, scale, of_recipe, None if tested is None else tested.place)
 
 
 def _of_authors(
@@ -103,11 +137,10 @@ def _of_authors(
     )
 
 
-def _converted(run: Run, card: Card, claim: Claim, host: Path, where: Mapping[str, Path]) -> Measurement:
+def _converted(run: Run, card: Card, claim: Claim, how: AtPaper, host: Path, where: Mapping[str, Path]) -> Measurement:
     """Perplexity of a pretrained model after it was converted and tuned."""
     from provenn import huggingface
 
-    how: Any = claim.at_paper
     ((name, place),) = where.items()
     of_text = {key: value for key, value in how.changes.items() if key in ("length", "tested")}
     of_tuning = {key: value for key, value in how.changes.items() if key not in of_text}
@@ -143,23 +176,25 @@ def _trained(
     run: Run,
     card: Card,
     claim: Claim,
+    how: AtPaper,
     preset: Preset,
     where: Mapping[str, Path],
     scale: float,
+    of_recipe: dict[str, Any],
     tested: Path | None,
 ) -> Measurement:
-    how: Any = claim.at_paper
     kind = get_task(card.task_of(preset))
     asked = how.recipe or preset.recipe
     # A recipe of so many steps means them, whatever passes over the data they are.
     passes = sys.maxsize if "max_steps" in asked and "epochs" not in asked else None
-    recipe = recipe_of(asked, epochs=passes)
+    changes: dict[str, Any] = {"epochs": passes, **of_recipe}
+    recipe = recipe_of(asked, **changes)
     build = card.resolve(preset.build)
     sides: dict[str, dict[str, Any]] = {preset.name: {}}
     if how.against is not None:
         changed = ", ".join(f"{name}={value}" for name, value in how.against.items())
         sides[f"{preset.name}, {changed}"] = how.against
-    every = where if tested is None else {**where, how.tested_on: tested}
+    every = {**where, **({} if tested is None or how.tested_on is None else {how.tested_on: tested})}
     setting = {**_setting(card, how, every), "recipe": asdict(recipe)}
     reached: dict[str, list[float]] = {label: [] for label in sides}
     skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}

@@ -80,14 +80,21 @@ class Mechanism(Facts):
 
 
 class Example(Facts):
-    """An input for the common checks: normal noise, or integers from 0 to `below` (exclusive)."""
+    """An input for the common checks: normal noise, or integers from 0 to `below` (exclusive).
+
+    With a `name` it is the keyword argument of that name; without, the next positional one.
+    """
 
     shape: list[int]
     below: int | None = None
+    name: str | None = None
 
 
 class Preset(Facts):
-    """A system of the paper, with what was published of it."""
+    """A system of the paper, with what was published of it.
+
+    `task` is the paper's where it is left out; "" says that there is nothing to train or to predict: a procedure.
+    """
 
     name: str
     build: str
@@ -304,7 +311,7 @@ class Card(Facts):
     def tasks(self) -> list[str]:
         """What kinds of work its systems do."""
         named = [self.task, *(preset.task for preset in self.presets)]
-        return list(dict.fromkeys(task for task in named if task is not None))
+        return list(dict.fromkeys(task for task in named if task))
 
     def claim(self, name: str) -> Claim:
         return _named(self.claims, name, "claim", self.slug, "id")
@@ -313,7 +320,8 @@ class Card(Facts):
         """The preset of that name; without one, the first (of that task, where one is given)."""
         if name is not None:
             return _named(self.presets, name, "preset", self.slug)
-        fitting = [p for p in self.presets if task in (None, p.task or self.task)]
+        fitting = [p for p in self.presets if task in (None, self.work_of(p))]
+        fitting.sort(key=lambda p: self.work_of(p) is None)  # procedures come last
         if not fitting:
             about = f" for the task {task!r}" if task else ""
             raise UserError(f"{self.slug} has no preset{about}; it has: {_listed(p.name for p in self.presets)}")
@@ -322,10 +330,24 @@ class Card(Facts):
     def mechanism(self, name: str) -> Mechanism:
         return _named(self.mechanisms, name, "mechanism", self.slug)
 
+    def work_of(self, preset: Preset) -> str | None:
+        """The task of a preset; None of a procedure."""
+        return (self.task if preset.task is None else preset.task) or None
+
     def task_of(self, preset: Preset) -> str:
-        task = preset.task or self.task
+        """The task of a preset.
+
+        Raises:
+            UserError: it is a procedure; with the paper's presets that have a task.
+        """
+        task = self.work_of(preset)
         if task is None:
-            raise UserError(f"the preset {preset.name!r} of {self.slug} names no task")
+            able = [other.name for other in self.presets if self.work_of(other)]
+            raise UserError(
+                f"{preset.name} of {self.slug} is a procedure, with nothing to train or to predict: take it from "
+                f"Python, provenn.paper({self.slug!r}).build({preset.name!r})"
+                + (f"; for work on data take --preset {' or '.join(able)}" if able else "")
+            )
         return task
 
     @property
@@ -372,7 +394,7 @@ class Card(Facts):
         try:
             return importlib.import_module(name)
         except (Exception, SystemExit) as error:
-            raise UserError(f"{self.slug}: {name} cannot be imported: {_in_a_line(error)}") from error
+            raise UserError(f"{self.slug}: {name} cannot be imported: {in_a_line(error)}") from error
 
     def has(self, module: str) -> bool:
         return (self.folder / f"{module}.py").exists() or (self.folder / module).is_dir()
@@ -418,7 +440,8 @@ def meant(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _in_a_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """An error's class and words."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
@@ -435,7 +458,7 @@ def read_card(folder: Path, package: str, slug: str | None = None) -> Card:
     try:
         facts = tomllib.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no text, no TOML, or a number of thousands of digits
-        raise UserError(f"{file}: not valid TOML: {_in_a_line(error).partition(': ')[2]}") from None
+        raise UserError(f"{file}: not valid TOML: {in_a_line(error).partition(': ')[2]}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     try:
@@ -485,7 +508,7 @@ def _folder_of(package: str) -> Path:
     try:
         spec = importlib.util.find_spec(package)
     except (Exception, SystemExit) as error:
-        raise UserError(f"the package {package} of its entry point cannot be found: {_in_a_line(error)}") from None
+        raise UserError(f"the package {package} of its entry point cannot be found: {in_a_line(error)}") from None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"its entry point names no package: {package}")
     return Path(next(iter(spec.submodule_search_locations)))

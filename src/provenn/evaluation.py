@@ -195,9 +195,8 @@ def evaluate(
     intervals: dict[str, Interval | None] = dict.fromkeys(metrics)
     method = f"the task {task.name} gives no score of single examples, and so no interval"
     if scores:
-        numbers = {name: column for name, column in scores.items() if name not in (LABEL, TOLD)}
         with progress.bar("intervals", DRAWS) as advance:
-            intervals, method = resampled(numbers, task.summary, overlap=held_out.overlap, draws=DRAWS, advance=advance)
+            intervals, method = resampled(scores, task.summary, overlap=held_out.overlap, draws=DRAWS, advance=advance)
     confusion = _confusion(scores, len((meta or {}).get("classes", []))) if LABEL in scores else None
     classes = list((meta or {}).get("classes", []))
     classes += [f"class {index}" for index in range(len(classes), 0 if confusion is None else len(confusion))]

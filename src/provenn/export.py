@@ -15,6 +15,7 @@ from provenn.errors import UserError
 from provenn.files import whole
 from provenn.nn.padding import PadToMultiple
 from provenn.progress import quiet_loggers
+from provenn.tasks import Task
 
 POSITIONS = (0, 1, 2, 7, 40)  # at which a step must do the same
 AT_POSITION = 7  # of the example that is traced: 0 and 1 would be taken for constants
@@ -77,6 +78,22 @@ class Step(nn.Module):
     def forward(self, token: Float[Tensor, "batch dim"], *state: Tensor | int) -> tuple[Tensor | int, ...]:
         y, new = self.layer.step(token, pytree.tree_unflatten(list(state), self.form))
         return y, *pytree.tree_leaves(new)
+
+
+def portable_system(model: nn.Module, task: Task, meta: dict[str, Any], file: Path, about: dict[str, str]) -> None:
+    """Write a system as its task says, of one input or several; or as `image_system` does."""
+    if type(task).portable is Task.portable:
+        return image_system(model, task.name, meta, file, about)
+    form = task.portable(model, meta)
+    dims: dict[str, Any] = {}
+    sizes = {
+        name: {
+            place: dims.setdefault(label, torch.export.Dim(label))
+            for place, label in form.open_sizes.get(name, {}).items()
+        }
+        for name in form.example
+    }
+    return _write(form.system.eval(), form.example, sizes, list(form.example), form.outputs, file, about)
 
 
 def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, about: dict[str, str]) -> None:
@@ -214,7 +231,7 @@ def check_place(file: Path) -> None:
 
 def _write(
     system: nn.Module,
-    example: tuple[Tensor | int, ...],
+    example: tuple[Tensor | int, ...] | dict[str, Tensor],
     sizes: Any,
     inputs: list[str],
     outputs: list[str],
@@ -227,7 +244,8 @@ def _write(
         with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):  # which name packages that nothing here needs
             program = torch.onnx.export(
                 system,
-                example,
+                () if isinstance(example, dict) else example,
+                kwargs=example if isinstance(example, dict) else None,
                 dynamo=True,
                 dynamic_shapes=sizes,
                 input_names=inputs,

@@ -1,5 +1,6 @@
 """Measures a paper's claims, one record each, written as each ends."""
 
+import gc
 import os
 import signal
 import time
@@ -15,12 +16,12 @@ from queue import Empty
 from typing import Any, cast
 
 from provenn import progress
-from provenn.at_paper import measure_at_paper
-from provenn.catalog import Card, Claim, card, installed
+from provenn.at_paper import AtPaperScale
+from provenn.catalog import Card, Claim, card, installed, meant
 from provenn.datasets import Places
 from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
-from provenn.evidence.claim import Measure, measuring_functions
+from provenn.evidence.claim import Measure, measuring_functions, settable, varied
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.record import (
     EVIDENCE,
@@ -36,6 +37,7 @@ from provenn.evidence.record import (
 )
 from provenn.evidence.run import Budget, Run
 from provenn.files import Unwritable
+from provenn.settings import typed
 
 BUDGETS = ("smoke", "small", "paper")
 MOST_SEEDS = 10_000
@@ -54,6 +56,7 @@ def reproduce(
     out: str | Path = "runs/latest",
     resume: bool = False,
     data: Places | None = None,
+    changes: dict[str, Any] | None = None,
     tell: Callable[[str], None] = lambda message: None,
     done: Callable[[Finding], None] = lambda finding: None,
 ) -> list[Finding]:
@@ -69,12 +72,15 @@ def reproduce(
         out: folder of the records.
         resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
         data: where data sets and checkpoints lie that `provenn data` lists, by name; for the budget paper.
+        changes: measure at another setting, such as {"epochs": 3}: of a study its recipe and what its data and networks
+            take by name, of a race its sizes and rounds, of a function its arguments. Claims that take none of these
+            are left out. What comes of it is kept beside what was measured at the claims' own setting.
         tell: is given messages for the user.
         done: is given each finding as it is written.
 
     Raises:
-        UserError: an unknown claim, budget or device, no seeds, or a folder in which another process measures this
-        paper.
+        UserError: a change that no claim takes, an unknown claim, budget or device, no seeds, or a folder in which
+        another process measures this paper.
     """
     chosen_seeds = choose_seeds(seeds)
     if budget not in BUDGETS:
@@ -84,6 +90,8 @@ def reproduce(
         claims = next((statement.claims for statement in card.statements if statement.headline), None)
     wanted = [card.claim(name) for name in claims] if claims else card.claims
     device = choose_device(device)
+    settings = _settings(budget, card, wanted, data, changes or {}, tell, named=bool(claims) and not headline)
+    wanted = [claim for claim in wanted if claim.id in settings]
     folder = Path(out) / card.slug
     check_writable(folder)
     with alone_in(folder):
@@ -105,16 +113,58 @@ def reproduce(
         with progress.bar(card.slug, len(wanted)) as advance:
             for claim in wanted:
                 advance(0, f"{card.slug}: {claim.id}")
-                kept = evidence.record(claim.id) if resume else None
+                run.changes = settings[claim.id]
+                kept = evidence.record(claim.id, run.changes) if resume else None
                 find = partial(_function, run, card, claim, data)
                 earlier = None if kept is None else evidence.occasions[kept.occasion]
                 if kept is None or not _still_good(kept, earlier, run, find, claim, occasion):
                     evidence.put(_measure(run, find, claim), occasion)
                     evidence.write(run.file)
-                finding = evidence.findings([claim])[0]
-                done(finding)
+                done(evidence.finding(claim, run.changes))
                 advance()
-    return evidence.findings(wanted)
+    return [evidence.finding(claim, settings[claim.id]) for claim in wanted]
+
+
+def _settings(
+    budget: str,
+    card: Card,
+    claims: Sequence[Claim],
+    data: Places | None,
+    changes: dict[str, Any],
+    tell: Callable[[str], None],
+    *,
+    named: bool,
+) -> dict[str, dict[str, Any]]:
+    """The changes that each claim takes, of the right types; claims that take none are told and left out.
+
+    Raises:
+        UserError: what no claim takes, a value that cannot be, or a named claim that takes none.
+    """
+    if not changes:
+        return {claim.id: {} for claim in claims}
+    measures = {claim.id: _own_measure(budget, card, claim, data) for claim in claims}
+    known = {name: {} if measure is None else settable(measure) for name, measure in measures.items()}
+    there = list(dict.fromkeys(name for names in known.values() for name in names))
+    for name in changes:
+        if name not in there:
+            words = f"what can be set: {', '.join(there)}" if there else "they take nothing"
+            raise UserError(f"no claim that is to be measured takes {name!r}{meant(name, there)}; {words}")
+    settings = {}
+    for name, measure in measures.items():
+        mine = {key: typed(key, value, known[name][key]) for key, value in changes.items() if key in known[name]}
+        if mine and measure is not None:
+            try:
+                varied(measure, mine)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{name}: {error}") from None
+            settings[name] = mine
+    left_out = [name for name in known if name not in settings]
+    if left_out and named:
+        takes = ", ".join(known[left_out[0]]) or "nothing"
+        raise UserError(f"{left_out[0]} takes none of {', '.join(changes)}; what can be set of it: {takes}")
+    if left_out:
+        tell(f"{card.slug}: left out, as they take none of {', '.join(changes)}: {', '.join(left_out)}")
+    return settings
 
 
 @contextmanager
@@ -260,13 +310,18 @@ def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Reco
     except Unwritable:  # the next claim could not be written either
         raise
     except Exception as error:  # one claim's trouble must not cost the others their work
-        measurement = Measurement.failure(error)
+        measurement = Measurement.failure(error, run.device)
         with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
             file.write(f"{claim.id}\n{traceback.format_exc()}\n")
+    if measurement.out_of_memory:  # of the error nothing is left now that held tensors: the other claims get the room
+        gc.collect()
+        if run.device.startswith("cuda"):
+            torch.cuda.empty_cache()
     return Record.of(
         claim,
         measurement,
         budget=run.budget,
+        changes=run.changes,
         code=code,
         wall_seconds=round(time.perf_counter() - start + run.spared - spared, 3),
         peak_memory_bytes=peak_memory(run.device),
@@ -274,9 +329,20 @@ def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Reco
 
 
 def _function(run: Run, card: Card, claim: Claim, data: Places | None) -> Measure | None:
-    """What measures a claim at this budget; None where nothing can."""
-    if run.budget == "paper" and claim.at_paper is not None:
-        return partial(measure_at_paper, card=card, claim=claim, places=data)
+    """What measures a claim at this run's budget and setting; None where nothing can."""
+    measure = _own_measure(run.budget, card, claim, data)
+    if measure is None or not run.changes:
+        return measure
+    key = ("varied", claim.id)
+    if key not in run.memory:  # which holds on to it: a run knows experiments by what they are, not by their names
+        run.memory[key] = varied(measure, run.changes)
+    return run.memory[key]
+
+
+def _own_measure(budget: str, card: Card, claim: Claim, data: Places | None) -> Measure | None:
+    """What measures a claim at this budget and its own setting; None where nothing can."""
+    if budget == "paper" and claim.at_paper is not None:
+        return AtPaperScale(card, claim, data)
     if claim.lacks is not None or not card.has("claims"):
         return None
     return measuring_functions(card.resolve_module("claims")).get(claim.id)
@@ -290,7 +356,7 @@ def _still_good(
 
     What was not measured is tried again: what it needed may be there by now.
     """
-    if record.measurement.needs or record.measurement.failed:
+    if record.measurement.missed:
         return False
     try:
         function = find()
@@ -301,7 +367,7 @@ def _still_good(
     if claim.package is not None and installed(claim.package) != record.measurement.setting.get(claim.package):
         return False
     seeds = record.measurement.seeds
-    again = Record.of(claim, record.measurement, budget=run.budget)
+    again = Record.of(claim, record.measurement, budget=run.budget, changes=run.changes)
     return (
         (not seeds or tuple(seeds) == run.seeds)
         and (record.verdict, record.expects) == (again.verdict, again.expects)

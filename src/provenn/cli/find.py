@@ -101,15 +101,18 @@ def show(
         out.print(f"\n[bold]{view.tally_of_statements(statements)}[/] of {len(statements)} statements", highlight=False)
     if evidence:
         out.print("[dim]measured " + console.escape("; ".join(dict.fromkeys(view.where(evidence.occasions)))) + "[/]")
+    elsewhere = evidence.at_other_settings(card.claims) if evidence else []
     if everything:
-        _everything(card, findings)
+        _everything(card, findings, elsewhere)
     out.print()
     if not everything:
         out.print(f"provenn show {card.slug} --all       {len(card.claims)} claims, mechanisms, presets")
     if card.claims:
         out.print(f"provenn reproduce {card.slug}        measure them here")
-    if card.presets:
-        out.print(f"provenn train {card.slug} --preset {card.presets[0].name} --data …")
+    if card.tasks and card.presets:
+        out.print(f"provenn train {card.slug} --preset {card.preset().name} --data …")
+    elif card.presets:
+        out.print(f"from Python: provenn.paper({card.slug!r}).build(); its presets have nothing to train")
     for name, file in card.shipped.items():
         which = "" if name == next(iter(card.shipped)) else f" --preset {name}"
         words = console.escape(catalog.shipped_in_words(file))
@@ -118,8 +121,8 @@ def show(
         out.print(f"provenn inspect {card.slug} …")
 
 
-def _everything(card: Card, findings: list[Finding]) -> None:
-    """Mechanisms, presets and every claim: those under statements first, then the body's, then ours."""
+def _everything(card: Card, findings: list[Finding], elsewhere: list[Finding]) -> None:
+    """Mechanisms, presets and every claim: under statements, the body's, ours; then what other settings gave."""
     from provenn.cli import console
 
     out = console.console()
@@ -128,10 +131,12 @@ def _everything(card: Card, findings: list[Finding]) -> None:
         out.print("", console.table(("mechanism", "slot", "layer"), rows))
     if card.presets:
         rows = [
-            (f"[bold]{p.name}[/]", p.task or card.task or "", "; ".join(map(str, p.published))) for p in card.presets
+            (f"[bold]{p.name}[/]", card.work_of(p) or "(a procedure)", "; ".join(map(str, p.published)))
+            for p in card.presets
         ]
         out.print("", console.table(("preset", "task", "published"), rows))
-    for title, chosen in by_origin(card, findings).items():
+    tables = by_origin(card, findings) | {"At other settings, which bear on no statement": elsewhere}
+    for title, chosen in tables.items():
         if chosen:
             out.print(f"\n[bold]{title}[/]", console.claims(chosen))
 

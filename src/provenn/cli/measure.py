@@ -24,6 +24,7 @@ from provenn.cli.app import (
     tell,
 )
 from provenn.cli.data import Places
+from provenn.cli.work import pairs
 from provenn.errors import UserError
 from provenn.progress import without_controls
 
@@ -47,6 +48,15 @@ def reproduce(
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Papers measured side by side; they share the cores.")] = 1,
     places: Places = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Measure at another setting, such as epochs=3 or sizes=[64,128], kept beside the claims' own; "
+            "repeatable.",
+        ),
+    ] = None,
     out: Out = RUN,
     resume: Resume = False,
     strict: Strict = False,
@@ -62,8 +72,24 @@ def reproduce(
         raise UserError("give --claim or --headline, not both")
     if places and budget != "paper":
         raise UserError(f"--data is for --budget paper; at {budget} the data are embedded")
+    if changes and len(chosen) > 1:
+        raise UserError(f"--set is for one paper, and {len(chosen)} were named")
     given = datasets.given_places(places or [])
-    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json, jobs=jobs, headline=headline, data=given)
+    _measure(
+        chosen,
+        claim,
+        budget,
+        seeds,
+        device,
+        out,
+        resume,
+        strict,
+        json,
+        jobs=jobs,
+        headline=headline,
+        data=given,
+        changes=pairs(changes or [], example="epochs=3"),
+    )
 
 
 @app.command()
@@ -172,6 +198,7 @@ def _measure(
     jobs: int = 1,
     headline: bool = False,
     data: datasets.Places | None = None,
+    changes: dict[str, Any] | None = None,
     speed: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     from provenn.cli import console
@@ -185,7 +212,9 @@ def _measure(
 
     def done(finding: Finding) -> None:
         figure = finding.reason or view.ours(finding.measurement)
-        tell(f"{view.SYMBOLS[finding.verdict]} {finding.paper} {finding.claim.id}: {finding.verdict}; {figure}")
+        setting = view.at_setting(finding)
+        line = f"{view.SYMBOLS[finding.verdict]} {finding.paper} {finding.claim.id}: {finding.verdict}; {figure}"
+        tell(f"{line}; {setting}" if setting else line)
 
     with resumable(lambda: any((out / card.slug / EVIDENCE).exists() for card in papers)), progress.shown():
         findings = reproduce_many(
@@ -199,6 +228,7 @@ def _measure(
             out=out,
             resume=resume,
             data=data,
+            changes=changes,
             tell=tell,
             done=done,
         )
@@ -214,7 +244,7 @@ def _measure(
         for card in papers:
             mine = [finding for finding in findings if finding.paper == card.slug]
             terminal.print(f"\n[bold]{console.escape(card.title)}[/]")
-            if claims is None:
+            if claims is None and not changes:
                 statements = view.judged(card, Evidence.read(out / card.slug / EVIDENCE))
                 told = [each for each in statements if any(f.record for f in each.findings)] if headline else statements
                 terminal.print(console.statements(told), "")

@@ -80,6 +80,7 @@ def train(
     from provenn import api
     from provenn.cli import console
     from provenn.evidence.view import number
+    from provenn.tasks import Task as Kind
     from provenn.tasks import get_task
     from provenn.training.checkpoints import CHECKPOINT
 
@@ -130,7 +131,7 @@ def train(
     if logger is not None:
         terminal.print(f"written  {console.escape(str(folder / 'log'))}", soft_wrap=True)
     work = get_task(json.loads((folder / "run.json").read_text())["task"])
-    if work.name not in api.PROBES:
+    if work.name not in api.PROBES and type(work).predict is not Kind.predict:
         given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
         out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
         place = without_controls(shlex.quote(str(folder)))
@@ -160,6 +161,12 @@ def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed:
     card = catalog.card(slug)
     if weights is not None or not (needed or (preset in card.shipped if preset else card.shipped)):
         return weights is not None
+    if not (preset in card.shipped if preset else card.shipped):
+        from provenn.api import Paper
+
+        if Paper(card).is_parameter_free(preset):
+            tell(f"{card.preset(preset).name} has no parameters: it is used as it is built")
+            return True
     file = card.shipped_weights(preset)
     tell(f"with the weights that ship: {file.stem}, {catalog.shipped_in_words(file)}")
     return True

@@ -46,6 +46,9 @@ class Run:
         self.folder = Path(out) / paper
         self.ledger = ledger or Ledger(paper=paper)
         self._known = {trial.key: trial for trial in self.ledger.trials} if reuse else {}
+        self.changes: dict[
+            str, Any
+        ] = {}  # what `--set` changes of the claim that is measured now: of every trial's key
         self.memory: dict[Any, Any] = {}  # for what several claims of this run would compute alike
         self.spared = 0.0  # seconds that known trials took when they were run
 
@@ -73,6 +76,7 @@ class Run:
 
     def trial(self, name: str, function: Callable[[], Any], *, seed: int | None = None, **setting: Any) -> Any:
         """`function()` once, its result saved."""
+        setting = {**setting, "set": self.changes} if self.changes else setting
         question = Trial.question(name, seed, f"{self.budget} on {self.device}", plain(setting))
         if (known := self._known.get(question)) is not None:
             self.spared += known.seconds

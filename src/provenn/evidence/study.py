@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import nn
 
+from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
 from provenn.evidence.record import PICTURES
 from provenn.evidence.run import Run
+from provenn.settings import defaults_of
 from provenn.tasks import Task, TaskData, get_task
 from provenn.training import Diverged, Fit, Recipe, fit
 
@@ -123,6 +126,26 @@ class Study:
         """A claim on one arm's own figure, the mean over seeds."""
         self._check(metric, arm, *shown)
         return Reading(self, arm, metric, tuple(shown), picture)
+
+    def settable(self) -> dict[str, Any]:
+        """What `--set` may change, and its type: the recipe, and what `data` and `build` take by a default."""
+        rates = {"lrs": tuple[float, ...]} if self.lrs else {}
+        return {**get_type_hints(Recipe), **rates, **defaults_of(self.build), **defaults_of(self.data)}
+
+    def varied(self, **changes: Any) -> "Study":
+        """The same comparison at another setting; `lr` sets one rate for all arms, and nothing is tuned then."""
+        of_data = {name: changes.pop(name) for name in defaults_of(self.data) if name in changes}
+        of_build = {name: changes.pop(name) for name in defaults_of(self.build) if name in changes}
+        lrs = () if "lr" in changes else changes.pop("lrs", self.lrs)
+        smoke = self.smoke or replace(self.recipe, epochs=1, max_steps=2)
+        return replace(
+            self,
+            data=partial(self.data, **of_data) if of_data else self.data,
+            build=partial(_build_with, self.build, of_build) if of_build else self.build,
+            lrs=lrs,
+            recipe=replace(self.recipe, **changes),
+            smoke=replace(smoke, **changes),
+        )
 
     def _check(self, metric: str | None, *arms: str) -> None:
         metrics = [self.of_task.metric, *self.probes]
@@ -325,6 +348,14 @@ class Study:
         return [Picture(file=f"{PICTURES}/{self.drawing.file}.png", caption=self.drawing.caption)]
 
 
+def _build_with(build: Callable[..., nn.Module], given: Mapping[str, Any], part: Any, **options: Any) -> nn.Module:
+    """The network with options of the user's beside those of the data, which they may not contradict."""
+    for name in given.keys() & options.keys():
+        if given[name] != options[name]:
+            raise UserError(f"{name} follows from the data, where it is {options[name]}, got {given[name]}")
+    return build(part, **{**options, **given})
+
+
 def _spoken(recipe: Recipe) -> dict[str, Any]:
     """A recipe's fields that are not the defaults, and those that every reader asks for; the rate stands apart."""
     plain = asdict(Recipe())
@@ -354,6 +385,12 @@ class Contrast:
         labels = [self.study.label(arm) for arm in self.systems]
         return labels[0] if len(labels) == 1 else f"worst of {', '.join(labels)}", self.study.label(self.baseline)
 
+    def settable(self) -> dict[str, Any]:
+        return self.study.settable()
+
+    def varied(self, **changes: Any) -> "Contrast":
+        return replace(self, study=self.study.varied(**changes))
+
     def __call__(self, run: Run) -> Measurement:
         study = self.study
         reached, facts = study.measure(
@@ -382,6 +419,12 @@ class Reading:
     picture: bool = False
 
     sides = None
+
+    def settable(self) -> dict[str, Any]:
+        return self.study.settable()
+
+    def varied(self, **changes: Any) -> "Reading":
+        return replace(self, study=self.study.varied(**changes))
 
     def __call__(self, run: Run) -> Measurement:
         reached, facts = self.study.measure(

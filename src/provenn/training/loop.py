@@ -155,6 +155,8 @@ def fit(
     torch.manual_seed(seed)
     model = build()
     check_recipe(recipe, task, model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{title}: nothing to train, {type(model).__name__} has no parameters that need a gradient")
     best = _Best(out, keep_best, save) if out is not None and save is not None and keep_best else None
     history = _history_class()(task, data, title, recipe, out, save_every, best)
     going_on = newest(out) if resume and out is not None else None
