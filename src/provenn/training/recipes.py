@@ -50,8 +50,8 @@ class Recipe:
         label_smoothing: the share of each target that is spread evenly over all classes or tokens.
         mixup, cutmix: α of the Beta distribution that mixes pairs of a batch's images and their classes, by weight or
             by a rectangle; 0 does not. Of both, one is drawn for each batch.
-        crop: the least share of a file's area that a random crop takes, such as 0.08; None leaves it to the task. Images
-            that are not cropped from files stay as they are.
+        crop: the least share of a file's area that a random crop takes, such as 0.08; None leaves it to the task.
+            Images that are not cropped from files stay as they are.
         rand_augment: the magnitude of RandAugment's two operations an image, such as 9; 0 does none; by kornia.
         auto_augment: the policy of AutoAugment: imagenet, cifar10 or svhn; by kornia.
         random_erasing: the probability with which a rectangle of an image is put to its mean; by kornia.
