@@ -32,17 +32,17 @@ def wrong_digits(seed: int, smoke: bool) -> TaskData:
     images, labels = data.train[:]
     generator = torch.Generator().manual_seed(10_000 + seed)
     moved = torch.rand(len(labels), generator=generator) < WRONG
-    noisy = torch.where(moved, (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10, labels)
-    train = TensorDataset(images, noisy)
+    changed = torch.where(moved, (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10, labels)
+    train = TensorDataset(images, changed)
     return TaskData(
-        "digits, a fifth of the labels wrong", train, train, data.test, fingerprint(images, noisy), data.options,
+        "digits, a fifth of the labels wrong", train, train, data.test, fingerprint(images, changed), data.options,
         {"moved": moved.nonzero().flatten().tolist()},
     )  # fmt: skip
 
 
-def tower(part: tuple[str, int, int], most: int) -> nn.Module:
+def tower(arm: tuple[str, int, int], most: int) -> nn.Module:
     """An MLP of modules that join by a policy: (policy, modules, width)."""
-    policy, depth, width = part
+    policy, depth, width = arm
     return ResidualMLP(64, 10, dim=width, depth=min(depth, most), policy=policy)
 
 
