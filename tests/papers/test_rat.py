@@ -816,7 +816,7 @@ def test_a_timed_stream_holds_what_one_that_has_read_holds(build, count):
     layer = build(8, 2)
     with torch.no_grad():
         _, real = layer.prefill(torch.randn(3, count, 8))
-        made = _state_after(layer, count, 3, "cpu", torch.float32)
+        made = _state_after(layer, count, 3, device="cpu", dtype=torch.float32)
         made_bytes, real_bytes = (getattr(state, "nbytes", None) or state_bytes((state,)) for state in (made, real))
         assert made_bytes == real_bytes
         y, after = layer.step(torch.randn(3, 8), made)
