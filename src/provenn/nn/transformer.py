@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 class EncoderState(NamedTuple):
     """The states of the mixers, one a layer."""
 
-    layers: tuple[Any, ...]
+    layers: tuple[Any, ...]  # each mixer has a class of its own
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.mixer: Any = mixer(dim)
+        self.mixer: Any = mixer(dim)  # with `prefill` and `step` where it streams, which no type of torch says
         self.linear1 = nn.Linear(dim, feedforward)
         self.linear2 = nn.Linear(feedforward, dim)
         self.norm1 = nn.LayerNorm(dim)
@@ -59,6 +59,7 @@ class EncoderLayer(nn.Module):
         self.activation = activation
 
     def _join(self, x: Tensor, mixed: Tensor) -> Tensor:
+        # Norm after the sum, as in 2017; `PreNormBlock` is the later form.
         x = self.norm1(x + self.dropout(mixed))
         hidden = self.dropout(ACTIVATIONS[self.activation](self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
@@ -97,6 +98,7 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
+        # Any: torch types what a list holds as modules without `step`.
         self.layers: Any = nn.ModuleList(EncoderLayer(dim, mixer, **options) for _ in range(layers))
 
     def forward(
