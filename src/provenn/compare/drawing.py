@@ -31,6 +31,7 @@ def plain_axis(
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axis = getattr(axes, f"{which}axis")
+    # Zero has no logarithm, and a short range reads better in even steps.
     if min(values) > 0 and max(values) > 3 * min(values):
         getattr(axes, f"set_{which}scale")("log", base=base)
         near = base == 10 and max(values) < 100 * min(values)
