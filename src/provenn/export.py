@@ -31,9 +31,10 @@ class Enlarger(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.network = PadToMultiple(model, int(getattr(model, "multiple", 1)), int(model.scale))  # type: ignore[arg-type]
+        self.network = PadToMultiple(model, int(getattr(model, "multiple", 1)), int(model.scale))  # type: ignore[arg-type]  # a number
 
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height2 width2"]:
+        # Padding is inside the file, so that whoever runs it need not know of multiples.
         return self.network(image).clamp(0, 1)
 
 
@@ -72,6 +73,7 @@ class Step(nn.Module):
     def __init__(self, layer: Any):
         super().__init__()
         self.layer = layer
+        # ONNX has no nested tuples: the state is taken apart to leaves and put together in this form.
         self.form = pytree.tree_flatten(layer.init_state(1))[1]
 
     def forward(self, token: Float[Tensor, "batch dim"], *state: Tensor | int) -> tuple[Tensor | int, ...]:
@@ -92,7 +94,7 @@ def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, 
     Raises:
         UserError: a system that takes no images.
     """
-    sizes: dict[int, Any]
+    sizes: dict[int, Any]  # `torch.export.Dim` is a class to type checkers and a function at run time
     if task == "super-resolution":
         system: nn.Module = Enlarger(model)
         # No side is 1, 16 or like another: a tracer would take that for a rule.
@@ -104,7 +106,7 @@ def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, 
         result, sizes = "probabilities", {0: torch.export.Dim("batch")}
     else:
         raise UserError(f"only systems that take images can be exported; these weights are for {task}")
-    _write(system.eval(), (example,), (sizes,), ["image"], [result], file, about)
+    _write(system.eval(), (example,), (sizes,), inputs=["image"], outputs=[result], file=file, about=about)
 
 
 def step(layer: Any, dim: int, file: str | Path) -> None:
@@ -129,17 +131,17 @@ def step(layer: Any, dim: int, file: str | Path) -> None:
     _check_every_step_alike(system, torch.randn(2, dim), state)
     batch = torch.export.Dim("batch")
     names = [f"state_{k}" for k in range(len(state))]
-    example = [AT_POSITION if isinstance(part, int) else part for part in state]
-    open_sizes = tuple(torch.export.Dim.DYNAMIC if isinstance(part, int) else {0: batch} for part in state)
+    example = [AT_POSITION if isinstance(leaf, int) else leaf for leaf in state]
+    open_sizes = tuple(torch.export.Dim.DYNAMIC if isinstance(leaf, int) else {0: batch} for leaf in state)
     try:
         _write(
             system,
             (torch.randn(2, dim), *example),
             ({0: batch}, open_sizes),
-            ["token", *names],
-            ["output", *(f"new_{name}" for name in names)],
-            Path(file),
-            {},
+            inputs=["token", *names],
+            outputs=["output", *(f"new_{name}" for name in names)],
+            file=Path(file),
+            about={},
         )
     except (RuntimeError, torch.onnx.OnnxExporterError) as error:
         words = str(error).partition("## Exception summary")[2] or str(error)
@@ -185,11 +187,13 @@ def _check_every_step_alike(system: Step, token: Tensor, state: list[Tensor | in
     try:
         for position in POSITIONS:
             with torch.no_grad(), _Operations() as operations:
-                parts = [_Position(position) if isinstance(part, int) else part.clone() for part in state]
-                _, *after = system(token, *parts)
-            sequences.append((operations.seen, [getattr(part, "shape", ()) for part in after]))
+                # The state is a fresh one but for its positions; in-place writes fall on copies.
+                leaves = [_Position(position) if isinstance(leaf, int) else leaf.clone() for leaf in state]
+                _, *after = system(token, *leaves)
+            # What is run and with which shapes, not its numbers: a trace records exactly that.
+            sequences.append((operations.seen, [getattr(leaf, "shape", ()) for leaf in after]))
         alike = not _Position.rounds and all(sequence == sequences[0] for sequence in sequences)
-        alike = alike and sequences[0][1] == [getattr(part, "shape", ()) for part in state]
+        alike = alike and sequences[0][1] == [getattr(leaf, "shape", ()) for leaf in state]
     except (RuntimeError, IndexError, ValueError):  # no place is left in a cache, or no such place in a chunk
         alike = False
     if not alike:
@@ -215,7 +219,8 @@ def check_place(file: Path) -> None:
 def _write(
     system: nn.Module,
     example: tuple[Tensor | int, ...],
-    sizes: Any,
+    sizes: Any,  # nested as the example is, of what torch.export takes
+    *,
     inputs: list[str],
     outputs: list[str],
     file: Path,
@@ -228,6 +233,7 @@ def _write(
             program = torch.onnx.export(
                 system,
                 example,
+                # By `torch.export`, which refuses where the code fixes a size that is to stay open.
                 dynamo=True,
                 dynamic_shapes=sizes,
                 input_names=inputs,
