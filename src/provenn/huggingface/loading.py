@@ -51,17 +51,20 @@ class Source:
             raise UserError(
                 f"{name} is of type {config.model_type!r}, which cannot be converted; these can: {', '.join(FAMILIES)}"
             )
-        named = (config.architectures or ["none"])[0]
+        architecture = (config.architectures or ["none"])[0]
         kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
-        able = [kind.__name__ for kind in LANGUAGE_MODELS]
-        if named.removeprefix("Converted") not in able:
-            raise UserError(f"{name} holds a {named}, which predicts no tokens of a text; these do: {', '.join(able)}")
-        return cls(str(name), config, kinds[named], local)
+        names_able = [kind.__name__ for kind in LANGUAGE_MODELS]
+        if architecture.removeprefix("Converted") not in names_able:
+            raise UserError(
+                f"{name} holds a {architecture}, which predicts no tokens of a text; these do: {', '.join(names_able)}"
+            )
+        return cls(str(name), config, kinds[architecture], local)
 
     @cached_property
     def outline(self) -> Any:
         """The model on the meta device: its shapes, and no weights."""
         try:
+            # Every option is tried on this, before gigabytes are read.
             with torch.device("meta"), no_init_weights():
                 return self.kind(self.config)
         except UserError:
@@ -106,14 +109,14 @@ class Source:
         """
         try:
             # Sizes that differ are told below: of these, transformers raises an error that names none.
-            model, told = cast(Any, self.kind).from_pretrained(
+            model, loading_info = cast(Any, self.kind).from_pretrained(
                 self.name, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=self.local
             )
         except Exception as error:
             raise UserError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from None
         for what, keys in (
-            ("lack", told["missing_keys"]),
-            ("have other sizes than its config says for", told["mismatched_keys"]),
+            ("lack", loading_info["missing_keys"]),
+            ("have other sizes than its config says for", loading_info["mismatched_keys"]),
         ):
             if keys:
                 names = sorted(key if isinstance(key, str) else key[0] for key in keys)
