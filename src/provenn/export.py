@@ -153,16 +153,16 @@ class _Position(int):
 
     rounds = False
 
-    def __add__(self, other: Any) -> "_Position":
+    def __add__(self, other: object) -> "_Position":
         return _Position(int(self) + other) if isinstance(other, int) else NotImplemented
 
     __radd__ = __add__
 
-    def __mod__(self, other: Any) -> Any:
+    def __mod__(self, other: int) -> int:
         _Position.rounds = True
         return int(self) % other
 
-    def __floordiv__(self, other: Any) -> Any:
+    def __floordiv__(self, other: int) -> int:
         _Position.rounds = True
         return int(self) // other
 
@@ -174,7 +174,8 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        # Any: as torch calls it.
         result = func(*args, **(kwargs or {}))
         self.seen.append((str(func), [tuple(t.shape) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]))
         return result

@@ -144,7 +144,7 @@ def insert_after(
 def swap(
     model: nn.Module,
     where: Place | Sequence[Place],
-    factory: Callable[[Any], nn.Module | None],
+    factory: Callable[[Any], nn.Module | None],  # Any: it may ask for the class that `where` names
     *,
     example: Example = None,
 ) -> Changes:
@@ -343,7 +343,7 @@ class _RunChild:
         self.child = child
         self.hook_id = -1
 
-    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: object, output: object) -> object:
         new = getattr(module, self.child)
         if isinstance(output, Tensor):
             return new(output)
@@ -400,7 +400,7 @@ def _observed_widths(model: nn.Module, modules: dict[nn.Module, list[str]], exam
     """The width that a module claims, if its output has it; else images (4-D or more) have it second, tokens last."""
     widths: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, args: object, output: Any) -> None:
+    def note(module: nn.Module, args: object, output: object) -> None:
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor) and first.dim() > 1:
             claimed = _width(module)
@@ -417,7 +417,7 @@ def _observed_shapes(
     """The shape that each module gives, of a tuple its first; () for no tensor. A module not called is left out."""
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-    def note(module: nn.Module, args: object, output: Any) -> None:
+    def note(module: nn.Module, args: object, output: object) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         shapes[module] = tuple(first.shape) if isinstance(first, Tensor) else ()
 

@@ -1,7 +1,10 @@
 """What the plots of a comparison share: a mark for each candidate, and axes with plain numbers."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def mark(number: int) -> dict[str, Any]:
@@ -10,7 +13,7 @@ def mark(number: int) -> dict[str, Any]:
 
 
 def plain_axis(
-    axes: Any,
+    axes: "Axes",
     which: str,
     values: Sequence[float | int],
     *,

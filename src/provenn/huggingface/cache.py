@@ -22,7 +22,7 @@ class StateLayer(CacheLayerMixin):
     def __init__(self, prefix: int = 0) -> None:
         super().__init__()
         self.prefix = prefix
-        self.state: Any = None
+        self.state: Any = None  # each mechanism has a class of its own
         self.seen = 0
         # transformers asks before the first `update`, which here has nothing to prepare.
         self.is_initialized = True
@@ -109,7 +109,7 @@ def state_layer(cache: Cache | None, index: int | None, prefix: int = 0) -> Stat
         raise UserError("a layer that keeps a state must know its place in the model: give it its layer_idx")
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer: Any = cache.layers[index]
+    layer: Any = cache.layers[index]  # `is_compileable` is typed for some layers alone
     if not isinstance(layer, StateLayer):
         if layer.is_compileable:
             raise UserError("a cache of fixed size holds keys and values alone; leave cache_implementation out")

@@ -150,7 +150,7 @@ class WindowLifted(UserWarning):
 class Converted:
     """What is added to a host's class: the mechanism at construction, and its cache in `generate`."""
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+    def __init__(self, config: Host, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # a host's class comes after this one
         conversion = config.conversion
         if conversion is None:
@@ -160,9 +160,9 @@ class Converted:
         _install(self, conversion["paper"], conversion["options"])
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Host, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        model = cast(Any, self)
+        model = cast(Host, self)
         make = conversion_of(model.config.conversion["paper"]).cache
         is_default = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
         if make is not None and is_default and generation_config.use_cache is not False:
@@ -171,7 +171,7 @@ class Converted:
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]  # as above
 
 
-def _converted_config(host: type[PreTrainedConfig]) -> Any:
+def _converted_config(host: type[PreTrainedConfig]) -> Host:
     """The host's configuration, with a model type of its own and a note of the paper and its options.
 
     Made and not written out: transformers turns a subclass into a dataclass, whose arguments a run-time type checker of
@@ -185,9 +185,9 @@ def _converted_config(host: type[PreTrainedConfig]) -> Any:
 
 
 CONVERTED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
-_configs: dict[type[PreTrainedConfig], Any] = {}
+_configs: dict[type[PreTrainedConfig], Host] = {}
 for _host, _auto in MODELS.items():
-    _config_class = cast(Any, _host).config_class
+    _config_class = cast(Host, _host).config_class
     if _config_class not in _configs:
         _configs[_config_class] = _config = _converted_config(_config_class)
         globals()[_config.__name__] = _config  # where pickle looks for it
@@ -216,7 +216,7 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
             reason), or options that it does not take.
     """
     if isinstance(model, Converted):
-        paper_before = cast(Any, model).config.conversion["paper"]
+        paper_before = cast(Host, model).config.conversion["paper"]
         raise UserError(f"this model has {paper_before}'s mechanism already; revert it first")
     if type(model) not in CONVERTED:
         names = ", ".join(kind.__name__ for kind in CONVERTED)
@@ -233,7 +233,7 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
 
 def window_note(model: PreTrainedModel) -> str | None:
     """What a converted model's own window was, where it could be felt; None where there was none."""
-    config: Any = model.config
+    config: Host = model.config
     window = config.conversion.get("window", {})
     tokens = window.get("sliding_window", getattr(config, "sliding_window", None)) if window else None
     if tokens is None or tokens >= config.max_position_embeddings:
@@ -241,7 +241,7 @@ def window_note(model: PreTrainedModel) -> str | None:
     return f"the model attended to windows of {tokens:,} tokens; the mechanism reads the whole text"
 
 
-def _become(model: Host, kind: Any) -> None:
+def _become(model: Host, kind: Host) -> None:
     """Another class for a model and its configuration, whose attributes stay as they are."""
     # In place: whoever holds the model, an optimizer or a pipeline, holds the converted one.
     model.__class__ = kind

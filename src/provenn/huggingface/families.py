@@ -27,6 +27,7 @@ from transformers import (
 from provenn.errors import UserError
 
 Host = Any  # a model or a module of transformers: its attributes differ by family, and no type of theirs names them
+Tokenizer = Any  # any of transformers' classes, which are called alike and typed apart
 PREFIX = "provenn_"  # of the model types of converted models
 
 
@@ -62,7 +63,7 @@ FAMILIES = {
     "vit": Family("ViT", "ViTAttention", LLAMA),
 }
 # Models with a head, and the Auto class that finds each.
-MODELS: dict[type[PreTrainedModel], Any] = {
+MODELS: dict[type[PreTrainedModel], Any] = {  # Any: the Auto classes share no typed base
     GPT2LMHeadModel: AutoModelForCausalLM,
     LlamaForCausalLM: AutoModelForCausalLM,
     Qwen2ForCausalLM: AutoModelForCausalLM,
@@ -146,7 +147,7 @@ def restore_window(model: PreTrainedModel, window: dict[str, Any]) -> None:
         setattr(config, name, value)
     if "layer_types" not in window:
         return
-    for module in cast(Any, model).modules():
+    for module in cast(Host, model).modules():
         if hasattr(module, "has_sliding_layers"):
             module.has_sliding_layers = True
     for attention, kind in zip(attentions(model), window["layer_types"], strict=True):

@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from provenn.errors import UserError
 from provenn.huggingface.conversion import CONVERTED, convert
-from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PREFIX
+from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PREFIX, Host, Tokenizer
 
 PATIENCE = 10.0  # seconds for the hub to answer a first question
 
@@ -61,7 +61,7 @@ class Source:
         return cls(str(name), config, kinds[architecture], local)
 
     @cached_property
-    def outline(self) -> Any:
+    def outline(self) -> Host:
         """The model on the meta device: its shapes, and no weights."""
         try:
             # Every option is tried on this, before gigabytes are read.
@@ -80,20 +80,20 @@ class Source:
         """
         convert(self.outline, paper, **options)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
 
         Raises:
             UserError: there is none, or it belongs to another model.
         """
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.name, local_files_only=self.local)
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=self.local)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.name} has no tokenizer that can be loaded: {_first_line(error)}") from None
         # Where there are no files, some families get an empty tokenizer and not an error.
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
             raise UserError(f"{self.name} has no tokenizer; save the model's own beside it")
-        size = cast(Any, self.config).vocab_size
+        size = cast(Host, self.config).vocab_size
         if len(tokenizer) > size:
             raise UserError(
                 f"the tokenizer of {self.name} has {len(tokenizer)} tokens and its model {size}: "
@@ -101,7 +101,7 @@ class Source:
             )
         return tokenizer
 
-    def weights(self) -> Any:
+    def weights(self) -> Host:
         """The model itself.
 
         Raises:
@@ -109,7 +109,7 @@ class Source:
         """
         try:
             # Sizes that differ are told below: of these, transformers raises an error that names none.
-            model, loading_info = cast(Any, self.kind).from_pretrained(
+            model, loading_info = cast(Host, self.kind).from_pretrained(
                 self.name, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=self.local
             )
         except Exception as error:
@@ -124,7 +124,7 @@ class Source:
         return model
 
 
-def load(name: str | Path) -> tuple[Any, Any]:
+def load(name: str | Path) -> tuple[Host, Tokenizer]:
     """A language model and its tokenizer, from a folder or from the hub.
 
     Raises:

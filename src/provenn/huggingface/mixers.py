@@ -10,6 +10,7 @@ from transformers import Cache
 
 from provenn.errors import UserError
 from provenn.huggingface.cache import state_layer
+from provenn.huggingface.families import Host
 from provenn.nn.mixers import mixers_called
 
 
@@ -136,7 +137,7 @@ def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Calla
     parameters = inspect.signature(factory).parameters
     mixer_options = {} if isinstance(mixer, str) else options
 
-    def make(attention: Any) -> MixerAttention:
+    def make(attention: Host) -> MixerAttention:
         config = getattr(attention, "config", None)
         if config is None or not hasattr(config, "num_attention_heads"):
             raise UserError(f"{type(attention).__name__} is no self-attention of Hugging Face's: it has no config")

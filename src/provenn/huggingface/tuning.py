@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from provenn import progress
 from provenn.errors import UserError
 from provenn.huggingface.conversion import Batch, conversion_of, convert
-from provenn.huggingface.families import family_of, max_tokens
+from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks import get_task
 
@@ -24,7 +24,8 @@ TUNINGS = ("full", "lora", "none")
 LEARNING_RATES = {"full": 6e-4, "lora": 1e-4}  # arXiv:2402.04347, section 5.4, and its group's later code
 
 
-def _pack_rows(documents: Sequence[Any], tokenizer: Any, length: int, what: str) -> Tensor:
+# Documents are of the task's readers, which this part does not import.
+def _pack_rows(documents: Sequence[Any], tokenizer: Tokenizer, length: int, what: str) -> Tensor:
     """Texts in tokens, packed end to end in rows of `length`; a rest that fills no row is left out."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
@@ -56,7 +57,7 @@ class Text:
     def of(
         cls,
         source: str | Path,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         model: PreTrainedModel,
         *,
         length: int = 256,
@@ -206,7 +207,7 @@ def tune(
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers
-            trained = get_peft_model(cast(Any, model), lora)
+            trained = get_peft_model(cast(Host, model), lora)
         try:
             return _train(model, trained, batches, lr=lr, clip=clip)
         finally:
@@ -237,7 +238,7 @@ def _keeping_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(asked[name])
 
 
-def _train(model: PreTrainedModel, trained: Any, batches: Iterable[Batch], *, lr: float, clip: float) -> list[float]:
+def _train(model: PreTrainedModel, trained: Host, batches: Iterable[Batch], *, lr: float, clip: float) -> list[float]:
     """Steps of AdamW on the parameters of `trained` that ask for a gradient; `trained` is the model or holds it."""
     losses = []
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]

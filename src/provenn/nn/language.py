@@ -14,7 +14,7 @@ from provenn.errors import UserError
 from provenn.nn.attention import check_mask
 from provenn.nn.mixers import Mixers, layer_mixers
 from provenn.nn.positions import sinusoidal_encoding
-from provenn.nn.streaming import state_bytes
+from provenn.nn.streaming import MixerState, state_bytes
 
 
 class FeedForward(nn.Module):
@@ -90,12 +90,12 @@ class PreNormBlock(nn.Module):
         # Norm before the branch and not after the sum: the stream itself runs from embedding to logits unscaled.
         return self._join(x, self.mixer(self.norm1(x), mask=mask, **more))
 
-    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: Any) -> tuple[Tensor, Any]:
+    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: MixerState) -> tuple[Tensor, MixerState]:
         """Many tokens at once: the outputs, and the state from which `step` goes on."""
         mixed, state = self.mixer.prefill(self.norm1(x), state)
         return self._join(x, mixed), state
 
-    def step(self, x_t: Float[Tensor, "batch dim"], state: Any) -> tuple[Float[Tensor, "batch dim"], Any]:
+    def step(self, x_t: Float[Tensor, "batch dim"], state: MixerState) -> tuple[Float[Tensor, "batch dim"], MixerState]:
         """One token more."""
         mixed, state = self.mixer.step(self.norm1(x_t), state)
         return self._join(x_t, mixed), state
@@ -201,7 +201,7 @@ class TokenStack(nn.Module):
 class LanguageState(NamedTuple):
     """The states of the mixers, one a layer, and how many tokens were read."""
 
-    layers: tuple[Any, ...]  # each mixer has a class of its own
+    layers: tuple[MixerState, ...]
     seen: int
 
     @property

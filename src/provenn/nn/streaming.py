@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from provenn.errors import UserError
 
 State = TypeVar("State")
+MixerState = Any  # of each mixer a class of its own, or a tuple
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.streaming import state_bytes
+from provenn.nn.streaming import MixerState, state_bytes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 class EncoderState(NamedTuple):
     """The states of the mixers, one a layer."""
 
-    layers: tuple[Any, ...]  # each mixer has a class of its own
+    layers: tuple[MixerState, ...]
 
     @property
     def nbytes(self) -> int:
@@ -69,16 +69,16 @@ class EncoderLayer(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         return self._join(x, self.mixer(x, mask=mask))
 
-    def init_state(self, batch: int) -> Any:
+    def init_state(self, batch: int) -> MixerState:
         """The state of `batch` streams before their first token."""
         return self.mixer.init_state(batch)
 
-    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: Any = None) -> tuple[Tensor, Any]:
+    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: MixerState = None) -> tuple[Tensor, MixerState]:
         """Many tokens at once: the outputs, and the state from which `step` goes on."""
         mixed, state = self.mixer.prefill(x, state)
         return self._join(x, mixed), state
 
-    def step(self, x_t: Float[Tensor, "batch dim"], state: Any) -> tuple[Float[Tensor, "batch dim"], Any]:
+    def step(self, x_t: Float[Tensor, "batch dim"], state: MixerState) -> tuple[Float[Tensor, "batch dim"], MixerState]:
         """One token more."""
         mixed, state = self.mixer.step(x_t, state)
         return self._join(x_t, mixed), state

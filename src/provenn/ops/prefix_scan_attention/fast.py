@@ -8,7 +8,6 @@ linear in the number of tokens, the depth logarithmic, and every product is batc
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +69,9 @@ def plain_scan(s: Tensor, v: Tensor, m0: Tensor, u0: Tensor, w0: Tensor) -> tupl
     return w / u.masked_fill(u == 0, 1).unsqueeze(-1), m_end, u[:, -1], w[:, -1]
 
 
-def scan_gradients(inputs: tuple[Tensor, ...], grad: Tensor, grad_u: Tensor, grad_w: Tensor) -> tuple[Any, ...]:
+def scan_gradients(
+    inputs: tuple[Tensor, ...], grad: Tensor, grad_u: Tensor, grad_w: Tensor
+) -> tuple[Tensor | None, ...]:
     """The gradients of (s, v, m0, u0, w0) by `plain_scan`; the maxima have none."""
     s, v, m0, u0, w0 = inputs
 

@@ -5,7 +5,6 @@ attend to. That asks for a causal host without rotary positions, with which a sc
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from provenn.huggingface import Conversion, Family, StateCache, StateLayer, attentions, train_alone
+from provenn.huggingface.families import Host
 from provenn.ops.prefix_scan_attention import prefix_scan_attention
 
 
@@ -29,7 +29,7 @@ class QueryToken(nn.Module):
 
 
 def attend(
-    host: Any, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+    host: Host, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
 ) -> Tensor:
     """`provenn.huggingface.Attend` by one query for all tokens.
 

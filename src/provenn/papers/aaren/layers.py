@@ -231,6 +231,6 @@ def _from_stock(stock: nn.TransformerEncoderLayer) -> EncoderLayer:
     ).to(attention.token)
     for name in ("linear1", "linear2", "norm1", "norm2"):
         layer.get_submodule(name).load_state_dict(stock.get_submodule(name).state_dict())
-    # Of a norm's options eps alone is no part of its state dict.
+    # Of what a norm is made with, eps alone is no part of its state dict.
     layer.norm1.eps, layer.norm2.eps = stock.norm1.eps, stock.norm2.eps
     return layer

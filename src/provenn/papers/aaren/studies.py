@@ -182,7 +182,7 @@ def stream_after(mixer: str, *, nbytes: bool = False) -> Runner:
         x_t = draw(1, dim, dtype=torch.float32).to(device)
         if mixer == "lstm":
             cell = nn.LSTMCell(dim, dim).to(device)
-            state: Any = (torch.zeros(1, dim, device=device), torch.zeros(1, dim, device=device))
+            state: Any = (torch.zeros(1, dim, device=device), torch.zeros(1, dim, device=device))  # each has its own
             call: Callable[[], object] = lambda: cell(x_t, state)  # noqa: E731
         else:
             encoder = stream_encoder(mixer, device)
@@ -229,6 +229,7 @@ def training_pass(mode: str) -> Runner:
     def make(tokens: int, device: str) -> Callable[[], object]:
         dim = STEP["dim"]
         torch.manual_seed(0)
+        # Any: `step` is Aaren's alone.
         layer: Any = nn.LSTM(dim, dim, batch_first=True) if mode == "lstm" else MIXERS["aaren"](dim, STEP["heads"])
         layer, x = layer.to(device), draw(1, tokens, dim, dtype=torch.float32).to(device)
 
@@ -252,7 +253,7 @@ def training_pass(mode: str) -> Runner:
 HEADS, HEAD = 2, 16
 
 
-def there_and_back(form: Callable[..., Any]) -> Runner:
+def there_and_back(form: Callable[..., Tensor | tuple[Tensor, object]]) -> Runner:
     """A form of the scan on heads × tokens scores, forward and backward."""
 
     def make(tokens: int, device: str) -> Callable[[], object]:

@@ -169,7 +169,6 @@ def windows_without_wrap(
     columns = (torch.arange(width, device=device) >= width - shift[1]).long()
     # Four regions, by whether a pixel came round in rows, in columns, in both or in neither.
     region = rearrange(rows[:, None] * 2 + columns, "(i r) (j c) -> (i j) (r c)", r=window[0], c=window[1])
-    # (windows, tokens, tokens)
     return region[:, :, None] == region[:, None, :]
 
 

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from provenn.errors import UserError
 from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
+from provenn.huggingface.families import Host
 from provenn.nn.attention import KVCache
 from provenn.papers.rat.layers import RATMixer, RATState, chrono_bias
 
@@ -89,7 +90,7 @@ class ConvertedRAT(Companion, RATMixer):
 
 
 def attend(
-    host: Any, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+    host: Host, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
 ) -> Tensor:
     """`provenn.huggingface.Attend` across chunks; keys and values that serve several heads are repeated for each."""
     groups = getattr(host, "num_key_value_groups", 1)
@@ -115,7 +116,7 @@ def install(
     rotary = next((module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")), None)
     for attention in attentions(model):
         gates = ConvertedRAT(
-            cast(Any, model.config).hidden_size,  # which the families' configs have and their base class lacks
+            cast(Host, model.config).hidden_size,
             attention.heads,
             attention.head_dim,
             chunk=chunk,

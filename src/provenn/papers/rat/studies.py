@@ -175,6 +175,7 @@ def streamed(*mixers: Mixer, dim: int, heads: int, slots: int, dtype: torch.dtyp
 
     def make(n: int, device: str) -> Callable[[], object]:
         batch = slots // n
+        # Any: torch knows no `step`.
         layers: list[Any] = [mixer(dim, heads).to(device, dtype).eval() for mixer in mixers]
         states = [_state_after(layer, n - 1, batch, device=device, dtype=dtype) for layer in layers]
         x = torch.ones(batch, dim, device=device, dtype=dtype)

@@ -36,8 +36,8 @@ class Jet(Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch types it as an instance's method
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        cls, func: Operation, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Series:
         name = func.overloadpacket.__name__
         rule = RULES.get(name)
         if rule is None and name.endswith("_") and name[:-1] in RULES:
@@ -141,7 +141,6 @@ def _affine(op: Operation, x: Series, weight: Tensor, bias: Tensor | None, *args
     """Convolutions: the bias belongs to order 0 alone."""
     if isinstance(weight, Jet) or isinstance(bias, Jet):
         raise NoRuleError("no Taylor rule for a convolution whose kernel depends on the stream")
-    # A bias does not depend on t.
     return Jet([op(term, weight, None if k else bias, *args) for k, term in enumerate(x.terms)])
 
 
@@ -270,7 +269,7 @@ LINEAR = (
     *("mean", "sum", "cumsum", "neg", "_to_copy", "detach", "avg_pool2d", "_adaptive_avg_pool2d"),
 )
 
-RULES: dict[str, Callable[..., Any]] = {
+RULES: dict[str, Callable[..., Series]] = {
     **dict.fromkeys(LINEAR, _termwise),
     **dict.fromkeys(("view", "_unsafe_view", "reshape"), _reshape),
     **dict.fromkeys(("mul", "mm", "bmm", "matmul"), _product),

@@ -44,6 +44,7 @@ LINEAR = (
     ),
     *("to", "type_as", "clone", "roll", "__getitem__", "pad"),
 )
+Example = Any  # a tensor, a tuple of positional or a dict of keyword arguments: whatever the model takes
 SCALES = (ConstantScale, InverseDepth, InverseSqrtDepth, SkipInit, LayerScale)
 
 
@@ -53,11 +54,11 @@ class ScaleOutput:
     def __init__(self, depth: int):
         self.depth = depth
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return cast(ScalePolicy, module.residual_scale).branch(output, _identity, self.depth)
 
 
-def scale_residuals(model: nn.Module, policy: str, example: Any, *, strip_norms: bool = False) -> list[str]:
+def scale_residuals(model: nn.Module, policy: str, example: Example, *, strip_norms: bool = False) -> list[str]:
     """Scale every residual branch of any model in place, and say which modules now carry a scale.
 
     The model runs once on `example`; wherever two tensors are added and one was computed from the other, the deeper one
@@ -131,14 +132,14 @@ class FoundBranch:
     shape: tuple[int, ...]
 
 
-def find_branches(model: nn.Module, example: Any) -> list[FoundBranch]:
+def find_branches(model: nn.Module, example: Example) -> list[FoundBranch]:
     """The residual branches of a model, found by running it once in evaluation mode on `example`."""
     was_training = [m for m in model.modules() if m.training]
     names = {module: name for name, module in model.named_modules() if name}
     calls: Counter[str] = Counter()
     trace = _Trace(example)
 
-    def record_output(module: nn.Module, inputs: Any, output: Any) -> None:
+    def record_output(module: nn.Module, inputs: object, output: object) -> None:
         calls[names[module]] += 1
         if isinstance(output, Tensor):
             trace.made_by(output, names[module])
@@ -182,7 +183,7 @@ class _Origin:
 class _Trace(TorchFunctionMode):
     """Follows every floating tensor of a forward pass, and notes the sums that join a branch to its stream."""
 
-    def __init__(self, example: Any) -> None:
+    def __init__(self, example: Example) -> None:
         super().__init__()
         self.origins: dict[int, _Origin] = {}
         self.kept: list[Tensor] = []
@@ -198,7 +199,7 @@ class _Trace(TorchFunctionMode):
         if origin is not None and origin.maker is None:
             origin.maker = module
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         origins = [self.origins[id(leaf)] for leaf in inputs if id(leaf) in self.origins]
         name = getattr(func, "__name__", "")
