@@ -13,6 +13,7 @@ What follows from the gates alone is computed for many chunks at once; the loop 
 one are taken at the weights that the one before has left.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -72,14 +73,17 @@ def _by_chunk(gates: _Gates) -> list[_Gates]:
 
 def _products(factors: Tensor) -> tuple[Tensor, Tensor]:
     """∏_{j<i≤t} x_i, (..., t, C, j) and 0 for j > t, and ∏_{i≤t} x_i, of x (..., b, C)."""
-    # The root of the smallest number stands for 0: beside it every product vanishes, yet logarithms can be added.
-    logs = factors.clamp_min(torch.finfo(factors.dtype).tiny ** 0.5).log().cumsum(dim=-2)
+    # The root of the smallest number stands for 0: beside it every product vanishes, yet logarithms can be added. Smaller
+    # products are 0 too; among those that no longer have all their digits matrix products take twenty times as long.
+    root = torch.finfo(factors.dtype).tiny ** 0.5
+    logs = factors.clamp_min(root).log().cumsum(dim=-2)
     b = factors.shape[-2]
     later = torch.ones(b, b, dtype=torch.bool, device=factors.device).triu(1)
     # Masked before the exponential: later tokens would overflow it, and a quotient of products would be 0 / 0.
     # In place, since these are the largest numbers of all, and their derivatives need nothing of what is overwritten.
-    between = (logs.unsqueeze(-1) - logs.mT.unsqueeze(-3)).masked_fill_(later.unsqueeze(-2), -torch.inf).exp_()
-    return between, logs.exp()
+    between = logs.unsqueeze(-1) - logs.mT.unsqueeze(-3)
+    between = between.masked_fill_((between < math.log(root)) | later.unsqueeze(-2), -torch.inf).exp_()
+    return between, logs.masked_fill(logs < math.log(root), -torch.inf).exp()
 
 
 def _gates(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor | None, read: str) -> _Gates:
