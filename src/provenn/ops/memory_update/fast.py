@@ -35,25 +35,25 @@ class _Push(NamedTuple):
     into: Tensor  # (chunks, groups, b, C): f_t, the share of S_0 in W_t
     last: Tensor  # (chunks, groups, 1, C): f_b
     fade: Tensor  # (chunks, groups, 1, 1): e_b
-    write: Tensor  # (chunks, groups, b, 1): E_bj θ_j
+    write: Tensor  # (chunks, groups, b, 1): −E_bj θ_j
 
 
 class _Past(NamedTuple):
     """What earlier blocks of the chunk do to all but the first, which begin at m; 0 for the tokens after m."""
 
     keep: Tensor  # (chunks, groups, n − 1, s, C): A_tm
-    reach: Tensor  # (chunks, groups, n − 1, b − s, C): K_mj θ_j
+    reach: Tensor  # (chunks, groups, n − 1, b − s, C): −K_mj θ_j
     into: Tensor | None  # (chunks, groups, n − 1, s, C): F_tm, the share of S_m in W_t
-    echo: Tensor | None  # (chunks, groups, n − 1, 1, b − s): E_mj θ_j
+    echo: Tensor | None  # (chunks, groups, n − 1, 1, b − s): −E_mj θ_j
 
 
 class _Gates(NamedTuple):
     """What a layer's gates make of its state and of the tokens of a chunk; C is 1 where all channels forget alike."""
 
     keep: Tensor  # (chunks, groups, b, C): a_t, the share of W_0 in W_t
-    reach: Tensor  # (chunks, groups, n, s, C, s): K_tj θ_j within each of n blocks
+    reach: Tensor  # (chunks, groups, n, s, C, s): −K_tj θ_j within each of n blocks
     left: Tensor  # (chunks, groups, 1, C): a_b
-    write: Tensor  # (chunks, groups, b, C): K_bj θ_j
+    write: Tensor  # (chunks, groups, b, C): −K_bj θ_j
     push: _Push | None
     past: _Past | None
 
@@ -73,8 +73,8 @@ def _by_chunk(gates: _Gates) -> list[_Gates]:
 
 def _products(factors: Tensor) -> tuple[Tensor, Tensor]:
     """∏_{j<i≤t} x_i, (..., t, C, j) and 0 for j > t, and ∏_{i≤t} x_i, of x (..., b, C)."""
-    # The root of the smallest number stands for 0: beside it every product vanishes, yet logarithms can be added. Smaller
-    # products are 0 too; among those that no longer have all their digits matrix products take twenty times as long.
+    # The root of the smallest number stands for 0: beside it every product vanishes, yet logarithms can be added.
+    # Smaller products are 0: matrix products of subnormal numbers take twenty times as long.
     root = torch.finfo(factors.dtype).tiny ** 0.5
     logs = factors.clamp_min(root).log().cumsum(dim=-2)
     b = factors.shape[-2]
@@ -91,7 +91,7 @@ def _gates(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor |
     if seen is not None:
         step, forget = step.masked_fill(~seen, 0), forget.masked_fill(~seen.unsqueeze(-1), 0)
     decay, keep = _products(1 - forget)
-    rate = step.unsqueeze(-2)
+    rate = -step.unsqueeze(-2)
     push = None
     if momentum is None:
         reach = decay * rate.unsqueeze(-2)
@@ -130,8 +130,9 @@ def _blocked(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor
     if s == size:
         return _gates(step, forget, momentum, seen, read)
     n = size // s
-    cut = [None if x is None else x.unflatten(2, (n, s)).flatten(1, 2) for x in (step, forget, momentum, seen)]
-    block = _gates(cut[0], cut[1], cut[2], cut[3], read)
+    step, forget = (x.unflatten(2, (n, s)).flatten(1, 2) for x in (step, forget))
+    momentum, seen = (None if x is None else x.unflatten(2, (n, s)).flatten(1, 2) for x in (momentum, seen))
+    block = _gates(step, forget, momentum, seen, read)
     keep, write, left = (x.unflatten(1, (groups, n)) for x in (block.keep, block.write, block.left))
     # From boundary J to boundary I of the n + 1: (chunks, groups, I, J, C).
     kept = _products(F.pad(left.squeeze(-2), (0, 0, 1, 0), value=1))[0].mT
@@ -167,7 +168,7 @@ def _blocked(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor
 
 
 def _first_scores(q: Tensor, k: Tensor, gates: _Gates) -> Tensor:
-    """Σ_c q_tc K_tcj θ_j k_jc, (chunks, groups, b, b): what the first layer needs of its tokens, known beforehand."""
+    """−Σ_c q_tc K_tcj θ_j k_jc, (chunks, groups, b, b): what the first layer needs of its tokens, known beforehand."""
     reach, past = gates.reach, gates.past
     if reach.shape[-2] == 1:
         return (q @ k.mT) * reach.squeeze(-2).squeeze(-3)
@@ -223,18 +224,18 @@ def _read(z: Tensor, i: int, weight: Tensor, moving: Tensor | None, gates: _Gate
     return torch.addcmul(y, into, z @ moving) if i else torch.baddbmm(y, z * into, moving)
 
 
-def _written(z: Tensor, i: int, h: Tensor, δ: Tensor, first: Tensor, gates: _Gates) -> Tensor:
-    """Σ_j K_tj θ_j (z_t·h_j) δ_j."""
+def _written(y: Tensor, z: Tensor, i: int, h: Tensor, δ: Tensor, first: Tensor, gates: _Gates) -> Tensor:
+    """y_t − Σ_j K_tj θ_j (z_t·h_j) δ_j."""
     if not i:
-        return first @ δ
+        return torch.baddbmm(y, first, δ)
     reach, past = gates.reach, gates.past
     score = z @ h.mT
     if reach.shape[-2] == 1:
-        return (score * reach.squeeze(-2).squeeze(-3)) @ δ
+        return torch.baddbmm(y, score * reach.squeeze(-2).squeeze(-3), δ)
     n, s = reach.shape[-4:-2]
     blocks = score.unflatten(-1, (n, s)).unflatten(-3, (n, s))
     near = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).unsqueeze(-1)
-    y = ((reach * δ.unflatten(-2, (n, s)).mT.unsqueeze(-3)) @ near).squeeze(-1).flatten(-3, -2)
+    y = y + ((reach * δ.unflatten(-2, (n, s)).mT.unsqueeze(-3)) @ near).squeeze(-1).flatten(-3, -2)
     if past is None:
         return y
     late, early = score.unflatten(-2, (n, s))[..., 1:, :, :-s], δ[..., None, :-s, :]
@@ -252,9 +253,9 @@ def _after(
     kept = left * weight
     if moving is not None and gates.push is not None:
         kept = torch.addcmul(kept, gates.push.last if i else gates.push.last.mT, moving)
-        moving = torch.baddbmm(gates.push.fade * moving, (h * gates.push.write).mT, δ, alpha=-1)
+        moving = torch.baddbmm(gates.push.fade * moving, (h * gates.push.write).mT, δ)
     inputs, errors = (h.mT, δ * gates.write) if i else ((h * gates.write).mT, δ)
-    return torch.baddbmm(kept, inputs, errors, alpha=-1), moving
+    return torch.baddbmm(kept, inputs, errors), moving
 
 
 def _cut(x: Tensor, *, start: int, count: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -326,7 +327,7 @@ def chunked_memory(
             pushed: list[Tensor | None] = [*moving] if moving else [None] * depth
             for i, (weight, s, h, δ, gate) in enumerate(zip(weights, pushed, inputs, errors, layers)):
                 z = F.gelu(z) if i else z
-                z = _read(z, i, weight, s, gate) - _written(z, i, h, δ, scores[c], gate)
+                z = _written(_read(z, i, weight, s, gate), z, i, h, δ, scores[c], gate)
                 after.append(_after(i, weight, s, h, δ, gate))
             weights, moving = [w for w, _ in after], [s for _, s in after if s is not None]
             outputs.append(q[c] + F.layer_norm(z, z.shape[-1:], eps=EPS) if residual else z)
