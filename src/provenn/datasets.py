@@ -101,7 +101,8 @@ def given_places(texts: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--data takes NAME=PATH, such as set5=photos/Set5, got {text!r}")
         if ":" in name:
             slug, _, preset = name.partition(":")
-            catalog.card(slug).preset(preset)
+            card = catalog.card(slug)
+            name = f"{card.slug}:{card.preset(preset).name}"
         else:
             get(name)
         if not Path(path).exists():

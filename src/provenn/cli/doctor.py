@@ -23,7 +23,11 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """What this machine can run, and what is missing."""
+    """What this machine can run, and what is missing.
+
+    \b
+    provenn doctor
+    """
     from provenn.cli import console
 
     with progress.shown():

@@ -50,10 +50,19 @@ def reproduce(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Measure papers' claims, and give each a verdict."""
+    """Measure papers' claims, and give each a verdict.
+
+    \b
+    provenn reproduce eca_net --headline
+    provenn reproduce craft --claim set5_x2 --budget paper --data set5=photos/Set5
+    """
     if everything == bool(slugs):
         raise UserError("name the papers to reproduce, or give --all; `provenn list` names them")
-    chosen = list(catalog.cards().values()) if everything else [catalog.card(s) for s in dict.fromkeys(slugs or [])]
+    chosen = (
+        list(catalog.cards().values())
+        if everything
+        else [catalog.card(s) for s in dict.fromkeys(map(catalog.slug_of, slugs or []))]
+    )
     if claim and len(chosen) > 1:
         raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
     if claim and headline:
@@ -75,7 +84,11 @@ def bench(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Time, memory and FLOPs against baselines and installed peers: the claims about cost, with their tables."""
+    """Time, memory and FLOPs against baselines and installed peers: the claims about cost, with their tables.
+
+    \b
+    provenn bench aaren --budget smoke
+    """
     card = catalog.card(slug)
     costs = [claim.id for claim in card.claims if claim.kind == "cost"]
     if not costs:
@@ -181,7 +194,12 @@ def compare(
     out: Out = Path("runs/compare"),
     json: Json = False,
 ) -> None:
-    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped."""
+    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped.
+
+    \b
+    provenn compare --slot channel-gate --with eca,se,none --data digits
+    provenn compare --slot token-mixer --with softmax,rat --data stdlib --seeds 5
+    """
     from provenn.cli import console
     from provenn.compare import compare as measure
     from provenn.evidence import Measurement
