@@ -286,7 +286,7 @@ BAD = [
     (f"{FORECAST} good.csv holes.csv", "several forecasts need a folder"),
     ("predict tiny_gate --weights forecast.safetensors -o out good.csv holes.csv --set holes=refuse", "holes.csv"),
     ("predict tiny_gate --weights forecast.safetensors -o good.csv good.csv", "is the input itself"),
-    ("predict tiny_gate --weights forecast.safetensors -o out.png good.csv", "written as .csv, got 'out.png'"),
+    ("predict tiny_gate --weights forecast.safetensors -o out.png good.csv", "written as .csv, .tsv, .xlsx or .parquet, got 'out.png'"),
     (f"{UPSCALE} ''", "argument 7 is empty"),
     (f"{FORECAST} holes.csv --set holes=refuse", "holes.csv"),
     (f"{FORECAST} nan.csv --set holes=refuse", "nan.csv"),

@@ -151,7 +151,10 @@ def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=2
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"{option} takes KEY=VALUE, such as {example}, got {text!r}")
+            raise UserError(
+                f"{option} takes KEY=VALUE, such as {example}, got {text!r}; "
+                "`provenn show SLUG --preset NAME` lists what there is"
+            )
         try:
             pairs[key] = json.loads(value)
         except json.JSONDecodeError:
