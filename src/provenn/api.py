@@ -1,5 +1,6 @@
 """The Python interface: papers as objects."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -388,9 +389,12 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        typed = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
+    if isinstance(typed, float) and not math.isfinite(typed):
+        raise UserError(f"{name} must be a finite number, got {value!r}")
+    return typed
 
 
 def predict(
