@@ -53,7 +53,7 @@ def test_it_is_found_by_its_kind_of_work(run):
     assert tasks.get_task("pair-rating").metric == "error" and tasks.get_task("pair-order").metric == "ordered"
     assert tasks.task_names()[-2:] == ["pair-rating", "pair-order"]
     code, out, _ = run("show pair_rating --all")
-    assert code == 0 and "(a procedure)" in out and "provenn train pair_rating --preset pair_small" in out
+    assert code == 0 and "no task: a procedure" in out and "provenn train pair_rating --preset pair_small" in out
     with pytest.raises(UserError, match="did you mean 'pair-rating'"):
         tasks.get_task("pair-raiting")
 

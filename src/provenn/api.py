@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from provenn.evaluation import Evaluation
     from provenn.evidence.record import Finding
     from provenn.inspection import Inspection
+    from provenn.options import Setting
     from provenn.tasks.base import Task
     from provenn.weights import Label
 
@@ -34,6 +35,16 @@ class Paper:
 
     def __repr__(self) -> str:
         return f"provenn.paper({self.card.slug!r})"
+
+    def bibtex(self) -> str:
+        """The paper's BibTeX entry, under its slug."""
+        return self.card.bibtex()
+
+    def settings(self, preset: str | None = None, *, task: str | None = None) -> "list[Setting]":
+        """What `train`, `evaluate` and `predict` take by name for a preset, with types and defaults."""
+        from provenn.options import settings_of
+
+        return settings_of(self, preset, task)
 
     def build(self, preset: str | None = None, *, pretrained: bool = False, **overrides: Any) -> "nn.Module":
         """A system of the paper, with fresh weights, or with those that ship with the package.
@@ -176,7 +187,7 @@ def papers() -> Iterator[Paper]:
 
 
 def paper(slug: str) -> Paper:
-    """One paper; an unknown slug is answered with the nearest one."""
+    """One paper, by its slug or its arXiv number; an unknown slug is answered with the nearest one."""
     return Paper(catalog.card(slug))
 
 
@@ -370,13 +381,17 @@ def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
     for name in changes:
         if name not in there:
-            raise UserError(f"nothing here is called {name!r}; what can be set: {', '.join(there)}")
+            raise UserError(f"nothing here is called {name!r}{catalog.meant(name, there)}; {_what_can_be_set(there)}")
     changes = {name: typed(name, value, there[name]) for name, value in changes.items()}
     taken: list[dict[str, Any]] = []
     for position, arguments in enumerate(known):
         before = {name for earlier in known[:position] for name in earlier}
         taken.append({name: v for name, v in changes.items() if name in arguments and name not in before})
     return taken
+
+
+def _what_can_be_set(there: dict[str, Any]) -> str:
+    return f"what can be set: {', '.join(there)} (`provenn show SLUG --preset NAME` has types and defaults)"
 
 
 def predict(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from provenn.citation import arxiv_number, bibtex
 from provenn.errors import UserError
 
 ENTRY_POINT_GROUP = "provenn.papers"
@@ -252,7 +253,7 @@ class Card(Facts):
     title: str
     arxiv: str | None = None
     date: date
-    authors: int
+    authors: int | list[str]
     code: str | None = None
     task: str | None = None
     tags: list[str] = []
@@ -313,6 +314,11 @@ class Card(Facts):
         named = [self.task, *(preset.task for preset in self.presets)]
         return list(dict.fromkeys(task for task in named if task))
 
+    def bibtex(self) -> str:
+        """The paper's BibTeX entry, under its slug."""
+        names = self.authors if isinstance(self.authors, list) else []
+        return bibtex(self.slug, self.title, names, self.date, self.arxiv)
+
     def claim(self, name: str) -> Claim:
         return _named(self.claims, name, "claim", self.slug, "id")
 
@@ -343,9 +349,14 @@ class Card(Facts):
         task = self.work_of(preset)
         if task is None:
             able = [other.name for other in self.presets if self.work_of(other)]
+            procedure = preset.task == ""
+            kind = (
+                "a procedure, with nothing to train or to predict"
+                if procedure
+                else "for no task but a model for Python"
+            )
             raise UserError(
-                f"{preset.name} of {self.slug} is a procedure, with nothing to train or to predict: take it from "
-                f"Python, provenn.paper({self.slug!r}).build({preset.name!r})"
+                f"{preset.name} of {self.slug} is {kind}: provenn.paper({self.slug!r}).build({preset.name!r})"
                 + (f"; for work on data take --preset {' or '.join(able)}" if able else "")
             )
         return task
@@ -518,13 +529,31 @@ def card(slug: str) -> Card:
     """The card of one paper; an unknown slug is answered with the nearest one."""
     if not isinstance(slug, str):
         raise TypeError(f"a paper is named by a string such as 'eca_net', got {slug!r}")
-    known, name = cards(), _slug(slug)
+    known, name = cards(), slug_of(slug)
     if name in known:
         return known[name]
     reason = next((why for entry, why in known.left_out.items() if _slug(entry) == name), None)
     if reason is not None:
         raise UserError(f"the paper {slug!r} cannot be used: {reason}")
+    if arxiv_number(slug):
+        raise UserError(f"no paper here has the arXiv number {arxiv_number(slug)}; `provenn list` names them all")
     raise UserError(f"no paper is called {slug!r}{meant(name, known)}; `provenn list` names them all")
+
+
+def slug_of(name: str) -> str:
+    """The slug of what is named by it or by an arXiv number, of any version, with or without `arXiv:` before it.
+
+    Raises:
+        UserError: papers of several packages have that number.
+
+    >>> slug_of("eca-net"), slug_of("arXiv:1910.03151v4"), slug_of("nobody")
+    ('eca_net', 'eca_net', 'nobody')
+    """
+    number = arxiv_number(name)
+    having = [c.slug for c in cards().values() if number and c.arxiv and arxiv_number(c.arxiv) == number]
+    if len(having) > 1:
+        raise UserError(f"the arXiv number {number} is of several papers: name {' or '.join(having)}")
+    return having[0] if having else _slug(name)
 
 
 def mechanisms_of(slot: str, taken: Iterable[str] = ()) -> dict[str, tuple[Card, Mechanism]]:
@@ -547,7 +576,7 @@ def first_mechanism(name: str, known: dict[str, tuple[Card, Mechanism]]) -> str:
     """
     if name in known:
         return name
-    return next((each for each, (card, _) in known.items() if card.slug == name.replace("-", "_")), name)
+    return next((each for each, (card, _) in known.items() if card.slug == slug_of(name)), name)
 
 
 def _within_one_edit(word: str, other: str) -> bool:
@@ -582,6 +611,7 @@ def search(query: str = "", task: str | None = None, slot: str | None = None) ->
 
     Case, hyphens and one typo a word are forgiven; every word of the query must be found somewhere.
     """
+    query = slug_of(query) if arxiv_number(query) else query
     found = []
     for paper in cards().values():
         if (task and task not in paper.tasks) or (slot and slot not in {m.slot for m in paper.mechanisms}):

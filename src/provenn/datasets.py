@@ -104,6 +104,7 @@ def given_places(texts: Sequence[str]) -> dict[str, Path]:
             card = catalog.card(slug)
             if not any(claim.at_paper is not None and claim.at_paper.host == preset for claim in card.claims):
                 card.preset(preset)
+            name = f"{card.slug}:{card.preset(preset).name}"
         else:
             get(name)
         if not Path(path).exists():

@@ -1,6 +1,7 @@
 """What `--set KEY=VALUE` may name, and the type that a value must have."""
 
 import inspect
+import math
 from collections.abc import Callable, Collection
 from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
@@ -45,6 +46,9 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        converted = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise UserError(f"{name} must be a finite number, got {value!r}")
+    return converted

@@ -23,7 +23,12 @@ def data(
     places: Places = None,
     json: Json = False,
 ) -> None:
-    """Data sets that the papers name: found or not, where each is expected, and which claims it unlocks."""
+    """Data sets that the papers name: found or not, where each is expected, and which claims it unlocks.
+
+    \b
+    provenn data
+    provenn data set5 --data set5=photos/Set5
+    """
     from provenn.cli import console
 
     given = datasets.given_places(places or [])

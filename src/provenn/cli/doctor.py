@@ -11,6 +11,9 @@ EXTRAS = {
     "aeon": "series",
     "gymnasium": "series",
     "h5py": "series",
+    "pandas": "tables",
+    "openpyxl": "tables",
+    "pyarrow": "tables",
     "transformers": "hf",
     "onnxscript": "onnx",
     "tensorboard": "tensorboard",
@@ -21,7 +24,11 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """What this machine can run, and what is missing."""
+    """What this machine can run, and what is missing.
+
+    \b
+    provenn doctor
+    """
     from provenn.cli import console
 
     with progress.shown():

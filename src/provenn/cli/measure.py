@@ -62,10 +62,19 @@ def reproduce(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Measure papers' claims, and give each a verdict."""
+    """Measure papers' claims, and give each a verdict.
+
+    \b
+    provenn reproduce eca_net --headline
+    provenn reproduce craft --claim set5_x2 --budget paper --data set5=photos/Set5
+    """
     if everything == bool(slugs):
         raise UserError("name the papers to reproduce, or give --all; `provenn list` names them")
-    chosen = list(catalog.cards().values()) if everything else [catalog.card(s) for s in dict.fromkeys(slugs or [])]
+    chosen = (
+        list(catalog.cards().values())
+        if everything
+        else [catalog.card(s) for s in dict.fromkeys(map(catalog.slug_of, slugs or []))]
+    )
     if claim and len(chosen) > 1:
         raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
     if claim and headline:
@@ -108,6 +117,9 @@ def bench(
     """Speed beside baselines and installed peers; of one paper also what it claims about time, memory and FLOPs.
 
     A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns.
+
+    \b
+    provenn bench aaren --budget smoke
     """
     from provenn.cli import console
     from provenn.reproduce import BUDGETS
@@ -289,7 +301,12 @@ def compare(
     out: Out = Path("runs/compare"),
     json: Json = False,
 ) -> None:
-    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped."""
+    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped.
+
+    \b
+    provenn compare --slot channel-gate --with eca,se,none --data digits
+    provenn compare --slot token-mixer --with softmax,rat --data stdlib --seeds 5
+    """
     from provenn.cli import console
     from provenn.compare import compare as measure
     from provenn.evidence import Measurement

@@ -49,7 +49,11 @@ def train(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Of the data or the system, such as horizon=24; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of the data or the system, such as horizon=24, repeatable; `provenn show SLUG --preset P` lists all.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes everything random.")] = 0,
     device: Device = "auto",
@@ -148,7 +152,10 @@ def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=2
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"{option} takes KEY=VALUE, such as {example}, got {text!r}")
+            raise UserError(
+                f"{option} takes KEY=VALUE, such as {example}, got {text!r}; "
+                "`provenn show SLUG --preset NAME` lists what there is"
+            )
         try:
             pairs[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -197,7 +204,12 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Apply trained weights to files; a language model's text comes as it is written."""
+    """Apply trained weights to files; a language model's text comes as it is written.
+
+    \b
+    provenn predict craft photo.png -o photo_x2.png
+    provenn predict rat 'def main(' --set tokens=200
+    """
     from provenn import api
 
     options = {**pairs(changes or []), **({} if reference is None else {"reference": reference})}
@@ -245,7 +257,12 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Metrics of trained weights on data, with intervals over the examples, beside the published figures."""
+    """Metrics of trained weights on data, with intervals over the examples, beside the published figures.
+
+    \b
+    provenn evaluate eca_net --data digits
+    provenn evaluate aaren --weights runs/aaren --data series.csv --out metrics
+    """
     from provenn import api
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
@@ -287,7 +304,11 @@ def inspect(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PNG", help="Where a picture goes.")] = None,
     json: Json = False,
 ) -> None:
-    """What goes on inside a paper's system on an input of yours, such as the gates of its layers."""
+    """What goes on inside a paper's system on an input of yours, such as the gates of its layers.
+
+    \b
+    provenn inspect eca_net cat.png -o gates.png
+    """
     from provenn import api, inspection
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
@@ -319,7 +340,11 @@ def export(
     weights: Weights = None,
     preset: Preset = None,
 ) -> None:
-    """Trained weights with their system as an ONNX file."""
+    """Trained weights with their system as an ONNX file.
+
+    \b
+    provenn export craft -o craft.onnx
+    """
     from provenn import api
 
     _say_what_ships(slug, weights, preset)

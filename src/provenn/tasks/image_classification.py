@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from provenn import progress
 from provenn.data.cifar import SIDE, files_in, read_cifar
 from provenn.data.images import images_in, read_image, size_of
-from provenn.data.tables import check_csv, write_table
+from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
     LABEL,
@@ -152,7 +152,7 @@ class ImageClassification(Task):
 
         A folder among the inputs stands for the images in it.
         """
-        check_csv(output, inputs)
+        check_table(output, inputs)
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         device = device_of(model)
         images = (self.example(file, meta) for file in files)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from provenn.data.frames import ENGINES
 from provenn.data.sequences import Corpus, Sequences, read_corpus
 from provenn.data.series import FORMATS, Collection, bundled, read_series
-from provenn.data.tables import check_csv, write_table
+from provenn.data.tables import Reading, check_reading, check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
     LABEL,
@@ -83,14 +84,14 @@ class SeriesClassification(Task):
         "with train/CLASS/*.txt and test/CLASS/*.txt, of ListOps or of Pathfinder"
     )
 
-    def load(
+    def load(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         *,
         seed: int = 0,
         validation: float | int = 0.2,
         longest: int | None = None,
-        **options: Any,
+        **reading: Unpack[Reading],
     ) -> TaskData:
         """The archive's own split where there is one, else 60 % train, 20 % validation, 20 % test, class by class.
 
@@ -99,12 +100,12 @@ class SeriesClassification(Task):
             seed: of the split.
             validation: share of the archive's training split to hold out; 0 leaves all of it for training.
             longest: of sequences of tokens, cut them after so many.
+            reading: of a file, what it does not tell.
 
         Raises:
             UserError: no such data, or data without labels, with one class, or with too few series.
         """
-        if options:
-            raise UserError(f"{self.name} takes the options validation and longest, not {', '.join(options)}")
+        check_reading(self.name, reading, "validation", "longest")
         if longest is not None and longest < 1:
             raise UserError(f"longest must be at least 1 token, got {longest}")
         place = self._named(source)
@@ -113,7 +114,7 @@ class SeriesClassification(Task):
             return _of_tokens(str(source), corpus, validation, seed)
         if longest is not None:
             raise UserError(f"longest is of sequences of tokens; {source} holds series: leave it out")
-        read = [_labelled(file) for file in self._files(source)]
+        read = [_labelled(file, reading) for file in self._files(source)]
         if len(read) == 2:
             train_all, test = read
             kept, held = _stratified(train_all.labels or [], (1.0 - validation, float(validation)), seed)
@@ -141,7 +142,13 @@ class SeriesClassification(Task):
         return join_scores(names, rows)
 
     def held_out(  # type: ignore[override]
-        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        **reading: Unpack[Reading],
     ) -> HeldOut:
         """As in `Task`; of an archive's pair of files the test file."""
         place = self._named(source)
@@ -149,7 +156,7 @@ class SeriesClassification(Task):
         if corpus is not None:
             return _held_out_tokens(str(source), corpus, meta)
         files = self._files(source)
-        test = _labelled(files[-1])
+        test = _labelled(files[-1], reading)
         which = f"the test split of {source}" if len(files) == 2 else f"all of {source}"
         if len(files) == 1 and not whole:
             test = _pick(test, _stratified(test.labels or [], CUT, seed)[2])
@@ -189,12 +196,19 @@ class SeriesClassification(Task):
             "std": [1.0] * channels,
         }
 
-    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+    def predict(
+        self,
+        model: nn.Module,
+        meta: dict[str, Any],
+        inputs: Sequence[Path],
+        output: Path | None,
+        **reading: Unpack[Reading],
+    ) -> str:
         """Label every series of the files, with the probability of each class."""
-        check_csv(output, inputs)
+        check_table(output, inputs)
         rows: list[list[str | float]] = []
         for file in inputs:
-            collection = read_series(file)
+            collection = read_series(file, **reading)
             _check_fits(file, collection, meta)
             x, lengths = _padded(collection, meta)
             dataset = TensorDataset(x, lengths)
@@ -302,15 +316,18 @@ def _files(place: Path) -> list[Path]:
         return [place]
     found = [sorted(f for f in place.iterdir() if f.stem.upper().endswith(end)) for end in ("_TRAIN", "_TEST")]
     # The UCR archive ships each set in several formats: the first that there is a pair of is read.
-    for suffix in (".ts", ".tsv", ".csv"):
+    for suffix in (".ts", ".tsv", ".csv", *ENGINES):
         pairs = [[f for f in files if f.suffix == suffix] for files in found]
         if [len(files) for files in pairs] == [1, 1]:
             return [files[0] for files in pairs]
-    raise UserError(f"{place} holds no pair of NAME_TRAIN and NAME_TEST as .ts, .tsv or .csv: give a file, or one pair")
+    raise UserError(
+        f"{place} holds no pair of NAME_TRAIN and NAME_TEST as .ts, .tsv, .csv, .xlsx or .parquet: "
+        "give a file, or one pair"
+    )
 
 
-def _labelled(file: Path) -> Collection:
-    collection = read_series(file)
+def _labelled(file: Path, reading: Reading) -> Collection:
+    collection = read_series(file, **reading)
     if collection.labels is None:
         raise UserError(f"{file} has no labels: training needs them; expected {FORMATS}")
     return collection
