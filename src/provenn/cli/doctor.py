@@ -14,6 +14,7 @@ EXTRAS = {
     "transformers": "hf",
     "onnxscript": "onnx",
     "tensorboard": "tensorboard",
+    "ray": "cluster",
 }
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "skimage", "safetensors", "matplotlib")
 

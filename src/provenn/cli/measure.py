@@ -43,7 +43,14 @@ def reproduce(
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
-    jobs: Annotated[int, typer.Option(help="Papers measured side by side; they share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Trials side by side, each in a process; they share the cores.")] = 1,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="Trials on the machines of a Ray cluster; auto takes the one that runs here, or begins one.",
+        ),
+    ] = None,
     places: Places = None,
     out: Out = RUN,
     resume: Resume = False,
@@ -61,7 +68,10 @@ def reproduce(
     if places and budget != "paper":
         raise UserError(f"--data is for --budget paper; at {budget} the data are embedded")
     given = datasets.given_places(places or [])
-    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json, jobs=jobs, headline=headline, data=given)
+    _measure(
+        chosen, claim, budget, seeds, device, out, resume, strict, json,
+        jobs=jobs, cluster=cluster, headline=headline, data=given,
+    )  # fmt: skip
 
 
 @app.command()
@@ -95,6 +105,7 @@ def _measure(
     json: bool,
     detailed: bool = False,
     jobs: int = 1,
+    cluster: str | None = None,
     headline: bool = False,
     data: datasets.Places | None = None,
 ) -> None:
@@ -115,6 +126,7 @@ def _measure(
         findings = reproduce_many(
             papers,
             jobs=jobs,
+            cluster=cluster,
             claims=claims,
             headline=headline,
             budget=budget,
