@@ -1,5 +1,6 @@
 """The command line as its users meet it: what it prints, what it writes, what it answers to bad input."""
 
+import functools
 import json
 import os
 import pickle
@@ -538,6 +539,59 @@ def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
     assert out.count("\nlinear") == 2, "once with its verdict, once above its tables"
     (found,) = json.loads(run("bench tiny_gate --out run --json")[1])["findings"]
     assert found["kind"] == "cost"
+
+
+@pytest.fixture
+def benchmarks(third_party, monkeypatch):
+    """The tiny paper with a race, beside a paper whose claims cannot be read, and no other."""
+    import tiny_gate.claims
+
+    from provenn.evidence import Benchmark, Race
+
+    calls = {label: lambda size, device: lambda: sum(range(1000)) for label in ("gate", "no gate", "peer")}
+    race = Race("a pass", calls, sizes=(7, 9), unit="channels", rounds=6, setting={"batch": 2})
+    listed = [Benchmark(race, "gate", "no gate", within=1e9), Benchmark(race, "gate", "peer", package="no-such-gate")]
+    monkeypatch.setattr(tiny_gate.claims, "BENCHMARKS", listed, raising=False)
+    tiny = catalog.card("tiny_gate")
+    (third_party / "broken").mkdir(exist_ok=True)
+    (third_party / "broken" / "claims.py").write_text("import no_such_module\n")
+    broken = tiny.model_copy(update={"slug": "broken", "package": "broken", "folder": third_party / "broken"})
+    shelf = catalog.Shelf(broken=broken, tiny_gate=tiny)
+    shelf.left_out = {}
+    monkeypatch.setattr(catalog, "cards", functools.cache(lambda: shelf))
+    return listed
+
+
+def test_bench_shows_the_speed_of_all_papers(run, here, benchmarks):
+    code, out, err = run("bench")
+    assert code == 0 and "left out broken: broken.claims cannot be imported" in err
+    assert "tiny_gate: a pass (batch 2)" in out and "no-such-gate is not installed: pip install no-such-gate" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith(("7 ", "9 "))]
+    assert [row[0] for row in rows] == ["7", "9"] and all(row[1:4] == ["gate", "no", "gate"] for row in rows)
+    assert all(row[-1] == "✔" and row[-2] == "1e+09" for row in rows)
+    assert err.count("a pass: gate at") == 2 and not list(here.iterdir())
+
+
+def test_bench_of_a_paper_has_its_speed_and_its_claims_about_cost(run, here, benchmarks):
+    code, out, _ = run("bench tiny_gate --out run --budget smoke")
+    assert code == 0 and out.index("tiny_gate: a pass") < out.index("linear") and "(50 %)" in out
+    summary = json.loads(run("bench tiny_gate --out run --budget smoke --json")[1])
+    assert [row["trouble"] == "" for row in summary["speed"]] == [True, False] and len(summary["findings"]) == 1
+    assert summary["speed"][0]["met"] is None and summary["speed"][0]["size"] == 7
+
+
+def test_bench_exits_1_where_a_ratio_misses_what_is_asked_or_a_runner_fails(run, here, benchmarks, monkeypatch):
+    from dataclasses import replace
+
+    import tiny_gate.claims
+
+    race = replace(benchmarks[0].race, sizes=(7,))
+    monkeypatch.setattr(tiny_gate.claims, "BENCHMARKS", [replace(benchmarks[0], race=race, within=1e-9)])
+    assert run("bench")[0] == 0 and run("bench --strict")[0] == 1
+    fails = replace(race, runners={**race.runners, "gate": lambda size, device: lambda: 1 / 0})
+    monkeypatch.setattr(tiny_gate.claims, "BENCHMARKS", [replace(benchmarks[0], race=fails)])
+    code, out, _ = run("bench")
+    assert code == 1 and "gate failed: ZeroDivisionError: division by zero" in out
 
 
 def test_board(run, here):

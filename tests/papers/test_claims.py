@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 import provenn
 from provenn.catalog import Card, cards
 from provenn.evidence import Run
+from provenn.evidence.benchmark import benchmarks, time_benchmarks
 from provenn.evidence.claim import measuring_functions
 from provenn.evidence.race import Exponent, Ratio
 from provenn.evidence.study import Contrast, Reading, Study
@@ -103,6 +104,13 @@ def test_other_claims_take_their_paths(slug: str, tmp_path: Path) -> None:
             assert each.measurement.skills, f"{each.claim.id}: did its arms beat the trivial predictor?"
     drawn = {picture.file for each in found for picture in each.measurement.pictures}
     assert {str(file.relative_to(tmp_path / slug)) for file in tmp_path.rglob("*.png")} <= drawn
+
+
+def test_benchmarks_take_their_paths(card: Card) -> None:
+    listed = benchmarks(card.resolve_module("claims"))
+    timings = list(time_benchmarks(listed, smoke=True))
+    assert len(timings) == len(listed)
+    assert not [timing.trouble for timing in timings if timing.trouble and timing.benchmark.lacks is None]
 
 
 # Arms, baselines among them, are held by value: loss and gradient of each network at seeded weights on the same data.

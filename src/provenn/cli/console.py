@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.markup import escape as escape_markup
@@ -18,6 +18,9 @@ from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import Verdict
 from provenn.progress import without_controls
 
+if TYPE_CHECKING:  # timings are torch's, and `list` does without
+    from provenn.evidence.benchmark import Timing
+
 PIPED_WIDTH, NARROW = 200, 100
 MOST_FINDINGS = 2  # beside a statement
 SHARES = (3, 10, 4, 6)  # of a statement's columns in the width
@@ -30,6 +33,7 @@ STANDING_COLOURS = {
     Standing.NOT_HERE: "red",
     Standing.NOT_MEASURED: "bright_black",
 }
+MET = {True: "[green]✔[/]", False: "[red]✘[/]", None: "[yellow]~[/]"}  # within what is asked, beyond, undecided
 COLOURS = {
     Verdict.HOLDS: "green",
     Verdict.REPRODUCED: "green",
@@ -155,3 +159,30 @@ def details(measurement: Measurement) -> Iterator[Group]:
 
 def _cells(of: Numbers) -> set[str]:
     return {view.cell(value) for row in of.rows for value in row}
+
+
+def speed(timings: "Iterable[tuple[str, Timing]]") -> Iterator[Group]:
+    """A table for each race of each paper: whose time over whose, its interval, and what is asked for."""
+    races: dict[tuple[str, str], list[Timing]] = {}
+    for paper, timing in timings:
+        races.setdefault((paper, timing.benchmark.race.name), []).append(timing)
+    for (paper, name), rows in races.items():
+        race = rows[0].benchmark.race
+        setting = ", ".join(f"{key} {value}" for key, value in race.setting.items())
+        caption = f"[bold]{escape(f'{paper}: {name}')}[/]" + (f" [dim]({escape(setting)})[/]" if setting else "")
+        columns = (race.unit, "time of", "over that of", "ratio [95 %]", "at most", "")
+        yield Group(caption, table([escape(column) for column in columns], [_timing(row) for row in rows]))
+
+
+def _timing(timing: "Timing") -> tuple[str, ...]:
+    each, found = timing.benchmark, timing.comparison
+    if found is None:
+        ratio = escape(timing.trouble)
+    else:
+        low, high = found.interval
+        width = "" if found.confidence >= 0.95 else f" ({100 * found.confidence:.0f} %)"
+        ratio = f"{found.ratio:.2f} \\[{low:.2f}, {high:.2f}]{width}"
+    asked = "" if each.within is None else f"{each.within:g}"
+    mark = "" if each.within is None or found is None else MET[timing.met]
+    size = "" if timing.size is None else view.number(timing.size)
+    return size, escape(each.system), escape(timing.baseline), ratio, asked, mark

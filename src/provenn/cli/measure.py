@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,6 @@ from provenn.cli.app import (
     Out,
     Resume,
     Seeds,
-    Slug,
     Strict,
     app,
     command,
@@ -27,6 +26,9 @@ from provenn.cli.app import (
 from provenn.cli.data import Places
 from provenn.errors import UserError
 from provenn.progress import without_controls
+
+if TYPE_CHECKING:
+    from provenn.evidence.benchmark import Timing
 
 RUN, BENCH = Path("runs/latest"), Path("runs/bench")
 
@@ -76,7 +78,9 @@ def reproduce(
 
 @app.command()
 def bench(
-    slug: Slug,
+    slug: Annotated[
+        str | None, typer.Argument(help="The paper; by default the speed of all.", autocompletion=slugs)
+    ] = None,
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
@@ -85,12 +89,83 @@ def bench(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Time, memory and FLOPs against baselines and installed peers: the claims about cost, with their tables."""
-    card = catalog.card(slug)
-    costs = [claim.id for claim in card.claims if claim.kind == "cost"]
-    if not costs:
-        raise UserError(f"{card.slug} claims nothing about cost; `provenn show {card.slug}` lists what it claims")
-    _measure([card], costs, budget, seeds, device, out, resume, strict, json, detailed=True)
+    """Speed beside baselines and installed peers; of one paper also what it claims about time, memory and FLOPs.
+
+    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns.
+    """
+    from provenn.cli import console
+    from provenn.reproduce import BUDGETS
+
+    if budget not in BUDGETS:
+        raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    papers = list(catalog.cards().values()) if slug is None else [catalog.card(slug)]
+    costs = [] if slug is None else [claim.id for claim in papers[0].claims if claim.kind == "cost"]
+    timings = _time(papers, device, smoke=budget == "smoke")
+    if not timings and not costs:
+        who = "no paper" if slug is None else papers[0].slug
+        raise UserError(f"{who} has benchmarks or claims about cost; `provenn show SLUG` lists what a paper claims")
+    rows = [_row(paper, timing) for paper, timing in timings]
+    if timings and not json:
+        terminal = console.console()
+        for part in console.speed(timings):
+            terminal.print(part, "")
+        if not costs:
+            terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)
+    if costs:
+        _measure(papers, costs, budget, seeds, device, out, resume, strict, json, detailed=True, speed=rows)
+    elif json:
+        console.machine({"repeat": command(), "speed": rows})
+    if any(timing.trouble and timing.size is not None for _, timing in timings) or (
+        strict and any(timing.met is False for _, timing in timings)
+    ):
+        raise typer.Exit(1)
+
+
+def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[str, Timing]]":
+    """Each paper's benchmarks, in the order in which the paper lists them; each is told as it ends."""
+    from provenn.evidence.benchmark import benchmarks, time_benchmarks
+    from provenn.reproduce import choose_device
+
+    device, chosen = choose_device(device), {}
+    for card in papers:
+        try:
+            chosen[card.slug] = benchmarks(card.resolve_module("claims")) if card.has("claims") else ()
+        except UserError as error:
+            if len(papers) == 1:
+                raise
+            tell(f"provenn: left out {error}")
+    count = sum(1 if smoke else len(each.race.sizes) for mine in chosen.values() for each in mine)
+    done: list[tuple[str, Timing]] = []
+    with progress.shown(), progress.bar("speed", count) as advance:
+        for slug, mine in chosen.items():
+            timings = []
+            for timing in time_benchmarks(mine, device=device, smoke=smoke):
+                system, race = timing.benchmark.system, timing.benchmark.race
+                at = "" if timing.size is None else f" at {timing.size} {race.unit}"
+                tell(f"{slug} {race.name}: {system}{at}: {timing.trouble or timing.comparison}")
+                advance(1, f"{slug}: {race.name}")
+                timings.append(timing)
+            done += [(slug, timing) for each in mine for timing in timings if timing.benchmark is each]
+    return done
+
+
+def _row(paper: str, timing: "Timing") -> dict[str, Any]:
+    each, found = timing.benchmark, timing.comparison
+    return {
+        "paper": paper,
+        "race": each.race.name,
+        "setting": dict(each.race.setting),
+        "unit": each.race.unit,
+        "size": timing.size,
+        "system": each.system,
+        "baseline": timing.baseline,
+        "ratio": None if found is None else found.ratio,
+        "interval": None if found is None else list(found.interval),
+        "confidence": None if found is None else found.confidence,
+        "within": each.within,
+        "met": timing.met,
+        "trouble": timing.trouble,
+    }
 
 
 def _measure(
@@ -108,6 +183,7 @@ def _measure(
     cluster: str | None = None,
     headline: bool = False,
     data: datasets.Places | None = None,
+    speed: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     from provenn.cli import console
     from provenn.evidence import report, view
@@ -142,6 +218,8 @@ def _measure(
     failed = [finding for finding in findings if finding.measurement.failed]
     if json:
         summary: dict[str, Any] = {"out": str(out), "report": str(page), "repeat": command()}
+        if speed is not None:
+            summary["speed"] = speed
         console.machine({**summary, "findings": [_machine(finding) for finding in findings]})
     else:
         terminal = console.console()

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from provenn.evidence.benchmark import Benchmark
     from provenn.evidence.claim import measures
     from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
     from provenn.evidence.race import Race
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from provenn.evidence.verdict import Verdict, decide
 
 HOMES = {
+    "benchmark": ("Benchmark",),
     "claim": ("measures",),
     "measurement": ("Measurement", "Picture", "Series", "Skill", "Table"),
     "race": ("Race",),
@@ -28,6 +30,7 @@ HOMES = {
 }
 
 __all__ = [
+    "Benchmark",
     "Drawing",
     "Evidence",
     "Finding",
