@@ -49,7 +49,12 @@ def build(dropout=0.0):
     return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 1)).double()
 
 
+def build_single():
+    return build().float()
+
+
 RECIPE = Recipe(epochs=3, batch_size=8, optimizer="sgd", lr=0.05, schedule="cosine", clip=1.0, precision="64-true")
+SINGLE = replace(RECIPE, precision="32-true")
 
 
 class Breaks(Line):
@@ -73,11 +78,10 @@ class Explodes(Line):
 if __name__ == "__main__":
     out, strategy, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     task = {"breaks": Breaks, "explodes": Explodes}.get(kind, Line)()
-    precision = "32-true" if strategy == "fsdp" else "64-true"
-    recipe = replace(RECIPE, precision=precision)
+    maker, recipe = (build_single, SINGLE) if strategy == "fsdp" else (build, RECIPE)
     try:
         result = fit(
-            build, task, Line().load(), recipe, devices=2, strategy=strategy, out=out, resume=kind == "resumes"
+            maker, task, Line().load(), recipe, devices=2, strategy=strategy, out=out, resume=kind == "resumes"
         )
     except UserError as error:
         sys.exit(f"refused: {error}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from line_task import RECIPE, Line, build
+from line_task import RECIPE, SINGLE, Line, build, build_single
 from torch import nn
 
 from provenn.errors import UserError
@@ -211,12 +211,12 @@ def two_processes(out: Path, strategy: str, kind: str, *launcher: str) -> subpro
     )
 
 
-def check_as_one(out: Path, recipe: Recipe, tolerance: float) -> None:
+def check_as_one(out: Path, maker, recipe: Recipe, tolerance: float) -> None:
     """What two processes have left in the folder is what one gives with twice the batch."""
     state, curve, metrics, steps = torch.load(out / "result.pt", weights_only=True)
-    alone = fit(build, TASK, DATA, replace(recipe, batch_size=16))
+    alone = fit(maker, TASK, DATA, replace(recipe, batch_size=16))
     for name, value in alone.model.state_dict().items():
-        torch.testing.assert_close(state[name], value, rtol=tolerance, atol=tolerance, check_dtype=False)
+        torch.testing.assert_close(state[name], value, rtol=tolerance, atol=tolerance)
     assert steps == alone.steps == 12
     assert metrics == pytest.approx(alone.metrics, rel=100 * tolerance)
     for ours, theirs in zip(curve, alone.curve, strict=True):
@@ -228,7 +228,7 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
     """Batches of 8 in two processes over gloo are batches of 16 in one, gradient by gradient."""
     done = two_processes(tmp_path, "ddp", "trains")
     assert done.returncode == 0, done.stderr
-    check_as_one(tmp_path, RECIPE, 1e-12)
+    check_as_one(tmp_path, build, RECIPE, 1e-12)
 
 
 def test_two_processes_that_divide_the_weights_train_and_resume_as_one(tmp_path):
@@ -238,7 +238,7 @@ def test_two_processes_that_divide_the_weights_train_and_resume_as_one(tmp_path)
     assert broken.returncode != 0 and (tmp_path / CHECKPOINT).exists()
     done = two_processes(tmp_path, "fsdp", "resumes", *launcher)
     assert done.returncode == 0, done.stderr
-    check_as_one(tmp_path, replace(RECIPE, precision="32-true"), 1e-5)
+    check_as_one(tmp_path, build_single, SINGLE, 1e-5)
 
 
 def test_a_loss_that_explodes_in_one_of_two_processes_ends_both_with_one_line(tmp_path):

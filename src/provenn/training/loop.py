@@ -26,7 +26,7 @@ from provenn.training.systems import JointOptimizer, before_saving, make_optimiz
 
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning")  # its loggers
 STRATEGIES = ("auto", "ddp", "fsdp")
-SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
 LOGGERS = ("csv", "tensorboard")
 LOG = "log"  # the folder of what they write
 OFTEN = 0.5  # seconds between two figures on the live line: reading a loss waits for the device
@@ -362,13 +362,14 @@ def _module_class() -> type:
             if recipe.ema is not None:
                 keep = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
                 self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=keep).requires_grad_(False)
+            self.parts = _parts(self)  # before they are sharded, which gives them other classes
 
         def learned(self) -> nn.Module:
             """What is validated, tested and saved: the average of the weights where the recipe keeps one."""
             return self.model if self.recipe.ema is None else self.average.module
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            checkpoint["parts"] = _parts(self)
+            checkpoint["parts"] = self.parts
 
         def configure_model(self) -> None:
             from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
