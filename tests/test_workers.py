@@ -75,7 +75,7 @@ def test_a_cluster_gives_the_evidence_that_this_process_gives(two_workers, tmp_p
         [sys.executable, "-m", "provenn", *words, str(tmp_path / "there"), "--cluster", address],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert there.returncode == 0, there.stderr
     assert "cluster: 1 machine, 2 trials side by side, 1 thread each" in there.stderr
