@@ -230,7 +230,11 @@ BAD = [
     (f"{TRAIN} --data classes --device abacus", "no device 'abacus' on this machine"),
     (f"{TRAIN} --data classes --resume", "nothing to resume in run"),
     ("train tiny_gate --data classes --out file", "cannot write to file"),
-    (f"{TRAIN} --data classes --device cpu --devices 2 --strategy fsdp", "strategy fsdp needs GPUs, got device 'cpu'"),
+    (
+        f"{TRAIN} --data classes --device cpu --devices 2 --strategy fsdp --precision 16-mixed",
+        "strategy fsdp takes precision 32-true, bf16-mixed, got '16-mixed'",
+    ),
+    (f"{TRAIN} --data classes --num-nodes 0", "--num-nodes"),
     ("train tiny_gate --data classes --out cut --resume", "last.ckpt is damaged"),
     ("train tiny_gate --data classes --out started", "holds a training that did not end: go on with --resume"),
     (f"{TRAIN} --data good.csv", "(read for image-classification; for other work add --task series-forecasting or"),

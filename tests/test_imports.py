@@ -23,7 +23,7 @@ ORDER = [
     {"bench"},
     {"surgery", "evidence", "weights", "testing", "export", "huggingface"},
     {"papers"},
-    {"at_paper"},
+    {"at_paper", "workers"},
     {"reproduce"},
     {"compare", "evaluation", "inspection"},
     {"api", "options", "__init__", "papers/__init__"},

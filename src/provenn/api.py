@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provenn import catalog, datasets
+from provenn import catalog, datasets, progress
 from provenn.errors import UserError
 from provenn.settings import arguments_of, typed
 
@@ -206,6 +206,7 @@ def train(
     seed: int = 0,
     device: str = "auto",
     devices: int = 1,
+    num_nodes: int = 1,
     strategy: str = "auto",
     workers: int = 0,
     resume: bool = False,
@@ -223,7 +224,7 @@ def train(
         preset, task: which system; by default the paper's first (for that task). `recall` takes language models.
         out: the run's folder; `runs/<slug>` by default.
         seed: fixes everything random.
-        device, devices, strategy: where to train; Lightning's.
+        device, devices, num_nodes, strategy: where to train; the recipe's batch size is each process's: see `fit`.
         workers: processes that read the data.
         resume: go on from the folder's checkpoint.
         save_every: a checkpoint after every so many steps, besides each epoch's.
@@ -292,6 +293,7 @@ def train(
             seed=seed,
             device=device,
             devices=devices,
+            num_nodes=num_nodes,
             strategy=strategy,
             workers=workers,
             out=folder,
@@ -358,16 +360,12 @@ def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
 @contextmanager
 def _folder_for(folder: Path) -> Iterator[None]:
     """Make a folder to work in, alone; where the work fails before it has written anything, nothing is left behind."""
-    import os
-
     from provenn.reproduce import alone_in, check_writable
 
-    # Of processes that train together, each runs this; the first one locks for all.
-    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
     made = not folder.exists()
     check_writable(folder)
     try:
-        with alone_in(folder) if rank == "0" else nullcontext():
+        with alone_in(folder) if progress.first_process() else nullcontext():
             yield
     except BaseException:
         if made and not any(folder.iterdir()):

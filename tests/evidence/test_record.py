@@ -101,7 +101,7 @@ def test_a_new_record_takes_the_place_of_the_old_one_and_occasions_without_recor
     assert [r.claim for r in evidence.records] == ["a", "b", "c"]
     assert [evidence.occasions[r.occasion].budget for r in evidence.records] == ["small", "paper", "small"]
     assert evidence.record("b").measurement.value == 4 and evidence.record("z") is None
-    evidence.keep_claims({"b"})
+    evidence.keep_claims(["b"])
     assert [r.claim for r in evidence.records] == ["b"] and evidence.occasions == [later]
     (found, missing) = evidence.findings([CLAIM.model_copy(update={"id": name}) for name in ("b", "z")])
     assert found.occasion == later and missing.record is None and "provenn reproduce p" in missing.reason

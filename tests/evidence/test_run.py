@@ -104,9 +104,10 @@ def test_papers_side_by_side_give_what_they_give_in_turn(two_papers, tmp_path):
 
 
 def test_a_process_that_is_killed_beside_another_is_one_line_and_resumes(two_papers, tmp_path):
-    killed = both(tmp_path, {**two_papers, "TINY_GATE_DIES": "tiny_twin"}, "--jobs", "2")
+    (tmp_path / "dies").touch()
+    killed = both(tmp_path, {**two_papers, "TINY_GATE_DIES": str(tmp_path / "dies")}, "--jobs", "2")
     assert killed.returncode == 2 and "Traceback" not in killed.stderr
-    assert "the process that measured tiny_twin ended with -9" in killed.stderr.splitlines()[-1]
+    assert "a process that measured was killed" in killed.stderr.splitlines()[-1]
     kept = kept_records(tmp_path, "tiny_twin")
     assert [record.claim for record in kept][:2] == ["parameters", "identity"]
     assert both(tmp_path, two_papers, "--jobs", "2", "--resume").returncode == 0

@@ -18,6 +18,7 @@ EXTRAS = {
     "onnxscript": "onnx",
     "tensorboard": "tensorboard",
     "kornia": "augment",
+    "ray": "cluster",
 }
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "skimage", "safetensors", "matplotlib")
 

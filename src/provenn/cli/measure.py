@@ -46,7 +46,14 @@ def reproduce(
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
-    jobs: Annotated[int, typer.Option(help="Papers measured side by side; they share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Trials side by side, each in a process; they share the cores.")] = 1,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="Trials on the machines of a Ray cluster; auto takes the one that runs here, or begins one.",
+        ),
+    ] = None,
     places: Places = None,
     changes: Annotated[
         list[str] | None,
@@ -95,6 +102,7 @@ def reproduce(
         strict,
         json,
         jobs=jobs,
+        cluster=cluster,
         headline=headline,
         data=given,
         changes=pairs(changes or [], example="epochs=3"),
@@ -208,6 +216,7 @@ def _measure(
     json: bool,
     detailed: bool = False,
     jobs: int = 1,
+    cluster: str | None = None,
     headline: bool = False,
     data: datasets.Places | None = None,
     changes: dict[str, Any] | None = None,
@@ -232,6 +241,7 @@ def _measure(
         findings = reproduce_many(
             papers,
             jobs=jobs,
+            cluster=cluster,
             claims=claims,
             headline=headline,
             budget=budget,

@@ -32,7 +32,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Stop after so many; by default the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default the preset's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step; by default the preset's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step and device; by default the preset's.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
     precision: Annotated[str | None, typer.Option(help=f"{', '.join(PRECISIONS)}; by default the preset's.")] = None,
     patience: Annotated[
@@ -57,8 +57,11 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes everything random.")] = 0,
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
-    strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="How many on each machine; each takes its batch.")] = 1,
+    num_nodes: Annotated[
+        int, typer.Option(min=1, help="Machines: run the same command on each, by torchrun or with NODE_RANK set.")
+    ] = 1,
+    strategy: Annotated[str, typer.Option(help="auto, ddp, or fsdp, which divides weights and their state.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read the data.")] = 0,
     resume: Resume = False,
     save_every: Annotated[
@@ -112,6 +115,7 @@ def train(
             seed=seed,
             device=device,
             devices=devices,
+            num_nodes=num_nodes,
             strategy=strategy,
             workers=workers,
             resume=resume,

@@ -118,7 +118,7 @@ class Race:
                 return {label: [[1e3 * s for s in seconds[label, n]] for n in sizes] for label in self.runners}
             return {label: [[self._count(make(n, run.device))] for n in sizes] for label, make in self.runners.items()}
 
-        return run.trial(self.name, measure, **facts)
+        return run.trial(self.name, measure, alone=self.quantity == "time", **facts)
 
     def _count(self, function: Callable[[], Any]) -> float:
         if self.quantity == "flops":

@@ -5,6 +5,7 @@ from.
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -185,9 +186,11 @@ class Evidence(BaseModel):
         place = same.index(True) if any(same) else len(others)
         self._keep([*others[:place], record, *others[place:]])
 
-    def keep_claims(self, claims: set[str]) -> None:
-        """Drop the records of claims that are no more."""
-        self._keep([record for record in self.records if record.claim in claims])
+    def keep_claims(self, claims: Sequence[str]) -> None:
+        """Drop the records of claims that are no more, and bring the others in this order."""
+        order = {claim: place for place, claim in enumerate(claims)}
+        known = [record for record in self.records if record.claim in order]
+        self._keep(sorted(known, key=lambda record: order[record.claim]))
 
     def _keep(self, records: list[Record]) -> None:
         used = sorted({record.occasion for record in records})
@@ -218,13 +221,14 @@ class Evidence(BaseModel):
 
 
 class Trial(BaseModel):
-    """One run of one seed, kept as it ended."""
+    """One run of one seed, kept as it ended; `machine` is named where it was not the one that wrote the ledger."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     key: str
     value: Any
     seconds: float
+    machine: str = ""
 
     @staticmethod
     def question(name: str, seed: int | None, where: str, setting: dict[str, Any]) -> str:
@@ -341,16 +345,23 @@ def here(device: str) -> Environment:
 
     import provenn
 
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     return Environment(
         provenn=provenn.__version__,
         torch=torch.__version__,
         python=platform.python_version(),
-        device=f"{device}: {name}",
+        device=machine(device),
         threads=torch.get_num_threads(),
         system=platform.system(),
         commit=commit(),
     )
+
+
+def machine(device: str) -> str:
+    """The device and what it is on this machine, such as `cpu: AMD EPYC 7B13`."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    return f"{device}: {name}"
 
 
 def commit() -> str:

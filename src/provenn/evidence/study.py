@@ -195,21 +195,23 @@ class Study:
         recipe, task = self.recipe_for(run), self.of_task
         if not self.lrs or run.smoke:
             return float(self.lrs[0] if self.lrs else recipe.lr), {}
-        reached = {}
-        for lr in self.lrs:
 
-            def score(lr: float = lr) -> float | None:
-                data = self.data(TUNING_SEED, False)
-                try:
-                    model = self._fit(run, arm, data, lr, TUNING_SEED).model
-                except Diverged:
-                    return None
-                with torch.no_grad():
-                    value = task.evaluate(model, data.val)[task.metric]
-                return value if math.isfinite(value) else None
+        def score(lr: float) -> float | None:
+            data = self.data(TUNING_SEED, False)
+            try:
+                model = self._fit(run, arm, data, lr, TUNING_SEED).model
+            except Diverged:
+                return None
+            with torch.no_grad():
+                value = task.evaluate(model, data.val)[task.metric]
+            return value if math.isfinite(value) else None
 
+        def ask(lr: float) -> float | None:
             name = f"{self.name}, {self.label(arm)}, rate {lr:g}"
-            reached[f"{lr:g}"] = run.trial(name, score, seed=TUNING_SEED, lr=lr, **self.question(run, arm))
+            return run.trial(name, partial(score, lr), seed=TUNING_SEED, lr=lr, **self.question(run, arm))
+
+        names = [f"{lr:g}" for lr in self.lrs]
+        reached = dict(zip(names, run.together(partial(ask, lr) for lr in self.lrs), strict=True))
         sign = 1 if task.higher_is_better else -1
         worst = -math.inf
         best = max(self.lrs, key=lambda lr: worst if (value := reached[f"{lr:g}"]) is None else sign * value)
@@ -235,8 +237,10 @@ class Study:
             curve = {key: done.series(key) for key in ("epoch", task.metric)}
             return {**done.metrics, **probed, "curve": curve, "steps": done.steps}
 
-        trials = run.trials(f"{self.name}, {self.label(arm)}", one, lr=lr, **self.question(run, arm))
-        guesses = self.trivial(run)
+        def asked() -> list[dict[str, Any]]:
+            return run.trials(f"{self.name}, {self.label(arm)}", one, lr=lr, **self.question(run, arm))
+
+        trials, guesses = run.together((asked, partial(self.trivial, run)))
         return [
             {task.metric: guess, "curve": None, **trial} if trial.get("diverged") else trial
             for trial, guess in zip(trials, guesses, strict=True)
@@ -276,7 +280,7 @@ class Study:
         """Each arm's figure seed by seed, and what goes with every measurement of them."""
         task, facts = self.of_task, self.facts(run)
         every = list(dict.fromkeys((*arms, *shown)))
-        trials = {arm: self.trials(run, arm) for arm in every}
+        trials = dict(zip(every, run.together(partial(self.trials, run, arm) for arm in every), strict=True))
         name = metric or task.metric
         missing = [self.label(arm) for arm in arms if any(name not in trial for trial in trials[arm])]
         if missing:

@@ -25,7 +25,7 @@ class Recipe:
 
     Args:
         epochs: passes over the training data.
-        batch_size: examples a step and a device.
+        batch_size: examples a step and process: several processes take so many each.
         accumulate: batches whose gradients are summed up to one step's; the mean over all of them counts.
         optimizer: sgd, adam, adamw or radam.
         lr: learning rate; its peak where the schedule has one.
