@@ -12,6 +12,7 @@ from provenn import catalog, progress
 from provenn.cli.app import Device, Json, Slug, app
 from provenn.cli.work import pairs
 from provenn.errors import UserError
+from provenn.files import whole
 
 REPORT = "conversion.json"
 HUB, EMBEDDED = "hf:", ("stdlib",)
@@ -87,7 +88,8 @@ def convert(
     recovery.setting.update(model=model, data=data)
     host.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / REPORT).write_text(json.dumps(recovery.json(), indent=2) + "\n", encoding="utf-8")
+    with whole(out / REPORT) as place:
+        place.write_text(json.dumps(recovery.json(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         console.machine(recovery.json())
         return

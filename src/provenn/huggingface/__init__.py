@@ -21,7 +21,7 @@ except ImportError:
     raise UserError("converting pretrained models needs transformers and peft: pip install 'provenn[hf]'") from None
 
 from provenn.huggingface.cache import StateCache, StateLayer
-from provenn.huggingface.companion import Companion
+from provenn.huggingface.companion import Companion, companion_conversion
 from provenn.huggingface.conversion import (
     CONVERTED,
     Attend,
@@ -58,6 +58,7 @@ __all__ = [
     "as_attention",
     "attentions",
     "check_tuning",
+    "companion_conversion",
     "conversion_of",
     "convert",
     "family_of",

@@ -1,12 +1,18 @@
 """What a conversion adds to a self-attention when queries, keys and values, turned by the host, are not enough."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from provenn.huggingface.cache import StateLayer, state_layer
+from provenn.huggingface.cache import StateCache, StateLayer, state_layer
+from provenn.huggingface.conversion import Attend, Conversion
+from provenn.huggingface.families import Family, attentions
+from provenn.huggingface.tuning import train_alone
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, (batch, tokens, head_dim) each
 
@@ -80,3 +86,31 @@ def _after(host: Any, args: tuple[Any, ...], output: Any) -> Any:
     y = companion.finish(output[0])
     companion.x = companion.rotation = companion.past = None  # so that no activation outlives its call
     return (y, *output[1:])
+
+
+def companion_conversion(attend: Attend, install: Callable[..., None], why_causal: str) -> Conversion:
+    """The conversion whose `install` puts a `Companion` at every self-attention.
+
+    Companions are trained before the rest, at a rate of 1e-3, and a cache keeps what they keep.
+
+    Args:
+        attend, install: as in `Conversion`.
+        why_causal: why a model whose tokens see those after them is refused.
+    """
+
+    def uninstall(model: PreTrainedModel) -> None:
+        for attention in attentions(model):
+            Companion.detach(attention.module)
+
+    def refuse(family: Family) -> str | None:
+        return None if family.causal else why_causal
+
+    return Conversion(
+        attend=attend,
+        install=install,
+        uninstall=uninstall,
+        prepare=partial(train_alone, "companion"),
+        lr=1e-3,
+        cache=lambda model: StateCache(),
+        refuse=refuse,
+    )

@@ -6,7 +6,6 @@ keys of its own, as the host's have; biases and rotations are the host's; z is 2
 conversion changes no output by it: the 2 is one that W_o would have taken.
 """
 
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from provenn.errors import UserError
-from provenn.huggingface import Companion, Conversion, Family, StateCache, attentions, train_alone
+from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
 from provenn.nn.attention import KVCache
 from provenn.papers.rat.layers import RATMixer, RATState, chrono_bias
@@ -122,25 +121,8 @@ def install(
         gates.attach(attention.module)
 
 
-def uninstall(model: PreTrainedModel) -> None:
-    """The host's attention again."""
-    for attention in attentions(model):
-        Companion.detach(attention.module)
-
-
-def refuse(family: Family) -> str | None:
-    """Why a family's attention has no chunks that are read in order."""
-    return None if family.causal else "its chunks are read from the first token on, and this model's tokens see all"
-
-
-CONVERSION = Conversion(
-    attend=attend,
-    install=install,
-    uninstall=uninstall,
-    prepare=partial(train_alone, "companion"),
-    lr=1e-3,
-    cache=lambda model: StateCache(),
-    refuse=refuse,
+CONVERSION = companion_conversion(
+    attend, install, "its chunks are read from the first token on, and this model's tokens see all"
 )
 
 __all__ = ["CONVERSION", "ConvertedRAT"]

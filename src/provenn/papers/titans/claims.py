@@ -54,7 +54,7 @@ RECALL = Study(
         "still": ("LMM without momentum", memory("lmm", momentum=False)),
     },
     build=recalling,
-    recipe=replace(ONE_PASS, max_steps=1500),
+    recipe=replace(ONE_PASS, max_steps=4000),
     lrs=(3e-3, 1e-2, 3e-2),
     probes={
         "beyond the window": right_beyond,

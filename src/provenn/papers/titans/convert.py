@@ -6,7 +6,6 @@ host's attention what it reads and adds to what it gives; the others feed it wit
 The join norms y, so a converted model has much to learn again before it is what it was.
 """
 
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from provenn.errors import UserError
-from provenn.huggingface import Companion, Conversion, Family, StateCache, attentions, train_alone
+from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
 from provenn.papers.titans.layers.memory import NeuralMemory, NeuralState
 from provenn.papers.titans.layers.variants import Join, persistent_tokens
@@ -135,25 +134,8 @@ def install(
         beside.attach(attention.module)
 
 
-def uninstall(model: PreTrainedModel) -> None:
-    """The host's attention alone again."""
-    for attention in attentions(model):
-        Companion.detach(attention.module)
-
-
-def refuse(family: Family) -> str | None:
-    """Why a family's attention cannot have a memory beside it."""
-    return None if family.causal else "its memory learns as it reads, and this model's tokens see those after them too"
-
-
-CONVERSION = Conversion(
-    attend=attend,
-    install=install,
-    uninstall=uninstall,
-    prepare=partial(train_alone, "companion"),
-    lr=1e-3,
-    cache=lambda model: StateCache(),
-    refuse=refuse,
+CONVERSION = companion_conversion(
+    attend, install, "its memory learns as it reads, and this model's tokens see those after them too"
 )
 
 __all__ = ["CONVERSION", "ConvertedMAG"]

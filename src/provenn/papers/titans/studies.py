@@ -111,7 +111,7 @@ MEMORY: dict[str, Any] = {"heads": 2, "memory_heads": 2, "persistent": 0, "chunk
 
 def pairs_data(seed: int, smoke: bool = False) -> TaskData:
     """Pairs of a key and its value scattered in noise, then every key once more, where its value is to be told."""
-    sizes = {"examples": 64 if smoke else 12_000, "test_examples": 16 if smoke else 256}
+    sizes = {"examples": 64 if smoke else 32_000, "test_examples": 16 if smoke else 256}
     return lookup(seed, LENGTH, **sizes)
 
 
