@@ -621,6 +621,28 @@ def test_a_vision_transformer_takes_images_of_other_sizes():
         model(torch.randn(1, 3, 60, 64))
 
 
+def test_a_vision_transformer_that_gathers_is_the_same_function():
+    """All stages: with and without shared heads, all heads shared, and beyond the map's border; gradients too."""
+    sizes = {"dims": (8, 16, 32, 32), "heads": (4, 4, 8, 8), "depths": (1, 1, 1, 1), "ratios": (2, 2, 2, 2)}
+    heads = {"shared": (2, 0, 8, 4), "top_k": (2, 2, 0, 3)}
+    models = [
+        MoHViT(**sizes, **heads, num_classes=5, size=64, execute=execute).double().eval()
+        for execute in ("dense", "gather")
+    ]
+    for parameter in models[0].parameters():
+        nn.init.normal_(parameter, std=0.3)
+    models[1].load_state_dict(models[0].state_dict())
+    x = draw(2, 3, 64, 96).requires_grad_()
+    values = []
+    for model in models:
+        y = model(x)
+        values.append((y, *torch.autograd.grad(y.square().sum(), (x, *model.parameters()))))
+    for gathered, dense in zip(values[1], values[0]):
+        torch.testing.assert_close(gathered, dense, rtol=1e-9, atol=1e-9)
+    image = torch.randn(1, 3, 64, 64, device="meta")
+    assert models[1].to("meta").float()(image).shape == (1, 5), "traced and counted, it computes every head"
+
+
 def test_positions_of_the_diffusion_transformer_are_the_authors():
     """Values of their table of 3 × 3 places in 8 features, of noise levels in 6: columns and sines first, then rows."""
     table = [
@@ -710,6 +732,7 @@ TINY = {"dims": (8,), "heads": (2,), "depths": (1,), "shared": (1,), "top_k": (1
         (lambda: moh_dit_digits(layers=0), "must be at least 1, got 64, 1, 10 and 0"),
         (lambda: DiT(dim=16, heads=[2], shared=[1], top_k=[2]), "top_k must lie between 0 and the 1 routed heads"),
         (lambda: MoHViT(**TINY, num_classes=0), "must be at least 1"),
+        (lambda: MoHViT(**TINY, execute="sparse"), "execute must be one of dense, gather, auto, got 'sparse'"),
         (lambda: MoHViT(**TINY, drop_path=1), "drop_path must lie between 0 and 1, below 1, got 1"),
         (lambda: MoHViT(**TINY)(torch.zeros(1, 1, 32, 32)), "expected images of 3 channels, got 1"),
         (lambda: moh_dit_digits(size=9), "patch must divide size"),

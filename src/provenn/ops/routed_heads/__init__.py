@@ -11,6 +11,7 @@ from .reference import causal_mask, dense_masked_attention
 
 __all__ = [
     "active_rows",
+    "cannot_count",
     "causal_mask",
     "dense_masked_attention",
     "gathering_pays",
@@ -74,12 +75,13 @@ def routed_attention(
     if bias is not None and (causal or bias.shape != (q.shape[1], q.shape[2], k.shape[2])):
         expected = (q.shape[1], q.shape[2], k.shape[2])
         raise ValueError(f"bias must be {expected}, without causal, got {tuple(bias.shape)} and causal={causal}")
-    if _cannot_count(q):
+    if cannot_count(q):
         return dense_masked_attention(q, k, v, active, causal=causal, mask=mask, bias=bias, scale=scale)
     return gathered_attention(q, k, v, active, always, causal, mask, bias, scale)
 
 
-def _cannot_count(q: Tensor) -> bool:
+def cannot_count(q: Tensor) -> bool:
+    """Whether how many pairs are active cannot be read off the data: traced, on the meta device, or transformed."""
     return torch.compiler.is_compiling() or q.is_meta or is_transformed()
 
 
@@ -99,7 +101,7 @@ def worth_gathering(
         q, k, active, always, causal: as in `routed_attention`.
     """
     sizes = q.shape[1], always, q.shape[2], k.shape[2]
-    if q.device.type != "cpu" or _cannot_count(q) or not gathering_pays(*sizes, longest=0, causal=causal):
+    if q.device.type != "cpu" or cannot_count(q) or not gathering_pays(*sizes, longest=0, causal=causal):
         return False  # which would hold for the shortest rows there can be
     rest = active[:, always:]
     longest = int(rest.sum(dim=-1).max()) if rest.numel() else 0
