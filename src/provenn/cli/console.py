@@ -165,13 +165,13 @@ def _cells(of: Numbers) -> set[str]:
 
 def speed(timings: "Iterable[tuple[str, Timing]]") -> Iterator[Group]:
     """A table for each race of each paper: whose time over whose, its interval, and what is asked for."""
-    races: dict[tuple[str, str], list[Timing]] = {}
+    races: dict[tuple[str, int], list[Timing]] = {}
     for paper, timing in timings:
-        races.setdefault((paper, timing.benchmark.race.name), []).append(timing)
-    for (paper, name), rows in races.items():
+        races.setdefault((paper, id(timing.benchmark.race)), []).append(timing)
+    for (paper, _), rows in races.items():
         race = rows[0].benchmark.race
         setting = ", ".join(f"{key} {value}" for key, value in race.setting.items())
-        caption = f"[bold]{escape(f'{paper}: {name}')}[/]" + (f" [dim]({escape(setting)})[/]" if setting else "")
+        caption = f"[bold]{escape(f'{paper}: {race.name}')}[/]" + (f" [dim]({escape(setting)})[/]" if setting else "")
         columns = (race.unit, "time of", "over that of", "ratio [95 %]", "at most", "")
         yield Group(caption, table([escape(column) for column in columns], [_timing(row) for row in rows]))
 

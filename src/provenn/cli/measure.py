@@ -151,9 +151,8 @@ def bench(
         _measure(papers, costs, budget, seeds, device, out, resume, strict, json, detailed=True, speed=rows)
     elif json:
         console.machine({"repeat": command(), "speed": rows})
-    if any(timing.trouble and timing.size is not None for _, timing in timings) or (
-        strict and any(timing.met is False for _, timing in timings)
-    ):
+    failed = any(timing.trouble and timing.benchmark.package is None for _, timing in timings)
+    if failed or (strict and any(timing.met is False for _, timing in timings)):
         raise typer.Exit(1)
 
 
