@@ -207,7 +207,7 @@ def test_gathering_pays_for_long_inputs_and_few_pairs_alone(heads, queries, more
     always, longest = int(draws[0] * heads), int(draws[1] * queries)
     pays = gathering_pays(heads, always, queries, queries + more, longest, causal=causal)
     work = (always * queries + (heads - always) * longest) / max(heads * queries, 1)
-    assert not (pays and (causal or queries < 240 or work >= 1)), "it saves nothing there"
+    assert not (pays and (causal or queries < 320 or work >= 1)), "it saves nothing there"
     if pays:
         assert gathering_pays(heads, always, queries, queries + more, longest // 2, causal=causal)
         assert gathering_pays(heads, always, 2 * queries, 2 * (queries + more), 2 * longest, causal=causal)

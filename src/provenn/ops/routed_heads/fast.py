@@ -22,7 +22,7 @@ SHORTEST_RUN = 64
 # What gathering costs beside the attention that is left to do: as much as all heads' attention to so many keys. It was
 # measured on one thread without gradients (a training step gains earlier): 64 to 2,048 tokens, 8 and 16 heads 16 and 64
 # wide, 50 to 87 % of them in use, batches of 1 and 8.
-OVERHEAD = 240
+OVERHEAD = 320
 
 
 def gathering_pays(heads: int, always: int, queries: int, keys: int, longest: int, *, causal: bool) -> bool:
