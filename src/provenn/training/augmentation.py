@@ -93,7 +93,7 @@ def _made(recipe: Recipe) -> tuple[Any, Any]:
     from kornia.augmentation import RandomErasing
     from kornia.augmentation.auto import AutoAugment, RandAugment
 
-    policy = None
+    policy: Any = None
     if recipe.rand_augment:
         # Kornia counts magnitudes to 30, the recipes of timm and DeiT to 10.
         policy = RandAugment(OPERATIONS, 3 * recipe.rand_augment)  # type: ignore[arg-type]
