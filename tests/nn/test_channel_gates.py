@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.nn.channel_gates import CBAM, SqueezeExcitation, record_gates
+from provenn.bench import flops
+from provenn.nn.channel_gates import CBAM, SqueezeExcitation, record_gates, spatial_mean
 
 
 def parameters(module: nn.Module) -> int:
@@ -68,3 +69,31 @@ def test_bad_arguments_are_refused(make):
 def test_bad_inputs_are_refused(shape):
     with pytest.raises(ValueError, match=r"expected \(batch, 8 channels"):
         SqueezeExcitation(8)(torch.ones(shape))
+
+
+@pytest.mark.parametrize("space", [(1,), (9,), (4, 5), (2, 3, 4)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_mean_that_is_differentiated_is_the_mean(space, dtype, tolerance):
+    x = torch.randn(3, 5, *space, dtype=dtype, requires_grad=True)
+    expected = x.mean(dim=tuple(range(2, x.ndim)))
+    assert spatial_mean(x).dtype == dtype
+    torch.testing.assert_close(spatial_mean(x), expected, rtol=tolerance, atol=tolerance)
+    weight = torch.randn_like(expected)
+    (ours,), (theirs,) = (torch.autograd.grad(y, x, weight) for y in (spatial_mean(x), expected))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        assert torch.equal(spatial_mean(x), expected)
+
+
+def test_sums_of_half_precision_do_not_overflow():
+    x = torch.full((1, 1, 300, 300), 3.0, dtype=torch.float16, requires_grad=True)
+    assert spatial_mean(x).item() == 3.0
+
+
+def test_a_training_step_writes_a_map_less_than_by_the_mean():
+    """Sum and mean forward read the map once; backward the mean's gradient is written, and the sum's is a view."""
+    x = torch.randn(1, 4, 50, 50, requires_grad=True)
+    steps = [lambda mean=mean: torch.autograd.grad((x * mean()[:, :, None, None]).sum(), x) for mean in (
+        lambda: spatial_mean(x), lambda: x.mean((2, 3)))]  # fmt: skip
+    ours, theirs = (flops(step, elementwise=True) for step in steps)
+    assert theirs - ours == pytest.approx(x.numel(), rel=0.01)

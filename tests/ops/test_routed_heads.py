@@ -5,9 +5,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from provenn.bench import flops
-from provenn.ops.routed_heads import dense_masked_attention, routed_attention, routed_decode
+from provenn.ops.routed_heads import (
+    dense_masked_attention,
+    gathering_pays,
+    routed_attention,
+    routed_decode,
+    worth_gathering,
+)
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -138,3 +145,89 @@ def test_shapes_that_do_not_belong_together_are_refused(change, message):
 def test_too_many_heads_for_all_are_refused():
     with pytest.raises(ValueError, match="always must lie between 0 and the 4 heads, got 5"):
         routed_attention(*case(), always=5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.sampled_from([(4, 4, 0), (4, 2, 1), (6, 2, 3), (3, 3, 3)]),
+    queries=st.integers(1, 40),
+    more=st.integers(0, 9),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_a_bias_and_a_scale_are_those_of_all_heads_with_both_derivatives(shape, queries, more, masked, seed):
+    """Second derivatives need PyTorch's own form of attention, which the fused one on a processor has none of."""
+    heads, groups, always = shape
+    q, k, v, active = case(2, heads, groups, queries, queries + more, 0.5, always, seed)
+    bias = draw(heads, queries, queries + more, seed=seed)
+    mask = torch.rand(2, queries + more, generator=torch.Generator().manual_seed(seed)) < 0.7 if masked else None
+    if mask is not None:
+        mask[:, 0] = True
+    values = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for form, options in ((dense_masked_attention, {}), (routed_attention, {"always": always})):
+            inputs = [part.clone().requires_grad_() for part in (q, k, v, bias)]
+            y = form(*inputs[:3], active, mask=mask, bias=inputs[3], scale=0.7, **options)
+            first = torch.autograd.grad(y.square().sum() + 0 * sum(p.sum() for p in inputs), inputs, create_graph=True)
+            loss = sum(slope.square().sum() for slope in first) + 0 * sum(p.sum() for p in inputs)
+            values.append((y, *first, *torch.autograd.grad(loss, inputs)))
+    for ours, defined in zip(values[1], values[0]):
+        torch.testing.assert_close(ours, defined, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_under_autocast_it_is_the_form_of_all_heads_and_its_backward_pass_runs_outside(causal):
+    q, k, v, active = case(queries=30, keys=30, always=1, dtype=torch.float32)
+    values = []
+    for form, options in ((dense_masked_attention, {}), (routed_attention, {"always": 1})):
+        inputs = [part.clone().requires_grad_() for part in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = form(*(2 * part for part in inputs), active, causal=causal, **options)
+        values.append((y.float(), *torch.autograd.grad(y.float().square().sum(), inputs)))
+    for ours, defined in zip(values[1], values[0]):
+        torch.testing.assert_close(ours, defined, rtol=0.05, atol=0.05 * defined.abs().max().item())
+
+
+def test_transforms_of_torch_func_get_the_form_of_all_heads():
+    q, k, v, active = case(3, always=1)
+    each = torch.func.vmap(lambda q, k, v, a: routed_attention(q[None], k[None], v[None], a[None], always=1)[0])
+    torch.testing.assert_close(each(q, k, v, active), dense_masked_attention(q, k, v, active))
+    slope = torch.func.grad(lambda q: routed_attention(q, k, v, active, always=1).square().sum())(q)
+    torch.testing.assert_close(slope, torch.func.grad(lambda q: by_hand(q, k, v, active).square().sum())(q))
+
+
+@given(
+    heads=st.integers(1, 32),
+    queries=st.integers(0, 5000),
+    more=st.integers(0, 5000),
+    causal=st.booleans(),
+    draws=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_gathering_pays_for_long_inputs_and_few_pairs_alone(heads, queries, more, causal, draws):
+    always, longest = int(draws[0] * heads), int(draws[1] * queries)
+    pays = gathering_pays(heads, always, queries, queries + more, longest, causal=causal)
+    work = (always * queries + (heads - always) * longest) / max(heads * queries, 1)
+    assert not (pays and (causal or queries < 320 or work >= 1)), "it saves nothing there"
+    if pays:
+        assert gathering_pays(heads, always, queries, queries + more, longest // 2, causal=causal)
+        assert gathering_pays(heads, always, 2 * queries, 2 * (queries + more), 2 * longest, causal=causal)
+
+
+def test_whether_it_is_worth_it_is_told_by_the_busiest_head():
+    q = k = draw(1, 8, 1024, 4)
+    even = torch.arange(1024)[None, None] % 4 == torch.arange(8)[None, :, None] % 4
+    even[:, :2] = True
+    assert worth_gathering(q, k, even, always=2) and not worth_gathering(q, k, even, always=2, causal=True)
+    one = even.clone()
+    one[:, 7] = True  # a router that sends every token to the same head makes every row long
+    assert not worth_gathering(q, k, one, always=2)
+    assert not worth_gathering(q[:, :, :100], k[:, :, :100], even[:, :, :100], always=2)
+    assert not worth_gathering(q[:0], k[:0], torch.ones(0, 8, 1024, dtype=torch.bool), always=8)
+    assert not worth_gathering(q.to("meta"), k.to("meta"), even.to("meta"), always=2)
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    q, k, v, active = case()
+    for bias, causal in ((draw(4, 9, 8), False), (draw(4, 9, 9), True)):
+        with pytest.raises((ValueError, TypeError), match="bias"):
+            routed_attention(q, k, v, active, causal=causal, bias=bias)

@@ -240,6 +240,66 @@ def test_gradients(make):
     assert torch.autograd.gradcheck(call, (x, *values))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch, k", [(1, 1), (1, 3), (4, 5), (3, 9)])
+def test_it_is_its_modules_one_by_one_with_both_derivatives(batch, k, layout):
+    """The plain form: a batch of signals through a 1-D convolution."""
+    eca = EfficientChannelAttention(6, k).double()
+    x = torch.randn(batch, 6, 3, 2, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+
+    def plain(x, weight):
+        omega = F.conv1d(x.mean((2, 3)).unsqueeze(1), weight, padding=k // 2).sigmoid()
+        return x * omega.view(batch, 6, 1, 1)
+
+    def fast(x, weight):
+        return torch.func.functional_call(eca, {"conv.weight": weight}, (x,))
+
+    weight = eca.conv.weight.detach().clone().requires_grad_()
+    weighed = torch.randn(2, batch, 6, 3, 2, dtype=torch.float64)
+    values = []
+    for form in (plain, fast):
+        y = form(x, weight)
+        first = torch.autograd.grad((y * weighed[0]).sum(), (x, weight), create_graph=True)
+        second = torch.autograd.grad((first[0] * weighed[1]).sum() + first[1].square().sum(), (x, weight))
+        values.append((y, *first, *second))
+    for ours, theirs in zip(values[1], values[0]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(fast, (x, weight))
+
+
+def test_no_example_is_an_example_too():
+    eca = EfficientChannelAttention(8)
+    y = eca(torch.randn(0, 8, 4, 4, requires_grad=True))
+    assert y.shape == (0, 8, 4, 4)
+    y.sum().backward()
+    assert torch.equal(eca.conv.weight.grad, torch.zeros_like(eca.conv.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_under_autocast_and_backward_outside(dtype):
+    eca = EfficientChannelAttention(16)
+    x = torch.randn(3, 16, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = eca(x)
+    exact = torch.autograd.grad(eca(x).square().sum(), (x, eca.conv.weight))
+    for ours, theirs in zip(torch.autograd.grad(y.square().sum(), (x, eca.conv.weight)), exact):
+        torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.1 * theirs.abs().max().item())
+
+
+def test_gradients_of_each_example_by_torch_func():
+    eca = EfficientChannelAttention(6).double()
+    x, weight = torch.randn(4, 6, 3, 3, dtype=torch.float64), eca.conv.weight.detach()
+
+    def loss(weight, one):
+        return torch.func.functional_call(eca, {"conv.weight": weight}, (one[None],)).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+    for grad, one in zip(grads, x):
+        torch.testing.assert_close(grad, torch.func.grad(loss)(weight, one))
+    tangent = torch.func.jvp(lambda w: loss(w, x[0]), (weight,), (torch.ones_like(weight),))[1]
+    torch.testing.assert_close(tangent, grads[0].sum())
+
+
 def test_export_and_trace(no_shape_checks):
     eca = EfficientChannelAttention(16).eval()
     x = torch.randn(2, 16, 8, 8)

@@ -65,7 +65,7 @@ def by_formula(layer: MoHAttention, x: torch.Tensor) -> torch.Tensor:
 
 @kinds
 @pytest.mark.parametrize("router", ["linear", "paper", "query-norm"])
-@pytest.mark.parametrize("execute", ["dense", "gather"])
+@pytest.mark.parametrize("execute", ["dense", "gather", "auto"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_layer_is_the_weighted_sum_of_its_heads(shared, top_k, router, execute, causal):
     layer = MoHAttention(16, 8, shared=shared, top_k=top_k, router=router, execute=execute, causal=causal).double()
@@ -142,7 +142,7 @@ def test_equal_scores_are_broken_by_order():
     assert choose(torch.zeros(2, 5), 2).tolist() == [[True, True, False, False, False]] * 2
 
 
-@pytest.mark.parametrize("execute", ["dense", "gather"])
+@pytest.mark.parametrize("execute", ["dense", "gather", "auto"])
 def test_a_routed_heads_rows_reach_only_the_tokens_that_chose_it(execute):
     layer = MoHAttention(16, 8, shared=2, top_k=3, execute=execute).double()
     x = draw(2, 20, 16)
@@ -250,7 +250,7 @@ def test_the_norm_router_learns_through_its_hard_gates():
 
 
 @pytest.mark.parametrize("router", ["linear", "query-norm"])
-@pytest.mark.parametrize("execute", ["dense", "gather"])
+@pytest.mark.parametrize("execute", ["dense", "gather", "auto"])
 def test_a_stream_uses_the_heads_that_the_whole_pass_uses(router, execute):
     layer = MoHAttention(16, 8, router=router, execute=execute, rotary=True, bias=False).double()
     x = draw(2, 23, 16)
@@ -300,6 +300,21 @@ def test_dense_and_gathered_train_alike():
         torch.testing.assert_close(gathered, dense, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("tokens, causal, gathers", [(64, False, False), (900, False, True), (900, True, False)])
+def test_auto_gathers_where_that_is_no_slower(tokens, causal, gathers, monkeypatch):
+    counted, routed = [], layers.routed_attention
+    monkeypatch.setattr(layers, "routed_attention", lambda *args, **more: counted.append(1) or routed(*args, **more))
+    dense, auto = (
+        MoHAttention(16, 8, shared=1, top_k=2, causal=causal, execute=execute).double() for execute in ("dense", "auto")
+    )
+    auto.load_state_dict(dense.state_dict())
+    x = draw(1, tokens, 16)
+    slopes = [torch.autograd.grad(layer(x).square().sum(), layer.parameters()) for layer in (dense, auto)]
+    assert len(counted) == gathers
+    for ours, expected in zip(slopes[1], slopes[0]):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_a_models_attention_is_converted_with_its_weights():
     model = CausalLM(64, 16, 2, partial(SoftmaxAttention, heads=4, bias=False, rotary=True))
     names = set(model.state_dict())
@@ -331,7 +346,7 @@ def test_head_width_may_be_set_apart_from_the_width():
         (lambda: MoHAttention(8, 4, shared=2, top_k=0), "top_k=0 would leave 2 heads"),
         (lambda: MoHAttention(8, 4, shared=3, router="query-norm"), "1 routed head is not defined"),
         (lambda: MoHAttention(8, 4, router="hash"), "router must be one of linear, paper, query-norm, got 'hash'"),
-        (lambda: MoHAttention(8, 4, execute="sparse"), "execute must be one of dense, gather, got 'sparse'"),
+        (lambda: MoHAttention(8, 4, execute="sparse"), "execute must be one of dense, gather, auto, got 'sparse'"),
         (lambda: MoHAttention(12, 4, rotary=True), "must be at least 1 wide, and with rotary positions even, got 3"),
         (lambda: MoHAttention(8, 4, balance=-1), "balance must not be negative, got -1"),
         (lambda: MoHAttention(8, 4, balance=float("nan")), "balance must be a finite number, got nan"),
@@ -347,7 +362,7 @@ def test_bad_arguments_are_refused_with_a_reason(build, message):
         build()
 
 
-@pytest.mark.parametrize("execute", ["dense", "gather"])
+@pytest.mark.parametrize("execute", ["dense", "gather", "auto"])
 @pytest.mark.parametrize(
     "mask, got",
     [
@@ -606,6 +621,28 @@ def test_a_vision_transformer_takes_images_of_other_sizes():
         model(torch.randn(1, 3, 60, 64))
 
 
+def test_a_vision_transformer_that_gathers_is_the_same_function():
+    """All stages: with and without shared heads, all heads shared, and beyond the map's border; gradients too."""
+    sizes = {"dims": (8, 16, 32, 32), "heads": (4, 4, 8, 8), "depths": (1, 1, 1, 1), "ratios": (2, 2, 2, 2)}
+    heads = {"shared": (2, 0, 8, 4), "top_k": (2, 2, 0, 3)}
+    models = [
+        MoHViT(**sizes, **heads, num_classes=5, size=64, execute=execute).double().eval()
+        for execute in ("dense", "gather")
+    ]
+    for parameter in models[0].parameters():
+        nn.init.normal_(parameter, std=0.3)
+    models[1].load_state_dict(models[0].state_dict())
+    x = draw(2, 3, 64, 96).requires_grad_()
+    values = []
+    for model in models:
+        y = model(x)
+        values.append((y, *torch.autograd.grad(y.square().sum(), (x, *model.parameters()))))
+    for gathered, dense in zip(values[1], values[0]):
+        torch.testing.assert_close(gathered, dense, rtol=1e-9, atol=1e-9)
+    image = torch.randn(1, 3, 64, 64, device="meta")
+    assert models[1].to("meta").float()(image).shape == (1, 5), "traced and counted, it computes every head"
+
+
 def test_positions_of_the_diffusion_transformer_are_the_authors():
     """Values of their table of 3 × 3 places in 8 features, of noise levels in 6: columns and sines first, then rows."""
     table = [
@@ -650,14 +687,15 @@ def test_a_preset_computes_the_heads_in_use_alone_where_that_is_asked(name, monk
     routed = layers.routed_attention
     monkeypatch.setattr(layers, "routed_attention", lambda *args, **more: counted.append(1) or routed(*args, **more))
     outputs = []
-    for execute in ("dense", "gather"):
+    for execute in ("dense", "gather", "auto"):
         model = provenn.paper("moh").build(name, execute=execute, **options).double().eval()
         torch.manual_seed(0)
         for weight in model.parameters():
             nn.init.normal_(weight, std=0.3)
         outputs.append(model(*(x.double() if x.is_floating_point() else x for x in inputs)))
-    assert counted == [1]
-    torch.testing.assert_close(*outputs)
+    assert counted == [1], "once by gather, never by auto at this size"
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(outputs[2], outputs[0])
 
 
 def test_a_balance_that_nobody_takes_is_not_dropped_without_a_word():
@@ -694,6 +732,7 @@ TINY = {"dims": (8,), "heads": (2,), "depths": (1,), "shared": (1,), "top_k": (1
         (lambda: moh_dit_digits(layers=0), "must be at least 1, got 64, 1, 10 and 0"),
         (lambda: DiT(dim=16, heads=[2], shared=[1], top_k=[2]), "top_k must lie between 0 and the 1 routed heads"),
         (lambda: MoHViT(**TINY, num_classes=0), "must be at least 1"),
+        (lambda: MoHViT(**TINY, execute="sparse"), "execute must be one of dense, gather, auto, got 'sparse'"),
         (lambda: MoHViT(**TINY, drop_path=1), "drop_path must lie between 0 and 1, below 1, got 1"),
         (lambda: MoHViT(**TINY)(torch.zeros(1, 1, 32, 32)), "expected images of 3 channels, got 1"),
         (lambda: moh_dit_digits(size=9), "patch must divide size"),

@@ -64,7 +64,7 @@ def bert():
 
 
 hosts = pytest.mark.parametrize("build", [gpt2, llama, bert])
-executions = pytest.mark.parametrize("execute", ["dense", "gather"])
+executions = pytest.mark.parametrize("execute", ["dense", "gather", "auto"])
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +239,7 @@ def test_tuning_takes_the_balance_along():
         ({"shared": 0.8}, "shared < active"),
         ({"active": 1.5}, "active <= 1"),
         ({"shared": 0.5, "active": 0.55}, "leave nothing to choose from"),
-        ({"execute": "sparse"}, "dense, gather"),
+        ({"execute": "sparse"}, "dense, gather, auto, got"),
     ],
 )
 def test_shares_that_cannot_be_are_refused(options, message):

@@ -1,5 +1,6 @@
 """Gates on the channels of a feature map: the slot `channel-gate`, and the baselines that papers measure against."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -11,6 +12,19 @@ from provenn.nn.arguments import check_whole
 
 Gate = Callable[[int], nn.Module]
 """What a host asks for: given a number of channels, a module that keeps the shape of its input."""
+
+
+def spatial_mean(x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels"]:
+    """The mean of every channel; where it will be differentiated, as a sum over a count.
+
+    The gradient of a sum is a view, that of `mean` a map as large as `x`: a training step writes and reads one less.
+    Sums of half precision are taken in float32, where they cannot overflow.
+    """
+    space = tuple(range(2, x.ndim))
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.mean(dim=space)
+    total = x.sum(dim=space, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (total / math.prod(x.shape[2:])).to(x.dtype)
 
 
 class PooledGate(nn.Module, ABC):
@@ -42,7 +56,7 @@ class PooledGate(nn.Module, ABC):
         """The gate ω in (0, 1) that `forward` applies to each channel of `x`."""
         if x.ndim < 3 or x.shape[1] != self.channels:
             raise ValueError(f"expected (batch, {self.channels} channels, *space), got {tuple(x.shape)}")
-        return self.interact(x.mean(dim=tuple(range(2, x.ndim)))).sigmoid()
+        return self.interact(spatial_mean(x)).sigmoid()
 
     def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
         return x * self.gate(x).view(*x.shape[:2], *[1] * (x.ndim - 2))

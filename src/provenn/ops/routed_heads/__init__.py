@@ -4,14 +4,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .fast import gathered_attention, gathered_decode
+from provenn.ops.autograd import is_transformed
+
+from .fast import active_rows, gathered_attention, gathered_decode, gathering_pays, put_back, take_rows
 from .reference import causal_mask, dense_masked_attention
 
 __all__ = [
+    "active_rows",
+    "cannot_count",
     "causal_mask",
     "dense_masked_attention",
+    "gathering_pays",
+    "put_back",
     "routed_attention",
     "routed_decode",
+    "take_rows",
+    "worth_gathering",
 ]
 
 
@@ -39,12 +47,14 @@ def routed_attention(
     always: int = 0,
     causal: bool = False,
     mask: Bool[Tensor, "batch keys"] | None = None,
+    bias: Float[Tensor, "heads queries keys"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "batch heads queries width"]:
     """H_i of every token that uses head i, and 0 for the others (arXiv:2410.11842, section 3.2).
 
     The products QKᵀ and AV are formed for active pairs alone: the work is the share of active pairs times that of
-    multi-head attention. How many are active is read off the data, which cannot be traced: a compiler or an export gets
-    `dense_masked_attention`, the same function.
+    multi-head attention. How many are active is read off the data, which cannot be traced: a compiler, an export or a
+    transform of `torch.func` gets `dense_masked_attention`, the same function.
 
     Args:
         q: queries, not yet scaled.
@@ -53,6 +63,8 @@ def routed_attention(
         always: how many of the first heads every token uses, which spares their sorting.
         causal: whether a query sees the keys up to its own token alone; the last query stands at the last key.
         mask: True where a key may be attended. A query that may attend to nothing gives 0.
+        bias: added to the scores; not with `causal`.
+        scale: of the products of queries and keys; by default 1/√dim.
 
     >>> q = k = v = torch.ones(1, 2, 3, 4)
     >>> active = torch.tensor([[[True, True, True], [False, True, False]]])
@@ -60,9 +72,40 @@ def routed_attention(
     [[[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]]]
     """
     _check(q, k, v, active, always, mask)
-    if torch.compiler.is_compiling() or q.is_meta:
-        return dense_masked_attention(q, k, v, active, causal=causal, mask=mask)
-    return gathered_attention(q, k, v, active, always, causal, mask)
+    if bias is not None and (causal or bias.shape != (q.shape[1], q.shape[2], k.shape[2])):
+        expected = (q.shape[1], q.shape[2], k.shape[2])
+        raise ValueError(f"bias must be {expected}, without causal, got {tuple(bias.shape)} and causal={causal}")
+    if cannot_count(q):
+        return dense_masked_attention(q, k, v, active, causal=causal, mask=mask, bias=bias, scale=scale)
+    return gathered_attention(q, k, v, active, always, causal, mask, bias, scale)
+
+
+def cannot_count(q: Tensor) -> bool:
+    """Whether how many pairs are active cannot be read off the data: traced, on the meta device, or transformed."""
+    return torch.compiler.is_compiling() or q.is_meta or is_transformed()
+
+
+def worth_gathering(
+    q: Float[Tensor, "batch heads queries dim"],
+    k: Float[Tensor, "batch groups keys dim"],
+    active: Bool[Tensor, "batch heads queries"],
+    *,
+    always: int = 0,
+    causal: bool = False,
+) -> bool:
+    """Whether `routed_attention` is no slower than attention of all heads, by sizes alone: see `gathering_pays`.
+
+    Only a processor was measured; on other devices, and where nothing can be counted, the answer is no.
+
+    Args:
+        q, k, active, always, causal: as in `routed_attention`.
+    """
+    sizes = q.shape[1], always, q.shape[2], k.shape[2]
+    if q.device.type != "cpu" or cannot_count(q) or not gathering_pays(*sizes, longest=0, causal=causal):
+        return False  # which would hold for the shortest rows there can be
+    rest = active[:, always:]
+    longest = int(rest.sum(dim=-1).max()) if rest.numel() else 0
+    return gathering_pays(*sizes, longest, causal=causal)
 
 
 def routed_decode(

@@ -23,6 +23,8 @@ def dense_masked_attention(
     *,
     causal: bool = False,
     mask: Bool[Tensor, "batch keys"] | None = None,
+    bias: Float[Tensor, "heads queries keys"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "batch heads queries width"]:
     """The definition: every head for every token, and zeros where the pair is not active. It saves nothing.
 
@@ -30,12 +32,13 @@ def dense_masked_attention(
     """
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     if mask is None and not causal:
-        y = F.scaled_dot_product_attention(q, k, v)
-    elif mask is None and q.shape[2] == k.shape[2]:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    elif mask is None and bias is None and q.shape[2] == k.shape[2]:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         may = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask[:, None, None, :]
         if causal:
             may = may & causal_mask(q.shape[2], k.shape[2], q.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=may)
+        weights = may if bias is None else bias.masked_fill(~may, -torch.inf)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=weights, scale=scale)
     return torch.where(active.unsqueeze(-1), y, 0)

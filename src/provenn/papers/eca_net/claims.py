@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from provenn.bench import count_parameters
-from provenn.evidence import Drawing, Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Benchmark, Drawing, Measurement, Race, Run, Study, Table, measures
 from provenn.nn import resnet
-from provenn.nn.channel_gates import CBAM, SqueezeExcitation
+from provenn.nn.channel_gates import CBAM, Gate, SqueezeExcitation
 from provenn.nn.mobilenet import SETTINGS
 from provenn.papers.eca_net import model as presets
 from provenn.papers.eca_net.bands import BANDS
@@ -20,15 +20,18 @@ from provenn.papers.eca_net.layers import (
     adaptive_kernel_size,
 )
 from provenn.papers.eca_net.studies import (
+    AsWritten,
     band_data,
     band_network,
     digit_data,
     digit_network,
     draw_digits,
     draw_gates,
+    gate_alone,
     macs_at_224,
     on_meta,
     runner,
+    timm_gate,
 )
 from provenn.training import Recipe
 
@@ -143,6 +146,33 @@ CLAIMS = {
     "inference_overhead": INFERENCE.against("ECA", "no gate"),
     "training_time": TRAINING.against("ECA", "SE"),
 }
+
+# The gate alone, beside timm's and beside its equation.
+
+MAPS = {"ResNet-50": {256: 56, 512: 28, 1024: 14, 2048: 7}, "MobileNetV2": {96: 56, 144: 28, 576: 14, 960: 7}}
+ALONE: dict[str, Gate] = {"ECA": EfficientChannelAttention, "as written": AsWritten, "timm": timm_gate}
+
+
+def alone(network: str, batch: int, training: bool, channels_last: bool = False) -> Race:
+    options: dict[str, Any] = {"batch": batch, "training": training, "channels_last": channels_last}
+    return Race(
+        f"a gate on {network}'s maps, {'forward and backward' if training else 'forward'}",
+        {label: gate_alone(gate, MAPS[network], **options) for label, gate in ALONE.items()},
+        sizes=tuple(MAPS[network]),
+        unit="channels",
+        setting={"batch": batch, "layout": "channels last" if channels_last else "channels first"},
+    )
+
+
+BENCHMARKS = tuple(
+    Benchmark(race, "ECA", baseline, within=1.0, package=package)
+    for race in (
+        *(alone("ResNet-50", batch, training) for batch in (1, 8) for training in (False, True)),
+        *(alone("ResNet-50", 8, training, channels_last=True) for training in (False, True)),
+        *(alone("MobileNetV2", batch, training) for batch, training in ((1, False), (8, True))),
+    )
+    for baseline, package in (("as written", None), ("timm", "timm"))
+)
 
 
 @measures("parameters")

@@ -14,6 +14,7 @@ from provenn import bench
 from provenn.nn import resnet
 from provenn.nn.channel_gates import Gate, record_gates
 from provenn.papers.eca_net.bands import BANDS, MATERIALS, bad_bands
+from provenn.papers.eca_net.layers import adaptive_kernel_size
 from provenn.tasks import TaskData, fingerprint, get_task
 from provenn.training import Fit
 
@@ -109,5 +110,45 @@ def runner(gate: Gate | None, training: bool) -> Callable[[int, str], Callable[[
             network(x).square().mean().backward()
 
         return step if training else forward
+
+    return make
+
+
+class AsWritten(nn.Module):
+    """ECA module by module, as equation 9 reads: what the layer's speed is held against."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        k = adaptive_kernel_size(channels)
+        self.conv, self.sigmoid = nn.Conv1d(1, 1, k, padding=k // 2, bias=False), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = x.mean(dim=(2, 3)).unsqueeze(1)
+        return x * self.sigmoid(self.conv(context)).view(*x.shape[:2], 1, 1).expand_as(x)
+
+
+def timm_gate(channels: int) -> nn.Module:
+    from timm.layers import EcaModule
+
+    return EcaModule(channels)
+
+
+def gate_alone(
+    gate: Gate, sides: dict[int, int], *, batch: int, training: bool, channels_last: bool = False
+) -> Callable[[int, str], Callable[[], object]]:
+    """A gate on the maps of a network: their side follows from their channels."""
+
+    def make(channels: int, device: str) -> Callable[[], object]:
+        module = gate(channels).to(device)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x = torch.randn(batch, channels, sides[channels], sides[channels], device=device)
+        x = x.to(memory_format=layout).requires_grad_(training)
+        slope, inputs = torch.randn_like(x), (x, *module.parameters())
+
+        def forward() -> object:
+            with torch.no_grad():
+                return module(x)
+
+        return (lambda: torch.autograd.grad(module(x), inputs, slope)) if training else forward
 
     return make

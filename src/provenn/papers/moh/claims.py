@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from provenn.bench import count_parameters
-from provenn.evidence import Drawing, Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Benchmark, Drawing, Measurement, Race, Run, Study, Table, measures
 from provenn.nn.attention import SoftmaxAttention
-from provenn.ops.routed_heads import dense_masked_attention, routed_attention
+from provenn.ops.routed_heads import dense_masked_attention, routed_attention, worth_gathering
 from provenn.papers.moh import dit, vit
 from provenn.papers.moh.layers import convert_to_moh
 from provenn.papers.moh.model import moh_llm_b, moh_llm_s, moh_small
@@ -209,6 +209,51 @@ CLAIMS = {
     "gathered_saves": KERNEL.against("50 % gathered", "all heads, fused", at=1024),
     "table_7": TABLE_7.against("half of the heads", "all heads", at=256),
 }
+
+# The forms of attention whose heads are routed, and the one that sizes choose. Widths and shares vary, as they decide.
+
+
+def chosen_form(
+    form: str, shared: int, top_k: int, width: int, training: bool
+) -> Callable[[int, str], Callable[[], object]]:
+    """One of MoH's forms on drawn queries, keys, values and heads: "dense", "gather", or "auto"."""
+
+    def make(tokens: int, device: str) -> Callable[[], object]:
+        q, k, v = (part[..., :width].clone().requires_grad_(training) for part in core(tokens, HEADS, device))
+        active = chosen_pairs(tokens, HEADS, shared, top_k, device)
+        slope = torch.randn_like(q)
+
+        def attend() -> torch.Tensor:
+            gathers = form == "gather" or (form == "auto" and worth_gathering(q, k, active, always=shared))
+            if gathers:
+                return routed_attention(q, k, v, active, always=shared)
+            return F.scaled_dot_product_attention(q, k, v)
+
+        return (lambda: torch.autograd.grad(attend(), (q, k, v), slope)) if training else inferring(attend)
+
+    return make
+
+
+def forms(percent: int, width: int, training: bool) -> Race:
+    return Race(
+        f"attention with {percent} % of the heads, {'forward and backward' if training else 'forward'}",
+        {form: chosen_form(form, *SHARES[percent], width, training) for form in ("auto", "dense", "gather")},
+        sizes=(128, 512, 1024, 2048),
+        rounds=7,
+        setting={"heads": HEADS, "head width": width, "batch": 1},
+    )
+
+
+BENCHMARKS = tuple(
+    benchmark
+    for percent, width, training in ((50, 64, False), (75, 64, False), (50, 16, False), (50, 64, True))
+    for race in [forms(percent, width, training)]
+    for benchmark in (
+        Benchmark(race, "gather", "dense"),
+        Benchmark(race, "auto", ("dense", "gather")),
+        Benchmark(race, "auto", "dense", within=1.1),
+    )
+)
 
 
 # Identities and counts.

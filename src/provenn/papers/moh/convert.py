@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from provenn.errors import UserError
 from provenn.huggingface import Batch, Conversion, attentions
-from provenn.ops.routed_heads import dense_masked_attention, routed_attention, routed_decode
-from provenn.papers.moh.layers import BALANCE, QueryNormRouter, add_balance, watch_routing
+from provenn.ops.routed_heads import dense_masked_attention, routed_attention, routed_decode, worth_gathering
+from provenn.papers.moh.layers import BALANCE, EXECUTIONS, QueryNormRouter, add_balance, watch_routing
 
 
 class ConvertedRouter(QueryNormRouter):
@@ -22,7 +22,7 @@ class ConvertedRouter(QueryNormRouter):
     Args:
         heads, shared, top_k: as in `QueryNormRouter`.
         balance: β of the load-balance loss.
-        execute: "dense" or "gather", as in `provenn.papers.moh.layers.MoHAttention`.
+        execute: "dense", "gather" or "auto", as in `provenn.papers.moh.layers.MoHAttention`.
     """
 
     def __init__(self, heads: int, shared: int, top_k: int, *, balance: float | int, execute: str):
@@ -44,12 +44,16 @@ def attend(
         add_balance(routing, router.balance, None if mask is None else mask[:, -new:])
     queries = queries * (scale * math.sqrt(queries.shape[-1]))  # ours divides by the root of the width
     active = routing.active.transpose(1, 2)
-    if router.execute == "dense":
+    execute = router.execute
+    sizes: dict[str, Any] = {"always": router.shared, "causal": causal}
+    if execute == "auto":
+        execute = "gather" if new > 1 and worth_gathering(queries, keys, active, **sizes) else "dense"
+    if execute == "dense":
         y = dense_masked_attention(queries, keys, values, active, causal=causal, mask=mask)
     elif mask is None and new == 1:
         y = routed_decode(queries[:, :, 0], keys, values, active[:, :, 0], always=router.shared).unsqueeze(2)
     else:
-        y = routed_attention(queries, keys, values, active, always=router.shared, causal=causal, mask=mask)
+        y = routed_attention(queries, keys, values, active, **sizes, mask=mask)
     return y * routing.gates.transpose(1, 2).unsqueeze(-1).to(y.dtype)
 
 
@@ -68,12 +72,12 @@ def install(
         shared: the share of the heads that every token uses.
         active: the share that a token uses in all.
         balance: β of the load-balance loss while tuning.
-        execute: "dense" or "gather".
+        execute: "dense", "gather" (the heads in use alone) or "auto" (whichever sizes say is the quicker).
     """
     if not 0 <= shared < active <= 1:
         raise UserError(f"expected shares 0 <= shared < active <= 1, got shared={shared} and active={active}")
-    if execute not in ("dense", "gather"):
-        raise UserError(f"execute must be one of dense, gather, got {execute!r}")
+    if execute not in EXECUTIONS:
+        raise UserError(f"execute must be one of {', '.join(EXECUTIONS)}, got {execute!r}")
     for attention in attentions(model):
         always = int(attention.heads * shared)
         chosen = int(attention.heads * active) - always

@@ -22,7 +22,7 @@ from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.nn.positions import rotate
 from provenn.ops.autograd import without_autocast
-from provenn.ops.routed_heads import causal_mask, routed_attention, routed_decode
+from provenn.ops.routed_heads import causal_mask, routed_attention, routed_decode, worth_gathering
 
 BALANCE = 0.01  # β of the load-balance loss, in all of the paper's systems
 
@@ -219,6 +219,7 @@ class QueryNormRouter(nn.Module):
         return Routing(gates, torch.cat([always, chosen], dim=-1), scores)
 
 
+EXECUTIONS = ("dense", "gather", "auto")
 ROUTERS: dict[str, type[HeadRouter] | type[QueryNormRouter]] = {
     "linear": HeadRouter,
     "paper": PaperHeadRouter,
@@ -245,7 +246,8 @@ class MoHAttention(nn.Module):
         rotary: turn queries and keys by their position.
         balance: β; 0 adds no loss.
         execute: "dense" computes every head and multiplies by the gates, as the authors' code does; "gather" computes
-            the chosen (token, head) pairs alone (`provenn.ops.routed_heads`), except where a compiler traces it.
+            the chosen (token, head) pairs alone (`provenn.ops.routed_heads`), except where a compiler traces it; "auto"
+            takes "gather" where sizes say that it is no slower, and "dense" elsewhere and for single tokens.
 
     Shapes: (batch, tokens, dim) to the same. Parameters: 4 · D · h · head_dim, 3 · h · head_dim + D with biases, and
     the router's. Slot: token-mixer. Streams with a key-value cache.
@@ -274,7 +276,7 @@ class MoHAttention(nn.Module):
         head_dim = dim // heads if head_dim is None else head_dim
         if head_dim < 1 or (rotary and head_dim % 2):
             raise ValueError(f"a head must be at least 1 wide, and with rotary positions even, got {head_dim}")
-        for name, given, known in (("router", router, ROUTERS), ("execute", execute, ("dense", "gather"))):
+        for name, given, known in (("router", router, ROUTERS), ("execute", execute, EXECUTIONS)):
             if given not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
         if not balance >= 0:
@@ -323,9 +325,10 @@ class MoHAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, routing: Routing, mask: Tensor | None) -> Tensor:
         """H_i of the tokens, the last of which stand at the last keys, weighed and joined by W_O."""
-        if self.execute == "gather":
-            active = routing.active.transpose(1, 2)
-            y = routed_attention(q, k, v, active, always=self.shared, causal=self.causal, mask=mask)
+        active = routing.active.transpose(1, 2)
+        sizes: dict[str, Any] = {"always": self.shared, "causal": self.causal}
+        if self.execute == "gather" or (self.execute == "auto" and worth_gathering(q, k, active, **sizes)):
+            y = routed_attention(q, k, v, active, **sizes, mask=mask)
         elif mask is None and (not self.causal or q.shape[2] == 1 or q.shape[2] == k.shape[2]):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and q.shape[2] > 1)
         else:
@@ -366,7 +369,7 @@ class MoHAttention(nn.Module):
 
     def step(self, x_t: Float[Tensor, "batch dim"], state: KVCache) -> tuple[Float[Tensor, "batch dim"], KVCache]:
         """One token more; with execute="gather", keys and values of heads that it does not use are not read."""
-        if self.execute == "dense":
+        if self.execute != "gather":
             y, state = self.prefill(x_t.unsqueeze(1), state)
             return y.squeeze(1), state
         if not self.causal:

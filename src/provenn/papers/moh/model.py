@@ -63,7 +63,7 @@ def moh_llm_s(
         vocab: how many tokens there are.
         shared, top_k: h_s and K, which the paper does not give; both None for multi-head attention. The default uses
             75 % of the heads; 2 and 4 use 50 %.
-        balance, execute: as in `MoHAttention`; "gather" computes the heads in use alone.
+        balance, execute: as in `MoHAttention`; "gather" computes the heads in use alone, "auto" where it is no slower.
     """
     return _lm(vocab, 768, 12, 12, 2048, shared, top_k, tied=False, balance=balance, execute=execute)
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from provenn.papers.moh.layers import BALANCE, HeadRouter, add_balance
+from provenn.ops.routed_heads import active_rows, cannot_count, put_back, routed_attention, take_rows
+from provenn.papers.moh.layers import BALANCE, EXECUTIONS, HeadRouter, Routing, add_balance
 
 WINDOW = 9  # tokens of the 3×3 neighbourhood
 SHARPNESS = math.log(math.exp(1 / 0.24) - 1)  # softplus gives 1 / 0.24, the temperature that training starts at
@@ -56,15 +57,28 @@ class HeadAttention(nn.Module):
         dim, heads, shared, top_k, balance: as in `provenn.papers.moh.layers.MoHAttention`.
         ratio: side of the squares of tokens whose mean is attended to; 1 attends to the tokens themselves.
         trained: side of the map of tokens at the image size that coordinates are scaled to.
+        execute: "dense" computes every head, "gather" the chosen (token, head) pairs alone; "auto" is "dense" here.
     """
 
     def __init__(
-        self, dim: int, heads: int, shared: int, top_k: int, *, ratio: int, trained: int, balance: float | int
+        self,
+        dim: int,
+        heads: int,
+        shared: int,
+        top_k: int,
+        *,
+        ratio: int,
+        trained: int,
+        balance: float | int,
+        execute: str,
     ):
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        if execute not in EXECUTIONS:
+            raise ValueError(f"execute must be one of {', '.join(EXECUTIONS)}, got {execute!r}")
         self.heads, self.ratio, self.trained, self.balance = heads, ratio, trained, balance
+        self.gathers = execute == "gather" and top_k > 0
         self.router = HeadRouter(dim, heads, shared, top_k)
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
@@ -86,9 +100,8 @@ class HeadAttention(nn.Module):
         """(q + query embedding) · softplus(τ) · log(how many are attended to)."""
         return (q + self.query_embedding) * F.softplus(self.temperature) * length
 
-    def _join(self, y: Tensor, x: Tensor) -> Tensor:
+    def _join(self, y: Tensor, routing: Routing) -> Tensor:
         """The heads' outputs, weighed by what the router makes of the tokens, through W_O."""
-        routing = self.router(x)
         if self.training:
             add_balance(routing, self.balance)
         weighed = y.transpose(1, 2) * routing.gates.unsqueeze(-1).to(y.dtype)
@@ -99,13 +112,23 @@ class CosineAttention(HeadAttention):
     """Attention to all tokens by the cosine of queries and keys (the last stage).
 
     Args:
-        dim, heads, shared, top_k, trained, balance: as in `HeadAttention`.
+        dim, heads, shared, top_k, trained, balance, execute: as in `HeadAttention`.
 
     Shapes: (batch, height · width, dim) to the same.
     """
 
-    def __init__(self, dim: int, heads: int, shared: int, top_k: int, *, trained: int, balance: float | int = BALANCE):
-        super().__init__(dim, heads, shared, top_k, ratio=1, trained=trained, balance=balance)
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        shared: int,
+        top_k: int,
+        *,
+        trained: int,
+        balance: float | int = BALANCE,
+        execute: str = "dense",
+    ):
+        super().__init__(dim, heads, shared, top_k, ratio=1, trained=trained, balance=balance, execute=execute)
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], height: int, width: int
@@ -113,8 +136,13 @@ class CosineAttention(HeadAttention):
         q, k = (F.normalize(self._heads(map(x)), dim=-1) for map in (self.query, self.key))
         q = self._scaled(q, math.log(height * width))
         bias = self._position_bias(height, width).to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, self._heads(self.value(x)), attn_mask=bias, scale=1.0)
-        return self._join(y, x)
+        v, routing = self._heads(self.value(x)), self.router(x)
+        if self.gathers:
+            active, always = routing.active.transpose(1, 2), self.router.shared
+            y = routed_attention(q, k, v, active, always=always, bias=bias, scale=1.0)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self._join(y, routing)
 
 
 class AggregatedAttention(HeadAttention):
@@ -123,7 +151,7 @@ class AggregatedAttention(HeadAttention):
     The weights of the neighbourhood gain a term that depends on the query alone, q̂ · T + b, after the softmax.
 
     Args:
-        dim, heads, shared, top_k, ratio, trained, balance: as in `HeadAttention`.
+        dim, heads, shared, top_k, ratio, trained, balance, execute: as in `HeadAttention`.
 
     Shapes: (batch, height · width, dim) to the same; `ratio` divides both sides.
     """
@@ -138,8 +166,9 @@ class AggregatedAttention(HeadAttention):
         ratio: int,
         trained: int,
         balance: float | int = BALANCE,
+        execute: str = "dense",
     ):
-        super().__init__(dim, heads, shared, top_k, ratio=ratio, trained=trained, balance=balance)
+        super().__init__(dim, heads, shared, top_k, ratio=ratio, trained=trained, balance=balance, execute=execute)
         self.reduce = nn.Conv2d(dim, dim, 1)
         self.norm = nn.LayerNorm(dim)
         self.local_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, WINDOW), std=4e-4))
@@ -149,7 +178,7 @@ class AggregatedAttention(HeadAttention):
     def _neighbours(self, x: Tensor, height: int, width: int) -> Float[Tensor, "batch heads tokens dim 9"]:
         """The 3×3 tokens around each, zeros beyond the border; `x` is (batch, heads, tokens, dim)."""
         image = x.transpose(2, 3).flatten(1, 2).unflatten(-1, (height, width))
-        return F.unfold(image, 3, padding=1).unflatten(1, (self.heads, -1, WINDOW)).permute(0, 1, 4, 2, 3)
+        return F.unfold(image, 3, padding=1).unflatten(1, (x.shape[1], -1, WINDOW)).permute(0, 1, 4, 2, 3)
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], height: int, width: int
@@ -162,18 +191,53 @@ class AggregatedAttention(HeadAttention):
         q = F.normalize(self._heads(self.query(x)), dim=-1)
         length = (inside.sum(-1, keepdim=True) + pooled.shape[1]).log()
         scaled = self._scaled(q, length)
-        near_k = self._neighbours(F.normalize(self._heads(self.key(x)), dim=-1), height, width)
-        near_v = self._neighbours(self._heads(self.value(x)), height, width)
-        far_k = F.normalize(self._heads(self.key(pooled)), dim=-1)
+        k, v = F.normalize(self._heads(self.key(x)), dim=-1), self._heads(self.value(x))
+        far_k, far_v = F.normalize(self._heads(self.key(pooled)), dim=-1), self._heads(self.value(pooled))
+        bias = self._position_bias(height, width)
+        routing, every = self.router(x), slice(None)
+        if not self.gathers or cannot_count(x):
+            near_k, near_v = self._neighbours(k, height, width), self._neighbours(v, height, width)
+            return self._join(self._attend(q, scaled, near_k, near_v, far_k, far_v, bias, inside, every), routing)
 
-        near = (scaled.unsqueeze(-2) @ near_k).squeeze(-2) + self.local_bias.unsqueeze(1)
+        # The same for the shared heads, and for the rows of queries that use each of the others.
+        first, rest = slice(self.router.shared), slice(self.router.shared, None)
+        parts = []
+        if self.router.shared:
+            near_k, near_v = self._neighbours(k[:, first], height, width), self._neighbours(v[:, first], height, width)
+            far = far_k[:, first], far_v[:, first]
+            parts.append(self._attend(q[:, first], scaled[:, first], near_k, near_v, *far, bias[first], inside, first))
+        order, real = active_rows(routing.active[..., rest].transpose(1, 2))
+        # The 9 neighbours of each row's token; beyond the border token 0 stands in, whose weight and value become 0.
+        places = torch.arange(height * width, dtype=torch.float32, device=x.device).view(1, 1, height, width)
+        around = F.unfold(places, 3, padding=1)[0].T.long()[order].flatten(2)
+        within = inside[order]
+        near_k, near_v = (take_rows(part[:, rest], around).unflatten(2, (-1, WINDOW)).mT for part in (k, v))
+        near_v = near_v * within.unsqueeze(-2)
+        q, scaled = take_rows(q[:, rest], order), take_rows(scaled[:, rest], order)
+        bias = take_rows(bias[rest].expand(len(x), -1, -1, -1), order)
+        y = self._attend(q, scaled, near_k, near_v, far_k[:, rest], far_v[:, rest], bias, within, rest)
+        return self._join(torch.cat([*parts, put_back(y, order, real, x.shape[1])], dim=1), routing)
+
+    def _attend(
+        self,
+        q: Float[Tensor, "batch heads rows dim"],
+        scaled: Float[Tensor, "batch heads rows dim"],
+        near_k: Float[Tensor, "batch heads rows dim 9"],
+        near_v: Float[Tensor, "batch heads rows dim 9"],
+        far_k: Float[Tensor, "batch heads pooled dim"],
+        far_v: Float[Tensor, "batch heads pooled dim"],
+        bias: Float[Tensor, "*batch_heads rows pooled"],
+        inside: Float[Tensor, "*batch_heads_too rows 9"],
+        heads: slice,
+    ) -> Float[Tensor, "batch heads rows dim"]:
+        """Of some heads, for some queries: one softmax over 9 neighbours and the pooled map."""
+        near = (scaled.unsqueeze(-2) @ near_k).squeeze(-2) + self.local_bias[heads].unsqueeze(1)
         near = near.masked_fill(inside == 0, -torch.inf)
-        far = scaled @ far_k.mT + self._position_bias(height, width)
+        far = scaled @ far_k.mT + bias
         weights = torch.cat([near, far], dim=-1).softmax(dim=-1)
-        near, far = weights.split([WINDOW, pooled.shape[1]], dim=-1)
-        near = near + q @ self.local_tokens + self.local_shift
-        y = (near.unsqueeze(-2) @ near_v.mT).squeeze(-2) + far @ self._heads(self.value(pooled))
-        return self._join(y, x)
+        near, far = weights.split([WINDOW, far.shape[-1]], dim=-1)
+        near = near + q @ self.local_tokens[heads] + self.local_shift[heads]
+        return (near.unsqueeze(-2) @ near_v.mT).squeeze(-2) + far @ far_v
 
 
 class ConvGLU(nn.Module):
@@ -238,6 +302,7 @@ class MoHViT(nn.Module):
         size: side of the square images that the weights are trained at; coordinates are scaled to it.
         drop_path: of the last block, rising linearly from 0.
         balance: β of the load-balance loss.
+        execute: as in `HeadAttention`, of the stages that route heads.
 
     Shapes: (batch, in_channels, height, width), sides multiples of 32, to (batch, num_classes).
     """
@@ -256,6 +321,7 @@ class MoHViT(nn.Module):
         size: int = 224,
         drop_path: float | int = 0.0,
         balance: float | int = BALANCE,
+        execute: str = "dense",
     ):
         super().__init__()
         if not {len(dims)} == {len(each) for each in (heads, depths, shared, top_k, ratios)}:
@@ -279,12 +345,12 @@ class MoHViT(nn.Module):
             side, pool = size // 2 ** (i + 2), 2 ** (last - i)
             blocks = []
             for _ in range(depths[i]):
+                options: dict[str, Any] = {"trained": side, "balance": balance, "execute": execute}
+                routed = heads[i], shared[i], top_k[i]
                 attention = (
-                    CosineAttention(dim, heads[i], shared[i], top_k[i], trained=side, balance=balance)
+                    CosineAttention(dim, *routed, **options)
                     if i == last
-                    else AggregatedAttention(
-                        dim, heads[i], shared[i], top_k[i], ratio=pool, trained=side, balance=balance
-                    )
+                    else AggregatedAttention(dim, *routed, ratio=pool, **options)
                 )
                 blocks.append(Block(dim, attention, 2 * ratios[i] * dim // 3, rates.pop(0)))
             self.stages.append(nn.ModuleList(blocks))
