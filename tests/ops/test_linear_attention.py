@@ -330,7 +330,7 @@ def test_auto_changes_form_once_and_later_for_wider_heads(causal):
         changes.append(sizes[first])
     assert changes == sorted(changes) and changes[0] < changes[-1] < 512
     with pytest.raises(ValueError, match="form must be one of"):
-        resolved("fast", 8, features=4, dim=4, causal=causal)
+        resolved("fast", 8, features=4, dim=4, causal=causal, rows=1)
 
 
 def test_auto_is_the_form_that_was_at_least_a_quarter_faster():

@@ -117,7 +117,7 @@ CAUSAL, BIDIRECTIONAL = Cost(2.4, CHUNK, 9e5), Cost(1.06, 13, 9e5)
 
 
 def resolved(
-    form: str, tokens: int, *, features: int, dim: int, causal: bool, rows: int = 1, queries: int | None = None
+    form: str, tokens: int, *, features: int, dim: int, causal: bool, rows: int, queries: int | None = None
 ) -> str:
     """What "auto" stands for: the form whose multiplications, counted and weighed, take less time.
 
@@ -131,7 +131,7 @@ def resolved(
         rows: batch times heads.
         queries: as many as tokens by default.
 
-    >>> [resolved("auto", n, features=128, dim=64, causal=True) for n in (128, 1024)]
+    >>> [resolved("auto", n, features=128, dim=64, causal=True, rows=8) for n in (128, 1024)]
     ['quadratic', 'linear']
     """
     if form not in FORMS:
