@@ -5,9 +5,12 @@ import os
 # Before torch is imported: workers that each have a thread for every core wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,14 +23,31 @@ settings.load_profile("untimed")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def install(package: Path, site: Path) -> Path:
-    """Put a package and the metadata that pip would write for it into a site directory."""
+def install(package: Path, site: Path, points: dict[str, dict[str, str]] | None = None) -> Path:
+    """Put a package and the metadata that pip would write for it into a site directory; by default it is a paper."""
     shutil.copytree(package, site / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     facts = site / f"{package.name}-1.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package.name}\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(f"[{catalog.ENTRY_POINT_GROUP}]\n{package.name} = {package.name}\n")
+    points = points or {catalog.ENTRY_POINT_GROUP: {package.name: package.name}}
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in points.items()]
+    (facts / "entry_points.txt").write_text("\n".join(lines))
     return site
+
+
+@contextmanager
+def importable(site: Path, *packages: str) -> Iterator[None]:
+    """A site directory on the path, and its packages forgotten afterwards."""
+    sys.path.insert(0, str(site))
+    importlib.invalidate_caches()
+    catalog.cards.cache_clear()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(site))
+        catalog.cards.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+            del sys.modules[name]
 
 
 @pytest.fixture
@@ -47,11 +67,20 @@ def site(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def third_party(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def third_party(site: Path) -> Iterator[Path]:
     """The same, importable in this process for as long as the test runs."""
-    monkeypatch.syspath_prepend(str(site))
-    catalog.cards.cache_clear()
-    yield site
-    catalog.cards.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tiny_gate"]:
-        del sys.modules[name]
+    with importable(site, "tiny_gate"):
+        yield site
+
+
+@pytest.fixture(scope="module")
+def pair_rating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A site directory with the package `pair_rating`: a paper with a task of its own, and a task by an entry point.
+
+    It is importable in this process while the tests of a module run.
+    """
+    project, site = FIXTURES / "pair_rating", tmp_path_factory.mktemp("site")
+    points = tomllib.loads((project / "pyproject.toml").read_text())["project"]["entry-points"]
+    install(project / "pair_rating", site, points)
+    with importable(site, "pair_rating"):
+        yield site

@@ -93,12 +93,16 @@ def wikitext(place: Path, ending: str = "tokens") -> None:
 
 
 def wikitext_raw(place: Path) -> None:
+    wikitext(place, "raw")
+    byte_pairs(place)
+
+
+def byte_pairs(place: Path) -> None:
     import tokenizers
     import tokenizers.models
     import tokenizers.pre_tokenizers
     import tokenizers.trainers
 
-    wikitext(place, "raw")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     level = tokenizers.pre_tokenizers.ByteLevel
     inner.pre_tokenizer = level(add_prefix_space=False)
@@ -112,6 +116,11 @@ def wikitext_raw(place: Path) -> None:
 def jsonl(place: Path) -> None:
     for split in ("train", "val", "test"):
         (place / f"{split}.jsonl").write_text("".join(json.dumps({"text": prose(9)}) + "\n" for _ in range(4)))
+
+
+def fineweb(place: Path) -> None:
+    jsonl(place)
+    byte_pairs(place)
 
 
 def table(file: Path, rows: int, columns: int = 1) -> None:
@@ -184,8 +193,46 @@ def d4rl(place: Path, width: int = 3, actions: int = 1) -> None:
                 file["metadata/algorithm"] = np.bytes_("SAC")
 
 
-def pairs(place: Path) -> None:
-    (place / "pairs.tsv").write_text("".join(f"one {i}\teins {i}\n" for i in range(40)))
+def iwslt14(place: Path) -> None:
+    words = {"de": ("eins", "zw@@ ei", "drei"), "fr": ("un", "d@@ eux", "trois"), "en": ("one", "tw@@ o", "three")}
+    for folder in ("de-en", "en-de", "fr-en", "en-fr"):
+        (place / folder).mkdir()
+        for split, count in (("train", 40), ("valid", 6), ("test", 8)):
+            drawn = np.random.default_rng(count).integers(0, 3, (count, 4))
+            for language in folder.split("-"):
+                lines = "".join(" ".join(words[language][i] for i in row) + " .\n" for row in drawn)
+                (place / folder / f"{split}.{language}").write_text(lines)
+
+
+def labelled_texts(place: Path, kinds: dict[str, str]) -> None:
+    for split, count in (("train", 6), ("test", 2)):
+        for label, alphabet in kinds.items():
+            (place / split / label).mkdir(parents=True)
+            for i in range(count):
+                text = "".join(np.random.default_rng(i).choice(list(alphabet), 12 + i))
+                (place / split / label / f"{i}_7.txt").write_text(text)
+
+
+def lra(place: Path) -> None:
+    listops, image, pathfinder = (place / name for name in ("listops", "image", "pathfinder"))
+    listops.mkdir()
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        rows = "".join(f"( ( ( [MAX {i % 3} ) {i % 2} ) ] )\t{max(i % 3, i % 2)}\n" for i in range(count))
+        (listops / f"basic_{split}.tsv").write_text("Source\tTarget\n" + rows)
+    labelled_texts(place / "text", {"pos": "good ", "neg": "bad "})
+    (place / "text" / "train" / "unsup").mkdir()
+    (place / "text" / "train" / "unsup" / "0_0.txt").write_text("neither")
+    image.mkdir()
+    cifar10(image)
+    (pathfinder / "metadata").mkdir(parents=True)
+    for i in range(20):
+        photo(pathfinder / "imgs" / "0" / f"sample_{i}.png", 8, level=60 + 100 * (i % 2))
+    lines = "".join(f"imgs/0 sample_{i}.png {i} {i % 2} 0 0\n" for i in range(20))
+    (pathfinder / "metadata" / "0.npy").write_text(lines)
+
+
+def genomics(place: Path) -> None:
+    labelled_texts(place / "human_nontata_promoters", {"positive": "ACG", "negative": "GTN"})
 
 
 WRITERS = {
@@ -196,11 +243,14 @@ WRITERS = {
     **dict.fromkeys(("set5", "set14", "bsd100", "urban100", "manga109"), benchmark),
     "wikitext-103": wikitext,
     "wikitext-103-raw": wikitext_raw,
-    **dict.fromkeys(("the-pile", "fineweb-edu", "redpajama"), jsonl),
+    **dict.fromkeys(("the-pile", "redpajama"), jsonl),
+    "fineweb-edu": fineweb,
     "ett": ett,
     "forecasting": forecasting,
     "uea": uea,
     "events": events,
     "d4rl": d4rl,
-    "iwslt14": pairs,
+    "iwslt14": iwslt14,
+    "lra": lra,
+    "genomics": genomics,
 }

@@ -8,6 +8,7 @@ import torch
 import provenn
 from provenn import api, catalog, weights
 from provenn.errors import UserError
+from provenn.settings import arguments_of
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -225,5 +226,5 @@ def test_a_change_that_cannot_be_is_one_line(tmp_path, change, says):
 
 def test_what_can_be_set_of_a_preset_that_is_a_partial_is_what_the_whole_takes():
     vit, translator = (catalog.card("nprf").resolve(f"model:{name}") for name in ("nprf_vit_tiny", "Translator"))
-    assert {"dropout", "num_classes"} <= api._arguments(vit, but=()).keys()
-    assert api._arguments(vit, but=())["dim"] is api._arguments(translator, but=())["dim"] is int
+    assert {"dropout", "num_classes"} <= arguments_of(vit, but=()).keys()
+    assert arguments_of(vit, but=())["dim"] is arguments_of(translator, but=())["dim"] is int

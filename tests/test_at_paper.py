@@ -12,6 +12,7 @@ import provenn
 from provenn import catalog
 from provenn.catalog import Card, Claim, Figure
 from provenn.cli import main
+from provenn.errors import UserError
 from provenn.evidence import Verdict
 from provenn.reproduce import reproduce
 from provenn.testing.seeded import seeded_state
@@ -31,7 +32,13 @@ def small(slug: str, claim: str, *, recipe: dict, preset: str | None = None, **c
     asked = card.claim(claim)
     changed = {**asked.at_paper.changes, **changes.pop("changes", {})}
     how = asked.at_paper.model_copy(
-        update={"gpu": False, "changes": changed, **({"preset": preset} if preset else {}), **changes}
+        update={
+            "gpu": False,
+            "changes": changed,
+            "recipe": {**asked.at_paper.recipe, **recipe} if asked.at_paper.recipe else {},
+            **({"preset": preset} if preset else {}),
+            **changes,
+        }
     )
     chosen = card.preset(how.preset)
     return card.model_copy(
@@ -123,6 +130,7 @@ TRAINED = {
         "events_paper",
         {"changes": TINY, "data": ["events/mimic.csv", "events/taxi.csv"]},
     ),
+    "sequences": ("lra", small, "hedgehog", "lra", {"changes": {**TINY, "longest": 24}}),
     "depth": ("cifar-10", small, "residual_depth", "cifar10", {"preset": "scaled_resnet20"}),
 }
 
@@ -143,7 +151,7 @@ def test_a_system_and_its_baseline_are_trained_on_the_papers_sets(name, data, tm
     assert len(measured.values) == len(measured.baselines) == 3 and measured.values != measured.baselines
     assert measured.sides[0] == how.preset and next(iter(how.against)) in measured.sides[1]
     assert [skill.arm for skill in measured.skills] == list(measured.sides)
-    assert measured.at_paper_setting and measured.setting["at_paper"]["metric"] == how.metric
+    assert measured.at_paper_setting != bool(how.departs) and measured.setting["at_paper"]["metric"] == how.metric
     ledger = json.loads((tmp_path / "run" / slug / "ledger.json").read_text())
     assert len(ledger["trials"]) == 2 * 3 * len(how.sets)
     assert not any((tmp_path / "run" / slug / "trainings").iterdir())
@@ -190,6 +198,129 @@ def test_a_figure_of_validation_data_is_held_to_validation_data(data, tmp_path):
     assert tested.measurement.values != measured.values
 
 
+@pytest.mark.parametrize(("claim", "preset"), [("perplexity_rat", "rat_small"), ("perplexity_hybrid", "rat_swa_small")])
+def test_language_models_of_the_authors_are_held_to_the_published_perplexity(claim, preset, data, tmp_path):
+    pytest.importorskip("tokenizers")
+    miniature.write("fineweb-edu", data)
+    with open("tests/golden/rat.json") as file:
+        case = next(case for case in json.load(file)["cases"] if case["preset"] == preset)
+    shapes = {name: (300, 128) if tuple(shape) == (50, 128) else tuple(shape) for name, shape in case["shapes"].items()}
+    state = seeded_state(shapes, case["seed"])
+    state |= {name: state["embedding.wte.weight"] for name in state if name == "head.lm_head.weight"}
+    (data / "weights" / "rat").mkdir(parents=True)
+    torch.save(state, data / "weights" / "rat" / f"{preset}.pth")
+    card = small("rat", claim, recipe={}, preset=preset, changes={"length": 16, "eval_tokens": 64})
+    assert card.claims[0].at_paper.checkpoint == preset
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    options = {"tokenizer": "tokenizer.json", "length": 16, "eval_tokens": 64}
+    told = provenn.evaluate(
+        "rat",
+        data / "fineweb-edu",
+        weights=data / "weights" / "rat" / f"{preset}.pth",
+        changes={
+            **options,
+            **{key: value for key, value in card.claims[0].at_paper.changes.items() if key not in options},
+        },
+    )
+    assert measured.value == pytest.approx(told.metrics["perplexity"], rel=1e-4) and measured.at_paper_setting
+
+
+def test_a_language_model_is_tested_on_another_set_by_its_words(data, tmp_path):
+    pytest.importorskip("tokenizers")
+    miniature.write("fineweb-edu", data)
+    tiny = {
+        "dim": 8,
+        "heads": 2,
+        "memory_heads": 2,
+        "layers": 1,
+        "length": 16,
+        "window": 8,
+        "chunk": 4,
+        "persistent": 1,
+    }
+    recipe = {"max_steps": 2, "warmup_steps": 0, "batch_size": 4, "accumulate": 1, "precision": "32-true"}
+    card = small(
+        "titans", "language_760m", recipe=recipe, preset="titans_mag_small", changes={**tiny, "eval_tokens": 320}
+    )
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    assert "WikiText-103, raw" in finding.reason, "both sets are asked for"
+    miniature.write("wikitext-103-raw", data)
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    (trial,) = json.loads((tmp_path / "run" / "titans" / "ledger.json").read_text())["trials"]
+    value, text = trial["value"], (data / "wikitext-103-raw" / "wiki.test.raw").read_text()
+    words, letters = len(text.split()), len(text.encode())
+    assert value["word_perplexity"] == pytest.approx(2 ** (value["bits_per_byte"] * letters / words), rel=1e-3)
+    assert measured.values == [pytest.approx(value["word_perplexity"])]
+
+
+def test_translations_are_compared_by_bleu_over_all_languages(data, tmp_path):
+    miniature.write("iwslt14", data)
+    tiny = {"dim": 8, "heads": 2, "layers": 1, "hidden": 8, "features": 2, "decoder_features": 2, "max_length": 16}
+    recipe = {"max_steps": 2, "warmup_steps": 1, "batch_size": 8}
+    card = small("nprf", "iwslt14", recipe=recipe, changes=tiny, data=["iwslt14/de-en", "iwslt14/en-fr"])
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert measured.unit == "bleu" and 0 <= measured.values[0] <= 100
+    assert "iwslt14/de-en: pairs of sentences: 40 train, 6 valid, 8 test; 11 words" in measured.data
+    assert measured.setting["recipe"]["label_smoothing"] == 0.1
+
+
+def test_nucleotides_are_told_apart(data, tmp_path):
+    miniature.write("genomics", data)
+    recipe = {"max_steps": 20, "epochs": 20, "batch_size": 4}
+    card = small("titans", "genomics", recipe=recipe, changes={"dim": 16, "layers": 1})
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert measured.values == [100.0] and not measured.at_paper_setting, "in per cent, and from scratch"
+    assert "sequences of up to 17 nucleotides" in measured.data
+
+
+def test_where_the_setting_departs_nothing_is_said_to_be_the_papers(data, tmp_path):
+    miniature.write("forecasting", data)
+    changes = {"changes": {"dim": 8, "context": 12, "horizon": 4}, "data": "forecasting/weather.csv"}
+    card = small("titans", "forecasting_paper", recipe={"max_steps": 2, "epochs": 1}, **changes)
+    claim = card.claims[0]
+    recipe = claim.at_paper.recipe
+    assert recipe["schedule"] == "exponential" and recipe["patience"] == 3, "of the paper's recipes, by name"
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    assert not finding.measurement.failed and finding.measurement.setting["recipe"]["max_steps"] == 2
+    assert not finding.measurement.at_paper_setting and "where the paper has SiMBA" in finding.measurement.note
+    with pytest.raises(ValueError, match="forecasting_paper: at_paper departs from the paper: say with expects"):
+        Card.model_validate(
+            {**card.model_dump(), "claims": [{**claim.model_dump(), "expects": None}], "statements": []}
+        )
+
+
+def test_a_pretrained_model_is_converted_tuned_and_tested(data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    miniature.write("wikitext-103-raw", data)
+    card = small("hedgehog", "gpt2_wikitext103", recipe={}, changes={"length": 16, "prepare_steps": 2, "steps": 2})
+
+    def measure():
+        return reproduce(card, budget="paper", seeds=3, device="cpu", out=tmp_path / "run")[0]
+
+    assert "the folder of the pretrained model gpt2 at" in measure().reason
+    folder = data / "weights" / "hedgehog" / "gpt2"
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(data / "wikitext-103-raw" / "tokenizer.json"), eos_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=32, vocab_size=300)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    finding = measure()
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert len(measured.values) == 3 and all(1 < value < 600 for value in measured.values)
+    assert "tuned" in measured.note and "prepared" in measured.note and measured.at_paper_setting
+    assert str(tmp_path) not in json.dumps(finding.record.model_dump(mode="json"))
+
+
 def test_what_is_not_there_is_said_and_nothing_is_run(data, tmp_path):
     card = catalog.card("eca_net")
     (finding,) = reproduce(card, claims="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path)
@@ -209,3 +340,15 @@ def test_weights_of_another_system_fail_that_claim_alone(data, tmp_path):
         catalog.card("eca_net"), claims="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path
     )
     assert "holds weights of eca_mobilenet_v2, not of eca_resnet50" in finding.reason
+
+
+def test_at_another_setting_it_is_no_figure_of_the_paper(data, tmp_path):
+    where, make, slug, claim, changes = TRAINED["events"]
+    miniature.write(where, data)
+    card = make(slug, claim, recipe={"max_steps": 2, "epochs": 1, "batch_size": 8}, **changes)
+    settings: dict = {"budget": "paper", "seeds": 1, "device": "cpu", "out": tmp_path / "run"}
+    (finding,) = reproduce(card, changes={"max_steps": 1, "dim": 4}, **settings)
+    assert finding.changes == {"max_steps": 1, "dim": 4} and finding.measurement.setting["steps"] == 1
+    assert not finding.measurement.at_paper_setting and finding.measurement.setting["at_paper"]["changes"]["dim"] == 4
+    with pytest.raises(UserError, match="takes 'dims', did you mean 'dim'"):
+        reproduce(card, changes={"dims": 4}, **settings)

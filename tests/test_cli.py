@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from provenn import api, catalog, progress
-from provenn.cli import main
+from provenn import api, catalog, datasets, progress
+from provenn.cli import app, main
+from provenn.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -230,7 +231,11 @@ BAD = [
     (f"{TRAIN} --data classes --device abacus", "no device 'abacus' on this machine"),
     (f"{TRAIN} --data classes --resume", "nothing to resume in run"),
     ("train tiny_gate --data classes --out file", "cannot write to file"),
-    (f"{TRAIN} --data classes --device cpu --devices 2 --strategy fsdp", "strategy fsdp needs GPUs, got device 'cpu'"),
+    (
+        f"{TRAIN} --data classes --device cpu --devices 2 --strategy fsdp --precision 16-mixed",
+        "strategy fsdp takes precision 32-true, bf16-mixed, got '16-mixed'",
+    ),
+    (f"{TRAIN} --data classes --num-nodes 0", "--num-nodes"),
     ("train tiny_gate --data classes --out cut --resume", "last.ckpt is damaged"),
     ("train tiny_gate --data classes --out started", "holds a training that did not end: go on with --resume"),
     (f"{TRAIN} --data good.csv", "(read for image-classification; for other work add --task series-forecasting or"),
@@ -238,8 +243,11 @@ BAD = [
     (f"{TRAIN} --data airline", "for other work add --task series-forecasting)"),
     (f"{TRAIN} --data classes --seed 99999999999999999999", "seed must be a whole number from 0 to 4294967295"),
     ("train tiny_gate --data classes --out started --resume", "last.ckpt is of another preset or of other data"),
-    (f"{TRAIN} --task series-forecasting --data holes.csv", "holes.csv"),
-    (f"{TRAIN} --task series-forecasting --data nan.csv", "nan.csv"),
+    (
+        f"{TRAIN} --task series-forecasting --data holes.csv --set holes=refuse",
+        "holes.csv, row 52, column 'b' is empty",
+    ),
+    (f"{TRAIN} --task series-forecasting --data nan.csv --set holes=refuse", "nan.csv"),
     (f"{TRAIN} --task series-forecasting --data words.csv", "words.csv"),
     (f"{TRAIN} --task series-forecasting --data ragged.csv", "ragged.csv"),
     (f"{TRAIN} --task series-forecasting --data short.csv", "short.csv has 3 rows"),
@@ -282,12 +290,15 @@ BAD = [
         "would be overwritten by the result",
     ),
     (f"{FORECAST} good.csv holes.csv", "several forecasts need a folder"),
-    ("predict tiny_gate --weights forecast.safetensors -o out good.csv holes.csv", "holes.csv"),
+    ("predict tiny_gate --weights forecast.safetensors -o out good.csv holes.csv --set holes=refuse", "holes.csv"),
     ("predict tiny_gate --weights forecast.safetensors -o good.csv good.csv", "is the input itself"),
-    ("predict tiny_gate --weights forecast.safetensors -o out.png good.csv", "written as .csv, got 'out.png'"),
+    (
+        "predict tiny_gate --weights forecast.safetensors -o out.png good.csv",
+        "written as .csv, .tsv, .xlsx or .parquet, got 'out.png'",
+    ),
     (f"{UPSCALE} ''", "argument 7 is empty"),
-    (f"{FORECAST} holes.csv", "holes.csv"),
-    (f"{FORECAST} nan.csv", "nan.csv"),
+    (f"{FORECAST} holes.csv --set holes=refuse", "holes.csv"),
+    (f"{FORECAST} nan.csv --set holes=refuse", "nan.csv"),
     (f"{FORECAST} short.csv", "short.csv has 3 rows"),
     (f"{FORECAST} two_columns.csv", "two_columns.csv has the columns a, b: the model knows a, b, c"),
     (f"{FORECAST} empty", "empty"),
@@ -888,3 +899,78 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
     found = json.loads(run("doctor --json")[1])
     assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""
     assert found["peers"]["a-peer"] == "missing: pip install a-peer (for tiny_gate)" and found["peers"]["torch"] == ""
+
+
+def test_a_device_that_holds_too_little_is_one_line_and_no_failure(run, here, monkeypatch):
+    monkeypatch.setenv("TINY_GATE_BREAKS", "memory")
+    code, out, err = run("reproduce tiny_gate --out run --strict --claim linear --claim identity")
+    assert code == 0 and "1 holds, 1 out of memory" in out
+    (line,) = (line for line in err.splitlines() if "linear" in line)
+    assert line.startswith("⊠ tiny_gate linear: out of memory; on cpu: DefaultCPUAllocator: can't allocate memory")
+    page = (here / "run" / "report.html").read_text()
+    assert 'v-out-of-memory"><span aria-hidden="true">⊠</span> out of memory' in page
+    found = json.loads(run("reproduce tiny_gate --out run --claim linear --json")[1])["findings"][0]
+    assert found["record"]["verdict"] == "out of memory" and found["record"]["measurement"]["out_of_memory"]
+    assert run("board --from run")[0] == 0
+
+
+def commands() -> dict[str, object]:
+    import typer
+
+    return dict(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("name", commands())
+def test_the_help_of_every_command_has_a_command_that_parses(name, run):
+    """What the help shows works as far as the command line can tell: options, values and papers that there are."""
+    code, out, _ = run(f"{name} --help")
+    documented = commands()[name].help.split("\b")[-1].splitlines()
+    examples = [line.strip() for line in documented if line.strip().startswith("provenn ")]
+    assert code == 0 and 1 <= len(examples) <= 3
+    for example in examples:
+        assert example.split()[2:3] == [] or " ".join(example.split()[:3]) in " ".join(out.split())
+        verb, *words = shlex.split(example)[1:]
+        assert verb == name
+        context = commands()[name].make_context(name, words)
+        for slug in [context.params.get("slug"), *(context.params.get("slugs") or ())]:
+            assert slug is None or catalog.card(slug)
+
+
+def test_a_paper_by_its_arxiv_number_in_every_verb(run, here):
+    for name in ("1910.03151", "arXiv:1910.03151v4", "https://arxiv.org/abs/1910.03151"):
+        assert run(f"show {name}") == run("show eca_net")
+    assert run("list arXiv:1910.03151v2 --json") == run("list 1910.03151 --json") == run("list eca_net --json")
+    code, _, err = run("show 9999.99999")
+    assert code == 2 and "no paper here has the arXiv number 9999.99999; `provenn list` names them all" in err
+    code, _, err = run("train 1910.03151 --data nowhere")
+    assert code == 2 and "no data at 'nowhere'" in err
+    code, _, err = run("reproduce 1910.03151 eca_net --claim nobody")
+    assert code == 2 and "eca_net has no claim 'nobody'" in err, "one paper, named twice"
+    with pytest.raises(UserError, match="--data craft:craft_x2: nothing at"):
+        datasets.given_places(["2308.05022:craft_x2=nowhere"])
+
+
+def test_bibtex_and_the_settings_of_a_preset(run):
+    code, out, _ = run("show 1910.03151 --bibtex")
+    assert code == 0 and out == api.paper("eca_net").bibtex() + "\n" and out.startswith("@misc{eca_net,")
+    assert json.loads(run("show eca_net --json")[1])["bibtex"] == out.rstrip("\n")
+    code, out, _ = run("show tiny_gate --preset tiny_forecast --json")
+    told = json.loads(out)
+    assert code == 0 and told["task"] == "series-forecasting"
+    by_name = {each["name"]: each for each in told["settings"]}
+    assert by_name["holes"] == {
+        "of": "data, prediction", "name": "holes", "type": "interpolate or extend or refuse", "default": ""
+    }  # fmt: skip
+    assert by_name["lr"]["of"] == "recipe" and float(by_name["lr"]["default"]) > 0
+    code, out, _ = run("show tiny_gate --preset tiny_forecast")
+    assert code == 0 and "--set" in out and "--recipe" in out and "interpolate or extend or refuse" in out
+    code, out, _ = run("show aaren --preset aaren_d512")
+    assert code == 0 and "no task: a model for Python" in out and "provenn.paper('aaren').build('aaren_d512')" in out
+    for line, says in (
+        ("show tiny_gate --preset nobody", "has no preset 'nobody'"),
+        ("show tiny_gate --preset tiny_small --bibtex", "give --preset, or --all or --bibtex"),
+        ("train aaren --preset aaren_d512 --data x", "is for no task but a model for Python"),
+        ("train tiny_gate --preset tiny_forecast --data x --set horizn=3", "did you mean 'horizon'?; what can be set"),
+    ):
+        code, _, err = run(line)
+        assert code == 2 and says in err and err.count("\n") == 1

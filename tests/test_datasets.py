@@ -16,6 +16,8 @@ from provenn.data.cifar import read_cifar
 from provenn.data.text import Document, Words, read_tokenizer
 from provenn.errors import UserError
 from provenn.tasks import get_task
+from provenn.training import check_recipe
+from provenn.training.recipes import recipe_of
 
 READ = [name for name, entry in datasets.known().items() if entry.task is not None]
 AT_PAPER = [(card, claim) for card in catalog.cards().values() for claim in card.claims if claim.at_paper]
@@ -49,7 +51,7 @@ def test_a_set_in_its_layout_is_found_and_read(name, data, monkeypatch):
     place = miniature.write(name, data)
     found = datasets.find(name)
     assert found.there, found.missing
-    files = {"uea": "Handwriting", "iwslt14": "pairs.tsv"}
+    files = {"uea": "Handwriting", "iwslt14": "de-en", "lra": "listops", "genomics": "human_nontata_promoters"}
     member = files.get(name, datasets.get(name).holds[-1] if name in ("ett", "forecasting", "events", "d4rl") else "")
     source = datasets.resolve(f"{name}/{member}" if member else name)
     task = get_task(datasets.get(name).task)
@@ -159,21 +161,29 @@ def test_what_papers_ask_for_is_there(card, claim):
     how = claim.at_paper
     preset = card.preset(how.preset)
     task = get_task(card.task_of(preset))
-    assert {datasets.get(name).task for name in how.sets} == {task.name}
+    assert {datasets.get(name).task for name in [*how.sets, *([how.tested_on] if how.tested_on else [])]} == {task.name}
     members = [name.partition("/")[2] for name in how.sets if "/" in name]
     holds = [pattern.partition("/")[0] for name in how.sets for pattern in datasets.get(name).holds]
     assert set(members) <= set(holds)
-    takes = set(inspect.signature(card.resolve(preset.build)).parameters)
-    takes |= set(inspect.signature(task.load).parameters)
+    reads = {"train": [card.resolve(preset.build), task.load], "authors": [task.held_out]}.get(how.weights, [])
+    if how.weights == "converted":
+        huggingface = pytest.importorskip("provenn.huggingface")
+        reads = [huggingface.recover, huggingface.Text.of]
+    if how.weights == "authors" and card.has("official"):
+        reads.append(card.resolve(preset.build))
+    takes = {name for each in reads for name in inspect.signature(each).parameters}
     assert {*how.changes, *(how.against or {})} <= takes
-    assert how.weights == "train" or card.has("official")
+    assert how.weights != "authors" or card.has("official")
+    recipe_of(how.recipe or preset.recipe)  # what it asks for is a recipe, and one for this task
+    check_recipe(recipe_of(how.recipe or preset.recipe, rand_augment=0, random_erasing=0.0), task)
     assert claim.needs, "what it needs, for whoever has not got it"
     assert (claim.expects is not None) if how.against or claim.published is None else claim.published is not None
     measured = {
         "image-classification": {"accuracy"},
         "super-resolution": {"psnr"},
         "series-forecasting": {"mse"},
-        "language-modelling": {"perplexity"},
+        "language-modelling": {"perplexity", "word_perplexity"},
+        "translation": {"bleu"},
         "series-classification": {"accuracy"},
         "event-forecasting": {"nll"},
         "reinforcement-learning": {"score"},

@@ -17,7 +17,8 @@ from provenn.errors import UserError
 from provenn.evaluation import evaluate
 from provenn.evidence.interval import resampled, student
 from provenn.tasks import get_task
-from provenn.tasks.base import NAMES, HeldOut
+from provenn.tasks.base import HeldOut
+from provenn.tasks.discovery import SHARED
 
 RNG = np.random.default_rng(5)
 
@@ -61,7 +62,7 @@ def test_examples_that_give_no_interval_say_so(count):
     assert found == {"mean": None} and "too few" in method
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHARED)
 def test_embedded_data_are_read_as_weights_trained_on_them_say(name):
     """Then they are the test split that the training held out, item by item."""
     task = get_task(name)

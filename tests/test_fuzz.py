@@ -3,6 +3,7 @@
 Files are made from whole ones by damaging them, from the format's own tokens in any order, and from any bytes at all.
 """
 
+import csv
 import io
 import json
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,9 +25,10 @@ from provenn.data.events import read_histories
 from provenn.errors import UserError
 from provenn.evidence.record import Evidence, Ledger, read_or_set_aside
 from provenn.tasks import get_task, translation
-from provenn.tasks.base import NAMES
+from provenn.tasks.discovery import SHARED
 from provenn.training import checkpoints
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what is said of a file's holes and encoding
 EXAMPLES = settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
 
 
@@ -54,7 +56,19 @@ def saved(**arrays) -> bytes:
 
 def _numbers(file: Path) -> np.ndarray:
     table = tables.read_table(file)
-    return table.numbers(table.columns[:1])
+    return table.filled(table.columns[:1])
+
+
+def framed(writer: str) -> list[bytes]:
+    """A small table as pandas writes it, where it can here."""
+    file = io.BytesIO()
+    try:
+        import pandas
+
+        getattr(pandas.DataFrame({"x": [1.5, None, 2], "when": pandas.to_datetime(["2024-01-01"] * 3)}), writer)(file)
+    except ImportError:
+        return []
+    return [file.getvalue()]
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
@@ -68,6 +82,11 @@ TS = "@problemName a\n@timeStamps false\n@classLabel true x y\n@data\n1,2,3:4,5,
 # What reads, the name of the file, and whole files of its kind.
 READERS: dict[str, tuple[Callable[[Path], object], str, list[str | bytes]]] = {
     "table": (_numbers, "a.csv", ["x,y\n1,2\n", '"x"\n1e308\n']),
+    "table, of semicolons": (_numbers, "a.csv", ["x;y\n1,5;2\n", "x;y\n1.234,5;\n2;3\n"]),
+    "table, of tabs": (_numbers, "a.tsv",
+                       ["x\ty\n1\t2\n", "größe\n1\n".encode("utf-16"), "größe\n1\n".encode("cp1252")]),
+    "table, .xlsx": (_numbers, "a.xlsx", framed("to_excel")),
+    "table, .parquet": (_numbers, "a.parquet", framed("to_parquet")),
     "forecast": (get_task("series-forecasting").load, "a.csv",
                  ["date,x\n" + "".join(f"2024-01-{d:02d},{d}\n" for d in range(1, 29))]),
     "series, wide": (series.read_series, "a.csv", ["label,1,2\na,1,2\nb,3,4\n"]),
@@ -117,6 +136,42 @@ def test_a_reader_reads_or_refuses_in_one_line(kind, data):
         damaged = st.sampled_from(whole).flatmap(lambda one: spoiled(one.encode() if isinstance(one, str) else one))
     pieces = st.lists(st.sampled_from(PIECES), max_size=12).map(lambda some: "".join(some).encode())
     read_or_refused(reader, name, data.draw(st.one_of(damaged, pieces, st.binary(max_size=80))))
+
+
+SPELLED = st.sampled_from(["{}", "{:.2f}", "{:,.2f}", "{:,.0f}", "{:.3f}", "{:e}"])
+NUMBERS = st.lists(st.lists(st.integers(-(10**9), 10**9).map(lambda i: i / 1000), min_size=2, max_size=2), min_size=1,
+                   max_size=5)  # fmt: skip
+
+
+@EXAMPLES
+@given(
+    NUMBERS, SPELLED, st.sampled_from(";,\t|"), st.sampled_from(".,"), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])
+)
+def test_numbers_are_read_as_they_were_meant_or_refused(rows, spelled, separator, decimal, encoding):
+    """However a file is dressed, no number is taken for another: where two readings fit, it is refused.
+
+    Commas that separate say that points are decimal: who writes 1.000 for a thousand there has to say so.
+    """
+    assume(separator != decimal)
+    cells = [[spelled.format(value) for value in row] for row in rows]
+    meant = [[float(cell.replace(",", "")) for cell in row] for row in cells]
+    if decimal == ",":
+        cells = [[cell.translate(str.maketrans(",.", ".,")) for cell in row] for row in cells]
+    written = io.StringIO()
+    csv.writer(written, delimiter=separator).writerows([["größe", "y"], *cells])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.csv"
+        file.write_bytes(written.getvalue().encode(encoding))
+        kinds = {} if separator == "\t" else {"separator": separator}
+        told = tables.read_table(file, decimal=decimal, **kinds)
+        np.testing.assert_array_equal(told.numbers(told.columns), meant)
+        try:
+            table = tables.read_table(file)
+            values = table.numbers(table.columns)
+        except UserError as error:
+            assert "may be" in str(error) and "\n" not in str(error)
+        else:
+            np.testing.assert_array_equal(values, meant)
 
 
 def spoiled(content: bytes) -> st.SearchStrategy[bytes]:
@@ -192,7 +247,7 @@ def test_a_label_that_is_none_is_refused_in_one_line(text_of_label):
             assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("task", NAMES)
+@pytest.mark.parametrize("task", SHARED)
 @EXAMPLES
 @given(meta=st.dictionaries(st.sampled_from([*SEEN, *PAST, "tokenizer", "length", "blank", "marks"]), VALUES))
 def test_any_meta_is_held_to_its_task_s_schema(task, meta):
@@ -202,7 +257,7 @@ def test_any_meta_is_held_to_its_task_s_schema(task, meta):
         assert str(error).startswith("a file: its label cannot be read: meta") and "\n" not in str(error)
 
 
-@pytest.mark.parametrize("task", NAMES)
+@pytest.mark.parametrize("task", SHARED)
 def test_what_a_task_writes_it_reads(task):
     """`default_meta` keeps the schema, so that an author's weights and a schema never disagree."""
     options = {"channels": 2, "context": 4, "horizon": 2, "num_classes": 3, "length": 9, "marks": 2, "state_dim": 3,

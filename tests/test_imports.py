@@ -12,7 +12,7 @@ ROOT = Path(provenn.__file__).parent
 
 # From the bottom up. A part may import its own and those below; `papers/__init__.py` is the interface's `papers()`.
 ORDER = [
-    {"errors", "files", "progress"},
+    {"citation", "errors", "files", "progress", "settings"},
     {"slots", "catalog"},
     {"datasets"},
     {"ops"},
@@ -23,10 +23,10 @@ ORDER = [
     {"bench"},
     {"surgery", "evidence", "weights", "testing", "export", "huggingface"},
     {"papers"},
-    {"at_paper"},
+    {"at_paper", "workers"},
     {"reproduce"},
     {"compare", "evaluation", "inspection"},
-    {"api", "__init__", "papers/__init__"},
+    {"api", "options", "__init__", "papers/__init__"},
     {"cli", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}

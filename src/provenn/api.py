@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from provenn import catalog, datasets
+from provenn import catalog, datasets, progress
 from provenn.errors import UserError
+from provenn.settings import arguments_of, typed
 
 PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from provenn.evaluation import Evaluation
     from provenn.evidence.record import Finding
     from provenn.inspection import Inspection
+    from provenn.options import Setting
     from provenn.tasks.base import Task
     from provenn.weights import Label
 
@@ -33,6 +35,16 @@ class Paper:
 
     def __repr__(self) -> str:
         return f"provenn.paper({self.card.slug!r})"
+
+    def bibtex(self) -> str:
+        """The paper's BibTeX entry, under its slug."""
+        return self.card.bibtex()
+
+    def settings(self, preset: str | None = None, *, task: str | None = None) -> "list[Setting]":
+        """What `train`, `evaluate` and `predict` take by name for a preset, with types and defaults."""
+        from provenn.options import settings_of
+
+        return settings_of(self, preset, task)
 
     def build(self, preset: str | None = None, *, pretrained: bool = False, **overrides: Any) -> "nn.Module":
         """A system of the paper, with fresh weights, or with those that ship with the package.
@@ -93,8 +105,10 @@ class Paper:
         """The model in a weight file, ours or the authors', in eval mode, and what it says of itself.
 
         Args:
-            weights: the file, or the folder of a run; by default what ships with the package.
-            preset, options: of an author's file, as in `from_official`; ours say themselves what they are.
+            weights: the file, or the folder of a run; by default what ships with the package. A preset without
+                parameters has none, and is taken as it is built.
+            preset, options: of an author's file, as in `from_official`, and of a preset without parameters; ours say
+                themselves what they are.
 
         Raises:
             UserError: weights of another paper, or of none.
@@ -102,6 +116,12 @@ class Paper:
         from provenn import weights as files
         from provenn.tasks import get_task
 
+        if weights is None and self.is_parameter_free(preset):
+            facts = self.card.preset(preset)
+            work, built_with = self.card.task_of(facts), {**facts.options, **(options or {})}
+            meta = get_task(work).default_meta(built_with)
+            model = self.build(facts.name, **built_with).eval()
+            return model, files.Label(self.card.slug, facts.name, work, built_with, meta)
         file = self.card.shipped_weights(preset) if weights is None else files.locate(weights)
         state, label = files.read(file)
         if label is None:
@@ -117,6 +137,25 @@ class Paper:
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
         return model.eval(), label
+
+    def is_parameter_free(self, preset: str | None = None) -> bool:
+        """Whether a preset has nothing to train and no weights come with it: it is used as it is built.
+
+        Raises:
+            UserError: no such preset, or a procedure that is for no work on data.
+        """
+        import torch
+
+        shipped = self.card.shipped
+        if preset in shipped if preset else shipped:
+            return False
+        facts = self.card.preset(preset)
+        self.card.task_of(facts)
+        try:
+            with torch.device("meta"):  # where a large preset takes no memory
+                return not self.build(facts.name).state_dict()
+        except UserError:  # it needs options that follow from data: it has something to fit
+            return False
 
     def _official(self, file: str | Path, given: str | None, options: dict[str, Any]) -> "tuple[nn.Module, Label]":
         from provenn import weights as files
@@ -148,7 +187,7 @@ def papers() -> Iterator[Paper]:
 
 
 def paper(slug: str) -> Paper:
-    """One paper; an unknown slug is answered with the nearest one."""
+    """One paper, by its slug or its arXiv number; an unknown slug is answered with the nearest one."""
     return Paper(catalog.card(slug))
 
 
@@ -167,6 +206,7 @@ def train(
     seed: int = 0,
     device: str = "auto",
     devices: int = 1,
+    num_nodes: int = 1,
     strategy: str = "auto",
     workers: int = 0,
     resume: bool = False,
@@ -184,7 +224,7 @@ def train(
         preset, task: which system; by default the paper's first (for that task). `recall` takes language models.
         out: the run's folder; `runs/<slug>` by default.
         seed: fixes everything random.
-        device, devices, strategy: where to train; Lightning's.
+        device, devices, num_nodes, strategy: where to train; the recipe's batch size is each process's: see `fit`.
         workers: processes that read the data.
         resume: go on from the folder's checkpoint.
         save_every: a checkpoint after every so many steps, besides each epoch's.
@@ -214,12 +254,11 @@ def train(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
-    hints = get_type_hints(training.Recipe)
     wanted = {name: value for name, value in (recipe or {}).items() if value is not None}
-    wanted = {name: _typed(name, value, hints[name]) if name in hints else value for name, value in wanted.items()}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
     facts = {name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in wanted}
     final = recipe_of(facts, **wanted)
+    training.check_recipe(final, kind)
     device = choose_device(device)
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
     source, given = datasets.resolve(data), data
@@ -254,6 +293,7 @@ def train(
             seed=seed,
             device=device,
             devices=devices,
+            num_nodes=num_nodes,
             strategy=strategy,
             workers=workers,
             out=folder,
@@ -320,16 +360,12 @@ def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
 @contextmanager
 def _folder_for(folder: Path) -> Iterator[None]:
     """Make a folder to work in, alone; where the work fails before it has written anything, nothing is left behind."""
-    import os
-
     from provenn.reproduce import alone_in, check_writable
 
-    # Of processes that train together, each runs this; the first one locks for all.
-    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
     made = not folder.exists()
     check_writable(folder)
     try:
-        with alone_in(folder) if rank == "0" else nullcontext():
+        with alone_in(folder) if progress.first_process() else nullcontext():
             yield
     except BaseException:
         if made and not any(folder.iterdir()):
@@ -339,12 +375,12 @@ def _folder_for(folder: Path) -> Iterator[None]:
 
 def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
     """The changes that each of the functions takes; one that both take goes to the first, which tells the second."""
-    known = [_arguments(taker, but=("source", "seed")) for taker in takers]
+    known = [arguments_of(taker, but=("source", "seed")) for taker in takers]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
     for name in changes:
         if name not in there:
-            raise UserError(f"nothing here is called {name!r}; what can be set: {', '.join(there)}")
-    changes = {name: _typed(name, value, there[name]) for name, value in changes.items()}
+            raise UserError(f"nothing here is called {name!r}{catalog.meant(name, there)}; {_what_can_be_set(there)}")
+    changes = {name: typed(name, value, there[name]) for name, value in changes.items()}
     taken: list[dict[str, Any]] = []
     for position, arguments in enumerate(known):
         before = {name for earlier in known[:position] for name in earlier}
@@ -352,30 +388,8 @@ def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]
     return taken
 
 
-def _arguments(taker: Callable, but: tuple[str, ...]) -> dict[str, Any]:
-    """What can be set by name, and its type; `**options: Unpack[D]` takes what the typed dictionary D names."""
-    import inspect
-
-    whole = getattr(taker, "func", taker)  # a preset may be a `partial` of a larger one
-    hints = get_type_hints(whole.__init__ if isinstance(whole, type) else whole)  # type: ignore[misc]
-    taken: dict[str, Any] = {}
-    for parameter in inspect.signature(taker).parameters.values():
-        hint = hints.get(parameter.name, Any)
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            taken[parameter.name] = hint
-        elif get_origin(hint) is Unpack:
-            taken |= get_type_hints(*get_args(hint))
-    return {name: hint for name, hint in taken.items() if name not in but}
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as what is expected there: 24.0 as a whole number, a list as a tuple."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
+def _what_can_be_set(there: dict[str, Any]) -> str:
+    return f"what can be set: {', '.join(there)} (`provenn show SLUG --preset NAME` has types and defaults)"
 
 
 def predict(
@@ -405,7 +419,7 @@ def predict(
 
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
-    if weights is not None and files.label_of(weights) is None:
+    if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes)}
     model, label = chosen.load(weights, preset=of_system.pop("preset", preset), options=of_system)
     kind = get_task(label.task)
@@ -420,15 +434,15 @@ def predict(
             else f"name the files to apply {slug} to"
         )
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
-    known = _arguments(kind.predict, but=("model", "meta", "inputs", "output"))
+    known = arguments_of(kind.predict, but=("model", "meta", "inputs", "output"))
     telling = {} if known.pop("tell", None) is None or tell is None else {"tell": tell}
     for name in changes:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
-    options = {name: _typed(name, value, known[name]) for name, value in changes.items()}
+    options = {name: typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
-    with _fitting(str(weights or chosen.card.shipped_weights(preset))):
+    with _fitting(str(weights or label.preset)):
         return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
 
 
@@ -450,7 +464,7 @@ def _unasked(card: catalog.Card, changes: dict[str, Any], method: str = "predict
     """Names that no prediction of the paper takes: what is left is said of the system."""
     from provenn.tasks import get_task
 
-    takers = [_arguments(getattr(get_task(name), method), but=()) for name in card.tasks]
+    takers = [arguments_of(getattr(get_task(name), method), but=()) for name in card.tasks]
     return [name for name in changes if not any(name in taker for taker in takers)]
 
 
@@ -496,13 +510,13 @@ def evaluate(
         raise UserError(f"batch size must be at least 1, got {batch_size}")
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
-    if weights is not None and files.label_of(weights) is None:
+    if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
     model, label = chosen.load(weights, preset=preset, options=of_system)
     kind = get_task(label.task)
-    known = _arguments(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
+    known = arguments_of(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
     if not known:  # what `held_out` passes on to `load`
-        known = _arguments(kind.load, but=("source", "seed", "options", "_"))
+        known = arguments_of(kind.load, but=("source", "seed", "options", "_"))
     for name in changes:
         if name not in known:
             there = ", ".join(known) or "nothing"
@@ -510,7 +524,7 @@ def evaluate(
     source = datasets.resolve(data)
     data = source.data
     fixed = {name: value for name, value in source.options.items() if name in known}
-    options = {**fixed, **{name: _typed(name, value, known[name]) for name, value in changes.items()}}
+    options = {**fixed, **{name: typed(name, value, known[name]) for name, value in changes.items()}}
     if whole is None:
         whole = not _trained_on(label, kind, data)
     split_seed = label.trained_on.get("seed", 0) if seed is None else seed
@@ -584,7 +598,7 @@ def inspect(
         able = [
             each.name
             for each in chosen.card.presets
-            if each.task or chosen.card.task
+            if chosen.card.work_of(each)
             if type(get_task(chosen.card.task_of(each))).example is not Task.example
         ]
         raise UserError(
@@ -603,7 +617,8 @@ def export(slug: str, weights: str | Path | None, output: str | Path, *, preset:
     """Write trained weights with their system as an ONNX file; returns what the terminal shows.
 
     A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
-    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`. The file's metadata hold, under
+    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`; a task of a paper's own says itself
+    what its system takes and gives (`Task.portable`). The file's metadata hold, under
     `provenn`, what the weights say of themselves, such as class names.
 
     Args:
@@ -616,10 +631,11 @@ def export(slug: str, weights: str | Path | None, output: str | Path, *, preset:
     from dataclasses import asdict
 
     from provenn import export as onnx
+    from provenn.tasks import get_task
     from provenn.weights import KEY
 
     file = Path(output)
     onnx.check_place(file)
     model, label = paper(slug).load(weights, preset=preset)
-    onnx.image_system(model, label.task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    onnx.portable_system(model, get_task(label.task), label.meta, file, {KEY: json.dumps(asdict(label))})
     return f"{label.preset} of {slug} → {file}"

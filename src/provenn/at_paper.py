@@ -1,6 +1,7 @@
 """Measures a claim on the paper's own data: one function for all papers, told by `at_paper` in `paper.toml`.
 
-The authors' weights are evaluated, or the preset is trained by its recipe, wherever the data set is found.
+The authors' weights are evaluated, the preset is trained by its recipe, or a pretrained model is converted, wherever
+the data set is found.
 """
 
 import hashlib
@@ -8,9 +9,9 @@ import inspect
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -22,20 +23,54 @@ from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Skill
 from provenn.evidence.run import Run
+from provenn.settings import arguments_of
 from provenn.tasks import Task, get_task
-from provenn.training import fit
+from provenn.training import Recipe, fit
 from provenn.training.recipes import recipe_of
 
 TRAININGS = "trainings"  # the folder of those that have not ended
 
 
-def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places | None = None) -> Measurement:
+@dataclass(frozen=True)
+class AtPaperScale:
+    """A claim as its `at_paper` says, or with `changes` to the recipe, to how data are read or to the system."""
+
+    card: Card
+    claim: Claim
+    places: datasets.Places | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def settable(self) -> dict[str, Any]:
+        """What `--set` may change, and its type."""
+        how: Any = self.claim.at_paper
+        preset = self.card.preset(how.preset)
+        kind = get_task(self.card.task_of(preset))
+        read = arguments_of(kind.load, but=("source", "seed", "options", "_"))
+        if how.weights == "authors":
+            return read
+        return {**arguments_of(self.card.resolve(preset.build)), **read, **get_type_hints(Recipe)}
+
+    def varied(self, **changes: Any) -> "AtPaperScale":
+        return replace(self, changes={**self.changes, **changes})
+
+    def __call__(self, run: Run) -> Measurement:
+        return measure_at_paper(run, self.card, self.claim, self.places, self.changes)
+
+
+def measure_at_paper(
+    run: Run,
+    card: Card,
+    claim: Claim,
+    places: datasets.Places | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Measurement:
     """Measure a claim as its `at_paper` says; not measured, with what it needs, where that is not here.
 
     Args:
         run: at the budget paper.
         card, claim: of the paper; the claim has an `at_paper`.
         places: where data sets and checkpoints lie, as far as PROVENN_DATA does not tell.
+        changes: to the recipe, to how data are read, or to the system.
 
     Raises:
         UserError: data or weights that are there and cannot be read.
@@ -43,10 +78,14 @@ def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places
     how = claim.at_paper
     if how is None:
         raise ValueError(f"{claim.id} has no at_paper")
+    of_recipe = {name: value for name, value in (changes or {}).items() if name in get_type_hints(Recipe)}
+    others = {name: value for name, value in (changes or {}).items() if name not in of_recipe}
+    how = how.model_copy(update={"changes": {**how.changes, **others}}) if others else how
     preset = card.preset(how.preset)
     found = {name: datasets.find(name, places) for name in how.sets}
-    lacking = [each.needs for each in found.values() if not each.there]
-    checkpoint = datasets.find_weights(card, how.preset, places) if how.weights == "authors" else None
+    tested = None if how.tested_on is None else datasets.find(how.tested_on, places)
+    lacking = [each.needs for each in (*found.values(), *([tested] if tested else [])) if not each.there]
+    checkpoint = datasets.find_weights(card, how.checkpoint, places) if how.checkpoint is not None else None
     if checkpoint is not None and not checkpoint.there:
         lacking.append(checkpoint.needs)
     if lacking:
@@ -55,12 +94,11 @@ def measure_at_paper(run: Run, card: Card, claim: Claim, places: datasets.Places
         return Measurement.not_measured(f"a GPU (the device is {run.device})")
     scale = 100.0 if claim.published is not None and claim.published.unit.startswith("%") else 1.0
     where = {name: each.place for name, each in found.items()}
-    try:
-        if checkpoint is not None:
-            return _of_authors(run, card, how, checkpoint.place, where, scale)
-        return _trained(run, card, claim, preset, where, scale)
-    except torch.OutOfMemoryError:
-        return Measurement.not_measured(f"more memory than {run.device} has")
+    if how.weights == "converted" and checkpoint is not None:
+        return _converted(run, card, claim, how, checkpoint.place, where)
+    if checkpoint is not None:
+        return _of_authors(run, card, how, checkpoint.place, where, scale)
+    return _trained(run, card, claim, how, preset, where, scale, of_recipe, None if tested is None else tested.place)
 
 
 def _of_authors(
@@ -92,25 +130,72 @@ def _of_authors(
         data="; ".join(str(metrics["about"]) for metrics in told.values()),
         fingerprint=setting["data"],
         setting={key: entry for key, entry in setting.items() if key != "code"},
-        at_paper_setting=True,
-        note="; ".join(_spoken(name, metrics) for name, metrics in told.items()),
+        at_paper_setting=not how.departs,
+        note="; ".join(
+            [*([how.departs] if how.departs else []), *(_spoken(n, metrics) for n, metrics in told.items())]
+        ),
+    )
+
+
+def _converted(run: Run, card: Card, claim: Claim, how: AtPaper, host: Path, where: Mapping[str, Path]) -> Measurement:
+    """Perplexity of a pretrained model after it was converted and tuned."""
+    from provenn import huggingface
+
+    ((name, place),) = where.items()
+    of_text = {key: value for key, value in how.changes.items() if key in ("length", "tested")}
+    of_tuning = {key: value for key, value in how.changes.items() if key not in of_text}
+    setting = _setting(card, how, where, weights=_contents_of(_listing(host)))
+
+    def one(seed: int) -> dict[str, Any]:
+        source = huggingface.Source.of(host)
+        tokenizer = source.tokenizer()
+        text = huggingface.Text.of(place, tokenizer, source.outline, **of_text)
+        recovery = huggingface.recover(source.weights().to(run.device), card.slug, text, seed=seed, **of_tuning)
+        stages = {stage: value for stage, value, _ in recovery.stages()}
+        return {**stages, "perplexity": list(stages.values())[-1]}
+
+    told = [
+        run.trial(f"{claim.id}, {how.host} on {name}", lambda seed=seed: one(seed), seed=seed, **setting)  # type: ignore[misc]
+        for seed in run.seeds
+    ]
+    if how.metric not in told[0]:
+        raise UserError(f"at_paper asks for {how.metric!r}; a conversion measures {', '.join(told[0])}")
+    return Measurement.mean(
+        [metrics[how.metric] for metrics in told],
+        seeds=run.seeds,
+        unit=how.metric,
+        data=f"the test split of {name}",
+        fingerprint=setting["data"],
+        setting={key: entry for key, entry in setting.items() if key != "code"},
+        at_paper_setting=not how.departs,
+        note="; ".join([*([how.departs] if how.departs else []), _spoken("the first seed", told[0])]),
     )
 
 
 def _trained(
-    run: Run, card: Card, claim: Claim, preset: Preset, where: Mapping[str, Path], scale: float
+    run: Run,
+    card: Card,
+    claim: Claim,
+    how: AtPaper,
+    preset: Preset,
+    where: Mapping[str, Path],
+    scale: float,
+    of_recipe: dict[str, Any],
+    tested: Path | None,
 ) -> Measurement:
-    how: Any = claim.at_paper
     kind = get_task(card.task_of(preset))
+    asked = how.recipe or preset.recipe
     # A recipe of so many steps means them, whatever passes over the data they are.
-    passes = sys.maxsize if "max_steps" in preset.recipe and "epochs" not in preset.recipe else None
-    recipe = recipe_of(preset.recipe, epochs=passes)
+    passes = sys.maxsize if "max_steps" in asked and "epochs" not in asked else None
+    changes: dict[str, Any] = {"epochs": passes, **of_recipe}
+    recipe = recipe_of(asked, **changes)
     build = card.resolve(preset.build)
     sides: dict[str, dict[str, Any]] = {preset.name: {}}
     if how.against is not None:
         changed = ", ".join(f"{name}={value}" for name, value in how.against.items())
         sides[f"{preset.name}, {changed}"] = how.against
-    setting = {**_setting(card, how, where), "recipe": asdict(recipe)}
+    every = {**where, **({} if tested is None or how.tested_on is None else {how.tested_on: tested})}
+    setting = {**_setting(card, how, every), "recipe": asdict(recipe)}
     reached: dict[str, list[float]] = {label: [] for label in sides}
     skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}
     steps = 0
@@ -136,9 +221,12 @@ def _trained(
         )
         shutil.rmtree(folder, ignore_errors=True)
         metrics = done.metrics
-        if how.split == "val":
+        if tested is not None:
+            # Tokens and scales are the training's: other ways to read are not for the test.
+            data = replace(data, test=kind.held_out(tested, data.meta, **_known(kind.held_out, of_data)).dataset)
+        if how.split == "val" or tested is not None:
             with torch.no_grad():
-                metrics = kind.evaluate(done.model, data.val)
+                metrics = kind.evaluate(done.model, data.val if tested is None else data.test)
         return {**metrics, "trivial": float(kind.trivial(data)), "steps": done.steps, "about": data.about}
 
     told: dict[str, Any] = {}
@@ -164,7 +252,8 @@ def _trained(
         "data": "; ".join(f"{name}: {metrics['about']}" for name, metrics in told.items()),
         "fingerprint": setting["data"],
         "setting": {**{key: entry for key, entry in setting.items() if key != "code"}, "steps": steps},
-        "at_paper_setting": True,
+        "at_paper_setting": not how.departs,
+        "note": how.departs,
         "skills": [
             Skill(arm=label, values=ours, trivial=trivial, higher_is_better=kind.higher_is_better)
             for label, (ours, trivial) in skills.items()
@@ -193,6 +282,12 @@ def _divided(changes: Mapping[str, Any], reads: Callable, build: Callable | None
         {name: value for name, value in changes.items() if name in of_data},
         {name: value for name, value in changes.items() if name not in of_data},
     ]
+
+
+def _known(reads: Callable, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the changes says how much is read, and how long a window is: all that tokens do not fix."""
+    takes = inspect.signature(reads).parameters.keys() - {"tokenizer"}
+    return {name: value for name, value in changes.items() if name in takes}
 
 
 def _check_metric(name: str, metrics: Mapping[str, Any], kind: Task) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from provenn.citation import arxiv_number, bibtex
 from provenn.errors import UserError
 
 ENTRY_POINT_GROUP = "provenn.papers"
@@ -80,14 +81,21 @@ class Mechanism(Facts):
 
 
 class Example(Facts):
-    """An input for the common checks: normal noise, or integers from 0 to `below` (exclusive)."""
+    """An input for the common checks: normal noise, or integers from 0 to `below` (exclusive).
+
+    With a `name` it is the keyword argument of that name; without, the next positional one.
+    """
 
     shape: list[int]
     below: int | None = None
+    name: str | None = None
 
 
 class Preset(Facts):
-    """A system of the paper, with what was published of it."""
+    """A system of the paper, with what was published of it.
+
+    `task` is the paper's where it is left out; "" says that there is nothing to train or to predict: a procedure.
+    """
 
     name: str
     build: str
@@ -131,31 +139,47 @@ class Statement(Facts):
 class AtPaper(Facts):
     """How a claim is measured on the paper's own data, at the budget paper.
 
-    The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, with `changes`
-    to how the data are read and the system is built. With `against`, changes that make the paper's baseline, both are
-    trained and the effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`);
-    of several the metric's mean is taken. `split`: where the figure is of validation data. `gpu`: without one it would
-    take weeks.
+    The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, or by `recipe`
+    (one of the paper's by name, or a table with `base`), with `changes` to how the data are read and the system is
+    built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `changes` to how
+    (`provenn.huggingface.recover`). With `against`, changes that make the paper's baseline, both are trained and the
+    effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several the
+    metric's mean is taken. `tested_on` names another set for the test; `split`: where the figure is of validation data.
+    `departs`: what is not as in the paper, so that the published figure cannot be reproduced, only the direction be
+    seen. `gpu`: without one it would take weeks.
     """
 
     preset: str
     data: str | list[str]
     metric: str
-    weights: Literal["authors", "train"]
+    weights: Literal["authors", "train", "converted"]
+    host: str | None = None
+    recipe: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     against: dict[str, Any] | None = None
+    tested_on: str | None = None
     split: Literal["test", "val"] = "test"
+    departs: str = ""
     gpu: bool = False
 
     @model_validator(mode="after")
-    def trained_against(self) -> "AtPaper":
-        if self.against is not None and self.weights == "authors":
+    def fits_together(self) -> "AtPaper":
+        if self.against is not None and self.weights != "train":
             raise ValueError("a baseline is trained beside the system: weights must be 'train'")
+        if (self.host is not None) != (self.weights == "converted"):
+            raise ValueError("host names the pretrained model that is converted: weights must be 'converted'")
+        if (self.recipe or self.tested_on) and self.weights != "train":
+            raise ValueError("recipe and tested_on are of a training: weights must be 'train'")
         return self
 
     @property
     def sets(self) -> list[str]:
         return [self.data] if isinstance(self.data, str) else self.data
+
+    @property
+    def checkpoint(self) -> str | None:
+        """What lies with the weights of others, where it takes some: the preset's by the authors, or the host."""
+        return self.host if self.weights == "converted" else self.preset if self.weights == "authors" else None
 
 
 class Claim(Facts):
@@ -204,6 +228,22 @@ def installed(package: str) -> str | None:
         return None
 
 
+def _key(facts: Any, name: str) -> Any:
+    return facts.get(name) if isinstance(facts, dict) else None
+
+
+def _spelled_out(place: str, facts: Any, recipes: dict[str, dict[str, Any]]) -> Any:
+    """The same facts, their recipe with all that its base says."""
+    recipe = _key(facts, "recipe") or {}
+    changes = {"base": recipe} if isinstance(recipe, str) else recipe
+    if not isinstance(changes, dict) or "base" not in changes:
+        return facts
+    name = changes["base"]
+    if name not in recipes:
+        raise ValueError(f"{place}: no recipe {name!r}; there are: {_listed(recipes)}")
+    return {**facts, "recipe": {**recipes[name], **{key: value for key, value in changes.items() if key != "base"}}}
+
+
 class Card(Facts):
     """All the facts of one paper."""
 
@@ -213,7 +253,7 @@ class Card(Facts):
     title: str
     arxiv: str | None = None
     date: date
-    authors: int
+    authors: int | list[str]
     code: str | None = None
     task: str | None = None
     tags: list[str] = []
@@ -227,22 +267,19 @@ class Card(Facts):
     @model_validator(mode="before")
     @classmethod
     def spell_out_recipes(cls, facts: Any) -> Any:
-        """A preset's recipe may name one of `recipes`, or be one with changes: `{ base = "imagenet", lr = 0.1 }`."""
+        """A preset's recipe may name one of `recipes`, or be one with changes: `{ base = "imagenet", lr = 0.1 }`.
+
+        So may that of an `at_paper`.
+        """
         recipes = facts.get("recipes", {})
-        presets = []
-        for preset in facts.get("presets", []):
-            recipe = preset.get("recipe", {}) if isinstance(preset, dict) else {}
-            changes = {"base": recipe} if isinstance(recipe, str) else recipe
-            if isinstance(changes, dict) and "base" in changes:
-                name = changes["base"]
-                if name not in recipes:
-                    raise ValueError(
-                        f"preset {preset.get('name')!r}: no recipe {name!r}; there are: {_listed(recipes)}"
-                    )
-                rest = {key: value for key, value in changes.items() if key != "base"}
-                preset = {**preset, "recipe": {**recipes[name], **rest}}
-            presets.append(preset)
-        return {**facts, "presets": presets}
+        presets = [_spelled_out(f"preset {_key(each, 'name')!r}", each, recipes) for each in facts.get("presets", [])]
+        claims = []
+        for claim in facts.get("claims", []):
+            how = claim.get("at_paper") if isinstance(claim, dict) else None
+            if isinstance(how, dict):
+                claim = {**claim, "at_paper": _spelled_out(f"claim {_key(claim, 'id')!r}", how, recipes)}
+            claims.append(claim)
+        return {**facts, "presets": presets, "claims": claims}
 
     @model_validator(mode="after")
     def statements_fit_claims(self) -> "Card":
@@ -253,8 +290,11 @@ class Card(Facts):
                 raise ValueError(f"the statement {statement.says!r} names no claim of this paper: {_listed(unknown)}")
         presets = {preset.name for preset in self.presets}
         for claim in self.claims:
-            if claim.at_paper is not None and claim.at_paper.preset not in presets:
-                raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {claim.at_paper.preset}")
+            how = claim.at_paper
+            if how is not None and how.preset not in presets:
+                raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {how.preset}")
+            if how is not None and how.departs and claim.expects is None:
+                raise ValueError(f"{claim.id}: at_paper departs from the paper: say with expects what shows the claim")
         headlines = sum(statement.headline for statement in self.statements)
         if self.statements and headlines != 1:
             raise ValueError(f"one statement is the headline, got {headlines}")
@@ -272,7 +312,12 @@ class Card(Facts):
     def tasks(self) -> list[str]:
         """What kinds of work its systems do."""
         named = [self.task, *(preset.task for preset in self.presets)]
-        return list(dict.fromkeys(task for task in named if task is not None))
+        return list(dict.fromkeys(task for task in named if task))
+
+    def bibtex(self) -> str:
+        """The paper's BibTeX entry, under its slug."""
+        names = self.authors if isinstance(self.authors, list) else []
+        return bibtex(self.slug, self.title, names, self.date, self.arxiv)
 
     def claim(self, name: str) -> Claim:
         return _named(self.claims, name, "claim", self.slug, "id")
@@ -281,7 +326,8 @@ class Card(Facts):
         """The preset of that name; without one, the first (of that task, where one is given)."""
         if name is not None:
             return _named(self.presets, name, "preset", self.slug)
-        fitting = [p for p in self.presets if task in (None, p.task or self.task)]
+        fitting = [p for p in self.presets if task in (None, self.work_of(p))]
+        fitting.sort(key=lambda p: self.work_of(p) is None)  # procedures come last
         if not fitting:
             about = f" for the task {task!r}" if task else ""
             raise UserError(f"{self.slug} has no preset{about}; it has: {_listed(p.name for p in self.presets)}")
@@ -290,10 +336,29 @@ class Card(Facts):
     def mechanism(self, name: str) -> Mechanism:
         return _named(self.mechanisms, name, "mechanism", self.slug)
 
+    def work_of(self, preset: Preset) -> str | None:
+        """The task of a preset; None of a procedure."""
+        return (self.task if preset.task is None else preset.task) or None
+
     def task_of(self, preset: Preset) -> str:
-        task = preset.task or self.task
+        """The task of a preset.
+
+        Raises:
+            UserError: it is a procedure; with the paper's presets that have a task.
+        """
+        task = self.work_of(preset)
         if task is None:
-            raise UserError(f"the preset {preset.name!r} of {self.slug} names no task")
+            able = [other.name for other in self.presets if self.work_of(other)]
+            procedure = preset.task == ""
+            kind = (
+                "a procedure, with nothing to train or to predict"
+                if procedure
+                else "for no task but a model for Python"
+            )
+            raise UserError(
+                f"{preset.name} of {self.slug} is {kind}: provenn.paper({self.slug!r}).build({preset.name!r})"
+                + (f"; for work on data take --preset {' or '.join(able)}" if able else "")
+            )
         return task
 
     @property
@@ -340,7 +405,7 @@ class Card(Facts):
         try:
             return importlib.import_module(name)
         except (Exception, SystemExit) as error:
-            raise UserError(f"{self.slug}: {name} cannot be imported: {_in_a_line(error)}") from error
+            raise UserError(f"{self.slug}: {name} cannot be imported: {in_a_line(error)}") from error
 
     def has(self, module: str) -> bool:
         return (self.folder / f"{module}.py").exists() or (self.folder / module).is_dir()
@@ -386,7 +451,8 @@ def meant(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _in_a_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """An error's class and words."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
@@ -403,7 +469,7 @@ def read_card(folder: Path, package: str, slug: str | None = None) -> Card:
     try:
         facts = tomllib.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no text, no TOML, or a number of thousands of digits
-        raise UserError(f"{file}: not valid TOML: {_in_a_line(error).partition(': ')[2]}") from None
+        raise UserError(f"{file}: not valid TOML: {in_a_line(error).partition(': ')[2]}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     try:
@@ -453,7 +519,7 @@ def _folder_of(package: str) -> Path:
     try:
         spec = importlib.util.find_spec(package)
     except (Exception, SystemExit) as error:
-        raise UserError(f"the package {package} of its entry point cannot be found: {_in_a_line(error)}") from None
+        raise UserError(f"the package {package} of its entry point cannot be found: {in_a_line(error)}") from None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"its entry point names no package: {package}")
     return Path(next(iter(spec.submodule_search_locations)))
@@ -463,13 +529,31 @@ def card(slug: str) -> Card:
     """The card of one paper; an unknown slug is answered with the nearest one."""
     if not isinstance(slug, str):
         raise TypeError(f"a paper is named by a string such as 'eca_net', got {slug!r}")
-    known, name = cards(), _slug(slug)
+    known, name = cards(), slug_of(slug)
     if name in known:
         return known[name]
     reason = next((why for entry, why in known.left_out.items() if _slug(entry) == name), None)
     if reason is not None:
         raise UserError(f"the paper {slug!r} cannot be used: {reason}")
+    if arxiv_number(slug):
+        raise UserError(f"no paper here has the arXiv number {arxiv_number(slug)}; `provenn list` names them all")
     raise UserError(f"no paper is called {slug!r}{meant(name, known)}; `provenn list` names them all")
+
+
+def slug_of(name: str) -> str:
+    """The slug of what is named by it or by an arXiv number, of any version, with or without `arXiv:` before it.
+
+    Raises:
+        UserError: papers of several packages have that number.
+
+    >>> slug_of("eca-net"), slug_of("arXiv:1910.03151v4"), slug_of("nobody")
+    ('eca_net', 'eca_net', 'nobody')
+    """
+    number = arxiv_number(name)
+    having = [c.slug for c in cards().values() if number and c.arxiv and arxiv_number(c.arxiv) == number]
+    if len(having) > 1:
+        raise UserError(f"the arXiv number {number} is of several papers: name {' or '.join(having)}")
+    return having[0] if having else _slug(name)
 
 
 def mechanisms_of(slot: str, taken: Iterable[str] = ()) -> dict[str, tuple[Card, Mechanism]]:
@@ -492,7 +576,7 @@ def first_mechanism(name: str, known: dict[str, tuple[Card, Mechanism]]) -> str:
     """
     if name in known:
         return name
-    return next((each for each, (card, _) in known.items() if card.slug == name.replace("-", "_")), name)
+    return next((each for each, (card, _) in known.items() if card.slug == slug_of(name)), name)
 
 
 def _within_one_edit(word: str, other: str) -> bool:
@@ -527,6 +611,7 @@ def search(query: str = "", task: str | None = None, slot: str | None = None) ->
 
     Case, hyphens and one typo a word are forgiven; every word of the query must be found somewhere.
     """
+    query = slug_of(query) if arxiv_number(query) else query
     found = []
     for paper in cards().values():
         if (task and task not in paper.tasks) or (slot and slot not in {m.slot for m in paper.mechanisms}):

@@ -101,7 +101,10 @@ def given_places(texts: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--data takes NAME=PATH, such as set5=photos/Set5, got {text!r}")
         if ":" in name:
             slug, _, preset = name.partition(":")
-            catalog.card(slug).preset(preset)
+            card = catalog.card(slug)
+            if not any(claim.at_paper is not None and claim.at_paper.host == preset for claim in card.claims):
+                card.preset(preset)
+            name = f"{card.slug}:{card.preset(preset).name}"
         else:
             get(name)
         if not Path(path).exists():
@@ -146,19 +149,24 @@ def _missing(place: Path, entry: DataSet, member: str) -> tuple[str, ...]:
 
 
 def find_weights(card: Card, preset: str, places: Places | None = None) -> Found:
-    """Where the authors' checkpoint of a preset lies: `--data SLUG:PRESET=FILE`, or below PROVENN_DATA."""
+    """Where the authors' checkpoint of a preset lies: `--data SLUG:PRESET=FILE`, or below PROVENN_DATA.
+
+    Of a pretrained model that is converted, its folder: `--data SLUG:HOST=FOLDER`.
+    """
     name = f"{card.slug}:{preset}"
     said = (places or {}).get(name)
     folders = [root / WEIGHTS / card.slug for root in roots()]
-    expected = (folders or [Path(f"${VARIABLE}") / WEIGHTS / card.slug])[0] / f"{preset}.pth"
+    host = any(claim.at_paper is not None and claim.at_paper.host == preset for claim in card.claims)
+    expected = (folders or [Path(f"${VARIABLE}") / WEIGHTS / card.slug])[0] / (preset if host else f"{preset}.pth")
     if said is not None:
         candidates = [Path(said)]
     else:
-        candidates = [folder / f"{preset}{ending}" for folder in folders for ending in ENDINGS]
-    place = next((file for file in candidates if file.is_file()), None)
+        candidates = [folder / f"{preset}{ending}" for folder in folders for ending in (("",) if host else ENDINGS)]
+    place = next((file for file in candidates if (file.is_dir() if host else file.is_file())), None)
     if place is not None:
         return Found(name, place)
-    needs = f"the authors' weights of {preset} at {expected} (--data {name}=FILE, or {VARIABLE})"
+    whose, kind = ("the folder of the pretrained model", "FOLDER") if host else ("the authors' weights of", "FILE")
+    needs = f"{whose} {preset} at {expected} (--data {name}={kind}, or {VARIABLE})"
     return Found(name, expected, ("everything",), needs)
 
 
@@ -194,8 +202,9 @@ def needed_by(card: Card, claim: Claim) -> list[str]:
     """Names of the sets, and of the checkpoint, that a claim needs at the budget paper."""
     if claim.at_paper is None:
         return []
-    names = [data.partition("/")[0] for data in claim.at_paper.sets]
-    weights = [f"{card.slug}:{claim.at_paper.preset}"] if claim.at_paper.weights == "authors" else []
+    how = claim.at_paper
+    names = [data.partition("/")[0] for data in (*how.sets, *([how.tested_on] if how.tested_on else []))]
+    weights = [f"{card.slug}:{how.checkpoint}"] if how.checkpoint else []
     return list(dict.fromkeys([*names, *weights]))
 
 

@@ -78,17 +78,19 @@ class Evaluation:
         """
         if self.confusion is None:
             return None
-        counts, told = self.confusion.sum(1), self.confusion.sum(0)
+        counts, predicted = self.confusion.sum(1), self.confusion.sum(0)
         right = self.confusion.diagonal()
         rows: list[list[str | float | int | None]] = []
+        # By recall, and among equals by class; `maximum` keeps a class without examples from dividing by 0.
         for index in np.lexsort((np.arange(len(right)), right / np.maximum(counts, 1))).tolist():
-            if not counts[index] and not told[index]:
+            if not counts[index] and not predicted[index]:
                 continue
             wrong = self.confusion[index].copy()
+            # Right answers aside, the largest of the row is what the class is taken for.
             wrong[index] = 0
             for_what = f"{self.classes[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
             recall = right[index] / counts[index] if counts[index] else None
-            precision = right[index] / told[index] if told[index] else None
+            precision = right[index] / predicted[index] if predicted[index] else None
             rows.append([self.classes[index], int(counts[index]), recall, precision, for_what])
         caption = "Classes, the worst first"
         if most is not None and len(rows) > most:
@@ -129,7 +131,9 @@ class Evaluation:
             "about": self.about,
             "examples": self.examples,
             "metrics": self.metrics,
-            "intervals": {name: None if each is None else list(each) for name, each in self.intervals.items()},
+            "intervals": {
+                name: None if interval is None else list(interval) for name, interval in self.intervals.items()
+            },
             "method": self.method,
             "published": self.published,
             "classes": self.classes,
@@ -175,11 +179,12 @@ def evaluate(
     Raises:
         UserError: no examples, examples that do not fit the model, or metrics that are no numbers.
     """
-    count = len(held_out.dataset)  # type: ignore[arg-type]
+    count = len(held_out.dataset)  # type: ignore[arg-type]  # data sets have a length, their type does not say so
     if not count:
         raise UserError(f"{held_out.about} holds no examples")
     try:
         with torch.no_grad():
+            # A task that scores no single examples has one figure for all of them, and no interval.
             known = type(task).scores is not Task.scores
             scores = task.scores(model, held_out.dataset, batch_size) if known else {}
             metrics = task.summary(scores) if known else task.evaluate(model, held_out.dataset, batch_size)
@@ -195,9 +200,8 @@ def evaluate(
     intervals: dict[str, Interval | None] = dict.fromkeys(metrics)
     method = f"the task {task.name} gives no score of single examples, and so no interval"
     if scores:
-        numbers = {name: column for name, column in scores.items() if name not in (LABEL, TOLD)}
         with progress.bar("intervals", DRAWS) as advance:
-            intervals, method = resampled(numbers, task.summary, overlap=held_out.overlap, draws=DRAWS, advance=advance)
+            intervals, method = resampled(scores, task.summary, overlap=held_out.overlap, draws=DRAWS, advance=advance)
     confusion = _confusion(scores, len((meta or {}).get("classes", []))) if LABEL in scores else None
     classes = list((meta or {}).get("classes", []))
     classes += [f"class {index}" for index in range(len(classes), 0 if confusion is None else len(confusion))]
@@ -206,6 +210,7 @@ def evaluate(
 
 def _confusion(scores: Scores, classes: int) -> Int[np.ndarray, "classes classes"]:
     size = max(classes, int(scores[LABEL].max()) + 1, int(scores[TOLD].max()) + 1)
+    # A pair of classes as one number: a count of each is the matrix, row by row, without a loop.
     flat = scores[LABEL].astype(np.int64) * size + scores[TOLD].astype(np.int64)
     return np.bincount(flat, minlength=size * size).reshape(size, size)
 
@@ -219,7 +224,7 @@ def published_of(card: Card, preset: Preset) -> dict[str, list[str]]:
             said.setdefault(how.metric, []).append(f"{claim.published} on {', '.join(how.sets)}")
     for figure in preset.published:
         name = PUBLISHED.get(figure.what)
-        if name is not None and not any(told.startswith(f"{figure.value:,.15g} ") for told in said.get(name, [])):
+        if name is not None and not any(text.startswith(f"{figure.value:,.15g} ") for text in said.get(name, [])):
             said.setdefault(name, []).append(str(figure))
     return said
 

@@ -15,6 +15,7 @@ from provenn.errors import UserError
 from provenn.files import whole
 from provenn.nn.padding import PadToMultiple
 from provenn.progress import quiet_loggers
+from provenn.tasks import Task
 
 POSITIONS = (0, 1, 2, 7, 40)  # at which a step must do the same
 AT_POSITION = 7  # of the example that is traced: 0 and 1 would be taken for constants
@@ -31,9 +32,10 @@ class Enlarger(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.network = PadToMultiple(model, int(getattr(model, "multiple", 1)), int(model.scale))  # type: ignore[arg-type]
+        self.network = PadToMultiple(model, int(getattr(model, "multiple", 1)), int(model.scale))  # type: ignore[arg-type]  # a number
 
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height2 width2"]:
+        # Padding is inside the file, so that whoever runs it need not know of multiples.
         return self.network(image).clamp(0, 1)
 
 
@@ -72,11 +74,36 @@ class Step(nn.Module):
     def __init__(self, layer: Any):
         super().__init__()
         self.layer = layer
+        # ONNX has no nested tuples: the state is taken apart to leaves and put together in this form.
         self.form = pytree.tree_flatten(layer.init_state(1))[1]
 
     def forward(self, token: Float[Tensor, "batch dim"], *state: Tensor | int) -> tuple[Tensor | int, ...]:
         y, new = self.layer.step(token, pytree.tree_unflatten(list(state), self.form))
         return y, *pytree.tree_leaves(new)
+
+
+def portable_system(model: nn.Module, task: Task, meta: dict[str, Any], file: Path, about: dict[str, str]) -> None:
+    """Write a system as its task says, of one input or several; or as `image_system` does."""
+    if type(task).portable is Task.portable:
+        return image_system(model, task.name, meta, file, about)
+    form = task.portable(model, meta)
+    dims: dict[str, Any] = {}
+    sizes = {
+        name: {
+            place: dims.setdefault(label, torch.export.Dim(label))
+            for place, label in form.open_sizes.get(name, {}).items()
+        }
+        for name in form.example
+    }
+    return _write(
+        form.system.eval(),
+        form.example,
+        sizes,
+        inputs=list(form.example),
+        outputs=form.outputs,
+        file=file,
+        about=about,
+    )
 
 
 def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, about: dict[str, str]) -> None:
@@ -92,7 +119,7 @@ def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, 
     Raises:
         UserError: a system that takes no images.
     """
-    sizes: dict[int, Any]
+    sizes: dict[int, Any]  # `torch.export.Dim` is a class to type checkers and a function at run time
     if task == "super-resolution":
         system: nn.Module = Enlarger(model)
         # No side is 1, 16 or like another: a tracer would take that for a rule.
@@ -104,7 +131,7 @@ def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, 
         result, sizes = "probabilities", {0: torch.export.Dim("batch")}
     else:
         raise UserError(f"only systems that take images can be exported; these weights are for {task}")
-    _write(system.eval(), (example,), (sizes,), ["image"], [result], file, about)
+    _write(system.eval(), (example,), (sizes,), inputs=["image"], outputs=[result], file=file, about=about)
 
 
 def step(layer: Any, dim: int, file: str | Path) -> None:
@@ -129,17 +156,17 @@ def step(layer: Any, dim: int, file: str | Path) -> None:
     _check_every_step_alike(system, torch.randn(2, dim), state)
     batch = torch.export.Dim("batch")
     names = [f"state_{k}" for k in range(len(state))]
-    example = [AT_POSITION if isinstance(part, int) else part for part in state]
-    open_sizes = tuple(torch.export.Dim.DYNAMIC if isinstance(part, int) else {0: batch} for part in state)
+    example = [AT_POSITION if isinstance(leaf, int) else leaf for leaf in state]
+    open_sizes = tuple(torch.export.Dim.DYNAMIC if isinstance(leaf, int) else {0: batch} for leaf in state)
     try:
         _write(
             system,
             (torch.randn(2, dim), *example),
             ({0: batch}, open_sizes),
-            ["token", *names],
-            ["output", *(f"new_{name}" for name in names)],
-            Path(file),
-            {},
+            inputs=["token", *names],
+            outputs=["output", *(f"new_{name}" for name in names)],
+            file=Path(file),
+            about={},
         )
     except (RuntimeError, torch.onnx.OnnxExporterError) as error:
         words = str(error).partition("## Exception summary")[2] or str(error)
@@ -151,16 +178,16 @@ class _Position(int):
 
     rounds = False
 
-    def __add__(self, other: Any) -> "_Position":
+    def __add__(self, other: object) -> "_Position":
         return _Position(int(self) + other) if isinstance(other, int) else NotImplemented
 
     __radd__ = __add__
 
-    def __mod__(self, other: Any) -> Any:
+    def __mod__(self, other: int) -> int:
         _Position.rounds = True
         return int(self) % other
 
-    def __floordiv__(self, other: Any) -> Any:
+    def __floordiv__(self, other: int) -> int:
         _Position.rounds = True
         return int(self) // other
 
@@ -172,7 +199,8 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        # Any: as torch calls it.
         result = func(*args, **(kwargs or {}))
         self.seen.append((str(func), [tuple(t.shape) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]))
         return result
@@ -185,11 +213,13 @@ def _check_every_step_alike(system: Step, token: Tensor, state: list[Tensor | in
     try:
         for position in POSITIONS:
             with torch.no_grad(), _Operations() as operations:
-                parts = [_Position(position) if isinstance(part, int) else part.clone() for part in state]
-                _, *after = system(token, *parts)
-            sequences.append((operations.seen, [getattr(part, "shape", ()) for part in after]))
+                # The state is a fresh one but for its positions; in-place writes fall on copies.
+                leaves = [_Position(position) if isinstance(leaf, int) else leaf.clone() for leaf in state]
+                _, *after = system(token, *leaves)
+            # What is run and with which shapes, not its numbers: a trace records exactly that.
+            sequences.append((operations.seen, [getattr(leaf, "shape", ()) for leaf in after]))
         alike = not _Position.rounds and all(sequence == sequences[0] for sequence in sequences)
-        alike = alike and sequences[0][1] == [getattr(part, "shape", ()) for part in state]
+        alike = alike and sequences[0][1] == [getattr(leaf, "shape", ()) for leaf in state]
     except (RuntimeError, IndexError, ValueError):  # no place is left in a cache, or no such place in a chunk
         alike = False
     if not alike:
@@ -214,8 +244,9 @@ def check_place(file: Path) -> None:
 
 def _write(
     system: nn.Module,
-    example: tuple[Tensor | int, ...],
-    sizes: Any,
+    example: tuple[Tensor | int, ...] | dict[str, Tensor],
+    sizes: Any,  # nested as the example is, of what torch.export takes
+    *,
     inputs: list[str],
     outputs: list[str],
     file: Path,
@@ -227,7 +258,9 @@ def _write(
         with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):  # which name packages that nothing here needs
             program = torch.onnx.export(
                 system,
-                example,
+                () if isinstance(example, dict) else example,
+                kwargs=example if isinstance(example, dict) else None,
+                # By `torch.export`, which refuses where the code fixes a size that is to stay open.
                 dynamo=True,
                 dynamic_shapes=sizes,
                 input_names=inputs,

@@ -53,6 +53,7 @@ class Inspection:
             axes.plot(row.float().cpu().numpy(), color="#1a5fb4", linewidth=0.7)
             axes.set_title(f"{name}: mean {row.mean():.3g}", fontsize=8)
             axes.tick_params(labelsize=7)
+        # The grid's last row may have more places than layers.
         for axes in panels[len(self.layers) :]:
             axes.set_axis_off()
         return figure

@@ -4,6 +4,7 @@ One display is shared by whoever is working: bars of claims, seeds and epochs st
 """
 
 import logging
+import os
 import sys
 import time
 import unicodedata
@@ -17,12 +18,17 @@ T = TypeVar("T")
 EVERY = 30.0  # seconds between two lines of a log
 _display: Any = None
 _log: float | None = None  # when the log got its last line, where there is one
+_silent = False  # the first of several processes says it all
 
 
 @contextmanager
 def shown() -> Iterator[None]:
     """Show how far everything is that runs inside."""
-    global _display, _log
+    global _display, _log, _silent
+    if not first_process():
+        _silent = True
+        yield
+        return
     if _display is not None or _log is not None:
         yield
         return
@@ -104,6 +110,14 @@ def quiet_loggers(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+def first_process() -> bool:
+    """Whether this is the first of the processes that train together, each of which runs the same program."""
+    if (rank := os.environ.get("RANK", os.environ.get("SLURM_PROCID"))) is not None:
+        return rank == "0"
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return (node, os.environ.get("LOCAL_RANK", "0")) == ("0", "0")
+
+
 def without_controls(text: str) -> str:
     r"""Text that moves no cursor and colours nothing: names may come from a stranger's files.
 
@@ -122,6 +136,8 @@ def _commands(character: str) -> bool:
 def say(message: str) -> None:
     """A line that the user should read, above the bars; who calls from Python and shows none gets it as a warning."""
     message = without_controls(message)
+    if _silent:
+        return
     if _display is not None:
         _display.console.print(message, markup=False, highlight=False, soft_wrap=True)
     elif _log is not None:

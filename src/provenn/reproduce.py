@@ -1,26 +1,24 @@
 """Measures a paper's claims, one record each, written as each ends."""
 
+import gc
 import os
-import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import Empty
 from typing import Any, cast
 
-from provenn import progress
-from provenn.at_paper import measure_at_paper
-from provenn.catalog import Card, Claim, card, installed
+from provenn import progress, workers
+from provenn.at_paper import AtPaperScale
+from provenn.catalog import Card, Claim, installed, meant
 from provenn.datasets import Places
 from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
-from provenn.evidence.claim import Measure, measuring_functions
+from provenn.evidence.claim import Measure, measuring_functions, settable, varied
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.record import (
     EVIDENCE,
@@ -34,8 +32,9 @@ from provenn.evidence.record import (
     peak_memory,
     read_or_set_aside,
 )
-from provenn.evidence.run import Budget, Run
+from provenn.evidence.run import Budget, Elsewhere, Run, Waiting
 from provenn.files import Unwritable
+from provenn.settings import typed
 
 BUDGETS = ("smoke", "small", "paper")
 MOST_SEEDS = 10_000
@@ -54,6 +53,7 @@ def reproduce(
     out: str | Path = "runs/latest",
     resume: bool = False,
     data: Places | None = None,
+    changes: dict[str, Any] | None = None,
     tell: Callable[[str], None] = lambda message: None,
     done: Callable[[Finding], None] = lambda finding: None,
 ) -> list[Finding]:
@@ -69,13 +69,89 @@ def reproduce(
         out: folder of the records.
         resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
         data: where data sets and checkpoints lie that `provenn data` lists, by name; for the budget paper.
+        changes: measure at another setting, such as {"epochs": 3}: of a study its recipe and what its data and networks
+            take by name, of a race its sizes and rounds, of a function its arguments. Claims that take none of these
+            are left out. What comes of it is kept beside what was measured at the claims' own setting.
         tell: is given messages for the user.
         done: is given each finding as it is written.
 
     Raises:
-        UserError: an unknown claim, budget or device, no seeds, or a folder in which another process measures this
-        paper.
+        UserError: a change that no claim takes, an unknown claim, budget or device, no seeds, or a folder in which
+        another process measures this paper.
     """
+    with _begun(
+        card,
+        claims=claims,
+        headline=headline,
+        budget=budget,
+        seeds=seeds,
+        device=device,
+        out=out,
+        resume=resume,
+        data=data,
+        changes=changes,
+        tell=tell,
+    ) as work:
+        with progress.bar(card.slug, len(work.wanted)) as advance:
+            for claim in work.wanted:
+                advance(0, f"{card.slug}: {claim.id}")
+                done(work.measure(claim))
+                advance()
+        return work.findings
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A paper whose claims are measured, in a folder that no other process writes."""
+
+    card: Card
+    wanted: list[Claim]
+    run: Run
+    evidence: Evidence
+    occasion: Occasion
+    data: Places | None
+    settings: dict[str, dict[str, Any]]  # by claim, what is changed of its own setting
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found of all, at the setting at which they were measured now."""
+        return [self.evidence.finding(claim, self.settings[claim.id]) for claim in self.wanted]
+
+    def measure(self, claim: Claim) -> Finding:
+        """Measure a claim, unless an earlier record still stands for it, and write it.
+
+        Raises:
+            Waiting: for trials that run elsewhere.
+        """
+        run, evidence = self.run, self.evidence
+        run.changes = self.settings[claim.id]
+        kept = evidence.record(claim.id, run.changes) if run.reuse else None
+        find = partial(_function, run, self.card, claim, self.data)
+        earlier = None if kept is None else evidence.occasions[kept.occasion]
+        if kept is None or not _still_good(kept, earlier, run, find, claim, self.occasion):
+            evidence.put(_measure(run, find, claim), self.occasion)
+            evidence.keep_claims([claim.id for claim in self.card.claims])
+            evidence.write(run.file)
+        return evidence.finding(claim, run.changes)
+
+
+@contextmanager
+def _begun(
+    card: Card,
+    *,
+    claims: str | Sequence[str] | None = None,
+    headline: bool = False,
+    budget: str = "small",
+    seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
+    device: str = "auto",
+    out: str | Path = "runs/latest",
+    resume: bool = False,
+    data: Places | None = None,
+    changes: dict[str, Any] | None = None,
+    tell: Callable[[str], None] = lambda message: None,
+    elsewhere: Elsewhere | None = None,
+) -> Iterator[_Work]:
+    """What `reproduce` measures with; the folder is this process's as long as the block runs."""
     chosen_seeds = choose_seeds(seeds)
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
@@ -84,6 +160,8 @@ def reproduce(
         claims = next((statement.claims for statement in card.statements if statement.headline), None)
     wanted = [card.claim(name) for name in claims] if claims else card.claims
     device = choose_device(device)
+    settings = _settings(budget, card, wanted, data, changes or {}, tell, named=bool(claims) and not headline)
+    wanted = [claim for claim in wanted if claim.id in settings]
     folder = Path(out) / card.slug
     check_writable(folder)
     with alone_in(folder):
@@ -91,7 +169,6 @@ def reproduce(
         ledger, more_trouble = read_or_set_aside(Ledger, folder / LEDGER, card.slug)
         for message in filter(None, (trouble, more_trouble)):
             tell(message)
-        evidence.keep_claims({claim.id for claim in card.claims})
         run = Run(
             card.slug,
             Path(out),
@@ -100,21 +177,52 @@ def reproduce(
             device=device,
             ledger=ledger,
             reuse=resume,
+            elsewhere=elsewhere,
         )
         occasion = Occasion(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
-        with progress.bar(card.slug, len(wanted)) as advance:
-            for claim in wanted:
-                advance(0, f"{card.slug}: {claim.id}")
-                kept = evidence.record(claim.id) if resume else None
-                find = partial(_function, run, card, claim, data)
-                earlier = None if kept is None else evidence.occasions[kept.occasion]
-                if kept is None or not _still_good(kept, earlier, run, find, claim, occasion):
-                    evidence.put(_measure(run, find, claim), occasion)
-                    evidence.write(run.file)
-                finding = evidence.findings([claim])[0]
-                done(finding)
-                advance()
-    return evidence.findings(wanted)
+        yield _Work(card, wanted, run, evidence, occasion, data, settings)
+
+
+def _settings(
+    budget: str,
+    card: Card,
+    claims: Sequence[Claim],
+    data: Places | None,
+    changes: dict[str, Any],
+    tell: Callable[[str], None],
+    *,
+    named: bool,
+) -> dict[str, dict[str, Any]]:
+    """The changes that each claim takes, of the right types; claims that take none are told and left out.
+
+    Raises:
+        UserError: what no claim takes, a value that cannot be, or a named claim that takes none.
+    """
+    if not changes:
+        return {claim.id: {} for claim in claims}
+    measures = {claim.id: _own_measure(budget, card, claim, data) for claim in claims}
+    known = {name: {} if measure is None else settable(measure) for name, measure in measures.items()}
+    there = list(dict.fromkeys(name for names in known.values() for name in names))
+    for name in changes:
+        if name not in there:
+            words = f"what can be set: {', '.join(there)}" if there else "they take nothing"
+            raise UserError(f"no claim that is to be measured takes {name!r}{meant(name, there)}; {words}")
+    settings = {}
+    for name, measure in measures.items():
+        mine = {key: typed(key, value, known[name][key]) for key, value in changes.items() if key in known[name]}
+        if mine and measure is not None:
+            try:
+                varied(measure, mine)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{name}: {error}") from None
+            settings[name] = mine
+    left_out = [name for name in known if name not in settings]
+    if left_out and named:
+        takes = ", ".join(known[left_out[0]]) or "nothing"
+        raise UserError(f"{left_out[0]} takes none of {', '.join(changes)}; what can be set of it: {takes}")
+    if left_out:
+        tell(f"{card.slug}: left out, as they take none of {', '.join(changes)}: {', '.join(left_out)}")
+    return settings
 
 
 @contextmanager
@@ -157,95 +265,80 @@ def reproduce_many(
     cards: Sequence[Card],
     *,
     jobs: int = 1,
+    cluster: str | None = None,
+    device: str = "auto",
+    out: str | Path = "runs/latest",
+    data: Places | None = None,
     tell: Callable[[str], None] = lambda message: None,
     done: Callable[[Finding], None] = lambda finding: None,
     **arguments: Any,
 ) -> list[Finding]:
-    """Measure several papers' claims, paper by paper, or `jobs` papers side by side.
+    """Measure several papers' claims, one after the other, or the trials of all of them side by side.
 
-    Side by side, each paper has a process of its own, and the processes share the cores. Times are ratios of what runs
-    in turns, so they hold beside other work; their intervals widen.
+    Values and records are those of one after the other, and lie in the same files, which this process alone writes.
+    What times something runs after all else, alone on its machine. Claims without trials are measured here.
 
     Args:
         cards: the papers.
-        jobs: papers measured at the same time.
+        jobs: processes of this machine that run trials; they share its cores.
+        cluster: address of a Ray cluster whose machines run the trials, or "auto": see `provenn.workers.cluster`. A
+            trial whose machine is lost runs again on another. Data sets and checkpoints of the budget paper have to
+            lie at the same place on every machine.
+        device, out, data: as for `reproduce`.
         tell: is given messages for the user.
         done: is given each finding as it is written.
         arguments: the others of `reproduce`.
 
     Raises:
-        UserError: what `reproduce` refuses, or a process that was killed.
+        UserError: what `reproduce` refuses, a process that was killed, or a cluster that cannot be used.
     """
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
-    if min(jobs, len(cards)) < 2:
-        return [finding for own in cards for finding in reproduce(own, tell=tell, done=done, **arguments)]
-    context = get_context("spawn")  # torch's threads do not survive a fork
-    events = context.Queue()
-    findings: dict[str, list[Finding]] = {own.slug: [] for own in cards}
-    waiting, running = list(findings), dict[str, BaseProcess]()
-    threads = max(1, (os.cpu_count() or 1) // min(jobs, len(cards)))
+    if jobs > 1 and cluster is not None:
+        raise UserError(f"give --jobs {jobs} or --cluster {cluster}, not both: a cluster counts its machines' CPUs")
+    common = {**arguments, "device": device, "tell": tell}
+    if jobs == 1 and cluster is None:
+        return [f for card in cards for f in reproduce(card, out=out, data=data, done=done, **common)]
+    device = choose_device(device)
+    packages = {"provenn", *(card.package.partition(".")[0] for card in cards)}
+    common["out"] = Path(out).absolute()  # the other processes may have begun in other folders
+    common["data"] = None if data is None else {name: Path(place).absolute() for name, place in data.items()}
+    where = (
+        workers.processes(jobs)
+        if cluster is None
+        else workers.cluster(cluster, packages=sorted(packages), device=device, tell=tell)
+    )
+    with where as machines, ExitStack() as stack:
+        works = [stack.enter_context(_begun(card, elsewhere=machines, **common)) for card in cards]
+        _side_by_side(works, machines, done)
+        return [finding for work in works for finding in work.findings]
+
+
+def _side_by_side(works: Sequence[_Work], machines: workers.Workers, done: Callable[[Finding], None]) -> None:
+    """Measure every claim, coming back to those that wait for trials once these have ended."""
+    ready = [(work, claim) for work in works for claim in work.wanted]
+    waiting: list[tuple[_Work, Claim, set[str]]] = []
     with ExitStack() as bars:
-        advance = {own.slug: bars.enter_context(progress.bar(own.slug, len(own.claims))) for own in cards}
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    slug = waiting.pop(0)
-                    running[slug] = context.Process(target=_reproduce_apart, args=(slug, threads, arguments, events))
-                    running[slug].start()
+        advance = {w.card.slug: bars.enter_context(progress.bar(w.card.slug, len(w.wanted))) for w in works}
+        while ready or waiting:
+            for work, claim in ready:
                 try:
-                    slug, event, content = events.get(timeout=0.5)
-                except Empty:
-                    _refuse_the_dead(running)
-                    continue
-                if event == "tell":
-                    tell(content)
-                elif event == "found":
-                    findings[slug].append(content)
-                    advance[slug](1, f"{slug}: {content.claim.id}")
-                    done(content)
-                elif event == "refused":
-                    raise UserError(content)
-                else:
-                    running.pop(slug).join()
-        finally:
-            for process in running.values():
-                process.kill()  # records are whole at every moment, and Lightning would take its time over a request
-                process.join()
-    return [finding for own in findings.values() for finding in own]
-
-
-def _reproduce_apart(slug: str, threads: int, arguments: dict[str, Any], events: Any) -> None:
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
-    torch.set_num_threads(threads)
-
-    def send(event: str, content: object = None) -> None:
-        events.put((slug, event, content))
-
-    try:
-        reproduce(card(slug), tell=partial(send, "tell"), done=partial(send, "found"), **arguments)
-        send("end")
-    except UserError as error:
-        send("refused", str(error))
-    except KeyboardInterrupt:  # Lightning listens for Ctrl-C by itself
-        pass
-
-
-def _refuse_the_dead(running: dict[str, BaseProcess]) -> None:
-    for slug, process in running.items():
-        if process.exitcode:
-            raise UserError(
-                f"the process that measured {slug} ended with {process.exitcode} (-9 often means out of memory); "
-                "what had ended is kept: go on with --resume, and with fewer --jobs if it happens again"
-            )
+                    done(work.measure(claim))
+                    advance[work.card.slug]()
+                except Waiting as wait:
+                    waiting.append((work, claim, wait.questions))
+                machines.keep_ended()
+            if waiting:
+                machines.wait()
+            ready = [(work, claim) for work, claim, needs in waiting if not needs & work.run.pending]
+            waiting = [entry for entry in waiting if entry[2] & entry[0].run.pending]
 
 
 def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Record:
     import torch
 
     start, spared = time.perf_counter(), run.spared
+    run.machines.clear()
     code = ""
     try:
         function = find()
@@ -257,26 +350,45 @@ def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Reco
         if claim.package is not None and function is not None:
             setting = {**measurement.setting, claim.package: installed(claim.package)}
             measurement = measurement.model_copy(update={"setting": setting})
+        if run.machines:
+            setting = {**measurement.setting, "measured on": sorted(run.machines)}
+            measurement = measurement.model_copy(update={"setting": setting})
     except Unwritable:  # the next claim could not be written either
         raise
     except Exception as error:  # one claim's trouble must not cost the others their work
-        measurement = Measurement.failure(error)
+        measurement = Measurement.failure(error, run.device)
         with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
             file.write(f"{claim.id}\n{traceback.format_exc()}\n")
+    if measurement.out_of_memory:  # of the error nothing is left now that held tensors: the other claims get the room
+        gc.collect()
+        if run.device.startswith("cuda"):
+            torch.cuda.empty_cache()
     return Record.of(
         claim,
         measurement,
         budget=run.budget,
+        changes=run.changes,
         code=code,
         wall_seconds=round(time.perf_counter() - start + run.spared - spared, 3),
-        peak_memory_bytes=peak_memory(run.device),
+        peak_memory_bytes=max(peak_memory(run.device), run.peak),
     )
 
 
 def _function(run: Run, card: Card, claim: Claim, data: Places | None) -> Measure | None:
-    """What measures a claim at this budget; None where nothing can."""
-    if run.budget == "paper" and claim.at_paper is not None:
-        return partial(measure_at_paper, card=card, claim=claim, places=data)
+    """What measures a claim at this run's budget and setting; None where nothing can."""
+    measure = _own_measure(run.budget, card, claim, data)
+    if measure is None or not run.changes:
+        return measure
+    key = ("varied", claim.id)
+    if key not in run.memory:  # which holds on to it: a run knows experiments by what they are, not by their names
+        run.memory[key] = varied(measure, run.changes)
+    return run.memory[key]
+
+
+def _own_measure(budget: str, card: Card, claim: Claim, data: Places | None) -> Measure | None:
+    """What measures a claim at this budget and its own setting; None where nothing can."""
+    if budget == "paper" and claim.at_paper is not None:
+        return AtPaperScale(card, claim, data)
     if claim.lacks is not None or not card.has("claims"):
         return None
     return measuring_functions(card.resolve_module("claims")).get(claim.id)
@@ -290,7 +402,7 @@ def _still_good(
 
     What was not measured is tried again: what it needed may be there by now.
     """
-    if record.measurement.needs or record.measurement.failed:
+    if record.measurement.missed:
         return False
     try:
         function = find()
@@ -301,7 +413,7 @@ def _still_good(
     if claim.package is not None and installed(claim.package) != record.measurement.setting.get(claim.package):
         return False
     seeds = record.measurement.seeds
-    again = Record.of(claim, record.measurement, budget=run.budget)
+    again = Record.of(claim, record.measurement, budget=run.budget, changes=run.changes)
     return (
         (not seeds or tuple(seeds) == run.seeds)
         and (record.verdict, record.expects) == (again.verdict, again.expects)

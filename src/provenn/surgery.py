@@ -32,6 +32,7 @@ from provenn.bench import count_parameters
 from provenn.errors import UserError
 
 Place = str | type[nn.Module]
+Example = Any  # a tensor, a tuple of positional or a dict of keyword arguments: whatever the model takes
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def insert_after(
     factory: Callable[[int], nn.Module | None],
     *,
     name: str = "inserted",
-    example: Any = None,
+    example: Example = None,
 ) -> Changes:
     """Let a new module follow each module that `where` names.
 
@@ -101,31 +102,35 @@ def insert_after(
     0: BatchNorm2d follows Conv2d, 8 wide, as .norm, +16 parameters
     1 change, +16 parameters
     """
-    found = _find(model, where)
-    for module, names in found.items():
+    modules = _find(model, where)
+    for module, names in modules.items():
         if others := set(_names(model)[module]) - set(names):
             raise UserError(
                 f"{names[0]} and {', '.join(sorted(others))} are one module, so what follows one follows both; "
                 "name them all, or give the model a copy of its own first"
             )
     widths = (
-        {module: _width(module) for module in found} if example is None else _observed_widths(model, found, example)
+        {module: _width(module) for module in modules} if example is None else _observed_widths(model, modules, example)
     )
     planned = []
-    for module, names in found.items():
+    for module, names in modules.items():
         width = widths.get(module)
         if width is None:
             if example is None:
                 raise UserError(
-                    f"cannot tell how wide {names[0]} ({_kind(module)}) is; pass an input of the model as example="
+                    f"cannot tell how wide {names[0]} ({_class_name(module)}) is; "
+                    "pass an input of the model as example="
                 )
-            raise UserError(f"the model does not call {names[0]} ({_kind(module)}): it may use its weights directly")
-        new = _made(factory(width), like=module, model=model)
+            raise UserError(
+                f"the model does not call {names[0]} ({_class_name(module)}): it may use its weights directly"
+            )
+        new = _adapt_module(factory(width), like=module, model=model)
         if new is not None:
             child = _free_name(module, name)
-            what = f"{_kind(new)} follows {_kind(module)}, {width} wide, as .{child}"
+            what = f"{_class_name(new)} follows {_class_name(module)}, {width} wide, as .{child}"
+            # All modules are made before any is put in: what a factory refuses leaves the model as it was.
             planned += [(module, child, new, Change(" = ".join(names), what, count_parameters(new)))]
-    undo = [_follow(module, child, new) for module, child, new, _ in planned]
+    undo = [_add_follower(module, child, new) for module, child, new, _ in planned]
     if example is not None:
         try:
             _run(model, example, {})
@@ -139,9 +144,9 @@ def insert_after(
 def swap(
     model: nn.Module,
     where: Place | Sequence[Place],
-    factory: Callable[[Any], nn.Module | None],
+    factory: Callable[[Any], nn.Module | None],  # Any: it may ask for the class that `where` names
     *,
-    example: Any = None,
+    example: Example = None,
 ) -> Changes:
     """Put a new module in place of each one that `where` names.
 
@@ -166,42 +171,44 @@ def swap(
     1 change, +0 parameters
     """
     planned = []
-    gone: list[str] = []
+    replaced: list[str] = []
     for old, names in _find(model, where).items():
-        names = [name for name in names if not any(name.startswith(f"{outer}.") for outer in gone)]
-        new = _made(factory(old), like=old, model=model) if names else None
+        names = [name for name in names if not any(name.startswith(f"{outer}.") for outer in replaced)]
+        new = _adapt_module(factory(old), like=old, model=model) if names else None
         if new is not None:
             planned += [(old, names, new)]
-            gone += names
+            replaced += names
     expected = {} if example is None else _observed_shapes(model, [old for old, _, _ in planned], example)
     changes = []
     for old, names, new in planned:
+        # Counted on the whole model: a swapped module's weights may be tied to others that stay.
         before, size = _parameter_names(model), count_parameters(model)
-        _put(model, names, new)
+        _set_module(model, names, new)
         after = _parameter_names(model)
-        what = f"{_kind(old)} becomes {_kind(new)}"
+        what = f"{_class_name(old)} becomes {_class_name(new)}"
         for parameter in old.parameters():
-            lost = [key for key in before[parameter] if key not in after.get(parameter, [key])]
-            if lost:
-                what += f" (no longer tied to {after[parameter][0]}: {', '.join(lost)})"
+            untied = [key for key in before[parameter] if key not in after.get(parameter, [key])]
+            if untied:
+                what += f" (no longer tied to {after[parameter][0]}: {', '.join(untied)})"
         changes += [Change(" = ".join(names), what, count_parameters(model) - size)]
     if example is not None:
         try:
-            given = _observed_shapes(model, [new for _, _, new in planned], example)
+            shapes_after = _observed_shapes(model, [new for _, _, new in planned], example)
             for old, names, new in planned:
-                if given.get(new) != expected.get(old):
+                if shapes_after.get(new) != expected.get(old):
                     raise UserError(
-                        f"{names[0]}: {_kind(old)} gave {_told(expected.get(old))} for this example, "
-                        f"{_kind(new)} gives {_told(given.get(new))}; the change is undone"
+                        f"{names[0]}: {_class_name(old)} gave {_describe_shape(expected.get(old))} for this example, "
+                        f"{_class_name(new)} gives {_describe_shape(shapes_after.get(new))}; the change is undone"
                     )
         except Exception as error:  # whatever a stranger's module raises
+            # From the last to the first, so that a name is resolved in the model that it was found in.
             for old, names, _ in reversed(planned):
-                _put(model, names, old)
+                _set_module(model, names, old)
             if isinstance(error, UserError):
                 raise
-            words = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"the changed model does not run on the example: {type(error).__name__}: {words}; the change is undone"
+                f"the changed model does not run on the example: {type(error).__name__}: {reason}; the change is undone"
             ) from error
     return Changes(tuple(changes))
 
@@ -217,13 +224,13 @@ def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
     return swap(model, where, lambda old: nn.Identity())
 
 
-def _put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+def _set_module(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
 
 
-def _told(shape: tuple[int, ...] | None) -> str:
+def _describe_shape(shape: tuple[int, ...] | None) -> str:
     return "nothing" if shape is None else f"{shape}" if shape else "no tensor"
 
 
@@ -250,20 +257,20 @@ def _find(model: nn.Module, where: Place | Sequence[Place]) -> dict[nn.Module, l
     if not all(isinstance(place, str | type) for place in places):
         raise TypeError(f"where must be a name pattern, a module class, or a list of them, got {where!r}")
     names = _names(model)
-    found: dict[nn.Module, list[str]] = {}
-    unused = list(places)
-    for module, called in names.items():
+    modules: dict[nn.Module, list[str]] = {}
+    unmatched = list(places)
+    for module, module_names in names.items():
         for place in places:
             if isinstance(place, str):
-                hits = [name for name in called if _matches(name.split("."), place.split("."))]
+                hits = [name for name in module_names if _matches(name.split("."), place.split("."))]
             else:
-                hits = called if isinstance(module, place) else []
+                hits = module_names if isinstance(module, place) else []
             if hits:
-                unused = [other for other in unused if other != place]
-                found[module] = [name for name in called if name in hits or name in found.get(module, [])]
-    if unused or not places:
-        raise UserError(_nothing_matches(model, unused[0]) if unused else "no place was named")
-    return found
+                unmatched = [other for other in unmatched if other != place]
+                modules[module] = [name for name in module_names if name in hits or name in modules.get(module, [])]
+    if unmatched or not places:
+        raise UserError(_nothing_matches(model, unmatched[0]) if unmatched else "no place was named")
+    return modules
 
 
 def _matches(name: list[str], pattern: list[str]) -> bool:
@@ -271,22 +278,23 @@ def _matches(name: list[str], pattern: list[str]) -> bool:
         return not name
     if pattern[0] == "**":
         return any(_matches(name[i:], pattern[1:]) for i in range(len(name) + 1))
+    # Name by name, so that `*` never crosses a dot.
     return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
 
 
 def _nothing_matches(model: nn.Module, place: Place) -> str:
     if not isinstance(place, str):
-        kinds = Counter(_kind(module) for module in _names(model))
+        kinds = Counter(_class_name(module) for module in _names(model))
         listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(12))
-        return f"no {place.__name__} in this {_kind(model)}; it has {listed or 'no modules inside'}"
+        return f"no {place.__name__} in this {_class_name(model)}; it has {listed or 'no modules inside'}"
     # Names that differ in their numbers alone are one choice: layers.0.norm and layers.1.norm read layers.*.norm.
     names = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for called in _names(model).values() for name in called})
     close = get_close_matches(re.sub(r"(?<![^.])\d+(?![^.])", "*", place), names, n=5, cutoff=0.5)
     hint = f"close to it are {', '.join(close)}" if close else f"there are {', '.join(names[:12]) or 'none'}"
-    return f"no module of this {_kind(model)} is called {place!r}; {hint}"
+    return f"no module of this {_class_name(model)} is called {place!r}; {hint}"
 
 
-def _kind(module: nn.Module) -> str:
+def _class_name(module: nn.Module) -> str:
     return type(module).__name__
 
 
@@ -296,7 +304,7 @@ def _free_name(module: nn.Module, name: str) -> str:
     return next(candidate for candidate in candidates if not hasattr(module, candidate))
 
 
-def _made(new: object, *, like: nn.Module, model: nn.Module) -> nn.Module | None:
+def _adapt_module(new: object, *, like: nn.Module, model: nn.Module) -> nn.Module | None:
     """What a factory gave, on the device, in the precision and in the mode of what it joins."""
     if new is None:
         return None
@@ -307,20 +315,21 @@ def _made(new: object, *, like: nn.Module, model: nn.Module) -> nn.Module | None
     reference = next(iter(like.parameters()), None)
     reference = next(iter(model.parameters()), None) if reference is None else reference
     if reference is not None:
+        # Integers of a quantised host are no precision that new weights could be in.
         new.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
     return new if new.training == like.training else new.train(like.training)
 
 
 def _width(module: nn.Module) -> int | None:
     """Channels or features that a module gives: its own figure, or that of the last of its children to have one."""
-    for part in [module, *reversed(list(module.modules()))]:
+    for candidate in [module, *reversed(list(module.modules()))]:
         for attribute in ("out_channels", "out_features", "num_features", "embed_dim", "embedding_dim"):
-            if isinstance(width := getattr(part, attribute, None), int):
+            if isinstance(width := getattr(candidate, attribute, None), int):
                 return width
-        if isinstance(part, nn.GroupNorm):
-            return part.num_channels
-        if isinstance(part, nn.LayerNorm | nn.RMSNorm):
-            return part.normalized_shape[-1]
+        if isinstance(candidate, nn.GroupNorm):
+            return candidate.num_channels
+        if isinstance(candidate, nn.LayerNorm | nn.RMSNorm):
+            return candidate.normalized_shape[-1]
     return None
 
 
@@ -334,14 +343,15 @@ class _RunChild:
         self.child = child
         self.hook_id = -1
 
-    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: object, output: object) -> object:
         new = getattr(module, self.child)
         if isinstance(output, Tensor):
             return new(output)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
             return (new(output[0]), *output[1:])
         raise TypeError(
-            f"{_kind(module)} returns {type(output).__name__}; only a tensor, or a first one in a tuple, is followed"
+            f"{_class_name(module)} returns {type(output).__name__}; "
+            "only a tensor, or a first one in a tuple, is followed"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -350,10 +360,11 @@ class _RunChild:
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
 
 
-def _follow(module: nn.Module, child: str, new: nn.Module) -> Callable[[], None]:
+def _add_follower(module: nn.Module, child: str, new: nn.Module) -> Callable[[], None]:
     """Run `new` after `module` as its child; returns what undoes it."""
     module.add_module(child, new)
     handle = None
+    # A hook and not a wrapper: copies and exports of the module keep it, and no key of the state dict moves.
     if type(module).forward is not nn.Sequential.forward:  # that one runs its new last child by itself
         hook = _RunChild(child)
         handle = module.register_forward_hook(hook)
@@ -367,7 +378,7 @@ def _follow(module: nn.Module, child: str, new: nn.Module) -> Callable[[], None]
     return undo
 
 
-def _run(model: nn.Module, example: Any, hooks: dict[nn.Module, Callable]) -> None:
+def _run(model: nn.Module, example: Example, hooks: dict[nn.Module, Callable]) -> None:
     """One forward pass in eval mode that leaves no trace in the model."""
     modes = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
@@ -385,26 +396,28 @@ def _run(model: nn.Module, example: Any, hooks: dict[nn.Module, Callable]) -> No
             module.training = mode
 
 
-def _observed_widths(model: nn.Module, found: dict[nn.Module, list[str]], example: Any) -> dict[nn.Module, int]:
+def _observed_widths(model: nn.Module, modules: dict[nn.Module, list[str]], example: Example) -> dict[nn.Module, int]:
     """The width that a module claims, if its output has it; else images (4-D or more) have it second, tokens last."""
     widths: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, args: object, output: Any) -> None:
+    def note(module: nn.Module, args: object, output: object) -> None:
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor) and first.dim() > 1:
             claimed = _width(module)
             shape = first.shape
             widths[module] = claimed if claimed and claimed in shape[1:] else shape[1 if len(shape) > 3 else -1]
 
-    _run(model, example, dict.fromkeys(found, note))
+    _run(model, example, dict.fromkeys(modules, note))
     return widths
 
 
-def _observed_shapes(model: nn.Module, modules: Sequence[nn.Module], example: Any) -> dict[nn.Module, tuple[int, ...]]:
+def _observed_shapes(
+    model: nn.Module, modules: Sequence[nn.Module], example: Example
+) -> dict[nn.Module, tuple[int, ...]]:
     """The shape that each module gives, of a tuple its first; () for no tensor. A module not called is left out."""
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-    def note(module: nn.Module, args: object, output: Any) -> None:
+    def note(module: nn.Module, args: object, output: object) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         shapes[module] = tuple(first.shape) if isinstance(first, Tensor) else ()
 

@@ -76,15 +76,17 @@ def save(model: nn.Module, file: Path, label: Label) -> None:
 
 def locate(path: str | Path) -> Path:
     """The weight file at a path: itself, or the one in a run's folder."""
-    given = Path(path)
-    if given.is_dir():
-        inside = given / FILE
+    location = Path(path)
+    if location.is_dir():
+        inside = location / FILE
         if not inside.exists():
-            raise UserError(f"{given} holds no {FILE}: give the folder of a finished `provenn train`, or a weight file")
+            raise UserError(
+                f"{location} holds no {FILE}: give the folder of a finished `provenn train`, or a weight file"
+            )
         return inside
-    if not given.exists():
-        raise UserError(f"no weights at {given}: give a weight file, or the folder of a finished `provenn train`")
-    return given
+    if not location.exists():
+        raise UserError(f"no weights at {location}: give a weight file, or the folder of a finished `provenn train`")
+    return location
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Label | None]:
@@ -118,16 +120,17 @@ def read_contents(path: str | Path) -> Contents:
         raise UserError(f"refused {file}: {reason}; give a .safetensors file or a plain state dict") from None
     if isinstance(content, dict) and "pytorch-lightning_version" in content and (file.parent / FILE).exists():
         raise UserError(f"{file} is there to resume a training; its weights are in {file.parent / FILE}")
-    noted = [content[name] for name in CONFIGS if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    configs = [content[name] for name in CONFIGS if isinstance(content, dict) and isinstance(content.get(name), dict)]
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"refused {file}: expected a state dict of tensors, got {type(content).__name__}")
     names = list(content)
+    # DistributedDataParallel's prefix.
     shared = "module." if all(name.startswith("module.") for name in names) else ""
     state = {name.removeprefix(shared): value for name, value in content.items()}
-    return Contents(state, None, _plain(noted[0]) if noted else {})
+    return Contents(state, None, _plain(configs[0]) if configs else {})
 
 
 def read_official(
@@ -157,13 +160,13 @@ def read_official(
     contents = read_contents(path)
     convert = card.resolve("official:convert")
     # Of some papers the shapes do not tell all: their `convert` asks for what the file and its user know besides.
-    asks = "config" in inspect.signature(convert).parameters
-    known = {"config": contents.config, "preset": preset, **options} if asks else {}
-    name, found, converted = convert(contents.state, **known)
+    takes_config = "config" in inspect.signature(convert).parameters
+    arguments = {"config": contents.config, "preset": preset, **options} if takes_config else {}
+    name, official_options, converted = convert(contents.state, **arguments)
     if preset not in (None, name):
         raise UserError(f"{path} holds weights of {name}, not of {preset}")
     chosen = card.preset(name)
-    built_with = {**found, **options}
+    built_with = {**official_options, **options}
     model = build(name, **built_with) if build else card.resolve(chosen.build)(**{**chosen.options, **built_with})
     load_into(model, converted, str(path))
     task = card.task_of(chosen)
@@ -173,8 +176,8 @@ def read_official(
 def _plain(value: Any) -> Any:
     """Nested dictionaries without the attributes that an ordered one may carry."""
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in {**getattr(value, "__dict__", {}), **value}.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {name: _plain(entry) for name, entry in {**getattr(value, "__dict__", {}), **value}.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _is_pickle(file: Path) -> bool:
@@ -203,7 +206,7 @@ def _label(text: str, file: Path) -> Label:
         return TypeAdapter(Label).validate_python(json.loads(text))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        place = ".".join(str(key) for key in first["loc"]) or "the whole"
         raise UserError(f"{file}: its label cannot be read: {place}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: its label is no JSON: {error}") from None
@@ -215,17 +218,20 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     Raises:
         UserError: names or shapes differ, with the first few of them; or a number that is none.
     """
-    own = model.state_dict()
-    storages = {name: tensor.data_ptr() for name, tensor in own.items()}
-    held = {storages[name] for name in state if name in storages}
-    missing = [n for n in own if n not in state and (own[n].numel() == 0 or storages[n] not in held)]
-    unexpected = [n for n in state if n not in own]
-    shapes = [n for n in state if n in own and own[n].shape != state[n].shape]
+    model_state = model.state_dict()
+    # Tied tensors share a storage, and a file may hold either name: one of them loaded is enough.
+    storages = {name: tensor.data_ptr() for name, tensor in model_state.items()}
+    loaded_storages = {storages[name] for name in state if name in storages}
+    missing = [
+        n for n in model_state if n not in state and (model_state[n].numel() == 0 or storages[n] not in loaded_storages)
+    ]
+    unexpected = [n for n in state if n not in model_state]
+    shapes = [n for n in state if n in model_state and model_state[n].shape != state[n].shape]
     if missing or unexpected or shapes:
         problems = []
         if shapes:
             name = shapes[0]
-            problems.append(f"{name} is {list(state[name].shape)} where the model has {list(own[name].shape)}")
+            problems.append(f"{name} is {list(state[name].shape)} where the model has {list(model_state[name].shape)}")
         problems += [
             f"{what} {', '.join(names[:3])}"
             for what, names in (("lacks", missing), ("has unknown", unexpected))

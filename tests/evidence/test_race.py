@@ -2,7 +2,9 @@ import pytest
 
 from provenn import bench
 from provenn.catalog import Claim, Region
+from provenn.errors import UserError
 from provenn.evidence import Race, Run, decide
+from provenn.evidence.claim import settable, varied
 from provenn.evidence.race import FEWEST_ROUNDS
 from provenn.evidence.record import LEDGER, Ledger
 from provenn.evidence.verdict import Verdict
@@ -26,6 +28,26 @@ def test_counts_have_no_uncertainty_and_name_their_sides(tmp_path):
 def test_at_another_size(tmp_path):
     race = Race("lines", {"a": lambda n, d: lambda: n, "b": lambda n, d: lambda: 8}, sizes=(2, 4, 8), quantity="count")
     assert race.against("a", "b", at=4)(Run("p", tmp_path)).effect == 0.5
+
+
+def test_at_other_sizes_it_is_another_race_of_another_key(tmp_path):
+    run, claim = Run("p", tmp_path), COUNT.against("three", "one")
+    assert settable(claim) == {"sizes": tuple[int, ...]}
+    first, other = claim(run), varied(claim, {"sizes": (2, 16)})(run)
+    assert (first.setting["at"], other.setting["at"], other.value) == (8, 16, 3 * 256)
+    assert len(Ledger.read(run.folder / LEDGER).trials) == 2
+    for bad, words in (
+        ({"sizes": (4, 2)}, "that grow"),
+        ({"sizes": ()}, "that grow"),
+        ({"sizes": (0, 1)}, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            varied(claim, bad)
+    with pytest.raises(UserError, match="growth needs at least three"):
+        varied(COUNT.grows("one"), {"sizes": (2, 4)})
+    clock = Race("clock", COUNT.runners, sizes=(2, 4)).against("one", "three")
+    with pytest.raises(UserError, match=f"rounds must be at least {FEWEST_ROUNDS}, got 2"):
+        varied(clock, {"rounds": 2})
 
 
 def test_growth_is_the_exponent(tmp_path):

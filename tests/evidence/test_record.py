@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provenn.catalog import Claim, Figure
+from provenn.catalog import Claim, Figure, Region
 from provenn.errors import UserError
-from provenn.evidence import Evidence, Measurement, Picture, Record, Series, Skill, Table
+from provenn.evidence import Evidence, Measurement, Picture, Record, Series, Skill, Table, Verdict
 from provenn.evidence.measurement import MOST_POINTS
 from provenn.evidence.record import (
     Environment,
@@ -101,7 +101,7 @@ def test_a_new_record_takes_the_place_of_the_old_one_and_occasions_without_recor
     assert [r.claim for r in evidence.records] == ["a", "b", "c"]
     assert [evidence.occasions[r.occasion].budget for r in evidence.records] == ["small", "paper", "small"]
     assert evidence.record("b").measurement.value == 4 and evidence.record("z") is None
-    evidence.keep_claims({"b"})
+    evidence.keep_claims(["b"])
     assert [r.claim for r in evidence.records] == ["b"] and evidence.occasions == [later]
     (found, missing) = evidence.findings([CLAIM.model_copy(update={"id": name}) for name in ("b", "z")])
     assert found.occasion == later and missing.record is None and "provenn reproduce p" in missing.reason
@@ -232,3 +232,22 @@ def test_numpy_and_torch_numbers_become_python_s():
 
 def test_arrays_become_lists():
     assert plain({"a": np.arange(3), "b": np.array([[1.5]])}) == {"a": [0, 1, 2], "b": [[1.5]]}
+
+
+def test_another_setting_stands_beside_the_claim_s_own_and_is_never_reproduced(tmp_path):
+    claim = Claim(
+        id="demo", kind="cost", says="It is so.", published=Figure(value=2, source="t"), expects=Region(above=1)
+    )
+    own, changed = (
+        Record.of(claim, Measurement.exact(2), budget="small", changes=changes) for changes in ({}, {"sizes": (1, 2)})
+    )
+    assert (own.verdict, changed.verdict) == (Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS)
+    evidence = Evidence(paper="demo")
+    for each in (own, changed, changed):
+        evidence.put(each, TODAY)
+    evidence.write(tmp_path / "evidence.json")
+    again = Evidence.read(tmp_path / "evidence.json")
+    assert again.schema_version == 3 and len(again.records) == 2
+    assert again.record("demo") == own and again.record("demo", {"sizes": [1, 2]}).changes == {"sizes": [1, 2]}
+    assert [found.record for found in again.findings([claim])] == [own]
+    assert [found.changes for found in again.at_other_settings([claim])] == [{"sizes": [1, 2]}]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provenn.evidence.statement import PROVED, Judgement, Outcome, Standing, judge
-from provenn.evidence.verdict import Verdict
+from provenn.evidence.verdict import NO_VERDICT, Verdict
 
 KINDS = ("exact", "cost", "quality")
 STATEMENTS = (*KINDS, "use")
@@ -32,7 +32,7 @@ def test_the_order_of_the_claims_does_not_matter(kind, every, random):
 
 @given(st.sampled_from(STATEMENTS), outcomes)
 def test_what_was_not_measured_neither_helps_nor_harms(kind, every):
-    absent = [Outcome(k, Verdict.NOT_MEASURED, at) for k in KINDS for at in (True, False)]
+    absent = [Outcome(k, verdict, at) for k in KINDS for at in (True, False) for verdict in NO_VERDICT]
     assert judge(kind, "x", every) == judge(kind, "x", [*absent, *every])
 
 
@@ -85,3 +85,9 @@ def test_without_a_measurement_it_says_what_it_needs():
         "quality", Verdict.NOT_MEASURED, reason="nothing was learned: a reaches 1, the trivial predictor 1"
     )
     assert "nothing was learned" in str(judge("quality", "", [absent]))
+
+
+def test_what_a_device_lacks_is_why_a_statement_is_not_measured():
+    assert str(judge("cost", "", [Outcome("cost", Verdict.OUT_OF_MEMORY, reason="on cpu: 9 bytes")])) == (
+        "not measured: out of memory on cpu: 9 bytes"
+    )

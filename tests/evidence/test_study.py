@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from provenn.catalog import Claim, Region
+from provenn.errors import UserError
 from provenn.evidence import Run, Study, Verdict, decide
+from provenn.evidence.claim import settable, varied
 from provenn.evidence.record import LEDGER, Ledger
 from provenn.evidence.study import TUNING_SEED
 from provenn.tasks import Task, TaskData
@@ -226,3 +228,27 @@ def test_a_smoke_run_neither_tunes_nor_trains_in_full(tmp_path):
 def test_mistakes_are_told_when_claims_are_read(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_one_rate_for_all_arms_is_tuned_for_none(tmp_path):
+    CALLS.clear()
+    changed = varied(STUDY.against("a", "b"), {"lr": 0.01, "epochs": 2})
+    measured = changed(Run("p", tmp_path, seeds=(0, 1, 2)))
+    assert {call["recipe"].lr for call in CALLS} == {0.01} and {call["recipe"].epochs for call in CALLS} == {2}
+    assert TUNING_SEED not in {call["seed"] for call in CALLS}
+    assert measured.setting["lr"] == {"arm A": 0.01, "arm B": 0.01} and "tuned" not in measured.setting
+
+
+def test_what_follows_from_the_data_cannot_be_set(tmp_path):
+    def sized(seed: int, smoke: bool) -> TaskData:
+        return replace(data(seed, smoke), options={"classes": 3})
+
+    def with_classes(part: str, classes: int = 2, width: int = 4) -> nn.Module:
+        return Answer(part)
+
+    claim = replace(STUDY, data=sized, build=with_classes).figure("a")
+    assert {"classes", "width", "epochs", "lrs"} <= settable(claim).keys()
+    run = Run("p", tmp_path, seeds=(0, 1, 2))
+    varied(claim, {"width": 8})(run)
+    with pytest.raises(UserError, match="classes follows from the data, where it is 3, got 5"):
+        varied(claim, {"classes": 5})(run)

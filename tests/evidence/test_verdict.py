@@ -198,3 +198,13 @@ def test_a_statement_is_true_or_false(truth, verdict):
 )
 def test_without_a_measurement_there_is_a_reason(measurement, reason):
     assert decide(claim(), measurement) == (Verdict.NOT_MEASURED, reason)
+
+
+def test_a_published_figure_says_nothing_of_another_setting():
+    figure = claim("exact", published=Figure(value=80, unit="parameters", source="abstract"))
+    assert decide(figure, Measurement.exact(80))[0] is Verdict.REPRODUCED
+    assert decide(figure, Measurement.exact(80), changed=True) == (
+        Verdict.NOT_MEASURED,
+        "the published figure is of another setting",
+    )
+    assert decide(claim("exact"), Measurement.holds(False), changed=True)[0] is Verdict.NOT_REPRODUCED

@@ -11,15 +11,18 @@ from provenn.bench import flops, growth
 from provenn.ops import linear_attention as package
 from provenn.ops.linear_attention import (
     LinearState,
+    attention_outputs,
     bidirectional_attention,
     causal_attention,
     chunked_product,
+    fast,
     linear_attention,
     linear_attention_weights,
     quadratic_attention,
     recurrent_attention,
+    resolved,
 )
-from provenn.ops.linear_attention.fast import CausalProduct
+from provenn.ops.linear_attention.fast import CausalProduct, Quadratic, sliced_product
 
 
 def chunks_of(size):
@@ -240,3 +243,103 @@ def test_kernel_differentiates_as_the_chunked_form(monkeypatch):
         ]  # fmt: skip
     for kernel, plain in zip(*results):
         torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-3)
+
+
+# Outputs alone, by either form
+
+
+@pytest.fixture(params=["whole", "in slices"])
+def weights_made(request, monkeypatch):
+    """The quadratic form's weights at once, or a few rows at a time."""
+    if request.param == "in slices":
+        monkeypatch.setattr(fast, "WHOLE", 0)
+        monkeypatch.setitem(fast.SLICE, "cpu", 2000)
+
+
+def outputs_and_gradients(attend, *inputs, **options):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    outputs = attend(*inputs, **options)
+    return outputs, *torch.autograd.grad((outputs * draw(*outputs.shape, seed=7)).sum(), inputs)
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic", "auto"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 33, 65, 90])
+@pytest.mark.parametrize("hidden", [None, 0.4, 1.0])
+def test_either_form_is_the_matrix_with_its_gradients(weights_made, name, causal, n, hidden):
+    inputs = features(2, 3, n, 4), features(2, 3, n, 4, seed=1), draw(2, 3, n, 5, seed=2)
+    mask = None if hidden is None else torch.rand(2, 1, n, generator=torch.Generator().manual_seed(n)) >= hidden
+    options = {"causal": causal, "mask": mask}
+    ours = outputs_and_gradients(attention_outputs, *inputs, form=name, **options)
+    for part, defined in zip(ours, outputs_and_gradients(quadratic_attention, *inputs, **options)):
+        torch.testing.assert_close(part, defined, rtol=1e-10, atol=1e-10)
+
+
+def test_queries_of_another_number_are_answered_by_either_form(weights_made):
+    q, k, v = features(2, 3, 7, 4), features(2, 3, 20, 4, seed=1), draw(2, 3, 20, 5, seed=2)
+    linear, quadratic = (attention_outputs(q, k, v, causal=False, form=name) for name in ("linear", "quadratic"))
+    torch.testing.assert_close(quadratic, linear, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="a query a token, got 7 queries and 20 tokens"):
+        attention_outputs(q, k, v)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_quadratic_form_gradchecks_twice(causal):
+    inputs = [x.requires_grad_() for x in (features(3, 6, 2), features(3, 6, 2, seed=1), draw(3, 6, 2, seed=2))]
+    assert torch.autograd.gradcheck(lambda *x: Quadratic.apply(*x, causal), inputs)
+    assert torch.autograd.gradgradcheck(lambda *x: Quadratic.apply(*x, causal), inputs)
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_either_form_under_autocast_and_transforms(weights_made, name, causal):
+    inputs = [x.float() for x in (features(3, 2, 70, 4), features(3, 2, 70, 4, seed=1), draw(3, 2, 70, 5, seed=2))]
+
+    def form(*x):
+        return attention_outputs(*x, causal=causal, form=name)
+
+    plain = outputs_and_gradients(form, *inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = form(*leaves)
+    weight = draw(*outputs.shape, seed=7)
+    for ours, theirs in zip((outputs, *torch.autograd.grad((outputs * weight).sum(), leaves)), plain):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(form)(*inputs), plain[0], rtol=1e-5, atol=1e-5)
+    gradient = torch.func.grad(lambda *x: (form(*x) * weight).sum(), argnums=(0, 1, 2))(*inputs)
+    for ours, theirs in zip(gradient, plain[1:]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("n", [1, 64, 65, 200])
+def test_slices_of_rows_give_the_chunked_product(n, reverse, monkeypatch):
+    monkeypatch.setitem(fast.SLICE, "cpu", 3000)
+    inputs = draw(5, n, 4), draw(5, n, 4, seed=1), draw(5, n, 3, seed=2), draw(5, 4, 3, seed=3)
+    for ours, plain in zip(sliced_product(*inputs, reverse), chunked_product(*inputs, reverse)):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_auto_changes_form_once_and_later_for_wider_heads(causal):
+    sizes, changes = range(8, 2048, 8), []
+    for dim in (16, 24, 64):
+        forms = [resolved("auto", n, features=2 * dim, dim=dim, causal=causal, rows=16) for n in sizes]
+        first = forms.index("linear")
+        assert set(forms[:first]) == {"quadratic"} and set(forms[first:]) == {"linear"}
+        changes.append(sizes[first])
+    assert changes == sorted(changes) and changes[0] < changes[-1] < 512
+    with pytest.raises(ValueError, match="form must be one of"):
+        resolved("fast", 8, features=4, dim=4, causal=causal)
+
+
+def test_auto_is_the_form_that_was_at_least_a_quarter_faster():
+    """Of both forms, forward and in training, by CPU time on one thread: (rows, width of a head, tokens)."""
+    for rows, dim, n in ((64, 24, 128), (4, 24, 128), (24, 64, 160), (1, 64, 256), (64, 16, 128)):
+        assert resolved("auto", n, features=2 * dim, dim=dim, causal=True, rows=rows) == "quadratic"
+    for rows, dim, n in ((64, 24, 384), (4, 24, 384), (1, 64, 512), (64, 16, 384)):
+        assert resolved("auto", n, features=2 * dim, dim=dim, causal=True, rows=rows) == "linear"
+    for rows, dim, n in ((64, 24, 16), (4, 24, 48), (24, 64, 64), (1, 64, 64), (64, 16, 16)):
+        assert resolved("auto", n, features=2 * dim, dim=dim, causal=False, rows=rows) == "quadratic"
+    for rows, dim, n in ((64, 24, 128), (4, 24, 160), (24, 64, 160), (1, 64, 256), (64, 16, 96)):
+        assert resolved("auto", n, features=2 * dim, dim=dim, causal=False, rows=rows) == "linear"

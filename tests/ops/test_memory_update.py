@@ -99,17 +99,20 @@ def forgets(depth, dim=4, hidden=6):
     residual=st.booleans(),
     gating=st.sampled_from(list(GATINGS)),
     hidden=st.sampled_from([0.0, 0.3, 1.0]),
+    blocks=st.booleans(),
     data=st.data(),
 )
 def test_equals_the_sequential_rule_however_it_is_cut(
-    n, chunk, depth, momentum, read, limit, residual, gating, hidden, data
+    n, chunk, depth, momentum, read, limit, residual, gating, hidden, blocks, data
 ):
     cuts = tuple(sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=2)))) if n > 1 else ()
     qkv, gates = tokens(n, dim=4, momentum=momentum, seed=n, channels=GATINGS[gating](depth))
     start = matrices(2, 4, 4, depth)
     mask = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) >= hidden if hidden else None
     options = {"chunk": chunk, "read": read, "limit": limit, "residual": residual, "mask": mask}
-    ours, position = everything(chunked_memory, qkv, gates, start, cuts, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "SMALL", 0 if blocks else fast.SMALL)
+        ours, position = everything(chunked_memory, qkv, gates, start, cuts, **options)
     defined, expected = everything(recurrent_memory, qkv, gates, start, **options)
     assert position == expected == n % chunk
     # A layer norm divides by how much its input spreads, and enlarges rounding by as much, each layer's once more.
@@ -425,3 +428,32 @@ def test_shapes_that_do_not_fit_are_refused(untyped):
             update(qkv, gates._replace(**{name: getattr(gates, name)[:, :, :1]}), state=start)
     with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\) = \(2, 6\), got \(2, 5\)"):
         update(qkv, gates, state=start, mask=torch.ones(2, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_a_chunk_in_blocks_keeps_gates_at_their_ends(momentum, monkeypatch):
+    """Full forgetting, full momentum and none of either: no product is a quotient of others."""
+    qkv, gates = tokens(24, dim=4, channels=forgets(2), momentum=momentum)
+    ends = gates.like((x > x.median()).double() for x in gates.flat)._replace(step=0.1 * gates.step)
+    start = matrices(2, 4, 4, 2)
+    whole = everything(chunked_memory, qkv, ends, start, chunk=12)[0]
+    monkeypatch.setattr(fast, "SMALL", 0)
+    for ours, theirs in zip(everything(chunked_memory, qkv, ends, start, chunk=12)[0], whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_products_of_gates_have_all_their_digits_or_are_zero():
+    """Matrix products of subnormal numbers take twenty times as long."""
+    factors = torch.full((60, 1), 0.1).requires_grad_()
+    found = fast._products(factors)
+    for products in found:
+        assert (products == 0).any() and products[products != 0].min() > 1e-20
+    assert torch.autograd.grad(sum(products.sum() for products in found), factors)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("size", "block"), [(16, 4), (64, 8), (12, 3), (13, 13), (1, 1)])
+def test_blocks_divide_a_chunk_where_its_products_are_many(size, block):
+    many = fast.SMALL + 1
+    assert fast._block(many, size, 4) == block
+    assert fast._block(many, size, 1) == size  # one product for all channels
+    assert fast._block(1, size, 1) == size

@@ -709,3 +709,29 @@ def test_distillation_as_a_task_has_the_mean_loss_of_the_layers_and_the_metric_o
     torch.testing.assert_close(task.loss(model, batch), sum(losses) / 2)
     assert task.metric == of.metric and task.trivial(data) == of.trivial(data)
     assert task.evaluate(model.eval(), data.val) == of.evaluate(model, data.val)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n", [5, 90])
+def test_a_layer_is_the_same_however_it_is_executed(causal, n):
+    torch.manual_seed(0)
+    layers = [
+        HedgehogAttention(12, 3, causal=causal, execute=name).double() for name in ("linear", "quadratic", "auto")
+    ]
+    x = torch.randn(2, n, 12, dtype=torch.float64)
+    for layer in layers:
+        layer.load_state_dict(layers[0].state_dict())
+        torch.testing.assert_close(layer(x), layers[0](x), rtol=1e-10, atol=1e-10)
+    if causal:
+        torch.testing.assert_close(layers[1].prefill(x)[0], layers[0](x), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="execute must be one of auto, linear, quadratic, got 'fast'"):
+        HedgehogAttention(12, 3, execute="fast")
+
+
+@pytest.mark.parametrize("form", ["softmax", "joint", "exp"])
+def test_the_floor_is_the_same_with_and_without_gradients(form):
+    phi = HedgehogFeatureMap(2, 4, form=form)
+    x = 40 * torch.randn(1, 2, 30, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = phi(x)
+    assert torch.equal(phi(x).detach(), plain) and plain.min().item() == pytest.approx(1e-12)

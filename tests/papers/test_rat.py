@@ -43,12 +43,12 @@ from provenn.papers.rat.studies import (
     NEEDLES,
     _state_after,
     attention,
-    held,
+    count_stream_bytes,
+    loss_rise,
     needles,
     open_gates,
     pair_reader,
     read_needles,
-    rise,
     rnn,
     selection,
     streamed,
@@ -816,7 +816,7 @@ def test_a_timed_stream_holds_what_one_that_has_read_holds(build, count):
     layer = build(8, 2)
     with torch.no_grad():
         _, real = layer.prefill(torch.randn(3, count, 8))
-        made = _state_after(layer, count, 3, "cpu", torch.float32)
+        made = _state_after(layer, count, 3, device="cpu", dtype=torch.float32)
         made_bytes, real_bytes = (getattr(state, "nbytes", None) or state_bytes((state,)) for state in (made, real))
         assert made_bytes == real_bytes
         y, after = layer.step(torch.randn(3, 8), made)
@@ -826,7 +826,7 @@ def test_a_timed_stream_holds_what_one_that_has_read_holds(build, count):
 
 
 def test_bytes_held_are_those_of_the_layers_in_bfloat16():
-    count = held(attention, RATMixer, dim=8, heads=2)(33, "cpu")()
+    count = count_stream_bytes(attention, RATMixer, dim=8, heads=2)(33, "cpu")()
     layers = [attention(8, 2).bfloat16(), RATMixer(8, 2).bfloat16()]
     with torch.no_grad():
         states = [layer.prefill(torch.randn(1, 33, 8).bfloat16())[1] for layer in layers]
@@ -857,9 +857,9 @@ class Telling(nn.Module):
 
 def test_the_rise_is_of_the_end_of_a_longer_text_against_its_start():
     data = text(128, True)
-    assert rise(Telling(512), data) == pytest.approx(0, abs=1e-6)
-    assert rise(Telling(300), data) > 0.3
-    assert rise(Telling(0), data) == pytest.approx(0, abs=1e-6)
+    assert loss_rise(Telling(512), data) == pytest.approx(0, abs=1e-6)
+    assert loss_rise(Telling(300), data) > 0.3
+    assert loss_rise(Telling(0), data) == pytest.approx(0, abs=1e-6)
 
 
 def test_selection_is_of_needles_against_filler():

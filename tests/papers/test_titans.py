@@ -724,3 +724,14 @@ def test_what_is_switched_off_is_set_against_what_is_left_on(claim, study, figur
     monkeypatch.setattr(Study, "measure", lambda self, run, arms: ({}, {"seeds": run.seeds, "unit": ""}))
     found = getattr(claims, claim)(Run("titans", tmp_path, budget="small", seeds=(1, 2, 3)))
     assert found.effect == pytest.approx(effect)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_both_forms_of_the_memory_run_beside_the_port(training):
+    race = claims.beside_the_port(4, training, 2, 10, (8,))
+    for form in claims.FORMS:
+        found = race.runners[form](8, "cpu")()
+        assert len(found) > 4 and found[0].shape == (2, 10, 8) if training else found.shape == (2, 10, 8)
+    asked = {(one.system, one.baseline) for one in claims.BENCHMARKS if one.within == 0.8}
+    assert asked == {(form, "titans-pytorch") for form in claims.FORMS}
+    assert {one.package for one in claims.BENCHMARKS} == {"titans-pytorch"}

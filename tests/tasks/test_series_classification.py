@@ -121,7 +121,7 @@ def test_a_folder_with_the_archives_pair(tmp_path):
         ("1,2\n" + "3,4\n" * 20, "no labels|row 1 holds numbers"),
         ("x,y\n" + "3,4\n" * 20, "no labels"),
         ("label,1\na,1\nb,2\n", "too few"),
-        ("label,1\na,1\nb,\n", "row 3, column '1' is empty"),
+        ("label,1\na,1\nb,\n", "row 3: every value of 'channel 1' is missing"),
     ],
 )
 def test_bad_series_are_refused_in_one_line(tmp_path, content, says):

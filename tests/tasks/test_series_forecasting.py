@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from provenn.data.tables import read_table
 from provenn.errors import UserError
 from provenn.tasks import get_task
 from provenn.training import Recipe, fit
@@ -148,8 +149,10 @@ def test_prediction_refuses_other_columns_and_a_short_past(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("date,x\n2020-01-01,1\n2020-01-02,\n", "row 3, column 'x' is empty"),
-        ("date,x\n2020-01-01,1\n2020-01-02,nan\n", "row 3, column 'x' is nan"),
+        ("date,x\n2020-01-01,1\n2020-01-02,\n", "the last 1 of 2 values of 'x' are missing"),
+        ("date,x\n2020-01-01,nan\n2020-01-02,1\n", "the first 1 of 2 values of 'x' are missing"),
+        ("date,x\n2020-01-01,1\n2020-01-02,inf\n", "row 3, column 'x' is inf"),
+        ("date,x,y\n2020-01-01,1,\n2020-01-02,2,\n", "every value of 'y' is missing"),
         ("x,y\n1,2\n1,low\n", "row 3, column 'y': expected a number, got 'low'"),
         ("date\n2020-01-01\n", "no column besides 'date'"),
         ("x\n1\n2\n3\n", "has 3 rows: too few"),
@@ -189,3 +192,46 @@ def test_windows_that_do_not_fit_are_refused():
             TASK.load("airline", **{option: 0})
     with pytest.raises(UserError, match="144 rows: too few for a context of 24 and a horizon of 40"):
         TASK.load("airline", horizon=40)
+
+
+@pytest.mark.parametrize("kind", ["csv", "german.csv", "tsv", "xlsx", "parquet"])
+def test_a_file_as_people_have_it_is_read_alike_in_training_evaluation_and_prediction(tmp_path, kind):
+    """The same values from any kind of file, and the forecast written in the kind that was read."""
+    values = np.round(np.random.default_rng(0).normal(size=(60, 2)) * 1500, 2)
+    dates = [f"{1960 + i // 12}-{i % 12 + 1:02d}" for i in range(60)]
+    plain = "month,a,b\n" + "".join(f"{day},{x},{y}\n" for day, (x, y) in zip(dates, values))
+    (tmp_path / "plain.csv").write_text(plain)
+    file = tmp_path / f"mine.{kind}"
+    if kind in ("xlsx", "parquet"):
+        pytest.importorskip("openpyxl")
+        frame = pytest.importorskip("pandas").DataFrame({"month": dates, "a": values[:, 0], "b": values[:, 1]})
+        frame.to_excel(file, index=False) if kind == "xlsx" else frame.to_parquet(file)
+    elif kind == "german.csv":
+        file.write_text(plain.replace(",", ";").replace(".", ","), encoding="utf-8-sig")
+    else:
+        file.write_text(plain.replace(",", "\t" if kind == "tsv" else ","))
+    expected, data = TASK.load(tmp_path / "plain.csv"), TASK.load(file)
+    assert data.fingerprint == expected.fingerprint and data.meta == expected.meta
+    assert torch.equal(TASK.held_out(file, data.meta).dataset.values, data.train.values)
+    model = Linear(2, data.meta["context"], data.meta["horizon"])
+    out = tmp_path / f"out{file.suffix}"
+    TASK.predict(model, data.meta, [file], out)
+    TASK.predict(model, data.meta, [tmp_path / "plain.csv"], tmp_path / "plain_out.csv")
+    made, same = read_table(out), read_table(tmp_path / "plain_out.csv")
+    assert made.columns == same.columns == ["month", "a", "b"] and made.column("month") == same.column("month")
+    np.testing.assert_allclose(made.numbers(["a", "b"]), same.numbers(["a", "b"]), rtol=1e-6)
+    if kind == "german.csv":
+        assert made.style.separator == ";" and made.style.encoding == "utf-8-sig" and made.decimal_of(["a"]) == ","
+
+
+def test_missing_values_are_filled_or_refused_and_a_first_column_of_numbers_is_no_date(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("a;b\n" + "".join(f"{i},5;{'' if i == 7 else 2 * i}\n" for i in range(60)))
+    with pytest.warns(UserWarning, match="1 of 120 values missing, the first in row 9, column 'b'"):
+        data = TASK.load(file)
+    assert data.meta["columns"] == ["a", "b"]
+    shown = data.train.values[7] * torch.tensor(data.meta["std"]) + torch.tensor(data.meta["mean"])
+    torch.testing.assert_close(shown, torch.tensor([7.5, 14.0]), check_dtype=False)
+    for refused in (lambda: TASK.load(file, holes="refuse"), lambda: TASK.held_out(file, data.meta, holes="refuse")):
+        with pytest.raises(UserError, match="row 9, column 'b' is empty"):
+            refused()

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from provenn.nn.diffusion import noise_schedule
 from provenn.tasks import TaskData, get_task
-from provenn.tasks.base import NAMES
+from provenn.tasks.discovery import SHARED
 from provenn.tasks.language_modelling import Windows
 from provenn.tasks.masked_language_modelling import Blanks
 from provenn.tasks.recall import IGNORED
@@ -224,7 +224,7 @@ def evaluated(task, model, dataset):
         return task.evaluate(model.eval(), dataset)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHARED)
 def test_the_trivial_predictor_is_a_model_that_sees_nothing_fitted_on_train_and_judged_on_test(name):
     """Models of this file's own, fitted to the training split by it, go through `evaluate`."""
     task, (data, models, guess) = get_task(name), UNMOVED.get(name, lambda: CASE(name))()
@@ -235,7 +235,7 @@ def test_the_trivial_predictor_is_a_model_that_sees_nothing_fitted_on_train_and_
     assert trivial == task.trivial(data), "nothing of it is drawn anew"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHARED)
 def test_fit_reports_the_metrics_of_the_test_split(name):
     task, (data, models, _) = get_task(name), CASE(name)
     recipe = Recipe(epochs=1, max_steps=1, batch_size=4, lr=1e-6)

@@ -1,12 +1,16 @@
 """The smallest task there is, for tests of training. Run as a program it trains over two processes."""
 
+import math
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from provenn.errors import UserError
 from provenn.tasks import Task, TaskData
 from provenn.training import Recipe, fit
 
@@ -45,11 +49,42 @@ def build(dropout=0.0):
     return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 1)).double()
 
 
+def build_single():
+    return build().float()
+
+
 RECIPE = Recipe(epochs=3, batch_size=8, optimizer="sgd", lr=0.05, schedule="cosine", clip=1.0, precision="64-true")
+SINGLE = replace(RECIPE, precision="32-true")
+
+
+class Breaks(Line):
+    """Breaks off in the validation of its second epoch, in every process."""
+
+    def evaluate(self, model, dataset, batch_size=256):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 2:
+            raise SystemExit(7)
+        return super().evaluate(model, dataset, batch_size)
+
+
+class Explodes(Line):
+    """Has a loss that is no number in one of two processes."""
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        return loss if os.environ.get("LOCAL_RANK", "0") == "0" else loss * math.inf
+
 
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    result = fit(build, Line(), Line().load(), RECIPE, devices=2, strategy="ddp", out=out)
+    out, strategy, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    task = {"breaks": Breaks, "explodes": Explodes}.get(kind, Line)()
+    maker, recipe = (build_single, SINGLE) if strategy == "fsdp" else (build, RECIPE)
+    try:
+        result = fit(
+            maker, task, Line().load(), recipe, devices=2, strategy=strategy, out=out, resume=kind == "resumes"
+        )
+    except UserError as error:
+        sys.exit(f"refused: {error}")
     # Only the first process comes here: a second one would find the file and fail.
     with open(out / "result.pt", "xb") as file:
         torch.save([result.model.state_dict(), result.curve, result.metrics, result.steps], file)

@@ -32,7 +32,8 @@ _typed: list[str] = []
 
 
 def slugs(incomplete: str) -> list[tuple[str, str]]:
-    return [(slug, card.title) for slug, card in catalog.cards().items() if slug.startswith(incomplete)]
+    names = [(name, card.title) for card in catalog.cards().values() for name in (card.slug, card.arxiv) if name]
+    return [(name, title) for name, title in names if name.startswith(incomplete) and (incomplete or "." not in name)]
 
 
 def of_the_paper(attribute: str, key: str) -> Callable[[Any, str], list[str]]:
@@ -40,7 +41,7 @@ def of_the_paper(attribute: str, key: str) -> Callable[[Any, str], list[str]]:
 
     def complete(ctx: Any, incomplete: str) -> list[str]:
         named = ctx.params.get("slug") or ctx.params.get("slugs") or ()
-        named = [named] if isinstance(named, str) else named
+        named = {catalog.slug_of(name) for name in ([named] if isinstance(named, str) else named)}
         papers = [card for slug, card in catalog.cards().items() if not named or slug in named]
         found = {getattr(entry, key) for card in papers for entry in getattr(card, attribute)}
         return sorted(name for name in found if name.startswith(incomplete))
@@ -66,7 +67,9 @@ def devices(incomplete: str) -> list[str]:
     return [name for name in ("auto", "cpu", "cuda", "mps") if name.startswith(incomplete)]
 
 
-Slug = Annotated[str, typer.Argument(help="The paper, as `provenn list` calls it.", autocompletion=slugs)]
+Slug = Annotated[
+    str, typer.Argument(help="The paper, as `provenn list` calls it, or its arXiv number.", autocompletion=slugs)
+]
 Preset = Annotated[
     str | None, typer.Option(help="The system; by default the first.", autocompletion=of_the_paper("presets", "name"))
 ]

@@ -15,7 +15,7 @@ from provenn.evidence.measurement import Measurement
 from provenn.evidence.measurement import Table as Numbers
 from provenn.evidence.record import Finding
 from provenn.evidence.statement import Standing
-from provenn.evidence.verdict import Verdict
+from provenn.evidence.verdict import NO_VERDICT, Verdict
 from provenn.progress import without_controls
 
 if TYPE_CHECKING:  # timings are torch's, and `list` does without
@@ -41,6 +41,8 @@ COLOURS = {
     Verdict.INCONCLUSIVE: "yellow",
     Verdict.NOT_REPRODUCED: "red",
     Verdict.NOT_MEASURED: "bright_black",
+    Verdict.UNSUPPORTED: "bright_black",
+    Verdict.OUT_OF_MEMORY: "bright_black",
 }
 
 
@@ -93,7 +95,7 @@ def statements(judged: Iterable[view.Judged]) -> Table:
     rows = []
     for each in judged:
         says = escape(each.statement.says)
-        measured = [f for f in each.findings if f.verdict is not Verdict.NOT_MEASURED]
+        measured = [f for f in each.findings if f.verdict not in NO_VERDICT]
         reason = each.judgement.reason or next((f.reason for f in each.findings if f.reason), "")
         ours = "; ".join(f"{view.SYMBOLS[f.verdict]} {view.shortly(f)}" for f in measured[:MOST_FINDINGS]) or reason
         more = f" and {len(measured) - MOST_FINDINGS} more" if len(measured) > MOST_FINDINGS else ""
@@ -119,7 +121,7 @@ def claims(findings: Iterable[Finding]) -> Table:
     rows = []
     for finding in findings:
         origin = "" if finding.claim.origin == "paper" else " [dim](ours)[/]"
-        ours = "\n".join(filter(None, (view.ours(finding.measurement), view.when(finding))))
+        ours = "\n".join(filter(None, (view.ours(finding.measurement), view.when(finding), view.at_setting(finding))))
         reason = f"\n[dim]{escape(finding.reason)}[/]" if finding.reason else ""
         rows.append(
             (

@@ -44,7 +44,12 @@ def convert(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Convert a pretrained model, train what is new, tune it, and say what was kept of its quality."""
+    """Convert a pretrained model, train what is new, tune it, and say what was kept of its quality.
+
+    \b
+    provenn convert hedgehog gpt2 --data stdlib -o converted
+    provenn convert rat models/llama --data text --tune lora -o converted
+    """
     card = catalog.card(slug)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out} is not empty; name a new folder for the converted model")

@@ -23,7 +23,12 @@ def data(
     places: Places = None,
     json: Json = False,
 ) -> None:
-    """Data sets that the papers name: found or not, where each is expected, and which claims it unlocks."""
+    """Data sets that the papers name: found or not, where each is expected, and which claims it unlocks.
+
+    \b
+    provenn data
+    provenn data set5 --data set5=photos/Set5
+    """
     from provenn.cli import console
 
     given = datasets.given_places(places or [])
@@ -66,7 +71,7 @@ def _checkpoint(name: str, places: datasets.Places) -> datasets.Found:
 def _entry(name: str, found: datasets.Found, known: datasets.DataSet | None = None) -> dict[str, Any]:
     return {
         "name": name,
-        "title": known.title if known else f"the authors' weights of {name.partition(':')[2]}",
+        "title": known.title if known else f"weights of {name.partition(':')[2]}, by its authors",
         "found": found.there,
         "place": str(found.place),
         "missing": list(found.missing),

@@ -11,16 +11,25 @@ EXTRAS = {
     "aeon": "series",
     "gymnasium": "series",
     "h5py": "series",
+    "pandas": "tables",
+    "openpyxl": "tables",
+    "pyarrow": "tables",
     "transformers": "hf",
     "onnxscript": "onnx",
     "tensorboard": "tensorboard",
+    "kornia": "augment",
+    "ray": "cluster",
 }
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "skimage", "safetensors", "matplotlib")
 
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """What this machine can run, and what is missing."""
+    """What this machine can run, and what is missing.
+
+    \b
+    provenn doctor
+    """
     from provenn.cli import console
 
     with progress.shown():
@@ -122,7 +131,7 @@ def _trouble(card: catalog.Card) -> str:
     try:
         for target in (*(m.layer for m in card.mechanisms), *(preset.build for preset in card.presets)):
             card.resolve(target)
-        for module in ("claims", "official", "inspection", "convert"):
+        for module in ("claims", "official", "inspection", "convert", "task"):
             if card.has(module):
                 card.resolve_module(module)
     except UserError as error:
@@ -132,13 +141,16 @@ def _trouble(card: catalog.Card) -> str:
 
 def _data() -> dict[str, dict[str, Any]]:
     """For each task, whether the first of its embedded data sets can be loaded here, and what others there are."""
-    from provenn.tasks import get_task
-    from provenn.tasks.base import NAMES
+    from provenn.tasks import get_task, task_names
+    from provenn.tasks.discovery import shadowed
 
-    found: dict[str, dict[str, Any]] = {}
-    for task in progress.track(NAMES, "embedded data"):
+    found: dict[str, dict[str, Any]] = {name: {"loads": False, "about": why} for name, why in shadowed().items()}
+    for task in progress.track(task_names(), "embedded data"):
         try:
             kind = get_task(task)
+            if not kind.embedded:
+                found[task] = {"loads": True, "about": f"none; it reads {kind.reads}"}
+                continue
             first, *others = kind.embedded
             loaded = kind.load(first)
             sizes = ", ".join(str(len(part)) for part in (loaded.train, loaded.val, loaded.test))  # type: ignore[arg-type]

@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from provenn import catalog
-from provenn.catalog import Card
-from provenn.cli.app import Json, Slot, Slug, Task, app, tell
+from provenn.catalog import Card, Preset
+from provenn.cli.app import Json, Slot, Slug, Task, app, of_the_paper, tell
 from provenn.errors import UserError
 from provenn.evidence.record import Finding
+from provenn.progress import without_controls
 
 
 @app.command("list")
@@ -19,7 +20,12 @@ def list_papers(
     slot: Slot = None,
     json: Json = False,
 ) -> None:
-    """Find a paper or a mechanism."""
+    """Find a paper or a mechanism.
+
+    \b
+    provenn list channel attention
+    provenn list --slot token-mixer
+    """
     from provenn.cli import console
 
     known = list(catalog.cards().values())
@@ -69,13 +75,35 @@ def _entry(card: Card) -> dict:
 def show(
     slug: Slug,
     everything: Annotated[bool, typer.Option("--all", help="Every claim, mechanism and preset too.")] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="One system: what --set and --recipe take, with types and defaults.",
+            autocompletion=of_the_paper("presets", "name"),
+        ),
+    ] = None,
+    bibtex: Annotated[bool, typer.Option("--bibtex", help="The entry for a bibliography, and nothing else.")] = False,
     json: Json = False,
 ) -> None:
-    """What a paper's abstract says, and what of it holds."""
+    """What a paper's abstract says, and what of it holds.
+
+    \b
+    provenn show eca_net --all
+    provenn show 1910.03151 --bibtex
+    provenn show craft --preset craft_small
+    """
     from provenn.cli import console
     from provenn.evidence import view
 
     card = catalog.card(slug)
+    if preset is not None and (everything or bibtex):
+        raise UserError("give --preset, or --all or --bibtex")
+    if preset is not None:
+        _system(card, card.preset(preset), json)
+        return
+    if bibtex and not json:
+        print(without_controls(card.bibtex()))
+        return
     evidence = view.committed(card)
     statements = view.judged(card, evidence)
     findings = evidence.findings(card.claims) if evidence else [Finding(card.slug, claim) for claim in card.claims]
@@ -83,6 +111,7 @@ def show(
         console.machine(
             {
                 **card.model_dump(mode="json", exclude={"folder"}),
+                "bibtex": card.bibtex(),
                 "weights": {name: catalog.label_of_shipped(file) for name, file in card.shipped.items()},
                 "verdicts": [{"says": s.statement.says, "verdict": str(s.judgement)} for s in statements],
                 "evidence": evidence.model_dump(mode="json", exclude_defaults=True) if evidence else None,
@@ -101,15 +130,20 @@ def show(
         out.print(f"\n[bold]{view.tally_of_statements(statements)}[/] of {len(statements)} statements", highlight=False)
     if evidence:
         out.print("[dim]measured " + console.escape("; ".join(dict.fromkeys(view.where(evidence.occasions)))) + "[/]")
+    elsewhere = evidence.at_other_settings(card.claims) if evidence else []
     if everything:
-        _everything(card, findings)
+        _everything(card, findings, elsewhere)
     out.print()
     if not everything:
         out.print(f"provenn show {card.slug} --all       {len(card.claims)} claims, mechanisms, presets")
     if card.claims:
         out.print(f"provenn reproduce {card.slug}        measure them here")
-    if card.presets:
-        out.print(f"provenn train {card.slug} --preset {card.presets[0].name} --data …")
+    if card.tasks and card.presets:
+        name = card.preset().name
+        out.print(f"provenn train {card.slug} --preset {name} --data …")
+        out.print(f"provenn show {card.slug} --preset {name}        what its --set and --recipe take")
+    elif card.presets:
+        out.print(f"from Python: provenn.paper({card.slug!r}).build(); its presets have nothing to train")
     for name, file in card.shipped.items():
         which = "" if name == next(iter(card.shipped)) else f" --preset {name}"
         words = console.escape(catalog.shipped_in_words(file))
@@ -118,8 +152,40 @@ def show(
         out.print(f"provenn inspect {card.slug} …")
 
 
-def _everything(card: Card, findings: list[Finding]) -> None:
-    """Mechanisms, presets and every claim: those under statements first, then the body's, then ours."""
+def _system(card: Card, preset: Preset, json: bool) -> None:
+    """One preset, and what can be set of it."""
+    from dataclasses import asdict
+
+    from provenn.api import Paper
+    from provenn.cli import console
+    from provenn.options import settings_of
+
+    task, told = card.work_of(preset), settings_of(Paper(card), preset.name)
+    if json:
+        console.machine({**preset.model_dump(mode="json"), "task": task, "settings": [asdict(each) for each in told]})
+        return
+    out = console.console()
+    out.print(f"[bold]{console.escape(preset.name)}[/] of {card.slug}, for {task or _no_task(preset)}")
+    for line in (preset.summary, "; ".join(map(str, preset.published))):
+        if line:
+            out.print(console.escape(line))
+    for option, kinds in (("--set", ("data", "system", "prediction")), ("--recipe", ("recipe",))):
+        rows = [
+            list(map(console.escape, (s.name, s.type, s.default, s.of)))
+            for s in told
+            if s.of.partition(",")[0] in kinds
+        ]
+        if rows:
+            out.print("", console.table((option, "takes", "by default", "of"), rows))
+    data = preset.data or "…"
+    if task is None:
+        out.print(f"\nprovenn.paper({card.slug!r}).build({preset.name!r})", markup=False)
+        return
+    out.print(f"\nprovenn train {card.slug} --preset {preset.name} --data {data} --set KEY=VALUE --recipe KEY=VALUE")
+
+
+def _everything(card: Card, findings: list[Finding], elsewhere: list[Finding]) -> None:
+    """Mechanisms, presets and every claim: under statements, the body's, ours; then what other settings gave."""
     from provenn.cli import console
 
     out = console.console()
@@ -128,12 +194,18 @@ def _everything(card: Card, findings: list[Finding]) -> None:
         out.print("", console.table(("mechanism", "slot", "layer"), rows))
     if card.presets:
         rows = [
-            (f"[bold]{p.name}[/]", p.task or card.task or "", "; ".join(map(str, p.published))) for p in card.presets
+            (f"[bold]{p.name}[/]", card.work_of(p) or _no_task(p), "; ".join(map(str, p.published)))
+            for p in card.presets
         ]
         out.print("", console.table(("preset", "task", "published"), rows))
-    for title, chosen in by_origin(card, findings).items():
+    tables = by_origin(card, findings) | {"At other settings, which bear on no statement": elsewhere}
+    for title, chosen in tables.items():
         if chosen:
             out.print(f"\n[bold]{title}[/]", console.claims(chosen))
+
+
+def _no_task(preset: Preset) -> str:
+    return "no task: a procedure" if preset.task == "" else "no task: a model for Python"
 
 
 def by_origin(card: Card, findings: list[Finding]) -> dict[str, list[Finding]]:
@@ -153,7 +225,12 @@ def board(
     ] = None,
     json: Json = False,
 ) -> None:
-    """All evidence at a glance: a strip of the abstract's statements a paper."""
+    """All evidence at a glance: a strip of the abstract's statements a paper.
+
+    \b
+    provenn board
+    provenn board --from runs/latest
+    """
     from provenn.cli import console
     from provenn.evidence import view
     from provenn.evidence.statement import Standing

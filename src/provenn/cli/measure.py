@@ -24,6 +24,7 @@ from provenn.cli.app import (
     tell,
 )
 from provenn.cli.data import Places
+from provenn.cli.work import pairs
 from provenn.errors import UserError
 from provenn.progress import without_controls
 
@@ -45,25 +46,67 @@ def reproduce(
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
-    jobs: Annotated[int, typer.Option(help="Papers measured side by side; they share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Trials side by side, each in a process; they share the cores.")] = 1,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="Trials on the machines of a Ray cluster; auto takes the one that runs here, or begins one.",
+        ),
+    ] = None,
     places: Places = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Measure at another setting, such as epochs=3 or sizes=[64,128], kept beside the claims' own; "
+            "repeatable.",
+        ),
+    ] = None,
     out: Out = RUN,
     resume: Resume = False,
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Measure papers' claims, and give each a verdict."""
+    """Measure papers' claims, and give each a verdict.
+
+    \b
+    provenn reproduce eca_net --headline
+    provenn reproduce craft --claim set5_x2 --budget paper --data set5=photos/Set5
+    """
     if everything == bool(slugs):
         raise UserError("name the papers to reproduce, or give --all; `provenn list` names them")
-    chosen = list(catalog.cards().values()) if everything else [catalog.card(s) for s in dict.fromkeys(slugs or [])]
+    chosen = (
+        list(catalog.cards().values())
+        if everything
+        else [catalog.card(s) for s in dict.fromkeys(map(catalog.slug_of, slugs or []))]
+    )
     if claim and len(chosen) > 1:
         raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
     if claim and headline:
         raise UserError("give --claim or --headline, not both")
     if places and budget != "paper":
         raise UserError(f"--data is for --budget paper; at {budget} the data are embedded")
+    if changes and len(chosen) > 1:
+        raise UserError(f"--set is for one paper, and {len(chosen)} were named")
     given = datasets.given_places(places or [])
-    _measure(chosen, claim, budget, seeds, device, out, resume, strict, json, jobs=jobs, headline=headline, data=given)
+    _measure(
+        chosen,
+        claim,
+        budget,
+        seeds,
+        device,
+        out,
+        resume,
+        strict,
+        json,
+        jobs=jobs,
+        cluster=cluster,
+        headline=headline,
+        data=given,
+        changes=pairs(changes or [], example="epochs=3"),
+    )
 
 
 @app.command()
@@ -82,6 +125,9 @@ def bench(
     """Speed beside baselines and installed peers; of one paper also what it claims about time, memory and FLOPs.
 
     A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns.
+
+    \b
+    provenn bench aaren --budget smoke
     """
     from provenn.cli import console
     from provenn.reproduce import BUDGETS
@@ -169,8 +215,10 @@ def _measure(
     json: bool,
     detailed: bool = False,
     jobs: int = 1,
+    cluster: str | None = None,
     headline: bool = False,
     data: datasets.Places | None = None,
+    changes: dict[str, Any] | None = None,
     speed: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     from provenn.cli import console
@@ -184,12 +232,15 @@ def _measure(
 
     def done(finding: Finding) -> None:
         figure = finding.reason or view.ours(finding.measurement)
-        tell(f"{view.SYMBOLS[finding.verdict]} {finding.paper} {finding.claim.id}: {finding.verdict}; {figure}")
+        setting = view.at_setting(finding)
+        line = f"{view.SYMBOLS[finding.verdict]} {finding.paper} {finding.claim.id}: {finding.verdict}; {figure}"
+        tell(f"{line}; {setting}" if setting else line)
 
     with resumable(lambda: any((out / card.slug / EVIDENCE).exists() for card in papers)), progress.shown():
         findings = reproduce_many(
             papers,
             jobs=jobs,
+            cluster=cluster,
             claims=claims,
             headline=headline,
             budget=budget,
@@ -198,6 +249,7 @@ def _measure(
             out=out,
             resume=resume,
             data=data,
+            changes=changes,
             tell=tell,
             done=done,
         )
@@ -213,7 +265,7 @@ def _measure(
         for card in papers:
             mine = [finding for finding in findings if finding.paper == card.slug]
             terminal.print(f"\n[bold]{console.escape(card.title)}[/]")
-            if claims is None:
+            if claims is None and not changes:
                 statements = view.judged(card, Evidence.read(out / card.slug / EVIDENCE))
                 told = [each for each in statements if any(f.record for f in each.findings)] if headline else statements
                 terminal.print(console.statements(told), "")
@@ -258,7 +310,12 @@ def compare(
     out: Out = Path("runs/compare"),
     json: Json = False,
 ) -> None:
-    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped."""
+    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped.
+
+    \b
+    provenn compare --slot channel-gate --with eca,se,none --data digits
+    provenn compare --slot token-mixer --with softmax,rat --data stdlib --seeds 5
+    """
     from provenn.cli import console
     from provenn.compare import compare as measure
     from provenn.evidence import Measurement

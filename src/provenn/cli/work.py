@@ -32,7 +32,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Stop after so many; by default the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default the preset's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step; by default the preset's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step and device; by default the preset's.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
     precision: Annotated[str | None, typer.Option(help=f"{', '.join(PRECISIONS)}; by default the preset's.")] = None,
     patience: Annotated[
@@ -44,17 +44,24 @@ def train(
             "--recipe",
             metavar="KEY=VALUE",
             help="Of the training, such as ema=0.999, schedule=cosine, final_lr=1e-5, warmup_steps=100, "
-            "weight_decay=0.05, decay_vectors=false; repeatable.",
+            "weight_decay=0.05, decay_vectors=false, mixup=0.8, rand_augment=9, layer_decay=0.65; repeatable.",
         ),
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Of the data or the system, such as horizon=24; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of the data or the system, such as horizon=24, repeatable; `provenn show SLUG --preset P` lists all.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes everything random.")] = 0,
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
-    strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="How many on each machine; each takes its batch.")] = 1,
+    num_nodes: Annotated[
+        int, typer.Option(min=1, help="Machines: run the same command on each, by torchrun or with NODE_RANK set.")
+    ] = 1,
+    strategy: Annotated[str, typer.Option(help="auto, ddp, or fsdp, which divides weights and their state.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read the data.")] = 0,
     resume: Resume = False,
     save_every: Annotated[
@@ -80,6 +87,7 @@ def train(
     from provenn import api
     from provenn.cli import console
     from provenn.evidence.view import number
+    from provenn.tasks import Task as Kind
     from provenn.tasks import get_task
     from provenn.training.checkpoints import CHECKPOINT
 
@@ -107,6 +115,7 @@ def train(
             seed=seed,
             device=device,
             devices=devices,
+            num_nodes=num_nodes,
             strategy=strategy,
             workers=workers,
             resume=resume,
@@ -130,7 +139,7 @@ def train(
     if logger is not None:
         terminal.print(f"written  {console.escape(str(folder / 'log'))}", soft_wrap=True)
     work = get_task(json.loads((folder / "run.json").read_text())["task"])
-    if work.name not in api.PROBES:
+    if work.name not in api.PROBES and type(work).predict is not Kind.predict:
         given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
         out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
         place = without_controls(shlex.quote(str(folder)))
@@ -147,7 +156,10 @@ def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=2
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"{option} takes KEY=VALUE, such as {example}, got {text!r}")
+            raise UserError(
+                f"{option} takes KEY=VALUE, such as {example}, got {text!r}; "
+                "`provenn show SLUG --preset NAME` lists what there is"
+            )
         try:
             pairs[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -160,6 +172,12 @@ def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed:
     card = catalog.card(slug)
     if weights is not None or not (needed or (preset in card.shipped if preset else card.shipped)):
         return weights is not None
+    if not (preset in card.shipped if preset else card.shipped):
+        from provenn.api import Paper
+
+        if Paper(card).is_parameter_free(preset):
+            tell(f"{card.preset(preset).name} has no parameters: it is used as it is built")
+            return True
     file = card.shipped_weights(preset)
     tell(f"with the weights that ship: {file.stem}, {catalog.shipped_in_words(file)}")
     return True
@@ -190,7 +208,12 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Apply trained weights to files; a language model's text comes as it is written."""
+    """Apply trained weights to files; a language model's text comes as it is written.
+
+    \b
+    provenn predict craft photo.png -o photo_x2.png
+    provenn predict rat 'def main(' --set tokens=200
+    """
     from provenn import api
 
     options = {**pairs(changes or []), **({} if reference is None else {"reference": reference})}
@@ -238,7 +261,12 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Metrics of trained weights on data, with intervals over the examples, beside the published figures."""
+    """Metrics of trained weights on data, with intervals over the examples, beside the published figures.
+
+    \b
+    provenn evaluate eca_net --data digits
+    provenn evaluate aaren --weights runs/aaren --data series.csv --out metrics
+    """
     from provenn import api
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
@@ -280,7 +308,11 @@ def inspect(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PNG", help="Where a picture goes.")] = None,
     json: Json = False,
 ) -> None:
-    """What goes on inside a paper's system on an input of yours, such as the gates of its layers."""
+    """What goes on inside a paper's system on an input of yours, such as the gates of its layers.
+
+    \b
+    provenn inspect eca_net cat.png -o gates.png
+    """
     from provenn import api, inspection
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
@@ -312,7 +344,11 @@ def export(
     weights: Weights = None,
     preset: Preset = None,
 ) -> None:
-    """Trained weights with their system as an ONNX file."""
+    """Trained weights with their system as an ONNX file.
+
+    \b
+    provenn export craft -o craft.onnx
+    """
     from provenn import api
 
     _say_what_ships(slug, weights, preset)

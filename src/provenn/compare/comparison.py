@@ -82,23 +82,29 @@ class SlotComparison:
         """The Pareto front, cheapest first: nobody is at least as good at no more cost."""
         sign = 1 if self.higher_is_better else -1
 
-        def beaten(one: Candidate) -> bool:
-            mine = (-one.cost(cost), sign * one.mean)
-            others = [(-other.cost(cost), sign * other.mean) for other in self.candidates]
-            return any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in others)
+        def is_dominated(candidate: Candidate) -> bool:
+            own_point = (-candidate.cost(cost), sign * candidate.mean)
+            other_points = [(-other.cost(cost), sign * other.mean) for other in self.candidates]
+            # Equal points do not dominate each other: both stay on the front.
+            return any(
+                other != own_point and other[0] >= own_point[0] and other[1] >= own_point[1] for other in other_points
+            )
 
-        return sorted((one for one in self.candidates if not beaten(one)), key=lambda one: one.cost(cost))
+        return sorted(
+            (candidate for candidate in self.candidates if not is_dominated(candidate)),
+            key=lambda candidate: candidate.cost(cost),
+        )
 
     @property
     def telling(self) -> list[str]:
         """The costs that tell candidates apart: not those that are the same for all, to a hundredth."""
-        ranges = {cost: [one.cost(cost) for one in self.candidates] for cost in COSTS}
+        ranges = {cost: [candidate.cost(cost) for candidate in self.candidates] for cost in COSTS}
         return [cost for cost, costs in ranges.items() if max(costs) > 1.01 * min(costs)] or ["latency"]
 
     @property
     def tables(self) -> list[Table]:
         """Quality against cost, and what else the host measures."""
-        names = [one.name for one in self.candidates]
+        names = [candidate.name for candidate in self.candidates]
         seeds = len(self.candidates[0].quality)
         return [self.table, *([language.table(names, self.more, seeds)] if self.more else [])]
 
@@ -108,18 +114,22 @@ class SlotComparison:
         reference = self.candidates[0]
         fronts = {cost: self.front(cost) for cost in self.telling}
         rows: list[list[str | float | int | None]] = []
-        for one in self.candidates:
-            added = one.parameters - reference.parameters
+        for candidate in self.candidates:
+            added = candidate.parameters - reference.parameters
             rows.append(
                 [
-                    one.name,
-                    one.paper,
-                    _with_interval(one.mean, one.interval, ".4f"),
-                    "" if one is reference else _with_interval(one.difference, one.difference_interval, "+.4f"),
-                    f"{one.parameters:,}" + (f" ({added:+,})" if one is not reference else ""),
-                    f"{one.flops / 1e6:.2f} M",
-                    "1" if one is reference else _with_interval(one.latency, one.latency_interval, ".2f"),
-                    ", ".join(WORDS[cost] for cost in fronts if one in fronts[cost]),
+                    candidate.name,
+                    candidate.paper,
+                    _with_interval(candidate.mean, candidate.interval, ".4f"),
+                    ""
+                    if candidate is reference
+                    else _with_interval(candidate.difference, candidate.difference_interval, "+.4f"),
+                    f"{candidate.parameters:,}" + (f" ({added:+,})" if candidate is not reference else ""),
+                    f"{candidate.flops / 1e6:.2f} M",
+                    "1"
+                    if candidate is reference
+                    else _with_interval(candidate.latency, candidate.latency_interval, ".2f"),
+                    ", ".join(WORDS[cost] for cost in fronts if candidate in fronts[cost]),
                 ]
             )
         seeds = len(reference.quality)
@@ -152,29 +162,39 @@ class SlotComparison:
             "FLOPs": "operations on one example, millions",
             "latency": f"time of one example, × {self.candidates[0].name}",
         }
-        every = figure.subplots(1, len(self.telling), sharey=True, squeeze=False)[0]
-        for axes, cost in zip(every, self.telling):
-            costs = {one.name: one.cost(cost) / scale[cost] for one in self.candidates}
+        panels = figure.subplots(1, len(self.telling), sharey=True, squeeze=False)[0]
+        for axes, cost in zip(panels, self.telling):
+            costs = {candidate.name: candidate.cost(cost) / scale[cost] for candidate in self.candidates}
             front = self.front(cost)
-            line = [costs[one.name] for one in front], [one.mean for one in front]
+            line = [costs[candidate.name] for candidate in front], [candidate.mean for candidate in front]
             axes.plot(*line, color="0.75", zorder=0, label="the best for its cost")
-            for number, one in enumerate(self.candidates):
-                low, high = one.interval or (one.mean, one.mean)
-                bounds = [[one.mean - low], [high - one.mean]]
+            for number, candidate in enumerate(self.candidates):
+                low, high = candidate.interval or (candidate.mean, candidate.mean)
+                bounds = [[candidate.mean - low], [high - candidate.mean]]
                 style = mark(number)
-                axes.errorbar(costs[one.name], one.mean, bounds, capsize=3, linestyle="none", label=one.name, **style)
-                alone = {"marker": style["marker"], "color": style["color"], "s": 14, "alpha": 0.4}
-                axes.scatter([costs[one.name]] * len(one.quality), one.quality, **alone)  # each seed
+                axes.errorbar(
+                    costs[candidate.name],
+                    candidate.mean,
+                    bounds,
+                    capsize=3,
+                    linestyle="none",
+                    label=candidate.name,
+                    **style,
+                )
+                seed_style = {"marker": style["marker"], "color": style["color"], "s": 14, "alpha": 0.4}
+                axes.scatter(
+                    [costs[candidate.name]] * len(candidate.quality), candidate.quality, **seed_style
+                )  # each seed
             axes.set_xlabel(labels[cost])
             plain_axis(axes, "x", list(costs.values()))
             axes.margins(x=0.15)
             axes.grid(alpha=0.3)
         better = "higher" if self.higher_is_better else "lower"
-        every[0].set_ylabel(f"test {self.metric.replace('_', ' ')} ({better} is better)")
-        figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+        panels[0].set_ylabel(f"test {self.metric.replace('_', ' ')} ({better} is better)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
         seeds = len(self.candidates[0].quality)
-        many = f"faint: each of {seeds} seeds; whiskers: 95 % interval of their mean" if seeds > 1 else "one seed"
-        figure.suptitle(f"{self.slot} on {self.data}: {self.host}\n{many}", fontsize=10)
+        seeds_note = f"faint: each of {seeds} seeds; whiskers: 95 % interval of their mean" if seeds > 1 else "one seed"
+        figure.suptitle(f"{self.slot} on {self.data}: {self.host}\n{seeds_note}", fontsize=10)
         return figure
 
     def save(self, out: str | Path) -> list[Path]:
@@ -188,7 +208,10 @@ class SlotComparison:
             self.figure().savefig(place, dpi=110)
         files = [table, plot, numbers]
         if self.more:
-            names, qualities = [one.name for one in self.candidates], {one.name: one.quality for one in self.candidates}
+            names, qualities = (
+                [candidate.name for candidate in self.candidates],
+                {candidate.name: candidate.quality for candidate in self.candidates},
+            )
             files.insert(2, folder / f"{self.slot}-context.png")
             with whole(files[2]) as place:
                 language.figure(names, self.more, qualities, self.metric.replace("_", " ")).savefig(place, dpi=110)
@@ -255,7 +278,7 @@ def compare(
             task,
             data=lambda seed, smoke: loaded,
             arms={name: (name, factory) for name, (factory, _) in chosen.items()},
-            build=partial(_built, host),
+            build=partial(_build_model, host),
             recipe=recipe,
             smoke=host.recipe["smoke"],
             lrs=host.lrs,
@@ -263,7 +286,7 @@ def compare(
             setting={"host": host.about},
         )
         reference = next(iter(chosen))
-        qualities, costs, more = {}, {}, {}
+        qualities, costs, context = {}, {}, {}
         recall = language.recall_study({name: factory for name, (factory, _) in chosen.items()}, budget)
         with progress.bar(f"compare {slot}", len(chosen)) as advance:
             for name, (factory, _) in chosen.items():
@@ -271,17 +294,22 @@ def compare(
                 qualities[name] = [trial[task.metric] for trial in trials]
                 _tell_diverged(trials, name, run, tell)
                 build = partial(host.build, factory, loaded.options)
-                against = None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
-                cost = partial(_cost, build, against, task, loaded, device, rounds=3 if run.smoke else 15)
+                build_reference = (
+                    None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
+                )
+                cost = partial(
+                    _cost, build, build_reference, task=task, data=loaded, device=device, rounds=3 if run.smoke else 15
+                )
                 code = checksum(_cost, host.build, factory, chosen[reference][0])
+                # Kept under the checksum of all code that it times, so that a changed mechanism is timed anew.
                 costs[name] = run.trial(f"{name}: cost", cost, reference=reference, code=code, **study.facts(run))
                 if host.more:
-                    other = (reference, chosen[reference][0])
+                    reference_mixer = (reference, chosen[reference][0])
                     recalled = recall.trials(run, name)
                     _tell_diverged(recalled, f"{name}, recall", run, tell)
-                    more[name] = {
+                    context[name] = {
                         "recall": [{"by_distance": [], **trial, "curve": None} for trial in recalled],
-                        **language.context_costs(run, name, factory, other, loaded.options),
+                        **language.context_costs(run, name, factory, reference=reference_mixer, options=loaded.options),
                     }
                 advance()
         rates = {name: study.rate(run, name)[0] for name in chosen}
@@ -290,6 +318,7 @@ def compare(
             setting["recall"] = {"steps": recall.recipe_for(run).max_steps, **language.RECALL}
             setting["recall"]["lr"] = {name: recall.rate(run, name)[0] for name in chosen}
 
+    # Seeds are paired: both sides of a difference saw the same batches in the same order.
     base = qualities[reference]
     return SlotComparison(
         slot=slot,
@@ -313,7 +342,7 @@ def compare(
             for name, (_, paper) in chosen.items()
         ),
         setting={"budget": budget, "seeds": list(chosen_seeds), "device": device, **setting},
-        more=language.settled(more, reference) if more else {},
+        more=language.settled(context, reference) if context else {},
     )
 
 
@@ -328,9 +357,9 @@ def _choose(
     """Each candidate's factory, and the slug of its paper (none for a baseline)."""
     baselines = host.baselines()
     known: dict[str, tuple[Factory, str]] = {name: (factory, "") for name, factory in baselines.items()}
-    found = mechanisms_of(slot, taken=baselines)
+    mechanisms = mechanisms_of(slot, taken=baselines)
     broken: dict[str, UserError] = {}
-    for name, (card, mechanism) in found.items():
+    for name, (card, mechanism) in mechanisms.items():
         extra = {"causal": True} if slot == "token-mixer" else {}
         try:
             known[name] = (partial(card.resolve(mechanism.layer), **mechanism.arguments, **extra), card.slug)
@@ -339,22 +368,22 @@ def _choose(
     if names is None:
         for name, trouble in broken.items():
             tell(f"{name} is left out: {trouble}")
-    named = known if names is None else [n if n in known else first_mechanism(n, found) for n in names]
-    wanted = list(dict.fromkeys(named))
-    wanted.sort(key=lambda name: name != next(iter(baselines)))  # the reference comes first
-    for name in wanted:
+    requested = known if names is None else [n if n in known else first_mechanism(n, mechanisms) for n in names]
+    chosen = list(dict.fromkeys(requested))
+    chosen.sort(key=lambda name: name != next(iter(baselines)))  # the reference comes first
+    for name in chosen:
         if name in broken:
             raise broken[name]
         if name not in known:
             raise UserError(f"no {slot} is called {name!r}{meant(name, known)}; there are: {', '.join(known)}")
-    if len(wanted) < 2:
+    if len(chosen) < 2:
         raise UserError(
-            f"a comparison takes two candidates or more, got {', '.join(wanted) or 'none'}; try none, a baseline"
+            f"a comparison takes two candidates or more, got {', '.join(chosen) or 'none'}; try none, a baseline"
         )
-    return {name: known[name] for name in wanted}
+    return {name: known[name] for name in chosen}
 
 
-def _built(host: Host, factory: Factory, **options: Any) -> nn.Module:
+def _build_model(host: Host, factory: Factory, **options: Any) -> nn.Module:
     return host.build(factory, options)
 
 
@@ -367,24 +396,28 @@ def _tell_diverged(trials: Sequence[dict[str, Any]], name: str, run: Run, tell: 
 def _cost(
     build: Callable[[], nn.Module],
     reference: Callable[[], nn.Module] | None,
+    *,
     task: Task,
     data: TaskData,
     device: str,
-    *,
     rounds: int,
 ) -> dict[str, Any]:
     """Parameters, operations and time of the network on one example, its loss included."""
     torch.manual_seed(0)
     model = build().to(device).eval()
+    # One example: what a cost of a whole batch would say depends on its size.
     batch = next(iter(DataLoader(Subset(data.test, [0]), batch_size=1, collate_fn=data.collate)))
-    batch = [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
+    batch = [entry.to(device) if isinstance(entry, torch.Tensor) else entry for entry in batch]
     counts = {"parameters": bench.count_parameters(model), "latency": 1.0, "latency_low": 1.0, "latency_high": 1.0}
     with torch.no_grad():
         counts["flops"] = bench.flops(partial(task.loss, model, batch), elementwise=True)
         if reference is None:
             return counts
-        other = reference().to(device).eval()
-        time = bench.compare(partial(task.loss, model, batch), partial(task.loss, other, batch), rounds=rounds)
+        reference_model = reference().to(device).eval()
+        # In turns, so that what else the machine does weighs on both alike.
+        time = bench.compare(
+            partial(task.loss, model, batch), partial(task.loss, reference_model, batch), rounds=rounds
+        )
     low, high = time.interval
     timed = {"latency": time.ratio, "latency_low": low, "latency_high": high, "latency_method": time.method}
     return {**counts, **timed, "seconds": list(time.a), "reference_seconds": list(time.b)}

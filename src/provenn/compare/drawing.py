@@ -1,7 +1,10 @@
 """What the plots of a comparison share: a mark for each candidate, and axes with plain numbers."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def mark(number: int) -> dict[str, Any]:
@@ -10,7 +13,7 @@ def mark(number: int) -> dict[str, Any]:
 
 
 def plain_axis(
-    axes: Any,
+    axes: "Axes",
     which: str,
     values: Sequence[float | int],
     *,
@@ -31,6 +34,7 @@ def plain_axis(
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axis = getattr(axes, f"{which}axis")
+    # Zero has no logarithm, and a short range reads better in even steps.
     if min(values) > 0 and max(values) > 3 * min(values):
         getattr(axes, f"set_{which}scale")("log", base=base)
         near = base == 10 and max(values) < 100 * min(values)

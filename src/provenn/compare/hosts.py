@@ -150,6 +150,7 @@ def host_for(slot: str, data: str | Path) -> Host:
         raise UserError(f"no host has the slot {slot!r} to compare in; these have: {', '.join(HOSTS)}")
     hosts = HOSTS[slot]
     for host in hosts:
+        # A slot with one host has nothing to choose: its task itself says what is wrong with the data.
         if data in get_task(host.task).embedded or len(hosts) == 1:
             return host
     path = Path(data)

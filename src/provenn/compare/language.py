@@ -41,24 +41,26 @@ RECALL_STEPS = {"smoke": 2, "small": 600, "paper": 5_000}
 LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
-def language_model(mixer: Factory, options: dict[str, Any], **more: Any) -> CausalLM:
+def language_model(mixer: Factory, options: dict[str, Any], *, tied: bool = True) -> CausalLM:
     """A language model whose feed-forward part takes what the mixer leaves of 16 · dim² parameters a layer.
 
     So all candidates have the same size, to within the width of one hidden feature. It is a third more than a
     Transformer's 12 · dim², so that a memory of two layers leaves room for a feed-forward part.
     """
+    # Counted without drawing any weight.
     with torch.device("meta"):
-        own = bench.count_parameters(mixer(DIM))
-    hidden = round((LAYER - own) / (2 * DIM))
+        mixer_parameters = bench.count_parameters(mixer(DIM))
+    # A hidden feature costs dim weights in and dim out.
+    hidden = round((LAYER - mixer_parameters) / (2 * DIM))
     if hidden < 1:
-        raise ValueError(f"its {own:,} parameters are more than the {LAYER:,} of a layer")
-    return CausalLM(options["vocab"], DIM, LAYERS, mixer, hidden=hidden, **more)
+        raise ValueError(f"its {mixer_parameters:,} parameters are more than the {LAYER:,} of a layer")
+    return CausalLM(options["vocab"], DIM, LAYERS, mixer, hidden=hidden, tied=tied)
 
 
-def lookup_model(mixer: Factory, **options: Any) -> CausalLM:
+def lookup_model(mixer: Factory, **options: object) -> CausalLM:
     """The same for the task of looking values up, whose tokens are pairs."""
     model = language_model(mixer, {"vocab": RECALL["values"]}, tied=False)
-    model.embed = PairEmbedding(RECALL["keys"], RECALL["values"], DIM)  # type: ignore[assignment]
+    model.embed = PairEmbedding(RECALL["keys"], RECALL["values"], DIM)  # type: ignore[assignment]  # in place of nn.Embedding
     return model
 
 
@@ -66,9 +68,9 @@ def recall_data(seed: int, smoke: bool) -> TaskData:
     return get_task("recall").load("lookup", seed=seed, **RECALL)
 
 
-def by_distance(model: nn.Module, data: TaskData) -> Any:
+def by_distance(model: nn.Module, data: TaskData) -> list[tuple[float, float, int]]:
     """How far back the answer stands, and the share told right."""
-    task: Any = get_task("recall")
+    task: Any = get_task("recall")  # `accuracy_by_distance` is this task's alone
     return task.accuracy_by_distance(model, data.test)
 
 
@@ -89,7 +91,7 @@ def recall_study(candidates: Mapping[str, Factory], budget: str) -> Study:
 
 
 def context_costs(
-    run: Run, name: str, factory: Factory, reference: tuple[str, Factory], options: dict[str, Any]
+    run: Run, name: str, factory: Factory, *, reference: tuple[str, Factory], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a training step of a candidate takes, and what a long context costs."""
     setting = {**_HOST, **options, **SIZES, "contexts": list(CONTEXTS[run.budget]), "reference": reference[0]}
@@ -100,27 +102,32 @@ def context_costs(
 def _costs(factory: Factory, reference: Factory, options: dict[str, Any], run: Run) -> dict[str, Any]:
     """A training step and one token more after a context, as multiples of the reference's time; the state's bytes."""
     torch.manual_seed(0)
-    model, other = (language_model(each, options).to(run.device) for each in (factory, reference))
+    model, reference_model = (language_model(mixer, options).to(run.device) for mixer in (factory, reference))
     tokens = torch.randint(options["vocab"], (16, SIZES["length"]), device=run.device)
-    step = bench.compare(partial(_train, model, tokens), partial(_train, other, tokens), rounds=3 if run.smoke else 9)
-    model, other = model.eval(), other.eval()
-    later, held = [], []
+    step = bench.compare(
+        partial(_train, model, tokens), partial(_train, reference_model, tokens), rounds=3 if run.smoke else 9
+    )
+    model, reference_model = model.eval(), reference_model.eval()
+    token_times, state_sizes = [], []
     with torch.no_grad():
         for context in CONTEXTS[run.budget]:
-            before = torch.randint(options["vocab"], (1, context), device=run.device)
-            states = [each.prefill(before)[1] for each in (model, other)]
-            one, two = (partial(each.step, before[:, 0], s) for each, s in zip((model, other), states))
-            times = bench.compare(one, two, rounds=3 if run.smoke else 9)
-            later.append((times.ratio, min(times.b)))
-            held.append(state_bytes(states[0]))
+            prompt = torch.randint(options["vocab"], (1, context), device=run.device)
+            # By prefill: token by token, to make the states would take as long as what is measured.
+            states = [network.prefill(prompt)[1] for network in (model, reference_model)]
+            candidate_step, reference_step = (
+                partial(network.step, prompt[:, 0], s) for network, s in zip((model, reference_model), states)
+            )
+            times = bench.compare(candidate_step, reference_step, rounds=3 if run.smoke else 9)
+            token_times.append((times.ratio, min(times.b)))
+            state_sizes.append(state_bytes(states[0]))
     return {
         "step": step.ratio,
         "step_interval": list(step.interval),
         "step_seconds": min(step.b),
         "contexts": list(CONTEXTS[run.budget]),
-        "token": [ratio for ratio, _ in later],
-        "token_seconds": [seconds for _, seconds in later],
-        "state_bytes": held,
+        "token": [ratio for ratio, _ in token_times],
+        "token_seconds": [seconds for _, seconds in token_times],
+        "state_bytes": state_sizes,
     }
 
 
@@ -130,15 +137,20 @@ def settled(more: dict[str, Any], reference: str) -> dict[str, Any]:
     What was measured while the machine was busy would seem slow otherwise, and the reference is its own measure.
     """
     base = more[reference]
-    found = {}
-    for name, of in more.items():
-        alone = {"step": 1.0, "step_interval": [1.0, 1.0], "token": [1.0] * len(of["token"])} if of is base else {}
-        mine = {**of, **alone}
-        mine["step_seconds"] = mine["step"] * base["step_seconds"]
-        mine["tokens_per_second"] = 16 * SIZES["length"] / mine["step_seconds"]
-        mine["token_seconds"] = [ratio * seconds for ratio, seconds in zip(mine["token"], base["token_seconds"])]
-        found[name] = mine
-    return found
+    results = {}
+    for name, costs in more.items():
+        own_costs = (
+            {"step": 1.0, "step_interval": [1.0, 1.0], "token": [1.0] * len(costs["token"])} if costs is base else {}
+        )
+        completed = {**costs, **own_costs}
+        completed["step_seconds"] = completed["step"] * base["step_seconds"]
+        completed["tokens_per_second"] = 16 * SIZES["length"] / completed["step_seconds"]
+        # Ratios are of interleaved runs and hold on a busy machine; seconds are the reference's own, taken once.
+        completed["token_seconds"] = [
+            ratio * seconds for ratio, seconds in zip(completed["token"], base["token_seconds"])
+        ]
+        results[name] = completed
+    return results
 
 
 def _train(model: nn.Module, tokens: torch.Tensor) -> None:
@@ -146,10 +158,10 @@ def _train(model: nn.Module, tokens: torch.Tensor) -> None:
     get_task("language-modelling").loss(model, (tokens[:, :-1], tokens[:, 1:])).backward()
 
 
-def _lost(recall: Sequence[Mapping[str, Any]]) -> str:
+def _describe_diverged(recall: Sequence[Mapping[str, Any]]) -> str:
     """How many trainings diverged, where any did."""
-    lost = sum(one.get("diverged", False) for one in recall)
-    return f", {lost} of {len(recall)} diverged" if lost else ""
+    diverged = sum(trial.get("diverged", False) for trial in recall)
+    return f", {diverged} of {len(recall)} diverged" if diverged else ""
 
 
 def table(names: Sequence[str], more: dict[str, Any], seeds: int) -> Table:
@@ -157,19 +169,19 @@ def table(names: Sequence[str], more: dict[str, Any], seeds: int) -> Table:
     contexts = more[names[0]]["contexts"]
     rows: list[list[str | float | int | None]] = []
     for name in names:
-        of = more[name]
-        recalled = [one["accuracy"] for one in of["recall"]]
-        low, high = of["step_interval"]
+        costs = more[name]
+        recalled = [trial["accuracy"] for trial in costs["recall"]]
+        low, high = costs["step_interval"]
         rows.append(
             [
                 name,
                 f"{sum(recalled) / len(recalled):.3f} ({min(recalled):.3f} to {max(recalled):.3f})"
-                + _lost(of["recall"]),
-                "1" if name == names[0] else f"{of['step']:.2f} ({low:.2f} to {high:.2f})",
-                f"{of['tokens_per_second']:,.0f}",
+                + _describe_diverged(costs["recall"]),
+                "1" if name == names[0] else f"{costs['step']:.2f} ({low:.2f} to {high:.2f})",
+                f"{costs['tokens_per_second']:,.0f}",
                 *(
                     f"{1e3 * seconds:.2f} ms, {bytes_of(size)}"
-                    for seconds, size in zip(of["token_seconds"], of["state_bytes"])
+                    for seconds, size in zip(costs["token_seconds"], costs["state_bytes"])
                 ),
             ]
         )
@@ -206,44 +218,46 @@ def figure(names: Sequence[str], more: dict[str, Any], quality: Mapping[str, Seq
     """Quality against the time of a step, recall over distance, and time and bytes over the context."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(13, 8.4), layout="constrained")
-    (first, second), (third, fourth) = drawn.subplots(2, 2)
+    canvas = Figure(figsize=(13, 8.4), layout="constrained")
+    (quality_axes, recall_axes), (time_axes, memory_axes) = canvas.subplots(2, 2)
     chance = 1 / RECALL["values"]
-    second.axhline(chance, color="0.5", linestyle="--")
-    second.text(
-        0.99, chance - 0.01, "chance", transform=second.get_yaxis_transform(), ha="right", va="top", color="0.4"
+    recall_axes.axhline(chance, color="0.5", linestyle="--")
+    recall_axes.text(
+        0.99, chance - 0.01, "chance", transform=recall_axes.get_yaxis_transform(), ha="right", va="top", color="0.4"
     )
     for number, name in enumerate(names):
-        of, style = more[name], mark(number)
+        costs, style = more[name], mark(number)
         mean = sum(quality[name]) / len(quality[name])
         spread = [[mean - min(quality[name])], [max(quality[name]) - mean]]
-        first.errorbar(of["step"], mean, spread, capsize=3, linestyle="none", label=name, **style)
-        points = list(zip(*(one["by_distance"] for one in of["recall"] if one["by_distance"])))  # of those that ended
-        far = [sum(p[0] for p in point) / len(point) for point in points]
-        told = [sum(p[1] for p in point) / len(point) for point in points]
+        quality_axes.errorbar(costs["step"], mean, spread, capsize=3, linestyle="none", label=name, **style)
+        points = list(
+            zip(*(trial["by_distance"] for trial in costs["recall"] if trial["by_distance"]))
+        )  # of those that ended
+        distances = [sum(p[0] for p in point) / len(point) for point in points]
+        accuracy = [sum(p[1] for p in point) / len(point) for point in points]
         # Curves that lie on each other are told apart where each is drawn a little narrower than the one below.
         thin = {"linewidth": 3.2 - 2.4 * number / max(len(names) - 1, 1)}
-        second.plot(far, told, **thin, **style)
-        third.plot(of["contexts"], [1e3 * seconds for seconds in of["token_seconds"]], **thin, **style)
-        if any(of["state_bytes"]):  # nothing has no place on a logarithmic axis
-            fourth.plot(of["contexts"], of["state_bytes"], **thin, **style)
-    first.set(xlabel=f"time of a training step, × {names[0]}", ylabel=f"test {label}, range over seeds")
-    first.set_title("Quality against the cost of training (to the left and below is better)")
-    plain_axis(first, "x", [more[name]["step"] for name in names])
-    second.set(xlabel="tokens back", ylabel="share told right", ylim=(-0.03, 1.03))
-    second.set_title("What is recalled, over how far back it stands (higher is better)")
+        recall_axes.plot(distances, accuracy, **thin, **style)
+        time_axes.plot(costs["contexts"], [1e3 * seconds for seconds in costs["token_seconds"]], **thin, **style)
+        if any(costs["state_bytes"]):  # nothing has no place on a logarithmic axis
+            memory_axes.plot(costs["contexts"], costs["state_bytes"], **thin, **style)
+    quality_axes.set(xlabel=f"time of a training step, × {names[0]}", ylabel=f"test {label}, range over seeds")
+    quality_axes.set_title("Quality against the cost of training (to the left and below is better)")
+    plain_axis(quality_axes, "x", [more[name]["step"] for name in names])
+    recall_axes.set(xlabel="tokens back", ylabel="share told right", ylim=(-0.03, 1.03))
+    recall_axes.set_title("What is recalled, over how far back it stands (higher is better)")
     contexts = more[names[0]]["contexts"]
-    third.set(xlabel="tokens before", ylabel="milliseconds", title="Time of one token more (lower is better)")
-    plain_axis(third, "y", [1e3 * seconds for name in names for seconds in more[name]["token_seconds"]])
-    fourth.set(xlabel="tokens before", ylabel="bytes kept")
-    fourth.set_title("Memory of what was read (level: constant; rising: grows with the text)")
-    held = [size for name in names for size in more[name]["state_bytes"] if size]
-    if held:
-        plain_axis(fourth, "y", held, write=lambda size: bytes_of(round(size)), base=4)
-    for axes in (third, fourth):
+    time_axes.set(xlabel="tokens before", ylabel="milliseconds", title="Time of one token more (lower is better)")
+    plain_axis(time_axes, "y", [1e3 * seconds for name in names for seconds in more[name]["token_seconds"]])
+    memory_axes.set(xlabel="tokens before", ylabel="bytes kept")
+    memory_axes.set_title("Memory of what was read (level: constant; rising: grows with the text)")
+    sizes = [size for name in names for size in more[name]["state_bytes"] if size]
+    if sizes:
+        plain_axis(memory_axes, "y", sizes, write=lambda size: bytes_of(round(size)), base=4)
+    for axes in (time_axes, memory_axes):
         plain_axis(axes, "x", contexts, every=True)
-    handles, texts = first.get_legend_handles_labels()
-    drawn.legend(handles, texts, loc="outside right upper")
-    for axes in (first, second, third, fourth):
+    handles, texts = quality_axes.get_legend_handles_labels()
+    canvas.legend(handles, texts, loc="outside right upper")
+    for axes in (quality_axes, recall_axes, time_axes, memory_axes):
         axes.grid(alpha=0.3)
-    return drawn
+    return canvas

@@ -2,18 +2,23 @@
 
 import importlib.util
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
-from provenn.data.tables import Table, parse_numbers, read_lines, read_table
+from provenn import progress
+from provenn.data.frames import ENGINES
+from provenn.data.numerals import fill_holes, is_hole, is_number
+from provenn.data.tables import Reading, Table, check_reading, parse_numbers, read_lines, read_table, say_filled
 from provenn.errors import UserError
 
 FORMATS = (
-    "a .ts file; a .tsv file of the UCR archive (a line a series: label, then values); "
-    "a CSV with a header, either a row a series (`label,1,2,3,…`) or a row a step (`series,time,CHANNEL,…,label`)"
+    "a .ts file; a .tsv file of the UCR archive (a line a series: label, then values); a table with a header as .csv, "
+    ".xlsx or .parquet, either a row a series (`label,1,2,3,…`) or a row a step (`series,time,CHANNEL,…,label`)"
 )
 
 
@@ -43,27 +48,43 @@ def bundled(relative: str) -> Path:
     return file
 
 
-def read_series(file: Path) -> Collection:
+def read_series(file: Path, **reading: Unpack[Reading]) -> Collection:
     """Labelled or unlabelled series in any of `FORMATS`.
+
+    A missing value lies on the line between its neighbours in its series, as `reading` says; where a row holds a
+    series, what is missing at its end makes it shorter. The user is told of both.
+
+    Args:
+        file: its ending says which format.
+        reading: what the file does not tell, or tells wrong.
 
     Raises:
         UserError: another format, or a cell, a line or a series that breaks the format's promise, with its place.
     """
-    if file.suffix == ".ts":
-        collection = _read_ts(file)
-    elif file.suffix == ".tsv":
-        collection = _read_tsv(file)
-    elif file.suffix == ".csv":
-        table = read_table(file)
-        collection = _read_long(table) if "series" in table.columns else _read_wide(table)
+    check_reading(file, reading)
+    kind = file.suffix.lower()
+    if kind not in (".ts", ".tsv", ".csv", *ENGINES):
+        raise UserError(f"{file}: cannot read series from {kind or 'a file without suffix'}; expected {FORMATS}")
+    if kind == ".ts" or (kind == ".tsv" and not _has_header(file, reading)):
+        for name in reading.keys() - {"encoding", "holes"}:
+            raise UserError(f"{file}: {name} is of tables with a header: leave it out")
+        collection = (_read_ts if kind == ".ts" else _read_tsv)(file, reading)
     else:
-        raise UserError(f"{file}: cannot read series from {file.suffix or 'a file without suffix'}; expected {FORMATS}")
+        table = read_table(file, **reading)
+        collection = _read_long(table) if "series" in table.columns else _read_wide(table)
     _check_channels(file, collection)
     return collection
 
 
-def _read_ts(file: Path) -> Collection:
-    lines = enumerate(read_lines(file), start=1)
+def _has_header(file: Path, reading: Reading) -> bool:
+    """A line of the archive is a label and numbers; a header has other words."""
+    first, *others = (cell.strip() for cell in read_lines(file, reading.get("encoding"))[0].split("\t"))
+    return bool(others) and (first == "label" or not any(is_number(cell) or is_hole(cell) for cell in others))
+
+
+def _read_ts(file: Path, reading: Reading) -> Collection:
+    lines = enumerate(read_lines(file, reading.get("encoding")), start=1)
+    filling = _Filling(file, reading)
     classes: list[str] | None = None
     for _, line in lines:
         key, *values = line.strip().split() or [""]
@@ -78,7 +99,8 @@ def _read_ts(file: Path) -> Collection:
                 classes = values[1:]
     else:
         raise UserError(f"{file} has no @data line: it is no .ts file, or cut off")
-    series, labels, names = [], [], []
+    series: list[Float32[np.ndarray, "_ _"]] = []
+    labels, names = [], []
     for number, line in lines:
         if not line.strip():
             continue
@@ -86,25 +108,28 @@ def _read_ts(file: Path) -> Collection:
         if classes is not None and label.strip() not in classes:
             raise UserError(f"{file}, line {number}: the label {label[:40]!r} is not among @classLabel's {classes}")
         values_of = [
-            parse_numbers(channel.replace("?", "NaN").split(","), f"{file}, line {number}, channel {c}, step")
+            filling.parse(channel.split(","), f"line {number}, channel {c}, step")
             for c, channel in enumerate(channels, start=1)
         ]
         if len({len(channel) for channel in values_of}) != 1:
             sizes = ", ".join(str(len(channel)) for channel in values_of)
             raise UserError(f"{file}, line {number}: the channels have {sizes or 'no'} values, expected equally many")
-        series.append(np.asarray(values_of, dtype=np.float32).T)
+        names.append(str(len(series) + 1))
+        series.append(filling.fill(np.asarray(values_of).T, f"line {number}"))
         labels.append(label.strip())
-        names.append(str(len(series)))
+    filling.say()
     return Collection(series, names, labels if classes is not None else None)
 
 
-def _read_tsv(file: Path) -> Collection:
-    series, labels = [], []
-    for number, line in enumerate(read_lines(file), start=1):
-        label, *cells = line.strip().split("\t")
-        values = parse_numbers(cells, f"{file}, line {number}, value")
-        series.append(np.asarray(values, dtype=np.float32)[:, None])
-        labels.append(label)
+def _read_tsv(file: Path, reading: Reading) -> Collection:
+    series: list[Float32[np.ndarray, "_ _"]] = []
+    labels, filling = [], _Filling(file, reading)
+    for number, line in enumerate(read_lines(file, reading.get("encoding")), start=1):
+        label, *cells = line.rstrip("\r\n").split("\t") if line.strip() else [""]
+        values = filling.end(np.asarray(filling.parse(cells, f"line {number}, value")))
+        series.append(filling.fill(values[:, None], f"line {number}"))
+        labels.append(label.strip())
+    filling.say()
     return Collection(series, [str(i + 1) for i in range(len(series))], labels)
 
 
@@ -113,8 +138,52 @@ def _read_wide(table: Table) -> Collection:
     if not steps:
         raise UserError(f"{table.file} has a label and no values: expected {FORMATS}")
     labels = table.column("label") if "label" in table.columns else None
-    values = table.numbers(steps).astype(np.float32)
-    return Collection([row[:, None] for row in values], [str(i + 1) for i in range(len(values))], labels)
+    filling = _Filling(table.file, {"holes": table.missing})
+    values = table.numbers(steps, holes=filling.holes)
+    series = [filling.fill(filling.end(row)[:, None], f"row {number}") for number, row in enumerate(values, start=2)]
+    filling.say()
+    return Collection(series, [str(i + 1) for i in range(len(values))], labels)
+
+
+class _Filling:
+    """Fills the holes of one series after another, and says in the end how many there were."""
+
+    def __init__(self, file: Path, reading: Reading):
+        self.file, self.missing = file, reading.get("holes", "interpolate")
+        self.holes = self.missing != "refuse"
+        self.found = self.read = self.shorter = 0
+        self.first = ""
+
+    def parse(self, cells: Sequence[str], where: str) -> list[float]:
+        """Numbers, NaN where one is missing and may be."""
+        return parse_numbers(cells, f"{self.file}, {where}", holes=self.holes)
+
+    def end(self, values: Float64[np.ndarray, " steps"]) -> Float64[np.ndarray, " kept"]:
+        """Without what is missing at the end."""
+        known = np.flatnonzero(~np.isnan(values))
+        kept = values[: known[-1] + 1] if len(known) else values
+        self.shorter += len(kept) < len(values)
+        return kept
+
+    def fill(
+        self, values: Float64[np.ndarray, "steps channels"], where: str, names: Sequence[str] | None = None
+    ) -> Float32[np.ndarray, "steps channels"]:
+        """Without holes."""
+        missing = np.isnan(values)
+        self.read += values.size
+        if missing.any():
+            self.found += int(missing.sum())
+            self.first = self.first or where
+            channels = names or [f"channel {c}" for c in range(1, values.shape[1] + 1)]
+            values = fill_holes(values, channels, f"{self.file}, {where}", ends=self.missing == "extend")
+        return values.astype(np.float32)
+
+    def say(self) -> None:
+        """How many holes were filled, and how many series were made shorter."""
+        if self.found:
+            say_filled(self.file, self.found, self.read, self.first)
+        if self.shorter:
+            progress.say(f"{self.file}: {self.shorter} series end where their last values are missing")
 
 
 def _read_long(table: Table) -> Collection:
@@ -124,8 +193,11 @@ def _read_long(table: Table) -> Collection:
             f"{table.file} has the columns {', '.join(table.columns)}: expected series,time,CHANNEL,…,label"
         )
     names = table.column("series")
-    times = table.numbers(["time"])[:, 0]
-    values = table.numbers(channels).astype(np.float32)
+    if table.missing != "refuse" and any(map(is_hole, table.column("time"))):
+        table.numbers(["time"])  # refuses it
+    both = table.numbers(["time", *channels], holes=table.missing != "refuse")
+    times, values = both[:, 0], both[:, 1:]
+    filling = _Filling(table.file, {"holes": table.missing})
     given = table.column("label") if "label" in table.columns else None
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
@@ -135,11 +207,12 @@ def _read_long(table: Table) -> Collection:
         order = np.asarray(own)[np.argsort(times[own], kind="stable")]
         if (np.diff(times[order]) == 0).any():
             raise UserError(f"{table.file}: the series {name!r} has two rows for one time")
-        series.append(values[order])
+        series.append(filling.fill(values[order], f"series {name!r}", channels))
         if given is not None:
             if len({given[row] for row in own}) > 1:
                 raise UserError(f"{table.file}: the series {name!r} has more than one label")
             labels.append(given[own[0]])
+    filling.say()
     return Collection(series, list(rows), labels if given is not None else None)
 
 

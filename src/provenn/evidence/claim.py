@@ -1,8 +1,11 @@
 """Ties what measures, in a paper's `claims.py`, to the claims in its `paper.toml`."""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from provenn.settings import defaults_of
 
 if TYPE_CHECKING:
     from provenn.evidence.measurement import Measurement
@@ -33,3 +36,18 @@ def measuring_functions(module: ModuleType) -> dict[str, Measure]:
             raise ValueError(f"{module.__name__}: the claim {claim!r} is measured by two functions")
         functions[claim] = function
     return functions
+
+
+def settable(measure: Measure) -> dict[str, Any]:
+    """What `provenn reproduce --set` may change of what measures a claim, by name, and its type.
+
+    Of a function these are its arguments that have a default; a claim that is read off an experiment asks that.
+    """
+    own: Callable[[], dict[str, Any]] | None = getattr(measure, "settable", None)
+    return defaults_of(measure) if own is None else own()
+
+
+def varied(measure: Measure, changes: dict[str, Any]) -> Measure:
+    """The same measurement at another setting."""
+    own: Callable[..., Measure] | None = getattr(measure, "varied", None)
+    return partial(measure, **changes) if own is None else own(**changes)

@@ -1,6 +1,6 @@
 """What a measuring function returns: an effect with its interval, and what the report draws."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from provenn.errors import UserError
 from provenn.evidence.interval import CONFIDENCE, Estimator, Interval, Number, estimate
 
 MOST_POINTS = 50  # of a curve in a record
+MOST_WORDS = 300  # characters of what an error says
 
 
 class Part(BaseModel):
@@ -123,10 +124,17 @@ class Measurement(Part):
     at_paper_setting: bool = False
     needs: str | None = None
     failed: str | None = None
+    unsupported: str | None = None
+    out_of_memory: str | None = None
     note: str = ""
     series: list[Series] = []
     tables: list[Table] = []
     pictures: list[Picture] = []
+
+    @property
+    def missed(self) -> bool:
+        """Whether nothing was measured, for a reason that another time or machine may not have."""
+        return any((self.needs, self.failed, self.unsupported, self.out_of_memory))
 
     @classmethod
     def exact(cls, value: Number, unit: str = "", **more: Any) -> "Measurement":
@@ -216,7 +224,68 @@ class Measurement(Part):
         return cls(needs=needs)
 
     @classmethod
-    def failure(cls, error: Exception) -> "Measurement":
-        """The measuring function raised; says what, in one line."""
-        words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return cls(failed=" ".join(words.split())[:300])
+    def failure(cls, error: BaseException, device: str = "") -> "Measurement":
+        """The measuring function raised; says what, in one line, and whether the device or the build is to blame.
+
+        Args:
+            error: what was raised; what it was raised from counts too.
+            device: where it was measured.
+        """
+        where = f"on {device}: " if device else ""
+        for cause in _causes(error):
+            if lacks_memory(cause):
+                return cls(out_of_memory=where + _in_a_line(cause))
+            if lacks_operation(cause):
+                return cls(unsupported=where + _in_a_line(cause))
+        return cls(failed=_in_a_line(error) if isinstance(error, UserError) else _in_a_line(error, named=True))
+
+
+# As torch words it: there is a class of its own only for GPUs and for what no kernel was ever registered for.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+NO_OPERATION = (
+    "not implemented for",
+    "not currently implemented",
+    "not supported on",
+    "no kernel image is available",
+    "not compiled with",
+    "arguments from the '",
+)
+STUB = 'missing the required "forward" function'  # of a module: what its author left out, no device has
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the device or the machine has too little memory for what was asked.
+
+    >>> lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    True
+    """
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def lacks_operation(error: BaseException) -> bool:
+    """Whether the device, or this build of torch, has no such operation.
+
+    >>> lacks_operation(RuntimeError('"sort" not implemented for "Half"')), lacks_operation(RuntimeError("no"))
+    (True, False)
+    """
+    if isinstance(error, NotImplementedError):
+        return bool(str(error)) and STUB not in str(error)
+    return isinstance(error, (RuntimeError, AssertionError)) and any(words in str(error) for words in NO_OPERATION)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _in_a_line(error: BaseException, named: bool = False) -> str:
+    words = " ".join((f"{type(error).__name__}: {error}" if named else str(error)).split())
+    words = words.rpartition("] err == 0. ")[2].partition(". This could be because")[0]  # where torch's own code failed
+    return (words or type(error).__name__)[:MOST_WORDS]

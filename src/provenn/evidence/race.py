@@ -1,11 +1,12 @@
 """What things cost at growing sizes, side by side: times in turns, operations and bytes as counts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
 
 from provenn.bench import flops, interleaved, peak_activation_bytes
+from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.run import Run
@@ -69,6 +70,23 @@ class Race:
             raise ValueError(f"{self.name}: growth needs at least three sizes, got {len(self.sizes)}")
         return Exponent(self, system)
 
+    def settable(self) -> dict[str, Any]:
+        """What `--set` may change, and its type."""
+        return {"sizes": tuple[int, ...], **({"rounds": int} if self.quantity == "time" else {})}
+
+    def varied(self, **changes: Any) -> "Race":
+        """The same race at another setting.
+
+        Raises:
+            UserError: sizes that do not grow from 1 on, or fewer rounds than an interval takes.
+        """
+        sizes = changes.get("sizes", self.sizes)
+        if not sizes or min(sizes) < 1 or sorted(set(sizes)) != list(sizes):
+            raise UserError(f"sizes must be whole numbers of at least 1 that grow, got {list(sizes)}")
+        if changes.get("rounds", FEWEST_ROUNDS) < FEWEST_ROUNDS:
+            raise UserError(f"rounds must be at least {FEWEST_ROUNDS}, got {changes['rounds']}")
+        return replace(self, **changes)
+
     def _known(self, *names: str) -> None:
         for name in names:
             if name not in self.runners:
@@ -100,7 +118,7 @@ class Race:
                 return {label: [[1e3 * s for s in seconds[label, n]] for n in sizes] for label in self.runners}
             return {label: [[self._count(make(n, run.device))] for n in sizes] for label, make in self.runners.items()}
 
-        return run.trial(self.name, measure, **facts)
+        return run.trial(self.name, measure, alone=self.quantity == "time", **facts)
 
     def _count(self, function: Callable[[], Any]) -> float:
         if self.quantity == "flops":
@@ -146,6 +164,12 @@ class Ratio:
     def sides(self) -> tuple[str, str]:
         return self.system, self.baseline
 
+    def settable(self) -> dict[str, Any]:
+        return self.race.settable()
+
+    def varied(self, **changes: Any) -> "Ratio":
+        return replace(self, race=self.race.varied(**changes))
+
     def __call__(self, run: Run) -> Measurement:
         race, measured = self.race, self.race.measure(run)
         sizes = race.facts(run)[race.unit]
@@ -166,6 +190,15 @@ class Exponent:
     system: str
 
     sides = None
+
+    def settable(self) -> dict[str, Any]:
+        return self.race.settable()
+
+    def varied(self, **changes: Any) -> "Exponent":
+        race = self.race.varied(**changes)
+        if len(race.sizes) < 3:
+            raise UserError(f"sizes: growth needs at least three, got {len(race.sizes)}")
+        return replace(self, race=race)
 
     def __call__(self, run: Run) -> Measurement:
         race, measured = self.race, self.race.measure(run)

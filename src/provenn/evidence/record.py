@@ -5,6 +5,7 @@ from.
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,8 @@ from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
 from provenn.files import whole
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+PLAIN_VERSION = 2  # of a file without what came with version 3: outcomes of a device, and changed settings
 WIDEST = 200  # characters of a mapping that stands on one line
 EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"
 
@@ -51,13 +53,16 @@ class Record(BaseModel):
     """A measurement with its verdict. What the claim says stands in `paper.toml`; `expects` is the region it was held
     to.
 
-    `code` is a checksum of what measured it, `occasion` the place in the evidence's list.
+    `code` is a checksum of what measured it, `occasion` the place in the evidence's list. `changes` is what was set
+    otherwise than the claim's own setting: such a record stands beside the claim's, never for it, and bears on no
+    statement.
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     claim: str
     occasion: int = 0
+    changes: dict[str, Any] = {}
     verdict: Verdict
     reason: str = ""
     expects: str = ""
@@ -67,18 +72,33 @@ class Record(BaseModel):
     peak_memory_bytes: int = 0
 
     @classmethod
-    def of(cls, claim: Claim, measurement: Measurement, *, budget: str, **more: Any) -> "Record":
-        verdict, reason = decide(claim, measurement, budget=budget)
+    def of(
+        cls,
+        claim: Claim,
+        measurement: Measurement,
+        *,
+        budget: str,
+        changes: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> "Record":
+        if changes:
+            measurement = measurement.model_copy(update={"at_paper_setting": False})
+        verdict, reason = decide(claim, measurement, budget=budget, changed=bool(changes))
         region = region_of(claim, measurement)
         thinned = [line.thinned() for line in measurement.series]
         return cls(
             claim=claim.id,
+            changes=plain(changes or {}),
             verdict=verdict,
             reason=reason,
             expects="" if region is None else str(region),
             measurement=measurement.model_copy(update={"series": thinned}),
             **more,
         )
+
+    @property
+    def needs_version_3(self) -> bool:
+        return bool(self.changes) or self.verdict in (Verdict.UNSUPPORTED, Verdict.OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,11 @@ class Finding:
         return f"needs {self.claim.lacks}" if self.claim.lacks else f"needs a run: provenn reproduce {self.paper}"
 
     @property
+    def changes(self) -> dict[str, Any]:
+        """What was set otherwise than the claim's own setting."""
+        return {} if self.record is None else self.record.changes
+
+    @property
     def measurement(self) -> Measurement:
         return Measurement() if self.record is None else self.record.measurement
 
@@ -111,7 +136,7 @@ class Evidence(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = PLAIN_VERSION
     paper: str
     occasions: list[Occasion] = []
     records: list[Record] = []
@@ -129,7 +154,13 @@ class Evidence(BaseModel):
         return evidence
 
     def write(self, file: Path) -> None:
-        """Small: defaults are left out, drawings keep four digits, and what claims share is with the first of them."""
+        """Small: defaults are left out, drawings keep four digits, and what claims share is with the first of them.
+
+        A file that an older provenn can read says nothing of its version; another names it, so that the older one
+        tells its user what is wrong.
+        """
+        newer = any(record.needs_version_3 for record in self.records)
+        self.schema_version = SCHEMA_VERSION if newer else PLAIN_VERSION
         facts = self.model_dump(mode="json", exclude_defaults=True)
         seen: set[str] = set()
         for record in facts.get("records", []):
@@ -144,45 +175,60 @@ class Evidence(BaseModel):
         write_atomically(file, compact(facts))
 
     def put(self, record: Record, occasion: Occasion) -> None:
-        """Add a record in the place of an older one of the same claim; occasions that no record is left of go."""
+        """Add a record in the place of an older one of the same claim and setting; occasions that no record is left of
+        go.
+        """
         if occasion not in self.occasions:
             self.occasions.append(occasion)
         record = record.model_copy(update={"occasion": self.occasions.index(occasion)})
-        others = [r for r in self.records if r.claim != record.claim]
-        place = next((i for i, r in enumerate(self.records) if r.claim == record.claim), len(others))
+        same = [r.claim == record.claim and r.changes == record.changes for r in self.records]
+        others = [r for r, is_same in zip(self.records, same) if not is_same]
+        place = same.index(True) if any(same) else len(others)
         self._keep([*others[:place], record, *others[place:]])
 
-    def keep_claims(self, claims: set[str]) -> None:
-        """Drop the records of claims that are no more."""
-        self._keep([record for record in self.records if record.claim in claims])
+    def keep_claims(self, claims: Sequence[str]) -> None:
+        """Drop the records of claims that are no more, and bring the others in this order."""
+        order = {claim: place for place, claim in enumerate(claims)}
+        known = [record for record in self.records if record.claim in order]
+        self._keep(sorted(known, key=lambda record: order[record.claim]))
 
     def _keep(self, records: list[Record]) -> None:
         used = sorted({record.occasion for record in records})
         self.records = [r.model_copy(update={"occasion": used.index(r.occasion)}) for r in records]
         self.occasions = [self.occasions[i] for i in used]
 
-    def record(self, claim: str) -> Record | None:
-        return next((r for r in self.records if r.claim == claim), None)
+    def record(self, claim: str, changes: dict[str, Any] | None = None) -> Record | None:
+        """What was measured of a claim at its own setting, or at the one that these changes make of it."""
+        wanted = plain(changes or {})
+        return next((r for r in self.records if r.claim == claim and r.changes == wanted), None)
+
+    def finding(self, claim: Claim, changes: dict[str, Any] | None = None) -> Finding:
+        record = self.record(claim.id, changes)
+        return Finding(self.paper, claim, record, None if record is None else self.occasions[record.occasion])
 
     def findings(self, claims: list[Claim]) -> list[Finding]:
-        """Every claim with what was measured of it."""
-        known = {record.claim: record for record in self.records}
+        """Every claim with what was measured of it at its own setting."""
+        return [self.finding(claim) for claim in claims]
+
+    def at_other_settings(self, claims: list[Claim]) -> list[Finding]:
+        """What was measured of these claims at settings that a user has changed."""
         return [
             Finding(self.paper, claim, record, self.occasions[record.occasion])
-            if (record := known.get(claim.id)) is not None
-            else Finding(self.paper, claim)
             for claim in claims
+            for record in self.records
+            if record.claim == claim.id and record.changes
         ]
 
 
 class Trial(BaseModel):
-    """One run of one seed, kept as it ended."""
+    """One run of one seed, kept as it ended; `machine` is named where it was not the one that wrote the ledger."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     key: str
     value: Any
     seconds: float
+    machine: str = ""
 
     @staticmethod
     def question(name: str, seed: int | None, where: str, setting: dict[str, Any]) -> str:
@@ -200,7 +246,7 @@ class Ledger(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = PLAIN_VERSION
     paper: str
     trials: list[Trial] = []
 
@@ -214,7 +260,7 @@ class Ledger(BaseModel):
 
 def _parsed(kind: Any, content: bytes) -> Any:
     facts = json.loads(content)
-    if isinstance(facts, dict) and facts.get("schema_version", SCHEMA_VERSION) > SCHEMA_VERSION:
+    if isinstance(facts, dict) and facts.get("schema_version", PLAIN_VERSION) > SCHEMA_VERSION:
         raise ValueError(f"written by a newer provenn (schema {facts['schema_version']})")
     return kind.model_validate(facts)
 
@@ -299,16 +345,23 @@ def here(device: str) -> Environment:
 
     import provenn
 
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     return Environment(
         provenn=provenn.__version__,
         torch=torch.__version__,
         python=platform.python_version(),
-        device=f"{device}: {name}",
+        device=machine(device),
         threads=torch.get_num_threads(),
         system=platform.system(),
         commit=commit(),
     )
+
+
+def machine(device: str) -> str:
+    """The device and what it is on this machine, such as `cpu: AMD EPYC 7B13`."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    return f"{device}: {name}"
 
 
 def commit() -> str:

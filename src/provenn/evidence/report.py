@@ -43,6 +43,8 @@ MEANINGS = {
     Verdict.INCONCLUSIVE: "the interval straddles no effect",
     Verdict.NOT_REPRODUCED: "the interval lies wholly elsewhere, or an exact claim is false",
     Verdict.NOT_MEASURED: "says what it needs",
+    Verdict.UNSUPPORTED: "the device or this build of torch lacks an operation",
+    Verdict.OUT_OF_MEMORY: "the device has less memory than it takes",
 }
 
 
@@ -77,6 +79,7 @@ def html(every: Mapping[str, Evidence], folder: Path) -> str:
 
 def _paper(card: catalog.Card, evidence: Evidence, folder: Path) -> dict[str, Any]:
     measured = [finding for finding in evidence.findings(card.claims) if finding.record is not None]
+    elsewhere = evidence.at_other_settings(card.claims)
     statements = view.judged(card, evidence)
     return {
         "slug": card.slug,
@@ -88,7 +91,9 @@ def _paper(card: catalog.Card, evidence: Evidence, folder: Path) -> dict[str, An
         "repeat": view.repeat(card.slug, evidence),
         "where": "; ".join(view.where(evidence.occasions)),
         "statements": [_statement(each) for each in statements],
-        "findings": [_finding(finding, folder) for finding in measured],
+        "count": len(measured),
+        "elsewhere": len(elsewhere),
+        "findings": [_finding(finding, folder) for finding in (*measured, *elsewhere)],
     }
 
 
@@ -110,7 +115,8 @@ def _statement(judged: view.Judged) -> dict[str, Any]:
 
 
 def _anchor(finding: Finding) -> str:
-    return f"{finding.paper}-{finding.claim.id}"
+    setting = re.sub(r"[^A-Za-z0-9.]+", "-", json.dumps(finding.changes)).rstrip("-") if finding.changes else ""
+    return f"{finding.paper}-{finding.claim.id}{setting}"
 
 
 def _finding(finding: Finding, folder: Path) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def _finding(finding: Finding, folder: Path) -> dict[str, Any]:
         "published": view.published(claim),
         "asked": view.asked(finding),
         "ours": view.ours(measurement),
-        "when": view.when(finding),
+        "when": "; ".join(filter(None, (view.when(finding), view.at_setting(finding)))),
         "anchor": _anchor(finding),
         "detailed": drawn or (measurement.effect is not None and claim.kind != "exact"),
         "note": measurement.note,
@@ -159,6 +165,7 @@ def _facts(finding: Finding, measurement: Measurement) -> list[tuple[str, str]]:
             "; ".join(f"{skill.arm}: {skill.may_guess}" for skill in measurement.skills if skill.may_guess),
         ),
         ("Data", measurement.data + (f" (checksum {measurement.fingerprint})" if measurement.fingerprint else "")),
+        ("Changed by --set", view.at_setting(finding)),
         ("Setting", "; ".join(f"{key} = {_setting(value)}" for key, value in measurement.setting.items())),
         ("Budget", occasion.budget + (", the paper’s setting" if measurement.at_paper_setting else "")),
         ("Time and memory", f"{record.wall_seconds:.3g} s, peak {record.peak_memory_bytes / 2**20:.0f} MiB"),

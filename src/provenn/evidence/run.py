@@ -1,7 +1,13 @@
-"""What a measuring function is given: budget, seeds, device, and a memory of the trials that have ended."""
+"""What a measuring function is given: budget, seeds, device, and a memory of the trials that have ended.
 
+A trial runs here and now, or elsewhere: in other processes, or on the machines of a cluster. Then the measuring
+function is broken off where it asks for a value that is not there yet (`Waiting`), and called again once it is.
+"""
+
+import io
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +23,27 @@ if TYPE_CHECKING:
 Budget = Literal["smoke", "small", "paper"]
 
 
+class Waiting(BaseException):
+    """A trial was asked for elsewhere, and what measures is called again when it has ended.
+
+    No `Exception`, since what measures may catch those.
+
+    Args:
+        questions: the trials that it needs.
+    """
+
+    def __init__(self, questions: set[str]):
+        self.questions = questions
+
+
+class Elsewhere(ABC):
+    """Where trials run that do not run here."""
+
+    @abstractmethod
+    def ask(self, run: "Run", question: str, function: Callable[[], Any], alone: bool) -> None:
+        """Have `function()` called on another process or machine, and its outcome given to `run.keep`."""
+
+
 class Run:
     """One run of one paper's claims.
 
@@ -28,6 +55,7 @@ class Run:
         device: a torch device.
         ledger: the trials that have ended.
         reuse: take the trials of the ledger for this run's own; else only those that this run has made.
+        elsewhere: what runs the trials; by default they run here.
     """
 
     def __init__(
@@ -40,14 +68,29 @@ class Run:
         device: str = "cpu",
         ledger: Ledger | None = None,
         reuse: bool = False,
+        elsewhere: Elsewhere | None = None,
     ):
         self.paper, self.budget, self.seeds, self.device = paper, budget, tuple(seeds), device
         self.reuse = reuse
         self.folder = Path(out) / paper
         self.ledger = ledger or Ledger(paper=paper)
         self._known = {trial.key: trial for trial in self.ledger.trials} if reuse else {}
+        self.changes: dict[
+            str, Any
+        ] = {}  # what `--set` changes of the claim that is measured now: of every trial's key
         self.memory: dict[Any, Any] = {}  # for what several claims of this run would compute alike
         self.spared = 0.0  # seconds that known trials took when they were run
+        self.elsewhere = elsewhere
+        self.pending: set[str] = set()  # questions that were asked elsewhere and are not answered
+        self._failed: dict[str, Exception] = {}
+        self.machines: set[str] = set()  # other than this one, on which trials that were asked for had run
+        self.peak = 0  # bytes of memory that a trial has taken elsewhere
+        self.drawn: dict[str, bytes] | None = None  # in a trial that runs elsewhere: its pictures by name
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a trial elsewhere needs of its run: neither what has ended nor what was computed on the way."""
+        none = {"ledger": Ledger(paper=self.paper), "_known": {}, "_failed": {}, "memory": {}, "pending": set()}
+        return {**vars(self), **none, "elsewhere": None, "machines": set(), "drawn": {}}
 
     @property
     def smoke(self) -> bool:
@@ -64,30 +107,75 @@ class Run:
         The same name and setting in another claim give the same results, so the setting is to hold all that decides the
         value; a `Study` and a `Race` see to that, checksum of the code included. `function` returns plain JSON.
         """
-        with progress.bar(name, len(self.seeds)) as advance:
-            results = []
-            for seed in self.seeds:
-                results.append(self.trial(name, partial(function, seed), seed=seed, **setting))
+        calls = [partial(self.trial, name, partial(function, seed), seed=seed, **setting) for seed in self.seeds]
+        with progress.bar(name, len(calls)) as advance:
+
+            def one(call: Callable[[], Any]) -> Any:
+                value = call()
                 advance()
+                return value
+
+            return self.together(partial(one, call) for call in calls)
+
+    def together(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
+        """The results of calls that need nothing of each other: elsewhere, the trials of all run side by side."""
+        results, needed = [], set[str]()
+        for call in calls:
+            try:
+                results.append(call())
+            except Waiting as wait:
+                needed |= wait.questions
+        if needed:
+            raise Waiting(needed)
         return results
 
-    def trial(self, name: str, function: Callable[[], Any], *, seed: int | None = None, **setting: Any) -> Any:
-        """`function()` once, its result saved."""
+    def trial(
+        self, name: str, function: Callable[[], Any], *, seed: int | None = None, alone: bool = False, **setting: Any
+    ) -> Any:
+        """`function()` once, its result saved. What runs `alone` shares no machine with other trials: a clock."""
+        setting = {**setting, "set": self.changes} if self.changes else setting
         question = Trial.question(name, seed, f"{self.budget} on {self.device}", plain(setting))
         if (known := self._known.get(question)) is not None:
             self.spared += known.seconds
+            self.machines |= {known.machine} - {""}
             return known.value
+        if question in self._failed:
+            raise self._failed[question]
+        if self.elsewhere is not None:
+            if question not in self.pending:
+                self.elsewhere.ask(self, question, function, alone)
+                self.pending.add(question)
+            raise Waiting({question})
         start = time.perf_counter()
         value = plain(function())
-        trial = Trial(key=question, value=value, seconds=round(time.perf_counter() - start, 3))
-        self._known[question] = trial
-        self.ledger.trials = [t for t in self.ledger.trials if t.key != question] + [trial]
-        self.ledger.write(self.folder / LEDGER)
+        self.keep(question, value, time.perf_counter() - start)
         return value
+
+    def keep(self, question: str, value: Any, seconds: float, machine: str = "") -> None:
+        """Save a trial's value; `machine` is named where it was not this one."""
+        trial = Trial(key=question, value=value, seconds=round(seconds, 3), machine=machine)
+        self._known[question] = trial
+        self.pending.discard(question)
+        self.ledger.trials = [t for t in self.ledger.trials if t.key != question] + [trial]
+        if self.drawn is None:
+            self.ledger.write(self.folder / LEDGER)
+
+    def keep_failure(self, question: str, error: Exception) -> None:
+        """Let whoever asks for a trial again get the error that ended it."""
+        self._failed[question] = error
+        self.pending.discard(question)
 
     def picture(self, name: str, figure: "Figure", caption: str) -> Picture:
         """Save a matplotlib figure as a PNG beside the evidence; the caption says what is to be seen."""
-        file = self.folder / PICTURES / f"{name}.png"
-        with whole(file) as place:
-            figure.savefig(place, dpi=80, bbox_inches="tight")
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=80, bbox_inches="tight")
+        if self.drawn is None:
+            self.keep_picture(name, image.getvalue())
+        else:
+            self.drawn[name] = image.getvalue()
         return Picture(file=f"{PICTURES}/{name}.png", caption=caption)
+
+    def keep_picture(self, name: str, content: bytes) -> None:
+        """Write a PNG beside the evidence."""
+        with whole(self.folder / PICTURES / f"{name}.png") as place:
+            place.write_bytes(content)

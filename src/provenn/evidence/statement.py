@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from provenn.evidence.verdict import Verdict
+from provenn.evidence.verdict import NO_VERDICT, Verdict
 
 PROVED = {Verdict.HOLDS, Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS}
 
@@ -53,10 +53,10 @@ def judge(kind: str, needs: str, outcomes: Sequence[Outcome]) -> Judgement:
     - all claims hold: reproduced where each does at the paper's setting, else holds here;
     - some hold: partly; none holds and some interval lies wholly elsewhere: not here; none decides: open.
     """
-    measured = [outcome for outcome in outcomes if outcome.verdict is not Verdict.NOT_MEASURED]
+    measured = [outcome for outcome in outcomes if outcome.verdict not in NO_VERDICT]
     deciding = [outcome for outcome in measured if kind != "quality" or outcome.kind == "quality"]
     if not deciding:
-        reasons = [outcome.reason for outcome in outcomes if outcome.reason]
+        reasons = [_why(outcome) for outcome in outcomes if outcome.reason]
         return Judgement(Standing.NOT_MEASURED, reason=f"needs {needs}" if needs else next(iter(reasons), ""))
     at_paper = [o for o in deciding if o.kind != "exact" and o.at_paper_setting]
     if at_paper:
@@ -69,3 +69,8 @@ def judge(kind: str, needs: str, outcomes: Sequence[Outcome]) -> Judgement:
     if held:
         return Judgement(Standing.PARTLY, held, len(measured))
     return Judgement(Standing.NOT_HERE if against else Standing.OPEN, 0, len(measured))
+
+
+def _why(outcome: Outcome) -> str:
+    """Why there is no verdict; what device or build lack is named."""
+    return outcome.reason if outcome.verdict is Verdict.NOT_MEASURED else f"{outcome.verdict} {outcome.reason}"

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import nn
 
+from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
 from provenn.evidence.record import PICTURES
 from provenn.evidence.run import Run
+from provenn.settings import defaults_of
 from provenn.tasks import Task, TaskData, get_task
 from provenn.training import Diverged, Fit, Recipe, fit
 
@@ -124,6 +127,26 @@ class Study:
         self._check(metric, arm, *shown)
         return Reading(self, arm, metric, tuple(shown), picture)
 
+    def settable(self) -> dict[str, Any]:
+        """What `--set` may change, and its type: the recipe, and what `data` and `build` take by a default."""
+        rates = {"lrs": tuple[float, ...]} if self.lrs else {}
+        return {**get_type_hints(Recipe), **rates, **defaults_of(self.build), **defaults_of(self.data)}
+
+    def varied(self, **changes: Any) -> "Study":
+        """The same comparison at another setting; `lr` sets one rate for all arms, and nothing is tuned then."""
+        of_data = {name: changes.pop(name) for name in defaults_of(self.data) if name in changes}
+        of_build = {name: changes.pop(name) for name in defaults_of(self.build) if name in changes}
+        lrs = () if "lr" in changes else changes.pop("lrs", self.lrs)
+        smoke = self.smoke or replace(self.recipe, epochs=1, max_steps=2)
+        return replace(
+            self,
+            data=partial(self.data, **of_data) if of_data else self.data,
+            build=partial(_build_with, self.build, of_build) if of_build else self.build,
+            lrs=lrs,
+            recipe=replace(self.recipe, **changes),
+            smoke=replace(smoke, **changes),
+        )
+
     def _check(self, metric: str | None, *arms: str) -> None:
         metrics = [self.of_task.metric, *self.probes]
         asked = [("arm", arm, list(self.arms)) for arm in arms] + [("metric", metric or metrics[0], metrics)]
@@ -172,21 +195,23 @@ class Study:
         recipe, task = self.recipe_for(run), self.of_task
         if not self.lrs or run.smoke:
             return float(self.lrs[0] if self.lrs else recipe.lr), {}
-        reached = {}
-        for lr in self.lrs:
 
-            def score(lr: float = lr) -> float | None:
-                data = self.data(TUNING_SEED, False)
-                try:
-                    model = self._fit(run, arm, data, lr, TUNING_SEED).model
-                except Diverged:
-                    return None
-                with torch.no_grad():
-                    value = task.evaluate(model, data.val)[task.metric]
-                return value if math.isfinite(value) else None
+        def score(lr: float) -> float | None:
+            data = self.data(TUNING_SEED, False)
+            try:
+                model = self._fit(run, arm, data, lr, TUNING_SEED).model
+            except Diverged:
+                return None
+            with torch.no_grad():
+                value = task.evaluate(model, data.val)[task.metric]
+            return value if math.isfinite(value) else None
 
+        def ask(lr: float) -> float | None:
             name = f"{self.name}, {self.label(arm)}, rate {lr:g}"
-            reached[f"{lr:g}"] = run.trial(name, score, seed=TUNING_SEED, lr=lr, **self.question(run, arm))
+            return run.trial(name, partial(score, lr), seed=TUNING_SEED, lr=lr, **self.question(run, arm))
+
+        names = [f"{lr:g}" for lr in self.lrs]
+        reached = dict(zip(names, run.together(partial(ask, lr) for lr in self.lrs), strict=True))
         sign = 1 if task.higher_is_better else -1
         worst = -math.inf
         best = max(self.lrs, key=lambda lr: worst if (value := reached[f"{lr:g}"]) is None else sign * value)
@@ -212,8 +237,10 @@ class Study:
             curve = {key: done.series(key) for key in ("epoch", task.metric)}
             return {**done.metrics, **probed, "curve": curve, "steps": done.steps}
 
-        trials = run.trials(f"{self.name}, {self.label(arm)}", one, lr=lr, **self.question(run, arm))
-        guesses = self.trivial(run)
+        def asked() -> list[dict[str, Any]]:
+            return run.trials(f"{self.name}, {self.label(arm)}", one, lr=lr, **self.question(run, arm))
+
+        trials, guesses = run.together((asked, partial(self.trivial, run)))
         return [
             {task.metric: guess, "curve": None, **trial} if trial.get("diverged") else trial
             for trial, guess in zip(trials, guesses, strict=True)
@@ -253,7 +280,7 @@ class Study:
         """Each arm's figure seed by seed, and what goes with every measurement of them."""
         task, facts = self.of_task, self.facts(run)
         every = list(dict.fromkeys((*arms, *shown)))
-        trials = {arm: self.trials(run, arm) for arm in every}
+        trials = dict(zip(every, run.together(partial(self.trials, run, arm) for arm in every), strict=True))
         name = metric or task.metric
         missing = [self.label(arm) for arm in arms if any(name not in trial for trial in trials[arm])]
         if missing:
@@ -325,6 +352,14 @@ class Study:
         return [Picture(file=f"{PICTURES}/{self.drawing.file}.png", caption=self.drawing.caption)]
 
 
+def _build_with(build: Callable[..., nn.Module], given: Mapping[str, Any], part: Any, **options: Any) -> nn.Module:
+    """The network with options of the user's beside those of the data, which they may not contradict."""
+    for name in given.keys() & options.keys():
+        if given[name] != options[name]:
+            raise UserError(f"{name} follows from the data, where it is {options[name]}, got {given[name]}")
+    return build(part, **{**options, **given})
+
+
 def _spoken(recipe: Recipe) -> dict[str, Any]:
     """A recipe's fields that are not the defaults, and those that every reader asks for; the rate stands apart."""
     plain = asdict(Recipe())
@@ -354,6 +389,12 @@ class Contrast:
         labels = [self.study.label(arm) for arm in self.systems]
         return labels[0] if len(labels) == 1 else f"worst of {', '.join(labels)}", self.study.label(self.baseline)
 
+    def settable(self) -> dict[str, Any]:
+        return self.study.settable()
+
+    def varied(self, **changes: Any) -> "Contrast":
+        return replace(self, study=self.study.varied(**changes))
+
     def __call__(self, run: Run) -> Measurement:
         study = self.study
         reached, facts = study.measure(
@@ -382,6 +423,12 @@ class Reading:
     picture: bool = False
 
     sides = None
+
+    def settable(self) -> dict[str, Any]:
+        return self.study.settable()
+
+    def varied(self, **changes: Any) -> "Reading":
+        return replace(self, study=self.study.varied(**changes))
 
     def __call__(self, run: Run) -> Measurement:
         reached, facts = self.study.measure(

@@ -18,6 +18,11 @@ class Verdict(StrEnum):
     INCONCLUSIVE = "inconclusive"
     NOT_REPRODUCED = "not reproduced"
     NOT_MEASURED = "not measured"
+    UNSUPPORTED = "unsupported"
+    OUT_OF_MEMORY = "out of memory"
+
+
+NO_VERDICT = {Verdict.NOT_MEASURED, Verdict.UNSUPPORTED, Verdict.OUT_OF_MEMORY}  # on the claim: there are no numbers
 
 
 def place(interval: Interval, region: Region) -> Verdict:
@@ -52,15 +57,21 @@ def region_of(claim: Claim, measurement: Measurement) -> Region | None:
     return None
 
 
-def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> tuple[Verdict, str]:
+def decide(
+    claim: Claim, measurement: Measurement, *, budget: str = "small", changed: bool = False
+) -> tuple[Verdict, str]:
     """The verdict and, where there is none, the reason.
 
     holds: an identity or a count is exactly so; reproduced: the published figure is met within its tolerance at the
     paper's setting; direction holds: the interval lies wholly where the claim says; not reproduced: wholly elsewhere;
     inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from arms that have
-        learned
-    nothing.
+    learned nothing. unsupported and out of memory: what device and build cannot do, or hold; they say nothing of the
+    claim. Of a setting that is not the claim's own (`changed`) no published figure speaks.
     """
+    if measurement.unsupported:
+        return Verdict.UNSUPPORTED, measurement.unsupported
+    if measurement.out_of_memory:
+        return Verdict.OUT_OF_MEMORY, measurement.out_of_memory
     if measurement.failed:
         return Verdict.NOT_MEASURED, f"the measurement failed: {measurement.failed}"
     if measurement.needs:
@@ -70,6 +81,8 @@ def decide(claim: Claim, measurement: Measurement, *, budget: str = "small") -> 
     drawn = measurement.estimator != "test set"  # given weights on a given test set give one figure
     if claim.kind == "quality" and drawn and len(set(measurement.seeds)) < FEWEST_SEEDS:
         return Verdict.NOT_MEASURED, f"needs at least {FEWEST_SEEDS} seeds, got {len(set(measurement.seeds))}"
+    if changed and claim.expects is None and measurement.kind_of_effect != "truth":
+        return Verdict.NOT_MEASURED, "the published figure is of another setting"
     region = region_of(claim, measurement)
     if region is None or measurement.interval is None:
         missing = "a region in paper.toml" if region is None else "more than one value"

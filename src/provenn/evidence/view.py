@@ -2,6 +2,7 @@
 `judge`'s.
 """
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,8 @@ SYMBOLS = {
     Verdict.INCONCLUSIVE: "~",
     Verdict.NOT_REPRODUCED: "✘",
     Verdict.NOT_MEASURED: "–",
+    Verdict.UNSUPPORTED: "⊘",
+    Verdict.OUT_OF_MEMORY: "⊠",
 }
 STANDINGS = {
     Standing.REPRODUCED: "✔",
@@ -140,6 +143,14 @@ def published(claim: Claim) -> str:
     return str(claim.published or "")
 
 
+def at_setting(finding: Finding) -> str:
+    """What was set otherwise than the claim's own setting, in words; "" where nothing was."""
+    told = (
+        f"{name} = {value if isinstance(value, str) else json.dumps(value)}" for name, value in finding.changes.items()
+    )
+    return f"at {', '.join(told)}, which is not the claim's own setting" if finding.changes else ""
+
+
 def asked(finding: Finding) -> str:
     """The region that the effect is held to, and why that one."""
     claim = finding.claim
@@ -218,6 +229,9 @@ def repeat(paper: str, evidence: Evidence) -> str:
     last = evidence.occasions[-1]
     words = ["provenn", "reproduce", paper, "--budget", last.budget]
     words += ["--seeds", seeds_as_given(seeds)] if seeds else []
+    if all(record.changes for record in evidence.records):  # which one command repeats where they are alike
+        for name, value in evidence.records[-1].changes.items():
+            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return shlex.join([*words, "--device", last.environment.device.partition(":")[0]])
 
 

@@ -22,8 +22,9 @@ class StateLayer(CacheLayerMixin):
     def __init__(self, prefix: int = 0) -> None:
         super().__init__()
         self.prefix = prefix
-        self.state: Any = None
+        self.state: Any = None  # each mechanism has a class of its own
         self.seen = 0
+        # transformers asks before the first `update`, which here has nothing to prepare.
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -32,8 +33,9 @@ class StateLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys on, with this layer at their side for the attention to find."""
         self.seen += key_states.shape[-2] - self.prefix
+        # A view, so that the attribute below is on no tensor that the host keeps.
         keys = key_states.view_as(key_states)
-        keys.past = self  # type: ignore[attr-defined]
+        keys.past = self  # type: ignore[attr-defined]  # an attribute of ours
         return keys, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -54,19 +56,19 @@ class StateLayer(CacheLayerMixin):
         self.state = map_state(change, self.state)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda part: part.repeat_interleave(repeats, dim=0))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda part: part[indices])
+        self._map(lambda tensor: tensor[indices])
 
     def reset(self) -> None:
         self.state, self.seen = None, 0
 
     def offload(self) -> None:
-        self._map(lambda part: part.to("cpu"))
+        self._map(lambda tensor: tensor.to("cpu"))
 
     def prefetch(self) -> None:
         """The state goes where its next tokens are."""
@@ -107,7 +109,7 @@ def state_layer(cache: Cache | None, index: int | None, prefix: int = 0) -> Stat
         raise UserError("a layer that keeps a state must know its place in the model: give it its layer_idx")
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer: Any = cache.layers[index]
+    layer: Any = cache.layers[index]  # `is_compileable` is typed for some layers alone
     if not isinstance(layer, StateLayer):
         if layer.is_compileable:
             raise UserError("a cache of fixed size holds keys and values alone; leave cache_implementation out")

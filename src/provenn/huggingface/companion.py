@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from provenn.huggingface.cache import StateCache, StateLayer, state_layer
 from provenn.huggingface.conversion import Attend, Conversion
-from provenn.huggingface.families import Family, attentions
+from provenn.huggingface.families import Family, Host, attentions
 from provenn.huggingface.tuning import train_alone
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, (batch, tokens, head_dim) each
@@ -53,7 +53,7 @@ class Companion(nn.Module):
         self.handles: list[RemovableHandle] = [before, host.register_forward_hook(_after)]
 
     @staticmethod
-    def detach(host: Any) -> None:
+    def detach(host: Host) -> None:
         """Leave a self-attention as it was."""
         for handle in host.companion.handles:
             handle.remove()
@@ -64,24 +64,26 @@ def turn(x: Tensor, rotation: Rotation | None) -> Tensor:
     """Queries or keys (batch, heads, tokens, head_dim) turned by their positions, as hosts with rotations do it."""
     if rotation is None:
         return x
-    cos, sin = (part.unsqueeze(1).to(x.dtype) for part in rotation)
+    cos, sin = (tensor.unsqueeze(1).to(x.dtype) for tensor in rotation)
     first, second = x.chunk(2, dim=-1)
+    # Partners are half a head apart, as in all families with rotations here.
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _before(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _before(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     companion: Companion = host.companion
     x = args[0] if args else kwargs["hidden_states"]
     companion.x = x
     companion.past = state_layer(kwargs.get("past_key_values"), getattr(host, "layer_idx", None), companion.prefix)
     companion.rotation = rotation = kwargs.get("position_embeddings")
     if rotation is not None:
+        # cos 1 and sin 0 turn nothing; one token's, which broadcasts to as many as the keys then are.
         kwargs = {**kwargs, "position_embeddings": (torch.ones_like(rotation[0][:, :1]), 0 * rotation[1][:, :1])}
     wide = companion.widen(x)
     return ((wide, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": wide})
 
 
-def _after(host: Any, args: tuple[Any, ...], output: Any) -> Any:
+def _after(host: Host, args: tuple[Any, ...], output: Any) -> Any:
     companion = cast(Companion, host.companion)
     y = companion.finish(output[0])
     companion.x = companion.rotation = companion.past = None  # so that no activation outlives its call

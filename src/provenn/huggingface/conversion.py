@@ -13,7 +13,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from provenn import catalog
 from provenn.errors import UserError
-from provenn.huggingface.families import MODELS, PREFIX, Family, family_of, lift_window, restore_window
+from provenn.huggingface.families import MODELS, PREFIX, Family, Host, family_of, lift_window, restore_window
 
 Batch = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class Attend(Protocol):
 
     def __call__(
         self,
-        host: Any,
+        host: Host,
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -94,14 +94,14 @@ def conversion_of(paper: str) -> Conversion:
 # Converted models: the host's own classes, which install the mechanism when they are built.
 
 
-def _install(model: Any, paper: str, options: dict[str, Any]) -> None:
+def _install(model: Host, paper: str, options: dict[str, Any]) -> None:
     """Put a mechanism in, and send the model's attention through it by transformers' table of attention functions."""
     conversion, family = conversion_of(paper), family_of(model.config)
     if reason := conversion.refuse(family):
         raise UserError(f"{paper} cannot serve {family.label}: {reason}")
-    takes = inspect.signature(conversion.install).parameters.values()
-    names = [option.name for option in takes if option.kind is option.KEYWORD_ONLY]
-    if not any(option.kind is option.VAR_KEYWORD for option in takes):
+    parameters = inspect.signature(conversion.install).parameters.values()
+    names = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
+    if not any(option.kind is option.VAR_KEYWORD for option in parameters):
         for name in options:
             if name not in names:
                 raise UserError(f"{paper} takes no option {name}; it takes {', '.join(names) or 'none'}")
@@ -110,12 +110,13 @@ def _install(model: Any, paper: str, options: dict[str, Any]) -> None:
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        given = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "its defaults"
-        raise UserError(f"{paper} cannot be put into this {family.label} with {given}: {error}") from None
+        arguments = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "its defaults"
+        raise UserError(f"{paper} cannot be put into this {family.label} with {arguments}: {error}") from None
     name = f"{PREFIX}{paper}"
     AttentionInterface.register(name, partial(_attend, conversion.attend))
     # The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
     AttentionMaskInterface.register(name, flash_attention_mask)
+    # transformers looks the attention up by this name at every call: no forward of the host is replaced.
     model.own_attention = model.config._attn_implementation
     model.config._attn_implementation = name
 
@@ -135,8 +136,10 @@ def _attend(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise UserError(f"expected a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}")
+    # Of the keys at hand: a state's cache hands on the new ones alone, while the mask is of all tokens so far.
     mask = None if attention_mask is None else attention_mask[:, -key.shape[-2] :].bool()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # No weights: what takes softmax's place here forms no matrix of them.
     return attend(module, query, key, value, causal=causal, mask=mask, scale=scale).transpose(1, 2), None
 
 
@@ -147,28 +150,28 @@ class WindowLifted(UserWarning):
 class Converted:
     """What is added to a host's class: the mechanism at construction, and its cache in `generate`."""
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        given = config.conversion
-        if given is None:
+    def __init__(self, config: Host, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # a host's class comes after this one
+        conversion = config.conversion
+        if conversion is None:
             raise UserError(
                 f"{type(self).__name__} is built by provenn.huggingface.convert, or loaded from what it saved"
             )
-        _install(self, given["paper"], given["options"])
+        _install(self, conversion["paper"], conversion["options"])
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Host, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        model = cast(Any, self)
+        model = cast(Host, self)
         make = conversion_of(model.config.conversion["paper"]).cache
-        own = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
-        if make is not None and own and generation_config.use_cache is not False:
+        is_default = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
+        if make is not None and is_default and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = make(model)
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]  # as above
 
 
-def _converted_config(host: type[PreTrainedConfig]) -> Any:
+def _converted_config(host: type[PreTrainedConfig]) -> Host:
     """The host's configuration, with a model type of its own and a note of the paper and its options.
 
     Made and not written out: transformers turns a subclass into a dataclass, whose arguments a run-time type checker of
@@ -182,18 +185,18 @@ def _converted_config(host: type[PreTrainedConfig]) -> Any:
 
 
 CONVERTED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
-_configs: dict[type[PreTrainedConfig], Any] = {}
+_configs: dict[type[PreTrainedConfig], Host] = {}
 for _host, _auto in MODELS.items():
-    _own = cast(Any, _host).config_class
-    if _own not in _configs:
-        _configs[_own] = _config = _converted_config(_own)
+    _config_class = cast(Host, _host).config_class
+    if _config_class not in _configs:
+        _configs[_config_class] = _config = _converted_config(_config_class)
         globals()[_config.__name__] = _config  # where pickle looks for it
         AutoConfig.register(_config.model_type, _config, exist_ok=True)
     _name = f"Converted{_host.__name__}"
     _about = f"A {_host.__name__} with another attention."
-    _fields = {"config_class": _configs[_own], "__doc__": _about, "__module__": __name__}
+    _fields = {"config_class": _configs[_config_class], "__doc__": _about, "__module__": __name__}
     CONVERTED[_host] = globals()[_name] = type(_name, (Converted, _host), _fields)
-    _auto.register(_configs[_own], CONVERTED[_host], exist_ok=True)
+    _auto.register(_configs[_config_class], CONVERTED[_host], exist_ok=True)
 
 
 def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedModel:
@@ -213,8 +216,8 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
             reason), or options that it does not take.
     """
     if isinstance(model, Converted):
-        done = cast(Any, model).config.conversion["paper"]
-        raise UserError(f"this model has {done}'s mechanism already; revert it first")
+        paper_before = cast(Host, model).config.conversion["paper"]
+        raise UserError(f"this model has {paper_before}'s mechanism already; revert it first")
     if type(model) not in CONVERTED:
         names = ", ".join(kind.__name__ for kind in CONVERTED)
         raise UserError(f"{type(model).__name__} cannot be converted; these can: {names}")
@@ -230,7 +233,7 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
 
 def window_note(model: PreTrainedModel) -> str | None:
     """What a converted model's own window was, where it could be felt; None where there was none."""
-    config: Any = model.config
+    config: Host = model.config
     window = config.conversion.get("window", {})
     tokens = window.get("sliding_window", getattr(config, "sliding_window", None)) if window else None
     if tokens is None or tokens >= config.max_position_embeddings:
@@ -238,8 +241,9 @@ def window_note(model: PreTrainedModel) -> str | None:
     return f"the model attended to windows of {tokens:,} tokens; the mechanism reads the whole text"
 
 
-def _become(model: Any, kind: Any) -> None:
+def _become(model: Host, kind: Host) -> None:
     """Another class for a model and its configuration, whose attributes stay as they are."""
+    # In place: whoever holds the model, an optimizer or a pipeline, holds the converted one.
     model.__class__ = kind
     model.config.__class__ = kind.config_class
 
@@ -248,11 +252,11 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `convert`, in place: without tuning in between, the model is what it was, bit for bit."""
     if not isinstance(model, Converted):
         raise UserError(f"this {type(model).__name__} is not converted")
-    host: Any = model
-    done = host.config.conversion
-    conversion_of(done["paper"]).uninstall(host)
+    host: Host = model
+    conversion = host.config.conversion
+    conversion_of(conversion["paper"]).uninstall(host)
     host.config._attn_implementation = host.__dict__.pop("own_attention")
-    _become(host, next(own for own, kind in CONVERTED.items() if kind is type(host)))
-    restore_window(host, done.get("window", {}))
+    _become(host, next(host_class for host_class, kind in CONVERTED.items() if kind is type(host)))
+    restore_window(host, conversion.get("window", {}))
     del host.config.conversion
     return host

@@ -26,6 +26,8 @@ from transformers import (
 
 from provenn.errors import UserError
 
+Host = Any  # a model or a module of transformers: its attributes differ by family, and no type of theirs names them
+Tokenizer = Any  # any of transformers' classes, which are called alike and typed apart
 PREFIX = "provenn_"  # of the model types of converted models
 
 
@@ -61,7 +63,7 @@ FAMILIES = {
     "vit": Family("ViT", "ViTAttention", LLAMA),
 }
 # Models with a head, and the Auto class that finds each.
-MODELS: dict[type[PreTrainedModel], Any] = {
+MODELS: dict[type[PreTrainedModel], Any] = {  # Any: the Auto classes share no typed base
     GPT2LMHeadModel: AutoModelForCausalLM,
     LlamaForCausalLM: AutoModelForCausalLM,
     Qwen2ForCausalLM: AutoModelForCausalLM,
@@ -111,15 +113,15 @@ class Attention:
 def attentions(model: PreTrainedModel) -> list[Attention]:
     """The self-attentions of a model in the order of its layers."""
     kind = family_of(model.config).attention
-    listed = []
+    self_attentions = []
     for name, module in model.named_modules():
-        part: Any = module
-        if type(part).__name__ != kind or getattr(part, "is_cross_attention", False):
+        host: Host = module
+        if type(host).__name__ != kind or getattr(host, "is_cross_attention", False):
             continue
-        heads = part.config.num_attention_heads
-        width = part.attention_head_size if hasattr(part, "attention_head_size") else part.head_dim
-        listed.append(Attention(name, part, heads, width))
-    return listed
+        heads = host.config.num_attention_heads
+        width = host.attention_head_size if hasattr(host, "attention_head_size") else host.head_dim
+        self_attentions.append(Attention(name, host, heads, width))
+    return self_attentions
 
 
 def lift_window(config: PreTrainedConfig) -> dict[str, Any]:
@@ -128,6 +130,7 @@ def lift_window(config: PreTrainedConfig) -> dict[str, Any]:
     if layer_types is not None:
         if "sliding_attention" not in layer_types:
             return {}
+        # The kind of each layer decides its mask, in the families that name them.
         config.layer_types = ["full_attention"] * len(layer_types)
         return {"layer_types": list(layer_types)}
     window = getattr(config, "sliding_window", None)
@@ -137,17 +140,17 @@ def lift_window(config: PreTrainedConfig) -> dict[str, Any]:
     return {"sliding_window": window}
 
 
-def restore_window(model: PreTrainedModel, kept: dict[str, Any]) -> None:
+def restore_window(model: PreTrainedModel, window: dict[str, Any]) -> None:
     """Undo `lift_window`, in a model that may have been built after it."""
-    config: Any = model.config
-    for name, value in kept.items():
+    config: Host = model.config
+    for name, value in window.items():
         setattr(config, name, value)
-    if "layer_types" not in kept:
+    if "layer_types" not in window:
         return
-    for part in cast(Any, model).modules():
-        if hasattr(part, "has_sliding_layers"):
-            part.has_sliding_layers = True
-    for attention, kind in zip(attentions(model), kept["layer_types"], strict=True):
-        host: Any = attention.module
+    for module in cast(Host, model).modules():
+        if hasattr(module, "has_sliding_layers"):
+            module.has_sliding_layers = True
+    for attention, kind in zip(attentions(model), window["layer_types"], strict=True):
+        host: Host = attention.module
         host.layer_type = kind
         host.sliding_window = config.sliding_window if kind == "sliding_attention" else None

@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from provenn.errors import UserError
 from provenn.huggingface.conversion import CONVERTED, convert
-from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PREFIX
+from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PREFIX, Host, Tokenizer
 
 PATIENCE = 10.0  # seconds for the hub to answer a first question
 
@@ -51,17 +51,20 @@ class Source:
             raise UserError(
                 f"{name} is of type {config.model_type!r}, which cannot be converted; these can: {', '.join(FAMILIES)}"
             )
-        named = (config.architectures or ["none"])[0]
+        architecture = (config.architectures or ["none"])[0]
         kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
-        able = [kind.__name__ for kind in LANGUAGE_MODELS]
-        if named.removeprefix("Converted") not in able:
-            raise UserError(f"{name} holds a {named}, which predicts no tokens of a text; these do: {', '.join(able)}")
-        return cls(str(name), config, kinds[named], local)
+        names_able = [kind.__name__ for kind in LANGUAGE_MODELS]
+        if architecture.removeprefix("Converted") not in names_able:
+            raise UserError(
+                f"{name} holds a {architecture}, which predicts no tokens of a text; these do: {', '.join(names_able)}"
+            )
+        return cls(str(name), config, kinds[architecture], local)
 
     @cached_property
-    def outline(self) -> Any:
+    def outline(self) -> Host:
         """The model on the meta device: its shapes, and no weights."""
         try:
+            # Every option is tried on this, before gigabytes are read.
             with torch.device("meta"), no_init_weights():
                 return self.kind(self.config)
         except UserError:
@@ -77,20 +80,20 @@ class Source:
         """
         convert(self.outline, paper, **options)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
 
         Raises:
             UserError: there is none, or it belongs to another model.
         """
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.name, local_files_only=self.local)
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=self.local)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.name} has no tokenizer that can be loaded: {_first_line(error)}") from None
         # Where there are no files, some families get an empty tokenizer and not an error.
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
             raise UserError(f"{self.name} has no tokenizer; save the model's own beside it")
-        size = cast(Any, self.config).vocab_size
+        size = cast(Host, self.config).vocab_size
         if len(tokenizer) > size:
             raise UserError(
                 f"the tokenizer of {self.name} has {len(tokenizer)} tokens and its model {size}: "
@@ -98,7 +101,7 @@ class Source:
             )
         return tokenizer
 
-    def weights(self) -> Any:
+    def weights(self) -> Host:
         """The model itself.
 
         Raises:
@@ -106,14 +109,14 @@ class Source:
         """
         try:
             # Sizes that differ are told below: of these, transformers raises an error that names none.
-            model, told = cast(Any, self.kind).from_pretrained(
+            model, loading_info = cast(Host, self.kind).from_pretrained(
                 self.name, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=self.local
             )
         except Exception as error:
             raise UserError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from None
         for what, keys in (
-            ("lack", told["missing_keys"]),
-            ("have other sizes than its config says for", told["mismatched_keys"]),
+            ("lack", loading_info["missing_keys"]),
+            ("have other sizes than its config says for", loading_info["mismatched_keys"]),
         ):
             if keys:
                 names = sorted(key if isinstance(key, str) else key[0] for key in keys)
@@ -121,7 +124,7 @@ class Source:
         return model
 
 
-def load(name: str | Path) -> tuple[Any, Any]:
+def load(name: str | Path) -> tuple[Host, Tokenizer]:
     """A language model and its tokenizer, from a folder or from the hub.
 
     Raises:

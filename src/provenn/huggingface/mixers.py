@@ -10,6 +10,7 @@ from transformers import Cache
 
 from provenn.errors import UserError
 from provenn.huggingface.cache import state_layer
+from provenn.huggingface.families import Host
 from provenn.nn.mixers import mixers_called
 
 
@@ -36,7 +37,7 @@ class MixerAttention(nn.Module):
 
     def __init__(self, mixer: nn.Module, layer_idx: int | None = None):
         super().__init__()
-        self.mixer: Any = mixer
+        self.mixer: Any = mixer  # with `prefill` and `step` where it streams, which no type of torch says
         self.layer_idx = layer_idx
         self.is_causal = bool(getattr(mixer, "causal", True))
 
@@ -69,6 +70,7 @@ class MixerAttention(nn.Module):
         if past is None:
             return self.mixer(hidden_states, **({} if mask is None else {"mask": mask})), None
         name, start = type(self.mixer).__name__, past.seen
+        # Counted here, as keys never pass through the cache's own `update`.
         past.seen += hidden_states.shape[1]
         if not hasattr(self.mixer, "init_state"):
             if start:
@@ -96,22 +98,23 @@ def padding_of(mask: Tensor | None, tokens: int, *, causal: bool) -> Tensor | No
         return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise UserError(f"expected a mask of 2 or 4 dimensions, got {type(mask).__name__}")
-    shown = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0
-    if shown.dim() == 2:
-        real = shown[:, -tokens:].bool()
-        return None if real.all() else real
-    shown = shown[:, 0, -tokens:, -tokens:]
-    real = shown.diagonal(dim1=-2, dim2=-1)  # every token that is none of padding sees itself
-    later = torch.ones_like(shown[0]).triu(1)
-    if causal and (shown & later).any():
+    visible = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0
+    if visible.dim() == 2:
+        not_padding = visible[:, -tokens:].bool()
+        return None if not_padding.all() else not_padding
+    # The new tokens among themselves: what a state has read cannot be hidden any more.
+    visible = visible[:, 0, -tokens:, -tokens:]
+    not_padding = visible.diagonal(dim1=-2, dim2=-1)  # every token that is none of padding sees itself
+    later = torch.ones_like(visible[0]).triu(1)
+    if causal and (visible & later).any():
         raise UserError("the mask shows later tokens, and this mixer is causal: it cannot serve this model")
-    if not causal and not (shown == real[:, None, :]).all():
+    if not causal and not (visible == not_padding[:, None, :]).all():
         raise UserError("the mask hides more than padding, and a mixer that is not causal sees the whole text")
     # A window moves on token by token; where the first token in sight is passed over in a leap, a new text begins.
-    first = shown.int().argmax(dim=-1)
-    if causal and ((first.diff(dim=1) > 1) & real[:, :-1] & real[:, 1:]).any():
+    first_visible = visible.int().argmax(dim=-1)
+    if causal and ((first_visible.diff(dim=1) > 1) & not_padding[:, :-1] & not_padding[:, 1:]).any():
         raise UserError("the mask keeps several texts in one row apart, which a token mixer cannot; give each a row")
-    return None if real.all() else real
+    return None if not_padding.all() else not_padding
 
 
 def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Callable[[nn.Module], MixerAttention]:
@@ -131,19 +134,21 @@ def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Calla
             alone in the place of an attention that sees the whole text.
     """
     factory = mixers_called(mixer, **options)[0] if isinstance(mixer, str) else mixer
-    takes = inspect.signature(factory).parameters
-    given = {} if isinstance(mixer, str) else options
+    parameters = inspect.signature(factory).parameters
+    mixer_options = {} if isinstance(mixer, str) else options
 
-    def make(attention: Any) -> MixerAttention:
+    def make(attention: Host) -> MixerAttention:
         config = getattr(attention, "config", None)
         if config is None or not hasattr(config, "num_attention_heads"):
             raise UserError(f"{type(attention).__name__} is no self-attention of Hugging Face's: it has no config")
         causal = bool(getattr(attention, "is_causal", False))
-        more = {"heads": config.num_attention_heads} if "heads" in takes and "heads" not in options else {}
-        if "causal" in takes:
-            more["causal"] = causal
+        attention_options = (
+            {"heads": config.num_attention_heads} if "heads" in parameters and "heads" not in options else {}
+        )
+        if "causal" in parameters:
+            attention_options["causal"] = causal
         try:
-            built = factory(config.hidden_size, **given, **more)
+            built = factory(config.hidden_size, **mixer_options, **attention_options)
         except ValueError as error:
             raise UserError(
                 f"{getattr(mixer, '__name__', mixer)} cannot take the place of this attention: {error}"

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from provenn import progress
 from provenn.errors import UserError
 from provenn.huggingface.conversion import Batch, conversion_of, convert
-from provenn.huggingface.families import family_of, max_tokens
+from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks import get_task
 
@@ -24,7 +24,8 @@ TUNINGS = ("full", "lora", "none")
 LEARNING_RATES = {"full": 6e-4, "lora": 1e-4}  # arXiv:2402.04347, section 5.4, and its group's later code
 
 
-def _rows(documents: Sequence[Any], tokenizer: Any, length: int, what: str) -> Tensor:
+# Documents are of the task's readers, which this part does not import.
+def _pack_rows(documents: Sequence[Any], tokenizer: Tokenizer, length: int, what: str) -> Tensor:
     """Texts in tokens, packed end to end in rows of `length`; a rest that fills no row is left out."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
@@ -56,7 +57,7 @@ class Text:
     def of(
         cls,
         source: str | Path,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         model: PreTrainedModel,
         *,
         length: int = 256,
@@ -84,16 +85,17 @@ class Text:
             if masked is None:
                 raise UserError("this model predicts masked tokens, but its tokenizer has no mask token")
         train, _, test = cast(Any, get_task("language-modelling")).documents(source)
-        rows = _rows(test, tokenizer, length, "of test text")
-        kept = min(len(rows), max(1, tested // length))
-        spread = torch.arange(kept) * len(rows) // kept
-        return cls(_rows(train, tokenizer, length, "of training text"), rows[spread], masked)
+        rows = _pack_rows(test, tokenizer, length, "of test text")
+        row_count = min(len(rows), max(1, tested // length))
+        chosen = torch.arange(row_count) * len(rows) // row_count
+        return cls(_pack_rows(train, tokenizer, length, "of training text"), rows[chosen], masked)
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """What a model reads and is to predict."""
         whole = torch.ones_like(rows)
         if self.masked is None:
             return {"input_ids": rows, "attention_mask": whole, "labels": rows}
+        # All become the mask token: no share is left as it is or replaced, as BERT's own training has it.
         hidden = torch.rand(rows.shape, generator=generator) < 0.15
         hidden[:, 0] = True  # at least one in each row
         labels = rows.masked_fill(~hidden, -100)
@@ -113,8 +115,8 @@ class Text:
             yield self.batch(rows, generator)
 
 
-def _on(batch: Batch, model: PreTrainedModel) -> Batch:
-    return {name: part.to(model.device) for name, part in batch.items()}
+def _to_device(batch: Batch, model: PreTrainedModel) -> Batch:
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
@@ -125,9 +127,9 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     total = count = 0.0
     try:
         for batch in batches:
-            given = _on(batch, model)
-            labels = given.pop("labels")
-            logits = model(**given, use_cache=False).logits if _causal(model) else model(**given).logits
+            inputs = _to_device(batch, model)
+            labels = inputs.pop("labels")
+            logits = model(**inputs, use_cache=False).logits if _causal(model) else model(**inputs).logits
             if _causal(model):
                 logits, labels = logits[:, :-1], labels[:, 1:]
             loss = nn.functional.cross_entropy(
@@ -136,6 +138,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
             total, count = total + loss.item(), count + (labels != -100).sum().item()
     finally:
         model.train(training)
+    # A model that has come apart would overflow; no text has a loss near 80.
     return math.exp(min(total / count, 80))
 
 
@@ -144,7 +147,7 @@ def _causal(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def _training_mode(model: nn.Module, training: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -192,10 +195,10 @@ def tune(
         return []
     lr = LEARNING_RATES[how] if lr is None else lr
     if how == "full":
-        return _learn(model, model, batches, lr, clip)
+        return _train(model, model, batches, lr=lr, clip=clip)
     from peft import LoraConfig, get_peft_model
 
-    with _asking(model):
+    with _keeping_gradients(model):
         lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -204,9 +207,9 @@ def tune(
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers
-            trained = get_peft_model(cast(Any, model), lora)
+            trained = get_peft_model(cast(Host, model), lora)
         try:
-            return _learn(model, trained, batches, lr, clip)
+            return _train(model, trained, batches, lr=lr, clip=clip)
         finally:
             trained.merge_and_unload()
 
@@ -218,14 +221,14 @@ def train_alone(part: str, model: PreTrainedModel, batches: Iterable[Batch], lr:
 
     Returns the loss of every step.
     """
-    with _asking(model):
+    with _keeping_gradients(model):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part in name.split("."))
-        return _learn(model, model, batches, lr, clip=1.0)
+        return _train(model, model, batches, lr=lr, clip=1.0)
 
 
 @contextmanager
-def _asking(model: nn.Module) -> Iterator[None]:
+def _keeping_gradients(model: nn.Module) -> Iterator[None]:
     """Afterwards, the same parameters ask for gradients as before."""
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
@@ -235,16 +238,17 @@ def _asking(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(asked[name])
 
 
-def _learn(model: PreTrainedModel, trained: Any, batches: Iterable[Batch], lr: float, clip: float) -> list[float]:
+def _train(model: PreTrainedModel, trained: Host, batches: Iterable[Batch], *, lr: float, clip: float) -> list[float]:
     """Steps of AdamW on the parameters of `trained` that ask for a gradient; `trained` is the model or holds it."""
     losses = []
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    # A fresh one for each stage, whose parameters differ.
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    with _mode(model, training=True):
+    with _training_mode(model, training=True):
         for batch in batches:
-            given = _on(batch, model)
+            inputs = _to_device(batch, model)
             with collect_auxiliary() as added:
-                loss = trained(**given, **({"use_cache": False} if _causal(model) else {})).loss
+                loss = trained(**inputs, **({"use_cache": False} if _causal(model) else {})).loss
             optimizer.zero_grad()
             (loss + torch.stack(added).mean() if added else loss).backward()
             nn.utils.clip_grad_norm_(parameters, clip)
@@ -279,13 +283,13 @@ class Recovery:
 
     def stages(self) -> list[tuple[str, float, float]]:
         """Each stage that was run, its perplexity, and the share of the quality before: 1 where none was lost."""
-        found = {
+        perplexities = {
             "before": self.before,
             "converted": self.converted,
             "prepared": self.prepared,
             "tuned": self.tuned,
         }
-        return [(name, value, self.before / value) for name, value in found.items() if value is not None]
+        return [(name, value, self.before / value) for name, value in perplexities.items() if value is not None]
 
     def json(self) -> dict[str, Any]:
         """All of it for a file."""
@@ -322,21 +326,21 @@ def recover(
     conversion = conversion_of(paper)
     torch.manual_seed(seed)
     before = perplexity(model, text.tests(batch_size))
-    had = sum(parameter.numel() for parameter in model.parameters())
+    parameters_before = sum(parameter.numel() for parameter in model.parameters())
     convert(model, paper, **options)
     recovery = Recovery(before, perplexity(model, text.tests(batch_size)))
-    recovery.parameters = sum(parameter.numel() for parameter in model.parameters()) - had
+    recovery.parameters = sum(parameter.numel() for parameter in model.parameters()) - parameters_before
     if conversion.prepare is not None and prepare_steps:
-        given = (_on(batch, model) for batch in text.batches(prepare_steps, batch_size, seed))
-        shown = progress.track(given, "new parts", prepare_steps)
-        recovery.losses["prepare"] = conversion.prepare(model, shown, prepare_lr or conversion.lr)
+        batches = (_to_device(batch, model) for batch in text.batches(prepare_steps, batch_size, seed))
+        tracked = progress.track(batches, "new parts", prepare_steps)
+        recovery.losses["prepare"] = conversion.prepare(model, tracked, prepare_lr or conversion.lr)
         recovery.prepared = perplexity(model, text.tests(batch_size))
     if tuning != "none" and steps:
-        shown = progress.track(text.batches(steps, batch_size, seed + 1), "tuning", steps)
-        recovery.losses["tune"] = tune(model, shown, tuning, lr=lr)
+        tracked = progress.track(text.batches(steps, batch_size, seed + 1), "tuning", steps)
+        recovery.losses["tune"] = tune(model, tracked, tuning, lr=lr)
         recovery.tuned = perplexity(model, text.tests(batch_size))
     if conversion.report is not None:
-        recovery.layers = conversion.report(model, _on(next(text.tests(batch_size)), model))
+        recovery.layers = conversion.report(model, _to_device(next(text.tests(batch_size)), model))
     recovery.setting = {
         "paper": paper,
         "options": options,

@@ -68,13 +68,14 @@ class KVCache(NamedTuple):
         length = self.length + keys.shape[2]
         capacity = self.keys.shape[2]
         if length > capacity:
+            # Doubling copies each token about once in all; growing by one would copy all of them at every step.
             room = (0, 0, 0, max(length, 2 * capacity) - capacity)
-            old = KVCache(F.pad(self.keys, room), F.pad(self.values, room), self.length)
+            buffers = KVCache(F.pad(self.keys, room), F.pad(self.values, room), self.length)
         else:
-            old = self
-        old.keys[:, :, self.length : length] = keys
-        old.values[:, :, self.length : length] = values
-        return KVCache(old.keys, old.values, length)
+            buffers = self
+        buffers.keys[:, :, self.length : length] = keys
+        buffers.values[:, :, self.length : length] = values
+        return KVCache(buffers.keys, buffers.values, length)
 
 
 class SoftmaxAttention(nn.Module):
@@ -111,6 +112,7 @@ class SoftmaxAttention(nn.Module):
         q, k, v = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
         if self.rotary:
             positions = torch.arange(start, start + x.shape[1], device=x.device)
+            # Keys are cached turned: their positions do not change, and the product depends on the difference alone.
             q, k = rotate(q, positions), rotate(k, positions)
         return q, k, v
 
@@ -123,14 +125,15 @@ class SoftmaxAttention(nn.Module):
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
-            may = mask[:, None, None, :]
+            visible = mask[:, None, None, :]
             if self.causal:
-                may = may & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=may)
+                visible = visible & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def init_state(self, batch: int) -> KVCache:
         """An empty cache for `batch` streams."""
+        # Room for 16 tokens; never read before it is written.
         keys = self.out.weight.new_empty(batch, self.heads, 16, self.dim // self.heads)
         return KVCache(keys, torch.empty_like(keys), 0)
 
@@ -142,15 +145,17 @@ class SoftmaxAttention(nn.Module):
             raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
         state = self.init_state(x.shape[0]) if state is None else state
         q, k, v = self._project(x, state.length)
-        old, state = state.length, state.append(k, v)
+        past_length, state = state.length, state.append(k, v)
         k, v = state.keys[:, :, : state.length], state.values[:, :, : state.length]
+        # One token sees the whole cache, so no mask is built, and fused kernels that take none can serve.
         if x.shape[1] == 1:
             y = F.scaled_dot_product_attention(q, k, v)
-        elif old == 0:
+        # `is_causal` aligns the triangle to the first key, so it is right for an empty past alone.
+        elif past_length == 0:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            may = torch.ones(x.shape[1], state.length, dtype=torch.bool, device=x.device).tril(old)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=may)
+            visible = torch.ones(x.shape[1], state.length, dtype=torch.bool, device=x.device).tril(past_length)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.out(y.transpose(1, 2).flatten(2)), state
 
     def step(self, x_t: Float[Tensor, "batch dim"], state: KVCache) -> tuple[Float[Tensor, "batch dim"], KVCache]:
@@ -208,7 +213,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         check_tokens(x, self.dim, mask)
         return self._attend(x, self.init_state(x.shape[0]), mask)[0]
 
-    def init_state(self, batch: int) -> WindowState:  # type: ignore[override]
+    def init_state(self, batch: int) -> WindowState:  # type: ignore[override]  # the slot asks for no one class of state
         """A window before its first token."""
         keys = self.out.weight.new_zeros(batch, self.heads, self.window, self.dim // self.heads)
         return WindowState(keys, torch.zeros_like(keys), 0)
@@ -222,38 +227,43 @@ class SlidingWindowAttention(SoftmaxAttention):
         tail = (0, 0, 0, blocks * block - tokens)
         # Queries of a block see its own keys and the `window` before them: windows that overlap, cut from one row.
         k, v = (
-            torch.cat([old.roll(-(state.seen % w), 2), new], dim=2)
-            for old, new in ((state.keys, new_k), (state.values, new_v))
+            # The ring, oldest first: place seen mod window holds the oldest token.
+            torch.cat([past.roll(-(state.seen % w), 2), new], dim=2)
+            for past, new in ((state.keys, new_k), (state.values, new_v))
         )
-        wide_k, wide_v = (F.pad(part, tail).unfold(2, w + block, block).transpose(-1, -2) for part in (k, v))
+        # (batch, heads, blocks, window + block, head_dim): a view in which keys stand twice; no tokens × tokens matrix.
+        wide_k, wide_v = (F.pad(tensor, tail).unfold(2, w + block, block).transpose(-1, -2) for tensor in (k, v))
         wide_q = F.pad(q, tail).unflatten(2, (blocks, block))
         row, column = (torch.arange(size, device=x.device) for size in (block, w + block))
-        near = (column > row[:, None]) & (column <= row[:, None] + w)
-        place = torch.arange(blocks, device=x.device)[:, None, None] * block + column
-        may = near & (place >= w - min(state.seen, w))
+        in_window = (column > row[:, None]) & (column <= row[:, None] + w)
+        position = torch.arange(blocks, device=x.device)[:, None, None] * block + column
+        # Before the stream's first token the ring is empty: those places are zeros that no query may see.
+        visible = in_window & (position >= w - min(state.seen, w))
         if mask is not None:
-            known = F.pad(F.pad(mask, (w, 0), value=True), (0, blocks * block - tokens), value=False)
-            may = may & known.unfold(1, w + block, block)[:, None, :, None, :]
-        y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=may)
+            real = F.pad(F.pad(mask, (w, 0), value=True), (0, blocks * block - tokens), value=False)
+            visible = visible & real.unfold(1, w + block, block)[:, None, :, None, :]
+        y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=visible)
         y = y.flatten(2, 3)[:, :, :tokens]
         return self.out(y.transpose(1, 2).flatten(2)), k, v
 
-    def prefill(  # type: ignore[override]
+    def prefill(  # type: ignore[override]  # as above
         self, x: Float[Tensor, "batch tokens dim"], state: WindowState | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], WindowState]:
         """Many tokens at once: the outputs, and the window from which `step` goes on."""
         state = self.init_state(x.shape[0]) if state is None else state
+        # The last `window` keys, turned into a ring again: token t at t mod window.
         y, k, v = self._attend(x, state, None)
         seen, w = state.seen + x.shape[1], self.window
         return y, WindowState(k[:, :, -w:].roll(seen % w, 2), v[:, :, -w:].roll(seen % w, 2), seen)
 
-    def step(  # type: ignore[override]
+    def step(  # type: ignore[override]  # as above
         self, x_t: Float[Tensor, "batch dim"], state: WindowState
     ) -> tuple[Float[Tensor, "batch dim"], WindowState]:
         """One token more, in time and memory that do not grow."""
         q, k, v = self._project(x_t.unsqueeze(1), state.seen)
-        place, seen = state.seen % self.window, state.seen + 1
-        state.keys[:, :, place], state.values[:, :, place] = k.squeeze(2), v.squeeze(2)
-        known = min(seen, self.window)
-        y = F.scaled_dot_product_attention(q, state.keys[:, :, :known], state.values[:, :, :known])
+        slot, seen = state.seen % self.window, state.seen + 1
+        state.keys[:, :, slot], state.values[:, :, slot] = k.squeeze(2), v.squeeze(2)
+        # Order in the ring does not matter: softmax is a sum, and positions are in the keys.
+        filled = min(seen, self.window)
+        y = F.scaled_dot_product_attention(q, state.keys[:, :, :filled], state.values[:, :, :filled])
         return self.out(y.flatten(1)), WindowState(state.keys, state.values, seen)

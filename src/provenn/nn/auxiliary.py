@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_open: list[list[Tensor]] = []
+_collections: list[list[Tensor]] = []
 
 
 @contextmanager
@@ -30,18 +30,18 @@ def collect_auxiliary() -> Iterator[list[Tensor]]:
     >>> len(added)
     1
     """
-    found: list[Tensor] = []
-    _open.append(found)
+    losses: list[Tensor] = []
+    _collections.append(losses)
     try:
-        yield found
+        yield losses
     finally:
-        _open.pop()
+        _collections.pop()
 
 
 def add_auxiliary(loss: Tensor) -> None:
     """Called by a layer in its forward pass, with a scalar that already carries its weight."""
-    if _open:
-        _open[-1].append(loss)
+    if _collections:
+        _collections[-1].append(loss)
     elif loss.requires_grad and not torch.compiler.is_compiling():
         warnings.warn(
             "a layer adds a loss of its own while it trains, such as the balance of a router's load, and nobody takes "

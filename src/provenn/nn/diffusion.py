@@ -25,6 +25,7 @@ def noise_schedule(steps: int = STEPS) -> Float[Tensor, " steps"]:
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    # β grows as steps get fewer, so that noise at the end is as much.
     scale = STEPS / steps
     return (1 - torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64)).cumprod(0)
 
@@ -40,36 +41,40 @@ class Posterior:
     """
 
     def __init__(self, levels: Float[Tensor, " steps"], like: Tensor):
-        before = torch.cat([levels.new_ones(1), levels[:-1]])
-        beta = 1 - levels / before
-        least = beta * (1 - before) / (1 - levels)
-        least[0] = least[min(1, len(least) - 1)]  # which is 0 by the formula, and without a logarithm
-        most = beta.clone()
-        most[0] = least[0]
-        held = (beta * before.sqrt() / (1 - levels), (1 - before) * (1 - beta).sqrt() / (1 - levels))
-        self.of_image, self.of_noisy = (part.to(like) for part in held)
-        self.beta, self.least, self.fixed = (part.log().to(like) for part in (beta, least, most))
+        # ᾱ_{t−1}; before the first step there is no noise.
+        previous = torch.cat([levels.new_ones(1), levels[:-1]])
+        # Of the steps at hand: where levels are a subset of the 1000, a step takes several.
+        beta = 1 - levels / previous
+        least_variance = beta * (1 - previous) / (1 - levels)
+        least_variance[0] = least_variance[
+            min(1, len(least_variance) - 1)
+        ]  # which is 0 by the formula, and without a logarithm
+        most_variance = beta.clone()
+        most_variance[0] = least_variance[0]
+        factors = (beta * previous.sqrt() / (1 - levels), (1 - previous) * (1 - beta).sqrt() / (1 - levels))
+        self.of_image, self.of_noisy = (tensor.to(like) for tensor in factors)
+        self.beta, self.least, self.fixed = (tensor.log().to(like) for tensor in (beta, least_variance, most_variance))
 
     def mean(self, image: Tensor, noisy: Tensor, t: Int[Tensor, " batch"]) -> Tensor:
-        return _at(self.of_image, t) * image + _at(self.of_noisy, t) * noisy
+        return _expand_levels(self.of_image, t) * image + _expand_levels(self.of_noisy, t) * noisy
 
-    def log_variance(self, given: Tensor | None, t: Int[Tensor, " batch"]) -> Tensor:
+    def log_variance(self, raw_variance: Tensor | None, t: Int[Tensor, " batch"]) -> Tensor:
         """Between log β̃ and log β, at (v + 1) / 2 for what the model gives; log β where it gives none."""
-        if given is None:
-            return _at(self.fixed, t)
-        share = (given + 1) / 2
-        return share * _at(self.beta, t) + (1 - share) * _at(self.least, t)
+        if raw_variance is None:
+            return _expand_levels(self.fixed, t)
+        share = (raw_variance + 1) / 2
+        return share * _expand_levels(self.beta, t) + (1 - share) * _expand_levels(self.least, t)
 
 
-def _at(values: Tensor, t: Tensor) -> Float[Tensor, "batch 1 1 1"]:
+def _expand_levels(values: Tensor, t: Tensor) -> Float[Tensor, "batch 1 1 1"]:
     return values[t][:, None, None, None]
 
 
-def _parts(found: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+def _split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     """The noise, and what stands for the variance."""
-    if found.shape[1] not in (channels, 2 * channels):
-        raise ValueError(f"expected a model that gives {channels} or {2 * channels} channels, got {found.shape[1]}")
-    return found[:, :channels], found[:, channels:] if found.shape[1] > channels else None
+    if output.shape[1] not in (channels, 2 * channels):
+        raise ValueError(f"expected a model that gives {channels} or {2 * channels} channels, got {output.shape[1]}")
+    return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
 
 
 def noise_losses(
@@ -93,23 +98,28 @@ def noise_losses(
         unlabelled: the share of images whose class is hidden, so that guidance can be used later.
         each: give the first error of each image, not their mean.
     """
-    host: Any = model
+    host: Any = model  # for its `num_classes`
     t = torch.randint(STEPS, (len(x),), generator=generator).to(x.device)
     noise = torch.randn(x.shape, generator=generator).to(x)
     hidden = torch.rand(len(x), generator=generator) < unlabelled
+    # In float64: 1 − ᾱ of the first steps is 1e-4, and the posterior divides by it.
     levels = noise_schedule()
-    level = _at(levels.to(x), t)
+    level = _expand_levels(levels.to(x), t)
     noisy = level.sqrt() * x + (1 - level).sqrt() * noise
-    found, given = _parts(model(noisy, t, torch.where(hidden.to(y.device), host.num_classes, y)), x.shape[1])
-    error = F.mse_loss(found, noise, reduction="none").mean((1, 2, 3)) if each else F.mse_loss(found, noise)
-    if given is None:
+    predicted, raw_variance = _split_output(
+        model(noisy, t, torch.where(hidden.to(y.device), host.num_classes, y)), x.shape[1]
+    )
+    error = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3)) if each else F.mse_loss(predicted, noise)
+    if raw_variance is None:
         return error, None
     posterior = Posterior(levels, x)
-    image = (noisy - (1 - level).sqrt() * found.detach()) / level.sqrt()
-    mean, log_variance = posterior.mean(image, noisy, t), posterior.log_variance(given, t)
-    least = _at(posterior.least, t)
-    apart = (posterior.mean(x, noisy, t) - mean).square() * torch.exp(-log_variance)
-    divergence = 0.5 * (log_variance - least - 1 + torch.exp(least - log_variance) + apart)
+    # Detached, as the plain error alone is to teach the mean.
+    image = (noisy - (1 - level).sqrt() * predicted.detach()) / level.sqrt()
+    mean, log_variance = posterior.mean(image, noisy, t), posterior.log_variance(raw_variance, t)
+    least = _expand_levels(posterior.least, t)
+    squared_distance = (posterior.mean(x, noisy, t) - mean).square() * torch.exp(-log_variance)
+    divergence = 0.5 * (log_variance - least - 1 + torch.exp(least - log_variance) + squared_distance)
+    # At t = 0 there is no step before: the likelihood of the pixels takes the divergence's place.
     bound = torch.where(t[:, None, None, None] == 0, _pixel_surprise(x, mean, log_variance), divergence)
     return error, bound.mean() / math.log(2)
 
@@ -118,11 +128,13 @@ def _pixel_surprise(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """−log of the normal distribution's share of each pixel's bin, 2/255 wide; the outermost are open."""
     scale = torch.exp(-0.5 * log_variance)
     upper, lower = (_normal_cdf(scale * (x - mean + half)) for half in (1 / 255, -1 / 255))
+    # Black and white take the whole tail beyond, as pixels are cut there.
     share = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return -share.clamp_min(1e-12).log()
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
+    # The authors' approximation and not `erf`, for losses that can be held against theirs.
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -169,27 +181,28 @@ def sample(
         raise ValueError(f"steps must lie between 1 and {STEPS}, got {steps}")
     if by not in ("ddim", "ddpm"):
         raise ValueError(f"by must be one of ddim, ddpm, got {by!r}")
-    host: Any = model
+    host: Any = model  # for its `guided`
     like = next(model.parameters())
     x = torch.randn(len(y), *shape, generator=generator).to(like)
     times = torch.linspace(0, STEPS - 1, steps).round().long() if steps > 1 else torch.tensor([STEPS - 1])
-    kept = noise_schedule()[times]
-    posterior, levels = Posterior(kept, like), kept.to(like)
+    schedule = noise_schedule()[times]
+    posterior, levels = Posterior(schedule, like), schedule.to(like)
     for i in progress.track(range(steps - 1, -1, -1), "drawing", total=steps):
         t = times[i].to(like.device).expand(len(y))
-        found = model(x, t, y) if guidance == 1 else host.guided(x, t, y, guidance)
-        noise, given = _parts(found, shape[0])
-        level, after = levels[i], levels[i - 1] if i else levels.new_ones(())
-        clean = (x - (1 - level).sqrt() * noise) / level.sqrt()
+        output = model(x, t, y) if guidance == 1 else host.guided(x, t, y, guidance)
+        noise, raw_variance = _split_output(output, shape[0])
+        level, previous = levels[i], levels[i - 1] if i else levels.new_ones(())
+        image = (x - (1 - level).sqrt() * noise) / level.sqrt()
         if limit is not None:
-            clean = clean.clamp(-limit, limit)
-            noise = (x - level.sqrt() * clean) / (1 - level).sqrt()
+            image = image.clamp(-limit, limit)
+            # What noise would then have to be: a step that mixed the cut image with the old noise would leave the path.
+            noise = (x - level.sqrt() * image) / (1 - level).sqrt()
         if by == "ddim":
-            x = after.sqrt() * clean + (1 - after).sqrt() * noise
+            x = previous.sqrt() * image + (1 - previous).sqrt() * noise
             continue
-        place = torch.full_like(t, i)
-        x = posterior.mean(clean, x, place)
+        index = torch.full_like(t, i)
+        x = posterior.mean(image, x, index)
         if i:
-            drawn = torch.randn(x.shape, generator=generator).to(x)
-            x = x + torch.exp(0.5 * posterior.log_variance(given, place)) * drawn
+            fresh_noise = torch.randn(x.shape, generator=generator).to(x)
+            x = x + torch.exp(0.5 * posterior.log_variance(raw_variance, index)) * fresh_noise
     return x

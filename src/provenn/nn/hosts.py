@@ -1,7 +1,6 @@
 """Small networks with one open slot, in which mechanisms are compared."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,6 +42,7 @@ class SeriesHost(nn.Module):
         self, x: Float[Tensor, "batch tokens channels"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch classes"]:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        # Padding may be NaN, which would pass a mask of attention: 0 · NaN is NaN.
         embedded = self.embed(x.masked_fill(~mask[..., None], 0))
         positions = torch.arange(x.shape[1], device=x.device)
         hidden = self.encoder(embedded + sinusoidal_encoding(positions, embedded.shape[-1]).to(embedded), mask=mask)
@@ -73,9 +73,9 @@ class ResidualHost(nn.Module):
         self.branches = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)) for _ in range(depth)
         )
-        self.joins: Any = nn.ModuleList(join(dim) for _ in range(depth))
-        for own, branch in zip(self.joins, self.branches):
-            initialise: Any = getattr(own, "initialise", None)
+        self.joins = nn.ModuleList(join(dim) for _ in range(depth))
+        for residual_join, branch in zip(self.joins, self.branches):
+            initialise: Callable[[nn.Module, int], None] | None = getattr(residual_join, "initialise", None)
             if initialise is not None:
                 initialise(branch, depth)
         self.head = nn.Linear(dim, num_classes)

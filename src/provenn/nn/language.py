@@ -14,7 +14,7 @@ from provenn.errors import UserError
 from provenn.nn.attention import check_mask
 from provenn.nn.mixers import Mixers, layer_mixers
 from provenn.nn.positions import sinusoidal_encoding
-from provenn.nn.streaming import state_bytes
+from provenn.nn.streaming import MixerState, state_bytes
 
 
 class FeedForward(nn.Module):
@@ -43,6 +43,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int | None = None, *, bias: bool = False):
         super().__init__()
+        # ⌈(8/3 · dim) / 8⌉ · 8 in whole numbers: three matrices that cost what two of 4 · dim do.
         hidden = -(-8 * dim // 24) * 8 if hidden is None else hidden
         self.gate = nn.Linear(dim, hidden, bias=bias)
         self.linear1 = nn.Linear(dim, hidden, bias=bias)
@@ -72,9 +73,9 @@ class PreNormBlock(nn.Module):
         dropout: float | int = 0.0,
     ):
         super().__init__()
-        self.norm1: Any = norm(dim)
-        self.mixer: Any = mixer(dim)
-        self.norm2: Any = norm(dim)
+        self.norm1 = norm(dim)
+        self.mixer: Any = mixer(dim)  # with `prefill` and `step` where it streams, which no type of torch says
+        self.norm2 = norm(dim)
         self.feedforward = feedforward(dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -86,14 +87,15 @@ class PreNormBlock(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None, **more: Any
     ) -> Float[Tensor, "batch tokens dim"]:
         """`more` is what else the mixer takes, such as the grid that its tokens lie on."""
+        # Norm before the branch and not after the sum: the stream itself runs from embedding to logits unscaled.
         return self._join(x, self.mixer(self.norm1(x), mask=mask, **more))
 
-    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: Any) -> tuple[Tensor, Any]:
+    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: MixerState) -> tuple[Tensor, MixerState]:
         """Many tokens at once: the outputs, and the state from which `step` goes on."""
         mixed, state = self.mixer.prefill(self.norm1(x), state)
         return self._join(x, mixed), state
 
-    def step(self, x_t: Float[Tensor, "batch dim"], state: Any) -> tuple[Float[Tensor, "batch dim"], Any]:
+    def step(self, x_t: Float[Tensor, "batch dim"], state: MixerState) -> tuple[Float[Tensor, "batch dim"], MixerState]:
         """One token more."""
         mixed, state = self.mixer.step(self.norm1(x_t), state)
         return self._join(x_t, mixed), state
@@ -148,23 +150,26 @@ class TokenStack(nn.Module):
         self.embed = nn.Embedding(vocab, dim)
         self.place = nn.Embedding(max_length, dim) if positions == "learned" and max_length is not None else None
         self.dropout = nn.Dropout(dropout)
-        made = partial(NORMS[norm], eps=eps) if norm == "rms" else partial(NORMS[norm], eps=eps, bias=bias)
-        inner = partial(FEEDFORWARDS[feedforward], hidden=hidden, bias=bias)
+        norm_factory = partial(NORMS[norm], eps=eps) if norm == "rms" else partial(NORMS[norm], eps=eps, bias=bias)
+        feedforward_factory = partial(FEEDFORWARDS[feedforward], hidden=hidden, bias=bias)
+        # Any: torch types what a list holds as modules without `step`.
         self.blocks: Any = nn.ModuleList(
-            PreNormBlock(dim, each, feedforward=inner, norm=made, dropout=dropout)
-            for each in layer_mixers(mixer, layers, causal=causal)
+            PreNormBlock(dim, layer_mixer, feedforward=feedforward_factory, norm=norm_factory, dropout=dropout)
+            for layer_mixer in layer_mixers(mixer, layers, causal=causal)
         )
-        self.norm = made(dim)
+        # Pre-norm blocks never norm their sum, so the last one is normed here.
+        self.norm = norm_factory(dim)
         self._initialise()
 
     def _initialise(self) -> None:
-        for part in self.modules():
-            if isinstance(part, nn.Linear | nn.Embedding):
-                nn.init.normal_(part.weight, std=0.02)
-                if isinstance(part, nn.Linear) and part.bias is not None:
-                    nn.init.zeros_(part.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for block in self.blocks:
             if hasattr(block.mixer, "reset_parameters"):
+                # After the common start, which went through the mixer's maps too.
                 block.mixer.reset_parameters()
 
     def _embed(self, tokens: Int[Tensor, "batch tokens"], start: int = 0) -> Float[Tensor, "batch tokens dim"]:
@@ -196,7 +201,7 @@ class TokenStack(nn.Module):
 class LanguageState(NamedTuple):
     """The states of the mixers, one a layer, and how many tokens were read."""
 
-    layers: tuple[Any, ...]
+    layers: tuple[MixerState, ...]
     seen: int
 
     @property
@@ -246,6 +251,7 @@ class CausalLM(TokenStack):
             nn.init.normal_(self.head.weight, std=0.02)
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        # Tied by use and not by a shared parameter, so that a checkpoint holds one tensor.
         return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
 
     def forward(
@@ -271,22 +277,22 @@ class CausalLM(TokenStack):
         """Many tokens at once: the logits, and the state from which `step` goes on."""
         state = self.init_state(tokens.shape[0]) if state is None else state
         x = self._embed(tokens, state.seen)
-        after = []
+        states = []
         for block, before in zip(self.blocks, state.layers):
             x, new = block.prefill(x, before)
-            after.append(new)
-        return self._logits(self.norm(x)), LanguageState(tuple(after), state.seen + tokens.shape[1])
+            states.append(new)
+        return self._logits(self.norm(x)), LanguageState(tuple(states), state.seen + tokens.shape[1])
 
     def step(
         self, token: Int[Tensor, " batch"], state: LanguageState
     ) -> tuple[Float[Tensor, "batch vocab"], LanguageState]:
         """One token more."""
         x_t = self._embed(token.unsqueeze(1), state.seen).squeeze(1)
-        after = []
+        states = []
         for block, before in zip(self.blocks, state.layers):
             x_t, new = block.step(x_t, before)
-            after.append(new)
-        return self._logits(self.norm(x_t)), LanguageState(tuple(after), state.seen + 1)
+            states.append(new)
+        return self._logits(self.norm(x_t)), LanguageState(tuple(states), state.seen + 1)
 
     @torch.no_grad()
     def generate(
@@ -324,6 +330,7 @@ class CausalLM(TokenStack):
             token = sample(last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             yield token
             if i + 1 < count:
+                # Not after the last token: nobody asks for what follows it.
                 last, state = self.step(token, state)
 
 
@@ -350,14 +357,15 @@ def sample(
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    shares = logits.softmax(-1)
+        threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    probabilities = logits.softmax(-1)
     if top_p is not None:
-        ordered, order = shares.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the first is always kept
-        shares = shares.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
-    return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
+        ordered, order = probabilities.sort(descending=True)
+        # The mass before a token decides, so the one that crosses top_p still belongs.
+        excluded = ordered.cumsum(-1) - ordered >= top_p  # the first is always kept
+        probabilities = probabilities.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), 0)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
 class Encoder(TokenStack):

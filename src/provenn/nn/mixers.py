@@ -23,6 +23,7 @@ class NoMixer(nn.Module):
         super().__init__()
 
     def forward(self, x: torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        # Zeros and not x: the block adds its input itself.
         return torch.zeros_like(x)
 
     def init_state(self, batch: int) -> tuple[()]:
@@ -74,13 +75,13 @@ def mixers_called(pattern: str, **options: Any) -> list[Factory]:
     if not all(names):
         raise UserError(f"a layer pattern is names between commas, such as 'rat,rat,window', got {pattern!r}")
     factories = [mixer_called(name) for name in names]
-    takes = [inspect.signature(factory).parameters for factory in factories]
+    signatures = [inspect.signature(factory).parameters for factory in factories]
     for option in options:
-        if not any(option in parameters for parameters in takes):
+        if not any(option in parameters for parameters in signatures):
             raise UserError(f"none of {pattern} takes the option {option!r}")
     return [
         partial(factory, **{option: value for option, value in options.items() if option in parameters})
-        for factory, parameters in zip(factories, takes)
+        for factory, parameters in zip(factories, signatures)
     ]
 
 
@@ -89,7 +90,8 @@ def layer_mixers(mixer: Mixers, layers: int, *, causal: bool) -> list[Factory]:
     chosen = mixers_called(mixer) if isinstance(mixer, str) else [mixer] if callable(mixer) else list(mixer)
     if not chosen:
         raise ValueError("the list of mixers is empty: expected at least one")
-    taking = [
-        partial(each, causal=causal) if "causal" in inspect.signature(each).parameters else each for each in chosen
+    factories = [
+        partial(factory, causal=causal) if "causal" in inspect.signature(factory).parameters else factory
+        for factory in chosen
     ]
-    return [taking[i % len(taking)] for i in range(layers)]
+    return [factories[i % len(factories)] for i in range(layers)]

@@ -17,7 +17,7 @@ SETTINGS = (
 )
 
 
-def _conv_bn(channels: int, out: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def _conv_bn(channels: int, out: int, kernel_size: int, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, out, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out),
@@ -28,16 +28,18 @@ def _conv_bn(channels: int, out: int, kernel_size: int, stride: int = 1, groups:
 class InvertedResidual(nn.Module):
     """Expand, filter each channel, project linearly, gate; added to the input where the shapes allow it."""
 
-    def __init__(self, channels: int, out: int, stride: int, expansion: int, gate: Gate | None = None):
+    def __init__(self, channels: int, out: int, *, stride: int, expansion: int, gate: Gate | None = None):
         super().__init__()
         hidden = channels * expansion
         self.conv = nn.Sequential(
             *([_conv_bn(channels, hidden, 1)] if expansion > 1 else []),
-            _conv_bn(hidden, hidden, 3, stride, groups=hidden),
+            _conv_bn(hidden, hidden, 3, stride=stride, groups=hidden),
+            # Linear: a ReLU on few channels would lose what they carry (section 3.2).
             nn.Conv2d(hidden, out, 1, bias=False),
             nn.BatchNorm2d(out),
         )
         self.gate = gate(out) if gate else nn.Identity()
+        # No projection elsewhere: blocks that change the shape have no shortcut.
         self.residual = stride == 1 and channels == out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +67,8 @@ class MobileNetV2(nn.Module):
         layers: list[nn.Module] = [_conv_bn(in_channels, channels, 3, stride=2)]
         for expansion, out, repeats, first_stride in SETTINGS:
             for position in range(repeats):
-                layers.append(InvertedResidual(channels, out, first_stride if position == 0 else 1, expansion, gate))
+                stride = first_stride if position == 0 else 1
+                layers.append(InvertedResidual(channels, out, stride=stride, expansion=expansion, gate=gate))
                 channels = out
         layers.append(_conv_bn(channels, 1280, 1))
         self.features = nn.Sequential(*layers)

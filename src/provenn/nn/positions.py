@@ -44,11 +44,13 @@ def rotate(
     if dim % 2:
         raise ValueError(f"rotary positions need an even head width, got {dim}")
     rates = torch.exp(torch.arange(0, dim, 2, device=x.device) * (-math.log(base) / dim))
+    # In float64 up to the remainder: of a position of 10⁵, float32 leaves two digits of the angle.
     angles = (
         (positions.double().unsqueeze(-1) * rates.double())
         .remainder(2 * math.pi)
         .to(torch.promote_types(x.dtype, torch.float32))
     )
     cos, sin = angles.cos(), angles.sin()
+    # Partners are half a head apart, as in Llama and RAT's code; RoFormer itself pairs neighbours.
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

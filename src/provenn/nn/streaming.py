@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from provenn.errors import UserError
 
 State = TypeVar("State")
+MixerState = Any  # of each mixer a class of its own, or a tuple
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     """The same state with `function` applied to every tensor, as in `map_state(torch.Tensor.cuda, state)`."""
     if isinstance(state, Tensor):
-        return function(state)  # type: ignore[return-value]
+        return function(state)  # type: ignore[return-value]  # State is a Tensor here
     if isinstance(state, tuple):
-        parts = (map_state(function, part) for part in state)
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)  # type: ignore[arg-type]
+        entries = (map_state(function, entry) for entry in state)
+        # A named tuple takes its fields one by one, a plain one all together.
+        return type(state)(*entries) if hasattr(state, "_fields") else type(state)(entries)  # type: ignore[arg-type]  # and a tuple here
     return state
 
 
@@ -31,7 +33,7 @@ def state_bytes(state: object) -> int:
     if isinstance(state, Tensor):
         return state.nbytes
     if isinstance(state, tuple):
-        return sum(getattr(part, "nbytes", None) or state_bytes(part) for part in state)
+        return sum(getattr(entry, "nbytes", None) or state_bytes(entry) for entry in state)
     return 0
 
 
@@ -57,7 +59,8 @@ class TensorStep(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model: Any = model
+        self.model: Any = model  # torch types what a module has as a Tensor or a Module, so `step` cannot be called
+        # Its structure alone is used: `torch.export` passes lists of tensors and no named tuples.
         self._like = cast(Any, model).init_state(1)
         if not _tensors_alone(self._like):
             raise ValueError(f"expected a model whose state is tensors alone, {type(model).__name__} keeps more")
@@ -68,10 +71,10 @@ class TensorStep(nn.Module):
 
     def forward(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
         """The last argument is the state; the others are what the model's `step` takes before its own."""
-        *now, state = inputs
-        parts = iter(state)
-        y, after = self.model.step(*now, map_state(lambda _: next(parts), self._like))
-        return tuple(y) if isinstance(y, tuple) else y, [tensor for _, tensor in _named(after)]
+        *inputs_now, state = inputs
+        tensors = iter(state)
+        y, new_state = self.model.step(*inputs_now, map_state(lambda _: next(tensors), self._like))
+        return tuple(y) if isinstance(y, tuple) else y, [tensor for _, tensor in _named(new_state)]
 
 
 def select_state(state: State, index: int | slice | list[int] | Tensor) -> State:
@@ -84,14 +87,16 @@ def _named(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(state, Tensor):
         yield name, state.contiguous()
     elif isinstance(state, int):
+        # safetensors holds tensors alone; `load_state` makes it an int again.
         yield name, torch.tensor(state)
     elif isinstance(state, tuple):
-        for key, part in zip(getattr(state, "_fields", range(len(state))), state):
-            yield from _named(part, f"{name}.{key}" if name else str(key))
+        for key, entry in zip(getattr(state, "_fields", range(len(state))), state):
+            yield from _named(entry, f"{name}.{key}" if name else str(key))
 
 
 def save_state(state: tuple, path: str | Path) -> None:
     """Write a state as safetensors, to go on later or elsewhere with `load_state`."""
+    # Copies: safetensors refuses tensors that share memory.
     save_file({name: tensor.clone() for name, tensor in _named(state)}, path)
 
 
@@ -108,21 +113,25 @@ def load_state(like: State, path: str | Path) -> State:
     tensors = load_file(path)
     names = {name for name, _ in _named(like)}
     if names != set(tensors):
-        odd = ", ".join(sorted(names ^ set(tensors))[:4])
-        raise UserError(f"{path} holds the state of another model (it differs in {odd}); use the model that wrote it")
+        differing = ", ".join(sorted(names ^ set(tensors))[:4])
+        raise UserError(
+            f"{path} holds the state of another model (it differs in {differing}); use the model that wrote it"
+        )
 
-    def fill(part, name):
-        if isinstance(part, Tensor):
-            found = tensors[name]
-            if found.dim() != part.dim():
-                raise UserError(f"{path}: {name} has shape {tuple(found.shape)}, expected one like {tuple(part.shape)}")
-            return found.to(part)
-        if isinstance(part, int):
+    def fill(template, name):
+        if isinstance(template, Tensor):
+            tensor = tensors[name]
+            if tensor.dim() != template.dim():
+                raise UserError(
+                    f"{path}: {name} has shape {tuple(tensor.shape)}, expected one like {tuple(template.shape)}"
+                )
+            return tensor.to(template)
+        if isinstance(template, int):
             return int(tensors[name])
-        if isinstance(part, tuple):
-            keys = getattr(part, "_fields", range(len(part)))
-            filled = (fill(inner, f"{name}.{key}" if name else str(key)) for key, inner in zip(keys, part))
-            return type(part)(*filled) if hasattr(part, "_fields") else type(part)(filled)
-        return part
+        if isinstance(template, tuple):
+            keys = getattr(template, "_fields", range(len(template)))
+            filled = (fill(inner, f"{name}.{key}" if name else str(key)) for key, inner in zip(keys, template))
+            return type(template)(*filled) if hasattr(template, "_fields") else type(template)(filled)
+        return template
 
     return fill(like, "")

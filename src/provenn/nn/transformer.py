@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.streaming import state_bytes
+from provenn.nn.streaming import MixerState, state_bytes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 class EncoderState(NamedTuple):
     """The states of the mixers, one a layer."""
 
-    layers: tuple[Any, ...]
+    layers: tuple[MixerState, ...]
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.mixer: Any = mixer(dim)
+        self.mixer: Any = mixer(dim)  # with `prefill` and `step` where it streams, which no type of torch says
         self.linear1 = nn.Linear(dim, feedforward)
         self.linear2 = nn.Linear(feedforward, dim)
         self.norm1 = nn.LayerNorm(dim)
@@ -59,6 +59,7 @@ class EncoderLayer(nn.Module):
         self.activation = activation
 
     def _join(self, x: Tensor, mixed: Tensor) -> Tensor:
+        # Norm after the sum, as in 2017; `PreNormBlock` is the later form.
         x = self.norm1(x + self.dropout(mixed))
         hidden = self.dropout(ACTIVATIONS[self.activation](self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
@@ -68,16 +69,16 @@ class EncoderLayer(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         return self._join(x, self.mixer(x, mask=mask))
 
-    def init_state(self, batch: int) -> Any:
+    def init_state(self, batch: int) -> MixerState:
         """The state of `batch` streams before their first token."""
         return self.mixer.init_state(batch)
 
-    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: Any = None) -> tuple[Tensor, Any]:
+    def prefill(self, x: Float[Tensor, "batch tokens dim"], state: MixerState = None) -> tuple[Tensor, MixerState]:
         """Many tokens at once: the outputs, and the state from which `step` goes on."""
         mixed, state = self.mixer.prefill(x, state)
         return self._join(x, mixed), state
 
-    def step(self, x_t: Float[Tensor, "batch dim"], state: Any) -> tuple[Float[Tensor, "batch dim"], Any]:
+    def step(self, x_t: Float[Tensor, "batch dim"], state: MixerState) -> tuple[Float[Tensor, "batch dim"], MixerState]:
         """One token more."""
         mixed, state = self.mixer.step(x_t, state)
         return self._join(x_t, mixed), state
@@ -97,6 +98,7 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
+        # Any: torch types what a list holds as modules without `step`.
         self.layers: Any = nn.ModuleList(EncoderLayer(dim, mixer, **options) for _ in range(layers))
 
     def forward(

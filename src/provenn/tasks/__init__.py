@@ -1,5 +1,28 @@
 """One module a kind of work: data in, batch, loss, metric, picture, prediction."""
 
-from provenn.tasks.base import Task, TaskData, fingerprint, get_task, split_indices
+from provenn.tasks.base import (
+    Portable,
+    Task,
+    TaskData,
+    batches,
+    call,
+    device_of,
+    fingerprint,
+    join_scores,
+    split_indices,
+)
+from provenn.tasks.discovery import get_task, task_names
 
-__all__ = ["Task", "TaskData", "fingerprint", "get_task", "split_indices"]
+__all__ = [
+    "Portable",
+    "Task",
+    "TaskData",
+    "batches",
+    "call",
+    "device_of",
+    "fingerprint",
+    "get_task",
+    "join_scores",
+    "split_indices",
+    "task_names",
+]

@@ -1,9 +1,8 @@
 """What every kind of work offers: data in, loss, metric, picture, prediction."""
 
 import hashlib
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,27 +12,13 @@ import torch
 from jaxtyping import Int, Shaped
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from provenn.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-NAMES = (
-    "image-classification",
-    "image-generation",
-    "series-classification",
-    "series-forecasting",
-    "event-forecasting",
-    "reinforcement-learning",
-    "super-resolution",
-    "language-modelling",
-    "masked-language-modelling",
-    "translation",
-    "recall",
-)
-
 
 Scores = dict[str, Shaped[np.ndarray, " examples"]]  # of each example, by name
 LABEL, TOLD = "label", "told"  # scores of a classifier: the class of each example, and the one that the model says
@@ -79,8 +64,29 @@ class HeldOut:
     overlap: int = 1
 
 
+@dataclass(frozen=True)
+class Portable:
+    """A system to be written as an ONNX file.
+
+    Args:
+        system: what runs, in eval mode, from what a user has to what a user wants.
+        example: its inputs by name, as keyword arguments.
+        outputs: names of what it returns, in its order.
+        open_sizes: of each input the dimensions whose size stays open, each by a name, such as {"image": {0: "batch"}}.
+    """
+
+    system: nn.Module
+    example: dict[str, Tensor]
+    outputs: list[str]
+    open_sizes: dict[str, dict[int, str]] = field(default_factory=dict)
+
+
 class Task(ABC):
-    """One kind of work. A module in `provenn.tasks` defines one and calls it `TASK`."""
+    """One kind of work. A module in `provenn.tasks`, or a paper's `task.py`, defines one and calls it `TASK`.
+
+    What a system is given is a tensor, or has several parts: a tuple of positional or a dict of keyword arguments;
+    `call` hands them to the model. Batches may nest tensors as they like.
+    """
 
     name: str
     metric: str
@@ -89,6 +95,8 @@ class Task(ABC):
     reads: str  # what a path may hold, in one phrase
     takes_words: bool = False  # whether `predict` takes words besides files
     meta_schema: type[BaseModel] | None = None  # what the meta of its data must be
+    augments: bool = False  # whether its batches are images and their classes, which a recipe may augment and mix
+    smooths: bool = False  # whether `loss` takes the share of label smoothing as a third argument
     needs_inputs: bool = True  # whether `predict` has nothing to do without any
 
     @abstractmethod
@@ -108,7 +116,7 @@ class Task(ABC):
 
         Where examples have classes, `label` and `told` are among the columns.
         """
-        raise NotImplementedError(f"the task {self.name} defines neither scores nor evaluate")
+        raise TypeError(f"the task {self.name} defines neither scores nor evaluate")
 
     def summary(self, scores: Scores) -> dict[str, float]:
         """Metrics of the examples with these scores, `self.metric` among them: by default the mean of each column."""
@@ -145,11 +153,23 @@ class Task(ABC):
         that does no better has learned nothing, and nothing is concluded from it.
         """
 
-    @abstractmethod
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
-        """Apply a trained model to files; write `output` where one is given; return text for the terminal."""
+        """Apply a trained model to files; write `output` where one is given; return text for the terminal.
 
-    def example(self, file: Path, meta: dict[str, Any]) -> Tensor:
+        Raises:
+            UserError: the task has no prediction, or the files cannot be read.
+        """
+        raise UserError(f"{self.name} predicts nothing: `provenn train` and `provenn evaluate` tell how well it does")
+
+    def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
+        """The model as `provenn export` writes it, where the task can say.
+
+        Raises:
+            UserError: it cannot.
+        """
+        raise UserError(f"the task {self.name} does not say what a system of its own looks like outside of Python")
+
+    def example(self, file: Path, meta: dict[str, Any]) -> Any:
         """What a model sees of one file, as a batch of one, where the task can say.
 
         Raises:
@@ -191,13 +211,6 @@ class Task(ABC):
                 f"or an embedded data set: {', '.join(self.embedded)}"
             )
         return path
-
-
-def get_task(name: str) -> Task:
-    """The task of that name, such as `image-classification`."""
-    if name not in NAMES:
-        raise UserError(f"no task is called {name!r}; there are: {', '.join(NAMES)}")
-    return importlib.import_module(f"provenn.tasks.{name.replace('-', '_')}").TASK
 
 
 def fingerprint(*parts: np.ndarray | Tensor | bytes | str) -> str:
@@ -258,7 +271,22 @@ def join_scores(names: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> Score
     return dict(zip(names, columns, strict=True))
 
 
-def batches(dataset: Dataset, batch_size: int, device: torch.device) -> Iterator[list[Tensor]]:
-    """A data set of tuples of tensors, in order, as batches on the device."""
-    for batch in DataLoader(dataset, batch_size=batch_size):
-        yield [part.to(device) for part in batch]
+def batches(dataset: Dataset, batch_size: int, device: torch.device, collate: Callable | None = None) -> Iterator[Any]:
+    """A data set in order, as batches on the device: lists of tensors, or whatever the examples nest.
+
+    Args:
+        collate: joins examples to a batch; torch's own by default.
+    """
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
+        yield tree_map_only(Tensor, lambda part: part.to(device), batch)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The model of what it is given: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    >>> call(nn.Bilinear(2, 3, 1), (torch.zeros(4, 2), torch.zeros(4, 3))).shape
+    torch.Size([4, 1])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from provenn.data.events import PROCESSES, read_histories
-from provenn.data.tables import check_csv, write_table
+from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
     HeldOut,
@@ -166,7 +166,7 @@ class EventForecasting(Task):
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """When the next event of each sequence is expected, and which mark it has."""
-        check_csv(output, inputs)
+        check_table(output, inputs)
         rows: list[list[str | float]] = []
         for file in inputs:
             histories = read_histories(file)

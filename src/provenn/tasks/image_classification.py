@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from provenn import progress
 from provenn.data.cifar import SIDE, files_in, read_cifar
 from provenn.data.images import images_in, read_image, size_of
-from provenn.data.tables import check_csv, write_table
+from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
     LABEL,
@@ -51,6 +51,7 @@ class ImageClassification(Task):
     meta_schema = Images
     metric = "accuracy"
     higher_is_better = True
+    augments = smooths = True
     embedded = EMBEDDED
     reads = (
         "a folder with one sub-folder of images for each class (or train/, val/ and test/ folders of such), "
@@ -81,9 +82,10 @@ class ImageClassification(Task):
             return _cifar(Path(named), seed, size or SIDE)
         return _folder(Path(named), seed, size, skip_broken)
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any, smoothing: float = 0.0) -> Tensor:
+        """Of labels, or of a row of shares of the classes each, as mixing gives them."""
         images, labels = batch
-        return F.cross_entropy(model(images), labels)
+        return F.cross_entropy(model(images), labels, label_smoothing=smoothing)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Whether the likeliest class of each image is right, and one of the five likeliest; nats of the right one."""
@@ -150,7 +152,7 @@ class ImageClassification(Task):
 
         A folder among the inputs stands for the images in it.
         """
-        check_csv(output, inputs)
+        check_table(output, inputs)
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         device = device_of(model)
         images = (self.example(file, meta) for file in files)
@@ -321,6 +323,7 @@ class ImageFiles(Dataset):
         self.files, self.meta, self.augment = list(files), meta, augment
         self.kept: dict[int, Tensor] = {}
         self.room = MEMORY
+        self.least_area = 0.25  # of random crops
 
     def __len__(self) -> int:
         return len(self.files)
@@ -334,7 +337,8 @@ class ImageFiles(Dataset):
                 self.kept[index] = image
                 self.room -= image.nbytes
         size = self.meta["size"]
-        return _standard(random_crop(image, size) if self.augment else _see(image, size), self.meta), label
+        seen = random_crop(image, size, self.least_area) if self.augment else _see(image, size)
+        return _standard(seen, self.meta), label
 
 
 def _read(file: Path, channels: int) -> UInt8[Tensor, "channels height width"]:
@@ -376,14 +380,16 @@ def _see(image: UInt8[Tensor, "channels height width"], size: int) -> UInt8[Tens
     return image[:, top : top + size, left : left + size]
 
 
-def random_crop(image: UInt8[Tensor, "channels height width"], size: int) -> UInt8[Tensor, "channels size size"]:
-    """A random rectangle of a quarter to all of the area, scaled to a square, and mirrored one time in two.
+def random_crop(
+    image: UInt8[Tensor, "channels height width"], size: int, least: float | int = 0.25
+) -> UInt8[Tensor, "channels size size"]:
+    """A random rectangle of `least` (a quarter) to all of the area, scaled to a square, mirrored one time in two.
 
     Its sides are as 3:4 to 4:3. Draws from torch's global generator, which the training loop seeds for each epoch.
     """
     height, width = image.shape[1:]
     draw = torch.rand(5).tolist()
-    area = height * width * (0.25 + 0.75 * draw[0])
+    area = height * width * (least + (1 - least) * draw[0])
     ratio = math.exp((2 * draw[1] - 1) * math.log(4 / 3))
     tall = min(height, max(1, round(math.sqrt(area / ratio))))
     wide = min(width, max(1, round(math.sqrt(area * ratio))))

@@ -50,6 +50,7 @@ class Windows(Dataset):
         length: tokens a window.
         bytes_of: how many bytes each token of the vocabulary stands for.
         most: keep so many windows, spread evenly over the text; by default all.
+        words: how many words there are to a byte, for perplexity by words.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Windows(Dataset):
         length: int,
         bytes_of: Int64[np.ndarray, " vocab"],
         most: int | None = None,
+        words: float | None = None,
     ):
-        self.stream, self.length = torch.from_numpy(stream), length
+        self.stream, self.length, self.words = torch.from_numpy(stream), length, words
         self.bytes_of = torch.from_numpy(bytes_of)
         count = (len(stream) - 1) // length
         kept = count if most is None else min(most, count)
@@ -169,13 +171,20 @@ class LanguageModelling(Task):
             nats = F.cross_entropy(logits.transpose(1, 2).float(), y, reduction="none").double()
             parts = (nats, logits.argmax(-1) == y, torch.ones_like(y), bytes_of.to(y.device)[y])
             rows.append([part.sum(1).double() for part in parts])
-        names = ("nats", "right", "tokens", "bytes")
-        return join_scores(names, rows)
+        scores = join_scores(("nats", "right", "tokens", "bytes"), rows)
+        words: float | None = getattr(dataset, "words", None)
+        return scores if words is None else {**scores, "words": scores["bytes"] * words}
 
     def summary(self, scores: Scores) -> dict[str, float]:
-        """Bits a byte, perplexity and nats a token, and the share of tokens told right."""
+        """Bits a byte, perplexity and nats a token, and the share of tokens told right.
+
+        Where the words are counted, perplexity by words too: of other tokens it is the same figure.
+        """
         nats, right, tokens, held = (float(scores[name].sum()) for name in ("nats", "right", "tokens", "bytes"))
+        words = float(scores["words"].sum()) if "words" in scores else 0
+        by_words = {"word_perplexity": math.exp(min(nats / words, 700))} if words else {}
         return {
+            **by_words,
             "bits_per_byte": nats / held / math.log(2),
             "perplexity": math.exp(min(nats / tokens, 700)),
             "nll": nats / tokens,
@@ -217,10 +226,12 @@ class LanguageModelling(Task):
             )
         parts = self.documents(source, seed)
         whole = whole and source not in self.embedded and read_splits(Path(source)) is None
-        stream = _packed([text for part in parts for text in part] if whole else parts[2], tokens)
+        texts = [text for part in parts for text in part] if whole else parts[2]
+        stream = _packed(texts, tokens)
         if len(stream) <= length:
             raise UserError(f"{source}: {len(stream)} tokens are fewer than a window of {length}; give more text")
-        windows = Windows(stream, length, tokens.lengths(), max(1, eval_tokens // length))
+        counted = sum(len(text.text.split()) for text in texts) / max(1, sum(len(text.text.encode()) for text in texts))
+        windows = Windows(stream, length, tokens.lengths(), max(1, eval_tokens // length), counted)
         every = (len(stream) - 1) // length
         some = f"{len(windows)} of {every:,} windows" if len(windows) < every else f"all {every:,} windows"
         which = "" if whole else "the test split of "

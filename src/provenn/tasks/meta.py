@@ -84,9 +84,10 @@ class Blanked(Text):
 
 
 class Length(Meta):
-    """Of translation: the letters that an answer may have."""
+    """Of translation: the letters or words that an answer may have, and the words, where they are the tokens."""
 
     length: Annotated[int, Field(ge=1, le=2**20)]
+    words: list[str] | None = None
 
 
 class Play(Standardised):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from provenn.data.tables import check_csv, read_table, write_table
+from provenn.data.tables import check_table, read_table, write_table
 from provenn.data.trajectories import (
     QUALITIES,
     SCRIPTS,
@@ -439,7 +439,7 @@ class ReinforcementLearning(Task):
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """Play episodes (no input: 20; a CSV with `seed,target`: these), or tell the next action of trajectories."""
-        check_csv(output, inputs)
+        check_table(output, inputs)
         setting = Setting(**meta)
         tables = [file for file in inputs if file.suffix == ".csv"]
         if inputs and not tables:

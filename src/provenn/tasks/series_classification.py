@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from provenn.data.frames import ENGINES
+from provenn.data.sequences import Corpus, Sequences, read_corpus
 from provenn.data.series import FORMATS, Collection, bundled, read_series
-from provenn.data.tables import check_csv, write_table
+from provenn.data.tables import Reading, check_reading, check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
     LABEL,
@@ -46,6 +48,29 @@ CUT = (0.6, 0.2, 0.2)  # of the user's series, for training, validation and test
 SHOWN = 20  # lines of predictions in the terminal
 
 
+class Tokens(Dataset):
+    """Sequences of tokens as series: a channel for each kind of token, which is 1 where the token is of that kind.
+
+    Args:
+        sequences: of one split.
+        classes: what labels are called.
+        length: tokens of the longest.
+        alphabet: kinds of tokens.
+    """
+
+    def __init__(self, sequences: Sequences, classes: Sequence[str], length: int, alphabet: int):
+        self.sequences, self.length, self.alphabet = sequences.tokens, length, alphabet
+        self.labels = torch.tensor([classes.index(label) for label in sequences.labels])
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "tokens channels"], Tensor, Tensor]:
+        tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
+        x = F.pad(F.one_hot(tokens, self.alphabet).float(), (0, 0, 0, self.length - len(tokens)))
+        return x, torch.tensor(len(tokens)), self.labels[index]
+
+
 class SeriesClassification(Task):
     """A dataset's items are (values (tokens, channels) padded with zeros, count of valid tokens, class)."""
 
@@ -54,22 +79,42 @@ class SeriesClassification(Task):
     metric = "accuracy"
     higher_is_better = True
     embedded = {name: about for name, (_, about) in ARCHIVE.items()}  # noqa: RUF012
-    reads = f"{FORMATS}; or a folder with one NAME_TRAIN and one NAME_TEST file of these"
+    reads = (
+        f"{FORMATS}; a folder with one NAME_TRAIN and one NAME_TEST file of these; or a folder of sequences of tokens, "
+        "with train/CLASS/*.txt and test/CLASS/*.txt, of ListOps or of Pathfinder"
+    )
 
-    def load(self, source: str | Path, *, seed: int = 0, validation: float | int = 0.2, **options: Any) -> TaskData:
+    def load(  # type: ignore[override]  # names its options
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        validation: float | int = 0.2,
+        longest: int | None = None,
+        **reading: Unpack[Reading],
+    ) -> TaskData:
         """The archive's own split where there is one, else 60 % train, 20 % validation, 20 % test, class by class.
 
         Args:
             source: an embedded name or a path.
             seed: of the split.
             validation: share of the archive's training split to hold out; 0 leaves all of it for training.
+            longest: of sequences of tokens, cut them after so many.
+            reading: of a file, what it does not tell.
 
         Raises:
             UserError: no such data, or data without labels, with one class, or with too few series.
         """
-        if options:
-            raise UserError(f"{self.name} takes the option validation, not {', '.join(options)}")
-        read = [_labelled(file) for file in self._files(source)]
+        check_reading(self.name, reading, "validation", "longest")
+        if longest is not None and longest < 1:
+            raise UserError(f"longest must be at least 1 token, got {longest}")
+        place = self._named(source)
+        corpus = read_corpus(place, longest) if isinstance(place, Path) and place.is_dir() else None
+        if corpus is not None:
+            return _of_tokens(str(source), corpus, validation, seed)
+        if longest is not None:
+            raise UserError(f"longest is of sequences of tokens; {source} holds series: leave it out")
+        read = [_labelled(file, reading) for file in self._files(source)]
         if len(read) == 2:
             train_all, test = read
             kept, held = _stratified(train_all.labels or [], (1.0 - validation, float(validation)), seed)
@@ -97,11 +142,21 @@ class SeriesClassification(Task):
         return join_scores(names, rows)
 
     def held_out(  # type: ignore[override]
-        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        **reading: Unpack[Reading],
     ) -> HeldOut:
         """As in `Task`; of an archive's pair of files the test file."""
+        place = self._named(source)
+        corpus = read_corpus(place, meta["length"]) if isinstance(place, Path) and place.is_dir() else None
+        if corpus is not None:
+            return _held_out_tokens(str(source), corpus, meta)
         files = self._files(source)
-        test = _labelled(files[-1])
+        test = _labelled(files[-1], reading)
         which = f"the test split of {source}" if len(files) == 2 else f"all of {source}"
         if len(files) == 1 and not whole:
             test = _pick(test, _stratified(test.labels or [], CUT, seed)[2])
@@ -126,7 +181,10 @@ class SeriesClassification(Task):
     def trivial(self, data: TaskData) -> float:
         """Accuracy without a look at the series: the commonest class, or a guess."""
         cpu = torch.device("cpu")
-        labels = (torch.cat([classes for *_, classes in batches(part, 256, cpu)]) for part in (data.train, data.test))
+        labels = (
+            part.labels if isinstance(part, Tokens) else torch.cat([classes for *_, classes in batches(part, 256, cpu)])
+            for part in (data.train, data.test)
+        )
         return blind_accuracy(*labels)
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -138,12 +196,19 @@ class SeriesClassification(Task):
             "std": [1.0] * channels,
         }
 
-    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+    def predict(
+        self,
+        model: nn.Module,
+        meta: dict[str, Any],
+        inputs: Sequence[Path],
+        output: Path | None,
+        **reading: Unpack[Reading],
+    ) -> str:
         """Label every series of the files, with the probability of each class."""
-        check_csv(output, inputs)
+        check_table(output, inputs)
         rows: list[list[str | float]] = []
         for file in inputs:
-            collection = read_series(file)
+            collection = read_series(file, **reading)
             _check_fits(file, collection, meta)
             x, lengths = _padded(collection, meta)
             dataset = TensorDataset(x, lengths)
@@ -206,21 +271,63 @@ def _logits(
     return model(x[:, :longest], mask)
 
 
+def _of_tokens(name: str, corpus: Corpus, validation: float | int, seed: int) -> TaskData:
+    """Sequences in their own splits; what is validated with is held out of the training where the data bring none."""
+    splits = dict(corpus.splits)
+    if "val" not in splits:
+        train = splits["train"]
+        parts = _stratified(train.labels, (1.0 - validation, float(validation)), seed)
+        splits["train"], splits["val"] = (
+            Sequences([train.tokens[i] for i in part], [train.labels[i] for i in part]) for part in parts
+        )
+    classes = sorted(set(splits["train"].labels))
+    unknown = {label for part in splits.values() for label in part.labels} - set(classes)
+    if unknown or len(classes) < 2:
+        what = f"the label {min(unknown)!r} occurs in no training sequence" if unknown else "there is one class alone"
+        raise UserError(f"{name}: {what}: expected every class, two or more, in training")
+    length = max(len(tokens) for part in splits.values() for tokens in part.tokens)
+    sets = {split: Tokens(part, classes, length, corpus.alphabet) for split, part in splits.items()}
+    meta = {
+        "classes": classes,
+        "length": length,
+        "mean": [0.0] * corpus.alphabet,
+        "std": [1.0] * corpus.alphabet,
+    }
+    parts_of: list[Any] = [part for split in sets.values() for part in (*split.sequences, split.labels)]
+    options = {"channels": corpus.alphabet, "num_classes": len(classes), "length": length}
+    sizes = ", ".join(f"{len(part):,} {split}" for split, part in sets.items())
+    about = f"sequences of up to {length:,} {corpus.about}: {sizes}"
+    return TaskData(name, sets["train"], sets["val"], sets["test"], fingerprint(*parts_of), options, meta, about=about)
+
+
+def _held_out_tokens(name: str, corpus: Corpus, meta: dict[str, Any]) -> HeldOut:
+    test = corpus.splits["test"]
+    if corpus.alphabet != len(meta["mean"]):
+        raise UserError(f"{name} has {corpus.alphabet} kinds of tokens, the model was trained on {len(meta['mean'])}")
+    unknown = set(test.labels) - set(meta["classes"])
+    if unknown:
+        raise UserError(f"{name}: the model knows no label {min(unknown)!r}; it knows: {', '.join(meta['classes'])}")
+    return HeldOut(Tokens(test, meta["classes"], meta["length"], corpus.alphabet), f"the test split of {name}")
+
+
 def _files(place: Path) -> list[Path]:
     """The one file, or the archive's pair in a folder."""
     if not place.is_dir():
         return [place]
     found = [sorted(f for f in place.iterdir() if f.stem.upper().endswith(end)) for end in ("_TRAIN", "_TEST")]
     # The UCR archive ships each set in several formats: the first that there is a pair of is read.
-    for suffix in (".ts", ".tsv", ".csv"):
+    for suffix in (".ts", ".tsv", ".csv", *ENGINES):
         pairs = [[f for f in files if f.suffix == suffix] for files in found]
         if [len(files) for files in pairs] == [1, 1]:
             return [files[0] for files in pairs]
-    raise UserError(f"{place} holds no pair of NAME_TRAIN and NAME_TEST as .ts, .tsv or .csv: give a file, or one pair")
+    raise UserError(
+        f"{place} holds no pair of NAME_TRAIN and NAME_TEST as .ts, .tsv, .csv, .xlsx or .parquet: "
+        "give a file, or one pair"
+    )
 
 
-def _labelled(file: Path) -> Collection:
-    collection = read_series(file)
+def _labelled(file: Path, reading: Reading) -> Collection:
+    collection = read_series(file, **reading)
     if collection.labels is None:
         raise UserError(f"{file} has no labels: training needs them; expected {FORMATS}")
     return collection

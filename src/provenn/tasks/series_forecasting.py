@@ -1,9 +1,9 @@
 """The past of a series in, its future out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from provenn import progress
 from provenn.data.dates import continue_dates, first_disorder, gaps
+from provenn.data.numerals import is_hole, is_number
 from provenn.data.series import bundled
-from provenn.data.tables import Table, check_csv, is_number, read_table, write_table
+from provenn.data.tables import WRITES, Reading, Table, check_reading, check_table, read_table, write_table
 from provenn.errors import UserError
 from provenn.files import whole
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
@@ -83,9 +84,12 @@ class SeriesForecasting(Task):
     metric = "mse"
     higher_is_better = False
     embedded = {name: entry.about for name, entry in BUNDLED.items()}  # noqa: RUF012
-    reads = "a CSV with a header, a row a step in order of time, numeric columns, and if you like a date column first"
+    reads = (
+        "a table with a header as .csv, .xlsx or .parquet, a row a step in order of time, numeric columns, and if you "
+        "like a date column first"
+    )
 
-    def load(
+    def load(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         *,
@@ -93,25 +97,25 @@ class SeriesForecasting(Task):
         context: int | None = None,
         horizon: int | None = None,
         parts: tuple[float | int, float | int, float | int] = SHARES,
-        **options: Any,
+        **reading: Unpack[Reading],
     ) -> TaskData:
         """Cut the rows in order of time; the future of no window reaches over a cut.
 
         Args:
-            source: an embedded name or a CSV file.
+            source: an embedded name or a file.
             seed: not used; the split is chronological.
             context, horizon: rows seen and rows to forecast; by default up to 48 and 12, fewer for a short series.
             parts: how much is for training, validation and the test: shares, 60 : 20 : 20, or numbers of rows.
+            reading: of a file, what it does not tell.
 
         Raises:
             UserError: no such data, cells that are no numbers, dates out of order, or too few rows for the windows.
         """
-        if options:
-            raise UserError(f"{self.name} takes the options context, horizon and parts, not {', '.join(options)}")
+        check_reading(self.name, reading, "context", "horizon", "parts")
         place = self._named(source)
         known = BUNDLED.get(source) if place == source and isinstance(source, str) else None
         file = bundled(known.file) if known else Path(place)
-        columns, values, _ = _read(read_table(file), known.without if known else ())
+        columns, values, _ = _read(read_table(file, **reading), known.without if known else ())
         rows = len(values)
         fitting = (known.context, known.horizon) if known else (min(48, rows // 5), min(12, max(1, rows // 12)))
         for what, length in (("context", context), ("horizon", horizon)):
@@ -166,11 +170,12 @@ class SeriesForecasting(Task):
         seed: int = 0,
         whole: bool = True,
         parts: tuple[float | int, float | int, float | int] = SHARES,
+        **reading: Unpack[Reading],
     ) -> HeldOut:
         """As in `Task`: windows over all rows, or over the last part, in the columns and on the scale of the model."""
         place = self._named(source)
         known = BUNDLED.get(source) if place == source and isinstance(source, str) else None
-        table = read_table(bundled(known.file) if known else Path(place))
+        table = read_table(bundled(known.file) if known else Path(place), **reading)
         _, values, _ = _read(table, known.without if known else (), meta["columns"])
         rows, context, horizon = len(values), meta["context"], meta["horizon"]
         whole = whole and known is None
@@ -204,8 +209,15 @@ class SeriesForecasting(Task):
             "std": [1.0] * channels,
         }
 
-    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
-        """Forecast what follows the last row of each file: a CSV and a plot beside it; for several, in a folder.
+    def predict(
+        self,
+        model: nn.Module,
+        meta: dict[str, Any],
+        inputs: Sequence[Path],
+        output: Path | None,
+        **reading: Unpack[Reading],
+    ) -> str:
+        """Forecast what follows the last row of each file: a table and a plot beside it; for several, in a folder.
 
         A model of one column forecasts each column of a file with others, on the scale of that column, and says so.
         """
@@ -213,7 +225,8 @@ class SeriesForecasting(Task):
         texts, made = [], []
         for file in inputs:
             single = len(meta["columns"]) == 1
-            columns, values, times = _read(read_table(file), (), None if single else meta["columns"])
+            table = read_table(file, **reading)
+            columns, values, times = _read(table, (), None if single else meta["columns"])
             each = single and columns != meta["columns"]
             past = values[-meta["context"] :]
             if len(past) < meta["context"]:
@@ -237,9 +250,10 @@ class SeriesForecasting(Task):
             if output is None:
                 shown = "\n".join("  ".join(f"{c:.6g}" if isinstance(c, float) else c for c in row) for row in rows)
                 texts.append("  ".join([header, *columns]) + "\n" + shown)
-            made.append(([header, *columns], rows, _forecast_plot(columns, values[-4 * len(past) :], forecast)))
-        for file, target, (names, rows, plot) in zip(inputs, targets, made):
-            write_table(target, names, rows)
+            style = replace(table.style, decimal=table.decimal_of(columns))  # written as it was read
+            made.append((style, [header, *columns], rows, _forecast_plot(columns, values[-4 * len(past) :], forecast)))
+        for file, target, (style, names, rows, plot) in zip(inputs, targets, made):
+            write_table(target, names, rows, style)
             with whole(target.with_suffix(".png")) as place:
                 plot.savefig(place, dpi=110)
             texts.append(f"{file}: {len(rows)} steps, wrote {target} and {target.with_suffix('.png')}")
@@ -305,13 +319,14 @@ def _targets(inputs: Sequence[Path], output: Path | None) -> list[Path]:
     if output is None:
         return []
     if len(inputs) == 1 and not output.is_dir():
-        check_csv(output, inputs)
+        check_table(output, inputs)
         return [output]
-    if output.is_file() or output.suffix.lower() == ".csv":
+    if output.is_file() or output.suffix.lower() in WRITES:
         raise UserError(f"{output} is a name for one file; several forecasts need a folder")
-    targets = [output / f"{file.stem}_forecast.csv" for file in inputs]
+    kinds = [file.suffix.lower() if file.suffix.lower() in WRITES else ".csv" for file in inputs]
+    targets = [output / f"{file.stem}_forecast{kind}" for file, kind in zip(inputs, kinds)]
     for target in targets:
-        check_csv(target, inputs)
+        check_table(target, inputs)
         if targets.count(target) > 1:
             raise UserError(f"two forecasts would both be written to {target}; rename one or give them apart")
     return targets
@@ -322,7 +337,8 @@ def _read(
 ) -> tuple[list[str], np.ndarray, tuple[str, list[str]] | None]:
     """Names and values of the numeric columns, and the time column's name and cells where there is one."""
     columns = [name for name in table.columns if name not in without]
-    first = table.rows[0][table.columns.index(columns[0])]
+    place = table.columns.index(columns[0])
+    first = next((row[place] for row in table.rows if not is_hole(row[place])), "")
     named_so = columns[0].lower() in TIMES
     has_time = named_so or (len(columns) > 1 and first != "" and not is_number(first))
     times = (columns[0], table.column(columns[0])) if has_time else None
@@ -333,7 +349,7 @@ def _read(
         raise UserError(f"{table.file} has the columns {', '.join(numeric)}: the model knows {', '.join(expected)}")
     if times is not None:
         _check_times(table.file, times[1])
-    return numeric, table.numbers(numeric), times
+    return numeric, table.filled(numeric), times
 
 
 def _check_times(file: Path, dates: Sequence[str]) -> None:

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from provenn.catalog import Card, Mechanism, Preset, card
+from torch import nn
+
+from provenn.catalog import Card, Mechanism, Preset, card, in_a_line
 from provenn.errors import UserError
 from provenn.slots import slot
 from provenn.testing.promises import PROMISES, parameters_on_meta
@@ -97,9 +99,21 @@ def _check_mechanism(paper: Card, mechanism: Mechanism, variant: Mapping[str, An
 
 
 def _check_preset(paper: Card, preset: Preset) -> None:
+    if paper.work_of(preset) is None and not _is_module(paper, preset):
+        return  # a procedure that is called, with no weights, modes or devices
     few = OF_LARGE_PRESETS if LARGE < _size(paper, preset) < math.inf else OF_EVERY_PRESET
     asked = None if preset in smallest_presets(paper) else {*few, *preset.cannot}
     _ask(Subject.preset(paper, preset), None, preset.cannot, asked)
+
+
+def _is_module(paper: Card, preset: Preset) -> bool:
+    try:
+        made = paper.resolve(preset.build)(**preset.options)
+    except Exception as error:
+        raise BrokenPromise(f"{paper.slug} {preset.name}\n  cannot be built: {in_a_line(error)}") from error
+    if not callable(made):
+        raise BrokenPromise(f"{paper.slug} {preset.name}\n  is no module and nothing that can be called: {made!r}")
+    return isinstance(made, nn.Module)
 
 
 def _check_weights(paper: Card, file: Path) -> None:
@@ -113,7 +127,7 @@ def smallest_presets(paper: Card) -> list[Preset]:
     """The preset with the fewest parameters for each kind of work."""
     smallest: dict[str | None, Preset] = {}
     for preset in sorted(paper.presets, key=lambda preset: _size(paper, preset)):
-        smallest.setdefault(preset.task or paper.task, preset)
+        smallest.setdefault(paper.work_of(preset), preset)
     return list(smallest.values())
 
 

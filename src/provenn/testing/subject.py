@@ -55,8 +55,11 @@ class Subject:
 
     @classmethod
     def preset(cls, paper: Card, preset: Preset) -> "Subject":
+        names = [example.name for example in preset.input]
+
         def make(**options: Any) -> nn.Module:
-            return paper.resolve(preset.build)(**{**preset.options, **options})
+            made = paper.resolve(preset.build)(**{**preset.options, **options})
+            return _ByName(made, names) if any(names) else made
 
         def shapes(batch: int = 3) -> list[tuple[int, ...]]:
             assert preset.input, f"the preset {preset.name} of {paper.slug} names no input in paper.toml"
@@ -85,6 +88,18 @@ class Subject:
             else torch.randint(below, shape, generator=generator)
             for shape, below in zip(shapes, self.below or [None] * len(shapes))
         ]
+
+
+class _ByName(nn.Module):
+    """A system of several inputs, some of which it takes by name, so that it is called as any other."""
+
+    def __init__(self, system: nn.Module, names: list[str | None]):
+        super().__init__()
+        self.system, self.names = system, names
+
+    def forward(self, *inputs: Tensor) -> Any:
+        given = list(zip(self.names, inputs, strict=True))
+        return self.system(*(x for name, x in given if name is None), **{name: x for name, x in given if name})
 
 
 class _Joined(nn.Module):

@@ -1,6 +1,7 @@
 """Recipes and the training itself, on Lightning."""
 
+from provenn.training.augmentation import check_recipe
 from provenn.training.loop import Diverged, Fit, fit
 from provenn.training.recipes import Recipe
 
-__all__ = ["Diverged", "Fit", "Recipe", "fit"]
+__all__ = ["Diverged", "Fit", "Recipe", "check_recipe", "fit"]

@@ -20,12 +20,14 @@ from provenn import progress
 from provenn.errors import UserError
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks.base import Task, TaskData
+from provenn.training.augmentation import augmented, check_recipe, mixed
 from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_writer, clear_best, newest, read
 from provenn.training.recipes import Recipe
 from provenn.training.systems import JointOptimizer, before_saving, make_optimizer, training_loss
 
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning")  # its loggers
 STRATEGIES = ("auto", "ddp", "fsdp")
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
 LOGGERS = ("csv", "tensorboard")
 LOG = "log"  # the folder of what they write
 OFTEN = 0.5  # seconds between two figures on the live line: reading a loss waits for the device
@@ -97,6 +99,7 @@ def fit(
     seed: int = 0,
     device: str = "cpu",
     devices: int = 1,
+    num_nodes: int = 1,
     strategy: str = "auto",
     workers: int = 0,
     out: Path | None = None,
@@ -116,8 +119,11 @@ def fit(
         task, data, recipe: what is learned, from what, and how.
         seed: fixes weights, order, dropout and augmentation.
         device: cpu, cuda or mps.
-        devices, strategy: how many processes train together, and how: "ddp" or "fsdp". Lightning starts them by
-            running the program again (or torchrun has); only the first returns, the others leave the program.
+        devices, num_nodes, strategy: how many processes train together on how many machines, and how: "ddp", or "fsdp",
+            in which each holds a part of weights, gradients and the optimizer's state between steps. `batch_size` is
+            each one's: two give the weights of one with twice the batch, to rounding, where the loss is a mean over
+            examples and nothing draws or mixes the batch. Lightning starts those of a machine by running the program
+            again (or torchrun has); only the first of all returns, the others leave the program.
         workers: processes that read the data; 0 reads in this one. Augmentation draws otherwise with them than without.
         out: a folder for checkpoints after every epoch; None keeps none.
         resume: go on from the checkpoint in `out` where there is one.
@@ -142,16 +148,23 @@ def fit(
         raise UserError("keep_best and ema need whole weights in each process: take strategy ddp")
     if strategy not in STRATEGIES:
         raise UserError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if strategy == "fsdp" and not device.startswith("cuda"):
-        raise UserError(f"strategy fsdp needs GPUs, got device {device!r}; take ddp")
+    for name, value in (("devices", devices), ("num_nodes", num_nodes)):
+        if value < 1:
+            raise UserError(f"{name} must be a whole number of at least 1, got {value}")
+    if strategy == "fsdp" and recipe.precision not in SHARDED_PRECISIONS:
+        raise UserError(f"strategy fsdp takes precision {', '.join(SHARDED_PRECISIONS)}, got {recipe.precision!r}")
     if device.startswith("cuda") and devices > torch.cuda.device_count():
         raise UserError(f"devices must be at most {torch.cuda.device_count()} on this machine, got {devices}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+    check_recipe(recipe, task)
     lightning = _lightning()
     joined_here = not torch.distributed.is_initialized()
     torch.manual_seed(seed)
     model = build()
+    check_recipe(recipe, task, model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{title}: nothing to train, {type(model).__name__} has no parameters that need a gradient")
     best = _Best(out, keep_best, save) if out is not None and save is not None and keep_best else None
     history = _history_class()(task, data, title, recipe, out, save_every, best)
     going_on = newest(out) if resume and out is not None else None
@@ -169,7 +182,8 @@ def fit(
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(device.split(":")[0], device.split(":")[0]),
             devices=devices,
-            strategy="ddp" if strategy == "auto" and devices > 1 else strategy,
+            num_nodes=num_nodes,
+            strategy=_strategy(strategy, devices * num_nodes),
             use_distributed_sampler=False,
             max_epochs=recipe.epochs,
             max_steps=recipe.max_steps or -1,
@@ -189,16 +203,28 @@ def fit(
         start = time.perf_counter()
         if going_on is not None:
             _check_fits(going_on, module)
-        with _plain_interrupt(trainer):
-            trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
+        try:
+            with _plain_interrupt(trainer):
+                trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
+        except Diverged:  # all processes stop at the same step, and the first one says so
+            if joined_here and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            if not trainer.is_global_zero:
+                raise SystemExit(0) from None
+            raise
         seconds = time.perf_counter() - start
+        weights = _whole_state(module.model) if strategy == "fsdp" else None
     if joined_here and torch.distributed.is_initialized():
         # Left standing, the group's threads outlive the interpreter and abort it.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if not trainer.is_global_zero:
         raise SystemExit(0)
-    model = module.model.to(device)
+    if weights is None:
+        model = module.model.to(device)
+    else:
+        model = build().to(device)
+        model.load_state_dict(weights)
     if recipe.ema is not None:
         model.load_state_dict(module.learned().state_dict())
     history.restore_best(model)
@@ -207,6 +233,38 @@ def fit(
     with torch.no_grad():
         metrics = task.evaluate(model, data.test)
     return Fit(model, metrics, history.curve, round(seconds, 3), trainer.global_step)
+
+
+def _strategy(name: str, processes: int) -> Any:
+    """Lightning's strategy of that name."""
+    if name != "fsdp":
+        return "ddp" if name == "auto" and processes > 1 else name
+    return _lightning().pytorch.strategies.ModelParallelStrategy(
+        data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
+
+
+def _whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model, of which each process may hold a part; all of them have to ask."""
+    from torch.distributed.tensor import DTensor
+
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    return {name: v.full_tensor() if isinstance(v, DTensor) else v.clone() for name, v in state.items()}
+
+
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """Every process holds all weights inside, so that more than `forward` may be called."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def _single(model: nn.Module) -> nn.Module:
@@ -309,13 +367,32 @@ def _module_class() -> type:
             if recipe.ema is not None:
                 keep = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
                 self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=keep).requires_grad_(False)
+            self.parts = _parts(self)  # before they are sharded, which gives them other classes
 
         def learned(self) -> nn.Module:
             """What is validated, tested and saved: the average of the weights where the recipe keeps one."""
             return self.model if self.recipe.ema is None else self.average.module
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            checkpoint["parts"] = _parts(self)
+            checkpoint["parts"] = self.parts
+
+        def configure_model(self) -> None:
+            from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+            if self.sharded() and not isinstance(self.model, FSDPModule):
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+                if hasattr(self.model, "training_loss"):
+                    register_fsdp_forward_method(self.model, "training_loss")
+
+        def sharded(self) -> bool:
+            return "ModelParallel" in type(self.trainer.strategy).__name__
+
+        def everywhere(self, good: bool) -> bool:
+            """Whether it is so in all processes, each of which asks: none may wait for one that has stopped."""
+            if self.trainer.world_size == 1:
+                return good
+            bad = torch.tensor(float(not good), device=self.device)
+            return self.trainer.strategy.reduce(bad, reduce_op="sum").item() == 0
 
         def train_dataloader(self) -> DataLoader:
             count = len(self.data.train)  # type: ignore[arg-type]
@@ -324,10 +401,11 @@ def _module_class() -> type:
             start = self.history.batches_done * self.recipe.batch_size
             # With a generator of its own, or the loader would draw from the one that dropout draws from.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch * 101 + self.global_rank)
+            sampler = EpochSampler(count, self.seed, self.global_rank, processes, epoch=epoch, start=start)
             return DataLoader(
-                self.data.train,
+                augmented(self.data, self.recipe, self.seed, sampler),
                 batch_size=self.recipe.batch_size,
-                sampler=EpochSampler(count, self.seed, self.global_rank, processes, epoch=epoch, start=start),
+                sampler=sampler,
                 collate_fn=self.data.collate,
                 generator=generator,
                 num_workers=self.workers,
@@ -335,10 +413,12 @@ def _module_class() -> type:
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             with collect_auxiliary() as added:
-                loss = training_loss(self.model, self.task, batch)
+                loss = training_loss(
+                    self.model, self.task, mixed(batch, self.recipe, self.data), self.recipe.label_smoothing
+                )
             if added:
                 loss = loss + torch.stack(added).mean()
-            if not torch.isfinite(loss):
+            if not self.everywhere(bool(torch.isfinite(loss))):
                 raise Diverged(f"the loss became {loss.item()} at step {self.global_step}; {_help(self)}")
             self.history.loss = loss.detach()
             return loss
@@ -349,7 +429,7 @@ def _module_class() -> type:
 
         def configure_optimizers(self) -> Any:
             optimizer = make_optimizer(self.model, self.recipe)
-            if isinstance(optimizer, JointOptimizer) and "FSDP" in type(self.trainer.strategy).__name__:
+            if isinstance(optimizer, JointOptimizer) and self.sharded():
                 raise UserError("strategy fsdp takes one optimizer, and this system brings several: take ddp")
             steps_per_epoch = math.ceil(len(self.train_dataloader()) / self.recipe.accumulate)
             steps = min(self.recipe.epochs * steps_per_epoch, self.recipe.max_steps or sys.maxsize)
@@ -452,12 +532,14 @@ def _history_class() -> type:
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             # A loss tells of the weights before its step: those after the last one are seen by no loss.
-            if not all(bool(torch.isfinite(weight).all()) for weight in module.model.parameters()):
-                raise UserError(f"the weights are no longer finite after step {trainer.global_step}; {_help(module)}")
+            parts = (p.to_local() if hasattr(p, "to_local") else p for p in module.model.parameters())
+            if not module.everywhere(all(bool(torch.isfinite(part).all()) for part in parts)):
+                raise Diverged(f"the weights are no longer finite after step {trainer.global_step}; {_help(module)}")
             self.batches_done, self.random = 0, {}
             model = module.learned()
             model.eval()
-            with torch.no_grad():
+            # Each process evaluates all of the validation data, so that the metrics need no gathering.
+            with torch.no_grad(), _gathered(model):
                 metrics = self.task.evaluate(_single(model), self.data.val) if len(self.data.val) else {}  # type: ignore
             model.train()
             loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean").item()
@@ -480,7 +562,7 @@ def _history_class() -> type:
             sign = 1 if self.task.higher_is_better else -1
             if self.best is None or sign * value > sign * self.best:
                 self.best, self.waited = value, 0
-                self.best_state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+                self.best_state = _whole_state(model)
                 return
             self.waited += 1
             trainer.should_stop = self.waited >= patience

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from torch import nn
 from provenn.errors import UserError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
+POLICIES = ("imagenet", "cifar10", "svhn")  # that AutoAugment found
+WHOLE = ("epochs", "batch_size", "patience", "max_steps", "step_epochs", "accumulate")
+CHOSEN = ("optimizer", "schedule", "precision", "auto_augment")
 LARGEST_LR = 1e30  # far above any that trains; beyond it the optimizers' own numbers overflow
 
 
@@ -21,16 +25,21 @@ class Recipe:
 
     Args:
         epochs: passes over the training data.
-        batch_size: examples a step and a device.
+        batch_size: examples a step and process: several processes take so many each.
         accumulate: batches whose gradients are summed up to one step's; the mean over all of them counts.
         optimizer: sgd, adam, adamw or radam.
         lr: learning rate; its peak where the schedule has one.
         weight_decay, momentum, betas: the optimizer's.
+        eps: of adam, adamw and radam.
         decay_vectors: whether what has fewer than two dimensions (biases, gains of norms) decays like the rest.
-        schedule: constant, cosine (to `final_lr`), onecycle, step (by `gamma` every `step_epochs` epochs), multistep
-            (by `gamma` at each of `milestones`) or exponential (by `gamma` each epoch).
+        no_decay: patterns of names of parameters that do not decay, such as ("*temperature", "*embedding*").
+        layer_decay: the factor on the rate from each block to the one before it, as BEiT is tuned (such as 0.65);
+            what lies before the first block has one more, what lies behind the last none. 1 leaves all alike.
+        schedule: constant, cosine or linear (both to `final_lr`), inverse-sqrt (of the steps, from the end of the
+            warm-up), onecycle, step (by `gamma` every `step_epochs` epochs), multistep (by `gamma` at each of
+            `milestones`) or exponential (by `gamma` each epoch).
         milestones: of multistep, as shares of all steps, such as (0.5, 0.8).
-        final_lr: where cosine ends.
+        final_lr: where cosine and linear end.
         warmup_steps: linear, before the schedule.
         clip: largest norm of the gradient; None leaves it.
         patience: stop after so many epochs without a better validation metric, and return to the best.
@@ -38,6 +47,17 @@ class Recipe:
         precision: Lightning's: 32-true, 64-true, bf16-mixed, 16-mixed, bf16-true or 16-true.
         ema: how much of the moving average of the weights stays at each step, such as 0.9999. The average is what is
             validated, tested and saved; None keeps none.
+        label_smoothing: the share of each target that is spread evenly over all classes or tokens.
+        mixup, cutmix: α of the Beta distribution that mixes pairs of a batch's images and their classes, by weight or
+            by a rectangle; 0 does not. Of both, one is drawn for each batch.
+        crop: the least share of a file's area that a random crop takes, such as 0.08; None leaves it to the task.
+            Images that are not cropped from files stay as they are.
+        rand_augment: the magnitude of RandAugment's two operations an image, such as 9; 0 does none; by kornia.
+        auto_augment: the policy of AutoAugment: imagenet, cifar10 or svhn; by kornia.
+        random_erasing: the probability with which a rectangle of an image is put to its mean; by kornia.
+
+    Augmentation is of images with classes, and of training alone. What is drawn for an image follows from the seed, the
+    epoch and the image's place in the data; what is drawn for a batch, from the seed and the step.
     """
 
     epochs: int = 10
@@ -49,7 +69,12 @@ class Recipe:
     decay_vectors: bool = True
     momentum: float | int = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["constant", "cosine", "onecycle", "step", "multistep", "exponential"] = "constant"
+    eps: float = 1e-8
+    no_decay: tuple[str, ...] = ()
+    layer_decay: float | int = 1.0
+    schedule: Literal[
+        "constant", "cosine", "linear", "inverse-sqrt", "onecycle", "step", "multistep", "exponential"
+    ] = "constant"
     step_epochs: int = 30
     milestones: tuple[float, ...] = ()
     gamma: float | int = 0.1
@@ -60,17 +85,25 @@ class Recipe:
     max_steps: int | None = None
     precision: str = "32-true"
     ema: float | None = None
+    label_smoothing: float | int = 0.0
+    mixup: float | int = 0.0
+    cutmix: float | int = 0.0
+    crop: float | int | None = None
+    rand_augment: float | int = 0.0
+    auto_augment: Literal["imagenet", "cifar10", "svhn"] | None = None
+    random_erasing: float | int = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience", "max_steps", "step_epochs", "accumulate"):
+        for name in WHOLE:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("weight_decay", "momentum", "warmup_steps"):
+        for name in ("weight_decay", "momentum", "warmup_steps", "mixup", "cutmix"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip must be a positive number, got {self.clip}")
+        for name in ("clip", "eps"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{name} must be a positive number, got {getattr(self, name)}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"lr must be a positive number, got {self.lr}")
         if self.lr > LARGEST_LR:
@@ -82,8 +115,22 @@ class Recipe:
             raise UserError(f"milestones belong to multistep, got {self.milestones} with {self.schedule}")
         if not 0 <= self.final_lr <= self.lr:
             raise UserError(f"final_lr must lie between 0 and lr, {self.lr:g}, got {self.final_lr}")
-        if self.final_lr and self.schedule != "cosine":
-            raise UserError(f"final_lr belongs to cosine, got {self.final_lr} with {self.schedule}")
+        if self.final_lr and self.schedule not in ("cosine", "linear"):
+            raise UserError(f"final_lr belongs to cosine and linear, got {self.final_lr} with {self.schedule}")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"layer_decay must lie above 0 and be at most 1, got {self.layer_decay}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing must lie between 0 and 1, below 1, got {self.label_smoothing}")
+        if not 0 <= self.random_erasing <= 1:
+            raise UserError(f"random_erasing must be a probability from 0 to 1, got {self.random_erasing}")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise UserError(f"crop must lie above 0 and be at most 1, the whole image, got {self.crop}")
+        if not 0 <= self.rand_augment < 10:
+            raise UserError(f"rand_augment must lie between 0 and 10, below 10, got {self.rand_augment}")
+        if self.auto_augment not in (None, *POLICIES):
+            raise UserError(f"auto_augment must be one of {', '.join(POLICIES)}, got {self.auto_augment!r}")
+        if self.auto_augment is not None and self.rand_augment:
+            raise UserError("give rand_augment or auto_augment, not both")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema must lie between 0 and 1, got {self.ema}")
         if self.ema is not None and self.precision in ("bf16-true", "16-true"):
@@ -94,13 +141,34 @@ class Recipe:
             raise UserError(f"milestones must grow and lie between 0 and 1, got {self.milestones}")
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        weights: Any = [p for p in model.parameters() if p.requires_grad]
+        """The optimizer of all parameters that need a gradient, grouped by their decay and rate.
+
+        Raises:
+            UserError: a pattern of `no_decay` that no name meets, or `layer_decay` without blocks to count.
+        """
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for pattern in self.no_decay:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise UserError(
+                    f"no_decay: no parameter is called {pattern!r}; there are {', '.join(list(named)[:5])}, …"
+                )
+        depths = block_depths(model) if self.layer_decay != 1 else {}
+        count = max(depths.values(), default=0)
+        groups: dict[tuple[bool, float], dict[str, Any]] = {}
         if not self.decay_vectors:
-            vectors = {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0}
-            weights = [{"params": [p for p in weights if p.ndim >= 2]}, vectors]
+            groups[True, 1.0], groups[False, 1.0] = {"params": []}, {"params": [], "weight_decay": 0.0}
+        for name, p in named.items():
+            left_alone = any(fnmatchcase(name, pattern) for pattern in self.no_decay)
+            decays = not left_alone and (self.decay_vectors or p.ndim >= 2)
+            scale = self.layer_decay ** (count - depths[name]) if depths else 1.0
+            group: dict[str, Any] = {"params": [], "lr": self.lr * scale, **({} if decays else {"weight_decay": 0.0})}
+            groups.setdefault((decays, scale), group)["params"].append(p)
+        weights: Any = list(groups.values())
         if self.optimizer == "sgd":
             return torch.optim.SGD(weights, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        return OPTIMIZERS[self.optimizer](weights, self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay)
+        return OPTIMIZERS[self.optimizer](
+            weights, self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay
+        )
 
     def make_schedule(
         self, optimizer: torch.optim.Optimizer, steps: int, steps_per_epoch: int
@@ -110,6 +178,8 @@ class Recipe:
         def factor(step: int) -> float:
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
+            if self.schedule == "inverse-sqrt":
+                return math.sqrt(max(1, self.warmup_steps) / (step + 1))
             done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
             epoch = step // max(1, steps_per_epoch)
             return SCHEDULES[self.schedule](self, min(done, 1.0), epoch)
@@ -135,6 +205,8 @@ OPTIMIZERS: dict[str, Any] = {
 SCHEDULES: dict[str, Callable[[Recipe, float, int], float]] = {
     "constant": lambda recipe, done, epoch: 1.0,
     "cosine": lambda recipe, done, epoch: _cosine(done, recipe.final_lr / recipe.lr),
+    "linear": lambda recipe, done, epoch: 1 - done * (1 - recipe.final_lr / recipe.lr),
+    "inverse-sqrt": lambda recipe, done, epoch: 1.0,  # follows from the step itself
     "onecycle": lambda recipe, done, epoch: _onecycle(done),
     "step": lambda recipe, done, epoch: recipe.gamma ** (epoch // recipe.step_epochs),
     "multistep": lambda recipe, done, epoch: recipe.gamma ** sum(done >= share for share in recipe.milestones),
@@ -142,12 +214,69 @@ SCHEDULES: dict[str, Callable[[Recipe, float, int], float]] = {
 }
 
 
+def block_depths(model: nn.Module) -> dict[str, int]:
+    """How deep each parameter lies: 0 before the first block, then the blocks one by one, then what lies behind.
+
+    The blocks are the modules of the commonest class that stand in rows (`ModuleList`, `Sequential`), in the order in
+    which the system defines them; what is defined between two of them counts with the one before.
+
+    Raises:
+        UserError: there are no such rows.
+
+    >>> block_depths(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1, bias=False)))
+    {'0.weight': 1, '0.bias': 1, '2.weight': 2}
+    """
+    standing = _in_rows("", model)
+    if not standing:
+        raise UserError(f"layer_decay needs blocks in a row, and {type(model).__name__} has none")
+    kinds = [kind for _, kind in standing]
+    commonest = max(dict.fromkeys(kinds), key=kinds.count)
+    blocks = [f"{name}." for name, kind in standing if kind is commonest]
+    order = {
+        name: next((i for i, b in enumerate(blocks) if name.startswith(b)), None)
+        for name, _ in model.named_parameters()
+    }
+    depths, depth, met = {}, 0, set()
+    for name, block in order.items():
+        depth = depth if block is None else block + 1
+        met |= {block} - {None}
+        behind = block is None and len(met) == len(blocks)
+        depths[name] = len(blocks) + 1 if behind else depth
+    return depths
+
+
+def _in_rows(name: str, module: nn.Module) -> list[tuple[str, type]]:
+    """Name and class of the modules with parameters that stand in the outermost rows."""
+    rows = (nn.ModuleList, nn.Sequential)
+    found = []
+    for key, child in module.named_children():
+        place = f"{name}.{key}" if name else key
+        if isinstance(child, rows) or not isinstance(module, rows):
+            found += _in_rows(place, child)
+        elif next(child.parameters(), None) is not None:
+            found.append((place, type(child)))
+    return found
+
+
 def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
-    """A recipe from a preset's facts and the user's changes; a field that does not exist is refused."""
+    """A recipe from a preset's facts and the user's changes.
+
+    Raises:
+        UserError: a field that does not exist, or a value that it does not take.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
     merged = {**facts, **{key: value for key, value in changes.items() if value is not None}}
-    merged |= {name: tuple(merged[name]) for name in ("betas", "milestones") if name in merged}  # TOML has lists
-    known = asdict(Recipe())
-    for name in merged:
-        if name not in known:
-            raise UserError(f"a recipe has no field {name!r}; it has: {', '.join(known)}")
+    hints = get_type_hints(Recipe)
+    for name, value in merged.items():
+        if name not in hints:
+            raise UserError(f"a recipe has no field {name!r}; it has: {', '.join(hints)}")
+        if isinstance(value, str) and str(hints[name]).startswith("tuple"):
+            value = [part.strip() for part in value.split(",")]  # as it is typed on the command line
+        try:
+            merged[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            if name in (*WHOLE, *CHOSEN):
+                continue  # the recipe itself says what it takes there
+            raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
     return Recipe(**merged)

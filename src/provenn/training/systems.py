@@ -49,10 +49,12 @@ class JointOptimizer(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def training_loss(model: nn.Module, task: Task, batch: Any) -> Tensor:
-    """The system's own loss of a batch, or the task's."""
+def training_loss(model: nn.Module, task: Task, batch: Any, smoothing: float = 0.0) -> Tensor:
+    """The system's own loss of a batch, or the task's, with its targets smoothed."""
     own: Callable[[Any], Tensor] | None = getattr(model, "training_loss", None)
-    return task.loss(model, batch) if own is None else own(batch)
+    if own is not None:
+        return own(batch)
+    return task.loss(model, batch, smoothing) if smoothing else task.loss(model, batch)  # type: ignore[call-arg]
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

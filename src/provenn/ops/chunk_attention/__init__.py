@@ -46,6 +46,7 @@ def chunk_attention(
         )
     if is_transformed():
         return joint_softmax(queries, keys, values, chunk=chunk, earlier=earlier)
+    # Made of PyTorch's kernel for the CPU, which has shapes and counts of operations on `meta` too.
     if queries.device.type in ("cpu", "meta"):
         return merged_attention(queries, keys, values, chunk=chunk, earlier=earlier)
     kernel = earlier is None and queries.dtype != torch.float64 and queries.shape[-1] <= triton.LARGEST_DIM

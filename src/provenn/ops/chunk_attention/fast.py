@@ -56,32 +56,36 @@ class _ChunkAttention(torch.autograd.Function):
         scale = q.shape[-1] ** -0.5
         dtype = torch.promote_types(q.dtype, torch.float32)
         output = v.to(dtype, copy=True)
-        own = (q * k).sum(dim=-1, dtype=dtype).mul_(scale)
-        lse = own.clone()
+        # A token's own state by itself: the softmax over one score is v, with the score for its log-sum-exp.
+        own_scores = (q * k).sum(dim=-1, dtype=dtype).mul_(scale)
+        lse = own_scores.clone()
         if q.shape[1] > chunk:
-            parts = _attend(_by_position(q, chunk), _ends(k, chunk), _ends(v, chunk), 0.0, True, scale=scale)
-            before, before_lse = (_in_order(part) for part in parts)
+            # (rows, chunk, chunks − 1, ·): `is_causal` of tokens 1 … C − 1 over states 0 … C − 2 is j < c.
+            attended = _attend(_by_position(q, chunk), _ends(k, chunk), _ends(v, chunk), 0.0, True, scale=scale)
+            before, before_lse = (_in_order(tensor) for tensor in attended)
             lse[:, chunk:] = merge_(output[:, chunk:], lse[:, chunk:], before.to(dtype), before_lse)
         if slots is not None:
             before, before_lse = _attend(q.unsqueeze(1), slots, slot_values, 0.0, False, attn_mask=bias, scale=scale)
             lse = merge_(output, lse, before.squeeze(1).to(dtype), before_lse.squeeze(1))
         output = output.to(q.dtype)
-        ctx.save_for_backward(q, k, v, slots, slot_values, bias, own, output, lse)
+        ctx.save_for_backward(q, k, v, slots, slot_values, bias, own_scores, output, lse)
         ctx.chunk = chunk
         return output
 
     @staticmethod
     @backward_without_autocast
     def backward(ctx, grad: Tensor):
-        q, k, v, slots, slot_values, bias, own, output, lse = ctx.saved_tensors
+        q, k, v, slots, slot_values, bias, own_scores, output, lse = ctx.saved_tensors
         chunk, scale = ctx.chunk, q.shape[-1] ** -0.5
         if is_differentiated():
-            given, filled = [x for x in (q, k, v, slots, slot_values) if x is not None], None
+            differentiable, filled = [x for x in (q, k, v, slots, slot_values) if x is not None], None
             if bias is not None:
+                # How many slots each row sees, back from the bias that hides the others.
                 filled = (bias == 0).sum(dim=-1).flatten()
-            grads = plain_gradients(partial(plain_rows, filled=filled, chunk=chunk), given, grad)
+            grads = plain_gradients(partial(plain_rows, filled=filled, chunk=chunk), differentiable, grad)
             return *grads, *[None] * (7 - len(grads))
-        share = (own - lse).exp_().unsqueeze(-1).to(q.dtype)
+        # The weight that the joint softmax gave to the own state; ∂L/∂score = weight · g·(v − o).
+        share = (own_scores - lse).exp_().unsqueeze(-1).to(q.dtype)
         grad_v = share * grad
         grad_own = (grad_v * (v - output)).sum(dim=-1, keepdim=True).mul_(scale)
         grad_q, grad_k = grad_own * k, grad_own * q
@@ -91,6 +95,7 @@ class _ChunkAttention(torch.autograd.Function):
             results = (_by_position(output, chunk), _by_position(lse, chunk))
             grads = _attend_backward(*inputs, *results, 0.0, True, scale=scale)
             grad_q[:, chunk:] += _in_order(grads[0])
+            # Summed over the chunk's positions, which all saw the same states.
             grad_k[:, chunk - 1 : -chunk : chunk] += grads[1].sum(dim=1)
             grad_v[:, chunk - 1 : -chunk : chunk] += grads[2].sum(dim=1)
         if slots is not None:
@@ -119,6 +124,7 @@ def merged_attention(
         # The lowest finite number stands for −∞: a stream that has no earlier chunk yet would otherwise get 0 / 0.
         bias = queries.new_zeros(()).masked_fill(~earlier.mask, torch.finfo(queries.dtype).min)
         bias = bias.expand(-1, queries.shape[1], -1, -1)
+        # (rows, 1, slots, ·): one head a row, as the other chunks are laid out.
         before = [tensor.flatten(0, 1).unsqueeze(1) for tensor in (earlier.keys, earlier.values, bias)]
     with without_autocast(queries):
         return _ChunkAttention.apply(*rows, *before, chunk)[:, :n].unflatten(0, queries.shape[:2])

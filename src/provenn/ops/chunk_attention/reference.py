@@ -39,12 +39,13 @@ def joint_softmax(
     dtype = torch.promote_types(queries.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (queries * dim**-0.5, keys, values))
     end_keys, end_values = k[:, :, chunk - 1 :: chunk], v[:, :, chunk - 1 :: chunk]
-    of = torch.arange(n, device=q.device) // chunk
-    before = of.unsqueeze(1) > torch.arange(end_keys.shape[2], device=q.device)
-    scores = [(q * k).sum(dim=-1, keepdim=True), (q @ end_keys.mT).masked_fill(~before, -torch.inf)]
+    chunk_of = torch.arange(n, device=q.device) // chunk
+    finished = chunk_of.unsqueeze(1) > torch.arange(end_keys.shape[2], device=q.device)
+    scores = [(q * k).sum(dim=-1, keepdim=True), (q @ end_keys.mT).masked_fill(~finished, -torch.inf)]
     if earlier is not None:
         scores.append((q @ earlier.keys.to(dtype).mT).masked_fill(~earlier.mask, -torch.inf))
-    sizes = [part.shape[-1] for part in scores]
+    # One softmax over all of them, then apart again, since each kind weighs other values.
+    sizes = [block.shape[-1] for block in scores]
     weights = torch.cat(scores, dim=-1).softmax(dim=-1).split(sizes, dim=-1)
     outputs = weights[0] * v + weights[1] @ end_values
     if earlier is not None:

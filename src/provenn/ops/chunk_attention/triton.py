@@ -46,17 +46,18 @@ if triton is not None:
         # The own state comes first, so the running maximum is finite from the start.
         acc = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
         m = tl.sum(q.to(tl.float32) * k, axis=1) * scale
+        # Ones of m's type and shape.
         total = tl.exp(m - m)
-        of = t // CHUNK
-        most = tl.minimum(start + QUERIES - 1, n - 1) // CHUNK
-        for first in range(0, most, STATES):
+        chunk_of = t // CHUNK
+        last_chunk = tl.minimum(start + QUERIES - 1, n - 1) // CHUNK
+        for first in range(0, last_chunk, STATES):
             j = first + state
             end_at = (row * n + j * CHUNK + CHUNK - 1)[:, None] * dim + column[None, :]
-            some = (j < most)[:, None] & in_dim[None, :]
-            keys = tl.load(k_ptr + end_at, mask=some, other=0.0)
-            values = tl.load(v_ptr + end_at, mask=some, other=0.0)
+            inside_states = (j < last_chunk)[:, None] & in_dim[None, :]
+            keys = tl.load(k_ptr + end_at, mask=inside_states, other=0.0)
+            values = tl.load(v_ptr + end_at, mask=inside_states, other=0.0)
             scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-            scores = tl.where(j[None, :] < of[:, None], scores, float("-inf"))
+            scores = tl.where(j[None, :] < chunk_of[:, None], scores, float("-inf"))
             higher = tl.maximum(m, tl.max(scores, axis=1))
             weights = tl.exp(scores - higher[:, None])
             keep = tl.exp(m - higher)
@@ -89,16 +90,17 @@ if triton is not None:
         tl.store(gk_ptr + at, grad_own[:, None] * wide_q, mask=inside)
         tl.store(gv_ptr + at, share[:, None] * wide_g, mask=inside)
         grad_q = grad_own[:, None] * k
-        of = t // CHUNK
-        most = tl.minimum(start + QUERIES - 1, n - 1) // CHUNK
-        for first in range(0, most, STATES):
+        chunk_of = t // CHUNK
+        last_chunk = tl.minimum(start + QUERIES - 1, n - 1) // CHUNK
+        for first in range(0, last_chunk, STATES):
             j = first + state
             end_at = (row * n + j * CHUNK + CHUNK - 1)[:, None] * dim + column[None, :]
-            some = (j < most)[:, None] & in_dim[None, :]
-            keys = tl.load(k_ptr + end_at, mask=some, other=0.0)
-            values = tl.load(v_ptr + end_at, mask=some, other=0.0)
+            inside_states = (j < last_chunk)[:, None] & in_dim[None, :]
+            keys = tl.load(k_ptr + end_at, mask=inside_states, other=0.0)
+            values = tl.load(v_ptr + end_at, mask=inside_states, other=0.0)
             scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-            weights = tl.where(j[None, :] < of[:, None], tl.exp(scores - lse[:, None]), 0.0)
+            # Recomputed from the log-sum-exp: the forward pass stored no weights.
+            weights = tl.where(j[None, :] < chunk_of[:, None], tl.exp(scores - lse[:, None]), 0.0)
             grads = weights * (tl.dot(g, tl.trans(values), input_precision="ieee") - along[:, None]) * scale
             grad_q += tl.dot(grads.to(keys.dtype), keys, input_precision="ieee")
         tl.store(gq_ptr + at, grad_q, mask=inside)
@@ -113,12 +115,12 @@ if triton is not None:
         j, column, query = first + tl.arange(0, STATES), tl.arange(0, DIM), tl.arange(0, QUERIES)
         in_dim = column < dim
         # The state of the last chunk is seen by none of the queries.
-        some = (j < (n - 1) // CHUNK)[:, None] & in_dim[None, :]
+        inside_states = (j < (n - 1) // CHUNK)[:, None] & in_dim[None, :]
         end_at = (row * n + j * CHUNK + CHUNK - 1)[:, None] * dim + column[None, :]
-        keys = tl.load(k_ptr + end_at, mask=some, other=0.0)
-        values = tl.load(v_ptr + end_at, mask=some, other=0.0)
-        grad_k = tl.load(gk_ptr + end_at, mask=some, other=0.0)
-        grad_v = tl.load(gv_ptr + end_at, mask=some, other=0.0)
+        keys = tl.load(k_ptr + end_at, mask=inside_states, other=0.0)
+        values = tl.load(v_ptr + end_at, mask=inside_states, other=0.0)
+        grad_k = tl.load(gk_ptr + end_at, mask=inside_states, other=0.0)
+        grad_v = tl.load(gv_ptr + end_at, mask=inside_states, other=0.0)
         for start in range((first + 1) * CHUNK, n, QUERIES):
             t = start + query
             inside = (t < n)[:, None] & in_dim[None, :]
@@ -127,14 +129,15 @@ if triton is not None:
             g = tl.load(g_ptr + at, mask=inside, other=0.0)
             lse = tl.load(lse_ptr + (row * n + t), mask=t < n, other=0.0)
             along = tl.load(along_ptr + (row * n + t), mask=t < n, other=0.0)
+            # Transposed, (states, queries): gradients of a state gather over queries without atomics.
             scores = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale
             seen = (j[:, None] < (t // CHUNK)[None, :]) & (t < n)[None, :]
             weights = tl.where(seen, tl.exp(scores - lse[None, :]), 0.0)
             grad_v += tl.dot(weights.to(g.dtype), g, input_precision="ieee")
             grads = weights * (tl.dot(values, tl.trans(g), input_precision="ieee") - along[None, :]) * scale
             grad_k += tl.dot(grads.to(q.dtype), q, input_precision="ieee")
-        tl.store(gk_ptr + end_at, grad_k, mask=some)
-        tl.store(gv_ptr + end_at, grad_v, mask=some)
+        tl.store(gk_ptr + end_at, grad_k, mask=inside_states)
+        tl.store(gv_ptr + end_at, grad_v, mask=inside_states)
 
 
 def _sizes(queries: Tensor, chunk: int) -> dict[str, int]:

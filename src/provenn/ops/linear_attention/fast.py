@@ -1,13 +1,15 @@
-"""Linear attention in PyTorch, for any device: chunked for the causal form, one product each way for the other.
+"""Linear attention in PyTorch, for any device: through weights where tokens are few, else in linear time.
 
-All rests on one bilinear operation, y_i = Σ_{j≤i} (q_i·k_j) v_j. Inside a chunk it is two small matrix products with a
-triangle between them; what came before a chunk enters as the matrix Σ k vᵀ of the chunks before, a running sum over
-chunks. Its three gradients are the same operation with the roles exchanged, two of them from the other end, so the
-backward pass needs nothing but the inputs and is differentiable again.
+In linear time the bidirectional form is one product each way. The causal one is chunked and rests on one bilinear
+operation, y_i = Σ_{j≤i} (q_i·k_j) v_j. Inside a chunk it is two small matrix products with a triangle between them;
+what came before a chunk enters as the matrix Σ k vᵀ of the chunks before, a running sum over chunks. Its three
+gradients are the same operation with the roles exchanged, two of them from the other end, so the backward pass needs
+nothing but the inputs and is differentiable again.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -15,11 +17,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from provenn.ops.autograd import backward_without_autocast, is_transformed, without_autocast
+from provenn.ops.autograd import (
+    backward_without_autocast,
+    is_differentiated,
+    is_transformed,
+    plain_gradients,
+    without_autocast,
+)
 
 from .reference import LinearState, accumulator, masked, normalised
 
 CHUNK = 64
+WHOLE = 2**18  # weights that are made all at once where sequences are short
+SLICE = {"cpu": 2**17, "cuda": 2**26}  # numbers of one intermediate result that exist at a time
 
 # (q, k, v, start, reverse) → (y, end), with rows flattened: (rows, tokens, width) and (rows, features, dim).
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
@@ -49,6 +59,38 @@ def chunked_product(
     before, end = states[:, :-1], states[:, -1]
     y = y + q @ (before.flip(1) if reverse else before)  # not in place, which vmap could not follow
     return y.flatten(1, 2)[:, :n], end
+
+
+def sliced_product(q: Tensor, k: Tensor, v: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """`chunked_product` without a record for autograd, some rows at a time: what it makes stays in the cache."""
+    rows, n, features = q.shape
+    dim = v.shape[-1]
+    count = max(1, math.ceil(n / CHUNK))
+    chunk = math.ceil(n / count)  # 65 tokens are two chunks of 33, not of 64
+    padding = count * chunk - n
+    y, end = v.new_empty(rows, n, dim), torch.empty_like(start)
+    for part in _slices(rows, n * max(chunk, features, dim), q.device):
+        size = min(part.stop, rows) - part.start
+        parts = (F.pad(x[part], (0, 0, 0, padding)) if padding else x[part] for x in (q, k, v))
+        query, key, value = (x.reshape(size * count, chunk, x.shape[-1]) for x in parts)
+        weights = torch.bmm(query, key.mT)
+        weights = weights.triu_() if reverse else weights.tril_()
+        inside = torch.bmm(weights, value)
+        states = torch.bmm(key.mT, value).unflatten(0, (size, count))
+        before = start[part]
+        for i in range(count - 1, -1, -1) if reverse else range(count):  # each chunk's total to the sum before it
+            after = before + states[:, i]
+            states[:, i] = before
+            before = after
+        y[part] = inside.baddbmm_(query, states.flatten(0, 1)).view(size, -1, dim)[:, :n]
+        end[part] = before
+    return y, end
+
+
+def _slices(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Cut rows so that each part, of so many numbers a row, is small enough for a processor's cache."""
+    step = max(1, SLICE.get(device.type, SLICE["cpu"]) // max(width, 1))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 class CausalProduct(torch.autograd.Function):
@@ -82,7 +124,7 @@ def causal_attention(
     *,
     mask: Bool[Tensor, "..."] | None = None,
     state: LinearState | None = None,
-    product: Product = chunked_product,
+    product: Product | None = None,
 ) -> tuple[Float[Tensor, "*batch tokens dim"], LinearState]:
     """Causal linear attention in chunks: linear work, no loop over tokens, sums in float32 at least.
 
@@ -91,7 +133,7 @@ def causal_attention(
         values: v.
         mask: True where a token may be attended; broadcasts to (*batch, tokens).
         state: what came before; by default nothing.
-        product: the form of the product, `chunked_product` or a kernel.
+        product: the form of the product, a kernel; by default that of this module.
 
     Returns the output at every token and the state after the last.
     """
@@ -110,10 +152,85 @@ def causal_attention(
         if is_transformed():
             y, end = chunked_product(q, k, v, start, reverse=False)
         else:
+            if product is None:  # a compiler fuses and an export carries elsewhere what is not cut into slices
+                product = chunked_product if torch.compiler.is_compiling() else sliced_product
             y, end = cast(tuple[Tensor, Tensor], CausalProduct.apply(q, k, v, start, False, product))
     y, end = y.view(*batch, n, dim + 1), end.view(*batch, features, dim + 1)
     outputs = normalised(y[..., :-1], y[..., -1]).to(values.dtype)
     return outputs, LinearState(end[..., :-1], end[..., -1])
+
+
+def short_attention(
+    queries: Float[Tensor, "*batch queries features"],
+    keys: Float[Tensor, "*batch tokens features"],
+    values: Float[Tensor, "*batch tokens dim"],
+    *,
+    causal: bool = True,
+    mask: Bool[Tensor, "..."] | None = None,
+) -> Float[Tensor, "*batch queries dim"]:
+    """The same outputs through tokens × tokens weights: quadratic, and for few tokens the least work.
+
+    Arguments as in `causal_attention`. Sums are divided after they are taken, which leaves n² divisions out.
+    """
+    *batch, n, dim = values.shape
+    dtype = accumulator(queries, keys, values)
+    q = queries.to(dtype)
+    k, v = masked(mask, keys.to(dtype), values.to(dtype))
+    with without_autocast(v):
+        whole = math.prod(batch) * n * queries.shape[-2] <= WHOLE
+        if whole or is_transformed() or torch.compiler.is_compiling():
+            return _weighted(q, k, v, causal).to(values.dtype)
+        q, k, v = (x.reshape(math.prod(batch), *x.shape[-2:]) for x in (q, k, v))
+        y = cast(Tensor, Quadratic.apply(q, k, v, causal))
+    return y.view(*batch, -1, dim).to(values.dtype)
+
+
+def _weighted(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    weights = q @ k.mT
+    if causal:  # in place, except where vmap has no rule for it
+        weights = weights.tril() if is_transformed() else weights.tril_()
+    return normalised(weights @ v, weights.sum(dim=-1))
+
+
+class Quadratic(torch.autograd.Function):
+    """`_weighted`, some rows at a time: their weights are made again on the way back, and stay in the cache.
+
+    With y = s/z, s_i = Σ_j w_ij v_j and z_i = Σ_j w_ij:  ∂L/∂s = g/z, ∂L/∂z = −g·y/z, ∂L/∂w_ij = (g_i/z_i)·(v_j − y_i).
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool):
+        y = v.new_empty(*q.shape[:-1], v.shape[-1])
+        total = q.new_empty(*q.shape[:-1], 1)
+        for part in _slices(len(q), q.shape[1] * k.shape[1], q.device):
+            weights = torch.bmm(q[part], k[part].mT)
+            weights = weights.tril_() if causal else weights
+            total[part] = weights.sum(dim=-1, keepdim=True)
+            torch.bmm(weights, v[part], out=y[part])
+        y.div_(total.masked_fill_(total == 0, 1))
+        ctx.save_for_backward(q, k, v, y, total)
+        ctx.causal = causal
+        return y
+
+    @staticmethod
+    @backward_without_autocast
+    def backward(ctx, grad: Tensor):
+        q, k, v, y, total = ctx.saved_tensors
+        if is_differentiated():
+            return *plain_gradients(functools.partial(_weighted, causal=ctx.causal), (q, k, v), grad), None
+        grad_s = grad / total
+        grad_z = (grad_s * y).sum(dim=-1, keepdim=True).neg_()
+        grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+        for part in _slices(len(q), q.shape[1] * k.shape[1], q.device):
+            weights = torch.bmm(q[part], k[part].mT)
+            grad_w = torch.baddbmm(grad_z[part], grad_s[part], v[part].mT)
+            if ctx.causal:
+                weights.tril_()
+                grad_w.tril_()
+            torch.bmm(weights.mT, grad_s[part], out=grad_v[part])
+            torch.bmm(grad_w, k[part], out=grad_q[part])
+            torch.bmm(grad_w.mT, q[part], out=grad_k[part])
+        return grad_q, grad_k, grad_v, None
 
 
 def bidirectional_attention(

@@ -40,6 +40,7 @@ def _scan(a: Tensor, x: Tensor) -> Tensor:
         a, x = F.pad(a, padding), F.pad(x, padding)
     a = a.reshape(rows * chunks, CHUNK, dim)
     h = _scan(a, x.reshape(rows * chunks, CHUNK, dim)).view(rows, chunks, CHUNK, dim)
+    # Products of gates are multiplied in and never divided by, so that they may vanish.
     decay = a.cumprod(dim=1).view(rows, chunks, CHUNK, dim)
     before = _scan(decay[:, :, -1], h[:, :, -1])[:, :-1]
     h[:, 1:].addcmul_(decay[:, 1:], before.unsqueeze(2))
@@ -83,6 +84,7 @@ def chunked(
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     a, x = gates.to(dtype), inputs.to(dtype)
     if state is not None:
+        # h_0 joins the first input, so that the scan itself starts from zero and has two arguments to differentiate.
         first = x[..., :1, :] + a[..., :1, :] * state.to(dtype).unsqueeze(-2)
         x = torch.cat([first, x[..., 1:, :]], dim=-2)
     rows = math.prod(inputs.shape[:-2])  # not −1, which an empty batch leaves open

@@ -54,6 +54,7 @@ if triton is not None:
         row, column = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
         inside = column < dim
         h = tl.load(end_ptr + (row * dim + column), mask=inside, other=0.0)
+        # `end_ptr` holds zeros, of which ones are made in h's type.
         decay = h + 1.0
         for step in range(0, n):
             t = n - 1 - step if REVERSE else step
@@ -81,6 +82,7 @@ def _scan(a: Tensor, x: Tensor, reverse: bool = False) -> Tensor:
             decay, ends = torch.empty_like(start), torch.zeros_like(start)
             _reduce[grid](a, x, decay, ends, SPAN, dim, blocks, **constants)
             if reverse:
+                # The state before a span is the last one of the span before it; in reverse, of the span after it.
                 start[:, :-1] = _scan(decay, ends, reverse)[:, 1:]
             else:
                 start[:, 1:] = _scan(decay, ends)[:, :-1]
@@ -101,6 +103,7 @@ class _TritonRecurrence(torch.autograd.Function):
         if is_differentiated():  # r obeys the same recurrence from the other end, which can be differentiated again
             r = _TritonRecurrence.apply(F.pad(a.flip(1), (0, 0, 1, -1)), grad.flip(1)).flip(1)
         else:
+            # Gates one place to the left: a_{t+1} carries r_{t+1} to r_t.
             r = _scan(F.pad(a, (0, 0, -1, 1)), grad.contiguous(), reverse=True)
         return F.pad(r[:, 1:] * h[:, :-1], (0, 0, 1, 0)), r
 

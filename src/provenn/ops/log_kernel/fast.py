@@ -48,38 +48,44 @@ def log_attention(
 
     Returns the output of every query, 0 where nothing may be attended, and the state after the last where there is one.
     """
-    both = F.pad(values, (0, 1), value=1.0)
+    # A value of 1 beside v: its weighted sum is the denominator, in the same product.
+    augmented_values = F.pad(values, (0, 1), value=1.0)
     if factors is None and state is None:
         state = LogState.empty(*keys.shape[:-2], features=keys.shape[-1], dim=values.shape[-1], like=keys)
     lowest = torch.finfo(keys.dtype).min
-    before = keys.shape[-2] - queries.shape[-2]
+    past = keys.shape[-2] - queries.shape[-2]
     outputs = []
-    for start in range(before, keys.shape[-2], BLOCK):
-        a = queries[..., start - before : start - before + BLOCK, :]
-        block = slice(start, start + a.shape[-2])
-        e, v = keys[..., block, :], both[..., block, :]
+    for start in range(past, keys.shape[-2], BLOCK):
+        log_queries = queries[..., start - past : start - past + BLOCK, :]
+        block = slice(start, start + log_queries.shape[-2])
+        log_keys, v = keys[..., block, :], augmented_values[..., block, :]
         if state is not None:
             peak = state.peak
         elif start:
             peak = keys[..., :start, :].detach().amax(dim=-2).clamp_min(lowest)
         else:
             peak = torch.full_like(keys[..., 0, :], lowest)
-        running = torch.maximum(e.detach().cummax(dim=-2).values, peak.unsqueeze(-2))
-        shift = (a.detach() + running).amax(dim=-1, keepdim=True)
-        later = torch.ones(a.shape[-2], a.shape[-2], dtype=torch.bool, device=a.device).triu(1)
-        pairs = a.unsqueeze(-2) + e.unsqueeze(-3) - shift.unsqueeze(-1)
+        running = torch.maximum(log_keys.detach().cummax(dim=-2).values, peak.unsqueeze(-2))
+        shift = (log_queries.detach() + running).amax(dim=-1, keepdim=True)
+        later = torch.ones(
+            log_queries.shape[-2], log_queries.shape[-2], dtype=torch.bool, device=log_queries.device
+        ).triu(1)
+        # (*batch, block, block, features), one by one: inside a block each query has a running maximum of its own.
+        pairs = log_queries.unsqueeze(-2) + log_keys.unsqueeze(-3) - shift.unsqueeze(-1)
         inside = pairs.masked_fill(later.unsqueeze(-1), -torch.inf).exp().sum(dim=-1)
-        reach = (a + peak.unsqueeze(-2) - shift).exp()
+        # What came before is relative to its own peak; this brings it to each query's shift, ≤ 1 by construction.
+        reach = (log_queries + peak.unsqueeze(-2) - shift).exp()
         if state is not None:
             sums = reach @ state.sums + inside @ v
+            # The state moves to the new maximum, which never falls, so its factor is ≤ 1.
             last = running[..., -1, :]
-            kept = state.sums * (peak - last).exp().unsqueeze(-1)
-            state = LogState(kept + (e - last.unsqueeze(-2)).exp().mT @ v, last)
+            decayed = state.sums * (peak - last).exp().unsqueeze(-1)
+            state = LogState(decayed + (log_keys - last.unsqueeze(-2)).exp().mT @ v, last)
         else:
             assert factors is not None
-            f = factors[..., start - before : start - before + BLOCK, :]
+            f = factors[..., start - past : start - past + BLOCK, :]
             earlier = reach @ (keys[..., :start, :] - peak.unsqueeze(-2)).exp().mT
-            sums = (earlier * f[..., :start]) @ both[..., :start, :] + (inside * f[..., block]) @ v
-        bottom = sums[..., -1:]
-        outputs.append(sums[..., :-1] / torch.where(bottom > 0, bottom, 1))
+            sums = (earlier * f[..., :start]) @ augmented_values[..., :start, :] + (inside * f[..., block]) @ v
+        normalisers = sums[..., -1:]
+        outputs.append(sums[..., :-1] / torch.where(normalisers > 0, normalisers, 1))
     return torch.cat(outputs, dim=-2), state

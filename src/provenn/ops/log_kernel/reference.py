@@ -12,6 +12,7 @@ def log_attention_weights(
 ) -> Float[Tensor, "*batch queries tokens"]:
     """a_ij ∝ f_ij Σ_r e^{log φ_r(q_i) + log φ_r(k_j)} over j ≤ i; the queries are those of the last tokens."""
     n, tokens = queries.shape[-2], keys.shape[-2]
+    # (*batch, queries, tokens, features) in full: what the fast form never forms beyond a block.
     scores = (queries.unsqueeze(-2) + keys.unsqueeze(-3)).logsumexp(dim=-1)
     if factors is not None:
         scores = scores + factors.log()

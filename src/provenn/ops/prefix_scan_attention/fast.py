@@ -8,7 +8,6 @@ linear in the number of tokens, the depth logarithmic, and every product is batc
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +42,11 @@ def _decayed_sums(level: Tensor, x: Tensor) -> Tensor:
     if padding:
         level = torch.cat([level, level[:, -1:].expand(b, padding)], dim=1)
         x = F.pad(x, (0, 0, 0, padding))
+    # The last level goes on through the padding, so that no exponent is positive there; the inputs are 0.
     level, x = level.view(b, chunks, CHUNK), x.view(b, chunks, CHUNK, q)
     y = _triangle(level, level) @ x
     ends = level[..., -1]
+    # The same sums over the ends of chunks: n / CHUNK of them, and so on to a single product.
     before = _decayed_sums(ends, y[:, :, -1])[:, :-1]
     decay = (ends[:, :-1, None] - level[:, 1:]).exp_()
     y[:, 1:].addcmul_(decay.unsqueeze(-1), before.unsqueeze(-2))
@@ -68,7 +69,9 @@ def plain_scan(s: Tensor, v: Tensor, m0: Tensor, u0: Tensor, w0: Tensor) -> tupl
     return w / u.masked_fill(u == 0, 1).unsqueeze(-1), m_end, u[:, -1], w[:, -1]
 
 
-def scan_gradients(inputs: tuple[Tensor, ...], grad: Tensor, grad_u: Tensor, grad_w: Tensor) -> tuple[Any, ...]:
+def scan_gradients(
+    inputs: tuple[Tensor, ...], grad: Tensor, grad_u: Tensor, grad_w: Tensor
+) -> tuple[Tensor | None, ...]:
     """The gradients of (s, v, m0, u0, w0) by `plain_scan`; the maxima have none."""
     s, v, m0, u0, w0 = inputs
 
@@ -91,18 +94,21 @@ class _ChunkedScan(torch.autograd.Function):
         b, n, dim = v.shape
         # The lowest finite number stands for −∞, so that differences of maxima are never −∞ − (−∞).
         lowest = torch.finfo(s.dtype).min
+        # The paper carries m through its scan; as a running maximum it costs one pass, and sums need no rescaling.
         m = torch.maximum(s.cummax(dim=1).values, m0.unsqueeze(1)).clamp_(min=lowest)
         ends = torch.cat([m0.clamp(min=lowest).unsqueeze(1), m[:, chunk - 1 :: chunk]], dim=1)
         s_, m_, v_ = (x.unflatten(1, (-1, chunk)) for x in (s, m, v))
 
         weights = _triangle(s_, m_)
         u, w = weights.sum(dim=-1), weights @ v_
-        state0 = torch.cat([w0, u0.unsqueeze(1)], dim=1).unsqueeze(1)
+        initial = torch.cat([w0, u0.unsqueeze(1)], dim=1).unsqueeze(1)
+        # w and u ride through one scan, side by side.
         totals = torch.cat([w[:, :, -1], u[:, :, -1:]], dim=2)
-        states = _decayed_sums(ends, torch.cat([state0, totals], dim=1))
+        states = _decayed_sums(ends, torch.cat([initial, totals], dim=1))
         decay = (ends[:, :-1, None] - m_).exp_()
         u += decay * states[:, :-1, -1:]
         w.addcmul_(decay.unsqueeze(-1), states[:, :-1, None, :-1])
+        # 1 / u, which is ∞ where nothing was attended: 0 makes the output 0 there.
         per_u = u.reciprocal_().masked_fill_(u == torch.inf, 0)
         outputs = w.mul_(per_u.unsqueeze(-1)).view(b, n, dim)
 
@@ -121,23 +127,28 @@ class _ChunkedScan(torch.autograd.Function):
         s, v = inputs[:2]
         b, n, dim = v.shape
         s_, m_, g_ = (t.unflatten(1, (-1, ctx.chunk)) for t in (s, m, grad))
-        along = (grad * outputs).sum(dim=-1).view_as(s_)  # g_k·o_k
+        dots = (grad * outputs).sum(dim=-1).view_as(s_)  # g_k·o_k
 
         weights = _triangle(s_, m_).mul_(per_u.unsqueeze(-1)).mT
         grad_v = weights @ g_
-        taken = (weights @ along.unsqueeze(-1)).squeeze(-1)
+        dot_sums = (weights @ dots.unsqueeze(-1)).squeeze(-1)
         # What a chunk sends to all before it, scaled to the maximum where they end; ≤ 1, since maxima never fall.
-        back = (ends[:, :-1, None] - m_).exp_().mul_(per_u)
-        sent = torch.cat([(back.unsqueeze(-2) @ g_).squeeze(-2), (back * along).sum(dim=-1, keepdim=True)], dim=2)
-        last = torch.cat([grad_w, -grad_u.unsqueeze(1)], dim=1).unsqueeze(1)
-        sent = torch.cat([sent, last], dim=1)
-        received = _decayed_sums(-ends.flip(1), sent.flip(1)).flip(1)
+        decay_back = (ends[:, :-1, None] - m_).exp_().mul_(per_u)
+        chunk_sums = torch.cat(
+            [(decay_back.unsqueeze(-2) @ g_).squeeze(-2), (decay_back * dots).sum(dim=-1, keepdim=True)], dim=2
+        )
+        final_grads = torch.cat([grad_w, -grad_u.unsqueeze(1)], dim=1).unsqueeze(1)
+        chunk_sums = torch.cat([chunk_sums, final_grads], dim=1)
+        # The suffix scan is the prefix scan of the reversed sequence, whose levels −m never fall.
+        suffix_sums = _decayed_sums(-ends.flip(1), chunk_sums.flip(1)).flip(1)
         share = (s_ - ends[:, 1:, None]).exp_()
-        grad_v.addcmul_(share.unsqueeze(-1), received[:, 1:, None, :-1])
-        taken.addcmul_(share, received[:, 1:, -1:])
+        grad_v.addcmul_(share.unsqueeze(-1), suffix_sums[:, 1:, None, :-1])
+        dot_sums.addcmul_(share, suffix_sums[:, 1:, -1:])
         grad_v = grad_v.view(b, n, dim)
-        grad_s = (v * grad_v).sum(dim=-1).sub_(taken.view(b, n))
-        return grad_s, grad_v, None, -received[:, 0, -1], received[:, 0, :-1], None
+        # Σ π g·v − Σ π g·o: the first is v · ∂L/∂v, at hand already.
+        grad_s = (v * grad_v).sum(dim=-1).sub_(dot_sums.view(b, n))
+        # m0 has none: it cancels between w and u.
+        return grad_s, grad_v, None, -suffix_sums[:, 0, -1], suffix_sums[:, 0, :-1], None
 
 
 def chunked_attention(
@@ -204,6 +215,7 @@ def log_depth_attention(
         earlier = PrefixState(m[..., :-step], u[..., :-step], w[..., :-step, :])
         later = PrefixState(m[..., step:], u[..., step:], w[..., step:, :])
         merged = merge(earlier, later)
+        # The first 2^r tokens have no partner in this round: they are whole prefixes already.
         m = torch.cat([m[..., :step], merged.m], dim=-1)
         u = torch.cat([u[..., :step], merged.u], dim=-1)
         w = torch.cat([w[..., :step, :], merged.w], dim=-2)

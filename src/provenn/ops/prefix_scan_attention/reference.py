@@ -53,6 +53,7 @@ def merge(a: PrefixState, b: PrefixState) -> PrefixState:
     """
     m = torch.maximum(a.m, b.m)
     shift = finite(m)
+    # Both ≤ 1. A cumulative sum whose terms keep the maximum of their time, without this, is wrong.
     scale_a, scale_b = (a.m - shift).exp(), (b.m - shift).exp()
     u = a.u * scale_a + b.u * scale_b
     w = a.w * scale_a.unsqueeze(-1) + b.w * scale_b.unsqueeze(-1)
@@ -70,6 +71,7 @@ def leaves(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     seen = scores > -torch.inf
+    # Values of hidden tokens are zeros: 0 · NaN would pass the mask.
     return PrefixState(scores, seen.to(dtype), values.masked_fill(~seen.unsqueeze(-1), 0))
 
 

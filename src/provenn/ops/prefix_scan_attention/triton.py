@@ -36,6 +36,7 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         token, column = tl.arange(0, CHUNK), tl.arange(0, DIM)
         in_dim = column < dim
+        # Finite from the start, so that no difference of maxima is −∞ − (−∞).
         m_end = tl.maximum(tl.load(m0_ptr + row), lowest)
         u_end = tl.load(u0_ptr + row)
         w_end = tl.load(w0_ptr + row * dim + column, mask=in_dim, other=0.0)

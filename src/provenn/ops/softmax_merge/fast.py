@@ -13,6 +13,7 @@ def merge_(outputs: Float[Tensor, "*batch dim"], a_lse: Tensor, other: Float[Ten
     """o ← o + w_b (o_b − o) in place, with w_b = σ(ℓ_b − ℓ_a); gives ℓ. `outputs` holds o_a, finite like o_b."""
     lse = torch.logaddexp(a_lse, b_lse)
     share = (b_lse - lse.masked_fill(lse == -torch.inf, 0)).exp_()
+    # In one pass over the outputs, without a second buffer: w_a = 1 − w_b.
     outputs.lerp_(other, share.unsqueeze(-1).to(outputs.dtype))
     return lse
 
@@ -39,21 +40,23 @@ class _Merge(torch.autograd.Function):
         if is_differentiated():
             return plain_gradients(plain_merge, (a, a_lse, b, b_lse), (grad, grad_lse))
         finite = lse.masked_fill(lse == -torch.inf, 0)
+        # g_ℓ − g·o is the same for both sides.
         common = grad_lse - (grad * output).sum(dim=-1)
         results = []
-        for part, part_lse in ((a, a_lse), (b, b_lse)):
-            share = (part_lse - finite).exp()
-            results += [share.unsqueeze(-1) * grad, share * ((grad * part).sum(dim=-1) + common)]
+        for partial_output, partial_lse in ((a, a_lse), (b, b_lse)):
+            # Recomputed from ℓ, which is saved anyway.
+            share = (partial_lse - finite).exp()
+            results += [share.unsqueeze(-1) * grad, share * ((grad * partial_output).sum(dim=-1) + common)]
         return tuple(results)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
     """Attention over both sets of keys from the attention over each."""
     dtype = torch.promote_types(a.output.dtype, torch.float32)
-    parts = []
-    for part in (a, b):
-        lse = part.lse.to(dtype)
+    tensors = []
+    for partial in (a, b):
+        lse = partial.lse.to(dtype)
         # What a query that sees none of the keys was given as output must not come through as 0 · ∞.
-        parts += [part.output.to(dtype).masked_fill((lse == -torch.inf).unsqueeze(-1), 0), lse]
-    output, lse = plain_merge(*parts) if is_transformed() else _Merge.apply(*parts)
+        tensors += [partial.output.to(dtype).masked_fill((lse == -torch.inf).unsqueeze(-1), 0), lse]
+    output, lse = plain_merge(*tensors) if is_transformed() else _Merge.apply(*tensors)
     return Partial(output.to(a.output.dtype), lse)

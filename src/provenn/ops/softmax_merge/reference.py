@@ -20,6 +20,7 @@ class Partial(NamedTuple):
 def merge_by_weights(a: Partial, b: Partial) -> Partial:
     """The definition: ℓ = log(e^ℓ_a + e^ℓ_b),  o = e^(ℓ_a − ℓ) o_a + e^(ℓ_b − ℓ) o_b, in float32 at least."""
     dtype = torch.promote_types(a.output.dtype, torch.float32)
+    # (*batch, 2): a softmax over the two sides.
     lses = torch.stack([a.lse.to(dtype), b.lse.to(dtype)], dim=-1)
     nothing = lses == -torch.inf
     # A query that sees nothing at all keeps lse −∞ and gets output 0; the shift keeps ∞ − ∞ from arising.

@@ -42,6 +42,7 @@ if triton is not None:
         m = tl.where(m == float("-inf"), 0.0, m)
         a_share, b_share = tl.exp(a_lse - m), tl.exp(b_lse - m)
         total = a_share + b_share
+        # A query that sees nothing at all has total 0 and gets output 0.
         per_total = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
         a = tl.load(a_ptr + at, mask=inside, other=0.0)
         b = tl.load(b_ptr + at, mask=inside, other=0.0)
@@ -104,12 +105,12 @@ class _TritonMerge(torch.autograd.Function):
 def triton_merge(a: Partial, b: Partial) -> Partial:
     """`fast.merge` as a GPU kernel; float32 inside. Call it where `available(device)` and dim ≤ 512."""
     *batch, dim = a.output.shape
-    parts = []
-    for part in (a, b):
-        lse = part.lse.float().reshape(-1)
-        output = part.output.float().reshape(-1, dim)
-        parts += [output.masked_fill((lse == -torch.inf).unsqueeze(-1), 0).contiguous(), lse.contiguous()]
-    output, lse = _TritonMerge.apply(*parts)
+    tensors = []
+    for partial in (a, b):
+        lse = partial.lse.float().reshape(-1)
+        output = partial.output.float().reshape(-1, dim)
+        tensors += [output.masked_fill((lse == -torch.inf).unsqueeze(-1), 0).contiguous(), lse.contiguous()]
+    output, lse = _TritonMerge.apply(*tensors)
     return Partial(output.view(*batch, dim).to(a.output.dtype), lse.view(batch))
 
 

@@ -94,7 +94,7 @@ class Cost(NamedTuple):
     width: float
 
 
-FORWARD, WITH_BACKWARD = Cost(0.4, 1.05, 1.0, 0.02), Cost(1.5, 3.0, 10.0, 0.04)
+FORWARD, WITH_BACKWARD = Cost(0.4, 0.8, 0.6, 0.0175), Cost(1.25, 2.5, 4.5, 0.08)
 
 
 def resolved(

@@ -33,12 +33,16 @@ LEAST_BLOCK = 32  # queries of a block: with fewer, matrix products are slow
 
 
 def fft_length(least: int) -> int:
-    """The smallest number of at least `least` with no prime factor above 5, for which FFTs are fast.
+    """The smallest number of at least `least` with no prime factor above 5, and above 128 one that 16 divides.
+
+    Of these FFTs are fast; of 3375 = 3³·5³ they take twice as long as of 3456.
 
     >>> [fft_length(n) for n in (1, 7, 127, 1025)]
-    [1, 8, 128, 1080]
+    [1, 8, 128, 1152]
     """
-    best = 2 ** math.ceil(math.log2(max(least, 1)))
+    unit = 16 if least > 128 else 1
+    least = max(1, math.ceil(least / unit))
+    best = 2 ** math.ceil(math.log2(least))
     five = 1
     while five < best:
         three = five
@@ -46,7 +50,7 @@ def fft_length(least: int) -> int:
             best = min(best, three * 2 ** math.ceil(math.log2(max(least / three, 1))))
             three *= 3
         five *= 5
-    return best
+    return unit * best
 
 
 @no_type_check  # run-time shape checks inside a class keep a compiler from tracing its making
@@ -254,15 +258,19 @@ class _QuadraticSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, c: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool):
-        n, back = q.shape[-2], q.flip(-2)
-        windows = _Windows(c, n, q.shape[0] * q.shape[1], causal)
-        sums = [
-            (back[:, :, rows] @ k[:, :, :seen].mT).mul_(weights) @ v[:, :, :seen]
-            for rows, seen, weights in windows.blocks()
-        ]
+        batch, heads, n, _ = q.shape
+        back, keys, values = (x.reshape(batch * heads, n, x.shape[-1]) for x in (q.flip(-2), k, v))
+        windows = _Windows(c, n, batch * heads, causal)
+        sums, room = [], q.new_empty(0)  # for the scores of a block, which the system is asked for once
+        for rows, seen, weights in windows.blocks():
+            shape = (batch * heads, weights.shape[1], seen)
+            room = room if room.numel() >= math.prod(shape) else q.new_empty(math.prod(shape))
+            scores = torch.bmm(back[:, rows], keys[:, :seen].mT, out=room[: math.prod(shape)].view(shape))
+            scores.view(batch, heads, *shape[1:]).mul_(weights)
+            sums.append(torch.bmm(scores, values[:, :seen]))
         ctx.save_for_backward(c, q, k, v)
         ctx.causal = causal
-        return torch.cat(sums, dim=-2).flip(-2)
+        return torch.cat(sums, dim=-2).view(*q.shape[:-1], v.shape[-1]).flip(-2)
 
     @staticmethod
     @backward_without_autocast

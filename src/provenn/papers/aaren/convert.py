@@ -5,7 +5,6 @@ attend to. That asks for a causal host without rotary positions, with which a sc
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from provenn.huggingface import Conversion, Family, StateCache, StateLayer, attentions, train_alone
+from provenn.huggingface.families import Host
 from provenn.ops.prefix_scan_attention import prefix_scan_attention
 
 
@@ -29,7 +29,7 @@ class QueryToken(nn.Module):
 
 
 def attend(
-    host: Any, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+    host: Host, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
 ) -> Tensor:
     """`provenn.huggingface.Attend` by one query for all tokens.
 
@@ -43,13 +43,14 @@ def attend(
     # c_attn is a matrix (dim, 3 dim) of queries, keys and values side by side.
     query = host.aaren.token @ host.c_attn.weight[:, :dim] + host.c_attn.bias[:dim]
     scores = torch.einsum("hp,bhtp->bht", query.view(keys.shape[1], -1).to(keys.dtype), keys) * scale
-    hidden = None if mask is None else mask.unsqueeze(1)
+    attended = None if mask is None else mask.unsqueeze(1)
     state = None if past is None else past.state
     if state is not None:
-        state = type(state)(*(part.to(values.device) for part in state))
-    y, after = prefix_scan_attention(scores, values, mask=hidden, state=state)
+        state = type(state)(*(tensor.to(values.device) for tensor in state))
+    y, final = prefix_scan_attention(scores, values, mask=attended, state=state)
     if past is not None:
-        past.state = after
+        past.state = final
+    # Under transformers' own cache the keys are all tokens', of which the last outputs are asked for.
     return y[..., -queries.shape[-2] :, :].to(values.dtype)
 
 

@@ -37,11 +37,14 @@ def attention_rnn(
         state: what the queries have seen before; by default nothing.
         mask: True where a query may attend a token.
     """
+    # (*batch, queries, tokens): the block alone, never all the tokens that the state has seen.
     scores = queries @ keys.mT / math.sqrt(queries.shape[-1])
+    # exp(s − m) is summed over streams of any length, and bfloat16 drifts: scores and state are float32 at least.
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     m = scores.amax(dim=-1)
+    # A query that sees nothing of the block has m = −∞; subtracting 0 there keeps −∞ − (−∞) from giving NaN.
     weights = (scores - m.masked_fill(m == -torch.inf, 0).unsqueeze(-1)).exp()
     with without_autocast(weights):
         block = PrefixState(m, weights.sum(dim=-1), weights @ values.to(weights.dtype))
@@ -70,6 +73,7 @@ class AarenAttention(nn.Module):
         if not causal:
             raise ValueError("Aaren attends over prefixes, so causal must be True, got False")
         self.dim, self.heads, self.causal = dim, heads, causal
+        # It passes W_q, so that a layer has the paper's D parameters more; the start N(0, 0.02²) is our choice.
         self.token = nn.Parameter(torch.randn(dim) * 0.02)
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
@@ -88,6 +92,7 @@ class AarenAttention(nn.Module):
             if attention.rotary or attention.out.bias is None:
                 raise ValueError("attention must have biases and no rotary positions")
             aaren = cls(attention.dim, attention.heads).to(attention.out.weight)
+            # The query stays the fresh one: no trained token is the same for all positions.
             aaren.load_state_dict({"token": aaren.token, **attention.state_dict()})
             return aaren
         if attention.in_proj_weight is None or attention.in_proj_bias is None:
@@ -104,6 +109,7 @@ class AarenAttention(nn.Module):
     def _scores(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch heads"]:
         # q·(W_k x + b_k) = (W_kᵀq)·x + q·b_k: with one query for all tokens, no token needs a key of its own.
         q = self.query(self.token).view(self.heads, -1) / math.sqrt(self.dim // self.heads)
+        # (heads, dim): a matrix of as many rows as heads in place of W_k, so scores cost D·heads a token and not D².
         weight = torch.einsum("hp,hpd->hd", q, self.key.weight.unflatten(0, (self.heads, -1)))
         bias = (q * self.key.bias.view(self.heads, -1)).sum(dim=-1)
         return F.linear(x, weight, bias)
@@ -119,8 +125,9 @@ class AarenAttention(nn.Module):
         check_tokens(x, self.dim, mask)
         scores = self._scores(x).transpose(1, 2)
         values = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        hidden = None if mask is None else mask.unsqueeze(1)
-        y, state = prefix_scan_attention(scores, values, mask=hidden, state=state)
+        attended = None if mask is None else mask.unsqueeze(1)
+        # Over (batch, heads, tokens): no tokens × tokens matrix of scores, which attention with a query a token needs.
+        y, state = prefix_scan_attention(scores, values, mask=attended, state=state)
         return self.out(y.transpose(1, 2).flatten(2)), state
 
     def forward(
@@ -133,6 +140,7 @@ class AarenAttention(nn.Module):
         """The state of `batch` streams before their first token: heads · (2 + p) numbers each, in float32 at least."""
         weight = self.out.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        # A departure: the paper's m₀ is 0, from which a stream of very low scores would underflow to 0 / 0; here −∞.
         return PrefixState.empty(batch, self.heads, dim=self.dim // self.heads, dtype=dtype, device=weight.device)
 
     def step(
@@ -191,6 +199,7 @@ class AarenEncoder(TransformerEncoder):
         Raises:
             ValueError: for an encoder of another form.
         """
+        # Not by __init__, which would draw a whole encoder's weights to throw them away.
         aaren = cls.__new__(cls)
         nn.Module.__init__(aaren)
         if isinstance(encoder, TransformerEncoder):
@@ -213,9 +222,15 @@ def _from_stock(stock: nn.TransformerEncoderLayer) -> EncoderLayer:
     attention = AarenAttention.from_softmax(stock.self_attn)
     feedforward, dropout = stock.linear1.out_features, stock.dropout1.p
     layer = EncoderLayer(
-        attention.dim, lambda dim: attention, feedforward=feedforward, dropout=dropout, activation=activation
+        # The factory ignores the width that it is told: the attention is made already, in the stock one's precision.
+        attention.dim,
+        lambda dim: attention,
+        feedforward=feedforward,
+        dropout=dropout,
+        activation=activation,
     ).to(attention.token)
     for name in ("linear1", "linear2", "norm1", "norm2"):
         layer.get_submodule(name).load_state_dict(stock.get_submodule(name).state_dict())
+    # Of what a norm is made with, eps alone is no part of its state dict.
     layer.norm1.eps, layer.norm2.eps = stock.norm1.eps, stock.norm2.eps
     return layer

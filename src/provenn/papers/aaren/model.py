@@ -25,6 +25,7 @@ def causal_encoder(
     """The stack that all systems share, with "aaren" or "softmax" attention."""
     if mixer not in MIXERS:
         raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+    # All that differs between the arms of the paper's tables: same stack, same hyper-parameters, same data.
     factory = partial(MIXERS[mixer], heads=heads)
     options: dict[str, Any] = {"feedforward": feedforward, "dropout": dropout, "activation": activation}
     return TransformerEncoder(dim, factory, layers=layers, **options)
@@ -64,6 +65,7 @@ class SeriesClassifier(nn.Module):
         channels: int,
         num_classes: int,
         length: int,
+        *,
         dim: int = 64,
         heads: int = 4,
         layers: int = 2,
@@ -93,6 +95,7 @@ class SeriesClassifier(nn.Module):
         hidden = self.dropout(self.embed(x) + encoding[positions])
         hidden = self.encoder(hidden, mask=mask)
         valid = mask.unsqueeze(-1)
+        # A departure: the library that the paper trains with flattens all steps into the head; a mean can stream.
         mean = hidden.masked_fill(~valid, 0).sum(dim=1) / valid.sum(dim=1).clamp_min(1)
         return self.head(mean)
 
@@ -109,6 +112,7 @@ class SeriesClassifier(nn.Module):
         hidden = self.dropout(self.embed(x_t) + sinusoidal_encoding(state.position, self.dim).to(x_t.dtype))
         hidden, encoder = self.encoder.step(hidden, state.encoder)
         position = state.position + 1
+        # The running mean, so that a stream need not keep the outputs that `forward` averages.
         mean = state.mean + (hidden - state.mean) / position.unsqueeze(-1)
         return self.head(mean), ClassifierState(encoder, position, mean)
 
@@ -141,6 +145,7 @@ class Forecaster(nn.Module):
         channels: int,
         context: int,
         horizon: int,
+        *,
         dim: int = 64,
         heads: int = 4,
         layers: int = 2,
@@ -159,6 +164,7 @@ class Forecaster(nn.Module):
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # The floor keeps a constant window at zero instead of dividing by nothing.
+        # Biased (correction=0), as in Liu et al. (2022).
         return x.mean(dim=1), x.std(dim=1, correction=0).clamp_min(1e-5)
 
     def _embed(self, x: Tensor, positions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -166,6 +172,7 @@ class Forecaster(nn.Module):
 
     def _read(self, last: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         forecast = self.head(last).unflatten(-1, (self.horizon, self.channels))
+        # Back on the window's own scale, so that the stack never sees a level that training did not have.
         return forecast * std.unsqueeze(1) + mean.unsqueeze(1)
 
     def _check(self, x: Tensor) -> None:
@@ -210,7 +217,9 @@ class EventPrediction(NamedTuple):
 
     def log_prob_gap(self, next_gaps: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """log p(τ) = log Σ_c w_c N(log τ; μ_c, σ_c) − log τ."""
+        # Two events at one time have gap 0, whose logarithm is −∞.
         log_gap = next_gaps.clamp_min(SMALLEST_GAP).log()
+        # Checks of the arguments would read the tensors back, for which a GPU has to wait.
         normal = torch.distributions.Normal(self.means, self.log_scales.exp(), validate_args=False)
         return torch.logsumexp(self.log_weights + normal.log_prob(log_gap.unsqueeze(-1)), dim=-1) - log_gap
 
@@ -246,6 +255,7 @@ class EventForecaster(nn.Module):
     def __init__(
         self,
         marks: int,
+        *,
         dim: int = 64,
         heads: int = 4,
         layers: int = 2,
@@ -287,6 +297,7 @@ class EventForecaster(nn.Module):
         """
         if mask is not None:
             gaps, marks = gaps.masked_fill(~mask, 0), marks.masked_fill(~mask, 0)
+        # Times are a long sum of small gaps, of which float32 forgets the last ones.
         hidden = self._embed(gaps, marks, gaps.double().cumsum(dim=1))
         return self._read(self.encoder(hidden, mask=mask))
 
@@ -299,6 +310,7 @@ class EventForecaster(nn.Module):
         self, gaps: Float[Tensor, "batch"], marks: Int[Tensor, "batch"], state: EventState
     ) -> tuple[EventPrediction, EventState]:
         """An event came: what comes next."""
+        # float64 as in `forward`, or a long stream would drift from the same history read at once.
         time = state.time + gaps.double()
         hidden, encoder = self.encoder.step(self._embed(gaps, marks, time), state.encoder)
         return self._read(hidden), EventState(encoder, time)
@@ -324,6 +336,7 @@ class DecisionTransformer(nn.Module):
         state_dim: int,
         actions: int,
         max_length: int,
+        *,
         dim: int = 64,
         heads: int = 4,
         layers: int = 3,
@@ -361,10 +374,12 @@ class DecisionTransformer(nn.Module):
             mask: True for steps, False for padding.
         """
         time = self.embed_timestep(timesteps)
-        parts = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
-        tokens = torch.stack([part + time for part in parts], dim=2).flatten(1, 2)
-        three = None if mask is None else mask.repeat_interleave(3, dim=1)
-        hidden = self.encoder(self.dropout(self.norm(tokens)), mask=three)
+        embeddings = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
+        # (batch, steps, 3, dim) flattened to return, state, action, return, …: one timestep embedding for all three.
+        tokens = torch.stack([embedding + time for embedding in embeddings], dim=2).flatten(1, 2)
+        token_mask = None if mask is None else mask.repeat_interleave(3, dim=1)
+        hidden = self.encoder(self.dropout(self.norm(tokens)), mask=token_mask)
+        # The state's token has seen return and state of its step, and no action of it yet.
         return self.squash(self.head(hidden[:, 1::3]))
 
     def init_state(self, batch: int) -> EncoderState:

@@ -21,8 +21,9 @@ from provenn.tasks import TaskData, get_task
 from provenn.tasks.reinforcement_learning import Episodes
 from provenn.training import Fit, Recipe, fit
 
+Runner = Callable[[int, str], Callable[[], object]]
 ARMS = {"aaren": ("Aaren", "aaren"), "softmax": ("Transformer", "softmax")}
-SIZE: dict[str, Any] = {"dim": 32, "heads": 4, "layers": 2, "feedforward": 64}
+SIZE: dict[str, int] = {"dim": 32, "heads": 4, "layers": 2, "feedforward": 64}
 STEP = {"dim": 64, "heads": 4, "layers": 1, "feedforward": 128}  # of a stream whose cost is measured
 TOKENS = 24  # of a long series, several steps being one token
 
@@ -78,8 +79,8 @@ def patched(data: TaskData, most: int) -> TaskData:
     if size == 1:
         return data
     sets = []
-    for part in (data.train, data.val, data.test):
-        x, lengths, classes = cast(TensorDataset, part).tensors
+    for subset in (data.train, data.val, data.test):
+        x, lengths, classes = cast(TensorDataset, subset).tensors
         x = F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size)).flatten(2)
         sets.append(TensorDataset(x, -(-lengths // size), classes))
     options = {**data.options, "channels": size * data.options["channels"], "length": x.shape[1]}
@@ -89,8 +90,8 @@ def patched(data: TaskData, most: int) -> TaskData:
 def from_windows(model: nn.Module, data: TaskData) -> float:
     """The return of the same weights and episodes where only the last steps are seen, as in training."""
     episodes = cast(Episodes, data.test)
-    shown = Episodes(replace(episodes.setting, streaming=False), episodes.seeds, episodes.targets)
-    return get_task("reinforcement-learning").evaluate(model, shown)["return"]
+    windowed = Episodes(replace(episodes.setting, streaming=False), episodes.seeds, episodes.targets)
+    return get_task("reinforcement-learning").evaluate(model, windowed)["return"]
 
 
 def fit_unwatched(build: Callable[[], nn.Module], task: Any, data: TaskData, recipe: Recipe, **more: Any) -> Fit:
@@ -109,24 +110,30 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
         skills, notes = [], []
         setting: dict[str, Any] = {key: {} for key in ("recipe", "train", "test", "lr", "tuned")}
         rows: list[list[str | float | int | None]] = []
-        for one in studies:
-            found, facts = one.measure(run, tuple(ARMS))
+        for experiment in studies:
+            figures, facts = experiment.measure(run, tuple(ARMS))
             for arm in ARMS:
-                reached[arm].append(found[arm])
-            skills += [skill.model_copy(update={"arm": f"{skill.arm} on {one.name}"}) for skill in facts["skills"]]
-            guess = float(np.mean(one.trivial(run)))
+                reached[arm].append(figures[arm])
+            skills += [
+                skill.model_copy(update={"arm": f"{skill.arm} on {experiment.name}"}) for skill in facts["skills"]
+            ]
+            guess = float(np.mean(experiment.trivial(run)))
             rows.append(
-                [one.name, *(f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})" for v in found.values()), guess]
+                [
+                    experiment.name,
+                    *(f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})" for v in figures.values()),
+                    guess,
+                ]
             )
             for key in ("recipe", "train", "test"):
-                setting[key][one.name] = facts["setting"][key]
+                setting[key][experiment.name] = facts["setting"][key]
             for label, lr in facts["setting"]["lr"].items():
-                setting["lr"][f"{label} on {one.name}"] = lr
+                setting["lr"][f"{label} on {experiment.name}"] = lr
             for metric, tried in facts["setting"].get("tuned", {}).items():  # beside the metric's, the seed
                 if isinstance(tried, dict):
-                    of_sets = setting["tuned"].setdefault(metric, {})
-                    of_sets.update({f"{label} on {one.name}": rates for label, rates in tried.items()})
-            notes += [f"{one.name}: {facts['note']}"] if facts["note"] else []
+                    rates_by_set = setting["tuned"].setdefault(metric, {})
+                    rates_by_set.update({f"{label} on {experiment.name}": rates for label, rates in tried.items()})
+            notes += [f"{experiment.name}: {facts['note']}"] if facts["note"] else []
         mean = (lambda values: math.exp(np.mean(np.log(values)))) if ratio else (lambda values: float(np.mean(values)))
         joint = {arm: [mean(values) for values in zip(*reached[arm], strict=True)] for arm in ARMS}
         labels = [label for label, _ in ARMS.values()]
@@ -137,7 +144,7 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
             seeds=run.seeds,
             sides=(labels[0], labels[1]),
             unit=f"{facts['unit']}, {'geometric ' if ratio else ''}mean over data sets",
-            data=", ".join(one.name for one in studies),
+            data=", ".join(experiment.name for experiment in studies),
             setting={**SIZE, **setting},
             skills=skills,
             note=" ".join(notes),
@@ -164,19 +171,19 @@ def stream_encoder(mixer: str, device: str) -> TransformerEncoder:
     return encoder.eval().to(device)
 
 
-def stream_after(mixer: str, *, nbytes: bool = False) -> Callable[[int, str], Callable[[], Any]]:
+def stream_after(mixer: str, *, nbytes: bool = False) -> Runner:
     """A step of a stream that has read so many tokens, or the bytes that it then holds.
 
     What the tokens were does not matter to either, so the states are made up.
     """
 
-    def make(tokens: int, device: str) -> Callable[[], Any]:
+    def make(tokens: int, device: str) -> Callable[[], object]:
         dim, heads = STEP["dim"], STEP["heads"]
         x_t = draw(1, dim, dtype=torch.float32).to(device)
         if mixer == "lstm":
             cell = nn.LSTMCell(dim, dim).to(device)
-            state: Any = (torch.zeros(1, dim, device=device), torch.zeros(1, dim, device=device))
-            call: Callable[[], Any] = lambda: cell(x_t, state)  # noqa: E731
+            state: Any = (torch.zeros(1, dim, device=device), torch.zeros(1, dim, device=device))  # each has its own
+            call: Callable[[], object] = lambda: cell(x_t, state)  # noqa: E731
         else:
             encoder = stream_encoder(mixer, device)
             state = map_state(torch.zeros_like, encoder.init_state(1))
@@ -185,7 +192,7 @@ def stream_after(mixer: str, *, nbytes: bool = False) -> Callable[[int, str], Ca
                 state = EncoderState((KVCache(keys, keys.clone(), tokens),))
             call = lambda: encoder.step(x_t, state)  # noqa: E731
 
-        def step() -> Any:
+        def step() -> object:
             with torch.inference_mode():
                 return state_bytes(state) if nbytes else call()
 
@@ -194,14 +201,14 @@ def stream_after(mixer: str, *, nbytes: bool = False) -> Callable[[int, str], Ca
     return make
 
 
-def whole_stream(mixer: str) -> Callable[[int, str], Callable[[], Any]]:
+def whole_stream(mixer: str) -> Runner:
     """All tokens one after another, from an empty state."""
 
-    def make(tokens: int, device: str) -> Callable[[], Any]:
+    def make(tokens: int, device: str) -> Callable[[], object]:
         encoder = stream_encoder(mixer, device)
         x_t = draw(1, STEP["dim"], dtype=torch.float32).to(device)
 
-        def call() -> Any:
+        def call() -> object:
             with torch.inference_mode():
                 state = encoder.init_state(1)
                 for _ in range(tokens):
@@ -216,13 +223,14 @@ def whole_stream(mixer: str) -> Callable[[int, str], Callable[[], Any]]:
 # Training passes and the forms of the scan, forward and backward.
 
 
-def training_pass(kind: str) -> Callable[[int, str], Callable[[], Any]]:
+def training_pass(mode: str) -> Runner:
     """Gradients of a layer over so many tokens: Aaren at once or token by token, and an LSTM of the same width."""
 
-    def make(tokens: int, device: str) -> Callable[[], Any]:
+    def make(tokens: int, device: str) -> Callable[[], object]:
         dim = STEP["dim"]
         torch.manual_seed(0)
-        layer: Any = nn.LSTM(dim, dim, batch_first=True) if kind == "lstm" else MIXERS["aaren"](dim, STEP["heads"])
+        # Any: `step` is Aaren's alone.
+        layer: Any = nn.LSTM(dim, dim, batch_first=True) if mode == "lstm" else MIXERS["aaren"](dim, STEP["heads"])
         layer, x = layer.to(device), draw(1, tokens, dim, dtype=torch.float32).to(device)
 
         def by_step() -> Tensor:
@@ -232,8 +240,8 @@ def training_pass(kind: str) -> Callable[[int, str], Callable[[], Any]]:
                 outputs.append(y)
             return torch.stack(outputs, dim=1)
 
-        def call() -> Any:
-            y = by_step() if kind == "steps" else layer(x)
+        def call() -> object:
+            y = by_step() if mode == "steps" else layer(x)
             y = y[0] if isinstance(y, tuple) else y
             return torch.autograd.grad(y.sum(), list(layer.parameters()))
 
@@ -245,14 +253,14 @@ def training_pass(kind: str) -> Callable[[int, str], Callable[[], Any]]:
 HEADS, HEAD = 2, 16
 
 
-def there_and_back(form: Callable[..., Any]) -> Callable[[int, str], Callable[[], Any]]:
+def there_and_back(form: Callable[..., Tensor | tuple[Tensor, object]]) -> Runner:
     """A form of the scan on heads × tokens scores, forward and backward."""
 
-    def make(tokens: int, device: str) -> Callable[[], Any]:
+    def make(tokens: int, device: str) -> Callable[[], object]:
         scores = draw(HEADS, tokens, dtype=torch.float32).to(device).requires_grad_()
         values = draw(HEADS, tokens, HEAD, seed=1, dtype=torch.float32).to(device).requires_grad_()
 
-        def call() -> Any:
+        def call() -> object:
             outputs = form(scores, values)
             outputs = outputs[0] if isinstance(outputs, tuple) else outputs
             return torch.autograd.grad(outputs.sum(), (scores, values))
@@ -262,7 +270,7 @@ def there_and_back(form: Callable[..., Any]) -> Callable[[int, str], Callable[[]
     return make
 
 
-def fused(tokens: int, device: str) -> Callable[[], Any]:
+def fused(tokens: int, device: str) -> Callable[[], object]:
     """PyTorch's own causal attention on the same heads and tokens, forward and backward."""
     q, k, v = (draw(1, HEADS, tokens, HEAD, seed=i, dtype=torch.float32).to(device).requires_grad_() for i in range(3))
     return lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True).sum(), (q, k, v))

@@ -15,7 +15,6 @@ from provenn.papers.craft.studies import (
     PRESETS,
     SCALE,
     attention,
-    awake,
     band_error,
     convolutions,
     draw,
@@ -25,6 +24,7 @@ from provenn.papers.craft.studies import (
     on_maps,
     parameters,
     photographs,
+    randomise_weights,
     reach,
     sharpness,
     small_network,
@@ -125,7 +125,7 @@ def position_bias_is_dead(run: Run) -> Measurement:
     """The largest spread of a bias over its offsets, at the published width and at repaired ones."""
     spread = {}
     for width in (None, 2, 8):
-        biases = [awake(b)() for b in RectangleWindowAttention(48, position_dim=width).bias]
+        biases = [randomise_weights(b)() for b in RectangleWindowAttention(48, position_dim=width).bias]
         spread[width] = max(b.flatten(1).std(dim=1).max().item() for b in biases)
     words = ", ".join(f"{s:.2g} at width {w or '1 (published)'}" for w, s in spread.items())
     return Measurement.holds(
@@ -141,7 +141,7 @@ def windows_wrap_around(run: Run) -> Measurement:
     moved[..., 0, 0] *= -1
     far = {}
     for wrap in (True, False):
-        block = awake(SRWAB(48, shifted=True, wrap=wrap))
+        block = randomise_weights(SRWAB(48, shifted=True, wrap=wrap))
         with torch.no_grad():
             far[wrap] = (block(moved) - block(x))[..., 24:, :].abs().max().item()
     words = f"The last rows move by {far[True]:.2g} with the first pixel, and by {far[False]:.2g} under a mask."

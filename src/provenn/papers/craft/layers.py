@@ -19,6 +19,7 @@ class ChannelNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        # The authors' code writes mean and variance out; the fused norm on channels-last maps gives the same.
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -45,14 +46,16 @@ class PositionBias(nn.Module):
         height, columns = window
         self.embed = nn.Linear(2, width)
         self.hidden = nn.Sequential(
+            # The authors' order: norm and ReLU stand before each map, and none of the three is residual.
             *(layer for _ in range(2) for layer in (nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, width)))
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, heads))
         offsets = torch.cartesian_prod(torch.arange(1 - height, height), torch.arange(1 - columns, columns))
-        token = torch.cartesian_prod(torch.arange(height), torch.arange(columns))
-        apart = token[:, None] - token[None] + torch.tensor([height - 1, columns - 1])
+        pixel = torch.cartesian_prod(torch.arange(height), torch.arange(columns))
+        offset = pixel[:, None] - pixel[None] + torch.tensor([height - 1, columns - 1])
         self.register_buffer("offsets", offsets.float(), persistent=False)
-        self.register_buffer("index", apart[..., 0] * (2 * columns - 1) + apart[..., 1], persistent=False)
+        # (tokens, tokens), rows of the table of (2h − 1)(2w − 1) offsets: the MLP runs once an offset, not once a pair.
+        self.register_buffer("index", offset[..., 0] * (2 * columns - 1) + offset[..., 1], persistent=False)
 
     @property
     def constant(self) -> bool:
@@ -105,12 +108,13 @@ class RectangleWindowAttention(nn.Module):
         self.shifts = tuple((h // 2, w // 2) if shifted else (0, 0) for h, w in self.windows)
         self.wrap = wrap
         # The authors' rule ((C/2)//4)//4 gives 1 for C = 48, and 0 for less than 32 channels.
+        # A departure below 32 channels, where the authors' rule leaves the network without a hidden feature.
         width = position_dim or max(1, dim // 2 // 4 // 4)
         self.bias = nn.ModuleList(PositionBias(size, heads // 2, width) for size in self.windows)
         # What adds the same to all offsets the softmax cancels: at width 1 the whole of b, else the last layer's bias.
         # Such parameters have no gradient; they stay for the authors' weights.
         for bias in self.bias:
-            cancelled: nn.Module | Tensor = bias if width == 1 else bias.head[-1].bias  # type: ignore[index, union-attr]
+            cancelled: nn.Module | Tensor = bias if width == 1 else bias.head[-1].bias  # type: ignore[index, union-attr]  # Sequential
             cancelled.requires_grad_(False)
 
     def forward(
@@ -120,25 +124,28 @@ class RectangleWindowAttention(nn.Module):
         long = self.windows[1][0]
         if height % long or width % long:
             raise ValueError(f"height and width must be multiples of {long}, got {height}×{width}")
+        # (half, batch, height, width, 3, dim / 2): q, k and v of the channels that each shape of window serves.
         halves = rearrange(qkv, "b h w (three half c) -> half b h w three c", three=3, half=2)
-        settings = zip(halves, self.windows, self.shifts, self.bias)
-        return torch.cat([self._attend(*one) for one in settings], dim=-1)
+        windowed = zip(halves, self.windows, self.shifts, self.bias)
+        return torch.cat([self._attend(*half) for half in windowed], dim=-1)
 
     def _attend(self, qkv: Tensor, window: tuple[int, int], shift: tuple[int, int], bias: nn.Module) -> Tensor:
         batch, height, width = qkv.shape[:3]
-        sides = dict(zip("rc", window))
+        window_sides = dict(zip("rc", window))
         if any(shift):
+            # Cyclic: the authors' code has places for a mask and always hands None, so that opposite borders attend.
             qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
         heads = self.heads // 2
-        cut = "b (i r) (j c) three (head d) -> three (b i j) head (r c) d"
-        q, k, v = rearrange(qkv, cut, head=heads, **sides)
+        to_windows = "b (i r) (j c) three (head d) -> three (b i j) head (r c) d"
+        q, k, v = rearrange(qkv, to_windows, head=heads, **window_sides)
+        # A bias that the softmax cancels is left out, so that fused attention needs no mask.
         mask = None if bias.constant else bias()[None].to(q.dtype)
         if any(shift) and not self.wrap:
-            seen = windows_without_wrap(height, width, window, shift, q.device).repeat(batch, 1, 1)[:, None]
-            mask = seen if mask is None else mask.masked_fill(~seen, -torch.inf)
+            visible = windows_without_wrap(height, width, window, shift, device=q.device).repeat(batch, 1, 1)[:, None]
+            mask = visible if mask is None else mask.masked_fill(~visible, -torch.inf)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        paste = "(b i j) head (r c) d -> b (i r) (j c) (head d)"
-        y = rearrange(y, paste, b=batch, i=height // window[0], j=width // window[1], **sides)
+        to_map = "(b i j) head (r c) d -> b (i r) (j c) (head d)"
+        y = rearrange(y, to_map, b=batch, i=height // window[0], j=width // window[1], **window_sides)
         return y.roll(shift, dims=(1, 2)) if any(shift) else y
 
 
@@ -147,6 +154,7 @@ def windows_without_wrap(
     width: int,
     window: tuple[int, int],
     shift: tuple[int, int],
+    *,
     device: torch.device | None = None,
 ) -> Bool[Tensor, "windows tokens tokens"]:
     """Which tokens of a cyclically shifted window may see each other when opposite borders are kept apart.
@@ -159,8 +167,9 @@ def windows_without_wrap(
     """
     rows = (torch.arange(height, device=device) >= height - shift[0]).long()
     columns = (torch.arange(width, device=device) >= width - shift[1]).long()
-    side = rearrange(rows[:, None] * 2 + columns, "(i r) (j c) -> (i j) (r c)", r=window[0], c=window[1])
-    return side[:, :, None] == side[:, None, :]
+    # Four regions, by whether a pixel came round in rows, in columns, in both or in neither.
+    region = rearrange(rows[:, None] * 2 + columns, "(i r) (j c) -> (i j) (r c)", r=window[0], c=window[1])
+    return region[:, :, None] == region[:, None, :]
 
 
 class SRWAB(nn.Module):
@@ -195,6 +204,7 @@ class SRWAB(nn.Module):
         self.attention = RectangleWindowAttention(
             dim, heads, window=window, shifted=shifted, wrap=wrap, position_dim=position_dim
         )
+        # As published the position bias is constant, so this convolution alone tells the tokens of a window apart.
         self.locality = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.project = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -203,6 +213,7 @@ class SRWAB(nn.Module):
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch dim height width"]:
         tokens = x.permute(0, 2, 3, 1)
         qkv = self.qkv(self.norm1(tokens))
+        # v of the whole map before it is cut or rolled: the convolution crosses the windows' borders.
         v = qkv[..., 2 * tokens.shape[-1] :].permute(0, 3, 1, 2)
         local = self.locality(v).permute(0, 2, 3, 1)
         tokens = tokens + self.project(self.attention(qkv) + local)
@@ -214,6 +225,7 @@ def padded_srwab(
     dim: int, heads: int = 6, *, shifted: bool = False, wrap: bool = True, position_dim: int | None = None
 ) -> PadToMultiple:
     """An SRWAB for maps of any size, continued by their mirror image where a window is not full. Slot: map-mixer."""
+    # 16 is the long side; of two branches cut in 4×16 and in 16×4, both sides must be multiples of it.
     return PadToMultiple(SRWAB(dim, heads, shifted=shifted, wrap=wrap, position_dim=position_dim), 16)
 
 
@@ -241,6 +253,7 @@ class HFERB(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch dim height width"]:
         smooth, sharp = x.chunk(2, dim=1)
+        # Max-pooling keeps a neighbourhood's largest value and so its edges, where an average would smooth them.
         branches = F.gelu(self.local(smooth)), F.gelu(self.sharp(self.pool(sharp)))
         return x + self.merge(torch.cat(branches, dim=1))
 
@@ -273,6 +286,7 @@ class InterAttention(nn.Module):
         """q̂ k̂ᵀ, each entry between -1 and 1."""
         # A sum of squares over 10⁴ positions overflows half precision.
         precise = torch.promote_types(q.dtype, torch.float32)
+        # 1e-12 is the authors' floor; a map of zeros has cosines of 0.
         q, k = (F.normalize(t.to(precise), dim=-1, eps=1e-12) for t in (q, k))
         return q @ k.transpose(-2, -1)
 
@@ -283,6 +297,7 @@ class InterAttention(nn.Module):
             rearrange(t, "b (head c) h w -> b head c (h w)", head=self.heads)
             for t in (self.q(high), *self.kv(low).chunk(2, dim=1))
         )
+        # (batch, heads, c, c), c = dim / heads: linear in pixels, where attention over positions would be quadratic.
         weights = (self.temperature * self.cosines(q, k)).softmax(dim=-1)
         mixed = weights.to(v.dtype) @ v
         return self.project(mixed.reshape(low.shape))
@@ -302,6 +317,7 @@ class GDFN(nn.Module):
         check_whole(dim=dim)
         check_finite(expansion=expansion)
         super().__init__()
+        # Rounded down, as the authors' code has it: 127 for 48 channels, odd as it is.
         hidden = int(dim * expansion)
         self.expand = nn.Sequential(nn.Conv2d(dim, 2 * hidden, 1, bias=False), depthwise(2 * hidden))
         self.project = nn.Conv2d(hidden, dim, 1, bias=False)
@@ -336,6 +352,7 @@ class HFB(nn.Module):
     def forward(
         self, low: Float[Tensor, "batch dim height width"], high: Float[Tensor, "batch dim height width"]
     ) -> Float[Tensor, "batch dim height width"]:
+        # `high` enters as it is, and the residual is `low`: the authors' code norms the one branch alone.
         y = low + self.attention(self.norm1(low), high)
         return y + self.feed(self.norm2(y))
 

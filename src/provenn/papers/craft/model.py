@@ -90,14 +90,17 @@ class CRAFT(nn.Module):
         super().__init__()
         if scale < 1:
             raise ValueError(f"scale must be at least 1, got {scale}")
+        # Not a default of the signature: the function stands below, with the presets.
         block = cross_refinement if block is None else block
         self.scale, self.multiple, self.over_bicubic = scale, multiple, over_bicubic
+        # Not saved: the authors' checkpoints lack it.
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.first = nn.Conv2d(3, dim, 3, padding=1)
         self.groups = nn.Sequential(*(Group(dim, [block(dim) for _ in range(depth)]) for _ in range(groups)))
         self.norm = ChannelNorm(dim)
         self.last = nn.Conv2d(dim, dim, 3, padding=1)
         pixels = nn.Conv2d(dim, 3 * scale**2, 3, padding=1)
+        # One step for ×4 too, where other networks double twice.
         self.upsample = nn.Sequential(pixels, nn.PixelShuffle(scale))
         self.apply(_initialise)
         if over_bicubic:
@@ -115,11 +118,13 @@ class CRAFT(nn.Module):
             # Not implemented for bfloat16 on CPU.
             precise = x.to(torch.promote_types(x.dtype, torch.float32))
             base = F.interpolate(precise, scale_factor=self.scale, mode="bicubic", antialias=True).to(x.dtype)
+        # The skip goes around all groups and ends before the upsampler: the image itself is learned, mean colour aside.
         return self.upsample(deep + shallow) + base
 
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
+        # Convolutions keep torch's own start, as in the authors' code.
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 

@@ -57,6 +57,7 @@ def convert(state: dict[str, Tensor]) -> tuple[str, dict[str, object], dict[str,
         raise UserError(
             f"these are not CRAFT weights: {error} is missing; expected a model of AVC2-UESTC/CRAFT-SR"
         ) from error
+    # The last convolution puts out 3·scale² channels, which `PixelShuffle` turns into pixels.
     scale = math.isqrt(out // 3)
     if dim != 48 or 3 * scale**2 != out or scale not in (2, 3, 4):
         raise UserError(
@@ -68,7 +69,7 @@ def convert(state: dict[str, Tensor]) -> tuple[str, dict[str, object], dict[str,
 
 def _rename(name: str) -> str:
     # Blocks alternate between plain and shifted: 2i and 2i + 1 are the two of block i.
-    name = re.sub(r"\.srwa_blocks\.(\d+)\.", lambda found: f".{int(found[1]) // 2}.low.{int(found[1]) % 2}.", name)
+    name = re.sub(r"\.srwa_blocks\.(\d+)\.", lambda match: f".{int(match[1]) // 2}.low.{int(match[1]) % 2}.", name)
     for pattern, ours in _NAMES:
         name = re.sub(pattern, ours, name)
     return name

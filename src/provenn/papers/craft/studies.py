@@ -48,17 +48,17 @@ def full(dim: int) -> CRFB:
 
 def without_hferb(dim: int) -> CRFB:
     """The features themselves take the place of the high-frequency prior."""
-    return refilled(dim, windows(dim), nn.Identity(), HFB(dim, HEADS))
+    return match_parameters(dim, windows(dim), nn.Identity(), HFB(dim, HEADS))
 
 
 def without_srwab(dim: int) -> CRFB:
     """The features themselves take the place of the global representation."""
-    return refilled(dim, nn.Identity(), HFERB(dim), HFB(dim, HEADS))
+    return match_parameters(dim, nn.Identity(), HFERB(dim), HFB(dim, HEADS))
 
 
 def without_fusion(dim: int) -> CRFB:
     """The two branches are added up, where the HFB lets one ask the other."""
-    return refilled(dim, windows(dim), HFERB(dim), SumFusion(dim))
+    return match_parameters(dim, windows(dim), HFERB(dim), SumFusion(dim))
 
 
 class SumFusion(nn.Module):
@@ -75,10 +75,10 @@ class SumFusion(nn.Module):
         return y + self.feed(self.norm2(y))
 
 
-def refilled(dim: int, low: nn.Module, high: nn.Module, fuse: HFB | SumFusion) -> CRFB:
+def match_parameters(dim: int, low: nn.Module, high: nn.Module, fuse: HFB | SumFusion) -> CRFB:
     """A block that lacks a part; what it lacks in parameters, its gated feed-forward gets."""
-    lacking = bench.count_parameters(full(dim)) - sum(map(bench.count_parameters, (low, high, fuse)))
-    hidden = fuse.feed.project.in_channels + round(lacking / (3 * dim + 18))  # a hidden channel has 3·dim + 2·9 weights
+    missing = bench.count_parameters(full(dim)) - sum(map(bench.count_parameters, (low, high, fuse)))
+    hidden = fuse.feed.project.in_channels + round(missing / (3 * dim + 18))  # a hidden channel has 3·dim + 2·9 weights
     fuse.feed = GDFN(dim, (hidden + 0.5) / dim)
     return CRFB(low, high, fuse)
 
@@ -123,16 +123,16 @@ def photographs(seed: int, smoke: bool) -> TaskData:
     """Crops whose input is 32×32 pixels; pieces of the validation and test photographs, which take less time."""
     data = TASK.load("photographs", patch=SCALE * (INPUT + 4), crops=2 if smoke else 16)
     side = 64 if smoke else 256
-    val, test = (Whole([middle(part[i], side) for i in range(len(part))]) for part in (data.val, data.test))  # type: ignore[arg-type]  # data sets have a length, their type does not say so
+    val, test = (Whole([crop_centre(split[i], side) for i in range(len(split))]) for split in (data.val, data.test))  # type: ignore[arg-type]  # data sets have a length, their type does not say so
     return replace(data, val=val, test=test, meta={"scale": SCALE})
 
 
-def middle(photo: Tensor, side: int) -> np.ndarray:
+def crop_centre(photo: Tensor, side: int) -> np.ndarray:
     top, left = ((length - side) // 2 for length in photo.shape[-2:])
     return photo[:, top : top + side, left : left + side].permute(1, 2, 0).numpy()
 
 
-def photos(data: TaskData) -> list[Tensor]:
+def list_photographs(data: TaskData) -> list[Tensor]:
     return [data.test[i] for i in range(len(data.test))]  # type: ignore[arg-type]  # data sets have a length, their type does not say so
 
 
@@ -145,7 +145,7 @@ def radius(image: Float[Tensor, "*channels height width"]) -> Float[Tensor, "hei
 def band_error(model: nn.Module, data: TaskData, *, high: bool) -> float:
     """|F(restored − original)|² / |F(original)|² on Y, above or below half the Nyquist radius; the mean over photos."""
     errors = []
-    for photo in photos(data):
+    for photo in list_photographs(data):
         lr, hr = reduced(photo, SCALE)
         original = luma(hr)
         band = (radius(original) > 0.25) == high
@@ -158,18 +158,18 @@ def band_error(model: nn.Module, data: TaskData, *, high: bool) -> float:
 def without_highest(image: Float[Tensor, "channels height width"], percent: int) -> Tensor:
     """An 8-bit image without that share of its frequencies, those farthest from zero."""
     distance = radius(image)
-    kept = distance <= torch.quantile(distance.flatten(), 1 - percent / 100)
-    return torch.fft.ifft2(torch.fft.fft2(image) * kept).real.round().clamp(0, 255)
+    low_band = distance <= torch.quantile(distance.flatten(), 1 - percent / 100)
+    return torch.fft.ifft2(torch.fft.fft2(image) * low_band).real.round().clamp(0, 255)
 
 
 def drop(model: nn.Module, data: TaskData) -> float:
     """PSNR in dB that is lost when the input loses its highest frequencies; the mean over the shares in `REMOVED`."""
-    lost = []
-    for photo in photos(data):
+    drops = []
+    for photo in list_photographs(data):
         lr, hr = reduced(photo[:, :128, :128], SCALE)
-        whole = psnr(restore(model, lr), hr, border=SCALE)
-        lost += [whole - psnr(restore(model, without_highest(lr, p)), hr, border=SCALE) for p in REMOVED]
-    return sum(lost) / len(lost)
+        full_psnr = psnr(restore(model, lr), hr, border=SCALE)
+        drops += [full_psnr - psnr(restore(model, without_highest(lr, p)), hr, border=SCALE) for p in REMOVED]
+    return sum(drops) / len(drops)
 
 
 def gain(model: nn.Module, data: TaskData) -> float:
@@ -184,16 +184,16 @@ def sharpness(model: nn.Module, data: TaskData) -> float:
     """
     ratios: list[float] = []
 
-    def see(block: Any, given: tuple[Tensor]) -> None:
-        (x,) = given
+    def record(block: Any, inputs: tuple[Tensor]) -> None:  # a CRFB, which torch types as nn.Module
+        (x,) = inputs
         high, low = (high_share(branch(x)) for branch in (block.high, block.low))
         ratios.append(high / low)
 
     blocks = [m for m in model.modules() if isinstance(m, CRFB)]
     if not blocks or any(isinstance(branch, nn.Identity) for m in blocks for branch in (m.low, m.high)):
         return 0.0
-    hooks = [block.register_forward_pre_hook(see) for block in blocks]
-    for photo in photos(data):
+    hooks = [block.register_forward_pre_hook(record) for block in blocks]
+    for photo in list_photographs(data):
         restore(model, reduced(photo, SCALE)[0])
     for hook in hooks:
         hook.remove()
@@ -206,14 +206,14 @@ def high_share(features: Float[Tensor, "1 dim height width"]) -> float:
     return float(energy[..., radius(features) > 0.25].sum() / energy.sum())
 
 
-def draw(done: Fit, data: TaskData, seed: int) -> "Figure":
-    return before_and_after({"CRAFT, small": done.model}, data.test[0])
+def draw(fit: Fit, data: TaskData, seed: int) -> "Figure":
+    return before_and_after({"CRAFT, small": fit.model}, data.test[0])
 
 
 # Counts
 
 
-def awake(module: nn.Module) -> nn.Module:
+def randomise_weights(module: nn.Module) -> nn.Module:
     """Random weights of a size at which every branch matters."""
     module.load_state_dict(seeded_state({name: t.shape for name, t in module.state_dict().items()}))
     return module.eval()
@@ -223,11 +223,11 @@ def reach(block: nn.Module, side: int) -> int:
     """How many positions of a map change when its middle pixel does."""
     draw = torch.Generator().manual_seed(0)
     x, change = (torch.randn(1, DIM, side, side, generator=draw, dtype=torch.float64) for _ in range(2))
-    moved = x.clone()
-    moved[..., side // 2, side // 2] += change[..., 0, 0]
+    changed = x.clone()
+    changed[..., side // 2, side // 2] += change[..., 0, 0]
     with torch.no_grad():
-        block = awake(block).double()
-        return int(((block(moved) - block(x)).abs().amax(dim=1) > 1e-6).sum())
+        block = randomise_weights(block).double()
+        return int(((block(changed) - block(x)).abs().amax(dim=1) > 1e-6).sum())
 
 
 PRESETS = {2: craft_x2, 3: craft_x3, 4: craft_x4}

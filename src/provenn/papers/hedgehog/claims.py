@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from provenn.evidence import Measurement, Race, Run, Study, measures
+from provenn.evidence import Benchmark, Measurement, Race, Run, Study, measures
 from provenn.papers.hedgehog.model import hedgehog_small, hedgehog_vit
 from provenn.papers.hedgehog.studies import (
     DIVERGENCE,
@@ -20,6 +20,7 @@ from provenn.papers.hedgehog.studies import (
     code_text,
     digit_data,
     digit_network,
+    layer_call,
     perplexity,
     prose_text,
     recall_data,
@@ -178,6 +179,39 @@ OPERATIONS = Race(
     quantity="flops",
     setting=HEAD,
 )
+
+# Layers as the presets have them, beside softmax attention by PyTorch's fused operator in the same layer.
+EXECUTED = {"Hedgehog": "auto", "linear form": "linear", "quadratic form": "quadratic", "fused softmax": None}
+PRESETS: dict[str, dict[str, Any]] = {
+    "hedgehog_small": {"dim": 96, "heads": 4, "causal": True, "batch": 4},
+    "hedgehog_gpt2": {"dim": 768, "heads": 12, "causal": True, "batch": 1},
+    "hedgehog_vit": {"dim": 64, "heads": 4, "causal": False, "batch": 4},
+}
+
+
+def times(sizes: tuple[int, ...], name: str = "") -> list[Race]:
+    """Of each preset's layer, forward and in training."""
+    return [
+        Race(
+            f"{preset}'s layer, {'forward and backward' if train else 'forward'}{name}",
+            {label: layer_call(form, train=train, **setting) for label, form in EXECUTED.items()},
+            sizes=sizes,
+            rounds=7,
+            setting=setting,
+        )
+        for preset, setting in PRESETS.items()
+        for train in (False, True)
+    ]
+
+
+BENCHMARKS = [
+    *(Benchmark(race, "Hedgehog", "fused softmax", within=1.2) for race in times((128,), ", where it is asked for")),
+    *(
+        Benchmark(race, "Hedgehog", baseline, within)
+        for race in times((16, 128, 256, 512, 2048))
+        for baseline, within in (("fused softmax", None), (("linear form", "quadratic form"), 1.1))
+    ),
+]
 
 UNTUNED = "fixed maps are not expected to take softmax's place without tuning"
 EARLIER = ("elu", "t2r", "performer")

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -22,7 +23,15 @@ from provenn.nn.feature_maps import (
     TaylorMap,
 )
 from provenn.nn.positions import rotate
-from provenn.ops.linear_attention import LinearState, linear_attention, linear_attention_weights
+from provenn.ops.linear_attention import (
+    FORMS as EXECUTIONS,
+)
+from provenn.ops.linear_attention import (
+    LinearState,
+    attention_outputs,
+    linear_attention,
+    linear_attention_weights,
+)
 
 FLOOR = 1e-12
 FORMS = ("softmax", "joint", "exp", "plain")
@@ -71,17 +80,21 @@ class HedgehogFeatureMap(FeatureMap):
         self.linear = PerHeadLinear(num_heads, head_dim, feature_dim, bias=bias)
 
     def phi(self, x: Tensor, start: int) -> Tensor:
-        y = self.linear(x)
-        both = torch.stack([y, -y], dim=-2)
+        both = self.linear.both_signs(x)
         if self.form == "plain":
             return both.exp().flatten(-2)
         if self.form == "joint":
-            return (2 * both.flatten(-2)).softmax(dim=-1).clamp_min(FLOOR)
+            return _floored((2 * both.flatten(-2)).softmax(dim=-1))
         if self.form == "exp":
             # Not detached: on a key the maximum is a factor of its weight, which does not cancel.
             both = both - both.amax(dim=-1, keepdim=True)
-            return both.exp().clamp_min(FLOOR).flatten(-2)
-        return both.softmax(dim=-1).clamp_min(FLOOR).flatten(-2)
+            return _floored(both.exp()).flatten(-2)
+        return _floored(both.softmax(dim=-1)).flatten(-2)
+
+
+def _floored(features: Tensor) -> Tensor:
+    """At least 1e-12. Not by `clamp_min`, whose gradient takes eight times as long."""
+    return F.threshold(features, FLOOR, FLOOR) if torch.is_grad_enabled() else features.clamp_min_(FLOOR)
 
 
 MAPS: dict[str, MapMaker] = {
@@ -139,6 +152,8 @@ class LinearAttention(nn.Module):
             a map from (heads, head_dim), such as `partial(HedgehogFeatureMap, form="joint")`.
         causal: whether token i sees tokens 1..i only, or all.
         bias, rotary: of the projections, as in `SoftmaxAttention`.
+        execute: "linear"; "quadratic", through tokens × tokens weights; "auto", the shorter of them for the number of
+            tokens (see `provenn.ops.linear_attention.resolved`). Streams are linear.
 
     Shapes: (batch, tokens, dim) to the same. Parameters: those of softmax attention and of the two maps. Slot:
     token-mixer. A stream keeps H · (features · D/H + features) numbers, however many tokens came.
@@ -153,11 +168,15 @@ class LinearAttention(nn.Module):
         causal: bool = True,
         bias: bool = True,
         rotary: bool = False,
+        execute: str = "auto",
     ):
         super().__init__()
-        self._take(SoftmaxAttention(dim, heads, causal=causal, bias=bias, rotary=rotary), feature_map)
+        self._take(SoftmaxAttention(dim, heads, causal=causal, bias=bias, rotary=rotary), feature_map, execute)
 
-    def _take(self, attention: SoftmaxAttention, feature_map: str | MapMaker) -> None:
+    def _take(self, attention: SoftmaxAttention, feature_map: str | MapMaker, execute: str = "auto") -> None:
+        if execute not in EXECUTIONS:
+            raise ValueError(f"execute must be one of {', '.join(EXECUTIONS)}, got {execute!r}")
+        self.execute = execute
         self.dim, self.heads = attention.dim, attention.heads
         self.causal, self.rotary = attention.causal, attention.rotary
         self.query, self.key, self.value, self.out = attention.query, attention.key, attention.value, attention.out
@@ -199,27 +218,16 @@ class LinearAttention(nn.Module):
         hidden = None if mask is None else mask.unsqueeze(1)
         return linear_attention_weights(self.map_query(q), self.map_key(k), causal=self.causal, mask=hidden)
 
-    def _attend(
-        self, x: Tensor, state: AttentionState | None, mask: Tensor | None = None
-    ) -> tuple[Tensor, AttentionState]:
-        start = 0 if state is None else state.length
-        q, k, v = self.project(x, start)
-        y, after = linear_attention(
-            self.map_query(q, start),
-            self.map_key(k, start),
-            v,
-            causal=self.causal,
-            mask=None if mask is None else mask.unsqueeze(1),
-            state=None if state is None else LinearState(state.s, state.z),
-        )
-        return self.out(y.transpose(1, 2).flatten(2)), AttentionState(after.s, after.z, start + x.shape[1])
-
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
         check_tokens(x, self.dim, mask)
-        return self._attend(x, None, mask)[0]
+        q, k, v = self.project(x)
+        hidden = None if mask is None else mask.unsqueeze(1)
+        options: dict[str, Any] = {"causal": self.causal, "mask": hidden, "form": self.execute}
+        y = attention_outputs(self.map_query(q, 0), self.map_key(k, 0), v, **options)
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def init_state(self, batch: int) -> AttentionState:
         """The state of `batch` streams before their first token, in float32 at least."""
@@ -240,7 +248,11 @@ class LinearAttention(nn.Module):
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
         if not self.causal:
             raise ValueError("attention that sees later tokens cannot stream; build it with causal=True")
-        return self._attend(x, state)
+        start = 0 if state is None else state.length
+        q, k, v = self.project(x, start)
+        before = None if state is None else LinearState(state.s, state.z)
+        y, after = linear_attention(self.map_query(q, start), self.map_key(k, start), v, state=before)
+        return self.out(y.transpose(1, 2).flatten(2)), AttentionState(after.s, after.z, start + x.shape[1])
 
     def step(
         self, x_t: Float[Tensor, "batch dim"], state: AttentionState
@@ -254,7 +266,7 @@ class HedgehogAttention(LinearAttention):
     """Linear attention with Hedgehog's learned maps, for a model trained from scratch (section 5.1).
 
     Args:
-        dim, heads, causal, bias, rotary: as in `LinearAttention`.
+        dim, heads, causal, bias, rotary, execute: as in `LinearAttention`.
         feature_dim, form: as in `HedgehogFeatureMap`.
         map_bias: whether the maps have a b.
 
@@ -279,6 +291,7 @@ class HedgehogAttention(LinearAttention):
         feature_dim: int | None = None,
         form: str = "softmax",
         map_bias: bool = False,
+        execute: str = "auto",
     ):
         maker = partial(HedgehogFeatureMap, feature_dim=feature_dim, form=form, bias=map_bias)
-        super().__init__(dim, heads, maker, causal=causal, bias=bias, rotary=rotary)
+        super().__init__(dim, heads, maker, causal=causal, bias=bias, rotary=rotary, execute=execute)

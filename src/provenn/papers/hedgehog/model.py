@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.attention import SoftmaxAttention
@@ -60,6 +60,55 @@ def hedgehog_small(
         feature_map: "softmax", or a name in `MAPS`.
     """
     return CausalLM(vocab, dim, layers, attention(feature_map, heads, bias=False, rotary=True))
+
+
+class SequenceClassifier(nn.Module):
+    """Class of a sequence of tokens: learned positions, blocks that see both ways, the mean over the valid tokens.
+
+    Args:
+        channels: kinds of tokens, one channel each; or measurements of a series.
+        num_classes: logits.
+        length: of the longest sequence.
+        dim, heads, layers, feedforward, dropout: of the blocks.
+        feature_map: "softmax", or a name in `MAPS`.
+
+    Shapes: (batch, tokens, channels) to (batch, num_classes).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        length: int,
+        dim: int = 64,
+        heads: int = 2,
+        layers: int = 2,
+        feedforward: int = 128,
+        dropout: float | int = 0.1,
+        feature_map: str = "hedgehog",
+    ):
+        super().__init__()
+        self.embed = nn.Linear(channels, dim, bias=False)
+        self.place = nn.Parameter(0.02 * torch.randn(length, dim))
+        inner = partial(FeedForward, hidden=feedforward, bias=True)
+        parts: dict[str, Any] = {"feedforward": inner, "norm": nn.LayerNorm, "dropout": dropout}
+        mixer = partial(attention(feature_map, heads), causal=False)
+        self.blocks = nn.ModuleList(PreNormBlock(dim, mixer, **parts) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens channels"], mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits; `mask` is True for the tokens of a sequence and False for its padding."""
+        if x.shape[1] > len(self.place):
+            raise ValueError(f"expected at most {len(self.place)} tokens, got {x.shape[1]}")
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        hidden = self.embed(x) + self.place[: x.shape[1]]
+        for block in self.blocks:
+            hidden = block(hidden, mask=mask)
+        valid = mask[..., None]
+        return self.head(self.norm(hidden).masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp_min(1))
 
 
 class VisionTransformer(nn.Module):

@@ -312,3 +312,26 @@ def runner(feature_map: str, dim: int, heads: int, where: str | None = None) -> 
         return step
 
     return make
+
+
+def layer_call(
+    execute: str | None, *, dim: int, heads: int, causal: bool, batch: int, train: bool
+) -> Callable[[int, str], Callable[[], Any]]:
+    """A layer as the presets have it, in a form, or with softmax for None; a call, or a call and all its gradients."""
+
+    def make(tokens: int, device: str) -> Callable[[], Any]:
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"causal": causal, "bias": False}
+        layer: nn.Module = SoftmaxAttention(dim, heads, **options)
+        if execute is not None:
+            layer = LinearAttention(dim, heads, "hedgehog", execute=execute, **options)
+        layer, x = layer.to(device), torch.randn(batch, tokens, dim, device=device, requires_grad=train)
+
+        def call() -> Any:
+            with torch.set_grad_enabled(train):
+                y = layer(x)
+            return torch.autograd.grad(y.square().mean(), [x, *layer.parameters()]) if train else y
+
+        return call
+
+    return make

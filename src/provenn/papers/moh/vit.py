@@ -213,9 +213,9 @@ class AggregatedAttention(HeadAttention):
         within = inside[order]
         near_k, near_v = (take_rows(part[:, rest], around).unflatten(2, (-1, WINDOW)).mT for part in (k, v))
         near_v = near_v * within.unsqueeze(-2)
-        rows = (take_rows(part[:, rest], order) for part in (q, scaled))
+        q, scaled = take_rows(q[:, rest], order), take_rows(scaled[:, rest], order)
         bias = take_rows(bias[rest].expand(len(x), -1, -1, -1), order)
-        y = self._attend(*rows, near_k, near_v, far_k[:, rest], far_v[:, rest], bias, within, rest)
+        y = self._attend(q, scaled, near_k, near_v, far_k[:, rest], far_v[:, rest], bias, within, rest)
         return self._join(torch.cat([*parts, put_back(y, order, real, x.shape[1])], dim=1), routing)
 
     def _attend(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from provenn.evidence import Drawing, Measurement, Race, Run, Series, Study, Table, measures
+from provenn.evidence import Benchmark, Drawing, Measurement, Race, Run, Series, Study, Table, measures
 from provenn.ops.toeplitz import dense_sums, fft_sums
 from provenn.papers.nprf.baselines import SoftmaxAttentionRPE
 from provenn.papers.nprf.studies import (
@@ -27,6 +27,7 @@ from provenn.papers.nprf.studies import (
     explicit_layer,
     forward_of,
     fused_layer,
+    layer_in_form,
     nprf_layer,
     operations_of,
     row_error,
@@ -148,6 +149,28 @@ MEMORY = Race(
     quantity="memory",
     setting={**HEAD, "features": 32, "pass": "forward and backward"},
 )
+
+IN_FORM = {"auto": "auto", "FFT": "fft", "quadratic": "quadratic", "fused softmax": "softmax"}
+FORMS = [
+    Race(
+        f"forms of a layer, {'forward and backward' if call is there_and_back else 'forward'}, {features} features, "
+        f"{'causal' if causal else 'both ways'}",
+        {
+            label: call(partial(layer_in_form, features=features, causal=causal, heads=heads, form=form))
+            for label, form in IN_FORM.items()
+        },
+        sizes=(256, 1024, 4096),
+        rounds=6,
+        setting={"dim": WIDTH, "heads": heads, "batch": 1},
+    )
+    for features, heads, causal in ((8, 4, False), (8, 1, True), (32, 4, True))
+    for call in (forward_of, there_and_back)
+]
+BENCHMARKS = [
+    Benchmark(race, "auto", baseline, within)
+    for race in FORMS
+    for baseline, within in ((("FFT", "quadratic"), 1.1), ("fused softmax", None))
+]
 
 CLAIMS = {
     "softmax_operations": OPERATIONS.grows("softmax"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import check_tokens
 from provenn.nn.random_features import elu_features, gaussian, orthogonal_gaussian, positive_exponents, spherical
-from provenn.ops.linear_attention import LinearState, linear_attention
+from provenn.ops.linear_attention import LinearState, attention_outputs, linear_attention
 from provenn.ops.log_kernel import LogState, log_attention
 from provenn.ops.toeplitz import dense_matrix, resolved, toeplitz_sums, without_autocast
 
@@ -303,7 +303,7 @@ class KernelAttentionRPE(nn.Module):
                 return self._join(y, x)
             fq, fk = self.features_of(q, k, mask)
             if self.rpe is None:
-                y = linear_attention(fq, fk, v.to(fk.dtype), causal=self.causal)[0]
+                y = attention_outputs(fq, fk, v.to(fk.dtype), causal=self.causal)
             else:
                 y = self._with_rpe(fq, fk, v, sides)
         return self._join(y, x)

@@ -148,6 +148,13 @@ def nprf_layer(n: int, features: int = 32, **options: Any) -> nn.Module:
     return KernelAttentionRPE(WIDTH, 1, features=features, causal=False, max_length=n, **options)
 
 
+def layer_in_form(n: int, *, features: int, causal: bool, heads: int, form: str) -> nn.Module:
+    """NPRF + RPE in a form, or fused softmax."""
+    if form == "softmax":
+        return SoftmaxAttention(WIDTH, heads, causal=causal)
+    return KernelAttentionRPE(WIDTH, heads, features=features, causal=causal, max_length=n, form=form)
+
+
 def explicit_layer(n: int) -> nn.Module:
     return Explicit(WIDTH, 1, causal=False)
 

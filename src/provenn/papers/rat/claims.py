@@ -19,12 +19,12 @@ from provenn.papers.rat.studies import (
     LONG,
     NEEDLES,
     attention,
+    count_stream_bytes,
     counted,
     decoder_block,
-    held,
+    loss_rise,
     needles,
     read_needles,
-    rise,
     rnn,
     selection,
     softmax_alone,
@@ -37,7 +37,7 @@ from provenn.training import Recipe
 
 # Accuracy: models of one size that differ in their token mixers, each at the learning rate that suits it.
 
-SIZE: dict[str, Any] = {"dim": 64, "layers": 2}
+SIZE = {"dim": 64, "layers": 2}
 TEXT = Study(
     "text",
     "language-modelling",
@@ -54,7 +54,7 @@ TEXT = Study(
         max_steps=1000,
     ),
     lrs=(1.5e-3, 4e-3, 1.2e-2),
-    probes={"rise": rise},
+    probes={"rise": loss_rise},
     about="the source of Python's standard library, byte by byte",
     kind="model",
     columns={"parameters": lambda model: count_parameters(model(**SIZE))},
@@ -115,7 +115,7 @@ TRAINING = Race(
     rounds=7,
     setting={"dim": 16, "heads": 1, "batch": 1},
 )
-STREAMS: dict[str, Any] = {"dim": 256, "heads": 8, "slots": 2**16}
+STREAMS: dict[str, Any] = {"dim": 256, "heads": 8, "slots": 2**16}  # `streamed` takes a dtype too
 GENERATION = Race(
     "a token more in two layers",
     {
@@ -133,12 +133,12 @@ XL: dict[str, Any] = {"dim": 2048, "heads": 16}
 CACHE = Race(
     "what a stream holds in two layers of width 2048",
     {
-        "attention": held(attention, attention, **XL),
-        "attention and window": held(attention, window, **XL),
-        "RAT, chunks of 4": held(*[partial(RATMixer, chunk=4)] * 2, **XL),
-        "RAT, chunks of 16": held(RATMixer, RATMixer, **XL),
-        "RAT and window": held(RATMixer, window, **XL),
-        "RNN": held(rnn, rnn, **XL),
+        "attention": count_stream_bytes(attention, attention, **XL),
+        "attention and window": count_stream_bytes(attention, window, **XL),
+        "RAT, chunks of 4": count_stream_bytes(*[partial(RATMixer, chunk=4)] * 2, **XL),
+        "RAT, chunks of 16": count_stream_bytes(RATMixer, RATMixer, **XL),
+        "RAT and window": count_stream_bytes(RATMixer, window, **XL),
+        "RNN": count_stream_bytes(rnn, rnn, **XL),
     },
     sizes=(1024, 4096, 16_384, 65_536),
     quantity="count",
@@ -212,7 +212,7 @@ CLAIMS |= {
 # The dial: attention at one end, a gated RNN at the other.
 
 
-def stirred(layer: Any) -> Any:
+def randomise_weights(layer: Any) -> Any:  # the layer itself, of whatever class
     """In float64, with weights so large that gates and softmax are far from even."""
     for i, parameter in enumerate(layer.parameters()):
         parameter.data = normal(*parameter.shape, seed=i) * 0.4
@@ -228,7 +228,7 @@ def one_chunk_is_the_rnn(run: Run) -> Measurement:
     """Queries and keys are 100 times as large in a second turn: a softmax over one score does not see them."""
     worst = 0.0
     for tokens in (1, 16, 61):
-        rat, rnn_mixer = stirred(RATMixer(24, 4, chunk=tokens)), stirred(RNNMixer(24))
+        rat, rnn_mixer = randomise_weights(RATMixer(24, 4, chunk=tokens)), randomise_weights(RNNMixer(24))
         rnn_mixer.project.weight.data = rat.project.weight.data[: 3 * 24].clone()
         rnn_mixer.gate_bias.data, rnn_mixer.out.weight.data = rat.gate_bias.data, rat.out.weight.data
         x = normal(2, tokens, 24)
@@ -241,9 +241,9 @@ def one_chunk_is_the_rnn(run: Run) -> Measurement:
 @measures("chunks_of_one_are_attention")
 def chunks_of_one_are_attention(run: Run) -> Measurement:
     """Softmax attention with token positions over (1 − g) ⊙ k and (1 − g) ⊙ v, written out."""
-    layer, x = stirred(RATMixer(24, 4, chunk=1)), normal(2, 61, 24)
+    layer, x = randomise_weights(RATMixer(24, 4, chunk=1)), normal(2, 61, 24)
     z, v, g, q, k = layer._project(x)
-    q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (q, (1 - g) * k, (1 - g) * v))
+    q, k, v = (tensor.unflatten(-1, (4, -1)).transpose(1, 2) for tensor in (q, (1 - g) * k, (1 - g) * v))
     token = torch.arange(61)
     y = F.scaled_dot_product_attention(rotate(q, token), rotate(k, token), v, is_causal=True)
     expected = layer.out(z * y.transpose(1, 2).flatten(2))

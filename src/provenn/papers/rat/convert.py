@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from provenn.errors import UserError
 from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
+from provenn.huggingface.families import Host
 from provenn.nn.attention import KVCache
 from provenn.papers.rat.layers import RATMixer, RATState, chrono_bias
 
@@ -43,11 +44,13 @@ class ConvertedRAT(Companion, RATMixer):
         gate_bias: float | int | None,
         rotary: nn.Module | None,
     ):
+        # Not RATMixer's, which would make maps that the host has.
         nn.Module.__init__(self)
         self.heads, self.groups, self.dim, self.chunk = heads, heads, heads * head_dim, chunk
         self.positions, self.causal = positions, True
         self.rotary: Any = (rotary,)  # in a tuple, as it is a part of the model and none of this one
         self.gates = nn.Linear(dim, 2 * self.dim, bias=False)
+        # So z = 2σ(0) = 1 at first, and g depends on no token.
         nn.init.zeros_(self.gates.weight)
         start = chrono_bias(self.dim, chunk) if gate_bias is None else torch.full((self.dim,), float(gate_bias))
         self.gate_bias = nn.Parameter(start)
@@ -56,11 +59,12 @@ class ConvertedRAT(Companion, RATMixer):
         """Turned by the host's rotation at these tokens, (tokens,) or (batch, 1, tokens), counted without padding."""
         if self.rotary[0] is None:
             return x
-        place = token // self.chunk if self.positions == "chunk" else token
-        return turn(x, self.rotary[0](x, place.view(-1, place.shape[-1])))
+        position = token // self.chunk if self.positions == "chunk" else token
+        return turn(x, self.rotary[0](x, position.view(-1, position.shape[-1])))
 
     def init_state(self, batch: int) -> RATState:
         """The state of `batch` streams before their first token."""
+        # No room ahead: `attend` never steps, so nothing is appended in place.
         keys = self.gate_bias.new_zeros(batch, self.heads, 0, self.dim // self.heads)
         exact = torch.promote_types(keys.dtype, torch.float32)
         running = keys.new_zeros(batch, self.dim, dtype=exact)
@@ -69,22 +73,24 @@ class ConvertedRAT(Companion, RATMixer):
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """What the heads give, (batch, heads, tokens, head_dim) each, gated."""
-        q, k, v = (part.transpose(1, 2).flatten(2) for part in (queries, keys, values))
+        # The recurrence runs on all channels, (batch, tokens, heads · head_dim); a head takes its own afterwards.
+        q, k, v = (tensor.transpose(1, 2).flatten(2) for tensor in (queries, keys, values))
         z, g = self.gates(cast(Tensor, self.x)).chunk(2, dim=-1)
         g = (g + self.gate_bias).to(torch.promote_types(q.dtype, torch.float32)).sigmoid()
         v, k = (1 - g) * v, (1 - g) * k
         state = None if self.past is None else self.past.state
         if state is None and mask is None:
-            y, after = self._whole(g, v, k, q)
+            y, final = self._whole(g, v, k, q)
         else:
-            y, after = self._resumed(g, v, k, q, self.init_state(len(q)) if state is None else state, mask)
+            state = self.init_state(len(q)) if state is None else state
+            y, final = self._resumed(g, v, k, q, state=state, mask=mask)
         if self.past is not None:
-            self.past.state = after
+            self.past.state = final
         return self._split(2 * z.sigmoid() * y.to(z.dtype))
 
 
 def attend(
-    host: Any, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+    host: Host, queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, mask: Tensor | None, scale: float
 ) -> Tensor:
     """`provenn.huggingface.Attend` across chunks; keys and values that serve several heads are repeated for each."""
     groups = getattr(host, "num_key_value_groups", 1)
@@ -107,10 +113,10 @@ def install(
         raise UserError(f"chunk must be a whole number of at least 1, got {chunk}")
     if positions not in ("token", "chunk"):
         raise UserError(f"positions must be token or chunk, got {positions!r}")
-    rotary = next((part for part in model.modules() if type(part).__name__.endswith("RotaryEmbedding")), None)
+    rotary = next((module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")), None)
     for attention in attentions(model):
         gates = ConvertedRAT(
-            cast(Any, model.config).hidden_size,
+            cast(Host, model.config).hidden_size,
             attention.heads,
             attention.head_dim,
             chunk=chunk,

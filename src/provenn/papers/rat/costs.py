@@ -56,17 +56,17 @@ def mixer_costs(
         raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
     maps = 4 * dim**2 + (2 * groups * (dim // heads) * dim if mixer == "rat" else 0)
     if mixer == "attention":
-        pairs, states, kept = causal_pairs(tokens), 0, tokens
+        pairs, states, cached = causal_pairs(tokens), 0, tokens
     elif mixer == "window":
         pairs, states = causal_pairs(tokens) - causal_pairs(max(tokens - window, 0)), 0
-        kept = min(tokens, window)
+        cached = min(tokens, window)
     elif mixer == "rat":
-        pairs, states, kept = chunk_pairs(tokens, chunk) + tokens, 2, -(-tokens // chunk)
+        pairs, states, cached = chunk_pairs(tokens, chunk) + tokens, 2, -(-tokens // chunk)
     else:
-        pairs, states, kept = 0, 1, 0
+        pairs, states, cached = 0, 1, 0
     # A pair takes a product of the query with the key and one of the weight with the value, 2 · dim each.
     flops = 2 * tokens * maps + 4 * dim * pairs + 2 * tokens * dim * states
-    return Costs(layers * flops, layers * 2 * dim * kept * number_bytes, layers * states * dim * number_bytes)
+    return Costs(layers * flops, layers * 2 * dim * cached * number_bytes, layers * states * dim * number_bytes)
 
 
 def causal_pairs(tokens: int) -> int:

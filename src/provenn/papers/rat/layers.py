@@ -22,6 +22,7 @@ def chrono_bias(dim: int, length: int) -> Float[Tensor, " dim"]:
     >>> chrono_bias(3, length=2).tolist()
     [0.0, 0.0, 0.0]
     """
+    # For a length of 1 the authors' code leaves memory as it finds it; here the biases are ln 1 = 0.
     return torch.empty(dim).uniform_(1, max(1, length - 1)).log()
 
 
@@ -65,6 +66,7 @@ class RNNMixer(nn.Module):
         if not causal:
             raise ValueError("the RNN reads from the first token on, so causal must be True, got False")
         self.dim, self.length, self.causal = dim, length, causal
+        # One product for z, v and g, its rows in the order of the authors' checkpoints.
         self.project = nn.Linear(dim, 3 * dim, bias=False)
         self.gate_bias = nn.Parameter(torch.empty(dim))
         self.out = nn.Linear(dim, dim, bias=False)
@@ -89,11 +91,13 @@ class RNNMixer(nn.Module):
         if state is not None:
             _check_state(x.shape[0], state.value)
         z, v, g = self.project(x).chunk(3, dim=-1)
+        # A gate g remembers about 1 / (1 − g) tokens, and bfloat16 has no number between 0.996 and 1.
         g = (g + self.gate_bias).to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
         inputs = (1 - g) * v
         if mask is not None:
-            hidden = ~mask.unsqueeze(-1)
-            g, inputs = g.masked_fill(hidden, 1), inputs.masked_fill(hidden, 0)
+            # Gate 1 and input 0 hand the state on as it is.
+            skipped = ~mask.unsqueeze(-1)
+            g, inputs = g.masked_fill(skipped, 1), inputs.masked_fill(skipped, 0)
         states, last = linear_recurrence(g, inputs, state=None if state is None else state.value)
         return self.out(z.sigmoid() * states.to(x.dtype)), RNNState(last)
 
@@ -113,6 +117,7 @@ class RNNMixer(nn.Module):
         _check_step(x_t, self.dim, state.value)
         z, v, g = self.project(x_t).chunk(3, dim=-1)
         g = (g + self.gate_bias).to(state.value.dtype).sigmoid()
+        # lerp(v, h, g) = v + g (h − v) = g h + (1 − g) v in one kernel.
         value = torch.lerp(v.to(g.dtype), state.value, g)
         return self.out(z.sigmoid() * value.to(x_t.dtype)), RNNState(value)
 
@@ -184,6 +189,7 @@ class RATMixer(nn.Module):
         self.dim, self.heads, self.chunk, self.groups = dim, heads, chunk, groups
         self.positions, self.causal = positions, causal
         shared = groups * (dim // heads)
+        # z, v, g, q, k: the order of the authors' checkpoints.
         self.widths = (dim, dim, dim, shared, shared)
         self.project = nn.Linear(dim, sum(self.widths), bias=False)
         self.gate_bias = nn.Parameter(torch.empty(dim))
@@ -203,7 +209,7 @@ class RATMixer(nn.Module):
         g = (g + self.gate_bias).to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
         # Whole groups are repeated, g0 g1 g0 g1 …, as the authors' checkpoints have it.
         repeat = self.heads // self.groups
-        q, k = (part.unsqueeze(-2).expand(*part.shape[:-1], repeat, -1).flatten(-2) for part in (q, k))
+        q, k = (tensor.unsqueeze(-2).expand(*tensor.shape[:-1], repeat, -1).flatten(-2) for tensor in (q, k))
         return z.sigmoid(), v, g, q, k
 
     def _split(self, x: Tensor) -> Tensor:
@@ -217,9 +223,11 @@ class RATMixer(nn.Module):
 
     def _recur(self, g: Tensor, x: Tensor, chunk: int, state: Tensor | None = None) -> Tensor:
         """The recurrence inside each chunk of (batch, tokens, dim); `state` goes on in the first chunk alone."""
-        g, x = (part.unflatten(1, (-1, chunk)) for part in (g, x))
+        g, x = (tensor.unflatten(1, (-1, chunk)) for tensor in (g, x))
         if state is not None:
+            # (batch, chunks, dim): the running state before the first chunk, zeros before all others.
             state = F.pad(state.unsqueeze(1), (0, 0, 0, g.shape[1] - 1))
+        # (batch, chunks, L, dim), chunks side by side; by a scan, as division by products of gates underflows.
         return linear_recurrence(g, x, state=state)[0].flatten(1, 2)
 
     def prefill(
@@ -238,23 +246,28 @@ class RATMixer(nn.Module):
         if state is not None:
             _check_state(x.shape[0], state.value)
         z, v, g, q, k = self._project(x)
+        # Key and value share the gate, so that a chunk's key weighs its tokens as its value does.
         v, k = (1 - g) * v, (1 - g) * k
+        # Without a past and without holes, tokens lie in chunks as they come: no copy to their places is needed.
         if state is None and mask is None:
-            y, after = self._whole(g, v, k, q)
+            y, final = self._whole(g, v, k, q)
         else:
-            y, after = self._resumed(g, v, k, q, self.init_state(x.shape[0]) if state is None else state, mask)
-        return self.out(z * y), after
+            state = self.init_state(x.shape[0]) if state is None else state
+            y, final = self._resumed(g, v, k, q, state=state, mask=mask)
+        return self.out(z * y), final
 
     def _whole(self, g: Tensor, v: Tensor, k: Tensor, q: Tensor) -> tuple[Tensor, RATState]:
         """A sequence from its first token on; g, v and k come in the type that is summed in, q in that of the layer."""
         batch, n, _ = q.shape
+        # A sequence within one chunk needs no padding up to L.
         chunk = min(self.chunk, n)
         # A gate of 1 and nothing to add carry the last state on to the end of its chunk.
-        room = (0, 0, 0, -n % chunk)
-        g, v, k, q = F.pad(g, room, value=1), F.pad(v, room), F.pad(k, room), F.pad(q, room)
+        padding = (0, 0, 0, -n % chunk)
+        g, v, k, q = F.pad(g, padding, value=1), F.pad(v, padding), F.pad(k, padding), F.pad(q, padding)
         v, k = self._recur(g, v, chunk), self._recur(g, k, chunk)
         token = torch.arange(q.shape[1], device=q.device)
-        queries, keys = (self._rotate(self._split(part.to(q.dtype)), token) for part in (q, k))
+        # Turned after the recurrence, which carries the order inside a chunk itself: only chunks need positions.
+        queries, keys = (self._rotate(self._split(tensor.to(q.dtype)), token) for tensor in (q, k))
         values = self._split(v.to(q.dtype))
         y = chunk_attention(queries, keys, values, chunk=chunk)[:, :, :n]
         # Copies: a view would keep every token's keys alive for as long as the state lives.
@@ -264,43 +277,51 @@ class RATMixer(nn.Module):
         return y.transpose(1, 2).flatten(2), RATState(cache, k[:, -1].clone(), v[:, -1].clone(), position, n)
 
     def _resumed(
-        self, g: Tensor, v: Tensor, k: Tensor, q: Tensor, state: RATState, mask: Tensor | None
+        self, g: Tensor, v: Tensor, k: Tensor, q: Tensor, *, state: RATState, mask: Tensor | None
     ) -> tuple[Tensor, RATState]:
         """The same after `state` and without the tokens that `mask` hides: each is put where it stands in its chunk."""
         batch, n, _ = q.shape
         mask = torch.ones(batch, n, dtype=torch.bool, device=q.device) if mask is None else mask
-        first, start = state.position // self.chunk, state.position % self.chunk
+        first_chunk, start = state.position // self.chunk, state.position % self.chunk
         count = mask.sum(dim=1)
         # Hidden tokens come last, where nothing sees them.
         rank = torch.where(mask, mask.cumsum(dim=1) - 1, count.unsqueeze(1) + (~mask).cumsum(dim=1) - 1)
-        place = (start.unsqueeze(1) + rank).unsqueeze(-1).expand(-1, -1, self.dim)
+        positions = (start.unsqueeze(1) + rank).unsqueeze(-1).expand(-1, -1, self.dim)
+        # Enough for a stream whose first token is the last of its chunk: one size for all streams of the batch.
         chunks = -(-(n + self.chunk - 1) // self.chunk)
 
-        def arranged(part: Tensor, fill: int) -> Tensor:
-            part = part.masked_fill(~mask.unsqueeze(-1), fill)
-            return part.new_full((batch, chunks * self.chunk, self.dim), fill).scatter(1, place, part)
+        # (batch, tokens, dim) to (batch, chunks · L, dim), each token where it stands in its chunk, `fill` elsewhere.
+        def place_in_chunks(tensor: Tensor, fill: int) -> Tensor:
+            tensor = tensor.masked_fill(~mask.unsqueeze(-1), fill)
+            return tensor.new_full((batch, chunks * self.chunk, self.dim), fill).scatter(1, positions, tensor)
 
-        g, v, k, q = arranged(g, 1), arranged(v, 0), arranged(k, 0), arranged(q, 0)
-        begun = (start > 0).unsqueeze(1)
-        v, k = (self._recur(g, x, self.chunk, h * begun) for x, h in ((v, state.value), (k, state.key)))
-        token = torch.arange(chunks * self.chunk, device=q.device) + (first * self.chunk).view(-1, 1, 1)
-        queries, keys = (self._rotate(self._split(part.to(q.dtype)), token) for part in (q, k))
+        g, v, k, q = place_in_chunks(g, 1), place_in_chunks(v, 0), place_in_chunks(k, 0), place_in_chunks(q, 0)
+        continues = (start > 0).unsqueeze(1)
+        # A stream whose last chunk is finished begins the next one from zero.
+        v, k = (self._recur(g, x, self.chunk, h * continues) for x, h in ((v, state.value), (k, state.key)))
+        # (batch, 1, chunks · L): streams of a batch stand at different positions.
+        token = torch.arange(chunks * self.chunk, device=q.device) + (first_chunk * self.chunk).view(-1, 1, 1)
+        queries, keys = (self._rotate(self._split(tensor.to(q.dtype)), token) for tensor in (q, k))
         values = self._split(v.to(q.dtype))
-        slots = slice(state.chunks.length)
-        earlier = Earlier(state.chunks.keys[:, :, slots], state.chunks.values[:, :, slots], first)
+        filled_slots = slice(state.chunks.length)
+        earlier = Earlier(state.chunks.keys[:, :, filled_slots], state.chunks.values[:, :, filled_slots], first_chunk)
         y = chunk_attention(queries, keys, values, chunk=self.chunk, earlier=earlier)
-        y = y.transpose(1, 2).flatten(2).gather(1, place)
+        y = y.transpose(1, 2).flatten(2).gather(1, positions)
 
+        # A stream with no token in this call and none before has none: its running pair is then never read.
         last = (start + count - 1).clamp_min(0).view(-1, 1, 1).expand(-1, 1, self.dim)
         length = state.length + n
-        index = first.view(-1, 1, 1, 1) + torch.arange(chunks, device=q.device).view(-1, 1)
+        slots_written = first_chunk.view(-1, 1, 1, 1) + torch.arange(chunks, device=q.device).view(-1, 1)
 
-        def joined(before: Tensor, new: Tensor) -> Tensor:
+        def append_chunks(before: Tensor, new: Tensor) -> Tensor:
+            # The unfinished chunk has a slot too, overwritten when it is resumed.
             ends = new[:, :, self.chunk - 1 :: self.chunk]
-            grown = F.pad(before, (0, 0, 0, chunks)).scatter(2, index.expand_as(ends), ends)
+            grown = F.pad(before, (0, 0, 0, chunks)).scatter(2, slots_written.expand_as(ends), ends)
             return grown[:, :, : -(-length // self.chunk)]
 
-        cache = KVCache(joined(earlier.keys, keys), joined(earlier.values, values), -(-length // self.chunk))
+        cache = KVCache(
+            append_chunks(earlier.keys, keys), append_chunks(earlier.values, values), -(-length // self.chunk)
+        )
         key, value = k.gather(1, last).squeeze(1), v.gather(1, last).squeeze(1)
         return y, RATState(cache, key, value, state.position + count, length)
 
@@ -313,6 +334,7 @@ class RATMixer(nn.Module):
     def init_state(self, batch: int) -> RATState:
         """The state of `batch` streams before their first token."""
         weight = self.out.weight
+        # Room for 16 chunks; a full cache doubles.
         keys = weight.new_zeros(batch, self.heads, 16, self.dim // self.heads)
         running = weight.new_zeros(batch, self.dim, dtype=torch.promote_types(weight.dtype, torch.float32))
         position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
@@ -322,19 +344,21 @@ class RATMixer(nn.Module):
         """One token more; time and memory grow with the chunks so far."""
         _check_step(x_t, self.dim, state.value)
         z, v, g, q, k = self._project(x_t)
-        begun = (state.position % self.chunk > 0).unsqueeze(1)
-        value = torch.lerp(v.to(g.dtype), state.value * begun, g)
-        key = torch.lerp(k.to(g.dtype), state.key * begun, g)
+        continues = (state.position % self.chunk > 0).unsqueeze(1)
+        value = torch.lerp(v.to(g.dtype), state.value * continues, g)
+        key = torch.lerp(k.to(g.dtype), state.key * continues, g)
         token = state.position.view(-1, 1, 1)
-        queries, keys, values = (self._split(part.to(x_t.dtype).unsqueeze(1)) for part in (q, key, value))
+        queries, keys, values = (self._split(tensor.to(x_t.dtype).unsqueeze(1)) for tensor in (q, key, value))
         queries, keys = self._rotate(queries, token), self._rotate(keys, token)
+        # The longest stream opens a slot when it begins a chunk; shorter ones write into slots that are there already.
         chunks = state.chunks if state.length % self.chunk else state.chunks.append(keys, values)
+        # Written at every token: the running pair of the chunk at hand is its slot so far, so one softmax covers both.
         slot = (state.position // self.chunk).view(-1, 1, 1, 1)
-        for buffer, new in ((chunks.keys, keys), (chunks.values, values)):
-            buffer.scatter_(2, slot.expand_as(new), new)
-        seen = torch.arange(chunks.length, device=x_t.device) <= slot
+        for buffer, last in ((chunks.keys, keys), (chunks.values, values)):
+            buffer.scatter_(2, slot.expand_as(last), last)
+        visible = torch.arange(chunks.length, device=x_t.device) <= slot
         y = F.scaled_dot_product_attention(
-            queries, chunks.keys[:, :, : chunks.length], chunks.values[:, :, : chunks.length], attn_mask=seen
+            queries, chunks.keys[:, :, : chunks.length], chunks.values[:, :, : chunks.length], attn_mask=visible
         )
-        after = RATState(chunks, key, value, state.position + 1, state.length + 1)
-        return self.out(z * y.flatten(1)), after
+        new_state = RATState(chunks, key, value, state.position + 1, state.length + 1)
+        return self.out(z * y.flatten(1)), new_state

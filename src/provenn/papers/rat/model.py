@@ -15,6 +15,7 @@ XL_WINDOW = 1025  # tokens that a token sees: itself and 1024 before it, as in t
 
 
 def _lm(vocab: int, dim: int, layers: int, mixers: Sequence) -> CausalLM:
+    # No positions are added: each mixer brings its own, which a hybrid has of two kinds at once.
     return CausalLM(vocab, dim, layers, mixers, feedforward="gelu", norm="rms", positions="none", eps=1e-6)
 
 
@@ -31,7 +32,7 @@ def _rats(heads: int, chunk: int | Sequence[int], groups: int, positions: str) -
     chunks = [chunk] if isinstance(chunk, int) else chunk
     if not chunks:
         raise ValueError("chunk is an empty list: expected a length, or one for each layer in turn")
-    return [partial(RATMixer, heads=heads, chunk=each, groups=groups, positions=positions) for each in chunks]
+    return [partial(RATMixer, heads=heads, chunk=length, groups=groups, positions=positions) for length in chunks]
 
 
 def attention_xl(vocab: int = 32_000, *, dim: int = 2048, layers: int = 24, heads: int = 16) -> CausalLM:

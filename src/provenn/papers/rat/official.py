@@ -67,6 +67,7 @@ def convert(
     known: dict[str, Any] = {"vocab": embedding.shape[0], "dim": dim, "layers": layers, **noted}
     if "rat" in kinds:
         shared = plain["backbone.layers.0.seq_layer.in_proj.weight"].shape[0] - 3 * dim
+        # The width of a head is not stored: 2·G·p rows are queries and keys, so p follows from G.
         groups = noted.get("groups", options.get("groups", GROUPS))
         head, rest = divmod(shared, 2 * groups)
         if head < 1 or rest or dim % head:
@@ -96,6 +97,7 @@ def _mixer(plain: Mapping[str, Tensor], at: str, dim: int) -> tuple[str, dict[st
     if at + "gate_bias" in plain:
         kind = "rnn" if len(fused) == 3 * dim else "rat"
         return kind, {"project.weight": fused, "gate_bias": plain[at + "gate_bias"], **out}
+    # Their attention's order differs from that of RAT (z, v, g, q, k) and of the RNN (z, v, g).
     value, query, key = fused.split(dim)
     return "attention", {"query.weight": query, "key.weight": key, "value.weight": value, **out}
 

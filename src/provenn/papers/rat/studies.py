@@ -31,9 +31,9 @@ def text_data(seed: int, smoke: bool) -> TaskData:
     return text(LENGTH, smoke)
 
 
-def rise(model: nn.Module, data: TaskData) -> float:
+def loss_rise(model: nn.Module, data: TaskData) -> float:
     """Bits a byte of the last 128 of 512 bytes less those of the first 128, which is all that was trained on."""
-    task: Any = get_task("language-modelling")
+    task: Any = get_task("language-modelling")  # `nll_by_position` is this task's alone
     nats = task.nll_by_position(model, text(LONG, len(data.test) < 10).test)  # type: ignore[arg-type]  # has a length
     return (nats[-LENGTH:].mean() - nats[:LENGTH].mean()).item() / math.log(2)
 
@@ -54,7 +54,7 @@ def pair_reader(mixer: Mixers, keys: int, values: int, *, dim: int = 64, layers:
 
     Matrices start as N(0, 1/dim), which is what the paper's 0.02² is at its width of 2048.
     """
-    model: Any = CausalLM(values, dim, layers, mixer, hidden=dim, tied=False)
+    model: Any = CausalLM(values, dim, layers, mixer, hidden=dim, tied=False)  # Any: its embedding is replaced
     model.embed = PairEmbedding(keys, values, dim)
     for weight in model.parameters():
         if weight.dim() == 2:
@@ -71,10 +71,10 @@ def open_gates(model: CausalLM, tokens: Tensor, where: Tensor) -> list[float]:
     """The mean of 1 − g over the tokens of a mask, in each RAT layer: how much of them is taken in."""
     taken_in: list[float] = []
 
-    def look(mixer: RATMixer, inputs: tuple[Tensor, ...]) -> None:
+    def record(mixer: RATMixer, inputs: tuple[Tensor, ...]) -> None:
         taken_in.append((1 - mixer._project(inputs[0])[2])[where].mean().item())
 
-    hooks = [block.mixer.register_forward_pre_hook(look) for block in model.blocks]
+    hooks = [block.mixer.register_forward_pre_hook(record) for block in model.blocks]
     model(tokens)
     for hook in hooks:
         hook.remove()
@@ -95,7 +95,7 @@ def selection(model: Any, data: TaskData) -> float:
 # Layers at work.
 
 Mixer = Callable[..., nn.Module]
-Runner = Callable[[int, str], Callable[[], Any]]
+Runner = Callable[[int, str], Callable[[], object]]
 attention: Mixer = partial(SoftmaxAttention, bias=False, rotary=True)
 window: Mixer = partial(SlidingWindowAttention, window=1025, bias=False, rotary=True)
 
@@ -155,7 +155,7 @@ def softmax_alone(dim: int, heads: int) -> Runner:
     return make
 
 
-def held(*mixers: Mixer, dim: int, heads: int) -> Runner:
+def count_stream_bytes(*mixers: Mixer, dim: int, heads: int) -> Runner:
     """Bytes that a stream holds in these layers after n tokens of bfloat16, with all that it needs to go on."""
 
     def make(n: int, device: str) -> Callable[[], int]:
@@ -175,8 +175,9 @@ def streamed(*mixers: Mixer, dim: int, heads: int, slots: int, dtype: torch.dtyp
 
     def make(n: int, device: str) -> Callable[[], object]:
         batch = slots // n
+        # Any: torch knows no `step`.
         layers: list[Any] = [mixer(dim, heads).to(device, dtype).eval() for mixer in mixers]
-        states = [_state_after(layer, n - 1, batch, device, dtype) for layer in layers]
+        states = [_state_after(layer, n - 1, batch, device=device, dtype=dtype) for layer in layers]
         x = torch.ones(batch, dim, device=device, dtype=dtype)
 
         def step() -> object:
@@ -191,7 +192,7 @@ def streamed(*mixers: Mixer, dim: int, heads: int, slots: int, dtype: torch.dtyp
     return make
 
 
-def _state_after(layer: Any, count: int, batch: int, device: str, dtype: torch.dtype) -> Any:
+def _state_after(layer: Any, count: int, batch: int, *, device: str, dtype: torch.dtype) -> Any:  # each has its own
     """The state of `batch` streams that have read `count` tokens, all of them ones."""
     if isinstance(layer, RNNMixer):
         return layer.init_state(batch)

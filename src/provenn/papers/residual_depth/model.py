@@ -20,6 +20,7 @@ def he_init(module: nn.Module) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.Conv2d):
+            # fan_out, as in He et al.'s code: it keeps the size of gradients.
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")
 
 
@@ -97,6 +98,7 @@ class PadShortcut(nn.Module):
         self.channels = channels
 
     def forward(self, x: Float[Tensor, "batch narrow high wide"]) -> Float[Tensor, "batch channels height width"]:
+        # (left, right, top, bottom, front, back) of the last three axes: zeros behind the channels alone.
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.channels - x.shape[1]))
 
 
@@ -149,10 +151,12 @@ class CifarResNet(nn.Module):
         for stage in range(3):
             channels = width * 2**stage
             if stage:
-                self.turns.append(Turn(channels // 2, channels, policy, self.depth, norm))
+                self.turns.append(Turn(channels // 2, channels, policy=policy, depth=self.depth, norm=norm))
+            # Stages two and three begin with a `Turn`, which is one of their k blocks.
             count = blocks - bool(stage)
             branches = [conv_branch(channels, channels, norm=norm) for _ in range(count)]
             self.towers.append(ResidualTower(branches, policy, dim=channels, depth=self.depth, channel_dim=1))
+        # Pre-activation: the stream itself was never normed.
         self.norm = nn.BatchNorm2d(4 * width) if norm else nn.Identity()
         self.head = classifier(4 * width, num_classes, policy)
         he_init(self.stem)
@@ -167,7 +171,7 @@ class CifarResNet(nn.Module):
 class Turn(nn.Module):
     """The block that halves the resolution and doubles the channels: pad(x) + λF(x)."""
 
-    def __init__(self, inputs: int, channels: int, policy: str, depth: int, norm: bool):
+    def __init__(self, inputs: int, channels: int, *, policy: str, depth: int, norm: bool):
         super().__init__()
         self.shortcut = PadShortcut(channels)
         self.block = conv_branch(inputs, channels, stride=2, norm=norm)
@@ -227,6 +231,7 @@ class ByteTransformer(nn.Module):
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
         self.embedding = nn.Embedding(vocab, dim)
+        # N(0, 1) like the embedding: 0.02 would vanish beside it, as no norm comes first.
         self.positions = nn.Parameter(torch.randn(max_tokens, dim))
         blocks: list[nn.Module] = []
         for _ in range(layers):
@@ -234,6 +239,7 @@ class ByteTransformer(nn.Module):
             he_init(mlp)
             attention = CausalAttention(dim, heads)
             for linear in (attention.qkv, attention.out):
+                # He's gain of 2 makes up for a ReLU, and attention has none.
                 nn.init.normal_(linear.weight, std=1 / math.sqrt(dim))
             blocks += [attention, mlp]
         self.tower = ResidualTower(blocks, policy, dim=dim)

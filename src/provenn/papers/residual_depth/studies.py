@@ -10,11 +10,12 @@ from torch.utils.data import TensorDataset
 
 from provenn.tasks import TaskData, fingerprint, get_task
 
-from .layers import ResidualTower, SkipInit, geometric_complexity, residual_expansion
+from .layers import Expansion, ResidualTower, SkipInit, geometric_complexity, residual_expansion
 from .model import CausalAttention, CifarResNet, ResidualMLP, mlp_branch
 
 WRONG = 0.2  # share of the labels that are moved to another class
 SLOPES = 200  # test examples at which slopes are taken
+Network = Any  # a `ResidualMLP`; a study hands its probes an nn.Module, of which torch types no part
 
 
 def digits(seed: int, smoke: bool) -> TaskData:
@@ -32,17 +33,17 @@ def wrong_digits(seed: int, smoke: bool) -> TaskData:
     images, labels = data.train[:]
     generator = torch.Generator().manual_seed(10_000 + seed)
     moved = torch.rand(len(labels), generator=generator) < WRONG
-    noisy = torch.where(moved, (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10, labels)
-    train = TensorDataset(images, noisy)
+    changed = torch.where(moved, (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10, labels)
+    train = TensorDataset(images, changed)
     return TaskData(
-        "digits, a fifth of the labels wrong", train, train, data.test, fingerprint(images, noisy), data.options,
+        "digits, a fifth of the labels wrong", train, train, data.test, fingerprint(images, changed), data.options,
         {"moved": moved.nonzero().flatten().tolist()},
     )  # fmt: skip
 
 
-def tower(part: tuple[str, int, int], most: int) -> nn.Module:
+def tower(arm: tuple[str, int, int], most: int) -> nn.Module:
     """An MLP of modules that join by a policy: (policy, modules, width)."""
-    policy, depth, width = part
+    policy, depth, width = arm
     return ResidualMLP(64, 10, dim=width, depth=min(depth, most), policy=policy)
 
 
@@ -55,28 +56,28 @@ def _images(data: TaskData) -> Tensor:
     return data.test[:][0].flatten(1)
 
 
-def feature_complexity(model: Any, data: TaskData) -> float:
+def feature_complexity(model: Network, data: TaskData) -> float:
     """Geometric complexity of what the tower gives to the decoder."""
     with torch.enable_grad():
         return geometric_complexity(lambda x: model.tower(model.encoder(x)), _images(data)[:SLOPES])
 
 
-def _levels(model: Any, data: TaskData) -> Any:
+def _levels(model: Network, data: TaskData) -> Expansion:
     return residual_expansion(model.tower, model.encoder(_images(data)), 2)
 
 
-def first_level(model: Any, data: TaskData) -> float:
+def first_level(model: Network, data: TaskData) -> float:
     """‖level 1‖/‖T(x) − x‖."""
     return _levels(model, data).shares()[0]
 
 
-def second_to_first(model: Any, data: TaskData) -> float:
+def second_to_first(model: Network, data: TaskData) -> float:
     """‖level 2‖/‖level 1‖."""
     first, second = _levels(model, data).shares()
     return second / first
 
 
-def learned_scale(model: Any, data: TaskData) -> float:
+def learned_scale(model: Network, data: TaskData) -> float:
     """The mean size of the scales where they are learned, else 0."""
     scales = [join.alpha.abs().item() for join in model.tower.policies if isinstance(join, SkipInit)]
     return sum(scales) / max(len(scales), 1)
@@ -91,10 +92,10 @@ def wrong_labels_fitted(model: nn.Module, data: TaskData) -> float:
 def smooth_towers() -> dict[str, tuple[list[nn.Module], int, int, Tensor]]:
     """Modules, width, channel axis and input of one tower of each kind, in double precision."""
     torch.manual_seed(0)
-    convolutions = [
+    convolutions: list[nn.Module] = [
         nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.GELU(), nn.Conv2d(3, 3, 3, padding=1)) for _ in range(8)
     ]
-    kinds: dict[str, tuple[list[Any], int, int, Tensor]] = {
+    kinds: dict[str, tuple[list[nn.Module], int, int, Tensor]] = {
         "MLP": ([mlp_branch(6, activation="tanh") for _ in range(8)], 6, -1, torch.randn(3, 6)),
         "convolution": (convolutions, 3, 1, torch.randn(2, 3, 6, 6)),
         "attention": ([CausalAttention(8, 2) for _ in range(8)], 8, -1, torch.randn(2, 6, 8)),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from provenn.evidence import Drawing, Measurement, Race, Run, Study, measures
+from provenn.evidence import Benchmark, Drawing, Measurement, Race, Run, Study, measures
 from provenn.nn.mixers import NoMixer
 from provenn.papers.titans.layers import frozen_memory
 from provenn.papers.titans.studies import (
@@ -18,6 +18,7 @@ from provenn.papers.titans.studies import (
     inner_fall,
     late_bits,
     memory,
+    memory_pass,
     narrow_attention,
     next_token,
     pairs_data,
@@ -161,6 +162,40 @@ CLAIMS = {
     "three_variants": RECALL.against(("mac", "mag", "mal"), "window", shown=("lmm",), may_guess=OUTSIDE),
     "momentum_helps": RECALL.against("lmm", "still"),
 }
+
+
+# The memory alone, beside a port: at its mathematics with one gate of each kind for all layers and channels.
+
+WIDTHS = (64, 128, 256, 384)
+PORTS = {"titans-pytorch": "titans-pytorch", "all gradients at M_0": "titans-pytorch, frozen"}
+FORMS = {"one gate": "token", "gates by channel": "layer"}
+
+
+def beside_the_port(chunk: int, training: bool, batch: int, tokens: int, widths: tuple[int, ...] = WIDTHS) -> Race:
+    return Race(
+        f"a neural memory in chunks of {chunk}, {'forward and backward' if training else 'forward'}",
+        {
+            label: memory_pass(side, chunk=chunk, batch=batch, tokens=tokens, training=training)
+            for label, side in {**FORMS, **PORTS}.items()
+        },
+        sizes=widths,
+        unit="width",
+        rounds=7,
+        setting={"batch": batch, "tokens": tokens},
+    )
+
+
+BENCHMARKS = tuple(
+    Benchmark(race, form, port, within=0.8 if port == "titans-pytorch" else None, package="titans-pytorch")
+    for race in (
+        beside_the_port(chunk, training, *setting)
+        for chunk in (16, 64)
+        for training in (False, True)
+        for setting in ((1, 128), (16, 128, (64, 128)), (1, 1024, (64, 128)))
+    )
+    for form in FORMS
+    for port in PORTS
+)
 
 
 def switched_off(

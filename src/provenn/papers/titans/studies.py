@@ -367,3 +367,32 @@ def small_chunks(chunk: int) -> Callable[[int, str], Callable[[], object]]:
         return lambda: layer(x).square().sum().backward()
 
     return make
+
+
+def memory_pass(
+    side: str, *, chunk: int, batch: int, tokens: int, training: bool
+) -> Callable[[int, str], Callable[[], object]]:
+    """A pass of the memory alone, of two layers four times as wide inside, at a width: ours, or titans-pytorch's."""
+
+    def make(width: int, device: str) -> Callable[[], object]:
+        torch.manual_seed(0)
+        if side in ("titans-pytorch", "titans-pytorch, frozen"):
+            from titans_pytorch import NeuralMemory as Port
+
+            layer = Port(width, chunk_size=chunk, batch_size=None if "frozen" in side else chunk).to(device)
+        else:
+            layer = NeuralMemory(width, chunk=chunk, gating=side).to(device)
+        x = torch.randn(batch, tokens, width, device=device).requires_grad_(training)
+        inputs = [x, *layer.parameters()]
+
+        def read() -> Tensor:
+            y = layer(x)
+            return y[0] if isinstance(y, tuple) else y
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return read()
+
+        return (lambda: torch.autograd.grad(read().square().sum(), inputs, allow_unused=True)) if training else forward
+
+    return make

@@ -16,6 +16,7 @@ def geometric_complexity(f: Callable[[Tensor], Tensor], x: Float[Tensor, "batch 
     """
     x, y = _outputs(f, x)
     outputs = y.shape[1]
+    # (outputs, batch, outputs): row o picks output o of every example; one batched backward gives all Jacobians.
     picks = torch.eye(outputs, dtype=y.dtype, device=y.device)[:, None].expand(-1, len(y), -1)
     (rows,) = torch.autograd.grad(y, x, picks, is_grads_batched=True)
     return (rows.square().sum() / len(y)).item()
@@ -38,8 +39,10 @@ def estimate_geometric_complexity(
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
     x, y = _outputs(f, x)
+    # E[vvᵀ] = 1 for signs as for normal draws, and their estimate of ‖J‖² varies less.
     signs = torch.randint(2, (samples, *y.shape), generator=generator).to(y) * 2 - 1
     (rows,) = torch.autograd.grad(y, x, signs, is_grads_batched=True)
+    # A sum over the batch is enough: f takes each example by itself, so no gradient crosses from one to another.
     draws = rows.flatten(1).square().sum(1) / len(y)
     return draws.mean().item(), (draws.std() / samples**0.5).item()
 
@@ -49,6 +52,7 @@ def _outputs(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in f.modules()
     ):
         raise ValueError("a batch norm in training mode mixes the batch; call .eval() first")
+    # A leaf, whose gradient does not run on into what made x.
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         return x, f(x).flatten(1)

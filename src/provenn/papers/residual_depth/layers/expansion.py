@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .jets import taylor
+from .policies import ScalePolicy
 from .tower import ResidualTower
 
 
@@ -64,7 +65,9 @@ def residual_expansion(tower: ResidualTower, x: Float[Tensor, "..."], order: int
     levels = [x] + [torch.zeros_like(x)] * order
     for f in branches(tower):
         if order:
+            # G_n^(m) = G_{n−1}^(m) + [λ^{m−1}] F_n(…): a module's series to one order less, since its scale gives one.
             added = taylor(f, levels[:order])
+            # O(n m²) in place of C(n, m) chains, and without the noise of finite differences in λ.
             levels = [x, *(level + term for level, term in zip(levels[1:], added))]
     with torch.no_grad():
         return Expansion(levels, tower(x))
@@ -73,8 +76,8 @@ def residual_expansion(tower: ResidualTower, x: Float[Tensor, "..."], order: int
 def branches(tower: ResidualTower) -> list[Callable[[Tensor], Tensor]]:
     """λ_i F_i of each module, as the policy sees it: the scale and a norm before the block included."""
 
-    def branch(join: nn.Module, block: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda z: join.branch(z, block, tower.depth)  # type: ignore[operator]
+    def branch(join: ScalePolicy, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda z: join.branch(z, block, tower.depth)
 
     return [branch(join, block) for join, block in tower.pairs()]
 
@@ -83,9 +86,11 @@ def chain(fs: Sequence[Callable[[Tensor], Tensor]], x: Float[Tensor, "..."], pat
     """One member of the ensemble: F_ik'(x) … F_i2'(x)[F_i1(x)] for i1 < … < ik; x itself for the empty path."""
     if not path:
         return x
+    # Fused attention has no forward-mode derivative.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         v = fs[path[0]](x)
         for index in path[1:]:
+            # Every Jacobian is taken at x, not at the stream so far: what the stream adds belongs to higher levels.
             v = torch.func.jvp(fs[index], (x,), (v,))[1]
     return v
 
@@ -101,10 +106,11 @@ def enumerate_level(tower: ResidualTower, x: Float[Tensor, "..."], order: int) -
     total = enumerate_chains(tower, x, order)
     if order == 3:
         fs = branches(tower)
-        before = torch.zeros_like(x)
+        earlier = torch.zeros_like(x)
         for f in fs:
-            total = total + 0.5 * _second_derivative(f, x, before)
-            before = before + chain([f], x, (0,))
+            # ½ F_k''[S, S] with S = Σ_{i<k} F_i: a formula without it leaves a remainder of λ³ and not λ⁴.
+            total = total + 0.5 * _second_derivative(f, x, earlier)
+            earlier = earlier + chain([f], x, (0,))
     return total
 
 
@@ -130,8 +136,8 @@ def sample_chains(
         raise ValueError(f"samples must be at least 2, got {samples}")
     fs = branches(tower)
     picks = [sorted(torch.randperm(n, generator=generator)[:order].tolist()) for _ in range(samples)]
-    drawn = torch.stack([chain(fs, x, path) for path in picks]) * math.comb(n, order)
-    return drawn.mean(0), drawn.std(0) / samples**0.5
+    estimates = torch.stack([chain(fs, x, path) for path in picks]) * math.comb(n, order)
+    return estimates.mean(0), estimates.std(0) / samples**0.5
 
 
 def _second_derivative(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
@@ -169,6 +175,7 @@ class PathLengths:
     @property
     def std(self) -> float:
         squares = (torch.arange(len(self.weights), dtype=torch.float64) ** 2 * self.weights).sum().item()
+        # E[k²] − E[k]², which rounds below 0 where all paths have one length.
         return max(squares - self.mean**2, 0.0) ** 0.5
 
 
@@ -182,10 +189,11 @@ def path_lengths(scales: Sequence[float]) -> PathLengths:
     for scale in scales:
         if scale < 0:
             raise ValueError(f"scales must not be negative, got {scale}")
-        taken = scale / (1 + scale)
+        probability = scale / (1 + scale)
         longer = torch.zeros(len(weights) + 1, dtype=torch.float64)
-        longer[:-1] = weights * (1 - taken)
-        longer[1:] += weights * taken
+        # One module more: a path goes round it with weight 1 or through it with weight λ, as shares of 1 + λ.
+        longer[:-1] = weights * (1 - probability)
+        longer[1:] += weights * probability
         weights = longer
     return PathLengths(weights, sum(math.log1p(scale) for scale in scales))
 
@@ -198,5 +206,6 @@ def level_terms(n: int, order: int) -> int:
     """
     if not 0 <= order <= 3:
         raise ValueError(f"terms are known for orders 0 to 3, got {order}")
+    # Pairs (i, j) with i, j < k, ordered and with i = j: the square of the sum S_{k−1}.
     curvature = sum((k - 1) ** 2 for k in range(1, n + 1)) if order == 3 else 0
     return math.comb(n, order) + curvature

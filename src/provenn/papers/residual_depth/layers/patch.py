@@ -4,14 +4,14 @@ from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from .policies import ConstantScale, InverseDepth, InverseSqrtDepth, LayerScale, SkipInit, make_policy
+from .policies import ConstantScale, InverseDepth, InverseSqrtDepth, LayerScale, ScalePolicy, SkipInit, make_policy
 from .tower import last_layer, scale_layer
 
 ADDS = ("add", "add_", "__add__", "__iadd__", "__radd__")
@@ -44,6 +44,7 @@ LINEAR = (
     ),
     *("to", "type_as", "clone", "roll", "__getitem__", "pad"),
 )
+Example = Any  # a tensor, a tuple of positional or a dict of keyword arguments: whatever the model takes
 SCALES = (ConstantScale, InverseDepth, InverseSqrtDepth, SkipInit, LayerScale)
 
 
@@ -53,12 +54,11 @@ class ScaleOutput:
     def __init__(self, depth: int):
         self.depth = depth
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        policy = module.residual_scale
-        return policy.branch(output, _identity, self.depth)  # type: ignore[operator, union-attr]
+    def __call__(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return cast(ScalePolicy, module.residual_scale).branch(output, _identity, self.depth)
 
 
-def scale_residuals(model: nn.Module, policy: str, example: Any, *, strip_norms: bool = False) -> list[str]:
+def scale_residuals(model: nn.Module, policy: str, example: Example, *, strip_norms: bool = False) -> list[str]:
     """Scale every residual branch of any model in place, and say which modules now carry a scale.
 
     The model runs once on `example`; wherever two tensors are added and one was computed from the other, the deeper one
@@ -84,17 +84,19 @@ def scale_residuals(model: nn.Module, policy: str, example: Any, *, strip_norms:
         raise ValueError("this model's residual branches are scaled already; fold them or start from a fresh model")
     if strip_norms:
         remove_norms(model)
-    found = find_branches(model, example)
+    # n is counted from the run: a Transformer's layer has two residual modules, and its config says one.
+    residual_branches = find_branches(model, example)
     modules = dict(model.named_modules())
-    for branch in found:
+    for branch in residual_branches:
         module = modules[branch.module]
+        # Maps have their channels second; vectors and tokens last.
         channel_dim = 1 if len(branch.shape) == 4 else -1
         scale = make_policy(policy, branch.shape[channel_dim], channel_dim=channel_dim)
-        scale.initialise(module, len(found))
+        scale.initialise(module, len(residual_branches))
         first = next(model.parameters(), None)
         module.add_module("residual_scale", scale if first is None else scale.to(first))
-        module.register_forward_hook(ScaleOutput(len(found)))
-    return [branch.module for branch in found]
+        module.register_forward_hook(ScaleOutput(len(residual_branches)))
+    return [branch.module for branch in residual_branches]
 
 
 def fold_residuals(model: nn.Module) -> nn.Module:
@@ -107,7 +109,7 @@ def fold_residuals(model: nn.Module) -> nn.Module:
     for module in list(folded.modules()):
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, ScaleOutput):
-                policy: Any = module.residual_scale
+                policy = cast(ScalePolicy, module.residual_scale)
                 del module.residual_scale, module._forward_hooks[key]
                 scale_layer(last_layer(module), policy.scale(hook.depth))
     return folded
@@ -130,20 +132,21 @@ class FoundBranch:
     shape: tuple[int, ...]
 
 
-def find_branches(model: nn.Module, example: Any) -> list[FoundBranch]:
+def find_branches(model: nn.Module, example: Example) -> list[FoundBranch]:
     """The residual branches of a model, found by running it once in evaluation mode on `example`."""
     was_training = [m for m in model.modules() if m.training]
     names = {module: name for name, module in model.named_modules() if name}
     calls: Counter[str] = Counter()
     trace = _Trace(example)
 
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+    def record_output(module: nn.Module, inputs: object, output: object) -> None:
         calls[names[module]] += 1
         if isinstance(output, Tensor):
             trace.made_by(output, names[module])
 
-    hooks = [module.register_forward_hook(after) for module in names]
+    hooks = [module.register_forward_hook(record_output) for module in names]
     try:
+        # A look at the model must not move its running statistics.
         model.eval()
         # With gradients on, PyTorch's Transformer layers take the path on which their adds can be seen.
         with torch.enable_grad(), trace:
@@ -180,7 +183,7 @@ class _Origin:
 class _Trace(TorchFunctionMode):
     """Follows every floating tensor of a forward pass, and notes the sums that join a branch to its stream."""
 
-    def __init__(self, example: Any) -> None:
+    def __init__(self, example: Example) -> None:
         super().__init__()
         self.origins: dict[int, _Origin] = {}
         self.kept: list[Tensor] = []
@@ -196,39 +199,43 @@ class _Trace(TorchFunctionMode):
         if origin is not None and origin.maker is None:
             origin.maker = module
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        known = [self.origins[id(leaf)] for leaf in inputs if id(leaf) in self.origins]
+        origins = [self.origins[id(leaf)] for leaf in inputs if id(leaf) in self.origins]
         name = getattr(func, "__name__", "")
-        if name in ADDS and len(inputs) == len(known) == 2:
-            self._note_sum(known[0], known[1], tuple(inputs[0].shape))
+        if name in ADDS and len(inputs) == len(origins) == 2:
+            self._note_sum(origins[0], origins[1], tuple(inputs[0].shape))
         output = func(*args, **(kwargs or {}))
         weighted = any(isinstance(leaf, nn.Parameter) for leaf in inputs)
-        maker = known[0].maker if len(known) == 1 and name in LINEAR else None
+        maker = origins[0].maker if len(origins) == 1 and name in LINEAR else None
         for tensor in tree_flatten(output)[0]:
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not isinstance(tensor, nn.Parameter):
+                # An operation that hands its input back (`.to`, `.contiguous`) makes nothing; one in place does.
                 if any(tensor is leaf for leaf in inputs) and not name.endswith("_"):
                     continue
-                self._record(tensor, known, weighted, maker)
+                self._record(tensor, origins, weighted, maker)
         return output
 
-    def _record(self, tensor: Tensor, known: list[_Origin], weighted: bool, maker: str | None) -> None:
+    def _record(self, tensor: Tensor, origins: list[_Origin], weighted: bool, maker: str | None) -> None:
+        # A set of ancestors as one integer, a bit for each tensor: union and intersection of thousands cost nothing.
         ancestors = 1 << len(self.order)
-        for origin in known:
+        for origin in origins:
             ancestors |= origin.ancestors
-        weights = max((origin.weights for origin in known), default=0) + weighted
+        weights = max((origin.weights for origin in origins), default=0) + weighted
         self.origins[id(tensor)] = _Origin(ancestors, weights, maker)
         self.order.append(self.origins[id(tensor)])
+        # Alive until the pass ends: a tensor's id would else be given to a later one.
         self.kept.append(tensor)
 
     def _note_sum(self, a: _Origin, b: _Origin, shape: tuple[int, ...]) -> None:
+        # The branch is what went through more layers with weights.
         stream, branch = (a, b) if a.weights < b.weights else (b, a)
         if stream.weights == branch.weights:
             return
         shared = stream.ancestors & branch.ancestors
-        own_bit = stream.ancestors & ~branch.ancestors
+        stream_only = stream.ancestors & ~branch.ancestors
         # A projection shortcut is not an ancestor of the branch, but both come from one tensor further back.
-        if shared and (own_bit == 0 or self.order[shared.bit_length() - 1].weights < stream.weights):
+        if shared and (stream_only == 0 or self.order[shared.bit_length() - 1].weights < stream.weights):
             self.branches.append((branch.maker, shape))
 
 

@@ -57,6 +57,7 @@ class ScalePolicy(nn.Module):
         scale = self.scale(depth)
         if isinstance(scale, Tensor):
             return x + self.branch(x, f, depth)
+        # One kernel: a fixed scale costs nothing over a plain sum.
         return torch.add(x, f(self.prepare(x)), alpha=scale)
 
 
@@ -130,6 +131,7 @@ class LayerScale(ScalePolicy):
 
     def initialise(self, branch: nn.Module, depth: int) -> None:
         if self.by_depth:
+            # 36 and 48 modules are its authors' 18 and 24 layers.
             nn.init.constant_(self.gamma, 0.1 if depth <= 36 else 1e-5 if depth <= 48 else 1e-6)
 
     def scale(self, depth: int) -> Tensor:
@@ -170,10 +172,13 @@ class Fixup(ScalePolicy):
         *inner, last = layers
         with torch.no_grad():
             for layer in inner:
+                # Rule 2; a branch of one layer has no inner one, so that L = 1 never divides by 0.
                 layer.weight.mul_(depth ** (-1 / (2 * len(layers) - 2)))
             for parameter in last.parameters():
+                # Rule 1: every branch starts at 0.
                 parameter.zero_()
         if isinstance(branch, nn.Sequential):
+            # Rule 3, from the last place to the first, so that none moves; before the first is the policy's own bias.
             for position in range(len(branch) - 1, 0, -1):
                 branch.insert(position, ScalarBias())
 
@@ -192,6 +197,7 @@ class BatchNormBranch(ScalePolicy):
         self.norm = nn.BatchNorm1d(dim)
 
     def prepare(self, x: Tensor) -> Tensor:
+        # BatchNorm1d takes (batch, channels, positions): positions of any number of axes become one.
         channels_second = x.movedim(self.channel_dim, 1)
         examples_channels_positions = channels_second.unsqueeze(-1).flatten(2)
         return self.norm(examples_channels_positions).view(channels_second.shape).movedim(1, self.channel_dim)

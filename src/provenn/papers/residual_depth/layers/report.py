@@ -85,7 +85,7 @@ def expansion_report(model: nn.Module, x: Float[Tensor, "..."], order: int = 3) 
 @torch.no_grad()
 def _report(name: str, tower: ResidualTower, x: Tensor, order: int) -> TowerReport:
     expansion = residual_expansion(tower, x, order)
-    scales = [float(torch.as_tensor(join.scale(tower.depth)).abs().mean()) for join in tower.policies]  # type: ignore[operator]
+    scales = [float(torch.as_tensor(join.scale(tower.depth)).abs().mean()) for join, _ in tower.pairs()]
     lengths = path_lengths(scales)
     # Blocks are asked without their scales, so that a tower that starts at 0 still says how large its branches are.
     gains = [block(join.prepare(x)).square().sum() / x.square().sum() for join, block in tower.pairs()]
@@ -99,5 +99,6 @@ def _report(name: str, tower: ResidualTower, x: Tensor, order: int) -> TowerRepo
         path_mean=lengths.mean,
         path_std=lengths.std,
         branch_gain=gain,
+        # (1 + s²σ²)^n ≈ e for s = 1/(σ√n).
         suggested_scale=1 / (gain * tower.depth**0.5) if gain else float("inf"),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -50,7 +51,7 @@ class ResidualTower(nn.Module):
 
     def pairs(self) -> Iterable[tuple[ScalePolicy, nn.Module]]:
         """Each policy with its block, in the order of the stream."""
-        return zip(self.policies, self.blocks)  # type: ignore[return-value, arg-type]
+        return zip(cast(Iterable[ScalePolicy], self.policies), self.blocks)
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         for join, block in self.pairs():
@@ -82,8 +83,8 @@ class ResidualTower(nn.Module):
 
     def _rewired(self, order: Sequence[int]) -> "ResidualTower":
         # λ stays what it was: a lesion changes which modules run, not how much each adds.
-        policies = [self.policies[i] for i in order]
-        tower = ResidualTower([self.blocks[i] for i in order], policies, dim=1, depth=self.depth)  # type: ignore[arg-type]
+        policies = [cast(ScalePolicy, self.policies[i]) for i in order]
+        tower = ResidualTower([self.blocks[i] for i in order], policies, dim=1, depth=self.depth)
         return tower.train(self.training)
 
 
@@ -100,6 +101,7 @@ def last_layer(branch: nn.Module) -> nn.Module:
     elif isinstance(branch, nn.Sequential) or not list(branch.children()):
         layer = None
     else:
+        # A block of any class: the last layer with weights that it registers is taken for the last that it runs.
         layer = next((m for m in reversed(list(branch.modules())) if isinstance(m, WEIGHT_LAYERS)), None)
     if layer is None or getattr(layer, "weight", None) is None:
         raise ValueError(
@@ -111,11 +113,12 @@ def last_layer(branch: nn.Module) -> nn.Module:
 def scale_layer(layer: nn.Module, scale: float | Tensor) -> None:
     """Multiply a layer's output by a number, or by one number a channel, by changing its weight and bias."""
     with torch.no_grad():
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight = cast(Tensor, layer.weight)
         factor = torch.as_tensor(scale).to(weight) if isinstance(scale, Tensor) else weight.new_tensor(scale)
+        # Outputs are a weight's first axis, in linear layers and convolutions alike.
         weight.mul_(factor.view(-1, *[1] * (weight.dim() - 1)) if factor.dim() else factor)
         if getattr(layer, "bias", None) is not None:
-            layer.bias.mul_(factor)  # type: ignore[union-attr, operator]
+            cast(Tensor, layer.bias).mul_(factor)
 
 
 def fold(tower: ResidualTower) -> ResidualTower:
@@ -131,6 +134,7 @@ def fold(tower: ResidualTower) -> ResidualTower:
             continue
         scale_layer(last_layer(block), scale)
         if isinstance(join, Fixup):
+            # Its bias stays: it acts on what enters the branch.
             nn.init.ones_(join.multiplier)
         else:
             folded.policies[index] = ConstantScale(join.dim, channel_dim=join.channel_dim)

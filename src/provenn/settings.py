@@ -1,0 +1,54 @@
+"""What `--set KEY=VALUE` may name, and the type that a value must have."""
+
+import inspect
+import math
+from collections.abc import Callable, Collection
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
+
+from provenn.errors import UserError
+
+
+def arguments_of(taker: Callable, but: Collection[str] = ()) -> dict[str, Any]:
+    """What can be set of a function by name, and its type; `**options: Unpack[D]` takes what the typed dictionary D
+    names.
+
+    Args:
+        but: arguments that are not for the user to set.
+    """
+    whole = getattr(taker, "func", taker)  # a preset may be a `partial` of a larger one
+    try:
+        hints = get_type_hints(whole.__init__ if isinstance(whole, type) else whole)  # type: ignore[misc]
+    except (TypeError, NameError):  # an object that can be called, or types that are there for a type checker alone
+        hints = {}
+    taken: dict[str, Any] = {}
+    for parameter in inspect.signature(taker).parameters.values():
+        hint = hints.get(parameter.name, Any)
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            taken[parameter.name] = hint
+        elif get_origin(hint) is Unpack:
+            taken |= get_type_hints(*get_args(hint))
+    return {name: hint for name, hint in taken.items() if name not in but}
+
+
+def defaults_of(taker: Callable) -> dict[str, Any]:
+    """What can be set of a function that goes without: arguments that have a default, and their types."""
+    known = arguments_of(taker)
+    parameters = inspect.signature(taker).parameters.values()
+    return {p.name: known[p.name] for p in parameters if p.name in known and p.default is not p.empty}
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as what is expected there: 24.0 as a whole number, a list as a tuple.
+
+    Raises:
+        UserError: it is no such value.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        converted = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise UserError(f"{name} must be a finite number, got {value!r}")
+    return converted

@@ -1,0 +1,95 @@
+"""Finds tasks by name: the shared ones, a paper's own, and those that another package brings by an entry point."""
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+
+from provenn import catalog
+from provenn.errors import UserError
+from provenn.tasks.base import Task
+
+ENTRY_POINT_GROUP = "provenn.tasks"
+SHARED = (
+    "image-classification",
+    "image-generation",
+    "series-classification",
+    "series-forecasting",
+    "event-forecasting",
+    "reinforcement-learning",
+    "super-resolution",
+    "language-modelling",
+    "masked-language-modelling",
+    "translation",
+    "recall",
+)
+FACTS = ("name", "metric", "higher_is_better", "embedded", "reads")
+
+
+def get_task(name: str) -> Task:
+    """The task of that name, such as `image-classification`.
+
+    A shared one; else the `TASK` in the `task.py` of a paper whose `paper.toml` names it; else what an entry point of
+    the group `provenn.tasks` calls so, an object or a module that holds one as `TASK`.
+
+    Raises:
+        UserError: no such task, one that cannot be used, or several of this name.
+    """
+    if name in SHARED:
+        return importlib.import_module(f"provenn.tasks.{name.replace('-', '_')}").TASK
+    bringers = _bringers().get(name, [])
+    if not bringers:
+        known = task_names()
+        raise UserError(f"no task is called {name!r}{catalog.meant(name, known)}; there are: {', '.join(known)}")
+    usable: dict[str, Task] = {}
+    troubles: list[UserError] = []
+    for bringer in bringers:
+        source = f"task.py of {bringer.slug}" if isinstance(bringer, catalog.Card) else f"entry point {bringer.value}"
+        try:
+            usable[source] = _load(bringer, name, source)
+        except UserError as error:
+            troubles.append(error)
+    if not usable:
+        raise troubles[0]
+    if len({id(task) for task in usable.values()}) > 1:
+        raise UserError(f"several tasks are called {name!r}: {', '.join(usable)}; one of them needs another name")
+    return next(iter(usable.values()))
+
+
+def task_names() -> list[str]:
+    """Every task that papers or packages name, the shared ones first; none is imported."""
+    return [*SHARED, *_bringers()]
+
+
+def shadowed() -> dict[str, str]:
+    """Tasks of other packages that are left out since a shared one has their name, by entry point; and why."""
+    points = entry_points(group=ENTRY_POINT_GROUP)
+    return {f"{e.name} ({e.value})": "left out: a shared task has this name" for e in points if e.name in SHARED}
+
+
+def _bringers() -> dict[str, list[catalog.Card | EntryPoint]]:
+    """Who may bring a task, by its name: nobody a shared one."""
+    found: dict[str, list[catalog.Card | EntryPoint]] = {}
+    for card in catalog.cards().values():
+        for name in card.tasks if card.has("task") else []:
+            found.setdefault(name, []).append(card)
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.name, entry.value)):
+        found.setdefault(entry.name, []).append(entry)
+    return {name: bringers for name, bringers in found.items() if name not in SHARED}
+
+
+def _load(bringer: catalog.Card | EntryPoint, name: str, source: str) -> Task:
+    if isinstance(bringer, catalog.Card):
+        task = bringer.resolve("task:TASK")
+    else:
+        try:
+            task = bringer.load()
+        except (Exception, SystemExit) as error:
+            raise UserError(f"the task {name!r}: {source} cannot be imported: {catalog.in_a_line(error)}") from error
+        task = getattr(task, "TASK", task)
+    if not isinstance(task, Task):
+        raise UserError(f"{source}: a task is an object of a subclass of provenn.tasks.Task, got {task!r}")
+    missing = [fact for fact in FACTS if not hasattr(task, fact)]
+    if missing:
+        raise UserError(f"{source}: the task {name!r} does not say its {', '.join(missing)}")
+    if task.name != name:
+        raise UserError(f"{source}: its task is called {task.name!r}, and {name!r} was asked for")
+    return task

@@ -1,0 +1,274 @@
+"""A package of somebody else's, `pair_rating`: a kind of work of its own, inputs of two parts, two heads with an
+optimizer each, presets that nobody trains, and a second task by an entry point. The command line takes it as ours."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import provenn
+from conftest import install
+from provenn import catalog, progress, tasks, weights
+from provenn.cli import main
+from provenn.errors import UserError
+from provenn.evidence import Evidence, Verdict
+from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
+from provenn.testing import BrokenPromise, check_paper
+from provenn.testing.checks import checks_of
+
+pytestmark = pytest.mark.usefixtures("pair_rating")
+ROWS = "left_1,left_2,left_3,left_4,right_1,right_2,right_3\n1,0,0,0,1,0,0\n1,0,0,0,-1,0,0\n"
+
+
+@pytest.fixture(autouse=True)
+def no_line_now_and_then(monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", float("inf"))
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch) -> Callable[[str], tuple[int, str, str]]:
+    """Runs a command line in a folder that holds pairs.csv: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.csv").write_text(ROWS)
+
+    def command(line: str) -> tuple[int, str, str]:
+        code = main(shlex.split(line))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def trained(pair_rating, tmp_path_factory) -> Path:
+    """The folder of a run of the system with two heads."""
+    return provenn.train("pair_rating", "pairs", out=tmp_path_factory.mktemp("trained"))[0]
+
+
+def test_it_is_found_by_its_kind_of_work(run):
+    assert "pair_rating" in run("list --task pair-rating")[1]
+    assert tasks.get_task("pair-rating").metric == "error" and tasks.get_task("pair-order").metric == "ordered"
+    assert tasks.task_names()[-2:] == ["pair-rating", "pair-order"]
+    code, out, _ = run("show pair_rating --all")
+    assert code == 0 and "no task: a procedure" in out and "provenn train pair_rating --preset pair_small" in out
+    with pytest.raises(UserError, match="did you mean 'pair-rating'"):
+        tasks.get_task("pair-raiting")
+
+
+def test_it_trains_by_its_own_loss_and_optimizers(trained):
+    summary = json.loads((trained / "run.json").read_text())
+    assert summary["metrics"]["error"] < 0.5 * tasks.get_task("pair-rating").trivial(
+        tasks.get_task("pair-rating").load("pairs")
+    )
+    checkpoint = torch.load(trained / "last.ckpt", weights_only=True)
+    kinds = [set(part["param_groups"][0]) for part in checkpoint["optimizer_states"][0]["parts"]]
+    assert "nesterov" in kinds[0] and "betas" in kinds[1], "the towers' SGD and the heads' Adam"
+    state, label = weights.read(trained)
+    assert state["ready"], "before_saving ran"
+    assert label.meta == {"left": 4, "right": 3, "classes": ["disliked", "liked"]}
+
+
+def test_it_is_evaluated_with_intervals_and_classes(run, trained):
+    code, out, _ = run(f"evaluate pair_rating --weights {trained} --data pairs --json")
+    found = json.loads(out)
+    assert code == 0 and found["metrics"]["error"] < 0.5 and found["classes"] == ["disliked", "liked"]
+    low, high = found["intervals"]["accuracy"]
+    assert low <= found["metrics"]["accuracy"] <= high and sum(map(sum, found["confusion"])) == found["examples"]
+
+
+def test_it_predicts_both_heads(run, trained, tmp_path):
+    code, out, _ = run(f"predict pair_rating pairs.csv --weights {trained} -o out.csv")
+    assert code == 0 and (tmp_path / "out.csv").read_text() == out
+    (first, liked), (second, disliked) = (line.split(",") for line in out.splitlines()[1:])
+    assert float(first) > 0 > float(second) and (liked, disliked) == ("1", "0")
+
+
+def test_it_is_exported_by_its_task(trained, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    provenn.api.export("pair_rating", trained, tmp_path / "out.onnx")
+    model = provenn.paper("pair_rating").load(trained)[0]
+    parts = {"left": torch.randn(5, 4), "right": torch.randn(5, 3)}
+    session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"))
+    liked, rating = session.run(["liked", "rating"], {name: part.numpy() for name, part in parts.items()})
+    told = model(**parts)
+    torch.testing.assert_close(told["liked"], torch.from_numpy(liked))
+    torch.testing.assert_close(told["rating"], torch.from_numpy(rating))
+
+
+def test_it_keeps_every_promise():
+    check_paper("pair_rating")
+
+
+def test_a_promise_is_asked_of_inputs_by_name(monkeypatch):
+    """An example whose company changes its output is noticed."""
+    from pair_rating import model
+
+    told = model.Product.forward
+    mixed = lambda self, *, left, right: told(self, left=left + left.mean(0), right=right)  # noqa: E731
+    monkeypatch.setattr(model.Product, "forward", mixed)
+    with pytest.raises(BrokenPromise, match="keep-examples-apart"):
+        checks_of(catalog.card("pair_rating"))["pair_rating pair_product"]()
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("train pair_rating --preset greedy_matching --data pairs", "greedy_matching of pair_rating is a procedure"),
+        ("predict pair_rating pairs.csv --preset greedy_matching", "take --preset pair_small or pair_product"),
+        ("evaluate pair_rating --preset greedy_matching --data pairs", "nothing to train or to predict"),
+        (
+            "train pair_rating --preset pair_product --data pairs --out run",
+            "nothing to train, Product has no parameters",
+        ),
+        ("predict pair_rating pairs.csv", "no weights come with pair_rating"),
+        ("bench pair_rating --set epochs=3", "No such option"),
+        ("train pair_rating --data nothing.csv", "no data at 'nothing.csv': give a path to a .csv with columns left_1"),
+        ("reproduce pair_rating tiny_gate --set epochs=3", "no paper is called 'tiny_gate'"),
+        ("reproduce pair_rating eca_net --set epochs=3", "--set is for one paper, and 2 were named"),
+        ("reproduce pair_rating --set epochs", "--set takes KEY=VALUE, such as epochs=3"),
+        ("reproduce pair_rating --set epoch=3", "takes 'epoch', did you mean 'epochs'?; what can be set: dim, epochs"),
+        ("reproduce pair_rating --set epochs=many", "epochs: Input should be a valid integer"),
+        ("reproduce pair_rating --set epochs=0", "two_heads: epochs must be a whole number of at least 1, got 0"),
+        ("reproduce pair_rating --claim two_heads --set lrs=[0.1,0.2]", "a rate is chosen from at least 3"),
+        ("reproduce pair_rating --claim parameters --set epochs=3", "what can be set: dim"),
+        (
+            "reproduce pair_rating --claim parameters --claim two_heads --set epochs=3",
+            "parameters takes none of epochs; what can be set of it: dim",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(run, tmp_path, line, words):
+    code, out, err = run(line)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1 and not out
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs.csv"], "nothing is left behind"
+
+
+def test_a_preset_without_parameters_is_used_as_it_is_built(run):
+    code, out, err = run("predict pair_rating pairs.csv --preset pair_product")
+    assert code == 0 and out.splitlines() == ["rating,liked", "1.0000,1", "-1.0000,0"]
+    assert "pair_product has no parameters: it is used as it is built" in err
+    code, out, _ = run("evaluate pair_rating --preset pair_product --data pairs --json")
+    assert code == 0 and json.loads(out)["metrics"]["accuracy"] > 0.6
+    assert provenn.paper("pair_rating").build("greedy_matching")(torch.eye(2)) == [(0, 0), (1, 1)]
+
+
+def test_a_task_without_a_prediction_says_so(run):
+    code, out, _ = run("train pair_rating --task pair-order --data pairs --steps 5 --out run")
+    assert code == 0 and "ordered" in out and "next" not in out
+    assert "pair-order predicts nothing" in run("predict pair_rating pairs.csv --weights run")[2]
+    assert "can be exported" in run("export pair_rating --weights run -o out.onnx")[2]
+
+
+def test_its_claims_are_measured_and_shown(run, tmp_path, pair_rating):
+    code, out, _ = run("reproduce pair_rating --seeds 3 --out run")
+    assert code == 0 and "nothing was learned" not in out
+    own = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
+    assert {r.claim: str(r.verdict) for r in own.records} | {"two_heads": ""} == {
+        "parameters": "reproduced",
+        "operations": "direction holds",
+        "two_heads": "",
+    }
+    strip = [(s["says"], s["verdict"]) for s in json.loads(run("board --from run --json")[1])[0]["statements"]]
+    assert strip[0][1] == "holds here"
+
+    # At another setting: beside what was measured, of keys of its own, and bearing on no statement.
+    trials = len(Ledger.read(tmp_path / "run" / "pair_rating" / LEDGER).trials)
+    words = "reproduce pair_rating --seeds 3 --out run --set epochs=1 --set noise=0.5"
+    code, out, err = run(words)
+    assert code == 0 and "at epochs = 1, noise = 0.5, which is not the claim's own setting" in out
+    assert "left out, as they take none of epochs, noise: parameters, operations" in err
+    both = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
+    assert [both.record(r.claim) for r in own.records] == own.records
+    changed = both.record("two_heads", {"epochs": 1, "noise": 0.5})
+    assert changed.measurement.setting["recipe"]["epochs"] == 1 and changed != both.record("two_heads")
+    assert changed.measurement.values != both.record("two_heads").measurement.values
+    assert len(Ledger.read(tmp_path / "run" / "pair_rating" / LEDGER).trials) > trials
+    assert json.loads(run("board --from run --json")[1])[0]["statements"] == [
+        {"says": says, "headline": i == 1, "verdict": verdict} for i, (says, verdict) in enumerate(strip)
+    ]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "and 1 at other settings, which bear on no statement" in page and "at epochs = 1, noise = 0.5" in page
+
+    assert run(f"{words} --resume")[0] == 0
+    assert Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE).record("two_heads", changed.changes) == changed
+
+    # Committed with the package, `show` tells the two apart.
+    shipped = pair_rating / "pair_rating" / EVIDENCE
+    shipped.write_bytes((tmp_path / "run" / "pair_rating" / EVIDENCE).read_bytes())
+    try:
+        shown = run("show pair_rating --all")[1]
+        assert "At other settings, which bear on no statement" in shown and "epochs = 1" in shown
+        assert "holds here" in run("show pair_rating")[1]
+        told = json.loads(run("show pair_rating --json")[1])
+        assert [r.get("changes") for r in told["evidence"]["records"]] == [None, None, None, changed.changes]
+    finally:
+        shipped.unlink()
+
+
+def test_a_count_at_another_setting_is_not_held_to_the_published_figure(run, tmp_path):
+    """46 parameters at dim=4 say nothing of the 178 that were published at dim=16."""
+    code, out, _ = run("reproduce pair_rating --claim parameters --set dim=4 --out run --json --strict")
+    (found,) = json.loads(out)["findings"]
+    assert code == 0 and found["record"]["measurement"]["value"] == 46 and found["record"]["changes"] == {"dim": 4}
+    assert found["record"]["verdict"] == "not measured" and "of another setting" in found["record"]["reason"]
+    code, out, _ = run("reproduce pair_rating --claim operations --set dim=4 --out run --json")
+    (found,) = json.loads(out)["findings"]
+    assert (
+        found["record"]["verdict"] == Verdict.DIRECTION_HOLDS and not found["record"]["measurement"]["at_paper_setting"]
+    )
+    records = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
+    assert all(record.changes for record in records.records) and records.record("operations") is None
+
+
+def other_package(site: Path, points: dict[str, dict[str, str]], **files: str) -> None:
+    source = site.parent / "sources" / "another"
+    source.mkdir(parents=True)
+    for name, text in {"__init__": "", **files}.items():
+        (source / f"{name}.py").write_text(text)
+    install(source, site, points)
+
+
+@pytest.mark.parametrize(
+    "point, text, words",
+    [
+        ("pair-rating", "from pair_rating.ordering import TASK", "its task is called 'pair-order'"),
+        ("thing", "import a_package_that_is_not_there", "entry point another.work cannot be imported: Module"),
+        ("thing", "TASK = 3", "a task is an object of a subclass of provenn.tasks.Task, got 3"),
+        (
+            "thing",
+            "from pair_rating.task import PairRating\nclass T(PairRating):\n    name = 'thing'\nTASK = T()\ndel T.name",
+            "its task is called 'pair-rating', and 'thing' was asked for",
+        ),
+        (
+            "pair-rating",
+            "from pair_rating.task import PairRating\nTASK = PairRating()",
+            "several tasks are called 'pair-rating': task.py of pair_rating, entry point another.work",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, point, text, words):
+    (tmp_path / "site").mkdir()
+    other_package(tmp_path / "site", {"provenn.tasks": {point: "another.work"}}, work=text)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    for name in ("another", "another.work"):
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    if point == "pair-rating" and "several" not in words:
+        assert tasks.get_task(point).name == point, "who is called otherwise does not stand in its way"
+        return
+    with pytest.raises(UserError, match=r"^[^\n]*$") as raised:
+        tasks.get_task(point)
+    assert words in str(raised.value)
+
+
+def test_nobody_takes_the_name_of_a_shared_task(tmp_path, monkeypatch):
+    from provenn.tasks.discovery import shadowed
+
+    (tmp_path / "site").mkdir()
+    points = {"provenn.tasks": {"recall": "pair_rating.ordering"}}
+    other_package(tmp_path / "site", points)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert type(tasks.get_task("recall")).__module__ == "provenn.tasks.recall"
+    assert shadowed() == {"recall (pair_rating.ordering)": "left out: a shared task has this name"}
