@@ -23,15 +23,8 @@ from provenn.nn.feature_maps import (
     TaylorMap,
 )
 from provenn.nn.positions import rotate
-from provenn.ops.linear_attention import (
-    FORMS as EXECUTIONS,
-)
-from provenn.ops.linear_attention import (
-    LinearState,
-    attention_outputs,
-    linear_attention,
-    linear_attention_weights,
-)
+from provenn.ops.linear_attention import FORMS as EXECUTIONS
+from provenn.ops.linear_attention import LinearState, attention_outputs, linear_attention, linear_attention_weights
 
 FLOOR = 1e-12
 FORMS = ("softmax", "joint", "exp", "plain")
