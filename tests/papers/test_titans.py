@@ -585,7 +585,7 @@ def test_recall_forecasting_and_classification_are_trained(run, words, told):
         ("--set chunk=0", "chunk must be at least 1, got 0"),
         ("--set heads=5", "heads must divide dim, both at least 1, got dim=96 and heads=5"),
         ("--set variant=mad", "variant must be one of lmm, mac, mag, mal, got 'mad'"),
-        ("--set width=3", "nothing here is called 'width'; what can be set: variant, vocab, dim"),
+        ("--set width=3", "what can be set: variant, vocab, dim"),
         ("--data empty.txt", "empty.txt is empty"),
         ("--set max_step=-1", "max_step must be above 0, got -1"),
         (

@@ -177,7 +177,9 @@ def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[st
             for timing in time_benchmarks(mine, device=device, smoke=smoke):
                 system, race = timing.benchmark.system, timing.benchmark.race
                 at = "" if timing.size is None else f" at {timing.size} {race.unit}"
-                tell(f"{slug} {race.name}: {system}{at}: {timing.trouble or timing.comparison}")
+                tell(
+                    f"{slug} {race.name}: {system}{at}: {timing.trouble or f'{timing.comparison} of {timing.baseline}'}"
+                )
                 advance(1, f"{slug}: {race.name}")
                 timings.append(timing)
             done += [(slug, timing) for each in mine for timing in timings if timing.benchmark is each]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -276,7 +276,11 @@ def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
         try:
             merged[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
-            if name in (*WHOLE, *CHOSEN):
+            if name in WHOLE:
                 continue  # the recipe itself says what it takes there
+            if name in CHOSEN:
+                known = [word for hint in (hints[name], *get_args(hints[name])) for word in get_args(hint)]
+                words = ", ".join(word for word in known if isinstance(word, str))
+                raise UserError(f"{name} must be one of {words}, got {value!r}") from None
             raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
     return Recipe(**merged)

@@ -117,7 +117,11 @@ def _block(groups: int, size: int, channels: int) -> int:
     """How many tokens to a block: K has b² C numbers, and in blocks of s about (s + b/s) b C."""
     if channels == 1 or groups * size * size * channels <= SMALL:
         return size
-    return min((s for s in range(1, size + 1) if not size % s), key=lambda s: s + size // s * (s < size))
+    best, cost = size, size
+    for s in range(1, size):  # written out, since compilers do not trace `min` by a key
+        if not size % s and s + size // s < cost:
+            best, cost = s, s + size // s
+    return best
 
 
 def _blocked(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor | None, read: str) -> _Gates:
