@@ -183,7 +183,7 @@ OPERATIONS = Race(
 # Layers as the presets have them, beside softmax attention by PyTorch's fused operator in the same layer.
 EXECUTED = {"Hedgehog": "auto", "linear form": "linear", "quadratic form": "quadratic", "fused softmax": None}
 PRESETS: dict[str, dict[str, Any]] = {
-    "hedgehog_small": {"dim": 96, "heads": 4, "causal": True, "batch": 4},
+    "hedgehog_small": {"dim": 96, "heads": 4, "causal": True, "rotary": True, "batch": 4},
     "hedgehog_gpt2": {"dim": 768, "heads": 12, "causal": True, "batch": 1},
     "hedgehog_vit": {"dim": 64, "heads": 4, "causal": False, "batch": 4},
 }

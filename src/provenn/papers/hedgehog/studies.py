@@ -315,13 +315,13 @@ def runner(feature_map: str, dim: int, heads: int, where: str | None = None) -> 
 
 
 def layer_call(
-    execute: str | None, *, dim: int, heads: int, causal: bool, batch: int, train: bool
+    execute: str | None, *, dim: int, heads: int, causal: bool, batch: int, train: bool, rotary: bool = False
 ) -> Callable[[int, str], Callable[[], Any]]:
     """A layer as the presets have it, in a form, or with softmax for None; a call, or a call and all its gradients."""
 
     def make(tokens: int, device: str) -> Callable[[], Any]:
         torch.manual_seed(0)
-        options: dict[str, Any] = {"causal": causal, "bias": False}
+        options: dict[str, Any] = {"causal": causal, "bias": False, "rotary": rotary}
         layer: nn.Module = SoftmaxAttention(dim, heads, **options)
         if execute is not None:
             layer = LinearAttention(dim, heads, "hedgehog", execute=execute, **options)
