@@ -83,22 +83,22 @@ def measure_at_paper(
     how = how.model_copy(update={"changes": {**how.changes, **others}}) if others else how
     preset = card.preset(how.preset)
     found = {name: datasets.find(name, places) for name in how.sets}
-    tested = None if how.tested_on is None else datasets.find(how.tested_on, places)
-    lacking = [each.needs for each in (*found.values(), *([tested] if tested else [])) if not each.there]
+    tested = {name: datasets.find(name, places) for name in how.tests}
+    lacking = [each.needs for each in (*found.values(), *tested.values()) if not each.there]
     checkpoint = datasets.find_weights(card, how.checkpoint, places) if how.checkpoint is not None else None
     if checkpoint is not None and not checkpoint.there:
         lacking.append(checkpoint.needs)
     if lacking:
-        return Measurement.not_measured("; ".join(lacking))
+        return Measurement.not_measured("; ".join(dict.fromkeys(lacking)))
     if how.gpu and not run.device.startswith("cuda"):
         return Measurement.not_measured(f"a GPU (the device is {run.device})")
     scale = 100.0 if claim.published is not None and claim.published.unit.startswith("%") else 1.0
     where = {name: each.place for name, each in found.items()}
     if how.weights == "converted" and checkpoint is not None:
-        return _converted(run, card, claim, how, checkpoint.place, where)
+        return _converted(run, card, how, claim, checkpoint.place, where, scale)
     if checkpoint is not None:
         return _of_authors(run, card, how, checkpoint.place, where, scale)
-    return _trained(run, card, claim, how, preset, where, scale, of_recipe, None if tested is None else tested.place)
+    return _trained(run, card, claim, how, preset, where, scale, of_recipe, [each.place for each in tested.values()])
 
 
 def _of_authors(
@@ -137,39 +137,68 @@ def _of_authors(
     )
 
 
-def _converted(run: Run, card: Card, claim: Claim, how: AtPaper, host: Path, where: Mapping[str, Path]) -> Measurement:
-    """Perplexity of a pretrained model after it was converted and tuned."""
+def _converted(
+    run: Run, card: Card, how: AtPaper, claim: Claim, host: Path, where: Mapping[str, Path], scale: float
+) -> Measurement:
+    """What a pretrained model can do after it was converted and tuned; of several sets the mean."""
     from provenn import huggingface
 
-    ((name, place),) = where.items()
-    of_text = {key: value for key, value in how.changes.items() if key in ("length", "tested")}
-    of_tuning = {key: value for key, value in how.changes.items() if key not in of_text}
+    huggingface.quiet()
+    task = card.task_of(card.preset(how.preset))
+    material: Any = {"text-classification": huggingface.Sentences}.get(task, huggingface.Text)
+    if how.metric == huggingface.Summaries.metric:
+        material = huggingface.Summaries
     setting = _setting(card, how, where, weights=_contents_of(_listing(host)))
+    sides: dict[str, dict[str, Any]] = {card.slug: {}}
+    if how.against is not None:
+        sides[_changed(card.slug, how.against)] = how.against
 
-    def one(seed: int) -> dict[str, Any]:
+    def one(side: str, name: str, seed: int) -> dict[str, Any]:
         source = huggingface.Source.of(host)
-        tokenizer = source.tokenizer()
-        text = huggingface.Text.of(place, tokenizer, source.outline, **of_text)
-        recovery = huggingface.recover(source.weights().to(run.device), card.slug, text, seed=seed, **of_tuning)
-        stages = {stage: value for stage, value, _ in recovery.stages()}
-        return {**stages, "perplexity": list(stages.values())[-1]}
+        of_data, of_tuning = _divided({**how.changes, **sides[side]}, material.of)
+        examples = material.of(where[name], source.tokenizer(), source.outline, **of_data)
+        of_tuning = {"batch_size": 8, **of_tuning}
+        of_host = {"batch_size": of_tuning["batch_size"], "lr": of_tuning.get("lr"), "seed": seed}
+        model = examples.host(source, device=run.device, **of_host)
+        of_tuning = {**examples.stages(of_tuning["batch_size"]), **of_tuning}
+        recovery = huggingface.recover(model, card.slug, examples, seed=seed, **of_tuning)
+        return {stage: value for stage, value, _ in recovery.stages()}
 
-    told = [
-        run.trial(f"{claim.id}, {how.host} on {name}", lambda seed=seed: one(seed), seed=seed, **setting)  # type: ignore[misc]
-        for seed in run.seeds
-    ]
-    if how.metric not in told[0]:
-        raise UserError(f"at_paper asks for {how.metric!r}; a conversion measures {', '.join(told[0])}")
-    return Measurement.mean(
-        [metrics[how.metric] for metrics in told],
-        seeds=run.seeds,
-        unit=how.metric,
-        data=f"the test split of {name}",
-        fingerprint=setting["data"],
-        setting={key: entry for key, entry in setting.items() if key != "code"},
-        at_paper_setting=not how.departs,
-        note="; ".join([*([how.departs] if how.departs else []), _spoken("the first seed", told[0])]),
-    )
+    several = how.against is not None
+    reached: dict[str, list[float]] = {side: [] for side in sides}
+    notes = [how.departs] if how.departs else []
+    for side in sides:
+        for seed in run.seeds:
+            told: dict[str, dict[str, float]] = {}
+            for name in where:
+                told[name] = run.trial(
+                    f"{claim.id}, {how.host} on {name}" + (f", {side}" if several else ""),
+                    lambda side=side, name=name, seed=seed: one(side, name, seed),  # type: ignore[misc]
+                    seed=seed,
+                    **({**setting, "side": side} if several else setting),
+                )
+            stages = {stage: sum(each[stage] for each in told.values()) / len(told) for stage in told[name]}
+            before, last = stages["before"], list(stages.values())[-1]
+            kept = last / before if material.higher_is_better else before / last
+            metrics = {material.metric: last, "kept": kept, "gained": last - before, **stages}
+            if how.metric not in metrics:
+                raise UserError(f"at_paper asks for {how.metric!r}; a conversion measures {', '.join(metrics)}")
+            reached[side].append(scale * metrics[how.metric])
+            if seed == run.seeds[0]:
+                notes += [_spoken(f"the first seed, {side} on {name}", values) for name, values in told.items()]
+    facts: dict[str, Any] = {
+        "seeds": run.seeds,
+        "unit": how.metric,
+        "data": f"the test split of {', '.join(where)}",
+        "fingerprint": setting["data"],
+        "setting": {key: entry for key, entry in setting.items() if key != "code"},
+        "at_paper_setting": not how.departs,
+        "note": "; ".join(notes),
+    }
+    if how.against is None:
+        return Measurement.mean(reached[card.slug], **facts)
+    system, baseline = sides
+    return Measurement.paired(reached[system], reached[baseline], sides=(system, baseline), **facts)
 
 
 def _trained(
@@ -181,7 +210,7 @@ def _trained(
     where: Mapping[str, Path],
     scale: float,
     of_recipe: dict[str, Any],
-    tested: Path | None,
+    tested: list[Path],
 ) -> Measurement:
     kind = get_task(card.task_of(preset))
     asked = how.recipe or preset.recipe
@@ -192,9 +221,8 @@ def _trained(
     build = card.resolve(preset.build)
     sides: dict[str, dict[str, Any]] = {preset.name: {}}
     if how.against is not None:
-        changed = ", ".join(f"{name}={value}" for name, value in how.against.items())
-        sides[f"{preset.name}, {changed}"] = how.against
-    every = {**where, **({} if tested is None or how.tested_on is None else {how.tested_on: tested})}
+        sides[_changed(preset.name, how.against)] = how.against
+    every = {**where, **dict(zip(how.tests, tested))}
     setting = {**_setting(card, how, every), "recipe": asdict(recipe)}
     reached: dict[str, list[float]] = {label: [] for label in sides}
     skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}
@@ -221,12 +249,19 @@ def _trained(
         )
         shutil.rmtree(folder, ignore_errors=True)
         metrics = done.metrics
-        if tested is not None:
+        if tested:
             # Tokens and scales are the training's: other ways to read are not for the test.
-            data = replace(data, test=kind.held_out(tested, data.meta, **_known(kind.held_out, of_data)).dataset)
-        if how.split == "val" or tested is not None:
+            known = _known(kind.held_out, of_data)
+            parts = [kind.held_out(place, data.meta, **known).dataset for place in tested]
             with torch.no_grad():
-                metrics = kind.evaluate(done.model, data.val if tested is None else data.test)
+                each = [kind.evaluate(done.model, part) for part in parts]
+            # What questions do not tell, such as bits a byte, is of the training's own test.
+            metrics = {**metrics, **{key: sum(one[key] for one in each) / len(each) for key in each[0]}}
+            if kind.metric in each[0]:
+                data = replace(data, test=parts[0])
+        elif how.split == "val":
+            with torch.no_grad():
+                metrics = kind.evaluate(done.model, data.val)
         return {**metrics, "trivial": float(kind.trivial(data)), "steps": done.steps, "about": data.about}
 
     told: dict[str, Any] = {}
@@ -263,6 +298,11 @@ def _trained(
         return Measurement.mean(reached[preset.name], **facts)
     system, baseline = sides
     return Measurement.paired(reached[system], reached[baseline], sides=(system, baseline), **facts)
+
+
+def _changed(name: str, changes: Mapping[str, Any]) -> str:
+    """What the baseline is called."""
+    return f"{name}, {', '.join(f'{key}={value}' for key, value in changes.items())}"
 
 
 def _build(build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:

@@ -152,10 +152,12 @@ def test_an_encoder_is_converted_found_again_and_undone(family, slug, tmp_path):
 )
 def test_a_classifier_of_a_new_family_is_tuned_by_lora_and_found_again(model, tmp_path):
     given = {**batch(), "labels": torch.tensor([1, 4])}
-    convert(model, "hedgehog")
-    losses = tune(model, 12 * [given], "lora", lr=3e-2)
-    assert losses[-1] < losses[0]
-    model.eval().save_pretrained(tmp_path)
+    convert(model, "hedgehog").eval()
+    before = model(**given).loss.item()
+    tune(model.train(), 20 * [given], "lora", lr=1e-2)
+    # Without dropout, whose noise is as large as what is learned.
+    assert model.eval()(**given).loss < 0.8 * before
+    model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert type(again) is type(model) and torch.equal(again(**given).logits, model(**given).logits)
 

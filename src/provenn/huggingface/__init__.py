@@ -36,7 +36,19 @@ from provenn.huggingface.conversion import (
 from provenn.huggingface.families import FAMILIES, Attention, Family, attentions, family_of
 from provenn.huggingface.loading import Source, load, quiet
 from provenn.huggingface.mixers import MixerAttention, as_attention
-from provenn.huggingface.tuning import TUNINGS, Recovery, Text, check_tuning, perplexity, recover, train_alone, tune
+from provenn.huggingface.sentences import Sentences
+from provenn.huggingface.summaries import Summaries
+from provenn.huggingface.tuning import (
+    TUNINGS,
+    Material,
+    Recovery,
+    Text,
+    check_tuning,
+    perplexity,
+    recover,
+    train_alone,
+    tune,
+)
 
 __all__ = [
     "CONVERTED",
@@ -48,11 +60,14 @@ __all__ = [
     "Companion",
     "Conversion",
     "Family",
+    "Material",
     "MixerAttention",
     "Recovery",
+    "Sentences",
     "Source",
     "StateCache",
     "StateLayer",
+    "Summaries",
     "Text",
     "WindowLifted",
     "as_attention",

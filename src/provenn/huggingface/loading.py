@@ -8,13 +8,28 @@ from typing import Any, cast
 import huggingface_hub
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+)
 from transformers.initialization import no_init_weights
 
 from provenn.errors import UserError
 from provenn.huggingface.conversion import CONVERTED, convert
 from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PREFIX, Host, Tokenizer
 
+# Models of masked tokens, and those of the same body that tell classes; HEAD is new in them.
+CLASSIFIERS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+    BertForMaskedLM: BertForSequenceClassification,
+    RobertaForMaskedLM: RobertaForSequenceClassification,
+}
+HEAD = ("classifier.", "pooler.")
 PATIENCE = 10.0  # seconds for the hub to answer a first question
 
 
@@ -121,6 +136,29 @@ class Source:
             if keys:
                 names = sorted(key if isinstance(key, str) else key[0] for key in keys)
                 raise UserError(f"the weights of {self.name} {what} {len(names)} parameters, {names[0]} among them")
+        return model
+
+    def classifier(self, classes: int) -> Host:
+        """The model with a new head for so many classes, or with 1 for a score; the head's weights are random.
+
+        Raises:
+            UserError: a family without such a head, or weights that cannot be read, or are not all there.
+        """
+        kind = CLASSIFIERS.get(self.kind)
+        if kind is None:
+            names = ", ".join(each.__name__ for each in CLASSIFIERS)
+            raise UserError(
+                f"{self.name} holds a {self.kind.__name__}, which gets no head for classes; these do: {names}"
+            )
+        try:
+            model, loading_info = cast(Host, kind).from_pretrained(
+                self.name, num_labels=classes, output_loading_info=True, local_files_only=self.local
+            )
+        except Exception as error:
+            raise UserError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from None
+        lacking = sorted(key for key in loading_info["missing_keys"] if not any(part in key for part in HEAD))
+        if lacking:
+            raise UserError(f"the weights of {self.name} lack {len(lacking)} parameters, {lacking[0]} among them")
         return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from provenn import progress
 from provenn.errors import UserError
 from provenn.huggingface.conversion import Batch, conversion_of, convert
 from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
+from provenn.huggingface.loading import Source
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.tasks import get_task
 
@@ -52,6 +53,13 @@ class Text:
     train: Tensor
     test: Tensor
     masked: int | None = None
+    metric = "perplexity"
+    higher_is_better = False
+
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self.test.shape[1]
 
     @classmethod
     def of(
@@ -114,8 +122,51 @@ class Text:
         for rows in self.test.split(batch_size):
             yield self.batch(rows, generator)
 
+    def quality(self, model: PreTrainedModel, batch_size: int) -> float:
+        """The perplexity of the rows to test on."""
+        return perplexity(model, self.tests(batch_size))
 
-def _to_device(batch: Batch, model: PreTrainedModel) -> Batch:
+    def stages(self, batch_size: int) -> dict[str, int]:
+        """Nothing: `recover` says how many steps its stages have."""
+        return {}
+
+    def host(self, source: Source, *, device: str, **training: Any) -> Host:
+        """The pretrained model as it is."""
+        return source.weights().to(device)
+
+
+@runtime_checkable
+class Material(Protocol):
+    """What a converted model is trained and tested on: a `Text`, `Sentences` or `Summaries`.
+
+    All have `of`, which reads them, `host`, which makes the model that is converted, and `stages`, the steps that each
+    stage of `recover` takes where the material says.
+    """
+
+    @property
+    def metric(self) -> str:
+        """What the quality is called."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher quality is the better one."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of an example at most."""
+
+    def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """So many random batches to learn from, the same for the same seed."""
+
+    def tests(self, batch_size: int) -> Iterator[Batch]:
+        """What is tested on."""
+
+    def quality(self, model: PreTrainedModel, batch_size: int) -> float:
+        """One figure of what is tested on."""
+
+
+def to_device(batch: Batch, model: PreTrainedModel) -> Batch:
+    """The batch where the model is."""
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
@@ -127,7 +178,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     total = count = 0.0
     try:
         for batch in batches:
-            inputs = _to_device(batch, model)
+            inputs = to_device(batch, model)
             labels = inputs.pop("labels")
             logits = model(**inputs, use_cache=False).logits if _causal(model) else model(**inputs).logits
             if _causal(model):
@@ -147,7 +198,8 @@ def _causal(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def _training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, the model trains or does not; afterwards each module is as it was."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -244,9 +296,9 @@ def _train(model: PreTrainedModel, trained: Host, batches: Iterable[Batch], *, l
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     # A fresh one for each stage, whose parameters differ.
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    with _training_mode(model, training=True):
+    with training_mode(model, training=True):
         for batch in batches:
-            inputs = _to_device(batch, model)
+            inputs = to_device(batch, model)
             with collect_auxiliary() as added:
                 loss = trained(**inputs, **({"use_cache": False} if _causal(model) else {})).loss
             optimizer.zero_grad()
@@ -261,6 +313,8 @@ def _train(model: PreTrainedModel, trained: Host, batches: Iterable[Batch], *, l
 class Recovery:
     """What a model could do before it was converted, and after each stage: perplexity on text that it was not shown.
 
+    Of other material its own figure; see `Material.quality`.
+
     Args:
         before: of the model as it came.
         converted: right after the mechanism was put in.
@@ -270,6 +324,7 @@ class Recovery:
         losses: of each step of the stages "prepare" and "tune".
         layers: what the paper reports of each layer, after the last stage.
         setting: how it was done.
+        higher_is_better: whether a higher figure is the better one, as a perplexity is not.
     """
 
     before: float
@@ -280,16 +335,21 @@ class Recovery:
     losses: dict[str, list[float]] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     setting: dict[str, Any] = field(default_factory=dict)
+    higher_is_better: bool = False
 
     def stages(self) -> list[tuple[str, float, float]]:
-        """Each stage that was run, its perplexity, and the share of the quality before: 1 where none was lost."""
-        perplexities = {
+        """Each stage that was run, its figure, and the share of the quality before: 1 where none was lost."""
+        figures = {
             "before": self.before,
             "converted": self.converted,
             "prepared": self.prepared,
             "tuned": self.tuned,
         }
-        return [(name, value, self.before / value) for name, value in perplexities.items() if value is not None]
+        return [(name, value, self._kept(value)) for name, value in figures.items() if value is not None]
+
+    def _kept(self, value: float) -> float:
+        ours, theirs = (value, self.before) if self.higher_is_better else (self.before, value)
+        return ours / theirs if theirs else math.nan  # a correlation may be 0
 
     def json(self) -> dict[str, Any]:
         """All of it for a file."""
@@ -299,7 +359,7 @@ class Recovery:
 def recover(
     model: PreTrainedModel,
     paper: str,
-    text: Text,
+    text: Material,
     *,
     tuning: str = "full",
     steps: int = 200,
@@ -315,7 +375,7 @@ def recover(
     Args:
         model: as for `convert`; converted in place.
         paper: the slug.
-        text: to learn from and to test on.
+        text: to learn from and to test on; a `Text`, or `Sentences` for a model that classifies them.
         tuning: "full", "lora" or "none".
         steps, prepare_steps: batches of tuning, and of the stage before.
         batch_size: rows a batch.
@@ -325,22 +385,22 @@ def recover(
     """
     conversion = conversion_of(paper)
     torch.manual_seed(seed)
-    before = perplexity(model, text.tests(batch_size))
+    before = text.quality(model, batch_size)
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
     convert(model, paper, **options)
-    recovery = Recovery(before, perplexity(model, text.tests(batch_size)))
+    recovery = Recovery(before, text.quality(model, batch_size), higher_is_better=text.higher_is_better)
     recovery.parameters = sum(parameter.numel() for parameter in model.parameters()) - parameters_before
     if conversion.prepare is not None and prepare_steps:
-        batches = (_to_device(batch, model) for batch in text.batches(prepare_steps, batch_size, seed))
+        batches = (to_device(batch, model) for batch in text.batches(prepare_steps, batch_size, seed))
         tracked = progress.track(batches, "new parts", prepare_steps)
         recovery.losses["prepare"] = conversion.prepare(model, tracked, prepare_lr or conversion.lr)
-        recovery.prepared = perplexity(model, text.tests(batch_size))
+        recovery.prepared = text.quality(model, batch_size)
     if tuning != "none" and steps:
         tracked = progress.track(text.batches(steps, batch_size, seed + 1), "tuning", steps)
         recovery.losses["tune"] = tune(model, tracked, tuning, lr=lr)
-        recovery.tuned = perplexity(model, text.tests(batch_size))
+        recovery.tuned = text.quality(model, batch_size)
     if conversion.report is not None:
-        recovery.layers = conversion.report(model, _to_device(next(text.tests(batch_size)), model))
+        recovery.layers = conversion.report(model, to_device(next(text.tests(batch_size)), model))
     recovery.setting = {
         "paper": paper,
         "options": options,
@@ -348,7 +408,7 @@ def recover(
         "steps": steps,
         "prepare_steps": prepare_steps,
         "batch_size": batch_size,
-        "length": text.test.shape[1],
+        "length": text.length,
         "seed": seed,
     }
     return recovery

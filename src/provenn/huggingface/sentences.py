@@ -1,0 +1,114 @@
+"""Sentences with a class or a score each, for a pretrained model that is fine-tuned on them before it is converted."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import default_collate
+from transformers import PreTrainedModel
+
+from provenn import progress
+from provenn.errors import UserError
+from provenn.huggingface.conversion import Batch
+from provenn.huggingface.families import Host, Tokenizer, max_tokens
+from provenn.huggingface.loading import Source
+from provenn.huggingface.tuning import to_device, training_mode, tune
+from provenn.tasks.text_classification import TASK, Encoded, classes_of, inputs_of
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Examples to learn from and to test on, in a model's own tokens.
+
+    Args:
+        train, test: (tokens, whose they are, how many, class or score), as the task text-classification has them.
+        classes: how many there are; 1 where a score is told.
+        length: tokens of an example at most.
+        passes: over the training examples, in each stage of a training.
+    """
+
+    train: Encoded
+    test: Encoded
+    classes: int
+    length: int
+    passes: float | int = 3
+    metric = "score"
+    higher_is_better = True
+
+    @classmethod
+    def of(
+        cls,
+        source: str | Path,
+        tokenizer: Tokenizer,
+        model: PreTrainedModel,
+        *,
+        length: int = 128,
+        passes: float | int = 3,
+    ) -> "Sentences":
+        """The examples of a data set for a model.
+
+        Args:
+            source: what the task text-classification takes: "stdlib-docstrings", or a folder of GLUE.
+            tokenizer: the model's; it puts its own tokens around a text and between two.
+            model: says how long an example can be.
+            length: tokens of an example at most; the longer text of a pair is cut first.
+            passes: over the training examples, in each stage of a training.
+
+        Raises:
+            UserError: data that cannot be read, or examples longer than the model's positions.
+        """
+        limit = max_tokens(model.config)
+        if length < 8 or (limit is not None and length > limit):
+            raise UserError(f"length must lie between 8 and the {limit} positions of this model, got {length}")
+        content = TASK.sentences(source)
+        classes = classes_of(content)
+
+        def encode(first: str, second: str | None) -> tuple[list[int], list[int]]:
+            told = tokenizer(first, second, truncation=True, max_length=length)
+            tokens = told["input_ids"]
+            return tokens, told.get("token_type_ids", [0] * len(tokens))  # RoBERTa tells none apart
+
+        train, test = (
+            Encoded(part, encode, length, classes, content.official) for part in (content.train, content.test)
+        )
+        return cls(train, test, max(1, len(classes)), length, passes)
+
+    def stages(self, batch_size: int) -> dict[str, int]:
+        """The passes over the training examples in steps of each stage of `recover`."""
+        steps = max(1, math.ceil(self.passes * len(self.train) / batch_size))
+        return {"steps": steps, "prepare_steps": steps}
+
+    def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """So many random batches of the examples to learn from; the same for the same seed."""
+        generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+        for _ in range(steps):
+            if len(order) < batch_size:  # every example once before one comes again
+                order = torch.cat([order, torch.randperm(len(self.train), generator=generator)])
+            chosen, order = order[:batch_size], order[batch_size:]
+            yield self._batch(self.train, chosen.tolist())
+
+    def tests(self, batch_size: int) -> Iterator[Batch]:
+        """The examples to test on, in their order."""
+        for start in range(0, len(self.test), batch_size):
+            yield self._batch(self.test, range(start, min(start + batch_size, len(self.test))))
+
+    @staticmethod
+    def _batch(dataset: Encoded, places: Iterable[int]) -> Batch:
+        batch = default_collate([dataset[place] for place in places])
+        return {**inputs_of(batch), "labels": batch[3]}
+
+    def quality(self, model: PreTrainedModel, batch_size: int) -> float:
+        """The mean of the official metrics; higher is better."""
+        with training_mode(model, training=False), torch.no_grad():
+            return float(TASK.evaluate(model, self.test, batch_size)["score"])
+
+    def host(self, source: Source, *, batch_size: int, lr: float | None, seed: int, device: str) -> Host:
+        """A pretrained model with a new head, fine-tuned on the examples: what is then converted."""
+        torch.manual_seed(seed)  # of the head
+        model = source.classifier(self.classes).to(device)
+        steps = self.stages(batch_size)["steps"]
+        batches = (to_device(batch, model) for batch in self.batches(steps, batch_size, seed + 2))
+        tune(model, progress.track(batches, "fine-tuning", steps), "full", lr=lr)
+        return model
