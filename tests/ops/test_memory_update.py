@@ -111,7 +111,7 @@ def test_equals_the_sequential_rule_however_it_is_cut(
     mask = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) >= hidden if hidden else None
     options = {"chunk": chunk, "read": read, "limit": limit, "residual": residual, "mask": mask}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast, "SMALL", 0 if blocks else fast.SMALL)
+        patch.setattr(fast, "BLOCK", 3 if blocks else fast.BLOCK)
         ours, position = everything(chunked_memory, qkv, gates, start, cuts, **options)
     defined, expected = everything(recurrent_memory, qkv, gates, start, **options)
     assert position == expected == n % chunk
@@ -436,8 +436,9 @@ def test_a_chunk_in_blocks_keeps_gates_at_their_ends(momentum, monkeypatch):
     qkv, gates = tokens(24, dim=4, channels=forgets(2), momentum=momentum)
     ends = gates.like((x > x.median()).double() for x in gates.flat)._replace(step=0.1 * gates.step)
     start = matrices(2, 4, 4, 2)
+    monkeypatch.setattr(fast, "BLOCK", 12)
     whole = everything(chunked_memory, qkv, ends, start, chunk=12)[0]
-    monkeypatch.setattr(fast, "SMALL", 0)
+    monkeypatch.setattr(fast, "BLOCK", 4)
     for ours, theirs in zip(everything(chunked_memory, qkv, ends, start, chunk=12)[0], whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -451,9 +452,25 @@ def test_products_of_gates_have_all_their_digits_or_are_zero():
     assert torch.autograd.grad(sum(products.sum() for products in found), factors)[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("size", "block"), [(16, 4), (64, 8), (12, 3), (13, 13), (1, 1)])
-def test_blocks_divide_a_chunk_where_its_products_are_many(size, block):
-    many = fast.SMALL + 1
-    assert fast._block(many, size, 4) == block
-    assert fast._block(many, size, 1) == size  # one product for all channels
-    assert fast._block(1, size, 1) == size
+@pytest.mark.parametrize("momentum", [True, False])
+def test_a_block_that_forgets_everything_keeps_float32_apart_from_overflow(momentum):
+    """Products within a block are quotients: at gates' ends they are far from 1, and stay finite and right."""
+    qkv, gates = tokens(64, dim=4, channels=forgets(2), momentum=momentum)
+    gone = gates._replace(forget=tuple(torch.ones_like(x) for x in gates.forget), step=0.05 * gates.step)
+    start = matrices(2, 4, 4, 2)
+    exact = everything(chunked_memory, qkv, gone, start, chunk=32)[0]
+    low = everything(
+        chunked_memory, [x.float() for x in qkv], gone.like(x.float() for x in gone.flat), [w.float() for w in start],
+        chunk=32,
+    )[0]  # fmt: skip
+    for x, y in zip(low, exact, strict=True):
+        assert (x - y).norm() <= 1e-4 * y.norm() + 1e-6
+
+
+def test_gelu_and_its_slope_have_the_derivatives_of_both():
+    x = draw(3, 4, std=2.0).requires_grad_()
+    y, slope = fast._gelu(x)
+    torch.testing.assert_close(y, F.gelu(x))
+    torch.testing.assert_close(slope, torch.autograd.grad(F.gelu(x).sum(), x)[0])
+    assert torch.autograd.gradcheck(fast._gelu, x) and torch.autograd.gradgradcheck(fast._gelu, x)
+    torch.testing.assert_close(torch.func.vmap(fast._gelu)(x), (y, slope))

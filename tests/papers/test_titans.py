@@ -31,6 +31,7 @@ from provenn.papers.titans import (
     titans_lm,
 )
 from provenn.papers.titans import model as model_module
+from provenn.papers.titans.layers import memory as memory_layers
 from provenn.papers.titans.model import VARIANTS
 
 MIXERS = {
@@ -735,3 +736,14 @@ def test_both_forms_of_the_memory_run_beside_the_port(training):
     asked = {(one.system, one.baseline) for one in claims.BENCHMARKS if one.within == 0.8}
     assert asked == {(form, "titans-pytorch") for form in claims.FORMS}
     assert {one.package for one in claims.BENCHMARKS} == {"titans-pytorch"}
+
+
+def test_the_convolution_of_many_numbers_is_the_sum_of_shifted_ones(monkeypatch):
+    x, taps = draw(2, 12, 6).requires_grad_(), draw(4, 6).requires_grad_()
+    summed = memory_layers._convolved(x, taps, 9)
+    monkeypatch.setattr(memory_layers, "MANY", 0)
+    found = memory_layers._convolved(x, taps, 9)
+    torch.testing.assert_close(found, summed)
+    weight = draw(*found.shape)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (x, taps)) for y in (found, summed))):
+        torch.testing.assert_close(ours, theirs)

@@ -8,185 +8,267 @@ Within a chunk of b tokens, with W_0 and S_0 at its start, E_tj = ∏_{j<i≤t} 
 A layer's gradient is rank one, u_j = h_jᵀ δ_j, with h_j the layer's input and δ_j the error sent back to its output. So
 a read needs no W_t: z_t W_t = a_t z_t W_0 + f_t z_t S_0 − Σ_j K_tj θ_j (z_t·h_j) δ_j, which has the form of attention.
 Where α differs by channel, a, f and K have the channels too: of the input in the first layer, where they go with z and
-h, of the output in the others, where they go with the result and δ.
+h, of the output in the others, where they go with the result and δ. There K is never written out: see `_Blocks`.
 What follows from the gates alone is computed for many chunks at once; the loop goes over chunks, since the gradients of
 one are taken at the weights that the one before has left.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .reference import EPS, MemoryState, Surprise, clamped
+from provenn.ops.autograd import backward_without_autocast, is_differentiated, is_transformed, plain_gradients
 
-ROOM = 2**24  # numbers of the gates' products that are held at once, where nobody asks for gradients
-SMALL = 2**16  # numbers of a chunk's K up to which it is written out in one piece: more kernels would take longer
+from .reference import EPS, MemoryState, Surprise, clamped, read_memory
 
-
-class _Push(NamedTuple):
-    """What momentum makes of S in a chunk."""
-
-    into: Tensor  # (chunks, groups, b, C): f_t, the share of S_0 in W_t
-    last: Tensor  # (chunks, groups, 1, C): f_b
-    fade: Tensor  # (chunks, groups, 1, 1): e_b
-    write: Tensor  # (chunks, groups, b, 1): −E_bj θ_j
+ROOM = 2**19  # numbers that the products of a stretch's gates may have
+SMALL = 2**16  # numbers of a layer's gates up to which kernels, not numbers, take the time
+BLOCK = 8  # tokens, at most, within which products are quotients of others
 
 
-class _Past(NamedTuple):
-    """What earlier blocks of the chunk do to all but the first, which begin at m; 0 for the tokens after m."""
+class _Blocks(NamedTuple):
+    """How the tokens of a chunk reach each other, in n blocks of s tokens where channels forget by themselves.
 
+    Within a block K_tj = x_t Σ_i E_ij / x_i, of i from j to t. Where j ≤ m < t, K_tj = A_tm K_mj + F_tm E_mj: what came
+    before a block reaches it by way of W and S at its start m. So K itself is nowhere written out.
+    """
+
+    x: Tensor  # (chunks, groups, n, s, C): ∏ (1 − α) from the middle of the block to t
+    inverse: Tensor  # (chunks, groups, n, s, C)
+    still: Tensor | None  # (chunks, groups, n, s, s): E_ij
     keep: Tensor  # (chunks, groups, n − 1, s, C): A_tm
-    reach: Tensor  # (chunks, groups, n − 1, b − s, C): −K_mj θ_j
     into: Tensor | None  # (chunks, groups, n − 1, s, C): F_tm, the share of S_m in W_t
-    echo: Tensor | None  # (chunks, groups, n − 1, 1, b − s): −E_mj θ_j
+    reach: Tensor  # (chunks, groups, n − 1, s, C): K_ej, e the end of the block of j
+    kept: Tensor  # (chunks, groups, n − 1, n − 1, C): A_me; 0 for the blocks after m
+    come: Tensor | None  # (chunks, groups, n − 1, n − 1, C): F_me
+    echo: Tensor | None  # (chunks, groups, n − 1, s, 1): E_ej
+    echoes: Tensor | None  # (chunks, groups, n − 1, 1, b − s): E_mj
 
 
 class _Gates(NamedTuple):
     """What a layer's gates make of its state and of the tokens of a chunk; C is 1 where all channels forget alike."""
 
     keep: Tensor  # (chunks, groups, b, C): a_t, the share of W_0 in W_t
-    reach: Tensor  # (chunks, groups, n, s, C, s): −K_tj θ_j within each of n blocks
+    into: Tensor | None  # (chunks, groups, b, C): f_t, the share of S_0 in W_t
     left: Tensor  # (chunks, groups, 1, C): a_b
-    write: Tensor  # (chunks, groups, b, C): −K_bj θ_j
-    push: _Push | None
-    past: _Past | None
+    moved: Tensor | None  # (chunks, groups, 1, C): f_b
+    fade: Tensor | None  # (chunks, groups, 1, 1): e_b
+    write: Tensor  # (chunks, groups, b, C): K_bj
+    echo: Tensor | None  # (chunks, groups, b, 1): E_bj
+    rate: Tensor  # (chunks, groups, b, 1): −θ_j
+    within: Tensor | _Blocks  # (chunks, groups, b, b): K_tj, where C is 1
 
 
-def _by_chunk(gates: _Gates) -> list[_Gates]:
-    """The gates of each chunk; a function, since compilers do not trace methods of tuples."""
-    count = len(gates.keep)
-    pushes: list[_Push | None] = [None] * count
-    pasts: list[_Past | None] = [None] * count
-    if gates.push is not None:
-        pushes = [_Push(*chunk) for chunk in zip(*(part.unbind() for part in gates.push))]
-    if gates.past is not None:
-        pasts = [_Past(*c) for c in zip(*([None] * count if part is None else part.unbind() for part in gates.past))]
-    parts = zip(gates.keep.unbind(), gates.reach.unbind(), gates.left.unbind(), gates.write.unbind(), pushes, pasts)
-    return [_Gates(*chunk) for chunk in parts]
+def _parts(tensors: Any, count: int, take: Callable[[Tensor], Sequence[Tensor]]) -> list[Any]:
+    return [*zip(*([None] * count if x is None else take(x) for x in tensors))]
+
+
+def _each(gates: _Gates, count: int, take: Callable[[Tensor], Sequence[Tensor]]) -> list[_Gates]:
+    """Gates in `count` parts, which `take` makes of each tensor; a function: compilers trace no methods of tuples."""
+    across: Any = gates.within
+    blocked = isinstance(across, _Blocks)
+    within: Any = [_Blocks(*part) for part in _parts(across, count, take)] if blocked else take(across)
+    rest = _parts(gates[:-1], count, take)
+    return [_Gates(*part, last) for part, last in zip(rest, within)]  # type: ignore[call-arg]  # parts of any length
+
+
+def _flushed(products: Tensor) -> Tensor:
+    """The root of the smallest number and less is 0: matrix products of subnormal numbers take twenty times as long."""
+    return F.threshold(products, torch.finfo(products.dtype).tiny ** 0.5, 0.0)
 
 
 def _products(factors: Tensor) -> tuple[Tensor, Tensor]:
-    """∏_{j<i≤t} x_i, (..., t, C, j) and 0 for j > t, and ∏_{i≤t} x_i, of x (..., b, C)."""
+    """∏_{j<i≤t} x_i, (..., t, j, C) and 0 for j > t, and ∏_{i≤t} x_i, of x (..., b, C)."""
     # The root of the smallest number stands for 0: beside it every product vanishes, yet logarithms can be added.
-    # Smaller products are 0: matrix products of subnormal numbers take twenty times as long.
     root = torch.finfo(factors.dtype).tiny ** 0.5
     logs = factors.clamp_min(root).log().cumsum(dim=-2)
-    b = factors.shape[-2]
-    later = torch.ones(b, b, dtype=torch.bool, device=factors.device).triu(1)
+    later = _later(factors.shape[-2], factors)
     # Masked before the exponential: later tokens would overflow it, and a quotient of products would be 0 / 0.
-    # In place, since these are the largest numbers of all, and their derivatives need nothing of what is overwritten.
-    between = logs.unsqueeze(-1) - logs.mT.unsqueeze(-3)
-    between = between.masked_fill_((between < math.log(root)) | later.unsqueeze(-2), -torch.inf).exp_()
+    between = logs.unsqueeze(-2) - logs.unsqueeze(-3)
+    between = between.masked_fill((between < math.log(root)) | later.unsqueeze(-1), -torch.inf).exp()
     return between, logs.masked_fill(logs < math.log(root), -torch.inf).exp()
 
 
-def _gates(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor | None, read: str) -> _Gates:
+def _gates(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor | None) -> _Gates:
     """Of (chunks, groups, b) and, to forget, (chunks, groups, b, C); a token not `seen` leaves W and S as they are."""
     if seen is not None:
         step, forget = step.masked_fill(~seen, 0), forget.masked_fill(~seen.unsqueeze(-1), 0)
-    decay, keep = _products(1 - forget)
-    rate = -step.unsqueeze(-2)
-    push = None
+        momentum = None if momentum is None else momentum.masked_fill(~seen, 1)
+    rate = -step.unsqueeze(-1)
+    if forget.shape[-1] > 1:
+        return _blocked(rate, forget, momentum, seen)
+    within, keep = _products(1 - forget)
+    within = within.squeeze(-1)
     if momentum is None:
-        reach = decay * rate.unsqueeze(-2)
-    else:
-        still, e = _products((momentum if seen is None else momentum.masked_fill(~seen, 1)).unsqueeze(-1))
-        still, fade = still.squeeze(-2) * rate, e[..., -1:, :]
-        write = still[..., -1, :].unsqueeze(-1)
-        if seen is not None:
-            still, e = still * seen.unsqueeze(-1), e * seen.unsqueeze(-1)
-        # Σ_i A_ti E_ij θ_j for every channel: one matrix product, the channels among the rows.
-        rows = decay.flatten(-3, -2)
-        reach, into = (rows @ still).view_as(decay), (rows @ e).view_as(keep)
-        push = _Push(into, into[..., -1:, :], fade, write)
-    left, last = keep[..., -1:, :], reach[..., -1, :, :].mT
-    if read == "pre":
-        keep = torch.cat([torch.ones_like(keep[..., :1, :]), keep[..., :-1, :]], dim=-2)
-        push = None if push is None else push._replace(into=F.pad(push.into[..., :-1, :], (0, 0, 1, 0)))
-        reach = F.pad(reach[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
-    return _Gates(keep, reach.unsqueeze(-4), left, last, push, None)
+        return _Gates(keep, None, keep[..., -1:, :], None, None, within[..., -1, :, None], None, rate, within)
+    still, e = _products(momentum.unsqueeze(-1))
+    still = still.squeeze(-1)
+    fade, echo = e[..., -1:, :], still[..., -1, :, None]
+    if seen is not None:
+        still, e = still * seen.unsqueeze(-1), e * seen.unsqueeze(-1)
+    within, into = within @ still, within @ e
+    last, moved = within[..., -1, :, None], into[..., -1:, :]
+    return _Gates(keep, into, keep[..., -1:, :], moved, fade, last, echo, rate, within)
 
 
-def _block(groups: int, size: int, channels: int) -> int:
-    """How many tokens to a block: K has b² C numbers, and in blocks of s about (s + b/s) b C."""
-    if channels == 1 or groups * size * size * channels <= SMALL:
-        return size
-    best, cost = size, size
-    for s in range(1, size):  # written out, since compilers do not trace `min` by a key
-        if not size % s and s + size // s < cost:
-            best, cost = s, s + size // s
-    return best
-
-
-def _blocked(step: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor | None, read: str) -> _Gates:
-    """`_gates` of a chunk that is cut in blocks, so that no more than a block's K is written out.
-
-    Where j ≤ m < t, K_tj = A_tm K_mj + F_tm E_mj: what came before a block reaches it by way of W and S at its start m.
-    """
-    size, groups = step.shape[-1], step.shape[1]
-    s = _block(groups, size, forget.shape[-1])
-    if s == size:
-        return _gates(step, forget, momentum, seen, read)
-    n = size // s
-    step, forget = (x.unflatten(2, (n, s)).flatten(1, 2) for x in (step, forget))
-    momentum, seen = (None if x is None else x.unflatten(2, (n, s)).flatten(1, 2) for x in (momentum, seen))
-    block = _gates(step, forget, momentum, seen, read)
-    keep, write, left = (x.unflatten(1, (groups, n)) for x in (block.keep, block.write, block.left))
-    # From boundary J to boundary I of the n + 1: (chunks, groups, I, J, C).
-    kept = _products(F.pad(left.squeeze(-2), (0, 0, 1, 0), value=1))[0].mT
-    whole = keep * kept[..., :-1, :1, :]
-    past = kept[..., 1:-1, 1:-1, None, :] * write[..., None, :-1, :, :]
-    last = kept[..., -1, 1:, None, :] * write
-    push, into, echo = None, None, None
-    if block.push is not None:
-        into, end, fade, wrote = (x.unflatten(1, (groups, n)) for x in block.push)
-        fades = _products(F.pad(fade.squeeze(-2), (0, 0, 1, 0), value=1))[0].squeeze(-2)
-        # Σ_l A_Il f_l E_(l−1)J: what S at boundary J has become in W at boundary I.
-        rows = (kept * F.pad(end.squeeze(-2), (0, 0, 1, 0)).unsqueeze(-3)).mT.flatten(-3, -2)
-        come = (rows @ F.pad(fades[..., :-1, :], (0, 0, 1, 0))).unflatten(-2, (n + 1, -1)).mT
-        echo = (fades[..., 1:-1, 1:-1, None] * wrote[..., None, :-1, :, 0]).flatten(-2).unsqueeze(-2)
-        past = torch.addcmul(past, come[..., 1:-1, 1:-1, None, :], wrote[..., None, :-1, :, :])
-        last = torch.addcmul(last, come[..., -1, 1:, None, :], wrote)
-        moved = torch.addcmul(keep * come[..., :-1, :1, :], into, fades[..., :-1, :1, None])
-        push = _Push(
-            moved.flatten(-3, -2),
-            come[..., -1, :1, :],
-            fades[..., -1:, :1],
-            (fades[..., -1, 1:, None, None] * wrote).flatten(-3, -2),
+def _blocked(rate: Tensor, forget: Tensor, momentum: Tensor | None, seen: Tensor | None) -> _Gates:
+    """`_gates` of channels that forget by themselves."""
+    s = min(BLOCK, forget.shape[2])
+    n = forget.shape[2] // s
+    # What stands for 0 is no larger than a rounding, and no product of half a block of them overflows when turned over.
+    floor = torch.finfo(forget.dtype).tiny ** (1.5 / BLOCK)
+    logs = (1 - forget).unflatten(2, (n, s)).clamp_min(floor).log2().cumsum(dim=-2)
+    keep = _flushed(logs.exp2())
+    # By a power of two, which rounds nothing: whatever the later tokens bring, no bit changes before them.
+    whole_logs = logs.detach().floor()
+    scale = (whole_logs - whole_logs[..., (s - 1) // 2, None, :]).exp2()
+    fraction = logs - whole_logs
+    x, inverse = fraction.exp2() * scale, (-fraction).exp2() / scale
+    left = keep[..., -1, :]
+    kept = _products(F.pad(left, (0, 0, 1, 0), value=1))[0]  # (chunks, groups, I, J, C), of the n + 1 ends of blocks
+    whole = (keep * kept[..., :-1, :1, :]).flatten(2, 3)
+    if momentum is None:
+        reach = _flushed(x[..., -1:, :] * inverse)
+        last = (kept[..., -1, 1:, None, :] * reach).flatten(2, 3)
+        near = _Blocks(
+            x,
+            inverse,
+            None,
+            keep[..., 1:, :, :],
+            None,
+            reach[..., :-1, :, :],
+            kept[..., 1:-1, 1:-1, :],
+            None,
+            None,
+            None,
         )
-        into = into[..., 1:, :, :]
-    return _Gates(
-        whole.flatten(-3, -2),
-        block.reach.squeeze(2).unflatten(1, (groups, n)),
-        kept[..., -1, :1, :],
-        last.flatten(-3, -2),
-        push,
-        _Past(keep[..., 1:, :, :], past.flatten(-3, -2), into, echo),
+        return _Gates(whole, None, kept[..., -1, :1, :], None, None, last, None, rate, near)
+    still, e = _products(momentum.unflatten(2, (n, s)).unsqueeze(-1))
+    still = still.squeeze(-1)
+    fade, echo = e[..., -1, :], still[..., -1, :].unsqueeze(-1)
+    if seen is not None:
+        shown = seen.unflatten(2, (n, s)).unsqueeze(-1)
+        still, e = still * shown, e * shown
+    into = _flushed(x * (inverse * e).cumsum(dim=-2))
+    reach = _flushed(x[..., -1:, :] * (still.mT @ inverse))
+    moved = into[..., -1, :]
+    fades = _products(F.pad(fade, (0, 0, 1, 0), value=1))[0]  # (chunks, groups, I, J, 1)
+    # Σ_l A_Il f_l E_(l−1)J: what S at end J has become in W at end I.
+    before = F.pad(fades.squeeze(-1)[..., :-1, :], (0, 0, 1, 0)).mT
+    come = before.unsqueeze(-3) @ (kept * F.pad(moved, (0, 0, 1, 0)).unsqueeze(-3))
+    echoes = (fades[..., 1:-1, 1:-1, :] * echo[..., None, :-1, :, 0]).flatten(-2).unsqueeze(-2)
+    near = _Blocks(
+        x,
+        inverse,
+        still,
+        keep[..., 1:, :, :],
+        into[..., 1:, :, :],
+        reach[..., :-1, :, :],
+        kept[..., 1:-1, 1:-1, :],
+        come[..., 1:-1, 1:-1, :],
+        echo[..., :-1, :, :],
+        echoes,
     )
+    return _Gates(
+        whole,
+        torch.addcmul(keep * come[..., :-1, :1, :], into, fades[..., :-1, :1, :]).flatten(2, 3),
+        kept[..., -1, :1, :],
+        come[..., -1, :1, :],
+        fades[..., -1, :1, :],
+        torch.addcmul(kept[..., -1, 1:, None, :] * reach, come[..., -1, 1:, None, :], echo).flatten(2, 3),
+        (fades[..., -1, 1:, None, :] * echo).flatten(2, 3),
+        rate,
+        near,
+    )
+
+
+def _layers(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], seen: Tensor | None) -> list[_Gates]:
+    """The gates of each layer; few of equally many channels at once, as chunks of one: fewer kernels."""
+    channels = [forget.shape[-1] for _, forget, _ in parts]
+    if min(channels) < max(channels) or parts[0][1].numel() > SMALL:
+        return [_gates(*part, seen) for part in parts]
+    step, forget, momentum = zip(*parts)
+    pushed = None if momentum[0] is None else torch.cat(momentum)
+    gates = _gates(torch.cat(step), torch.cat(forget), pushed, None if seen is None else seen.repeat(len(parts), 1, 1))
+    return _each(gates, len(parts), lambda x: x.chunk(len(parts)))
+
+
+def _later(size: int, x: Tensor) -> Tensor:
+    """Which i are after t, (t, i). Quotients of products overflow there, and 0 · ∞ is not 0: mask, do not multiply."""
+    return torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+
+
+def _pairs(x: Tensor, blocks: _Blocks) -> Tensor:
+    """Within each block y_jc / x_ic for all i and j, (..., n, s s, C), of y (..., b, C)."""
+    return (blocks.inverse.unsqueeze(-2) * x.unflatten(-2, blocks.x.shape[-3:-1]).unsqueeze(-3)).flatten(-3, -2)
+
+
+def _carried(y: Tensor, blocks: _Blocks) -> Tensor:
+    """K_mj y_j for each block's start m but the first's, (..., n − 1, b − s, C), of y (..., b − s, C)."""
+    y = y.unflatten(-2, blocks.reach.shape[-3:-1])
+    carried = blocks.kept.unsqueeze(-2) * (blocks.reach * y).unsqueeze(-4)
+    if blocks.come is not None and blocks.echo is not None:
+        carried = torch.addcmul(carried, blocks.come.unsqueeze(-2), (blocks.echo * y).unsqueeze(-4))
+    return carried.flatten(-3, -2)
 
 
 def _first_scores(q: Tensor, k: Tensor, gates: _Gates) -> Tensor:
     """−Σ_c q_tc K_tcj θ_j k_jc, (chunks, groups, b, b): what the first layer needs of its tokens, known beforehand."""
-    reach, past = gates.reach, gates.past
-    if reach.shape[-2] == 1:
-        return (q @ k.mT) * reach.squeeze(-2).squeeze(-3)
-    n, s = reach.shape[-4:-2]
-    rows, columns = q.unflatten(-2, (n, s)), k.unflatten(-2, (n, s)).mT
-    near = (rows.unsqueeze(-2) @ (reach * columns.unsqueeze(-3))).squeeze(-2)
-    if past is None:
-        return near.squeeze(-3)
-    late, early = rows[..., 1:, :, :], k[..., None, :-s, :]
-    far = (late * past.keep) @ (past.reach * early).mT
-    if past.into is not None and past.echo is not None:
-        far = torch.addcmul(far, (late * past.into) @ early.mT, past.echo)
+    blocks = gates.within
+    if not isinstance(blocks, _Blocks):
+        return (q @ k.mT) * (blocks * gates.rate.mT)
+    k = k * gates.rate
+    n, s = blocks.x.shape[-3:-1]
+    rows = q.unflatten(-2, (n, s))
+    here = rows * blocks.x
+    if blocks.still is None:
+        near = (here @ (blocks.inverse * k.unflatten(-2, (n, s))).mT).tril()
+    else:
+        sums = (here @ _pairs(k, blocks).mT).unflatten(-1, (s, s))
+        near = (sums.masked_fill(_later(s, q).unsqueeze(-1), 0) * blocks.still.unsqueeze(-3)).sum(dim=-2)
+    if n == 1:
+        return near.squeeze(2)
+    late, early = rows[..., 1:, :, :], k[..., :-s, :]
+    far = (late * blocks.keep) @ _carried(early, blocks).mT
+    if blocks.into is not None and blocks.echoes is not None:
+        far = torch.addcmul(far, (late * blocks.into) @ early.unsqueeze(-3).mT, blocks.echoes)
     scores = torch.diag_embed(near.movedim(-3, -1), dim1=-4, dim2=-2).flatten(-2).flatten(-3, -2)
     return scores + F.pad(far.flatten(-3, -2), (0, s, s, 0))
+
+
+def _plain_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    return F.gelu(x), torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+
+
+class _Gelu(torch.autograd.Function):
+    """GELU and its slope. The slope of both is x ↦ φ(x) (2 − x²), which autograd takes a dozen kernels for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, slope = _plain_gelu(x)
+        ctx.save_for_backward(x, slope)
+        return y, slope
+
+    @staticmethod
+    @backward_without_autocast
+    def backward(ctx: Any, of_y: Tensor, of_slope: Tensor) -> Tensor:
+        x, slope = ctx.saved_tensors
+        if is_differentiated():
+            return plain_gradients(_plain_gelu, (x,), (of_y, of_slope))[0]
+        square = x.square()
+        curve = torch.exp(-0.5 * square).mul_(square.sub_(2)).mul_(of_slope)
+        return torch.addcmul(of_y * slope, curve, curve.new_full((1,), -((2 * math.pi) ** -0.5)))
+
+
+def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU(x) and GELU′(x)."""
+    return _plain_gelu(x) if is_transformed() or torch.compiler.is_compiling() else _Gelu.apply(x)
 
 
 def _normed_back(error: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
@@ -199,10 +281,11 @@ def _errors(
     anchor: Sequence[Tensor], k: Tensor, v: Tensor, residual: bool
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Each layer's inputs h and errors δ at the weights of the chunk's start, and M(k) − v."""
-    inputs, before = [k], []
+    inputs, slopes = [k], []
     for weight in anchor[:-1]:
-        before.append(inputs[-1] @ weight)
-        inputs.append(F.gelu(before[-1]))
+        h, slope = _gelu(inputs[-1] @ weight)
+        inputs.append(h)
+        slopes.append(slope)
     y = inputs[-1] @ anchor[-1]
     if residual:
         centred = y - y.mean(-1, keepdim=True)
@@ -213,18 +296,17 @@ def _errors(
     else:
         difference = y - v
         errors = [2 * difference]
-    for weight, x in zip(anchor[:0:-1], before[::-1]):
-        # One kernel for δ · GELU′(x), differentiable itself; written out it is a dozen.
-        errors.insert(0, torch.ops.aten.gelu_backward(errors[0] @ weight.mT, x))
+    for weight, slope in zip(anchor[:0:-1], slopes[::-1]):
+        errors.insert(0, (errors[0] @ weight.mT) * slope)
     return inputs, errors, difference
 
 
 def _read(z: Tensor, i: int, weight: Tensor, moving: Tensor | None, gates: _Gates) -> Tensor:
     """a_t z_t W_0 + f_t z_t S_0."""
     y = (z * gates.keep) @ weight if not i else gates.keep * (z @ weight)
-    if moving is None or gates.push is None:
+    if moving is None or gates.into is None:
         return y
-    into = gates.push.into
+    into = gates.into
     return torch.addcmul(y, into, z @ moving) if i else torch.baddbmm(y, z * into, moving)
 
 
@@ -232,20 +314,24 @@ def _written(y: Tensor, z: Tensor, i: int, h: Tensor, δ: Tensor, first: Tensor,
     """y_t − Σ_j K_tj θ_j (z_t·h_j) δ_j."""
     if not i:
         return torch.baddbmm(y, first, δ)
-    reach, past = gates.reach, gates.past
-    score = z @ h.mT
-    if reach.shape[-2] == 1:
-        return torch.baddbmm(y, score * reach.squeeze(-2).squeeze(-3), δ)
-    n, s = reach.shape[-4:-2]
-    blocks = score.unflatten(-1, (n, s)).unflatten(-3, (n, s))
-    near = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).unsqueeze(-1)
-    y = y + ((reach * δ.unflatten(-2, (n, s)).mT.unsqueeze(-3)) @ near).squeeze(-1).flatten(-3, -2)
-    if past is None:
+    score, blocks = z @ h.mT, gates.within
+    if not isinstance(blocks, _Blocks):
+        return torch.baddbmm(y, score * (blocks * gates.rate.mT), δ)
+    δ = δ * gates.rate
+    n, s = blocks.x.shape[-3:-1]
+    near = score.unflatten(-1, (n, s)).unflatten(-3, (n, s)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    if blocks.still is None:
+        near = near.tril() @ (blocks.inverse * δ.unflatten(-2, (n, s)))
+    else:
+        sums = (near.unsqueeze(-2) * blocks.still.unsqueeze(-3)).masked_fill(_later(s, δ).unsqueeze(-1), 0)
+        near = sums.flatten(-2) @ _pairs(δ, blocks)
+    y = y + (blocks.x * near).flatten(-3, -2)
+    if n == 1:
         return y
-    late, early = score.unflatten(-2, (n, s))[..., 1:, :, :-s], δ[..., None, :-s, :]
-    far = past.keep * (late @ (past.reach * early))
-    if past.into is not None and past.echo is not None:
-        far = torch.addcmul(far, past.into, (late * past.echo) @ early)
+    late, early = score.unflatten(-2, (n, s))[..., 1:, :, :-s], δ[..., :-s, :]
+    far = blocks.keep * (late @ _carried(early, blocks))
+    if blocks.into is not None and blocks.echoes is not None:
+        far = torch.addcmul(far, blocks.into, (late * blocks.echoes) @ early.unsqueeze(-3))
     return y + F.pad(far.flatten(-3, -2), (0, 0, s, 0))
 
 
@@ -255,18 +341,21 @@ def _after(
     """W and S at the chunk's end."""
     left = gates.left if i else gates.left.mT
     kept = left * weight
-    if moving is not None and gates.push is not None:
-        kept = torch.addcmul(kept, gates.push.last if i else gates.push.last.mT, moving)
-        moving = torch.baddbmm(gates.push.fade * moving, (h * gates.push.write).mT, δ)
-    inputs, errors = (h.mT, δ * gates.write) if i else ((h * gates.write).mT, δ)
-    return torch.baddbmm(kept, inputs, errors), moving
+    # Either factor of a rank-one gradient may take the gates; channels go with the one that has them.
+    h, δ = (h, δ * gates.rate) if i else (h * gates.rate, δ)
+    inputs, errors = (h, δ * gates.write) if i else (h * gates.write, δ)
+    if moving is not None and gates.moved is not None and gates.fade is not None and gates.echo is not None:
+        kept = torch.addcmul(kept, gates.moved if i else gates.moved.mT, moving)
+        moving = torch.baddbmm(gates.fade * moving, h.mT, δ * gates.echo)
+    return torch.baddbmm(kept, inputs.mT, errors), moving
 
 
-def _cut(x: Tensor, *, start: int, count: int, size: int, dtype: torch.dtype) -> Tensor:
-    """(chunks, groups, size, ...) of (batch, heads, tokens, ...)."""
+def _cut(x: Tensor, *, start: int, count: int, size: int, room: int, dtype: torch.dtype) -> Tensor:
+    """(chunks, groups, size + room, ...) of (batch, heads, tokens, ...), with zeros for the room."""
     part = x[:, :, start : start + count * size]
     part = part.reshape(part.shape[0] * part.shape[1], count, size, *part.shape[3:])
-    return part.transpose(0, 1).to(dtype).contiguous()
+    part = part.transpose(0, 1).to(dtype).contiguous()
+    return F.pad(part, (*[0, 0] * (part.dim() - 3), 0, room)) if room else part
 
 
 def _pieces(tokens: int, position: int, chunk: int, most: int) -> list[tuple[int, int, int]]:
@@ -300,31 +389,38 @@ def chunked_memory(
     Arguments and results are those of `memory_update`.
     """
     batch, heads, tokens, width = values.shape
+    if read == "pre":
+        # What M_t−1 gives for q_t is what is read after token t − 1 for the next query.
+        first = read_memory(queries[:, :, :1].to(state.weights[0].dtype), state.weights, residual=residual)
+        queries = torch.cat([queries[:, :, 1:], queries[:, :, -1:]], dim=2)
     dtype, groups, depth = state.weights[0].dtype, batch * heads, len(state.weights)
     weights, moving, anchor = ([x.flatten(0, 1) for x in part] for part in state[:3])
     position = state.position
     if mask is not None:
         hidden = ~mask[:, None, :, None]
         keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
-    products = max(1, groups * chunk * chunk * max(gate.shape[-1] for gate in forget))
-    most = max(1, tokens if torch.is_grad_enabled() else ROOM // products)
+    shown = torch.ones_like(step[0, :, :1], dtype=torch.bool) if mask is None else mask[:, None]
+    channels = max(gate.shape[-1] for gate in forget)
+    most = max(1, ROOM // max(1, groups * chunk * channels * (BLOCK if channels > 1 else chunk)))
     outputs, surprises = [], []
     for start, count, size in _pieces(tokens, position, chunk, most):
-        cut = partial(_cut, start=start, count=count, size=size, dtype=dtype)
+        # Blocks are full: the last one of a chunk with tokens that nobody has seen.
+        room = -size % BLOCK if size > BLOCK and channels > 1 else 0
+        cut = partial(_cut, start=start, count=count, size=size, room=room, dtype=dtype)
         q, k, v = cut(queries), cut(keys), cut(values)
-        seen = None if mask is None else cut(mask[:, None].expand(batch, heads, tokens)).bool()
-        gates = [
-            _blocked(cut(step[i]), cut(forget[i]), None if momentum is None else cut(momentum[i]), seen, read)
-            for i in range(len(step))
-        ] * (depth if len(step) == 1 else 1)
+        seen = None if mask is None and not room else cut(shown.expand(batch, heads, tokens)).bool()
+        parts = [
+            (cut(step[i]), cut(forget[i]), None if momentum is None else cut(momentum[i])) for i in range(len(step))
+        ]
+        gates = _layers(parts, seen) * (depth if len(step) == 1 else 1)
         scores = _first_scores(q, k, gates[0])
-        for c, layers in enumerate(zip(*(_by_chunk(gate) for gate in gates))):
+        for c, layers in enumerate(zip(*(_each(gate, count, torch.unbind) for gate in gates))):
             if position == 0:
                 anchor = weights
             inputs, errors, difference = _errors(anchor, k[c], v[c], residual)
             if surprised or limit is not None:
                 square = sum((h.square().sum(-1) * δ.square().sum(-1) for h, δ in zip(inputs, errors)), k.new_zeros(()))
-                surprises.append((difference.detach().square().sum(-1), square.detach().sqrt()))
+                surprises.append((difference.detach().square().sum(-1)[:, :size], square.detach().sqrt()[:, :size]))
                 if limit is not None:
                     errors = [δ * clamped(square, limit).unsqueeze(-1) for δ in errors]
             z, after = q[c], []
@@ -334,11 +430,13 @@ def chunked_memory(
                 z = _written(_read(z, i, weight, s, gate), z, i, h, δ, scores[c], gate)
                 after.append(_after(i, weight, s, h, δ, gate))
             weights, moving = [w for w, _ in after], [s for _, s in after if s is not None]
-            outputs.append(q[c] + F.layer_norm(z, z.shape[-1:], eps=EPS) if residual else z)
+            z = q[c] + F.layer_norm(z, z.shape[-1:], eps=EPS) if residual else z
+            outputs.append(z[:, :size] if room else z)
             position = (position + size) % chunk
-    y = torch.cat(outputs, dim=1).view(batch, heads, tokens, width).to(values.dtype)
-    parts = (weights, moving, anchor if position else weights)
-    held, pushes, at = (tuple(x.view(batch, heads, *x.shape[1:]) for x in part) for part in parts)
+    y = torch.cat(outputs, dim=1).view(batch, heads, tokens, width)
+    y = (y if read == "post" else torch.cat([first, y[:, :, :-1]], dim=2)).to(values.dtype)
+    ends = (weights, moving, anchor if position else weights)
+    held, pushes, at = (tuple(x.view(batch, heads, *x.shape[1:]) for x in part) for part in ends)
     state = MemoryState(held, pushes, at, position)
     if not surprised:
         return y, state, None

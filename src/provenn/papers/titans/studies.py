@@ -376,10 +376,10 @@ def memory_pass(
 
     def make(width: int, device: str) -> Callable[[], object]:
         torch.manual_seed(0)
-        if side in ("titans-pytorch", "titans-pytorch, frozen"):
+        if side == "titans-pytorch":
             from titans_pytorch import NeuralMemory as Port
 
-            layer = Port(width, chunk_size=chunk, batch_size=None if "frozen" in side else chunk).to(device)
+            layer = Port(width, chunk_size=chunk, batch_size=chunk).to(device)
         else:
             layer = NeuralMemory(width, chunk=chunk, gating=side).to(device)
         x = torch.randn(batch, tokens, width, device=device).requires_grad_(training)
