@@ -18,6 +18,7 @@ from provenn.ops.linear_attention import (
     fast,
     linear_attention,
     linear_attention_weights,
+    pooled_attention,
     quadratic_attention,
     recurrent_attention,
     resolved,
@@ -290,6 +291,24 @@ def test_the_quadratic_form_gradchecks_twice(causal):
     assert torch.autograd.gradgradcheck(lambda *x: Quadratic.apply(*x, causal), inputs)
 
 
+def test_the_pooled_form_gradchecks_twice():
+    inputs = [x.requires_grad_() for x in (features(2, 4, 2), features(2, 6, 2, seed=1), draw(2, 6, 3, seed=2))]
+    assert torch.autograd.gradcheck(pooled_attention, inputs)
+    assert torch.autograd.gradgradcheck(pooled_attention, inputs)
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_features_may_lie_in_columns(weights_made, name, causal):
+    q, k, v = features(2, 3, 33, 4), features(2, 3, 33, 4, seed=1), draw(2, 3, 33, 5, seed=2)
+    columns = [x.mT.contiguous().mT for x in (q, k)]
+    for ours, plain in zip(
+        outputs_and_gradients(attention_outputs, *columns, v, form=name, causal=causal),
+        outputs_and_gradients(attention_outputs, q, k, v, form=name, causal=causal),
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["linear", "quadratic"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_either_form_under_autocast_and_transforms(weights_made, name, causal):
@@ -343,3 +362,29 @@ def test_auto_is_the_form_that_was_at_least_a_quarter_faster():
         assert resolved("auto", n, features=2 * dim, dim=dim, causal=False, rows=rows) == "quadratic"
     for rows, dim, n in ((64, 24, 128), (4, 24, 160), (24, 64, 160), (1, 64, 256), (64, 16, 96)):
         assert resolved("auto", n, features=2 * dim, dim=dim, causal=False, rows=rows) == "linear"
+
+
+@pytest.mark.parametrize("floor, active", [(1e-3, 0.0), (40.0, 0.5), (1e4, 1.0)])
+def test_a_floor_bounds_what_a_row_is_divided_by(floor, active):
+    """Forms agree, gradients included; rows sum to 1, or to their share of the floor; the floor itself has no slope."""
+    q, k, v = features(2, 9, 4), features(2, 11, 4, seed=1), draw(2, 11, 3, seed=2)
+    totals = (q @ k.mT).sum(-1)
+    floor = totals.median().item() if active == 0.5 else floor
+    weights = linear_attention_weights(q, k, causal=False, floor=floor)
+    torch.testing.assert_close(weights.sum(-1), (totals / floor).clamp_max(1))
+    assert (totals < floor).double().mean().item() == pytest.approx(active, abs=0.06)
+    results = []
+    for form in (quadratic_attention, lambda *x, **o: bidirectional_attention(*x, **_without_causal(o))[0]):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = form(*inputs, causal=False, floor=floor)
+        results.append((y, *torch.autograd.grad((y * draw(*y.shape, seed=3)).sum(), inputs)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+    if active == 1.0:  # then the output is the sum over the floor: linear in the queries
+        torch.testing.assert_close(bidirectional_attention(2 * q, k, v, floor=floor)[0], 2 * results[0][0])
+    state = bidirectional_attention(q, k[:, :6], v[:, :6])[1].add(k[:, 6:], v[:, 6:])
+    torch.testing.assert_close(state.read(q, floor=floor), results[0][0])
+
+
+def _without_causal(options):
+    return {name: value for name, value in options.items() if name != "causal"}

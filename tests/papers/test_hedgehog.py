@@ -43,6 +43,7 @@ from provenn.papers.hedgehog import (
 from provenn.papers.hedgehog import distillation as distillation_module
 from provenn.papers.hedgehog.distillation import map_parameters
 from provenn.papers.hedgehog.layers import FORMS
+from provenn.papers.hedgehog.mirrored import mirrored_softmax, plain_mirrored_softmax
 from provenn.papers.hedgehog.model import hedgehog_gpt2, hedgehog_small, hedgehog_vit
 from provenn.papers.hedgehog.task import Distillation
 from provenn.tasks import get_task
@@ -88,6 +89,38 @@ def test_the_other_sign_swaps_the_halves(form):
     phi = HedgehogFeatureMap(3, 4, form=form).double()
     x = torch.randn(2, 3, 7, 4, dtype=torch.float64)
     torch.testing.assert_close(phi(-x), phi(x).unflatten(-1, (2, -1)).flip(-2).flatten(-2), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("std", [0.1, 3.0, 12.0, 300.0])
+def test_one_exponential_and_its_reciprocal_are_two_softmaxes(std, bias):
+    x = (std * torch.randn(2, 3, 9, 4, dtype=torch.float64)).transpose(1, 2).contiguous().transpose(1, 2)
+    weight, shift = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 1, 5, dtype=torch.float64)
+    inputs = [z.requires_grad_() for z in (x, weight, *([shift] if bias else []))]
+    outward = torch.randn(2, 3, 9, 10, dtype=torch.float64)
+    given = inputs if bias else [*inputs, None]
+    ours, plain = mirrored_softmax(*given), plain_mirrored_softmax(*given)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15)
+    with torch.no_grad():
+        assert torch.equal(mirrored_softmax(*given), ours)
+    # A floored feature has no gradient; the plain form lets through what rounding is to it, p < 1e-12 times its half's.
+    for a, b in zip(*(torch.autograd.grad((z * outward).sum(), inputs) for z in (ours, plain))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_the_features_gradcheck_twice_and_map_over_examples():
+    x, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 2, 3, 3), (2, 3, 3)))
+    assert torch.autograd.gradcheck(lambda *z: mirrored_softmax(*z, None), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda *z: mirrored_softmax(*z, None), (x, weight))
+    mapped = torch.func.vmap(lambda z: mirrored_softmax(z, weight, None))(x.unsqueeze(1))
+    torch.testing.assert_close(mapped.squeeze(1), mirrored_softmax(x, weight, None))
+
+
+def test_features_of_what_is_no_number_are_none():
+    x = torch.ones(1, 1, 2, 3)
+    x[0, 0, 0, 0] = math.nan
+    features = HedgehogFeatureMap(1, 3)(x)
+    assert features[0, 0, 0].isnan().all() and features[0, 0, 1].isfinite().all()
 
 
 def test_a_shift_of_y_leaves_each_half_of_the_softmax_form():

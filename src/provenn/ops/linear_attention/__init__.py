@@ -10,7 +10,7 @@ from torch import Tensor
 from provenn.ops.autograd import is_transformed
 
 from . import triton
-from .fast import CHUNK, bidirectional_attention, causal_attention, chunked_product, short_attention
+from .fast import CHUNK, bidirectional_attention, causal_attention, chunked_product, pooled_attention, short_attention
 from .reference import LinearState, linear_attention_weights, quadratic_attention, recurrent_attention
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "chunked_product",
     "linear_attention",
     "linear_attention_weights",
+    "pooled_attention",
     "quadratic_attention",
     "recurrent_attention",
     "resolved",
@@ -96,6 +97,8 @@ def attention_outputs(
     sizes = {"features": features, "dim": values.shape[-1], "queries": queries.shape[-2]}
     if resolved(form, tokens, causal=causal, rows=math.prod(keys.shape[:-2]), **sizes) == "quadratic":
         return short_attention(queries, keys, values, causal=causal, mask=mask)
+    if not causal:
+        return pooled_attention(queries, keys, values, mask=mask)
     return linear_attention(queries, keys, values, causal=causal, mask=mask)[0]
 
 

@@ -146,8 +146,8 @@ def causal_attention(
     # A column of ones beside the values carries the normaliser along.
     v = torch.cat([v, v.new_ones(*batch, n, 1)], dim=-1)
     start = torch.cat([state.s, state.z.unsqueeze(-1)], dim=-1).to(dtype)
-    rows = math.prod(batch)  # not −1, which an empty batch leaves open
-    q, k, v, start = (x.reshape(rows, *x.shape[-2:]) for x in (queries.to(dtype), k, v, start))
+    # Features that lie in columns would be copied by the cutting of every chunk, both ways; so they are once.
+    q, k, v, start = (_rows(x).contiguous() for x in (queries.to(dtype), k, v, start))
     with without_autocast(v):
         if is_transformed():
             y, end = chunked_product(q, k, v, start, reverse=False)
@@ -172,65 +172,134 @@ def short_attention(
 
     Arguments as in `causal_attention`. Sums are divided after they are taken, which leaves n² divisions out.
     """
-    *batch, n, dim = values.shape
+    *batch, _, dim = values.shape
     dtype = accumulator(queries, keys, values)
     q = queries.to(dtype)
     k, v = masked(mask, keys.to(dtype), values.to(dtype))
     with without_autocast(v):
-        whole = math.prod(batch) * n * queries.shape[-2] <= WHOLE
-        if whole or is_transformed() or torch.compiler.is_compiling():
+        if is_transformed() or torch.compiler.is_compiling():
             return _weighted(q, k, v, causal).to(values.dtype)
-        q, k, v = (x.reshape(math.prod(batch), *x.shape[-2:]) for x in (q, k, v))
-        y = cast(Tensor, Quadratic.apply(q, k, v, causal))
-    return y.view(*batch, -1, dim).to(values.dtype)
+        y = cast(Tensor, Quadratic.apply(_rows(q), _rows(k), _rows(v), causal))
+    return y.view(*batch, queries.shape[-2], dim).to(values.dtype)
 
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     weights = q @ k.mT
-    if causal:  # in place, except where vmap has no rule for it
-        weights = weights.tril() if is_transformed() else weights.tril_()
+    if causal:
+        weights = weights.tril()
     return normalised(weights @ v, weights.sum(dim=-1))
 
 
 class Quadratic(torch.autograd.Function):
-    """`_weighted`, some rows at a time: their weights are made again on the way back, and stay in the cache.
+    """`_weighted`, some rows at a time, so that their weights stay in the cache; many are made again on the way back.
 
     With y = s/z, s_i = Σ_j w_ij v_j and z_i = Σ_j w_ij:  ∂L/∂s = g/z, ∂L/∂z = −g·y/z, ∂L/∂w_ij = (g_i/z_i)·(v_j − y_i).
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool):
-        y = v.new_empty(*q.shape[:-1], v.shape[-1])
-        total = q.new_empty(*q.shape[:-1], 1)
-        for part in _slices(len(q), q.shape[1] * k.shape[1], q.device):
-            weights = torch.bmm(q[part], k[part].mT)
-            weights = weights.tril_() if causal else weights
-            total[part] = weights.sum(dim=-1, keepdim=True)
-            torch.bmm(weights, v[part], out=y[part])
+        rows, queries, _ = q.shape
+        tokens = k.shape[1]
+        parts = list(_slices(rows, queries * tokens, q.device))
+        kept = any(ctx.needs_input_grad) and rows * queries * tokens <= WHOLE
+        held = rows if kept else min(rows, max((part.stop - part.start for part in parts), default=0))
+        weights = q.new_empty(held, queries, tokens)
+        y = v.new_empty(rows, queries, v.shape[-1])
+        total = q.new_empty(rows, queries, 1)
+        for part in parts:
+            chosen = weights[part] if kept else weights[: min(rows, part.stop) - part.start]
+            torch.bmm(q[part], k[part].mT, out=chosen)
+            if causal:
+                chosen.tril_()
+            torch.sum(chosen, dim=-1, keepdim=True, out=total[part])
+            torch.bmm(chosen, v[part], out=y[part])
         y.div_(total.masked_fill_(total == 0, 1))
-        ctx.save_for_backward(q, k, v, y, total)
+        ctx.save_for_backward(q, k, v, y, total, weights if kept else None)
         ctx.causal = causal
         return y
 
     @staticmethod
     @backward_without_autocast
     def backward(ctx, grad: Tensor):
-        q, k, v, y, total = ctx.saved_tensors
+        q, k, v, y, total, kept = ctx.saved_tensors
         if is_differentiated():
             return *plain_gradients(functools.partial(_weighted, causal=ctx.causal), (q, k, v), grad), None
         grad_s = grad / total
         grad_z = (grad_s * y).sum(dim=-1, keepdim=True).neg_()
-        grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         for part in _slices(len(q), q.shape[1] * k.shape[1], q.device):
-            weights = torch.bmm(q[part], k[part].mT)
+            if kept is None:
+                weights = torch.bmm(q[part], k[part].mT)
+                weights = weights.tril_() if ctx.causal else weights
+            else:
+                weights = kept[part]
             grad_w = torch.baddbmm(grad_z[part], grad_s[part], v[part].mT)
             if ctx.causal:
-                weights.tril_()
                 grad_w.tril_()
-            torch.bmm(weights.mT, grad_s[part], out=grad_v[part])
-            torch.bmm(grad_w, k[part], out=grad_q[part])
-            torch.bmm(grad_w.mT, q[part], out=grad_k[part])
+            _product(weights.mT, grad_s[part], grad_v[part])
+            _product(grad_w, k[part], grad_q[part])
+            _product(grad_w.mT, q[part], grad_k[part])
         return grad_q, grad_k, grad_v, None
+
+
+def pooled_attention(
+    queries: Float[Tensor, "*batch queries features"],
+    keys: Float[Tensor, "*batch tokens features"],
+    values: Float[Tensor, "*batch tokens dim"],
+    *,
+    mask: Bool[Tensor, "..."] | None = None,
+) -> Float[Tensor, "*batch queries dim"]:
+    """The outputs of `bidirectional_attention` alone, with fewer calls each way: short sequences are made of those."""
+    if is_transformed() or torch.compiler.is_compiling():
+        return bidirectional_attention(queries, keys, values, mask=mask)[0]
+    *batch, _, dim = values.shape
+    dtype = accumulator(queries, keys, values)
+    k, v = masked(mask, keys.to(dtype), values.to(dtype))
+    with without_autocast(v):
+        y = cast(Tensor, Pooled.apply(*(_rows(x) for x in (queries.to(dtype), k, v))))
+    return y.view(*batch, queries.shape[-2], dim).to(values.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])  # not −1, which an empty batch leaves open
+
+
+class Pooled(torch.autograd.Function):
+    """y = q S / q z with S = kᵀ v and z = Σ k.
+
+    With g = ∂L/∂y, G = g/(q z) and c = −G·y:  ∂L/∂q = G Sᵀ + c zᵀ, ∂L/∂S = qᵀ G, ∂L/∂z = qᵀ c, and on to k and v.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor):
+        s, z = torch.bmm(k.mT, v), k.sum(dim=1, keepdim=True)
+        total = torch.bmm(z, q.mT).mT  # a row times a matrix takes a quarter of a matrix times a column
+        total.masked_fill_(total == 0, 1)
+        y = torch.bmm(q, s).div_(total)
+        ctx.save_for_backward(q, k, v, s, z, y, total)
+        return y
+
+    @staticmethod
+    @backward_without_autocast
+    def backward(ctx, grad: Tensor):
+        q, k, v, s, z, y, total = ctx.saved_tensors
+        if is_differentiated():
+            return plain_gradients(lambda *x: bidirectional_attention(*x)[0], (q, k, v), grad)
+        grad_sums = grad / total
+        grad_total = (grad_sums * y).sum(dim=-1, keepdim=True).neg_()
+        grad_s, grad_z = torch.bmm(q.mT, grad_sums), torch.bmm(grad_total.mT, q)
+        grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
+        _product(grad_sums, s.mT, grad_q)
+        _product(v, grad_s.mT, grad_k)
+        return grad_q.addcmul_(grad_total, z), grad_k.add_(grad_z), torch.bmm(k, grad_s)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b. Into columns it is made as outᵀ = bᵀ aᵀ, or PyTorch would make it elsewhere and copy it."""
+    if out.stride(-1) == 1:
+        torch.bmm(a, b, out=out)
+    else:
+        torch.bmm(b.mT, a.mT, out=out.mT)
 
 
 def bidirectional_attention(
@@ -240,8 +309,12 @@ def bidirectional_attention(
     *,
     mask: Bool[Tensor, "..."] | None = None,
     state: LinearState | None = None,
+    floor: float = 0.0,
 ) -> tuple[Float[Tensor, "*batch queries dim"], LinearState]:
-    """Every query attends to all tokens: one state is summed, then read. Arguments as in `causal_attention`."""
+    """Every query attends to all tokens: one state is summed, then read. Arguments as in `causal_attention`.
+
+    `floor` is the least number that a query's sums are divided by (see `linear_attention_weights`).
+    """
     dtype = accumulator(queries, keys, values)
     q = queries.to(dtype)
     k, v = masked(mask, keys.to(dtype), values.to(dtype))
@@ -249,5 +322,5 @@ def bidirectional_attention(
         s, z = k.mT @ v, k.sum(dim=-2)
         if state is not None:
             s, z = state.s.to(dtype) + s, state.z.to(dtype) + z
-        outputs = normalised(q @ s, (q @ z.unsqueeze(-1)).squeeze(-1))
+        outputs = normalised(q @ s, (q @ z.unsqueeze(-1)).squeeze(-1), floor)
     return outputs.to(values.dtype), LinearState(s, z)

@@ -40,15 +40,20 @@ class LinearState(NamedTuple):
         keys, values = keys.to(self.s.dtype), values.to(self.s.dtype)
         return LinearState(self.s + keys.mT @ values, self.z + keys.sum(dim=-2))
 
-    def read(self, queries: Float[Tensor, "*batch queries features"]) -> Float[Tensor, "*batch queries dim"]:
-        """y = φ(q)ᵀS / φ(q)·z: attention of each query to all tokens of the state."""
+    def read(
+        self, queries: Float[Tensor, "*batch queries features"], *, floor: float = 0.0
+    ) -> Float[Tensor, "*batch queries dim"]:
+        """y = φ(q)ᵀS / max(φ(q)·z, floor): attention of each query to all tokens of the state."""
         q = queries.to(self.s.dtype)
-        return normalised(q @ self.s, (q @ self.z.unsqueeze(-1)).squeeze(-1)).to(queries.dtype)
+        return normalised(q @ self.s, (q @ self.z.unsqueeze(-1)).squeeze(-1), floor).to(queries.dtype)
 
 
-def normalised(sums: Float[Tensor, "*batch dim"], total: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
-    """sums / total, and 0 where nothing may be attended."""
-    return sums / total.masked_fill(total == 0, 1).unsqueeze(-1)
+def normalised(
+    sums: Float[Tensor, "*batch dim"], total: Float[Tensor, "*batch"], floor: float = 0.0
+) -> Float[Tensor, "*batch dim"]:
+    """sums / max(total, floor), and 0 where nothing may be attended."""
+    total = total.clamp_min(floor) if floor > 0 else total.masked_fill(total == 0, 1)
+    return sums / total.unsqueeze(-1)
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -70,6 +75,7 @@ def linear_attention_weights(
     *,
     causal: bool = True,
     mask: Bool[Tensor, "..."] | None = None,
+    floor: float = 0.0,
 ) -> Float[Tensor, "*batch queries tokens"]:
     """a_ij = φ(q_i)·φ(k_j) / Σ_j' φ(q_i)·φ(k_j'): the tokens × tokens matrix that linear attention never forms.
 
@@ -77,15 +83,17 @@ def linear_attention_weights(
         queries, keys: φ(q) and φ(k), features already mapped.
         causal: query i sees tokens up to i only; where there are fewer queries than tokens, they are the last ones.
         mask: True where a token may be attended; broadcasts to (*batch, tokens).
+        floor: the least number that a row is divided by, as L²ViT has it (arXiv:2501.16182).
 
-    Each row sums to 1, or is 0 where nothing may be attended. In float32 at least.
+    Each row sums to 1, to less where the floor is above its sum, or is 0 where nothing may be attended. In float32 at
+    least.
     """
     dtype = accumulator(queries, keys)
     (keys,) = masked(mask, keys.to(dtype))
     weights = queries.to(dtype) @ keys.mT
     if causal:
         weights = weights.tril(weights.shape[-1] - weights.shape[-2])
-    return normalised(weights, weights.sum(dim=-1))
+    return normalised(weights, weights.sum(dim=-1), floor)
 
 
 def quadratic_attention(
@@ -95,9 +103,10 @@ def quadratic_attention(
     *,
     causal: bool = True,
     mask: Bool[Tensor, "..."] | None = None,
+    floor: float = 0.0,
 ) -> Float[Tensor, "*batch queries dim"]:
     """The definition: a matrix of weights, times the values. Arguments as in `linear_attention_weights`."""
-    weights = linear_attention_weights(queries, keys, causal=causal, mask=mask)
+    weights = linear_attention_weights(queries, keys, causal=causal, mask=mask, floor=floor)
     (visible,) = masked(mask, values.to(weights.dtype))
     return (weights @ visible).to(values.dtype)
 

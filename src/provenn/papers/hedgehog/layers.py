@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
-from provenn.nn.attention import SoftmaxAttention, check_tokens
+from provenn.nn.attention import SoftmaxAttention, check_tokens, split_heads
 from provenn.nn.feature_maps import (
     CosFormerMap,
     EluMap,
@@ -22,11 +22,11 @@ from provenn.nn.feature_maps import (
     T2RMap,
     TaylorMap,
 )
-from provenn.nn.positions import rotate
+from provenn.nn.positions import rotation, turn
 from provenn.ops.linear_attention import FORMS as EXECUTIONS
 from provenn.ops.linear_attention import LinearState, attention_outputs, linear_attention, linear_attention_weights
+from provenn.papers.hedgehog.mirrored import FLOOR, mirrored_softmax
 
-FLOOR = 1e-12
 FORMS = ("softmax", "joint", "exp", "plain")
 MapMaker = Callable[[int, int], FeatureMap]
 
@@ -73,16 +73,17 @@ class HedgehogFeatureMap(FeatureMap):
         self.linear = PerHeadLinear(num_heads, head_dim, feature_dim, bias=bias)
 
     def phi(self, x: Tensor, start: int) -> Tensor:
+        if self.form == "softmax":
+            bias = self.linear.bias
+            return mirrored_softmax(x, self.linear.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         both = self.linear.both_signs(x)
         if self.form == "plain":
             return both.exp().flatten(-2)
         if self.form == "joint":
             return _floored((2 * both.flatten(-2)).softmax(dim=-1))
-        if self.form == "exp":
-            # Not detached: on a key the maximum is a factor of its weight, which does not cancel.
-            both = both - both.amax(dim=-1, keepdim=True)
-            return _floored(both.exp()).flatten(-2)
-        return _floored(both.softmax(dim=-1)).flatten(-2)
+        # Not detached: on a key the maximum is a factor of its weight, which does not cancel.
+        both = both - both.amax(dim=-1, keepdim=True)
+        return _floored(both.exp()).flatten(-2)
 
 
 def _floored(features: Tensor) -> Tensor:
@@ -197,10 +198,11 @@ class LinearAttention(nn.Module):
     def project(self, x: Float[Tensor, "batch tokens dim"], start: int = 0) -> Projected:
         """Queries, keys and values of each head, before φ; `start` is the position of the first token."""
         check_tokens(x, self.dim)
-        q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
         if self.rotary:
             positions = torch.arange(start, start + x.shape[1], device=x.device)
-            q, k = rotate(q, positions), rotate(k, positions)
+            angles = rotation(positions, q.shape[-1], q.dtype)
+            q, k = turn(q, *angles), turn(k, *angles)
         return Projected(q, k, v)
 
     def weights(
@@ -228,7 +230,7 @@ class LinearAttention(nn.Module):
         empty = LinearState.empty(
             batch,
             self.heads,
-            features=cast(int, self.map_key.features),
+            features=self.map_key.features,
             dim=self.dim // self.heads,
             dtype=torch.promote_types(weight.dtype, torch.float32),
             device=weight.device,

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from provenn.nn.attention import SoftmaxAttention
@@ -71,8 +71,10 @@ class SequenceClassifier(nn.Module):
         length: of the longest sequence.
         dim, heads, layers, feedforward, dropout: of the blocks.
         feature_map: "softmax", or a name in `MAPS`.
+        pairs: the class is of two sequences, read by the same blocks: their means a and b, a · b and a − b go through
+            one hidden layer, as Long Range Arena's Retrieval has it (Tay et al., 2020, arXiv:2011.04006).
 
-    Shapes: (batch, tokens, channels) to (batch, num_classes).
+    Shapes: (batch, tokens, channels) to (batch, num_classes); of pairs (batch, 2, tokens, channels).
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class SequenceClassifier(nn.Module):
         feedforward: int = 128,
         dropout: float | int = 0.1,
         feature_map: str = "hedgehog",
+        pairs: bool = False,
     ):
         super().__init__()
         self.embed = nn.Linear(channels, dim, bias=False)
@@ -95,20 +98,78 @@ class SequenceClassifier(nn.Module):
         mixer = partial(attention(feature_map, heads), causal=False)
         self.blocks = nn.ModuleList(PreNormBlock(dim, mixer, **parts) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_classes)
+        self.pairs = pairs
+        if pairs:
+            self.head: nn.Module = nn.Sequential(
+                nn.Linear(4 * dim, feedforward), nn.ReLU(), nn.Linear(feedforward, num_classes)
+            )
+        else:
+            self.head = nn.Linear(dim, num_classes)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens channels"], mask: Bool[Tensor, "batch tokens"] | None = None
+        self, x: Float[Tensor, "batch *pair tokens channels"], mask: Bool[Tensor, "batch *pair tokens"] | None = None
     ) -> Float[Tensor, "batch classes"]:
         """Logits; `mask` is True for the tokens of a sequence and False for its padding."""
+        if x.dim() != 3 + self.pairs or (self.pairs and x.shape[1] != 2):
+            expected = "(batch, 2, tokens, channels)" if self.pairs else "(batch, tokens, channels)"
+            raise ValueError(f"expected {expected}, got {tuple(x.shape)}")
+        x = self.embed(x)
+        if not self.pairs:
+            return self.head(self._read(x, mask))
+        a, b = self._read(x.flatten(0, 1), None if mask is None else mask.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        return self.head(torch.cat([a, b, a * b, a - b], dim=1))
+
+    def _read(
+        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
+    ) -> Float[Tensor, "batch dim"]:
+        """The mean over the valid tokens, after the blocks."""
         if x.shape[1] > len(self.place):
             raise ValueError(f"expected at most {len(self.place)} tokens, got {x.shape[1]}")
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        hidden = self.embed(x) + self.place[: x.shape[1]]
+        hidden = x + self.place[: x.shape[1]]
         for block in self.blocks:
             hidden = block(hidden, mask=mask)
         valid = mask[..., None]
-        return self.head(self.norm(hidden).masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp_min(1))
+        return self.norm(hidden).masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp_min(1)
+
+
+class TextClassifier(SequenceClassifier):
+    """Class or score of a text or of a pair of texts in tokens, called as BERT is.
+
+    Args:
+        vocab: how many tokens there are.
+        num_classes: logits; 1 for a score.
+        length: of the longest example.
+        dim, heads, layers, feedforward, dropout, feature_map: as in `SequenceClassifier`.
+
+    Shapes: (batch, tokens) to (batch, num_classes).
+    """
+
+    def __init__(
+        self,
+        vocab: int = 256,
+        num_classes: int = 2,
+        length: int = 256,
+        dim: int = 64,
+        heads: int = 4,
+        layers: int = 2,
+        feedforward: int = 256,
+        dropout: float | int = 0.1,
+        feature_map: str = "hedgehog",
+    ):
+        super().__init__(1, num_classes, length, dim, heads, layers, feedforward, dropout, feature_map)
+        self.embed, self.part = nn.Embedding(vocab, dim), nn.Embedding(2, dim)  # type: ignore[assignment]  # tokens
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
+        token_type_ids: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits; `attention_mask` is 1 or True for tokens, `token_type_ids` 1 for those of the second text."""
+        parts = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        mask = None if attention_mask is None else attention_mask.bool()
+        return self.head(self._read(self.embed(input_ids) + self.part(parts), mask))
 
 
 class VisionTransformer(nn.Module):
