@@ -1,8 +1,10 @@
 """Systems and streaming layers as ONNX files, which run without Python and torch."""
 
 import importlib.util
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from provenn.errors import UserError
 from provenn.files import whole
+from provenn.nn.fusion import fuse
 from provenn.nn.padding import PadToMultiple
+from provenn.nn.segmentation import resize
 from provenn.progress import quiet_loggers
 from provenn.tasks import Task
+from provenn.tasks.base import count_examples
 
 POSITIONS = (0, 1, 2, 7, 40)  # at which a step must do the same
 AT_POSITION = 7  # of the example that is traced: 0 and 1 would be taken for constants
@@ -39,14 +44,12 @@ class Enlarger(nn.Module):
         return self.network(image).clamp(0, 1)
 
 
-class Classifier(nn.Module):
-    """A classifier with what comes before and after it.
+class _Standardising(nn.Module):
+    """A network with what its images go through before it.
 
     Args:
-        model: gives logits.
+        model: takes standardised images.
         mean, std: of each channel, as in training.
-
-    Shapes: image (batch, channels, height, width) in 0…1 to probabilities (batch, classes).
     """
 
     mean: Tensor
@@ -54,12 +57,55 @@ class Classifier(nn.Module):
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
+    def standard(self, image: Float[Tensor, "batch channels height width"]) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class Classifier(_Standardising):
+    """A classifier, its model giving logits.
+
+    Shapes: image (batch, channels, height, width) in 0…1 to probabilities (batch, classes).
+    """
+
     def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        return self.model((image - self.mean) / self.std).softmax(dim=1)
+        return self.model(self.standard(image)).softmax(dim=1)
+
+
+class PixelClassifier(_Standardising):
+    """A segmenter, its model giving logits of any resolution.
+
+    Shapes: image (batch, channels, height, width) in 0…1 to probabilities (batch, classes, height, width).
+    """
+
+    def forward(
+        self, image: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes height width"]:
+        return resize(self.model(self.standard(image)), image.shape[-2:]).softmax(dim=1)
+
+
+class Detector(_Standardising):
+    """A detector that looks at each place once, its model a `provenn.nn.detection.dense.DenseDetector`.
+
+    What it gives is not thinned out yet: of the boxes of a class that overlap, the surest is meant.
+
+    Shapes: image (batch, channels, height, width) in 0…1 to boxes (batch, places, 4): left, top, right, bottom in
+        pixels; and for each the score (batch, places) of its likeliest class, and that class (batch, places).
+    """
+
+    def forward(self, image: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, Tensor, Tensor]:
+        output = self.model(self.standard(image))
+        logits, label = output.logits.max(dim=2)
+        scores = logits.sigmoid()
+        if isinstance(output.centreness, Tensor):
+            scores = (scores * output.centreness.sigmoid()).sqrt()
+        boxes = self.model.boxes_at(output.offsets, self.model.places(image))
+        height, width = image.shape[-2:]
+        inside = [side.clamp(0, (width, height)[axis % 2]) for axis, side in enumerate(boxes.unbind(dim=-1))]
+        return torch.stack(inside, dim=-1), scores, label
 
 
 class Step(nn.Module):
@@ -82,8 +128,8 @@ class Step(nn.Module):
         return y, *pytree.tree_leaves(new)
 
 
-def portable_system(model: nn.Module, task: Task, meta: dict[str, Any], file: Path, about: dict[str, str]) -> None:
-    """Write a system as its task says, of one input or several; or as `image_system` does."""
+def portable_system(model: nn.Module, task: Task, meta: dict[str, Any], file: Path, about: dict[str, str]) -> list[str]:
+    """Write a system as its task says, of one input or several; or as `image_system` does, returning its lines."""
     if type(task).portable is Task.portable:
         return image_system(model, task.name, meta, file, about)
     form = task.portable(model, meta)
@@ -95,7 +141,7 @@ def portable_system(model: nn.Module, task: Task, meta: dict[str, Any], file: Pa
         }
         for name in form.example
     }
-    return _write(
+    _write(
         form.system.eval(),
         form.example,
         sizes,
@@ -104,34 +150,207 @@ def portable_system(model: nn.Module, task: Task, meta: dict[str, Any], file: Pa
         file=file,
         about=about,
     )
+    return []
 
 
-def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, about: dict[str, str]) -> None:
-    """Write a system that takes images: `image` (1, 3, height, width) of any size to `larger`, or a batch of images of
-    the size that a classifier was trained on to `probabilities`; all in 0…1.
+RESULTS = {
+    "image-classification": (Classifier, ["probabilities"]),
+    "semantic-segmentation": (PixelClassifier, ["probabilities"]),
+    "object-detection": (Detector, ["boxes", "scores", "labels"]),
+}
+
+
+def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, about: dict[str, str]) -> list[str]:
+    """Write a system that takes `image`, in 0…1, and gives what its task is for.
+
+    Super-resolution: (1, 3, height, width) of any size to `larger`. The others take a batch, of any size where the
+    network does and else of the size that it was trained on: classification to `probabilities`, segmentation to
+    `probabilities` of each pixel, object detection to the `boxes`, `scores` and `labels` of every place (see
+    `Detector`). These go through `provenn.nn.fusion.fuse` first.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; left as it is.
         task, meta: what it does, and what prediction needs to know.
         file: where it goes, ending in .onnx.
         about: is kept in the file's metadata.
 
+    Returns:
+        What the user should know of the file, a line each.
+
     Raises:
-        UserError: a system that takes no images.
+        UserError: a system that takes no images, or one that ONNX has no form of.
     """
-    sizes: dict[int, Any]  # `torch.export.Dim` is a class to type checkers and a function at run time
+    check_place(file)
     if task == "super-resolution":
-        system: nn.Module = Enlarger(model)
         # No side is 1, 16 or like another: a tracer would take that for a rule.
-        example = torch.rand(1, 3, 37, 51)
-        result, sizes = "larger", {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    elif task == "image-classification":
-        system = Classifier(model, meta["mean"], meta["std"])
-        example = torch.rand(2, meta["channels"], meta["size"], meta["size"])
-        result, sizes = "probabilities", {0: torch.export.Dim("batch")}
-    else:
+        sizes = ({2: torch.export.Dim("height"), 3: torch.export.Dim("width")},)
+        enlarger, example = Enlarger(model).eval(), torch.rand(1, 3, 37, 51)
+        _write(enlarger, (example,), sizes, inputs=["image"], outputs=["larger"], file=file, about=about)
+        return []
+    if task not in RESULTS:
         raise UserError(f"only systems that take images can be exported; these weights are for {task}")
-    _write(system.eval(), (example,), (sizes,), inputs=["image"], outputs=[result], file=file, about=about)
+    if task == "object-detection" and not hasattr(model, "boxes_at"):
+        raise UserError(
+            f"{type(model).__name__} looks at regions that it picks on the way, which ONNX has no form of: detectors "
+            "that look at every place once can be exported, as RetinaNet, FCOS and ATSS do"
+        )
+    system, outputs = RESULTS[task]
+    channels, side = meta.get("channels", 3), int(meta["size"])
+    fused, notes = _fused(model, torch.rand(2, channels, side, side))
+    return [*notes, *_write_images(system(fused, meta["mean"], meta["std"]), channels, side, outputs, file, about)]
+
+
+def _fused(model: nn.Module, example: Tensor) -> tuple[nn.Module, list[str]]:
+    """The model with branches merged and batch norms folded; where that cannot be, as it is, and why."""
+    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    try:
+        fused = fuse(model, example)
+    except Exception as error:  # a tracer fails in many ways, and an unfused file is as right
+        return model, [f"not fused: {_in_a_line(error)}"]
+    left = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in fused.modules())
+    return fused, [f"fused: {norms - left} of {norms} batch norms folded"] if norms else []
+
+
+def _write_images(
+    system: nn.Module, channels: int, side: int, outputs: list[str], file: Path, about: dict[str, str]
+) -> list[str]:
+    """Write a system of images with all sizes open, or where its network fixes them, with the batch alone."""
+    batch = torch.export.Dim("batch")
+    # Not alike, and no multiples of a stride: a tracer would take that for a rule.
+    tall, wide = side + 5, side + 11
+    every = {0: batch, 2: torch.export.Dim("height", min=16), 3: torch.export.Dim("width", min=16)}
+    attempts = [((2, channels, tall, wide), every, []), ((2, channels, side, side), {0: batch}, ["height and width"])]
+    if outputs != ["probabilities"]:  # places of a detector
+        attempts.append(((1, channels, side, side), {}, ["batch, height and width"]))
+    trouble: Exception | None = None
+    for shape, sizes, fixed in attempts:
+        try:
+            with torch.no_grad():
+                system.eval()(torch.rand(shape))
+            _write(system, (torch.rand(shape),), (sizes,), inputs=["image"], outputs=outputs, file=file, about=about)
+        except UserError:
+            raise
+        except Exception as error:  # a tracer, or the network itself, which refuses sizes as it likes
+            trouble = error
+        else:
+            given = "×".join(str(size) for size in shape)
+            return [f"{fixed[0]} fixed: images of {given}" if fixed else "any batch, height and width"]
+    assert trouble is not None
+    raise UserError(f"{type(system).__name__.lower()}: cannot be written as ONNX: {_in_a_line(trouble)}") from trouble
+
+
+CALIBRATED_BY = 128  # training examples, at most
+
+
+def quantize(file: Path, task: Task, meta: dict[str, Any], data: str | Path, *, seed: int = 0) -> list[str]:
+    """Turn an exported classifier or segmenter into int8, in place, by onnxruntime's static quantisation.
+
+    Weights are quantised channel by channel, activations by the range that they have over training examples; each
+    keeps its float operator between two conversions (QDQ), so that the file runs where int8 kernels are missing.
+
+    Args:
+        file: what `image_system` wrote.
+        task, meta: as there.
+        data: an embedded name or a path. Its training part calibrates; what the task holds out tells the loss.
+        seed: of the split.
+
+    Returns:
+        The metrics of both files on the held-out part beside each other, and their sizes, a line each.
+
+    Raises:
+        UserError: another task, onnxruntime is missing, or data that do not fit.
+    """
+    check_int8(task)
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    # Images that are all of one size where the file wants that; a folder's own sizes else.
+    own_size = {} if task.name == "semantic-segmentation" or str(data) in task.embedded else {"size": meta["size"]}
+    loaded = task.load(data, seed=seed, **own_size)
+    if loaded.meta["channels"] != meta["channels"] or loaded.meta["classes"] != meta["classes"]:
+        raise UserError(
+            f"{data} has {loaded.meta['channels']} channel(s) and {len(loaded.meta['classes'])} classes; these weights "
+            f"take {meta['channels']} and tell {len(meta['classes'])}, or others: calibrate on data of their own"
+        )
+    held_out = task.held_out(data, meta, seed=seed, whole=False)
+    count = min(CALIBRATED_BY, count_examples(loaded.train))
+    chosen = torch.randperm(count_examples(loaded.train), generator=torch.Generator().manual_seed(seed))[:count]
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.indices = iter(chosen.tolist())
+
+        def get_next(self) -> dict[str, Any] | None:
+            index = next(self.indices, None)
+            if index is None:
+                return None
+            return {"image": _unstandardised(loaded.train[index][0][None], loaded.meta).numpy()}
+
+    with TemporaryDirectory() as folder, quiet_loggers("root"):
+        plain, prepared, small = (Path(folder) / part for part in ("float.onnx", "prepared.onnx", "int8.onnx"))
+        shutil.copyfile(file, plain)
+        try:
+            quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared),
+                str(small),
+                Images(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            metrics = [
+                task.evaluate(_InOnnxRuntime(path, meta), held_out.dataset)[task.metric] for path in (plain, small)
+            ]
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise UserError(f"onnxruntime cannot quantise {file.name}: {_in_a_line(error)}") from error
+        with whole(file) as place:
+            place.write_bytes(small.read_bytes())
+        sizes = [path.stat().st_size / 2**20 for path in (plain, small)]
+    examples = count_examples(held_out.dataset)
+    return [
+        f"calibrated on {count} training examples of {data}; tested on {examples}, {held_out.about}",
+        f"          {task.metric.replace('_', ' '):>10}       MiB",
+        f"float32   {metrics[0]:>10.4f}  {sizes[0]:>8.2f}",
+        f"int8      {metrics[1]:>10.4f}  {sizes[1]:>8.2f}   ({metrics[1] - metrics[0]:+.4f})",
+    ]
+
+
+def check_int8(task: Task) -> None:
+    """Can a system of this task be quantised here?
+
+    Raises:
+        UserError: it is no classifier or segmenter, or onnxruntime is missing.
+    """
+    if task.name not in ("image-classification", "semantic-segmentation"):
+        raise UserError(f"--int8 is for classifiers and segmenters of images; these weights are for {task.name}")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UserError("int8 needs onnxruntime: pip install 'provenn[onnx]'")
+
+
+def _unstandardised(images: Tensor, meta: dict[str, Any]) -> Tensor:
+    mean, std = (torch.tensor(meta[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return images * std + mean
+
+
+class _InOnnxRuntime(nn.Module):
+    """An exported file as a model of standardised images, so that a task scores it as any other."""
+
+    def __init__(self, file: Path, meta: dict[str, Any]):
+        super().__init__()
+        import onnxruntime
+
+        self.session, self.meta = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]), meta
+
+    def forward(self, images: Tensor) -> Tensor:
+        (probabilities,) = self.session.run(None, {"image": _unstandardised(images, self.meta).numpy()})
+        return torch.from_numpy(probabilities).clamp_min(1e-30).log()
+
+
+def _in_a_line(error: Exception) -> str:
+    words = str(error).partition("## Exception summary")[2] or str(error)
+    return f"{type(error).__name__}: {' '.join(words.split())[:240]}"
 
 
 def step(layer: Any, dim: int, file: str | Path) -> None:

@@ -42,9 +42,9 @@ def test_odd_images_of_other_channels(build):
 
 def test_stages_halve_the_map():
     model = resnet20(in_channels=1)
-    assert [tuple(m.shape[1:]) for m in model.stages(torch.randn(2, 1, 8, 8))] == [(16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    assert [tuple(m.shape[1:]) for m in model.features(torch.randn(2, 1, 8, 8))] == [(16, 8, 8), (32, 4, 4), (64, 2, 2)]
     big = resnet50().eval()
-    assert [m.shape[-1] for m in big.stages(torch.randn(1, 3, 64, 64))] == [16, 8, 4, 2]
+    assert [m.shape[-1] for m in big.features(torch.randn(1, 3, 64, 64))] == [16, 8, 4, 2]
 
 
 def test_the_gate_closes_the_branch_before_the_addition():

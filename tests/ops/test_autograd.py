@@ -17,6 +17,7 @@ from provenn.ops import (
     linear_recurrence,
     memory_update,
     prefix_scan_attention,
+    selective_scan,
     softmax_merge,
     toeplitz,
 )
@@ -74,6 +75,12 @@ def remembered(form: Operation, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) 
     return form(q, k, v, **gated, state=[weights], chunk=4, residual=False)[0]
 
 
+def selected(form: Operation, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    decays = -A.sum(0).exp()  # one for all examples
+    y, last = form(u, delta.exp() / 5, decays, B.unsqueeze(1), C.unsqueeze(1), state=state)
+    return torch.cat([y, last], dim=-1)
+
+
 def step_by_step(*inputs: Tensor, state: list[Tensor], momentum: Tensor, **options) -> tuple[Tensor, ...]:
     start = memory_update.MemoryState.start(state, len(inputs[0]), momentum=True)
     return memory_update.recurrent_memory(*inputs, momentum=momentum, state=start, **options)
@@ -119,6 +126,10 @@ CASES = {
     ),
     "toeplitz by a matrix": case(
         offsets, toeplitz.quadratic_sums, toeplitz.dense_sums, (9,), (5, 2), (5, 2), (5, 3)
+    ),
+    "selective scan": case(
+        selected, selective_scan.selective_scan, selective_scan.recurrent,
+        (1, 7), (1, 7), (1, 2), (2, 7), (2, 7), (1, 2),
     ),
     "memory": case(remembered, memory_update.memory_update, step_by_step, (6, 2), (6, 2), (6, 3), (6, 3)),
 }  # fmt: skip

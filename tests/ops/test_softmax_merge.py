@@ -4,7 +4,7 @@ from functools import reduce
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from interpreted_triton import interpreted, no_cuda_device
 
@@ -30,12 +30,15 @@ def partial(scores, values):
     std=st.sampled_from([1.0, 30.0, 1e4]),
     seed=st.integers(0, 1000),
 )
+@example(sizes=[1, 2, 5, 5], std=1e4, seed=91)
 def test_merged_parts_are_one_softmax(form, sizes, std, seed):
     scores, values = draw(3, 2, sum(sizes), std=std, seed=seed), draw(3, sum(sizes), 4, seed=seed + 1)
     parts = [partial(s, v) for s, v in zip(scores.split(sizes, -1), values.split(sizes, -2))]
+    # A log-sum-exp of scores near `std` is rounded to 1e-16 · std, and it is an exponent.
+    tolerance = max(1e-12, 4e-15 * std)
     for merged in (reduce(form, parts), reduce(form, parts[::-1])):
         for ours, defined in zip(merged, partial(scores, values)):
-            torch.testing.assert_close(ours, defined, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(ours, defined, rtol=tolerance, atol=tolerance)
 
 
 @form

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
-from provenn.nn.positions import rotate
+from provenn.nn.positions import rotation, turn
 
 
 def check_mask(mask: Tensor | None, x: Shaped[Tensor, "batch tokens *rest"]) -> None:
@@ -49,6 +49,11 @@ def check_heads(dim: int, heads: int, *, rotary: bool = False) -> None:
         raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
     if rotary and dim // heads % 2:
         raise ValueError(f"rotary positions need an even head width, got dim={dim} and heads={heads}")
+
+
+def split_heads(x: Float[Tensor, "batch tokens dim"], heads: int) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """The part of each head of queries, keys or values; a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class KVCache(NamedTuple):
@@ -104,16 +109,14 @@ class SoftmaxAttention(nn.Module):
         self.value = nn.Linear(dim, dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens that stand from `start` on."""
-        q, k, v = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
+        q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
         if self.rotary:
             positions = torch.arange(start, start + x.shape[1], device=x.device)
             # Keys are cached turned: their positions do not change, and the product depends on the difference alone.
-            q, k = rotate(q, positions), rotate(k, positions)
+            angles = rotation(positions, q.shape[-1], q.dtype)
+            q, k = turn(q, *angles), turn(k, *angles)
         return q, k, v
 
     def forward(

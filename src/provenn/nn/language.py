@@ -398,7 +398,7 @@ class Encoder(TokenStack):
 
     def forward(
         self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None
-    ) -> Float[Tensor, "batch *logits"]:
+    ) -> Float[Tensor, " batch *logits"]:
         x = self.hidden_states(tokens, mask=mask)
         if self.head is None:
             return F.linear(x, self.embed.weight)

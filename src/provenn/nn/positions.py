@@ -25,6 +25,39 @@ def sinusoidal_encoding(positions: Shaped[Tensor, "*shape"], dim: int) -> Float[
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
+def rotation(
+    positions: Shaped[Tensor, "*places tokens"], dim: int, dtype: torch.dtype, base: float | int = 10_000
+) -> tuple[Float[Tensor, "*places tokens half"], Float[Tensor, "*places tokens half"]]:
+    """The cosines and sines of `rotate`, in float32 at least: what queries and keys of the same positions share.
+
+    Args:
+        positions, base: as in `rotate`.
+        dim: width of a head; even.
+        dtype: of what is turned.
+    """
+    if dim % 2:
+        raise ValueError(f"rotary positions need an even head width, got {dim}")
+    rates = torch.exp(torch.arange(0, dim, 2, device=positions.device) * (-math.log(base) / dim))
+    # In float64 up to the remainder: of a position of 10⁵, float32 leaves two digits of the angle.
+    angles = (
+        (positions.double().unsqueeze(-1) * rates.double())
+        .remainder(2 * math.pi)
+        .to(torch.promote_types(dtype, torch.float32))
+    )
+    return angles.cos(), angles.sin()
+
+
+def turn(
+    x: Float[Tensor, "*batch tokens dim"],
+    cos: Float[Tensor, "*places tokens half"],
+    sin: Float[Tensor, "*places tokens half"],
+) -> Float[Tensor, "*batch tokens dim"]:
+    """`rotate` by cosines and sines as `rotation` gives them."""
+    # Partners are half a head apart, as in Llama and RAT's code; RoFormer itself pairs neighbours.
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
 def rotate(
     x: Float[Tensor, "*batch tokens dim"], positions: Shaped[Tensor, "*places tokens"], base: float | int = 10_000
 ) -> Float[Tensor, "*batch tokens dim"]:
@@ -40,17 +73,4 @@ def rotate(
     >>> rotate(torch.tensor([[1.0, 0.0]]), torch.tensor([0])).tolist()
     [[1.0, 0.0]]
     """
-    dim = x.shape[-1]
-    if dim % 2:
-        raise ValueError(f"rotary positions need an even head width, got {dim}")
-    rates = torch.exp(torch.arange(0, dim, 2, device=x.device) * (-math.log(base) / dim))
-    # In float64 up to the remainder: of a position of 10⁵, float32 leaves two digits of the angle.
-    angles = (
-        (positions.double().unsqueeze(-1) * rates.double())
-        .remainder(2 * math.pi)
-        .to(torch.promote_types(x.dtype, torch.float32))
-    )
-    cos, sin = angles.cos(), angles.sin()
-    # Partners are half a head apart, as in Llama and RAT's code; RoFormer itself pairs neighbours.
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return turn(x, *rotation(positions, x.shape[-1], x.dtype, base))

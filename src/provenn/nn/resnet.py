@@ -68,11 +68,11 @@ class ResNet(nn.Module):
         depths: blocks in each stage.
         widths: inner width of each stage's blocks; they put out `block.expansion` times as many channels.
         stem: "imagenet" (7×7 stride 2, then max pooling) or "small" (3×3, for images of 8 to 64 pixels).
-        num_classes: size of the output.
+        num_classes: size of the output; 0 leaves the classifier out, and `forward` gives the mean of the last map.
         in_channels: channels of the image.
         gate: makes the module that closes each residual branch, given the branch's channels; none by default.
 
-    Shapes: (batch, in_channels, height, width) to (batch, num_classes).
+    Shapes: (batch, in_channels, height, width) to (batch, num_classes). It is a `provenn.nn.backbone.Backbone`.
     """
 
     def __init__(
@@ -107,12 +107,15 @@ class ResNet(nn.Module):
                 blocks.append(block(channels, width, stride, gate))
                 channels = width * block.expansion
             self.add_module(name, nn.Sequential(*blocks))
-        self.fc = nn.Linear(channels, num_classes)
+        first = 4 if stem == "imagenet" else 1
+        self.strides = [first * 2**stage for stage in range(len(depths))]
+        self.widths = [width * block.expansion for width in widths]
+        self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def stages(self, x: Float[Tensor, "batch in_channels height width"]) -> list[Tensor]:
+    def features(self, x: Float[Tensor, "batch in_channels height width"]) -> list[Tensor]:
         """The feature map that each stage puts out, from fine to coarse, as a detector's neck wants them."""
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
         maps = []
@@ -122,7 +125,7 @@ class ResNet(nn.Module):
         return maps
 
     def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
-        return self.fc(self.stages(x)[-1].mean(dim=(2, 3)))
+        return self.fc(self.features(x)[-1].mean(dim=(2, 3)))
 
 
 def resnet18(*, num_classes: int = 1000, in_channels: int = 3, gate: Gate | None = None) -> ResNet:

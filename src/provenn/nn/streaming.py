@@ -24,7 +24,7 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     if isinstance(state, tuple):
         entries = (map_state(function, entry) for entry in state)
         # A named tuple takes its fields one by one, a plain one all together.
-        return type(state)(*entries) if hasattr(state, "_fields") else type(state)(entries)  # type: ignore[arg-type]  # and a tuple here
+        return type(state)(*entries) if hasattr(state, "_fields") else type(state)(entries)
     return state
 
 

@@ -1,0 +1,277 @@
+"""Pictures with boxes as COCO writes them: a JSON file of images, categories and annotations, and a folder of images.
+
+`bbox` is [left, top, width, height] in pixels. A crowd (`iscrowd`: 1) stands for more objects than one could draw.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from provenn import progress
+from provenn.data.images import SUFFIXES, size_of
+from provenn.errors import UserError
+
+SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image and what is in it.
+
+    Args:
+        file: the image.
+        boxes: (objects, 4) left, top, right, bottom in its pixels, inside it.
+        labels: (objects,) indices into the categories of its set.
+        areas: (objects,) pixels², of the object's outline where it was drawn, by which it counts as small or large.
+        crowd: (objects,) whether the box is of a crowd.
+        number: the image's id.
+    """
+
+    file: Path
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    number: int | str = 0
+
+
+@dataclass(frozen=True)
+class CocoSet:
+    """What one file of annotations holds.
+
+    Args:
+        images: in the file's order.
+        classes: names of the categories, in the order of their ids.
+        ids: of the categories.
+    """
+
+    images: list[Labelled]
+    classes: list[str]
+    ids: list[int]
+
+
+def find_coco(root: Path) -> dict[str, Path]:
+    """The files of annotations in a folder by split, or the only one as `train`.
+
+    They lie in `annotations`, beside the images, or in the folders train, val (or valid) and test; the names of files
+    or folders say of which split they are. Where there are COCO's `instances_…`, the others are left alone.
+
+    Raises:
+        UserError: there are none, or several of which none says what it is.
+    """
+    if root.is_file():
+        return {"train": root}
+    folders = [root / "annotations", *(f for f in sorted(root.iterdir()) if f.is_dir() and _split_of(f.name)), root]
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.json"))]
+    files = [file for file in files if file.name.startswith("instances_")] or files
+    if not files:
+        raise UserError(
+            f"{root} holds no annotations: expected COCO JSON, such as annotations/instances_train2017.json or "
+            "train/_annotations.coco.json"
+        )
+    named: dict[str, Path] = {}
+    for file in files:
+        split = _split_of(file.stem) or (_split_of(file.parent.name) if file.parent != root else None)
+        if split is None and len(files) > 1:
+            raise UserError(f"{file}: its name says neither train, val nor test, and there are {len(files)} JSON files")
+        split = split or "train"
+        if split in named:
+            raise UserError(f"{named[split]} and {file} are both for {split}: keep one, or give the one that is meant")
+        named[split] = file
+    return named
+
+
+def _split_of(name: str) -> str | None:
+    return next((split for split, words in SPLITS.items() if any(word in name.lower() for word in words)), None)
+
+
+def read_coco(file: Path, root: Path | None = None, *, skip_broken: bool = False) -> CocoSet:
+    """Read annotations, and find their images.
+
+    What many sets hold and no detector can use is left out, and said: boxes without width or height, boxes that lie
+    outside of their image, and the same box twice. Boxes are cut to their image.
+
+    Args:
+        file: the JSON.
+        root: of the data set: images are looked for beside the JSON, in folders called as it is (`train2017` of
+            `instances_train2017.json`), in `images` and in the folder itself.
+        skip_broken: leave images out that are missing or cannot be read, and say so.
+
+    Raises:
+        UserError: no such JSON; ids that are unknown or occur twice; boxes that are no four numbers; images that are
+            missing or of another size.
+    """
+    content = _parse(file)
+    ids, classes = _categories(content["categories"], file)
+    listed = _images(content["images"], file)
+    folder = _folder_of(file, root or file.parent, [str(image["file_name"]) for image in listed.values()])
+    shapes, broken = _sizes(listed, folder, file, skip_broken)
+    things: dict[Any, list[tuple[list[float], int, float, bool]]] = {number: [] for number in shapes}
+    position = {number: index for index, number in enumerate(ids)}
+    empty, outside, twice = [], [], []
+    seen: set[tuple[Any, ...]] = set()
+    beyond = 0
+    for count, note in enumerate(content["annotations"]):
+        where = f"{file}: annotation {note.get('id', count) if isinstance(note, dict) else count}"
+        if not isinstance(note, dict) or not {"image_id", "category_id", "bbox"} <= note.keys():
+            raise UserError(f"{where} lacks image_id, category_id or bbox")
+        number, category, box = note["image_id"], note["category_id"], note["bbox"]
+        if not _is_id(number) or number not in listed:
+            raise UserError(f"{where} is of image {number!r}, which the file does not list")
+        if not _is_id(category) or category not in position:
+            raise UserError(f"{where} is of category {category!r}, which the file does not list")
+        if not _is_box(box):
+            raise UserError(f"{where}: bbox must be four numbers, [left, top, width, height], got {str(box)[:80]}")
+        if number in broken:
+            continue
+        (left, top, wide, tall), (height, width) = map(float, box), shapes[number]
+        cut = [max(0.0, left), max(0.0, top), min(float(width), left + wide), min(float(height), top + tall)]
+        crowd = bool(note.get("iscrowd", 0))
+        beyond += left + wide > width + 1 or top + tall > height + 1
+        key = (number, category, *box, crowd)
+        if wide <= 0 or tall <= 0:
+            empty.append(where)
+        elif cut[2] <= cut[0] or cut[3] <= cut[1]:
+            outside.append(where)
+        elif key in seen:
+            twice.append(where)
+        else:
+            seen.add(key)
+            area = note.get("area", 0)
+            drawn = isinstance(area, int | float) and math.isfinite(area) and area > 0
+            things[number].append((cut, position[category], float(area if drawn else wide * tall), crowd))
+    total = len(content["annotations"])
+    if total >= 4 and beyond + len(empty) > total / 2:
+        raise UserError(
+            f"{file}: {beyond + len(empty)} of {total} boxes are empty or reach beyond their image: "
+            "bbox is [left, top, width, height] in pixels, not two corners and no shares"
+        )
+    for left_out, why in (
+        (empty, "without width or height"),
+        (outside, "outside of the image"),
+        (twice, "given twice"),
+    ):
+        if left_out:
+            progress.say(f"left out {len(left_out)} box{'es' * (len(left_out) > 1)} {why}, such as {left_out[0]}")
+    images = [_labelled(folder / listed[number]["file_name"], rows, number) for number, rows in things.items()]
+    return CocoSet(images, classes, ids)
+
+
+def _labelled(file: Path, rows: list[tuple[list[float], int, float, bool]], number: int | str) -> Labelled:
+    boxes, labels, areas, crowd = zip(*rows) if rows else ((), (), (), ())
+    return Labelled(
+        file,
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        np.array(areas, np.float64),
+        np.array(crowd, bool),
+        number,
+    )
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON: {' '.join(str(error).split())[:100]}") from None
+    for key in ("images", "categories", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise UserError(f"{file} is no COCO JSON: it has no list {key!r}; expected images, categories, annotations")
+    if not content["images"]:
+        raise UserError(f"{file} lists no images")
+    return content
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    return all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in box)
+
+
+def _categories(listed: list[Any], file: Path) -> tuple[list[int], list[str]]:
+    names: dict[int, str] = {}
+    for entry in listed:
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int) or not str(entry.get("name", "")):
+            raise UserError(f"{file}: a category needs an id, a whole number, and a name, got {str(entry)[:80]}")
+        if entry["id"] in names or str(entry["name"]) in names.values():
+            raise UserError(f"{file}: the category {entry['name']!r} (id {entry['id']}) is listed twice")
+        names[entry["id"]] = str(entry["name"])
+    if not names:
+        raise UserError(f"{file} lists no categories")
+    ids = sorted(names)
+    return ids, [names[number] for number in ids]
+
+
+def _images(listed: list[Any], file: Path) -> dict[Any, dict[str, Any]]:
+    images: dict[Any, dict[str, Any]] = {}
+    for entry in listed:
+        if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not isinstance(entry.get("file_name"), str):
+            raise UserError(f"{file}: an image needs an id and a file_name, got {str(entry)[:80]}")
+        if entry["id"] in images:
+            raise UserError(f"{file}: two images have the id {entry['id']!r}")
+        if Path(entry["file_name"]).suffix.lower() not in SUFFIXES:
+            raise UserError(f"{file}: {entry['file_name']!r} is no image that is read: {', '.join(SUFFIXES)}")
+        images[entry["id"]] = entry
+    return images
+
+
+def _folder_of(file: Path, root: Path, names: Sequence[str]) -> Path:
+    """Where most of the images lie of the places where they may."""
+    words = [word for word in file.stem.split("_") if _split_of(word)]
+    split = _split_of(file.stem)
+    words += [word for word in SPLITS.get(split or "", ()) if word not in words]
+    inside = [root / "images" / word for word in words] + [root / word for word in words]
+    folders = [file.parent, *inside, *(folder / "images" for folder in inside), file.parent / "images"]
+    folders += [root / "images", root]
+    some = names[:: max(1, len(names) // 20)]
+    found = {folder: sum((folder / name).is_file() for name in some) for folder in dict.fromkeys(folders)}
+    best = max(found, key=lambda folder: found[folder])
+    if not found[best]:
+        there = ", ".join(str(folder) for folder in found if folder.is_dir())
+        raise UserError(f"{file}: its images, such as {names[0]}, are in none of {there}")
+    return best
+
+
+def _sizes(
+    listed: dict[Any, dict[str, Any]], folder: Path, file: Path, skip_broken: bool
+) -> tuple[dict[Any, tuple[int, int]], set[Any]]:
+    """Height and width of each image from its file, and the ids of those that are left out."""
+    sizes: dict[Any, tuple[int, int]] = {}
+    missing, broken = [], set()
+    for number, entry in listed.items():
+        path = folder / entry["file_name"]
+        if not path.is_file():
+            missing.append(number)
+            continue
+        try:
+            height, width = size_of(path)
+        except UserError:
+            if not skip_broken:
+                raise
+            broken.add(number)
+            continue
+        said = entry.get("height", height), entry.get("width", width)
+        if said != (height, width):
+            raise UserError(f"{path} is {width}×{height} pixels; {file.name} says {said[1]}×{said[0]}")
+        sizes[number] = height, width
+    if missing and not skip_broken:
+        name = listed[missing[0]]["file_name"]
+        raise UserError(f"{file}: {len(missing)} of {len(listed)} images are not in {folder}, such as {name}")
+    left_out = {*missing, *broken}
+    if left_out:
+        name = next(entry["file_name"] for number, entry in listed.items() if number in left_out)
+        progress.say(f"{file}: left out {len(left_out)} of its images, missing or not to be read, such as {name}")
+    if not sizes:
+        raise UserError(f"{file}: none of its images can be read")
+    return sizes, left_out

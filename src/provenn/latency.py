@@ -1,0 +1,408 @@
+"""How long networks take for images: eager, compiled and in ONNX Runtime, in turns, beside a named reference."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from provenn import bench, progress
+from provenn.catalog import Card, Preset, cards, in_a_line, meant
+from provenn.errors import UserError
+from provenn.evidence import Table
+from provenn.evidence.record import write_atomically
+from provenn.files import whole
+from provenn.nn.fusion import fuse
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMS = ("eager", "torch.compile", "ONNX Runtime")
+Build = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network is, whatever runs it: `fused` tells whether its batch norms are folded into its maps.
+
+    `macs` are multiply-adds of one image.
+    """
+
+    parameters: int
+    macs: int
+    fused: bool
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One network in one form.
+
+    Args:
+        seconds: a call, round by round.
+        ratio, interval: to the reference in the same form; None where one of the two failed.
+        trouble: why there are no times.
+    """
+
+    network: str
+    form: str
+    batch: int
+    threads: int
+    seconds: tuple[float, ...] = ()
+    ratio: float | None = None
+    interval: tuple[float, float] | None = None
+    trouble: str = ""
+
+
+@dataclass(frozen=True)
+class LatencyBench:
+    """All that was timed. A ratio of a few rounds is told without an interval: fewer than six give no 95 %."""
+
+    reference: str
+    size: int
+    costs: dict[str, Cost]
+    latencies: tuple[Latency, ...]
+    troubles: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        """Each batch and number of threads."""
+        return list(dict.fromkeys((each.batch, each.threads) for each in self.latencies))
+
+    @property
+    def tables(self) -> list[Table]:
+        """One for each batch and number of threads: milliseconds a call, and the ratio to the reference."""
+        tables = []
+        for batch, threads in self.cells:
+            mine = {(e.network, e.form): e for e in self.latencies if (e.batch, e.threads) == (batch, threads)}
+            forms = [form for form in FORMS if any(form == key[1] for key in mine)]
+            rows: list[list[str | float | int | None]] = [
+                [
+                    name,
+                    f"{cost.parameters / 1e6:.2f} M",
+                    f"{cost.macs / 1e6:.0f} M",
+                    *(_cell(mine[name, form], name == self.reference) for form in forms),
+                ]
+                for name, cost in self.costs.items()
+            ]
+            clock = "CPU time" if threads == 1 else "wall clock, which other processes add to"
+            caption = (
+                f"batch {batch}, {self.size}×{self.size} pixels, {threads} thread{'s' * (threads > 1)} ({clock}): "
+                f"median milliseconds a call, and × {self.reference} in the same form (95 % interval)"
+            )
+            columns = ["network", "parameters", "multiply-adds", *forms]
+            tables.append(Table(caption=caption, columns=columns, rows=rows))
+        return tables
+
+    def figure(self) -> "Figure":
+        """Latency of each network against its parameters and its multiply-adds, in its quickest form."""
+        from matplotlib.figure import Figure
+
+        cells = self.cells
+        figure = Figure(figsize=(11, 1 + 3.6 * len(cells)), layout="constrained")
+        panels = figure.subplots(len(cells), 2, squeeze=False, sharey="row")
+        for row, (batch, threads) in zip(panels, cells):
+            for number, (name, cost) in enumerate(self.costs.items()):
+                timed = [
+                    each
+                    for each in self.latencies
+                    if (each.network, each.batch, each.threads) == (name, batch, threads) and each.seconds
+                ]
+                if not timed:
+                    continue
+                best = min(timed, key=lambda each: median(each.seconds))
+                times = [1e3 * seconds / batch for seconds in best.seconds]
+                style = {"color": f"C{number % 10}", "marker": "o^sDvPX*"[number // 10 % 8 if number > 9 else 0]}
+                for axes, x in zip(row, (cost.parameters / 1e6, cost.macs / 1e6)):
+                    axes.errorbar(
+                        x,
+                        median(times),
+                        [[median(times) - min(times)], [max(times) - median(times)]],
+                        linestyle="none",
+                        label=f"{name} ({best.form})",
+                        **style,
+                    )
+            for axes, label in zip(row, ("parameters, millions", "multiply-adds of an image, millions")):
+                axes.set(xscale="log", yscale="log", xlabel=label)
+                axes.grid(alpha=0.3)
+            row[0].set_ylabel("milliseconds an image")
+            row[0].set_title(f"batch {batch}, {threads} thread{'s' * (threads > 1)}", loc="left", fontsize=10)
+            row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        figure.suptitle(f"{self.size}×{self.size} pixels; each network in its quickest form, whiskers: all rounds")
+        return figure
+
+    def save(self, out: Path) -> list[Path]:
+        """Write the tables, the plot and all times into a folder; returns the files."""
+        numbers, table, plot = (out / f"latency.{kind}" for kind in ("json", "md", "png"))
+        write_atomically(numbers, json.dumps(asdict(self), indent=1))
+        write_atomically(table, "\n".join(_markdown(each) for each in self.tables))
+        with whole(plot) as place:
+            self.figure().savefig(place, dpi=110)
+        return [table, plot, numbers]
+
+
+def _cell(latency: Latency, is_reference: bool) -> str:
+    if not latency.seconds:
+        return "failed"
+    text = f"{1e3 * median(latency.seconds):.3g} ms"
+    if is_reference or latency.ratio is None:
+        return text
+    within = "" if latency.interval is None else f" ({latency.interval[0]:.3g} to {latency.interval[1]:.3g})"
+    return f"{text}, {latency.ratio:.3g}×{within}"
+
+
+def _markdown(table: Table) -> str:
+    rows = "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in table.rows)
+    return f"{table.caption}\n\n| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n{rows}"
+
+
+def ours(names: Sequence[str] | None = None) -> dict[str, Build]:
+    """Classification backbones of the papers: by preset or by slug; by default all with published figures."""
+    known = {
+        preset.name: (card, preset)
+        for card in cards().values()
+        for preset in card.presets
+        if card.work_of(preset) == "image-classification"
+    }
+    if names is None:
+        chosen = {name: pair for name, pair in known.items() if pair[1].published}
+        return {name: partial(_preset, *pair) for name, pair in chosen.items() if _is_backbone(*pair)}
+    builds: dict[str, Build] = {}
+    for name in names:
+        mine = [each for each, (card, _) in known.items() if name in (each, card.slug)]
+        if not mine:
+            every = [*peers(224), *known]
+            raise UserError(f"no backbone is called {name!r}{meant(name, every)}; there are: {', '.join(every)}")
+        for each in mine:
+            if not _is_backbone(*known[each]):
+                if name == each:
+                    raise UserError(f"{name} is no backbone: it has no features(x)")
+                continue
+            builds[each] = partial(_preset, *known[each])
+    return builds
+
+
+def _preset(card: Card, preset: Preset) -> nn.Module:
+    return card.resolve(preset.build)(**preset.options)
+
+
+def _is_backbone(card: Card, preset: Preset) -> bool:
+    try:
+        with torch.device("meta"):
+            return hasattr(_preset(card, preset), "features")
+    except Exception:  # what cannot be built without memory, or lacks a package, is none that we know of
+        return False
+
+
+class _Logits(nn.Module):
+    """A classifier of transformers that gives a tensor."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image).logits
+
+
+def peers(size: int) -> dict[str, Build]:
+    """Networks of transformers with random weights, by name; none where it is not installed."""
+    if find_spec("transformers") is None:
+        return {}
+
+    def made(kind: str, **options: Any) -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{kind}Config")(num_labels=1000, **options)
+        return _Logits(getattr(transformers, f"{kind}ForImageClassification")(config))
+
+    return {
+        "mobilenet_v2": partial(made, "MobileNetV2"),
+        "mobilevitv2": partial(made, "MobileViTV2", image_size=size),
+        "resnet50": partial(made, "ResNet"),
+        "swin_tiny": partial(made, "Swin", image_size=size),
+    }
+
+
+def choose(names: Sequence[str], size: int) -> dict[str, Build]:
+    """Networks of those names, ours and peers; `all` stands for every one. Peers come with any choice of ours."""
+    beside = peers(size)
+    if list(names) == ["all"]:
+        return {**beside, **ours()}
+    own = [name for name in names if name not in beside]
+    chosen = {name: beside[name] for name in names if name in beside}
+    return {**(chosen or beside), **(ours(own) if own else {})}
+
+
+def measure(
+    networks: Mapping[str, Build],
+    *,
+    size: int = 224,
+    channels: int = 3,
+    batches: Sequence[int] = (1, 32),
+    threads: Sequence[int] = (1, 2),
+    rounds: int = 15,
+    reference: str | None = None,
+    tell: Callable[[str], None] = lambda message: None,
+) -> LatencyBench:
+    """Time every network on the CPU in every form: all in turns, so that what else the machine does meets all alike.
+
+    Args:
+        networks: makes each, from random weights; fused where they can be traced.
+        size, channels: of the images.
+        batches, threads: every pair of them.
+        rounds: how often each is timed; 6 is the fewest that give a 95 % interval.
+        reference: whose time ratios are to; the first by default.
+        tell: is given a line for each form that fails; the others go on.
+
+    Raises:
+        UserError: a number below 1, a reference that is not there, or no network that runs.
+    """
+    for name, numbers in {"size": [size], "batch": batches, "threads": threads, "rounds": [rounds]}.items():
+        if not numbers or min(numbers) < 1:
+            raise UserError(f"{name} must be at least 1, got {', '.join(map(str, numbers)) or 'nothing'}")
+    if reference is not None and reference not in networks:
+        raise UserError(f"the reference {reference!r} is none of the networks: {', '.join(networks)}")
+    models: dict[str, nn.Module] = {}
+    costs: dict[str, Cost] = {}
+    troubles: dict[str, str] = {}
+    with progress.bar("building", len(networks)) as advance:
+        for name, build in networks.items():
+            try:
+                models[name], costs[name] = _prepare(build, torch.zeros(2, channels, size, size))
+            except Exception as error:  # one network's trouble costs no other
+                troubles[name] = _trouble(error)
+                tell(f"{name}: left out: {troubles[name]}")
+            advance(1, name)
+    if not models:
+        raise UserError(f"none of the networks runs: {'; '.join(f'{n}: {t}' for n, t in troubles.items())}")
+    first = next(iter(models)) if reference is None else reference
+    if first not in models:
+        raise UserError(f"the reference {first} does not run: {troubles[first]}")
+    latencies: list[Latency] = []
+    cells = [(batch, count) for count in threads for batch in batches]
+    with progress.bar("latency", len(cells) * len(models) * len(FORMS) * (rounds + 1)) as advance:
+        for batch, count in cells:
+            image = torch.rand(batch, channels, size, size)
+            latencies += _time(models, image, count, rounds, first, tell, advance)
+    return LatencyBench(first, size, costs, tuple(latencies), troubles)
+
+
+def _prepare(build: Build, image: Tensor) -> tuple[nn.Module, Cost]:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = build().eval()
+        parameters = bench.count_parameters(model)
+        macs = bench.macs(lambda: model(image[:1]))
+        try:
+            return fuse(model, image), Cost(parameters, macs, True)
+        except Exception:  # a tracer fails in many ways
+            return model, Cost(parameters, macs, False)
+
+
+def _time(
+    models: Mapping[str, nn.Module],
+    image: Tensor,
+    threads: int,
+    rounds: int,
+    reference: str,
+    tell: Callable[[str], None],
+    advance: Callable[..., None],
+) -> Iterator[Latency]:
+    """Each network in each form, at one batch and number of threads."""
+    makers = {"eager": _eager, "torch.compile": _compiled, "ONNX Runtime": _onnx}
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    troubles: dict[tuple[str, str], str] = {}
+    with _threads(threads), torch.no_grad():
+        for name, model in models.items():
+            for form, make in makers.items():
+                try:
+                    call = make(model, image, threads)
+                    call()
+                except Exception as error:  # one form's trouble costs no other
+                    troubles[name, form] = _trouble(error)
+                    tell(f"{name}, {form}, batch {len(image)}: {troubles[name, form]}")
+                    advance(rounds + 1, f"{name}: {form}")
+                    continue
+                calls[name, form] = _counted(call, partial(advance, 1, f"{name}: {form}"))
+        times = bench.interleaved(calls, rounds=rounds, threads=threads) if calls else {}
+    torch.compiler.reset()
+    for name in models:
+        for form in FORMS:
+            told = Latency(name, form, len(image), threads, trouble=troubles.get((name, form), ""))
+            if (name, form) in times:
+                told = replace(told, seconds=tuple(times[name, form]))
+                if (reference, form) in times:
+                    ratio = bench.Comparison.of(times[name, form], times[reference, form])
+                    told = replace(told, ratio=ratio.ratio, interval=ratio.interval if rounds >= 6 else None)
+            yield told
+
+
+def _counted(call: Callable[[], object], advance: Callable[[], None]) -> Callable[[], object]:
+    def counted() -> object:
+        result = call()
+        advance()
+        return result
+
+    return counted
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _eager(model: nn.Module, image: Tensor, threads: int) -> Callable[[], object]:
+    return partial(model, image)
+
+
+def _compiled(model: nn.Module, image: Tensor, threads: int) -> Callable[[], object]:
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    call = torch.compile(model, fullgraph=True, dynamic=False)
+    # Networks of one class share a code object, whose count of variants would soon fall back to eager; and compiled
+    # loops have their number of threads written into them.
+    many = dynamo.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+    with many, inductor.patch({"cpp.threads": threads}):
+        call(image)
+    return partial(call, image)
+
+
+def _onnx(model: nn.Module, image: Tensor, threads: int) -> Callable[[], object]:
+    for package in ("onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise UserError(f"{package} is not installed: pip install 'provenn[onnx]'")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Threads that wait by spinning would take time from whoever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder, progress.quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):
+        program = torch.onnx.export(model, (image,), dynamo=True, verbose=False)
+        assert program is not None
+        file = Path(folder) / "network.onnx"
+        program.save(str(file))
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {session.get_inputs()[0].name: image.numpy()})
+
+
+def _trouble(error: Exception) -> str:
+    """An error's kind and the beginning of what it says."""
+    words = in_a_line(error)
+    if "compiler" in words.lower() and "found" in words.lower():
+        return f"no compiler: {words[:120]}"
+    return words[:180]

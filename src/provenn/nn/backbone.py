@@ -1,0 +1,150 @@
+"""Backbones: networks whose feature maps a segmentation head or a detector reads, and the pyramid between the two."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A network that gives its pyramid: one feature map a stage, from fine to coarse.
+
+    `strides` are the image pixels that a cell of each map is wide, `widths` the channels of each map. Of an image of
+    any size, map i is (batch, widths[i], ⌈height / strides[i]⌉, ⌈width / strides[i]⌉). `forward` gives what the network
+    gives on its own, logits as a rule. Built with `num_classes=0` it has no classifier, for heads that bring their own.
+    """
+
+    @property
+    def strides(self) -> Sequence[int]: ...
+
+    @property
+    def widths(self) -> Sequence[int]: ...
+
+    def features(self, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]: ...
+
+
+def pad_to_multiple(
+    x: Float[Tensor, "batch channels height width"], multiple: int
+) -> Float[Tensor, "batch channels height2 width2"]:
+    """Zeros below and to the right, up to sides that are multiples of `multiple`.
+
+    >>> pad_to_multiple(torch.ones(1, 3, 30, 32), 32).shape
+    torch.Size([1, 3, 32, 32])
+    """
+    return F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple))
+
+
+def ceil_div(side: int, stride: int) -> int:
+    """⌈side / stride⌉, in the form that ONNX keeps: of negative numbers its division rounds the other way.
+
+    >>> ceil_div(96, 32), ceil_div(97, 32)
+    (3, 4)
+    """
+    return (side + stride - 1) // stride
+
+
+def crop_features(maps: Sequence[Tensor], strides: Sequence[int], size: tuple[int, int]) -> list[Tensor]:
+    """The parts of a padded image's maps that lie over the image, of `size` (height, width)."""
+    height, width = size
+    return [m[..., : ceil_div(height, s), : ceil_div(width, s)] for m, s in zip(maps, strides, strict=True)]
+
+
+class FeaturePyramid(nn.Module):
+    """A feature pyramid network (Lin et al., 2017, arXiv:1612.03144): every level sees as far as the coarsest.
+
+        P_i = conv3×3(M_i),  M_i = conv1×1(C_i) + upsampled M_{i+1},  of the backbone's maps C_i, from coarse to fine.
+
+    Coarser levels follow by strides of 2, finer ones by 2×2 transposed convolutions of the finest M, as SHViT has it.
+
+    Args:
+        widths, strides: of the maps that it is given, from fine to coarse.
+        dim: channels of each level.
+        coarser: how many levels to add at the coarse end.
+        by: how: "output" convolves the last level and "input" the backbone's last map, 3×3 with a ReLU between two
+            (RetinaNet has the second, FCOS the first); "pool" takes every other cell of the last level.
+        finer: how many levels to add at the fine end.
+
+    Attributes:
+        strides: of the levels that it gives.
+        widths: `dim` for each.
+
+    Shapes: maps (batch, widths[i], h_i, w_i) to levels (batch, dim, h_j, w_j), from fine to coarse.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        strides: Sequence[int],
+        dim: int = 256,
+        *,
+        coarser: int = 0,
+        by: str = "output",
+        finer: int = 0,
+    ):
+        super().__init__()
+        if not widths or len(widths) != len(strides):
+            raise ValueError(f"widths and strides must name the same maps, got {len(widths)} and {len(strides)}")
+        if dim < 1 or coarser < 0 or finer < 0:
+            raise ValueError(f"dim must be at least 1, coarser and finer at least 0, got {dim}, {coarser} and {finer}")
+        if by not in ("output", "input", "pool"):
+            raise ValueError(f"by must be 'output', 'input' or 'pool', got {by!r}")
+        self.by, self.coarser = by, coarser
+        self.strides = [
+            *(strides[0] // 2**k for k in range(finer, 0, -1)),
+            *strides,
+            *(strides[-1] * 2**k for k in range(1, coarser + 1)),
+        ]
+        self.widths = [dim] * len(self.strides)
+        self.laterals = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in widths)
+        self.upsamplers = nn.ModuleList(nn.ConvTranspose2d(dim, dim, 2, stride=2) for _ in range(finer))
+        self.outputs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(finer + len(widths)))
+        extra = 0 if by == "pool" else coarser
+        first = widths[-1] if by == "input" else dim
+        self.extra = nn.ModuleList(
+            nn.Conv2d(first if k == 0 else dim, dim, 3, stride=2, padding=1) for k in range(extra)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
+        for i in range(len(merged) - 1, 0, -1):
+            # To the size of the finer map, which is not twice the coarser one's where a side is odd.
+            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
+        for upsample in self.upsamplers:
+            merged.insert(0, upsample(merged[0]))
+        levels = [convolve(x) for convolve, x in zip(self.outputs, merged, strict=True)]
+        if self.by == "pool":
+            for _ in range(self.coarser):
+                levels.append(levels[-1][..., ::2, ::2])
+            return levels
+        last = maps[-1] if self.by == "input" else levels[-1]
+        for convolve in self.extra:
+            last = convolve(last)
+            levels.append(last)
+            last = last.relu()
+        return levels
+
+
+def check_backbone(model: nn.Module, in_channels: int = 3, sizes: Sequence[tuple[int, int]] = ((64, 96),)) -> None:
+    """Hold a network to the contract of `Backbone`.
+
+    Raises:
+        AssertionError: says what it gives instead.
+    """
+    assert isinstance(model, Backbone), f"{type(model).__name__} lacks features, strides or widths"
+    assert len(model.strides) == len(model.widths) > 0, "strides and widths must name the same maps"
+    assert list(model.strides) == sorted(set(model.strides)), f"strides must grow, got {list(model.strides)}"
+    for height, width in sizes:
+        with torch.no_grad():
+            maps = model.features(torch.zeros(1, in_channels, height, width))
+        given = [tuple(m.shape[1:]) for m in maps]
+        expected = [(w, -(-height // s), -(-width // s)) for s, w in zip(model.strides, model.widths)]
+        assert given == expected, f"of {height}×{width} pixels, features gives {given}, not {expected}"

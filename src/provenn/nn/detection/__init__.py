@@ -1,0 +1,22 @@
+"""Detectors: boxes, anchors, assignment and losses, and RetinaNet, FCOS, ATSS and Faster R-CNN on any backbone."""
+
+from provenn.nn.detection.batch import DetectionBatch, Detections, pad_batch
+from provenn.nn.detection.dense import ATSS, FCOS, Bridge, DenseDetector, DenseHead, DenseOutput, RetinaNet
+from provenn.nn.detection.two_stage import FasterRCNN, RegionBridge, RegionOutput, roi_align
+
+__all__ = [
+    "ATSS",
+    "FCOS",
+    "Bridge",
+    "DenseDetector",
+    "DenseHead",
+    "DenseOutput",
+    "DetectionBatch",
+    "Detections",
+    "FasterRCNN",
+    "RegionBridge",
+    "RegionOutput",
+    "RetinaNet",
+    "pad_batch",
+    "roi_align",
+]

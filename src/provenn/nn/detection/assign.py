@@ -1,0 +1,111 @@
+"""Which object each place of a detector is to find: an index into the image's boxes, or one of two that are none."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from provenn.nn.detection.anchors import Places
+from provenn.nn.detection.boxes import areas_of, centres_of, distances_of, iou
+
+BACKGROUND, IGNORED = -1, -2
+Boxes = Float[Tensor, "batch boxes 4"]
+Valid = Bool[Tensor, "batch boxes"]
+Assigned = Int[Tensor, "batch places"]
+
+
+def by_iou(
+    anchors: Float[Tensor, "*batch places 4"],
+    boxes: Boxes,
+    valid: Valid,
+    *,
+    low: float | int,
+    high: float | int,
+    rescue: float | int | None = 0.0,
+) -> Assigned:
+    """The box that each anchor overlaps most, if by `high` or more; below `low` it is background, between ignored.
+
+    Args:
+        anchors: (places, 4), or (batch, places, 4) of each image.
+        boxes, valid: of each image, padded; and which are no padding.
+        low, high: of the IoU.
+        rescue: an anchor that overlaps some box as much as any anchor does, and by more than this, is given the box
+            that it overlaps most too, however little that is; so every box is sought by some anchor. None does not.
+    """
+    if not low <= high:
+        raise ValueError(f"low must be at most high, got {low} and {high}")
+    if boxes.shape[1] == 0:
+        return torch.full((len(boxes), anchors.shape[-2]), BACKGROUND, device=boxes.device)
+    overlap = iou(anchors.expand(len(boxes), -1, -1), boxes).masked_fill(~valid[:, None], -1.0)
+    best, which = overlap.max(dim=2)
+    positive = best >= high
+    if rescue is not None:
+        most = overlap.amax(dim=1, keepdim=True)
+        positive = positive | ((overlap == most) & (most > rescue)).any(dim=2)
+    assigned = torch.where(best < low, BACKGROUND, IGNORED)
+    return torch.where(positive, which, assigned)
+
+
+def by_atss(places: Places, boxes: Boxes, valid: Valid, *, candidates: int = 9) -> Assigned:
+    """Adaptive training sample selection (Zhang et al., 2020, arXiv:1912.02424, algorithm 1).
+
+    Of each level the `candidates` anchors nearest to a box's centre are its candidates. Those are positive that
+    overlap it by at least the mean plus the standard deviation of its candidates' IoUs and whose centre lies inside.
+    An anchor that is positive for several goes to the one that it overlaps most.
+    """
+    if boxes.shape[1] == 0:
+        return torch.full((len(boxes), len(places.boxes)), BACKGROUND, device=boxes.device)
+    distance = (places.centres[:, None] - centres_of(boxes)[:, None]).square().sum(dim=-1)
+    near, start = [], 0
+    for count in places.counts:
+        level = distance[:, start : start + count]
+        near.append(level.topk(min(candidates, count), dim=1, largest=False).indices + start)
+        start += count
+    chosen = torch.cat(near, dim=1)
+    overlap = iou(places.boxes.expand(len(boxes), -1, -1), boxes)
+    of_chosen = overlap.gather(1, chosen)
+    # Of a single candidate there is no deviation.
+    spread = of_chosen.std(dim=1, keepdim=True) if chosen.shape[1] > 1 else 0.0
+    inside = distances_of(boxes[:, None], places.centres[:, None]).amin(dim=-1) > 0
+    positive = (of_chosen >= of_chosen.mean(dim=1, keepdim=True) + spread) & inside.gather(1, chosen)
+    # Back from candidates to places: −1 wherever an anchor is not positive for a box.
+    scored = torch.full_like(overlap, -1.0).scatter(1, chosen, torch.where(positive, of_chosen, -1.0))
+    best, which = scored.masked_fill(~valid[:, None], -1.0).max(dim=2)
+    return torch.where(best >= 0, which, BACKGROUND)
+
+
+def by_range(
+    places: Places,
+    boxes: Boxes,
+    valid: Valid,
+    *,
+    ranges: Sequence[tuple[float, float]],
+    radius: float | int | None = 1.5,
+) -> Assigned:
+    """FCOS's assignment (Tian et al., 2019, arXiv:1904.01355, section 3.2): the smallest box around each point.
+
+    Args:
+        places: points.
+        boxes, valid: of each image, padded; and which are no padding.
+        ranges: of each level, between which the largest distance from the point to the box's sides must lie, in pixels;
+            both ends count.
+        radius: of the square round a box's centre, in strides, in which its points must lie; None takes the box whole.
+    """
+    if boxes.shape[1] == 0:
+        return torch.full((len(boxes), len(places.boxes)), BACKGROUND, device=boxes.device)
+    points, spacing = places.centres[:, None], places.strides[:, None, None]
+    distances = distances_of(boxes[:, None], points)
+    region = boxes[:, None]
+    if radius is not None:
+        middle = centres_of(boxes)[:, None]
+        square = torch.cat([middle - radius * spacing, middle + radius * spacing], dim=-1)
+        region = torch.cat(
+            [torch.maximum(square[..., :2], region[..., :2]), torch.minimum(square[..., 2:], region[..., 2:])], dim=-1
+        )
+    inside = distances_of(region, points).amin(dim=-1) > 0
+    bounds = boxes.new_tensor(ranges)[places.levels]
+    far = distances.amax(dim=-1)
+    fits = inside & (far >= bounds[:, None, 0]) & (far <= bounds[:, None, 1]) & valid[:, None]
+    smallest, which = torch.where(fits, areas_of(boxes)[:, None], torch.inf).min(dim=2)
+    return torch.where(smallest.isfinite(), which, BACKGROUND)

@@ -1,0 +1,184 @@
+"""COCO JSON: where it lies, what is read, and what is refused."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from provenn.data.coco import find_coco, read_coco
+from provenn.data.scenes import BACKGROUNDS, COUNTS, SHARES, SIZE, _stock, scenes
+from provenn.errors import UserError
+
+
+def write(folder, name="a.json", images=None, annotations=None, categories=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [{"id": 5, "file_name": "a.png", "width": 40, "height": 30}] if images is None else images
+    for image in images:
+        if isinstance(image, dict) and "file_name" in image and "width" in image:
+            place = folder / image["file_name"]
+            Image.new("RGB", (image["width"], image["height"])).save(place)
+    categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}] if categories is None else categories
+    content = {"images": images, "categories": categories, "annotations": annotations or []}
+    (folder / name).write_text(json.dumps(content))
+    return folder / name
+
+
+def note(**changes):
+    return {"id": 1, "image_id": 5, "category_id": 7, "bbox": [2, 3, 10, 20], "area": 150.0, "iscrowd": 0, **changes}
+
+
+def test_what_a_file_says_is_read(tmp_path):
+    images = [
+        {"id": 5, "file_name": "a.png", "width": 40, "height": 30},
+        {"id": 9, "file_name": "b.png", "width": 10, "height": 10},
+    ]
+    notes = [note(), note(id=2, category_id=3, bbox=[35, 25, 20, 20], area=0, iscrowd=1)]
+    content = read_coco(write(tmp_path, images=images, annotations=notes))
+    assert content.classes == ["cat", "dog"] and content.ids == [3, 7]
+    first, empty = content.images
+    assert first.file == tmp_path / "a.png" and first.number == 5
+    assert first.boxes.tolist() == [[2, 3, 12, 23], [35, 25, 40, 30]] and first.labels.tolist() == [1, 0]
+    assert first.areas.tolist() == [150, 400] and first.crowd.tolist() == [False, True]
+    assert empty.boxes.shape == (0, 4) and not len(empty.labels)
+
+
+def test_boxes_that_nobody_can_find_are_left_out_and_said(tmp_path):
+    notes = [note(), *(note(id=i) for i in (2,)), note(id=3, bbox=[1, 1, 0, 5]), note(id=4, bbox=[50, 50, 9, 9])]
+    notes += [note(id=i, bbox=[i, 2, 5, 5]) for i in range(5, 12)] + [note(id=12, bbox=[9, 9, -4, 5])]
+    with pytest.warns(UserWarning) as said:
+        content = read_coco(write(tmp_path, annotations=notes))
+    assert len(content.images[0].boxes) == 8
+    text = " | ".join(str(each.message) for each in said)
+    for words in ("left out 2 boxes without width or height", "left out 1 box outside", "left out 1 box given twice"):
+        assert words in text, text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": [note(image_id=6)]}, "annotation 1 is of image 6, which the file does not list"),
+        ({"annotations": [note(category_id=1)]}, "annotation 1 is of category 1, which the file does not list"),
+        ({"annotations": [note(bbox=[1, 2, 3])]}, r"annotation 1: bbox must be four numbers.*got \[1, 2, 3\]"),
+        ({"annotations": [note(bbox=[1, 2, 3, float("nan")])]}, "bbox must be four numbers"),
+        ({"annotations": [{"id": 4, "image_id": 5}]}, "annotation 4 lacks image_id, category_id or bbox"),
+        ({"annotations": [3]}, "annotation 0 lacks"),
+        ({"annotations": [note(id=i, bbox=[9, 9, 39, 29 - i]) for i in range(4)]}, "not two corners"),
+        ({"images": []}, "lists no images"),
+        ({"images": [{"id": 1}]}, "an image needs an id and a file_name"),
+        ({"images": [{"id": 1, "file_name": "b.gif"}]}, "'b.gif' is no image that is read"),
+        ({"images": [{"id": 1, "file_name": "b.png"}]}, "its images, such as b.png, are in none of"),
+        ({"images": [{"id": 1, "file_name": "b.png", "width": 3, "height": 4}] * 2}, "two images have the id 1"),
+        ({"categories": []}, "lists no categories"),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]},
+            r"the category 'b' \(id 1\) is listed twice",
+        ),
+        ({"categories": [{"name": "a"}]}, "a category needs an id"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_coco(write(tmp_path, **changes))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"images": 3}', "[" * 100_000])
+def test_a_file_of_another_kind_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=r"a\.json is no (COCO )?JSON"):
+        read_coco(tmp_path / "a.json")
+
+
+def test_images_that_are_missing_damaged_or_of_another_size(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "width": 8, "height": 6} for i in range(4)]
+    file = write(tmp_path, images=images, annotations=[note(image_id=1, bbox=[0, 0, 4, 4]), note(image_id=2, id=2)])
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 images are not in .*, such as 3\.png"):
+        read_coco(file)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"left out 2 of its images, .* such as 1\.png"):
+        assert [image.number for image in read_coco(file, skip_broken=True).images] == [0, 2]
+    Image.new("RGB", (6, 8)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"0\.png is 6×8 pixels; a\.json says 8×6"):
+        read_coco(file, skip_broken=True)
+
+
+def test_every_layout_is_found(tmp_path):
+    official = tmp_path / "official"
+    for split in ("train", "val"):
+        write(official / f"{split}2017")
+        (official / "annotations").mkdir(exist_ok=True)
+        (official / f"{split}2017" / "a.json").rename(official / "annotations" / f"instances_{split}2017.json")
+        (official / "annotations" / f"captions_{split}2017.json").write_text("{}")
+    nested = tmp_path / "nested"
+    write(nested / "images" / "train2017", name="x.json")
+    (nested / "annotations").mkdir()
+    (nested / "images" / "train2017" / "x.json").rename(nested / "annotations" / "instances_train2017.json")
+    folders = tmp_path / "folders"
+    for split in ("train", "valid", "test"):
+        write(folders / split, name="_annotations.coco.json")
+    single = tmp_path / "single"
+    write(single, name="labels.json")
+    for root, splits in ((official, 2), (nested, 1), (folders, 3), (single, 1), (single / "labels.json", 1)):
+        found = find_coco(root)
+        assert list(found) == ["train", "val", "test"][:splits] or set(found) == {"train", "val", "test"}
+        for file in found.values():
+            assert read_coco(file, root if root.is_dir() else root.parent).images[0].file.is_file()
+    assert find_coco(official)["val"].name == "instances_val2017.json"
+
+
+def test_folders_that_leave_something_open_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no annotations: expected COCO JSON"):
+        find_coco(tmp_path)
+    write(tmp_path, "one.json")
+    write(tmp_path, "two.json")
+    with pytest.raises(UserError, match="says neither train, val nor test"):
+        find_coco(tmp_path)
+    write(tmp_path / "b", "train.json")
+    write(tmp_path / "b", "train2.json")
+    with pytest.raises(UserError, match="are both for train"):
+        find_coco(tmp_path / "b")
+
+
+def test_scenes_are_exact_seeded_and_share_nothing_between_splits():
+    one, again, other = scenes("val", 0, 30), scenes.__wrapped__("val", 0, 30), scenes("val", 1, 30)
+    for first, second in zip(one, again):
+        assert np.array_equal(first.pixels, second.pixels) and np.array_equal(first.boxes, second.boxes)
+    assert not np.array_equal(one[0].pixels, other[0].pixels)
+    assert len({len(scene.boxes) for scene in one}) == 5, "none to four objects"
+    for scene in one:
+        assert scene.pixels.shape == (*SIZE, 3) and scene.pixels.dtype == np.uint8
+        assert (scene.boxes[:, :2] >= 0).all() and (scene.boxes[:, 2:] <= (SIZE[1], SIZE[0])).all()
+        assert (scene.boxes[:, 2:] > scene.boxes[:, :2]).all()
+    assert len(set(sum(BACKGROUNDS.values(), ()))) == sum(map(len, BACKGROUNDS.values()))
+    ends = [SHARES[split] for split in COUNTS]
+    assert ends[0][0] == 0 and ends[-1][1] == 1 and all(a[1] == b[0] for a, b in pairwise(ends))
+    assert {kind: len(cuts) for kind, cuts in _stock().items()} == {
+        "coin": 24, "digit": 1797, "face": 100, "oval": 100, "disc": 108
+    }  # fmt: skip
+
+
+def test_the_box_of_an_object_is_where_its_pixels_are(monkeypatch):
+    """Without noise and light, what differs from the background lies in the boxes and touches each of their sides."""
+    from provenn.data import scenes as module
+
+    monkeypatch.setattr(module, "MOST_DISTRACTORS", 0)
+    monkeypatch.setattr(module, "MOST_OBJECTS", 1)
+    monkeypatch.setattr(module, "_background", lambda split, rng: np.zeros((*SIZE, 3)))
+    seen = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scene = module._scene("train", rng)
+        strong = scene.pixels.max(axis=2) > 45
+        if not len(scene.boxes) or scene.pixels.max() < 120:
+            continue
+        left, top, right, bottom = scene.boxes[0].astype(int)
+        outside = strong.copy()
+        outside[top:bottom, left:right] = False
+        assert outside.mean() < 0.02, "noise alone"
+        rows, columns = (np.flatnonzero(strong[top:bottom, left:right].any(axis=a)) for a in (1, 0))
+        assert rows[0] <= 4 and columns[0] <= 4 and rows[-1] >= bottom - top - 5 and columns[-1] >= right - left - 5
+        seen += 1
+    assert seen > 10

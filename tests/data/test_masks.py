@@ -1,0 +1,189 @@
+"""Masks from and to files, and the layouts that people keep them in."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from provenn.data.brain import HEIGHTS
+from provenn.data.masks import CITYSCAPES, IGNORED, palette, read_folder, read_mask, write_mask
+from provenn.data.mosaics import BANDS, mosaic
+from provenn.errors import UserError
+
+NUMBERS = np.array([[0, 1, 2], [2, 255, 0]], np.uint8)
+
+
+def image(file: Path, size=(3, 2)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (10, 20, 30)).save(file)
+
+
+def mask(file: Path, numbers=NUMBERS, mode="L"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(numbers)
+    if mode == "P":
+        picture.putpalette([value for colour in palette(256) for value in colour])
+    picture.save(file)
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "16 bits", "grey as colour", "colours", "one bit"])
+def test_masks_of_every_kind(kind, tmp_path):
+    file, numbers, colours = tmp_path / "m.png", NUMBERS, []
+    if kind == "grey":
+        mask(file)
+    elif kind == "palette":
+        mask(file, mode="P")
+    elif kind == "16 bits":
+        Image.fromarray(NUMBERS.astype(np.uint16)).save(file)
+    elif kind == "grey as colour":
+        Image.fromarray(np.stack([NUMBERS] * 3, -1)).save(file)
+    elif kind == "one bit":
+        numbers = (NUMBERS == 1).astype(np.uint8)
+        Image.fromarray(numbers.astype(bool)).save(file)
+    else:
+        colours = [(128, 64, 128), (0, 0, 142), (220, 20, 60)]
+        table = np.zeros((256, 3), np.uint8)
+        table[:3], table[255] = colours, (1, 2, 3)  # a colour that is no class is not judged
+        Image.fromarray(table[NUMBERS]).save(file)
+    np.testing.assert_array_equal(read_mask(file, colours), numbers)
+
+
+def test_a_mask_comes_back_with_its_palette(tmp_path):
+    write_mask(tmp_path / "m.png", NUMBERS, palette(3))
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), NUMBERS)
+    with Image.open(tmp_path / "m.png") as picture:
+        assert picture.convert("RGB").getpixel((1, 0)) == palette(3)[1]
+    with pytest.raises(UserError, match=r"a mask is written as \.png"):
+        write_mask(tmp_path / "m.jpg", NUMBERS, palette(3))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda f: Image.fromarray(np.full((2, 2), 300, np.uint16)).save(f), "from 0 to 255, got 300 to 300"),
+        (lambda f: Image.new("RGB", (2, 2), (1, 2, 3)).save(f), "classes.txt"),
+        (lambda f: f.write_bytes(b"not a mask"), "no mask that can be read"),
+        (lambda f: f.write_bytes(_png()[:60]), "no mask that can be read"),
+    ],
+    ids=["too large", "colours", "text", "cut off"],
+)
+def test_masks_that_cannot_be_read(write, message, tmp_path):
+    write(tmp_path / "m.png")
+    with pytest.raises(UserError, match=message):
+        read_mask(tmp_path / "m.png")
+
+
+def _png():
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (64, 64)).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_lossy_mask_is_refused(tmp_path):
+    Image.fromarray(NUMBERS).save(tmp_path / "m.jpg")
+    with pytest.raises(UserError, match="kept without loss"):
+        read_mask(tmp_path / "m.jpg")
+
+
+LAYOUTS = {
+    "plain": [("images/a.jpg", "masks/a.png")],
+    "split within": [("images/train/a.jpg", "masks/train/a.png"), ("images/val/b.jpg", "masks/val/b.png")],
+    "split outside": [("train/images/a.jpg", "train/masks/a.png"), ("test/images/b.jpg", "test/masks/b.png")],
+    "ADE20K": [
+        ("images/training/a.jpg", "annotations/training/a.png"),
+        ("images/validation/b.jpg", "annotations/validation/b.png"),
+    ],
+    "Pascal VOC": [("JPEGImages/a.jpg", "SegmentationClass/a.png")],
+    "Cityscapes": [
+        ("leftImg8bit/train/aachen/x_leftImg8bit.png", "gtFine/train/aachen/x_gtFine_labelIds.png"),
+        ("leftImg8bit/val/ulm/y_leftImg8bit.png", "gtFine/val/ulm/y_gtFine_labelIds.png"),
+    ],
+    "COCO-stuff": [
+        ("images/train2017/1.jpg", "annotations/train2017/1.png"),
+        ("images/val2017/2.jpg", "annotations/val2017/2.png"),
+    ],
+    "named": [("images/a.jpg", "masks/a_mask.png")],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, tmp_path):
+    for picture, numbers in LAYOUTS[layout]:
+        image(tmp_path / picture)
+        mask(tmp_path / numbers)
+    folder = read_folder(tmp_path)
+    found = [pair for pairs in folder.splits.values() for pair in pairs]
+    assert found == [(tmp_path / a, tmp_path / b) for a, b in LAYOUTS[layout]]
+    expected = {"split within": ["train", "val"], "split outside": ["train", "test"], "ADE20K": ["train", "val"]}
+    assert list(folder.splits) == expected.get(layout, ["train", "val"] if len(found) == 2 else ["train"])
+
+
+def test_ade_counts_from_one_and_cityscapes_has_numbers_of_its_own(tmp_path):
+    for picture, numbers in LAYOUTS["ADE20K"]:
+        image(tmp_path / "ade" / picture)
+        mask(tmp_path / "ade" / numbers)
+    folder = read_folder(tmp_path / "ade")
+    np.testing.assert_array_equal(folder.read(folder.splits["train"][0][1]), [[255, 0, 1], [1, 255, 255]])
+    for picture, numbers in LAYOUTS["Cityscapes"]:
+        image(tmp_path / "city" / picture)
+        mask(tmp_path / "city" / numbers, np.array([[7, 33, 0], [26, 255, 8]], np.uint8))
+    folder = read_folder(tmp_path / "city")
+    assert folder.classes == list(CITYSCAPES.values())
+    np.testing.assert_array_equal(folder.read(folder.splits["val"][0][1]), [[0, 18, IGNORED], [13, IGNORED, 1]])
+
+
+def test_cityscapes_own_train_ids_are_taken_where_they_are(tmp_path):
+    image(tmp_path / "leftImg8bit/train/a/x_leftImg8bit.png")
+    for kind in ("labelIds", "labelTrainIds", "color", "instanceIds"):
+        mask(tmp_path / f"gtFine/train/a/x_gtFine_{kind}.png")
+    folder = read_folder(tmp_path)
+    assert folder.splits["train"][0][1].stem.endswith("labelTrainIds")
+    np.testing.assert_array_equal(folder.read(folder.splits["train"][0][1]), NUMBERS)
+
+
+def test_classes_and_their_colours(tmp_path):
+    image(tmp_path / "images/a.png")
+    mask(tmp_path / "masks/a.png")
+    (tmp_path / "classes.txt").write_text("road 128 64 128\n\ntraffic light, 250,170,30\n")
+    folder = read_folder(tmp_path)
+    assert folder.classes == ["road", "traffic light"] and folder.colours == [(128, 64, 128), (250, 170, 30)]
+    (tmp_path / "classes.txt").write_text("road\nroute 66\n")
+    assert read_folder(tmp_path).classes == ["road", "route 66"]
+    (tmp_path / "classes.txt").write_text("road 1 2 3\nsky\n")
+    with pytest.raises(UserError, match="line 2: either every class has a colour"):
+        read_folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("road 1 2 3\nsky 1 2 3\n")
+    with pytest.raises(UserError, match="two classes have the same colour"):
+        read_folder(tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no images/"):
+        read_folder(tmp_path)
+    image(tmp_path / "images/a.png")
+    with pytest.raises(UserError, match="holds no masks/"):
+        read_folder(tmp_path)
+    mask(tmp_path / "masks/b.png")
+    image(tmp_path / "images/c.png")
+    with pytest.raises(UserError, match=r"a.png has no mask: expected .*masks/a.png; nor have 1 others"):
+        read_folder(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        read_folder(tmp_path / "images/a.png")
+
+
+def test_mosaics_repeat_and_their_splits_share_no_column():
+    first, again = mosaic("train", 3, seed=1), mosaic("train", 3, seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert not np.array_equal(first[0], mosaic("train", 4, seed=1)[0])
+    assert not np.array_equal(first[0], mosaic("train", 3, seed=2)[0])
+    assert first[0].min() >= 0 and first[0].max() <= 1 and len(np.unique(first[1])) > 1
+    ends = [end for band in BANDS.values() for end in band]
+    assert ends == sorted(ends) and ends[0] == 0 and ends[-1] == 1
+
+
+def test_slices_of_the_brain_lie_apart():
+    heights = [set(part) for part in HEIGHTS.values()]
+    assert all(min(abs(a - b) for a in x for b in y) >= 6 for x in heights for y in heights if x is not y)
