@@ -1,0 +1,28 @@
+"""EMOv2: Pushing 5M Vision Model Frontier (arXiv:2412.06674)."""
+
+from provenn.papers.emov2.layers import I2RMB, SEWMHSA, group_pixels, ungroup_pixels
+from provenn.papers.emov2.model import (
+    EMOv2,
+    emov2,
+    emov2_baseline,
+    emov2_retinanet,
+    emov2_segmenter,
+    emov2_small,
+    emov2_small_retinanet,
+    emov2_small_segmenter,
+)
+
+__all__ = [
+    "I2RMB",
+    "SEWMHSA",
+    "EMOv2",
+    "emov2",
+    "emov2_baseline",
+    "emov2_retinanet",
+    "emov2_segmenter",
+    "emov2_small",
+    "emov2_small_retinanet",
+    "emov2_small_segmenter",
+    "group_pixels",
+    "ungroup_pixels",
+]
