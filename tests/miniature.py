@@ -55,6 +55,13 @@ def imagenet(place: Path) -> None:
                 photo(place / split / name / f"{name}_{i}.JPEG", 40 + 8 * i, level=50 + 70 * number)
 
 
+def cnfood(place: Path) -> None:
+    for split, count in (("train", 3), ("val", 2), ("test", 2)):
+        for number, name in enumerate(("000", "001", "240")):
+            for i in range(count):
+                photo(place / split / name / f"{number:03}{i:03}.jpg", 40 + 8 * i, level=50 + 70 * number)
+
+
 def cifar(place: Path, files: dict[str, int], labels: int, classes: int, names: str) -> None:
     for file, count in files.items():
         rows = rng().integers(0, 256, (count, labels + 3072), dtype=np.uint8)
@@ -214,7 +221,7 @@ def labelled_texts(place: Path, kinds: dict[str, str]) -> None:
 
 
 def lra(place: Path) -> None:
-    listops, image, pathfinder = (place / name for name in ("listops", "image", "pathfinder"))
+    listops, image, pathfinder, retrieval = (place / name for name in ("listops", "image", "pathfinder", "retrieval"))
     listops.mkdir()
     for split, count in (("train", 12), ("val", 4), ("test", 4)):
         rows = "".join(f"( ( ( [MAX {i % 3} ) {i % 2} ) ] )\t{max(i % 3, i % 2)}\n" for i in range(count))
@@ -222,6 +229,11 @@ def lra(place: Path) -> None:
     labelled_texts(place / "text", {"pos": "good ", "neg": "bad "})
     (place / "text" / "train" / "unsup").mkdir()
     (place / "text" / "train" / "unsup" / "0_0.txt").write_text("neither")
+    retrieval.mkdir()
+    for split, count in (("train", 12), ("eval", 4), ("test", 4)):
+        words = [("attention is", "recurrence was")[i % 2] for i in range(count)]
+        rows = (f"{i % 2}.0\tP{i}\tQ{i}\t{word} all\tneed {word}\n" for i, word in enumerate(words))
+        (retrieval / f"new_aan_pairs.{split}.tsv").write_text("".join(rows))
     image.mkdir()
     cifar10(image)
     (pathfinder / "metadata").mkdir(parents=True)
@@ -231,12 +243,129 @@ def lra(place: Path) -> None:
     (pathfinder / "metadata" / "0.npy").write_text(lines)
 
 
+def tsv(file: Path, rows: list) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+
+
+def glue(place: Path) -> None:
+    """The columns of each task as they are published; a class is told by one word, a score by how many words agree."""
+    same, other = "the cat sat on a mat", "which was good"
+    for split, count in (("train", 24), ("dev", 12)):
+        kinds = [i % 2 for i in range(count)]
+        tsv(
+            place / "CoLA" / f"{split}.tsv",
+            [["gj04", k, "*" if k else "", f"{[other, same][k]} {i}"] for i, k in enumerate(kinds)],
+        )
+        tsv(place / "SST-2" / f"{split}.tsv", [["sentence", "label"], *([f"{[other, same][k]} ", k] for k in kinds)])
+        head = ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+        tsv(place / "MRPC" / f"{split}.tsv", [head, *([k, 70, 71, f'"{same}', [other, same][k]] for k in kinds)])
+        head = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+        rows = [[i, 1, 2, same, [other, same][k], k] for i, k in enumerate(kinds)]
+        tsv(place / "QQP" / f"{split}.tsv", [head, *rows, [99, 1, 2, "a line that ends early"]])
+        head = [
+            "index",
+            "genre",
+            "filename",
+            "year",
+            "old_index",
+            "source1",
+            "source2",
+            "sentence1",
+            "sentence2",
+            "score",
+        ]
+        rows = [
+            [i, "g", "f", 2012, 1, "n", "n", same, " ".join(["cat"] * (i % 6)), f"{i % 6}.000"] for i in range(count)
+        ]
+        tsv(place / "STS-B" / f"{split}.tsv", [head, *rows])
+        head = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"]
+        head += ["sentence1_parse", "sentence2_parse", "sentence1", "sentence2"]
+        labels, three = (
+            ["label1"] if split == "train" else [f"label{i}" for i in range(1, 6)],
+            ["entailment", "neutral", "contradiction"],
+        )
+        rows = [
+            [i, *"pqgabcd", same, ["cat", "mat", "sat"][i % 3], *[three[i % 3]] * (len(labels) + 1)]
+            for i in range(count)
+        ]
+        tsv(
+            place / "MNLI" / f"{'dev_matched' if split == 'dev' else split}.tsv",
+            [[*head, *labels, "gold_label"], *rows],
+        )
+        two = ["not_entailment", "entailment"]
+        for name, columns in (("QNLI", ["question", "sentence"]), ("RTE", ["sentence1", "sentence2"])):
+            rows = [[i, same, [other, same][k], two[k]] for i, k in enumerate(kinds)]
+            tsv(place / name / f"{split}.tsv", [["index", *columns, "label"], *rows])
+
+
+def samsum(place: Path) -> None:
+    """Dialogues of a few words; a summary says again who is met."""
+    for name, count in (("train", 24), ("val", 4), ("test", 6)):
+        people = [["Anna", "Ben", "Carl"][i % 3] for i in range(count)]
+        entries = [
+            {"id": str(i), "dialogue": f"{who}: hello\r\nDora: hi {who}", "summary": f"Dora meets {who}."}
+            for i, who in enumerate(people)
+        ]
+        place.mkdir(exist_ok=True)
+        (place / f"{name}.json").write_text(json.dumps(entries))
+
+
+def jsonlines(file: Path, entries: list) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def questions(place: Path) -> None:
+    """Two questions a set, with the keys that each has as published."""
+    choice = lambda texts: [{"text": text, "label": letter} for text, letter in zip(texts, "ABCD")]  # noqa: E731
+    stems = [
+        {
+            "id": "1",
+            "question": {"stem": "The cat sat on", "choices": choice(["a mat", "the title"])},
+            "answerKey": "A",
+        },
+        {
+            "id": "2",
+            "question": {"stem": "It was", "choices": choice(["which", "as", "a cat", "good"])},
+            "answerKey": "D",
+        },
+    ]
+    jsonlines(place / "arc_easy" / "ARC-Easy-Test.jsonl", stems)
+    jsonlines(place / "arc_challenge" / "ARC-Challenge-Test.jsonl", stems)
+    jsonlines(place / "openbookqa" / "test.jsonl", stems)
+    jsonlines(
+        place / "piqa" / "valid.jsonl",
+        [{"goal": "sit", "sol1": "a mat", "sol2": "a cat"}, {"goal": "see", "sol1": "as", "sol2": "saw"}],
+    )
+    (place / "piqa" / "valid-labels.lst").write_text("0\n1\n")
+    ending = {"activity_label": "Cat", "ctx_a": "The cat sat.", "ctx_b": "it", "ctx": "", "split": "val"}
+    endings = ["saw [title] a mat.", "was [step] good", "and", "which"]
+    jsonlines(place / "hellaswag" / "hellaswag_val.jsonl", [{**ending, "endings": endings, "label": k} for k in (0, 1)])
+    sentence = {"sentence": "The cat saw the mat and _ was good.", "option1": "the cat", "option2": "the mat"}
+    jsonlines(place / "winogrande" / "dev.jsonl", [{**sentence, "answer": answer} for answer in "12"])
+    jsonlines(
+        place / "lambada" / "lambada_test_en.jsonl", [{"text": "the cat sat on a mat"}, {"text": "which was good"}]
+    )
+    for folder in ("sciq", "logiqa", "truthfulqa"):
+        (place / folder).mkdir()
+    sciq = {f"distractor{i}": f"{word}" for i, word in enumerate(("as", "and", "which"), 1)}
+    sciq |= {"question": "Where?", "correct_answer": "on a mat", "support": " The cat sat."}
+    (place / "sciq" / "test.json").write_text(json.dumps([sciq, sciq]))
+    block = "\nb\nThe cat sat.On a mat.\nWhere?\nA.a cat\nB.a mat\nC.as\nD.and\n"
+    (place / "logiqa" / "Test.txt").write_text(block + block)
+    truth = {"question": "Where?", "mc1_targets": {"a mat": 1, "a cat": 0}, "mc2_targets": {"a mat": 1, "a cat": 0}}
+    (place / "truthfulqa" / "mc_task.json").write_text(json.dumps([truth]))
+    byte_pairs(place)
+
+
 def genomics(place: Path) -> None:
     labelled_texts(place / "human_nontata_promoters", {"positive": "ACG", "negative": "GTN"})
 
 
 WRITERS = {
     "imagenet-1k": imagenet,
+    "cnfood-241": cnfood,
     "cifar-10": cifar10,
     "cifar-100": lambda place: cifar(place, {"train.bin": 200, "test.bin": 100}, 2, 100, "fine_label_names.txt"),
     "div2k": div2k,
@@ -252,5 +381,8 @@ WRITERS = {
     "d4rl": d4rl,
     "iwslt14": iwslt14,
     "lra": lra,
+    "glue": glue,
+    "samsum": samsum,
+    "questions": questions,
     "genomics": genomics,
 }

@@ -52,6 +52,14 @@ def test_two_trainings_in_one_folder_are_refused_and_name_who_was_first(tmp_path
         assert str(os.getpid()) in (folder / LOCK).read_text()
 
 
+def test_a_training_that_another_process_is_at_is_not_called_broken_off(tmp_path):
+    from provenn.reproduce import alone_in
+
+    (tmp_path / "last.ckpt").write_bytes(b"hours of work")
+    with alone_in(tmp_path), pytest.raises(UserError, match="another process is writing"):
+        provenn.train("tiny_gate", "digits", out=tmp_path)
+
+
 def test_a_system_is_built_with_its_options_and_the_user_s():
     paper = provenn.paper("tiny_gate")
     assert paper.build()[-1].out_features == 4  # the card's example

@@ -189,3 +189,14 @@ def test_interleaved_turns_the_order_of_every_other_round_on_one_thread():
     assert "".join(name for name, _ in called) == "ba" + "ab" + "ba" + "ab"
     assert {count for _, count in called} == {1}
     assert [len(own) for own in times.values()] == [3, 3] and min(min(own) for own in times.values()) >= 0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_convolution_s_backward_pass_has_two_as_many_operations_in_groups_too(groups, transposed):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    conv, x = kind(8, 16, 3, stride=2, groups=groups), torch.randn(2, 8, 10, 9)
+    forward = flops(lambda: conv(x))
+    assert forward == 2 * 2 * (8 * 16 // groups) * 9 * (90 if transposed else 4 * 4)
+    assert flops(lambda: conv(x).sum().backward()) == 2 * forward  # of the weight alone
+    assert flops(lambda: conv(x.requires_grad_()).sum().backward()) == 3 * forward

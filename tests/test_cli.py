@@ -238,7 +238,7 @@ BAD = [
     (f"{TRAIN} --data classes --num-nodes 0", "--num-nodes"),
     ("train tiny_gate --data classes --out cut --resume", "last.ckpt is damaged"),
     ("train tiny_gate --data classes --out started", "holds a training that did not end: go on with --resume"),
-    (f"{TRAIN} --data good.csv", "(read for image-classification; for other work add --task series-forecasting or"),
+    (f"{TRAIN} --data good.csv", "(read for image-classification; for other work add --task series-forecasting)"),
     (f"{TRAIN} --data classes --set num_classes=3", "num_classes follows from the data, where it is 2, got 3"),
     (f"{TRAIN} --data airline", "for other work add --task series-forecasting)"),
     (f"{TRAIN} --data classes --seed 99999999999999999999", "seed must be a whole number from 0 to 4294967295"),
@@ -638,10 +638,45 @@ def test_train_then_predict(run, props):
     code, out, err = run("train tiny_gate --data classes --out run --epochs 2")
     assert (code, err) == (0, "") and "accuracy" in out
     assert "next     provenn predict tiny_gate INPUT… --weights run -o OUTPUT" in out
+    assert "on 2 test examples" in out and "of who has learned nothing" in out
     assert (props / "run" / "weights.safetensors").exists() and (props / "run" / "run.json").exists()
     code, out, err = run("predict tiny_gate classes/a/0.png classes/b/0.png --weights run -o out.csv")
     assert (code, err) == (0, "") and out.count("%") == 4
     assert (props / "out.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    "reached, count, says",
+    [
+        (0.9, 300, "accuracy 0.9 on 300 test examples, beside the 0.5 of who has learned nothing"),
+        (0.5, 300, "no better than the 0.5 of who has learned nothing: train longer than 1 step, on more data"),
+        (0.625, 8, "accuracy 0.625 on 8 test examples, too few to tell it from the 0.5 of who has learned nothing"),
+    ],
+)
+def test_a_training_ends_with_what_it_reached_beside_who_learned_nothing(reached, count, says):
+    from provenn.cli.work import _in_words
+    from provenn.tasks import get_task
+
+    summary = {"metrics": {"accuracy": reached}, "trivial": 0.5, "tested_on": count, "steps": 1}
+    assert says in _in_words(get_task("image-classification"), summary)
+    summary = {"metrics": {"mse": 0.9}, "trivial": 1.0, "tested_on": 5, "steps": 1}
+    assert _in_words(get_task("series-forecasting"), summary) == (
+        "mse 0.9 on 5 test examples, beside the 1 of who has learned nothing"
+    )
+
+
+def test_few_examples_of_ones_own_are_passed_over_more_often(run, props):
+    line = "train tiny_gate --data classes --out run"
+    code, _, err = run(line)
+    steps = json.loads((props / "run" / "run.json").read_text())["steps"]
+    assert code == 0 and steps >= 200 and "--epochs or --steps says otherwise" in err
+    assert run(f"{line} --steps 2")[0] == 0
+    assert json.loads((props / "run" / "run.json").read_text())["steps"] == 2
+
+
+def test_who_has_no_figures_about_speed_says_so(run, here):
+    code, _, err = run("bench residual_depth")
+    assert code == 2 and err.startswith("provenn: residual_depth has neither benchmarks nor claims about cost; ")
 
 
 def wheels(folder: Path) -> None:
@@ -810,6 +845,30 @@ def test_a_scheduler_that_ends_a_run_is_answered_like_ctrl_c(run, here, monkeypa
     again = "Go on with: provenn reproduce tiny_gate --out run --resume"
     assert (code, out) == (143, "") and err == f"provenn: interrupted; what has ended is kept. {again}\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("kept", ["evidence.json", "ledger.json", None])
+def test_whatever_ends_a_measurement_says_whether_there_is_something_to_go_on_with(run, here, monkeypatch, kept):
+    from provenn import reproduce
+    from provenn.files import Unwritable
+
+    def ended(error):
+        def measured(*args, **kwargs):
+            (here / "run" / "tiny_gate").mkdir(parents=True, exist_ok=True)
+            if kept:
+                (here / "run" / "tiny_gate" / kept).touch()
+            raise error
+
+        return measured
+
+    again = "provenn reproduce tiny_gate --out run --resume"
+    monkeypatch.setattr(reproduce, "reproduce_many", ended(KeyboardInterrupt))
+    code, _, err = run("reproduce tiny_gate --out run")
+    assert code == 130 and (again in err) is (kept is not None)
+    monkeypatch.setattr(reproduce, "reproduce_many", ended(Unwritable("cannot write run/a: No space left on device")))
+    code, _, err = run("reproduce tiny_gate --out run")
+    room = f"; what has ended is kept: make room, then go on with: {again}" if kept else ""
+    assert code == 2 and err == f"provenn: cannot write run/a: No space left on device{room}\n"
 
 
 def test_images_that_cannot_be_read_are_named_and_left_out_on_demand(run, props):

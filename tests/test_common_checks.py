@@ -102,6 +102,34 @@ class Scaled(nn.Module):
         return x + f(x) / depth
 
 
+class Stem(nn.Module):
+    """A backbone of one map."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3):
+        super().__init__()
+        if in_channels < 1 or num_classes < 0:
+            raise ValueError(f"in_channels must be at least 1, num_classes 0, got {in_channels} and {num_classes}")
+        self.strides, self.widths = (4,), (8,)
+        self.conv = nn.Conv2d(in_channels, 8, 3, stride=4, padding=1)
+        self.head = nn.Linear(8, num_classes) if num_classes else nn.Identity()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        return [self.conv(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)[-1].mean((2, 3)))
+
+
+class Coarser(Stem):
+    def features(self, x: Tensor) -> list[Tensor]:
+        return [self.conv(x)[..., 1:, :]]
+
+
+class Headed(Stem):
+    def __init__(self, num_classes: int = 10, in_channels: int = 3):
+        super().__init__(num_classes or 10, in_channels)
+
+
 SOUND = {
     "token-mixer": Mean,
     "channel-gate": Gate,
@@ -109,6 +137,7 @@ SOUND = {
     "batch-mixer": Pull,
     "cross-mixer": Lookup,
     "residual": Scaled,
+    "backbone": Stem,
 }
 
 
@@ -453,6 +482,8 @@ BROKEN = [
     (NamesNothing, "channel-gate", "refuse-bad-arguments"),
     (AnyHeads, "token-mixer", "refuse-bad-arguments"),
     (AnyDepth, "residual", "refuse-bad-arguments"),
+    (Coarser, "backbone", "feed-heads"),
+    (Headed, "backbone", "tell-classes"),
 ]
 
 

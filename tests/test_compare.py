@@ -36,7 +36,7 @@ def test_gates_are_trained_in_one_host_and_their_costs_counted(tmp_path: Path):
     assert se.parameters == count_parameters(resnet20(gate=SqueezeExcitation, **options))
     assert none.parameters < eca.parameters < se.parameters and none.flops < eca.flops
     assert all(len(one.quality) == 2 and 0 <= one.mean <= 1 for one in result.candidates)
-    assert none.difference == 0 and none.latency == 1 and none.latency_interval == (1, 1)
+    assert none.difference == 0 and none.latency == 1 and none.latency_interval is None
     assert eca.difference == pytest.approx(eca.mean - none.mean)
 
 
@@ -115,6 +115,26 @@ def test_the_result_is_written_as_numbers_table_and_plot(tmp_path: Path):
     text = (tmp_path / "saved" / "channel-gate.md").read_text()
     assert "| se |" in text and "accuracy" in text
     assert [len(row) for row in result.table.rows] == [len(result.table.columns)] * 2
+
+
+def test_a_first_look_has_no_intervals_and_a_measurement_has(tmp_path: Path):
+    look = gates(tmp_path, "none", "se")
+    assert "no intervals" in look.table.caption and "whiskers" not in look.figure().get_suptitle()
+    assert not any("to" in str(cell) for row in look.table.rows for cell in row)
+    measured = replace(
+        look,
+        candidates=tuple(replace(one, interval=(0.1, 0.2), latency_interval=(1.0, 2.0)) for one in look.candidates),
+    )
+    assert "95 % intervals" in measured.table.caption and "whiskers" in measured.figure().get_suptitle()
+    assert sum("0.1000 to 0.2000" in str(cell) for row in measured.table.rows for cell in row) == 2
+
+
+def test_no_legend_covers_the_title(tmp_path: Path):
+    figure = gates(tmp_path, "none", "se").figure()
+    figure.draw_without_rendering()
+    boxes = [part.get_window_extent() for part in (figure.legends[0], figure._suptitle)]
+    assert not boxes[0].overlaps(boxes[1])
+    assert not any(boxes[0].overlaps(axes.get_window_extent()) for axes in figure.axes)
 
 
 def test_token_mixers_are_compared_on_series(tmp_path: Path):
@@ -277,3 +297,13 @@ def test_a_record_that_cannot_be_read_is_moved_aside_and_said(tmp_path: Path):
     arguments: dict[str, Any] = {"data": "digits", "budget": "smoke", "seeds": 1, "device": "cpu", "out": tmp_path}
     compare("channel-gate", ["none", "se"], tell=said.append, **arguments)
     assert len(said) == 1 and "moved" in said[0]
+
+
+def test_backbones_are_compared_on_patches(tmp_path: Path):
+    names = ["eca_resnet14", "mobilenet", "resnet14"]
+    result = compare("backbone", names, data="patches", budget="smoke", seeds=1, device="cpu", out=tmp_path)
+    plain, eca, mobile = result.candidates
+    assert (plain.name, eca.name, eca.paper, mobile.name) == ("resnet14", "eca_resnet14", "eca_net", "mobilenet")
+    assert plain.parameters < eca.parameters < 1.01 * plain.parameters  # the gates alone
+    assert 0.5 < mobile.parameters / plain.parameters < 2
+    assert result.metric == "accuracy" and len(result.setting["lr"]) == 3

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -107,6 +108,9 @@ def test_classes_are_the_models_own_whatever_order_the_folder_has(photos):
     assert found.metrics["accuracy"] == 1 and found.intervals["accuracy"] == (1, 1)
     assert found.confusion.tolist() == [[12, 0, 0], [0, 0, 0], [0, 0, 12]]
     assert [row[:4] for row in found.class_table().rows] == [["light", 12, 1, 1], ["dark", 12, 1, 1]]
+    shutil.copytree(photos / "dark", photos.parent / "one" / "dark")
+    alone = evaluate(Brightness(), task, task.held_out(photos.parent / "one", META), meta=META)
+    assert alone.metrics["accuracy"] == 1, "who was trained on two classes may be asked about one"
     part = task.held_out(photos, META, whole=False)
     data = task.load(photos)
     assert [file for file, _ in part.dataset.files] == [file for file, _ in data.test.files] and len(data.test) == 4

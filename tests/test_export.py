@@ -14,12 +14,16 @@ from provenn import api, export, weights
 from provenn.cli import main
 from provenn.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
+from provenn.nn.detection import RetinaNet
+from provenn.nn.resnet import BasicBlock, ResNet
+from provenn.nn.segmentation import Segmenter
 from provenn.papers.aaren import AarenAttention
 from provenn.papers.craft import CRAFT, CRFB, HFB, HFERB, SRWAB
 from provenn.papers.hedgehog import HedgehogAttention, LinearAttention
 from provenn.papers.nprf import KernelAttentionRPE
 from provenn.papers.rat import RATMixer, RNNMixer
 from provenn.papers.titans import LongTermMemory
+from provenn.tasks import get_task
 from provenn.testing import seeded_state
 from provenn.testing.promises import unchecked
 
@@ -144,3 +148,94 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     with pytest.raises(UserError, match=r"pip install 'provenn\[onnx\]'"):
         export.check_place(tmp_path / "a.onnx")
+
+
+def small_backbone(channels: int) -> ResNet:
+    model = ResNet(BasicBlock, (1, 1), widths=(4, 8), in_channels=channels, num_classes=0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+IMAGE_SYSTEMS = {
+    "semantic-segmentation": lambda: Segmenter(small_backbone(3), 2, dim=8),
+    "object-detection": lambda: RetinaNet(
+        small_backbone(3), num_classes=2, dim=8, convs=1, groups=2, finest=4, coarser=1
+    ),
+}
+
+
+@pytest.mark.parametrize("task", IMAGE_SYSTEMS)
+def test_systems_of_images_are_fused_and_take_any_size(tmp_path, task):
+    model = IMAGE_SYSTEMS[task]().eval()
+    meta = {"size": 32, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    said = export.image_system(model, task, meta, tmp_path / "a.onnx", {})
+    assert said[0].startswith("fused: ") and said[1] == "any batch, height and width"
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    system = export.RESULTS[task][0](model, meta["mean"], meta["std"]).eval()
+    for shape in ((1, 3, 32, 32), (2, 3, 47, 65)):  # sides that are no multiples of a stride
+        image = torch.rand(shape)
+        with torch.no_grad():
+            expected = system(image)
+        for ours, theirs in zip(
+            session.run(None, {"image": image.numpy()}), expected if isinstance(expected, tuple) else (expected,)
+        ):
+            assert ours.shape == theirs.shape
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-4)
+
+
+class OneSize(torch.nn.Module):
+    """Positions for images of 16 pixels, and no rule that a tracer could read."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = torch.nn.Parameter(torch.randn(16, 16))
+        self.head = torch.nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.head((x * self.positions).mean((2, 3)))
+
+
+def test_a_network_of_one_size_is_written_for_that_size_and_says_so(tmp_path):
+    meta = {"size": 16, "channels": 1, "mean": [0.5], "std": [0.5]}
+    said = export.image_system(OneSize().eval(), "image-classification", meta, tmp_path / "a.onnx", {})
+    assert said == ["height and width fixed: images of 2×1×16×16"]
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    assert session.run(None, {"image": np.zeros((5, 1, 16, 16), np.float32)})[0].shape == (5, 2)
+
+
+def test_what_cannot_be_fused_is_written_as_it_is_and_says_so(tmp_path, monkeypatch):
+    def fuse(model, example):
+        raise ValueError("no graph\nhere")
+
+    monkeypatch.setattr(export, "fuse", fuse)
+    meta = {"size": 16, "channels": 1, "mean": [0.5], "std": [0.5]}
+    said = export.image_system(OneSize().eval(), "image-classification", meta, tmp_path / "a.onnx", {})
+    assert said[0] == "not fused: ValueError: no graph here"
+
+
+def test_int8_is_told_beside_what_it_was(tmp_path):
+    # Prototypes of digits: right on most, and quick.
+    task = get_task("image-classification")
+    data = task.load("digits")
+    images, labels = (torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*data.train))
+    means = torch.stack([images[labels == k].mean(0).flatten() for k in range(10)])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(means)
+        model[1].bias.copy_(-means.square().sum(1) / 2)
+    file = tmp_path / "a.onnx"
+    export.image_system(model, task.name, data.meta, file, {})
+    before = file.read_bytes()
+    said = export.quantize(file, task, data.meta, "digits")
+    accuracy = [float(line.split()[1]) for line in said[-2:]]
+    assert accuracy[0] == pytest.approx(task.evaluate(model, data.test)["accuracy"], abs=1e-4)
+    assert accuracy[1] > 0.8 and abs(accuracy[1] - accuracy[0]) < 0.05 and file.read_bytes() != before
+    assert b"QuantizeLinear" in file.read_bytes()
+
+
+def test_int8_is_refused_where_it_is_not_known(tmp_path):
+    with pytest.raises(UserError, match="--int8 is for classifiers and segmenters of images; these weights are for su"):
+        export.check_int8(get_task("super-resolution"))

@@ -25,7 +25,7 @@ ORDER = [
     {"papers"},
     {"at_paper", "workers"},
     {"reproduce"},
-    {"compare", "evaluation", "inspection"},
+    {"compare", "evaluation", "inspection", "latency"},
     {"api", "options", "__init__", "papers/__init__"},
     {"cli", "__main__"},
 ]

@@ -41,3 +41,14 @@ def test_nested_displays_are_one_and_an_error_leaves_none(capsys, monkeypatch):
     capsys.readouterr()
     work()
     assert capsys.readouterr().err == ""
+
+
+def test_a_bar_that_is_told_nothing_new_keeps_its_words(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", -1.0)
+    with progress.shown(), progress.bar("a network on digits", 3) as advance:
+        advance(1, None)
+        advance(1, "a network on digits: loss 0.5")
+        advance(1, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(":")[0] for line in lines if "left" not in line][-1] == "a network on digits: loss 0.5"
+    assert len(lines) == 3 and "None" not in "".join(lines) and lines[0].startswith("a network on digits: 1 of 3")

@@ -13,11 +13,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from provenn import bench, export, papers, slots, surgery, testing
     from provenn.api import evaluate, from_official, inspect, paper, predict, train
+    from provenn.nn.fusion import fuse
     from provenn.surgery import insert_after, swap
 
 _HOMES = {
     **dict.fromkeys(("evaluate", "from_official", "inspect", "paper", "predict", "train"), "provenn.api"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
+    "fuse": "provenn.nn.fusion",
 }
 _MODULES = ("bench", "export", "papers", "slots", "surgery", "testing")
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "evaluate",
     "export",
     "from_official",
+    "fuse",
     "insert_after",
     "inspect",
     "paper",

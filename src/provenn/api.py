@@ -1,5 +1,6 @@
 """The Python interface: papers as objects."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from provenn.errors import UserError
 from provenn.settings import arguments_of, typed
 
 PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
+SIDES = ("size", "image_size")  # what presets call the side of their images, which is that of the data
+FEWEST_STEPS = 200  # of a training on the user's own data, where nobody says how long
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from provenn.inspection import Inspection
     from provenn.options import Setting
     from provenn.tasks.base import Task
+    from provenn.training import Recipe
     from provenn.weights import Label
 
 
@@ -179,8 +183,6 @@ def _blame(error: Exception, arguments: dict[str, Any]) -> str:
 
 def papers() -> Iterator[Paper]:
     """Every paper, by slug; a warning names those of other packages that cannot be used."""
-    import warnings
-
     for name, reason in catalog.cards().left_out.items():
         warnings.warn(f"the paper {name} is left out: {reason}", stacklevel=2)
     return (Paper(card) for card in catalog.cards().values())
@@ -239,7 +241,7 @@ def train(
     from provenn import __version__, tasks, training, weights
     from provenn.evidence.record import write_atomically
     from provenn.files import whole
-    from provenn.reproduce import choose_device
+    from provenn.reproduce import alone_in, choose_device
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
 
@@ -250,30 +252,41 @@ def train(
     if resume and not begun(folder):
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
     if not resume and begun(folder) and not (folder / weights.FILE).exists():
+        with alone_in(folder) if progress.first_process() else nullcontext():  # else another process is at it
+            pass
         raise UserError(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
-    wanted = {name: value for name, value in (recipe or {}).items() if value is not None}
+    recipe_changes = {name: value for name, value in (recipe or {}).items() if value is not None}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
-    facts = {name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in wanted}
-    final = recipe_of(facts, **wanted)
+    facts = {
+        name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in recipe_changes
+    }
+    final = recipe_of(facts, **recipe_changes)
     training.check_recipe(final, kind)
     device = choose_device(device)
     of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
     source, given = datasets.resolve(data), data
     data, of_data = source.data, {**source.options, **of_data}
+    users_own = data not in kind.embedded
     try:
-        loaded = kind.load(data, seed=seed, **of_data)
+        loaded = kind.load(data, seed=seed, **{**(chosen.reads if users_own else {}), **of_data})
     except UserError as error:
         if preset or task:
             raise
         raise UserError(f"{error}{_other_work(card, kind, data)}") from None
+    takes = arguments_of(card.resolve(chosen.build))
     for name in of_system.keys() & loaded.options.keys():
         if of_system[name] != loaded.options[name]:
             raise UserError(f"{name} follows from the data, where it is {loaded.options[name]}, got {of_system[name]}")
-    built_with = {**loaded.options, **of_system}
-    told = {**chosen.options, **built_with}
+    sides = {name: loaded.meta["size"] for name in SIDES if "size" in loaded.meta and name in takes}
+    built_with = {**sides, **loaded.options, **of_system}
+    options = {**chosen.options, **built_with}
+    examples = len(loaded.train)  # type: ignore[arg-type]
+    if "epochs" not in recipe_changes:
+        steps = recipe_changes.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
+        final = _long_enough(final, steps, examples)
     system = {"preset": chosen.name, "task": task}
     trained_on = {
         "data": str(given),
@@ -281,10 +294,10 @@ def train(
         "seed": seed,
         "options": of_data,
         "recipe": asdict(final),
-        "command": _command(card.slug, given, {**system, **wanted, "seed": seed}, {**of_data, **of_system}),
+        "command": _command(card.slug, given, {**system, **recipe_changes, "seed": seed}, {**of_data, **of_system}),
     }
-    label = weights.Label(card.slug, chosen.name, kind.name, told, loaded.meta, __version__, trained_on)
-    with _folder_for(folder):
+    label = weights.Label(card.slug, chosen.name, kind.name, options, loaded.meta, __version__, trained_on)
+    with _folder_for(folder), _taken_by(chosen.name, str(given)):
         result = training.fit(
             lambda: Paper(card).build(chosen.name, **built_with),
             kind,
@@ -304,10 +317,18 @@ def train(
             logger=logger,
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
+        usual = recipe_of(facts).epochs
+        if final.epochs > usual and not recipe_changes.keys() & {"epochs", "max_steps"}:
+            progress.say(
+                f"{examples} examples to train on: {final.epochs} epochs instead of {usual}, which made "
+                f"{result.steps} steps; --epochs or --steps says otherwise"
+            )
         label = replace(label, metrics=result.metrics)
         weights.save(result.model, folder / weights.FILE, label)
         summary = {
             **asdict(label),
+            "trivial": kind.trivial(loaded),
+            "tested_on": len(loaded.test),  # type: ignore[arg-type]
             "data": loaded.name,
             "fingerprint": loaded.fingerprint,
             "seed": seed,
@@ -322,6 +343,26 @@ def train(
             with whole(folder / "picture.png") as place:
                 picture.savefig(place, dpi=110, bbox_inches="tight")
     return folder, result.metrics
+
+
+def _long_enough(recipe: "Recipe", least: int, examples: int) -> "Recipe":
+    """As many epochs as give `least` steps, where the preset's, which are for other data, give fewer."""
+    import math
+    from dataclasses import replace
+
+    steps = math.ceil(math.ceil(examples / recipe.batch_size) / recipe.accumulate)  # an epoch
+    return replace(recipe, epochs=max(recipe.epochs, math.ceil(least / max(1, steps))))
+
+
+@contextmanager
+def _taken_by(preset: str, data: str) -> Iterator[None]:
+    """What a system says of data that it does not take, in one line with both names."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{preset} does not take {data}: {error}") from error
 
 
 # What `provenn train` takes, and how it is called there.
@@ -354,7 +395,21 @@ def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
     probes = [name for name, of in PROBES.items() if of in card.tasks]
     others = [name for name in card.tasks if name != kind.name and data not in kind.embedded]
     fitting = [name for name in (*others, *probes) if data in get_task(name).embedded]
+    fitting = fitting or [name for name in others if _can_read(get_task(name), data)]
     return f" (read for {kind.name}; for other work add --task {' or '.join(fitting or others)})" if others else ""
+
+
+def _can_read(kind: "Task", data: str | Path) -> bool:
+    """Whether a file of the user's own is such data. A folder is not looked through for a hint."""
+    if not Path(data).is_file():
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kind.load(data)
+    except (UserError, TypeError):  # not that, or needs to be told more
+        return False
+    return True
 
 
 @contextmanager
@@ -443,7 +498,7 @@ def predict(
     options = {name: typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
     with _fitting(str(weights or label.preset)):
-        return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]
+        return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]  # words, for a task that takes them
 
 
 @contextmanager
@@ -613,19 +668,31 @@ def inspect(
     return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers)
 
 
-def export(slug: str, weights: str | Path | None, output: str | Path, *, preset: str | None = None) -> str:
+def export(
+    slug: str,
+    weights: str | Path | None,
+    output: str | Path,
+    *,
+    preset: str | None = None,
+    int8: bool = False,
+    data: str | Path | None = None,
+) -> str:
     """Write trained weights with their system as an ONNX file; returns what the terminal shows.
 
-    A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`; a classifier
-    takes `image`, (batch, channels, size, size) in 0…1, and gives `probabilities`; a task of a paper's own says itself
-    what its system takes and gives (`Task.portable`). The file's metadata hold, under
-    `provenn`, what the weights say of themselves, such as class names.
+    A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`. A classifier
+    takes `image`, (batch, channels, height, width) in 0…1, and gives `probabilities`, a segmenter those of each pixel,
+    a detector `boxes`, `scores` and `labels` of every place, before overlapping ones are dropped; of any size where
+    the network takes that, which the returned lines say, and in fused form. A task of a paper's own says itself what
+    its system takes and gives (`Task.portable`). The file's metadata hold, under `provenn`, what the weights say of
+    themselves, such as class names.
 
     Args:
         slug: the paper.
         weights: a weight file, or the folder of a run; None takes what ships with the package.
         output: where it goes, ending in .onnx.
         preset: whose weights, where those of several ship.
+        int8: quantise the file with onnxruntime, and tell its metric before and after; of classifiers and segmenters.
+        data: what int8 is calibrated and tested on: an embedded name or a path.
     """
     import json
     from dataclasses import asdict
@@ -636,6 +703,15 @@ def export(slug: str, weights: str | Path | None, output: str | Path, *, preset:
 
     file = Path(output)
     onnx.check_place(file)
+    if int8 and data is None:
+        raise UserError("int8 is calibrated on data: give --data, an embedded name or a path")
+    if data is not None and not int8:
+        raise UserError("--data is what --int8 is calibrated on: give both")
     model, label = paper(slug).load(weights, preset=preset)
-    onnx.portable_system(model, get_task(label.task), label.meta, file, {KEY: json.dumps(asdict(label))})
-    return f"{label.preset} of {slug} → {file}"
+    task = get_task(label.task)
+    if int8:
+        onnx.check_int8(task)
+    lines = onnx.portable_system(model, task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    if data is not None:
+        lines += onnx.quantize(file, task, label.meta, data)
+    return "\n".join([f"{label.preset} of {slug} → {file}", *lines])

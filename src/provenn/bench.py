@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 
@@ -86,10 +86,14 @@ def compare(
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Small operators are quicker on one thread: a second one mostly waits, and for long where cores are busy."""
+def one_thread(threads: int = 1) -> Iterator[None]:
+    """Small operators are quicker on one thread: a second one mostly waits, and for long where cores are busy.
+
+    Args:
+        threads: another number, for who asks what more of them bring.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
@@ -103,12 +107,12 @@ def interleaved(
     device: str = "cpu",
     min_time: float = 0.0,
     warmup: int = 1,
+    threads: int = 1,
 ) -> dict[Any, list[float]]:
     """Seconds a call of each of several functions, in turns; every other round turns their order.
 
     What else the machine does meets all of them alike. On a CPU they run on one thread and CPU time is counted, which
-    other
-    processes do not add to; a GPU is waited for, and the wall clock taken.
+    other processes do not add to; a GPU is waited for, and the wall clock taken.
 
     Args:
         functions: by name.
@@ -116,15 +120,16 @@ def interleaved(
         device: where they compute.
         min_time: seconds that one measurement lasts at least: quick functions are called several times.
         warmup: rounds before anything is kept; their time also decides how many calls a measurement makes.
+        threads: on a CPU. Of more than one the wall clock is taken, since CPU time would add them up.
     """
     if rounds < 1 or warmup < 1:
         raise ValueError(f"rounds and warmup must be at least 1, got rounds={rounds} and warmup={warmup}")
     gpu = device.startswith("cuda")
     wait: Callable[[], None] = torch.cuda.synchronize if gpu else lambda: None
-    clock = time.perf_counter if gpu else time.process_time
+    clock = time.perf_counter if gpu or threads > 1 else time.process_time
     times: dict[Any, list[float]] = {name: [] for name in functions}
     calls = dict.fromkeys(functions, 1)
-    with one_thread():
+    with one_thread(threads):
         for turn in range(-warmup, rounds):
             for name in functions if turn % 2 == 0 else reversed(functions):
                 wait()
@@ -188,6 +193,24 @@ class _ElementwiseCounter(TorchDispatchMode):
         return result
 
 
+def _convolution_backward_flops(
+    grad: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _output_padding: object,
+    _groups: int,
+    needed: Sequence[bool],
+    **_: object,
+) -> int:
+    """As many as forward for the gradient of the input, and again for the weight's; arguments are shapes."""
+    return sum(needed[:2]) * conv_flop_count(list(x), list(weight), list(grad), transposed=transposed)
+
+
 def flops(fn: Callable[[], object], *, elementwise: bool = False) -> int:
     """Floating-point operations of one call of `fn`: a multiply-add counts as two.
 
@@ -198,15 +221,17 @@ def flops(fn: Callable[[], object], *, elementwise: bool = False) -> int:
         elementwise: count also one for each element that a pointwise operator writes, and for each that a reduction, a
             norm, a softmax or a scan reads. Without it, a mechanism made of those alone costs nothing.
     """
-    # The counter knows attention on a GPU only; the same formulas hold for the operator that the CPU runs.
-    on_cpu = {
+    # The counter knows attention on a GPU only; the same formulas hold for the operator that the CPU runs. Of a
+    # convolution's backward pass it forgets the groups.
+    mapping = {
+        aten.convolution_backward: _convolution_backward_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
             sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
-    counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # stands in for torch's own
     with _without_fused_encoder(), counter:
         if not elementwise:
             fn()

@@ -53,6 +53,7 @@ class Region(Facts):
 
     @model_validator(mode="after")
     def one_side(self) -> "Region":
+        """Exactly one of the three bounds, the lower first."""
         if sum(bound is not None for bound in (self.above, self.below, self.within)) != 1:
             raise ValueError("give exactly one of above, below, within")
         if self.within is not None and self.within[0] > self.within[1]:
@@ -95,6 +96,7 @@ class Preset(Facts):
     """A system of the paper, with what was published of it.
 
     `task` is the paper's where it is left out; "" says that there is nothing to train or to predict: a procedure.
+    `reads` is how the user's own files are read for it, where `--set` does not say.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Preset(Facts):
     recipe: dict[str, Any] = {}
     cannot: dict[str, str] = {}
     data: str | None = None
+    reads: dict[str, Any] = {}
     summary: str = ""
 
     @field_validator("input", mode="before")
@@ -131,6 +134,7 @@ class Statement(Facts):
 
     @model_validator(mode="after")
     def bears_something(self) -> "Statement":
+        """A statement without claims says what it needs."""
         if not self.claims and not self.needs:
             raise ValueError("a statement names the claims that bear on it, or what it needs")
         return self
@@ -142,9 +146,10 @@ class AtPaper(Facts):
     The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, or by `recipe`
     (one of the paper's by name, or a table with `base`), with `changes` to how the data are read and the system is
     built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `changes` to how
-    (`provenn.huggingface.recover`). With `against`, changes that make the paper's baseline, both are trained and the
-    effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several the
-    metric's mean is taken. `tested_on` names another set for the test; `split`: where the figure is of validation data.
+    (`provenn.huggingface.recover`); on sentences it is fine-tuned first. The metric `kept` is the share of what it
+    could do before. With `against`, changes that make the paper's baseline, both are trained and the effect is their
+    difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several the
+    metric's mean is taken. `tested_on` names other sets for the test; `split`: where the figure is of validation data.
     `departs`: what is not as in the paper, so that the published figure cannot be reproduced, only the direction be
     seen. `gpu`: without one it would take weeks.
     """
@@ -157,15 +162,16 @@ class AtPaper(Facts):
     recipe: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     against: dict[str, Any] | None = None
-    tested_on: str | None = None
+    tested_on: str | list[str] | None = None
     split: Literal["test", "val"] = "test"
     departs: str = ""
     gpu: bool = False
 
     @model_validator(mode="after")
     def fits_together(self) -> "AtPaper":
-        if self.against is not None and self.weights != "train":
-            raise ValueError("a baseline is trained beside the system: weights must be 'train'")
+        """What is of a training goes with weights that are trained, a host with converted ones."""
+        if self.against is not None and self.weights == "authors":
+            raise ValueError("a baseline is trained beside the system: weights must be 'train' or 'converted'")
         if (self.host is not None) != (self.weights == "converted"):
             raise ValueError("host names the pretrained model that is converted: weights must be 'converted'")
         if (self.recipe or self.tested_on) and self.weights != "train":
@@ -174,7 +180,13 @@ class AtPaper(Facts):
 
     @property
     def sets(self) -> list[str]:
+        """The names of its data sets; of several the metric's mean is taken."""
         return [self.data] if isinstance(self.data, str) else self.data
+
+    @property
+    def tests(self) -> list[str]:
+        """The sets of `tested_on`."""
+        return [self.tested_on] if isinstance(self.tested_on, str) else self.tested_on or []
 
     @property
     def checkpoint(self) -> str | None:
@@ -204,6 +216,7 @@ class Claim(Facts):
 
     @model_validator(mode="after")
     def one_lack(self) -> "Claim":
+        """`needs` or `package`, not both."""
         if self.needs is not None and self.package is not None:
             raise ValueError("give needs (never measured here) or package (measured where it is installed), not both")
         return self
@@ -283,6 +296,7 @@ class Card(Facts):
 
     @model_validator(mode="after")
     def statements_fit_claims(self) -> "Card":
+        """Statements name claims of this paper, `at_paper` its presets, and one statement is the headline."""
         known = {claim.id for claim in self.claims}
         for statement in self.statements:
             unknown = [name for name in statement.claims if name not in known]
@@ -303,6 +317,7 @@ class Card(Facts):
     @field_validator("mechanisms", "presets", "claims")
     @classmethod
     def distinct(cls, entries: list) -> list:
+        """No two mechanisms, presets or claims share a name."""
         names = [entry.id if isinstance(entry, Claim) else entry.name for entry in entries]
         if len(set(names)) < len(names):
             raise ValueError(f"named twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
@@ -320,6 +335,7 @@ class Card(Facts):
         return bibtex(self.slug, self.title, names, self.date, self.arxiv)
 
     def claim(self, name: str) -> Claim:
+        """The claim of that id; an unknown one is a `UserError` with the nearest."""
         return _named(self.claims, name, "claim", self.slug, "id")
 
     def preset(self, name: str | None = None, task: str | None = None) -> Preset:
@@ -334,6 +350,7 @@ class Card(Facts):
         return fitting[0]
 
     def mechanism(self, name: str) -> Mechanism:
+        """The mechanism of that name; an unknown one is a `UserError` with the nearest."""
         return _named(self.mechanisms, name, "mechanism", self.slug)
 
     def work_of(self, preset: Preset) -> str | None:
@@ -390,10 +407,10 @@ class Card(Facts):
             UserError: the module cannot be imported, or has no such name.
         """
         module, _, name = target.partition(":")
-        found = self.resolve_module(module)
-        if not hasattr(found, name):
+        imported = self.resolve_module(module)
+        if not hasattr(imported, name):
             raise UserError(f"{self.slug}: {self.package}.{module} has no {name!r}, which its paper.toml names")
-        return getattr(found, name)
+        return getattr(imported, name)
 
     def resolve_module(self, module: str) -> ModuleType:
         """A module of this paper's folder, imported.
@@ -408,6 +425,7 @@ class Card(Facts):
             raise UserError(f"{self.slug}: {name} cannot be imported: {in_a_line(error)}") from error
 
     def has(self, module: str) -> bool:
+        """Whether the paper's folder holds this module, such as `claims`."""
         return (self.folder / f"{module}.py").exists() or (self.folder / module).is_dir()
 
 
@@ -494,20 +512,20 @@ def cards() -> Shelf:
 
     What is wrong with one of the others costs that one alone: it is left out, with the reason.
     """
-    own = Path(__file__).parent / "papers"
-    found, left_out = Shelf(), dict[str, str]()
-    for folder in sorted(file.parent for file in own.glob("*/paper.toml")):
-        found[folder.name] = read_card(folder, f"provenn.papers.{folder.name}")
+    ours = Path(__file__).parent / "papers"
+    shelf, left_out = Shelf(), dict[str, str]()
+    for folder in sorted(file.parent for file in ours.glob("*/paper.toml")):
+        shelf[folder.name] = read_card(folder, f"provenn.papers.{folder.name}")
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)):
         slug = _slug(entry.name)
         try:
-            if slug in found:
-                raise UserError(f"a paper of this name is there already, in {found[slug].folder}")
-            found[slug] = read_card(_folder_of(entry.value), entry.value, slug)
+            if slug in shelf:
+                raise UserError(f"a paper of this name is there already, in {shelf[slug].folder}")
+            shelf[slug] = read_card(_folder_of(entry.value), entry.value, slug)
         except UserError as error:
             left_out[entry.name if entry.name not in left_out else f"{entry.name} ({entry.value})"] = str(error)
-    found.left_out = left_out
-    return found
+    shelf.left_out = left_out
+    return shelf
 
 
 def _slug(name: str) -> str:
@@ -612,7 +630,7 @@ def search(query: str = "", task: str | None = None, slot: str | None = None) ->
     Case, hyphens and one typo a word are forgiven; every word of the query must be found somewhere.
     """
     query = slug_of(query) if arxiv_number(query) else query
-    found = []
+    ranked = []
     for paper in cards().values():
         if (task and task not in paper.tasks) or (slot and slot not in {m.slot for m in paper.mechanisms}):
             continue
@@ -624,5 +642,5 @@ def search(query: str = "", task: str | None = None, slot: str | None = None) ->
         ]
         scores = [max(weight * _match(word, text) for weight, text in fields) for word in _normal(query).split()]
         if all(scores):
-            found.append((sum(scores), paper))
-    return [paper for _, paper in sorted(found, key=lambda pair: (-pair[0], pair[1].slug))]
+            ranked.append((sum(scores), paper))
+    return [paper for _, paper in sorted(ranked, key=lambda pair: (-pair[0], pair[1].slug))]

@@ -62,6 +62,7 @@ class Found:
 
     @property
     def there(self) -> bool:
+        """Whether nothing is missing."""
         return not self.missing
 
 
@@ -125,7 +126,7 @@ def find(name: str, places: Places | None = None) -> Found:
     candidates = [Path(said)] if said is not None else list(_below_roots(entry))
     expected = Path(said) if said is not None else (roots() or [Path(f"${VARIABLE}")])[0] / entry.name
     checked = [Found(name, place, _missing(place, entry, member)) for place in candidates]
-    best = min(checked, key=lambda found: len(found.missing), default=Found(name, expected, ("everything",)))
+    best = min(checked, key=lambda candidate: len(candidate.missing), default=Found(name, expected, ("everything",)))
     if not best.there:
         lacking = "" if best.missing == ("everything",) else f" lacks {', '.join(best.missing)};"
         needs = (
@@ -182,10 +183,10 @@ def resolve(data: str | Path, places: Places | None = None) -> Source:
     name, equals, path = text.partition("=")
     if isinstance(data, Path) or name.partition("/")[0] not in known() or (not equals and Path(text).exists()):
         return Source(data, {})
-    found = find(name, {**(places or {}), **({get(name).name: path} if equals else {})})
-    if not found.there:
-        raise UserError(f"no {name}: needs {found.needs}")
-    return Source(found.place, get(name).options_of(name.partition("/")[2]))
+    located = find(name, {**(places or {}), **({get(name).name: path} if equals else {})})
+    if not located.there:
+        raise UserError(f"no {name}: needs {located.needs}")
+    return Source(located.place, get(name).options_of(name.partition("/")[2]))
 
 
 def unlocked_by(name: str) -> list[tuple[Card, Claim]]:
@@ -203,7 +204,7 @@ def needed_by(card: Card, claim: Claim) -> list[str]:
     if claim.at_paper is None:
         return []
     how = claim.at_paper
-    names = [data.partition("/")[0] for data in (*how.sets, *([how.tested_on] if how.tested_on else []))]
+    names = [data.partition("/")[0] for data in (*how.sets, *how.tests)]
     weights = [f"{card.slug}:{how.checkpoint}"] if how.checkpoint else []
     return list(dict.fromkeys([*names, *weights]))
 

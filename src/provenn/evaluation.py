@@ -18,7 +18,7 @@ from provenn.evidence.interval import Interval, resampled
 from provenn.evidence.measurement import Table
 from provenn.evidence.record import write_atomically
 from provenn.files import whole
-from provenn.tasks.base import LABEL, TOLD, HeldOut, Scores, Task
+from provenn.tasks.base import LABEL, TOLD, HeldOut, Scores, Task, count_examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +32,9 @@ PUBLISHED = {
     "top-5": "top5",
     "perplexity": "perplexity",
     "validation perplexity": "perplexity",
+    "AP": "AP",
+    "AP50": "AP50",
+    "AP75": "AP75",
 }
 
 
@@ -49,6 +52,7 @@ class Evaluation:
         published: what the paper says of a metric, and of which data.
         classes: names of the classes, where examples have some.
         confusion: (classes, classes) how often the row's class was taken for the column's.
+        by_class: columns and rows of the table of classes, where the task makes one of its own.
     """
 
     title: str
@@ -60,14 +64,16 @@ class Evaluation:
     published: dict[str, list[str]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     confusion: Int[np.ndarray, "classes classes"] | None = None
+    by_class: tuple[list[str], list[list[Any]]] | None = None
 
     def table(self) -> Table:
         """A row a metric: its value, its interval, and the published figure."""
         rows: list[list[str | float | int | None]] = []
         for name, value in self.metrics.items():
             low, high = self.intervals.get(name) or (None, None)
-            rows.append([name.replace("_", " "), value, low, high, "; ".join(self.published.get(name, []))])
-        columns = ["metric", "value", "from", "to (95 %)", "published"]
+            row: list[str | float | int | None] = [name.replace("_", " "), value, low, high]
+            rows.append([*row, "; ".join(self.published.get(name, []))] if self.published else row)
+        columns = ["metric", "value", "from", "to (95 %)", *(["published"] if self.published else [])]
         return Table(caption=f"{self.title}: {self.about}, {self.examples:,} examples", columns=columns, rows=rows)
 
     def class_table(self, most: int | None = None) -> Table | None:
@@ -76,11 +82,14 @@ class Evaluation:
         Args:
             most: so many rows at most.
         """
+        if self.by_class is not None:
+            columns, rows = self.by_class
+            return Table(caption=_worst_first(len(rows), most), columns=columns, rows=rows[:most])
         if self.confusion is None:
             return None
         counts, predicted = self.confusion.sum(1), self.confusion.sum(0)
         right = self.confusion.diagonal()
-        rows: list[list[str | float | int | None]] = []
+        rows = []
         # By recall, and among equals by class; `maximum` keeps a class without examples from dividing by 0.
         for index in np.lexsort((np.arange(len(right)), right / np.maximum(counts, 1))).tolist():
             if not counts[index] and not predicted[index]:
@@ -92,11 +101,8 @@ class Evaluation:
             recall = right[index] / counts[index] if counts[index] else None
             precision = right[index] / predicted[index] if predicted[index] else None
             rows.append([self.classes[index], int(counts[index]), recall, precision, for_what])
-        caption = "Classes, the worst first"
-        if most is not None and len(rows) > most:
-            caption += f"; {len(rows) - most} more with --out"
         columns = ["class", "examples", "recall", "precision", "most often taken for"]
-        return Table(caption=caption, columns=columns, rows=rows[:most])
+        return Table(caption=_worst_first(len(rows), most), columns=columns, rows=rows[:most])
 
     def picture(self) -> "Figure | None":
         """The confusion matrix: rows are true classes, columns what they are taken for, colours shares of the row."""
@@ -146,13 +152,21 @@ class Evaluation:
 
         check_writable(folder)
         write_atomically(folder / METRICS, json.dumps(self.as_json(), indent=1, ensure_ascii=False))
+        written = [folder / METRICS]
         table, picture = self.class_table(), self.picture()
-        if table is None or picture is None:
-            return [folder / METRICS]
-        write_atomically(folder / CLASSES, _as_csv(table))
-        with whole(folder / CONFUSION) as place:
-            picture.savefig(place, dpi=110)
-        return [folder / METRICS, folder / CLASSES, folder / CONFUSION]
+        if table is not None:
+            write_atomically(folder / CLASSES, _as_csv(table))
+            written.append(folder / CLASSES)
+        if picture is not None:
+            with whole(folder / CONFUSION) as place:
+                picture.savefig(place, dpi=110)
+            written.append(folder / CONFUSION)
+        return written
+
+
+def _worst_first(rows: int, most: int | None) -> str:
+    more = f"; {rows - most} more with --out" if most is not None and rows > most else ""
+    return f"Classes, the worst first{more}"
 
 
 def evaluate(
@@ -179,7 +193,7 @@ def evaluate(
     Raises:
         UserError: no examples, examples that do not fit the model, or metrics that are no numbers.
     """
-    count = len(held_out.dataset)  # type: ignore[arg-type]  # data sets have a length, their type does not say so
+    count = count_examples(held_out.dataset)
     if not count:
         raise UserError(f"{held_out.about} holds no examples")
     try:
@@ -205,7 +219,10 @@ def evaluate(
     confusion = _confusion(scores, len((meta or {}).get("classes", []))) if LABEL in scores else None
     classes = list((meta or {}).get("classes", []))
     classes += [f"class {index}" for index in range(len(classes), 0 if confusion is None else len(confusion))]
-    return Evaluation(title, held_out.about, count, metrics, intervals, method, published or {}, classes, confusion)
+    by_class = task.class_scores(scores, classes) if scores else None
+    return Evaluation(
+        title, held_out.about, count, metrics, intervals, method, published or {}, classes, confusion, by_class
+    )
 
 
 def _confusion(scores: Scores, classes: int) -> Int[np.ndarray, "classes classes"]:

@@ -51,22 +51,22 @@ def settings_of(paper: "Paper", preset: str | None = None, task: str | None = No
         takers.append(system)
     else:
         kind, recipe = get_task(name_of_task), asdict(recipe_of(facts.recipe))
-        takers.append(("data", kind.load, ("source", "seed", "options", "_"), {}))
+        takers.append(("data", kind.load, ("source", "seed", "options", "_"), facts.reads))
         takers.append(system)
         takers.append(("prediction", kind.predict, ("model", "meta", "inputs", "output", "tell"), {}))
         takers.append(("recipe", Recipe, (), recipe))
-    found: dict[str, Setting] = {}
-    for of, taker, but, known in takers:
+    settings: dict[str, Setting] = {}
+    for part, taker, but, known in takers:
         parameters = inspect.signature(taker).parameters
         for name, hint in arguments_of(taker, but=but).items():
-            own = parameters[name].default if name in parameters else inspect.Parameter.empty
-            value = known.get(name, own)
+            signature_default = parameters[name].default if name in parameters else inspect.Parameter.empty
+            value = known.get(name, signature_default)
             default = "" if value is inspect.Parameter.empty else _typed_so(value)
-            if name not in found:
-                found[name] = Setting(of, name, in_words(hint), default)
-            elif of == "prediction":
-                found[name] = replace(found[name], of=f"{found[name].of}, {of}")
-    return list(found.values())
+            if name not in settings:
+                settings[name] = Setting(part, name, in_words(hint), default)
+            elif part == "prediction":
+                settings[name] = replace(settings[name], of=f"{settings[name].of}, {part}")
+    return list(settings.values())
 
 
 def in_words(hint: Any) -> str:
@@ -81,8 +81,8 @@ def in_words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, inner))
     if origin in (Union, types.UnionType):
-        told = [in_words(each) for each in inner if each is not type(None)]
-        return " or ".join(dict.fromkeys("number" if float in inner and t == "whole number" else t for t in told))
+        names = [in_words(each) for each in inner if each is not type(None)]
+        return " or ".join(dict.fromkeys("number" if float in inner and t == "whole number" else t for t in names))
     if origin in (tuple, list) and inner:
         many = origin is list or inner[-1] is Ellipsis
         return f"[{in_words(inner[0])}, …]" if many else f"[{', '.join(map(in_words, inner))}]"

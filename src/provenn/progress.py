@@ -77,19 +77,19 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
 
 def _lines(description: str, total: int | None) -> Callable[..., None]:
     done, of = 0, "" if total is None else f" of {total}"
-    began, before = time.monotonic(), 0
+    began, before, words = time.monotonic(), 0, description
 
-    def advance(steps: int = 1, description: str | None = description) -> None:
+    def advance(steps: int = 1, description: str | None = None) -> None:
         global _log
-        nonlocal done, before
+        nonlocal done, before, words
+        words = description or words
         before = steps if done == 0 else before  # of a run that is resumed: no work of ours
         done += steps
         if _log is not None and time.monotonic() - _log >= EVERY:
             _log = time.monotonic()
             left = 0.0 if total is None or done == before else (total - done) * (_log - began) / (done - before)
             time_left = f", {timedelta(seconds=round(left))} left" if left >= 1 else ""
-            words = without_controls(f"{description}: {done}{of}{time_left}")
-            print(words, file=sys.stderr, flush=True)
+            print(without_controls(f"{words}: {done}{of}{time_left}"), file=sys.stderr, flush=True)
 
     return advance
 

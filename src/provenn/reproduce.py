@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 from provenn import progress, workers
 from provenn.at_paper import AtPaperScale
@@ -37,61 +37,53 @@ from provenn.files import Unwritable
 from provenn.settings import typed
 
 BUDGETS = ("smoke", "small", "paper")
+RUN = "runs/latest"
 MOST_SEEDS = 10_000
 DEFAULT_SEEDS = 5
 LOCK, ERRORS = ".lock", "errors.txt"
 
 
+class Options(TypedDict, total=False):
+    """What may be said of a reproduction; `reproduce` tells what each means."""
+
+    claims: str | Sequence[str] | None
+    headline: bool
+    budget: str
+    seeds: int | str | Sequence[int]
+    device: str
+    out: str | Path
+    resume: bool
+    data: Places | None
+    changes: dict[str, Any] | None
+    tell: Callable[[str], None]
+
+
 def reproduce(
-    card: Card,
-    *,
-    claims: str | Sequence[str] | None = None,
-    headline: bool = False,
-    budget: str = "small",
-    seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
-    device: str = "auto",
-    out: str | Path = "runs/latest",
-    resume: bool = False,
-    data: Places | None = None,
-    changes: dict[str, Any] | None = None,
-    tell: Callable[[str], None] = lambda message: None,
-    done: Callable[[Finding], None] = lambda finding: None,
+    card: Card, *, done: Callable[[Finding], None] = lambda finding: None, **options: Unpack[Options]
 ) -> list[Finding]:
     """Measure a paper's claims and return what was found, which also lies in `out/<slug>/evidence.json`.
 
     Args:
         card: the paper.
+        done: is given each finding as it is written.
         claims: ids of the claims to measure, or the one; by default all.
         headline: only what the headline of the abstract rests on.
-        budget: smoke, small or paper.
-        seeds: how many, or which: see `choose_seeds`.
-        device: auto, cpu, cuda, mps or a torch device.
-        out: folder of the records.
+        budget: smoke, small (the default) or paper.
+        seeds: how many, or which: see `choose_seeds`; by default 5.
+        device: auto (the default), cpu, cuda, mps or a torch device.
+        out: folder of the records, by default runs/latest.
         resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
         data: where data sets and checkpoints lie that `provenn data` lists, by name; for the budget paper.
         changes: measure at another setting, such as {"epochs": 3}: of a study its recipe and what its data and networks
             take by name, of a race its sizes and rounds, of a function its arguments. Claims that take none of these
             are left out. What comes of it is kept beside what was measured at the claims' own setting.
         tell: is given messages for the user.
-        done: is given each finding as it is written.
 
     Raises:
         UserError: a change that no claim takes, an unknown claim, budget or device, no seeds, or a folder in which
         another process measures this paper.
     """
-    with _begun(
-        card,
-        claims=claims,
-        headline=headline,
-        budget=budget,
-        seeds=seeds,
-        device=device,
-        out=out,
-        resume=resume,
-        data=data,
-        changes=changes,
-        tell=tell,
-    ) as work:
+    with _reproduction(card, **options) as work:
         with progress.bar(card.slug, len(work.wanted)) as advance:
             for claim in work.wanted:
                 advance(0, f"{card.slug}: {claim.id}")
@@ -136,7 +128,7 @@ class _Work:
 
 
 @contextmanager
-def _begun(
+def _reproduction(
     card: Card,
     *,
     claims: str | Sequence[str] | None = None,
@@ -144,7 +136,7 @@ def _begun(
     budget: str = "small",
     seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
     device: str = "auto",
-    out: str | Path = "runs/latest",
+    out: str | Path = RUN,
     resume: bool = False,
     data: Places | None = None,
     changes: dict[str, Any] | None = None,
@@ -266,12 +258,8 @@ def reproduce_many(
     *,
     jobs: int = 1,
     cluster: str | None = None,
-    device: str = "auto",
-    out: str | Path = "runs/latest",
-    data: Places | None = None,
-    tell: Callable[[str], None] = lambda message: None,
     done: Callable[[Finding], None] = lambda finding: None,
-    **arguments: Any,
+    **options: Unpack[Options],
 ) -> list[Finding]:
     """Measure several papers' claims, one after the other, or the trials of all of them side by side.
 
@@ -284,10 +272,7 @@ def reproduce_many(
         cluster: address of a Ray cluster whose machines run the trials, or "auto": see `provenn.workers.cluster`. A
             trial whose machine is lost runs again on another. Data sets and checkpoints of the budget paper have to
             lie at the same place on every machine.
-        device, out, data: as for `reproduce`.
-        tell: is given messages for the user.
-        done: is given each finding as it is written.
-        arguments: the others of `reproduce`.
+        done, options: as for `reproduce`.
 
     Raises:
         UserError: what `reproduce` refuses, a process that was killed, or a cluster that cannot be used.
@@ -296,20 +281,21 @@ def reproduce_many(
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     if jobs > 1 and cluster is not None:
         raise UserError(f"give --jobs {jobs} or --cluster {cluster}, not both: a cluster counts its machines' CPUs")
-    common = {**arguments, "device": device, "tell": tell}
     if jobs == 1 and cluster is None:
-        return [f for card in cards for f in reproduce(card, out=out, data=data, done=done, **common)]
-    device = choose_device(device)
+        return [finding for card in cards for finding in reproduce(card, done=done, **options)]
+    device, tell = choose_device(options.get("device", "auto")), options.get("tell", lambda message: None)
     packages = {"provenn", *(card.package.partition(".")[0] for card in cards)}
-    common["out"] = Path(out).absolute()  # the other processes may have begun in other folders
-    common["data"] = None if data is None else {name: Path(place).absolute() for name, place in data.items()}
+    # The other processes may have begun in other folders.
+    options["out"] = Path(options.get("out", RUN)).absolute()
+    if options.get("data"):
+        options["data"] = {name: Path(place).absolute() for name, place in (options["data"] or {}).items()}
     where = (
         workers.processes(jobs)
         if cluster is None
         else workers.cluster(cluster, packages=sorted(packages), device=device, tell=tell)
     )
     with where as machines, ExitStack() as stack:
-        works = [stack.enter_context(_begun(card, elsewhere=machines, **common)) for card in cards]
+        works = [stack.enter_context(_reproduction(card, elsewhere=machines, **options)) for card in cards]
         _side_by_side(works, machines, done)
         return [finding for work in works for finding in work.findings]
 

@@ -9,15 +9,14 @@ from provenn.errors import UserError
 
 
 def arguments_of(taker: Callable, but: Collection[str] = ()) -> dict[str, Any]:
-    """What can be set of a function by name, and its type; `**options: Unpack[D]` takes what the typed dictionary D
-    names.
+    """What can be set of a function by name, and its type; of `**options: Unpack[D]`, what the dictionary D names.
 
     Args:
         but: arguments that are not for the user to set.
     """
     whole = getattr(taker, "func", taker)  # a preset may be a `partial` of a larger one
     try:
-        hints = get_type_hints(whole.__init__ if isinstance(whole, type) else whole)  # type: ignore[misc]
+        hints = get_type_hints(whole.__init__ if isinstance(whole, type) else whole)  # type: ignore[misc]  # of the class, not of an instance
     except (TypeError, NameError):  # an object that can be called, or types that are there for a type checker alone
         hints = {}
     taken: dict[str, Any] = {}

@@ -93,6 +93,15 @@ SLOTS: dict[str, Slot] = {
             width="dim",
             sizes=({"batch": 1}, {"batch": 5}),
         ),
+        Slot(
+            "backbone",
+            "(batch, channels, height, width) to logits (batch, classes), and by features(x) to its pyramid, from fine "
+            "to coarse: map i is (batch, widths[i], ⌈height / strides[i]⌉, ⌈width / strides[i]⌉)",
+            "factory(num_classes=..., in_channels=...)",
+            ("batch channels height width",),
+            width="channels",
+            sizes=({"height": 32, "width": 32}, {"height": 29, "width": 37}),
+        ),
     )
 }
 

@@ -347,8 +347,11 @@ def refuse_others(ours: dict[str, str], theirs: dict[str, str], name: str) -> No
     Raises:
         UserError: the machine of that name has other versions or code, and which.
     """
-    other = [f"{what} {theirs.get(what, 'missing')} (here {value})" for what, value in ours.items()
-             if theirs.get(what) != value]  # fmt: skip
+    other = [
+        f"{what} {theirs.get(what, 'missing')} (here {value})"
+        for what, value in ours.items()
+        if theirs.get(what) != value
+    ]
     if other:
         raise UserError(f"{name}, a machine of the cluster, has {', '.join(other)}: install the same there")
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import miniature
+import provenn
 from provenn.data.sequences import read_corpus
 from provenn.errors import UserError
 from provenn.tasks import get_task
@@ -41,6 +42,37 @@ def test_texts_are_bytes_and_nucleotides_letters(arena, tmp_path):
     genes = read_corpus(miniature.write("genomics", tmp_path) / "human_nontata_promoters")
     assert genes.alphabet == 5 and genes.about == "nucleotides"
     assert all(set(t) <= {2, 3, 4} for t, label in zip(*vars(genes.splits["test"]).values()) if label == "negative")
+
+
+def test_pairs_of_texts_are_read_by_the_same_blocks(arena):
+    folder = arena / "retrieval"
+    corpus = read_corpus(folder, most=6)
+    assert corpus.paired and [len(part.labels) for part in corpus.splits.values()] == [12, 4, 4]
+    first = corpus.splits["train"]
+    assert (
+        bytes(first.tokens[1]) == b"recurr" and bytes(first.others[0]) == b"need a" and first.labels[:2] == ["0", "1"]
+    )
+    data = TASK.load(folder)
+    x, counts, label = data.train[1]
+    assert x.shape == (2, 19, 256) and counts.tolist() == [18, 19] and label == 1 and data.options["pairs"]
+    model = provenn.paper("hedgehog").build("hedgehog_classifier", **data.options, dim=8).eval()
+    mask = torch.arange(19) < counts[:, None]
+    whole = model(x[None], mask[None])
+    other = x.clone()
+    other[0, 18] = 1  # padding
+    torch.testing.assert_close(model(other[None], mask[None]), whole)
+    other[0, 17] = 1
+    assert not torch.allclose(model(other[None], mask[None]), whole)
+    a, b = (model._read(model.embed(part[None]), valid[None]) for part, valid in zip(x.flip(0), mask.flip(0)))
+    swapped = model.head(torch.cat([a, b, a * b, a - b], 1))
+    torch.testing.assert_close(model(x.flip(0)[None], mask.flip(0)[None]), swapped)
+    with pytest.raises(ValueError, match=r"expected \(batch, 2, tokens, channels\)"):
+        model(x, mask)
+    with pytest.raises(UserError, match="holds pairs of sequences, the model was trained on single ones"):
+        TASK.held_out(folder, {**data.meta, "pairs": False})
+    (folder / "new_aan_pairs.eval.tsv").write_text("1.0\tP\tQ\tone text\n")
+    with pytest.raises(UserError, match=r"eval.tsv, line 1: expected 0.0 or 1.0, two names and two texts"):
+        read_corpus(folder)
 
 
 def test_pixels_come_row_by_row(arena):

@@ -246,3 +246,27 @@ def test_a_table_is_written_as_another_was(tmp_path):
     assert (tmp_path / "a.csv").read_text("utf-8") == "→\n1.5\n", "what an encoding lacks is written in UTF-8"
     write_table(tmp_path / "a.tsv", ["a", "b"], [[1, 2]])
     assert (tmp_path / "a.tsv").read_text() == "a\tb\n1\t2\n"
+
+
+def test_cells_may_hold_line_ends_and_excel_be_told_the_separator(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'x,"of\r\ntwo lines"\r\n1,2\r\n3,4\r\n')
+    assert read_table(file).columns == ["x", "of\r\ntwo lines"]
+    file.write_text("x,y\n1,2\u20283\n4,5\n", encoding="utf-8")
+    assert read_table(file).column("y") == ["2\u20283", "5"], "which ends no line of a table"
+    file.write_text("sep=;\nx;y\n1;2,5\n", encoding="utf-8")
+    assert read_table(file).numbers(["x", "y"]).tolist() == [[1.0, 2.5]]
+
+
+def test_data_frames_have_holes_lists_and_counts_of_rows(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    file = tmp_path / "a.parquet"
+    pandas.DataFrame({"t": [1, 2, 3], "a": pandas.array([1, None, 3], dtype="Int64")}).to_parquet(file)
+    assert read_table(file).filled(["a"]).tolist() == [[1.0], [2.0], [3.0]]
+    pandas.DataFrame({"t": [1, 2], "a": [[1, 2], [3]]}).to_parquet(file)
+    with pytest.raises(UserError, match=r"row 2, column 'a': expected a number, got '\[1 2\]'"):
+        read_table(file).numbers(["a"])
+    frame = pandas.DataFrame({"x": [1.0, None, 2.0]})
+    frame.dropna().to_parquet(file)
+    assert read_table(file).columns == ["x"], "the rows that were kept are counted, which is no series"

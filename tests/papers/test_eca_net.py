@@ -398,7 +398,7 @@ def official_names(model: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(model, MobileNetV2) and ".gate." in name:
             block = name.split(".gate.")[0]
             name = name.replace(".gate.", f".conv.{len(model.get_submodule(block).conv)}.")
-        names[name.replace(".gate.", ".eca.")] = value
+        names[name.replace(".gate.", ".eca.").replace("layers.", "features.")] = value
     return names
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import provenn
 from provenn.bench import count_parameters, flops
 from provenn.errors import UserError
-from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.attention import SoftmaxAttention, split_heads
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.diffusion import noise_loss, sample
 from provenn.nn.language import CausalLM
@@ -78,9 +78,9 @@ def test_multi_head_attention_is_the_sum_over_heads():
     attention = SoftmaxAttention(16, 4).double()
     x = draw(2, 9, 16)
     heads = (
-        attention._split(attention.query(x)),
-        attention._split(attention.key(x)),
-        attention._split(attention.value(x)),
+        split_heads(attention.query(x), attention.heads),
+        split_heads(attention.key(x), attention.heads),
+        split_heads(attention.value(x), attention.heads),
     )
     each = F.scaled_dot_product_attention(*heads, is_causal=True)
     rows = attention.out.weight.T.split(4)
@@ -731,7 +731,7 @@ TINY = {"dims": (8,), "heads": (2,), "depths": (1,), "shared": (1,), "top_k": (1
         (lambda: moh_vit_digits()(torch.zeros(1, 3, 8, 8)), r"expected images of \(1, 8, 8\).*got \(3, 8, 8\)"),
         (lambda: moh_dit_digits(layers=0), "must be at least 1, got 64, 1, 10 and 0"),
         (lambda: DiT(dim=16, heads=[2], shared=[1], top_k=[2]), "top_k must lie between 0 and the 1 routed heads"),
-        (lambda: MoHViT(**TINY, num_classes=0), "must be at least 1"),
+        (lambda: MoHViT(**TINY, num_classes=-1), "num_classes at least 0"),
         (lambda: MoHViT(**TINY, execute="sparse"), "execute must be one of dense, gather, auto, got 'sparse'"),
         (lambda: MoHViT(**TINY, drop_path=1), "drop_path must lie between 0 and 1, below 1, got 1"),
         (lambda: MoHViT(**TINY)(torch.zeros(1, 1, 32, 32)), "expected images of 3 channels, got 1"),

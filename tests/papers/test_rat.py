@@ -92,9 +92,10 @@ def by_definition(layer, x):
     outputs, finished = [], []
     for t in range(x.shape[1]):
         c = t // layer.chunk
-        new = t % layer.chunk == 0
-        key = (1 - g[:, t]) * k[:, t] + (0 if new else g[:, t] * key)
-        value = (1 - g[:, t]) * v[:, t] + (0 if new else g[:, t] * value)
+        if t % layer.chunk == 0:
+            key, value = 0, 0
+        key = (1 - g[:, t]) * k[:, t] + g[:, t] * key
+        value = (1 - g[:, t]) * v[:, t] + g[:, t] * value
         place = torch.tensor([{"chunk": c, "token": t, "none": 0}[layer.positions]])
         turned, query = (rotate(part.view(-1, heads, 1, p), place).squeeze(2) for part in (key, q[:, t]))
         seen = [*finished, (turned, value.view(-1, heads, p))]

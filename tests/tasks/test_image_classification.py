@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from provenn import api
 from provenn.errors import UserError
 from provenn.tasks import get_task
 from provenn.tasks.image_classification import random_crop, shrink
@@ -89,6 +90,48 @@ def test_a_folder_is_learned_and_predicted(reds_and_blues, tmp_path_factory):
     assert all(abs(float(row["red"]) + float(row["blue"]) - 1) < 1e-5 for row in rows)
     assert TASK.predict(result.model, data.meta, [new] * 15, None).endswith("and 10 more; -o FILE.csv writes them all")
     assert TASK.picture(result.model, data) is not None
+
+
+def test_large_images_are_seen_at_the_largest_side_and_small_ones_at_their_own(reds_and_blues):
+    assert TASK.load(reds_and_blues, largest=12).meta["size"] == 12
+    assert TASK.load(reds_and_blues, largest=12, size=14).meta["size"] == 14
+    assert TASK.load(reds_and_blues, largest=100).meta["size"] == TASK.load(reds_and_blues).meta["size"] < 30
+    assert TASK.load("digits", largest=4).meta["size"] == 8
+    with pytest.raises(UserError, match="largest must be at least 1 pixel, got 0"):
+        TASK.load(reds_and_blues, largest=0)
+
+
+@pytest.mark.parametrize(
+    "paper, preset, side",
+    [
+        ("eca_net", "eca_resnet20", 64),
+        ("moh", "moh_vit_digits", 32),
+        ("hedgehog", "hedgehog_vit", 32),
+        ("nprf", "nprf_vit_tiny", 16),
+        ("residual_depth", "residual_mlp", 8),
+    ],
+)
+def test_a_small_preset_learns_from_a_folder_of_large_photographs(tmp_path, paper, preset, side):
+    for index in range(6):
+        save(tmp_path / "photos" / "red" / f"{index}.png", (200, 20, 20), (400, 300))
+        save(tmp_path / "photos" / "blue" / f"{index}.png", (20, 20, 200), (400, 300))
+    run = tmp_path / "run"
+    words = {"preset": preset, "out": run, "device": "cpu", "recipe": {"max_steps": 1}}
+    api.train(paper, tmp_path / "photos", **words)
+    model, label = api.paper(paper).load(run)
+    assert label.meta["size"] == side
+    assert TASK.predict(model, label.meta, [tmp_path / "photos" / "red" / "0.png"], None).count("%") == 2
+    if preset != "eca_resnet20":  # which takes any size; a Transformer and an MLP are built for one
+        api.train(paper, tmp_path / "photos", changes={"size": 12 if preset != "nprf_vit_tiny" else 4}, **words)
+
+
+@pytest.mark.parametrize("level, told", [(255, "brighter"), (90, None), (0, None)])
+def test_ink_on_paper_is_told_from_light_on_dark(tmp_path, level, told, recwarn):
+    meta = TASK.load("digits").meta
+    save(tmp_path / "7.png", level, (8, 8), "L")
+    TASK.predict(Colour(10, 1), meta, [tmp_path / "7.png"], None)
+    says = [str(warning.message) for warning in recwarn if "7.png is" in str(warning.message)]
+    assert len(says) == (told is not None) and all(told in line and "invert it" in line for line in says)
 
 
 def test_missing_splits_are_cut_class_by_class(reds_and_blues):

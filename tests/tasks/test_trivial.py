@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from provenn.data.scenes import Scene
+from provenn.nn.detection import Detections
 from provenn.nn.diffusion import noise_schedule
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.discovery import SHARED
 from provenn.tasks.language_modelling import Windows
 from provenn.tasks.masked_language_modelling import Blanks
+from provenn.tasks.object_detection import Pictures, join
 from provenn.tasks.recall import IGNORED
 from provenn.tasks.super_resolution import Crops, Whole, enlarge
 from provenn.training import Recipe, fit
@@ -115,6 +118,22 @@ def classification(name, source, classes):
     return data, [Constant(shares(labels(data.train), classes))], 1 / classes
 
 
+class Deaf(nn.Module):
+    """Tells the classes by their shares, whatever text is read."""
+
+    def __init__(self, shares):
+        super().__init__()
+        self.logits = nn.Parameter(shares.log())
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        return self.logits.expand(len(input_ids), -1)
+
+
+def texts():
+    data = get_task("text-classification").load("stdlib-docstrings", length=32)
+    return data, [Deaf(shares(data.train.labels, 2))], 1 / 2
+
+
 def generation():
     data = get_task("image-generation").load("digits")
     return data, [Independent(torch.stack([image for image, _ in data.train]))], None
@@ -191,9 +210,68 @@ def sentences():
     return TaskData("parrot", *parts, "", {"vocab": 256}), [Parrot(torch.tensor([7, 8, 9, 0, 0]))], None
 
 
+class Uniform(nn.Module):
+    """Says the same of every place."""
+
+    def __init__(self, shares):
+        super().__init__()
+        self.shares = nn.Parameter(shares)
+
+    def forward(self, x):
+        return self.shares[None, :, None, None].expand(len(x), -1, *x.shape[2:])
+
+
+def mosaics():
+    data = get_task("semantic-segmentation").load("textures", size=32)
+    pixels = torch.stack([mask for _, mask in data.train]).flatten().long()
+    return data, [Uniform(pixels.bincount(minlength=5).float())], None
+
+
+class Expected(nn.Module):
+    """Finds the same boxes in every picture, as shares of it."""
+
+    def __init__(self, boxes, scores, labels):
+        super().__init__()
+        self.boxes, self.scores, self.labels = nn.Parameter(boxes), scores, labels
+        self.num_classes = len(labels)
+
+    def training_loss(self, batch):
+        return self.boxes.square().mean()
+
+    def detect(self, images, least=0.0):
+        corner = torch.tensor([images.shape[3], images.shape[2]] * 2)
+        return [Detections(self.boxes.detach() * corner, self.scores, self.labels) for _ in images]
+
+
+def objects():
+    """Two classes, each near a place of its own in pictures of two sizes, more or less often."""
+    rng, parts = np.random.default_rng(0), []
+    meta = {"classes": ["a", "b"], "ids": [1, 2], "size": 20, "mean": [0.5] * 3, "std": [0.5] * 3}
+    for count, often in ((30, 0.8), (20, 0.6), (24, 0.4)):
+        scenes = []
+        for number in range(count):
+            height, width = ((20, 30), (40, 20))[number % 2]
+            there = np.flatnonzero([True, rng.random() < often])
+            boxes = np.array([[0.1, 0.1, 0.5, 0.6], [0.5, 0.4, 0.9, 0.9]])[there] * [width, height, width, height]
+            boxes = (boxes + rng.normal(0, 1, boxes.shape)).astype(np.float32)
+            scenes.append(Scene(rng.integers(0, 255, (height, width, 3), dtype=np.uint8), boxes, there))
+        parts.append(Pictures(scenes, meta))
+    shares = [[], []]
+    for scene in parts[0].sources:
+        height, width = scene.pixels.shape[:2]
+        for box, label in zip(scene.boxes, scene.labels):
+            shares[label].append(torch.tensor(box / [width, height, width, height]).float())
+    mean = torch.stack([torch.stack(boxes).mean(0) for boxes in shares])
+    rates = torch.tensor([len(boxes) / 30 for boxes in shares])
+    data = TaskData("places", *parts, "", {"num_classes": 2}, meta, collate=join)
+    return data, [Expected(mean, rates, torch.tensor([0, 1]))], None
+
+
 CASES = {
     "image-classification": lambda: classification("image-classification", "digits", 10),
     "image-generation": generation,
+    "object-detection": objects,
+    "semantic-segmentation": mosaics,
     "series-classification": lambda: classification("series-classification", "arrow-head", 3),
     "series-forecasting": forecasting,
     "event-forecasting": events,
@@ -201,6 +279,7 @@ CASES = {
     "super-resolution": photographs,
     "language-modelling": text,
     "masked-language-modelling": blanks,
+    "text-classification": texts,
     "translation": sentences,
     "recall": pairs,
 }

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +76,41 @@ class Explodes(Line):
         return loss if os.environ.get("LOCAL_RANK", "0") == "0" else loss * math.inf
 
 
+class Stops(Line):
+    """Breaks off within its first epoch, in every process."""
+
+    steps = 6
+
+    def loss(self, model, batch):
+        self.steps -= model.training
+        if self.steps < 0:
+            raise ZeroDivisionError
+        return super().loss(model, batch)
+
+
+def with_dropout():
+    return build(dropout=0.5)
+
+
+def resumed_within_an_epoch(out):
+    """Two processes run through, break off within an epoch, and go on."""
+    recipe = replace(RECIPE, epochs=2, ema=0.5, accumulate=2, batch_size=4, patience=5)
+    saving = {"out": out, "save_every": 1}
+    torch.distributed.init_process_group("gloo")
+    results = []
+    for task, options in ((Line(), {}), (Stops(), saving), (Line(), {**saving, "resume": True})):
+        with suppress(ZeroDivisionError, SystemExit):  # it breaks off; of two processes the second leaves
+            data = task.load()
+            results.append(fit(with_dropout, task, data, recipe, seed=3, devices=2, strategy="ddp", **options))
+    if results:
+        torch.save([[result.model.state_dict(), result.curve] for result in results], out / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
+    if sys.argv[3] == "within":
+        resumed_within_an_epoch(Path(sys.argv[1]))
+        sys.exit()
     out, strategy, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     task = {"breaks": Breaks, "explodes": Explodes}.get(kind, Line)()
     maker, recipe = (build_single, SINGLE) if strategy == "fsdp" else (build, RECIPE)

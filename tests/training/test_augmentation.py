@@ -127,7 +127,7 @@ def test_erasing_puts_a_rectangle_to_the_mean_and_policies_are_kornias():
     assert min(holes) > 0 and 0.02 / 2 < sum(holes) / 24 < 1 / 3
     assert augmented(data, RECIPE, 0, EpochSampler(24, 0)) is data.train
     names = {
-        name: type(AugmentedImages(data, replace(RECIPE, **{name: value}), 0, EpochSampler(24, 0)).policy).__name__
+        name: type(AugmentedImages(data, replace(RECIPE, **{name: value})).policy).__name__
         for name, value in {"rand_augment": 9, "auto_augment": "cifar10"}.items()
     }
     assert names == {"rand_augment": "RandAugment", "auto_augment": "AutoAugment"}
@@ -160,7 +160,7 @@ def test_a_run_that_broke_off_within_an_epoch_goes_on_bit_for_bit(tmp_path, work
 def test_crops_take_as_little_as_the_recipe_says(tmp_path):
     data = TASK.load(miniature.write("imagenet-1k", tmp_path), size=32)
     whole = augmented(data, replace(RECIPE, crop=1.0), 0, EpochSampler(9, 0))
-    assert whole.images.least_area == 1.0 and data.train.least_area == 0.25
+    assert whole.examples.images.least_area == 1.0 and data.train.least_area == 0.25
     assert whole[0][0].shape == data.train[0][0].shape
     other = images()
     assert torch.equal(augmented(other, replace(RECIPE, crop=0.08), 0, EpochSampler(24, 0))[0][0], other.train[0][0])

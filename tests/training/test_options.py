@@ -11,11 +11,11 @@ import pytest
 import torch
 from line_task import RECIPE, Line, build
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from provenn import progress
 from provenn.errors import UserError
-from provenn.training import Recipe, fit
+from provenn.training import Recipe, fit, loop
 from provenn.training.checkpoints import CHECKPOINT
 from provenn.training.loop import _Best
 from provenn.training.recipes import recipe_of
@@ -40,6 +40,18 @@ def test_two_batches_of_eight_are_one_of_sixteen():
     for ours, theirs in zip(summed.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert summed.series("train_loss") == pytest.approx(whole.series("train_loss"))
+
+
+@pytest.mark.parametrize("count", [64, 60, 41, 25, 3])
+def test_the_last_step_of_an_epoch_is_the_mean_over_its_examples_too(count):
+    """With three batches of eight a step, 60 examples leave two batches, 41 two and one of one."""
+    data = replace(DATA, train=Subset(DATA.train, range(count)))
+    recipe = replace(RECIPE, clip=None, momentum=0.0, lr=0.01)
+    summed = fit(build, TASK, data, replace(recipe, accumulate=3))
+    whole = fit(build, TASK, data, replace(recipe, batch_size=24))
+    assert summed.steps == whole.steps
+    for ours, theirs in zip(summed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 class Broken(Line):
@@ -68,6 +80,17 @@ def test_a_run_that_broke_off_in_an_epoch_goes_on_from_its_last_step_bit_for_bit
     assert same(whole.model, resumed.model) and resumed.curve == whole.curve and resumed.steps == whole.steps == 24
     repeated = 1000 - again.left - (24 * recipe.accumulate - batches)
     assert 0 <= repeated < 2 * recipe.accumulate, "what came after the last checkpoint"
+
+
+def test_a_long_epoch_is_saved_before_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MOST_LOST", 0.0)
+    whole = fit(with_dropout, TASK, DATA, RECIPE, seed=6)
+    with pytest.raises(RuntimeError, match="the machine went down"):
+        fit(with_dropout, Broken(4), DATA, RECIPE, seed=6, out=tmp_path)
+    again = Broken(1000)
+    resumed = fit(with_dropout, again, DATA, RECIPE, seed=6, out=tmp_path, resume=True)
+    assert same(whole.model, resumed.model) and resumed.curve == whole.curve
+    assert 1000 - again.left < whole.steps, "nothing of the epoch was kept"
 
 
 def test_the_best_epochs_are_kept_and_no_others(tmp_path):
@@ -267,6 +290,41 @@ def test_a_run_with_workers_is_resumed_in_the_order_of_its_epoch(tmp_path):
     fit(build, TASK, DATA, replace(recipe, epochs=1), workers=1, out=tmp_path)
     assert (tmp_path / CHECKPOINT).exists()
     assert same(whole.model, fit(build, TASK, DATA, recipe, workers=1, out=tmp_path, resume=True).model)
+
+
+def test_a_run_with_workers_that_broke_off_in_an_epoch_draws_on_as_if_it_had_not(tmp_path):
+    noisy, recipe = replace(DATA, train=Noisy()), replace(RECIPE, epochs=1)
+    whole = fit(build, TASK, noisy, recipe, workers=2)
+    with pytest.raises(RuntimeError, match="the machine went down"):
+        fit(build, Broken(5), noisy, recipe, workers=2, out=tmp_path, save_every=1)
+    resumed = fit(build, TASK, noisy, recipe, workers=2, out=tmp_path, save_every=1, resume=True)
+    assert same(whole.model, resumed.model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optimizer": "adam"}, "optimizer 'sgd' .now 'adam'."),
+        ({"lr": 0.01}, "lr 0.05 .now 0.01."),
+        ({"decay_vectors": False, "batch_size": 4}, "batch_size 8 .now 4., decay_vectors True .now False."),
+        ({"precision": "32-true"}, "precision '64-true' .now '32-true'."),
+        ({"seed": 1}, "seed 0 .now 1."),
+        ({"data": "other"}, "data '' .now 'other'."),
+    ],
+)
+def test_what_was_started_in_one_way_does_not_go_on_in_another(tmp_path, started, changes, says):
+    recipe = replace(RECIPE, **{name: v for name, v in changes.items() if name not in ("seed", "data")})
+    data = replace(DATA, fingerprint=changes.get("data", ""))
+    with pytest.raises(UserError, match=f"last.ckpt was started with {says}: resume with the same, or train in"):
+        fit(build, TASK, data, replace(recipe, epochs=2), seed=changes.get("seed", 0), out=started, resume=True)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The folder of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("started")
+    fit(build, TASK, DATA, replace(RECIPE, epochs=1), out=folder)
+    return folder
 
 
 def test_the_live_line_tells_loss_rate_and_time_left(capsys, monkeypatch):

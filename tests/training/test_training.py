@@ -108,6 +108,27 @@ def test_early_stopping_waits_and_returns_to_the_best(tmp_path):
     assert same(again.model, best.model) and again.curve == stopped.curve, "a run that has stopped stays so"
 
 
+def test_a_metric_that_is_no_number_is_worse_than_any(tmp_path):
+    class Blind(Line):
+        left = [math.nan, 3.0, 2.0, 1.0, math.nan]  # noqa: RUF012
+
+        def evaluate(self, model, dataset, batch_size=256):
+            return {"error": self.left.pop(0)} if dataset is DATA.val else super().evaluate(model, dataset)
+
+    def save(model, file):
+        file.touch()
+
+    done = fit(build, Blind(), DATA, replace(RECIPE, epochs=5, patience=2), out=tmp_path, keep_best=1, save=save)
+    assert len(done.curve) == 5, "it gets better each time"
+    assert [file.name for file in tmp_path.glob("best*")] == ["best-4.safetensors"]
+
+
+def test_nothing_to_train_on_is_one_line():
+    nothing = replace(DATA, name="mine", train=torch.utils.data.Subset(DATA.train, []))
+    with pytest.raises(UserError, match="mine has nothing to train on"):
+        fit(build, TASK, nothing, RECIPE)
+
+
 def test_patience_without_its_metric_is_refused():
     class Mute(Line):
         def evaluate(self, model, dataset, batch_size=256):
@@ -241,6 +262,16 @@ def test_two_processes_that_divide_the_weights_train_and_resume_as_one(tmp_path)
     check_as_one(tmp_path, build_single, SINGLE, 1e-5)
 
 
+def test_two_processes_that_broke_off_in_an_epoch_go_on_bit_for_bit(tmp_path):
+    """Each draws its dropout on from where it stood."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = two_processes(tmp_path, "ddp", "within", *launcher)
+    assert done.returncode == 0, done.stderr
+    (whole, curve), (resumed, again) = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert [pytest.approx(epoch) for epoch in curve] == again and len(curve) == 2
+
+
 def test_a_loss_that_explodes_in_one_of_two_processes_ends_both_with_one_line(tmp_path):
     done = two_processes(tmp_path, "ddp", "explodes")
     assert done.returncode == 1
@@ -259,6 +290,10 @@ def test_a_loss_that_explodes_in_one_of_two_processes_ends_both_with_one_line(tm
         ({"lr": math.nan}, "lr must be a positive number"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
         ({"clip": 0.0}, "clip must be a positive number"),
+        ({"gamma": -1.0}, "gamma must be a positive number"),
+        ({"momentum": 1.0}, "momentum must lie between 0 and 1, below 1, got 1.0"),
+        ({"betas": (0.9, 1.5)}, "betas must lie between 0 and 1, below 1, got 1.5"),
+        ({"mixup": math.inf}, "mixup must be a finite number, got inf"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, radam, got 'lion'"),
         ({"schedule": "spiral"}, "schedule must be one of"),
         ({"schedule": "multistep"}, "milestones belong to multistep"),
@@ -303,6 +338,7 @@ def test_schedules_warm_up_and_stay_below_the_peak(schedule):
         "linear": 0.02,
         "inverse-sqrt": math.sqrt(5 / 50),
         "onecycle": 0.002,
+        "poly": (1 / 45) ** 0.9,
         "step": 0.25,
         "multistep": 0.25,
         "exponential": 0.0625,

@@ -15,6 +15,7 @@ import typer
 
 from provenn import catalog
 from provenn.errors import UserError
+from provenn.files import Unwritable
 from provenn.progress import without_controls
 
 app = typer.Typer(
@@ -43,15 +44,15 @@ def of_the_paper(attribute: str, key: str) -> Callable[[Any, str], list[str]]:
         named = ctx.params.get("slug") or ctx.params.get("slugs") or ()
         named = {catalog.slug_of(name) for name in ([named] if isinstance(named, str) else named)}
         papers = [card for slug, card in catalog.cards().items() if not named or slug in named]
-        found = {getattr(entry, key) for card in papers for entry in getattr(card, attribute)}
-        return sorted(name for name in found if name.startswith(incomplete))
+        known = {getattr(entry, key) for card in papers for entry in getattr(card, attribute)}
+        return sorted(name for name in known if name.startswith(incomplete))
 
     return complete
 
 
 def tasks(incomplete: str) -> list[str]:
-    found = {task for card in catalog.cards().values() for task in card.tasks}
-    return sorted(task for task in found if task.startswith(incomplete))
+    known = {task for card in catalog.cards().values() for task in card.tasks}
+    return sorted(task for task in known if task.startswith(incomplete))
 
 
 def budgets(incomplete: str) -> list[tuple[str, str]]:
@@ -118,7 +119,7 @@ def tell(message: str) -> None:
 @contextmanager
 def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
     """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130; SIGTERM, by which
-    schedulers and `kill` end a process, likewise, and exits 143.
+    schedulers and `kill` end a process, likewise, and exits 143. So does what is said of a full disk.
 
     Args:
         kept: is there something to go on from?
@@ -140,6 +141,10 @@ def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
         else:
             tell("provenn: interrupted before anything had ended; there is nothing to resume")
         raise typer.Exit(code) from None
+    except Unwritable as error:
+        if not kept():
+            raise
+        raise UserError(f"{error}; what has ended is kept: make room, then go on with: {command(resume)}") from None
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -161,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(str(error))
     except UsageProblem as error:
-        return _refuse(error.format_message() + f" (see: {_help(given)})")  # type: ignore[attr-defined]
+        return _refuse(error.format_message() + f" (see: {_help(given)})")  # type: ignore[attr-defined]  # a click error, whichever click typer brings
     except BrokenPipeError:
         return _closed_pipe()
     except OSError as error:

@@ -152,15 +152,15 @@ def _stacked(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 def details(measurement: Measurement) -> Iterator[Group]:
     """The tables of a measurement, and the numbers of its plots that stand in none of them."""
     drawn = [view.table_of(name or lines[0].y_label, lines) for name, lines in view.plots(measurement).items()]
-    told = [_cells(own) for own in measurement.tables]
-    for own in [*measurement.tables, *(one for one in drawn if not any(_cells(one) <= cells for cells in told))]:
-        rows = [[escape(view.cell(value)) for value in row] for row in own.rows]
-        lay = _stacked if len(own.columns) > MANY and console().width < NARROW else table
-        yield Group(f"[bold]{escape(own.caption)}[/]", lay([escape(column) for column in own.columns], rows))
+    shown = [_cells(numbers) for numbers in measurement.tables]
+    for numbers in [*measurement.tables, *(one for one in drawn if not any(_cells(one) <= cells for cells in shown))]:
+        rows = [[escape(view.cell(value)) for value in row] for row in numbers.rows]
+        lay = _stacked if len(numbers.columns) > MANY and console().width < NARROW else table
+        yield Group(f"[bold]{escape(numbers.caption)}[/]", lay([escape(column) for column in numbers.columns], rows))
 
 
-def _cells(of: Numbers) -> set[str]:
-    return {view.cell(value) for row in of.rows for value in row}
+def _cells(numbers: Numbers) -> set[str]:
+    return {view.cell(value) for row in numbers.rows for value in row}
 
 
 def speed(timings: "Iterable[tuple[str, Timing]]") -> Iterator[Group]:
@@ -177,14 +177,14 @@ def speed(timings: "Iterable[tuple[str, Timing]]") -> Iterator[Group]:
 
 
 def _timing(timing: "Timing") -> tuple[str, ...]:
-    each, found = timing.benchmark, timing.comparison
-    if found is None:
+    benchmark, comparison = timing.benchmark, timing.comparison
+    if comparison is None:
         ratio = escape(timing.trouble)
     else:
-        low, high = found.interval
-        width = "" if found.confidence >= 0.95 else f" ({100 * found.confidence:.0f} %)"
-        ratio = f"{found.ratio:.2f} \\[{low:.2f}, {high:.2f}]{width}"
-    asked = "" if each.within is None else f"{each.within:g}"
-    mark = "" if each.within is None or found is None else MET[timing.met]
+        low, high = comparison.interval
+        width = "" if comparison.confidence >= 0.95 else f" ({100 * comparison.confidence:.0f} %)"
+        ratio = f"{comparison.ratio:.2f} \\[{low:.2f}, {high:.2f}]{width}"
+    asked = "" if benchmark.within is None else f"{benchmark.within:g}"
+    mark = "" if benchmark.within is None or comparison is None else MET[timing.met]
     size = "" if timing.size is None else view.number(timing.size)
-    return size, escape(each.system), escape(timing.baseline), ratio, asked, mark
+    return size, escape(benchmark.system), escape(timing.baseline), ratio, asked, mark

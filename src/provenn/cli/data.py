@@ -68,13 +68,13 @@ def _checkpoint(name: str, places: datasets.Places) -> datasets.Found:
     return datasets.find_weights(catalog.card(slug), preset, places)
 
 
-def _entry(name: str, found: datasets.Found, known: datasets.DataSet | None = None) -> dict[str, Any]:
+def _entry(name: str, located: datasets.Found, known: datasets.DataSet | None = None) -> dict[str, Any]:
     return {
         "name": name,
         "title": known.title if known else f"weights of {name.partition(':')[2]}, by its authors",
-        "found": found.there,
-        "place": str(found.place),
-        "missing": list(found.missing),
+        "found": located.there,
+        "place": str(located.place),
+        "missing": list(located.missing),
         "task": known.task if known else None,
         "layout": known.layout if known else "the checkpoint as the authors published it",
         "lacks": known.lacks if known else "",

@@ -33,7 +33,7 @@ def doctor(json: Json = False) -> None:
     from provenn.cli import console
 
     with progress.shown():
-        found = {
+        findings = {
             "versions": _versions(),
             "machine": _machine(),
             "extras": _extras(),
@@ -42,21 +42,24 @@ def doctor(json: Json = False) -> None:
             "papers": _papers(),
         }
     if json:
-        console.machine(found)
+        console.machine(findings)
         return
     terminal = console.console()
     for title in ("versions", "machine"):
-        terminal.print(console.table((title, ""), [(k, console.escape(str(v))) for k, v in found[title].items()]), "")
-    rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in found["extras"].items()]
+        terminal.print(
+            console.table((title, ""), [(k, console.escape(str(v))) for k, v in findings[title].items()]), ""
+        )
+    rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in findings["extras"].items()]
     terminal.print(console.table(("extra", "", ""), rows), "")
-    if found["peers"]:
-        rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in found["peers"].items()]
+    if findings["peers"]:
+        rows = [(name, _sign(not more), console.escape(more or "present")) for name, more in findings["peers"].items()]
         terminal.print(console.table(("to measure against", "", ""), rows), "")
-    rows = [(name, _sign(entry["loads"]), console.escape(entry["about"])) for name, entry in found["data"].items()]
+    rows = [(name, _sign(entry["loads"]), console.escape(entry["about"])) for name, entry in findings["data"].items()]
     terminal.print(console.table(("task", "", "embedded data"), rows))
-    if found["papers"]:
+    if findings["papers"]:
         rows = [
-            (name, _sign(not trouble), console.escape(trouble or "works")) for name, trouble in found["papers"].items()
+            (name, _sign(not trouble), console.escape(trouble or "works"))
+            for name, trouble in findings["papers"].items()
         ]
         terminal.print("", console.table(("paper of another package", "", ""), rows))
 
@@ -72,8 +75,8 @@ def _versions() -> dict[str, str]:
     from provenn import __version__
 
     homes = packages_distributions()
-    found = {name: version(homes[name][0]) if name in homes else "missing" for name in PACKAGES}
-    return {"provenn": __version__, "python": platform.python_version(), "system": platform.platform(), **found}
+    packages = {name: version(homes[name][0]) if name in homes else "missing" for name in PACKAGES}
+    return {"provenn": __version__, "python": platform.python_version(), "system": platform.platform(), **packages}
 
 
 def _machine() -> dict[str, Any]:
@@ -86,7 +89,7 @@ def _machine() -> dict[str, Any]:
 
     best = choose_device("auto")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "device": here(best).device,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -94,10 +97,10 @@ def _machine() -> dict[str, Any]:
     }
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB"
+        machine[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB"
     if best == "cpu":
-        found["without a GPU"] = "all at budget small runs; claims that need a GPU are not measured"
-    return found
+        machine["without a GPU"] = "all at budget small runs; claims that need a GPU are not measured"
+    return machine
 
 
 def _extras() -> dict[str, str]:
@@ -141,23 +144,23 @@ def _trouble(card: catalog.Card) -> str:
 
 def _data() -> dict[str, dict[str, Any]]:
     """For each task, whether the first of its embedded data sets can be loaded here, and what others there are."""
-    from provenn.tasks import get_task, task_names
+    from provenn.tasks import count_examples, get_task, task_names
     from provenn.tasks.discovery import shadowed
 
-    found: dict[str, dict[str, Any]] = {name: {"loads": False, "about": why} for name, why in shadowed().items()}
+    status: dict[str, dict[str, Any]] = {name: {"loads": False, "about": why} for name, why in shadowed().items()}
     for task in progress.track(task_names(), "embedded data"):
         try:
             kind = get_task(task)
             if not kind.embedded:
-                found[task] = {"loads": True, "about": f"none; it reads {kind.reads}"}
+                status[task] = {"loads": True, "about": f"none; it reads {kind.reads}"}
                 continue
             first, *others = kind.embedded
             loaded = kind.load(first)
-            sizes = ", ".join(str(len(part)) for part in (loaded.train, loaded.val, loaded.test))  # type: ignore[arg-type]
+            sizes = ", ".join(str(count_examples(part)) for part in (loaded.train, loaded.val, loaded.test))
             more = f"; also {', '.join(others)}" if others else ""
-            found[task] = {"loads": True, "about": f"{first} ({sizes} to train, validate, test){more}"}
+            status[task] = {"loads": True, "about": f"{first} ({sizes} to train, validate, test){more}"}
         except UserError as error:
-            found[task] = {"loads": False, "about": str(error)}
+            status[task] = {"loads": False, "about": str(error)}
         except Exception as error:  # whatever is wrong, the user wants to know, and the rest of the list too
-            found[task] = {"loads": False, "about": f"{type(error).__name__}: {error}".splitlines()[0]}
-    return found
+            status[task] = {"loads": False, "about": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return status

@@ -32,11 +32,11 @@ def list_papers(
     _known("task", task, {name for card in known for name in card.tasks})
     _known("slot", slot, {mechanism.slot for card in known for mechanism in card.mechanisms})
     words = " ".join(query or [])
-    found = catalog.search(words, task, slot)
+    fitting = catalog.search(words, task, slot)
     if json:
-        console.machine([_entry(card) for card in found])
+        console.machine([_entry(card) for card in fitting])
         return
-    if not found:
+    if not fitting:
         tell(f"no paper fits {words!r}; `provenn list` names all {len(known)}")
         return
     rows = [
@@ -44,9 +44,12 @@ def list_papers(
             f"[bold]{card.slug}[/]",
             "\n".join([console.escape(card.title), f"[dim]{', '.join(card.tasks)}[/]", *_slots(card)]),
         )
-        for card in found
+        for card in fitting
     ]
-    console.console().print(console.table(("slug", "title, tasks, slot: mechanisms"), rows))
+    terminal = console.console()
+    terminal.print(console.table(("slug", "title, tasks, slot: mechanisms"), rows), "")
+    name = fitting[0].slug if len(fitting) == 1 else "SLUG"
+    terminal.print(f"provenn show {name}        what its abstract says, what of it holds, and what to do with it")
 
 
 def _slots(card: Card) -> list[str]:
@@ -160,9 +163,11 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
     from provenn.cli import console
     from provenn.options import settings_of
 
-    task, told = card.work_of(preset), settings_of(Paper(card), preset.name)
+    task, settings = card.work_of(preset), settings_of(Paper(card), preset.name)
     if json:
-        console.machine({**preset.model_dump(mode="json"), "task": task, "settings": [asdict(each) for each in told]})
+        console.machine(
+            {**preset.model_dump(mode="json"), "task": task, "settings": [asdict(each) for each in settings]}
+        )
         return
     out = console.console()
     out.print(f"[bold]{console.escape(preset.name)}[/] of {card.slug}, for {task or _no_task(preset)}")
@@ -172,7 +177,7 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
     for option, kinds in (("--set", ("data", "system", "prediction")), ("--recipe", ("recipe",))):
         rows = [
             list(map(console.escape, (s.name, s.type, s.default, s.of)))
-            for s in told
+            for s in settings
             if s.of.partition(",")[0] in kinds
         ]
         if rows:

@@ -93,17 +93,17 @@ def reproduce(
     given = datasets.given_places(places or [])
     _measure(
         chosen,
-        claim,
-        budget,
-        seeds,
-        device,
-        out,
-        resume,
-        strict,
-        json,
+        strict=strict,
+        json=json,
         jobs=jobs,
         cluster=cluster,
+        claims=claim,
         headline=headline,
+        budget=budget,
+        seeds=seeds,
+        device=device,
+        out=out,
+        resume=resume,
         data=given,
         changes=pairs(changes or [], example="epochs=3"),
     )
@@ -114,6 +114,14 @@ def bench(
     slug: Annotated[
         str | None, typer.Argument(help="The paper; by default the speed of all.", autocompletion=slugs)
     ] = None,
+    backbones: Annotated[
+        str | None,
+        typer.Option(metavar="all|A,B,…", help="Time these classification backbones instead, by preset or paper."),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Side of the images, of --backbones.")] = 224,
+    batch: Annotated[str, typer.Option(metavar="N,…", help="Images at a time, of --backbones.")] = "1,32",
+    threads: Annotated[str, typer.Option(metavar="N,…", help="Of the processor, of --backbones.")] = "1,2",
+    reference: Annotated[str | None, typer.Option(help="Ratios are to this one of --backbones.")] = None,
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
@@ -128,18 +136,25 @@ def bench(
 
     \b
     provenn bench aaren --budget smoke
+    provenn bench --backbones eca_net --batch 1 --threads 1
     """
     from provenn.cli import console
     from provenn.reproduce import BUDGETS
 
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    if backbones is not None:
+        if slug is not None:
+            raise UserError(f"name the paper as --backbones {slug}, or leave --backbones out")
+        numbers = {"batch": _numbers("batch", batch), "threads": _numbers("threads", threads)}
+        _latency(backbones, size, numbers, reference, ROUNDS[budget], out, json)
+        return
     papers = list(catalog.cards().values()) if slug is None else [catalog.card(slug)]
     costs = [] if slug is None else [claim.id for claim in papers[0].claims if claim.kind == "cost"]
     timings = _time(papers, device, smoke=budget == "smoke")
     if not timings and not costs:
-        who = "no paper" if slug is None else papers[0].slug
-        raise UserError(f"{who} has benchmarks or claims about cost; `provenn show SLUG` lists what a paper claims")
+        who = "no paper has benchmarks or" if slug is None else f"{papers[0].slug} has neither benchmarks nor"
+        raise UserError(f"{who} claims about cost; `provenn bench` without a paper times all that have benchmarks")
     rows = [_row(paper, timing) for paper, timing in timings]
     if timings and not json:
         terminal = console.console()
@@ -148,12 +163,65 @@ def bench(
         if not costs:
             terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)
     if costs:
-        _measure(papers, costs, budget, seeds, device, out, resume, strict, json, detailed=True, speed=rows)
+        options: dict[str, Any] = {"budget": budget, "seeds": seeds, "device": device, "out": out, "resume": resume}
+        _measure(papers, strict=strict, json=json, speed=rows, claims=costs, **options)
     elif json:
         console.machine({"repeat": command(), "speed": rows})
     failed = any(timing.trouble and timing.benchmark.package is None for _, timing in timings)
     if failed or (strict and any(timing.met is False for _, timing in timings)):
         raise typer.Exit(1)
+
+
+ROUNDS = {"smoke": 1, "small": 7, "paper": 15}  # of --backbones
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name} takes whole numbers, such as 1,32; got {text!r}") from None
+
+
+def _latency(
+    names: str,
+    size: int,
+    numbers: dict[str, list[int]],
+    reference: str | None,
+    rounds: int,
+    out: Path,
+    json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    from provenn import latency
+    from provenn.cli import console
+    from provenn.evidence import Measurement
+    from provenn.reproduce import check_writable
+
+    if size < 1:
+        raise UserError(f"size must be at least 1, got {size}")
+    chosen = latency.choose([name.strip() for name in names.split(",") if name.strip()], size)
+    check_writable(out)
+    with progress.shown():
+        told = latency.measure(
+            chosen,
+            size=size,
+            batches=numbers["batch"],
+            threads=numbers["threads"],
+            rounds=rounds,
+            reference=reference,
+            tell=tell,
+        )
+    files = [str(file) for file in told.save(out)]
+    if json:
+        console.machine({"repeat": command(), **asdict(told), "files": files})
+        return
+    terminal = console.console()
+    for grid in console.details(Measurement(tables=told.tables)):
+        terminal.print(grid, "")
+    for file in files:
+        terminal.print(without_controls(f"written  {file}"), soft_wrap=True, markup=False)
+    terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)
 
 
 def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[str, Timing]]":
@@ -187,19 +255,19 @@ def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[st
 
 
 def _row(paper: str, timing: "Timing") -> dict[str, Any]:
-    each, found = timing.benchmark, timing.comparison
+    benchmark, comparison = timing.benchmark, timing.comparison
     return {
         "paper": paper,
-        "race": each.race.name,
-        "setting": dict(each.race.setting),
-        "unit": each.race.unit,
+        "race": benchmark.race.name,
+        "setting": dict(benchmark.race.setting),
+        "unit": benchmark.race.unit,
         "size": timing.size,
-        "system": each.system,
+        "system": benchmark.system,
         "baseline": timing.baseline,
-        "ratio": None if found is None else found.ratio,
-        "interval": None if found is None else list(found.interval),
-        "confidence": None if found is None else found.confidence,
-        "within": each.within,
+        "ratio": None if comparison is None else comparison.ratio,
+        "interval": None if comparison is None else list(comparison.interval),
+        "confidence": None if comparison is None else comparison.confidence,
+        "within": benchmark.within,
         "met": timing.met,
         "trouble": timing.trouble,
     }
@@ -207,29 +275,24 @@ def _row(paper: str, timing: "Timing") -> dict[str, Any]:
 
 def _measure(
     papers: Sequence[Card],
-    claims: Sequence[str] | None,
-    budget: str,
-    seeds: str,
-    device: str,
+    *,
     out: Path,
-    resume: bool,
     strict: bool,
     json: bool,
-    detailed: bool = False,
-    jobs: int = 1,
-    cluster: str | None = None,
-    headline: bool = False,
-    data: datasets.Places | None = None,
-    changes: dict[str, Any] | None = None,
     speed: Sequence[dict[str, Any]] | None = None,
+    **options: Any,
 ) -> None:
+    """Measure claims, telling each as it ends, and show them; with `speed`, all tables and numbers of each.
+
+    `options` are those of `reproduce_many`.
+    """
     from provenn.cli import console
     from provenn.evidence import report, view
-    from provenn.evidence.record import EVIDENCE, Evidence, Finding
+    from provenn.evidence.record import EVIDENCE, LEDGER, Evidence, Finding
     from provenn.evidence.verdict import Verdict
     from provenn.reproduce import ERRORS, reproduce_many
 
-    for name in claims or ():
+    for name in options.get("claims") or ():
         papers[0].claim(name)
 
     def done(finding: Finding) -> None:
@@ -238,23 +301,11 @@ def _measure(
         line = f"{view.SYMBOLS[finding.verdict]} {finding.paper} {finding.claim.id}: {finding.verdict}; {figure}"
         tell(f"{line}; {setting}" if setting else line)
 
-    with resumable(lambda: any((out / card.slug / EVIDENCE).exists() for card in papers)), progress.shown():
-        findings = reproduce_many(
-            papers,
-            jobs=jobs,
-            cluster=cluster,
-            claims=claims,
-            headline=headline,
-            budget=budget,
-            seeds=seeds,
-            device=device,
-            out=out,
-            resume=resume,
-            data=data,
-            changes=changes,
-            tell=tell,
-            done=done,
-        )
+    def kept() -> bool:
+        return any((out / card.slug / name).exists() for card in papers for name in (EVIDENCE, LEDGER))
+
+    with resumable(kept), progress.shown():
+        findings = reproduce_many(papers, out=out, tell=tell, done=done, **options)
     page = report.write(out)
     failed = [finding for finding in findings if finding.measurement.failed]
     if json:
@@ -267,17 +318,18 @@ def _measure(
         for card in papers:
             mine = [finding for finding in findings if finding.paper == card.slug]
             terminal.print(f"\n[bold]{console.escape(card.title)}[/]")
-            if claims is None and not changes:
+            if options.get("claims") is None and not options.get("changes"):
                 statements = view.judged(card, Evidence.read(out / card.slug / EVIDENCE))
-                told = [each for each in statements if any(f.record for f in each.findings)] if headline else statements
-                terminal.print(console.statements(told), "")
-                if len(told) < len(statements):
-                    rest = len(statements) - len(told)
+                measured = [each for each in statements if any(finding.record for finding in each.findings)]
+                shown = measured if options.get("headline") else statements
+                terminal.print(console.statements(shown), "")
+                if len(shown) < len(statements):
+                    rest = len(statements) - len(shown)
                     terminal.print(f"[dim]{rest} more statements without --headline: provenn reproduce {card.slug}[/]")
             else:
                 terminal.print(console.claims(mine))
-            terminal.print(f"[bold]{len(mine)} claims: {view.tally(mine)}[/]")
-            if detailed:
+            terminal.print(f"[bold]{len(mine)} claim{'s' * (len(mine) != 1)}: {view.tally(mine)}[/]")
+            if speed is not None:
                 for finding in mine:
                     grids = list(console.details(finding.measurement))
                     if grids or finding.measurement.note:

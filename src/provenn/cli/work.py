@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from provenn import catalog, progress
 from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, resumable, tell
 from provenn.errors import UserError
 from provenn.progress import without_controls
+
+if TYPE_CHECKING:
+    from provenn.tasks import Task as Kind
 
 SPLITS = {"auto": None, "all": True, "test": False}
 CLASSES_SHOWN = 20
@@ -30,7 +33,7 @@ def train(
     preset: Preset = None,
     task: Task = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default the preset's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Stop after so many; by default the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="So many, whatever the epochs; by default the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default the preset's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step and device; by default the preset's.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
@@ -134,11 +137,13 @@ def train(
             ("on the test split", ""), [(console.escape(name), number(value)) for name, value in metrics.items()]
         )
     )
+    summary = json.loads((folder / "run.json").read_text())
+    work = get_task(summary["task"])
+    terminal.print(console.escape(_in_words(work, summary)), soft_wrap=True)
     for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
         terminal.print(f"written  {console.escape(str(file))}", soft_wrap=True)
     if logger is not None:
         terminal.print(f"written  {console.escape(str(folder / 'log'))}", soft_wrap=True)
-    work = get_task(json.loads((folder / "run.json").read_text())["task"])
     if work.name not in api.PROBES and type(work).predict is not Kind.predict:
         given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
         out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
@@ -148,6 +153,23 @@ def train(
             markup=False,
             soft_wrap=True,
         )
+
+
+def _in_words(work: "Kind", summary: dict[str, Any]) -> str:
+    """What a training reached beside who has learned nothing, and what to do where that is no less."""
+    from provenn.evidence.view import number
+
+    reached, trivial = summary["metrics"][work.metric], summary["trivial"]
+    name, count = work.metric.replace("_", " "), summary["tested_on"]
+    says = f"{name} {number(reached)} on {count:,} test example{'s' * (count != 1)}"
+    guess = f"{number(trivial)} of who has learned nothing"
+    if not (reached > trivial if work.higher_is_better else reached < trivial):
+        steps = summary["steps"]
+        more = f"train longer than {steps:,} step{'s' * (steps != 1)}, on more data, or with another --lr"
+        return f"{says}, no better than the {guess}: {more}"
+    if name == "accuracy" and reached - trivial < 2 * (trivial * (1 - trivial) / count) ** 0.5:
+        return f"{says}, too few to tell it from the {guess}: train on more data"
+    return f"{says}, beside the {guess}"
 
 
 def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=24") -> dict[str, Any]:
@@ -199,6 +221,9 @@ def predict(
         Path | None,
         typer.Option(help="Of super-resolution: the images in full resolution; prints PSNR and SSIM."),
     ] = None,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Of segmentation: beside each mask the image with its classes in colour.")
+    ] = False,
     changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -217,6 +242,7 @@ def predict(
     from provenn import api
 
     options = {**pairs(changes or []), **({} if reference is None else {"reference": reference})}
+    options |= {"overlay": True} if overlay else {}
     streamed = False
 
     def tell_piece(piece: str) -> None:
@@ -275,7 +301,7 @@ def evaluate(
         raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
     _say_what_ships(slug, weights, preset)
     with progress.shown():
-        found = api.evaluate(
+        evaluation = api.evaluate(
             slug,
             data,
             weights=weights,
@@ -286,15 +312,15 @@ def evaluate(
             batch_size=batch_size,
             changes=pairs(changes or []),
         )
-    files = found.save(out) if out is not None else []
+    files = evaluation.save(out) if out is not None else []
     if json:
-        console.machine({**found.as_json(), "files": [str(file) for file in files]})
+        console.machine({**evaluation.as_json(), "files": [str(file) for file in files]})
         return
     terminal = console.console()
-    tables = [found.table(), *filter(None, [found.class_table(most=CLASSES_SHOWN)])]
+    tables = [evaluation.table(), *filter(None, [evaluation.class_table(most=CLASSES_SHOWN)])]
     for grid in console.details(Measurement(tables=tables)):
         terminal.print(grid, "")
-    terminal.print(f"[dim]intervals: {console.escape(found.method)}[/]", soft_wrap=True)
+    terminal.print(f"[dim]intervals: {console.escape(evaluation.method)}[/]", soft_wrap=True)
     for file in files:
         terminal.print(f"written  {file}", soft_wrap=True)
 
@@ -320,18 +346,18 @@ def inspect(
     if output is not None:
         inspection.check_png(output, file)
     with progress.shown():
-        found = api.inspect(slug, file, preset=preset, weights=weights)
+        inspected = api.inspect(slug, file, preset=preset, weights=weights)
         if output is not None:
-            found.save(output)
+            inspected.save(output)
     if weights is None and not _say_what_ships(slug, weights, preset, needed=False):
         tell("the weights are random, nothing was learned: give some with --weights")
     if json:
-        layers = {name: row.tolist() for name, row in found.layers.items()}
-        console.machine({"title": found.title, "caption": found.caption, "layers": layers})
+        layers = {name: row.tolist() for name, row in inspected.layers.items()}
+        console.machine({"title": inspected.title, "caption": inspected.caption, "layers": layers})
         return
     terminal = console.console()
-    terminal.print(f"[bold]{console.escape(found.title)}[/]\n")
-    for grid in console.details(Measurement(tables=[found.table()])):
+    terminal.print(f"[bold]{console.escape(inspected.title)}[/]\n")
+    for grid in console.details(Measurement(tables=[inspected.table()])):
         terminal.print(grid)
     if output is not None:
         terminal.print(f"written  {console.escape(str(output))}", soft_wrap=True)
@@ -343,16 +369,19 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where it goes: a file ending in .onnx.")],
     weights: Weights = None,
     preset: Preset = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise it, and show what that costs.")] = False,
+    data: Annotated[str | None, typer.Option(help="What --int8 is calibrated on: a name or a path.")] = None,
 ) -> None:
     """Trained weights with their system as an ONNX file.
 
     \b
     provenn export craft -o craft.onnx
+    provenn export eca_net -o eca.onnx --int8 --data digits
     """
     from provenn import api
 
     _say_what_ships(slug, weights, preset)
     with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
-        text = api.export(slug, weights, output, preset=preset)
+        text = api.export(slug, weights, output, preset=preset, int8=int8, data=data)
         advance()
     print(text)

@@ -14,7 +14,7 @@ from provenn.errors import UserError
 from provenn.tasks import get_task
 from provenn.training import Recipe
 
-Factory = Callable[[int], nn.Module]
+Factory = Callable[..., nn.Module]
 TEXTS = (".txt", ".md", ".rst", ".py", ".jsonl")
 
 
@@ -84,7 +84,23 @@ def _residual_tower(join: Factory, options: dict[str, Any]) -> nn.Module:
     return ResidualHost(join, **options)
 
 
+def _bare_backbone(backbone: Factory, options: dict[str, Any]) -> nn.Module:
+    return backbone(num_classes=options["num_classes"], in_channels=options["in_channels"])
+
+
+def _backbones() -> dict[str, Factory]:
+    from provenn.nn.mobilenet import MobileNetV2
+    from provenn.nn.resnet import BasicBlock, ResNet
+
+    # Both halve a small image twice, as ResNet-20 does, and have about as many parameters.
+    small = ((1, 16, 1, 1), (4, 24, 2, 1), (4, 40, 3, 2), (4, 80, 3, 2))
+    resnet = partial(ResNet, BasicBlock, (2, 2, 2), widths=(16, 32, 64), stem="small")
+    mobilenet = partial(MobileNetV2, settings=small, stem_stride=1, last=320, dropout=0.0)
+    return {"resnet14": resnet, "mobilenet": mobilenet}
+
+
 _SGD = Recipe(batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="onecycle")
+_ADAMW = Recipe(batch_size=64, optimizer="adamw", lr=3e-3, weight_decay=5e-2, schedule="onecycle", clip=1.0)
 _RADAM = Recipe(batch_size=16, optimizer="radam", lr=1e-3, clip=4.0)
 
 
@@ -135,6 +151,16 @@ HOSTS: dict[str, tuple[Host, ...]] = {
             _budgets(replace(_SGD, lr=0.02), 15, 100),
             (0.007, 0.02, 0.06),
             "a tower of 24 branches, 64 wide, without normalisation",
+        ),
+    ),
+    "backbone": (
+        Host(
+            "image-classification",
+            _bare_backbone,
+            _backbones,
+            _budgets(_ADAMW, 15, 100),
+            (1e-3, 3e-3, 1e-2),
+            "each network as it is, from random weights",
         ),
     ),
 }

@@ -21,6 +21,8 @@ def continue_dates(dates: Sequence[str], count: int) -> list[str] | None:
     ['2016 Q4', '2017 Q1']
     >>> continue_dates(["2024-01-30 22:30", "2024-01-30 23:00", "2024-01-30 23:30"], 2)
     ['2024-01-31 00:00', '2024-01-31 00:30']
+    >>> continue_dates(["13.12.2024", "20.12.2024", "27.12.2024"], 2)
+    ['03.01.2025', '10.01.2025']
     """
     recent = dates[-12:]
     quarters = _quarters(recent)
@@ -38,13 +40,29 @@ def continue_dates(dates: Sequence[str], count: int) -> list[str] | None:
     try:
         stamps = np.array([date.removesuffix(zone).replace(" ", "T", 1) for date in recent], dtype="datetime64")
     except ValueError:
-        return None
+        return _as_people_write(dates, count)
     following = _by_month(stamps, count)
     if following is None:
         following = _evenly(stamps, count)
     if following is None:
         return None
     return [str(stamp).replace("T", " " if " " in recent[-1] else "T") + zone for stamp in following]
+
+
+def _as_people_write(dates: Sequence[str], count: int) -> list[str] | None:
+    """The next of days such as 31.12.2024, where one reading alone makes them evenly spaced, spelled alike."""
+    fitting = []
+    for style in (day + clock for day in FORMATS for clock in CLOCKS):
+        try:
+            moments = [datetime.strptime(date, style) for date in dates]
+        except ValueError:
+            continue
+        stamps = np.array(moments[-12:], dtype="datetime64[s]" if "%H" in style else "datetime64[D]")
+        following = _by_month(stamps, count)
+        following = _evenly(stamps, count) if following is None else following
+        if following is not None and moments[-1].strftime(style) == dates[-1]:
+            fitting.append([moment.strftime(style) for moment in following.tolist()])
+    return fitting[0] if len(fitting) == 1 else None
 
 
 class Gap(NamedTuple):
@@ -56,8 +74,10 @@ class Gap(NamedTuple):
     usual: float
 
 
-FORMATS = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d", "%d-%m-%Y", "%m-%d-%Y", "%d-%b-%Y", "%d %b %Y", "%b %Y")
-CLOCKS = ("", " %H:%M", " %H:%M:%S")
+FORMATS = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d", "%d-%m-%Y", "%m-%d-%Y", "%d-%b-%Y", "%d %b %Y", "%b %Y",
+           "%d %B %Y", "%B %Y", "%b %d, %Y", "%B %d, %Y", "%d/%m/%y", "%m/%d/%y", "%d.%m.%y", "%d-%b-%y",
+           "%Y-%m-%d")  # fmt: skip
+CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
 
 
 def readings(dates: Sequence[str]) -> list[np.ndarray]:
@@ -76,22 +96,22 @@ def readings(dates: Sequence[str]) -> list[np.ndarray]:
         *(partial(_written, style=day + clock) for day in FORMATS for clock in CLOCKS),
         _number,
     ]
-    found = []
+    parsed = []
     for reader in readers:
         try:
             reader(dates[0])  # most are out of the question at once
-            found.append(np.array([reader(date) for date in dates]))
+            parsed.append(np.array([reader(date) for date in dates]))
         except (ValueError, OverflowError):
             continue
         if reader in (_quarter, _iso):
             break
-    return found
+    return parsed
 
 
 def first_disorder(dates: Sequence[str]) -> int | None:
     """The first row, from 0, that is no later than the one before, in whatever way the dates are read."""
-    found = readings(dates) if len(dates) else []
-    disorders = [np.flatnonzero(np.diff(reading) <= 0) for reading in found]
+    times = readings(dates) if len(dates) else []
+    disorders = [np.flatnonzero(np.diff(reading) <= 0) for reading in times]
     if not disorders or min(map(len, disorders)) == 0:
         return None
     return int(min(disorders, key=len)[0]) + 1
@@ -103,14 +123,14 @@ def gaps(dates: Sequence[str]) -> Gap | None:
     >>> gaps(["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-06"])
     Gap(places=1, first=2, step=259200.0, usual=86400.0)
     """
-    found = [reading for reading in (readings(dates) if len(dates) > 2 else []) if (np.diff(reading) > 0).all()]
-    if not found:
+    increasing = [reading for reading in (readings(dates) if len(dates) > 2 else []) if (np.diff(reading) > 0).all()]
+    if not increasing:
         return None
-    wide = [np.flatnonzero(np.diff(reading) > 1.5 * np.median(np.diff(reading))) for reading in found]
-    place = min(range(len(found)), key=lambda i: len(wide[i]))
+    wide = [np.flatnonzero(np.diff(reading) > 1.5 * np.median(np.diff(reading))) for reading in increasing]
+    place = min(range(len(increasing)), key=lambda i: len(wide[i]))
     if not len(wide[place]):
         return None
-    steps, first = np.diff(found[place]), int(wide[place][0])
+    steps, first = np.diff(increasing[place]), int(wide[place][0])
     return Gap(len(wide[place]), first, float(steps[first]), float(np.median(steps)))
 
 
@@ -120,6 +140,8 @@ def is_date(cell: str) -> bool:
     >>> [is_date(cell) for cell in ("2024-01-31", "31.01.2024 12:00", "2024 Q1", "2024", "when")]
     [True, True, True, False, False]
     """
+    if not re.match(r"\d|[A-Za-z]{3,9} \d", cell):  # at once: most cells that are asked about are names
+        return False
     try:
         float(cell)
     except ValueError:

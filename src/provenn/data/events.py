@@ -89,6 +89,7 @@ class SinePoisson:
         self, sequences: int, events: int, rng: np.random.Generator
     ) -> tuple[Float64[np.ndarray, "sequences events"], Int64[np.ndarray, "sequences events"]]:
         """Times and marks of the first events, by thinning, all sequences at once."""
+        # Moments are drawn at the highest rate, and each is kept with the share that its own rate has of it.
         bound = self.rate * (1 + self.depth)
         times, now = np.zeros((sequences, events)), np.zeros(sequences)
         count = np.zeros(sequences, dtype=np.int64)
@@ -105,6 +106,7 @@ class SinePoisson:
     ) -> tuple[Float64[np.ndarray, "sequences events"], Float64[np.ndarray, "sequences events"]]:
         """−log p of each gap under the truth; the one mark is certain."""
         turn = 2 * np.pi / self.period
+        # ∫λ up to each event: its differences are how many events were to be expected in each gap.
         expected = self.rate * (times - self.depth / turn * np.cos(turn * times))
         start = -self.rate * self.depth / turn
         return np.diff(expected, axis=1, prepend=start) - np.log(self._at(times)), np.zeros(times.shape)
@@ -150,8 +152,8 @@ def read_histories(file: Path) -> list[History]:
     for row, name in enumerate(table.column("sequence")):
         rows.setdefault(name, []).append(row)
     histories = []
-    for name, own in rows.items():
-        order = np.asarray(own)[np.argsort(times[own], kind="stable")]
+    for name, members in rows.items():
+        order = np.asarray(members)[np.argsort(times[members], kind="stable")]
         same = np.flatnonzero(np.diff(times[order]) == 0)
         if len(same):
             first, second = order[same[0]] + 2, order[same[0] + 1] + 2

@@ -32,7 +32,8 @@ def read_frame(file: Path, sheet: str | None = None) -> list[list[str]]:
                 raise UserError(f"{file} has no sheets: leave sheet={sheet} out")
             frame = pandas.read_parquet(file)
             named = [name for name in frame.index.names if name is not None]
-            if named or not isinstance(frame.index, pandas.RangeIndex):
+            counted = pandas.api.types.is_integer_dtype(frame.index.dtype)  # rows, of a larger frame perhaps
+            if named or not counted:
                 frame = frame.reset_index()
             columns = [[str(name)] for name in frame.columns]
             return [[text for [text] in columns], *_cells(frame)]
@@ -97,7 +98,7 @@ def _column(cells: list[Any]) -> list[str]:
 
 
 def _text(cell: Any, days: bool) -> str:
-    if cell is None or cell != cell or type(cell).__name__ == "NAType":
+    if cell is None or type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and cell != cell):
         return ""
     if isinstance(cell, datetime.datetime):
         return cell.date().isoformat() if days else cell.isoformat(sep=" ")

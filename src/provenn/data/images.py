@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+from torch import Tensor
+from torch.nn import functional as F
 
 from provenn import progress
 from provenn.errors import UserError
@@ -51,18 +56,18 @@ def images_in(folder: Path, skip_broken: bool = False) -> list[Path]:
         UserError: there are none.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
     others = [file for file in files if file.suffix.lower() in UNREAD]
     if others:
         progress.say(f"{folder}: left out {_some(others)}: images are read that end in {', '.join(SUFFIXES)}")
     if skip_broken:
-        broken = [file for file in progress.track(found, f"reading {folder.name}") if not _readable(file)]
+        broken = [file for file in progress.track(images, f"reading {folder.name}") if not _readable(file)]
         if broken:
             progress.say(f"{folder}: left out {_some(broken)}, which cannot be read")
-            found = [file for file in found if file not in set(broken)]
-    if not found:
+            images = [file for file in images if file not in set(broken)]
+    if not images:
         raise UserError(f"{folder} holds no images; expected files ending in {', '.join(SUFFIXES)}")
-    return found
+    return images
 
 
 def _some(files: Sequence[Path], most: int = 5) -> str:
@@ -99,8 +104,8 @@ def read_image(file: Path) -> Picture:
         UserError: the file is no image, damaged, animated, or of numbers that are not 8 or 16 bits.
     """
     with _opened(file) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            raise UserError(f"{file} holds {image.n_frames} frames; expected a single image")  # type: ignore[attr-defined]
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise UserError(f"{file} holds {frames} frames; expected a single image")
         profile = image.info.get("icc_profile")
         try:
             deep = _deep(image, file)
@@ -122,6 +127,27 @@ def read_image(file: Path) -> Picture:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{file} is damaged: {error}") from None
+
+
+def read_pixels(file: Path, channels: int = 3) -> UInt8[Tensor, "channels height width"]:
+    """An image as 8-bit grey (1) or colour (3), as networks see it; what is transparent is laid on white."""
+    picture = read_image(file)
+    pixels = torch.from_numpy(picture.colour.astype(np.float32)).permute(2, 0, 1)
+    full = 65535 if picture.deep else 255
+    if picture.alpha is not None:
+        cover = torch.from_numpy(picture.alpha.astype(np.float32)) / full
+        pixels = pixels * cover + full * (1 - cover)
+    if channels == 1:  # luma as ITU-R BT.601 defines it
+        pixels = torch.tensordot(torch.tensor([[0.299, 0.587, 0.114]]), pixels, 1)
+    return (pixels * (255 / full)).round().byte()
+
+
+def resize_pixels(
+    image: UInt8[Tensor, "channels height width"], height: int, width: int
+) -> UInt8[Tensor, "channels height2 width2"]:
+    """Scale by antialiased linear interpolation."""
+    values = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)[0]
+    return values.round().clamp(0, 255).byte()
 
 
 def write_image(file: Path, picture: Picture) -> None:
@@ -177,11 +203,11 @@ def _deep(image: Image.Image, file: Path) -> np.ndarray | None:
     """The channels of a 16-bit image; None for 8 bits."""
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
-    if image.format == "TIFF" and 16 in image.tag_v2.get(258, ()):  # type: ignore[attr-defined]
+    if isinstance(image, TiffImageFile) and 16 in image.tag_v2.get(258, ()):  # bits of each channel
         from skimage.io import imread
 
         return imread(file)
-    raw = image.tile[0].args if image.format == "PNG" and image.tile else None  # type: ignore[attr-defined]
+    raw = image.tile[0].args if image.format == "PNG" and image.tile else None  # type: ignore[attr-defined]  # an opened file
     if not isinstance(raw, str) or not raw.endswith(";16B"):
         return None
     if raw == "LA;16B":
@@ -189,8 +215,8 @@ def _deep(image: Image.Image, file: Path) -> np.ndarray | None:
     # Pillow keeps the high byte of each number. Read as little-endian, the low byte takes its place.
     high = np.asarray(image).astype(np.uint16)
     with Image.open(file) as again:
-        tile = again.tile[0]  # type: ignore[attr-defined]
-        again.tile = [tile._replace(args=raw.replace("16B", "16L"))]  # type: ignore[attr-defined]
+        tile = again.tile[0]
+        again.tile = [tile._replace(args=raw.replace("16B", "16L"))]
         low = np.asarray(again)
     return high << 8 | low
 

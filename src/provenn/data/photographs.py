@@ -23,6 +23,7 @@ _PLACES = {
     "flower": ("sklearn.datasets.images", "flower.jpg"),
 }
 NAMES = tuple(_PLACES)
+GREY = ("brick", "grass", "gravel", "page", "camera", "moon", "coins", "cell")
 
 
 @cache
@@ -37,6 +38,24 @@ def photograph(name: str) -> np.ndarray:
     package, file = _PLACES[name]
     with (files(package) / file).open("rb") as handle, Image.open(handle) as image:
         pixels = np.array(image.convert("RGB"))
+    pixels.flags.writeable = False
+    return pixels
+
+
+@cache
+def grey_photograph(name: str) -> np.ndarray:
+    """A grey picture that scikit-image ships, or the luma (BT.601) of a colour photograph, (height, width), uint8.
+
+    >>> grey_photograph("brick").shape
+    (512, 512)
+    """
+    if name in _PLACES:
+        pixels = np.rint(photograph(name) @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
+    elif name in GREY:
+        with (files("skimage.data") / f"{name}.png").open("rb") as handle, Image.open(handle) as image:
+            pixels = np.array(image.convert("L"))
+    else:
+        raise ValueError(f"no picture is called {name!r}; there are: {', '.join((*NAMES, *GREY))}")
     pixels.flags.writeable = False
     return pixels
 

@@ -4,9 +4,11 @@ train/CLASS/*.txt, test/CLASS/*.txt: a text or a sequence of nucleotides a file,
 basic_train.tsv, basic_val.tsv, basic_test.tsv: ListOps, the columns Source and Target.
 imgs/*/*.png, metadata/*.npy: Pathfinder, pixels row by row.
 data_batch_1.bin to test_batch.bin: CIFAR-10, grey pixels row by row.
+new_aan_pairs.train.tsv, .eval.tsv, .test.tsv: Retrieval, without a header: class, two names, two texts.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ NUCLEOTIDES = "ACGT"
 UNSUPERVISED = "unsup"  # IMDB's reviews without a class
 LUMA = np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601
 BYTES = 256
+PAIRS = "new_aan_pairs.{}.tsv"  # as Long Range Arena releases them
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,17 @@ class Sequences:
     Args:
         tokens: each of whole numbers below the alphabet's size.
         labels: one each.
+        others: the second of each pair, where a class is of two sequences; else none.
     """
 
     tokens: list[UInt8[np.ndarray, " _"]]
     labels: list[str]
+    others: list[UInt8[np.ndarray, " _"]] = field(default_factory=list)
+
+    def pick(self, places: Sequence[int]) -> "Sequences":
+        """Those at these places."""
+        others = [self.others[i] for i in places] if self.others else []
+        return Sequences([self.tokens[i] for i in places], [self.labels[i] for i in places], others)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,11 @@ class Corpus:
     alphabet: int
     about: str
 
+    @property
+    def paired(self) -> bool:
+        """Whether a class is of two sequences."""
+        return any(part.others for part in self.splits.values())
+
 
 def read_corpus(folder: Path, most: int | None = None) -> Corpus | None:
     """The sequences in a folder, or None where it has none of the layouts.
@@ -64,6 +79,8 @@ def read_corpus(folder: Path, most: int | None = None) -> Corpus | None:
     """
     if (folder / "basic_train.tsv").is_file():
         return _listops(folder, most)
+    if (folder / PAIRS.format("train")).is_file():
+        return _pairs(folder, most)
     if (folder / "imgs").is_dir() and (folder / "metadata").is_dir():
         return _pathfinder(folder, most)
     if files_in(folder) is not None:
@@ -121,6 +138,34 @@ def _listops(folder: Path, most: int | None) -> Corpus:
         raise UserError(f"{folder} has {len(words):,} kinds of tokens: ListOps has about 15")
     made = {name: Sequences([t.astype(np.uint8) for t in tokens], labels) for name, (tokens, labels) in splits.items()}
     return Corpus(made, len(words), "operations on digits")
+
+
+def _pairs(folder: Path, most: int | None) -> Corpus:
+    """Whether one text cites the other. Read line by line: the published files have some gigabytes."""
+    splits: dict[str, Sequences] = {}
+    for split, name in {"train": "train", "val": "eval", "test": "test"}.items():
+        file = folder / PAIRS.format(name)
+        first, second, labels = [], [], []
+        try:
+            with file.open(encoding="utf-8", newline="\n") as lines:
+                for number, line in enumerate(progress.track(lines, f"reading {split}"), 1):
+                    parts = line.rstrip("\r\n").split("\t")
+                    if len(parts) != 5 or parts[0] not in ("0", "1", "0.0", "1.0") or not all(parts[3:]):
+                        raise UserError(
+                            f"{file}, line {number}: expected 0.0 or 1.0, two names and two texts between tabs, "
+                            f"got {len(parts)} parts, {parts[0][:20]!r} the first"
+                        )
+                    labels.append(parts[0][0])
+                    first.append(np.frombuffer(parts[3].encode()[:most], np.uint8))
+                    second.append(np.frombuffer(parts[4].encode()[:most], np.uint8))
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is no text in UTF-8; convert it first") from None
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+        if not labels:
+            raise UserError(f"{file} holds no pairs")
+        splits[split] = Sequences(first, labels, second)
+    return Corpus(splits, BYTES, "bytes of text, in pairs")
 
 
 def _pathfinder(folder: Path, most: int | None) -> Corpus:

@@ -151,7 +151,7 @@ class _Filling:
     def __init__(self, file: Path, reading: Reading):
         self.file, self.missing = file, reading.get("holes", "interpolate")
         self.holes = self.missing != "refuse"
-        self.found = self.read = self.shorter = 0
+        self.filled = self.cells = self.shortened = 0
         self.first = ""
 
     def parse(self, cells: Sequence[str], where: str) -> list[float]:
@@ -162,7 +162,7 @@ class _Filling:
         """Without what is missing at the end."""
         known = np.flatnonzero(~np.isnan(values))
         kept = values[: known[-1] + 1] if len(known) else values
-        self.shorter += len(kept) < len(values)
+        self.shortened += len(kept) < len(values)
         return kept
 
     def fill(
@@ -170,9 +170,9 @@ class _Filling:
     ) -> Float32[np.ndarray, "steps channels"]:
         """Without holes."""
         missing = np.isnan(values)
-        self.read += values.size
+        self.cells += values.size
         if missing.any():
-            self.found += int(missing.sum())
+            self.filled += int(missing.sum())
             self.first = self.first or where
             channels = names or [f"channel {c}" for c in range(1, values.shape[1] + 1)]
             values = fill_holes(values, channels, f"{self.file}, {where}", ends=self.missing == "extend")
@@ -180,10 +180,10 @@ class _Filling:
 
     def say(self) -> None:
         """How many holes were filled, and how many series were made shorter."""
-        if self.found:
-            say_filled(self.file, self.found, self.read, self.first)
-        if self.shorter:
-            progress.say(f"{self.file}: {self.shorter} series end where their last values are missing")
+        if self.filled:
+            say_filled(self.file, self.filled, self.cells, self.first)
+        if self.shortened:
+            progress.say(f"{self.file}: {self.shortened} series end where their last values are missing")
 
 
 def _read_long(table: Table) -> Collection:

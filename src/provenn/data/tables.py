@@ -7,6 +7,7 @@ import codecs
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,8 @@ class Table:
             UserError: a cell that is missing, text or infinite, with its row and column; no one decimal mark.
         """
         places = [self.columns.index(name) for name in names]
+        # Where a comma separates cells most files hold plain numbers, and `float` is many times as fast as looking at
+        # the marks of each cell. What it refuses is read again below, which can say where it stands.
         if self.decimal != "," and self.style.separator == ",":
             try:
                 values = np.array([[float(row[place]) for place in places] for row in self.rows])
@@ -146,10 +149,10 @@ def check_reading(who: object, reading: Reading, *others: str) -> None:
             raise UserError(f"{name} must be one of {' '.join(allowed)}, got {value!r}")
 
 
-def say_filled(file: Path, missing: int, of: int, first: str) -> None:
-    """Tell what was put where nothing was."""
+def say_filled(file: Path, missing: int, values: int, first: str) -> None:
+    """Tell what was put where nothing was: how many of how many values were missing, and where the first."""
     progress.say(
-        f"{file}: {missing} of {of} values missing, the first in {first}; put on the line between their neighbours "
+        f"{file}: {missing} of {values} values missing, the first in {first}; put on the line between their neighbours "
         "(--set holes=refuse refuses such a file)"
     )
 
@@ -277,7 +280,7 @@ def _cells_of(file: Path, reading: Reading) -> tuple[list[list[str]], Style]:
     if file.suffix.lower() in ENGINES:
         for name in ("separator", "decimal", "encoding"):
             if name in reading:
-                raise UserError(f"{file} is no text: leave {name}={reading[name]} out")  # type: ignore[literal-required]
+                raise UserError(f"{file} is no text: leave {name}={reading[name]} out")
         rows, style = read_frame(file, reading.get("sheet")), Style()
         if not rows or not any(map(any, rows)):
             raise UserError(f"{file} is empty")
@@ -285,9 +288,12 @@ def _cells_of(file: Path, reading: Reading) -> tuple[list[list[str]], Style]:
         if "sheet" in reading:
             raise UserError(f"{file} has no sheets: leave sheet={reading['sheet']} out")
         text, encoding = _decoded(file, reading.get("encoding"))
-        lines = text.splitlines()
-        said = reading.get("separator")
-        separator = SEPARATORS[said] if said else _separator(file, lines, reading.get("decimal"))
+        lines = list(io.StringIO(text, newline=""))  # cells may hold line ends
+        # Excel reads the separator there, and does not count the line.
+        told = re.fullmatch(r'"?sep=(.)"?', lines[0].rstrip("\r\n"), re.IGNORECASE)
+        lines = lines[1:] if told else lines
+        named = reading.get("separator")
+        separator = SEPARATORS[named] if named else told[1] if told else _separator(file, lines, reading.get("decimal"))
         try:
             cells = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=separator == " ")
             rows = [[cell.strip() for cell in row] for row in cells]
@@ -314,11 +320,12 @@ def _separator(file: Path, lines: Sequence[str], decimal: Decimal | None) -> str
         return even[0]
     if not even:
         return max(candidates, key=lambda mark: len(_split(lines[:1], mark)[0]))
-    told = {mark: _told(_split(lines[1 : 1 + LOOKED_AT], mark)) for mark in even}
-    best = [mark for mark in even if told[mark] == max(told.values())]
+    parsed = {mark: _told(_split(lines[1 : 1 + LOOKED_AT], mark)) for mark in even}
+    best = [mark for mark in even if parsed[mark] == max(parsed.values())]
     if len(best) > 1:
         seen = " or ".join(f"{len(_split(lines[:1], mark)[0])} by {NAMES[mark]}" for mark in best)
-        raise UserError(f"{file} has the columns {lines[0][:60]!r}, {seen}: say which by --set separator={best[0]!r}")
+        header = lines[0].rstrip()[:60]
+        raise UserError(f"{file} has the columns {header!r}, {seen}: say which by --set separator={best[0]!r}")
     return best[0]
 
 

@@ -73,13 +73,13 @@ def read_documents(path: Path) -> list[Document]:
 
 def read_splits(folder: Path) -> list[list[Document]] | None:
     """The texts for training, validation and the test of a folder that names all three; None of any other."""
-    found: dict[str, Path] = {}
+    entries: dict[str, Path] = {}
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         if match := SPLIT.fullmatch(entry.name):
-            found.setdefault({"valid": "val", "validation": "val"}.get(match[1], match[1]), entry)
-    if set(found) != {"train", "val", "test"}:
+            entries.setdefault({"valid": "val", "validation": "val"}.get(match[1], match[1]), entry)
+    if set(entries) != {"train", "val", "test"}:
         return None
-    return [read_documents(found[name]) for name in ("train", "val", "test")]
+    return [read_documents(entries[name]) for name in ("train", "val", "test")]
 
 
 def read_text(file: Path) -> str:
@@ -193,8 +193,8 @@ def split_documents(documents: Sequence[Document], seed: int = 0) -> list[list[D
                 part.append(Document(name, text[start:end]))
         return parts
     order = np.random.default_rng(seed).permutation(len(documents))
-    held = max(1, round(0.05 * len(documents)))
-    places = [order[2 * held :], order[:held], order[held : 2 * held]]
+    twentieth = max(1, round(0.05 * len(documents)))
+    places = [order[2 * twentieth :], order[:twentieth], order[twentieth : 2 * twentieth]]
     return [[documents[i] for i in sorted(part)] for part in places]
 
 
@@ -208,9 +208,11 @@ class Bytes:
     vocab, end = 256, 0
 
     def encode(self, text: str) -> Int64[np.ndarray, " tokens"]:
+        """The bytes of a text."""
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some bytes; what is no UTF-8 becomes �."""
         return bytes(tokens).decode("utf-8", "replace")
 
     def lengths(self) -> Int64[np.ndarray, " vocab"]:
@@ -254,17 +256,21 @@ class BytePairs:
         return cls(inner)
 
     def encode(self, text: str) -> Int64[np.ndarray, " tokens"]:
+        """The tokens of a text, without an end."""
         return np.array(self.inner.encode(text).ids, dtype=np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens."""
         return self.inner.decode(list(tokens))
 
     def lengths(self) -> Int64[np.ndarray, " vocab"]:
         # In the byte level's alphabet one character stands for one byte.
+        """How many bytes each token stands for."""
         names = [self.inner.id_to_token(i) for i in range(self.vocab)]
         return np.array([1 if name in ENDS else len(name) for name in names], dtype=np.int64)
 
     def dump(self) -> str:
+        """The tokenizer as JSON, for `read_tokenizer`."""
         return self.inner.to_str()
 
 
@@ -289,18 +295,22 @@ class Words:
         return cls([UNKNOWN, END_OF_LINE, *common])
 
     def encode(self, text: str) -> Int64[np.ndarray, " tokens"]:
+        """The tokens of a text, an end after each line."""
         unknown = self.numbers[UNKNOWN]
         lines = (line.split() for line in text.splitlines())
-        told = (self.numbers.get(word, unknown) for line in lines for word in (*line, END_OF_LINE))
-        return np.fromiter(told, dtype=np.int64)
+        numbers = (self.numbers.get(word, unknown) for line in lines for word in (*line, END_OF_LINE))
+        return np.fromiter(numbers, dtype=np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens."""
         return " ".join(self.words[token] for token in tokens).replace(f" {END_OF_LINE} ", "\n")
 
     def lengths(self) -> Int64[np.ndarray, " vocab"]:
+        """How many bytes each token stands for, its blank included."""
         return np.array([1 if word == END_OF_LINE else len(word.encode()) + 1 for word in self.words], dtype=np.int64)
 
     def dump(self) -> str:
+        """The tokenizer as JSON, for `read_tokenizer`."""
         return json.dumps({"words": self.words})
 
 

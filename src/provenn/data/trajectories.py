@@ -137,6 +137,12 @@ def collect(name: str, quality: str, episodes: int, seed: int = 0) -> tuple[Traj
 
     `medium`: one level of noise. `medium-replay`: from random down to medium, as a learner's past would be.
     `medium-expert`: half medium, half without noise.
+
+    Args:
+        name: of the script.
+        quality: one of `QUALITIES`.
+        episodes: how many, each until its end or the environment's limit of steps.
+        seed: of noise and starts.
     """
     script = SCRIPTS[name]
     noise = {
@@ -152,23 +158,23 @@ def collect(name: str, quality: str, episodes: int, seed: int = 0) -> tuple[Traj
     def draw() -> Any:
         return rng.uniform(space.low, space.high) if continuous else int(rng.integers(space.n))
 
-    found = []
+    trajectories = []
     for share in progress.track(noise, f"collecting {name}-{quality}"):
-        seen, done, received = [], [], []
+        observations, chosen, rewards = [], [], []
         observation, _ = environment.reset(seed=int(rng.integers(2**31)))
         for _ in range(limit):
             random = rng.random() < share
             action = draw() if random else script.act(observation)
             action = np.asarray(action, np.float32) if continuous else action
-            seen.append(observation)
-            done.append(action)
+            observations.append(observation)
+            chosen.append(action)
             observation, reward, terminated, _, _ = environment.step(action)
-            received.append(reward)
+            rewards.append(reward)
             if terminated:
                 break
-        actions = np.array(done, np.float32 if continuous else np.int64)
-        found.append(Trajectory(np.array(seen, np.float32), actions, np.array(received, np.float32)))
-    return tuple(found)
+        actions = np.array(chosen, np.float32 if continuous else np.int64)
+        trajectories.append(Trajectory(np.array(observations, np.float32), actions, np.array(rewards, np.float32)))
+    return tuple(trajectories)
 
 
 def read_trajectories(file: Path) -> tuple[list[Trajectory], str | None]:
@@ -192,17 +198,17 @@ def read_trajectories(file: Path) -> tuple[list[Trajectory], str | None]:
         raise UserError(
             f"{file}: cannot read trajectories from {file.suffix or 'no suffix'}; expected .jsonl, .npz or .hdf5"
         )
-    found = [_trajectory(parts, where) for where, parts in episodes]
-    widths = [trajectory.observations.shape[1] for trajectory in found]
+    trajectories = [_trajectory(parts, where) for where, parts in episodes]
+    widths = [trajectory.observations.shape[1] for trajectory in trajectories]
     odd = next((i for i, width in enumerate(widths) if width != widths[0]), None)
     if odd is not None:
         raise UserError(f"{episodes[odd][0]}: observations of {widths[odd]} numbers where the first has {widths[0]}")
-    shapes = [trajectory.actions.shape[1:] for trajectory in found]
+    shapes = [trajectory.actions.shape[1:] for trajectory in trajectories]
     odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
     if odd is not None:
         kinds = [f"rows of {shape[0]} numbers" if shape else "whole numbers" for shape in (shapes[odd], shapes[0])]
         raise UserError(f"{episodes[odd][0]}: actions are {kinds[0]} where the first's are {kinds[1]}")
-    return found, environment
+    return trajectories, environment
 
 
 def _read_jsonl(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:

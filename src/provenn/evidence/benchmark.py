@@ -42,6 +42,7 @@ class Benchmark:
 
     @property
     def baselines(self) -> tuple[str, ...]:
+        """Those that the system is compared with; of several the quickest counts at each size."""
         return (self.baseline,) if isinstance(self.baseline, str) else tuple(self.baseline)
 
     @property

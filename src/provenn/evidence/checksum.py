@@ -87,8 +87,8 @@ def _described(thing: Any, roots: set[str]) -> tuple[str, list[Any]]:
     if isinstance(thing, type):
         if _package(thing) not in roots:
             return f"{thing.__module__}.{thing.__qualname__}", []
-        own = [value for value in vars(thing).values() if isinstance(value, FunctionType)]
-        return _source(thing), [*thing.__bases__, *(used for method in own for used in _used(method, roots))]
+        methods = [value for value in vars(thing).values() if isinstance(value, FunctionType)]
+        return _source(thing), [*thing.__bases__, *(used for method in methods for used in _used(method, roots))]
     if isinstance(thing, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(thing).tobytes()).hexdigest(), []
     if hasattr(thing, "detach"):  # a tensor

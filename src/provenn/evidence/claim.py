@@ -43,11 +43,11 @@ def settable(measure: Measure) -> dict[str, Any]:
 
     Of a function these are its arguments that have a default; a claim that is read off an experiment asks that.
     """
-    own: Callable[[], dict[str, Any]] | None = getattr(measure, "settable", None)
-    return defaults_of(measure) if own is None else own()
+    ask_experiment: Callable[[], dict[str, Any]] | None = getattr(measure, "settable", None)
+    return defaults_of(measure) if ask_experiment is None else ask_experiment()
 
 
 def varied(measure: Measure, changes: dict[str, Any]) -> Measure:
     """The same measurement at another setting."""
-    own: Callable[..., Measure] | None = getattr(measure, "varied", None)
-    return partial(measure, **changes) if own is None else own(**changes)
+    vary_experiment: Callable[..., Measure] | None = getattr(measure, "varied", None)
+    return partial(measure, **changes) if vary_experiment is None else vary_experiment(**changes)

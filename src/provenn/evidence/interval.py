@@ -1,7 +1,6 @@
 """Intervals of 95 % or more: Student's t for means and paired differences, the bootstrap for ratios of values, order
 statistics for ratios of clocks, least squares for exponents. `estimate` gives each from the raw values alone, so that
-every
-committed interval can be computed again.
+every committed interval can be computed again.
 """
 
 import math
@@ -30,10 +29,12 @@ class Estimate(NamedTuple):
 def estimate(estimator: Estimator, values: Sequence[Number], baselines: Sequence[Number]) -> Estimate:
     """The effect of `values` against `baselines`, from the numbers alone.
 
-    mean: of the values. difference, ratio: paired. clock ratio: the median of paired times, by order statistics.
-        growth: the
-    exponent of values over sizes (the baselines). exact ratio: of two counts, which have no uncertainty. test set: one
-        value of given weights on the very examples of which a figure was published; nothing in it is drawn.
+    - mean: of the values.
+    - difference, ratio: paired.
+    - clock ratio: the median of paired times, by order statistics.
+    - growth: the exponent of values over sizes (the baselines).
+    - exact ratio: of two counts, which have no uncertainty.
+    - test set: one value of given weights on the very examples of which a figure was published; nothing is drawn.
     """
     return ESTIMATORS[estimator](values, baselines)
 
@@ -118,6 +119,7 @@ def paired_ratio(system: Sequence[Number], baseline: Sequence[Number]) -> tuple[
         interval, _ = student(logs.tolist())
         bounds = None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
         return math.exp(float(np.mean(logs))), bounds, f"Student's t on log ratios, {len(logs)} pairs, 95 %"
+    # Always the same draws: a record's interval can be computed again from its values.
     draws = np.random.default_rng(0).choice(logs, size=(2000, len(logs)))
     tail = _expanded_tail(len(logs))
     low, high = np.quantile(np.median(draws, axis=1), [tail, 1 - tail])
@@ -162,7 +164,7 @@ def resampled(
     whole = summary(dict(scores))
     kind = "" if block == 1 else f" in blocks of {block}"
 
-    def of(rows: np.ndarray) -> dict[str, float]:
+    def metrics_of(rows: np.ndarray) -> dict[str, float]:
         return summary({name: column[rows] for name, column in scores.items()})
 
     if blocks < 2:
@@ -170,7 +172,7 @@ def resampled(
     intervals: dict[str, Interval | None] = {}
     if blocks < SMALLEST_BOOTSTRAP:
         parts = np.array_split(np.arange(count), blocks)
-        others = [of(np.concatenate([part for part in parts if part is not left_out])) for left_out in parts]
+        others = [metrics_of(np.concatenate([part for part in parts if part is not left_out])) for left_out in parts]
         for name, value in whole.items():
             pseudo = [blocks * value - (blocks - 1) * other[name] for other in others]
             spread = float(np.std(pseudo, ddof=1))
@@ -180,7 +182,7 @@ def resampled(
     for _ in range(draws):
         starts = rng.integers(count, size=math.ceil(count / block))
         rows = (starts[:, None] + np.arange(block)).ravel()[:count] % count
-        drawn.append(of(rows))
+        drawn.append(metrics_of(rows))
         advance()
     tail = _expanded_tail(blocks)
     for name in whole:

@@ -14,6 +14,8 @@ MOST_WORDS = 300  # characters of what an error says
 
 
 class Part(BaseModel):
+    """What a record is made of: no unknown keys, no changes, and infinities and NaN as JSON constants."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
@@ -84,8 +86,7 @@ class Skill(Part):
     """What an arm reached, seed by seed, beside what the trivial predictor reaches on the same data.
 
     `may_guess` is the paper's reason why this arm cannot learn the task; without one, an arm that does not beat the
-    trivial
-    predictor shows nothing.
+    trivial predictor shows nothing.
     """
 
     arm: str
@@ -100,8 +101,7 @@ class Measurement(Part):
 
     The effect is what a claim's region is about: a difference, a ratio or a value. A missing interval means that the
     data cannot give one, and then there is no verdict. `estimator` names how effect and interval follow from `values`
-    and
-    `baselines`, so that both can be computed again; `sides` are the labels of the two.
+    and `baselines`, so that both can be computed again; `sides` are the labels of the two.
     """
 
     effect: float | None = None

@@ -135,13 +135,19 @@ class Race:
         unit = self.of or UNITS[self.quantity]
         series = [
             Series(
-                name=label, x=list(sizes), y=[median(rounds) for rounds in rows_of], plot=self.name, x_label=self.unit,
-                y_label=unit, log="xy", low=[min(rounds) for rounds in rows_of], high=[max(rounds) for rounds in
-                rows_of],
+                name=label,
+                x=list(sizes),
+                y=[median(rounds) for rounds in rows_of],
+                plot=self.name,
+                x_label=self.unit,
+                y_label=unit,
+                log="xy",
+                low=[min(rounds) for rounds in rows_of],
+                high=[max(rounds) for rounds in rows_of],
             )
             for label, rows_of in measured.items()
             if all(min(rounds) > 0 for rounds in rows_of)
-        ]  # fmt: skip
+        ]
         caption = f"{self.name[:1].upper()}{self.name[1:]}, {unit}"
         return {
             "setting": facts,
@@ -162,12 +168,15 @@ class Ratio:
 
     @property
     def sides(self) -> tuple[str, str]:
+        """What readers call the system and the baseline."""
         return self.system, self.baseline
 
     def settable(self) -> dict[str, Any]:
+        """As `Race.settable`."""
         return self.race.settable()
 
     def varied(self, **changes: Any) -> "Ratio":
+        """As `Race.varied`."""
         return replace(self, race=self.race.varied(**changes))
 
     def __call__(self, run: Run) -> Measurement:
@@ -192,9 +201,11 @@ class Exponent:
     sides = None
 
     def settable(self) -> dict[str, Any]:
+        """As `Race.settable`."""
         return self.race.settable()
 
     def varied(self, **changes: Any) -> "Exponent":
+        """As `Race.varied`."""
         race = self.race.varied(**changes)
         if len(race.sizes) < 3:
             raise UserError(f"sizes: growth needs at least three, got {len(race.sizes)}")

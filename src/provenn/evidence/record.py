@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -81,6 +81,7 @@ class Record(BaseModel):
         changes: dict[str, Any] | None = None,
         **more: Any,
     ) -> "Record":
+        """A measurement with its verdict, its curves thinned; at a changed setting it is not at the paper's."""
         if changes:
             measurement = measurement.model_copy(update={"at_paper_setting": False})
         verdict, reason = decide(claim, measurement, budget=budget, changed=bool(changes))
@@ -98,6 +99,7 @@ class Record(BaseModel):
 
     @property
     def needs_version_3(self) -> bool:
+        """Whether an older provenn could not read it."""
         return bool(self.changes) or self.verdict in (Verdict.UNSUPPORTED, Verdict.OUT_OF_MEMORY)
 
 
@@ -112,6 +114,7 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
+        """The record's; not measured without one."""
         return Verdict.NOT_MEASURED if self.record is None else self.record.verdict
 
     @property
@@ -128,6 +131,7 @@ class Finding:
 
     @property
     def measurement(self) -> Measurement:
+        """The record's; an empty one without."""
         return Measurement() if self.record is None else self.record.measurement
 
 
@@ -165,8 +169,8 @@ class Evidence(BaseModel):
         seen: set[str] = set()
         for record in facts.get("records", []):
             measurement = record["measurement"]
-            told = {kind: rounded(measurement[kind], 6) for kind in ("setting", "skills") if kind in measurement}
-            measurement.update(told)  # beside the figures that an interval follows from, which are kept in full
+            shortened = {kind: rounded(measurement[kind], 6) for kind in ("setting", "skills") if kind in measurement}
+            measurement.update(shortened)  # beside the figures that an interval follows from, which are kept in full
             for kind in ("series", "tables"):
                 drawn = [rounded(one) for one in measurement.pop(kind, [])]
                 fresh = [one for one in drawn if json.dumps(one) not in seen]
@@ -203,6 +207,7 @@ class Evidence(BaseModel):
         return next((r for r in self.records if r.claim == claim and r.changes == wanted), None)
 
     def finding(self, claim: Claim, changes: dict[str, Any] | None = None) -> Finding:
+        """A claim with what was measured of it at its own setting, or at a changed one."""
         record = self.record(claim.id, changes)
         return Finding(self.paper, claim, record, None if record is None else self.occasions[record.occasion])
 
@@ -252,20 +257,29 @@ class Ledger(BaseModel):
 
     @classmethod
     def read(cls, file: Path) -> "Ledger":
+        """The ledger in a file.
+
+        Raises:
+            ValueError: it is none, or a newer provenn wrote it.
+        """
         return _parsed(cls, file.read_bytes())
 
     def write(self, file: Path) -> None:
+        """Replace the file, atomically."""
         write_atomically(file, compact(self.model_dump(mode="json")))
 
 
-def _parsed(kind: Any, content: bytes) -> Any:
+Kept = TypeVar("Kept", Evidence, Ledger)
+
+
+def _parsed(kind: type[Kept], content: bytes) -> Kept:
     facts = json.loads(content)
     if isinstance(facts, dict) and facts.get("schema_version", PLAIN_VERSION) > SCHEMA_VERSION:
         raise ValueError(f"written by a newer provenn (schema {facts['schema_version']})")
     return kind.model_validate(facts)
 
 
-def read_or_set_aside(kind: Any, file: Path, paper: str) -> tuple[Any, str]:
+def read_or_set_aside(kind: type[Kept], file: Path, paper: str) -> tuple[Kept, str]:
     """What lies in `file`, else an empty one and why. A file that is not one is moved aside, never overwritten."""
     if not file.exists():
         return kind(paper=paper), ""

@@ -99,6 +99,7 @@ class Run:
 
     @property
     def file(self) -> Path:
+        """Where the records go."""
         return self.folder / EVIDENCE
 
     def trials(self, name: str, function: Callable[[int], Any], **setting: Any) -> list[Any]:
@@ -132,7 +133,16 @@ class Run:
     def trial(
         self, name: str, function: Callable[[], Any], *, seed: int | None = None, alone: bool = False, **setting: Any
     ) -> Any:
-        """`function()` once, its result saved. What runs `alone` shares no machine with other trials: a clock."""
+        """`function()` once, its result saved.
+
+        Args:
+            name, seed, setting: what it is known by: all that decides the value.
+            function: returns plain JSON; it may run on another machine.
+            alone: share no machine with other trials: for clocks.
+
+        Raises:
+            Waiting: it runs elsewhere and has not ended. What ended it there is raised as it is.
+        """
         setting = {**setting, "set": self.changes} if self.changes else setting
         question = Trial.question(name, seed, f"{self.budget} on {self.device}", plain(setting))
         if (known := self._known.get(question)) is not None:

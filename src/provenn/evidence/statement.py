@@ -10,6 +10,8 @@ PROVED = {Verdict.HOLDS, Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS}
 
 
 class Standing(StrEnum):
+    """The verdict of a statement, from those of its claims."""
+
     REPRODUCED = "reproduced"
     HOLDS_HERE = "holds here"
     PARTLY = "partly"
@@ -47,8 +49,7 @@ def judge(kind: str, needs: str, outcomes: Sequence[Outcome]) -> Judgement:
     """The standing of a statement of that kind.
 
     Only what was measured counts, and what was measured at the paper's setting beats what was measured smaller. A
-    statement
-    about quality is not settled by counts and identities alone: they can speak against it, not for it. Then:
+    statement about quality is not settled by counts and identities alone: they can speak against it, not for it. Then:
 
     - all claims hold: reproduced where each does at the paper's setting, else holds here;
     - some hold: partly; none holds and some interval lies wholly elsewhere: not here; none decides: open.
@@ -61,13 +62,13 @@ def judge(kind: str, needs: str, outcomes: Sequence[Outcome]) -> Judgement:
     at_paper = [o for o in deciding if o.kind != "exact" and o.at_paper_setting]
     if at_paper:
         measured = [o for o in measured if o.at_paper_setting or o.kind == "exact"]
-    held = sum(outcome.verdict in PROVED for outcome in measured)
+    holding = sum(outcome.verdict in PROVED for outcome in measured)
     against = sum(outcome.verdict is Verdict.NOT_REPRODUCED for outcome in measured)
-    if held == len(measured):
+    if holding == len(measured):
         full = all(o.verdict in (Verdict.HOLDS, Verdict.REPRODUCED) for o in measured)
-        return Judgement(Standing.REPRODUCED if full else Standing.HOLDS_HERE, held, held)
-    if held:
-        return Judgement(Standing.PARTLY, held, len(measured))
+        return Judgement(Standing.REPRODUCED if full else Standing.HOLDS_HERE, holding, holding)
+    if holding:
+        return Judgement(Standing.PARTLY, holding, len(measured))
     return Judgement(Standing.NOT_HERE if against else Standing.OPEN, 0, len(measured))
 
 

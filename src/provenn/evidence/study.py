@@ -53,8 +53,7 @@ class Study:
         build: `build(part, **data.options)` makes the network.
         recipe: how all of them are trained.
         lrs: the learning rates that each arm may choose from, at least three; none takes the recipe's for all, and is
-            only
-            for arms that have nothing to tune.
+            only for arms that have nothing to tune.
         smoke: the recipe that only shows that the path works; by default two steps.
         probes: further figures of a trained network by name, `probe(model, data)`, to be read off the test split; those
             that `against` compares are numbers.
@@ -156,12 +155,15 @@ class Study:
 
     @property
     def of_task(self) -> Task:
+        """The task itself, where it was named."""
         return get_task(self.task) if isinstance(self.task, str) else self.task
 
     def label(self, arm: str) -> str:
+        """What readers call an arm."""
         return self.arms[arm][0]
 
     def recipe_for(self, run: Run) -> Recipe:
+        """The recipe, or the shortest run of it that touches all the code."""
         return (self.smoke or replace(self.recipe, epochs=1, max_steps=2)) if run.smoke else self.recipe
 
     def facts(self, run: Run) -> dict[str, Any]:
@@ -240,6 +242,7 @@ class Study:
         def asked() -> list[dict[str, Any]]:
             return run.trials(f"{self.name}, {self.label(arm)}", one, lr=lr, **self.question(run, arm))
 
+        # Both are asked for before either is waited for. What diverged has learned nothing: it counts as guessing.
         trials, guesses = run.together((asked, partial(self.trivial, run)))
         return [
             {task.metric: guess, "curve": None, **trial} if trial.get("diverged") else trial
@@ -277,7 +280,19 @@ class Study:
         may_guess: Mapping[str, str] | None = None,
         picture: bool = False,
     ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-        """Each arm's figure seed by seed, and what goes with every measurement of them."""
+        """Each arm's figure seed by seed, and what goes with every measurement of them.
+
+        Args:
+            run: its seeds, device and ledger.
+            arms: those that the claim is about; each must have learned something.
+            shown: further arms, for the table and the picture.
+            metric: by default the task's.
+            may_guess: of an arm that may do no better than the trivial predictor, why.
+            picture: whether the study's drawing goes with it.
+
+        Raises:
+            ValueError: a training of one of `arms` diverged.
+        """
         task, facts = self.of_task, self.facts(run)
         every = list(dict.fromkeys((*arms, *shown)))
         trials = dict(zip(every, run.together(partial(self.trials, run, arm) for arm in every), strict=True))
@@ -386,13 +401,16 @@ class Contrast:
 
     @property
     def sides(self) -> tuple[str, str]:
+        """What readers call the system and the baseline."""
         labels = [self.study.label(arm) for arm in self.systems]
         return labels[0] if len(labels) == 1 else f"worst of {', '.join(labels)}", self.study.label(self.baseline)
 
     def settable(self) -> dict[str, Any]:
+        """As `Study.settable`."""
         return self.study.settable()
 
     def varied(self, **changes: Any) -> "Contrast":
+        """As `Study.varied`."""
         return replace(self, study=self.study.varied(**changes))
 
     def __call__(self, run: Run) -> Measurement:
@@ -425,9 +443,11 @@ class Reading:
     sides = None
 
     def settable(self) -> dict[str, Any]:
+        """As `Study.settable`."""
         return self.study.settable()
 
     def varied(self, **changes: Any) -> "Reading":
+        """As `Study.varied`."""
         return replace(self, study=self.study.varied(**changes))
 
     def __call__(self, run: Run) -> Measurement:

@@ -12,6 +12,8 @@ ROUNDING = 1e-9
 
 
 class Verdict(StrEnum):
+    """What a measurement says of a claim, from its numbers alone."""
+
     HOLDS = "holds"
     REPRODUCED = "reproduced"
     DIRECTION_HOLDS = "direction holds"

@@ -48,6 +48,7 @@ class Judged:
 
     @property
     def symbol(self) -> str:
+        """The sign of its standing in tables."""
         return STANDINGS[self.judgement.standing]
 
 
@@ -145,10 +146,10 @@ def published(claim: Claim) -> str:
 
 def at_setting(finding: Finding) -> str:
     """What was set otherwise than the claim's own setting, in words; "" where nothing was."""
-    told = (
+    changes = (
         f"{name} = {value if isinstance(value, str) else json.dumps(value)}" for name, value in finding.changes.items()
     )
-    return f"at {', '.join(told)}, which is not the claim's own setting" if finding.changes else ""
+    return f"at {', '.join(changes)}, which is not the claim's own setting" if finding.changes else ""
 
 
 def asked(finding: Finding) -> str:
@@ -205,10 +206,10 @@ def tally_of_statements(statements: Iterable[Judged]) -> str:
 
 def plots(measurement: Measurement) -> dict[str, list[Series]]:
     """The lines by the picture that they share."""
-    found: dict[str, list[Series]] = {}
+    lines_by_plot: dict[str, list[Series]] = {}
     for series in measurement.series:
-        found.setdefault(series.plot, []).append(series)
-    return found
+        lines_by_plot.setdefault(series.plot, []).append(series)
+    return lines_by_plot
 
 
 def table_of(caption: str, lines: Sequence[Series]) -> Table:

@@ -21,7 +21,9 @@ from torch import Tensor
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Where nothing is rounded to half precision: FFTs, exponentials and long sums need float32 at least."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # entering it would take as long as a small product
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def backward_without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:

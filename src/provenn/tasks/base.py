@@ -20,7 +20,7 @@ from provenn.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Scores = dict[str, Shaped[np.ndarray, " examples"]]  # of each example, by name
+Scores = dict[str, Shaped[np.ndarray, "examples ..."]]  # of each example, by name
 LABEL, TOLD = "label", "told"  # scores of a classifier: the class of each example, and the one that the model says
 
 
@@ -121,6 +121,10 @@ class Task(ABC):
     def summary(self, scores: Scores) -> dict[str, float]:
         """Metrics of the examples with these scores, `self.metric` among them: by default the mean of each column."""
         return {name: float(column.mean()) for name, column in scores.items() if name not in (LABEL, TOLD)}
+
+    def class_scores(self, scores: Scores, classes: Sequence[str]) -> tuple[list[str], list[list[Any]]] | None:
+        """Columns and rows of a table of classes, the worst first, where it does not follow from `label` and `told`."""
+        return None
 
     def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
         """Metrics of the whole data set, `self.metric` among them. The model is in eval mode, without gradients."""
@@ -254,6 +258,11 @@ def blind_accuracy(train: Int[Tensor, " examples"], test: Int[Tensor, " others"]
     """
     commonest = (test == train.bincount().argmax()).double().mean().item()
     return max(commonest, 1 / len(train.unique()))
+
+
+def count_examples(dataset: Dataset) -> int:
+    """How many examples a map-style data set has."""
+    return len(dataset)  # type: ignore[arg-type]  # it has a length, torch's type of data sets does not say so
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,6 +11,8 @@ ENTRY_POINT_GROUP = "provenn.tasks"
 SHARED = (
     "image-classification",
     "image-generation",
+    "semantic-segmentation",
+    "object-detection",
     "series-classification",
     "series-forecasting",
     "event-forecasting",
@@ -18,6 +20,7 @@ SHARED = (
     "super-resolution",
     "language-modelling",
     "masked-language-modelling",
+    "text-classification",
     "translation",
     "recall",
 )
@@ -67,13 +70,13 @@ def shadowed() -> dict[str, str]:
 
 def _bringers() -> dict[str, list[catalog.Card | EntryPoint]]:
     """Who may bring a task, by its name: nobody a shared one."""
-    found: dict[str, list[catalog.Card | EntryPoint]] = {}
+    bringers: dict[str, list[catalog.Card | EntryPoint]] = {}
     for card in catalog.cards().values():
         for name in card.tasks if card.has("task") else []:
-            found.setdefault(name, []).append(card)
+            bringers.setdefault(name, []).append(card)
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.name, entry.value)):
-        found.setdefault(entry.name, []).append(entry)
-    return {name: bringers for name, bringers in found.items() if name not in SHARED}
+        bringers.setdefault(entry.name, []).append(entry)
+    return {name: brought_by for name, brought_by in bringers.items() if name not in SHARED}
 
 
 def _load(bringer: catalog.Card | EntryPoint, name: str, source: str) -> Task:

@@ -40,7 +40,7 @@ class Histories(TensorDataset):
     """Items are (gaps (events,), marks (events,), count of events); gaps are divided by `scale`, padding is 1 and 0."""
 
     def __init__(self, gaps: Sequence[np.ndarray], marks: Sequence[np.ndarray], scale: float):
-        counts = [len(own) for own in gaps]
+        counts = [len(sequence) for sequence in gaps]
         padded = torch.ones(len(gaps), max(counts, default=0))
         kinds = torch.zeros(padded.shape, dtype=torch.long)
         for i, (gap, mark) in enumerate(zip(gaps, marks)):
@@ -108,6 +108,7 @@ class EventForecasting(Task):
         return _data(name, sets, kinds, self.embedded[name], floor)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Nats of each event's gap and mark given all events before, the mean over those that are no padding."""
         gaps, marks, counts = batch
         prediction, target_gaps, target_marks, valid = _predicted(model, gaps, marks, counts)
         gap_nll, mark_nll = _nll(prediction, target_gaps, target_marks)
@@ -115,7 +116,7 @@ class EventForecasting(Task):
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Sums over the events of each sequence: nats of gaps and marks, squared error of the gap, marks told right."""
-        scale, rows = dataset.scale, []  # type: ignore[attr-defined]
+        scale, rows = dataset.scale, []  # type: ignore[attr-defined]  # `Histories` have one
         for gaps, marks, counts in batches(dataset, batch_size, device_of(model)):
             prediction, target_gaps, target_marks, valid = _predicted(model, gaps, marks, counts)
             gap_nll, mark_nll = _nll(prediction, target_gaps, target_marks)
@@ -132,30 +133,30 @@ class EventForecasting(Task):
         gap, mark, error, right = (float(scores[name].sum() / count) for name in ("gap", "mark", "error", "right"))
         return {"nll": gap + mark, "nll_gap": gap, "nll_mark": mark, "rmse": error**0.5, "accuracy": right}
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
     ) -> HeldOut:
         """As in `Task`."""
         place = self._named(source)
         if place == source and isinstance(source, str):
-            gaps, marks, _ = self._simulated(source).test.tensors  # type: ignore[attr-defined]
-            own = self._simulated(source).test.scale  # type: ignore[attr-defined]
+            gaps, marks, _ = self._simulated(source).test.tensors  # type: ignore[attr-defined]  # a TensorDataset
+            scale = self._simulated(source).test.scale  # type: ignore[attr-defined]  # as above
             kinds = [[str(int(mark)) for mark in row] for row in marks]
-            found = [(row.double().numpy() * own, names) for row, names in zip(gaps, kinds)]
+            sequences = [(row.double().numpy() * scale, names) for row, names in zip(gaps, kinds)]
             which = f"the test split of {source}"
         else:
             histories = read_histories(Path(place))
             if not whole:
                 histories = [histories[i] for i in split_indices(len(histories), CUT, seed)[2]]
-            found = [(np.diff(h.times, prepend=h.times[0] - meta["scale"]), list(h.marks)) for h in histories]
+            sequences = [(np.diff(h.times, prepend=h.times[0] - meta["scale"]), list(h.marks)) for h in histories]
             which = f"{'all' if whole else 'the test split'} of {source}"
-        unknown = {mark for _, names in found for mark in names} - set(meta["marks"])
+        unknown = {mark for _, names in sequences for mark in names} - set(meta["marks"])
         if unknown:
             raise UserError(f"{source}: the mark {min(unknown)!r} is none of the model's: {', '.join(meta['marks'])}")
-        if not any(len(names) > 1 for _, names in found):
+        if not any(len(names) > 1 for _, names in sequences):
             raise UserError(f"{source}: every sequence has one event: nothing is to be told from what came before")
-        numbers = [np.array([meta["marks"].index(mark) for mark in names]) for _, names in found]
-        return HeldOut(Histories([gap for gap, _ in found], numbers, meta["scale"]), which)
+        numbers = [np.array([meta["marks"].index(mark) for mark in names]) for _, names in sequences]
+        return HeldOut(Histories([gap for gap, _ in sequences], numbers, meta["scale"]), which)
 
     def trivial(self, data: TaskData) -> float:
         """Of a Poisson process of constant rate, with marks drawn by their shares in training."""
@@ -221,9 +222,9 @@ class EventForecasting(Task):
             left.plot(moments.ravel(), true, color="black", linewidth=1, linestyle="--", label="truth")
             highest = max(highest, true.max())
         for kind, name in enumerate(data.meta["marks"]):
-            own = times[: shown + 1][kinds[: shown + 1] == kind]
-            y = np.full(len(own), -0.06 * highest)
-            left.scatter(own, y, marker="|", s=90, color=f"C{kind + 1}", label=f"events {name}")
+            moments_of_kind = times[: shown + 1][kinds[: shown + 1] == kind]
+            y = np.full(len(moments_of_kind), -0.06 * highest)
+            left.scatter(moments_of_kind, y, marker="|", s=90, color=f"C{kind + 1}", label=f"events {name}")
         left.set(xlabel="time", ylabel="events a unit of time", ylim=(-0.12 * highest, 1.35 * highest))
         left.set_title(f"{data.name}: rate of the next event, given all before")
         left.legend(loc="upper right", ncols=2, fontsize=8)

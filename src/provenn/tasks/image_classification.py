@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from provenn import progress
 from provenn.data.cifar import SIDE, files_in, read_cifar
-from provenn.data.images import images_in, read_image, size_of
+from provenn.data.images import images_in, read_pixels, resize_pixels, size_of
+from provenn.data.patches import SOURCES, photo_patches
 from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
@@ -25,6 +26,7 @@ from provenn.tasks.base import (
     Task,
     TaskData,
     blind_accuracy,
+    count_examples,
     device_of,
     fingerprint,
     join_scores,
@@ -38,7 +40,11 @@ if TYPE_CHECKING:
 # Mean and deviation of ImageNet's red, green and blue, which published weights expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224
-EMBEDDED = {"digits": "1,797 handwritten digits of 8×8 pixels (scikit-learn, from the UCI repository); 10 classes"}
+EMBEDDED = {
+    "digits": "1,797 handwritten digits of 8×8 pixels (scikit-learn, from the UCI repository); 10 classes",
+    "patches": "6,720 grey patches of 32×32 pixels from 16 photographs (scikit-image, scikit-learn): which one is it?",
+}
+PATCHES = {"train": 280, "val": 40, "test": 100}  # of each photograph
 LARGEST_CHECKED = 20_000  # images; a larger folder is read as training goes, for a first look at all would take hours
 SHOWN = 20  # lines of predictions in the terminal
 MEMORY = 2**30  # bytes of decoded images that are kept
@@ -58,29 +64,39 @@ class ImageClassification(Task):
         "or CIFAR's binary files"
     )
 
-    def load(  # type: ignore[override]
-        self, source: str | Path, *, seed: int = 0, size: int | None = None, skip_broken: bool = False
+    def load(  # type: ignore[override]  # names its options
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        size: int | None = None,
+        largest: int = IMAGENET_SIZE,
+        skip_broken: bool = False,
     ) -> TaskData:
         """The embedded data set of that name, or a folder of images per class.
 
         Args:
-            source: "digits", or a folder. `train`, `val` (or `valid`) and `test` folders in it are honoured; what is
+            source: "digits", "patches", or a folder. `train`, `val` (or `valid`) and `test` in it are honoured; what is
                 missing is cut from `train`, class by class. Where there is `val` but no `test`, `val` is the test.
             seed: of the split.
-            size: of a folder, side of the square that the model sees; by default 224 pixels, or less where the images
-                are smaller, and 32 for CIFAR.
+            size: of a folder, side of the square that the model sees; by default `largest`, or less where the images
+                are smaller, and 32 for CIFAR; of patches their side, 8 to 40.
+            largest: of a folder, pixels.
             skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
         named = self._named(source)
-        if size is not None and size < 1:
-            raise UserError(f"size must be at least 1 pixel, got {size}")
+        for name, side in (("size", size), ("largest", largest)):
+            if side is not None and side < 1:
+                raise UserError(f"{name} must be at least 1 pixel, got {side}")
         if named == "digits":
             if size not in (None, 8):
                 raise UserError(f"digits are images of 8×8 pixels: leave size out, got {size}")
             return _digits(seed)
+        if named == "patches":
+            return _patches(seed, size or 32)
         if files_in(Path(named)) is not None:
             return _cifar(Path(named), seed, size or SIDE)
-        return _folder(Path(named), seed, size, skip_broken)
+        return _folder(Path(named), seed, size, largest, skip_broken)
 
     def loss(self, model: nn.Module, batch: Any, smoothing: float = 0.0) -> Tensor:
         """Of labels, or of a row of shares of the classes each, as mixing gives them."""
@@ -92,15 +108,15 @@ class ImageClassification(Task):
         device, rows = device_of(model), []
         for images, labels in DataLoader(dataset, batch_size=batch_size):
             logits, labels = model(images.to(device)).float(), labels.to(device)
-            told = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            right = told == labels[:, None]
+            likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            right = likeliest == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="none")
-            rows.append([right[:, 0].double(), loss.double(), right.any(1).double(), labels, told[:, 0]])
+            rows.append([right[:, 0].double(), loss.double(), right.any(1).double(), labels, likeliest[:, 0]])
         names = ("accuracy", "loss", "top5", LABEL, TOLD)
         scores = join_scores(names, rows)
         return scores if logits.shape[1] > 5 else {name: scores[name] for name in names if name != "top5"}
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         meta: dict[str, Any],
@@ -114,6 +130,8 @@ class ImageClassification(Task):
         meta = {**meta, "size": size or meta["size"]}
         if named == "digits":
             return _test_digits(meta, seed)
+        if named == "patches":
+            return _test_patches(meta, seed)
         root = Path(named)
         if files_in(root) is not None:
             content = read_cifar(root)
@@ -145,7 +163,7 @@ class ImageClassification(Task):
         }
 
     def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "1 channels size size"]:
-        return _standard(_see(_read(file, meta["channels"]), meta["size"]), meta)[None]
+        return _standard(_see(read_pixels(file, meta["channels"]), meta["size"]), meta)[None]
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """The most likely classes of each image; `output` (.csv) gets the probability of every class.
@@ -155,7 +173,7 @@ class ImageClassification(Task):
         check_table(output, inputs)
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         device = device_of(model)
-        images = (self.example(file, meta) for file in files)
+        images = (_as_bright_as_known(file, self.example(file, meta), meta) for file in files)
         with torch.no_grad():
             probabilities = [
                 model(image.to(device)).softmax(1)[0].cpu()
@@ -181,7 +199,7 @@ class ImageClassification(Task):
         from matplotlib.figure import Figure
 
         classes, mean, std = data.meta["classes"], _column(data.meta["mean"]), _column(data.meta["std"])
-        count = min(96, len(data.test))  # type: ignore[arg-type]
+        count = min(96, count_examples(data.test))
         pairs = [data.test[index] for index in range(count)]
         images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
         with torch.no_grad():
@@ -204,8 +222,21 @@ def _labels(dataset: Dataset) -> Int[Tensor, " images"]:
         return dataset.labels
     if isinstance(dataset, ImageFiles):  # no need to decode the images
         return torch.tensor([label for _, label in dataset.files])
-    count = len(dataset)  # type: ignore[arg-type]
+    count = count_examples(dataset)
     return torch.tensor([int(dataset[index][1]) for index in range(count)])
+
+
+def _as_bright_as_known(file: Path, image: Float[Tensor, "1 channels size size"], meta: dict[str, Any]) -> Tensor:
+    """The image; a grey one far from the brightness of those learned from, as ink on paper is, is said to be so."""
+    deviation = image.mean().item()
+    if meta["channels"] == 1 and abs(deviation) > 1:
+        mean, std = meta["mean"][0], meta["std"][0]
+        than = f"{'brighter' if deviation > 0 else 'darker'} than what was learned from"
+        progress.say(
+            f"{file} is {than}: {mean + std * deviation:.2f} on average, beside {mean:.2f}; "
+            "dark on light is not light on dark: invert it if they differ in that"
+        )
+    return image
 
 
 def _shown(row: Tensor) -> int:
@@ -246,12 +277,39 @@ def _test_digits(meta: dict[str, Any], seed: int) -> HeldOut:
             f"of {meta['size']}×{meta['size']} in {len(meta['classes'])}"
         )
     data = _digits(seed)
-    images, labels = data.test.tensors  # type: ignore[attr-defined]
+    images, labels = data.test.tensors  # type: ignore[attr-defined]  # a TensorDataset
     (mean,), (std,) = data.meta["mean"], data.meta["std"]
     numbers = _numbers(Path("digits"), data.meta["classes"], meta["classes"])
     labels = torch.tensor([numbers[str(int(label))] for label in labels])
     scaled = (images * std + mean - meta["mean"][0]) / meta["std"][0]
     return HeldOut(TensorDataset(scaled, labels), "the test split of digits")
+
+
+def _patches(seed: int, side: int) -> TaskData:
+    if not 8 <= side <= 40:
+        raise UserError(f"patches are squares of 8 to 40 pixels, got size {side}")
+    parts = {split: photo_patches(split, count, side=side, seed=seed) for split, count in PATCHES.items()}
+    train, val, test = (TensorDataset(*part) for part in parts.values())
+    return TaskData(
+        "patches",
+        train,
+        val,
+        test,
+        fingerprint=fingerprint(*(tensor for part in parts.values() for tensor in part)),
+        options={"num_classes": len(SOURCES), "in_channels": 1},
+        meta={"classes": list(SOURCES), "size": side, "channels": 1, "mean": [0.5], "std": [0.2]},
+        about=f"Grey patches of {side}×{side} pixels from 16 photographs, of equal brightness and contrast, turned and "
+        "scaled: the class is the photograph. Training, validation and test are other parts of each.",
+    )
+
+
+def _test_patches(meta: dict[str, Any], seed: int) -> HeldOut:
+    if meta["channels"] != 1 or meta["classes"] != list(SOURCES):
+        raise UserError(
+            f"patches are grey images of 16 photographs; these weights take {meta['channels']} channel(s) and tell "
+            f"{len(meta['classes'])} classes, such as {meta['classes'][0]!r}"
+        )
+    return HeldOut(_patches(seed, meta["size"]).test, "the test split of patches")
 
 
 class CifarImages(Dataset):
@@ -280,7 +338,7 @@ class CifarImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 size size"], int]:
         image, size = self.images[index], self.meta["size"]
         if size != image.shape[-1]:
-            image = _resize(image, size, size)
+            image = resize_pixels(image, size, size)
         if self.augment:
             top, left, mirrored = (int(torch.randint(count, ())) for count in (9, 9, 2))
             image = F.pad(image, (4, 4, 4, 4))[:, top : top + size, left : left + size]
@@ -291,8 +349,8 @@ class CifarImages(Dataset):
 def _cifar(root: Path, seed: int, size: int = SIDE) -> TaskData:
     """A tenth of the training images is held out to validate with, as He et al. have it."""
     content = read_cifar(root)
-    order, held = split_indices(len(content.train), (0.9, 0.1), seed)
-    pixels = content.train[order].astype(np.float32) / 255
+    train, val = split_indices(len(content.train), (0.9, 0.1), seed)
+    pixels = content.train[train].astype(np.float32) / 255
     meta = {
         "classes": content.classes,
         "size": size,
@@ -302,13 +360,13 @@ def _cifar(root: Path, seed: int, size: int = SIDE) -> TaskData:
     }
     return TaskData(
         str(root),
-        CifarImages(content.train[order], content.train_labels[order], meta, augment=True),
-        CifarImages(content.train[held], content.train_labels[held], meta),
+        CifarImages(content.train[train], content.train_labels[train], meta, augment=True),
+        CifarImages(content.train[val], content.train_labels[val], meta),
         CifarImages(content.test, content.test_labels, meta),
         fingerprint=fingerprint(*content[:4]),
         options={"num_classes": len(content.classes), "in_channels": 3},
         meta=meta,
-        about=f"CIFAR-{len(content.classes)}: {len(order):,} images to train, {len(held):,} to validate, "
+        about=f"CIFAR-{len(content.classes)}: {len(train):,} images to train, {len(val):,} to validate, "
         f"{len(content.test):,} to test",
     )
 
@@ -332,26 +390,13 @@ class ImageFiles(Dataset):
         file, label = self.files[index]
         image = self.kept.get(index)
         if image is None:
-            image = shrink(_read(file, self.meta["channels"]), _short_side(self.meta["size"]))
+            image = shrink(read_pixels(file, self.meta["channels"]), _short_side(self.meta["size"]))
             if image.nbytes <= self.room:
                 self.kept[index] = image
                 self.room -= image.nbytes
         size = self.meta["size"]
         seen = random_crop(image, size, self.least_area) if self.augment else _see(image, size)
         return _standard(seen, self.meta), label
-
-
-def _read(file: Path, channels: int) -> UInt8[Tensor, "channels height width"]:
-    """An image as 8-bit grey or colour; what is transparent is laid on white."""
-    picture = read_image(file)
-    pixels = torch.from_numpy(picture.colour.astype(np.float32)).permute(2, 0, 1)
-    full = 65535 if picture.deep else 255
-    if picture.alpha is not None:
-        cover = torch.from_numpy(picture.alpha.astype(np.float32)) / full
-        pixels = pixels * cover + full * (1 - cover)
-    if channels == 1:  # luma as ITU-R BT.601 defines it
-        pixels = torch.tensordot(torch.tensor([[0.299, 0.587, 0.114]]), pixels, 1)
-    return (pixels * (255 / full)).round().byte()
 
 
 def _short_side(size: int) -> int:
@@ -365,12 +410,7 @@ def shrink(image: UInt8[Tensor, "channels height width"], short: int) -> UInt8[T
     if min(height, width) == short:
         return image
     scale = short / min(height, width)
-    return _resize(image, max(short, round(height * scale)), max(short, round(width * scale)))
-
-
-def _resize(image: UInt8[Tensor, "channels height width"], height: int, width: int) -> UInt8[Tensor, "channels _ _"]:
-    values = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)[0]
-    return values.round().clamp(0, 255).byte()
+    return resize_pixels(image, max(short, round(height * scale)), max(short, round(width * scale)))
 
 
 def _see(image: UInt8[Tensor, "channels height width"], size: int) -> UInt8[Tensor, "channels size size"]:
@@ -394,7 +434,7 @@ def random_crop(
     tall = min(height, max(1, round(math.sqrt(area / ratio))))
     wide = min(width, max(1, round(math.sqrt(area * ratio))))
     top, left = int(draw[2] * (height - tall + 1)), int(draw[3] * (width - wide + 1))
-    crop = _resize(image[:, top : top + tall, left : left + wide], size, size)
+    crop = resize_pixels(image[:, top : top + tall, left : left + wide], size, size)
     return crop.flip(2) if draw[4] < 0.5 else crop
 
 
@@ -408,10 +448,7 @@ def _class_folders(folder: Path, skip_broken: bool) -> dict[str, list[Path]]:
     if not folders:
         loose = len(images_in(folder))  # says so where there are none
         raise UserError(f"{folder} holds {loose} images and no folders: give each class a folder of its images")
-    classes = {f.name: images_in(f, skip_broken) for f in folders}
-    if len(classes) == 1:
-        raise UserError(f"{folder} holds one class, {next(iter(classes))!r}: a classifier needs two or more")
-    return classes
+    return {f.name: images_in(f, skip_broken) for f in folders}
 
 
 Splits = dict[str, dict[str, list[Path]]]  # the images of each class of each split
@@ -434,6 +471,8 @@ def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
     if "train" not in parts:
         raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
     classes = list(parts["train"])
+    if len(classes) == 1:
+        raise UserError(f"{root} holds one class, {classes[0]!r}: a classifier needs two or more")
     for split, found in parts.items():
         if list(found) != classes:
             odd = sorted(set(found) ^ set(classes))[0]
@@ -461,12 +500,12 @@ def _numbers(root: Path, names: list[str], classes: list[str]) -> dict[str, int]
     raise UserError(f"{root}: the model knows no class {odd!r}; it knows: {some}")
 
 
-def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskData:
+def _folder(root: Path, seed: int, size: int | None, largest: int, skip_broken: bool) -> TaskData:
     parts = _with_splits(root, _given(root, skip_broken), seed)
     classes = list(parts["train"])
     files = {s: [(file, i) for i, name in enumerate(classes) for file in found[name]] for s, found in parts.items()}
     everything = sorted(file for listed in files.values() for file, _ in listed)
-    size = size or _side(everything)
+    size = size or _side(everything, largest)
     meta = {"classes": classes, "size": size, "channels": 3, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     sets = {split: ImageFiles(files[split], meta, augment=split == "train") for split in ("train", "val", "test")}
     if len(everything) <= LARGEST_CHECKED:
@@ -508,9 +547,9 @@ def _cut(parts: dict[str, dict[str, list[Path]]], missing: list[str], seed: int)
     return parts
 
 
-def _side(files: Sequence[Path]) -> int:
-    """224 pixels, or what the smaller half of the images allows; from a sample, without decoding."""
-    return min(IMAGENET_SIZE, int(np.median([min(size_of(file)) for file in files[:: max(1, len(files) // 200)]])))
+def _side(files: Sequence[Path], largest: int) -> int:
+    """So many pixels, or what the smaller half of the images allows; from a sample, without decoding."""
+    return min(largest, int(np.median([min(size_of(file)) for file in files[:: max(1, len(files) // 200)]])))
 
 
 TASK = ImageClassification()

@@ -14,7 +14,7 @@ from provenn.data.images import SUFFIXES, Picture, write_image
 from provenn.errors import UserError
 from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, noise_schedule, sample
 from provenn.tasks import image_classification
-from provenn.tasks.base import HeldOut, Scores, Task, TaskData, device_of, join_scores
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, count_examples, device_of, join_scores
 from provenn.tasks.meta import Images
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ImageGeneration(Task):
     takes_words = True
     needs_inputs = False  # it draws some of every class
 
-    def load(  # type: ignore[override]
+    def load(  # type: ignore[override]  # names its options
         self, source: str | Path, *, seed: int = 0, size: int = SIZE, skip_broken: bool = False
     ) -> TaskData:
         """The embedded digits, or a folder of images per class, the middle square of each, mirrored one time in two.
@@ -57,25 +57,26 @@ class ImageGeneration(Task):
             raise UserError(f"size must be at least 1 pixel, got {size}")
         named = self._named(source)
         embedded = isinstance(named, str)
-        found = image_classification.TASK.load(
+        loaded = image_classification.TASK.load(
             named, seed=seed, size=None if embedded else size, skip_broken=skip_broken
         )
-        train = found.train
+        train = loaded.train
         if isinstance(train, image_classification.ImageFiles):
             train.augment = False  # which would crop
             train = Mirrored(train)
         return TaskData(
-            found.name,
+            loaded.name,
             train,
-            found.val,
-            found.test,
-            fingerprint=found.fingerprint,
-            options={**found.options, "size": found.meta["size"]},
-            meta=found.meta,
-            about=found.about,
+            loaded.val,
+            loaded.test,
+            fingerprint=loaded.fingerprint,
+            options={**loaded.options, "size": loaded.meta["size"]},
+            meta=loaded.meta,
+            about=loaded.about,
         )
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Squared error of the noise that was added, and the bound for its variance where the model has one."""
         images, labels = batch
         return noise_loss(model, images, labels)
 
@@ -89,7 +90,7 @@ class ImageGeneration(Task):
             rows.append([torch.stack(draws).double().mean(0)])
         return join_scores([self.metric], rows)
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
     ) -> HeldOut:
         """As in `Task`."""
@@ -114,7 +115,7 @@ class ImageGeneration(Task):
             "std": [1.0] * channels,
         }
 
-    def predict(  # type: ignore[override]
+    def predict(  # type: ignore[override]  # names its options
         self,
         model: nn.Module,
         meta: dict[str, Any],
@@ -152,8 +153,8 @@ class ImageGeneration(Task):
                 f"these weights draw {meta['channels']} channels, latents of an autoencoder and no colours: "
                 "add -o FILE.npy, and decode them there"
             )
-        wanted = [classes.index(word) for word in inputs] or list(range(min(SHOWN, len(classes))))
-        drawn = _drawn(model, meta, torch.tensor(wanted), guidance=guidance, steps=steps, seed=seed, by=by)
+        labels = [classes.index(word) for word in inputs] or list(range(min(SHOWN, len(classes))))
+        drawn = _drawn(model, meta, torch.tensor(labels), guidance=guidance, steps=steps, seed=seed, by=by)
         if bare:
             output.parent.mkdir(parents=True, exist_ok=True)
             np.save(output, drawn.numpy())
@@ -162,7 +163,7 @@ class ImageGeneration(Task):
             enlarged = max(1, VISIBLE // meta["size"])
             row = np.concatenate(list(pixels), axis=1).repeat(enlarged, axis=0).repeat(enlarged, axis=1)
             write_image(output, Picture(colour=np.repeat(row, 3 // row.shape[-1], axis=-1), grey=row.shape[-1] == 1))
-        return f"drew {', '.join(classes[index] for index in wanted)}\nwrote {output}"
+        return f"drew {', '.join(classes[index] for index in labels)}\nwrote {output}"
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
         """An image of each of the first ten classes, or four where images are small and so are quickly drawn."""
@@ -172,8 +173,8 @@ class ImageGeneration(Task):
 
         classes = data.meta["classes"][:SHOWN]
         rows = 4 if data.meta["size"] <= SMALL else 1
-        wanted = torch.arange(len(classes)).repeat(rows)
-        drawn = _colours(_drawn(model, data.meta, wanted, guidance=2.0, steps=20, seed=0, by="ddim"), data.meta)
+        labels = torch.arange(len(classes)).repeat(rows)
+        drawn = _colours(_drawn(model, data.meta, labels, guidance=2.0, steps=20, seed=0, by="ddim"), data.meta)
         figure = Figure(figsize=(1.2 * len(classes), 1.3 * rows), layout="constrained")
         for place, image in enumerate(drawn):
             axes = figure.add_subplot(rows, len(classes), place + 1)
@@ -191,7 +192,7 @@ class Mirrored(Dataset):
         self.images = images
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return count_examples(self.images)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "channels size size"], int]:
         image, label = self.images[index]

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from provenn import progress
+from provenn.data.choices import Questions, read_questions
 from provenn.data.text import (
     ENDS,
     BytePairs,
@@ -32,7 +34,17 @@ from provenn.data.text import (
     written,
 )
 from provenn.errors import UserError
-from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
+from provenn.tasks.base import (
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    batches,
+    count_examples,
+    device_of,
+    fingerprint,
+    join_scores,
+)
 from provenn.tasks.meta import Text
 
 if TYPE_CHECKING:
@@ -81,6 +93,47 @@ class Windows(Dataset):
         return self.stream[1 : whole + 1].view(-1, self.length)[self.starts // self.length]
 
 
+class Choices(Dataset):
+    """Questions in tokens; an item is a list of (tokens, where the choice begins), one for each of its choices.
+
+    A choice follows what is asked after a blank. Tokens are of both together, of which those that the question has by
+    itself are its own; where there are more than a window, the first are cut.
+    """
+
+    def __init__(self, asked: Questions, tokenizer: Tokenizer, length: int):
+        self.asked, self.vocab = asked, tokenizer.vocab
+        self.items = [
+            [_pair(context, choice, tokenizer, length) for context, choice in zip(question.contexts, question.choices)]
+            for question in asked.questions
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> list[tuple[Int64[Tensor, " _"], int]]:
+        return self.items[index]
+
+    def scores(self, model: nn.Module, batch_size: int) -> Scores:
+        """Of each question whether its right choice is the likeliest, and the likeliest for each of its letters.
+
+        A single choice must be what the model writes, token for token.
+        """
+        rows = [row for item in self.items for row in item]
+        nats, greedy = continuation_nats(model, rows, self.vocab, batch_size)
+        right, right_by_length, start = [], [], 0
+        for question in self.asked.questions:
+            part = slice(start, start := start + len(question.choices))
+            if len(question.choices) == 1:
+                hits = [bool(greedy[part][0])] * 2
+            else:
+                letters = np.array([max(1, len(choice)) for choice in question.choices])
+                hits = [each.argmin() == question.right for each in (nats[part], nats[part] / letters)]
+            right.append(hits[0])
+            right_by_length.append(hits[1])
+        by_length = np.full(len(self), self.asked.by_length)
+        return {"right": np.array(right), "right_by_length": np.array(right_by_length), "by_length": by_length}
+
+
 class LanguageModelling(Task):
     """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); those that stream also generate."""
 
@@ -92,9 +145,13 @@ class LanguageModelling(Task):
         "stdlib": "the source of Python's standard library, 11 MB in 580 files; those tested are not trained on",
     }
     takes_words = True
-    reads = "text: a file, a .jsonl with a key text, a folder of these, or hf:NAME of the Hugging Face hub"
+    asks = True  # whether questions with choices may be put to its models
+    reads = (
+        "text: a file, a .jsonl with a key text, a folder of these, or hf:NAME of the Hugging Face hub; to evaluate, "
+        "questions with choices too, such as a folder with hellaswag_val.jsonl"
+    )
 
-    def load(  # type: ignore[override]
+    def load(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         *,
@@ -159,10 +216,16 @@ class LanguageModelling(Task):
         return read_splits(place) or split_documents(read_documents(place), seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross-entropy of the token after each, in nats, the mean over tokens."""
         return _nll(model, *batch).mean()
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
-        """Of each window, from its start: nats, tokens told right, tokens, and the bytes that they stand for."""
+        """Of each window, from its start: nats, tokens told right, tokens, and the bytes that they stand for.
+
+        Of questions whether the right choice is the likeliest; see `Choices`.
+        """
+        if isinstance(dataset, Choices):
+            return dataset.scores(model, batch_size)
         bytes_of: Tensor = dataset.bytes_of  # type: ignore[attr-defined]
         size = len(bytes_of) * dataset.length  # type: ignore[attr-defined]
         rows = []
@@ -178,20 +241,26 @@ class LanguageModelling(Task):
     def summary(self, scores: Scores) -> dict[str, float]:
         """Bits a byte, perplexity and nats a token, and the share of tokens told right.
 
-        Where the words are counted, perplexity by words too: of other tokens it is the same figure.
+        Where the words are counted, perplexity by words too: of other tokens it is the same figure. Of questions the
+        share that is answered right by the likelihood of a choice, and by that for each of its letters; `score` is the
+        one of the two that the set is usually judged by.
         """
-        nats, right, tokens, held = (float(scores[name].sum()) for name in ("nats", "right", "tokens", "bytes"))
+        if "right" in scores and "by_length" in scores:
+            plain, by_length = (float(scores[name].mean()) for name in ("right", "right_by_length"))
+            usual = by_length if bool(scores["by_length"][0]) else plain
+            return {"score": usual, "accuracy": plain, "accuracy_norm": by_length}
+        nats, right, tokens, size = (float(scores[name].sum()) for name in ("nats", "right", "tokens", "bytes"))
         words = float(scores["words"].sum()) if "words" in scores else 0
         by_words = {"word_perplexity": math.exp(min(nats / words, 700))} if words else {}
         return {
             **by_words,
-            "bits_per_byte": nats / held / math.log(2),
+            "bits_per_byte": nats / size / math.log(2),
             "perplexity": math.exp(min(nats / tokens, 700)),
             "nll": nats / tokens,
             "accuracy": right / tokens,
         }
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         meta: dict[str, Any],
@@ -224,6 +293,9 @@ class LanguageModelling(Task):
                 f"the model has {vocab} tokens, the tokenizer {tokens.vocab}: give the model's own with "
                 "--set tokenizer=tokenizer.json"
             )
+        asked = read_questions(Path(source)) if self.asks and not str(source).startswith(HUB) else None
+        if asked is not None:
+            return HeldOut(Choices(asked, tokens, length), f"{len(asked.questions):,} questions of {asked.name}")
         parts = self.documents(source, seed)
         whole = whole and source not in self.embedded and read_splits(Path(source)) is None
         texts = [text for part in parts for text in part] if whole else parts[2]
@@ -253,7 +325,7 @@ class LanguageModelling(Task):
         size = len(dataset.bytes_of) * dataset.length  # type: ignore[attr-defined]
         with torch.no_grad():
             each = [_nll(model, x, y).sum(0) for x, y in batches(dataset, max(1, LOGITS // size), device_of(model))]
-        return torch.stack(each).sum(0).cpu() / len(dataset)  # type: ignore[arg-type]
+        return torch.stack(each).sum(0).cpu() / count_examples(dataset)
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         vocab = {"vocab": options["vocab"]} if "vocab" in options else {}
@@ -331,6 +403,51 @@ class LanguageModelling(Task):
 TASK = LanguageModelling()
 
 
+def continuation_nats(
+    model: nn.Module, rows: Sequence[tuple[Int64[Tensor, " _"], int]], vocab: int, batch_size: int
+) -> tuple[Float64[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+    """Nats of the last tokens of each row, from a place of its own on, and whether each of them is the likeliest.
+
+    Rows of like length are read together, padded after their end, where no token before it looks.
+
+    Args:
+        model: (batch, tokens) to (batch, tokens, vocab), causal.
+        rows: tokens, and the place of the first that counts, at least 1.
+        vocab: how many tokens there are.
+        batch_size: rows at a time at most.
+    """
+    nats, greedy = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place][0]))
+    device = device_of(model)
+    with progress.bar("questions", len(rows)) as advance:
+        while order:
+            longest = len(rows[order[0]][0])
+            size = max(1, min(batch_size, LOGITS // (vocab * longest)))
+            places, order = order[:size], order[size:]
+            tokens = nn.utils.rnn.pad_sequence([rows[place][0] for place in places], batch_first=True).to(device)
+            ends = torch.tensor([len(rows[place][0]) for place in places], device=device)
+            starts = torch.tensor([rows[place][1] for place in places], device=device)
+            logits, targets = model(tokens[:, :-1]).float(), tokens[:, 1:]
+            at = torch.arange(1, longest, device=device)
+            counts = (at >= starts[:, None]) & (at < ends[:, None])
+            each = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double()
+            nats[places] = each.masked_fill(~counts, 0).sum(1).cpu().numpy()
+            greedy[places] = ((logits.argmax(-1) == targets) | ~counts).all(1).cpu().numpy()
+            advance(len(places))
+    return nats, greedy
+
+
+def _pair(context: str, choice: str, tokenizer: Tokenizer, length: int) -> tuple[Int64[Tensor, " tokens"], int]:
+    context = context.rstrip()
+    before = tokenizer.encode(context)
+    both = tokenizer.encode(f"{context} {choice}" if context else choice)
+    start = min(len(before), len(both) - 1)  # a token may hold the end of one and the beginning of the other
+    if start < 1:
+        both, start = np.concatenate([[tokenizer.end], both]), 1
+    cut = max(0, min(len(both) - length - 1, start - 1))
+    return torch.from_numpy(both[cut:]), start - cut
+
+
 def _nll(model: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, "batch tokens"]:
     return F.cross_entropy(model(x).transpose(1, 2).float(), y, reduction="none")
 
@@ -351,8 +468,10 @@ def _packed(documents: Sequence[Document], tokenizer: Tokenizer) -> Int64[np.nda
 
 def _beside(source: str | Path, tokenizer: str) -> str:
     """The path of a tokenizer that lies with the text."""
-    inside = Path(source) / tokenizer
-    return str(inside) if not Path(tokenizer).exists() and inside.is_file() else tokenizer
+    # Of questions, one for all sets in the folder around them.
+    places = [folder / tokenizer for folder in (Path(source), Path(source).parent)]
+    inside = next((place for place in places if place.is_file()), None)
+    return str(inside) if not Path(tokenizer).exists() and inside is not None else tokenizer
 
 
 def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokenizer:
@@ -365,12 +484,12 @@ def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokeniz
     if not Path(name).is_file():
         raise UserError(f"tokenizer must be bytes, bpe, words or a tokenizer.json, got {name!r}")
     try:
-        found = read_tokenizer(read_text(Path(name)))
+        tokenizer = read_tokenizer(read_text(Path(name)))
     except UserError as error:
         raise UserError(f"{name} is no tokenizer.json: {error}") from None
-    if found.end is None:
+    if tokenizer.end is None:
         raise UserError(f"{name} has no token to end a document with: expected one of {', '.join(ENDS)}")
-    return found
+    return tokenizer
 
 
 def _continued(
@@ -380,16 +499,16 @@ def _continued(
     encoded = tokenizer.encode(prompt)
     start = torch.from_numpy(np.array([tokenizer.end]) if len(encoded) == 0 else encoded)[None]
     pieces: list[int] = []
-    told = 0
+    printed = 0
     for token in model.generate(start.to(device_of(model)), count, **draw):
         if int(token) == tokenizer.end:
             break
         pieces.append(int(token))
         whole = (prompt + tokenizer.decode(pieces)).rstrip("\ufffd")  # a character may take several tokens
-        tell(whole[told:])
-        told = max(told, len(whole))
+        tell(whole[printed:])
+        printed = max(printed, len(whole))
     text = prompt + tokenizer.decode(pieces)
-    tell(text[told:])
+    tell(text[printed:])
     return text
 
 

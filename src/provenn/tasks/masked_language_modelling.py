@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from provenn.data.text import read_tokenizer, text_of
 from provenn.errors import UserError
 from provenn.files import whole
-from provenn.tasks.base import Scores, TaskData, batches, device_of, join_scores
+from provenn.tasks.base import Scores, TaskData, batches, count_examples, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
 from provenn.tasks.meta import Blanked
 from provenn.tasks.recall import IGNORED
@@ -48,11 +48,12 @@ class MaskedLanguageModelling(LanguageModelling):
     """Models take tokens (batch, tokens), one kind of them blank, and give logits (batch, tokens, vocab)."""
 
     name = "masked-language-modelling"
-    meta_schema = Blanked  # type: ignore[assignment]
+    meta_schema = Blanked  # type: ignore[assignment]  # of other keys than the parent's
     metric = "accuracy"
     higher_is_better = True
+    asks = False
 
-    def load(  # type: ignore[override]
+    def load(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         *,
@@ -67,13 +68,14 @@ class MaskedLanguageModelling(LanguageModelling):
             source, seed=seed, length=length, tokenizer=tokenizer, vocab_size=vocab_size, eval_tokens=eval_tokens
         )
         vocab = data.options["vocab"]
-        train, val, test = (Blanks(part, vocab) for part in (data.train, data.val, data.test))  # type: ignore[arg-type]
+        train, val, test = (Blanks(part, vocab) for part in (data.train, data.val, data.test))  # type: ignore[arg-type]  # of windows
         meta = {**data.meta, "blank": vocab}
         return TaskData(
             data.name, train, val, test, data.fingerprint, {"vocab": vocab + 1}, meta, about=f"{data.about}; 15 % blank"
         )
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross-entropy of the tokens that were blanked, in nats, the mean over these."""
         tokens, targets = batch
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
@@ -107,10 +109,12 @@ class MaskedLanguageModelling(LanguageModelling):
         """Accuracy of always saying the commonest token of the training text."""
         train: Any = data.train
         commonest = train.windows.stream.bincount(minlength=train.vocab).argmax()
-        wanted = [targets[targets != IGNORED] for _, targets in (data.test[i] for i in range(len(data.test)))]  # type: ignore[arg-type]
-        return (torch.cat(wanted) == commonest).double().mean().item()
+        targets_of_blanks = [
+            targets[targets != IGNORED] for _, targets in (data.test[i] for i in range(count_examples(data.test)))
+        ]
+        return (torch.cat(targets_of_blanks) == commonest).double().mean().item()
 
-    def predict(  # type: ignore[override]
+    def predict(  # type: ignore[override]  # names its options
         self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Any], output: Path | None
     ) -> str:
         """Fills every [MASK] of each text, or of each file, with one token."""
@@ -121,8 +125,8 @@ class MaskedLanguageModelling(LanguageModelling):
                 raise UserError(f"{text[:40]!r} has no blank to fill: write {BLANK} where a token is missing")
             tokens = [int(token) for part in parts for token in (*part, meta["blank"])][:-1]
             x = torch.tensor([tokens], device=device_of(model))
-            told = model(x)[0, :, : meta["blank"]].argmax(-1)
-            texts.append(tokenizer.decode(torch.where(x[0] == meta["blank"], told, x[0]).tolist()))
+            predicted = model(x)[0, :, : meta["blank"]].argmax(-1)
+            texts.append(tokenizer.decode(torch.where(x[0] == meta["blank"], predicted, x[0]).tolist()))
         joined = "\n".join(texts)
         if output is not None:
             with whole(output) as place:
@@ -130,7 +134,7 @@ class MaskedLanguageModelling(LanguageModelling):
             return f"{joined}\nwrote {output}"
         return joined
 
-    def picture(self, model: nn.Module, data: TaskData) -> None:  # type: ignore[override]
+    def picture(self, model: nn.Module, data: TaskData) -> None:  # type: ignore[override]  # names its options
         return None
 
 

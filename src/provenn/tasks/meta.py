@@ -1,6 +1,6 @@
 """What each task keeps beside trained weights for prediction: a file from elsewhere is held to it before it is used."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -45,6 +45,31 @@ class Images(Standardised):
         return self.channels
 
 
+class Boxes(Standardised):
+    """Of object detection; `ids` are those of the classes in COCO's files, `size` the short side that is seen."""
+
+    classes: Names
+    ids: list[int]
+    size: Annotated[int, Field(ge=1, le=2**15)]
+
+    def width(self) -> int:
+        return 3
+
+    @model_validator(mode="after")
+    def as_many_ids(self) -> "Boxes":
+        if len(self.ids) != len(self.classes):
+            raise ValueError(f"ids must be as many as classes, {len(self.classes)}, got {len(self.ids)}")
+        return self
+
+
+class Masks(Images):
+    """Of semantic segmentation; `size` is the side of the crops of training."""
+
+    palette: list[tuple[int, int, int]] | None = None
+
+    model_config = ConfigDict(strict=False)
+
+
 class Forecast(Standardised):
     """Of series forecasting."""
 
@@ -57,10 +82,11 @@ class Forecast(Standardised):
 
 
 class LabelledSeries(Standardised):
-    """Of series classification."""
+    """Of series classification; `pairs` where a class is of two sequences."""
 
     classes: Names
     length: Count
+    pairs: bool = False
 
 
 class Events(Meta):
@@ -81,6 +107,19 @@ class Blanked(Text):
     """Of masked language modelling; `blank` is the token to be filled."""
 
     blank: Annotated[int, Field(ge=0)]
+
+
+class Sentences(Text):
+    """Of text classification; no classes where a score is told, `official` are the metrics that it is judged by."""
+
+    classes: list[str]
+    official: Annotated[list[Literal["accuracy", "matthews", "f1", "pearson", "spearman"]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def known(self) -> "Sentences":
+        if len(self.classes) == 1:
+            raise ValueError("expected two classes or more, or none where a score is told")
+        return self
 
 
 class Length(Meta):

@@ -193,7 +193,7 @@ class Recall(Task):
     reads = "nothing: the sequences are generated"
     takes_words = True  # in vain, as `predict` says
 
-    def load(  # type: ignore[override]
+    def load(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         *,
@@ -238,6 +238,7 @@ class Recall(Task):
         return recall_data(kind, parts, vocab, f"{self.embedded[kind]}; {setting}")
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross-entropy of what is asked for, in nats, the mean over the places that ask."""
         tokens, targets, _ = batch
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
@@ -247,8 +248,8 @@ class Recall(Task):
         first: Any = dataset[0][0]
         size = max(1, min(batch_size, LOGITS // (256 * len(first))))
         for tokens, targets, distances in batches(dataset, size, device_of(model)):
-            told = model(tokens).argmax(-1)
-            rows.append([(told == targets).cpu(), (targets != IGNORED).cpu(), distances.cpu()])
+            predicted = model(tokens).argmax(-1)
+            rows.append([(predicted == targets).cpu(), (targets != IGNORED).cpu(), distances.cpu()])
         right, asked, distances = (torch.cat(parts) for parts in zip(*rows))
         return right, asked, distances
 
@@ -265,7 +266,7 @@ class Recall(Task):
             "exact": float(scores["exact"].mean()),
         }
 
-    def held_out(self, source: str | Path, meta: dict[str, Any], **options: Any) -> HeldOut:  # type: ignore[override]
+    def held_out(self, source: str | Path, meta: dict[str, Any], **options: Any) -> HeldOut:
         """As in `Task`; what is set for the training, such as `length`, is set again for the test."""
         options.pop("whole", None)
         data = self.load(source, **options)

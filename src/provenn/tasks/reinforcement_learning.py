@@ -155,23 +155,24 @@ def rollouts(
     if setting.environment is None:
         raise UserError("these weights know no environment to play in: train on data that name a gymnasium one")
     device, count = device_of(model), len(seeds)
-    made = [make_environment(setting.environment)[0] for _ in seeds]
-    seen = np.stack([environment.reset(seed=seed)[0] for environment, seed in zip(made, seeds)])
+    environments = [make_environment(setting.environment)[0] for _ in seeds]
+    observations = np.stack([environment.reset(seed=seed)[0] for environment, seed in zip(environments, seeds)])
     received, active = np.zeros(count), np.ones(count, dtype=bool)
     history: list[tuple[Tensor, Tensor]] = []
     taken = torch.zeros(count, 0, dtype=torch.long, device=device)
     if setting.low is not None:
         taken = torch.zeros(count, 0, len(setting.low), device=device)
     streaming = setting.streaming and hasattr(model, "step")
-    stream: Any = model.init_state(count) if streaming else None  # type: ignore[operator]
+    player: Any = model  # nn.Module does not say that it streams
+    stream = player.init_state(count) if streaming else None
     for step in range(setting.length):
         to_go = torch.tensor((np.asarray(targets) - received) / setting.scale, dtype=torch.float32)[:, None].to(device)
-        states, now = setting.states(seen).to(device), torch.full((count,), step, device=device)
+        states, timestep = setting.states(observations).to(device), torch.full((count,), step, device=device)
         with torch.inference_mode():
             if streaming:
-                outputs, stream = model.step(to_go, states, now, stream)  # type: ignore[operator]
+                outputs, stream = player.step(to_go, states, timestep, stream)
                 actions = outputs.clamp(-1, 1) if setting.continuous else outputs.argmax(-1)
-                stream = model.act(actions, now, stream)  # type: ignore[operator]
+                stream = player.act(actions, timestep, stream)
             else:
                 history = [*history, (to_go, states)][-setting.context :]
                 first = step + 1 - len(history)
@@ -185,7 +186,9 @@ def rollouts(
         chosen = actions.cpu().numpy()
         chosen = setting.unscaled(chosen) if setting.continuous else chosen
         for i in np.flatnonzero(active):
-            seen[i], reward, terminated, _, _ = made[i].step(chosen[i] if setting.continuous else int(chosen[i]))
+            observations[i], reward, terminated, _, _ = environments[i].step(
+                chosen[i] if setting.continuous else int(chosen[i])
+            )
             received[i] += reward
             active[i] = not terminated
         if not active.any():
@@ -250,19 +253,21 @@ class ReinforcementLearning(Task):
         if place == source and isinstance(source, str):
             name, _, quality = source.partition("-")
             script = SCRIPTS[name]
-            found: Sequence[Trajectory] = collect(name, quality, episodes or script.episodes)
+            trajectories: Sequence[Trajectory] = collect(name, quality, episodes or script.episodes)
             environment = script.environment
             about = self.embedded[source]
         else:
-            found, named = read_trajectories(Path(place))
+            trajectories, named = read_trajectories(Path(place))
             environment = environment or named
             about = "the user's own trajectories"
-        width, continuous = found[0].observations.shape[1], found[0].continuous
-        length = max(len(t.actions) for t in found)
-        actions = found[0].actions.shape[1] if continuous else int(max(t.actions.max() for t in found)) + 1
+        width, continuous = trajectories[0].observations.shape[1], trajectories[0].continuous
+        length = max(len(t.actions) for t in trajectories)
+        actions = (
+            trajectories[0].actions.shape[1] if continuous else int(max(t.actions.max() for t in trajectories)) + 1
+        )
         low = high = None
         if continuous:
-            low, high = (side([side(t.actions, 0) for t in found], 0) for side in (np.min, np.max))
+            low, high = (side([side(t.actions, 0) for t in trajectories], 0) for side in (np.min, np.max))
         if environment is not None:
             made, limit = make_environment(environment)
             space = made.action_space
@@ -281,11 +286,11 @@ class ReinforcementLearning(Task):
             raise UserError(f"{source}: every action is 0: expected a choice of two or more")
         if low is not None and high is not None and (low == high).any():
             raise UserError(f"{source}: number {int((low == high).argmax()) + 1} of every action is {low.min():g}")
-        parts = [list(found)]
+        parts = [list(trajectories)]
         if environment is None:
-            if len(found) < 5:
-                raise UserError(f"{source} holds {len(found)} trajectories: expected 5 or more")
-            parts = [[found[i] for i in part] for part in split_indices(len(found), CUT, seed)]
+            if len(trajectories) < 5:
+                raise UserError(f"{source} holds {len(trajectories)} trajectories: expected 5 or more")
+            parts = [[trajectories[i] for i in part] for part in split_indices(len(trajectories), CUT, seed)]
         seen = np.concatenate([t.observations for t in parts[0]]).astype(np.float64)
         std = seen.std(0)
         setting = Setting(
@@ -301,17 +306,18 @@ class ReinforcementLearning(Task):
             high=None if high is None else high.astype(float).tolist(),
         )
         train = Windows(parts[0], setting, seed)
-        held: list[Dataset] = [Windows(part, setting, seed) for part in parts[1:]]
+        later: list[Dataset] = [Windows(part, setting, seed) for part in parts[1:]]
         if environment is not None:
-            held = [
+            later = [
                 Episodes(setting, range(first, first + count), [setting.target] * count)
                 for first, count in ((VALIDATION_SEED, validation), (TEST_SEED, test))
             ]
         built_with = {"state_dim": width, "actions": actions, "max_length": length, "continuous": continuous}
-        checksum = fingerprint(*(part for t in found for part in (t.observations, t.actions, t.rewards)))
-        return TaskData(str(source), train, held[0], held[1], checksum, built_with, vars(setting), about=about)
+        checksum = fingerprint(*(part for t in trajectories for part in (t.observations, t.actions, t.rewards)))
+        return TaskData(str(source), train, later[0], later[1], checksum, built_with, vars(setting), about=about)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross-entropy of the recorded actions, or of continuous ones the squared error; the mean over real steps."""
         *inputs, mask = batch
         outputs, actions = model(*inputs, mask)[mask], inputs[2][mask]
         return F.mse_loss(outputs, actions) if actions.is_floating_point() else F.cross_entropy(outputs, actions)
@@ -322,12 +328,12 @@ class ReinforcementLearning(Task):
         These are: steps, actions foretold and their cross-entropy in nats, or of continuous actions the squared error.
         """
         if isinstance(dataset, Episodes):
-            found = rollouts(model, dataset.setting, dataset.seeds, dataset.targets)
+            returns = rollouts(model, dataset.setting, dataset.seeds, dataset.targets)
             known = reference_returns(dataset.setting.environment)
             if known is None:
-                return {"return": found}
+                return {"return": returns}
             random, expert = known
-            return {"return": found, "score": 100 * (found - random) / (expert - random)}
+            return {"return": returns, "score": 100 * (returns - random) / (expert - random)}
         rows = []
         for *inputs, mask in batches(dataset, batch_size, device_of(model)):
             outputs, actions = model(*inputs, mask), inputs[2]
@@ -357,7 +363,7 @@ class ReinforcementLearning(Task):
             "cross_entropy": float(scores["entropy"].sum() / steps),
         }
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         meta: dict[str, Any],
@@ -381,22 +387,22 @@ class ReinforcementLearning(Task):
         place = self._named(source)
         if place == source and isinstance(source, str):
             environment = SCRIPTS[source.partition("-")[0]].environment
-            found: Sequence[Trajectory] = ()
+            trajectories: Sequence[Trajectory] = ()
         else:
-            found, named = read_trajectories(Path(place))
+            trajectories, named = read_trajectories(Path(place))
             environment = environment or named
         if environment is not None and setting.environment is not None:
             if environment != setting.environment:
                 raise UserError(f"{source} is of {environment}; the model plays {setting.environment}")
             episodes = Episodes(setting, range(TEST_SEED, TEST_SEED + test), [setting.target] * test)
             return HeldOut(episodes, f"{test} episodes of {environment}, a return of {setting.target:g} asked for")
-        if not found:
+        if not trajectories:
             raise UserError(f"these weights know no environment to play {source} in: give recorded trajectories")
-        _check_fits(source, found, setting)
+        _check_fits(source, trajectories, setting)
         if not whole:
-            found = [found[i] for i in split_indices(len(found), CUT, seed)[2]]
+            trajectories = [trajectories[i] for i in split_indices(len(trajectories), CUT, seed)[2]]
         which = "all" if whole else "the test split"
-        return HeldOut(Windows(found, setting, seed), f"recorded steps of {which} of {source}")
+        return HeldOut(Windows(trajectories, setting, seed), f"recorded steps of {which} of {source}")
 
     def trivial(self, data: TaskData) -> float:
         """The best return of random actions and of each action taken all the time, in the episodes of the test.
@@ -449,14 +455,14 @@ class ReinforcementLearning(Task):
         seeds, targets = list(range(20)), [setting.target] * 20
         if tables:
             seeds, targets = _asked(tables)
-        found = rollouts(model, setting, seeds, targets)
-        text = f"{setting.environment}: mean return {found.mean():.1f} over {len(found)} episodes, "
-        text += f"from {found.min():g} to {found.max():g}; asked for {np.mean(targets):g}"
+        returns = rollouts(model, setting, seeds, targets)
+        text = f"{setting.environment}: mean return {returns.mean():.1f} over {len(returns)} episodes, "
+        text += f"from {returns.min():g} to {returns.max():g}; asked for {np.mean(targets):g}"
         if output is None:
             return text
-        write_table(output, ["seed", "target", "return"], [list(row) for row in zip(seeds, targets, found.tolist())])
+        write_table(output, ["seed", "target", "return"], [list(row) for row in zip(seeds, targets, returns.tolist())])
         with whole(output.with_suffix(".png")) as place:
-            _returns_plot(setting, targets, found).savefig(place, dpi=110)
+            _returns_plot(setting, targets, returns).savefig(place, dpi=110)
         return f"{text}\nwrote {output} and {output.with_suffix('.png')}"
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
@@ -470,11 +476,11 @@ class ReinforcementLearning(Task):
         asked = np.linspace(min(train.returns), setting.target, 6)
         targets = [*np.repeat(asked, each).tolist(), *data.test.targets]
         seeds = [*np.tile(np.arange(each) + TEST_SEED, len(asked)).tolist(), *data.test.seeds]
-        found = rollouts(model, setting, seeds, targets)
-        varied, reached = found[: each * len(asked)].reshape(len(asked), each), found[each * len(asked) :]
+        returns = rollouts(model, setting, seeds, targets)
+        varied, reached = returns[: each * len(asked)].reshape(len(asked), each), returns[each * len(asked) :]
         figure = Figure(figsize=(11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        low, high = min(*train.returns, *found), max(*train.returns, *found)
+        low, high = min(*train.returns, *returns), max(*train.returns, *returns)
         bins = np.linspace(low, high + 1e-6, 25).tolist()
         weights = [np.full(len(values), 100 / len(values)) for values in (train.returns, reached)]
         left.hist(train.returns, bins, weights=weights[0], color="lightgray", label="recorded episodes")
@@ -573,13 +579,15 @@ def _next_actions(model: nn.Module, setting: Setting, inputs: Sequence[Path], ou
     return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
 
 
-def _returns_plot(setting: Setting, targets: Sequence[float], found: np.ndarray) -> "Figure":
+def _returns_plot(setting: Setting, targets: Sequence[float], returns: np.ndarray) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.bar(range(1, len(found) + 1), found, color="C0", label="reached")
-    axes.step(np.arange(len(found) + 1) + 0.5, [*targets, targets[-1]], where="post", color="black", label="asked for")
-    axes.set(xlabel="episode", ylabel="return", title=f"{setting.environment}: mean return {found.mean():.1f}")
+    axes.bar(range(1, len(returns) + 1), returns, color="C0", label="reached")
+    axes.step(
+        np.arange(len(returns) + 1) + 0.5, [*targets, targets[-1]], where="post", color="black", label="asked for"
+    )
+    axes.set(xlabel="episode", ylabel="return", title=f"{setting.environment}: mean return {returns.mean():.1f}")
     axes.legend()
     return figure

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -51,6 +51,8 @@ SHOWN = 20  # lines of predictions in the terminal
 class Tokens(Dataset):
     """Sequences of tokens as series: a channel for each kind of token, which is 1 where the token is of that kind.
 
+    An item is (values (tokens, channels), length, class); of pairs ((2, tokens, channels), (2,), class).
+
     Args:
         sequences: of one split.
         classes: what labels are called.
@@ -59,20 +61,32 @@ class Tokens(Dataset):
     """
 
     def __init__(self, sequences: Sequences, classes: Sequence[str], length: int, alphabet: int):
-        self.sequences, self.length, self.alphabet = sequences.tokens, length, alphabet
+        self.sequences, self.others = sequences.tokens, sequences.others
+        self.length, self.alphabet = length, alphabet
         self.labels = torch.tensor([classes.index(label) for label in sequences.labels])
 
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "tokens channels"], Tensor, Tensor]:
-        tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "*pair tokens channels"], Tensor, Tensor]:
+        x, count = self._padded(self.sequences[index])
+        if self.others:
+            other, other_count = self._padded(self.others[index])
+            x, count = torch.stack([x, other]), torch.stack([count, other_count])
+        return x, count, self.labels[index]
+
+    def _padded(self, sequence: UInt8[np.ndarray, " _"]) -> tuple[Float[Tensor, "tokens channels"], Tensor]:
+        tokens = torch.from_numpy(sequence.astype(np.int64))
         x = F.pad(F.one_hot(tokens, self.alphabet).float(), (0, 0, 0, self.length - len(tokens)))
-        return x, torch.tensor(len(tokens)), self.labels[index]
+        return x, torch.tensor(len(tokens))
 
 
 class SeriesClassification(Task):
-    """A dataset's items are (values (tokens, channels) padded with zeros, count of valid tokens, class)."""
+    """A dataset's items are (values (tokens, channels) padded with zeros, count of valid tokens, class).
+
+    Where a class is of two sequences, values are (2, tokens, channels) and counts (2,), and a system is built with
+    `pairs=True`.
+    """
 
     name = "series-classification"
     meta_schema = LabelledSeries
@@ -81,7 +95,7 @@ class SeriesClassification(Task):
     embedded = {name: about for name, (_, about) in ARCHIVE.items()}  # noqa: RUF012
     reads = (
         f"{FORMATS}; a folder with one NAME_TRAIN and one NAME_TEST file of these; or a folder of sequences of tokens, "
-        "with train/CLASS/*.txt and test/CLASS/*.txt, of ListOps or of Pathfinder"
+        "with train/CLASS/*.txt and test/CLASS/*.txt, of ListOps, of Pathfinder or of Retrieval"
     )
 
     def load(  # type: ignore[override]  # names its options
@@ -117,8 +131,8 @@ class SeriesClassification(Task):
         read = [_labelled(file, reading) for file in self._files(source)]
         if len(read) == 2:
             train_all, test = read
-            kept, held = _stratified(train_all.labels or [], (1.0 - validation, float(validation)), seed)
-            train, val = _pick(train_all, kept), _pick(train_all, held)
+            fit, validate = _stratified(train_all.labels or [], (1.0 - validation, float(validation)), seed)
+            train, val = _pick(train_all, fit), _pick(train_all, validate)
         else:
             parts = _stratified(read[0].labels or [], CUT, seed)
             train, val, test = (_pick(read[0], part) for part in parts)
@@ -127,6 +141,7 @@ class SeriesClassification(Task):
         return _prepare(str(source), train, val, test, self.embedded.get(str(source), "the user's own series"))
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross-entropy of the classes, in nats."""
         x, lengths, classes = batch
         return F.cross_entropy(_logits(model, x, lengths), classes)
 
@@ -135,13 +150,13 @@ class SeriesClassification(Task):
         rows = []
         for x, lengths, classes in batches(dataset, batch_size, device_of(model)):
             logits = _logits(model, x, lengths).float()
-            told = logits.argmax(-1)
+            predicted = logits.argmax(-1)
             entropy = F.cross_entropy(logits, classes, reduction="none")
-            rows.append([(told == classes).double(), entropy.double(), classes, told])
+            rows.append([(predicted == classes).double(), entropy.double(), classes, predicted])
         names = ("accuracy", "cross_entropy", LABEL, TOLD)
         return join_scores(names, rows)
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         meta: dict[str, Any],
@@ -235,9 +250,9 @@ class SeriesClassification(Task):
         with torch.no_grad():
             for x, lengths, classes in batches(data.test, 256, device):
                 for i, share in enumerate(shares):
-                    found = _logits(model, x, (lengths * share).ceil().long()).argmax(-1)
-                    seen[i] += int((found == classes).sum())
-                np.add.at(confused, (classes.cpu().numpy(), found.cpu().numpy()), 1)
+                    predicted = _logits(model, x, (lengths * share).ceil().long()).argmax(-1)
+                    seen[i] += int((predicted == classes).sum())
+                np.add.at(confused, (classes.cpu().numpy(), predicted.cpu().numpy()), 1)
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         image = left.imshow(confused / np.maximum(confused.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
@@ -264,11 +279,11 @@ TASK = SeriesClassification()
 
 
 def _logits(
-    model: nn.Module, x: Float[Tensor, "batch tokens channels"], lengths: Int[Tensor, " batch"]
+    model: nn.Module, x: Float[Tensor, "batch *pair tokens channels"], lengths: Int[Tensor, " batch *pair"]
 ) -> Float[Tensor, "batch classes"]:
     longest = int(lengths.max())
-    mask: Bool[Tensor, "batch tokens"] = torch.arange(longest, device=x.device) < lengths[:, None]
-    return model(x[:, :longest], mask)
+    mask: Bool[Tensor, "batch *pair tokens"] = torch.arange(longest, device=x.device) < lengths[..., None]
+    return model(x[..., :longest, :], mask)
 
 
 def _of_tokens(name: str, corpus: Corpus, validation: float | int, seed: int) -> TaskData:
@@ -277,24 +292,25 @@ def _of_tokens(name: str, corpus: Corpus, validation: float | int, seed: int) ->
     if "val" not in splits:
         train = splits["train"]
         parts = _stratified(train.labels, (1.0 - validation, float(validation)), seed)
-        splits["train"], splits["val"] = (
-            Sequences([train.tokens[i] for i in part], [train.labels[i] for i in part]) for part in parts
-        )
+        splits["train"], splits["val"] = (train.pick(part) for part in parts)
     classes = sorted(set(splits["train"].labels))
     unknown = {label for part in splits.values() for label in part.labels} - set(classes)
     if unknown or len(classes) < 2:
         what = f"the label {min(unknown)!r} occurs in no training sequence" if unknown else "there is one class alone"
         raise UserError(f"{name}: {what}: expected every class, two or more, in training")
-    length = max(len(tokens) for part in splits.values() for tokens in part.tokens)
+    length = max(len(tokens) for part in splits.values() for tokens in (*part.tokens, *part.others))
     sets = {split: Tokens(part, classes, length, corpus.alphabet) for split, part in splits.items()}
     meta = {
         "classes": classes,
         "length": length,
         "mean": [0.0] * corpus.alphabet,
         "std": [1.0] * corpus.alphabet,
+        **({"pairs": True} if corpus.paired else {}),
     }
-    parts_of: list[Any] = [part for split in sets.values() for part in (*split.sequences, split.labels)]
+    parts_of: list[Any] = [part for split in sets.values() for part in (*split.sequences, *split.others, split.labels)]
     options = {"channels": corpus.alphabet, "num_classes": len(classes), "length": length}
+    if corpus.paired:
+        options["pairs"] = True
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in sets.items())
     about = f"sequences of up to {length:,} {corpus.about}: {sizes}"
     return TaskData(name, sets["train"], sets["val"], sets["test"], fingerprint(*parts_of), options, meta, about=about)
@@ -304,6 +320,9 @@ def _held_out_tokens(name: str, corpus: Corpus, meta: dict[str, Any]) -> HeldOut
     test = corpus.splits["test"]
     if corpus.alphabet != len(meta["mean"]):
         raise UserError(f"{name} has {corpus.alphabet} kinds of tokens, the model was trained on {len(meta['mean'])}")
+    if corpus.paired != meta.get("pairs", False):
+        one, two = ("pairs of sequences", "single ones") if corpus.paired else ("single sequences", "pairs")
+        raise UserError(f"{name} holds {one}, the model was trained on {two}")
     unknown = set(test.labels) - set(meta["classes"])
     if unknown:
         raise UserError(f"{name}: the model knows no label {min(unknown)!r}; it knows: {', '.join(meta['classes'])}")
@@ -314,10 +333,10 @@ def _files(place: Path) -> list[Path]:
     """The one file, or the archive's pair in a folder."""
     if not place.is_dir():
         return [place]
-    found = [sorted(f for f in place.iterdir() if f.stem.upper().endswith(end)) for end in ("_TRAIN", "_TEST")]
+    by_split = [sorted(f for f in place.iterdir() if f.stem.upper().endswith(end)) for end in ("_TRAIN", "_TEST")]
     # The UCR archive ships each set in several formats: the first that there is a pair of is read.
     for suffix in (".ts", ".tsv", ".csv", *ENGINES):
-        pairs = [[f for f in files if f.suffix == suffix] for files in found]
+        pairs = [[f for f in files if f.suffix == suffix] for files in by_split]
         if [len(files) for files in pairs] == [1, 1]:
             return [files[0] for files in pairs]
     raise UserError(
@@ -344,19 +363,21 @@ def _stratified(labels: Sequence[str], shares: Sequence[float], seed: int) -> li
     """Places of each part, every class cut by the same shares, in the file's order."""
     parts: list[list[int]] = [[] for _ in shares]
     for number, label in enumerate(sorted(set(labels))):
-        own = [i for i, other in enumerate(labels) if other == label]
-        for part, chosen in zip(parts, split_indices(len(own), shares, seed + 1000 * number)):
-            part.extend(own[i] for i in chosen)
+        members = [i for i, other in enumerate(labels) if other == label]
+        for part, chosen in zip(parts, split_indices(len(members), shares, seed + 1000 * number)):
+            part.extend(members[i] for i in chosen)
     return [sorted(part) for part in parts]
 
 
 def _prepare(name: str, train: Collection, val: Collection, test: Collection, about: str) -> TaskData:
-    found = set(train.labels or [])
-    classes = sorted(found, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
+    train_labels = set(train.labels or [])
+    classes = sorted(
+        train_labels, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
+    )
     if len(classes) < 2:
         raise UserError(f"every training series of {name} has the label {classes[0]!r}: expected two classes or more")
     for part in (val, test):
-        unknown = set(part.labels or []) - found
+        unknown = set(part.labels or []) - train_labels
         if unknown:
             raise UserError(
                 f"{name}: the label {min(unknown)!r} occurs in no training series: expected it in both splits"
@@ -395,6 +416,8 @@ def _padded(
 
 
 def _check_fits(file: Path, collection: Collection, meta: dict[str, Any]) -> None:
+    if meta.get("pairs"):
+        raise UserError(f"{file}: the model was trained on pairs of sequences, and files of series hold single ones")
     channels = collection.series[0].shape[1]
     if channels != len(meta["mean"]):
         raise UserError(f"{file}: series of {channels} channels, the model was trained on {len(meta['mean'])}")

@@ -19,7 +19,17 @@ from provenn.data.series import bundled
 from provenn.data.tables import WRITES, Reading, Table, check_reading, check_table, read_table, write_table
 from provenn.errors import UserError
 from provenn.files import whole
-from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint, join_scores
+from provenn.tasks.base import (
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    batches,
+    count_examples,
+    device_of,
+    fingerprint,
+    join_scores,
+)
 from provenn.tasks.meta import Forecast
 
 if TYPE_CHECKING:
@@ -150,6 +160,7 @@ class SeriesForecasting(Task):
         return TaskData(str(source), sets[0], sets[1], sets[2], fingerprint(scaled), built_with, meta, about=about)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Squared error of the rows to come, in standard deviations squared."""
         past, future = batch
         return F.mse_loss(model(past), future)
 
@@ -162,7 +173,7 @@ class SeriesForecasting(Task):
         names = ("mse", "mae", "last_value_mse", "last_value_mae")
         return join_scores(names, rows)
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         meta: dict[str, Any],
@@ -192,12 +203,12 @@ class SeriesForecasting(Task):
         """Squared error of the better of two: repeating the last value, and the mean of what came in training."""
         cpu = torch.device("cpu")
         sums = [future.double().mean(1).sum(0) for _, future in batches(data.train, 256, cpu)]
-        mean = torch.stack(sums).sum(0) / len(data.train)  # type: ignore[arg-type]
+        mean = torch.stack(sums).sum(0) / count_examples(data.train)
         errors = [
             torch.stack([(forecast - future).square().mean((1, 2)).sum() for forecast in (past[:, -1:], mean)])
             for past, future in batches(data.test, 256, cpu)
         ]
-        return (torch.stack(errors).sum(0).min() / len(data.test)).item()  # type: ignore[arg-type]
+        return (torch.stack(errors).sum(0).min() / count_examples(data.test)).item()
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         channels = options["channels"]
@@ -227,12 +238,12 @@ class SeriesForecasting(Task):
             single = len(meta["columns"]) == 1
             table = read_table(file, **reading)
             columns, values, times = _read(table, (), None if single else meta["columns"])
-            each = single and columns != meta["columns"]
+            own_scale = single and columns != meta["columns"]
             past = values[-meta["context"] :]
             if len(past) < meta["context"]:
                 raise UserError(f"{file} has {len(past)} rows: the model looks back over {meta['context']}")
             mean, std = np.asarray(meta["mean"]), np.asarray(meta["std"])
-            if each:
+            if own_scale:
                 mean, spread = values.mean(0), values.std(0)
                 std = np.where(spread > 1e-12, spread, 1.0)
                 progress.say(
@@ -241,7 +252,7 @@ class SeriesForecasting(Task):
                 )
             x = torch.from_numpy(((past - mean) / std).astype(np.float32)).to(device_of(model))
             with torch.no_grad():
-                scaled = model(x.T[..., None])[..., 0].T if each else model(x[None])[0]
+                scaled = model(x.T[..., None])[..., 0].T if own_scale else model(x[None])[0]
             forecast = scaled.double().cpu().numpy() * std + mean
             dates = None if times is None else continue_dates(times[1], len(forecast))
             header = times[0] or "time" if times and dates else "step"
@@ -346,7 +357,10 @@ def _read(
     if not numeric:
         raise UserError(f"{table.file} has no column besides {columns[0]!r}: expected at least one of numbers")
     if expected is not None and list(expected) != numeric:
-        raise UserError(f"{table.file} has the columns {', '.join(numeric)}: the model knows {', '.join(expected)}")
+        raise UserError(
+            f"{table.file} has the columns {', '.join(numeric)}: the model knows {', '.join(expected)}; "
+            "name them so, or learn from this file with `provenn train`"
+        )
     if times is not None:
         _check_times(table.file, times[1])
     return numeric, table.filled(numeric), times

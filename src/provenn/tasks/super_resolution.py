@@ -18,7 +18,7 @@ from provenn.data.images import SUFFIXES, Picture, check_holds, images_in, read_
 from provenn.data.photographs import Photographs, photograph
 from provenn.data.resize import bicubic
 from provenn.errors import UserError
-from provenn.tasks.base import HeldOut, Scores, Task, TaskData, fingerprint, split_indices
+from provenn.tasks.base import HeldOut, Scores, Task, TaskData, count_examples, fingerprint, split_indices
 from provenn.tasks.upscale import OVERLAP, TILE, count_tiles, upscale
 
 if TYPE_CHECKING:
@@ -143,20 +143,20 @@ class Whole(Dataset):
 
 def _splits(place: Path, skip_broken: bool = False) -> list[list[Path]] | None:
     """The photographs of a folder that names its splits, as DIV2K and DF2K do; None of any other."""
-    found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    splits: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
     for folder in sorted(entry for entry in place.iterdir() if entry.is_dir()):
         name = folder.name.lower()
         if "lr" in name.split("_"):  # reduced ones, which are made here
             continue
-        kind = next((kind for kind in found if kind in name), "train" if name.startswith("flickr2k") else None)
+        kind = next((kind for kind in splits if kind in name), "train" if name.startswith("flickr2k") else None)
         if kind is not None:
-            found[kind] += images_in(folder, skip_broken)
-    if not found["train"] or not found["val"]:
+            splits[kind] += images_in(folder, skip_broken)
+    if not splits["train"] or not splits["val"]:
         return None
-    if not found["test"]:
-        held = max(1, round(0.1 * len(found["val"])))
-        found["val"], found["test"] = found["val"][:held], found["val"][held:] or found["val"]
-    return list(found.values())
+    if not splits["test"]:
+        count = max(1, round(0.1 * len(splits["val"])))
+        splits["val"], splits["test"] = splits["val"][:count], splits["val"][count:] or splits["val"]
+    return list(splits.values())
 
 
 class SuperResolution(Task):
@@ -201,9 +201,9 @@ class SuperResolution(Task):
             raise UserError(
                 f"{place} holds {len(files)} image(s); expected at least 3: to train, to validate and to test"
             )
-        held = max(1, round(0.1 * len(files)))
+        tenth = max(1, round(0.1 * len(files)))
         order = [i for part in split_indices(len(files), (1.0,), seed) for i in part]
-        cut = (order[2 * held :], order[:held], order[held : 2 * held])
+        cut = (order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth])
         parts = named or [[files[i] for i in sorted(part)] for part in cut]
         train, val, test = (Photographs(part, smallest=PATCH) for part in parts)
         return TaskData(
@@ -235,7 +235,7 @@ class SuperResolution(Task):
 
     def loss(self, model: nn.Module, batch: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, ""]:
         """Mean absolute error of RGB in 0…1."""
-        scale, multiple = int(model.scale), int(getattr(model, "multiple", 1))  # type: ignore[arg-type]
+        scale, multiple = int(model.scale), int(getattr(model, "multiple", 1))  # type: ignore[arg-type]  # a number
         lr = degrade(batch, scale)
         side = min(PATCH, lr.shape[-1] - 2 * MARGIN) // multiple * multiple
         if side < 1:
@@ -250,9 +250,9 @@ class SuperResolution(Task):
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """PSNR and SSIM on Y with a border of `scale` pixels cut, of the network and of bicubic interpolation."""
-        scale = int(model.scale)  # type: ignore[arg-type]
+        scale = int(model.scale)  # type: ignore[arg-type]  # a number
         rows = []
-        for index in range(len(dataset)):  # type: ignore[arg-type]
+        for index in range(count_examples(dataset)):
             lr, hr = reduced(dataset[index], scale)
             images = {"": restore(model, lr), "_bicubic": enlarge(lr, scale)}
             rows.append(
@@ -264,7 +264,7 @@ class SuperResolution(Task):
             )
         return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
     ) -> HeldOut:
         """As in `Task`: photographs in full resolution, which are reduced by bicubic interpolation."""
@@ -280,7 +280,7 @@ class SuperResolution(Task):
     def trivial(self, data: TaskData) -> float:
         """PSNR of bicubic interpolation, at the `scale` of the data's meta, 2 where it names none."""
         scale = int(data.meta.get("scale", 2))
-        pairs = [reduced(data.test[index], scale) for index in range(len(data.test))]  # type: ignore[arg-type]
+        pairs = [reduced(data.test[index], scale) for index in range(count_examples(data.test))]
         return sum(psnr(enlarge(lr, scale), hr, border=scale) for lr, hr in pairs) / len(pairs)
 
     def predict(
@@ -301,7 +301,7 @@ class SuperResolution(Task):
         """
         if output is None:
             raise UserError("an image needs a place: give a file or a folder with -o")
-        scale = int(model.scale)  # type: ignore[arg-type]
+        scale = int(model.scale)  # type: ignore[arg-type]  # a number
         jobs = _destinations(inputs, output, scale)
         originals = {} if reference is None else _originals(jobs, reference, scale)
         for source, target, _ in jobs:
@@ -376,7 +376,7 @@ def before_and_after(
     """
     from matplotlib.figure import Figure
 
-    scale = int(next(iter(models.values())).scale)  # type: ignore[arg-type]
+    scale = int(next(iter(models.values())).scale)  # type: ignore[arg-type]  # a number
     lr, hr = reduced(photo, scale)
     images = {"bicubic": enlarge(lr, scale), **{name: restore(model, lr) for name, model in models.items()}}
     side = min(side, *hr.shape[-2:]) // scale * scale
@@ -443,18 +443,18 @@ def _originals(jobs: Sequence[tuple[Path, Path, Path]], reference: Path, scale: 
     if reference.is_file() and len(jobs) > 1:
         raise UserError(f"{reference} is one reference for {len(jobs)} images; give a folder of them")
     if reference.is_file():
-        found = {jobs[0][0]: reference}
+        originals = {jobs[0][0]: reference}
     else:
         by_name = {file.relative_to(reference).with_suffix(""): file for file in images_in(reference)}
-        found = {}
+        originals = {}
         for source, _, name in jobs:
             plain = name.with_name(name.name.removesuffix(f"x{scale}").removesuffix("_") or name.name)
             match = by_name.get(name, by_name.get(plain))
             if match is None:
                 raise UserError(f"no reference for {source} in {reference}: expected {plain}.png or another image")
-            found[source] = match
+            originals[source] = match
     targets = {target.resolve() for _, target, _ in jobs}
-    for source, original in found.items():
+    for source, original in originals.items():
         (height, width), (h, w) = size_of(original), (scale * side for side in size_of(source))
         # The field cuts a photograph to a multiple of the scale before it reduces it.
         if not (0 <= height - h < scale and 0 <= width - w < scale):
@@ -464,7 +464,7 @@ def _originals(jobs: Sequence[tuple[Path, Path, Path]], reference: Path, scale: 
         if original.resolve() in targets:
             raise UserError(f"{original} would be overwritten by the result; choose another place with -o")
         read_image(original)
-    return found
+    return originals
 
 
 TASK = SuperResolution()

@@ -103,9 +103,11 @@ class Pieces:
         return cls(["", UNKNOWN, *(word for word, _ in counts.most_common())])
 
     def encode(self, text: str) -> Int[Tensor, " tokens"]:
+        """The tokens of a text that is cut into pieces already, without an end."""
         return torch.tensor([self.numbers.get(word, 1) for word in text.split()], dtype=torch.long)
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens, its pieces joined to words."""
         text = " ".join(self.words[token] for token in tokens)
         return text.replace(f"{GOES_ON} ", "").removesuffix(GOES_ON)
 
@@ -113,7 +115,8 @@ class Pieces:
 class Letters(Bytes):
     """Tokens are bytes."""
 
-    def encode(self, text: str) -> Int[Tensor, " tokens"]:  # type: ignore[override]
+    def encode(self, text: str) -> Int[Tensor, " tokens"]:  # type: ignore[override]  # a tensor
+        """The bytes of a text."""
         return torch.from_numpy(super().encode(text))
 
 
@@ -142,7 +145,7 @@ class Translation(Task):
     takes_words = True
     smooths = True
 
-    def load(  # type: ignore[override]
+    def load(  # type: ignore[override]  # names its options
         self, source: str | Path, *, seed: int = 0, languages: str | None = None
     ) -> TaskData:
         """Pairs of sentences: as bytes, split 90 : 5 : 5; of a folder as the words of its files, in its own splits.
@@ -182,6 +185,7 @@ class Translation(Task):
         return model(source, written, mask=source != END), counts
 
     def loss(self, model: nn.Module, batch: Any, smoothing: float = 0.0) -> Tensor:
+        """Cross-entropy of each piece given those before it, in nats, the mean over pieces that are no padding."""
         logits, counts = self._told(model, *batch)
         return F.cross_entropy(logits[counts].float(), batch[1][counts], label_smoothing=smoothing)
 
@@ -190,8 +194,8 @@ class Translation(Task):
         rows = []
         for source, target in batches(dataset, batch_size, device_of(model)):
             logits, counts = self._told(model, source, target)
-            told = (logits.argmax(-1) == target) | ~counts
-            rows.append([told.all(1).double(), (told & counts).double().sum(1), counts.double().sum(1)])
+            right = (logits.argmax(-1) == target) | ~counts
+            rows.append([right.all(1).double(), (right & counts).double().sum(1), counts.double().sum(1)])
         names = ("exact", "right", "letters")
         scores = join_scores(names, rows)
         return {**scores, **_matches(model, dataset)} if isinstance(dataset, Benchmark) else scores
@@ -204,7 +208,7 @@ class Translation(Task):
         }
         return {**shares, "bleu": _bleu(scores)} if "written" in scores else shares
 
-    def held_out(  # type: ignore[override]
+    def held_out(  # type: ignore[override]  # names its options
         self,
         source: str | Path,
         meta: dict[str, Any],
@@ -230,7 +234,7 @@ class Translation(Task):
 
     def trivial(self, data: TaskData) -> float:
         """The share of test sentences that are the commonest translation of training."""
-        (_, train), (_, test) = (part.tensors for part in (data.train, data.test))  # type: ignore[attr-defined]
+        (_, train), (_, test) = (part.tensors for part in (data.train, data.test))  # type: ignore[attr-defined]  # a TensorDataset
         kinds, counts = train.unique(dim=0, return_counts=True)
         return (test == kinds[counts.argmax()]).all(1).double().mean().item()
 

@@ -40,7 +40,7 @@ def upscale(
     Raises: ValueError for a tile that is not at least three times the overlap.
     """
     height, width, _ = image.shape
-    scale = int(model.scale)  # type: ignore[arg-type]
+    scale = int(model.scale)  # type: ignore[arg-type]  # a number
     full = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
     network = PadToMultiple(model, getattr(model, "multiple", 1), scale)
     device = device_of(model)

@@ -19,6 +19,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_leaves
 
 from provenn.bench import count_parameters
+from provenn.nn.backbone import check_backbone
 from provenn.testing.subject import WIDTH, Subject
 
 
@@ -474,6 +475,31 @@ def _export(subject: Subject) -> None:
     with unchecked(), torch.no_grad():
         exported = torch.export.export(module, tuple(inputs))
         _close(exported.module()(*inputs), module(*inputs), "exported, it gives another output")
+
+
+@_promise("feed-heads", "preset", "backbone")
+def _feed_heads(subject: Subject) -> None:
+    """A network that has `features` gives its pyramid as `provenn.nn.backbone.Backbone` says, at odd sizes too."""
+    module = subject.build()
+    if subject.slot is None and not hasattr(module, "features"):
+        return
+    channels = subject.inputs()[0].shape[1]
+    largest = max(getattr(module, "strides", [32]))
+    check_backbone(module, channels, [(2 * largest, 3 * largest), (2 * largest - 3, largest + 5)])
+
+
+@_promise("tell-classes", "backbone")
+def _tell_classes(subject: Subject) -> None:
+    """It has as many logits as it is asked for, of images with any channels; asked for none, it has no classifier."""
+    assert subject.slot is not None
+    for channels, classes in ((1, 2), (3, 7)):
+        module = subject.build(dim=channels, num_classes=classes)
+        for sizes in subject.slot.sizes:
+            with torch.no_grad():
+                logits = module(*subject.inputs(dim=channels, batch=2, **sizes))
+            assert logits.shape == (2, classes), f"num_classes={classes} gives {tuple(logits.shape)} of two images"
+    count, bare = (sum(p.numel() for p in subject.build(num_classes=n).parameters()) for n in (7, 0))
+    assert bare < count, f"num_classes=0 has {bare} parameters, num_classes=7 has {count}: the classifier is left in"
 
 
 @_promise("build-on-meta")

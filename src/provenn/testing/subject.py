@@ -12,6 +12,7 @@ from provenn.slots import Slot
 
 WIDTH = 24  # of the mechanisms that are checked: small, and divisible by the usual numbers of heads
 SIZES = {"batch": 3, "tokens": 7, "other": 5, "height": 6, "width": 9}
+CLASSES = 3  # of the backbones that are checked
 DEPTH = 10  # the number of branches that a residual mechanism is told of
 
 
@@ -38,6 +39,8 @@ class Subject:
     @classmethod
     def mechanism(cls, factory: Callable[..., Any], slot: Slot, name: str = "") -> "Subject":
         def make(dim: int = WIDTH, **options: Any) -> nn.Module:
+            if slot.name == "backbone":
+                return factory(**{"in_channels": dim, "num_classes": CLASSES, **options})
             if slot.name != "token-mixer":
                 made = factory(dim, **options)
                 return _Joined(made, dim) if slot.name == "residual" else made
@@ -49,7 +52,8 @@ class Subject:
                 return factory(dim, causal=False, **options)
 
         def shapes(dim: int = WIDTH, **sizes: int) -> list[tuple[int, ...]]:
-            return slot.shapes(**{**SIZES, slot.width: dim, **sizes})
+            some = slot.sizes[0] if slot.name == "backbone" else {}  # a network has strides to fit in
+            return slot.shapes(**{**SIZES, **some, slot.width: dim, **sizes})
 
         return cls(name or getattr(factory, "__name__", repr(factory)), make, shapes, slot)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from provenn.errors import UserError
-from provenn.tasks.base import Task, TaskData
+from provenn.tasks.base import Task, TaskData, count_examples
 from provenn.training.recipes import Recipe
 
 OF_IMAGES = ("crop", "rand_augment", "auto_augment", "random_erasing")  # fields that change an image alone
@@ -41,26 +41,46 @@ def check_recipe(recipe: Recipe, task: Task, model: nn.Module | None = None) -> 
         raise UserError(f"{type(model).__name__} brings a loss of its own, which {mixing[0]} does not reach")
 
 
-class AugmentedImages(Dataset):
-    """The training images, changed at random: what is drawn for one follows from seed, epoch and index alone.
+class Seeded(Dataset):
+    """Examples for each of which what is drawn follows from seed, epoch and index alone.
 
     So a run that goes on within an epoch draws what the whole one would, with workers or without.
 
     Args:
-        data: whose training images they are; their meta say what the model's scale is.
-        recipe: what is done to them.
+        examples: map-style; they draw from torch's global generator.
         seed: of the run.
         sampler: knows the epoch.
+    """
+
+    def __init__(self, examples: Dataset, seed: int, sampler: Sampler):
+        self.examples, self.seed, self.sampler = examples, seed, sampler
+
+    def __len__(self) -> int:
+        return count_examples(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            place = (self.seed * 1_000_003 + self.sampler.epoch) * 1_000_003 + index  # type: ignore[attr-defined]
+            torch.default_generator.manual_seed(place % 2**63)  # torch.manual_seed would seed the GPU's dropout too
+            return self.examples[index]
+
+
+class AugmentedImages(Dataset):
+    """The training images, changed at random.
+
+    Args:
+        data: whose training images they are; their meta say what the model's scale is.
+        recipe: what is done to them.
 
     Raises:
         UserError: data that cannot be changed so.
     """
 
-    def __init__(self, data: TaskData, recipe: Recipe, seed: int, sampler: Sampler):
-        self.images, self.recipe, self.seed, self.sampler = data.train, recipe, seed, sampler
+    def __init__(self, data: TaskData, recipe: Recipe):
+        self.images = data.train
         if recipe.crop is not None and hasattr(data.train, "least_area"):
             self.images = copy.copy(data.train)
-            self.images.least_area = recipe.crop  # type: ignore[attr-defined]
+            self.images.least_area = recipe.crop  # type: ignore[attr-defined]  # it has one, as asked above
         if any(getattr(recipe, name) for name in BY_KORNIA):
             if not {"mean", "std"} <= data.meta.keys():
                 raise UserError(f"augmentation needs the mean and std of the images, which {data.name} does not tell")
@@ -68,14 +88,11 @@ class AugmentedImages(Dataset):
             self.policy, self.erasing = _made(recipe)
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return count_examples(self.images)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "channels height width"], Any]:
-        with torch.random.fork_rng(devices=[]):
-            place = (self.seed * 1_000_003 + self.sampler.epoch) * 1_000_003 + index  # type: ignore[attr-defined]
-            torch.default_generator.manual_seed(place % 2**63)  # torch.manual_seed would seed the GPU's dropout too
-            image, label = self.images[index]
-            return self._changed(image), label
+        image, label = self.images[index]
+        return self._changed(image), label
 
     def _changed(self, image: Float[Tensor, "channels height width"]) -> Float[Tensor, "channels height width"]:
         if hasattr(self, "policy") and self.policy is not None:
@@ -96,17 +113,21 @@ def _made(recipe: Recipe) -> tuple[Any, Any]:
     policy: Any = None
     if recipe.rand_augment:
         # Kornia counts magnitudes to 30, the recipes of timm and DeiT to 10.
-        policy = RandAugment(OPERATIONS, 3 * recipe.rand_augment)  # type: ignore[arg-type]
+        policy = RandAugment(OPERATIONS, 3 * recipe.rand_augment)  # type: ignore[arg-type]  # typed as whole, used as a number
     elif recipe.auto_augment is not None:
         policy = AutoAugment(recipe.auto_augment)
     erasing = RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), p=float(recipe.random_erasing))
     return policy, erasing if recipe.random_erasing else None
 
 
-def augmented(data: TaskData, recipe: Recipe, seed: int, sampler: Sampler) -> Dataset:
-    """The training data as the recipe wants them."""
-    wanted = any(getattr(recipe, name) for name in OF_IMAGES)
-    return AugmentedImages(data, recipe, seed, sampler) if wanted else data.train
+def augmented(data: TaskData, recipe: Recipe, seed: int, sampler: Sampler, workers: int = 0) -> Dataset:
+    """The training data as the recipe wants them.
+
+    Where the recipe changes no images, and no workers read them, examples draw from the generator of the run itself.
+    """
+    if any(getattr(recipe, name) for name in OF_IMAGES):
+        return Seeded(AugmentedImages(data, recipe), seed, sampler)
+    return Seeded(data.train, seed, sampler) if workers else data.train
 
 
 def mixed(batch: Any, recipe: Recipe, data: TaskData) -> Any:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from provenn import progress
 from provenn.errors import UserError
 from provenn.nn.auxiliary import collect_auxiliary
-from provenn.tasks.base import Task, TaskData
+from provenn.tasks.base import Task, TaskData, count_examples
 from provenn.training.augmentation import augmented, check_recipe, mixed
 from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_writer, clear_best, newest, read
 from provenn.training.recipes import Recipe
@@ -30,7 +30,9 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
 LOGGERS = ("csv", "tensorboard")
 LOG = "log"  # the folder of what they write
+MAY_CHANGE = ("epochs", "max_steps", "patience")  # of the recipe, in a run that goes on
 OFTEN = 0.5  # seconds between two figures on the live line: reading a loss waits for the device
+MOST_LOST = 120.0  # seconds of work since the last checkpoint
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.start = epoch, start
 
     def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this as each epoch begins; a resumed one keeps its start."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
@@ -158,6 +161,8 @@ def fit(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
     check_recipe(recipe, task)
+    if not count_examples(data.train):
+        raise UserError(f"{data.name} has nothing to train on")
     lightning = _lightning()
     joined_here = not torch.distributed.is_initialized()
     torch.manual_seed(seed)
@@ -189,7 +194,7 @@ def fit(
             max_steps=recipe.max_steps or -1,
             gradient_clip_val=recipe.clip,
             accumulate_grad_batches=recipe.accumulate,
-            precision=recipe.precision,  # type: ignore[arg-type]
+            precision=recipe.precision,
             callbacks=callbacks,
             plugins=[] if out is None else [checkpoint_writer()],
             logger=False if logger is None or out is None else _logger(logger, out),
@@ -202,7 +207,7 @@ def fit(
         module = _module_class()(model, task, data, recipe, seed, history, workers)
         start = time.perf_counter()
         if going_on is not None:
-            _check_fits(going_on, module)
+            _check_fits(going_on, module, devices * num_nodes)
         try:
             with _plain_interrupt(trainer):
                 trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
@@ -273,8 +278,8 @@ def _single(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).float() if other else model
 
 
-def _check_fits(checkpoint: Path, module: nn.Module) -> None:
-    """Is this a checkpoint of the module that is to go on from it?"""
+def _check_fits(checkpoint: Path, module: Any, processes: int) -> None:
+    """Is this a checkpoint of the module that is to go on from it, trained in the same way?"""
     saved = read(checkpoint) or {"state_dict": {}}
     shapes = {name: getattr(value, "shape", None) for name, value in saved["state_dict"].items()}
     if saved.get("parts", _parts(module)) != _parts(module) or shapes != {
@@ -283,6 +288,14 @@ def _check_fits(checkpoint: Path, module: nn.Module) -> None:
         raise UserError(
             f"{checkpoint} is of another preset or of other data: resume with what it was started with, "
             "or train in another folder"
+        )
+    began, now = saved.get("began", {}), module.began()
+    if saved.get("within_epoch"):
+        began, now = {**began, "processes": saved["processes"]}, {**now, "processes": processes}
+    other = [f"{name} {began[name]!r} (now {now[name]!r})" for name in began if began[name] != now.get(name)]
+    if other:
+        raise UserError(
+            f"{checkpoint} was started with {', '.join(other)}: resume with the same, or train in another folder"
         )
 
 
@@ -325,7 +338,9 @@ def _logger(name: str, out: Path) -> Any:
     """Lightning's logger of that name; each start of a run gets a folder `version_N` under `out`/log."""
     if name not in LOGGERS:
         raise UserError(f"logger must be one of {', '.join(LOGGERS)}, got {name!r}")
-    if name == "tensorboard" and not any(importlib.util.find_spec(each) for each in ("tensorboard", "tensorboardX")):
+    if name == "tensorboard" and not any(
+        importlib.util.find_spec(package) for package in ("tensorboard", "tensorboardX")
+    ):
         raise UserError("the tensorboard logger needs a package: pip install 'provenn[tensorboard]'; or take csv")
     loggers = _lightning().pytorch.loggers
     return (loggers.CSVLogger if name == "csv" else loggers.TensorBoardLogger)(out, name=LOG)
@@ -353,9 +368,9 @@ class _Best:
 
 
 def _module_class() -> type:
-    lightning = _lightning()
+    LightningModule: Any = _lightning().LightningModule
 
-    class Module(lightning.LightningModule):
+    class Module(LightningModule):
         """Ties a model to its task's loss; the model itself knows nothing of this."""
 
         def __init__(
@@ -374,7 +389,13 @@ def _module_class() -> type:
             return self.model if self.recipe.ema is None else self.average.module
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            checkpoint["parts"] = self.parts
+            checkpoint |= {"parts": self.parts, "began": self.began()}
+            checkpoint |= {"within_epoch": self.history.batches_done > 0, "processes": self.trainer.world_size}
+
+        def began(self) -> dict[str, Any]:
+            """What a run that goes on may not change."""
+            recipe = {name: value for name, value in asdict(self.recipe).items() if name not in MAY_CHANGE}
+            return {**recipe, "seed": self.seed, "data": self.data.fingerprint}
 
         def configure_model(self) -> None:
             from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -395,7 +416,7 @@ def _module_class() -> type:
             return self.trainer.strategy.reduce(bad, reduce_op="sum").item() == 0
 
         def train_dataloader(self) -> DataLoader:
-            count = len(self.data.train)  # type: ignore[arg-type]
+            count = count_examples(self.data.train)
             # Of a run that goes on after an epoch, `current_epoch` still is the one that has ended.
             processes, epoch = self.trainer.world_size, self.trainer.fit_loop.epoch_progress.current.processed
             start = self.history.batches_done * self.recipe.batch_size
@@ -403,7 +424,7 @@ def _module_class() -> type:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch * 101 + self.global_rank)
             sampler = EpochSampler(count, self.seed, self.global_rank, processes, epoch=epoch, start=start)
             return DataLoader(
-                augmented(self.data, self.recipe, self.seed, sampler),
+                augmented(self.data, self.recipe, self.seed, sampler, self.workers),
                 batch_size=self.recipe.batch_size,
                 sampler=sampler,
                 collate_fn=self.data.collate,
@@ -421,7 +442,19 @@ def _module_class() -> type:
             if not self.everywhere(bool(torch.isfinite(loss))):
                 raise Diverged(f"the loss became {loss.item()} at step {self.global_step}; {_help(self)}")
             self.history.loss = loss.detach()
-            return loss
+            return loss * self.weight_in_step(index)
+
+        def weight_in_step(self, index: int) -> float:
+            """What makes a step's gradient the mean over its examples.
+
+            Lightning divides each loss by `accumulate`, but an epoch's last step may have fewer batches, the last of
+            them fewer examples.
+            """
+            size, many = self.recipe.batch_size, self.recipe.accumulate
+            count = len(self.trainer.train_dataloader.sampler)
+            first = index - index % many
+            examples = min((first + many) * size, count) - first * size
+            return many * min(size, count - index * size) / examples
 
         def on_train_epoch_start(self) -> None:
             # Dropout and augmentation draw from here on: a resumed epoch draws what an uninterrupted one would.
@@ -439,16 +472,28 @@ def _module_class() -> type:
     return Module
 
 
+def _random_states(device: torch.device) -> list[dict[str, Tensor]]:
+    """Where the random numbers of each process stand; all of them have to ask."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if not torch.distributed.is_initialized():
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
 def _help(module: Any) -> str:
     """What may help where training diverges: a lower rate, and what layers know of themselves."""
-    own = [part.if_diverging for part in module.model.modules() if hasattr(part, "if_diverging")]
-    return f"{', or '.join(dict.fromkeys([f'a lower lr than {module.recipe.lr:g}', *own]))} may help"
+    hints = [part.if_diverging for part in module.model.modules() if hasattr(part, "if_diverging")]
+    return f"{', or '.join(dict.fromkeys([f'a lower lr than {module.recipe.lr:g}', *hints]))} may help"
 
 
 def _history_class() -> type:
-    lightning = _lightning()
+    Callback: Any = _lightning().pytorch.callbacks.Callback
 
-    class History(lightning.pytorch.callbacks.Callback):
+    class History(Callback):
         """Keeps the learning curve, shows the bar, and stops early where the recipe says so."""
 
         def __init__(
@@ -465,7 +510,7 @@ def _history_class() -> type:
             self.out, self.save_every, self.keeper = out, save_every, keeper
             self.loss = torch.zeros(())  # of the last batch
             self.batches_done = 0  # of an epoch that a checkpoint breaks off
-            self.random: dict[str, Tensor] = {}
+            self.random: list[dict[str, Tensor]] = []  # of each process
             self.curve: list[dict[str, float | int]] = []
             self.best: float | None = None
             self.best_state: dict[str, Tensor] | None = None
@@ -480,7 +525,7 @@ def _history_class() -> type:
             self.advance = self.context.__enter__()
             self.advance(trainer.global_step)
             self.steps = self.first_step = trainer.global_step
-            self.started = self.told = time.monotonic()
+            self.started = self.told = self.saved = time.monotonic()
             if self.batches_done:
                 self._set_random(trainer, module)
             if self.recipe.patience is not None and self.waited >= self.recipe.patience:
@@ -505,12 +550,22 @@ def _history_class() -> type:
                 each.log_metrics({"train_loss": self.loss.item(), "lr": rate}, step=self.steps)
             self.advance(1, self._line())
             # The last batch of an epoch is followed by the epoch's own checkpoint.
-            if self.save_every and self.steps % self.save_every == 0 and index + 1 < trainer.num_training_batches:
+            if self._due(trainer) and index + 1 < trainer.num_training_batches:
+                self.saved = time.monotonic()
                 self.batches_done = index + 1
-                self.random = {"cpu": torch.get_rng_state()}
-                if module.device.type == "cuda":
-                    self.random["cuda"] = torch.cuda.get_rng_state(module.device)
+                self.random = _random_states(module.device)
+                self.losses = list(trainer.strategy.reduce(torch.stack(self.losses), reduce_op="mean"))
                 trainer.save_checkpoint(Path(str(self.out)) / CHECKPOINT)
+
+        def _due(self, trainer: Any) -> bool:
+            """Whether to save within an epoch: at the steps asked for, and before long epochs cost a kill much work.
+
+            Clocks of several processes disagree, and all have to save together: there only steps count.
+            """
+            if self.save_every and self.steps % self.save_every == 0:
+                return True
+            alone = self.out is not None and trainer.world_size == 1
+            return alone and time.monotonic() - self.saved > MOST_LOST
 
         def _line(self) -> str | None:
             """Loss and rate, now and then."""
@@ -522,25 +577,25 @@ def _history_class() -> type:
             return f"{self.title}: loss {self.loss.item():.4g}, {speed:.3g} steps/s"
 
         def _set_random(self, trainer: Any, module: Any) -> None:
-            """Dropout and augmentation draw on where the checkpoint was written, by the first of the processes."""
-            if not trainer.is_global_zero:
-                module.on_train_epoch_start()
-                return
-            torch.set_rng_state(self.random["cpu"].cpu())
-            if "cuda" in self.random and module.device.type == "cuda":
-                torch.cuda.set_rng_state(self.random["cuda"].cpu(), module.device)
+            """Dropout and augmentation draw on where the checkpoint was written."""
+            random = self.random[trainer.global_rank]
+            torch.set_rng_state(random["cpu"].cpu())
+            if "cuda" in random and module.device.type == "cuda":
+                torch.cuda.set_rng_state(random["cuda"].cpu(), module.device)
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             # A loss tells of the weights before its step: those after the last one are seen by no loss.
             parts = (p.to_local() if hasattr(p, "to_local") else p for p in module.model.parameters())
             if not module.everywhere(all(bool(torch.isfinite(part).all()) for part in parts)):
                 raise Diverged(f"the weights are no longer finite after step {trainer.global_step}; {_help(module)}")
-            self.batches_done, self.random = 0, {}
+            self.batches_done, self.random = 0, []
+            self.saved = time.monotonic()  # the epoch's own checkpoint follows
             model = module.learned()
             model.eval()
             # Each process evaluates all of the validation data, so that the metrics need no gathering.
             with torch.no_grad(), _gathered(model):
-                metrics = self.task.evaluate(_single(model), self.data.val) if len(self.data.val) else {}  # type: ignore
+                metrics = self.task.evaluate(_single(model), self.data.val) if count_examples(self.data.val) else {}
+            metrics = trainer.strategy.broadcast(metrics)  # rounding must not part them: all stop at the same epoch
             model.train()
             loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean").item()
             self.curve.append({"epoch": float(trainer.current_epoch + 1), "train_loss": loss, **metrics})
@@ -553,14 +608,14 @@ def _history_class() -> type:
                 )
             if self.keeper is not None and trainer.is_global_zero:
                 value = metrics[self.task.metric]
-                score = value if self.task.higher_is_better else -value
+                score = -math.inf if math.isnan(value) else value if self.task.higher_is_better else -value
                 self.keeper.offer(_single(model), score, trainer.current_epoch + 1)
             if self.recipe.patience is not None:
                 self._stop_early(trainer, model, metrics[self.task.metric], self.recipe.patience)
 
         def _stop_early(self, trainer: Any, model: nn.Module, value: float, patience: int) -> None:
             sign = 1 if self.task.higher_is_better else -1
-            if self.best is None or sign * value > sign * self.best:
+            if self.best is None or math.isnan(self.best) or sign * value > sign * self.best:
                 self.best, self.waited = value, 0
                 self.best_state = _whole_state(model)
                 return
@@ -585,7 +640,7 @@ def _history_class() -> type:
             self.best_state = state["best_state"]
             if self.keeper is not None:
                 self.keeper.kept = [(score, epoch) for score, epoch in state.get("kept", [])]
-            self.batches_done, self.random = state.get("batches_done", 0), state.get("random", {})
+            self.batches_done, self.random = state.get("batches_done", 0), state.get("random", [])
             self.losses = list(state.get("losses", []))
 
     return History

@@ -36,8 +36,9 @@ class Recipe:
         layer_decay: the factor on the rate from each block to the one before it, as BEiT is tuned (such as 0.65);
             what lies before the first block has one more, what lies behind the last none. 1 leaves all alike.
         schedule: constant, cosine or linear (both to `final_lr`), inverse-sqrt (of the steps, from the end of the
-            warm-up), onecycle, step (by `gamma` every `step_epochs` epochs), multistep (by `gamma` at each of
-            `milestones`) or exponential (by `gamma` each epoch).
+            warm-up), onecycle, poly (the share of the steps that is left, to the power of 0.9, as segmentation has
+            it), step (by `gamma` every `step_epochs` epochs), multistep (by `gamma` at each of `milestones`) or
+            exponential (by `gamma` each epoch).
         milestones: of multistep, as shares of all steps, such as (0.5, 0.8).
         final_lr: where cosine and linear end.
         warmup_steps: linear, before the schedule.
@@ -73,7 +74,7 @@ class Recipe:
     no_decay: tuple[str, ...] = ()
     layer_decay: float | int = 1.0
     schedule: Literal[
-        "constant", "cosine", "linear", "inverse-sqrt", "onecycle", "step", "multistep", "exponential"
+        "constant", "cosine", "linear", "inverse-sqrt", "onecycle", "poly", "step", "multistep", "exponential"
     ] = "constant"
     step_epochs: int = 30
     milestones: tuple[float, ...] = ()
@@ -98,10 +99,16 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("weight_decay", "momentum", "warmup_steps", "mixup", "cutmix"):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isinf(value) and name != "lr":
+                raise UserError(f"{name} must be a finite number, got {value}")
+        for name in ("weight_decay", "warmup_steps", "mixup", "cutmix"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("clip", "eps"):
+        for name, share in (("momentum", self.momentum), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= share < 1:
+                raise UserError(f"{name} must lie between 0 and 1, below 1, got {share}")
+        for name in ("clip", "eps", "gamma"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{name} must be a positive number, got {getattr(self, name)}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -208,6 +215,7 @@ SCHEDULES: dict[str, Callable[[Recipe, float, int], float]] = {
     "linear": lambda recipe, done, epoch: 1 - done * (1 - recipe.final_lr / recipe.lr),
     "inverse-sqrt": lambda recipe, done, epoch: 1.0,  # follows from the step itself
     "onecycle": lambda recipe, done, epoch: _onecycle(done),
+    "poly": lambda recipe, done, epoch: (1 - done) ** 0.9,
     "step": lambda recipe, done, epoch: recipe.gamma ** (epoch // recipe.step_epochs),
     "multistep": lambda recipe, done, epoch: recipe.gamma ** sum(done >= share for share in recipe.milestones),
     "exponential": lambda recipe, done, epoch: recipe.gamma**epoch,
@@ -226,21 +234,22 @@ def block_depths(model: nn.Module) -> dict[str, int]:
     >>> block_depths(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1, bias=False)))
     {'0.weight': 1, '0.bias': 1, '2.weight': 2}
     """
-    standing = _in_rows("", model)
-    if not standing:
+    rows = _in_rows("", model)
+    if not rows:
         raise UserError(f"layer_decay needs blocks in a row, and {type(model).__name__} has none")
-    kinds = [kind for _, kind in standing]
+    kinds = [kind for _, kind in rows]
     commonest = max(dict.fromkeys(kinds), key=kinds.count)
-    blocks = [f"{name}." for name, kind in standing if kind is commonest]
+    blocks = [f"{name}." for name, kind in rows if kind is commonest]
     order = {
         name: next((i for i, b in enumerate(blocks) if name.startswith(b)), None)
         for name, _ in model.named_parameters()
     }
-    depths, depth, met = {}, 0, set()
+    depths, depth, entered = {}, 0, set()
     for name, block in order.items():
         depth = depth if block is None else block + 1
-        met |= {block} - {None}
-        behind = block is None and len(met) == len(blocks)
+        entered |= {block} - {None}
+        # What stands outside of the rows is as deep as the block before it; behind the last it is the head.
+        behind = block is None and len(entered) == len(blocks)
         depths[name] = len(blocks) + 1 if behind else depth
     return depths
 
@@ -248,14 +257,14 @@ def block_depths(model: nn.Module) -> dict[str, int]:
 def _in_rows(name: str, module: nn.Module) -> list[tuple[str, type]]:
     """Name and class of the modules with parameters that stand in the outermost rows."""
     rows = (nn.ModuleList, nn.Sequential)
-    found = []
+    children = []
     for key, child in module.named_children():
         place = f"{name}.{key}" if name else key
         if isinstance(child, rows) or not isinstance(module, rows):
-            found += _in_rows(place, child)
+            children += _in_rows(place, child)
         elif next(child.parameters(), None) is not None:
-            found.append((place, type(child)))
-    return found
+            children.append((place, type(child)))
+    return children
 
 
 def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:

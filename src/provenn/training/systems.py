@@ -30,7 +30,7 @@ class JointOptimizer(torch.optim.Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = list(parts)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Every part's step, after the closure, which computes the gradients."""
         loss = None
         if closure is not None:
@@ -51,10 +51,10 @@ class JointOptimizer(torch.optim.Optimizer):
 
 def training_loss(model: nn.Module, task: Task, batch: Any, smoothing: float = 0.0) -> Tensor:
     """The system's own loss of a batch, or the task's, with its targets smoothed."""
-    own: Callable[[Any], Tensor] | None = getattr(model, "training_loss", None)
-    if own is not None:
-        return own(batch)
-    return task.loss(model, batch, smoothing) if smoothing else task.loss(model, batch)  # type: ignore[call-arg]
+    system_loss: Callable[[Any], Tensor] | None = getattr(model, "training_loss", None)
+    if system_loss is not None:
+        return system_loss(batch)
+    return task.loss(model, batch, smoothing) if smoothing else task.loss(model, batch)  # type: ignore[call-arg]  # one that `smooths`
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -63,10 +63,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     Raises:
         UserError: they are no optimizers, two take the same parameter, or none takes one that needs a gradient.
     """
-    own: Callable[[Recipe], Any] | None = getattr(model, "optimizers", None)
-    if own is None:
+    make_optimizers: Callable[[Recipe], Any] | None = getattr(model, "optimizers", None)
+    if make_optimizers is None:
         return recipe.make_optimizer(model)
-    name, given = type(model).__name__, own(recipe)
+    name, given = type(model).__name__, make_optimizers(recipe)
     parts = list(given) if isinstance(given, (list, tuple)) else [given]
     if not parts or not all(isinstance(part, torch.optim.Optimizer) for part in parts):
         kinds = ", ".join(type(part).__name__ for part in parts) or "nothing"

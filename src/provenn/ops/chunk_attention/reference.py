@@ -17,7 +17,7 @@ class Earlier(NamedTuple):
 
     keys: Float[Tensor, "batch heads slots dim"]
     values: Float[Tensor, "batch heads slots dim"]
-    filled: Int[Tensor, "batch"]
+    filled: Int[Tensor, " batch"]
 
     @property
     def mask(self) -> Tensor:

@@ -52,17 +52,17 @@ def gathered_attention(
 ) -> Tensor:  # fmt: skip
     """`routed_attention`, checked; the first `always` heads are not looked at in `active`."""
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-    own, rest = (None, None) if bias is None else (bias[:always], bias[always:])
+    shared_bias, routed_bias = (None, None) if bias is None else (bias[:always], bias[always:])
     if not always:
-        return _gathered(q, k, v, active, causal, mask, rest, scale)
+        return _gathered(q, k, v, active, causal, mask, routed_bias, scale)
     every = torch.ones((), dtype=torch.bool, device=q.device).expand(q.shape[0], always, q.shape[2])
     first = dense_masked_attention(
-        q[:, :always], k[:, :always], v[:, :always], every, causal=causal, mask=mask, bias=own, scale=scale
+        q[:, :always], k[:, :always], v[:, :always], every, causal=causal, mask=mask, bias=shared_bias, scale=scale
     )
     if always == q.shape[1]:
         return first
     q, k, v, active = (part[:, always:] for part in (q, k, v, active))
-    return torch.cat([first, _gathered(q, k, v, active, causal, mask, rest, scale)], dim=1)
+    return torch.cat([first, _gathered(q, k, v, active, causal, mask, routed_bias, scale)], dim=1)
 
 
 def active_rows(
@@ -120,15 +120,15 @@ def _in_runs(rows: Tensor, k: Tensor, v: Tensor, places: Tensor, real: Tensor, m
     """Attention of rows of queries that stand at `places`, to the keys up to there."""
     last = torch.where(real, places, -1).amax(dim=(0, 1)).cummax(dim=0).values.tolist()
     run = max(-(-len(last) // RUNS), SHORTEST_RUN)
-    found = []
+    outputs = []
     for start in range(0, len(last), run):
         part = slice(start, start + run)
         keys = last[min(start + run, len(last)) - 1] + 1
         may = torch.arange(keys, device=rows.device) <= places[:, :, part, None]
         if mask is not None:
             may = may & mask[:, None, None, :keys]
-        found.append(F.scaled_dot_product_attention(rows[:, :, part], k[:, :, :keys], v[:, :, :keys], attn_mask=may))
-    return torch.cat(found, dim=2)
+        outputs.append(F.scaled_dot_product_attention(rows[:, :, part], k[:, :, :keys], v[:, :, :keys], attn_mask=may))
+    return torch.cat(outputs, dim=2)
 
 
 def gathered_decode(q: Tensor, k: Tensor, v: Tensor, active: Tensor, always: int) -> Tensor:

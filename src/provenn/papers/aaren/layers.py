@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
-from provenn.nn.attention import SoftmaxAttention, check_heads, check_tokens
+from provenn.nn.attention import SoftmaxAttention, check_heads, check_tokens, split_heads
 from provenn.nn.transformer import ACTIVATIONS, EncoderLayer, TransformerEncoder
 from provenn.ops.autograd import without_autocast
 from provenn.ops.prefix_scan_attention import PrefixState, merge, prefix_scan_attention
@@ -124,7 +124,7 @@ class AarenAttention(nn.Module):
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on."""
         check_tokens(x, self.dim, mask)
         scores = self._scores(x).transpose(1, 2)
-        values = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        values = split_heads(self.value(x), self.heads)
         attended = None if mask is None else mask.unsqueeze(1)
         # Over (batch, heads, tokens): no tokens × tokens matrix of scores, which attention with a query a token needs.
         y, state = prefix_scan_attention(scores, values, mask=attended, state=state)

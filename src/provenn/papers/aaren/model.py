@@ -45,7 +45,7 @@ class ClassifierState(NamedTuple):
     """A stream of a classifier: its encoder, how many tokens it has read, and the mean of what came out."""
 
     encoder: EncoderState
-    position: Int[Tensor, "batch"]
+    position: Int[Tensor, " batch"]
     mean: Float[Tensor, "batch dim"]
 
 
@@ -121,7 +121,7 @@ class ForecasterState(NamedTuple):
     """A stream of a forecaster: its encoder, tokens read, and the statistics of the context it was started on."""
 
     encoder: EncoderState
-    position: Int[Tensor, "batch"]
+    position: Int[Tensor, " batch"]
     mean: Float[Tensor, "batch channels"]
     std: Float[Tensor, "batch channels"]
 
@@ -233,7 +233,7 @@ class EventState(NamedTuple):
     """A stream of events: its encoder, and the time of the last event."""
 
     encoder: EncoderState
-    time: Float[Tensor, "batch"]
+    time: Float[Tensor, " batch"]
 
 
 SMALLEST_GAP = 1e-6
@@ -307,7 +307,7 @@ class EventForecaster(nn.Module):
         return EventState(self.encoder.init_state(batch), time)
 
     def step(
-        self, gaps: Float[Tensor, "batch"], marks: Int[Tensor, "batch"], state: EventState
+        self, gaps: Float[Tensor, " batch"], marks: Int[Tensor, " batch"], state: EventState
     ) -> tuple[EventPrediction, EventState]:
         """An event came: what comes next."""
         # float64 as in `forward`, or a long stream would drift from the same history read at once.
@@ -390,7 +390,7 @@ class DecisionTransformer(nn.Module):
         self,
         returns_to_go: Float[Tensor, "batch 1"],
         states: Float[Tensor, "batch state_dim"],
-        timesteps: Int[Tensor, "batch"],
+        timesteps: Int[Tensor, " batch"],
         state: EncoderState,
     ) -> tuple[Float[Tensor, "batch actions"], EncoderState]:
         """The action now, as logits or numbers; tell which one was taken with `act` before the next step."""
@@ -401,8 +401,8 @@ class DecisionTransformer(nn.Module):
 
     def act(
         self,
-        actions: Int[Tensor, "batch"] | Float[Tensor, "batch actions"],
-        timesteps: Int[Tensor, "batch"],
+        actions: Int[Tensor, " batch"] | Float[Tensor, "batch actions"],
+        timesteps: Int[Tensor, " batch"],
         state: EncoderState,
     ) -> EncoderState:
         """The stream after the action that was taken at `timesteps`."""

@@ -9,18 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_finite, check_whole
+from provenn.nn.norms import ChannelNorm
 from provenn.nn.padding import PadToMultiple
-
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of a map, at each pixel (eps 1e-5, biased variance).
-
-    Shapes: (batch, channels, height, width) to the same.
-    """
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
-        # The authors' code writes mean and variance out; the fused norm on channels-last maps gives the same.
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PositionBias(nn.Module):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from provenn.papers.craft.layers import HFB, HFERB, SRWAB, ChannelNorm
+from provenn.nn.norms import ChannelNorm
+from provenn.papers.craft.layers import HFB, HFERB, SRWAB
 
 # Mean colour of DIV2K, red, green, blue, in 0…1.
 MEAN = (0.4488, 0.4371, 0.4040)

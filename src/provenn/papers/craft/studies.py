@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn import bench
-from provenn.papers.craft.layers import GDFN, HFB, HFERB, SRWAB, ChannelNorm
+from provenn.nn.norms import ChannelNorm
+from provenn.papers.craft.layers import GDFN, HFB, HFERB, SRWAB
 from provenn.papers.craft.model import CRAFT, CRFB, craft_x2, craft_x3, craft_x4
-from provenn.tasks import TaskData
+from provenn.tasks import TaskData, count_examples
 from provenn.tasks.super_resolution import TASK, Whole, before_and_after, luma, psnr, reduced, restore
 from provenn.testing import seeded_state
 from provenn.training import Fit
@@ -123,7 +124,9 @@ def photographs(seed: int, smoke: bool) -> TaskData:
     """Crops whose input is 32×32 pixels; pieces of the validation and test photographs, which take less time."""
     data = TASK.load("photographs", patch=SCALE * (INPUT + 4), crops=2 if smoke else 16)
     side = 64 if smoke else 256
-    val, test = (Whole([crop_centre(split[i], side) for i in range(len(split))]) for split in (data.val, data.test))  # type: ignore[arg-type]  # data sets have a length, their type does not say so
+    val, test = (
+        Whole([crop_centre(split[i], side) for i in range(count_examples(split))]) for split in (data.val, data.test)
+    )
     return replace(data, val=val, test=test, meta={"scale": SCALE})
 
 
@@ -133,7 +136,7 @@ def crop_centre(photo: Tensor, side: int) -> np.ndarray:
 
 
 def list_photographs(data: TaskData) -> list[Tensor]:
-    return [data.test[i] for i in range(len(data.test))]  # type: ignore[arg-type]  # data sets have a length, their type does not say so
+    return [data.test[i] for i in range(count_examples(data.test))]
 
 
 def radius(image: Float[Tensor, "*channels height width"]) -> Float[Tensor, "height width"]:

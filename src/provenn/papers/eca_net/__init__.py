@@ -12,10 +12,13 @@ from provenn.papers.eca_net.layers import (
 from provenn.papers.eca_net.model import (
     add_eca,
     eca_mobilenet_v2,
+    eca_resnet10_semantic_fpn,
     eca_resnet18,
     eca_resnet20,
+    eca_resnet20_retinanet,
     eca_resnet34,
     eca_resnet50,
+    eca_resnet50_retinanet,
     eca_resnet101,
     eca_resnet152,
 )
@@ -30,10 +33,13 @@ __all__ = [
     "adaptive_kernel_size",
     "add_eca",
     "eca_mobilenet_v2",
+    "eca_resnet10_semantic_fpn",
     "eca_resnet18",
     "eca_resnet20",
+    "eca_resnet20_retinanet",
     "eca_resnet34",
     "eca_resnet50",
+    "eca_resnet50_retinanet",
     "eca_resnet101",
     "eca_resnet152",
 ]

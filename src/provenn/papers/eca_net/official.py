@@ -55,9 +55,10 @@ def _resnet(plain: dict[str, Tensor]) -> tuple[str, dict[str, Any], dict[str, Te
 
 def _mobilenet(plain: dict[str, Tensor]) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     # The module stands at the end of the block's sequence there, and is the only one in it with a `conv` of its own.
-    ours = {re.sub(r"(features\.\d+)\.conv\.\d+\.conv\.", r"\1.gate.conv.", name): t for name, t in plain.items()}
+    named = {re.sub(r"^features\.", "layers.", name): tensor for name, tensor in plain.items()}
+    ours = {re.sub(r"(layers\.\d+)\.conv\.\d+\.conv\.", r"\1.gate.conv.", name): t for name, t in named.items()}
     firsts = (1, 2, 4, 7, 11, 14, 17)  # the first block of each width
-    sizes = [ours[f"features.{block}.gate.conv.weight"].shape[-1] for block in firsts]
+    sizes = [ours[f"layers.{block}.gate.conv.weight"].shape[-1] for block in firsts]
     options = {
         "num_classes": plain["classifier.1.weight"].shape[0],
         "in_channels": plain["features.0.0.weight"].shape[1],

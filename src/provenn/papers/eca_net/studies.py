@@ -15,7 +15,7 @@ from provenn.nn import resnet
 from provenn.nn.channel_gates import Gate, record_gates
 from provenn.papers.eca_net.bands import BANDS, MATERIALS, bad_bands
 from provenn.papers.eca_net.layers import adaptive_kernel_size
-from provenn.tasks import TaskData, fingerprint, get_task
+from provenn.tasks import TaskData, count_examples, fingerprint, get_task
 from provenn.training import Fit
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def draw_gates(done: Fit, data: TaskData, seed: int) -> "Figure":
 def digit_data(seed: int, smoke: bool) -> TaskData:
     """Half of the task's training images go to the test: one image of 359 would be as large as the effect."""
     data = get_task("image-classification").load("digits", seed=seed)
-    count = len(data.train)  # type: ignore[arg-type]  # data sets have a length, their type does not say so
+    count = count_examples(data.train)
     kept, moved = (Subset(data.train, part) for part in (range(count // 2), range(count // 2, count)))
     return replace(data, train=kept, test=ConcatDataset([data.test, moved]))
 

@@ -169,7 +169,7 @@ class DiT(nn.Module):
             nn.init.normal_(named.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)  # type: ignore[union-attr,arg-type]
-            _draw_as_one(block.attention)  # type: ignore[union-attr,arg-type]
+            _draw_as_one(block.attention)  # type: ignore[arg-type]
         nn.init.zeros_(self.final_layer.modulation.weight)
         nn.init.zeros_(self.head.weight)
 

@@ -15,7 +15,7 @@ from provenn.nn.attention import SoftmaxAttention
 from provenn.papers.moh.dit import DiT, moh_dit_digits
 from provenn.papers.moh.layers import HeadRouter, MoHAttention, Routing, choose, head_load
 from provenn.papers.moh.model import moh_small, moh_vit_digits
-from provenn.tasks import Task, TaskData, get_task
+from provenn.tasks import Task, TaskData, count_examples, get_task
 from provenn.training import Fit, Recipe, fit
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Heads(NamedTuple):
 def digits(seed: int, task: str, validating: int) -> TaskData:
     """Images that the task would train on go to the test, so that it can tell a point, and some to the validation."""
     data = get_task(task).load("digits", seed=seed)
-    count = len(data.train)  # type: ignore[arg-type]  # data sets have a length, their type does not say so
+    count = count_examples(data.train)
     cuts = (0, KEPT, KEPT + validating, count)
     train, val, test = (Subset(data.train, range(start, end)) for start, end in pairwise(cuts))
     return replace(data, train=train, val=ConcatDataset([data.val, val]), test=ConcatDataset([data.test, test]))

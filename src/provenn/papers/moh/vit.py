@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from provenn.nn.attention import check_heads, split_heads
+from provenn.nn.backbone import crop_features, pad_to_multiple
 from provenn.ops.routed_heads import active_rows, cannot_count, put_back, routed_attention, take_rows
 from provenn.papers.moh.layers import BALANCE, EXECUTIONS, HeadRouter, Routing, add_balance
 
@@ -55,8 +57,8 @@ class HeadAttention(nn.Module):
 
     Args:
         dim, heads, shared, top_k, balance: as in `provenn.papers.moh.layers.MoHAttention`.
-        ratio: side of the squares of tokens whose mean is attended to; 1 attends to the tokens themselves.
         trained: side of the map of tokens at the image size that coordinates are scaled to.
+        ratio: side of the squares of tokens whose mean is attended to; 1 attends to the tokens themselves.
         execute: "dense" computes every head, "gather" the chosen (token, head) pairs alone; "auto" is "dense" here.
     """
 
@@ -67,14 +69,13 @@ class HeadAttention(nn.Module):
         shared: int,
         top_k: int,
         *,
-        ratio: int,
         trained: int,
-        balance: float | int,
-        execute: str,
+        ratio: int = 1,
+        balance: float | int = BALANCE,
+        execute: str = "dense",
     ):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        check_heads(dim, heads)
         if execute not in EXECUTIONS:
             raise ValueError(f"execute must be one of {', '.join(EXECUTIONS)}, got {execute!r}")
         self.heads, self.ratio, self.trained, self.balance = heads, ratio, trained, balance
@@ -88,9 +89,6 @@ class HeadAttention(nn.Module):
         self.query_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, 1, dim // heads), std=0.02))
         self.position1 = nn.Linear(2, 512)
         self.position2 = nn.Linear(512, heads)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _position_bias(self, height: int, width: int) -> Float[Tensor, "heads tokens pooled"]:
         table, index = relative_coordinates(height, width, self.ratio, self.trained, self.position1.weight)
@@ -111,32 +109,18 @@ class HeadAttention(nn.Module):
 class CosineAttention(HeadAttention):
     """Attention to all tokens by the cosine of queries and keys (the last stage).
 
-    Args:
-        dim, heads, shared, top_k, trained, balance, execute: as in `HeadAttention`.
+    Args: as in `HeadAttention`, whose `ratio` stays 1.
 
     Shapes: (batch, height · width, dim) to the same.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        shared: int,
-        top_k: int,
-        *,
-        trained: int,
-        balance: float | int = BALANCE,
-        execute: str = "dense",
-    ):
-        super().__init__(dim, heads, shared, top_k, ratio=1, trained=trained, balance=balance, execute=execute)
-
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], height: int, width: int
     ) -> Float[Tensor, "batch tokens dim"]:
-        q, k = (F.normalize(self._heads(map(x)), dim=-1) for map in (self.query, self.key))
+        q, k = (F.normalize(split_heads(map(x), self.heads), dim=-1) for map in (self.query, self.key))
         q = self._scaled(q, math.log(height * width))
         bias = self._position_bias(height, width).to(q.dtype)
-        v, routing = self._heads(self.value(x)), self.router(x)
+        v, routing = split_heads(self.value(x), self.heads), self.router(x)
         if self.gathers:
             active, always = routing.active.transpose(1, 2), self.router.shared
             y = routed_attention(q, k, v, active, always=always, bias=bias, scale=1.0)
@@ -151,24 +135,13 @@ class AggregatedAttention(HeadAttention):
     The weights of the neighbourhood gain a term that depends on the query alone, q̂ · T + b, after the softmax.
 
     Args:
-        dim, heads, shared, top_k, ratio, trained, balance, execute: as in `HeadAttention`.
+        dim, heads, shared, top_k, options: as in `HeadAttention`.
 
     Shapes: (batch, height · width, dim) to the same; `ratio` divides both sides.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        shared: int,
-        top_k: int,
-        *,
-        ratio: int,
-        trained: int,
-        balance: float | int = BALANCE,
-        execute: str = "dense",
-    ):
-        super().__init__(dim, heads, shared, top_k, ratio=ratio, trained=trained, balance=balance, execute=execute)
+    def __init__(self, dim: int, heads: int, shared: int, top_k: int, **options: Any):
+        super().__init__(dim, heads, shared, top_k, **options)
         self.reduce = nn.Conv2d(dim, dim, 1)
         self.norm = nn.LayerNorm(dim)
         self.local_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, WINDOW), std=4e-4))
@@ -188,11 +161,13 @@ class AggregatedAttention(HeadAttention):
         pooled = F.avg_pool2d(F.gelu(self.reduce(image)), self.ratio).flatten(2).transpose(1, 2)
         pooled = self.norm(pooled)
 
-        q = F.normalize(self._heads(self.query(x)), dim=-1)
+        q = F.normalize(split_heads(self.query(x), self.heads), dim=-1)
         length = (inside.sum(-1, keepdim=True) + pooled.shape[1]).log()
         scaled = self._scaled(q, length)
-        k, v = F.normalize(self._heads(self.key(x)), dim=-1), self._heads(self.value(x))
-        far_k, far_v = F.normalize(self._heads(self.key(pooled)), dim=-1), self._heads(self.value(pooled))
+        k, v = (split_heads(m(x), self.heads) for m in (self.key, self.value))
+        k = F.normalize(k, dim=-1)
+        far_k, far_v = (split_heads(m(pooled), self.heads) for m in (self.key, self.value))
+        far_k = F.normalize(far_k, dim=-1)
         bias = self._position_bias(height, width)
         routing, every = self.router(x), slice(None)
         if not self.gathers or cannot_count(x):
@@ -297,14 +272,15 @@ class MoHViT(nn.Module):
     Args:
         dims, heads, depths, ratios: width, heads, blocks and feed-forward ratio of each stage.
         shared, top_k: h_s and K of each stage; K = 0 where all heads are shared, which are weighed all the same.
-        num_classes: logits.
+        num_classes: logits; 0 leaves the classifier out, and `forward` gives the mean of the last map.
         in_channels: of the image.
         size: side of the square images that the weights are trained at; coordinates are scaled to it.
         drop_path: of the last block, rising linearly from 0.
         balance: β of the load-balance loss.
         execute: as in `HeadAttention`, of the stages that route heads.
 
-    Shapes: (batch, in_channels, height, width), sides multiples of 32, to (batch, num_classes).
+    Shapes: (batch, in_channels, height, width), sides multiples of 32, to (batch, num_classes). It is a
+    `provenn.nn.backbone.Backbone`.
     """
 
     def __init__(
@@ -326,9 +302,9 @@ class MoHViT(nn.Module):
         super().__init__()
         if not {len(dims)} == {len(each) for each in (heads, depths, shared, top_k, ratios)}:
             raise ValueError("dims, heads, depths, shared, top_k and ratios must have one entry for each stage")
-        if min(*dims, *depths, in_channels, num_classes) < 1:
+        if min(*dims, *depths, in_channels) < 1 or num_classes < 0:
             raise ValueError(
-                "dims, depths, in_channels and num_classes must be at least 1, got "
+                "dims, depths and in_channels must be at least 1 and num_classes at least 0, got "
                 f"{dims}, {depths}, {in_channels} and {num_classes}"
             )
         if not 0 <= drop_path < 1:
@@ -356,7 +332,8 @@ class MoHViT(nn.Module):
             self.stages.append(nn.ModuleList(blocks))
             self.norms.append(nn.LayerNorm(dim, eps=1e-6))
             channels = dim
-        self.head = nn.Linear(channels, num_classes)
+        self.strides, self.widths = [4 * 2**i for i in range(len(dims))], list(dims)
+        self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -369,21 +346,30 @@ class MoHViT(nn.Module):
             if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
                 nn.init.zeros_(part.bias)
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def _run(self, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
+        """Normalised tokens of each stage, (batch, height, width, dim); sides are multiples of 32."""
         if x.shape[1] != self.embeds[0].in_channels:
             raise ValueError(f"expected images of {self.embeds[0].in_channels} channels, got {x.shape[1]}")
-        if min(x.shape[2:]) < 32 or x.shape[2] % 32 or x.shape[3] % 32:
-            raise ValueError(f"the sides of an image must be multiples of 32, got {x.shape[2]} x {x.shape[3]}")
+        maps = []
         for i, (blocks, norm) in enumerate(zip(self.stages, self.norms)):
             x = self.embeds[2 * i](x)
             height, width = x.shape[2:]
             x = self.embeds[2 * i + 1](x.flatten(2).transpose(1, 2))
-            for block in blocks:  # type: ignore[union-attr,attr-defined]
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, height, width)
-            x = norm(x)
-            if i < len(self.stages) - 1:
-                x = x.transpose(1, 2).unflatten(-1, (height, width))
-        return self.head(x.mean(dim=1))
+            maps.append(norm(x).unflatten(1, (height, width)))
+            x = maps[-1].permute(0, 3, 1, 2)
+        return maps
+
+    def features(self, x: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
+        """The map of each stage, from fine to coarse; other sides than multiples of 32 are filled up with zeros."""
+        maps = [tokens.permute(0, 3, 1, 2) for tokens in self._run(pad_to_multiple(x, 32))]
+        return crop_features(maps, self.strides, (x.shape[2], x.shape[3]))
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        if min(x.shape[2:]) < 32 or x.shape[2] % 32 or x.shape[3] % 32:
+            raise ValueError(f"the sides of an image must be multiples of 32, got {x.shape[2]} x {x.shape[3]}")
+        return self.head(self._run(x)[-1].mean(dim=(1, 2)))
 
 
 SMALL: dict[str, Any] = {"dims": (72, 144, 288, 576), "heads": (3, 6, 12, 24), "depths": (5, 5, 22, 5)}

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
-from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
+from provenn.nn.attention import KVCache, SoftmaxAttention, check_heads, check_tokens, split_heads
 from provenn.papers.nprf.layers import make_biases, tokens_on
 
 
@@ -124,8 +124,7 @@ class LinformerAttention(nn.Module):
         if mixtures < 1 or max_length < 1:
             raise ValueError(f"mixtures and max_length must be at least 1, got {mixtures} and {max_length}")
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        check_heads(dim, heads)
         self.dim, self.heads, self.causal, self.max_length = dim, heads, causal, max_length
         self.query = nn.Linear(dim, dim, bias=bias)
         self.key = nn.Linear(dim, dim, bias=bias)
@@ -142,7 +141,7 @@ class LinformerAttention(nn.Module):
         n = x.shape[1]
         if n > self.max_length:
             raise ValueError(f"the sequence has {n} tokens, more than max_length={self.max_length}")
-        q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
         if mask is not None:
             k, v = (part.masked_fill(~mask[:, None, :, None], 0) for part in (k, v))
         y = F.scaled_dot_product_attention(q, self.mix_keys[:, :n] @ k, self.mix_values[:, :n] @ v)

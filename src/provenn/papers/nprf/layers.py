@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_finite, check_whole
-from provenn.nn.attention import check_tokens
+from provenn.nn.attention import check_heads, check_tokens, split_heads
 from provenn.nn.random_features import elu_features, gaussian, orthogonal_gaussian, positive_exponents, spherical
 from provenn.ops.linear_attention import LinearState, attention_outputs, linear_attention
 from provenn.ops.log_kernel import LogState, log_attention
@@ -55,7 +55,7 @@ class RelativeBias(nn.Module):
     def _sizes(self, sides: tuple[int, ...]) -> tuple[int, ...]:
         return sides if self.causal else tuple(2 * side - 1 for side in sides)
 
-    def forward(self, sides: tuple[int, ...]) -> Float[Tensor, "heads *offsets"]:
+    def forward(self, sides: tuple[int, ...]) -> Float[Tensor, " heads *offsets"]:
         """The biases of an input with these sides, the offset 0 last where causal, else in the middle."""
         table: Tensor = self.table
         wanted = self._sizes(sides)
@@ -196,8 +196,7 @@ class KernelAttentionRPE(nn.Module):
         check_whole(dim=dim, heads=heads, features=features, max_length=max_length)
         check_finite(scale=scale)
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        check_heads(dim, heads)
         if feature_map not in (*DRAWS, "elu"):
             raise ValueError(f"feature_map must be one of {', '.join(DRAWS)} and elu, got {feature_map!r}")
         self.in_logs = causal and not normalize and feature_map not in ("trf", "elu")
@@ -227,7 +226,7 @@ class KernelAttentionRPE(nn.Module):
 
     def _project(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         check_tokens(x, self.dim, mask)
-        q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
         return q, k, v
 
     def redraw(self, generator: torch.Generator | None = None) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.errors import UserError
-from provenn.nn.attention import SoftmaxAttention, check_tokens
+from provenn.nn.attention import SoftmaxAttention, check_heads, check_tokens, split_heads
 from provenn.nn.language import CausalLM, Encoder, FeedForward, PreNormBlock
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.papers.nprf.baselines import LinformerAttention, SoftmaxAttentionRPE
@@ -314,8 +314,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, both at least 1, got dim={dim} and heads={heads}")
+        check_heads(dim, heads)
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
 
@@ -332,7 +331,7 @@ class CrossAttention(nn.Module):
         if len(x) != len(other):
             raise ValueError(f"both sequences need one batch, got {len(x)} and {len(other)}")
         pairs = ((self.query, x), (self.key, other), (self.value, other))
-        q, k, v = (m(part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m, part in pairs)
+        q, k, v = (split_heads(m(part), self.heads) for m, part in pairs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
         return self.out(y.transpose(1, 2).flatten(2))
 

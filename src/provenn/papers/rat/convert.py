@@ -17,7 +17,7 @@ from provenn.errors import UserError
 from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
 from provenn.huggingface.families import Host
-from provenn.nn.attention import KVCache
+from provenn.nn.attention import KVCache, split_heads
 from provenn.papers.rat.layers import RATMixer, RATState, chrono_bias
 
 
@@ -86,7 +86,7 @@ class ConvertedRAT(Companion, RATMixer):
             y, final = self._resumed(g, v, k, q, state=state, mask=mask)
         if self.past is not None:
             self.past.state = final
-        return self._split(2 * z.sigmoid() * y.to(z.dtype))
+        return split_heads(2 * z.sigmoid() * y.to(z.dtype), self.heads)
 
 
 def attend(

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
-from provenn.nn.attention import KVCache, check_heads, check_tokens
+from provenn.nn.attention import KVCache, check_heads, check_tokens, split_heads
 from provenn.nn.positions import rotate
 from provenn.ops.chunk_attention import Earlier, chunk_attention
 from provenn.ops.linear_recurrence import linear_recurrence
@@ -212,9 +212,6 @@ class RATMixer(nn.Module):
         q, k = (tensor.unsqueeze(-2).expand(*tensor.shape[:-1], repeat, -1).flatten(-2) for tensor in (q, k))
         return z.sigmoid(), v, g, q, k
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def _rotate(self, x: Tensor, token: Tensor) -> Tensor:
         """Queries or keys (batch, heads, tokens, p) turned by the number of their chunk, or of their token."""
         if self.positions == "none":
@@ -267,8 +264,8 @@ class RATMixer(nn.Module):
         v, k = self._recur(g, v, chunk), self._recur(g, k, chunk)
         token = torch.arange(q.shape[1], device=q.device)
         # Turned after the recurrence, which carries the order inside a chunk itself: only chunks need positions.
-        queries, keys = (self._rotate(self._split(tensor.to(q.dtype)), token) for tensor in (q, k))
-        values = self._split(v.to(q.dtype))
+        queries, keys = (self._rotate(split_heads(tensor.to(q.dtype), self.heads), token) for tensor in (q, k))
+        values = split_heads(v.to(q.dtype), self.heads)
         y = chunk_attention(queries, keys, values, chunk=chunk)[:, :, :n]
         # Copies: a view would keep every token's keys alive for as long as the state lives.
         ends = slice(chunk - 1, None, chunk)
@@ -301,8 +298,8 @@ class RATMixer(nn.Module):
         v, k = (self._recur(g, x, self.chunk, h * continues) for x, h in ((v, state.value), (k, state.key)))
         # (batch, 1, chunks · L): streams of a batch stand at different positions.
         token = torch.arange(chunks * self.chunk, device=q.device) + (first_chunk * self.chunk).view(-1, 1, 1)
-        queries, keys = (self._rotate(self._split(tensor.to(q.dtype)), token) for tensor in (q, k))
-        values = self._split(v.to(q.dtype))
+        queries, keys = (self._rotate(split_heads(tensor.to(q.dtype), self.heads), token) for tensor in (q, k))
+        values = split_heads(v.to(q.dtype), self.heads)
         filled_slots = slice(state.chunks.length)
         earlier = Earlier(state.chunks.keys[:, :, filled_slots], state.chunks.values[:, :, filled_slots], first_chunk)
         y = chunk_attention(queries, keys, values, chunk=self.chunk, earlier=earlier)
@@ -348,7 +345,9 @@ class RATMixer(nn.Module):
         value = torch.lerp(v.to(g.dtype), state.value * continues, g)
         key = torch.lerp(k.to(g.dtype), state.key * continues, g)
         token = state.position.view(-1, 1, 1)
-        queries, keys, values = (self._split(tensor.to(x_t.dtype).unsqueeze(1)) for tensor in (q, key, value))
+        queries, keys, values = (
+            split_heads(tensor.to(x_t.dtype).unsqueeze(1), self.heads) for tensor in (q, key, value)
+        )
         queries, keys = self._rotate(queries, token), self._rotate(keys, token)
         # The longest stream opens a slot when it begins a chunk; shorter ones write into slots that are there already.
         chunks = state.chunks if state.length % self.chunk else state.chunks.append(keys, values)

@@ -27,7 +27,7 @@ class Jet(Tensor):
     @staticmethod
     def __new__(cls, terms: Sequence[Tensor]) -> "Jet":
         first = terms[0]
-        jet = Tensor._make_wrapper_subclass(cls, first.shape, dtype=first.dtype, device=first.device)  # type: ignore[attr-defined]  # untyped in torch
+        jet = Tensor._make_wrapper_subclass(cls, first.shape, dtype=first.dtype, device=first.device)
         jet.terms = list(terms)
         return jet
 
