@@ -84,6 +84,11 @@ def batch(tokens=14, padding=0):
     return {"input_ids": torch.randint(1, VOCAB, (2, tokens)), "attention_mask": mask}
 
 
+def close(actual, expected):
+    # Weights that lie elsewhere in memory are added up in another order: rounding, never more.
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def stir(model):
     """Maps away from where they start, so that what is compared is not the identity."""
     with torch.no_grad():
@@ -322,9 +327,9 @@ def test_a_saved_model_is_found_again_by_the_auto_classes(build, options, tmp_pa
     auto = AutoModelForMaskedLM if build is bert else AutoModelForCausalLM
     again = auto.from_pretrained(tmp_path).eval()
     assert type(again) is type(model) and again.config.conversion == {"paper": "hedgehog", "options": options}
-    assert torch.equal(again(**given).logits, model(**given).logits)
+    close(again(**given).logits, model(**given).logits)
     revert(again)
-    assert torch.equal(again(**given).logits, revert(model)(**given).logits)
+    close(again(**given).logits, revert(model)(**given).logits)
 
 
 @hosts
@@ -381,7 +386,8 @@ def test_a_classifier_is_converted_distilled_tuned_saved_and_undone(build, auto,
         assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path)
     again = auto.from_pretrained(tmp_path).eval()
-    assert type(again) is type(model) and torch.equal(again(**given).logits, model(**given).logits)
+    assert type(again) is type(model)
+    close(again(**given).logits, model(**given).logits)
 
 
 def test_the_report_of_a_layer_is_near_softmax_where_the_maps_are():

@@ -98,6 +98,17 @@ def batch(tokens=12, padding=0):
     return {"input_ids": torch.randint(2, VOCAB, (2, tokens)), "attention_mask": mask}
 
 
+def close(actual, expected):
+    # Weights that lie elsewhere in memory are added up in another order: rounding, never more.
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def same_network(again, model, given):
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    close(again(**given).logits, model(**given).logits)
+
+
 def convert_and_stir(model, slug, **options):
     """What is new away from where it starts, so that what is compared is not trivial."""
     old = set(dict(model.named_parameters()))
@@ -123,10 +134,12 @@ def test_a_decoder_is_converted_generates_is_found_again_and_undone(family, slug
     assert torch.equal(model.generate(**given, **beams), model.generate(**given, **beams, use_cache=False))
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(again) is type(model) and torch.equal(again(**given).logits, after)
+    assert type(again) is type(model)
+    same_network(again, model, given)
     twin = copy.deepcopy(model)
-    assert torch.equal(revert(twin)(**given).logits, before) and torch.equal(model(**given).logits, after)
-    assert torch.equal(revert(again)(**given).logits, before)
+    close(revert(twin)(**given).logits, before)
+    close(model(**given).logits, after)
+    close(revert(again)(**given).logits, before)
     assert set(again.state_dict()) == set(DECODERS[family]().state_dict())
 
 
@@ -138,8 +151,9 @@ def test_an_encoder_is_converted_found_again_and_undone(family, slug, tmp_path):
     assert (after - before).abs().max() > 1e-2
     model.save_pretrained(tmp_path)
     again = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
-    assert type(again) is type(model) and torch.equal(again(**given).logits, after)
-    assert torch.equal(revert(again)(**given).logits, before)
+    assert type(again) is type(model)
+    same_network(again, model, given)
+    close(revert(again)(**given).logits, before)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +173,8 @@ def test_a_classifier_of_a_new_family_is_tuned_by_lora_and_found_again(model, tm
     assert model.eval()(**given).loss < 0.8 * before
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    assert type(again) is type(model) and torch.equal(again(**given).logits, model(**given).logits)
+    assert type(again) is type(model)
+    same_network(again, model, given)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "roberta", "distilbert"])
