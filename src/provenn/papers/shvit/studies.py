@@ -245,8 +245,8 @@ def traffic(build: Callable[..., nn.Module]) -> Callable[[int, str], Callable[[]
 def _fused(build: Callable[[], nn.Module]) -> nn.Module:
     """As a trained network would be: batch norms that know the data, and none of weight 0.
 
-    With fresh statistics the values of a deep network shrink from layer to layer until they are denormal, and a
-    processor takes many times as long for those.
+    With fresh statistics the values of a deep network shrink from layer to layer until whole maps are denormal
+    numbers, which a trained network never computes with.
     """
     torch.manual_seed(0)
     network = build()
