@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 import provenn
 from provenn.bench import count_parameters, macs
+from provenn.compare.hosts import _backbones
 from provenn.nn.backbone import check_backbone
+from provenn.nn.detection import pad_batch
 from provenn.nn.fusion import fuse
 from provenn.papers import shvit
 from provenn.papers.shvit import (
@@ -356,11 +358,52 @@ def test_without_a_classifier_it_gives_the_mean_map():
 
 
 def test_necks_of_detectors():
+    maps = [torch.randn(1, width, side, side) for width, side in ((16, 8), (24, 4), (32, 2))]
     neck = detection_neck(tiny(num_classes=0), dim=8)
-    maps = tiny(num_classes=0).eval().features(torch.randn(1, 3, 128, 96))
     levels = neck(maps)
     assert neck.strides == [8, 16, 32, 64, 128]
-    assert [tuple(level.shape[2:]) for level in levels] == [(16, 12), (8, 6), (4, 3), (2, 2), (1, 1)]
+    assert [level.shape[2] for level in levels] == [16, 8, 4, 2, 1]
+    torch.testing.assert_close(levels[4], neck.extra[0](maps[2]))  # of the backbone's map, not of the pyramid's
+    fine = detection_neck(tiny(num_classes=0), dim=8, detector="mask_rcnn")
+    assert fine.strides == [4, 8, 16, 32, 64] and not fine.extra
+    assert [level.shape[2] for level in fine(maps)] == [32, 16, 8, 4, 2]
+    with pytest.raises(ValueError, match="detector must be one of retinanet, mask_rcnn, got 'fcos'"):
+        detection_neck(tiny(num_classes=0), detector="fcos")
+
+
+def test_detectors():
+    large = on_meta(shvit.shvit_retinanet)
+    assert large.backbone.widths == [224, 336, 448] and large.beta == 0
+    parts = count_parameters(shvit.shvit_s4(num_classes=0)), count_parameters(detection_neck(large.backbone))
+    assert count_parameters(large) == sum(parts) + count_parameters(large.head)
+    assert not any(isinstance(m, nn.GroupNorm) for m in large.head.modules())
+    assert large.neck.strides == [8, 16, 32, 64, 128]
+    assert on_meta(shvit.shvit_retinanet, variant="s1").backbone.widths == [128, 224, 320]
+    with pytest.raises(ValueError, match="variant must be one of s1, s2, s3, s4, got 's5'"):
+        shvit.shvit_retinanet("s5")
+    torch.manual_seed(0)
+    small = shvit.shvit_small_retinanet(num_classes=2)
+    assert small.neck.strides == [4, 8, 16, 32]
+    boxes = torch.tensor([[4.0, 4.0, 30.0, 28.0]])
+    images = torch.rand(2, 3, 48, 64)
+    batch = pad_batch(list(images), [boxes, boxes[:0]], [torch.tensor([1]), torch.tensor([], dtype=torch.long)])
+    losses = []
+    optimizer = torch.optim.AdamW(small.parameters(), 2e-3)
+    for _ in range(6):
+        optimizer.zero_grad()
+        losses.append(small.training_loss(batch))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_network_that_is_compared_has_the_size_of_its_baseline():
+    _, baseline = next(iter(_backbones().items()))
+    count, other = (count_parameters(build(num_classes=10, in_channels=1)) for build in (shvit.shvit_narrow, baseline))
+    assert abs(count / other - 1) < 0.1
+    model = shvit.shvit_narrow(in_channels=1)
+    check_backbone(model.eval(), in_channels=1, sizes=((16, 16), (9, 14)))
+    assert sum(isinstance(m, SingleHeadAttention) for m in model.modules()) == 4
 
 
 # Fused

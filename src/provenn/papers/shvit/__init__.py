@@ -13,11 +13,14 @@ from provenn.papers.shvit.model import (
     detection_neck,
     distillation_loss,
     four_stage_baseline,
+    shvit_narrow,
+    shvit_retinanet,
     shvit_s1,
     shvit_s2,
     shvit_s3,
     shvit_s4,
     shvit_small,
+    shvit_small_retinanet,
     shvit_small_semantic_fpn,
 )
 
@@ -32,10 +35,13 @@ __all__ = [
     "detection_neck",
     "distillation_loss",
     "four_stage_baseline",
+    "shvit_narrow",
+    "shvit_retinanet",
     "shvit_s1",
     "shvit_s2",
     "shvit_s3",
     "shvit_s4",
     "shvit_small",
+    "shvit_small_retinanet",
     "shvit_small_semantic_fpn",
 ]
