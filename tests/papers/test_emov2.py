@@ -256,6 +256,11 @@ def test_all_modes_have_the_same_parameters():
     assert shapes[0] == shapes[1] == shapes[2]
 
 
+def test_width_inside_is_cut_and_not_rounded():
+    hidden = [I2RMB(11, mode="conv", exp_ratio=ratio).project.in_channels for ratio in (2.5, 2.6, 2.72)]
+    assert hidden == [27, 28, 29]
+
+
 def test_drop_path_drops_whole_branches():
     torch.manual_seed(0)
     layer = I2RMB(16, head_dim=8, window=4, layer_scale=1.0, drop_path=0.5).train()
@@ -376,6 +381,22 @@ def test_window_follows_the_image_size():
 def test_published_ablations_can_be_built(options, published):
     total = bench.count_parameters(on_meta(emov2, variant="5m", **options)) / 1e6
     assert total == pytest.approx(published, abs=0.1)
+
+
+def test_branches_are_dropped_more_often_the_deeper():
+    network = on_meta(emov2, variant="1m")
+    rates = [block.drop.p for stage in network.stages for block in stage]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.04036)
+    steps = {round(b - a, 9) for a, b in itertools.pairwise(rates)}
+    assert steps == {round(0.04036 / 14, 9)}
+    last = {name: on_meta(emov2, variant=name).stages[3][-1].drop.p for name in ("2m", "5m", "20m", "50m")}
+    assert last == pytest.approx({"2m": 0.05, "5m": 0.05, "20m": 0.1, "50m": 0.2})
+
+
+def test_the_classifier_is_drawn_as_the_authors_draw_it():
+    torch.manual_seed(0)
+    head = emov2_small(num_classes=1000).head
+    assert abs(head.weight.std().item() / 0.02 - 1) < 0.02 and head.bias.abs().max() == 0
 
 
 def test_every_stage_is_where_it_belongs():
@@ -509,6 +530,8 @@ def test_target_needs_both_groupings():
     """What one grouping can explain of the target is two thirds of it, and a pixel alone nearly nothing."""
     x, target = studies.field_data(0, False).train.tensors
     assert x.shape == target.shape == (12_800, 1, 8, 8)
+    near, far = x[3, 0, :4, 4:].mean(), x[3, 0, 1::2, 0::2].mean()  # of pixel (1, 6)
+    torch.testing.assert_close(target[3, 0, 1, 6], 4 * (near + far))
     power = target.square().sum()
     best = {"pixel": (x * target).sum() ** 2 / x.square().sum() / power}
     for grouping in ("close", "remote"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import provenn
 from provenn.bench import count_parameters, macs
@@ -26,9 +27,11 @@ from provenn.papers.shvit import (
     distillation_loss,
     four_stage_baseline,
     shvit_small,
+    studies,
 )
 from provenn.papers.shvit.layers import ConvBN, Downsampling, FeedForward, PatchMerging, Residual, SqueezeExcite
 from provenn.papers.shvit.official import convert
+from provenn.tasks import TaskData
 
 PRESETS = {"s1": 224, "s2": 224, "s3": 224, "s4": 256}
 
@@ -300,7 +303,24 @@ def test_branches_are_dropped_whole_and_made_up_for():
     assert torch.equal(residual.eval()(x), 2 * x)
 
 
+def test_every_branch_of_a_network_may_be_dropped():
+    model = tiny(drop_path=0.3)
+    assert {m.drop for m in model.modules() if isinstance(m, Residual)} == {0.3}
+    # 2 or 3 branches a block, and 4 in each downsampling
+    assert sum(isinstance(m, Residual) for m in model.modules()) == 2 + 3 + 3 + 4 + 4
+    assert {m.drop for m in on_meta(shvit.shvit_s1).modules() if isinstance(m, Residual)} == {0.0}
+
+
 # The networks
+
+
+def test_fresh_weights_are_drawn_as_the_authors_draw_them():
+    torch.manual_seed(0)
+    head = tiny(num_classes=1000).head
+    assert abs(head.linear.weight.std().item() / 0.02 - 1) < 0.02 and head.linear.bias.abs().max() == 0
+    merging = tiny().stages[1][0][2]
+    # torch's default, uniform in ±1/√inputs
+    assert 0.97 < merging[0].conv.weight.abs().max().item() * 16**0.5 <= 1
 
 
 @pytest.mark.parametrize(
@@ -588,3 +608,104 @@ def test_presets_by_name():
     model = provenn.paper("shvit").build("shvit_small", num_classes=4, in_channels=1)
     assert isinstance(model, SHViT) and model(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
     assert model.strides == [2, 4, 8] and count_parameters(shvit_small()) < 1e6
+
+
+# The experiments
+
+
+def images_of(count: int, side: int = 16) -> TaskData:
+    generator = torch.Generator().manual_seed(3)
+    parts = [
+        TensorDataset(torch.randn(count, 1, side, side, generator=generator), torch.arange(count) % 4) for _ in range(3)
+    ]
+    return TaskData("noise", *parts, fingerprint="noise")
+
+
+def test_the_tint_asked_for_is_of_the_glyph_that_the_first_cell_shows():
+    images, labels = studies.recall_scenes(60, 0)
+    cells = images.float().view(60, 2, 3, 8, 3, 8).permute(0, 2, 4, 1, 3, 5).reshape(60, 9, 2, 8, 8)
+    shapes = F.normalize(cells[:, :, 0].flatten(2) - cells[:, :, 0].flatten(2).mean(2, keepdim=True), dim=2)
+    same = torch.einsum("bp,bcp->bc", shapes[:, 0], shapes[:, 1:]).argmax(1) + 1
+    tint = cells[torch.arange(60), same, 1].mean((1, 2)) / studies.LEVELS - 0.5
+    assert torch.equal((2 * tint).round().long(), labels)
+
+
+def test_neighbours_are_compared_without_what_all_tokens_share():
+    class Shared(nn.Module):
+        def __init__(self, share: float):
+            super().__init__()
+            self.share, self.weight = share, nn.Parameter(torch.zeros(1))
+
+        def features(self, x):
+            noise = torch.randn(len(x), 32, 8, 8, generator=torch.Generator().manual_seed(1))
+            smooth = noise.cumsum(2).cumsum(3)
+            return [100 + self.share * smooth + (1 - self.share) * noise]
+
+    data = images_of(60)
+    assert abs(studies.alike_neighbours(Shared(0.0), data)) < 0.02
+    assert studies.alike_neighbours(Shared(1.0), data) > 0.5
+
+
+def test_heads_that_attend_alike():
+    one, two = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    one[..., 0], two[..., 1] = 1.0, 1.0
+    assert studies.alike_heads(torch.cat([one, one], 1)) == pytest.approx(1)
+    assert studies.alike_heads(torch.cat([one, two], 1)) == pytest.approx(0)
+    assert studies.alike_heads(torch.cat([one, one, two], 1)) == pytest.approx(1 / 3)
+    torch.manual_seed(0)
+    network = stirred(studies.head_network(4, blocks=4, num_classes=4, in_channels=1)).eval()
+    layers = [m for m in network.modules() if isinstance(m, MultiHeadAttention)]
+    maps = studies.head_maps(network, torch.randn(3, 1, 16, 16))
+    assert [tuple(m.shape) for m in maps] == [(3, 4, 16, 16)] * 4
+    with torch.no_grad():
+        for layer in layers:
+            layer.qkv.conv.weight *= 10  # maps that differ
+        for layer in layers[2:]:
+            layer.qkv.conv.weight.zero_()  # every head of the later half attends to all places
+        assert studies.late_less_early(network, images_of(8)) > 0.2
+
+
+def test_the_head_that_stays_is_chosen_on_validation_images():
+    torch.manual_seed(1)
+    network = stirred(studies.head_network(4, blocks=2, num_classes=4, in_channels=1)).eval()
+    data = images_of(120)
+    before = copy.deepcopy(network.state_dict())
+    with torch.no_grad():
+        lost = studies.left_with_one_head(-1)(network, data)
+        assert all(torch.equal(v, before[n]) for n, v in network.state_dict().items())
+        weight = [m for m in network.modules() if isinstance(m, MultiHeadAttention)][-1].project[1].conv.weight
+
+        def accuracy(part) -> float:
+            images, labels = part.tensors
+            return (network(images).argmax(1) == labels).double().mean().item()
+
+        whole, alone = accuracy(data.test), {}
+        for head in range(4):
+            kept = weight.clone()
+            weight[:, : 16 * head] = 0
+            weight[:, 16 * (head + 1) :] = 0
+            alone[head] = accuracy(data.val), accuracy(data.test)
+            weight.copy_(kept)
+    assert len({on_val for on_val, _ in alone.values()}) > 1
+    best = max(alone, key=lambda head: alone[head][0])
+    assert lost == pytest.approx(alone[best][1] - whole)
+
+
+def test_bytes_moved_are_those_read_and_written():
+    class Map(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)[:, :12].unflatten(1, (3, 4)).flatten(1)).relu()
+
+    def build(num_classes: int, in_channels: int) -> nn.Module:
+        return Map(12, 5, bias=False)
+
+    moved = studies.traffic(build)(4, "cpu")()
+    assert moved == 4 * (12 + 12 * 5 + 5 + 5 + 5)  # the views before the map move nothing
+
+
+def test_networks_that_are_timed_compute_with_every_branch(no_shape_checks):
+    network = studies._fused.__wrapped__(tiny)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+    assert all(m.weight.abs().max() > 0 for m in network.modules() if isinstance(m, nn.Conv2d))
+    x = torch.randn(8, 3, 64, 64)
+    assert all(0.1 < m.std() < 10 for m in network.features(x))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,10 +286,15 @@ def _test_digits(meta: dict[str, Any], seed: int) -> HeldOut:
     return HeldOut(TensorDataset(scaled, labels), "the test split of digits")
 
 
+@lru_cache(maxsize=4)  # a study asks for them once a trial
+def _drawn_patches(seed: int, side: int) -> dict[str, tuple[Tensor, Tensor]]:
+    return {split: photo_patches(split, count, side=side, seed=seed) for split, count in PATCHES.items()}
+
+
 def _patches(seed: int, side: int) -> TaskData:
     if not 8 <= side <= 40:
         raise UserError(f"patches are squares of 8 to 40 pixels, got size {side}")
-    parts = {split: photo_patches(split, count, side=side, seed=seed) for split, count in PATCHES.items()}
+    parts = _drawn_patches(seed, side)
     train, val, test = (TensorDataset(*part) for part in parts.values())
     return TaskData(
         "patches",

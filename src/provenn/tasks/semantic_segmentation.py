@@ -1,6 +1,7 @@
 """Images to masks: a class for each pixel."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,12 +314,15 @@ def _pixels_of_classes(dataset: Dataset, most: int | None = None) -> Int64[Tenso
     return torch.stack([_counts(torch.as_tensor(mask)[None].long(), IGNORED)[0] for mask in masks]).sum(0)
 
 
+@lru_cache(maxsize=12)  # a study asks for them once a trial
+def _drawn_mosaics(split: str, count: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
+    pairs = [mosaic(split, index, seed=seed, side=side) for index in range(count)]
+    images = torch.stack([torch.from_numpy((image - MEAN) / STD) for image, _ in pairs])[:, None]
+    return images, torch.stack([torch.from_numpy(mask) for _, mask in pairs])
+
+
 def _mosaics(seed: int, side: int) -> TaskData:
-    parts = {}
-    for split in BANDS:
-        pairs = [mosaic(split, index, seed=seed, side=side) for index in range(COUNTS[split])]
-        images = torch.stack([torch.from_numpy((image - MEAN) / STD) for image, _ in pairs])[:, None]
-        parts[split] = TensorDataset(images, torch.stack([torch.from_numpy(mask) for _, mask in pairs]))
+    parts = {split: TensorDataset(*_drawn_mosaics(split, COUNTS[split], seed, side)) for split in BANDS}
     return TaskData(
         "textures",
         Flipped(parts["train"]),
