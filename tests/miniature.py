@@ -62,6 +62,34 @@ def cnfood(place: Path) -> None:
                 photo(place / split / name / f"{number:03}{i:03}.jpg", 40 + 8 * i, level=50 + 70 * number)
 
 
+def masks(place: Path, pairs: dict[str, str], values: list[int] | list[tuple[int, int, int]], side: int = 64) -> None:
+    """Photographs and, of the same parts, masks that hold each of the values."""
+    for number, (image, mask) in enumerate(pairs.items()):
+        photo(place / image, side, level=90 + 30 * number)
+        (place / mask).parent.mkdir(parents=True, exist_ok=True)
+        cells = np.arange(side * side).reshape(side, side) * len(values) // side**2
+        Image.fromarray(np.array(values, np.uint8)[np.roll(cells, number)]).save(place / mask)
+
+
+def cityscapes(place: Path) -> None:
+    names = [f"train/aachen/aachen_{i}" for i in range(4)] + ["val/ulm/ulm_0", "val/ulm/ulm_1", "test/bonn/bonn_0"]
+    pairs = {f"leftImg8bit/{name}_leftImg8bit.png": f"gtFine/{name}_gtFine_labelIds.png" for name in names}
+    masks(place, pairs, [0, 7, 8, 26])
+
+
+def camvid(place: Path) -> None:
+    colours = {f"class {k}": (10 * k, 255 - 10 * k, 100) for k in range(11)}
+    names = [f"train/{i}.png" for i in range(4)] + ["val/4.png", "val/5.png"]
+    masks(place, {f"images/{name}": f"labels/{name}" for name in names}, list(colours.values()))
+    lines = (f"{name} {' '.join(map(str, colour))}" for name, colour in colours.items())
+    (place / "classes.txt").write_text("\n".join(lines) + "\n")
+
+
+def ade20k(place: Path) -> None:
+    names = [f"training/{i}" for i in range(4)] + ["validation/4", "validation/5"]
+    masks(place, {f"images/{name}.jpg": f"annotations/{name}.png" for name in names}, [0, 1, 2, 150])
+
+
 def cifar(place: Path, files: dict[str, int], labels: int, classes: int, names: str) -> None:
     for file, count in files.items():
         rows = rng().integers(0, 256, (count, labels + 3072), dtype=np.uint8)
@@ -368,6 +396,9 @@ WRITERS = {
     "cnfood-241": cnfood,
     "cifar-10": cifar10,
     "cifar-100": lambda place: cifar(place, {"train.bin": 200, "test.bin": 100}, 2, 100, "fine_label_names.txt"),
+    "cityscapes": cityscapes,
+    "camvid": camvid,
+    "ade20k": ade20k,
     "div2k": div2k,
     **dict.fromkeys(("set5", "set14", "bsd100", "urban100", "manga109"), benchmark),
     "wikitext-103": wikitext,

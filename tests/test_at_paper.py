@@ -105,6 +105,28 @@ def test_photographs_of_a_benchmark_are_restored_by_the_authors_weights(data, tm
     assert told.published["psnr"][0] == "38.23 dB PSNR-Y (the authors' README) on set5"
 
 
+@pytest.mark.parametrize(
+    ("claim", "where", "preset", "classes"),
+    [("cityscapes_s", "cityscapes", "bevanet_s", 19), ("camvid_s", "camvid", "bevanet_s_camvid", 11)],
+)
+def test_masks_of_the_authors_weights_are_held_to_the_published_figure(claim, where, preset, classes, data, tmp_path):
+    miniature.write(where, data)
+    with open("tests/golden/bevanet.json") as file:
+        case = next(case for case in json.load(file)["cases"] if case["preset"] == "bevanet_s")
+    shapes = {name: tuple(classes if n == 19 else n for n in shape) for name, shape in case["shapes"].items()}
+    file = data / "weights" / "bevanet" / f"{preset}.pt"
+    file.parent.mkdir(parents=True)
+    torch.save({f"model.{name}": tensor for name, tensor in seeded_state(shapes, case["seed"]).items()}, file)
+    (finding,) = reproduce(catalog.card("bevanet"), claims=claim, budget="paper", device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    told = provenn.evaluate("bevanet", data / where, weights=file, device="cpu")
+    assert measured.value == pytest.approx(100 * told.metrics["miou"]) and told.examples == 2
+    assert measured.data == f"the val split of {where}" and measured.at_paper_setting
+    figure = catalog.card("bevanet").claim(claim).published.value
+    assert told.published["miou"][0].startswith(f"{figure} %")
+
+
 TINY = {"dim": 8, "heads": 2, "layers": 1, "feedforward": 8}
 TRAINED = {
     "classification": (

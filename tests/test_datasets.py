@@ -195,6 +195,7 @@ def test_what_papers_ask_for_is_there(card, claim):
     assert (claim.expects is not None) if how.against or claim.published is None else claim.published is not None
     measured = {
         "image-classification": {"accuracy"},
+        "semantic-segmentation": {"miou"},
         "super-resolution": {"psnr"},
         "series-forecasting": {"mse"},
         "language-modelling": {"perplexity", "word_perplexity", "score", "rouge1"},

@@ -32,6 +32,7 @@ PUBLISHED = {
     "top-5": "top5",
     "perplexity": "perplexity",
     "validation perplexity": "perplexity",
+    "mIoU": "miou",
     "AP": "AP",
     "AP50": "AP50",
     "AP75": "AP75",

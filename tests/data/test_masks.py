@@ -144,6 +144,13 @@ def test_cityscapes_own_train_ids_are_taken_where_they_are(tmp_path):
     np.testing.assert_array_equal(folder.read(folder.splits["train"][0][1]), NUMBERS)
 
 
+def test_cityscapes_test_images_whose_labels_are_kept_back_are_left_out(tmp_path):
+    for split in ("train", "val", "test"):
+        image(tmp_path / f"leftImg8bit/{split}/a/x_leftImg8bit.png")
+        mask(tmp_path / f"gtFine/{split}/a/x_gtFine_labelIds.png")
+    assert list(read_folder(tmp_path).splits) == ["train", "val"]
+
+
 def test_classes_and_their_colours(tmp_path):
     image(tmp_path / "images/a.png")
     mask(tmp_path / "masks/a.png")

@@ -495,6 +495,8 @@ def test_checkpoints_of_the_trainer_are_understood():
     assert "head.5.weight" in ours
     deployed = {name: value for name, value in theirs().items() if not name.startswith("seghead_d")}
     assert convert(deployed)[1]["training_heads"] is False
+    camvid = {**deployed, "head.conv2.weight": torch.empty(11, 128, 1, 1, device="meta")}
+    assert convert(camvid)[:2] == ("bevanet_s_camvid", {"in_channels": 3, "num_classes": 11, "training_heads": False})
     with pytest.raises(UserError, match="expected a state dict of BEVANet"):
         convert({"weight": torch.zeros(3)})
     wider = {**theirs(), "conv1.0.weight": torch.empty(48, 3, 3, 3, device="meta")}
@@ -519,11 +521,13 @@ def test_pretrained_weights_start_a_segmentation_model():
 
 
 def test_recipes_train_as_many_hard_pixels_as_the_authors():
-    """131,072 on each of two devices with 6 crops of 1024² (base), or on one with 12 (S)."""
+    """131,072 on each of two devices with 6 crops of 1024² (base), or on one with all of a batch (the others)."""
     presets = {preset.name: preset for preset in cards()["bevanet"].presets}
-    for name, images in (("bevanet", 6), ("bevanet_s", 12)):
+    crops = {"bevanet": 6 * 1024**2, "bevanet_s": 12 * 1024**2}
+    crops |= {"bevanet_s_camvid": 24 * 720 * 960, "bevanet_ade20k": 14 * 512**2}
+    for name, pixels in crops.items():
         share = presets[name].options.get("hard_share", 131072 / (12 * 1024**2))
-        assert share * images * 1024**2 == pytest.approx(131072, rel=1e-3)
+        assert share * pixels == pytest.approx(131072, rel=1e-3)
 
 
 def test_predict_writes_mask_and_overlay(tmp_path):

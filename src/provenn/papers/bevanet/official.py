@@ -17,6 +17,8 @@ SIZES: dict[tuple[int, tuple[int, ...]], str] = {
     (64, (2, 2, 3, 3)): "bevanet_sw",
     (64, (3, 3, 4, 4)): "bevanet_l",
 }
+# Networks that the authors fine-tuned on other data than Cityscapes, by their classes.
+TUNED = {("bevanet_s", 11): "bevanet_s_camvid", ("bevanet", 150): "bevanet_ade20k"}
 # In this order: what stands first is looked for first.
 NAMES = (
     (r"^conv1\.", "stem."),
@@ -123,7 +125,7 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
         options["num_classes"] = ours["head.5.weight"].shape[0]
         if "auxiliary_head.5.weight" not in ours:
             options["training_heads"] = False
-        return size, options, ours
+        return TUNED.get((size, options["num_classes"]), size), options, ours
     except KeyError:
         raise UserError(EXPECTED) from None
 

@@ -60,8 +60,8 @@ def zoomed_textures(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def texture_data(seed: int, smoke: bool) -> TaskData:
-    """1,600 images to learn from, 480 to choose a rate by, and 1,600 to test."""
-    counts = {"train": 64, "val": 32, "test": 32} if smoke else {"train": 1600, "val": 480, "test": 1600}
+    """1,600 images to learn from, 320 to choose a rate by, and 1,200 to test."""
+    counts = {"train": 64, "val": 32, "test": 32} if smoke else {"train": 1600, "val": 320, "test": 1200}
     parts = {split: zoomed_textures(split, count, seed) for split, count in counts.items()}
     train, val, test = (TensorDataset(*part) for part in parts.values())
     checksum = fingerprint(*parts["train"])
@@ -163,7 +163,7 @@ def transformer(*, vocab: int) -> nn.Module:
 
 def copy_data(seed: int, smoke: bool) -> TaskData:
     counts = {"examples": 64, "test_examples": 32} if smoke else {"examples": 12_800, "test_examples": 512}
-    return get_task("recall").load("selective-copy", seed=seed, length=24, pairs=4, values=8, **counts)
+    return get_task("recall").load("selective-copy", seed=seed, length=20, pairs=4, values=8, **counts)
 
 
 # Cost
