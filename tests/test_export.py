@@ -198,6 +198,25 @@ class OneSize(torch.nn.Module):
         return self.head((x * self.positions).mean((2, 3)))
 
 
+class Routed(torch.nn.Module):
+    """Keeps the larger ones of some scores, the first of equal ones, as MoH chooses its heads."""
+
+    def forward(self, x):
+        scores = x.mean(2).round()
+        return torch.zeros_like(scores).scatter(
+            -1, scores.sort(dim=-1, descending=True, stable=True).indices[..., :2], 9.0
+        )
+
+
+def test_equal_scores_are_sorted_as_torch_does(tmp_path):
+    image = torch.tensor([[[[0.0, 2.0, 1.0, 2.0, 2.0]], [[1.0, 1.0, 1.0, 1.0, 1.0]]]]).repeat(3, 1, 1, 1)
+    file = tmp_path / "a.onnx"
+    dynamic = ({0: torch.export.Dim("batch")},)
+    export._write(Routed(), (image,), dynamic, inputs=["image"], outputs=["kept"], file=file, about={})
+    (kept,) = onnxruntime.InferenceSession(file).run(None, {"image": image[:2].numpy()})
+    assert (kept > 0).tolist() == [[[False, True, False, True, False], [True, True, False, False, False]]] * 2
+
+
 def test_a_network_of_one_size_is_written_for_that_size_and_says_so(tmp_path):
     meta = {"size": 16, "channels": 1, "mean": [0.5], "std": [0.5]}
     said = export.image_system(OneSize().eval(), "image-classification", meta, tmp_path / "a.onnx", {})

@@ -87,5 +87,13 @@ def test_backbones_are_found_by_preset_and_by_paper():
     found = latency.ours(["eca_net"])
     assert {"eca_resnet20", "eca_resnet50", "eca_mobilenet_v2"} <= set(found)
     assert hasattr(found["eca_resnet20"](), "features")
+    assert "moh_vit_digits" not in latency.ours(["moh"])  # it has no pyramid
     with pytest.raises(UserError, match="no backbone is called 'eca_resnet17', did you mean"):
         latency.ours(["eca_resnet17"])
+
+
+@pytest.mark.parametrize("name", ["emov2_small", "moh_vit_digits", "bevanet_tiny_classifier", "l2vit_mini"])
+def test_small_presets_are_built_for_the_images_that_are_timed(name: str):
+    model = latency.ours([name], size=32)[name]().eval()  # grey ones, of 8 pixels too, by default
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 32, 32)).ndim == 2

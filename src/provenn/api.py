@@ -601,7 +601,8 @@ def _trained_on(label: "Label", kind: "Task", data: str | Path) -> bool:
         return False
     options = label.trained_on.get("options", {})
     try:
-        again = kind.load(data, seed=label.trained_on.get("seed", 0), **options)
+        with progress.unsaid():
+            again = kind.load(data, seed=label.trained_on.get("seed", 0), **options)
     except (UserError, TypeError):  # too little for a split, say: then no training has read it
         return False
     return again.fingerprint == label.trained_on["fingerprint"]

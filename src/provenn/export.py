@@ -485,7 +485,20 @@ def _write(
                 input_names=inputs,
                 output_names=outputs,
                 verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             )
         assert program is not None
         program.model.metadata_props.update(about)
         program.save(str(place))
+
+
+def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """`aten.sort.stable`, which torch has no ONNX form of: of equal values TopK takes the first one first.
+
+    Any: values of the file that is being written; onnxscript comes with an extra. Names are as torch has them.
+    """
+    from onnxscript import opset18
+
+    op: Any = opset18  # whose annotations want a value of one type
+    length = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+    return op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -163,40 +164,43 @@ def _markdown(table: Table) -> str:
     return f"{table.caption}\n\n| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n{rows}"
 
 
-def ours(names: Sequence[str] | None = None) -> dict[str, Build]:
-    """Classification backbones of the papers: by preset or by slug; by default all with published figures."""
+def ours(names: Sequence[str] | None = None, *, size: int = 224, channels: int = 3) -> dict[str, Build]:
+    """Classification backbones of the papers: by preset or by slug; by default all with published figures.
+
+    A classifier without `features`, which is no backbone, is taken where its preset is named. Each is built for images
+    of `size` and `channels`, where it can be told: small presets take grey ones by default, and some a single size.
+    """
     known = {
         preset.name: (card, preset)
         for card in cards().values()
         for preset in card.presets
         if card.work_of(preset) == "image-classification"
     }
+    images = {"size": size, "in_channels": channels}
     if names is None:
         chosen = {name: pair for name, pair in known.items() if pair[1].published}
-        return {name: partial(_preset, *pair) for name, pair in chosen.items() if _is_backbone(*pair)}
+        return {name: partial(_preset, *pair, images) for name, pair in chosen.items() if _is_backbone(*pair)}
     builds: dict[str, Build] = {}
     for name in names:
         mine = [each for each, (card, _) in known.items() if name in (each, card.slug)]
         if not mine:
             every = [*peers(224), *known]
             raise UserError(f"no backbone is called {name!r}{meant(name, every)}; there are: {', '.join(every)}")
-        for each in mine:
-            if not _is_backbone(*known[each]):
-                if name == each:
-                    raise UserError(f"{name} is no backbone: it has no features(x)")
-                continue
-            builds[each] = partial(_preset, *known[each])
+        chosen = {each: known[each] for each in mine if name == each or _is_backbone(*known[each])}
+        builds |= {each: partial(_preset, *pair, images) for each, pair in chosen.items()}
     return builds
 
 
-def _preset(card: Card, preset: Preset) -> nn.Module:
-    return card.resolve(preset.build)(**preset.options)
+def _preset(card: Card, preset: Preset, images: Mapping[str, int]) -> nn.Module:
+    build = card.resolve(preset.build)
+    known = {*signature(build).parameters, *preset.options}
+    return build(**{**preset.options, **{name: value for name, value in images.items() if name in known}})
 
 
 def _is_backbone(card: Card, preset: Preset) -> bool:
     try:
         with torch.device("meta"):
-            return hasattr(_preset(card, preset), "features")
+            return hasattr(_preset(card, preset, {}), "features")
     except Exception:  # what cannot be built without memory, or lacks a package, is none that we know of
         return False
 
@@ -235,10 +239,10 @@ def choose(names: Sequence[str], size: int) -> dict[str, Build]:
     """Networks of those names, ours and peers; `all` stands for every one. Peers come with any choice of ours."""
     beside = peers(size)
     if list(names) == ["all"]:
-        return {**beside, **ours()}
+        return {**beside, **ours(size=size)}
     own = [name for name in names if name not in beside]
     chosen = {name: beside[name] for name in names if name in beside}
-    return {**(chosen or beside), **(ours(own) if own else {})}
+    return {**(chosen or beside), **(ours(own, size=size) if own else {})}
 
 
 def measure(

@@ -133,6 +133,17 @@ def _commands(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs") or "\u202a" <= character <= "\u202e"
 
 
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Keep back what `say` would tell: of data that are read a second time."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 def say(message: str) -> None:
     """A line that the user should read, above the bars; who calls from Python and shows none gets it as a warning."""
     message = without_controls(message)

@@ -105,6 +105,12 @@ def test_images_that_are_missing_damaged_or_of_another_size(tmp_path):
         read_coco(file, skip_broken=True)
 
 
+def test_sizes_that_a_file_leaves_open_are_those_of_the_images(tmp_path):
+    file = write(tmp_path, annotations=[note()])
+    file.write_text(file.read_text().replace('"width": 40, "height": 30', '"width": null, "height": null'))
+    assert "null" in file.read_text() and len(read_coco(file).images[0].boxes) == 1
+
+
 def test_every_layout_is_found(tmp_path):
     official = tmp_path / "official"
     for split in ("train", "val"):

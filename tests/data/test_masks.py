@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from provenn.data.brain import HEIGHTS
-from provenn.data.masks import CITYSCAPES, IGNORED, palette, read_folder, read_mask, write_mask
+from provenn.data.masks import CITYSCAPES, IGNORED, MaskFolder, palette, read_folder, read_mask, write_mask
 from provenn.data.mosaics import BANDS, mosaic
 from provenn.errors import UserError
 
@@ -179,6 +179,22 @@ def test_what_is_missing_is_named(tmp_path):
         read_folder(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         read_folder(tmp_path / "images/a.png")
+
+
+def test_grey_masks_are_read_by_colours_that_explain_them(tmp_path):
+    black_and_white = [(0, 0, 0), (255, 255, 255)]
+    for values, expected in (([[0, 255]], [[0, 1]]), ([[0, 1]], [[0, 1]]), ([[255, 255]], [[1, 1]])):
+        Image.fromarray(np.array(values, np.uint8)).save(tmp_path / "m.png")
+        assert read_mask(tmp_path / "m.png", black_and_white).tolist() == expected
+        assert read_mask(tmp_path / "m.png").tolist() == values
+
+
+def test_numbers_become_those_of_a_model(tmp_path):
+    Image.fromarray(np.array([[0, 1, 2, 255]], np.uint8)).save(tmp_path / "m.png")
+    folder = MaskFolder({}, ["a", "b", "c"], [], order=(4, 0, 2))
+    assert folder.read(tmp_path / "m.png").tolist() == [[4, 0, 2, 255]]
+    with pytest.raises(UserError, match="holds the class 2; there are 2, from 0 on"):
+        MaskFolder({}, ["a", "b"], [], order=(1, 0)).read(tmp_path / "m.png")
 
 
 def test_mosaics_repeat_and_their_splits_share_no_column():

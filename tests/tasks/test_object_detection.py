@@ -18,7 +18,7 @@ from provenn.nn.detection import Detections, RetinaNet
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.tasks import get_task
 from provenn.tasks.average_precision import Found, Truth, _annotations, average_precision, curves, match
-from provenn.tasks.object_detection import Pictures, join
+from provenn.tasks.object_detection import Pictures, _fitting_font, _legible_on, join
 
 TASK = get_task("object-detection")
 META = {"classes": ["a", "b", "c"], "ids": [4, 7, 9], "size": 48, "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -265,6 +265,15 @@ def test_places_that_cannot_take_a_prediction(folder, output, message):
     files = [folder / "000.png", folder / "003.png"]
     with pytest.raises(UserError, match=message):
         TASK.predict(Oracle(), META, files, folder.parent / output)
+
+
+def test_labels_lie_in_the_picture_and_can_be_read():
+    assert _legible_on("#ffffff") == "black" and _legible_on("#000000") == "white"
+    assert _legible_on("#911eb4") == "white" and _legible_on("#ffe119") == "black"
+    texts = ["dining table 100%", "a 1%"]
+    assert _fitting_font(texts, 640, 20).size == 20
+    small = _fitting_font(texts, 60, 20)
+    assert small.size < 20 and small.getlength(texts[0]) <= 61
 
 
 def test_bad_data_and_models_are_refused_in_one_line(folder, tmp_path):

@@ -263,6 +263,61 @@ def test_other_refusals(squares, tmp_path):
         TASK.held_out("textures", data.meta)
 
 
+def test_masks_of_black_and_white_are_asked_for_their_colours(squares):
+    for mask in (squares / "masks").iterdir():
+        Image.fromarray(np.where(read_mask(mask) == 1, 255, 0).astype(np.uint8)).save(mask)
+    with pytest.raises(UserError, match=r"one class; .* write two lines to .*classes.txt, 'background 0 0 0' and 'obj"):
+        TASK.load(squares)
+    (squares / "classes.txt").write_text("ground\nthing\n")  # which says nothing of 255
+    with pytest.raises(UserError, match="one class"):
+        TASK.load(squares)
+    (squares / "classes.txt").write_text("ground 0 0 0\nthing 255 255 255\n")
+    assert TASK.load(squares).test[0][1].unique().tolist() == [0, 1]
+
+
+def test_masks_of_which_nothing_is_judged_are_refused(squares):
+    meta = TASK.load(squares).meta
+    for mask in (squares / "masks").iterdir():
+        Image.fromarray(np.full_like(read_mask(mask), IGNORED)).save(mask)
+    with pytest.raises(UserError, match="the train split's masks hold 255 alone, which is not judged"):
+        TASK.load(squares)
+    with pytest.raises(UserError, match="every pixel of the masks is 255: nothing is judged"):
+        TASK.evaluate(Threshold().eval(), TASK.held_out(squares, meta).dataset)
+
+
+def test_classes_are_the_models_own_by_name(squares):
+    data = TASK.load(squares)
+    model, meta = Threshold().eval(), {**data.meta, "classes": ["dark", "bright"]}
+    (squares / "classes.txt").write_text("dark\nbright\n")
+    before = TASK.evaluate(model, TASK.held_out(squares, meta).dataset)
+    (squares / "classes.txt").write_text("bright\ndark\n")
+    for mask in (squares / "masks").iterdir():
+        numbers = read_mask(mask)
+        Image.fromarray(np.where(numbers == IGNORED, IGNORED, 1 - numbers).astype(np.uint8)).save(mask)
+    assert TASK.evaluate(model, TASK.held_out(squares, meta).dataset) == before
+    nameless = {**meta, "classes": ["class 0", "class 1"]}
+    assert TASK.evaluate(model, TASK.held_out(squares, nameless).dataset) != before  # their order counts
+    (squares / "classes.txt").write_text("sea\ndark\n")
+    with pytest.raises(UserError, match="the model knows no class 'sea'; it knows: dark, bright"):
+        TASK.held_out(squares, meta)
+
+
+def test_no_prediction_is_written_over_an_input(squares, tmp_path):
+    meta, model, images = TASK.default_meta({"num_classes": 2}), Threshold().eval(), squares / "images"
+    before = (images / "0.png").read_bytes()
+    for inputs, output in (([images / "0.png"], images / "0.png"), ([images], images)):
+        with pytest.raises(UserError, match=r"0\.png is an input itself"):
+            TASK.predict(model, meta, inputs, output)
+    (images / "0_overlay.png").write_bytes(before)
+    with pytest.raises(UserError, match="as another one's overlay would be"):
+        TASK.predict(model, meta, [images], tmp_path / "out", overlay=True)
+    assert (images / "0.png").read_bytes() == before
+    twice = [images / "0.png", squares / "masks" / "0.png"]
+    assert len(TASK.predict(model, meta, twice, None).splitlines()) == 2  # where nothing is written, names may repeat
+    with pytest.raises(UserError, match="have the same name"):
+        TASK.predict(model, meta, twice, tmp_path / "out")
+
+
 def test_embedded_scenes():
     data = TASK.load("textures", size=32)
     assert [len(part) for part in (data.train, data.val, data.test)] == [320, 40, 60]

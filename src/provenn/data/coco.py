@@ -261,7 +261,8 @@ def _sizes(
                 raise
             broken.add(number)
             continue
-        said = entry.get("height", height), entry.get("width", width)
+        sides = {"height": height, "width": width}
+        said = tuple(side if entry.get(name) is None else entry[name] for name, side in sides.items())
         if said != (height, width):
             raise UserError(f"{path} is {width}×{height} pixels; {file.name} says {said[1]}×{said[0]}")
         sizes[number] = height, width

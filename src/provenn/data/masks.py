@@ -1,5 +1,7 @@
 """Images with masks: a class number for each pixel, in the layouts that people keep them in."""
 
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,7 @@ class MaskFolder:
         colours: of each class, where masks are coloured.
         numbers: what a number in a file means, where it is another: Cityscapes' labels.
         subtract: 1 where class 0 in the files means "no class", as ADE20K has it.
+        order: the number that a model has for each of these classes, where it counts them otherwise.
     """
 
     splits: dict[str, list[tuple[Path, Path]]]
@@ -65,9 +68,25 @@ class MaskFolder:
     colours: list[tuple[int, int, int]]
     numbers: dict[int, int] | None = None
     subtract: int = 0
+    order: tuple[int, ...] | None = None
 
     def read(self, mask: Path) -> UInt8[np.ndarray, "height width"]:
-        """A mask as class numbers, 255 for what is not judged."""
+        """A mask as class numbers, 255 for what is not judged.
+
+        Raises:
+            UserError: as `read_mask`, or a number that has no name, where a model's order goes by names.
+        """
+        numbers = self._numbers(mask)
+        if self.order is None:
+            return numbers
+        judged = numbers[numbers != IGNORED]
+        if judged.size and judged.max() >= len(self.order):
+            raise UserError(f"{mask} holds the class {judged.max()}; there are {len(self.order)}, from 0 on")
+        table = np.full(256, IGNORED, np.uint8)
+        table[: len(self.order)] = self.order
+        return table[numbers]
+
+    def _numbers(self, mask: Path) -> UInt8[np.ndarray, "height width"]:
         numbers = read_mask(mask, self.colours)
         if self.numbers is not None:
             table = np.full(256, IGNORED, np.uint8)
@@ -83,7 +102,8 @@ def read_mask(file: Path, colours: Sequence[tuple[int, int, int]] = ()) -> UInt8
 
     Args:
         file: PNG, TIFF or BMP: of 8 or 16 bits, with a palette, of 1 bit, or coloured.
-        colours: of each class; what has none of them is not judged.
+        colours: of each class; what has none of them is not judged. A grey mask is read by them where they explain
+            all of its values, and else holds numbers.
 
     Raises:
         UserError: no image, a damaged one, one with loss, numbers over 255, or colours that nobody explained.
@@ -95,9 +115,10 @@ def read_mask(file: Path, colours: Sequence[tuple[int, int, int]] = ()) -> UInt8
             if image.mode == "1":
                 return np.asarray(image).astype(np.uint8)
             if image.mode in ("P", "L"):
-                return np.asarray(image).copy()
+                numbers = np.asarray(image).copy()
+                return numbers if image.mode == "P" else _of_greys(numbers, colours)
             values = np.asarray(image) if image.mode.startswith(("I", "F")) else np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, zlib.error, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{file} is no mask that can be read: {error}") from None
     if values.ndim == 2:
         if values.min() < 0 or values.max() > IGNORED or (values % 1).any():
@@ -117,6 +138,19 @@ def read_mask(file: Path, colours: Sequence[tuple[int, int, int]] = ()) -> UInt8
     order = known.argsort()
     place = np.minimum(np.searchsorted(known[order], codes), len(known) - 1)
     return np.where(known[order][place] == codes, order[place], IGNORED).astype(np.uint8)
+
+
+def _of_greys(
+    values: UInt8[np.ndarray, "height width"], colours: Sequence[tuple[int, int, int]]
+) -> UInt8[np.ndarray, "height width"]:
+    """Grey values as classes where all of them are classes' colours, as in black and white; else as they are."""
+    greys = {red: index for index, (red, green, blue) in enumerate(colours) if red == green == blue}
+    there = np.unique(values).tolist()
+    if not set(there) <= greys.keys():
+        return values
+    table = np.zeros(256, np.uint8)
+    table[there] = [greys[value] for value in there]
+    return table[values]
 
 
 def write_mask(file: Path, mask: UInt8[np.ndarray, "height width"], colours: Sequence[tuple[int, int, int]]) -> None:

@@ -1,6 +1,7 @@
 """Images to masks: a class for each pixel."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,8 @@ class SemanticSegmentation(Task):
             both, said, true = (_counts(m, classes) for m in (torch.where(told == masks, masks, IGNORED), told, masks))
             rows.append([part.cpu().numpy() for part in (both, said, true, boundary_f_score(told, masks))])
         names = ("both", "told_pixels", "true_pixels", "boundary_f")
+        if rows and not any(row[2].any() for row in rows):
+            raise UserError(f"every pixel of the masks is {IGNORED}: nothing is judged")
         return {name: np.concatenate(column) for name, column in zip(names, zip(*rows))}
 
     def summary(self, scores: Scores) -> dict[str, float]:
@@ -132,9 +135,7 @@ class SemanticSegmentation(Task):
                     f" these weights take {meta['channels']} and tell {len(meta['classes'])} others"
                 )
             return HeldOut(data.test, f"the test split of {named}")
-        folder = read_folder(Path(named))
-        if folder.classes and meta["classes"] and len(folder.classes) > len(meta["classes"]):
-            raise UserError(f"{named} has {len(folder.classes)} classes, the model tells {len(meta['classes'])}")
+        folder = _in_order(named, read_folder(Path(named)), meta["classes"])
         splits = folder.splits if whole else _with_splits(Path(named), folder.splits, seed)
         split = next(name for name in ("test", "val", "train") if name in splits)
         which = "all" if split == "train" else f"the {split} split"
@@ -185,10 +186,17 @@ class SemanticSegmentation(Task):
         if output is not None and not many and output.suffix.lower() != ".png":
             raise UserError(f"a mask is written as .png, got {output.name}")
         colours = meta.get("palette") or palette(len(meta["classes"]))
-        if many and len({file.stem for file in files}) < len(files):
+        places = [output / f"{file.stem}.png" if many else output for file in files] if output is not None else []
+        if len(set(places)) < len(places):
             raise UserError("two of the images have the same name, and so would their masks: predict them one by one")
+        written = {*places, *(_beside(place) for place in places if overlay)}
+        if len(written) < len(places) * (1 + overlay):
+            raise UserError("an image is called as another one's overlay would be: predict them one by one")
+        over = next((file for file in files if file.resolve() in {place.resolve() for place in written}), None)
+        if over is not None:
+            raise UserError(f"{over} is an input itself, and would be written over; choose another place with -o")
         lines = []
-        for file in progress.track(files, "predicting"):
+        for index, file in enumerate(progress.track(files, "predicting")):
             with torch.no_grad():
                 image = self.example(file, meta).to(device_of(model))
                 mask = full_logits(model, image).argmax(1)[0].cpu().numpy().astype(np.uint8)
@@ -197,10 +205,9 @@ class SemanticSegmentation(Task):
             lines.append(f"{file}: {told}")
             if output is None:
                 continue
-            target = output / f"{file.stem}.png" if many else output
-            write_mask(target, mask, [(r, g, b) for r, g, b in colours])
+            write_mask(places[index], mask, [(r, g, b) for r, g, b in colours])
             if overlay:
-                write_image(target.with_name(f"{target.stem}_overlay.png"), overlaid(read_image(file), mask, colours))
+                write_image(_beside(places[index]), overlaid(read_image(file), mask, colours))
         wrote = [] if output is None else [f"wrote {output}"]
         return "\n".join([*lines, *wrote])
 
@@ -236,6 +243,10 @@ class SemanticSegmentation(Task):
             ]
             figure.legend(handles=patches, loc="outside right center", frameon=False)
         return figure
+
+
+def _beside(mask: Path) -> Path:
+    return mask.with_name(f"{mask.stem}_overlay.png")
 
 
 def overlaid(picture: Picture, mask: UInt8[np.ndarray, "height width"], colours: Sequence[Sequence[int]]) -> Picture:
@@ -371,6 +382,20 @@ class Flipped(Dataset):
         return (image.flip(-1), mask.flip(-1)) if torch.rand(()) < 0.5 else (image, mask)
 
 
+def _in_order(source: str | Path, folder: MaskFolder, classes: Sequence[str]) -> MaskFolder:
+    """The folder with its classes as a model numbers them: by name, where both have names."""
+    if len(folder.classes) > len(classes):
+        raise UserError(f"{source} has {len(folder.classes)} classes, the model tells {len(classes)}")
+    nameless = list(classes) == [f"class {index}" for index in range(len(classes))]
+    if nameless or folder.classes == list(classes[: len(folder.classes)]):
+        return folder
+    odd = next((name for name in folder.classes if name not in classes), None)
+    if odd is not None:
+        some = ", ".join(list(classes)[:10]) + (", …" if len(classes) > 10 else "")
+        raise UserError(f"{source}: the model knows no class {odd!r}; it knows: {some}")
+    return replace(folder, order=tuple(list(classes).index(name) for name in folder.classes))
+
+
 class MaskedImages(Dataset):
     """Images and masks read from files, whole; or scaled by 0.5 to 2, cropped and mirrored at random for training."""
 
@@ -466,18 +491,29 @@ def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskD
         "std": list(IMAGENET_STD),
     }
     sets = {name: MaskedImages(pairs, folder, meta, augment=name == "train") for name, pairs in splits.items()}
-    checksums, highest = [], 0
-    for part in sets.values():  # every mask is held to its image now, not in the middle of training
+    checksums, pixels = [], np.zeros(IGNORED + 1, np.int64)
+    for split, part in sets.items():  # every mask is held to its image now, not in the middle of training
+        before = pixels[:IGNORED].sum()
         for index in progress.track(range(len(part)), "reading masks"):
             mask = part.mask(index)
-            highest = max(highest, int(np.where(mask == IGNORED, 0, mask).max()))
+            pixels += np.bincount(mask.ravel(), minlength=IGNORED + 1)
             image = part.files[index][0]
             checksums.append(f"{image.relative_to(root)} {image.stat().st_size} {fingerprint(mask)}")
+        if pixels[:IGNORED].sum() == before:
+            raise UserError(f"{root}: the {split} split's masks hold {IGNORED} alone, which is not judged")
+    there = np.flatnonzero(pixels[:IGNORED])
     if not classes:
-        classes = [f"class {k}" for k in range(highest + 1)]
+        classes = [f"class {k}" for k in range(there[-1] + 1)]
         meta["classes"] = classes
-    if len(classes) < 2:
-        raise UserError(f"{root}: the masks hold one class; segmentation tells two or more apart")
+    if len(there) < 2:
+        black_and_white = there.tolist() == [0] and pixels[IGNORED]
+        hint = (
+            f" Of 0 and {IGNORED}, {IGNORED} is not judged: for masks of black and white write two lines to "
+            f"{root / 'classes.txt'}, 'background 0 0 0' and 'object 255 255 255'."
+        )
+        raise UserError(
+            f"{root}: the masks hold one class; segmentation tells two or more apart.{hint if black_and_white else ''}"
+        )
     if folder.colours:
         meta["palette"] = [list(colour) for colour in folder.colours]
     return TaskData(
