@@ -55,6 +55,66 @@ def imagenet(place: Path) -> None:
                 photo(place / split / name / f"{name}_{i}.JPEG", 40 + 8 * i, level=50 + 70 * number)
 
 
+def coco(place: Path) -> None:
+    """Bright squares of two kinds, ids with a gap as COCO's have; one crowd, and a picture with nothing."""
+    number = 0
+    for split, count in (("train2017", 6), ("val2017", 3)):
+        images, notes = [], []
+        for i in range(count):
+            photo(place / split / f"{i:012}.jpg", 48, level=60)
+            images.append({"id": i, "file_name": f"{i:012}.jpg", "width": 48, "height": 48})
+            for category in (1, 90) if i else ():
+                number += 1
+                box = [4.0 + i, 6.0, 20.0, 20.0 + category // 10]
+                note = {"id": number, "image_id": i, "category_id": category, "bbox": box, "area": box[2] * box[3]}
+                notes.append({**note, "iscrowd": int(i == 1 and category == 90)})
+        file = place / "annotations" / f"instances_{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        categories = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
+        file.write_text(json.dumps({"images": images, "categories": categories, "annotations": notes}))
+
+
+def mask(file: Path, numbers: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(numbers.astype(np.uint8)).save(file)
+
+
+def halves(left: int, right: int, side: int) -> np.ndarray:
+    return np.where(np.arange(side) < side // 2, left, right)[None].repeat(side, 0)
+
+
+def ade20k(place: Path) -> None:
+    """0 is no class, and so is left out."""
+    for split, count in (("training", 4), ("validation", 2)):
+        for i in range(count):
+            photo(place / "images" / split / f"ADE_{split[:5]}_{i:08}.jpg", 64)
+            numbers = halves(1 + i % 2, 3, 64)
+            numbers[:8] = 0
+            mask(place / "annotations" / split / f"ADE_{split[:5]}_{i:08}.png", numbers)
+
+
+def cityscapes(place: Path) -> None:
+    """Roads (label 7, class 0) and cars (26, class 13), and what is not judged (1)."""
+    for split, city, count in (("train", "aachen", 4), ("val", "munster", 2)):
+        for i in range(count):
+            name = f"{city}_{i:06}_000019"
+            photo(place / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", 64)
+            numbers = halves(7, 26, 64)
+            numbers[:8] = 1
+            mask(place / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", numbers)
+            mask(place / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", numbers)
+
+
+def camvid(place: Path) -> None:
+    """Colours; black is not judged."""
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            photo(place / "images" / split / f"0001TP_{i:06}.png", 64)
+            colours = np.array([(0, 0, 0), (128, 64, 128), (128, 128, 128)])[halves(1, 2, 64)]
+            colours[:8] = 0
+            mask(place / "labels" / split / f"0001TP_{i:06}_L.png", colours)
+
+
 def cnfood(place: Path) -> None:
     for split, count in (("train", 3), ("val", 2), ("test", 2)):
         for number, name in enumerate(("000", "001", "240")):
@@ -359,6 +419,22 @@ def questions(place: Path) -> None:
     byte_pairs(place)
 
 
+def longbench(place: Path) -> None:
+    keys = {"length": 9, "dataset": "lcc", "language": "python", "all_classes": None, "_id": "0"}
+    entries = [{**keys, "input": "", "context": f"{prose(9)} x = {i}\n", "answers": [f"x = {i}"]} for i in range(2)]
+    jsonlines(place / "lcc.jsonl", entries)
+    jsonlines(place / "repobench-p.jsonl", [{**entry, "input": "y = 1\n"} for entry in entries])
+    byte_pairs(place)
+
+
+def ruler(place: Path) -> None:
+    text = "A special magic word is hidden within the following text.\n{}\nWhat is the special magic word for cat?"
+    needle = "One of the special magic words for cat is: mat."
+    entry = {"outputs": ["mat"], "length": 90, "answer_prefix": " The special magic word for cat is"}
+    entries = [{"index": i, "input": text.format(prose(5) + needle + prose(i + 1)), **entry} for i in range(2)]
+    jsonlines(place / "niah_word_16k" / "validation.jsonl", entries)
+
+
 def genomics(place: Path) -> None:
     labelled_texts(place / "human_nontata_promoters", {"positive": "ACG", "negative": "GTN"})
 
@@ -366,6 +442,10 @@ def genomics(place: Path) -> None:
 WRITERS = {
     "imagenet-1k": imagenet,
     "cnfood-241": cnfood,
+    "coco-2017": coco,
+    "ade20k": ade20k,
+    "cityscapes": cityscapes,
+    "camvid": camvid,
     "cifar-10": cifar10,
     "cifar-100": lambda place: cifar(place, {"train.bin": 200, "test.bin": 100}, 2, 100, "fine_label_names.txt"),
     "div2k": div2k,
@@ -384,5 +464,7 @@ WRITERS = {
     "glue": glue,
     "samsum": samsum,
     "questions": questions,
+    "longbench": longbench,
+    "ruler": ruler,
     "genomics": genomics,
 }

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from provenn import progress
 from provenn.data.choices import Questions, read_questions
+from provenn.data.prompts import Prompts, read_prompts
 from provenn.data.text import (
     ENDS,
     BytePairs,
@@ -134,6 +135,48 @@ class Choices(Dataset):
         return {"right": np.array(right), "right_by_length": np.array(right_by_length), "by_length": by_length}
 
 
+class Written(Dataset):
+    """Prompts in tokens, each of which a model goes on from in its own words; an item is the tokens.
+
+    A prompt that leaves no room for the answer in a window loses its middle: how it begins and how it ends says what is
+    asked.
+    """
+
+    def __init__(self, asked: Prompts, tokenizer: Tokenizer, length: int):
+        room = length - asked.tokens
+        if room < 2:
+            raise UserError(f"{asked.name} takes answers of {asked.tokens} tokens: length must be more, got {length}")
+        self.asked, self.tokenizer = asked, tokenizer
+        self.items = [_ends(tokenizer.encode(prompt.text), room) for prompt in asked.prompts]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Int64[Tensor, " _"]:
+        return self.items[index]
+
+    def scores(self, model: Any) -> Scores:
+        """Of each prompt how good the likeliest tokens are that follow it, up to the end of the text."""
+        if not hasattr(model, "generate"):
+            raise UserError(f"{type(model).__name__} cannot generate text, which {self.asked.name} asks for")
+        told, device = [], device_of(model)
+        for prompt, tokens in zip(self.asked.prompts, progress.track(self.items, "writing answers"), strict=True):
+            answer: list[int] = []
+            for token in model.generate(tokens[None].to(device), self.asked.tokens, temperature=0):
+                if int(token) == self.tokenizer.end:
+                    break
+                answer.append(int(token))
+            told.append(self.asked.judge(self.tokenizer.decode(answer), prompt.answers))
+        return {"written": np.array(told)}
+
+
+def _ends(tokens: Int64[np.ndarray, " tokens"], room: int) -> Int64[Tensor, " _"]:
+    """At most `room` tokens: the first half of them and the last."""
+    if len(tokens) > room:
+        tokens = np.concatenate([tokens[: room // 2], tokens[len(tokens) - (room - room // 2) :]])
+    return torch.from_numpy(tokens)
+
+
 class LanguageModelling(Task):
     """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); those that stream also generate."""
 
@@ -148,7 +191,7 @@ class LanguageModelling(Task):
     asks = True  # whether questions with choices may be put to its models
     reads = (
         "text: a file, a .jsonl with a key text, a folder of these, or hf:NAME of the Hugging Face hub; to evaluate, "
-        "questions with choices too, such as a folder with hellaswag_val.jsonl"
+        "questions with choices too, such as a folder with hellaswag_val.jsonl, and prompts of LongBench and RULER"
     )
 
     def load(  # type: ignore[override]  # names its options
@@ -222,10 +265,13 @@ class LanguageModelling(Task):
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of each window, from its start: nats, tokens told right, tokens, and the bytes that they stand for.
 
-        Of questions whether the right choice is the likeliest; see `Choices`.
+        Of questions whether the right choice is the likeliest, see `Choices`; of prompts how good an answer is, see
+        `Written`.
         """
         if isinstance(dataset, Choices):
             return dataset.scores(model, batch_size)
+        if isinstance(dataset, Written):
+            return dataset.scores(model)
         bytes_of: Tensor = dataset.bytes_of  # type: ignore[attr-defined]
         size = len(bytes_of) * dataset.length  # type: ignore[attr-defined]
         rows = []
@@ -243,8 +289,10 @@ class LanguageModelling(Task):
 
         Where the words are counted, perplexity by words too: of other tokens it is the same figure. Of questions the
         share that is answered right by the likelihood of a choice, and by that for each of its letters; `score` is the
-        one of the two that the set is usually judged by.
+        one of the two that the set is usually judged by. Of prompts `score` is the mean of the set's own metric.
         """
+        if "written" in scores:
+            return {"score": float(scores["written"].mean())}
         if "right" in scores and "by_length" in scores:
             plain, by_length = (float(scores[name].mean()) for name in ("right", "right_by_length"))
             usual = by_length if bool(scores["by_length"][0]) else plain
@@ -270,6 +318,7 @@ class LanguageModelling(Task):
         length: int | None = None,
         tokenizer: str | None = None,
         eval_tokens: int = 65_536,
+        prompt_length: int | None = None,
     ) -> HeldOut:
         """As in `Task`, the text in the model's own tokens.
 
@@ -278,6 +327,7 @@ class LanguageModelling(Task):
             length: tokens a window; by default as the model was trained.
             tokenizer: a tokenizer.json, of weights that do not bring their own.
             eval_tokens: how many tokens are read, in windows spread evenly over the text.
+            prompt_length: tokens of a prompt and its answer at most, by default as many as a window has.
         """
         length = length or meta["length"]
         if length < 2:
@@ -296,6 +346,10 @@ class LanguageModelling(Task):
         asked = read_questions(Path(source)) if self.asks and not str(source).startswith(HUB) else None
         if asked is not None:
             return HeldOut(Choices(asked, tokens, length), f"{len(asked.questions):,} questions of {asked.name}")
+        prompts = read_prompts(Path(source)) if self.asks and not str(source).startswith(HUB) else None
+        if prompts is not None:
+            written = Written(prompts, tokens, prompt_length or length)
+            return HeldOut(written, f"{len(written):,} prompts of {prompts.name}")
         parts = self.documents(source, seed)
         whole = whole and source not in self.embedded and read_splits(Path(source)) is None
         texts = [text for part in parts for text in part] if whole else parts[2]
