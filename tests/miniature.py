@@ -427,6 +427,18 @@ def longbench(place: Path) -> None:
     byte_pairs(place)
 
 
+def qmsum(place: Path) -> None:
+    """A meeting with three queries to learn from, one with two in the other splits."""
+    for split, count in (("train", 2), ("val", 1), ("test", 1)):
+        turns = [{"speaker": "Anna", "content": prose(20)}, {"speaker": "Ben", "content": "a mat , which was good"}]
+        general = [{"query": "Summarize the whole meeting.", "answer": "The cat saw a mat ."}]
+        span = {"relevant_text_span": [["0", "1"]]}
+        specific = [{"query": f"What saw {i}?", "answer": f"a mat {i}", **span} for i in range(count)]
+        queries = {"general_query_list": general, "specific_query_list": specific}
+        jsonlines(place / f"{split}.jsonl", [{"topic_list": [], **queries, "meeting_transcripts": turns}])
+    byte_pairs(place)
+
+
 def ruler(place: Path) -> None:
     text = "A special magic word is hidden within the following text.\n{}\nWhat is the special magic word for cat?"
     needle = "One of the special magic words for cat is: mat."
@@ -466,5 +478,6 @@ WRITERS = {
     "questions": questions,
     "longbench": longbench,
     "ruler": ruler,
+    "qmsum": qmsum,
     "genomics": genomics,
 }

@@ -46,7 +46,7 @@ def small(slug: str, claim: str, *, recipe: dict, preset: str | None = None, **c
             "claims": [asked.model_copy(update={"at_paper": how})],
             "presets": [
                 chosen.model_copy(update={"recipe": {**chosen.recipe, **recipe}}),
-                *([card.preset(how.backbone)] if how.backbone else []),
+                *([card.preset(how.start)] if how.start not in (None, how.preset) else []),
             ],
         }
     )
@@ -367,9 +367,31 @@ def test_language_models_of_the_authors_complete_code(claim, preset, data, tmp_p
     assert "2 prompts of LCC (LongBench); 2 prompts of RepoBench-P (LongBench)" in measured.data
 
 
+@pytest.mark.parametrize(("claim", "preset"), [("summaries_rat", "rat_small"), ("summaries_hybrid", "rat_swa_small")])
+def test_language_models_of_the_authors_are_tuned_and_write_summaries(claim, preset, data, tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    from provenn import at_paper
+
+    miniature.write("qmsum", data)
+    authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")
+    recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "accumulate": 1, "precision": "32-true", "lr": 1e-7}
+    card = small("rat", claim, recipe=recipe, preset=preset, start=preset, changes={"length": 400})
+    trained = []
+    fit = at_paper.fit
+    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert 0 <= measured.values[0] <= 100 and not measured.at_paper_setting and finding.verdict is not None
+    theirs = torch.load(data / "weights" / "rat" / f"{preset}.pth")["embedding.wte.weight"]
+    moved = (trained[0].model.embed.weight.detach() - theirs).abs().max()
+    assert 0 < moved < 1e-6, "it started from the authors' weights, and learned"
+    assert "3 prompts of QMSum with answers" in measured.data
+
+
 def test_a_language_model_is_trained_and_looks_for_a_needle(data, tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")
-    from provenn.tasks import language_modelling
+    from provenn.tasks import prompted
 
     miniature.write("fineweb-edu", data)
     miniature.write("ruler", data)
@@ -387,8 +409,8 @@ def test_a_language_model_is_trained_and_looks_for_a_needle(data, tmp_path, monk
     changes = {**tiny, "eval_tokens": 64, "prompt_length": 160}
     card = small("titans", "needle_16k", recipe=recipe, preset="titans_mac_small", changes=changes)
     lengths = []
-    ends = language_modelling._ends
-    monkeypatch.setattr(language_modelling, "_ends", lambda *given: lengths.append(given[1]) or ends(*given))
+    ends = prompted._ends
+    monkeypatch.setattr(prompted, "_ends", lambda *given: lengths.append(given[1]) or ends(*given))
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs

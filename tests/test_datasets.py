@@ -38,6 +38,7 @@ def options_for(name: str) -> dict:
     small = {"series-forecasting": {"context": 8, "horizon": 4}, "language-modelling": {"length": 16}}.get(kind, {})
     return small | {
         "wikitext-103": {"tokenizer": "words"},
+        "qmsum": {"length": 500},
         "wikitext-103-raw": {"tokenizer": "tokenizer.json"},
         "d4rl": {"environment": "Pendulum-v1"},
     }.get(name, {})

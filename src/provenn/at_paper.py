@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -234,7 +235,7 @@ def _trained(
     every = {**where, **dict(zip(how.tests, tested))}
     setting = {**_setting(card, how, every), "recipe": asdict(recipe)}
     if begun is not None:
-        setting["weights"] = _contents(begun)
+        setting |= {"weights": _contents(begun), "code": f"{setting['code']} {checksum(_begun, fix)}"}
     reached: dict[str, list[float]] = {label: [] for label in sides}
     skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}
     steps = 0
@@ -250,8 +251,9 @@ def _trained(
         if not run.reuse:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
+        built = partial(_build, build, {**preset.options, **data.options, **of_system})
         done = fit(
-            lambda: _begun(card, how, begun, _build(build, {**preset.options, **data.options, **of_system})),
+            built if begun is None else partial(_begun, card, how, begun, built, of_system),
             kind,
             data,
             recipe,
@@ -326,14 +328,15 @@ def _build(build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Modul
         raise UserError(f"at_paper: {error}") from None
 
 
-def _begun(card: Card, how: AtPaper, checkpoint: Path | None, model: nn.Module) -> nn.Module:
-    """The same system, its backbone as the authors trained it; the classifier of their weights is left out."""
-    if checkpoint is None:
-        return model
+def _begun(card: Card, how: AtPaper, checkpoint: Path, build: Callable[[], nn.Module], options: dict) -> nn.Module:
+    """A system to train with the authors' weights, or with a backbone that has them; a classifier's are left out."""
+    if how.start == how.preset:  # as large as its file says
+        return files.read_official(card, checkpoint, preset=how.start, options=options)[0].train()
+    model = build()
     backbone: Any = getattr(model, "backbone", None)
     if backbone is None:
-        raise UserError(f"at_paper: {how.preset} has no backbone to start from the weights of {how.backbone}")
-    pretrained, _ = files.read_official(card, checkpoint, preset=how.backbone)
+        raise UserError(f"at_paper: {how.preset} has no backbone to start from the weights of {how.start}")
+    pretrained, _ = files.read_official(card, checkpoint, preset=how.start)
     wanted = backbone.state_dict()
     files.load_into(
         backbone, {name: x for name, x in pretrained.state_dict().items() if name in wanted}, f"{checkpoint}"

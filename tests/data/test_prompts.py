@@ -10,7 +10,7 @@ from provenn.data.prompts import edit_similarity, read_prompts, share_named
 from provenn.data.text import Bytes
 from provenn.errors import UserError
 from provenn.tasks import get_task
-from provenn.tasks.language_modelling import Written
+from provenn.tasks.prompted import UNTOLD, Answers, Written
 
 
 class Says(torch.nn.Module):
@@ -54,6 +54,27 @@ def test_a_prompt_that_is_too_long_loses_its_middle(tmp_path):
     assert model.given[0] == text[:20] + text[-21:]
     with pytest.raises(UserError, match="RULER takes answers of 128 tokens: length must be more, got 129"):
         Written(prompts, Bytes(), 129)
+
+
+def test_of_an_answer_only_its_own_tokens_are_learned(tmp_path):
+    place = miniature.write("qmsum", tmp_path)
+    train = Answers(read_prompts(place, "train"), Bytes(), 384 + 60)
+    x, y = train[2]
+    told = y != UNTOLD
+    assert len(train) == 3 and bytes(y[told].tolist()) == b" a mat 1\x00"
+    assert bytes(x[: int(told.nonzero()[0]) + 1].tolist()).endswith(b"Query: What saw 1?\nAnswer:")
+    assert torch.equal(x[1:][told[:-1]][:-1], y[told][:-1]), "each is read after it was told"
+    kind = get_task("language-modelling")
+    model = torch.nn.Embedding(256, 256)
+    batch = x[None], y[None]
+    by_hand = torch.nn.functional.cross_entropy(model(x)[told], y[told])
+    assert torch.allclose(kind.loss(model, batch), by_hand)
+    scores = kind.scores(model, train)
+    assert scores["tokens"].tolist() == [21, 9, 9] and scores["bytes"].tolist() == [21, 9, 9]
+    assert scores["nats"][2] == pytest.approx(9 * by_hand.item(), rel=1e-5)
+    held_out = kind.held_out(place, {"tokenizer": "bytes", "length": 444})
+    assert held_out.about == "2 prompts of QMSum"
+    assert kind.summary(kind.scores(Says(" a mat 0"), held_out.dataset))["score"] > 0.5
 
 
 def test_scores_are_the_sets_own():

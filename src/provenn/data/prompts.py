@@ -3,8 +3,10 @@
 LongBench: lcc.jsonl and repobench-p.jsonl, a line an example with `context`, `input`, `answers` and `dataset`.
 RULER: a folder with validation.jsonl as its scripts write it, a line an example with `input`, `outputs` and, in later
 versions, `answer_prefix`.
+QMSum: train.jsonl, val.jsonl and test.jsonl, a line a meeting with `meeting_transcripts` and two lists of queries.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -15,6 +17,7 @@ from provenn.data.text import parse_json, read_text
 from provenn.errors import UserError
 
 RULER = "validation.jsonl"
+MEETING = "meeting_transcripts"
 NEEDLE_TOKENS = 128  # that RULER lets a model write to name what it found
 COMMENTS = ("`", "#", "//")  # a line with one of these is no line of code, as LongBench has it
 
@@ -65,16 +68,35 @@ def share_named(told: str, answers: Sequence[str]) -> float:
     return sum(answer.lower() in told.lower() for answer in answers) / len(answers)
 
 
-def _code(between: str) -> Callable[[dict[str, Any]], Prompt]:
-    def read(entry: dict[str, Any]) -> Prompt:
+def rouge_l(told: str, answers: Sequence[str]) -> float:
+    """F-score of the longest common sequence of words, with the answer that is closest by it.
+
+    >>> round(rouge_l("The cat sat.", ["the cat sat on a mat"]), 3)
+    0.667
+    """
+    from torchmetrics.functional.text import rouge_score
+
+    scores = [rouge_score(told, answer, rouge_keys="rougeL")["rougeL_fmeasure"] for answer in answers]
+    return max(float(score) for score in scores)
+
+
+def _code(between: str) -> Callable[[dict[str, Any]], list[Prompt]]:
+    def read(entry: dict[str, Any]) -> list[Prompt]:
         asked = between.format(**{key: entry[key] for key in ("context", "input")})
-        return Prompt(f"Please complete the code given below. \n{asked}Next line of code:\n", _texts(entry["answers"]))
+        text = f"Please complete the code given below. \n{asked}Next line of code:\n"
+        return [Prompt(text, _texts(entry["answers"]))]
 
     return read
 
 
-def _needle(entry: dict[str, Any]) -> Prompt:
-    return Prompt(entry["input"] + entry.get("answer_prefix", ""), _texts(entry["outputs"]))
+def _needle(entry: dict[str, Any]) -> list[Prompt]:
+    return [Prompt(entry["input"] + entry.get("answer_prefix", ""), _texts(entry["outputs"]))]
+
+
+def _meeting(entry: dict[str, Any]) -> list[Prompt]:
+    said = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in entry[MEETING])
+    queries = [*entry["general_query_list"], *entry["specific_query_list"]]
+    return [Prompt(f"{said}\n\nQuery: {each['query']}\nAnswer:", _texts([each["answer"]])) for each in queries]
 
 
 def _texts(answers: Any) -> tuple[str, ...]:
@@ -84,10 +106,10 @@ def _texts(answers: Any) -> tuple[str, ...]:
 
 
 class Form(NamedTuple):
-    """What a set is called, how an entry becomes a prompt, how many tokens are written, and how they are judged."""
+    """What a set is called, how an entry becomes prompts, how many tokens are written, and how they are judged."""
 
     name: str
-    read: Callable[[dict[str, Any]], Prompt]
+    read: Callable[[dict[str, Any]], list[Prompt]]
     tokens: int
     judge: Judge
 
@@ -97,17 +119,21 @@ FORMS = {
     "repobench-p.jsonl": Form("RepoBench-P (LongBench)", _code("{context}{input}"), 64, edit_similarity),
     RULER: Form("RULER", _needle, NEEDLE_TOKENS, share_named),
 }
+MEETINGS = Form("QMSum", _meeting, 384, rouge_l)  # as many tokens as RAT's authors let a model write
 
 
-def read_prompts(place: Path) -> Prompts | None:
-    """The prompts of a file, or of a folder of RULER; None where it is none of the sets.
+def read_prompts(place: Path, split: str = "test") -> Prompts | None:
+    """The prompts of a file, or of a folder of RULER or QMSum; None where it is none of the sets.
+
+    Args:
+        place: the file or the folder.
+        split: "train", "val" or "test"; only QMSum has other prompts than those to test on.
 
     Raises:
         UserError: one of the sets, with something in it that cannot be read.
     """
-    file = place / RULER if place.is_dir() else place
-    form = FORMS.get(file.name)
-    if form is None or not file.is_file():
+    file, form = _recognised(place, split)
+    if form is None:
         return None
     prompts = []
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -116,13 +142,27 @@ def read_prompts(place: Path) -> Prompts | None:
         where = f"{file}, line {number}"
         entry = parse_json(line, where)
         try:
-            prompt = form.read(entry)
-            if not isinstance(prompt.text, str) or not prompt.text:
+            read = form.read(entry)
+            if not all(isinstance(prompt.text, str) and prompt.text for prompt in read):
                 raise ValueError("its prompt is no text")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{where}: no prompt of {form.name}: {reason}") from None
-        prompts.append(prompt)
+        prompts += read
     if not prompts:
         raise UserError(f"{file} holds no prompts of {form.name}")
     return Prompts(form.name, prompts, form.tokens, form.judge)
+
+
+def _recognised(place: Path, split: str) -> tuple[Path, Form | None]:
+    """The file of a split, and what it is, by its name or by its first line."""
+    if split == "test":
+        file = place / RULER if place.is_dir() else place
+        if file.name in FORMS and file.is_file():
+            return file, FORMS[file.name]
+    file = place / f"{split}.jsonl"
+    if not file.is_file():
+        return file, None
+    # The same name as any text has: of that the first line is read alone, whatever its size.
+    with file.open("rb") as handle:
+        return file, MEETINGS if json.dumps(MEETING).encode() in handle.readline() else None

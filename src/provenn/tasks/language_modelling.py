@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from provenn import progress
 from provenn.data.choices import Questions, read_questions
-from provenn.data.prompts import Prompts, read_prompts
+from provenn.data.prompts import read_prompts
 from provenn.data.text import (
     ENDS,
     BytePairs,
@@ -47,6 +47,7 @@ from provenn.tasks.base import (
     join_scores,
 )
 from provenn.tasks.meta import Text
+from provenn.tasks.prompted import Answers, Written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,48 +136,6 @@ class Choices(Dataset):
         return {"right": np.array(right), "right_by_length": np.array(right_by_length), "by_length": by_length}
 
 
-class Written(Dataset):
-    """Prompts in tokens, each of which a model goes on from in its own words; an item is the tokens.
-
-    A prompt that leaves no room for the answer in a window loses its middle: how it begins and how it ends says what is
-    asked.
-    """
-
-    def __init__(self, asked: Prompts, tokenizer: Tokenizer, length: int):
-        room = length - asked.tokens
-        if room < 2:
-            raise UserError(f"{asked.name} takes answers of {asked.tokens} tokens: length must be more, got {length}")
-        self.asked, self.tokenizer = asked, tokenizer
-        self.items = [_ends(tokenizer.encode(prompt.text), room) for prompt in asked.prompts]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Int64[Tensor, " _"]:
-        return self.items[index]
-
-    def scores(self, model: Any) -> Scores:
-        """Of each prompt how good the likeliest tokens are that follow it, up to the end of the text."""
-        if not hasattr(model, "generate"):
-            raise UserError(f"{type(model).__name__} cannot generate text, which {self.asked.name} asks for")
-        told, device = [], device_of(model)
-        for prompt, tokens in zip(self.asked.prompts, progress.track(self.items, "writing answers"), strict=True):
-            answer: list[int] = []
-            for token in model.generate(tokens[None].to(device), self.asked.tokens, temperature=0):
-                if int(token) == self.tokenizer.end:
-                    break
-                answer.append(int(token))
-            told.append(self.asked.judge(self.tokenizer.decode(answer), prompt.answers))
-        return {"written": np.array(told)}
-
-
-def _ends(tokens: Int64[np.ndarray, " tokens"], room: int) -> Int64[Tensor, " _"]:
-    """At most `room` tokens: the first half of them and the last."""
-    if len(tokens) > room:
-        tokens = np.concatenate([tokens[: room // 2], tokens[len(tokens) - (room - room // 2) :]])
-    return torch.from_numpy(tokens)
-
-
 class LanguageModelling(Task):
     """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); those that stream also generate."""
 
@@ -207,7 +166,7 @@ class LanguageModelling(Task):
         """Text as windows of tokens.
 
         Args:
-            source: "stdlib", a path, or "hf:NAME" for a data set of the hub.
+            source: "stdlib", a path, or "hf:NAME" for a data set of the hub. Of QMSum, answers are learned.
             seed: which documents are held out.
             length: tokens a window.
             tokenizer: "bytes", "bpe" (learned from the training text), "words" (all of the training text's, between
@@ -224,6 +183,9 @@ class LanguageModelling(Task):
             raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
         if vocab_size is not None and tokenizer != "bpe":
             raise UserError(f"vocab_size is of tokenizer=bpe, which learns its tokens; of {tokenizer} leave it out")
+        place = None if str(source).startswith(HUB) or not self.asks else self._named(source)
+        if isinstance(place, Path) and place.is_dir() and read_prompts(place, "train") is not None:
+            return self._answers(place, _tokenizer(_beside(source, tokenizer), (), 0), length)
         parts = self.documents(source, seed)
         chosen = _tokenizer(_beside(source, tokenizer), parts[0], 4096 if vocab_size is None else vocab_size)
         streams = [_packed(part, chosen) for part in parts]
@@ -249,6 +211,24 @@ class LanguageModelling(Task):
             about=f"{self.embedded.get(str(source), 'the user’s own text')}; tokens: {sizes}",
         )
 
+    def _answers(self, place: Path, tokenizer: Tokenizer, length: int) -> TaskData:
+        """Prompts with answers, which are tuned on; what stands before an answer is read and not learned."""
+        asked = [read_prompts(place, split) for split in ("train", "val", "test")]
+        if None in asked:
+            raise UserError(f"{place}: expected train.jsonl, val.jsonl and test.jsonl of one set")
+        train, val, test = (Answers(prompts, tokenizer, length) for prompts in asked if prompts is not None)
+        return TaskData(
+            str(place),
+            train,
+            val,
+            test,
+            fingerprint=fingerprint(*(x.numpy() for part in (train, val, test) for row in part.items for x in row)),
+            options={"vocab": tokenizer.vocab},
+            meta={"tokenizer": tokenizer.dump(), "length": length},
+            about=f"{len(train):,} prompts of {train.asked.name} with answers, {len(val):,} to validate, "
+            f"{len(test):,} to test",
+        )
+
     def documents(self, source: str | Path, seed: int = 0) -> list[list[Document]]:
         """The texts for training, for validation and for the test, of any source that `load` takes."""
         if isinstance(source, str) and source.startswith(HUB):
@@ -259,8 +239,9 @@ class LanguageModelling(Task):
         return read_splits(place) or split_documents(read_documents(place), seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Cross-entropy of the token after each, in nats, the mean over tokens."""
-        return _nll(model, *batch).mean()
+        """Cross-entropy of the token after each, in nats, the mean over those that are to be told."""
+        x, y = batch
+        return F.cross_entropy(model(x).transpose(1, 2).float(), y)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of each window, from its start: nats, tokens told right, tokens, and the bytes that they stand for.
@@ -278,7 +259,9 @@ class LanguageModelling(Task):
         for x, y in batches(dataset, max(1, min(batch_size, LOGITS // size)), device_of(model)):
             logits = model(x)
             nats = F.cross_entropy(logits.transpose(1, 2).float(), y, reduction="none").double()
-            parts = (nats, logits.argmax(-1) == y, torch.ones_like(y), bytes_of.to(y.device)[y])
+            told = y >= 0  # of an answer that is tuned on, the prompt is not
+            sizes = bytes_of.to(y.device)[y.clamp_min(0)] * told
+            parts = (nats, logits.argmax(-1) == y, told, sizes)
             rows.append([part.sum(1).double() for part in parts])
         scores = join_scores(("nats", "right", "tokens", "bytes"), rows)
         words: float | None = getattr(dataset, "words", None)
@@ -510,7 +493,7 @@ def _counts(dataset: Dataset, vocab: int) -> Float64[Tensor, " vocab"]:
     """How often each token is a target."""
     if isinstance(dataset, Windows):
         return dataset.targets().flatten().bincount(minlength=vocab).double()
-    counts = [y.flatten().bincount(minlength=vocab) for _, y in batches(dataset, 256, torch.device("cpu"))]
+    counts = [y[y >= 0].bincount(minlength=vocab) for _, y in batches(dataset, 256, torch.device("cpu"))]
     return torch.stack(counts).sum(0).double()
 
 
