@@ -55,39 +55,71 @@ def imagenet(place: Path) -> None:
                 photo(place / split / name / f"{name}_{i}.JPEG", 40 + 8 * i, level=50 + 70 * number)
 
 
+def coco(place: Path) -> None:
+    """Bright squares of two kinds, ids with a gap as COCO's have; one crowd, and a picture with nothing."""
+    number = 0
+    for split, count in (("train2017", 6), ("val2017", 3)):
+        images, notes = [], []
+        for i in range(count):
+            photo(place / split / f"{i:012}.jpg", 48, level=60)
+            images.append({"id": i, "file_name": f"{i:012}.jpg", "width": 48, "height": 48})
+            for category in (1, 90) if i else ():
+                number += 1
+                box = [4.0 + i, 6.0, 20.0, 20.0 + category // 10]
+                note = {"id": number, "image_id": i, "category_id": category, "bbox": box, "area": box[2] * box[3]}
+                notes.append({**note, "iscrowd": int(i == 1 and category == 90)})
+        file = place / "annotations" / f"instances_{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        categories = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
+        file.write_text(json.dumps({"images": images, "categories": categories, "annotations": notes}))
+
+
+def mask(file: Path, numbers: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(numbers.astype(np.uint8)).save(file)
+
+
+def halves(left: int, right: int, side: int) -> np.ndarray:
+    return np.where(np.arange(side) < side // 2, left, right)[None].repeat(side, 0)
+
+
+def ade20k(place: Path) -> None:
+    """0 is no class, and so is left out."""
+    for split, count in (("training", 4), ("validation", 2)):
+        for i in range(count):
+            photo(place / "images" / split / f"ADE_{split[:5]}_{i:08}.jpg", 64)
+            numbers = halves(1 + i % 2, 3, 64)
+            numbers[:8] = 0
+            mask(place / "annotations" / split / f"ADE_{split[:5]}_{i:08}.png", numbers)
+
+
+def cityscapes(place: Path) -> None:
+    """Roads (label 7, class 0) and cars (26, class 13), and what is not judged (1)."""
+    for split, city, count in (("train", "aachen", 4), ("val", "munster", 2)):
+        for i in range(count):
+            name = f"{city}_{i:06}_000019"
+            photo(place / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", 64)
+            numbers = halves(7, 26, 64)
+            numbers[:8] = 1
+            mask(place / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", numbers)
+            mask(place / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", numbers)
+
+
+def camvid(place: Path) -> None:
+    """Colours; black is not judged."""
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            photo(place / "images" / split / f"0001TP_{i:06}.png", 64)
+            colours = np.array([(0, 0, 0), (128, 64, 128), (128, 128, 128)])[halves(1, 2, 64)]
+            colours[:8] = 0
+            mask(place / "labels" / split / f"0001TP_{i:06}_L.png", colours)
+
+
 def cnfood(place: Path) -> None:
     for split, count in (("train", 3), ("val", 2), ("test", 2)):
         for number, name in enumerate(("000", "001", "240")):
             for i in range(count):
                 photo(place / split / name / f"{number:03}{i:03}.jpg", 40 + 8 * i, level=50 + 70 * number)
-
-
-def masks(place: Path, pairs: dict[str, str], values: list[int] | list[tuple[int, int, int]], side: int = 64) -> None:
-    """Photographs and, of the same parts, masks that hold each of the values."""
-    for number, (image, mask) in enumerate(pairs.items()):
-        photo(place / image, side, level=90 + 30 * number)
-        (place / mask).parent.mkdir(parents=True, exist_ok=True)
-        cells = np.arange(side * side).reshape(side, side) * len(values) // side**2
-        Image.fromarray(np.array(values, np.uint8)[np.roll(cells, number)]).save(place / mask)
-
-
-def cityscapes(place: Path) -> None:
-    names = [f"train/aachen/aachen_{i}" for i in range(4)] + ["val/ulm/ulm_0", "val/ulm/ulm_1", "test/bonn/bonn_0"]
-    pairs = {f"leftImg8bit/{name}_leftImg8bit.png": f"gtFine/{name}_gtFine_labelIds.png" for name in names}
-    masks(place, pairs, [0, 7, 8, 26])
-
-
-def camvid(place: Path) -> None:
-    colours = {f"class {k}": (10 * k, 255 - 10 * k, 100) for k in range(11)}
-    names = [f"train/{i}.png" for i in range(4)] + ["val/4.png", "val/5.png"]
-    masks(place, {f"images/{name}": f"labels/{name}" for name in names}, list(colours.values()))
-    lines = (f"{name} {' '.join(map(str, colour))}" for name, colour in colours.items())
-    (place / "classes.txt").write_text("\n".join(lines) + "\n")
-
-
-def ade20k(place: Path) -> None:
-    names = [f"training/{i}" for i in range(4)] + ["validation/4", "validation/5"]
-    masks(place, {f"images/{name}.jpg": f"annotations/{name}.png" for name in names}, [0, 1, 2, 150])
 
 
 def cifar(place: Path, files: dict[str, int], labels: int, classes: int, names: str) -> None:
@@ -387,6 +419,34 @@ def questions(place: Path) -> None:
     byte_pairs(place)
 
 
+def longbench(place: Path) -> None:
+    keys = {"length": 9, "dataset": "lcc", "language": "python", "all_classes": None, "_id": "0"}
+    entries = [{**keys, "input": "", "context": f"{prose(9)} x = {i}\n", "answers": [f"x = {i}"]} for i in range(2)]
+    jsonlines(place / "lcc.jsonl", entries)
+    jsonlines(place / "repobench-p.jsonl", [{**entry, "input": "y = 1\n"} for entry in entries])
+    byte_pairs(place)
+
+
+def qmsum(place: Path) -> None:
+    """A meeting with three queries to learn from, one with two in the other splits."""
+    for split, count in (("train", 2), ("val", 1), ("test", 1)):
+        turns = [{"speaker": "Anna", "content": prose(20)}, {"speaker": "Ben", "content": "a mat , which was good"}]
+        general = [{"query": "Summarize the whole meeting.", "answer": "The cat saw a mat ."}]
+        span = {"relevant_text_span": [["0", "1"]]}
+        specific = [{"query": f"What saw {i}?", "answer": f"a mat {i}", **span} for i in range(count)]
+        queries = {"general_query_list": general, "specific_query_list": specific}
+        jsonlines(place / f"{split}.jsonl", [{"topic_list": [], **queries, "meeting_transcripts": turns}])
+    byte_pairs(place)
+
+
+def ruler(place: Path) -> None:
+    text = "A special magic word is hidden within the following text.\n{}\nWhat is the special magic word for cat?"
+    needle = "One of the special magic words for cat is: mat."
+    entry = {"outputs": ["mat"], "length": 90, "answer_prefix": " The special magic word for cat is"}
+    entries = [{"index": i, "input": text.format(prose(5) + needle + prose(i + 1)), **entry} for i in range(2)]
+    jsonlines(place / "niah_word_16k" / "validation.jsonl", entries)
+
+
 def genomics(place: Path) -> None:
     labelled_texts(place / "human_nontata_promoters", {"positive": "ACG", "negative": "GTN"})
 
@@ -394,6 +454,7 @@ def genomics(place: Path) -> None:
 WRITERS = {
     "imagenet-1k": imagenet,
     "cnfood-241": cnfood,
+    "coco-2017": coco,
     "cifar-10": cifar10,
     "cifar-100": lambda place: cifar(place, {"train.bin": 200, "test.bin": 100}, 2, 100, "fine_label_names.txt"),
     "cityscapes": cityscapes,
@@ -415,5 +476,8 @@ WRITERS = {
     "glue": glue,
     "samsum": samsum,
     "questions": questions,
+    "longbench": longbench,
+    "ruler": ruler,
+    "qmsum": qmsum,
     "genomics": genomics,
 }

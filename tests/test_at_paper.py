@@ -44,7 +44,10 @@ def small(slug: str, claim: str, *, recipe: dict, preset: str | None = None, **c
     return card.model_copy(
         update={
             "claims": [asked.model_copy(update={"at_paper": how})],
-            "presets": [chosen.model_copy(update={"recipe": {**chosen.recipe, **recipe}})],
+            "presets": [
+                chosen.model_copy(update={"recipe": {**chosen.recipe, **recipe}}),
+                *([card.preset(how.start)] if how.start not in (None, how.preset) else []),
+            ],
         }
     )
 
@@ -105,28 +108,6 @@ def test_photographs_of_a_benchmark_are_restored_by_the_authors_weights(data, tm
     assert told.published["psnr"][0] == "38.23 dB PSNR-Y (the authors' README) on set5"
 
 
-@pytest.mark.parametrize(
-    ("claim", "where", "preset", "classes"),
-    [("cityscapes_s", "cityscapes", "bevanet_s", 19), ("camvid_s", "camvid", "bevanet_s_camvid", 11)],
-)
-def test_masks_of_the_authors_weights_are_held_to_the_published_figure(claim, where, preset, classes, data, tmp_path):
-    miniature.write(where, data)
-    with open("tests/golden/bevanet.json") as file:
-        case = next(case for case in json.load(file)["cases"] if case["preset"] == "bevanet_s")
-    shapes = {name: tuple(classes if n == 19 else n for n in shape) for name, shape in case["shapes"].items()}
-    file = data / "weights" / "bevanet" / f"{preset}.pt"
-    file.parent.mkdir(parents=True)
-    torch.save({f"model.{name}": tensor for name, tensor in seeded_state(shapes, case["seed"]).items()}, file)
-    (finding,) = reproduce(catalog.card("bevanet"), claims=claim, budget="paper", device="cpu", out=tmp_path / "run")
-    measured = finding.measurement
-    assert not measured.failed and not measured.needs, measured.failed or measured.needs
-    told = provenn.evaluate("bevanet", data / where, weights=file, device="cpu")
-    assert measured.value == pytest.approx(100 * told.metrics["miou"]) and told.examples == 2
-    assert measured.data == f"the val split of {where}" and measured.at_paper_setting
-    figure = catalog.card("bevanet").claim(claim).published.value
-    assert told.published["miou"][0].startswith(f"{figure} %")
-
-
 TINY = {"dim": 8, "heads": 2, "layers": 1, "feedforward": 8}
 TRAINED = {
     "classification": (
@@ -182,6 +163,102 @@ def test_a_system_and_its_baseline_are_trained_on_the_papers_sets(name, data, tm
     again = measure(resume=True)  # every trial is known
     assert again.measurement.values == measured.values and again.record.wall_seconds >= 0
     assert json.loads((tmp_path / "run" / slug / "ledger.json").read_text()) == ledger
+
+
+def authors(slug: str, preset: str, file, rename=lambda name: name, **options) -> dict:
+    """Random weights of a preset under the names that the authors' model has; returns ours."""
+    torch.manual_seed(1)
+    state = provenn.paper(slug).build(preset, **options).state_dict()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({rename(name): tensor for name, tensor in state.items()}, file)
+    return state
+
+
+def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alone(data, tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    from provenn import at_paper
+
+    miniature.write("coco-2017", data)
+    changes = {"size": 48, "val_share": 0.25}
+    recipe = {"max_steps": 2, "warmup_steps": 0, "batch_size": 2, "lr": 1e-3}
+    card = small("eca_net", "coco_faster_rcnn", recipe=recipe, changes=changes)
+
+    def measure():
+        return reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")[0]
+
+    assert "the authors' weights of eca_resnet50" in measure().reason
+    file = data / "weights" / "eca_net" / "eca_resnet50.pth"
+    theirs = authors("eca_net", "eca_resnet50", file, lambda name: name.replace(".gate.", ".eca."), num_classes=5)
+    trained = []
+    fit = at_paper.fit
+    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    finding = measure()
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert 0 <= measured.values[0] <= 100 and not measured.at_paper_setting and finding.verdict is not None
+    kept = {name: torch.equal(x, theirs[name]) for name, x in trained[0].model.backbone.state_dict().items()}
+    stem = {name for name in kept if name.startswith(("conv1", "bn1", "layer1"))}
+    statistics = {name for name in kept if "running_" in name}
+    assert all(kept[name] for name in stem | statistics)
+    assert not kept["layer2.0.conv1.weight"] and not kept["layer4.2.bn3.weight"]
+    assert measured.setting["weights"] and "fc.weight" not in kept
+
+    authors("eca_net", "eca_resnet50", file, lambda name: name.replace(".gate.", ".eca."), kernel_size="3377")
+    assert "layer2.0.gate.conv.weight is [1, 1, 3] where the model has [1, 1, 5]" in measure().reason
+
+
+def test_a_segmenter_starts_from_the_authors_backbone_and_trains_all_of_it(data, tmp_path, monkeypatch):
+    from provenn import at_paper
+
+    miniature.write("ade20k", data)
+    with open("tests/golden/emov2.json") as file:
+        case = next(case for case in json.load(file)["cases"] if case["preset"] == "emov2_5m")
+    state = seeded_state({name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"])
+    (data / "weights" / "emov2").mkdir(parents=True)
+    torch.save(state, data / "weights" / "emov2" / "emov2_5m.pth")
+    recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "lr": 1e-3}
+    card = small("emov2", "ade20k_fpn", recipe=recipe, changes={"size": 64, "val_share": 0.25})
+    trained = []
+    fit = at_paper.fit
+    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert 0 <= measured.values[0] <= 100
+    model = trained[0].model
+    first = state["stage0.0.conv.weight"]
+    moved = (model.backbone.stem[0].weight.detach() - first).abs().max()
+    assert 0 < moved < 0.01 and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("claim", "where", "classes", "file"),
+    [
+        ("cityscapes_s", "cityscapes", 19, "bevanet_s"),
+        ("camvid_s", "camvid", 11, "bevanet_s_camvid"),
+    ],
+)
+def test_masks_are_told_by_the_authors_weights(claim, where, classes, file, data, tmp_path):
+    miniature.write(where, data)
+    with open("tests/golden/bevanet.json") as golden:
+        case = next(case for case in json.load(golden)["cases"] if case["preset"] == "bevanet_s")
+    shapes = {name: tuple(shape) for name, shape in case["shapes"].items()}
+    heads = [name for name in shapes if re.search(r"^(model\.)?(seghead_ds|head)\.conv2\.", name)]
+    shapes |= {name: (classes, *shapes[name][1:]) for name in heads}
+    weights = data / "weights" / "bevanet" / f"{file}.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(seeded_state(shapes, case["seed"]), weights)
+    card = small("bevanet", claim, recipe={})
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    told = provenn.evaluate("bevanet", data / where, weights=weights, device="cpu")
+    assert measured.value == pytest.approx(100 * told.metrics["miou"]) and told.examples == 2
+    assert measured.at_paper_setting and finding.verdict is Verdict.NOT_REPRODUCED
+    figure = catalog.card("bevanet").claim(claim).published.value
+    assert told.published["miou"][0].startswith(f"{figure} %")
+    line = f"data --json --data bevanet:{file}={weights}"
+    assert main(shlex.split(line)) == 0
 
 
 def test_a_policy_plays_in_the_environment_that_the_registry_names(data, tmp_path, monkeypatch):
@@ -277,6 +354,70 @@ def test_language_models_of_the_authors_answer_questions(claim, preset, data, tm
     ]
     assert measured.value == pytest.approx(100 * sum(each.metrics["score"] for each in told) / 6)
     assert "questions/hellaswag: score" in measured.note and "accuracy_norm" in measured.note
+
+
+@pytest.mark.parametrize(("claim", "preset"), [("code_rat", "rat_small"), ("code_hybrid", "rat_swa_small")])
+def test_language_models_of_the_authors_complete_code(claim, preset, data, tmp_path):
+    pytest.importorskip("tokenizers")
+    miniature.write("longbench", data)
+    authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")
+    card = small("rat", claim, recipe={}, preset=preset, changes={"length": 80})
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert 0 <= measured.value <= 100 and measured.at_paper_setting and finding.verdict is not None
+    assert "2 prompts of LCC (LongBench); 2 prompts of RepoBench-P (LongBench)" in measured.data
+
+
+@pytest.mark.parametrize(("claim", "preset"), [("summaries_rat", "rat_small"), ("summaries_hybrid", "rat_swa_small")])
+def test_language_models_of_the_authors_are_tuned_and_write_summaries(claim, preset, data, tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    from provenn import at_paper
+
+    miniature.write("qmsum", data)
+    authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")
+    recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "accumulate": 1, "precision": "32-true", "lr": 1e-7}
+    card = small("rat", claim, recipe=recipe, preset=preset, start=preset, changes={"length": 400})
+    trained = []
+    fit = at_paper.fit
+    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert 0 <= measured.values[0] <= 100 and not measured.at_paper_setting and finding.verdict is not None
+    theirs = torch.load(data / "weights" / "rat" / f"{preset}.pth")["embedding.wte.weight"]
+    moved = (trained[0].model.embed.weight.detach() - theirs).abs().max()
+    assert 0 < moved < 1e-6, "it started from the authors' weights, and learned"
+    assert "3 prompts of QMSum with answers" in measured.data
+
+
+def test_a_language_model_is_trained_and_looks_for_a_needle(data, tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    from provenn.tasks import prompted
+
+    miniature.write("fineweb-edu", data)
+    miniature.write("ruler", data)
+    tiny = {
+        "dim": 8,
+        "heads": 2,
+        "memory_heads": 2,
+        "layers": 1,
+        "length": 16,
+        "window": 8,
+        "chunk": 4,
+        "persistent": 1,
+    }
+    recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 4, "accumulate": 1, "precision": "32-true"}
+    changes = {**tiny, "eval_tokens": 64, "prompt_length": 160}
+    card = small("titans", "needle_16k", recipe=recipe, preset="titans_mac_small", changes=changes)
+    lengths = []
+    ends = prompted._ends
+    monkeypatch.setattr(prompted, "_ends", lambda *given: lengths.append(given[1]) or ends(*given))
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert lengths == [160 - 128] * 2, "of a prompt with its answer, not the window of the training"
+    assert 0 <= measured.values[0] <= 100 and not measured.at_paper_setting
 
 
 def test_a_language_model_is_trained_and_then_asked(data, tmp_path):
@@ -488,6 +629,34 @@ def test_a_converted_model_writes_summaries_that_are_scored(data, tmp_path):
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
     trials = json.loads((tmp_path / "run" / "hedgehog" / "ledger.json").read_text())["trials"]
     assert measured.values[0] == trials[0]["value"]["tuned"] > 60 > trials[0]["value"]["before"]
+
+
+def test_an_image_classifier_is_converted_tuned_and_tested(data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    miniature.write("imagenet-1k", data)
+    changes = {"passes": 30, "batch_size": 3, "lr": 1e-3}
+    card = small("hedgehog", "vit_imagenet", recipe={}, changes=changes)
+
+    def measure(**more):
+        return reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run", **more)[0]
+
+    assert "the folder of the pretrained model vit-base-patch16-224 at" in measure().reason
+    folder = data / "weights" / "hedgehog" / "vit-base-patch16-224"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=4)
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    assert "has 3 classes, the model tells 4" in measure().reason
+    config.num_labels = 3
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.3] * 3}))
+    finding = measure()
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    (trial,) = json.loads((tmp_path / "run" / "hedgehog" / "ledger.json").read_text())["trials"]
+    assert set(trial["value"]) == {"before", "converted", "prepared", "tuned"}
+    assert measured.values == [100 * trial["value"]["tuned"]] == [100.0], "brightness tells the three apart"
+    assert trial["value"]["before"] < 1 and finding.verdict is not None and measured.at_paper_setting
 
 
 def test_what_is_not_there_is_said_and_nothing_is_run(data, tmp_path):

@@ -38,6 +38,7 @@ def options_for(name: str) -> dict:
     small = {"series-forecasting": {"context": 8, "horizon": 4}, "language-modelling": {"length": 16}}.get(kind, {})
     return small | {
         "wikitext-103": {"tokenizer": "words"},
+        "qmsum": {"length": 500},
         "wikitext-103-raw": {"tokenizer": "tokenizer.json"},
         "d4rl": {"environment": "Pendulum-v1"},
     }.get(name, {})
@@ -70,6 +71,13 @@ def test_a_set_in_its_layout_is_found_and_read(name, data, monkeypatch):
         counts = {part.name: len(task.held_out(part, meta).dataset) for part in place.iterdir() if part.is_dir()}
         assert counts == {pattern.partition("/")[0]: 2 for pattern in datasets.get(name).holds} | {"truthfulqa": 1}
         return
+    if name in ("longbench", "ruler"):  # nor here
+        inside = (
+            [place / "lcc.jsonl", place / "repobench-p.jsonl"] if name == "longbench" else [place / "niah_word_16k"]
+        )
+        for part in inside:
+            assert len(task.held_out(part, {"tokenizer": "bytes", "length": 4096}).dataset) == 2
+        return
     loaded = task.load(source.data, **{**source.options, **options_for(name)})
     assert min(len(part) for part in (loaded.train, loaded.val, loaded.test)) > 0
     again = task.held_out(
@@ -93,6 +101,30 @@ def test_the_fields_own_splits_are_honoured(data):
     ]
     loaded = photos.load(miniature.write("div2k", data))
     assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [32, 1, 1]
+
+
+def test_masks_of_the_fields_own_sets_are_read_as_their_authors_wrote_them(data):
+    kind = get_task("semantic-segmentation")
+    for name, classes, kinds in (
+        ("ade20k", 150, {0, 1, 2, 255}),
+        ("cityscapes", 19, {0, 13, 255}),
+        ("camvid", 11, {6, 9, 255}),
+    ):
+        dataset = kind.held_out(miniature.write(name, data), kind.default_meta({"num_classes": classes})).dataset
+        masks = torch.stack([dataset[i][1] for i in range(len(dataset))])
+        assert set(masks.unique().tolist()) == kinds and bool((masks[:, :8] == 255).all()), name
+        loaded = kind.load(data / name, val_share=0.01)
+        assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [3, 1, 2], "val is the test"
+
+
+def test_how_much_is_cut_off_for_validation_is_the_users_to_say(data):
+    kind = get_task("object-detection")
+    place = miniature.write("coco-2017", data)
+    sizes = {share: len(kind.load(place, size=48, val_share=share).val) for share in (0.01, 0.25)}
+    assert sizes == {0.01: 1, 0.25: 2}
+    for task, source in ((kind, place), (get_task("semantic-segmentation"), miniature.write("ade20k", data))):
+        with pytest.raises(UserError, match=r"val_share must be more than 0 and at most 0\.25, got 0\.5"):
+            task.load(source, val_share=0.5)
 
 
 def test_cifar_is_read_as_its_authors_wrote_it(tmp_path):
@@ -178,10 +210,16 @@ def test_what_papers_ask_for_is_there(card, claim):
     members = [name.partition("/")[2] for name in [*how.sets, *how.tests] if "/" in name]
     holds = [pattern.partition("/")[0] for name in [*how.sets, *how.tests] for pattern in datasets.get(name).holds]
     assert set(members) <= set(holds)
-    reads = {"train": [card.resolve(preset.build), task.load], "authors": [task.held_out]}.get(how.weights, [])
+    reads = {
+        "train": [card.resolve(preset.build), task.load, *[task.held_out] * bool(how.tests)],
+        "authors": [task.held_out],
+    }.get(how.weights, [])
     if how.weights == "converted":
         huggingface = pytest.importorskip("provenn.huggingface")
-        material = {"text-classification": huggingface.Sentences}.get(task.name, huggingface.Text)
+        material = {
+            "text-classification": huggingface.Sentences,
+            "image-classification": huggingface.Pictures,
+        }.get(task.name, huggingface.Text)
         material = huggingface.Summaries if how.metric == "rouge1" else material
         reads = [huggingface.recover, material.of, card.resolve("convert:CONVERSION").install]
     if how.weights == "authors" and card.has("official"):
@@ -195,6 +233,7 @@ def test_what_papers_ask_for_is_there(card, claim):
     assert (claim.expects is not None) if how.against or claim.published is None else claim.published is not None
     measured = {
         "image-classification": {"accuracy"},
+        "object-detection": {"AP"},
         "semantic-segmentation": {"miou"},
         "super-resolution": {"psnr"},
         "series-forecasting": {"mse"},
@@ -221,7 +260,7 @@ def test_the_command_line_lists_what_is_found_and_what_it_unlocks(data, capsys):
     assert not idle, "neither unlocks anything nor says what is missing"
     assert main(["data"]) == 0
     text = capsys.readouterr().out
-    assert f"1 of {len(entries)} found" in text and "needs a task for object detection" in text
+    assert f"1 of {len(entries)} found" in text and "needs a training on a mix of several sets" in text
     assert main(["data", "ett", "--data", f"ett={data}"]) == 0
     text = capsys.readouterr().out
     assert "ETTh1.csv, ETTh2.csv" in text and str(data) in text

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -23,6 +24,7 @@ from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Skill
 from provenn.evidence.run import Run
+from provenn.nn.backbone import fix
 from provenn.settings import arguments_of
 from provenn.tasks import Task, get_task
 from provenn.training import Recipe, fit
@@ -96,9 +98,11 @@ def measure_at_paper(
     where = {name: each.place for name, each in found.items()}
     if how.weights == "converted" and checkpoint is not None:
         return _converted(run, card, how, claim, checkpoint.place, where, scale)
-    if checkpoint is not None:
+    if how.weights == "authors" and checkpoint is not None:
         return _of_authors(run, card, how, checkpoint.place, where, scale)
-    return _trained(run, card, claim, how, preset, where, scale, of_recipe, [each.place for each in tested.values()])
+    begun = None if checkpoint is None else checkpoint.place
+    tests = [each.place for each in tested.values()]
+    return _trained(run, card, claim, how, preset, where, scale, of_recipe, tests, begun)
 
 
 def _of_authors(
@@ -145,7 +149,10 @@ def _converted(
 
     huggingface.quiet()
     task = card.task_of(card.preset(how.preset))
-    material: Any = {"text-classification": huggingface.Sentences}.get(task, huggingface.Text)
+    material: Any = {
+        "text-classification": huggingface.Sentences,
+        "image-classification": huggingface.Pictures,
+    }.get(task, huggingface.Text)
     if how.metric == huggingface.Summaries.metric:
         material = huggingface.Summaries
     setting = _setting(card, how, where, weights=_contents_of(_listing(host)))
@@ -154,9 +161,11 @@ def _converted(
         sides[_changed(card.slug, how.against)] = how.against
 
     def one(side: str, name: str, seed: int) -> dict[str, Any]:
-        source = huggingface.Source.of(host)
+        pictures = material is huggingface.Pictures
+        source = huggingface.Source.of(host, pictures=pictures)
         of_data, of_tuning = _divided({**how.changes, **sides[side]}, material.of)
-        examples = material.of(where[name], source.tokenizer(), source.outline, **of_data)
+        reader = source.processor() if pictures else source.tokenizer()
+        examples = material.of(where[name], reader, source.outline, **of_data)
         of_tuning = {"batch_size": 8, **of_tuning}
         of_host = {"batch_size": of_tuning["batch_size"], "lr": of_tuning.get("lr"), "seed": seed}
         model = examples.host(source, device=run.device, **of_host)
@@ -211,6 +220,7 @@ def _trained(
     scale: float,
     of_recipe: dict[str, Any],
     tested: list[Path],
+    begun: Path | None = None,
 ) -> Measurement:
     kind = get_task(card.task_of(preset))
     asked = how.recipe or preset.recipe
@@ -224,20 +234,26 @@ def _trained(
         sides[_changed(preset.name, how.against)] = how.against
     every = {**where, **dict(zip(how.tests, tested))}
     setting = {**_setting(card, how, every), "recipe": asdict(recipe)}
+    if begun is not None:
+        setting |= {"weights": _contents(begun), "code": f"{setting['code']} {checksum(_begun, fix)}"}
     reached: dict[str, list[float]] = {label: [] for label in sides}
     skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}
     steps = 0
 
     def train(label: str, name: str, seed: int) -> dict[str, Any]:
-        of_data, of_system = _divided({**how.changes, **sides[label]}, kind.load, build)
+        changes = {**how.changes, **sides[label]}
+        of_test = {name: value for name, value in changes.items() if name in _only(kind.held_out, kind.load, build)}
+        changes = {name: value for name, value in changes.items() if name not in of_test}
+        of_data, of_system = _divided(changes, kind.load, build)
         options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data}
         data = kind.load(where[name], seed=seed, **options)
         folder = run.folder / TRAININGS / _contents_of(claim.id, label, name, str(seed))
         if not run.reuse:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
+        built = partial(_build, build, {**preset.options, **data.options, **of_system})
         done = fit(
-            lambda: _build(build, {**preset.options, **data.options, **of_system}),
+            built if begun is None else partial(_begun, card, how, begun, built, of_system),
             kind,
             data,
             recipe,
@@ -251,7 +267,7 @@ def _trained(
         metrics = done.metrics
         if tested:
             # Tokens and scales are the training's: other ways to read are not for the test.
-            known = _known(kind.held_out, of_data)
+            known = {**_known(kind.held_out, of_data), **of_test}
             parts = [kind.held_out(place, data.meta, **known).dataset for place in tested]
             with torch.no_grad():
                 each = [kind.evaluate(done.model, part) for part in parts]
@@ -312,6 +328,24 @@ def _build(build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Modul
         raise UserError(f"at_paper: {error}") from None
 
 
+def _begun(card: Card, how: AtPaper, checkpoint: Path, build: Callable[[], nn.Module], options: dict) -> nn.Module:
+    """A system to train with the authors' weights, or with a backbone that has them; a classifier's are left out."""
+    if how.start == how.preset:  # as large as its file says
+        return files.read_official(card, checkpoint, preset=how.start, options=options)[0].train()
+    model = build()
+    backbone: Any = getattr(model, "backbone", None)
+    if backbone is None:
+        raise UserError(f"at_paper: {how.preset} has no backbone to start from the weights of {how.start}")
+    pretrained, _ = files.read_official(card, checkpoint, preset=how.start)
+    wanted = backbone.state_dict()
+    files.load_into(
+        backbone, {name: x for name, x in pretrained.state_dict().items() if name in wanted}, f"{checkpoint}"
+    )
+    if how.fixed:
+        fix(backbone)
+    return model
+
+
 def _divided(changes: Mapping[str, Any], reads: Callable, build: Callable | None = None) -> list[dict[str, Any]]:
     """Changes to how data are read and to the system: by the names that `reads` takes, or that `build` does not."""
     takes = inspect.signature(reads).parameters
@@ -322,6 +356,13 @@ def _divided(changes: Mapping[str, Any], reads: Callable, build: Callable | None
         {name: value for name, value in changes.items() if name in of_data},
         {name: value for name, value in changes.items() if name not in of_data},
     ]
+
+
+def _only(function: Callable, *others: Callable) -> set[str]:
+    """The names that a function takes and the others do not."""
+    return set(inspect.signature(function).parameters).difference(
+        *(inspect.signature(one).parameters for one in others)
+    )
 
 
 def _known(reads: Callable, changes: Mapping[str, Any]) -> dict[str, Any]:

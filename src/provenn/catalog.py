@@ -151,7 +151,10 @@ class AtPaper(Facts):
     difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several the
     metric's mean is taken. `tested_on` names other sets for the test; `split`: where the figure is of validation data.
     `departs`: what is not as in the paper, so that the published figure cannot be reproduced, only the direction be
-    seen. `gpu`: without one it would take weeks.
+    seen. `gpu`: without one it would take weeks. `start`: the preset whose authors' weights the training starts from,
+    all of the system where it is the same preset, else its backbone; with `fixed` the backbone's batch norms and what
+    its map of stride 4 is made of stay as they came.
+    `file`: what the authors' weights are called where these are not the preset's only ones.
     """
 
     preset: str
@@ -166,6 +169,9 @@ class AtPaper(Facts):
     split: Literal["test", "val"] = "test"
     departs: str = ""
     gpu: bool = False
+    start: str | None = None
+    fixed: bool = False
+    file: str | None = None
 
     @model_validator(mode="after")
     def fits_together(self) -> "AtPaper":
@@ -174,8 +180,12 @@ class AtPaper(Facts):
             raise ValueError("a baseline is trained beside the system: weights must be 'train' or 'converted'")
         if (self.host is not None) != (self.weights == "converted"):
             raise ValueError("host names the pretrained model that is converted: weights must be 'converted'")
-        if (self.recipe or self.tested_on) and self.weights != "train":
-            raise ValueError("recipe and tested_on are of a training: weights must be 'train'")
+        if (self.recipe or self.tested_on or self.start) and self.weights != "train":
+            raise ValueError("recipe, tested_on and start are of a training: weights must be 'train'")
+        if self.file is not None and self.weights != "authors":
+            raise ValueError("file names the authors' weights: weights must be 'authors'")
+        if self.fixed and self.start in (None, self.preset):
+            raise ValueError("fixed is of a backbone that starts from weights: name their preset with start")
         return self
 
     @property
@@ -190,8 +200,10 @@ class AtPaper(Facts):
 
     @property
     def checkpoint(self) -> str | None:
-        """What lies with the weights of others, where it takes some: the preset's by the authors, or the host."""
-        return self.host if self.weights == "converted" else self.preset if self.weights == "authors" else None
+        """What lies with the weights of others, where it takes some: the authors' of a preset, or the host."""
+        if self.weights == "authors":
+            return self.file or self.preset
+        return self.host if self.weights == "converted" else self.start
 
 
 class Claim(Facts):
@@ -307,6 +319,8 @@ class Card(Facts):
             how = claim.at_paper
             if how is not None and how.preset not in presets:
                 raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {how.preset}")
+            if how is not None and how.start is not None and how.start not in presets:
+                raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {how.start}")
             if how is not None and how.departs and claim.expects is None:
                 raise ValueError(f"{claim.id}: at_paper departs from the paper: say with expects what shows the claim")
         headlines = sum(statement.headline for statement in self.statements)

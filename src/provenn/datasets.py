@@ -103,9 +103,8 @@ def given_places(texts: Sequence[str]) -> dict[str, Path]:
         if ":" in name:
             slug, _, preset = name.partition(":")
             card = catalog.card(slug)
-            if not any(claim.at_paper is not None and claim.at_paper.host == preset for claim in card.claims):
-                card.preset(preset)
-            name = f"{card.slug}:{card.preset(preset).name}"
+            named = {claim.at_paper.checkpoint for claim in card.claims if claim.at_paper is not None}
+            name = f"{card.slug}:{preset if preset in named else card.preset(preset).name}"
         else:
             get(name)
         if not Path(path).exists():

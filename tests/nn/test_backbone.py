@@ -1,11 +1,13 @@
 """The pyramid of a backbone, and the feature pyramid network on it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from provenn.nn.backbone import FeaturePyramid, check_backbone, crop_features, pad_to_multiple
+from provenn.nn.backbone import FeaturePyramid, check_backbone, crop_features, fix, pad_to_multiple
 from provenn.nn.mobilenet import MobileNetV2
 from provenn.nn.resnet import resnet18, resnet20, resnet50
 from provenn.papers.eca_net import eca_mobilenet_v2
@@ -116,3 +118,21 @@ def test_a_finer_level_comes_of_the_finest_sum():
 def test_bad_pyramids_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FeaturePyramid(**{"widths": (3, 5), "strides": (8, 16), **options})
+
+
+def test_a_fixed_backbone_keeps_its_statistics_and_its_first_stage():
+    torch.manual_seed(0)
+    backbone = resnet18(num_classes=0).eval()
+    image = torch.randn(2, 3, 64, 64)
+    told = backbone.features(image)
+    fix(backbone)
+    again = copy.deepcopy(backbone).train()
+    before = copy.deepcopy(again.state_dict())
+    for x, y in zip(again.features(image), told, strict=True):  # in training as in eval mode
+        torch.testing.assert_close(x, y)
+    assert again.state_dict().keys() == before.keys() and again.training
+    assert all(torch.equal(x, before[name]) for name, x in again.state_dict().items())
+    kept = {name for name, parameter in again.named_parameters() if not parameter.requires_grad}
+    assert kept == {name for name, _ in again.named_parameters() if name.startswith(("conv1", "bn1", "layer1"))}
+    with pytest.raises(ValueError, match=r"has no map of stride 2, only \[4, 8, 16, 32\]"):
+        fix(backbone, stride=2)

@@ -49,6 +49,21 @@ CITYSCAPES = {
     33: "bicycle",
 }
 
+# CamVid's masks are coloured; of its 32 classes these are judged, in this order (the lists of XuJiacong/PIDNet).
+CAMVID = {
+    "bicyclist": (0, 128, 192),
+    "building": (128, 0, 0),
+    "car": (64, 0, 128),
+    "pole": (192, 192, 128),
+    "fence": (64, 64, 128),
+    "pedestrian": (64, 64, 0),
+    "road": (128, 64, 128),
+    "sidewalk": (0, 0, 192),
+    "sign": (192, 128, 128),
+    "sky": (128, 128, 128),
+    "tree": (128, 128, 0),
+}
+
 
 @dataclass(frozen=True)
 class MaskFolder:
@@ -183,9 +198,9 @@ def read_folder(root: Path, skip_broken: bool = False) -> MaskFolder:
 
     Understood are `images/` and `masks/` with files of the same name, either split into `train`, `val` and `test`
     within or under these; ADE20K (`images/training`, `annotations/training`), Pascal VOC (`JPEGImages`,
-    `SegmentationClass`), Cityscapes (`leftImg8bit`, `gtFine`) and COCO-stuff (`images/train2017`,
-    `annotations/train2017` or `stuffthingmaps`). `classes.txt` names the classes, a line each, with a colour where
-    masks are coloured.
+    `SegmentationClass`), Cityscapes (`leftImg8bit`, `gtFine`), CamVid (masks `…_L.png`) and COCO-stuff
+    (`images/train2017`, `annotations/train2017` or `stuffthingmaps`). `classes.txt` names the classes, a line each,
+    with a colour where masks are coloured.
 
     Raises:
         UserError: says what is missing, or that an image has no mask.
@@ -216,6 +231,8 @@ def read_folder(root: Path, skip_broken: bool = False) -> MaskFolder:
             splits.pop("test", None)  # Cityscapes keeps its labels back: what lies there judges no pixel
         numbers = None if _is_train_ids(splits) else {label: k for k, label in enumerate(CITYSCAPES)}
         return MaskFolder(splits, list(CITYSCAPES.values()), [], numbers)
+    if not classes and all(mask.stem.endswith("_L") for pairs in splits.values() for _, mask in pairs):
+        return MaskFolder(splits, list(CAMVID), list(CAMVID.values()))
     ade = masks is not None and masks.name == "annotations" and (masks / "training").is_dir()
     return MaskFolder(splits, classes, colours, subtract=int(ade))
 
@@ -265,7 +282,7 @@ def _pairs(images: Path, masks: Path, skip_broken: bool) -> list[tuple[Path, Pat
         if image.suffix.lower() not in SUFFIXES:
             continue
         stem = image.stem.removesuffix("_leftImg8bit")
-        mask = by_name.get(stem) or by_name.get(f"{stem}_mask")
+        mask = by_name.get(stem) or by_name.get(f"{stem}_mask") or by_name.get(f"{stem}_L")
         if mask is None:
             without.append(image)
         else:

@@ -36,6 +36,7 @@ from provenn.huggingface.conversion import (
 from provenn.huggingface.families import FAMILIES, Attention, Family, attentions, family_of
 from provenn.huggingface.loading import Source, load, quiet
 from provenn.huggingface.mixers import MixerAttention, as_attention
+from provenn.huggingface.pictures import Pictures
 from provenn.huggingface.sentences import Sentences
 from provenn.huggingface.summaries import Summaries
 from provenn.huggingface.tuning import (
@@ -62,6 +63,7 @@ __all__ = [
     "Family",
     "Material",
     "MixerAttention",
+    "Pictures",
     "Recovery",
     "Sentences",
     "Source",

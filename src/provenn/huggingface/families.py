@@ -78,6 +78,7 @@ MODELS: dict[type[PreTrainedModel], Any] = {  # Any: the Auto classes share no t
 }
 # What `Text` and `recover` are for.
 LANGUAGE_MODELS = [model for model, auto in MODELS.items() if auto in (AutoModelForCausalLM, AutoModelForMaskedLM)]
+PICTURE_MODELS = [model for model, auto in MODELS.items() if auto is AutoModelForImageClassification]
 
 
 def family_of(config: PreTrainedConfig) -> Family:

@@ -18,11 +18,12 @@ from transformers import (
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
 )
+from transformers.image_processing_base import IMAGE_PROCESSOR_NAME, ImageProcessingMixin
 from transformers.initialization import no_init_weights
 
 from provenn.errors import UserError
 from provenn.huggingface.conversion import CONVERTED, convert
-from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PREFIX, Host, Tokenizer
+from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PICTURE_MODELS, PREFIX, Host, Tokenizer
 
 # Models of masked tokens, and those of the same body that tell classes; HEAD is new in them.
 CLASSIFIERS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
@@ -50,8 +51,12 @@ class Source:
     local: bool
 
     @classmethod
-    def of(cls, name: str | Path) -> "Source":
+    def of(cls, name: str | Path, *, pictures: bool = False) -> "Source":
         """Look at a model's configuration.
+
+        Args:
+            name: of its folder or on the hub.
+            pictures: whether a model is wanted that tells classes of pictures; else one that predicts tokens.
 
         Raises:
             UserError: nothing there, a hub that does not answer, or a model of a kind that cannot be converted.
@@ -68,11 +73,10 @@ class Source:
             )
         architecture = (config.architectures or ["none"])[0]
         kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
-        names_able = [kind.__name__ for kind in LANGUAGE_MODELS]
+        names_able = [kind.__name__ for kind in (PICTURE_MODELS if pictures else LANGUAGE_MODELS)]
         if architecture.removeprefix("Converted") not in names_able:
-            raise UserError(
-                f"{name} holds a {architecture}, which predicts no tokens of a text; these do: {', '.join(names_able)}"
-            )
+            cannot = "tells no classes of pictures" if pictures else "predicts no tokens of a text"
+            raise UserError(f"{name} holds a {architecture}, which {cannot}; these do: {', '.join(names_able)}")
         return cls(str(name), config, kinds[architecture], local)
 
     @cached_property
@@ -115,6 +119,22 @@ class Source:
                 "they do not belong together"
             )
         return tokenizer
+
+    def processor(self) -> dict[str, Any]:
+        """How the model's pictures are made ready: what was saved beside it; nothing where there is no such file.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(self.name, local_files_only=self.local)
+        except OSError as error:
+            if (Path(self.name) / IMAGE_PROCESSOR_NAME).exists():
+                raise UserError(
+                    f"{self.name}: its {IMAGE_PROCESSOR_NAME} cannot be read: {_first_line(error)}"
+                ) from None
+            return {}
+        return dict(settings)
 
     def weights(self) -> Host:
         """The model itself.

@@ -137,7 +137,7 @@ class Text:
 
 @runtime_checkable
 class Material(Protocol):
-    """What a converted model is trained and tested on: a `Text`, `Sentences` or `Summaries`.
+    """What a converted model is trained and tested on: `Text`, `Sentences`, `Summaries` or `Pictures`.
 
     All have `of`, which reads them, `host`, which makes the model that is converted, and `stages`, the steps that each
     stage of `recover` takes where the material says.

@@ -1,7 +1,7 @@
 """Backbones: networks whose feature maps a segmentation head or a detector reads, and the pyramid between the two."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -51,6 +51,40 @@ def crop_features(maps: Sequence[Tensor], strides: Sequence[int], size: tuple[in
     """The parts of a padded image's maps that lie over the image, of `size` (height, width)."""
     height, width = size
     return [m[..., : ceil_div(height, s), : ceil_div(width, s)] for m, s in zip(maps, strides, strict=True)]
+
+
+class FixedBatchNorm(nn.BatchNorm2d):
+    """A batch norm that keeps the statistics that it came with, in training too."""
+
+    def train(self, mode: bool = True) -> "FixedBatchNorm":
+        """Stays in eval mode."""
+        return super().train(False)
+
+
+def fix(backbone: Any, stride: int = 4) -> None:
+    """Keep parts of a pretrained backbone as they are, in place, as detectors with few images a step do.
+
+    Its batch norms keep their statistics, and what its map of `stride` pixels a cell is made of, the stem and the first
+    stage as a rule, is not trained.
+
+    Raises:
+        ValueError: it has no such map.
+    """
+    if stride not in backbone.strides:
+        raise ValueError(f"the backbone has no map of stride {stride}, only {list(backbone.strides)}")
+    for module in backbone.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = FixedBatchNorm
+            module.eval()
+    # Found by its gradient: networks name their first stages in as many ways as there are networks.
+    training, parameters = backbone.training, list(backbone.parameters())
+    channels = next(m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    image = torch.ones(1, channels, 64, 64, device=parameters[0].device, dtype=parameters[0].dtype)
+    finest = backbone.eval().features(image)[list(backbone.strides).index(stride)]
+    made_of = torch.autograd.grad(finest.sum(), parameters, allow_unused=True)
+    backbone.train(training)
+    for parameter, part in zip(parameters, made_of, strict=True):
+        parameter.requires_grad_(part is None)
 
 
 class FeaturePyramid(nn.Module):

@@ -234,6 +234,19 @@ def fingerprint(*parts: np.ndarray | Tensor | bytes | str) -> str:
     return digest.hexdigest()[:16]
 
 
+CUT = 0.15  # of the training examples, for each split that the user's own data lack
+
+
+def check_share(share: float) -> None:
+    """Can this share of the training examples be cut off?
+
+    Raises:
+        UserError: it is none, or leaves less than half to train on where two splits are cut off.
+    """
+    if not 0 < share <= 0.25:
+        raise UserError(f"val_share must be more than 0 and at most 0.25, got {share}")
+
+
 def split_indices(count: int, shares: Sequence[float], seed: int = 0) -> list[list[int]]:
     """Shuffle `range(count)` and cut it by shares that sum to one.
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from provenn import progress
 from provenn.data.choices import Questions, read_questions
+from provenn.data.prompts import read_prompts
 from provenn.data.text import (
     ENDS,
     BytePairs,
@@ -46,6 +47,7 @@ from provenn.tasks.base import (
     join_scores,
 )
 from provenn.tasks.meta import Text
+from provenn.tasks.prompted import Answers, Written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,7 +150,7 @@ class LanguageModelling(Task):
     asks = True  # whether questions with choices may be put to its models
     reads = (
         "text: a file, a .jsonl with a key text, a folder of these, or hf:NAME of the Hugging Face hub; to evaluate, "
-        "questions with choices too, such as a folder with hellaswag_val.jsonl"
+        "questions with choices too, such as a folder with hellaswag_val.jsonl, and prompts of LongBench and RULER"
     )
 
     def load(  # type: ignore[override]  # names its options
@@ -164,7 +166,7 @@ class LanguageModelling(Task):
         """Text as windows of tokens.
 
         Args:
-            source: "stdlib", a path, or "hf:NAME" for a data set of the hub.
+            source: "stdlib", a path, or "hf:NAME" for a data set of the hub. Of QMSum, answers are learned.
             seed: which documents are held out.
             length: tokens a window.
             tokenizer: "bytes", "bpe" (learned from the training text), "words" (all of the training text's, between
@@ -181,6 +183,9 @@ class LanguageModelling(Task):
             raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
         if vocab_size is not None and tokenizer != "bpe":
             raise UserError(f"vocab_size is of tokenizer=bpe, which learns its tokens; of {tokenizer} leave it out")
+        place = None if str(source).startswith(HUB) or not self.asks else self._named(source)
+        if isinstance(place, Path) and place.is_dir() and read_prompts(place, "train") is not None:
+            return self._answers(place, _tokenizer(_beside(source, tokenizer), (), 0), length)
         parts = self.documents(source, seed)
         chosen = _tokenizer(_beside(source, tokenizer), parts[0], 4096 if vocab_size is None else vocab_size)
         streams = [_packed(part, chosen) for part in parts]
@@ -206,6 +211,24 @@ class LanguageModelling(Task):
             about=f"{self.embedded.get(str(source), 'the user’s own text')}; tokens: {sizes}",
         )
 
+    def _answers(self, place: Path, tokenizer: Tokenizer, length: int) -> TaskData:
+        """Prompts with answers, which are tuned on; what stands before an answer is read and not learned."""
+        asked = [read_prompts(place, split) for split in ("train", "val", "test")]
+        if None in asked:
+            raise UserError(f"{place}: expected train.jsonl, val.jsonl and test.jsonl of one set")
+        train, val, test = (Answers(prompts, tokenizer, length) for prompts in asked if prompts is not None)
+        return TaskData(
+            str(place),
+            train,
+            val,
+            test,
+            fingerprint=fingerprint(*(x.numpy() for part in (train, val, test) for row in part.items for x in row)),
+            options={"vocab": tokenizer.vocab},
+            meta={"tokenizer": tokenizer.dump(), "length": length},
+            about=f"{len(train):,} prompts of {train.asked.name} with answers, {len(val):,} to validate, "
+            f"{len(test):,} to test",
+        )
+
     def documents(self, source: str | Path, seed: int = 0) -> list[list[Document]]:
         """The texts for training, for validation and for the test, of any source that `load` takes."""
         if isinstance(source, str) and source.startswith(HUB):
@@ -216,23 +239,29 @@ class LanguageModelling(Task):
         return read_splits(place) or split_documents(read_documents(place), seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Cross-entropy of the token after each, in nats, the mean over tokens."""
-        return _nll(model, *batch).mean()
+        """Cross-entropy of the token after each, in nats, the mean over those that are to be told."""
+        x, y = batch
+        return F.cross_entropy(model(x).transpose(1, 2).float(), y)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of each window, from its start: nats, tokens told right, tokens, and the bytes that they stand for.
 
-        Of questions whether the right choice is the likeliest; see `Choices`.
+        Of questions whether the right choice is the likeliest, see `Choices`; of prompts how good an answer is, see
+        `Written`.
         """
         if isinstance(dataset, Choices):
             return dataset.scores(model, batch_size)
+        if isinstance(dataset, Written):
+            return dataset.scores(model)
         bytes_of: Tensor = dataset.bytes_of  # type: ignore[attr-defined]
         size = len(bytes_of) * dataset.length  # type: ignore[attr-defined]
         rows = []
         for x, y in batches(dataset, max(1, min(batch_size, LOGITS // size)), device_of(model)):
             logits = model(x)
             nats = F.cross_entropy(logits.transpose(1, 2).float(), y, reduction="none").double()
-            parts = (nats, logits.argmax(-1) == y, torch.ones_like(y), bytes_of.to(y.device)[y])
+            told = y >= 0  # of an answer that is tuned on, the prompt is not
+            sizes = bytes_of.to(y.device)[y.clamp_min(0)] * told
+            parts = (nats, logits.argmax(-1) == y, told, sizes)
             rows.append([part.sum(1).double() for part in parts])
         scores = join_scores(("nats", "right", "tokens", "bytes"), rows)
         words: float | None = getattr(dataset, "words", None)
@@ -243,8 +272,10 @@ class LanguageModelling(Task):
 
         Where the words are counted, perplexity by words too: of other tokens it is the same figure. Of questions the
         share that is answered right by the likelihood of a choice, and by that for each of its letters; `score` is the
-        one of the two that the set is usually judged by.
+        one of the two that the set is usually judged by. Of prompts `score` is the mean of the set's own metric.
         """
+        if "written" in scores:
+            return {"score": float(scores["written"].mean())}
         if "right" in scores and "by_length" in scores:
             plain, by_length = (float(scores[name].mean()) for name in ("right", "right_by_length"))
             usual = by_length if bool(scores["by_length"][0]) else plain
@@ -270,6 +301,7 @@ class LanguageModelling(Task):
         length: int | None = None,
         tokenizer: str | None = None,
         eval_tokens: int = 65_536,
+        prompt_length: int | None = None,
     ) -> HeldOut:
         """As in `Task`, the text in the model's own tokens.
 
@@ -278,6 +310,7 @@ class LanguageModelling(Task):
             length: tokens a window; by default as the model was trained.
             tokenizer: a tokenizer.json, of weights that do not bring their own.
             eval_tokens: how many tokens are read, in windows spread evenly over the text.
+            prompt_length: tokens of a prompt and its answer at most, by default as many as a window has.
         """
         length = length or meta["length"]
         if length < 2:
@@ -296,6 +329,10 @@ class LanguageModelling(Task):
         asked = read_questions(Path(source)) if self.asks and not str(source).startswith(HUB) else None
         if asked is not None:
             return HeldOut(Choices(asked, tokens, length), f"{len(asked.questions):,} questions of {asked.name}")
+        prompts = read_prompts(Path(source)) if self.asks and not str(source).startswith(HUB) else None
+        if prompts is not None:
+            written = Written(prompts, tokens, prompt_length or length)
+            return HeldOut(written, f"{len(written):,} prompts of {prompts.name}")
         parts = self.documents(source, seed)
         whole = whole and source not in self.embedded and read_splits(Path(source)) is None
         texts = [text for part in parts for text in part] if whole else parts[2]
@@ -456,7 +493,7 @@ def _counts(dataset: Dataset, vocab: int) -> Float64[Tensor, " vocab"]:
     """How often each token is a target."""
     if isinstance(dataset, Windows):
         return dataset.targets().flatten().bincount(minlength=vocab).double()
-    counts = [y.flatten().bincount(minlength=vocab) for _, y in batches(dataset, 256, torch.device("cpu"))]
+    counts = [y[y >= 0].bincount(minlength=vocab) for _, y in batches(dataset, 256, torch.device("cpu"))]
     return torch.stack(counts).sum(0).double()
 
 

@@ -21,7 +21,17 @@ from provenn.errors import UserError
 from provenn.files import whole
 from provenn.nn.detection import DetectionBatch, Detections, pad_batch
 from provenn.tasks.average_precision import ALL, Found, Truth, average_precision, check_installed, curves, match
-from provenn.tasks.base import HeldOut, Scores, Task, TaskData, device_of, fingerprint, split_indices
+from provenn.tasks.base import (
+    CUT,
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    check_share,
+    device_of,
+    fingerprint,
+    split_indices,
+)
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.tasks.meta import Boxes
 
@@ -145,25 +155,33 @@ class ObjectDetection(Task):
     reads = "COCO JSON: a folder with annotations (instances_train2017.json and the like) and images, or one JSON file"
 
     def load(  # type: ignore[override]
-        self, source: str | Path, *, seed: int = 0, size: int | None = None, skip_broken: bool = False
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        size: int | None = None,
+        val_share: float = CUT,
+        skip_broken: bool = False,
     ) -> TaskData:
         """The embedded scenes, or a data set with annotations in COCO's format.
 
         Args:
             source: "scenes", or a folder or file: see `provenn.data.coco.find_coco`. What of train, val and test is
-                missing is cut from train, 15 % of the images each. Where there is val but no test, val is the test.
+                missing is cut from train. Where there is val but no test, val is the test.
             seed: of the split, and of the scenes.
             size: short side that the model sees, in pixels; the longer one follows, to at most 5/3 of it. By default
                 800, or what the smaller half of the images has where that is less.
+            val_share: of the images of train, what is cut from them for each missing split.
             skip_broken: leave images out that are missing or cannot be read, and name them.
         """
         check_installed()
         named = self._named(source)
         if size is not None and size < 1:
             raise UserError(f"size must be at least 1 pixel, got {size}")
+        check_share(val_share)
         if named == "scenes":
             return _scenes(seed, size or SIZE[0])
-        return _folder(Path(named), seed, size, skip_broken)
+        return _folder(Path(named), seed, size, skip_broken, val_share)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """A detector's own."""
@@ -448,10 +466,10 @@ def _root_of(root: Path) -> Path:
     return root if root.is_dir() else root.parent
 
 
-def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskData:
+def _folder(root: Path, seed: int, size: int | None, skip_broken: bool, share: float) -> TaskData:
     files = find_coco(root)
     parts = {split: read_coco(file, _root_of(root), skip_broken=skip_broken) for split, file in files.items()}
-    parts = _with_splits(root, parts, seed)
+    parts = _with_splits(root, parts, seed, share)
     first = parts["train"]
     for split, part in parts.items():
         if not any(len(image.labels) for image in part.images):
@@ -521,7 +539,7 @@ def _side(files: Sequence[Path]) -> int:
     return min(SHORT, int(np.median([min(size_of(file)) for file in files[:: max(1, len(files) // 200)]])))
 
 
-def _with_splits(root: Path, parts: dict[str, CocoSet], seed: int) -> dict[str, CocoSet]:
+def _with_splits(root: Path, parts: dict[str, CocoSet], seed: int, share: float = CUT) -> dict[str, CocoSet]:
     """Train, val and test, what is missing of them cut from train."""
     if "train" not in parts:
         raise UserError(f"{root} has annotations for {' and '.join(parts)} but none for train")
@@ -537,7 +555,7 @@ def _with_splits(root: Path, parts: dict[str, CocoSet], seed: int) -> dict[str, 
     images = parts["train"].images
     if len(images) <= 2 * len(missing):
         raise UserError(f"{root}: {len(images)} images are too few to cut {' and '.join(missing)} from them")
-    shares = [0.15] * len(missing)
+    shares = [max(share, 1 / len(images))] * len(missing)
     cuts = split_indices(len(images), [1 - sum(shares), *shares], seed) if missing else [list(range(len(images)))]
     for split, chosen in zip(["train", *missing], cuts):
         parts[split] = replace(parts["train"], images=[images[index] for index in sorted(chosen)])

@@ -20,7 +20,7 @@ from provenn.data.masks import IGNORED, MaskFolder, palette, read_folder, write_
 from provenn.data.mosaics import BANDS, MEAN, STD, TEXTURES, mosaic
 from provenn.errors import UserError
 from provenn.nn.segmentation import full_logits
-from provenn.tasks.base import HeldOut, Scores, Task, TaskData, device_of, fingerprint, split_indices
+from provenn.tasks.base import CUT, HeldOut, Scores, Task, TaskData, check_share, device_of, fingerprint, split_indices
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.tasks.meta import Masks
 
@@ -52,6 +52,7 @@ class SemanticSegmentation(Task):
         *,
         seed: int = 0,
         size: int | None = None,
+        val_share: float = CUT,
         skip_broken: bool = False,
     ) -> TaskData:
         """The embedded data set of that name, or a folder of images and masks.
@@ -61,6 +62,7 @@ class SemanticSegmentation(Task):
                 cut from `train`. A mask holds class numbers, 255 where nothing is judged; `classes.txt` names them.
             seed: of the split, or of the mosaics.
             size: side of the mosaics (128), or of the square crops of training (512, or less where images are smaller).
+            val_share: of the images of `train`, what is cut from them for each missing split.
             skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
         named = self._named(source)
@@ -72,7 +74,8 @@ class SemanticSegmentation(Task):
             if size is not None:
                 raise UserError(f"slices of the brain are 224×192 pixels: leave size out, got {size}")
             return _brain()
-        return _folder(Path(named), seed, size, skip_broken)
+        check_share(val_share)
+        return _folder(Path(named), seed, size, skip_broken, val_share)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         images, masks = batch
@@ -458,8 +461,8 @@ def random_scaled_crop(
 Splits = dict[str, list[tuple[Path, Path]]]
 
 
-def _with_splits(root: Path, splits: Splits, seed: int) -> Splits:
-    """The same, and what of train, val and test is missing cut from `train`, 15 % each."""
+def _with_splits(root: Path, splits: Splits, seed: int, share: float = CUT) -> Splits:
+    """The same, and what of train, val and test is missing cut from `train`, `share` of it each."""
     if "train" not in splits:
         raise UserError(f"{root} holds {next(iter(splits))!r} but no images to train on")
     splits = dict(splits)
@@ -470,16 +473,16 @@ def _with_splits(root: Path, splits: Splits, seed: int) -> Splits:
     if len(pairs) <= len(missing):
         raise UserError(f"{root}: {len(pairs)} images are too few: {' and '.join(missing)} are cut from them")
     order = split_indices(len(pairs), (1.0,), seed)[0]
-    count = min(max(1, round(0.15 * len(pairs))), (len(pairs) - 1) // max(1, len(missing)))
+    count = min(max(1, round(share * len(pairs))), (len(pairs) - 1) // max(1, len(missing)))
     for split in missing:
         splits[split] = [pairs[order.pop()] for _ in range(count)]
     splits["train"] = [pairs[index] for index in sorted(order)]
     return splits
 
 
-def _folder(root: Path, seed: int, size: int | None, skip_broken: bool) -> TaskData:
+def _folder(root: Path, seed: int, size: int | None, skip_broken: bool, share: float) -> TaskData:
     folder = read_folder(root, skip_broken)
-    splits = _with_splits(root, folder.splits, seed)
+    splits = _with_splits(root, folder.splits, seed, share)
     everything = sorted(pair for pairs in splits.values() for pair in pairs)
     sides = [min(size_of(image)) for image, _ in everything[:: max(1, len(everything) // 200)]]
     classes = list(folder.classes)

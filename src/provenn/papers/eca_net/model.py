@@ -7,7 +7,7 @@ from torch import nn
 from provenn.nn import resnet
 from provenn.nn.arguments import check_whole
 from provenn.nn.channel_gates import Gate
-from provenn.nn.detection import RetinaNet
+from provenn.nn.detection import FasterRCNN, RetinaNet
 from provenn.nn.mobilenet import SETTINGS, InvertedResidual, MobileNetV2
 from provenn.nn.resnet import BasicBlock, Bottleneck, ResNet
 from provenn.nn.segmentation import Segmenter
@@ -128,6 +128,12 @@ def eca_resnet50_retinanet(
     """RetinaNet on ECA-Net50, as in Table 5. `kernel_size` defaults to the code of the released detector."""
     backbone = eca_resnet50(num_classes=0, in_channels=in_channels, kernel_size=kernel_size)
     return RetinaNet(backbone, num_classes=num_classes)
+
+
+def eca_resnet50_faster_rcnn(*, num_classes: int = 80, in_channels: int = 3, kernel_size: KernelSize = 5) -> FasterRCNN:
+    """Faster R-CNN on ECA-Net50, as in Table 5. `kernel_size` defaults to that of the released detector."""
+    backbone = eca_resnet50(num_classes=0, in_channels=in_channels, kernel_size=kernel_size)
+    return FasterRCNN(backbone, num_classes=num_classes)
 
 
 def eca_resnet20_retinanet(

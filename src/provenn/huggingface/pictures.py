@@ -1,0 +1,115 @@
+"""Pictures with a class each, for a pretrained image classifier that knows these classes before it is converted."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+from transformers import PreTrainedModel
+
+from provenn.errors import UserError
+from provenn.huggingface.conversion import Batch
+from provenn.huggingface.families import Host
+from provenn.huggingface.loading import Source
+from provenn.huggingface.tuning import to_device, training_mode
+from provenn.tasks.image_classification import TASK, ImageFiles
+
+HALF = (0.5, 0.5, 0.5)  # mean and deviation of a processor that names none, as ViT's own
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Examples to learn from and to test on, as a model sees them.
+
+    Args:
+        train, test: (pixels, class), as the task image-classification has them.
+        passes: over the training examples, in each stage of a training.
+    """
+
+    train: ImageFiles
+    test: ImageFiles
+    passes: float | int = 2
+    metric = "accuracy"
+    higher_is_better = True
+
+    @property
+    def length(self) -> int:
+        """Side of the square that the model sees, in pixels."""
+        return int(self.test.meta["size"])
+
+    @classmethod
+    def of(
+        cls,
+        source: str | Path,
+        processor: dict[str, Any],
+        model: PreTrainedModel,
+        *,
+        passes: float | int = 2,
+        tested: int | None = None,
+    ) -> "Pictures":
+        """The examples of a data set for a model.
+
+        Args:
+            source: a folder of images per class, as the task image-classification takes it; its classes in the order of
+                their folders' names are the model's.
+            processor: what was saved beside the model: `image_mean` and `image_std`.
+            model: says how large a picture is, and how many classes there are.
+            passes: over the training examples, in each stage of a training.
+            tested: how many are tested at the most, spread evenly; all by default.
+
+        Raises:
+            UserError: data that cannot be read, or another number of classes.
+        """
+        config: Any = model.config
+        data: Any = TASK.load(Path(source), size=config.image_size)
+        classes = data.meta["classes"]
+        if len(classes) != config.num_labels:
+            raise UserError(f"{source} has {len(classes)} classes, the model tells {config.num_labels}")
+        seen = {"mean": list(processor.get("image_mean") or HALF), "std": list(processor.get("image_std") or HALF)}
+        meta = {**data.meta, **seen, "channels": config.num_channels}
+        files = data.test.files
+        if tested is not None and tested < len(files):
+            files = [files[place * len(files) // tested] for place in range(tested)]
+        return cls(ImageFiles(data.train.files, meta, augment=True), ImageFiles(files, meta), passes)
+
+    def stages(self, batch_size: int) -> dict[str, int]:
+        """The passes over the training examples in steps of each stage of `recover`."""
+        steps = max(1, math.ceil(self.passes * len(self.train) / batch_size))
+        return {"steps": steps, "prepare_steps": steps}
+
+    def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """So many random batches of the examples to learn from; the same for the same seed."""
+        generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+        for _ in range(steps):
+            if len(order) < batch_size:  # every example once before one comes again
+                order = torch.cat([order, torch.randperm(len(self.train), generator=generator)])
+            chosen, order = order[:batch_size], order[batch_size:]
+            yield self._batch(self.train, chosen.tolist())
+
+    def tests(self, batch_size: int) -> Iterator[Batch]:
+        """The examples to test on, in their order."""
+        for start in range(0, len(self.test), batch_size):
+            yield self._batch(self.test, range(start, min(start + batch_size, len(self.test))))
+
+    @staticmethod
+    def _batch(dataset: ImageFiles, places: Iterable[int]) -> Batch:
+        pixels, labels = default_collate([dataset[place] for place in places])
+        return {"pixel_values": pixels, "labels": labels}
+
+    def quality(self, model: PreTrainedModel, batch_size: int) -> float:
+        """The share of the pictures to test on that are told right; higher is better."""
+        right = 0
+        with training_mode(model, training=False), torch.no_grad():
+            host: Host = model
+            for batch in self.tests(batch_size):
+                inputs = to_device(batch, model)
+                labels = inputs.pop("labels")
+                right += int((host(**inputs).logits.argmax(-1) == labels).sum())
+        return right / len(self.test)
+
+    def host(self, source: Source, *, device: str, **training: Any) -> Host:
+        """The pretrained model as it is."""
+        return source.weights().to(device)
