@@ -14,9 +14,9 @@ from provenn.data.scenes import Scene
 RECTANGLE_CLASSES = ("brick", "grass")
 RECTANGLE_SIDE = 64  # of a scene, in pixels
 RECTANGLE_COUNTS = {"train": 400, "val": 60, "test": 120}
-SIDES = (14, 44)  # of a rectangle, in pixels
+SIDES = (16, 48)  # of a rectangle, in pixels
 MOST = 3
-NOISE = 25.0  # deviation, of 255
+NOISE = 12.0  # deviation, of 255
 
 
 @cache

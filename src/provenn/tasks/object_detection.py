@@ -153,8 +153,9 @@ class ObjectDetection(Task):
         """The embedded scenes or rectangles, or a data set with annotations in COCO's format.
 
         Args:
-            source: "scenes", "rectangles", or a folder or file: see `provenn.data.coco.find_coco`. What of train, val and test is
-                missing is cut from train, 15 % of the images each. Where there is val but no test, val is the test.
+            source: "scenes", "rectangles", or a folder or file: see `provenn.data.coco.find_coco`. What of train, val
+                and test is missing is cut from train, 15 % of the images each. Where there is val but no test, val is
+                the test.
             seed: of the split, and of the scenes.
             size: short side that the model sees, in pixels; the longer one follows, to at most 5/3 of it. By default
                 800, or what the smaller half of the images has where that is less.

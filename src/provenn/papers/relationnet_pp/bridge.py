@@ -39,7 +39,7 @@ class Bridge(nn.Module):
         classification, regression: key types of each tower; () leaves a tower as it is. With both empty the point head
             learns beside the detector and nothing reads it.
         heads: of the attentions.
-        point_head: "release" or "paper": see `PointHead`; with its `convs`, `deeper` and `groups`.
+        point_head: "release" or "paper": see `PointHead`; with its `groups`, `convs` (here `point_convs`) and `deeper`.
         keys, keys_a_level: K, and how many of each level are looked at.
         share_map: one geometry for both towers, as the release's ATSS has it.
         preserve: start from output layers of zeros, so that a trained detector still says what it said.
@@ -56,7 +56,7 @@ class Bridge(nn.Module):
         heads: int = 8,
         point_head: str = "release",
         groups: int | None = None,
-        convs: int = 2,
+        point_convs: int = 2,
         deeper: int = 1,
         keys: int = 50,
         keys_a_level: int = 20,
@@ -68,7 +68,7 @@ class Bridge(nn.Module):
         check_whole(keys=keys, keys_a_level=keys_a_level)
         self.keys, self.keys_a_level = keys, keys_a_level
         self.point_head = PointHead(
-            channels, num_classes, form=point_head, groups=groups, convs=convs, deeper=deeper
+            channels, num_classes, form=point_head, groups=groups, convs=point_convs, deeper=deeper
         )
         self.classification = BVR(channels, heads, classification, **options) if classification else None
         self.regression = BVR(channels, heads, regression, **options) if regression else None
@@ -150,7 +150,7 @@ class RegionBridge(nn.Module):
         classification: Sequence[str] = ("centre",),
         regression: Sequence[str] = CORNERS,
         heads: int = 8,
-        convs: int = 4,
+        point_convs: int = 4,
         keys: int = 50,
         preserve: bool = False,
         **options: Any,
@@ -159,7 +159,7 @@ class RegionBridge(nn.Module):
         check_whole(keys=keys)
         self.keys = keys
         layers: list[nn.Module] = []
-        for _ in range(convs):
+        for _ in range(point_convs):
             layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU())
         self.key_types = check_types([*dict.fromkeys([*classification, *regression])])
@@ -170,7 +170,7 @@ class RegionBridge(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)  # type: ignore[arg-type]  # a Conv2d
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
             nn.init.constant_(self.logits[name].bias, -4.595)  # type: ignore[arg-type]  # p = 0.01
-        options = {"geometry": "direct", **options, "key_channels": channels}
+        options = {"geometry": "direct", "dim": 256, **options, "key_channels": channels}
         self.classification = BVR(width, heads, classification, **options) if classification else None
         self.regression = BVR(width, heads, regression, **options) if regression else None
         if preserve:
@@ -250,7 +250,9 @@ class RegionBridge(nn.Module):
             else:
                 boxes = torch.zeros_like(said.regions)
             sizes = torch.full((len(labels), 2), side, device=labels.device)
-            inside = DetectionBatch(labels.new_zeros(len(labels), 1, side, side), sizes, boxes.reshape(-1, 1, 4), labels)
+            inside = DetectionBatch(
+                labels.new_zeros(len(labels), 1, side, side), sizes, boxes.reshape(-1, 1, 4), labels
+            )
         maps = {name: PointMaps([logits], [offsets]) for name, (logits, offsets) in said.maps.items()}
         return point_losses(maps, inside, [1], weights=self.WEIGHTS)
 
@@ -265,7 +267,7 @@ def _silence(bridge: nn.Module) -> None:
 
 
 def attach_bvr(detector: Any, **options: Any) -> Any:
-    """Put BVR into a detector, in place, and return it: RetinaNet, FCOS, ATSS or Faster R-CNN of `provenn.nn.detection`.
+    """Put BVR into a RetinaNet, FCOS, ATSS or Faster R-CNN of `provenn.nn.detection`, in place, and return it.
 
     What the detector takes and gives stays as it is; its training loss gains those of the point head.
 
@@ -278,16 +280,16 @@ def attach_bvr(detector: Any, **options: Any) -> Any:
         ValueError: when it has a bridge already.
     """
     if isinstance(detector, DenseDetector):
-        host, old = detector.head, detector.head.bridge
+        host: Any = detector.head
         bridge: nn.Module = Bridge(detector.neck.widths[0], detector.num_classes, **options)
     elif isinstance(detector, FasterRCNN):
-        host, old = detector, detector.bridge
+        host = detector
         bridge = RegionBridge(detector.neck.widths[0], detector.classify.in_features, **options)
     else:
         raise TypeError(
             f"expected a RetinaNet, FCOS, ATSS or FasterRCNN of provenn.nn.detection, got {type(detector).__name__}"
         )
-    if old is not None:
+    if host.bridge is not None:
         raise ValueError("the detector has a bridge already")
     like = next(detector.parameters())
     host.bridge = bridge.to(device=like.device, dtype=like.dtype).train(detector.training)

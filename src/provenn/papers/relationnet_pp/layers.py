@@ -225,7 +225,7 @@ class BVR(nn.Module):
         key_types: one attention each.
         geometry: "shared" for `SharedGeometry`, "direct" for `DirectGeometry`, of all types; None leaves it out.
         appearance: whether likeness of features counts.
-        dim, hidden, log_scale, map_size, align_corners: of the geometry.
+        dim, hidden, log_scale, map_size, align_corners: of the geometry; by default dim is C.
         unit: of offsets; in pixels, or in strides of each level with `by_level`. The release has 8 pixels, the paper
             half a stride.
         by_level: see `unit`.
@@ -242,7 +242,7 @@ class BVR(nn.Module):
         *,
         geometry: str | None = "shared",
         appearance: bool = True,
-        dim: int = 256,
+        dim: int | None = None,
         hidden: int | None = None,
         log_scale: bool = True,
         map_size: int = 400,
@@ -264,11 +264,12 @@ class BVR(nn.Module):
             {name: KeyAttention(channels, heads, key_channels, appearance=appearance) for name in self.key_types}
         )
         self.geometry: DirectGeometry | None = None
+        waves = channels if dim is None else dim
         if geometry == "direct":
-            self.geometry = DirectGeometry(heads, dim, hidden, log_scale=log_scale)
+            self.geometry = DirectGeometry(heads, waves, hidden, log_scale=log_scale)
         elif geometry == "shared":
             self.geometry = SharedGeometry(
-                heads, dim, hidden, log_scale=log_scale, map_size=map_size, align_corners=align_corners
+                heads, waves, hidden, log_scale=log_scale, map_size=map_size, align_corners=align_corners
             )
 
     def forward(self, levels: Sequence[Tensor], strides: Sequence[int], keys: Mapping[str, Keys]) -> list[Tensor]:
@@ -308,9 +309,7 @@ class BVR(nn.Module):
         return self.geometry(offsets / unit, shared)
 
 
-def cell_centres(
-    height: int, width: int, stride: int, device: torch.device | None = None
-) -> Float[Tensor, "cells 2"]:
+def cell_centres(height: int, width: int, stride: int, device: torch.device | None = None) -> Float[Tensor, "cells 2"]:
     """x and y in the image of the middle of each cell, row by row."""
     y, x = (stride * (torch.arange(side, device=device, dtype=torch.float32) + 0.5) for side in (height, width))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
@@ -378,7 +377,7 @@ class PointHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for name in self.key_types:
-            nn.init.constant_(self.logits[name][-1].bias, -math.log(99))  # type: ignore[index, arg-type]  # p = 0.01
+            nn.init.constant_(self.logits[name][-1].bias, -math.log(99))  # type: ignore[index]  # p = 0.01
 
     def forward(self, levels: Sequence[Tensor]) -> dict[str, PointMaps]:
         seen = [self.shared(level) for level in levels]

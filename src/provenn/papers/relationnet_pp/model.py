@@ -36,7 +36,7 @@ def bvr_fcos_r50(*, num_classes: int = 80, in_channels: int = 3, **bvr: Any) -> 
 
 
 def bvr_atss_r50(*, num_classes: int = 80, in_channels: int = 3, **bvr: Any) -> ATSS:
-    """ATSS on ResNet-50 with BVR, one geometry for both towers. The release has it on ResNeXt-101, as `bvr_fcos_r50`."""
+    """ATSS on ResNet-50 with BVR, one geometry for both towers. The release has it on ResNeXt-101."""
     model = ATSS(resnet50(num_classes=0, in_channels=in_channels), num_classes=num_classes)
     return attach_bvr(model, **{"share_map": True, "map_size": 300, **bvr})
 
@@ -54,8 +54,22 @@ def bvr_retinanet_tiny(*, num_classes: int = 3, in_channels: int = 3, **bvr: Any
     """
     backbone = ResNet(BasicBlock, (2, 2, 2), widths=(16, 32, 64), in_channels=in_channels, num_classes=0)
     model = RetinaNet(backbone, num_classes=num_classes, dim=64, convs=1, groups=8, finest=4, coarser=1)
-    small = {"groups": 8, "convs": 1, "deeper": 0, "keys": 15, "keys_a_level": 10, "map_size": 64, "unit": 4.0}
+    small = {
+        "groups": 8,
+        "point_convs": 1,
+        "deeper": 0,
+        "keys": 15,
+        "keys_a_level": 10,
+        "dim": 128,
+        "map_size": 64,
+        "unit": 4.0,
+    }
     return attach_bvr(model, **{**small, **bvr})
+
+
+def bvr_retina_head(**options: Any) -> "BVRRetinaHead":
+    """The head of `bvr_retinanet_r50` alone; options of `BVRRetinaHead`."""
+    return BVRRetinaHead(**options)
 
 
 class BVRRetinaHead(nn.Module):
@@ -84,9 +98,7 @@ class BVRRetinaHead(nn.Module):
     ):
         super().__init__()
         self.strides = tuple(strides)
-        self.head = DenseHead(
-            channels, num_classes, anchors=9, convs=convs, groups=groups, levels=len(self.strides)
-        )
+        self.head = DenseHead(channels, num_classes, anchors=9, convs=convs, groups=groups, levels=len(self.strides))
         self.head.bridge = Bridge(channels, num_classes, **{"groups": groups, **bvr})
 
     def forward(self, *levels: Tensor) -> Tensor:
