@@ -74,9 +74,10 @@ class DirectGeometry(nn.Module):
     def forward(
         self, offsets: Float[Tensor, "batch queries keys 2"], shared: Tensor | None = None
     ) -> Float[Tensor, "batch heads queries keys"]:
-        batch, queries, keys, _ = offsets.shape
-        weights = self.weigh(offsets.reshape(batch * queries, keys, 2))
-        return self.finish(weights.reshape(self.heads, batch, queries, keys).transpose(0, 1))
+        offsets = offsets.transpose(1, 2)
+        batch, keys, queries, _ = offsets.shape
+        weights = self.finish(self.weigh(offsets.reshape(batch * keys, queries, 2)))
+        return weights.reshape(self.heads, batch, keys, queries).transpose(0, 1).transpose(-1, -2)
 
     def finish(self, weights: Tensor) -> Tensor:
         """The logarithm, in single precision."""
@@ -121,13 +122,15 @@ class SharedGeometry(DirectGeometry):
         self, offsets: Float[Tensor, "batch queries keys 2"], shared: Tensor | None = None
     ) -> Float[Tensor, "batch heads queries keys"]:
         table = self.prepare() if shared is None else shared
-        batch, queries, keys, _ = offsets.shape
+        offsets = offsets.transpose(1, 2)  # queries last in memory: there are many, and a softmax over few keys is slow
+        batch, keys, queries, _ = offsets.shape
         # With aligned corners ±1 is the outermost point, at ⌊map_size/2⌋; the release divides by map_size/2 always.
         reach = float(self.map_size // 2) if self.align_corners else self.map_size / 2
-        grid = offsets.float().reshape(1, batch * queries, keys, 2) / reach
+        grid = offsets.float().reshape(1, batch * keys, queries, 2) / reach
         # One picture for the whole batch: its gradient is one map, not one an image.
         read = F.grid_sample(table.float()[None], grid, padding_mode="border", align_corners=self.align_corners)
-        return self.finish(read.reshape(self.heads, batch, queries, keys).transpose(0, 1))
+        logits = self.finish(read.reshape(self.heads, batch, keys, queries))
+        return logits.transpose(0, 1).transpose(-1, -2)
 
 
 class KeyAttention(nn.Module):
@@ -173,14 +176,14 @@ class KeyAttention(nn.Module):
         """How much each query takes of each key, in single precision; `mask` says which keys count."""
         if not self.appearance and geometry is None:
             raise ValueError("an attention without appearance needs the geometry")
-        logits: Tensor | float = 0.0 if geometry is None else geometry
+        logits: Tensor | float = 0.0 if geometry is None else geometry.transpose(-1, -2)
         if self.appearance:
-            alike = self._by_head(self.query(queries)) @ self._by_head(self.key(keys)).transpose(-1, -2)
+            alike = self._by_head(self.key(keys)) @ self._by_head(self.query(queries)).transpose(-1, -2)
             logits = alike.float() * (self.channels // self.heads) ** -0.5 + logits
         assert isinstance(logits, Tensor)
         if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
-        return logits.softmax(dim=-1)
+            logits = logits.masked_fill(~mask[:, None, :, None], -torch.inf)
+        return logits.softmax(dim=-2).transpose(-1, -2)
 
     def forward(
         self,
@@ -305,8 +308,8 @@ class BVR(nn.Module):
         """S^G of each query and key."""
         if self.geometry is None:
             return None
-        offsets = keys.positions[:, None] - positions[:, :, None]
-        return self.geometry(offsets / unit, shared)
+        offsets = (keys.positions[:, :, None] - positions[:, None]) / unit
+        return self.geometry(offsets.transpose(1, 2), shared)
 
 
 def cell_centres(height: int, width: int, stride: int, device: torch.device | None = None) -> Float[Tensor, "cells 2"]:
