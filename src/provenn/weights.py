@@ -169,8 +169,9 @@ def read_official(
     built_with = {**official_options, **options}
     model = build(name, **built_with) if build else card.resolve(chosen.build)(**{**chosen.options, **built_with})
     load_into(model, converted, str(path))
-    task = card.task_of(chosen)
-    return model.eval(), Label(card.slug, name, task, built_with, get_task(task).default_meta(built_with))
+    task = card.work_of(chosen)  # none of a part alone, such as a detector's head
+    meta = get_task(task).default_meta(built_with) if task else {}
+    return model.eval(), Label(card.slug, name, task or "", built_with, meta)
 
 
 def _plain(value: Any) -> Any:

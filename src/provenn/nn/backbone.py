@@ -101,6 +101,8 @@ class FeaturePyramid(nn.Module):
         by: how: "output" convolves the last level and "input" the backbone's last map, 3×3 with a ReLU between two
             (RetinaNet has the second, FCOS the first); "pool" takes every other cell of the last level.
         finer: how many levels to add at the fine end.
+        groups: of a group norm after every convolution, which then has no bias; None has none.
+        activate: whether a ReLU stands between two levels that are added by convolutions; MMDetection has none.
 
     Attributes:
         strides: of the levels that it gives.
@@ -118,6 +120,8 @@ class FeaturePyramid(nn.Module):
         coarser: int = 0,
         by: str = "output",
         finer: int = 0,
+        groups: int | None = None,
+        activate: bool = True,
     ):
         super().__init__()
         if not widths or len(widths) != len(strides):
@@ -126,26 +130,29 @@ class FeaturePyramid(nn.Module):
             raise ValueError(f"dim must be at least 1, coarser and finer at least 0, got {dim}, {coarser} and {finer}")
         if by not in ("output", "input", "pool"):
             raise ValueError(f"by must be 'output', 'input' or 'pool', got {by!r}")
-        self.by, self.coarser = by, coarser
+        self.by, self.coarser, self.activate = by, coarser, activate
         self.strides = [
             *(strides[0] // 2**k for k in range(finer, 0, -1)),
             *strides,
             *(strides[-1] * 2**k for k in range(1, coarser + 1)),
         ]
         self.widths = [dim] * len(self.strides)
-        self.laterals = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in widths)
+
+        def convolution(width: int, size: int, stride: int = 1) -> nn.Module:
+            plain = nn.Conv2d(width, dim, size, stride, size // 2, bias=groups is None)
+            return plain if groups is None else nn.Sequential(plain, nn.GroupNorm(groups, dim))
+
+        self.laterals = nn.ModuleList(convolution(width, 1) for width in widths)
         self.upsamplers = nn.ModuleList(nn.ConvTranspose2d(dim, dim, 2, stride=2) for _ in range(finer))
-        self.outputs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(finer + len(widths)))
+        self.outputs = nn.ModuleList(convolution(dim, 3) for _ in range(finer + len(widths)))
         extra = 0 if by == "pool" else coarser
         first = widths[-1] if by == "input" else dim
-        self.extra = nn.ModuleList(
-            nn.Conv2d(first if k == 0 else dim, dim, 3, stride=2, padding=1) for k in range(extra)
-        )
+        self.extra = nn.ModuleList(convolution(first if k == 0 else dim, 3, 2) for k in range(extra))
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.xavier_uniform_(module.weight)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
@@ -163,7 +170,7 @@ class FeaturePyramid(nn.Module):
         for convolve in self.extra:
             last = convolve(last)
             levels.append(last)
-            last = last.relu()
+            last = last.relu() if self.activate else last
         return levels
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from provenn import progress
 from provenn.data.coco import CocoSet, Labelled, find_coco, read_coco
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels, size_of
+from provenn.data.rectangles import RECTANGLE_CLASSES, RECTANGLE_SIDE, rectangles
 from provenn.data.scenes import CLASSES, SIZE, Scene, scenes
 from provenn.errors import UserError
 from provenn.files import whole
@@ -150,7 +151,9 @@ class ObjectDetection(Task):
     meta_schema = Boxes
     embedded = {  # noqa: RUF012
         "scenes": "880 scenes of 96×128 pixels: coins, handwritten digits and faces, cut out and pasted on photographs "
-        "(scikit-image, scikit-learn), with exact boxes; 3 classes"
+        "(scikit-image, scikit-learn), with exact boxes; 3 classes",
+        "rectangles": "580 scenes of 64×64 pixels: rectangles of brick and of grass on gravel (scikit-image), known by "
+        "their texture and found by their corners; 2 classes",
     }
     reads = "COCO JSON: a folder with annotations (instances_train2017.json and the like) and images, or one JSON file"
 
@@ -163,11 +166,11 @@ class ObjectDetection(Task):
         val_share: float = CUT,
         skip_broken: bool = False,
     ) -> TaskData:
-        """The embedded scenes, or a data set with annotations in COCO's format.
+        """The embedded scenes or rectangles, or a data set with annotations in COCO's format.
 
         Args:
-            source: "scenes", or a folder or file: see `provenn.data.coco.find_coco`. What of train, val and test is
-                missing is cut from train. Where there is val but no test, val is the test.
+            source: "scenes", "rectangles", or a folder or file: see `provenn.data.coco.find_coco`. What of train, val
+                and test is missing is cut from train. Where there is val but no test, val is the test.
             seed: of the split, and of the scenes.
             size: short side that the model sees, in pixels; the longer one follows, to at most 5/3 of it. By default
                 800, or what the smaller half of the images has where that is less.
@@ -179,8 +182,8 @@ class ObjectDetection(Task):
         if size is not None and size < 1:
             raise UserError(f"size must be at least 1 pixel, got {size}")
         check_share(val_share)
-        if named == "scenes":
-            return _scenes(seed, size or SIZE[0])
+        if named in DRAWN:
+            return _drawn(named, seed, size)
         return _folder(Path(named), seed, size, skip_broken, val_share)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -236,10 +239,11 @@ class ObjectDetection(Task):
         check_installed()
         named = self._named(source)
         meta = {**meta, "size": size or meta["size"]}
-        if named == "scenes":
-            _numbers("scenes", CLASSES, meta["classes"])
-            kept = [replace(s, labels=_renumbered(s.labels, CLASSES, meta["classes"])) for s in scenes("test", seed)]
-            return HeldOut(Pictures(kept, meta), "the test split of scenes")
+        if named in DRAWN:
+            draw, classes, _, _ = DRAWN[named]
+            _numbers(named, classes, meta["classes"])
+            kept = [replace(s, labels=_renumbered(s.labels, classes, meta["classes"])) for s in draw("test", seed)]
+            return HeldOut(Pictures(kept, meta), f"the test split of {named}")
         root = Path(named)
         files = find_coco(root)
         parts = {split: read_coco(file, _root_of(root), skip_broken=skip_broken) for split, file in files.items()}
@@ -438,28 +442,47 @@ def _renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str]
     return np.array([list(classes).index(name) for name in names], np.int64)[labels]
 
 
-def _scenes(seed: int, size: int) -> TaskData:
-    splits = {split: scenes(split, seed) for split in ("train", "val", "test")}
+def _drawn(named: str, seed: int, size: int | None) -> TaskData:
+    draw, classes, side, about = DRAWN[named]
+    splits = {split: draw(split, seed) for split in ("train", "val", "test")}
     meta = {
-        "classes": list(CLASSES),
-        "ids": [1, 2, 3],
-        "size": size,
+        "classes": list(classes),
+        "ids": list(range(1, len(classes) + 1)),
+        "size": size or side,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
     parts = {split: Pictures(listed, meta, augment=split == "train") for split, listed in splits.items()}
     content = (part for listed in splits.values() for each in listed for part in (each.pixels, each.boxes, each.labels))
     return TaskData(
-        "scenes",
+        named,
         **parts,
         fingerprint=fingerprint(*content),
-        options={"num_classes": len(CLASSES)},
+        options={"num_classes": len(classes)},
         meta=meta,
         collate=join,
-        about="Coins, handwritten digits and faces, cut out of embedded pictures and pasted on photographs, beside "
+        about=about,
+    )
+
+
+# Scenes that are drawn: how, their classes, their short side, and what they are.
+DRAWN: dict[str, tuple[Callable[[str, int], tuple[Scene, ...]], tuple[str, ...], int, str]] = {
+    "scenes": (
+        scenes,
+        CLASSES,
+        SIZE[0],
+        "Coins, handwritten digits and faces, cut out of embedded pictures and pasted on photographs, beside "
         "things that are none of them. Boxes are exact, and no picture is in two splits. The pixels are real, the "
         "scenes are not: no shadows, no depth, hardly anything hidden.",
-    )
+    ),
+    "rectangles": (
+        rectangles,
+        RECTANGLE_CLASSES,
+        RECTANGLE_SIDE,
+        "Rectangles of brick and of grass on gravel, in noise. The textures of the test are other halves of the same "
+        "pictures. Nothing but its edges tells where a large one ends.",
+    ),
+}
 
 
 def _root_of(root: Path) -> Path:

@@ -1,0 +1,108 @@
+"""RelationNet++ (Chi et al., 2020, arXiv:2010.15831): detectors with BVR in their heads."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from provenn.nn.detection import ATSS, FCOS, DenseHead, FasterRCNN, RetinaNet
+from provenn.nn.detection.dense import make_neck
+from provenn.nn.resnet import BasicBlock, ResNet, resnet50
+from provenn.papers.relationnet_pp.bridge import Bridge, attach_bvr
+
+STRIDES = (8, 16, 32, 64, 128)
+
+
+def bvr_retinanet_r50(*, num_classes: int = 80, in_channels: int = 3, groups: int | None = 32, **bvr: Any) -> RetinaNet:
+    """RetinaNet on ResNet-50 with BVR, as released: 46,417,466 parameters.
+
+    Group norms everywhere outside the backbone, L1 for boxes, no ReLU between the two levels that the neck adds.
+
+    Args:
+        num_classes, in_channels: of the data.
+        groups: of the group norms; None has none, as in most of the paper's tables.
+        bvr: options of `provenn.papers.relationnet_pp.Bridge`.
+    """
+    backbone = resnet50(num_classes=0, in_channels=in_channels)
+    model = RetinaNet(backbone, num_classes=num_classes, groups=groups, beta=0.0)
+    model.neck = make_neck(backbone, 8, 256, coarser=2, by="input", groups=groups, activate=False)
+    return attach_bvr(model, **{"groups": groups, **bvr})
+
+
+def bvr_fcos_r50(*, num_classes: int = 80, in_channels: int = 3, **bvr: Any) -> FCOS:
+    """FCOS on ResNet-50 with BVR. The release has it on ResNeXt-101 with deformable convolutions, and no norms."""
+    model = FCOS(resnet50(num_classes=0, in_channels=in_channels), num_classes=num_classes)
+    return attach_bvr(model, **{"deeper": 0, "map_size": 300, **bvr})
+
+
+def bvr_atss_r50(*, num_classes: int = 80, in_channels: int = 3, **bvr: Any) -> ATSS:
+    """ATSS on ResNet-50 with BVR, one geometry for both towers. The release has it on ResNeXt-101."""
+    model = ATSS(resnet50(num_classes=0, in_channels=in_channels), num_classes=num_classes)
+    return attach_bvr(model, **{"share_map": True, "map_size": 300, **bvr})
+
+
+def bvr_faster_rcnn_r50(*, num_classes: int = 80, in_channels: int = 3, **bvr: Any) -> FasterRCNN:
+    """Faster R-CNN on ResNet-50 with BVR in its second stage (figure 4); not in the release."""
+    model = FasterRCNN(resnet50(num_classes=0, in_channels=in_channels), num_classes=num_classes)
+    return attach_bvr(model, **bvr)
+
+
+def bvr_retinanet_tiny(*, num_classes: int = 3, in_channels: int = 3, **bvr: Any) -> RetinaNet:
+    """RetinaNet with BVR for pictures of about 100 pixels. Ours: what trains in minutes.
+
+    A ResNet of two blocks a stage; group norms since it starts from nothing; 15 keys, offsets in units of 4 pixels.
+    """
+    backbone = ResNet(BasicBlock, (2, 2, 2), widths=(16, 32, 64), in_channels=in_channels, num_classes=0)
+    model = RetinaNet(backbone, num_classes=num_classes, dim=64, convs=1, groups=8, finest=4, coarser=1)
+    small = {
+        "groups": 8,
+        "point_convs": 1,
+        "deeper": 0,
+        "keys": 15,
+        "keys_a_level": 10,
+        "dim": 128,
+        "map_size": 64,
+        "unit": 4.0,
+    }
+    return attach_bvr(model, **{**small, **bvr})
+
+
+def bvr_retina_head(**options: Any) -> "BVRRetinaHead":
+    """The head of `bvr_retinanet_r50` alone; options of `BVRRetinaHead`."""
+    return BVRRetinaHead(**options)
+
+
+class BVRRetinaHead(nn.Module):
+    """The head of `bvr_retinanet_r50` alone, for a pyramid that is there already.
+
+    Args:
+        channels: of the levels.
+        num_classes: how many.
+        groups: of the group norms.
+        strides: of the levels.
+        bvr: options of `Bridge`.
+
+    Shapes: a level each, (batch, channels, h_i, w_i), to what is said of each of 9 anchors a cell, in the order of
+    levels, cells and anchors: logits of the classes and four offsets, (batch, places, num_classes + 4).
+    """
+
+    def __init__(
+        self,
+        channels: int = 256,
+        num_classes: int = 80,
+        *,
+        groups: int | None = 32,
+        convs: int = 4,
+        strides: tuple[int, ...] = STRIDES,
+        **bvr: Any,
+    ):
+        super().__init__()
+        self.strides = tuple(strides)
+        self.head = DenseHead(channels, num_classes, anchors=9, convs=convs, groups=groups, levels=len(self.strides))
+        self.head.bridge = Bridge(channels, num_classes, **{"groups": groups, **bvr})
+
+    def forward(self, *levels: Tensor) -> Tensor:
+        if len(levels) != len(self.strides):
+            raise ValueError(f"expected {len(self.strides)} levels, got {len(levels)}")
+        said = self.head(list(levels), self.strides)
+        return torch.cat([said.logits, said.offsets], dim=-1)

@@ -1,0 +1,180 @@
+"""Data, networks and probes of RelationNet++'s experiments."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from provenn import bench
+from provenn.nn.detection import ATSS, FCOS, RetinaNet
+from provenn.papers.relationnet_pp.bridge import attach_bvr
+from provenn.papers.relationnet_pp.layers import (
+    DirectGeometry,
+    KeyAttention,
+    PointHead,
+    SharedGeometry,
+    cell_centres,
+)
+from provenn.tasks import TaskData, get_task
+from provenn.training import Fit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STRIDE = 4  # of the small detectors' only level
+BRIDGE: dict[str, Any] = {
+    "heads": 4,
+    "groups": 8,
+    "point_convs": 1,
+    "deeper": 0,
+    "keys": 12,
+    "keys_a_level": 12,
+    "dim": 128,
+    "map_size": 64,
+    "unit": float(STRIDE),
+}
+HOSTS: dict[str, Any] = {
+    "fcos": (FCOS, {}),
+    "atss": (ATSS, {"scale": 6}),
+    "retinanet": (RetinaNet, {"scales": (6,)}),
+}
+
+
+class Stem(nn.Module):
+    """Three convolutions to a quarter of the resolution, the last of 1×1: they see 7 pixels.
+
+    What a prediction sees in all is 31 pixels: of most objects no corner lies within that of their centre.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.strides, self.widths = (STRIDE,), (width,)
+        layers: list[nn.Module] = []
+        for given, out, size, stride in ((3, width // 2, 3, 2), (width // 2, width, 3, 2), (width, width, 1, 1)):
+            layers += [nn.Conv2d(given, out, size, stride, size // 2, bias=False), nn.GroupNorm(4, out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        return [self.layers(x)]
+
+
+def detector(part: dict[str, Any], *, num_classes: int = 2, width: int = 32) -> nn.Module:
+    """A detector of one level, with the bridge that a part names or without.
+
+    Args:
+        part: `host`, of `HOSTS`; `bridge`, options of `attach_bvr`; `width`, another than the others have.
+        num_classes: of the data.
+        width: channels everywhere.
+    """
+    kind, options = HOSTS[part.get("host", "fcos")]
+    dim = part.get("width", width)
+    model = kind(Stem(dim), num_classes=num_classes, dim=dim, convs=1, groups=8, finest=STRIDE, coarser=0, **options)
+    return model if part.get("bridge") is None else attach_bvr(model, **{**BRIDGE, **part["bridge"]})
+
+
+def count(part: dict[str, Any]) -> int:
+    """Parameters of an arm."""
+    with torch.device("meta"):
+        return bench.count_parameters(detector(part))
+
+
+def rectangles(seed: int, smoke: bool) -> TaskData:
+    """Texture rectangles; a few of them for a smoke run."""
+    data = get_task("object-detection").load("rectangles", seed=seed)
+    if not smoke:
+        return data
+    train, val, test = (Subset(part, range(8)) for part in (data.train, data.val, data.test))
+    return TaskData(
+        data.name,
+        train,
+        val,
+        test,
+        fingerprint=data.fingerprint,
+        options=data.options,
+        meta=data.meta,
+        collate=data.collate,
+    )
+
+
+def at_75(model: nn.Module, data: TaskData) -> float:
+    """AP at an IoU of 0.75."""
+    return get_task("object-detection").evaluate(model, data.test).get("AP75", 0.0)
+
+
+def draw_found(done: Fit, data: TaskData, seed: int) -> "Figure | None":
+    return get_task("object-detection").picture(done.model, data)
+
+
+# What things cost
+
+
+def geometry(build: Callable[[], DirectGeometry], keys: int = 50) -> Callable[[int, str], Callable[[], Any]]:
+    """S^G of every cell of a level of stride 8 and so many keys, in training: what the backward pass needs is held."""
+
+    def make(side: int, device: str) -> Callable[[], Any]:
+        with torch.device("meta"):  # counted, not computed
+            layer = build()
+            offsets = torch.empty(1, side * side, keys, 2)
+
+        def call() -> Tensor:
+            return layer(offsets, layer.prepare())
+
+        return call
+
+    return make
+
+
+def attention(keys: int | None) -> Callable[[int, str], Callable[[], Any]]:
+    """From every cell of a level to so many keys, or to every cell."""
+
+    def make(side: int, device: str) -> Callable[[], Any]:
+        with torch.device("meta"):
+            layer, relation = KeyAttention(256, 8), SharedGeometry(8)
+            queries, given = torch.empty(1, side * side, 256), torch.empty(1, keys or side * side, 256)
+            offsets = torch.empty(1, side * side, keys or side * side, 2)
+
+        def call() -> Tensor:
+            return layer(queries, given, relation(offsets))
+
+        return call
+
+    return make
+
+
+LEVELS = ((100, 160), (50, 80), (25, 40), (13, 20), (7, 10))  # of an image of 800×1280
+
+
+def gigamacs_of_points(form: str) -> float:
+    """Multiply-adds of a point head without norms on an image of 800×1280, in 10⁹."""
+    with torch.device("meta"):
+        head, levels = PointHead(256, 80, form=form), [torch.empty(1, 256, *size) for size in LEVELS]
+        return bench.macs(lambda: head(levels)) / 1e9
+
+
+def gigamacs_of_attention() -> float:
+    """Multiply-adds of the three attentions and two maps on an image of 800×1280, in 10⁹."""
+    with torch.device("meta"):
+        attentions, maps = [KeyAttention(256, 8) for _ in range(3)], [SharedGeometry(8) for _ in range(2)]
+
+        def call() -> None:
+            for relation in maps:
+                relation.prepare()
+            for height, width in LEVELS:
+                for layer in attentions:
+                    layer(torch.empty(1, height * width, 256), torch.empty(1, 50, 256))
+
+        return bench.macs(call) / 1e9
+
+
+def map_errors(align_corners: bool) -> tuple[float, float]:
+    """How far the shared map is from the direct geometry, before the logarithm: at offset 0, and at whole offsets."""
+    torch.manual_seed(0)
+    shared = SharedGeometry(8, log_scale=False, map_size=400, align_corners=align_corners)
+    direct = DirectGeometry(8, log_scale=False)
+    direct.load_state_dict(shared.state_dict())
+    offsets = (cell_centres(41, 41, 10) - 205).round().reshape(1, 41, 41, 2)  # −200 to 200 in steps of 10
+    with torch.no_grad():
+        error = (shared(offsets) - direct(offsets)).abs().amax(dim=1)[0]
+    return error[20, 20].item(), error.max().item()
