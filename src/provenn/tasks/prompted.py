@@ -74,6 +74,9 @@ class Answers(Dataset):
         room = length - asked.tokens
         if room < 2:
             raise UserError(f"{asked.name} takes answers of {asked.tokens} tokens: length must be more, got {length}")
+        if tokenizer.end is None:
+            raise UserError(f"{asked.name}: the tokenizer has no token to end an answer with")
+        self.end = int(tokenizer.end)
         self.items = [self._pair(prompt.text, prompt.answers[0], tokenizer, room) for prompt in asked.prompts]
 
     def __len__(self) -> int:
@@ -85,8 +88,8 @@ class Answers(Dataset):
     def _pair(self, prompt: str, answer: str, tokenizer: Tokenizer, room: int) -> tuple[Tensor, Tensor]:
         before = _ends(tokenizer.encode(prompt), room)
         told = torch.from_numpy(tokenizer.encode(f" {answer}"))[: self.asked.tokens - 1]
-        row = torch.cat([before, told, torch.tensor([tokenizer.end])])
-        x = torch.full((self.length,), int(tokenizer.end))
+        row = torch.cat([before, told, torch.tensor([self.end])])
+        x = torch.full((self.length,), self.end)
         y = torch.full((self.length,), UNTOLD)
         x[: len(row) - 1] = row[:-1]
         y[len(before) - 1 : len(row) - 1] = row[len(before) :]
