@@ -2,7 +2,8 @@
 
     python scripts/ship_weights.py RUN… [--half]
 
-With --half they are stored in half precision. The metrics in the file are those of the weights as they are stored.
+Heads that only training has are left out. With --half weights are stored in half precision. The metrics in the file are
+those of the weights as they are stored.
 """
 
 import argparse
@@ -22,6 +23,9 @@ def ship(run: Path, half: bool) -> str:
     assert label is not None and label.trained_on, f"{run} is no run of `provenn train`"
     paper = api.paper(label.paper)
     model, _ = paper.load(run)
+    if hasattr(model, "without_training_heads"):
+        model = model.without_training_heads()
+        label = replace(label, options={**label.options, "training_heads": False})
     stored = model.half().float() if half else model
     kind = get_task(label.task)
     data = kind.load(label.trained_on["data"], seed=label.trained_on["seed"], **label.trained_on["options"])

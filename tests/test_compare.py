@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provenn.bench import count_parameters
+from provenn.catalog import cards
 from provenn.compare import COSTS, HOSTS, Candidate, SlotComparison, compare, host_for
 from provenn.compare.language import settled
 from provenn.errors import UserError
@@ -307,3 +309,19 @@ def test_backbones_are_compared_on_patches(tmp_path: Path):
     assert plain.parameters < eca.parameters < 1.01 * plain.parameters  # the gates alone
     assert 0.5 < mobile.parameters / plain.parameters < 2
     assert result.metric == "accuracy" and len(result.setting["lr"]) == 3
+
+
+def test_backbones_of_papers_have_about_as_many_parameters_as_the_baselines():
+    """Twice or half at most: they are compared as they are."""
+    options = {"num_classes": 16, "in_channels": 1}
+    makes = {
+        mechanism.name: partial(card.resolve(mechanism.layer), **mechanism.arguments)
+        for card in cards().values()
+        for mechanism in card.mechanisms
+        if mechanism.slot == "backbone"
+    }
+    assert {"eca_resnet14", "l2vit_mini", "res_vmamba_mini"} <= set(makes)
+    makes |= HOSTS["backbone"][0].baselines()
+    with torch.device("meta"):
+        sizes = {name: count_parameters(make(**options)) for name, make in makes.items()}
+    assert all(0.5 < size / sizes["resnet14"] < 2 for size in sizes.values()), sizes

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import provenn
 from provenn.catalog import cards
@@ -27,14 +28,19 @@ from provenn.papers.bevanet import (
     BEVANetClassifier,
     TrainingLogits,
     boundaries,
+    claims,
     class_weights,
     hard_pixel_loss,
     pretrained,
     reach,
+    studies,
 )
+from provenn.papers.bevanet.fusion import Bag
 from provenn.papers.bevanet.layers import KERNELS
 from provenn.papers.bevanet.losses import canny
 from provenn.papers.bevanet.official import convert
+from provenn.papers.bevanet.pooling import PAPPM
+from provenn.tasks import TaskData
 from provenn.testing import seeded_array, seeded_state
 
 TINY = {"planes": 4, "blocks": (1, 1, 1, 1), "in_channels": 1, "pooling_planes": 8, "head_planes": 8}
@@ -146,6 +152,14 @@ def test_span_and_reach(kernel_size, cross, full):
         assert (touched.max(0).values - touched.min(0).values + 1).tolist() == [kernel_size, kernel_size]
 
 
+@pytest.mark.parametrize("layer, count", [(LKA(2, 35), 35**2), (EVA(2, 35, attention="slak").spatial.attention, 325)])
+def test_reach_of_the_baselines(layer, count):
+    """LKA reaches all; strips of 5 × 35 and 35 × 5 in full a broad cross, 2 · 5 · 35 − 25."""
+    for parameter in layer.parameters():
+        nn.init.ones_(parameter)
+    assert (reach(layer.spread, 2, 61) > 0).sum() == count
+
+
 def test_the_selection_does_not_move_the_reach_of_the_strips():
     _, taps, dilation = KERNELS[23]
     layer = SDLSKA(2, 23)
@@ -221,6 +235,34 @@ def test_bgaf_is_its_equation_and_symmetric():
     torch.testing.assert_close(swapped(i, p, -d), layer(p, i, d), atol=1e-5, rtol=1e-5)
 
 
+def test_bag_is_its_equation():
+    layer = stirred(Bag(6))
+    p, i, d = (drawn((2, 6, 7, 5), name) for name in "pid")
+    torch.testing.assert_close(layer(p, i, d), layer.join(d.sigmoid() * p + (1 - d.sigmoid()) * i))
+
+
+@pytest.mark.parametrize("kind", [DAPPM, PAPPM])
+def test_the_poolings_that_dlkppm_is_held_against(kind):
+    """Averages of 5, 9 and 17 cells at strides 2, 4 and 8, zeros around counted, and of all; one by one or together."""
+    layer, x = stirred(kind(6, 4, 5)), drawn((2, 6, 20, 13))
+    first = layer.enter(x)
+    pooled = [F.avg_pool2d(x, 2 * r + 1, r, r) for r in (2, 4, 8)] + [x.mean((2, 3), keepdim=True)]
+    maps = [
+        F.interpolate(nn.Sequential(*list(pool)[1:])(y), (20, 13), mode="bilinear", align_corners=False)
+        for pool, y in zip(layer.pooled, pooled)
+    ]
+    if kind is DAPPM:
+        joined = [first]
+        for y, process in zip(maps, layer.process):
+            joined.append(process(y + joined[-1]))
+        joined = torch.cat(joined[1:], 1)
+    else:
+        joined = layer.process(torch.cat([y + first for y in maps], 1))
+        assert layer.process[2].groups == 4
+    expected = layer.compress(torch.cat([first, joined], 1)) + layer.shortcut(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
 # The system
 
 
@@ -241,14 +283,15 @@ def test_each_branch_moves_the_other():
         assert torch.equal(getattr(before, still), getattr(after, still))
 
 
-@pytest.mark.parametrize("size", [(128, 128), (96, 160)])
-def test_the_deployed_form_gives_the_main_output(size, no_shape_checks):
-    model, x = tiny(), drawn((2, 1, *size))
+def test_the_deployed_form_gives_the_main_output(no_shape_checks):
+    model = tiny()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.bias.data += 0.3  # so that a norm that is folded wrongly shows
     deployed = model.deploy((128, 128))
-    torch.testing.assert_close(deployed(x), model.training_logits(x).main, atol=1e-4, rtol=1e-4)
+    for size in ((128, 128), (96, 160)):
+        x = drawn((2, 1, *size))
+        torch.testing.assert_close(deployed(x), model.training_logits(x).main, atol=1e-4, rtol=1e-4)
     norms = [name for name, m in deployed.named_modules() if isinstance(m, nn.BatchNorm2d)]
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) < len(kept) / 2 and parameters(deployed) < parameters(model.without_training_heads())
@@ -444,6 +487,17 @@ def test_boundaries_touch_both_sides_and_nothing_else():
 def test_class_weights_favour_rare_classes():
     weights = class_weights(torch.tensor([900, 90, 10]))
     assert weights[0] < weights[1] < weights[2] and weights.mean().item() == pytest.approx(1)
+    assert (weights[2] / weights[0]).item() == pytest.approx(math.log(1.1 + 0.9) / math.log(1.1 + 0.01), rel=1e-6)
+
+
+def test_without_boundaries_two_terms_are_left():
+    model = tiny(boundary_losses=False)
+    images, mask = drawn((2, 1, 48, 64)), striped()
+    main, auxiliary, _ = (
+        F.interpolate(x, (48, 64), mode="bilinear", align_corners=True) for x in model.training_logits(images)
+    )
+    every = F.cross_entropy(auxiliary, mask, ignore_index=255, reduction="none").mean()
+    torch.testing.assert_close(model.training_loss((images, mask)), hard_pixel_loss(main, mask) + 0.4 * every)
 
 
 def test_training_reaches_all_but_what_norms_cancel():
@@ -473,6 +527,9 @@ def test_bad_numbers_are_refused():
         BEVANet(5, hard_share=0)
     with pytest.raises(ValueError, match="blocks must name four stages"):
         BEVANet(5, blocks=(2, 2))
+    for wrong in ({"num_classes": -1}, {"last": 0}):
+        with pytest.raises(ValueError, match="num_classes must be at least 0 and last at least 1"):
+            BEVANetClassifier(**{"planes": 4, "blocks": (1, 1, 1, 1), **wrong})
 
 
 # The authors' weights
@@ -515,6 +572,48 @@ def test_pretrained_weights_start_a_segmentation_model():
     assert torch.equal(model.head[2].weight, before["head.2.weight"])
     with pytest.raises(UserError, match="no parameter"):
         pretrained(model, {"other": torch.zeros(1)})
+
+
+# The experiments
+
+
+def test_arms_have_as_many_parameters():
+    sizes = {name: studies.count(part) for name, (_, part) in claims.PARTS.arms.items()}
+    assert abs(sizes["none"] / sizes["full"] - 1) < 0.05
+    assert sizes["unguided"] == sizes["full"] > sizes["sum"] and sizes["bag"] < sizes["full"] > sizes["dappm"]
+
+
+def test_what_is_told_near_boundaries_is_counted_alone():
+    mask = torch.zeros(1, 64, 64, dtype=torch.int64)
+    mask[:, :, 32:] = 1
+    far = (torch.arange(64) - 31.5).abs() > 8
+
+    class Told(nn.Module):
+        align_corners = False
+
+        def __init__(self, wrong):
+            super().__init__()
+            self.wrong, self.weight = wrong, nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            told = torch.where(self.wrong, 1 - mask, mask)
+            return F.one_hot(told, 2).permute(0, 3, 1, 2).float() + self.weight
+
+    scene = TensorDataset(torch.zeros(1, 1, 64, 64), mask)
+    data = TaskData("two halves", scene, scene, scene, "")
+    for wrong, share in ((far & False, 1.0), (far, 1.0), (~far, 0.0)):
+        assert studies.near_boundaries(Told(wrong.expand(64, 64)), data) == share
+
+
+def test_the_spread_of_gates_is_none_where_they_are_the_same():
+    model = tiny()
+    scenes = TensorDataset(drawn((3, 1, 96, 64)), torch.zeros(3, 96, 64, dtype=torch.int64))
+    data = TaskData("three scenes", scenes, scenes, scenes, "")
+    assert studies.gate_spread(model, data) > 0
+    for module in model.modules():
+        if isinstance(module, CKS):
+            nn.init.zeros_(module.expand.point.weight)
+    assert studies.gate_spread(model, data) == pytest.approx(0, abs=1e-6)
 
 
 # Recipes

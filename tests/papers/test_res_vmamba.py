@@ -23,7 +23,7 @@ from provenn.papers.res_vmamba import (
     res_vmamba_mini,
 )
 from provenn.papers.res_vmamba.official import convert
-from provenn.papers.res_vmamba.studies import changed_predictions, operations, zoomed_textures
+from provenn.papers.res_vmamba.studies import BANDS, changed_predictions, operations, zoomed_textures
 
 
 def count(model: nn.Module) -> int:
@@ -137,6 +137,31 @@ def test_the_initial_steps_and_decays():
         "op.conv2d.weight": (192, 1, 3, 3), "op.conv2d.bias": (192,), "op.out_norm.weight": (192,),
         "op.out_norm.bias": (192,), "op.out_proj.weight": (96, 192),
     }  # fmt: skip
+
+
+def test_projections_start_small_and_convolutions_as_the_framework_has_them():
+    torch.manual_seed(0)
+    model = ResVMamba((64, 128), (1, 1), num_classes=50)
+    op = model.layers[0].blocks[0].op
+    for linear in (op.in_proj, op.out_proj, model.layers[0].downsample.reduction, model.classifier.head):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not model.classifier.head.bias.any() and op.in_proj.bias is None and op.out_proj.bias is None
+    for weight, inputs in ((op.x_proj_weight, 128), (op.conv2d.weight, 9), (model.residual[0].weight, 64)):
+        assert 0.9 * inputs**-0.5 < weight.abs().max() <= inputs**-0.5
+    assert model.patch_embed[0].weight.abs().max() <= 48**-0.5 and model.patch_embed[2].eps == 1e-5
+
+
+def test_stochastic_depth_leaves_out_whole_examples():
+    rates = [block.drop_path.p for layer in mini(drop_path=0.3).layers for block in layer.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+    torch.manual_seed(0)
+    block = VSSBlock(8, state=2, drop_path=0.75).train()
+    x = torch.randn(1, 3, 4, 8).expand(40, -1, -1, -1)
+    branch = (block(x) - x).detach()
+    kept = branch.flatten(1).any(1)
+    assert 2 < kept.sum() < 20
+    whole = block.eval()(x) - x
+    torch.testing.assert_close(branch[kept], 4 * whole[kept], atol=1e-6, rtol=1e-4)
 
 
 def test_the_scan_runs_in_single_precision_under_autocast():
@@ -336,6 +361,8 @@ def test_foreign_weights_are_refused(vanilla):
         (lambda: ResVMamba((8, 8), (1, 1), source="none", init="ones"), "init must be 'kaiming' or 'zero'"),
         (lambda: ResVMamba((8,), (1,), drop_path=1.0), "drop_path must lie between 0 and 1"),
         (lambda: ResVMamba((8,), (1,), num_classes=-1), "num_classes at least 0"),
+        (lambda: ResVMamba((8,), (1,))(torch.ones(1, 1, 8, 8)), "expected images of 3 channels, got 1"),
+        (lambda: ResVMamba((8,), (1,))(torch.ones(1, 3, 0, 8)), "at least 1×1 pixels"),
     ],
 )
 def test_bad_arguments_are_refused(make, message):
@@ -349,6 +376,28 @@ def test_the_paper_is_in_the_catalogue():
 
 
 # Mamba's own layer
+
+
+@pytest.mark.parametrize("selective", [True, False])
+def test_mamba_is_its_equations(selective):
+    torch.manual_seed(0)
+    layer = Mamba(6, state=3, kernel=3, selective=selective).double()
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    u, z = (x @ layer.in_proj.weight.T).chunk(2, -1)
+    seen = torch.cat([torch.zeros(2, 2, 12, dtype=torch.float64), u], 1)
+    kernel = layer.conv1d.weight[:, 0]
+    u = F.silu(sum(kernel[:, j] * seen[:, j : j + 9] for j in range(3)) + layer.conv1d.bias)
+    if selective:
+        delta, B, C = (u @ layer.x_proj.weight.T).split([layer.rank, 3, 3], -1)
+        delta = delta @ layer.dt_proj.weight.T
+    else:
+        delta, (B, C) = torch.zeros_like(u), layer.read_and_write.expand(2, 9, 2, 3).unbind(2)
+    step = F.softplus(delta + layer.dt_bias)
+    y, _ = recurrent(u.mT, step.mT, -layer.A_log.exp(), B.mT[:, None], C.mT[:, None])
+    expected = ((y.mT + layer.D * u) * F.silu(z)) @ layer.out_proj.weight.T
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.A_log.exp(), torch.arange(1.0, 4).double().expand(12, 3))
+    assert F.softplus(layer.dt_bias).min() > 1e-3 * 0.99 and F.softplus(layer.dt_bias).max() < 0.1 * 1.01
 
 
 def test_without_selection_mamba_is_a_fixed_convolution():
@@ -410,6 +459,8 @@ def test_zoomed_textures_are_what_they_say():
     again, _ = zoomed_textures("train", 400, 0)
     assert torch.equal(x, again) and not torch.equal(x, zoomed_textures("train", 400, 1)[0])
     assert not torch.equal(x, zoomed_textures("test", 400, 0)[0])
+    ends = [end for band in BANDS.values() for end in band]
+    assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 1)  # no pixel is in two splits
     assert x.shape == (400, 1, 32, 32) and set(labels.tolist()) == set(range(16))
     # Neither mean nor contrast tells the class.
     for figure in (x.mean((1, 2, 3)), x.std((1, 2, 3))):

@@ -365,6 +365,8 @@ class BEVANetClassifier(Bilateral):
         last: int = 2048,
     ):
         check_whole(num_classes=num_classes, last=last)
+        if num_classes < 0 or last < 1:
+            raise ValueError(f"num_classes must be at least 0 and last at least 1, got {num_classes} and {last}")
         super().__init__(
             planes,
             blocks,

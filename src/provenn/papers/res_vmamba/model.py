@@ -79,7 +79,7 @@ class ResVMamba(nn.Module):
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must lie between 0 and 1, below 1, got {drop_path}")
-        self.source, self.patch_size = source, patch_size
+        self.source, self.patch_size, self.in_channels = source, patch_size, in_channels
         self.widths, self.strides = list(dims), [patch_size * 2**i for i in range(len(dims))]
         self.patch_embed = nn.Sequential(
             nn.Conv2d(in_channels, dims[0], patch_size, patch_size), ChannelsLast(), nn.LayerNorm(dims[0])
@@ -115,6 +115,10 @@ class ResVMamba(nn.Module):
 
     def _maps(self, image: Float[Tensor, "batch in_channels height width"]) -> list[Tensor]:
         """Each stage's map, (batch, height, width, dim), before it is merged."""
+        if image.shape[1] != self.in_channels:
+            raise ValueError(f"expected images of {self.in_channels} channels, got {image.shape[1]}")
+        if not image.shape[2] * image.shape[3]:
+            raise ValueError(f"expected images of at least 1×1 pixels, got {tuple(image.shape)}")
         x = path = self.patch_embed(pad_to_multiple(image, self.patch_size))
         maps = []
         for i, layer in enumerate(self.layers):
