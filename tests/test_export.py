@@ -208,6 +208,15 @@ class Routed(torch.nn.Module):
         )
 
 
+def test_a_network_of_small_images_takes_other_sizes_too(tmp_path):
+    model = torch.nn.Sequential(small_backbone(1), torch.nn.Linear(8, 2)).eval()
+    meta = {"size": 8, "channels": 1, "mean": [0.5], "std": [0.5]}
+    said = export.image_system(model, "image-classification", meta, tmp_path / "a.onnx", {})
+    assert said[1] == "any batch, height and width"
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    assert session.run(None, {"image": np.zeros((3, 1, 8, 21), np.float32)})[0].shape == (3, 2)
+
+
 def test_equal_scores_are_sorted_as_torch_does(tmp_path):
     image = torch.tensor([[[[0.0, 2.0, 1.0, 2.0, 2.0]], [[1.0, 1.0, 1.0, 1.0, 1.0]]]]).repeat(3, 1, 1, 1)
     file = tmp_path / "a.onnx"
@@ -220,7 +229,7 @@ def test_equal_scores_are_sorted_as_torch_does(tmp_path):
 def test_a_network_of_one_size_is_written_for_that_size_and_says_so(tmp_path):
     meta = {"size": 16, "channels": 1, "mean": [0.5], "std": [0.5]}
     said = export.image_system(OneSize().eval(), "image-classification", meta, tmp_path / "a.onnx", {})
-    assert said == ["height and width fixed: images of 2×1×16×16"]
+    assert said == ["any batch; height and width fixed: images of 16×16 pixels alone"]
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     assert session.run(None, {"image": np.zeros((5, 1, 16, 16), np.float32)})[0].shape == (5, 2)
 

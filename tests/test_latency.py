@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn import bench, latency
+from provenn.cli.measure import _forms
 from provenn.errors import UserError
 
 
@@ -74,12 +75,21 @@ def test_more_threads_are_timed_by_the_wall_and_told_so(monkeypatch: pytest.Monk
     "options, says",
     [
         ({"batches": [0]}, "batch must be at least 1, got 0"),
+        ({"forms": ["eager", "lazy"]}, "forms are eager, torch.compile, ONNX Runtime; got lazy"),
         ({"reference": "other"}, "the reference 'other' is none of the networks: one"),
     ],
 )
 def test_bad_numbers_and_names_are_refused(options: dict, says: str):
     with pytest.raises(UserError, match=says):
         latency.measure({"one": tiny}, **options)
+
+
+def test_forms_are_chosen():
+    result = latency.measure({"one": tiny}, size=8, batches=[1], threads=[1], rounds=1, forms=["eager"])
+    assert [each.form for each in result.latencies] == ["eager"] and result.tables[0].columns[-1] == "eager"
+    with pytest.raises(UserError, match="--forms takes some of eager, compile, onnx; got 'lazy'"):
+        _forms("lazy")
+    assert _forms("onnx, eager") == ["eager", "ONNX Runtime"]
 
 
 def test_backbones_are_found_by_preset_and_by_paper():

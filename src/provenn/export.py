@@ -218,12 +218,17 @@ def _write_images(
     batch = torch.export.Dim("batch")
     # Not alike, and no multiples of a stride: a tracer would take that for a rule.
     tall, wide = side + 5, side + 11
-    every = {0: batch, 2: torch.export.Dim("height", min=16), 3: torch.export.Dim("width", min=16)}
-    attempts = [((2, channels, tall, wide), every, []), ((2, channels, side, side), {0: batch}, ["height and width"])]
+    least = min(16, side)
+    every = {0: batch, 2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
+    fixed = f"images of {side}×{side} pixels alone"
+    attempts = [
+        ((2, channels, tall, wide), every, "any batch, height and width"),
+        ((2, channels, side, side), {0: batch}, f"any batch; height and width fixed: {fixed}"),
+    ]
     if outputs != ["probabilities"]:  # places of a detector
-        attempts.append(((1, channels, side, side), {}, ["batch, height and width"]))
+        attempts.append(((1, channels, side, side), {}, f"batch, height and width fixed: one at a time, {fixed}"))
     trouble: Exception | None = None
-    for shape, sizes, fixed in attempts:
+    for shape, sizes, told in attempts:
         try:
             with torch.no_grad():
                 system.eval()(torch.rand(shape))
@@ -233,8 +238,7 @@ def _write_images(
         except Exception as error:  # a tracer, or the network itself, which refuses sizes as it likes
             trouble = error
         else:
-            given = "×".join(str(size) for size in shape)
-            return [f"{fixed[0]} fixed: images of {given}" if fixed else "any batch, height and width"]
+            return [told]
     assert trouble is not None
     raise UserError(f"{type(system).__name__.lower()}: cannot be written as ONNX: {_in_a_line(trouble)}") from trouble
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMS = ("eager", "torch.compile", "ONNX Runtime")
+SHORT = {"eager": "eager", "compile": "torch.compile", "onnx": "ONNX Runtime"}  # as the command line calls them
 Build = Callable[[], nn.Module]
 
 
@@ -254,6 +255,7 @@ def measure(
     threads: Sequence[int] = (1, 2),
     rounds: int = 15,
     reference: str | None = None,
+    forms: Sequence[str] = FORMS,
     tell: Callable[[str], None] = lambda message: None,
 ) -> LatencyBench:
     """Time every network on the CPU in every form: all in turns, so that what else the machine does meets all alike.
@@ -264,14 +266,18 @@ def measure(
         batches, threads: every pair of them.
         rounds: how often each is timed; 6 is the fewest that give a 95 % interval.
         reference: whose time ratios are to; the first by default.
+        forms: some of `FORMS`; compiling takes most of the time, a minute and more for a large network.
         tell: is given a line for each form that fails; the others go on.
 
     Raises:
-        UserError: a number below 1, a reference that is not there, or no network that runs.
+        UserError: a number below 1, a form or a reference that is not there, or no network that runs.
     """
     for name, numbers in {"size": [size], "batch": batches, "threads": threads, "rounds": [rounds]}.items():
         if not numbers or min(numbers) < 1:
             raise UserError(f"{name} must be at least 1, got {', '.join(map(str, numbers)) or 'nothing'}")
+    odd = next((form for form in forms if form not in FORMS), None)
+    if odd is not None or not forms:
+        raise UserError(f"forms are {', '.join(FORMS)}; got {odd or 'none'}")
     if reference is not None and reference not in networks:
         raise UserError(f"the reference {reference!r} is none of the networks: {', '.join(networks)}")
     models: dict[str, nn.Module] = {}
@@ -292,10 +298,10 @@ def measure(
         raise UserError(f"the reference {first} does not run: {troubles[first]}")
     latencies: list[Latency] = []
     cells = [(batch, count) for count in threads for batch in batches]
-    with progress.bar("latency", len(cells) * len(models) * len(FORMS) * (rounds + 1)) as advance:
+    with progress.bar("latency", len(cells) * len(models) * len(forms) * (rounds + 1)) as advance:
         for batch, count in cells:
             image = torch.rand(batch, channels, size, size)
-            latencies += _time(models, image, count, rounds, first, tell, advance)
+            latencies += _time(models, image, count, rounds, first, forms, tell, advance)
     return LatencyBench(first, size, costs, tuple(latencies), troubles)
 
 
@@ -317,6 +323,7 @@ def _time(
     threads: int,
     rounds: int,
     reference: str,
+    forms: Sequence[str],
     tell: Callable[[str], None],
     advance: Callable[..., None],
 ) -> Iterator[Latency]:
@@ -326,9 +333,9 @@ def _time(
     troubles: dict[tuple[str, str], str] = {}
     with _threads(threads), torch.no_grad():
         for name, model in models.items():
-            for form, make in makers.items():
+            for form in forms:
                 try:
-                    call = make(model, image, threads)
+                    call = makers[form](model, image, threads)
                     call()
                 except Exception as error:  # one form's trouble costs no other
                     troubles[name, form] = _trouble(error)
@@ -339,7 +346,7 @@ def _time(
         times = bench.interleaved(calls, rounds=rounds, threads=threads) if calls else {}
     torch.compiler.reset()
     for name in models:
-        for form in FORMS:
+        for form in forms:
             told = Latency(name, form, len(image), threads, trouble=troubles.get((name, form), ""))
             if (name, form) in times:
                 told = replace(told, seconds=tuple(times[name, form]))

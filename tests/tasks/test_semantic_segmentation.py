@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from provenn.data.masks import IGNORED, read_mask
+from provenn.data.images import Picture
+from provenn.data.masks import IGNORED, palette, read_mask
 from provenn.errors import UserError
 from provenn.evaluation import evaluate
 from provenn.tasks import get_task
-from provenn.tasks.semantic_segmentation import TASK, boundary_f_score, random_scaled_crop
+from provenn.tasks.semantic_segmentation import TASK, boundary_f_score, keyed, random_scaled_crop
 from provenn.training import Recipe, fit
 
 
@@ -191,6 +192,17 @@ def test_predictions_are_masks_and_overlays(squares, tmp_path):
             TASK.predict(model, data.meta, [picture], output, overlay=overlay)
     with pytest.raises(UserError, match="10 images need a folder"):
         TASK.predict(model, data.meta, [squares / "images"], tmp_path / "one.png")
+
+
+@pytest.mark.parametrize(("width", "count"), [(30, 2), (61, 5), (640, 150)])
+def test_an_overlay_says_which_colour_is_which(width, count):
+    picture = Picture(np.zeros((20, width, 3), np.uint8))
+    entries = [(f"a class called {k}", colour) for k, colour in enumerate(palette(count))]
+    shown = keyed(picture, entries).colour
+    assert shown.shape[1] == width and not shown[:20].any()
+    there = {tuple(pixel) for pixel in shown[20:].reshape(-1, 3).tolist()}
+    assert (width < 60) == (len(shown) == 20)
+    assert width < 60 or {colour for _, colour in entries} <= there
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "CMYK", "RGBA", "tiny"])

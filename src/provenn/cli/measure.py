@@ -122,6 +122,9 @@ def bench(
     batch: Annotated[str, typer.Option(metavar="N,…", help="Images at a time, of --backbones.")] = "1,32",
     threads: Annotated[str, typer.Option(metavar="N,…", help="Of the processor, of --backbones.")] = "1,2",
     reference: Annotated[str | None, typer.Option(help="Ratios are to this one of --backbones.")] = None,
+    forms: Annotated[
+        str, typer.Option(metavar="A,B,…", help="What runs --backbones; compiling takes most of the time.")
+    ] = "eager,compile,onnx",
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
@@ -147,7 +150,7 @@ def bench(
         if slug is not None:
             raise UserError(f"name the paper as --backbones {slug}, or leave --backbones out")
         numbers = {"batch": _numbers("batch", batch), "threads": _numbers("threads", threads)}
-        _latency(backbones, size, numbers, reference, ROUNDS[budget], out, json)
+        _latency(backbones, size, numbers, reference, _forms(forms), ROUNDS[budget], out, json)
         return
     papers = list(catalog.cards().values()) if slug is None else [catalog.card(slug)]
     costs = [] if slug is None else [claim.id for claim in papers[0].claims if claim.kind == "cost"]
@@ -182,11 +185,21 @@ def _numbers(name: str, text: str) -> list[int]:
         raise UserError(f"--{name} takes whole numbers, such as 1,32; got {text!r}") from None
 
 
+def _forms(text: str) -> list[str]:
+    from provenn.latency import SHORT
+
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names or not set(names) <= SHORT.keys():
+        raise UserError(f"--forms takes some of {', '.join(SHORT)}; got {text!r}")
+    return [full for short, full in SHORT.items() if short in names]
+
+
 def _latency(
     names: str,
     size: int,
     numbers: dict[str, list[int]],
     reference: str | None,
+    forms: list[str],
     rounds: int,
     out: Path,
     json: bool,
@@ -210,6 +223,7 @@ def _latency(
             threads=numbers["threads"],
             rounds=rounds,
             reference=reference,
+            forms=forms,
             tell=tell,
         )
     files = [str(file) for file in told.save(out)]

@@ -648,7 +648,7 @@ def _draw(file: Path, found: Found, said: Sequence[str], place: Path) -> None:
     picture = Image.fromarray(read_pixels(file).permute(1, 2, 0).contiguous().numpy())
     draw = ImageDraw.Draw(picture)
     side = max(picture.size)
-    line, font = max(1, side // 300), _fitting_font(said, picture.width, max(9.0, side / 45))
+    line, font = max(1, round(side / 200)), _fitting_font(said, picture.width, max(9.0, side / 45))
     for box, label, text in reversed(list(zip(found.boxes.tolist(), found.labels.tolist(), said))):
         colour = COLOURS[label % len(COLOURS)]
         draw.rectangle(box, outline=colour, width=line)

@@ -33,6 +33,7 @@ EMBEDDED = {
 }
 COUNTS = {"train": 320, "val": 40, "test": 60}  # of mosaics
 LARGEST_CROP = 512  # pixels, of the user's images
+NARROW = 60  # pixels, of an overlay that gets no key
 NEAR = 0.0075  # of the diagonal: how far a boundary may be off
 
 
@@ -178,7 +179,8 @@ class SemanticSegmentation(Task):
 
         Args:
             model, meta, inputs, output: as in `Task.predict`; a mask is a PNG of class numbers with a palette.
-            overlay: write beside each mask the image with its classes in colour, as `…_overlay.png`.
+            overlay: write beside each mask the image with its classes in colour, and under it which is which, as
+                `…_overlay.png`.
         """
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         if overlay and output is None:
@@ -210,7 +212,9 @@ class SemanticSegmentation(Task):
                 continue
             write_mask(places[index], mask, [(r, g, b) for r, g, b in colours])
             if overlay:
-                write_image(_beside(places[index]), overlaid(read_image(file), mask, colours))
+                shown = overlaid(read_image(file), mask, colours)
+                there = [int(k) for k in np.argsort(-shares) if shares[k]]
+                write_image(_beside(places[index]), keyed(shown, [(meta["classes"][k], colours[k]) for k in there]))
         wrote = [] if output is None else [f"wrote {output}"]
         return "\n".join([*lines, *wrote])
 
@@ -262,6 +266,37 @@ def overlaid(picture: Picture, mask: UInt8[np.ndarray, "height width"], colours:
     share = np.where(edge, 1.0, 0.5)[..., None]
     blended = share * shown + (1 - share) * (picture.colour / full)
     return Picture(np.rint(blended * 255).astype(np.uint8))
+
+
+def keyed(picture: Picture, entries: Sequence[tuple[str, Sequence[int]]]) -> Picture:
+    """A picture with a key under it: names, each behind its colour, in as many lines as its width takes.
+
+    A picture that is too narrow for a word stays as it is.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    width = picture.colour.shape[1]
+    if width < NARROW:
+        return picture
+    size = max(10.0, width / 45)
+    font, line = ImageFont.load_default(size=size), round(1.5 * size)
+    placed: list[tuple[int, int, str, Sequence[int]]] = []
+    x, y = line // 4, 0
+    for name, colour in entries:
+        while len(name) > 1 and font.getlength(name) > width - 1.75 * line:
+            name = f"{name[:-2]}…" if len(name) > 2 else name[:1]
+        wide = int(1.5 * line + font.getlength(name))
+        if x > line // 4 and x + wide > width:
+            x, y = line // 4, y + line
+        placed.append((x, y, name, colour))
+        x += wide
+    strip = Image.new("RGB", (width, y + round(1.25 * line)), "white")
+    draw = ImageDraw.Draw(strip)
+    for x, y, name, colour in placed:
+        middle = y + round(0.6 * line)
+        draw.rectangle((x, middle - 0.3 * line, x + 0.6 * line, middle + 0.3 * line), fill=tuple(colour))
+        draw.text((x + 0.8 * line, middle), name, fill="black", font=font, anchor="lm")
+    return Picture(np.concatenate([picture.colour, np.asarray(strip)]))
 
 
 def boundary_f_score(
