@@ -24,6 +24,7 @@ FALSE = {
     "eca_net": {"module_flops"},
     "emov2": {"download_4g", "download_5g"},
     "moh": {"parameters_added"},
+    "relationnet_pp": {"parameters_printed", "printed_flops"},
 }
 
 

@@ -594,3 +594,22 @@ def test_anchors_at_corners_of_cells_become_those_in_the_middle():
     there = decode(bias.view(9, 4).repeat(cells, 1), theirs)
     here = decode(_from_middle(bias).view(9, 4).repeat(cells, 1), places.boxes)
     torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_an_inspection_tells_the_keys_that_the_detector_reads(name):
+    from provenn.papers.relationnet_pp.inspection import inspect
+
+    model, seen = with_bvr(name).eval(), {}
+    bvr = bridge_of(model).regression
+    attend = bvr.attend
+    bvr.attend = lambda queries, places, keys, *rest: seen.update(keys) or attend(queries, places, keys, *rest)
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        model(image)
+        rows = inspect(model, image)
+    assert set(rows) == {f"{kind} {what}" for kind in ("top_left", "bottom_right", "centre") for what in "xy"} | {
+        f"{kind} score" for kind in ("top_left", "bottom_right", "centre")
+    }
+    for kind, keys in seen.items():
+        torch.testing.assert_close(torch.stack([rows[f"{kind} x"], rows[f"{kind} y"]], 1), keys.positions[0])

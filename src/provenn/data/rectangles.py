@@ -13,7 +13,7 @@ from provenn.data.scenes import Scene
 
 RECTANGLE_CLASSES = ("brick", "grass")
 RECTANGLE_SIDE = 64  # of a scene, in pixels
-RECTANGLE_COUNTS = {"train": 400, "val": 60, "test": 120}
+RECTANGLE_COUNTS = {"train": 1200, "val": 50, "test": 120}
 SIDES = (16, 48)  # of a rectangle, in pixels
 MOST = 3
 NOISE = 12.0  # deviation, of 255

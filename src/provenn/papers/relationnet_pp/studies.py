@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from provenn import bench
-from provenn.nn.detection import ATSS, FCOS, RetinaNet
+from provenn.nn.detection import FCOS
 from provenn.papers.relationnet_pp.bridge import attach_bvr
 from provenn.papers.relationnet_pp.layers import (
     DirectGeometry,
@@ -35,11 +35,6 @@ BRIDGE: dict[str, Any] = {
     "map_size": 64,
     "unit": float(STRIDE),
 }
-HOSTS: dict[str, Any] = {
-    "fcos": (FCOS, {}),
-    "atss": (ATSS, {"scale": 6}),
-    "retinanet": (RetinaNet, {"scales": (6,)}),
-}
 
 
 class Stem(nn.Module):
@@ -61,16 +56,15 @@ class Stem(nn.Module):
 
 
 def detector(part: dict[str, Any], *, num_classes: int = 2, width: int = 32) -> nn.Module:
-    """A detector of one level, with the bridge that a part names or without.
+    """An FCOS of one level, with the bridge that a part names or without.
 
     Args:
-        part: `host`, of `HOSTS`; `bridge`, options of `attach_bvr`; `width`, another than the others have.
+        part: `bridge`, options of `attach_bvr`; `width`, another than the others have.
         num_classes: of the data.
         width: channels everywhere.
     """
-    kind, options = HOSTS[part.get("host", "fcos")]
     dim = part.get("width", width)
-    model = kind(Stem(dim), num_classes=num_classes, dim=dim, convs=1, groups=8, finest=STRIDE, coarser=0, **options)
+    model = FCOS(Stem(dim), num_classes=num_classes, dim=dim, convs=1, groups=8, finest=STRIDE, coarser=0)
     return model if part.get("bridge") is None else attach_bvr(model, **{**BRIDGE, **part["bridge"]})
 
 
