@@ -489,11 +489,16 @@ def _write(
                 input_names=inputs,
                 output_names=outputs,
                 verbose=False,
-                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+                custom_translation_table=translations(),
             )
         assert program is not None
         program.model.metadata_props.update(about)
         program.save(str(place))
+
+
+def translations() -> dict[Any, Any]:
+    """ONNX forms of operations that torch has none of, as `torch.onnx.export` takes them."""
+    return {torch.ops.aten.sort.stable: _stable_sort}
 
 
 def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:

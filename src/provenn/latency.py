@@ -20,6 +20,7 @@ from provenn.catalog import Card, Preset, cards, in_a_line, meant
 from provenn.errors import UserError
 from provenn.evidence import Table
 from provenn.evidence.record import write_atomically
+from provenn.export import translations
 from provenn.files import whole
 from provenn.nn.fusion import fuse
 
@@ -106,6 +107,7 @@ class LatencyBench:
     def figure(self) -> "Figure":
         """Latency of each network against its parameters and its multiply-adds, in its quickest form."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
         cells = self.cells
         figure = Figure(figsize=(11, 1 + 3.6 * len(cells)), layout="constrained")
@@ -121,7 +123,7 @@ class LatencyBench:
                     continue
                 best = min(timed, key=lambda each: median(each.seconds))
                 times = [1e3 * seconds / batch for seconds in best.seconds]
-                style = {"color": f"C{number % 10}", "marker": "o^sDvPX*"[number // 10 % 8 if number > 9 else 0]}
+                style = {"color": f"C{number % 10}", "marker": "o^sDvPX*"[number % 8]}
                 for axes, x in zip(row, (cost.parameters / 1e6, cost.macs / 1e6)):
                     axes.errorbar(
                         x,
@@ -133,6 +135,11 @@ class LatencyBench:
                     )
             for axes, label in zip(row, ("parameters, millions", "multiply-adds of an image, millions")):
                 axes.set(xscale="log", yscale="log", xlabel=label)
+                for axis in (axes.xaxis, axes.yaxis):
+                    # Plain numbers, and few enough that they do not run into each other.
+                    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                    axis.set_minor_locator(NullLocator())
+                    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
                 axes.grid(alpha=0.3)
             row[0].set_ylabel("milliseconds an image")
             row[0].set_title(f"batch {batch}, {threads} thread{'s' * (threads > 1)}", loc="left", fontsize=10)
@@ -403,7 +410,9 @@ def _onnx(model: nn.Module, image: Tensor, threads: int) -> Callable[[], object]
     # Threads that wait by spinning would take time from whoever is timed next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder, progress.quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):
-        program = torch.onnx.export(model, (image,), dynamo=True, verbose=False)
+        program = torch.onnx.export(
+            model, (image,), dynamo=True, verbose=False, custom_translation_table=translations()
+        )
         assert program is not None
         file = Path(folder) / "network.onnx"
         program.save(str(file))
