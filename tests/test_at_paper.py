@@ -207,6 +207,28 @@ def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alon
     assert "layer2.0.gate.conv.weight is [1, 1, 3] where the model has [1, 1, 5]" in measure().reason
 
 
+def test_a_detector_starts_from_a_backbone_without_a_map_of_stride_4(data, tmp_path):
+    pytest.importorskip("pycocotools")
+    miniature.write("coco-2017", data)
+    with open("tests/golden/shvit.json") as file:
+        case = next(case for case in json.load(file)["cases"] if case["preset"] == "shvit_s1")
+    state = seeded_state({name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"])
+    (data / "weights" / "shvit").mkdir(parents=True)
+    torch.save(state, data / "weights" / "shvit" / "shvit_s1.pth")
+    recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "accumulate": 1, "lr": 1e-6}
+    card = small(
+        "shvit",
+        "coco_retinanet",
+        recipe=recipe,
+        start="shvit_s1",
+        changes={"variant": "s1", "size": 64, "val_share": 0.25},
+    )
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert 0 <= measured.values[0] <= 100 and measured.setting["weights"] and not measured.at_paper_setting
+
+
 def test_a_segmenter_starts_from_the_authors_backbone_and_trains_all_of_it(data, tmp_path, monkeypatch):
     from provenn import at_paper
 
