@@ -192,7 +192,7 @@ def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, 
     if task == "object-detection" and not hasattr(model, "boxes_at"):
         raise UserError(
             f"{type(model).__name__} looks at regions that it picks on the way, which ONNX has no form of: detectors "
-            "that look at every place once can be exported, as RetinaNet, FCOS and ATSS do"
+            "that look at every place once can be exported, as RetinaNet, FCOS, ATSS and SSDLite do"
         )
     system, outputs = RESULTS[task]
     channels, side = meta.get("channels", 3), int(meta["size"])

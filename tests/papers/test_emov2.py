@@ -21,6 +21,7 @@ from provenn.papers.emov2 import (
     emov2_segmenter,
     emov2_small,
     emov2_small_segmenter,
+    emov2_ssdlite,
     group_pixels,
     studies,
     ungroup_pixels,
@@ -447,6 +448,13 @@ def test_segmentation_heads_fit(head):
 @pytest.mark.parametrize("variant, millions", [("1m", 10.5), ("2m", 11.5), ("5m", 14.4), ("20m", 29.8)])
 def test_parameters_of_the_detectors(variant, millions):
     total = bench.count_parameters(on_meta(emov2_retinanet, variant=variant))
+    assert int(total / 1e5) == round(10 * millions)
+
+
+@pytest.mark.parametrize("variant, millions", [("1m", 2.4), ("2m", 3.3), ("5m", 6.0), ("20m", 21.2)])
+def test_parameters_of_ssdlite_are_those_printed(variant, millions):
+    """Cut off after a decimal, as the authors' other counts are."""
+    total = bench.count_parameters(on_meta(emov2_ssdlite, variant=variant))
     assert int(total / 1e5) == round(10 * millions)
 
 

@@ -1,7 +1,8 @@
-"""Detectors: boxes, anchors, assignment and losses, and RetinaNet, FCOS, ATSS and Faster R-CNN on any backbone."""
+"""Detectors: boxes, assignment and losses, and RetinaNet, FCOS, ATSS, SSDLite and Faster R-CNN on any backbone."""
 
 from provenn.nn.detection.batch import DetectionBatch, Detections, pad_batch
 from provenn.nn.detection.dense import ATSS, FCOS, Bridge, DenseDetector, DenseHead, DenseOutput, RetinaNet
+from provenn.nn.detection.single_shot import SSDLite
 from provenn.nn.detection.two_stage import FasterRCNN, RegionBridge, RegionOutput, roi_align
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RegionBridge",
     "RegionOutput",
     "RetinaNet",
+    "SSDLite",
     "pad_batch",
     "roi_align",
 ]

@@ -47,6 +47,24 @@ def by_iou(
     return torch.where(positive, which, assigned)
 
 
+def by_best(anchors: Float[Tensor, "places 4"], boxes: Boxes, valid: Valid, *, high: float | int) -> Assigned:
+    """SSD's matching (Liu et al., 2016, arXiv:1512.02325, section 2.2): each box's best anchor is given to that box.
+
+    The other anchors are given the box that they overlap most, if by `high` or more, and are background below. Unlike
+    `by_iou` with a rescue, a box's best anchor goes to it even where it overlaps another box more. Of two boxes with
+    the same best anchor the one that it overlaps more has it.
+    """
+    if boxes.shape[1] == 0:
+        return torch.full((len(boxes), len(anchors)), BACKGROUND, device=boxes.device)
+    overlap = iou(anchors.expand(len(boxes), -1, -1), boxes).masked_fill(~valid[:, None], -1.0)
+    best, which = overlap.max(dim=2)
+    most, where = overlap.max(dim=1, keepdim=True)
+    # A box has one best anchor, the first where several overlap it as much; a box that none overlaps has none.
+    chosen = torch.zeros_like(overlap, dtype=torch.bool).scatter(1, where, most > 0)
+    claimed, claimant = overlap.masked_fill(~chosen, -1.0).max(dim=2)
+    return torch.where(claimed > 0, claimant, torch.where(best >= high, which, BACKGROUND))
+
+
 def by_atss(places: Places, boxes: Boxes, valid: Valid, *, candidates: int = 9) -> Assigned:
     """Adaptive training sample selection (Zhang et al., 2020, arXiv:1912.02424, algorithm 1).
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,22 +121,22 @@ class DenseHead(nn.Module):
         said: Any = ()
         if self.bridge is not None:
             classification, regression, said = self.bridge(levels, classification, regression, strides)
-        logits = torch.cat([_by_place(self.classify(x), self.num_classes) for x in classification], dim=1)
-        offsets = [_by_place(self.regress(x), 4) for x in regression]
+        logits = torch.cat([by_place(self.classify(x), self.num_classes) for x in classification], dim=1)
+        offsets = [by_place(self.regress(x), 4) for x in regression]
         if self.scales is not None:
             offsets = [x * scale for x, scale in zip(offsets, self.scales, strict=True)]
         centre = () if self.centre is None else torch.cat([self.centre(x).flatten(1) for x in regression], dim=1)
         return DenseOutput(logits, torch.cat(offsets, dim=1), centre, said)
 
 
-def _by_place(x: Float[Tensor, "batch channels height width"], numbers: int) -> Float[Tensor, "batch places numbers"]:
+def by_place(x: Float[Tensor, "batch channels height width"], numbers: int) -> Float[Tensor, "batch places numbers"]:
     """From maps of (anchors · numbers) channels to a row a place."""
     batch, channels, height, width = x.shape  # said in full: of an empty batch no size can be left open
     return x.permute(0, 2, 3, 1).reshape(batch, height * width * channels // numbers, numbers)
 
 
 class DenseDetector(nn.Module):
-    """The parts that RetinaNet, FCOS and ATSS have in common.
+    """The parts that RetinaNet, FCOS, ATSS and SSDLite have in common.
 
     Args:
         backbone: gives the pyramid; its maps with strides of `finest` and more are used.
@@ -154,8 +154,8 @@ class DenseDetector(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        neck: FeaturePyramid,
-        head: DenseHead,
+        neck: Any,  # as FeaturePyramid: maps to levels, with their strides
+        head: Any,  # as DenseHead: levels to a DenseOutput
         *,
         shapes: list[list[Shape]] | None = None,
         finest: int = 8,
@@ -189,9 +189,7 @@ class DenseDetector(nn.Module):
         output, places = self(batch.images), self.places(batch.images)
         assigned = self.assign(places, batch)
         # What lies in the padding of a smaller image is nobody's to judge.
-        x, y = places.centres.unbind(dim=1)
-        outside = (y >= batch.sizes[:, :1]) | (x >= batch.sizes[:, 1:])
-        assigned = assigned.masked_fill(outside, IGNORED)
+        assigned = assigned.masked_fill(self.outside(places, batch.sizes), IGNORED)
         positive = assigned >= 0
         targets = torch.zeros_like(output.logits, dtype=torch.float32)
         image, place = positive.nonzero(as_tuple=True)
@@ -207,6 +205,12 @@ class DenseDetector(nn.Module):
         )
         own = {} if self.head.bridge is None else self.head.bridge.losses(output.said, batch)
         return {"classification": focal, **boxes, **{f"bridge {name}": loss for name, loss in own.items()}}
+
+    @staticmethod
+    def outside(places: Places, sizes: Int[Tensor, "batch 2"]) -> Bool[Tensor, "batch places"]:
+        """Which places lie in the padding of each image, whose height and width are `sizes`."""
+        x, y = places.centres.unbind(dim=1)
+        return (y >= sizes[:, :1]) | (x >= sizes[:, 1:])
 
     @torch.no_grad()
     def assign(self, places: Places, batch: DetectionBatch) -> Int[Tensor, "batch places"]:
@@ -256,8 +260,7 @@ class DenseDetector(nn.Module):
         boxes = self.boxes_at(output.offsets.float(), places)
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
-        x, y = places.centres.unbind(dim=1)
-        scores = scores.masked_fill(((y >= sizes[:, :1]) | (x >= sizes[:, 1:]))[..., None], 0.0)
+        scores = scores.masked_fill(self.outside(places, sizes)[..., None], 0.0)
         best, where, start = [], [], 0
         for count in places.counts:
             level = scores[:, start : start + count].flatten(1)

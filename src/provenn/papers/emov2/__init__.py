@@ -1,5 +1,6 @@
 """EMOv2: Pushing 5M Vision Model Frontier (arXiv:2412.06674)."""
 
+from provenn.papers.emov2.detection import emov2_small_ssdlite, emov2_ssdlite
 from provenn.papers.emov2.layers import I2RMB, SEWMHSA, group_pixels, ungroup_pixels
 from provenn.papers.emov2.model import (
     EMOv2,
@@ -23,6 +24,8 @@ __all__ = [
     "emov2_small",
     "emov2_small_retinanet",
     "emov2_small_segmenter",
+    "emov2_small_ssdlite",
+    "emov2_ssdlite",
     "group_pixels",
     "ungroup_pixels",
 ]

@@ -273,7 +273,7 @@ def emov2_small_segmenter(
     dim: int = 32,
 ) -> Segmenter:
     """A narrow EMOv2 under a segmentation head, for pictures of about 100 pixels. Ours: what trains in minutes."""
-    backbone = _narrow(in_channels, mode, window)
+    backbone = narrow(in_channels, mode, window)
     return Segmenter(backbone, num_classes, head, dim=dim)
 
 
@@ -300,11 +300,12 @@ def emov2_small_retinanet(
 
     Its towers have two convolutions, and group norms since they start from nothing.
     """
-    backbone = _narrow(in_channels, mode, window)
+    backbone = narrow(in_channels, mode, window)
     return RetinaNet(backbone, num_classes=num_classes, dim=dim, convs=2, groups=8, finest=4, coarser=1)
 
 
-def _narrow(in_channels: int, mode: str, window: int) -> EMOv2:
+def narrow(in_channels: int, mode: str, window: int) -> EMOv2:
+    """The backbone of our small segmenter and detectors, without a classifier."""
     return EMOv2(
         depths=(1, 1, 2, 2),
         widths=(16, 24, 40, 64),
