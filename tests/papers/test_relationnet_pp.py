@@ -353,7 +353,7 @@ def test_of_the_chosen_points_offsets_and_features_learn_and_scores_do_not():
 
 def test_all_levels_attend_to_the_same_keys():
     seen = []
-    bridge = Bridge(16, 3, heads=4, **SMALL)
+    bridge = Bridge(16, 3, STRIDES, heads=4, **SMALL)
     relation = bridge.regression.relation
     bridge.regression.relation = lambda places, keys, *rest: seen.append(keys) or relation(places, keys, *rest)
     levels = [torch.rand(2, 16, 6, 8), torch.rand(2, 16, 3, 4)]

@@ -99,7 +99,7 @@ class BVRRetinaHead(nn.Module):
         super().__init__()
         self.strides = tuple(strides)
         self.head = DenseHead(channels, num_classes, anchors=9, convs=convs, groups=groups, levels=len(self.strides))
-        self.head.bridge = Bridge(channels, num_classes, **{"groups": groups, **bvr})
+        self.head.bridge = Bridge(channels, num_classes, self.strides, **{"groups": groups, **bvr})
 
     def forward(self, *levels: Tensor) -> Tensor:
         if len(levels) != len(self.strides):
