@@ -353,7 +353,7 @@ def test_of_the_chosen_points_offsets_and_features_learn_and_scores_do_not():
 
 def test_all_levels_attend_to_the_same_keys():
     seen = []
-    bridge = Bridge(16, 3, heads=4, **SMALL)
+    bridge = Bridge(16, 3, STRIDES, heads=4, **SMALL)
     relation = bridge.regression.relation
     bridge.regression.relation = lambda places, keys, *rest: seen.append(keys) or relation(places, keys, *rest)
     levels = [torch.rand(2, 16, 6, 8), torch.rand(2, 16, 3, 4)]
@@ -613,3 +613,28 @@ def test_an_inspection_tells_the_keys_that_the_detector_reads(name):
     }
     for kind, keys in seen.items():
         torch.testing.assert_close(torch.stack([rows[f"{kind} x"], rows[f"{kind} y"]], 1), keys.positions[0])
+
+
+def test_the_heat_falls_off_as_the_radius_says():
+    box = torch.tensor([[10.0, 10.0, 30.0, 26.0]])
+    given = pad_batch([torch.zeros(3, 64, 64)], [box], [torch.tensor([1])])
+    heat = point_targets(given, "centre", [(8, 8)], [8], 3).heat[0, :, 1].view(8, 8)
+    sigma = (2 * gaussian_radius(torch.tensor(16.0), torch.tensor(20.0)).item() + 1) / 6
+    assert heat[2, 2] == 1  # its middle is (20, 20), the nearest to (20, 18)
+    assert heat[2, 3].item() == pytest.approx(math.exp(-64 / (2 * sigma**2)))
+    assert heat[3, 3].item() == pytest.approx(math.exp(-128 / (2 * sigma**2)))
+
+
+def test_points_of_regions_that_are_padding_come_last():
+    from provenn.papers.relationnet_pp.bridge import RegionPoints
+
+    bridge = bridge_of(with_bvr("faster_rcnn"))
+    logits = torch.randn(3, 1, 28, 28)
+    logits[1] += 9
+    said = RegionPoints(
+        {"centre": (logits, torch.zeros(3, 2, 28, 28))},
+        torch.tensor([[[0.0, 0, 28, 28], [100, 100, 128, 128], [30, 30, 58, 58]]]),
+        torch.tensor([[True, False, True]]),
+    )
+    keys = bridge.select(said, "centre", torch.randn(3, 16, 28, 28))
+    assert keys.scores.min() > 0 and keys.positions.max() < 60

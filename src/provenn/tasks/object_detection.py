@@ -152,8 +152,8 @@ class ObjectDetection(Task):
     embedded = {  # noqa: RUF012
         "scenes": "880 scenes of 96×128 pixels: coins, handwritten digits and faces, cut out and pasted on photographs "
         "(scikit-image, scikit-learn), with exact boxes; 3 classes",
-        "rectangles": "1,370 scenes of 64×64 pixels: rectangles of brick and of grass on gravel (scikit-image), "
-        "known by their texture and found by their corners; 2 classes",
+        "rectangles": "1,370 scenes of 64×64 pixels: rectangles of brick and of grass on gravel (scikit-image), known "
+        "by their texture and found by their corners; 2 classes",
     }
     reads = "COCO JSON: a folder with annotations (instances_train2017.json and the like) and images, or one JSON file"
 

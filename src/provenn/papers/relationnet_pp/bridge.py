@@ -19,23 +19,11 @@ GRID = 14  # cells a side of the features in which the two-stage form looks for 
 POINTED = 100  # regions of an image in which it does so: the first, which are the surest
 
 
-class PointsSaid(NamedTuple):
-    """What the point head of a bridge says.
-
-    Args:
-        maps: of each type.
-        strides: of the levels.
-    """
-
-    maps: dict[str, PointMaps]
-    strides: tuple[int, ...]
-
-
 class Bridge(nn.Module):
     """A point head on the pyramid, and a BVR for each tower: centres for the class, corners for the box.
 
     Args:
-        channels, num_classes: of the detector's levels; and how many it tells apart.
+        channels, num_classes, strides: of the detector's levels; how many it tells apart; of the levels.
         classification, regression: key types of each tower; () leaves a tower as it is. With both empty the point head
             learns beside the detector and nothing reads it.
         heads: of the attentions.
@@ -50,6 +38,7 @@ class Bridge(nn.Module):
         self,
         channels: int,
         num_classes: int,
+        strides: Sequence[int],
         *,
         classification: Sequence[str] = ("centre",),
         regression: Sequence[str] = CORNERS,
@@ -66,7 +55,7 @@ class Bridge(nn.Module):
     ):
         super().__init__()
         check_whole(keys=keys, keys_a_level=keys_a_level)
-        self.keys, self.keys_a_level = keys, keys_a_level
+        self.keys, self.keys_a_level, self.strides = keys, keys_a_level, tuple(strides)
         self.point_head = PointHead(
             channels, num_classes, form=point_head, groups=groups, convs=point_convs, deeper=deeper
         )
@@ -79,7 +68,7 @@ class Bridge(nn.Module):
 
     def forward(
         self, levels: list[Tensor], classification: list[Tensor], regression: list[Tensor], strides: Sequence[int]
-    ) -> tuple[list[Tensor], list[Tensor], PointsSaid]:
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, PointMaps]]:
         said = self.point_head(levels)
         if self.classification is not None:
             chosen = self.select(said, self.classification, classification, strides)
@@ -87,7 +76,7 @@ class Bridge(nn.Module):
         if self.regression is not None:
             chosen = self.select(said, self.regression, regression, strides)
             regression = self.regression(regression, strides, chosen)
-        return classification, regression, PointsSaid(said, tuple(strides))
+        return classification, regression, said
 
     def select(
         self, said: dict[str, PointMaps], bvr: BVR, features: Sequence[Tensor], strides: Sequence[int]
@@ -105,10 +94,10 @@ class Bridge(nn.Module):
             for name in bvr.key_types
         }
 
-    def losses(self, said: PointsSaid, batch: DetectionBatch) -> dict[str, Tensor]:
+    def losses(self, said: dict[str, PointMaps], batch: DetectionBatch) -> dict[str, Tensor]:
         """Of the point head."""
         head = self.point_head
-        return point_losses(said.maps, batch, said.strides, weights=head.weights, reference=head.reference)
+        return point_losses(said, batch, self.strides, weights=head.weights, reference=head.reference)
 
 
 class RegionPoints(NamedTuple):
@@ -281,7 +270,7 @@ def attach_bvr(detector: Any, **options: Any) -> Any:
     """
     if isinstance(detector, DenseDetector):
         host: Any = detector.head
-        bridge: nn.Module = Bridge(detector.neck.widths[0], detector.num_classes, **options)
+        bridge: nn.Module = Bridge(detector.neck.widths[0], detector.num_classes, detector.strides, **options)
     elif isinstance(detector, FasterRCNN):
         host = detector
         bridge = RegionBridge(detector.neck.widths[0], detector.classify.in_features, **options)

@@ -34,6 +34,11 @@ def sine_embedding(
     return torch.cat([phase.sin(), phase.cos()], dim=-1).flatten(-2)
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    """In single precision where it has less: sums of exponentials and logarithms near zero need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class DirectGeometry(nn.Module):
     """S^G, the geometric term of each head's logits, computed for every pair of query and key.
 
@@ -80,8 +85,9 @@ class DirectGeometry(nn.Module):
         return weights.reshape(self.heads, batch, keys, queries).transpose(0, 1).transpose(-1, -2)
 
     def finish(self, weights: Tensor) -> Tensor:
-        """The logarithm, in single precision."""
-        return weights.float().clamp(min=LEAST).log() if self.log_scale else weights.float()
+        """The logarithm, in single precision or better."""
+        weights = at_least_single(weights)
+        return weights.clamp(min=LEAST).log() if self.log_scale else weights
 
 
 class SharedGeometry(DirectGeometry):
@@ -151,7 +157,7 @@ class KeyAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 8, key_channels: int | None = None, *, appearance: bool = True):
         super().__init__()
         check_whole(channels=channels, heads=heads)
-        if channels % heads:
+        if min(channels, heads) < 1 or channels % heads:
             raise ValueError(f"heads must divide channels, got {heads} and {channels}")
         self.channels, self.heads, self.appearance = channels, heads, appearance
         given = channels if key_channels is None else key_channels
@@ -179,7 +185,7 @@ class KeyAttention(nn.Module):
         logits: Tensor | float = 0.0 if geometry is None else geometry.transpose(-1, -2)
         if self.appearance:
             alike = self._by_head(self.key(keys)) @ self._by_head(self.query(queries)).transpose(-1, -2)
-            logits = alike.float() * (self.channels // self.heads) ** -0.5 + logits
+            logits = at_least_single(alike) * (self.channels // self.heads) ** -0.5 + logits
         assert isinstance(logits, Tensor)
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None, :, None], -torch.inf)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STRIDE = 4  # of the small detectors' only level
 BRIDGE: dict[str, Any] = {
-    "heads": 4,
+    "heads": 8,
     "groups": 8,
     "point_convs": 1,
     "deeper": 0,
