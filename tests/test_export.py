@@ -14,7 +14,7 @@ from provenn import api, export, weights
 from provenn.cli import main
 from provenn.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
-from provenn.nn.detection import RetinaNet
+from provenn.nn.detection import RetinaNet, SSDLite
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.nn.segmentation import Segmenter
 from provenn.papers.aaren import AarenAttention
@@ -164,12 +164,14 @@ IMAGE_SYSTEMS = {
     "object-detection": lambda: RetinaNet(
         small_backbone(3), num_classes=2, dim=8, convs=1, groups=2, finest=4, coarser=1
     ),
+    "object-detection SSDLite": lambda: SSDLite(small_backbone(3), num_classes=2),
 }
 
 
 @pytest.mark.parametrize("task", IMAGE_SYSTEMS)
 def test_systems_of_images_are_fused_and_take_any_size(tmp_path, task):
     model = IMAGE_SYSTEMS[task]().eval()
+    task = task.split()[0]
     meta = {"size": 32, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
     said = export.image_system(model, task, meta, tmp_path / "a.onnx", {})
     assert said[0].startswith("fused: ") and said[1] == "any batch, height and width"

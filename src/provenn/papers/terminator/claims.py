@@ -1,0 +1,246 @@
+"""What Terminator's author says, and what building it brought to light, as measurements."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from provenn.bench import count_parameters
+from provenn.evidence import Measurement, Race, Run, Study, Table, measures
+from provenn.papers.terminator import model as presets
+from provenn.papers.terminator.layers import GIBS, HyperKernel, HyperZZWGlobal, LocalHyperKernel, global_product
+from provenn.papers.terminator.studies import (
+    WITHOUT_GLOBAL,
+    WITHOUT_LOCAL,
+    KarResNet,
+    WithShortcuts,
+    built,
+    digit_data,
+    forward_pass,
+    offset,
+    product_of,
+    resnet,
+    slow_nets,
+    terminator,
+    weights_of_attention,
+    weights_of_block,
+    with_free_kernels,
+)
+from provenn.training import Recipe
+
+LRS = (6e-4, 2e-3, 6e-3)
+TWO_EPOCHS = Recipe(epochs=2, batch_size=50, betas=(0.5, 0.95), schedule="cosine")
+SMOKE = Recipe(epochs=1, batch_size=50, max_steps=2, betas=(0.5, 0.95))
+KAR3 = ("Terminator, Kar3", terminator())
+PARAMETERS = {"parameters": lambda part: count_parameters(part(num_classes=10, in_channels=1))}
+ABOUT = "digits (scikit-learn), 8×8 pixels"
+
+
+PARTS = Study(
+    "parts of Terminator after two epochs",
+    "image-classification",
+    data=digit_data,
+    arms={
+        "all": KAR3,
+        "no global": ("without global branches", terminator(branches=WITHOUT_GLOBAL)),
+        "no local": ("without local branches", terminator(branches=WITHOUT_LOCAL)),
+        "free": ("kernels as parameters", terminator(kind=with_free_kernels, l2_reg=0.0)),
+        "no slow loss": ("without the slow loss", terminator(slow_weight=0.0)),
+        "no regulariser": ("without the regulariser", terminator(l2_reg=0.0)),
+        "shortcuts": ("with shortcuts", terminator(kind=WithShortcuts)),
+        "kar2": ("Terminator, Kar2", terminator(rule="kar2")),
+        "adamw": ("Terminator, AdamW", terminator(rule="recipe")),
+        "resnet": ("ResNet, AdamW", resnet()),
+    },
+    build=built,
+    recipe=TWO_EPOCHS,
+    lrs=LRS,
+    smoke=SMOKE,
+    probes={"distance of means from zero": offset},
+    about=ABOUT,
+    columns=PARAMETERS,
+    note="AdamW has the recipe's betas too: 0.5 and 0.95.",
+)
+FIRST = Study(
+    "after one epoch",
+    "image-classification",
+    data=digit_data,
+    arms={"all": KAR3, "resnet": ("ResNet, AdamW", resnet()), "resnet kar3": ("ResNet, Kar3", resnet(KarResNet))},
+    build=built,
+    recipe=Recipe(epochs=1, batch_size=50, betas=(0.5, 0.95)),
+    lrs=LRS,
+    smoke=SMOKE,
+    about=ABOUT,
+    columns=PARAMETERS,
+)
+LONGER = Study(
+    "after six epochs",
+    "image-classification",
+    data=digit_data,
+    arms={"all": KAR3, "resnet": ("ResNet, AdamW", resnet())},
+    build=built,
+    recipe=Recipe(epochs=6, batch_size=50, betas=(0.5, 0.95), schedule="cosine"),
+    lrs=LRS,
+    smoke=SMOKE,
+    about=ABOUT,
+    columns=PARAMETERS,
+)
+
+WEIGHTS = Race(
+    "weights that depend on the input",
+    {"Ŵ of the third block": weights_of_block, "one head of attention": weights_of_attention},
+    sizes=(64, 256, 1024),
+    quantity="count",
+    unit="places",
+    of="weights",
+)
+SLOW = Race(
+    "operations of slow nets",
+    {"slow nets": slow_nets, "the forward pass": forward_pass},
+    sizes=(1, 8, 64),
+    quantity="flops",
+    unit="images",
+)
+PRODUCT = Race(
+    "operations of a global product",
+    {"global product": product_of(36)},
+    sizes=(256, 1024, 4096),
+    quantity="flops",
+    unit="places",
+)
+
+CLAIMS = {
+    "implicit_weights": WEIGHTS.against("Ŵ of the third block", "one head of attention"),
+    "shortcuts_not_missed": PARTS.against("shortcuts", "all"),
+    "slow_cost": SLOW.against("slow nets", "the forward pass"),
+    "not_linear": PRODUCT.grows("global product"),
+    "global_branches": PARTS.against("all", "no global"),
+    "local_branches": PARTS.against("all", "no local"),
+    "hyper_against_free": PARTS.against("all", "free"),
+    "regulariser": PARTS.against("all", "no regulariser"),
+    "zero_mean_blocks": PARTS.against("all", "resnet", metric="distance of means from zero"),
+    "slow_loss": PARTS.against("all", "no slow loss"),
+    "first_epoch": FIRST.against("all", "resnet", shown=["resnet kar3"]),
+    "second_epoch": PARTS.against("all", "resnet", shown=PARTS.arms),
+    "after_training": LONGER.against("all", "resnet"),
+    "kar3_adamw": PARTS.against("all", "adamw"),
+    "kar3_kar2": PARTS.against("all", "kar2"),
+}
+
+
+@measures("operator")
+def operator(run: Run) -> Measurement:
+    torch.manual_seed(0)
+    layer = HyperZZWGlobal(4, 6).double()
+    with torch.no_grad():
+        x, z = torch.randn(2, 3, 4, 6, 6, dtype=torch.float64)
+        kernel = layer.kernel()
+        applied = torch.einsum("bchm,bcmw->bchw", x * kernel, z)
+        error = (layer(x, z) - applied).abs().max().item()
+        # The kernel takes no input at all; that of a local branch moves with the batch's mean context alone.
+        local, shifted = LocalHyperKernel(4, 3).double(), x + torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1, 1)
+        same = torch.allclose(local(x), local(shifted), rtol=1e-9, atol=1e-12)
+        moves = not torch.allclose(local(x), local(x + 1))
+    return Measurement.holds(
+        error < 1e-12 and same and moves,
+        f"largest difference from the definition: {error:.1e}; local kernels follow the batch's mean and no more.",
+    )
+
+
+@measures("cross_not_full")
+def cross_not_full(run: Run, side: int = 8) -> Measurement:
+    generator = torch.Generator().manual_seed(0)
+    weights, z = torch.randn(2, 1, 3, side, side, generator=generator, dtype=torch.float64)
+    weights.requires_grad_()
+    z.requires_grad_()
+    of_weights, of_map = torch.autograd.grad(global_product(weights, z)[0, 1, 2, 5], (weights, z))
+    read = [int(grad.count_nonzero()) for grad in (of_weights, of_map)]
+    return Measurement.holds(
+        read == [side, side] and bool(of_weights[0, 1, 2].all()) and bool(of_map[0, 1, :, 5].all()),
+        f"of {side * side} places each, {read[0]} of Ŵ and {read[1]} of the map.",
+    )
+
+
+def _on_meta(build: Callable[..., nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+@measures("parameters")
+def parameters(run: Run) -> Measurement:
+    network = _on_meta(presets.terminator_cifar10)
+    rows: list[list[str | float | int | None]] = [
+        [i, block.channels, block.bottleneck.in_channels, block.bottleneck.out_channels, count_parameters(block)]
+        for i, block in enumerate(network.blocks)  # type: ignore[union-attr, arg-type]
+    ]
+    columns = ["block", "channels", "joined", "given", "parameters"]
+    return Measurement.exact(
+        count_parameters(network),
+        unit="parameters",
+        tables=[Table(caption="Blocks of the network for CIFAR-10", columns=columns, rows=rows)],
+    )
+
+
+@measures("parameters_100")
+def parameters_100(run: Run) -> Measurement:
+    network = _on_meta(presets.terminator_cifar100)
+    slow = sum(count_parameters(net) for net in network.modules() if isinstance(net, HyperKernel))
+    total = count_parameters(network)
+    return Measurement.exact(
+        total, unit="parameters", note=f"{slow:,} of them, {100 * slow / total:.1f} %, in slow nets."
+    )
+
+
+@measures("compression")
+def compression(run: Run) -> Measurement:
+    network = _on_meta(presets.terminator_cifar10)
+    layers = [block.bottleneck for block in network.blocks]  # type: ignore[union-attr]
+    sizes = [(layer.in_channels, layer.out_channels) for layer in layers]
+    return Measurement.holds(
+        all(out < joined for joined, out in sizes) and sizes[0] == (30, 12) and sizes[-1] == (1728, 288),
+        ", ".join(f"{out} of {joined}" for joined, out in sizes),
+    )
+
+
+@measures("zero_mean")
+def zero_mean(run: Run) -> Measurement:
+    x = 2 + 3 * torch.randn(6, 24, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = GIBS(24)(x).unflatten(1, (6, 2, 2))
+    by_batch, by_instance = y[:, :, 0].mean((0, 3, 4)).abs().max().item(), y[:, :, 1].mean((3, 4)).abs().max().item()
+    return Measurement.holds(
+        max(by_batch, by_instance) < 1e-6,
+        f"largest mean: {max(by_batch, by_instance):.1e}; GELU, which follows, is not zero-mean any more.",
+    )
+
+
+@measures("company")
+def company(run: Run) -> Measurement:
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    moved = {}
+    for stats in ("batch", "running"):
+        torch.manual_seed(0)
+        network = presets.terminator_mini(stats=stats).eval()
+        with torch.no_grad():
+            moved[stats] = (network(x)[:4] - network(x[:4])).abs().max().item()
+    return Measurement.holds(
+        moved["batch"] > 1e-3 and moved["running"] < 1e-4,
+        f"four images among sixteen and alone: logits differ by {moved['batch']:.2g} and {moved['running']:.2g}.",
+    )
+
+
+@measures("saved_twice")
+def saved_twice(run: Run) -> Measurement:
+    x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    network = presets.terminator_mini().eval()
+    again = copy.deepcopy(network)  # as the authors' first pass leaves loaded weights: scaled once more
+    loaded = presets.terminator_mini().eval()
+    loaded.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        for net in again.modules():
+            if isinstance(net, HyperKernel):
+                net.out.weight.mul_(net.size ** (-net.dims / 2))
+        expected = network(x)
+        wrong, right = ((other(x) - expected).abs().max().item() for other in (again, loaded))
+    return Measurement.holds(wrong > 1e-2 and right < 1e-6, f"logits move by {wrong:.2g}; ours by {right:.2g}.")

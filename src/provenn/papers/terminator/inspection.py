@@ -1,0 +1,36 @@
+"""What Terminator sees in an input of yours, for `provenn inspect`."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from provenn.papers.terminator.layers import HyperInteraction, HyperKernel
+
+
+def inspect(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> dict[str, Float[Tensor, "height width"]]:
+    """Of each block the hyper-kernel W, mean size over its channels, and the scores by place of its interaction."""
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, HyperInteraction):
+            hooks.append(module.register_forward_pre_hook(_keep_scores(seen, name)))
+        elif isinstance(module, HyperKernel) and name.count(".") == 2 and name.endswith(".kernel"):
+            hooks.append(module.register_forward_hook(_keep_kernel(seen, name)))
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _keep_scores(seen: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]  # a hook, as torch calls it
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, HyperInteraction)
+        seen[f"{name}, scores"] = module.scores(inputs[0])[0].mean(dim=0).detach()
+
+    return keep
+
+
+def _keep_kernel(seen: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]  # a hook, as torch calls it
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = output[0].abs().mean(dim=0).detach()
+
+    return keep

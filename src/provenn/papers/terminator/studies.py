@@ -1,0 +1,162 @@
+"""Data, networks and counts of Terminator's experiments."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from provenn.nn.resnet import BasicBlock, ResNet
+from provenn.papers.terminator import model as presets
+from provenn.papers.terminator.layers import CODE, LOCAL, HyperKernel, LocalHyperKernel, global_product
+from provenn.papers.terminator.model import Terminator2d
+from provenn.papers.terminator.optim import Kar3
+from provenn.tasks import TaskData, count_examples, get_task
+
+READS_GLOBAL = ("global", "global mixed", "global hci", "gated", "interaction")
+MINI = {"size": 8, "widths": (3, 12, 36), "factors": (4, 3, 2)}
+
+
+def digit_data(seed: int, smoke: bool) -> TaskData:
+    data = get_task("image-classification").load("digits", seed=seed)
+    return replace(data, train=Subset(data.train, range(100)), test=Subset(data.test, range(50))) if smoke else data
+
+
+# Networks that differ in one part
+
+
+class WithShortcuts(Terminator2d):
+    """Terminator with what it leaves out: each block's input, tiled to the width of its output, is added to it."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        for block in self.blocks:
+            block.register_forward_hook(_add_shortcut)
+
+
+def _add_shortcut(block: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    x, (y, kernel) = inputs[0], output
+    return y + x.repeat(1, y.shape[1] // x.shape[1], 1, 1), kernel
+
+
+class FreeKernel(nn.Module):
+    """A kernel of plain parameters in the place of a slow net, started as that net starts."""
+
+    def __init__(self, start: HyperKernel, context: bool):
+        super().__init__()
+        with torch.no_grad():
+            kernel = start(torch.zeros(1, start.channels, 2 * start.size, 2 * start.size)) if context else start()  # type: ignore[call-arg]  # a local one
+        self.kernel, self.dims = nn.Parameter(kernel.clone()), start.dims
+
+    def forward(self, z: Tensor | None = None) -> Tensor:
+        return self.kernel
+
+
+def with_free_kernels(**options: Any) -> Terminator2d:
+    """Every slow net replaced by a kernel of as many numbers as it gives."""
+    network = Terminator2d(**options)
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, HyperKernel):
+                setattr(parent, name, FreeKernel(child, isinstance(child, LocalHyperKernel)))
+    return network
+
+
+class KarResNet(ResNet):
+    """A ResNet with Terminator's optimizer."""
+
+    def optimizers(self, recipe: Any) -> torch.optim.Optimizer:
+        return Kar3(self.parameters(), recipe.lr)
+
+
+def terminator(**changes: Any) -> Callable[..., nn.Module]:
+    def build(num_classes: int, in_channels: int) -> nn.Module:
+        kind = changes.get("kind", Terminator2d)
+        rest = {name: value for name, value in changes.items() if name != "kind"}
+        return kind(**{**MINI, "num_classes": num_classes, "in_channels": in_channels, **rest})
+
+    return build
+
+
+def resnet(kind: type[ResNet] = ResNet) -> Callable[..., nn.Module]:
+    """As many parameters as the small Terminator, to half a percent."""
+
+    def build(num_classes: int, in_channels: int) -> nn.Module:
+        return kind(
+            BasicBlock,
+            (2, 2, 2),
+            widths=(18, 36, 68),
+            stem="small",
+            num_classes=num_classes,
+            in_channels=in_channels,
+        )
+
+    return build
+
+
+def built(part: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    return part(**options)
+
+
+WITHOUT_GLOBAL = tuple(branch for branch in CODE if branch not in READS_GLOBAL)
+WITHOUT_LOCAL = tuple(branch for branch in CODE if branch not in LOCAL)
+
+
+def offset(model: nn.Module, data: TaskData) -> float:
+    """How far the mean of a block's or stage's channels lies from zero, in their deviations, mean of all of them."""
+    count = min(128, count_examples(data.test))
+    images = torch.stack([data.test[i][0] for i in range(count)]).to(next(model.parameters()).device)
+    with torch.no_grad():
+        maps = model.block_outputs(images) if isinstance(model, Terminator2d) else model.features(images)  # type: ignore[operator]  # a ResNet's
+    shares = []
+    for x in maps:
+        deviation, mean = torch.std_mean(x, dim=(0, 2, 3))
+        shares.append((mean.abs() / deviation.clamp(min=1e-6)).mean())
+    return torch.stack(shares).mean().item()
+
+
+# What is counted
+
+
+def product_of(channels: int) -> Callable[[int, str], Callable[[], object]]:
+    """A global product on maps of so many places, a square number."""
+
+    def make(places: int, device: str) -> Callable[[], object]:
+        side = round(places**0.5)
+        x = torch.empty(1, channels, side, side, device="meta")
+        return lambda: global_product(x, x)
+
+    return make
+
+
+def forward_pass(batch: int, device: str) -> Callable[[], object]:
+    with torch.device("meta"):
+        network = presets.terminator_cifar10().eval()
+    return lambda: network(torch.empty(batch, 3, 32, 32, device="meta"))
+
+
+def slow_nets(batch: int, device: str) -> Callable[[], object]:
+    """All slow nets of a forward pass; of the local ones' context no pooling, which is no product."""
+    with torch.device("meta"):
+        network = presets.terminator_cifar10().eval()
+    nets = [net for net in network.modules() if isinstance(net, HyperKernel)]
+    contexts = {net: torch.empty(batch, net.channels, 32, 32, device="meta") for net in nets}
+
+    def run() -> None:
+        for net in nets:
+            net(contexts[net]) if isinstance(net, LocalHyperKernel) else net()
+
+    return run
+
+
+def weights_of_block(places: int, device: str) -> Callable[[], int]:
+    """Numbers in Ŵ of the third block, 36 maps of as many places."""
+    return lambda: 36 * places
+
+
+def weights_of_attention(places: int, device: str) -> Callable[[], int]:
+    """Numbers in the weights of one head, counted on the weights themselves."""
+    q = torch.empty(places, 1, device="meta")
+    return lambda: (q @ q.T).numel()
