@@ -164,7 +164,7 @@ IMAGE_SYSTEMS = {
     "object-detection": lambda: RetinaNet(
         small_backbone(3), num_classes=2, dim=8, convs=1, groups=2, finest=4, coarser=1
     ),
-    "object-detection SSDLite": lambda: SSDLite(small_backbone(3), num_classes=2),
+    "object-detection SSDLite": lambda: SSDLite(small_backbone(3), num_classes=2, finest=4),
 }
 
 
