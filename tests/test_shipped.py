@@ -21,7 +21,7 @@ SHIPPED = [(slug, preset) for slug, card in cards().items() for preset in card.s
 
 
 # Not yet trained: `predict` says that nothing ships.
-WITHOUT = {"bevanet", "emov2", "relationnet_pp", "res_vmamba", "shvit"}
+WITHOUT = {"bevanet", "emov2", "res_vmamba", "shvit"}
 
 
 def test_every_paper_ships_weights():
