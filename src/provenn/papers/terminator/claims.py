@@ -18,6 +18,7 @@ from provenn.papers.terminator.studies import (
     built,
     digit_data,
     forward_pass,
+    lost_alone,
     offset,
     product_of,
     resnet,
@@ -83,6 +84,7 @@ LONGER = Study(
     recipe=Recipe(epochs=6, batch_size=50, betas=(0.5, 0.95), schedule="cosine"),
     lrs=LRS,
     smoke=SMOKE,
+    probes={"accuracy lost alone": lost_alone},
     about=ABOUT,
     columns=PARAMETERS,
 )
@@ -124,6 +126,7 @@ CLAIMS = {
     "first_epoch": FIRST.against("all", "resnet", shown=["resnet kar3"]),
     "second_epoch": PARTS.against("all", "resnet", shown=PARTS.arms),
     "after_training": LONGER.against("all", "resnet"),
+    "alone": LONGER.figure("all", metric="accuracy lost alone"),
     "kar3_adamw": PARTS.against("all", "adamw"),
     "kar3_kar2": PARTS.against("all", "kar2"),
 }

@@ -1,5 +1,7 @@
 """What Terminator sees in an input of yours, for `provenn inspect`."""
 
+from collections.abc import Callable
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ def inspect(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> di
     return seen
 
 
-def _keep_scores(seen: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]  # a hook, as torch calls it
+def _keep_scores(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, HyperInteraction)
         seen[f"{name}, scores"] = module.scores(inputs[0])[0].mean(dim=0).detach()
@@ -29,7 +31,7 @@ def _keep_scores(seen: dict[str, Tensor], name: str):  # type: ignore[no-untyped
     return keep
 
 
-def _keep_kernel(seen: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]  # a hook, as torch calls it
+def _keep_kernel(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen[name] = output[0].abs().mean(dim=0).detach()
 

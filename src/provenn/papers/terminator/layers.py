@@ -221,8 +221,10 @@ def instance_standardize(
     x: Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, "batch channels height width"]:
     """IS: each channel of each example to mean 0 and deviation 1 over its places; nothing is learned."""
-    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-    return (x - mean) * torch.rsqrt(variance + 1e-5)
+    # In float32 at least: where a map is flat, half precision overflows in the gradient of 1/√(variance + 1e-5).
+    full = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(full, dim=(2, 3), correction=0, keepdim=True)
+    return ((full - mean) * torch.rsqrt(variance + 1e-5)).to(x.dtype)
 
 
 class BatchStandardization(nn.BatchNorm2d):
