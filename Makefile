@@ -17,7 +17,7 @@ reproduce: install
 	$(BIN)/provenn reproduce eca_net residual_depth --headline --jobs 2 --budget small --out runs/first
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff format --check src tests scripts

@@ -19,7 +19,7 @@ SYSTEMS = {
     f"{card.slug} {preset.name}": (card, preset)
     for card in cards().values()
     for preset in smallest_presets(card)
-    if preset.task or card.task
+    if card.work_of(preset)
 }
 
 

@@ -226,6 +226,7 @@ def emov2_small(
     drop_path: float | int = 0.0,
 ) -> EMOv2:
     """Three stages for images of 8 to 64 pixels, with a layer scale from which minutes suffice. Ours."""
+    check_finite(exp_ratio=exp_ratio)
     return EMOv2(
         depths=(2, 2, 2),
         widths=(24, 48, 96),

@@ -156,7 +156,9 @@ class KeyAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int = 8, key_channels: int | None = None, *, appearance: bool = True):
         super().__init__()
-        check_whole(channels=channels, heads=heads)
+        check_whole(channels=channels, heads=heads, key_channels=key_channels)
+        if key_channels is not None and key_channels < 1:
+            raise ValueError(f"key_channels must be at least 1, got {key_channels}")
         if min(channels, heads) < 1 or channels % heads:
             raise ValueError(f"heads must divide channels, got {heads} and {channels}")
         self.channels, self.heads, self.appearance = channels, heads, appearance

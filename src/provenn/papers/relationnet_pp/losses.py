@@ -73,9 +73,10 @@ def point_targets(
         classes: of the head's logits.
         reference: in a cell, from which offsets start.
     """
-    points, valid = points_of(batch.boxes, key_type), batch.valid
+    boxes = batch.boxes.float()  # a half-precision training has them in halves
+    points, valid = points_of(boxes, key_type), batch.valid
     count, objects = valid.shape
-    sides = batch.boxes[..., 2:] - batch.boxes[..., :2]
+    sides = boxes[..., 2:] - boxes[..., :2]
     sigma = (2 * gaussian_radius(sides[..., 1], sides[..., 0]) + 1) / 6
     heats, offsets, nearest = [], [], []
     for (height, width), stride in zip(sizes, strides, strict=True):
