@@ -21,7 +21,7 @@ MINI = {"size": 8, "widths": (3, 12, 36), "factors": (4, 3, 2)}
 
 def digit_data(seed: int, smoke: bool) -> TaskData:
     data = get_task("image-classification").load("digits", seed=seed)
-    return replace(data, train=Subset(data.train, range(100)), test=Subset(data.test, range(50))) if smoke else data
+    return replace(data, train=Subset(data.train, range(100)), test=Subset(data.test, range(20))) if smoke else data
 
 
 # Networks that differ in one part
