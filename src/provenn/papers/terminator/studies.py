@@ -21,7 +21,7 @@ MINI = {"size": 8, "widths": (3, 12, 36), "factors": (4, 3, 2)}
 
 def digit_data(seed: int, smoke: bool) -> TaskData:
     data = get_task("image-classification").load("digits", seed=seed)
-    return replace(data, train=Subset(data.train, range(100)), test=Subset(data.test, range(50))) if smoke else data
+    return replace(data, train=Subset(data.train, range(100)), test=Subset(data.test, range(20))) if smoke else data
 
 
 # Networks that differ in one part
@@ -164,8 +164,10 @@ def slow_nets(batch: int, device: str) -> Callable[[], object]:
 
 
 def weights_of_block(places: int, device: str) -> Callable[[], int]:
-    """Numbers in Ŵ of the third block, 36 maps of as many places."""
-    return lambda: 36 * places
+    """Numbers in Ŵ of the third block, on a square map of so many places."""
+    with torch.device("meta"):
+        block = presets.terminator_cifar10(size=round(places**0.5)).blocks[2]
+    return lambda: block.kernel().numel()  # type: ignore[operator]  # an SFNEBlock's
 
 
 def weights_of_attention(places: int, device: str) -> Callable[[], int]:
