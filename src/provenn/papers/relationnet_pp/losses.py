@@ -81,8 +81,8 @@ def point_targets(
     heats, offsets, nearest = [], [], []
     for (height, width), stride in zip(sizes, strides, strict=True):
         cells = cell_centres(height, width, stride, points.device)
-        heat = torch.zeros(count, height * width, classes, device=points.device)
-        offset = torch.zeros(count, height * width, 2, device=points.device)
+        heat = torch.zeros(count, height * width, classes, dtype=boxes.dtype, device=boxes.device)
+        offset = torch.zeros(count, height * width, 2, dtype=boxes.dtype, device=boxes.device)
         chosen = torch.zeros(count, height * width, dtype=torch.bool, device=points.device)
         if objects:
             near = (cells[None, :, None] - points[:, None]).square().sum(-1).argmin(dim=1)

@@ -362,6 +362,7 @@ class HyperChannelInteraction(nn.Module):
 
     def __init__(self, channels: int, hidden: int = 32):
         super().__init__()
+        check_whole(channels=channels, hidden=hidden)
         self.kernel = HyperKernel(1, channels, dims=1, hidden=hidden)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
