@@ -172,6 +172,8 @@ BAD = [
     ("show", "Missing argument 'slug'"),
     ("show tiny_gait", "did you mean 'tiny_gate'"),
     ("show nothing_like_it", "`provenn list` names them all"),
+    ("predict classes good.png", "holds no weights.safetensors"),
+    ("predict good.png good.png", "no paper is called 'good.png'; weights that do not name their paper"),
     ("list --task sorting", "no paper has the task 'sorting'"),
     ("list --slot chanel-gate", "did you mean 'channel-gate'"),
     ("list --colour", "No such option: --colour"),
@@ -742,6 +744,15 @@ def test_inspect_says_that_weights_are_random(run, props):
     )
     assert "provenn inspect tiny_gate" in run("show tiny_gate")[1]
     assert "provenn inspect" not in run("show craft")[1]
+
+
+def test_the_folder_of_a_run_stands_for_its_paper(run, props):
+    Path("runs").mkdir()
+    shutil.copy("classify.safetensors", "runs/weights.safetensors")
+    for named in ("runs", "classify.safetensors"):
+        assert run(f"predict {named} good.png") == run("predict tiny_gate good.png --weights classify.safetensors")
+    assert run("evaluate runs --data classes")[0] == run("inspect runs good.png")[0] == 0
+    assert run("export runs -o tiny.onnx")[0] == 0 and Path("tiny.onnx").exists()
 
 
 def test_training_goes_on_where_it_stopped(run, props):

@@ -21,7 +21,10 @@ SPLITS = {"auto": None, "all": True, "test": False}
 CLASSES_SHOWN = 20
 Weights = Annotated[
     Path | None,
-    typer.Option(help="A weight file, ours or the authors', or the folder of a run; by default what ships."),
+    typer.Option(
+        help="A weight file, ours or the authors', or the folder of a run, which may stand in the paper's place too; "
+        "by default what ships."
+    ),
 ]
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 
@@ -189,6 +192,20 @@ def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=2
     return pairs
 
 
+def _named(slug: str, weights: Path | None) -> tuple[str, Path | None]:
+    """The paper and its weights; a run's folder or a weight file of ours in the paper's place names both."""
+    if weights is not None or catalog.slug_of(slug) in catalog.cards() or not Path(slug).exists():
+        return slug, weights
+    from provenn.weights import label_of
+
+    label = label_of(slug)
+    if label is None:
+        raise UserError(
+            f"no paper is called {slug!r}; weights that do not name their paper go with it: SLUG … --weights {slug}"
+        )
+    return label.paper, Path(slug)
+
+
 def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed: bool = True) -> bool:
     """Where no weights are given, say which come with the paper, on stderr; False where none do and none are needed."""
     card = catalog.card(slug)
@@ -241,6 +258,7 @@ def predict(
     """
     from provenn import api
 
+    slug, weights = _named(slug, weights)
     options = {**pairs(changes or []), **({} if reference is None else {"reference": reference})}
     options |= {"overlay": True} if overlay else {}
     streamed = False
@@ -297,6 +315,7 @@ def evaluate(
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
 
+    slug, weights = _named(slug, weights)
     if split not in SPLITS:
         raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
     _say_what_ships(slug, weights, preset)
@@ -343,6 +362,7 @@ def inspect(
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
 
+    slug, weights = _named(slug, weights)
     if output is not None:
         inspection.check_png(output, file)
     with progress.shown():
@@ -380,6 +400,7 @@ def export(
     """
     from provenn import api
 
+    slug, weights = _named(slug, weights)
     _say_what_ships(slug, weights, preset)
     with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
         text = api.export(slug, weights, output, preset=preset, int8=int8, data=data)
