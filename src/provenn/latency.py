@@ -341,6 +341,7 @@ def _time(
     with _threads(threads), torch.no_grad():
         for name, model in models.items():
             for form in forms:
+                advance(0, f"{name}: {form}, making it ready")  # compiling takes a minute and more
                 try:
                     call = makers[form](model, image, threads)
                     call()
