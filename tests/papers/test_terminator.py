@@ -272,6 +272,15 @@ def test_running_statistics_forget_by_a_tenth():
     torch.testing.assert_close(layer.norm.running_mean, mean)
 
 
+def test_an_empty_batch_leaves_running_statistics_alone():
+    torch.manual_seed(0)
+    layer = HyperZZWLocal(4, 3, stats="running").train()
+    layer(draw(2, 4, 6, 6, dtype=torch.float32))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers() if "num_batches" not in name}
+    assert layer(torch.zeros(0, 4, 6, 6)).shape == (0, 4, 6, 6)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers() if name in before)
+
+
 def test_saved_weights_give_the_same_at_the_first_pass():
     """In the authors' code the last layers are scaled again."""
     model, x = mini().eval(), draw(2, 1, 8, 8)
