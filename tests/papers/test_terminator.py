@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 import provenn
 from provenn.bench import count_parameters
 from provenn.errors import UserError
+from provenn.inspection import Inspection
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.papers.terminator import (
     GIBS,
@@ -31,6 +32,7 @@ from provenn.papers.terminator import (
     terminator_cifar10,
     terminator_mini,
 )
+from provenn.papers.terminator.inspection import inspect
 from provenn.papers.terminator.official import convert
 from provenn.papers.terminator.studies import FreeKernel, WithShortcuts, lost_alone, offset, with_free_kernels
 from provenn.tasks import TaskData
@@ -580,6 +582,16 @@ def test_probes_by_hand():
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_inspected_is_drawn_as_maps():
+    model, x = mini().eval(), draw(1, 1, 8, 8)
+    found = inspect(model, x)
+    assert [name.split(".")[1] for name in found] == ["0", "0", "1", "1", "2", "2"]
+    torch.testing.assert_close(found["blocks.1.kernel"], model.blocks[1].kernel()[0].abs().mean(0))
+    assert all(shown.shape == (8, 8) for shown in found.values())
+    figure = Inspection("title", "caption", found).picture()
+    assert [len(axes.images) for axes in figure.axes[:6]] == [1] * 6 and not any(axes.lines for axes in figure.axes)
 
 
 def test_foreign_weights_are_refused():
