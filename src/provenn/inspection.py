@@ -52,7 +52,8 @@ class Inspection:
         panels = figure.subplots(lines, columns, sharey=drawn, squeeze=False).ravel()
         for axes, (name, row) in zip(panels, self.layers.items()):
             if row.dim() == 2:
-                figure.colorbar(axes.imshow(row.float().cpu().numpy()), ax=axes).ax.tick_params(labelsize=7)
+                scale = figure.colorbar(axes.imshow(row.float().cpu().numpy()), ax=axes, format="%.3g")
+                scale.ax.tick_params(labelsize=7)
             else:
                 axes.plot(row.float().cpu().numpy(), color="#1a5fb4", linewidth=0.7)
             axes.set_title(f"{name}: mean {row.mean():.3g}", fontsize=8)
