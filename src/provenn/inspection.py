@@ -25,12 +25,12 @@ class Inspection:
     Args:
         title: which model was given what.
         caption: what the numbers are.
-        layers: a row of numbers for each layer, by its name, in the order in which the model computes them.
+        layers: a row of numbers for each layer, or a map, by its name, in the order in which the model computes them.
     """
 
     title: str
     caption: str
-    layers: dict[str, Float[Tensor, " numbers"]]
+    layers: dict[str, Float[Tensor, " numbers"] | Float[Tensor, "height width"]]
 
     def table(self) -> Table:
         """Each layer's mean, least and greatest number."""
@@ -41,16 +41,21 @@ class Inspection:
         return Table(caption=self.caption, columns=["layer", "numbers", "mean", "least", "greatest"], rows=rows)
 
     def picture(self) -> "Figure":
-        """Each layer's numbers as a line; all share one vertical axis."""
+        """Each layer's numbers as a line, all on one vertical axis, or a map as an image on a scale of its own."""
         from matplotlib.figure import Figure
 
         columns = min(COLUMNS, len(self.layers))
         lines = math.ceil(len(self.layers) / columns)
         figure = Figure(figsize=(3.2 * max(columns, 2), 1.9 * lines + 0.7), layout="constrained")
         figure.suptitle(f"{self.title}\n{self.caption}", fontsize=10)
-        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+        drawn = all(row.dim() == 1 for row in self.layers.values())
+        panels = figure.subplots(lines, columns, sharey=drawn, squeeze=False).ravel()
         for axes, (name, row) in zip(panels, self.layers.items()):
-            axes.plot(row.float().cpu().numpy(), color="#1a5fb4", linewidth=0.7)
+            if row.dim() == 2:
+                scale = figure.colorbar(axes.imshow(row.float().cpu().numpy()), ax=axes, format="%.3g")
+                scale.ax.tick_params(labelsize=7)
+            else:
+                axes.plot(row.float().cpu().numpy(), color="#1a5fb4", linewidth=0.7)
             axes.set_title(f"{name}: mean {row.mean():.3g}", fontsize=8)
             axes.tick_params(labelsize=7)
         # The grid's last row may have more places than layers.

@@ -6,10 +6,12 @@ import io
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 import provenn
 from provenn.bench import count_parameters
 from provenn.errors import UserError
+from provenn.inspection import Inspection
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.papers.terminator import (
     GIBS,
@@ -30,7 +32,10 @@ from provenn.papers.terminator import (
     terminator_cifar10,
     terminator_mini,
 )
+from provenn.papers.terminator.inspection import inspect
 from provenn.papers.terminator.official import convert
+from provenn.papers.terminator.studies import FreeKernel, WithShortcuts, lost_alone, offset, with_free_kernels
+from provenn.tasks import TaskData
 from provenn.training import Recipe
 
 F64 = torch.float64
@@ -71,6 +76,21 @@ def test_slow_nets_start_as_the_code_has_it():
     spread = [f.weight.abs().mean().item() / (2 * torch.pi * 2000) for f in net.filters]
     for i, mean in enumerate(spread):  # uniform ±1/√2 has a mean size of 0.354, Gamma(6/(i+1)) a mean of 6/(i+1)
         assert mean == pytest.approx(0.354 * 6 / (i + 1), rel=0.35)
+
+
+def test_fast_layers_start_as_the_code_has_it():
+    """Uniform without a gain in RGUs, normal with ReLU's gain elsewhere; no biases."""
+    torch.manual_seed(0)
+    block, local = SFNEBlock(36, 2, 4), HyperZZWLocal(36, 3)
+    for layer in (block.of_input.key, block.of_weights.value, block.of_input.query, block.of_input.out):
+        assert 0.95 * (3 / 36) ** 0.5 < layer.weight.abs().max() <= (3 / 36) ** 0.5 and not layer.bias.any()
+    model = Terminator2d(100, size=4, widths=(36,), factors=(2,))
+    for layer in (block.mixer, block.bottleneck, local.mix, model.head):
+        assert layer.weight.std().item() == pytest.approx((2 / layer.weight.shape[1]) ** 0.5, rel=0.08)
+        assert layer.weight.abs().max() > 2.5 * layer.weight.std() and not layer.bias.any()
+    assert not local.bias.any() and not block.bias.any() and not block.of_input.plane.any()
+    assert all((layer.bias == 1).all() for layer in (*local.kernel.mixers, *local.kernel.contexts))
+    assert (local.kernel.alpha == 1).all() and (local.kernel.beta == 0.1).all()
 
 
 def test_only_local_kernels_depend_on_the_input_and_only_by_the_batch_mean():
@@ -240,6 +260,29 @@ def test_running_context_is_the_mean_of_the_first_batches():
     torch.testing.assert_close(local.pooled, torch.stack([local.context(z) for z in maps]).mean(0))
 
 
+def test_running_statistics_forget_by_a_tenth():
+    torch.manual_seed(0)
+    layer = HyperZZWLocal(4, 3, stats="running").double().train()
+    maps = [draw(2, 4, 6, 6, seed=seed) + seed for seed in range(14)]
+    pooled, mean, seen = torch.zeros(9, 32, dtype=F64), torch.zeros(4, dtype=F64), []
+    layer.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].mean((0, 2, 3))))
+    for n, z in enumerate(maps, start=1):
+        layer(z)
+        pooled = pooled + max(1 / n, 0.1) * (layer.kernel.context(z) - pooled)
+        mean = mean + 0.1 * (seen[-1] - mean)
+    torch.testing.assert_close(layer.kernel.pooled, pooled)
+    torch.testing.assert_close(layer.norm.running_mean, mean)
+
+
+def test_an_empty_batch_leaves_running_statistics_alone():
+    torch.manual_seed(0)
+    layer = HyperZZWLocal(4, 3, stats="running").train()
+    layer(draw(2, 4, 6, 6, dtype=torch.float32))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers() if "num_batches" not in name}
+    assert layer(torch.zeros(0, 4, 6, 6)).shape == (0, 4, 6, 6)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers() if name in before)
+
+
 def test_saved_weights_give_the_same_at_the_first_pass():
     """In the authors' code the last layers are scaled again."""
     model, x = mini().eval(), draw(2, 1, 8, 8)
@@ -272,6 +315,48 @@ def test_slow_loss_reaches_slow_nets_alone_and_only_in_training():
     with collect_auxiliary() as added:
         model.eval()(draw(2, 1, 8, 8))
     assert not added
+
+
+@pytest.mark.parametrize("form", ["channel-sum", "tile"])
+def test_what_training_adds_is_weighed(form):
+    torch.manual_seed(0)
+    model = Terminator2d(
+        4, 1, 4, (3, 12), (4, 3), slow_weight=0.5, slow_form=form, l2_reg=0.25, branches=("fast",)
+    ).double()
+    with collect_auxiliary() as added:
+        model.train()(draw(2, 1, 4, 4))
+    kernels = [block.kernel() for block in model.blocks]
+    torch.testing.assert_close(added, [0.5 * slow_neural_loss(kernels, form) + 0.25 * model.regulariser()])
+
+
+def test_regulariser_takes_the_code_s_parameters():
+    """By the names that the authors' code would filter: all of the multi-branch layer but slow nets and RGUs."""
+    model = mini()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(draw(*p.shape, seed=p.numel()))
+    fast = sum(
+        p.norm()
+        for name, p in model.named_parameters()
+        if (name.startswith("blocks.") and name.split(".")[2] in ("mixer", "bottleneck"))
+        or (".local." in name and ".kernel." not in name)
+    )
+    slow = sum(
+        p.norm()
+        for name, p in model.named_parameters()
+        if name.endswith("weight") and any(part in name for part in (".of_", ".kernel.", ".by_place."))
+        if ".hci." not in name
+    )
+    torch.testing.assert_close(model.regulariser() - fast, 1e-6 * slow, rtol=1e-4, atol=0)
+
+
+def test_dropout_takes_whole_channels_but_none_of_the_first_block():
+    model = mini()
+    assert [block.dropout.p for block in model.blocks] == [0.0, 0.05, 0.05]
+    block = SFNEBlock(12, 4, 4, dropout=0.5, branches=("fast",)).train()
+    out = block(draw(3, 12, 4, 4, dtype=torch.float32))[0].flatten(2)
+    dropped = (out == 0).all(dim=2)
+    assert 0.3 < dropped.float().mean() < 0.7 and (out != 0).all(dim=2)[~dropped].all()
 
 
 def test_regulariser_counts_norms_that_are_not_squared():
@@ -309,6 +394,35 @@ def test_image_channels_are_repeated_and_sizes_interpolated():
     assert [m.shape for m in model.features(x)] == [(2, 72, 8, 8)]
     with pytest.raises(ValueError, match=r"maps are 8×8, .* got \(9, 8\)"):
         model.features(draw(1, 1, 9, 8))
+
+
+def test_every_pixel_of_a_larger_image_counts():
+    model, x = mini().eval(), draw(1, 1, 24, 24)
+    other = x.clone()
+    other[0, 0, 0, 0] += 9  # no sample of a plain bilinear interpolation to a third of the side
+    assert not torch.allclose(model(other), model(x))
+
+
+def test_a_wider_first_block_takes_the_image_tiled():
+    model, x = Terminator2d(4, 3, 4, (6,), (2,), branches=("fast",)).eval(), draw(2, 3, 4, 4, dtype=torch.float32)
+    taken = []
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    model(x)
+    torch.testing.assert_close(taken[0], torch.cat([x, x], dim=1))
+
+
+def test_scalars_stand_between_blocks_and_before_the_classifier():
+    model, x = mini(train_extras=True).eval(), draw(2, 1, 8, 8)
+    with torch.no_grad():
+        model.shifts.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    taken = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: taken.append(inputs))
+    logits, outputs = model(x), model.block_outputs(x)
+    torch.testing.assert_close(taken[1][0], outputs[0] + 1)
+    torch.testing.assert_close(taken[2][0], outputs[1] + 2)
+    torch.testing.assert_close(taken[2][1][0], outputs[0])  # as it was, where it is joined
+    torch.testing.assert_close(logits, model.head(outputs[2].mean((2, 3)) + 3))
 
 
 def test_resize_keeps_the_weights_and_takes_another_square():
@@ -369,10 +483,70 @@ def test_the_network_brings_its_optimizer():
     model = mini()
     made = model.optimizers(Recipe(lr=0.01, betas=(0.75, 0.99)))
     assert isinstance(made, Kar3) and made.defaults == {"lr": 0.01, "betas": (0.75, 0.99)}
-    assert isinstance(mini(rule="kar2").optimizers(Recipe()), Kar2)
+    second = mini(rule="kar2").optimizers(Recipe(lr=0.01, betas=(0.75, 0.99)))
+    assert isinstance(second, Kar2) and second.defaults == {"lr": 0.01, "betas": (0.99,)}
     assert isinstance(mini(rule="recipe").optimizers(Recipe(optimizer="sgd")), torch.optim.SGD)
     with pytest.raises(ValueError, match=r"no weight decay, got 0\.1"):
         model.optimizers(Recipe(weight_decay=0.1))
+
+
+# What the studies compare and read off
+
+
+def test_a_shortcut_is_the_input_tiled():
+    torch.manual_seed(0)
+    model = WithShortcuts(num_classes=2, in_channels=1, size=4, widths=(3,), factors=(4,), branches=("fast",)).eval()
+    with torch.no_grad():
+        model.blocks[0].bottleneck.weight.zero_()
+        x = draw(2, 1, 4, 4, dtype=torch.float32)
+        torch.testing.assert_close(model.block_outputs(x)[0], x.expand(2, 12, 4, 4))
+
+
+def test_free_kernels_start_as_slow_nets_and_are_no_more_regularised():
+    torch.manual_seed(0)
+    options = {"num_classes": 2, "in_channels": 1, "size": 4, "widths": (3,), "factors": (4,)}
+    model, free = Terminator2d(**options), with_free_kernels(**options)
+    kernels = [module for module in free.modules() if isinstance(module, FreeKernel)]
+    assert len(kernels) == 1 + 4 + 1 + 2  # W, local, HCI, HI
+    free.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        free.blocks[0].kernel.kernel.copy_(model.blocks[0].kernel())
+        free.blocks[0].hci.kernel.kernel.copy_(model.blocks[0].hci.kernel())
+        for name in ("by_channel", "by_place"):
+            getattr(free.blocks[0].interaction, name).kernel.copy_(getattr(model.blocks[0].interaction, name)())
+        x = draw(2, 1, 4, 4, dtype=torch.float32)
+        for block in (model.blocks[0], free.blocks[0]):
+            block.branches = tuple(name for name in block.branches if not name.startswith("local"))
+        torch.testing.assert_close(
+            free.blocks[0].joined(x.repeat(1, 3, 1, 1))[0], model.blocks[0].joined(x.repeat(1, 3, 1, 1))[0]
+        )
+        before = free.regulariser()
+        for kernel in kernels:
+            kernel.kernel.mul_(100)
+    assert free.regulariser() == before
+
+
+class Alone(torch.nn.Module):
+    """Right in company, wrong alone where the label is 1; its maps have means of 2 and -2 and deviations of 1 and 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        right = F.one_hot(x[:, 0, 0, 0].long(), 2)
+        return right if len(x) > 1 else torch.tensor([[1, 0]])
+
+    def features(self, x):
+        return [torch.tensor([[1.0, 3.0], [-4.0, 0.0]]).view(1, 2, 1, 2)]
+
+
+def test_probes_by_hand():
+    test = Subset([(torch.full((1, 2, 2), float(label)), label) for label in (0, 1, 1, 0)], range(4))
+    data = TaskData("by hand", test, test, test, "")
+    assert lost_alone(Alone(), data) == pytest.approx(0.5)
+    # torch's deviations of two numbers are √2 and 2√2
+    assert offset(Alone(), data) == pytest.approx((2 / 2**0.5 + 2 / 8**0.5) / 2)
 
 
 # The user's side
@@ -408,6 +582,16 @@ def test_the_network_brings_its_optimizer():
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_inspected_is_drawn_as_maps():
+    model, x = mini().eval(), draw(1, 1, 8, 8)
+    found = inspect(model, x)
+    assert [name.split(".")[1] for name in found] == ["0", "0", "1", "1", "2", "2"]
+    torch.testing.assert_close(found["blocks.1.kernel"], model.blocks[1].kernel()[0].abs().mean(0))
+    assert all(shown.shape == (8, 8) for shown in found.values())
+    figure = Inspection("title", "caption", found).picture()
+    assert [len(axes.images) for axes in figure.axes[:6]] == [1] * 6 and not any(axes.lines for axes in figure.axes)
 
 
 def test_foreign_weights_are_refused():

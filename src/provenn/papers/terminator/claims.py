@@ -46,7 +46,7 @@ PARTS = Study(
         "all": KAR3,
         "no global": ("without global branches", terminator(branches=WITHOUT_GLOBAL)),
         "no local": ("without local branches", terminator(branches=WITHOUT_LOCAL)),
-        "free": ("kernels as parameters", terminator(kind=with_free_kernels, l2_reg=0.0)),
+        "free": ("kernels as parameters", terminator(kind=with_free_kernels)),
         "no slow loss": ("without the slow loss", terminator(slow_weight=0.0)),
         "no regulariser": ("without the regulariser", terminator(l2_reg=0.0)),
         "shortcuts": ("with shortcuts", terminator(kind=WithShortcuts)),

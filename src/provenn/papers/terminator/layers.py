@@ -199,7 +199,7 @@ class LocalHyperKernel(HyperKernel):
                 pooled = self.pooled.to(self.coordinates().dtype)
             else:
                 pooled = self.context(z)
-                if self.stats == "running":
+                if self.stats == "running" and len(z):  # the mean of no images is not a number
                     self._remember(pooled)
             kernel = self._shaped(self._hidden(F.gelu(_apply(self.mix, pooled))))
         return kernel.transpose(0, 1)

@@ -41,11 +41,11 @@ def _add_shortcut(block: nn.Module, inputs: tuple[Any, ...], output: tuple[Tenso
     return y + x.repeat(1, y.shape[1] // x.shape[1], 1, 1), kernel
 
 
-class FreeKernel(nn.Module):
-    """A kernel of plain parameters in the place of a slow net, started as that net starts."""
+class FreeKernel(HyperKernel):
+    """A kernel of plain parameters in the place of a slow net, started as that net starts; as little regularised."""
 
     def __init__(self, start: HyperKernel, context: bool):
-        super().__init__()
+        nn.Module.__init__(self)
         with torch.no_grad():
             kernel = start(torch.zeros(1, start.channels, 2 * start.size, 2 * start.size)) if context else start()
         self.kernel, self.dims = nn.Parameter(kernel.clone()), start.dims
