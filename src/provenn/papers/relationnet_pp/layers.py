@@ -136,7 +136,7 @@ class SharedGeometry(DirectGeometry):
         assert isinstance(bias, Tensor)
         with without_autocast(waves):
             waves = waves.to(weight.dtype).T
-            return (of_x @ waves)[:, None] + (of_y @ waves + bias[:, None])[:, :, None]
+            return (of_x @ waves)[:, None] + (of_y @ waves)[:, :, None] + bias[:, None, None]
 
     def forward(
         self, offsets: Float[Tensor, "batch queries keys 2"], shared: Tensor | None = None
