@@ -140,6 +140,24 @@ def test_an_inspection_draws_every_layer(count):
     assert all(not axes.axison for axes in figure.axes if axes not in drawn)
 
 
+def test_an_inspection_that_draws_itself_has_no_lines(site, tmp_path):
+    from PIL import Image
+
+    (site / "tiny_gate" / "inspection.py").write_text(
+        "def inspect(model, x):\n"
+        '    """What it is."""\n'
+        "    return {'0': x[0, :, 0, 0]}\n"
+        "def draw(model, x, meta, axes):\n"
+        "    axes.imshow(x[0, 0]); axes.set_title(meta['classes'][0])\n"
+    )
+    Image.new("RGB", (9, 7)).save(tmp_path / "a.png")
+    found = provenn.inspect("tiny_gate", tmp_path / "a.png")
+    (axes,) = found.picture().axes
+    assert len(axes.images) == 1 and not axes.lines and axes.get_title()
+    found.save(tmp_path / "b.png")
+    assert Image.open(tmp_path / "b.png").size[0] > 500
+
+
 def test_weights_and_label_come_back(tmp_path):
     model = api.paper("tiny_gate").build()
     label = weights.Label(

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -662,11 +663,14 @@ def inspect(
             + (f"; of {slug} take --preset {' or '.join(able)}" if able else "")
         )
     look = chosen.card.resolve("inspection:inspect")
+    draw = getattr(chosen.card.resolve_module("inspection"), "draw", None)
+    x = kind.example(source, meta)
     with torch.no_grad():
-        layers = look(model, kind.example(source, meta))
+        layers = look(model, x)
     if not layers:
         raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
-    return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers)
+    drawn = None if draw is None else partial(draw, model, x, meta)
+    return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers, drawn)
 
 
 def export(

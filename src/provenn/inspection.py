@@ -1,6 +1,7 @@
 """What goes on inside a model that is given one input: a row of numbers for each layer, as a table and as a picture."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from provenn.evidence.measurement import Table
 from provenn.files import whole
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMNS = 4  # of the picture
@@ -26,11 +28,13 @@ class Inspection:
         title: which model was given what.
         caption: what the numbers are.
         layers: a row of numbers for each layer, or a map, by its name, in the order in which the model computes them.
+        draw: draws it on the input itself, where that tells more than lines.
     """
 
     title: str
     caption: str
     layers: dict[str, Float[Tensor, " numbers"] | Float[Tensor, "height width"]]
+    draw: "Callable[[Axes], None] | None" = None
 
     def table(self) -> Table:
         """Each layer's mean, least and greatest number."""
@@ -41,9 +45,16 @@ class Inspection:
         return Table(caption=self.caption, columns=["layer", "numbers", "mean", "least", "greatest"], rows=rows)
 
     def picture(self) -> "Figure":
-        """Each layer's numbers as a line, all on one vertical axis, or a map as an image on a scale of its own."""
+        """What `draw` draws; else each layer's numbers as a line, all on one vertical axis, or a map as an image."""
         from matplotlib.figure import Figure
 
+        if self.draw is not None:
+            figure = Figure(figsize=(9, 7.5), layout="constrained")
+            figure.suptitle(self.title, fontsize=10)
+            axes = figure.subplots()
+            axes.set_axis_off()
+            self.draw(axes)
+            return figure
         columns = min(COLUMNS, len(self.layers))
         lines = math.ceil(len(self.layers) / columns)
         figure = Figure(figsize=(3.2 * max(columns, 2), 1.9 * lines + 0.7), layout="constrained")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from provenn.papers.relationnet_pp import (
     select_keys,
     sine_embedding,
 )
+from provenn.papers.relationnet_pp.bridge import RegionPoints
 from provenn.papers.relationnet_pp.official import _from_middle, convert
 
 STRIDES = (8, 16)
@@ -265,27 +267,33 @@ def test_direct_geometry_costs_by_pairs_and_the_shared_one_by_its_map():
             assert cost(shared, queries, keys) == 41 * 41 * (64 * 32 + 32 * 8)
 
 
-def test_finite_differences_agree():
+@pytest.mark.parametrize("geometry", ["direct", "shared"])
+def test_finite_differences_agree(geometry):
+    """Of all weights, of the queries, and of the keys' features and positions, by the layers as they are."""
     levels, keys = scene(3, torch.float64, ("centre",))
-    bvr = make_bvr(torch.float64, key_types=("centre",), geometry="direct", dim=8)
-    bvr.geometry.finish = lambda weights: weights.clamp(min=1e-6).log()  # single precision is too coarse here
-    bvr.geometry.weigh = lambda offsets: bvr.geometry.layers(
-        sine_embedding(offsets.double(), 8).permute(2, 0, 1)[None].double()
-    )[0]
+    bvr = make_bvr(torch.float64, key_types=("centre",), geometry=geometry, dim=8)
     with torch.no_grad():
         bvr.geometry.layers[0].bias.add_(1.0)
-    attention = bvr.attention["centre"]
-    attention.weights = lambda q, k, g, mask=None: (
-        attention._by_head(attention.query(q)) @ attention._by_head(attention.key(k)).transpose(-1, -2) / 2 + g
-    ).softmax(-1)
     level = levels[1][:1, :, :1, :2]
-    one = {"centre": Keys(*(part[:1] for part in keys["centre"]))}
-    names, given = zip(*[(n, p) for n, p in bvr.named_parameters()])
+    one = Keys(*(part[:1] for part in keys["centre"]))
+    names, given = zip(*bvr.named_parameters())
 
-    def call(*weights):
-        return torch.func.functional_call(bvr, dict(zip(names, weights)), ([level], [16], one))[0]
+    def call(level, features, positions, *weights):
+        keys = {"centre": one._replace(features=features, positions=positions)}
+        return torch.func.functional_call(bvr, dict(zip(names, weights)), ([level], [16], keys))[0]
 
-    assert torch.autograd.gradcheck(call, given, atol=1e-5, fast_mode=True)
+    inputs = [x.double().requires_grad_() for x in (level, one.features, one.positions)]
+    assert torch.autograd.gradcheck(call, (*inputs, *given), fast_mode=True)
+
+
+@pytest.mark.parametrize("geometry", ["direct", "shared"])
+def test_the_geometry_is_not_rounded_in_mixed_precision(geometry):
+    """Where f is near the least weight its logarithm would make much of half a bit."""
+    layer = make_bvr(geometry=geometry).geometry
+    offsets = torch.randn(1, 5, 6, 2) * 5
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(offsets, layer.prepare())
+    assert rounded.dtype == torch.float32 and torch.equal(rounded, layer(offsets, layer.prepare()))
 
 
 # Keys
@@ -494,8 +502,6 @@ def test_the_two_stage_form_shows_the_points_of_regions_that_hold_an_object():
         logits, offsets = torch.full((2, 1, 28, 28), -9.0), torch.zeros(2, 2, 28, 28)
         logits[0, 0, row, column] = 9.0
         said[name] = (logits, offsets)
-    from provenn.papers.relationnet_pp.bridge import RegionPoints
-
     right = bridge.losses(RegionPoints(said, regions, valid), given)["points"]
     wrong = bridge.losses(RegionPoints({name: (x.flip(0), o) for name, (x, o) in said.items()}, regions, valid), given)[
         "points"
@@ -615,6 +621,27 @@ def test_an_inspection_tells_the_keys_that_the_detector_reads(name):
         torch.testing.assert_close(torch.stack([rows[f"{kind} x"], rows[f"{kind} y"]], 1), keys.positions[0])
 
 
+@pytest.mark.parametrize("name", ["fcos", "faster_rcnn"])
+def test_the_keys_are_drawn_where_they_lie(name):
+    from matplotlib.figure import Figure
+
+    from provenn.papers.relationnet_pp.inspection import draw, inspect
+
+    model, image = with_bvr(name).eval(), torch.randn(1, 3, 64, 96)
+    axes = Figure().subplots()
+    with torch.no_grad():
+        draw(model, image, {"mean": [0.5] * 3, "std": [0.2] * 3}, axes)
+        rows = inspect(model, image)
+    assert [axes.get_xlim(), axes.get_ylim()] == [(0, 96), (64, 0)]
+    top_left, bottom_right, centre = (torch.as_tensor(np.array(x.get_segments())) for x in axes.collections)
+    for kind, strokes, towards in (("top_left", top_left, 1), ("bottom_right", bottom_right, -1)):
+        places = torch.stack([rows[f"{kind} x"], rows[f"{kind} y"]], 1).double()
+        torch.testing.assert_close(strokes[::2, 0], places)
+        assert ((strokes[::2, 1] - strokes[::2, 0])[:, 0] * towards > 0).all()  # along the object's upper or lower side
+    places = torch.stack([rows["centre x"], rows["centre y"]], 1).double()
+    torch.testing.assert_close(centre.mean(1)[::2], places)
+
+
 def test_the_heat_falls_off_as_the_radius_says():
     box = torch.tensor([[10.0, 10.0, 30.0, 26.0]])
     given = pad_batch([torch.zeros(3, 64, 64)], [box], [torch.tensor([1])])
@@ -626,8 +653,6 @@ def test_the_heat_falls_off_as_the_radius_says():
 
 
 def test_points_of_regions_that_are_padding_come_last():
-    from provenn.papers.relationnet_pp.bridge import RegionPoints
-
     bridge = bridge_of(with_bvr("faster_rcnn"))
     logits = torch.randn(3, 1, 28, 28)
     logits[1] += 9
@@ -638,3 +663,110 @@ def test_points_of_regions_that_are_padding_come_last():
     )
     keys = bridge.select(said, "centre", torch.randn(3, 16, 28, 28))
     assert keys.scores.min() > 0 and keys.positions.max() < 60
+
+
+# What a user gets without asking
+
+
+def test_fresh_weights_and_defaults_are_the_release_s():
+    torch.manual_seed(0)
+    attention, geometry = KeyAttention(256), SharedGeometry(8)
+    bound = math.sqrt(6 / (256 + 768))  # Xavier's, of one matrix that holds queries, keys and values
+    for layer in (attention.query, attention.key, attention.value):
+        assert 0.99 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+    assert geometry.layers[0].weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert geometry.map_size == 400 and not geometry.align_corners and geometry.log_scale
+    with torch.device("meta"):
+        bridge = Bridge(16, 3, STRIDES)
+        sizes = {
+            m: m().head.bridge.regression.geometry.map_size for m in (bvr_retinanet_r50, bvr_fcos_r50, bvr_atss_r50)
+        }
+        model = bvr_retinanet_r50()
+    assert (bridge.keys, bridge.keys_a_level, bridge.point_head.form) == (50, 20, "release")
+    assert list(bridge.classification.attention) == ["centre"]
+    assert list(bridge.regression.attention) == ["top_left", "bottom_right"]
+    assert (bridge.regression.unit, bridge.regression.by_level) == (8.0, False)
+    assert list(sizes.values()) == [400, 300, 300]
+    assert model.beta == 0 and not model.neck.activate
+
+
+def test_of_many_cells_fifty_keys_stay_and_twenty_a_level():
+    points, features = maps(((10, 10), (9, 9), (8, 8), (2, 2)), classes=8)
+    chosen = select_keys(points, features, (8, 16, 32, 64))
+    assert chosen.scores.shape == (2, 50)
+    assert all((chosen.levels == level).sum(1).max() <= 20 for level in range(4))
+    bridge = Bridge(16, 8, STRIDES, heads=4, **SMALL)
+    few = bridge.select({"centre": points}, bridge.classification, features, (8, 16, 32, 64))["centre"]
+    assert few.scores.shape == (2, SMALL["keys"])
+    assert all((few.levels == level).sum(1).max() <= SMALL["keys_a_level"] for level in range(4))
+
+
+def test_the_paper_s_form_counts_offsets_from_a_cell_s_upper_left_corner_and_weighs_losses_its_way():
+    bridge = Bridge(16, 3, STRIDES, heads=4, point_head="paper", **SMALL)
+    given, levels = batch(), [torch.randn(3, 16, 8, 12), torch.randn(3, 16, 4, 6)]
+    said = bridge.point_head(levels)
+    ours = bridge.select(said, bridge.classification, levels, STRIDES)["centre"]
+    middle = select_keys(said["centre"], levels, STRIDES, most=bridge.keys, most_a_level=bridge.keys_a_level)
+    half = torch.tensor(STRIDES)[middle.levels][..., None] / 2
+    torch.testing.assert_close(ours.positions, middle.positions - half)
+    losses = bridge.losses(said, given)
+    expected = point_losses(said, given, STRIDES, weights=(0.05, 0.2), reference=0.0)
+    assert losses == expected and losses != point_losses(said, given, STRIDES, weights=(0.05, 0.2))
+
+
+# The two-stage form
+
+
+def region_points(bridge, regions, hot=(), offset=(0.0, 0.0)):
+    """Cold heat maps of all regions but for `hot`, (region, row, column), and one offset everywhere."""
+    logits = torch.full((regions.shape[1], 1, 28, 28), -9.0)
+    for region, row, column, heat in hot:
+        logits[region, 0, row, column] = heat
+    offsets = torch.tensor(offset).view(1, 2, 1, 1).expand(len(logits), 2, 28, 28)
+    valid = torch.ones(regions.shape[:2], dtype=torch.bool)
+    return RegionPoints({name: (logits, offsets) for name in bridge.key_types}, regions, valid)
+
+
+def test_points_of_a_region_lie_on_its_own_grid_and_are_peaks():
+    bridge = bridge_of(with_bvr("faster_rcnn", keys=3))
+    regions = torch.tensor([[[8.0, 4.0, 64.0, 32.0], [100.0, 100.0, 128.0, 184.0]]])
+    hot = [(0, 5, 10, 9.0), (0, 5, 11, 8.0), (1, 20, 3, 7.0)]  # the second stands beside the first and is no peak
+    said = region_points(bridge, regions, hot, offset=(0.25, -0.5))
+    keys = bridge.select(said, "centre", torch.randn(2, 16, 28, 28))
+    # Cells are 2×1 pixels in the first region and 1×3 in the second.
+    expected = torch.tensor([[8 + 2 * 10.75, 4 + 1 * 5.0], [100 + 1 * 3.75, 100 + 3 * 20.0]])
+    torch.testing.assert_close(keys.positions[0, :2], expected)
+    assert keys.scores[0, 2] < 0.01
+
+
+def test_regions_that_overlap_by_half_show_the_point_where_it_is():
+    bridge = bridge_of(with_bvr("faster_rcnn", regression=()))
+    box = torch.tensor([[0.0, 0.0, 40.0, 20.0]])
+    given = pad_batch([torch.zeros(3, 64, 64)], [box], [torch.tensor([1])])
+    for width, shown in ((68.0, True), (90.0, False)):  # IoU 40/68 and 40/90
+        regions = torch.tensor([[[0.0, 0.0, width, 20.0]]])
+        middle = int(20 / width * 28)
+        loss = {
+            row_column: bridge.losses(region_points(bridge, regions, [(0, *row_column, 9.0)]), given)["points"].item()
+            for row_column in ((13, middle), (middle, 13))
+        }
+        cold = bridge.losses(region_points(bridge, regions), given)["points"].item()
+        assert (loss[13, middle] < cold) == shown and loss[middle, 13] > cold
+
+
+def test_regions_ask_from_their_middles_in_the_unit_and_points_are_sought_in_a_hundred():
+    bridge = bridge_of(with_bvr("faster_rcnn", unit=4.0))
+    seen = []
+    for bvr in (bridge.classification, bridge.regression):
+        bvr.attend = lambda features, places, keys, unit, shared: seen.append((places, unit)) or features
+    regions = torch.rand(1, 120, 2) * 20
+    regions = torch.cat([regions, regions + 10 + torch.rand(1, 120, 2)], dim=2)
+    valid, features = torch.ones(1, 120, dtype=torch.bool), torch.randn(1, 120, 24)
+    said = bridge(
+        regions, valid, lambda boxes, size: torch.randn(1, boxes.shape[1], 16, size, size), features, features
+    )[2]
+    assert said.regions.shape == (1, 100, 4) and torch.equal(said.regions, regions[:, :100])
+    for places, unit in seen:
+        assert unit == 4.0
+        torch.testing.assert_close(places, (regions[..., :2] + regions[..., 2:]) / 2)
+    assert len(seen) == 2

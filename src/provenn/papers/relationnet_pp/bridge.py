@@ -11,7 +11,15 @@ from provenn.nn.arguments import check_whole
 from provenn.nn.detection import DenseDetector, DetectionBatch, FasterRCNN
 from provenn.nn.detection.assign import by_iou
 from provenn.nn.detection.two_stage import Pool, Regions
-from provenn.papers.relationnet_pp.layers import BVR, Keys, PointHead, PointMaps, check_types, select_keys
+from provenn.papers.relationnet_pp.layers import (
+    BVR,
+    Keys,
+    PointHead,
+    PointMaps,
+    at_least_single,
+    check_types,
+    select_keys,
+)
 from provenn.papers.relationnet_pp.losses import point_losses
 
 CORNERS = ("top_left", "bottom_right")
@@ -199,14 +207,15 @@ class RegionBridge(nn.Module):
         batch, count = said.valid.shape
         cells = logits.shape[2] * logits.shape[3]
         with torch.no_grad():
-            heat = logits.float().sigmoid()
+            heat = at_least_single(logits).sigmoid()
             heat = heat * (nn.functional.max_pool2d(heat, 3, stride=1, padding=1) == heat)
             heat = heat.reshape(batch, count, cells) * said.valid[..., None]
             scores, index = heat.reshape(batch, count * cells).topk(min(self.keys, count * cells), dim=1)
         where = index[..., None]
         table = features.flatten(2).transpose(1, 2).reshape(batch, count * cells, features.shape[1])
         places = self._places(said.regions, logits.shape[2]) + (
-            offsets.float().flatten(2).transpose(1, 2).reshape(batch, count, cells, 2) * self._cell(said, logits)
+            at_least_single(offsets).flatten(2).transpose(1, 2).reshape(batch, count, cells, 2)
+            * self._cell(said, logits)
         )
         positions = places.reshape(batch, count * cells, 2).gather(1, where.expand(-1, -1, 2))
         return Keys(table.gather(1, where.expand(-1, -1, table.shape[2])), positions, scores, torch.zeros_like(index))

@@ -43,6 +43,7 @@ PARTS = Study(
         "wide": ("wider plain", {"width": 48}),
         "appearance": ("appearance alone", {"bridge": {"geometry": None}}),
         "geometry": ("geometry alone", {"bridge": {"appearance": False}}),
+        "swapped": ("keys exchanged", {"bridge": {"classification": CORNERS, "regression": ("centre",)}}),
     },
     recipe=Recipe(epochs=5, batch_size=8, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", clip=5.0),
     lrs=(5e-3, 1e-2, 2e-2),
@@ -80,6 +81,7 @@ CLAIMS = {
     "bvr_75": PARTS.against("bvr", "unused", metric="AP75"),
     "wider": PARTS.against("bvr", "wide"),
     "points_alone": PARTS.against("unused", "plain"),
+    "each_its_own": PARTS.against("bvr", "swapped"),
     "geometry_counts": PARTS.against("bvr", "appearance"),
     "appearance_counts": PARTS.against("bvr", "geometry"),
 }

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.nn.arguments import check_whole
+from provenn.ops.autograd import without_autocast
 
 KEY_TYPES = ("top_left", "bottom_right", "centre")
 TEMPERATURE = 1000.0
 LEAST = 1e-6  # below which a geometric weight is no weight: a logit of −13.8, and no gradient
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """In single precision where it has less: sums of exponentials and logarithms near zero need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sine_embedding(
@@ -29,14 +35,10 @@ def sine_embedding(
     """
     if dim < 4 or dim % 4:
         raise ValueError(f"dim must be a multiple of 4, got {dim}")
-    scale = temperature ** (4 / dim * torch.arange(dim // 4, device=offsets.device, dtype=torch.float32))
+    offsets = at_least_single(offsets)
+    scale = temperature ** (4 / dim * torch.arange(dim // 4, device=offsets.device, dtype=offsets.dtype))
     phase = offsets[..., None] / scale
     return torch.cat([phase.sin(), phase.cos()], dim=-1).flatten(-2)
-
-
-def at_least_single(x: Tensor) -> Tensor:
-    """In single precision where it has less: sums of exponentials and logarithms near zero need it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class DirectGeometry(nn.Module):
@@ -67,10 +69,10 @@ class DirectGeometry(nn.Module):
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
 
-    def weigh(self, offsets: Float[Tensor, "height width 2"]) -> Float[Tensor, "heads height width"]:
-        """f(sine(r)) of a grid of offsets."""
-        waves = sine_embedding(offsets.float(), self.dim).permute(2, 0, 1)
-        return self.layers(waves.to(next(self.layers.parameters()).dtype)[None])[0]
+    def weigh(self, waves: Float[Tensor, "height width dim"]) -> Float[Tensor, "heads height width"]:
+        """f of the sines of a grid of offsets."""
+        with without_autocast(waves):  # near the least weight the logarithm makes much of a rounding
+            return self.layers(waves.permute(2, 0, 1).to(next(self.layers.parameters()).dtype)[None])[0]
 
     def prepare(self) -> Tensor | None:
         """What all queries of a forward pass share: nothing here."""
@@ -81,7 +83,7 @@ class DirectGeometry(nn.Module):
     ) -> Float[Tensor, "batch heads queries keys"]:
         offsets = offsets.transpose(1, 2)
         batch, keys, queries, _ = offsets.shape
-        weights = self.finish(self.weigh(offsets.reshape(batch * keys, queries, 2)))
+        weights = self.finish(self.weigh(sine_embedding(offsets.reshape(batch * keys, queries, 2), self.dim)))
         return weights.reshape(self.heads, batch, keys, queries).transpose(0, 1).transpose(-1, -2)
 
     def finish(self, weights: Tensor) -> Tensor:
@@ -121,20 +123,32 @@ class SharedGeometry(DirectGeometry):
         """The map, of 2⌊map_size/2⌋ + 1 points a side."""
         # The sines are computed anew rather than kept: the release's buffer of them takes 165 MB, in each checkpoint.
         half = self.map_size // 2
-        line = torch.arange(-half, half + 1, device=next(self.layers.parameters()).device, dtype=torch.float32)
-        return self.weigh(torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1))
+        weight = next(self.layers.parameters())
+        line = at_least_single(torch.arange(-half, half + 1, device=weight.device, dtype=weight.dtype))
+        # Half of the sines are of x alone and half of y alone, and both axes are alike: (side, dim / 2).
+        waves = sine_embedding(line[:, None].expand(-1, 2), self.dim)[:, : self.dim // 2]
+        if len(self.layers) > 1:
+            side = len(line)
+            return self.weigh(torch.cat([waves.expand(side, -1, -1), waves[:, None].expand(-1, side, -1)], dim=-1))
+        # A single layer takes W_x sine(x) + W_y sine(y) + b: a product for each row and column, not for each point.
+        of_x, of_y = weight[:, :, 0, 0].chunk(2, dim=1)
+        bias = self.layers[0].bias
+        assert isinstance(bias, Tensor)
+        with without_autocast(waves):
+            waves = waves.to(weight.dtype).T
+            return (of_x @ waves)[:, None] + (of_y @ waves)[:, :, None] + bias[:, None, None]
 
     def forward(
         self, offsets: Float[Tensor, "batch queries keys 2"], shared: Tensor | None = None
     ) -> Float[Tensor, "batch heads queries keys"]:
-        table = self.prepare() if shared is None else shared
+        table = at_least_single(self.prepare() if shared is None else shared)
         offsets = offsets.transpose(1, 2)  # queries last in memory: there are many, and a softmax over few keys is slow
         batch, keys, queries, _ = offsets.shape
         # With aligned corners ±1 is the outermost point, at ⌊map_size/2⌋; the release divides by map_size/2 always.
         reach = float(self.map_size // 2) if self.align_corners else self.map_size / 2
-        grid = offsets.float().reshape(1, batch * keys, queries, 2) / reach
+        grid = offsets.to(table.dtype).reshape(1, batch * keys, queries, 2) / reach
         # One picture for the whole batch: its gradient is one map, not one an image.
-        read = F.grid_sample(table.float()[None], grid, padding_mode="border", align_corners=self.align_corners)
+        read = F.grid_sample(table[None], grid, padding_mode="border", align_corners=self.align_corners)
         logits = self.finish(read.reshape(self.heads, batch, keys, queries))
         return logits.transpose(0, 1).transpose(-1, -2)
 
@@ -443,14 +457,14 @@ def select_keys(
     ):
         batch, classes, height, width = logits.shape
         with torch.no_grad():
-            heat = logits.float().sigmoid()
+            heat = at_least_single(logits).sigmoid()
             heat = (heat * (F.max_pool2d(heat, 3, stride=1, padding=1) == heat)).flatten(2)
             count = min(most_a_level, height * width)
             # In two steps, as released: which of equal scores comes first depends on it.
             of_class, cell = heat.topk(count, dim=2)
             score, index = of_class.reshape(batch, classes * count).topk(count, dim=1)
             cell = cell.reshape(batch, classes * count).gather(1, index)
-        moved = _gather(offsets.float(), cell)
+        moved = _gather(at_least_single(offsets), cell)
         corner = torch.stack([cell % width, torch.div(cell, width, rounding_mode="floor")], dim=-1)
         position = (corner + reference) * stride + moved * stride
         found.append(Keys(_gather(level, cell), position, score, torch.full_like(cell, number)))
