@@ -216,8 +216,9 @@ def _write_images(
 ) -> list[str]:
     """Write a system of images with all sizes open, or where its network fixes them, with the batch alone."""
     batch = torch.export.Dim("batch")
-    # Not alike, and no multiples of a stride: a tracer would take that for a rule.
-    tall, wide = side + 5, side + 11
+    # Not alike, no multiples of a stride, and no level of a single cell: a tracer would take that for a rule.
+    coarsest = max(getattr(getattr(system, "model", None), "strides", ()), default=1)
+    tall, wide = max(side, coarsest) + 5, max(side, 2 * coarsest) + 11
     least = min(16, side)
     every = {0: batch, 2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
     fixed = f"images of {side}×{side} pixels alone"
