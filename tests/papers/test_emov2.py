@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import jaxtyping
 import pytest
@@ -7,14 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import provenn
 from provenn import bench
 from provenn.nn.fusion import fuse
 from provenn.nn.segmentation import HEADS
 from provenn.papers.emov2 import (
+    EMO,
     I2RMB,
     SEWMHSA,
     EMOv2,
     claims,
+    emo,
     emov2,
     emov2_baseline,
     emov2_retinanet,
@@ -27,6 +31,7 @@ from provenn.papers.emov2 import (
     ungroup_pixels,
 )
 from provenn.papers.emov2.official import convert
+from provenn.testing import seeded_state
 
 MODES = ("remote", "close", "spanning")
 
@@ -334,6 +339,8 @@ def norm_operations(network: nn.Module, side: int) -> int:
         (emov2, "50m", 49_815_560, 8804.2),
         (emov2_baseline, "1m", 1_454_316, 249.4),
         (emov2_baseline, "5m", 5_110_312, 943.6),
+        (emo, "1m", 1_361_168, 260.8),
+        (emo, "6m", 6_168_496, 960.8),
     ],
 )
 def test_published_counts(build, variant, total, flops):
@@ -479,6 +486,48 @@ def test_networks_refuse():
         emov2_small(num_classes=-1)
 
 
+# EMO, the predecessor
+
+
+def small_emo(**options) -> EMO:
+    sizes = {"depths": (1, 1, 2, 2), "widths": (8, 8, 16, 16), "exp_ratios": (2, 2, 2, 2), "head_dims": (8, 8, 8, 8)}
+    return EMO(**{**sizes, "num_classes": 3, "window": 2, **options}).eval()
+
+
+def test_emo_attends_to_remote_windows_before_it_expands():
+    network = small_emo()
+    attention = [m for m in network.modules() if isinstance(m, SEWMHSA)]
+    assert len(attention) == 2 and all(m.attend_first and m.mode == "remote" for m in attention)
+    assert [type(stage[-1].operator) for stage in network.stages] == [nn.Sequential] * 2 + [SEWMHSA] * 2
+    assert all(block.scale is None for stage in network.stages for block in stage)
+    kernels = [{block.local[0].kernel_size[0] for block in stage} for stage in network.stages]
+    assert kernels == [{3}, {3}, {5}, {5}]
+
+
+def test_the_gate_of_emos_stem_is_its_equation():
+    gate = small_emo().stem[5].double()
+    x = noise(2, 24, 5, 4)
+    hidden = x.mean((2, 3)) @ gate.squeeze.weight.mT + gate.squeeze.bias
+    logits = (hidden * hidden.sigmoid()) @ gate.excite.weight.mT + gate.excite.bias
+    torch.testing.assert_close(gate(x), x * logits.sigmoid()[..., None, None])
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: emo("20m"), "variant must be one of 1m, 2m, 5m, 6m, got '20m'"),
+        (lambda: small_emo(depths=(1, 1)), "must have four entries, got 2, 4, 4 and 4"),
+        (lambda: small_emo(depths=(0, 1, 1, 1)), "depths must be at least 1"),
+        (lambda: small_emo(num_classes=-1), "num_classes at least 0, got 3 and -1"),
+        (lambda: small_emo(drop_path=1.0), "drop_path must lie between 0 and 1, below 1, got 1.0"),
+        (lambda: small_emo(window=-1), "window must be at least 1, or 0 for the whole map"),
+    ],
+)
+def test_emo_refuses(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
 # The authors' names
 
 
@@ -529,6 +578,27 @@ def test_foreign_weights_are_refused():
     extra = {n.replace("stage3.1.", "stage3.8."): v for n, v in state.items() if n.startswith("stage3.1.")}
     with pytest.raises(ValueError, match="no EMOv2 of the paper has stages of"):
         convert(state | extra)
+
+
+def test_checkpoints_of_emos_trainer_are_read(tmp_path):
+    """As it writes them: beside the weights stand the optimizer's state, counters and the scores so far."""
+    with open("tests/golden/emov2.json") as file:
+        case = next(case for case in json.load(file)["cases"] if case["preset"] == "emo_1m")
+    state = seeded_state(case["shapes"])
+    beside = {"net_E": None, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "scaler": None, "epoch": 300}
+    torch.save({"net": state, **beside, "topk_recorder": {"net_top1": [71.5]}}, tmp_path / "ckpt.pth")
+    model = provenn.from_official("emov2", tmp_path / "ckpt.pth", window=4)
+    assert isinstance(model, EMO) and torch.equal(
+        model.stages[2][1].operator.v[0].weight, state["stage3.1.v.conv.weight"]
+    )
+    assert {m.window for m in model.modules() if isinstance(m, SEWMHSA)} == {4}
+    with pytest.raises(ValueError, match="has no mode to choose, got 'close'"):
+        convert(state, mode="close")
+    with pytest.raises(ValueError, match="expected a state dict of EMO, found other parameters"):
+        convert({**state, "stage1.0.extra.weight": state["head.weight"]})
+    deeper = {n.replace("stage3.1.", "stage3.8."): v for n, v in state.items() if n.startswith("stage3.1.")}
+    with pytest.raises(ValueError, match="no EMO of the authors has stages of"):
+        convert(state | deeper)
 
 
 # The experiments

@@ -1,6 +1,7 @@
 """EMOv2: Pushing 5M Vision Model Frontier (arXiv:2412.06674)."""
 
 from provenn.papers.emov2.detection import emov2_small_ssdlite, emov2_ssdlite
+from provenn.papers.emov2.emo import EMO, emo
 from provenn.papers.emov2.layers import I2RMB, SEWMHSA, group_pixels, ungroup_pixels
 from provenn.papers.emov2.model import (
     EMOv2,
@@ -14,9 +15,11 @@ from provenn.papers.emov2.model import (
 )
 
 __all__ = [
+    "EMO",
     "I2RMB",
     "SEWMHSA",
     "EMOv2",
+    "emo",
     "emov2",
     "emov2_baseline",
     "emov2_retinanet",
