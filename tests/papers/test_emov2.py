@@ -2,25 +2,32 @@ import itertools
 import json
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import provenn
 from provenn import bench
+from provenn.cli import main
 from provenn.nn.fusion import fuse
 from provenn.nn.segmentation import HEADS
 from provenn.papers.emov2 import (
     EMO,
     I2RMB,
     SEWMHSA,
+    DEMOv2,
     EMOv2,
+    ModulatedI2RMB,
     claims,
     emo,
     emov2,
     emov2_baseline,
+    emov2_diffusion,
+    emov2_diffusion_digits,
     emov2_retinanet,
     emov2_segmenter,
     emov2_small,
@@ -524,6 +531,123 @@ def test_the_gate_of_emos_stem_is_its_equation():
     ],
 )
 def test_emo_refuses(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# Diffusion
+
+
+def noisy(network: DEMOv2, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(batch, network.in_channels, network.size, network.size, generator=generator)
+    return x, torch.arange(batch) * 300 + 5, torch.arange(batch) % 3
+
+
+@pytest.mark.parametrize("variant, giga", [("s", 5.4), ("b", 19.9), ("l", 69.3), ("xl", 101.5)])
+def test_flops_of_the_diffusion_models_are_those_printed(variant, giga):
+    """Norms counted as above; the parameters, exact in the authors' logs, are held with every preset's."""
+    network, total = on_meta(emov2_diffusion, variant=variant), 0
+
+    def count(module, inputs, output):
+        nonlocal total
+        total += output.numel() * (2 if isinstance(module, nn.BatchNorm2d) else 5)
+
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+            module.register_forward_hook(count)
+    example = [torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)]
+    products = bench.macs(lambda: network(*(part.to("meta") for part in example)))
+    assert round((products + total) / 1e9, 1) == giga
+
+
+def test_a_modulated_block_is_its_equation():
+    torch.manual_seed(0)
+    layer = ModulatedI2RMB(8, head_dim=4, window=2, exp_ratio=2, kernel_size=3).double().eval()
+    x, c = noise(2, 8, 4, 6), noise(2, 8)
+    assert torch.equal(layer(x, c), x)  # the condition's map starts at zero
+    nn.init.normal_(layer.modulation.weight)
+    nn.init.normal_(layer.modulation.bias)
+    shift, scale, gate = layer.modulation(c * c.sigmoid())[..., None, None].chunk(3, dim=1)
+    e = layer.block.operator(layer.block.norm(x) * (1 + scale) + shift)
+    torch.testing.assert_close(layer(x, c), x + gate * layer.block.project(e + layer.block.local(e)))
+    # With a condition that scales by 1, shifts by 0 and gates by 1 it is the i2RMB.
+    nn.init.zeros_(layer.modulation.weight)
+    with torch.no_grad():
+        layer.modulation.bias.copy_(torch.tensor([0.0] * 16 + [1.0] * 8))
+    torch.testing.assert_close(layer(x, c), layer.block(x))
+
+
+def test_a_fresh_diffusion_model_gives_nothing_and_learns_from_it():
+    torch.manual_seed(0)
+    network = emov2_diffusion_digits(dim=24, layers=1)
+    x, t, y = noisy(network)
+    assert network(x, t, y).abs().max() == 0
+    network(x, t, y).sum().backward()
+    assert network.head.weight.grad.abs().max() > 0
+
+
+def stirred(**options) -> DEMOv2:
+    torch.manual_seed(0)
+    network = emov2_diffusion_digits(**{"dim": 24, "layers": 2, **options}).eval()
+    for part in (network.head.weight, *(block.modulation.weight for block in network.blocks)):
+        nn.init.normal_(part, std=0.2)
+    return network
+
+
+def test_level_and_class_change_what_is_found():
+    network = stirred()
+    x, t, y = noisy(network)
+    found = network(x, t, y)
+    assert (network(x, t + 100, y) - found).abs().max() > 1e-3
+    assert (network(x, t, y + 1) - found).abs().max() > 1e-3
+    torch.testing.assert_close(network(x[1:], t[1:], y[1:]), found[1:])
+
+
+def test_patches_come_back_to_their_place():
+    """Of a network whose blocks mix nothing, a pixel's output depends on its own patch alone."""
+    network = DEMOv2(dim=8, layers=1, head_dim=4, window=1, mode="close", kernel_size=0, size=6, in_channels=1).eval()
+    nn.init.normal_(network.head.weight)
+    nn.init.normal_(network.blocks[0].modulation.weight)
+    x, t, y = noisy(network, 1)
+    assert network(x, t, y).shape == (1, 2, 6, 6)  # noise and variance
+    (gradient,) = torch.autograd.grad(network(x.requires_grad_(), t, y)[0, :, 3, 4].square().sum(), x)
+    assert {divmod(int(p), 6) for p in gradient.flatten().nonzero()} == {(2, 4), (2, 5), (3, 4), (3, 5)}
+
+
+def test_guidance_goes_from_no_class_through_the_class():
+    network = stirred()
+    x, t, y = noisy(network)
+    given, free = network(x, t, y), network(x, t, torch.full_like(y, 10))
+    assert (given - free).abs().max() > 1e-3
+    for scale, expected in ((0, free), (1, given), (3, 3 * given - 2 * free)):
+        torch.testing.assert_close(network.guided(x, t, y, scale), expected, rtol=1e-4, atol=1e-5)
+    latents = stirred(in_channels=4)
+    x, t, y = noisy(latents)
+    led = latents.guided(x, t, y, 3)
+    torch.testing.assert_close(led[:, 3:], latents(x, t, y)[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_digits_are_drawn_from_the_command_line(tmp_path):
+    words = ["predict", "emov2", "3", "7", "--preset", "emov2_diffusion_digits", "-o", str(tmp_path / "drawn.png")]
+    assert main([*words, "--set", "steps=8"]) == 0
+    picture = np.asarray(Image.open(tmp_path / "drawn.png").convert("L"))
+    assert picture.shape[1] == 2 * picture.shape[0] and picture.std() > 20
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: emov2_diffusion("m"), "variant must be one of s, b, l, xl, got 'm'"),
+        (lambda: emov2_diffusion_digits(layers=0), "must be at least 1, got 48, 0, 8, 1, 1, 10"),
+        (lambda: DEMOv2(dim=8, layers=1, head_dim=4, size=9), "patch must divide size, got size=9 and patch=2"),
+        (lambda: emov2_diffusion_digits(head_dim=7), "head_dim must divide the 48 channels, got 7"),
+        (lambda: emov2_diffusion_digits(dim=42, head_dim=6), "dim must be a multiple of 4, got 42"),
+        (lambda: stirred()(torch.zeros(1, 1, 6, 6), torch.zeros(1), torch.zeros(1).long()), "expected images of"),
+        (lambda: stirred()(torch.zeros(2, 1, 8, 8), torch.zeros(1), torch.zeros(2).long()), "t and y of 2 images"),
+    ],
+)
+def test_diffusion_models_refuse(build, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         build()
 
