@@ -628,6 +628,18 @@ def test_guidance_goes_from_no_class_through_the_class():
     torch.testing.assert_close(led[:, 3:], latents(x, t, y)[:, 3:], rtol=1e-4, atol=1e-5)
 
 
+def test_drawn_digits_are_read_as_what_was_asked_for(tmp_path):
+    """By the classifier that ships; one that guesses would read a tenth of them so."""
+    asked = [str(digit) for digit in range(10)] * 4
+    words = ["predict", "emov2", *asked, "--preset", "emov2_diffusion_digits", "-o", str(tmp_path / "drawn.npy")]
+    assert main([*words, "--set", "steps=15"]) == 0
+    drawn = torch.from_numpy(np.load(tmp_path / "drawn.npy"))
+    classifier = provenn.paper("emov2").build("emov2_small", pretrained=True).eval()
+    with torch.no_grad():
+        read = classifier(drawn).argmax(1)
+    assert (read == torch.arange(10).repeat(4)).double().mean() > 0.6
+
+
 def test_digits_are_drawn_from_the_command_line(tmp_path):
     words = ["predict", "emov2", "3", "7", "--preset", "emov2_diffusion_digits", "-o", str(tmp_path / "drawn.png")]
     assert main([*words, "--set", "steps=8"]) == 0
