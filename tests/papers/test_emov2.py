@@ -1,22 +1,33 @@
 import itertools
+import json
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
+import provenn
 from provenn import bench
+from provenn.cli import main
 from provenn.nn.fusion import fuse
 from provenn.nn.segmentation import HEADS
 from provenn.papers.emov2 import (
+    EMO,
     I2RMB,
     SEWMHSA,
+    DEMOv2,
     EMOv2,
+    ModulatedI2RMB,
     claims,
+    emo,
     emov2,
     emov2_baseline,
+    emov2_diffusion,
+    emov2_diffusion_digits,
     emov2_retinanet,
     emov2_segmenter,
     emov2_small,
@@ -27,6 +38,7 @@ from provenn.papers.emov2 import (
     ungroup_pixels,
 )
 from provenn.papers.emov2.official import convert
+from provenn.testing import seeded_state
 
 MODES = ("remote", "close", "spanning")
 
@@ -334,6 +346,8 @@ def norm_operations(network: nn.Module, side: int) -> int:
         (emov2, "50m", 49_815_560, 8804.2),
         (emov2_baseline, "1m", 1_454_316, 249.4),
         (emov2_baseline, "5m", 5_110_312, 943.6),
+        (emo, "1m", 1_361_168, 260.8),
+        (emo, "6m", 6_168_496, 960.8),
     ],
 )
 def test_published_counts(build, variant, total, flops):
@@ -479,6 +493,177 @@ def test_networks_refuse():
         emov2_small(num_classes=-1)
 
 
+# EMO, the predecessor
+
+
+def small_emo(**options) -> EMO:
+    sizes = {"depths": (1, 1, 2, 2), "widths": (8, 8, 16, 16), "exp_ratios": (2, 2, 2, 2), "head_dims": (8, 8, 8, 8)}
+    return EMO(**{**sizes, "num_classes": 3, "window": 2, **options}).eval()
+
+
+def test_emo_attends_to_remote_windows_before_it_expands():
+    network = small_emo()
+    attention = [m for m in network.modules() if isinstance(m, SEWMHSA)]
+    assert len(attention) == 2 and all(m.attend_first and m.mode == "remote" for m in attention)
+    assert [type(stage[-1].operator) for stage in network.stages] == [nn.Sequential] * 2 + [SEWMHSA] * 2
+    assert all(block.scale is None for stage in network.stages for block in stage)
+    kernels = [{block.local[0].kernel_size[0] for block in stage} for stage in network.stages]
+    assert kernels == [{3}, {3}, {5}, {5}]
+
+
+def test_the_gate_of_emos_stem_is_its_equation():
+    gate = small_emo().stem[5].double()
+    x = noise(2, 24, 5, 4)
+    hidden = x.mean((2, 3)) @ gate.squeeze.weight.mT + gate.squeeze.bias
+    logits = (hidden * hidden.sigmoid()) @ gate.excite.weight.mT + gate.excite.bias
+    torch.testing.assert_close(gate(x), x * logits.sigmoid()[..., None, None])
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: emo("20m"), "variant must be one of 1m, 2m, 5m, 6m, got '20m'"),
+        (lambda: small_emo(depths=(1, 1)), "must have four entries, got 2, 4, 4 and 4"),
+        (lambda: small_emo(depths=(0, 1, 1, 1)), "depths must be at least 1"),
+        (lambda: small_emo(num_classes=-1), "num_classes at least 0, got 3 and -1"),
+        (lambda: small_emo(drop_path=1.0), "drop_path must lie between 0 and 1, below 1, got 1.0"),
+        (lambda: small_emo(window=-1), "window must be at least 1, or 0 for the whole map"),
+    ],
+)
+def test_emo_refuses(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# Diffusion
+
+
+def noisy(network: DEMOv2, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(batch, network.in_channels, network.size, network.size, generator=generator)
+    return x, torch.arange(batch) * 300 + 5, torch.arange(batch) % 3
+
+
+@pytest.mark.parametrize("variant, giga", [("s", 5.4), ("b", 19.9), ("l", 69.3), ("xl", 101.5)])
+def test_flops_of_the_diffusion_models_are_those_printed(variant, giga):
+    """Norms counted as above; the parameters, exact in the authors' logs, are held with every preset's."""
+    network, total = on_meta(emov2_diffusion, variant=variant), 0
+
+    def count(module, inputs, output):
+        nonlocal total
+        total += output.numel() * (2 if isinstance(module, nn.BatchNorm2d) else 5)
+
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+            module.register_forward_hook(count)
+    example = [torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)]
+    products = bench.macs(lambda: network(*(part.to("meta") for part in example)))
+    assert round((products + total) / 1e9, 1) == giga
+
+
+def test_a_modulated_block_is_its_equation():
+    torch.manual_seed(0)
+    layer = ModulatedI2RMB(8, head_dim=4, window=2, exp_ratio=2, kernel_size=3).double().eval()
+    x, c = noise(2, 8, 4, 6), noise(2, 8)
+    assert torch.equal(layer(x, c), x)  # the condition's map starts at zero
+    nn.init.normal_(layer.modulation.weight)
+    nn.init.normal_(layer.modulation.bias)
+    shift, scale, gate = layer.modulation(c * c.sigmoid())[..., None, None].chunk(3, dim=1)
+    e = layer.block.operator(layer.block.norm(x) * (1 + scale) + shift)
+    torch.testing.assert_close(layer(x, c), x + gate * layer.block.project(e + layer.block.local(e)))
+    # With a condition that scales by 1, shifts by 0 and gates by 1 it is the i2RMB.
+    nn.init.zeros_(layer.modulation.weight)
+    with torch.no_grad():
+        layer.modulation.bias.copy_(torch.tensor([0.0] * 16 + [1.0] * 8))
+    torch.testing.assert_close(layer(x, c), layer.block(x))
+
+
+def test_a_fresh_diffusion_model_gives_nothing_and_learns_from_it():
+    torch.manual_seed(0)
+    network = emov2_diffusion_digits(dim=24, layers=1)
+    x, t, y = noisy(network)
+    assert network(x, t, y).abs().max() == 0
+    network(x, t, y).sum().backward()
+    assert network.head.weight.grad.abs().max() > 0
+
+
+def stirred(**options) -> DEMOv2:
+    torch.manual_seed(0)
+    network = emov2_diffusion_digits(**{"dim": 24, "layers": 2, **options}).eval()
+    for part in (network.head.weight, *(block.modulation.weight for block in network.blocks)):
+        nn.init.normal_(part, std=0.2)
+    return network
+
+
+def test_level_and_class_change_what_is_found():
+    network = stirred()
+    x, t, y = noisy(network)
+    found = network(x, t, y)
+    assert (network(x, t + 100, y) - found).abs().max() > 1e-3
+    assert (network(x, t, y + 1) - found).abs().max() > 1e-3
+    torch.testing.assert_close(network(x[1:], t[1:], y[1:]), found[1:])
+
+
+def test_patches_come_back_to_their_place():
+    """Of a network whose blocks mix nothing, a pixel's output depends on its own patch alone."""
+    network = DEMOv2(dim=8, layers=1, head_dim=4, window=1, mode="close", kernel_size=0, size=6, in_channels=1).eval()
+    nn.init.normal_(network.head.weight)
+    nn.init.normal_(network.blocks[0].modulation.weight)
+    x, t, y = noisy(network, 1)
+    assert network(x, t, y).shape == (1, 2, 6, 6)  # noise and variance
+    (gradient,) = torch.autograd.grad(network(x.requires_grad_(), t, y)[0, :, 3, 4].square().sum(), x)
+    assert {divmod(int(p), 6) for p in gradient.flatten().nonzero()} == {(2, 4), (2, 5), (3, 4), (3, 5)}
+
+
+def test_guidance_goes_from_no_class_through_the_class():
+    network = stirred()
+    x, t, y = noisy(network)
+    given, free = network(x, t, y), network(x, t, torch.full_like(y, 10))
+    assert (given - free).abs().max() > 1e-3
+    for scale, expected in ((0, free), (1, given), (3, 3 * given - 2 * free)):
+        torch.testing.assert_close(network.guided(x, t, y, scale), expected, rtol=1e-4, atol=1e-5)
+    latents = stirred(in_channels=4)
+    x, t, y = noisy(latents)
+    led = latents.guided(x, t, y, 3)
+    torch.testing.assert_close(led[:, 3:], latents(x, t, y)[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_drawn_digits_are_read_as_what_was_asked_for(tmp_path):
+    """By the classifier that ships; one that guesses would read a tenth of them so."""
+    asked = [str(digit) for digit in range(10)] * 4
+    words = ["predict", "emov2", *asked, "--preset", "emov2_diffusion_digits", "-o", str(tmp_path / "drawn.npy")]
+    assert main([*words, "--set", "steps=15"]) == 0
+    drawn = torch.from_numpy(np.load(tmp_path / "drawn.npy"))
+    classifier = provenn.paper("emov2").build("emov2_small", pretrained=True).eval()
+    with torch.no_grad():
+        read = classifier(drawn).argmax(1)
+    assert (read == torch.arange(10).repeat(4)).double().mean() > 0.6
+
+
+def test_digits_are_drawn_from_the_command_line(tmp_path):
+    words = ["predict", "emov2", "3", "7", "--preset", "emov2_diffusion_digits", "-o", str(tmp_path / "drawn.png")]
+    assert main([*words, "--set", "steps=8"]) == 0
+    picture = np.asarray(Image.open(tmp_path / "drawn.png").convert("L"))
+    assert picture.shape[1] == 2 * picture.shape[0] and picture.std() > 20
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: emov2_diffusion("m"), "variant must be one of s, b, l, xl, got 'm'"),
+        (lambda: emov2_diffusion_digits(layers=0), "must be at least 1, got 48, 0, 8, 1, 1, 10"),
+        (lambda: DEMOv2(dim=8, layers=1, head_dim=4, size=9), "patch must divide size, got size=9 and patch=2"),
+        (lambda: emov2_diffusion_digits(head_dim=7), "head_dim must divide the 48 channels, got 7"),
+        (lambda: emov2_diffusion_digits(dim=42, head_dim=6), "dim must be a multiple of 4, got 42"),
+        (lambda: stirred()(torch.zeros(1, 1, 6, 6), torch.zeros(1), torch.zeros(1).long()), "expected images of"),
+        (lambda: stirred()(torch.zeros(2, 1, 8, 8), torch.zeros(1), torch.zeros(2).long()), "t and y of 2 images"),
+    ],
+)
+def test_diffusion_models_refuse(build, message, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
 # The authors' names
 
 
@@ -529,6 +714,27 @@ def test_foreign_weights_are_refused():
     extra = {n.replace("stage3.1.", "stage3.8."): v for n, v in state.items() if n.startswith("stage3.1.")}
     with pytest.raises(ValueError, match="no EMOv2 of the paper has stages of"):
         convert(state | extra)
+
+
+def test_checkpoints_of_emos_trainer_are_read(tmp_path):
+    """As it writes them: beside the weights stand the optimizer's state, counters and the scores so far."""
+    with open("tests/golden/emov2.json") as file:
+        case = next(case for case in json.load(file)["cases"] if case["preset"] == "emo_1m")
+    state = seeded_state(case["shapes"])
+    beside = {"net_E": None, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "scaler": None, "epoch": 300}
+    torch.save({"net": state, **beside, "topk_recorder": {"net_top1": [71.5]}}, tmp_path / "ckpt.pth")
+    model = provenn.from_official("emov2", tmp_path / "ckpt.pth", window=4)
+    assert isinstance(model, EMO) and torch.equal(
+        model.stages[2][1].operator.v[0].weight, state["stage3.1.v.conv.weight"]
+    )
+    assert {m.window for m in model.modules() if isinstance(m, SEWMHSA)} == {4}
+    with pytest.raises(ValueError, match="has no mode to choose, got 'close'"):
+        convert(state, mode="close")
+    with pytest.raises(ValueError, match="expected a state dict of EMO, found other parameters"):
+        convert({**state, "stage1.0.extra.weight": state["head.weight"]})
+    deeper = {n.replace("stage3.1.", "stage3.8."): v for n, v in state.items() if n.startswith("stage3.1.")}
+    with pytest.raises(ValueError, match="no EMO of the authors has stages of"):
+        convert(state | deeper)
 
 
 # The experiments

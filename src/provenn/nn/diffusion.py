@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from provenn import progress
 
 STEPS = 1000
+FREQUENCIES = 256  # features of a noise level before its two linear maps
 
 
 def noise_schedule(steps: int = STEPS) -> Float[Tensor, " steps"]:
@@ -206,3 +207,21 @@ def sample(
             fresh_noise = torch.randn(x.shape, generator=generator).to(x)
             x = x + torch.exp(0.5 * posterior.log_variance(raw_variance, index)) * fresh_noise
     return x
+
+
+def grid_positions(side: int, dim: int) -> Float[Tensor, "tokens dim"]:
+    """sin and cos of the column's number in the first half, of the row's in the second, at dim/4 rates each."""
+    if dim < 4 or dim % 4:
+        raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    rates = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates
+    one = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    column, row = one.repeat(side, 1), one.repeat_interleave(side, 0)
+    return torch.cat([column, row], dim=-1).float()
+
+
+def noise_level_features(t: Shaped[Tensor, " batch"], dim: int) -> Float[Tensor, "batch dim"]:
+    """cos and sin of t · 10000^(−2j/dim)."""
+    rates = torch.exp(-math.log(10_000) / (dim // 2) * torch.arange(dim // 2, device=t.device))
+    angles = t[:, None].to(rates.dtype) * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -4,7 +4,6 @@ Each block is modulated by the noise level and the class: y = x + γ ⊙ f(norm(
 linear map that starts at zero, so that every block starts as the identity (adaLN-Zero).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,27 +13,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.diffusion import FREQUENCIES, grid_positions, noise_level_features
 from provenn.papers.moh.layers import BALANCE, MoHAttention
-
-FREQUENCIES = 256  # features of a noise level before its two linear maps
-
-
-def grid_positions(side: int, dim: int) -> Float[Tensor, "tokens dim"]:
-    """sin and cos of the column's number in the first half, of the row's in the second, at dim/4 rates each."""
-    if dim < 4 or dim % 4:
-        raise ValueError(f"dim must be a multiple of 4, got {dim}")
-    rates = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates
-    one = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    column, row = one.repeat(side, 1), one.repeat_interleave(side, 0)
-    return torch.cat([column, row], dim=-1).float()
-
-
-def noise_level_features(t: Shaped[Tensor, " batch"], dim: int) -> Float[Tensor, "batch dim"]:
-    """cos and sin of t · 10000^(−2j/dim)."""
-    rates = torch.exp(-math.log(10_000) / (dim // 2) * torch.arange(dim // 2, device=t.device))
-    angles = t[:, None].to(rates.dtype) * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
