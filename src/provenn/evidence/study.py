@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 TUNING_SEED = 900_001  # of data and weights when a learning rate is chosen; never measured
 FEWEST_RATES = 3
+SMOKE_EXAMPLES = 64  # of a smoke run's validation and test
 Probe = Callable[[nn.Module, TaskData], Any]
 
 
@@ -166,6 +168,11 @@ class Study:
         """The recipe, or the shortest run of it that touches all the code."""
         return (self.smoke or replace(self.recipe, epochs=1, max_steps=2)) if run.smoke else self.recipe
 
+    def data_for(self, run: Run, seed: int) -> TaskData:
+        """The data of a seed; of a smoke run's tests a few examples, which say as much of the path."""
+        data = self.data(seed, run.smoke)
+        return replace(data, val=_few(data.val), test=_few(data.test)) if run.smoke else data
+
     def facts(self, run: Run) -> dict[str, Any]:
         """How, on what, and with what steps every arm is trained: the record's setting."""
         key = ("facts", id(self))
@@ -225,7 +232,7 @@ class Study:
         task = self.of_task
 
         def one(seed: int) -> dict[str, Any]:
-            data = self.data(seed, run.smoke)
+            data = self.data_for(run, seed)
             try:
                 done = self._fit(run, arm, data, lr, seed)
             except Diverged:
@@ -254,7 +261,7 @@ class Study:
         task = self.of_task
 
         def one(seed: int) -> float:
-            return float(task.trivial(self.data(seed, run.smoke)))
+            return float(task.trivial(self.data_for(run, seed)))
 
         return run.trials(f"{self.name}, trivial predictor", one, **self.question(run))
 
@@ -455,3 +462,7 @@ class Reading:
             run, (self.arm,), shown=self.shown, metric=self.metric, picture=self.picture
         )
         return Measurement.mean(reached[self.arm], **facts)
+
+
+def _few(examples: Any) -> Any:
+    return TensorDataset(*examples[:SMOKE_EXAMPLES]) if type(examples) is TensorDataset else examples
