@@ -13,11 +13,6 @@ from provenn.papers.relationnet_pp.bridge import Bridge, attach_bvr
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def resnet50_of_imagenet(*, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """The classifier from whose weights the detectors start: torchvision's ResNet-50, 25,557,032 parameters."""
-    return resnet50(num_classes=num_classes, in_channels=in_channels)
-
-
 def bvr_retinanet_r50(*, num_classes: int = 80, in_channels: int = 3, groups: int | None = 32, **bvr: Any) -> RetinaNet:
     """RetinaNet on ResNet-50 with BVR, as released: 46,417,466 parameters.
 
