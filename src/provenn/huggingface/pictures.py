@@ -1,6 +1,5 @@
 """Pictures with a class each, for a pretrained image classifier that knows these classes before it is converted."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from provenn.errors import UserError
 from provenn.huggingface.conversion import Batch
+from provenn.huggingface.examples import Examples
 from provenn.huggingface.families import Host
 from provenn.huggingface.loading import Source
 from provenn.huggingface.tuning import to_device, training_mode
@@ -21,7 +21,7 @@ HALF = (0.5, 0.5, 0.5)  # mean and deviation of a processor that names none, as 
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Examples):
     """Examples to learn from and to test on, as a model sees them.
 
     Args:
@@ -75,19 +75,10 @@ class Pictures:
             files = [files[place * len(files) // tested] for place in range(tested)]
         return cls(ImageFiles(data.train.files, meta, augment=True), ImageFiles(files, meta), passes)
 
-    def stages(self, batch_size: int) -> dict[str, int]:
-        """The passes over the training examples in steps of each stage of `recover`."""
-        steps = max(1, math.ceil(self.passes * len(self.train) / batch_size))
-        return {"steps": steps, "prepare_steps": steps}
-
     def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """So many random batches of the examples to learn from; the same for the same seed."""
-        generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
-        for _ in range(steps):
-            if len(order) < batch_size:  # every example once before one comes again
-                order = torch.cat([order, torch.randperm(len(self.train), generator=generator)])
-            chosen, order = order[:batch_size], order[batch_size:]
-            yield self._batch(self.train, chosen.tolist())
+        for places in self.places(steps, batch_size, seed):
+            yield self._batch(self.train, places)
 
     def tests(self, batch_size: int) -> Iterator[Batch]:
         """The examples to test on, in their order."""

@@ -1,7 +1,6 @@
 """Dialogues and their summaries, for a pretrained language model that writes one after a conversion."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from provenn import progress
 from provenn.errors import UserError
 from provenn.huggingface.conversion import Batch
+from provenn.huggingface.examples import Examples
 from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.huggingface.loading import Source
 from provenn.huggingface.tuning import training_mode
@@ -23,7 +23,7 @@ UNPREDICTED = -100  # a label that no loss counts
 
 
 @dataclass(frozen=True)
-class Summaries:
+class Summaries(Examples):
     """Dialogues with summaries to learn from and to test on.
 
     Args:
@@ -98,19 +98,10 @@ class Summaries:
             passes,
         )
 
-    def stages(self, batch_size: int) -> dict[str, int]:
-        """The passes over the training examples in steps of each stage of `recover`."""
-        steps = max(1, math.ceil(self.passes * len(self.train) / batch_size))
-        return {"steps": steps, "prepare_steps": steps}
-
     def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """So many random batches of the examples to learn from; the same for the same seed."""
-        generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
-        for _ in range(steps):
-            if len(order) < batch_size:  # every example once before one comes again
-                order = torch.cat([order, torch.randperm(len(self.train), generator=generator)])
-            chosen, order = order[:batch_size], order[batch_size:]
-            yield self._batch([self.train[place] for place in chosen.tolist()])
+        for places in self.places(steps, batch_size, seed):
+            yield self._batch([self.train[place] for place in places])
 
     def tests(self, batch_size: int) -> Iterator[Batch]:
         """The examples to test on with their own summaries, in their order."""

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.channel_gates import PooledGate
-from provenn.papers.emov2.layers import EPS, I2RMB, norm_of
-from provenn.papers.emov2.model import WINDOW
+from provenn.papers.emov2.layers import EPS, I2RMB
+from provenn.papers.emov2.model import WINDOW, StagedNetwork
 
 STEM = 24  # channels, in all sizes
 MODES, KERNEL_SIZES = ("conv", "conv", "remote", "remote"), (3, 3, 5, 5)
@@ -33,7 +33,7 @@ class StemGate(PooledGate):
         return self.excite(F.silu(self.squeeze(context)))
 
 
-class EMO(nn.Module):
+class EMO(StagedNetwork):
     """A stem with a channel gate, and four stages of inverted residuals whose expansion may be remote attention.
 
     The blocks are `I2RMB`s without a layer scale; where they attend, they do so before the expansion. The first block
@@ -122,22 +122,7 @@ class EMO(nn.Module):
                 channels = width
             self.stages.append(stage)
         self.strides, self.widths = [4, 8, 16, 32], list(widths)
-        self.norm = norm_of(NORMS[-1] if num_classes else "none", channels)
-        self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        if isinstance(self.head, nn.Linear):  # convolutions stay at torch's default, as in the authors' code
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    def features(self, x: Float[Tensor, "batch in_channels height width"]) -> list[Tensor]:
-        """The map of each stage, from fine to coarse, before the head's norm."""
-        maps, x = [], self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
-
-    def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.norm(self.features(x)[-1]).mean(dim=(2, 3)))
+        self.finish(NORMS[-1], channels, num_classes)
 
 
 class EMOSize(NamedTuple):

@@ -14,7 +14,33 @@ from provenn.papers.emov2.layers import EPS, I2RMB, norm_of
 WINDOW, WINDOW_OF_256, WINDOW_OF_DENSE = 7, 8, 10
 
 
-class EMOv2(nn.Module):
+class StagedNetwork(nn.Module):
+    """A stem and stages, whose maps are the pyramid; behind them a norm, the mean over cells and a classifier."""
+
+    stem: nn.Module
+    stages: nn.ModuleList
+
+    def finish(self, norm: str, channels: int, num_classes: int) -> None:
+        """Add the norm and the classifier; without classes neither."""
+        self.norm = norm_of(norm if num_classes else "none", channels)
+        self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        if isinstance(self.head, nn.Linear):  # convolutions stay at torch's default, as in the authors' code
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def features(self, x: Float[Tensor, "batch in_channels height width"]) -> list[Tensor]:
+        """The map of each stage, from fine to coarse, before the head's norm."""
+        maps, x = [], self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
+        return self.head(self.norm(self.features(x)[-1]).mean(dim=(2, 3)))
+
+
+class EMOv2(StagedNetwork):
     """A stem, and stages of i2RMBs; the first block of a stage changes the shape, has a convolution and no residual.
 
     Args:
@@ -123,22 +149,7 @@ class EMOv2(nn.Module):
             stride *= strides[i]
             self.strides.append(stride)
         self.widths = list(widths)
-        self.norm = norm_of(norms[-1] if num_classes else "none", channels)
-        self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        if isinstance(self.head, nn.Linear):  # convolutions stay at torch's default, as in the authors' code
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    def features(self, x: Float[Tensor, "batch in_channels height width"]) -> list[Tensor]:
-        """The map of each stage, from fine to coarse, before the head's norm."""
-        maps, x = [], self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
-
-    def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
-        return self.head(self.norm(self.features(x)[-1]).mean(dim=(2, 3)))
+        self.finish(norms[-1], channels, num_classes)
 
 
 class Size(NamedTuple):
