@@ -26,6 +26,18 @@ def data(tmp_path, monkeypatch):
     return folder
 
 
+TINY_TITANS = {
+    "dim": 8,
+    "heads": 2,
+    "memory_heads": 2,
+    "layers": 1,
+    "length": 16,
+    "window": 8,
+    "chunk": 4,
+    "persistent": 1,
+}
+
+
 def small(slug: str, claim: str, *, recipe: dict, preset: str | None = None, **changes) -> Card:
     """The paper with one claim, its `at_paper` made small; of presets the one that it names."""
     card = catalog.card(slug)
@@ -428,18 +440,8 @@ def test_a_language_model_is_trained_and_looks_for_a_needle(data, tmp_path, monk
 
     miniature.write("fineweb-edu", data)
     miniature.write("ruler", data)
-    tiny = {
-        "dim": 8,
-        "heads": 2,
-        "memory_heads": 2,
-        "layers": 1,
-        "length": 16,
-        "window": 8,
-        "chunk": 4,
-        "persistent": 1,
-    }
     recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 4, "accumulate": 1, "precision": "32-true"}
-    changes = {**tiny, "eval_tokens": 64, "prompt_length": 160}
+    changes = {**TINY_TITANS, "eval_tokens": 64, "prompt_length": 160}
     card = small("titans", "needle_16k", recipe=recipe, preset="titans_mac_small", changes=changes)
     lengths = []
     ends = prompted._ends
@@ -471,19 +473,9 @@ def test_a_language_model_is_trained_and_then_asked(data, tmp_path):
 def test_a_language_model_is_tested_on_another_set_by_its_words(data, tmp_path):
     pytest.importorskip("tokenizers")
     miniature.write("fineweb-edu", data)
-    tiny = {
-        "dim": 8,
-        "heads": 2,
-        "memory_heads": 2,
-        "layers": 1,
-        "length": 16,
-        "window": 8,
-        "chunk": 4,
-        "persistent": 1,
-    }
     recipe = {"max_steps": 2, "warmup_steps": 0, "batch_size": 4, "accumulate": 1, "precision": "32-true"}
     card = small(
-        "titans", "language_760m", recipe=recipe, preset="titans_mag_small", changes={**tiny, "eval_tokens": 320}
+        "titans", "language_760m", recipe=recipe, preset="titans_mag_small", changes={**TINY_TITANS, "eval_tokens": 320}
     )
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     assert "WikiText-103, raw" in finding.reason, "both sets are asked for"
