@@ -27,6 +27,7 @@ ORDER = [
     {"reproduce"},
     {"compare", "evaluation", "inspection", "latency"},
     {"api", "options", "__init__", "papers/__init__"},
+    {"web"},
     {"cli", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}

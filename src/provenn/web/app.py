@@ -1,0 +1,107 @@
+"""The application: its pages, its headers and its errors."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+
+from provenn import __version__
+from provenn.web import pages
+from provenn.web.database import Database
+from provenn.web.settings import Settings
+from provenn.web.site import HERE, Site, page
+
+ROUTERS = (pages.router,)
+
+# No script, style or picture from elsewhere, none inside a page, and no page inside another's frame.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+
+class SafeHeaders:
+    """Adds `HEADERS` to every answer, and HSTS where readers come by TLS."""
+
+    def __init__(self, app: Callable, secure: bool):
+        self.app = app
+        more = {"Strict-Transport-Security": "max-age=31536000"} if secure else {}
+        self.headers = [(name.lower().encode(), value.encode()) for name, value in (HEADERS | more).items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *self.headers]
+            await send(message)
+
+        await self.app(scope, receive, sent if scope["type"] == "http" else send)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The catalogue as an ASGI application; its database is brought to this version's form.
+
+    Args:
+        settings: by default those of the environment.
+
+    Raises:
+        UserError: the settings or the database cannot be used.
+    """
+    settings = Settings.read() if settings is None else settings
+    database = Database(settings.database)
+    database.migrate()
+
+    @asynccontextmanager
+    async def living(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        database.close()
+
+    app = FastAPI(title="provenn", version=__version__, docs_url=None, redoc_url=None, lifespan=living)
+    app.state.site = Site(settings, database)
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
+    app.add_middleware(SafeHeaders, secure=settings.secure)
+    app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _unread)
+    return app
+
+
+def _wants_json(request: Request) -> bool:
+    return request.url.path.startswith("/api/") or "application/json" in request.headers.get("accept", "")
+
+
+def _answer(request: Request, status: int, words: str, headers: dict[str, str] | None = None) -> Response:
+    if _wants_json(request):
+        return JSONResponse({"error": words}, status, headers)
+    answer = page(request, "refused.html", status=status, title=str(status), words=words)
+    answer.headers.update(headers or {})
+    return answer
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers) if error.headers else None
+    return _answer(request, error.status_code, str(error.detail), headers)
+
+
+async def _unread(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    words = "; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
+    return _answer(request, 422, words)

@@ -1,0 +1,152 @@
+"""The papers as the pages show them: cards and committed evidence, read once when the catalogue starts."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime
+from functools import cached_property
+
+from provenn import catalog
+from provenn.evidence import view
+from provenn.evidence.record import Evidence, Finding
+from provenn.evidence.statement import Standing
+from provenn.evidence.verdict import Verdict
+
+HOLDING = (Standing.REPRODUCED, Standing.HOLDS_HERE)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A paper, the statements of its abstract with their verdicts, and every claim that bears on them."""
+
+    card: catalog.Card
+    evidence: Evidence
+    statements: list[view.Judged]
+    findings: list[Finding]
+
+    @classmethod
+    def of(cls, card: catalog.Card) -> "Entry":
+        """With the evidence that came with the paper's package."""
+        evidence = view.committed(card) or Evidence(paper=card.slug)
+        return cls(card, evidence, view.judged(card, evidence), evidence.findings(card.claims))
+
+    @property
+    def slug(self) -> str:
+        """As the command line and every address call it."""
+        return self.card.slug
+
+    @cached_property
+    def counts(self) -> Counter[Standing]:
+        """How many statements came to what."""
+        return Counter(each.judgement.standing for each in self.statements)
+
+    @property
+    def share(self) -> float:
+        """The share of the abstract's statements that hold, of all that it makes."""
+        return sum(self.counts[standing] for standing in HOLDING) / max(1, len(self.statements))
+
+    @property
+    def headline(self) -> view.Judged | None:
+        """The statement that a newspaper would quote."""
+        return next((each for each in self.statements if each.statement.headline), None)
+
+    @property
+    def slots(self) -> list[str]:
+        """Where its mechanisms fit."""
+        return sorted({mechanism.slot for mechanism in self.card.mechanisms})
+
+    @property
+    def has_demo(self) -> bool:
+        """Whether weights ship that predict something."""
+        return bool(self.card.shipped)
+
+    @property
+    def authors(self) -> str:
+        """The first authors' names, and how many more; or how many there are."""
+        names = self.card.authors
+        if isinstance(names, int):
+            return f"{names} authors"
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 4 else ", ".join(["", *names[3:]]))
+
+    @property
+    def usage(self) -> str:
+        """Lines of Python that take the paper into use."""
+        lines = ["import provenn", ""]
+        if self.card.shipped:
+            preset = next(iter(self.card.shipped))
+            lines.append(f'model = provenn.paper("{self.slug}").build("{preset}", pretrained=True)')
+        elif self.card.presets:
+            lines.append(f'model = provenn.paper("{self.slug}").build("{self.card.presets[0].name}")')
+        return "\n".join(lines)
+
+    @property
+    def measured(self) -> datetime | None:
+        """When it was measured last."""
+        return max((occasion.date for occasion in self.evidence.occasions), default=None)
+
+    @cached_property
+    def own(self) -> list[Finding]:
+        """What building it brought to light."""
+        return [finding for finding in self.findings if finding.claim.origin == "ours"]
+
+    @cached_property
+    def body(self) -> list[Finding]:
+        """What the paper says beyond its abstract."""
+        stated = {name for statement in self.card.statements for name in statement.claims}
+        return [f for f in self.findings if f.claim.origin == "paper" and f.claim.id not in stated]
+
+
+class Catalogue(Mapping[str, Entry]):
+    """All papers by their slug, the newest first."""
+
+    def __init__(self) -> None:
+        entries = (Entry.of(card) for card in catalog.cards().values())
+        self._entries = {e.slug: e for e in sorted(entries, key=lambda e: (e.card.date, e.slug), reverse=True)}
+
+    def __getitem__(self, slug: str) -> Entry:
+        return self._entries[slug]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def named(self, name: str) -> Entry | None:
+        """By slug or arXiv number; None where there is no such paper."""
+        return self._entries.get(catalog.slug_of(name))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Every kind of work, as the list filters by it."""
+        return sorted({task for entry in self.values() for task in entry.card.tasks})
+
+    @property
+    def slots(self) -> list[str]:
+        """Every slot that some mechanism fits."""
+        return sorted({slot for entry in self.values() for slot in entry.slots})
+
+    @property
+    def tags(self) -> list[str]:
+        """Every tag, the most frequent first."""
+        counts = Counter(tag for entry in self.values() for tag in entry.card.tags)
+        return sorted(counts, key=lambda tag: (-counts[tag], tag))
+
+    def related(self, entry: Entry) -> list[tuple[catalog.Mechanism, Entry]]:
+        """Mechanisms of other papers that fit where this one's do."""
+        return [
+            (mechanism, other)
+            for other in self.values()
+            if other.slug != entry.slug
+            for mechanism in other.card.mechanisms
+            if mechanism.slot in entry.slots
+        ]
+
+    def not_held(self) -> list[tuple[Entry, Finding]]:
+        """Every claim of a paper whose interval lies wholly elsewhere, or that is false."""
+        return [(e, f) for e in self.values() for f in e.findings if f.verdict is Verdict.NOT_REPRODUCED]
+
+    @property
+    def changed(self) -> date:
+        """The day of the last measurement of all."""
+        return max((entry.measured.date() for entry in self.values() if entry.measured), default=date(2026, 1, 1))

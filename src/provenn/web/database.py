@@ -1,0 +1,91 @@
+"""The catalogue's database: an embedded SQLite file, or whatever `DATABASE_URL` names."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from filelock import FileLock
+from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from provenn.errors import UserError
+
+MIGRATIONS = Path(__file__).with_name("migrations")
+WRITES = "writes"  # the option of a connection that tells `_immediate` what its transaction is for
+BUSY_MS = 10_000  # that a writer waits for another before it gives up
+
+
+class Database:
+    """Sessions on a migrated database; every `session()` is one transaction.
+
+    Args:
+        url: an SQLAlchemy URL. A PostgreSQL one may leave the driver out: psycopg is meant.
+    """
+
+    def __init__(self, url: str):
+        try:
+            parsed = make_url(url)
+            if parsed.drivername in ("postgres", "postgresql"):
+                parsed = parsed.set(drivername="postgresql+psycopg")
+            if parsed.get_backend_name() == "sqlite" and parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            self.engine: Engine = create_engine(parsed, pool_pre_ping=True)
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+            wanted = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
+            raise UserError(f"DATABASE_URL: {error}; give {wanted}") from None
+        if self.engine.dialect.name == "sqlite":
+            event.listen(self.engine, "connect", _durable)
+            event.listen(self.engine, "begin", _immediate)
+        self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+
+    def migrate(self) -> None:
+        """Bring the tables to this version's form; what is in them stays."""
+        url = self.engine.url
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        try:
+            if url.get_backend_name() == "sqlite" and url.database:
+                with FileLock(f"{url.database}.lock"), self.engine.begin() as connection:
+                    config.attributes["connection"] = connection
+                    command.upgrade(config, "head")
+            else:
+                with self.engine.begin() as connection:
+                    config.attributes["connection"] = connection
+                    command.upgrade(config, "head")
+        except OperationalError as error:
+            said = str(error.orig).partition("\n")[0]
+            raise UserError(f"no database at {url.render_as_string(hide_password=True)}: {said}") from None
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """One transaction: committed where the block ends well, undone where it does not."""
+        with self._sessions.begin() as session:
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that only reads, and waits for no writer."""
+        with self._sessions() as session:
+            session.connection(execution_options={WRITES: False})
+            yield session
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+
+def _durable(connection, _record) -> None:
+    """Write-ahead log with a sync at every commit: what was acknowledged survives a loss of power."""
+    connection.isolation_level = None  # transactions are begun by `_immediate`, not by the driver's guess
+    cursor = connection.cursor()
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {BUSY_MS}"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _immediate(connection) -> None:
+    """A writer takes its lock at once: one that began by reading could not wait for another."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(WRITES, True) else "BEGIN")

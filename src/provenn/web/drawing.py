@@ -1,0 +1,52 @@
+"""Small drawings as SVG, in the page's own colours, which follow it from light to dark."""
+
+import math
+from collections.abc import Callable
+
+from markupsafe import Markup
+
+from provenn.evidence.record import Finding
+from provenn.evidence.verdict import region_of
+
+WIDTH, HEIGHT, MARGIN = 160, 18, 5
+
+
+def interval(finding: Finding) -> Markup:
+    """The effect and its interval as a bar, over the region that was asked for and the line of no effect.
+
+    "" where there is no interval to draw.
+    """
+    measurement = finding.measurement
+    if measurement.effect is None or measurement.interval is None or measurement.kind_of_effect == "truth":
+        return Markup("")
+    low, high = measurement.interval
+    region = region_of(finding.claim, measurement)
+    neutral = {"ratio": 1.0, "difference": 0.0}.get(measurement.kind_of_effect)
+    bounds = [] if region is None else [region.above, region.below, *(region.within or ())]
+    values = [v for v in (low, high, measurement.effect, neutral, *bounds) if v is not None]
+    logarithmic = measurement.kind_of_effect == "ratio" and min(values) > 0
+    scale: Callable[[float], float] = math.log if logarithmic else float
+    if not all(math.isfinite(value) for value in values):
+        return Markup("")
+    least, most = min(map(scale, values)), max(map(scale, values))
+    room = 0.08 * (most - least) or 1.0
+    least, most = least - room, most + room
+
+    def at(value: float) -> float:
+        return round(MARGIN + (scale(value) - least) / (most - least) * (WIDTH - 2 * MARGIN), 1)
+
+    parts = []
+    if region is not None:
+        inside = region.within or (region.above, region.below)
+        start = MARGIN if inside[0] is None else at(inside[0])
+        end = WIDTH - MARGIN if inside[1] is None else at(inside[1])
+        parts.append(f'<rect class="asked" x="{start}" y="3" width="{max(end - start, 1):.1f}" height="12"/>')
+    if neutral is not None:
+        parts.append(f'<line class="neutral" x1="{at(neutral)}" x2="{at(neutral)}" y1="1" y2="17"/>')
+    parts.append(f'<line class="spread" x1="{at(low)}" x2="{at(high)}" y1="9" y2="9"/>')
+    parts.append(f'<circle class="effect" cx="{at(measurement.effect)}" cy="9" r="3.2"/>')
+    verdict = str(finding.verdict).replace(" ", "-")
+    return Markup(
+        f'<svg class="interval v-{verdict}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'aria-hidden="true" focusable="false">{"".join(parts)}</svg>'
+    )

@@ -1,0 +1,75 @@
+"""The catalogue's pages for readers: the list, a paper, what did not hold."""
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, RedirectResponse
+
+from provenn import catalog
+from provenn.evidence import view
+from provenn.evidence.statement import Standing
+from provenn.web import readme
+from provenn.web.catalogue import Entry
+from provenn.web.listing import HAS, SORTS, Listing
+from provenn.web.site import page, site_of, tagged
+
+router = APIRouter(default_response_class=Response)
+MOST_TAGS = 24
+
+
+@router.get("/", include_in_schema=False)
+def papers(request: Request) -> Response:
+    """The list of papers, in the state that the query string names."""
+    site = site_of(request)
+    listing = Listing.of(request.query_params)
+    votes: dict[str, int] = {}
+    entries = listing.choose(site.catalogue, votes)
+    return page(
+        request,
+        "papers.html",
+        listing=listing,
+        entries=entries,
+        groups=listing.groups(entries),
+        sorts=SORTS,
+        has=HAS,
+        standings=list(Standing),
+        tags=site.catalogue.tags[:MOST_TAGS],
+    )
+
+
+@router.get("/papers/{name}", include_in_schema=False)
+def paper(request: Request, name: str) -> Response:
+    """A paper's page; of an arXiv number, the way to it."""
+    entry = found(request, name)
+    if entry.slug != name:
+        return RedirectResponse(f"/papers/{entry.slug}", 301)
+    return page(
+        request,
+        "paper.html",
+        entry=entry,
+        related=site_of(request).catalogue.related(entry),
+        readme=readme.of_folder(entry.card.folder),
+        repeat=view.repeat(entry.slug, entry.evidence) if entry.evidence.records else "",
+        where=view.where(entry.evidence.occasions),
+    )
+
+
+@router.get("/papers/{name}/evidence.json", include_in_schema=False)
+def evidence(request: Request, name: str) -> Response:
+    """The records that a paper's verdicts follow from, as they are committed."""
+    entry = found(request, name)
+    return tagged(request, JSONResponse(entry.evidence.model_dump(mode="json")), "public, max-age=300")
+
+
+@router.get("/not-held", include_in_schema=False)
+def not_held(request: Request) -> Response:
+    """Every claim of a paper that did not hold here."""
+    return page(request, "not_held.html", findings=site_of(request).catalogue.not_held())
+
+
+def found(request: Request, name: str) -> Entry:
+    """The paper of that slug or arXiv number, or 404 with what may have been meant."""
+    catalogue = site_of(request).catalogue
+    entry = catalogue.named(name)
+    if entry is None:
+        hint = catalog.meant(name[:100], catalogue)
+        raise HTTPException(404, f"There is no paper called {name[:100]!r} here{hint}")
+    return entry

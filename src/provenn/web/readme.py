@@ -1,0 +1,67 @@
+"""A paper's README as HTML; its equations become MathML, which browsers draw by themselves."""
+
+from functools import cache
+from pathlib import Path
+
+import nh3
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from mdit_py_plugins.anchors import anchors_plugin
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+
+MATHML = {
+    "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mover", "munder", "munderover",
+    "mfrac", "msqrt", "mroot", "mtable", "mtr", "mtd", "mpadded", "mphantom", "menclose", "mstyle",
+}  # fmt: skip
+ALLOWED = nh3.ALLOWED_TAGS | MATHML | {"div", "section", "figure", "figcaption", "details", "summary"}
+ATTRIBUTES = {
+    **nh3.ALLOWED_ATTRIBUTES,
+    "math": {"display", "xmlns"},
+    "mo": {"stretchy", "fence", "form", "separator", "accent", "lspace", "rspace", "minsize", "maxsize"},
+    "mi": {"mathvariant"},
+    "mspace": {"width"},
+    "mtd": {"columnalign"},
+    "mtable": {"columnalign"},
+    "code": {"class"},
+    "h1": {"id"}, "h2": {"id"}, "h3": {"id"}, "h4": {"id"},
+    "pre": {"tabindex"},
+    "th": {"scope", "align"},
+    "td": {"align"},
+}  # fmt: skip
+
+
+@cache
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    parser.use(anchors_plugin, max_level=3)
+    parser.use(dollarmath_plugin, renderer=_equation, allow_digits=False)
+    return parser
+
+
+def _equation(content: str, options: dict) -> str:
+    return convert(content, display="block" if options["display_mode"] else "inline")
+
+
+def as_html(text: str, host: str = "") -> Markup:
+    """Markdown as HTML without its title, which the page has already.
+
+    Args:
+        text: the README.
+        host: where links that start with no address lead to; without one they lose their target.
+    """
+    lines = text.splitlines()
+    if lines and lines[0].startswith("# "):
+        lines = lines[1:]
+    html = _parser().render("\n".join(lines))
+    # Wide tables and listings are scrolled by themselves, by keyboard too.
+    html = html.replace("<pre>", '<pre tabindex="0">')
+    clean = nh3.clean(html, tags=ALLOWED, attributes=ATTRIBUTES, link_rel="noopener", url_schemes={"http", "https"})
+    clean = clean.replace("<table>", '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>')
+    return Markup(clean.replace("</table>", "</table></div>"))
+
+
+def of_folder(folder: Path) -> Markup:
+    """The README of a paper's folder; "" where there is none."""
+    file = folder / "README.md"
+    return as_html(file.read_text(encoding="utf-8")) if file.is_file() else Markup("")

@@ -1,0 +1,97 @@
+"""What the operator of a catalogue can set: by the environment, all with defaults that work on one's own machine."""
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from provenn.errors import UserError
+from provenn.files import whole
+
+PREFIX = "PROVENN_"
+
+
+class Settings(BaseModel):
+    """Settings of a catalogue. Each is read from `PROVENN_<NAME>`; the database from `DATABASE_URL`.
+
+    Args:
+        home: folder of the embedded database, of the secret and of mails that no server takes.
+        database_url: an SQLAlchemy URL; by default the SQLite file `catalogue.db` in `home`.
+        secret: signs cookies and links; by default drawn once and kept in `home`.
+        url: where readers reach the catalogue, without a slash at the end; links in mails and feeds start with it.
+        smtp: `smtp://user:password@host:port` or `smtps://…`; without one, mails become `.eml` files in `home/mails`.
+        mail_from: the sender of every mail.
+        demos: whether papers can be tried.
+        demo_workers: demos that run at once; by default one a core.
+        demo_seconds, demo_megabytes: what one demo may take.
+        upload_megabytes: the largest upload.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    home: Path = Path("~/.local/share/provenn")
+    database_url: str = ""
+    secret: str = ""
+    url: str = "http://127.0.0.1:8000"
+    smtp: str = ""
+    mail_from: str = "provenn@localhost"
+    demos: bool = True
+    demo_workers: int = 0
+    demo_seconds: float = 60.0
+    demo_megabytes: int = 3000
+    upload_megabytes: int = 10
+
+    @field_validator("home")
+    @classmethod
+    def at_home(cls, home: Path) -> Path:
+        """With ~ spelled out."""
+        return home.expanduser().absolute()
+
+    @field_validator("url")
+    @classmethod
+    def without_slash(cls, url: str) -> str:
+        """An http address without the slash at its end."""
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url must start with http:// or https://, got {url!r}")
+        return url.rstrip("/")
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ, **given: object) -> "Settings":
+        """From the environment; what is `given` and not None goes before it.
+
+        Raises:
+            UserError: a variable's value cannot be read, or a name with the prefix is no setting.
+        """
+        variables = {name: PREFIX + name.upper() for name in cls.model_fields}
+        found: dict[str, object] = {name: environment[v] for name, v in variables.items() if v in environment}
+        if environment.get("DATABASE_URL"):
+            found["database_url"] = environment["DATABASE_URL"]
+        found |= {name: value for name, value in given.items() if value is not None}
+        try:
+            return cls.model_validate(found)
+        except ValidationError as error:
+            words = (f"{each['loc'][0]}: {each['msg']}, got {each['input']!r}" for each in error.errors())
+            raise UserError(f"settings of the catalogue: {'; '.join(words)}") from None
+
+    @property
+    def database(self) -> str:
+        """The URL of the database."""
+        return self.database_url or f"sqlite:///{self.home / 'catalogue.db'}"
+
+    @property
+    def secure(self) -> bool:
+        """Whether readers come by TLS, so that cookies may say so."""
+        return self.url.startswith("https://")
+
+    def signing_key(self) -> str:
+        """The secret; drawn at the first call and kept beside the database, readable to its owner alone."""
+        if self.secret:
+            return self.secret
+        file = self.home / "secret"
+        if not file.exists():
+            with whole(file) as place:
+                place.write_text(secrets.token_urlsafe(32), encoding="ascii")
+            file.chmod(0o600)
+        return file.read_text(encoding="ascii").strip()

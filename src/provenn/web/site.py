@@ -1,0 +1,90 @@
+"""What every page is made from, and how: one object that lives as long as the application."""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+from fastapi import Request, Response
+from fastapi.responses import HTMLResponse
+
+from provenn import __version__
+from provenn.evidence import view
+from provenn.web import drawing
+from provenn.web.catalogue import Catalogue
+from provenn.web.database import Database
+from provenn.web.settings import Settings
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Site:
+    """The catalogue, the database and the settings that all pages share."""
+
+    settings: Settings
+    database: Database
+    catalogue: Catalogue = field(default_factory=Catalogue)
+
+    @cached_property
+    def templates(self) -> jinja2.Environment:
+        """The templates, with what all of them may use."""
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.do"],
+        )
+        environment.filters |= {"slug": lambda words: str(words).replace(" ", "-"), "cell": view.cell}
+        environment.globals |= {
+            "site": self,
+            "version": __version__,
+            "view": view,
+            "drawing": drawing,
+            "asset": self.asset,
+            "link": lambda path: path,
+        }
+        return environment
+
+    def asset(self, name: str) -> str:
+        """The address of a file in `static/`, which changes with what is in it: browsers may keep it for ever."""
+        return f"/static/{name}?{_digest((HERE / 'static' / name).read_bytes())}"
+
+    def render(self, name: str, **context: Any) -> str:
+        """A template as text."""
+        return self.templates.get_template(name).render(**context)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def site_of(request: Request) -> Site:
+    """The site that a request came to."""
+    return cast(Site, request.app.state.site)
+
+
+def page(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
+    """A page for this visitor; unchanged since they last had it, its name alone (304)."""
+    from provenn.web.visitors import visitor_of
+
+    site = site_of(request)
+    text = site.render(template, request=request, visitor=visitor_of(request), **context)
+    return tagged(request, HTMLResponse(text, status))
+
+
+def tagged(request: Request, response: Response, keep: str = "private, no-cache") -> Response:
+    """The response with an ETag, or 304 without a body where the client has it already."""
+    response.headers["Cache-Control"] = keep
+    if response.status_code != 200:
+        return response
+    tag = f'"{_digest(bytes(response.body))}"'
+    response.headers["ETag"] = tag
+    known = {name.strip().removeprefix("W/") for name in request.headers.get("if-none-match", "").split(",")}
+    if tag in known or "*" in known:
+        return Response(status_code=304, headers={"ETag": tag, "Cache-Control": keep})
+    return response

@@ -1,0 +1,132 @@
+"""What readers see: every state of the list is an address, and every paper has a page."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from provenn import catalog
+from provenn.evidence.statement import Standing
+from provenn.web.listing import Listing
+
+VOID = {"area", "br", "hr", "img", "input", "link", "meta", "rect", "circle", "line", "path"}
+
+
+class Outline(HTMLParser):
+    """Whether every element that is opened is closed, and which identifiers and links there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.ids += [named["id"]] if "id" in named else []
+        self.links += [named["href"]] if tag == "a" else []
+        assert "style" not in named, f"a style inside a page, which its policy forbids: {tag}"
+        assert not any(name.startswith("on") for name in named), f"a script inside a page: {tag}"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def outline(text: str) -> Outline:
+    parser = Outline()
+    parser.feed(text)
+    assert not parser.open
+    return parser
+
+
+def titles(text: str) -> list[str]:
+    return re.findall(r'<a href="/papers/([a-z0-9_]+)">', text)
+
+
+def test_the_list_has_every_paper_newest_first(client):
+    dates = [catalog.cards()[slug].date for slug in titles(client.get("/").text)]
+    assert len(dates) == len(catalog.cards()) and dates == sorted(dates, reverse=True)
+
+
+@pytest.mark.parametrize("slug", catalog.cards())
+def test_a_paper_has_a_page_whose_links_lead_somewhere(client, slug):
+    answer = client.get(f"/papers/{slug}")
+    assert answer.status_code == 200
+    page = outline(answer.text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    for statement in catalog.card(slug).statements:
+        assert statement.says.split("'")[0][:40] in answer.text
+
+
+def test_the_strip_says_what_the_board_says(client):
+    text = client.get("/?q=eca_net").text
+    shown = re.findall(r'<span class="s-([a-z-]+)(?: headline)?" title=', text)
+    assert len(shown) == len(catalog.card("eca_net").statements)
+    assert set(shown) <= {str(standing).replace(" ", "-") for standing in Standing}
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("?slot=channel-gate&q=eca", {"eca_net"}),
+        ("?task=super-resolution", {"craft"}),
+        ("?q=chanel+attention&tag=convolution", {"eca_net"}),
+        ("?q=no+such+thing+at+all", set()),
+        ("?task=nonsense", set()),
+    ],
+)
+def test_filters_keep_what_fits(client, query, expected):
+    found = set(titles(client.get(f"/{query}").text))
+    assert found == expected
+
+
+def test_every_order_shows_the_same_papers(client):
+    states = [titles(client.get(f"/?sort={sort}").text) for sort in ("date", "votes", "share", "nonsense")]
+    assert all(sorted(state) == sorted(states[0]) for state in states)
+    shares = [client.app.state.site.catalogue[slug].share for slug in states[2]]
+    assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
+
+
+def test_a_state_is_its_query_string():
+    state = Listing(q="a b&c", sort="votes", verdict="not here")
+    assert Listing.of(dict(pair.split("=") for pair in ["sort=votes"])).sort == "votes"
+    assert state.query == "?q=a+b%26c&sort=votes&verdict=not+here"
+    assert Listing().query == ""
+
+
+def test_an_arxiv_number_leads_to_its_paper(client):
+    answer = client.get("/papers/arXiv:1910.03151v4", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (301, "/papers/eca_net")
+
+
+def test_what_is_not_there_says_what_may_be_meant(client):
+    answer = client.get("/papers/eca_nett")
+    assert answer.status_code == 404 and "did you mean" in answer.text and "eca_net" in answer.text
+    assert client.get("/papers/x", headers={"accept": "application/json"}).json()["error"].startswith("There is no")
+
+
+def test_a_page_that_did_not_change_is_not_sent_again(client):
+    first = client.get("/papers/craft")
+    again = client.get("/papers/craft", headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert client.get("/papers/rat", headers={"if-none-match": first.headers["etag"]}).status_code == 200
+
+
+def test_no_page_may_run_or_load_what_is_not_ours(client):
+    policy = client.get("/").headers["content-security-policy"]
+    assert "unsafe" not in policy and "default-src 'none'" in policy
+
+
+def test_the_records_are_there_as_json(client):
+    assert client.get("/papers/eca_net/evidence.json").json()["paper"] == "eca_net"
+
+
+def test_first_views_are_light(client):
+    for path in ("/", "/papers/eca_net"):
+        page = client.get(path)
+        assets = re.findall(r'(?:href|src)="(/static/[^"]+)"', page.text)
+        assert len(page.content) + sum(len(client.get(asset).content) for asset in assets) < 100_000
