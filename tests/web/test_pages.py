@@ -98,6 +98,13 @@ def test_a_state_is_its_query_string():
     assert Listing().query == ""
 
 
+def test_words_bring_what_fits_best_first(client):
+    found = titles(client.get("/?q=chanel+attention").text)
+    assert found[0] == "eca_net" and len(found) > 1
+    by_date = titles(client.get("/?q=chanel+attention&sort=date").text)
+    assert sorted(by_date) == sorted(found) and by_date[0] != "eca_net"
+
+
 def test_an_arxiv_number_leads_to_its_paper(client):
     answer = client.get("/papers/arXiv:1910.03151v4", follow_redirects=False)
     assert (answer.status_code, answer.headers["location"]) == (301, "/papers/eca_net")

@@ -9,7 +9,7 @@ from provenn import catalog
 from provenn.evidence.statement import Standing
 from provenn.web.catalogue import Catalogue, Entry
 
-SORTS = {"date": "newest", "votes": "most votes", "share": "most holds"}
+SORTS = {"": "best fit, then newest", "date": "newest", "votes": "most votes", "share": "most holds"}
 HAS = {"code": "authors’ code", "demo": "can be tried"}
 
 
@@ -19,14 +19,14 @@ class Listing:
 
     Args:
         q: words, as `provenn list` finds them.
-        sort: date, votes, or the share of the abstract that holds.
+        sort: date, votes, or the share of the abstract that holds; "" is how well the words fit, and without words date.
         task, slot, tag: of the paper, of one of its mechanisms, of its tags.
         has: code of the authors, or a demo.
         verdict: of some statement of its abstract.
     """
 
     q: str = ""
-    sort: str = "date"
+    sort: str = ""
     task: str = ""
     slot: str = ""
     tag: str = ""
@@ -37,7 +37,7 @@ class Listing:
     def of(cls, query: Mapping[str, str]) -> "Listing":
         """From a query string; names that it does not have are left alone, and values that are none are no filter."""
         state = cls(**{field.name: query[field.name].strip()[:200] for field in fields(cls) if field.name in query})
-        state = state if state.sort in SORTS else replace(state, sort="date")
+        state = state if state.sort in SORTS else replace(state, sort="")
         state = state if state.has in HAS else replace(state, has="")
         return state if state.verdict in set(Standing) else replace(state, verdict="")
 
@@ -55,7 +55,12 @@ class Listing:
     @property
     def filtered(self) -> bool:
         """Whether papers are left out."""
-        return replace(self, sort="date") != Listing()
+        return replace(self, sort="") != Listing()
+
+    @property
+    def by_date(self) -> bool:
+        """Whether the newest come first, month by month."""
+        return self.sort == "date" or (not self.sort and not self.q)
 
     def choose(self, catalogue: Catalogue, votes: Mapping[str, int]) -> list[Entry]:
         """The papers of this state, in its order."""
@@ -65,11 +70,11 @@ class Listing:
             return sorted(found, key=lambda e: (-votes.get(e.slug, 0), -e.card.date.toordinal(), e.slug))
         if self.sort == "share":
             return sorted(found, key=lambda e: (-e.share, -e.card.date.toordinal(), e.slug))
-        return sorted(found, key=lambda e: (e.card.date, e.slug), reverse=True)
+        return sorted(found, key=lambda e: (e.card.date, e.slug), reverse=True) if self.by_date else found
 
     def groups(self, entries: list[Entry]) -> list[tuple[str, list[Entry]]]:
         """By month where the list goes by date, else one group without a name."""
-        if self.sort != "date":
+        if not self.by_date:
             return [("", entries)] if entries else []
         by_month = groupby(entries, key=lambda entry: f"{entry.card.date:%B %Y}")
         return [(month, list(papers)) for month, papers in by_month]

@@ -57,8 +57,12 @@ def as_html(text: str, host: str = "") -> Markup:
     # Wide tables and listings are scrolled by themselves, by keyboard too.
     html = html.replace("<pre>", '<pre tabindex="0">')
     clean = nh3.clean(html, tags=ALLOWED, attributes=ATTRIBUTES, link_rel="noopener", url_schemes={"http", "https"})
-    clean = clean.replace("<table>", '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>')
-    return Markup(clean.replace("</table>", "</table></div>"))
+    first, *tables = clean.split("<table>")
+    wide = (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table {number} of the README"><table>{rest}'
+        for number, rest in enumerate(tables, 1)
+    )
+    return Markup((first + "".join(wide)).replace("</table>", "</table></div>"))
 
 
 def of_folder(folder: Path) -> Markup:

@@ -7,7 +7,7 @@ for (const form of document.querySelectorAll("form[data-live]")) {
   let waiting = null, turn = 0;
   const show = async (push) => {
     const query = new URLSearchParams();
-    for (const [name, value] of new FormData(form)) if (value && !(name === "sort" && value === "date")) query.set(name, value);
+    for (const [name, value] of new FormData(form)) if (value) query.set(name, value);
     const address = form.action.split("?")[0] + (query.size ? "?" + query : "");
     const mine = ++turn;
     const answer = await fetch(address, {headers: {Accept: "text/html"}});

@@ -1,0 +1,179 @@
+"""The catalogue in a real browser: with and without JavaScript, light and dark, wide and on a phone."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.base import AXE_FILE_PATH
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: apt-get install chromium"),
+    pytest.mark.xdist_group("browser"),
+]
+PHONE, WIDE = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
+PAGES = [
+    "/",
+    "/?q=nothing",
+    "/papers/eca_net",
+    "/papers/titans",
+    "/papers/relationnet_pp",
+    "/not-held",
+    "/papers/nobody",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def url(home: Path) -> Iterator[str]:
+    port = free_port()
+    command = [
+        sys.executable,
+        "-c",
+        "from provenn.cli import main; main()",
+        "serve",
+        "--port",
+        str(port),
+        "--home",
+        str(home),
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        if server.poll() is not None:
+            raise RuntimeError(server.stderr.read())
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            break
+        except OSError:
+            time.sleep(0.1)
+    yield address
+    server.terminate()
+    server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser: Browser, url: str) -> Iterator[Page]:
+    context = browser.new_context(base_url=url, viewport=WIDE)
+    tab = context.new_page()
+    problems: list[str] = []
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+    yield tab
+    context.close()
+    assert not problems
+
+
+def titles(tab: Page) -> list[str]:
+    return tab.locator(".papers .title a").all_inner_texts()
+
+
+def test_what_is_typed_shows_at_once_and_is_an_address(tab):
+    tab.goto("/")
+    tab.get_by_label("Search").fill("chanel attention")
+    expect(tab.locator(".papers > li").first).to_contain_text("ECA-Net")
+    expect(tab).to_have_url(re.compile(r"/\?q=chanel\+attention$"))
+    shown = titles(tab)
+    tab.reload()
+    assert titles(tab) == shown
+
+
+def test_a_filter_is_chosen_and_taken_back(tab):
+    tab.goto("/")
+    count = len(titles(tab))
+    tab.get_by_label("Task").select_option("super-resolution")
+    expect(tab.locator(".papers > li")).to_have_count(1)
+    tab.get_by_role("link", name="show all").click()
+    expect(tab.locator(".papers > li")).to_have_count(count)
+
+
+def test_without_javascript_a_button_does_the_same(browser, url):
+    context = browser.new_context(base_url=url, java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto("/")
+    tab.get_by_label("Slot").select_option("channel-gate")
+    tab.get_by_role("button", name="Show").click()
+    assert "slot=channel-gate" in tab.url
+    tab.goto("/?sort=share")
+    assert len(titles(tab)) > 10
+    tab.locator(".papers .title a").first.click()
+    expect(tab.get_by_role("heading", name="What the abstract says")).to_be_visible()
+    context.close()
+
+
+def test_a_claim_that_is_linked_to_is_unfolded(tab):
+    tab.goto("/papers/eca_net")
+    link = tab.locator(".measured a").first
+    target = link.get_attribute("href")
+    expect(tab.locator(f"[id='{target[1:]}']")).to_be_hidden()
+    link.click()
+    expect(tab.locator(f"[id='{target[1:]}']")).to_be_visible()
+
+
+def test_the_keyboard_reaches_the_content_first(tab):
+    tab.goto("/")
+    tab.keyboard.press("Tab")
+    expect(tab.get_by_role("link", name="Skip to the content")).to_be_focused()
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("Tab")
+    expect(tab.get_by_label("Search")).to_be_focused()
+
+
+@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_keeps_anybody_out(browser, url, path, scheme):
+    """axe-core finds nothing against WCAG 2.2 AA; and nothing sticks out of a phone."""
+    context = browser.new_context(base_url=url, viewport=PHONE, color_scheme=scheme)
+    tab = context.new_page()
+    tab.goto(path)
+    for fold in tab.locator("main details").all():
+        fold.evaluate("fold => { fold.open = true; }")
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path} is wider than a phone"
+    tab.evaluate(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    found = tab.evaluate("tags => axe.run(document, {runOnly: tags})", tags)
+    problems = [
+        f"{each['id']}: {each['help']}: {node['html'][:150]}"
+        for each in found["violations"]
+        for node in each["nodes"][:3]
+    ]
+    assert not problems, "\n".join(problems)
+    context.close()
+
+
+def test_dark_is_dark(browser, url):
+    grounds = []
+    for scheme in ("light", "dark"):
+        context = browser.new_context(base_url=url, color_scheme=scheme)
+        tab = context.new_page()
+        tab.goto("/")
+        grounds.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+        context.close()
+    light, dark = (sum(map(int, re.findall(r"\d+", ground)[:3])) for ground in grounds)
+    assert light > 700 and dark < 150
