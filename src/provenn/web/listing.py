@@ -19,7 +19,7 @@ class Listing:
 
     Args:
         q: words, as `provenn list` finds them.
-        sort: date, votes, or the share of the abstract that holds; "" is how well the words fit, and without words date.
+        sort: date, votes, or the share of the abstract that holds; "" is how well the words fit, or date without any.
         task, slot, tag: of the paper, of one of its mechanisms, of its tags.
         has: code of the authors, or a demo.
         verdict: of some statement of its abstract.
