@@ -1,5 +1,6 @@
 """A paper's README as HTML; its equations become MathML, which browsers draw by themselves."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -63,9 +64,12 @@ def as_html(text: str) -> Markup:
     if lines and lines[0].startswith("# "):
         lines = lines[1:]
     html = _parser().render("\n".join(lines))
-    # Wide tables and listings are scrolled by themselves, by keyboard too.
+    # Wide tables, listings and equations are scrolled by themselves, by keyboard too.
     html = html.replace("<pre>", '<pre tabindex="0">')
     clean = nh3.clean(html, tags=ALLOWED, attributes=ATTRIBUTES, link_rel="noopener", attribute_filter=_kept)
+    clean = re.sub(
+        r"<div>(?=\s*<math)", '<div class="equation" tabindex="0" role="group" aria-label="Equation">', clean
+    )
     first, *tables = clean.split("<table>")
     wide = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table {number} of the README"><table>{rest}'
