@@ -154,7 +154,7 @@ def signature(layer: Callable[..., Any]) -> str:
         if each.kind is each.KEYWORD_ONLY and not starred:
             words.append("*")
         starred = starred or each.kind in (each.KEYWORD_ONLY, each.VAR_POSITIONAL)
-        stars = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "")
+        stars = "*" if each.kind is each.VAR_POSITIONAL else "**" if each.kind is each.VAR_KEYWORD else ""
         kind = "" if each.annotation is each.empty else f": {_plain(inspect.formatannotation(each.annotation))}"
         default = "" if each.default is each.empty else f"{' = ' if kind else '='}{_default(each.default)}"
         words.append(f"{stars}{each.name}{kind}{default}")
