@@ -25,7 +25,7 @@ ORDER = [
     {"papers"},
     {"at_paper", "workers"},
     {"reproduce"},
-    {"compare", "evaluation", "inspection", "latency"},
+    {"compare", "evaluation", "inspection", "latency", "sizes"},
     {"api", "options", "__init__", "papers/__init__"},
     {"web"},
     {"cli", "__main__"},

@@ -9,6 +9,7 @@ import json
 import tomllib
 from collections.abc import Iterable
 from datetime import date
+from decimal import Decimal
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -22,6 +23,17 @@ from provenn.errors import UserError
 
 ENTRY_POINT_GROUP = "provenn.papers"
 WEIGHTS = "weights"  # the folder of trained weights that come with a paper, a file a preset
+COUNTING_UNITS = {
+    "": 1,
+    "parameters": 1,
+    "2^10": 2**10,
+    "2^20": 2**20,
+    "k": 10**3,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "B": 10**9,
+}
 
 
 class Facts(BaseModel):
@@ -42,6 +54,18 @@ class Figure(Facts):
         unit = self.unit or self.what
         times = "× " if unit[:1].isdigit() else ""  # of 2^20, say
         return f"{self.value:,.15g} {times}{unit}".strip() + f" ({self.source})"
+
+    def is_count(self, counted: int) -> bool:
+        """Whether it is this many, to the last digit printed; in a unit that counts nothing, it is not.
+
+        >>> Figure(value=24.37, unit="2^20", source="Table 3").is_count(25557112)
+        True
+        """
+        if self.unit not in COUNTING_UNITS:
+            return False
+        digits = max(-int(Decimal(repr(self.value)).as_tuple().exponent), 0) if self.value % 1 else 0
+        allowed = 0 if COUNTING_UNITS[self.unit] == 1 else 10.0**-digits  # printed figures are rounded or cut
+        return abs(counted / COUNTING_UNITS[self.unit] - self.value) <= allowed
 
 
 class Region(Facts):

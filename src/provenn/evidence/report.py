@@ -177,28 +177,40 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _inlined(folder: Path, name: str) -> str | None:
-    """A picture as text. Evidence may come from strangers: only a PNG inside its own folder is read."""
-    file = (folder / name).resolve()
+def picture(folder: Path, name: str) -> bytes | None:
+    """A picture's bytes. Evidence may come from strangers: only a PNG inside its own folder is read."""
     try:
+        file = (folder / name).resolve()
         content = file.read_bytes() if file.is_relative_to(folder.resolve()) else b""
-    except OSError:
+    except (OSError, ValueError):  # the latter of a name with a zero in it
         return None
-    return "data:image/png;base64," + base64.b64encode(content).decode() if content.startswith(PNG) else None
+    return content if content.startswith(PNG) else None
+
+
+def _inlined(folder: Path, name: str) -> str | None:
+    content = picture(folder, name)
+    return None if content is None else "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def _plots(finding: Finding) -> list[dict[str, Any]]:
     plots = []
-    for name, lines in view.plots(finding.measurement).items():
-        title = name or lines[0].y_label or finding.claim.id
+    for title, lines in view.titled_plots(finding):
         table = view.table_of(title, lines)
         shown: Table | None = table if len(table.rows) <= MOST_ROWS else None
-        plots.append({"title": title, "svg": _svg(title, lines, _anchor(finding)), "table": shown})
+        plots.append({"title": title, "svg": svg(title, lines, _anchor(finding)), "table": shown})
     return plots
 
 
-def _svg(title: str, lines: Sequence[Series], salt: str) -> Any:
-    """The lines as an SVG element; words for those who cannot see it are its label."""
+def svg(title: str, lines: Sequence[Series], salt: str) -> Any:
+    """The lines as an SVG element; words for those who cannot see it are its label.
+
+    Its colours are `currentColor` and the variables `--c0` to `--c5` of what it stands in.
+
+    Args:
+        title: of the plot.
+        lines: which share it.
+        salt: what its identifiers are drawn from, which must differ from those of other plots on a page.
+    """
     import matplotlib as mpl
     from markupsafe import Markup, escape
     from matplotlib.figure import Figure
@@ -245,15 +257,15 @@ def _svg(title: str, lines: Sequence[Series], salt: str) -> Any:
             axes.legend(frameon=False)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # such names repeat from plot to plot
-    svg = svg.replace(INK, "currentColor")
+    drawn = file.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # such names repeat from plot to plot
+    drawn = drawn.replace(INK, "currentColor")
     for i, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--c{i})")
+        drawn = drawn.replace(colour, f"var(--c{i})")
     label = escape(f"{title}: " + ", ".join(line.name for line in lines))
-    return Markup(re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{label}">', svg))
+    return Markup(re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{label}">', drawn))
 
 
 def _literal(text: str) -> str:

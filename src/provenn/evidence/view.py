@@ -212,6 +212,12 @@ def plots(measurement: Measurement) -> dict[str, list[Series]]:
     return lines_by_plot
 
 
+def titled_plots(finding: Finding) -> list[tuple[str, list[Series]]]:
+    """The plots of a finding, each with its title and its lines."""
+    plotted = plots(finding.measurement).items()
+    return [(name or lines[0].y_label or finding.claim.id, lines) for name, lines in plotted]
+
+
 def table_of(caption: str, lines: Sequence[Series]) -> Table:
     """The numbers of a plot: one row a place on its horizontal axis."""
     known = [dict(zip(line.x, line.y)) for line in lines]

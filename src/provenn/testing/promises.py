@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_leaves
 
 from provenn.bench import count_parameters
+from provenn.catalog import COUNTING_UNITS
 from provenn.nn.backbone import check_backbone
 from provenn.testing.subject import WIDTH, Subject
 
@@ -590,19 +590,6 @@ def _refused(what: str, value: int, attempt: Callable[[], object]) -> None:
     raise AssertionError(f"{what} must raise ValueError that names it, nothing was raised")
 
 
-UNITS = {
-    "": 1,
-    "parameters": 1,
-    "2^10": 2**10,
-    "2^20": 2**20,
-    "k": 10**3,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "B": 10**9,
-}
-
-
 def parameters_on_meta(subject: Subject) -> int:
     with torch.device("meta"):
         return count_parameters(subject.make())
@@ -614,10 +601,7 @@ def _match_published_counts(subject: Subject) -> None:
     figures = [figure for figure in subject.published if figure.what == "parameters"]
     counted = parameters_on_meta(subject)
     for figure in figures:
-        assert figure.unit in UNITS, f"{figure.source}: unit {figure.unit!r} is none of {', '.join(UNITS)}"
-        digits = max(-int(Decimal(repr(figure.value)).as_tuple().exponent), 0) if figure.value % 1 else 0
-        ours = counted / UNITS[figure.unit]
-        allowed = 0 if UNITS[figure.unit] == 1 else 10.0**-digits  # printed figures are rounded or cut
-        assert abs(ours - figure.value) <= allowed, (
-            f"{figure.source} says {figure.value} {figure.unit}, we count {ours:.6g}"
-        )
+        units = ", ".join(COUNTING_UNITS)
+        assert figure.unit in COUNTING_UNITS, f"{figure.source}: unit {figure.unit!r} is none of {units}"
+        ours = counted / COUNTING_UNITS[figure.unit]
+        assert figure.is_count(counted), f"{figure.source} says {figure.value} {figure.unit}, we count {ours:.6g}"

@@ -12,12 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from provenn import __version__
-from provenn.web import pages
+from provenn.web import figures, pages
 from provenn.web.database import Database
 from provenn.web.settings import Settings
 from provenn.web.site import HERE, Site, page
 
-ROUTERS = (pages.router,)
+ROUTERS = (pages.router, figures.router)
 
 # No script, style or picture from elsewhere, none inside a page, and no page inside another's frame.
 POLICY = (
@@ -37,7 +37,7 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class SafeHeaders:
-    """Adds `HEADERS` to every answer, and HSTS where readers come by TLS."""
+    """Adds `HEADERS` to every answer that does not have its own, and HSTS where readers come by TLS."""
 
     def __init__(self, app: Callable, secure: bool):
         self.app = app
@@ -47,7 +47,9 @@ class SafeHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *self.headers]
+                given = message.get("headers", [])
+                names = {name.lower() for name, _ in given}
+                message["headers"] = [*given, *(header for header in self.headers if header[0] not in names)]
             await send(message)
 
         await self.app(scope, receive, sent if scope["type"] == "http" else send)

@@ -5,12 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
+from itertools import zip_longest
 
-from provenn import catalog
+from provenn import catalog, sizes
 from provenn.evidence import view
 from provenn.evidence.record import Evidence, Finding
 from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import Verdict
+from provenn.sizes import Sizes
+from provenn.web import usage
 
 HOLDING = (Standing.REPRODUCED, Standing.HOLDS_HERE)
 
@@ -68,16 +71,43 @@ class Entry:
             return f"{names} authors"
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 4 else ", ".join(["", *names[3:]]))
 
-    @property
+    @cached_property
+    def taken(self) -> catalog.Preset | None:
+        """The preset that one takes first: whose weights ship, else the card's first."""
+        names = [*self.card.shipped, *(preset.name for preset in self.card.presets)]
+        return self.card.preset(names[0]) if names else None
+
+    @cached_property
     def usage(self) -> str:
-        """Lines of Python that take the paper into use."""
-        lines = ["import provenn", ""]
-        if self.card.shipped:
-            preset = next(iter(self.card.shipped))
-            lines.append(f'model = provenn.paper("{self.slug}").build("{preset}", pretrained=True)')
-        elif self.card.presets:
-            lines.append(f'model = provenn.paper("{self.slug}").build("{self.card.presets[0].name}")')
-        return "\n".join(lines)
+        """Lines of Python that take the first preset into use; "" where there is none."""
+        return usage.of_preset(self.card, self.taken) if self.taken else ""
+
+    @cached_property
+    def layers(self) -> list[tuple[catalog.Mechanism, str, str]]:
+        """Each mechanism with lines of Python that take it into use, and its layer's signature where it is kept."""
+        signatures = self.sizes.layers
+        return [(m, usage.of_mechanism(self.card, m), signatures.get(m.name, "")) for m in self.card.mechanisms]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What its presets cost."""
+        return sizes.read(self.card)
+
+    @cached_property
+    def shipped(self) -> dict[str, str]:
+        """What the weights that ship learned and how well they do, by preset."""
+        return {name: catalog.shipped_in_words(file) for name, file in self.card.shipped.items()}
+
+    @property
+    def summary(self) -> tuple[str, str]:
+        """The first sentence of the summary, and the others."""
+        first, _, rest = self.card.summary.strip().partition(". ")
+        return first.removesuffix(".") + ".", rest
+
+    @cached_property
+    def drawn(self) -> dict[tuple[str, int], bytes]:
+        """The plots that were asked for so far, by claim and number: drawing one takes a tenth of a second."""
+        return {}
 
     @property
     def measured(self) -> datetime | None:
@@ -132,15 +162,19 @@ class Catalogue(Mapping[str, Entry]):
         counts = Counter(tag for entry in self.values() for tag in entry.card.tags)
         return sorted(counts, key=lambda tag: (-counts[tag], tag))
 
-    def related(self, entry: Entry) -> list[tuple[catalog.Mechanism, Entry]]:
-        """Mechanisms of other papers that fit where this one's do."""
-        return [
-            (mechanism, other)
-            for other in self.values()
-            if other.slug != entry.slug
-            for mechanism in other.card.mechanisms
-            if mechanism.slot in entry.slots
-        ]
+    def related(self, entry: Entry) -> dict[str, list[tuple[catalog.Mechanism, Entry]]]:
+        """Mechanisms of other papers that fit where this one's do, by slot, the papers in turns."""
+        by_slot = {}
+        for slot in entry.slots:
+            others = [
+                [(mechanism, other) for mechanism in other.card.mechanisms if mechanism.slot == slot]
+                for other in self.values()
+                if other.slug != entry.slug
+            ]
+            turns = [each for turn in zip_longest(*others) for each in turn if each is not None]
+            if turns:
+                by_slot[slot] = turns
+        return by_slot
 
     def not_held(self) -> list[tuple[Entry, Finding]]:
         """Every claim of a paper whose interval lies wholly elsewhere, or that is false."""

@@ -13,6 +13,7 @@ from provenn.web.site import page, site_of, tagged
 
 router = APIRouter(default_response_class=Response)
 MOST_TAGS = 24
+MOST_RELATED = 5  # mechanisms of a slot
 
 
 @router.get("/", include_in_schema=False)
@@ -46,6 +47,7 @@ def paper(request: Request, name: str) -> Response:
         "paper.html",
         entry=entry,
         related=site_of(request).catalogue.related(entry),
+        most_related=MOST_RELATED,
         readme=readme.of_folder(entry.card.folder),
         repeat=view.repeat(entry.slug, entry.evidence) if entry.evidence.records else "",
         where=view.where(entry.evidence.occasions),

@@ -1,12 +1,13 @@
 """A paper's README as HTML; its equations become MathML, which browsers draw by themselves."""
 
+import re
 from functools import cache
 from pathlib import Path
 
 import nh3
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from mdit_py_plugins.anchors import anchors_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
@@ -40,23 +41,35 @@ def _parser() -> MarkdownIt:
 
 
 def _equation(content: str, options: dict) -> str:
-    return convert(content, display="block" if options["display_mode"] else "inline")
+    """An equation as MathML; one that cannot be read as it was written."""
+    try:
+        return convert(content, display="block" if options["display_mode"] else "inline")
+    except Exception:  # latex2mathml raises its own errors and whatever its parser stumbles into
+        return f"<code>{escape(content)}</code>"
 
 
-def as_html(text: str, host: str = "") -> Markup:
-    """Markdown as HTML without its title, which the page has already.
+def _kept(tag: str, attribute: str, value: str) -> str | None:
+    """Links and pictures that lead somewhere from the page: not those into a checkout, nor pictures from elsewhere."""
+    if attribute == "href":
+        return value if value.startswith(("https://", "http://", "#")) else None
+    return None if attribute == "src" else value
 
-    Args:
-        text: the README.
-        host: where links that start with no address lead to; without one they lose their target.
+
+def as_html(text: str) -> Markup:
+    """Markdown as HTML without its title, which the page has already, and with nothing that a stranger could run.
+
+    Links to files beside the README lose their target, and pictures leave their words.
     """
     lines = text.splitlines()
     if lines and lines[0].startswith("# "):
         lines = lines[1:]
     html = _parser().render("\n".join(lines))
-    # Wide tables and listings are scrolled by themselves, by keyboard too.
+    # Wide tables, listings and equations are scrolled by themselves, by keyboard too.
     html = html.replace("<pre>", '<pre tabindex="0">')
-    clean = nh3.clean(html, tags=ALLOWED, attributes=ATTRIBUTES, link_rel="noopener", url_schemes={"http", "https"})
+    clean = nh3.clean(html, tags=ALLOWED, attributes=ATTRIBUTES, link_rel="noopener", attribute_filter=_kept)
+    clean = re.sub(
+        r"<div>(?=\s*<math)", '<div class="equation" tabindex="0" role="group" aria-label="Equation">', clean
+    )
     first, *tables = clean.split("<table>")
     wide = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table {number} of the README"><table>{rest}'

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 
 from provenn import __version__
 from provenn.evidence import view
-from provenn.web import drawing
+from provenn.web import drawing, words
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database
 from provenn.web.settings import Settings
@@ -39,12 +39,18 @@ class Site:
             lstrip_blocks=True,
             extensions=["jinja2.ext.do"],
         )
-        environment.filters |= {"slug": lambda words: str(words).replace(" ", "-"), "cell": view.cell}
+        environment.filters |= {
+            "slug": lambda words: str(words).replace(" ", "-"),
+            "cell": view.cell,
+            "plainly": words.plainly,
+            "coded": words.coded,
+        }
         environment.globals |= {
             "site": self,
             "version": __version__,
             "view": view,
             "drawing": drawing,
+            "amount": words.amount,
             "asset": self.asset,
             "link": lambda path: path,
         }

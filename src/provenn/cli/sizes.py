@@ -1,0 +1,35 @@
+"""The verb that counts a paper's presets for its page."""
+
+from typing import Annotated
+
+import typer
+
+from provenn import catalog
+from provenn.cli.app import app, slugs, tell
+from provenn.errors import UserError
+
+
+@app.command()
+def sizes(
+    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG…", help="Papers.", autocompletion=slugs)] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every paper.")] = False,
+) -> None:
+    """Parameters, FLOPs and memory of every preset, and signatures of the layers, kept beside each paper.
+
+    The file, sizes.json in the paper's folder, is what the web catalogue shows; a paper of your own has one by this
+    verb too. FLOPs and memory are of one example at the preset's input in paper.toml.
+
+    \b
+    provenn sizes my_paper
+    """
+    from provenn import progress
+    from provenn.sizes import measure, write
+
+    if bool(slugs) == everything:
+        raise UserError("name the papers to count, or give --all; `provenn list` names them")
+    for card in [catalog.card(slug) for slug in slugs or catalog.cards()]:
+        with progress.shown():
+            counted = measure(card)
+        lacking = [name for name, size in counted.presets.items() if size.uncounted]
+        told = f"; not counted in full: {', '.join(lacking)}" if lacking else ""
+        tell(f"{write(card, counted)}: {len(counted.presets)} presets{told}")
