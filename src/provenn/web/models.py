@@ -10,6 +10,7 @@ from sqlalchemy import DateTime, Dialect, ForeignKey, MetaData, String, Text, Ty
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 EMAIL, NAME, PAPER, ARXIV, DIGEST, REASON = 254, 40, 100, 40, 64, 200  # the longest of each, in characters
+MOST = 2**31 - 1  # the largest number of a row
 
 
 class Base(DeclarativeBase):

@@ -12,9 +12,10 @@ from fastapi.responses import HTMLResponse
 
 from provenn import __version__
 from provenn.evidence import view
-from provenn.web import drawing
+from provenn.web import drawing, opinions
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database
+from provenn.web.limits import Limits
 from provenn.web.settings import Settings
 
 HERE = Path(__file__).parent
@@ -22,11 +23,12 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Site:
-    """The catalogue, the database and the settings that all pages share."""
+    """The catalogue, the database, the settings and the limits that all pages share."""
 
     settings: Settings
     database: Database
     catalogue: Catalogue = field(default_factory=Catalogue)
+    limits: Limits = field(default_factory=Limits)
 
     @cached_property
     def templates(self) -> jinja2.Environment:
@@ -45,6 +47,7 @@ class Site:
             "version": __version__,
             "view": view,
             "drawing": drawing,
+            "markdown": opinions.as_html,
             "asset": self.asset,
             "link": lambda path: path,
         }
@@ -70,11 +73,13 @@ def site_of(request: Request) -> Site:
 
 def page(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
     """A page for this visitor; unchanged since they last had it, its name alone (304)."""
-    from provenn.web.visitors import visitor_of
+    from provenn.web.visitors import keep, visitor_of
 
     site = site_of(request)
     text = site.render(template, request=request, visitor=visitor_of(request), **context)
-    return tagged(request, HTMLResponse(text, status))
+    response = tagged(request, HTMLResponse(text, status))
+    keep(request, response)
+    return response
 
 
 def tagged(request: Request, response: Response, keep: str = "private, no-cache") -> Response:
