@@ -182,7 +182,7 @@ def as_html(text: str) -> Markup:
         nh3.clean(
             MARKDOWN.render(text),
             tags=TAGS,
-            attributes={"a": {"href"}},
+            attributes={"*": set(), "a": {"href"}},
             url_schemes={"http", "https", "mailto"},
             link_rel="nofollow ugc noopener",
         )

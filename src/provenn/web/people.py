@@ -46,6 +46,7 @@ router = APIRouter(route_class=SmallForms, default_response_class=HTMLResponse, 
 Posted = Annotated[Visitor, Depends(posted)]
 Someone = Annotated[Person, Depends(posted_by_person)]
 Field = Annotated[str, Form()]
+Listed = Annotated[str | None, Form()]
 Number = Annotated[int, Path(ge=1, le=MOST)]
 
 
@@ -92,7 +93,7 @@ def send_link(request: Request, visitor: Posted, email: Field = "", paper: Field
         return own(request, "sign_in.html", status=status, error=str(error), paper=paper, email=email[:300])
     with site.database.session() as session:
         secret = accounts.new_link(session, address, paper)
-    link = f"{site.settings.url}/sign-in/{visitors.link_token(site, secret)}"
+    link = f"{site.settings.url}/sign-in/{visitors.link_token(site.settings, secret)}"
     minutes = int(accounts.LINK_LASTS.total_seconds() / 60)
     try:
         mail.send(site, mail.compose(site, address, "sign_in", address=link, minutes=minutes))
@@ -115,7 +116,7 @@ def client_of(request: Request) -> str:
 def show_link(request: Request, token: str) -> Response:
     """What a link leads to: a button. Programs that look into mails follow links, and would use this one up."""
     site = site_of(request)
-    secret = visitors.secret_of_link(site, token)
+    secret = visitors.secret_of_link(site.settings, token)
     with site.database.reading() as session:
         link = accounts.usable_link(session, secret) if secret else None
     if link is None:
@@ -127,7 +128,7 @@ def show_link(request: Request, token: str) -> Response:
 def use_link(request: Request, token: str, visitor: Posted) -> Response:
     """Sign in by a link. The browser gets a new cookie, whatever it had; the session that it had ends."""
     site = site_of(request)
-    secret = visitors.secret_of_link(site, token)
+    secret = visitors.secret_of_link(site.settings, token)
     with site.database.session() as session:
         came = accounts.sign_in(session, secret) if secret else None
         if came:
@@ -170,7 +171,7 @@ def mine(request: Request, person: Person, paper: str = "", name: str | None = N
         request,
         "me.html",
         person=person,
-        name=name if name is not None else person.name or "",
+        chosen=name if name is not None else person.name or "",
         new="new" in request.query_params,
         paper=known_paper(request, paper),
         voted=[entry for entry in site.catalogue.values() if entry.slug in voted],
@@ -218,7 +219,7 @@ def delete(request: Request, person: Someone, confirm: Field = "") -> Response:
 
 
 @router.post("/papers/{name}/vote")
-def vote(request: Request, name: str, person: Someone, wanted: Field = "yes", shown: str | None = None) -> Response:
+def vote(request: Request, name: str, person: Someone, wanted: Field = "yes", shown: Listed = None) -> Response:
     """Vote for a paper, or take the vote back (`wanted=no`).
 
     Args:

@@ -10,6 +10,7 @@ from itsdangerous import BadSignature, Signer, TimestampSigner
 
 from provenn.web import accounts
 from provenn.web.models import Person
+from provenn.web.settings import Settings
 from provenn.web.site import Site, site_of
 
 OURS = (None, "same-origin", "none")  # what a browser says of where a request comes from; None is said by old ones
@@ -23,10 +24,10 @@ class Visitor:
         person: the row of who is signed in; None for anybody.
     """
 
-    def __init__(self, site: Site, secret: str = "", person: Person | None = None):
+    def __init__(self, settings: Settings, secret: str = "", person: Person | None = None):
         self.secret, self.person = secret, person
         self.fresh = False
-        self._signer = _signer(site, "form")
+        self._signer = _signer(settings, "form")
 
     @property
     def csrf(self) -> str:
@@ -52,13 +53,13 @@ def _visitor(request: Request) -> Visitor:
     site = site_of(request)
     cookie = request.cookies.get(cookie_name(site))
     if cookie is None:
-        return Visitor(site)
+        return Visitor(site.settings)
     try:
-        secret = _signer(site, "cookie").unsign(cookie).decode()
+        secret = _signer(site.settings, "cookie").unsign(cookie).decode()
     except (BadSignature, UnicodeError):
-        return Visitor(site)
+        return Visitor(site.settings)
     with site.database.reading() as session:
-        return Visitor(site, secret, accounts.person_of(session, secret))
+        return Visitor(site.settings, secret, accounts.person_of(session, secret))
 
 
 def cookie_name(site: Site) -> str:
@@ -85,30 +86,34 @@ def part(request: Request, response: Response) -> None:
 
 
 def _give(site: Site, response: Response, secret: str, seconds: int | None) -> None:
-    value = _signer(site, "cookie").sign(secret).decode()
-    secure = site.settings.secure
+    value, secure = signed_cookie(site.settings, secret), site.settings.secure
     response.set_cookie(cookie_name(site), value, seconds, path="/", httponly=True, samesite="lax", secure=secure)
 
 
-def link_token(site: Site, secret: str) -> str:
+def signed_cookie(settings: Settings, secret: str) -> str:
+    """What the cookie holds: the secret of a session, signed."""
+    return _signer(settings, "cookie").sign(secret).decode()
+
+
+def link_token(settings: Settings, secret: str) -> str:
     """What a link in a mail ends with: the secret, signed with the time."""
-    return _stamp(site).sign(secret).decode()
+    return _stamp(settings).sign(secret).decode()
 
 
-def secret_of_link(site: Site, token: str) -> str | None:
+def secret_of_link(settings: Settings, token: str) -> str | None:
     """The secret of a link; None where it was tampered with, or is too old."""
     try:
-        return _stamp(site).unsign(token, max_age=int(accounts.LINK_LASTS.total_seconds())).decode()
+        return _stamp(settings).unsign(token, max_age=int(accounts.LINK_LASTS.total_seconds())).decode()
     except (BadSignature, UnicodeError):
         return None
 
 
-def _stamp(site: Site) -> TimestampSigner:
-    return TimestampSigner(site.settings.signing_key(), salt="provenn.link", digest_method=sha256)
+def _stamp(settings: Settings) -> TimestampSigner:
+    return TimestampSigner(settings.signing_key(), salt="provenn.link", digest_method=sha256)
 
 
-def _signer(site: Site, purpose: str) -> Signer:
-    return Signer(site.settings.signing_key(), salt=f"provenn.{purpose}", digest_method=sha256)
+def _signer(settings: Settings, purpose: str) -> Signer:
+    return Signer(settings.signing_key(), salt=f"provenn.{purpose}", digest_method=sha256)
 
 
 def posted(request: Request, csrf: Annotated[str, Form()] = "") -> Visitor:
