@@ -131,7 +131,7 @@ def test_a_database_of_a_newer_version_is_refused_in_one_line(settings, database
 def test_what_is_no_database_is_refused_in_one_line(settings):
     settings.home.mkdir()
     (settings.home / "catalogue.db").write_text("a shopping list, " * 100)
-    with pytest.raises(UserError, match="no database at sqlite.*: file is not a database"):
+    with pytest.raises(UserError, match=r"no database at sqlite.*: file is not a database"):
         Database(settings.database).migrate()
     with pytest.raises(UserError, match="no database at postgresql"):
         Database("postgresql://nobody:hidden@127.0.0.1:1/none").migrate()
