@@ -1,5 +1,6 @@
 """The database's form, from the first version on; and that no table of people's is forgotten."""
 
+import multiprocessing
 import sqlite3
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -73,6 +74,22 @@ def test_the_migrations_make_the_tables_that_the_models_have(database):
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
+
+
+@both
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_servers_that_start_at_once_migrate_in_turns(settings):
+    context = multiprocessing.get_context("fork")
+    servers = [context.Process(target=migrate, args=(settings.database,)) for _ in range(4)]
+    for server in servers:
+        server.start()
+    for server in servers:
+        server.join()
+    assert [server.exitcode for server in servers] == 4 * [0]
+
+
+def migrate(url: str) -> None:
+    Database(url).migrate()
 
 
 def test_every_table_says_whose_its_rows_are():

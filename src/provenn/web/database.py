@@ -17,6 +17,7 @@ from provenn.errors import UserError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 WRITES = "writes"  # the option of a connection that tells `_immediate` what its transaction is for
+MIGRATING = 1910_03151  # the lock that servers which start at the same moment take in turns
 BUSY_MS = 10_000  # that a writer waits for another before it gives up
 
 
@@ -58,6 +59,8 @@ class Database:
                     command.upgrade(config, "head")
             else:
                 with self.engine.begin() as connection:
+                    if self.engine.dialect.name == "postgresql":
+                        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATING})")
                     config.attributes["connection"] = connection
                     command.upgrade(config, "head")
         except DBAPIError as error:
