@@ -40,10 +40,12 @@ class Suggested(NamedTuple):
     approved: bool | None
 
 
-def counts(session: Session) -> Counts:
-    """Of all papers."""
+def counts(session: Session, paper: str | None = None) -> Counts:
+    """Of all papers, or of one."""
     votes = select(Vote.paper, func.count()).group_by(Vote.paper)
     comments = select(Comment.paper, func.count()).where(Comment.hidden.is_(None)).group_by(Comment.paper)
+    if paper is not None:
+        votes, comments = votes.where(Vote.paper == paper), comments.where(Comment.paper == paper)
     return Counts(dict(session.execute(votes).tuples().all()), dict(session.execute(comments).tuples().all()))
 
 

@@ -52,7 +52,7 @@ def paper(request: Request, name: str, before: Annotated[int | None, Query(ge=1,
         return RedirectResponse(f"/papers/{entry.slug}", 301)
     person = visitor_of(request).person
     with site_of(request).database.reading() as session:
-        counts = opinions.counts(session)
+        counts = opinions.counts(session, entry.slug)
         voted = opinions.votes_by(session, person.id) if person else set()
         comments = opinions.comments_on(session, entry.slug, before)
     return page(
