@@ -1,6 +1,7 @@
 """What every page is made from, and how: one object that lives as long as the application."""
 
 import hashlib
+import textwrap
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from provenn.web.limits import Limits
 from provenn.web.settings import Settings
 
 HERE = Path(__file__).parent
+COLUMNS = 78  # of a plain mail
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,17 @@ class Site:
         """The templates, with what all of them may use."""
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE / "templates"),
-            autoescape=True,
+            autoescape=lambda name: not (name or "").endswith(".txt"),
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.do"],
         )
-        environment.filters |= {"slug": lambda words: str(words).replace(" ", "-"), "cell": view.cell}
+        environment.filters |= {
+            "slug": lambda words: str(words).replace(" ", "-"),
+            "cell": view.cell,
+            "wrapped": wrapped,
+        }
         environment.globals |= {
             "site": self,
             "version": __version__,
@@ -60,6 +66,19 @@ class Site:
     def render(self, name: str, **context: Any) -> str:
         """A template as text."""
         return self.templates.get_template(name).render(**context)
+
+
+def wrapped(text: str, first: str = "", later: str | None = None) -> str:
+    """Lines of at most 78 columns, as plain mails have them; an address that is longer stands on a line of its own."""
+    rest = " " * len(first) if later is None else later
+    return textwrap.fill(
+        " ".join(text.split()),
+        COLUMNS,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _digest(content: bytes) -> str:
