@@ -1,10 +1,11 @@
-"""Verbs of the web catalogue: serve, and the operator's page."""
+"""Verbs of the web catalogue: serve, digest, and the operator's page."""
 
 import json as text_of
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +41,7 @@ def serve(
     try:
         import uvicorn
 
-        from provenn.web import Settings, create_app
+        from provenn.web import Settings, create_app, mail
     except ModuleNotFoundError as error:
         raise UserError(f"{NEEDED} (there is no {error.name})") from None
     here = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
@@ -48,7 +49,47 @@ def serve(
     application = create_app(settings)
     shown = settings.url
     tell(f"provenn: the catalogue is at {shown} (Ctrl-C ends it)")
+    at = f"; the digest goes at {settings.digest_at} UTC" if settings.digest_at else ""
+    tell(f"provenn: {mail.route(settings)}{at}")
     uvicorn.run(application, host=host, port=port, log_level="warning", proxy_headers=True, server_header=False)
+
+
+@app.command()
+def digest(
+    send: Annotated[
+        bool, typer.Option("--send", help="Send it; else what would go is printed, and nothing kept.")
+    ] = False,
+    daily: Annotated[bool, typer.Option("--daily", help="Only to those who have it daily.")] = False,
+    weekly: Annotated[bool, typer.Option("--weekly", help="Only to those who have it weekly.")] = False,
+    date: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The day; by default today, UTC.")] = None,
+    home: Home = None,
+    url: Annotated[str | None, typer.Option(help="Where readers reach the catalogue, for links in the mails.")] = None,
+) -> None:
+    """Mail what is new to those who asked for it, for cron. Nobody gets it twice on a day, however often this runs.
+
+    A weekly digest goes on the first run of a week, Monday being its first day.
+
+    \b
+    provenn digest
+    PROVENN_SMTP=smtp://me:password@mail.example.org:587 provenn digest --send --url https://papers.example.org
+    """
+    with _database(home) as database:
+        from provenn.web import Settings
+        from provenn.web import digest as mails
+        from provenn.web.site import Site
+
+        site = Site(Settings.read(home=home, url=url), database)
+        day = (date or datetime.now(UTC)).date()
+        frequencies = [name for name, wanted in (("daily", daily), ("weekly", weekly)) if wanted] or mails.FREQUENCIES
+        if not send:
+            typer.echo(mails.preview(site, day, frequencies), nl=False)
+            return
+        tally = mails.run(site, day, frequencies)
+    for trouble in tally.troubles:
+        tell(f"provenn: {trouble}")
+    if tally.down:
+        raise UserError(f"digest of {day}: {tally}: {tally.down}")
+    typer.echo(f"digest of {day}: {tally}")
 
 
 class What(StrEnum):

@@ -13,12 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from provenn import __version__
-from provenn.web import pages, people
+from provenn.web import pages, people, subscriptions
 from provenn.web.database import Database
+from provenn.web.digest import Clock
 from provenn.web.settings import Settings
 from provenn.web.site import HERE, Site, page
 
-ROUTERS = (pages.router, people.router)
+ROUTERS = (pages.router, people.router, subscriptions.router)
 
 # No script, style or picture from elsewhere, none inside a page, and no page inside another's frame.
 POLICY = (
@@ -70,7 +71,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
+        clock = Clock(app.state.site)
+        clock.start()
         yield
+        clock.stop()
         database.close()
 
     app = FastAPI(title="provenn", version=__version__, docs_url=None, redoc_url=None, lifespan=living)

@@ -29,7 +29,9 @@ from provenn.web.site import Site
 
 SECONDS = 20.0  # that a mail server has to answer
 END_SECONDS = 120.0  # and to answer the end of the data, where an early hang-up would leave us in the dark
-POLICY = policy.SMTP.clone(cte_type="7bit")  # passes through every server, and is read in a file as well
+# Passes through every server and can be read in a file. A link in a header is not folded to the next line, where some
+# programs do not look for it.
+POLICY = policy.SMTP.clone(cte_type="7bit", max_line_length=200)
 SYNTAX, CLOSING = 500, 421  # replies from the one on are final; the other ends the connection
 
 
