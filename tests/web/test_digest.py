@@ -48,6 +48,7 @@ def other_than(slug: str, *more: Standing) -> Standing:
     return next(s for s in Standing if s not in (CATALOGUE[slug].statements[0].judgement.standing, *more))
 
 
+both = pytest.mark.parametrize("settings", ["sqlite", "postgresql"], indirect=True)
 CHANGED = catalogue(eca_net=other_than("eca_net"))
 
 
@@ -140,6 +141,7 @@ def test_who_subscribes_later_is_told_of_what_is_later(site):
     assert [message["To"] for message in files(site)] == ["ada@example.org"]
 
 
+@both
 def test_a_day_is_sent_once_however_often_it_runs(site):
     subscribe(site, *PEOPLE)
     with mail_server() as server:
@@ -151,6 +153,7 @@ def test_a_day_is_sent_once_however_often_it_runs(site):
     assert "eca_net" in text_of(server.mails[-1]), "it changed back"
 
 
+@both
 def test_a_weekly_digest_goes_once_a_week_on_the_first_run(site):
     subscribe(site, "ada@example.org", often="weekly")
     with mail_server() as server:
@@ -206,6 +209,7 @@ def test_killed_at_every_mail_each_person_still_gets_exactly_one(site, where, tu
     assert len({message["Message-ID"] for message in server.mails}) == len(PEOPLE)
 
 
+@both
 def test_killed_between_claim_and_end_nobody_gets_two_and_the_news_come_with_the_next(site):
     plan(site, "ada@example.org")
     with mail_server() as server:
@@ -235,6 +239,7 @@ def test_files_are_written_once_even_where_a_run_was_killed_in_between(site):
     assert sorted(message["To"] for message in files(site)) == sorted(PEOPLE)
 
 
+@both
 def test_runs_at_once_send_each_mail_once(site):
     people = [f"reader{number}@example.org" for number in range(12)]
     plan(site, *people)
@@ -247,6 +252,7 @@ def test_runs_at_once_send_each_mail_once(site):
     assert states(site) == {SENT: len(people)}
 
 
+@both
 def test_plans_at_once_plan_each_mail_once(site):
     subscribe(site, *PEOPLE)
     failed = []
@@ -291,6 +297,7 @@ def test_a_server_that_is_down_loses_nothing(site):
     assert sorted(server.recipients) == sorted(PEOPLE)
 
 
+@both
 def test_after_a_day_without_a_server_one_mail_tells_of_both_days(site):
     plan(site, "ada@example.org")
     papers = catalogue(eca_net=other_than("eca_net"), rat=other_than("rat"))
@@ -301,19 +308,25 @@ def test_after_a_day_without_a_server_one_mail_tells_of_both_days(site):
     assert states(site) == {LATE: 1, SENT: 1}
 
 
-def test_a_server_that_hangs_is_left_after_a_few_and_nobody_gets_two(site, monkeypatch):
+def test_where_a_server_does_not_answer_nobody_gets_two_on_a_day_and_the_news_come_again(site, monkeypatch):
     plan(site, *PEOPLE)
     monkeypatch.setattr(mail, "END_SECONDS", 0.1)
     with mail_server() as server:
+        here = at(site, server.port, CHANGED)
         server.slow = 2.0
-        tally = digest.deliver(at(site, server.port), MONDAY)
+        tally = digest.deliver(here, MONDAY)
         server.slow = 0.0
-        digest.deliver(at(site, server.port), MONDAY)
-    assert tally.counts[UNKNOWN] == len(PEOPLE) and sorted(server.recipients) == sorted(PEOPLE)
+        digest.run(here, MONDAY)
+        assert tally.counts[UNKNOWN] == len(PEOPLE) and sorted(server.recipients) == sorted(PEOPLE)
+        monkeypatch.undo()
+        assert digest.run(here, MONDAY + timedelta(days=1)).counts[SENT] == len(PEOPLE)
+        assert digest.run(here, MONDAY + timedelta(days=2)).counts[SENT] == 0
+
+
+def test_a_server_that_is_silent_is_left_at_once(site, monkeypatch):
+    plan(site, *PEOPLE)
     monkeypatch.setattr(mail, "SECONDS", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent, site.database.session() as session:
-        session.execute(update(Mailing).values(state=PLANNED))
-        session.commit()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
         tally = digest.deliver(at(site, silent.getsockname()[1]), MONDAY)
     assert tally.down and states(site) == {PLANNED: len(PEOPLE)}
 
@@ -410,6 +423,7 @@ def kept(client) -> dict[str, str]:
         return dict(session.execute(select(Subscription.email, Subscription.often)).tuples().all())
 
 
+@both
 def test_a_subscription_begins_with_a_button_behind_a_link_that_works_once(client):
     assert ask(client, " Ada@Example.org").status_code == 200
     link = link_in(files(client.app.state.site)[-1])
@@ -476,6 +490,7 @@ def test_how_often_is_changed_by_the_link_of_every_mail(client):
     assert kept(client) == {"ada@example.org": "daily"}, "and by asking again"
 
 
+@both
 def test_one_click_of_a_mail_program_ends_a_subscription_and_no_other(client):
     confirm(client, "ada@example.org")
     confirm(client, "grace@example.org")
@@ -501,6 +516,7 @@ def test_one_click_of_a_mail_program_ends_a_subscription_and_no_other(client):
     assert len(kept(client)) == 2, "the link of one that has ended does not end the one that came after it"
 
 
+@both
 def test_nothing_is_left_of_who_is_forgotten(client):
     confirm(client, "ada@example.org")
     confirm(client, "grace@example.org")
