@@ -517,14 +517,15 @@ def test_one_click_of_a_mail_program_ends_a_subscription_and_no_other(client):
 
 
 @both
-def test_nothing_is_left_of_who_is_forgotten(client):
+@pytest.mark.parametrize("forget", [subscriptions.forget, accounts.delete_person])
+def test_nothing_is_left_of_who_is_forgotten(client, forget):
     confirm(client, "ada@example.org")
     confirm(client, "grace@example.org")
     ask(client, "ada@example.org")
     site = at(client.app.state.site, catalogue=CHANGED)
     digest.run(site, MONDAY)
     with site.database.session() as session:
-        subscriptions.forget(session, "ada@example.org")
+        forget(session, "ada@example.org")
     with site.database.reading() as session:
         left = [
             str(accounts.everything_of(session, Person(id=0, email=email)))
