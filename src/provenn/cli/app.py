@@ -194,6 +194,7 @@ def _refuse(message: str) -> int:
 
 def _help(given: Sequence[str]) -> str:
     verbs = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    verbs |= {group.name for group in app.registered_groups if group.name}
     return " ".join(["provenn", *(word for word in given[:1] if word in verbs), "--help"])
 
 

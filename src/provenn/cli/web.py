@@ -1,24 +1,35 @@
-"""Verbs of the web catalogue: serve."""
+"""Verbs of the web catalogue: serve, digest, and the operator's page."""
 
+import json as text_of
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from provenn.cli.app import app, tell
+from provenn.cli.app import Json, app, tell
 from provenn.errors import UserError
+from provenn.files import whole
+
+if TYPE_CHECKING:  # slow to import, and not there without the extra
+    from provenn.web.database import Database
 
 NEEDED = "the web catalogue needs more packages: pip install 'provenn[web]'"
+Home = Annotated[Path | None, typer.Option(help="Folder of the embedded database; by default ~/.local/share/provenn.")]
+page = typer.Typer(help="What the operator of a catalogue does: list, hide, approve, export, delete.")
+app.add_typer(page, name="page")
 
 
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for everybody.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port.", min=0, max=65535)] = 8000,
-    home: Annotated[
-        Path | None, typer.Option(help="Folder of the embedded database; by default ~/.local/share/provenn.")
-    ] = None,
+    home: Home = None,
     url: Annotated[str | None, typer.Option(help="Where readers reach it, for links in mails and feeds.")] = None,
 ) -> None:
     """The web catalogue: every paper, what holds of it, and a try, in a browser.
@@ -30,7 +41,7 @@ def serve(
     try:
         import uvicorn
 
-        from provenn.web import Settings, create_app
+        from provenn.web import Settings, create_app, mail
     except ModuleNotFoundError as error:
         raise UserError(f"{NEEDED} (there is no {error.name})") from None
     here = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
@@ -38,4 +49,185 @@ def serve(
     application = create_app(settings)
     shown = settings.url
     tell(f"provenn: the catalogue is at {shown} (Ctrl-C ends it)")
+    at = f"; the digest goes at {settings.digest_at} UTC" if settings.digest_at else ""
+    tell(f"provenn: {mail.route(settings)}{at}")
     uvicorn.run(application, host=host, port=port, log_level="warning", proxy_headers=True, server_header=False)
+
+
+@app.command()
+def digest(
+    send: Annotated[
+        bool, typer.Option("--send", help="Send it; else what would go is printed, and nothing kept.")
+    ] = False,
+    daily: Annotated[bool, typer.Option("--daily", help="Only to those who have it daily.")] = False,
+    weekly: Annotated[bool, typer.Option("--weekly", help="Only to those who have it weekly.")] = False,
+    date: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The day; by default today, UTC.")] = None,
+    home: Home = None,
+    url: Annotated[str | None, typer.Option(help="Where readers reach the catalogue, for links in the mails.")] = None,
+) -> None:
+    """Mail what is new to those who asked for it, for cron. Nobody gets it twice on a day, however often this runs.
+
+    A weekly digest goes on the first run of a week, Monday being its first day.
+
+    \b
+    provenn digest
+    PROVENN_SMTP=smtp://me:password@mail.example.org:587 provenn digest --send --url https://papers.example.org
+    """
+    with _database(home) as database:
+        from provenn.web import Settings
+        from provenn.web import digest as mails
+        from provenn.web.site import Site
+
+        site = Site(Settings.read(home=home, url=url), database)
+        day = (date or datetime.now(UTC)).date()
+        frequencies = [name for name, wanted in (("daily", daily), ("weekly", weekly)) if wanted] or mails.FREQUENCIES
+        if not send:
+            typer.echo(mails.preview(site, day, frequencies), nl=False)
+            return
+        tally = mails.run(site, day, frequencies)
+    for trouble in tally.troubles:
+        tell(f"provenn: {trouble}")
+    if tally.down:
+        raise UserError(f"digest of {day}: {tally}: {tally.down}")
+    typer.echo(f"digest of {day}: {tally}")
+
+
+class What(StrEnum):
+    """What people leave behind, as the operator lists it."""
+
+    COMMENTS = "comments"
+    REPORTS = "reports"
+    SUGGESTIONS = "suggestions"
+    PEOPLE = "people"
+
+
+@page.command("list")
+def list_rows(what: What, home: Home = None, json: Json = False) -> None:
+    """Comments, reports, suggestions or people, the newest first.
+
+    \b
+    provenn page list reports
+    provenn page list comments --json
+    """
+    from provenn.cli import console
+
+    with _database(home) as database:
+        from provenn.web import overview
+
+        with database.reading() as session:
+            rows = overview.rows(session, what.value)
+    if json:
+        console.machine(rows)
+    elif rows:
+        cells = [[console.escape(_cell(value)) for value in row.values()] for row in rows]
+        console.console().print(console.table([name.replace("_", " ") for name in rows[0]], cells))
+    else:
+        tell(f"there are no {what.value}")
+
+
+@page.command()
+def hide(number: Annotated[int, typer.Argument(help="The comment's number.")], home: Home = None) -> None:
+    """Hide a comment: readers see that the operator hid it."""
+    _set_hidden(number, home, True)
+
+
+@page.command()
+def show(number: Annotated[int, typer.Argument(help="The comment's number.")], home: Home = None) -> None:
+    """Show a comment again that was hidden."""
+    _set_hidden(number, home, False)
+
+
+@page.command()
+def approve(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv number.")], home: Home = None) -> None:
+    """Say that a suggested paper will come."""
+    _decide(arxiv, home, True)
+
+
+@page.command()
+def decline(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv number.")], home: Home = None) -> None:
+    """Say that a suggested paper will not come."""
+    _decide(arxiv, home, False)
+
+
+@page.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A file of JSON lines; what it held is replaced once all is written.")],
+    home: Home = None,
+) -> None:
+    """Everything that people wrote, one row a line: the whole file, or none."""
+    with _database(home) as database:
+        from provenn.web import accounts
+
+        count = 0
+        with database.reading() as session, whole(file) as place, place.open("w", encoding="utf-8") as lines:
+            for count, row in enumerate(accounts.every_row(session), start=1):  # noqa: B007
+                lines.write(text_of.dumps(row, ensure_ascii=False) + "\n")
+    tell(f"{count} rows are in {file}")
+
+
+@page.command()
+def delete(
+    who: Annotated[str, typer.Argument(help="A mail address, or a person's number.")],
+    home: Home = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a person with everything that is theirs, for good."""
+    with _database(home) as database:
+        from provenn.web import accounts
+
+        with database.reading() as session:
+            person = accounts.find_person(session, who)
+        email = person.email if person else who.strip().lower()
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UserError(f"nothing was deleted: give --yes to delete {email} without being asked")
+            typer.confirm(f"Delete {email} with everything that is theirs?", abort=True)
+        with database.session() as session:
+            count = accounts.delete_person(session, email, person.id if person else None)
+    if not count:
+        raise UserError(f"nobody is known by {who!r}; `provenn page list people` names them all")
+    tell(f"{email} is deleted, with everything that was theirs")
+
+
+@contextmanager
+def _database(home: Path | None) -> "Iterator[Database]":
+    """The catalogue's database, which must be there."""
+    try:
+        from provenn.web import Settings
+        from provenn.web.database import Database
+    except ModuleNotFoundError as error:
+        raise UserError(f"{NEEDED} (there is no {error.name})") from None
+    settings = Settings.read(home=home)
+    if not settings.database_url and not (settings.home / "catalogue.db").is_file():
+        raise UserError(f"no catalogue in {settings.home}: give --home or DATABASE_URL, as for provenn serve")
+    database = Database(settings.database)
+    try:
+        database.migrate()
+        yield database
+    finally:
+        database.close()
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+
+def _set_hidden(number: int, home: Path | None, hidden: bool) -> None:
+    with _database(home) as database:
+        from provenn.web import models, opinions
+
+        with database.session() as session:
+            if not 0 < number <= models.MOST or not opinions.hide(session, number, hidden):
+                raise UserError(f"there is no comment {number}; `provenn page list comments` names them all")
+    tell(f"comment {number} is {'hidden' if hidden else 'shown'}")
+
+
+def _decide(arxiv: str, home: Path | None, approved: bool) -> None:
+    with _database(home) as database:
+        from provenn.web import opinions
+
+        number = opinions.canonical_number(arxiv)
+        with database.session() as session:
+            if not opinions.decide(session, number, approved):
+                raise UserError(f"nobody suggested {number}; `provenn page list suggestions` names them all")
+    tell(f"arXiv:{number} is {'approved' if approved else 'declined'}")

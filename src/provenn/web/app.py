@@ -6,18 +6,20 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from provenn import __version__
-from provenn.web import figures, pages
+from provenn.web import figures, pages, people, subscriptions
 from provenn.web.database import Database
+from provenn.web.digest import Clock
 from provenn.web.settings import Settings
 from provenn.web.site import HERE, Site, page
 
-ROUTERS = (pages.router, figures.router)
+ROUTERS = (pages.router, figures.router, people.router, subscriptions.router)
 
 # No script, style or picture from elsewhere, none inside a page, and no page inside another's frame.
 POLICY = (
@@ -65,12 +67,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         UserError: the settings or the database cannot be used.
     """
     settings = Settings.read() if settings is None else settings
+    settings.signing_key()  # drawn here where it is new, before two requests can draw one each
     database = Database(settings.database)
     database.migrate()
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
+        clock = Clock(app.state.site)
+        clock.start()
         yield
+        clock.stop()
         database.close()
 
     app = FastAPI(title="provenn", version=__version__, docs_url=None, redoc_url=None, lifespan=living)
@@ -82,6 +88,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _unread)
+    app.add_exception_handler(OperationalError, _unavailable)
     return app
 
 
@@ -97,13 +104,21 @@ def _answer(request: Request, status: int, words: str, headers: dict[str, str] |
     return answer
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers) if error.headers else None
     return _answer(request, error.status_code, str(error.detail), headers)
 
 
-async def _unread(request: Request, error: Exception) -> Response:
+def _unread(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     words = "; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
     return _answer(request, 422, words)
+
+
+def _unavailable(request: Request, error: Exception) -> Response:
+    """The database is away, or busy for longer than anybody waits: no page can be drawn that reads it."""
+    words = "The database does not answer: try again in a moment."
+    if _wants_json(request):
+        return JSONResponse({"error": words}, 503, {"Retry-After": "5"})
+    return PlainTextResponse(words, 503, {"Retry-After": "5"})

@@ -1,15 +1,19 @@
 """The catalogue's pages for readers: the list, a paper, what did not hold."""
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from typing import Annotated
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from provenn import catalog
 from provenn.evidence import view
 from provenn.evidence.statement import Standing
-from provenn.web import readme
+from provenn.web import opinions, readme
 from provenn.web.catalogue import Entry
 from provenn.web.listing import HAS, SORTS, Listing
+from provenn.web.models import MOST
 from provenn.web.site import page, site_of, tagged
+from provenn.web.visitors import visitor_of
 
 router = APIRouter(default_response_class=Response)
 MOST_TAGS = 24
@@ -21,8 +25,11 @@ def papers(request: Request) -> Response:
     """The list of papers, in the state that the query string names."""
     site = site_of(request)
     listing = Listing.of(request.query_params)
-    votes: dict[str, int] = {}
-    entries = listing.choose(site.catalogue, votes)
+    person = visitor_of(request).person
+    with site.database.reading() as session:
+        counts = opinions.counts(session)
+        voted = opinions.votes_by(session, person.id) if person else set()
+    entries = listing.choose(site.catalogue, counts.votes)
     return page(
         request,
         "papers.html",
@@ -33,15 +40,22 @@ def papers(request: Request) -> Response:
         has=HAS,
         standings=list(Standing),
         tags=site.catalogue.tags[:MOST_TAGS],
+        counts=counts,
+        voted=voted,
     )
 
 
 @router.get("/papers/{name}", include_in_schema=False)
-def paper(request: Request, name: str) -> Response:
-    """A paper's page; of an arXiv number, the way to it."""
+def paper(request: Request, name: str, before: Annotated[int | None, Query(ge=1, le=MOST)] = None) -> Response:
+    """A paper's page, with its newest comments or those before a number; of an arXiv number, the way to it."""
     entry = found(request, name)
     if entry.slug != name:
         return RedirectResponse(f"/papers/{entry.slug}", 301)
+    person = visitor_of(request).person
+    with site_of(request).database.reading() as session:
+        counts = opinions.counts(session, entry.slug)
+        voted = opinions.votes_by(session, person.id) if person else set()
+        comments = opinions.comments_on(session, entry.slug, before)
     return page(
         request,
         "paper.html",
@@ -51,6 +65,10 @@ def paper(request: Request, name: str) -> Response:
         readme=readme.of_folder(entry.card.folder),
         repeat=view.repeat(entry.slug, entry.evidence) if entry.evidence.records else "",
         where=view.where(entry.evidence.occasions),
+        counts=counts,
+        voted=voted,
+        comments=comments[: opinions.SHOWN],
+        older=len(comments) > opinions.SHOWN,
     )
 
 

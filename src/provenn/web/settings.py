@@ -1,14 +1,18 @@
 """What the operator of a catalogue can set: by the environment, all with defaults that work on one's own machine."""
 
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from provenn.errors import UserError
 from provenn.files import whole
+from provenn.web.addresses import mailbox
 
 PREFIX = "PROVENN_"
 
@@ -22,7 +26,11 @@ class Settings(BaseModel):
         secret: signs cookies and links; by default drawn once and kept in `home`.
         url: where readers reach the catalogue, without a slash at the end; links in mails and feeds start with it.
         smtp: `smtp://user:password@host:port` or `smtps://…`; without one, mails become `.eml` files in `home/mails`.
-        mail_from: the sender of every mail.
+        smtp_tls: `auto` uses TLS where the server offers it, and sends a password by TLS alone; `required` sends none
+            without. Both verify the certificate (of one's own authority, by the variable `SSL_CERT_FILE`). `unverified`
+            requires TLS and takes any certificate.
+        mail_from: the sender of every mail, with or without a name: `provenn <digest@example.org>`.
+        digest_at: when the server sends digests, as `07:00` in UTC; "" where cron runs `provenn digest --send`.
         demos: whether papers can be tried.
         demo_workers: demos that run at once; by default one a core.
         demo_seconds, demo_megabytes: what one demo may take.
@@ -36,7 +44,9 @@ class Settings(BaseModel):
     secret: str = ""
     url: str = "http://127.0.0.1:8000"
     smtp: str = ""
+    smtp_tls: Literal["auto", "required", "unverified"] = "auto"
     mail_from: str = "provenn@localhost"
+    digest_at: str = ""
     demos: bool = True
     demo_workers: int = 0
     demo_seconds: float = 60.0
@@ -57,6 +67,36 @@ class Settings(BaseModel):
             raise ValueError(f"url must start with http:// or https://, got {url!r}")
         return url.rstrip("/")
 
+    @field_validator("smtp")
+    @classmethod
+    def a_mail_server(cls, smtp: str) -> str:
+        """An address of a mail server, or none."""
+        server = urlsplit(smtp)
+        if smtp and (server.scheme not in ("smtp", "smtps") or not server.hostname or server.path.strip("/")):
+            raise ValueError("smtp must be smtp://USER:PASSWORD@HOST:PORT or smtps://…, user and port may be left out")
+        if smtp and server.port == 0:
+            raise ValueError("port 0 is no mail server's")
+        return smtp
+
+    @field_validator("mail_from")
+    @classmethod
+    def a_mailbox(cls, mail_from: str) -> str:
+        """One address, with or without a name."""
+        return str(mailbox(mail_from))
+
+    @field_validator("digest_at")
+    @classmethod
+    def a_time_of_day(cls, digest_at: str) -> str:
+        """Hours and minutes, or nothing."""
+        if digest_at and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", digest_at):
+            raise ValueError("digest_at must be hours and minutes in UTC such as 07:00")
+        return digest_at
+
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """The variable that a setting is read from."""
+        return PREFIX + name.upper()
+
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ, **given: object) -> "Settings":
         """From the environment; what is `given` and not None goes before it.
@@ -64,7 +104,7 @@ class Settings(BaseModel):
         Raises:
             UserError: a variable's value cannot be read, or a name with the prefix is no setting.
         """
-        variables = {name: PREFIX + name.upper() for name in cls.model_fields}
+        variables = {name: cls.variable(name) for name in cls.model_fields}
         found: dict[str, object] = {name: environment[v] for name, v in variables.items() if v in environment}
         if environment.get("DATABASE_URL"):
             found["database_url"] = environment["DATABASE_URL"]
@@ -72,7 +112,11 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(found)
         except ValidationError as error:
-            words = (f"{each['loc'][0]}: {each['msg']}, got {each['input']!r}" for each in error.errors())
+            words = (
+                f"{each['loc'][0]}: {each['msg']}"
+                + ("" if each["loc"][0] == "smtp" else f", got {each['input']!r}")  # a password may be in it
+                for each in error.errors()
+            )
             raise UserError(f"settings of the catalogue: {'; '.join(words)}") from None
 
     @property

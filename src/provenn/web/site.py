@@ -1,6 +1,7 @@
 """What every page is made from, and how: one object that lives as long as the application."""
 
 import hashlib
+import textwrap
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,28 +13,31 @@ from fastapi.responses import HTMLResponse
 
 from provenn import __version__
 from provenn.evidence import view
-from provenn.web import drawing, words
+from provenn.web import drawing, opinions, words
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database
+from provenn.web.limits import Limits
 from provenn.web.settings import Settings
 
 HERE = Path(__file__).parent
+COLUMNS = 78  # of a plain mail
 
 
 @dataclass(frozen=True)
 class Site:
-    """The catalogue, the database and the settings that all pages share."""
+    """The catalogue, the database, the settings and the limits that all pages share."""
 
     settings: Settings
     database: Database
     catalogue: Catalogue = field(default_factory=Catalogue)
+    limits: Limits = field(default_factory=Limits)
 
     @cached_property
     def templates(self) -> jinja2.Environment:
         """The templates, with what all of them may use."""
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE / "templates"),
-            autoescape=True,
+            autoescape=lambda name: not (name or "").endswith(".txt"),
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -44,6 +48,7 @@ class Site:
             "cell": view.cell,
             "plainly": words.plainly,
             "coded": words.coded,
+            "wrapped": wrapped,
         }
         environment.globals |= {
             "site": self,
@@ -51,6 +56,7 @@ class Site:
             "view": view,
             "drawing": drawing,
             "amount": words.amount,
+            "markdown": opinions.as_html,
             "asset": self.asset,
             "link": lambda path: path,
         }
@@ -65,6 +71,19 @@ class Site:
         return self.templates.get_template(name).render(**context)
 
 
+def wrapped(text: str, first: str = "", later: str | None = None) -> str:
+    """Lines of at most 78 columns, as plain mails have them; an address that is longer stands on a line of its own."""
+    rest = " " * len(first) if later is None else later
+    return textwrap.fill(
+        " ".join(text.split()),
+        COLUMNS,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -76,11 +95,13 @@ def site_of(request: Request) -> Site:
 
 def page(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
     """A page for this visitor; unchanged since they last had it, its name alone (304)."""
-    from provenn.web.visitors import visitor_of
+    from provenn.web.visitors import keep, visitor_of
 
     site = site_of(request)
     text = site.render(template, request=request, visitor=visitor_of(request), **context)
-    return tagged(request, HTMLResponse(text, status))
+    response = tagged(request, HTMLResponse(text, status))
+    keep(request, response)
+    return response
 
 
 def tagged(request: Request, response: Response, keep: str = "private, no-cache") -> Response:

@@ -1,23 +1,138 @@
-"""Who reads a page."""
+"""Who reads a page, by a cookie that names a session; and whether a form that they post is ours."""
 
-from dataclasses import dataclass
+import secrets
+from hashlib import sha256
+from typing import Annotated
+from urllib.parse import quote, urlsplit
 
-from fastapi import Request
+from fastapi import Depends, Form, HTTPException, Request, Response
+from itsdangerous import BadSignature, Signer, TimestampSigner
+
+from provenn.web import accounts
+from provenn.web.models import Person
+from provenn.web.settings import Settings
+from provenn.web.site import Site, site_of
+
+OURS = (None, "same-origin", "none")  # what a browser says of where a request comes from; None is said by old ones
 
 
-@dataclass(frozen=True)
 class Visitor:
     """Somebody who reads a page.
 
     Args:
+        secret: what their cookie carries; "" where they have none yet.
         person: the row of who is signed in; None for anybody.
-        csrf: goes with every form; what posts another one is refused.
     """
 
-    person: None = None
-    csrf: str = ""
+    def __init__(self, settings: Settings, secret: str = "", person: Person | None = None):
+        self.secret, self.person = secret, person
+        self.fresh = False
+        self._signer = _signer(settings, "form")
+
+    @property
+    def csrf(self) -> str:
+        """Goes with every form, and belongs to the cookie: whoever has none yet gets one with the page."""
+        if not self.secret:
+            self.secret, self.fresh = secrets.token_urlsafe(32), True
+        return self._signer.get_signature(self.secret).decode()
+
+    def sent(self, csrf: str) -> bool:
+        """Whether a form with that field came from a page of this visitor's."""
+        return bool(self.secret) and self._signer.verify_signature(self.secret, csrf)
 
 
 def visitor_of(request: Request) -> Visitor:
     """Who sent a request, by their cookie."""
-    return Visitor()
+    if not hasattr(request.state, "visitor"):
+        request.state.visitor = _visitor(request)
+    visitor: Visitor = request.state.visitor
+    return visitor
+
+
+def _visitor(request: Request) -> Visitor:
+    site = site_of(request)
+    cookie = request.cookies.get(cookie_name(site))
+    if cookie is None:
+        return Visitor(site.settings)
+    try:
+        secret = _signer(site.settings, "cookie").unsign(cookie).decode()
+    except (BadSignature, UnicodeError):
+        return Visitor(site.settings)
+    with site.database.reading() as session:
+        return Visitor(site.settings, secret, accounts.person_of(session, secret))
+
+
+def cookie_name(site: Site) -> str:
+    """The cookie's name; behind TLS one that no other host of the domain can set."""
+    return "__Host-provenn" if site.settings.secure else "provenn"
+
+
+def keep(request: Request, response: Response) -> None:
+    """Give the visitor the cookie that a form on the page belongs to, where they had none."""
+    visitor = visitor_of(request)
+    if visitor.fresh:
+        _give(site_of(request), response, visitor.secret, None)
+
+
+def welcome(request: Request, response: Response, secret: str) -> None:
+    """Give the cookie of a new session, whatever the browser had before."""
+    _give(site_of(request), response, secret, accounts.SESSION_LASTS.days * 86_400)
+
+
+def part(request: Request, response: Response) -> None:
+    """Take the cookie back."""
+    site = site_of(request)
+    response.delete_cookie(cookie_name(site), httponly=True, samesite="lax", secure=site.settings.secure)
+
+
+def _give(site: Site, response: Response, secret: str, seconds: int | None) -> None:
+    value, secure = signed_cookie(site.settings, secret), site.settings.secure
+    response.set_cookie(cookie_name(site), value, seconds, path="/", httponly=True, samesite="lax", secure=secure)
+
+
+def signed_cookie(settings: Settings, secret: str) -> str:
+    """What the cookie holds: the secret of a session, signed."""
+    return _signer(settings, "cookie").sign(secret).decode()
+
+
+def link_token(settings: Settings, secret: str) -> str:
+    """What a link in a mail ends with: the secret, signed with the time."""
+    return _stamp(settings).sign(secret).decode()
+
+
+def secret_of_link(settings: Settings, token: str) -> str | None:
+    """The secret of a link; None where it was tampered with, or is too old."""
+    try:
+        return _stamp(settings).unsign(token, max_age=int(accounts.LINK_LASTS.total_seconds())).decode()
+    except (BadSignature, UnicodeError):
+        return None
+
+
+def _stamp(settings: Settings) -> TimestampSigner:
+    return TimestampSigner(settings.signing_key(), salt="provenn.link", digest_method=sha256)
+
+
+def _signer(settings: Settings, purpose: str) -> Signer:
+    return Signer(settings.signing_key(), salt=f"provenn.{purpose}", digest_method=sha256)
+
+
+def posted(request: Request, csrf: Annotated[str, Form()] = "") -> Visitor:
+    """The visitor who posts a form, which must come from a page of ours that they read."""
+    hosts = request.headers.get("host"), urlsplit(site_of(request).settings.url).netloc
+    known = {None, *(f"{scheme}://{host}" for host in hosts for scheme in ("http", "https"))}
+    if request.headers.get("origin") not in known or request.headers.get("sec-fetch-site") not in OURS:
+        raise HTTPException(403, "This form was sent from another site: open the page here and send it again.")
+    visitor = visitor_of(request)
+    if not visitor.sent(csrf):
+        raise HTTPException(403, "This form is out of date: open the page again and send it from there.")
+    return visitor
+
+
+def posted_by_person(request: Request, visitor: Annotated[Visitor, Depends(posted)]) -> Person:
+    """Who posts a form that wants somebody who is signed in; others are led to where they can."""
+    if visitor.person is None:
+        if "application/json" in request.headers.get("accept", ""):
+            raise HTTPException(401, "Sign in first.")
+        paper = request.path_params.get("name", "")
+        raise HTTPException(303, "Sign in first.", {"Location": f"/sign-in?paper={quote(paper[:100], safe='')}"})
+    return visitor.person

@@ -20,6 +20,22 @@ for (const form of document.querySelectorAll("form[data-live]")) {
   form.addEventListener("submit", (event) => { event.preventDefault(); clearTimeout(waiting); show(true); });
 }
 
+// A vote counts at once; where that does not go, the form is sent and the server's page says why.
+document.addEventListener("submit", async (event) => {
+  const form = event.target.closest("form[data-vote]");
+  if (!form) return;
+  event.preventDefault();
+  const body = new URLSearchParams(new FormData(form));
+  const answer = await fetch(form.action, {method: "POST", body, headers: {Accept: "application/json"}}).catch(() => null);
+  if (!answer || !answer.ok) { form.submit(); return; }
+  const {votes, voted} = await answer.json();
+  const shown = form.parentElement.querySelector("[data-votes]");
+  shown.textContent = votes;
+  shown.nextSibling.textContent = votes === 1 ? " vote" : " votes";
+  form.querySelector("[data-verb]").textContent = voted ? "Take vote back" : "Vote";
+  form.elements.wanted.value = voted ? "no" : "yes";
+});
+
 // A fold opens where a link leads into it.
 const unfold = () => {
   const place = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));

@@ -1,0 +1,198 @@
+"""Who people are: links to sign in by, sessions, names, and all that is somebody's. Nothing here knows of HTTP."""
+
+import hashlib
+import re
+import secrets
+import unicodedata
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import Table, delete, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, joinedload
+
+from provenn.errors import UserError
+from provenn.web.models import EMAIL, NAME, Base, Person, SignedIn, SignInLink, now
+
+LINK_LASTS = timedelta(minutes=30)
+SESSION_LASTS = timedelta(days=90)
+LINK_KEPT = timedelta(days=1)  # as a row, used or not
+ATOM = r"[a-z0-9!#$%&'*+/=?^_`{|}~-]+"
+LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+ADDRESS = re.compile(rf"(?=[^@]{{1,64}}@){ATOM}(?:\.{ATOM})*@{LABEL}(?:\.{LABEL})*")
+SHORT_LIVED = ("sign_in_links", "sessions")  # nothing that anybody wrote
+SECRET = ("digest", "name_key")  # columns that tell nobody anything
+CONTROLS = {"Cc", "Cs"}  # as Unicode's categories: controls, halves of characters
+UNSEEN = {"Cf", "Co"}  # marks of direction and joints of letters, characters of nobody's
+
+
+class SignIn(NamedTuple):
+    """What came of a link: who it is, what their cookie carries, where they came from, and whether they are new."""
+
+    person: Person
+    secret: str
+    paper: str
+    new: bool
+
+
+def digest(secret: str) -> str:
+    """What is kept of a secret: who reads the database cannot sign in by it."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def canonical_address(text: str) -> str:
+    """A mail address as it is kept: in small letters.
+
+    Raises:
+        UserError: it has not the form of one.
+
+    >>> canonical_address(" Ada@Example.org ")
+    'ada@example.org'
+    """
+    email = text.strip().lower()
+    if len(email) > EMAIL or not email.isascii() or not ADDRESS.fullmatch(email):
+        shown = plain(text)[:60]
+        raise UserError(f"{shown!r} is not a mail address: write one as ada@example.org, in plain letters")
+    return email
+
+
+def plain(text: str, keep: str = "") -> str:
+    """Text without controls, which not every database takes, but for those to `keep`; each character in one form."""
+    kept = (c if c in keep or unicodedata.category(c) not in CONTROLS else " " for c in text)
+    return unicodedata.normalize("NFC", "".join(kept)).strip()
+
+
+def new_link(session: Session, email: str, paper: str = "") -> str:
+    """The secret of a link that signs in as `email`, whether anybody is known by it or not; it is kept nowhere."""
+    session.execute(delete(SignInLink).where(SignInLink.made < now() - LINK_KEPT))
+    secret = secrets.token_urlsafe(32)
+    session.add(SignInLink(digest=digest(secret), email=email, paper=paper))
+    return secret
+
+
+def usable_link(session: Session, secret: str) -> SignInLink | None:
+    """The link with that secret; None where it has expired, was used or never was."""
+    return session.scalar(select(SignInLink).where(*_usable(secret)))
+
+
+def _usable(secret: str) -> tuple:
+    return SignInLink.digest == digest(secret), SignInLink.used.is_(None), SignInLink.made > now() - LINK_LASTS
+
+
+def sign_in(session: Session, secret: str) -> SignIn | None:
+    """Use a link: it and all others to its address are used up, and a session begins. None where it is not usable.
+
+    Two who use one link at the same moment update one row, and the second finds it used.
+    """
+    link = usable_link(session, secret)
+    moment = now()
+    taken = session.execute(update(SignInLink).where(*_usable(secret)).values(used=moment).returning(SignInLink.digest))
+    if link is None or taken.scalar() is None:
+        return None
+    others = update(SignInLink).where(SignInLink.email == link.email, SignInLink.used.is_(None))
+    session.execute(others.values(used=moment))
+    new = added(session, Person(email=link.email))
+    person = session.scalars(select(Person).where(Person.email == link.email)).one()
+    session.execute(delete(SignedIn).where(SignedIn.began < moment - SESSION_LASTS))
+    return SignIn(person, begin_session(session, person.id), link.paper, new)
+
+
+def begin_session(session: Session, person_id: int) -> str:
+    """The secret that the cookie of a new session carries."""
+    secret = secrets.token_urlsafe(32)
+    session.add(SignedIn(digest=digest(secret), person_id=person_id))
+    return secret
+
+
+def person_of(session: Session, secret: str) -> Person | None:
+    """Whose session it is; None where it has ended or never was."""
+    lasting = SignedIn.digest == digest(secret), SignedIn.began > now() - SESSION_LASTS
+    found = session.scalar(select(SignedIn).where(*lasting).options(joinedload(SignedIn.person)))
+    return found.person if found else None
+
+
+def end_session(session: Session, secret: str) -> None:
+    """Sign out in one browser."""
+    session.execute(delete(SignedIn).where(SignedIn.digest == digest(secret)))
+
+
+def end_sessions(session: Session, person_id: int) -> None:
+    """Sign out everywhere."""
+    session.execute(delete(SignedIn).where(SignedIn.person_id == person_id))
+
+
+def rename(session: Session, person_id: int, name: str) -> None:
+    """Call a person by another name; by "" as at the start.
+
+    Raises:
+        UserError: it is too long, somebody else's, or like those that are given by number.
+    """
+    seen = (character for character in plain(name) if unicodedata.category(character) not in UNSEEN)
+    name = " ".join("".join(seen).split())
+    if len(name) > NAME:
+        raise UserError(f"the name has {len(name)} characters; at most {NAME} are shown")
+    key = unicodedata.normalize("NFKC", name).casefold()[: 4 * NAME]
+    if re.fullmatch(r"reader\s*\d+", key):
+        raise UserError(f"{name!r} is like the names that are given by number: choose another, or leave it empty")
+    changed = update(Person).where(Person.id == person_id).values(name=name or None, name_key=key or None)
+    try:
+        with session.begin_nested():
+            session.execute(changed)
+    except IntegrityError:
+        raise UserError(f"somebody is called {name!r} already: choose another name") from None
+
+
+def everything_of(session: Session, person: Person) -> dict[str, list[dict[str, Any]]]:
+    """All that is kept of a person, by table, ready for JSON."""
+    found = {}
+    for table in Base.metadata.sorted_tables:
+        rows = session.execute(select(table).where(_theirs(table, person.email, person.id))).mappings()
+        columns = [column.name for column in table.columns if column.name not in SECRET]
+        found[table.name] = [{name: as_json(row[name]) for name in columns} for row in rows]
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def delete_person(session: Session, email: str, person_id: int | None = None) -> int:
+    """Delete all that belongs to an address, and to the person of that number; returns how many rows there were."""
+    tables = reversed(Base.metadata.sorted_tables)
+    statements = (table.delete().where(_theirs(table, email, person_id)) for table in tables)
+    return sum(session.connection().execute(statement).rowcount for statement in statements)
+
+
+def find_person(session: Session, who: str) -> Person | None:
+    """The person of that address or number."""
+    number = int(who) if who.isascii() and who.isdigit() and len(who) < 10 else None
+    return session.scalar(select(Person).where(or_(Person.email == who.strip().lower(), Person.id == number)))
+
+
+def every_row(session: Session) -> Iterator[dict[str, Any]]:
+    """Every row that somebody wrote, with the name of its table, ready for JSON."""
+    for table in Base.metadata.sorted_tables:
+        if table.name not in SHORT_LIVED:
+            for row in session.execute(select(table).order_by(*table.primary_key)).mappings():
+                yield {"table": table.name, **{name: as_json(value) for name, value in row.items()}}
+
+
+def as_json(value: Any) -> Any:
+    """A cell as JSON has it."""
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def added(session: Session, row: Base) -> bool:
+    """Whether a row was added; it is not where one with its key is there already, from somebody at the same moment."""
+    try:
+        with session.begin_nested():
+            session.add(row)
+    except IntegrityError:
+        return False
+    return True
+
+
+def _theirs(table: Table, email: str, person_id: int | None) -> Any:
+    """The condition on a table for what is a person's."""
+    columns = table.columns
+    number = columns.get("id" if table.name == Person.__tablename__ else "person_id")
+    conditions = [columns.email == email] if "email" in columns else []
+    conditions += [number == person_id] if number is not None and person_id is not None else []
+    return or_(False, *conditions)

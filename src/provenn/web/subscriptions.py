@@ -1,0 +1,250 @@
+"""Who gets the digest: asked for by an address, confirmed by a link in a mail, and ended by one click.
+
+No answer here depends on whether an address is known: who asks for a digest that they have gets the same mail, whose
+link then changes how often it comes. Two kinds of links go out, both signed. The one that confirms works once, within
+two days; the one that every digest carries does not expire, and speaks for that one subscription alone.
+"""
+
+import secrets
+from datetime import date, datetime, timedelta
+from functools import partial
+from hashlib import blake2b
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Form, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse
+from itsdangerous import BadSignature, Signer
+from sqlalchemy import Date, String, delete, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from provenn.errors import UserError
+from provenn.web import mail, news
+from provenn.web.accounts import added, digest
+from provenn.web.addresses import address
+from provenn.web.models import DIGEST, EMAIL, Base, Moment, now
+from provenn.web.people import Field, Posted, SmallForms, client_of, own, status_of
+from provenn.web.site import Site, site_of
+from provenn.web.visitors import visitor_of
+
+Often = Literal["daily", "weekly"]
+FREQUENCIES: tuple[Often, ...] = ("daily", "weekly")
+LASTS = timedelta(days=2)
+KEY = 16  # the longest of a subscription's keys, in characters
+EXPIRED = "This link has expired, or was used already: ask for another one below."
+ENDED = "This subscription has ended: no mail comes any more. It begins again below, where you want it to."
+
+
+class Subscription(Base):
+    """Somebody who gets the digest.
+
+    Args:
+        id: drawn, so that the links of one that has ended never speak for another.
+        often: daily or weekly.
+        considered: the last day on which it was decided whether they get one.
+        seen: the number of the last change that they were told of.
+    """
+
+    __tablename__ = "subscriptions"
+
+    id: Mapped[str] = mapped_column(String(KEY), primary_key=True)
+    email: Mapped[str] = mapped_column(String(EMAIL), unique=True)
+    often: Mapped[str] = mapped_column(String(KEY))
+    considered: Mapped[date] = mapped_column(Date)
+    seen: Mapped[int]
+    made: Mapped[datetime] = mapped_column(Moment, default=now)
+
+
+class SubscriptionLink(Base):
+    """A link that was sent to confirm a subscription, by the digest of what it carries."""
+
+    __tablename__ = "subscription_links"
+
+    digest: Mapped[str] = mapped_column(String(DIGEST), primary_key=True)
+    email: Mapped[str] = mapped_column(String(EMAIL), index=True)
+    often: Mapped[str] = mapped_column(String(KEY))
+    made: Mapped[datetime] = mapped_column(Moment, default=now)
+
+
+def forget(session: Session, email: str) -> None:
+    """Delete all that the digest keeps of an address; what is planned or was sent goes with the subscription."""
+    session.execute(delete(Subscription).where(Subscription.email == email))
+    session.execute(delete(SubscriptionLink).where(SubscriptionLink.email == email))
+
+
+def new_link(session: Session, email: str, often: str) -> str:
+    """The secret of a link that subscribes an address; it is kept nowhere."""
+    session.execute(delete(SubscriptionLink).where(SubscriptionLink.made < now() - LASTS))
+    secret = secrets.token_urlsafe(18)
+    session.add(SubscriptionLink(digest=digest(secret), email=email, often=often))
+    return secret
+
+
+def usable_link(session: Session, secret: str) -> SubscriptionLink | None:
+    """The link with that secret; None where it has expired, was used or never was."""
+    return session.scalar(select(SubscriptionLink).where(*_usable(secret)))
+
+
+def _usable(secret: str) -> tuple:
+    return SubscriptionLink.digest == digest(secret), SubscriptionLink.made > now() - LASTS
+
+
+def subscribe(session: Session, site: Site, secret: str) -> Subscription | None:
+    """Use a link: its address gets the digest from tomorrow on, as often as the link says. None where it is not usable.
+
+    Two who use one link at the same moment delete one row, and the second finds none.
+    """
+    taken = delete(SubscriptionLink).where(*_usable(secret))
+    link = session.execute(taken.returning(SubscriptionLink.email, SubscriptionLink.often)).one_or_none()
+    if link is None:
+        return None
+    news.observe(session, site.catalogue)
+    seen, today = news.latest(session), now().date()
+    key = secrets.token_urlsafe(9)
+    added(session, Subscription(id=key, email=link.email, often=link.often, considered=today, seen=seen))
+    subscription = session.scalars(select(Subscription).where(Subscription.email == link.email)).one()
+    subscription.often = link.often
+    return subscription
+
+
+def signed(site: Site, purpose: str, value: str) -> str:
+    """A value and its signature; short, so that a link stands on one line of a plain mail."""
+    return _signer(site, purpose).sign(value).decode()
+
+
+def unsigned(site: Site, purpose: str, token: str) -> str | None:
+    """The value; None where the signature is another's."""
+    try:
+        return _signer(site, purpose).unsign(token.encode()).decode()
+    except (BadSignature, UnicodeError):
+        return None
+
+
+def _signer(site: Site, purpose: str) -> Signer:
+    short = partial(blake2b, digest_size=12)
+    key = site.settings.signing_key()
+    return Signer(key, salt=f"provenn.{purpose}", key_derivation="hmac", digest_method=short)
+
+
+def address_of(site: Site, subscription: Subscription) -> str:
+    """The page on which a subscription is changed or ended, as every mail links to it."""
+    return f"{site.settings.url}/subscription/{signed(site, 'subscription', subscription.id)}"
+
+
+router = APIRouter(route_class=SmallForms, default_response_class=HTMLResponse, tags=["digest"])
+
+
+@router.get("/subscribe", include_in_schema=False)
+def ask(request: Request) -> Response:
+    """Where to ask for the digest."""
+    person = visitor_of(request).person
+    return own(request, "subscribe.html", email=person.email if person else "", often="weekly")
+
+
+@router.post("/subscribe")
+def send_link(
+    request: Request, visitor: Posted, email: Field = "", often: Annotated[Often, Form()] = "weekly"
+) -> Response:
+    """Send a link that confirms a subscription to an address, whether it has one or not: nothing here looks."""
+    site = site_of(request)
+    try:
+        to = _address(email)
+        site.limits.links_for.spend(client_of(request), "links asked for from here")
+        site.limits.links_to.spend(to, "links sent to this address")
+    except UserError as error:
+        return own(
+            request, "subscribe.html", status=status_of(error), error=str(error), email=email[:EMAIL], often=often
+        )
+    with site.database.session() as session:
+        secret = new_link(session, to, often)
+    link = f"{site.settings.url}/subscribe/{signed(site, 'subscribe', secret)}"
+    try:
+        mail.send(site, mail.compose(site, to, "subscribe", address=link, often=often, days=LASTS.days))
+    except OSError:
+        raise HTTPException(503, "The mail could not be sent: try again in a few minutes.") from None
+    return own(request, "subscribe_sent.html", email=to, often=often, days=LASTS.days, to_folder=not site.settings.smtp)
+
+
+def _address(email: str) -> str:
+    try:
+        return address(email)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@router.get("/subscribe/{token}", include_in_schema=False)
+def show_link(request: Request, token: str) -> Response:
+    """What a link that confirms leads to: a button. Programs that look into mails follow links, and none has asked."""
+    site = site_of(request)
+    secret = unsigned(site, "subscribe", token)
+    with site.database.reading() as session:
+        link = usable_link(session, secret) if secret else None
+    if link is None:
+        return own(request, "subscribe.html", status=410, error=EXPIRED, email="", often="weekly")
+    return own(request, "subscribe_link.html", token=token, email=link.email, often=link.often)
+
+
+@router.post("/subscribe/{token}")
+def use_link(request: Request, token: str, visitor: Posted) -> Response:
+    """Begin a subscription, or change how often it comes, by a link."""
+    site = site_of(request)
+    secret = unsigned(site, "subscribe", token)
+    with site.database.session() as session:
+        subscription = subscribe(session, site, secret) if secret else None
+    if subscription is None:
+        return own(request, "subscribe.html", status=410, error=EXPIRED, email="", often="weekly")
+    return _managed(request, subscription, "You are subscribed.")
+
+
+@router.get("/subscription/{token}", include_in_schema=False)
+def show(request: Request, token: str) -> Response:
+    """A subscription, to be changed or ended by whoever has its link."""
+    with site_of(request).database.reading() as session:
+        subscription = _of_token(request, session, token)
+    return _ended(request) if subscription is None else _managed(request, subscription)
+
+
+@router.post("/subscription/{token}")
+def change(request: Request, token: str, visitor: Posted, often: Annotated[Often, Form()]) -> Response:
+    """Change how often a digest comes."""
+    with site_of(request).database.session() as session:
+        subscription = _of_token(request, session, token)
+        if subscription is not None:
+            subscription.often = often
+    return _ended(request) if subscription is None else _managed(request, subscription, f"It comes {often} now.")
+
+
+@router.get("/subscription/{token}/leave", include_in_schema=False)
+def show_leave(request: Request, token: str) -> Response:
+    """A button that ends a subscription."""
+    with site_of(request).database.reading() as session:
+        subscription = _of_token(request, session, token)
+    if subscription is None:
+        return _ended(request)
+    return own(request, "subscription_leave.html", token=token, email=subscription.email, often=subscription.often)
+
+
+@router.post("/subscription/{token}/leave")
+def leave(request: Request, token: str) -> Response:
+    """End a subscription at once. Mail programs post here by themselves (RFC 8058): the token is all they need."""
+    with site_of(request).database.session() as session:
+        subscription = _of_token(request, session, token)
+        if subscription is not None:
+            forget(session, subscription.email)
+    return own(request, "subscription_left.html")
+
+
+def _of_token(request: Request, session: Session, token: str) -> Subscription | None:
+    """The subscription of a link; None where it has ended."""
+    key = unsigned(site_of(request), "subscription", token)
+    if key is None:
+        raise HTTPException(404, "This link is not whole: copy all of it from the mail.")
+    return session.get(Subscription, key)
+
+
+def _managed(request: Request, subscription: Subscription, said: str = "") -> Response:
+    token = signed(site_of(request), "subscription", subscription.id)
+    return own(request, "subscription.html", token=token, email=subscription.email, often=subscription.often, said=said)
+
+
+def _ended(request: Request) -> Response:
+    return own(request, "subscribe.html", status=410, error=ENDED, email="", often="weekly")
