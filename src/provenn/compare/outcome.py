@@ -1,6 +1,7 @@
 """What a comparison of a slot found: its numbers, its tables and its plots. No torch is needed to read it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +100,10 @@ class SlotComparison:
     @property
     def tables(self) -> list[Table]:
         """Quality against cost, and what else the host measures."""
-        from provenn.compare import language
-
         names = [candidate.name for candidate in self.candidates]
         seeds = len(self.candidates[0].quality)
-        return [self.table, *([language.table(names, self.more, seeds)] if self.more else [])]
+        more = [_context_table(names, self.more, seeds, self.setting["recall"])] if self.more else []
+        return [self.table, *more]
 
     @property
     def table(self) -> Table:
@@ -232,3 +232,59 @@ def _with_interval(value: float, interval: Interval | None, style: str) -> str:
     if interval is None:
         return format(value, style)
     return f"{value:{style}} ({interval[0]:{style}} to {interval[1]:{style}})"
+
+
+def _context_table(names: Sequence[str], more: dict[str, Any], seeds: int, recall: dict[str, Any]) -> Table:
+    """What each candidate recalls, and what a long context costs."""
+    contexts = more[names[0]]["contexts"]
+    rows: list[list[str | float | int | None]] = []
+    for name in names:
+        costs = more[name]
+        recalled = [trial["accuracy"] for trial in costs["recall"]]
+        low, high = costs["step_interval"]
+        rows.append(
+            [
+                name,
+                f"{sum(recalled) / len(recalled):.3f} ({min(recalled):.3f} to {max(recalled):.3f})"
+                + _describe_diverged(costs["recall"]),
+                "1" if name == names[0] else f"{costs['step']:.2f} ({low:.2f} to {high:.2f})",
+                f"{costs['tokens_per_second']:,.0f}",
+                *(
+                    f"{1e3 * seconds:.2f} ms, {bytes_of(size)}"
+                    for seconds, size in zip(costs["token_seconds"], costs["state_bytes"])
+                ),
+            ]
+        )
+    return Table(
+        caption=(
+            f"Recall of {recall['pairs']} pairs over {recall['length']} tokens ({seeds} seed{'s' * (seeds != 1)}, "
+            f"mean and range; chance is {1 / recall['values']:.3f}), and what a long context costs: the time of one "
+            "token more, and the bytes kept of the context"
+        ),
+        columns=[
+            "candidate",
+            "recall",
+            f"training step × {names[0]}",
+            "training tokens a second",
+            *(f"after {context:,} tokens" for context in contexts),
+        ],
+        rows=rows,
+    )
+
+
+def _describe_diverged(recall: Sequence[Mapping[str, Any]]) -> str:
+    """How many trainings diverged, where any did."""
+    diverged = sum(trial.get("diverged", False) for trial in recall)
+    return f", {diverged} of {len(recall)} diverged" if diverged else ""
+
+
+def bytes_of(size: int) -> str:
+    """A size in the unit that fits.
+
+    >>> bytes_of(640), bytes_of(4096), bytes_of(3 * 2**20)
+    ('640 B', '4.0 KiB', '3.0 MiB')
+    """
+    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"

@@ -13,13 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from provenn import __version__
-from provenn.web import figures, pages, people, subscriptions
+from provenn.web import boards, figures, machines, pages, people, subscriptions
 from provenn.web.database import Database
 from provenn.web.digest import Clock
 from provenn.web.settings import Settings
 from provenn.web.site import HERE, Site, page
 
-ROUTERS = (pages.router, figures.router, people.router, subscriptions.router)
+ROUTERS = (pages.router, figures.router, boards.router, machines.router, people.router, subscriptions.router)
 
 # No script, style or picture from elsewhere, none inside a page, and no page inside another's frame.
 POLICY = (

@@ -61,7 +61,7 @@ class Entry:
     @property
     def has_demo(self) -> bool:
         """Whether weights ship that predict something."""
-        return bool(self.card.shipped)
+        return bool(self.shipped)
 
     @property
     def authors(self) -> str:
