@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from provenn import catalog
 from provenn.evidence import view
 from provenn.evidence.statement import Standing
+from provenn.evidence.verdict import NO_VERDICT
 from provenn.web import opinions, readme
 from provenn.web.catalogue import Entry
 from provenn.web.listing import HAS, SORTS, Listing
@@ -82,7 +83,15 @@ def evidence(request: Request, name: str) -> Response:
 @router.get("/not-held", include_in_schema=False)
 def not_held(request: Request) -> Response:
     """Every claim of a paper that did not hold here."""
-    return page(request, "not_held.html", findings=site_of(request).catalogue.not_held())
+    catalogue = site_of(request).catalogue
+    findings = catalogue.not_held()
+    return page(
+        request,
+        "not_held.html",
+        findings=findings,
+        at_paper=sum(finding.measurement.at_paper_setting for _, finding in findings),
+        measured=sum(f.verdict not in NO_VERDICT for entry in catalogue.values() for f in entry.findings),
+    )
 
 
 def found(request: Request, name: str) -> Entry:

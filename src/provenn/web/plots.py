@@ -58,8 +58,8 @@ class Axis:
     """Where values lie between two places; logarithmic where the largest is more than thrice the smallest."""
 
     values: Sequence[float]
-    start: float
-    end: float
+    start: float | int
+    end: float | int
 
     @property
     def logarithmic(self) -> bool:
