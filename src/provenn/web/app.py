@@ -57,11 +57,12 @@ class SafeHeaders:
         await self.app(scope, receive, sent if scope["type"] == "http" else send)
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, *, copied: bool = False) -> FastAPI:
     """The catalogue as an ASGI application; its database is brought to this version's form.
 
     Args:
         settings: by default those of the environment.
+        copied: whether its pages are written as files; see `provenn.web.static_copy`.
 
     Raises:
         UserError: the settings or the database cannot be used.
@@ -80,7 +81,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         database.close()
 
     app = FastAPI(title="provenn", version=__version__, docs_url=None, redoc_url=None, lifespan=living)
-    app.state.site = Site(settings, database)
+    app.state.site = Site(settings, database, copied=copied)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(SafeHeaders, secure=settings.secure)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")

@@ -64,7 +64,7 @@ def described(request: Request) -> Response:
 def papers(
     request: Request,
     q: Words = "",
-    sort: Annotated[Sort, Query(description="By date, votes, or the share that holds.")] = Sort.DATE,
+    sort: Annotated[Sort | None, Query(description="Without one, what fits the words best, then the newest.")] = None,
     task: Named = "",
     slot: Named = "",
     tag: Named = "",
@@ -75,7 +75,7 @@ def papers(
     site = site_of(request)
     state = {
         "q": q,
-        "sort": str(sort),
+        "sort": sort or "",
         "task": task,
         "slot": slot,
         "tag": tag,

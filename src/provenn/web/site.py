@@ -37,6 +37,7 @@ class Site:
         limits: on what one visitor may ask for.
         copied: whether pages are written as files, for hosts that run nothing: without people and demos, and with links
             from file to file.
+        linked: every address that pages of a copy link to.
         pieces: parts of pages that follow from the catalogue alone; see `provenn.web.keeping`.
     """
 
@@ -45,6 +46,7 @@ class Site:
     catalogue: Catalogue = field(default_factory=Catalogue)
     limits: Limits = field(default_factory=Limits)
     copied: bool = False
+    linked: set[str] = field(default_factory=set)
     pieces: dict[object, str] = field(default_factory=dict)
 
     def votes(self) -> dict[str, int]:
@@ -114,6 +116,7 @@ def _link(context: Context, address: str) -> str:
     """An address of this site as a page links to it: in a static copy, the way from its file to the other."""
     if not context["site"].copied:
         return address
+    context["site"].linked.add(address)
     here = context["request"].url
     return beside(f"{here.path}?{here.query}" if here.query else here.path, address)
 
