@@ -4,7 +4,7 @@ import posixpath
 from urllib.parse import parse_qsl, urlsplit
 
 # What an address of the server gives that does not say so by its end.
-SUFFIXES = ("/evidence.json", "/openapi.json", ".atom")
+SUFFIXES = (".atom", ".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp", "/evidence.json", "/openapi.json")
 STATES = ("sort", "task", "slot", "tag", "verdict", "has")  # of the list, that have a page each in the copy
 
 
@@ -23,7 +23,7 @@ def file_of(address: str) -> str:
         if len(state) == 1 and (name := next(iter(state))) in STATES:
             return f"{name}/{named(state[name])}.html{after}"
         return "index.html" + (f"?{parts.query}" if parts.query else "") + after
-    if address.endswith(SUFFIXES):
+    if path.endswith(SUFFIXES):
         return path
     return path + (".json" if path.startswith("api/") else ".html") + after
 
