@@ -75,10 +75,11 @@ def told(what: str, seen: list, seconds: float, took: float) -> None:
     errors = sum(status != 200 for _, status, _ in seen)
     last = quantiles(times, n=100)[98]
     size = max(size for _, _, size in seen)
+    each = 1e3 * took / len(seen)
     print(
         f"{what}: {len(seen)} requests in {seconds:.1f} s, {len(seen) / seconds:.0f} a second, "
-        f"median {median(times):.1f} ms, 99th percentile {last:.1f} ms, {1e3 * took / len(seen):.1f} ms of processor time each, {errors} errors, "
-        f"largest {size / 1e3:.1f} KB"
+        f"median {median(times):.1f} ms, 99th percentile {last:.1f} ms, "
+        f"{each:.1f} ms of processor time each, {errors} errors, largest {size / 1e3:.1f} KB"
     )
 
 
