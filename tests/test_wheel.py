@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import provenn
 from provenn import catalog
 from provenn.evidence.record import EVIDENCE
 
@@ -37,6 +38,9 @@ def test_papers_bring_their_facts_evidence_and_weights(wheel):
         files += [f"pictures/{file.name}" for file in card.folder.glob("pictures/*")]
         files += [f"weights/{file.name}" for file in card.folder.glob("weights/*")]
         assert {f"provenn/papers/{slug}/{file}" for file in files} <= names
+    results = Path(provenn.__file__).parent / "results"
+    shown = {f"provenn/results/{file.relative_to(results)}" for file in results.glob("*/*.json")}
+    assert shown and shown <= names
     assert not [name for name in names if "ledger.json" in name or name.startswith("tests/")]
 
 

@@ -31,12 +31,17 @@ def serve(
     port: Annotated[int, typer.Option(help="The port.", min=0, max=65535)] = 8000,
     home: Home = None,
     url: Annotated[str | None, typer.Option(help="Where readers reach it, for links in mails and feeds.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that answer.", min=1, max=64)] = 1,
+    export: Annotated[
+        Path | None, typer.Option(help="Write it as files that any host serves, without people and demos.")
+    ] = None,
 ) -> None:
     """The web catalogue: every paper, what holds of it, and a try, in a browser.
 
     \b
     provenn serve
     DATABASE_URL=postgresql://me@localhost/provenn provenn serve --host 0.0.0.0 --url https://papers.example.org
+    provenn serve --export site/ --url https://me.example.org/papers
     """
     try:
         import uvicorn
@@ -46,12 +51,23 @@ def serve(
         raise UserError(f"{NEEDED} (there is no {error.name})") from None
     here = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     settings = Settings.read({"PROVENN_URL": here, **os.environ}, home=home, url=url)
-    application = create_app(settings)
-    shown = settings.url
-    tell(f"provenn: the catalogue is at {shown} (Ctrl-C ends it)")
+    if export is not None:
+        from provenn.web.static_copy import export as write
+
+        count = write(export, settings)
+        tell(f"provenn: {count} files are in {export}; feeds and JSON say that they are at {settings.url}")
+        return
+    tell(f"provenn: the catalogue is at {settings.url} (Ctrl-C ends it)")
     at = f"; the digest goes at {settings.digest_at} UTC" if settings.digest_at else ""
     tell(f"provenn: {mail.route(settings)}{at}")
-    uvicorn.run(application, host=host, port=port, log_level="warning", proxy_headers=True, server_header=False)
+    options = {"host": host, "port": port, "log_level": "warning", "proxy_headers": True, "server_header": False}
+    if workers == 1:
+        uvicorn.run(create_app(settings), **options)  # type: ignore[arg-type]  # a mapping has one type of value
+        return
+    # Each process makes its own application, from the environment.
+    os.environ |= {"PROVENN_HOME": str(settings.home), "PROVENN_URL": settings.url}
+    settings.signing_key()  # drawn once, before two of them would
+    uvicorn.run("provenn.web:create_app", factory=True, workers=workers, **options)  # type: ignore[arg-type]
 
 
 @app.command()

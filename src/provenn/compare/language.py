@@ -10,7 +10,8 @@ from torch import nn
 
 from provenn import bench
 from provenn.compare.drawing import mark, plain_axis
-from provenn.evidence import Run, Study, Table
+from provenn.compare.outcome import bytes_of
+from provenn.evidence import Run, Study
 from provenn.evidence.checksum import checksum
 from provenn.nn.language import CausalLM
 from provenn.nn.mixers import BASELINES as KNOWN
@@ -156,62 +157,6 @@ def settled(more: dict[str, Any], reference: str) -> dict[str, Any]:
 def _train(model: nn.Module, tokens: torch.Tensor) -> None:
     model.zero_grad()
     get_task("language-modelling").loss(model, (tokens[:, :-1], tokens[:, 1:])).backward()
-
-
-def _describe_diverged(recall: Sequence[Mapping[str, Any]]) -> str:
-    """How many trainings diverged, where any did."""
-    diverged = sum(trial.get("diverged", False) for trial in recall)
-    return f", {diverged} of {len(recall)} diverged" if diverged else ""
-
-
-def table(names: Sequence[str], more: dict[str, Any], seeds: int) -> Table:
-    """A row for each candidate."""
-    contexts = more[names[0]]["contexts"]
-    rows: list[list[str | float | int | None]] = []
-    for name in names:
-        costs = more[name]
-        recalled = [trial["accuracy"] for trial in costs["recall"]]
-        low, high = costs["step_interval"]
-        rows.append(
-            [
-                name,
-                f"{sum(recalled) / len(recalled):.3f} ({min(recalled):.3f} to {max(recalled):.3f})"
-                + _describe_diverged(costs["recall"]),
-                "1" if name == names[0] else f"{costs['step']:.2f} ({low:.2f} to {high:.2f})",
-                f"{costs['tokens_per_second']:,.0f}",
-                *(
-                    f"{1e3 * seconds:.2f} ms, {bytes_of(size)}"
-                    for seconds, size in zip(costs["token_seconds"], costs["state_bytes"])
-                ),
-            ]
-        )
-    return Table(
-        caption=(
-            f"Recall of {RECALL['pairs']} pairs over {RECALL['length']} tokens ({seeds} seed{'s' * (seeds != 1)}, "
-            f"mean and range; chance is {1 / RECALL['values']:.3f}), and what a long context costs: the time of one "
-            "token more, and the bytes kept of the context"
-        ),
-        columns=[
-            "candidate",
-            "recall",
-            f"training step × {names[0]}",
-            "training tokens a second",
-            *(f"after {context:,} tokens" for context in contexts),
-        ],
-        rows=rows,
-    )
-
-
-def bytes_of(size: int) -> str:
-    """A size in the unit that fits.
-
-    >>> bytes_of(640), bytes_of(4096), bytes_of(3 * 2**20)
-    ('640 B', '4.0 KiB', '3.0 MiB')
-    """
-    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"
 
 
 def figure(names: Sequence[str], more: dict[str, Any], quality: Mapping[str, Sequence[float]], label: str) -> "Figure":

@@ -13,13 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from provenn import __version__
-from provenn.web import figures, pages, people, subscriptions
+from provenn.web import boards, figures, machines, pages, people, subscriptions
 from provenn.web.database import Database
 from provenn.web.digest import Clock
 from provenn.web.settings import Settings
 from provenn.web.site import HERE, Site, page
 
-ROUTERS = (pages.router, figures.router, people.router, subscriptions.router)
+ROUTERS = (pages.router, figures.router, boards.router, machines.router, people.router, subscriptions.router)
 
 # No script, style or picture from elsewhere, none inside a page, and no page inside another's frame.
 POLICY = (
@@ -57,11 +57,12 @@ class SafeHeaders:
         await self.app(scope, receive, sent if scope["type"] == "http" else send)
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, *, copied: bool = False) -> FastAPI:
     """The catalogue as an ASGI application; its database is brought to this version's form.
 
     Args:
         settings: by default those of the environment.
+        copied: whether its pages are written as files; see `provenn.web.static_copy`.
 
     Raises:
         UserError: the settings or the database cannot be used.
@@ -80,7 +81,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         database.close()
 
     app = FastAPI(title="provenn", version=__version__, docs_url=None, redoc_url=None, lifespan=living)
-    app.state.site = Site(settings, database)
+    app.state.site = Site(settings, database, copied=copied)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(SafeHeaders, secure=settings.secure)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")

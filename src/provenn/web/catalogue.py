@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
 from itertools import zip_longest
+from typing import Any
 
 from provenn import catalog, sizes
 from provenn.evidence import view
@@ -61,7 +62,7 @@ class Entry:
     @property
     def has_demo(self) -> bool:
         """Whether weights ship that predict something."""
-        return bool(self.card.shipped)
+        return bool(self.shipped)
 
     @property
     def authors(self) -> str:
@@ -113,6 +114,21 @@ class Entry:
     def measured(self) -> datetime | None:
         """When it was measured last."""
         return max((occasion.date for occasion in self.evidence.occasions), default=None)
+
+    @property
+    def found_by(self) -> dict[str, Any]:
+        """What a static copy finds and orders it by."""
+        card = self.card
+        words = [card.slug, card.title, card.arxiv or "", card.summary, *card.tags, *(m.name for m in card.mechanisms)]
+        return {
+            "words": " ".join(words).lower().replace("-", "").replace("_", ""),
+            "share": self.share,
+            "task": card.tasks,
+            "slot": self.slots,
+            "tag": card.tags,
+            "has": ["code"] * bool(card.code) + ["demo"] * self.has_demo,
+            "verdict": [str(standing) for standing, count in self.counts.items() if count],
+        }
 
     @cached_property
     def own(self) -> list[Finding]:

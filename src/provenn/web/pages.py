@@ -8,8 +8,9 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from provenn import catalog
 from provenn.evidence import view
 from provenn.evidence.statement import Standing
+from provenn.evidence.verdict import NO_VERDICT
 from provenn.web import opinions, readme
-from provenn.web.catalogue import Entry
+from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.listing import HAS, SORTS, Listing
 from provenn.web.models import MOST
 from provenn.web.site import page, site_of, tagged
@@ -36,7 +37,8 @@ def papers(request: Request) -> Response:
         listing=listing,
         entries=entries,
         groups=listing.groups(entries),
-        sorts=SORTS,
+        sorts={name: words for name, words in SORTS.items() if not site.copied or name in ("date", "share")},
+        lists=_lists(site.catalogue) if site.copied else {},
         has=HAS,
         standings=list(Standing),
         tags=site.catalogue.tags[:MOST_TAGS],
@@ -82,7 +84,27 @@ def evidence(request: Request, name: str) -> Response:
 @router.get("/not-held", include_in_schema=False)
 def not_held(request: Request) -> Response:
     """Every claim of a paper that did not hold here."""
-    return page(request, "not_held.html", findings=site_of(request).catalogue.not_held())
+    catalogue = site_of(request).catalogue
+    findings = catalogue.not_held()
+    return page(
+        request,
+        "not_held.html",
+        findings=findings,
+        at_paper=sum(finding.measurement.at_paper_setting for _, finding in findings),
+        measured=sum(f.verdict not in NO_VERDICT for entry in catalogue.values() for f in entry.findings),
+    )
+
+
+def _lists(catalogue: Catalogue) -> dict[str, list[tuple[str, str]]]:
+    """The states of the list that have a file of their own in a static copy: words and query strings."""
+    return {
+        "Order": [("newest", ""), (SORTS["share"], Listing(sort="share").query)],
+        "Task": [(task, Listing(task=task).query) for task in catalogue.tasks],
+        "Slot": [(slot, Listing(slot=slot).query) for slot in catalogue.slots],
+        "Tag": [(tag, Listing(tag=tag).query) for tag in catalogue.tags],
+        "Verdict": [(str(standing), Listing(verdict=standing).query) for standing in Standing],
+        "Has": [(words, Listing(has=name).query) for name, words in HAS.items()],
+    }
 
 
 def found(request: Request, name: str) -> Entry:

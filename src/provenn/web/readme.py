@@ -1,7 +1,7 @@
 """A paper's README as HTML; its equations become MathML, which browsers draw by themselves."""
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import nh3
@@ -78,6 +78,7 @@ def as_html(text: str) -> Markup:
     return Markup((first + "".join(wide)).replace("</table>", "</table></div>"))
 
 
+@lru_cache(maxsize=512)
 def of_folder(folder: Path) -> Markup:
     """The README of a paper's folder; "" where there is none."""
     file = folder / "README.md"

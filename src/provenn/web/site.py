@@ -3,20 +3,23 @@
 import hashlib
 import textwrap
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse
+from jinja2.runtime import Context
 
 from provenn import __version__
 from provenn.evidence import view
-from provenn.web import drawing, opinions, words
+from provenn.web import drawing, opinions, plots, words
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database
+from provenn.web.keeping import Keep
 from provenn.web.limits import Limits
+from provenn.web.places import beside, file_of
 from provenn.web.settings import Settings
 
 HERE = Path(__file__).parent
@@ -25,12 +28,40 @@ COLUMNS = 78  # of a plain mail
 
 @dataclass(frozen=True)
 class Site:
-    """The catalogue, the database, the settings and the limits that all pages share."""
+    """The catalogue, the database, the settings and the limits that all pages share.
+
+    Args:
+        settings: of the operator.
+        database: what people left behind.
+        catalogue: the papers.
+        limits: on what one visitor may ask for.
+        copied: whether pages are written as files, for hosts that run nothing: without people and demos, and with links
+            from file to file.
+        linked: every address that pages of a copy link to.
+        pieces: parts of pages that follow from the catalogue alone; see `provenn.web.keeping`.
+    """
 
     settings: Settings
     database: Database
     catalogue: Catalogue = field(default_factory=Catalogue)
     limits: Limits = field(default_factory=Limits)
+    copied: bool = False
+    linked: set[str] = field(default_factory=set)
+    pieces: dict[object, str] = field(default_factory=dict)
+
+    def votes(self) -> dict[str, int]:
+        """How many people voted for each paper."""
+        with self.database.reading() as session:
+            return opinions.counts(session).votes
+
+    def comments(self) -> dict[str, int]:
+        """How many comments each paper has."""
+        with self.database.reading() as session:
+            return opinions.counts(session).comments
+
+    def address(self, path: str) -> str:
+        """The whole address of a page, for feeds and other places that are no page."""
+        return f"{self.settings.url}/{file_of(path)}" if self.copied else self.settings.url + path
 
     @cached_property
     def templates(self) -> jinja2.Environment:
@@ -41,7 +72,7 @@ class Site:
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=["jinja2.ext.do"],
+            extensions=["jinja2.ext.do", Keep],
         )
         environment.filters |= {
             "slug": lambda words: str(words).replace(" ", "-"),
@@ -57,16 +88,13 @@ class Site:
             "drawing": drawing,
             "amount": words.amount,
             "markdown": opinions.as_html,
-            "asset": self.asset,
-            "link": lambda path: path,
+            "plots": plots,
+            "asset": jinja2.pass_context(lambda context, name: _link(context, asset(name))),
+            "link": jinja2.pass_context(_link),
         }
         return environment
 
-    def asset(self, name: str) -> str:
-        """The address of a file in `static/`, which changes with what is in it: browsers may keep it for ever."""
-        return f"/static/{name}?{_digest((HERE / 'static' / name).read_bytes())}"
-
-    def render(self, name: str, **context: Any) -> str:
+    def render(self, name: str, /, **context: Any) -> str:
         """A template as text."""
         return self.templates.get_template(name).render(**context)
 
@@ -84,6 +112,21 @@ def wrapped(text: str, first: str = "", later: str | None = None) -> str:
     )
 
 
+def _link(context: Context, address: str) -> str:
+    """An address of this site as a page links to it: in a static copy, the way from its file to the other."""
+    if not context["site"].copied:
+        return address
+    context["site"].linked.add(address)
+    here = context["request"].url
+    return beside(f"{here.path}?{here.query}" if here.query else here.path, address)
+
+
+@cache
+def asset(name: str) -> str:
+    """The address of a file in `static/`, which changes with what is in it: browsers may keep it for ever."""
+    return f"/static/{name}?{_digest((HERE / 'static' / name).read_bytes())}"
+
+
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -93,12 +136,12 @@ def site_of(request: Request) -> Site:
     return cast(Site, request.app.state.site)
 
 
-def page(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
+def page(request: Request, template: str, /, *, status: int = 200, **context: Any) -> Response:
     """A page for this visitor; unchanged since they last had it, its name alone (304)."""
     from provenn.web.visitors import keep, visitor_of
 
     site = site_of(request)
-    text = site.render(template, request=request, visitor=visitor_of(request), **context)
+    text = site.render(template, request=request, visitor=None if site.copied else visitor_of(request), **context)
     response = tagged(request, HTMLResponse(text, status))
     keep(request, response)
     return response
