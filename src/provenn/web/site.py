@@ -13,10 +13,11 @@ from fastapi.responses import HTMLResponse
 
 from provenn import __version__
 from provenn.evidence import view
-from provenn.web import drawing, opinions, words
+from provenn.web import drawing, opinions, results, words
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database
 from provenn.web.limits import Limits
+from provenn.web.offers import offers_of
 from provenn.web.settings import Settings
 
 HERE = Path(__file__).parent
@@ -57,6 +58,8 @@ class Site:
             "drawing": drawing,
             "amount": words.amount,
             "markdown": opinions.as_html,
+            "results": results,
+            "offers_of": offers_of,
             "asset": self.asset,
             "link": lambda path: path,
         }
