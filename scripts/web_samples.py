@@ -4,6 +4,7 @@ They show the weights that ship at their best: of what was never learned from, w
 """
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,10 @@ PLACE = Path(provenn.__file__).parent / "web" / "static" / "samples"
 SIDE = 128  # of a photograph's middle
 
 
-def save(name: str, pixels: np.ndarray) -> None:
+def save(file: Path, pixels: np.ndarray) -> None:
     """A picture of numbers in 0…1, or of 8 bits."""
     values = pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-    Image.fromarray(values.squeeze()).save(PLACE / f"{name}.png", optimize=True)
+    Image.fromarray(values.squeeze()).save(file, optimize=True)
 
 
 def unscaled(image, meta) -> np.ndarray:
@@ -34,19 +35,27 @@ def unscaled(image, meta) -> np.ndarray:
 
 
 PLACE.mkdir(exist_ok=True)
-digits = get_task("image-classification").load("digits")
+classifying = get_task("image-classification")
+digits = classifying.load("digits")
 images, labels = digits.test.tensors
+with tempfile.TemporaryDirectory() as folder:
+    # As a file is seen: enlarged a little, and its middle cut out.
+    file = Path(folder) / "digit.png"
+    seen = []
+    for image in images:
+        save(file, unscaled(image, digits.meta))
+        seen.append(classifying.example(file, digits.meta))
 sure = torch.ones(len(images))  # how sure the least sure of the models is of what each is
 for card in catalog.cards().values():
-    for preset, file in card.shipped.items():
-        if catalog.label_of_shipped(file).get("task") == "image-classification":
+    for preset, weights in card.shipped.items():
+        if catalog.label_of_shipped(weights).get("task") == "image-classification":
             with torch.no_grad():
-                shares = provenn.paper(card.slug).load(preset=preset)[0](images).softmax(1)
+                shares = provenn.paper(card.slug).load(preset=preset)[0](torch.cat(seen)).softmax(1)
             sure = sure.minimum(shares.gather(1, labels[:, None])[:, 0])
 for wanted in range(10):
     best = int(torch.where(labels == wanted, sure, 0).argmax())
     print(f"digit {wanted}: at least {sure[best]:.2f}")
-    save(f"digit-{wanted}", unscaled(images[best], digits.meta))
+    save(PLACE / f"digit-{wanted}.png", unscaled(images[best], digits.meta))
 
 task = get_task("object-detection")
 scenes, detector = task.load("scenes"), provenn.paper("relationnet_pp").load()[0]
@@ -60,7 +69,7 @@ for index in range(len(scenes.test)):
             told[index] = float(found.scores.min())
 for number, index in enumerate(sorted(told, key=told.__getitem__)[-3:][::-1], start=1):
     print(f"scene {number}: at least {told[index]:.2f}")
-    save(f"scene-{number}", unscaled(scenes.test[index].image, scenes.meta))
+    save(PLACE / f"scene-{number}.png", unscaled(scenes.test[index].image, scenes.meta))
 
 textures = get_task("semantic-segmentation").load("textures", size=256)
 segmenter = provenn.paper("bevanet").load()[0]
@@ -72,11 +81,11 @@ for index in range(len(textures.test)):
             right[index] = float((full_logits(segmenter, image[None]).argmax(1)[0] == mask).double().mean())
 for number, index in enumerate(sorted(right, key=right.__getitem__)[-2:][::-1], start=1):
     print(f"textures {number}: {right[index]:.3f} of the pixels right")
-    save(f"textures-{number}", unscaled(textures.test[index][0], textures.meta))
+    save(PLACE / f"textures-{number}.png", unscaled(textures.test[index][0], textures.meta))
 
 for name, photo in zip(("cat", "flower", "tissue"), get_task("super-resolution").load("photographs").test, strict=True):
     small = reduced(photo, 2)[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     top, left = ((side - SIDE) // 2 for side in small.shape[:2])
-    save(name, small[top : top + SIDE, left : left + SIDE])
+    save(PLACE / f"{name}.png", small[top : top + SIDE, left : left + SIDE])
 
 shutil.copyfile(bundled(BUNDLED["airline"].file), PLACE / "airline.csv")

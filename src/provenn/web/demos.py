@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import select
@@ -22,6 +23,7 @@ from typing import Any
 import provenn
 from provenn.web.settings import Settings
 
+logger = logging.getLogger(__name__)
 WORKER = Path(__file__).with_name("worker.py")
 PREFIX = "provenn-demos-"
 PIXELS = 4_000_000  # of a picture that is given
@@ -256,9 +258,14 @@ class Keeper:
             except Lost as lost:
                 self.end()
                 state, result, words = State.FAILED, {}, str(lost)
-            except OSError as error:  # a full disk, no more processes
+            except Exception as error:  # a full disk, no more processes; the thread goes on for those who wait
                 self.end()
-                state, result, words = State.FAILED, {}, f"the demo could not be run: {error.strerror or error}"
+                logger.exception("a demo of %s could not be run", demo.job.paper)
+                state, result, words = (
+                    State.FAILED,
+                    {},
+                    f"the demo could not be run ({type(error).__name__}): try again",
+                )
             with changed:
                 demo.result, demo.words, demo.ended = result, words, time.monotonic()
                 demo.state = state
@@ -346,7 +353,7 @@ class Keeper:
                 self.said = rest
                 try:
                     yield dict(json.loads(line))
-                except ValueError:
+                except (ValueError, TypeError, RecursionError):
                     raise Lost("the demo's worker gave no answer that can be read") from None
                 continue
             if self.demos.closing:

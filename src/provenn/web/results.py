@@ -103,7 +103,7 @@ def _ticks(low: float, high: float) -> list[float]:
     [200.0, 400.0, 600.0]
     """
     room = (high - low) or abs(high) or 1.0
-    power = 10 ** math.floor(math.log10(room / 3))
+    power = 10.0 ** math.floor(math.log10(room / 3))
     step = next(step * power for step in (1, 2, 5, 10) if room / (step * power) <= 4)
     first = math.ceil(low / step)
     return [tick * step for tick in range(first, first + 6) if tick * step <= high]

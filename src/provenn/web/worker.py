@@ -46,7 +46,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
 
     def tell(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(answer, allow_nan=False), file=answers, flush=True)
 
     os.umask(0o077)
     os.nice(NICE)
