@@ -146,7 +146,7 @@ def test_pictures_of_every_type_are_enlarged(client, form, mode):
     assert (told["words"], told["result"]["size"]) == ("", [16, 12])
 
 
-@pytest.mark.parametrize("paper", ["eca_net", "shvit"])
+@pytest.mark.parametrize("paper", ["moh", "shvit"])
 def test_a_sample_is_classified(client, paper):
     told, page, _ = answer(client, paper, sample="digit-4.png")
     shares = told["result"]["shares"]
@@ -201,7 +201,7 @@ def test_a_forecast_is_drawn(client):
     assert len(told["result"]["columns"][0]["ahead"]) == 12
     assert page.count("<polyline") == 2 and "sold <b>" not in page and "sold &lt;b&gt;" in page
     short, page, _ = answer(client, "aaren", b"sold\n1\n2\n")
-    assert short["state"] == "failed" and "input.csv has 2 rows" in page
+    assert short["state"] == "failed" and "Your file has 2 rows" in page
 
 
 def test_what_is_named_is_drawn(client):

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import queue
+import re
 import resource
 import signal
 import struct
@@ -204,18 +205,23 @@ def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], tell: Tell) -
             done["seconds"] = time.perf_counter() - start
             if given is not None and api.paper(slug).card.has("inspection"):
                 done["inside"] = _inside(slug, preset, given)
-        done["notes"] = [str(each.message) for each in said if str(each.message).startswith(NAME)]
+        done["notes"] = [_of_a_reader(str(each.message)) for each in said if str(each.message).startswith(NAME)]
         tell({"done": done})
     except MemoryError:
         raise
     except UserError as error:
-        tell({"failed": str(error)})
+        tell({"failed": _of_a_reader(str(error))})
     except Exception as error:
         if "allocate memory" in str(error):  # torch's own
             raise MemoryError from None
         traceback.print_exc()
         words = " ".join(str(error).split())[:200]
         tell({"failed": f"{preset} could not be applied to this ({type(error).__name__}: {words})"})
+
+
+def _of_a_reader(words: str) -> str:
+    """A message that calls a file as its reader would."""
+    return re.sub(rf"\b{NAME}\.\w+", "your file", words)
 
 
 def _inside(slug: str, preset: str, given: Path) -> dict[str, Any]:
