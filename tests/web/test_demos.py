@@ -151,7 +151,7 @@ def test_a_sample_is_classified(client, paper):
     told, page, _ = answer(client, paper, sample="digit-4.png")
     shares = told["result"]["shares"]
     assert shares[0][0] == "4" and sum(share for _, share in shares) == pytest.approx(1, abs=1e-4)
-    assert page.count('class="bar"') == 10
+    assert page.count('class="share-bar"') == 10
     assert ("inside" in told["result"]) == catalog.card(paper).has("inspection")
 
 

@@ -15,7 +15,7 @@ COLOURS = 6  # that style.css has, --c0 and on
 def bar(share: float) -> Markup:
     """A probability as a bar."""
     return Markup(
-        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
+        '<svg class="share-bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
         '<rect class="ground" width="100" height="10"/>'
         f'<rect class="share" width="{100 * share:.2f}" height="10"/></svg>'
     )

@@ -63,7 +63,7 @@
   };
 
   for (const form of document.querySelectorAll("form[data-try]")) {
-    const place = form.parentElement.querySelector(".answer"), button = form.querySelector("button");
+    const place = form.parentElement.querySelector(".outcome"), button = form.querySelector("button");
     form.addEventListener("submit", async (event) => {
       event.preventDefault();
       const file = form.querySelector("input[type=file]")?.files[0];
@@ -92,5 +92,5 @@
     words?.addEventListener("input", () => unpick(words.value.trim()));
     for (const each of picked) each.addEventListener("change", () => { if (file) file.value = ""; if (words) words.value = ""; });
   }
-  for (const place of document.querySelectorAll("main > .answer")) { slide(place); follow(place); }
+  for (const place of document.querySelectorAll("main > .outcome")) { slide(place); follow(place); }
 })();
