@@ -420,7 +420,9 @@ def shrink(image: UInt8[Tensor, "channels height width"], short: int) -> UInt8[T
 
 
 def _see(image: UInt8[Tensor, "channels height width"], size: int) -> UInt8[Tensor, "channels size size"]:
-    """What the model sees of an image: the middle square of the shrunk one."""
+    """What the model sees of an image: the middle square of the shrunk one; all of one that has its size already."""
+    if image.shape[1:] == (size, size):
+        return image
     image = shrink(image, _short_side(size))
     top, left = ((length - size) // 2 for length in image.shape[1:])
     return image[:, top : top + size, left : left + size]

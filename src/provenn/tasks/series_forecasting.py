@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -16,7 +16,7 @@ from provenn import progress
 from provenn.data.dates import continue_dates, first_disorder, gaps
 from provenn.data.numerals import is_hole, is_number
 from provenn.data.series import bundled
-from provenn.data.tables import WRITES, Reading, Table, check_reading, check_table, read_table, write_table
+from provenn.data.tables import WRITES, Reading, Style, Table, check_reading, check_table, read_table, write_table
 from provenn.errors import UserError
 from provenn.files import whole
 from provenn.tasks.base import (
@@ -84,6 +84,26 @@ class Windows(Dataset):
             raise IndexError(index)
         now = self.first + index
         return self.values[now - self.context : now], self.values[now : now + self.horizon]
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What follows the rows of a file.
+
+    Args:
+        columns: their names.
+        past: the rows that were read, (rows, columns).
+        header, labels: the name of the column of times, and the times to come; steps where there are no dates.
+        values: the rows to come, (horizon, columns).
+        style: how the file is written, to write the forecast alike.
+    """
+
+    columns: list[str]
+    past: Float64[np.ndarray, "rows columns"]
+    header: str
+    labels: list[str]
+    values: Float64[np.ndarray, "horizon columns"]
+    style: Style
 
 
 class SeriesForecasting(Task):
@@ -235,40 +255,51 @@ class SeriesForecasting(Task):
         targets = _targets(inputs, output)
         texts, made = [], []
         for file in inputs:
-            single = len(meta["columns"]) == 1
-            table = read_table(file, **reading)
-            columns, values, times = _read(table, (), None if single else meta["columns"])
-            own_scale = single and columns != meta["columns"]
-            past = values[-meta["context"] :]
-            if len(past) < meta["context"]:
-                raise UserError(f"{file} has {len(past)} rows: the model looks back over {meta['context']}")
-            mean, std = np.asarray(meta["mean"]), np.asarray(meta["std"])
-            if own_scale:
-                mean, spread = values.mean(0), values.std(0)
-                std = np.where(spread > 1e-12, spread, 1.0)
-                progress.say(
-                    f"{file}: {', '.join(columns)} forecast one by one, on their own scale, by what was learned of "
-                    f"{meta['columns'][0]}; `provenn train` learns from your own series"
-                )
-            x = torch.from_numpy(((past - mean) / std).astype(np.float32)).to(device_of(model))
-            with torch.no_grad():
-                scaled = model(x.T[..., None])[..., 0].T if own_scale else model(x[None])[0]
-            forecast = scaled.double().cpu().numpy() * std + mean
-            dates = None if times is None else continue_dates(times[1], len(forecast))
-            header = times[0] or "time" if times and dates else "step"
-            labels = dates or [str(i) for i in range(1, len(forecast) + 1)]
-            rows = [[label, *row] for label, row in zip(labels, forecast.tolist())]
+            outlook = self.forecast(model, meta, file, **reading)
+            rows = [[label, *row] for label, row in zip(outlook.labels, outlook.values.tolist())]
+            header = [outlook.header, *outlook.columns]
             if output is None:
                 shown = "\n".join("  ".join(f"{c:.6g}" if isinstance(c, float) else c for c in row) for row in rows)
-                texts.append("  ".join([header, *columns]) + "\n" + shown)
-            style = replace(table.style, decimal=table.decimal_of(columns))  # written as it was read
-            made.append((style, [header, *columns], rows, _forecast_plot(columns, values[-4 * len(past) :], forecast)))
+                texts.append("  ".join(header) + "\n" + shown)
+            plot = _forecast_plot(outlook.columns, outlook.past[-4 * meta["context"] :], outlook.values)
+            made.append((outlook.style, header, rows, plot))
         for file, target, (style, names, rows, plot) in zip(inputs, targets, made):
             write_table(target, names, rows, style)
             with whole(target.with_suffix(".png")) as place:
                 plot.savefig(place, dpi=110)
             texts.append(f"{file}: {len(rows)} steps, wrote {target} and {target.with_suffix('.png')}")
         return "\n".join(texts)
+
+    def forecast(self, model: nn.Module, meta: dict[str, Any], file: Path, **reading: Unpack[Reading]) -> Outlook:
+        """What follows the last row of a file, in the columns and on the scale that `predict` says."""
+        single = len(meta["columns"]) == 1
+        table = read_table(file, **reading)
+        columns, values, times = _read(table, (), None if single else meta["columns"])
+        own_scale = single and columns != meta["columns"]
+        past = values[-meta["context"] :]
+        if len(past) < meta["context"]:
+            raise UserError(f"{file} has {len(past)} rows: the model looks back over {meta['context']}")
+        mean, std = np.asarray(meta["mean"]), np.asarray(meta["std"])
+        if own_scale:
+            mean, spread = values.mean(0), values.std(0)
+            std = np.where(spread > 1e-12, spread, 1.0)
+            progress.say(
+                f"{file}: {', '.join(columns)} forecast one by one, on their own scale, by what was learned of "
+                f"{meta['columns'][0]}; `provenn train` learns from your own series"
+            )
+        x = torch.from_numpy(((past - mean) / std).astype(np.float32)).to(device_of(model))
+        with torch.no_grad():
+            scaled = model(x.T[..., None])[..., 0].T if own_scale else model(x[None])[0]
+        ahead = scaled.double().cpu().numpy() * std + mean
+        dates = None if times is None else continue_dates(times[1], len(ahead))
+        return Outlook(
+            columns=columns,
+            past=values,
+            header=times[0] or "time" if times and dates else "step",
+            labels=dates or [str(i) for i in range(1, len(ahead) + 1)],
+            values=ahead,
+            style=replace(table.style, decimal=table.decimal_of(columns)),  # written as it was read
+        )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Forecasts of the test rows beside what came, and the error by how far ahead it looks."""

@@ -13,13 +13,22 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from provenn import __version__
-from provenn.web import boards, figures, machines, pages, people, subscriptions
+from provenn.web import boards, figures, machines, pages, people, subscriptions, tries
 from provenn.web.database import Database
+from provenn.web.demos import Demos
 from provenn.web.digest import Clock
 from provenn.web.settings import Settings
 from provenn.web.site import HERE, Site, page
 
-ROUTERS = (pages.router, figures.router, boards.router, machines.router, people.router, subscriptions.router)
+ROUTERS = (
+    pages.router,
+    figures.router,
+    boards.router,
+    machines.router,
+    people.router,
+    subscriptions.router,
+    tries.router,
+)
 
 # No script, style or picture from elsewhere, none inside a page, and no page inside another's frame.
 POLICY = (
@@ -71,6 +80,7 @@ def create_app(settings: Settings | None = None, *, copied: bool = False) -> Fas
     settings.signing_key()  # drawn here where it is new, before two requests can draw one each
     database = Database(settings.database)
     database.migrate()
+    demos = Demos(settings) if settings.demos else None
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
@@ -78,10 +88,13 @@ def create_app(settings: Settings | None = None, *, copied: bool = False) -> Fas
         clock.start()
         yield
         clock.stop()
+        if demos is not None:
+            demos.close()
         database.close()
 
     app = FastAPI(title="provenn", version=__version__, docs_url=None, redoc_url=None, lifespan=living)
     app.state.site = Site(settings, database, copied=copied)
+    app.state.demos = demos
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(SafeHeaders, secure=settings.secure)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")

@@ -14,11 +14,12 @@ from jinja2.runtime import Context
 
 from provenn import __version__
 from provenn.evidence import view
-from provenn.web import drawing, opinions, plots, words
+from provenn.web import drawing, opinions, plots, results, words
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database
 from provenn.web.keeping import Keep
 from provenn.web.limits import Limits
+from provenn.web.offers import offers_of
 from provenn.web.places import beside, file_of
 from provenn.web.settings import Settings
 
@@ -89,6 +90,8 @@ class Site:
             "amount": words.amount,
             "markdown": opinions.as_html,
             "plots": plots,
+            "results": results,
+            "offers_of": offers_of,
             "asset": jinja2.pass_context(lambda context, name: _link(context, asset(name))),
             "link": jinja2.pass_context(_link),
         }

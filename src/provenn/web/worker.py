@@ -1,0 +1,347 @@
+"""A process that applies the weights that ship to what a reader of the catalogue gave, and can reach little else.
+
+`demos.py` runs this file, not as a part of `provenn.web`: it needs torch and no server. Jobs come as lines of JSON by
+its standard input and answers go by its standard output; when its input closes, whoever it worked for is gone, and so
+is it.
+"""
+
+import csv
+import ctypes
+import json
+import os
+import queue
+import re
+import resource
+import signal
+import struct
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from provenn.weights import Label
+
+NAME = "input"  # of what a reader gave, whatever it was called
+LARGEST_FILE = 64 * 2**20
+OPEN_FILES = 256
+NICE = 5  # pages go before demos
+SPENT = 3  # exit status of a worker whose memory is used up
+Tell = Callable[[dict[str, Any]], None]
+
+
+def main() -> None:
+    folder, megabytes, pixels, server = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    _end_with(server)
+    jobs, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)  # what a library prints is no answer
+
+    def tell(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer, allow_nan=False), file=answers, flush=True)
+
+    os.umask(0o077)
+    os.nice(NICE)
+    os.chdir(folder)
+    data = megabytes * 2**20
+    for limit, value in (("DATA", data), ("FSIZE", LARGEST_FILE), ("NOFILE", OPEN_FILES), ("CORE", 0)):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (value, value))
+    try:
+        work = _ready(folder, pixels)
+        tell({"ready": True})
+        waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(jobs, waiting), daemon=True).start()
+        while True:
+            work(json.loads(waiting.get()), tell)
+    except MemoryError:
+        os._exit(SPENT)
+
+
+def _end_with(server: int) -> None:
+    """Linux kills this process with the server; elsewhere the end of the input ends it."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != server:
+            os._exit(0)
+
+
+def _read(jobs: Any, waiting: "queue.SimpleQueue[str]") -> None:
+    for line in jobs:
+        waiting.put(line)
+    os._exit(0)
+
+
+def _ready(folder: Path, pixels: int) -> Callable[[dict[str, Any], Tell], None]:
+    """Everything that a demo needs is imported; then doors are closed."""
+    import matplotlib.font_manager
+    import torch
+    from PIL import Image
+
+    from provenn import api, catalog
+    from provenn.tasks import get_task
+
+    torch.set_num_threads(1)
+    Image.MAX_IMAGE_PIXELS = pixels
+    for name in WORKS:
+        get_task(name)
+    assert api and matplotlib  # imported for what comes
+    readable = _readable([card.folder for card in catalog.cards().values()])
+    _confine(readable, folder)
+    _watch(readable, folder)
+    return partial(_work, {})
+
+
+def _readable(papers: list[Path]) -> list[str]:
+    """Where Python, its packages, the papers and the system's libraries lie."""
+    import provenn
+
+    paths = sysconfig.get_paths()
+    places = [sys.prefix, sys.base_prefix, *(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))]
+    places += [str(Path(provenn.__file__).parent), *map(str, papers)]
+    places += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    places += ["/usr", "/lib", "/lib64", "/etc/localtime", "/sys/devices/system", "/proc/cpuinfo", "/proc/meminfo"]
+    places += [os.devnull, "/dev/urandom", "/proc/self/"]
+    return sorted({os.path.realpath(place) for place in places if os.path.exists(place)} - {os.sep})
+
+
+def _watch(readable: list[str], folder: Path) -> None:
+    """An audit hook refuses what Python does elsewhere: files, processes, sockets."""
+    own = os.path.realpath(folder)
+
+    def check(path: Any, writes: bool) -> None:
+        if isinstance(path, int) or path is None:
+            return
+        place = os.path.realpath(os.fsdecode(path))
+        inside = any(
+            place == root or place.startswith(root + os.sep) for root in ([own] if writes else [own, *readable])
+        )
+        if not inside and place != os.devnull:
+            raise PermissionError(f"a demo may not {'write' if writes else 'read'} {place}")
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            check(path, bool(flags & changing) or bool(set(mode or "") & set("wax+")))
+        elif event in ("os.listdir", "os.scandir", "os.chdir"):
+            check(arguments[0], writes=False)
+        elif event in CHANGES:
+            for path in arguments[: CHANGES[event]]:
+                check(path, writes=True)
+        elif event.startswith(FORBIDDEN):
+            raise PermissionError(f"a demo may not use {event}")
+
+    sys.addaudithook(hook)
+
+
+# Events of Python's that change files, and how many of their arguments are paths.
+CHANGES = {
+    "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.truncate": 1,
+    "os.chmod": 1, "os.chown": 1, "os.utime": 1, "os.setxattr": 1,
+}  # fmt: skip
+FORBIDDEN = (
+    "socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "pty.",
+    "ctypes.dlopen", "ftplib.", "smtplib.", "urllib.", "webbrowser.",
+)  # fmt: skip
+
+
+def _confine(readable: list[str], folder: Path) -> None:
+    """Where the kernel has Landlock, it holds the whole process to the same places, compiled code too, and to no TCP.
+
+    The numbers are those of linux/landlock.h; a right that the kernel does not know yet is not asked of it.
+    """
+    if sys.platform != "linux":
+        return
+    create, add, restrict = 444, 445, 446
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(create, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        return
+    rights = 13 + (version >= 2) + (version >= 3) + (version >= 5)
+    every = (1 << rights) - 1
+    read_file, read_folder = 1 << 2, 1 << 3
+    # Files, TCP (bind, connect), and abstract sockets and signals to other processes.
+    attributes = struct.pack("QQQ", every, 3, 3)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    rules = libc.syscall(create, attributes, ctypes.c_size_t(len(attributes)), 0)
+    if rules < 0:
+        return
+    whole_folder = every & ~1  # nothing in it is executed
+    for place, allowed in [*((place, read_file | read_folder) for place in readable), (str(folder), whole_folder)]:
+        allowed |= 1 << 1 if place == os.devnull else 0
+        allowed &= every if os.path.isdir(place) else read_file | 1 << 1
+        handle = os.open(place, os.O_PATH | os.O_CLOEXEC)
+        libc.syscall(add, rules, 1, struct.pack("=Qi", allowed, handle), 0)
+        os.close(handle)
+    no_new_privileges = 38
+    libc.prctl(no_new_privileges, 1, 0, 0, 0)
+    libc.syscall(restrict, rules, 0)
+    os.close(rules)
+
+
+def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], tell: Tell) -> None:
+    """Do a job and tell what came of it: {"done": …}, or {"failed": one line}."""
+    from provenn import api
+    from provenn.errors import UserError
+
+    slug, preset = job["paper"], job["preset"]
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if (slug, preset) not in models:
+                models[slug, preset] = api.paper(slug).load(preset=preset)
+            model, label = models[slug, preset]
+            given, start = Path(job["file"]) if job.get("file") else None, time.perf_counter()
+            done = WORKS[label.task](model, label, given, job["options"], tell)
+            done["seconds"] = time.perf_counter() - start
+            if given is not None and api.paper(slug).card.has("inspection"):
+                done["inside"] = _inside(slug, preset, given)
+        done["notes"] = [_of_a_reader(str(each.message)) for each in said if str(each.message).startswith(NAME)]
+        tell({"done": done})
+    except MemoryError:
+        raise
+    except UserError as error:
+        tell({"failed": _of_a_reader(str(error))})
+    except Exception as error:
+        if "allocate memory" in str(error):  # torch's own
+            raise MemoryError from None
+        traceback.print_exc()
+        words = " ".join(str(error).split())[:200]
+        tell({"failed": f"{preset} could not be applied to this ({type(error).__name__}: {words})"})
+
+
+def _of_a_reader(words: str) -> str:
+    """A message that calls a file as its reader would."""
+    return re.sub(rf"\b{NAME}\.\w+", "your file", words)
+
+
+def _inside(slug: str, preset: str, given: Path) -> dict[str, Any]:
+    from provenn import api
+
+    inspected = api.inspect(slug, given, preset=preset)
+    inspected.save(Path("inside.png"))
+    table = inspected.table()
+    return {"picture": "inside.png", "caption": table.caption, "columns": table.columns, "rows": table.rows}
+
+
+def _seen(file: Path) -> "Image.Image":
+    """A picture as a browser shows it: turned as its EXIF says, 8 bits, in colour."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            image = image.point(lambda value: value / 257).convert("L")
+        return image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
+
+
+def _predict(model: Any, label: "Label", inputs: Any, output: Path | None, **options: Any) -> str:
+    from provenn.tasks import get_task
+
+    return get_task(label.task).predict(model, label.meta, inputs, output, **options)
+
+
+def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    from PIL import Image
+
+    assert given is not None
+    _predict(model, label, [given], Path("after.png"))
+    before, after = _seen(given), _seen(Path("after.png"))
+    after.save("after.png")  # of 16 bits too, as a browser shows it
+    before.resize(after.size, Image.Resampling.BICUBIC).save("before.png")
+    return {"kind": "enlarged", "from": before.size, "size": after.size}
+
+
+def _classify(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    assert given is not None
+    _predict(model, label, [given], Path("classes.csv"))
+    with open("classes.csv", encoding="utf-8", newline="") as file:
+        _, row = csv.reader(file)
+    size = _shown(given)
+    shares = sorted(zip(label.meta["classes"], map(float, row[2:])), key=lambda pair: -pair[1])
+    return {"kind": "classes", "size": size, "shares": shares[:10], "of": len(shares)}
+
+
+def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    assert given is not None
+    _predict(model, label, [given], Path("boxes.json"))
+    names = dict(zip(label.meta["ids"], label.meta["classes"]))
+    boxes = [
+        {"class": names[row["category_id"]], "box": row["bbox"], "score": row["score"]}
+        for row in json.loads(Path("boxes.json").read_text())
+    ]
+    return {"kind": "boxes", "size": _shown(given), "boxes": boxes[:100], "classes": label.meta["classes"]}
+
+
+def _segment(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    import numpy as np
+    from PIL import Image
+
+    assert given is not None
+    _predict(model, label, [given], Path("mask.png"), overlay=True)
+    size = _shown(given)
+    with Image.open("mask_overlay.png") as overlaid:  # its key is under it
+        overlaid.crop((0, 0, *size)).save("overlay.png")
+    with Image.open("mask.png") as opened:
+        mask: np.ndarray = np.asarray(opened)
+        colours = np.reshape(opened.getpalette() or [], (-1, 3)).tolist()
+    classes = label.meta["classes"]
+    shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
+    told = [(classes[k], float(shares[k]), colours[k]) for k in np.argsort(-shares) if shares[k]]
+    return {"kind": "mask", "size": size, "shares": told}
+
+
+def _shown(given: Path) -> tuple[int, int]:
+    image = _seen(given)
+    image.save("shown.png")
+    return image.size
+
+
+def _write(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    from provenn.progress import without_controls
+
+    text = _predict(model, label, [given], None, **options, tell=lambda piece: tell({"piece": without_controls(piece)}))
+    return {"kind": "text", "text": without_controls(text)}
+
+
+def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    from provenn.tasks.series_forecasting import TASK
+
+    assert given is not None
+    outlook = TASK.forecast(model, label.meta, given)
+    past = outlook.past[-4 * label.meta["context"] :]
+    columns = [
+        {"name": name, "past": past[:, k].tolist(), "ahead": outlook.values[:, k].tolist()}
+        for k, name in enumerate(outlook.columns[:8])
+    ]
+    left = len(outlook.columns) - len(columns)
+    return {"kind": "forecast", "labels": outlook.labels, "header": outlook.header, "columns": columns, "left": left}
+
+
+def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    classes = options.pop("classes")
+    _predict(model, label, classes, Path("drawing.png"), **options)
+    return {"kind": "drawing", "size": _seen(Path("drawing.png")).size, "classes": classes}
+
+
+WORKS: dict[str, Callable[[Any, "Label", Path | None, dict[str, Any], Tell], dict[str, Any]]] = {
+    "super-resolution": _enlarge,
+    "image-classification": _classify,
+    "object-detection": _detect,
+    "semantic-segmentation": _segment,
+    "language-modelling": _write,
+    "series-forecasting": _forecast,
+    "image-generation": _draw,
+}
+
+if __name__ == "__main__":
+    main()
