@@ -15,11 +15,11 @@ from provenn.web.demos import PIXELS, Demo, Demos, Full, Job, State, TooOften
 from provenn.web.offers import LONGEST_PROMPT, MOST_CLASSES, MOST_TOKENS, Offer, offers_of
 from provenn.web.pages import found
 from provenn.web.site import page, site_of
+from provenn.web.visitors import check_origin
 
 router = APIRouter(default_response_class=Response)
 LOOK = 0.15  # seconds between two looks at a demo whose text is streamed
 PRIVATE = {"Cache-Control": "private, no-store", "X-Robots-Tag": "noindex"}
-OURS = (None, "same-origin", "none")  # where a browser says that a request comes from; old ones say nothing
 
 
 class Progress(BaseModel):
@@ -51,10 +51,9 @@ def demos_of(request: Request) -> Demos:
 
 
 async def posted(request: Request) -> FormData:
-    """A demo's form, read as far as its limits go."""
+    """A demo's form, read as far as its limits go. It needs no cookie, so it carries no token of one."""
     demos_of(request)
-    if request.headers.get("sec-fetch-site") not in OURS:
-        raise HTTPException(403, "This form was sent from another site: open the page here and send it again.")
+    check_origin(request)
     try:
         return await uploads.read_form(request, site_of(request).settings.upload_megabytes * 2**20)
     except uploads.Refused as refused:

@@ -116,12 +116,17 @@ def _signer(settings: Settings, purpose: str) -> Signer:
     return Signer(settings.signing_key(), salt=f"provenn.{purpose}", digest_method=sha256)
 
 
-def posted(request: Request, csrf: Annotated[str, Form()] = "") -> Visitor:
-    """The visitor who posts a form, which must come from a page of ours that they read."""
+def check_origin(request: Request) -> None:
+    """Refuse a form that a browser says was sent from another site's page; 403."""
     hosts = request.headers.get("host"), urlsplit(site_of(request).settings.url).netloc
     known = {None, *(f"{scheme}://{host}" for host in hosts for scheme in ("http", "https"))}
     if request.headers.get("origin") not in known or request.headers.get("sec-fetch-site") not in OURS:
         raise HTTPException(403, "This form was sent from another site: open the page here and send it again.")
+
+
+def posted(request: Request, csrf: Annotated[str, Form()] = "") -> Visitor:
+    """The visitor who posts a form, which must come from a page of ours that they read."""
+    check_origin(request)
     visitor = visitor_of(request)
     if not visitor.sent(csrf):
         raise HTTPException(403, "This form is out of date: open the page again and send it from there.")
