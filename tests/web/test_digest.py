@@ -82,7 +82,7 @@ def text_of(message) -> str:
 
 
 def files(site):
-    found = sorted((site.settings.home / "mails").glob("*.eml"))
+    found = sorted((site.settings.home / "mails").glob("*.eml"), key=lambda file: file.stat().st_mtime_ns)
     return [message_from_bytes(file.read_bytes(), policy=policy.SMTPUTF8) for file in found]
 
 

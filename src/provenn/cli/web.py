@@ -31,7 +31,9 @@ def serve(
     port: Annotated[int, typer.Option(help="The port.", min=0, max=65535)] = 8000,
     home: Home = None,
     url: Annotated[str | None, typer.Option(help="Where readers reach it, for links in mails and feeds.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that answer.", min=1, max=64)] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Processes that answer; of several, none tries papers.", min=1, max=64)
+    ] = 1,
     export: Annotated[
         Path | None, typer.Option(help="Write it as files that any host serves, without people and demos.")
     ] = None,
@@ -64,8 +66,11 @@ def serve(
     if workers == 1:
         uvicorn.run(create_app(settings), **options)  # type: ignore[arg-type]  # a mapping has one type of value
         return
-    # Each process makes its own application, from the environment.
-    os.environ |= {"PROVENN_HOME": str(settings.home), "PROVENN_URL": settings.url}
+    # Each process makes its own application, from the environment. A demo is kept by one of them, and the next request
+    # about it would come to another.
+    if settings.demos:
+        tell("provenn: several processes cannot share demos, so papers cannot be tried here; --workers 1 has them")
+    os.environ |= {"PROVENN_HOME": str(settings.home), "PROVENN_URL": settings.url, "PROVENN_DEMOS": "false"}
     settings.signing_key()  # drawn once, before two of them would
     uvicorn.run("provenn.web:create_app", factory=True, workers=workers, **options)  # type: ignore[arg-type]
 
