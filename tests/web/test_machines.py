@@ -157,7 +157,9 @@ def test_what_cannot_be_read_is_refused_in_one_line(client, path, words):
 
 
 def paths(client: TestClient) -> list[str]:
-    return [path.replace("{name}", "token-mixer" if "boards" in path else "craft") for path in described(client)]
+    """Addresses of the catalogue; a demo's answer is there for a while alone."""
+    every = (path.replace("{name}", "token-mixer" if "boards" in path else "craft") for path in described(client))
+    return [path for path in every if "{" not in path]
 
 
 def described(client: TestClient) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json as text_of
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,13 +67,19 @@ def serve(
     if workers == 1:
         uvicorn.run(create_app(settings), **options)  # type: ignore[arg-type]  # a mapping has one type of value
         return
+    from uvicorn.supervisors import Multiprocess
+
     # Each process makes its own application, from the environment. A demo is kept by one of them, and the next request
     # about it would come to another.
     if settings.demos:
         tell("provenn: several processes cannot share demos, so papers cannot be tried here; --workers 1 has them")
     os.environ |= {"PROVENN_HOME": str(settings.home), "PROVENN_URL": settings.url, "PROVENN_DEMOS": "false"}
     settings.signing_key()  # drawn once, before two of them would
-    uvicorn.run("provenn.web:create_app", factory=True, workers=workers, **options)  # type: ignore[arg-type]
+    config = uvicorn.Config("provenn.web:create_app", factory=True, workers=workers, **options)  # type: ignore[arg-type]
+    listening = config.bind_socket()
+    # A socket that processes share is not set so by asyncio, and each answer would wait 40 ms for an acknowledgement.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    Multiprocess(config, sockets=[listening]).run()
 
 
 @app.command()
