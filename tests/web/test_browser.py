@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.base import AXE_FILE_PATH
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from readers import link_in, mails
+
+from provenn.web import Settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: apt-get install chromium"),
-    pytest.mark.xdist_group("browser"),
 ]
 PHONE, WIDE = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
 PAGES = [
@@ -28,6 +31,13 @@ PAGES = [
     "/papers/relationnet_pp",
     "/not-held",
     "/papers/nobody",
+    "/sign-in",
+    "/suggestions",
+    "/subscribe",
+    "/boards",
+    "/boards/token-mixer",
+    "/boards/latency",
+    "/api",
 ]
 
 
@@ -154,7 +164,13 @@ def test_no_page_keeps_anybody_out(browser, url, path, scheme):
     tab.goto(path)
     for fold in tab.locator("main details").all():
         fold.evaluate("fold => { fold.open = true; }")
-    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path} is wider than a phone"
+    keeps_nobody_out(tab)
+    context.close()
+
+
+def keeps_nobody_out(tab: Page) -> None:
+    """axe-core finds nothing on the page as it stands, and it is not wider than the window."""
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{tab.url} is wider than a phone"
     tab.evaluate(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
     tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
     found = tab.evaluate("tags => axe.run(document, {runOnly: tags})", tags)
@@ -164,6 +180,105 @@ def test_no_page_keeps_anybody_out(browser, url, path, scheme):
         for node in each["nodes"][:3]
     ]
     assert not problems, "\n".join(problems)
+
+
+def sign_in(tab: Page, home: Path, email: str) -> None:
+    """By the link in the mail that arrived."""
+    tab.get_by_label("Mail address").fill(email)
+    tab.get_by_role("button", name="Send me a link").click()
+    expect(tab.get_by_role("heading", name="Look into your mail")).to_be_visible()
+    keeps_nobody_out(tab)
+    tab.goto(link_in(mails(Settings(home=home))[-1]))
+    keeps_nobody_out(tab)
+    tab.get_by_role("button", name="Sign in").click()
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_reader_signs_in_votes_comments_and_leaves(browser, url, home, scripts):
+    context = browser.new_context(base_url=url, viewport=PHONE, java_script_enabled=scripts)
+    context.set_default_timeout(60_000)
+    tab = context.new_page()
+    tab.goto("/papers/eca_net")
+    tab.get_by_role("link", name="Vote for ECA-Net").click()
+    sign_in(tab, home, f"ada{scripts}@example.org".lower())
+    expect(tab.get_by_role("heading", name="Welcome")).to_be_visible()
+    keeps_nobody_out(tab)
+    tab.get_by_label("Name that others see").fill(f"Ada {scripts}")
+    tab.get_by_role("button", name="Save the name").click()
+    expect(tab).to_have_url(re.compile("/papers/eca_net$"))
+    tab.get_by_role("button", name="Vote: ECA-Net").click()
+    expect(tab.get_by_role("button", name="Take vote back: ECA-Net")).to_be_visible()
+    expect(tab.locator(".votes")).to_contain_text("1 vote")
+    tab.get_by_label(f"Your comment, as Ada {scripts}").fill("It **holds** on my pictures.")
+    tab.get_by_role("button", name="Send").first.click()
+    expect(tab.locator(".comment strong").first).to_have_text("holds")
+    for fold in tab.locator(".comments details").all():
+        fold.evaluate("fold => { fold.open = true; }")
+    keeps_nobody_out(tab)
+    tab.goto("/suggestions")
+    tab.get_by_label("arXiv number").fill("2401.00001")
+    tab.get_by_role("button", name="Suggest it").click()
+    expect(tab.get_by_role("status")).to_contain_text("on the list")
+    keeps_nobody_out(tab)
+    tab.goto("/me")
+    tab.get_by_text("Delete your account").click()
+    keeps_nobody_out(tab)
+    tab.get_by_label("Yes, delete everything").check()
+    tab.get_by_role("button", name="Delete my account").click()
+    expect(tab.get_by_role("status")).to_contain_text("deleted")
+    tab.goto("/papers/eca_net")
+    expect(tab.locator(".votes")).to_contain_text("0 votes")
+    expect(tab.locator(".comment")).to_have_count(0)
+    context.close()
+
+
+def test_a_reader_subscribes_by_the_mail_that_arrived_and_leaves(browser, url, home):
+    context = browser.new_context(base_url=url, viewport=PHONE)
+    tab = context.new_page()
+    tab.goto("/subscribe")
+    tab.get_by_label("Mail address").fill("grace@example.org")
+    tab.get_by_label("weekly").check()
+    tab.get_by_role("button", name="Send me a link").click()
+    expect(tab.get_by_role("heading", name="Look into your mail")).to_be_visible()
+    tab.goto(link_in(mails(Settings(home=home))[-1]))
+    tab.get_by_role("button", name="Subscribe").click()
+    expect(tab.locator("main")).to_contain_text("grace@example.org, weekly")
+    keeps_nobody_out(tab)
+    tab.get_by_role("button", name="Unsubscribe").click()
+    expect(tab.get_by_role("heading", name="You have left")).to_be_visible()
+    keeps_nobody_out(tab)
+    context.close()
+
+
+def test_a_photograph_is_enlarged_and_compared_by_keyboard(browser, url, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((48, 40), 60).convert("RGB").save(photo)
+    context = browser.new_context(base_url=url, viewport=PHONE)
+    tab = context.new_page()
+    tab.goto("/papers/craft")
+    tab.get_by_label("Or give").set_input_files(photo)
+    tab.locator("[data-try] button").click()
+    slider = tab.locator(".outcome input[type=range]")
+    expect(slider).to_be_visible(timeout=60_000)
+    expect(tab.locator(".outcome")).to_contain_text("48×40 to 96×80 pixels")
+    before = slider.input_value()
+    slider.focus()
+    tab.keyboard.press("ArrowRight")
+    assert slider.input_value() != before
+    keeps_nobody_out(tab)
+    context.close()
+
+
+def test_text_is_written_as_it_comes(browser, url):
+    context = browser.new_context(base_url=url)
+    tab = context.new_page()
+    tab.goto("/papers/rat")
+    tab.get_by_label("Or type").fill("def ")
+    tab.get_by_label("Tokens to write").fill("60")
+    tab.locator("[data-try] button").click()
+    expect(tab.locator(".outcome .written")).to_contain_text("def ", timeout=60_000)
+    expect(tab.locator(".outcome")).to_contain_text("seconds on one core", timeout=60_000)
+    keeps_nobody_out(tab)
     context.close()
 
 

@@ -1,5 +1,6 @@
 """Papers are tried: every kind of work by a file and by a sample; a demo that goes wrong costs one answer."""
 
+import asyncio
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from provenn import catalog
-from provenn.web import Settings, create_app, demos, uploads
+from provenn.web import Settings, create_app, demos, tries, uploads
 from provenn.web.demos import Demos, Full, Job, State, TooOften
 from provenn.web.offers import offers_of
 
@@ -185,9 +187,33 @@ def test_text_is_gone_on_with_as_it_comes(client):
     told = re.findall(r"event: (\w+)\ndata: (.*)\n\n", client.get(f"{at}/events").text)
     pieces = [json.loads(data) for name, data in told if name == "text"]
     result = client.get(f"/api{at}").json()["result"]
-    assert len(pieces) > 1 and "".join(pieces) == result["text"] and told[-1] == ("end", '"done"')
+    assert pieces and "".join(pieces) == result["text"] and told[-1] == ("end", '"done"')
     assert result["text"].startswith("import os\n") and len(result["text"]) > 20
     assert client.get(at).text.count("import os") == 1
+
+
+class Written:
+    """A demo that has one word more each time that somebody looks."""
+
+    def __init__(self, *words: str):
+        self.text, self.words, self.state = "", list(words), "done"
+
+    @property
+    def over(self) -> bool:
+        self.text += self.words.pop(0) if self.words else ""
+        return not self.words
+
+
+def test_what_is_new_is_told_each_time(monkeypatch):
+    monkeypatch.setattr(tries, "LOOK", 0)
+
+    async def listen() -> list[str]:
+        queue = SimpleNamespace(place=lambda demo: 0)
+        return [event async for event in tries._told(queue, Written("def ", "f", "(x)"))]
+
+    told = [re.match(r"event: (\w+)\ndata: (.*)\n\n", event).groups() for event in asyncio.run(listen())]
+    assert [json.loads(data) for name, data in told if name == "text"] == ["def ", "f", "(x)"]
+    assert told[-1][0] == "end"
 
 
 def test_words_that_name_a_file_are_words(client):
@@ -385,6 +411,7 @@ def test_a_worker_knows_no_secrets_and_can_lead_nobody_elsewhere(pool, tmp_path,
 CONFINED = """
 import os, runpy, sys, ctypes, socket, subprocess
 from pathlib import Path
+from types import SimpleNamespace
 own, other = Path(sys.argv[1]), Path(sys.argv[2])
 worker = runpy.run_path(sys.argv[3])
 os.chdir(own)

@@ -20,7 +20,7 @@ def sizes(
     verb too. FLOPs and memory are of one example at the preset's input in paper.toml.
 
     \b
-    provenn sizes my_paper
+    provenn sizes eca_net titans
     """
     from provenn import progress
     from provenn.sizes import measure, write

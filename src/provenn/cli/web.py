@@ -22,7 +22,14 @@ if TYPE_CHECKING:  # slow to import, and not there without the extra
 
 NEEDED = "the web catalogue needs more packages: pip install 'provenn[web]'"
 Home = Annotated[Path | None, typer.Option(help="Folder of the embedded database; by default ~/.local/share/provenn.")]
-page = typer.Typer(help="What the operator of a catalogue does: list, hide, approve, export, delete.")
+page = typer.Typer(
+    help="""What the operator of a catalogue does: list, hide, approve, export, delete.
+
+    \b
+    provenn page list reports
+    provenn page hide 17
+    """
+)
 app.add_typer(page, name="page")
 
 
