@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -164,11 +164,11 @@ def test_no_page_keeps_anybody_out(browser, url, path, scheme):
     tab.goto(path)
     for fold in tab.locator("main details").all():
         fold.evaluate("fold => { fold.open = true; }")
-    keeps_nobody_out(tab)
+    looked_at(tab)
     context.close()
 
 
-def keeps_nobody_out(tab: Page) -> None:
+def looked_at(tab: Page) -> None:
     """axe-core finds nothing on the page as it stands, and it is not wider than the window."""
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{tab.url} is wider than a phone"
     tab.evaluate(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
@@ -182,47 +182,48 @@ def keeps_nobody_out(tab: Page) -> None:
     assert not problems, "\n".join(problems)
 
 
-def sign_in(tab: Page, home: Path, email: str) -> None:
+def sign_in(tab: Page, look: Callable[[Page], None], home: Path, email: str) -> None:
     """By the link in the mail that arrived."""
     tab.get_by_label("Mail address").fill(email)
     tab.get_by_role("button", name="Send me a link").click()
     expect(tab.get_by_role("heading", name="Look into your mail")).to_be_visible()
-    keeps_nobody_out(tab)
+    look(tab)
     tab.goto(link_in(mails(Settings(home=home))[-1]))
-    keeps_nobody_out(tab)
+    look(tab)
     tab.get_by_role("button", name="Sign in").click()
 
 
 @pytest.mark.parametrize("scripts", [True, False])
 def test_a_reader_signs_in_votes_comments_and_leaves(browser, url, home, scripts):
+    look = looked_at if scripts else lambda tab: None  # axe-core is a script, too
     context = browser.new_context(base_url=url, viewport=PHONE, java_script_enabled=scripts)
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(15_000)
     tab = context.new_page()
     tab.goto("/papers/eca_net")
     tab.get_by_role("link", name="Vote for ECA-Net").click()
-    sign_in(tab, home, f"ada{scripts}@example.org".lower())
+    sign_in(tab, look, home, f"ada{scripts}@example.org".lower())
     expect(tab.get_by_role("heading", name="Welcome")).to_be_visible()
-    keeps_nobody_out(tab)
+    look(tab)
     tab.get_by_label("Name that others see").fill(f"Ada {scripts}")
     tab.get_by_role("button", name="Save the name").click()
     expect(tab).to_have_url(re.compile("/papers/eca_net$"))
-    tab.get_by_role("button", name="Vote: ECA-Net").click()
-    expect(tab.get_by_role("button", name="Take vote back: ECA-Net")).to_be_visible()
+    tab.get_by_role("button", name=re.compile("^Vote ?: ECA-Net")).click()
+    expect(tab.get_by_role("button", name=re.compile("^Take vote back ?: ECA-Net"))).to_be_visible()
     expect(tab.locator(".votes")).to_contain_text("1 vote")
     tab.get_by_label(f"Your comment, as Ada {scripts}").fill("It **holds** on my pictures.")
     tab.get_by_role("button", name="Send").first.click()
     expect(tab.locator(".comment strong").first).to_have_text("holds")
     for fold in tab.locator(".comments details").all():
         fold.evaluate("fold => { fold.open = true; }")
-    keeps_nobody_out(tab)
+    look(tab)
     tab.goto("/suggestions")
     tab.get_by_label("arXiv number").fill("2401.00001")
     tab.get_by_role("button", name="Suggest it").click()
     expect(tab.get_by_role("status")).to_contain_text("on the list")
-    keeps_nobody_out(tab)
+    look(tab)
     tab.goto("/me")
     tab.get_by_text("Delete your account").click()
-    keeps_nobody_out(tab)
+    look(tab)
     tab.get_by_label("Yes, delete everything").check()
     tab.get_by_role("button", name="Delete my account").click()
     expect(tab.get_by_role("status")).to_contain_text("deleted")
@@ -243,10 +244,10 @@ def test_a_reader_subscribes_by_the_mail_that_arrived_and_leaves(browser, url, h
     tab.goto(link_in(mails(Settings(home=home))[-1]))
     tab.get_by_role("button", name="Subscribe").click()
     expect(tab.locator("main")).to_contain_text("grace@example.org, weekly")
-    keeps_nobody_out(tab)
+    looked_at(tab)
     tab.get_by_role("button", name="Unsubscribe").click()
     expect(tab.get_by_role("heading", name="You have left")).to_be_visible()
-    keeps_nobody_out(tab)
+    looked_at(tab)
     context.close()
 
 
@@ -265,7 +266,7 @@ def test_a_photograph_is_enlarged_and_compared_by_keyboard(browser, url, tmp_pat
     slider.focus()
     tab.keyboard.press("ArrowRight")
     assert slider.input_value() != before
-    keeps_nobody_out(tab)
+    looked_at(tab)
     context.close()
 
 
@@ -278,7 +279,7 @@ def test_text_is_written_as_it_comes(browser, url):
     tab.locator("[data-try] button").click()
     expect(tab.locator(".outcome .written")).to_contain_text("def ", timeout=60_000)
     expect(tab.locator(".outcome")).to_contain_text("seconds on one core", timeout=60_000)
-    keeps_nobody_out(tab)
+    looked_at(tab)
     context.close()
 
 
