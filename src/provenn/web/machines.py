@@ -82,7 +82,7 @@ def papers(
         "has": has or "",
         "verdict": verdict or "",
     }
-    entries = Listing.of(state).choose(site.catalogue, site.votes())
+    entries = Listing.of(state).choose(site.catalogue, site.counts().votes)
     return _json(request, list[answers.Summary], _summaries(site, entries))
 
 
@@ -98,7 +98,7 @@ def search(request: Request, q: Words = "", limit: Annotated[int, Query(ge=1, le
 def paper(request: Request, name: str) -> Response:
     """A paper by its arXiv number or slug, with statements, verdicts and claims; `HfApi.paper_info` reads it too."""
     site, entry = site_of(request), found(request, name)
-    facts = answers.summary_of(entry, site.address(f"/papers/{entry.slug}"), site.votes(), site.comments())
+    facts = answers.summary_of(entry, site.address(f"/papers/{entry.slug}"), *site.counts())
     return _json(request, answers.Paper, answers.paper_of(entry, facts))
 
 
@@ -124,7 +124,7 @@ def daily_papers(
         if submitter is None and all(first <= entry.card.date <= last for first, last in spans)
     ]
     if sort is Order.TRENDING:
-        votes = site.votes()
+        votes = site.counts().votes
         entries.sort(key=lambda entry: -votes.get(entry.slug, 0))
     entries = entries[p * limit : (p + 1) * limit]
     return _json(request, list[answers.Daily], [answers.Daily.of(each) for each in _summaries(site, entries)])
@@ -192,7 +192,7 @@ def verdict_feed(request: Request) -> Response:
 
 
 def _summaries(site: Site, entries: list[Entry]) -> list[answers.Summary]:
-    votes, comments = site.votes(), site.comments()
+    votes, comments = site.counts()
     pages = {entry.slug: site.address(f"/papers/{entry.slug}") for entry in entries}
     return [answers.Summary(**answers.summary_of(entry, pages[entry.slug], votes, comments)) for entry in entries]
 

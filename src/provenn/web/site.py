@@ -50,15 +50,10 @@ class Site:
     linked: set[str] = field(default_factory=set)
     pieces: dict[object, str] = field(default_factory=dict)
 
-    def votes(self) -> dict[str, int]:
-        """How many people voted for each paper."""
+    def counts(self) -> opinions.Counts:
+        """How many votes and comments each paper has."""
         with self.database.reading() as session:
-            return opinions.counts(session).votes
-
-    def comments(self) -> dict[str, int]:
-        """How many comments each paper has."""
-        with self.database.reading() as session:
-            return opinions.counts(session).comments
+            return opinions.counts(session)
 
     def address(self, path: str) -> str:
         """The whole address of a page, for feeds and other places that are no page."""
