@@ -25,6 +25,7 @@ from PIL import Image
 from provenn import catalog
 from provenn.web import Settings, create_app, demos, tries, uploads
 from provenn.web.demos import Demos, Full, Job, State, TooOften
+from provenn.web.limits import MINUTE, Rate
 from provenn.web.offers import offers_of
 
 ENOUGH = 120.0  # seconds for a demo on a busy machine
@@ -61,7 +62,7 @@ def client(tmp_path_factory) -> Iterator[TestClient]:
     """A catalogue with one worker, which all tests that look at what models tell share."""
     home = tmp_path_factory.mktemp("home")
     app = create_app(Settings(home=home, secret="of the tests", demo_workers=1, demo_seconds=ENOUGH))
-    app.state.demos.a_minute = 1000
+    app.state.demos.rate = Rate(1000, MINUTE)
     with TestClient(app) as client:
         yield client
     home = app.state.demos.home
@@ -360,6 +361,7 @@ def test_the_place_in_the_queue_is_told_and_the_queue_is_bounded(pool, tmp_path)
 
 
 def test_one_reader_does_not_take_all(pool, tmp_path):
+    pool.rate = Rate(demos.EACH + 1, MINUTE)
     gate = tmp_path / "gate"
     running = pool.ask(Job("p", "q", {"until": str(gate)}), "a")
     wait_until(lambda: running.state is State.RUNNING)
@@ -369,7 +371,7 @@ def test_one_reader_does_not_take_all(pool, tmp_path):
         pool.ask(Job("p", "q", {}), "a")
     pool.ask(Job("p", "q", {"until": str(gate)}), "b")
     gate.touch()
-    pool.a_minute = 4
+    wait_until(lambda: not pool.queue)
     with pytest.raises(TooOften, match="a minute"):
         pool.ask(Job("p", "q", {}), "a")
 

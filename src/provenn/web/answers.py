@@ -302,19 +302,7 @@ class NetworkBoard(BaseModel):
             reference=board.reference,
             size=board.size,
             networks=[Network(name=n, parameters=c.parameters, macs=c.macs) for n, c in board.costs.items()],
-            timings=[
-                Timing(
-                    network=each.network,
-                    form=each.form,
-                    batch=each.batch,
-                    threads=each.threads,
-                    seconds=list(each.seconds),
-                    ratio=each.ratio,
-                    interval=each.interval,
-                    trouble=each.trouble,
-                )
-                for each in board.latencies
-            ],
+            timings=[Timing.model_validate(each, from_attributes=True) for each in board.latencies],
         )
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
@@ -195,8 +195,3 @@ class Catalogue(Mapping[str, Entry]):
     def not_held(self) -> list[tuple[Entry, Finding]]:
         """Every claim of a paper whose interval lies wholly elsewhere, or that is false."""
         return [(e, f) for e in self.values() for f in e.findings if f.verdict is Verdict.NOT_REPRODUCED]
-
-    @property
-    def changed(self) -> date:
-        """The day of the last measurement of all."""
-        return max((entry.measured.date() for entry in self.values() if entry.measured), default=date(2026, 1, 1))

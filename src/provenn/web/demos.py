@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import provenn
+from provenn.web.limits import MINUTE, Rate
 from provenn.web.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ PREFIX = "provenn-demos-"
 PIXELS = 4_000_000  # of a picture that is given
 WAITING = 16  # demos that wait at most
 EACH = 3  # of them one reader's at most
+A_MINUTE = 20  # demos that one reader may ask for in a minute
 KEPT = 600.0  # seconds for which an answer is kept
 ANSWERS = 300  # that are kept at most
 LONGEST_LINE = 4 * 2**20  # bytes of a worker's answer
@@ -115,15 +117,14 @@ class Demos:
 
     Args:
         settings: how many workers, and what a demo may take.
-        a_minute: demos that one reader may ask for in a minute.
     """
 
-    def __init__(self, settings: Settings, a_minute: int = 20):
-        self.settings, self.a_minute = settings, a_minute
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.rate = Rate(A_MINUTE, MINUTE)
         self.changed = threading.Condition()
         self.queue: deque[Demo] = deque()
         self.demos: dict[str, Demo] = {}
-        self.asked: dict[str, deque[float]] = {}
         self.keepers: list[Keeper] = []
         self.home: Path | None = None
         self.lock = -1
@@ -190,19 +191,14 @@ class Demos:
         return self.home
 
     def _check_room(self, reader: str) -> None:
-        now = time.monotonic()
-        times = self.asked.setdefault(reader, deque())
-        while times and times[0] < now - 60:
-            times.popleft()
-        if len(times) >= self.a_minute:
-            raise TooOften(f"more than {self.a_minute} demos a minute were asked for from your address: wait a little")
         if len(self.queue) >= WAITING:
             raise Full(f"{WAITING} demos wait already: try again in a minute")
         if sum(demo.reader == reader for demo in self.queue) >= EACH:
             raise TooOften(f"{EACH} demos of yours wait already: see what comes of them first")
-        times.append(now)
-        if len(self.asked) > 10_000:
-            self.asked = {name: times for name, times in self.asked.items() if times and times[-1] > now - 60}
+        if not self.rate.allows(reader):
+            raise TooOften(
+                f"more than {self.rate.count} demos a minute were asked for from your address: wait a little"
+            )
 
     def _forget(self) -> None:
         over = [demo for demo in self.demos.values() if demo.over]
