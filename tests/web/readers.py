@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 from httpx import Response
 
 from provenn.web import Settings
+from provenn.web.addresses import address
 
 
 def mails(settings: Settings) -> list[EmailMessage]:
@@ -52,7 +53,7 @@ class Reader:
         before = len(mails(self.settings))
         assert self.form("/sign-in", "/sign-in", email=email, paper=paper).status_code == 200
         found = mails(self.settings)
-        assert len(found) == before + 1 and found[-1]["To"] == email
+        assert len(found) == before + 1 and found[-1]["To"] == address(email)
         return link_in(found[-1])
 
     def sign_in(self, email: str) -> "Reader":

@@ -93,6 +93,14 @@ def test_a_person_is_deleted_with_everything_that_is_theirs(ada, page, who):
     assert page("delete", who, "--yes")[0] == 2
 
 
+@both
+def test_an_address_is_deleted_in_whichever_spelling_it_was_given(ada, page):
+    ada.sign_in("Ada@Bücher.example")
+    assert "ada@xn--bcher-kva.example" in page("list", "people", "--json")[1]
+    assert page("delete", "ada@bücher.EXAMPLE", "--yes")[0] == 0
+    assert "xn--bcher" not in page("list", "people", "--json")[1]
+
+
 def test_what_was_said_commands_no_terminal(ada, page):
     ada.form("/papers/rat/comments", text="[red]x[/red] \x9b31m \u202e")
     out = page("list", "comments")[1]

@@ -163,13 +163,14 @@ def test_asking_for_a_link_does_not_look_for_a_person(reader):
 @pytest.mark.parametrize(
     "email",
     ["", "ada", "@example.org", "ada@", "a b@example.org", "ada@example.org\nBcc: eve@example.org", "ada@-x.org",
-     "ada@@example.org", ".ada@example.org", "ada..l@example.org", "ädä@example.org", "ada@example.org, eve@x.org",
+     "ada@@example.org", ".ada@example.org", "ada..l@example.org", "ada@127.0.0.1", "ada@example.org, eve@x.org",
      f"{'a' * 65}@example.org", f"a@{'b' * 64}.org", f"a@{'b.' * 130}org", '"<script>"@example.org',
      "ada@example.org\0"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_in_one_line(reader, email):
     answer = reader.form("/sign-in", "/sign-in", email=email)
-    assert answer.status_code == 422 and "is not a mail address" in answer.text and not mails(reader.settings)
+    assert answer.status_code == 422 and not mails(reader.settings)
+    assert "is not a mail address" in answer.text or "a mail address has at most" in answer.text
 
 
 def test_a_mail_that_cannot_be_sent_says_so(reader, monkeypatch):

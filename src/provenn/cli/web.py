@@ -209,10 +209,11 @@ def delete(
     """Delete a person with everything that is theirs, for good."""
     with _database(home) as database:
         from provenn.web import accounts
+        from provenn.web.addresses import spelled
 
         with database.reading() as session:
             person = accounts.find_person(session, who)
-        email = person.email if person else who.strip().lower()
+        email = person.email if person else spelled(who)
         if not yes:
             if not sys.stdin.isatty():
                 raise UserError(f"nothing was deleted: give --yes to delete {email} without being asked")

@@ -13,14 +13,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, joinedload
 
 from provenn.errors import UserError
-from provenn.web.models import EMAIL, NAME, Base, Person, SignedIn, SignInLink, now
+from provenn.web.addresses import spelled
+from provenn.web.models import NAME, Base, Person, SignedIn, SignInLink, now
 
 LINK_LASTS = timedelta(minutes=30)
 SESSION_LASTS = timedelta(days=90)
 LINK_KEPT = timedelta(days=1)  # as a row, used or not
-ATOM = r"[a-z0-9!#$%&'*+/=?^_`{|}~-]+"
-LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
-ADDRESS = re.compile(rf"(?=[^@]{{1,64}}@){ATOM}(?:\.{ATOM})*@{LABEL}(?:\.{LABEL})*")
 SHORT_LIVED = ("sign_in_links", "sessions")  # nothing that anybody wrote
 SECRET = ("digest", "name_key")  # columns that tell nobody anything
 CONTROLS = {"Cc", "Cs"}  # as Unicode's categories: controls, halves of characters
@@ -39,22 +37,6 @@ class SignIn(NamedTuple):
 def digest(secret: str) -> str:
     """What is kept of a secret: who reads the database cannot sign in by it."""
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def canonical_address(text: str) -> str:
-    """A mail address as it is kept: in small letters.
-
-    Raises:
-        UserError: it has not the form of one.
-
-    >>> canonical_address(" Ada@Example.org ")
-    'ada@example.org'
-    """
-    email = text.strip().lower()
-    if len(email) > EMAIL or not email.isascii() or not ADDRESS.fullmatch(email):
-        shown = plain(text)[:60]
-        raise UserError(f"{shown!r} is not a mail address: write one as ada@example.org, in plain letters")
-    return email
 
 
 def plain(text: str, keep: str = "") -> str:
@@ -163,7 +145,7 @@ def delete_person(session: Session, email: str, person_id: int | None = None) ->
 def find_person(session: Session, who: str) -> Person | None:
     """The person of that address or number."""
     number = int(who) if who.isascii() and who.isdigit() and len(who) < 10 else None
-    return session.scalar(select(Person).where(or_(Person.email == who.strip().lower(), Person.id == number)))
+    return session.scalar(select(Person).where(or_(Person.email == spelled(who), Person.id == number)))
 
 
 def every_row(session: Session) -> Iterator[dict[str, Any]]:

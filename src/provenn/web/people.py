@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from provenn.errors import UserError
 from provenn.web import accounts, mail, opinions, visitors
+from provenn.web.addresses import address
 from provenn.web.limits import TooOften
 from provenn.web.listing import Listing
 from provenn.web.models import MOST, Comment, Person
@@ -85,30 +86,30 @@ def send_link(request: Request, visitor: Posted, email: Field = "", paper: Field
     """Send a link to an address, whether anybody is known by it or not: nothing here looks."""
     site, paper = site_of(request), known_paper(request, paper)
     try:
-        address = accounts.canonical_address(email)
+        to_whom = address(email)
         site.limits.links_for.spend(client_of(request), "links asked for from here")
-        site.limits.links_to.spend(address, "links sent to this address")
+        site.limits.links_to.spend(to_whom, "links sent to this address")
     except UserError as error:
         status = status_of(error)
         return own(request, "sign_in.html", status=status, error=str(error), paper=paper, email=email[:300])
     with site.database.session() as session:
-        secret = accounts.new_link(session, address, paper)
+        secret = accounts.new_link(session, to_whom, paper)
     link = f"{site.settings.url}/sign-in/{visitors.link_token(site.settings, secret)}"
     minutes = int(accounts.LINK_LASTS.total_seconds() / 60)
     try:
-        mail.send(site, mail.compose(site, address, "sign_in", address=link, minutes=minutes))
+        mail.send(site, mail.compose(site, to_whom, "sign_in", address=link, minutes=minutes))
     except (OSError, UserError):
         raise HTTPException(503, "The mail could not be sent: try again in a few minutes.") from None
-    return own(request, "sign_in_sent.html", email=address, minutes=minutes, to_folder=not site.settings.smtp)
+    return own(request, "sign_in_sent.html", email=to_whom, minutes=minutes, to_folder=not site.settings.smtp)
 
 
 def client_of(request: Request) -> str:
     """Who asks, as far as their network tells: an address, or the network that one household has of the longer kind."""
     host = request.client.host if request.client else ""
     with suppress(ValueError):
-        address = ip_address(host)
-        if isinstance(address, IPv6Address) and address.ipv4_mapped is None:
-            return address.exploded[:19]
+        number = ip_address(host)
+        if isinstance(number, IPv6Address) and number.ipv4_mapped is None:
+            return number.exploded[:19]
     return host
 
 

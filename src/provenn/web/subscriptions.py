@@ -147,7 +147,7 @@ def send_link(
     """Send a link that confirms a subscription to an address, whether it has one or not: nothing here looks."""
     site = site_of(request)
     try:
-        to = _address(email)
+        to = address(email)
         site.limits.links_for.spend(client_of(request), "links asked for from here")
         site.limits.links_to.spend(to, "links sent to this address")
     except UserError as error:
@@ -162,13 +162,6 @@ def send_link(
     except OSError:
         raise HTTPException(503, "The mail could not be sent: try again in a few minutes.") from None
     return own(request, "subscribe_sent.html", email=to, often=often, days=LASTS.days, to_folder=not site.settings.smtp)
-
-
-def _address(email: str) -> str:
-    try:
-        return address(email)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 @router.get("/subscribe/{token}", include_in_schema=False)
