@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import FIXTURES, install
+from plugins import FIXTURES, install
 from provenn import api, catalog
 from provenn.cli import doctor, main
 from provenn.compare import comparison, host_for

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from conftest import FIXTURES
+from plugins import FIXTURES
 from provenn import api, catalog, weights
 from provenn.data import images, series, tables, text, trajectories
 from provenn.data.events import read_histories

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import provenn
-from conftest import install
+from plugins import install
 from provenn import catalog, progress, tasks, weights
 from provenn.cli import main
 from provenn.errors import UserError

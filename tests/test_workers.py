@@ -11,7 +11,7 @@ import cloudpickle
 import pytest
 
 import provenn
-from conftest import FIXTURES, install
+from plugins import FIXTURES, install
 from provenn import catalog, workers
 from provenn.cli import main
 from provenn.errors import UserError

@@ -212,17 +212,15 @@ def fit(
             with _plain_interrupt(trainer):
                 trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
         except Diverged:  # all processes stop at the same step, and the first one says so
-            if joined_here and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+            if joined_here:
+                _leave_group()
             if not trainer.is_global_zero:
                 raise SystemExit(0) from None
             raise
         seconds = time.perf_counter() - start
         weights = _whole_state(module.model) if strategy == "fsdp" else None
-    if joined_here and torch.distributed.is_initialized():
-        # Left standing, the group's threads outlive the interpreter and abort it.
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if joined_here:
+        _leave_group()
     if not trainer.is_global_zero:
         raise SystemExit(0)
     if weights is None:
@@ -238,6 +236,18 @@ def fit(
     with torch.no_grad():
         metrics = task.evaluate(model, data.test)
     return Fit(model, metrics, history.curve, round(seconds, 3), trainer.global_step)
+
+
+def _leave_group() -> None:
+    """Leave the group of processes that train together, where there is one; all of them have to.
+
+    Left standing, its threads outlive the interpreter and abort it. A thread may still hold the tensor of the last
+    reduction, and needs the interpreter to let go of it, while who takes the group down keeps the interpreter and waits
+    for the thread; within a barrier the interpreter is free.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _strategy(name: str, processes: int) -> Any:

@@ -1,0 +1,39 @@
+"""Papers in packages of another name, installed as pip would."""
+
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from provenn import catalog
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def install(package: Path, site: Path, points: dict[str, dict[str, str]] | None = None) -> Path:
+    """Put a package and the metadata that pip would write for it into a site directory; by default it is a paper."""
+    shutil.copytree(package, site / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    facts = site / f"{package.name}-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package.name}\nVersion: 1.0\n")
+    points = points or {catalog.ENTRY_POINT_GROUP: {package.name: package.name}}
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in points.items()]
+    (facts / "entry_points.txt").write_text("\n".join(lines))
+    return site
+
+
+@contextmanager
+def importable(site: Path, *packages: str) -> Iterator[None]:
+    """A site directory on the path, and its packages forgotten afterwards."""
+    sys.path.insert(0, str(site))
+    importlib.invalidate_caches()
+    catalog.cards.cache_clear()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(site))
+        catalog.cards.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+            del sys.modules[name]
