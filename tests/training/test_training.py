@@ -17,7 +17,7 @@ from provenn.errors import UserError
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.training import Recipe, fit
 from provenn.training.checkpoints import CHECKPOINT
-from provenn.training.loop import EpochSampler
+from provenn.training.loop import EpochSampler, leave_group
 from provenn.training.recipes import SCHEDULES, recipe_of
 
 TASK, DATA = Line(), Line().load()
@@ -277,6 +277,20 @@ def test_a_loss_that_explodes_in_one_of_two_processes_ends_both_with_one_line(tm
     assert done.returncode == 1
     assert done.stderr.count("refused: the loss became") == 1, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux, which tells the names of threads")
+def test_who_leaves_a_group_ends_its_threads_whatever_still_holds_the_model():
+    def threads() -> list[str]:
+        return sorted(file.read_text() for file in Path("/proc/self/task").glob("*/comm"))
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    model = torch.nn.parallel.DistributedDataParallel(build())
+    model(torch.zeros(1, 4, dtype=torch.float64)).sum().backward()
+    assert any("gloo" in name for name in threads())
+    leave_group(model)
+    assert not any("gloo" in name for name in threads()), threads()
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

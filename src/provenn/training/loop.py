@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.nn.functional  # before there is a group: its functions' defaults would hold that for good
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
 from provenn import progress
@@ -213,14 +215,14 @@ def fit(
                 trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
         except Diverged:  # all processes stop at the same step, and the first one says so
             if joined_here:
-                _leave_group()
+                leave_group(history.wrapper)
             if not trainer.is_global_zero:
                 raise SystemExit(0) from None
             raise
         seconds = time.perf_counter() - start
         weights = _whole_state(module.model) if strategy == "fsdp" else None
     if joined_here:
-        _leave_group()
+        leave_group(history.wrapper)
     if not trainer.is_global_zero:
         raise SystemExit(0)
     if weights is None:
@@ -238,16 +240,24 @@ def fit(
     return Fit(model, metrics, history.curve, round(seconds, 3), trainer.global_step)
 
 
-def _leave_group() -> None:
-    """Leave the group of processes that train together, where there is one; all of them have to.
+def leave_group(wrapper: nn.Module | None) -> None:
+    """Leave the group of processes that train together, where there is one; all of them have to, at the same point.
 
-    Left standing, its threads outlive the interpreter and abort it. A thread may still hold the tensor of the last
-    reduction, and needs the interpreter to let go of it, while who takes the group down keeps the interpreter and waits
-    for the thread; within a barrier the interpreter is free.
+    Left standing, its threads outlive the interpreter and abort it. Who lets go of it last waits for those threads, and
+    one of them may wait for the interpreter to let go of the tensor that was reduced last. Python's hold of the group
+    frees the interpreter meanwhile, DDP's does not and waits for ever: so DDP's goes first.
+
+    Args:
+        wrapper: what the model was trained in.
     """
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if not torch.distributed.is_initialized():
+        return
+    group = torch.distributed.group.WORLD
+    torch.distributed.barrier()
+    for part in ("logger", "reducer", "process_group") if isinstance(wrapper, DistributedDataParallel) else ():
+        delattr(wrapper, part)
+    torch.distributed.destroy_process_group()
+    del group
 
 
 def _strategy(name: str, processes: int) -> Any:
@@ -520,6 +530,7 @@ def _history_class() -> type:
             self.out, self.save_every, self.keeper = out, save_every, keeper
             self.loss = torch.zeros(())  # of the last batch
             self.batches_done = 0  # of an epoch that a checkpoint breaks off
+            self.wrapper: nn.Module | None = None  # what several processes train the model in
             self.random: list[dict[str, Tensor]] = []  # of each process
             self.curve: list[dict[str, float | int]] = []
             self.best: float | None = None
@@ -528,6 +539,7 @@ def _history_class() -> type:
             self.losses: list[Tensor] = []
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
+            self.wrapper = trainer.strategy.model
             per_epoch = math.ceil(trainer.num_training_batches / self.recipe.accumulate)
             total = min(trainer.max_epochs * per_epoch, self.recipe.max_steps or sys.maxsize)
             # Of several processes one shows the bar.
