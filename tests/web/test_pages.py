@@ -4,9 +4,11 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from fastapi.testclient import TestClient
 
 from provenn import catalog
 from provenn.evidence.statement import Standing
+from provenn.web import create_app
 from provenn.web.listing import Listing
 
 VOID = {"area", "br", "hr", "img", "input", "link", "meta", "rect", "circle", "line", "path"}
@@ -137,3 +139,37 @@ def test_first_views_are_light(client):
         page = client.get(path)
         assets = re.findall(r'(?:href|src)="(/static/[^"]+)"', page.text)
         assert len(page.content) + sum(len(client.get(asset).content) for asset in assets) < 100_000
+
+
+@pytest.mark.parametrize("path", ["/", "/papers/craft", "/api/papers", "/static/style.css", "/papers/nobody"])
+def test_who_asks_for_the_head_alone_gets_it(client, path):
+    whole, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    for name in ("content-type", "content-length", "etag", "content-security-policy"):
+        assert head.headers.get(name) == whole.headers.get(name), name
+
+
+def test_a_redirect_names_no_host(client):
+    """The one that a request names may be anybody's, and the scheme is the proxy's to know."""
+    answer = client.get("/papers/craft/", headers={"host": "evil.example"}, follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, "/papers/craft")
+
+
+def test_a_file_whose_address_says_its_version_is_kept(client):
+    address = re.search(r'href="(/static/style\.css\?\w+)"', client.get("/").text)[1]
+    assert "immutable" in client.get(address).headers["cache-control"]
+    assert "cache-control" not in client.get(address.partition("?")[0]).headers
+    assert "immutable" not in client.get("/static/none.css?1").headers.get("cache-control", "")
+
+
+def test_headers_that_keep_a_page_from_harm(client, settings):
+    """On pages, errors and files alike; readers who came by TLS once come by TLS."""
+    for path in ("/", "/papers/nobody", "/static/page.js", "/api/papers"):
+        headers = client.get(path).headers
+        assert "frame-ancestors 'none'" in headers["content-security-policy"], path
+        assert (
+            "base-uri 'none'" in headers["content-security-policy"] and headers["x-content-type-options"] == "nosniff"
+        )
+        assert "strict-transport-security" not in headers
+    secure = create_app(settings.model_copy(update={"url": "https://papers.example.org"}))
+    assert "max-age=" in TestClient(secure).get("/").headers["strict-transport-security"]

@@ -1,5 +1,6 @@
 """The application: its pages, its headers and its errors."""
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
@@ -42,13 +44,44 @@ HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+HOST = re.compile(rb"^https?://[^/]*")  # of a redirect: none of ours leads to another site
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
 
+class Kept(StaticFiles):
+    """Files whose address changes with what is in them (`site.asset`): browsers keep them without asking again."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """The file, kept for a year where its address says which version of it is meant."""
+        response = await super().get_response(path, scope)
+        if scope["query_string"] and response.status_code in (200, 206, 304):
+            response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        return response
+
+
+class Heads:
+    """Answers HEAD as GET, without the body."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Any) -> None:
+            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self.app({**scope, "method": "GET"}, receive, sent)
+        else:
+            await self.app(scope, receive, send)
+
+
 class SafeHeaders:
-    """Adds `HEADERS` to every answer that does not have its own, and HSTS where readers come by TLS."""
+    """Adds `HEADERS` to every answer that does not have its own, and HSTS where readers come by TLS.
+
+    What leads elsewhere on the site names no host: the one that a request names may be anybody's.
+    """
 
     def __init__(self, app: Callable, secure: bool):
         self.app = app
@@ -58,7 +91,10 @@ class SafeHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
-                given = message.get("headers", [])
+                given = [
+                    (name, HOST.sub(b"", value) if name.lower() == b"location" else value)
+                    for name, value in message.get("headers", [])
+                ]
                 names = {name.lower() for name, _ in given}
                 message["headers"] = [*given, *(header for header in self.headers if header[0] not in names)]
             await send(message)
@@ -97,12 +133,14 @@ def create_app(settings: Settings | None = None, *, copied: bool = False) -> Fas
     app.state.demos = demos
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(SafeHeaders, secure=settings.secure)
-    app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
+    app.add_middleware(Heads)
+    app.mount("/static", Kept(directory=HERE / "static"), name="static")
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _unread)
-    app.add_exception_handler(OperationalError, _unavailable)
+    for error in (OperationalError, NoConnection):
+        app.add_exception_handler(error, _unavailable)
     return app
 
 
@@ -131,7 +169,9 @@ def _unread(request: Request, error: Exception) -> Response:
 
 
 def _unavailable(request: Request, error: Exception) -> Response:
-    """The database is away, or busy for longer than anybody waits: no page can be drawn that reads it."""
+    """The database is away, or it or every connection to it is busy for longer than anybody waits: no page can be drawn
+    that reads it.
+    """
     words = "The database does not answer: try again in a moment."
     if _wants_json(request):
         return JSONResponse({"error": words}, 503, {"Retry-After": "5"})
