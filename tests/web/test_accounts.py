@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sqlite3
+import stat
 from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
@@ -10,10 +11,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from fastapi.testclient import TestClient
 from sqlalchemy import Boolean, Date, DateTime, Integer, MetaData, insert, select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from provenn.errors import UserError
-from provenn.web import accounts
+from provenn.web import Settings, accounts, create_app
 from provenn.web.database import MIGRATIONS, Database
 from provenn.web.models import Base, Person
 
@@ -118,7 +122,7 @@ def test_deleting_an_address_spares_all_others(database):
         assert accounts.delete_person(session, "eve@example.org") == 1
         assert accounts.delete_person(session, "nobody@example.org") == 0
     with database.session() as session:
-        assert accounts.delete_person(session, "ada@example.org", 1) == 2
+        assert accounts.delete_person(session, "ada@example.org") == 2
         assert session.scalars(select(Person.email)).all() == ["bob@example.org"]
 
 
@@ -141,6 +145,33 @@ def test_one_reader_reads_of_one_moment(database):
         with database.session() as other:
             other.add(Person(email="ada@example.org"))
         assert not session.scalars(select(Person.email)).all()
+
+
+def test_a_new_home_is_its_owners_alone(settings):
+    """Addresses lie in it, links that sign people in, and the secret that signs them."""
+    create_app(settings.model_copy(update={"secret": ""}))
+    assert stat.S_IMODE(settings.home.stat().st_mode) == 0o700
+    assert stat.S_IMODE((settings.home / "secret").stat().st_mode) == 0o600
+
+
+def test_a_home_that_cannot_be_made_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for broken in (Settings(home=tmp_path / "file" / "x"), Settings(home=tmp_path / "file" / "x", secret="s")):
+        with pytest.raises(UserError, match="cannot be made: Not a directory"):
+            create_app(broken)
+
+
+@pytest.mark.parametrize("error", [OperationalError("", {}, Exception()), NoConnection()])
+def test_a_database_that_is_away_is_said_to_be(settings, monkeypatch, error):
+    client = TestClient(create_app(settings))
+
+    def away(self):
+        raise error
+
+    monkeypatch.setattr(Database, "reading", away)
+    for accept in ("text/html", "application/json"):
+        answer = client.get("/", headers={"accept": accept})
+        assert answer.status_code == 503 and "try again" in answer.text and answer.headers["retry-after"]
 
 
 def test_a_database_of_a_newer_version_is_refused_in_one_line(settings, database):

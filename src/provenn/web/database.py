@@ -14,6 +14,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 
 from provenn.errors import UserError
+from provenn.web.settings import make_home
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 WRITES = "writes"  # the option of a connection that tells `_immediate` what its transaction is for
@@ -34,7 +35,7 @@ class Database:
             if parsed.drivername in ("postgres", "postgresql"):
                 parsed = parsed.set(drivername="postgresql+psycopg")
             if parsed.get_backend_name() == "sqlite" and parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+                make_home(Path(parsed.database).parent)
             self.engine: Engine = create_engine(parsed, pool_pre_ping=True)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             wanted = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"

@@ -21,7 +21,7 @@ class Settings(BaseModel):
     """Settings of a catalogue. Each is read from `PROVENN_<NAME>`; the database from `DATABASE_URL`.
 
     Args:
-        home: folder of the embedded database, of the secret and of mails that no server takes.
+        home: folder of the embedded database, of the secret and of mails that no server takes; its owner's alone.
         database_url: an SQLAlchemy URL; by default the SQLite file `catalogue.db` in `home`.
         secret: signs cookies and links; by default drawn once and kept in `home`.
         url: where readers reach the catalogue, without a slash at the end; links in mails and feeds start with it.
@@ -135,7 +135,20 @@ class Settings(BaseModel):
             return self.secret
         file = self.home / "secret"
         if not file.exists():
+            make_home(self.home)
             with whole(file) as place:
                 place.write_text(secrets.token_urlsafe(32), encoding="ascii")
             file.chmod(0o600)
         return file.read_text(encoding="ascii").strip()
+
+
+def make_home(folder: Path) -> None:
+    """A new folder that its owner alone reads: addresses, links that sign people in, and the secret lie in it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from None
