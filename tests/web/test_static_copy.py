@@ -176,6 +176,19 @@ def test_an_earlier_export_is_replaced_whole(copy, settings, tmp_path, monkeypat
     assert (earlier / "index.html").read_bytes() == b"new" and not (earlier / "gone.html").exists()
 
 
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(settings, tmp_path, monkeypatch):
+    async def quick(app, address):
+        return b"new"
+
+    monkeypatch.setattr(static_copy, "_answer", quick)
+    (tmp_path / "www").mkdir()
+    (tmp_path / "site").symlink_to("www")
+    for _ in range(2):
+        static_copy.export(tmp_path / "site", settings)
+        assert (tmp_path / "www" / "index.html").read_bytes() == b"new" and (tmp_path / "site").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["site", "www"]
+
+
 def test_every_state_of_the_list_has_one_file():
     from provenn.web.places import file_of
 

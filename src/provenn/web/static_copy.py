@@ -37,7 +37,7 @@ def export(folder: Path, settings: Settings) -> int:
     Raises:
         UserError: there is something else in the folder, or it cannot be written.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # what a link leads to is replaced, not the link
     _check(folder)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
