@@ -229,6 +229,8 @@ def test_a_forecast_is_drawn(client):
     assert page.count("<polyline") == 2 and "sold <b>" not in page and "sold &lt;b&gt;" in page
     short, page, _ = answer(client, "aaren", b"sold\n1\n2\n")
     assert short["state"] == "failed" and "Your file has 2 rows" in page
+    large, page, _ = answer(client, "aaren", b"sold\n" + 50 * b"1e308\n-1e308\n")
+    assert large["words"].startswith("your file has values so large")
 
 
 def test_what_is_named_is_drawn(client):
@@ -513,6 +515,14 @@ def wait_until(condition, seconds: float = 30.0) -> None:
 def test_no_upload_is_kept_where_others_read_it(pool):
     pool.ask(Job("p", "q", {"read": True}, b"words", ".txt"), "a")
     assert pool.home.parent == Path(tempfile.gettempdir()) and pool.home.stat().st_mode & 0o077 == 0
+
+
+def test_a_header_without_an_end_is_not_read_to_its_end():
+    """A megabyte of it would take the server's one core for a while."""
+    size = b"\xff\xc2\0\x11\x08\x23\x28\x23\x28\3\1\x22\0"
+    for filling in (b"\xff", b"\xff\xe1\0\2"):
+        assert uploads._picture(b"\xff\xd8\xff\xe0\0\2" + 100 * filling + size)[1] == (9000, 9000)
+        assert uploads._picture(b"\xff\xd8\xff\xe0\0\2" + 100_000 * filling + size) == (".jpg", None)
 
 
 def test_sizes_are_told_from_headers_as_pillow_tells_them():

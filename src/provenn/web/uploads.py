@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 PICTURES = "PNG, JPEG, WebP or BMP"
 LEAST_SIDE = 2
+MOST_SEGMENTS = 5000  # of a JPEG's header that are looked at, bytes that fill it up counted, too
 MOST_ROWS, MOST_COLUMNS, LONGEST_CELL = 20_000, 64, 10_000
 FORM = 20_000  # bytes of a form beside its file
 
@@ -97,7 +98,9 @@ def _unpacked(form: str, content: bytes, place: int) -> tuple[int, int] | None:
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
     """The size in the frame's header; the largest where there are several."""
     place, sizes = 2, []
-    while place + 9 <= len(content) and content[place] == 0xFF:
+    for _ in range(MOST_SEGMENTS):
+        if place + 9 > len(content) or content[place] != 0xFF:
+            break
         marker = content[place + 1]
         if marker == 0xFF:
             place += 1

@@ -314,10 +314,15 @@ def _write(model: Any, label: "Label", given: Path | None, options: dict[str, An
 
 
 def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    import numpy as np
+
+    from provenn.errors import UserError
     from provenn.tasks.series_forecasting import TASK
 
     assert given is not None
     outlook = TASK.forecast(model, label.meta, given)
+    if not np.isfinite(outlook.values).all():
+        raise UserError(f"{NAME}.csv has values so large that their forecast is no number: give smaller ones")
     past = outlook.past[-4 * label.meta["context"] :]
     columns = [
         {"name": name, "past": past[:, k].tolist(), "ahead": outlook.values[:, k].tolist()}
