@@ -18,6 +18,7 @@ from sqlalchemy import func, select, update
 from typer.testing import CliRunner
 
 from provenn.cli import app as command_line
+from provenn.errors import UserError
 from provenn.evidence.statement import Judgement, Standing
 from provenn.web import accounts, digest, mail, news, subscriptions
 from provenn.web.catalogue import Catalogue
@@ -385,7 +386,7 @@ def test_the_command_shows_first_and_sends_when_told_to(site, monkeypatch):
         session.execute(
             update(news.Seen).where(news.Seen.paper == "rat", news.Seen.statement != "").values(standing="open")
         )
-    words = ["digest", "--home", str(site.settings.home), "--date", f"{MONDAY}"]
+    words = ["digest", "--home", str(site.settings.home), "--date", f"{TODAY + timedelta(days=1)}"]
     shown = CliRunner().invoke(command_line, words)
     assert shown.exit_code == 0 and shown.output.startswith("4 daily mails: provenn: "), shown.output
     assert "/subscription/…" in shown.output and not states(site)
@@ -395,6 +396,18 @@ def test_the_command_shows_first_and_sends_when_told_to(site, monkeypatch):
             sent = CliRunner().invoke(command_line, [*words, "--send"])
             assert sent.exit_code == 0 and expected in sent.output, sent.output
     assert sorted(server.recipients) == sorted(PEOPLE)
+
+
+@pytest.mark.parametrize(
+    "day", ["0001-01-01", f"{TODAY - timedelta(days=99)}", f"{TODAY + timedelta(days=2)}", "9999-12-31"]
+)
+def test_a_day_by_mistake_is_refused(site, day):
+    """Whoever was considered for a day to come would get nothing until then."""
+    subscribe(site, "ada@example.org")
+    told = CliRunner().invoke(command_line, ["digest", "--home", str(site.settings.home), "--date", day, "--send"])
+    assert isinstance(told.exception, UserError) and f"got {day}" in str(told.exception)
+    with site.database.reading() as session:
+        assert session.scalars(select(Subscription.considered)).one() == TODAY
 
 
 # The pages

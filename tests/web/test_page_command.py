@@ -4,10 +4,11 @@ import json
 import os
 
 import pytest
-from readers import Reader
+from readers import Reader, mails
 from test_people import leave_traces
 
 from provenn.cli import main
+from provenn.web.subscriptions import new_link, subscribe
 
 both = pytest.mark.parametrize("settings", ["sqlite", "postgresql"], indirect=True)
 
@@ -62,11 +63,15 @@ def test_the_operator_sees_and_decides(ada, page):
 @both
 def test_an_export_is_whole_or_not_there(ada, page, tmp_path, monkeypatch):
     leave_traces(ada)
+    site = ada.client.app.state.site
+    with site.database.session() as session:
+        subscribe(session, site, new_link(session, "ada@example.org", "daily"))
+        new_link(session, "ada@example.org", "weekly")
     file = tmp_path / "all.jsonl"
     assert page("export", str(file))[0] == 0
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert {row["table"] for row in rows} >= {"people", "votes", "comments", "reports", "suggestions"}
-    assert not {"sessions", "sign_in_links"} & {row["table"] for row in rows}
+    assert {row["table"] for row in rows} >= {"people", "votes", "comments", "reports", "suggestions", "subscriptions"}
+    assert not {"sessions", "sign_in_links", "subscription_links"} & {row["table"] for row in rows}
     assert "an unmistakable comment" in [row.get("text") for row in rows]
     before = file.read_bytes()
 
@@ -86,6 +91,7 @@ def test_a_person_is_deleted_with_everything_that_is_theirs(ada, page, who):
     status, _, said = page("delete", who)
     assert status == 2 and "--yes" in said
     assert page("delete", who, "--yes")[0] == 0
+    assert {message["To"] for message in mails(ada.settings)} == {"bob@example.org"}
     assert ada.get("/me", follow_redirects=False).status_code == 303
     everything = [page("list", what, "--json")[1] for what in ("comments", "reports", "suggestions", "people")]
     assert not any("ada@" in text or "unmistakable" in text for text in everything)

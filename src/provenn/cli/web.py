@@ -40,7 +40,10 @@ def serve(
     home: Home = None,
     url: Annotated[str | None, typer.Option(help="Where readers reach it, for links in mails and feeds.")] = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that answer; of several, none tries papers.", min=1, max=64)
+        int,
+        typer.Option(
+            help="Processes that answer; of several, none tries papers, and each has limits of its own.", min=1, max=64
+        ),
     ] = 1,
     export: Annotated[
         Path | None, typer.Option(help="Write it as files that any host serves, without people and demos.")
@@ -80,6 +83,7 @@ def serve(
     # about it would come to another.
     if settings.demos:
         tell("provenn: several processes cannot share demos, so papers cannot be tried here; --workers 1 has them")
+    tell(f"provenn: limits count in each process by itself, so that they are up to {workers} times as high")
     os.environ |= {"PROVENN_HOME": str(settings.home), "PROVENN_URL": settings.url, "PROVENN_DEMOS": "false"}
     settings.signing_key()  # drawn once, before two of them would
     config = uvicorn.Config("provenn.web:create_app", factory=True, workers=workers, **options)  # type: ignore[arg-type]
@@ -114,7 +118,7 @@ def digest(
         from provenn.web.site import Site
 
         site = Site(Settings.read(home=home, url=url), database)
-        day = (date or datetime.now(UTC)).date()
+        day = mails.a_day(date.date()) if date else datetime.now(UTC).date()
         frequencies = [name for name, wanted in (("daily", daily), ("weekly", weekly)) if wanted] or mails.FREQUENCIES
         if not send:
             typer.echo(mails.preview(site, day, frequencies), nl=False)
@@ -208,7 +212,7 @@ def delete(
 ) -> None:
     """Delete a person with everything that is theirs, for good."""
     with _database(home) as database:
-        from provenn.web import accounts
+        from provenn.web import Settings, accounts, mail
         from provenn.web.addresses import spelled
 
         with database.reading() as session:
@@ -218,8 +222,9 @@ def delete(
             if not sys.stdin.isatty():
                 raise UserError(f"nothing was deleted: give --yes to delete {email} without being asked")
             typer.confirm(f"Delete {email} with everything that is theirs?", abort=True)
+        count = mail.forget(Settings.read(home=home), email)
         with database.session() as session:
-            count = accounts.delete_person(session, email, person.id if person else None)
+            count += accounts.delete_person(session, email)
     if not count:
         raise UserError(f"nobody is known by {who!r}; `provenn page list people` names them all")
     tell(f"{email} is deleted, with everything that was theirs")

@@ -5,7 +5,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import date, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import Table, delete, or_, select, update
@@ -19,10 +19,11 @@ from provenn.web.models import NAME, Base, Person, SignedIn, SignInLink, now
 LINK_LASTS = timedelta(minutes=30)
 SESSION_LASTS = timedelta(days=90)
 LINK_KEPT = timedelta(days=1)  # as a row, used or not
-SHORT_LIVED = ("sign_in_links", "sessions")  # nothing that anybody wrote
+SHORT_LIVED = ("sign_in_links", "sessions", "subscription_links")  # nothing that anybody wrote
 SECRET = ("digest", "name_key")  # columns that tell nobody anything
 CONTROLS = {"Cc", "Cs"}  # as Unicode's categories: controls, halves of characters
 UNSEEN = {"Cf", "Co"}  # marks of direction and joints of letters, characters of nobody's
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
 
 
 class SignIn(NamedTuple):
@@ -110,7 +111,7 @@ def rename(session: Session, person_id: int, name: str) -> None:
     Raises:
         UserError: it is too long, somebody else's, or like those that are given by number.
     """
-    seen = (character for character in plain(name) if unicodedata.category(character) not in UNSEEN)
+    seen = (c for c in plain(name) if unicodedata.category(c) not in UNSEEN and c not in BLANK)
     name = " ".join("".join(seen).split())
     if len(name) > NAME:
         raise UserError(f"the name has {len(name)} characters; at most {NAME} are shown")
@@ -129,16 +130,16 @@ def everything_of(session: Session, person: Person) -> dict[str, list[dict[str, 
     """All that is kept of a person, by table, ready for JSON."""
     found = {}
     for table in Base.metadata.sorted_tables:
-        rows = session.execute(select(table).where(_theirs(table, person.email, person.id))).mappings()
+        rows = session.execute(select(table).where(_theirs(table, person.email))).mappings()
         columns = [column.name for column in table.columns if column.name not in SECRET]
         found[table.name] = [{name: as_json(row[name]) for name in columns} for row in rows]
     return {name: rows for name, rows in found.items() if rows}
 
 
-def delete_person(session: Session, email: str, person_id: int | None = None) -> int:
-    """Delete all that belongs to an address, and to the person of that number; returns how many rows there were."""
+def delete_person(session: Session, email: str) -> int:
+    """Delete all that belongs to an address and to the person of that address; returns how many rows there were."""
     tables = reversed(Base.metadata.sorted_tables)
-    statements = (table.delete().where(_theirs(table, email, person_id)) for table in tables)
+    statements = (table.delete().where(_theirs(table, email)) for table in tables)
     return sum(session.connection().execute(statement).rowcount for statement in statements)
 
 
@@ -158,7 +159,7 @@ def every_row(session: Session) -> Iterator[dict[str, Any]]:
 
 def as_json(value: Any) -> Any:
     """A cell as JSON has it."""
-    return value.isoformat() if isinstance(value, datetime) else value
+    return value.isoformat() if isinstance(value, date) else value
 
 
 def added(session: Session, row: Base) -> bool:
@@ -171,10 +172,11 @@ def added(session: Session, row: Base) -> bool:
     return True
 
 
-def _theirs(table: Table, email: str, person_id: int | None) -> Any:
-    """The condition on a table for what is a person's."""
-    columns = table.columns
-    number = columns.get("id" if table.name == Person.__tablename__ else "person_id")
-    conditions = [columns.email == email] if "email" in columns else []
-    conditions += [number == person_id] if number is not None and person_id is not None else []
+def _theirs(table: Table, email: str) -> Any:
+    """The condition on a table for what is a person's: rows with their address, and rows that refer to such a row."""
+    conditions = [table.columns.email == email] if "email" in table.columns else []
+    for key in table.foreign_keys:
+        owners = key.column.table
+        if "email" in owners.columns:
+            conditions.append(key.parent.in_(select(key.column).where(owners.columns.email == email)))
     return or_(False, *conditions)

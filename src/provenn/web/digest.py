@@ -39,6 +39,7 @@ from typing import cast
 from sqlalchemy import Date, ForeignKey, String, UniqueConstraint, and_, delete, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from provenn.errors import UserError
 from provenn.web import mail, news
 from provenn.web.mail import Down, Later, Lost, Outbox, Refused, Unknown
 from provenn.web.models import Base, Moment, now
@@ -105,6 +106,18 @@ class Tally:
         }
         shown = [f"{self.counts[state]} {said}" for state, said in words.items() if self.counts[state]]
         return ", ".join(shown) or "nothing to send"
+
+
+def a_day(day: date) -> date:
+    """A day for which digests can be sent; whoever was considered for a later one would get none until then.
+
+    Raises:
+        UserError: it is to come, or long past.
+    """
+    first, last = now().date() - KEPT, now().date() + timedelta(days=1)  # where it may be tomorrow already
+    if not first <= day <= last:
+        raise UserError(f"digests are sent for days from {first} to {last}, got {day}")
+    return day
 
 
 def plan(session: Session, site: Site, day: date, frequencies: Sequence[str] = FREQUENCIES) -> int:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from email import policy
 from email.headerregistry import Address
 from email.message import EmailMessage
+from email.parser import BytesParser
 from email.utils import formatdate, make_msgid, parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -68,7 +69,8 @@ def compose(site: Site, to: str, template: str, **context: Any) -> EmailMessage:
     subject, _, text = site.render(f"mail/{template}.txt", **context).partition("\n")
     message = EmailMessage(policy=POLICY)
     message["From"] = mailbox(site.settings.mail_from)
-    message["To"] = Address(addr_spec=address(to))
+    name, _, domain = address(to).rpartition("@")
+    message["To"] = Address(username=name, domain=domain)  # as one text, names beyond ASCII would be refused
     message["Subject"] = " ".join(subject.split())
     message["Date"], message["Message-ID"] = formatdate(), make_msgid(domain=host_of(site.settings))
     message["Auto-Submitted"] = "auto-generated"
@@ -85,6 +87,19 @@ def send(site: Site, message: EmailMessage) -> None:
     """
     with Outbox(site.settings) as outbox:
         outbox.send(message)
+
+
+def forget(settings: Settings, email: str) -> int:
+    """Delete the mails to an address that became files; returns how many. What a server took is out of reach."""
+    to_them = []
+    for file in (settings.home / "mails").glob("*.eml"):
+        with file.open("rb") as lines:
+            header = BytesParser(policy=POLICY).parse(lines, headersonly=True)
+        if _recipient(header).encode(errors="surrogateescape") == email.encode():
+            to_them.append(file)
+    for file in to_them:
+        file.unlink(missing_ok=True)
+    return len(to_them)
 
 
 def route(settings: Settings) -> str:

@@ -1,7 +1,7 @@
 """What people leave behind, as tables. What the papers say is not here: it is read from the packages.
 
-A table whose rows belong to somebody has a column `person_id` that refers to `people` with ON DELETE CASCADE, or a
-column `email`: by these two names `accounts` collects what is a person's, and deletes it.
+A table whose rows belong to somebody has a column `email`, or one that refers to a table which has, with ON DELETE
+CASCADE: by these `accounts` collects what is a person's, and deletes it.
 """
 
 from datetime import UTC, datetime

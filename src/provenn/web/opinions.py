@@ -139,7 +139,7 @@ def canonical_number(text: str) -> str:
         UserError: it is none.
     """
     number = arxiv_number(text) if text.isascii() else None
-    if number is None or len(number) > ARXIV:
+    if number is None or len(number) > ARXIV or not ("/" in number or "01" <= number[2:4] <= "12"):
         raise UserError(
             f"{plain(text)[:60]!r} is not an arXiv number: write one as 1910.03151, or its arxiv.org address"
         )

@@ -1,8 +1,6 @@
 """What people do on the pages: sign in, vote, comment, suggest a paper, and see or delete what is theirs."""
 
 from collections.abc import Callable
-from contextlib import suppress
-from ipaddress import IPv6Address, ip_address
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
@@ -18,7 +16,7 @@ from provenn.web.listing import Listing
 from provenn.web.models import MOST, Comment, Person
 from provenn.web.pages import found
 from provenn.web.site import page, site_of
-from provenn.web.visitors import Visitor, posted, posted_by_person, visitor_of
+from provenn.web.visitors import Field, Visitor, client_of, posted, posted_by_person, visitor_of, written
 
 LARGEST_FORM = 64_000  # bytes
 USED_UP = "This link has expired, or was used already: ask for another one below."
@@ -35,7 +33,7 @@ class SmallForms(APIRoute):
             length = request.headers.get("content-length", "0")
             if "transfer-encoding" in request.headers:
                 raise HTTPException(411, "A form must say how long it is.")
-            if not length.isdigit() or len(length) > 12 or int(length) > LARGEST_FORM:
+            if not length.isdecimal() or len(length) > 12 or int(length) > LARGEST_FORM:
                 raise HTTPException(413, f"A form has at most {LARGEST_FORM} bytes.")
             answer: Response = await handle(request)
             return answer
@@ -46,7 +44,6 @@ class SmallForms(APIRoute):
 router = APIRouter(route_class=SmallForms, default_response_class=HTMLResponse, tags=["people"])
 Posted = Annotated[Visitor, Depends(posted)]
 Someone = Annotated[Person, Depends(posted_by_person)]
-Field = Annotated[str, Form()]
 Listed = Annotated[str | None, Form()]
 Number = Annotated[int, Path(ge=1, le=MOST)]
 
@@ -101,16 +98,6 @@ def send_link(request: Request, visitor: Posted, email: Field = "", paper: Field
     except (OSError, UserError):
         raise HTTPException(503, "The mail could not be sent: try again in a few minutes.") from None
     return own(request, "sign_in_sent.html", email=to_whom, minutes=minutes, to_folder=not site.settings.smtp)
-
-
-def client_of(request: Request) -> str:
-    """Who asks, as far as their network tells: an address, or the network that one household has of the longer kind."""
-    host = request.client.host if request.client else ""
-    with suppress(ValueError):
-        number = ip_address(host)
-        if isinstance(number, IPv6Address) and number.ipv4_mapped is None:
-            return number.exploded[:19]
-    return host
 
 
 @router.get("/sign-in/{token}", include_in_schema=False)
@@ -212,8 +199,10 @@ def delete(request: Request, person: Someone, confirm: Field = "") -> Response:
     """Delete one's account, with everything that is one's own."""
     if confirm != "yes":
         return mine(request, person, status=422, error="nothing was deleted: tick the box that confirms it first")
-    with site_of(request).database.session() as session:
-        accounts.delete_person(session, person.email, person.id)
+    site = site_of(request)
+    mail.forget(site.settings, person.email)
+    with site.database.session() as session:
+        accounts.delete_person(session, person.email)
     response = to("/sign-in?said=deleted")
     visitors.part(request, response)
     return response
@@ -238,7 +227,7 @@ def vote(request: Request, name: str, person: Someone, wanted: Field = "yes", sh
         return JSONResponse({"votes": count, "voted": wanted != "no"})
     if shown is None:
         return to(f"/papers/{entry.slug}")
-    return to(f"/{Listing.of(dict(parse_qsl(shown.removeprefix('?')))).query}#p-{entry.slug}")
+    return to(f"/{Listing.of(dict(parse_qsl(written(shown).removeprefix('?')))).query}#p-{entry.slug}")
 
 
 def draft(request: Request, slug: str, action: str, text: str, error: UserError) -> Response:

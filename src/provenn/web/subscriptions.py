@@ -22,9 +22,9 @@ from provenn.web import mail, news
 from provenn.web.accounts import added, digest
 from provenn.web.addresses import address
 from provenn.web.models import DIGEST, EMAIL, Base, Moment, now
-from provenn.web.people import Field, Posted, SmallForms, client_of, own, status_of
+from provenn.web.people import Posted, SmallForms, own, status_of
 from provenn.web.site import Site, site_of
-from provenn.web.visitors import visitor_of
+from provenn.web.visitors import Field, client_of, visitor_of
 
 Often = Literal["daily", "weekly"]
 FREQUENCIES: tuple[Often, ...] = ("daily", "weekly")

@@ -15,7 +15,7 @@ from provenn.web.demos import PIXELS, Demo, Demos, Full, Job, State, TooOften
 from provenn.web.offers import LONGEST_PROMPT, MOST_CLASSES, MOST_TOKENS, Offer, offers_of
 from provenn.web.pages import found
 from provenn.web.site import page, site_of
-from provenn.web.visitors import check_origin
+from provenn.web.visitors import check_origin, client_of
 
 router = APIRouter(default_response_class=Response)
 LOOK = 0.15  # seconds between two looks at a demo whose text is streamed
@@ -70,7 +70,7 @@ def ask(request: Request, name: str, form: Annotated[FormData, Depends(posted)])
         there = ", ".join(offer.preset for offer in offers) or "nothing"
         raise HTTPException(422, f"{entry.card.title} has no such weights to try; there is: {there}.")
     try:
-        demo = demos.ask(_job(offer, form), request.client.host if request.client else "")
+        demo = demos.ask(_job(offer, form), client_of(request))
     except uploads.Refused as refused:
         raise HTTPException(refused.status, _sentence(refused.words)) from None
     except Full as full:
@@ -149,7 +149,7 @@ def _progress(request: Request, demo: Demo) -> Progress:
 
 
 def _sentence(words: str) -> str:
-    return f"{words[:1].upper()}{words[1:]}."
+    return f"{words[:1].upper()}{words[1:].removesuffix('.')}."
 
 
 def _job(offer: Offer, form: FormData) -> Job:

@@ -1,18 +1,33 @@
 """Who reads a page, by a cookie that names a session; and whether a form that they post is ours."""
 
 import secrets
+from contextlib import suppress
 from hashlib import sha256
+from ipaddress import IPv6Address, ip_address
 from typing import Annotated
 from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, Form, HTTPException, Request, Response
 from itsdangerous import BadSignature, Signer, TimestampSigner
+from pydantic import AfterValidator
 
 from provenn.web import accounts
 from provenn.web.models import Person
 from provenn.web.settings import Settings
 from provenn.web.site import Site, site_of
 
+
+def written(text: str) -> str:
+    """A field of a form as text that every page and database takes: a form may name an encoding that has halves of
+    characters.
+
+    >>> written("a\\ud800b")
+    'a?b'
+    """
+    return text.encode(errors="replace").decode()
+
+
+Field = Annotated[str, Form(), AfterValidator(written)]
 OURS = (None, "same-origin", "none")  # what a browser says of where a request comes from; None is said by old ones
 
 
@@ -60,6 +75,16 @@ def _visitor(request: Request) -> Visitor:
         return Visitor(site.settings)
     with site.database.reading() as session:
         return Visitor(site.settings, secret, accounts.person_of(session, secret))
+
+
+def client_of(request: Request) -> str:
+    """Who asks, as far as their network tells: an address, or the network that one household has of the longer kind."""
+    host = request.client.host if request.client else ""
+    with suppress(ValueError):
+        number = ip_address(host)
+        if isinstance(number, IPv6Address) and number.ipv4_mapped is None:
+            return number.exploded[:19]
+    return host
 
 
 def cookie_name(site: Site) -> str:
@@ -124,7 +149,7 @@ def check_origin(request: Request) -> None:
         raise HTTPException(403, "This form was sent from another site: open the page here and send it again.")
 
 
-def posted(request: Request, csrf: Annotated[str, Form()] = "") -> Visitor:
+def posted(request: Request, csrf: Field = "") -> Visitor:
     """The visitor who posts a form, which must come from a page of ours that they read."""
     check_origin(request)
     visitor = visitor_of(request)
