@@ -398,6 +398,8 @@ def test_what_comes_of_a_demo_vanishes(pool, monkeypatch):
     demo = pool.ask(Job("p", "q", {"read": True}, b"words", ".txt"), "a")
     assert pool.wait(demo, ENOUGH) and demo.result == {"read": "words", "name": "input.txt", "there": ["input.txt"]}
     assert pool.find(demo.token) is demo and demo.job.content is None and demo.folder.is_dir()
+    other = pool.ask(Job("p", "q", {"read": True}, b"1", ".csv"), "b")
+    assert pool.wait(other, ENOUGH) and other.result["there"] == ["input.csv"], "what somebody else gave is still there"
     monkeypatch.setattr(demos, "KEPT", -1.0)
     assert pool.find(demo.token) is None and not demo.folder.exists()
 
@@ -465,6 +467,31 @@ def has_landlock() -> bool:
     import ctypes
 
     return sys.platform == "linux" and ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) >= 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are looked at as Linux shows them")
+def test_a_worker_that_runs_has_closed_its_doors(client):
+    """Both of them, and its limits: all that is tested above is of no use where nobody calls it."""
+    told, _, _ = answer(client, "titans", words="a", tokens="1")
+    assert told["state"] == "done"
+    pool = client.app.state.demos
+    keeper = pool.keepers[0]
+    limits, status = (Path(f"/proc/{keeper.worker.pid}/{name}").read_text() for name in ("limits", "status"))
+    assert re.search(rf"Max data size\s+{pool.settings.demo_megabytes * 2**20}\b", limits)
+    assert re.search(r"Max core file size\s+0\b", limits) and re.search(r"Max open files\s+256\b", limits)
+    assert os.getpriority(os.PRIO_PROCESS, keeper.worker.pid) > min(18, os.getpriority(os.PRIO_PROCESS, 0))
+    if has_landlock():
+        assert "NoNewPrivs:\t1" in status
+    keeper._send(
+        {
+            "paper": "titans",
+            "preset": next(iter(catalog.card("titans").shipped)),
+            "file": "/etc/passwd",
+            "options": {"tokens": 1},
+        }
+    )
+    refused = next(keeper._answers(time.monotonic() + ENOUGH, "late"))
+    assert "a demo may not read /etc/passwd" in refused["failed"]
 
 
 SERVER = """

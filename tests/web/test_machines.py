@@ -5,7 +5,7 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import date, datetime
 from itertools import chain
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 from provenn import catalog
 from provenn.evidence import view
 from provenn.evidence.verdict import Verdict
-from provenn.web import Settings, create_app
+from provenn.web import Settings, create_app, machines
 from provenn.web.app import ROUTERS
 from provenn.web.opinions import Counts
 
@@ -133,6 +133,13 @@ def test_filters_are_those_of_the_list(client):
     assert slugs("task=nonsense") == [] and sorted(slugs("sort=share")) == sorted(catalog.cards())
     held = client.get("/api/not_held").json()
     assert held and {row["claim"]["verdict"] for row in held} == {Verdict.NOT_REPRODUCED}
+
+
+def test_weeks_and_months_end_where_they_end():
+    assert machines._week("2025-W09") == (date(2025, 2, 24), date(2025, 3, 2))
+    assert machines._week("2020-W53") == (date(2020, 12, 28), date(2021, 1, 3))
+    assert machines._month("2024-02") == (date(2024, 2, 1), date(2024, 2, 29))
+    assert machines._month("2025-12") == (date(2025, 12, 1), date(2025, 12, 31))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from fastapi.testclient import TestClient
@@ -9,6 +10,7 @@ from fastapi.testclient import TestClient
 from provenn import catalog
 from provenn.evidence.statement import Standing
 from provenn.web import create_app
+from provenn.web.catalogue import Entry
 from provenn.web.listing import Listing
 
 VOID = {"area", "br", "hr", "img", "input", "link", "meta", "rect", "circle", "line", "path"}
@@ -114,7 +116,12 @@ def test_an_arxiv_number_leads_to_its_paper(client):
 
 def test_what_is_not_there_says_what_may_be_meant(client):
     answer = client.get("/papers/eca_nett")
-    assert answer.status_code == 404 and "did you mean" in answer.text and "eca_net" in answer.text
+    assert (
+        answer.status_code == 404
+        and "<h1>Not found</h1>" in answer.text
+        and "did you mean" in answer.text
+        and "eca_net" in answer.text
+    )
     assert client.get("/papers/x", headers={"accept": "application/json"}).json()["error"].startswith("There is no")
 
 
@@ -173,3 +180,31 @@ def test_headers_that_keep_a_page_from_harm(client, settings):
         assert "strict-transport-security" not in headers
     secure = create_app(settings.model_copy(update={"url": "https://papers.example.org"}))
     assert "max-age=" in TestClient(secure).get("/").headers["strict-transport-security"]
+
+
+def test_filters_by_what_a_paper_brings_and_came_to(client, monkeypatch):
+    catalogue = client.app.state.site.catalogue
+    monkeypatch.setattr(Entry, "has_demo", property(lambda entry: entry.slug in ("craft", "rat")))
+    kept = {
+        "has=code": lambda entry: entry.card.code,
+        "has=demo": lambda entry: entry.has_demo,
+        "verdict=not+here": lambda entry: entry.counts[Standing.NOT_HERE],
+        "verdict=reproduced": lambda entry: entry.counts[Standing.REPRODUCED],
+    }
+    for query, keeps in kept.items():
+        wanted = [slug for slug, entry in catalogue.items() if keeps(entry)]
+        assert titles(client.get(f"/?{query}").text) == wanted and 0 < len(wanted) < len(catalogue), query
+
+
+def test_what_is_alike_is_ordered_by_date(client):
+    catalogue = client.app.state.site.catalogue
+    assert titles(client.get("/?sort=votes").text) == titles(client.get("/?sort=date").text), "nobody has voted"
+    by_share = [catalogue[slug] for slug in titles(client.get("/?sort=share").text)]
+    alike = [(a, b) for a, b in pairwise(by_share) if a.share == b.share]
+    assert alike and all(a.card.date >= b.card.date for a, b in alike)
+
+
+def test_records_and_pictures_that_did_not_change_are_not_sent_again(client):
+    for path in ("/papers/eca_net/evidence.json", "/papers/eca_net/pictures/gates.png"):
+        tag = client.get(path).headers["etag"]
+        assert client.get(path, headers={"if-none-match": tag}).status_code == 304

@@ -16,6 +16,7 @@ from readers import Reader, link_in, mails
 from sqlalchemy import select, update
 
 from provenn.web import Settings, accounts, create_app, mail, opinions
+from provenn.web.app import ROUTERS
 from provenn.web.digest import Mailing
 from provenn.web.limits import Rate
 from provenn.web.models import Base, Comment, Person, SignedIn, SignInLink, Vote, now
@@ -251,6 +252,18 @@ FORMS = {
 }
 
 
+def test_every_form_of_every_part_wants_its_token(ada):
+    """But for the one that mail programs post by themselves, and for demos, which are nobody's."""
+    given = {"name": "rat", "token": "x", "number": "1"}
+    posts = [r.path for router in ROUTERS for r in router.routes if "POST" in getattr(r, "methods", ())]
+    assert len(posts) > 14
+    for path in set(posts) - {"/subscription/{token}/leave", "/papers/{name}/try"}:
+        answer = ada.post(path.format(**given), data={"often": "daily"}, follow_redirects=False)
+        assert answer.status_code == 403, path
+    cookie = ada.client.cookies["provenn"]
+    assert ada.csrf() not in cookie, "who reads a cookie would have its token"
+
+
 @pytest.mark.parametrize("path", [*FORMS, "/sign-in/token"])
 def test_a_form_without_its_token_changes_nothing(ada, path):
     assert ada.form("/papers/eca_net/comments", text="of Ada's").status_code == 303
@@ -477,6 +490,8 @@ def test_a_comment_is_written_changed_reported_and_deleted(ada):
         "hidden by the operator" in page and "may" not in page.partition('id="comments"')[2].partition("</section>")[0]
     )
     assert ada.form("/comments/1/edit", text="back", paper="rat").status_code == 404
+    assert bob.form("/comments/1/report").status_code == 404
+    assert "hidden by the operator" in ada.get("/me").text
     assert not re.search(r"1 comment<", bob.get("/").text)
     assert ada.form("/comments/1/delete").status_code == 303
     assert "hidden by the operator" not in bob.get("/papers/rat").text

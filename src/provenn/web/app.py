@@ -44,6 +44,16 @@ HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+TITLES = {
+    401: "Sign in first",
+    403: "Not taken",
+    404: "Not found",
+    413: "Too large",
+    415: "Not of this kind",
+    422: "Not understood",
+    429: "Too often",
+    503: "Not now",
+}
 HOST = re.compile(rb"^https?://[^/]*")  # of a redirect: none of ours leads to another site
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -151,7 +161,7 @@ def _wants_json(request: Request) -> bool:
 def _answer(request: Request, status: int, words: str, headers: dict[str, str] | None = None) -> Response:
     if _wants_json(request):
         return JSONResponse({"error": words}, status, headers)
-    answer = page(request, "refused.html", status=status, title=str(status), words=words)
+    answer = page(request, "refused.html", status=status, title=TITLES.get(status, "Not possible"), words=words)
     answer.headers.update(headers or {})
     return answer
 

@@ -22,7 +22,9 @@ refused: dict[int | str, dict[str, Any]] = {422: {"model": answers.Refused, "des
 absent: dict[int | str, dict[str, Any]] = {404: {"model": answers.Refused, "description": "No such thing here."}}
 router = APIRouter(responses=refused)
 Words = Annotated[str, Query(max_length=200, description="Words, forgiving of one typo each.")]
-Named = Annotated[str, Query(max_length=200, description="Only papers that have it.")]
+Task = Annotated[str, Query(max_length=200, description="Only papers that do this kind of work.")]
+Slot = Annotated[str, Query(max_length=200, description="Only papers with a mechanism that fits it.")]
+Tag = Annotated[str, Query(max_length=200, description="Only papers that have it.")]
 
 
 class Order(StrEnum):
@@ -65,9 +67,9 @@ def papers(
     request: Request,
     q: Words = "",
     sort: Annotated[Sort | None, Query(description="Without one, what fits the words best, then the newest.")] = None,
-    task: Named = "",
-    slot: Named = "",
-    tag: Named = "",
+    task: Task = "",
+    slot: Slot = "",
+    tag: Tag = "",
     has: Annotated[Has | None, Query(description="The authors' code, or weights that can be tried.")] = None,
     verdict: Annotated[Standing | None, Query(description="Of some statement of the abstract.")] = None,
 ) -> Response:
