@@ -17,7 +17,8 @@ import pytest
 from provenn.web import Settings, accounts
 from provenn.web.database import Database
 from provenn.web.models import Person
-from provenn.web.visitors import Visitor, signed_cookie
+from provenn.web.signing import signed
+from provenn.web.visitors import Visitor
 
 KILLS, PEOPLE, THREADS = 20, 60, 4
 # The command line as users start it, in a process of its own each time; what it imports is loaded once.
@@ -86,7 +87,7 @@ def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path, monkeypatch):
         session.flush()
         secrets = [accounts.begin_session(session, number) for number in range(1, PEOPLE + 1)]
     database.close()
-    readers = [(signed_cookie(settings, secret), Visitor(settings, secret).csrf) for secret in secrets]
+    readers = [(signed(settings, "cookie", secret), Visitor(settings, secret).csrf) for secret in secrets]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-c", SERVE, "--home", str(tmp_path), "--port", str(port)]

@@ -44,8 +44,9 @@ from provenn.web import mail, news
 from provenn.web.mail import Down, Later, Lost, Outbox, Refused, Unknown
 from provenn.web.models import Base, Moment, now
 from provenn.web.news import News
+from provenn.web.signing import signed
 from provenn.web.site import Site
-from provenn.web.subscriptions import FREQUENCIES, KEY, Subscription, address_of, signed
+from provenn.web.subscriptions import FREQUENCIES, KEY, Subscription, address_of
 
 PLANNED, HANDED, SENT, REFUSED, UNKNOWN, LATE = "planned", "handed", "sent", "refused", "unknown", "late"
 LOG = logging.getLogger(__name__)
@@ -256,7 +257,7 @@ def letter(site: Site, subscription: Subscription, mailing: Mailing, told: News)
     page = address_of(site, subscription)
     context = {"news": told, "often": subscription.often, "day": mailing.day, "page": page, "url": site.settings.url}
     message = mail.compose(site, subscription.email, "digest", **context)
-    identifier = signed(site, "mailing", f"{mailing.day:%Y%m%d}.{subscription.id}").rpartition(".")[2]
+    identifier = signed(site.settings, "mailing", f"{mailing.day:%Y%m%d}.{subscription.id}").rpartition(".")[2]
     message.replace_header("Date", format_datetime(mailing.made))
     message.replace_header("Message-ID", f"<{mailing.day:%Y%m%d}.{identifier}@{mail.host_of(site.settings)}>")
     message["List-Id"] = f"<digest.{mail.host_of(site.settings)}>"

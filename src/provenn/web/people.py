@@ -15,6 +15,7 @@ from provenn.web.limits import TooOften
 from provenn.web.listing import Listing
 from provenn.web.models import MOST, Comment, Person
 from provenn.web.pages import found
+from provenn.web.signing import signed, unsigned
 from provenn.web.site import page, site_of
 from provenn.web.visitors import Field, Visitor, client_of, posted, posted_by_person, visitor_of, written
 
@@ -91,7 +92,7 @@ def send_link(request: Request, visitor: Posted, email: Field = "", paper: Field
         return own(request, "sign_in.html", status=status, error=str(error), paper=paper, email=email[:300])
     with site.database.session() as session:
         secret = accounts.new_link(session, to_whom, paper)
-    link = f"{site.settings.url}/sign-in/{visitors.link_token(site.settings, secret)}"
+    link = f"{site.settings.url}/sign-in/{signed(site.settings, 'sign-in', secret)}"
     minutes = int(accounts.LINK_LASTS.total_seconds() / 60)
     try:
         mail.send(site, mail.compose(site, to_whom, "sign_in", address=link, minutes=minutes))
@@ -104,7 +105,7 @@ def send_link(request: Request, visitor: Posted, email: Field = "", paper: Field
 def show_link(request: Request, token: str) -> Response:
     """What a link leads to: a button. Programs that look into mails follow links, and would use this one up."""
     site = site_of(request)
-    secret = visitors.secret_of_link(site.settings, token)
+    secret = unsigned(site.settings, "sign-in", token)
     with site.database.reading() as session:
         link = accounts.usable_link(session, secret) if secret else None
     if link is None:
@@ -116,7 +117,7 @@ def show_link(request: Request, token: str) -> Response:
 def use_link(request: Request, token: str, visitor: Posted) -> Response:
     """Sign in by a link. The browser gets a new cookie, whatever it had; the session that it had ends."""
     site = site_of(request)
-    secret = visitors.secret_of_link(site.settings, token)
+    secret = unsigned(site.settings, "sign-in", token)
     with site.database.session() as session:
         came = accounts.sign_in(session, secret) if secret else None
         if came:

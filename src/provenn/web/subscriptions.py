@@ -7,13 +7,10 @@ two days; the one that every digest carries does not expire, and speaks for that
 
 import secrets
 from datetime import date, datetime, timedelta
-from functools import partial
-from hashlib import blake2b
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Form, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse
-from itsdangerous import BadSignature, Signer
 from sqlalchemy import Date, String, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -23,6 +20,7 @@ from provenn.web.accounts import added, digest
 from provenn.web.addresses import address
 from provenn.web.models import DIGEST, EMAIL, Base, Moment, now
 from provenn.web.people import Posted, SmallForms, own, status_of
+from provenn.web.signing import signed, unsigned
 from provenn.web.site import Site, site_of
 from provenn.web.visitors import Field, client_of, visitor_of
 
@@ -106,28 +104,9 @@ def subscribe(session: Session, site: Site, secret: str) -> Subscription | None:
     return subscription
 
 
-def signed(site: Site, purpose: str, value: str) -> str:
-    """A value and its signature; short, so that a link stands on one line of a plain mail."""
-    return _signer(site, purpose).sign(value).decode()
-
-
-def unsigned(site: Site, purpose: str, token: str) -> str | None:
-    """The value; None where the signature is another's."""
-    try:
-        return _signer(site, purpose).unsign(token.encode()).decode()
-    except (BadSignature, UnicodeError):
-        return None
-
-
-def _signer(site: Site, purpose: str) -> Signer:
-    short = partial(blake2b, digest_size=12)
-    key = site.settings.signing_key()
-    return Signer(key, salt=f"provenn.{purpose}", key_derivation="hmac", digest_method=short)
-
-
 def address_of(site: Site, subscription: Subscription) -> str:
     """The page on which a subscription is changed or ended, as every mail links to it."""
-    return f"{site.settings.url}/subscription/{signed(site, 'subscription', subscription.id)}"
+    return f"{site.settings.url}/subscription/{signed(site.settings, 'subscription', subscription.id)}"
 
 
 router = APIRouter(route_class=SmallForms, default_response_class=HTMLResponse, tags=["digest"])
@@ -156,7 +135,7 @@ def send_link(
         )
     with site.database.session() as session:
         secret = new_link(session, to, often)
-    link = f"{site.settings.url}/subscribe/{signed(site, 'subscribe', secret)}"
+    link = f"{site.settings.url}/subscribe/{signed(site.settings, 'subscribe', secret)}"
     try:
         mail.send(site, mail.compose(site, to, "subscribe", address=link, often=often, days=LASTS.days))
     except OSError:
@@ -168,7 +147,7 @@ def send_link(
 def show_link(request: Request, token: str) -> Response:
     """What a link that confirms leads to: a button. Programs that look into mails follow links, and none has asked."""
     site = site_of(request)
-    secret = unsigned(site, "subscribe", token)
+    secret = unsigned(site.settings, "subscribe", token)
     with site.database.reading() as session:
         link = usable_link(session, secret) if secret else None
     if link is None:
@@ -180,7 +159,7 @@ def show_link(request: Request, token: str) -> Response:
 def use_link(request: Request, token: str, visitor: Posted) -> Response:
     """Begin a subscription, or change how often it comes, by a link."""
     site = site_of(request)
-    secret = unsigned(site, "subscribe", token)
+    secret = unsigned(site.settings, "subscribe", token)
     with site.database.session() as session:
         subscription = subscribe(session, site, secret) if secret else None
     if subscription is None:
@@ -228,14 +207,14 @@ def leave(request: Request, token: str) -> Response:
 
 def _of_token(request: Request, session: Session, token: str) -> Subscription | None:
     """The subscription of a link; None where it has ended."""
-    key = unsigned(site_of(request), "subscription", token)
+    key = unsigned(site_of(request).settings, "subscription", token)
     if key is None:
         raise HTTPException(404, "This link is not whole: copy all of it from the mail.")
     return session.get(Subscription, key)
 
 
 def _managed(request: Request, subscription: Subscription, said: str = "") -> Response:
-    token = signed(site_of(request), "subscription", subscription.id)
+    token = signed(site_of(request).settings, "subscription", subscription.id)
     return own(request, "subscription.html", token=token, email=subscription.email, often=subscription.often, said=said)
 
 

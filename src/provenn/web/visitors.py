@@ -2,18 +2,17 @@
 
 import secrets
 from contextlib import suppress
-from hashlib import sha256
 from ipaddress import IPv6Address, ip_address
 from typing import Annotated
 from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, Form, HTTPException, Request, Response
-from itsdangerous import BadSignature, Signer, TimestampSigner
 from pydantic import AfterValidator
 
 from provenn.web import accounts
 from provenn.web.models import Person
 from provenn.web.settings import Settings
+from provenn.web.signing import signed, unsigned
 from provenn.web.site import Site, site_of
 
 
@@ -41,19 +40,18 @@ class Visitor:
 
     def __init__(self, settings: Settings, secret: str = "", person: Person | None = None):
         self.secret, self.person = secret, person
-        self.fresh = False
-        self._signer = _signer(settings, "form")
+        self.settings, self.fresh = settings, False
 
     @property
     def csrf(self) -> str:
         """Goes with every form, and belongs to the cookie: whoever has none yet gets one with the page."""
         if not self.secret:
             self.secret, self.fresh = secrets.token_urlsafe(32), True
-        return self._signer.get_signature(self.secret).decode()
+        return signed(self.settings, "form", self.secret).removeprefix(f"{self.secret}.")
 
     def sent(self, csrf: str) -> bool:
         """Whether a form with that field came from a page of this visitor's."""
-        return bool(self.secret) and self._signer.verify_signature(self.secret, csrf)
+        return bool(self.secret) and unsigned(self.settings, "form", f"{self.secret}.{csrf}") == self.secret
 
 
 def visitor_of(request: Request) -> Visitor:
@@ -66,12 +64,8 @@ def visitor_of(request: Request) -> Visitor:
 
 def _visitor(request: Request) -> Visitor:
     site = site_of(request)
-    cookie = request.cookies.get(cookie_name(site))
-    if cookie is None:
-        return Visitor(site.settings)
-    try:
-        secret = _signer(site.settings, "cookie").unsign(cookie).decode()
-    except (BadSignature, UnicodeError):
+    secret = unsigned(site.settings, "cookie", request.cookies.get(cookie_name(site), ""))
+    if secret is None:
         return Visitor(site.settings)
     with site.database.reading() as session:
         return Visitor(site.settings, secret, accounts.person_of(session, secret))
@@ -111,34 +105,8 @@ def part(request: Request, response: Response) -> None:
 
 
 def _give(site: Site, response: Response, secret: str, seconds: int | None) -> None:
-    value, secure = signed_cookie(site.settings, secret), site.settings.secure
+    value, secure = signed(site.settings, "cookie", secret), site.settings.secure
     response.set_cookie(cookie_name(site), value, seconds, path="/", httponly=True, samesite="lax", secure=secure)
-
-
-def signed_cookie(settings: Settings, secret: str) -> str:
-    """What the cookie holds: the secret of a session, signed."""
-    return _signer(settings, "cookie").sign(secret).decode()
-
-
-def link_token(settings: Settings, secret: str) -> str:
-    """What a link in a mail ends with: the secret, signed with the time."""
-    return _stamp(settings).sign(secret).decode()
-
-
-def secret_of_link(settings: Settings, token: str) -> str | None:
-    """The secret of a link; None where it was tampered with, or is too old."""
-    try:
-        return _stamp(settings).unsign(token, max_age=int(accounts.LINK_LASTS.total_seconds())).decode()
-    except (BadSignature, UnicodeError):
-        return None
-
-
-def _stamp(settings: Settings) -> TimestampSigner:
-    return TimestampSigner(settings.signing_key(), salt="provenn.link", digest_method=sha256)
-
-
-def _signer(settings: Settings, purpose: str) -> Signer:
-    return Signer(settings.signing_key(), salt=f"provenn.{purpose}", digest_method=sha256)
 
 
 def check_origin(request: Request) -> None:
