@@ -139,3 +139,11 @@ def test_an_empty_catalogue_lists_nothing(client, page):
 def test_there_is_no_catalogue_yet(settings, page):
     status, _, said = page("list", "comments")
     assert status == 2 and "no catalogue in" in said and not settings.home.exists()
+
+
+def test_a_server_that_is_told_to_end_does_not_wait_for_every_demo(settings, monkeypatch, capsys):
+    """Somebody who follows one keeps the connection open until all before it are done."""
+    given = {}
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: given.update(options))
+    assert main(["serve", "--home", str(settings.home)]) == 0
+    assert 0 < given["timeout_graceful_shutdown"] < 10

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # slow to import, and not there without the extra
     from provenn.web.database import Database
 
 NEEDED = "the web catalogue needs more packages: pip install 'provenn[web]'"
+LEAVE_SECONDS = 5  # that a server which is told to end waits for answers: one that streams a demo may take minutes
 Home = Annotated[Path | None, typer.Option(help="Folder of the embedded database; by default ~/.local/share/provenn.")]
 page = typer.Typer(
     help="""What the operator of a catalogue does: list, hide, approve, export, delete.
@@ -74,6 +75,7 @@ def serve(
     at = f"; the digest goes at {settings.digest_at} UTC" if settings.digest_at else ""
     tell(f"provenn: {mail.route(settings)}{at}")
     options = {"host": host, "port": port, "log_level": "warning", "proxy_headers": True, "server_header": False}
+    options["timeout_graceful_shutdown"] = LEAVE_SECONDS
     if workers == 1:
         uvicorn.run(create_app(settings), **options)  # type: ignore[arg-type]  # a mapping has one type of value
         return
