@@ -6,6 +6,7 @@ head, as the paper RelationNet++ does, is a `Bridge` and goes between towers and
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -135,7 +136,7 @@ def by_place(x: Float[Tensor, "batch channels height width"], numbers: int) -> F
     return x.permute(0, 2, 3, 1).reshape(batch, height * width * channels // numbers, numbers)
 
 
-class DenseDetector(nn.Module):
+class DenseDetector(nn.Module, ABC):
     """The parts that RetinaNet, FCOS, ATSS and SSDLite have in common.
 
     Args:
@@ -184,27 +185,9 @@ class DenseDetector(nn.Module):
         """The sum of `losses`."""
         return torch.stack(list(self.losses(batch).values())).sum()
 
+    @abstractmethod
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
-        """Each loss of a batch by name, already weighted; the bridge's begin with "bridge"."""
-        output, places = self(batch.images), self.places(batch.images)
-        assigned = self.assign(places, batch)
-        # What lies in the padding of a smaller image is nobody's to judge.
-        assigned = assigned.masked_fill(self.outside(places, batch.sizes), IGNORED)
-        positive = assigned >= 0
-        targets = torch.zeros_like(output.logits, dtype=torch.float32)
-        image, place = positive.nonzero(as_tuple=True)
-        thing = assigned[image, place]
-        targets[image, place, batch.labels[image, thing]] = 1.0
-        counted = (assigned != IGNORED)[..., None]
-        focal = (focal_loss(output.logits.float(), targets) * counted).sum() / positive.sum().clamp(min=1)
-        boxes = self.box_losses(
-            output.offsets.float()[image, place],
-            output.centreness.float()[image, place] if isinstance(output.centreness, Tensor) else None,
-            Places(places.boxes[place], places.strides[place], []),
-            batch.boxes[image, thing],
-        )
-        own = {} if self.head.bridge is None else self.head.bridge.losses(output.said, batch)
-        return {"classification": focal, **boxes, **{f"bridge {name}": loss for name, loss in own.items()}}
+        """Each loss of a batch by name, already weighted."""
 
     @staticmethod
     def outside(places: Places, sizes: Int[Tensor, "batch 2"]) -> Bool[Tensor, "batch places"]:
@@ -212,24 +195,13 @@ class DenseDetector(nn.Module):
         x, y = places.centres.unbind(dim=1)
         return (y >= sizes[:, :1]) | (x >= sizes[:, 1:])
 
-    @torch.no_grad()
+    @abstractmethod
     def assign(self, places: Places, batch: DetectionBatch) -> Int[Tensor, "batch places"]:
         """The object that each place is to find."""
-        raise NotImplementedError
 
-    def box_losses(
-        self,
-        offsets: Float[Tensor, "positives 4"],
-        centre: Float[Tensor, " positives"] | None,
-        places: Places,
-        boxes: Float[Tensor, "positives 4"],
-    ) -> dict[str, Tensor]:
-        """Losses of the places that are to find `boxes`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def boxes_at(self, offsets: Float[Tensor, "... places 4"], places: Places) -> Float[Tensor, "... places 4"]:
         """The boxes that the offsets stand for."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def detect(
@@ -276,6 +248,42 @@ class DenseDetector(nn.Module):
         ]
 
 
+class FocalDetector(DenseDetector):
+    """What RetinaNet, FCOS and ATSS have in common: the focal loss of all places, and a head that takes a `Bridge`."""
+
+    def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
+        """Each loss of a batch by name, already weighted; the bridge's begin with "bridge"."""
+        output, places = self(batch.images), self.places(batch.images)
+        assigned = self.assign(places, batch)
+        # What lies in the padding of a smaller image is nobody's to judge.
+        assigned = assigned.masked_fill(self.outside(places, batch.sizes), IGNORED)
+        positive = assigned >= 0
+        targets = torch.zeros_like(output.logits, dtype=torch.float32)
+        image, place = positive.nonzero(as_tuple=True)
+        thing = assigned[image, place]
+        targets[image, place, batch.labels[image, thing]] = 1.0
+        counted = (assigned != IGNORED)[..., None]
+        focal = (focal_loss(output.logits.float(), targets) * counted).sum() / positive.sum().clamp(min=1)
+        boxes = self.box_losses(
+            output.offsets.float()[image, place],
+            output.centreness.float()[image, place] if isinstance(output.centreness, Tensor) else None,
+            Places(places.boxes[place], places.strides[place], []),
+            batch.boxes[image, thing],
+        )
+        own = {} if self.head.bridge is None else self.head.bridge.losses(output.said, batch)
+        return {"classification": focal, **boxes, **{f"bridge {name}": loss for name, loss in own.items()}}
+
+    @abstractmethod
+    def box_losses(
+        self,
+        offsets: Float[Tensor, "positives 4"],
+        centre: Float[Tensor, " positives"] | None,
+        places: Places,
+        boxes: Float[Tensor, "positives 4"],
+    ) -> dict[str, Tensor]:
+        """Losses of the places that are to find `boxes`."""
+
+
 def _centred_losses(
     predicted: Tensor, centre: Tensor | None, places: Places, boxes: Tensor, weight: float = 1.0
 ) -> dict[str, Tensor]:
@@ -310,7 +318,7 @@ def make_neck(backbone: Backbone, finest: int, dim: int, **options: Any) -> Feat
     )
 
 
-class RetinaNet(DenseDetector):
+class RetinaNet(FocalDetector):
     """RetinaNet (Lin et al., 2017, arXiv:1708.02002): nine anchors a cell, the focal loss, and nothing else.
 
     An anchor is to find the box that it overlaps by an IoU of 0.5 or more, or the box that no anchor overlaps more; it
@@ -361,7 +369,7 @@ class RetinaNet(DenseDetector):
         return decode(offsets, places.boxes)
 
 
-class FCOS(DenseDetector):
+class FCOS(FocalDetector):
     """FCOS (Tian et al., 2019, arXiv:1904.01355): no anchors; each point inside an object tells how far its sides are.
 
     A point is to find the smallest box around it whose farthest side lies in the range of its level and whose centre is
@@ -413,7 +421,7 @@ class FCOS(DenseDetector):
         return around(places.centres, offsets.relu() * places.strides[:, None])
 
 
-class ATSS(DenseDetector):
+class ATSS(FocalDetector):
     """ATSS (Zhang et al., 2020, arXiv:1912.02424): one anchor a cell, and a threshold for each object.
 
     Which anchors are to find an object follows from the mean and deviation of its candidates' IoUs: see `by_atss`.
