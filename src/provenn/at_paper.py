@@ -207,7 +207,7 @@ def _converted(
     if how.against is None:
         return Measurement.mean(reached[card.slug], **facts)
     system, baseline = sides
-    return Measurement.paired(reached[system], reached[baseline], sides=(system, baseline), **facts)
+    return Measurement.paired(reached[system], reached[baseline], sides=claim.sides or (system, baseline), **facts)
 
 
 def _trained(
@@ -313,7 +313,7 @@ def _trained(
     if how.against is None:
         return Measurement.mean(reached[preset.name], **facts)
     system, baseline = sides
-    return Measurement.paired(reached[system], reached[baseline], sides=(system, baseline), **facts)
+    return Measurement.paired(reached[system], reached[baseline], sides=claim.sides or (system, baseline), **facts)
 
 
 def _changed(name: str, changes: Mapping[str, Any]) -> str:
