@@ -219,6 +219,36 @@ def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alon
     assert "layer2.0.gate.conv.weight is [1, 1, 3] where the model has [1, 1, 5]" in measure().reason
 
 
+@pytest.mark.parametrize(("claim", "trainings"), [("coco_faster_rcnn", 1), ("coco_keys", 2)])
+def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, monkeypatch, claim, trainings):
+    pytest.importorskip("pycocotools")
+    from provenn import at_paper
+    from provenn.papers.relationnet_pp import bridge
+
+    monkeypatch.setattr(bridge, "POINTED", 3)  # of a hundred regions, which take a minute
+    miniature.write("coco-2017", data)
+    file = data / "weights" / "relationnet_pp" / "resnet50.pth"
+    theirs = authors("relationnet_pp", "resnet50", file, num_classes=5)
+    # As torchvision's first files have it: norms do not count their batches.
+    torch.save({name: x for name, x in theirs.items() if not name.endswith("num_batches_tracked")}, file)
+    recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "lr": 1e-4}
+    card = small("relationnet_pp", claim, recipe=recipe, changes={"size": 48, "val_share": 0.25})
+    trained = []
+    fit = at_paper.fit
+    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert len(trained) == trainings and not measured.at_paper_setting and measured.sides == card.claims[0].sides
+    for each in trained:
+        assert torch.equal(each.model.backbone.state_dict()["layer1.0.conv1.weight"], theirs["layer1.0.conv1.weight"])
+        assert not torch.equal(each.model.backbone.state_dict()["layer4.2.bn3.weight"], theirs["layer4.2.bn3.weight"])
+    if trainings == 2:
+        bridges = [each.model.head.bridge for each in trained]
+        assert [bridge.classification for bridge in bridges] == [None, None]
+        assert [bridge.regression.key_types for bridge in bridges] == [("top_left", "bottom_right"), ("centre",)]
+
+
 def test_figures_of_shares_are_published_in_hundredths():
     """A share is measured between 0 and 1, and told in hundredths where the figure's unit begins with a %."""
     for card in catalog.cards().values():

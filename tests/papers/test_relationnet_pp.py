@@ -1,6 +1,8 @@
 """RelationNet++: what BVR promises, its keys, its losses, and detectors with it."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from provenn.bench import count_parameters, macs
 from provenn.errors import UserError
-from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet, pad_batch
+from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet, SSDLite, pad_batch
 from provenn.nn.detection.anchors import places_of, shapes_of
 from provenn.nn.detection.boxes import decode
 from provenn.nn.resnet import BasicBlock, ResNet
@@ -35,6 +37,7 @@ from provenn.papers.relationnet_pp import (
     sine_embedding,
 )
 from provenn.papers.relationnet_pp.bridge import RegionPoints
+from provenn.papers.relationnet_pp.model import resnet50_of_imagenet
 from provenn.papers.relationnet_pp.official import _from_middle, convert
 
 STRIDES = (8, 16)
@@ -229,6 +232,15 @@ def test_the_shared_map_is_the_direct_geometry_at_whole_offsets_where_corners_ar
     torch.testing.assert_close(released(torch.full((1, 1, 1, 2), 10.0)), direct(torch.full((1, 1, 1, 2), 10.0)))
 
 
+def test_a_released_map_of_odd_size_is_exact():
+    """Its points and its units are as many, so that what the release misses, half a unit at each end, is nothing."""
+    torch.manual_seed(0)
+    offsets = torch.randint(-10, 11, (1, 5, 7, 2)).float()
+    direct, released = DirectGeometry(4, 32, log_scale=False), SharedGeometry(4, 32, log_scale=False, map_size=21)
+    released.load_state_dict(direct.state_dict())
+    torch.testing.assert_close(released(offsets), direct(offsets), atol=1e-5, rtol=0)
+
+
 def test_offsets_beyond_the_map_are_read_at_its_border():
     shared = SharedGeometry(2, 8, map_size=10, align_corners=True)
     far, border = torch.tensor([[[[70.0, -3.0]]]]), torch.tensor([[[[5.0, -3.0]]]])
@@ -339,6 +351,27 @@ def test_keys_are_the_surest_peaks_of_all_levels():
         torch.testing.assert_close(chosen.features[image], torch.stack([peak[4] for peak in peaks]))
 
 
+def test_keys_are_told_apart_in_half_precision_too():
+    """Logits whose sigmoids are the same in bfloat16."""
+    logits = torch.full((1, 1, 1, 9), -9.0)
+    logits[..., 1::2] = torch.tensor([6.0, 6.0625, 6.03125, 5.96875])
+    points = PointMaps([logits.bfloat16()], [torch.zeros(1, 2, 1, 9).bfloat16()])
+    keys = select_keys(points, [torch.zeros(1, 4, 1, 9).bfloat16()], (8,), most=4)
+    assert keys.positions[0, :, 0].tolist() == [28.0, 44.0, 12.0, 60.0]
+
+
+def test_each_tower_s_keys_have_its_own_features():
+    bridge = Bridge(16, 3, STRIDES, heads=4, **SMALL)
+    shapes = [(2, 16, 6, 8), (2, 16, 3, 4)]
+    levels, classes, boxes = ([torch.full(shape, value) for shape in shapes] for value in (0.1, 0.2, 0.3))
+    seen = []
+    for bvr in (bridge.classification, bridge.regression):
+        bvr.attend = lambda queries, places, keys, *rest: seen.append(keys) or queries
+    bridge(levels, classes, boxes, STRIDES)
+    values = [{round(x, 4) for keys in each.values() for x in keys.features.flatten().tolist()} for each in seen]
+    assert values == [{0.2}, {0.2}, {0.3}, {0.3}]
+
+
 @pytest.mark.parametrize("most, a_level, expected", [(50, 20, 32), (10, 20, 10), (50, 3, 6), (1, 1, 1)])
 def test_there_are_as_many_keys_as_asked_for_or_as_there_are_candidates(most, a_level, expected):
     points, features = maps()
@@ -436,6 +469,10 @@ def test_paper_and_release_have_their_own_point_heads():
     assert (paper.weights, release.weights) == ((0.05, 0.2), (0.25, 1.0))
     assert (paper.reference, release.reference) == (0.0, 0.5)
     assert release(levels)["top_left"].logits[0].sigmoid().mean().item() == pytest.approx(0.01, abs=1e-3)
+    # Two shared convolutions; then, for each of three types, one for the heat map and one for the offsets.
+    assert count_parameters(paper) == 2 * (9 * 16 * 16 + 16) + 3 * (9 * 16 * (1 + 2) + 1 + 2)
+    deeper = PointHead(16, 5, convs=1, deeper=1)
+    assert count_parameters(deeper) == 3 * (3 * (9 * 16 * 16 + 16) + 9 * 16 * (5 + 2) + 5 + 2)
 
 
 # Detectors
@@ -454,6 +491,90 @@ def test_bvr_goes_into_a_detector_and_a_trained_one_still_says_the_same(name):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
     with pytest.raises(ValueError, match="has a bridge already"):
         attach_bvr(model)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_bridge_takes_device_type_and_mode_of_its_detector(name):
+    options = {} if name == "faster_rcnn" else SMALL
+    model = attach_bvr(HOSTS[name]().eval().double(), heads=4, **options)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert not any(module.training for module in model.modules())
+    there = attach_bvr(HOSTS[name]().to("meta"), heads=4, **options)
+    assert all(p.is_meta for p in there.parameters()) and bridge_of(there).training
+
+
+OPTIONS = {
+    "direct": {"geometry": "direct"},
+    "none": {"geometry": None},
+    "appearance": {"appearance": False},
+    "hidden": {"geometry": "shared", "hidden": 8, "align_corners": True, "map_size": 40},
+    "linear": {"log_scale": False},
+    "paper": {"point_head": "paper", "share_map": True, "by_level": True, "unit": 0.5},
+    "all keys": {"keys": 10_000, "keys_a_level": 10_000},
+    "class alone": {"regression": "centre", "classification": ()},
+    "unused": {"classification": (), "regression": ()},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["fcos", "faster_rcnn"])
+def test_with_every_option_all_learns_in_single_and_mixed_precision(name, options):
+    given = OPTIONS[options]
+    if name == "faster_rcnn" and options in ("paper", "all keys"):
+        return
+    for mixed in (False, True):
+        model = with_bvr(name, **given).train()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model.training_loss(batch())
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if not n.endswith("key.bias")}
+        assert loss.isfinite() and not [n for n, g in gradients.items() if g is None or not g.isfinite().all()]
+        assert mixed or not [n for n, g in gradients.items() if not g.abs().max() > 0]
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_copies_and_files_of_a_detector_say_the_same(name):
+    shared = {} if name == "faster_rcnn" else {"share_map": True}
+    model, image = with_bvr(name, **shared).eval(), torch.randn(1, 3, 64, 64)
+    other = with_bvr(name, **shared).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    other.load_state_dict(model.state_dict())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
+        assert torch.equal(copied(image).logits, model(image).logits)
+        if shared:
+            assert bridge_of(copied).regression.geometry is bridge_of(copied).classification.geometry
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_bridge_learns_in_a_detector_that_is_frozen(name):
+    model = HOSTS[name]().requires_grad_(False)
+    attach_bvr(model, heads=4, **({} if name == "faster_rcnn" else SMALL))
+    model.train().training_loss(batch()).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("bridge." in parameter_name), parameter_name
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_odd_boxes_and_tiny_images_do_no_harm(name):
+    """Without area, outside, beyond all sides, with corners exchanged; two pixels, less than any stride."""
+    odd = torch.tensor(
+        [[10.0, 10, 10, 20], [-30, -30, -5, -5], [100, 100, 120, 130], [20, 20, 20, 20], [5, 5, 300, 300]]
+    )
+    images = {
+        64: (odd, torch.tensor([0, 1, 2, 0, 1])),
+        2: (torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([0])),
+    }
+    for side, (boxes, labels) in images.items():
+        model = with_bvr(name).train()
+        loss = model.training_loss(pad_batch([torch.randn(3, side, side)] * 2, [boxes] * 2, [labels] * 2))
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        assert all(
+            found.boxes.isfinite().all() for found in model.eval().detect(torch.randn(1, 3, side, side), least=0.0)
+        )
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -511,9 +632,62 @@ def test_the_two_stage_form_shows_the_points_of_regions_that_hold_an_object():
     torch.testing.assert_close(keys.positions[0, 0], torch.tensor([8.5, 4.5]))
 
 
+REFUSED = {
+    "keys and keys_a_level must be at least 1, got 0 and 5": ("fcos", {"keys": 0}),
+    "keys and keys_a_level must be at least 1, got 7 and 0": ("fcos", {"keys_a_level": 0}),
+    "convs and deeper 0, got 16, 3, -1 and 0": ("fcos", {"point_convs": -1}),
+    "heads must divide channels, got 3 and 16": ("fcos", {"heads": 3}),
+    "heads and hidden must be at least 1, got 4 and 0": ("fcos", {"hidden": 0}),
+    "dim must be a multiple of 4, got 0": ("fcos", {"dim": 0}),
+    "unit must be a finite number, got nan": ("fcos", {"unit": math.nan}),
+    "map_size must be at least 2, got 1": ("fcos", {"map_size": 1}),
+    "key types must be of .*, got .'centre', 'centre'.": ("fcos", {"classification": ("centre", "centre")}),
+    "form must be 'release' or 'paper', got 'mine'": ("fcos", {"point_head": "mine"}),
+    "keys and grid must be at least 1, point_convs 0, got 0, 14 and 4": ("faster_rcnn", {"keys": 0}),
+    "keys and grid must be at least 1, point_convs 0, got 50, 0 and 4": ("faster_rcnn", {"grid": 0}),
+    "regions have no stride": ("faster_rcnn", {"by_level": True}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_options_that_mean_nothing_are_refused(message):
+    name, options = REFUSED[message]
+    with pytest.raises(ValueError, match=message):
+        with_bvr(name, **options)
+
+
+def test_a_padded_region_shows_nothing_and_every_key_has_its_cell_s_features():
+    bridge = bridge_of(with_bvr("faster_rcnn", keys=2))
+    assert (bridge.WEIGHTS, bridge.grid) == ((0.25, 1.0), 14)
+    box = torch.tensor([[8.0, 4.0, 36.0, 32.0]])
+    given = pad_batch([torch.zeros(3, 64, 64)], [box], [torch.tensor([1])])
+    said = region_points(bridge, torch.cat([box, box])[None], [(0, 13, 13, 9.0), (1, 5, 20, 8.0)])
+    hidden = said._replace(valid=torch.tensor([[True, False]]))
+    of_second = [said._replace(maps={n: (x[1:], o[1:]) for n, (x, o) in said.maps.items()}, regions=box[None])]
+    cold = bridge.losses(of_second[0]._replace(valid=torch.tensor([[False]])), given)["offsets"]
+    assert cold == 0 < bridge.losses(hidden, given)["offsets"] < bridge.losses(said, given)["offsets"] * 2
+    features = torch.randn(2, 16, 28, 28)
+    keys = bridge.select(said, "centre", features)
+    torch.testing.assert_close(keys.features[0], torch.stack([features[0, :, 13, 13], features[1, :, 5, 20]]))
+
+
+def test_each_tower_of_regions_is_strengthened_by_itself():
+    torch.manual_seed(0)
+    bridge = bridge_of(with_bvr("faster_rcnn"))
+    regions = torch.tensor([[[8.0, 4.0, 36.0, 32.0], [10.0, 20.0, 50.0, 60.0]]])
+    pool = lambda boxes, size: torch.ones(1, boxes.shape[1], 16, size, size)  # noqa: E731
+    a, c = torch.rand(1, 2, 24), torch.rand(1, 2, 24)
+    classes, boxes, said = bridge(regions, torch.ones(1, 2, dtype=torch.bool), pool, a, c)
+    others = bridge(regions, torch.ones(1, 2, dtype=torch.bool), pool, a + 1, c)
+    assert torch.equal(others[1], boxes) and not torch.equal(others[0], classes)
+    assert all(abs(logits.sigmoid().mean() - 0.01) < 5e-3 for logits, _ in said.maps.values())
+
+
 def test_bad_settings_are_refused():
-    with pytest.raises(TypeError, match="expected a RetinaNet"):
-        attach_bvr(nn.Linear(2, 2))
+    ssdlite = SSDLite(backbone(), num_classes=2, finest=8, extra=())  # whose levels have no width in common
+    for other in (nn.Linear(2, 2), backbone(), HOSTS["fcos"]().head, ssdlite):
+        with pytest.raises(TypeError, match=f"expected a RetinaNet, .*, got {type(other).__name__}"):
+            attach_bvr(other)
     with pytest.raises(ValueError, match="heads must divide channels"):
         BVR(16, 3)
     with pytest.raises(ValueError, match="key types must be of"):
@@ -591,6 +765,19 @@ def test_a_released_checkpoint_fits_the_preset():
         convert({"fc.weight": torch.zeros(2, 2)})
 
 
+def test_torchvision_s_resnet_is_what_the_detectors_start_from():
+    torch.manual_seed(0)
+    ours = resnet50_of_imagenet(num_classes=5)
+    state = {name: x for name, x in ours.state_dict().items() if not name.endswith("num_batches_tracked")}
+    preset, options, converted = convert({f"module.{name}": x for name, x in state.items()})
+    assert (preset, options) == ("resnet50", {"num_classes": 5, "in_channels": 3})
+    again = resnet50_of_imagenet(**options)
+    again.load_state_dict(converted)
+    assert torch.equal(again.fc.weight, ours.fc.weight) and again.bn1.num_batches_tracked == 0
+    with torch.device("meta"):
+        assert count_parameters(resnet50_of_imagenet()) == 25_557_032
+
+
 def test_anchors_at_corners_of_cells_become_those_in_the_middle():
     scales = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))
     places = places_of((32, 48), (8, 16), shapes_of((8, 16), (0.5, 1.0, 2.0), scales))
@@ -602,11 +789,11 @@ def test_anchors_at_corners_of_cells_become_those_in_the_middle():
     torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", HOSTS)
-def test_an_inspection_tells_the_keys_that_the_detector_reads(name):
+@pytest.mark.parametrize("name, options", [*((name, {}) for name in HOSTS), ("fcos", {"point_head": "paper"})])
+def test_an_inspection_tells_the_keys_that_the_detector_reads(name, options):
     from provenn.papers.relationnet_pp.inspection import inspect
 
-    model, seen = with_bvr(name).eval(), {}
+    model, seen = with_bvr(name, **options).eval(), {}
     bvr = bridge_of(model).regression
     attend = bvr.attend
     bvr.attend = lambda queries, places, keys, *rest: seen.update(keys) or attend(queries, places, keys, *rest)

@@ -8,11 +8,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
-from provenn.nn.detection import DenseDetector, DetectionBatch, FasterRCNN
+from provenn.nn.detection import DetectionBatch, FasterRCNN, FocalDetector
 from provenn.nn.detection.assign import by_iou
 from provenn.nn.detection.two_stage import Pool, Regions
 from provenn.papers.relationnet_pp.layers import (
     BVR,
+    KEY_TYPES,
     Keys,
     PointHead,
     PointMaps,
@@ -23,8 +24,7 @@ from provenn.papers.relationnet_pp.layers import (
 from provenn.papers.relationnet_pp.losses import point_losses
 
 CORNERS = ("top_left", "bottom_right")
-GRID = 14  # cells a side of the features in which the two-stage form looks for points; their maps have twice as many
-POINTED = 100  # regions of an image in which it does so: the first, which are the surest
+POINTED = 100  # regions of an image in which the two-stage form looks for points: the first, which are the surest
 
 
 class Bridge(nn.Module):
@@ -63,6 +63,8 @@ class Bridge(nn.Module):
     ):
         super().__init__()
         check_whole(keys=keys, keys_a_level=keys_a_level)
+        if min(keys, keys_a_level) < 1:
+            raise ValueError(f"keys and keys_a_level must be at least 1, got {keys} and {keys_a_level}")
         self.keys, self.keys_a_level, self.strides = keys, keys_a_level, tuple(strides)
         self.point_head = PointHead(
             channels, num_classes, form=point_head, groups=groups, convs=point_convs, deeper=deeper
@@ -112,7 +114,7 @@ class RegionPoints(NamedTuple):
     """What the point head of the two-stage form says.
 
     Args:
-        maps: of each type, (batch · regions, 1 or 2, 28, 28).
+        maps: of each type, (batch · regions, 1 or 2, 2 · grid, 2 · grid): logits, and offsets.
         regions: in which it looked.
         valid: which are no padding.
     """
@@ -135,6 +137,8 @@ class RegionBridge(nn.Module):
         channels: of the pyramid.
         width: of the features that class and box are told from.
         classification, regression, heads, keys, preserve, options: as of `Bridge`.
+        point_convs: before the transposed convolution.
+        grid: cells a side of a region, before they are doubled.
     """
 
     WEIGHTS = (0.25, 1.0)
@@ -148,18 +152,24 @@ class RegionBridge(nn.Module):
         regression: Sequence[str] = CORNERS,
         heads: int = 8,
         point_convs: int = 4,
+        grid: int = 14,
         keys: int = 50,
         preserve: bool = False,
         **options: Any,
     ):
         super().__init__()
-        check_whole(keys=keys)
-        self.keys = keys
+        check_whole(keys=keys, grid=grid, point_convs=point_convs)
+        if min(keys, grid) < 1 or point_convs < 0:
+            raise ValueError(f"keys and grid must be at least 1, point_convs 0, got {keys}, {grid} and {point_convs}")
+        if options.get("by_level"):
+            raise ValueError("by_level is of the levels of a pyramid: regions have no stride")
+        classification, regression = (check_types(types) if types else () for types in (classification, regression))
+        self.keys, self.grid = keys, grid
         layers: list[nn.Module] = []
         for _ in range(point_convs):
             layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU())
-        self.key_types = check_types([*dict.fromkeys([*classification, *regression])])
+        self.key_types = check_types([*dict.fromkeys([*classification, *regression])] or KEY_TYPES)
         self.logits = nn.ModuleDict({name: nn.Conv2d(channels, 1, 1) for name in self.key_types})
         self.offsets = nn.ModuleDict({name: nn.Conv2d(channels, 2, 1) for name in self.key_types})
         for name in self.key_types:
@@ -184,7 +194,7 @@ class RegionBridge(nn.Module):
         regions, middles = regions.detach(), (regions[..., :2] + regions[..., 2:]).detach() / 2
         looked_at, counted = regions[:, :POINTED], valid[:, :POINTED]
         batch, count = counted.shape
-        grid = pool(looked_at, GRID)
+        grid = pool(looked_at, self.grid)
         features = self.trunk(grid.reshape(batch * count, *grid.shape[2:]))
         maps = {name: (self.logits[name](features), self.offsets[name](features)) for name in self.key_types}
         said = RegionPoints(maps, looked_at, counted)
@@ -277,7 +287,7 @@ def attach_bvr(detector: Any, **options: Any) -> Any:
         TypeError: when it is no such detector.
         ValueError: when it has a bridge already.
     """
-    if isinstance(detector, DenseDetector):
+    if isinstance(detector, FocalDetector):
         host: Any = detector.head
         bridge: nn.Module = Bridge(detector.neck.widths[0], detector.num_classes, detector.strides, **options)
     elif isinstance(detector, FasterRCNN):

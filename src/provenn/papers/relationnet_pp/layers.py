@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from provenn.nn.arguments import check_whole
+from provenn.nn.arguments import check_finite, check_whole
 from provenn.ops.autograd import without_autocast
 
 KEY_TYPES = ("top_left", "bottom_right", "centre")
@@ -57,9 +57,11 @@ class DirectGeometry(nn.Module):
 
     def __init__(self, heads: int, dim: int = 256, hidden: int | None = None, *, log_scale: bool = True):
         super().__init__()
-        check_whole(heads=heads, dim=dim)
-        if dim % 4:
+        check_whole(heads=heads, dim=dim, hidden=hidden)
+        if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a multiple of 4, got {dim}")
+        if heads < 1 or (hidden is not None and hidden < 1):
+            raise ValueError(f"heads and hidden must be at least 1, got {heads} and {hidden}")
         self.heads, self.dim, self.log_scale = heads, dim, log_scale
         layers: list[nn.Module] = [] if hidden is None else [nn.Conv2d(dim, hidden, 1), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(hidden or dim, heads, 1))
@@ -282,6 +284,7 @@ class BVR(nn.Module):
             raise ValueError(f"geometry must be 'shared', 'direct' or None, got {geometry!r}")
         if geometry is None and not appearance:
             raise ValueError("of appearance and geometry at least one has to count")
+        check_finite(unit=unit)
         if not unit > 0:
             raise ValueError(f"unit must be positive, got {unit}")
         self.unit, self.by_level = unit, by_level
@@ -305,7 +308,7 @@ class BVR(nn.Module):
             cells = cell_centres(height, width, stride, level.device)
             unit = self.unit * (stride if self.by_level else 1)
             queries = level.flatten(2).transpose(1, 2)
-            told = self.attend(queries, cells.expand(len(level), -1, -1), keys, unit, shared)
+            told = self.attend(queries, cells.expand(level.shape[0], -1, -1), keys, unit, shared)
             given.append(told.transpose(1, 2).unflatten(2, (height, width)))
         return given
 
@@ -321,7 +324,8 @@ class BVR(nn.Module):
         total = queries
         for name, attention in self.attention.items():
             relation = self.relation(positions, keys[name], unit, shared)
-            total = total + attention(queries, keys[name].features, relation)
+            there = keys[name].scores >= 0 if torch.compiler.is_exporting() else None  # see `select_keys`
+            total = total + attention(queries, keys[name].features, relation, mask=there)
         return total.relu()
 
     def relation(
@@ -385,7 +389,12 @@ class PointHead(nn.Module):
         deeper: int = 1,
     ):
         super().__init__()
-        check_whole(channels=channels, num_classes=num_classes)
+        check_whole(channels=channels, num_classes=num_classes, convs=convs, deeper=deeper)
+        if min(channels, num_classes) < 1 or min(convs, deeper) < 0:
+            raise ValueError(
+                "channels and num_classes must be at least 1, convs and deeper 0, got "
+                f"{channels}, {num_classes}, {convs} and {deeper}"
+            )
         if form not in self.WEIGHTS:
             raise ValueError(f"form must be 'release' or 'paper', got {form!r}")
         self.form, self.key_types = form, check_types(key_types)
@@ -448,10 +457,13 @@ def select_keys(
         reference: of the head.
 
     Gradients reach the offsets by the positions, and the features; of the scores only the order counts.
+
+    While it is exported there are as many keys whatever the size, so that no size becomes a rule: cells that are
+    missing have a score of −1, which `BVR` leaves out.
     """
     if min(most, most_a_level) < 1:
         raise ValueError(f"most and most_a_level must be at least 1, got {most} and {most_a_level}")
-    found = []
+    exporting, found = torch.compiler.is_exporting(), []
     for number, (logits, offsets, level, stride) in enumerate(
         zip(points.logits, points.offsets, features, strides, strict=True)
     ):
@@ -459,11 +471,13 @@ def select_keys(
         with torch.no_grad():
             heat = at_least_single(logits).sigmoid()
             heat = (heat * (F.max_pool2d(heat, 3, stride=1, padding=1) == heat)).flatten(2)
-            count = min(most_a_level, height * width)
+            count = most_a_level if exporting else min(most_a_level, height * width)
+            heat = F.pad(heat, (0, count), value=-1.0) if exporting else heat
             # In two steps, as released: which of equal scores comes first depends on it.
             of_class, cell = heat.topk(count, dim=2)
             score, index = of_class.reshape(batch, classes * count).topk(count, dim=1)
             cell = cell.reshape(batch, classes * count).gather(1, index)
+            cell = cell.clamp(max=height * width - 1) if exporting else cell
         moved = _gather(at_least_single(offsets), cell)
         corner = torch.stack([cell % width, torch.div(cell, width, rounding_mode="floor")], dim=-1)
         position = (corner + reference) * stride + moved * stride

@@ -1,5 +1,6 @@
 """RelationNet++ (Chi et al., 2020, arXiv:2010.15831): detectors with BVR in their heads."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,12 +9,25 @@ from torch import Tensor, nn
 from provenn.nn.detection import ATSS, FCOS, DenseHead, FasterRCNN, RetinaNet
 from provenn.nn.detection.dense import make_neck
 from provenn.nn.resnet import BasicBlock, ResNet, resnet50
-from provenn.papers.relationnet_pp.bridge import Bridge, attach_bvr
+from provenn.papers.relationnet_pp.bridge import CORNERS, Bridge, attach_bvr
 
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def bvr_retinanet_r50(*, num_classes: int = 80, in_channels: int = 3, groups: int | None = 32, **bvr: Any) -> RetinaNet:
+def resnet50_of_imagenet(*, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
+    """The classifier whose weights the detectors start from: ResNet-50 as torchvision has it, 25,557,032 parameters."""
+    return resnet50(num_classes=num_classes, in_channels=in_channels)
+
+
+def bvr_retinanet_r50(
+    *,
+    num_classes: int = 80,
+    in_channels: int = 3,
+    groups: int | None = 32,
+    classification: Sequence[str] = ("centre",),
+    regression: Sequence[str] = CORNERS,
+    **bvr: Any,
+) -> RetinaNet:
     """RetinaNet on ResNet-50 with BVR, as released: 46,417,466 parameters.
 
     Group norms everywhere outside the backbone, L1 for boxes, no ReLU between the two levels that the neck adds.
@@ -21,12 +35,14 @@ def bvr_retinanet_r50(*, num_classes: int = 80, in_channels: int = 3, groups: in
     Args:
         num_classes, in_channels: of the data.
         groups: of the group norms; None has none, as in most of the paper's tables.
-        bvr: options of `provenn.papers.relationnet_pp.Bridge`.
+        classification, regression: key types of each tower; () leaves it as it is.
+        bvr: further options of `provenn.papers.relationnet_pp.Bridge`.
     """
     backbone = resnet50(num_classes=0, in_channels=in_channels)
     model = RetinaNet(backbone, num_classes=num_classes, groups=groups, beta=0.0)
     model.neck = make_neck(backbone, 8, 256, coarser=2, by="input", groups=groups, activate=False)
-    return attach_bvr(model, **{"groups": groups, **bvr})
+    towers = {"classification": classification, "regression": regression}
+    return attach_bvr(model, **{"groups": groups, **towers, **bvr})
 
 
 def bvr_fcos_r50(*, num_classes: int = 80, in_channels: int = 3, **bvr: Any) -> FCOS:

@@ -15,21 +15,24 @@ _BVRS = {
     "cls_transformer": ("classification", ("centre",)),
     "reg_transformer": ("regression", ("top_left", "bottom_right")),
 }
-EXPECTED = "expected a state dict of RelationNet2's RetinaNet on ResNet-50, or of its BVRHead, found"
+EXPECTED = "expected a state dict of RelationNet2's RetinaNet on ResNet-50, of its BVRHead, or of ResNet-50, found"
 
 
 def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """From a state dict of the released RetinaNet with BVR to ours: the preset, its options and the weights.
 
-    Of a whole detector, and of its `BVRHead` alone. What the released ATSS and FCOS stand on, a ResNeXt-101 with
-    deformable convolutions, is not here. The constants that the release keeps in its checkpoints are left out. Its
-    anchors stand at the upper left corner of their cells and ours in the middle: the biases of a detector's box
-    predictions take that up, so that the boxes are the same.
+    Of a whole detector, of its `BVRHead` alone, and of torchvision's ResNet-50, from which it starts. What the released
+    ATSS and FCOS stand on, a ResNeXt-101 with deformable convolutions, is not here. The constants that the release
+    keeps in its checkpoints are left out. Its anchors stand at the upper left corner of their cells and ours in the
+    middle: the biases of a detector's box predictions take that up, so that the boxes are the same.
 
     Raises:
         UserError: when the parameters are others.
     """
     plain = {name.removeprefix("module."): value for name, value in state.items()}
+    if {"conv1.weight", "fc.weight", "layer3.5.conv3.weight"} <= plain.keys():
+        options = {"num_classes": len(plain["fc.weight"]), "in_channels": plain["conv1.weight"].shape[1]}
+        return "resnet50", options, {**_counters(plain), **plain}
     whole = "backbone.conv1.weight" in plain
     inner = (
         {n.removeprefix("bbox_head."): v for n, v in plain.items() if n.startswith("bbox_head.")} if whole else plain
@@ -52,6 +55,12 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
     options["in_channels"] = plain["backbone.conv1.weight"].shape[1]
     ours["head.regress.bias"] = _from_middle(ours["head.regress.bias"])
     return "bvr_retinanet_r50", options, {**given, **ours}
+
+
+def _counters(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Batches that each norm has seen, which torchvision's older files leave out and nothing reads."""
+    norms = [name.removesuffix("running_mean") for name in plain if name.endswith("running_mean")]
+    return {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
 
 
 def _under(plain: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from provenn import bench
-from provenn.nn.detection import FCOS
+from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet
 from provenn.papers.relationnet_pp.bridge import attach_bvr
 from provenn.papers.relationnet_pp.layers import (
     DirectGeometry,
@@ -72,6 +72,55 @@ def count(part: dict[str, Any]) -> int:
     """Parameters of an arm."""
     with torch.device("meta"):
         return bench.count_parameters(detector(part))
+
+
+LOOKED_AT = 16  # regions of an image in the second stage of the small Faster R-CNN, in training and after
+HOSTS: dict[str, Callable[[Stem, int], nn.Module]] = {
+    # Anchors of 16, 23 and 32 pixels, each lying, square and standing: objects have sides of 16 to 48.
+    "retinanet": lambda stem, classes: RetinaNet(
+        stem, num_classes=classes, dim=32, convs=1, groups=8, finest=STRIDE, coarser=0, scales=(4, 4 * 2**0.5, 8)
+    ),
+    "atss": lambda stem, classes: ATSS(
+        stem, num_classes=classes, dim=32, convs=1, groups=8, finest=STRIDE, coarser=0, scale=7
+    ),
+    "faster_rcnn": lambda stem, classes: FasterRCNN(
+        stem,
+        num_classes=classes,
+        dim=32,
+        width=64,
+        coarser=0,
+        scale=7,
+        regions=LOOKED_AT,
+        candidates=100,
+        sampled=(64, LOOKED_AT),
+    ),
+}
+REGION_BRIDGE: dict[str, Any] = {
+    "heads": 8,
+    "point_convs": 1,
+    "grid": 7,  # of regions of 4 to 12 cells
+    "keys": BRIDGE["keys"],
+    "dim": BRIDGE["dim"],
+    "unit": BRIDGE["unit"],
+}
+
+
+def host(part: dict[str, Any], *, num_classes: int = 2) -> nn.Module:
+    """A RetinaNet, ATSS or Faster R-CNN of 32 channels and one level, with the bridge that a part names.
+
+    Args:
+        part: `host`, one of `HOSTS`; `bridge`, options of `attach_bvr` beside those that all have.
+        num_classes: of the data.
+    """
+    model = HOSTS[part["host"]](Stem(), num_classes)
+    usual = REGION_BRIDGE if isinstance(model, FasterRCNN) else BRIDGE
+    return attach_bvr(model, **{**usual, **part["bridge"]})
+
+
+def count_host(part: dict[str, Any]) -> int:
+    """Parameters of an arm of `host`."""
+    with torch.device("meta"):
+        return bench.count_parameters(host(part))
 
 
 def rectangles(seed: int, smoke: bool) -> TaskData:
