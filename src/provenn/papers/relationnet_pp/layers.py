@@ -324,8 +324,7 @@ class BVR(nn.Module):
         total = queries
         for name, attention in self.attention.items():
             relation = self.relation(positions, keys[name], unit, shared)
-            there = keys[name].scores >= 0 if torch.compiler.is_exporting() else None  # see `select_keys`
-            total = total + attention(queries, keys[name].features, relation, mask=there)
+            total = total + attention(queries, keys[name].features, relation)
         return total.relu()
 
     def relation(
@@ -457,13 +456,10 @@ def select_keys(
         reference: of the head.
 
     Gradients reach the offsets by the positions, and the features; of the scores only the order counts.
-
-    While it is exported there are as many keys whatever the size, so that no size becomes a rule: cells that are
-    missing have a score of −1, which `BVR` leaves out.
     """
     if min(most, most_a_level) < 1:
         raise ValueError(f"most and most_a_level must be at least 1, got {most} and {most_a_level}")
-    exporting, found = torch.compiler.is_exporting(), []
+    found = []
     for number, (logits, offsets, level, stride) in enumerate(
         zip(points.logits, points.offsets, features, strides, strict=True)
     ):
@@ -471,19 +467,16 @@ def select_keys(
         with torch.no_grad():
             heat = at_least_single(logits).sigmoid()
             heat = (heat * (F.max_pool2d(heat, 3, stride=1, padding=1) == heat)).flatten(2)
-            count = most_a_level if exporting else min(most_a_level, height * width)
-            heat = F.pad(heat, (0, count), value=-1.0) if exporting else heat
+            count = torch.sym_min(most_a_level, height * width)  # Python's would make a rule of the size when exported
             # In two steps, as released: which of equal scores comes first depends on it.
             of_class, cell = heat.topk(count, dim=2)
             score, index = of_class.reshape(batch, classes * count).topk(count, dim=1)
             cell = cell.reshape(batch, classes * count).gather(1, index)
-            cell = cell.clamp(max=height * width - 1) if exporting else cell
         moved = _gather(at_least_single(offsets), cell)
-        corner = torch.stack([cell % width, torch.div(cell, width, rounding_mode="floor")], dim=-1)
-        position = (corner + reference) * stride + moved * stride
+        position = (_corners(height, width, cell.device)[cell] + reference) * stride + moved * stride
         found.append(Keys(_gather(level, cell), position, score, torch.full_like(cell, number)))
     together = Keys(*(torch.cat(part, dim=1) for part in zip(*found, strict=True)))
-    surest, order = together.scores.topk(min(most, together.scores.shape[1]), dim=1)
+    surest, order = together.scores.topk(torch.sym_min(most, together.scores.shape[1]), dim=1)
     by_row = order[..., None]
     return Keys(
         together.features.gather(1, by_row.expand(-1, -1, together.features.shape[2])),
@@ -491,6 +484,12 @@ def select_keys(
         surest,
         together.levels.gather(1, order),
     )
+
+
+def _corners(height: int, width: int, device: torch.device) -> Int[Tensor, "cells 2"]:
+    """Column and row of each cell: read off, since ONNX has no remainder by a size that is open."""
+    y, x = (torch.arange(side, device=device) for side in (height, width))
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
 
 
 def _gather(maps: Tensor, cell: Tensor) -> Tensor:
