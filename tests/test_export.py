@@ -14,7 +14,7 @@ from provenn import api, export, weights
 from provenn.cli import main
 from provenn.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
-from provenn.nn.detection import RetinaNet, SSDLite
+from provenn.nn.detection import FCOS, RetinaNet, SSDLite
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.nn.segmentation import Segmenter
 from provenn.papers.aaren import AarenAttention
@@ -22,6 +22,7 @@ from provenn.papers.craft import CRAFT, CRFB, HFB, HFERB, SRWAB
 from provenn.papers.hedgehog import HedgehogAttention, LinearAttention
 from provenn.papers.nprf import KernelAttentionRPE
 from provenn.papers.rat import RATMixer, RNNMixer
+from provenn.papers.relationnet_pp import attach_bvr
 from provenn.papers.titans import LongTermMemory
 from provenn.tasks import get_task
 from provenn.testing import seeded_state
@@ -163,6 +164,15 @@ IMAGE_SYSTEMS = {
     "semantic-segmentation": lambda: Segmenter(small_backbone(3), 2, dim=8),
     "object-detection": lambda: RetinaNet(
         small_backbone(3), num_classes=2, dim=8, convs=1, groups=2, finest=4, coarser=1
+    ),
+    "object-detection FCOS": lambda: attach_bvr(
+        FCOS(small_backbone(3), num_classes=2, dim=8, convs=0, groups=2, finest=4, coarser=1),
+        heads=2,
+        point_convs=0,
+        deeper=0,
+        keys=6,
+        keys_a_level=4,
+        map_size=8,
     ),
     "object-detection SSDLite": lambda: SSDLite(small_backbone(3), num_classes=2, finest=4),
 }

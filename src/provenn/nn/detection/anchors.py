@@ -75,5 +75,6 @@ def places_of(
         y, x = (stride * (torch.arange(ceil_div(side, stride), device=device) + 0.5) for side in size)
         centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 1, 2)
         boxes.append(torch.cat([centre - shape / 2, centre + shape / 2], dim=-1).reshape(-1, 4))
-        spacing.append(torch.full((len(boxes[-1]),), float(stride), device=device))
-    return Places(torch.cat(boxes), torch.cat(spacing), [len(level) for level in boxes])
+        # A tensor's len() would make a rule of the size when this is exported.
+        spacing.append(torch.full((boxes[-1].shape[0],), float(stride), device=device))
+    return Places(torch.cat(boxes), torch.cat(spacing), [level.shape[0] for level in boxes])

@@ -76,8 +76,8 @@ def default_boxes(
         across, down = torch.tensor(given, dtype=torch.float32, device=device).unbind(dim=1)
         half = torch.stack([across * width, down * height], dim=-1) / 2
         boxes.append(torch.cat([centre - half, centre + half], dim=-1).reshape(-1, 4))
-        spacing.append(torch.full((len(boxes[-1]),), float(stride), device=device))
-    return Places(torch.cat(boxes), torch.cat(spacing), [len(level) for level in boxes])
+        spacing.append(torch.full((boxes[-1].shape[0],), float(stride), device=device))
+    return Places(torch.cat(boxes), torch.cat(spacing), [level.shape[0] for level in boxes])
 
 
 def mine_negatives(
