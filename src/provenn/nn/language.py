@@ -347,17 +347,31 @@ def sample(
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0).tolist()
     [1]
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and not negative, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    _check_draw(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
+    chances = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    return torch.multinomial(chances, 1, generator=generator).squeeze(-1)
+
+
+def probabilities(
+    logits: Float[Tensor, "*batch vocab"],
+    *,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | int | None = None,
+) -> Float[Tensor, "*batch vocab"]:
+    """What `sample` draws with; the likeliest token's is 1 at a temperature of 0.
+
+    >>> probabilities(torch.tensor([0.0, 3.0, 3.0]), top_k=2).tolist()
+    [0.0, 0.5, 0.5]
+    """
+    _check_draw(temperature, top_k, top_p)
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits.float() / temperature
     if top_k is not None:
-        threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        threshold = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     probabilities = logits.softmax(-1)
     if top_p is not None:
@@ -365,7 +379,17 @@ def sample(
         # The mass before a token decides, so the one that crosses top_p still belongs.
         excluded = ordered.cumsum(-1) - ordered >= top_p  # the first is always kept
         probabilities = probabilities.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), 0)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
+
+
+def _check_draw(temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and not negative, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
 
 
 class Encoder(TokenStack):

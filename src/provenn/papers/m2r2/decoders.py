@@ -1,0 +1,402 @@
+"""A decoder in the parts that two residual streams share, of this library or of Hugging Face's.
+
+A decoder is taken apart and not replaced: it keeps its own weights and its own forward pass, and what is computed here
+of its slow stream is what that pass computes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from provenn.errors import UserError
+from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention, split_heads
+from provenn.nn.language import CausalLM, PreNormBlock
+from provenn.nn.positions import rotation, sinusoidal_encoding, turn
+
+Map = Callable[[Tensor], Tensor]
+Host = (
+    Any  # a model or module of transformers, which papers may not import: its attributes are checked where it is read
+)
+
+
+def as_fixed(module: nn.Module) -> Map:
+    """The module as a function of its input alone: gradients pass through it, and none reaches its parameters."""
+
+    def call(x: Tensor) -> Tensor:
+        return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (x,))
+
+    return call
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tokens stand in their texts, and how queries and keys are turned there.
+
+    Args:
+        start, count: the tokens stand at start, …, start + count − 1 in every text.
+        index: (batch, tokens), where texts differ; `start` is then not used.
+        end: one more than the last place.
+        turns: cosines and sines of the places, of rotary positions.
+    """
+
+    start: int
+    count: int
+    end: int
+    index: Tensor | None = None
+    turns: tuple[Tensor, Tensor] | None = None
+
+    def visible(self, window: int | None, device: torch.device) -> Tensor:
+        """True where the token at a place may see a key, of keys 0 to end − 1."""
+        if self.index is None:
+            rows = torch.arange(self.start, self.start + self.count, device=device)[:, None]
+        else:
+            rows = self.index[:, None, :, None]
+        keys = torch.arange(self.end, device=device)
+        seen = keys <= rows
+        return seen if window is None else seen & (keys > rows - window)
+
+
+class Cache:
+    """Keys and values of the slow stream, a pair a layer, each where its token stands.
+
+    A token's place decides where its entries lie, and a query sees the places up to its own. So nothing has to be
+    undone when drafts are refused: what they left lies behind the last token, is seen by nobody, and is written over.
+    Written in place: for inference.
+    """
+
+    def __init__(self, layers: int):
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Put the entries of new tokens to their places; gives those of all places up to the last of them."""
+        stored, stored_values = self.keys[layer], self.values[layer]
+        capacity = 0 if stored is None else stored.shape[2]
+        if stored is None or stored_values is None or places.end > capacity:
+            # Doubling copies each token about once in all.
+            size = max(places.end, 2 * capacity, 16)
+            grown = keys.new_zeros(*keys.shape[:2], size, keys.shape[3])
+            grown_values = torch.zeros_like(grown)
+            if stored is not None and stored_values is not None:
+                grown[:, :, :capacity], grown_values[:, :, :capacity] = stored, stored_values
+            self.keys[layer], self.values[layer] = stored, stored_values = grown, grown_values
+        if places.index is None:
+            stop = places.start + keys.shape[2]
+            stored[:, :, places.start : stop] = keys
+            stored_values[:, :, places.start : stop] = values
+        else:
+            rows = torch.arange(len(keys), device=keys.device)[:, None]
+            stored[rows, :, places.index] = keys.transpose(1, 2)
+            stored_values[rows, :, places.index] = values.transpose(1, 2)
+        return stored[:, :, : places.end], stored_values[:, :, : places.end]
+
+    def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the places before `end`."""
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None and values is not None
+        return keys[:, :, :end], values[:, :, :end]
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of the first `tokens` places, without the room to grow."""
+        return sum(2 * keys[:, :, :tokens].numel() * keys.element_size() for keys in self.keys if keys is not None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One pre-norm layer: h ← h + out(attention(query, key, value of norm1(h))); h ← h + feedforward(norm2(h)).
+
+    Args:
+        norm1, query, key, value, out, norm2: its maps.
+        feedforward: of what it is given, and of what its experts are chosen by, where it has any.
+        heads, kv_heads: of queries, and of keys and values.
+        scale: of the softmax.
+        window: tokens that a token sees, itself included; None sees all.
+    """
+
+    norm1: Map
+    query: Map
+    key: Map
+    value: Map
+    out: Map
+    norm2: Map
+    feedforward: Callable[[Tensor, Tensor], Tensor]
+    heads: int
+    kv_heads: int
+    scale: float | None = None
+    window: int | None = None
+
+    def queries(self, z: Tensor, places: Places) -> Tensor:
+        """(batch, heads, tokens, head_dim), turned."""
+        q = split_heads(self.query(z), self.heads)
+        return q if places.turns is None else turn(q, *places.turns)
+
+    def keys_and_values(self, z: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """(batch, kv_heads, tokens, head_dim) each, keys turned."""
+        k, v = split_heads(self.key(z), self.kv_heads), split_heads(self.value(z), self.kv_heads)
+        return (k if places.turns is None else turn(k, *places.turns)), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+        """softmax(q·k · scale) v over the keys that each place may see, before the map `out`."""
+        shared = {"scale": self.scale, "enable_gqa": self.kv_heads != self.heads}
+        if places.index is None and places.count == 1:
+            if self.window is not None and places.end > self.window:
+                k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+            # All rows stand at one place, which sees everything that is left: no mask, so fused kernels serve.
+            y = F.scaled_dot_product_attention(q, k, v, **shared)
+        elif places.index is None and places.start == 0 and (self.window is None or places.end <= self.window):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **shared)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.visible(self.window, q.device), **shared)
+        return y.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder in parts: embedding, layers, last norm, logits.
+
+    Args:
+        embed: tokens (batch, tokens) and their places to (batch, tokens, dim).
+        layers: its layers.
+        norm, head: what makes logits of the last state.
+        dim, vocab: widths of the stream and of the logits.
+        max_length: how many places there are, where that is bounded.
+        table: cosines and sines of the places 0 to n − 1, of rotary positions.
+    """
+
+    embed: Callable[[Tensor, Places], Tensor]
+    layers: tuple[Layer, ...]
+    norm: Map
+    head: Map
+    dim: int
+    vocab: int
+    max_length: int | None = None
+    table: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    _turns: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of a state of either stream: the last norm and the head."""
+        return self.head(self.norm(x))
+
+    def places(self, count: int, start: int | Tensor = 0) -> Places:
+        """The places of `count` tokens from `start` on, one for all texts or (batch,) one for each.
+
+        Raises:
+            UserError: more places than the decoder has.
+        """
+        index = None
+        if isinstance(start, Tensor):
+            first = start.tolist()
+            if len(set(first)) == 1:
+                start = int(first[0])
+            else:
+                index = start[:, None] + torch.arange(count, device=start.device)
+                end = max(first) + count
+        if not isinstance(start, Tensor):
+            end = start + count
+        if self.max_length is not None and end > self.max_length:
+            raise UserError(
+                f"the text has {end} tokens, more than the {self.max_length} that the model has places for: shorten it"
+            )
+        turns = None
+        if self.table is not None:
+            if not self._turns or self._turns[0][0].shape[0] < end:
+                # Computed once for many steps: doubling keeps the work linear.
+                size = max(64, 2 * end) if self.max_length is None else min(max(64, 2 * end), self.max_length)
+                self._turns[:] = [self.table(size)]
+            cos, sin = self._turns[0]
+            if index is None:
+                assert not isinstance(start, Tensor)
+                turns = cos[start:end], sin[start:end]
+            else:
+                turns = cos[index].unsqueeze(1), sin[index].unsqueeze(1)
+        return Places(0 if isinstance(start, Tensor) else start, count, end, index, turns)
+
+
+def take_apart(base: nn.Module, *, fixed: bool = False) -> Decoder:
+    """A decoder in its parts.
+
+    Args:
+        base: a `CausalLM` of softmax attention, or a Llama, Qwen2, Mistral or GPT-2 of transformers with its head.
+        fixed: whether gradients are kept from its parameters, while they pass through it.
+
+    Raises:
+        UserError: a decoder of another kind.
+    """
+    kind = type(base).__name__
+    if isinstance(base, CausalLM):
+        return _library(base, fixed)
+    host: Host = base
+    if hasattr(host, "config") and hasattr(host, "lm_head"):
+        family = host.config.model_type
+        if family in ("llama", "qwen2", "mistral"):
+            return _llama(host, fixed)
+        if family == "gpt2":
+            return _gpt2(host, fixed)
+        kind = f"{kind} of type {family}"
+    raise UserError(
+        f"{kind} cannot be accelerated; a CausalLM of softmax attention can, and a Llama, Qwen2, Mistral or GPT-2 with "
+        "its language-model head"
+    )
+
+
+def _plain(feedforward: Map) -> Callable[[Tensor, Tensor], Tensor]:
+    """A feed-forward part without experts, which nothing but its input decides."""
+    return lambda z, chosen_by: feedforward(z)
+
+
+def _library(base: CausalLM, fixed: bool) -> Decoder:
+    part: Callable[[nn.Module], Map] = as_fixed if fixed else lambda module: module
+    layers, rotary = [], []
+    for block in base.blocks:
+        mixer: Any = block.mixer if isinstance(block, PreNormBlock) else block
+        if not isinstance(mixer, SoftmaxAttention) or not mixer.causal:
+            raise UserError(
+                f"a layer of {type(mixer).__name__} keeps no keys and values to share: expected causal softmax attention"
+            )
+        rotary.append((mixer.rotary, mixer.dim // mixer.heads))
+        routed = hasattr(block.feedforward, "route")  # experts, which both streams share
+        feedforward = _routed(block.feedforward, fixed) if routed else _plain(part(block.feedforward))
+        layers.append(
+            Layer(
+                part(block.norm1),
+                part(mixer.query),
+                part(mixer.key),
+                part(mixer.value),
+                part(mixer.out),
+                part(block.norm2),
+                feedforward,
+                mixer.heads,
+                mixer.heads,
+                window=mixer.window if isinstance(mixer, SlidingWindowAttention) else None,
+            )
+        )
+    if len(set(rotary)) > 1:
+        raise UserError("layers of several kinds of positions or head widths cannot be accelerated")
+    weight = base.embed.weight if base.head is None else base.head.weight
+
+    def embed(tokens: Tensor, places: Places) -> Tensor:
+        x = base.embed(tokens)
+        if base.positions == "none":
+            return x
+        index = torch.arange(places.start, places.end, device=x.device) if places.index is None else places.index
+        return x + (base.place(index) if base.place is not None else sinusoidal_encoding(index, base.dim).to(x))
+
+    def table(size: int) -> tuple[Tensor, Tensor]:
+        return rotation(torch.arange(size, device=weight.device), rotary[0][1], weight.dtype)
+
+    return Decoder(
+        embed,
+        tuple(layers),
+        part(base.norm),
+        lambda x: F.linear(x, weight.detach() if fixed else weight),
+        base.dim,
+        base.vocab,
+        base.max_length,
+        table if rotary[0][0] else None,
+    )
+
+
+def _routed(feedforward: Any, fixed: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    if not fixed:
+        return feedforward
+    weights = {name: p.detach() for name, p in feedforward.named_parameters()}
+    return lambda z, chosen_by: functional_call(feedforward, weights, (z, chosen_by))
+
+
+def _check_rotation(host: Host) -> None:
+    kind = (getattr(host.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise UserError(f"rotary positions of type {kind!r} turn with the length of the text: they cannot be cached")
+
+
+def _llama(host: Host, fixed: bool) -> Decoder:
+    _check_rotation(host)
+    part: Callable[[nn.Module], Map] = as_fixed if fixed else lambda module: module
+    config, inner = host.config, host.model
+    layers = tuple(
+        Layer(
+            part(block.input_layernorm),
+            part(block.self_attn.q_proj),
+            part(block.self_attn.k_proj),
+            part(block.self_attn.v_proj),
+            part(block.self_attn.o_proj),
+            part(block.post_attention_layernorm),
+            _plain(part(block.mlp)),
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            scale=block.self_attn.scaling,
+            # Qwen2 names the window of each layer, Mistral one for all, Llama none.
+            window=getattr(
+                block.self_attn,
+                "sliding_window",
+                config.sliding_window if config.model_type == "mistral" else None,
+            ),
+        )
+        for block in inner.layers
+    )
+
+    def table(size: int) -> tuple[Tensor, Tensor]:
+        like = inner.embed_tokens.weight
+        cos, sin = inner.rotary_emb(like[:1], torch.arange(size, device=like.device)[None])
+        half = cos.shape[-1] // 2  # both halves hold the same angles
+        return cos[0, :, :half], sin[0, :, :half]
+
+    return Decoder(
+        lambda tokens, places: inner.embed_tokens(tokens),
+        layers,
+        part(inner.norm),
+        part(host.lm_head),
+        config.hidden_size,
+        config.vocab_size,
+        table=table,
+    )
+
+
+def _gpt2(host: Host, fixed: bool) -> Decoder:
+    part: Callable[[nn.Module], Map] = as_fixed if fixed else lambda module: module
+    config, inner = host.config, host.transformer
+
+    def third(module: Host, which: int) -> Map:
+        """Queries, keys or values of the one map that makes all three; its weight is stored transposed."""
+        at = slice(which * config.hidden_size, (which + 1) * config.hidden_size)
+
+        def call(z: Tensor) -> Tensor:
+            weight, bias = module.weight[:, at].T, module.bias[at]
+            return F.linear(z, weight.detach(), bias.detach()) if fixed else F.linear(z, weight, bias)
+
+        return call
+
+    layers = tuple(
+        Layer(
+            part(block.ln_1),
+            third(block.attn.c_attn, 0),
+            third(block.attn.c_attn, 1),
+            third(block.attn.c_attn, 2),
+            part(block.attn.c_proj),
+            part(block.ln_2),
+            _plain(part(block.mlp)),
+            config.num_attention_heads,
+            config.num_attention_heads,
+            scale=block.attn.scaling,
+        )
+        for block in inner.h
+    )
+
+    def embed(tokens: Tensor, places: Places) -> Tensor:
+        index = torch.arange(places.start, places.end, device=tokens.device) if places.index is None else places.index
+        return inner.wte(tokens) + inner.wpe(index)
+
+    return Decoder(
+        embed,
+        layers,
+        part(inner.ln_f),
+        part(host.lm_head),
+        config.hidden_size,
+        config.vocab_size,
+        config.max_position_embeddings,
+    )
