@@ -256,7 +256,7 @@ def _library(base: CausalLM, fixed: bool) -> Decoder:
         mixer: Any = block.mixer if isinstance(block, PreNormBlock) else block
         if not isinstance(mixer, SoftmaxAttention) or not mixer.causal:
             raise UserError(
-                f"a layer of {type(mixer).__name__} keeps no keys and values to share: expected causal softmax attention"
+                f"a layer of {type(mixer).__name__} has no keys and values to share: expected causal softmax attention"
             )
         rotary.append((mixer.rotary, mixer.dim // mixer.heads))
         routed = hasattr(block.feedforward, "route")  # experts, which both streams share

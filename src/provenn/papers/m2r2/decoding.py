@@ -1,13 +1,13 @@
 """Ways to generate: all layers for every token, early exit, self-speculation, and speculation with a second model.
 
-Speculation drafts a few tokens cheaply and has the whole decoder check all of them in one pass: what it keeps is what the
-decoder alone would have written, token for token where the likeliest is taken, and in distribution where tokens are drawn.
+Speculation drafts a few tokens cheaply and has the whole decoder check all of them in one pass: what it keeps is what
+the decoder alone would have written, token for token where the likeliest is taken, in distribution where it is drawn.
 """
 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -170,8 +170,8 @@ def decode(
         threshold: of the confidence that a token leaves with, one for all gates or one for each.
         confidence: "router" (the router's probability that the gate says what all layers would), "probability" (of the
             gate's likeliest token) or "margin" (by which it is likelier than the next).
-        fill: what later tokens see of one that left, in the layers that it left out: "exact" (these layers are done when
-            the first later token needs them) or "propagate" (keys and values of the state that it left with).
+        fill: what later tokens see of one that left, in the layers that it left out: "exact" (these layers are done
+            when the first later token needs them) or "propagate" (keys and values of the state that it left with).
         draft: a decoder over the same tokens.
         temperature, top_k, top_p, generator: how tokens are chosen; 0 takes the likeliest.
         end: a token after which a text has ended; it is repeated up to the longest text's end, and where all have ended
@@ -216,8 +216,8 @@ def decode(
     longest = prompt.shape[1] if lengths is None else int(lengths.max())
     if decoder.max_length is not None and longest + count - 1 > decoder.max_length:
         raise UserError(
-            f"the prompt's {longest} tokens and {count} more are longer than the {decoder.max_length} that the model has "
-            "places for"
+            f"the prompt's {longest} tokens and {count} more are longer than the {decoder.max_length} that the model "
+            "has places for"
         )
     last = prompt[:, -1] if lengths is None else prompt.gather(1, lengths[:, None] - 1).squeeze(1)
     draw = Draw(temperature, top_k, top_p, generator)

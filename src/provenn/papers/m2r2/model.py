@@ -402,7 +402,7 @@ def divergence(exits: Sequence[Tensor], teacher: Tensor) -> Float[Tensor, ""]:
 
 
 def accelerate(model: nn.Module, gates: Sequence[int] | None = None, **options: Any) -> M2R2Model:
-    """M2R2 around a decoder that is trained already; takes what `M2R2Model` does. The decoder is frozen and stays as it is."""
+    """M2R2 around a decoder that is trained already, which is frozen; takes what `M2R2Model` does."""
     return M2R2Model(model, gates, **options)
 
 
@@ -411,7 +411,7 @@ def accelerate(model: nn.Module, gates: Sequence[int] | None = None, **options: 
 PLAIN: dict[str, Callable[..., ExitModel]] = {"raw": ExitModel, "head": HeadExit, "m2r2": M2R2Model}
 
 
-def plain_decoder(vocab: int = 256, *, dim: int = 80, layers: int = 12, heads: int = 4) -> CausalLM:
+def plain_decoder(vocab: int = 256, *, dim: int = 64, layers: int = 12, heads: int = 4) -> CausalLM:
     """A decoder alone: softmax attention with rotary positions, feed-forward parts of 4 · dim, RMS norms."""
     return CausalLM(vocab, dim, layers, partial(SoftmaxAttention, heads=heads, bias=False, rotary=True))
 
@@ -419,12 +419,12 @@ def plain_decoder(vocab: int = 256, *, dim: int = 80, layers: int = 12, heads: i
 def m2r2_tiny(
     vocab: int = 256,
     *,
-    dim: int = 80,
+    dim: int = 64,
     layers: int = 12,
     heads: int = 4,
     gates: list[int] | None = None,
     rate: float | int = 2,
-    rank: int = 8,
+    rank: int = 16,
     router: str = "arla",
     attention: str = "full",
     align_weight: float | int = 0.1,

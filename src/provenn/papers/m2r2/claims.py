@@ -1,0 +1,233 @@
+"""What the abstract says of M2R2, and what building it brought to light, as measurements."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from provenn.evidence import Measurement, Race, Run, Study, measures
+from provenn.papers.m2r2.decoding import decode
+from provenn.papers.m2r2.model import ExitModel, M2R2Model, plain_decoder
+from provenn.papers.m2r2.studies import (
+    BASE,
+    DIM,
+    EXPERT_PROBES,
+    GATES,
+    LAYERS,
+    LENGTH,
+    PROBES,
+    RANK,
+    ROOM,
+    SCARCE,
+    TOKENS,
+    MixtureOfDepths,
+    aligned,
+    around,
+    depths,
+    every,
+    fast,
+    head,
+    name_arm,
+    raw,
+    scheduled,
+    second,
+    shipped,
+    text_data,
+    tower,
+    unaligned,
+)
+from provenn.training import Recipe
+
+ABOUT = "the source of Python's standard library, byte by byte"
+
+# Exits: what stands around one decoder of a seed, which has learned before and which all but one leave as it is.
+
+EXITS = Study(
+    "exits",
+    "accelerated-language-modelling",
+    data=text_data,
+    arms={
+        "raw": ("raw exit", raw),
+        "deeper": ("raw exit, gates half as deep again", partial(raw, gates=[3, 6, 7])),
+        "every": ("one depth for all tokens", every),
+        "skip": ("skip decoding", scheduled),
+        "head": ("exit heads", head),
+        "fast": ("accelerated stream", fast),
+        "second": ("second model of two layers", second),
+        "depths": ("mixture of depths", depths),
+    },
+    build=name_arm,
+    recipe=Recipe(betas=(0.9, 0.95), schedule="cosine", clip=1.0, batch_size=16, epochs=1, max_steps=400),
+    lrs=(1e-3, 3e-3, 1e-2),
+    probes=PROBES,
+    trained=around,
+    about=ABOUT,
+    kind="what exits",
+    setting={
+        "tokens": LENGTH, "dim": DIM, "layers": LAYERS, "gates": GATES, "rank": RANK, "decoder steps": BASE.max_steps,
+        "decoder rate": BASE.lr,
+    },
+    note="Depth counts layers of the slow stream: the fast one beside them is not counted.",
+)  # fmt: skip
+
+# Experts.
+
+EXPERTS = Study(
+    "experts",
+    "accelerated-language-modelling",
+    data=text_data,
+    arms={"fast": ("accelerated stream", aligned), "slow": ("slow stream", unaligned)},
+    build=name_arm,
+    recipe=EXITS.recipe,
+    lrs=EXITS.lrs,
+    probes=EXPERT_PROBES,
+    trained=partial(around, experts=True),
+    about=ABOUT,
+    kind="what foretells",
+    setting={
+        "tokens": LENGTH, "dim": DIM, "layers": LAYERS, "experts": 8, "of them a token": 2, "foretold": 3, "rate": 2,
+        "room": asdict(ROOM), "scarce room": SCARCE.slots, "tokens simulated": TOKENS, "decoder steps": BASE.max_steps,
+    },
+    note="Times are simulated: the time of a layer is 1, the fast stream adds half of it, an expert takes 4 to load.",
+)  # fmt: skip
+
+# Depth.
+
+DEPTH = Study(
+    "depth",
+    "language-modelling",
+    data=text_data,
+    arms={
+        "2": ("2 layers", (2, True)),
+        "8": ("8 layers", (8, True)),
+        "8 without": ("8 layers without residuals", (8, False)),
+    },
+    build=lambda part, **options: tower(*part, **options),
+    recipe=Recipe(
+        betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=30, clip=1.0, batch_size=16, epochs=1,
+        max_steps=500,
+    ),
+    lrs=(1e-3, 3e-3, 1e-2),
+    about=ABOUT,
+    kind="decoder",
+    setting={"tokens": LENGTH, "dim": 48},
+)  # fmt: skip
+WITHOUT = "Without residuals, deep decoders may not learn at all: that is what the statement says."
+
+# Speed, with the weights that ship.
+
+PROMPT = b"def read_lines(path):\n    "
+
+
+def generates(mode: str, **options: Any) -> Callable[[int, str], Callable[[], object]]:
+    """A runner that writes n tokens in one way."""
+
+    def make(n: int, device: str) -> Callable[[], object]:
+        model = shipped("m2r2_tiny").to(device)
+        prompt = torch.tensor([list(PROMPT)], device=device)
+        more = {"draft": shipped("draft_tiny").to(device)} if mode == "two-model" else {}
+        return lambda: list(decode(model, prompt, n, mode=mode, **options, **more))
+
+    return make
+
+
+SPEED = Race(
+    "greedy generation by the weights that ship",
+    {
+        "all layers": generates("full"),
+        "early exit": generates("exit", threshold=0.9),
+        "two-model speculation": generates("two-model", gamma=4, stop=0.4),
+        "self-speculation": generates("speculative", gamma=4, stop=0.4),
+    },
+    sizes=(32, 64, 128),
+    rounds=11,
+    setting={"layers": 12, "gate": 3, "dim": 64, "tokens of a draft": 4, "a draft ends below": 0.4, "exit above": 0.9},
+    note="All but early exit write the same text.",
+)
+
+CLAIMS: dict[str, Callable[[Run], Measurement]] = {
+    "depth_helps": DEPTH.against("8", "2"),
+    "residuals_carry_depth": DEPTH.against("8", "8 without", may_guess=WITHOUT),
+    "settled_early": EXITS.figure("every", metric="settled"),
+    "tokenwise_beats_uniform": EXITS.against("raw", "every", metric="area"),
+    "fast_is_faster": EXITS.figure("fast", metric="velocity"),
+    "agrees_more_than_raw": EXITS.against("fast", "raw", metric="agreement"),
+    "agrees_as_deeper": EXITS.against("fast", "deeper", metric="agreement"),
+    "agrees_more_than_head": EXITS.against("fast", "head", metric="agreement", shown=["raw", "deeper"]),
+    "like_later_layers": EXPERTS.against("fast", "slow", metric="likeness"),
+    "area_confidence": EXITS.against("fast", "raw", metric="area", shown=["every", "skip", "head"]),
+    "area_skip": EXITS.against("fast", "skip", metric="area"),
+    "six_layers_of_depths": EXITS.against("fast", "depths", metric="at_six", shown=["raw", "every", "skip", "head"]),
+    "accepted_raw": EXITS.against("fast", "raw", metric="accepted", ratio=True),
+    "accepted_head": EXITS.against("fast", "head", metric="accepted", ratio=True),
+    "read_less_than_two_models": EXITS.against(
+        "fast", "second", metric="layers_read", ratio=True, shown=["raw", "head"]
+    ),
+    "faster_than_all_layers": SPEED.against("all layers", "self-speculation"),
+    "faster_than_two_models": SPEED.against("two-model speculation", "self-speculation"),
+    "experts_foretold": EXPERTS.against("fast", "slow", metric="hits"),
+    "loads_ahead": EXPERTS.figure("fast", metric="speedup", shown=["slow"]),
+    "scarce_stall": EXPERTS.figure("fast", metric="scarce_stall", shown=["slow"]),
+}
+
+
+@measures("lossless")
+def lossless(run: Run, decoders: int = 12) -> Measurement:
+    """Greedy text of random decoders in float64, with random adapters, against what the decoders write by themselves."""
+
+    def count() -> list[int]:
+        different = []
+        for seed in range(3 if run.smoke else decoders):
+            model = _stirred(M2R2Model(plain_decoder(19, dim=16, layers=6, heads=2), [2, 4], rank=4), seed)
+            prompt = torch.randint(19, (3, 7), generator=torch.Generator().manual_seed(seed))
+            alone = torch.stack(list(model.base.generate(prompt, 30, temperature=0)), dim=1)
+            # Rows that end by their own token stop there, in the middle of a draft or not.
+            drafts, _ = model.decode(prompt, 30, mode="speculative", gamma=1 + seed % 5)
+            different.append(int((drafts != alone).sum()))
+        return different
+
+    return Measurement.exact(
+        sum(run.trial("lossless", count, decoders=decoders)), "tokens that differ", setting={"decoders": decoders}
+    )
+
+
+def _stirred(model: Any, seed: int) -> Any:
+    """In float64, with weights so large that what is written depends on the text."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * (0.4 if p.dim() > 1 else 0.1) + (
+            p.dim() == 1
+        )
+    return model.eval()
+
+
+@measures("distance_methods")
+def distance_methods(run: Run) -> Measurement:
+    """Each update of early exit, skip decoding and mixture of depths against the layer's own, times 0, 1 or a factor."""
+    base = _stirred(plain_decoder(19, dim=16, layers=LAYERS, heads=2), 0)
+    tokens = torch.randint(19, (2, 24), generator=torch.Generator().manual_seed(1))
+    worst = 0.0
+    with torch.no_grad():
+        exits = ExitModel(base, GATES, router="none").streams(tokens)
+        for i, block in enumerate(base.blocks):
+            worst = max(worst, _gap(exits.slow[i + 1] - exits.slow[i], block(exits.slow[i]) - exits.slow[i]))
+        model = _stirred(MixtureOfDepths(base), 2)
+        states = model.states(tokens)
+        for i, block in enumerate(model.base.blocks):
+            x = states[i]
+            taken, factor = model.picked(i, x)
+            update = block(x, mask=taken if i % 2 else None) - x
+            worst = max(worst, _gap(states[i + 1] - x, (taken * factor)[..., None] * update))
+        driven = _stirred(M2R2Model(base, GATES, router="none"), 3)
+        paths = driven.streams(tokens).fast[0]
+        turned = _gap(paths[2] - paths[1], base.blocks[1](paths[1]) - paths[1])
+    return Measurement.exact(
+        worst, "largest difference, float64", note=f"Of the accelerated stream with random adapters: {turned:.2g}."
+    )
+
+
+def _gap(update: Tensor, reference: Tensor) -> float:
+    return (update - reference).abs().max().item()
