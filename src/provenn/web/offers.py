@@ -61,6 +61,7 @@ KINDS = {
     "semantic-segmentation": Kind("picture", "a picture", "Divide it"),
     "series-forecasting": Kind("table", "a table, a row a step, the oldest first", "Forecast it"),
     "language-modelling": Kind("words", "how a text begins", "Go on with it", streams=True),
+    "accelerated-language-modelling": Kind("words", "how a text begins", "Go on with it", streams=True),
     "image-generation": Kind("classes", "what to draw", "Draw"),
 }
 # By the data that weights were trained on: what they do best, from its test split.

@@ -344,6 +344,7 @@ WORKS: dict[str, Callable[[Any, "Label", Path | None, dict[str, Any], Tell], dic
     "object-detection": _detect,
     "semantic-segmentation": _segment,
     "language-modelling": _write,
+    "accelerated-language-modelling": _write,
     "series-forecasting": _forecast,
     "image-generation": _draw,
 }

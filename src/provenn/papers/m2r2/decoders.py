@@ -133,7 +133,10 @@ class Layer:
     def queries(self, z: Tensor, places: Places) -> Tensor:
         """(batch, heads, tokens, head_dim), turned."""
         q = split_heads(self.query(z), self.heads)
-        return q if places.turns is None else turn(q, *places.turns)
+        if places.turns is None:
+            return q
+        # Two streams of one token are two rows at one place.
+        return turn(q, *(part.expand(*part.shape[:-2], q.shape[2], -1) for part in places.turns))
 
     def keys_and_values(self, z: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """(batch, kv_heads, tokens, head_dim) each, keys turned."""

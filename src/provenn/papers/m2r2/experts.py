@@ -243,13 +243,14 @@ class _Channel:
         self.loads += 1
 
 
-def simulate(trace: ExpertTrace, memory: Memory, by: str = "demand") -> Timeline:
+def simulate(trace: ExpertTrace, memory: Memory, by: str = "demand", *, most: int | None = None) -> Timeline:
     """Token after token, layer after layer: when its experts are there and the layer before is done, a layer starts.
 
     Args:
         trace: what is needed and foretold.
         memory: the rates.
         by: "demand" (loaded when needed), a source of the trace, or "oracle" (told rightly when the fast stream would).
+        most: of the foretold experts of a layer so many are loaded; by default all.
 
     Raises:
         ValueError: fewer slots than a token has experts in a layer.
@@ -270,7 +271,7 @@ def simulate(trace: ExpertTrace, memory: Memory, by: str = "demand") -> Timeline
         for layer, experts in enumerate(token):
             for later, at in enumerate(known):
                 if at == layer and later > layer:
-                    for expert in token_guesses[later]:
+                    for expert in token_guesses[later][:most]:
                         channel.ask((later, expert), now)
             channel.advance(now)
             hits += sum(channel.ready.get((layer, expert), now + 1) <= now for expert in experts)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class ExitModel(nn.Module):
             if name != "base":
                 child.to(like.device, like.dtype)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "ExitModel":
         """A frozen base stays in eval mode: its dropout would blur what the fast stream is to learn."""
         super().train(mode)
         if not self.train_base:
@@ -149,15 +149,14 @@ class ExitModel(nn.Module):
         """
         tokens, following = batch
         streams = self.streams(tokens)
-        teacher = streams.logits.detach().float()
-        loss = torch.zeros((), device=tokens.device)
-        if self.train_base:
-            loss = F.cross_entropy(streams.logits.transpose(1, 2).float(), following)
+        logits = at_least_single(streams.logits)
+        teacher = logits.detach()
+        loss = F.cross_entropy(logits.transpose(1, 2), following) if self.train_base else teacher.new_zeros(())
         exits = self.exit_logits(streams, fixed=True)
         loss = loss + self._exit_loss(streams, exits, teacher)
-        for score, logits in zip(self.scores([states.detach() for states in streams.fast]), exits):
-            agrees = (logits.argmax(-1) == teacher.argmax(-1)).float()
-            loss = loss + F.binary_cross_entropy_with_logits(score.float(), agrees)
+        for score, early in zip(self.scores([states.detach() for states in streams.fast]), exits):
+            agrees = (early.argmax(-1) == teacher.argmax(-1)).to(teacher.dtype)
+            loss = loss + F.binary_cross_entropy_with_logits(score.to(teacher.dtype), agrees)
         return loss
 
     def _exit_loss(self, streams: Streams, exits: list[Tensor], teacher: Tensor) -> Tensor:
@@ -369,8 +368,8 @@ class M2R2Model(ExitModel):
         for gate, states in enumerate(streams.fast):
             layers, _ = self._between(gate)
             for i, p in zip(layers, states[1:]):
-                target = streams.slow[self.target_layer(i + 1)].detach().float()
-                errors.append(((p.float() - target).square().sum(-1) / target.square().sum(-1)).mean())
+                target = at_least_single(streams.slow[self.target_layer(i + 1)].detach())
+                errors.append(((p - target).square().sum(-1) / target.square().sum(-1)).mean())
         return torch.stack(errors).mean()
 
     def run_gate(self, decoder: Decoder, gate: int, h: Tensor, places: Places, cache: Cache) -> Any:
@@ -391,11 +390,16 @@ class M2R2Model(ExitModel):
             raise UserError("keys='own' is an ablation over whole texts: generation keeps the slow stream's keys alone")
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    """In single precision, where it comes in less: losses are sums over many tokens."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def divergence(exits: Sequence[Tensor], teacher: Tensor) -> Float[Tensor, ""]:
     """Σ_j KL(teacher ‖ gate j), in nats a token."""
-    target = teacher.float().log_softmax(-1).flatten(0, -2)
+    target = at_least_single(teacher).log_softmax(-1).flatten(0, -2)
     each = [
-        F.kl_div(logits.float().log_softmax(-1).flatten(0, -2), target, log_target=True, reduction="batchmean")
+        F.kl_div(at_least_single(logits).log_softmax(-1).flatten(0, -2), target, log_target=True, reduction="batchmean")
         for logits in exits
     ]
     return torch.stack(each).sum()
@@ -411,7 +415,7 @@ def accelerate(model: nn.Module, gates: Sequence[int] | None = None, **options: 
 PLAIN: dict[str, Callable[..., ExitModel]] = {"raw": ExitModel, "head": HeadExit, "m2r2": M2R2Model}
 
 
-def plain_decoder(vocab: int = 256, *, dim: int = 64, layers: int = 12, heads: int = 4) -> CausalLM:
+def plain_decoder(vocab: int = 256, *, dim: int = 64, layers: int = 8, heads: int = 4) -> CausalLM:
     """A decoder alone: softmax attention with rotary positions, feed-forward parts of 4 · dim, RMS norms."""
     return CausalLM(vocab, dim, layers, partial(SoftmaxAttention, heads=heads, bias=False, rotary=True))
 
@@ -420,7 +424,7 @@ def m2r2_tiny(
     vocab: int = 256,
     *,
     dim: int = 64,
-    layers: int = 12,
+    layers: int = 8,
     heads: int = 4,
     gates: list[int] | None = None,
     rate: float | int = 2,
@@ -429,15 +433,15 @@ def m2r2_tiny(
     attention: str = "full",
     align_weight: float | int = 0.1,
 ) -> M2R2Model:
-    """A decoder of 12 layers that learns together with the fast stream beside its first ones.
+    """A decoder of 8 layers that learns together with the fast stream beside its first ones.
 
     Args:
         vocab, dim, layers, heads: of the decoder.
-        gates, rate, rank, router, attention, align_weight: as in `M2R2Model`; by default one gate, after 3 layers.
+        gates, rate, rank, router, attention, align_weight: as in `M2R2Model`; by default one gate, after 2 layers.
     """
     return M2R2Model(
         plain_decoder(vocab, dim=dim, layers=layers, heads=heads),
-        [3] if gates is None else gates,
+        [2] if gates is None else gates,
         rate=rate,
         rank=rank,
         router=router,
@@ -447,5 +451,5 @@ def m2r2_tiny(
     )
 
 
-m2r2_small = partial(m2r2_tiny, dim=512, heads=8, gates=[3, 6, 9], rank=32)
+m2r2_small = partial(m2r2_tiny, dim=192, layers=12, heads=6, gates=[3, 6, 9], rank=32)
 draft_tiny = partial(plain_decoder, dim=64, layers=2)
