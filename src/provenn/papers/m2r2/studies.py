@@ -19,7 +19,16 @@ from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.papers.m2r2.decoding import Statistics, certainty, decode
 from provenn.papers.m2r2.experts import ExpertTrace, Memory, expert_decoder, simulate, trace_experts
-from provenn.papers.m2r2.model import ExitModel, HeadExit, M2R2Model, Streams, divergence, m2r2_tiny, plain_decoder
+from provenn.papers.m2r2.model import (
+    ExitModel,
+    HeadExit,
+    M2R2Model,
+    Streams,
+    divergence,
+    m2r2_tiny,
+    plain_decoder,
+    start_by_width,
+)
 from provenn.tasks import Task, TaskData, count_examples, get_task
 from provenn.training import Fit, Recipe, fit
 
@@ -439,9 +448,7 @@ class NoResidual(nn.Module):
 def tower(layers: int, residual: bool, vocab: int) -> CausalLM:
     """A decoder with residual sums or without; maps keep the size of what they are given, in all arms alike."""
     model = CausalLM(vocab, 48, layers, partial(SoftmaxAttention, heads=4, bias=False, rotary=True))
-    for part in model.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+    start_by_width(model)
     if not residual:
         model.blocks = nn.ModuleList(NoResidual(block) for block in model.blocks)
     return model
