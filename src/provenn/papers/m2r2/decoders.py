@@ -145,7 +145,7 @@ class Layer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
         """softmax(q·k · scale) v over the keys that each place may see, before the map `out`."""
-        shared = {"scale": self.scale, "enable_gqa": self.kv_heads != self.heads}
+        shared: dict[str, Any] = {"scale": self.scale, "enable_gqa": self.kv_heads != self.heads}
         if places.index is None and places.count == 1:
             if self.window is not None and places.end > self.window:
                 k, v = k[:, :, -self.window :], v[:, :, -self.window :]

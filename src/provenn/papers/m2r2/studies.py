@@ -1,6 +1,5 @@
 """What M2R2's experiments are made of: decoders trained once a seed, what is put around them, and how it is read."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -143,62 +142,54 @@ class MixtureOfDepths(ExitModel):
         return F.cross_entropy(self(tokens).transpose(1, 2), following)
 
 
-Arm = Callable[[CausalLM, int, bool], ExitModel]
+Arm = Callable[[CausalLM], ExitModel]
 
 
-def raw(base: CausalLM, seed: int, smoke: bool, *, gates: list[int] | None = None) -> ExitModel:
+def raw(base: CausalLM, *, gates: list[int] | None = None) -> ExitModel:
     """The slow stream's own states at the gates."""
     return ExitModel(base, gates or GATES, router="none")
 
 
-def head(base: CausalLM, seed: int, smoke: bool) -> ExitModel:
+def head(base: CausalLM) -> ExitModel:
     """Adapters at the exits alone, of as many parameters as the fast stream's."""
     return HeadExit(base, GATES, rank=2 * RANK * GATES[-1] // len(GATES), router="none")
 
 
-def fast(base: CausalLM, seed: int, smoke: bool, **options: Any) -> ExitModel:
+def fast(base: CausalLM) -> ExitModel:
     """The accelerated stream."""
-    return M2R2Model(base, GATES, rank=RANK, router="none", **options)
+    return M2R2Model(base, GATES, rank=RANK, router="none")
 
 
-def second(base: CausalLM, seed: int, smoke: bool) -> ExitModel:
+def second(base: CausalLM) -> ExitModel:
     """A decoder of two layers, as many as lie before the first gate."""
-    return SecondModel(base, copy.deepcopy(trained_decoder(seed, smoke, layers=GATES[0])))
-
-
-def depths(base: CausalLM, seed: int, smoke: bool) -> ExitModel:
-    """Mixture of depths."""
-    return MixtureOfDepths(base)
-
-
-def every(base: CausalLM, seed: int, smoke: bool) -> ExitModel:
-    """Raw exits after every layer."""
-    return ExitModel(base, list(range(1, LAYERS)), router="none")
+    return SecondModel(base, plain_decoder(base.vocab, dim=DIM, layers=GATES[0]))
 
 
 class Scheduled(ExitModel):
     """Raw exits after every layer whose depth follows from a token's place (Del Corro et al., 2023, SkipDecode)."""
 
 
-def scheduled(base: CausalLM, seed: int, smoke: bool) -> ExitModel:
+def scheduled(base: CausalLM) -> ExitModel:
     """Skip decoding."""
     return Scheduled(base, list(range(1, LAYERS)), router="none")
 
 
-class _Unbuilt(nn.Module):
-    """What a study hands on in the place of a network: which arm it is; the decoder of a seed is known later."""
-
-    def __init__(self, arm: Arm):
-        super().__init__()
-        self.arm = arm
+def every(base: CausalLM) -> ExitModel:
+    """Raw exits after every layer."""
+    return ExitModel(base, list(range(1, LAYERS)), router="none")
 
 
-def name_arm(arm: Arm, vocab: int) -> nn.Module:
-    """A study's `build`."""
-    return _Unbuilt(arm)
+def around_a_decoder(arm: Arm, vocab: int) -> ExitModel:
+    """A study's `build`: the arm around a decoder, whose trained weights `learn_around` puts in."""
+    return arm(plain_decoder(vocab, dim=DIM, layers=LAYERS))
 
 
-def around(
+def around_experts(arm: Arm, vocab: int) -> ExitModel:
+    """Likewise, around a decoder with experts."""
+    return arm(expert_decoder(vocab, dim=DIM, layers=LAYERS))
+
+
+def learn_around(
     build: Callable[[], nn.Module],
     task: Task,
     data: TaskData,
@@ -209,14 +200,18 @@ def around(
     title: str,
     experts: bool = False,
 ) -> Fit:
-    """A study's `trained`: the decoder of the seed, the arm around a copy of it, and what the arm has to learn."""
-    named, smoke = build(), is_smoke(data)
-    assert isinstance(named, _Unbuilt)
-    base = trained_decoder(seed, smoke, experts=experts)
+    """A study's `trained`: the weights of the decoder of the seed, and then what the arm has to learn."""
+    smoke = is_smoke(data)
+    weights = trained_decoder(seed, smoke, experts=experts).state_dict()
 
     def put_around() -> nn.Module:
-        return named.arm(copy.deepcopy(base).requires_grad_(True), seed, smoke)
+        model: Any = build()
+        model.base.load_state_dict(weights)
+        if isinstance(model, SecondModel):
+            model.draft.load_state_dict(small)
+        return model
 
+    small = trained_decoder(seed, smoke, layers=GATES[0]).state_dict() if isinstance(build(), SecondModel) else {}
     model = put_around()
     if not any(p.requires_grad for p in model.parameters()):
         model = model.to(device).eval()
@@ -359,12 +354,12 @@ TOKENS = 256  # that are simulated
 HALF = LAYERS // 2
 
 
-def aligned(base: CausalLM, seed: int, smoke: bool) -> ExitModel:
+def aligned(base: CausalLM) -> ExitModel:
     """A fast stream that learns to be at layer i what the slow one is at 2i, and nothing else."""
     return M2R2Model(base, [HALF], rate=2, rank=2 * RANK, router="none", exit_weight=0, align_weight=1)
 
 
-def unaligned(base: CausalLM, seed: int, smoke: bool) -> ExitModel:
+def unaligned(base: CausalLM) -> ExitModel:
     """The slow stream in its place."""
     return ExitModel(base, [HALF], router="none")
 
