@@ -404,7 +404,7 @@ def test_after_refusals_the_cache_is_that_of_a_fresh_reading():
 def test_in_bfloat16_texts_part_at_ties_alone():
     """Several rows of a product are rounded otherwise than one: where two tokens are as likely, either may come."""
     parted = 0
-    for seed in range(8):
+    for seed in range(6):
         model = model_of(seed, dtype=torch.bfloat16, window=[None, 5][seed % 2])
         prompt = prompts(seed, batch=1)
         plain, written = model.decode(prompt, 25, mode="full")[0][0], model.decode(prompt, 25)[0][0]
@@ -416,7 +416,7 @@ def test_in_bfloat16_texts_part_at_ties_alone():
         logits = model.base(text)[0, -1].float()
         gap = (logits[plain[first[0]]] - logits[written[first[0]]]).abs()
         assert gap <= 8 * 2**-8 * logits.abs().max(), f"seed {seed}: {gap} of {logits.abs().max()}"
-    assert parted <= 4
+    assert parted <= 3
 
 
 def test_drawn_tokens_have_the_decoder_s_distribution():
@@ -476,20 +476,20 @@ def exits_by_definition(model, prompt, count, threshold):
     return text[:, prompt.shape[1] :], depths
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_mixed_exits_leave_no_hole(seed):
-    """Over 60 tokens that leave after 2, 4 and 6 layers, what is missing is made up for, exactly."""
+    """Over 52 tokens that leave after 2, 4 and 6 layers, what is missing is made up for, exactly."""
     model, prompt = model_of(seed), prompts(seed, batch=1)
     streams = model.streams(torch.cat([prompts(s, batch=1, tokens=60) for s in range(4)]))
     threshold = torch.cat(model.scores(streams.fast)).sigmoid().quantile(0.5).item()
-    expected, depths = exits_by_definition(model, prompt, 60, threshold)
-    written, statistics = model.decode(prompt, 60, mode="exit", threshold=threshold)
+    expected, depths = exits_by_definition(model, prompt, 52, threshold)
+    written, statistics = model.decode(prompt, 52, mode="exit", threshold=threshold)
     assert torch.equal(written, expected)
-    assert sum(statistics.depths.values()) == 60 and statistics.mean_depth == sum(depths) / 60
+    assert sum(statistics.depths.values()) == 52 and statistics.mean_depth == sum(depths) / 52
     assert len(statistics.depths) > 1
     # Each layer is done for a token at most once, and for those that nobody needs it in, never.
-    assert statistics.evaluations <= 60 * 6
-    other, _ = model.decode(prompt, 60, mode="exit", threshold=threshold, fill="propagate")
+    assert statistics.evaluations <= 52 * 6
+    other, _ = model.decode(prompt, 52, mode="exit", threshold=threshold, fill="propagate")
     assert other.shape == written.shape and not torch.equal(other, written)
 
 
@@ -715,7 +715,7 @@ def test_the_task_reads_the_first_gate_and_says_how_fast_it_went():
     assert 0 <= metrics["agreement"] <= 1
     pieces = []
     texts = {
-        mode: TASK.predict(model, data.meta, ["def f("], None, mode=mode, tokens=12, tell=pieces.append)
+        mode: TASK.predict(model, data.meta, ["def f("], None, mode=mode, stop=0.0, tokens=12, tell=pieces.append)
         for mode in ("full", "speculative", "exit")
     }
     assert texts["full"].split("\n\nfull:")[0] == texts["speculative"].split("\n\nspeculative:")[0]

@@ -60,7 +60,7 @@ EXITS = Study(
         "depths": ("mixture of depths", MixtureOfDepths),
     },
     build=around_a_decoder,
-    recipe=Recipe(betas=(0.9, 0.95), schedule="cosine", clip=1.0, batch_size=16, epochs=1, max_steps=400),
+    recipe=Recipe(betas=(0.9, 0.95), schedule="cosine", clip=1.0, batch_size=16, epochs=1, max_steps=300),
     lrs=(1e-3, 3e-3, 1e-2),
     probes=PROBES,
     trained=learn_around,

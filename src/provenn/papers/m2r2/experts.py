@@ -28,7 +28,7 @@ class MixtureFeedForward(nn.Module):
         dim, experts, top, hidden: width, how many experts, how many of them a token has, and their inner width.
         balance: weight of the loss that keeps experts equally busy (Fedus et al., 2022); 0 has none.
 
-    Shapes: (batch, tokens, dim) to the same.
+    Shapes: (..., dim) to the same.
     """
 
     def __init__(self, dim: int, *, experts: int = 8, top: int = 2, hidden: int | None = None, balance: float = 0.01):
@@ -50,16 +50,15 @@ class MixtureFeedForward(nn.Module):
         return torch.zeros_like(scores).scatter(-1, best.indices, weights)
 
     def forward(
-        self, z: Float[Tensor, "batch tokens dim"], chosen_by: Float[Tensor, "batch tokens dim"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, z: Float[Tensor, "*batch dim"], chosen_by: Float[Tensor, "*batch dim"] | None = None
+    ) -> Float[Tensor, "*batch dim"]:
         """`chosen_by` is what experts are chosen by, where it is not what they are given."""
         weights = self.route(z if chosen_by is None else chosen_by)
         if self.training and self.balance and chosen_by is None:
-            busy = (weights > 0).float().mean((0, 1))
-            liked = self.router(z).softmax(-1).mean((0, 1))
-            add_auxiliary(self.balance * len(busy) * (busy * liked).sum() / self.top)
-        inner = F.gelu(torch.einsum("btd,edh->bteh", z, self.inner)) * weights.unsqueeze(-1)
-        return torch.einsum("bteh,ehd->btd", inner, self.outer)
+            busy, liked = (weights > 0).float().flatten(0, -2), self.router(z).softmax(-1).flatten(0, -2)
+            add_auxiliary(self.balance * weights.shape[-1] * (busy.mean(0) * liked.mean(0)).sum() / self.top)
+        inner = F.gelu(torch.einsum("...d,edh->...eh", z, self.inner)) * weights.unsqueeze(-1)
+        return torch.einsum("...eh,ehd->...d", inner, self.outer)
 
 
 def expert_decoder(

@@ -270,7 +270,7 @@ class HeadExit(ExitModel):
     Parameters: 2 · dim · rank a gate, besides routers.
     """
 
-    def __init__(self, base: nn.Module, gates: Sequence[int] | None = None, *, rank: int = 128, **options: Any):
+    def __init__(self, base: nn.Module, gates: Sequence[int] | None = None, *, rank: int = 32, **options: Any):
         super().__init__(base, gates, **options)
         dim = self.decoder().dim
         self.heads = nn.ModuleList(RateAdapter(dim, rank) for _ in self.gates)
