@@ -34,6 +34,7 @@ from provenn.papers.m2r2.experts import (
     simulate,
     trace_experts,
 )
+from provenn.papers.m2r2.inspection import inspect
 from provenn.papers.m2r2.streams import run_both, run_fast, run_slow
 from provenn.papers.m2r2.task import TASK, account
 from provenn.testing.promises import PROMISES
@@ -790,6 +791,21 @@ def test_what_cannot_be_accelerated_is_refused():
         Memory(slots=4, load=-1.0)
     with pytest.raises(ValueError, match="all MixtureFeedForward"):
         trace_experts(model_of(), prompts())
+
+
+def test_both_streams_are_shown_up_to_the_last_gate(tmp_path):
+    (tmp_path / "text.py").write_text("import os\n" * 9)
+    x = TASK.example(tmp_path / "text.py", {"tokenizer": "bytes", "length": 16})
+    assert x.shape == (1, 16)
+    model = M2R2Model(plain_decoder(dim=16, layers=4, heads=2), [1, 3], rank=2)
+    shown = inspect(model, x)
+    assert torch.equal(shown["slow stream"], shown["fast stream"]) and len(shown["slow stream"]) == 4
+    streams = stirred(model).streams(x)
+    one = F.cosine_similarity(streams.fast[1][2], streams.slow[4], dim=-1).mean()
+    torch.testing.assert_close(inspect(model, x)["fast stream"][3], one)
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match="holds no text"):
+        TASK.example(tmp_path / "empty.py", {"tokenizer": "bytes", "length": 16})
 
 
 def test_nothing_is_written_where_nothing_is_asked():
