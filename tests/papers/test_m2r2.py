@@ -266,7 +266,7 @@ class Both(nn.Module):
 
 
 KEPT = (
-    "train-in-mixed-precision", "run-in-bfloat16", "compile", "export", "copy", "keep-examples-apart",
+    "train-in-mixed-precision", "run-in-bfloat16", "export", "copy", "keep-examples-apart",
     "take-an-empty-batch", "build-on-meta", "load-safetensors",
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.nn.language import CausalLM
-from provenn.papers.m2r2.model import ExitModel, start_by_width
+from provenn.papers.m2r2.model import ExitModel
 
 
 class MixtureFeedForward(nn.Module):
@@ -39,8 +39,8 @@ class MixtureFeedForward(nn.Module):
         hidden = dim if hidden is None else hidden
         self.top, self.balance = top, balance
         self.router = nn.Linear(dim, experts, bias=False)
-        self.inner = nn.Parameter(torch.randn(experts, dim, hidden) * dim**-0.5)
-        self.outer = nn.Parameter(torch.randn(experts, hidden, dim) * hidden**-0.5)
+        self.inner = nn.Parameter(torch.randn(experts, dim, hidden) * 0.02)
+        self.outer = nn.Parameter(torch.randn(experts, hidden, dim) * 0.02)
 
     def route(self, z: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch experts"]:
         """The weight of each expert for each token, most of them 0."""
@@ -66,9 +66,9 @@ def expert_decoder(
 ) -> CausalLM:
     """A decoder of softmax attention whose feed-forward parts are mixtures of experts."""
     model = CausalLM(vocab, dim, layers, partial(SoftmaxAttention, heads=heads, bias=False, rotary=True))
-    start_by_width(model)
     for block in model.blocks:
         block.feedforward = MixtureFeedForward(dim, experts=experts, top=top)
+        nn.init.normal_(block.feedforward.router.weight, std=0.02)
     return model
 
 

@@ -416,20 +416,8 @@ PLAIN: dict[str, Callable[..., ExitModel]] = {"raw": ExitModel, "head": HeadExit
 
 
 def plain_decoder(vocab: int = 256, *, dim: int = 64, layers: int = 8, heads: int = 4) -> CausalLM:
-    """A decoder alone: softmax attention with rotary positions, feed-forward parts of 4 · dim, RMS norms.
-
-    Maps start at the size that keeps that of what they are given: the host's own start is made for wider ones.
-    """
-    model = CausalLM(vocab, dim, layers, partial(SoftmaxAttention, heads=heads, bias=False, rotary=True))
-    start_by_width(model)
-    return model
-
-
-def start_by_width(model: nn.Module) -> None:
-    """Every linear map as N(0, 1/inputs)."""
-    for part in model.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+    """A decoder alone: softmax attention with rotary positions, feed-forward parts of 4 · dim, RMS norms."""
+    return CausalLM(vocab, dim, layers, partial(SoftmaxAttention, heads=heads, bias=False, rotary=True))
 
 
 def m2r2_tiny(

@@ -26,7 +26,6 @@ from provenn.papers.m2r2.model import (
     divergence,
     m2r2_tiny,
     plain_decoder,
-    start_by_width,
 )
 from provenn.tasks import Task, TaskData, count_examples, get_task
 from provenn.training import Fit, Recipe, fit
@@ -443,7 +442,9 @@ class NoResidual(nn.Module):
 def tower(layers: int, residual: bool, vocab: int) -> CausalLM:
     """A decoder with residual sums or without; maps keep the size of what they are given, in all arms alike."""
     model = CausalLM(vocab, 48, layers, partial(SoftmaxAttention, heads=4, bias=False, rotary=True))
-    start_by_width(model)
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
     if not residual:
         model.blocks = nn.ModuleList(NoResidual(block) for block in model.blocks)
     return model
