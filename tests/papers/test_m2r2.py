@@ -716,7 +716,9 @@ def test_the_task_reads_the_first_gate_and_says_how_fast_it_went():
     assert 0 <= metrics["agreement"] <= 1
     pieces = []
     texts = {
-        mode: TASK.predict(model, data.meta, ["def f("], None, mode=mode, stop=0.0, tokens=12, tell=pieces.append)
+        mode: TASK.predict(
+            model, data.meta, ["def f("], None, mode=mode, stop=0.0, temperature=0, tokens=12, tell=pieces.append
+        )
         for mode in ("full", "speculative", "exit")
     }
     assert texts["full"].split("\n\nfull:")[0] == texts["speculative"].split("\n\nspeculative:")[0]

@@ -308,7 +308,10 @@ def velocity(model: Any, data: TaskData) -> float | None:
 
 
 def drafted(model: Any, data: TaskData) -> Statistics:
-    """Four texts continued greedily, with drafts of four tokens by the first gate, or by the second model."""
+    """Four texts drawn on, with drafts of four tokens by the first gate, or by the second model.
+
+    Drawn and not greedy: greedy text of so small a decoder repeats itself, which anything drafts.
+    """
     if hasattr(model, "drafted"):
         return model.drafted  # two figures are read off the same texts
     model.drafted = statistics = Statistics()
@@ -319,7 +322,8 @@ def drafted(model: Any, data: TaskData) -> Statistics:
     tokens = 8 if is_smoke(data) else 100
     for row in range(4):
         at = row * len(x) // 4
-        list(decode(model, x[at : at + 1], tokens, gamma=4, statistics=statistics, **options))
+        draw = {"temperature": 1.0, "generator": torch.Generator().manual_seed(row)}
+        list(decode(model, x[at : at + 1], tokens, gamma=4, statistics=statistics, **draw, **options))
     return statistics
 
 

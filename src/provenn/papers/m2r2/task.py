@@ -60,10 +60,10 @@ class AcceleratedModelling(LanguageModelling):
         *,
         mode: str = "speculative",
         gamma: int = 4,
-        stop: float | int = 0.4,
+        stop: float | int = 0.3,
         threshold: float | int = 0.9,
         tokens: int = 200,
-        temperature: float | int = 0.0,
+        temperature: float | int = 0.8,
         top_k: int | None = None,
         top_p: float | int | None = None,
         seed: int = 0,
@@ -72,11 +72,11 @@ class AcceleratedModelling(LanguageModelling):
         """Goes on with each prompt, and says how fast.
 
         Args:
-            model, meta, inputs, output, tokens, top_k, top_p, seed, tell: as of language modelling.
+            model, meta, inputs, output, tokens, temperature, top_k, top_p, seed, tell: as of language modelling.
             mode: full (all layers for every token), exit (a token leaves where the router is sure) or speculative
-                (drafts by the first gate, checked by all layers: the text of full, sooner).
+                (drafts by the first gate, checked by all layers: what full may write, sooner; with temperature=0 the
+                same text).
             gamma, stop, threshold: as in `provenn.papers.m2r2.decode`.
-            temperature: by default 0, the likeliest token, with which full and speculative write the same.
         """
         statistics = Statistics()
         options = {"mode": mode, "gamma": gamma, "stop": stop, "threshold": threshold, "statistics": statistics}
