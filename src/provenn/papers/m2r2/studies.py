@@ -34,7 +34,7 @@ LENGTH, DIM, LAYERS, RANK = 64, 64, 8, 8
 GATES = [2, 4, 6]
 BASE = Recipe(
     lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=30, clip=1.0, batch_size=16, epochs=1,
-    max_steps=400,
+    max_steps=800,
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def is_smoke(data: TaskData) -> bool:
 
 @cache
 def trained_decoder(seed: int, smoke: bool, layers: int = LAYERS, experts: bool = False) -> CausalLM:
-    """A decoder that learned the text for 400 steps; the arms of a seed are put around copies of the same one."""
+    """A decoder that learned the text for 800 steps; the arms of a seed are put around copies of the same one."""
     build: Callable[[], nn.Module] = (
         partial(expert_decoder, dim=DIM, layers=layers) if experts else partial(plain_decoder, dim=DIM, layers=layers)
     )
