@@ -130,11 +130,11 @@ def generates(mode: str, **options: Any) -> Callable[[int, str], Callable[[], ob
     def make(n: int, device: str) -> Callable[[], object]:
         model = shipped("m2r2_tiny").to(device)
         prompt = torch.tensor([list(PROMPT)], device=device)
-        more = {"draft": shipped("draft_tiny").to(device)} if mode == "two-model" else {}
+        more: dict[str, Any] = {"draft": shipped("draft_tiny").to(device)} if mode == "two-model" else {}
 
         def write() -> None:
             for seed in range(2):
-                draw = {"temperature": 0.8, "generator": torch.Generator(device).manual_seed(seed)}
+                draw: dict[str, Any] = {"temperature": 0.8, "generator": torch.Generator(device).manual_seed(seed)}
                 list(decode(model, prompt, n, mode=mode, **draw, **options, **more))
 
         return write

@@ -315,7 +315,10 @@ def _speculative(work: Work, gamma: int, stop: float, count: int) -> Generator:
     left: Tensor | None = None
     fast = e if hasattr(model, "adapters") else 0
     while True:
-        states, drafts, chances, token = [], [], [], work.token
+        states: list[Tensor] = []
+        drafts: list[Tensor] = []
+        chances: list[Tensor] = []
+        token = work.token
         # The check gives one token more than was drafted.
         for s in range(min(gamma, _shortest(left, count) - 1)):
             h, places = work.embedded(token[:, None], s)
@@ -408,7 +411,9 @@ def _two_model(work: Work, draft: nn.Module, prompt: Tensor, gamma: int, stop: f
     left: Tensor | None = None
     before: Tensor | None = None  # the token before the last, whose entries a draft that was kept whole lacks
     while True:
-        drafts, chances, token = [], [], work.token
+        drafts: list[Tensor] = []
+        chances: list[Tensor] = []
+        token = work.token
         for s in range(min(gamma, _shortest(left, count) - 1)):
             given = token[:, None] if s or before is None else torch.stack([before, token], dim=1)
             places = small.places(given.shape[1], work.start + s + 1 - given.shape[1])
@@ -449,6 +454,7 @@ def _exit(work: Work, thresholds: list[float], confidence: str, fill: str) -> Ge
             (begin, states), waiting[part] = waiting[part], (0, [])
             spread = places if len(states) == 1 else decoder.places(len(states), begin)
             path: list[Tensor] = []
+            logits: Tensor | None
             if part == len(gates):
                 h = run_slow(decoder, torch.cat(states, dim=1), layers, spread, work.cache)
             elif len(states) == 1:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ def trace_experts(
     if len(model.gates) > 1 or max(at.values()) > model.gates[0]:
         raise ValueError(f"one gate at layer {max(at.values())} or later is needed, got {list(model.gates)}")
     streams = model.streams(tokens)
-    states = {"fast": streams.fast[0], "slow": streams.slow, "before": streams.slow}
+    states: dict[str, Any] = {"fast": streams.fast[0], "slow": streams.slow, "before": streams.slow}
     k = mixtures[0].top + more
     layers = model.decoder().layers
     needed = []

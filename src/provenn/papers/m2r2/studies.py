@@ -104,6 +104,7 @@ class MixtureOfDepths(ExitModel):
         self.share = share
         self.pickers = nn.ModuleList(nn.Linear(base.dim, 1) for _ in base.blocks[1::2])
         for picker in self.pickers:
+            assert isinstance(picker, nn.Linear)
             nn.init.zeros_(picker.bias)
             nn.init.normal_(picker.weight, std=0.02)
 
@@ -318,11 +319,13 @@ def drafted(model: Any, data: TaskData) -> Statistics:
     if isinstance(model, MixtureOfDepths):
         return statistics
     x, _ = _windows(data)
-    options = {"mode": "two-model", "draft": model.draft} if isinstance(model, SecondModel) else {"mode": "speculative"}
+    options: dict[str, Any] = (
+        {"mode": "two-model", "draft": model.draft} if isinstance(model, SecondModel) else {"mode": "speculative"}
+    )
     tokens = 8 if is_smoke(data) else 100
     for row in range(4):
         at = row * len(x) // 4
-        draw = {"temperature": 1.0, "generator": torch.Generator().manual_seed(row)}
+        draw: dict[str, Any] = {"temperature": 1.0, "generator": torch.Generator().manual_seed(row)}
         list(decode(model, x[at : at + 1], tokens, gamma=4, statistics=statistics, **draw, **options))
     return statistics
 
@@ -459,7 +462,10 @@ def tower(layers: int, residual: bool, vocab: int) -> CausalLM:
 
 def shipped(preset: str) -> Any:
     """A preset with the weights that ship."""
-    build = {"m2r2_tiny": m2r2_tiny, "draft_tiny": partial(plain_decoder, dim=64, layers=2)}[preset]
-    model = build()
+    build: dict[str, Callable[[], nn.Module]] = {
+        "m2r2_tiny": m2r2_tiny,
+        "draft_tiny": partial(plain_decoder, dim=64, layers=2),
+    }
+    model = build[preset]()
     model.load_state_dict({k: v.float() for k, v in load_file(catalog.card("m2r2").shipped_weights(preset)).items()})
     return model.eval()
