@@ -336,11 +336,11 @@ def test_prompts_longer_than_a_window(window):
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
 def test_positions_that_are_added(positions):
-    base = decoder(positions=positions, max_length=40)
+    base = decoder(positions=positions, max_length=39)
     model, prompt = model_of(base=base), prompts()
     assert torch.equal(model.decode(prompt, 32)[0], alone(base, prompt, 32))
-    with pytest.raises(UserError, match="longer than the 40"):
-        model.decode(prompt, 34)
+    with pytest.raises(UserError, match="longer than the 39"):
+        model.decode(prompt, 33)
 
 
 @pytest.mark.parametrize("mode", ["full", "exit", "speculative"])
@@ -643,6 +643,12 @@ def test_a_fast_token_has_the_experts_of_its_slow_twin():
         assert torch.equal(slow, quick)
     written, _ = model.decode(tokens, 15)
     assert torch.equal(written, alone(model.base, tokens, 15))
+    # So it is token by token, where both are rows of one product.
+    whole, parts, cache = model.streams(tokens).fast[0], model.decoder(), Cache(6)
+    for t in range(tokens.shape[1]):
+        places = parts.places(1, t)
+        _, states = model.run_gate(parts, 0, parts.embed(tokens[:, t : t + 1], places), places, cache)
+        torch.testing.assert_close(torch.stack(states), whole[:, :, t : t + 1], rtol=0, atol=1e-10)
 
 
 def test_at_a_rate_of_one_the_plain_stream_foretells_almost_all():
