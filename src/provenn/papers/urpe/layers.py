@@ -182,7 +182,7 @@ class URPEAttention(nn.Module):
         past, state = state.length, state.append(k, v)
         k, v = state.keys[:, :, : state.length], state.values[:, :, : state.length]
         queries, keys = torch.arange(past, state.length, device=x.device), torch.arange(state.length, device=x.device)
-        index = None if self.rel_bias is None else self.relations.index(queries, keys)
+        index = self.relations.index(queries, keys)
         bias, factors = (None if table is None else gather(table, index) for table in (self.rel_bias, self.rel_scale))
         visible = (keys <= queries[:, None])[None, None]
         return self._join(explicit(q, k, v, bias=bias, factors=factors, visible=visible)), state
