@@ -388,8 +388,8 @@ def _prepare(name: str, parts: Sequence[Sequence[Graph]], targets: Sequence[str]
         "mean": values.mean(axis=0).tolist(),
         "std": np.where(std > 1e-8, std, 1.0).tolist(),
     }
-    sets = [GraphSet(part, meta) for part in parts]
-    marks = [tensor for part in sets for item in part.items for tensor in item]
+    train_set, val, test = (GraphSet(part, meta) for part in parts)
+    marks = [tensor for part in (train_set, val, test) for item in part.items for tensor in item]
     options: dict[str, Any] = {"labels": len(meta["labels"]), "targets": len(targets)}
     options["edge_labels"] = len(meta["edge_labels"]) if len(meta["edge_labels"]) > 1 else 0
-    return TaskData(name, *sets, fingerprint(*marks), options, meta, collate=join, about=about)
+    return TaskData(name, train_set, val, test, fingerprint(*marks), options, meta, collate=join, about=about)

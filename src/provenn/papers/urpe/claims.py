@@ -1,6 +1,6 @@
 """What the paper says of relative positions and of URPE, and what building it brought to light."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from provenn.papers.urpe.graphs import urpe_graph_tiny
 from provenn.papers.urpe.layers import URPEAttention
 from provenn.papers.urpe.model import urpe_synthetic, urpe_synthetic_tiny
 from provenn.papers.urpe.studies import (
+    EVEN_TOKENS,
     HEADS,
     TEXT_LENGTH,
     TOKENS,
@@ -73,7 +74,7 @@ EVEN = Study(
     recipe=Recipe(optimizer="adam", batch_size=64, max_steps=1000, warmup_steps=50, schedule="linear"),
     lrs=(1e-3, 3e-3, 7e-3),
     probes={"first_half": first_half},
-    about=f"random tokens of 10 kinds, {TOKENS} a row; every second is told in the first half, an end symbol after",
+    about=f"random tokens of 10 kinds, {EVEN_TOKENS} a row; every second is told first, then an end symbol",
     kind="positions",
     setting=HOST,
 )
@@ -184,7 +185,8 @@ def stack(
 
 def spread_of(blocks: nn.ModuleList, mask: Tensor | None, generator: torch.Generator, tokens: int = 17) -> float:
     """How far outputs of equal tokens lie apart; of those that mask leaves at least a key."""
-    x = torch.randn(2, 1, blocks[0].mixer.dim, generator=generator, dtype=torch.float64).expand(-1, tokens, -1)
+    first: Any = blocks[0]  # torch types what a list holds as modules
+    x = torch.randn(2, 1, first.mixer.dim, generator=generator, dtype=torch.float64).expand(-1, tokens, -1)
     with torch.no_grad():
         for block in blocks:
             x = block(x, mask=mask)
@@ -294,7 +296,6 @@ def conditions(run: Run) -> Measurement:
         aware = (sums.sort(dim=-1).values.diff(dim=-1) > 1e-9).all().item()
         met[label] = (contains, bool(aware))
         rows.append([label, str(contains), str(aware), sums[0].min().item(), sums[0].max().item()])
-    # The multiplier of an even softmax: aware of positions, and blind to what tokens hold.
     return Measurement.holds(
         met == {"no positions": (True, False), "RPE": (True, False), "URPE": (True, True)},
         "URPE meets both conditions, softmax attention with or without relative biases the first alone.",
@@ -379,11 +380,11 @@ def share_of_parameters(run: Run) -> Measurement:
     """Of every language model and encoder that has a preset, the multiplier's share."""
     rows: list[list[str | float | int | None]] = []
     worst = 0.0
-    systems = {
-        "Transformer-XL base": partial(urpe_transformer_xl),
-        "synthetic tasks": partial(urpe_synthetic),
-        "Transformer-XL, tiny": partial(urpe_transformer_xl_tiny),
-        "synthetic tasks, tiny": partial(urpe_synthetic_tiny),
+    systems: dict[str, Callable[..., nn.Module]] = {
+        "Transformer-XL base": urpe_transformer_xl,
+        "synthetic tasks": urpe_synthetic,
+        "Transformer-XL, tiny": urpe_transformer_xl_tiny,
+        "synthetic tasks, tiny": urpe_synthetic_tiny,
     }
     for label, build in systems.items():
         with torch.device("meta"):

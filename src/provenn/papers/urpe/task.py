@@ -89,7 +89,8 @@ class PositionTasks(Task):
         marks = [tensor for part in parts for tensor in part.tensors]
         options = {"vocab": vocabulary + SPECIAL, "max_length": length, "tied": kind == EVEN}
         about = f"{self.embedded[kind]}; {length} tokens of {vocabulary - UNUSED:,}"
-        return TaskData(kind, *parts, fingerprint(*marks), options, {"length": length}, about=about)
+        train, val, test = parts
+        return TaskData(kind, train, val, test, fingerprint(*marks), options, {"length": length}, about=about)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross-entropy over all places, in nats. The authors leave the first place of identification out."""
