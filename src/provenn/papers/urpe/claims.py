@@ -13,7 +13,6 @@ from provenn.papers.urpe.graphs import urpe_graph_tiny
 from provenn.papers.urpe.layers import URPEAttention
 from provenn.papers.urpe.model import urpe_synthetic, urpe_synthetic_tiny
 from provenn.papers.urpe.studies import (
-    EVEN_TOKENS,
     HEADS,
     TEXT_LENGTH,
     TOKENS,
@@ -71,10 +70,10 @@ EVEN = Study(
         "urpe": ("URPE", "urpe"),
     },
     build=encoder,
-    recipe=Recipe(optimizer="adam", batch_size=64, max_steps=1000, warmup_steps=50, schedule="linear"),
+    recipe=Recipe(optimizer="adam", batch_size=64, max_steps=1500, warmup_steps=50, schedule="linear"),
     lrs=(1e-3, 3e-3, 7e-3),
     probes={"first_half": first_half},
-    about=f"random tokens of 10 kinds, {EVEN_TOKENS} a row; every second is told first, then an end symbol",
+    about=f"random tokens of 10 kinds, {TOKENS} a row; every second is told first, then an end symbol",
     kind="positions",
     setting=HOST,
 )

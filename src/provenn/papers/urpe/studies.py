@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOKENS, KINDS = 16, 70  # of a sequence, and the nominal vocabulary: 50 tokens are drawn from
-EVEN_TOKENS, EVEN_KINDS = 8, 30  # of even-token prediction: 10 tokens are drawn from
+EVEN_KINDS = 30  # of even-token prediction: 10 tokens are drawn from
 TEXT_LENGTH = 128
 
 
@@ -34,7 +34,7 @@ def places_data(seed: int, smoke: bool) -> TaskData:
 
 def even_data(seed: int, smoke: bool) -> TaskData:
     return TASK.load(
-        EVEN, seed=seed, length=EVEN_TOKENS, vocabulary=EVEN_KINDS, examples=64 if smoke else 64_000, test_examples=256
+        EVEN, seed=seed, length=TOKENS, vocabulary=EVEN_KINDS, examples=64 if smoke else 96_000, test_examples=256
     )
 
 
