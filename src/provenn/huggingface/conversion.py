@@ -127,7 +127,7 @@ def _install(model: Host, paper: str, options: dict[str, Any]) -> None:
         arguments = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "its defaults"
         raise UserError(f"{paper} cannot be put into this {family.label} with {arguments}: {error}") from None
     name = f"{PREFIX}{paper}"
-    AttentionInterface.register(name, partial(_attend, conversion.attend))
+    AttentionInterface.register(name, partial(_attend, conversion))
     # The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
     AttentionMaskInterface.register(name, flash_attention_mask)
     # transformers looks the attention up by this name at every call: no forward of the host is replaced.
@@ -142,7 +142,7 @@ def _attend_by(model: Host, name: str) -> None:
 
 
 def _attend(
-    attend: Attend,
+    conversion: Conversion,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -156,7 +156,7 @@ def _attend(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     # T5 hands its biases on by a name, Swin in the place of the mask and summed with it.
     bias = kwargs.get("position_bias")
-    if attention_mask is not None and attention_mask.is_floating_point():
+    if conversion.relative and attention_mask is not None and attention_mask.is_floating_point():
         bias, attention_mask = attention_mask, None
     more = {} if bias is None else {"bias": bias}
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -165,7 +165,7 @@ def _attend(
     mask = None if attention_mask is None else attention_mask[:, -key.shape[-2] :].bool()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # No weights: what takes softmax's place here forms no matrix of them.
-    run: Any = attend  # `bias` is for those alone that say so, which a protocol cannot
+    run: Any = conversion.attend  # `bias` is for those alone that say so, which a protocol cannot
     return run(module, query, key, value, causal=causal, mask=mask, scale=scale, **more).transpose(1, 2), None
 
 
