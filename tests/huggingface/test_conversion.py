@@ -491,7 +491,11 @@ def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, t
 @pytest.mark.parametrize(
     ("build", "change", "message"),
     [
-        (gpt2, {"model_type": "t5"}, "host is of type 't5', which cannot be converted; these can: gpt2, llama, qwen2"),
+        (
+            gpt2,
+            {"model_type": "bart"},
+            "host is of type 'bart', which cannot be converted; these can: gpt2, llama, qwen2",
+        ),
         (gpt2, {"n_head": 3}, "the weights of host cannot be loaded: `embed_dim` must be divisible by num_heads"),
         (llama, {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads"),
         (bert, {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads"),

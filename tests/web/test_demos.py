@@ -233,6 +233,15 @@ def test_a_forecast_is_drawn(client):
     assert large["words"].startswith("your file has values so large")
 
 
+def test_numbers_are_told_of_graphs(client):
+    lines = '{"name": "a <b>", "nodes": ["node", "node"], "edges": [[0, 1]]}\n{"nodes": ["node"], "edges": []}\n'
+    told, page, _ = answer(client, "urpe", lines.encode(), name="graphs.csv", preset="urpe_graph_tiny")
+    assert [row[:3] for row in told["result"]["rows"]] == [["a <b>", 2, 1], ["graph 2", 1, 0]]
+    assert "mean path" in page and "a <b>" not in page and "a &lt;b&gt;" in page
+    refused, page, _ = answer(client, "urpe", b'{"nodes": ["gold"], "edges": []}', preset="urpe_graph_tiny")
+    assert refused["state"] == "failed" and "knows no nodes called" in page
+
+
 def test_what_is_named_is_drawn(client):
     told, _, at = answer(client, "emov2", preset="emov2_diffusion_digits", **{"class": ["3", "7"]}, seed="5")
     assert told["result"]["classes"] == ["3", "7"] and sized(client, f"{at}/drawing.png") == (128, 64)

@@ -13,7 +13,16 @@ from transformers.masking_utils import flash_attention_mask
 
 from provenn import catalog
 from provenn.errors import UserError
-from provenn.huggingface.families import MODELS, PREFIX, Family, Host, family_of, lift_window, restore_window
+from provenn.huggingface.families import (
+    MODELS,
+    OUT_OF_REACH,
+    PREFIX,
+    Family,
+    Host,
+    family_of,
+    lift_window,
+    restore_window,
+)
 
 Batch = dict[str, Tensor]
 
@@ -66,6 +75,8 @@ class Conversion:
         cache: makes what `generate` keeps of the past, where that is no key-value cache.
         report: one row a layer of whatever tells how well a converted model does on a batch, before or after tuning.
         refuse: why the mechanism cannot serve a family of models, where it cannot; None where it can.
+        relative: whether `attend` also takes `bias`, what is added to the scores of a family with relative biases, or
+            None; such a family is refused otherwise.
     """
 
     attend: Attend
@@ -76,6 +87,7 @@ class Conversion:
     cache: Callable[[PreTrainedModel], Any] | None = None
     report: Callable[[PreTrainedModel, Batch], list[dict[str, Any]]] | None = None
     refuse: Callable[[Family], str | None] = _any_family
+    relative: bool = False
 
 
 def conversion_of(paper: str) -> Conversion:
@@ -99,6 +111,8 @@ def _install(model: Host, paper: str, options: dict[str, Any]) -> None:
     conversion, family = conversion_of(paper), family_of(model.config)
     if reason := conversion.refuse(family):
         raise UserError(f"{paper} cannot serve {family.label}: {reason}")
+    if family.relative and not conversion.relative:
+        raise UserError(f"{paper} cannot serve {family.label}: it has no place for biases of the tokens' relation")
     parameters = inspect.signature(conversion.install).parameters.values()
     names = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
     if not any(option.kind is option.VAR_KEYWORD for option in parameters):
@@ -113,16 +127,22 @@ def _install(model: Host, paper: str, options: dict[str, Any]) -> None:
         arguments = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "its defaults"
         raise UserError(f"{paper} cannot be put into this {family.label} with {arguments}: {error}") from None
     name = f"{PREFIX}{paper}"
-    AttentionInterface.register(name, partial(_attend, conversion.attend))
+    AttentionInterface.register(name, partial(_attend, conversion))
     # The mask that fused attention wants is ours too: which tokens are padding, or None where none is.
     AttentionMaskInterface.register(name, flash_attention_mask)
     # transformers looks the attention up by this name at every call: no forward of the host is replaced.
     model.own_attention = model.config._attn_implementation
-    model.config._attn_implementation = name
+    _attend_by(model, name)
+
+
+def _attend_by(model: Host, name: str) -> None:
+    """Name the attention function of a model, and of its parts with configurations of their own."""
+    for config in {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values():
+        config._attn_implementation = name
 
 
 def _attend(
-    attend: Attend,
+    conversion: Conversion,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -134,13 +154,19 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out."""
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    # T5 hands its biases on by a name, Swin in the place of the mask and summed with it.
+    bias = kwargs.get("position_bias")
+    if conversion.relative and attention_mask is not None and attention_mask.is_floating_point():
+        bias, attention_mask = attention_mask, None
+    more = {} if bias is None else {"bias": bias}
     if attention_mask is not None and attention_mask.dim() != 2:
         raise UserError(f"expected a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}")
     # Of the keys at hand: a state's cache hands on the new ones alone, while the mask is of all tokens so far.
     mask = None if attention_mask is None else attention_mask[:, -key.shape[-2] :].bool()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # No weights: what takes softmax's place here forms no matrix of them.
-    return attend(module, query, key, value, causal=causal, mask=mask, scale=scale).transpose(1, 2), None
+    run: Any = conversion.attend  # `bias` is for those alone that say so, which a protocol cannot
+    return run(module, query, key, value, causal=causal, mask=mask, scale=scale, **more).transpose(1, 2), None
 
 
 class WindowLifted(UserWarning):
@@ -207,7 +233,7 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
     text gets a mechanism that reads all of it, and a warning says so.
 
     Args:
-        model: GPT-2, Llama, Qwen2, Mistral, BERT, RoBERTa, DistilBERT or ViT with a head.
+        model: GPT-2, Llama, Qwen2, Mistral, BERT, RoBERTa, DistilBERT, ViT, T5 or Swin with a head.
         paper: the slug of a paper that has a `convert.py`.
         options: of the mechanism, such as `feature_map="t2r"` for Hedgehog.
 
@@ -220,7 +246,10 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
         raise UserError(f"this model has {paper_before}'s mechanism already; revert it first")
     if type(model) not in CONVERTED:
         names = ", ".join(kind.__name__ for kind in CONVERTED)
-        raise UserError(f"{type(model).__name__} cannot be converted; these can: {names}")
+        why = OUT_OF_REACH.get(getattr(model.config, "model_type", ""))
+        raise UserError(
+            f"{type(model).__name__} cannot be converted" + (f": {why}" if why else f"; these can: {names}")
+        )
     slug = catalog.card(paper).slug
     _install(model, slug, options)
     window = lift_window(model.config)
@@ -255,7 +284,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     host: Host = model
     conversion = host.config.conversion
     conversion_of(conversion["paper"]).uninstall(host)
-    host.config._attn_implementation = host.__dict__.pop("own_attention")
+    _attend_by(host, host.__dict__.pop("own_attention"))
     _become(host, next(host_class for host_class, kind in CONVERTED.items() if kind is type(host)))
     restore_window(host, conversion.get("window", {}))
     del host.config.conversion

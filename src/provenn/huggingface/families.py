@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -21,6 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    SwinForImageClassification,
+    T5ForConditionalGeneration,
     ViTForImageClassification,
 )
 
@@ -41,6 +44,7 @@ class Family:
         lora: which of its maps LoRA adapts (q, k, v, o).
         causal: whether a token sees those before it alone.
         rotary: whether queries and keys are turned by their positions.
+        relative: whether scores have biases of the tokens' relation, which most mechanisms have no place for.
     """
 
     label: str
@@ -48,6 +52,7 @@ class Family:
     lora: tuple[str, ...]
     causal: bool = False
     rotary: bool = False
+    relative: bool = False
 
 
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -61,7 +66,15 @@ FAMILIES = {
     "roberta": Family("RoBERTa", "RobertaSelfAttention", BERT),
     "distilbert": Family("DistilBERT", "DistilBertSelfAttention", ("q_lin", "k_lin", "v_lin", "out_lin")),
     "vit": Family("ViT", "ViTAttention", LLAMA),
+    "swin": Family("Swin", "SwinAttention", LLAMA, relative=True),
+    "t5": Family("T5", "T5Attention", ("q", "k", "v", "o"), relative=True),
 }
+DISENTANGLED = (
+    "its attention takes its softmax inside a module of its own, between sums that are not handed on, and not by "
+    "transformers' table of attention functions"
+)
+# Kinds of models that people ask for and that cannot be converted, and why.
+OUT_OF_REACH = {"deberta": DISENTANGLED, "deberta-v2": DISENTANGLED}
 # Models with a head, and the Auto class that finds each.
 MODELS: dict[type[PreTrainedModel], Any] = {  # Any: the Auto classes share no typed base
     GPT2LMHeadModel: AutoModelForCausalLM,
@@ -75,6 +88,8 @@ MODELS: dict[type[PreTrainedModel], Any] = {  # Any: the Auto classes share no t
     RobertaForSequenceClassification: AutoModelForSequenceClassification,
     DistilBertForSequenceClassification: AutoModelForSequenceClassification,
     ViTForImageClassification: AutoModelForImageClassification,
+    SwinForImageClassification: AutoModelForImageClassification,
+    T5ForConditionalGeneration: AutoModelForSeq2SeqLM,
 }
 # What `Text` and `recover` are for.
 LANGUAGE_MODELS = [model for model, auto in MODELS.items() if auto in (AutoModelForCausalLM, AutoModelForMaskedLM)]
@@ -89,7 +104,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     """
     kind = config.model_type.removeprefix(PREFIX)
     if kind not in FAMILIES:
-        raise UserError(f"models of type {kind!r} cannot be converted; these can: {', '.join(FAMILIES)}")
+        why = f": {OUT_OF_REACH[kind]}" if kind in OUT_OF_REACH else f"; these can: {', '.join(FAMILIES)}"
+        raise UserError(f"models of type {kind!r} cannot be converted{why}")
     return FAMILIES[kind]
 
 
@@ -117,10 +133,14 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
     self_attentions = []
     for name, module in model.named_modules():
         host: Host = module
-        if type(host).__name__ != kind or getattr(host, "is_cross_attention", False):
+        crossing = getattr(host, "is_cross_attention", False) or name.endswith("EncDecAttention")
+        if type(host).__name__ != kind or crossing:
             continue
         heads = host.config.num_attention_heads
-        width = host.attention_head_size if hasattr(host, "attention_head_size") else host.head_dim
+        if isinstance(heads, list | tuple):  # a number a stage
+            heads = host.num_attention_heads
+        widths = ("attention_head_size", "head_dim", "key_value_proj_dim")
+        width = next(getattr(host, each) for each in widths if hasattr(host, each))
         self_attentions.append(Attention(name, host, heads, width))
     return self_attentions
 

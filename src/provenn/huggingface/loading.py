@@ -23,7 +23,15 @@ from transformers.initialization import no_init_weights
 
 from provenn.errors import UserError
 from provenn.huggingface.conversion import CONVERTED, convert
-from provenn.huggingface.families import FAMILIES, LANGUAGE_MODELS, PICTURE_MODELS, PREFIX, Host, Tokenizer
+from provenn.huggingface.families import (
+    FAMILIES,
+    LANGUAGE_MODELS,
+    OUT_OF_REACH,
+    PICTURE_MODELS,
+    PREFIX,
+    Host,
+    Tokenizer,
+)
 
 # Models of masked tokens, and those of the same body that tell classes; HEAD is new in them.
 CLASSIFIERS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
@@ -68,9 +76,9 @@ class Source:
         except Exception as error:
             raise UserError(f"{name} cannot be loaded as a model: {_first_line(error)}") from None
         if config.model_type.removeprefix(PREFIX) not in FAMILIES:
-            raise UserError(
-                f"{name} is of type {config.model_type!r}, which cannot be converted; these can: {', '.join(FAMILIES)}"
-            )
+            why = OUT_OF_REACH.get(config.model_type)
+            why = f": {why}" if why else f"; these can: {', '.join(FAMILIES)}"
+            raise UserError(f"{name} is of type {config.model_type!r}, which cannot be converted{why}")
         architecture = (config.architectures or ["none"])[0]
         kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
         names_able = [kind.__name__ for kind in (PICTURE_MODELS if pictures else LANGUAGE_MODELS)]

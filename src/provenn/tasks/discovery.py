@@ -23,6 +23,7 @@ SHARED = (
     "text-classification",
     "translation",
     "recall",
+    "graph-regression",
 )
 FACTS = ("name", "metric", "higher_is_better", "embedded", "reads")
 

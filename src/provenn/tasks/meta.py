@@ -89,6 +89,17 @@ class LabelledSeries(Standardised):
     pairs: bool = False
 
 
+class Molecules(Standardised):
+    """Of graph regression: what labels of nodes and edges are called, and the targets, which are standardised."""
+
+    labels: Names
+    edge_labels: Names
+    targets: Names
+
+    def width(self) -> int:
+        return len(self.targets)
+
+
 class Events(Meta):
     """Of event forecasting."""
 

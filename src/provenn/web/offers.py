@@ -42,7 +42,7 @@ class Kind:
     """How a kind of work is tried.
 
     Args:
-        takes: picture, table, words or classes.
+        takes: picture, table, graphs, words or classes.
         asks: what the form says that it wants.
         does: what its button says.
         streams: whether the answer comes piece by piece.
@@ -60,6 +60,7 @@ KINDS = {
     "object-detection": Kind("picture", "a picture", "Find what is in it"),
     "semantic-segmentation": Kind("picture", "a picture", "Divide it"),
     "series-forecasting": Kind("table", "a table, a row a step, the oldest first", "Forecast it"),
+    "graph-regression": Kind("graphs", "graphs, as lines of JSON or as molecules", "Tell their numbers"),
     "language-modelling": Kind("words", "how a text begins", "Go on with it", streams=True),
     "accelerated-language-modelling": Kind("words", "how a text begins", "Go on with it", streams=True),
     "image-generation": Kind("classes", "what to draw", "Draw"),
@@ -71,6 +72,7 @@ OFFERED = {
     "scenes": [Sample(f"scene-{k}.png", f"coins, digits and faces, scene {k}") for k in (1, 2, 3)],
     "textures": [Sample(f"textures-{k}.png", f"a mosaic of textures, number {k}") for k in (1, 2)],
     "airline": [Sample("airline.csv", "airline passengers a month, 1949 to 1960")],
+    "regular": [Sample("regular.jsonl", "four drawn graphs, three neighbours a node")],
     "stdlib": [
         Sample("main", "a function", "def main("),
         Sample("class", "a class", "class Reader:\n    def __init__(self, "),

@@ -183,7 +183,10 @@ def _job(offer: Offer, form: FormData) -> Job:
     if isinstance(given, UploadFile) and (given.filename or content):
         if not content:
             raise uploads.Refused(422, "the file is empty: choose another")
-        suffix = uploads.picture_suffix(content, PIXELS) if takes == "picture" else uploads.table_suffix(content)
+        if takes == "picture":
+            suffix = uploads.picture_suffix(content, PIXELS)
+        else:
+            suffix = uploads.graphs_suffix(content) if takes == "graphs" else uploads.table_suffix(content)
         return Job(offer.paper, offer.preset, {}, content, suffix)
     sample = offer.sample(_text(form, "sample"))
     if sample is None:

@@ -125,6 +125,21 @@ def _webp_size(content: bytes) -> tuple[int, int] | None:
     return size and (size[0] & 0x3FFF, size[1] & 0x3FFF)
 
 
+def graphs_suffix(content: bytes) -> str:
+    """The ending for graphs: molecules where the text says so, else lines of JSON.
+
+    Raises:
+        Refused: it is no text, or has more lines than are read.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Refused(415, "the file holds no graphs that can be read: expected JSON lines or SDF, as text") from None
+    if text.count("\n") > MOST_ROWS:
+        raise Refused(413, f"the file has {text.count(chr(10)):,} lines: at most {MOST_ROWS:,} are read")
+    return ".sdf" if "V2000" in text else ".jsonl"
+
+
 def table_suffix(content: bytes) -> str:
     """The ending for a table that is text.
 

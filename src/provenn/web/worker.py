@@ -332,6 +332,16 @@ def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str,
     return {"kind": "forecast", "labels": outlook.labels, "header": outlook.header, "columns": columns, "left": left}
 
 
+def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    from provenn.tasks.graph_regression import TASK
+
+    assert given is not None
+    told = TASK.told(model, label.meta, given)
+    rows = [[graph.name, len(graph.nodes), len(graph.edges), *numbers] for graph, numbers in told[:50]]
+    columns = ["graph", "nodes", "edges", *label.meta["targets"]]
+    return {"kind": "numbers", "columns": columns, "rows": rows, "left": len(told) - len(rows)}
+
+
 def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
     classes = options.pop("classes")
     _predict(model, label, classes, Path("drawing.png"), **options)
@@ -347,6 +357,7 @@ WORKS: dict[str, Callable[[Any, "Label", Path | None, dict[str, Any], Tell], dic
     "accelerated-language-modelling": _write,
     "series-forecasting": _forecast,
     "image-generation": _draw,
+    "graph-regression": _measure,
 }
 
 if __name__ == "__main__":

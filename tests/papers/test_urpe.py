@@ -1,0 +1,516 @@
+"""What URPE promises: places where relative biases see none, at the cost of a table, in every host."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import provenn.huggingface
+from provenn.bench import count_parameters
+from provenn.errors import UserError
+from provenn.huggingface import revert
+from provenn.nn.attention import SoftmaxAttention
+from provenn.papers.urpe import (
+    LogBuckets,
+    Offsets,
+    Paths,
+    SequenceEncoder,
+    TheoryBlock,
+    TransformerXL,
+    URPEAttention,
+    Window,
+    attentive,
+    least_error,
+    position_aware,
+    row_spread,
+    row_sums,
+    shortest_paths,
+    urpe_graph_tiny,
+    urpe_lm_tiny,
+    urpe_synthetic,
+    urpe_synthetic_tiny,
+    urpe_transformer_xl,
+    urpe_transformer_xl_tiny,
+)
+from provenn.papers.urpe.graphs import GraphRegressor
+from provenn.papers.urpe.inspection import inspect
+from provenn.papers.urpe.layers import gather
+from provenn.papers.urpe.official import convert
+from provenn.papers.urpe.studies import encoder
+from provenn.papers.urpe.task import EVEN, PLACES, TASK, targets_of
+from provenn.papers.urpe.transformer_xl import sinusoid
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def stirred(module: nn.Module, spread: float = 0.3) -> nn.Module:
+    """In float64 and eval mode, with every table off its start."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith(("rel_bias", "rel_scale")):
+                parameter.add_(spread * torch.randn_like(parameter))
+    return module.double().eval()
+
+
+def noise(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+# The layer
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"index": "bucket"}, {"encoding": "rpe"}, {"max_length": 4}]
+)
+def test_the_layer_is_its_formula_with_gradients(options):
+    layer = stirred(URPEAttention(8, 2, **{"max_length": 20, **options}))
+    x = noise(2, 9, 8).requires_grad_()
+    q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (layer.query, layer.key, layer.value))
+    places = torch.arange(9)
+    index = layer.relations.index(places, places)
+    scores = q @ k.mT / 2 + layer.rel_bias[index].permute(2, 0, 1)
+    if layer.causal:
+        scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    weights = scores.softmax(-1)
+    if layer.rel_scale is not None:
+        weights = weights * layer.rel_scale[index].permute(2, 0, 1)
+    plain = layer.out((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), plain, rtol=1e-10, atol=1e-12)
+    wanted, weight = [x, *layer.parameters()], noise(2, 9, 8)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (layer(x), plain))):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_with_ones_it_is_relative_biases_bit_for_bit_and_without_biases_plain_attention():
+    urpe, x = URPEAttention(16, 4, max_length=10), torch.randn(2, 8, 16)
+    rpe = URPEAttention(16, 4, max_length=10, encoding="rpe")
+    rpe.load_state_dict({k: v for k, v in urpe.state_dict().items() if k != "rel_scale"})
+    assert urpe(x).equal(rpe(x))
+    plain = SoftmaxAttention(16, 4)
+    plain.load_state_dict({k: v for k, v in urpe.state_dict().items() if not k.startswith("rel_")})
+    torch.testing.assert_close(attentive(urpe)(x), plain(x))
+
+
+def test_the_gradient_of_a_multiplier_is_what_its_pairs_carry():
+    """∂L/∂c[k] = Σ_{j−i=k} p_ij (g_i · v_j)."""
+    layer = stirred(URPEAttention(6, 1, max_length=5, causal=False, bias=False))
+    with torch.no_grad():
+        layer.out.weight.copy_(torch.eye(6))
+    x, g = noise(1, 5, 6), noise(1, 5, 6)
+    (got,) = torch.autograd.grad((layer(x) * g).sum(), layer.rel_scale)
+    pairs = layer.weights(x)[0][0, 0] * (g[0] @ layer.value(x)[0].mT)
+    expected = torch.stack([pairs.diagonal(offset).sum() for offset in range(-4, 5)])
+    torch.testing.assert_close(got[:, 0], expected)
+
+
+def test_rows_of_weights_sum_to_what_the_multiplier_says():
+    layer = stirred(URPEAttention(8, 2, max_length=7, causal=False))
+    p, multiplied = layer.weights(noise(2, 7, 8))
+    torch.testing.assert_close(p.sum(-1), torch.ones(2, 2, 7, dtype=torch.float64))
+    torch.testing.assert_close(multiplied, p * layer.tables(7)[1])
+    assert (multiplied.sum(-1) - 1).abs().max() > 0.01
+
+
+def test_a_window_shifted_in_its_padding_gives_shifted_outputs_and_padding_changes_nothing():
+    layer = stirred(URPEAttention(8, 2, max_length=30, causal=False))
+    content, outputs = noise(1, 11, 8), [None]
+    outputs[0] = layer(content)
+    for start in (2, 9):
+        x, mask = torch.full((1, 30, 8), 50.0, dtype=torch.float64), torch.zeros(1, 30, dtype=torch.bool)
+        x[:, start : start + 11], mask[:, start : start + 11] = content, True
+        outputs.append(layer(x, mask=mask)[:, start : start + 11])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-9, atol=1e-9)
+
+
+def test_a_stream_beyond_the_table_is_the_whole():
+    layer = stirred(URPEAttention(8, 2, max_length=5))
+    x = noise(2, 12, 8)
+    first, state = layer.prefill(x[:, :4])
+    rest = []
+    for t in range(4, 12):
+        y, state = layer.step(x[:, t], state)
+        rest.append(y)
+    torch.testing.assert_close(torch.cat([first, torch.stack(rest, 1)], 1), layer(x), rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_is_of_the_multiplied_weights():
+    layer = URPEAttention(8, 2, max_length=6, dropout=0.5).train()
+    x = torch.randn(1, 6, 8)
+    assert not layer(x).equal(layer(x))
+    layer.eval()
+    assert layer(x).equal(layer(x))
+
+
+# Relations
+
+
+def test_offsets_are_toeplitz_and_clipped():
+    table = torch.randn(7, 2)
+    relations, places = Offsets(4), torch.arange(9)
+    looked_up = gather(table, relations.index(places, places))[0]
+    assert looked_up.equal(relations.matrix(table, 9))
+    for offset in range(-8, 9):
+        assert (looked_up.diagonal(offset, 1, 2) == table[min(max(offset, -3), 3) + 3, :, None]).all()
+
+
+def test_buckets_are_those_of_the_authors():
+    """For 128 tokens 0 to 64 without 31 and 32; offset 0 is 33."""
+    places = torch.arange(128)
+    index = LogBuckets().index(places, places)
+    assert set(index.flatten().tolist()) == set(range(65)) - {31, 32}
+    assert index[0, :2].tolist() == [33, 34] and index[:3, 0].tolist() == [33, 30, 29]
+    assert index[0].diff().min() >= 0 and index[0, -1] == 64 and index[-1, 0] == 0
+
+
+def test_a_window_has_one_relation_an_offset_of_rows_and_columns():
+    index = Window(3, 4).index(torch.arange(12), torch.arange(12))
+    rows, columns = torch.arange(12) // 4, torch.arange(12) % 4
+    offsets = (rows - rows[:, None]) * 100 + columns - columns[:, None]
+    pairs = set(zip(offsets.flatten().tolist(), index.flatten().tolist()))
+    assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == Window(3, 4).size
+
+
+def test_shortest_paths_are_those_of_floyd_and_warshall():
+    edges = (torch.rand(3, 14, 14) < 0.12).triu(1)
+    edges = edges | edges.mT
+    far = torch.where(edges, 1.0, torch.inf)
+    far.diagonal(dim1=1, dim2=2).zero_()
+    for k in range(14):
+        far = torch.minimum(far, far[:, :, k, None] + far[:, None, k])
+    lengths = shortest_paths(edges)
+    assert (lengths == -1).any() and torch.where(far.isinf(), -1, far).equal(lengths.float())
+    relations = Paths(3).with_virtual_node(lengths)
+    assert (relations[:, 0] == 5).all() and (relations[:, :, 0] == 5).all() and relations.max() == 5
+    assert (relations[:, 1:, 1:][lengths > 3] == 3).all() and (relations[:, 1:, 1:][lengths < 0] == 4).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoding": "both"}, "encoding must be"),
+        ({"index": "grid"}, "go together"),
+        ({"index": "grid", "grid": (2, 2)}, "causal must be False"),
+        ({"index": "path"}, "causal must be False"),
+        ({"index": "words"}, "index must be"),
+        ({"index": "bucket", "buckets": 10}, "multiple of 4"),
+        ({"max_length": 0}, "max_length"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"form": "flash"}, "form must be"),
+        ({"heads": 3}, "heads must divide"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        URPEAttention(**{"dim": 8, "heads": 2, **options})
+
+
+def test_bad_relations_are_refused():
+    layer = URPEAttention(8, 2, index="path", max_distance=4, causal=False)
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match="call the layer with relations"):
+        layer(x)
+    with pytest.raises(ValueError, match="int64 of shape"):
+        layer(x, relations=torch.zeros(3, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="from 0 to 6"):
+        layer(x, relations=torch.full((3, 3), 7))
+    with pytest.raises(ValueError, match="cannot stream"):
+        layer.prefill(x)
+
+
+# The theorems
+
+
+@pytest.mark.parametrize("encoding", ["none", "rpe", "urpe"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_equal_tokens_stay_equal_but_for_the_multiplier(encoding, causal):
+    make = partial(TheoryBlock, 16, 4, hidden=32, max_length=12, encoding=encoding, causal=causal)
+    blocks = stirred(nn.ModuleList(make() for _ in range(3)), 1.0)
+    x = noise(2, 1, 16).expand(-1, 9, -1)
+    for block in blocks:
+        x = block(x)
+    assert (row_spread(x) > 1e-2) == (encoding == "urpe") and (encoding == "urpe" or row_spread(x) < 1e-13)
+
+
+def test_the_encoder_of_the_synthetic_tasks_keeps_equal_tokens_equal_and_the_kept_do_not_depend_on_order():
+    tokens = torch.full((1, 20), 5)
+    for encoding, apart in (("none", False), ("rpe", False), ("urpe", True)):
+        model = stirred(urpe_synthetic_tiny(encoding=encoding))
+        assert (row_spread(model(tokens)) > 1e-4) == apart
+        some, order = torch.randint(81, (1, 20)), torch.randperm(20)
+        moved = (model(some)[:, order] - model(some[:, order])).abs().max()
+        assert (moved < 1e-10) == (encoding == "none")
+
+
+def test_the_conditions_by_construction():
+    urpe, rpe = (URPEAttention(8, 2, max_length=9, causal=False, encoding=e) for e in ("urpe", "rpe"))
+    expected = (9 - torch.arange(9)) / 9
+    torch.testing.assert_close(row_sums(position_aware(urpe), 9), expected.expand(2, -1))
+    torch.testing.assert_close(row_sums(position_aware(rpe), 9), torch.ones(2, 9))
+    assert least_error(torch.tensor([[1.0, 0], [3, 0], [2, 7]])) == 3.5
+
+
+def test_sums_of_one_are_the_reason():
+    """Renormalised, URPE's equal tokens are equal again; without the sum, relative biases alone tell them apart."""
+    tokens = torch.full((1, 16), 12)
+    spreads = {}
+    for name in ("rpe", "urpe", "unnormalised", "renormalised"):
+        spreads[name] = row_spread(stirred(encoder(name, vocab=81, max_length=16, tied=True), 0.5)(tokens))
+    assert max(spreads["rpe"], spreads["renormalised"]) < 1e-12 < 1e-3 < min(spreads["urpe"], spreads["unnormalised"])
+
+
+# Systems
+
+
+def test_parameters_are_those_of_the_authors():
+    with torch.device("meta"):
+        encoders = {e: SequenceEncoder(encoding=e) for e in ("none", "rpe", "urpe")}
+        head = 768 * 769 + 2 * 768 + 1011
+        counts = {e: count_parameters(model) - head for e, model in encoders.items()}
+        assert counts == {"none": 22_041_600, "rpe": 22_044_660, "urpe": 22_047_720}
+        assert count_parameters(SequenceEncoder(index="bucket")) - head == 22_041_600 + 2 * 65 * 12
+        assert count_parameters(urpe_transformer_xl(encoding="rpe")) == 151_107_538  # as its authors' code prints it
+        assert count_parameters(urpe_transformer_xl()) == 151_107_538 + 10 * 300
+        assert count_parameters(urpe_synthetic(share_tables=False)) - count_parameters(urpe_synthetic()) == 2 * 2 * 3060
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    with pytest.raises(UserError, match="found other parameters"):
+        convert({"weight": torch.zeros(2)})
+
+
+def test_transformer_xl_s_scores_are_its_formula():
+    model = urpe_transformer_xl_tiny(dim=8, heads=2).double()
+    layer, x, memory = model.blocks[0].mixer, noise(1, 4, 8), noise(1, 3, 8)
+    nn.init.normal_(model.content)
+    nn.init.normal_(model.position)
+    factors = noise(1, 2, 4, 7)
+    ours = layer(x, memory, content=model.content, position=model.position, factors=factors, dropout=nn.Identity())
+    everything = torch.cat([memory, x], 1)
+    q, k, v = (
+        m(part)[0].view(-1, 2, 4) for m, part in ((layer.query, x), (layer.key, everything), (layer.value, everything))
+    )
+    r = layer.place(sinusoid(torch.arange(7), 8).double()).view(7, 2, 4)
+    y = torch.zeros(4, 2, 4, dtype=torch.float64)
+    for i in range(4):
+        for h in range(2):
+            keys = range(3 + i + 1)
+            scores = [
+                (q[i, h] + model.content[h]) @ k[j, h] + (q[i, h] + model.position[h]) @ r[3 + i - j, h] for j in keys
+            ]
+            weights = (torch.stack(scores) / 2).softmax(0) * factors[0, h, i, : 4 + i]
+            y[i, h] = weights @ v[: 4 + i, h]
+    torch.testing.assert_close(ours[0], layer.out(y.flatten(1)), rtol=1e-9, atol=1e-9)
+
+
+def test_transformer_xl_remembers_segments_and_streams():
+    model = stirred(urpe_transformer_xl_tiny(segment=4, memory=6))
+    tokens = torch.randint(256, (2, 11))
+    whole, state, parts = model(tokens), model.init_state(2), []
+    for piece in tokens.split(4, 1):
+        y, state = model.prefill(piece, state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    assert state.layers[0].shape == (2, 6, 64)
+    changed = tokens.clone()
+    changed[:, 6] += 1
+    changed %= 256
+    assert model(changed)[:, :6].equal(whole[:, :6]) and not model(changed)[:, 8].equal(whole[:, 8])
+    short, state = tokens[:, :4], model.init_state(2)
+    for t in range(4):
+        y, state = model.step(short[:, t], state)
+        torch.testing.assert_close(y, model(short)[:, t])
+    assert len(list(model.generate(tokens, 3, temperature=0))) == 3
+
+
+def test_the_adaptive_softmax_gives_probabilities():
+    model = TransformerXL(40, 8, 2, 1, 8, cutoffs=(10, 25), segment=4, memory=0)
+    torch.testing.assert_close(model(torch.randint(40, (2, 5))).exp().sum(-1), torch.ones(2, 5))
+    with pytest.raises(ValueError, match="cutoffs must rise"):
+        TransformerXL(40, 8, 2, 1, 8, cutoffs=(25, 10))
+
+
+def test_layers_share_their_tables_through_copies_and_files(tmp_path):
+    model = copy.deepcopy(urpe_lm_tiny())
+    assert model.blocks[0].mixer.rel_scale is model.blocks[1].mixer.rel_scale
+    apart = urpe_lm_tiny(share_tables=False)
+    assert apart.blocks[0].mixer.rel_scale is not apart.blocks[1].mixer.rel_scale
+    with pytest.raises(UserError, match="more than max_length"):
+        urpe_synthetic_tiny(encoding="ape")(torch.zeros(1, 33, dtype=torch.long))
+
+
+# Graphs
+
+
+def regular(n, step):
+    """A ring of n nodes with chords: all nodes alike."""
+    edges = torch.zeros(n, n, dtype=torch.bool)
+    for distance in (1, step):
+        edges |= torch.eye(n).roll(distance, 1).bool() | torch.eye(n).roll(-distance, 1).bool()
+    return shortest_paths(edges)[None]
+
+
+def test_regular_graphs_look_alike_without_multiplier_and_virtual_node():
+    for encoding, readout, apart in (("rpe", "mean", False), ("rpe", "virtual", True), ("urpe", "mean", True)):
+        model = urpe_graph_tiny(1, encoding=encoding, readout=readout).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        told = [model(torch.ones(1, n, dtype=torch.long), regular(n, s)).item() for n, s in ((8, 2), (8, 3), (13, 5))]
+        assert (max(told) - min(told) > 1e-6) == apart and (apart or max(told) - min(told) < 1e-12)
+
+
+def test_padding_and_the_order_of_nodes_change_nothing_of_a_graph():
+    model = GraphRegressor(3, 2, 4, 16, 4, 2, 16, dropout=0.0, max_distance=5).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    edges = (torch.rand(1, 7, 7) < 0.4).triu(1)
+    lengths = shortest_paths(edges | edges.mT)
+    nodes, hops = torch.randint(1, 4, (1, 7)), torch.randint(5, (1, 7, 7, 5))
+    told = model(nodes, lengths, hops)
+    pad = nn.functional.pad
+    wide = model(pad(nodes, (0, 3)), pad(lengths, (0, 3, 0, 3), value=-1), pad(hops, (0, 0, 0, 3, 0, 3)))
+    torch.testing.assert_close(wide, told, rtol=1e-10, atol=1e-12)
+    order = torch.randperm(7)
+    moved = model(nodes[:, order], lengths[:, order][:, :, order], hops[:, order][:, :, order])
+    torch.testing.assert_close(moved, told, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(model(nodes, lengths, hops.roll(1, 3)), told)
+    with pytest.raises(ValueError, match="third argument"):
+        model(nodes, lengths)
+
+
+def test_inspect_shows_each_table_once():
+    model = urpe_graph_tiny(heads=2)
+    rows = inspect(model, torch.zeros(1))
+    assert len(rows) == 2 and all(row.equal(torch.ones(19)) for row in rows.values())
+
+
+# The synthetic tasks
+
+
+def test_the_tasks_are_those_of_the_authors():
+    data = TASK.load(PLACES, length=6, vocabulary=100, examples=2000, test_examples=10)
+    tokens, targets = data.train.tensors
+    assert (targets == torch.arange(1, 7)).all() and data.options == {"vocab": 111, "max_length": 6, "tied": False}
+    assert set(tokens.flatten().tolist()) == set(range(11, 91))
+    assert TASK.trivial(data) == pytest.approx(1 / 6)
+    even = TASK.load(EVEN, length=8, vocabulary=100, examples=50, test_examples=10)
+    tokens, targets = even.train.tensors
+    assert targets[:, :4].equal(tokens[:, [1, 3, 5, 7]]) and (targets[:, 4:] == 98).all()
+    assert TASK.trivial(even) == 0.5 and even.options["tied"]
+    assert targets_of(tokens, EVEN, 100).equal(targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"length": 7}, "even"), ({"vocabulary": 20}, "more than 20"), ({"length": 400, "vocabulary": 100}, "no names"),
+     ({"examples": 0}, "examples")],
+)  # fmt: skip
+def test_tasks_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        TASK.load(PLACES, **options)
+
+
+# Hugging Face's models
+
+
+def t5():
+    config = T5Config(
+        vocab_size=60, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        initializer_factor=3.0, relative_attention_num_buckets=8, relative_attention_max_distance=10,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+def swin():
+    config = SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=3
+    )
+    model = SwinForImageClassification(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def given(model):
+    if isinstance(model, SwinForImageClassification):
+        return {"pixel_values": noise(2, 3, 32, 32)}
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[1, 8:] = 0
+    return {"input_ids": torch.randint(1, 60, (2, 11)), "attention_mask": mask, "labels": torch.randint(1, 60, (2, 7))}
+
+
+@pytest.mark.parametrize(
+    ("build", "auto", "added"),
+    [(t5, AutoModelForSeq2SeqLM, 4 * 8 * 4), (swin, AutoModelForImageClassification, 49 * 2 * (2 + 4))],
+)
+@torch.no_grad()
+def test_a_converted_model_is_what_it_was_until_its_multipliers_move(build, auto, added, tmp_path):
+    model = build().double()
+    batch = given(model)
+    before, count = model(**batch).logits, count_parameters(model)
+    provenn.huggingface.convert(model, "urpe")
+    assert count_parameters(model) - count == added
+    torch.testing.assert_close(model(**batch).logits, before, rtol=1e-9, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        if "urpe" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    moved = model(**batch).logits
+    assert (moved - before).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(auto.from_pretrained(tmp_path).eval()(**batch).logits, moved)
+    if build is t5:
+        prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        cached, plain = (model.generate(**prompt, max_new_tokens=8, use_cache=use) for use in (True, False))
+        assert cached.equal(plain)
+    assert revert(model)(**batch).logits.equal(before)
+
+
+@torch.no_grad()
+def test_t5_s_multiplier_is_looked_up_as_its_bias():
+    """Biases and multipliers from one table: the multiplied weights of a layer, by transformers' own bias."""
+    model = provenn.huggingface.convert(t5(), "urpe")
+    host = model.encoder.block[0].layer[0].SelfAttention
+    nn.init.normal_(host.urpe.rel_scale)
+    host.relative_attention_bias.weight.copy_(host.urpe.rel_scale)
+    torch.testing.assert_close(host.urpe(host, 9, 9), host.compute_bias(9, 9))
+    decoder = model.decoder.block[1].layer[0].SelfAttention
+    first = model.decoder.block[0].layer[0].SelfAttention
+    first.relative_attention_bias.weight.copy_(nn.init.normal_(decoder.urpe.rel_scale))
+    torch.testing.assert_close(decoder.urpe(decoder, 2, 9), first.compute_bias(2, 9, past_seen_tokens=7))
+
+
+def test_hosts_without_relative_biases_get_offsets_and_others_a_reason():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=60, n_positions=64)).eval()
+    tokens = torch.randint(60, (2, 9))
+    before = model(tokens).logits
+    provenn.huggingface.convert(model, "urpe", max_length=16)
+    torch.testing.assert_close(model(tokens).logits, before)
+    assert model.transformer.h[0].attn.urpe.rel_scale.shape == (16, 2)
+    deberta = DebertaV2ForMaskedLM(
+        DebertaV2Config(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    with pytest.raises(UserError, match="inside a module of its own"):
+        provenn.huggingface.convert(deberta, "urpe")
+    with pytest.raises(UserError, match="no place for biases"):
+        provenn.huggingface.convert(t5(), "hedgehog")
+    with pytest.raises(UserError, match="max_length must be"):
+        provenn.huggingface.convert(t5(), "urpe", max_length=0)
