@@ -1,0 +1,172 @@
+"""What RCMHA's experiments are made of: a text, models of one size that read it, layers whose memory is counted."""
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from provenn.nn.attention import SoftmaxAttention
+from provenn.papers.rcmha.layers import RelativeConvAttention
+from provenn.papers.rcmha.model import CharacterLM
+from provenn.tasks import TaskData, count_examples, get_task
+from provenn.tasks.base import batches
+
+LENGTH, LONG = 64, 256  # bytes that models are trained on, and are read out on
+SEGMENT = 16
+
+# Models: what the tables and convolutions of one take in parameters, another has in its feed-forward part.
+
+SIZE: dict[str, Any] = {"dim": 64, "layers": 2, "heads": 4, "max_distance": LENGTH, "future_rows": False}
+LEARNED: dict[str, Any] = {"relative": False, "positions": "learned", "max_length": LENGTH}
+ARMS: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
+    "mha": ("MHA", partial(CharacterLM, conv="", hidden=147, **LEARNED)),
+    "mdha": ("MDHA", partial(CharacterLM, hidden=145, **LEARNED)),
+    "rmha": ("RMHA", partial(CharacterLM, conv="", hidden=130)),
+    "rcmha": ("RCMHA", partial(CharacterLM, hidden=128)),
+    "sinusoids": (
+        "MHA, sinusoids",
+        partial(CharacterLM, conv="", hidden=163, relative=False, positions="sinusoidal"),
+    ),
+}
+
+
+def reader(model: Callable[..., CharacterLM], **options: Any) -> CharacterLM:
+    return model(**SIZE, **options)
+
+
+@cache
+def text(length: int, smoke: bool) -> TaskData:
+    return get_task("language-modelling").load("stdlib", length=length, eval_tokens=512 if smoke else 32_768)
+
+
+def text_data(seed: int, smoke: bool) -> TaskData:
+    """The same text for every seed, which draws weights and order: what is tested is never trained on."""
+    return text(LENGTH, smoke)
+
+
+def accuracy(model: nn.Module, data: TaskData) -> float:
+    """The share of bytes that are told right."""
+    return get_task("language-modelling").evaluate(model, data.test)["accuracy"]
+
+
+def loss_rise(model: Any, data: TaskData) -> float | None:
+    """Bits a byte of the last 64 of 256 bytes less those of the first 64; None where positions have ended before."""
+    if model.max_length is not None:
+        return None
+    task: Any = get_task("language-modelling")  # `nll_by_position` is this task's alone
+    nats = task.nll_by_position(model, text(LONG, count_examples(data.test) < 10).test)
+    return (nats[-LENGTH:].mean() - nats[:LENGTH].mean()).item() / math.log(2)
+
+
+@torch.no_grad()
+def bits_by_segments(model: CharacterLM, data: TaskData, *, chunking: str = "exact", carried: bool = True) -> float:
+    """Bits a byte of the test text, windows read in segments of 16, with the memory of those before or without."""
+    before, model.chunking = model.chunking, chunking
+    nats = count = 0.0
+    for tokens, targets in batches(data.test, 64, next(model.parameters()).device):
+        memory = None
+        for x, y in zip(tokens.split(SEGMENT, dim=1), targets.split(SEGMENT, dim=1), strict=True):
+            logits, memory = model.read_segment(x, memory if carried else None)
+            nats += nn.functional.cross_entropy(logits.mT.float(), y, reduction="sum").item()
+            count += y.numel()
+    model.chunking = before
+    return nats / count / math.log(2)
+
+
+def memory_gain(model: Any, data: TaskData) -> float:
+    """Bits a byte that the memory of earlier segments saves; 0 of models that know places by number."""
+    if not model.blocks[0].mixer.relative:
+        return 0.0
+    return bits_by_segments(model, data, carried=False) - bits_by_segments(model, data)
+
+
+def chunking_cost(model: Any, data: TaskData) -> float:
+    """Bits a byte that the authors' cuts cost: convolutions begin anew at each of them."""
+    if not model.blocks[0].mixer.relative:
+        return 0.0
+    return bits_by_segments(model, data, chunking="official") - bits_by_segments(model, data)
+
+
+# Layers whose memory is counted.
+
+Runner = Callable[[int, str], Callable[[], Any]]
+LAYER: dict[str, Any] = {"dim": 128, "heads": 8}
+TABLES: dict[str, Any] = {"max_distance": 1024, "future_rows": False}
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "MHA": partial(RelativeConvAttention, conv="", relative=False),
+    "MDHA": partial(RelativeConvAttention, relative=False),
+    "RMHA": partial(RelativeConvAttention, conv="", **TABLES),
+    "RCMHA": partial(RelativeConvAttention, **TABLES),
+}
+FUSED: dict[str, Callable[..., nn.Module]] = {"MHA, fused kernel": SoftmaxAttention}
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
+    """Bytes that autograd keeps of a forward pass for its backward pass, each storage once, parameters left out."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # The tensor is kept with its address, or another might take its place in memory.
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    del output
+    return total
+
+
+def kept(kind: Callable[..., nn.Module]) -> Runner:
+    """What a layer keeps of one sequence."""
+
+    def make(n: int, device: str) -> Callable[[], int]:
+        layer, x = kind(**LAYER).to(device), torch.ones(1, n, LAYER["dim"], device=device, requires_grad=True)
+        return lambda: saved_bytes(lambda: layer(x), list(layer.parameters()))
+
+    return make
+
+
+def kept_after(kind: Callable[..., nn.Module]) -> Runner:
+    """What a layer keeps of a segment after a memory of the same length, cut as the authors cut."""
+
+    def make(n: int, device: str) -> Callable[[], int]:
+        layer: Any = kind(**LAYER).to(device)
+        x = torch.ones(1, n, LAYER["dim"], device=device, requires_grad=True)
+        past = torch.ones_like(x, requires_grad=False)
+        return lambda: saved_bytes(lambda: layer.attend_segment(x, past, official=True), list(layer.parameters()))
+
+    return make
+
+
+def there_and_back(kind: Callable[..., nn.Module]) -> Runner:
+    """A forward and a backward pass of one sequence."""
+
+    def make(n: int, device: str) -> Callable[[], object]:
+        layer, x = kind(**LAYER).to(device), torch.ones(1, n, LAYER["dim"], device=device, requires_grad=True)
+        leaves = [x, *layer.parameters()]
+
+        def call() -> object:
+            with torch.enable_grad():
+                return torch.autograd.grad(layer(x).sum(), leaves)
+
+        return call
+
+    return make
+
+
+def training_step(build: Callable[..., CharacterLM], device: str, *, batch: int, segment: int) -> Callable[[], object]:
+    """Forward and backward of the authors' model on a segment after a memory of its length, cut as they cut."""
+    model = build(memory=segment, chunking="official").to(device)
+    tokens = torch.zeros(batch, segment, dtype=torch.long, device=device)
+    memory = model.read_segment(tokens)[1]
+
+    def call() -> object:
+        logits, _ = model.read_segment(tokens, memory)
+        return torch.autograd.grad(logits.float().logsumexp(-1).sum(), list(model.parameters()))
+
+    return call
