@@ -149,6 +149,17 @@ def test_plain_attention_is_softmax_attention():
     torch.testing.assert_close(layer(x), plain(x))
 
 
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_trained_layer_gets_convolutions_and_gives_what_it_gave(relative, kernel):
+    trained, convolved = mixer(conv="", relative=relative), mixer(relative=relative, kernel=kernel)
+    convolved.load_state_dict(trained.state_dict(), strict=False)
+    for part in convolved.conv.values():
+        part.start_as_identity()
+    x = torch.randn(2, 11, 24, dtype=torch.float64)
+    torch.testing.assert_close(convolved(x), trained(x), rtol=0, atol=1e-13)
+
+
 def test_zero_tables_and_biases_are_convolved_attention_alone():
     layer, mdha = mixer(), mixer(relative=False)
     for name in ("distance_keys", "distance_bias", "content_bias"):

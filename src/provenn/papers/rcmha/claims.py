@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from provenn.bench import count_parameters, peak_activation_bytes
 from provenn.errors import UserError
@@ -45,7 +45,7 @@ TEXT = Study(
         betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=40, clip=1.0, batch_size=32, epochs=1,
         max_steps=800,
     ),
-    lrs=(1e-3, 3e-3, 9e-3),
+    lrs=(3e-3, 9e-3, 2.7e-2),
     probes={"accuracy": accuracy, "rise": loss_rise, "memory_gain": memory_gain, "chunking_cost": chunking_cost},
     about="the source of Python's standard library, byte by byte",
     kind="attention",
@@ -168,8 +168,7 @@ def contains_rmha(run: Run) -> Measurement:
     rmha = randomise(RelativeConvAttention(**options, conv=""))
     rmha.load_state_dict(rcmha.state_dict(), strict=False)
     for part in rcmha.conv.values():
-        part.weight.data = torch.tensor([0.0, 0.0, 1.0]).double().expand_as(part.weight).clone()
-        nn.init.zeros_(part.bias)
+        part.start_as_identity()
     return Measurement.exact((rcmha(x) - rmha(x)).abs().max().item(), "largest difference, float64")
 
 

@@ -66,6 +66,12 @@ class HeadConvolution(nn.Module):
         for parameter in (self.weight, self.bias):
             nn.init.uniform_(parameter, -(self.kernel**-0.5), self.kernel**-0.5)
 
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Take in each token alone, as it is: for a trained layer that gets convolutions."""
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.weight)[:, :, -1] = 1
+
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], before: Float[Tensor, "batch past dim"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
