@@ -45,7 +45,7 @@ TEXT = Study(
         betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=40, clip=1.0, batch_size=32, epochs=1,
         max_steps=800,
     ),
-    lrs=(3e-3, 9e-3, 2.7e-2),
+    lrs=(9e-3, 2e-2, 4e-2),
     probes={"accuracy": accuracy, "rise": loss_rise, "memory_gain": memory_gain, "chunking_cost": chunking_cost},
     about="the source of Python's standard library, byte by byte",
     kind="attention",
