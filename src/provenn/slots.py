@@ -42,7 +42,7 @@ SLOTS: dict[str, Slot] = {
         Slot(
             "token-mixer",
             "(batch, tokens, dim) to the same: forward(x, *, mask=None), mask (batch, tokens), True = may be attended; "
-            "where it streams, init_state(batch) and step(x_t, state) -> (y_t, state), whose fold is forward",
+            "where it streams, init_state(batch) and step(x_t, state) → (y_t, state), whose fold is forward",
             "factory(dim, causal=...)",
             ("batch tokens dim",),
             width="dim",
