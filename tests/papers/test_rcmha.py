@@ -17,6 +17,7 @@ from provenn.bench import count_parameters
 from provenn.errors import UserError
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
+from provenn.nn.positions import shift_distances
 from provenn.nn.streaming import state_bytes
 from provenn.papers.rcmha import (
     CharacterLM,
@@ -30,7 +31,6 @@ from provenn.papers.rcmha import (
     rcmha_small,
     rmha_char,
 )
-from provenn.papers.rcmha.layers import gather_distances, shift_distances
 from provenn.papers.rcmha.official import convert
 from provenn.papers.rcmha.studies import (
     ARMS,
@@ -125,8 +125,9 @@ def test_the_shift_is_the_gathering_by_distance(queries, past):
     keys = queries + past
     by_distance = torch.randn(2, 3, queries, keys, dtype=torch.float64)
     visible = torch.ones(queries, keys, dtype=torch.bool).tril(past)
-    shifted, gathered = shift_distances(by_distance.flip(-1)), gather_distances(by_distance, keys)
-    assert torch.equal(shifted[..., visible], gathered[..., visible])
+    distance = (past + torch.arange(queries)[:, None] - torch.arange(keys)).clamp_min(0)
+    gathered = by_distance.gather(-1, distance.expand_as(by_distance))
+    assert torch.equal(shift_distances(by_distance.flip(-1))[..., visible], gathered[..., visible])
 
 
 def test_all_heads_share_a_kernel_and_it_looks_back():

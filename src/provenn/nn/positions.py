@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -74,3 +75,20 @@ def rotate(
     [[1.0, 0.0]]
     """
     return turn(x, *rotation(positions, x.shape[-1], x.dtype, base))
+
+
+def shift_distances(
+    farthest_first: Float[Tensor, "*batch queries keys"],
+) -> Float[Tensor, "*batch queries keys"]:
+    """From scores by distance, keys − 1 first and 0 last, to scores by key, without an index (Dai et al., 2019, B).
+
+    Queries are the last of the keys. Row i moves to the left by queries − 1 − i places: a column of zeros in front, and
+    the matrix read in rows that are one shorter. What stands above the diagonal afterwards is of no use; a causal mask
+    hides it.
+
+    >>> shift_distances(torch.tensor([[2, 1, 0], [2, 1, 0], [2, 1, 0]]).float()).tril().tolist()
+    [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [2.0, 1.0, 0.0]]
+    """
+    queries, keys = farthest_first.shape[-2:]
+    padded = F.pad(farthest_first, (1, 0)).flatten(-2)
+    return padded[..., queries:].unflatten(-1, (queries, keys))

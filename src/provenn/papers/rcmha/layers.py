@@ -10,35 +10,9 @@ from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
 from provenn.nn.attention import check_heads, check_tokens, split_heads
+from provenn.nn.positions import shift_distances
 
 PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
-
-
-def gather_distances(
-    by_distance: Float[Tensor, "*batch queries distances"], keys: int
-) -> Float[Tensor, "*batch queries keys"]:
-    """The definition of `shift_distances`: S_ij = by_distance[i, distance of j from i], index by index.
-
-    Queries are the last of the keys, so query i is the (keys − queries + i)-th. Keys after it have no distance and get
-    that of the query itself; a causal mask hides them.
-    """
-    queries = by_distance.shape[-2]
-    i, j = (torch.arange(size, device=by_distance.device) for size in (queries, keys))
-    distance = (keys - queries + i[:, None] - j).clamp_min(0)
-    return by_distance.gather(-1, distance.expand(*by_distance.shape[:-2], queries, keys))
-
-
-def shift_distances(
-    farthest_first: Float[Tensor, "*batch queries keys"],
-) -> Float[Tensor, "*batch queries keys"]:
-    """From scores by distance, keys − 1 first and 0 last, to scores by key, without an index (Dai et al., 2019, B).
-
-    Row i moves to the left by queries − 1 − i places: a column of zeros in front, and the matrix read in rows that are
-    one shorter. What stands above the diagonal afterwards is of no use; a causal mask hides it.
-    """
-    queries, keys = farthest_first.shape[-2:]
-    padded = F.pad(farthest_first, (1, 0)).flatten(-2)
-    return padded[..., queries:].unflatten(-1, (queries, keys))
 
 
 class HeadConvolution(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.nn.language import sample
-from provenn.nn.positions import sinusoidal_encoding
+from provenn.nn.positions import shift_distances, sinusoidal_encoding
 from provenn.nn.streaming import state_bytes
 from provenn.ops.rescaled_attention import explicit
 from provenn.papers.urpe.layers import Offsets, gather
@@ -70,7 +70,7 @@ class XLAttention(nn.Module):
         by_distance = (q + position[:, None]) @ r.mT * scale
         visible = torch.ones(tokens, keys, dtype=torch.bool, device=x.device).tril(keys - tokens)
         y = explicit(
-            q + content[:, None], k, v, bias=_shifted(by_distance), factors=factors, visible=visible[None, None],
+            q + content[:, None], k, v, bias=shift_distances(by_distance), factors=factors, visible=visible[None, None],
             scale=scale,
         )  # fmt: skip
         return dropout(self.out(y.transpose(1, 2).flatten(2)))
@@ -80,16 +80,6 @@ def sinusoid(distances: Int[Tensor, " keys"], dim: int) -> Float[Tensor, "keys d
     """All sines, then all cosines, as Transformer-XL lays them out."""
     pairs = sinusoidal_encoding(distances, dim + dim % 2)
     return torch.cat([pairs[:, 0::2], pairs[:, 1::2]], dim=-1)[:, :dim]
-
-
-def _shifted(scores: Float[Tensor, "batch heads tokens keys"]) -> Float[Tensor, "batch heads tokens keys"]:
-    """Row i moved left by tokens − 1 − i: from scores of distances to scores of keys; what comes in is not visible.
-
-    By one padded column and another reading of the same memory, instead of a gather (Dai et al., 2019, appendix B).
-    """
-    batch, heads, tokens, keys = scores.shape
-    padded = F.pad(scores, (1, 0)).reshape(batch, heads, keys + 1, tokens)
-    return padded[:, :, 1:].reshape(batch, heads, tokens, keys)
 
 
 class XLBlock(nn.Module):
