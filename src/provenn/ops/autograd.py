@@ -26,6 +26,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    """In single precision where it has less: sums of exponentials, logarithms near zero and long sums need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def backward_without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For the `backward` of a Function whose forward pass runs `without_autocast`."""
 

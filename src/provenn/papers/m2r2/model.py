@@ -16,6 +16,7 @@ from provenn.errors import UserError
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
+from provenn.ops.autograd import at_least_single
 from provenn.papers.m2r2.decoders import Cache, Decoder, Places, take_apart
 from provenn.papers.m2r2.decoding import Statistics, decode
 from provenn.papers.m2r2.layers import LatentRouter, LayerAdapters, LinearRouter, RateAdapter
@@ -72,7 +73,7 @@ class ExitModel(nn.Module):
             raise ValueError(f"gates must grow and lie between 1 and {count - 1} of {count} layers, got {list(gates)}")
         if router not in (*ROUTERS, "none"):
             raise ValueError(f"router must be arla, linear or none, got {router!r}")
-        self.gates, self.train_base = gates, train_base
+        self.gates, self.depth, self.train_base = gates, count, train_base
         self.base: Any = base  # a CausalLM or a host of transformers, which share no type
         made = (ROUTERS[router](decoder.dim) for _ in gates) if router != "none" else ()
         self.routers = nn.ModuleList(made)
@@ -356,7 +357,7 @@ class M2R2Model(ExitModel):
 
     def target_layer(self, layer: int) -> int:
         """The slow layer that the fast stream is to have reached after so many layers."""
-        return min(len(self.decoder().layers), math.floor(self.rate * layer))
+        return min(self.depth, math.floor(self.rate * layer))
 
     def _exit_loss(self, streams: Streams, exits: list[Tensor], teacher: Tensor) -> Tensor:
         loss = self.exit_weight * divergence(exits, teacher) if self.exit_weight else teacher.new_zeros(())
@@ -388,11 +389,6 @@ class M2R2Model(ExitModel):
     def _check_keys(self) -> None:
         if self.keys == "own":
             raise UserError("keys='own' is an ablation over whole texts: generation keeps the slow stream's keys alone")
-
-
-def at_least_single(x: Tensor) -> Tensor:
-    """In single precision, where it comes in less: losses are sums over many tokens."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def divergence(exits: Sequence[Tensor], teacher: Tensor) -> Float[Tensor, ""]:

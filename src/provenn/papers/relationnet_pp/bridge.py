@@ -11,13 +11,13 @@ from provenn.nn.arguments import check_whole
 from provenn.nn.detection import DetectionBatch, FasterRCNN, FocalDetector
 from provenn.nn.detection.assign import by_iou
 from provenn.nn.detection.two_stage import Pool, Regions
+from provenn.ops.autograd import at_least_single
 from provenn.papers.relationnet_pp.layers import (
     BVR,
     KEY_TYPES,
     Keys,
     PointHead,
     PointMaps,
-    at_least_single,
     check_types,
     select_keys,
 )

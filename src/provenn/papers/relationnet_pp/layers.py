@@ -13,16 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
-from provenn.ops.autograd import without_autocast
+from provenn.ops.autograd import at_least_single, without_autocast
 
 KEY_TYPES = ("top_left", "bottom_right", "centre")
 TEMPERATURE = 1000.0
 LEAST = 1e-6  # below which a geometric weight is no weight: a logit of −13.8, and no gradient
-
-
-def at_least_single(x: Tensor) -> Tensor:
-    """In single precision where it has less: sums of exponentials and logarithms near zero need it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sine_embedding(
