@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+import torch
+from jaxtyping import Bool, Int, Int64
+from torch import Tensor
 
 from provenn.errors import UserError
 
@@ -348,15 +350,28 @@ def draw_regular(rng: np.random.Generator, nodes: int, degree: int = 3) -> list[
 
 def path_lengths(nodes: int, edges: Collection[tuple[int, int]]) -> np.ndarray:
     """The length of the shortest path between all nodes, −1 where there is none."""
-    joined = np.zeros((nodes, nodes), dtype=np.float32)
-    ends = np.array(list(edges), dtype=np.int64).reshape(-1, 2)
-    joined[ends[:, 0], ends[:, 1]] = joined[ends[:, 1], ends[:, 0]] = 1
-    reached = np.eye(nodes, dtype=bool)
-    lengths = np.where(reached, 0, -1)
+    joined = torch.zeros(nodes, nodes, dtype=torch.bool)
+    first, second = torch.tensor(list(edges), dtype=torch.int64).view(-1, 2).T
+    joined[first, second] = joined[second, first] = True
+    return shortest_paths(joined).numpy()
+
+
+def shortest_paths(edges: Bool[Tensor, "*batch nodes nodes"]) -> Int[Tensor, "*batch nodes nodes"]:
+    """The length of the shortest path between all nodes of graphs, −1 where there is none.
+
+    Breadth first from all nodes at once: a product of matrices a step, and no more steps than the longest path has.
+
+    >>> line = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    >>> shortest_paths(line)[0].tolist()
+    [0, 1, 2, -1]
+    """
+    nodes = edges.shape[-1]
+    reached = torch.eye(nodes, dtype=torch.bool, device=edges.device).expand(edges.shape)
+    lengths = torch.where(reached, 0, -1)
     frontier, step = reached, 0
-    while frontier.any():
+    while bool(frontier.any()):
         step += 1
-        frontier = (frontier.astype(np.float32) @ joined > 0) & ~reached
-        lengths[frontier] = step
+        frontier = ((frontier.float() @ edges.float()) > 0) & ~reached
+        lengths = torch.where(frontier, step, lengths)
         reached = reached | frontier
     return lengths

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 CUT = (0.8, 0.1, 0.1)  # of the user's graphs, for training, validation and test
 HOPS = 5  # edges of a path whose labels are told, as Graphormer has it
+TRIPLES = 2**24  # of nodes that are looked at together
 SHOWN = 20  # lines of predictions in the terminal
 UNREACHABLE = ("refuse", "apart")
 
@@ -102,23 +103,22 @@ def hops_along(
     """The labels of the first edges of a shortest path between all nodes; of several paths one.
 
     The path to j is that to the first neighbour k of j which is a step nearer, and the edge from k to j: one step of
-    the length at a time for all pairs at once.
+    the length at a time for all pairs at once, of large graphs for some rows of i after the others.
     """
-    nodes = len(edges)
-    hops = edges.new_zeros(nodes, nodes, most)
-    for length in range(1, min(int(lengths.max()), most) + 1 if nodes else 0):
+    rows = max(1, TRIPLES // max(1, lengths.shape[1] ** 2))
+    return torch.cat([_hops_from(edges, part, most) for part in lengths.split(rows)])
+
+
+def _hops_from(edges: Tensor, lengths: Tensor, most: int) -> Int64[Tensor, "rows nodes hops"]:
+    """The hops of some rows of `lengths`: a path longer than `most` begins as that to the node before its end does."""
+    hops = edges.new_zeros(*lengths.shape, most)
+    for length in range(1, int(lengths.max()) + 1 if lengths.numel() else 0):
         # (i, k, j): k is a step nearer to i than j is, and j's neighbour.
-        nearer = (lengths[:, :, None] == length - 1) & (edges > 0)[None] & (lengths[:, None] == length)
-        there = nearer.any(dim=1)
-        before = nearer.int().argmax(dim=1)
-        path = hops.gather(1, before[..., None].expand(-1, -1, most)).clone()
-        path[..., length - 1] = edges[before, torch.arange(nodes)]
-        hops = torch.where(there[..., None], path, hops)
-    # A longer path begins as that to the node before its end does: its first edges are known already.
-    for length in range(most + 1, int(lengths.max()) + 1 if nodes else 0):
         nearer = (lengths[:, :, None] == length - 1) & (edges > 0)[None] & (lengths[:, None] == length)
         before = nearer.int().argmax(dim=1)
         path = hops.gather(1, before[..., None].expand(-1, -1, most))
+        if length <= most:
+            path[..., length - 1] = edges[before, torch.arange(len(edges))]
         hops = torch.where(nearer.any(dim=1)[..., None], path, hops)
     return hops
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from provenn.nn.arguments import check_whole
@@ -162,27 +162,6 @@ class Paths:
 
     def index(self, queries: Int[Tensor, " queries"], keys: Int[Tensor, " keys"]) -> Int[Tensor, "queries keys"]:
         raise ValueError("path lengths follow from no places in a sequence: call the layer with relations=")
-
-
-def shortest_paths(edges: Bool[Tensor, "*batch nodes nodes"]) -> Int[Tensor, "*batch nodes nodes"]:
-    """The length of the shortest path between all nodes of graphs, −1 where there is none.
-
-    Breadth first from all nodes at once: a product of matrices a step, and no more steps than the longest path has.
-
-    >>> line = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    >>> shortest_paths(line)[0].tolist()
-    [0, 1, 2, -1]
-    """
-    nodes = edges.shape[-1]
-    reached = torch.eye(nodes, dtype=torch.bool, device=edges.device).expand(edges.shape)
-    lengths = torch.where(reached, 0, -1)
-    frontier, step = reached, 0
-    while bool(frontier.any()):
-        step += 1
-        frontier = ((frontier.float() @ edges.float()) > 0) & ~reached
-        lengths = torch.where(frontier, step, lengths)
-        reached = reached | frontier
-    return lengths
 
 
 RELATIONS: dict[str, Callable[..., Relations]] = {
