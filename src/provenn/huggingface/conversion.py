@@ -15,13 +15,13 @@ from provenn import catalog
 from provenn.errors import UserError
 from provenn.huggingface.families import (
     MODELS,
-    OUT_OF_REACH,
     PREFIX,
     Family,
     Host,
     family_of,
     lift_window,
     restore_window,
+    why_not,
 )
 
 Batch = dict[str, Tensor]
@@ -245,11 +245,8 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
         paper_before = cast(Host, model).config.conversion["paper"]
         raise UserError(f"this model has {paper_before}'s mechanism already; revert it first")
     if type(model) not in CONVERTED:
-        names = ", ".join(kind.__name__ for kind in CONVERTED)
-        why = OUT_OF_REACH.get(getattr(model.config, "model_type", ""))
-        raise UserError(
-            f"{type(model).__name__} cannot be converted" + (f": {why}" if why else f"; these can: {names}")
-        )
+        able = why_not(getattr(model.config, "model_type", ""), (kind.__name__ for kind in CONVERTED))
+        raise UserError(f"{type(model).__name__} cannot be converted{able}")
     slug = catalog.card(paper).slug
     _install(model, slug, options)
     window = lift_window(model.config)

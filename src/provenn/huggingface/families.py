@@ -1,5 +1,6 @@
 """The models that can be converted: where their self-attentions are, and what is particular to each family."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -96,6 +97,11 @@ LANGUAGE_MODELS = [model for model, auto in MODELS.items() if auto in (AutoModel
 PICTURE_MODELS = [model for model, auto in MODELS.items() if auto is AutoModelForImageClassification]
 
 
+def why_not(kind: str, able: Iterable[str]) -> str:
+    """The end of a sentence that refuses models of a kind: the reason where there is one, else which can."""
+    return f": {OUT_OF_REACH[kind]}" if kind in OUT_OF_REACH else f"; these can: {', '.join(able)}"
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model, converted or not, by its configuration.
 
@@ -104,8 +110,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     """
     kind = config.model_type.removeprefix(PREFIX)
     if kind not in FAMILIES:
-        why = f": {OUT_OF_REACH[kind]}" if kind in OUT_OF_REACH else f"; these can: {', '.join(FAMILIES)}"
-        raise UserError(f"models of type {kind!r} cannot be converted{why}")
+        raise UserError(f"models of type {kind!r} cannot be converted{why_not(kind, FAMILIES)}")
     return FAMILIES[kind]
 
 

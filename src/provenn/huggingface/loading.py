@@ -26,11 +26,11 @@ from provenn.huggingface.conversion import CONVERTED, convert
 from provenn.huggingface.families import (
     FAMILIES,
     LANGUAGE_MODELS,
-    OUT_OF_REACH,
     PICTURE_MODELS,
     PREFIX,
     Host,
     Tokenizer,
+    why_not,
 )
 
 # Models of masked tokens, and those of the same body that tell classes; HEAD is new in them.
@@ -76,9 +76,8 @@ class Source:
         except Exception as error:
             raise UserError(f"{name} cannot be loaded as a model: {_first_line(error)}") from None
         if config.model_type.removeprefix(PREFIX) not in FAMILIES:
-            why = OUT_OF_REACH.get(config.model_type)
-            why = f": {why}" if why else f"; these can: {', '.join(FAMILIES)}"
-            raise UserError(f"{name} is of type {config.model_type!r}, which cannot be converted{why}")
+            able = why_not(config.model_type, FAMILIES)
+            raise UserError(f"{name} is of type {config.model_type!r}, which cannot be converted{able}")
         architecture = (config.architectures or ["none"])[0]
         kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
         names_able = [kind.__name__ for kind in (PICTURE_MODELS if pictures else LANGUAGE_MODELS)]
