@@ -33,6 +33,11 @@ def as_fixed(module: nn.Module) -> Map:
     return call
 
 
+def as_it_is(module: nn.Module) -> Map:
+    """The module itself, through which gradients reach its parameters."""
+    return module
+
+
 @dataclass(frozen=True)
 class Places:
     """Where tokens stand in their texts, and how queries and keys are turned there.
@@ -50,12 +55,14 @@ class Places:
     index: Tensor | None = None
     turns: tuple[Tensor, Tensor] | None = None
 
+    def numbers(self, device: torch.device) -> Tensor:
+        """The places, (tokens,), or (batch, tokens) where texts differ."""
+        return torch.arange(self.start, self.start + self.count, device=device) if self.index is None else self.index
+
     def visible(self, window: int | None, device: torch.device) -> Tensor:
         """True where the token at a place may see a key, of keys 0 to end − 1."""
-        if self.index is None:
-            rows = torch.arange(self.start, self.start + self.count, device=device)[:, None]
-        else:
-            rows = self.index[:, None, :, None]
+        rows = self.numbers(device)[..., None]
+        rows = rows if self.index is None else rows[:, None]
         keys = torch.arange(self.end, device=device)
         seen = keys <= rows
         return seen if window is None else seen & (keys > rows - window)
@@ -253,7 +260,7 @@ def _plain(feedforward: Map) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _library(base: CausalLM, fixed: bool) -> Decoder:
-    part: Callable[[nn.Module], Map] = as_fixed if fixed else lambda module: module
+    part = as_fixed if fixed else as_it_is
     layers, rotary = [], []
     for block in base.blocks:
         mixer: Any = block.mixer if isinstance(block, PreNormBlock) else block
@@ -286,7 +293,7 @@ def _library(base: CausalLM, fixed: bool) -> Decoder:
         x = base.embed(tokens)
         if base.positions == "none":
             return x
-        index = torch.arange(places.start, places.end, device=x.device) if places.index is None else places.index
+        index = places.numbers(x.device)
         return x + (base.place(index) if base.place is not None else sinusoidal_encoding(index, base.dim).to(x))
 
     def table(size: int) -> tuple[Tensor, Tensor]:
@@ -319,7 +326,7 @@ def _check_rotation(host: Host) -> None:
 
 def _llama(host: Host, fixed: bool) -> Decoder:
     _check_rotation(host)
-    part: Callable[[nn.Module], Map] = as_fixed if fixed else lambda module: module
+    part = as_fixed if fixed else as_it_is
     config, inner = host.config, host.model
     layers = tuple(
         Layer(
@@ -361,7 +368,7 @@ def _llama(host: Host, fixed: bool) -> Decoder:
 
 
 def _gpt2(host: Host, fixed: bool) -> Decoder:
-    part: Callable[[nn.Module], Map] = as_fixed if fixed else lambda module: module
+    part = as_fixed if fixed else as_it_is
     config, inner = host.config, host.transformer
 
     def third(module: Host, which: int) -> Map:
@@ -391,8 +398,7 @@ def _gpt2(host: Host, fixed: bool) -> Decoder:
     )
 
     def embed(tokens: Tensor, places: Places) -> Tensor:
-        index = torch.arange(places.start, places.end, device=tokens.device) if places.index is None else places.index
-        return inner.wte(tokens) + inner.wpe(index)
+        return inner.wte(tokens) + inner.wpe(places.numbers(tokens.device))
 
     return Decoder(
         embed,
