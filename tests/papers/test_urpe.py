@@ -24,6 +24,7 @@ from provenn.bench import count_parameters
 from provenn.errors import UserError
 from provenn.huggingface import revert
 from provenn.nn.attention import SoftmaxAttention
+from provenn.nn.graphs import shortest_paths
 from provenn.papers.urpe import (
     LogBuckets,
     Offsets,
@@ -38,7 +39,6 @@ from provenn.papers.urpe import (
     position_aware,
     row_spread,
     row_sums,
-    shortest_paths,
     urpe_graph_tiny,
     urpe_lm_tiny,
     urpe_synthetic,

@@ -1,6 +1,5 @@
 """Your Transformer May Not be as Powerful as You Expect (arXiv:2205.13401)."""
 
-from provenn.data.graphs import shortest_paths
 from provenn.papers.urpe.graphs import GraphRegressor, urpe_graph_tiny, urpe_graphormer_slim
 from provenn.papers.urpe.layers import URPEAttention, share_tables
 from provenn.papers.urpe.model import SequenceEncoder, urpe_lm_tiny, urpe_synthetic, urpe_synthetic_tiny
@@ -25,7 +24,6 @@ __all__ = [
     "row_spread",
     "row_sums",
     "share_tables",
-    "shortest_paths",
     "urpe_graph_tiny",
     "urpe_graphormer_slim",
     "urpe_lm_tiny",
