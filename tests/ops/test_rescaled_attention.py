@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provenn.ops import rescaled_attention as package
 from provenn.ops.rescaled_attention import doubled_keys, explicit, rescaled_attention
 
 SIGNS = {"positive": lambda c: c.abs() + 0.1, "any sign": lambda c: c, "none": torch.zeros_like}
@@ -81,25 +80,19 @@ def test_ones_change_no_bit_and_no_bias_is_plain_attention():
     torch.testing.assert_close(rescaled_attention(q, k, v), plain)
 
 
-def test_auto_fuses_long_sequences_only_where_nothing_is_differentiated(monkeypatch):
-    called = []
-    monkeypatch.setattr(package, "doubled_keys", lambda *a, **k: called.append("fused") or explicit(*a, **k))
-    monkeypatch.setattr(package, "FUSED_FROM", 8)
+def test_a_form_that_is_not_there_is_refused():
     q = draw(1, 1, 8, 2)
-    rescaled_attention(q, q, q)
-    rescaled_attention(q, q, q, bias=draw(1, 1, 8, 8).requires_grad_())
-    rescaled_attention(q[:, :, :7], q[:, :, :7], q[:, :, :7])
-    assert called == ["fused"]
-    with pytest.raises(ValueError, match="form must be"):
+    with pytest.raises(ValueError, match="form must be explicit or fused"):
         rescaled_attention(q, q, q, form="flash")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["explicit", "fused"])
 def test_half_precision_stays_near(form, dtype):
+    """Biases and factors may be larger than half a precision can tell apart; outputs are off by no more than inputs."""
     q, k, v = (draw(1, 2, 9, 8, seed=s).to(dtype) for s in range(3))
-    bias, factors = draw(1, 2, 9, 9, seed=3).to(dtype), draw(1, 2, 9, 9, seed=4).to(dtype)
-    exact = explicit(q.double(), k.double(), v.double(), bias=bias.double(), factors=factors.double())
-    ours = rescaled_attention(q, k, v, bias=bias, factors=factors, form=form)
+    bias, factors = 8 * draw(1, 2, 9, 9, seed=3), 4 * draw(1, 2, 9, 9, seed=4)
+    exact = explicit(q.double(), k.double(), v.double(), bias=bias, factors=factors)
+    ours = rescaled_attention(q, k, v, bias=bias.float(), factors=factors.float(), form=form)
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours.double(), exact, rtol=0.1, atol=0.1)
+    assert (ours.double() - exact).norm() < 4 * torch.finfo(dtype).eps * exact.norm()

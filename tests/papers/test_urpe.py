@@ -233,6 +233,8 @@ def test_bad_relations_are_refused():
         layer(x, relations=torch.full((3, 3), 7))
     with pytest.raises(ValueError, match="cannot stream"):
         layer.prefill(x)
+    with pytest.raises(ValueError, match="grid of 1×2 has 2 places, got 3 tokens"):
+        URPEAttention(8, 2, index="grid", grid=(1, 2), causal=False)(x)
 
 
 # The theorems

@@ -1,15 +1,14 @@
 """Softmax attention whose weights are multiplied by a number a pair: their rows no longer sum to 1."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .fast import doubled_keys
 from .reference import explicit
 
-__all__ = ["doubled_keys", "explicit", "rescaled_attention"]
+__all__ = ["FORMS", "doubled_keys", "explicit", "rescaled_attention"]
 
-FUSED_FROM = 512  # keys, from which on the fused form is clearly the quicker of the two, on one thread
+FORMS = {"explicit": explicit, "fused": doubled_keys}
 
 
 def rescaled_attention(
@@ -21,7 +20,7 @@ def rescaled_attention(
     factors: Float[Tensor, "#batch #heads #queries #keys"] | None = None,
     visible: Bool[Tensor, "#batch #heads #queries #keys"] | None = None,
     scale: float | None = None,
-    form: str = "auto",
+    form: str = "explicit",
 ) -> Float[Tensor, "batch heads queries width"]:
     """y_i = Σ_j p_ij c_ij v_j,  p = softmax_j(s q_i·k_j + b_ij)  (arXiv:2205.13401, section 4).
 
@@ -32,19 +31,14 @@ def rescaled_attention(
         visible: True where a query may attend to a key; a query that may attend to none gets 0.
         scale: s; by default 1/√head_dim.
         form: "explicit" forms the weights of all pairs; "fused" leaves them to PyTorch's fused attention, over keys
-            that stand twice; "auto" takes the fused one for long sequences where nothing is differentiated: a fused
-            kernel gives no gradient to biases on a CPU.
+            that stand twice. On a CPU it is the slower of the two, and gives biases their gradient by forming the
+            weights after all.
 
+    >>> import torch
     >>> v = torch.tensor([[[[1.0], [3.0]]]])
     >>> rescaled_attention(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 2, 2), v, factors=torch.tensor([[[[2.0, 0.0]]]]))
     tensor([[[[1.]]]])
     """
-    if form not in ("auto", "explicit", "fused"):
-        raise ValueError(f"form must be auto, explicit or fused, got {form!r}")
-    if form == "auto":
-        differentiated = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, bias, factors)
-        )
-        form = "explicit" if differentiated or k.shape[-2] < FUSED_FROM else "fused"
-    run = doubled_keys if form == "fused" else explicit
-    return run(q, k, v, bias=bias, factors=factors, visible=visible, scale=scale)
+    if form not in FORMS:
+        raise ValueError(f"form must be {' or '.join(FORMS)}, got {form!r}")
+    return FORMS[form](q, k, v, bias=bias, factors=factors, visible=visible, scale=scale)

@@ -28,11 +28,13 @@ def doubled_keys(
     so each key stands twice: with the score S+B+log c and the value (v, 0), and with S+B and (0, 1). A softmax over all
     of them has one denominator, which the quotient of its first outputs and its last loses again. Factors of any sign
     are raised by a constant λ first, which the second copy takes back: Σ p (c + λ) v − λ Σ p v; so no logarithm of 0
-    arises, and gradients are right for any c.
+    arises, and gradients are right for any c. In float32 at least: fused kernels want scores in the type of the
+    queries, and half a precision has too few digits for them and for the difference.
     """
     width, scale = v.shape[-1], q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
     shape = (1, 1, q.shape[-2], k.shape[-2])
+    given, (q, k, v) = v.dtype, (x.to(dtype) for x in (q, k, v))
     b = q.new_zeros(shape, dtype=dtype) if bias is None else bias.to(dtype)
     c = q.new_ones(shape, dtype=dtype) if factors is None else factors.to(dtype)
     raised = (FLOOR - c.detach().amin()).clamp_min(0) if c.numel() else c.new_zeros(())
@@ -40,14 +42,14 @@ def doubled_keys(
     if visible is not None:
         scores = scores.masked_fill(~torch.cat([visible, visible], dim=-1), -torch.inf)
     first = F.pad(v, (0, 1))
-    second = F.pad(-raised.to(v.dtype) * v, (0, 1), value=1.0)
+    second = F.pad(-raised * v, (0, 1), value=1.0)
     values, keys = torch.cat([first, second], dim=-2), torch.cat([k, k], dim=-2)
     # Fused kernels want queries, keys and values of one width: zeros change no product.
     size = max(q.shape[-1], width + 1)
     size += -size % MULTIPLE
     q, keys, values = (F.pad(x, (0, size - x.shape[-1])) for x in (q, keys, values))
     scores = scores.expand(q.shape[0], q.shape[1], -1, -1)
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=scores.to(q.dtype), scale=scale)
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=scores, scale=scale)
     share = y[..., width : width + 1]
     # A query that may attend to no key has 0 in both.
-    return y[..., :width] / share.masked_fill(share == 0, 1)
+    return (y[..., :width] / share.masked_fill(share == 0, 1)).to(given)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import KVCache, check_heads, check_tokens, split_heads
-from provenn.ops.rescaled_attention import explicit, rescaled_attention
+from provenn.ops.rescaled_attention import FORMS, explicit, rescaled_attention
 from provenn.ops.rescaled_attention.reference import probabilities
 from provenn.papers.urpe.relations import RELATIONS, LogBuckets, Offsets, Paths, Relations, Window
 
@@ -62,7 +62,7 @@ class URPEAttention(nn.Module):
         causal: bool = True,
         bias: bool = True,
         dropout: float | int = 0.0,
-        form: str = "auto",
+        form: str = "explicit",
     ):
         check_whole(dim=dim, heads=heads, max_length=max_length, buckets=buckets, max_distance=max_distance)
         check_finite(init_scale=init_scale, dropout=dropout)
@@ -70,8 +70,8 @@ class URPEAttention(nn.Module):
         check_heads(dim, heads)
         if encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
-        if form not in ("auto", "explicit", "fused"):
-            raise ValueError(f"form must be auto, explicit or fused, got {form!r}")
+        if form not in FORMS:
+            raise ValueError(f"form must be {' or '.join(FORMS)}, got {form!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie between 0 and 1, below 1, got {dropout}")
         self.dim, self.heads, self.causal, self.encoding = dim, heads, causal, encoding

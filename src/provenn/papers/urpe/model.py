@@ -68,7 +68,7 @@ class SequenceEncoder(nn.Module):
         share_tables: bool = True,
         dropout: float | int = 0.0,
         init_scale: float | int = 1.0,
-        form: str = "auto",
+        form: str = "explicit",
     ):
         super().__init__()
         for name, value in (("vocab", vocab), ("layers", layers), ("hidden", hidden), ("max_length", max_length)):

@@ -126,6 +126,10 @@ class Window:
         return (2 * self.height - 1) * (2 * self.width - 1)
 
     def index(self, queries: Int[Tensor, " queries"], keys: Int[Tensor, " keys"]) -> Int[Tensor, "queries keys"]:
+        places = self.height * self.width
+        if max(len(queries), len(keys)) > places:
+            grid = f"{self.height}×{self.width}"
+            raise ValueError(f"a grid of {grid} has {places} places, got {max(len(queries), len(keys))} tokens")
         rows = keys // self.width - (queries // self.width)[:, None]
         columns = keys % self.width - (queries % self.width)[:, None]
         rows = rows.clamp(1 - self.height, self.height - 1) + self.height - 1
