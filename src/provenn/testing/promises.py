@@ -473,12 +473,17 @@ def _copy(subject: Subject) -> None:
 
 @_promise("compile")
 def _compile(subject: Subject) -> None:
-    """torch.compile takes it whole (one graph, the backend aot_eager) and gives the same output and gradients."""
+    """torch.compile takes it whole, as one graph, and gives the same output and gradients.
+
+    A mechanism's backward pass is traced too (the backend aot_eager). A preset is made of mechanisms and of torch's own
+    parts, and large: that its code can be captured is what is left to ask of it.
+    """
     module = subject.build()
+    backend = "aot_eager" if subject.slot else "eager"
     torch._dynamo.reset()
     results = []
     with unchecked():
-        for run in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+        for run in (module, torch.compile(module, backend=backend, fullgraph=True)):
             inputs = subject.inputs()
             output = _backward(run, inputs)
             results.append((output, [x.grad for x in inputs]))
