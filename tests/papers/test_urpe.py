@@ -349,6 +349,12 @@ def test_the_adaptive_softmax_gives_probabilities():
         TransformerXL(40, 8, 2, 1, 8, cutoffs=(25, 10))
 
 
+def test_a_model_without_memory_streams_no_tokens():
+    model = TransformerXL(40, 8, 2, 1, 8, cutoffs=(), segment=4, memory=0)
+    with pytest.raises(ValueError, match="memory=0 reads segments whole"):
+        list(model.generate(torch.zeros(1, 2, dtype=torch.long), 2))
+
+
 def test_layers_share_their_tables_through_copies_and_files(tmp_path):
     model = copy.deepcopy(urpe_lm_tiny())
     assert model.blocks[0].mixer.rel_scale is model.blocks[1].mixer.rel_scale

@@ -188,7 +188,13 @@ class TransformerXL(nn.Module):
         return self.logits(x), state
 
     def step(self, token: Int[Tensor, " batch"], state: Memory) -> tuple[Float[Tensor, "batch vocab"], Memory]:
-        """One token more."""
+        """One token more.
+
+        Raises:
+            ValueError: the model remembers nothing, so that each token would be read alone.
+        """
+        if not self.remembered:
+            raise ValueError("a model with memory=0 reads segments whole and streams no tokens; build it with memory")
         logits, state = self.prefill(token.unsqueeze(1), state)
         return logits.squeeze(1), state
 
