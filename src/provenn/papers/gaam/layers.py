@@ -26,7 +26,7 @@ class GateState(NamedTuple):
     """
 
     first: Float[Tensor, "batch dim"]
-    count: Float[Tensor, "batch 1"]
+    seen: Float[Tensor, "batch 1"]
     total: Float[Tensor, "batch dim"]
     squares: Float[Tensor, "batch dim"]
 
@@ -190,9 +190,9 @@ class GaussianAdaptiveAttention(nn.Module):
         if x_t.dim() != 2 or x_t.shape[-1] != self.dim:
             raise ValueError(f"expected one token a stream, (batch, {self.dim}), got {tuple(x_t.shape)}")
         y = at_least_single(x_t)
-        first = torch.where(state.count > 0, state.first.to(y.dtype), y)
+        first = torch.where(state.seen > 0, state.first.to(y.dtype), y)
         given = y - first
-        state = GateState(first, state.count + 1, state.total + given, state.squares + given.square())
+        state = GateState(first, state.seen + 1, state.total + given, state.squares + given.square())
         gate = self._from_sums(*(part.unsqueeze(-1) for part in (y, *state))).squeeze(-1)
         return x_t * gate.to(x_t.dtype), state
 

@@ -90,7 +90,7 @@ MODULES: dict[str, Callable[[int, int, dict[str, Any]], nn.Module]] = {
 
 
 def height_of(features: int) -> int:
-    """The rows of the map that a layer's features are laid out on: the largest divisor that is no more than the columns.
+    """The rows of the map that a layer's features are laid out on: the largest divisor up to the square root.
 
     >>> [height_of(features) for features in (1024, 5120, 64)]
     [32, 64, 8]
@@ -305,7 +305,7 @@ class AudioClassifier(nn.Module):
         return self.decoder(self.encoder(x, mask))
 
 
-# The decoders at the authors' size. The other options are those of `StackClassifier`.
+# Decoders at the authors' size, and a small one. The other options are those of `StackClassifier`.
 
 gaam_iemocap = partial(StackClassifier, num_classes=4, focal=2.5)
 gaam_v2_iemocap = partial(StackClassifier, num_classes=4, heads=1, focal=2.5)
@@ -317,3 +317,4 @@ mha_cifar100 = partial(StackClassifier, num_classes=100, module="mha")
 mixture_cifar100 = partial(StackClassifier, num_classes=100, module="mixture")
 gaam_agnews = partial(StackClassifier, num_classes=4, layers=40, dim=5120)
 gqdaam_agnews = partial(StackClassifier, num_classes=4, layers=40, dim=5120, module="gqdaam")
+gaam_small = partial(StackClassifier, layers=6, dim=64, heads=2, hidden=32)
