@@ -310,7 +310,7 @@ class AudioClassifier(nn.Module):
 gaam_iemocap = partial(StackClassifier, num_classes=4, focal=2.5)
 gaam_v2_iemocap = partial(StackClassifier, num_classes=4, heads=1, focal=2.5)
 mha_bn_iemocap = partial(StackClassifier, num_classes=4, module="mha_bn", focal=2.5)
-gqdaam_iemocap = partial(StackClassifier, num_classes=4, module="gqdaam", heads=1, focal=2.5)
+gqdaam_iemocap = partial(StackClassifier, num_classes=4, module="gqdaam", focal=2.5)
 gaam_cifar100 = partial(StackClassifier, num_classes=100)
 gaam_v2_cifar100 = partial(StackClassifier, num_classes=100, heads=1)
 mha_cifar100 = partial(StackClassifier, num_classes=100, module="mha")
