@@ -285,7 +285,13 @@ def graphs():
     return data, [OneRow(targets.median(dim=0).values)], None
 
 
+def sounds():
+    data = get_task("audio-classification").load("vowels", examples=30, test_examples=20)
+    return data, [Constant(shares(labels(data.train), 10))], 1 / 10
+
+
 CASES = {
+    "audio-classification": sounds,
     "graph-regression": graphs,
     "image-classification": lambda: classification("image-classification", "digits", 10),
     "image-generation": generation,

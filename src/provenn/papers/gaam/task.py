@@ -223,6 +223,16 @@ class LayerStacks(Task):
             rows.append([(told == labels).double(), entropy.double(), labels, told])
         return join_scores(("accuracy", "cross_entropy", LABEL, TOLD), rows)
 
+    def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "stacks layers dim"]:
+        """All stacks of a file, standardised as the weights say: what is shown is their mean."""
+        stacks, _, _ = read_stacks(file)
+        if "mean" not in meta:
+            return stacks
+        mean, std = torch.tensor(meta["mean"]), torch.tensor(meta["std"])
+        if mean.shape != stacks.shape[1:]:
+            raise UserError(f"{file} has stacks of {tuple(stacks.shape[1:])}, the weights are of {tuple(mean.shape)}")
+        return (stacks - mean) / std
+
     def trivial(self, data: TaskData) -> float:
         """Accuracy of the commonest class, or of a guess."""
         return blind_accuracy(*(_labels(part) for part in (data.train, data.test)))
