@@ -233,7 +233,7 @@ class AudioClassification(Task):
 
 TASK = AudioClassification()
 
-Part = tuple[list[Float[Tensor, "_ mels"]], Int[Tensor, " sounds"]]  # frames of each sound, and its class
+Part = tuple[list[Float[Tensor, "_ _"]], Int[Tensor, " _"]]  # frames of each sound, and its class
 Splits = dict[str, dict[str, list[Path]]]  # the files of each class of each split
 
 

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import check_heads, check_tokens, split_heads
 from provenn.ops.autograd import at_least_single
-from provenn.papers.gaam.slices import Slices, align_mask, count_from_end, moments
+from provenn.papers.gaam.slices import (
+    align_mask,
+    check_slices,
+    count_from_end,
+    join_slices,
+    moments,
+    seen_slices,
+    split_slices,
+)
 
 FLOOR = 1e-8  # added to every variance
 
@@ -129,10 +137,11 @@ class GaussianAdaptiveAttention(nn.Module):
                 f"heads must divide axis {self.axis}, of size {y.shape[-1]}, got {self.heads}; with uneven=True the "
                 "last takes the rest"
             )
-        slices = Slices(y.shape[-1], self.heads)
-        mean, variance = moments(slices.split(y), slices.seen(seen, y))
-        gate = self._gaussian(slices.split(y), mean, variance, self.offset.T[..., None], self.widths().T[..., None])
-        return slices.join(gate).movedim(-1, axis)
+        check_slices(y.shape[-1], self.heads)
+        parts = split_slices(y, self.heads)
+        mean, variance = moments(parts, seen_slices(seen, y, self.heads))
+        gate = self._gaussian(parts, mean, variance, self.offset.T[..., None], self.widths().T[..., None])
+        return join_slices(gate, y.shape[-1]).movedim(-1, axis)
 
     def _gaussian(self, y: Tensor, mean: Tensor, variance: Tensor, offset: Tensor, width: Tensor) -> Tensor:
         deviation = (y - mean - at_least_single(offset)) / (variance + FLOOR + self.eps).sqrt()

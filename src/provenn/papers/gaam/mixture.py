@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from provenn.nn.arguments import check_whole
 from provenn.ops.autograd import at_least_single
 from provenn.papers.gaam.layers import FLOOR
-from provenn.papers.gaam.slices import Slices, align_mask, count_from_end, moments
+from provenn.papers.gaam.slices import (
+    align_mask,
+    check_slices,
+    count_from_end,
+    join_slices,
+    moments,
+    seen_slices,
+    split_slices,
+)
 
 
 def equal_gaussian(
@@ -87,21 +95,22 @@ class GaussianMixtureAttention(nn.Module):
         axis = count_from_end(self.axis, x)
         mask = align_mask(mask, x, axis, whole=True)
         y = at_least_single(x).movedim(axis, -1)
-        slices = Slices(y.shape[-1], self.heads)
+        check_slices(y.shape[-1], self.heads)
+        n, heads = y.shape[-1], self.heads
         if self.official:
             if mask is not None:
                 raise ValueError("official=True takes a padding_value and no mask")
             padded = None if self.padding_value is None else y == self.padding_value
-            return slices.join(self._as_released(y, padded, slices)).movedim(-1, axis)
-        seen = slices.seen(None if mask is None else mask.movedim(axis, -1), y)
-        parts = slices.split(y)
+            return join_slices(self._as_released(y, padded), n).movedim(-1, axis)
+        seen = seen_slices(None if mask is None else mask.movedim(axis, -1), y, heads)
+        parts = split_slices(y, heads)
         mean, variance = moments(parts, seen, correction=1)
         logits = self._logits((parts - mean) / (variance + FLOOR).sqrt(), (variance + FLOOR).sqrt())
         if seen is None:
-            return slices.join(logits.softmax(dim=-1)).movedim(-1, axis)
+            return join_slices(logits.softmax(dim=-1), n).movedim(-1, axis)
         # Finite where nothing is seen: a NaN would reach the gradient of what is.
         logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
-        return slices.join(torch.where(seen, logits.softmax(dim=-1), 0)).movedim(-1, axis)
+        return join_slices(torch.where(seen, logits.softmax(dim=-1), 0), n).movedim(-1, axis)
 
     def _logits(self, deviation: Tensor, spread: Tensor) -> Tensor:
         """log w up to a constant, of (…, heads, slice) in units of the spread; offsets are in the input's."""
@@ -113,11 +122,11 @@ class GaussianMixtureAttention(nn.Module):
         shares = at_least_single(self.share).log_softmax(dim=-1)[:, None]
         return torch.logsumexp(shares - apart.square() * precision / 2, dim=-1)
 
-    def _as_released(self, y: Tensor, padded: Tensor | None, slices: Slices) -> Tensor:
+    def _as_released(self, y: Tensor, padded: Tensor | None) -> Tensor:
         """The library's arithmetic on all heads and Gaussians at once."""
-        seen = slices.seen(None, y)
-        parts = slices.split(y)
-        known = parts if padded is None else slices.split(torch.where(padded, 0, y))
+        seen = seen_slices(None, y, self.heads)
+        parts = split_slices(y, self.heads)
+        known = parts if padded is None else split_slices(torch.where(padded, 0, y), self.heads)
         mean, variance = moments(known, seen, correction=1)
         away = (parts - mean).unsqueeze(-1) - self.offset[:, None]
         square = self.width.square()[:, None]

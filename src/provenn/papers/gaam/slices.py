@@ -72,43 +72,41 @@ def moments(
     return mean, square / (count - correction).clamp(min=1)
 
 
-class Slices:
-    """How heads share an axis: contiguous slices of n // heads positions, of which the last takes what is over.
+# Heads share an axis of n in contiguous slices of n // heads positions, of which the last takes what is over.
 
-    Args:
-        n: positions.
-        heads: at most n.
+
+def check_slices(n: int, heads: int) -> None:
+    """Are there enough positions?
+
+    Raises:
+        ValueError: more heads than positions.
     """
+    if heads > n:
+        raise ValueError(f"heads must be at most the size of the axis they share, {n}, got {heads}")
 
-    def __init__(self, n: int, heads: int):
-        if heads > n:
-            raise ValueError(f"heads must be at most the size of the axis they share, {n}, got {heads}")
-        self.n, self.heads, self.size = n, heads, n // heads
-        self.longest = self.size + n % heads
 
-    @property
-    def even(self) -> bool:
-        """Whether all slices are equally long."""
-        return self.longest == self.size
+def split_slices(x: Tensor, heads: int) -> Tensor:
+    """(…, n) to (…, heads, longest), shorter slices filled up with zeros at their end."""
+    size, over = divmod(x.shape[-1], heads)
+    if over == 0:
+        return x.unflatten(-1, (heads, size))
+    first, last = x[..., : size * (heads - 1)], x[..., size * (heads - 1) :]
+    first = F.pad(first.unflatten(-1, (heads - 1, size)), (0, over))
+    return torch.cat([first, last.unsqueeze(-2)], dim=-2)
 
-    def split(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """(…, n) to (…, heads, longest), shorter slices filled up at their end."""
-        if self.even:
-            return x.unflatten(-1, (self.heads, self.size))
-        first, last = x[..., : self.size * (self.heads - 1)], x[..., self.size * (self.heads - 1) :]
-        first = first.unflatten(-1, (self.heads - 1, self.size))
-        first = F.pad(first, (0, self.longest - self.size), value=fill)
-        return torch.cat([first, last.unsqueeze(-2)], dim=-2)
 
-    def join(self, x: Tensor) -> Tensor:
-        """(…, heads, longest) back to (…, n)."""
-        if self.even:
-            return x.flatten(-2)
-        return torch.cat([x[..., :-1, : self.size].flatten(-2), x[..., -1, :]], dim=-1)
+def join_slices(x: Tensor, n: int) -> Tensor:
+    """(…, heads, longest) back to (…, n)."""
+    size, over = divmod(n, x.shape[-2])
+    if over == 0:
+        return x.flatten(-2)
+    return torch.cat([x[..., :-1, :size].flatten(-2), x[..., -1, :]], dim=-1)
 
-    def seen(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
-        """Which places of the slices there are, and may be seen; None where all."""
-        if mask is None and self.even:
-            return None
-        whole = torch.ones((1,) * (x.dim() - 1) + (self.n,), dtype=torch.bool, device=x.device)
-        return self.split((whole if mask is None else mask).float()) > 0
+
+def seen_slices(mask: Tensor | None, x: Tensor, heads: int) -> Tensor | None:
+    """Which places of the slices of `x` (…, n) there are, and may be seen; None where all."""
+    n = x.shape[-1]
+    if mask is None and n % heads == 0:
+        return None
+    whole = torch.ones((1,) * (x.dim() - 1) + (n,), dtype=torch.bool, device=x.device)
+    return split_slices((whole if mask is None else mask).float(), heads) > 0
