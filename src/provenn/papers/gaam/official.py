@@ -43,6 +43,8 @@ def convert(
     plain = {name.removeprefix("module."): value for name, value in state.items()}
     try:
         system, known, ours = _block(plain, options) if _is_block(plain) else _decoder(plain)
+    except UserError:
+        raise
     except (KeyError, ValueError, IndexError):
         raise UserError(f"{EXPECTED}, found other parameters") from None
     if preset not in (None, system):
