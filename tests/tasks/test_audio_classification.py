@@ -178,7 +178,7 @@ def test_given_splits_are_honoured(tmp_path):
         (lambda root: root.mkdir(), {}, "no .wav file"),
         (lambda root: (folder_of_tones(root / "train"), folder_of_tones(root / "test", ("high", "x"))), {}, "alone"),
         (lambda root: wavfile.write(root, 8000, tone()), {}, "is a file: give a folder"),
-        (lambda root: folder_of_tones(root), {"rate": 50}, "at least 100 samples a second"),
+        (lambda root: folder_of_tones(root), {"rate": 50}, "from 1,000 to 400,000 samples a second"),
         (lambda root: folder_of_tones(root), {"mels": 0}, "mels must be at least 1"),
         (lambda root: folder_of_tones(root), {"seconds": 0}, "seconds must be more than 0"),
     ],

@@ -15,6 +15,7 @@ from provenn.errors import UserError
 
 SUFFIXES = (".wav", ".wave")
 UNREAD = (".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".wma", ".aif", ".aiff")
+RATES = (1000, 400_000)  # samples a second that sound is recorded with
 QUIETEST = 1e-6  # power of a band, below which silence is silence
 
 # The mean formants of 33 men, in hertz (Peterson and Barney, 1952), by the word they were read in.
@@ -98,8 +99,8 @@ def read_sound(file: Path) -> tuple[Float32[np.ndarray, " samples"], int]:
     except Exception as error:  # scipy raises whatever a broken header leads to
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{file} cannot be read as a WAV file: {why}") from None
-    if rate < 1:
-        raise UserError(f"{file} says that it has {rate} samples a second")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise UserError(f"{file} says that it has {rate:,} samples a second: expected {RATES[0]:,} to {RATES[1]:,}")
     if samples.shape[0] < 2:
         count = samples.shape[0]
         raise UserError(f"{file} has {count} sample{'s' * (count != 1)}: too few to hear anything")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from provenn import progress
-from provenn.data.audio import FORMANTS, VOWEL_RATE, Frames, draw_vowel, log_mel, read_sound, resample, sounds_in
+from provenn.data.audio import FORMANTS, RATES, VOWEL_RATE, Frames, draw_vowel, log_mel, read_sound, resample, sounds_in
 from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
@@ -95,8 +95,8 @@ class AudioClassification(Task):
             parts = _drawn(seed, examples, test_examples, frames)
             return _prepare(place, list(FORMANTS), parts, frames, self.embedded[place])
         frames = Frames.of(rate or RATE, mels or MELS)
-        if frames.hop < 1:
-            raise UserError(f"rate must be at least 100 samples a second, got {rate}")
+        if not RATES[0] <= frames.rate <= RATES[1]:
+            raise UserError(f"rate must be from {RATES[0]:,} to {RATES[1]:,} samples a second, got {rate}")
         splits = _with_splits(place, _given(place), seed)
         classes = list(splits["train"])
         parts = [_read(splits[split], classes, frames, seconds) for split in SPLITS]

@@ -93,7 +93,7 @@ class Recordings(Standardised):
     """Of audio classification: samples a second, bands of a frame, and the most frames that were trained on."""
 
     classes: Names
-    rate: Annotated[int, Field(ge=100, le=2**20)]
+    rate: Annotated[int, Field(ge=1000, le=400_000)]
     mels: Annotated[int, Field(ge=1, le=2**10)]
     length: Count
 
