@@ -499,8 +499,7 @@ def test_inspection_shows_the_factor_of_all_that_it_is_given():
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    with torch.no_grad():
-        draw(model, x, {}, axes)
+    draw(model, x, {}, axes)
     assert len(axes.get_yticklabels()) == 6 and "%" in axes.get_yticklabels()[0].get_text()
 
 

@@ -75,7 +75,7 @@ TEXTS = stack_study(
     "layers, texts",
     text_stacks,
     ("none", "mha", "gaam"),
-    "six frozen layers of a small Transformer of bytes: code or docstring?",
+    "six frozen layers of a small Transformer of 12 bytes: head of a function, or docstring?",
 )
 
 # A series of 24 steps in the place of 24 layers, with drift and without.

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from provenn.errors import UserError
@@ -33,7 +34,8 @@ def factor_of(model: nn.Module, x: Any) -> Tensor:
 
 def draw(model: nn.Module, x: Any, meta: dict[str, Any], axes: "Axes") -> None:
     """The heat map, layers from the top down, each with its share."""
-    factor = factor_of(model, x).float().cpu()
+    with torch.no_grad():
+        factor = factor_of(model, x).float().cpu()
     shares = layer_shares(factor).tolist()
     axes.set_axis_on()
     image = axes.imshow(factor.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")

@@ -31,7 +31,7 @@ from provenn.training import Recipe, fit
 CUT = (0.7, 0.15, 0.15)  # of the user's stacks
 HIDDEN = 0.4  # share of frames that an encoder has to rebuild
 PATCH = 8  # pixels of a side
-BYTES = 48  # of a text
+READ, BYTES = 256, 12  # of a text, and of a cut from it
 PRETRAINING = Recipe(epochs=1000, max_steps=300, batch_size=32, lr=2e-3, schedule="onecycle", clip=1.0)
 SIZES = {"train": 1500, "val": 400, "test": 800}
 
@@ -115,12 +115,23 @@ def patch_frames(seed: int, smoke: bool) -> tuple[list[Sequences], list[str]]:
 
 
 def text_frames(seed: int, smoke: bool) -> tuple[list[Sequences], list[str]]:
-    data = get_task("text-classification").load("stdlib-docstrings", seed=seed, length=BYTES)
+    """Twelve bytes from anywhere in the head of a function, or in the first line of a docstring."""
+    data = get_task("text-classification").load("stdlib-docstrings", seed=seed, length=READ)
+    generator = torch.Generator().manual_seed(seed)
     parts = []
     for split in SIZES:
-        tokens, _, lengths, labels = _few(getattr(data, split), 40 if smoke else SIZES[split], seed).tensors
-        parts.append(Sequences(F.one_hot(tokens, 256).float(), lengths, labels.long()))
-    return parts, data.meta["classes"]
+        tokens, which, counts, _ = _few(getattr(data, split), 20 if smoke else SIZES[split] // 2, seed).tensors
+        cuts, labels = [], []
+        for row, of, count in zip(tokens, which, counts.tolist()):
+            for label in (0, 1):
+                text = row[:count][of[:count] == label]
+                if len(text) >= BYTES:
+                    start = int(torch.randint(len(text) - BYTES + 1, (), generator=generator))
+                    cuts.append(text[start : start + BYTES])
+                    labels.append(label)
+        frames = F.one_hot(torch.stack(cuts), 256).float()
+        parts.append(Sequences(frames, torch.full((len(cuts),), BYTES), torch.tensor(labels)))
+    return parts, ["head", "docstring"]
 
 
 def _few(dataset: Dataset, count: int, seed: int) -> TensorDataset:
@@ -187,7 +198,7 @@ class LayerStacks(Task):
     embedded = {  # noqa: RUF012
         "vowels": "six layers of a small Transformer that learned to rebuild synthesised vowels: which vowel?",
         "patches": "six layers of one that learned to rebuild patches of photographs: which photograph?",
-        "docstrings": "six layers of one that learned to rebuild texts of the standard library: code or docstring?",
+        "docstrings": "six layers of one that learned to rebuild bytes: head of a function, or docstring?",
     }
     reads = "a .safetensors file of stacks, as LayerStackProbe.extract writes it"
 
