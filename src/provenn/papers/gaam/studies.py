@@ -1,8 +1,7 @@
 """Data and networks of GAAM's experiments: frozen stacks, drifting series, densities, layers alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -222,17 +221,15 @@ class LayersAlone:
         def one(seed: int) -> dict[str, Any]:
             data = self.study.data_for(run, seed)
             torch.manual_seed(seed)
-            before = shares_of(stack_network("gaam", **data.options), data.val)
-            build: Callable[[], StackClassifier] = lambda: stack_network("gaam", **data.options)  # noqa: E731
+            build = partial(stack_network, "gaam", **data.options)
+            before = shares_of(build(), data.val)
             whole = fit(build, TASK, data, recipe, seed=seed, device=run.device, title="all layers")
             after = shares_of(whole.model, data.val)  # type: ignore[arg-type]  # what `build` made
             alone = []
             for layer in range(data.options["layers"]):
                 part = one_layer(data, layer)
-                done = fit(
-                    lambda part=part: stack_network("none", **part.options), TASK, part, recipe, seed=seed,
-                    device=run.device, title=f"layer {layer + 1} alone",
-                )  # fmt: skip
+                make = partial(stack_network, "none", **part.options)
+                done = fit(make, TASK, part, recipe, seed=seed, device=run.device, title=f"layer {layer + 1} alone")
                 alone.append(done.metrics["accuracy"])
             accuracy = whole.metrics["accuracy"]
             return {

@@ -157,10 +157,10 @@ def pretrained_stacks(source: str, seed: int, smoke: bool = False) -> TaskData:
     """
     make, discrete = SOURCES[source]
     parts, classes = make(seed, smoke)
-    frames = [TensorDataset(part.frames, part.lengths) for part in parts]
+    train, val, test = (TensorDataset(part.frames, part.lengths) for part in parts)
     recipe = Recipe(epochs=1, max_steps=2) if smoke else PRETRAINING
     channels = parts[0].frames.shape[-1]
-    data = TaskData(source, *frames, fingerprint=fingerprint(*(part.lengths for part in parts)))
+    data = TaskData(source, train, val, test, fingerprint=fingerprint(*(part.lengths for part in parts)))
     done = fit(
         lambda: StackEncoder(channels), RebuiltFrames(discrete), data, recipe, seed=seed, title=f"encoder of {source}"
     )
@@ -180,13 +180,13 @@ def encode(encoder: nn.Module, part: Sequences) -> Float[Tensor, "examples layer
 
 def stack_data(name: str, parts: Sequence[tuple[Tensor, Tensor]], classes: Sequence[str], about: str) -> TaskData:
     """Stacks of three splits with their classes, standardised by those of training."""
-    train = parts[0][0]
-    mean, std = train.mean(dim=0), train.std(dim=0, correction=0).clamp(min=1e-6)
-    sets = [TensorDataset((stacks - mean) / std, labels) for stacks, labels in parts]
+    known = parts[0][0]
+    mean, std = known.mean(dim=0), known.std(dim=0, correction=0).clamp(min=1e-6)
+    train, val, test = (TensorDataset((stacks - mean) / std, labels) for stacks, labels in parts)
     meta = {"classes": list(classes), "mean": mean.tolist(), "std": std.tolist()}
-    options = {"num_classes": len(classes), "layers": train.shape[1], "dim": train.shape[2]}
-    marks = [tensor for part in sets for tensor in part.tensors]
-    return TaskData(name, *sets, fingerprint=fingerprint(*marks), options=options, meta=meta, about=about)
+    options = {"num_classes": len(classes), "layers": known.shape[1], "dim": known.shape[2]}
+    marks = [tensor for part in (train, val, test) for tensor in part.tensors]
+    return TaskData(name, train, val, test, fingerprint(*marks), options, meta, about=about)
 
 
 class LayerStacks(Task):
@@ -202,7 +202,7 @@ class LayerStacks(Task):
     }
     reads = "a .safetensors file of stacks, as LayerStackProbe.extract writes it"
 
-    def load(self, source: str | Path, *, seed: int = 0) -> TaskData:
+    def load(self, source: str | Path, *, seed: int = 0) -> TaskData:  # type: ignore[override]  # names its options
         """Stacks of an encoder that is pre-trained first, which takes a minute, or the user's own: 70, 15 and 15 %.
 
         Raises:
