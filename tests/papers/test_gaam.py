@@ -367,6 +367,47 @@ def test_a_block_adds_each_layer_to_what_it_reads():
     assert sum(p.numel() for p in counted.parameters()) == 120
 
 
+@pytest.mark.parametrize("options", [{}, {"combine": "sum"}, {"official": True}])
+def test_derivatives_of_the_mixture_are_right_twice(options):
+    made, x = mixture(2, 2, **options), 3 * normal(1, 5, 2)
+    names = [name for name, _ in made.named_parameters()]
+
+    def call(x, *values):
+        return torch.func.functional_call(made, dict(zip(names, values)), (x,))
+
+    given = (x.requires_grad_(), *(p.detach().clone().requires_grad_() for p in made.parameters()))
+    assert torch.autograd.gradcheck(call, given)
+    assert torch.autograd.gradgradcheck(call, given)
+
+
+@pytest.mark.parametrize(
+    "module", [GaussianAdaptiveAttention(3, 2), GaussianAdaptiveAttention(3, causal=True), GaussianMixtureAttention(2)]
+)
+def test_transforms_of_torch_func_see_each_example_alone(module):
+    module, x = stirred(module), normal(3, 6, 3)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, [0, 4]] = False
+
+    def alone(x, mask):
+        return module(x[None], mask=mask[None])[0]
+
+    torch.testing.assert_close(torch.func.vmap(alone)(x, mask), module(x, mask=mask))
+    slopes = torch.func.vmap(torch.func.grad(lambda x, mask: alone(x, mask).sin().sum()))(x, mask)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(module(x, mask=mask).sin().sum(), x)
+    torch.testing.assert_close(slopes, expected)
+
+
+def test_autocast_forward_and_backward_outside_agree_with_single_precision():
+    made = GaussianMixtureBlock([1], 2, 2)
+    x = torch.randn(2, 6, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = made(x)
+    (slope,) = torch.autograd.grad(y.float().square().sum(), x)
+    (expected,) = torch.autograd.grad(made(x).square().sum(), x)
+    torch.testing.assert_close(slope, expected, rtol=0.05, atol=0.05)
+
+
 # Attention
 
 
