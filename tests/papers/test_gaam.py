@@ -646,6 +646,13 @@ def test_stacks_are_kept_on_disk_and_those_of_another_encoder_refused(tmp_path):
     torch.testing.assert_close(data.train.tensors[0].mean(dim=0), torch.zeros(3, 16), atol=1e-5, rtol=0)
     shown = TASK.example(file, data.meta)
     assert shown.shape == (12, 3, 16)
+    TASK.check_meta(data.meta, "weights")
+    assert torch.equal(TASK.held_out(file, data.meta, whole=False).dataset.tensors[0], data.test.tensors[0])
+    assert len(TASK.held_out(file, data.meta).dataset) == 12
+    with pytest.raises(UserError, match="knows no class 'a'"):
+        TASK.held_out(file, {**data.meta, "classes": ["b", "c"]})
+    with pytest.raises(UserError, match=r"stacks of \(3, 16\), the weights are of \(2, 2\)"):
+        TASK.example(file, {"mean": [[0.0, 0.0]] * 2, "std": [[1.0, 1.0]] * 2})
     with torch.no_grad():
         next(encoder.parameters()).add_(1)
     with pytest.raises(UserError, match="another encoder"):

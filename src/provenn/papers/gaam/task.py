@@ -25,7 +25,8 @@ from provenn.tasks import (
     join_scores,
     split_indices,
 )
-from provenn.tasks.base import LABEL, TOLD, blind_accuracy
+from provenn.tasks.base import LABEL, TOLD, HeldOut, blind_accuracy
+from provenn.tasks.meta import Finite, Meta, Names, Positive
 from provenn.training import Recipe, fit
 
 CUT = (0.7, 0.15, 0.15)  # of the user's stacks
@@ -189,10 +190,19 @@ def stack_data(name: str, parts: Sequence[tuple[Tensor, Tensor]], classes: Seque
     return TaskData(name, train, val, test, fingerprint(*marks), options, meta, about=about)
 
 
+class Stacks(Meta):
+    """What is kept beside weights: mean and deviation of every layer and feature."""
+
+    classes: Names
+    mean: list[list[Finite]]
+    std: list[list[Positive]]
+
+
 class LayerStacks(Task):
     """Items are (stack (layers, dim), class): of each layer of an encoder the mean over its tokens."""
 
     name = "layer-stacks"
+    meta_schema = Stacks
     metric = "accuracy"
     higher_is_better = True
     embedded = {  # noqa: RUF012
@@ -233,6 +243,24 @@ class LayerStacks(Task):
             entropy = F.cross_entropy(logits, labels, reduction="none")
             rows.append([(told == labels).double(), entropy.double(), labels, told])
         return join_scores(("accuracy", "cross_entropy", LABEL, TOLD), rows)
+
+    def held_out(
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True, **options: Any
+    ) -> HeldOut:
+        """As in `Task`; stacks of a file are standardised as the weights say."""
+        place = self._named(source)
+        if isinstance(place, str):
+            return HeldOut(self.load(place, seed=seed).test, f"the test split of {place}")
+        _, labels, classes = read_stacks(place)
+        known = meta.get("classes", classes)
+        unknown = next((name for name in classes if name not in known), None)
+        if unknown is not None:
+            raise UserError(f"{place}: the model knows no class {unknown!r}; it knows: {', '.join(known[:12])}")
+        stacks, numbers = self.example(place, meta), torch.tensor([known.index(name) for name in classes])[labels]
+        if whole:
+            return HeldOut(TensorDataset(stacks, numbers), f"all of {place}")
+        part = split_indices(len(stacks), CUT, seed)[2]
+        return HeldOut(TensorDataset(stacks[part], numbers[part]), f"the test split of {place}")
 
     def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "stacks layers dim"]:
         """All stacks of a file, standardised as the weights say: what is shown is their mean."""
