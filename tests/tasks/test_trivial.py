@@ -286,7 +286,9 @@ def graphs():
 
 
 def sounds():
-    data = get_task("audio-classification").load("vowels", examples=30, test_examples=20)
+    """Classes come in turn, so that splits differ by their ends alone."""
+    data = get_task("audio-classification").load("vowels", examples=30, test_examples=23)
+    data = replace(data, val=TensorDataset(*data.val[:7]))
     return data, [Constant(shares(labels(data.train), 10))], 1 / 10
 
 
