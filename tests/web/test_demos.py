@@ -233,6 +233,16 @@ def test_a_forecast_is_drawn(client):
     assert large["words"].startswith("your file has values so large")
 
 
+def test_a_sound_is_classified(client):
+    told, page, _ = answer(client, "gaam", sample="heed.wav")
+    shares = told["result"]["shares"]
+    assert shares[0][0] == "heed" and sum(share for _, share in shares) == pytest.approx(1, abs=1e-4)
+    assert page.count('class="share-bar"') == 10 and "shown.png" not in page and "inside" in told["result"]
+    cut = b"RIFF\x24\0\0\0WAVEfmt "
+    failed, page, _ = answer(client, "gaam", cut, name="a.wav")
+    assert failed["state"] == "failed" and "cannot be read as a WAV file" in page
+
+
 def test_numbers_are_told_of_graphs(client):
     lines = '{"name": "a <b>", "nodes": ["node", "node"], "edges": [[0, 1]]}\n{"nodes": ["node"], "edges": []}\n'
     told, page, _ = answer(client, "urpe", lines.encode(), name="graphs.csv", preset="urpe_graph_tiny")
@@ -276,6 +286,7 @@ def test_damaged_pictures_fail_in_one_line_and_the_worker_goes_on(client):
         ("aaren", picture(9, 9), 415, "no table"),
         ("aaren", b"a\n" + b"1\n" * 20_000, 413, "rows"),
         ("aaren", b"," * 100, 413, "columns"),
+        ("gaam", b"RIFF\0\0\0\0WEBPVP8X", 415, "no sound that can be read"),
         ("rat", None, 422, "no words"),
     ],
 )  # fmt: skip

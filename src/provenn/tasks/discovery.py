@@ -24,6 +24,7 @@ SHARED = (
     "translation",
     "recall",
     "graph-regression",
+    "audio-classification",
 )
 FACTS = ("name", "metric", "higher_is_better", "embedded", "reads")
 

@@ -89,6 +89,18 @@ class LabelledSeries(Standardised):
     pairs: bool = False
 
 
+class Recordings(Standardised):
+    """Of audio classification: samples a second, bands of a frame, and the most frames that were trained on."""
+
+    classes: Names
+    rate: Annotated[int, Field(ge=1000, le=400_000)]
+    mels: Annotated[int, Field(ge=1, le=2**10)]
+    length: Count
+
+    def width(self) -> int:
+        return self.mels
+
+
 class Molecules(Standardised):
     """Of graph regression: what labels of nodes and edges are called, and the targets, which are standardised."""
 

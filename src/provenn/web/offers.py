@@ -42,7 +42,7 @@ class Kind:
     """How a kind of work is tried.
 
     Args:
-        takes: picture, table, graphs, words or classes.
+        takes: picture, sound, table, graphs, words or classes.
         asks: what the form says that it wants.
         does: what its button says.
         streams: whether the answer comes piece by piece.
@@ -61,6 +61,7 @@ KINDS = {
     "semantic-segmentation": Kind("picture", "a picture", "Divide it"),
     "series-forecasting": Kind("table", "a table, a row a step, the oldest first", "Forecast it"),
     "graph-regression": Kind("graphs", "graphs, as lines of JSON or as molecules", "Tell their numbers"),
+    "audio-classification": Kind("sound", "a sound of a few seconds", "Classify it"),
     "language-modelling": Kind("words", "how a text begins", "Go on with it", streams=True),
     "accelerated-language-modelling": Kind("words", "how a text begins", "Go on with it", streams=True),
     "image-generation": Kind("classes", "what to draw", "Draw"),
@@ -73,6 +74,7 @@ OFFERED = {
     "textures": [Sample(f"textures-{k}.png", f"a mosaic of textures, number {k}") for k in (1, 2)],
     "airline": [Sample("airline.csv", "airline passengers a month, 1949 to 1960")],
     "regular": [Sample("regular.jsonl", "four drawn graphs, three neighbours a node")],
+    "vowels": [Sample(f"{word}.wav", f"a synthesised vowel, as in {word}") for word in ("heed", "had", "hod", "heard")],
     "stdlib": [
         Sample("main", "a function", "def main("),
         Sample("class", "a class", "class Reader:\n    def __init__(self, "),

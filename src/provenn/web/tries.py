@@ -186,7 +186,8 @@ def _job(offer: Offer, form: FormData) -> Job:
         if takes == "picture":
             suffix = uploads.picture_suffix(content, PIXELS)
         else:
-            suffix = uploads.graphs_suffix(content) if takes == "graphs" else uploads.table_suffix(content)
+            kinds = {"graphs": uploads.graphs_suffix, "sound": uploads.sound_suffix}
+            suffix = kinds.get(takes, uploads.table_suffix)(content)
         return Job(offer.paper, offer.preset, {}, content, suffix)
     sample = offer.sample(_text(form, "sample"))
     if sample is None:

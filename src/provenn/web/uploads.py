@@ -125,6 +125,17 @@ def _webp_size(content: bytes) -> tuple[int, int] | None:
     return size and (size[0] & 0x3FFF, size[1] & 0x3FFF)
 
 
+def sound_suffix(content: bytes) -> str:
+    """The ending for a sound.
+
+    Raises:
+        Refused: it is no WAV file.
+    """
+    if content[:4] not in (b"RIFF", b"RIFX", b"RF64") or content[8:12] != b"WAVE":
+        raise Refused(415, "the file is no sound that can be read: expected WAV")
+    return ".wav"
+
+
 def graphs_suffix(content: bytes) -> str:
     """The ending for graphs: molecules where the text says so, else lines of JSON.
 

@@ -263,12 +263,15 @@ def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, 
 
 def _classify(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
     assert given is not None
+    return {**_hear(model, label, given, options, tell), "size": _shown(given)}
+
+
+def _hear(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
     _predict(model, label, [given], Path("classes.csv"))
     with open("classes.csv", encoding="utf-8", newline="") as file:
         _, row = csv.reader(file)
-    size = _shown(given)
     shares = sorted(zip(label.meta["classes"], map(float, row[2:])), key=lambda pair: -pair[1])
-    return {"kind": "classes", "size": size, "shares": shares[:10], "of": len(shares)}
+    return {"kind": "classes", "shares": shares[:10], "of": len(shares)}
 
 
 def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
@@ -351,6 +354,7 @@ def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any
 WORKS: dict[str, Callable[[Any, "Label", Path | None, dict[str, Any], Tell], dict[str, Any]]] = {
     "super-resolution": _enlarge,
     "image-classification": _classify,
+    "audio-classification": _hear,
     "object-detection": _detect,
     "semantic-segmentation": _segment,
     "language-modelling": _write,

@@ -1,0 +1,271 @@
+"""What GAAM's authors say, and what building it brought to light, as measurements."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from provenn.bench import count_parameters
+from provenn.evidence import Measurement, Race, Run, Study, Table, measures
+from provenn.nn.attention import SoftmaxAttention
+from provenn.papers.gaam.layers import GaussianAdaptiveAttention
+from provenn.papers.gaam.mixture import GaussianMixtureAttention, equal_gaussian
+from provenn.papers.gaam.model import LayerAttention
+from provenn.papers.gaam.studies import (
+    DENSITIES,
+    DRIFT,
+    HEADS,
+    LAYER_ARMS,
+    LayersAlone,
+    closest,
+    drifting_speakers,
+    lora,
+    patch_stacks,
+    series_network,
+    speakers,
+    stack_network,
+    text_stacks,
+    total_variation,
+    vowel_stacks,
+)
+from provenn.papers.gaam.task import TASK
+from provenn.training import Recipe
+
+TRAINING = Recipe(
+    epochs=1000, max_steps=500, batch_size=32, optimizer="adamw", weight_decay=0.01, schedule="onecycle", clip=1.0
+)
+RATES = (1e-3, 3e-3, 1e-2)
+
+# Frozen stacks: each seed has an encoder of its own, which every arm shares.
+
+
+def stack_study(name: str, data: Any, arms: tuple[str, ...], about: str, **more: Any) -> Study:
+    return Study(
+        name,
+        TASK,
+        data=data,
+        arms={arm: LAYER_ARMS[arm] for arm in arms},
+        build=stack_network,
+        recipe=TRAINING,
+        lrs=RATES,
+        about=about,
+        kind="between stack and decoder",
+        columns={"its parameters": lambda arm: count_parameters(stack_network(arm, num_classes=2).attention)},
+        setting={"layers": 6, "dim": 64, "decoder's hidden channels": 32},
+        note="The encoder was pre-trained on frames alone, without classes, and is frozen; another for each seed.",
+        **more,
+    )
+
+
+PATCHES = stack_study(
+    "layers, patches",
+    patch_stacks,
+    ("none", "mha", "mha_bn", "gaam", "mixture", "gqa", "gqdaam"),
+    "six frozen layers of a small Transformer of photographs' patches: which photograph?",
+)
+VOWELS = stack_study(
+    "layers, vowels",
+    vowel_stacks,
+    ("none", "mha", "gaam", "gaam_v2"),
+    "six frozen layers of a small Transformer of synthesised vowels: which vowel?",
+)
+TEXTS = stack_study(
+    "layers, texts",
+    text_stacks,
+    ("none", "mha", "gaam"),
+    "six frozen layers of a small Transformer of 12 bytes: head of a function, or docstring?",
+)
+
+# A series of 24 steps in the place of 24 layers, with drift and without.
+
+
+def series_study(name: str, data: Any, arms: tuple[str, ...], about: str) -> Study:
+    return Study(
+        name,
+        TASK,
+        data=data,
+        arms={arm: LAYER_ARMS[arm] for arm in arms},
+        build=series_network,
+        recipe=Recipe(
+            epochs=1000, max_steps=360, batch_size=32, optimizer="adamw", weight_decay=0.01, schedule="onecycle",
+            clip=1.0,
+        ),
+        lrs=RATES,
+        about=about,
+        kind="over steps",
+        setting={"steps": 24, "dim": 64, "decoder's hidden channels": 64},
+    )  # fmt: skip
+
+
+SPEAKERS = series_study(
+    "JapaneseVowels",
+    speakers,
+    ("none", "mha", "gaam", "mixture"),
+    "JapaneseVowels: 9 speakers by 12 cepstral channels, brought to 24 steps",
+)
+DRIFTING = series_study(
+    "JapaneseVowels, drifting",
+    drifting_speakers,
+    ("none", "mha", "gaam"),
+    "the same with a slow random drift of gain and offset in every series and channel",
+)
+
+# Parameters of what is trained, at some widths.
+
+
+def parameters_of(build: Callable[[int], nn.Module]) -> Callable[[int, str], Callable[[], int]]:
+    def make(dim: int, device: str) -> Callable[[], int]:
+        with torch.device("meta"):
+            module = build(dim)
+        return lambda: count_parameters(module)
+
+    return make
+
+
+PARAMETERS = Race(
+    "parameters",
+    {
+        "GAAM, 8 heads": parameters_of(partial(GaussianAdaptiveAttention, heads=8)),
+        "GAAM, 1 head": parameters_of(GaussianAdaptiveAttention),
+        "MHA": parameters_of(partial(SoftmaxAttention, heads=8)),
+        "LoRA r=4": parameters_of(partial(lora, rank=4, layers=24)),
+    },
+    sizes=(64, 256, 1024, 4096),
+    quantity="count",
+    of="parameters",
+    unit="features",
+    note="LoRA is on queries and keys of 24 layers, as the paper's; the others stand once, behind the encoder.",
+)
+
+CLAIMS: dict[str, Callable[[Run], Measurement]] = {
+    "layers_mha": PATCHES.against("gaam", "mha", shown=("none", "mha_bn", "mixture")),
+    "layers_none": PATCHES.against("gaam", "none", shown=("mha",)),
+    "gate_before_gqa": PATCHES.against("gqdaam", "gqa", shown=("none", "gaam")),
+    "speech_mha": VOWELS.against("gaam", "mha", shown=("none", "gaam_v2")),
+    "text_mha": TEXTS.against("gaam", "mha", shown=("none",)),
+    "speakers_mha": SPEAKERS.against("gaam", "mha", shown=("none", "mixture")),
+    "speakers_none": SPEAKERS.against("gaam", "none", shown=("mha",)),
+    "parameters_mha": PARAMETERS.against("GAAM, 8 heads", "MHA", at=1024),
+    "parameters_lora": PARAMETERS.against("GAAM, 8 heads", "LoRA r=4", at=1024),
+}
+
+
+@measures("drift_mha")
+def drift_mha(run: Run) -> Measurement:
+    """What each loses to drift, seed by seed: accuracy without it less accuracy with it."""
+    arms = ("gaam", "mha")
+    steady, facts = SPEAKERS.measure(run, arms, shown=("none",))
+    drifting, moved = DRIFTING.measure(run, arms, shown=("none",))
+    lost = {arm: [a - b for a, b in zip(steady[arm], drifting[arm], strict=True)] for arm in arms}
+    moved["skills"] = [*facts["skills"], *moved["skills"]]
+    moved["setting"] = {**moved["setting"], "drift": DRIFT}
+    moved["tables"] = [*facts["tables"], *moved["tables"]]
+    return Measurement.of("difference", lost["gaam"], lost["mha"], sides=("GAAM, lost", "MHA, lost"), **moved)
+
+
+# The Importance Factor, before and after training, and layers alone.
+
+ALONE = LayersAlone(PATCHES, rate=3e-3)
+
+
+@measures("importance_rank")
+def importance_rank(run: Run) -> Measurement:
+    """Of each seed the rank correlation over layers of their share in the factor and their accuracy alone."""
+    return ALONE.measure(run, "with accuracy alone")
+
+
+@measures("importance_learned")
+def importance_learned(run: Run) -> Measurement:
+    """Of each seed the rank correlation over layers of their shares before and after training."""
+    return ALONE.measure(run, "with the untrained gate")
+
+
+# What is exactly so.
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fits(combine: str, gaussians: tuple[int, ...]) -> tuple[float, list[list[Any]]]:
+    """The worst total variation of the largest gate, and a row a number of Gaussians."""
+    rows: list[list[Any]] = []
+    for count in gaussians:
+        row = [total_variation(closest(combine, count, target), target) for target in DENSITIES.values()]
+        rows.append([count, *row])
+    return max(rows[-1][1:]), rows
+
+
+@measures("any_density")
+def any_density(run: Run) -> Measurement:
+    worst, rows = fits("product", (1, 4, 16))
+    table = Table(caption="Total variation that is left, by Gaussians", columns=["Gaussians", *DENSITIES], rows=rows)
+    return Measurement.exact(worst, "total variation, the worst of three densities", tables=[table])
+
+
+@measures("sum_reaches")
+def sum_reaches(run: Run) -> Measurement:
+    worst, rows = fits("sum", (1, 4, 16))
+    table = Table(caption="Total variation that is left, by Gaussians", columns=["Gaussians", *DENSITIES], rows=rows)
+    return Measurement.exact(worst, "total variation, the worst of three densities", tables=[table])
+
+
+@measures("one_gaussian")
+def one_gaussian(run: Run) -> Measurement:
+    """The library's arithmetic with five Gaussians, and with the one that they are."""
+    five = GaussianMixtureAttention(3, 5, official=True).double()
+    one = GaussianMixtureAttention(3, 1, official=True).double()
+    with torch.no_grad():
+        five.offset.copy_(0.3 * normal(3, 5))
+        five.width.copy_(2 + 0.5 * normal(3, 5, seed=1))
+        offset, precision = equal_gaussian(five.offset, five.width)
+        one.offset.copy_(offset[:, None])
+        one.width.copy_(precision.rsqrt()[:, None])
+        x = normal(4, 21, seed=2)
+        return Measurement.exact((five.weights(x) - one.weights(x)).abs().max().item(), "largest difference, float64")
+
+
+@measures("batch_leak")
+def batch_leak(run: Run) -> Measurement:
+    """The first example's output, when the second is another."""
+    moved = {}
+    for across in (True, False):
+        torch.manual_seed(0)
+        attention = LayerAttention(64, 24, across_batch=across).double().eval()
+        x, other = normal(3, 24, 64), normal(3, 24, 64)
+        other[1] = normal(24, 64, seed=1)
+        with torch.no_grad():
+            moved[across] = (attention(x)[0] - attention(other)[0]).abs().max().item()
+    return Measurement.holds(
+        moved[True] > 1e-3 and moved[False] < 1e-12,
+        f"it changes by {moved[True]:.2g} as released, by {moved[False]:.2g} with the batch first",
+    )
+
+
+@measures("keeps_cache")
+def keeps_cache(run: Run) -> Measurement:
+    """A whole pass, and single steps with the gate's state and attention's cache."""
+    torch.manual_seed(0)
+    gate, attention = GaussianAdaptiveAttention(32, causal=True).double(), SoftmaxAttention(32, 4).double()
+    x = normal(2, 19, 32)
+    with torch.no_grad():
+        gate.offset.copy_(0.2 * normal(1, 32, seed=1))
+        whole = attention(gate(x))
+        state, cache, steps = gate.init_state(2), attention.init_state(2), []
+        for token in x.unbind(dim=1):
+            gated, state = gate.step(token, state)
+            y, cache = attention.step(gated, cache)
+            steps.append(y)
+    return Measurement.exact((torch.stack(steps, dim=1) - whole).abs().max().item(), "largest difference, float64")
+
+
+@measures("heads_alike")
+def heads_alike(run: Run) -> Measurement:
+    """−log G of features of very different layers, averaged over each head's three layers, against 1 / 2ξ."""
+    gate = GaussianAdaptiveAttention(64, heads=8).double()
+    x = normal(5, 24, 64) * torch.logspace(2, 5, 24, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        mean = -gate.weights(x).log().unflatten(1, (HEADS, 3)).mean(dim=2)
+    return Measurement.exact((mean - 1 / 4).abs().max().item(), "largest difference from 1 / 2ξ", setting={"ξ": 2})

@@ -1,0 +1,148 @@
+"""Any Hugging Face encoder, frozen, with a decoder of its pooled layers: the paper's fine-tuning."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from provenn.errors import UserError
+from provenn.papers.gaam.model import StackClassifier, pool_tokens
+
+FEATURES, LABELS = "features", "labels"
+
+
+class LayerStackProbe(nn.Module):
+    """A frozen encoder, the mean over tokens of each of its layers, and a `StackClassifier` of these.
+
+    The encoder gets no gradient and stays in eval mode. Its first hidden state, the embeddings, is left out. With an
+    `attention_mask` the mean is over real tokens (of sound, over real frames); the released scripts take padding along.
+
+    Args:
+        encoder: a model of transformers with `hidden_states`, such as WavLM, BEiT or Llama.
+        num_classes: size of the output.
+        options: of the `StackClassifier`: module, heads, hidden, …
+
+    Shapes: what the encoder takes, by name, to (batch, num_classes).
+
+    Raises:
+        ValueError: a model whose configuration names no layers.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int, **options: Any):
+        super().__init__()
+        config: Any = getattr(encoder, "config", None)
+        try:
+            layers, dim = int(config.num_hidden_layers), int(config.hidden_size)
+        except (AttributeError, TypeError):
+            raise ValueError(
+                f"expected an encoder of transformers, whose config has num_hidden_layers and hidden_size, got "
+                f"{type(encoder).__name__}"
+            ) from None
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.decoder = StackClassifier(num_classes, layers, dim, **options)
+
+    def train(self, mode: bool = True) -> "LayerStackProbe":
+        """The decoder's mode; the encoder stays in eval mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def stack(self, **inputs: Tensor) -> Float[Tensor, "batch layers dim"]:
+        """The pooled layers of a batch, as the encoder takes it."""
+        states = self.encoder(**inputs, output_hidden_states=True).hidden_states[1:]
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape[1] != states[0].shape[1]:
+            # A mask of samples, where the encoder's frames are fewer.
+            frames: Any = getattr(self.encoder, "_get_feature_vector_attention_mask", None)
+            if frames is None:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} places and the layers {states[0].shape[1]}: leave it out"
+                )
+            mask = frames(states[0].shape[1], mask)
+        real = None if mask is None else mask.bool()
+        return torch.stack([pool_tokens(state, real) for state in states], dim=1).float()
+
+    def forward(
+        self, stack: Float[Tensor, "batch layers dim"] | None = None, **inputs: Tensor
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of a stack that was extracted, or of what the encoder takes."""
+        return self.decoder(self.stack(**inputs) if stack is None else stack)
+
+    def extract(
+        self,
+        items: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+        cache: str | Path,
+        classes: Sequence[str],
+    ) -> tuple[Float[Tensor, "items layers dim"], Int[Tensor, " items"]]:
+        """Stacks of all batches, from `cache` where this encoder has written them before.
+
+        Args:
+            items: batches, each (inputs of the encoder by name, classes).
+            cache: a .safetensors file, which `provenn train gaam --preset gaam_small --data FILE` takes too.
+            classes: what they are called.
+
+        Raises:
+            UserError: the file is of another encoder, or none of stacks.
+        """
+        cache, mark = Path(cache), fingerprint_of_weights(self.encoder)
+        if cache.exists():
+            stacks, labels, known = read_stacks(cache)
+            with safe_open(cache, framework="pt") as file:
+                other = (file.metadata() or {}).get("encoder")
+            if other != mark or known != list(classes):
+                what = "another encoder" if other != mark else "other classes"
+                raise UserError(f"{cache} holds stacks of {what}: name another file, or remove it")
+            return stacks, labels
+        rows = [(self.stack(**inputs).cpu(), labels.cpu()) for inputs, labels in items]
+        if not rows:
+            raise UserError("there are no batches to extract layers of")
+        stacks, labels = (torch.cat(column) for column in zip(*rows))
+        part = cache.with_name(f".{cache.name}.part")
+        label = {"encoder": mark, "classes": json.dumps(list(classes))}
+        save_file({FEATURES: stacks.contiguous(), LABELS: labels.long()}, part, metadata=label)
+        os.replace(part, cache)
+        return stacks, labels
+
+
+def fingerprint_of_weights(encoder: nn.Module) -> str:
+    """A short checksum of an encoder: names and shapes of its weights, and the first and last values of each."""
+    digest = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        ends = torch.cat([value.flatten()[:4], value.flatten()[-4:]]).double().cpu().numpy()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + ends.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_stacks(file: Path) -> tuple[Float[Tensor, "items layers dim"], Int[Tensor, " items"], list[str]]:
+    """Stacks, their classes, and what classes are called.
+
+    Raises:
+        UserError: no such file, or another kind of content.
+    """
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file} is no .safetensors file of stacks, as LayerStackProbe.extract writes it")
+    try:
+        with safe_open(file, framework="pt") as content:
+            stacks, labels = content.get_tensor(FEATURES), content.get_tensor(LABELS)
+            classes = json.loads((content.metadata() or {})["classes"])
+    except FileNotFoundError:
+        raise UserError(f"no stacks at {str(file)!r}") from None
+    except (SafetensorError, KeyError, ValueError):
+        raise UserError(f"{file} holds no stacks: expected features, labels and what classes are called") from None
+    fits = stacks.dim() == 3 and labels.shape == stacks.shape[:1] and isinstance(classes, list)
+    if not fits or not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= len(classes):
+        raise UserError(
+            f"{file}: features {tuple(stacks.shape)} and labels {tuple(labels.shape)} do not fit its classes"
+        )
+    if not bool(stacks.isfinite().all()):
+        raise UserError(f"{file} holds features that are no finite numbers")
+    return stacks.float(), labels.long(), [str(name) for name in classes]

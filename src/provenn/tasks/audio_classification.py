@@ -1,0 +1,350 @@
+"""Sounds to classes: WAV files of one's own, or vowels that are synthesised, seen as log-mel frames."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from provenn import progress
+from provenn.data.audio import FORMANTS, RATES, VOWEL_RATE, Frames, draw_vowel, log_mel, read_sound, resample, sounds_in
+from provenn.data.tables import check_table, write_table
+from provenn.errors import UserError
+from provenn.tasks.base import (
+    CUT,
+    LABEL,
+    TOLD,
+    HeldOut,
+    Scores,
+    Task,
+    TaskData,
+    batches,
+    blind_accuracy,
+    device_of,
+    fingerprint,
+    join_scores,
+    split_indices,
+)
+from provenn.tasks.meta import Recordings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RATE, MELS = 16_000, 40  # of a folder
+VOWEL_MELS = 32
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SHOWN = 20  # lines of predictions in the terminal
+
+
+class AudioClassification(Task):
+    """A dataset's items are (log-mel frames (frames, mels) padded with zeros, count of frames, class).
+
+    Systems are given (frames (batch, frames, mels), mask (batch, frames)), True where there is a frame.
+    """
+
+    name = "audio-classification"
+    meta_schema = Recordings
+    metric = "accuracy"
+    higher_is_better = True
+    embedded = {  # noqa: RUF012
+        "vowels": "ten vowels, synthesised by source and filter at the formants that Peterson and Barney measured in "
+        "1952, of speakers of many sizes; labels are exact, real speech it is not",
+    }
+    reads = "a folder with one sub-folder of WAV files for each class (or train/, val/ and test/ folders of such)"
+
+    def load(  # type: ignore[override]  # names its options
+        self,
+        source: str | Path,
+        *,
+        seed: int = 0,
+        rate: int | None = None,
+        mels: int | None = None,
+        seconds: float | int | None = None,
+        examples: int = 1500,
+        test_examples: int = 600,
+    ) -> TaskData:
+        """Vowels drawn from the seed, or the user's own: what is missing of val and test is cut from train.
+
+        Args:
+            source: "vowels", or a folder.
+            seed: of what is drawn, or of the split.
+            rate: of a folder, samples a second that all files are resampled to; by default 16,000.
+            mels: bands of a frame; by default 40, and 32 of vowels.
+            seconds: of a folder, after which a sound is cut; by default as long as the longest.
+            examples, test_examples: vowels to train on, and to validate and to test on.
+
+        Raises:
+            UserError: no such data, or files that cannot be read, with their place.
+        """
+        place = self._named(source)
+        for name, value in (("rate", rate), ("mels", mels), ("examples", examples), ("test_examples", test_examples)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if seconds is not None and not 0 < seconds < 3600:
+            raise UserError(f"seconds must be more than 0 and less than an hour, got {seconds}")
+        if isinstance(place, str):
+            if rate not in (None, VOWEL_RATE) or seconds is not None:
+                raise UserError(f"vowels have {VOWEL_RATE:,} samples a second and their own length: leave both out")
+            frames = Frames.of(VOWEL_RATE, mels or VOWEL_MELS)
+            parts = _drawn(seed, examples, test_examples, frames)
+            return _prepare(place, list(FORMANTS), parts, frames, self.embedded[place])
+        frames = Frames.of(rate or RATE, mels or MELS)
+        if not RATES[0] <= frames.rate <= RATES[1]:
+            raise UserError(f"rate must be from {RATES[0]:,} to {RATES[1]:,} samples a second, got {rate}")
+        splits = _with_splits(place, _given(place), seed)
+        classes = list(splits["train"])
+        parts = [_read(splits[split], classes, frames, seconds) for split in SPLITS]
+        sizes = sum(len(part[0]) for part in parts)
+        return _prepare(str(place), classes, parts, frames, f"{sizes} sounds of {len(classes)} classes, the user's own")
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross-entropy of the classes, in nats."""
+        x, lengths, classes = batch
+        return F.cross_entropy(_logits(model, x, lengths), classes)
+
+    def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
+        """Whether each sound is classified right, and the cross-entropy in nats."""
+        rows = []
+        for x, lengths, classes in batches(dataset, batch_size, device_of(model)):
+            logits = _logits(model, x, lengths).float()
+            told = logits.argmax(-1)
+            entropy = F.cross_entropy(logits, classes, reduction="none")
+            rows.append([(told == classes).double(), entropy.double(), classes, told])
+        return join_scores(("accuracy", "cross_entropy", LABEL, TOLD), rows)
+
+    def held_out(  # type: ignore[override]  # names its options
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        examples: int = 1500,
+        test_examples: int = 600,
+    ) -> HeldOut:
+        """As in `Task`; sounds are resampled to the rate that the model was trained at, and cut to its length."""
+        place, frames = self._named(source), _frames(meta)
+        if isinstance(place, str):
+            names = list(FORMANTS)
+            part = _drawn(seed, examples, test_examples, frames)[2]
+            which = f"the test split of {place}"
+        else:
+            splits = _given(place)
+            if not whole:
+                splits = _with_splits(place, splits, seed)
+            split = next(name for name in ("test", "val", "train") if name in splits)
+            names = list(splits[split])
+            part = _read(splits[split], names, frames, None)
+            which = f"all of {place}" if split == "train" else f"the {split} split of {place}"
+        unknown = sorted(set(names) - set(meta["classes"]))
+        if unknown:
+            raise UserError(
+                f"{place}: the model knows no class {unknown[0]!r}; it knows: {', '.join(meta['classes'][:12])}"
+            )
+        numbers = torch.tensor([meta["classes"].index(name) for name in names])
+        x, lengths = _padded(part[0], meta)
+        return HeldOut(TensorDataset(x, lengths, numbers[part[1]]), which)
+
+    def trivial(self, data: TaskData) -> float:
+        """Accuracy without listening: the commonest class, or a guess."""
+        train, test = (part.tensors[2] for part in (data.train, data.test))  # type: ignore[attr-defined]  # TensorDatasets
+        return blind_accuracy(train, test)
+
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        mels = options.get("channels", MELS)
+        return {
+            "classes": [f"class {i}" for i in range(options.get("num_classes", 2))],
+            "rate": RATE,
+            "mels": mels,
+            "length": options.get("length", 500),
+            "mean": [0.0] * mels,
+            "std": [1.0] * mels,
+        }
+
+    def example(self, file: Path, meta: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The frames of one file, standardised, and that all of them are there."""
+        x, lengths = _padded([_listen(file, _frames(meta), None)], meta)
+        x = x[:, : int(lengths)]
+        return x, torch.ones(x.shape[:2], dtype=torch.bool)
+
+    def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
+        """The likeliest classes of each sound; `output` (.csv) gets the probability of every class.
+
+        A folder among the inputs stands for the sounds in it.
+        """
+        check_table(output, inputs)
+        files = [file for given in inputs for file in (sounds_in(given) if given.is_dir() else [given])]
+        shares = [self.told(model, meta, file) for file in progress.track(files, "listening", total=len(files))]
+        classes = meta["classes"]
+        if output is not None:
+            rows = [[str(f), classes[int(np.argmax(row))], *row] for f, row in zip(files, shares, strict=True)]
+            write_table(output, ["file", "label", *classes], rows)
+        lines = []
+        for file, row in zip(files[:SHOWN], shares):
+            best = np.argsort(row)[::-1][:5]
+            lines.append(f"{file}: " + ", ".join(f"{classes[i]} {row[i]:.1%}" for i in best))
+        if len(files) > SHOWN:
+            lines.append(f"and {len(files) - SHOWN} more{'' if output else '; -o FILE.csv writes them all'}")
+        return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
+
+    def told(self, model: nn.Module, meta: dict[str, Any], file: Path) -> list[float]:
+        """The probability of each class of one file."""
+        x, mask = self.example(file, meta)
+        device = device_of(model)
+        with torch.no_grad():
+            return model(x.to(device), mask.to(device)).softmax(-1)[0].tolist()
+
+    def picture(self, model: nn.Module, data: TaskData) -> "Figure":
+        """Which classes are taken for which, and the mean frame of each class."""
+        from matplotlib.figure import Figure
+
+        names = data.meta["classes"]
+        confused = np.zeros((len(names), len(names)))
+        spectra = np.zeros((len(names), data.meta["mels"]))
+        with torch.no_grad():
+            for x, lengths, classes in batches(data.test, 256, device_of(model)):
+                told = _logits(model, x, lengths).argmax(-1)
+                np.add.at(confused, (classes.cpu().numpy(), told.cpu().numpy()), 1)
+                means = (x.sum(1) / lengths[:, None]).cpu().numpy()
+                np.add.at(spectra, classes.cpu().numpy(), means)
+        count = np.maximum(confused.sum(1, keepdims=True), 1)
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        figure.colorbar(
+            left.imshow(confused / count, cmap="Blues", vmin=0, vmax=1), ax=left, label="share of the class"
+        )
+        left.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="told", ylabel="true")
+        left.set_xticklabels(names, rotation=60, ha="right")
+        left.set_yticklabels(names)
+        left.set_title(f"{data.name}: {np.trace(confused):.0f} of {confused.sum():.0f} right")
+        image = right.imshow((spectra / count).T, origin="lower", aspect="auto", cmap="magma")
+        figure.colorbar(image, ax=right, label="standardised log power")
+        right.set(xticks=range(len(names)), ylabel="mel band")
+        right.set_xticklabels(names, rotation=60, ha="right")
+        right.set_title("The mean frame of each class")
+        return figure
+
+
+TASK = AudioClassification()
+
+Part = tuple[list[Float[Tensor, "_ _"]], Int[Tensor, " _"]]  # frames of each sound, and its class
+Splits = dict[str, dict[str, list[Path]]]  # the files of each class of each split
+
+
+def _logits(
+    model: nn.Module, x: Float[Tensor, "batch tokens mels"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch classes"]:
+    longest = int(lengths.max())
+    mask: Bool[Tensor, "batch tokens"] = torch.arange(longest, device=x.device) < lengths[:, None]
+    return model(x[:, :longest], mask)
+
+
+def _frames(meta: dict[str, Any]) -> Frames:
+    return Frames.of(meta["rate"], meta["mels"])
+
+
+@lru_cache(maxsize=4)  # a study asks for them once a trial
+def _drawn(seed: int, examples: int, test_examples: int, frames: Frames) -> list[Part]:
+    """Vowels at their own rate, brought to that of the frames."""
+    rng, words = np.random.default_rng(seed), list(FORMANTS)
+    parts = []
+    for count in (examples, test_examples, test_examples):
+        labels = np.arange(count) % len(words)
+        sounds = (resample(draw_vowel(rng, words[label]), VOWEL_RATE, frames.rate) for label in labels)
+        parts.append(([log_mel(sound, frames) for sound in sounds], torch.from_numpy(labels)))
+    return parts
+
+
+def _listen(file: Path, frames: Frames, seconds: float | None) -> Float[Tensor, "tokens mels"]:
+    samples, rate = read_sound(file)
+    samples = resample(samples, rate, frames.rate)
+    return log_mel(samples if seconds is None else samples[: max(2, round(seconds * frames.rate))], frames)
+
+
+def _read(files: dict[str, list[Path]], classes: list[str], frames: Frames, seconds: float | None) -> Part:
+    pairs = [(file, label) for label, name in enumerate(classes) for file in files[name]]
+    with progress.bar("listening", len(pairs)) as advance:
+        sounds = []
+        for file, _ in pairs:
+            sounds.append(_listen(file, frames, seconds))
+            advance()
+    return sounds, torch.tensor([label for _, label in pairs])
+
+
+def _prepare(name: str, classes: list[str], parts: Sequence[Part], frames: Frames, about: str) -> TaskData:
+    every = torch.cat(parts[0][0]).double()
+    std = every.std(dim=0, correction=0)
+    meta = {
+        "classes": classes,
+        "rate": frames.rate,
+        "mels": frames.mels,
+        "length": max(len(sound) for sounds, _ in parts for sound in sounds),
+        "mean": every.mean(dim=0).tolist(),
+        "std": torch.where(std > 1e-6, std, 1.0).tolist(),
+    }
+    train, val, test = (TensorDataset(*_padded(sounds, meta), labels) for sounds, labels in parts)
+    marks = [tensor for part in (train, val, test) for tensor in part.tensors]
+    options = {"num_classes": len(classes), "channels": frames.mels}
+    return TaskData(name, train, val, test, fingerprint(*marks), options, meta, about=about)
+
+
+def _padded(
+    sounds: Sequence[Float[Tensor, "_ mels"]], meta: dict[str, Any]
+) -> tuple[Float[Tensor, "sounds tokens mels"], Int[Tensor, " sounds"]]:
+    """Standardised by the training split, cut to the longest that was trained on, padded with zeros."""
+    mean, std = torch.tensor(meta["mean"]), torch.tensor(meta["std"])
+    x = torch.zeros(len(sounds), meta["length"], meta["mels"])
+    for row, sound in zip(x, sounds):
+        sound = sound[: meta["length"]]
+        row[: len(sound)] = (sound - mean) / std
+    return x, torch.tensor([min(len(sound), meta["length"]) for sound in sounds])
+
+
+def _given(root: Path) -> Splits:
+    """What a folder holds: the splits that it names, or all of it as `train`."""
+    if not root.is_dir():
+        raise UserError(f"{root} is a file: give a folder with one sub-folder of WAV files for each class")
+    found = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLITS.items()}
+    parts = {split: _class_folders(folders[0]) for split, folders in found.items() if folders}
+    return parts or {"train": _class_folders(root)}
+
+
+def _class_folders(folder: Path) -> dict[str, list[Path]]:
+    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if not folders:
+        loose = len(sounds_in(folder))  # says so where there are none
+        raise UserError(f"{folder} holds {loose} WAV files and no folders: give each class a folder of its sounds")
+    return {f.name: sounds_in(f) for f in folders}
+
+
+def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
+    """The same, and what of train, val and test is missing cut from `train`, class by class."""
+    if "train" not in parts:
+        raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
+    classes = list(parts["train"])
+    if len(classes) == 1:
+        raise UserError(f"{root} holds one class, {classes[0]!r}: a classifier needs two or more")
+    for split, listed in parts.items():
+        if list(listed) != classes:
+            odd = sorted(set(listed) ^ set(classes))[0]
+            raise UserError(f"{root}: the class {odd!r} is in {'train' if odd in classes else split} alone")
+    missing = [split for split in SPLITS if split not in parts]
+    parts = {**parts, "train": dict(parts["train"]), **{split: {} for split in missing}}
+    for name, files in parts["train"].items() if missing else ():
+        if len(files) <= len(missing):
+            raise UserError(
+                f"the class {name!r} has {len(files)} sound{'s' * (len(files) != 1)}; "
+                f"cutting {' and '.join(missing)} from train needs {len(missing) + 1} or more"
+            )
+        order = split_indices(len(files), (1.0,), seed)[0]
+        count = min(max(1, round(CUT * len(files))), (len(files) - 1) // len(missing))
+        for split in missing:
+            parts[split][name] = [files[order.pop()] for _ in range(count)]
+        parts["train"][name] = [files[index] for index in sorted(order)]
+    return parts
