@@ -50,7 +50,7 @@ class Method(ABC):
     def place(self, pattern: Pattern, ranks: int, *, rows: bool = False) -> Placement:
         """Which process holds which tokens."""
         ring, ulysses = self.mesh(ranks)
-        # Alone in the ring a process has all tokens, and what stands where in it does not matter: no document is padded.
+        # Alone in the ring a process has all tokens, and where they stand does not matter: no document is padded.
         documents = pattern.documents if rows or ring > 1 else (pattern.length,)
         return Placement(documents, ring, ulysses, self.layout if ring > 1 else Contiguous(), rows)
 
@@ -62,7 +62,7 @@ class Method(ABC):
         """
         if kv_heads < 1 or heads % kv_heads:
             raise UserError(f"{heads} query heads are no multiple of {kv_heads} key heads")
-        ring, ulysses = self.mesh(ranks)
+        _, ulysses = self.mesh(ranks)
         if heads % ulysses or (kv_heads % ulysses and ulysses % kv_heads):
             raise UserError(
                 f"{self.name} cannot divide {heads} query heads and {kv_heads} key heads among {ulysses} processes: "
@@ -171,8 +171,8 @@ def go_round(ring: Communicator, kv: Tensor, visit: Visit) -> None:
 def go_back(ring: Communicator, own: Tensor, visit: VisitBack) -> Tensor:
     """The way of `go_round` in reverse, with gradients travelling along: the sum of all visits to one's own.
 
-    Keys and values reach the process that had them last by one hop backwards, and their gradient then follows them home:
-    of N hops the first carries keys and values alone, the last gradients alone.
+    Keys and values reach the process that had them last by one hop backwards, and their gradient then follows them
+    home: of N hops the first carries keys and values alone, the last gradients alone.
     """
     before, after = ring.rank - 1, ring.rank + 1
     kv = own
@@ -197,7 +197,7 @@ class Ring(Method):
     """Keys and values go round (Liu et al., 2023, arXiv:2310.01889); results are merged by their log-sum-exps.
 
     Args:
-        keep_partials: hold every step's output to the end and merge then, as the official code does: N times the memory.
+        keep_partials: hold each step's output to the end and merge then, as the official code does: R times the memory.
         ulysses: as in `Method`.
     """
 
