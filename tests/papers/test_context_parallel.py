@@ -1,4 +1,4 @@
-"""Context parallelism in threads of one process: equal to one device, counted to the element, balanced as the paper says."""
+"""Context parallelism in threads of one process: equal to one device, counted to the element, evenly loaded."""
 
 import itertools
 from fractions import Fraction
@@ -523,7 +523,7 @@ def test_a_plan_names_what_is_quickest_and_what_cannot_run():
     assert order[-1] == "ulysses" and order[0] != "ring"
     best = plan(96, pattern, heads)[0].cost
     assert best.forward == min(choice.cost.forward for choice in choices.values() if choice.cost) or best.backward > 0
-    assert best.ring * best.ulysses == 96 and 0 < best.rate and best.imbalance >= 1
+    assert best.ring * best.ulysses == 96 and best.rate > 0 and best.imbalance >= 1
 
 
 def test_time_of_the_model_is_work_over_rate_where_nothing_is_sent():

@@ -13,11 +13,13 @@ from provenn.nn.context_parallel.communicator import (
 from provenn.nn.context_parallel.methods import METHODS, Method, method_called, register
 from provenn.nn.context_parallel.placement import LAYOUTS, Pattern, Placement
 from provenn.nn.context_parallel.slices import Partial, Slice, attend, attend_backward
+from provenn.nn.context_parallel.switch import ContextParallel, switch_on, why_not
 
 __all__ = [
     "LAYOUTS",
     "METHODS",
     "Communicator",
+    "ContextParallel",
     "Method",
     "Partial",
     "Pattern",
@@ -35,4 +37,6 @@ __all__ = [
     "method_called",
     "register",
     "simulate",
+    "switch_on",
+    "why_not",
 ]

@@ -20,7 +20,6 @@ from provenn.papers.long_context_bench.context_parallel.costs import (
 from provenn.papers.long_context_bench.context_parallel.patterns import pattern_of
 from provenn.papers.long_context_bench.context_parallel.processes import launch
 
-
 __all__ = [
     "METHODS",
     "Choice",

@@ -1,4 +1,4 @@
-"""Real processes: every method on a mask, held against one process, with what was sent, who worked and how long it took."""
+"""Real processes: every method on a mask, held against one process; what was sent, who worked, how long it took."""
 
 import math
 import time
@@ -283,8 +283,8 @@ def bench(
         ranks: processes; 1 thread each.
         heads, dim: of queries and of keys, and their width.
         methods: names; by default all.
-        options: of methods, such as {"usp": {"ulysses": 2}}; by default USP and LoongTrain have U = 2 where that divides
-            the processes.
+        options: of methods, such as {"usp": {"ulysses": 2}}; by default USP and LoongTrain have U = 2 where that
+            divides the processes.
         dtype, seed: of the numbers drawn.
         rounds: repetitions, of which the median is given.
         run: what starts the processes: `launch`, or `simulate` for threads of this one.

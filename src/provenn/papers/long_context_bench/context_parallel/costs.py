@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from provenn.errors import UserError
-from provenn.nn.context_parallel import LAYOUTS, METHODS, Method, Pattern, Placement, method_called
+from provenn.nn.context_parallel import METHODS, Method, Pattern, Placement, method_called
 from provenn.nn.context_parallel.methods import AllGather
 
 BACKWARD = Fraction(5, 2)  # of the forward pass's FLOPs: four products, and the scores computed again
@@ -33,8 +33,8 @@ class Volume(NamedTuple):
 def volume(method: Method | str, ranks: int, tokens: int, heads: Heads, **options: Any) -> Volume:
     """The formulas: what one of N = R · U processes sends, of t tokens with padding, in elements.
 
-    Ulysses sends (U − 1)/U of its tokens' queries, keys, values and outputs, t/N · d · 2 (H_q + H_kv), in four calls, and
-    as much backward. Ring and all-gather send R − 1 times their keys and values, t/R · d · 2 H_kv / U of the heads that
+    Ulysses sends (U − 1)/U of its tokens' queries, keys, values and outputs, t/N · d · 2 (H_q + H_kv), in four calls,
+    and as much backward. Ring and all-gather send R − 1 times their keys and values, t/R · d · 2 H_kv / U of the heads that
     they are left with, and backward twice that: keys and values, and their gradients. Where U > H_kv, keys and values
     are copied to U heads.
 
@@ -184,8 +184,8 @@ def cost(
 
     The model: a ring's step takes the longer of its computation, of the busiest process, and its message; steps follow
     each other. A gather and an exchange of heads come before and after the computation. A ring of processes within a
-    server has its bandwidth, one that leaves it the network's. A double ring sends W − 1 of its messages between windows
-    behind the computation of a whole window. Nothing else costs time.
+    server has its bandwidth, one that leaves it the network's. A double ring sends W − 1 of its messages between
+    windows behind the computation of a whole window. Nothing else costs time.
 
     Args:
         method: a method or its name, with its options.
