@@ -212,7 +212,7 @@ def spread_over(model: nn.Module, sharing: ContextParallel) -> None:
     """
     if not isinstance(model, TokenStack) or type(model).forward not in (CausalLM.forward, Encoder.forward):
         raise UserError(
-            f"context parallelism is for language models of softmax attention, and {type(model).__name__} is none of ours"
+            f"context parallelism is for language models of softmax attention; {type(model).__name__} is none of ours"
         )
     if isinstance(model, Encoder) and model.head is not None:
         raise UserError("context parallelism is for logits of tokens, and this encoder gives classes of a sequence")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,19 +28,27 @@ class Spread:
         pattern: the mask.
         rows: the documents are rows of a batch, of one length: tensors are (batch, tokens, ...), and this process holds
             the same part of every row. Else they are packed, (tokens, ...).
+        placement: which process holds which tokens, where that is known; by default the method says.
     """
 
-    def __init__(self, method: Method | str, comm: Communicator, pattern: Pattern, *, rows: bool = False):
+    def __init__(
+        self,
+        method: Method | str,
+        comm: Communicator,
+        pattern: Pattern,
+        *,
+        rows: bool = False,
+        placement: Placement | None = None,
+    ):
         self.method = method_called(method) if isinstance(method, str) else method
         self.comm, self.pattern = comm, pattern
         if rows and len(set(pattern.documents)) > 1:
             raise UserError(f"the rows of a batch have one length, got {sorted(set(pattern.documents))[:8]}")
-        self.placement: Placement = self.method.place(pattern, comm.size, rows=rows)
+        self.placement = self.method.place(pattern, comm.size, rows=rows) if placement is None else placement
         ring, ulysses = self.placement.ring, self.placement.ulysses
         own_ring, own_place = divmod(comm.rank, ulysses)
         self.ulysses = comm.of(range(own_ring * ulysses, (own_ring + 1) * ulysses))
         self.ring = comm.of(range(own_place, ring * ulysses, ulysses))
-        self._pairs: dict[int, tuple[Slice, ...]] = {}
         self._on: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -79,7 +86,7 @@ class Spread:
 
         return self._index("real", make, torch.device(device))
 
-    def dispatch(self, x: Shaped[Tensor, "..."], fill: float = 0) -> Shaped[Tensor, "..."]:
+    def dispatch(self, x: Shaped[Tensor, "..."], fill: float | int = 0) -> Shaped[Tensor, "..."]:
         """What this process holds of (tokens, ...), or of (batch, tokens, ...); `fill` is written into padding."""
         if self.batch is None:
             return self.placement.dispatch(x, self.comm.rank, fill)
@@ -98,16 +105,13 @@ class Spread:
 
     def pair(self, other: int) -> tuple[Slice, ...]:
         """What this process's queries see of the keys of another of the ring."""
-        if other not in self._pairs:
-            if self.pattern.causal is None:
-                raise UserError(f"{self.method.name} takes masks of documents that keep to themselves")
-            if self.placement.ring == 1 and not self.placement.rows:  # this process has all tokens in order
-                self._pairs[other] = self.pattern.slices
-            else:
-                self._pairs[other] = self.placement.pair(self.ring.rank, other, self.pattern.causal)
-        return self._pairs[other]
+        if self.pattern.causal is None:
+            raise UserError(f"{self.method.name} takes masks of documents that keep to themselves")
+        if self.placement.ring == 1 and not self.placement.rows:  # this process has all tokens in order
+            return self.pattern.slices
+        return self.placement.pair(self.ring.rank, other, self.pattern.causal)
 
-    @cached_property
+    @property
     def seen(self) -> tuple[Slice, ...]:
         """What this process's queries see of the whole row."""
         return self.placement.seen(self.ring.rank, self.pattern.slices)
@@ -288,7 +292,9 @@ class _Simulated(torch.autograd.Function):
 
         def run(comm: Communicator) -> Any:
             comm.traffic = simulation.traffic[comm.rank]
-            spread = Spread(simulation.method, comm, simulation.pattern, rows=simulation.rows)
+            spread = Spread(
+                simulation.method, comm, simulation.pattern, rows=simulation.rows, placement=simulation.placement
+            )
             q, k, v = parts[comm.rank :: ranks]
             return spread.placement, spread.run(q, k, v, scale, True)
 
@@ -310,7 +316,9 @@ class _Simulated(torch.autograd.Function):
 
         def run(comm: Communicator) -> Any:
             comm.traffic = simulation.traffic[comm.rank]
-            spread = Spread(simulation.method, comm, simulation.pattern, rows=simulation.rows)
+            spread = Spread(
+                simulation.method, comm, simulation.pattern, rows=simulation.rows, placement=simulation.placement
+            )
             return spread.run_back(saved[comm.rank], grads[comm.rank], ctx.scale)
 
         results = simulate(simulation.ranks, run)

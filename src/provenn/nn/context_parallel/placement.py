@@ -274,7 +274,7 @@ class Placement:
         return places
 
     def dispatch(
-        self, x: Shaped[Tensor, " tokens *rest"], rank: int, fill: float = 0
+        self, x: Shaped[Tensor, " tokens *rest"], rank: int, fill: float | int = 0
     ) -> Shaped[Tensor, " local *rest"]:
         """What a process holds of a row; `fill` is written where it holds padding."""
         if len(x) != sum(self.documents):
@@ -292,6 +292,16 @@ class Placement:
 
     def pair(self, own: int, other: int, causal: Sequence[bool]) -> tuple[Slice, ...]:
         """What queries of a process of the ring see of the keys of another, without padding."""
+        key = (own, other, tuple(causal))
+        if key not in self._found:
+            self._found[key] = self._pair(own, other, causal)
+        return self._found[key]
+
+    @cached_property
+    def _found(self) -> dict[tuple, tuple[Slice, ...]]:
+        return {}  # what was asked for, and found
+
+    def _pair(self, own: int, other: int, causal: Sequence[bool]) -> tuple[Slice, ...]:
         slices: list[Slice | None] = []
         for length, padded, start, kind in zip(self.documents, self.padded, self.starts, causal):
             if kind:
@@ -303,6 +313,12 @@ class Placement:
 
     def seen(self, rank: int, slices: Sequence[Slice]) -> tuple[Slice, ...]:
         """What the queries of a process of the ring see of the whole row: rows are places of its own."""
+        key = (rank, tuple(slices))
+        if key not in self._found:
+            self._found[key] = self._seen(rank, slices)
+        return self._found[key]
+
+    def _seen(self, rank: int, slices: Sequence[Slice]) -> tuple[Slice, ...]:
         held = self.of_ring(rank)
         # Runs of tokens that follow each other: where they begin here, in the row, and where they end in the row.
         new = torch.ones(len(held), dtype=torch.bool)

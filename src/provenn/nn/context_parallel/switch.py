@@ -68,7 +68,9 @@ class ContextParallel:
             self._spreads[key] = Spread(self.method, self.comm, pattern, rows=True)
         return self._spreads[key]
 
-    def dispatch(self, x: Shaped[Tensor, "batch tokens *rest"], fill: float = 0) -> Shaped[Tensor, "batch local *rest"]:
+    def dispatch(
+        self, x: Shaped[Tensor, "batch tokens *rest"], fill: float | int = 0
+    ) -> Shaped[Tensor, "batch local *rest"]:
         """This process's part of every sequence; `fill` is written into padding."""
         return self._spread(True).dispatch(x, fill)
 

@@ -34,9 +34,9 @@ def volume(method: Method | str, ranks: int, tokens: int, heads: Heads, **option
     """The formulas: what one of N = R · U processes sends, of t tokens with padding, in elements.
 
     Ulysses sends (U − 1)/U of its tokens' queries, keys, values and outputs, t/N · d · 2 (H_q + H_kv), in four calls,
-    and as much backward. Ring and all-gather send R − 1 times their keys and values, t/R · d · 2 H_kv / U of the heads that
-    they are left with, and backward twice that: keys and values, and their gradients. Where U > H_kv, keys and values
-    are copied to U heads.
+    and as much backward. Ring and all-gather send R − 1 times their keys and values, t/R · d · 2 H_kv / U of the
+    heads that they are left with, and backward twice that: keys and values, and their gradients. Where U > H_kv, keys
+    and values are copied to U heads.
 
     >>> volume("ulysses", 8, 65536, Heads(64, 8, 128)).forward
     Fraction(132120576, 1)
