@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from provenn.bench import growth, peak_activation_bytes
 from provenn.errors import UserError
 from provenn.nn.context_parallel import (
     LAYOUTS,
     METHODS,
+    Communicator,
     Partial,
     Pattern,
     Placement,
@@ -25,6 +25,7 @@ from provenn.nn.context_parallel import (
     simulate,
 )
 from provenn.nn.context_parallel import slices as slices_module
+from provenn.nn.context_parallel.communicator import Transport
 from provenn.nn.context_parallel.methods import Ring, windows_of
 from provenn.nn.context_parallel.slices import attend, attend_backward
 from provenn.papers.long_context_bench.context_parallel import (
@@ -427,6 +428,13 @@ def test_second_derivatives_and_transforms_are_refused():
     simulate(2, run)
 
 
+class Unconnected(Transport):
+    """Nothing is sent, and what should come is what happens to be in memory."""
+
+    def post(self, sends, receives, tag):
+        return lambda: None
+
+
 def test_kept_partial_outputs_give_the_same_and_cost_memory_that_grows_with_the_ring():
     pattern = Pattern.of_documents([256], False)
     q, k, v, grad = draw(256, 2, 2, dim=16)
@@ -440,17 +448,10 @@ def test_kept_partial_outputs_give_the_same_and_cost_memory_that_grows_with_the_
     def held(ranks: int, keep: bool) -> int:
         """Bytes at the peak of one process's forward pass, with 64 tokens each."""
         whole = Pattern.of_documents([64 * ranks], False)
-
-        def run(comm):
-            spread = Spread(method_called("ring", keep_partials=keep), comm, whole)
-            x = torch.zeros(64, 1, 128)
-            if comm.rank:
-                spread.attend(x, x, x)
-                return 0
-            with torch.no_grad():
-                return peak_activation_bytes(lambda: spread.attend(x, x, x))
-
-        return simulate(ranks, run)[0]
+        spread = Spread(method_called("ring", keep_partials=keep), Communicator(Unconnected(0, ranks)), whole)
+        x = torch.zeros(64, 1, 128)
+        with torch.no_grad():
+            return peak_activation_bytes(lambda: spread.attend(x, x, x))
 
     kept_bytes = [held(ranks, True) for ranks in (2, 4, 8)]
     online = [held(ranks, False) for ranks in (2, 4, 8)]
@@ -505,14 +506,14 @@ def test_work_is_the_area_of_what_is_computed(documents, ring, layout, causal):
 
 
 def test_padding_of_short_documents_explodes_in_the_ring_and_hybrids_repair_it():
-    documents = [250] * 64
+    documents = [130] * 64
     pattern, heads = Pattern.of_documents(documents), Heads(64, 8, 128)
     wasted = {
         name: [cost(name, ranks, pattern, heads, **options).padding for ranks in (8, 32, 64)]
         for name, options in (("ring", {}), ("usp", {"ulysses": 8}), ("ulysses", {}))
     }
-    assert wasted["ring"][0] < 0.03 < 0.3 < wasted["ring"][2]
-    assert wasted["usp"][2] < 0.03 and wasted["ulysses"][2] < 0.01
+    assert wasted["ring"][0] < 0.1 < 0.45 < wasted["ring"][2]
+    assert wasted["usp"][2] < 0.1 and wasted["ulysses"][2] < 0.01
 
 
 def test_a_plan_names_what_is_quickest_and_what_cannot_run():
@@ -595,4 +596,4 @@ def test_a_new_method_is_one_class(outside):
     assert row.status == "ok" and report.good
     assert outside in [choice.method for choice in plan(4, pattern, Heads(2, 2, 8))]
     with pytest.raises(UserError, match="a method is called 'striped_ring' already"):
-        register(type("Other", (nn.Module,), {"name": outside}))
+        register(type("Other", (Ring,), {"name": outside}))

@@ -255,6 +255,8 @@ class Simulation:
     def __init__(self, method: Method | str, ranks: int, pattern: Pattern, *, rows: bool = False):
         self.method = method_called(method) if isinstance(method, str) else method
         self.pattern, self.ranks, self.rows = pattern, ranks, rows
+        if ranks < 1:
+            raise UserError(f"ranks must be at least 1, got {ranks}")
         self.placement = self.method.place(pattern, ranks, rows=rows)
         self.spreads: list[Spread] = []
         self.traffic = [Traffic() for _ in range(ranks)]

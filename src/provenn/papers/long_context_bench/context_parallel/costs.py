@@ -133,11 +133,11 @@ class Machine:
         width: bytes of an element.
     """
 
-    flops: float = 6e14
-    bandwidth: float = 4e11
-    network: float = 5e10
+    flops: float | int = 6e14
+    bandwidth: float | int = 4e11
+    network: float | int = 5e10
     server: int = 8
-    latency: float = 1e-5
+    latency: float | int = 1e-5
     width: int = 2
 
 
