@@ -457,7 +457,7 @@ def test_kept_partial_outputs_give_the_same_and_cost_memory_that_grows_with_the_
     online = [held(ranks, False) for ranks in (2, 4, 8)]
     output = 64 * 128 * 4
     assert kept_bytes[2] - kept_bytes[0] >= 5.5 * output  # six outputs more
-    assert online[2] - online[0] < output
+    assert online[2] == online[1], "one output, and keys and values that are here, come and go"
 
 
 def test_memory_has_no_square_of_the_length(monkeypatch):
