@@ -101,18 +101,6 @@ EXPLICIT_BYTES = Race(
 )
 SIZES = (256, 512, 1024, 4096)
 CLOCK: dict[str, Any] = {"setting": {**SMALL, "dtype": "float32", "seed": SEED}, "rounds": 7}
-CAUSAL = Race(
-    "causal attention, forward and backward",
-    {name: called(kernel, masks.causal, BOTH) for name, kernel in (("sdpa", SDPA()), ("naive", Naive()))},
-    (256, 512, 1024, 2048),
-    **CLOCK,
-)
-GROWTH = Race(
-    "causal attention that skips blocks, forward",
-    {"blockwise": called(Blockwise(), masks.causal, "forward")},
-    (512, 1024, 2048, 4096),
-    **CLOCK,
-)
 WINDOW = Race(
     "a causal window of 256, forward and backward",
     {name: called(kernel, windowed, BOTH) for name, kernel in (("blockwise", Blockwise()), ("naive", Naive()))},
@@ -145,10 +133,8 @@ CLAIMS = {
     "flops_over_length": OPERATIONS.grows("naive"),
     "memory_over_length": EXPLICIT_BYTES.grows("naive"),
     "blockwise_memory": BYTES.grows("blockwise"),
-    "fused_causal": CAUSAL.against("sdpa", "naive"),
     "blockwise_window": WINDOW.against("blockwise", "naive"),
     "sparse_gain": GATHERED.against("gathered", "sdpa"),
-    "time_over_length": GROWTH.grows("blockwise"),
     "full_by_fused": FULL.against("sdpa", "blockwise"),
     "documents_by_blocks": DOCUMENTS.against("blockwise", "sdpa"),
 }
@@ -217,7 +203,7 @@ def mask_times(run: Run, kernel: Kernel, tokens: int, rounds: int) -> dict[str, 
     tokens, rounds = (512, 2) if run.smoke else (tokens, rounds)
 
     def measure() -> dict[str, list[float]]:
-        calls = {name: prepare_call(kernel, Case(_of_twelve(name, tokens), **SMALL), "forward", SEED) for name in MASKS}
+        calls = {name: prepare_call(kernel, Case(_of_twelve(name, tokens), **LARGE), "forward", SEED) for name in MASKS}
         return interleaved(calls, rounds=rounds, device="cpu")
 
     facts = {**LARGE, "tokens": tokens, "rounds": rounds, "seed": SEED, "kernel": kernel.name}
@@ -238,7 +224,7 @@ def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measuremen
     areas = {name: _of_twelve(name, tokens).area for name in times}
     names = sorted(times, key=lambda name: areas[name])
     rows: list[list[str | float | int | None]] = [
-        [name, f"{areas[name] / tokens**2:.1%}", 1e3 * min(times[name]), _rate(areas[name], min(times[name]), LARGE)]
+        [name, f"{areas[name] / tokens**2:.1%}", 1e3 * min(times[name]), _rate(areas[name], min(times[name]))]
         for name in names
     ]
     columns = ["mask", "kept", "ms", "GFLOP/s"]
@@ -253,8 +239,8 @@ def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measuremen
     )
 
 
-def _rate(area: float, seconds: float, sizes: dict[str, Any]) -> float:
-    return 4 * area * sizes["heads"] * sizes["head_dim"] / seconds / 1e9
+def _rate(area: float, seconds: float) -> float:
+    return 4 * area * LARGE["heads"] * LARGE["head_dim"] / seconds / 1e9
 
 
 @measures("time_over_area")
@@ -267,54 +253,6 @@ def time_over_area(run: Run, tokens: int = 4096, rounds: int = 5) -> Measurement
 def explicit_over_area(run: Run, tokens: int = 2048, rounds: int = 5) -> Measurement:
     """Of explicit attention."""
     return _over_area(run, Naive(), tokens, rounds)
-
-
-def _rates(run: Run, kernel: Kernel, builds: dict[str, Callable[[int], Mask]], tokens: int, rounds: int) -> Measurement:
-    """Rates by kept pairs of one kernel on two masks, the first over the second, round by round."""
-    tokens, rounds = (512, 2) if run.smoke else (tokens, rounds)
-    of = {label: build(tokens) for label, build in builds.items()}
-
-    def measure() -> dict[str, list[float]]:
-        calls = {label: prepare_call(kernel, Case(mask, **SMALL), "forward", SEED) for label, mask in of.items()}
-        return interleaved(calls, rounds=rounds, device="cpu")
-
-    setting = {**SMALL, "tokens": tokens, "rounds": rounds, "seed": SEED, "kernel": kernel.name}
-    times = run.trial(f"rates of {' and '.join(of)}", measure, alone=True, **setting)
-    system, baseline = ([_rate(of[label].area, second, SMALL) for second in times[label]] for label in of)
-    labels = tuple(of)
-    sides = (labels[0], labels[1])
-    return Measurement.of("clock ratio", system, baseline, sides=sides, unit="GFLOP/s", setting=setting)
-
-
-@measures("window_rate")
-def window_rate(run: Run, tokens: int = 4096, rounds: int = 7) -> Measurement:
-    """Explicit attention pays for all pairs, whatever the mask keeps."""
-    return _rates(run, Naive(), {"causal window of 256": windowed, "full": masks.full}, tokens, rounds)
-
-
-@measures("rate_of_documents")
-def rate_of_documents(run: Run, tokens: int = 4096, rounds: int = 11) -> Measurement:
-    """Short documents leave small blocks."""
-    return _rates(run, Blockwise(), {"packed documents": packed, "one document": masks.causal}, tokens, rounds)
-
-
-@measures("sdpa_documents_gpu")
-def sdpa_documents_gpu(run: Run, tokens: int = 32_768) -> Measurement:
-    """The authors' protocol: heads 64:8, width 128, bfloat16, 5 warm-ups and 20 repetitions."""
-    if not run.device.startswith("cuda") or "H100" not in torch.cuda.get_device_name():
-        return Measurement.not_measured(needs="an H100")
-    device = torch.device(run.device)
-    mask = make_mask("causal_document", tokens, seed=SEED)
-    case = Case(mask, 64, 8, 128, torch.bfloat16, device)
-    facts = {"tokens": tokens, "heads": "64:8", "head dim": 128, "dtype": "bfloat16", "seed": SEED}
-
-    def measure() -> list[float]:
-        call = prepare_call(SDPA(), case, "forward", SEED)
-        return time_call(call, device, Protocol(), Stopwatch(device))[0]
-
-    seconds = run.trial("fused attention, packed documents", measure, alone=True, **facts)
-    rates = [flops(mask, 64, 128) / second / 1e12 for second in seconds]
-    return Measurement.mean(rates, seeds=[SEED] * len(rates), unit="TFLOP/s", setting=facts, at_paper_setting=True)
 
 
 @measures("same_cases")
@@ -451,38 +389,17 @@ def ulysses_volume(run: Run) -> Measurement:
     return _sends(run, "ulysses")
 
 
-def _padding(run: Run, method: str, histogram: str, ranks: int) -> list[float]:
-    def count(seed: int) -> float:
-        mask = make_mask("causal_document", A_SHARE * ranks, histogram=histogram, seed=seed)
-        return cost(method, ranks, pattern_of(mask), GROUPED, **_mesh(method)).padding
-
-    return run.trials(f"padding of {method}", count, histogram=histogram, ranks=ranks)
-
-
-@measures("padding_by_the_hybrid")
-def padding_by_the_hybrid(run: Run, ranks: int = 64, histogram: str = "prolong64k") -> Measurement:
-    """The ring pads documents to multiples of 2N places, the hybrid to multiples of N / 4."""
-    ring, hybrid = (_padding(run, name, histogram, ranks) for name in ("ring", "usp"))
-    setting = {"processes": ranks, "tokens": A_SHARE * ranks, "histogram": histogram}
-    sides = ("USP of 8 × 8", "ring")
-    return Measurement.ratio(hybrid, ring, sides=sides, seeds=run.seeds, unit="share of places", setting=setting)
-
-
 @measures("padding_is_small")
 def padding_is_small(run: Run, ranks: int = 64, histogram: str = "prolong64k") -> Measurement:
     """Of the histogram with most short documents in half a million tokens."""
-    values = _padding(run, "ring", histogram, ranks)
+
+    def count(seed: int) -> float:
+        mask = make_mask("causal_document", A_SHARE * ranks, histogram=histogram, seed=seed)
+        return cost("ring", ranks, pattern_of(mask), GROUPED).padding
+
+    values = run.trials("padding of a ring", count, histogram=histogram, ranks=ranks)
     setting = {"processes": ranks, "tokens": A_SHARE * ranks, "histogram": histogram}
     return Measurement.mean(values, seeds=run.seeds, unit="share of places", setting=setting)
-
-
-@measures("heads_limit")
-def heads_limit(run: Run) -> Measurement:
-    """What each method says of 96 processes and 64 query heads."""
-    told = {each.method: each.why_not for each in plan(96, pattern_of(masks.causal(96 * A_SHARE)), GROUPED)}
-    refused = [name for name, why in told.items() if why]
-    detail = "; ".join(f"{name}: {told[name]}" for name in refused)
-    return Measurement.holds(refused == ["ulysses"], detail, setting={"processes": 96, "heads": "64:8"})
 
 
 @measures("quickest_methods")
