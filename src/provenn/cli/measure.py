@@ -110,11 +110,14 @@ def reproduce(
     )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True})
 def bench(
-    ctx: typer.Context,
     slug: Annotated[
         str | None, typer.Argument(help="The paper; by default the speed of all.", autocompletion=slugs)
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[--ITS OPTIONS]", help="Of a paper with a benchmark of its own; --options lists them."),
     ] = None,
     backbones: Annotated[
         str | None,
@@ -150,8 +153,8 @@ def bench(
 
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-    if ctx.args:
-        _own(slug, ctx.args, device=device, budget=budget, out=out, resume=resume, json=json)
+    if own:
+        _own(slug, own, device=device, budget=budget, out=out, resume=resume, json=json)
         return
     if backbones is not None:
         if slug is not None:
