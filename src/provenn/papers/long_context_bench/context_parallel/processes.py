@@ -91,7 +91,7 @@ def _free_port() -> int:
 def _results(processes: list[Any], readers: list[Connection]) -> list[Any]:
     results: dict[int, Any] = {}
     troubles: dict[int, Exception] = {}
-    open_ends = dict(zip(readers, range(len(readers))))
+    open_ends: dict[Any, int] = dict(zip(readers, range(len(readers))))
     deadline = None
     while open_ends:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -99,9 +99,9 @@ def _results(processes: list[Any], readers: list[Connection]) -> list[Any]:
         if not ready:  # the others do not end by themselves
             break
         for reader in ready:
-            rank = open_ends.pop(reader)  # type: ignore[arg-type]  # what was given to wait
+            rank = open_ends.pop(reader)
             try:
-                good, value = cloudpickle.loads(reader.recv_bytes())  # type: ignore[union-attr]  # as above
+                good, value = cloudpickle.loads(readers[rank].recv_bytes())
             except EOFError:
                 processes[rank].join(LEAVE)
                 troubles[rank] = UserError(f"rank {rank} of {len(readers)} {_how(processes[rank].exitcode)}")
