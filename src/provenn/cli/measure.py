@@ -216,8 +216,8 @@ def _own(
     folder = out / card.slug if out == BENCH else out
     check_writable(folder)
     kept = [] if resume else [file for file in [folder / POINTS] if file.exists()]
-    for file in kept:
-        file.unlink()
+    for points in kept:
+        points.unlink()
     with resumable((folder / POINTS).exists), progress.shown(), alone_in(folder):
         rows = wanted.run(folder, resume=resume, tell=tell)
     files = [str(file) for file in wanted.save(rows, folder)]

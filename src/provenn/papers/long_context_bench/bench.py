@@ -1,6 +1,6 @@
 """`provenn bench long_context_bench`: kernels on masks over lengths, or context parallelism over processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -19,7 +19,11 @@ from provenn.papers.long_context_bench.sparse import BlockSparse, block_sparse, 
 from provenn.papers.long_context_bench.timing import PROTOCOLS, Direction, Judge, Protocol, flops, measure
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SPARSE = ("block_sparse", "variable_block_sparse")
+# How a block-sparse mask is made, and which of its sizes --block is.
+SPARSE: dict[str, tuple[Callable[..., BlockSparse], str]] = {
+    "block_sparse": (block_sparse, "block"),
+    "variable_block_sparse": (variable_block_sparse, "average"),
+}
 JUDGE = Judge(lacks_memory, lacks_operation, peak_activation_bytes)
 
 
@@ -81,10 +85,9 @@ def sweep(
 
     def build(name: str, tokens: int) -> Mask | BlockSparse:
         if name in SPARSE:
-            given = {"density": density, "seed": seed, **({} if block is None else {_BLOCK[name]: block})}
-            return {"block_sparse": block_sparse, "variable_block_sparse": variable_block_sparse}[name](
-                tokens, query_heads, **given
-            )
+            make, size = SPARSE[name]
+            sized = {} if block is None else {size: block}
+            return make(tokens, query_heads, density=density, seed=seed, **sized)
         given = {key: value for key, value in factors.items() if len(names) == 1 or _takes(name, key)}
         packed = lengths_of.take(listed, tokens) if listed is not None and _takes(name, "documents") else None
         return make_mask(name, tokens, documents=packed, histogram=histogram, long=long, seed=seed, **given)
@@ -111,9 +114,6 @@ def sweep(
                 points.append(_point(kernel, case, way, protocol, {**facts, "device": _device(place)}))
     title = f"attention, heads {heads}, width {head_dim}, {chosen_dtype}"
     return Sweep(title, points, _tables, partial(draw_rates, title=title))
-
-
-_BLOCK = {"block_sparse": "block", "variable_block_sparse": "average"}
 
 
 def _point(kernel: Kernel, case: Case, direction: Direction, protocol: Protocol, more: Mapping[str, Any]) -> Point:
@@ -175,13 +175,13 @@ def _megabytes(row: Row) -> str:
 
 def _shown(masks: Mapping[tuple[str, int], Mask | BlockSparse], heads: int, head_dim: int) -> Sweep:
     def count(mask: Mask | BlockSparse) -> dict[str, Any]:
-        static = isinstance(mask, Mask)
+        static = mask if isinstance(mask, Mask) else None
         return {
             "area": mask.area,
             "kept": mask.area / mask.length**2,
-            "slices": len(mask.slices) if static else None,
-            "documents": len(mask.documents) if static and mask.documents else None,
-            "factors": dict(mask.factors) if static else {"density": mask.density},
+            "slices": len(static.slices) if static else None,
+            "documents": len(static.documents) if static and static.documents else None,
+            "factors": dict(mask.factors) if isinstance(mask, Mask) else {"density": mask.density},
             "gflops": flops(mask, heads, head_dim) / 1e9,
             "told": f"keeps {mask.area / mask.length**2:.2%} of the pairs",
         }

@@ -1,4 +1,4 @@
-"""What the paper says of attention on one device, and what its authors' code counts, as measurements."""
+"""What the paper says of attention on one device and on several, and what its authors' code counts, as measurements."""
 
 import hashlib
 import json
@@ -13,7 +13,19 @@ from torch import Tensor
 
 from provenn.bench import interleaved
 from provenn.evidence import Measurement, Race, Run, Table, measures
+from provenn.nn.context_parallel import simulate
 from provenn.papers.long_context_bench import masks
+from provenn.papers.long_context_bench.context_parallel import (
+    METHODS,
+    Heads,
+    Report,
+    bench,
+    cost,
+    launch,
+    pattern_of,
+    plan,
+    volume,
+)
 from provenn.papers.long_context_bench.kernels import Case, Kernel, kernels, reference
 from provenn.papers.long_context_bench.kernels.blockwise import Blockwise
 from provenn.papers.long_context_bench.kernels.documents import Documents
@@ -34,6 +46,7 @@ from provenn.papers.long_context_bench.timing import (
 
 SEED = 42  # of every mask, as in the authors' scripts
 SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 1, "head_dim": 32}  # where a clock runs: a GQA of 4:1
+LARGE: dict[str, Any] = {"heads": 8, "kv_heads": 1, "head_dim": 64}  # where the work is to outweigh what calls cost
 BOTH: Direction = "both"
 
 
@@ -78,10 +91,10 @@ OPERATIONS = Race(
 )
 BYTES = Race(
     "memory of attention, forward and backward",
-    {"naive": counted(Naive()), "blockwise": counted(Blockwise())},
+    {"naive": counted(Naive()), "blockwise": counted(Blockwise(rows=64, keys=256))},
     (1024, 2048, 4096, 8192),
     quantity="memory",
-    setting=SMALL,
+    setting={**SMALL, "block": "64 × 256"},
 )
 EXPLICIT_BYTES = Race(
     "memory of explicit attention", {"naive": counted(Naive())}, LENGTHS, quantity="memory", setting=SMALL
@@ -207,7 +220,7 @@ def mask_times(run: Run, kernel: Kernel, tokens: int, rounds: int) -> dict[str, 
         calls = {name: prepare_call(kernel, Case(_of_twelve(name, tokens), **SMALL), "forward", SEED) for name in MASKS}
         return interleaved(calls, rounds=rounds, device="cpu")
 
-    facts = {**SMALL, "tokens": tokens, "rounds": rounds, "seed": SEED, "kernel": kernel.name}
+    facts = {**LARGE, "tokens": tokens, "rounds": rounds, "seed": SEED, "kernel": kernel.name}
     return run.trial(f"twelve masks, {kernel.name}", measure, alone=True, **facts)
 
 
@@ -215,9 +228,8 @@ def _of_twelve(name: str, tokens: int) -> Mask:
     """Windows, prefixes and blocks in proportion to the length, documents from the Pile's histogram."""
     takes = _takes(MASKS[name])
     sizes = {"window": tokens // 8, "prefix": tokens // 4, "block": tokens // 8}
-    given = {factor: size for factor, size in sizes.items() if factor in takes}
-    histogram = {"histogram": "pile"} if "documents" in takes else {}
-    return make_mask(name, tokens, seed=SEED, **given, **histogram)
+    given: dict[str, Any] = {factor: size for factor, size in sizes.items() if factor in takes}
+    return make_mask(name, tokens, seed=SEED, histogram="pile", **given)
 
 
 def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measurement:
@@ -226,7 +238,7 @@ def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measuremen
     areas = {name: _of_twelve(name, tokens).area for name in times}
     names = sorted(times, key=lambda name: areas[name])
     rows: list[list[str | float | int | None]] = [
-        [name, f"{areas[name] / tokens**2:.1%}", 1e3 * min(times[name]), _rate(areas[name], min(times[name]))]
+        [name, f"{areas[name] / tokens**2:.1%}", 1e3 * min(times[name]), _rate(areas[name], min(times[name]), LARGE)]
         for name in names
     ]
     columns = ["mask", "kept", "ms", "GFLOP/s"]
@@ -236,23 +248,23 @@ def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measuremen
         [min(times[name]) for name in names],
         [areas[name] for name in names],
         unit="exponent of time over kept pairs",
-        setting={**SMALL, "tokens": tokens, "rounds": rounds, "seed": SEED},
+        setting={**LARGE, "tokens": tokens, "rounds": rounds, "seed": SEED},
         tables=[table],
     )
 
 
-def _rate(area: float, seconds: float) -> float:
-    return 4 * area * SMALL["heads"] * SMALL["head_dim"] / seconds / 1e9
+def _rate(area: float, seconds: float, sizes: dict[str, Any]) -> float:
+    return 4 * area * sizes["heads"] * sizes["head_dim"] / seconds / 1e9
 
 
 @measures("time_over_area")
-def time_over_area(run: Run, tokens: int = 4096, rounds: int = 7) -> Measurement:
+def time_over_area(run: Run, tokens: int = 4096, rounds: int = 5) -> Measurement:
     """Of attention that skips blocks."""
     return _over_area(run, Blockwise(), tokens, rounds)
 
 
 @measures("explicit_over_area")
-def explicit_over_area(run: Run, tokens: int = 2048, rounds: int = 7) -> Measurement:
+def explicit_over_area(run: Run, tokens: int = 2048, rounds: int = 5) -> Measurement:
     """Of explicit attention."""
     return _over_area(run, Naive(), tokens, rounds)
 
@@ -268,7 +280,7 @@ def _rates(run: Run, kernel: Kernel, builds: dict[str, Callable[[int], Mask]], t
 
     setting = {**SMALL, "tokens": tokens, "rounds": rounds, "seed": SEED, "kernel": kernel.name}
     times = run.trial(f"rates of {' and '.join(of)}", measure, alone=True, **setting)
-    system, baseline = ([_rate(of[label].area, second) for second in times[label]] for label in of)
+    system, baseline = ([_rate(of[label].area, second, SMALL) for second in times[label]] for label in of)
     labels = tuple(of)
     sides = (labels[0], labels[1])
     return Measurement.of("clock ratio", system, baseline, sides=sides, unit="GFLOP/s", setting=setting)
@@ -345,9 +357,152 @@ def spread_of_repeats(run: Run, tokens: int = 2048, repetitions: int = 20) -> Me
         median, low, high = quantiles(seconds)
         return (high - low) / median
 
-    setting = {**SMALL, "tokens": tokens, "repetitions": repetitions, "warm-ups": protocol.warmups}
+    setting: dict[str, Any] = {**SMALL, "tokens": tokens, "repetitions": repetitions, "warm-ups": protocol.warmups}
     values = [run.trial("spread", partial(measure, seed), alone=True, seed=seed, **setting) for seed in run.seeds]
     return Measurement.mean(values, seeds=run.seeds, unit="of the median", setting=setting)
+
+
+# Several processes
+
+SCALES = (8, 16, 32, 64)  # processes, of 8K tokens each
+A_SHARE = 8192
+GROUPED, EACH = Heads(64, 8, 128), Heads(64, 64, 128)
+PARALLEL_MASKS = ("full", "causal", "full_document", "causal_document")
+RAGGED = (1, 13, 40, 74)  # lengths that no number of processes divides
+
+
+def compared(name: str, ranks: int, *, real: bool = False) -> Report:
+    """All five methods on one mask of ragged documents, against one process."""
+    documents = {"documents": RAGGED} if "document" in name else {}
+    mask = MASKS[name](sum(RAGGED), **documents)
+    dtype = torch.float32 if real else torch.float64
+    run = launch if real else simulate
+    return bench(mask, ranks, heads=(8, 4), dim=8, dtype=dtype, seed=SEED, rounds=1, run=run)
+
+
+def _errors(reports: dict[str, Report], **setting: Any) -> Measurement:
+    rows: list[list[str | float | int | None]] = [
+        [label, row.method, row.error, sum((row.sent or {}).values()), row.as_formula and "yes"]
+        for label, report in reports.items()
+        for row in report.rows
+        if row.status != "unsupported"
+    ]
+    columns = ["mask and processes", "method", "largest error", "elements that a process sends", "as the formula"]
+    table = Table(caption="Context parallelism against one process, output and gradients", columns=columns, rows=rows)
+    worst = max(float(row[2] or 0) for row in rows)
+    setting = {"heads": "8:4", "width": 8, "documents": list(RAGGED), "seed": SEED, **setting}
+    return Measurement.exact(worst, unit="of the largest value", setting=setting, tables=[table])
+
+
+@measures("methods_agree")
+def methods_agree(run: Run) -> Measurement:
+    """Five methods, four masks, four processes as threads of this one, in float64."""
+    return _errors({f"{name}, 4": compared(name, 4) for name in PARALLEL_MASKS}, dtype="float64", processes=[4])
+
+
+@measures("processes_agree")
+def processes_agree(run: Run) -> Measurement:
+    """Five methods over gloo, in float32."""
+    counts = (2,) if run.smoke else (2, 4)
+    reports = {f"causal_document, {n}": compared("causal_document", n, real=True) for n in counts}
+    return _errors(reports, dtype="float32", processes=list(counts))
+
+
+@measures("volumes_counted")
+def volumes_counted(run: Run) -> Measurement:
+    """Elements in the collectives, forward and backward, operator by operator, against the formulas."""
+    rows = [row for name in PARALLEL_MASKS for row in compared(name, 4).rows if row.status != "unsupported"]
+    equal = sum(row.as_formula is True for row in rows)
+    return Measurement.exact(equal / len(rows), unit=f"of {len(rows)} cases", setting={"processes": 4})
+
+
+def _sends(run: Run, method: str) -> Measurement:
+    sent = {
+        name: [float(volume(name, n, A_SHARE * n, GROUPED, **_mesh(name)).forward) for n in SCALES] for name in METHODS
+    }
+    rows: list[list[str | float | int | None]] = [
+        [n, *(values[i] / 2**20 for values in sent.values())] for i, n in enumerate(SCALES)
+    ]
+    caption = "Mi elements that a process sends forward, heads 64:8 of width 128"
+    return Measurement.of(
+        "growth",
+        sent[method],
+        SCALES,
+        unit="exponent of elements over processes",
+        setting={"tokens of a process": A_SHARE, "heads": "64:8", "width": 128},
+        tables=[Table(caption=caption, columns=["processes", *sent], rows=rows)],
+    )
+
+
+def _mesh(name: str) -> dict[str, int]:
+    """Eight processes of a server divide the heads, where a method has both."""
+    return {"ulysses": 8} if name in ("usp", "loongtrain") else {}
+
+
+@measures("ring_volume")
+def ring_volume(run: Run) -> Measurement:
+    """At 8K tokens a process."""
+    return _sends(run, "ring")
+
+
+@measures("ulysses_volume")
+def ulysses_volume(run: Run) -> Measurement:
+    """At 8K tokens a process."""
+    return _sends(run, "ulysses")
+
+
+def _padding(run: Run, method: str, histogram: str, ranks: int) -> list[float]:
+    def count(seed: int) -> float:
+        mask = make_mask("causal_document", A_SHARE * ranks, histogram=histogram, seed=seed)
+        return cost(method, ranks, pattern_of(mask), GROUPED, **_mesh(method)).padding
+
+    return run.trials(f"padding of {method}", count, histogram=histogram, ranks=ranks)
+
+
+@measures("padding_by_the_hybrid")
+def padding_by_the_hybrid(run: Run, ranks: int = 64, histogram: str = "prolong64k") -> Measurement:
+    """The ring pads documents to multiples of 2N places, the hybrid to multiples of N / 4."""
+    ring, hybrid = (_padding(run, name, histogram, ranks) for name in ("ring", "usp"))
+    setting = {"processes": ranks, "tokens": A_SHARE * ranks, "histogram": histogram}
+    sides = ("USP of 8 × 8", "ring")
+    return Measurement.ratio(hybrid, ring, sides=sides, seeds=run.seeds, unit="share of places", setting=setting)
+
+
+@measures("padding_is_small")
+def padding_is_small(run: Run, ranks: int = 64, histogram: str = "prolong64k") -> Measurement:
+    """Of the histogram with most short documents in half a million tokens."""
+    values = _padding(run, "ring", histogram, ranks)
+    setting = {"processes": ranks, "tokens": A_SHARE * ranks, "histogram": histogram}
+    return Measurement.mean(values, seeds=run.seeds, unit="share of places", setting=setting)
+
+
+@measures("heads_limit")
+def heads_limit(run: Run) -> Measurement:
+    """What each method says of 96 processes and 64 query heads."""
+    told = {each.method: each.why_not for each in plan(96, pattern_of(masks.causal(96 * A_SHARE)), GROUPED)}
+    refused = [name for name, why in told.items() if why]
+    detail = "; ".join(f"{name}: {told[name]}" for name in refused)
+    return Measurement.holds(refused == ["ulysses"], detail, setting={"processes": 96, "heads": "64:8"})
+
+
+@measures("quickest_methods")
+def quickest_methods(run: Run) -> Measurement:
+    """How many different methods are the quickest of the model of time, over masks, scales and heads."""
+    rows: list[list[str | float | int | None]] = []
+    for label, heads in (("64:8", GROUPED), ("64:64", EACH)):
+        for name in PARALLEL_MASKS:
+            quickest = [
+                plan(n, pattern_of(make_mask(name, A_SHARE * n, seed=SEED)), heads)[0].method for n in (*SCALES, 96)
+            ]
+            rows.append([label, name, *quickest])
+    different = {str(method) for row in rows for method in row[2:]}
+    columns = ["heads", "mask", *(f"{n} processes" for n in (*SCALES, 96))]
+    table = Table(caption="The quickest by the model of time: 600 TFLOP/s, 400 and 50 GB/s", columns=columns, rows=rows)
+    setting = {"tokens of a process": A_SHARE, "seed": SEED, "processes of a server": 8}
+    return Measurement.exact(len(different), unit="methods", setting=setting, tables=[table])
+
+
+# What the authors' code counts
 
 
 @measures("window_pairs_counted")

@@ -58,7 +58,7 @@ class Stopwatch:
         """Which, in words."""
         if self.events:
             return "events of the GPU"
-        return {time.process_time: "processor time", time.perf_counter: "wall clock"}.get(self.now, "a clock given")  # type: ignore[arg-type]  # functions of C are keys as others are
+        return {time.process_time: "processor time", time.perf_counter: "wall clock"}.get(self.now, "a clock given")
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Of one call."""

@@ -22,7 +22,8 @@ class Documents(Kernel):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-            outputs = [scaled_dot_product_attention(*part, is_causal=causal, enable_gqa=grouped) for part in parts]
+            run = scaled_dot_product_attention
+            outputs = [run(qs, ks, vs, is_causal=causal, enable_gqa=grouped) for qs, ks, vs in parts]
             return torch.cat(outputs, dim=2)
 
         return attend
