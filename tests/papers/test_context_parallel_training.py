@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import TensorDataset
 
 from provenn.errors import UserError
 from provenn.nn.context_parallel import ContextParallel, simulate, switch_on
@@ -14,6 +15,7 @@ from provenn.training import Recipe, fit
 from provenn.training.context import TokenShare
 
 VOCAB, LENGTH = 11, 9
+PRELOAD = ("lightning.pytorch", "provenn.training")
 
 
 def build(mixer="softmax", positions="none", layers=2):
@@ -59,9 +61,9 @@ def test_loss_and_gradients_are_those_of_one_process(method, ranks, positions):
         return part.detach(), grads
 
     parts, grads = zip(*simulate(ranks, run))
-    torch.testing.assert_close(sum(parts), loss.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(parts), loss.detach(), rtol=1e-6, atol=1e-6)  # the task takes logits in float32
     for ours, theirs in zip(zip(*grads), expected):
-        torch.testing.assert_close(sum(ours), theirs, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(sum(ours), theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_an_encoder_sees_both_ways():
@@ -85,9 +87,14 @@ def test_an_encoder_sees_both_ways():
 RECIPE = Recipe(epochs=1, batch_size=4, optimizer="adamw", lr=1e-2, clip=0.5, weight_decay=0.1)
 
 
+def rows_of(count: int) -> TaskData:
+    tokens, targets = (torch.cat(parts) for parts in zip(*[batch(seed, 1) for seed in range(count)]))
+    few, none = TensorDataset(tokens[:1], targets[:1]), TensorDataset(tokens[:0], targets[:0])
+    return TaskData("rows", TensorDataset(tokens, targets), none, few, fingerprint="")
+
+
 def train(devices: int, context_parallel: int, recipe: Recipe):
-    rows = [tuple(x[0] for x in batch(seed, 1)) for seed in range(12)]
-    data = TaskData("rows", rows, [], [rows[0]], fingerprint="")  # type: ignore[arg-type]
+    data = rows_of(12)
     task = Told()
     return fit(build, task, data, recipe, devices=devices, context_parallel=context_parallel)
 
@@ -124,12 +131,12 @@ def check_trained(trained, alone):
 def test_processes_that_share_sequences_train_as_one():
     """Two by context; the weights after three steps of AdamW with clipping are those of one process."""
     alone = train(1, 1, RECIPE)
-    check_trained(launch(2, work, 1, 2, 4)[0], alone)
+    check_trained(launch(2, work, 1, 2, 4, preload=PRELOAD)[0], alone)
 
 
 def test_context_and_data_parallel_train_as_one():
     """Two by two: each pair has half of the batch, and each process half of its sequences."""
-    check_trained(launch(4, work, 4, 2, 2)[0], train(1, 1, RECIPE))
+    check_trained(launch(4, work, 4, 2, 2, preload=PRELOAD)[0], train(1, 1, RECIPE))
 
 
 @pytest.mark.parametrize(
@@ -145,11 +152,9 @@ def test_context_and_data_parallel_train_as_one():
     ],
 )
 def test_what_cannot_is_refused_with_its_reason(changes, mixer, says):
-    rows = [tuple(x[0] for x in batch(0, 1))]
-    data = TaskData("rows", rows, [], rows, fingerprint="")  # type: ignore[arg-type]
     options = {"context_parallel": 2, **changes}
     with pytest.raises(UserError, match=says) as refusal:
-        fit(lambda: build(mixer), get_task("language-modelling"), data, RECIPE, **options)
+        fit(lambda: build(mixer), get_task("language-modelling"), rows_of(1), RECIPE, **options)
     assert "\n" not in str(refusal.value)
 
 

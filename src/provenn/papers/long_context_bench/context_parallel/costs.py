@@ -9,7 +9,7 @@ import numpy as np
 
 from provenn.errors import UserError
 from provenn.nn.context_parallel import METHODS, Method, Pattern, Placement, method_called
-from provenn.nn.context_parallel.methods import AllGather
+from provenn.nn.context_parallel.methods import AllGather, LoongTrain, windows_of
 
 BACKWARD = Fraction(5, 2)  # of the forward pass's FLOPs: four products, and the scores computed again
 
@@ -112,7 +112,7 @@ def work(placement: Placement, causal: Sequence[bool], *, padded: bool = False) 
 def imbalance(table: np.ndarray) -> float:
     """The largest work of a process over the mean.
 
-    >>> table = work(Placement((64,), 4, 1, LAYOUTS["zigzag"]), [True])
+    >>> table = work(method_called("ring").place(Pattern.of_documents([64]), 4), [True])
     >>> imbalance(table)
     1.0
     """
@@ -225,8 +225,8 @@ def cost(
         moved = float(sends.by_operator.get(f"{phase} send", 0)) * machine.width / outside
         if isinstance(method, AllGather):
             seconds += table.sum(1).max() * per_score * factor / machine.flops
-        elif getattr(method, "windows", 0) != 0 and ring > 1:  # a double ring
-            seconds += _double(compute, moved, ring, _windows(method, ring), machine)
+        elif isinstance(method, LoongTrain) and ring > 1:
+            seconds += _double(compute, moved, ring, method.windows or windows_of(ring), machine)
         else:
             message = moved / max(1, ring - 1) + (machine.latency if ring > 1 else 0)
             seconds += float(np.maximum(compute, message).sum())
@@ -244,15 +244,10 @@ def cost(
         float(share.mean()),
         imbalance(table),
         sends,
-        *times,
+        times[0],
+        times[1],
         rate,
     )
-
-
-def _windows(method: Any, ring: int) -> int:
-    from provenn.nn.context_parallel.methods import windows_of
-
-    return method.windows or windows_of(ring)
 
 
 def _double(compute: np.ndarray, moved: float, ring: int, windows: int, machine: Machine) -> float:

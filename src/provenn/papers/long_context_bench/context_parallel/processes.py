@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -23,7 +23,12 @@ LEAVE = 5.0  # seconds that the others have to end by themselves once one has di
 
 
 def launch(
-    ranks: int, function: Callable[..., Any], *arguments: Any, threads: int = 1, patience: float | int = ANSWER
+    ranks: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    threads: int = 1,
+    patience: float | int = ANSWER,
+    preload: Sequence[str] = (),
 ) -> list[Any]:
     """Call `function(comm, *arguments)` in so many new processes, each with a communicator over gloo.
 
@@ -32,6 +37,7 @@ def launch(
         function, arguments: what each does; they are pickled, by value where they cannot be imported.
         threads: of each process.
         patience: seconds that a process waits for another's message.
+        preload: modules that the first call of all imports once for all processes.
 
     Returns:
         What each returned, in the order of ranks.
@@ -41,7 +47,7 @@ def launch(
     """
     if ranks < 1:
         raise UserError(f"ranks must be at least 1, got {ranks}")
-    context = _context()
+    context = _context(preload)
     content = cloudpickle.dumps((function, arguments))
     port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
@@ -66,13 +72,13 @@ def launch(
             reader.close()
 
 
-def _context() -> Any:
+def _context(preload: Sequence[str]) -> Any:
     """A server that has imported torch forks the processes, so that each starts in a moment; else they are spawned."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # The latter comes with the first gradient, and takes a second.
-    context.set_forkserver_preload([__name__, "torch.fx.experimental.symbolic_shapes"])
+    context.set_forkserver_preload([__name__, "torch.fx.experimental.symbolic_shapes", *preload])
     return context
 
 
@@ -85,7 +91,7 @@ def _free_port() -> int:
 def _results(processes: list[Any], readers: list[Connection]) -> list[Any]:
     results: dict[int, Any] = {}
     troubles: dict[int, Exception] = {}
-    open_ends = dict(zip(readers, range(len(readers))))
+    open_ends: dict[Any, int] = dict(zip(readers, range(len(readers))))
     deadline = None
     while open_ends:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -93,9 +99,9 @@ def _results(processes: list[Any], readers: list[Connection]) -> list[Any]:
         if not ready:  # the others do not end by themselves
             break
         for reader in ready:
-            rank = open_ends.pop(reader)  # type: ignore[arg-type]  # what was given to wait
+            rank = open_ends.pop(reader)
             try:
-                good, value = cloudpickle.loads(reader.recv_bytes())  # type: ignore[union-attr]  # as above
+                good, value = cloudpickle.loads(readers[rank].recv_bytes())
             except EOFError:
                 processes[rank].join(LEAVE)
                 troubles[rank] = UserError(f"rank {rank} of {len(readers)} {_how(processes[rank].exitcode)}")
