@@ -239,7 +239,7 @@ def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measuremen
     )
 
 
-def _rate(area: float, seconds: float) -> float:
+def _rate(area: float | int, seconds: float) -> float:
     return 4 * area * LARGE["heads"] * LARGE["head_dim"] / seconds / 1e9
 
 
@@ -296,7 +296,7 @@ def spread_of_repeats(run: Run, tokens: int = 2048, repetitions: int = 20) -> Me
         return (high - low) / median
 
     setting: dict[str, Any] = {**SMALL, "tokens": tokens, "repetitions": repetitions, "warm-ups": protocol.warmups}
-    values = [run.trial("spread", partial(measure, seed), alone=True, seed=seed, **setting) for seed in run.seeds]
+    values = [run.trial("spread", partial(measure, seed), alone=True, of_seed=seed, **setting) for seed in run.seeds]
     return Measurement.mean(values, seeds=run.seeds, unit="of the median", setting=setting)
 
 
@@ -332,18 +332,11 @@ def _errors(reports: dict[str, Report], **setting: Any) -> Measurement:
     return Measurement.exact(worst, unit="of the largest value", setting=setting, tables=[table])
 
 
-@measures("methods_agree")
-def methods_agree(run: Run) -> Measurement:
-    """Five methods, four masks, four processes as threads of this one, in float64."""
-    return _errors({f"{name}, 4": compared(name, 4) for name in PARALLEL_MASKS}, dtype="float64", processes=[4])
-
-
 @measures("processes_agree")
 def processes_agree(run: Run) -> Measurement:
     """Five methods over gloo, in float32."""
-    counts = (2,) if run.smoke else (2, 4)
-    reports = {f"causal_document, {n}": compared("causal_document", n, real=True) for n in counts}
-    return _errors(reports, dtype="float32", processes=list(counts))
+    cases = (("causal", 2), ("causal_document", 4))
+    return _errors({f"{name}, {n}": compared(name, n, real=True) for name, n in cases}, dtype="float32")
 
 
 @measures("volumes_counted")
@@ -356,18 +349,18 @@ def volumes_counted(run: Run) -> Measurement:
 
 def _sends(run: Run, method: str) -> Measurement:
     sent = {
-        name: [float(volume(name, n, A_SHARE * n, GROUPED, **_mesh(name)).forward) for n in SCALES] for name in METHODS
+        name: [float(volume(name, n, A_SHARE * n, EACH, **_mesh(name)).forward) for n in SCALES] for name in METHODS
     }
     rows: list[list[str | float | int | None]] = [
         [n, *(values[i] / 2**20 for values in sent.values())] for i, n in enumerate(SCALES)
     ]
-    caption = "Mi elements that a process sends forward, heads 64:8 of width 128"
+    caption = "Mi elements that a process sends forward, heads 64:64 of width 128"
     return Measurement.of(
         "growth",
         sent[method],
         SCALES,
         unit="exponent of elements over processes",
-        setting={"tokens of a process": A_SHARE, "heads": "64:8", "width": 128},
+        setting={"tokens of a process": A_SHARE, "heads": "64:64", "width": 128},
         tables=[Table(caption=caption, columns=["processes", *sent], rows=rows)],
     )
 
@@ -457,12 +450,3 @@ def global_slices_of_the_authors(tokens: int, window: int) -> list[Slice]:
         Slice((0, window), (window, tokens), "causal"),
     ]
     return [*columns, *shifted]
-
-
-@measures("prefix_pairs_computed")
-def prefix_pairs_computed(run: Run, tokens: int = 2048, prefix: int = 500) -> Measurement:
-    """Their predicate keeps j ≤ P, their slices j < P."""
-    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)
-    computed = int(((j <= prefix) | (j <= i)).sum())
-    more = computed - masks.prefix_lm_causal(tokens, prefix=prefix).area
-    return Measurement.exact(more, unit="pairs", setting={"tokens": tokens, "prefix": prefix})
