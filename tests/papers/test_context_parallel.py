@@ -409,6 +409,16 @@ def test_forward_under_autocast_and_backward_outside():
     assert all(torch.isfinite(x).all() for x in torch.autograd.grad(output, (q, k, v), grad))
 
 
+def test_a_compiled_model_leaves_the_messages_out():
+    def run(comm):
+        spread = Spread("ring", comm, Pattern.of_documents([8]))
+        q, k, v, _ = (x.detach() for x in draw(8, 2, 2))
+        compiled = torch.compile(lambda q, k, v: spread.attend(2 * q, k, v) + 1, backend="eager")
+        return torch.equal(compiled(q, k, v), spread.attend(2 * q, k, v) + 1)
+
+    assert simulate(1, run) == [True]
+
+
 def test_second_derivatives_and_transforms_are_refused():
     q, k, v, grad = draw(8, 2, 2)
     simulation = Simulation("ring", 2, Pattern.of_documents([8]))
