@@ -142,6 +142,7 @@ class Spread:
     def _order(self, device: torch.device) -> Tensor:
         return self._index("order", lambda: self.placement.order, device)  # type: ignore[arg-type,return-value]  # not None here
 
+    @torch.compiler.disable  # a compiler cannot see what other processes send
     def attend(
         self,
         q: Float[Tensor, "*local heads dim"],
