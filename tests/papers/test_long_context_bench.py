@@ -249,6 +249,27 @@ def test_a_users_kernel_runs_beside_ours(run, tmp_path):
     assert [(p["kernel"], p["status"]) for p in json.loads(out)["points"]] == [("naive", "ok"), ("mine", "ok")]
 
 
+def test_ranks_compare_the_methods_of_context_parallelism(run, monkeypatch):
+    """The same with threads in the place of processes, which tests of their own start."""
+    from functools import partial
+
+    from provenn.nn.context_parallel import simulate
+    from provenn.papers.long_context_bench import context_parallel
+
+    monkeypatch.setattr(context_parallel, "bench", partial(context_parallel.bench, run=simulate))
+    line = (
+        "bench long_context_bench --mask causal_document --length 64 --heads 4:2 --head-dim 8 --ranks 2 --budget smoke"
+    )
+    code, out, err = run(f"{line} --out o --json")
+    assert code == 0, err
+    (point,) = json.loads(out)["points"]
+    assert [row["method"] for row in point["rows"]] == list(context_parallel.METHODS)
+    assert {row["status"] for row in point["rows"]} == {"ok"} and point["ranks"] == 2
+    code, out, _ = run(f"{line} --methods ring,ulysses --out p")
+    assert code == 0 and "loongtrain" not in out and "ulysses" in out
+    assert "methods takes some of" in run(f"{line} --methods rings")[2]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
