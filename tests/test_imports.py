@@ -42,7 +42,7 @@ def rule() -> str:
     levels = [" ".join(sorted(part for part in parts if "__" not in part)) for parts in ORDER]
     lines = [*levels, "", "layers, model, official, inspection of a paper: " + " ".join(sorted(PAPERS_MAY))]
     lines += ["its convert: these and " + " ".join(sorted(CONVERT_MAY - PAPERS_MAY))]
-    lines += ["its claims, studies and task: these and " + " ".join(sorted(CLAIMS_MAY - PAPERS_MAY))]
+    lines += ["its claims, studies, task and bench: these and " + " ".join(sorted(CLAIMS_MAY - PAPERS_MAY))]
     lines += ["data: used by tasks alone"]
     return "\n".join(lines)
 
@@ -107,9 +107,13 @@ def test_a_paper_keeps_to_itself(file: str):
         if parts[:2] == ["provenn", "papers"]:
             assert parts[2] == slug, f"{file} imports another paper: {name}"
     own = parts_imported(file) - {"papers"}
-    allowed = {"claims.py": CLAIMS_MAY, "studies.py": CLAIMS_MAY, "task.py": CLAIMS_MAY, "convert.py": CONVERT_MAY}.get(
-        file.split("/")[2], PAPERS_MAY
-    )
+    allowed = {
+        "claims.py": CLAIMS_MAY,
+        "studies.py": CLAIMS_MAY,
+        "task.py": CLAIMS_MAY,
+        "bench.py": CLAIMS_MAY,
+        "convert.py": CONVERT_MAY,
+    }.get(file.split("/")[2], PAPERS_MAY)
     assert own <= allowed, f"{file} imports {own - allowed}"
 
 

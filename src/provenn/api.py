@@ -211,6 +211,8 @@ def train(
     devices: int = 1,
     num_nodes: int = 1,
     strategy: str = "auto",
+    context_parallel: int = 1,
+    context_method: str = "ring",
     workers: int = 0,
     resume: bool = False,
     save_every: int | None = None,
@@ -228,6 +230,7 @@ def train(
         out: the run's folder; `runs/<slug>` by default.
         seed: fixes everything random.
         device, devices, num_nodes, strategy: where to train; the recipe's batch size is each process's: see `fit`.
+        context_parallel, context_method: processes that share each sequence, and how: see `fit`.
         workers: processes that read the data.
         resume: go on from the folder's checkpoint.
         save_every: a checkpoint after every so many steps, besides each epoch's.
@@ -309,6 +312,8 @@ def train(
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
+            context_parallel=context_parallel,
+            context_method=context_method,
             workers=workers,
             out=folder,
             resume=resume,

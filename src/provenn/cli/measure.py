@@ -1,6 +1,6 @@
 """Verbs that measure: reproduce, bench, compare."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,7 @@ from provenn.errors import UserError
 from provenn.progress import without_controls
 
 if TYPE_CHECKING:
+    from provenn.evidence import Table
     from provenn.evidence.benchmark import Timing
 
 RUN, BENCH = Path("runs/latest"), Path("runs/bench")
@@ -109,10 +110,14 @@ def reproduce(
     )
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def bench(
     slug: Annotated[
         str | None, typer.Argument(help="The paper; by default the speed of all.", autocompletion=slugs)
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[--ITS OPTIONS]", help="Of a paper with a benchmark of its own; --options lists them."),
     ] = None,
     backbones: Annotated[
         str | None,
@@ -135,17 +140,22 @@ def bench(
 ) -> None:
     """Speed beside baselines and installed peers; of one paper also what it claims about time, memory and FLOPs.
 
-    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns.
+    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. A paper with a benchmark of its own
+    takes options of its own, which run that one; --options lists them.
 
     \b
     provenn bench aaren --budget smoke
     provenn bench --backbones eca_net --batch 1 --threads 1
+    provenn bench long_context_bench --mask causal_document --length 1k:8k
     """
     from provenn.cli import console
     from provenn.reproduce import BUDGETS
 
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    if own:
+        _own(slug, own, device=device, budget=budget, out=out, resume=resume, json=json)
+        return
     if backbones is not None:
         if slug is not None:
             raise UserError(f"name the paper as --backbones {slug}, or leave --backbones out")
@@ -176,6 +186,101 @@ def bench(
 
 
 ROUNDS = {"smoke": 1, "small": 7, "paper": 15}  # of --backbones
+SHARED = ("device", "budget")  # options that a paper's own benchmark may take and that stand in the list of all
+
+
+def _own(
+    slug: str | None, words: Sequence[str], *, device: str, budget: str, out: Path, resume: bool, json: bool
+) -> None:
+    """A paper's own benchmark, at the options that only it knows."""
+    from provenn.cli import console
+    from provenn.evidence import Measurement, Table
+    from provenn.evidence.sweep import POINTS
+    from provenn.reproduce import alone_in, check_writable, choose_device
+    from provenn.settings import arguments_of
+
+    if slug is None or slug.startswith("-"):
+        raise UserError(f"no such option: {slug or words[0]}; a paper's own options follow its name")
+    card = catalog.card(slug)
+    if not card.has("bench"):
+        raise UserError(f"no such option: {words[0]}; {card.slug} has no benchmark of its own, which would take some")
+    sweep = card.resolve("bench:sweep")
+    takes = arguments_of(sweep, but=SHARED)
+    if list(words) == ["--options"]:
+        terminal = console.console()
+        for grid in console.details(Measurement(tables=[_options_of(card.slug, sweep, takes)])):
+            terminal.print(grid, "")
+        return
+    given = own_options(words, takes, card.slug)
+    wanted = sweep(**given, device=choose_device(device), budget=budget)
+    folder = out / card.slug if out == BENCH else out
+    check_writable(folder)
+    kept = [] if resume else [file for file in [folder / POINTS] if file.exists()]
+    for points in kept:
+        points.unlink()
+    with resumable((folder / POINTS).exists), progress.shown(), alone_in(folder):
+        rows = wanted.run(folder, resume=resume, tell=tell)
+    files = [str(file) for file in wanted.save(rows, folder)]
+    if json:
+        console.machine({"repeat": command(), "title": wanted.title, "points": rows, "files": files})
+    else:
+        terminal = console.console()
+        tables: list[Table] = wanted.tables(rows)
+        for grid in console.details(Measurement(tables=tables)):
+            terminal.print(grid, "")
+        for file in files:
+            terminal.print(without_controls(f"written  {file}"), soft_wrap=True, markup=False)
+        terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)
+    if any(row.get("status") == "error" for row in rows):
+        raise typer.Exit(1)
+
+
+def own_options(words: Sequence[str], takes: Mapping[str, Any], slug: str) -> dict[str, Any]:
+    """`--head-dim 64 --long` as the arguments of a function, of the types that it names.
+
+    Args:
+        words: as they were typed.
+        takes: arguments by name, and their types.
+        slug: whose options they are, for what an error says.
+    """
+    from provenn.settings import typed
+
+    given: dict[str, Any] = {}
+    rest = list(words)
+    known = [f"--{name.replace('_', '-')}" for name in takes]
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in takes:
+            what = "no such option" if option.startswith("-") else "unexpected argument"
+            raise UserError(f"{what}: {option}{catalog.meant(option, known)}; {slug} takes {', '.join(known)}")
+        if takes[name] is bool:
+            given[name] = typed(option, value, bool) if equals else True
+            continue
+        if not equals and not rest:
+            raise UserError(f"{option} needs a value")
+        given[name] = typed(option, value if equals else rest.pop(0), takes[name])
+    return given
+
+
+def _options_of(slug: str, sweep: Any, takes: Mapping[str, Any]) -> "Table":
+    import inspect
+
+    from provenn.evidence import Table
+    from provenn.options import in_words
+
+    said = dict(line.strip().split(": ", 1) for line in (sweep.__doc__ or "").splitlines() if ": " in line)
+    defaults = inspect.signature(sweep).parameters
+    rows: list[list[str | float | int | None]] = [
+        [
+            f"--{name.replace('_', '-')}",
+            in_words(hint),
+            "" if defaults[name].default in (None, "") else str(defaults[name].default).lower(),
+            said.get(name, ""),
+        ]
+        for name, hint in takes.items()
+    ]
+    return Table(caption=f"Options of {slug}'s own benchmark", columns=["option", "takes", "default", ""], rows=rows)
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -68,6 +68,12 @@ def train(
         int, typer.Option(min=1, help="Machines: run the same command on each, by torchrun or with NODE_RANK set.")
     ] = 1,
     strategy: Annotated[str, typer.Option(help="auto, ddp, or fsdp, which divides weights and their state.")] = "auto",
+    context_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes that share each sequence, of language models with softmax attention.")
+    ] = 1,
+    context_method: Annotated[
+        str, typer.Option(help="How they do: ring, all_gather, ulysses, usp or loongtrain.")
+    ] = "ring",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read the data.")] = 0,
     resume: Resume = False,
     save_every: Annotated[
@@ -123,6 +129,8 @@ def train(
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
+            context_parallel=context_parallel,
+            context_method=context_method,
             workers=workers,
             resume=resume,
             save_every=save_every,

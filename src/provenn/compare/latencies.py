@@ -146,7 +146,7 @@ class LatencyBench:
         """Write the tables, the plot and all times into a folder; returns the files."""
         numbers, table, plot = (out / f"latency.{kind}" for kind in ("json", "md", "png"))
         write_atomically(numbers, json.dumps(asdict(self), indent=1))
-        write_atomically(table, "\n".join(_markdown(each) for each in self.tables))
+        write_atomically(table, "\n".join(each.markdown() for each in self.tables))
         with whole(plot) as place:
             self.figure().savefig(place, dpi=110)
         return [table, plot, numbers]
@@ -160,8 +160,3 @@ def _cell(latency: Latency, is_reference: bool) -> str:
         return text
     within = "" if latency.interval is None else f" ({latency.interval[0]:.3g} to {latency.interval[1]:.3g})"
     return f"{text}, {latency.ratio:.3g}×{within}"
-
-
-def _markdown(table: Table) -> str:
-    rows = "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in table.rows)
-    return f"{table.caption}\n\n| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n{rows}"

@@ -208,7 +208,7 @@ class SlotComparison:
         check_writable(folder)
         numbers, table, plot = (folder / f"{self.slot}.{kind}" for kind in ("json", "md", "png"))
         write_atomically(numbers, json.dumps(asdict(self), indent=1))
-        write_atomically(table, "\n".join(_markdown(view) for view in self.tables))
+        write_atomically(table, "\n".join(view.markdown() for view in self.tables))
         with whole(plot) as place:
             self.figure().savefig(place, dpi=110)
         files = [table, plot, numbers]
@@ -221,11 +221,6 @@ class SlotComparison:
             with whole(files[2]) as place:
                 language.figure(names, self.more, qualities, self.metric.replace("_", " ")).savefig(place, dpi=110)
         return files
-
-
-def _markdown(table: Table) -> str:
-    rows = "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in table.rows)
-    return f"{table.caption}\n\n| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n{rows}"
 
 
 def _with_interval(value: float, interval: Interval | None, style: str) -> str:

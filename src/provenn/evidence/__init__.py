@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from provenn.evidence.run import Run
     from provenn.evidence.statement import judge
     from provenn.evidence.study import Drawing, Study
+    from provenn.evidence.sweep import Point, Sweep
     from provenn.evidence.verdict import Verdict, decide
 
 HOMES = {
@@ -26,6 +27,7 @@ HOMES = {
     "run": ("Run",),
     "statement": ("judge",),
     "study": ("Drawing", "Study"),
+    "sweep": ("Point", "Sweep"),
     "verdict": ("Verdict", "decide"),
 }
 
@@ -36,12 +38,14 @@ __all__ = [
     "Finding",
     "Measurement",
     "Picture",
+    "Point",
     "Race",
     "Record",
     "Run",
     "Series",
     "Skill",
     "Study",
+    "Sweep",
     "Table",
     "Verdict",
     "decide",

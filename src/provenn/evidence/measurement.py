@@ -74,6 +74,11 @@ class Table(Part):
     columns: list[str]
     rows: list[list[str | float | int | None]]
 
+    def markdown(self) -> str:
+        """The caption, and the table under it."""
+        rows = "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in self.rows)
+        return f"{self.caption}\n\n| {' | '.join(self.columns)} |\n|{' --- |' * len(self.columns)}\n{rows}"
+
 
 class Picture(Part):
     """An image file beside the record, with words for those who cannot see it."""

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
+from provenn.nn.context_parallel.switch import ContextParallel, spread
 from provenn.nn.positions import rotation, turn
 
 
@@ -96,8 +97,10 @@ class SoftmaxAttention(nn.Module):
         rotary: turn queries and keys by their position (`provenn.nn.positions.rotate`).
 
     Shapes: (batch, tokens, dim) to the same. Parameters: 4·D², and 4·D with biases. Slot: token-mixer. Streams with a
-    key-value cache.
+    key-value cache. Where sequences are spread over processes (`provenn.nn.context_parallel`), it attends to all.
     """
+
+    context_parallel: ContextParallel | None = None
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True, bias: bool = True, rotary: bool = False):
         check_whole(dim=dim, heads=heads)
@@ -113,7 +116,11 @@ class SoftmaxAttention(nn.Module):
         """Queries, keys and values of tokens that stand from `start` on."""
         q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
         if self.rotary:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)
+            sharing = spread(self.context_parallel)
+            if sharing is not None:
+                positions = sharing.positions(x.device)
+            else:
+                positions = torch.arange(start, start + x.shape[1], device=x.device)
             # Keys are cached turned: their positions do not change, and the product depends on the difference alone.
             angles = rotation(positions, q.shape[-1], q.dtype)
             q, k = turn(q, *angles), turn(k, *angles)
@@ -125,7 +132,12 @@ class SoftmaxAttention(nn.Module):
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
         check_tokens(x, self.dim, mask)
         q, k, v = self._project(x)
-        if mask is None:
+        sharing = spread(self.context_parallel)
+        if sharing is not None:
+            if mask is not None:
+                raise ValueError("sequences that are spread over processes take no mask")
+            y = sharing.attend(q, k, v, causal=self.causal)
+        elif mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
             visible = mask[:, None, None, :]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from provenn.errors import UserError
 from provenn.nn.attention import check_mask
+from provenn.nn.context_parallel.switch import ContextParallel, spread, switch_on, why_not
 from provenn.nn.mixers import Mixers, layer_mixers
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.streaming import MixerState, state_bytes
@@ -118,6 +119,8 @@ class TokenStack(nn.Module):
         causal: what the mixers are made with that take it.
     """
 
+    context_parallel: ContextParallel | None = None
+
     def __init__(
         self,
         vocab: int,
@@ -176,15 +179,18 @@ class TokenStack(nn.Module):
         if tokens.shape[1] == 0:
             raise ValueError("the sequence has no token: expected at least one")
         x = self.embed(tokens)
-        end = start + tokens.shape[1]
+        sharing = spread(self.context_parallel)
+        # What is spread over processes keeps the places that it has in the whole sequence.
+        end = start + tokens.shape[1] if sharing is None else sharing.length
         if self.max_length is not None and end > self.max_length:
             raise UserError(
                 f"the sequence has {end} tokens, more than max_length={self.max_length}: shorten it, or build with more"
             )
         if self.place is not None:
-            x = x + self.place.weight[start:end]
+            x = x + self.place.weight[slice(start, end) if sharing is None else sharing.positions(x.device)]
         elif self.positions == "sinusoidal":
-            x = x + sinusoidal_encoding(torch.arange(start, end, device=x.device), self.dim).to(x)
+            places = torch.arange(start, end, device=x.device) if sharing is None else sharing.positions(x.device)
+            x = x + sinusoidal_encoding(places, self.dim).to(x)
         return self.dropout(x)
 
     def hidden_states(
@@ -196,6 +202,32 @@ class TokenStack(nn.Module):
         for block in self.blocks:
             x = block(x, mask=mask)
         return self.norm(x)
+
+
+def spread_over(model: nn.Module, sharing: ContextParallel) -> None:
+    """Let a language model work on sequences that are spread over processes.
+
+    Raises:
+        UserError: it is none of ours, or a mixer of it cannot; which, and why.
+    """
+    if not isinstance(model, TokenStack) or type(model).forward not in (CausalLM.forward, Encoder.forward):
+        raise UserError(
+            f"context parallelism is for language models of softmax attention; {type(model).__name__} is none of ours"
+        )
+    if isinstance(model, Encoder) and model.head is not None:
+        raise UserError("context parallelism is for logits of tokens, and this encoder gives classes of a sequence")
+    reasons: dict[str, list[int]] = {}
+    for layer, block in enumerate(model.blocks, 1):
+        reason = why_not(block.mixer)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(layer)
+    if reasons:
+        reason, layers = next(iter(reasons.items()))
+        raise UserError(
+            f"context parallelism cannot serve layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}: {reason}; "
+            "take a preset whose layers are all softmax attention"
+        )
+    switch_on(model, sharing)
 
 
 class LanguageState(NamedTuple):

@@ -20,6 +20,7 @@ from provenn.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+IGNORED = -100  # the target of a token that nothing is asked of; the loss is the mean over all others
 Scores = dict[str, Shaped[np.ndarray, "examples ..."]]  # of each example, by name
 LABEL, TOLD = "label", "told"  # scores of a classifier: the class of each example, and the one that the model says
 
@@ -97,6 +98,7 @@ class Task(ABC):
     meta_schema: type[BaseModel] | None = None  # what the meta of its data must be
     augments: bool = False  # whether its batches are images and their classes, which a recipe may augment and mix
     smooths: bool = False  # whether `loss` takes the share of label smoothing as a third argument
+    divides_tokens: bool = False  # whether its batches are tokens and targets, each token's loss by itself: see IGNORED
     needs_inputs: bool = True  # whether `predict` has nothing to do without any
 
     @abstractmethod

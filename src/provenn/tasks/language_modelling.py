@@ -147,6 +147,7 @@ class LanguageModelling(Task):
         "stdlib": "the source of Python's standard library, 11 MB in 580 files; those tested are not trained on",
     }
     takes_words = True
+    divides_tokens = True
     asks = True  # whether questions with choices may be put to its models
     reads = (
         "text: a file, a .jsonl with a key text, a folder of these, or hf:NAME of the Hugging Face hub; to evaluate, "

@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, Sampler
 from provenn import progress
 from provenn.errors import UserError
 from provenn.nn.auxiliary import collect_auxiliary
+from provenn.nn.context_parallel import METHODS
 from provenn.tasks.base import Task, TaskData, count_examples
 from provenn.training.augmentation import augmented, check_recipe, mixed
 from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_writer, clear_best, newest, read
+from provenn.training.context import TokenShare, check_divides_tokens
 from provenn.training.recipes import Recipe
 from provenn.training.systems import JointOptimizer, before_saving, make_optimizer, training_loss
 
@@ -106,6 +108,8 @@ def fit(
     devices: int = 1,
     num_nodes: int = 1,
     strategy: str = "auto",
+    context_parallel: int = 1,
+    context_method: str = "ring",
     workers: int = 0,
     out: Path | None = None,
     resume: bool = False,
@@ -129,6 +133,9 @@ def fit(
             each one's: two give the weights of one with twice the batch, to rounding, where the loss is a mean over
             examples and nothing draws or mixes the batch. Lightning starts those of a machine by running the program
             again (or torchrun has); only the first of all returns, the others leave the program.
+        context_parallel, context_method: how many of these processes share each sequence, and by which method of
+            `provenn.nn.context_parallel.METHODS`: of language models of softmax attention. Where `devices` is 1 there
+            are so many. The weights are those of one process, to rounding, where nothing draws.
         workers: processes that read the data; 0 reads in this one. Augmentation draws otherwise with them than without.
         out: a folder for checkpoints after every epoch; None keeps none.
         resume: go on from the checkpoint in `out` where there is one.
@@ -156,6 +163,17 @@ def fit(
     for name, value in (("devices", devices), ("num_nodes", num_nodes)):
         if value < 1:
             raise UserError(f"{name} must be a whole number of at least 1, got {value}")
+    if context_parallel < 1:
+        raise UserError(f"context_parallel must be a whole number of at least 1, got {context_parallel}")
+    if context_parallel > 1:
+        if devices * num_nodes == 1:
+            devices = context_parallel
+        if devices * num_nodes % context_parallel:
+            raise UserError(f"context_parallel={context_parallel} does not divide {devices * num_nodes} processes")
+        if context_method not in METHODS:
+            raise UserError(f"context_method must be one of {', '.join(METHODS)}, got {context_method!r}")
+        if strategy == "fsdp":
+            raise UserError("context_parallel needs whole weights in each process: take strategy ddp")
     if strategy == "fsdp" and recipe.precision not in SHARDED_PRECISIONS:
         raise UserError(f"strategy fsdp takes precision {', '.join(SHARDED_PRECISIONS)}, got {recipe.precision!r}")
     if device.startswith("cuda") and devices > torch.cuda.device_count():
@@ -172,6 +190,8 @@ def fit(
     check_recipe(recipe, task, model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{title}: nothing to train, {type(model).__name__} has no parameters that need a gradient")
+    if context_parallel > 1:
+        check_divides_tokens(model, task, context_method, context_parallel)
     best = _Best(out, keep_best, save) if out is not None and save is not None and keep_best else None
     history = _history_class()(task, data, title, recipe, out, save_every, best)
     going_on = newest(out) if resume and out is not None else None
@@ -207,6 +227,8 @@ def fit(
             default_root_dir=out,
         )
         module = _module_class()(model, task, data, recipe, seed, history, workers)
+        if context_parallel > 1:
+            module.share = TokenShare(context_parallel, context_method)
         start = time.perf_counter()
         if going_on is not None:
             _check_fits(going_on, module, devices * num_nodes)
@@ -220,6 +242,8 @@ def fit(
                 raise SystemExit(0) from None
             raise
         seconds = time.perf_counter() - start
+        if module.share is not None:
+            module.share.leave(module.model)
         weights = _whole_state(module.model) if strategy == "fsdp" else None
     if joined_here:
         leave_group(history.wrapper)
@@ -399,6 +423,7 @@ def _module_class() -> type:
             super().__init__()
             self.model, self.task, self.data, self.recipe, self.seed = model, task, data, recipe, seed
             self.history, self.workers = history, workers
+            self.share: TokenShare | None = None  # of processes that share each sequence
             if recipe.ema is not None:
                 keep = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
                 self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=keep).requires_grad_(False)
@@ -415,7 +440,8 @@ def _module_class() -> type:
         def began(self) -> dict[str, Any]:
             """What a run that goes on may not change."""
             recipe = {name: value for name, value in asdict(self.recipe).items() if name not in MAY_CHANGE}
-            return {**recipe, "seed": self.seed, "data": self.data.fingerprint}
+            shared = {} if self.share is None else {"context_parallel": self.share.size}
+            return {**recipe, "seed": self.seed, "data": self.data.fingerprint, **shared}
 
         def configure_model(self) -> None:
             from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -424,6 +450,10 @@ def _module_class() -> type:
                 fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
                 if hasattr(self.model, "training_loss"):
                     register_fsdp_forward_method(self.model, "training_loss")
+
+        def on_fit_start(self) -> None:
+            if self.share is not None:
+                self.share.join(self.model)
 
         def sharded(self) -> bool:
             return "ModelParallel" in type(self.trainer.strategy).__name__
@@ -439,10 +469,13 @@ def _module_class() -> type:
             count = count_examples(self.data.train)
             # Of a run that goes on after an epoch, `current_epoch` still is the one that has ended.
             processes, epoch = self.trainer.world_size, self.trainer.fit_loop.epoch_progress.current.processed
+            shares = 1 if self.share is None else self.share.size  # processes with the same batch
             start = self.history.batches_done * self.recipe.batch_size
             # With a generator of its own, or the loader would draw from the one that dropout draws from.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch * 101 + self.global_rank)
-            sampler = EpochSampler(count, self.seed, self.global_rank, processes, epoch=epoch, start=start)
+            sampler = EpochSampler(
+                count, self.seed, self.global_rank // shares, processes // shares, epoch=epoch, start=start
+            )
             return DataLoader(
                 augmented(self.data, self.recipe, self.seed, sampler, self.workers),
                 batch_size=self.recipe.batch_size,
@@ -453,10 +486,13 @@ def _module_class() -> type:
             )
 
         def training_step(self, batch: Any, index: int) -> Tensor:
-            with collect_auxiliary() as added:
-                loss = training_loss(
-                    self.model, self.task, mixed(batch, self.recipe, self.data), self.recipe.label_smoothing
-                )
+            if self.share is not None:
+                loss, added = self.share.loss(self.model, self.task, batch), []
+            else:
+                with collect_auxiliary() as added:
+                    loss = training_loss(
+                        self.model, self.task, mixed(batch, self.recipe, self.data), self.recipe.label_smoothing
+                    )
             if added:
                 loss = loss + torch.stack(added).mean()
             if not self.everywhere(bool(torch.isfinite(loss))):

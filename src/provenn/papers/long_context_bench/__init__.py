@@ -1,0 +1,5 @@
+"""Long-Context Attention Benchmark: From Kernel Efficiency to Distributed Context Parallelism (arXiv:2510.17896)."""
+
+from provenn.papers.long_context_bench.masks import MASKS, Mask, NotRepresentable, Slice, from_slices, make_mask
+
+__all__ = ["MASKS", "Mask", "NotRepresentable", "Slice", "from_slices", "make_mask"]

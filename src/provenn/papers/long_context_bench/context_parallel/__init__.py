@@ -1,0 +1,47 @@
+"""Context parallelism, measured: the methods of `provenn.nn.context_parallel` on the benchmark's masks.
+
+The methods themselves, and how a new one joins, are in `provenn.nn.context_parallel`; language models use them too.
+"""
+
+from provenn.nn.context_parallel import METHODS, Method, Pattern, Placement, Simulation, Slice, Spread, register
+from provenn.papers.long_context_bench.context_parallel.bench import Report, Row, bench
+from provenn.papers.long_context_bench.context_parallel.costs import (
+    Choice,
+    Cost,
+    Heads,
+    Machine,
+    Volume,
+    cost,
+    imbalance,
+    plan,
+    volume,
+    work,
+)
+from provenn.papers.long_context_bench.context_parallel.patterns import pattern_of
+from provenn.papers.long_context_bench.context_parallel.processes import launch
+
+__all__ = [
+    "METHODS",
+    "Choice",
+    "Cost",
+    "Heads",
+    "Machine",
+    "Method",
+    "Pattern",
+    "Placement",
+    "Report",
+    "Row",
+    "Simulation",
+    "Slice",
+    "Spread",
+    "Volume",
+    "bench",
+    "cost",
+    "imbalance",
+    "launch",
+    "pattern_of",
+    "plan",
+    "register",
+    "volume",
+    "work",
+]

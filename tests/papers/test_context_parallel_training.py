@@ -1,0 +1,182 @@
+"""Language models whose sequences are spread over processes: loss, gradients and training are those of one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+from provenn.errors import UserError
+from provenn.nn.context_parallel import ContextParallel, simulate, switch_on
+from provenn.nn.language import CausalLM, Encoder, spread_over
+from provenn.papers.long_context_bench.context_parallel import launch
+from provenn.tasks import get_task
+from provenn.tasks.base import TaskData
+from provenn.training import Recipe, fit
+from provenn.training.context import TokenShare
+
+VOCAB, LENGTH = 11, 9
+PRELOAD = ("lightning.pytorch", "provenn.training")
+
+
+def build(mixer="softmax", positions="none", layers=2):
+    return CausalLM(VOCAB, 16, layers, mixer, positions=positions, max_length=12, hidden=16)
+
+
+def batch(seed: int = 0, count: int = 3):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(VOCAB, (count, LENGTH + 1), generator=generator)
+    targets = rows[:, 1:].clone()
+    targets[0, 4:] = -100  # of which nothing is asked
+    return rows[:, :-1], targets
+
+
+@pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal"])
+@pytest.mark.parametrize(
+    ("method", "ranks"), [("ring", 3), ("all_gather", 2), ("ulysses", 4), ("usp", 4), ("loongtrain", 2)]
+)
+def test_loss_and_gradients_are_those_of_one_process(method, ranks, positions):
+    """Tokens stand where they stood, padding is not counted, the sum over processes is the gradient."""
+    torch.manual_seed(0)
+    model = build(positions=positions).double()
+    tokens, targets = batch()
+    task = get_task("language-modelling")
+    loss = task.loss(model, (tokens, targets))
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    logits = model(tokens)
+    states = model.state_dict()
+
+    def run(comm):
+        copy = build(positions=positions).double()
+        copy.load_state_dict(states)
+        share = TokenShare(ranks, method)
+        share.sharing = ContextParallel(comm, method)
+        spread_over(copy, share.sharing)
+        part = share.loss(copy, task, (tokens, targets)) / ranks
+        grads = torch.autograd.grad(part, list(copy.parameters()))
+        with share.sharing.sequences(*tokens.shape), torch.no_grad():
+            ours, whole = copy(share.sharing.dispatch(tokens)), share.sharing.dispatch(logits)
+            real = share.sharing.real()
+            torch.testing.assert_close(ours[:, real], whole[:, real], rtol=1e-10, atol=1e-10)
+        assert torch.allclose(copy(tokens), logits), "outside it is as it was"
+        return part.detach(), grads
+
+    parts, grads = zip(*simulate(ranks, run))
+    torch.testing.assert_close(sum(parts), loss.detach(), rtol=1e-6, atol=1e-6)  # the task takes logits in float32
+    for ours, theirs in zip(zip(*grads), expected):
+        torch.testing.assert_close(sum(ours), theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_an_encoder_sees_both_ways():
+    torch.manual_seed(0)
+    model = Encoder(VOCAB, 16, 1, "softmax", positions="learned", max_length=LENGTH, hidden=16).double().eval()
+    tokens, _ = batch()
+    logits, states = model(tokens), model.state_dict()
+
+    def run(comm):
+        copy = Encoder(VOCAB, 16, 1, "softmax", positions="learned", max_length=LENGTH, hidden=16).double().eval()
+        copy.load_state_dict(states)
+        sharing = ContextParallel(comm)
+        spread_over(copy, sharing)
+        with sharing.sequences(*tokens.shape):
+            real = sharing.real()
+            return torch.allclose(copy(sharing.dispatch(tokens))[:, real], sharing.dispatch(logits)[:, real])
+
+    assert all(simulate(2, run))
+
+
+RECIPE = Recipe(epochs=1, batch_size=4, optimizer="adamw", lr=1e-2, clip=0.5, weight_decay=0.1)
+
+
+def rows_of(count: int) -> TaskData:
+    tokens, targets = (torch.cat(parts) for parts in zip(*[batch(seed, 1) for seed in range(count)]))
+    few, none = TensorDataset(tokens[:1], targets[:1]), TensorDataset(tokens[:0], targets[:0])
+    return TaskData("rows", TensorDataset(tokens, targets), none, few, fingerprint="")
+
+
+def train(devices: int, context_parallel: int, recipe: Recipe):
+    data = rows_of(12)
+    task = Told()
+    return fit(build, task, data, recipe, devices=devices, context_parallel=context_parallel)
+
+
+class Told(type(get_task("language-modelling"))):
+    def evaluate(self, model, dataset, batch_size=256):
+        assert model.context_parallel is None
+        return {"bits_per_byte": self.loss(model, tuple(x[None] for x in dataset[0])).item()}
+
+
+def work(comm, devices: int, context_parallel: int, batch_size: int):
+    """A training inside a group that is there already; of all processes the first returns."""
+    import os
+    from dataclasses import replace
+
+    os.environ |= {"LOCAL_RANK": str(comm.rank), "RANK": str(comm.rank), "WORLD_SIZE": str(comm.size)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(comm.size), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    try:
+        result = train(devices, context_parallel, replace(RECIPE, batch_size=batch_size))
+    except SystemExit:
+        return None
+    return {name: value.clone() for name, value in result.model.state_dict().items()}, result.curve, result.steps
+
+
+def check_trained(trained, alone):
+    state, curve, steps = trained
+    assert steps == alone.steps == 3
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5)
+    assert curve[0]["train_loss"] == pytest.approx(alone.curve[0]["train_loss"], rel=1e-5)
+
+
+def test_processes_that_share_sequences_train_as_one():
+    """Two by context; the weights after three steps of AdamW with clipping are those of one process."""
+    alone = train(1, 1, RECIPE)
+    check_trained(launch(2, work, 1, 2, 4, preload=PRELOAD)[0], alone)
+
+
+def test_context_and_data_parallel_train_as_one():
+    """Two by two: each pair has half of the batch, and each process half of its sequences."""
+    check_trained(launch(4, work, 4, 2, 2, preload=PRELOAD)[0], train(1, 1, RECIPE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mixer", "says"),
+    [
+        ({}, "rat", "RATMixer is no plain softmax attention"),
+        ({}, "softmax,window", "cannot serve layer 2: SlidingWindowAttention is no plain softmax"),
+        ({"strategy": "fsdp"}, "softmax", "take strategy ddp"),
+        ({"devices": 3}, "softmax", "context_parallel=2 does not divide 3 processes"),
+        ({"context_method": "spiral"}, "softmax", "context_method must be one of ring"),
+        ({"context_parallel": 3, "context_method": "ulysses"}, "softmax", "cannot divide 4 query heads"),
+        ({"context_parallel": 0}, "softmax", "at least 1, got 0"),
+    ],
+)
+def test_what_cannot_is_refused_with_its_reason(changes, mixer, says):
+    options = {"context_parallel": 2, **changes}
+    with pytest.raises(UserError, match=says) as refusal:
+        fit(lambda: build(mixer), get_task("language-modelling"), rows_of(1), RECIPE, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_other_models_and_tasks_are_refused():
+    sharing = simulate(1, lambda comm: ContextParallel(comm))[0]
+    with pytest.raises(UserError, match="Linear is none of ours"):
+        spread_over(torch.nn.Linear(2, 2), sharing)
+    with pytest.raises(UserError, match="gives classes of a sequence"):
+        spread_over(Encoder(VOCAB, 16, 1, "softmax", num_classes=2), sharing)
+    model = build()
+    spread_over(model, sharing)
+    with pytest.raises(ValueError, match="take no mask"), sharing.sequences(1, 2):
+        model(torch.zeros(1, 2, dtype=torch.long), mask=torch.ones(1, 2, dtype=torch.bool))
+    switch_on(model, None)
+    assert all(getattr(module, "context_parallel", None) is None for module in model.modules())
+    with pytest.raises(UserError, match="at least one sequence"), sharing.sequences(0, 2):
+        pass
+
+
+def test_a_model_without_the_switch_is_as_it_was():
+    torch.manual_seed(0)
+    model, (tokens, targets) = build(), batch()
+    before = F.cross_entropy(model(tokens).transpose(1, 2), targets)
+    spread_over(model, simulate(1, lambda comm: ContextParallel(comm))[0])
+    assert torch.equal(F.cross_entropy(model(tokens).transpose(1, 2), targets), before)
