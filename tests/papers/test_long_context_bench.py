@@ -109,6 +109,15 @@ def test_a_kernel_that_sleeps_has_the_rate_that_its_sleep_gives():
     assert both["seconds"] == pytest.approx([0.0] * 20), "backward is timed alone, on a graph that is kept"
 
 
+def test_a_time_stands_where_its_memory_cannot_be_counted():
+    def refuse(call) -> int:
+        raise NotImplementedError("no rule for this operator")
+
+    judge = Judge(lacks_memory, lacks_operation, refuse)
+    row = measure(Sleeper(0.25), Case(masks.full(8), 1, 1, 8), "forward", Protocol(0, 1, 0), judge=judge)
+    assert row["status"] == "ok" and row["peak_bytes"] is None
+
+
 def test_caches_are_cleared_before_each_repetition_and_outside_of_the_clock():
     cleared = []
 

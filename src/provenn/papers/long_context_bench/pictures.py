@@ -57,8 +57,9 @@ def draw_mask(axes: "Axes", mask: Mask | BlockSparse) -> None:
 
 
 def draw_rates(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure | None":
-    """TFLOP/s over tokens, a panel a mask and direction; crosses at the bottom are what did not run."""
+    """TFLOP/s over tokens, a panel a mask and direction; None where nothing ran."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     panels = list(dict.fromkeys((row["mask"], row["direction"]) for row in rows))
     if not any(row["status"] == "ok" for row in rows):
@@ -85,6 +86,9 @@ def draw_rates(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure | None"
         ticks = sorted({row["length"] for row in rows})
         axes.set_xticks(ticks, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in ticks])
         axes.minorticks_off()
+        # Plain numbers, and enough of them where all rates are of one power of ten.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(alpha=0.3)
         axes.set_title(f"{mask}, {direction}", fontsize=9)
     for axes in grid[len(panels) :]:
