@@ -63,6 +63,8 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
     wavfile.write(one, 8000, np.zeros(1, dtype=np.int16))
     wavfile.write(none, 8000, np.zeros(0, dtype=np.int16))
     cut.write_bytes(one.read_bytes()[:30])
+    wavfile.write(tmp_path / "short.wav", 8000, np.zeros(900, dtype=np.int16))
+    (tmp_path / "short.wav").write_bytes((tmp_path / "short.wav").read_bytes()[:1000])
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "text.wav").write_text("no sound at all, but words")
     (tmp_path / "song.mp3").write_bytes(b"ID3")
@@ -71,6 +73,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         ("one.wav", "has 1 sample: too few"),
         ("none.wav", "too few to hear|cannot be read as a WAV"),
         ("cut.wav", "cannot be read as a WAV file"),
+        ("short.wav", "is cut short"),
         ("empty.wav", "cannot be read as a WAV file"),
         ("text.wav", "cannot be read as a WAV file"),
         ("song.mp3", "cannot read sound from .mp3"),

@@ -95,7 +95,10 @@ def read_sound(file: Path) -> tuple[Float32[np.ndarray, " samples"], int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # chunks of tags that are skipped
+            warnings.filterwarnings("error", message="Reached EOF prematurely")
             rate, samples = wavfile.read(file)
+    except wavfile.WavFileWarning as error:
+        raise UserError(f"{file} is cut short: {' '.join(str(error).split())}") from None
     except Exception as error:  # scipy raises whatever a broken header leads to
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{file} cannot be read as a WAV file: {why}") from None
