@@ -124,7 +124,7 @@ def test_a_promise_is_asked_of_inputs_by_name(monkeypatch):
             "nothing to train, Product has no parameters",
         ),
         ("predict pair_rating pairs.csv", "no weights come with pair_rating"),
-        ("bench pair_rating --set epochs=3", "No such option"),
+        ("bench pair_rating --set epochs=3", "no such option: --set; pair_rating has no benchmark of its own"),
         ("train pair_rating --data nothing.csv", "no data at 'nothing.csv': give a path to a .csv with columns left_1"),
         ("reproduce pair_rating tiny_gate --set epochs=3", "no paper is called 'tiny_gate'"),
         ("reproduce pair_rating eca_net --set epochs=3", "--set is for one paper, and 2 were named"),
