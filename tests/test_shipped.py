@@ -20,9 +20,9 @@ from provenn.testing import BrokenPromise, checks_of
 SHIPPED = [(slug, preset) for slug, card in cards().items() for preset in card.shipped]
 
 
-def test_every_paper_ships_weights():
+def test_every_paper_with_a_system_ships_weights():
     ours = {slug: card for slug, card in cards().items() if card.package.startswith("provenn.")}
-    assert not {slug for slug, card in ours.items() if not card.shipped}
+    assert not {slug for slug, card in ours.items() if card.presets and not card.shipped}
 
 
 @pytest.mark.parametrize("slug, preset", SHIPPED)

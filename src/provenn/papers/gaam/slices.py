@@ -37,9 +37,12 @@ def align_mask(mask: Tensor | None, x: Tensor, axis: int, *, whole: bool = False
     shapes = {"(examples, positions)": short, "(all axes but features)": tuple(x.shape[:-1])}
     if whole:
         shapes["(all axes)"] = tuple(x.shape)
-    if mask.dtype != torch.bool or tuple(mask.shape) not in shapes.values():
+    tensor = isinstance(mask, Tensor)
+    if not tensor or mask.dtype != torch.bool or tuple(mask.shape) not in shapes.values():
         wanted = " or ".join(f"{name} = {shape}" for name, shape in shapes.items())
-        kind = f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
+        kind = (
+            f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}" if tensor else type(mask).__name__
+        )
         raise ValueError(f"mask must be bool of shape {wanted}, True where there is something to see, got {kind}")
     if whole and mask.shape == x.shape:
         aligned = mask
