@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from provenn import progress
 from provenn.data.audio import FORMANTS, RATES, VOWEL_RATE, Frames, draw_vowel, log_mel, read_sound, resample, sounds_in
+from provenn.data.class_folders import SPLITS, Splits, check_splits, given_splits
 from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 RATE, MELS = 16_000, 40  # of a folder
 VOWEL_MELS = 32
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 SHOWN = 20  # lines of predictions in the terminal
 
 
@@ -97,7 +97,7 @@ class AudioClassification(Task):
         frames = Frames.of(rate or RATE, mels or MELS)
         if not RATES[0] <= frames.rate <= RATES[1]:
             raise UserError(f"rate must be from {RATES[0]:,} to {RATES[1]:,} samples a second, got {rate}")
-        splits = _with_splits(place, _given(place), seed)
+        splits = _with_splits(place, given_splits(place, sounds_in, "WAV files"), seed)
         classes = list(splits["train"])
         parts = [_read(splits[split], classes, frames, seconds) for split in SPLITS]
         sizes = sum(len(part[0]) for part in parts)
@@ -135,7 +135,7 @@ class AudioClassification(Task):
             part = _drawn(seed, examples, test_examples, frames)[2]
             which = f"the test split of {place}"
         else:
-            splits = _given(place)
+            splits = given_splits(place, sounds_in, "WAV files")
             if not whole:
                 splits = _with_splits(place, splits, seed)
             split = next(name for name in ("test", "val", "train") if name in splits)
@@ -234,7 +234,6 @@ class AudioClassification(Task):
 TASK = AudioClassification()
 
 Part = tuple[list[Float[Tensor, "_ _"]], Int[Tensor, " _"]]  # frames of each sound, and its class
-Splits = dict[str, dict[str, list[Path]]]  # the files of each class of each split
 
 
 def _logits(
@@ -306,34 +305,9 @@ def _padded(
     return x, torch.tensor([min(len(sound), meta["length"]) for sound in sounds])
 
 
-def _given(root: Path) -> Splits:
-    """What a folder holds: the splits that it names, or all of it as `train`."""
-    if not root.is_dir():
-        raise UserError(f"{root} is a file: give a folder with one sub-folder of WAV files for each class")
-    found = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLITS.items()}
-    parts = {split: _class_folders(folders[0]) for split, folders in found.items() if folders}
-    return parts or {"train": _class_folders(root)}
-
-
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not folders:
-        loose = len(sounds_in(folder))  # says so where there are none
-        raise UserError(f"{folder} holds {loose} WAV files and no folders: give each class a folder of its sounds")
-    return {f.name: sounds_in(f) for f in folders}
-
-
 def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
     """The same, and what of train, val and test is missing cut from `train`, class by class."""
-    if "train" not in parts:
-        raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
-    classes = list(parts["train"])
-    if len(classes) == 1:
-        raise UserError(f"{root} holds one class, {classes[0]!r}: a classifier needs two or more")
-    for split, listed in parts.items():
-        if list(listed) != classes:
-            odd = sorted(set(listed) ^ set(classes))[0]
-            raise UserError(f"{root}: the class {odd!r} is in {'train' if odd in classes else split} alone")
+    check_splits(root, parts)
     missing = [split for split in SPLITS if split not in parts]
     parts = {**parts, "train": dict(parts["train"]), **{split: {} for split in missing}}
     for name, files in parts["train"].items() if missing else ():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from provenn import progress
 from provenn.data.cifar import SIDE, files_in, read_cifar
+from provenn.data.class_folders import Splits, check_splits, given_splits
 from provenn.data.images import images_in, read_pixels, resize_pixels, size_of
 from provenn.data.patches import SOURCES, photo_patches
 from provenn.data.tables import check_table, write_table
@@ -450,41 +451,13 @@ def _standard(image: UInt8[Tensor, "channels h w"], meta: dict[str, Any]) -> Flo
     return (image.float() / 255 - _column(meta["mean"])) / _column(meta["std"])
 
 
-def _class_folders(folder: Path, skip_broken: bool) -> dict[str, list[Path]]:
-    """The images of each class in a folder of class folders, or an error that says what is wrong with it."""
-    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not folders:
-        loose = len(images_in(folder))  # says so where there are none
-        raise UserError(f"{folder} holds {loose} images and no folders: give each class a folder of its images")
-    return {f.name: images_in(f, skip_broken) for f in folders}
-
-
-Splits = dict[str, dict[str, list[Path]]]  # the images of each class of each split
-
-
 def _given(root: Path, skip_broken: bool = False) -> Splits:
-    """What a folder holds: the splits that it names, or all of it as `train`."""
-    if not root.is_dir():
-        raise UserError(f"{root} is a file: give a folder with one sub-folder of images for each class")
-    parts: Splits = {}
-    for split, names in {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}.items():
-        folders = [root / name for name in names if (root / name).is_dir()]
-        if folders:
-            parts[split] = _class_folders(folders[0], skip_broken)
-    return parts or {"train": _class_folders(root, skip_broken)}
+    return given_splits(root, partial(images_in, skip_broken=skip_broken), "images")
 
 
 def _with_splits(root: Path, parts: Splits, seed: int) -> Splits:
     """The same, and what of train, val and test is missing cut from `train`."""
-    if "train" not in parts:
-        raise UserError(f"{root} holds a folder {next(iter(parts))!r} but none called 'train': add one")
-    classes = list(parts["train"])
-    if len(classes) == 1:
-        raise UserError(f"{root} holds one class, {classes[0]!r}: a classifier needs two or more")
-    for split, found in parts.items():
-        if list(found) != classes:
-            odd = sorted(set(found) ^ set(classes))[0]
-            raise UserError(f"{root}: the class {odd!r} is in {'train' if odd in classes else split} alone")
+    check_splits(root, parts)
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
     missing = [split for split in ("val", "test") if split not in parts]
