@@ -60,3 +60,8 @@ def test_an_equation_that_cannot_be_read_breaks_nothing(equation):
 def test_marks_of_markdown_survive_in_equations():
     html = str(readme.as_html("$a_i * b_j * c_k$ and **bold** $x^{*}$\n\n| $P(a \\mid b)$ | `a|b` |\n| --- | --- |\n"))
     assert "<em>" not in html and "<strong>bold</strong>" in html and html.count("<math") == 3
+
+
+def test_a_word_in_an_equation_is_one_name():
+    html = str(readme.as_html("$$ \\mathrm{norm}(x) + a b $$"))
+    assert re.findall("<mi[^>]*>(.*?)</mi>", html) == ["norm", "x", "a", "b"]

@@ -46,15 +46,15 @@ def interval(finding: Finding) -> Markup:
         inside = region.within or (region.above, region.below)
         start = MARGIN if inside[0] is None else at(inside[0])
         end = WIDTH - MARGIN if inside[1] is None else at(inside[1])
-        parts.append(f'<rect class="asked" x="{start}" y="3" width="{max(end - start, 1):.1f}" height="12"/>')
+        parts.append(f'<path class="asked" d="M{start} 3h{max(end - start, 1):.1f}v12H{start}z"/>')
     if neutral is not None:
-        parts.append(f'<line class="neutral" x1="{at(neutral)}" x2="{at(neutral)}" y1="1" y2="17"/>')
-    parts.append(f'<line class="spread" x1="{at(low)}" x2="{at(high)}" y1="9" y2="9"/>')
-    parts.append(f'<circle class="effect" cx="{at(measurement.effect)}" cy="9" r="3.2"/>')
+        parts.append(f'<path class="neutral" d="M{at(neutral)} 1v16"/>')
+    parts.append(f'<path class="spread" d="M{at(low)} 9H{at(high)}"/>')
+    # A line of no length with round ends: a dot.
+    parts.append(f'<path class="effect" d="M{at(measurement.effect)} 9h0"/>')
     verdict = str(finding.verdict).replace(" ", "-")
     return Markup(
-        f'<svg class="interval v-{verdict}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'aria-hidden="true" focusable="false">{"".join(parts)}</svg>'
+        f'<svg class="interval v-{verdict}" viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true">{"".join(parts)}</svg>'
     )
 
 

@@ -18,7 +18,7 @@ MATHML = {
 ALLOWED = nh3.ALLOWED_TAGS | MATHML | {"div", "section", "figure", "figcaption", "details", "summary"}
 ATTRIBUTES = {
     **nh3.ALLOWED_ATTRIBUTES,
-    "math": {"display", "xmlns"},
+    "math": {"display"},
     "mo": {"stretchy", "fence", "form", "separator", "accent", "lspace", "rspace", "minsize", "maxsize"},
     "mi": {"mathvariant"},
     "mspace": {"width"},
@@ -30,6 +30,9 @@ ATTRIBUTES = {
     "th": {"scope", "align"},
     "td": {"align"},
 }  # fmt: skip
+# A word such as \mathrm{norm} comes letter by letter; it is one name, to the eye and to a screen reader.
+UPRIGHT = re.compile(r'<mi mathvariant="normal">(\w)</mi>')
+WORD = re.compile(rf"<mrow>(?:{UPRIGHT.pattern}){{2,}}</mrow>")
 
 
 @cache
@@ -43,9 +46,10 @@ def _parser() -> MarkdownIt:
 def _equation(content: str, options: dict) -> str:
     """An equation as MathML; one that cannot be read as it was written."""
     try:
-        return convert(content, display="block" if options["display_mode"] else "inline")
+        drawn = convert(content, display="block" if options["display_mode"] else "inline")
     except Exception:  # latex2mathml raises its own errors and whatever its parser stumbles into
         return f"<code>{escape(content)}</code>"
+    return WORD.sub(lambda word: f"<mi>{''.join(UPRIGHT.findall(word[0]))}</mi>", drawn)
 
 
 def _kept(tag: str, attribute: str, value: str) -> str | None:
