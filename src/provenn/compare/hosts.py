@@ -158,7 +158,7 @@ HOSTS: dict[str, tuple[Host, ...]] = {
             "image-classification",
             _bare_backbone,
             _backbones,
-            _budgets(_ADAMW, 8, 100),
+            _budgets(_ADAMW, 5, 100),
             (1e-3, 3e-3, 1e-2),
             "each network as it is, from random weights",
         ),
