@@ -1,6 +1,7 @@
 """What the paper says of RCMHA, and what building it brought to light, as measurements."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,15 +14,19 @@ from provenn.papers.rcmha.layers import RelativeConvAttention
 from provenn.papers.rcmha.model import CharacterLM, rcmha_char, rmha_char
 from provenn.papers.rcmha.studies import (
     ARMS,
+    BACK,
     FUSED,
     KINDS,
     LAYER,
     LENGTH,
     LONG,
+    MEMORIES,
+    PARTS,
     SEGMENT,
     SIZE,
     accuracy,
     chunking_cost,
+    copy_data,
     kept,
     kept_after,
     loss_rise,
@@ -43,7 +48,7 @@ TEXT = Study(
     build=reader,
     recipe=Recipe(
         betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=40, clip=1.0, batch_size=32, epochs=1,
-        max_steps=800,
+        max_steps=500,
     ),
     lrs=(9e-3, 2e-2, 4e-2),
     probes={"accuracy": accuracy, "rise": loss_rise, "memory_gain": memory_gain, "chunking_cost": chunking_cost},
@@ -53,6 +58,31 @@ TEXT = Study(
     setting={**SIZE, "tokens": LENGTH, "longer": LONG, "segment": SEGMENT},
     note="MHA and MDHA have learned positions, which the authors' models without tables lack.",
 )  # fmt: skip
+# Which part of the convolutions does what: the same system, shorter.
+CONVOLUTIONS = replace(
+    TEXT,
+    name="convolutions",
+    arms=PARTS,
+    recipe=replace(TEXT.recipe, batch_size=16, max_steps=200),
+    probes={},
+    kind="convolution",
+    note="",
+)
+
+# The memory at work: what stood 40 places before, in segments of 16.
+COPY = Study(
+    "copy",
+    "recall",
+    data=copy_data,
+    arms=MEMORIES,
+    build=reader,
+    recipe=Recipe(schedule="cosine", warmup_steps=20, clip=1.0, batch_size=32, epochs=1, max_steps=100),
+    lrs=(3e-3, 9e-3, 2e-2),
+    about=f"random symbols, of which the one that stood {BACK} before is told, in segments of {SEGMENT}",
+    kind="memory",
+    setting={**SIZE, "tokens": LENGTH, "back": BACK, "segment": SEGMENT},
+)
+OUT_OF_REACH = "two layers with a memory of 16 see 36 places back, and what is asked for stood 40 before"
 FOUR = ("mha", "mdha", "rmha", "rcmha")
 
 # Memory: what a layer keeps for its backward pass, and the most that it holds.
@@ -97,6 +127,10 @@ CLAIMS: dict[str, Callable[[Run], Measurement]] = {
     "saved_bytes": SAVED.against("RCMHA", "RMHA", at=512),
     "saved_segment": SEGMENTS.against("RCMHA", "RMHA", at=256),
     "peak_bytes": PEAK.against("RCMHA", "RMHA", at=512),
+    **{f"conv_{part}": CONVOLUTIONS.against(part, "none", shown=PARTS) for part in ("q", "k", "v")},
+    "kernel_5": CONVOLUTIONS.against("wide", "qkv", shown=PARTS),
+    "own_kernels": CONVOLUTIONS.against("own", "qkv", shown=PARTS),
+    "copied": COPY.against("long", "short", may_guess=OUT_OF_REACH),
     "memory_helps": TEXT.figure("rcmha", metric="memory_gain"),
     "official_cuts": TEXT.figure("rcmha", metric="chunking_cost"),
 }
@@ -118,12 +152,17 @@ def memory_gpu(run: Run) -> Measurement:
     """The authors' models on batches of 32, segments and memories of 256, by CUDA's allocator."""
     if not run.device.startswith("cuda"):
         return Measurement.not_measured("a CUDA GPU with 16 GB: --device cuda")
+    return peak_ratio(run.device, batch=32, segment=256)
+
+
+def peak_ratio(device: str, *, batch: int, segment: int) -> Measurement:
+    """The most that a training step of the authors' model holds with RCMHA, against RMHA."""
     peaks = []
     for build in (rcmha_char, rmha_char):
         with torch.enable_grad():
-            step = training_step(build, run.device, batch=32, segment=256)
-            peaks.append(peak_activation_bytes(step, device=run.device))
-    setting = {"batch": 32, "segment": 256, "memory": 256, "type": "float32"}
+            step = training_step(build, device, batch=batch, segment=segment)
+            peaks.append(peak_activation_bytes(step, device=device))
+    setting = {"batch": batch, "segment": segment, "memory": segment, "type": "float32"}
     sides = ("RCMHA", "RMHA")
     return Measurement.of("exact ratio", peaks[:1], peaks[1:], sides=sides, unit="bytes", setting=setting)
 
