@@ -86,7 +86,7 @@ def parse_lengths(text: str) -> list[int]:
 
 def layers_of(n: int, *, memory: int, dim: int, heads: int, kernel: int, streams: int) -> dict[str, Any]:
     """The four, with tables as long as their keys are."""
-    sizes = {"kernel": kernel, "max_distance": n + memory, "future_rows": False}
+    sizes: dict[str, Any] = {"kernel": kernel, "max_distance": n + memory, "future_rows": False}
     return {name: RelativeConvAttention(dim, heads, **sizes, **parts) for name, parts in PARTS.items()}
 
 

@@ -11,7 +11,7 @@ from provenn.bench import count_parameters, peak_activation_bytes
 from provenn.errors import UserError
 from provenn.evidence import Measurement, Race, Run, Study, measures
 from provenn.papers.rcmha.layers import RelativeConvAttention
-from provenn.papers.rcmha.model import CharacterLM, rcmha_char, rmha_char
+from provenn.papers.rcmha.model import rcmha_char, rmha_char
 from provenn.papers.rcmha.studies import (
     ARMS,
     BACK,
@@ -28,7 +28,6 @@ from provenn.papers.rcmha.studies import (
     chunking_cost,
     copy_data,
     kept,
-    kept_after,
     loss_rise,
     memory_gain,
     reader,
@@ -96,14 +95,6 @@ SAVED = Race(
     setting={**LAYER, "batch": 1, "type": "float32"},
     note="Scores are laid out in all but the fused kernel, as in the authors' code.",
 )
-SEGMENTS = Race(
-    "what a layer keeps of a segment after a memory of the same length",
-    {name: kept_after(kind) for name, kind in KINDS.items()},
-    sizes=(64, 128, 256, 512),
-    quantity="count",
-    of="bytes",
-    setting=SAVED.setting,
-)
 PEAK = Race(
     "the most that a layer holds, forward and backward",
     {name: there_and_back(kind) for name, kind in {**KINDS, **FUSED}.items()},
@@ -119,15 +110,12 @@ CLAIMS: dict[str, Callable[[Run], Measurement]] = {
     "rmha_over_mha": SAVED.against("RMHA", "MHA", at=512),
     "conv_gain": TEXT.against("mdha", "mha", shown=FOUR),
     "tables_gain": TEXT.against("rmha", "mha", shown=FOUR),
-    "conv_on_tables": TEXT.against("rcmha", "rmha", shown=FOUR),
-    "tables_on_conv": TEXT.against("rcmha", "mdha", shown=FOUR),
     "accuracy_mha": TEXT.against("rcmha", "mha", metric="accuracy", shown=FOUR),
     "accuracy_mdha": TEXT.against("rcmha", "mdha", metric="accuracy", shown=FOUR),
     "accuracy_rmha": TEXT.against("rcmha", "rmha", metric="accuracy", shown=FOUR),
     "saved_bytes": SAVED.against("RCMHA", "RMHA", at=512),
-    "saved_segment": SEGMENTS.against("RCMHA", "RMHA", at=256),
     "peak_bytes": PEAK.against("RCMHA", "RMHA", at=512),
-    **{f"conv_{part}": CONVOLUTIONS.against(part, "none", shown=PARTS) for part in ("q", "k", "v")},
+    "conv_each": CONVOLUTIONS.against(("q", "k", "v"), "none", shown=PARTS),
     "kernel_5": CONVOLUTIONS.against("wide", "qkv", shown=PARTS),
     "own_kernels": CONVOLUTIONS.against("own", "qkv", shown=PARTS),
     "copied": COPY.against("long", "short", may_guess=OUT_OF_REACH),
@@ -220,28 +208,3 @@ def unread_rows(run: Run) -> Measurement:
     return Measurement.exact(
         unread / count_parameters(model), "share of parameters", setting={"memory": 32, "tokens": 2}
     )
-
-
-@measures("segments_are_one_pass")
-def segments_are_one_pass(run: Run) -> Measurement:
-    """A text of 40 in segments of 1, 2 and 7 and in single steps, with all of it seen and with a memory of 9."""
-    worst = 0.0
-    tokens = torch.arange(80).view(2, 40) * 7 % 50
-    for memory in (None, 9):
-        model = randomise(CharacterLM(50, dim=24, layers=2, heads=4, hidden=32, max_distance=16, memory=memory))
-        with torch.no_grad():
-            whole, state = model(tokens), model.init_state(2)
-            read: list[list[Tensor]] = []
-            for size in (1, 2, 7):
-                before, parts = None, []
-                for piece in tokens.split(size, dim=1):
-                    logits, before = model.read_segment(piece, before)
-                    parts.append(logits)
-                read.append(parts)
-            steps = []
-            for token in tokens.T:
-                logits, state = model.step(token, state)
-                steps.append(logits.unsqueeze(1))
-        for parts in (*read, steps):
-            worst = max(worst, (torch.cat(parts, dim=1) - whole).abs().max().item())
-    return Measurement.exact(worst, "largest difference, float64", setting={"segments": [1, 2, 7], "memory": [None, 9]})

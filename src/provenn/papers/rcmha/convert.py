@@ -5,7 +5,7 @@ model is the model that it was until they are trained. Departures: the host's bi
 after the convolutions, and q + u is turned and not q alone, so that scores see distances and no places.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,7 +17,7 @@ from provenn.errors import UserError
 from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
 from provenn.huggingface.families import Host
-from provenn.papers.rcmha.layers import PROJECTIONS, RelativeConvAttention, weigh
+from provenn.papers.rcmha.layers import PROJECTIONS, HeadConvolution, RelativeConvAttention, weigh
 
 
 class ConvertedState(NamedTuple):
@@ -42,7 +42,7 @@ class ConvertedRCMHA(Companion, RelativeConvAttention):
         for name in (*PROJECTIONS.values(), "out"):
             delattr(self, name)  # the host has its own
         for part in self.conv.values():
-            part.start_as_identity()
+            cast(HeadConvolution, part).start_as_identity()
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """What the heads give, (batch, heads, tokens, head_dim)."""

@@ -35,12 +35,12 @@ ARMS: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
 # What of RCMHA its convolutions are: which projections have one, how far it reaches, and whether heads share it.
 PARTS: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
     "none": ("none (RMHA)", partial(CharacterLM, conv="", hidden=130)),
-    "q": ("of queries", partial(CharacterLM, conv="q", hidden=129)),
-    "k": ("of keys", partial(CharacterLM, conv="k", hidden=129)),
-    "v": ("of values", partial(CharacterLM, conv="v", hidden=129)),
-    "qkv": ("of all three (RCMHA)", partial(CharacterLM, hidden=128)),
-    "wide": ("of all three, 5 tokens", partial(CharacterLM, kernel=5, hidden=127)),
-    "own": ("of all three, each head its own", partial(CharacterLM, shared=False, hidden=124)),
+    "q": ("queries", partial(CharacterLM, conv="q", hidden=129)),
+    "k": ("keys", partial(CharacterLM, conv="k", hidden=129)),
+    "v": ("values", partial(CharacterLM, conv="v", hidden=129)),
+    "qkv": ("all three (RCMHA)", partial(CharacterLM, hidden=128)),
+    "wide": ("all three, 5 tokens", partial(CharacterLM, kernel=5, hidden=127)),
+    "own": ("all three, each head its own", partial(CharacterLM, shared=False, hidden=124)),
 }
 # RCMHA over segments, trained and read with a memory that reaches what is to be told, or not.
 MEMORIES: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
@@ -155,18 +155,6 @@ def kept(kind: Callable[..., nn.Module]) -> Runner:
     def make(n: int, device: str) -> Callable[[], int]:
         layer, x = kind(**LAYER).to(device), torch.ones(1, n, LAYER["dim"], device=device, requires_grad=True)
         return lambda: saved_bytes(lambda: layer(x), list(layer.parameters()))
-
-    return make
-
-
-def kept_after(kind: Callable[..., nn.Module]) -> Runner:
-    """What a layer keeps of a segment after a memory of the same length, cut as the authors cut."""
-
-    def make(n: int, device: str) -> Callable[[], int]:
-        layer: Any = kind(**LAYER).to(device)
-        x = torch.ones(1, n, LAYER["dim"], device=device, requires_grad=True)
-        past = torch.ones_like(x, requires_grad=False)
-        return lambda: saved_bytes(lambda: layer.attend_segment(x, past, official=True), list(layer.parameters()))
 
     return make
 
