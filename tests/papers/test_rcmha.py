@@ -20,6 +20,7 @@ from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.nn.positions import shift_distances
 from provenn.nn.streaming import state_bytes
+from provenn.papers import rcmha
 from provenn.papers.rcmha import (
     CharacterLM,
     HeadConvolution,
@@ -551,6 +552,13 @@ def test_the_four_attentions_are_set_side_by_side(tmp_path, memory):
         assert costs["RMHA"]["state"] == 4 * 2 * 24 * tokens and costs["RCMHA"]["state"] == 4 * 24 * (2 * tokens + 6)
     without = sweep(length="9", dim=24, heads=4).run(tmp_path / "plain")
     assert "seconds" not in without[0]["costs"]["RCMHA"]
+
+
+def test_the_readme_has_the_table_that_the_command_prints(tmp_path):
+    readme = (Path(rcmha.__file__).parent / "README.md").read_text()
+    asked = sweep(length="64,256,1024")
+    for table in asked.tables(asked.run(tmp_path)):
+        assert table.markdown() in readme, table.caption
 
 
 @pytest.mark.parametrize(
