@@ -15,15 +15,18 @@ from torch import nn
 import provenn
 from provenn.bench import count_parameters
 from provenn.errors import UserError
+from provenn.evidence import Run
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.nn.positions import shift_distances
 from provenn.nn.streaming import state_bytes
+from provenn.papers import rcmha
 from provenn.papers.rcmha import (
     CharacterLM,
     HeadConvolution,
     RelativeConvAttention,
     SegmentMemory,
+    claims,
     mdha_char,
     mha_char,
     mha_small,
@@ -31,12 +34,20 @@ from provenn.papers.rcmha import (
     rcmha_small,
     rmha_char,
 )
+from provenn.papers.rcmha.bench import sweep
 from provenn.papers.rcmha.official import convert
 from provenn.papers.rcmha.studies import (
     ARMS,
+    BACK,
     KINDS,
+    LENGTH,
+    MEMORIES,
+    PARTS,
+    SEGMENT,
+    SYMBOLS,
     bits_by_segments,
     chunking_cost,
+    copy_data,
     kept,
     loss_rise,
     memory_gain,
@@ -44,6 +55,7 @@ from provenn.papers.rcmha.studies import (
     saved_bytes,
     text,
 )
+from provenn.tasks.recall import IGNORED
 from provenn.testing import seeded_array, seeded_state
 from test_golden import assert_values, drawn
 
@@ -54,6 +66,7 @@ KIND_OPTIONS = {
     "rcmha, kernel of 1": {"kernel": 1},
     "rcmha, kernel of 5": {"kernel": 5},
     "rcmha, keys alone": {"conv": "k"},
+    "rcmha, kernels of each head's own": {"shared": False},
     "rmha": {"conv": ""},
     "mdha": {"relative": False},
     "mha": {"conv": "", "relative": False},
@@ -85,9 +98,10 @@ def by_definition(layer, x):
     for name, linear in {"query": layer.query, "key": layer.key, "value": layer.value}.items():
         part = linear(x).unflatten(-1, (layer.heads, p))
         if name in layer.conv:
-            taps, bias = layer.conv[name].weight[:, 0], layer.conv[name].bias
+            # (1 or heads, p, K) and (1 or heads, p): all heads' kernels, or each head's own.
+            taps, bias = (t.unflatten(0, (-1, p)) for t in (layer.conv[name].weight[:, 0], layer.conv[name].bias))
             padded = torch.cat([torch.zeros(len(x), context, layer.heads, p).to(x), part], dim=1)
-            part = bias + sum(taps[:, s] * padded[:, s : s + x.shape[1]] for s in range(layer.kernel))
+            part = bias + sum(taps[..., s] * padded[:, s : s + x.shape[1]] for s in range(layer.kernel))
         parts.append(part)
     q, k, v = parts
     rows = []
@@ -251,15 +265,16 @@ def in_segments(model, tokens, size):
     return torch.cat(read, dim=1), memory
 
 
+@pytest.mark.parametrize("kernel", [1, 3, 6])
 @pytest.mark.parametrize("memory", [None, 0, 1, 9])
 @pytest.mark.parametrize("size", [1, 2, 7, 40])
-def test_segments_are_one_pass(memory, size):
-    model, tokens = language_model(memory=memory), torch.randint(50, (2, 23))
+def test_segments_are_one_pass(memory, size, kernel):
+    model, tokens = language_model(memory=memory, kernel=kernel), torch.randint(50, (2, 23))
     read, after = in_segments(model, tokens, size)
     torch.testing.assert_close(read, model(tokens), rtol=0, atol=1e-10)
     assert after.seen == 23
-    # The convolution of the first token that is seen takes in two more.
-    assert {past.shape[1] for past in after.layers} == {23 if memory is None else memory + 2}
+    # The convolution of the first token that is seen takes in the tokens before it.
+    assert {past.shape[1] for past in after.layers} == {23 if memory is None else memory + kernel - 1}
 
 
 def test_sinusoidal_and_learned_positions_go_on_over_segments():
@@ -420,6 +435,9 @@ def test_foreign_states_and_memories_are_refused():
     _, memory = model.read_segment(tokens)
     with pytest.raises(ValueError, match="of 1 layers, the model has 2"):
         model.read_segment(tokens, SegmentMemory(memory.layers[:1], 5))
+    for other in (tokens[:1], tokens.repeat(2, 1)):
+        with pytest.raises(ValueError, match="the memory must be"):
+            model.read_segment(other, memory)
     with pytest.raises(ValueError, match="the memory must be"):
         model.blocks[0].mixer.attend_segment(torch.zeros(3, 5, 24).double(), memory.layers[0])
     with pytest.raises(ValueError, match="state is of 2 streams, the input of 3"):
@@ -454,8 +472,9 @@ def test_authors_weights_that_are_not_are_refused():
 
 
 def test_arms_are_of_one_size():
-    sizes = [count_parameters(reader(build, vocab=256)) for _, build in ARMS.values()]
-    assert max(sizes) / min(sizes) < 1.005
+    for arms, vocab in ((ARMS, 256), (PARTS, 256), (MEMORIES, SYMBOLS)):
+        sizes = [count_parameters(reader(build, vocab=vocab)) for _, build in arms.values()]
+        assert max(sizes) / min(sizes) < 1.005
 
 
 def test_bytes_that_are_kept_are_those_that_autograd_saves():
@@ -484,6 +503,78 @@ def test_segments_of_a_text_are_read_with_their_memory():
     assert memory_gain(model, data) != 0 and chunking_cost(model, data) != 0 and model.chunking == "exact"
     assert loss_rise(reader(ARMS["mha"][1], vocab=256), data) is None
     assert memory_gain(reader(ARMS["mha"][1], vocab=256), data) == 0
+
+
+def test_what_is_to_be_copied_is_in_reach_of_one_memory_alone():
+    data = copy_data(3, True)
+    tokens, targets, distances = data.test[:]
+    asked = targets != IGNORED
+    assert torch.equal(targets[:, BACK:], tokens[:, :-BACK]) and not asked[:, :BACK].any()
+    assert set(distances[asked].tolist()) == {BACK}
+    other = tokens.clone()
+    other[:, 0] = (other[:, 0] + 1) % SYMBOLS
+    moved = {}
+    for arm, (_, build) in MEMORIES.items():
+        model = stirred(reader(build, **data.options))
+        moved[arm] = (model(other) - model(tokens))[:, BACK].abs().max().item()
+        # Trained in segments, read out in one pass: the two are one.
+        assert model.segment == SEGMENT and tokens.shape[1] == LENGTH
+        read, _ = in_segments(model, tokens, SEGMENT)
+        torch.testing.assert_close(read, model(tokens), rtol=0, atol=1e-9)
+        told = F.cross_entropy(read[asked], targets[asked])
+        torch.testing.assert_close(model.training_loss((tokens, targets, distances)).double(), told, rtol=1e-5, atol=0)
+    assert moved["long"] > 1e-3 and moved["short"] == 0
+
+
+def test_memory_on_a_gpu_is_that_of_a_training_step_at_the_size_that_is_claimed(monkeypatch, tmp_path):
+    small, asked = claims.peak_ratio("cpu", batch=1, segment=4), []
+    assert small.effect > 1 and small.setting == {"batch": 1, "segment": 4, "memory": 4, "type": "float32"}
+    monkeypatch.setattr(claims, "peak_ratio", lambda device, **sizes: asked.append((device, sizes)) or small)
+    here, there = (claims.memory_gpu(Run("rcmha", tmp_path, device=device)) for device in ("cpu", "cuda:1"))
+    assert here.effect is None and "GPU" in here.needs
+    assert there is small and asked == [("cuda:1", {"batch": 32, "segment": 256})]
+
+
+@pytest.mark.parametrize("memory", [0, 6])
+def test_the_four_attentions_are_set_side_by_side(tmp_path, memory):
+    asked = sweep(length="9,12", memory=memory, dim=24, heads=4, time=True, budget="smoke")
+    rows = asked.run(tmp_path)
+    assert [row["length"] for row in rows] == [9, 12]
+    for row, table in zip(rows, asked.tables(rows), strict=True):
+        costs = row["costs"]
+        assert [line[0] for line in table.rows] == list(costs) == ["MHA", "MDHA", "RMHA", "RCMHA"]
+        assert {len(line) for line in table.rows} == {len(table.columns)}
+        for plain, convolved in (("MHA", "MDHA"), ("RMHA", "RCMHA")):
+            for cost in ("parameters", "flops", "kept", "peak", "state"):
+                assert costs[convolved][cost] > costs[plain][cost], cost
+        # Keys and values of all tokens; and queries, keys and values of two before the convolution.
+        tokens = row["length"] + memory
+        assert costs["RMHA"]["state"] == 4 * 2 * 24 * tokens and costs["RCMHA"]["state"] == 4 * 24 * (2 * tokens + 6)
+    without = sweep(length="9", dim=24, heads=4).run(tmp_path / "plain")
+    assert "seconds" not in without[0]["costs"]["RCMHA"]
+
+
+def test_the_readme_has_the_table_that_the_command_prints(tmp_path):
+    readme = (Path(rcmha.__file__).parent / "README.md").read_text()
+    asked = sweep(length="64,256,1024")
+    for table in asked.tables(asked.run(tmp_path)):
+        assert table.markdown() in readme, table.caption
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"length": "x"}, "length must be whole numbers"),
+        ({"length": "64,0"}, "length must be at least 1"),
+        ({"memory": -1}, "memory must be at least 0"),
+        ({"streams": 0}, "streams must be at least 1"),
+        ({"heads": 7}, "heads must divide dim"),
+        ({"kernel": 0}, "kernel must be at least 1"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_refused(options, told):
+    with pytest.raises(UserError, match=told):
+        sweep(**options)
 
 
 def test_the_small_model_reads_any_length():

@@ -56,6 +56,28 @@ class HeadConvolution(nn.Module):
         return F.conv1d(x.mT, weight, bias, groups=x.shape[-1]).mT
 
 
+def weigh(
+    scores: Float[Tensor, "batch heads queries keys"],
+    values: Float[Tensor, "batch heads keys head_dim"],
+    *,
+    seen: int | None = None,
+    mask: Bool[Tensor, "batch keys"] | None = None,
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """softmax(S) v of queries that are the last of the keys, each to itself and `seen` keys before it at most."""
+    queries, keys = scores.shape[-2:]
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
+    if seen is not None:
+        visible = visible.triu(keys - queries - seen)
+    if mask is not None:
+        visible = visible & mask[:, None, None, :]
+    # In float32 at least, and finite where nothing is visible: NaN times a gradient of zero would be NaN.
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
+    if mask is not None:
+        weights = weights.masked_fill(~visible, 0)
+    return weights.to(values.dtype) @ values
+
+
 class RCMHAState(NamedTuple):
     """What a stream keeps: keys and values after the convolution, and the last K − 1 tokens' projections before it.
 
@@ -82,6 +104,7 @@ class RelativeConvAttention(nn.Module):
         heads: H, heads of width p = D / H; must divide `dim`.
         conv: which projections are convolved, of "qkv"; "" none.
         kernel: K, tokens that a convolution takes in.
+        shared: whether all heads share a convolution's kernels, as in the authors' code; Primer's heads have their own.
         relative: whether scores have the tables.
         max_distance: P, rows of the tables; from a distance of P − 1 on all share the last one (the authors' code
             fails there).
@@ -91,7 +114,8 @@ class RelativeConvAttention(nn.Module):
         causal: always True: convolutions and memory look back.
 
     Shapes: (batch, tokens, dim) to the same. Parameters: 4·D² + 2·D; 2·D more without tables, H·p + P·H·(p + 1) more
-    with them (twice the rows with `future_rows`); p·(K + 1) for each projection that is convolved. Slot: token-mixer.
+    with them (twice the rows with `future_rows`); p·(K + 1) for each projection that is convolved, H times as
+    many where kernels are not shared. Slot: token-mixer.
     """
 
     def __init__(
@@ -101,6 +125,7 @@ class RelativeConvAttention(nn.Module):
         *,
         conv: str = "qkv",
         kernel: int = 3,
+        shared: bool = True,
         relative: bool = True,
         max_distance: int = 4096,
         future_rows: bool = True,
@@ -125,7 +150,11 @@ class RelativeConvAttention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
         self.conv = nn.ModuleDict(
-            {name: HeadConvolution(head_dim, kernel) for letter, name in PROJECTIONS.items() if letter in conv}
+            {
+                name: HeadConvolution(head_dim if shared else dim, kernel)
+                for letter, name in PROJECTIONS.items()
+                if letter in conv
+            }
         )
         if relative:
             rows = (2 if future_rows else 1) * max_distance
@@ -167,38 +196,29 @@ class RelativeConvAttention(nn.Module):
         """Where a distance stands: the authors' row P − r of 2·P, or P − 1 − r of P."""
         return self.max_distance - int(not self.future_rows) - distances.clamp(max=self.max_distance - 1)
 
+    def distance_scores(self, q: Float[Tensor, "batch heads queries head_dim"], keys: int) -> Tensor:
+        """q_i·E_r + β_r of queries that are the last of `keys` tokens; of no use above the diagonal."""
+        rows = self._table_rows(torch.arange(keys - 1, -1, -1, device=q.device))
+        # (heads, keys, head_dim) and (heads, 1, keys): the tables by distance, the farthest first.
+        table = self.distance_keys[rows].transpose(0, 1).to(q.dtype)
+        bias = self.distance_bias[rows].transpose(0, 1).unsqueeze(1).to(q.dtype)
+        return shift_distances(q @ table.mT + bias)
+
     def scores(
         self, q: Float[Tensor, "batch heads queries head_dim"], k: Float[Tensor, "batch heads keys head_dim"]
     ) -> Float[Tensor, "batch heads queries keys"]:
         """S, with queries that are the last of the keys; of no use above the diagonal."""
         if not self.relative:
             return q @ k.mT / math.sqrt(q.shape[-1])
-        keys = k.shape[2]
-        rows = self._table_rows(torch.arange(keys - 1, -1, -1, device=q.device))
-        # (heads, keys, head_dim) and (heads, 1, keys): the tables by distance, the farthest first.
-        table = self.distance_keys[rows].transpose(0, 1).to(q.dtype)
-        bias = self.distance_bias[rows].transpose(0, 1).unsqueeze(1).to(q.dtype)
-        by_key = shift_distances(q @ table.mT + bias)
+        content = (q + self.content_bias.unsqueeze(1).to(q.dtype)) @ k.mT
         # Divided after all terms are in, so E, β and u are divided too.
-        return ((q + self.content_bias.unsqueeze(1).to(q.dtype)) @ k.mT + by_key) / math.sqrt(q.shape[-1])
+        return (content + self.distance_scores(q, k.shape[2])) / math.sqrt(q.shape[-1])
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, seen: int | None, mask: Tensor | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """Queries that are the last of the keys, each to `seen` keys before itself at most."""
-        queries, keys = q.shape[2], k.shape[2]
-        scores = self.scores(q, k)
-        visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        if seen is not None:
-            visible = visible.triu(keys - queries - seen)
-        if mask is not None:
-            visible = visible & mask[:, None, None, :]
-        # In float32 at least, and finite where nothing is visible: NaN times a gradient of zero would be NaN.
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-        if mask is not None:
-            weights = weights.masked_fill(~visible, 0)
-        return self.out((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        return self.out(weigh(self.scores(q, k), v, seen=seen, mask=mask).transpose(1, 2).flatten(2))
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None

@@ -55,7 +55,7 @@ class CharacterLM(CausalLM):
 
     Args:
         vocab, dim, layers, dropout: as in `CausalLM`.
-        heads, conv, kernel, relative, max_distance, future_rows, memory: as in `RelativeConvAttention`.
+        heads, conv, kernel, shared, relative, max_distance, future_rows, memory: as in `RelativeConvAttention`.
         hidden: width inside the feed-forward part.
         positions, max_length: as in `CausalLM`; the authors' models without tables know no positions at all.
         segment: in training, a window is read in segments of so many tokens, each with the memory of those before and
@@ -76,6 +76,7 @@ class CharacterLM(CausalLM):
         hidden: int = 256,
         conv: str = "qkv",
         kernel: int = 3,
+        shared: bool = True,
         relative: bool = True,
         max_distance: int = 4096,
         future_rows: bool = True,
@@ -98,6 +99,7 @@ class CharacterLM(CausalLM):
             heads=heads,
             conv=conv,
             kernel=kernel,
+            shared=shared,
             relative=relative,
             max_distance=max_distance,
             future_rows=future_rows,
@@ -146,8 +148,9 @@ class CharacterLM(CausalLM):
         official = self.chunking == "official"
         remembered = []
         for block, past in zip(self.blocks, memory.layers):
-            remembered.append(self._remember(torch.cat([past.to(x.dtype), x.detach()], dim=1), block.mixer, official))
-            mixed = block.mixer.attend_segment(block.norm1(x), block.norm1(past.to(x.dtype)), official=official)
+            past, x_before = past.to(x.dtype), x.detach()
+            mixed = block.mixer.attend_segment(block.norm1(x), block.norm1(past), official=official)
+            remembered.append(self._remember(torch.cat([past, x_before], dim=1), block.mixer, official))
             x = block._join(x, mixed)
         return self._logits(self.norm(x)), SegmentMemory(tuple(remembered), seen + tokens.shape[1])
 
@@ -159,8 +162,8 @@ class CharacterLM(CausalLM):
         return everything[:, max(0, everything.shape[1] - kept) :]
 
     def training_loss(self, batch: Any) -> Tensor:
-        """Cross-entropy in nats, the window read in segments where `segment` says so."""
-        tokens, targets = batch
+        """Cross-entropy in nats of what is to be told, the window read in segments where `segment` says so."""
+        tokens, targets = batch[:2]  # a third part is how far back what is to be told stands
         pieces = tokens.split(self.segment or tokens.shape[1], dim=1)
         if len(pieces) == 1:
             logits = self(tokens)

@@ -1,7 +1,7 @@
 """What RCMHA's experiments are made of: a text, models of one size that read it, layers whose memory is counted."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from provenn.papers.rcmha.layers import RelativeConvAttention
 from provenn.papers.rcmha.model import CharacterLM
 from provenn.tasks import TaskData, count_examples, get_task
 from provenn.tasks.base import batches
+from provenn.tasks.recall import IGNORED, Examples, recall_data
 
 LENGTH, LONG = 64, 256  # bytes that models are trained on, and are read out on
 SEGMENT = 16
@@ -31,6 +32,22 @@ ARMS: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
         partial(CharacterLM, conv="", hidden=163, relative=False, positions="sinusoidal"),
     ),
 }
+# What of RCMHA its convolutions are: which projections have one, how far it reaches, and whether heads share it.
+PARTS: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
+    "none": ("none (RMHA)", partial(CharacterLM, conv="", hidden=130)),
+    "q": ("queries", partial(CharacterLM, conv="q", hidden=129)),
+    "k": ("keys", partial(CharacterLM, conv="k", hidden=129)),
+    "v": ("values", partial(CharacterLM, conv="v", hidden=129)),
+    "qkv": ("all three (RCMHA)", partial(CharacterLM, hidden=128)),
+    "wide": ("all three, 5 tokens", partial(CharacterLM, kernel=5, hidden=127)),
+    "own": ("all three, each head its own", partial(CharacterLM, shared=False, hidden=124)),
+}
+# RCMHA over segments, trained and read with a memory that reaches what is to be told, or not.
+MEMORIES: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
+    "long": ("a memory of 48", partial(CharacterLM, hidden=128, segment=SEGMENT, memory=48)),
+    "short": ("a memory of 16", partial(CharacterLM, hidden=128, segment=SEGMENT, memory=16)),
+}
+SYMBOLS, BACK = 32, 40  # two layers with a memory of 16 and kernels of 3 reach 2 · (16 + 2) places back
 
 
 def reader(model: Callable[..., CharacterLM], **options: Any) -> CharacterLM:
@@ -45,6 +62,17 @@ def text(length: int, smoke: bool) -> TaskData:
 def text_data(seed: int, smoke: bool) -> TaskData:
     """The same text for every seed, which draws weights and order: what is tested is never trained on."""
     return text(LENGTH, smoke)
+
+
+def copy_data(seed: int, smoke: bool) -> TaskData:
+    """Random symbols; at each place the one that stood 40 before is to be told."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for count in (32, 8, 8) if smoke else (6400, 64, 128):
+        tokens = torch.randint(SYMBOLS, (count, LENGTH), generator=generator)
+        targets = nn.functional.pad(tokens[:, :-BACK], (BACK, 0), value=IGNORED)
+        parts.append(Examples(tokens, targets, (targets != IGNORED).long() * BACK))
+    return recall_data("copy", parts, SYMBOLS, f"random symbols; the one that stood {BACK} before is told")
 
 
 def accuracy(model: nn.Module, data: TaskData) -> float:
@@ -104,7 +132,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
 FUSED: dict[str, Callable[..., nn.Module]] = {"MHA, fused kernel": SoftmaxAttention}
 
 
-def saved_bytes(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> int:
     """Bytes that autograd keeps of a forward pass for its backward pass, each storage once, parameters left out."""
     kept: dict[int, Tensor] = {}
 
@@ -131,32 +159,24 @@ def kept(kind: Callable[..., nn.Module]) -> Runner:
     return make
 
 
-def kept_after(kind: Callable[..., nn.Module]) -> Runner:
-    """What a layer keeps of a segment after a memory of the same length, cut as the authors cut."""
-
-    def make(n: int, device: str) -> Callable[[], int]:
-        layer: Any = kind(**LAYER).to(device)
-        x = torch.ones(1, n, LAYER["dim"], device=device, requires_grad=True)
-        past = torch.ones_like(x, requires_grad=False)
-        return lambda: saved_bytes(lambda: layer.attend_segment(x, past, official=True), list(layer.parameters()))
-
-    return make
-
-
 def there_and_back(kind: Callable[..., nn.Module]) -> Runner:
     """A forward and a backward pass of one sequence."""
 
     def make(n: int, device: str) -> Callable[[], object]:
         layer, x = kind(**LAYER).to(device), torch.ones(1, n, LAYER["dim"], device=device, requires_grad=True)
-        leaves = [x, *layer.parameters()]
-
-        def call() -> object:
-            with torch.enable_grad():
-                return torch.autograd.grad(layer(x).sum(), leaves)
-
-        return call
+        return training_pass(lambda: layer(x), [x, *layer.parameters()])
 
     return make
+
+
+def training_pass(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
+    """A forward pass, and the backward pass to all leaves."""
+
+    def call() -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(forward().sum(), leaves)
+
+    return call
 
 
 def training_step(build: Callable[..., CharacterLM], device: str, *, batch: int, segment: int) -> Callable[[], object]:
