@@ -133,10 +133,8 @@ class GraphRegressor(nn.Module):
         lengths: Int[Tensor, "batch nodes nodes"],
         hops: Int[Tensor, "batch nodes nodes hops"] | None = None,
     ) -> Float[Tensor, "batch targets"]:
-        pairs = (*nodes.shape, nodes.shape[-1])
-        if lengths.shape != pairs or (hops is not None and hops.shape[:-1] != pairs):
-            told = " and hops ".join(str(tuple(part.shape)) for part in (lengths, hops) if part is not None)
-            raise ValueError(f"expected lengths and hops of all pairs of {nodes.shape[-1]} nodes, got lengths {told}")
+        if not torch.compiler.is_compiling():
+            _check_pairs(nodes, lengths, hops)
         mask = nodes > 0
         degree = ((lengths == 1) & mask[:, None]).sum(dim=-1).clamp_max(self.max_degree)
         x = self.embed(nodes) + self.degree_in(degree) + self.degree_out(degree)
@@ -157,6 +155,13 @@ class GraphRegressor(nn.Module):
             return self.head(x[:, 0])
         real = mask[..., None].to(x)
         return self.head((x * real).sum(dim=1) / real.sum(dim=1).clamp_min(1))
+
+
+def _check_pairs(nodes: Tensor, lengths: Tensor, hops: Tensor | None) -> None:
+    pairs = (*nodes.shape, nodes.shape[-1])
+    if lengths.shape != pairs or (hops is not None and hops.shape[:-1] != pairs):
+        told = " and hops ".join(str(tuple(part.shape)) for part in (lengths, hops) if part is not None)
+        raise ValueError(f"expected lengths and hops of all pairs of {nodes.shape[-1]} nodes, got lengths {told}")
 
 
 urpe_graphormer_slim = GraphRegressor
