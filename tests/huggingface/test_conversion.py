@@ -505,7 +505,7 @@ def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, t
         (gpt2, "model.safetensors", "the weights of host cannot be loaded"),
         (gpt2, None, "host cannot be loaded as a model"),
         (text_classifier, {}, "host holds a BertForSequenceClassification, which predicts no tokens of a text"),
-        (image_classifier, {}, "host holds a ViTForImageClassification, which predicts no tokens of a text"),
+        (image_classifier, {}, "--length is of rows of text; host sees pictures of its own size"),
     ],
 )
 def test_a_damaged_model_is_answered_with_one_line(

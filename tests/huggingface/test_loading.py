@@ -1,14 +1,18 @@
 """What is looked at before the weights of a model, and how often the hub is asked."""
 
+import json
 import shlex
 
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
     GPT2Config,
@@ -22,12 +26,17 @@ from transformers import (
     Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from provenn import huggingface
 from provenn.cli import main
 from provenn.errors import UserError
-from provenn.huggingface import Source, load
+from provenn.huggingface import Source, Text, load
+from provenn.huggingface.tuning import Spans
 
 DEEP = {
     "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "vocab_size": 60,
@@ -42,14 +51,23 @@ FOLDERS = {
     "distilbert": lambda: DistilBertForMaskedLM(
         DistilBertConfig(n_layers=1, dim=16, hidden_dim=16, n_heads=4, vocab_size=60, max_position_embeddings=64)
     ),
-}
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, decoder_start_token_id=0,
+            relative_attention_num_buckets=8, relative_attention_max_distance=10,
+        )
+    ),
+    "swin": lambda: SwinForImageClassification(
+        SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 4], window_size=4)
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture
 def folder(tmp_path):
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    special = ["<end>", "<mask>"]
+    special = ["<end>", "<mask>", "<extra_id_0>", "<extra_id_1>"]
     inner.train_from_iterator(["the cat sat on the mat"], trainers.BpeTrainer(vocab_size=40, special_tokens=special))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", mask_token="<mask>")
     (tmp_path / "story.txt").write_text("the cat sat on the mat. " * 120)
@@ -83,9 +101,85 @@ def test_the_command_line_converts_a_folder_of_every_family(family, slug, folder
     torch.testing.assert_close(again(tokens).logits, model.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """Dark and light squares, in a folder each."""
+    for name, value in (("dark", 40), ("light", 200)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (16, 16), (value, value + i, value)).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_the_command_line_converts_t5_on_the_task_that_it_was_trained_on(folder, tmp_path, capsys):
+    host, out = folder("t5"), tmp_path / "out"
+    line = (
+        f"convert urpe {host} --data {tmp_path / 'story.txt'} -o {out} --steps 1 --prepare-steps 1 --length 16 --json"
+    )
+    assert main(shlex.split(line)) == 0
+    told = json.loads(capsys.readouterr().out)
+    # Ones leave the model what it was; then they are trained.
+    assert told["converted"] == pytest.approx(told["before"], rel=1e-6) and told["tuned"] != told["converted"]
+    assert told["parameters"] == 2 * 8 * 4
+    model, tokenizer = load(out)
+    assert model.config.conversion == {"paper": "urpe", "options": {}}
+    tables = [value for name, value in model.named_parameters() if "urpe" in name]
+    assert len(tables) == 2 and not any((table == 1).all() for table in tables)
+    tokens = tokenizer("the cat sat", return_tensors="pt")["input_ids"]
+    again = AutoModelForSeq2SeqLM.from_pretrained(out).eval()
+    assert again.generate(tokens, max_new_tokens=4).equal(model.eval().generate(tokens, max_new_tokens=4))
+
+
+def test_the_command_line_converts_swin_on_pictures(folder, photos, tmp_path, capsys):
+    host, out = folder("swin"), tmp_path / "out"
+    settings = {"image_mean": [0.4, 0.4, 0.4], "image_std": [0.2, 0.2, 0.2]}
+    (host / "preprocessor_config.json").write_text(json.dumps(settings))
+    line = f"convert urpe {host} --data {photos} -o {out} --steps 1 --prepare-steps 1 --tune lora"
+    assert main(shlex.split(line)) == 0
+    said = capsys.readouterr().out
+    assert "accuracy" in said and f"added    {49 * (2 + 4)} parameters" in said
+    assert json.loads((out / "preprocessor_config.json").read_text()) == settings
+    json.loads((out / "conversion.json").read_text(), parse_constant=pytest.fail)  # no NaN, which JSON has not
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert model.config.conversion["paper"] == "urpe"
+
+
+def test_spans_that_a_source_lacks_are_what_is_to_be_told(folder):
+    config = T5Config(decoder_start_token_id=7)
+    spans = Spans(torch.tensor([90, 91, 92, 93]), 7, 99)
+    assert Spans.of(load(folder("t5"))[1], config).marks.tolist() == [2, 3]
+    rows = torch.arange(40).expand(5, -1) + torch.randint(40, (5, 1))
+    batch = spans.batch(rows, torch.Generator().manual_seed(0))
+    assert batch["decoder_input_ids"][:, 0].eq(7).all()
+    assert batch["decoder_input_ids"][:, 1:].equal(batch["labels"][:, :-1])
+    starts = set()
+    for row, source, told in zip(rows.tolist(), batch["input_ids"].tolist(), batch["labels"].tolist()):
+        assert source[-1] == told[-1] == 99 and len(told) == 6 + 2 + 1  # 15 % of 40, in spans of about 3
+        whole = []
+        for token in source[:-1]:
+            if token < 90:
+                whole.append(token)
+                continue
+            rest = told[told.index(token) + 1 :]
+            span = rest[: next(i for i, other in enumerate(rest) if other >= 90)]
+            assert span
+            whole += span
+        assert whole == row
+        starts.add(source.index(90))
+    assert len(starts) > 1
+    for length in (2, 3, 7):
+        short = spans.batch(rows[:, :length], torch.Generator().manual_seed(0))
+        assert short["input_ids"].shape[1] + short["labels"].shape[1] == length + 2 + 2
+
+
 @pytest.mark.parametrize(
     ("family", "words", "message"),
     [
+        ("swin", "urpe {host} --data stdlib", "sees pictures: --data is to be a folder of images for each class"),
+        ("swin", "urpe {host} --data {photos} --length 8", "--length is of rows of text"),
+        ("swin", "hedgehog {host} --data {photos}", "hedgehog cannot serve Swin: it has no place for biases"),
+        ("t5", "moh {host} --data {story}", "moh cannot serve T5: it has no place for biases"),
+        ("t5", "urpe {host} --data {story} --set max_length=0", "max_length must be a whole number of at least 1"),
         ("llama", "aaren {host} --data {story}", "aaren cannot serve Llama: its one query weighs a token once for all"),
         (
             "roberta",
@@ -104,17 +198,29 @@ def test_the_command_line_converts_a_folder_of_every_family(family, slug, folder
     ],
 )
 def test_what_is_wrong_is_said_before_the_weights_are_read(
-    family, words, message, folder, tmp_path, capsys, monkeypatch
+    family, words, message, folder, photos, tmp_path, capsys, monkeypatch
 ):
     def never(self):
         raise AssertionError("the weights were read first")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Source, "weights", never)
-    line = words.format(host=folder(family), story=tmp_path / "story.txt")
-    assert main(shlex.split(f"convert {line} -o out" + ("" if "--length" in line else " --length 16"))) == 2
+    line = words.format(host=folder(family), story=tmp_path / "story.txt", photos=photos)
+    given = "" if "--length" in line or family == "swin" else " --length 16"
+    assert main(shlex.split(f"convert {line} -o out{given}")) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1] and not (tmp_path / "out").exists()
+
+
+def test_t5_without_marks_in_its_tokenizer_is_refused(folder, tmp_path):
+    host = folder("t5")
+    file = host / "tokenizer.json"
+    file.write_text(file.read_text().replace("<extra_id_0>", "<other>"))
+    tokenizer = load(host)[1]
+    with pytest.raises(UserError, match="its tokenizer has no token <extra_id_0>"):
+        Text.of(tmp_path / "story.txt", tokenizer, Source.of(host).outline, length=16)
+    with pytest.raises(UserError, match="no decoder_start_token_id"):
+        Spans.of(load(folder("t5"))[1], T5Config())
 
 
 def test_wrong_arguments_are_said_before_anything_of_the_model_is_looked_at(tmp_path, capsys):

@@ -80,6 +80,20 @@ def test_ones_change_no_bit_and_no_bias_is_plain_attention():
     torch.testing.assert_close(rescaled_attention(q, k, v), plain)
 
 
+@pytest.mark.parametrize("form", ["explicit", "fused"])
+def test_gradients_by_torch_func_are_those_of_autograd(form):
+    q, k, v = (draw(2, 2, 5, 4, seed=s, dtype=torch.float32) for s in range(3))
+    bias, factors = (draw(1, 2, 5, 5, seed=s, dtype=torch.float32).requires_grad_() for s in (3, 4))
+
+    def total(q):
+        return rescaled_attention(q[None], k[:1], v[:1], bias=bias, factors=factors, form=form).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(total))(q)
+    for row, grad in zip(q, each):
+        row = row.clone().requires_grad_()
+        torch.testing.assert_close(grad, torch.autograd.grad(total(row), row)[0])
+
+
 def test_a_form_that_is_not_there_is_refused():
     q = draw(1, 1, 8, 2)
     with pytest.raises(ValueError, match="form must be explicit or fused"):

@@ -1,8 +1,11 @@
 """What URPE promises: places where relative biases see none, at the cost of a table, in every host."""
 
 import copy
+import re
 from functools import partial
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +23,9 @@ from transformers import (
 )
 
 import provenn.huggingface
+from provenn import catalog
 from provenn.bench import count_parameters
+from provenn.cli import main
 from provenn.errors import UserError
 from provenn.huggingface import revert
 from provenn.nn.attention import SoftmaxAttention
@@ -50,9 +55,11 @@ from provenn.papers.urpe.graphs import GraphRegressor
 from provenn.papers.urpe.inspection import inspect
 from provenn.papers.urpe.layers import gather
 from provenn.papers.urpe.official import convert
-from provenn.papers.urpe.studies import encoder
+from provenn.papers.urpe.studies import bits_beyond, encoder, places_at, text_model
 from provenn.papers.urpe.task import EVEN, PLACES, TASK, targets_of
 from provenn.papers.urpe.transformer_xl import sinusoid
+from provenn.tasks import TaskData
+from provenn.tasks.language_modelling import Windows
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +158,24 @@ def test_a_stream_beyond_the_table_is_the_whole():
     torch.testing.assert_close(torch.cat([first, torch.stack(rest, 1)], 1), layer(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_counts_for_nothing_and_dropout_that_drops_nothing_changes_nothing(causal):
+    layer = stirred(URPEAttention(8, 2, max_length=6, causal=causal, dropout=1e-12))
+    x, mask = noise(2, 6, 8), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :2] = mask[1, 3:] = False
+    outputs = layer(x, mask=mask)
+    changed = torch.where(mask[..., None], x, noise(2, 6, 8))
+    torch.testing.assert_close(layer(changed, mask=mask)[mask], outputs[mask])
+    assert layer(changed)[mask].sub(layer(x)[mask]).abs().max() > 1e-3
+    # In training the weights are formed by a path of their own.
+    torch.testing.assert_close(layer.train()(x, mask=mask), outputs)
+
+
+def test_tables_start_as_the_authors_do():
+    layer = URPEAttention(8, 2, max_length=2000, init_scale=-0.5)
+    assert (layer.rel_scale == -0.5).all() and layer.rel_bias.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_dropout_is_of_the_multiplied_weights():
     layer = URPEAttention(8, 2, max_length=6, dropout=0.5).train()
     x = torch.randn(1, 6, 8)
@@ -215,6 +240,9 @@ def test_shortest_paths_are_those_of_floyd_and_warshall():
         ({"dropout": 1.0}, "dropout"),
         ({"form": "flash"}, "form must be"),
         ({"heads": 3}, "heads must divide"),
+        ({"index": Window(2, 2)}, "causal must be False"),
+        ({"index": Offsets(4, causal=True), "causal": False}, "causal must be True"),
+        ({"index": "bucket", "buckets": 8, "max_distance": 2}, "max_distance must be more than"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):
@@ -251,6 +279,21 @@ def test_equal_tokens_stay_equal_but_for_the_multiplier(encoding, causal):
     assert (row_spread(x) > 1e-2) == (encoding == "urpe") and (encoding == "urpe" or row_spread(x) < 1e-13)
 
 
+def test_the_table_of_the_readme_is_what_its_command_prints(tmp_path, capsys):
+    assert main(["reproduce", "urpe", "--claim", "equal_tokens_stay_equal", "--out", str(tmp_path)]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    readme = (catalog.card("urpe").folder / "README.md").read_text()
+    rows = [
+        re.findall(r"[^| ]+", line) for line in readme.splitlines() if re.match(r"\| \d+ \| (all|causal|padding)", line)
+    ]
+    assert len(rows) == 12
+    for depth, mask, none, rpe, urpe in rows:
+        (line,) = [words for words in printed if words[:2] == [depth, mask]]
+        # What is rounding differs from machine to machine.
+        assert max(map(float, (none, rpe, *line[2:4]))) < 1e-12
+        assert float(urpe) == pytest.approx(float(line[4]), abs=0.006) and float(urpe) > 0.1
+
+
 def test_the_encoder_of_the_synthetic_tasks_keeps_equal_tokens_equal_and_the_kept_do_not_depend_on_order():
     tokens = torch.full((1, 20), 5)
     for encoding, apart in (("none", False), ("rpe", False), ("urpe", True)):
@@ -266,6 +309,11 @@ def test_the_conditions_by_construction():
     expected = (9 - torch.arange(9)) / 9
     torch.testing.assert_close(row_sums(position_aware(urpe), 9), expected.expand(2, -1))
     torch.testing.assert_close(row_sums(position_aware(rpe), 9), torch.ones(2, 9))
+    for index in ({"index": "bucket", "buckets": 8, "max_distance": 9}, {"index": "grid", "grid": (3, 3)}):
+        layer = URPEAttention(8, 2, causal=False, **index)
+        torch.testing.assert_close(row_sums(position_aware(layer), 9), expected.expand(2, -1))
+    causal = URPEAttention(8, 2, max_length=9)
+    torch.testing.assert_close(row_sums(position_aware(causal), 9), (1 / torch.arange(1, 10)).expand(2, -1))
     assert least_error(torch.tensor([[1.0, 0], [3, 0], [2, 7]])) == 3.5
 
 
@@ -342,9 +390,52 @@ def test_transformer_xl_remembers_segments_and_streams():
     assert len(list(model.generate(tokens, 3, temperature=0))) == 3
 
 
+def test_transformer_xl_is_its_definition_over_segments():
+    """Embedding · √d, post-norm blocks with a ReLU, one table of distances, a tied head with a bias."""
+    model = stirred(urpe_transformer_xl_tiny(dim=8, heads=2, hidden=6, segment=3, memory=2))
+    with torch.no_grad():
+        for parameter in (model.head_bias, model.content, model.position):
+            parameter.normal_()
+    tokens = torch.randint(256, (1, 7))
+    memory, told = [noise(1, 0, 8)] * 2, []
+    for piece in tokens.split(3, 1):
+        x, kept = model.embed(piece) * 8**0.5, []
+        for block, before in zip(model.blocks, memory):
+            kept.append(torch.cat([before, x], 1)[:, -2:])
+            queries, keys = x.shape[1], before.shape[1] + x.shape[1]
+            factors = torch.zeros(1, 2, queries, keys, dtype=torch.float64)
+            for i in range(queries):
+                for j in range(keys - queries + i + 1):
+                    # The table's last row is of distance 0.
+                    factors[0, :, i, j] = model.rel_scale[4 - min(keys - queries + i - j, 4)]
+            shared = {"content": model.content, "position": model.position, "factors": factors}
+            x = block.norm1(x + block.mixer(x, before, dropout=nn.Identity(), **shared))
+            x = block.norm2(x + block.linear2(block.linear1(x).relu()))
+        memory = kept
+        told.append(x @ model.embed.weight.mT + model.head_bias)
+    torch.testing.assert_close(model(tokens), torch.cat(told, 1))
+
+
+def test_no_gradient_goes_through_the_memory():
+    model = urpe_transformer_xl_tiny(segment=4)
+    _, state = model.prefill(torch.randint(256, (1, 4)))
+    assert not any(layer.requires_grad for layer in state.layers)
+
+
+def test_sinusoids_are_sines_then_cosines():
+    assert sinusoid(torch.tensor([0]), 6).tolist() == [[0, 0, 0, 1, 1, 1]]
+    torch.testing.assert_close(sinusoid(torch.tensor([3]), 4)[0, :2], torch.tensor([3.0, 0.03]).sin())
+
+
 def test_the_adaptive_softmax_gives_probabilities():
-    model = TransformerXL(40, 8, 2, 1, 8, cutoffs=(10, 25), segment=4, memory=0)
-    torch.testing.assert_close(model(torch.randint(40, (2, 5))).exp().sum(-1), torch.ones(2, 5))
+    model = TransformerXL(40, 8, 2, 1, 8, cutoffs=(10, 25), segment=4, memory=0, dropout=0.0)
+    tokens = torch.randint(40, (2, 5))
+    torch.testing.assert_close(model(tokens).exp().sum(-1), torch.ones(2, 5))
+    # Of the second rare cluster: the share of its own entry in the head, and the token's share in the cluster.
+    x = model.hidden_states(tokens)
+    head = torch.cat([nn.functional.linear(x, model.embed.weight[:10]), model.clusters(x)], -1).softmax(-1)
+    tail = nn.functional.linear(x, model.embed.weight[25:]).softmax(-1)
+    torch.testing.assert_close(model(tokens).exp()[..., 25:], head[..., 11:] * tail)
     with pytest.raises(ValueError, match="cutoffs must rise"):
         TransformerXL(40, 8, 2, 1, 8, cutoffs=(25, 10))
 
@@ -362,6 +453,15 @@ def test_layers_share_their_tables_through_copies_and_files(tmp_path):
     assert apart.blocks[0].mixer.rel_scale is not apart.blocks[1].mixer.rel_scale
     with pytest.raises(UserError, match="more than max_length"):
         urpe_synthetic_tiny(encoding="ape")(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_sinusoids_are_as_large_as_learned_positions_and_stay():
+    for model in (urpe_lm_tiny(encoding="sinusoidal"), urpe_synthetic_tiny(encoding="sinusoidal")):
+        places = model.place.weight
+        assert not places.requires_grad and places.square().mean().sqrt().item() == pytest.approx(0.02)
+        torch.testing.assert_close(places[3, :2], 0.02 * 2**0.5 * torch.tensor([3.0, 3.0 + torch.pi / 2]).sin())
+        assert row_spread(model.eval()(torch.full((1, 9), 12))) > 1e-3
+    assert urpe_lm_tiny(encoding="ape").place.weight.requires_grad
 
 
 # Graphs
@@ -385,6 +485,42 @@ def test_regular_graphs_look_alike_without_multiplier_and_virtual_node():
         assert (max(told) - min(told) > 1e-6) == apart and (apart or max(told) - min(told) < 1e-12)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_graphormer_is_its_definition(share):
+    """Degrees on both embeddings, a bias of length and edges, a virtual node in front, pre-norm blocks with a GELU."""
+    model = GraphRegressor(
+        3, 2, 4, 8, 2, 2, 6, dropout=0.0, max_distance=3, max_degree=2, hops=2, share_tables=share
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        model.edge.weight[0] = 0  # where there is no edge
+    edges = torch.zeros(1, 6, 6, dtype=torch.bool)
+    for a, b in ((0, 1), (0, 2), (0, 3), (3, 4), (4, 5)):
+        edges[0, a, b] = edges[0, b, a] = True
+    lengths, nodes, hops = shortest_paths(edges), torch.randint(1, 4, (1, 6)), torch.randint(1, 5, (1, 6, 6, 2))
+    assert lengths.max() == 4
+    for k in range(2):
+        hops[..., k][lengths <= k] = 0  # no edge there
+    degrees = torch.tensor([2, 1, 1, 2, 2, 1])  # the first has three, of which two are told
+    x = model.embed(nodes) + model.degree_in(degrees) + model.degree_out(degrees)
+    x = torch.cat([model.virtual, x], 1)
+    for block in model.blocks:
+        bias, factors = (table[5].expand(7, 7, -1).clone() for table in (block.mixer.rel_bias, block.mixer.rel_scale))
+        for i in range(6):
+            for j in range(6):
+                length = int(lengths[0, i, j])
+                along = [model.edge(hops[0, i, j, k]) @ model.hop[k] for k in range(min(length, 2))]
+                bias[i + 1, j + 1] = block.mixer.rel_bias[min(length, 3)] + sum(along) / max(1, len(along))
+                factors[i + 1, j + 1] = block.mixer.rel_scale[min(length, 3)]
+        y, mixer = block.norm1(x), block.mixer
+        q, k, v = (m(y)[0].unflatten(-1, (2, 4)).transpose(0, 1) for m in (mixer.query, mixer.key, mixer.value))
+        weights = (q @ k.mT / 2 + bias.permute(2, 0, 1)).softmax(-1) * factors.permute(2, 0, 1)
+        x = x + mixer.out((weights @ v).transpose(0, 1).flatten(1))
+        x = x + block.linear2(nn.functional.gelu(block.linear1(block.norm2(x))))
+    torch.testing.assert_close(model(nodes, lengths, hops), model.head(model.norm(x)[:, 0]))
+
+
 def test_padding_and_the_order_of_nodes_change_nothing_of_a_graph():
     model = GraphRegressor(3, 2, 4, 16, 4, 2, 16, dropout=0.0, max_distance=5).double().eval()
     with torch.no_grad():
@@ -403,6 +539,20 @@ def test_padding_and_the_order_of_nodes_change_nothing_of_a_graph():
     assert not torch.allclose(model(nodes, lengths, hops.roll(1, 3)), told)
     with pytest.raises(ValueError, match="third argument"):
         model(nodes, lengths)
+    # As users run it, without the tests' own checks of shapes.
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match="pairs of 7 nodes, got lengths"):
+            model(nodes, lengths[:, 1:], hops)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+    with pytest.raises(ValueError, match="edge_labels must not"):
+        GraphRegressor(edge_labels=-1)
+    # Where a graph was read with fewer hops than the model looks at, the mean is over those.
+    far, some = torch.tensor([[[0, 4], [4, 0]]]), torch.ones(1, 2, 2, 2, dtype=torch.long)
+    alike = model._edges(far, some)[0, :, 0, 1], (model.edge.weight[1] @ model.hop[:2]).mean(0)
+    torch.testing.assert_close(*alike)
 
 
 def test_inspect_shows_each_table_once():
@@ -425,6 +575,66 @@ def test_the_tasks_are_those_of_the_authors():
     assert targets[:, :4].equal(tokens[:, [1, 3, 5, 7]]) and (targets[:, 4:] == 98).all()
     assert TASK.trivial(even) == 0.5 and even.options["tied"]
     assert targets_of(tokens, EVEN, 100).equal(targets)
+
+
+def test_scores_are_of_all_places_and_of_the_first_half():
+    data = TASK.load(EVEN, length=8, vocabulary=100, examples=1, test_examples=10)
+    _, targets = data.test.tensors
+
+    class Half(nn.Module):
+        def forward(self, x):
+            right = nn.functional.one_hot(targets, 111).float()
+            right[:, 4:] = 0  # the first token is told there, and nothing is the first token
+            return right
+
+    model = Half()
+    model.register_parameter("any", nn.Parameter(torch.zeros(())))
+    told = TASK.evaluate(model, data.test)
+    assert (told["accuracy"], told["first_half"]) == (0.5, 1.0)
+
+
+def test_weights_of_places_alone_see_no_token():
+    model = stirred(encoder("unattentive", vocab=81, max_length=16, tied=True))
+    mixer, x, y = model.blocks[0].mixer, noise(1, 9, 64), noise(1, 9, 64)
+    torch.testing.assert_close(mixer(x) + mixer(y), mixer(x + y) + mixer(0 * x))
+    # Each output sees every token, and places differ.
+    assert row_spread(mixer(x[:, :1].expand(-1, 9, -1))) > 1e-3
+
+
+@torch.no_grad()
+def test_bits_beyond_are_those_past_the_length_of_training():
+    windows = Windows(np.arange(2000) % 256, 128, np.ones(256, np.int64))
+    data = TaskData("text", windows, windows, windows, "", {})
+
+    class Knowing(nn.Module):
+        """Tells the next byte in the first 128 places, and then says nothing of it."""
+
+        def forward(self, x):
+            logits = 50 * nn.functional.one_hot((x + 1) % 256, 256).float()
+            logits[:, 128:] = 0
+            return logits
+
+    model = Knowing()
+    model.any = nn.Parameter(torch.zeros(()))
+    for times in (2, 4):
+        assert bits_beyond(model, data, times) == pytest.approx(8)
+    assert text_model("ape").place.num_embeddings == text_model("sinusoidal").place.num_embeddings == 512
+    assert text_model("urpe").blocks[0].mixer.rel_scale.shape[0] == 128
+
+
+@pytest.mark.parametrize("name", ["ape", "urpe"])
+def test_places_are_asked_for_in_longer_sequences(name):
+    data = TASK.load(PLACES, length=16, vocabulary=70, examples=1, test_examples=1)
+    model = encoder(name, **data.options)
+    with torch.no_grad():
+        for times in (2, 4):
+            assert 0 <= places_at(model, data, times) < 0.5
+
+        def told(tokens):
+            return nn.functional.one_hot(torch.arange(1, tokens.shape[1] + 1), 81).expand(len(tokens), -1, -1)
+
+        model.forward = told
+        assert places_at(model, data, 4) == 1
 
 
 @pytest.mark.parametrize(

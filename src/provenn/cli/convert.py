@@ -3,8 +3,9 @@
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +15,11 @@ from provenn.cli.work import pairs
 from provenn.errors import UserError
 from provenn.files import whole
 
+if TYPE_CHECKING:
+    from provenn.huggingface import Material, Source
+
 REPORT = "conversion.json"
+TOKENS = 256  # of a row of text, by default
 HUB, EMBEDDED = "hf:", ("stdlib",)
 
 
@@ -24,16 +29,23 @@ def convert(
     model: Annotated[
         str,
         typer.Argument(
-            help="GPT-2, Llama, Qwen2, Mistral, BERT, RoBERTa or DistilBERT: a folder, or a name on the hub."
+            help="GPT-2, Llama, Qwen2, Mistral, BERT, RoBERTa, DistilBERT or T5, of pictures ViT or Swin: "
+            "a folder, or a name on the hub."
         ),
     ],
-    data: Annotated[str, typer.Option(help="Text: stdlib, a file, a folder, or hf:NAME for a data set of the hub.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text: stdlib, a file, a folder, or hf:NAME for a data set of the hub. Of a model of pictures: "
+            "a folder of images for each class."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the converted model.")],
     tune: Annotated[str, typer.Option(help="full, lora or none.")] = "full",
     steps: Annotated[int, typer.Option(min=0, help="Batches of tuning.")] = 200,
     prepare_steps: Annotated[int, typer.Option(min=0, help="Batches for the new parts alone, before tuning.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows, or images, a batch.")] = 8,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens a row of text, by default 256.")] = None,
     lr: Annotated[float | None, typer.Option(help="Of tuning; by default 6e-4 for full and 1e-4 for lora.")] = None,
     prepare_lr: Annotated[float | None, typer.Option(help="Of the new parts; by default the paper's.")] = None,
     changes: Annotated[
@@ -49,6 +61,7 @@ def convert(
     \b
     provenn convert hedgehog gpt2 --data stdlib -o converted
     provenn convert rat models/llama --data text --tune lora -o converted
+    provenn convert urpe models/swin --data photos -o converted
     """
     card = catalog.card(slug)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
@@ -72,15 +85,14 @@ def convert(
         raise UserError(f"no data at {data!r}: give {', '.join(EMBEDDED)}, a file or a folder of text, or hf:NAME")
     with progress.shown(), warnings.catch_warnings():
         warnings.simplefilter("ignore", huggingface.WindowLifted)  # told with the result
-        source = huggingface.Source.of(model)
+        source = huggingface.Source.of(model, pictures=None)
         source.rehearse(card.slug, options)
-        tokenizer = source.tokenizer()
-        text = huggingface.Text.of(data, tokenizer, source.outline, length=length)
+        material, save_reader = _material(source, data, length)
         host = source.weights().to(where)
         recovery = huggingface.recover(
             host,
             card.slug,
-            text,
+            material,
             tuning=tune,
             steps=steps,
             prepare_steps=prepare_steps,
@@ -92,15 +104,18 @@ def convert(
         )
     recovery.setting.update(model=model, data=data)
     host.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_reader(out)
     with whole(out / REPORT) as place:
         place.write_text(json.dumps(recovery.json(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         console.machine(recovery.json())
         return
     terminal = console.console()
-    rows = [(name, number(value), f"{100 * share:.1f} %") for name, value, share in recovery.stages()]
-    terminal.print(console.table(("stage", "perplexity", "of the quality before"), rows))
+    rows = [
+        (name, number(value), "" if math.isnan(share) else f"{100 * share:.1f} %")
+        for name, value, share in recovery.stages()
+    ]
+    terminal.print(console.table(("stage", material.metric, "of the quality before"), rows))
     if recovery.layers:
         columns = list(recovery.layers[0])
         cells = [[number(row[column]) for column in columns] for row in recovery.layers]
@@ -114,3 +129,18 @@ def convert(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _material(source: "Source", data: str, length: int | None) -> "tuple[Material, Callable[[Path], object]]":
+    """What the model is tuned and tested on, and what saves its tokenizer or processor beside it."""
+    from provenn import huggingface
+
+    if not source.pictures:
+        tokenizer = source.tokenizer()
+        text = huggingface.Text.of(data, tokenizer, source.outline, length=TOKENS if length is None else length)
+        return text, tokenizer.save_pretrained
+    if length is not None:
+        raise UserError(f"--length is of rows of text; {source.name} sees pictures of its own size")
+    if not Path(data).is_dir():
+        raise UserError(f"{source.name} sees pictures: --data is to be a folder of images for each class, got {data!r}")
+    return huggingface.Pictures.of(data, source.processor(), source.outline), source.save_processor

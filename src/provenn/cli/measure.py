@@ -401,7 +401,7 @@ def _measure(
     speed: Sequence[dict[str, Any]] | None = None,
     **options: Any,
 ) -> None:
-    """Measure claims, telling each as it ends, and show them; with `speed`, all tables and numbers of each.
+    """Measure claims, telling each as it ends, and show them; with `speed` or named claims, all tables of each.
 
     `options` are those of `reproduce_many`.
     """
@@ -448,7 +448,7 @@ def _measure(
             else:
                 terminal.print(console.claims(mine))
             terminal.print(f"[bold]{len(mine)} claim{'s' * (len(mine) != 1)}: {view.tally(mine)}[/]")
-            if speed is not None:
+            if speed is not None or options.get("claims"):
                 for finding in mine:
                     grids = list(console.details(finding.measurement))
                     if grids or finding.measurement.note:

@@ -93,7 +93,11 @@ MODELS: dict[type[PreTrainedModel], Any] = {  # Any: the Auto classes share no t
     T5ForConditionalGeneration: AutoModelForSeq2SeqLM,
 }
 # What `Text` and `recover` are for.
-LANGUAGE_MODELS = [model for model, auto in MODELS.items() if auto in (AutoModelForCausalLM, AutoModelForMaskedLM)]
+LANGUAGE_MODELS = [
+    model
+    for model, auto in MODELS.items()
+    if auto in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM)
+]
 PICTURE_MODELS = [model for model, auto in MODELS.items() if auto is AutoModelForImageClassification]
 
 

@@ -1,5 +1,6 @@
 """Language models from a folder or the hub: what is cheap to look at first, the weights last."""
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,12 +60,13 @@ class Source:
     local: bool
 
     @classmethod
-    def of(cls, name: str | Path, *, pictures: bool = False) -> "Source":
+    def of(cls, name: str | Path, *, pictures: bool | None = False) -> "Source":
         """Look at a model's configuration.
 
         Args:
             name: of its folder or on the hub.
-            pictures: whether a model is wanted that tells classes of pictures; else one that predicts tokens.
+            pictures: whether a model is wanted that tells classes of pictures; else one that predicts tokens; None
+                takes either.
 
         Raises:
             UserError: nothing there, a hub that does not answer, or a model of a kind that cannot be converted.
@@ -76,15 +78,23 @@ class Source:
         except Exception as error:
             raise UserError(f"{name} cannot be loaded as a model: {_first_line(error)}") from None
         if config.model_type.removeprefix(PREFIX) not in FAMILIES:
-            able = why_not(config.model_type, FAMILIES)
-            raise UserError(f"{name} is of type {config.model_type!r}, which cannot be converted{able}")
+            reason = why_not(config.model_type, FAMILIES)
+            raise UserError(f"{name} is of type {config.model_type!r}, which cannot be converted{reason}")
         architecture = (config.architectures or ["none"])[0]
         kinds = {kind.__name__: kind for pair in CONVERTED.items() for kind in pair}
-        names_able = [kind.__name__ for kind in (PICTURE_MODELS if pictures else LANGUAGE_MODELS)]
+        kinds_able = [*([] if pictures else LANGUAGE_MODELS), *([] if pictures is False else PICTURE_MODELS)]
+        names_able = [kind.__name__ for kind in kinds_able]
         if architecture.removeprefix("Converted") not in names_able:
             cannot = "tells no classes of pictures" if pictures else "predicts no tokens of a text"
+            if pictures is None:
+                cannot += " and tells no classes of pictures"
             raise UserError(f"{name} holds a {architecture}, which {cannot}; these do: {', '.join(names_able)}")
         return cls(str(name), config, kinds[architecture], local)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether it tells classes of pictures, and not tokens of a text."""
+        return issubclass(self.kind, tuple(PICTURE_MODELS))
 
     @cached_property
     def outline(self) -> Host:
@@ -142,6 +152,11 @@ class Source:
                 ) from None
             return {}
         return dict(settings)
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what `processor` reads beside a converted model."""
+        if settings := self.processor():
+            (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def weights(self) -> Host:
         """The model itself.

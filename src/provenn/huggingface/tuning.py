@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -41,6 +42,68 @@ def _pack_rows(documents: Sequence[Any], tokenizer: Tokenizer, length: int, what
     return torch.tensor(stream[: rows * length]).view(rows, length)
 
 
+SPAN, CORRUPTED = 3, 0.15  # tokens a span that is left out, and their share of a text: T5's own (arXiv:1910.10683)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """T5's own task: spans are left out of the source, a mark in the place of each, and told after their marks.
+
+    Args:
+        marks: tokens that stand for a span each, `<extra_id_0>` and so on.
+        start: what the decoder reads first.
+        end: what source and answer end with; None where the tokenizer has no such token.
+    """
+
+    marks: Tensor
+    start: int
+    end: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, config: Host) -> "Spans":
+        """The marks of a tokenizer, for a model's configuration.
+
+        Raises:
+            UserError: there are none, or the configuration does not say what a decoder begins with.
+        """
+        known = tokenizer.get_vocab()
+        marks = [known[mark] for mark in takewhile(known.__contains__, (f"<extra_id_{i}>" for i in count()))]
+        if not marks:
+            raise UserError("this model predicts spans that are left out, but its tokenizer has no token <extra_id_0>")
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is None:
+            raise UserError("the config has no decoder_start_token_id, which the decoder is to read first")
+        return cls(torch.tensor(marks), start, tokenizer.eos_token_id)
+
+    def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Source, what the decoder reads, and what it is to tell; as many spans in each row, at random places."""
+        number, length = rows.shape
+        hidden = max(1, round(CORRUPTED * length))
+        spans = min(max(1, round(hidden / SPAN)), len(self.marks))
+        # Kept and hidden parts in turn, a kept one first; each part's length is at least 1.
+        kept_parts, hidden_parts = (_parts(number, size, spans, generator) for size in (length - hidden, hidden))
+        ends = torch.stack([kept_parts, hidden_parts], dim=-1).flatten(1).cumsum(dim=1)
+        part = torch.searchsorted(ends, torch.arange(length).expand(number, -1).contiguous(), right=True)
+        gone, mark = part % 2 == 1, self.marks[part // 2]
+        changes = part[:, 1:] != part[:, :-1]
+        first = gone & nn.functional.pad(changes, (1, 0), value=False)  # of each hidden part
+        before = ~gone & nn.functional.pad(changes, (0, 1), value=False)  # the last of each kept one
+        source = torch.where(first, mark, rows)[~gone | first].view(number, -1)
+        labels = torch.where(before, mark, rows)[gone | before].view(number, -1)
+        if self.end is not None:
+            source, labels = (nn.functional.pad(tokens, (0, 1), value=self.end) for tokens in (source, labels))
+        read = nn.functional.pad(labels[:, :-1], (1, 0), value=self.start)
+        whole = torch.ones_like(source)
+        return {"input_ids": source, "attention_mask": whole, "decoder_input_ids": read, "labels": labels}
+
+
+def _parts(rows: int, total: int, parts: int, generator: torch.Generator) -> Tensor:
+    """Random lengths of at least 1 that sum to `total`, (rows, parts)."""
+    cuts = torch.rand(rows, total - 1, generator=generator).argsort(dim=1)[:, : parts - 1].sort(dim=1).values + 1
+    ends = nn.functional.pad(cuts, (0, 1), value=total)
+    return ends.diff(dim=1, prepend=torch.zeros(rows, 1, dtype=torch.long))
+
+
 @dataclass(frozen=True)
 class Text:
     """Tokens to learn from and tokens to test on, in rows of equal length.
@@ -48,11 +111,13 @@ class Text:
     Args:
         train, test: (rows, length).
         masked: the mask token, where the model predicts masked tokens; None where it predicts the next.
+        spans: where the model predicts spans that its source lacks, as T5 does.
     """
 
     train: Tensor
     test: Tensor
     masked: int | None = None
+    spans: Spans | None = None
     metric = "perplexity"
     higher_is_better = False
 
@@ -82,13 +147,16 @@ class Text:
             tested: how many tokens are tested at the most, in rows spread evenly.
 
         Raises:
-            UserError: too little text, or rows longer than the model's positions.
+            UserError: too little text, rows longer than the model's positions, or a tokenizer without the tokens that
+                the model's own task needs.
         """
         limit = max_tokens(model.config)
         if length < 2 or (limit is not None and length > limit):
             raise UserError(f"length must lie between 2 and the {limit} positions of this model, got {length}")
-        masked = None
-        if not _causal(model):
+        masked = spans = None
+        if cast(Host, model.config).is_encoder_decoder:
+            spans = Spans.of(tokenizer, model.config)
+        elif not _causal(model):
             masked = tokenizer.mask_token_id
             if masked is None:
                 raise UserError("this model predicts masked tokens, but its tokenizer has no mask token")
@@ -96,10 +164,12 @@ class Text:
         rows = _pack_rows(test, tokenizer, length, "of test text")
         row_count = min(len(rows), max(1, tested // length))
         chosen = torch.arange(row_count) * len(rows) // row_count
-        return cls(_pack_rows(train, tokenizer, length, "of training text"), rows[chosen], masked)
+        return cls(_pack_rows(train, tokenizer, length, "of training text"), rows[chosen], masked, spans)
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """What a model reads and is to predict."""
+        if self.spans is not None:
+            return self.spans.batch(rows, generator)
         whole = torch.ones_like(rows)
         if self.masked is None:
             return {"input_ids": rows, "attention_mask": whole, "labels": rows}
@@ -175,7 +245,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """exp of the mean loss over all predicted tokens; lower is better."""
     training = model.training
     model.eval()
-    total = count = 0.0
+    total = told = 0.0
     try:
         for batch in batches:
             inputs = to_device(batch, model)
@@ -186,11 +256,11 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
             loss = nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
             )
-            total, count = total + loss.item(), count + (labels != -100).sum().item()
+            total, told = total + loss.item(), told + (labels != -100).sum().item()
     finally:
         model.train(training)
     # A model that has come apart would overflow; no text has a loss near 80.
-    return math.exp(min(total / count, 80))
+    return math.exp(min(total / told, 80))
 
 
 def _causal(model: PreTrainedModel) -> bool:
@@ -353,7 +423,8 @@ class Recovery:
 
     def json(self) -> dict[str, Any]:
         """All of it for a file."""
-        return {**asdict(self), "recovered": {name: share for name, _, share in self.stages()}}
+        shares = {name: None if math.isnan(share) else share for name, _, share in self.stages()}
+        return {**asdict(self), "recovered": shares}
 
 
 def recover(

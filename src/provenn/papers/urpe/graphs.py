@@ -76,6 +76,8 @@ class GraphRegressor(nn.Module):
         for name, value in {**sizes, "max_degree": max_degree}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if edge_labels < 0:
+            raise ValueError(f"edge_labels must not be negative, got {edge_labels}")
         if readout not in READOUTS:
             raise ValueError(f"readout must be one of {', '.join(READOUTS)}, got {readout!r}")
         self.labels, self.heads, self.readout, self.hops = labels, heads, readout, hops
@@ -114,7 +116,8 @@ class GraphRegressor(nn.Module):
                 "expected the labels of the paths' edges as the third argument: this model has edge_labels"
             )
         along = torch.einsum("bijkh,khg->bijg", self.edge(hops[..., : self.hops]), self.hop[: hops.shape[-1]])
-        counted = lengths.clamp(1, self.hops)[..., None]
+        # Of a path no more edges count than were looked at, here or where the graph was read.
+        counted = lengths.clamp(1, max(1, min(self.hops, hops.shape[-1])))[..., None]
         return (along / counted).permute(0, 3, 1, 2)
 
     def _tables(self, block: Any, relations: Tensor, extra: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -130,6 +133,8 @@ class GraphRegressor(nn.Module):
         lengths: Int[Tensor, "batch nodes nodes"],
         hops: Int[Tensor, "batch nodes nodes hops"] | None = None,
     ) -> Float[Tensor, "batch targets"]:
+        if not torch.compiler.is_compiling():
+            _check_pairs(nodes, lengths, hops)
         mask = nodes > 0
         degree = ((lengths == 1) & mask[:, None]).sum(dim=-1).clamp_max(self.max_degree)
         x = self.embed(nodes) + self.degree_in(degree) + self.degree_out(degree)
@@ -150,6 +155,13 @@ class GraphRegressor(nn.Module):
             return self.head(x[:, 0])
         real = mask[..., None].to(x)
         return self.head((x * real).sum(dim=1) / real.sum(dim=1).clamp_min(1))
+
+
+def _check_pairs(nodes: Tensor, lengths: Tensor, hops: Tensor | None) -> None:
+    pairs = (*nodes.shape, nodes.shape[-1])
+    if lengths.shape != pairs or (hops is not None and hops.shape[:-1] != pairs):
+        told = " and hops ".join(str(tuple(part.shape)) for part in (lengths, hops) if part is not None)
+        raise ValueError(f"expected lengths and hops of all pairs of {nodes.shape[-1]} nodes, got lengths {told}")
 
 
 urpe_graphormer_slim = GraphRegressor

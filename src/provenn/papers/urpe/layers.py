@@ -220,6 +220,10 @@ def _relations(
     if not isinstance(index, str):
         if not isinstance(index, Relations):
             raise ValueError(f"index must be one of {', '.join(RELATIONS)} or have size and index, got {index!r}")
+        if causal and isinstance(index, Window | Paths):
+            raise ValueError(f"{index} has no order: causal must be False, got True")
+        if not causal and isinstance(index, Offsets) and index.causal:
+            raise ValueError(f"{index} tells no later tokens apart: causal must be True, got False")
         return index
     if index not in RELATIONS:
         raise ValueError(f"index must be one of {', '.join(RELATIONS)}, got {index!r}")

@@ -11,24 +11,35 @@ from torch import Tensor, nn
 from provenn.errors import UserError
 from provenn.nn.attention import check_mask
 from provenn.nn.language import CausalLM
+from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.transformer import EncoderLayer
 from provenn.papers.urpe.layers import ENCODINGS, SPREAD, URPEAttention, share_tables
 
-POSITIONS = (*ENCODINGS, "ape")
+ABSOLUTE = ("ape", "sinusoidal")
+POSITIONS = (*ENCODINGS, *ABSOLUTE)
 
 
 def attention_called(
     encoding: str, heads: int, *, max_length: int, index: str = "offset", **options: Any
 ) -> partial[URPEAttention]:
-    """The attention of one of the compared encodings; "ape" has none of its own.
+    """The attention of one of the compared encodings; absolute positions have none of their own.
 
     Raises:
         ValueError: no such encoding.
     """
     if encoding not in POSITIONS:
         raise ValueError(f"encoding must be one of {', '.join(POSITIONS)}, got {encoding!r}")
-    inner = "none" if encoding == "ape" else encoding
+    inner = "none" if encoding in ABSOLUTE else encoding
     return partial(URPEAttention, heads=heads, max_length=max_length, index=index, encoding=inner, **options)
+
+
+def fix_sinusoids(places: nn.Embedding) -> None:
+    """Sinusoids in the place of learned positions, as large as those start; they do not learn."""
+    waves = sinusoidal_encoding(torch.arange(places.num_embeddings), places.embedding_dim)
+    with torch.no_grad():
+        # √2, as the mean square of a sinusoid is a half.
+        places.weight.copy_(2**0.5 * SPREAD * waves)
+    places.weight.requires_grad_(False)
 
 
 class SequenceEncoder(nn.Module):
@@ -40,8 +51,9 @@ class SequenceEncoder(nn.Module):
     Args:
         vocab: rows of the embedding: the nominal vocabulary and 11, as in the authors' code.
         dim, heads, layers, hidden: of the host.
-        encoding: "urpe", "rpe", "none", or "ape": learned absolute positions.
-        max_length: the longest sequence of "ape"; farther offsets of the others have the farthest one's numbers.
+        encoding: "urpe", "rpe", "none", or absolute positions, "ape" that are learned or "sinusoidal" ones.
+        max_length: the longest sequence of absolute positions; of the others, farther offsets have the farthest one's
+            numbers.
         index, buckets, max_distance: of the relations, "offset" or "bucket".
         tied: whether the outputs' matrix is the embedding's (even-token prediction) or one of its own (position
             identification), as in the authors' commands.
@@ -80,7 +92,7 @@ class SequenceEncoder(nn.Module):
         )  # fmt: skip
         self.vocab, self.max_length = vocab, max_length
         self.embed = nn.Embedding(vocab, dim)
-        self.place = nn.Embedding(max_length, dim) if encoding == "ape" else None
+        self.place = nn.Embedding(max_length, dim) if encoding in ABSOLUTE else None
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks: Any = nn.ModuleList(
@@ -94,6 +106,8 @@ class SequenceEncoder(nn.Module):
                 nn.init.normal_(module.weight, std=SPREAD)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.place is not None and encoding == "sinusoidal":
+            fix_sinusoids(self.place)
         if share_tables:
             share(self)
 
@@ -148,17 +162,19 @@ def urpe_lm_tiny(
 
     Args:
         vocab, dim, heads, layers, dropout: of the host.
-        encoding: "urpe", "rpe", "none" or "ape", which has learned positions.
-        max_length: offsets with numbers of their own; of "ape" the longest text.
+        encoding: "urpe", "rpe", "none", or absolute positions, "ape" that are learned or "sinusoidal" ones.
+        max_length: offsets with numbers of their own; of absolute positions the longest text.
         share_tables: one pair for all layers, or a pair each.
         attention: more arguments of `URPEAttention`.
     """
     mixer = attention_called(encoding, heads, max_length=max_length, **attention)
-    learned = encoding == "ape"
+    absolute = encoding in ABSOLUTE
     model = CausalLM(
         vocab, dim, layers, mixer, norm="layer", bias=True, dropout=dropout,
-        positions="learned" if learned else "none", max_length=max_length if learned else None,
+        positions="learned" if absolute else "none", max_length=max_length if absolute else None,
     )  # fmt: skip
+    if model.place is not None and encoding == "sinusoidal":
+        fix_sinusoids(model.place)
     if share_tables:
         share(model)
     return model

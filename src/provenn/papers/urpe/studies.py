@@ -1,5 +1,6 @@
 """Data, networks and counts of URPE's experiments."""
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -8,14 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.nn.attention import split_heads
 from provenn.nn.language import PreNormBlock
 from provenn.ops.rescaled_attention.reference import probabilities
 from provenn.papers.urpe.graphs import GraphRegressor, urpe_graph_tiny
 from provenn.papers.urpe.layers import URPEAttention
-from provenn.papers.urpe.model import SequenceEncoder, attention_called, urpe_lm_tiny
+from provenn.papers.urpe.model import ABSOLUTE, SequenceEncoder, attention_called, urpe_lm_tiny
 from provenn.papers.urpe.model import share as share_tables
 from provenn.papers.urpe.task import EVEN, PLACES, TASK
 from provenn.tasks import TaskData, get_task
+from provenn.tasks.language_modelling import TASK as LANGUAGE
+from provenn.tasks.language_modelling import Windows
 from provenn.training import Fit
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 TOKENS, KINDS = 16, 70  # of a sequence, and the nominal vocabulary: 50 tokens are drawn from
 EVEN_KINDS = 30  # of even-token prediction: 10 tokens are drawn from
 TEXT_LENGTH = 128
+LONGER = 4  # times the length of training, at the most, that is tested
 
 
 def places_data(seed: int, smoke: bool) -> TaskData:
@@ -41,6 +46,24 @@ def even_data(seed: int, smoke: bool) -> TaskData:
 def first_half(model: nn.Module, data: TaskData) -> float:
     """The share told right in the first half of the places, where nothing is constant."""
     return TASK.evaluate(model, data.test)["first_half"]
+
+
+def places_at(model: nn.Module, data: TaskData, times: int) -> float:
+    """The share of the places learned that is told right in sequences so many times as long."""
+    longer = TASK.load(PLACES, seed=0, length=times * TOKENS, vocabulary=KINDS, examples=1, test_examples=64)
+    tokens = longer.test[:][0].to(next(model.parameters()).device)
+    told = model(tokens)[:, :TOKENS].argmax(dim=-1).cpu()
+    return (told == torch.arange(1, TOKENS + 1)).double().mean().item()
+
+
+def bits_beyond(model: nn.Module, data: TaskData, times: int) -> float:
+    """Bits a byte of half the test text, past the length of training in windows so many times as long."""
+    short: Any = data.test
+    longer = Windows(
+        short.stream.numpy(), times * TEXT_LENGTH, short.bytes_of.numpy(), max(1, len(short) // (2 * times))
+    )
+    nats = LANGUAGE.nll_by_position(model, longer)[TEXT_LENGTH:]
+    return nats.double().mean().item() / math.log(2)
 
 
 class Unnormalised(URPEAttention):
@@ -65,15 +88,35 @@ class Renormalised(URPEAttention):
         return self._join(weights / weights.sum(dim=-1, keepdim=True) @ v)
 
 
-MIXERS: dict[str, type[URPEAttention]] = {"unnormalised": Unnormalised, "renormalised": Renormalised}
+class Unattentive(URPEAttention):
+    """softmax(B) ⊙ C: weights that depend on places alone, and see no token."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]  # what the studies call
+        v = split_heads(self.value(x), self.heads)
+        bias, factors = self.tables(x.shape[1])
+        assert bias is not None and factors is not None  # of the encoding with both
+        return self._join(bias.softmax(dim=-1) * factors @ v)
+
+
+MIXERS: dict[str, type[URPEAttention]] = {
+    "unnormalised": Unnormalised,
+    "renormalised": Renormalised,
+    "unattentive": Unattentive,
+}
+SIZES = {"rpe-large": (128, 4), "rpe-deep": (64, 6)}  # width and layers; (64, 2) of all others
 
 
 def encoder(name: str, *, vocab: int, max_length: int, tied: bool) -> nn.Module:
-    """A small encoder of the paper's kind: one of `POSITIONS`, of `MIXERS`, or "rpe-large"."""
-    large = name == "rpe-large"
-    kind = {"rpe-large": "rpe", "unnormalised": "rpe", "renormalised": "urpe"}.get(name, name)
+    """A small encoder of the paper's kind: one of `POSITIONS`, of `MIXERS`, or of `SIZES`."""
+    dim, layers = SIZES.get(name, (64, 2))
+    kind = (
+        "rpe"
+        if name in SIZES
+        else {"unnormalised": "rpe", "renormalised": "urpe", "unattentive": "urpe"}.get(name, name)
+    )
+    reach = LONGER * max_length if name in ABSOLUTE else max_length
     # Torch's own start of the maps: at this width that of the authors' makes scores 170 times smaller.
-    model = SequenceEncoder(vocab, 128 if large else 64, 4, 4 if large else 2, 256, kind, max_length, tied=tied)
+    model = SequenceEncoder(vocab, dim, 4, layers, 256, kind, reach, tied=tied)
     if name in MIXERS:
         for block in model.blocks:
             block.mixer.__class__ = MIXERS[name]
@@ -84,17 +127,17 @@ def encoder(name: str, *, vocab: int, max_length: int, tied: bool) -> nn.Module:
 
 
 @cache
-def _text() -> TaskData:
-    return get_task("language-modelling").load("stdlib", length=TEXT_LENGTH, eval_tokens=32_768)
+def _text(eval_tokens: int) -> TaskData:
+    return LANGUAGE.load("stdlib", length=TEXT_LENGTH, eval_tokens=eval_tokens)
 
 
 def text_data(seed: int, smoke: bool) -> TaskData:
-    return _text()
+    return _text(2048 if smoke else 16_384)
 
 
 def text_model(name: str, **options: Any) -> nn.Module:
-    """The small language model with one of `POSITIONS`, of torch's own start."""
-    model = urpe_lm_tiny(encoding=name, max_length=TEXT_LENGTH, **options)
+    """The small language model with one of `POSITIONS`, of torch's own start; absolute ones reach beyond training."""
+    model = urpe_lm_tiny(encoding=name, max_length=LONGER * TEXT_LENGTH if name in ABSOLUTE else TEXT_LENGTH, **options)
     for part in model.modules():
         if isinstance(part, nn.Linear):
             part.reset_parameters()

@@ -48,7 +48,8 @@ def attentive(layer: URPEAttention) -> URPEAttention:
 def position_aware(layer: URPEAttention) -> URPEAttention:
     """A copy with W_Q = 0, B = 0 and c = 1 for keys from the query on, else 0: the second condition's construction.
 
-    The softmax is then even, and row i of n sums to (n − i)/n, i from 0: all different. Without C the sums are 1.
+    The softmax is then even, and row i of n sums to (n − i)/n, i from 0: all different. Of a causal layer c is 1 for
+    the token itself alone, and row i sums to 1/(i + 1). Without C the sums are 1.
     """
     made = attentive(layer)
     with torch.no_grad():
@@ -56,8 +57,11 @@ def position_aware(layer: URPEAttention) -> URPEAttention:
         if made.query.bias is not None:
             made.query.bias.zero_()
         if made.rel_scale is not None:
-            middle = made.relations.size // 2
-            made.rel_scale.copy_((torch.arange(made.relations.size) >= middle)[:, None].expand_as(made.rel_scale))
+            here = torch.zeros(1, dtype=torch.long)
+            itself = made.relations.index(here, here).item()
+            relations = torch.arange(made.relations.size)
+            kept = relations == itself if made.causal else relations >= itself
+            made.rel_scale.copy_(kept[:, None].expand_as(made.rel_scale))
     return made
 
 

@@ -110,8 +110,10 @@ class TransformerXL(nn.Module):
             for a small one.
         dropout: on embeddings and branches.
 
-    Shapes: tokens (batch, tokens) to logits (batch, tokens, vocab); with cutoffs, log-probabilities. Streams. One table
+    Shapes: tokens (batch, tokens) to logits (batch, tokens, vocab); with cutoffs, log-probabilities. One table
     of the multiplier, of `segment + memory` distances a head, serves all layers; farther ones have the farthest's.
+    Streams: a step reads the memory before its token, where `forward` reads that before a segment, so that both are the
+    same up to `memory` tokens, and a step has fewer before it from there on.
     """
 
     def __init__(
