@@ -549,6 +549,11 @@ class LayerStacks(Task):
             raise UserError(f"nothing to read at {str(file)!r}")
         return _standard(_encoder_of(meta).stack_of(file, _reading(meta, {})), meta, file)
 
+    def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
+        layers, dim = options.get("layers", 24), options.get("dim", 1024)
+        classes = [f"class {number}" for number in range(options.get("num_classes", 2))]
+        return {"classes": classes, "mean": [[0.0] * dim] * layers, "std": [[1.0] * dim] * layers}
+
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """The likeliest classes of each stack of a file, or of each sound, image or text that the encoder reads.
 
@@ -608,8 +613,6 @@ def _splits_of(content: StackFile, seed: int) -> list[list[int]]:
 
 
 def _standard(stacks: Tensor, meta: dict[str, Any], place: Path) -> Tensor:
-    if "mean" not in meta:
-        return stacks
     mean, std = torch.tensor(meta["mean"]), torch.tensor(meta["std"])
     if mean.shape != stacks.shape[1:]:
         raise UserError(f"{place} has stacks of {tuple(stacks.shape[1:])}, the weights are of {tuple(mean.shape)}")
