@@ -357,7 +357,7 @@ def test_a_mask_of_tokens_hides_all_their_features():
     mask[0, 4:] = False
     made = mixture(2, 2, axis=-1)
     torch.testing.assert_close(made.weights(x, mask), made.weights(x) * mask[..., None])
-    block = GaussianMixtureBlock([1, -1], 2, 2).double()
+    block = GaussianMixtureBlock([1, -1], [1, 2], 2).double()  # one head has the whole axis, however long
     y = block(x, mask=mask)
     torch.testing.assert_close(y[0, 4:], x[0, 4:])
     torch.testing.assert_close(y[:1, :4], block(x[:1, :4]))
@@ -743,7 +743,7 @@ def test_a_folder_of_sounds_images_or_texts_is_read_by_an_encoder_from_its_folde
     assert len(data.train) + len(data.val) + len(data.test) == (26 if kind == "llama" else 12)
     (file,) = cache.iterdir()
     written = file.stat().st_mtime_ns
-    again = TASK.load(source, encoder=str(tmp_path / kind), seconds=0.1)
+    again = TASK.load(source, encoder=str(tmp_path / kind), seconds=0.1, seed=3)
     assert again.fingerprint == data.fingerprint and file.stat().st_mtime_ns == written, "read once"
     TASK.check_meta(data.meta, "weights")
     (path, label) = {
@@ -774,8 +774,9 @@ def test_a_folder_of_sounds_images_or_texts_is_read_by_an_encoder_from_its_folde
         share = model(shown).softmax(-1)[0, label].item()
     assert f"{data.meta['classes'][label]} {share:.1%}" in told.splitlines()[0]
     assert len(table.read_text().splitlines()) == 2 + len(every)
-    held = TASK.held_out(source, data.meta)
+    held = TASK.held_out(source, data.meta, whole=False)
     assert torch.equal(held.dataset.tensors[0], data.test.tensors[0]) and "test split" in held.about
+    assert len(TASK.held_out(source, data.meta).dataset) == (6 if kind == "llama" else 12), "texts come in splits"
     with torch.no_grad():
         next(p for p in encoder.parameters() if p.dim() > 1).add_(1)
     encoder.save_pretrained(tmp_path / "other")

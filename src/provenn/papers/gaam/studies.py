@@ -20,7 +20,6 @@ from provenn.training import fit
 
 HEADS = 8  # of the paper's first form, three layers each
 STEPS = 24  # that a series is brought to
-STARTS = 6  # of the search for the densities' gates
 DRIFT = 1.0  # standard deviations of a channel that drift moves it by
 
 # By name, the label and what stands between stack and decoder.
@@ -155,32 +154,23 @@ def closest(gate: nn.Module, target: Tensor) -> Tensor:
 
     They are scaled to sum to one.
     """
-    x = PLACES[None, :, None]
-    lowest, found = torch.inf, [parameter.detach().clone() for parameter in gate.parameters()]
-
-    def shares() -> Tensor:
-        weights = gate.weights(x)[0, :, 0]  # type: ignore[operator]  # a gate's
-        return weights / weights.sum()
+    x, lowest, best = PLACES[None, :, None], torch.inf, torch.zeros_like(target)
+    optimizer = torch.optim.LBFGS(gate.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def entropy() -> Tensor:
-        nonlocal lowest, found
-        gate.zero_grad()
-        loss = -(target * shares().clamp(min=1e-30).log()).sum()
+        nonlocal lowest, best
+        optimizer.zero_grad()
+        weights = gate.weights(x)[0, :, 0]  # type: ignore[operator]  # a gate's
+        weights = weights / weights.sum()
+        loss = -(target * weights.clamp(min=1e-30).log()).sum()
         loss.backward()
-        if loss < lowest and all(bool(p.grad.isfinite().all()) for p in gate.parameters() if p.grad is not None):
-            lowest, found = loss.item(), [parameter.detach().clone() for parameter in gate.parameters()]
+        if loss < lowest:  # which the last is not, where a width has gone to zero
+            lowest, best = loss.item(), weights.detach()
         return loss
 
-    # A line search may end where a gate underflows and nothing leads back: the next one starts from the best so far.
-    for _ in range(STARTS):
-        optimizer = torch.optim.LBFGS(gate.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-        with torch.enable_grad():
-            optimizer.step(entropy)
-        with torch.no_grad():
-            for parameter, value in zip(gate.parameters(), found, strict=True):
-                parameter.copy_(value)
-    with torch.no_grad():
-        return shares()
+    with torch.enable_grad():
+        optimizer.step(entropy)
+    return best
 
 
 def side_by_side(combine: str, gaussians: int) -> nn.Module:

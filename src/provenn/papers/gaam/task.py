@@ -210,7 +210,7 @@ BATCH = 16  # examples that an encoder sees at once
 CACHE = "PROVENN_CACHE"
 
 
-Pairs = Sequence[tuple[Any, int]] | Dataset  # what is read, and its class
+Pairs = Any  # Sequence[tuple[Any, int]], or a data set of such: what is read, and its class
 
 
 class Readings(NamedTuple):
@@ -355,10 +355,11 @@ def user_encoder(folder: Path) -> UserEncoder:
     return UserEncoder(folder)
 
 
-def extracted(source: Path, folder: Path, seed: int, how: Reading) -> StackFile:
+def extracted(source: Path, folder: Path, how: Reading) -> StackFile:
     """The stacks of the user's files, from where they were kept when the same encoder read the same files alike.
 
-    They are kept in the folder of the environment variable PROVENN_CACHE, or in ~/.cache/provenn.
+    Where they have no splits of their own, these are drawn once, whatever the seed of a training. Stacks are kept in
+    the folder of the environment variable PROVENN_CACHE, or in ~/.cache/provenn.
 
     Raises:
         UserError: an encoder or data that cannot be read, or data of another kind than the encoder's.
@@ -367,18 +368,18 @@ def extracted(source: Path, folder: Path, seed: int, how: Reading) -> StackFile:
     encoder = user_encoder(folder.resolve())
     mark = fingerprint_of_weights(encoder.model)
     sizes = [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(_files_of(source, how)) if f.is_file()]
-    asked = [mark, str(source.resolve()), repr(how), str(seed), json.dumps(encoder.settings, sort_keys=True), *sizes]
+    asked = [mark, str(source.resolve()), repr(how), json.dumps(encoder.settings, sort_keys=True), *sizes]
     name = hashlib.sha256("\0".join(asked).encode()).hexdigest()[:24]
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "provenn")
     file = root / "stacks" / f"{name}.safetensors"
     if file.is_file():
         return read_stacks(file)
-    readings = encoder.read(source, seed, how)
+    readings = encoder.read(source, 0, how)
     features, labels, splits = [], [], []
     for number, part in enumerate(readings.parts):
         order = np.arange(len(part))
         if how.examples is not None:
-            order = np.random.default_rng(seed).permutation(len(part))[: how.examples]
+            order = np.random.default_rng(0).permutation(len(part))[: how.examples]
         pairs = _Picked(part, order.tolist())
         features.append(encoder.stacks(pairs, readings.inputs))
         labels.append(torch.tensor(pairs.labels))
@@ -473,7 +474,7 @@ class LayerStacks(Task):
         Args:
             source: "vowels", "patches" or "docstrings"; a file of stacks, cut into 70, 15 and 15 % where it tells no
                 splits; or what `encoder` reads, in the splits that the task of sounds, images or texts makes.
-            seed: of what is drawn, or of the split.
+            seed: of what is drawn, or of a file's split.
             encoder: a folder of Hugging Face: WavLM and its like for sounds, BEiT for images, Llama for texts.
             seconds: of sounds, after which they are cut.
             length: tokens of a text at most.
@@ -491,7 +492,7 @@ class LayerStacks(Task):
                 raise UserError(f"{place} come with an encoder of their own: leave encoder out, or give files")
             return pretrained_stacks(place, seed)
         how = Reading(seconds, length, siblings, examples)
-        content = _content(place, encoder, seed, how)
+        content = _content(place, encoder, how)
         stacks, labels, classes = content.stacks, content.labels, content.classes
         if len(classes) < 2:
             raise UserError(f"{place} holds one class, {classes[0]!r}: a classifier needs two or more")
@@ -528,7 +529,7 @@ class LayerStacks(Task):
         place = self._named(source)
         if isinstance(place, str):
             return HeldOut(self.load(place, seed=seed).test, f"the test split of {place}")
-        content = _content(place, meta.get("encoder") if place.is_dir() else None, seed, _reading(meta, options))
+        content = _content(place, meta.get("encoder") if place.is_dir() else None, _reading(meta, options))
         labels, classes = content.labels, content.classes
         known = meta.get("classes", classes)
         unknown = next((name for name in classes if name not in known), None)
@@ -536,7 +537,7 @@ class LayerStacks(Task):
             raise UserError(f"{place}: the model knows no class {unknown!r}; it knows: {', '.join(known[:12])}")
         stacks = _standard(content.stacks, meta, place)
         numbers = torch.tensor([known.index(name) for name in classes])[labels]
-        if whole and content.splits is None:
+        if whole and (content.splits is None or (place.is_dir() and not _comes_in_splits(place))):
             return HeldOut(TensorDataset(stacks, numbers), f"all of {place}")
         part = _splits_of(content, seed)[2]
         return HeldOut(TensorDataset(stacks[part], numbers[part]), f"the test split of {place}")
@@ -580,7 +581,7 @@ class LayerStacks(Task):
         return blind_accuracy(*(_labels(part) for part in (data.train, data.test)))
 
 
-def _content(place: Path, encoder: str | None, seed: int, how: Reading) -> StackFile:
+def _content(place: Path, encoder: str | None, how: Reading) -> StackFile:
     """The stacks of a file, or of what an encoder reads."""
     if encoder is None:
         if place.is_dir():
@@ -588,7 +589,7 @@ def _content(place: Path, encoder: str | None, seed: int, how: Reading) -> Stack
         return read_stacks(place)
     if place.suffix == ".safetensors":
         raise UserError(f"{place} holds stacks already: leave encoder out")
-    return extracted(place, Path(encoder), seed, how)
+    return extracted(place, Path(encoder), how)
 
 
 def _reading(meta: dict[str, Any], options: dict[str, Any]) -> Reading:
@@ -603,6 +604,12 @@ def _encoder_of(meta: dict[str, Any]) -> UserEncoder:
     if meta.get("encoder_mark") not in (None, fingerprint_of_weights(encoder.model)):
         raise UserError(f"{meta['encoder']} holds another encoder than the one that the decoder was trained on")
     return encoder
+
+
+def _comes_in_splits(folder: Path) -> bool:
+    """Whether the user, or who published the data, set examples aside."""
+    own = ("train", "val", "valid", "validation", "test", "train.csv", "train.tsv", "test.bin", "test_batch.bin")
+    return any((folder / name).exists() for name in own)
 
 
 def _splits_of(content: StackFile, seed: int) -> list[list[int]]:
