@@ -359,6 +359,23 @@ def glue(place: Path) -> None:
             tsv(place / name / f"{split}.tsv", [["index", *columns, "label"], *rows])
 
 
+def ag_news(place: Path) -> None:
+    for split, count in (("train", 40), ("test", 12)):
+        rows = [f'"{1 + k % 4}","{WORDS[k % 4]}","{WORDS[k % 4]} it is, {k}"\n' for k in range(count)]
+        (place / f"{split}.csv").write_text("".join(rows))
+
+
+def iemocap(place: Path) -> None:
+    from scipy.io import wavfile
+
+    for session in range(1, 6):
+        for kind, name in enumerate(("angry", "happy", "neutral", "sad")):
+            (place / f"Session{session}" / name).mkdir(parents=True)
+            for k in range(2):
+                wave = np.sin(np.arange(1600) * (0.05 + 0.1 * kind + 0.01 * k)).astype(np.float32)
+                wavfile.write(place / f"Session{session}" / name / f"{k}.wav", 16_000, wave)
+
+
 def samsum(place: Path) -> None:
     """Dialogues of a few words; a summary says again who is met."""
     for name, count in (("train", 24), ("val", 4), ("test", 6)):
@@ -474,6 +491,8 @@ WRITERS = {
     "iwslt14": iwslt14,
     "lra": lra,
     "glue": glue,
+    "ag-news": ag_news,
+    "iemocap": iemocap,
     "samsum": samsum,
     "questions": questions,
     "longbench": longbench,

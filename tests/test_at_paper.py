@@ -560,6 +560,33 @@ def test_where_the_setting_departs_nothing_is_said_to_be_the_papers(data, tmp_pa
         )
 
 
+def test_a_decoder_of_a_frozen_encoders_layers_is_trained_session_by_session(data, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("PROVENN_CACHE", str(tmp_path / "cache"))
+    miniature.write("iemocap", data)
+    recipe = {"max_steps": 2, "epochs": 1, "batch_size": 4, "precision": "32-true"}
+    sessions = ["iemocap/Session1", "iemocap/Session4"]
+    card = small("gaam", "iemocap", recipe=recipe, data=sessions, changes={"heads": 2, "hidden": 4, "seconds": 0.1})
+
+    def measure():
+        return reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")[0]
+
+    assert "the folder of the pretrained model wavlm-large at" in measure().reason
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    of_sound = {"conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 5], "num_feat_extract_layers": 2}
+    of_place = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = transformers.WavLMConfig(**sizes, **of_sound, **of_place)
+    transformers.WavLMModel(config).save_pretrained(data / "weights" / "gaam" / "wavlm-large")
+    finding = measure()
+    measured = finding.measurement
+    assert not measured.failed and not measured.needs, measured.failed or measured.needs
+    assert not measured.at_paper_setting and 0 <= measured.values[0] <= 100
+    trials = json.loads((tmp_path / "run" / "gaam" / "ledger.json").read_text())["trials"]
+    assert len(trials) == 2 and measured.values[0] == pytest.approx(50 * sum(t["value"]["accuracy"] for t in trials))
+    assert len(list((tmp_path / "cache" / "stacks").iterdir())) == 2
+    assert measured.setting["weights"] and str(tmp_path) not in json.dumps(finding.record.model_dump(mode="json"))
+
+
 def test_a_pretrained_model_is_converted_tuned_and_tested(data, tmp_path):
     transformers = pytest.importorskip("transformers")
     miniature.write("wikitext-103-raw", data)

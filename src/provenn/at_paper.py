@@ -234,7 +234,11 @@ def _trained(
         sides[_changed(preset.name, how.against)] = how.against
     every = {**where, **dict(zip(how.tests, tested))}
     setting = {**_setting(card, how, every), "recipe": asdict(recipe)}
-    if begun is not None:
+    frozen = {} if how.host is None else {"encoder": str(begun)}
+    if begun is not None and how.host is not None:
+        setting |= {"weights": _contents_of(_listing(begun))}
+        begun = None
+    elif begun is not None:
         setting |= {"weights": _contents(begun), "code": f"{setting['code']} {checksum(_begun, fix)}"}
     reached: dict[str, list[float]] = {label: [] for label in sides}
     skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}
@@ -245,7 +249,7 @@ def _trained(
         of_test = {name: value for name, value in changes.items() if name in _only(kind.held_out, kind.load, build)}
         changes = {name: value for name, value in changes.items() if name not in of_test}
         of_data, of_system = _divided(changes, kind.load, build)
-        options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data}
+        options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data, **frozen}
         data = kind.load(where[name], seed=seed, **options)
         folder = run.folder / TRAININGS / _contents_of(claim.id, label, name, str(seed))
         if not run.reuse:

@@ -171,9 +171,11 @@ class AtPaper(Facts):
     (one of the paper's by name, or a table with `base`), with `changes` to how the data are read and the system is
     built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `changes` to how
     (`provenn.huggingface.recover`); on sentences it is fine-tuned first. The metric `kept` is the share of what it
-    could do before. With `against`, changes that make the paper's baseline, both are trained and the effect is their
-    difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several the
-    metric's mean is taken. `tested_on` names other sets for the test; `split`: where the figure is of validation data.
+    could do before. Of a system that is trained, `host` is the frozen encoder whose layers it decodes; its task's
+    `load` takes the folder as `encoder`. With `against`, changes that make the paper's baseline, both are trained and
+    the effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several
+    the metric's mean is taken. `tested_on` names other sets for the test; `split`: where the figure is of validation
+    data.
     `departs`: what is not as in the paper, so that the published figure cannot be reproduced, only the direction be
     seen. `gpu`: without one it would take weeks. `start`: the preset whose authors' weights the training starts from,
     all of the system where it is the same preset, else its backbone; with `fixed` the backbone's batch norms and what
@@ -199,11 +201,16 @@ class AtPaper(Facts):
 
     @model_validator(mode="after")
     def fits_together(self) -> "AtPaper":
-        """What is of a training goes with weights that are trained, a host with converted ones."""
+        """What is of a training goes with weights that are trained, a host with those or converted ones."""
         if self.against is not None and self.weights == "authors":
             raise ValueError("a baseline is trained beside the system: weights must be 'train' or 'converted'")
-        if (self.host is not None) != (self.weights == "converted"):
-            raise ValueError("host names the pretrained model that is converted: weights must be 'converted'")
+        if self.weights != "train" and (self.host is not None) != (self.weights == "converted"):
+            raise ValueError(
+                "host names the pretrained model that is converted, or the encoder of what is trained: weights must be "
+                "'converted' or 'train'"
+            )
+        if self.host is not None and self.start is not None:
+            raise ValueError("a system that decodes an encoder's layers starts from no weights: give host or start")
         if (self.recipe or self.tested_on or self.start) and self.weights != "train":
             raise ValueError("recipe, tested_on and start are of a training: weights must be 'train'")
         if self.file is not None and self.weights != "authors":
@@ -227,7 +234,7 @@ class AtPaper(Facts):
         """What lies with the weights of others, where it takes some: the authors' of a preset, or the host."""
         if self.weights == "authors":
             return self.file or self.preset
-        return self.host if self.weights == "converted" else self.start
+        return self.host or self.start
 
 
 class Claim(Facts):

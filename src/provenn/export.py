@@ -136,7 +136,7 @@ def portable_system(model: nn.Module, task: Task, meta: dict[str, Any], file: Pa
     dims: dict[str, Any] = {}
     sizes = {
         name: {
-            place: dims.setdefault(label, torch.export.Dim(label))
+            place: dims.setdefault(label, torch.export.Dim(label, min=form.least.get(label)))
             for place, label in form.open_sizes.get(name, {}).items()
         }
         for name in form.example

@@ -5,9 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.io import wavfile
 from torch import nn
 from torch.nn import functional as F
 
+from provenn.data.audio import read_sound, resample
 from provenn.errors import UserError
 from provenn.papers.gaam import (
     GQDAAM,
@@ -34,6 +36,7 @@ from provenn.papers.gaam.official import convert
 from provenn.papers.gaam.slices import join_slices, moments, seen_slices, split_slices
 from provenn.papers.gaam.studies import drifted, one_layer, rank_correlation, shares_of, stack_network
 from provenn.papers.gaam.task import TASK, RebuiltFrames, stack_data
+from provenn.tasks import get_task
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -349,6 +352,19 @@ def test_masked_entries_are_outside_of_everything():
     assert x.grad.isfinite().all()
 
 
+def test_a_mask_of_tokens_hides_all_their_features():
+    x, mask = normal(2, 6, 5), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+    made = mixture(2, 2, axis=-1)
+    torch.testing.assert_close(made.weights(x, mask), made.weights(x) * mask[..., None])
+    block = GaussianMixtureBlock([1, -1], [1, 2], 2).double()  # one head has the whole axis, however long
+    y = block(x, mask=mask)
+    torch.testing.assert_close(y[0, 4:], x[0, 4:])
+    torch.testing.assert_close(y[:1, :4], block(x[:1, :4]))
+    with pytest.raises(ValueError, match=r"mask must be bool of shape \(all axes but features\) = \(6,\)"):
+        GaussianAdaptiveAttention(5)(x[0].float(), mask=torch.ones(6, 6, dtype=torch.bool))
+
+
 def test_padding_values_work_as_in_the_library():
     made, x = mixture(1, 2, official=True, padding_value=0.0), normal(2, 9)
     x[:, 6:] = 0
@@ -449,6 +465,32 @@ def test_the_gate_goes_before_the_attention():
     y, weights = made(x, return_weights=True)
     torch.testing.assert_close(y, made.attention(made.reduce(made.gate(x))))
     torch.testing.assert_close(weights, made.gate.weights(x))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[:, 4:] = False
+    alone = stirred(GQDAAM(24, 32, heads=4))
+    torch.testing.assert_close(alone(x, mask=mask)[:, :4], alone(x[:, :4]))
+
+
+def test_modules_start_as_released():
+    assert (GaussianMixtureAttention(40, 20).width > 0).all(), "log-normal"
+    torch.manual_seed(0)
+    ours, theirs = LayerAttention(64, 5).attention, nn.MultiheadAttention(64, 8)
+    for linear in (ours.query, ours.key, ours.value):
+        assert linear.weight.abs().max().item() == pytest.approx(theirs.in_proj_weight.abs().max().item(), rel=0.01)
+        assert not linear.bias.any()
+    for weighted in (gaam_small(num_classes=3).classifier, gaam_small(num_classes=3).conv1):
+        expected = nn.init.xavier_uniform_(torch.empty_like(weighted.weight)).abs().max().item()
+        assert weighted.weight.abs().max().item() == pytest.approx(expected, rel=0.02)
+
+
+def test_features_that_never_change_are_left_as_they_are():
+    stacks = normal(8, 2, 3, dtype=torch.float32)
+    stacks[..., 1] = 5
+    moved = stacks + 1
+    data = stack_data(
+        "x", [(stacks, torch.arange(8) % 2), (moved, torch.arange(8) % 2), (moved, torch.arange(8) % 2)], ["a", "b"], ""
+    )
+    torch.testing.assert_close(data.test.tensors[0][..., 1], torch.ones(8, 2))
 
 
 # Decoders and encoders
@@ -664,6 +706,176 @@ def test_stacks_are_kept_on_disk_and_those_of_another_encoder_refused(tmp_path):
             read_stacks(tmp_path / name)
     with pytest.raises(ValueError, match="expected an encoder of transformers"):
         LayerStackProbe(nn.Linear(2, 2), 2)
+
+
+# The user's own files, read by an encoder of the user's
+
+
+def saved(kind, folder):
+    """A small encoder as Hugging Face keeps it, with what goes with it."""
+    encoder, _ = tiny(kind)
+    encoder.save_pretrained(folder)
+    if kind == "llama":
+        import tokenizers
+        import transformers
+
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "good": 1, "bad": 2, "text": 3}, "<unk>"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    return encoder
+
+
+def sounds(root, count=6, sessions=()):
+    for session in sessions or ("",):
+        for name, pitch in (("high", 900.0), ("low", 300.0)):
+            (root / session / name).mkdir(parents=True)
+            for k in range(count):
+                time = np.arange(1200 + 40 * k) / 8000
+                wave = (20_000 * np.sin(2 * np.pi * (pitch + k) * time)).astype(np.int16)
+                wavfile.write(root / session / name / f"{k}.wav", 8000, wave)
+    return root
+
+
+def photos(root, count=6):
+    from PIL import Image
+
+    for name, level in (("dark", 40), ("light", 200)):
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            ramp = level + k + np.broadcast_to(np.arange(24)[None, :, None], (20, 24, 3))
+            Image.fromarray(ramp.astype(np.uint8)).save(root / name / f"{k}.png")
+    return root
+
+
+def texts(root):
+    root.mkdir()
+    (root / "train.csv").write_text("".join(f'{1 + k % 2},"{["good", "bad"][k % 2]}","text, {k}"\n' for k in range(20)))
+    (root / "test.csv").write_text(
+        "label,text\n" + "".join(f"{1 + k % 2},{['good', 'bad'][k % 2]}\n" for k in range(6))
+    )
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROVENN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "stacks"
+
+
+@pytest.mark.parametrize(("kind", "write"), [("wavlm", sounds), ("beit", photos), ("llama", texts)])
+def test_a_folder_of_sounds_images_or_texts_is_read_by_an_encoder_from_its_folder(kind, write, tmp_path, cache, capsys):
+    encoder, source = saved(kind, tmp_path / kind).eval(), write(tmp_path / "data")
+    data = TASK.load(source, encoder=str(tmp_path / kind), seconds=0.1)
+    assert data.options == {"num_classes": 2, "layers": 3, "dim": 16}
+    assert len(data.train) + len(data.val) + len(data.test) == (26 if kind == "llama" else 12)
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    again = TASK.load(source, encoder=str(tmp_path / kind), seconds=0.1, seed=3)
+    assert again.fingerprint == data.fingerprint and file.stat().st_mtime_ns == written, "read once"
+    TASK.check_meta(data.meta, "weights")
+    (path, label) = {
+        "wavlm": (source / "low" / "3.wav", 1), "beit": (source / "light" / "2.png", 1), "llama": (source / "a.txt", 1)
+    }[kind]  # fmt: skip
+    if kind == "llama":
+        path.write_text("bad")
+    with torch.no_grad():
+        if kind == "wavlm":
+            wave = torch.from_numpy(resample(read_sound(path)[0], 8000, 16_000)[:1600])
+            states = encoder(
+                (wave - wave.mean())[None] / (wave.var(correction=0) + 1e-7).sqrt(), output_hidden_states=True
+            )
+        elif kind == "beit":
+            seen = {"size": 16, "channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+            states = encoder(get_task("image-classification").example(path, seen), output_hidden_states=True)
+        else:
+            states = encoder(torch.tensor([[2]]), output_hidden_states=True)
+    stack = torch.stack([state[0].mean(dim=0) for state in states.hidden_states[1:]])
+    mean, std = torch.tensor(data.meta["mean"]), torch.tensor(data.meta["std"])
+    shown = TASK.example(path, data.meta)
+    torch.testing.assert_close(shown[0] * std + mean, stack, atol=1e-4, rtol=1e-4)
+    every = torch.cat([part.tensors[0] for part in (data.train, data.val, data.test)])
+    for place in [path] if kind == "llama" else source.glob("*/*"):  # as it is, neither cropped nor mirrored
+        assert (every - TASK.example(place, data.meta)).abs().flatten(1).amax(dim=1).min() < 0.05, place
+    model = gaam_small(**data.options | {"heads": 1, "hidden": 4}).eval()
+    table = tmp_path / "told.csv"
+    told = TASK.predict(model, data.meta, [path, file], table)
+    with torch.no_grad():
+        share = model(shown).softmax(-1)[0, label].item()
+    assert f"{data.meta['classes'][label]} {share:.1%}" in told.splitlines()[0]
+    assert len(table.read_text().splitlines()) == 2 + len(every)
+    held = TASK.held_out(source, data.meta, whole=False)
+    assert torch.equal(held.dataset.tensors[0], data.test.tensors[0]) and "test split" in held.about
+    assert len(TASK.held_out(source, data.meta).dataset) == (6 if kind == "llama" else 12), "texts come in splits"
+    with torch.no_grad():
+        next(p for p in encoder.parameters() if p.dim() > 1).add_(1)
+    encoder.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="holds another encoder"):
+        TASK.example(path, {**data.meta, "encoder": str(tmp_path / "other")})
+
+
+def test_a_session_is_tested_on_and_the_others_are_trained_on(tmp_path, cache):
+    saved("wavlm", tmp_path / "wavlm")
+    source = sounds(tmp_path / "data", count=4, sessions=("Session1", "Session2", "Session3"))
+    options = {"encoder": str(tmp_path / "wavlm"), "seconds": 0.1, "siblings": True}
+    data = TASK.load(source / "Session2", **options)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [14, 2, 8]
+    joined = TASK.load(source / "Session2", validate_on_test=True, **options)
+    assert len(joined.train) == 16 and torch.equal(joined.val.tensors[1], joined.test.tensors[1])
+    few = TASK.load(source / "Session2", examples=5, **options)
+    assert [len(part) for part in (few.train, few.val, few.test)] == [5, 2, 5]
+
+
+def test_encoders_and_data_that_do_not_fit_are_refused_in_one_line(tmp_path, cache):
+    saved("wavlm", tmp_path / "wavlm")
+    saved("beit", tmp_path / "beit")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    wavs, images = sounds(tmp_path / "wavs"), photos(tmp_path / "images")
+    stacks = tmp_path / "a.safetensors"
+    stacks.write_bytes(b"")
+    for source, options, message in (
+        (wavs, {}, "say whose layers are to be read of it, with encoder=FOLDER"),
+        (wavs, {"encoder": str(tmp_path / "empty")}, "expected a folder of Hugging Face"),
+        (wavs, {"encoder": str(tmp_path / "broken")}, "cannot be loaded as an encoder"),
+        (images, {"encoder": str(tmp_path / "wavlm")}, "no .wav file"),
+        (wavs, {"encoder": str(tmp_path / "beit")}, "image"),
+        (wavs, {"encoder": str(tmp_path / "wavlm"), "seconds": 0}, "seconds must be more than 0"),
+        (wavs, {"encoder": str(tmp_path / "wavlm"), "examples": 0}, "examples must be at least 1"),
+        (wavs, {"encoder": str(tmp_path / "wavlm"), "seconds": 0.0005}, "cannot read item 1 of the data"),
+        (stacks, {"encoder": str(tmp_path / "wavlm")}, "holds stacks already"),
+        ("vowels", {"encoder": str(tmp_path / "wavlm")}, "an encoder of their own"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            TASK.load(source, **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_texts_are_read_by_their_columns(tmp_path):
+    root = texts(tmp_path / "news")
+    content = get_task("text-classification").sentences(root)
+    assert content.train[0] == ("good text, 0", None, "1") and content.test[1] == ("bad", None, "2")
+    (root / "test.csv").write_text("1,good,one\n2,bad\n")
+    with pytest.raises(UserError, match=r"test.csv, row 2: expected 3 columns, got 2"):
+        get_task("text-classification").sentences(root)
+
+
+def test_a_decoder_of_stacks_runs_outside_of_python(tmp_path):
+    pytest.importorskip("onnxruntime")
+    import onnxruntime
+
+    from provenn.export import portable_system
+
+    model = gaam_small(num_classes=3, heads=3, hidden=4).eval()
+    meta = {"mean": normal(6, 64).tolist(), "std": (1 + normal(6, 64).abs()).tolist()}
+    portable_system(model, TASK, meta, tmp_path / "a.onnx", {})
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        x = torch.randn(count, 6, 64)
+        (told,) = session.run(None, {"stacks": x.numpy()})
+        with torch.no_grad():
+            expected = model((x - torch.tensor(meta["mean"])) / torch.tensor(meta["std"])).softmax(-1)
+        np.testing.assert_allclose(told, expected, atol=1e-5)
 
 
 # The experiments

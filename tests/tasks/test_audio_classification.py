@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from provenn.data.audio import FORMANTS, VOWEL_RATE, Frames, draw_vowel, log_mel, mel_bank, read_sound, resample
+from provenn.data.audio import FORMANTS, VOWEL_RATE, Frames, LogMel, draw_vowel, log_mel, mel_bank, read_sound, resample
 from provenn.errors import UserError
 from provenn.papers.gaam import AudioClassifier
 from provenn.tasks import get_task
@@ -201,3 +201,41 @@ def test_other_classes_and_options_of_vowels_are_refused(tmp_path):
         TASK.load("vowels", rate=16_000)
     with pytest.raises(UserError, match="no data at"):
         TASK.load("consonants")
+
+
+def test_frames_by_convolution_are_those_by_fourier_transform():
+    frames = Frames.of(8000, 12)
+    for samples in (121, 200, 201, 280, 1357):
+        sound = tone(700, 8000)[:samples] + 0.1 * np.random.default_rng(0).standard_normal(samples).astype(np.float32)
+        torch.testing.assert_close(
+            LogMel(frames)(torch.from_numpy(sound)[None])[0], log_mel(sound, frames), atol=2e-3, rtol=0
+        )
+
+
+def test_a_classifier_of_sounds_runs_outside_of_python_at_any_length(tmp_path):
+    pytest.importorskip("onnxruntime")
+    import onnxruntime
+
+    from provenn.export import portable_system
+
+    data = TASK.load("vowels", mels=8, **SMALL)
+    torch.manual_seed(0)
+    model = AudioClassifier(**data.options, dim=16, layers=4, encoder_heads=2, hidden=4).eval()
+    portable_system(model, TASK, data.meta, tmp_path / "a.onnx", {})
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    for seconds in (0.016, 0.21, 1.0):  # the last is cut
+        sound = tone(500, VOWEL_RATE, seconds)
+        wavfile.write(tmp_path / "a.wav", VOWEL_RATE, sound)
+        (told,) = session.run(None, {"samples": sound[None]})
+        assert told[0] == pytest.approx(TASK.told(model, data.meta, tmp_path / "a.wav"), abs=1e-4)
+
+
+def test_a_folder_is_tested_on_and_those_beside_it_are_trained_on(tmp_path):
+    for session in ("one", "two", "three"):
+        folder_of_tones(tmp_path / session, count=3)
+    classes, parts = TASK.files(tmp_path / "two", siblings=True)
+    assert classes == ["high", "low"] and [len(part) for part in parts] == [10, 2, 6]
+    assert {file.parent.parent.name for file, _ in parts[2]} == {"two"}
+    assert {file.parent.parent.name for file, _ in (*parts[0], *parts[1])} == {"one", "three"}
+    with pytest.raises(UserError, match="no folders beside it to train on"):
+        TASK.load(folder_of_tones(tmp_path / "one" / "alone" / "a"), siblings=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
-from torch import Tensor
+from torch import Tensor, nn
 
 from provenn.errors import UserError
 
@@ -56,6 +56,11 @@ class Frames:
     def of(cls, rate: int, mels: int) -> "Frames":
         """Frames of 25 ms every 10 ms, as is usual for speech."""
         return cls(rate, mels, window=round(0.025 * rate), hop=round(0.01 * rate))
+
+    @property
+    def spectrum(self) -> int:
+        """Samples that a Fourier transform sees: a power of two, and at least four bins a band of mel."""
+        return 1 << (max(self.window, 8 * self.mels) - 1).bit_length()
 
     def count(self, samples: int) -> int:
         """Frames of so many samples: at least one, the last filled up with silence."""
@@ -144,16 +149,42 @@ def mel_bank(rate: int, bins: int, mels: int) -> Float[Tensor, "mels bins"]:
 def log_mel(samples: Float32[np.ndarray, " samples"], frames: Frames) -> Float[Tensor, "tokens mels"]:
     """The logarithm of the power in each band of each frame.
 
-    Each frame is a Hann window; the spectrum has as many bins as a power of two above the window needs, at least four
-    for each band, so that no triangle is empty.
+    Each frame is a Hann window; with four bins of the spectrum for each band no triangle is empty.
     """
     x = torch.from_numpy(samples)
     count = frames.count(len(samples))
     x = torch.nn.functional.pad(x, (0, (count - 1) * frames.hop + frames.window - len(x)))
-    size = 1 << (max(frames.window, 8 * frames.mels) - 1).bit_length()
+    size = frames.spectrum
     windows = x.unfold(0, frames.window, frames.hop) * torch.hann_window(frames.window)
     power = torch.fft.rfft(windows, n=size).abs().square() / frames.window
     return (power @ mel_bank(frames.rate, size // 2 + 1, frames.mels).T).clamp(min=QUIETEST).log()
+
+
+class LogMel(nn.Module):
+    """`log_mel` of sounds of one length, its Fourier transform as a convolution: ONNX has that in every runtime.
+
+    Shapes: samples (sounds, length), at least a window less a hop and one, to (sounds, frames, mels).
+    """
+
+    waves: Tensor
+    bank: Tensor
+
+    def __init__(self, frames: Frames):
+        super().__init__()
+        self.frames = frames
+        size = frames.spectrum
+        angles = 2 * torch.pi / size * torch.outer(torch.arange(size // 2 + 1), torch.arange(frames.window)).double()
+        waves = torch.cat([angles.cos(), -angles.sin()]) * torch.hann_window(frames.window, dtype=torch.float64)
+        self.register_buffer("waves", waves[:, None].float())
+        self.register_buffer("bank", mel_bank(frames.rate, size // 2 + 1, frames.mels).T)
+
+    def forward(self, samples: Float[Tensor, "sounds length"]) -> Float[Tensor, "sounds frames mels"]:
+        # The last window is filled up with silence.
+        x = nn.functional.pad(samples[:, None], (0, self.frames.hop - 1))
+        parts = nn.functional.conv1d(x, self.waves, stride=self.frames.hop)
+        real, imaginary = parts.chunk(2, dim=1)
+        power = (real.square() + imaginary.square()) / self.frames.window
+        return (power.mT @ self.bank).clamp(min=QUIETEST).log()
 
 
 def draw_vowel(rng: np.random.Generator, word: str) -> Float32[np.ndarray, " samples"]:

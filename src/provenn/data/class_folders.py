@@ -27,6 +27,28 @@ def given_splits(root: Path, files_in: Callable[[Path], list[Path]], what: str) 
     return parts or {"train": _classes(root, files_in, what)}
 
 
+def sibling_splits(root: Path, files_in: Callable[[Path], list[Path]], what: str) -> Splits:
+    """A folder of classes as the test, and the folders of the same classes beside it together to train on.
+
+    Args:
+        root: such as one of the sessions that lie in a folder.
+        files_in, what: as in `given_splits`.
+
+    Raises:
+        UserError: no folder, one without classes, or none beside it.
+    """
+    test = given_splits(root, files_in, what).get("train", {})
+    beside = sorted(f for f in root.resolve().parent.iterdir() if f.is_dir() and not f.name.startswith("."))
+    train: dict[str, list[Path]] = {}
+    for folder in beside:
+        if folder != root.resolve():
+            for name, files in _classes(folder, files_in, what).items():
+                train.setdefault(name, []).extend(files)
+    if not train:
+        raise UserError(f"{root} has no folders beside it to train on")
+    return {"train": dict(sorted(train.items())), "test": test}
+
+
 def _classes(folder: Path, files_in: Callable[[Path], list[Path]], what: str) -> dict[str, list[Path]]:
     folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     if not folders:

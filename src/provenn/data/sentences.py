@@ -1,9 +1,12 @@
-"""Sentences, or pairs of them, with a class or a score: GLUE's folders, and docstrings of the standard library.
+"""Sentences, or pairs of them, with a class or a score: GLUE's folders, tables of texts, and docstrings of the library.
 
 A folder holds train.tsv and dev.tsv, of MNLI dev_matched.tsv, without quoting. Which of GLUE's tasks it is, the header
-says; CoLA has none, and four columns. The published test.tsv has no labels and is not read.
+says; CoLA has none, and four columns. The published test.tsv has no labels and is not read. Or it holds train.csv and
+test.csv, with columns `text` and `label`, or as AG News has them: without a header a class and texts that belong
+together, a title and a description.
 """
 
+import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +72,21 @@ class Labelled:
 
 
 def read_sentences(folder: Path) -> Labelled:
-    """The examples of a folder in the layout of GLUE; its dev.tsv is the test.
+    """The examples of a folder in the layout of GLUE, whose dev.tsv is the test; or of train.csv and test.csv.
 
     Raises:
         UserError: a file that is missing, is none of GLUE's, or has a line that cannot be read.
     """
+    tables = [folder / "train.csv", folder / "test.csv"]
+    if all(file.is_file() for file in tables):
+        train, test = (_read_table(file) for file in tables)
+        return Labelled(train, test, ("accuracy",), f"texts of {len({e.label for e in train})} classes")
     dev = next((folder / name for name in DEV if (folder / name).is_file()), None)
     if not (folder / "train.tsv").is_file() or dev is None:
-        raise UserError(f"{folder} is no folder of GLUE: expected train.tsv and {' or '.join(DEV)}")
+        raise UserError(
+            f"{folder} is no folder of GLUE: expected train.tsv and {' or '.join(DEV)}; nor are there train.csv and "
+            "test.csv"
+        )
     train, left_out, name, form = _read(folder / "train.tsv")
     test, more, _, other = _read(dev)
     if form != other:
@@ -122,6 +132,25 @@ def _read(file: Path) -> tuple[list[Example], int, str, Form]:
     if not examples:
         raise UserError(f"{file} holds no examples")
     return examples, left_out, name, form
+
+
+def _read_table(file: Path) -> list[Example]:
+    """Texts with a class, by the header's `text` and `label`, or in AG News's columns."""
+    rows = [row for row in csv.reader(read_text(file).splitlines(keepends=True)) if row]
+    header = [name.strip().lower() for name in rows[0]] if rows else []
+    named = {"text", "label"} <= {*header}
+    examples = []
+    for number, row in enumerate(rows[1:] if named else rows, 2 if named else 1):
+        if len(row) != len(rows[0]) or len(row) < 2:
+            raise UserError(f"{file}, row {number}: expected {max(2, len(rows[0]))} columns, got {len(row)}")
+        told = row[header.index("text")] if named else " ".join(row[1:])
+        label = (row[header.index("label")] if named else row[0]).strip()
+        if not label or not told.strip():
+            raise UserError(f"{file}, row {number}: expected a class and a text, got {label[:40]!r} and {told[:40]!r}")
+        examples.append(Example(told.strip(), None, label))
+    if not examples:
+        raise UserError(f"{file} holds no examples")
+    return examples
 
 
 def docstrings() -> list[list[Example]]:

@@ -13,15 +13,26 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from provenn import progress
-from provenn.data.audio import FORMANTS, RATES, VOWEL_RATE, Frames, draw_vowel, log_mel, read_sound, resample, sounds_in
-from provenn.data.class_folders import SPLITS, Splits, check_splits, given_splits
-from provenn.data.tables import check_table, write_table
+from provenn.data.audio import (
+    FORMANTS,
+    RATES,
+    VOWEL_RATE,
+    Frames,
+    LogMel,
+    draw_vowel,
+    log_mel,
+    read_sound,
+    resample,
+    sounds_in,
+)
+from provenn.data.class_folders import SPLITS, Splits, check_splits, given_splits, sibling_splits
 from provenn.errors import UserError
 from provenn.tasks.base import (
     CUT,
     LABEL,
     TOLD,
     HeldOut,
+    Portable,
     Scores,
     Task,
     TaskData,
@@ -31,6 +42,7 @@ from provenn.tasks.base import (
     fingerprint,
     join_scores,
     split_indices,
+    tell_classes,
 )
 from provenn.tasks.meta import Recordings
 
@@ -39,7 +51,6 @@ if TYPE_CHECKING:
 
 RATE, MELS = 16_000, 40  # of a folder
 VOWEL_MELS = 32
-SHOWN = 20  # lines of predictions in the terminal
 
 
 class AudioClassification(Task):
@@ -66,6 +77,7 @@ class AudioClassification(Task):
         rate: int | None = None,
         mels: int | None = None,
         seconds: float | int | None = None,
+        siblings: bool = False,
         examples: int = 1500,
         test_examples: int = 600,
     ) -> TaskData:
@@ -77,6 +89,8 @@ class AudioClassification(Task):
             rate: of a folder, samples a second that all files are resampled to; by default 16,000.
             mels: bands of a frame; by default 40, and 32 of vowels.
             seconds: of a folder, after which a sound is cut; by default as long as the longest.
+            siblings: the folder is the test, and the folders beside it, with the same classes, are trained on: one of
+                several sessions is left out.
             examples, test_examples: vowels to train on, and to validate and to test on.
 
         Raises:
@@ -97,11 +111,34 @@ class AudioClassification(Task):
         frames = Frames.of(rate or RATE, mels or MELS)
         if not RATES[0] <= frames.rate <= RATES[1]:
             raise UserError(f"rate must be from {RATES[0]:,} to {RATES[1]:,} samples a second, got {rate}")
-        splits = _with_splits(place, given_splits(place, sounds_in, "WAV files"), seed)
-        classes = list(splits["train"])
-        parts = [_read(splits[split], classes, frames, seconds) for split in SPLITS]
+        classes, listed = self.files(place, seed=seed, siblings=siblings)
+        parts = [_read(pairs, frames, seconds) for pairs in listed]
         sizes = sum(len(part[0]) for part in parts)
         return _prepare(str(place), classes, parts, frames, f"{sizes} sounds of {len(classes)} classes, the user's own")
+
+    def files(
+        self, source: str | Path, *, seed: int = 0, siblings: bool = False
+    ) -> tuple[list[str], list[list[tuple[Path, int]]]]:
+        """The classes of a folder, and of training, validation and test each file with its class.
+
+        Raises:
+            UserError: as `load`.
+        """
+        place = Path(source)
+        given = (sibling_splits if siblings else given_splits)(place, sounds_in, "WAV files")
+        splits = _with_splits(place, given, seed)
+        classes = list(splits["train"])
+        return classes, [_numbered(splits[split], classes) for split in SPLITS]
+
+    def waveform(self, file: Path, rate: int, seconds: float | None = None) -> Float[Tensor, " samples"]:
+        """The samples of one file at a rate, cut after so many seconds.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        samples, own = read_sound(file)
+        samples = resample(samples, own, rate)
+        return torch.from_numpy(samples if seconds is None else samples[: max(2, round(seconds * rate))])
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross-entropy of the classes, in nats."""
@@ -140,7 +177,7 @@ class AudioClassification(Task):
                 splits = _with_splits(place, splits, seed)
             split = next(name for name in ("test", "val", "train") if name in splits)
             names = list(splits[split])
-            part = _read(splits[split], names, frames, None)
+            part = _read(_numbered(splits[split], names), frames, None)
             which = f"all of {place}" if split == "train" else f"the {split} split of {place}"
         unknown = sorted(set(names) - set(meta["classes"]))
         if unknown:
@@ -178,20 +215,20 @@ class AudioClassification(Task):
 
         A folder among the inputs stands for the sounds in it.
         """
-        check_table(output, inputs)
         files = [file for given in inputs for file in (sounds_in(given) if given.is_dir() else [given])]
-        shares = [self.told(model, meta, file) for file in progress.track(files, "listening", total=len(files))]
-        classes = meta["classes"]
-        if output is not None:
-            rows = [[str(f), classes[int(np.argmax(row))], *row] for f, row in zip(files, shares, strict=True)]
-            write_table(output, ["file", "label", *classes], rows)
-        lines = []
-        for file, row in zip(files[:SHOWN], shares):
-            best = np.argsort(row)[::-1][:5]
-            lines.append(f"{file}: " + ", ".join(f"{classes[i]} {row[i]:.1%}" for i in best))
-        if len(files) > SHOWN:
-            lines.append(f"and {len(files) - SHOWN} more{'' if output else '; -o FILE.csv writes them all'}")
-        return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
+        listened = ((str(f), self.told(model, meta, f)) for f in progress.track(files, "listening", total=len(files)))
+        return tell_classes(listened, meta["classes"], inputs, output)
+
+    def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
+        """From one sound's `samples`, at the rate that was trained at, to `probabilities`.
+
+        Frames and their standardisation are inside the file. A sound may have any length from most of a frame on, and
+        is cut to the longest that was trained on.
+        """
+        system = Listener(model, meta).eval()
+        samples = torch.randn(1, round(0.3 * meta["rate"])) / 8
+        least = {"length": system.frames.window - system.frames.hop + 1}
+        return Portable(system, {"samples": samples}, ["probabilities"], {"samples": {1: "length"}}, least)
 
     def told(self, model: nn.Module, meta: dict[str, Any], file: Path) -> list[float]:
         """The probability of each class of one file."""
@@ -231,6 +268,27 @@ class AudioClassification(Task):
         return figure
 
 
+class Listener(nn.Module):
+    """A classifier with what sounds go through before it.
+
+    Shapes: samples (1, length) at the rate of `meta`, all of them real, to probabilities (1, classes).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, meta: dict[str, Any]):
+        super().__init__()
+        self.model, self.frames, self.length = model, _frames(meta), meta["length"]
+        self.log_mel = LogMel(self.frames)
+        self.register_buffer("mean", torch.tensor(meta["mean"]))
+        self.register_buffer("std", torch.tensor(meta["std"]))
+
+    def forward(self, samples: Float[Tensor, "sounds length"]) -> Float[Tensor, "sounds classes"]:
+        x = self.log_mel(samples)[:, : self.length]
+        return self.model((x - self.mean) / self.std).softmax(dim=-1)
+
+
 TASK = AudioClassification()
 
 Part = tuple[list[Float[Tensor, "_ _"]], Int[Tensor, " _"]]  # frames of each sound, and its class
@@ -261,13 +319,14 @@ def _drawn(seed: int, examples: int, test_examples: int, frames: Frames) -> list
 
 
 def _listen(file: Path, frames: Frames, seconds: float | None) -> Float[Tensor, "tokens mels"]:
-    samples, rate = read_sound(file)
-    samples = resample(samples, rate, frames.rate)
-    return log_mel(samples if seconds is None else samples[: max(2, round(seconds * frames.rate))], frames)
+    return log_mel(TASK.waveform(file, frames.rate, seconds).numpy(), frames)
 
 
-def _read(files: dict[str, list[Path]], classes: list[str], frames: Frames, seconds: float | None) -> Part:
-    pairs = [(file, label) for label, name in enumerate(classes) for file in files[name]]
+def _numbered(files: dict[str, list[Path]], classes: list[str]) -> list[tuple[Path, int]]:
+    return [(file, label) for label, name in enumerate(classes) for file in files[name]]
+
+
+def _read(pairs: list[tuple[Path, int]], frames: Frames, seconds: float | None) -> Part:
     with progress.bar("listening", len(pairs)) as advance:
         sounds = []
         for file, _ in pairs:

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
+from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ class Portable:
         example: its inputs by name, as keyword arguments.
         outputs: names of what it returns, in its order.
         open_sizes: of each input the dimensions whose size stays open, each by a name, such as {"image": {0: "batch"}}.
+        least: the smallest size of a name, where it is not 1.
     """
 
     system: nn.Module
     example: dict[str, Tensor]
     outputs: list[str]
     open_sizes: dict[str, dict[int, str]] = field(default_factory=dict)
+    least: dict[str, int] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -273,6 +276,34 @@ def blind_accuracy(train: Int[Tensor, " examples"], test: Int[Tensor, " others"]
     """
     commonest = (test == train.bincount().argmax()).double().mean().item()
     return max(commonest, 1 / len(train.unique()))
+
+
+SHOWN = 20  # lines of predictions in the terminal
+
+
+def tell_classes(
+    told: Iterable[tuple[str, Sequence[float]]], classes: Sequence[str], inputs: Iterable[Path], output: Path | None
+) -> str:
+    """The likeliest classes of each prediction, a line each; a table gets the probability of every class.
+
+    Args:
+        told: what was looked at, and the probability of each class.
+        classes: what they are called.
+        inputs: what was given, which the table must not overwrite.
+        output: of the table, a .csv.
+    """
+    check_table(output, inputs)
+    rows = list(told)
+    if output is not None:
+        table: list[Sequence[str | float]] = [[name, classes[int(np.argmax(row))], *row] for name, row in rows]
+        write_table(output, ["file", "label", *classes], table)
+    lines = []
+    for name, row in rows[:SHOWN]:
+        best = np.argsort(row)[::-1][:5]
+        lines.append(f"{name}: " + ", ".join(f"{classes[i]} {row[i]:.1%}" for i in best))
+    if len(rows) > SHOWN:
+        lines.append(f"and {len(rows) - SHOWN} more{'' if output else '; -o FILE.csv writes them all'}")
+    return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
 
 
 def count_examples(dataset: Dataset) -> int:

@@ -93,7 +93,7 @@ class TextClassification(Task):
         "belong to another function; those tested are of files that are not trained on",
     }
     takes_words = True
-    reads = "a folder of one of GLUE's tasks: train.tsv and dev.tsv"
+    reads = "a folder of one of GLUE's tasks: train.tsv and dev.tsv, or of texts: train.csv and test.csv"
 
     def load(  # type: ignore[override]
         self,

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from provenn.errors import UserError
 from provenn.papers.gaam.model import StackClassifier, pool_tokens
 
-FEATURES, LABELS = "features", "labels"
+FEATURES, LABELS, SPLITS = "features", "labels", "splits"  # 0 of training, 1 of validation, 2 of the test
+OPTIONAL = ("pooler.", "pooler_")  # weights that layers do not depend on
+
+
+class StackFile(NamedTuple):
+    """What a file of stacks holds."""
+
+    stacks: Float[Tensor, "items layers dim"]
+    labels: Int[Tensor, " items"]
+    classes: list[str]
+    splits: Int[Tensor, " items"] | None
+    encoder: str | None
 
 
 class LayerStackProbe(nn.Module):
@@ -58,18 +69,7 @@ class LayerStackProbe(nn.Module):
     @torch.no_grad()
     def stack(self, **inputs: Tensor) -> Float[Tensor, "batch layers dim"]:
         """The pooled layers of a batch, as the encoder takes it."""
-        states = self.encoder(**inputs, output_hidden_states=True).hidden_states[1:]
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.shape[1] != states[0].shape[1]:
-            # A mask of samples, where the encoder's frames are fewer.
-            frames: Any = getattr(self.encoder, "_get_feature_vector_attention_mask", None)
-            if frames is None:
-                raise ValueError(
-                    f"attention_mask has {mask.shape[1]} places and the layers {states[0].shape[1]}: leave it out"
-                )
-            mask = frames(states[0].shape[1], mask)
-        real = None if mask is None else mask.bool()
-        return torch.stack([pool_tokens(state, real) for state in states], dim=1).float()
+        return pooled_layers(self.encoder, **inputs)
 
     def forward(
         self, stack: Float[Tensor, "batch layers dim"] | None = None, **inputs: Tensor
@@ -95,22 +95,84 @@ class LayerStackProbe(nn.Module):
         """
         cache, mark = Path(cache), fingerprint_of_weights(self.encoder)
         if cache.exists():
-            stacks, labels, known = read_stacks(cache)
-            with safe_open(cache, framework="pt") as file:
-                other = (file.metadata() or {}).get("encoder")
-            if other != mark or known != list(classes):
-                what = "another encoder" if other != mark else "other classes"
+            kept = read_stacks(cache)
+            if kept.encoder != mark or kept.classes != list(classes):
+                what = "another encoder" if kept.encoder != mark else "other classes"
                 raise UserError(f"{cache} holds stacks of {what}: name another file, or remove it")
-            return stacks, labels
+            return kept.stacks, kept.labels
         rows = [(self.stack(**inputs).cpu(), labels.cpu()) for inputs, labels in items]
         if not rows:
             raise UserError("there are no batches to extract layers of")
         stacks, labels = (torch.cat(column) for column in zip(*rows))
-        part = cache.with_name(f".{cache.name}.part")
-        label = {"encoder": mark, "classes": json.dumps(list(classes))}
-        save_file({FEATURES: stacks.contiguous(), LABELS: labels.long()}, part, metadata=label)
-        os.replace(part, cache)
+        write_stacks(cache, StackFile(stacks, labels.long(), list(classes), None, mark))
         return stacks, labels
+
+
+@torch.no_grad()
+def pooled_layers(encoder: Any, **inputs: Tensor) -> Float[Tensor, "batch layers dim"]:
+    """Of each layer of an encoder of transformers the mean over real tokens; its embeddings are left out.
+
+    Raises:
+        ValueError: a mask that fits neither tokens nor samples.
+    """
+    states = encoder(**inputs, output_hidden_states=True).hidden_states[1:]
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape[1] != states[0].shape[1]:
+        # A mask of samples, where the encoder's frames are fewer.
+        frames: Any = getattr(encoder, "_get_feature_vector_attention_mask", None)
+        if frames is None:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} places and the layers {states[0].shape[1]}: leave it out"
+            )
+        mask = frames(states[0].shape[1], mask)
+    real = None if mask is None else mask.bool()
+    return torch.stack([pool_tokens(state, real) for state in states], dim=1).float()
+
+
+def load_encoder(folder: Path) -> nn.Module:
+    """A model of transformers from its folder, frozen, without what it has behind its layers.
+
+    Raises:
+        UserError: transformers is missing, no such folder, or weights that are not all there.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"no encoder at {str(folder)!r}: expected a folder of Hugging Face, with config.json and weights"
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("an encoder needs transformers: pip install 'provenn[hf]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # What a damaged folder raises is any of a dozen classes, of several packages.
+    try:
+        loaded: Any = transformers.AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder} cannot be loaded as an encoder: {line}") from None
+    encoder, told = loaded
+    missing = sorted(name for name in told["missing_keys"] if not name.startswith(OPTIONAL))
+    if missing:
+        raise UserError(f"the weights of {folder} lack {len(missing)} parameters, {missing[0]} among them")
+    return encoder.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside an encoder.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer("text", add_special_tokens=False)["input_ids"]:
+            return tokenizer
+    except Exception:  # as above
+        pass
+    raise UserError(f"{folder} has no tokenizer that can be loaded: save the encoder's own beside it")
 
 
 def fingerprint_of_weights(encoder: nn.Module) -> str:
@@ -122,8 +184,18 @@ def fingerprint_of_weights(encoder: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_stacks(file: Path) -> tuple[Float[Tensor, "items layers dim"], Int[Tensor, " items"], list[str]]:
-    """Stacks, their classes, and what classes are called.
+def write_stacks(file: Path, content: StackFile) -> None:
+    """Write stacks as `read_stacks` takes them: beside, and then renamed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    label = {"classes": json.dumps(content.classes), **({"encoder": content.encoder} if content.encoder else {})}
+    splits = {} if content.splits is None else {SPLITS: content.splits}
+    save_file({FEATURES: content.stacks.contiguous(), LABELS: content.labels, **splits}, part, metadata=label)
+    os.replace(part, file)
+
+
+def read_stacks(file: Path) -> StackFile:
+    """Stacks with their classes, and their splits where the file tells them.
 
     Raises:
         UserError: no such file, or another kind of content.
@@ -133,16 +205,20 @@ def read_stacks(file: Path) -> tuple[Float[Tensor, "items layers dim"], Int[Tens
     try:
         with safe_open(file, framework="pt") as content:
             stacks, labels = content.get_tensor(FEATURES), content.get_tensor(LABELS)
-            classes = json.loads((content.metadata() or {})["classes"])
+            splits = content.get_tensor(SPLITS) if SPLITS in content.keys() else None  # noqa: SIM118  # no mapping
+            told = content.metadata() or {}
+            classes = json.loads(told["classes"])
     except FileNotFoundError:
         raise UserError(f"no stacks at {str(file)!r}") from None
     except (SafetensorError, KeyError, ValueError):
         raise UserError(f"{file} holds no stacks: expected features, labels and what classes are called") from None
     fits = stacks.dim() == 3 and labels.shape == stacks.shape[:1] and isinstance(classes, list)
+    fits = fits and (splits is None or (splits.shape == labels.shape and splits.unique().tolist() == [0, 1, 2]))
     if not fits or not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise UserError(
             f"{file}: features {tuple(stacks.shape)} and labels {tuple(labels.shape)} do not fit its classes"
         )
     if not bool(stacks.isfinite().all()):
         raise UserError(f"{file} holds features that are no finite numbers")
-    return stacks.float(), labels.long(), [str(name) for name in classes]
+    names = [str(name) for name in classes]
+    return StackFile(stacks.float(), labels.long(), names, splits, told.get("encoder"))

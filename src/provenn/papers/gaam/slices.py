@@ -34,7 +34,9 @@ def align_mask(mask: Tensor | None, x: Tensor, axis: int, *, whole: bool = False
     if mask is None:
         return None
     short = (x.shape[0], x.shape[axis])
-    shapes = {"(examples, positions)": short, "(all axes but features)": tuple(x.shape[:-1])}
+    shapes = {"(all axes but features)": tuple(x.shape[:-1])}
+    if axis != -x.dim():  # which is that of examples
+        shapes = {"(examples, positions)": short, **shapes}
     if whole:
         shapes["(all axes)"] = tuple(x.shape)
     tensor = isinstance(mask, Tensor)
@@ -47,14 +49,17 @@ def align_mask(mask: Tensor | None, x: Tensor, axis: int, *, whole: bool = False
     if whole and mask.shape == x.shape:
         aligned = mask
     elif mask.shape == x.shape[:-1]:
-        aligned = mask.unsqueeze(-1)
+        # Of features that are weighed themselves, all of a place are hidden.
+        aligned = mask.unsqueeze(-1).expand(*mask.shape, x.shape[-1] if axis == -1 else 1)
     else:
         sizes = [1] * x.dim()
         sizes[0], sizes[axis] = short
         aligned = mask.view(sizes)
     # A tracer and the transforms of torch.func have no values to look at.
     looks = not (torch.compiler.is_compiling() or is_transformed() or mask.is_meta)
-    if looks and not bool(aligned.any(dim=axis).all()):
+    # Where features differ, one of them may be hidden everywhere, as long as the example has others.
+    rest = tuple(range(1, x.dim())) if whole and axis != -x.dim() else axis
+    if looks and not bool(aligned.any(dim=rest).all()):
         raise ValueError("mask hides every position of an example: at least one must be seen")
     return aligned
 

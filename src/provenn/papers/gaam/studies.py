@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from provenn.evidence import Measurement, Run, Study
 from provenn.evidence.measurement import Skill, Table
-from provenn.papers.gaam.layers import importance_factor, layer_shares
+from provenn.papers.gaam.layers import GaussianAdaptiveAttention, importance_factor, layer_shares
 from provenn.papers.gaam.mixture import GaussianMixtureAttention
 from provenn.papers.gaam.model import StackClassifier
 from provenn.papers.gaam.task import TASK, pretrained_stacks, stack_data
@@ -26,6 +26,7 @@ DRIFT = 1.0  # standard deviations of a channel that drift moves it by
 LAYER_ARMS: dict[str, tuple[str, str]] = {
     "none": ("none", "none"),
     "mha": ("MHA", "mha"),
+    "mha_released": ("MHA, as released", "mha_released"),
     "mha_bn": ("MHA, batch norm", "mha_bn"),
     "gaam": ("GAAM", "gaam"),
     "gaam_v2": ("GAAM, one head", "gaam_v2"),
@@ -37,11 +38,12 @@ LAYER_ARMS: dict[str, tuple[str, str]] = {
 
 def stack_network(arm: str, num_classes: int, layers: int = 6, dim: int = 64) -> StackClassifier:
     """The decoder of six layers: heads of the gate have three layers each, as the paper's have; v2 has one head."""
-    module = arm.removesuffix("_v2")
+    module = arm.removesuffix("_v2").removesuffix("_released")
     heads = {"gaam": 2, "gaam_v2": 1, "gqdaam": 1, "mixture": 2}.get(arm, 4)
     return StackClassifier(
-        num_classes, layers, dim, module=module, heads=heads, hidden=32, width=dim, query_heads=4, kv_heads=2
-    )
+        num_classes, layers, dim, module=module, heads=heads, hidden=32, width=dim, query_heads=4, kv_heads=2,
+        across_batch=arm.endswith("_released"),
+    )  # fmt: skip
 
 
 def patch_stacks(seed: int, smoke: bool) -> TaskData:
@@ -147,25 +149,51 @@ def total_variation(weights: Tensor, target: Tensor) -> float:
     return (weights - target).abs().sum().item() / 2
 
 
-def closest(combine: str, gaussians: int, target: Tensor) -> Tensor:
-    """The weights of a gate over the places, once its cross-entropy to the target is as low as L-BFGS takes it."""
-    gate = GaussianMixtureAttention(1, gaussians, combine=combine).double()
-    with torch.no_grad():
-        # Side by side, and narrow enough to leave no gap; in units of the places and of their deviation.
-        gate.offset.copy_(torch.linspace(-2.5, 2.5, gaussians)[None] if gaussians > 1 else torch.zeros(1, 1))
-        gate.width.fill_(2 / gaussians if combine == "sum" else 0.5 * gaussians**0.5)
-    x = PLACES[None]
+def closest(gate: nn.Module, target: Tensor) -> Tensor:
+    """The weights of a gate over the places, once its cross-entropy to the target is as low as L-BFGS takes it.
+
+    They are scaled to sum to one.
+    """
+    x, lowest, best = PLACES[None, :, None], torch.inf, torch.zeros_like(target)
     optimizer = torch.optim.LBFGS(gate.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def entropy() -> Tensor:
+        nonlocal lowest, best
         optimizer.zero_grad()
-        loss = -(target * gate.weights(x)[0].clamp(min=1e-30).log()).sum()
+        weights = gate.weights(x)[0, :, 0]  # type: ignore[operator]  # a gate's
+        weights = weights / weights.sum()
+        loss = -(target * weights.clamp(min=1e-30).log()).sum()
         loss.backward()
+        if loss < lowest:  # which the last is not, where a width has gone to zero
+            lowest, best = loss.item(), weights.detach()
         return loss
 
     with torch.enable_grad():
         optimizer.step(entropy)
-    return gate.weights(x)[0].detach()
+    return best
+
+
+def side_by_side(combine: str, gaussians: int) -> nn.Module:
+    """One head of so many Gaussians, side by side and narrow enough to leave no gap."""
+    gate = GaussianMixtureAttention(1, gaussians, combine=combine).double()
+    with torch.no_grad():
+        # In units of the places, and of their deviation.
+        gate.offset.copy_(torch.linspace(-2.5, 2.5, gaussians)[None] if gaussians > 1 else torch.zeros(1, 1))
+        gate.width.fill_(2 / gaussians if combine == "sum" else 0.5 * gaussians**0.5)
+    return gate
+
+
+def library_heads(heads: int) -> nn.Module:
+    """Heads of one Gaussian, each on its slice of the places, as wide as that."""
+    gate = GaussianMixtureAttention(heads, 1).double()
+    with torch.no_grad():
+        gate.width.fill_(1.0)
+    return gate
+
+
+def experiment_heads(heads: int) -> nn.Module:
+    """The gate of the experiments, each head on its slice of the places."""
+    return GaussianAdaptiveAttention(1, heads, uneven=True, positive=True).double()
 
 
 # The Importance Factor against what layers tell alone.
