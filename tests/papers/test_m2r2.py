@@ -23,6 +23,7 @@ from provenn.papers.m2r2 import (
     accelerate,
     bench,
     comparison,
+    decoding,
     m2r2_tiny,
     plain_decoder,
 )
@@ -379,8 +380,6 @@ def test_a_text_ends_in_the_middle_of_a_draft():
 
 def test_after_refusals_the_cache_is_that_of_a_fresh_reading():
     model, prompt = model_of(gates=(2,)), prompts(batch=1)
-    from provenn.papers.m2r2 import decoding
-
     kept = {}
     original = decoding._speculative
 
@@ -480,10 +479,24 @@ def exits_by_definition(model, prompt, count, threshold):
     return text[:, prompt.shape[1] :], depths
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_mixed_exits_leave_no_hole(seed):
+def test_a_token_that_left_is_propagated_as_it_left(monkeypatch):
+    model, prompt, kept = model_of(), prompts(batch=1, tokens=1), {}
+    original = decoding._exit
+    monkeypatch.setattr(decoding, "_exit", lambda work, *rest: kept.update(work=work) or original(work, *rest))
+    model.decode(prompt, 1, mode="exit", threshold=-math.inf, fill="propagate")
+    parts, left = model.decoder(), model.streams(prompt).fast[0][-1]
+    for i in range(2, 6):
+        layer = parts.layers[i]
+        for stored, expected in zip(
+            kept["work"].cache.read(i, 1), layer.keys_and_values(layer.norm1(left), parts.places(1))
+        ):
+            torch.testing.assert_close(stored, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "seed"), [(M2R2Model, 0), (HeadExit, 1)])
+def test_mixed_exits_leave_no_hole(kind, seed):
     """Over 52 tokens that leave after 2, 4 and 6 layers, what is missing is made up for, exactly."""
-    model, prompt = model_of(seed), prompts(seed, batch=1)
+    model, prompt = model_of(seed, kind), prompts(seed, batch=1)
     streams = model.streams(torch.cat([prompts(s, batch=1, tokens=60) for s in range(4)]))
     threshold = torch.cat(model.scores(streams.fast)).sigmoid().quantile(0.5).item()
     expected, depths = exits_by_definition(model, prompt, 52, threshold)
@@ -776,6 +789,9 @@ def test_the_channel_by_hand():
     line = simulate(trace, Memory(slots=9, load=2.0), "fast")
     assert (line.total, line.stalled, line.loads, line.hits) == (8.0, 5.0, 3, pytest.approx(1 / 3))
     assert simulate(trace, Memory(slots=9, load=2.0)).total == 9.0
+    # The fast stream runs up to the last layer before which something is foretold, here layer 1, and costs time there.
+    late = one_token(5, 5, 5, known=[-1, -1, 1], foretold=[-1, -1, 5])
+    assert simulate(late, Memory(slots=9, load=0.0, fast=0.5), "fast").total == 3.5
     # With a single place nothing can come while a layer computes with what is there.
     only = simulate(trace, Memory(slots=1, load=2.0), "fast")
     assert (only.total, only.loads) == (9.0, 3)
