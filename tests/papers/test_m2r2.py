@@ -28,7 +28,7 @@ from provenn.papers.m2r2 import (
     plain_decoder,
 )
 from provenn.papers.m2r2.comparison import WAYS, compare_ways
-from provenn.papers.m2r2.decoders import Cache
+from provenn.papers.m2r2.decoders import Cache, take_apart
 from provenn.papers.m2r2.decoding import certainty, judge
 from provenn.papers.m2r2.experts import (
     ExpertTrace,
@@ -317,6 +317,19 @@ def test_speculation_with_a_second_model_does_too(seed):
         written, statistics = model.decode(prompt, 25, mode="two-model", draft=draft, gamma=4)
         assert torch.equal(written, expected)
     assert statistics.accept_rate == 1  # its own decoder drafts what it writes
+
+
+def test_a_second_model_has_read_what_was_written(monkeypatch):
+    made, model, prompt, draft = [], model_of(), prompts(batch=1), decoder(7, layers=1)
+    monkeypatch.setattr(decoding, "Cache", lambda layers: made.append(Cache(layers)) or made[-1])
+    written, statistics = model.decode(prompt, 20, mode="two-model", draft=draft, gamma=3)
+    assert statistics.accepted < statistics.drafted
+    text = torch.cat([prompt, written], dim=1)[:, :-5]  # the last round's drafts are not read anew
+    parts, fresh = take_apart(draft), Cache(1)
+    places = parts.places(text.shape[1])
+    run_slow(parts, parts.embed(text, places), range(1), places, fresh)
+    for stored, expected in zip(made[1].read(0, text.shape[1]), fresh.read(0, text.shape[1])):
+        torch.testing.assert_close(stored, expected, rtol=0, atol=1e-10)
 
 
 def test_a_draft_by_adapters_that_do_nothing_beside_a_gate_behind_all_is_always_kept():
