@@ -21,10 +21,14 @@ from provenn.papers.m2r2 import (
     M2R2Model,
     RateAdapter,
     accelerate,
+    bench,
+    comparison,
+    decoding,
     m2r2_tiny,
     plain_decoder,
 )
-from provenn.papers.m2r2.decoders import Cache
+from provenn.papers.m2r2.comparison import WAYS, compare_ways
+from provenn.papers.m2r2.decoders import Cache, take_apart
 from provenn.papers.m2r2.decoding import certainty, judge
 from provenn.papers.m2r2.experts import (
     ExpertTrace,
@@ -36,7 +40,7 @@ from provenn.papers.m2r2.experts import (
 )
 from provenn.papers.m2r2.inspection import inspect
 from provenn.papers.m2r2.streams import run_both, run_fast, run_slow
-from provenn.papers.m2r2.task import TASK, account
+from provenn.papers.m2r2.task import TASK, account, shipped
 from provenn.testing.promises import PROMISES
 from provenn.testing.subject import Subject
 
@@ -266,7 +270,7 @@ class Both(nn.Module):
 
 
 KEPT = (
-    "train-in-mixed-precision", "run-in-bfloat16", "export", "copy", "keep-examples-apart",
+    "train-in-mixed-precision", "run-in-bfloat16", "compile", "export", "copy", "keep-examples-apart",
     "take-an-empty-batch", "build-on-meta", "load-safetensors",
 )  # fmt: skip
 
@@ -313,6 +317,19 @@ def test_speculation_with_a_second_model_does_too(seed):
         written, statistics = model.decode(prompt, 25, mode="two-model", draft=draft, gamma=4)
         assert torch.equal(written, expected)
     assert statistics.accept_rate == 1  # its own decoder drafts what it writes
+
+
+def test_a_second_model_has_read_what_was_written(monkeypatch):
+    made, model, prompt, draft = [], model_of(), prompts(batch=1), decoder(7, layers=1)
+    monkeypatch.setattr(decoding, "Cache", lambda layers: made.append(Cache(layers)) or made[-1])
+    written, statistics = model.decode(prompt, 20, mode="two-model", draft=draft, gamma=3)
+    assert statistics.accepted < statistics.drafted
+    text = torch.cat([prompt, written], dim=1)[:, :-5]  # the last round's drafts are not read anew
+    parts, fresh = take_apart(draft), Cache(1)
+    places = parts.places(text.shape[1])
+    run_slow(parts, parts.embed(text, places), range(1), places, fresh)
+    for stored, expected in zip(made[1].read(0, text.shape[1]), fresh.read(0, text.shape[1])):
+        torch.testing.assert_close(stored, expected, rtol=0, atol=1e-10)
 
 
 def test_a_draft_by_adapters_that_do_nothing_beside_a_gate_behind_all_is_always_kept():
@@ -376,8 +393,6 @@ def test_a_text_ends_in_the_middle_of_a_draft():
 
 def test_after_refusals_the_cache_is_that_of_a_fresh_reading():
     model, prompt = model_of(gates=(2,)), prompts(batch=1)
-    from provenn.papers.m2r2 import decoding
-
     kept = {}
     original = decoding._speculative
 
@@ -477,10 +492,24 @@ def exits_by_definition(model, prompt, count, threshold):
     return text[:, prompt.shape[1] :], depths
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_mixed_exits_leave_no_hole(seed):
+def test_a_token_that_left_is_propagated_as_it_left(monkeypatch):
+    model, prompt, kept = model_of(), prompts(batch=1, tokens=1), {}
+    original = decoding._exit
+    monkeypatch.setattr(decoding, "_exit", lambda work, *rest: kept.update(work=work) or original(work, *rest))
+    model.decode(prompt, 1, mode="exit", threshold=-math.inf, fill="propagate")
+    parts, left = model.decoder(), model.streams(prompt).fast[0][-1]
+    for i in range(2, 6):
+        layer = parts.layers[i]
+        for stored, expected in zip(
+            kept["work"].cache.read(i, 1), layer.keys_and_values(layer.norm1(left), parts.places(1))
+        ):
+            torch.testing.assert_close(stored, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "seed"), [(M2R2Model, 0), (HeadExit, 1)])
+def test_mixed_exits_leave_no_hole(kind, seed):
     """Over 52 tokens that leave after 2, 4 and 6 layers, what is missing is made up for, exactly."""
-    model, prompt = model_of(seed), prompts(seed, batch=1)
+    model, prompt = model_of(seed, kind), prompts(seed, batch=1)
     streams = model.streams(torch.cat([prompts(s, batch=1, tokens=60) for s in range(4)]))
     threshold = torch.cat(model.scores(streams.fast)).sigmoid().quantile(0.5).item()
     expected, depths = exits_by_definition(model, prompt, 52, threshold)
@@ -574,6 +603,27 @@ def test_decoders_of_hugging_face_write_what_they_write(kind):
     assert torch.equal(model.decode(prompt, 20, mode="exit", threshold=math.inf)[0], expected)
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("llama", 1), ("mistral", 40), ("gpt2", 1)])
+def test_one_text_of_one_token_and_one_far_longer_than_a_window(kind, tokens):
+    base, prompt = host(kind), prompts(3, batch=1, tokens=tokens)
+    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    expected = base.generate(prompt, max_new_tokens=16, eos_token_id=None, **options)[:, tokens:]
+    model, end = model_of(base=base, gates=(1, 2)), int(expected[0, 5])
+    assert torch.equal(model.decode(prompt, 16, gamma=7)[0], expected)
+    until = base.generate(prompt, max_new_tokens=16, eos_token_id=end, **options)[:, tokens:]
+    assert until.shape[1] < 16 and torch.equal(model.decode(prompt, 16, gamma=7, end=end)[0], until)
+
+
+def test_a_host_s_last_place_is_used_and_none_behind_it():
+    base, prompt = host("gpt2"), prompts(3, batch=1, tokens=40)  # 64 places
+    model = model_of(base=base, gates=(1, 2))
+    written, _ = model.decode(prompt, 25, gamma=9)
+    last = base(torch.cat([prompt, written[:, :-1]], dim=1)).logits[:, -1]
+    assert torch.equal(written[:, -1], last.argmax(-1))
+    with pytest.raises(UserError, match="40 tokens and 26 more are longer than the 64"):
+        model.decode(prompt, 26)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
 def test_their_caches_are_exact(kind):
     from transformers import DynamicCache
@@ -631,6 +681,17 @@ def test_a_mixture_is_the_sum_over_its_best_experts():
     assert len(added) == 1 and added[0] > 0
 
 
+def test_experts_are_kept_busy_where_the_decoder_learns_along():
+    tokens = prompts()
+    base = expert_decoder(VOCAB, dim=16, layers=3, heads=2, experts=5)
+    with collect_auxiliary() as alone_added:
+        base.train()(tokens[:, :-1])
+    model = M2R2Model(base, (1,), rank=2, train_base=True).train()
+    with collect_auxiliary() as added:
+        model.training_loss((tokens[:, :-1], tokens[:, 1:]))
+    torch.testing.assert_close(torch.stack(added), torch.stack(alone_added))  # and none of the fast stream's
+
+
 def test_a_fast_token_has_the_experts_of_its_slow_twin():
     model = model_of(base=experts(), gates=(3,))
     tokens = prompts()
@@ -659,6 +720,30 @@ def test_at_a_rate_of_one_the_plain_stream_foretells_almost_all():
     trace = trace_experts(ExitModel(base, [5], router="none"), prompts(), rate=1, more=0)
     assert trace.hit_rate("slow") == 1 and trace.hit_rate("fast") == 1
     assert trace.needed.shape == (24, 6, 2) and trace.known["slow"] == [-1, 1, 2, 3, 4, 5]
+
+
+def test_loading_is_swept_over_room_and_channel(monkeypatch):
+    trace = random_trace()
+    trace.foretold["before"], trace.known["before"] = trace.foretold["slow"], trace.known["slow"]
+    monkeypatch.setattr(bench, "_trace", lambda *given: trace)
+    sweep = bench.sweep(slots="4, 12", load="0.5,2", fast=0.2)
+    rows = [{**point.facts, **point.measure()} for point in sweep.points]
+    assert [(row["slots"], row["load"]) for row in rows] == [(4, 0.5), (4, 2.0), (12, 0.5), (12, 2.0)]
+    memory = Memory(slots=12, load=0.5, fast=0.2)
+    expected = simulate(trace, memory).total / simulate(trace, memory, "fast", most=2).total
+    assert rows[2]["fast"] == expected > 1 and rows[2]["oracle"] > rows[2]["fast"] and rows[2]["slow"] < rows[2]["fast"]
+    (table,) = sweep.tables(rows)
+    assert len(table.rows) == 4 and table.rows[2][-2] == round(expected, 2)
+    for options, words in (
+        ({"slots": "1"}, "two experts at once"),
+        ({"slots": "a"}, "--slots"),
+        ({"load": "-1"}, "not negative"),
+        ({"load": "nan"}, "finite"),
+        ({"load": "x"}, "--load takes numbers"),
+        ({"most": 0}, "--most"),
+    ):
+        with pytest.raises(UserError, match=words):
+            bench.sweep(**options)
 
 
 def random_trace(tokens=60, layers=6, count=6, seed=0):
@@ -704,6 +789,98 @@ def test_foretold_rightly_experts_come_while_layers_compute():
     assert slower.total > quick.total
 
 
+def one_token(*layers, known, foretold):
+    """A trace of one token with an expert a layer."""
+    needed = torch.tensor([[[e] for e in layers]])
+    return ExpertTrace(needed, {"fast": torch.tensor([[[e] for e in foretold]])}, {"fast": known})
+
+
+def test_the_channel_by_hand():
+    # Layer 0 waits until 2 and computes until 3; what layer 2 needs comes from 2 to 4, so that what layer 1 needs comes
+    # from 4 to 6: it ends at 7. Layer 2 finds its expert there.
+    trace = one_token(5, 5, 5, known=[-1, -1, 0], foretold=[-1, -1, 5])
+    line = simulate(trace, Memory(slots=9, load=2.0), "fast")
+    assert (line.total, line.stalled, line.loads, line.hits) == (8.0, 5.0, 3, pytest.approx(1 / 3))
+    assert simulate(trace, Memory(slots=9, load=2.0)).total == 9.0
+    # The fast stream runs up to the last layer before which something is foretold, here layer 1, and costs time there.
+    late = one_token(5, 5, 5, known=[-1, -1, 1], foretold=[-1, -1, 5])
+    assert simulate(late, Memory(slots=9, load=0.0, fast=0.5), "fast").total == 3.5
+    # With a single place nothing can come while a layer computes with what is there.
+    only = simulate(trace, Memory(slots=1, load=2.0), "fast")
+    assert (only.total, only.loads) == (9.0, 3)
+    # What was foretold wrongly and is not under way when its layer begins does not come any more. Layer 1 ends at 6,
+    # the first of layer 2's three guesses comes from 5 to 7, what it needs from 7 to 9, what layer 3 needs from 10.
+    guesses = torch.tensor([[[-1] * 3, [-1] * 3, [1, 2, 3], [-1] * 3]])
+    wrong = ExpertTrace(torch.zeros(1, 4, 1, dtype=torch.long), {"fast": guesses}, {"fast": [-1, -1, 1, -1]})
+    line = simulate(wrong, Memory(slots=9, load=2.0), "fast")
+    assert (line.total, line.loads, line.hits) == (13.0, 5, 0)
+
+
+def test_what_is_needed_at_once_is_not_thrown_out_for_each_other():
+    needed = torch.tensor([[[0, 1]], [[2, 0]], [[1, 2]]])  # in the order in which they are asked for
+    line = simulate(ExpertTrace(needed, {}, {}), Memory(slots=2, load=1.0))
+    assert line.loads == 4 and line.total == 3 + 4
+
+
+def by_ticks(trace, slots, load, compute, by):
+    """The memory and its channel tick by tick, in whole numbers: what `simulate` is to find in jumps."""
+    known = [-1] * trace.needed.shape[1] if by == "demand" else trace.known[by]
+    there, order, under_way = {}, [], None  # expert: arrival; least recently used first; when the channel is free
+    now = loads = stalled = 0
+    for t, layers in enumerate(trace.needed.tolist()):
+        wishes, kept = [], set()
+        for layer, experts in enumerate(layers):
+            experts = [(layer, e) for e in experts]
+            for later, at in enumerate(known):
+                if at == layer < later:
+                    foretold = [(later, e) for e in trace.foretold[by][t, later].tolist()]
+                    wishes += [e for e in foretold if e not in there and e not in wishes]
+                    kept.update(foretold)
+            kept = {e for e in kept if e[0] > layer} | set(experts)
+            for e in [e for e in experts if e in there]:
+                order.remove(e)
+                order.append(e)
+            urgent = [e for e in experts if e not in there]
+            wishes = [e for e in wishes if e[0] > layer]
+            left = None  # ticks of computing
+            while left != 0:
+                if left is None and not urgent and all(there[e] <= now for e in experts):
+                    left = compute
+                free = under_way is None or under_way <= now
+                room = len(there) < slots or any(e not in kept for e in order)
+                if free and (urgent or (wishes and room)):
+                    expert = (urgent or wishes).pop(0)
+                    if len(there) == slots:
+                        out = next((e for e in order if e not in kept), None)
+                        out = next(e for e in order if e not in experts) if out is None else out
+                        order.remove(out)
+                        del there[out]
+                    there[expert] = under_way = now + load
+                    order.append(expert)
+                    loads += 1
+                    if left is None and not urgent and all(there[e] <= now for e in experts):
+                        left = compute
+                now += 1
+                stalled += left is None
+                left = left - 1 if left is not None else None
+            kept = {e for e in kept if e[0] > layer}
+        # What was foretold for a layer of this token is of no use to the next.
+    return now, stalled, loads
+
+
+@pytest.mark.parametrize("by", ["demand", "fast", "slow"])
+@pytest.mark.parametrize("slots", [2, 3, 5, 9, 20])
+def test_jumps_are_ticks(by, slots):
+    for seed in range(6):
+        load, compute = 1 + seed % 3, 1 + seed % 2
+        trace = random_trace(tokens=12, seed=seed)
+        guesses = torch.rand(12, 6, 6, generator=torch.Generator().manual_seed(seed + 9)).argsort(-1)[..., :3]
+        trace.foretold["slow"] = guesses  # right by chance
+        line = simulate(trace, Memory(slots=slots, load=load, compute=compute), by)
+        assert (line.total, line.stalled, line.loads) == by_ticks(trace, slots, load, compute, by), f"seed {seed}"
+        assert line.total == 12 * 6 * compute + line.stalled
+
+
 def test_the_least_recently_used_expert_goes():
     # One layer: 0 1 | 2 1 | 0 1 with three slots of which 0 stays, since 2 was the last of three to be needed.
     needed = torch.tensor([[[0, 1]], [[2, 1]], [[0, 1]]])
@@ -733,9 +910,53 @@ def test_the_task_reads_the_first_gate_and_says_how_fast_it_went():
     assert "".join(pieces) == "".join(texts.values())
     with pytest.raises(UserError, match="mode must be one of"):
         TASK.predict(model, data.meta, ["x"], None, mode="quick")
-    with pytest.raises(UserError, match="no other mode takes one"):
-        TASK.predict(model, data.meta, ["x"], None, mode="two-model")
-    assert account("full", model.decode(torch.zeros(1, 1, dtype=torch.long), 3, mode="full")[1]).startswith("full: 3")
+    assert account("full", model.decode(torch.zeros(1, 1, dtype=torch.long), 3, mode="full")[1], 3).startswith(
+        "full: 3"
+    )
+    with pytest.raises(UserError, match="rounds must be"):
+        TASK.predict(model, data.meta, ["x"], None, mode="compare", rounds=0)
+
+
+def test_all_ways_are_compared_in_turns():
+    base = decoder(layers=3)
+    model, texts = model_of(base=base, gates=(1,)), [prompts(seed, batch=1) for seed in range(2)]
+    ways = compare_ways(model, texts, 8, draft=decoder(7, layers=1), rounds=1, gamma=3, threshold=math.inf)
+    assert list(ways) == ["full", "exit", "speculative", "two-model"] and ways["full"].ratio == 1
+    for mode, way in ways.items():
+        assert way.same == way.statistics.tokens == 16, mode  # greedy, and nothing leaves early
+    assert ways["speculative"].statistics.drafted and ways["two-model"].statistics.draft_passes
+    drawn = compare_ways(model, texts, 8, rounds=1, threshold=-math.inf, draw={"temperature": 1.0})
+    assert list(drawn) == ["full", "exit", "speculative"]
+    assert drawn["full"].same == 16 and drawn["speculative"].same < 16 and drawn["exit"].same < 16
+
+
+def test_a_ratio_is_of_the_same_round(monkeypatch):
+    """A clock by hand: all layers take 4 and 6 s for 8 tokens, speculation 2 and 4 s."""
+    spent = {"full": iter([9.0, 4.0, 6.0]), "exit": iter([9.0] * 3), "speculative": iter([9.0, 2.0, 4.0])}
+    turns = []
+
+    def timed(model, prompt, count, *, mode, statistics, **options):
+        turns.append(mode)
+        statistics.seconds, statistics.tokens = next(spent[mode]), count
+        return iter([torch.tensor([0])] * count)
+
+    monkeypatch.setattr(comparison, "decode", timed)
+    ways = compare_ways(model_of(), [prompts(batch=1)], 8, rounds=2)
+    assert ways["speculative"].ratio == (4 / 2 + 6 / 4) / 2
+    assert ways["speculative"].tokens_per_second == (8 / 2 + 8 / 4) / 2
+    assert turns[3:] == ["speculative", "exit", "full", "full", "exit", "speculative"]
+
+
+def test_a_prediction_shows_all_ways_and_takes_the_second_model_that_ships():
+    model, meta = shipped("m2r2_tiny"), {"tokenizer": "bytes", "length": 128}
+    text = TASK.predict(model, meta, ["def "], None, mode="compare", temperature=0, tokens=10, rounds=1)
+    lines = text.splitlines()[-4:]
+    assert [line.split("  ")[1] for line in lines] == list(WAYS.values())
+    assert "times all layers; the same text" in lines[2] and "times all layers; the same text" in lines[3]
+    written = TASK.predict(model, meta, ["def "], None, mode="two-model", temperature=0, tokens=10)
+    assert written.split("\n\ntwo-model: 10 tokens")[0] == text.split("\n\ntokens a second")[0]
+    with pytest.raises(UserError, match="of bytes"):
+        TASK.predict(model, {**meta, "tokenizer": "{}"}, ["x"], None, mode="two-model")
 
 
 @pytest.mark.parametrize(
@@ -773,6 +994,8 @@ def test_bad_arguments_are_refused(options, words):
         ({"mode": "exit", "fill": "guess"}, "fill must be one of"),
         ({"mode": "two-model"}, "draft"),
         ({"lengths": torch.tensor([9, 1, 1])}, "length of 1 to 8"),
+        ({"temperature": 0, "top_p": 7.0}, "top_p"),
+        ({"temperature": 0, "top_k": 0}, "top_k"),
     ],
 )
 def test_bad_ways_to_generate_are_refused(options, words):
@@ -787,6 +1010,12 @@ def test_what_cannot_be_accelerated_is_refused():
         M2R2Model(CausalLM(VOCAB, 16, 3, "none"))
     with pytest.raises(UserError, match="tokens, the model"):
         model_of().decode(prompts(), 4, mode="two-model", draft=CausalLM(5, 16, 1, partial(SoftmaxAttention, heads=2)))
+    short = decoder(positions="learned", max_length=9)
+    with pytest.raises(UserError, match="8 tokens and 4 more are longer than the 9 that the draft model"):
+        model_of().decode(prompts(), 4, mode="two-model", draft=short)
+    for wrong in (prompts() + VOCAB, prompts() - 1):
+        with pytest.raises(ValueError, match="tokens from 0 to 18"):
+            model_of().decode(wrong, 4)
     with pytest.raises(UserError, match="ablation"):
         model_of(keys="own").decode(prompts(), 4)
     with pytest.raises(ValueError, match="no router"):

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.evidence import Measurement, Race, Run, Study, measures
+from provenn.evidence import Benchmark, Measurement, Race, Run, Study, measures
 from provenn.papers.m2r2.decoding import decode
 from provenn.papers.m2r2.model import ExitModel, M2R2Model, plain_decoder
 from provenn.papers.m2r2.studies import (
+    AROUND,
     BASE,
     DIM,
     EXPERT_PROBES,
@@ -34,11 +35,11 @@ from provenn.papers.m2r2.studies import (
     raw,
     scheduled,
     second,
-    shipped,
     text_data,
     tower,
     unaligned,
 )
+from provenn.papers.m2r2.task import shipped
 from provenn.training import Recipe
 
 ABOUT = "the source of Python's standard library, byte by byte"
@@ -60,7 +61,7 @@ EXITS = Study(
         "depths": ("mixture of depths", MixtureOfDepths),
     },
     build=around_a_decoder,
-    recipe=Recipe(betas=(0.9, 0.95), schedule="cosine", clip=1.0, batch_size=16, epochs=1, max_steps=300),
+    recipe=AROUND,
     lrs=(1e-3, 3e-3, 1e-2),
     probes=PROBES,
     trained=learn_around,
@@ -81,7 +82,7 @@ EXPERTS = Study(
     data=text_data,
     arms={"fast": ("accelerated stream", aligned), "slow": ("slow stream", unaligned)},
     build=around_experts,
-    recipe=EXITS.recipe,
+    recipe=AROUND,
     lrs=EXITS.lrs,
     probes=EXPERT_PROBES,
     trained=partial(learn_around, experts=True),
@@ -108,7 +109,7 @@ DEPTH = Study(
     build=lambda part, **options: tower(*part, **options),
     recipe=Recipe(
         betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=30, clip=1.0, batch_size=16, epochs=1,
-        max_steps=500,
+        max_steps=400,
     ),
     lrs=(1e-3, 3e-3, 1e-2),
     about=ABOUT,
@@ -120,6 +121,9 @@ WITHOUT = "Without residuals, deep decoders may not learn at all: that is what t
 # Speed, with the weights that ship.
 
 PROMPT = b"def read_lines(path):\n    "
+DRAFT: dict[str, Any] = {"gamma": 3, "stop": 0.3}
+EXIT: dict[str, Any] = {"threshold": 0.9}
+TEMPERATURE, TEXTS = 0.8, 2
 
 
 def generates(mode: str, **options: Any) -> Callable[[int, str], Callable[[], object]]:
@@ -133,8 +137,11 @@ def generates(mode: str, **options: Any) -> Callable[[int, str], Callable[[], ob
         more: dict[str, Any] = {"draft": shipped("draft_tiny").to(device)} if mode == "two-model" else {}
 
         def write() -> None:
-            for seed in range(2):
-                draw: dict[str, Any] = {"temperature": 0.8, "generator": torch.Generator(device).manual_seed(seed)}
+            for seed in range(TEXTS):
+                draw: dict[str, Any] = {
+                    "temperature": TEMPERATURE,
+                    "generator": torch.Generator(device).manual_seed(seed),
+                }
                 list(decode(model, prompt, n, mode=mode, **draw, **options, **more))
 
         return write
@@ -146,9 +153,9 @@ SPEED = Race(
     "generation by the weights that ship",
     {
         "all layers": generates("full"),
-        "early exit": generates("exit", threshold=0.9),
-        "two-model speculation": generates("two-model", gamma=3, stop=0.3),
-        "self-speculation": generates("speculative", gamma=3, stop=0.3),
+        "early exit": generates("exit", **EXIT),
+        "two-model speculation": generates("two-model", **DRAFT),
+        "self-speculation": generates("speculative", **DRAFT),
     },
     sizes=(16, 64),
     rounds=11,
@@ -156,14 +163,19 @@ SPEED = Race(
         "layers": 8,
         "gate": 2,
         "dim": 64,
-        "tokens of a draft": 4,
-        "a draft ends below": 0.4,
-        "exit above": 0.9,
-        "temperature": 0.8,
-        "texts": 2,
+        "tokens of a draft": DRAFT["gamma"],
+        "a draft ends below": DRAFT["stop"],
+        "exit above": EXIT["threshold"],
+        "temperature": TEMPERATURE,
+        "texts": TEXTS,
     },
     note="Two texts each; all but early exit draw from the distribution of all layers.",
 )
+BENCHMARKS = [
+    Benchmark(SPEED, "self-speculation", "all layers"),
+    Benchmark(SPEED, "self-speculation", "two-model speculation"),
+    Benchmark(SPEED, "early exit", "all layers"),
+]
 
 CLAIMS: dict[str, Callable[[Run], Measurement]] = {
     "depth_helps": DEPTH.against("8", "2"),

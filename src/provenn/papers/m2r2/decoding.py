@@ -203,6 +203,8 @@ def decode(
         raise ValueError("mode='two-model' drafts with a second model, draft=…; no other mode takes one")
     if mode == "exit" and confidence == "router" and not model.routers:
         raise ValueError("this model has no router: give confidence='probability' or 'margin'")
+    # Where nothing is drawn, a wrong setting of a draw would not be noticed later.
+    probabilities(torch.zeros(1), temperature=temperature, top_k=top_k, top_p=top_p)
     if lengths is not None and (
         lengths.shape != prompt.shape[:1] or lengths.min() < 1 or lengths.max() > prompt.shape[1]
     ):
@@ -212,13 +214,21 @@ def decode(
         return
     began = time.perf_counter()
     decoder = model.decoder()
+    small = take_apart(draft) if draft is not None else None
     start: int | Tensor = prompt.shape[1] - 1 if lengths is None else lengths - 1
     longest = prompt.shape[1] if lengths is None else int(lengths.max())
-    if decoder.max_length is not None and longest + count - 1 > decoder.max_length:
-        raise UserError(
-            f"the prompt's {longest} tokens and {count} more are longer than the {decoder.max_length} that the model "
-            "has places for"
+    if prompt.min() < 0 or prompt.max() >= decoder.vocab:
+        raise ValueError(
+            f"expected tokens from 0 to {decoder.vocab - 1}, got {prompt.min().item()} to {prompt.max().item()}"
         )
+    if small is not None and small.vocab != decoder.vocab:
+        raise UserError(f"the draft model has {small.vocab} tokens, the model {decoder.vocab}")
+    for who, parts in (("model", decoder), ("draft model", small)):
+        if parts is not None and parts.max_length is not None and longest + count - 1 > parts.max_length:
+            raise UserError(
+                f"the prompt's {longest} tokens and {count} more are longer than the {parts.max_length} that the {who} "
+                "has places for"
+            )
     last = prompt[:, -1] if lengths is None else prompt.gather(1, lengths[:, None] - 1).squeeze(1)
     draw = Draw(temperature, top_k, top_p, generator)
     work = Work(model, decoder, Cache(len(decoder.layers)), draw, start, last, statistics)
@@ -237,8 +247,8 @@ def decode(
     elif mode == "speculative":
         pieces = _speculative(work, gamma, stop, count)
     else:
-        assert draft is not None
-        pieces = _two_model(work, draft, prompt[:, : longest - 1], gamma, stop, count)
+        assert small is not None
+        pieces = _two_model(work, small, prompt[:, : longest - 1], gamma, stop, count)
     yield from _columns(work, pieces, count, end, began)
 
 
@@ -401,10 +411,8 @@ def judge(
     return right, torch.multinomial(rest, 1, generator=generator).squeeze(1)
 
 
-def _two_model(work: Work, draft: nn.Module, prompt: Tensor, gamma: int, stop: float, count: int) -> Generator:
-    decoder, small = work.decoder, take_apart(draft)
-    if small.vocab != decoder.vocab:
-        raise UserError(f"the draft model has {small.vocab} tokens, the model {decoder.vocab}")
+def _two_model(work: Work, small: Decoder, prompt: Tensor, gamma: int, stop: float, count: int) -> Generator:
+    decoder = work.decoder
     cache, layers = Cache(len(small.layers)), range(len(small.layers))
     if prompt.shape[1]:
         read_prompt(small, cache, prompt)

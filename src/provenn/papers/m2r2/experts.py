@@ -5,7 +5,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_finite, check_whole
-from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.nn.language import CausalLM
-from provenn.papers.m2r2.model import ExitModel
+from provenn.papers.m2r2.model import ExitModel, plain_decoder
 
 
 class MixtureFeedForward(nn.Module):
@@ -55,7 +53,8 @@ class MixtureFeedForward(nn.Module):
     ) -> Float[Tensor, "*batch dim"]:
         """`chosen_by` is what experts are chosen by, where it is not what they are given."""
         weights = self.route(z if chosen_by is None else chosen_by)
-        if self.training and self.balance and chosen_by is None:
+        # Of a token that shares its slow twin's experts the balance is the twin's.
+        if self.training and self.balance and (chosen_by is None or chosen_by is z):
             busy, liked = (weights > 0).float().flatten(0, -2), self.router(z).softmax(-1).flatten(0, -2)
             add_auxiliary(self.balance * weights.shape[-1] * (busy.mean(0) * liked.mean(0)).sum() / self.top)
         inner = F.gelu(torch.einsum("...d,edh->...eh", z, self.inner)) * weights.unsqueeze(-1)
@@ -66,7 +65,7 @@ def expert_decoder(
     vocab: int = 256, *, dim: int = 64, layers: int = 8, heads: int = 4, experts: int = 8, top: int = 2
 ) -> CausalLM:
     """A decoder of softmax attention whose feed-forward parts are mixtures of experts."""
-    model = CausalLM(vocab, dim, layers, partial(SoftmaxAttention, heads=heads, bias=False, rotary=True))
+    model = plain_decoder(vocab, dim=dim, layers=layers, heads=heads)
     for block in model.blocks:
         block.feedforward = MixtureFeedForward(dim, experts=experts, top=top)
         nn.init.normal_(block.feedforward.router.weight, std=0.02)
@@ -185,7 +184,11 @@ class Timeline:
 
 
 class _Channel:
-    """One transfer at a time, to the end; what is needed now goes before what is foretold."""
+    """One transfer at a time, to the end; what is needed now goes before what is foretold.
+
+    An expert keeps its place while the layer that needs it waits and computes, and a foretold one until its layer
+    begins: what is foretold further waits for a place, and only what is needed now takes one of what was foretold.
+    """
 
     def __init__(self, memory: Memory):
         self.memory = memory
@@ -205,25 +208,35 @@ class _Channel:
             self.asked.add(expert)
 
     def advance(self, now: float) -> None:
-        """Start all that could have been started before `now`."""
+        """Start the foretold transfers that there was time and a place for before `now`."""
         while self.queue:
             since, _, expert = self.queue[0]
             if expert in self.asked:
                 if max(self.free, since) >= now:
                     return
+                if len(self.ready) >= self.memory.slots and self.wanted.issuperset(self.ready):
+                    self.free = max(self.free, now)  # no place before then
+                    return
                 self.asked.discard(expert)
                 self._load(expert, since)
-            heapq.heappop(self.queue)  # what is asked for no longer was fetched at once
+            heapq.heappop(self.queue)  # what is asked for no longer, its layer has fetched or done without
 
-    def fetch(self, expert: tuple[int, int], now: float) -> float:
-        """When an expert that is needed now is there."""
-        self.wanted.add(expert)
-        if expert not in self.ready:
-            self.asked.discard(expert)
+    def fetch(self, layer: int, experts: Sequence[tuple[int, int]], now: float) -> float:
+        """When all experts that a layer needs now are there; what else was foretold for it is given up."""
+        self.wanted = {expert for expert in self.wanted if expert[0] > layer} | set(experts)
+        self.asked = {expert for expert in self.asked if expert[0] > layer}
+        missing = [expert for expert in experts if expert not in self.ready]
+        for expert in experts:
+            if expert in self.ready:
+                self.ready.move_to_end(expert)  # before others are loaded, which take the place of what was used first
+        for expert in missing:
             self._load(expert, now)
-        self.ready.move_to_end(expert)
-        self.used.add(expert)
-        return self.ready[expert]
+        self.used.update(experts)
+        return max(self.ready[expert] for expert in experts)
+
+    def leave(self, layer: int) -> None:
+        """A layer is done: its experts may go."""
+        self.wanted = {expert for expert in self.wanted if expert[0] > layer}
 
     def forget(self) -> None:
         """What was foretold for this token and is not on its way yet is given up."""
@@ -233,7 +246,8 @@ class _Channel:
 
     def _load(self, expert: tuple[int, int], now: float) -> None:
         if len(self.ready) >= self.memory.slots:
-            # The least recently used of those that nobody waits for; where all are waited for, of all.
+            # The least recently used of those that nobody waits for; where all are waited for, of all. What a layer
+            # needs at once was used last, so it is never among them.
             out = next((key for key in self.ready if key not in self.wanted), next(iter(self.ready)))
             del self.ready[out]
             self.wasted += out not in self.used
@@ -273,12 +287,11 @@ def simulate(trace: ExpertTrace, memory: Memory, by: str = "demand", *, most: in
                 if at == layer and later > layer:
                     for expert in token_guesses[later][:most]:
                         channel.ask((later, expert), now)
-            channel.advance(now)
             hits += sum(channel.ready.get((layer, expert), now + 1) <= now for expert in experts)
-            channel.wanted.update((layer, expert) for expert in experts)
-            start = max([now, *(channel.fetch((layer, expert), now) for expert in experts)])
+            start = max(now, channel.fetch(layer, [(layer, expert) for expert in experts], now))
             stalled += start - now
             now = start + memory.compute + (memory.fast if layer < passed else 0)
-            channel.wanted = {key for key in channel.wanted if key[0] > layer}
+            channel.advance(now)
+            channel.leave(layer)
         channel.forget()
     return Timeline(now, stalled, channel.loads, channel.wasted, hits / trace.needed.numel())

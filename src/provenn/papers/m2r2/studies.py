@@ -1,7 +1,7 @@
 """What M2R2's experiments are made of: decoders trained once a seed, what is put around them, and how it is read."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from provenn import catalog
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.papers.m2r2.decoding import Statistics, certainty, decode
@@ -24,7 +22,6 @@ from provenn.papers.m2r2.model import (
     M2R2Model,
     Streams,
     divergence,
-    m2r2_tiny,
     plain_decoder,
 )
 from provenn.tasks import Task, TaskData, count_examples, get_task
@@ -34,8 +31,9 @@ LENGTH, DIM, LAYERS, RANK = 64, 64, 8, 8
 GATES = [2, 4, 6]
 BASE = Recipe(
     lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=30, clip=1.0, batch_size=16, epochs=1,
-    max_steps=800,
+    max_steps=500,
 )  # fmt: skip
+AROUND = Recipe(betas=(0.9, 0.95), schedule="cosine", clip=1.0, batch_size=16, epochs=1, max_steps=250)
 
 
 @cache
@@ -55,7 +53,7 @@ def is_smoke(data: TaskData) -> bool:
 
 @cache
 def trained_decoder(seed: int, smoke: bool, layers: int = LAYERS, experts: bool = False) -> CausalLM:
-    """A decoder that learned the text for 800 steps; the arms of a seed are put around copies of the same one."""
+    """A decoder that learned the text; the arms of a seed are put around copies of the same one."""
     build: Callable[[], nn.Module] = (
         partial(expert_decoder, dim=DIM, layers=layers) if experts else partial(plain_decoder, dim=DIM, layers=layers)
     )
@@ -316,13 +314,13 @@ def drafted(model: Any, data: TaskData) -> Statistics:
     if hasattr(model, "drafted"):
         return model.drafted  # two figures are read off the same texts
     model.drafted = statistics = Statistics()
-    if isinstance(model, MixtureOfDepths):
-        return statistics
+    if isinstance(model, MixtureOfDepths) or list(model.gates) != GATES:
+        return statistics  # of those no claim is about drafts
     x, _ = _windows(data)
     options: dict[str, Any] = (
         {"mode": "two-model", "draft": model.draft} if isinstance(model, SecondModel) else {"mode": "speculative"}
     )
-    tokens = 8 if is_smoke(data) else 100
+    tokens = 8 if is_smoke(data) else 80
     for row in range(4):
         at = row * len(x) // 4
         draw: dict[str, Any] = {"temperature": 1.0, "generator": torch.Generator().manual_seed(row)}
@@ -370,10 +368,10 @@ def unaligned(base: CausalLM) -> ExitModel:
     return ExitModel(base, [HALF], router="none")
 
 
-def foretell(model: Any, data: TaskData) -> ExpertTrace:
+def foretell(model: Any, data: TaskData, sources: Sequence[str] = ("fast",)) -> ExpertTrace:
     """The experts of some windows of test text, and what the model's stream foretells of them."""
     x, _ = _windows(data)
-    return trace_experts(model, x[: max(1, TOKENS // LENGTH)], sources=("fast",))
+    return trace_experts(model, x[: max(1, TOKENS // LENGTH)], sources=sources)
 
 
 def hits(model: Any, data: TaskData) -> float:
@@ -455,17 +453,3 @@ def tower(layers: int, residual: bool, vocab: int) -> CausalLM:
     if not residual:
         model.blocks = nn.ModuleList(NoResidual(block) for block in model.blocks)
     return model
-
-
-# The shipped weights at work.
-
-
-def shipped(preset: str) -> Any:
-    """A preset with the weights that ship."""
-    build: dict[str, Callable[[], nn.Module]] = {
-        "m2r2_tiny": m2r2_tiny,
-        "draft_tiny": partial(plain_decoder, dim=64, layers=2),
-    }
-    model = build[preset]()
-    model.load_state_dict({k: v.float() for k, v in load_file(catalog.card("m2r2").shipped_weights(preset)).items()})
-    return model.eval()

@@ -1,16 +1,20 @@
 """Language modelling by a decoder that may leave early: how well its first gate tells what all layers would."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from provenn.papers.m2r2.decoding import Statistics
-from provenn.papers.m2r2.model import ExitModel
+from provenn import catalog
+from provenn.errors import UserError
+from provenn.papers.m2r2.comparison import WAYS, Way, compare_ways
+from provenn.papers.m2r2.decoding import MODES, Statistics
+from provenn.papers.m2r2.model import ExitModel, draft_tiny, m2r2_tiny
 from provenn.tasks.base import Scores, batches, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
 
@@ -66,65 +70,124 @@ class AcceleratedModelling(LanguageModelling):
         gamma: int = 4,
         stop: float | int = 0.3,
         threshold: float | int = 0.9,
+        confidence: str = "router",
+        fill: str = "exact",
         tokens: int = 200,
         temperature: float | int = 0.8,
         top_k: int | None = None,
         top_p: float | int | None = None,
         seed: int = 0,
+        rounds: int = 5,
         tell: Callable[[str], None] | None = None,
     ) -> str:
         """Goes on with each prompt, and says how fast.
 
         Args:
             model, meta, inputs, output, tokens, temperature, top_k, top_p, seed, tell: as of language modelling.
-            mode: full (all layers for every token), exit (a token leaves where the router is sure) or speculative
+            mode: full (all layers for every token), exit (a token leaves where the router is sure), speculative
                 (drafts by the first gate, checked by all layers: what full may write, sooner; with temperature=0 the
-                same text).
-            gamma, stop, threshold: as in `provenn.papers.m2r2.decode`.
+                same text), two-model (drafts by the second model that ships, of bytes) or compare (the text of full,
+                and then all ways in turns).
+            gamma, stop, threshold, confidence, fill: as in `provenn.papers.m2r2.decode`.
+            rounds: of mode=compare, how often each way is timed.
         """
+        if mode not in (*MODES, "compare"):
+            raise UserError(f"mode must be one of {', '.join((*MODES, 'compare'))}, got {mode!r}")
+        if rounds < 1:
+            raise UserError(f"rounds must be at least 1, got {rounds}")
+        assert isinstance(model, ExitModel)
         statistics = Statistics()
-        options = {"mode": mode, "gamma": gamma, "stop": stop, "threshold": threshold, "statistics": statistics}
-        text = super().predict(
-            _Decoding(model, options),
-            meta,
-            inputs,
-            output,
-            tokens=tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            tell=tell,
-        )
-        line = f"\n\n{account(mode, statistics)}"
+        of_ways = {"gamma": gamma, "stop": stop, "threshold": threshold, "confidence": confidence, "fill": fill}
+        draft = _second_model(model, meta) if mode in ("two-model", "compare") else None
+        if mode == "two-model" and draft is None:
+            raise UserError("the second model that ships is of bytes, this one is not: no mode=two-model")
+        if mode == "compare":
+            options: dict[str, Any] = {"mode": "full"}
+        else:
+            options = {"mode": mode, **of_ways, **({"draft": draft} if mode == "two-model" else {})}
+        writer = _Decoding(model, {**options, "statistics": statistics})
+        draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        text = super().predict(writer, meta, inputs, output, tokens=tokens, seed=seed, tell=tell, **draw)
+        depth = model.depth
+        if mode == "compare":
+            try:
+                ways = compare_ways(
+                    model, writer.prompts, tokens, draft=draft, rounds=rounds, seed=seed, draw=draw, **of_ways
+                )
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            lines = describe_ways(ways, drawn=temperature > 0, depth=depth)
+        else:
+            lines = account(mode, statistics, depth)
         if tell is not None:
-            tell(line)
-        return text + line
+            tell(f"\n\n{lines}")
+        return f"{text}\n\n{lines}"
+
+
+def shipped(preset: str) -> Any:
+    """A preset of this paper with the weights that ship."""
+    build: dict[str, Callable[[], nn.Module]] = {"m2r2_tiny": m2r2_tiny, "draft_tiny": draft_tiny}
+    model = build[preset]()
+    model.load_state_dict({k: v.float() for k, v in load_file(catalog.card("m2r2").shipped_weights(preset)).items()})
+    return model.eval()
+
+
+def _second_model(model: ExitModel, meta: dict[str, Any]) -> nn.Module | None:
+    """What drafts in the first gate's place; None where the tokens are others than its bytes."""
+    return shipped("draft_tiny").to(device_of(model)) if meta["tokenizer"] == "bytes" else None
 
 
 class _Decoding(nn.Module):
-    """A model that generates as it was asked to."""
+    """A model that generates as it was asked to, and keeps what it was asked to go on from."""
 
-    def __init__(self, model: Any, options: dict[str, Any]):  # any ExitModel; what else a caller has, is refused below
+    def __init__(self, model: ExitModel, options: dict[str, Any]):
         super().__init__()
         self.model, self.options = model, options
+        self.prompts: list[Tensor] = []
 
     def generate(self, prompt: Tensor, count: int, **draw: Any) -> Iterator[Tensor]:
+        self.prompts.append(prompt)
         return self.model.generate(prompt, count, **self.options, **draw)
 
 
-def account(mode: str, statistics: Statistics) -> str:
-    """How a text came about, in a line."""
-    words = [
-        f"{mode}: {statistics.tokens} tokens in {statistics.seconds:.2f} s, {statistics.tokens_per_second:.0f} a second"
-    ]
+def account(mode: str, statistics: Statistics, depth: int) -> str:
+    """How a text came about, in a line; `depth` is how many layers there are."""
+    speed = f"{statistics.tokens_per_second:.0f} a second"
+    return "; ".join(
+        [f"{mode}: {statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed}", *_counts(statistics, depth)]
+    )
+
+
+def describe_ways(ways: Mapping[str, Way], *, drawn: bool, depth: int) -> str:
+    """A line for each way to generate: its speed beside all layers', what it cost, and whether it wrote the same."""
+    lines = ["tokens a second, in turns:"]
+    for mode, way in ways.items():
+        words = [f"{way.tokens_per_second:.0f}"]
+        if mode != "full":
+            words.append(f"{way.ratio:.2f} times all layers")
+            if drawn:
+                words.append("of another distribution" if mode == "exit" else "drawn from the same distribution")
+            elif way.same == way.statistics.tokens:
+                words.append("the same text")
+            else:
+                words.append(f"as all layers for {way.same} of {way.statistics.tokens} tokens")
+        lines.append(f"  {WAYS[mode]:<21}  {'; '.join([*words, *_counts(way.statistics, depth)])}")
+    return "\n".join(lines)
+
+
+def _counts(statistics: Statistics, depth: int) -> list[str]:
+    words = []
     if statistics.drafted:
         kept = f"{statistics.accept_rate:.0%} of {statistics.drafted} drafted tokens kept"
         words.append(f"{kept}, {statistics.tokens / statistics.rounds:.2f} tokens a check")
     if statistics.depths:
         words.append(f"{statistics.mean_depth:.1f} layers a token")
-    words.append(f"weights of {statistics.passes / max(1, statistics.tokens):.1f} layers read a token")
-    return "; ".join(words)
+    read = statistics.passes / max(1, statistics.tokens)
+    small = statistics.draft_passes / max(1, statistics.tokens)
+    words.append(
+        f"weights of {read:.1f} of {depth} layers read a token" + (f", and of {small:.1f} small ones" if small else "")
+    )
+    return words
 
 
 TASK = AcceleratedModelling()
