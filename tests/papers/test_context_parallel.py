@@ -2,6 +2,7 @@
 
 import itertools
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from provenn.nn.context_parallel import (
     LAYOUTS,
     METHODS,
     Communicator,
+    Inputs,
     Partial,
     Pattern,
     Placement,
+    Rows,
     Simulation,
     Slice,
     Spread,
@@ -199,7 +202,7 @@ def test_merging_forgets_the_order_and_a_constant_and_keeps_nothing_nothing():
     for order in itertools.permutations(parts):
         partial = Partial(q, 3)
         for part in order:
-            attend(q, k, v, [part], 0.5, into=partial)
+            attend(Inputs(q, k, v, 0.5), [part], into=partial)
         results.append(partial)
     for other in results[1:]:
         torch.testing.assert_close(other.output, results[0].output, rtol=1e-13, atol=1e-13)
@@ -207,17 +210,17 @@ def test_merging_forgets_the_order_and_a_constant_and_keeps_nothing_nothing():
     empty = Partial(q, 3)
     empty.join(slice(None), torch.zeros(9, 2, 3).double(), torch.full((9, 2), -torch.inf).double())
     assert (empty.output == 0).all() and (empty.lse == -torch.inf).all()
-    large = attend(q * 1e4, k, v, parts, 1.0)  # scores of tens of thousands
+    large = attend(Inputs(q * 1e4, k, v, 1.0), parts)  # scores of tens of thousands
     assert torch.isfinite(large.output).all() and torch.isfinite(large.lse).all()
 
 
 def test_the_backward_pass_of_slices_is_the_derivative():
     q, k, v, grad = draw(6, 2, 1)
     parts = (Slice(0, 6, 0, 4), Slice(0, 6, 4, 6, "causal"))
-    partial = attend(q.detach(), k.detach(), v.detach(), parts, 0.7)
-    delta = (grad * partial.output).sum(-1)
+    inputs = Inputs(q.detach(), k.detach(), v.detach(), 0.7)
+    partial = attend(inputs, parts)
     grad_q = torch.zeros_like(q)
-    grads = attend_backward(grad, q.detach(), k.detach(), v.detach(), partial.lse, delta, parts, 0.7, grad_q)
+    grads = attend_backward(inputs, Rows(grad, partial.lse, (grad * partial.output).sum(-1)), parts, grad_q)
     output, _ = by_definition(q * 0.7 * 3**0.5, k, v, kept(Pattern(parts, (6,))))
     for ours, theirs in zip((grad_q, *grads), torch.autograd.grad(output, (q, k, v), grad)):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -475,7 +478,8 @@ def test_memory_has_no_square_of_the_length(monkeypatch):
     sizes, peaks = (128, 256, 512), []
     for size in sizes:
         q, k, v, _ = (x.detach() for x in draw(size, 1, 1, dim=8, dtype=torch.float32))
-        peaks.append(peak_activation_bytes(lambda q=q, k=k, v=v, n=size: attend(q, k, v, [Slice(0, n, 0, n)], 1.0)))
+        call = partial(attend, Inputs(q, k, v, 1.0), [Slice(0, size, 0, size)])
+        peaks.append(peak_activation_bytes(call))
     assert growth(sizes, peaks).exponent < 1.2
 
 
