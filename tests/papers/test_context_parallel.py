@@ -1,6 +1,7 @@
 """Context parallelism in threads of one process: equal to one device, counted to the element, evenly loaded."""
 
 import itertools
+import json
 from fractions import Fraction
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plugins import FIXTURES
 from provenn.bench import growth, peak_activation_bytes
 from provenn.errors import UserError
 from provenn.nn.context_parallel import (
@@ -43,6 +45,7 @@ from provenn.papers.long_context_bench.context_parallel import (
 )
 from provenn.papers.long_context_bench.masks import make_mask
 
+PLACED = json.loads((FIXTURES / "long_context_bench_placement.json").read_text())
 DOCUMENTS = (1, 7, 16, 5)  # one token, fewer than 2N, a multiple of 2N
 LENGTH = sum(DOCUMENTS)
 FOUR = {
@@ -253,6 +256,19 @@ def test_what_is_dispatched_comes_back_and_padding_is_counted(documents, ring, u
     for rank in range(ranks):  # every document in the order of the text
         tokens = placement.tokens(rank)
         assert (tokens[tokens >= 0].diff() > 0).all()
+
+
+@pytest.mark.parametrize(
+    "case", PLACED["cases"], ids=lambda case: f"{case['ring']}x{case['ulysses']} {case['documents']}"
+)
+def test_tokens_are_where_the_authors_code_puts_them(case):
+    """Padding, the tokens of every process in their order, and the way back."""
+    documents, ring, ulysses = case["documents"], case["ring"], case["ulysses"]
+    placement = method_called("usp", ulysses=ulysses).place(Pattern.of_documents(documents), ring * ulysses)
+    assert placement.ring_tokens * ring == case["padded"][-1]
+    assert [begin * ring for begin in placement.starts[:-1]] == case["padded"][:-1]
+    assert [placement.tokens(rank).tolist() for rank in range(ring * ulysses)] == case["tokens"]
+    assert placement.places.tolist() == case["undispatch"]
 
 
 def test_padding_is_a_multiple_of_2r_of_every_document_and_of_2ru_of_all():

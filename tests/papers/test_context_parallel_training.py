@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from provenn.errors import RankLost, UserError
+from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.context_parallel import ContextParallel, simulate, switch_on
 from provenn.nn.language import CausalLM, Encoder, spread_over
 from provenn.papers.long_context_bench.context_parallel import launch
@@ -24,6 +26,8 @@ PRELOAD = ("lightning.pytorch", "provenn.training")
 
 
 def build(mixer="softmax", positions="none", layers=2):
+    if positions == "rotary":  # as in the preset attention_small of rat
+        mixer, positions = partial(SoftmaxAttention, heads=4, rotary=True), "none"
     return CausalLM(VOCAB, 16, layers, mixer, positions=positions, max_length=12, hidden=16)
 
 
@@ -35,9 +39,17 @@ def batch(seed: int = 0, count: int = 3):
     return rows[:, :-1], targets
 
 
-@pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal"])
 @pytest.mark.parametrize(
-    ("method", "ranks"), [("ring", 3), ("all_gather", 2), ("ulysses", 4), ("usp", 4), ("loongtrain", 2)]
+    ("method", "ranks", "positions"),
+    [
+        ("ring", 3, "learned"),
+        ("all_gather", 2, "sinusoidal"),
+        ("ulysses", 4, "none"),
+        ("usp", 4, "learned"),
+        ("loongtrain", 2, "none"),
+        ("ring", 2, "rotary"),
+        ("usp", 4, "rotary"),
+    ],
 )
 def test_loss_and_gradients_are_those_of_one_process(method, ranks, positions):
     """Tokens stand where they stood, padding is not counted, the sum over processes is the gradient."""

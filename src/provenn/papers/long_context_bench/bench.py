@@ -232,7 +232,7 @@ def _parallel(
             rounds=1 if facts["budget"] == "smoke" else 3,
         )
         columns, rows = report.table()
-        good = "equal to one process" if report.good else "NOT equal to one process"
+        good = "equal to exact attention" if report.good else "NOT equal to exact attention"
         return {**report.facts(), "columns": list(columns), "table": [list(row) for row in rows], "told": good}
 
     def tables(rows: Sequence[Row]) -> list[Table]:
