@@ -262,13 +262,25 @@ def test_what_is_dispatched_comes_back_and_padding_is_counted(documents, ring, u
     "case", PLACED["cases"], ids=lambda case: f"{case['ring']}x{case['ulysses']} {case['documents']}"
 )
 def test_tokens_are_where_the_authors_code_puts_them(case):
-    """Padding, the tokens of every process in their order, and the way back."""
+    """Padding, the tokens of every process in their order, and the way back.
+
+    Where padding of the whole comes beside that of documents, theirs is of the last document, whose chunks it makes
+    longer; ours is behind it. What comes before is in the same places.
+    """
     documents, ring, ulysses = case["documents"], case["ring"], case["ulysses"]
     placement = method_called("usp", ulysses=ulysses).place(Pattern.of_documents(documents), ring * ulysses)
     assert placement.ring_tokens * ring == case["padded"][-1]
     assert [begin * ring for begin in placement.starts[:-1]] == case["padded"][:-1]
-    assert [placement.tokens(rank).tolist() for rank in range(ring * ulysses)] == case["tokens"]
-    assert placement.places.tolist() == case["undispatch"]
+    extra = placement.ring_tokens > placement.starts[-1]
+    assert extra == (case["ulysses"] > 1), "cases of both kinds"
+    ours, theirs = (
+        [*itertools.chain(*parts)] for parts in (map(placement.tokens, range(ring * ulysses)), case["tokens"])
+    )
+    alike = [place % placement.ring_tokens < placement.starts[-2 if extra else -1] for place in range(len(theirs))]
+    assert len(ours) == len(theirs) and sum(alike) > len(documents)
+    assert all(int(a) == b for a, b, counts in zip(ours, theirs, alike, strict=True) if counts)
+    earlier = sum(documents[: -1 if extra else None])
+    assert placement.places.tolist()[:earlier] == case["undispatch"][:earlier]
 
 
 def test_padding_is_a_multiple_of_2r_of_every_document_and_of_2ru_of_all():
@@ -295,6 +307,18 @@ def test_padding_influences_nothing_and_gets_no_gradient():
         assert not real.all()
         for x, y in zip(ours, theirs):
             assert torch.equal(x, y) and (x[~real] == 0).all()
+
+
+def test_the_gradient_of_the_whole_row_is_that_of_ones_own_part():
+    weights = torch.arange(1.0, LENGTH + 1)
+
+    def run(comm):
+        spread = Spread("ring", comm, FOUR["causal documents"])
+        part = spread.dispatch(torch.zeros(LENGTH)).requires_grad_()
+        (spread.undispatch(part) * weights).sum().backward()
+        return torch.equal(part.grad, spread.dispatch(weights))
+
+    assert all(simulate(3, run))
 
 
 def test_positions_are_those_in_the_document():
@@ -370,6 +394,11 @@ def test_one_process_sends_nothing():
         assert sent(simulation) == [{}], name
 
 
+def test_a_hybrid_divides_heads_in_a_server_as_far_as_it_goes():
+    meshes = {ranks: method_called("usp").mesh(ranks) for ranks in (1, 6, 8, 12, 16)}
+    assert meshes == {1: (1, 1), 6: (3, 2), 8: (1, 8), 12: (3, 4), 16: (2, 8)}
+
+
 def test_windows_are_the_largest_divisor():
     assert [windows_of(ring) for ring in (1, 2, 3, 4, 8, 12, 16, 36)] == [1, 1, 1, 2, 2, 3, 4, 6]
 
@@ -381,6 +410,7 @@ def test_a_double_ring_hands_on_as_often_as_a_ring_and_goes_less_far():
     torch.autograd.grad(simulation.attend(q, k, v), (q, k, v), grad)
     calls = {key: n.calls for key, n in simulation.traffic[3].sent.items() if key[0] != "lse"}
     assert calls == {("forward", "send"): 7, ("backward", "send"): 14}
+    assert all(n.bytes == 8 * n.elements > 0 for n in simulation.traffic[3].sent.values())
 
 
 def test_ulysses_copies_keys_where_there_are_fewer_heads():
@@ -580,6 +610,10 @@ def test_time_of_the_model_is_work_over_rate_where_nothing_is_sent():
         (lambda: method_called("usp", ulysses=3).mesh(4), "ulysses=3 does not divide 4 processes"),
         (lambda: method_called("loongtrain", ulysses=1, windows=3).mesh(4), "windows=3 does not divide a ring of 4"),
         (lambda: Simulation("ulysses", 3, FOUR["full"]).attend(*draw(LENGTH, 4, 4)[:3]), "cannot divide 4 query heads"),
+        (
+            lambda: Simulation("ulysses", 3, FOUR["full"]).attend(*draw(LENGTH, 6, 2)[:3]),
+            "6 query heads and 2 key heads",
+        ),
         (lambda: Simulation("ring", 2, FOUR["full"]).attend(*draw(LENGTH, 4, 3)[:3]), "no multiple of 3 key heads"),
         (lambda: Simulation("ring", 2, FOUR["full"]).attend(*draw(LENGTH + 1, 4, 4)[:3]), "have 29 tokens, got 30"),
         (lambda: Simulation("ring", 0, FOUR["full"]), "at least 1"),
