@@ -35,6 +35,7 @@ from provenn.nn.context_parallel.methods import Ring, windows_of
 from provenn.nn.context_parallel.slices import attend, attend_backward
 from provenn.papers.long_context_bench.context_parallel import (
     Heads,
+    Machine,
     bench,
     cost,
     imbalance,
@@ -43,6 +44,7 @@ from provenn.papers.long_context_bench.context_parallel import (
     volume,
     work,
 )
+from provenn.papers.long_context_bench.context_parallel.bench import Case, exact, perform, row_of
 from provenn.papers.long_context_bench.masks import make_mask
 
 PLACED = json.loads((FIXTURES / "long_context_bench_placement.json").read_text())
@@ -588,8 +590,6 @@ def test_a_plan_names_what_is_quickest_and_what_cannot_run():
 
 
 def test_time_of_the_model_is_work_over_rate_where_nothing_is_sent():
-    from provenn.papers.long_context_bench.context_parallel import Machine
-
     pattern, heads = Pattern.of_documents([1024], False), Heads(8, 8, 64)
     machine = Machine(flops=1e9, bandwidth=1e30, network=1e30, latency=0)
     for name, ranks in (("ring", 1), ("ring", 8), ("ulysses", 8), ("all_gather", 4), ("loongtrain", 8)):
@@ -597,6 +597,39 @@ def test_time_of_the_model_is_work_over_rate_where_nothing_is_sent():
         assert found.forward == pytest.approx(4 * 1024**2 * 8 * 64 / ranks / 1e9)
         assert found.backward == pytest.approx(2.5 * found.forward)
         assert found.rate == pytest.approx(1e-3)
+
+
+def test_time_of_the_model_is_messages_where_they_take_longer():
+    """Ring, double ring, gather and exchange by hand: 1,024 tokens, 8 heads of 64, 2 bytes an element."""
+    machine = Machine(flops=1e12, bandwidth=1e9, network=1e8, server=4, latency=1e-3)
+
+    def forward(name: str, ranks: int, **options) -> float:
+        return cost(name, ranks, Pattern.of_documents([1024], False), Heads(8, 8, 64), machine, **options).forward
+
+    def step(ranks: int) -> float:
+        return (1024 / ranks) ** 2 * 4 * 8 * 64 / 1e12
+
+    def message(ranks: int, bandwidth: float) -> float:
+        return 1024 / ranks * 2 * 8 * 64 * 2 / bandwidth + 1e-3
+
+    assert forward("ring", 4) == pytest.approx(3 * message(4, 1e9) + step(4))
+    assert forward("ring", 8) == pytest.approx(7 * message(8, 1e8) + step(8)), "it leaves the server"
+    assert forward("loongtrain", 8, ulysses=1, windows=1) == pytest.approx(forward("ring", 8))
+    assert forward("loongtrain", 8, ulysses=1, windows=2) == pytest.approx(6 * message(8, 1e8) + 2 * step(8))
+    assert forward("all_gather", 4) == pytest.approx(3 * (message(4, 1e9) - 1e-3) + 1e-3 + 4 * step(4))
+    assert forward("ulysses", 4) == pytest.approx(3 / 4 * 256 * 64 * 2 * 16 * 2 / 1e9 + 1e-3 + step(1) / 4)
+
+
+def test_a_row_tells_the_slowest_process_and_results_that_are_wrong():
+    case = Case("ring", {}, FOUR["causal"], Heads(2, 2, 3), torch.float64)
+    parts = simulate(2, lambda comm: perform(comm, case))
+    parts[1] = parts[1]._replace(forward=70.0, backward=80.0)
+    row = row_of(case, parts, exact(case))
+    assert (row.status, row.forward, row.backward) == ("ok", 70.0, 80.0)
+    assert row.as_formula and row_of(case, [parts[0]._replace(sent={}), parts[1]], exact(case)).as_formula is False
+    parts[1] = parts[1]._replace(results=tuple(x + 1e-3 for x in parts[1].results))
+    row = row_of(case, parts, exact(case))
+    assert row.status == "wrong" and "differs by" in row.why
 
 
 # Bad input, and a method of one's own.

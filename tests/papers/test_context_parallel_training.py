@@ -83,6 +83,16 @@ def test_loss_and_gradients_are_those_of_one_process(method, ranks, positions):
         torch.testing.assert_close(sum(ours), theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_a_sequence_that_is_too_long_is_refused_where_its_parts_would_fit():
+    def run(comm):
+        sharing, model = ContextParallel(comm), build(positions="learned")
+        spread_over(model, sharing)
+        with sharing.sequences(1, 14), pytest.raises(UserError, match="14 tokens, more than max_length=12"):
+            model(sharing.dispatch(torch.zeros(1, 14, dtype=torch.long)))
+
+    simulate(2, run)
+
+
 def test_an_encoder_sees_both_ways():
     torch.manual_seed(0)
     model = Encoder(VOCAB, 16, 1, "softmax", positions="learned", max_length=LENGTH, hidden=16).double().eval()

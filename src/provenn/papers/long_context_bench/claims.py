@@ -373,7 +373,7 @@ class Rounded(Ring):
 
 
 RINGS = (1, 4, 16, 32)  # processes
-PRECISE = {"heads": 4, "width": 64, "tokens": 512, "dtype": "bfloat16"}
+PRECISE: dict[str, Any] = {"heads": 4, "width": 64, "tokens": 512, "dtype": "bfloat16"}
 
 
 def ring_error(method: Method, ranks: int, seed: int) -> list[float]:
