@@ -301,6 +301,8 @@ def test_ranks_compare_the_methods_of_context_parallelism(run, monkeypatch):
     ("options", "words"),
     [
         ("--mask causl", "did you mean causal"),
+        ("--mask ,", "mask takes names such as causal"),
+        ("--length ,", "length tokens such as 2048"),
         ("--length 0", "a mask has a length of at least 1"),
         ("--length 4k:1k", "length takes tokens such as"),
         ("--length many", "length takes tokens such as"),
