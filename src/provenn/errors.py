@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Bad input, said in one line: what came, what was expected, what to do. The command line prints it and exits 2."""
+
+
+class RankLost(UserError):
+    """Another process of a group that works together has ended, or does not answer."""

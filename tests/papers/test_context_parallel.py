@@ -1,22 +1,27 @@
 """Context parallelism in threads of one process: equal to one device, counted to the element, evenly loaded."""
 
 import itertools
+import json
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plugins import FIXTURES
 from provenn.bench import growth, peak_activation_bytes
 from provenn.errors import UserError
 from provenn.nn.context_parallel import (
     LAYOUTS,
     METHODS,
     Communicator,
+    Inputs,
     Partial,
     Pattern,
     Placement,
+    Rows,
     Simulation,
     Slice,
     Spread,
@@ -30,6 +35,7 @@ from provenn.nn.context_parallel.methods import Ring, windows_of
 from provenn.nn.context_parallel.slices import attend, attend_backward
 from provenn.papers.long_context_bench.context_parallel import (
     Heads,
+    Machine,
     bench,
     cost,
     imbalance,
@@ -38,8 +44,10 @@ from provenn.papers.long_context_bench.context_parallel import (
     volume,
     work,
 )
+from provenn.papers.long_context_bench.context_parallel.bench import Case, exact, perform, row_of
 from provenn.papers.long_context_bench.masks import make_mask
 
+PLACED = json.loads((FIXTURES / "long_context_bench_placement.json").read_text())
 DOCUMENTS = (1, 7, 16, 5)  # one token, fewer than 2N, a multiple of 2N
 LENGTH = sum(DOCUMENTS)
 FOUR = {
@@ -199,7 +207,7 @@ def test_merging_forgets_the_order_and_a_constant_and_keeps_nothing_nothing():
     for order in itertools.permutations(parts):
         partial = Partial(q, 3)
         for part in order:
-            attend(q, k, v, [part], 0.5, into=partial)
+            attend(Inputs(q, k, v, 0.5), [part], into=partial)
         results.append(partial)
     for other in results[1:]:
         torch.testing.assert_close(other.output, results[0].output, rtol=1e-13, atol=1e-13)
@@ -207,17 +215,17 @@ def test_merging_forgets_the_order_and_a_constant_and_keeps_nothing_nothing():
     empty = Partial(q, 3)
     empty.join(slice(None), torch.zeros(9, 2, 3).double(), torch.full((9, 2), -torch.inf).double())
     assert (empty.output == 0).all() and (empty.lse == -torch.inf).all()
-    large = attend(q * 1e4, k, v, parts, 1.0)  # scores of tens of thousands
+    large = attend(Inputs(q * 1e4, k, v, 1.0), parts)  # scores of tens of thousands
     assert torch.isfinite(large.output).all() and torch.isfinite(large.lse).all()
 
 
 def test_the_backward_pass_of_slices_is_the_derivative():
     q, k, v, grad = draw(6, 2, 1)
     parts = (Slice(0, 6, 0, 4), Slice(0, 6, 4, 6, "causal"))
-    partial = attend(q.detach(), k.detach(), v.detach(), parts, 0.7)
-    delta = (grad * partial.output).sum(-1)
+    inputs = Inputs(q.detach(), k.detach(), v.detach(), 0.7)
+    partial = attend(inputs, parts)
     grad_q = torch.zeros_like(q)
-    grads = attend_backward(grad, q.detach(), k.detach(), v.detach(), partial.lse, delta, parts, 0.7, grad_q)
+    grads = attend_backward(inputs, Rows(grad, partial.lse, (grad * partial.output).sum(-1)), parts, grad_q)
     output, _ = by_definition(q * 0.7 * 3**0.5, k, v, kept(Pattern(parts, (6,))))
     for ours, theirs in zip((grad_q, *grads), torch.autograd.grad(output, (q, k, v), grad)):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -252,6 +260,31 @@ def test_what_is_dispatched_comes_back_and_padding_is_counted(documents, ring, u
         assert (tokens[tokens >= 0].diff() > 0).all()
 
 
+@pytest.mark.parametrize(
+    "case", PLACED["cases"], ids=lambda case: f"{case['ring']}x{case['ulysses']} {case['documents']}"
+)
+def test_tokens_are_where_the_authors_code_puts_them(case):
+    """Padding, the tokens of every process in their order, and the way back.
+
+    Where padding of the whole comes beside that of documents, theirs is of the last document, whose chunks it makes
+    longer; ours is behind it. What comes before is in the same places.
+    """
+    documents, ring, ulysses = case["documents"], case["ring"], case["ulysses"]
+    placement = method_called("usp", ulysses=ulysses).place(Pattern.of_documents(documents), ring * ulysses)
+    assert placement.ring_tokens * ring == case["padded"][-1]
+    assert [begin * ring for begin in placement.starts[:-1]] == case["padded"][:-1]
+    extra = placement.ring_tokens > placement.starts[-1]
+    assert extra == (case["ulysses"] > 1), "cases of both kinds"
+    ours, theirs = (
+        [*itertools.chain(*parts)] for parts in (map(placement.tokens, range(ring * ulysses)), case["tokens"])
+    )
+    alike = [place % placement.ring_tokens < placement.starts[-2 if extra else -1] for place in range(len(theirs))]
+    assert len(ours) == len(theirs) and sum(alike) > len(documents)
+    assert all(int(a) == b for a, b, counts in zip(ours, theirs, alike, strict=True) if counts)
+    earlier = sum(documents[: -1 if extra else None])
+    assert placement.places.tolist()[:earlier] == case["undispatch"][:earlier]
+
+
 def test_padding_is_a_multiple_of_2r_of_every_document_and_of_2ru_of_all():
     placement = method_called("usp", ulysses=4).place(Pattern.of_documents([3, 9]), 8)
     assert placement.padded == (4, 12) and placement.ring_tokens * placement.ring == 16
@@ -276,6 +309,18 @@ def test_padding_influences_nothing_and_gets_no_gradient():
         assert not real.all()
         for x, y in zip(ours, theirs):
             assert torch.equal(x, y) and (x[~real] == 0).all()
+
+
+def test_the_gradient_of_the_whole_row_is_that_of_ones_own_part():
+    weights = torch.arange(1.0, LENGTH + 1)
+
+    def run(comm):
+        spread = Spread("ring", comm, FOUR["causal documents"])
+        part = spread.dispatch(torch.zeros(LENGTH)).requires_grad_()
+        (spread.undispatch(part) * weights).sum().backward()
+        return torch.equal(part.grad, spread.dispatch(weights))
+
+    assert all(simulate(3, run))
 
 
 def test_positions_are_those_in_the_document():
@@ -351,6 +396,11 @@ def test_one_process_sends_nothing():
         assert sent(simulation) == [{}], name
 
 
+def test_a_hybrid_divides_heads_in_a_server_as_far_as_it_goes():
+    meshes = {ranks: method_called("usp").mesh(ranks) for ranks in (1, 6, 8, 12, 16)}
+    assert meshes == {1: (1, 1), 6: (3, 2), 8: (1, 8), 12: (3, 4), 16: (2, 8)}
+
+
 def test_windows_are_the_largest_divisor():
     assert [windows_of(ring) for ring in (1, 2, 3, 4, 8, 12, 16, 36)] == [1, 1, 1, 2, 2, 3, 4, 6]
 
@@ -362,6 +412,7 @@ def test_a_double_ring_hands_on_as_often_as_a_ring_and_goes_less_far():
     torch.autograd.grad(simulation.attend(q, k, v), (q, k, v), grad)
     calls = {key: n.calls for key, n in simulation.traffic[3].sent.items() if key[0] != "lse"}
     assert calls == {("forward", "send"): 7, ("backward", "send"): 14}
+    assert all(n.bytes == 8 * n.elements > 0 for n in simulation.traffic[3].sent.values())
 
 
 def test_ulysses_copies_keys_where_there_are_fewer_heads():
@@ -475,7 +526,8 @@ def test_memory_has_no_square_of_the_length(monkeypatch):
     sizes, peaks = (128, 256, 512), []
     for size in sizes:
         q, k, v, _ = (x.detach() for x in draw(size, 1, 1, dim=8, dtype=torch.float32))
-        peaks.append(peak_activation_bytes(lambda q=q, k=k, v=v, n=size: attend(q, k, v, [Slice(0, n, 0, n)], 1.0)))
+        call = partial(attend, Inputs(q, k, v, 1.0), [Slice(0, size, 0, size)])
+        peaks.append(peak_activation_bytes(call))
     assert growth(sizes, peaks).exponent < 1.2
 
 
@@ -538,8 +590,6 @@ def test_a_plan_names_what_is_quickest_and_what_cannot_run():
 
 
 def test_time_of_the_model_is_work_over_rate_where_nothing_is_sent():
-    from provenn.papers.long_context_bench.context_parallel import Machine
-
     pattern, heads = Pattern.of_documents([1024], False), Heads(8, 8, 64)
     machine = Machine(flops=1e9, bandwidth=1e30, network=1e30, latency=0)
     for name, ranks in (("ring", 1), ("ring", 8), ("ulysses", 8), ("all_gather", 4), ("loongtrain", 8)):
@@ -547,6 +597,39 @@ def test_time_of_the_model_is_work_over_rate_where_nothing_is_sent():
         assert found.forward == pytest.approx(4 * 1024**2 * 8 * 64 / ranks / 1e9)
         assert found.backward == pytest.approx(2.5 * found.forward)
         assert found.rate == pytest.approx(1e-3)
+
+
+def test_time_of_the_model_is_messages_where_they_take_longer():
+    """Ring, double ring, gather and exchange by hand: 1,024 tokens, 8 heads of 64, 2 bytes an element."""
+    machine = Machine(flops=1e12, bandwidth=1e9, network=1e8, server=4, latency=1e-3)
+
+    def forward(name: str, ranks: int, **options) -> float:
+        return cost(name, ranks, Pattern.of_documents([1024], False), Heads(8, 8, 64), machine, **options).forward
+
+    def step(ranks: int) -> float:
+        return (1024 / ranks) ** 2 * 4 * 8 * 64 / 1e12
+
+    def message(ranks: int, bandwidth: float) -> float:
+        return 1024 / ranks * 2 * 8 * 64 * 2 / bandwidth + 1e-3
+
+    assert forward("ring", 4) == pytest.approx(3 * message(4, 1e9) + step(4))
+    assert forward("ring", 8) == pytest.approx(7 * message(8, 1e8) + step(8)), "it leaves the server"
+    assert forward("loongtrain", 8, ulysses=1, windows=1) == pytest.approx(forward("ring", 8))
+    assert forward("loongtrain", 8, ulysses=1, windows=2) == pytest.approx(6 * message(8, 1e8) + 2 * step(8))
+    assert forward("all_gather", 4) == pytest.approx(3 * (message(4, 1e9) - 1e-3) + 1e-3 + 4 * step(4))
+    assert forward("ulysses", 4) == pytest.approx(3 / 4 * 256 * 64 * 2 * 16 * 2 / 1e9 + 1e-3 + step(1) / 4)
+
+
+def test_a_row_tells_the_slowest_process_and_results_that_are_wrong():
+    case = Case("ring", {}, FOUR["causal"], Heads(2, 2, 3), torch.float64)
+    parts = simulate(2, lambda comm: perform(comm, case))
+    parts[1] = parts[1]._replace(forward=70.0, backward=80.0)
+    row = row_of(case, parts, exact(case))
+    assert (row.status, row.forward, row.backward) == ("ok", 70.0, 80.0)
+    assert row.as_formula and row_of(case, [parts[0]._replace(sent={}), parts[1]], exact(case)).as_formula is False
+    parts[1] = parts[1]._replace(results=tuple(x + 1e-3 for x in parts[1].results))
+    row = row_of(case, parts, exact(case))
+    assert row.status == "wrong" and "differs by" in row.why
 
 
 # Bad input, and a method of one's own.
@@ -560,6 +643,10 @@ def test_time_of_the_model_is_work_over_rate_where_nothing_is_sent():
         (lambda: method_called("usp", ulysses=3).mesh(4), "ulysses=3 does not divide 4 processes"),
         (lambda: method_called("loongtrain", ulysses=1, windows=3).mesh(4), "windows=3 does not divide a ring of 4"),
         (lambda: Simulation("ulysses", 3, FOUR["full"]).attend(*draw(LENGTH, 4, 4)[:3]), "cannot divide 4 query heads"),
+        (
+            lambda: Simulation("ulysses", 3, FOUR["full"]).attend(*draw(LENGTH, 6, 2)[:3]),
+            "6 query heads and 2 key heads",
+        ),
         (lambda: Simulation("ring", 2, FOUR["full"]).attend(*draw(LENGTH, 4, 3)[:3]), "no multiple of 3 key heads"),
         (lambda: Simulation("ring", 2, FOUR["full"]).attend(*draw(LENGTH + 1, 4, 4)[:3]), "have 29 tokens, got 30"),
         (lambda: Simulation("ring", 0, FOUR["full"]), "at least 1"),

@@ -7,8 +7,15 @@ import time
 import pytest
 import torch
 
-from provenn.errors import UserError
-from provenn.nn.context_parallel import Pattern, RankLost, Simulation, Spread, method_called
+from provenn.errors import RankLost, UserError
+from provenn.nn.context_parallel import (
+    Pattern,
+    Simulation,
+    Spread,
+    method_called,
+    rank_lost,
+    speaks_of_lost_rank,
+)
 from provenn.papers.long_context_bench.context_parallel import Heads, bench, launch, pattern_of
 from provenn.papers.long_context_bench.context_parallel.bench import Case, perform_all, row_of
 from provenn.papers.long_context_bench.masks import make_mask
@@ -108,20 +115,40 @@ def test_a_process_that_dies_in_the_middle_ends_all_with_one_line(how, says):
     assert time.monotonic() - start < 120  # far from the minutes for which a message is waited for
 
 
-def lost(comm):
-    """Who is left says in one line that another is lost; who leaves returns."""
+def lost(comm, file):
+    """Who is left writes down what it is told."""
     if comm.rank == 1:
         os._exit(0)
     try:
-        for _ in range(1000):
-            endless(comm, 1, "")
+        endless(comm, 1, "")
     except RankLost as error:
-        return str(error)
+        file.write_text(str(error))
 
 
-def test_who_is_left_says_so():
+def test_who_is_left_says_so(tmp_path):
     with pytest.raises(UserError, match="rank 1 of 2 ended in the middle"):
-        launch(2, lost)
+        launch(2, lost, tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("rank 0 of 2: another process has ended or does not answer (") and "\n" not in said
+    assert said.endswith(")") and "Check the logs" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. Check logs.", True),
+        ("Connection closed by peer [127.0.0.1]:11144. This is typically caused by a remote worker crashing.", True),
+        ("[/x/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation", True),
+        ("[enforce fail at /x/gloo/transport/tcp/pair.cc:10] op.preamble.length <= op.nbytes. 8 vs 4", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_an_error_that_another_process_causes_is_told_from_others(words, lost):
+    assert speaks_of_lost_rank(RuntimeError(words)) is lost
+    assert "\n" not in str(rank_lost(RuntimeError(words), 0, 2)) and ". " not in str(
+        rank_lost(RuntimeError(words), 0, 2)
+    )
+    assert speaks_of_lost_rank(torch.distributed.DistNetworkError("the store is gone"))
 
 
 def explodes(comm):

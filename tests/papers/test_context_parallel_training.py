@@ -1,11 +1,18 @@
 """Language models whose sequences are spread over processes: loss, gradients and training are those of one."""
 
+import os
+import signal
+import time
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from provenn.errors import UserError
+from provenn.errors import RankLost, UserError
+from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.context_parallel import ContextParallel, simulate, switch_on
 from provenn.nn.language import CausalLM, Encoder, spread_over
 from provenn.papers.long_context_bench.context_parallel import launch
@@ -19,6 +26,8 @@ PRELOAD = ("lightning.pytorch", "provenn.training")
 
 
 def build(mixer="softmax", positions="none", layers=2):
+    if positions == "rotary":  # as in the preset attention_small of rat
+        mixer, positions = partial(SoftmaxAttention, heads=4, rotary=True), "none"
     return CausalLM(VOCAB, 16, layers, mixer, positions=positions, max_length=12, hidden=16)
 
 
@@ -30,9 +39,17 @@ def batch(seed: int = 0, count: int = 3):
     return rows[:, :-1], targets
 
 
-@pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal"])
 @pytest.mark.parametrize(
-    ("method", "ranks"), [("ring", 3), ("all_gather", 2), ("ulysses", 4), ("usp", 4), ("loongtrain", 2)]
+    ("method", "ranks", "positions"),
+    [
+        ("ring", 3, "learned"),
+        ("all_gather", 2, "sinusoidal"),
+        ("ulysses", 4, "none"),
+        ("usp", 4, "learned"),
+        ("loongtrain", 2, "none"),
+        ("ring", 2, "rotary"),
+        ("usp", 4, "rotary"),
+    ],
 )
 def test_loss_and_gradients_are_those_of_one_process(method, ranks, positions):
     """Tokens stand where they stood, padding is not counted, the sum over processes is the gradient."""
@@ -64,6 +81,16 @@ def test_loss_and_gradients_are_those_of_one_process(method, ranks, positions):
     torch.testing.assert_close(sum(parts), loss.detach(), rtol=1e-6, atol=1e-6)  # the task takes logits in float32
     for ours, theirs in zip(zip(*grads), expected):
         torch.testing.assert_close(sum(ours), theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_sequence_that_is_too_long_is_refused_where_its_parts_would_fit():
+    def run(comm):
+        sharing, model = ContextParallel(comm), build(positions="learned")
+        spread_over(model, sharing)
+        with sharing.sequences(1, 14), pytest.raises(UserError, match="14 tokens, more than max_length=12"):
+            model(sharing.dispatch(torch.zeros(1, 14, dtype=torch.long)))
+
+    simulate(2, run)
 
 
 def test_an_encoder_sees_both_ways():
@@ -105,14 +132,16 @@ class Told(type(get_task("language-modelling"))):
         return {"bits_per_byte": self.loss(model, tuple(x[None] for x in dataset[0])).item()}
 
 
-def work(comm, devices: int, context_parallel: int, batch_size: int):
-    """A training inside a group that is there already; of all processes the first returns."""
-    import os
-    from dataclasses import replace
-
+def begin_as(comm):
+    """Let Lightning take this process for one of a group that is there already."""
     os.environ |= {"LOCAL_RANK": str(comm.rank), "RANK": str(comm.rank), "WORLD_SIZE": str(comm.size)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(comm.size), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def work(comm, devices: int, context_parallel: int, batch_size: int):
+    """A training inside a group that is there already; of all processes the first returns."""
+    begin_as(comm)
     try:
         result = train(devices, context_parallel, replace(RECIPE, batch_size=batch_size))
     except SystemExit:
@@ -137,6 +166,55 @@ def test_processes_that_share_sequences_train_as_one():
 def test_context_and_data_parallel_train_as_one():
     """Two by two: each pair has half of the batch, and each process half of its sequences."""
     check_trained(launch(4, work, 4, 2, 2, preload=PRELOAD)[0], train(1, 1, RECIPE))
+
+
+class Dying(Told):
+    """One process ends in its third step: before its part of the attention, or after it, where gradients are summed."""
+
+    def __init__(self, rank: int, moment: str, folder):
+        self.rank, self.moment, self.folder, self.steps = rank, moment, folder, 0
+
+    def _end(self, moment: str) -> None:
+        if self.rank == 1 and self.steps == 3 and self.moment == moment:
+            (self.folder / "died").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def loss(self, model, batch, **more):
+        self.steps += model.training
+        self._end("attention")
+        loss = super().loss(model, batch, **more)
+        self._end("sum")
+        return loss
+
+
+def go(comm, folder, moment: str, resume: bool):
+    """A training that keeps a checkpoint of every step; who is left when another dies writes down what it is told."""
+    begin_as(comm)
+    options = {"devices": 2, "context_parallel": 2, "out": folder, "save_every": 1, "resume": resume}
+    try:
+        result = fit(build, Dying(comm.rank, moment, folder), rows_of(20), RECIPE, **options)
+    except SystemExit:
+        return None
+    except RankLost as error:
+        (folder / "said").write_text(str(error))
+        raise
+    return {name: value.clone() for name, value in result.model.state_dict().items()}, result.curve, result.steps
+
+
+@pytest.mark.parametrize("moment", ["attention", "sum"])
+def test_a_process_that_dies_ends_the_training_in_one_line_and_it_goes_on_from_its_checkpoint(tmp_path, moment):
+    with pytest.raises(UserError, match="rank 1 of 2 was killed by signal 9"):
+        launch(2, go, tmp_path, moment, False, preload=PRELOAD)
+    # Far from the half hour for which a sum is waited for, on a busy machine too.
+    assert time.time() - float((tmp_path / "died").read_text()) < 60
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("rank 0 of 2: another process has ended or does not answer (") and "\n" not in said
+    state, curve, steps = launch(2, go, tmp_path, "never", True, preload=PRELOAD)[0]
+    alone = fit(build, Told(), rows_of(20), RECIPE)
+    assert steps == alone.steps == 5
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5)
+    assert curve[0]["train_loss"] == pytest.approx(alone.curve[0]["train_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

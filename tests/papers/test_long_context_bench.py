@@ -1,18 +1,22 @@
 """Long-Context Attention Benchmark: what is counted, how it is timed, and what the command line makes of it."""
 
 import json
+import re
 import sys
 
 import pytest
 import torch
 
 from plugins import FIXTURES
+from provenn import catalog
 from provenn.cli import main
 from provenn.errors import UserError
 from provenn.evidence.measurement import lacks_memory, lacks_operation
+from provenn.nn.context_parallel import simulate
 from provenn.papers.long_context_bench import masks
 from provenn.papers.long_context_bench.bench import _lengths, sweep
 from provenn.papers.long_context_bench.claims import global_slices_of_the_authors
+from provenn.papers.long_context_bench.context_parallel import bench as compare
 from provenn.papers.long_context_bench.kernels import Case, Kernel, kernels
 from provenn.papers.long_context_bench.masks import MASKS
 from provenn.papers.long_context_bench.pictures import shares
@@ -180,6 +184,21 @@ def test_a_picture_has_the_share_of_each_tile():
     assert float(tiles.mean()) == pytest.approx(mask.area / 1000**2)
 
 
+def test_the_table_of_the_readme_is_what_its_command_prints():
+    """All that does not depend on the machine: the mesh, what is sent, whether as the formulas, padding and balance."""
+    readme = (catalog.card("long_context_bench").folder / "README.md").read_text()
+    lines = [
+        line.strip("| ").split(" | ") for line in readme.splitlines() if re.match(r"\| `\w+` \| \w+ \| \d × \d", line)
+    ]
+    printed, errors = [], []
+    for name in ("full", "causal", "full_document", "causal_document"):
+        report = compare(masks.make_mask(name, 512, seed=42), 4, heads=(8, 4), dim=8, seed=42, rounds=1, run=simulate)
+        printed += [[f"`{name}`", *row[:2], *row[3:-1]] for row in report.table()[1]]
+        errors += [row.error for row in report.rows]
+    assert [[*line[:3], *line[4:]] for line in lines] == printed and len(lines) == 20
+    assert min(errors) > 0 and max(errors) < 1e-5, "held against something else than itself"
+
+
 # The command line
 
 
@@ -262,7 +281,6 @@ def test_ranks_compare_the_methods_of_context_parallelism(run, monkeypatch):
     """The same with threads in the place of processes, which tests of their own start."""
     from functools import partial
 
-    from provenn.nn.context_parallel import simulate
     from provenn.papers.long_context_bench import context_parallel
 
     monkeypatch.setattr(context_parallel, "bench", partial(context_parallel.bench, run=simulate))
@@ -283,6 +301,8 @@ def test_ranks_compare_the_methods_of_context_parallelism(run, monkeypatch):
     ("options", "words"),
     [
         ("--mask causl", "did you mean causal"),
+        ("--mask ,", "mask takes names such as causal"),
+        ("--length ,", "length tokens such as 2048"),
         ("--length 0", "a mask has a length of at least 1"),
         ("--length 4k:1k", "length takes tokens such as"),
         ("--length many", "length takes tokens such as"),

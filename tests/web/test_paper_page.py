@@ -15,7 +15,7 @@ from provenn.evidence import view
 from provenn.evidence.measurement import Measurement, Picture
 from provenn.evidence.record import Finding, Record
 from provenn.evidence.verdict import Verdict
-from provenn.web import Settings, create_app, drawing
+from provenn.web import Settings, create_app, drawing, readme
 from provenn.web.catalogue import Catalogue, Entry
 
 
@@ -97,7 +97,8 @@ def test_every_plot_and_picture_of_the_records_is_on_its_page(client):
         measured = [finding.measurement for finding in entry.findings]
         shown = images(client, slug)
         assert sum("/plots/" in image for image in shown) == sum(len(view.plots(m)) for m in measured)
-        assert sum("/pictures/" in image for image in shown) == sum(len(m.pictures) for m in measured)
+        beside = len(readme.pictures(entry.card.folder))
+        assert sum("/pictures/" in image for image in shown) == sum(len(m.pictures) for m in measured) + beside
 
 
 def test_what_a_page_refers_to_is_there(client):
@@ -113,7 +114,7 @@ def test_what_a_page_refers_to_is_there(client):
         "default-src 'none'; style-src 'unsafe-inline'; sandbox"
     ]
     assert client.get(plot, headers={"if-none-match": answer.headers["etag"]}).status_code == 304
-    for image in shown:
+    for image in [*shown, *images(client, "long_context_bench")]:
         if "/pictures/" in image:
             assert client.get(image).content.startswith(b"\x89PNG")
 
@@ -124,6 +125,7 @@ def test_what_a_page_refers_to_is_there(client):
         "eca_net/pictures/paper.toml",
         "eca_net/pictures/..%2Fpaper.toml",
         "eca_net/pictures/after.png",
+        "eca_net/pictures/masks.png",
         "eca_net/pictures/%00",
         "nobody/pictures/gates.png",
         "eca_net/plots/clear_gain/99.svg",

@@ -51,6 +51,22 @@ def test_links_lead_somewhere_or_nowhere():
     assert "g.png" not in html and 'alt="gates"' in html
 
 
+def test_pictures_beside_the_readme_are_shown_and_no_others(tmp_path):
+    folder = tmp_path / "paper"
+    folder.mkdir()
+    header = b"\x89PNG\r\n\x1a\n" + bytes(8) + (640).to_bytes(4, "big") + (480).to_bytes(4, "big")
+    for file in (folder / "masks.png", folder / "unnamed.png", tmp_path / "secret.png"):
+        file.write_bytes(header)
+    (folder / "text.png").write_text("no picture")
+    names = ["masks.png", "text.png", "../secret.png", str(tmp_path / "secret.png"), "missing.png"]
+    (folder / "README.md").write_text("# T\n\n" + " ".join(f'![a <b> "c"]({name})' for name in names))
+    assert list(readme.pictures(folder)) == ["masks.png"]
+    html = readme.of_folder(folder, lambda name: f"/there/{name}?a&b")
+    assert html.count("<img") == 5 and html.count("src=") == 1
+    tag = re.search(r"<img src=[^>]*>", html).group()
+    assert 'src="/there/masks.png?a&amp;b" width="640" height="480" loading="lazy"' in tag and "a &lt;b&gt;" in tag
+
+
 @pytest.mark.parametrize("equation", ["\\frac{a", "\\begin{x} a", "a^{b^", "\\left( a"])
 def test_an_equation_that_cannot_be_read_breaks_nothing(equation):
     html = str(readme.as_html(f"# T\n\nBefore ${equation}$ and\n\n$$ {equation} $$\n\nafter.\n"))

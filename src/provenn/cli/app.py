@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from provenn import catalog
-from provenn.errors import UserError
+from provenn.errors import RankLost, UserError
 from provenn.files import Unwritable
 from provenn.progress import without_controls
 
@@ -119,7 +119,8 @@ def tell(message: str) -> None:
 @contextmanager
 def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
     """Ctrl-C inside says how to go on, where something was kept to go on from, and exits 130; SIGTERM, by which
-    schedulers and `kill` end a process, likewise, and exits 143. So does what is said of a full disk.
+    schedulers and `kill` end a process, likewise, and exits 143. So does what is said of a full disk, and of another
+    process that has ended.
 
     Args:
         kept: is there something to go on from?
@@ -145,6 +146,10 @@ def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
         if not kept():
             raise
         raise UserError(f"{error}; what has ended is kept: make room, then go on with: {command(resume)}") from None
+    except RankLost as error:
+        if not kept():
+            raise
+        raise UserError(f"{error}; what has ended is kept. Go on with: {command(resume)}") from None
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)

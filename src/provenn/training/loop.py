@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from provenn import progress
 from provenn.errors import UserError
 from provenn.nn.auxiliary import collect_auxiliary
-from provenn.nn.context_parallel import METHODS
+from provenn.nn.context_parallel import METHODS, rank_lost, speaks_of_lost_rank
 from provenn.tasks.base import Task, TaskData, count_examples
 from provenn.training.augmentation import augmented, check_recipe, mixed
 from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_writer, clear_best, newest, read
@@ -147,7 +147,7 @@ def fit(
 
     Raises:
         UserError: a loss that is not finite, with the step at which it happened; patience or keep_best without their
-            metric; or what does not go together.
+            metric; another process that has ended; or what does not go together.
     """
     for name, value, least in (("workers", workers, 0), ("keep_best", keep_best, 0), ("save_every", save_every, 1)):
         if value is not None and value < least:
@@ -233,7 +233,7 @@ def fit(
         if going_on is not None:
             _check_fits(going_on, module, devices * num_nodes)
         try:
-            with _plain_interrupt(trainer):
+            with _plain_interrupt(trainer), _lost_ranks_told(trainer):
                 trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
         except Diverged:  # all processes stop at the same step, and the first one says so
             if joined_here:
@@ -376,6 +376,17 @@ def _plain_interrupt(trainer: Any) -> Iterator[None]:
         raise KeyboardInterrupt from None
     if trainer.interrupted:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _lost_ranks_told(trainer: Any) -> Iterator[None]:
+    """An error of torch.distributed that the end of another process causes says so, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if trainer.world_size > 1 and speaks_of_lost_rank(error):
+            raise rank_lost(error, trainer.global_rank, trainer.world_size) from None
+        raise
 
 
 def _logger(name: str, out: Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from fastapi import APIRouter, HTTPException, Request, Response
 
 from provenn.evidence import report, view
+from provenn.web import readme
 from provenn.web.pages import found
 from provenn.web.site import HERE, tagged
 
@@ -39,12 +40,13 @@ def plot(request: Request, name: str, claim: str, number: int) -> Response:
 
 @router.get("/papers/{name}/pictures/{file}")
 def picture(request: Request, name: str, file: str) -> Response:
-    """A picture that some record of the paper names; nothing else is read."""
+    """A picture that some record of the paper or its README names; nothing else is read."""
     entry = found(request, name)
     named = {PurePosixPath(each.file).name: each.file for f in entry.findings for each in f.measurement.pictures}
-    content = report.picture(entry.card.folder, named[file]) if file in named else None
+    beside = readme.pictures(entry.card.folder)
+    content = report.picture(entry.card.folder, named[file]) if file in named else beside.get(file)
     if content is None:
-        raise HTTPException(404, f"No record of {entry.slug} names a picture {file[:100]!r}")
+        raise HTTPException(404, f"Neither a record of {entry.slug} nor its README names a picture {file[:100]!r}")
     return tagged(request, Response(content, media_type="image/png"), PUBLIC)
 
 

@@ -9,7 +9,7 @@ from provenn import catalog
 from provenn.evidence import view
 from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import NO_VERDICT
-from provenn.web import opinions, readme
+from provenn.web import opinions
 from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.listing import HAS, SORTS, Listing
 from provenn.web.models import MOST
@@ -64,7 +64,6 @@ def paper(request: Request, name: str, before: Annotated[int | None, Query(ge=1,
         entry=entry,
         related=site_of(request).catalogue.related(entry),
         most_related=MOST_RELATED,
-        readme=readme.of_folder(entry.card.folder),
         repeat=view.repeat(entry.slug, entry.evidence) if entry.evidence.records else "",
         where=view.where(entry.evidence.occasions),
         counts=counts,

@@ -1,6 +1,8 @@
 """A paper's README as HTML; its equations become MathML, which browsers draw by themselves."""
 
 import re
+import struct
+from collections.abc import Callable, Collection
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from markupsafe import Markup, escape
 from mdit_py_plugins.anchors import anchors_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
+from provenn.evidence import report
+
+BESIDE = re.compile(r"!\[[^\]\n]*\]\(([\w-]+\.png)\)")  # a picture in the README's own folder
 MATHML = {
     "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mover", "munder",
     "munderover", "mfrac", "msqrt", "mroot", "mtable", "mtr", "mtd", "mpadded", "mphantom", "menclose", "mstyle",
@@ -52,17 +57,21 @@ def _equation(content: str, options: dict) -> str:
     return WORD.sub(lambda word: f"<mi>{''.join(UPRIGHT.findall(word[0]))}</mi>", drawn)
 
 
-def _kept(tag: str, attribute: str, value: str) -> str | None:
+def _keep(pictures: Collection[str]) -> Callable[[str, str, str], str | None]:
     """Links and pictures that lead somewhere from the page: not those into a checkout, nor pictures from elsewhere."""
-    if attribute == "href":
-        return value if value.startswith(("https://", "http://", "#")) else None
-    return None if attribute == "src" else value
+
+    def kept(tag: str, attribute: str, value: str) -> str | None:
+        if attribute == "href":
+            return value if value.startswith(("https://", "http://", "#")) else None
+        return value if attribute != "src" or value in pictures else None
+
+    return kept
 
 
-def as_html(text: str) -> Markup:
+def as_html(text: str, pictures: Collection[str] = ()) -> Markup:
     """Markdown as HTML without its title, which the page has already, and with nothing that a stranger could run.
 
-    Links to files beside the README lose their target, and pictures leave their words.
+    Links to files beside the README lose their target, and pictures leave their words, but for `pictures`.
     """
     lines = text.splitlines()
     if lines and lines[0].startswith("# "):
@@ -70,7 +79,7 @@ def as_html(text: str) -> Markup:
     html = _parser().render("\n".join(lines))
     # Wide tables, listings and equations are scrolled by themselves, by keyboard too.
     html = html.replace("<pre>", '<pre tabindex="0">')
-    clean = nh3.clean(html, tags=ALLOWED, attributes=ATTRIBUTES, link_rel="noopener", attribute_filter=_kept)
+    clean = nh3.clean(html, tags=ALLOWED, attributes=ATTRIBUTES, link_rel="noopener", attribute_filter=_keep(pictures))
     clean = re.sub(
         r"<div>(?=\s*<math)", '<div class="equation" tabindex="0" role="group" aria-label="Equation">', clean
     )
@@ -83,7 +92,30 @@ def as_html(text: str) -> Markup:
 
 
 @lru_cache(maxsize=512)
-def of_folder(folder: Path) -> Markup:
-    """The README of a paper's folder; "" where there is none."""
+def pictures(folder: Path) -> dict[str, bytes]:
+    """The PNGs beside a README that it names, and lie there."""
     file = folder / "README.md"
-    return as_html(file.read_text(encoding="utf-8")) if file.is_file() else Markup("")
+    names = BESIDE.findall(file.read_text(encoding="utf-8")) if file.is_file() else []
+    read = {name: report.picture(folder, name) for name in names}
+    return {name: content for name, content in read.items() if content is not None and len(content) >= 24}
+
+
+def of_folder(folder: Path, address: Callable[[str], str] = str) -> Markup:
+    """The README of a paper's folder; "" where there is none.
+
+    Args:
+        folder: of the paper.
+        address: where a picture beside the README is served, by its name.
+    """
+    html = _of_folder(folder)
+    for name, content in pictures(folder).items():
+        width, height = struct.unpack(">II", content[16:24])  # of the header, which comes first in a PNG
+        size = Markup('width="{}" height="{}" loading="lazy"').format(width, height)
+        html = html.replace(Markup('src="{}"').format(name), Markup('src="{}" {}').format(address(name), size))
+    return html
+
+
+@lru_cache(maxsize=512)
+def _of_folder(folder: Path) -> Markup:
+    file = folder / "README.md"
+    return as_html(file.read_text(encoding="utf-8"), pictures(folder)) if file.is_file() else Markup("")

@@ -11,11 +11,12 @@ import jinja2
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2.runtime import Context
+from markupsafe import Markup
 
 from provenn import __version__
 from provenn.evidence import view
-from provenn.web import drawing, opinions, plots, results, words
-from provenn.web.catalogue import Catalogue
+from provenn.web import drawing, opinions, plots, readme, results, words
+from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.database import Database
 from provenn.web.keeping import Keep
 from provenn.web.limits import Limits
@@ -89,6 +90,7 @@ class Site:
             "offers_of": offers_of,
             "asset": jinja2.pass_context(lambda context, name: _link(context, asset(name))),
             "link": jinja2.pass_context(_link),
+            "readme_of": jinja2.pass_context(_readme),
         }
         return environment
 
@@ -117,6 +119,11 @@ def _link(context: Context, address: str) -> str:
     context["site"].linked.add(address)
     here = context["request"].url
     return beside(f"{here.path}?{here.query}" if here.query else here.path, address)
+
+
+def _readme(context: Context, entry: Entry) -> Markup:
+    """A paper's README, with its pictures where this site serves them."""
+    return readme.of_folder(entry.card.folder, lambda name: _link(context, f"/papers/{entry.slug}/pictures/{name}"))
 
 
 @cache

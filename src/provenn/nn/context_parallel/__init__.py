@@ -4,15 +4,16 @@ from provenn.nn.context_parallel.attention import Simulation, Spread
 from provenn.nn.context_parallel.communicator import (
     Communicator,
     ProcessTransport,
-    RankLost,
     Sent,
     ThreadTransport,
     Traffic,
+    rank_lost,
     simulate,
+    speaks_of_lost_rank,
 )
 from provenn.nn.context_parallel.methods import METHODS, Method, method_called, register
 from provenn.nn.context_parallel.placement import LAYOUTS, Pattern, Placement
-from provenn.nn.context_parallel.slices import Partial, Slice, attend, attend_backward
+from provenn.nn.context_parallel.slices import Inputs, Partial, Rows, Slice, attend, attend_backward
 from provenn.nn.context_parallel.switch import ContextParallel, switch_on, why_not
 
 __all__ = [
@@ -20,12 +21,13 @@ __all__ = [
     "METHODS",
     "Communicator",
     "ContextParallel",
+    "Inputs",
     "Method",
     "Partial",
     "Pattern",
     "Placement",
     "ProcessTransport",
-    "RankLost",
+    "Rows",
     "Sent",
     "Simulation",
     "Slice",
@@ -35,8 +37,10 @@ __all__ = [
     "attend",
     "attend_backward",
     "method_called",
+    "rank_lost",
     "register",
     "simulate",
+    "speaks_of_lost_rank",
     "switch_on",
     "why_not",
 ]

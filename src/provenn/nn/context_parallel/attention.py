@@ -12,7 +12,7 @@ from provenn.errors import UserError
 from provenn.nn.context_parallel.communicator import Communicator, Traffic, simulate
 from provenn.nn.context_parallel.methods import Method, method_called
 from provenn.nn.context_parallel.placement import Pattern, Placement
-from provenn.nn.context_parallel.slices import Slice
+from provenn.nn.context_parallel.slices import Inputs, Slice
 from provenn.ops.autograd import backward_without_autocast, is_differentiated, is_transformed, without_autocast
 
 TWICE = "context-parallel attention has no second derivatives: differentiate it once, without create_graph"
@@ -186,10 +186,10 @@ class Spread:
             return output
         return output, lse.unflatten(0, leading) if self.batch is not None else lse
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor, Any]:
+    def run(self, inputs: Inputs, return_lse: bool) -> tuple[Tensor, Tensor, Any]:
         """One forward pass, without autograd: output, log-sum-exp (empty unless asked for), what `run_back` needs."""
-        with torch.no_grad(), without_autocast(q), self.comm.traffic.during("forward"):
-            output, lse, saved = self.method.attend(self, q, k, v, scale)
+        with torch.no_grad(), without_autocast(inputs.q), self.comm.traffic.during("forward"):
+            output, lse, saved = self.method.attend(self, inputs)
             if not return_lse:
                 return output, lse.new_empty(0), saved
             with self.comm.traffic.during("lse"):
@@ -212,7 +212,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spread: Spread, scale: float, return_lse: bool):
-        output, lse, saved = spread.run(q, k, v, scale, return_lse)
+        output, lse, saved = spread.run(Inputs(q, k, v, scale), return_lse)
         ctx.save_for_backward(*saved)
         ctx.spread, ctx.scale = spread, scale
         ctx.mark_non_differentiable(lse)
@@ -299,11 +299,10 @@ class _Simulated(torch.autograd.Function):
                 simulation.method, comm, simulation.pattern, rows=simulation.rows, placement=simulation.placement
             )
             q, k, v = parts[comm.rank :: ranks]
-            return spread.placement, spread.run(q, k, v, scale, True)
+            return spread.run(Inputs(q, k, v, scale), True)
 
-        results = simulate(ranks, run)
+        outputs, lses, saved = zip(*simulate(ranks, run))
         ctx.simulation, ctx.scale = simulation, scale
-        outputs, lses, saved = zip(*(result for _, result in results))
         ctx.counts = [len(each) for each in saved]
         ctx.save_for_backward(*[tensor for each in saved for tensor in each])
         ctx.mark_non_differentiable(*lses)

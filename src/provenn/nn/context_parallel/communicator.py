@@ -15,14 +15,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.errors import RankLost, UserError
 
 PATIENCE = 120.0  # seconds that a thread waits for another's message
 Message = tuple[int, Tensor]  # another's rank, and what it is sent or where to write what it sends
 
 
-class RankLost(UserError):
-    """Another process of the group has ended, or does not answer."""
+def speaks_of_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed says that another process has ended, or does not answer."""
+    words = str(error).lower()
+    gone = any(word in words for word in ("connection", "broken pipe", "timed out"))
+    return isinstance(error, dist.DistError) or (gone and ("gloo" in words or "peer" in words))
+
+
+def rank_lost(error: RuntimeError, rank: int, size: int) -> RankLost:
+    """That error in one line of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # gloo's message begins with a place in its source, and ends with advice to whoever maintains it.
+    reason = lines[0].split("] ", 1)[-1].split(". ")[0][:160]
+    return RankLost(f"rank {rank} of {size}: another process has ended or does not answer ({reason})")
 
 
 class Sent(NamedTuple):
@@ -104,11 +115,8 @@ class ProcessTransport(Transport):
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
-    def _lost(self, error: Exception) -> RankLost:
-        said = str(error).strip()
-        # gloo's message begins with a place in its source.
-        reason = said.splitlines()[0].split("] ", 1)[-1][:160] if said else type(error).__name__
-        return RankLost(f"rank {self.rank} of {self.size}: another process has ended or does not answer ({reason})")
+    def _lost(self, error: RuntimeError) -> RankLost:
+        return rank_lost(error, self.rank, self.size)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> Callable[[], None]:
         # As bytes: backends differ in the types that they take.

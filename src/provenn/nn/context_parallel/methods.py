@@ -15,7 +15,7 @@ from torch import Tensor
 from provenn.errors import UserError
 from provenn.nn.context_parallel.communicator import Communicator
 from provenn.nn.context_parallel.placement import Contiguous, Layout, Pattern, Placement, Zigzag
-from provenn.nn.context_parallel.slices import Partial, attend, attend_backward
+from provenn.nn.context_parallel.slices import Inputs, Partial, Rows, attend, attend_backward
 
 if TYPE_CHECKING:
     from provenn.nn.context_parallel.attention import Spread
@@ -74,10 +74,10 @@ class Method(ABC):
                 f"for this one take {', '.join(name for name, other in METHODS.items() if other.any_mask)}"
             )
 
-    def attend(self, spread: "Spread", q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def attend(self, spread: "Spread", inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The output for this process's tokens, the log-sum-exp where it was computed, and what `attend_back` needs."""
-        q, k, v = (spread.gather_tokens(x) for x in (q, k, v))
-        output, lse = self.forward(spread, q, k, v, scale)
+        q, k, v = (spread.gather_tokens(x) for x in inputs[:3])
+        output, lse = self.forward(spread, Inputs(q, k, v, inputs.scale))
         output = output.to(q.dtype)
         return spread.gather_heads(output), lse, (q, k, v, output, lse)
 
@@ -89,33 +89,17 @@ class Method(ABC):
         grad = spread.gather_tokens(grad.to(q.dtype))
         delta = (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1)
         # A row that sees nothing has ℓ = −∞ and is in no slice.
-        grads = self.backward(spread, q, k, v, grad, lse, delta, scale)
+        grads = self.backward(spread, Inputs(q, k, v, scale), Rows(grad, lse, delta))
         grad_q, grad_k, grad_v = (spread.gather_heads(x.to(q.dtype)) for x in grads)
         return grad_q, grad_k, grad_v
 
     @abstractmethod
-    def forward(self, spread: "Spread", q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, spread: "Spread", inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, in float32 at least, of the queries that this process of the ring holds."""
 
     @abstractmethod
-    def backward(
-        self,
-        spread: "Spread",
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grad: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients, in float32 at least, of the queries, keys and values that this process of the ring holds.
-
-        Args:
-            grad: dO, of the output.
-            lse: of all scores of a row.
-            delta: D = Σ_d dO ∘ O.
-        """
+    def backward(self, spread: "Spread", inputs: Inputs, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients, in float32 at least, of the queries, keys and values that this process of the ring holds."""
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -152,9 +136,16 @@ def pack(k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([k, v], dim=-1)
 
 
-def unpack(kv: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of one message; keys are as wide as `like`."""
-    return kv[..., : like.shape[-1]], kv[..., like.shape[-1] :]
+def unpack(kv: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Keys and values of one message, or their gradients; keys are as wide as queries."""
+    width = inputs.q.shape[-1]
+    return kv[..., :width], kv[..., width:]
+
+
+def with_keys(inputs: Inputs, kv: Tensor) -> Inputs:
+    """One's own queries with the keys and values of a message."""
+    k, v = unpack(kv, inputs)
+    return inputs._replace(k=k, v=v)
 
 
 def go_round(ring: Communicator, kv: Tensor, visit: Visit) -> None:
@@ -215,40 +206,27 @@ class Ring(Method):
         """The gradient of one's own keys and values, of all visits to them."""
         return go_back(spread.ring, own, visit)
 
-    def forward(self, spread: "Spread", q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        total = Partial(q, v.shape[-1])
+    def forward(self, spread: "Spread", inputs: Inputs) -> tuple[Tensor, Tensor]:
+        total = Partial(inputs.q, inputs.v.shape[-1])
         kept: list[Partial] = []
 
         def visit(source: int, kv: Tensor) -> None:
-            slices = spread.pair(source)
+            partial = attend(with_keys(inputs, kv), spread.pair(source), None if self.keep_partials else total)
             if self.keep_partials:
-                kept.append(attend(q, *unpack(kv, q), slices, scale))
-            else:
-                attend(q, *unpack(kv, q), slices, scale, into=total)
+                kept.append(partial)
 
-        self.go_round(spread, pack(k, v), visit)
+        self.go_round(spread, pack(inputs.k, inputs.v), visit)
         for partial in kept:
             total.join(slice(None), partial.output, partial.lse)
         return total.output, total.lse
 
-    def backward(
-        self,
-        spread: "Spread",
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grad: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_q = torch.zeros_like(q, dtype=lse.dtype)
+    def backward(self, spread: "Spread", inputs: Inputs, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        grad_q = torch.zeros_like(inputs.q, dtype=rows.lse.dtype)
 
         def visit(source: int, kv: Tensor) -> Tensor:
-            parts = attend_backward(grad, q, *unpack(kv, q), lse, delta, spread.pair(source), scale, grad_q)
-            return pack(*parts)
+            return pack(*attend_backward(with_keys(inputs, kv), rows, spread.pair(source), grad_q))
 
-        return grad_q, *unpack(self.go_back(spread, pack(k, v), visit), q)
+        return grad_q, *unpack(self.go_back(spread, pack(inputs.k, inputs.v), visit), inputs)
 
 
 @register
@@ -261,32 +239,22 @@ class AllGather(Method):
     name = "all_gather"
     any_mask = True
 
-    def forward(self, spread: "Spread", q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        partial = attend(q, *self._everything(spread, k, v), spread.seen, scale)
+    def forward(self, spread: "Spread", inputs: Inputs) -> tuple[Tensor, Tensor]:
+        partial = attend(self._everything(spread, inputs), spread.seen)
         return partial.output, partial.lse
 
-    def _everything(self, spread: "Spread", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens in the order of the row, without padding."""
-        return unpack(spread.ring.all_gather(pack(k, v)).flatten(0, 1)[spread.row_places(k.device)], k)
+    def _everything(self, spread: "Spread", inputs: Inputs) -> Inputs:
+        """One's own queries with keys and values of all tokens, in the order of the row and without padding."""
+        gathered = spread.ring.all_gather(pack(inputs.k, inputs.v)).flatten(0, 1)
+        return with_keys(inputs, gathered[spread.row_places(gathered.device)])
 
-    def backward(
-        self,
-        spread: "Spread",
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grad: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_q = torch.zeros_like(q, dtype=lse.dtype)
-        everything = self._everything(spread, k, v)
-        parts = pack(*attend_backward(grad, q, *everything, lse, delta, spread.seen, scale, grad_q))
+    def backward(self, spread: "Spread", inputs: Inputs, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        grad_q = torch.zeros_like(inputs.q, dtype=rows.lse.dtype)
+        parts = pack(*attend_backward(self._everything(spread, inputs), rows, spread.seen, grad_q))
         ring = spread.ring.size
-        to_all = parts.new_zeros(ring * len(k), *parts.shape[1:])
-        to_all[spread.row_places(k.device)] = parts
-        return grad_q, *unpack(spread.ring.reduce_scatter(to_all.unflatten(0, (ring, -1))), q)
+        to_all = parts.new_zeros(ring * len(inputs.k), *parts.shape[1:])
+        to_all[spread.row_places(parts.device)] = parts
+        return grad_q, *unpack(spread.ring.reduce_scatter(to_all.unflatten(0, (ring, -1))), inputs)
 
 
 @register

@@ -123,6 +123,29 @@ def _places(starts: tuple[int, ...], size: int, device: torch.device) -> slice |
     return (torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device)).flatten()
 
 
+class Inputs(NamedTuple):
+    """What attention is computed of; heads of queries may be a multiple of those of keys: neighbours share one."""
+
+    q: Float[Tensor, "queries heads dim"]
+    k: Float[Tensor, "keys kv_heads dim"]
+    v: Float[Tensor, "keys kv_heads width"]
+    scale: float  # of the scores
+
+
+class Rows(NamedTuple):
+    """What the gradient of each row of scores needs, of the softmax over all that the row sees.
+
+    Args:
+        grad: dO, of the output.
+        lse: ℓ, the log of the sum of exponentials.
+        delta: D = Σ_d dO ∘ O.
+    """
+
+    grad: Float[Tensor, "queries heads width"]
+    lse: Float[Tensor, "queries heads"]
+    delta: Float[Tensor, "queries heads"]
+
+
 class Partial:
     """Softmax attention to the keys that were seen so far, to be joined with more: in float32 at least.
 
@@ -144,28 +167,20 @@ class Partial:
         self.lse[places] = after
 
 
-def attend(
-    q: Float[Tensor, "queries heads dim"],
-    k: Float[Tensor, "keys kv_heads dim"],
-    v: Float[Tensor, "keys kv_heads width"],
-    slices: Sequence[Slice],
-    scale: float,
-    into: Partial | None = None,
-) -> Partial:
+def attend(inputs: Inputs, slices: Sequence[Slice], into: Partial | None = None) -> Partial:
     """softmax over the kept scores of q·k · scale, times v, with the log of the sum of exponentials of each row.
 
     Args:
-        q, k, v: heads of queries may be a multiple of those of keys: neighbours share one.
         slices: what is kept; no two overlap.
-        scale: of the scores.
         into: attention to other keys, which this is joined with in place.
     """
+    q, k, v, scale = inputs
     partial = Partial(q, v.shape[-1]) if into is None else into
     heads, kv_heads = q.shape[1], k.shape[1]
     for tile in tiles(tuple(slices), MOST_SCORES // heads):
         count = len(tile.q_starts)
-        rows, columns = _places(tile.q_starts, tile.rows, q.device), _places(tile.k_starts, tile.columns, k.device)
-        queries = at_least_single(q[rows]).unflatten(1, (kv_heads, -1)).unflatten(0, (count, -1))
+        here, columns = _places(tile.q_starts, tile.rows, q.device), _places(tile.k_starts, tile.columns, k.device)
+        queries = at_least_single(q[here]).unflatten(1, (kv_heads, -1)).unflatten(0, (count, -1))
         keys, values = (at_least_single(x[columns]).unflatten(0, (count, -1)) for x in (k, v))
         scores = torch.einsum("nahgd,nbhd->nhgab", queries * scale, keys)
         hidden = _hidden(tile, q.device)
@@ -173,43 +188,35 @@ def attend(
             scores = scores.masked_fill_(hidden, -torch.inf)
         lse = scores.logsumexp(-1)  # every row of a tile sees a key
         output = torch.einsum("nhgab,nbhd->nahgd", scores.sub_(lse.unsqueeze(-1)).exp_(), values)
-        partial.join(rows, output.flatten(0, 1).flatten(1, 2), lse.permute(0, 3, 1, 2).flatten(0, 1).flatten(1))
+        partial.join(here, output.flatten(0, 1).flatten(1, 2), lse.permute(0, 3, 1, 2).flatten(0, 1).flatten(1))
     return partial
 
 
 def attend_backward(
-    grad: Float[Tensor, "queries heads width"],
-    q: Float[Tensor, "queries heads dim"],
-    k: Float[Tensor, "keys kv_heads dim"],
-    v: Float[Tensor, "keys kv_heads width"],
-    lse: Float[Tensor, "queries heads"],
-    delta: Float[Tensor, "queries heads"],
-    slices: Sequence[Slice],
-    scale: float,
-    grad_q: Float[Tensor, "queries heads dim"],
+    inputs: Inputs, rows: Rows, slices: Sequence[Slice], grad_q: Float[Tensor, "queries heads dim"]
 ) -> tuple[Float[Tensor, "keys kv_heads dim"], Float[Tensor, "keys kv_heads width"]]:
     """What these slices add to the gradients: of the queries in place, of keys and values as a result.
 
     P = exp(q·k · scale − ℓ), dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − D) · scale, dQ += dS K, dK = dSᵀ Q.
 
     Args:
-        grad: dO, of the output over all slices.
-        lse: ℓ, over all slices.
-        delta: D = Σ_d dO ∘ O.
+        rows: over all slices, of which these may be some.
         grad_q: dQ, in float32 at least.
     """
+    q, k, v, scale = inputs
+    grad, lse, delta = rows
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=grad_q.dtype) for x in (k, v))
     heads, kv_heads = q.shape[1], k.shape[1]
     for tile in tiles(tuple(slices), MOST_SCORES // heads):
         count = len(tile.q_starts)
-        rows, columns = _places(tile.q_starts, tile.rows, q.device), _places(tile.k_starts, tile.columns, k.device)
+        here, columns = _places(tile.q_starts, tile.rows, q.device), _places(tile.k_starts, tile.columns, k.device)
         queries, grads = (
-            at_least_single(x[rows]).unflatten(1, (kv_heads, -1)).unflatten(0, (count, -1)) for x in (q, grad)
+            at_least_single(x[here]).unflatten(1, (kv_heads, -1)).unflatten(0, (count, -1)) for x in (q, grad)
         )
         keys, values = (at_least_single(x[columns]).unflatten(0, (count, -1)) for x in (k, v))
         # (count, kv_heads, group, rows, 1)
         row_lse, row_delta = (
-            x[rows].unflatten(1, (kv_heads, -1)).unflatten(0, (count, -1)).permute(0, 2, 3, 1).unsqueeze(-1)
+            x[here].unflatten(1, (kv_heads, -1)).unflatten(0, (count, -1)).permute(0, 2, 3, 1).unsqueeze(-1)
             for x in (lse, delta)
         )
         weights = torch.einsum("nahgd,nbhd->nhgab", queries * scale, keys).sub_(row_lse).exp_()
@@ -220,7 +227,7 @@ def attend_backward(
         slope = torch.einsum("nahgd,nbhd->nhgab", grads, values).sub_(row_delta).mul_(weights).mul_(scale)
         part_q = torch.einsum("nhgab,nbhd->nahgd", slope, keys).flatten(0, 1).flatten(1, 2)
         part_k = torch.einsum("nhgab,nahgd->nbhd", slope, queries)
-        _add(grad_q, rows, part_q)
+        _add(grad_q, here, part_q)
         _add(grad_k, columns, part_k.flatten(0, 1))
         _add(grad_v, columns, part_v.flatten(0, 1))
     return grad_k, grad_v

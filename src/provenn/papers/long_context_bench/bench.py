@@ -79,6 +79,8 @@ def sweep(
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     directions = cast("list[Direction]", _names("direction", direction, get_args(Direction)))
     names = list(MASKS) if mask == "all" else [name.replace("-", "_") for name in _split(mask)]
+    if not names or not _split(length):
+        raise UserError(f"mask takes names such as causal, and length tokens such as 2048, got {mask!r} and {length!r}")
     query_heads, key_heads = _heads(heads)
     factors = {"window": window, "prefix": prefix, "block": block}
     listed = lengths_of.read_lengths(documents) if documents is not None else None
@@ -232,7 +234,7 @@ def _parallel(
             rounds=1 if facts["budget"] == "smoke" else 3,
         )
         columns, rows = report.table()
-        good = "equal to one process" if report.good else "NOT equal to one process"
+        good = "equal to exact attention" if report.good else "NOT equal to exact attention"
         return {**report.facts(), "columns": list(columns), "table": [list(row) for row in rows], "told": good}
 
     def tables(rows: Sequence[Row]) -> list[Table]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from provenn.bench import interleaved
 from provenn.evidence import Measurement, Race, Run, Table, measures
-from provenn.nn.context_parallel import simulate
+from provenn.nn.context_parallel import Inputs, Method, Partial, Pattern, Simulation, Spread, attend, simulate
+from provenn.nn.context_parallel.methods import Ring, pack, with_keys
 from provenn.papers.long_context_bench import masks
 from provenn.papers.long_context_bench.context_parallel import (
     METHODS,
@@ -26,6 +27,8 @@ from provenn.papers.long_context_bench.context_parallel import (
     plan,
     volume,
 )
+from provenn.papers.long_context_bench.context_parallel.bench import Case as BenchCase
+from provenn.papers.long_context_bench.context_parallel.bench import draw
 from provenn.papers.long_context_bench.kernels import Case, Kernel, kernels, reference
 from provenn.papers.long_context_bench.kernels.blockwise import Blockwise
 from provenn.papers.long_context_bench.kernels.documents import Documents
@@ -319,22 +322,20 @@ def compared(name: str, ranks: int, *, real: bool = False) -> Report:
 
 
 def _errors(reports: dict[str, Report], **setting: Any) -> Measurement:
+    ran = [(label, row) for label, report in reports.items() for row in report.rows if row.status != "unsupported"]
     rows: list[list[str | float | int | None]] = [
-        [label, row.method, row.error, sum((row.sent or {}).values()), row.as_formula and "yes"]
-        for label, report in reports.items()
-        for row in report.rows
-        if row.status != "unsupported"
+        [label, row.method, f"{row.ring} × {row.ulysses}", row.error] for label, row in ran
     ]
-    columns = ["mask and processes", "method", "largest error", "elements that a process sends", "as the formula"]
+    columns = ["mask and processes", "method", "R × U", "largest error"]
     table = Table(caption="Context parallelism against one process, output and gradients", columns=columns, rows=rows)
-    worst = max(float(row[2] or 0) for row in rows)
+    worst = max(row.error for _, row in ran)
     setting = {"heads": "8:4", "width": 8, "documents": list(RAGGED), "seed": SEED, **setting}
     return Measurement.exact(worst, unit="of the largest value", setting=setting, tables=[table])
 
 
 @measures("processes_agree")
 def processes_agree(run: Run) -> Measurement:
-    """Five methods over gloo, in float32."""
+    """Five methods over gloo in float32, against blockwise attention in float64."""
     cases = (("causal", 2), ("causal_document", 4))
     return _errors({f"{name}, {n}": compared(name, n, real=True) for name, n in cases}, dtype="float32")
 
@@ -342,9 +343,77 @@ def processes_agree(run: Run) -> Measurement:
 @measures("volumes_counted")
 def volumes_counted(run: Run) -> Measurement:
     """Elements in the collectives, forward and backward, operator by operator, against the formulas."""
-    rows = [row for name in PARALLEL_MASKS for row in compared(name, 4).rows if row.status != "unsupported"]
-    equal = sum(row.as_formula is True for row in rows)
-    return Measurement.exact(equal / len(rows), unit=f"of {len(rows)} cases", setting={"processes": 4})
+    ran = [(name, row) for name in PARALLEL_MASKS for row in compared(name, 4).rows if row.status != "unsupported"]
+    rows: list[list[str | float | int | None]] = [
+        [name, row.method, f"{row.ring} × {row.ulysses}", row.elements("forward"), row.elements("backward"),
+         "yes" if row.as_formula else "no"]
+        for name, row in ran
+    ]  # fmt: skip
+    columns = ["mask", "method", "R × U", "forward", "backward", "as the formulas"]
+    table = Table(caption="Elements that a process of four sends, heads 8:4 of width 8", columns=columns, rows=rows)
+    equal = sum(row.as_formula is True for _, row in ran)
+    setting = {"processes": 4, "heads": "8:4", "width": 8, "tokens": sum(RAGGED), "documents": list(RAGGED)}
+    return Measurement.exact(equal / len(ran), unit=f"of {len(ran)} cases", setting=setting, tables=[table])
+
+
+class Rounded(Ring):
+    """A ring whose running output is kept in the precision of its inputs."""
+
+    name = "rounded"
+
+    def forward(self, spread: Spread, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        total = Partial(inputs.q, inputs.v.shape[-1])
+
+        def visit(source: int, kv: Tensor) -> None:
+            attend(with_keys(inputs, kv), spread.pair(source), total)
+            total.output.copy_(total.output.to(inputs.q.dtype))
+
+        self.go_round(spread, pack(inputs.k, inputs.v), visit)
+        return total.output, total.lse
+
+
+RINGS = (1, 4, 16, 32)  # processes
+PRECISE: dict[str, Any] = {"heads": 4, "width": 64, "tokens": 512, "dtype": "bfloat16"}
+
+
+def ring_error(method: Method, ranks: int, seed: int) -> list[float]:
+    """‖ours − exact‖ / ‖exact‖ of the output and of each gradient, exact being one process in float64."""
+    pattern = Pattern.of_documents([PRECISE["tokens"]])
+    case = BenchCase(method.name, {}, pattern, Heads(4, 4, PRECISE["width"]), torch.bfloat16, seed)
+    drawn = draw(case)
+
+    def both(method: Method, ranks: int, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v, grad = (x.to(dtype) for x in drawn)
+        for x in (q, k, v):
+            x.requires_grad_()
+        output = Simulation(method, ranks, pattern).attend(q, k, v)
+        return [output, *torch.autograd.grad(output, (q, k, v), grad)]
+
+    ours, exact = both(method, ranks, torch.bfloat16), both(Ring(), 1, torch.float64)
+    return [float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(ours, exact, strict=True)]
+
+
+@measures("ring_precision")
+def ring_precision(run: Run) -> Measurement:
+    """The output's error of a ring of 32 that keeps its running output in bfloat16, over that of one that does not."""
+    rings = RINGS[:2] if run.smoke else RINGS
+    errors = {
+        method.name: [
+            run.trials(f"error of {method.name}", partial(ring_error, method, ranks), ranks=ranks, **PRECISE)
+            for ranks in rings
+        ]
+        for method in (Ring(), Rounded())
+    }
+    rows: list[list[str | float | int | None]] = [
+        [name, ranks, *(sum(column) / len(column) for column in zip(*seeds, strict=True))]
+        for name, of_ranks in errors.items()
+        for ranks, seeds in zip(rings, of_ranks, strict=True)
+    ]
+    columns = ["ring", "processes", "output", "gradient of queries", "of keys", "of values"]
+    table = Table(caption="Errors in bfloat16 over the norm, mean of the seeds", columns=columns, rows=rows)
+    sides = [[errors_of_seed[0] for errors_of_seed in errors[name][-1]] for name in ("rounded", "ring")]
+    setting = {**PRECISE, "processes": rings[-1]}
+    return Measurement.ratio(*sides, seeds=run.seeds, unit="times the error", setting=setting, tables=[table])
 
 
 def _sends(run: Run, method: str) -> Measurement:

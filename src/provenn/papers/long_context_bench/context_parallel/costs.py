@@ -229,7 +229,7 @@ def cost(
             seconds += _double(compute, moved, ring, method.windows or windows_of(ring), machine)
         else:
             message = moved / max(1, ring - 1) + (machine.latency if ring > 1 else 0)
-            seconds += float(np.maximum(compute, message).sum())
+            seconds += float(np.maximum(compute[:-1], message).sum() + compute[-1])  # the last step sends nothing
         times.append(float(seconds))
     rate = area * 4 * heads.dim * heads.queries / ranks / times[0] / 1e12
     share = table.sum(1) * heads.queries / ulysses

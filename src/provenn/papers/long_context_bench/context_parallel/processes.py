@@ -15,8 +15,8 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from provenn.errors import UserError
-from provenn.nn.context_parallel import Communicator, ProcessTransport, RankLost
+from provenn.errors import RankLost, UserError
+from provenn.nn.context_parallel import Communicator, ProcessTransport, rank_lost, speaks_of_lost_rank
 
 ANSWER = 300.0  # seconds that a process waits for another that lives and says nothing
 LEAVE = 5.0  # seconds that the others have to end by themselves once one has died
@@ -138,8 +138,7 @@ def _work(rank: int, ranks: int, port: int, content: bytes, threads: int, patien
     except UserError as error:
         answer = False, error
     except RuntimeError as error:
-        lost = "onnection" in str(error) or "timed out" in str(error).lower()
-        answer = False, RankLost(f"rank {rank} of {ranks}: another process has ended") if lost else _portable(error)
+        answer = False, rank_lost(error, rank, ranks) if speaks_of_lost_rank(error) else _portable(error)
     except Exception as error:
         answer = False, _portable(error)
     writer.send_bytes(cloudpickle.dumps(answer))
