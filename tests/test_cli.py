@@ -969,6 +969,7 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
     found = json.loads(run("doctor --json")[1])
     assert found["versions"]["torch"] == torch.__version__ and found["extras"]["transformers"] == ""
     assert found["peers"]["a-peer"] == "missing: pip install a-peer (for tiny_gate)" and found["peers"]["torch"] == ""
+    assert "pre-trained first" in found["data"]["layer-stacks"]["about"]  # what takes a minute is told, not made
 
 
 def test_a_device_that_holds_too_little_is_one_line_and_no_failure(run, here, monkeypatch):

@@ -155,6 +155,9 @@ def _data() -> dict[str, dict[str, Any]]:
                 status[task] = {"loads": True, "about": f"none; it reads {kind.reads}"}
                 continue
             first, *others = kind.embedded
+            if kind.made_by:
+                status[task] = {"loads": True, "about": f"{', '.join(kind.embedded)}: made by {kind.made_by}"}
+                continue
             loaded = kind.load(first)
             sizes = ", ".join(str(count_examples(part)) for part in (loaded.train, loaded.val, loaded.test))
             more = f"; also {', '.join(others)}" if others else ""

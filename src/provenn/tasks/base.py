@@ -103,6 +103,7 @@ class Task(ABC):
     smooths: bool = False  # whether `loss` takes the share of label smoothing as a third argument
     divides_tokens: bool = False  # whether its batches are tokens and targets, each token's loss by itself: see IGNORED
     needs_inputs: bool = True  # whether `predict` has nothing to do without any
+    made_by: str = ""  # what makes the embedded data, where that takes a minute and more than reading
 
     @abstractmethod
     def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:

@@ -452,6 +452,7 @@ class LayerStacks(Task):
         "patches": "six layers of one that learned to rebuild patches of photographs: which photograph?",
         "docstrings": "six layers of one that learned to rebuild bytes: head of a function, or docstring?",
     }
+    made_by = "a small Transformer that is pre-trained first, a minute of a core"
     reads = (
         "a .safetensors file of stacks, as LayerStackProbe.extract writes it; or, with encoder=FOLDER of Hugging Face, "
         "a folder of WAV files or images a class, or one with train.csv and test.csv of texts"
