@@ -43,8 +43,10 @@ def test_sides_that_do_not_fit(side):
 
 
 def test_the_task_takes_them(monkeypatch):
-    monkeypatch.setattr("provenn.tasks.image_classification.PATCHES", {"train": 4, "val": 2, "test": 3})
-    data = TASK.load("patches", size=16)
+    fewer = {"train": 3, "val": 1, "test": 1}
+    for counts in (fewer, {"train": 4, "val": 2, "test": 3}):  # what is kept of one is not given for the other
+        monkeypatch.setattr("provenn.tasks.image_classification.PATCHES", counts)
+        data = TASK.load("patches", size=16)
     assert [len(part) for part in (data.train, data.val, data.test)] == [64, 32, 48]
     assert data.options == {"num_classes": 16, "in_channels": 1} and TASK.trivial(data) == pytest.approx(1 / 16)
     assert TASK.held_out("patches", data.meta).dataset[5][0].shape == (1, 16, 16)

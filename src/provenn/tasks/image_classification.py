@@ -288,14 +288,14 @@ def _test_digits(meta: dict[str, Any], seed: int) -> HeldOut:
 
 
 @lru_cache(maxsize=4)  # a study asks for them once a trial
-def _drawn_patches(seed: int, side: int) -> dict[str, tuple[Tensor, Tensor]]:
-    return {split: photo_patches(split, count, side=side, seed=seed) for split, count in PATCHES.items()}
+def _drawn_patches(seed: int, side: int, counts: tuple[tuple[str, int], ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {split: photo_patches(split, count, side=side, seed=seed) for split, count in counts}
 
 
 def _patches(seed: int, side: int) -> TaskData:
     if not 8 <= side <= 40:
         raise UserError(f"patches are squares of 8 to 40 pixels, got size {side}")
-    parts = _drawn_patches(seed, side)
+    parts = _drawn_patches(seed, side, tuple(PATCHES.items()))
     train, val, test = (TensorDataset(*part) for part in parts.values())
     return TaskData(
         "patches",
