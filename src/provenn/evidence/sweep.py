@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from provenn import progress
 from provenn.errors import UserError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 POINTS, TABLE, PLOT = "points.json", "table.md", "plot.png"
 Row = dict[str, Any]
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,22 @@ class Sweep:
                 figure.savefig(place, dpi=110)
             files.append(out / PLOT)
         return [*files, out / POINTS]
+
+
+def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers with commas, each once, as an option of a sweep takes them.
+
+    >>> parse_numbers("length", "64, 256,64", int)
+    [64, 256]
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} must be {what} with commas, such as 8,16; got {text!r}") from None
 
 
 def _has(row: Row, point: Point) -> bool:

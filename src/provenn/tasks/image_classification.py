@@ -1,7 +1,7 @@
 """Images to classes: one label for each image."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from provenn.data.cifar import SIDE, files_in, read_cifar
 from provenn.data.class_folders import Splits, check_splits, given_splits
 from provenn.data.images import images_in, read_pixels, resize_pixels, size_of
 from provenn.data.patches import SOURCES, photo_patches
-from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
 from provenn.tasks.base import (
     LABEL,
@@ -33,6 +32,7 @@ from provenn.tasks.base import (
     fingerprint,
     join_scores,
     split_indices,
+    tell_classes,
 )
 from provenn.tasks.meta import Images
 
@@ -48,7 +48,6 @@ EMBEDDED = {
 }
 PATCHES = {"train": 280, "val": 40, "test": 100}  # of each photograph
 LARGEST_CHECKED = 20_000  # images; a larger folder is read as training goes, for a first look at all would take hours
-SHOWN = 20  # lines of predictions in the terminal
 MEMORY = 2**30  # bytes of decoded images that are kept
 
 
@@ -172,29 +171,17 @@ class ImageClassification(Task):
 
         A folder among the inputs stands for the images in it.
         """
-        check_table(output, inputs)
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         device = device_of(model)
-        images = (_as_bright_as_known(file, self.example(file, meta), meta) for file in files)
-        with torch.no_grad():
-            probabilities = [
-                model(image.to(device)).softmax(1)[0].cpu()
-                for image in progress.track(images, "predicting", total=len(files))
-            ]
-        classes = meta["classes"]
-        if output is not None:
-            rows = [
-                [str(file), classes[int(row.argmax())], *row.tolist()]
-                for file, row in zip(files, probabilities, strict=True)
-            ]
-            write_table(output, ["file", "label", *classes], rows)
-        lines = [
-            f"{file}: " + ", ".join(f"{classes[i]} {p:.1%}" for p, i in zip(*map(Tensor.tolist, row.topk(_shown(row)))))
-            for file, row in zip(files[:SHOWN], probabilities)
-        ]
-        if len(files) > SHOWN:
-            lines.append(f"and {len(files) - SHOWN} more{'' if output else '; -o FILE.csv writes them all'}")
-        return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
+
+        def shares() -> Iterator[tuple[str, list[float]]]:
+            for file in progress.track(files, "predicting", total=len(files)):
+                image = _as_bright_as_known(file, self.example(file, meta), meta)
+                with torch.no_grad():
+                    row = model(image.to(device)).softmax(1)[0].tolist()
+                yield str(file), row
+
+        return tell_classes(shares(), meta["classes"], inputs, output)
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Test images with what the model says, mistakes first."""
@@ -239,10 +226,6 @@ def _as_bright_as_known(file: Path, image: Float[Tensor, "1 channels size size"]
             "dark on light is not light on dark: invert it if they differ in that"
         )
     return image
-
-
-def _shown(row: Tensor) -> int:
-    return min(5, len(row))
 
 
 def _column(values: Sequence[float]) -> Float[Tensor, "channels 1 1"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from provenn.errors import UserError
 from provenn.evidence.measurement import Table
-from provenn.evidence.sweep import Point, Row, Sweep
+from provenn.evidence.sweep import Point, Row, Sweep, parse_numbers
 from provenn.papers.m2r2.experts import ExpertTrace, Memory, simulate
 from provenn.papers.m2r2.studies import AROUND, LAYERS, aligned, around_experts, foretell, learn_around, text_data
 from provenn.tasks import get_task
@@ -40,8 +40,8 @@ def sweep(
     """
     if most < 1:
         raise UserError(f"--most must be at least 1, got {most}")
-    places = _numbers("--slots", slots, int)
-    loads = _numbers("--load", load, float)
+    places = parse_numbers("--slots", slots, int)
+    loads = parse_numbers("--load", load, float)
     try:
         memories = [Memory(slots=place, load=each, fast=fast) for place in places for each in loads]
     except ValueError as error:
@@ -59,13 +59,6 @@ def sweep(
         for memory in memories
     ]
     return Sweep(f"experts loaded ahead, {LAYERS} layers of {EXPERTS}", points, _tables)
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} takes numbers with commas, such as 8,16; got {text!r}") from None
 
 
 def _trace(seed: int, smoke: bool, device: str) -> ExpertTrace:

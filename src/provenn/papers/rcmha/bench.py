@@ -11,7 +11,7 @@ from torch import Tensor
 from provenn.bench import count_parameters, flops, interleaved, peak_activation_bytes
 from provenn.errors import UserError
 from provenn.evidence.measurement import Table, lacks_memory
-from provenn.evidence.sweep import Point, Row, Sweep
+from provenn.evidence.sweep import Point, Row, Sweep, parse_numbers
 from provenn.nn.streaming import state_bytes
 from provenn.papers.rcmha.layers import RelativeConvAttention
 from provenn.papers.rcmha.studies import saved_bytes, training_pass
@@ -50,7 +50,7 @@ def sweep(
         device: where it runs.
         budget: smoke, small or paper (1, 7 or 15 rounds of time).
     """
-    lengths = parse_lengths(length)
+    lengths = parse_numbers("length", length, int)
     for name, value, least in (("length", min(lengths), 1), ("memory", memory, 0), ("streams", streams, 1)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
@@ -70,18 +70,6 @@ def sweep(
         for n in lengths
     ]
     return Sweep("the four attentions", points, tables)
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Whole numbers with commas, each once.
-
-    >>> parse_lengths("64, 256,64")
-    [64, 256]
-    """
-    try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UserError(f"length must be whole numbers with commas, such as 64,256,1024, got {text!r}") from None
 
 
 def layers_of(n: int, *, memory: int, dim: int, heads: int, kernel: int, streams: int) -> dict[str, Any]:
