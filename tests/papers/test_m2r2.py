@@ -757,7 +757,7 @@ def test_loading_is_swept_over_room_and_channel(monkeypatch):
         ({"slots": "a"}, "--slots"),
         ({"load": "-1"}, "not negative"),
         ({"load": "nan"}, "finite"),
-        ({"load": "x"}, "--load takes numbers"),
+        ({"load": "x"}, "--load must be numbers"),
         ({"most": 0}, "--most"),
     ):
         with pytest.raises(UserError, match=words):
