@@ -98,7 +98,8 @@ def _check_mechanism(paper: Card, mechanism: Mechanism, variant: Mapping[str, An
     arguments = {**mechanism.arguments, **variant}
     # A backbone is a preset too, or made as one: what every system promises is asked of that.
     only = {*OF_BACKBONES, *mechanism.cannot} if of.name == "backbone" else None
-    _ask(Subject.mechanism(partial(layer, **arguments), of, name), of.name, mechanism.cannot, only)
+    subject = Subject.mechanism(partial(layer, **arguments), of, name, variant=bool(variant))
+    _ask(subject, of.name, mechanism.cannot, only)
 
 
 def _check_preset(paper: Card, preset: Preset) -> None:
