@@ -109,7 +109,7 @@ DEPTH = Study(
     build=lambda part, **options: tower(*part, **options),
     recipe=Recipe(
         betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=30, clip=1.0, batch_size=16, epochs=1,
-        max_steps=400,
+        max_steps=1000,
     ),
     lrs=(1e-3, 3e-3, 1e-2),
     about=ABOUT,

@@ -31,7 +31,7 @@ LENGTH, DIM, LAYERS, RANK = 64, 64, 8, 8
 GATES = [2, 4, 6]
 BASE = Recipe(
     lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=30, clip=1.0, batch_size=16, epochs=1,
-    max_steps=500,
+    max_steps=1000,
 )  # fmt: skip
 AROUND = Recipe(betas=(0.9, 0.95), schedule="cosine", clip=1.0, batch_size=16, epochs=1, max_steps=250)
 
