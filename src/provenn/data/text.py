@@ -6,6 +6,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -32,8 +33,9 @@ class Document(NamedTuple):
     text: str
 
 
-def standard_library() -> list[Document]:
-    """Python's own standard library, about 11 MB of source in 580 files, without its tests.
+@cache
+def standard_library() -> tuple[Document, ...]:
+    """Python's own standard library, about 11 MB of source in 580 files, without its tests; read once a process.
 
     The text depends on the version of Python, so its fingerprint belongs in a record.
 
@@ -46,7 +48,7 @@ def standard_library() -> list[Document]:
     texts = [document for document in texts if document.text]
     if len(texts) < 100:
         raise UserError(f"{folder} holds too few of the standard library's sources; use a Python that has them")
-    return texts
+    return tuple(texts)
 
 
 def read_documents(path: Path) -> list[Document]:
