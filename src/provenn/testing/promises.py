@@ -475,8 +475,8 @@ def _copy(subject: Subject) -> None:
 def _compile(subject: Subject) -> None:
     """torch.compile takes it whole, as one graph, and gives the same output and gradients.
 
-    A mechanism's backward pass is traced too (the backend aot_eager). Of its variants, which share its operations, and of
-    presets, which are made of mechanisms and of torch's own parts, it is asked that their code can be captured.
+    A mechanism's backward pass is traced too (the backend aot_eager). Its variants share its operations, and presets
+    are made of mechanisms and of torch's own parts: of both it is asked that their code can be captured.
     """
     module = subject.build()
     backend = "aot_eager" if subject.slot and not subject.variant else "eager"

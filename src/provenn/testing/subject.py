@@ -39,9 +39,7 @@ class Subject:
     variant: bool = False
 
     @classmethod
-    def mechanism(
-        cls, factory: Callable[..., Any], slot: Slot, name: str = "", *, variant: bool = False
-    ) -> "Subject":
+    def mechanism(cls, factory: Callable[..., Any], slot: Slot, name: str = "", *, variant: bool = False) -> "Subject":
         def make(dim: int = WIDTH, **options: Any) -> nn.Module:
             if slot.name == "backbone":
                 return factory(**{"in_channels": dim, "num_classes": CLASSES, **options})
