@@ -362,7 +362,10 @@ BAD = [
     (f"{TALK} ''", "is empty: was a variable of the shell not set?"),
     ("predict aaren hello --weights talk.safetensors", "talk.safetensors holds weights of tiny_gate, not of aaren"),
     ("predict tiny_gate hello --weights probed.safetensors", "recall is a probe of models, with nothing to predict"),
-    ("export tiny_gate --weights talk.safetensors -o out.onnx", "only systems that take images can be exported"),
+    (
+        "export tiny_gate --weights talk.safetensors -o out.onnx",
+        "only systems that take images, sounds or stacks of layers can be exported",
+    ),
     (f"{READ} --data text --set vocab_size=3", "vocab_size is of tokenizer=bpe, which learns its tokens"),
     (f"{READ} --data half.jsonl", "half.jsonl, line 1: holds half a character (a lone surrogate)"),
     (f"{READ} --data deep.jsonl", "deep.jsonl, line 1: nested too deeply"),
@@ -405,7 +408,10 @@ BAD = [
     ("export tiny_gate -o out.onnx", "no weights come with tiny_gate"),
     ("export tiny_gate --weights upscale.safetensors -o out.pt", "a system is exported as .onnx, got 'out.pt'"),
     ("export tiny_gate --weights nowhere.pt -o out.onnx", "no weights at nowhere.pt"),
-    ("export tiny_gate --weights forecast.safetensors -o out.onnx", "only systems that take images can be exported"),
+    (
+        "export tiny_gate --weights forecast.safetensors -o out.onnx",
+        "only systems that take images, sounds or stacks of layers can be exported",
+    ),
     ("export tiny_gate --weights upscale.safetensors -o file/out.onnx", "cannot write file/out.onnx"),
     ("compare --slot channel-gate", "Missing option '--data'"),
     ("compare --slot chanel-gate --data digits --out run", "chanel-gate"),

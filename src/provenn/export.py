@@ -188,7 +188,9 @@ def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, 
         _write(enlarger, (example,), sizes, inputs=["image"], outputs=["larger"], file=file, about=about)
         return []
     if task not in RESULTS:
-        raise UserError(f"only systems that take images can be exported; these weights are for {task}")
+        raise UserError(
+            f"only systems that take images, sounds or stacks of layers can be exported; these weights are for {task}"
+        )
     if task == "object-detection" and not hasattr(model, "boxes_at"):
         raise UserError(
             f"{type(model).__name__} looks at regions that it picks on the way, which ONNX has no form of: detectors "
