@@ -118,6 +118,13 @@ def test_each_arm_s_rate_is_the_best_on_validation_data_and_its_figure_is_the_te
     assert "At the edge of the rates that were tried: arm A, arm B." in measurement.note
 
 
+def test_an_arm_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_path, monkeypatch):
+    monkeypatch.setitem(BEST, "b", None)  # all rates are alike
+    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    assert set(measurement.setting["tuned"]["validation score"]["arm B"].values()) == {0.5}
+    assert "At the edge of the rates that were tried: arm A." in measurement.note
+
+
 def test_all_that_decides_the_values_is_in_the_record(tmp_path):
     measurement = STUDY.against("a", "b")(run_in(tmp_path))
     assert measurement.fingerprint == "f0" and measurement.seeds == [0, 1, 2, 3, 4]

@@ -341,7 +341,8 @@ class Study:
             if count := sum(bool(trial.get("diverged")) for trial in done):
                 yield f"{count} of {len(done)} trainings of {self.label(arm)} diverged: as the trivial predictor."
         ends = {f"{lr:g}" for lr in (min(self.lrs), max(self.lrs))} if self.lrs else set()
-        edge = [label for label, (lr, tried) in rates.items() if tried and f"{lr:g}" in ends]
+        # Of an arm that has nothing to learn all rates are alike, and none is at an edge.
+        edge = [label for label, (lr, tried) in rates.items() if len({*tried.values()}) > 1 and f"{lr:g}" in ends]
         if edge:
             yield f"At the edge of the rates that were tried: {', '.join(edge)}."
 
