@@ -385,9 +385,10 @@ BAD = [
     ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
     ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net,"),
     (
-        "inspect nprf good.png --preset nprf_lm_tiny",
-        "that could be inspected; of nprf take --preset nprf_vit_tiny",
+        "inspect nprf good.png --preset nprf_translator_tiny",
+        "that could be inspected; of nprf take --preset nprf_lm_tiny or",
     ),
+    ("inspect m2r2 good.csv --preset draft_tiny", "draft_tiny of m2r2 has nothing inside that could be shown"),
     ("inspect tiny_gate nowhere.png", "no file at nowhere.png"),
     ("inspect tiny_gate empty", "empty is a folder: give one file"),
     ("inspect tiny_gate text.png -o out.png", "text.png is no image"),

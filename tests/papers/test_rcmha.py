@@ -35,6 +35,7 @@ from provenn.papers.rcmha import (
     rmha_char,
 )
 from provenn.papers.rcmha.bench import sweep
+from provenn.papers.rcmha.inspection import inspect
 from provenn.papers.rcmha.official import convert
 from provenn.papers.rcmha.studies import (
     ARMS,
@@ -396,6 +397,25 @@ def test_half_precision_is_finite_with_large_scores(dtype):
     y = layer(x)
     y.float().square().mean().backward()
     assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_how_far_heads_look_is_shown_by_distance():
+    torch.manual_seed(0)
+    model = rcmha_small(dim=16, layers=2, heads=2, hidden=16).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    tokens = torch.randint(256, (1, 9))
+    rows = inspect(model, tokens)
+    assert list(rows) == [f"blocks.{b}.mixer, head {h}" for b in (0, 1) for h in (1, 2)]
+    block = model.blocks[0]
+    weights = block.mixer.weights(block.norm1(model.embed(tokens)))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 9, dtype=torch.double))
+    for head in (0, 1):
+        means = torch.stack([weights[0, head].diagonal(-r).mean() for r in range(9)])
+        torch.testing.assert_close(rows[f"blocks.0.mixer, head {head + 1}"], means)
+    values = block.mixer._heads_of(block.norm1(model.embed(tokens)))[2]
+    joined = block.mixer.out((weights @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(block.mixer(block.norm1(model.embed(tokens))), joined)
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,7 @@ class LanguageModelling(Task):
             each = [_nll(model, x, y).sum(0) for x, y in batches(dataset, max(1, LOGITS // size), device_of(model))]
         return torch.stack(each).sum(0).cpu() / count_examples(dataset)
 
-    def first_window(self, file: Path, meta: dict[str, Any]) -> Int64[Tensor, "1 tokens"]:
+    def example(self, file: Path, meta: dict[str, Any]) -> Int64[Tensor, "1 tokens"]:
         """The first window of a text, as a batch of one."""
         tokens = read_tokenizer(meta["tokenizer"]).encode(read_text(file))[: meta["length"]]
         if not len(tokens):

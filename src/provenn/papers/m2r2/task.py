@@ -55,10 +55,6 @@ class AcceleratedModelling(LanguageModelling):
         nats, agreed, tokens, size = (float(scores[name].sum()) for name in ("exit_nats", "agreed", "tokens", "bytes"))
         return {"exit_bits_per_byte": nats / size / math.log(2), "agreement": agreed / tokens, **plain}
 
-    def example(self, file: Path, meta: dict[str, Any]) -> Tensor:
-        """What `provenn inspect` reads of a text."""
-        return self.first_window(file, meta)
-
     def predict(
         self,
         model: nn.Module,

@@ -17,7 +17,7 @@ from provenn.errors import UserError
 from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
 from provenn.huggingface.families import Host
-from provenn.papers.rcmha.layers import PROJECTIONS, HeadConvolution, RelativeConvAttention, weigh
+from provenn.papers.rcmha.layers import PROJECTIONS, HeadConvolution, RelativeConvAttention, attention_weights
 
 
 class ConvertedState(NamedTuple):
@@ -70,7 +70,7 @@ class ConvertedRCMHA(Companion, RelativeConvAttention):
             scores = content + self.distance_scores(q, k.shape[2])
         else:
             scores = turn(q, self.rotation) @ k.mT
-        return weigh(scores * scale, v, mask=real)
+        return attention_weights(scores * scale, mask=real).to(v.dtype) @ v
 
 
 def attend(

@@ -56,26 +56,26 @@ class HeadConvolution(nn.Module):
         return F.conv1d(x.mT, weight, bias, groups=x.shape[-1]).mT
 
 
-def weigh(
+def attention_weights(
     scores: Float[Tensor, "batch heads queries keys"],
-    values: Float[Tensor, "batch heads keys head_dim"],
     *,
     seen: int | None = None,
     mask: Bool[Tensor, "batch keys"] | None = None,
-) -> Float[Tensor, "batch heads queries head_dim"]:
-    """softmax(S) v of queries that are the last of the keys, each to itself and `seen` keys before it at most."""
+) -> Float[Tensor, "batch heads queries keys"]:
+    """softmax(S) of queries that are the last of the keys, each of itself and `seen` keys before it at most.
+
+    In float32 at least; a query that sees nothing has weights of zero.
+    """
     queries, keys = scores.shape[-2:]
     visible = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
     if seen is not None:
         visible = visible.triu(keys - queries - seen)
     if mask is not None:
         visible = visible & mask[:, None, None, :]
-    # In float32 at least, and finite where nothing is visible: NaN times a gradient of zero would be NaN.
+    # Finite where nothing is visible: NaN times a gradient of zero would be NaN.
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-    if mask is not None:
-        weights = weights.masked_fill(~visible, 0)
-    return weights.to(values.dtype) @ values
+    return weights if mask is None else weights.masked_fill(~visible, 0)
 
 
 class RCMHAState(NamedTuple):
@@ -218,16 +218,28 @@ class RelativeConvAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, seen: int | None, mask: Tensor | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """Queries that are the last of the keys, each to `seen` keys before itself at most."""
-        return self.out(weigh(self.scores(q, k), v, seen=seen, mask=mask).transpose(1, 2).flatten(2))
+        weights = attention_weights(self.scores(q, k), seen=seen, mask=mask).to(v.dtype)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
         check_tokens(x, self.dim, mask)
+        return self._attend(*self._heads_of(x, mask), seen=self.memory, mask=mask)
+
+    def _heads_of(self, x: Tensor, mask: Tensor | None = None) -> list[Float[Tensor, "batch heads tokens head_dim"]]:
+        """Queries, keys and values of whole texts."""
         parts = map(self._convolve_one, PROJECTIONS.values(), self._project(x, mask))
-        q, k, v = (split_heads(part, self.heads) for part in parts)
-        return self._attend(q, k, v, seen=self.memory, mask=mask)
+        return [split_heads(part, self.heads) for part in parts]
+
+    def weights(
+        self, x: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch heads tokens tokens"]:
+        """softmax(S) of whole texts, for who wants to look at it."""
+        check_tokens(x, self.dim, mask)
+        q, k, _ = self._heads_of(x, mask)
+        return attention_weights(self.scores(q, k), seen=self.memory, mask=mask)
 
     def init_state(self, batch: int) -> RCMHAState:
         """The state of `batch` streams before their first token."""
