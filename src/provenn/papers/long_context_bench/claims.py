@@ -353,7 +353,7 @@ def volumes_counted(run: Run) -> Measurement:
     table = Table(caption="Elements that a process of four sends, heads 8:4 of width 8", columns=columns, rows=rows)
     equal = sum(row.as_formula is True for _, row in ran)
     setting = {"processes": 4, "heads": "8:4", "width": 8, "tokens": sum(RAGGED), "documents": list(RAGGED)}
-    return Measurement.exact(equal / len(ran), unit=f"of {len(ran)} cases", setting=setting, tables=[table])
+    return Measurement.exact(equal / len(ran), unit=f"share of {len(ran)} cases", setting=setting, tables=[table])
 
 
 class Rounded(Ring):
