@@ -125,6 +125,12 @@ def test_an_arm_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_path, m
     assert "At the edge of the rates that were tried: arm A." in measurement.note
 
 
+def test_what_stands_beside_a_figure_is_shown(tmp_path):
+    alone, beside = (STUDY.figure("a", shown=shown)(run_in(tmp_path)) for shown in ((), ("b",)))
+    assert alone.tables == [] and [row[0] for row in beside.tables[0].rows] == ["arm A", "arm B"]
+    assert STUDY.against("a", "b")(run_in(tmp_path)).tables == [], "both sides are told with the effect"
+
+
 def test_all_that_decides_the_values_is_in_the_record(tmp_path):
     measurement = STUDY.against("a", "b")(run_in(tmp_path))
     assert measurement.fingerprint == "f0" and measurement.seeds == [0, 1, 2, 3, 4]

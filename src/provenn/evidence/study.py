@@ -331,7 +331,7 @@ class Study:
             "setting": setting,
             "skills": skills,
             "note": " ".join(part for part in (self.note, *self._remarks(trials, rates)) if part),
-            "tables": [self._table(name, reached)] if len(every) > 2 or self.columns else [],
+            "tables": [self._table(name, reached)] if len(every) > len({*arms}) or self.columns else [],
             "series": [line for arm in dict.fromkeys(arms) if (line := self._curve(arm, trials[arm])) is not None],
             "pictures": self._pictures(run) if picture else [],
         }
