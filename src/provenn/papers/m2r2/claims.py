@@ -184,7 +184,6 @@ CLAIMS: dict[str, Callable[[Run], Measurement]] = {
     "tokenwise_beats_uniform": EXITS.against("raw", "every", metric="area"),
     "fast_is_faster": EXITS.figure("fast", metric="velocity"),
     "agrees_more_than_raw": EXITS.against("fast", "raw", metric="agreement"),
-    "agrees_as_deeper": EXITS.against("fast", "deeper", metric="agreement"),
     "agrees_more_than_head": EXITS.against("fast", "head", metric="agreement", shown=["raw", "deeper"]),
     "like_later_layers": EXPERTS.against("fast", "slow", metric="likeness"),
     "area_confidence": EXITS.against("fast", "raw", metric="area", shown=["every", "skip", "head"]),
@@ -199,6 +198,7 @@ CLAIMS: dict[str, Callable[[Run], Measurement]] = {
     "faster_than_two_models": SPEED.against("two-model speculation", "self-speculation"),
     "experts_foretold": EXPERTS.against("fast", "slow", metric="hits"),
     "loads_ahead": EXPERTS.figure("fast", metric="speedup", shown=["slow"]),
+    "ahead_of_slow": EXPERTS.against("fast", "slow", metric="speedup", ratio=True),
     "scarce_stall": EXPERTS.figure("fast", metric="scarce_stall", shown=["slow"]),
 }
 
