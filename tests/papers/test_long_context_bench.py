@@ -122,6 +122,15 @@ def test_a_time_stands_where_its_memory_cannot_be_counted():
     assert row["status"] == "ok" and row["peak_bytes"] is None
 
 
+def test_a_compiled_kernel_is_run_under_no_counter_of_memory():
+    """PyTorch runs another form there, and afterwards compiles no other shape."""
+    judge = Judge(lacks_memory, lacks_operation, lambda call: pytest.fail("it was counted"))
+    kernel, case = Sleeper(0.25), Case(masks.full(8), 1, 1, 8)
+    kernel.compiled = True
+    row = measure(kernel, case, "forward", Protocol(0, 1, 0), judge=judge)
+    assert row["status"] == "ok" and row["peak_bytes"] is None and kernels()["flex"].compiled
+
+
 def test_caches_are_cleared_before_each_repetition_and_outside_of_the_clock():
     cleared = []
 

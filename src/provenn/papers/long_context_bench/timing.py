@@ -158,8 +158,8 @@ def measure(
             call = prepare_call(kernel, case, direction, seed)
             facts["prepared_in"] = time.perf_counter() - began  # block masks and the like, which are not kernel time
             seconds, peaks = time_call(call, case.device, protocol, stopwatch)
-            if not peaks and judge.peak_bytes is not None:
-                with suppress(Exception):  # a counter sees into plain operators, not into every compiled one
+            if not peaks and judge.peak_bytes is not None and not kernel.compiled:
+                with suppress(Exception):  # a counter does not see into every operator
                     peaks = [judge.peak_bytes(call)]
     except Unsupported as error:
         return {**facts, "status": "unsupported", "reason": str(error).removeprefix(f"{kernel.name}: ")}

@@ -85,6 +85,7 @@ class Kernel(ABC):
     masks: ClassVar[Collection[str] | None] = None  # by name; None is every static mask
     sparse: ClassVar[bool] = False  # takes block-sparse masks as well
     differentiable: ClassVar[bool] = True
+    compiled: bool = False  # by torch.compile: run under a counter of memory, it would be another, uncompiled form
 
     def refusal(self, case: Case) -> str:
         """Why it cannot run this case, or "" where it can."""
