@@ -33,10 +33,10 @@ from provenn.papers.gaam import (
 )
 from provenn.papers.gaam.inspection import draw, inspect
 from provenn.papers.gaam.official import convert
-from provenn.papers.gaam.pretraining import RebuiltFrames, stack_data
 from provenn.papers.gaam.slices import join_slices, moments, seen_slices, split_slices
 from provenn.papers.gaam.studies import drifted, one_layer, rank_correlation, shares_of, stack_network
 from provenn.papers.gaam.task import TASK
+from provenn.papers.gaam.task.pretraining import RebuiltFrames, stack_data
 from provenn.tasks import get_task
 
 

@@ -14,8 +14,8 @@ from provenn.evidence.measurement import Skill, Table
 from provenn.papers.gaam.layers import GaussianAdaptiveAttention, importance_factor, layer_shares
 from provenn.papers.gaam.mixture import GaussianMixtureAttention
 from provenn.papers.gaam.model import StackClassifier
-from provenn.papers.gaam.pretraining import pretrained_stacks, stack_data
 from provenn.papers.gaam.task import TASK
+from provenn.papers.gaam.task.pretraining import pretrained_stacks, stack_data
 from provenn.tasks import TaskData, batches, get_task
 from provenn.training import fit
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from provenn.errors import UserError
-from provenn.papers.gaam.encoders import CUT, Reading, UserEncoder, extracted, user_encoder
-from provenn.papers.gaam.pretraining import pretrained_stacks, stack_data
 from provenn.papers.gaam.probe import StackFile, fingerprint_of_weights, read_stacks
+from provenn.papers.gaam.task.encoders import CUT, Reading, UserEncoder, extracted, user_encoder
+from provenn.papers.gaam.task.pretraining import pretrained_stacks, stack_data
 from provenn.tasks import Task, TaskData, batches, device_of, join_scores, split_indices
 from provenn.tasks.base import LABEL, TOLD, HeldOut, Portable, blind_accuracy, tell_classes
 from provenn.tasks.meta import Finite, Meta, Names, Positive
