@@ -20,7 +20,7 @@ OF_EVERY_PRESET = ("match-published-counts", "reach-parameters", "build-on-meta"
 OF_BACKBONES = ("feed-heads", "tell-classes")
 OF_LARGE_PRESETS = ("match-published-counts", "build-on-meta")
 TRACED = ("compile", "export")
-LARGE = 2**26  # parameters; beyond, weights and gradients are more than a test should hold
+LARGE = 2**28  # parameters; beyond, weights and gradients are more than a test should hold
 
 
 class BrokenPromise(AssertionError):
@@ -53,7 +53,7 @@ def check_paper(paper: str | Card) -> None:
     """Hold every mechanism and every preset of a paper to its promises, and the weights that ship to their metrics.
 
     The smallest preset of each task is asked for all of them; the others, being the same code, for a few, and those
-    with more than 2^26 parameters for what the meta device can show.
+    with more than 2^28 parameters for what the meta device can show.
 
     Args:
         paper: a slug, or the card of a paper that is not installed (`provenn.catalog.read_card`).
@@ -98,8 +98,7 @@ def _check_mechanism(paper: Card, mechanism: Mechanism, variant: Mapping[str, An
     arguments = {**mechanism.arguments, **variant}
     # A backbone is a preset too, or made as one: what every system promises is asked of that.
     only = {*OF_BACKBONES, *mechanism.cannot} if of.name == "backbone" else None
-    subject = Subject.mechanism(partial(layer, **arguments), of, name, variant=bool(variant))
-    _ask(subject, of.name, mechanism.cannot, only)
+    _ask(Subject.mechanism(partial(layer, **arguments), of, name), of.name, mechanism.cannot, only)
 
 
 def _check_preset(paper: Card, preset: Preset) -> None:

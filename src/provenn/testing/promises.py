@@ -475,11 +475,11 @@ def _copy(subject: Subject) -> None:
 def _compile(subject: Subject) -> None:
     """torch.compile takes it whole, as one graph, and gives the same output and gradients.
 
-    A mechanism's backward pass is traced too (the backend aot_eager). Its variants share its operations, and presets
-    are made of mechanisms and of torch's own parts: of both it is asked that their code can be captured.
+    A mechanism's backward pass is traced too (the backend aot_eager). A preset is made of mechanisms and of torch's own
+    parts, and large: that its code can be captured is what is left to ask of it.
     """
     module = subject.build()
-    backend = "aot_eager" if subject.slot and not subject.variant else "eager"
+    backend = "aot_eager" if subject.slot else "eager"
     torch._dynamo.reset()
     results = []
     with unchecked():

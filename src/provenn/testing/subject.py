@@ -27,7 +27,6 @@ class Subject:
         slot: the slot of a mechanism; None for a preset.
         below: for each input, None where it is real, else how many integers it may hold.
         published: what was published of a preset.
-        variant: whether a mechanism has other options than its own, and is asked beside it.
     """
 
     name: str
@@ -36,10 +35,9 @@ class Subject:
     slot: Slot | None = None
     below: tuple[int | None, ...] = ()
     published: tuple[Figure, ...] = ()
-    variant: bool = False
 
     @classmethod
-    def mechanism(cls, factory: Callable[..., Any], slot: Slot, name: str = "", *, variant: bool = False) -> "Subject":
+    def mechanism(cls, factory: Callable[..., Any], slot: Slot, name: str = "") -> "Subject":
         def make(dim: int = WIDTH, **options: Any) -> nn.Module:
             if slot.name == "backbone":
                 return factory(**{"in_channels": dim, "num_classes": CLASSES, **options})
@@ -57,7 +55,7 @@ class Subject:
             some = slot.sizes[0] if slot.name == "backbone" else {}  # a network has strides to fit in
             return slot.shapes(**{**SIZES, **some, slot.width: dim, **sizes})
 
-        return cls(name or getattr(factory, "__name__", repr(factory)), make, shapes, slot, variant=variant)
+        return cls(name or getattr(factory, "__name__", repr(factory)), make, shapes, slot)
 
     @classmethod
     def preset(cls, paper: Card, preset: Preset) -> "Subject":
