@@ -4,13 +4,13 @@ import itertools
 import json
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins import FIXTURES
 from provenn.bench import growth, peak_activation_bytes
 from provenn.errors import UserError
 from provenn.nn.context_parallel import (
@@ -47,7 +47,9 @@ from provenn.papers.long_context_bench.context_parallel import (
 from provenn.papers.long_context_bench.context_parallel.bench import Case, exact, perform, row_of
 from provenn.papers.long_context_bench.masks import make_mask
 
-PLACED = json.loads((FIXTURES / "long_context_bench_placement.json").read_text())
+PLACED = json.loads(
+    (Path(__file__).parents[1] / "golden" / "functions" / "long_context_bench_placement.json").read_text()
+)
 DOCUMENTS = (1, 7, 16, 5)  # one token, fewer than 2N, a multiple of 2N
 LENGTH = sum(DOCUMENTS)
 FOUR = {

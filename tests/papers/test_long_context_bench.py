@@ -3,11 +3,11 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from plugins import FIXTURES
 from provenn import catalog
 from provenn.cli import main
 from provenn.errors import UserError
@@ -31,7 +31,7 @@ from provenn.papers.long_context_bench.timing import (
     time_call,
 )
 
-GOLDEN = json.loads((FIXTURES / "long_context_bench_masks.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "functions" / "long_context_bench_masks.json").read_text())
 CPU = torch.device("cpu")
 JUDGE = Judge(lacks_memory, lacks_operation)
 QUICK = "--kernels naive,fa2 --heads 2:1 --head-dim 8 --budget smoke --direction forward"

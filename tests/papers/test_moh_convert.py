@@ -110,7 +110,7 @@ def test_a_llama_chooses_heads_as_the_authors_formula_says():
 
 def test_a_llama_gives_the_values_of_the_authors_code():
     """Logits that their modeling_llama.py gave for weights and tokens of this seed; it holds no gradient of a gate."""
-    golden = json.loads((Path(__file__).parents[1] / "fixtures" / "moh_llama.json").read_text())
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "functions" / "moh_llama.json").read_text())
     model = llama(intermediate_size=48, tie_word_embeddings=False).eval()
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(seeded_state(shapes, golden["seed"]))

@@ -310,7 +310,7 @@ def test_the_authors_cut_is_the_artefact_that_it_is():
 @pytest.mark.parametrize("preset", ["rcmha_char", "rmha_char"])
 def test_the_authors_loop_over_segments_has_their_values_and_gradients(preset):
     """Segments of 6 with a memory of 9: all logits, and gradients of embedding and first layer."""
-    fixture = json.loads((Path(__file__).parents[1] / "fixtures" / "rcmha_segments.json").read_text())
+    fixture = json.loads((Path(__file__).parents[1] / "golden" / "functions" / "rcmha_segments.json").read_text())
     golden = json.loads((Path(__file__).parents[1] / "golden" / "rcmha.json").read_text())
     case, expected = next(c for c in golden["cases"] if c["preset"] == preset), fixture["cases"][preset]
     state = seeded_state({name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"])
