@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from provenn.web import Settings, create_app
 from provenn.web.catalogue import Catalogue
+from provenn.web.outbox import Sender
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +24,23 @@ def one_reading() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Catalogue, "__init__", lambda self: vars(self).update(vars(papers)))
         yield
+
+
+START = Sender.start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_sent_unasked() -> Iterator[None]:
+    """The outbox is emptied when a test looks for mails; only tests that ask for `sending` have its thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sender, "start", lambda self: None)
+        yield
+
+
+@pytest.fixture
+def sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of this test send what is in the outbox."""
+    monkeypatch.setattr(Sender, "start", START)
 
 
 @pytest.fixture

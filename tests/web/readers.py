@@ -7,15 +7,32 @@ from email.message import EmailMessage
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx import Response
+from sqlalchemy.orm import Session
 
-from provenn.web import Settings
+from provenn.web import Settings, outbox
 from provenn.web.addresses import address
+from provenn.web.database import Database
+from provenn.web.site import Site
+from provenn.web.subscriptions import Subscription, new_link, subscribe
 
 
 def mails(settings: Settings) -> list[EmailMessage]:
-    """The mails that were sent, the oldest first."""
+    """The mails that were sent, the oldest first, after what waits was sent."""
+    database = Database(settings.database)
+    outbox.deliver(Site(settings, database))
+    database.close()
     files = sorted((settings.home / "mails").glob("*.eml"), key=lambda file: file.stat().st_mtime_ns)
     return [message_from_bytes(file.read_bytes(), policy=policy.default) for file in files]
+
+
+def subscribed(session: Session, site: Site, email: str, often: str) -> Subscription:
+    """A subscription, by a link that was sent and used."""
+    link, secret = new_link(email, often)
+    session.add(link)
+    session.flush()
+    subscription = subscribe(session, site, secret)
+    assert subscription is not None
+    return subscription
 
 
 def link_in(message: EmailMessage) -> str:

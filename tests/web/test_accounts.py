@@ -116,8 +116,7 @@ def test_deleting_an_address_spares_all_others(database):
     database.migrate()
     with database.session() as session:
         session.add_all([Person(email="ada@example.org"), Person(email="bob@example.org")])
-        accounts.new_link(session, "ada@example.org")
-        accounts.new_link(session, "eve@example.org")
+        session.add_all(accounts.new_link(email)[0] for email in ("ada@example.org", "eve@example.org"))
     with database.session() as session:
         assert accounts.delete_person(session, "eve@example.org") == 1
         assert accounts.delete_person(session, "nobody@example.org") == 0

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -230,7 +231,7 @@ def test_a_forecast_is_drawn(client):
     short, page, _ = answer(client, "aaren", b"sold\n1\n2\n")
     assert short["state"] == "failed" and "Your file has 2 rows" in page
     large, page, _ = answer(client, "aaren", b"sold\n" + 50 * b"1e308\n-1e308\n")
-    assert large["words"].startswith("your file has values so large")
+    assert large["words"].startswith("your file: what the model is given holds values that are no finite numbers")
 
 
 def test_a_sound_is_classified(client):
@@ -412,6 +413,34 @@ def test_pages_say_that_the_queue_is_full_and_where_one_is_in_it(tmp_path, pool)
     full = post(client, "rat", words="a")
     assert full.status_code == 503 and "wait already" in full.text
     pool.queue.clear()
+
+
+def test_a_picture_that_has_just_gone_is_not_found(tmp_path, pool, monkeypatch):
+    app = create_app(Settings(home=tmp_path, secret="s"))
+    app.state.demos = pool
+    demo = pool.ask(Job("eca_net", "q", {"read": True}, b"words", ".txt"), "a")
+    assert pool.wait(demo, ENOUGH)
+    monkeypatch.setattr(demos.Demo, "file", lambda self, name: tmp_path / name)
+    assert TestClient(app).get(f"/tries/{demo.token}/before.png").status_code == 404
+    app.state.site.database.close()
+
+
+def test_demos_run_beside_more_than_a_thousand_connections(pool):
+    """`select` refuses a descriptor above 1023."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < 2000:
+        pytest.skip("a process may open fewer files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, before[1]))
+    held = []
+    try:
+        while not held or held[-1] < 1023:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+        demo = pool.ask(Job("p", "q", {"read": True}, b"words", ".txt"), "a")
+        assert pool.wait(demo, ENOUGH) and demo.state is State.DONE, demo.words
+    finally:
+        for number in held:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_what_comes_of_a_demo_vanishes(pool, monkeypatch):

@@ -2,8 +2,8 @@
 
 import socket
 import threading
+from datetime import UTC, datetime
 from email import message_from_bytes, policy
-from email.message import EmailMessage
 from urllib.parse import quote
 
 import pytest
@@ -12,19 +12,23 @@ from mail_server import PASSWORD, USER, mail_server, self_signed, served_with
 from provenn.errors import UserError
 from provenn.web import Settings, mail
 from provenn.web.addresses import address, mailbox
-from provenn.web.mail import Down, Later, Lost, Outbox, Refused, Unknown
+from provenn.web.letters import Letter
+from provenn.web.mail import Down, Later, Lost, Refused, Transport, Unknown
 
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS")
 LOGIN = f"{quote(USER, safe='')}:{quote(PASSWORD, safe='')}@"
 
 
-def letter(number: int = 0, to: str = "ada@example.org", text: str = "Hello\n") -> EmailMessage:
-    message = EmailMessage(policy=mail.POLICY)
-    message["From"], message["To"] = mailbox("provenn <digest@example.org>"), to
-    message["Subject"], message["Date"] = f"Letter {number}", f"Sat, 21 Nov 2026 07:00:{number:02} +0000"
-    message["Message-ID"] = f"<{number}@example.org>"
-    message.set_content(text)
-    return message
+def letter(number: int = 0, to: str = "ada@example.org", text: str = "Hello\n", sender: str = "") -> Letter:
+    return Letter(
+        sender=mailbox(sender or "provenn <digest@example.org>"),
+        to=to,
+        subject=f"Letter {number}",
+        text=text,
+        html="<p>Hello\n",
+        made=datetime(2026, 11, 21, 7, 0, number, tzinfo=UTC),
+        identifier=f"<{number}@example.org>",
+    )
 
 
 def by(port: int, scheme: str = "smtp", login: str = "", **more: object) -> Settings:
@@ -83,10 +87,8 @@ def test_a_sender_with_more_in_it_is_refused_when_the_settings_are_read(given):
 
 
 def test_a_sender_may_have_any_name():
-    with mail_server() as server, Outbox(by(server.port)) as outbox:
-        message = letter()
-        message.replace_header("From", mailbox('"Prövenn, täglich" <digest@example.org>'))
-        outbox.send(message)
+    with mail_server() as server, Transport(by(server.port)) as transport:
+        transport.send(letter(sender='"Prövenn, täglich" <digest@example.org>'))
     sender = server.mails[0]["From"].addresses[0]
     assert (sender.display_name, sender.addr_spec) == ("Prövenn, täglich", "digest@example.org")
 
@@ -102,31 +104,32 @@ def test_an_address_that_is_no_mail_servers_is_refused_without_the_password(give
 
 def test_a_mail_arrives_as_it_was_written():
     text = "Two lines\n.a line that begins with a dot\n.\n..\nünïcödé ✔ 用户\n" + "long " * 400 + "\nFrom here on\n"
-    with mail_server() as server, Outbox(by(server.port)) as outbox:
-        outbox.send(letter(text=text))
-    assert server.mails[0].get_content().replace("\r\n", "\n") == text
+    with mail_server() as server, Transport(by(server.port)) as transport:
+        transport.send(letter(text=text))
+    body = server.mails[0].get_body(("plain",))
+    assert body.get_content().replace("\r\n", "\n") == text
     assert server.recipients == ["ada@example.org"]
     assert max(len(line) for line in server.mails[0].as_bytes().splitlines()) <= 998
 
 
 def test_many_mails_go_by_one_connection():
-    with mail_server() as server, Outbox(by(server.port)) as outbox:
+    with mail_server() as server, Transport(by(server.port)) as transport:
         for number in range(5):
-            outbox.send(letter(number))
+            transport.send(letter(number))
     assert [message["Subject"] for message in server.mails] == [f"Letter {number}" for number in range(5)]
     assert len(server.sessions) == 1
 
 
 def test_a_server_that_hangs_up_after_some_mails_is_called_again():
-    with mail_server(command_call_limit={"MAIL": 2}) as server, Outbox(by(server.port)) as outbox:
+    with mail_server(command_call_limit={"MAIL": 2}) as server, Transport(by(server.port)) as transport:
         for number in range(5):
-            outbox.send(letter(number))
+            transport.send(letter(number))
     assert len(server.mails) == 5 and len(server.sessions) > 1
 
 
 def test_one_address_that_is_refused_leaves_the_others_alone():
     answers = {"gone@example.org": "550 no such user", "full@example.org": "452 mailbox full"}
-    with mail_server() as server, Outbox(by(server.port)) as outbox:
+    with mail_server() as server, Transport(by(server.port)) as transport:
         server.at_recipient = answers.get
         for number, (to, kind) in enumerate(
             {
@@ -137,20 +140,20 @@ def test_one_address_that_is_refused_leaves_the_others_alone():
             }.items()
         ):
             if kind is None:
-                outbox.send(letter(number, to))
+                transport.send(letter(number, to))
             else:
                 with pytest.raises(kind, match=answers[to]):
-                    outbox.send(letter(number, to))
+                    transport.send(letter(number, to))
     assert server.recipients == ["a@example.org", "b@example.org"]
 
 
 @pytest.mark.parametrize(("answer", "kind"), [("554 looks like spam", Refused), ("451 try again", Later)])
 def test_a_mail_that_is_refused_at_its_end_is_known_not_to_have_gone(answer, kind):
-    with mail_server() as server, Outbox(by(server.port)) as outbox:
+    with mail_server() as server, Transport(by(server.port)) as transport:
         server.at_data = lambda message: answer if message["Subject"] == "Letter 0" else None
         with pytest.raises(kind, match=answer):
-            outbox.send(letter(0))
-        outbox.send(letter(1))
+            transport.send(letter(0))
+        transport.send(letter(1))
     assert [message["Subject"] for message in server.mails] == ["Letter 1"]
 
 
@@ -158,21 +161,21 @@ def test_a_mail_that_is_called_back_before_its_end_never_arrives():
     def call_back() -> None:
         raise KeyboardInterrupt
 
-    with mail_server() as server, Outbox(by(server.port)) as outbox:
+    with mail_server() as server, Transport(by(server.port)) as transport:
         with pytest.raises(KeyboardInterrupt):
-            outbox.send(letter(0), call_back)
-        outbox.send(letter(1))
+            transport.send(letter(0), call_back)
+        transport.send(letter(1))
     assert [message["Subject"] for message in server.mails] == ["Letter 1"]
 
 
 def test_a_server_that_says_nothing_after_the_end_may_have_the_mail(monkeypatch):
     monkeypatch.setattr(mail, "END_SECONDS", 0.1)
-    with mail_server() as server, Outbox(by(server.port)) as outbox:
+    with mail_server() as server, Transport(by(server.port)) as transport:
         server.slow = 2.0
         with pytest.raises(Unknown):
-            outbox.send(letter(0))
+            transport.send(letter(0))
         server.slow = 0.0
-        outbox.send(letter(1))
+        transport.send(letter(1))
     assert [message["Subject"] for message in server.mails] == ["Letter 0", "Letter 1"]
 
 
@@ -180,8 +183,8 @@ def test_a_server_that_is_not_there_is_said_to_be_down():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         port = taken.getsockname()[1]
-        with Outbox(by(port, login=LOGIN)) as outbox, pytest.raises(Down) as down:
-            outbox.send(letter())
+        with Transport(by(port, login=LOGIN)) as transport, pytest.raises(Down) as down:
+            transport.send(letter())
     assert f"127.0.0.1:{port}" in str(down.value)
     assert PASSWORD not in str(down.value) and LOGIN not in str(down.value)
 
@@ -197,8 +200,8 @@ def test_a_server_that_does_not_answer_is_left(monkeypatch, greeting, kind):
             held[0].sendall(greeting)
 
         threading.Thread(target=greet, daemon=True).start()
-        with Outbox(by(silent.getsockname()[1])) as outbox, pytest.raises(kind):
-            outbox.send(letter())
+        with Transport(by(silent.getsockname()[1])) as transport, pytest.raises(kind):
+            transport.send(letter())
 
 
 def test_a_server_that_leaves_in_the_middle_does_not_have_the_mail(monkeypatch):
@@ -214,33 +217,33 @@ def test_a_server_that_leaves_in_the_middle_does_not_have_the_mail(monkeypatch):
             peer.close()
 
         threading.Thread(target=talk, daemon=True).start()
-        with Outbox(by(rude.getsockname()[1])) as outbox, pytest.raises(Lost):
-            outbox.send(letter())
+        with Transport(by(rude.getsockname()[1])) as transport, pytest.raises(Lost):
+            transport.send(letter())
 
 
 def test_a_password_goes_to_this_machine_in_the_plain():
     with mail_server(password=True) as server:
-        with Outbox(by(server.port, login=LOGIN)) as outbox:
-            outbox.send(letter())
-        with Outbox(by(server.port, login="post:wrong@")) as outbox, pytest.raises(Down, match="535"):
-            outbox.send(letter())
+        with Transport(by(server.port, login=LOGIN)) as transport:
+            transport.send(letter())
+        with Transport(by(server.port, login="post:wrong@")) as transport, pytest.raises(Down, match="535"):
+            transport.send(letter())
     assert server.users == [USER]
 
 
 def test_a_password_goes_to_no_other_machine_without_tls(monkeypatch):
     monkeypatch.setattr(mail, "_is_here", lambda host: False)
     with mail_server(password=True) as server:
-        outbox = Outbox(by(server.port, login=LOGIN))
+        transport = Transport(by(server.port, login=LOGIN))
         with pytest.raises(Down, match="by TLS alone"):
-            outbox.send(letter())
+            transport.send(letter())
     assert server.users == []
 
 
 def test_no_mail_goes_without_tls_where_it_is_required():
     with mail_server() as server:
-        outbox = Outbox(by(server.port, smtp_tls="required"))
+        transport = Transport(by(server.port, smtp_tls="required"))
         with pytest.raises(Down, match="offers no TLS"):
-            outbox.send(letter())
+            transport.send(letter())
     assert not server.mails
 
 
@@ -248,45 +251,48 @@ def test_a_certificate_that_nobody_vouches_for_gets_no_mail_unless_the_operator_
     certificate = self_signed(tmp_path)
     with mail_server(certificate=certificate, password=True) as server:
         for tls in ("auto", "required"):
-            with Outbox(by(server.port, login=LOGIN, smtp_tls=tls)) as outbox, pytest.raises(Down, match="certificate"):
-                outbox.send(letter())
+            with (
+                Transport(by(server.port, login=LOGIN, smtp_tls=tls)) as transport,
+                pytest.raises(Down, match="certificate"),
+            ):
+                transport.send(letter())
         assert not server.mails
-        with Outbox(by(server.port, login=LOGIN, smtp_tls="unverified")) as outbox:
-            outbox.send(letter(1))
+        with Transport(by(server.port, login=LOGIN, smtp_tls="unverified")) as transport:
+            transport.send(letter(1))
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
-        with Outbox(by(server.port, login=LOGIN, smtp_tls="required")) as outbox:
-            outbox.send(letter(2))
+        with Transport(by(server.port, login=LOGIN, smtp_tls="required")) as transport:
+            transport.send(letter(2))
     assert server.encrypted == [True, True] and server.users == [USER, USER]
 
 
 def test_smtps_speaks_tls_from_the_first_word(tmp_path, monkeypatch):
     certificate = self_signed(tmp_path)
     with mail_server(ssl_context=served_with(certificate)) as server:
-        with Outbox(by(server.port, "smtps")) as outbox, pytest.raises(Down, match="certificate"):
-            outbox.send(letter())
+        with Transport(by(server.port, "smtps")) as transport, pytest.raises(Down, match="certificate"):
+            transport.send(letter())
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
-        with Outbox(by(server.port, "smtps", smtp_tls="required")) as outbox:
-            outbox.send(letter(1))
+        with Transport(by(server.port, "smtps", smtp_tls="required")) as transport:
+            transport.send(letter(1))
     assert [message["Subject"] for message in server.mails] == ["Letter 1"]
 
 
 def test_an_address_beyond_ascii_goes_where_the_server_takes_it():
     to = address("用户@bücher.example")
-    with mail_server() as server, Outbox(by(server.port)) as outbox:
-        outbox.send(letter(0, to))
-        outbox.send(letter(1))
+    with mail_server() as server, Transport(by(server.port)) as transport:
+        transport.send(letter(0, to))
+        transport.send(letter(1))
     assert server.recipients == ["用户@xn--bcher-kva.example", "ada@example.org"]
-    with mail_server(enable_SMTPUTF8=False) as server, Outbox(by(server.port)) as outbox:
+    with mail_server(enable_SMTPUTF8=False) as server, Transport(by(server.port)) as transport:
         with pytest.raises(Refused, match="beyond ASCII"):
-            outbox.send(letter(0, to))
-        outbox.send(letter(1))
+            transport.send(letter(0, to))
+        transport.send(letter(1))
     assert server.recipients == ["ada@example.org"]
 
 
 def test_without_a_server_mails_are_files_in_order(settings):
-    with Outbox(settings) as outbox:
+    with Transport(settings) as transport:
         for number in (3, 1, 2, 2):
-            outbox.send(letter(number, address("用户@bücher.example")))
+            transport.send(letter(number, address("用户@bücher.example")))
     folder = settings.home / "mails"
     assert folder.stat().st_mode & 0o077 == 0, "others on the machine could sign in by the links"
     names = sorted(file.name for file in folder.iterdir())

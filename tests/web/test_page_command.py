@@ -4,11 +4,11 @@ import json
 import os
 
 import pytest
-from readers import Reader, mails
+from readers import Reader, mails, subscribed
 from test_people import leave_traces
 
 from provenn.cli import main
-from provenn.web.subscriptions import new_link, subscribe
+from provenn.web.subscriptions import new_link
 
 both = pytest.mark.parametrize("settings", ["sqlite", "postgresql"], indirect=True)
 
@@ -65,8 +65,8 @@ def test_an_export_is_whole_or_not_there(ada, page, tmp_path, monkeypatch):
     leave_traces(ada)
     site = ada.client.app.state.site
     with site.database.session() as session:
-        subscribe(session, site, new_link(session, "ada@example.org", "daily"))
-        new_link(session, "ada@example.org", "weekly")
+        subscribed(session, site, "ada@example.org", "daily")
+        session.add(new_link("ada@example.org", "weekly")[0])
     file = tmp_path / "all.jsonl"
     assert page("export", str(file))[0] == 0
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -114,6 +114,25 @@ def test_an_arxiv_number_leads_to_its_paper(client):
     assert (answer.status_code, answer.headers["location"]) == (301, "/papers/eca_net")
 
 
+def test_of_papers_of_one_arxiv_number_ours_is_shown_with_the_way_to_the_others(client, monkeypatch):
+    ours = catalog.card("eca_net")
+    other = ours.model_copy(update={"slug": "another_eca", "package": "another", "title": "Another ECA"})
+    shelf = {**catalog.cards(), "another_eca": other}
+    monkeypatch.setattr(catalog, "cards", lambda: shelf)
+    entries = client.app.state.site.catalogue._entries
+    monkeypatch.setitem(entries, "another_eca", Entry.of(other))
+    answer = client.get("/papers/1910.03151", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (301, "/papers/eca_net")
+    for slug, link in (("eca_net", "/papers/another_eca"), ("another_eca", "/papers/eca_net")):
+        page = client.get(f"/papers/{slug}")
+        assert page.status_code == 200 and f'href="{link}"' in page.text.partition('id="related"')[0]
+    assert "Under this arXiv number" not in client.get("/papers/craft").text
+    assert client.get("/api/papers/1910.03151").json()["slug"] == "eca_net"
+    assert {"eca_net", "another_eca"} <= set(titles(client.get("/?q=1910.03151").text))
+    found = client.get("/api/papers/search?q=1910.03151").json()
+    assert {each["paper"]["slug"] for each in found} == {"eca_net", "another_eca"}
+
+
 def test_what_is_not_there_says_what_may_be_meant(client):
     answer = client.get("/papers/eca_nett")
     assert (
@@ -158,7 +177,7 @@ def test_who_asks_for_the_head_alone_gets_it(client, path):
 
 def test_a_redirect_names_no_host(client):
     """The one that a request names may be anybody's, and the scheme is the proxy's to know."""
-    answer = client.get("/papers/craft/", headers={"host": "evil.example"}, follow_redirects=False)
+    answer = client.get("/papers/craft/", headers={"host": "localhost:1"}, follow_redirects=False)
     assert (answer.status_code, answer.headers["location"]) == (307, "/papers/craft")
 
 

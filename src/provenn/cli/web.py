@@ -15,13 +15,14 @@ import typer
 
 from provenn.cli.app import Json, app, tell
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import check_output, whole
 
 if TYPE_CHECKING:  # slow to import, and not there without the extra
     from provenn.web.database import Database
 
 NEEDED = "the web catalogue needs more packages: pip install 'provenn[web]'"
 LEAVE_SECONDS = 5  # that a server which is told to end waits for answers: one that streams a demo may take minutes
+LIMITS = "Limits on clients"
 Home = Annotated[Path | None, typer.Option(help="Folder of the embedded database; by default ~/.local/share/provenn.")]
 page = typer.Typer(
     help="""What the operator of a catalogue does: list, hide, approve, export, delete.
@@ -49,8 +50,40 @@ def serve(
     export: Annotated[
         Path | None, typer.Option(help="Write it as files that any host serves, without people and demos.")
     ] = None,
+    proxies: Annotated[
+        str,
+        typer.Option(
+            help="Addresses or networks of proxies, with commas between. From these, X-Forwarded-For tells who asks, "
+            "so that each reader has limits of their own; from others it is ignored.",
+            envvar="FORWARDED_ALLOW_IPS",
+        ),
+    ] = "127.0.0.1",
+    connections: Annotated[
+        int, typer.Option(help="Connections open at once, of all clients.", min=1, rich_help_panel=LIMITS)
+    ] = 1000,
+    client_connections: Annotated[
+        int, typer.Option(help="Connections of one client; a proxy may have more.", min=1, rich_help_panel=LIMITS)
+    ] = 100,
+    header_seconds: Annotated[
+        float, typer.Option(help="Seconds for the header of a request.", min=0.1, rich_help_panel=LIMITS)
+    ] = 10.0,
+    body_seconds: Annotated[float, typer.Option(help="Seconds for its body.", min=0.1, rich_help_panel=LIMITS)] = 300.0,
+    least_rate: Annotated[
+        float,
+        typer.Option(help="Bytes a second that a client sends or takes at least.", min=0, rich_help_panel=LIMITS),
+    ] = 500.0,
+    stall_seconds: Annotated[
+        float, typer.Option(help="Seconds over which that is counted.", min=0.1, rich_help_panel=LIMITS)
+    ] = 20.0,
+    idle_seconds: Annotated[
+        int, typer.Option(help="Seconds between two requests of a connection.", min=1, rich_help_panel=LIMITS)
+    ] = 5,
 ) -> None:
     """The web catalogue: every paper, what holds of it, and a try, in a browser.
+
+    Only requests for the host of --url, of --host or of this machine are answered; PROVENN_HOSTS adds others, with
+    commas between. The header of a request has at most 16,000 bytes and 100 fields, its address 8,000 bytes, a form
+    64,000 bytes; PROVENN_UPLOAD_MEGABYTES limits what is tried.
 
     \b
     provenn serve
@@ -61,21 +94,42 @@ def serve(
         import uvicorn
 
         from provenn.web import Settings, create_app, mail
+        from provenn.web.connections import BACKLOG, ConnectionLimits, Gate
+        from provenn.web.failures import LOGGING
     except ModuleNotFoundError as error:
         raise UserError(f"{NEEDED} (there is no {error.name})") from None
-    here = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    settings = Settings.read({"PROVENN_URL": here, **os.environ}, home=home, url=url)
+    named = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    hosts = ",".join([host, os.environ.get("PROVENN_HOSTS", "")])
+    environment = {"PROVENN_URL": f"http://{named}:{port}", **os.environ, "PROVENN_HOSTS": hosts}
+    settings = Settings.read(environment, home=home, url=url)
     if export is not None:
         from provenn.web.static_copy import export as write
 
         count = write(export, settings)
         tell(f"provenn: {count} files are in {export}; feeds and JSON say that they are at {settings.url}")
         return
+    settings.keep_private()
     tell(f"provenn: the catalogue is at {settings.url} (Ctrl-C ends it)")
     at = f"; the digest goes at {settings.digest_at} UTC" if settings.digest_at else ""
     tell(f"provenn: {mail.route(settings)}{at}")
-    options = {"host": host, "port": port, "log_level": "warning", "proxy_headers": True, "server_header": False}
-    options["timeout_graceful_shutdown"] = LEAVE_SECONDS
+    limits = ConnectionLimits(
+        connections, client_connections, header_seconds, body_seconds, stall_seconds, least_rate, idle_seconds
+    ).fitting()
+    if limits.connections < connections:
+        tell(f"provenn: at most {limits.connections} connections at once, by the limit on open files (`ulimit -n`)")
+    options = {
+        "host": host,
+        "port": port,
+        "http": Gate(limits, settings.secure),
+        "ws": "none",
+        "backlog": BACKLOG,
+        "timeout_keep_alive": idle_seconds,
+        "timeout_graceful_shutdown": LEAVE_SECONDS,
+        "log_level": "warning",
+        "log_config": LOGGING,
+        "forwarded_allow_ips": proxies,
+        "server_header": False,
+    }
     if workers == 1:
         uvicorn.run(create_app(settings), **options)  # type: ignore[arg-type]  # a mapping has one type of value
         return
@@ -87,6 +141,7 @@ def serve(
         tell("provenn: several processes cannot share demos, so papers cannot be tried here; --workers 1 has them")
     tell(f"provenn: limits count in each process by itself, so that they are up to {workers} times as high")
     os.environ |= {"PROVENN_HOME": str(settings.home), "PROVENN_URL": settings.url, "PROVENN_DEMOS": "false"}
+    os.environ["PROVENN_HOSTS"] = hosts
     settings.signing_key()  # drawn once, before two of them would
     config = uvicorn.Config("provenn.web:create_app", factory=True, workers=workers, **options)  # type: ignore[arg-type]
     listening = config.bind_socket()
@@ -108,7 +163,8 @@ def digest(
 ) -> None:
     """Mail what is new to those who asked for it, for cron. Nobody gets it twice on a day, however often this runs.
 
-    A weekly digest goes on the first run of a week, Monday being its first day.
+    A weekly digest goes on the first run of a week, Monday being its first day. A server on the same database sends
+    along: give both the same settings.
 
     \b
     provenn digest
@@ -167,6 +223,16 @@ def list_rows(what: What, home: Home = None, json: Json = False) -> None:
 
 
 @page.command()
+def mails(home: Home = None) -> None:
+    """How many mails wait to be sent, of which kinds, for how long, and the last trouble, on one line."""
+    with _database(home) as database:
+        from provenn.web import outbox
+
+        with database.reading() as session:
+            typer.echo(outbox.summary(session))
+
+
+@page.command()
 def hide(number: Annotated[int, typer.Argument(help="The comment's number.")], home: Home = None) -> None:
     """Hide a comment: readers see that the operator hid it."""
     _set_hidden(number, home, True)
@@ -196,11 +262,16 @@ def export(
     home: Home = None,
 ) -> None:
     """Everything that people wrote, one row a line: the whole file, or none."""
+    check_output(file)
     with _database(home) as database:
         from provenn.web import accounts
 
         count = 0
-        with database.reading() as session, whole(file) as place, place.open("w", encoding="utf-8") as lines:
+        with (
+            database.reading() as session,
+            whole(file, mode=0o600) as place,
+            place.open("w", encoding="utf-8") as lines,
+        ):
             for count, row in enumerate(accounts.every_row(session), start=1):  # noqa: B007
                 lines.write(text_of.dumps(row, ensure_ascii=False) + "\n")
     tell(f"{count} rows are in {file}")
@@ -212,7 +283,10 @@ def delete(
     home: Home = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a person with everything that is theirs, for good."""
+    """Delete a person with everything that is theirs, for good.
+
+    SQLite's files keep nothing of it. PostgreSQL keeps deleted rows until its next vacuum, and its backups longer.
+    """
     with _database(home) as database:
         from provenn.web import Settings, accounts, mail
         from provenn.web.addresses import spelled
@@ -224,9 +298,9 @@ def delete(
             if not sys.stdin.isatty():
                 raise UserError(f"nothing was deleted: give --yes to delete {email} without being asked")
             typer.confirm(f"Delete {email} with everything that is theirs?", abort=True)
-        count = mail.forget(Settings.read(home=home), email)
-        with database.session() as session:
-            count += accounts.delete_person(session, email)
+        with database.erasing() as session:
+            count = accounts.delete_person(session, email)
+        count += mail.forget(Settings.read(home=home), email)  # after the rows of mails that would become files
     if not count:
         raise UserError(f"nobody is known by {who!r}; `provenn page list people` names them all")
     tell(f"{email} is deleted, with everything that was theirs")

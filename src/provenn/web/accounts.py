@@ -1,11 +1,19 @@
-"""Who people are: links to sign in by, sessions, names, and all that is somebody's. Nothing here knows of HTTP."""
+"""Who people are: links to sign in by, sessions, names, and all that is somebody's. Nothing here knows of HTTP.
+
+Anybody may ask for a link to any address, so that two things are guarded against: a stranger who floods a mailbox, and
+a stranger who locks its owner out by asking until no link is sent any more. `link_lasts` keeps to one rule for both. A
+mail is left out only while a link that went before still works for half its time or longer, and nobody has used it. So
+the owner has a link at every moment, or gets one by asking. After `FREE` links that nobody used, each lasts twice as
+long as the one before, up to `LONGEST_LASTS`: a mailbox gets some dozen mails a day, however many ask. Whoever uses a
+link uses up all of them, and the count begins anew. Nobody who asks learns any of this: the answer is always the same.
+"""
 
 import hashlib
 import re
 import secrets
 import unicodedata
-from collections.abc import Iterator
-from datetime import date, timedelta
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import Table, delete, or_, select, update
@@ -16,7 +24,8 @@ from provenn.errors import UserError
 from provenn.web.addresses import spelled
 from provenn.web.models import NAME, Base, Person, SignedIn, SignInLink, now
 
-LINK_LASTS = timedelta(minutes=30)
+LINK_LASTS, LONGEST_LASTS = timedelta(minutes=30), timedelta(hours=4)
+FREE = 3  # links to an address that nobody used, before another must wait
 SESSION_LASTS = timedelta(days=90)
 LINK_KEPT = timedelta(days=1)  # as a row, used or not
 SHORT_LIVED = ("sign_in_links", "sessions", "subscription_links")  # nothing that anybody wrote
@@ -46,12 +55,32 @@ def plain(text: str, keep: str = "") -> str:
     return unicodedata.normalize("NFC", "".join(kept)).strip()
 
 
-def new_link(session: Session, email: str, paper: str = "") -> str:
-    """The secret of a link that signs in as `email`, whether anybody is known by it or not; it is kept nowhere."""
-    session.execute(delete(SignInLink).where(SignInLink.made < now() - LINK_KEPT))
+def new_link(email: str, paper: str = "", lasts: timedelta = LINK_LASTS) -> tuple[SignInLink, str]:
+    """A link that signs in as `email`, whether anybody is known by it or not, and its secret, which is kept nowhere."""
     secret = secrets.token_urlsafe(32)
-    session.add(SignInLink(digest=digest(secret), email=email, paper=paper))
-    return secret
+    return SignInLink(digest=digest(secret), email=email, paper=paper, until=now() + lasts), secret
+
+
+def link_lasts(session: Session, email: str) -> timedelta | None:
+    """How long the next link to an address works; None where one that went before is enough (see the module)."""
+    lately = SignInLink.email == email, SignInLink.used.is_(None), SignInLink.made > now() - LINK_KEPT
+    unused = session.scalars(select(SignInLink).where(*lately)).all()
+    return next_lasts([(link.made, link.until) for link in unused], LINK_LASTS, LONGEST_LASTS)
+
+
+def next_lasts(
+    unused: Sequence[tuple[datetime, datetime]], shortest: timedelta, longest: timedelta
+) -> timedelta | None:
+    """How long the next link works, after those with these makings and ends that nobody used; None for no link."""
+    if len(unused) < FREE:
+        return shortest
+    made, until = max(unused)
+    return None if now() < made + (until - made) / 2 else min(2 * (until - made), longest)
+
+
+def forget_links(session: Session) -> None:
+    """Delete the rows of links that are old, used or not."""
+    session.execute(delete(SignInLink).where(SignInLink.made < now() - LINK_KEPT))
 
 
 def usable_link(session: Session, secret: str) -> SignInLink | None:
@@ -60,7 +89,7 @@ def usable_link(session: Session, secret: str) -> SignInLink | None:
 
 
 def _usable(secret: str) -> tuple:
-    return SignInLink.digest == digest(secret), SignInLink.used.is_(None), SignInLink.made > now() - LINK_LASTS
+    return SignInLink.digest == digest(secret), SignInLink.used.is_(None), SignInLink.until > now()
 
 
 def sign_in(session: Session, secret: str) -> SignIn | None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, time
 
 from pydantic import BaseModel, Field
 
-from provenn.catalog import Region
+from provenn.catalog import Region, mechanism_names
 from provenn.compare.latencies import LatencyBench
 from provenn.compare.outcome import SlotComparison
 from provenn.evidence import view
@@ -369,9 +369,12 @@ def summary_of(entry: Entry, page: str, votes: Mapping[str, int], comments: Mapp
 
 def paper_of(entry: Entry, facts: dict) -> Paper:
     """A paper whole, from the facts of its summary."""
+    called = mechanism_names()
     return Paper(
         **facts,
-        mechanisms=[Mechanism(name=m.name, slot=m.slot, summary=m.summary) for m in entry.card.mechanisms],
+        mechanisms=[
+            Mechanism(name=called[entry.slug, m.name], slot=m.slot, summary=m.summary) for m in entry.card.mechanisms
+        ],
         presets=[preset.name for preset in entry.card.presets],
         statements=[Statement.of(judged) for judged in entry.statements],
         claims=[Claim.of(finding) for finding in entry.findings],

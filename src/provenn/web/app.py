@@ -1,24 +1,25 @@
 """The application: its pages, its headers and its errors."""
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from provenn import __version__
 from provenn.web import boards, figures, machines, pages, people, subscriptions, tries
+from provenn.web.admission import Admission
 from provenn.web.database import Database
 from provenn.web.demos import Demos
 from provenn.web.digest import Clock
+from provenn.web.failures import TITLES, Failures, Receive, Scope, Send, cause_of, failed, refusal, wants_json
+from provenn.web.headers import headers
+from provenn.web.outbox import Sender
 from provenn.web.settings import Settings
 from provenn.web.site import HERE, Site, page
 
@@ -32,32 +33,7 @@ ROUTERS = (
     tries.router,
 )
 
-# No script, style or picture from elsewhere, none inside a page, and no page inside another's frame.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)
-HEADERS = {
-    "Content-Security-Policy": POLICY,
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
-TITLES = {
-    401: "Sign in first",
-    403: "Not taken",
-    404: "Not found",
-    413: "Too large",
-    415: "Not of this kind",
-    422: "Not understood",
-    429: "Too often",
-    503: "Not now",
-}
 HOST = re.compile(rb"^https?://[^/]*")  # of a redirect: none of ours leads to another site
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
 
 
 class Kept(StaticFiles):
@@ -88,15 +64,14 @@ class Heads:
 
 
 class SafeHeaders:
-    """Adds `HEADERS` to every answer that does not have its own, and HSTS where readers come by TLS.
+    """Adds the headers of every answer to those that do not have their own.
 
     What leads elsewhere on the site names no host: the one that a request names may be anybody's.
     """
 
     def __init__(self, app: Callable, secure: bool):
         self.app = app
-        more = {"Strict-Transport-Security": "max-age=31536000"} if secure else {}
-        self.headers = [(name.lower().encode(), value.encode()) for name, value in (HEADERS | more).items()]
+        self.headers = [(name.lower().encode(), value.encode()) for name, value in headers(secure).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sent(message: Any) -> None:
@@ -123,6 +98,7 @@ def create_app(settings: Settings | None = None, *, copied: bool = False) -> Fas
         UserError: the settings or the database cannot be used.
     """
     settings = Settings.read() if settings is None else settings
+    settings.keep_private()
     settings.signing_key()  # drawn here where it is new, before two requests can draw one each
     database = Database(settings.database)
     database.migrate()
@@ -130,10 +106,12 @@ def create_app(settings: Settings | None = None, *, copied: bool = False) -> Fas
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
-        clock = Clock(app.state.site)
+        clock, sender = Clock(app.state.site), Sender(app.state.site)
         clock.start()
+        sender.start()
         yield
         clock.stop()
+        sender.stop()
         if demos is not None:
             demos.close()
         database.close()
@@ -142,6 +120,8 @@ def create_app(settings: Settings | None = None, *, copied: bool = False) -> Fas
     app.state.site = Site(settings, database, copied=copied)
     app.state.demos = demos
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
+    app.add_middleware(Admission, settings=settings)
+    app.add_middleware(Failures)
     app.add_middleware(SafeHeaders, secure=settings.secure)
     app.add_middleware(Heads)
     app.mount("/static", Kept(directory=HERE / "static"), name="static")
@@ -149,27 +129,15 @@ def create_app(settings: Settings | None = None, *, copied: bool = False) -> Fas
         app.include_router(router)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _unread)
-    for error in (OperationalError, NoConnection):
-        app.add_exception_handler(error, _unavailable)
     return app
-
-
-def _wants_json(request: Request) -> bool:
-    return request.url.path.startswith("/api/") or "application/json" in request.headers.get("accept", "")
-
-
-def _answer(request: Request, status: int, words: str, headers: dict[str, str] | None = None) -> Response:
-    if _wants_json(request):
-        return JSONResponse({"error": words}, status, headers)
-    answer = page(request, "refused.html", status=status, title=TITLES.get(status, "Not possible"), words=words)
-    answer.headers.update(headers or {})
-    return answer
 
 
 def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    headers = dict(error.headers) if error.headers else None
-    return _answer(request, error.status_code, str(error.detail), headers)
+    given, words = dict(error.headers or {}), str(error.detail)
+    if error.status_code >= 500:
+        return failed(request, error.status_code, words, cause_of(error.__cause__) if error.__cause__ else words, given)
+    return _answer(request, error.status_code, words, given)
 
 
 def _unread(request: Request, error: Exception) -> Response:
@@ -178,11 +146,11 @@ def _unread(request: Request, error: Exception) -> Response:
     return _answer(request, 422, words)
 
 
-def _unavailable(request: Request, error: Exception) -> Response:
-    """The database is away, or it or every connection to it is busy for longer than anybody waits: no page can be drawn
-    that reads it.
-    """
-    words = "The database does not answer: try again in a moment."
-    if _wants_json(request):
-        return JSONResponse({"error": words}, 503, {"Retry-After": "5"})
-    return PlainTextResponse(words, 503, {"Retry-After": "5"})
+def _answer(request: Request, status: int, words: str, headers: dict[str, str] | None = None) -> Response:
+    """A refusal, on the page of whoever reads it."""
+    if wants_json(request):
+        return refusal(request, status, words, headers)
+    title = TITLES.get(status, "Not possible")
+    answer = page(request, "refused.html", status=status, title=title, words=words, number="")
+    answer.headers.update(headers or {})
+    return answer

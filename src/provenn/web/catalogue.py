@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
-from provenn import catalog, sizes
+from provenn import catalog, progress, sizes
 from provenn.evidence import view
 from provenn.evidence.record import Evidence, Finding
 from provenn.evidence.statement import Standing
@@ -27,12 +27,16 @@ class Entry:
     evidence: Evidence
     statements: list[view.Judged]
     findings: list[Finding]
+    trouble: str = ""  # with its evidence
 
     @classmethod
     def of(cls, card: catalog.Card) -> "Entry":
         """With the evidence that came with the paper's package."""
-        evidence = view.committed(card) or Evidence(paper=card.slug)
-        return cls(card, evidence, view.judged(card, evidence), evidence.findings(card.claims))
+        troubles: list[str] = []
+        evidence = view.committed(card, troubles.append) or Evidence(paper=card.slug)
+        for trouble in troubles:
+            progress.say(trouble)  # to who runs the server: it names a place of this machine
+        return cls(card, evidence, view.judged(card, evidence), evidence.findings(card.claims), "".join(troubles))
 
     @property
     def slug(self) -> str:
@@ -159,8 +163,13 @@ class Catalogue(Mapping[str, Entry]):
         return len(self._entries)
 
     def named(self, name: str) -> Entry | None:
-        """By slug or arXiv number; None where there is no such paper."""
-        return self._entries.get(catalog.slug_of(name))
+        """By slug or arXiv number, of several this package's own; None where there is no such paper."""
+        return self._entries.get(catalog.slugs_of(name)[0])
+
+    def of_the_same_number(self, entry: Entry) -> list[Entry]:
+        """Papers of other packages that have this one's arXiv number."""
+        slugs = catalog.slugs_of(entry.card.arxiv) if entry.card.arxiv else []
+        return [self._entries[slug] for slug in slugs if slug in self._entries and slug != entry.slug]
 
     @property
     def tasks(self) -> list[str]:

@@ -1,7 +1,10 @@
 """The catalogue's database: an embedded SQLite file, or whatever `DATABASE_URL` names."""
 
+import logging
+import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +12,19 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from filelock import FileLock
-from sqlalchemy import Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from provenn.errors import UserError
-from provenn.web.settings import make_home
+from provenn.web.settings import keep_private, make_home
 
+LOG = logging.getLogger(__name__)
 MIGRATIONS = Path(__file__).with_name("migrations")
 WRITES = "writes"  # the option of a connection that tells `_immediate` what its transaction is for
 MIGRATING = 1910_03151  # the lock that servers which start at the same moment take in turns
 BUSY_MS = 10_000  # that a writer waits for another before it gives up
+SCRUB_MS = 2_000  # that readers are waited for before the write-ahead log is emptied later
 
 
 class Database:
@@ -34,8 +39,10 @@ class Database:
             parsed = make_url(url)
             if parsed.drivername in ("postgres", "postgresql"):
                 parsed = parsed.set(drivername="postgresql+psycopg")
-            if parsed.get_backend_name() == "sqlite" and parsed.database:
-                make_home(Path(parsed.database).parent)
+            self._file = _file(parsed)
+            if self._file is not None:
+                make_home(self._file.parent)
+                _keep_private(self._file)
             self.engine: Engine = create_engine(parsed, pool_pre_ping=True)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             wanted = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
@@ -47,6 +54,7 @@ class Database:
             event.listen(self.engine, "connect", _durable)
             event.listen(self.engine, "begin", _immediate)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        self._left = False  # something deleted that is still in the write-ahead log
 
     def migrate(self) -> None:
         """Bring the tables to this version's form; what is in them stays."""
@@ -55,7 +63,7 @@ class Database:
         config.set_main_option("script_location", str(MIGRATIONS))
         try:
             if url.get_backend_name() == "sqlite" and url.database:
-                with FileLock(f"{url.database}.lock"), self.engine.begin() as connection:
+                with FileLock(f"{url.database}.lock", mode=0o600), self.engine.begin() as connection:
                     config.attributes["connection"] = connection
                     command.upgrade(config, "head")
             else:
@@ -70,12 +78,48 @@ class Database:
         except CommandError as error:
             newer = "was it made by a newer provenn? update this one"
             raise UserError(f"the database at {url.render_as_string(hide_password=True)}: {error}; {newer}") from None
+        self.scrub()  # of what a server deleted that was killed
 
     @contextmanager
     def session(self) -> Iterator[Session]:
         """One transaction: committed where the block ends well, undone where it does not."""
         with self._sessions.begin() as session:
             yield session
+        if self._left:
+            self.scrub(0)
+
+    @contextmanager
+    def erasing(self) -> Iterator[Session]:
+        """A transaction that deletes for good: what it deleted is in no file of SQLite's afterwards.
+
+        PostgreSQL keeps deleted rows until a vacuum, and its log and backups longer: that is for its operator to set.
+        """
+        with self.session() as session:
+            yield session
+        self.scrub()
+
+    def scrub(self, wait_ms: int | None = None) -> None:
+        """Empty SQLite's write-ahead log, which keeps pages as they were before. While somebody reads an older state,
+        that cannot be done, and every transaction after it tries again.
+
+        Args:
+            wait_ms: for which readers are waited for; by default `SCRUB_MS`.
+        """
+        if self._file is None:
+            return
+        busy = True
+        # Another one may empty it at this moment, or have all connections: what was deleted is deleted all the same.
+        with suppress(sqlite3.OperationalError, SQLAlchemyError), closing(self.engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            cursor.execute(f"PRAGMA busy_timeout = {SCRUB_MS if wait_ms is None else wait_ms}")
+            try:
+                busy = bool(cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+                cursor.close()
+        if busy and not self._left:
+            LOG.warning("what was deleted stays in %s-wal until its readers are done", self._file)
+        self._left = busy
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -87,6 +131,23 @@ class Database:
     def close(self) -> None:
         """Give all connections back."""
         self.engine.dispose()
+
+
+def _file(url: URL) -> Path | None:
+    """The file of an SQLite database; None of one in memory, and of any other."""
+    name = url.database or ""
+    known = url.get_backend_name() == "sqlite" and name and name != ":memory:" and not name.startswith("file:")
+    return Path(name) if known else None
+
+
+def _keep_private(file: Path) -> None:
+    """Make a database that its owner alone reads; SQLite gives its other files the same rights."""
+    try:
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise UserError(f"no database at {file}: {error.strerror}") from None
+    for name in ("", "-wal", "-shm", "-journal", ".lock"):
+        keep_private(file.with_name(file.name + name))
 
 
 def _durable(connection, _record) -> None:

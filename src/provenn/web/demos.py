@@ -343,6 +343,8 @@ class Keeper:
         """What the worker says, line by line, as long as it keeps to its limits."""
         assert self.worker is not None and self.worker.stdout is not None
         pipe, most = self.worker.stdout.fileno(), self.demos.settings.demo_megabytes
+        ready = select.poll()  # `select` takes no descriptor above 1023, and every connection has one
+        ready.register(pipe)
         while True:
             line, newline, rest = self.said.partition(b"\n")
             if newline:
@@ -360,7 +362,7 @@ class Keeper:
                 raise Lost(_too_much(most))
             if len(self.said) > LONGEST_LINE:
                 raise Lost("the demo's worker said more than an answer holds")
-            if select.select([pipe], [], [], TICK)[0]:
+            if ready.poll(1000 * TICK):
                 more = os.read(pipe, 2**16)
                 if not more:
                     raise Lost(self._why())

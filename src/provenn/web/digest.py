@@ -1,112 +1,38 @@
-"""The digest: who gets one is planned in one transaction, and each mail goes out once a person and day.
+"""The digest: who gets one is planned in one transaction, and `provenn.web.outbox` sends it once a person and day.
 
-A mail is a row, unique by subscription and day, and moves between states in transactions of its own:
+A digest is a row of the outbox, unique by subscription and day, which stays when it has gone. It goes at most once:
+where a server was killed between the claim and the mail server's answer, or the mail server gave none, nobody can know
+whether it went, and it is not sent again. What was in it is told again in the person's next digest, since
+`Subscription.seen` moves on with a digest that went, and with nothing else: no news is lost.
 
-    planned ──claim──▸ handed ──the server's answer──▸ sent
-       ▲ │                │ ├── refused for good ─────▸ refused
-       │ └─ a later day's │ └── no answer ────────────▸ unknown
-       │    takes over:   │
-       │    late          │
-       └── refused for now┘
-
-The claim is one conditional update (planned → handed). It is made when the server has all of a mail but its end, so:
-
-- killed while planned: the server never had the end, and has nothing. The next run sends the mail.
-- killed after the server's answer, before `sent` is written: the row stays handed, and is never handed over again.
-- killed between the claim and the answer: whether the server has the mail cannot be known in SMTP. The row stays
-  handed, too: nobody gets a mail twice. After a while it is called unknown, and what was in it is told again in the
-  person's next digest, since `Subscription.seen` moves on with `sent` alone: no news is lost. The span is that of three
-  bytes and their answer.
-- two runs at once, on one machine or two: the claim succeeds for one, and the other takes back its mail, unended.
-- a mail's identifier is made from subscription and day. Mails that become files are named by it, so that there even a
-  handed one is written again, and is one file.
-
-A day whose mails could not go (the server is down) is not lost either: the rows wait for the next run, and on a later
-day the new mail takes over, with all since the last that went.
+A day whose mails could not go (the mail server is down) is not lost either: the rows wait, and on a later day the new
+mail takes over (`LATE`), with all since the last that went.
 """
 
 import logging
-import random
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
-from email.message import EmailMessage
-from email.utils import format_datetime
 from threading import Event, Thread
-from typing import cast
 
-from sqlalchemy import Date, ForeignKey, String, UniqueConstraint, and_, delete, or_, select, update
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy import and_, delete, or_, select, update
+from sqlalchemy.orm import Session
 
 from provenn.errors import UserError
-from provenn.web import mail, news
-from provenn.web.mail import Down, Later, Lost, Outbox, Refused, Unknown
-from provenn.web.models import Base, Moment, now
+from provenn.web import letters, news, outbox
+from provenn.web.letters import Letter
+from provenn.web.models import now
 from provenn.web.news import News
+from provenn.web.outbox import LATE, PLANNED, Draft, Kind, Mailing, Tally
 from provenn.web.signing import signed
 from provenn.web.site import Site
-from provenn.web.subscriptions import FREQUENCIES, KEY, Subscription, address_of
+from provenn.web.subscriptions import FREQUENCIES, Subscription, address_of
 
-PLANNED, HANDED, SENT, REFUSED, UNKNOWN, LATE = "planned", "handed", "sent", "refused", "unknown", "late"
 LOG = logging.getLogger(__name__)
-SAID = 400  # characters of what a server said
-KEPT = timedelta(days=90)  # for which rows of mails stay
-ANSWERED = timedelta(seconds=mail.END_SECONDS + 60)  # within which a run that lives has its answer
-MOST_LOST = 3  # connections in a row, after which the server is left alone until the next run
-AGAIN = timedelta(minutes=10)  # after which the server's own clock tries what is left
-
-
-class Mailing(Base):
-    """A digest to a person on a day: the changes after `since` up to `upto`.
-
-    Args:
-        state: see the module.
-        said: why the server did not take it.
-        moved: when it came to its state.
-    """
-
-    __tablename__ = "mailings"
-    __table_args__ = (UniqueConstraint("subscription_id", "day"), {"sqlite_autoincrement": True})
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    subscription_id: Mapped[str] = mapped_column(String(KEY), ForeignKey("subscriptions.id", ondelete="CASCADE"))
-    day: Mapped[date] = mapped_column(Date)
-    since: Mapped[int]
-    upto: Mapped[int]
-    state: Mapped[str] = mapped_column(String(10), default=PLANNED, index=True)
-    said: Mapped[str] = mapped_column(String(SAID), default="")
-    made: Mapped[datetime] = mapped_column(Moment, default=now)
-    moved: Mapped[datetime] = mapped_column(Moment, default=now)
-
-
-class Elsewhere(Exception):
-    """Another run has claimed a mail, or its subscription has ended."""
-
-
-@dataclass
-class Tally:
-    """What became of a run's mails.
-
-    Args:
-        counts: mails by the state that they came to.
-        troubles: what the server said, with the numbers of the rows.
-        down: why no mail could go at all; "" where some could.
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    troubles: list[str] = field(default_factory=list)
-    down: str = ""
-
-    def __str__(self) -> str:
-        words = {
-            SENT: "sent",
-            REFUSED: "refused by the mail server",
-            UNKNOWN: "of which it is not known whether the server has them: they are not sent again",
-            PLANNED: "left for the next run",
-        }
-        shown = [f"{self.counts[state]} {said}" for state, said in words.items() if self.counts[state]]
-        return ", ".join(shown) or "nothing to send"
+KEPT = timedelta(days=90)  # for which rows of digests stay
+LASTS = timedelta(days=4)  # within which a digest goes; then the next one tells its news
+AGAIN = timedelta(minutes=10)  # after which the server's own clock looks again
+LEAVE_SECONDS = 2.0  # that a plan which is under way gets when the server ends
 
 
 def a_day(day: date) -> date:
@@ -128,7 +54,7 @@ def plan(session: Session, site: Site, day: date, frequencies: Sequence[str] = F
     A daily digest is due on each day, a weekly one on the first day from Monday on that is planned.
     """
     news.observe(session, site.catalogue)
-    upto = news.latest(session)
+    upto, moment = news.latest(session), now()
     monday = day - timedelta(days=day.weekday())
     since_when = {"daily": day, "weekly": monday}
     due = or_(*(and_(Subscription.often == o, Subscription.considered < since_when[o]) for o in frequencies))
@@ -138,7 +64,16 @@ def plan(session: Session, site: Site, day: date, frequencies: Sequence[str] = F
     late = [waiting[subscription.id] for subscription in subscriptions if subscription.id in waiting]
     worth = {seen: bool(news.between(session, site.catalogue, seen, upto)) for seen in {s.seen for s in subscriptions}}
     planned = [
-        Mailing(subscription_id=subscription.id, day=day, since=subscription.seen, upto=upto)
+        Mailing(
+            kind=DIGEST.name,
+            rank=DIGEST.rank,
+            until=moment + LASTS,
+            email=subscription.email,
+            subscription_id=subscription.id,
+            day=day,
+            since=subscription.seen,
+            upto=upto,
+        )
         for subscription in subscriptions
         if worth[subscription.seen]
     ]
@@ -147,123 +82,49 @@ def plan(session: Session, site: Site, day: date, frequencies: Sequence[str] = F
     session.add_all(planned)
     session.flush()
     for number in late:
-        _move(session, number, PLANNED, LATE)
+        outbox.move(session, number, PLANNED, LATE)
     session.execute(delete(Mailing).where(Mailing.day < day - KEPT))
     return len(planned)
 
 
-def _move(session: Session, number: int, before: str, after: str, said: str = "") -> bool:
-    """Bring a mail from one state to another; False where it is not in the first one."""
-    moved = update(Mailing).where(Mailing.id == number, Mailing.state == before)
-    return bool(
-        session.execute(moved.values(state=after, said=said[:SAID], moved=now()).returning(Mailing.id)).one_or_none()
-    )
-
-
-def run(site: Site, day: date, frequencies: Sequence[str] = FREQUENCIES, stop: Event | None = None) -> Tally:
-    """Plan a day and send what is planned, of this day and of those before it that waited.
-
-    Args:
-        stop: ends the run between two mails.
-    """
+def run(site: Site, day: date, frequencies: Sequence[str] = FREQUENCIES) -> Tally:
+    """Plan a day, and send what is due of it and of the days before it that waited."""
     with site.database.session() as session:
         plan(session, site, day, frequencies)
-    return deliver(site, day, frequencies, stop)
+    return outbox.deliver(site, [DIGEST.name])
 
 
-def deliver(site: Site, day: date, frequencies: Sequence[str] = FREQUENCIES, stop: Event | None = None) -> Tally:
-    """Send every mail that is planned, in an order of chance, so that two runs at once seldom meet at one."""
-    tally, left, lost = Tally(), 0, 0
-    with Outbox(site.settings) as outbox:
-        with site.database.session() as session:
-            tally.counts[UNKNOWN] += _settle(session, outbox)
-            mine = and_(Mailing.state == PLANNED, Mailing.day <= day, Subscription.often.in_(frequencies))
-            numbers = list(session.scalars(select(Mailing.id).join(Subscription).where(mine)))
-        random.shuffle(numbers)
-        left = len(numbers)
-        for number in numbers:
-            if tally.down or (stop is not None and stop.is_set()):
-                break
-            try:
-                state, said = _deliver(site, outbox, number)
-                lost = 0
-            except Lost as error:
-                state, said, lost = PLANNED, str(error), lost + 1
-                tally.down = said if lost == MOST_LOST else ""
-            except Down as error:
-                state, said, tally.down = PLANNED, "", str(error)
-            left -= state != PLANNED
-            if state not in (PLANNED, None):
-                tally.counts[state] += 1
-            if said:
-                tally.troubles.append(f"mail {number}: {said}")
-    tally.counts[PLANNED] = left
-    return tally
+def write(session: Session, site: Site, mailing: Mailing) -> Draft | None:
+    """A digest as the outbox sends it; None where its subscription has ended."""
+    subscription = session.get(Subscription, mailing.subscription_id)
+    if subscription is None:
+        return None
+    told = news.between(session, site.catalogue, mailing.since or 0, mailing.upto or 0)
+    return Draft(letter(site, subscription, mailing, told))
 
 
-def _settle(session: Session, outbox: Outbox) -> int:
-    """What a killed run left handed: unknown from some time on, or planned again where a repeat does no harm."""
-    left = select(Mailing.id).where(Mailing.state == HANDED)
-    if not outbox.repeatable:
-        left = left.where(Mailing.moved < now() - ANSWERED)
-    after = PLANNED if outbox.repeatable else UNKNOWN
-    moved = sum(_move(session, number, HANDED, after) for number in session.scalars(left).all())
-    return 0 if outbox.repeatable else moved
+def was_sent(session: Session, mailing: Mailing) -> None:
+    """Write down what a person has been told."""
+    heard = update(Subscription).where(Subscription.id == mailing.subscription_id)
+    session.execute(heard.where(Subscription.seen < mailing.upto).values(seen=mailing.upto))
 
 
-def _deliver(site: Site, outbox: Outbox, number: int) -> tuple[str | None, str]:
-    """Hand over one mail, and write down what became of it: its state, None where it is another run's; and why."""
-    with site.database.reading() as session:
-        mailing = session.get(Mailing, number)
-        subscription = session.get(Subscription, mailing.subscription_id) if mailing else None
-        if mailing is None or subscription is None or mailing.state != PLANNED:
-            return None, ""
-        told = news.between(session, site.catalogue, mailing.since, mailing.upto)
-    claimed = False
-
-    def claim() -> None:
-        nonlocal claimed
-        with site.database.session() as session:
-            if not _move(session, number, PLANNED, HANDED):
-                raise Elsewhere
-        claimed = True
-
-    state, said = SENT, ""
-    try:
-        outbox.send(letter(site, subscription, mailing, told), claim)
-    except Elsewhere:
-        return None, ""
-    except Refused as error:
-        state, said = REFUSED, str(error)
-    except Unknown as error:
-        state, said = UNKNOWN, str(error)
-    except (Down, Lost) as error:
-        if claimed:  # the server closed the connection instead of taking the mail
-            with site.database.session() as session:
-                _move(session, number, HANDED, PLANNED, str(error))
-        raise
-    except Later as error:
-        state, said = PLANNED, str(error)
-    with site.database.session() as session:
-        moved = _move(session, number, HANDED if claimed else PLANNED, state, said)
-        if moved and state == SENT:
-            heard = update(Subscription).where(Subscription.id == mailing.subscription_id)
-            session.execute(heard.where(Subscription.seen < mailing.upto).values(seen=mailing.upto))
-    return state, said
+DIGEST = outbox.register(Kind("digest", 2, LASTS, write, kept=True, sent=was_sent))
 
 
-def letter(site: Site, subscription: Subscription, mailing: Mailing, told: News) -> EmailMessage:
+def letter(site: Site, subscription: Subscription, mailing: Mailing, told: News) -> Letter:
     """A digest as a mail, whose identifier and date are the same however often it is made."""
     page = address_of(site, subscription)
+    assert mailing.day is not None  # every digest has one
     context = {"news": told, "often": subscription.often, "day": mailing.day, "page": page, "url": site.settings.url}
-    message = mail.compose(site, subscription.email, "digest", **context)
-    identifier = signed(site.settings, "mailing", f"{mailing.day:%Y%m%d}.{subscription.id}").rpartition(".")[2]
-    message.replace_header("Date", format_datetime(mailing.made))
-    message.replace_header("Message-ID", f"<{mailing.day:%Y%m%d}.{identifier}@{mail.host_of(site.settings)}>")
-    message["List-Id"] = f"<digest.{mail.host_of(site.settings)}>"
-    message["List-Unsubscribe"] = f"<{page}/leave>"
-    message["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
-    return message
+    key = signed(site.settings, "mailing", f"{mailing.day:%Y%m%d}.{subscription.id}").rpartition(".")[2]
+    more = {
+        "List-Id": f"<digest.{letters.host_of(site.settings)}>",
+        "List-Unsubscribe": f"<{page}/leave>",
+        "List-Unsubscribe-Post": "List-Unsubscribe=One-Click",
+    }
+    name = f"{mailing.day:%Y%m%d}.{key}"
+    return replace(letters.compose(site, subscription.email, "digest", name, mailing.made, **context), more=more)
 
 
 def preview(site: Site, day: date, frequencies: Sequence[str] = FREQUENCIES) -> str:
@@ -274,30 +135,30 @@ def preview(site: Site, day: date, frequencies: Sequence[str] = FREQUENCIES) -> 
         rows = session.execute(select(Mailing, Subscription).join(Subscription).where(mine)).tuples().all()
         kinds: dict[tuple[str, int, int], list[tuple[Mailing, Subscription]]] = {}
         for mailing, subscription in rows:
-            kinds.setdefault((subscription.often, mailing.since, mailing.upto), []).append((mailing, subscription))
+            kinds.setdefault((subscription.often, mailing.since or 0, mailing.upto or 0), []).append(
+                (mailing, subscription)
+            )
         shown = []
         for (often, since, upto), pairs in sorted(kinds.items()):
             mailing, subscription = pairs[0]
-            message = letter(site, subscription, mailing, news.between(session, site.catalogue, since, upto))
-            body = cast(EmailMessage, message.get_body(("plain",)))
-            text = body.get_content().replace(address_of(site, subscription), f"{site.settings.url}/subscription/…")
+            mail = letter(site, subscription, mailing, news.between(session, site.catalogue, since, upto))
+            text = mail.text.replace(address_of(site, subscription), f"{site.settings.url}/subscription/…")
             count = f"{len(pairs)} {often} mail" + "s" * (len(pairs) > 1)
-            shown.append(f"{count}: {message['Subject']}\n\n{text}")
+            shown.append(f"{count}: {mail.subject}\n\n{text}")
         session.rollback()
     return "\n".join(shown) or "nothing to send\n"
 
 
 class Clock:
-    """The server's own clock: a thread that sends each day's digests from `digest_at` on, and tries again what is left.
+    """The server's own clock: a thread that plans each day's digests from `digest_at` on; the outbox sends them.
 
-    A server that was off at that time sends when it is on again, on the same day. Several servers may have one each.
+    A server that was off at that time plans when it is on again, on the same day. Several servers may have one each.
     """
 
     def __init__(self, site: Site):
         self.site = site
         self._stop = Event()
         self._thread = Thread(target=self._keep, name="digest", daemon=True)
-        self._tried: date | None = None
         self._done: date | None = None
 
     def start(self) -> None:
@@ -306,37 +167,35 @@ class Clock:
             self._thread.start()
 
     def stop(self) -> None:
-        """End after the mail that is on its way."""
+        """End after the plan that is being made."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(mail.SECONDS)
+            self._thread.join(LEAVE_SECONDS)
 
     def _keep(self) -> None:
-        while not self._stop.wait(self.wait(now()).total_seconds()):
+        pause = timedelta()
+        while not self._stop.wait(pause.total_seconds()):
             try:
-                tally = self.tick(now())
+                self.tick(now())
+                pause = self.wait(now())
             except Exception:  # a database that is away for a while ends no clock
-                LOG.exception("the digest could not be sent; the next try is in %s", AGAIN)
-                continue
-            if tally is not None and (tally.down or tally.troubles):
-                LOG.warning("digest: %s; %s", tally, tally.down or "; ".join(tally.troubles))
+                LOG.exception("the digest could not be planned; the next try is in %s", AGAIN)
+                pause = AGAIN
 
     def wait(self, moment: datetime) -> timedelta:
         """How long until the next look; never long, so that a machine that slept is not late."""
-        at = datetime.combine(moment.date(), time.fromisoformat(self.site.settings.digest_at), UTC)
-        if self._done == moment.date():
-            at += timedelta(days=1)
-        elif moment >= at:
-            return AGAIN if self._tried == moment.date() else timedelta()
-        return min(at - moment, AGAIN)
+        at = self._at(moment)
+        return min(at - moment if moment < at else at + timedelta(days=1) - moment, AGAIN)
 
-    def tick(self, moment: datetime) -> Tally | None:
-        """Send what is due at a moment; None where nothing is."""
-        at = datetime.combine(moment.date(), time.fromisoformat(self.site.settings.digest_at), UTC)
-        if moment < at or self._done == moment.date():
-            return None
-        self._tried = moment.date()
-        tally = run(self.site, moment.date(), stop=self._stop)
-        if not tally.counts[PLANNED]:
-            self._done = moment.date()
-        return tally
+    def tick(self, moment: datetime) -> int:
+        """Plan what is due at a moment; returns how many mails."""
+        if moment < self._at(moment) or self._done == moment.date():
+            return 0
+        with self.site.database.session() as session:
+            planned = plan(session, self.site, moment.date())
+        self._done = moment.date()
+        self.site.outgoing.set()
+        return planned
+
+    def _at(self, moment: datetime) -> datetime:
+        return datetime.combine(moment.date(), time.fromisoformat(self.site.settings.digest_at), UTC)

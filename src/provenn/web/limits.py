@@ -59,10 +59,14 @@ SPANS = ((MINUTE, "a minute"), (10 * MINUTE, "ten minutes"), (HOUR, "an hour"), 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is limited: links by the address they go to and by who asks for them, all else by person."""
+    """What is limited: links by who asks for them, all else by person.
 
-    links_to: Rate = field(default_factory=lambda: Rate(5, HOUR))
+    Many may ask from one network. Beyond `links_for` those who have an account still get their links, up to
+    `links_known`. How many links one address gets is up to `accounts.link_lasts`.
+    """
+
     links_for: Rate = field(default_factory=lambda: Rate(20, HOUR))
+    links_known: Rate = field(default_factory=lambda: Rate(200, HOUR))
     votes: Rate = field(default_factory=lambda: Rate(100, MINUTE))
     comments: Rate = field(default_factory=lambda: Rate(6, 10 * MINUTE))
     reports: Rate = field(default_factory=lambda: Rate(20, HOUR))

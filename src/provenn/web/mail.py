@@ -1,38 +1,38 @@
-"""Mails, by the operator's server or, without one, as files in a folder.
+"""Handing over mails, to the operator's server or, without one, as files in a folder.
 
 Whether a server has a mail is decided by its answer to the end of the data, the dot on a line of its own. Before that
 dot it has nothing, whatever becomes of the connection; after its answer it has the mail. Between the two nobody can
-know: RFC 5321 leaves that open. `Outbox` therefore sends all of a mail but the dot, asks `decide` once more, and then
-sends the dot. The errors tell what is known: `Refused`, `Later` and `Down` mean that the server does not have the mail,
-`Unknown` that it may.
+know: RFC 5321 leaves that open. `Transport` therefore sends all of a mail but the dot, asks `decide` once more, and
+then sends the dot. The errors tell what is known: `Refused`, `Later` and `Down` mean that the server does not have the
+mail, `Unknown` that it may.
+
+Each step has a limit on its whole time, since a server that sends a byte a second would keep within any limit on a
+single answer. Another thread may end all of it by `Transport.leave`.
 """
 
 import re
 import smtplib
+import socket
 import ssl
 from base64 import b64encode
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from email import policy
-from email.headerregistry import Address
-from email.message import EmailMessage
 from email.parser import BytesParser
-from email.utils import formatdate, make_msgid, parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from threading import Event, Timer
 from urllib.parse import unquote, urlsplit
 
+from provenn.errors import UserError
 from provenn.files import whole
-from provenn.web.addresses import address, mailbox
-from provenn.web.settings import Settings
-from provenn.web.site import Site
+from provenn.web.letters import Letter, host_name
+from provenn.web.settings import Settings, make_home
 
-SECONDS = 20.0  # that a mail server has to answer
-END_SECONDS = 120.0  # and to answer the end of the data, where an early hang-up would leave us in the dark
-# Passes through every server and can be read in a file. A link in a header is not folded to the next line, where some
-# programs do not look for it.
-POLICY = policy.SMTP.clone(cte_type="7bit", max_line_length=200)
+SECONDS = 20.0  # that a mail server has for one answer
+MAIL_SECONDS = 60.0  # for all of a mail before its end, with the connection
+END_SECONDS = 120.0  # to answer the end of the data, where an early hang-up would leave us in the dark
+QUIT_SECONDS = 3.0  # to say goodbye
 SYNTAX, CLOSING = 500, 421  # replies from the one on are final; the other ends the connection
 
 
@@ -60,43 +60,15 @@ class Unknown(MailError):
     """The server was given all of a mail and did not answer: it may have it."""
 
 
-def compose(site: Site, to: str, template: str, **context: Any) -> EmailMessage:
-    """A mail from `templates/mail/<template>.txt`, whose first line is the subject, and `.html` beside it.
-
-    Raises:
-        ValueError: `to` is no address.
-    """
-    subject, _, text = site.render(f"mail/{template}.txt", **context).partition("\n")
-    message = EmailMessage(policy=POLICY)
-    message["From"] = mailbox(site.settings.mail_from)
-    name, _, domain = address(to).rpartition("@")
-    message["To"] = Address(username=name, domain=domain)  # as one text, names beyond ASCII would be refused
-    message["Subject"] = " ".join(subject.split())
-    message["Date"], message["Message-ID"] = formatdate(), make_msgid(domain=host_of(site.settings))
-    message["Auto-Submitted"] = "auto-generated"
-    message.set_content(text.strip() + "\n")
-    message.add_alternative(site.render(f"mail/{template}.html", **context), subtype="html")
-    return message
-
-
-def send(site: Site, message: EmailMessage) -> None:
-    """Hand over one mail.
-
-    Raises:
-        MailError: an OSError; the server cannot be reached, or does not take it.
-    """
-    with Outbox(site.settings) as outbox:
-        outbox.send(message)
-
-
 def forget(settings: Settings, email: str) -> int:
     """Delete the mails to an address that became files; returns how many. What a server took is out of reach."""
     to_them = []
     for file in (settings.home / "mails").glob("*.eml"):
-        with file.open("rb") as lines:
-            header = BytesParser(policy=POLICY).parse(lines, headersonly=True)
-        if _recipient(header).encode(errors="surrogateescape") == email.encode():
-            to_them.append(file)
+        with suppress(FileNotFoundError), file.open("rb") as lines:  # another may delete it at this moment
+            to = BytesParser(policy=policy.default).parse(lines, headersonly=True)["To"]
+            people = to.addresses if to is not None else ()  # not every file there need be ours
+            if any(one.addr_spec.encode(errors="surrogateescape") == email.encode() for one in people):
+                to_them.append(file)
     for file in to_them:
         file.unlink(missing_ok=True)
     return len(to_them)
@@ -110,18 +82,13 @@ def route(settings: Settings) -> str:
     return f"mails go to {server.scheme}://{server.hostname}:{port_of(settings)} from {settings.mail_from}"
 
 
-def host_of(settings: Settings) -> str:
-    """The host of the catalogue's address, which identifies its mails."""
-    return urlsplit(settings.url).hostname or "localhost"
-
-
 def port_of(settings: Settings) -> int:
     """The mail server's port; by default its scheme's."""
     server = urlsplit(settings.smtp)
     return server.port or (465 if server.scheme == "smtps" else 25)
 
 
-class Outbox:
+class Transport:
     """Hands over mails, all by one connection while it lasts; without a server, writes them to `home/mails`.
 
     A file's name begins with the date of its mail and ends with its identifier, so that a folder lists them in order,
@@ -134,42 +101,52 @@ class Outbox:
     def __init__(self, settings: Settings):
         self.settings = settings
         self._server: smtplib.SMTP | None = None
+        self._line: socket.socket | None = None  # the connection once more, which another thread may end
+        self._late = False
+        self._left = Event()
 
-    def __enter__(self) -> "Outbox":
+    def __enter__(self) -> "Transport":
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._server is not None:
-            with suppress(OSError):
+            with suppress(OSError), self._within(QUIT_SECONDS):
                 self._server.quit()
-            self._drop()
+        self._drop()
 
     @property
     def repeatable(self) -> bool:
         """Whether the same mail may be handed over again without a second one coming of it."""
         return not self.settings.smtp
 
-    def send(self, message: EmailMessage, decide: Callable[[], None] = lambda: None) -> None:
+    def leave(self) -> None:
+        """End what goes on, from another thread: the server is left in the middle, and called no more."""
+        self._left.set()
+        self._hang_up()
+
+    def send(self, letter: Letter, decide: Callable[[], None] = lambda: None) -> None:
         """Hand over a mail.
 
         Args:
-            message: with `To` and `From`, one address each.
+            letter: the mail.
             decide: called when all but the end is handed over. Where it raises, the server never has the mail.
 
         Raises:
             MailError: see its kinds.
+            Unsound: the mail is not what it was meant to be; nothing of it was handed over.
         """
+        data = letter.as_bytes()
         if not self.settings.smtp:
             decide()
-            self._file(message)
+            self._file(letter, data)
             return
         fresh = self._server is None
         try:
-            self._begin(message)
+            self._begin(letter, data)
         except Lost:
-            if fresh:
+            if fresh or self._left.is_set():
                 raise
-            self._begin(message)  # servers end a connection after so many mails, or after a while
+            self._begin(letter, data)  # servers end a connection after so many mails, or after a while
         try:
             decide()
         except BaseException:
@@ -177,37 +154,39 @@ class Outbox:
             raise
         self._end()
 
-    def _file(self, message: EmailMessage) -> None:
+    def _file(self, letter: Letter, data: bytes) -> None:
         folder = self.settings.home / "mails"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # links that sign people in lie here
-        name = message["Message-ID"].strip("<>").replace("@", ".at.")
-        with whole(folder / f"{parsedate_to_datetime(message['Date']):%Y-%m-%dT%H%M%S}_{name}.eml") as place:
-            Path(place).write_bytes(message.as_bytes(policy=POLICY.clone(utf8=not _recipient(message).isascii())))
-
-    def _begin(self, message: EmailMessage) -> None:
-        """All of a mail but its end."""
-        server = self._connected()
-        to, beyond_ascii = _recipient(message), not _recipient(message).isascii()
-        if beyond_ascii and not server.has_extn("smtputf8"):
-            raise Refused(f"{to}: this mail server takes no address beyond ASCII")
-        data = message.as_bytes(policy=POLICY.clone(utf8=beyond_ascii))
+        name = re.sub(r"[^\w.-]", "", letter.identifier.replace("@", ".at."))
         try:
-            server.rset()
-            code, said = server.mail(message["From"].addresses[0].addr_spec, ["SMTPUTF8"] if beyond_ascii else [])
-            if code >= 300:
-                raise self._refusal(code, said, Down if code >= SYNTAX else Later)
-            code, said = server.rcpt(to)
-            if code >= 300:
-                raise self._refusal(code, said)
-            code, said = server.docmd("DATA")
-            if code != 354:
-                raise self._refusal(code, said)
-            server.send(re.sub(rb"(?m)^\.", b"..", data.removesuffix(b"\r\n") + b"\r\n"))
-        except MailError:
-            raise
-        except OSError as error:  # a timeout and a lost connection are among them
-            self._drop()
-            raise Lost(f"the mail server left in the middle of a mail: {_words(error)}") from None
+            make_home(folder)  # links that sign people in lie here
+            with whole(folder / f"{letter.made:%Y-%m-%dT%H%M%S}_{name}.eml", mode=0o600) as place:
+                Path(place).write_bytes(data)
+        except UserError as error:  # a full disk among others
+            raise Down(str(error)) from None
+
+    def _begin(self, letter: Letter, data: bytes) -> None:
+        """All of a mail but its end."""
+        with self._within(MAIL_SECONDS):
+            server = self._connected()
+            if letter.beyond_ascii and not server.has_extn("smtputf8"):
+                raise Refused("the address has letters beyond ASCII, and this mail server takes none (SMTPUTF8)")
+            try:
+                server.rset()
+                code, said = server.mail(letter.sender.addr_spec, ["SMTPUTF8"] if letter.beyond_ascii else [])
+                if code >= 300:
+                    raise self._refusal(code, said, Down if code >= SYNTAX else Later)
+                code, said = server.rcpt(letter.to)
+                if code >= 300:
+                    raise self._refusal(code, said)
+                code, said = server.docmd("DATA")
+                if code != 354:
+                    raise self._refusal(code, said)
+                server.send(re.sub(rb"(?m)^\.", b"..", data.removesuffix(b"\r\n") + b"\r\n"))
+            except MailError:
+                raise
+            except OSError as error:  # a timeout and a lost connection are among them
+                self._drop()
+                raise Lost(f"the mail server left in the middle of a mail: {_words(error)}") from None
 
     def _end(self) -> None:
         """The end of a mail, and the server's answer to it."""
@@ -215,8 +194,9 @@ class Outbox:
         try:
             assert server.sock is not None
             server.sock.settimeout(END_SECONDS)
-            server.send(b".\r\n")
-            code, said = server.getreply()
+            with self._within(END_SECONDS):
+                server.send(b".\r\n")
+                code, said = server.getreply()
             if not 200 <= code < 600:
                 raise OSError(f"it answered {code}, which is no answer")
             server.sock.settimeout(SECONDS)
@@ -225,6 +205,25 @@ class Outbox:
             raise Unknown(f"the mail server did not say whether it has the mail: {_words(error)}") from None
         if code >= 300:
             raise self._refusal(code, said)
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """Hang up where the block takes longer, however often the server says something."""
+        self._late = False
+        timer = Timer(seconds, self._hang_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _hang_up(self) -> None:
+        """End the connection beneath whoever waits for it, in any thread and below any TLS."""
+        self._late = True
+        if (line := self._line) is not None:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
 
     def _refusal(self, code: int, said: bytes, kind: type[MailError] | None = None) -> MailError:
         if code == CLOSING:
@@ -238,33 +237,39 @@ class Outbox:
             try:
                 self._server = self._connect()
             except (OSError, ValueError) as error:
+                self._drop()
                 raise Down(f"{route(self.settings)}, which fails: {_words(error)}") from None
         return self._server
 
     def _connect(self) -> smtplib.SMTP:
-        address, tls = urlsplit(self.settings.smtp), self.settings.smtp_tls
-        host, port = address.hostname or "", port_of(self.settings)
+        where, tls = urlsplit(self.settings.smtp), self.settings.smtp_tls
+        host = where.hostname or ""
         context = ssl.create_default_context()
         if tls == "unverified":
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        greeting = _greeting(host_of(self.settings))
-        if address.scheme == "smtps":
-            server: smtplib.SMTP = smtplib.SMTP_SSL(host, port, greeting, timeout=SECONDS, context=context)
-        else:
-            server = smtplib.SMTP(host, port, greeting, timeout=SECONDS)
+
+        def call(host: str, port: int, timeout: float) -> socket.socket:
+            line = socket.create_connection((host, port), timeout)
+            self._line = line.dup()
+            if self._late or self._left.is_set():  # time was over before there was anything to end
+                line.close()
+                raise TimeoutError("it took too long")
+            return context.wrap_socket(line, server_hostname=host) if where.scheme == "smtps" else line
+
+        server = _Client(call, host, port_of(self.settings), host_name(self.settings))
         try:
             server.ehlo_or_helo_if_needed()
-            encrypted = address.scheme == "smtps"
+            encrypted = where.scheme == "smtps"
             if not encrypted and server.has_extn("starttls"):
                 server.starttls(context=context)
                 server.ehlo()
                 encrypted = True
             if not encrypted and tls != "auto":
                 raise Down(f"it offers no TLS, which {self.settings.variable('smtp_tls')}={tls} asks for")
-            if address.username:
+            if where.username:
                 if not encrypted and not _is_here(host):
                     raise Down("it offers no TLS, and a password goes by TLS alone")
-                _log_in(server, unquote(address.username), unquote(address.password or ""))
+                _log_in(server, unquote(where.username), unquote(where.password or ""))
         except BaseException:
             server.close()
             raise
@@ -272,9 +277,23 @@ class Outbox:
 
     def _drop(self) -> None:
         """Leave the server without a word: what it has not the end of, it forgets."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        server, line = self._server, self._line
+        self._server = self._line = None
+        if server is not None:
+            server.close()
+        if line is not None:
+            line.close()
+
+
+class _Client(smtplib.SMTP):
+    """A client on a connection that `call` makes; smtplib's own SMTP_SSL uses the same hook."""
+
+    def __init__(self, call: Callable[[str, int, float], socket.socket], host: str, port: int, greeting: str):
+        self._call = call
+        super().__init__(host, port, greeting, timeout=SECONDS)  # by default it asks a name server for a greeting
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        return self._call(host, port, timeout)
 
 
 def _log_in(server: smtplib.SMTP, user: str, password: str) -> None:
@@ -285,19 +304,6 @@ def _log_in(server: smtplib.SMTP, user: str, password: str) -> None:
     code, said = server.docmd("AUTH", "PLAIN " + b64encode(f"\0{user}\0{password}".encode()).decode("ascii"))
     if code != 235:
         raise smtplib.SMTPAuthenticationError(code, said)
-
-
-def _recipient(message: EmailMessage) -> str:
-    return str(message["To"].addresses[0].addr_spec)
-
-
-def _greeting(host: str) -> str:
-    """The name by which a client greets a server; smtplib's own asks a name server, which may take long."""
-    try:
-        number = ip_address(host)
-    except ValueError:
-        return host
-    return f"[IPv6:{number}]" if number.version == 6 else f"[{number}]"
 
 
 def _is_here(host: str) -> bool:

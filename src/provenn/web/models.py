@@ -10,6 +10,7 @@ from sqlalchemy import DateTime, Dialect, ForeignKey, MetaData, String, Text, Ty
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 EMAIL, NAME, PAPER, ARXIV, DIGEST, REASON = 254, 40, 100, 40, 64, 200  # the longest of each, in characters
+SUBSCRIPTION = 16  # the longest of a subscription's keys
 MOST = 2**31 - 1  # the largest number of a row
 
 
@@ -82,6 +83,7 @@ class SignInLink(Base):
     Args:
         digest: of what the link carries, which is kept nowhere.
         paper: whose page it was asked for on; "" for none.
+        until: it works before that.
         used: when somebody signed in by it, or by another of the same address.
     """
 
@@ -91,6 +93,7 @@ class SignInLink(Base):
     email: Mapped[str] = mapped_column(String(EMAIL), index=True)
     paper: Mapped[str] = mapped_column(String(PAPER))
     made: Mapped[datetime] = mapped_column(Moment, default=now, index=True)
+    until: Mapped[datetime] = mapped_column(Moment)
     used: Mapped[datetime | None] = mapped_column(Moment)
 
 
@@ -103,6 +106,17 @@ class SignedIn(Base):
     person_id: Mapped[int] = whose()
     began: Mapped[datetime] = mapped_column(Moment, default=now, index=True)
     person: Mapped[Person] = relationship()
+
+
+class SubscriptionLink(Base):
+    """A link that was sent to confirm a subscription, by the digest of what it carries."""
+
+    __tablename__ = "subscription_links"
+
+    digest: Mapped[str] = mapped_column(String(DIGEST), primary_key=True)
+    email: Mapped[str] = mapped_column(String(EMAIL), index=True)
+    often: Mapped[str] = mapped_column(String(SUBSCRIPTION))
+    made: Mapped[datetime] = mapped_column(Moment, default=now)
 
 
 class Vote(Base):

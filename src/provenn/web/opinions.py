@@ -1,5 +1,6 @@
 """What people say of papers: votes, comments, reports and suggestions. Nothing here knows of HTTP."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -22,6 +23,9 @@ TAGS = {"p", "br", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol",
 # A comment has no headings, pictures or rules of its own: it stands below a page's headings.
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("strikethrough")
 MARKDOWN.disable(["heading", "lheading", "hr", "image", "html_block", "html_inline"])
+# A link leads to another site by its whole address. One without a host would lead to a page of this site, such as /me.
+ABSOLUTE = re.compile(r"https?://[^/?#\\]", re.IGNORECASE)
+MARKDOWN.validateLink = lambda url: ABSOLUTE.match(url) is not None  # type: ignore[method-assign]  # as its manual says
 
 
 class Counts(NamedTuple):
@@ -179,13 +183,17 @@ def decide(session: Session, arxiv: str, approved: bool) -> bool:
 
 @lru_cache(maxsize=2000)
 def as_html(text: str) -> Markup:
-    """A comment as HTML: rendered by one library, and what is left of it sanitised by another."""
+    """A comment as HTML: rendered by one library, and what is left of it sanitised by another.
+
+    Links that are not absolute stay text.
+    """
     return Markup(
         nh3.clean(
             MARKDOWN.render(text),
             tags=TAGS,
             attributes={"*": set(), "a": {"href"}},
-            url_schemes={"http", "https", "mailto"},
+            attribute_filter=lambda tag, name, value: value if name != "href" or ABSOLUTE.match(value) else None,
+            url_schemes={"http", "https"},
             link_rel="nofollow ugc noopener",
         )
     )

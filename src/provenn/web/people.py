@@ -1,22 +1,26 @@
 """What people do on the pages: sign in, vote, comment, suggest a paper, and see or delete what is theirs."""
 
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, Form, HTTPException, Path, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from fastapi.routing import APIRoute
+from sqlalchemy.orm import Session
 
 from provenn.errors import UserError
-from provenn.web import accounts, mail, opinions, visitors
+from provenn.web import accounts, letters, mail, opinions, outbox, visitors
 from provenn.web.addresses import address
 from provenn.web.limits import TooOften
 from provenn.web.listing import Listing
 from provenn.web.models import MOST, Comment, Person
+from provenn.web.outbox import Draft, Kind, Mailing
 from provenn.web.pages import found
 from provenn.web.signing import signed, unsigned
-from provenn.web.site import page, site_of
+from provenn.web.site import Site, page, site_of
 from provenn.web.visitors import Field, Visitor, client_of, posted, posted_by_person, visitor_of, written
 
 LARGEST_FORM = 64_000  # bytes
@@ -79,26 +83,65 @@ def sign_in(request: Request, paper: str = "") -> Response:
     return own(request, "sign_in.html", paper=known_paper(request, paper), email="")
 
 
+def write_link(known: bool, session: Session, site: Site, mailing: Mailing) -> Draft | None:
+    """The mail with a link that signs in; None where one that went before is enough.
+
+    Args:
+        known: whether it goes to those alone who have signed in before.
+        session, site, mailing: as every kind of mail has them.
+    """
+    lasts = accounts.link_lasts(session, mailing.email)
+    if mailing.tries:  # what went before may be this very mail, with a link that nobody has
+        lasts = lasts or accounts.LINK_LASTS
+    if lasts is None or (known and accounts.find_person(session, mailing.email) is None):
+        return None
+    link, secret = accounts.new_link(mailing.email, mailing.about, lasts)
+    where = f"{site.settings.url}/sign-in/{signed(site.settings, 'sign-in', secret)}"
+    name, context = outbox.identifier(site, mailing), {"address": where, "lasts": in_words(lasts)}
+    return Draft(letters.compose(site, mailing.email, "sign_in", name, mailing.made, **context), link)
+
+
+def in_words(span: timedelta) -> str:
+    """A span in minutes or, where it is whole ones, hours.
+
+    >>> in_words(timedelta(minutes=30)), in_words(timedelta(hours=2))
+    ('30 minutes', '2 hours')
+    """
+    minutes = int(span.total_seconds() / 60)
+    number, unit = (minutes, "minute") if minutes % 60 else (minutes // 60, "hour")
+    return f"{number} {unit}" + "s" * (number > 1)
+
+
+SIGN_IN, SIGN_IN_KNOWN = (
+    outbox.register(
+        Kind(name, 0, accounts.LINK_LASTS, partial(write_link, name == "known"), tidy=accounts.forget_links)
+    )
+    for name in ("sign-in", "known")
+)
+
+
 @router.post("/sign-in")
 def send_link(request: Request, visitor: Posted, email: Field = "", paper: Field = "") -> Response:
-    """Send a link to an address, whether anybody is known by it or not: nothing here looks."""
+    """Have a link sent to an address, whether anybody is known by it or not: nothing here looks."""
     site, paper = site_of(request), known_paper(request, paper)
+    kind, status, error = SIGN_IN, 200, ""
     try:
-        to_whom = address(email)
-        site.limits.links_for.spend(client_of(request), "links asked for from here")
-        site.limits.links_to.spend(to_whom, "links sent to this address")
-    except UserError as error:
-        status = status_of(error)
-        return own(request, "sign_in.html", status=status, error=str(error), paper=paper, email=email[:300])
+        whom = address(email)
+        try:
+            site.limits.links_for.spend(client_of(request), "links asked for from here")
+        except TooOften as often:
+            site.limits.links_known.spend(client_of(request), "links asked for from here")
+            kind, status = SIGN_IN_KNOWN, 429
+            error = f"{often}. Where somebody has signed in here by this address before, a link is on its way to it."
+    except UserError as refused:
+        status, error = status_of(refused), str(refused)
+        return own(request, "sign_in.html", status=status, error=error, paper=paper, email=email[:300])
     with site.database.session() as session:
-        secret = accounts.new_link(session, to_whom, paper)
-    link = f"{site.settings.url}/sign-in/{signed(site.settings, 'sign-in', secret)}"
-    minutes = int(accounts.LINK_LASTS.total_seconds() / 60)
-    try:
-        mail.send(site, mail.compose(site, to_whom, "sign_in", address=link, minutes=minutes))
-    except (OSError, UserError):
-        raise HTTPException(503, "The mail could not be sent: try again in a few minutes.") from None
-    return own(request, "sign_in_sent.html", email=to_whom, minutes=minutes, to_folder=not site.settings.smtp)
+        outbox.put(session, kind, whom, paper)
+    site.outgoing.set()
+    if error:
+        return own(request, "sign_in.html", status=status, error=error, paper=paper, email=whom)
+    return own(request, "sign_in_sent.html", email=whom, to_folder=not site.settings.smtp)
 
 
 @router.get("/sign-in/{token}", include_in_schema=False)
@@ -176,7 +219,7 @@ def rename(request: Request, person: Someone, name: Field = "", paper: Field = "
     site, paper = site_of(request), known_paper(request, paper)
     try:
         site.limits.names.spend(person.id, "changes of a name")
-        with site.database.session() as session:
+        with site.database.erasing() as session:
             accounts.rename(session, person.id, name)
     except UserError as error:
         return mine(request, person, paper, name[:200], status=status_of(error), error=str(error))
@@ -201,9 +244,9 @@ def delete(request: Request, person: Someone, confirm: Field = "") -> Response:
     if confirm != "yes":
         return mine(request, person, status=422, error="nothing was deleted: tick the box that confirms it first")
     site = site_of(request)
-    mail.forget(site.settings, person.email)
-    with site.database.session() as session:
+    with site.database.erasing() as session:
         accounts.delete_person(session, person.email)
+    mail.forget(site.settings, person.email)  # after the rows of mails that would become files
     response = to("/sign-in?said=deleted")
     visitors.part(request, response)
     return response
@@ -258,7 +301,7 @@ def edit(request: Request, number: Number, person: Someone, text: Field = "", pa
     try:
         opinions.checked(text)
         site.limits.comments.spend(person.id, "comments")
-        with site.database.session() as session:
+        with site.database.erasing() as session:
             row = opinions.edit(session, person.id, number, text)
     except UserError as error:
         return draft(request, paper, f"/comments/{number}/edit", text, error)
@@ -268,7 +311,7 @@ def edit(request: Request, number: Number, person: Someone, text: Field = "", pa
 @router.post("/comments/{number}/delete")
 def remove(request: Request, number: Number, person: Someone) -> Response:
     """Delete a comment of one's own."""
-    with site_of(request).database.session() as session:
+    with site_of(request).database.erasing() as session:
         row = opinions.remove(session, person.id, number)
     return to(f"/papers/{existing(row).paper}?said=removed#comments")
 

@@ -1,8 +1,10 @@
 """What the operator of a catalogue can set: by the environment, all with defaults that work on one's own machine."""
 
+import logging
 import os
 import re
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -14,6 +16,7 @@ from provenn.errors import UserError
 from provenn.files import whole
 from provenn.web.addresses import mailbox
 
+LOG = logging.getLogger(__name__)
 PREFIX = "PROVENN_"
 
 
@@ -25,6 +28,7 @@ class Settings(BaseModel):
         database_url: an SQLAlchemy URL; by default the SQLite file `catalogue.db` in `home`.
         secret: signs cookies and links; by default drawn once and kept in `home`.
         url: where readers reach the catalogue, without a slash at the end; links in mails and feeds start with it.
+        hosts: other names by which readers come, separated by commas; that of `url` and this machine's own are known.
         smtp: `smtp://user:password@host:port` or `smtps://…`; without one, mails become `.eml` files in `home/mails`.
         smtp_tls: `auto` uses TLS where the server offers it, and sends a password by TLS alone; `required` sends none
             without. Both verify the certificate (of one's own authority, by the variable `SSL_CERT_FILE`). `unverified`
@@ -43,6 +47,7 @@ class Settings(BaseModel):
     database_url: str = ""
     secret: str = ""
     url: str = "http://127.0.0.1:8000"
+    hosts: tuple[str, ...] = ()
     smtp: str = ""
     smtp_tls: Literal["auto", "required", "unverified"] = "auto"
     mail_from: str = "provenn@localhost"
@@ -62,10 +67,23 @@ class Settings(BaseModel):
     @field_validator("url")
     @classmethod
     def without_slash(cls, url: str) -> str:
-        """An http address without the slash at its end."""
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url must start with http:// or https://, got {url!r}")
+        """An http address without the slash at its end, in letters that the headers of mails take."""
+        if not re.fullmatch(r"https?://[!-.0-~][!-~]*", url):
+            raise ValueError(f"url must start with http:// or https:// and be plain ASCII (xn--…, %C3%A9), got {url!r}")
         return url.rstrip("/")
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def names_of_hosts(cls, hosts: object) -> object:
+        """Names without ports, in small letters."""
+        names = hosts.split(",") if isinstance(hosts, str) else hosts
+        if not isinstance(names, list | tuple):
+            return names
+        names = tuple(str(name).strip().strip("[]").lower() for name in names)
+        odd = next((name for name in names if not re.fullmatch(r"[\w.:-]*", name) or name.count(":") == 1), None)
+        if odd is not None:
+            raise ValueError("hosts must be names without scheme, port and path, such as papers.example.org")
+        return tuple(filter(None, names))
 
     @field_validator("smtp")
     @classmethod
@@ -129,6 +147,15 @@ class Settings(BaseModel):
         """Whether readers come by TLS, so that cookies may say so."""
         return self.url.startswith("https://")
 
+    def keep_private(self) -> None:
+        """Keep the home and what lies in it from all but its owner: addresses, links that sign in, and the secret.
+
+        Raises:
+            UserError: its owner is somebody else.
+        """
+        for place in (self.home, self.home / "secret", self.home / "mails"):
+            keep_private(place)
+
     def signing_key(self) -> str:
         """The secret; drawn at the first call and kept beside the database, readable to its owner alone."""
         if self.secret:
@@ -136,14 +163,13 @@ class Settings(BaseModel):
         file = self.home / "secret"
         if not file.exists():
             make_home(self.home)
-            with whole(file) as place:
+            with whole(file, mode=0o600) as place:
                 place.write_text(secrets.token_urlsafe(32), encoding="ascii")
-            file.chmod(0o600)
         return file.read_text(encoding="ascii").strip()
 
 
 def make_home(folder: Path) -> None:
-    """A new folder that its owner alone reads: addresses, links that sign people in, and the secret lie in it.
+    """A folder that is there; a new one is its owner's alone.
 
     Raises:
         UserError: it cannot be made.
@@ -152,3 +178,24 @@ def make_home(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from None
+
+
+def keep_private(place: Path) -> None:
+    """Take a file or folder from all but its owner, where it is there.
+
+    Raises:
+        UserError: its owner is somebody else, who could read and change what lies there.
+    """
+    try:
+        status = place.stat()
+        if status.st_uid != os.geteuid():
+            whose = f"{place} belongs to user {status.st_uid}, and this process to user {os.geteuid()}"
+            raise UserError(f"{whose}: run it as the owner, or give all of the folder to this user by chown")
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & 0o077:
+            place.chmod(mode & 0o700)
+            LOG.warning("%s was open to others (%03o): from now on it is its owner's alone", place, mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"{place} cannot be kept from others: {error.strerror}") from None

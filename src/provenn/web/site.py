@@ -5,6 +5,7 @@ import textwrap
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import jinja2
@@ -41,6 +42,7 @@ class Site:
             from file to file.
         linked: every address that pages of a copy link to.
         pieces: parts of pages that follow from the catalogue alone; see `provenn.web.keeping`.
+        outgoing: set when a mail was put in the outbox, and when it is to be looked at.
     """
 
     settings: Settings
@@ -50,6 +52,7 @@ class Site:
     copied: bool = False
     linked: set[str] = field(default_factory=set)
     pieces: dict[object, str] = field(default_factory=dict)
+    outgoing: Event = field(default_factory=Event)
 
     def counts(self) -> opinions.Counts:
         """How many votes and comments each paper has."""

@@ -15,10 +15,11 @@ from sqlalchemy import Date, String, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from provenn.errors import UserError
-from provenn.web import mail, news
-from provenn.web.accounts import added, digest
+from provenn.web import letters, news, outbox
+from provenn.web.accounts import added, digest, next_lasts
 from provenn.web.addresses import address
-from provenn.web.models import DIGEST, EMAIL, Base, Moment, now
+from provenn.web.models import EMAIL, SUBSCRIPTION, Base, Moment, SubscriptionLink, now
+from provenn.web.outbox import Draft, Kind, Mailing
 from provenn.web.people import Posted, SmallForms, own, status_of
 from provenn.web.signing import signed, unsigned
 from provenn.web.site import Site, site_of
@@ -27,7 +28,6 @@ from provenn.web.visitors import Field, client_of, visitor_of
 Often = Literal["daily", "weekly"]
 FREQUENCIES: tuple[Often, ...] = ("daily", "weekly")
 LASTS = timedelta(days=2)
-KEY = 16  # the longest of a subscription's keys, in characters
 EXPIRED = "This link has expired, or was used already: ask for another one below."
 ENDED = "This subscription has ended: no mail comes any more. It begins again below, where you want it to."
 
@@ -44,37 +44,45 @@ class Subscription(Base):
 
     __tablename__ = "subscriptions"
 
-    id: Mapped[str] = mapped_column(String(KEY), primary_key=True)
+    id: Mapped[str] = mapped_column(String(SUBSCRIPTION), primary_key=True)
     email: Mapped[str] = mapped_column(String(EMAIL), unique=True)
-    often: Mapped[str] = mapped_column(String(KEY))
+    often: Mapped[str] = mapped_column(String(SUBSCRIPTION))
     considered: Mapped[date] = mapped_column(Date)
     seen: Mapped[int]
     made: Mapped[datetime] = mapped_column(Moment, default=now)
 
 
-class SubscriptionLink(Base):
-    """A link that was sent to confirm a subscription, by the digest of what it carries."""
-
-    __tablename__ = "subscription_links"
-
-    digest: Mapped[str] = mapped_column(String(DIGEST), primary_key=True)
-    email: Mapped[str] = mapped_column(String(EMAIL), index=True)
-    often: Mapped[str] = mapped_column(String(KEY))
-    made: Mapped[datetime] = mapped_column(Moment, default=now)
-
-
 def forget(session: Session, email: str) -> None:
     """Delete all that the digest keeps of an address; what is planned or was sent goes with the subscription."""
+    session.execute(delete(Mailing).where(Mailing.email == email, Mailing.kind == CONFIRM.name))
     session.execute(delete(Subscription).where(Subscription.email == email))
     session.execute(delete(SubscriptionLink).where(SubscriptionLink.email == email))
 
 
-def new_link(session: Session, email: str, often: str) -> str:
-    """The secret of a link that subscribes an address; it is kept nowhere."""
-    session.execute(delete(SubscriptionLink).where(SubscriptionLink.made < now() - LASTS))
+def new_link(email: str, often: str) -> tuple[SubscriptionLink, str]:
+    """A link that subscribes an address, and its secret, which is kept nowhere."""
     secret = secrets.token_urlsafe(18)
-    session.add(SubscriptionLink(digest=digest(secret), email=email, often=often))
-    return secret
+    return SubscriptionLink(digest=digest(secret), email=email, often=often), secret
+
+
+def write_link(session: Session, site: Site, mailing: Mailing) -> Draft | None:
+    """The mail with a link that confirms; None where one that went before is enough (see `provenn.web.accounts`)."""
+    lately = SubscriptionLink.email == mailing.email, SubscriptionLink.often == mailing.about
+    made = session.scalars(select(SubscriptionLink.made).where(*lately, SubscriptionLink.made > now() - LASTS)).all()
+    if not mailing.tries and next_lasts([(moment, moment + LASTS) for moment in made], LASTS, LASTS) is None:
+        return None
+    link, secret = new_link(mailing.email, mailing.about)
+    where = f"{site.settings.url}/subscribe/{signed(site.settings, 'subscribe', secret)}"
+    name, context = outbox.identifier(site, mailing), {"address": where, "often": mailing.about, "days": LASTS.days}
+    return Draft(letters.compose(site, mailing.email, "subscribe", name, mailing.made, **context), link)
+
+
+def forget_links(session: Session) -> None:
+    """Delete the rows of links that have expired."""
+    session.execute(delete(SubscriptionLink).where(SubscriptionLink.made < now() - LASTS))
+
+
+CONFIRM = outbox.register(Kind("subscribe", 1, timedelta(days=1), write_link, tidy=forget_links))
 
 
 def usable_link(session: Session, secret: str) -> SubscriptionLink | None:
@@ -123,23 +131,18 @@ def ask(request: Request) -> Response:
 def send_link(
     request: Request, visitor: Posted, email: Field = "", often: Annotated[Often, Form()] = "weekly"
 ) -> Response:
-    """Send a link that confirms a subscription to an address, whether it has one or not: nothing here looks."""
+    """Have a link sent that confirms a subscription of an address, whether it has one or not: nothing here looks."""
     site = site_of(request)
     try:
         to = address(email)
         site.limits.links_for.spend(client_of(request), "links asked for from here")
-        site.limits.links_to.spend(to, "links sent to this address")
     except UserError as error:
         return own(
             request, "subscribe.html", status=status_of(error), error=str(error), email=email[:EMAIL], often=often
         )
     with site.database.session() as session:
-        secret = new_link(session, to, often)
-    link = f"{site.settings.url}/subscribe/{signed(site.settings, 'subscribe', secret)}"
-    try:
-        mail.send(site, mail.compose(site, to, "subscribe", address=link, often=often, days=LASTS.days))
-    except OSError:
-        raise HTTPException(503, "The mail could not be sent: try again in a few minutes.") from None
+        outbox.put(session, CONFIRM, to, often)
+    site.outgoing.set()
     return own(request, "subscribe_sent.html", email=to, often=often, days=LASTS.days, to_folder=not site.settings.smtp)
 
 
@@ -198,7 +201,7 @@ def show_leave(request: Request, token: str) -> Response:
 @router.post("/subscription/{token}/leave")
 def leave(request: Request, token: str) -> Response:
     """End a subscription at once. Mail programs post here by themselves (RFC 8058): the token is all they need."""
-    with site_of(request).database.session() as session:
+    with site_of(request).database.erasing() as session:
         subscription = _of_token(request, session, token)
         if subscription is not None:
             forget(session, subscription.email)

@@ -72,8 +72,12 @@ def _visitor(request: Request) -> Visitor:
 
 
 def client_of(request: Request) -> str:
-    """Who asks, as far as their network tells: an address, or the network that one household has of the longer kind."""
-    host = request.client.host if request.client else ""
+    """Who asks, as far as their network tells."""
+    return network_of(request.client.host if request.client else "")
+
+
+def network_of(host: str) -> str:
+    """An address, or the network that one household has of the longer kind."""
     with suppress(ValueError):
         number = ip_address(host)
         if isinstance(number, IPv6Address) and number.ipv4_mapped is None:

@@ -192,6 +192,7 @@ def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], tell: Tell) -
     """Do a job and tell what came of it: {"done": …}, or {"failed": one line}."""
     from provenn import api
     from provenn.errors import UserError
+    from provenn.finite import finite_outputs
 
     slug, preset = job["paper"], job["preset"]
     try:
@@ -201,7 +202,8 @@ def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], tell: Tell) -
                 models[slug, preset] = api.paper(slug).load(preset=preset)
             model, label = models[slug, preset]
             given, start = Path(job["file"]) if job.get("file") else None, time.perf_counter()
-            done = WORKS[label.task](model, label, given, job["options"], tell)
+            with finite_outputs(model, f"the weights of {preset}", given.name if given else "the input"):
+                done = WORKS[label.task](model, label, given, job["options"], tell)
             done["seconds"] = time.perf_counter() - start
             if given is not None and api.paper(slug).card.has("inspection"):
                 done["inside"] = _inside(slug, preset, given)
@@ -317,15 +319,10 @@ def _write(model: Any, label: "Label", given: Path | None, options: dict[str, An
 
 
 def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    import numpy as np
-
-    from provenn.errors import UserError
     from provenn.tasks.series_forecasting import TASK
 
     assert given is not None
     outlook = TASK.forecast(model, label.meta, given)
-    if not np.isfinite(outlook.values).all():
-        raise UserError(f"{NAME}.csv has values so large that their forecast is no number: give smaller ones")
     past = outlook.past[-4 * label.meta["context"] :]
     columns = [
         {"name": name, "past": past[:, k].tolist(), "ahead": outlook.values[:, k].tolist()}
