@@ -139,11 +139,11 @@ def test_no_mixer_leaves_tokens_alone():
 
 
 def test_what_layers_add_is_seen_by_the_innermost_collection_alone():
-    add_auxiliary(torch.tensor(1.0))
+    add_auxiliary(torch.tensor(1.0), "a loss", "loss=0")
     with collect_auxiliary() as outer:
         with collect_auxiliary() as inner:
-            add_auxiliary(torch.tensor(2.0))
-        add_auxiliary(torch.tensor(3.0))
+            add_auxiliary(torch.tensor(2.0), "a loss", "loss=0")
+        add_auxiliary(torch.tensor(3.0), "a loss", "loss=0")
     assert [loss.item() for loss in inner] == [2] and [loss.item() for loss in outer] == [3]
 
 

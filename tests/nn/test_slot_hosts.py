@@ -22,6 +22,7 @@ def test_padding_of_a_series_changes_nothing_whatever_it_holds(series: SeriesHos
     padded = torch.cat([x, torch.full((2, 3, 3), 9.0)], dim=1)
     mask = torch.arange(8).expand(2, 8) < 5
     torch.testing.assert_close(series(padded, mask), series(x))
+    torch.testing.assert_close(series(padded.flip(1), mask.flip(1)), series(x.flip(1)))
 
 
 def test_the_order_of_a_series_matters(series: SeriesHost):

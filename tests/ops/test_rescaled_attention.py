@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provenn.ops.rescaled_attention import doubled_keys, explicit, rescaled_attention
+from provenn.ops.rescaled_attention import explicit, rescaled_attention, tripled_keys
 
 SIGNS = {"positive": lambda c: c.abs() + 0.1, "any sign": lambda c: c, "none": torch.zeros_like}
 
@@ -60,7 +60,7 @@ def test_the_fused_form_is_the_definition_with_first_and_second_derivatives(quer
     ]
     visible = draw(2, 1, queries, keys, seed=seed + 5) > 0 if hidden else None
     results = []
-    for form in (explicit, doubled_keys):
+    for form in (explicit, tripled_keys):
         given = [x.clone().requires_grad_() for x in tensors]
         y = form(*given[:3], bias=given[3], factors=given[4], visible=visible)
         first = torch.autograd.grad((y * draw(*y.shape, seed=9)).sum(), given, create_graph=True)
@@ -69,6 +69,18 @@ def test_the_fused_form_is_the_definition_with_first_and_second_derivatives(quer
         results.append([y, *first, *(torch.zeros_like(x) if g is None else g for x, g in zip(given, second))])
     for defined, fused in zip(*results):
         torch.testing.assert_close(fused, defined, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["explicit", "fused"])
+def test_factors_may_lie_far_apart(form):
+    """One factor of −1e6, hidden or nearly unseen, takes no digits from the rows of ones beside it."""
+    q, k, v = (draw(1, 1, 6, 4, seed=s) for s in range(3))
+    bias, factors = torch.zeros(1, 1, 6, 6, dtype=torch.float64), torch.ones(1, 1, 6, 6, dtype=torch.float64)
+    factors[..., 0, 0], bias[..., 0, 0] = -1e6, -25.0
+    exact = explicit(q, k, v, bias=bias, factors=factors)
+    single = [x.float() for x in (q, k, v)]
+    ours = rescaled_attention(*single, bias=bias.float(), factors=factors.float(), form=form)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_ones_change_no_bit_and_no_bias_is_plain_attention():

@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
 from provenn.nn.context_parallel.switch import ContextParallel, spread
 from provenn.nn.positions import rotation, turn
+from provenn.ops.softmax_attention import softmax_attention
 
 
 def check_mask(mask: Tensor | None, x: Shaped[Tensor, "batch tokens *rest"]) -> None:
@@ -27,6 +28,27 @@ def check_mask(mask: Tensor | None, x: Shaped[Tensor, "batch tokens *rest"]) -> 
         f"mask must be bool of shape (batch, tokens) = {tuple(x.shape[:2])}, True where a token may be attended, "
         f"got {kind}"
     )
+
+
+def packed_places(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """Where each token stands once its row's padding has moved behind its last token.
+
+    >>> packed_places(torch.tensor([[False, True, False, True]])).tolist()
+    [[2, 0, 3, 1]]
+    """
+    tokens, padding = mask.cumsum(dim=1), (~mask).cumsum(dim=1)
+    return torch.where(mask, tokens, tokens[:, -1:] + padding) - 1
+
+
+def pack(x: Shaped[Tensor, "batch tokens *rest"], places: Int[Tensor, "batch tokens"]) -> Tensor:
+    """Tokens moved to their `packed_places`."""
+    index = places.view(*places.shape, *[1] * (x.dim() - 2)).expand_as(x)
+    return torch.zeros_like(x).scatter(1, index, x)
+
+
+def unpack(x: Shaped[Tensor, "batch tokens *rest"], places: Int[Tensor, "batch tokens"]) -> Tensor:
+    """Tokens moved back from their `packed_places`."""
+    return x.gather(1, places.view(*places.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
 
 def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
@@ -55,6 +77,14 @@ def check_heads(dim: int, heads: int, *, rotary: bool = False) -> None:
 def split_heads(x: Float[Tensor, "batch tokens dim"], heads: int) -> Float[Tensor, "batch heads tokens head_dim"]:
     """The part of each head of queries, keys or values; a view."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def hide_tokens(x: Float[Tensor, "batch tokens dim"], mask: Tensor | None) -> Float[Tensor, "batch tokens dim"]:
+    """Tokens to make keys and values of: zeros where `mask` is False.
+
+    A weight of 0 is not enough. Padding may hold anything, and 0 times NaN is NaN.
+    """
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
 
 
 class KVCache(NamedTuple):
@@ -112,9 +142,10 @@ class SoftmaxAttention(nn.Module):
         self.value = nn.Linear(dim, dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, start: int = 0, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens that stand from `start` on."""
-        q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
+        seen = hide_tokens(x, mask)
+        q, k, v = (split_heads(m(y), self.heads) for m, y in ((self.query, x), (self.key, seen), (self.value, seen)))
         if self.rotary:
             sharing = spread(self.context_parallel)
             if sharing is not None:
@@ -131,19 +162,19 @@ class SoftmaxAttention(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         """`mask` is True where a token may be attended; a token that may attend to nothing gets W_o's bias."""
         check_tokens(x, self.dim, mask)
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, mask=mask)
         sharing = spread(self.context_parallel)
         if sharing is not None:
             if mask is not None:
                 raise ValueError("sequences that are spread over processes take no mask")
             y = sharing.attend(q, k, v, causal=self.causal)
         elif mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            y = softmax_attention(q, k, v, causal=self.causal)
         else:
             visible = mask[:, None, None, :]
             if self.causal:
                 visible = visible & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+            y = softmax_attention(q, k, v, mask=visible)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def init_state(self, batch: int) -> KVCache:
@@ -164,13 +195,13 @@ class SoftmaxAttention(nn.Module):
         k, v = state.keys[:, :, : state.length], state.values[:, :, : state.length]
         # One token sees the whole cache, so no mask is built, and fused kernels that take none can serve.
         if x.shape[1] == 1:
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = softmax_attention(q, k, v)
         # `is_causal` aligns the triangle to the first key, so it is right for an empty past alone.
         elif past_length == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = softmax_attention(q, k, v, causal=True)
         else:
             visible = torch.ones(x.shape[1], state.length, dtype=torch.bool, device=x.device).tril(past_length)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+            y = softmax_attention(q, k, v, mask=visible)
         return self.out(y.transpose(1, 2).flatten(2)), state
 
     def step(self, x_t: Float[Tensor, "batch dim"], state: KVCache) -> tuple[Float[Tensor, "batch dim"], KVCache]:
@@ -235,7 +266,7 @@ class SlidingWindowAttention(SoftmaxAttention):
 
     def _attend(self, x: Tensor, state: WindowState, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The outputs, and all keys and values: those of `state` before those of x."""
-        q, new_k, new_v = self._project(x, state.seen)
+        q, new_k, new_v = self._project(x, state.seen, mask)
         tokens, w = x.shape[1], self.window
         block = min(tokens, w)
         blocks = -(-tokens // block)
@@ -257,7 +288,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         if mask is not None:
             real = F.pad(F.pad(mask, (w, 0), value=True), (0, blocks * block - tokens), value=False)
             visible = visible & real.unfold(1, w + block, block)[:, None, :, None, :]
-        y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=visible)
+        y = softmax_attention(wide_q, wide_k, wide_v, mask=visible)
         y = y.flatten(2, 3)[:, :, :tokens]
         return self.out(y.transpose(1, 2).flatten(2)), k, v
 
@@ -280,5 +311,5 @@ class SlidingWindowAttention(SoftmaxAttention):
         state.keys[:, :, slot], state.values[:, :, slot] = k.squeeze(2), v.squeeze(2)
         # Order in the ring does not matter: softmax is a sum, and positions are in the keys.
         filled = min(seen, self.window)
-        y = F.scaled_dot_product_attention(q, state.keys[:, :, :filled], state.values[:, :, :filled])
+        y = softmax_attention(q, state.keys[:, :, :filled], state.values[:, :, :filled])
         return self.out(y.flatten(1)), WindowState(state.keys, state.values, seen)

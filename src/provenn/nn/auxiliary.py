@@ -26,7 +26,7 @@ def collect_auxiliary() -> Iterator[list[Tensor]]:
 
     >>> import torch
     >>> with collect_auxiliary() as added:
-    ...     add_auxiliary(torch.tensor(0.5))
+    ...     add_auxiliary(torch.tensor(0.5), "the balance of its router's load", "balance=0")
     >>> len(added)
     1
     """
@@ -38,14 +38,20 @@ def collect_auxiliary() -> Iterator[list[Tensor]]:
         _collections.pop()
 
 
-def add_auxiliary(loss: Tensor) -> None:
-    """Called by a layer in its forward pass, with a scalar that already carries its weight."""
+def add_auxiliary(loss: Tensor, what: str, off: str) -> None:
+    """Called by a layer in its forward pass, with a scalar that already carries its weight.
+
+    Args:
+        loss: the scalar.
+        what: it is, in a warning's words: "the balance of its router's load".
+        off: the argument that turns it off where the layer is built: "balance=0".
+    """
     if _collections:
         _collections[-1].append(loss)
     elif loss.requires_grad and not torch.compiler.is_compiling():
         warnings.warn(
-            "a layer adds a loss of its own while it trains, such as the balance of a router's load, and nobody takes "
-            "it: run the model inside `with provenn.nn.auxiliary.collect_auxiliary() as added:` and add "
-            "torch.stack(added).mean() to the loss, or turn it off where the layer is built (balance=0)",
+            f"a layer adds {what} to the loss while it trains, and nobody takes it: run the model inside `with "
+            "provenn.nn.auxiliary.collect_auxiliary() as added:` and add torch.stack(added).mean() to the loss, or "
+            f"build the layer with {off}",
             stacklevel=2,
         )

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.nn.attention import pack, packed_places
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.transformer import TransformerEncoder
 
@@ -41,7 +42,11 @@ class SeriesHost(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens channels"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch classes"]:
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        else:
+            places = packed_places(mask)  # positions begin at a series' first token
+            x, mask = pack(x, places), pack(mask, places)
         # Padding may be NaN, which would pass a mask of attention: 0 · NaN is NaN.
         embedded = self.embed(x.masked_fill(~mask[..., None], 0))
         positions = torch.arange(x.shape[1], device=x.device)

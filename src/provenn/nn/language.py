@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.errors import UserError
-from provenn.nn.attention import check_mask
+from provenn.nn.attention import check_mask, pack, packed_places, unpack
 from provenn.nn.context_parallel.switch import ContextParallel, spread, switch_on, why_not
 from provenn.nn.mixers import Mixers, layer_mixers
 from provenn.nn.positions import sinusoidal_encoding
@@ -196,12 +196,19 @@ class TokenStack(nn.Module):
     def hidden_states(
         self, tokens: Int[Tensor, "batch tokens"], *, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        """The vector of every token after the last norm; `mask` is True where a token is no padding."""
+        """The vector of every token after the last norm; `mask` is True where a token is no padding.
+
+        Padding changes no vector of a token, wherever it stands: positions and chunks begin at a row's first token.
+        """
         check_mask(mask, tokens)
+        places = None if mask is None else packed_places(mask)
+        if mask is not None and places is not None:
+            tokens, mask = pack(tokens, places), pack(mask, places)
         x = self._embed(tokens)
         for block in self.blocks:
             x = block(x, mask=mask)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if places is None else unpack(x, places)
 
 
 def spread_over(model: nn.Module, sharing: ContextParallel) -> None:

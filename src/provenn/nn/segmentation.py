@@ -184,6 +184,9 @@ class Segmenter(nn.Module):
         head: "semantic_fpn", "segformer", "deeplabv3" or "pspnet".
         options: of the head, such as `dim`.
 
+    Attributes:
+        strides: of the backbone's maps.
+
     Shapes: images (batch, channels, height, width) to logits (batch, num_classes, h, w), of the finest map's size
     (of the coarsest one's for the last two heads).
     """
@@ -196,7 +199,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.backbone = backbone
+        self.backbone, self.strides = backbone, list(backbone.strides)
         self.head = HEADS[head](backbone.widths, backbone.strides, num_classes, **options)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes _ _"]:

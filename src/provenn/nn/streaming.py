@@ -5,13 +5,15 @@ Every tensor of a state has the batch as its first dimension; a plain integer in
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from provenn.errors import UserError
+from provenn.files import whole
 
 State = TypeVar("State")
 MixerState = Any  # of each mixer a class of its own, or a tuple
@@ -80,7 +82,96 @@ class TensorStep(nn.Module):
 def select_state(state: State, index: int | slice | list[int] | Tensor) -> State:
     """The state of some of the streams, kept as a batch, by an index, a slice, a list or a tensor."""
     index = [index] if isinstance(index, int) else index
-    return map_state(lambda tensor: tensor[index], state)
+    if isinstance(state, RaggedState):
+        return state.select(index)  # type: ignore[return-value]  # State is a RaggedState here
+    if isinstance(state, tuple):
+        entries = (select_state(entry, index) for entry in state)
+        return type(state)(*entries) if hasattr(state, "_fields") else type(state)(entries)
+    return state[index] if isinstance(state, Tensor) else state  # type: ignore[return-value]  # likewise
+
+
+def count_streams(state: object) -> int | None:
+    """How many streams a state holds; None where it has no tensor."""
+    if isinstance(state, RaggedState):
+        return state.streams
+    if isinstance(state, Tensor):
+        return len(state)
+    counts = map(count_streams, state) if isinstance(state, tuple) else iter(())
+    return next((count for count in counts if count is not None), None)
+
+
+class StreamsState(NamedTuple):
+    """Streams of a batch that have read equally many tokens, and their state; None before their first token."""
+
+    streams: tuple[int, ...]
+    state: MixerState
+
+
+class RaggedState(tuple[StreamsState, ...]):
+    """The state of a batch whose streams have read different numbers of tokens, by these numbers.
+
+    A mixer's own state may count tokens for the whole batch, as a chunk's place does. Streams that padding has set
+    apart therefore have states of their own.
+    """
+
+    __slots__ = ()
+
+    @property
+    def streams(self) -> int:
+        """How many streams there are in all."""
+        return sum(len(part.streams) for part in self)
+
+    def select(self, index: slice | list[int] | Tensor) -> "RaggedState":
+        """Some of the streams, in the order of the index."""
+        index = index.cpu() if isinstance(index, Tensor) else index
+        chosen = torch.arange(self.streams)[index].tolist()
+        parts = []
+        for streams, state in self:
+            places = [place for place, stream in enumerate(chosen) if stream in streams]
+            if places:
+                rows = [streams.index(chosen[place]) for place in places]
+                parts.append(StreamsState(tuple(places), select_state(state, rows)))
+        return RaggedState(parts)
+
+
+def read_ragged(
+    read: Callable[[Tensor, MixerState], tuple[Tensor, MixerState]],
+    x: Float[Tensor, "batch tokens dim"],
+    state: RaggedState | None = None,
+    *,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> tuple[Tensor, RaggedState]:
+    """Read the tokens of each stream and pass over its padding, wherever that stands.
+
+    Streams with equally many tokens are read together. So a state never learns of padding.
+
+    Args:
+        read: (tokens, state) to (outputs, state), of tokens without padding; the state is None at first.
+        x: tokens.
+        state: what a call before returned.
+        mask: True where a token is no padding; None where none is.
+
+    Returns the outputs, zero at padding, and the new state.
+    """
+    state = RaggedState([StreamsState(tuple(range(len(x))), None)]) if state is None else state
+    if mask is None and len(state) == 1:
+        y, after = read(x, state[0].state)
+        return y, RaggedState([StreamsState(state[0].streams, after)])
+    mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+    counts = mask.sum(dim=1).tolist()
+    y, parts = torch.zeros_like(x), []
+    for streams, before in state:
+        for count in sorted({counts[stream] for stream in streams}):
+            members = [place for place, stream in enumerate(streams) if counts[stream] == count]
+            chosen = [streams[place] for place in members]
+            after = before if len(chosen) == len(streams) else select_state(before, members)
+            if count:
+                rows, columns = mask[chosen].nonzero(as_tuple=True)
+                rows = torch.tensor(chosen, device=x.device)[rows]
+                outputs, after = read(x[rows, columns].unflatten(0, (len(chosen), count)), after)
+                y = y.to(outputs.dtype).index_put((rows, columns), outputs.flatten(0, 1))
+            parts.append(StreamsState(tuple(chosen), after))
+    return y, RaggedState(parts)
 
 
 def _named(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -97,7 +188,8 @@ def _named(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def save_state(state: tuple, path: str | Path) -> None:
     """Write a state as safetensors, to go on later or elsewhere with `load_state`."""
     # Copies: safetensors refuses tensors that share memory.
-    save_file({name: tensor.clone() for name, tensor in _named(state)}, path)
+    with whole(Path(path)) as place:
+        save_file({name: tensor.clone() for name, tensor in _named(state)}, place)
 
 
 def load_state(like: State, path: str | Path) -> State:

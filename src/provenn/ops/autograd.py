@@ -7,7 +7,7 @@ Three things are left to whoever writes a `torch.autograd.Function`:
   `without_autocast`.
 - Second derivatives. `once_differentiable` gives zeros, without a word, where the incoming gradient is a constant. A
   backward pass that `is_differentiated` is that of the plain form, by `plain_gradients`.
-- `torch.func`. Transforms see into plain operations only, so under one the plain form is what runs.
+- `torch.func` and forward mode. Both see into plain operations only, so under either the plain form is what runs.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -51,11 +52,13 @@ def is_differentiated() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a `torch.func` transform (vmap, grad, jvp, …) is at work, which takes plain operations alone.
+    """Whether a `torch.func` transform (vmap, grad, jvp, …) or forward mode is at work: they need plain operations.
 
-    PyTorch has no public name for the question.
+    PyTorch has no public name for either question.
     """
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def plain_gradients(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from provenn.nn.detection import boxes as b
 from provenn.nn.detection.anchors import places_of, shapes_of
 from provenn.nn.detection.assign import BACKGROUND, IGNORED, by_atss, by_iou, by_range
+from provenn.nn.detection.boxes import iou as overlaps_of
 from provenn.nn.detection.losses import centreness, focal_loss, giou_loss
 from provenn.nn.detection.nms import BLOCK, nms
 
@@ -246,3 +247,19 @@ def test_bad_arguments_are_refused():
         by_iou(box, box[None], torch.ones(1, 1, dtype=torch.bool), low=0.7, high=0.3)
     with pytest.raises(ValueError, match="must be positive"):
         shapes_of((8,), (1,), (0,))
+
+
+def test_an_anchor_that_two_boxes_want_goes_to_the_one_that_claims_it_where_asked():
+    """The rule of MMDetection's MaxIoUAssigner: its loop over the boxes, written out for one image."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [100, 100, 110, 110]])
+    boxes = torch.tensor([[[0.0, 0, 10, 9], [0, 0, 10, 7], [22, 22, 36, 36], [0, 0, 0, 0]]])
+    valid = torch.tensor([[True, True, True, False]])
+    overlap = overlaps_of(anchors, boxes[0, :3])
+    best, which = overlap.max(dim=1)
+    wanted = torch.where(best >= 0.5, which, torch.where(best < 0.4, BACKGROUND, IGNORED))
+    for box in range(3):
+        wanted[overlap[:, box] == overlap[:, box].max()] = box
+    assert wanted.tolist() == [1, 2, BACKGROUND]
+    options = {"low": 0.4, "high": 0.5}
+    assert by_iou(anchors, boxes, valid, **options, claimed=True)[0].tolist() == wanted.tolist()
+    assert by_iou(anchors, boxes, valid, **options)[0].tolist() == [0, 2, BACKGROUND]

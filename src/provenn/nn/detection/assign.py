@@ -23,6 +23,7 @@ def by_iou(
     low: float | int,
     high: float | int,
     rescue: float | int | None = 0.0,
+    claimed: bool = False,
 ) -> Assigned:
     """The box that each anchor overlaps most, if by `high` or more; below `low` it is background, between ignored.
 
@@ -32,6 +33,8 @@ def by_iou(
         low, high: of the IoU.
         rescue: an anchor that overlaps some box as much as any anchor does, and by more than this, is given the box
             that it overlaps most too, however little that is; so every box is sought by some anchor. None does not.
+        claimed: give such an anchor the box that claims it instead, and of several the last, as MMDetection does. There
+            a box without any overlap claims all anchors without any; here it has none.
     """
     if not low <= high:
         raise ValueError(f"low must be at most high, got {low} and {high}")
@@ -42,7 +45,11 @@ def by_iou(
     positive = best >= high
     if rescue is not None:
         most = overlap.amax(dim=1, keepdim=True)
-        positive = positive | ((overlap == most) & (most > rescue)).any(dim=2)
+        claims = (overlap == most) & (most > rescue)
+        rescued = claims.any(dim=2)
+        positive = positive | rescued
+        if claimed:
+            which = torch.where(rescued, claims.shape[2] - 1 - claims.flip(2).int().argmax(dim=2), which)
     assigned = torch.where(best < low, BACKGROUND, IGNORED)
     return torch.where(positive, which, assigned)
 

@@ -60,6 +60,20 @@ class DenseOutput(NamedTuple):
     said: Any = ()
 
 
+class Scored(NamedTuple):
+    """What a detector makes of every place.
+
+    Args:
+        boxes: left, top, right, bottom in pixels; they may reach beyond the image.
+        scores: of each class, in 0…1.
+        counts: places of each level.
+    """
+
+    boxes: Float[Tensor, "batch places 4"]
+    scores: Float[Tensor, "batch places classes"]
+    counts: list[int]
+
+
 class Tower(nn.Sequential):
     """3×3 convolutions with a ReLU after each, and before it a group norm where `groups` are given."""
 
@@ -203,6 +217,28 @@ class DenseDetector(nn.Module, ABC):
     def boxes_at(self, offsets: Float[Tensor, "... places 4"], places: Places) -> Float[Tensor, "... places 4"]:
         """The boxes that the offsets stand for."""
 
+    def scored(
+        self, images: Float[Tensor, "batch channels height width"], sizes: Int[Tensor, "batch 2"] | None = None
+    ) -> Scored:
+        """The box and the scores of every place, before any of them goes.
+
+        Args:
+            images, sizes: as in `detect`. A place outside of its image scores 0.
+        """
+        output, places = self(images), self.places(images)
+        scores = output.logits.float().sigmoid()
+        if isinstance(output.centreness, Tensor):
+            scores = (scores * output.centreness.float().sigmoid()[..., None]).sqrt()
+        if sizes is None:
+            # Whole numbers, not a tensor of them: a tracer of open sizes follows these.
+            height, width = size_of(images)
+            x, y = places.centres.unbind(dim=1)
+            outside = ((y >= height) | (x >= width))[None]
+        else:
+            outside = self.outside(places, sizes)
+        boxes = self.boxes_at(output.offsets.float(), places)
+        return Scored(boxes, scores.masked_fill(outside[..., None], 0.0), places.counts)
+
     @torch.no_grad()
     def detect(
         self,
@@ -225,16 +261,11 @@ class DenseDetector(nn.Module, ABC):
             most: detections an image.
             candidates: pairs of a place and a class that are looked at on each level, before any goes.
         """
-        output, places = self(images), self.places(images)
-        scores = output.logits.float().sigmoid()
-        if isinstance(output.centreness, Tensor):
-            scores = (scores * output.centreness.float().sigmoid()[..., None]).sqrt()
-        boxes = self.boxes_at(output.offsets.float(), places)
+        boxes, scores, counts = self.scored(images, sizes)
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
-        scores = scores.masked_fill(self.outside(places, sizes)[..., None], 0.0)
         best, where, start = [], [], 0
-        for count in places.counts:
+        for count in counts:
             level = scores[:, start : start + count].flatten(1)
             value, index = level.topk(min(candidates, level.shape[1]), dim=1)
             best.append(value)
@@ -321,8 +352,9 @@ def make_neck(backbone: Backbone, finest: int, dim: int, **options: Any) -> Feat
 class RetinaNet(FocalDetector):
     """RetinaNet (Lin et al., 2017, arXiv:1708.02002): nine anchors a cell, the focal loss, and nothing else.
 
-    An anchor is to find the box that it overlaps by an IoU of 0.5 or more, or the box that no anchor overlaps more; it
-    is background below 0.4. Loss: focal, of all anchors, and smooth L1 of deltas, both over the number of positives.
+    An anchor is to find the box that it overlaps most, if by an IoU of 0.5 or more, or if no anchor overlaps some box
+    more (see `matching`); else it is background below 0.4. Loss: focal, of all anchors, and smooth L1 of deltas, both
+    over the number of positives.
 
     Args:
         backbone: gives the pyramid.
@@ -333,6 +365,8 @@ class RetinaNet(FocalDetector):
         by: how coarser levels are made: see `FeaturePyramid`.
         scales, ratios: of the anchors: their sides are stride · scale, before height/width is brought to the ratio.
         beta: of smooth L1, where it turns from a square to a line; 0 is L1. Detectron2 has 0.1, MMDetection 0.
+        matching: of an anchor that overlaps some box as much as any anchor does. With "torchvision" it finds the box
+            that it overlaps most itself, with "mmdetection" the box that has no better anchor.
     """
 
     def __init__(
@@ -350,16 +384,20 @@ class RetinaNet(FocalDetector):
         scales: Sequence[float | int] = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)),
         ratios: Sequence[float | int] = (0.5, 1.0, 2.0),
         beta: float | int = 0.1,
+        matching: str = "torchvision",
     ):
+        if matching not in ("torchvision", "mmdetection"):
+            raise ValueError(f"matching must be 'torchvision' or 'mmdetection', got {matching!r}")
         neck = make_neck(backbone, finest, dim, coarser=coarser, finer=finer, by=by)
         anchors = len(scales) * len(ratios)
         head = DenseHead(dim, num_classes, anchors=anchors, convs=convs, groups=groups, levels=len(neck.strides))
         super().__init__(backbone, neck, head, shapes=shapes_of(neck.strides, ratios, scales), finest=finest)
-        self.beta = beta
+        self.beta, self.matching = beta, matching
 
     @torch.no_grad()
     def assign(self, places: Places, batch: DetectionBatch) -> Int[Tensor, "batch places"]:
-        return by_iou(places.boxes, batch.boxes, batch.valid, low=0.4, high=0.5)
+        claimed = self.matching == "mmdetection"
+        return by_iou(places.boxes, batch.boxes, batch.valid, low=0.4, high=0.5, claimed=claimed)
 
     def box_losses(self, offsets: Tensor, centre: Tensor | None, places: Places, boxes: Tensor) -> dict[str, Tensor]:
         loss = F.smooth_l1_loss(offsets, encode(boxes, places.boxes), reduction="sum", beta=self.beta)

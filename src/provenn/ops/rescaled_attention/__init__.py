@@ -3,12 +3,12 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .fast import doubled_keys
+from .fast import tripled_keys
 from .reference import explicit
 
-__all__ = ["FORMS", "doubled_keys", "explicit", "rescaled_attention"]
+__all__ = ["FORMS", "explicit", "rescaled_attention", "tripled_keys"]
 
-FORMS = {"explicit": explicit, "fused": doubled_keys}
+FORMS = {"explicit": explicit, "fused": tripled_keys}
 
 
 def rescaled_attention(
@@ -31,7 +31,7 @@ def rescaled_attention(
         visible: True where a query may attend to a key; a query that may attend to none gets 0.
         scale: s; by default 1/√head_dim.
         form: "explicit" forms the weights of all pairs; "fused" leaves them to PyTorch's fused attention, over keys
-            that stand twice. On a CPU it is the slower of the two, and gives biases their gradient by forming the
+            that stand three times. On a CPU it is the slower of the two, and gives biases their gradient by forming the
             weights after all.
 
     >>> import torch

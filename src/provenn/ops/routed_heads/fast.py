@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from provenn.ops.softmax_attention import softmax_attention
+
 from .reference import dense_masked_attention
 
 RUNS = 8  # of gathered queries under a causal mask: 1/2 + 1/(2·8) of the square is computed
@@ -112,7 +114,7 @@ def _gathered(
         if mask is not None:
             hidden = mask[:, None, None, :]
             may = hidden if may is None else may.masked_fill(~hidden, -torch.inf)
-        y = F.scaled_dot_product_attention(rows, k, v, attn_mask=may, scale=scale)
+        y = softmax_attention(rows, k, v, mask=may, scale=scale)
     return put_back(y, order, real, q.shape[2])
 
 
@@ -127,7 +129,7 @@ def _in_runs(rows: Tensor, k: Tensor, v: Tensor, places: Tensor, real: Tensor, m
         may = torch.arange(keys, device=rows.device) <= places[:, :, part, None]
         if mask is not None:
             may = may & mask[:, None, None, :keys]
-        outputs.append(F.scaled_dot_product_attention(rows[:, :, part], k[:, :, :keys], v[:, :, :keys], attn_mask=may))
+        outputs.append(softmax_attention(rows[:, :, part], k[:, :, :keys], v[:, :, :keys], mask=may))
     return torch.cat(outputs, dim=2)
 
 

@@ -5,9 +5,10 @@ gives 0. Keys and values belong to every token in every head: other tokens may a
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from provenn.ops.softmax_attention import softmax_attention
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
@@ -32,13 +33,13 @@ def dense_masked_attention(
     """
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     if mask is None and not causal:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        y = softmax_attention(q, k, v, mask=bias, scale=scale)
     elif mask is None and bias is None and q.shape[2] == k.shape[2]:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        y = softmax_attention(q, k, v, causal=True, scale=scale)
     else:
         may = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask[:, None, None, :]
         if causal:
             may = may & causal_mask(q.shape[2], k.shape[2], q.device)
         weights = may if bias is None else bias.masked_fill(~may, -torch.inf)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=weights, scale=scale)
+        y = softmax_attention(q, k, v, mask=weights, scale=scale)
     return torch.where(active.unsqueeze(-1), y, 0)

@@ -128,6 +128,8 @@ def resolved(
         raise ValueError(f"form must be auto, fft or quadratic, got {form!r}")
     if form != "auto":
         return form
+    if any(isinstance(side, torch.SymInt) for side in sides):  # exported for any number of tokens
+        return "quadratic"
     cost = WITH_BACKWARD if (torch.is_grad_enabled() if backward is None else backward) else FORWARD
     n, circle = math.prod(sides), math.prod([fft_length(2 * side - 1) for side in sides])
     quadratic = n * n * (cost.weight + cost.width * (features + channels)) / (2 if causal else 1)

@@ -96,8 +96,9 @@ def _slices(rows: int, features: int, channels: int, at_a_time: int) -> Iterator
     """Cut rows × features × channels into boxes of about so many; whole channels first, then features, then rows."""
     channel_step = min(channels, at_a_time)
     feature_step = min(features, max(1, at_a_time // channel_step))
-    row_step = min(max(rows, 1), max(1, at_a_time // (channel_step * feature_step)))
-    for b in _ranges(rows, row_step):
+    row_step = max(1, at_a_time // (channel_step * feature_step))
+    # What is traced serves any batch: it takes all rows at once.
+    for b in [slice(None)] if torch.compiler.is_compiling() else _ranges(rows, row_step):
         for r in _ranges(features, feature_step):
             for d in _ranges(channels, channel_step):
                 yield b, r, d
@@ -169,7 +170,7 @@ def fft_sums(
     dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
     with without_autocast(v):
         inputs = [all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)]
-        return _plain_sums(*inputs) if is_transformed() else _Sums.apply(*inputs, precision)
+        return _plain_sums(*inputs) if _is_plain(q) else _Sums.apply(*inputs, precision)
 
 
 def fft_matmul(
@@ -203,6 +204,11 @@ def dense_matrix(c: Float[Tensor, "#heads *offsets"], *, causal: bool = False) -
     return matrix.permute(order).reshape(c.shape[0], n, n)
 
 
+def _is_plain(q: Tensor) -> bool:
+    """Whether sums are taken by all weights at once: slices and lengths of FFTs are chosen by the number of tokens."""
+    return is_transformed() or isinstance(q.shape[-2], torch.SymInt)
+
+
 def _plain_sums(c: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The sums with all n × n weights at once; c with all offsets."""
     return (q @ k.mT * dense_matrix(c)) @ v
@@ -221,6 +227,7 @@ class _Windows:
         self.windows = c
         for dim, side in enumerate(self.sides, start=1):  # (heads, 2H−1, 2W−1) to (heads, H, W, H, W)
             self.windows = self.windows.unfold(dim, side, 1)
+        rows = 1 if torch.compiler.is_compiling() else rows  # what is traced serves any batch
         most = BLOCK.get(c.device.type, BLOCK["cpu"]) // max(1, rows * n)
         self.lines = max(1, max(most, LEAST_BLOCK) * self.sides[0] // n)
 
@@ -304,4 +311,4 @@ def quadratic_sums(
     dtype = torch.promote_types(torch.promote_types(v.dtype, c.dtype), torch.float32)
     with without_autocast(v):
         inputs = [all_offsets(c, causal).to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)]
-        return _plain_sums(*inputs) if is_transformed() else _QuadraticSums.apply(*inputs, causal)
+        return _plain_sums(*inputs) if _is_plain(q) else _QuadraticSums.apply(*inputs, causal)
