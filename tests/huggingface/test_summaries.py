@@ -93,7 +93,7 @@ def test_refusals(folder, tokenizer, model):
     with pytest.raises(UserError, match=r"test\.json: expected a list of objects"):
         Summaries.of(folder, tokenizer, model, length=48, written=8)
     (folder / "test.json").unlink()
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         Summaries.of(folder, tokenizer, model, length=48, written=8)
     bert = transformers.BertForMaskedLM(
         transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)

@@ -7,6 +7,7 @@ package has been imported, and how quality is measured on the way.
     model = convert(AutoModelForCausalLM.from_pretrained("gpt2"), "hedgehog")
     recovery = recover(model, "hedgehog", Text.of("my_text/", tokenizer, model))    # or with all its training
     model.save_pretrained("converted")
+    model = load_model("converted")
 
 Any token mixer can take the place of an attention, too, in any model of Hugging Face:
 
@@ -37,6 +38,7 @@ from provenn.huggingface.families import FAMILIES, Attention, Family, attentions
 from provenn.huggingface.loading import Source, load, quiet
 from provenn.huggingface.mixers import MixerAttention, as_attention
 from provenn.huggingface.pictures import Pictures
+from provenn.huggingface.saving import load_model
 from provenn.huggingface.sentences import Sentences
 from provenn.huggingface.summaries import Summaries
 from provenn.huggingface.tuning import (
@@ -80,6 +82,7 @@ __all__ = [
     "convert",
     "family_of",
     "load",
+    "load_model",
     "perplexity",
     "quiet",
     "recover",

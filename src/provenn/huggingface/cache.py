@@ -1,13 +1,13 @@
 """The past of a model in states: what a mechanism that streams keeps in the place of keys and values."""
 
-from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from provenn.errors import UserError
-from provenn.nn.streaming import map_state, state_bytes
+from provenn.nn.streaming import count_streams, map_state, select_state, state_bytes
 
 
 class StateLayer(CacheLayerMixin):
@@ -52,23 +52,21 @@ class StateLayer(CacheLayerMixin):
         """Bytes that the state holds."""
         return getattr(self.state, "nbytes", None) or state_bytes(self.state)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.state = map_state(change, self.state)
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        streams = torch.arange(count_streams(self.state) or 0)
+        self.batch_select_indices(streams.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda tensor: tensor[indices])
+        self.state = select_state(self.state, indices.tolist())
 
     def reset(self) -> None:
         self.state, self.seen = None, 0
 
     def offload(self) -> None:
-        self._map(lambda tensor: tensor.to("cpu"))
+        self.state = map_state(lambda tensor: tensor.to("cpu"), self.state)
 
     def prefetch(self) -> None:
         """The state goes where its next tokens are."""

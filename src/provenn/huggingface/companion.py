@@ -90,13 +90,15 @@ def _after(host: Host, args: tuple[Any, ...], output: Any) -> Any:
     return (y, *output[1:])
 
 
-def companion_conversion(attend: Attend, install: Callable[..., None], why_causal: str) -> Conversion:
+def companion_conversion(
+    attend: Attend, install: Callable[..., None], why_causal: str, *, gaps: bool = False
+) -> Conversion:
     """The conversion whose `install` puts a `Companion` at every self-attention.
 
     Companions are trained before the rest, at a rate of 1e-3, and a cache keeps what they keep.
 
     Args:
-        attend, install: as in `Conversion`.
+        attend, install, gaps: as in `Conversion`.
         why_causal: why a model whose tokens see those after them is refused.
     """
 
@@ -115,4 +117,5 @@ def companion_conversion(attend: Attend, install: Callable[..., None], why_causa
         lr=1e-3,
         cache=lambda model: StateCache(),
         refuse=refuse,
+        gaps=gaps,
     )

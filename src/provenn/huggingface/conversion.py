@@ -23,6 +23,7 @@ from provenn.huggingface.families import (
     restore_window,
     why_not,
 )
+from provenn.huggingface.saving import ChangedConfig, changes_of
 
 Batch = dict[str, Tensor]
 
@@ -77,6 +78,8 @@ class Conversion:
         refuse: why the mechanism cannot serve a family of models, where it cannot; None where it can.
         relative: whether `attend` also takes `bias`, what is added to the scores of a family with relative biases, or
             None; such a family is refused otherwise.
+        gaps: whether padding may stand between two tokens of one text. A mechanism that counts distances by the tokens
+            at hand cannot have it, and such a mask is refused.
     """
 
     attend: Attend
@@ -88,6 +91,7 @@ class Conversion:
     report: Callable[[PreTrainedModel, Batch], list[dict[str, Any]]] | None = None
     refuse: Callable[[Family], str | None] = _any_family
     relative: bool = False
+    gaps: bool = True
 
 
 def conversion_of(paper: str) -> Conversion:
@@ -161,12 +165,20 @@ def _attend(
     more = {} if bias is None else {"bias": bias}
     if attention_mask is not None and attention_mask.dim() != 2:
         raise UserError(f"expected a mask of padding, (batch, tokens); got one of shape {tuple(attention_mask.shape)}")
+    if attention_mask is not None and not conversion.gaps and _has_gap(attention_mask.bool()):
+        raise UserError("padding stands between two tokens of one text: move it before the first or behind the last")
     # Of the keys at hand: a state's cache hands on the new ones alone, while the mask is of all tokens so far.
     mask = None if attention_mask is None else attention_mask[:, -key.shape[-2] :].bool()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # No weights: what takes softmax's place here forms no matrix of them.
     run: Any = conversion.attend  # `bias` is for those alone that say so, which a protocol cannot
     return run(module, query, key, value, causal=causal, mask=mask, scale=scale, **more).transpose(1, 2), None
+
+
+def _has_gap(mask: Tensor) -> bool:
+    """Whether padding stands between two tokens of a row: then a stretch of tokens begins more than once."""
+    starts = mask[:, :1].int().sum(dim=1) + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
+    return bool((starts > 1).any())
 
 
 class WindowLifted(UserWarning):
@@ -207,7 +219,7 @@ def _converted_config(host: type[PreTrainedConfig]) -> Host:
     about = "The host's configuration, and which paper's mechanism it has with which options."
     kind = f"{PREFIX}{host.model_type}"
     fields = {"model_type": kind, "conversion": None, "__annotations__": {"conversion": dict | None}}
-    return type(name, (host,), {**fields, "__doc__": about, "__module__": __name__})
+    return type(name, (ChangedConfig, host), {**fields, "__doc__": about, "__module__": __name__})
 
 
 CONVERTED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
@@ -244,6 +256,8 @@ def convert(model: PreTrainedModel, paper: str, **options: Any) -> PreTrainedMod
     if isinstance(model, Converted):
         paper_before = cast(Host, model).config.conversion["paper"]
         raise UserError(f"this model has {paper_before}'s mechanism already; revert it first")
+    if changes_of(model.config):
+        raise UserError("this model was changed by swap or insert_after already; convert it first, and change it then")
     if type(model) not in CONVERTED:
         able = why_not(getattr(model.config, "model_type", ""), (kind.__name__ for kind in CONVERTED))
         raise UserError(f"{type(model).__name__} cannot be converted{able}")
@@ -278,6 +292,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `convert`, in place: without tuning in between, the model is what it was, bit for bit."""
     if not isinstance(model, Converted):
         raise UserError(f"this {type(model).__name__} is not converted")
+    if changes_of(model.config):
+        raise UserError("this model was changed by swap or insert_after since; only convert can be undone")
     host: Host = model
     conversion = host.config.conversion
     conversion_of(conversion["paper"]).uninstall(host)

@@ -1,6 +1,7 @@
 """Language models from a folder or the hub: what is cheap to look at first, the weights last."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.image_processing_base import IMAGE_PROCESSOR_NAME, ImageProces
 from transformers.initialization import no_init_weights
 
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.huggingface.conversion import CONVERTED, convert
 from provenn.huggingface.families import (
     FAMILIES,
@@ -33,6 +35,7 @@ from provenn.huggingface.families import (
     Tokenizer,
     why_not,
 )
+from provenn.huggingface.saving import check_keys, first_line
 
 # Models of masked tokens, and those of the same body that tell classes; HEAD is new in them.
 CLASSIFIERS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
@@ -76,7 +79,7 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=local)
         except Exception as error:
-            raise UserError(f"{name} cannot be loaded as a model: {_first_line(error)}") from None
+            raise UserError(f"{name} cannot be loaded as a model: {first_line(error)}") from None
         if config.model_type.removeprefix(PREFIX) not in FAMILIES:
             reason = why_not(config.model_type, FAMILIES)
             raise UserError(f"{name} is of type {config.model_type!r}, which cannot be converted{reason}")
@@ -106,7 +109,7 @@ class Source:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from None
+            raise UserError(f"the weights of {self.name} cannot be loaded: {first_line(error)}") from None
 
     def rehearse(self, paper: str, options: dict[str, Any]) -> None:
         """Convert the outline of the model, so that whatever is wrong with it or the options shows before the weights.
@@ -125,7 +128,7 @@ class Source:
         try:
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=self.local)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.name} has no tokenizer that can be loaded: {_first_line(error)}") from None
+            raise UserError(f"{self.name} has no tokenizer that can be loaded: {first_line(error)}") from None
         # Where there are no files, some families get an empty tokenizer and not an error.
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
             raise UserError(f"{self.name} has no tokenizer; save the model's own beside it")
@@ -148,7 +151,7 @@ class Source:
         except OSError as error:
             if (Path(self.name) / IMAGE_PROCESSOR_NAME).exists():
                 raise UserError(
-                    f"{self.name}: its {IMAGE_PROCESSOR_NAME} cannot be read: {_first_line(error)}"
+                    f"{self.name}: its {IMAGE_PROCESSOR_NAME} cannot be read: {first_line(error)}"
                 ) from None
             return {}
         return dict(settings)
@@ -156,7 +159,8 @@ class Source:
     def save_processor(self, folder: Path) -> None:
         """Write what `processor` reads beside a converted model."""
         if settings := self.processor():
-            (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            with whole(folder / IMAGE_PROCESSOR_NAME) as place:
+                place.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def weights(self) -> Host:
         """The model itself.
@@ -170,14 +174,14 @@ class Source:
                 self.name, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=self.local
             )
         except Exception as error:
-            raise UserError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from None
-        for what, keys in (
-            ("lack", loading_info["missing_keys"]),
-            ("have other sizes than its config says for", loading_info["mismatched_keys"]),
-        ):
-            if keys:
-                names = sorted(key if isinstance(key, str) else key[0] for key in keys)
-                raise UserError(f"the weights of {self.name} {what} {len(names)} parameters, {names[0]} among them")
+            raise UserError(f"the weights of {self.name} cannot be loaded: {first_line(error)}") from None
+        check_keys(self.name, loading_info)
+        if unused := sorted(loading_info["unexpected_keys"]):
+            warnings.warn(
+                f"{len(unused)} parameters of {self.name} have no place in a {self.kind.__name__} and are left out, "
+                f"{unused[0]} among them",
+                stacklevel=2,
+            )
         return model
 
     def classifier(self, classes: int) -> Host:
@@ -197,10 +201,8 @@ class Source:
                 self.name, num_labels=classes, output_loading_info=True, local_files_only=self.local
             )
         except Exception as error:
-            raise UserError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from None
-        lacking = sorted(key for key in loading_info["missing_keys"] if not any(part in key for part in HEAD))
-        if lacking:
-            raise UserError(f"the weights of {self.name} lack {len(lacking)} parameters, {lacking[0]} among them")
+            raise UserError(f"the weights of {self.name} cannot be loaded: {first_line(error)}") from None
+        check_keys(self.name, loading_info, expected=HEAD)
         return model
 
 
@@ -237,7 +239,7 @@ def _is_here(name: str | Path) -> bool:
         if copied:
             return True
         raise UserError(
-            f"{name} cannot be loaded as a model: no folder here, and the hub does not answer: {_first_line(error)}"
+            f"{name} cannot be loaded as a model: no folder here, and the hub does not answer: {first_line(error)}"
         ) from None
     return False
 
@@ -246,8 +248,3 @@ def quiet() -> None:
     """Only transformers' errors, and none of its progress bars."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    error = error.__cause__ or error  # a check of a config wraps what it found
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import Cache
 
 from provenn.errors import UserError
 from provenn.huggingface.cache import state_layer
 from provenn.huggingface.families import Host
+from provenn.huggingface.saving import describe_factory, is_json
+from provenn.nn.attention import pack, packed_places, unpack
 from provenn.nn.mixers import mixers_called
+from provenn.nn.streaming import MixerState, read_ragged
 
 
 class MixerAttention(nn.Module):
@@ -66,26 +70,41 @@ class MixerAttention(nn.Module):
         if encoder_hidden_states is not None:
             raise UserError("a token mixer reads one text: it cannot take the place of cross-attention")
         mask = padding_of(attention_mask, hidden_states.shape[1], causal=self.is_causal)
+        mask = None if mask is None else mask.expand(hidden_states.shape[:2])
         past = state_layer(past_key_values, self.layer_idx)
         if past is None:
-            return self.mixer(hidden_states, **({} if mask is None else {"mask": mask})), None
-        name, start = type(self.mixer).__name__, past.seen
+            return self._mix(hidden_states, mask), None
+        start = past.seen
         # Counted here, as keys never pass through the cache's own `update`.
         past.seen += hidden_states.shape[1]
         if not hasattr(self.mixer, "init_state"):
             if start:
-                raise UserError(f"{name} cannot stream; call the model with use_cache=False")
-            return self.mixer(hidden_states, **({} if mask is None else {"mask": mask})), None
-        if hidden_states.shape[1] == 1 and start and mask is None:
-            y, past.state = self.mixer.step(hidden_states[:, 0], past.state)
-            return y.unsqueeze(1), None
-        if mask is None:
-            y, past.state = self.mixer.prefill(hidden_states, past.state)
-            return y, None
-        if "mask" not in inspect.signature(self.mixer.prefill).parameters:
-            raise UserError(f"{name} takes no padding while it streams; call the model with use_cache=False")
-        y, past.state = self.mixer.prefill(hidden_states, past.state, mask=mask)
+                raise UserError(f"{type(self.mixer).__name__} cannot stream; call the model with use_cache=False")
+            return self._mix(hidden_states, mask), None
+        y, past.state = read_ragged(self._read, hidden_states, past.state, mask=mask)
         return y, None
+
+    def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The mixer on whole texts: no token of one can feel padding."""
+        if mask is None:
+            return self.mixer(x)
+        if not self.is_causal:
+            # A mixer may share out the length of what it reads, so texts of different lengths are read apart.
+            return read_ragged(lambda texts, _: (self.mixer(texts), None), x, mask=mask)[0]
+        # In one call, as nothing that comes after a text's last token can move it.
+        places = packed_places(mask)
+        return unpack(self.mixer(pack(x, places), mask=pack(mask, places)), places)
+
+    def _read(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """The mixer on the next tokens of streams without padding."""
+        if hasattr(self.mixer, "prefill") and (x.shape[1] > 1 or state is None):
+            return self.mixer.prefill(x, state)
+        state = self.mixer.init_state(len(x)) if state is None else state
+        outputs = []
+        for x_t in x.unbind(dim=1):
+            y_t, state = self.mixer.step(x_t, state)
+            outputs.append(y_t)
+        return torch.stack(outputs, dim=1), state
 
 
 def padding_of(mask: Tensor | None, tokens: int, *, causal: bool) -> Tensor | None:
@@ -98,12 +117,24 @@ def padding_of(mask: Tensor | None, tokens: int, *, causal: bool) -> Tensor | No
         return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise UserError(f"expected a mask of 2 or 4 dimensions, got {type(mask).__name__}")
-    visible = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0
-    if visible.dim() == 2:
-        not_padding = visible[:, -tokens:].bool()
-        return None if not_padding.all() else not_padding
-    # The new tokens among themselves: what a state has read cannot be hidden any more.
-    visible = visible[:, 0, -tokens:, -tokens:]
+    if mask.shape[-1] < tokens:
+        raise UserError(f"expected a mask that ends with the {tokens} new tokens, got shape {tuple(mask.shape)}")
+    # Numbers that are added to scores are 0 where a token is seen; those of a mask with two dimensions are flags.
+    added = mask.is_floating_point() and (mask.dim() == 4 or bool((mask < 0).any()))
+    visible = mask == 0 if added else mask.bool()
+    visible = visible[..., -tokens:]
+    if visible.dim() == 4:
+        if (visible != visible[:, :1]).any():
+            raise UserError("the mask differs from head to head, and a token mixer has one for all")
+        visible = visible[:, 0, -tokens:]
+        # One row for all tokens says which are padding, and nothing else.
+        visible = visible[:, 0] if visible.shape[1] < tokens else _check_padding_alone(visible, causal=causal)
+    return None if visible.all() else visible
+
+
+def _check_padding_alone(visible: Bool[Tensor, "batch tokens tokens"], *, causal: bool) -> Tensor:
+    """Which tokens are no padding, of what each of the new tokens sees of the new ones."""
+    # What a state has read cannot be hidden any more, so the mask of earlier tokens is not looked at.
     not_padding = visible.diagonal(dim1=-2, dim2=-1)  # every token that is none of padding sees itself
     later = torch.ones_like(visible[0]).triu(1)
     if causal and (visible & later).any():
@@ -114,7 +145,7 @@ def padding_of(mask: Tensor | None, tokens: int, *, causal: bool) -> Tensor | No
     first_visible = visible.int().argmax(dim=-1)
     if causal and ((first_visible.diff(dim=1) > 1) & not_padding[:, :-1] & not_padding[:, 1:]).any():
         raise UserError("the mask keeps several texts in one row apart, which a token mixer cannot; give each a row")
-    return None if not_padding.all() else not_padding
+    return not_padding
 
 
 def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Callable[[nn.Module], MixerAttention]:
@@ -122,8 +153,7 @@ def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Calla
 
         swap(model, "model.layers.*.self_attn", as_attention("rat", chunk=16), example={"input_ids": tokens})
 
-    Weights are new. The changed model trains and generates; `save_pretrained` writes its weights, which are loaded into
-    a model that was changed in the same way, by `load_state_dict`.
+    Weights are new. The changed model trains, generates and is saved; `load_model` loads what `save_pretrained` wrote.
 
     Args:
         mixer: a name, as in `provenn.nn.language.CausalLM`, or what makes a token mixer from a width.
@@ -157,4 +187,9 @@ def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Calla
             raise UserError(f"{type(built).__name__} looks back alone, and this attention sees the whole text")
         return MixerAttention(built, getattr(attention, "layer_idx", None))
 
+    described = mixer if isinstance(mixer, str) else describe_factory(mixer)
+    if described is not None and is_json(options):
+        make.description = {"attention": described, "options": options}  # type: ignore[attr-defined]  # of ours
+    else:
+        make.description = None  # type: ignore[attr-defined]  # of ours
     return make

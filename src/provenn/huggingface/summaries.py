@@ -1,6 +1,5 @@
 """Dialogues and their summaries, for a pretrained language model that writes one after a conversion."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from provenn.huggingface.examples import Examples
 from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.huggingface.loading import Source
 from provenn.huggingface.tuning import training_mode
+from provenn.inputs import parse_json, read_text
 
 PROMPT = "Summarize this dialog:\n{}\n---\nSummary:\n"  # as llama-recipes has it
 UNPREDICTED = -100  # a label that no loss counts
@@ -177,11 +177,8 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _read(file: Path) -> list[tuple[str, str]]:
     try:
-        entries = json.loads(file.read_text("utf-8-sig"))
-        told = [(entry["dialogue"], entry["summary"]) for entry in entries]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
+        told = [(entry["dialogue"], entry["summary"]) for entry in parse_json(read_text(file), str(file))]
+    except (TypeError, KeyError):
         raise UserError(
             f"{file}: expected a list of objects with 'dialogue' and 'summary', as SAMSum has them"
         ) from None

@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from provenn import progress
 from provenn.errors import UserError
+from provenn.finite import finite_outputs
 from provenn.huggingface.conversion import Batch, conversion_of, convert
 from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.huggingface.loading import Source
@@ -453,23 +454,31 @@ def recover(
         lr, prepare_lr: by default those of `tune` and of the conversion.
         seed: of the batches, and of whatever the mechanism draws.
         options: of the mechanism.
+
+    Raises:
+        UserError: at some stage the model's outputs are no finite numbers, with the first such layer.
     """
+
+    def measured(stage: str) -> float:
+        with finite_outputs(model, f"the model {stage}", "what is tested on"):
+            return text.quality(model, batch_size)
+
     conversion = conversion_of(paper)
     torch.manual_seed(seed)
-    before = text.quality(model, batch_size)
+    before = measured("as it came")
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
     convert(model, paper, **options)
-    recovery = Recovery(before, text.quality(model, batch_size), higher_is_better=text.higher_is_better)
+    recovery = Recovery(before, measured("converted"), higher_is_better=text.higher_is_better)
     recovery.parameters = sum(parameter.numel() for parameter in model.parameters()) - parameters_before
     if conversion.prepare is not None and prepare_steps:
         batches = (to_device(batch, model) for batch in text.batches(prepare_steps, batch_size, seed))
         tracked = progress.track(batches, "new parts", prepare_steps)
         recovery.losses["prepare"] = conversion.prepare(model, tracked, prepare_lr or conversion.lr)
-        recovery.prepared = text.quality(model, batch_size)
+        recovery.prepared = measured("with its new parts trained")
     if tuning != "none" and steps:
         tracked = progress.track(text.batches(steps, batch_size, seed + 1), "tuning", steps)
         recovery.losses["tune"] = tune(model, tracked, tuning, lr=lr)
-        recovery.tuned = text.quality(model, batch_size)
+        recovery.tuned = measured("tuned")
     if conversion.report is not None:
         recovery.layers = conversion.report(model, to_device(next(text.tests(batch_size)), model))
     recovery.setting = {

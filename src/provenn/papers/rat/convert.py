@@ -128,7 +128,7 @@ def install(
 
 
 CONVERSION = companion_conversion(
-    attend, install, "its chunks are read from the first token on, and this model's tokens see all"
+    attend, install, "its chunks are read from the first token on, and this model's tokens see all", gaps=True
 )
 
 __all__ = ["CONVERSION", "ConvertedRAT"]

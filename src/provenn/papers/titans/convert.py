@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from provenn.errors import UserError
 from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
+from provenn.nn.attention import pack, packed_places, unpack
+from provenn.nn.streaming import RaggedState, read_ragged
 from provenn.papers.titans.layers.memory import NeuralMemory, NeuralState
 from provenn.papers.titans.layers.variants import Join, persistent_tokens
 
@@ -25,7 +27,7 @@ from provenn.papers.titans.layers.variants import Join, persistent_tokens
 class ConvertedState(NamedTuple):
     """One layer between two tokens: the memory, and the window's keys (turned), values, and which are no padding."""
 
-    memory: NeuralState
+    memory: RaggedState
     keys: Float[Tensor, "batch heads reach head_dim"]
     values: Float[Tensor, "batch heads reach head_dim"]
     seen: Bool[Tensor, "batch reach"]
@@ -91,14 +93,21 @@ class ConvertedMAG(Companion):
             self.past.state = ConvertedState(cast(Any, memory), k[:, :, reach], v[:, :, reach], now[:, reach])
         return F.pad(y, (0, 0, n, 0))
 
+    def _remember(self, x: Tensor, state: NeuralState | None) -> tuple[Tensor, NeuralState]:
+        """What the memory recalls of the next tokens, after P at first."""
+        return self.memory.prefill(x, self.memory.primed(self.persistent, len(x))[1] if state is None else state)
+
     def finish(self, y: Tensor) -> Tensor:
         """o = y ⊗ M(x̃), without the outputs at P."""
         x, past, mask = cast(Tensor, self.x), self.past, self.mask
         self.mask = None
         state = None if past is None else past.state.memory
-        if state is None:
-            state = self.memory.primed(self.persistent, len(x))[1]
-        m, state = self.memory.prefill(x, state, mask=mask)
+        if past is None and mask is not None:
+            # The same as below in one call: chunks begin at each text's first token, and padding comes after its last.
+            places = packed_places(mask)
+            m = unpack(self._remember(pack(x, places), None)[0], places)
+        else:
+            m, state = read_ragged(self._remember, x, state, mask=mask)
         if past is not None:
             past.state = past.state._replace(memory=state)
         return self.join(y[:, self.prefix :], m.to(y.dtype))

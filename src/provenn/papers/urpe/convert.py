@@ -114,6 +114,7 @@ CONVERSION = Conversion(
     prepare=partial(train_alone, "urpe"),
     lr=1e-3,
     relative=True,
+    gaps=False,
 )
 
 __all__ = ["CONVERSION", "Multiplier"]

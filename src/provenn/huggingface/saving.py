@@ -1,0 +1,290 @@
+"""How a changed model is saved so that nothing loads it as another one, and how `load_model` gives it back.
+
+`provenn.swap` and `provenn.insert_after` note in the config of a Hugging Face model what they did. `save_pretrained`
+writes the note with the weights. transformers alone would load such a folder with new random weights in the changed
+places; so the config is written with one entry that it cannot read, which names `load_model`.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+import provenn
+from provenn import surgery
+from provenn.errors import UserError
+from provenn.huggingface.families import Host
+
+CALL = "provenn changed this model: load it by provenn.huggingface.load_model(folder)"
+TRUSTED = ("provenn.", "torch.nn")  # a checkpoint names classes of these alone: importing others could run anything
+# Options of `from_pretrained` that say which files are meant.
+WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+Values = dict[str, Any]  # what config.json holds
+
+
+class ChangedConfig:
+    """Mixed into the config of a changed model: what is written of it can be read by this package alone."""
+
+    def to_dict(self) -> Values:
+        values = super().to_dict()  # type: ignore[misc]  # a host's config comes after this one
+        # Labels are numbers in every config, and no option of `from_pretrained` leaves them unread.
+        note = {"version": provenn.__version__, "id2label": values.get("id2label")}
+        return {**values, "id2label": {CALL: ""}, "provenn": note}
+
+    @classmethod
+    def from_dict(cls, config_dict: Values, **options: Any) -> Host:
+        if config_dict.get("provenn_changes"):  # of a converted model, whose class transformers knows
+            raise UserError(CALL)
+        return super().from_dict(readable(config_dict), **options)  # type: ignore[misc]  # as above
+
+
+def readable(values: Values) -> Values:
+    """What a config held before `ChangedConfig` wrote it, without the note of the changes."""
+    values = {name: readable(value) if isinstance(value, dict) else value for name, value in values.items()}
+    note = values.pop("provenn", None)
+    if note is not None:
+        values["id2label"] = note["id2label"]
+        if values["id2label"] is None:
+            del values["id2label"]
+    return {name: value for name, value in values.items() if name != "provenn_changes"}
+
+
+@cache
+def changed_config(host: Host) -> Host:
+    """The class of a changed model's config, for the class of the model's own."""
+    if issubclass(host, ChangedConfig):
+        return host
+
+    def reduce(config: Host, protocol: Any) -> tuple[Any, ...]:
+        return _empty_config, (host,), config.__dict__
+
+    # Made and not written out, as those of converted models are. It is pickled by the host's class.
+    fields = {"__reduce_ex__": reduce, "__module__": __name__, "__doc__": host.__doc__}
+    return type(host.__name__, (ChangedConfig, host), fields)
+
+
+def _empty_config(host: Host) -> Host:
+    kind = changed_config(host)
+    return kind.__new__(kind)
+
+
+def note_change(model: PreTrainedModel, change: Values) -> None:
+    """Note in the config what was changed, for `save_pretrained` to write."""
+    config: Host = model.config
+    kind: Host = type(config)
+    config.__class__ = changed_config(kind)
+    config.provenn_changes = [*changes_of(config), {**change, "model": type(model).__name__}]
+
+
+def changes_of(config: PreTrainedConfig) -> list[Values]:
+    """What `swap` and `insert_after` noted in a config, in their order."""
+    return getattr(config, "provenn_changes", None) or []
+
+
+# A factory in JSON, where it is one that can be made again elsewhere.
+
+
+def describe_factory(factory: Callable[..., object]) -> Values | None:
+    """What `restore_factory` needs; None for a function of the user's own."""
+    if hasattr(factory, "description"):
+        return cast(Host, factory).description
+    arguments: Values = {}
+    if isinstance(factory, partial) and not factory.args:
+        arguments = factory.keywords
+        factory = factory.func
+    trusted = isinstance(factory, type) and factory.__module__.startswith(TRUSTED) and "<" not in factory.__qualname__
+    if not trusted or not is_json(arguments):
+        return None
+    kind = cast(type, factory)
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", "arguments": arguments}
+
+
+def restore_factory(description: Values) -> Callable[..., Any]:
+    """The factory that `describe_factory` described.
+
+    Raises:
+        UserError: it names no layer of this package or of torch.
+    """
+    if "attention" in description:
+        from provenn.huggingface.mixers import as_attention
+
+        mixer = description["attention"]
+        factory = mixer if isinstance(mixer, str) else restore_factory(mixer)
+        return as_attention(factory, **description["options"])
+    module, _, name = str(description.get("class")).partition(":")
+    try:
+        kind: Any = importlib.import_module(module) if f"{module}.".startswith(TRUSTED) else None
+        for part in name.split("."):
+            kind = getattr(kind, part)
+    except (ImportError, AttributeError, ValueError):
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UserError(f"the config names {description.get('class')!r}, which is no layer of this version of provenn")
+    return partial(kind, **description["arguments"])
+
+
+def is_json(value: object) -> bool:
+    """Whether JSON gives a value back as it is."""
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
+
+
+# Loading.
+
+
+def load_model(name: str | Path, *, rebuild: Callable[[Host], object] | None = None, **options: Any) -> PreTrainedModel:
+    """A model from a folder or the hub, as it was saved: converted, changed by `swap` and `insert_after`, or neither.
+
+    Weights are those of the files, to the bit.
+
+    Args:
+        name: of the folder that `save_pretrained` wrote, or on the hub.
+        rebuild: makes the changes to a new model once more, where a function of your own made them.
+        options: of transformers' `from_pretrained`, such as `device_map`, `revision` or `subfolder`.
+
+    Raises:
+        UserError: nothing there, changes that no file can hold and no `rebuild`, or weights that are not all there.
+    """
+    where = {option: value for option, value in options.items() if option in WHERE}
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(str(name), **where)
+        if not values:
+            raise OSError("it has no config.json")
+        config_file = cached_file(str(name), "config.json", **where)
+    except Exception as error:  # of a damaged folder, any of a dozen classes of several packages
+        raise UserError(f"{name} cannot be loaded as a model: {first_line(error)}") from None
+    from provenn.huggingface.conversion import CONVERTED
+
+    kinds = {kind.__name__: kind for kind in CONVERTED.values()}
+    architecture = str((values.get("architectures") or ["none"])[0])
+    kind = kinds.get(architecture) or getattr(transformers, architecture, None)
+    if kind is None or not hasattr(kind, "config_class"):
+        raise UserError(f"{name} holds a {architecture}, which is no model of this version of transformers")
+    changes = list(_noted_changes(values))
+    own = [change for change in changes if change["factory"] is None]
+    if own and rebuild is None:
+        raise UserError(
+            f"{name} was changed by a function of your own at {own[0]['names'][0]}, which no file holds; "
+            "call load_model(folder, rebuild=function) with one that makes the changes to a new model"
+        )
+    remake = rebuild if rebuild is not None and changes else partial(_repeat, changes=changes)
+    kept: dict[str, torch.Tensor] = {}
+    builder = _builder(kind, remake, kept)
+    try:
+        config = cast(Host, kind).config_class.from_dict(readable(values))
+        model, found = builder.from_pretrained(
+            str(name), config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the weights of {name} cannot be loaded: {first_line(error)}") from None
+    check_keys(str(name), found)
+    if found["unexpected_keys"]:
+        raise UserError(_keys_line(str(name), "have no place in the model for", found["unexpected_keys"]))
+    model.__class__ = kind
+    for buffer, value in kept.items():
+        parent, _, child = buffer.rpartition(".")
+        place = model.get_submodule(parent)
+        place._buffers[child] = value.to(place._buffers[child].device)
+    for file in sorted(Path(cast(str, config_file)).parent.glob("model*.safetensors")):
+        _copy_exactly(model, file)
+    return model
+
+
+def _noted_changes(values: Values) -> Iterator[Values]:
+    yield from values.get("provenn_changes") or []
+    for value in values.values():
+        if isinstance(value, dict):
+            yield from _noted_changes(value)
+
+
+def _builder(kind: Host, remake: Callable[[Host], object], kept: dict[str, torch.Tensor]) -> Host:
+    """A class that is built with the changes, so that transformers finds a place for all weights."""
+
+    class Builder(kind):
+        def __init__(self, config: Host, *args: Any, **options: Any):
+            super().__init__(config, *args, **options)
+            dtype = torch.get_default_dtype()
+            # Layers are made as `swap` made them, and cast afterwards.
+            torch.set_default_dtype(torch.float32)
+            try:
+                remake(self)
+            finally:
+                torch.set_default_dtype(dtype)
+            # transformers empties what is in no file.
+            kept.update((name, buffer.clone()) for name, buffer in self.named_non_persistent_buffers())
+
+        @classmethod
+        def get_init_context(cls, *args: Any, **options: Any) -> list[Any]:
+            # On no meta device, where buffers that are in no file would be lost.
+            return [one for one in super().get_init_context(*args, **options) if not isinstance(one, torch.device)]
+
+    Builder.__name__, Builder.__qualname__, Builder.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Builder
+
+
+def _repeat(model: nn.Module, changes: Sequence[Values]) -> None:
+    """Make noted changes to a new model."""
+    for change in changes:
+        named = [module for module in model.modules() if type(module).__name__ == change["model"]]
+        if not named:
+            raise UserError(f"the config tells of changes to a {change['model']}, and the model has none")
+        factory = restore_factory(change["factory"])
+        if change["verb"] == "swap":
+            surgery.swap(named[0], change["names"], factory)
+        else:
+            width = change["width"]
+            surgery.insert_after(named[0], change["names"], factory, name=change["child"], width=width)
+
+
+def _copy_exactly(model: nn.Module, file: Path) -> None:
+    """Give parameters and buffers the values and precision of a file, where loading or tying changed them."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    with safe_open(file, "pt") as stored:
+        for name in stored.keys():  # noqa: SIM118  # no mapping
+            tensor = tensors.get(name)
+            if tensor is None:
+                continue
+            value = stored.get_tensor(name).to(tensor.device)
+            if value.dtype != tensor.dtype or not torch.equal(value, tensor):
+                tensor.data = value
+
+
+def check_keys(name: str, found: dict[str, Any], *, expected: Sequence[str] = ()) -> None:
+    """Are the weights of a checkpoint all there, in the model's sizes?
+
+    Args:
+        name: of the checkpoint.
+        found: what transformers' `from_pretrained` tells of it.
+        expected: parts of names that may be lacking, as a new head's are.
+
+    Raises:
+        UserError: some are not.
+    """
+    lacking = [key for key in found["missing_keys"] if not any(part in key for part in expected)]
+    for what, keys in (("lack", lacking), ("have other sizes than its config says for", found["mismatched_keys"])):
+        if keys:
+            raise UserError(_keys_line(name, what, keys))
+
+
+def _keys_line(name: str, what: str, keys: Collection[Any]) -> str:
+    names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+    return f"the weights of {name} {what} {len(names)} parameters, {names[0]} among them"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    error = error.__cause__ or error  # a check of a config wraps what it found
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
