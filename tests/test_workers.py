@@ -1,10 +1,13 @@
 """Trials elsewhere give what trials here give: on a Ray cluster of this machine with two workers, and without Ray."""
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import cloudpickle
@@ -175,3 +178,30 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch, capsys, tmp_path
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["reproduce", "eca_net", "--cluster", "auto", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "provenn: --cluster needs a package: pip install 'provenn[cluster]'\n"
+
+
+def test_an_address_where_no_cluster_answers_is_refused_within_seconds():
+    """Ray asks for minutes. A port that accepts and stays silent, one that speaks otherwise, and nobody at all."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=r"no answer within 0\.2 seconds"):
+            workers.check_address(f"127.0.0.1:{port}", seconds=0.2)
+
+        def answer(content):
+            connection = server.accept()[0]
+            with connection:
+                connection.recv(100)
+                connection.sendall(content)
+
+        for content, says in ((b"HTTP/1.1 400 Bad Request", "is no Ray"), (bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), None)):
+            server.accept()[0].close() if content.startswith(b"HTTP") else None  # of the silent one
+            thread = threading.Thread(target=answer, args=(content,))
+            thread.start()
+            with pytest.raises(UserError, match=says) if says else nullcontext():
+                workers.check_address(f"ray://127.0.0.1:{port}", seconds=5.0)
+            thread.join()
+    with pytest.raises(UserError, match=r"no cluster at '127\.0\.0\.1"):
+        workers.check_address(f"127.0.0.1:{port}", seconds=0.2)
+    for address in ("nohost", "nohost:", ":1", "nohost:99999", "nohost:x"):
+        with pytest.raises(UserError, match="expected HOST:PORT or auto"):
+            workers.check_address(address)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -37,6 +38,8 @@ TRIES = 4  # of a trial whose worker or machine is lost
 ANSWER = 120.0  # seconds that a machine of the cluster may take to say what it has
 STORE = 100 * 2**20  # bytes of shared memory of a cluster on this machine; trials send and return little
 AUTO = "auto"
+CONNECT = 10.0  # seconds that a cluster may take to answer at all
+BEGIN = " (ray start --head begins one; --cluster auto takes it, or this machine alone)"
 
 
 @dataclass(frozen=True)
@@ -400,7 +403,38 @@ def cluster(
             ray.shutdown()
 
 
+def check_address(address: str, seconds: float = CONNECT) -> None:
+    """Does a server of Ray's kind answer at this address? Ray itself asks one that is silent for minutes.
+
+    Ray speaks HTTP/2 (RFC 9113, section 3.4): each side begins with a frame of settings, of type 4.
+
+    Args:
+        address: HOST:PORT, or ray://HOST:PORT.
+        seconds: to wait for a connection, and then for an answer.
+
+    Raises:
+        UserError: another form, nobody there, or somebody who does not answer so.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise UserError(f"no cluster at {address!r}: expected HOST:PORT or {AUTO}")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds) as connection:
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+            answer = connection.recv(9)
+    except TimeoutError:
+        raise UserError(f"no cluster at {address!r}: no answer within {seconds:g} seconds{BEGIN}") from None
+    except (OSError, UnicodeError) as error:  # a name that is none
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"no cluster at {address!r}: {reason}{BEGIN}") from None
+    if answer[3:4] != bytes([4]):
+        raise UserError(f"no cluster at {address!r}: what answers there is no Ray{BEGIN}")
+
+
 def _connect(ray: Any, address: str) -> None:
+    named = os.environ.get("RAY_ADDRESS") if address == AUTO else address
+    if named not in (None, "", "local", AUTO):
+        check_address(named)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if main else None
@@ -412,10 +446,9 @@ def _connect(ray: Any, address: str) -> None:
                 raise
             ray.init("local", include_dashboard=False, object_store_memory=STORE, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"no cluster at {address!r}: {_last(error)} (ray start --head begins one; --cluster auto takes it, or this "
-            "machine alone)"
-        ) from None
+        raise UserError(f"no cluster at {address!r}: {_last(error)}{BEGIN}") from None
+    except SystemExit:  # by Ray's own handler of signals, once it has given up
+        raise UserError(f"no cluster at {address!r}: Ray has given up{BEGIN}") from None
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)  # Ray's handler would end the process without a word

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from provenn.evidence.measurement import Table
 from provenn.evidence.record import write_atomically
-from provenn.files import whole
+from provenn.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,8 +147,7 @@ class LatencyBench:
         numbers, table, plot = (out / f"latency.{kind}" for kind in ("json", "md", "png"))
         write_atomically(numbers, json.dumps(asdict(self), indent=1))
         write_atomically(table, "\n".join(each.markdown() for each in self.tables))
-        with whole(plot) as place:
-            self.figure().savefig(place, dpi=110)
+        save_figure(self.figure(), plot)
         return [table, plot, numbers]
 
 

@@ -12,7 +12,7 @@ from provenn.compare.drawing import mark, plain_axis
 from provenn.evidence.interval import Interval
 from provenn.evidence.measurement import Table
 from provenn.evidence.record import write_atomically
-from provenn.files import whole
+from provenn.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -209,17 +209,14 @@ class SlotComparison:
         numbers, table, plot = (folder / f"{self.slot}.{kind}" for kind in ("json", "md", "png"))
         write_atomically(numbers, json.dumps(asdict(self), indent=1))
         write_atomically(table, "\n".join(view.markdown() for view in self.tables))
-        with whole(plot) as place:
-            self.figure().savefig(place, dpi=110)
+        save_figure(self.figure(), plot)
         files = [table, plot, numbers]
         if self.more:
-            names, qualities = (
-                [candidate.name for candidate in self.candidates],
-                {candidate.name: candidate.quality for candidate in self.candidates},
-            )
+            names = [candidate.name for candidate in self.candidates]
+            qualities = {candidate.name: candidate.quality for candidate in self.candidates}
             files.insert(2, folder / f"{self.slot}-context.png")
-            with whole(files[2]) as place:
-                language.figure(names, self.more, qualities, self.metric.replace("_", " ")).savefig(place, dpi=110)
+            figure = language.figure(names, self.more, qualities, self.metric.replace("_", " "))
+            save_figure(figure, files[2])
         return files
 
 

@@ -290,7 +290,7 @@ def read_or_set_aside(kind: type[Kept], file: Path, paper: str) -> tuple[Kept, s
     except (ValueError, RecursionError) as error:
         aside = file.with_name(f"{file.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
         os.replace(file, aside)
-        trouble = f"{file} is no record that can be read ({_reason(error)}); it was moved to {aside.name}"
+        trouble = f"{file} is no record that can be read ({why_unread(error)}); it was moved to {aside.name}"
         return kind(paper=paper), trouble
 
 
@@ -324,10 +324,10 @@ def compact(value: Any, indent: str = "") -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _reason(error: Exception) -> str:
-    """Where and why, in one line."""
+def why_unread(error: Exception) -> str:
+    """Why a file is no record, and where, in one line."""
     if not isinstance(error, ValidationError):
-        return str(error).splitlines()[0]
+        return (str(error).splitlines() or [type(error).__name__])[0]
     first = error.errors()[0]
     return ": ".join([*([".".join(str(part) for part in first["loc"])] if first["loc"] else []), first["msg"]])
 

@@ -14,7 +14,7 @@ from provenn import progress
 from provenn.errors import UserError
 from provenn.evidence.measurement import Table
 from provenn.evidence.record import plain, write_atomically
-from provenn.files import whole
+from provenn.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,8 +88,7 @@ class Sweep:
         write_atomically(files[0], "\n".join(table.markdown() for table in self.tables(rows)))
         figure = self.picture(rows) if self.picture is not None else None
         if figure is not None:
-            with whole(out / PLOT) as place:
-                figure.savefig(place, dpi=110)
+            save_figure(figure, out / PLOT)
             files.append(out / PLOT)
         return [*files, out / POINTS]
 

@@ -14,7 +14,7 @@ from provenn import catalog
 from provenn.catalog import Card, Claim, Statement
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Series, Table
-from provenn.evidence.record import EVIDENCE, Evidence, Finding, Occasion
+from provenn.evidence.record import EVIDENCE, Evidence, Finding, Occasion, why_unread
 from provenn.evidence.statement import Judgement, Outcome, Standing, judge
 from provenn.evidence.verdict import Verdict
 
@@ -73,11 +73,23 @@ def _waits(finding: Finding) -> bool:
     return finding.claim.lacks is not None
 
 
-def committed(card: Card) -> Evidence | None:
-    """The evidence that came with the paper's package; None where there is none that can be read."""
+def committed(card: Card, tell: Callable[[str], None]) -> Evidence | None:
+    """The evidence that came with the paper's package; None where there is none that can be read.
+
+    Args:
+        card: the paper.
+        tell: is given a line where there is a file and it is damaged.
+    """
+    file = card.folder / EVIDENCE
     try:
-        return Evidence.read(card.folder / EVIDENCE)
-    except (OSError, ValueError):
+        return Evidence.read(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        tell(
+            f"{file} is damaged, and its records of {card.slug} are left out: {why_unread(error)}; "
+            "install its package again to restore it"
+        )
         return None
 
 
