@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install reproduce test lint format
+.PHONY: install reproduce test test-all lint format
 
 install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ reproduce: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 lint: install
 	$(BIN)/ruff format --check src tests scripts

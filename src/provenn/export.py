@@ -1,12 +1,17 @@
-"""Systems and streaming layers as ONNX files, which run without Python and torch."""
+"""Systems and streaming layers as ONNX files, which run without Python and torch.
+
+Each file is run in onnxruntime and held to what `predict` gives before anything is said of it.
+"""
 
 import importlib.util
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,96 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from provenn.errors import UserError
 from provenn.files import whole
 from provenn.nn.fusion import fuse
-from provenn.nn.padding import PadToMultiple
-from provenn.nn.segmentation import resize
 from provenn.progress import quiet_loggers
-from provenn.tasks import Task
-from provenn.tasks.base import count_examples
+from provenn.tasks import Portable, Task, TaskData
+from provenn.tasks.base import HeldOut, count_examples
 
 POSITIONS = (0, 1, 2, 7, 40)  # at which a step must do the same
 AT_POSITION = 7  # of the example that is traced: 0 and 1 would be taken for constants
-
-
-class Enlarger(nn.Module):
-    """A super-resolution network for images of any size.
-
-    Args:
-        model: has `scale`, and `multiple` where its sides must be multiples of something.
-
-    Shapes: image (batch, 3, height, width) in 0…1 to the same, `scale` times larger.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.network = PadToMultiple(model, int(getattr(model, "multiple", 1)), int(model.scale))  # type: ignore[arg-type]  # a number
-
-    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height2 width2"]:
-        # Padding is inside the file, so that whoever runs it need not know of multiples.
-        return self.network(image).clamp(0, 1)
-
-
-class _Standardising(nn.Module):
-    """A network with what its images go through before it.
-
-    Args:
-        model: takes standardised images.
-        mean, std: of each channel, as in training.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.model: Any = model
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-
-    def standard(self, image: Float[Tensor, "batch channels height width"]) -> Tensor:
-        return (image - self.mean) / self.std
-
-
-class Classifier(_Standardising):
-    """A classifier, its model giving logits.
-
-    Shapes: image (batch, channels, height, width) in 0…1 to probabilities (batch, classes).
-    """
-
-    def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        return self.model(self.standard(image)).softmax(dim=1)
-
-
-class PixelClassifier(_Standardising):
-    """A segmenter, its model giving logits of any resolution.
-
-    Shapes: image (batch, channels, height, width) in 0…1 to probabilities (batch, classes, height, width).
-    """
-
-    def forward(
-        self, image: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch classes height width"]:
-        return resize(self.model(self.standard(image)), image.shape[-2:]).softmax(dim=1)
-
-
-class Detector(_Standardising):
-    """A detector that looks at each place once, its model a `provenn.nn.detection.dense.DenseDetector`.
-
-    What it gives is not thinned out yet: of the boxes of a class that overlap, the surest is meant.
-
-    Shapes: image (batch, channels, height, width) in 0…1 to boxes (batch, places, 4): left, top, right, bottom in
-        pixels; and for each the score (batch, places) of its likeliest class, and that class (batch, places).
-    """
-
-    def forward(self, image: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, Tensor, Tensor]:
-        output = self.model(self.standard(image))
-        logits, label = output.logits.max(dim=2)
-        scores = logits.sigmoid()
-        if isinstance(output.centreness, Tensor):
-            scores = (scores * output.centreness.sigmoid()).sqrt()
-        boxes = self.model.boxes_at(output.offsets, self.model.places(image))
-        height, width = image.shape[-2:]
-        inside = [side.clamp(0, (width, height)[axis % 2]) for axis, side in enumerate(boxes.unbind(dim=-1))]
-        return torch.stack(inside, dim=-1), scores, label
 
 
 class Step(nn.Module):
@@ -128,158 +49,367 @@ class Step(nn.Module):
         return y, *pytree.tree_leaves(new)
 
 
-def portable_system(model: nn.Module, task: Task, meta: dict[str, Any], file: Path, about: dict[str, str]) -> list[str]:
-    """Write a system as its task says, of one input or several; or as `image_system` does, returning its lines."""
-    if type(task).portable is Task.portable:
-        return image_system(model, task.name, meta, file, about)
-    form = task.portable(model, meta)
-    dims: dict[str, Any] = {}
-    sizes = {
-        name: {
-            place: dims.setdefault(label, torch.export.Dim(label, min=form.least.get(label)))
-            for place, label in form.open_sizes.get(name, {}).items()
-        }
-        for name in form.example
-    }
-    _write(
-        form.system.eval(),
-        form.example,
-        sizes,
-        inputs=list(form.example),
-        outputs=form.outputs,
-        file=file,
-        about=about,
-    )
-    return []
+def portable_system(
+    model: nn.Module,
+    task: Task,
+    meta: dict[str, Any],
+    file: Path,
+    about: dict[str, str],
+    *,
+    calibration: "Calibration | None" = None,
+) -> list[str]:
+    """Write a system as its task says (`Task.portable`), compared in onnxruntime with what the task predicts.
 
-
-RESULTS = {
-    "image-classification": (Classifier, ["probabilities"]),
-    "semantic-segmentation": (PixelClassifier, ["probabilities"]),
-    "object-detection": (Detector, ["boxes", "scores", "labels"]),
-}
-
-
-def image_system(model: nn.Module, task: str, meta: dict[str, Any], file: Path, about: dict[str, str]) -> list[str]:
-    """Write a system that takes `image`, in 0…1, and gives what its task is for.
-
-    Super-resolution: (1, 3, height, width) of any size to `larger`. The others take a batch, of any size where the
-    network does and else of the size that it was trained on: classification to `probabilities`, segmentation to
-    `probabilities` of each pixel, object detection to the `boxes`, `scores` and `labels` of every place (see
-    `Detector`). These go through `provenn.nn.fusion.fuse` first.
+    All sizes that the task leaves open stay open where the file gives what `predict` gives at smaller, larger and
+    oblong sizes, without and with graph optimisation. Else they are fixed one after the other, the batch last. Branches
+    are merged and batch norms folded first: see `provenn.nn.fusion.fuse`.
 
     Args:
         model: in eval mode; left as it is.
         task, meta: what it does, and what prediction needs to know.
         file: where it goes, ending in .onnx.
         about: is kept in the file's metadata.
+        calibration: what `read_calibration` gives: the file is quantised by it, see `quantize`.
 
     Returns:
-        What the user should know of the file, a line each.
+        What the user should know of the file, a line each: its sizes, those compared, and the largest difference.
 
     Raises:
-        UserError: a system that takes no images, or one that ONNX has no form of.
+        UserError: a system that ONNX has no form of, or whose file gives other outputs. No file is left then.
     """
     check_place(file)
-    if task == "super-resolution":
-        # No side is 1, 16 or like another: a tracer would take that for a rule.
-        sizes = ({2: torch.export.Dim("height"), 3: torch.export.Dim("width")},)
-        enlarger, example = Enlarger(model).eval(), torch.rand(1, 3, 37, 51)
-        _write(enlarger, (example,), sizes, inputs=["image"], outputs=["larger"], file=file, about=about)
-        return []
-    if task not in RESULTS:
-        raise UserError(
-            f"only systems that take images, sounds or stacks of layers can be exported; these weights are for {task}"
-        )
-    if task == "object-detection" and not hasattr(model, "boxes_at"):
-        raise UserError(
-            f"{type(model).__name__} looks at regions that it picks on the way, which ONNX has no form of: detectors "
-            "that look at every place once can be exported, as RetinaNet, FCOS, ATSS and SSDLite do"
-        )
-    system, outputs = RESULTS[task]
-    channels, side = meta.get("channels", 3), int(meta["size"])
-    fused, notes = _fused(model, torch.rand(2, channels, side, side))
-    return [*notes, *_write_images(system(fused, meta["mean"], meta["std"]), channels, side, outputs, file, about)]
+    form = task.portable(model, meta)
+    with whole(file) as place:
+        place.touch()  # tracing takes a while: say now that it cannot be kept
+        system, notes = _fused(form)
+        lines, trials = _write_compared(form, system, place, about)
+        if calibration is not None:
+            lines += quantize(place, task, meta, calibration, [_inputs(form, sizes)["image"] for sizes in trials])
+    return [*notes, *lines]
 
 
-def _fused(model: nn.Module, example: Tensor) -> tuple[nn.Module, list[str]]:
-    """The model with branches merged and batch norms folded; where that cannot be, as it is, and why."""
-    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+def _fused(form: Portable) -> tuple[nn.Module, list[str]]:
+    """The system with branches merged and batch norms folded; where that cannot be, as it is, and why."""
+
+    def norms(system: nn.Module) -> int:
+        return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in system.modules())
+
+    count = norms(form.system)
+    if not count and not any(callable(getattr(module, "fused", None)) for module in form.system.modules()):
+        return form.system, []
     try:
-        fused = fuse(model, example)
+        fused = fuse(form.system, tuple(form.example.values()))
     except Exception as error:  # a tracer fails in many ways, and an unfused file is as right
-        return model, [f"not fused: {_in_a_line(error)}"]
-    left = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in fused.modules())
-    return fused, [f"fused: {norms - left} of {norms} batch norms folded"] if norms else []
+        return form.system, [f"not fused: {_in_a_line(error)}"]
+    return fused, [f"fused: {count - norms(fused)} of {count} batch norms folded"] if count else []
 
 
-def _write_images(
-    system: nn.Module, channels: int, side: int, outputs: list[str], file: Path, about: dict[str, str]
-) -> list[str]:
-    """Write a system of images with all sizes open, or where its network fixes them, with the batch alone."""
-    batch = torch.export.Dim("batch")
-    # Not alike, no multiples of a stride, and no level of a single cell: a tracer would take that for a rule.
-    coarsest = max(getattr(getattr(system, "model", None), "strides", ()), default=1)
-    tall, wide = max(side, coarsest) + 5, max(side, 2 * coarsest) + 11
-    least = min(16, side)
-    every = {0: batch, 2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
-    fixed = f"images of {side}×{side} pixels alone"
-    attempts = [
-        ((2, channels, tall, wide), every, "any batch, height and width"),
-        ((2, channels, side, side), {0: batch}, f"any batch; height and width fixed: {fixed}"),
+Sizes = dict[str, int]  # by the names of `Portable.open_sizes`
+
+
+class _Attempt(NamedTuple):
+    """Which sizes stay open, and the sizes that it is traced at, once for each."""
+
+    open: set[str]
+    traced: list[Sizes]
+
+
+def _attempts(form: Portable) -> list[_Attempt]:
+    """From all sizes open to none."""
+    given = _sizes(form)
+    attempts = [_Attempt(set(given), [{**given, **sizes} for sizes in form.traced] or [given])]
+    if "batch" in given and len(given) > 1:
+        attempts.append(_Attempt({"batch"}, [given]))
+    if given:
+        attempts.append(_Attempt(set(), [{**given, "batch": 1} if "batch" in given else given]))
+    return attempts
+
+
+def _sizes(form: Portable) -> Sizes:
+    """The open sizes as the example has them."""
+    return {
+        label: form.example[name].shape[axis] for name, axes in form.open_sizes.items() for axis, label in axes.items()
+    }
+
+
+def _inputs(form: Portable, sizes: Sizes) -> dict[str, Tensor]:
+    """The example, cut or repeated to these sizes."""
+    inputs = dict(form.example)
+    for name, axes in form.open_sizes.items():
+        for axis, label in axes.items():
+            length = inputs[name].shape[axis]
+            if sizes[label] != length:
+                inputs[name] = inputs[name].index_select(axis, torch.arange(sizes[label]) % length)
+    return inputs
+
+
+def _trials(form: Portable, attempt: _Attempt) -> list[Sizes]:
+    """Sizes to compare at: those of the example and those traced; the smallest, smaller, larger and oblong ones."""
+    given = _sizes(form)
+    rest = [label for label in given if label in attempt.open and label != "batch"]
+    smallest = {label: form.least.get(label, 1) for label in rest}
+    smaller = {label: max(smallest[label], given[label] // 2 | 1) for label in rest}
+    larger = {label: (given[label] * 3 // 2 + 6) | 1 for label in rest}
+    # Of two sides that are given alike none stays like the other.
+    oblong = [{label: (smaller, larger)[(k + turn) % 2][label] for k, label in enumerate(rest)} for turn in (0, 1)]
+    trials: list[Sizes] = []
+    for k, sizes in enumerate([{}, *attempt.traced, smallest, smaller, larger, *oblong]):
+        trial = {**given, **sizes}
+        if "batch" in given:
+            trial["batch"] = 1 if k % 2 == 0 or "batch" not in attempt.open else 3
+        if trial not in trials:
+            trials.append(trial)
+    if "batch" in attempt.open and len(trials) == 1:
+        trials.append({**trials[0], "batch": 3})
+    return trials
+
+
+def _write_compared(
+    form: Portable, system: nn.Module, place: Path, about: dict[str, str]
+) -> tuple[list[str], list[Sizes]]:
+    """Write the system with as many sizes open as hold; what is to be said of them, and the sizes compared."""
+    given = _sizes(form)
+    trouble = ""
+    failure: Exception | None = None
+    for attempt in _attempts(form):
+        dims = {name: torch.export.Dim(name, min=form.least.get(name)) for name in given if name in attempt.open}
+        open_sizes = {
+            name: {axis: dims[label] for axis, label in form.open_sizes.get(name, {}).items() if label in dims}
+            for name in form.example
+        }
+        words = _openness(form, attempt)
+        try:
+            for sizes in attempt.traced:
+                inputs = _inputs(form, sizes)
+                with torch.no_grad():
+                    system(**inputs)
+                _write(system, inputs, open_sizes, inputs=list(inputs), outputs=form.outputs, place=place, about=about)
+                if importlib.util.find_spec("onnxruntime") is None:
+                    words = [
+                        f"not compared with predict, onnxruntime is missing: traced at {_told([sizes])}, and other "
+                        "sizes are untried; pip install 'provenn[onnx]'"
+                    ]
+                    break
+                compared = _compare_sizes(form, place, _trials(form, attempt))
+            else:
+                words += compared
+        except OSError:  # of the disk: other sizes need as much room
+            raise
+        except _Differs as error:
+            failure, trouble = error, str(error)
+        except Exception as error:  # a tracer, or the network itself, which refuses sizes as it likes
+            failure, trouble = error, f"cannot be written as ONNX: {_in_a_line(error)}"
+        else:
+            if isinstance(failure, _Differs):
+                words.insert(1, f"because with them open it {trouble}")
+            return words, _trials(form, attempt)
+    raise UserError(f"{type(form.system).__name__.lower()}: {trouble}; no file was written") from failure
+
+
+def _openness(form: Portable, attempt: _Attempt) -> list[str]:
+    """Which sizes the file takes, in a line."""
+    given = _sizes(form)
+    free = [
+        f"{name} from {form.least[name]} on" if form.least.get(name, 1) > 1 else name
+        for name in given
+        if name in attempt.open
     ]
-    if outputs != ["probabilities"]:  # places of a detector
-        attempts.append(((1, channels, side, side), {}, f"batch, height and width fixed: one at a time, {fixed}"))
-    trouble: Exception | None = None
-    for shape, sizes, told in attempts:
+    fixed = [f"{name} {attempt.traced[0][name]}" for name in given if name not in attempt.open]
+    words = ([f"any {_joined(free)}"] if free else []) + ([f"fixed: {_joined(fixed)}"] if fixed else [])
+    return ["; ".join(words)] if words else []
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _told(trials: Sequence[Sizes]) -> str:
+    """Sizes in a few words: their names once, then the numbers."""
+    if not trials[0]:
+        return "its one size"
+    names = "×".join(trials[0])
+    return f"{names} " + ", ".join("×".join(map(str, sizes.values())) for sizes in trials)
+
+
+TOLERANCE = 1e-3
+"""Of the output's range: how far a file may be off. Sums in another order moved outputs by at most 1e-4, fused networks
+included. Wrong interpolation or a rule of one size moved them by 5e-2 and more. This lies between the two."""
+
+
+class _Differs(Exception):
+    """A file gives other outputs than predict."""
+
+
+def _compare_sizes(form: Portable, file: Path, trials: Sequence[Sizes]) -> list[str]:
+    """Hold a file to what `predict` gives, at each of these sizes, without and with graph optimisation.
+
+    Raises:
+        _Differs: it gives others, or fails.
+    """
+    predict = form.predict or form.system
+    sessions = _sessions(file)
+    largest, compared, refused = 0.0, [], []
+    for sizes in trials:
+        inputs = _inputs(form, sizes)
         try:
             with torch.no_grad():
-                system.eval()(torch.rand(shape))
-            _write(system, (torch.rand(shape),), (sizes,), inputs=["image"], outputs=outputs, file=file, about=about)
-        except UserError:
-            raise
-        except Exception as error:  # a tracer, or the network itself, which refuses sizes as it likes
-            trouble = error
-        else:
-            return [told]
-    assert trouble is not None
-    raise UserError(f"{type(system).__name__.lower()}: cannot be written as ONNX: {_in_a_line(trouble)}") from trouble
+                expected = predict(**inputs)
+        except Exception:  # a network refuses sizes as it likes
+            refused.append(sizes)
+            continue
+        largest = max(largest, _compare(sessions, inputs, pytree.tree_leaves(expected), f"at {_told([sizes])}"))
+        compared.append(sizes)
+    if not compared:
+        raise _Differs(f"cannot be compared: the network takes none of {_told(trials)}")
+    return [
+        f"as predict in onnxruntime, without and with optimisation, at {_told(compared)}: "
+        f"largest difference {largest:.1e} of the output's range (at most {TOLERANCE:.0e})",
+        *([f"the network itself takes no {_told(refused)}"] if refused else []),
+    ]
+
+
+def _sessions(file: Path) -> list[Any]:
+    """The file in onnxruntime, without and with graph optimisation. Any: onnxruntime comes with an extra."""
+    import onnxruntime
+
+    sessions = []
+    for level in (
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    ):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level, options.log_severity_level = level, 4  # what fails is said in one line here
+        sessions.append(onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]))
+    return sessions
+
+
+def _compare(sessions: Sequence[Any], inputs: dict[str, Tensor], expected: Sequence[Any], where: str) -> float:
+    """The largest difference of any output from what is expected, in parts of its range.
+
+    Raises:
+        _Differs: more than `TOLERANCE`, numbers that are not finite, or a session that fails.
+    """
+    largest = 0.0
+    for session in sessions:
+        try:
+            given = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        except Exception as error:  # onnxruntime's own kinds, which have no common base
+            raise _Differs(f"fails in onnxruntime {where}: {_in_a_line(error)}") from error
+        for name, ours, theirs in zip((x.name for x in session.get_outputs()), given, expected, strict=True):
+            by = relative_difference(ours, torch.as_tensor(theirs).numpy())
+            if not by <= TOLERANCE:
+                words = f"{by:.1e} of their range" if math.isfinite(by) else "their shape or by numbers not finite"
+                raise _Differs(f"differs from predict {where}: {name} by {words}, at most {TOLERANCE:.0e} is right")
+            largest = max(largest, by)
+    return largest
+
+
+def relative_difference(given: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference in parts of the range of `expected`, to which a hundredth of its magnitude is added.
+
+    Where `given` holds indices and `expected` scores with one dimension more, each index stands for its score, which is
+    held to the highest. Infinite where shapes differ, or where a number is not finite on either side.
+
+    >>> relative_difference(np.array([0.0, 1.0]), np.array([0.0, 2.0])).__round__(2)
+    0.5
+    >>> relative_difference(np.array([np.nan]), np.array([np.nan])), relative_difference(np.zeros(2), np.zeros(3))
+    (inf, inf)
+    >>> relative_difference(np.array([1]), np.array([[0.3, 0.3]]))
+    0.0
+    """
+    if given.dtype.kind == "i" and expected.ndim == given.ndim + 1:
+        if given.size and not (given.min() >= 0 and given.max() < expected.shape[-1]):
+            return math.inf
+        given = np.take_along_axis(expected, given[..., None], axis=-1)[..., 0]
+        expected = expected.max(axis=-1)
+    if given.shape != expected.shape:
+        return math.inf
+    ours, theirs = given.astype(np.float64), expected.astype(np.float64)
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return math.inf
+    distance = np.abs(ours - theirs).max(initial=0.0)
+    if distance == 0:
+        return 0.0
+    scale = np.ptp(theirs) + 0.01 * np.abs(theirs).max()
+    return float(distance / scale) if scale else math.inf
 
 
 CALIBRATED_BY = 128  # training examples, at most
 
 
-def quantize(file: Path, task: Task, meta: dict[str, Any], data: str | Path, *, seed: int = 0) -> list[str]:
+class Calibration(NamedTuple):
+    """What a file is quantised by.
+
+    Args:
+        source: an embedded name or a path.
+        train: the examples that the ranges are taken from, and their meta.
+        held_out: the examples that tell the loss.
+    """
+
+    source: str
+    train: TaskData
+    held_out: HeldOut
+
+
+def read_calibration(
+    task: Task, meta: dict[str, Any], source: str | Path, *, seed: int = 0, options: dict[str, Any] | None = None
+) -> Calibration:
+    """Data to quantise by: the training part calibrates; what the task holds out tells the loss.
+
+    Args:
+        task, meta: as in `portable_system`.
+        source: an embedded name or a path.
+        seed: of the split; that of the training, which has seen the rest.
+        options: how the data are read and split, such as {"val_share": 0.2}; those of the training.
+
+    Raises:
+        UserError: another task, onnxruntime is missing, or data that do not fit.
+    """
+    check_int8(task)
+    # Images that are all of one size where the file wants that; a folder's own sizes else.
+    own_size = {} if task.name == "semantic-segmentation" or str(source) in task.embedded else {"size": meta["size"]}
+    loaded = task.load(source, seed=seed, **own_size, **(options or {}))
+    if loaded.meta["channels"] != meta["channels"] or loaded.meta["classes"] != meta["classes"]:
+        raise UserError(
+            f"{source} has {loaded.meta['channels']} channel(s) and {len(loaded.meta['classes'])} classes; these "
+            f"weights take {meta['channels']} and tell {len(meta['classes'])}, or others: calibrate on their own data"
+        )
+    held_out = task.held_out(source, meta, seed=seed, whole=False, **(options or {}))
+    return Calibration(str(source), loaded, held_out)
+
+
+def quantize(
+    file: Path,
+    task: Task,
+    meta: dict[str, Any],
+    calibration: Calibration,
+    images: Sequence[Float[Tensor, "_ channels _ _"]] = (),
+    *,
+    seed: int = 0,
+) -> list[str]:
     """Turn an exported classifier or segmenter into int8, in place, by onnxruntime's static quantisation.
 
     Weights are quantised channel by channel, activations by the range that they have over training examples; each
     keeps its float operator between two conversions (QDQ), so that the file runs where int8 kernels are missing.
 
     Args:
-        file: what `image_system` wrote.
+        file: what `portable_system` wrote.
         task, meta: as there.
-        data: an embedded name or a path. Its training part calibrates; what the task holds out tells the loss.
-        seed: of the split.
+        calibration: the data.
+        images: in 0…1, of several sizes, at which both files are compared.
+        seed: of the choice of examples.
 
     Returns:
-        The metrics of both files on the held-out part beside each other, and their sizes, a line each.
+        The metrics of both files on the held-out part beside each other, their sizes, and how far apart they are, a
+        line each.
 
     Raises:
-        UserError: another task, onnxruntime is missing, or data that do not fit.
+        UserError: onnxruntime cannot quantise it, or the int8 file fails at one of the sizes.
     """
-    check_int8(task)
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # Images that are all of one size where the file wants that; a folder's own sizes else.
-    own_size = {} if task.name == "semantic-segmentation" or str(data) in task.embedded else {"size": meta["size"]}
-    loaded = task.load(data, seed=seed, **own_size)
-    if loaded.meta["channels"] != meta["channels"] or loaded.meta["classes"] != meta["classes"]:
-        raise UserError(
-            f"{data} has {loaded.meta['channels']} channel(s) and {len(loaded.meta['classes'])} classes; these weights "
-            f"take {meta['channels']} and tell {len(meta['classes'])}, or others: calibrate on data of their own"
-        )
-    held_out = task.held_out(data, meta, seed=seed, whole=False)
+    loaded, held_out = calibration.train, calibration.held_out
     count = min(CALIBRATED_BY, count_examples(loaded.train))
     chosen = torch.randperm(count_examples(loaded.train), generator=torch.Generator().manual_seed(seed))[:count]
 
@@ -310,18 +440,36 @@ def quantize(file: Path, task: Task, meta: dict[str, Any], data: str | Path, *, 
             metrics = [
                 task.evaluate(_InOnnxRuntime(path, meta), held_out.dataset)[task.metric] for path in (plain, small)
             ]
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise UserError(f"onnxruntime cannot quantise {file.name}: {_in_a_line(error)}") from error
-        with whole(file) as place:
-            place.write_bytes(small.read_bytes())
+            apart = [_apart(plain, small, image) for image in images]
+        except UserError:
+            raise
+        except Exception as error:  # onnxruntime's own kinds among others, which have no common base
+            raise UserError(f"onnxruntime cannot quantise {type(task).__name__}: {_in_a_line(error)}") from error
+        file.write_bytes(small.read_bytes())
         sizes = [path.stat().st_size / 2**20 for path in (plain, small)]
     examples = count_examples(held_out.dataset)
-    return [
-        f"calibrated on {count} training examples of {data}; tested on {examples}, {held_out.about}",
+    lines = [
+        f"calibrated on {count} training examples of {calibration.source}; tested on {examples}, {held_out.about}",
         f"          {task.metric.replace('_', ' '):>10}       MiB",
         f"float32   {metrics[0]:>10.4f}  {sizes[0]:>8.2f}",
         f"int8      {metrics[1]:>10.4f}  {sizes[1]:>8.2f}   ({metrics[1] - metrics[0]:+.4f})",
     ]
+    if apart:
+        shapes = ", ".join("×".join(map(str, image.shape)) for image in images)
+        mean, share = np.mean(apart, axis=0)
+        lines.append(
+            f"int8 beside float32 on patterns of {shapes}: probabilities differ by {mean:.4f} on average, "
+            f"the likeliest class in {share:.1%}"
+        )
+    return lines
+
+
+def _apart(plain: Path, small: Path, image: Tensor) -> tuple[float, float]:
+    """How far the probabilities of two files are apart on average, and the share of other likeliest classes."""
+    first, second = (_sessions(file)[1].run(None, {"image": image.numpy()})[0] for file in (plain, small))
+    if first.shape != second.shape or not np.isfinite(second).all():
+        raise ValueError(f"at {'×'.join(map(str, image.shape))} int8 gives no probabilities of the same shape")
+    return float(np.abs(first - second).mean()), float((first.argmax(1) != second.argmax(1)).mean())
 
 
 def check_int8(task: Task) -> None:
@@ -360,7 +508,7 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(words.split())[:240]}"
 
 
-def step(layer: Any, dim: int, file: str | Path) -> None:
+def step(layer: Any, dim: int, file: str | Path) -> str:
     """Write one step of a streaming layer: `token`, `state_0`… to `output`, `new_state_0`…; the batch stays open.
 
     What the state holds of whole numbers, such as the tokens so far, are scalars of type int64 in the file.
@@ -370,33 +518,69 @@ def step(layer: Any, dim: int, file: str | Path) -> None:
         dim: width of a token.
         file: where it goes, ending in .onnx.
 
+    Returns:
+        How far the file is from the layer over several steps, in a line.
+
     Raises:
         UserError: a layer that cannot stream; whose step is another one at some positions, as where a chunk ends or a
-            cache grows, of which an ONNX file holds one alone; or with an operation that ONNX has not.
+            cache grows, of which an ONNX file holds one alone; or with an operation that ONNX has not. A file that
+            gives other steps than the layer.
     """
     check_place(Path(file))
     if not (hasattr(layer, "init_state") and hasattr(layer, "step")):
         raise UserError(f"{type(layer).__name__} has no init_state and step: it cannot stream")
     system = Step(layer).eval()
     state = pytree.tree_leaves(layer.init_state(2))
-    _check_every_step_alike(system, torch.randn(2, dim), state)
+    tokens = torch.randn(9, 3, dim, generator=torch.Generator().manual_seed(0))
+    _check_every_step_alike(system, tokens[0, :2], state)
     batch = torch.export.Dim("batch")
     names = [f"state_{k}" for k in range(len(state))]
     example = [AT_POSITION if isinstance(leaf, int) else leaf for leaf in state]
     open_sizes = tuple(torch.export.Dim.DYNAMIC if isinstance(leaf, int) else {0: batch} for leaf in state)
-    try:
-        _write(
-            system,
-            (torch.randn(2, dim), *example),
-            ({0: batch}, open_sizes),
-            inputs=["token", *names],
-            outputs=["output", *(f"new_{name}" for name in names)],
-            file=Path(file),
-            about={},
-        )
-    except (RuntimeError, torch.onnx.OnnxExporterError) as error:
-        words = str(error).partition("## Exception summary")[2] or str(error)
-        raise UserError(f"{type(layer).__name__} cannot be written as ONNX: {' '.join(words.split())[:240]}") from error
+    with whole(Path(file)) as place:
+        place.touch()
+        try:
+            _write(
+                system,
+                (tokens[0, :2], *example),
+                ({0: batch}, open_sizes),
+                inputs=["token", *names],
+                outputs=["output", *(f"new_{name}" for name in names)],
+                place=place,
+                about={},
+            )
+        except (RuntimeError, torch.onnx.OnnxExporterError) as error:
+            raise UserError(f"{type(layer).__name__} cannot be written as ONNX: {_in_a_line(error)}") from error
+        if importlib.util.find_spec("onnxruntime") is None:
+            return "not compared with the layer, onnxruntime is missing: pip install 'provenn[onnx]'"
+        try:
+            largest = max(_compare_steps(place, layer, tokens[:, :count]) for count in (1, 3))
+        except _Differs as error:
+            raise UserError(f"{type(layer).__name__}: the file {error}; no file was written") from error
+    return (
+        f"as the layer in onnxruntime, without and with optimisation, over {len(tokens)} steps of a batch of 1 and 3: "
+        f"largest difference {largest:.1e} of the range (at most {TOLERANCE:.0e})"
+    )
+
+
+def _compare_steps(file: Path, layer: Any, tokens: Float[Tensor, "steps batch dim"]) -> float:
+    """The largest difference of output and state after each of several steps, of the file from the layer.
+
+    Raises:
+        _Differs: as `_compare`.
+    """
+    largest = 0.0
+    for session in _sessions(file):
+        state = layer.init_state(tokens.shape[1])
+        for k, token in enumerate(tokens):
+            leaves = [torch.as_tensor(leaf).clone() for leaf in pytree.tree_leaves(state)]
+            inputs = {"token": token, **{f"state_{i}": leaf for i, leaf in enumerate(leaves)}}
+            with torch.no_grad():
+                y, state = layer.step(token, state)
+            expected = [y, *pytree.tree_leaves(state)]
+            where = f"at step {k + 1} of a batch of {len(token)}"
+            largest = max(largest, _compare([session], inputs, expected, where))
+    return largest
 
 
 class _Position(int):
@@ -475,33 +659,34 @@ def _write(
     *,
     inputs: list[str],
     outputs: list[str],
-    file: Path,
+    place: Path,
     about: dict[str, str],
 ) -> None:
-    check_place(file)
-    with whole(file) as place:
-        place.touch()  # tracing takes a while: say now that it cannot be kept
-        with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):  # which name packages that nothing here needs
-            program = torch.onnx.export(
-                system,
-                () if isinstance(example, dict) else example,
-                kwargs=example if isinstance(example, dict) else None,
-                # By `torch.export`, which refuses where the code fixes a size that is to stay open.
-                dynamo=True,
-                dynamic_shapes=sizes,
-                input_names=inputs,
-                output_names=outputs,
-                verbose=False,
-                custom_translation_table=translations(),
-            )
-        assert program is not None
-        program.model.metadata_props.update(about)
-        program.save(str(place))
+    with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):  # which name packages that nothing here needs
+        program = torch.onnx.export(
+            system,
+            () if isinstance(example, dict) else example,
+            kwargs=example if isinstance(example, dict) else None,
+            # By `torch.export`, which refuses where the code fixes a size that is to stay open.
+            dynamo=True,
+            dynamic_shapes=sizes,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+            custom_translation_table=translations(),
+        )
+    assert program is not None
+    program.model.metadata_props.update(about)
+    program.save(str(place))
 
 
 def translations() -> dict[Any, Any]:
-    """ONNX forms of operations that torch has none of, as `torch.onnx.export` takes them."""
-    return {torch.ops.aten.sort.stable: _stable_sort}
+    """ONNX forms of operations that torch has none of, or a wrong one, as `torch.onnx.export` takes them."""
+    return {
+        torch.ops.aten.sort.stable: _stable_sort,
+        torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
+        torch.ops.aten._adaptive_avg_pool2d.default: _adaptive_average,
+    }
 
 
 def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
@@ -514,3 +699,30 @@ def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descendin
     op: Any = opset18  # whose annotations want a value of one type
     length = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     return op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)
+
+
+def _adaptive_average(self: Any, output_size: Sequence[int]) -> Any:
+    """`aten.adaptive_avg_pool2d`, whose form by torch is right at the size alone that was traced.
+
+    Cell i of n over a side of s is the mean of places ⌊i s / n⌋ to ⌈(i + 1) s / n⌉: a matrix from the side to the
+    cells, made of the side as it comes. Any: as in `_stable_sort`.
+    """
+    from onnxscript import opset18
+
+    op: Any = opset18
+
+    def cells(axis: int, count: int) -> Any:
+        side = op.Gather(op.Shape(self), op.Constant(value_int=axis))
+        number = op.Constant(value_ints=list(range(count)))
+        counts = op.Constant(value_int=count)
+        start = op.Div(op.Mul(number, side), counts)
+        after = op.Add(number, op.Constant(value_int=1))
+        end = op.Div(op.Add(op.Mul(after, side), op.Constant(value_int=count - 1)), counts)
+        last = op.Constant(value_ints=[-1])
+        start, end = op.Unsqueeze(start, last), op.Unsqueeze(end, last)
+        place = op.Range(op.Constant(value_int=0), side, op.Constant(value_int=1))
+        inside = op.And(op.GreaterOrEqual(place, start), op.Less(place, end))
+        return op.Div(op.CastLike(inside, self), op.CastLike(op.Sub(end, start), self))  # (cells, side)
+
+    rows, columns = cells(-2, output_size[0]), cells(-1, output_size[1])
+    return op.MatMul(op.MatMul(rows, self), op.Transpose(columns, perm=[1, 0]))
