@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import provenn
-from provenn import weights
+from provenn import api, catalog, evaluation, weights
 from provenn.cli import main
 from provenn.errors import UserError
 from provenn.evaluation import evaluate
@@ -238,5 +238,25 @@ def test_data_that_do_not_fit_and_weights_that_are_no_numbers_are_refused(run):
         evaluate(model, task, wide)
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match="is not a number"):
+    with pytest.raises(UserError, match="is no finite number"):
         evaluate(model, task, HeldOut(data.test, "digits"))
+
+
+def test_options_of_the_training_hold_in_the_evaluation(monkeypatch):
+    """Places of 16 tokens from a vocabulary of 100: at the task's own 128 of 1,000 the weights do not even fit."""
+    told = {"length": 16, "vocabulary": 100, "examples": 64, "test_examples": 40}
+    label = weights.Label("urpe", "any", "position-tasks", trained_on={"options": told, "seed": 3})
+    card = catalog.card("urpe")
+    monkeypatch.setattr(api.Paper, "load", lambda *_, **__: (torch.nn.Identity(), label))
+    monkeypatch.setattr(weights, "label_of", lambda _: label)
+    monkeypatch.setattr(type(card), "preset", lambda *_: None)
+    monkeypatch.setattr(evaluation, "published_of", lambda *_: [])
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, kind, held_out, **_: held_out.dataset.tensors[0])
+    with pytest.warns(UserWarning, match="as in the training: length=16, vocabulary=100"):
+        tokens = api.evaluate("urpe", "position-identification", weights="run", device="cpu")
+    assert tokens.shape == (40, 16) and tokens.max() < 111
+    with pytest.warns(UserWarning, match="test_examples=20 where the training had test_examples=40"):
+        tokens = api.evaluate(
+            "urpe", "position-identification", weights="run", device="cpu", changes={"test_examples": 20}
+        )
+    assert tokens.shape == (20, 16)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import provenn
-from plugins import install
+from plugins import FIXTURES, importable, install
 from provenn import catalog, progress, tasks, weights
 from provenn.cli import main
 from provenn.errors import UserError
@@ -196,7 +196,7 @@ def test_its_claims_are_measured_and_shown(run, tmp_path, monkeypatch):
     assert Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE).record("two_heads", changed.changes) == changed
 
     # Where a package brings such evidence, `show` tells the two apart.
-    monkeypatch.setattr(view, "committed", lambda card: both)
+    monkeypatch.setattr(view, "committed", lambda card, *_: both)
     shown = run("show pair_rating --all")[1]
     assert "At other settings, which bear on no statement" in shown and "epochs = 1" in shown
     assert "holds here" in run("show pair_rating")[1]
@@ -257,6 +257,20 @@ def test_a_task_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, point, te
     with pytest.raises(UserError, match=r"^[^\n]*$") as raised:
         tasks.get_task(point)
     assert words in str(raised.value)
+
+
+def test_nobody_takes_the_name_of_a_task_of_ours(tmp_path):
+    from provenn.tasks.discovery import shadowed
+
+    points = {"provenn.papers": {"tiny_gate": "tiny_gate"}, "provenn.tasks": {"layer-stacks": "tiny_gate.task"}}
+    site = install(FIXTURES / "tiny_gate", tmp_path / "site", points)
+    facts = site / "tiny_gate" / "paper.toml"
+    facts.write_text(facts.read_text().replace('task = "image-classification"', 'task = "layer-stacks"', 1))
+    (site / "tiny_gate" / "task.py").write_text("TASK = None\n")
+    with importable(site, "tiny_gate"):
+        assert type(tasks.get_task("layer-stacks")).__module__.startswith("provenn.papers.gaam.task")
+        left_out = "left out: a task of gaam has this name"
+        assert shadowed() == {"layer-stacks (tiny_gate.task)": left_out}
 
 
 def test_nobody_takes_the_name_of_a_shared_task(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """How good a trained model is on data: each metric of its task with an interval, and what classes are taken for."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from provenn.errors import UserError
 from provenn.evidence.interval import Interval, resampled
 from provenn.evidence.measurement import Table
 from provenn.evidence.record import write_atomically
-from provenn.files import whole
+from provenn.files import save_figure, strict_json
 from provenn.tasks.base import LABEL, TOLD, HeldOut, Scores, Task, count_examples
 
 if TYPE_CHECKING:
@@ -152,15 +151,14 @@ class Evaluation:
         from provenn.reproduce import check_writable
 
         check_writable(folder)
-        write_atomically(folder / METRICS, json.dumps(self.as_json(), indent=1, ensure_ascii=False))
+        write_atomically(folder / METRICS, strict_json(self.as_json(), indent=1))
         written = [folder / METRICS]
         table, picture = self.class_table(), self.picture()
         if table is not None:
             write_atomically(folder / CLASSES, _as_csv(table))
             written.append(folder / CLASSES)
         if picture is not None:
-            with whole(folder / CONFUSION) as place:
-                picture.savefig(place, dpi=110)
+            save_figure(picture, folder / CONFUSION)
             written.append(folder / CONFUSION)
         return written
 
@@ -209,9 +207,14 @@ def evaluate(
         reason = " ".join(str(error).split())
         raise UserError(f"{held_out.about}: the data do not fit the model: {reason}") from None
     metrics = {task.metric: metrics[task.metric], **metrics} if task.metric in metrics else metrics
-    bad = next((name for name, value in metrics.items() if math.isnan(value)), None)
+    # Of an image that is told to the last bit the ratio of signal to noise is infinite; an error never is.
+    worst = -math.inf if task.higher_is_better else math.inf
+    bad = next((name for name, value in metrics.items() if math.isnan(value) or value == worst), None)
     if bad is not None:
-        raise UserError(f"{held_out.about}: {bad} is not a number: do weights or data hold NaN?")
+        raise UserError(
+            f"{held_out.about}: {bad} is no finite number: the weights tell values too large, or these data leave it "
+            "undefined"
+        )
     intervals: dict[str, Interval | None] = dict.fromkeys(metrics)
     method = f"the task {task.name} gives no score of single examples, and so no interval"
     if scores:

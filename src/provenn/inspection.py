@@ -11,7 +11,7 @@ from torch import Tensor
 
 from provenn.errors import UserError
 from provenn.evidence.measurement import Table
-from provenn.files import whole
+from provenn.files import check_output, output_suffix, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,13 +76,13 @@ class Inspection:
 
     def save(self, file: Path) -> None:
         """Write the picture, in one step."""
-        with whole(file) as place:
-            self.picture().savefig(place, dpi=110, format="png")
+        save_figure(self.picture(), file)
 
 
 def check_png(output: Path, source: Path) -> None:
     """Refuse to write the picture under a name that says it is none, or over what it is made from."""
-    if output.suffix.lower() != ".png":
+    if output_suffix(output, ".png") != ".png":
         raise UserError(f"the picture is written as .png, got {str(output)!r}")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the input itself; choose another place with -o")
+    check_output(output)

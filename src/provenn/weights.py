@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from provenn.catalog import Card
 from provenn.errors import UserError
 from provenn.files import whole
+from provenn.finite import DAMAGED, impossible_value
+from provenn.inputs import check_file
 
 FILE = "weights.safetensors"
 KEY = "provenn"
@@ -86,6 +88,7 @@ def locate(path: str | Path) -> Path:
         return inside
     if not location.exists():
         raise UserError(f"no weights at {location}: give a weight file, or the folder of a finished `provenn train`")
+    check_file(location)
     return location
 
 
@@ -217,9 +220,10 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict, strictly except for tensors that the model ties to others.
 
     Raises:
-        UserError: names or shapes differ, with the first few of them; or a number that is none.
+        UserError: names or shapes differ, with the first few of them; a tensor of another kind of number; or a value
+            that is not finite, or no variance.
     """
-    model_state = model.state_dict()
+    model_state = model.state_dict(keep_vars=True)
     # Tied tensors share a storage, and a file may hold either name: one of them loaded is enough.
     storages = {name: tensor.data_ptr() for name, tensor in model_state.items()}
     loaded_storages = {storages[name] for name in state if name in storages}
@@ -239,10 +243,28 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
             if names
         ]
         raise UserError(f"{source} does not fit this model: {'; '.join(problems)}")
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in state.items():
-        # Constants that a model keeps beside its parameters may be infinite, as those that hide the future are.
-        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() < 2 else tensor
-        if not bool((torch.isfinite(values) if name in parameters else ~torch.isnan(values)).all()):
-            raise UserError(f"{source}: {name} holds values that are no finite numbers: its training diverged")
+        expected = model_state[name]
+        if not _fits(tensor, expected):
+            raise UserError(
+                f"{source}: {name} is of type {_typed(tensor)} where the model has {_typed(expected)}: "
+                "give weights of floating-point numbers"
+            )
+        wrong = impossible_value(name, tensor, expected)
+        if wrong is not None:
+            raise UserError(f"{source}: {wrong}: {DAMAGED}")
     model.load_state_dict(state, strict=False)
+
+
+def _fits(tensor: Tensor, expected: Tensor) -> bool:
+    """Whether a type can stand for another: any floats for floats, no whole numbers, and no codes of a quantised file.
+
+    Counters, which averaging makes floats, are taken as they come.
+    """
+    if tensor.dtype == expected.dtype or tensor.is_floating_point():
+        return True
+    return not (expected.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+
+
+def _typed(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

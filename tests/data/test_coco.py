@@ -40,7 +40,7 @@ def test_what_a_file_says_is_read(tmp_path):
     first, empty = content.images
     assert first.file == tmp_path / "a.png" and first.number == 5
     assert first.boxes.tolist() == [[2, 3, 12, 23], [35, 25, 40, 30]] and first.labels.tolist() == [1, 0]
-    assert first.areas.tolist() == [150, 400] and first.crowd.tolist() == [False, True]
+    assert first.areas.tolist() == [150, 25] and first.crowd.tolist() == [False, True]
     assert empty.boxes.shape == (0, 4) and not len(empty.labels)
 
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path, changes, message)
 @pytest.mark.parametrize("text", ["{", "[]", '{"images": 3}', "[" * 100_000])
 def test_a_file_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(UserError, match=r"a\.json is no (COCO )?JSON"):
+    with pytest.raises(UserError, match=r"a\.json(: no JSON| is no COCO JSON|: nested)"):
         read_coco(tmp_path / "a.json")
 
 
@@ -188,3 +188,50 @@ def test_the_box_of_an_object_is_where_its_pixels_are(monkeypatch):
         assert rows[0] <= 4 and columns[0] <= 4 and rows[-1] >= bottom - top - 5 and columns[-1] >= right - left - 5
         seen += 1
     assert seen > 10
+
+
+def test_boxes_of_absurd_size_are_cut_and_said(tmp_path):
+    boxes = [[1, 1, 3, 3], [2, 2, 1e9, 1], [-500.0, 0, 502, 4], [0, 0, 4, 4]]
+    notes = [{"id": i, "image_id": 5, "category_id": 7, "bbox": box, "area": 1e30} for i, box in enumerate(boxes)]
+    with pytest.warns(
+        UserWarning, match="cut 2 boxes that reach beyond the sides of the image, such as .*annotation 1"
+    ):
+        (image,) = read_coco(write(tmp_path, annotations=notes)).images
+    assert (image.boxes[:, 2:] <= (40, 30)).all() and (image.boxes >= 0).all()
+    assert image.areas.tolist() == ((image.boxes[:, 2:] - image.boxes[:, :2]).prod(1)).tolist()
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, HUGE, 1]}]}, "bbox must be four numbers"),
+        ({"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, float("nan"), 1]}]}, "bbox must be four"),
+        ({"annotations": [{"image_id": HUGE, "category_id": 1, "bbox": [0, 0, 1, 1]}]}, "which the file does not list"),
+        ({"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "iscrowd": "0"}]}, "iscrowd must be"),
+        ({"categories": [{"id": 1, "name": " "}]}, "a category needs an id"),
+        ({"categories": [{"id": 1, "name": None}]}, "a category needs an id"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a "}]}, "'a' .id 2. is listed twice"),
+        ({"images": [{"id": 1, "file_name": "../a.png"}]}, "lies outside of the data set"),
+        ({"images": [{"id": 1, "file_name": "/etc/a.png"}]}, "lies outside of the data set"),
+        ({"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "./a.png"}]}, "are the same file"),
+    ],
+)  # fmt: skip
+def test_numbers_names_and_places_that_no_data_set_has(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_coco(write(tmp_path, **changes))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+def test_an_area_beyond_any_float_is_that_of_the_box(tmp_path):
+    notes = [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 2, 3], "area": HUGE}]
+    assert read_coco(write(tmp_path, annotations=notes)).images[0].areas.tolist() == [6.0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_names_of_categories_in_any_unicode(tmp_path, encoding):
+    file = write(tmp_path, categories=[{"id": 1, "name": "Straße"}])
+    file.write_bytes(json.dumps(json.loads(file.read_text()), ensure_ascii=False).encode(encoding))
+    assert read_coco(file).classes == ["Straße"]

@@ -1,5 +1,6 @@
 """Masks from and to files, and the layouts that people keep them in."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,17 @@ import pytest
 from PIL import Image
 
 from provenn.data.brain import HEIGHTS
-from provenn.data.masks import CITYSCAPES, IGNORED, MaskFolder, palette, read_folder, read_mask, write_mask
+from provenn.data.masks import (
+    CAMVID,
+    CITYSCAPES,
+    IGNORED,
+    MaskFolder,
+    UnknownPixels,
+    palette,
+    read_folder,
+    read_mask,
+    write_mask,
+)
 from provenn.data.mosaics import BANDS, mosaic
 from provenn.errors import UserError
 
@@ -193,8 +204,101 @@ def test_numbers_become_those_of_a_model(tmp_path):
     Image.fromarray(np.array([[0, 1, 2, 255]], np.uint8)).save(tmp_path / "m.png")
     folder = MaskFolder({}, ["a", "b", "c"], [], order=(4, 0, 2))
     assert folder.read(tmp_path / "m.png").tolist() == [[4, 0, 2, 255]]
-    with pytest.raises(UserError, match="holds the class 2; there are 2, from 0 on"):
-        MaskFolder({}, ["a", "b"], [], order=(1, 0)).read(tmp_path / "m.png")
+    numbers, unknown = MaskFolder({}, ["a", "b"], [], order=(1, 0)).read_values(tmp_path / "m.png")
+    assert numbers.tolist() == [[1, 0, 255, 255]] and unknown == {(2,): 1}
+
+
+ROAD, SKY, CAR = (128, 64, 128), (70, 130, 180), (0, 0, 142)
+
+
+def painted(file, kind, share):
+    """A mask of road, sky and, in `share` of its pixels, of a colour one off that of cars, or of the number 7."""
+    numbers = np.zeros((20, 50), np.uint8)
+    numbers[10:] = 1
+    numbers.flat[: round(share * 1000)] = 7 if kind == "grey" else 2
+    numbers[19, 49] = 255
+    if kind == "grey":
+        Image.fromarray(numbers).save(file)
+        return
+    shown = [SKY, ROAD, (0, 0, 141)] if kind == "palette" else [ROAD, SKY, (0, 0, 141)]
+    if kind == "palette":  # whose order is another than that of the classes
+        picture = Image.fromarray(np.where(numbers < 2, 1 - numbers, numbers).astype(np.uint8))
+        picture.putpalette([part for colour in [*shown, *[(0, 0, 0)] * 253] for part in colour])
+        picture.save(file)
+        return
+    numbers[19, 49] = 1
+    Image.fromarray(np.array(shown, np.uint8)[numbers]).save(file)
+
+
+@pytest.mark.parametrize("kind", ["colours", "palette", "grey"])
+def test_what_is_in_no_class_is_named_with_its_share_and_its_nearest_class(tmp_path, kind):
+    colours = [] if kind == "grey" else [ROAD, SKY, CAR]
+    folder = MaskFolder({}, ["road", "sky", "car"], colours)
+    names = ("most often 7, nearest to 'car' (2)" if kind == "grey" else
+             "most often 0 0 141, nearest to 'car' (0 0 142)")  # fmt: skip
+    for share, ignored, refused in (
+        (0.0, False, False),
+        (0.01, False, False),
+        (0.011, False, True),
+        (0.3, True, False),
+    ):
+        painted(tmp_path / "m.png", kind, share)
+        unknown = UnknownPixels(folder)
+        numbers = unknown.read(tmp_path / "m.png")
+        assert unknown.unknown == round(share * 1000) and (numbers[0, :10] == 255).all() == (share > 0)
+        assert (numbers[10:19] == 1).all() and numbers[9, 40] == 0
+        with ExitStack() as stack:
+            said = stack.enter_context(pytest.warns(UserWarning)) if share and not refused else None
+            error = stack.enter_context(pytest.raises(UserError)) if refused else None
+            unknown.check(tmp_path, "ignore" if ignored else "refuse")
+        words = str(error.value) if error else "" if said is None else str(said[0].message)
+        assert ("--set unknown=ignore" in words) == refused and "\n" not in words
+        if share:
+            assert f"{100 * share:.2g} %" in words and "in 1 file such as m.png" in words and names in words
+
+
+def test_colours_that_a_data_set_leaves_unjudged_are_no_typing_error(tmp_path):
+    image(tmp_path / "images/a.png")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.array([[CAMVID["sky"], (0, 0, 0), (64, 0, 64)]] * 2, np.uint8)).save(tmp_path / "masks/a_L.png")
+    numbers, unknown = read_folder(tmp_path).read_values(tmp_path / "masks/a_L.png")
+    assert numbers.tolist() == [[9, 255, 255]] * 2 and not unknown
+    city = MaskFolder({}, list(CITYSCAPES.values()), [], {label: k for k, label in enumerate(CITYSCAPES)})
+    mask(tmp_path / "m.png", np.array([[0, 7, 33, 34, 255]], np.uint8))
+    assert city.read_values(tmp_path / "m.png")[1] == {(34,): 1}
+    ade = MaskFolder({}, ["wall", "sky"], [], subtract=1)
+    mask(tmp_path / "m.png", np.array([[0, 1, 2, 3, 255]], np.uint8))
+    numbers, unknown = ade.read_values(tmp_path / "m.png")
+    assert numbers.tolist() == [[255, 0, 1, 255, 255]] and unknown == {(3,): 1}
+
+
+def test_black_and_white_with_a_grey_is_no_mask_of_numbers(tmp_path):
+    """0, 1 and 255 could be two classes and what is not judged; with colours of black and white, 1 is in no class."""
+    Image.fromarray(np.array([[0, 255, 255, 1]], np.uint8)).save(tmp_path / "m.png")
+    folder = MaskFolder({}, ["back", "object"], [(0, 0, 0), (255, 255, 255)])
+    numbers, unknown = folder.read_values(tmp_path / "m.png")
+    assert numbers.tolist() == [[0, 1, 1, 255]] and unknown == {(1, 1, 1): 1}
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "m.png")
+    assert MaskFolder({}, ["object", "back"], [(255, 255, 255), (0, 0, 0)]).read(tmp_path / "m.png").tolist() == [
+        [0, 1]
+    ]
+
+
+@pytest.mark.parametrize("text", ["sky\nroad\nsky\n", "a 1 2 3\na 4 5 6\na 7 8 9\n"])
+def test_classes_of_one_name_are_refused(tmp_path, text):
+    image(tmp_path / "images/a.png")
+    mask(tmp_path / "masks/a.png")
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(UserError, match="two classes are called"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_names_of_classes_in_any_unicode(tmp_path, encoding):
+    image(tmp_path / "images/a.png")
+    mask(tmp_path / "masks/a.png")
+    (tmp_path / "classes.txt").write_bytes("Straße\nпуть\n".encode(encoding))
+    assert read_folder(tmp_path).classes == ["Straße", "путь"]
 
 
 def test_mosaics_repeat_and_their_splits_share_no_column():

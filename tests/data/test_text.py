@@ -69,7 +69,7 @@ def test_a_folder_is_read_whole_and_a_jsonl_by_its_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", b"\xff\xfe\x00", "is no text in UTF-8"),
+        ("a.txt", b"\xff\xfe\x00", "is no text in UTF-16: line 1, byte 3"),
         ("a.txt", b"a\0b", "zero byte"),
         ("a.txt", b"  \n", "is empty"),
         ("a.jsonl", b'{"text": "x"}\n{oops', "line 2: no JSON"),
@@ -129,7 +129,7 @@ def test_a_file_takes_its_name_when_all_is_written(tmp_path):
         handle.write("half of")
         raise KeyboardInterrupt
     assert file.read_text("utf-8") == "naïve" and [each.name for each in file.parent.iterdir()] == ["out.txt"]
-    with pytest.raises(UserError, match=r"cannot write .*deep: Is a directory"), written(file.parent):
+    with pytest.raises(UserError, match=r"cannot write .*deep: it is a folder"), written(file.parent):
         pass
 
 

@@ -152,6 +152,6 @@ def test_a_prompt_of_characters_never_seen_goes_on(folder, tokenizer):
 def test_a_prompt_is_not_written_over(tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("keep me")
-    with pytest.raises(UserError, match="write elsewhere"):
+    with pytest.raises(UserError, match="it is the input itself"):
         TASK.predict(small(), TASK.default_meta({}), [file], file)
     assert file.read_text() == "keep me"

@@ -294,7 +294,7 @@ def test_bad_data_and_models_are_refused_in_one_line(folder, tmp_path):
     (folder / "labels.json").write_text(json.dumps({**content, "annotations": []}))
     with pytest.raises(UserError, match=r"split, .* images, holds no object"):
         TASK.load(folder, skip_broken=True)
-    with pytest.raises(UserError, match="none of the images holds an object"):
+    with pytest.raises(UserError, match="images, holds no object"):
         TASK.evaluate(Oracle(), TASK.held_out(folder, META, skip_broken=True).dataset)
 
 
@@ -308,3 +308,16 @@ def test_the_picture_of_a_training_shows_what_was_found(folder):
     figure = TASK.picture(Oracle(), TASK.load(folder))
     texts = {text.get_text() for axis in figure.axes for text in axis.texts}
     assert {"a 90%", "b 90%", "c 90%"} & texts
+
+
+def test_crowds_alone_are_neither_trained_on_nor_judged(folder):
+    meta = TASK.load(folder, size=48).meta
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text())
+        content["annotations"] = [{**note, "iscrowd": 1} for note in content["annotations"]]
+        file.write_text(json.dumps(content))
+    for ask in (lambda: TASK.load(folder), lambda: TASK.held_out(folder, meta)):
+        with pytest.raises(
+            UserError, match=r"holds no object but \d+ crowds .iscrowd: 1., which nobody is asked to find"
+        ):
+            ask()

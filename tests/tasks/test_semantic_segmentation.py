@@ -249,7 +249,7 @@ def broken(folder: Path, what: str) -> None:
     ("what", "message"),
     [
         ("size", "a mask has the size of its image"),
-        ("class", "holds the class 7; there are 2, from 0 on"),
+        ("class", "most often 7, nearest to 'bright' .1..*add --set unknown=ignore"),
         ("cut", "no mask that can be read"),
         ("missing", "3.png has no mask"),
     ],
@@ -347,3 +347,15 @@ def test_the_brain_has_its_tissues():
     assert image.shape == (1, 224, 192) and mask.unique().tolist() == [0, 1, 2, 3]
     means = [image[0][mask == k].mean().item() for k in range(4)]
     assert means[0] < means[1] < means[2] < means[3]  # T1: fluid is dark, white matter bright
+
+
+def test_pixels_in_no_class_are_left_out_where_the_user_says_so(squares):
+    """In training, in evaluating what it held out, and in evaluating all of it."""
+    (squares / "classes.txt").write_text("dark\nbright\n")
+    broken(squares, "class")
+    with pytest.warns(UserWarning, match="are in no class: most often 7"):
+        data = TASK.load(squares, size=32, unknown="ignore")
+    with pytest.raises(UserError, match="--set unknown=ignore"):
+        TASK.held_out(squares, data.meta)
+    with pytest.warns(UserWarning, match="they are not judged"):
+        assert len(TASK.held_out(squares, data.meta, unknown="ignore").dataset)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from provenn.errors import UserError
+from provenn.inputs import check_file
 
 SUFFIXES = (".wav", ".wave")
 UNREAD = (".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".wma", ".aif", ".aiff")
@@ -97,6 +98,7 @@ def read_sound(file: Path) -> tuple[Float32[np.ndarray, " samples"], int]:
         raise UserError(f"no sound at {str(file)!r}: expected a WAV file")
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(f"{file}: cannot read sound from {file.suffix or 'a file without suffix'}; expected .wav")
+    check_file(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # chunks of tags that are skipped

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from provenn.errors import UserError
+from provenn.inputs import check_file, read_text
 
 SIDE = 32
 
@@ -59,6 +60,7 @@ def read_cifar(folder: Path) -> Cifar:
 
 
 def _read(file: Path, labels: int, classes: int) -> tuple[UInt8[np.ndarray, "images 3 32 32"], np.ndarray]:
+    check_file(file)
     content = np.fromfile(file, dtype=np.uint8)
     row = labels + 3 * SIDE * SIDE
     if not len(content) or len(content) % row:
@@ -74,5 +76,5 @@ def _read(file: Path, labels: int, classes: int) -> tuple[UInt8[np.ndarray, "ima
 
 def _names(file: Path, count: int) -> list[str]:
     """The classes' names, or their numbers where they are not given."""
-    lines = file.read_text("utf-8").split() if file.is_file() else []
+    lines = read_text(file).split() if file.is_file() else []
     return lines if len(lines) == count else [str(number) for number in range(count)]

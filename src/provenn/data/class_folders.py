@@ -1,8 +1,10 @@
 """Folders that hold a sub-folder of files for each class, divided into splits or not."""
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+from provenn import progress
 from provenn.errors import UserError
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # and the folders' names
@@ -54,6 +56,12 @@ def _classes(folder: Path, files_in: Callable[[Path], list[Path]], what: str) ->
     if not folders:
         loose = len(files_in(folder))
         raise UserError(f"{folder} holds {loose} {what} and no folders: give each class a folder of its {what}")
+    alike: dict[str, str] = {}
+    for name in (f.name for f in folders):
+        if (other := alike.setdefault(unicodedata.normalize("NFKC", name).strip().casefold(), name)) != name:
+            progress.say(
+                f"{folder}: {other!r} and {name!r} are two classes, whose names differ by case or blanks alone"
+            )
     return {f.name: files_in(f) for f in folders}
 
 

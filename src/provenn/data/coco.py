@@ -3,7 +3,6 @@
 `bbox` is [left, top, width, height] in pixels. A crowd (`iscrowd`: 1) stands for more objects than one could draw.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from provenn import progress
 from provenn.data.images import SUFFIXES, size_of
 from provenn.errors import UserError
+from provenn.inputs import parse_json, read_text
 
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 
@@ -113,7 +113,7 @@ def read_coco(file: Path, root: Path | None = None, *, skip_broken: bool = False
     shapes, broken = _sizes(listed, folder, file, skip_broken)
     things: dict[Any, list[tuple[list[float], int, float, bool]]] = {number: [] for number in shapes}
     position = {number: index for index, number in enumerate(ids)}
-    empty, outside, twice = [], [], []
+    empty, outside, twice, cut_off = [], [], [], []
     seen: set[tuple[Any, ...]] = set()
     beyond = 0
     for count, note in enumerate(content["annotations"]):
@@ -131,8 +131,11 @@ def read_coco(file: Path, root: Path | None = None, *, skip_broken: bool = False
             continue
         (left, top, wide, tall), (height, width) = map(float, box), shapes[number]
         cut = [max(0.0, left), max(0.0, top), min(float(width), left + wide), min(float(height), top + tall)]
+        if note.get("iscrowd", 0) not in (0, 1):
+            raise UserError(f"{where}: iscrowd must be 0 or 1, got {str(note['iscrowd'])[:40]!r}")
         crowd = bool(note.get("iscrowd", 0))
-        beyond += left + wide > width + 1 or top + tall > height + 1
+        reaches = left + wide > width + 1 or top + tall > height + 1
+        beyond += reaches
         key = (number, category, *box, crowd)
         if wide <= 0 or tall <= 0:
             empty.append(where)
@@ -143,7 +146,10 @@ def read_coco(file: Path, root: Path | None = None, *, skip_broken: bool = False
         else:
             seen.add(key)
             area = note.get("area", 0)
-            drawn = isinstance(area, int | float) and math.isfinite(area) and area > 0
+            drawn = _is_finite(area) and 0 < area <= height * width
+            if reaches or min(left, top) < -1:
+                cut_off.append(where)
+                wide, tall = cut[2] - cut[0], cut[3] - cut[1]
             things[number].append((cut, position[category], float(area if drawn else wide * tall), crowd))
     total = len(content["annotations"])
     if total >= 4 and beyond + len(empty) > total / 2:
@@ -158,6 +164,9 @@ def read_coco(file: Path, root: Path | None = None, *, skip_broken: bool = False
     ):
         if left_out:
             progress.say(f"left out {len(left_out)} box{'es' * (len(left_out) > 1)} {why}, such as {left_out[0]}")
+    if cut_off:
+        boxes = f"{len(cut_off)} boxes that reach" if len(cut_off) > 1 else "1 box that reaches"
+        progress.say(f"cut {boxes} beyond the sides of the image, such as {cut_off[0]}")
     images = [_labelled(folder / listed[number]["file_name"], rows, number) for number, rows in things.items()]
     return CocoSet(images, classes, ids)
 
@@ -175,12 +184,7 @@ def _labelled(file: Path, rows: list[tuple[list[float], int, float, bool]], numb
 
 
 def _parse(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON: {' '.join(str(error).split())[:100]}") from None
+    content = parse_json(read_text(file), str(file))
     for key in ("images", "categories", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{file} is no COCO JSON: it has no list {key!r}; expected images, categories, annotations")
@@ -190,23 +194,35 @@ def _parse(file: Path) -> dict[str, Any]:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str)
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _is_box(box: Any) -> bool:
     if not isinstance(box, list) or len(box) != 4:
         return False
-    return all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in box)
+    return all(_is_finite(x) for x in box)
+
+
+def _is_finite(value: Any) -> bool:
+    """A number that a float can hold: JSON's whole numbers may have 400 digits."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _categories(listed: list[Any], file: Path) -> tuple[list[int], list[str]]:
     names: dict[int, str] = {}
     for entry in listed:
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int) or not str(entry.get("name", "")):
+        given, number = (entry.get("name"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(given, str) or not given.strip():
             raise UserError(f"{file}: a category needs an id, a whole number, and a name, got {str(entry)[:80]}")
-        if entry["id"] in names or str(entry["name"]) in names.values():
-            raise UserError(f"{file}: the category {entry['name']!r} (id {entry['id']}) is listed twice")
-        names[entry["id"]] = str(entry["name"])
+        name = given.strip()
+        if number in names or name in names.values():
+            raise UserError(f"{file}: the category {name!r} (id {number}) is listed twice")
+        names[number] = name
     if not names:
         raise UserError(f"{file} lists no categories")
     ids = sorted(names)
@@ -215,6 +231,7 @@ def _categories(listed: list[Any], file: Path) -> tuple[list[int], list[str]]:
 
 def _images(listed: list[Any], file: Path) -> dict[Any, dict[str, Any]]:
     images: dict[Any, dict[str, Any]] = {}
+    files: dict[str, Any] = {}
     for entry in listed:
         if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not isinstance(entry.get("file_name"), str):
             raise UserError(f"{file}: an image needs an id and a file_name, got {str(entry)[:80]}")
@@ -222,6 +239,11 @@ def _images(listed: list[Any], file: Path) -> dict[Any, dict[str, Any]]:
             raise UserError(f"{file}: two images have the id {entry['id']!r}")
         if Path(entry["file_name"]).suffix.lower() not in SUFFIXES:
             raise UserError(f"{file}: {entry['file_name']!r} is no image that is read: {', '.join(SUFFIXES)}")
+        path = Path(entry["file_name"])
+        if path.is_absolute() or ".." in path.parts or "\0" in entry["file_name"]:
+            raise UserError(f"{file}: the image {entry['file_name']!r} lies outside of the data set")
+        if (first := files.setdefault(str(path), entry["id"])) != entry["id"]:
+            raise UserError(f"{file}: the images {first!r} and {entry['id']!r} are the same file, {entry['file_name']}")
         images[entry["id"]] = entry
     return images
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from provenn.errors import UserError
+from provenn.inputs import check_file
 
 ENGINES = {".xlsx": "openpyxl", ".parquet": "pyarrow"}
 EXTRA = "pip install 'provenn[tables]'"
@@ -24,8 +25,7 @@ def read_frame(file: Path, sheet: str | None = None) -> list[list[str]]:
         UserError: a package is missing; the file cannot be read; it has several sheets and none was named.
     """
     pandas = _pandas(file)
-    if not file.is_file():
-        raise UserError(f"{file} is a folder: expected a file" if file.is_dir() else f"no file at {file}")
+    check_file(file)
     try:
         if file.suffix.lower() == ".parquet":
             if sheet is not None:

@@ -1,6 +1,5 @@
 """Graphs as people have them: JSON lines, SDF files of molecules, and the folders of edge lists of TU Dortmund."""
 
-import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Int64
 
 from provenn.errors import UserError
+from provenn.inputs import parse_json, read_text
 from provenn.nn.graphs import shortest_paths
 
 FORMATS = (
@@ -104,26 +104,14 @@ def _check(graph: Graph, place: Path) -> None:
         raise UserError(f"{where} has the target {bad}: expected a finite number")
 
 
-def _text(place: Path) -> str:
-    try:
-        return place.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{place} is no text in UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{place} cannot be read: {error.strerror}") from None
-
-
 def _json_lines(place: Path) -> Graphs:
     items: list[Graph] = []
     targets: tuple[str, ...] | None = None
-    for number, line in enumerate(_text(place).splitlines(), start=1):
+    for number, line in enumerate(read_text(place).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{place}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where} is no JSON") from None
+        row = parse_json(line, where)
         if (
             not isinstance(row, dict)
             or not isinstance(row.get("nodes"), list)
@@ -164,7 +152,10 @@ def _targets(target: Any, where: str) -> tuple[tuple[str, ...], tuple[float, ...
     for value in named.values():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{where}: a target is a number, a list of numbers or numbers by name, got {target!r}")
-    return tuple(map(str, named)), tuple(map(float, named.values()))
+    try:
+        return tuple(map(str, named)), tuple(map(float, named.values()))
+    except OverflowError:  # of hundreds of digits
+        raise UserError(f"{where}: a target is larger than any number that is computed with") from None
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -183,7 +174,7 @@ def _once(edges: Sequence[tuple[int, int, str]]) -> tuple[tuple[int, int, str], 
 def _molecules(place: Path, target: str | None) -> Graphs:
     items: list[Graph] = []
     known: dict[str, None] = {}
-    for number, record in enumerate(_records(_text(place)), start=1):
+    for number, record in enumerate(_records(read_text(place)), start=1):
         graph, properties = _molecule(record, f"{place}, molecule {number}", number)
         known |= dict.fromkeys(properties)
         if target is not None:
@@ -249,7 +240,7 @@ def _folder(place: Path) -> Graphs:
         if not file.exists():
             return None
         rows = []
-        for number, line in enumerate(_text(file).splitlines(), start=1):
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
             if line.strip():
                 try:
                     rows.append([kind(cell) for cell in line.replace(",", " ").split()])

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from provenn import progress
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import output_suffix, whole
+from provenn.inputs import check_file
 
 UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg", ".ico", ".tga", ".exr", ".dng")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -160,12 +161,12 @@ def write_image(file: Path, picture: Picture) -> None:
     channels = picture.colour[..., :1] if picture.grey else picture.colour
     if picture.alpha is not None:
         channels = np.concatenate([channels, picture.alpha[..., None]], axis=-1)
-    with whole(file) as place:
+    with whole(file, suffix=output_suffix(file, ".png")) as place:
         if not picture.deep:
             image = Image.fromarray(channels.squeeze(-1) if channels.shape[-1] == 1 else channels)
-            options: dict[str, Any] = {"quality": 95} if file.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+            options: dict[str, Any] = {"quality": 95} if place.suffix in (".jpg", ".jpeg", ".webp") else {}
             image.save(place, icc_profile=picture.profile, **options)
-        elif file.suffix.lower() == ".png":
+        elif place.suffix == ".png":
             place.write_bytes(_png16(channels, picture.profile))
         else:
             from skimage.io import imsave
@@ -179,7 +180,7 @@ def check_holds(file: Path, picture: Picture) -> None:
     Raises:
         UserError: says which endings would do.
     """
-    suffix = file.suffix.lower()
+    suffix = output_suffix(file, ".png")
     if suffix not in SUFFIXES:
         raise UserError(f"cannot write {file.name}: expected an ending among {', '.join(SUFFIXES)}")
     if picture.deep and suffix not in (".png", ".tif", ".tiff"):
@@ -189,6 +190,7 @@ def check_holds(file: Path, picture: Picture) -> None:
 
 
 def _opened(file: Path) -> Image.Image:
+    check_file(file)
     try:
         return Image.open(file)
     except UnidentifiedImageError:

@@ -1,20 +1,26 @@
 """Images with masks: a class number for each pixel, in the layouts that people keep them in."""
 
+import math
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageColor
 
+from provenn import progress
 from provenn.data.images import SUFFIXES, images_in
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import output_suffix, whole
+from provenn.inputs import check_file, read_text
 
 IGNORED = 255  # of a mask: not trained on and not judged
+MOST_UNKNOWN = 0.01  # of all pixels, that may be in no class without a word from the user
 MASKS = (".png", ".tif", ".tiff", ".bmp")  # that lose nothing
 
 # Folders of images and of masks, as they are called.
@@ -64,6 +70,22 @@ CAMVID = {
     "tree": (128, 128, 0),
 }
 
+# The other colours of CamVid's list, which are not judged.
+CAMVID_VOID = frozenset(
+    [
+        (64, 128, 64), (192, 0, 128), (0, 128, 64), (64, 0, 192), (192, 128, 64), (128, 0, 192), (192, 0, 64),
+        (128, 128, 64), (192, 0, 192), (128, 64, 64), (64, 192, 128), (128, 128, 192), (64, 128, 192), (0, 0, 64),
+        (0, 64, 64), (192, 64, 128), (192, 128, 192), (64, 0, 64), (192, 192, 0), (0, 0, 0), (64, 192, 0),
+    ]
+)  # fmt: skip
+
+Colour = tuple[int, int, int]
+Unknown = Literal["refuse", "ignore"]
+Values = Counter[tuple[int, ...]]  # pixels of each colour, or of each number (in a tuple of one)
+
+
+GREYS: tuple[Colour, ...] = tuple((value, value, value) for value in range(256))
+
 
 @dataclass(frozen=True)
 class MaskFolder:
@@ -76,62 +98,146 @@ class MaskFolder:
         numbers: what a number in a file means, where it is another: Cityscapes' labels.
         subtract: 1 where class 0 in the files means "no class", as ADE20K has it.
         order: the number that a model has for each of these classes, where it counts them otherwise.
+        void: colours of no class that are not judged.
+        count: how many classes a model knows, where the folder names none.
     """
 
     splits: dict[str, list[tuple[Path, Path]]]
     classes: list[str]
-    colours: list[tuple[int, int, int]]
+    colours: list[Colour]
     numbers: dict[int, int] | None = None
     subtract: int = 0
     order: tuple[int, ...] | None = None
+    void: frozenset[Colour] = frozenset()
+    count: int | None = None
+
+    @property
+    def labels(self) -> dict[int, int] | None:
+        """The class of each number in a file; None where every number is a class."""
+        count = len(self.classes) or self.count
+        if self.numbers is not None or (count is None and not self.subtract):
+            return self.numbers
+        return {number + self.subtract: number for number in range(count or IGNORED - self.subtract)}
 
     def read(self, mask: Path) -> UInt8[np.ndarray, "height width"]:
-        """A mask as class numbers, 255 for what is not judged.
+        """A mask as class numbers, 255 for what is not judged or in no class.
 
         Raises:
-            UserError: as `read_mask`, or a number that has no name, where a model's order goes by names.
+            UserError: as `read_mask`.
         """
-        numbers = self._numbers(mask)
-        if self.order is None:
-            return numbers
-        judged = numbers[numbers != IGNORED]
-        if judged.size and judged.max() >= len(self.order):
-            raise UserError(f"{mask} holds the class {judged.max()}; there are {len(self.order)}, from 0 on")
-        table = np.full(256, IGNORED, np.uint8)
-        table[: len(self.order)] = self.order
-        return table[numbers]
+        return self.read_values(mask)[0]
 
-    def _numbers(self, mask: Path) -> UInt8[np.ndarray, "height width"]:
-        numbers = read_mask(mask, self.colours)
-        if self.numbers is not None:
+    def read_values(self, mask: Path) -> tuple[UInt8[np.ndarray, "height width"], Values]:
+        """A mask as `read` gives it, and the pixels of each colour or number in it that is in no class.
+
+        Raises:
+            UserError: as `read_mask`.
+        """
+        labels = self.labels or {}
+        # Cityscapes' other labels, and the 0 of ADE20K, are declared to be nothing that is judged.
+        declared = {**dict.fromkeys(range(max(labels, default=-1)), IGNORED), **labels}
+        numbers, unknown = _read(mask, self.colours, declared)
+        if self.order is not None:
             table = np.full(256, IGNORED, np.uint8)
-            table[list(self.numbers)] = list(self.numbers.values())
-            return table[numbers]
-        if self.subtract:
-            numbers = np.where(numbers == IGNORED, IGNORED, numbers - np.uint8(self.subtract)).astype(np.uint8)
+            table[: len(self.order)] = self.order
+            numbers = table[numbers]
+        return numbers, Counter({value: pixels for value, pixels in unknown.items() if value not in self.void})
+
+    def nearest(self, value: tuple[int, ...]) -> str:
+        """The class that is nearest to a colour, or to a number, in words."""
+        if len(value) == 3:
+            index = min(range(len(self.colours)), key=lambda k: math.dist(value, self.colours[k]))
+            written = " ".join(map(str, self.colours[index]))
+        else:
+            labels = self.labels or {}
+            number = min(labels, key=lambda k: abs(value[0] - k))
+            index, written = labels[number], str(number)
+        return f"{self.classes[index] if self.classes else f'class {index}'!r} ({written})"
+
+
+@dataclass
+class UnknownPixels:
+    """Pixels of masks that are in no class, counted over the files of a folder.
+
+    Args:
+        folder: which says what is a class.
+        values: pixels of each colour or number, of the commonest in each file.
+        unknown, files: such pixels, and the files that hold them, of which `first` is one.
+        pixels: all there are.
+    """
+
+    folder: MaskFolder
+    values: Values = field(default_factory=Counter)
+    unknown: int = 0
+    files: int = 0
+    first: Path | None = None
+    pixels: int = 0
+
+    def read(self, mask: Path) -> UInt8[np.ndarray, "height width"]:
+        """A mask as the folder reads it."""
+        numbers, unknown = self.folder.read_values(mask)
+        self.values.update(dict(unknown.most_common(100)))
+        self.unknown += unknown.total()
+        self.files += bool(unknown)
+        self.first = self.first or (mask if unknown else None)
+        self.pixels += numbers.size
         return numbers
 
+    def check(self, root: Path, unknown: Unknown) -> None:
+        """Say in one line which values are in no class.
 
-def read_mask(file: Path, colours: Sequence[tuple[int, int, int]] = ()) -> UInt8[np.ndarray, "height width"]:
+        Raises:
+            UserError: they are more than 1 % of all pixels, and `unknown` is not "ignore".
+        """
+        if self.first is None:
+            return
+        share, value = self.unknown / self.pixels, self.values.most_common(1)[0][0]
+        where = f"{self.files} file{'s' * (self.files > 1)} such as {self.first.name}"
+        facts = (
+            f"{root}: {100 * share:.2g} % of the masks' pixels, in {where}, "
+            f"are in no class: most often {' '.join(map(str, value))}, nearest to {self.folder.nearest(value)}"
+        )
+        if share > MOST_UNKNOWN and unknown != "ignore":
+            raise UserError(f"{facts}; correct classes.txt or the masks, or add --set unknown=ignore to leave them out")
+        progress.say(f"{facts}; they are not judged")
+
+
+def read_mask(file: Path, colours: Sequence[Colour] = ()) -> UInt8[np.ndarray, "height width"]:
     """The class number of each pixel: the place in a palette, a grey value, or the class of a colour.
 
     Args:
         file: PNG, TIFF or BMP: of 8 or 16 bits, with a palette, of 1 bit, or coloured.
-        colours: of each class; what has none of them is not judged. A grey mask is read by them where they explain
-            all of its values, and else holds numbers.
+        colours: of each class; what has none of them is not judged. A grey mask, or one with a palette, is read by
+            them where they explain all of its values, and else holds numbers.
 
     Raises:
         UserError: no image, a damaged one, one with loss, numbers over 255, or colours that nobody explained.
     """
+    return _read(file, colours, {})[0]
+
+
+def _read(
+    file: Path, colours: Sequence[Colour], labels: Mapping[int, int]
+) -> tuple[UInt8[np.ndarray, "height width"], Values]:
+    """Class numbers of a mask, and the pixels of each colour or number that is in no class.
+
+    Args:
+        file, colours: as in `read_mask`.
+        labels: what each number in a file means; without any, every number is a class.
+    """
     if file.suffix.lower() not in MASKS:
         raise UserError(f"{file}: a mask is kept without loss, as {', '.join(MASKS)}")
+    check_file(file)
     try:
         with Image.open(file) as image:
-            if image.mode == "1":
-                return np.asarray(image).astype(np.uint8)
-            if image.mode in ("P", "L"):
-                numbers = np.asarray(image).copy()
-                return numbers if image.mode == "P" else _of_greys(numbers, colours)
+            palette = None
+            if image.mode == "P":
+                entries = (image.getpalette("RGB") or []) + [0] * 768
+                palette = [(r, g, b) for r, g, b in zip(entries[0:768:3], entries[1:768:3], entries[2:768:3])]
+            elif image.mode == "1":
+                palette = [(0, 0, 0), (255, 255, 255)]
+            if image.mode in ("P", "L", "1"):
+                return _of_numbers(np.asarray(image).astype(np.uint8), palette or GREYS, colours, labels)
             values = np.asarray(image) if image.mode.startswith(("I", "F")) else np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, zlib.error, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{file} is no mask that can be read: {error}") from None
@@ -140,9 +246,9 @@ def read_mask(file: Path, colours: Sequence[tuple[int, int, int]] = ()) -> UInt8
             raise UserError(
                 f"{file}: a mask holds class numbers from 0 to {IGNORED}, got {values.min()} to {values.max()}"
             )
-        return values.astype(np.uint8)
-    if not colours and (values[..., 0] == values[..., 1]).all() and (values[..., 0] == values[..., 2]).all():
-        return values[..., 0].copy()
+        return _of_numbers(values.astype(np.uint8), GREYS, (), labels)
+    if (values[..., 0] == values[..., 1]).all() and (values[..., 0] == values[..., 2]).all():
+        return _of_numbers(values[..., 0].copy(), GREYS, colours, labels)
     if not colours:
         raise UserError(
             f"{file} is coloured: say what its colours mean in a file classes.txt beside the folders, a line a class, "
@@ -152,20 +258,39 @@ def read_mask(file: Path, colours: Sequence[tuple[int, int, int]] = ()) -> UInt8
     codes, known = values.astype(np.int64) @ key, np.array(colours, np.int64) @ key
     order = known.argsort()
     place = np.minimum(np.searchsorted(known[order], codes), len(known) - 1)
-    return np.where(known[order][place] == codes, order[place], IGNORED).astype(np.uint8)
+    is_known = known[order][place] == codes
+    strange, pixels = np.unique(codes[~is_known], return_counts=True)
+    unknown = {(code >> 16, code >> 8 & 255, code & 255): n for code, n in zip(strange.tolist(), pixels.tolist())}
+    return np.where(is_known, order[place], IGNORED).astype(np.uint8), Counter(unknown)
 
 
-def _of_greys(
-    values: UInt8[np.ndarray, "height width"], colours: Sequence[tuple[int, int, int]]
-) -> UInt8[np.ndarray, "height width"]:
-    """Grey values as classes where all of them are classes' colours, as in black and white; else as they are."""
-    greys = {red: index for index, (red, green, blue) in enumerate(colours) if red == green == blue}
-    there = np.unique(values).tolist()
-    if not set(there) <= greys.keys():
-        return values
-    table = np.zeros(256, np.uint8)
-    table[there] = [greys[value] for value in there]
-    return table[values]
+def _of_numbers(
+    values: UInt8[np.ndarray, "height width"],
+    palette: Sequence[Colour],
+    colours: Sequence[Colour],
+    labels: Mapping[int, int],
+) -> tuple[UInt8[np.ndarray, "height width"], Values]:
+    """Numbers as classes: by their colours in the palette, where these are classes' colours; else as they are.
+
+    Numbers that could be classes are read by colour all the same, where a colour says another class than its number
+    and most pixels have a colour of a class: black and white with a few greys are no classes 0, 1 and 255.
+    """
+    counts = np.bincount(values.ravel(), minlength=256)
+    used = np.flatnonzero(counts).tolist()
+    of_colour = {colour: index for index, colour in enumerate(colours)}
+    shades = {value: palette[value] if value < len(palette) else (0, 0, 0) for value in used}
+    by_number = {value: labels.get(value, IGNORED) if labels else value for value in used}
+    by_colour = {value: of_colour.get(shade, IGNORED) for value, shade in shades.items()}
+    number_unknown = {v for v in used if labels and v not in labels and v != IGNORED}
+    colour_unknown = {v for v, shade in shades.items() if shade not in of_colour and v != IGNORED}
+    lost, missed = (int(counts[list(some)].sum()) for some in (number_unknown, colour_unknown))
+    contradicted = any(shade in of_colour and by_colour[v] != by_number[v] for v, shade in shades.items())
+    coloured = bool(colours) and (not missed or missed < lost or (contradicted and 2 * missed < values.size))
+    table = np.full(256, IGNORED, np.uint8)
+    table[used] = list((by_colour if coloured else by_number).values())
+    strange = {shades[v]: int(counts[v]) for v in colour_unknown}
+    numbers = {(v,): int(counts[v]) for v in number_unknown}
+    return table[values], Counter(strange) if coloured else Counter(numbers)
 
 
 def write_mask(file: Path, mask: UInt8[np.ndarray, "height width"], colours: Sequence[tuple[int, int, int]]) -> None:
@@ -174,12 +299,12 @@ def write_mask(file: Path, mask: UInt8[np.ndarray, "height width"], colours: Seq
     Raises:
         UserError: another ending, or a place that cannot be written.
     """
-    if file.suffix.lower() != ".png":
+    if output_suffix(file, ".png") != ".png":
         raise UserError(f"a mask is written as .png, got {file.name}")
     image = Image.fromarray(mask)
     # All 256: of a shorter palette a PNG keeps fewer bits a pixel, in which 255 does not fit.
     image.putpalette([value for colour in [*colours, *[(0, 0, 0)] * 256][:256] for value in colour])
-    with whole(file) as place:
+    with whole(file, suffix=".png") as place:
         image.save(place)
 
 
@@ -232,7 +357,7 @@ def read_folder(root: Path, skip_broken: bool = False) -> MaskFolder:
         numbers = None if _is_train_ids(splits) else {label: k for k, label in enumerate(CITYSCAPES)}
         return MaskFolder(splits, list(CITYSCAPES.values()), [], numbers)
     if not classes and all(mask.stem.endswith("_L") for pairs in splits.values() for _, mask in pairs):
-        return MaskFolder(splits, list(CAMVID), list(CAMVID.values()))
+        return MaskFolder(splits, list(CAMVID), list(CAMVID.values()), void=CAMVID_VOID)
     ade = masks is not None and masks.name == "annotations" and (masks / "training").is_dir()
     return MaskFolder(splits, classes, colours, subtract=int(ade))
 
@@ -250,7 +375,7 @@ def _classes(root: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
     if not file.is_file():
         return [], []
     names, colours = [], []
-    for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         words = line.replace(",", " ").split()
         if not words:
             continue
@@ -263,6 +388,11 @@ def _classes(root: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
             raise UserError(f"{file}, line {number}: either every class has a colour (red green blue) or none")
     if len(set(colours)) < len(colours):
         raise UserError(f"{file}: two classes have the same colour")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{file}: two classes are called {twice!r}: give each a name of its own")
+    if len(names) > IGNORED:
+        raise UserError(f"{file} names {len(names)} classes: a mask holds {IGNORED} at the most, from 0 on")
     return names, colours
 
 

@@ -43,6 +43,8 @@ def parse(cell: str, decimal: str = ".") -> float | None:
             return float(cell.replace(",", "."))
         if "." in cell:
             return None
+    if "_" in cell:  # which Python's float passes over
+        return None
     try:
         return float(cell)
     except ValueError:

@@ -13,8 +13,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from provenn.data.text import parse_json, read_text
 from provenn.errors import UserError
+from provenn.inputs import check_file, parse_json, read_text
 
 RULER = "validation.jsonl"
 MEETING = "meeting_transcripts"
@@ -164,5 +164,6 @@ def _recognised(place: Path, split: str) -> tuple[Path, Form | None]:
     if not file.is_file():
         return file, None
     # The same name as any text has: of that the first line is read alone, whatever its size.
+    check_file(file)
     with file.open("rb") as handle:
         return file, MEETINGS if json.dumps(MEETING).encode() in handle.readline() else None

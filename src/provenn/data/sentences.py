@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from provenn.data.text import Document, read_text, split_documents, standard_library
+from provenn.data.text import Document, split_documents, standard_library
 from provenn.errors import UserError
+from provenn.inputs import read_text
 
 DEV = ("dev.tsv", "dev_matched.tsv")
 DOCSTRING = re.compile(r'^ *def (\w+\([^()\n]*\)):\n +"""([^"\n]{20,160})', re.MULTILINE)
@@ -139,6 +140,9 @@ def _read_table(file: Path) -> list[Example]:
     rows = [row for row in csv.reader(read_text(file).splitlines(keepends=True)) if row]
     header = [name.strip().lower() for name in rows[0]] if rows else []
     named = {"text", "label"} <= {*header}
+    twice = next((name for name in ("text", "label") if header.count(name) > 1), None)
+    if named and twice is not None:
+        raise UserError(f"{file}, row 1: two columns are called {twice!r}")
     examples = []
     for number, row in enumerate(rows[1:] if named else rows, 2 if named else 1):
         if len(row) != len(rows[0]) or len(row) < 2:

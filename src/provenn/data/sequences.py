@@ -17,13 +17,14 @@ from jaxtyping import UInt8
 from provenn import progress
 from provenn.data.cifar import files_in, read_cifar
 from provenn.data.images import read_image
-from provenn.data.text import read_text
 from provenn.errors import UserError
+from provenn.inputs import check_file, read_text
 
 NUCLEOTIDES = "ACGT"
 UNSUPERVISED = "unsup"  # IMDB's reviews without a class
 LUMA = np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601
 BYTES = 256
+STREAMED = 1 << 50  # bytes of a file that is read line by line
 PAIRS = "new_aan_pairs.{}.tsv"  # as Long Range Arena releases them
 
 
@@ -146,6 +147,7 @@ def _pairs(folder: Path, most: int | None) -> Corpus:
     for split, name in {"train": "train", "val": "eval", "test": "test"}.items():
         file = folder / PAIRS.format(name)
         first, second, labels = [], [], []
+        check_file(file, most=STREAMED)
         try:
             with file.open(encoding="utf-8", newline="\n") as lines:
                 for number, line in enumerate(progress.track(lines, f"reading {split}"), 1):

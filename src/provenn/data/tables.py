@@ -3,7 +3,6 @@
 What a file does not say is worked out from all of it; where two readings fit, it is refused, with both of them.
 """
 
-import codecs
 import csv
 import io
 import math
@@ -21,7 +20,8 @@ from provenn.data.dates import is_date
 from provenn.data.frames import ENGINES, check_engines, read_frame, write_frame
 from provenn.data.numerals import Decimal, decimal_of, fill_holes, is_hole, is_number, parse
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import output_suffix, whole
+from provenn.inputs import encoding_of, read_bytes
 
 Separator = Literal[",", ";", "|", "tab", "space"]
 Holes = Literal["interpolate", "extend", "refuse"]
@@ -29,8 +29,6 @@ SEPARATORS: dict[str, str] = {",": ",", ";": ";", "|": "|", "tab": "\t", "space"
 NAMES = {",": "commas", ";": "semicolons", "|": "bars", "\t": "tabs", " ": "spaces"}
 WRITES = (".csv", ".tsv", *ENGINES)
 KIND = ".csv, .tsv, .xlsx or .parquet"
-MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 LOOKED_AT = 20  # rows, to tell a separator by what it leaves between
 
 
@@ -106,7 +104,8 @@ class Table:
         if self.decimal != "," and self.style.separator == ",":
             try:
                 values = np.array([[float(row[place]) for place in places] for row in self.rows])
-                if np.isfinite(values).all():
+                # Python's float takes 1_000, which no table means.
+                if np.isfinite(values).all() and not any("_" in row[place] for row in self.rows for place in places):
                     return values
             except ValueError:
                 pass
@@ -180,7 +179,7 @@ def parse_numbers(cells: Sequence[str], where: str, *, holes: bool = False) -> l
     """
     try:
         values = [float(cell) for cell in cells]
-        if np.isfinite(values).all():
+        if np.isfinite(values).all() and not any("_" in cell for cell in cells):
             return values
     except ValueError:
         pass
@@ -202,18 +201,15 @@ def read_lines(file: Path, encoding: str | None = None) -> list[str]:
 
 def _decoded(file: Path, encoding: str | None) -> tuple[str, str]:
     """The text of a file, and its encoding."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    marked = next((name for mark, name in MARKS if content.startswith(mark)), None)
-    chosen = encoding or marked or "utf-8"
+    content = read_bytes(file)
+    marked = encoding_of(content)
+    chosen = encoding or marked
     try:
         text = content.decode(chosen)
     except (LookupError, TypeError, ValueError) as error:
         if not isinstance(error, UnicodeError):
             raise UserError(f"no encoding is called {encoding!r}: such as utf-8, utf-16 or latin-1") from None
-        text = "\0" if encoding or marked else _western(content)
+        text = "\0" if encoding or marked != "utf-8" else _western(content)
         if "\0" in text:
             raise UserError(f"{file} is no text in {chosen.upper().removesuffix('-SIG')}") from None
         progress.say(f"{file}: no UTF-8, read as Windows-1252 (Latin-1); --set encoding=NAME names another")
@@ -359,7 +355,7 @@ def write_table(
         style: of text; by default commas, a decimal point and UTF-8.
     """
     names, cells = [str(_harmless(name)) for name in columns], [[_harmless(c) for c in row] for row in rows]
-    kind = file.suffix.lower()
+    kind = output_suffix(file, ".csv")
     if kind in ENGINES:
         with whole(file) as place:
             write_frame(place, names, cells)
@@ -374,7 +370,7 @@ def write_table(
     try:
         content = text.getvalue().encode(style.encoding)
     except UnicodeEncodeError:
-        content = text.getvalue().encode("utf-8")
+        content = text.getvalue().encode("utf-8", "replace")  # a file's name may be of bytes that are no letters
     with whole(file) as place:
         place.write_bytes(content)
 
@@ -388,7 +384,7 @@ def check_table(output: Path | None, inputs: Iterable[Path]) -> None:
     """Refuse to write predictions under a name that says they are no table, or over what they are made from."""
     if output is None:
         return
-    if output.suffix.lower() not in WRITES:
+    if output_suffix(output, ".csv") not in WRITES:
         raise UserError(f"predictions are written as {KIND}, got {str(output)!r}")
     if output.suffix.lower() in ENGINES:
         check_engines(output)

@@ -15,6 +15,7 @@ from jaxtyping import Int64
 
 from provenn.errors import UserError
 from provenn.files import whole
+from provenn.inputs import parse_json, read_text
 from provenn.progress import quiet_loggers
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".tokens", ".raw")
@@ -84,48 +85,13 @@ def read_splits(folder: Path) -> list[list[Document]] | None:
     return [read_documents(entries[name]) for name in ("train", "val", "test")]
 
 
-def read_text(file: Path) -> str:
-    """The text of a file; a byte order mark at its start is none of it.
-
-    Raises:
-        UserError: it cannot be read, or is no text in UTF-8.
-    """
-    try:
-        text = file.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text in UTF-8 (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-    if "\0" in text:
-        raise UserError(f"{file} is no text: it holds a zero byte")
-    return text
-
-
 def text_of(given: str | Path) -> str:
     """What a user gave to a model: the text of a file, where there is one of that name, or the words themselves."""
     try:
-        is_file = Path(given).is_file()
+        is_there = Path(given).exists() and not Path(given).is_dir()
     except (OSError, ValueError):  # too long for a name, or with a zero byte
-        is_file = False
-    return read_text(Path(given)) if is_file else str(given)
-
-
-def parse_json(line: str, where: str) -> Any:
-    """The value in a line of JSON.
-
-    Raises:
-        UserError: it is none, nested too deeply, or holds half a character (a lone surrogate).
-    """
-    try:
-        value = json.loads(line)
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half a character (a lone surrogate): write the text anew in UTF-8") from None
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply") from None
-    except ValueError as error:
-        raise UserError(f"{where}: no JSON: {getattr(error, 'msg', error)}") from None
-    return value
+        is_there = False
+    return read_text(Path(given)) if is_there else str(given)
 
 
 def _read(file: Path) -> list[Document]:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from provenn import progress
-from provenn.data.text import parse_json, read_text
 from provenn.errors import UserError
+from provenn.inputs import check_file, parse_json, read_text
 
 HDF5 = (".hdf5", ".h5")
 QUALITIES = ("medium", "medium-replay", "medium-expert")
@@ -232,6 +232,7 @@ def _read_jsonl(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | Non
 def _read_npz(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
     import zipfile
 
+    check_file(file)
     try:
         with np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
@@ -245,6 +246,7 @@ def _read_hdf5(file: Path) -> dict[str, np.ndarray]:
         import h5py
     except ImportError:
         raise UserError(f"{file}: HDF5 needs the package h5py: pip install 'provenn[series]'") from None
+    check_file(file)
     try:
         with h5py.File(file, "r") as content:
             wanted = (*ARRAYS, "terminals", "timeouts")

@@ -206,9 +206,7 @@ class AudioClassification(Task):
 
     def example(self, file: Path, meta: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The frames of one file, standardised, and that all of them are there."""
-        x, lengths = _padded([_listen(file, _frames(meta), None)], meta)
-        x = x[:, : int(lengths)]
-        return x, torch.ones(x.shape[:2], dtype=torch.bool)
+        return _seen(self.waveform(file, _frames(meta).rate, None), meta)
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """The likeliest classes of each sound; `output` (.csv) gets the probability of every class.
@@ -226,16 +224,23 @@ class AudioClassification(Task):
         is cut to the longest that was trained on.
         """
         system = Listener(model, meta).eval()
-        samples = torch.randn(1, round(0.3 * meta["rate"])) / 8
+        samples = torch.randn(1, round(0.3 * meta["rate"]), generator=torch.Generator().manual_seed(0)) / 8
         least = {"length": system.frames.window - system.frames.hop + 1}
-        return Portable(system, {"samples": samples}, ["probabilities"], {"samples": {1: "length"}}, least)
+        return Portable(
+            system,
+            {"samples": samples},
+            ["probabilities"],
+            {"samples": {1: "length"}},
+            least,
+            predict=lambda samples: _shares(model, *_seen(samples[0], meta)),
+        )
 
     def told(self, model: nn.Module, meta: dict[str, Any], file: Path) -> list[float]:
         """The probability of each class of one file."""
         x, mask = self.example(file, meta)
         device = device_of(model)
         with torch.no_grad():
-            return model(x.to(device), mask.to(device)).softmax(-1)[0].tolist()
+            return _shares(model, x.to(device), mask.to(device))[0].tolist()
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Which classes are taken for which, and the mean frame of each class."""
@@ -286,12 +291,24 @@ class Listener(nn.Module):
 
     def forward(self, samples: Float[Tensor, "sounds length"]) -> Float[Tensor, "sounds classes"]:
         x = self.log_mel(samples)[:, : self.length]
-        return self.model((x - self.mean) / self.std).softmax(dim=-1)
+        return _shares(self.model, (x - self.mean) / self.std)
 
 
 TASK = AudioClassification()
 
 Part = tuple[list[Float[Tensor, "_ _"]], Int[Tensor, " _"]]  # frames of each sound, and its class
+
+
+def _shares(model: nn.Module, *frames: Tensor) -> Float[Tensor, "sounds classes"]:
+    """The probability of each class; of frames without a mask all are there."""
+    return model(*frames).softmax(dim=-1)
+
+
+def _seen(samples: Float[Tensor, " length"], meta: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The frames of one sound as the model sees them, and that all of them are there."""
+    x, lengths = _padded([log_mel(samples.numpy(), _frames(meta))], meta)
+    x = x[:, : int(lengths)]
+    return x, torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def _logits(

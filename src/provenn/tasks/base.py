@@ -68,14 +68,18 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Portable:
-    """A system to be written as an ONNX file.
+    """A system to be written as an ONNX file, and what the file is compared with.
 
     Args:
         system: what runs, in eval mode, from what a user has to what a user wants.
-        example: its inputs by name, as keyword arguments.
+        example: its inputs by name, as keyword arguments; a batch has two examples.
         outputs: names of what it returns, in its order.
         open_sizes: of each input the dimensions whose size stays open, each by a name, such as {"image": {0: "batch"}}.
         least: the smallest size of a name, where it is not 1.
+        traced: sizes by name to trace the system at, once for each; by default those of the example. None of them is 1
+            anywhere on the way through the network: a tracer takes a size of 1 for a rule.
+        predict: what `Task.predict` computes of the same inputs; by default the system itself. For an output of
+            indices it gives the scores, with one dimension more: an index is right where its score is the highest.
     """
 
     system: nn.Module
@@ -83,6 +87,8 @@ class Portable:
     outputs: list[str]
     open_sizes: dict[str, dict[int, str]] = field(default_factory=dict)
     least: dict[str, int] = field(default_factory=dict)
+    traced: Sequence[Mapping[str, int]] = ()
+    predict: Callable[..., Tensor | Sequence[Tensor]] | None = None
 
 
 class Task(ABC):
@@ -103,6 +109,7 @@ class Task(ABC):
     smooths: bool = False  # whether `loss` takes the share of label smoothing as a third argument
     divides_tokens: bool = False  # whether its batches are tokens and targets, each token's loss by itself: see IGNORED
     needs_inputs: bool = True  # whether `predict` has nothing to do without any
+    into_folders: bool = False  # whether `predict` writes a file for each input, to a folder where one is given
     made_by: str = ""  # what makes the embedded data, where that takes a minute and more than reading
 
     @abstractmethod
@@ -177,7 +184,10 @@ class Task(ABC):
         Raises:
             UserError: it cannot.
         """
-        raise UserError(f"the task {self.name} does not say what a system of its own looks like outside of Python")
+        raise UserError(
+            "only systems that take images, sounds or stacks of layers can be exported; these weights are for "
+            f"{self.name}"
+        )
 
     def example(self, file: Path, meta: dict[str, Any]) -> Any:
         """What a model sees of one file, as a batch of one, where the task can say.

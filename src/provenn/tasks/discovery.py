@@ -65,19 +65,34 @@ def task_names() -> list[str]:
 
 
 def shadowed() -> dict[str, str]:
-    """Tasks of other packages that are left out since a shared one has their name, by entry point; and why."""
-    points = entry_points(group=ENTRY_POINT_GROUP)
-    return {f"{e.name} ({e.value})": "left out: a shared task has this name" for e in points if e.name in SHARED}
+    """Tasks of other packages that are left out since one of this package's has their name, by source; and why."""
+    owners = _owners()
+    sources = [(entry.name, entry.value) for entry in entry_points(group=ENTRY_POINT_GROUP)]
+    sources += [(n, f"{c.package}.task") for c in _with_tasks() if not c.built_in for n in c.tasks if n in owners]
+    whose = {name: f"a task of {slug}" for name, slug in owners.items()} | dict.fromkeys(SHARED, "a shared task")
+    return {f"{name} ({value})": f"left out: {whose[name]} has this name" for name, value in sources if name in whose}
+
+
+def _with_tasks() -> list[catalog.Card]:
+    return [card for card in catalog.cards().values() if card.has("task")]
+
+
+def _owners() -> dict[str, str]:
+    """The tasks that this package's own papers bring, and whose they are: no other package takes their names."""
+    return {name: card.slug for card in _with_tasks() if card.built_in for name in card.tasks if name not in SHARED}
 
 
 def _bringers() -> dict[str, list[catalog.Card | EntryPoint]]:
-    """Who may bring a task, by its name: nobody a shared one."""
+    """Who may bring a task, by its name: nobody a shared one, and no other package one of a paper's of ours."""
+    owners = _owners()
     bringers: dict[str, list[catalog.Card | EntryPoint]] = {}
-    for card in catalog.cards().values():
-        for name in card.tasks if card.has("task") else []:
-            bringers.setdefault(name, []).append(card)
+    for card in _with_tasks():
+        for name in card.tasks:
+            if card.built_in or name not in owners:
+                bringers.setdefault(name, []).append(card)
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.name, entry.value)):
-        bringers.setdefault(entry.name, []).append(entry)
+        if entry.name not in owners:
+            bringers.setdefault(entry.name, []).append(entry)
     return {name: brought_by for name, brought_by in bringers.items() if name not in SHARED}
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from provenn.data.events import PROCESSES, read_histories
 from provenn.data.tables import check_table, write_table
 from provenn.errors import UserError
+from provenn.finite import check_answer
 from provenn.tasks.base import (
     HeldOut,
     Scores,
@@ -183,6 +184,7 @@ class EventForecasting(Task):
                 shares = prediction.mark_logits[0, -1].softmax(-1).tolist()
                 last = float(histories[first].times[-1])
                 expected = last + prediction.expected_gap[0, -1].item() * meta["scale"]
+                check_answer(expected, f"{file}: sequence {histories[first].name}")
                 best = int(np.argmax(shares))
                 rows.append([str(file), histories[first].name, last, expected, meta["marks"][best], *shares])
         if output is not None:

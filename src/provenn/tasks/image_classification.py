@@ -23,6 +23,7 @@ from provenn.tasks.base import (
     LABEL,
     TOLD,
     HeldOut,
+    Portable,
     Scores,
     Task,
     TaskData,
@@ -35,6 +36,7 @@ from provenn.tasks.base import (
     tell_classes,
 )
 from provenn.tasks.meta import Images
+from provenn.tasks.portable import Standardising, portable_images, standardise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,9 +127,12 @@ class ImageClassification(Task):
         seed: int = 0,
         whole: bool = True,
         size: int | None = None,
+        skip_broken: bool = False,
     ) -> HeldOut:
         """As in `Task`; `size`: side of the square that the model sees, by default what its weights say."""
         named = self._named(source)
+        if size is not None and size < 1:
+            raise UserError(f"size must be at least 1 pixel, got {size}")
         meta = {**meta, "size": size or meta["size"]}
         if named == "digits":
             return _test_digits(meta, seed)
@@ -140,7 +145,7 @@ class ImageClassification(Task):
             labels = np.array([numbers[content.classes[label]] for label in content.test_labels])
             images = CifarImages(content.test, labels, meta)
             return HeldOut(images, f"the test split of {root}, at {meta['size']}×{meta['size']} pixels")
-        parts = _given(root)
+        parts = _given(root, skip_broken)
         if not whole:
             parts = _with_splits(root, parts, seed)
         split = next(name for name in ("test", "val", "train") if name in parts)
@@ -178,10 +183,18 @@ class ImageClassification(Task):
             for file in progress.track(files, "predicting", total=len(files)):
                 image = _as_bright_as_known(file, self.example(file, meta), meta)
                 with torch.no_grad():
-                    row = model(image.to(device)).softmax(1)[0].tolist()
+                    row = _shares(model, image.to(device))[0].tolist()
                 yield str(file), row
 
         return tell_classes(shares(), meta["classes"], inputs, output)
+
+    def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
+        """From `image` in 0…1 to `probabilities` (batch, classes)."""
+        system = Classifier(model, meta["mean"], meta["std"])
+        strides = getattr(model, "strides", None)
+        return portable_images(
+            system, ["probabilities"], meta, strides, lambda image: _shares(model, standardise(image, meta))
+        )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Test images with what the model says, mistakes first."""
@@ -204,6 +217,21 @@ class ImageClassification(Task):
             axes.title.set_color("black" if right else "#b00020")
             axes.set_axis_off()
         return figure
+
+
+class Classifier(Standardising):
+    """A classifier, its model giving logits.
+
+    Shapes: image (batch, channels, height, width) in 0…1 to probabilities (batch, classes).
+    """
+
+    def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        return _shares(self.model, self.standard(image))
+
+
+def _shares(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    """The probability of each class, of standardised images."""
+    return model(images).softmax(1)
 
 
 def _labels(dataset: Dataset) -> Int[Tensor, " images"]:
@@ -431,7 +459,7 @@ def random_crop(
 
 
 def _standard(image: UInt8[Tensor, "channels h w"], meta: dict[str, Any]) -> Float[Tensor, "channels h w"]:
-    return (image.float() / 255 - _column(meta["mean"])) / _column(meta["std"])
+    return standardise(image.float() / 255, meta)
 
 
 def _given(root: Path, skip_broken: bool = False) -> Splits:

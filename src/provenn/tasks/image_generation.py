@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from provenn.data.images import SUFFIXES, Picture, write_image
 from provenn.errors import UserError
+from provenn.files import output_suffix, whole
 from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, noise_schedule, sample
 from provenn.tasks import image_classification
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, count_examples, device_of, join_scores
@@ -91,10 +92,16 @@ class ImageGeneration(Task):
         return join_scores([self.metric], rows)
 
     def held_out(  # type: ignore[override]  # names its options
-        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        skip_broken: bool = False,
     ) -> HeldOut:
         """As in `Task`."""
-        return image_classification.TASK.held_out(source, meta, seed=seed, whole=whole)
+        return image_classification.TASK.held_out(source, meta, seed=seed, whole=whole, skip_broken=skip_broken)
 
     def trivial(self, data: TaskData) -> float:
         """Of images whose pixels are independent and normal, with the training images' mean and variance of each."""
@@ -145,8 +152,9 @@ class ImageGeneration(Task):
             raise UserError(f"steps must lie between 1 and {STEPS}, got {steps}")
         if output is None:
             raise UserError("a drawing needs a place: add -o FILE.png")
-        bare = output.suffix.lower() == ".npy"
-        if not bare and output.suffix.lower() not in SUFFIXES:
+        ending = output_suffix(output, ".png")
+        bare = ending == ".npy"
+        if not bare and ending not in SUFFIXES:
             raise UserError(f"a drawing is written to {', '.join(SUFFIXES)} or .npy, got {output}")
         if not bare and meta["channels"] not in (1, 3):
             raise UserError(
@@ -156,8 +164,8 @@ class ImageGeneration(Task):
         labels = [classes.index(word) for word in inputs] or list(range(min(SHOWN, len(classes))))
         drawn = _drawn(model, meta, torch.tensor(labels), guidance=guidance, steps=steps, seed=seed, by=by)
         if bare:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            np.save(output, drawn.numpy())
+            with whole(output) as place, place.open("wb") as handle:
+                np.save(handle, drawn.numpy())
         else:
             pixels = (_colours(drawn, meta) * 255).round().byte().numpy()
             enlarged = max(1, VISIBLE // meta["size"])

@@ -27,7 +27,6 @@ from provenn.data.text import (
     read_documents,
     read_hub,
     read_splits,
-    read_text,
     read_tokenizer,
     split_documents,
     standard_library,
@@ -35,6 +34,8 @@ from provenn.data.text import (
     written,
 )
 from provenn.errors import UserError
+from provenn.files import check_no_input
+from provenn.inputs import read_text
 from provenn.tasks.base import (
     HeldOut,
     Scores,
@@ -400,8 +401,8 @@ class LanguageModelling(Task):
             seed: of the draws.
             tell: is given the text piece by piece as it comes.
         """
-        if output is not None and any(output.resolve() == Path(given).resolve() for given in inputs if _is_file(given)):
-            raise UserError(f"{output} is a prompt: write elsewhere")
+        if output is not None:
+            check_no_input(output, inputs)
         if tokens < 1:
             raise UserError(f"tokens must be at least 1, got {tokens}")
         if not 0 <= seed < 2**32:
@@ -555,10 +556,3 @@ def _continued(
     text = prompt + tokenizer.decode(pieces)
     tell(text[printed:])
     return text
-
-
-def _is_file(given: str | Path) -> bool:
-    try:
-        return Path(given).is_file()
-    except (OSError, ValueError):  # a prompt may be longer than a file's name may be
-        return False

@@ -19,12 +19,14 @@ from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels,
 from provenn.data.rectangles import RECTANGLE_CLASSES, RECTANGLE_SIDE, rectangles
 from provenn.data.scenes import CLASSES, SIZE, Scene, scenes
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import output_suffix, whole
 from provenn.nn.detection import DetectionBatch, Detections, pad_batch
+from provenn.nn.detection.boxes import clip
 from provenn.tasks.average_precision import ALL, Found, Truth, average_precision, check_installed, curves, match
 from provenn.tasks.base import (
     CUT,
     HeldOut,
+    Portable,
     Scores,
     Task,
     TaskData,
@@ -35,6 +37,7 @@ from provenn.tasks.base import (
 )
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.tasks.meta import Boxes
+from provenn.tasks.portable import Standardising, portable_images, standardise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,6 +159,7 @@ class ObjectDetection(Task):
         "by their texture and found by their corners; 2 classes",
     }
     reads = "COCO JSON: a folder with annotations (instances_train2017.json and the like) and images, or one JSON file"
+    into_folders = True
 
     def load(  # type: ignore[override]
         self,
@@ -233,11 +237,15 @@ class ObjectDetection(Task):
         seed: int = 0,
         whole: bool = True,
         size: int | None = None,
+        val_share: float = CUT,
         skip_broken: bool = False,
     ) -> HeldOut:
         """As in `Task`; `size`: short side that the model sees, by default what its weights say."""
         check_installed()
         named = self._named(source)
+        check_share(val_share)
+        if size is not None and size < 1:
+            raise UserError(f"size must be at least 1 pixel, got {size}")
         meta = {**meta, "size": size or meta["size"]}
         if named in DRAWN:
             draw, classes, _, _ = DRAWN[named]
@@ -248,10 +256,11 @@ class ObjectDetection(Task):
         files = find_coco(root)
         parts = {split: read_coco(file, _root_of(root), skip_broken=skip_broken) for split, file in files.items()}
         if not whole:
-            parts = _with_splits(root, parts, seed)
+            parts = _with_splits(root, parts, seed, val_share)
         split = next(name for name in ("test", "val", "train") if name in parts)
         chosen = parts[split]
         _numbers(str(files.get(split, root)), chosen.classes, meta["classes"])
+        _check_objects(f"{root}: the {split} split", chosen)
         images = [replace(i, labels=_renumbered(i.labels, chosen.classes, meta["classes"])) for i in chosen.images]
         which = "all" if split == "train" else f"the {split} split"
         return HeldOut(Pictures(images, meta), f"{which} of {root}, at a short side of {meta['size']} pixels")
@@ -332,6 +341,27 @@ class ObjectDetection(Task):
             lines.append(f"wrote {output}")
         return "\n".join(lines)
 
+    def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
+        """From `image` in 0…1 to the `boxes`, `scores` and `labels` of every place; see `Detector`.
+
+        Raises:
+            UserError: a detector that picks regions on the way, which ONNX has no form of.
+        """
+        if not hasattr(model, "scored"):
+            raise UserError(
+                f"{type(model).__name__} looks at regions that it picks on the way, which ONNX has no form of: "
+                "detectors that look at every place once can be exported, as RetinaNet, FCOS, ATSS and SSDLite do"
+            )
+
+        def predict(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            boxes, scores, _ = model.scored(standardise(image, meta))  # type: ignore[operator]
+            size = torch.tensor(image.shape[-2:])
+            return torch.stack([clip(each, size) for each in boxes]), scores.amax(dim=2), scores
+
+        system = Detector(model, meta["mean"], meta["std"])
+        outputs = ["boxes", "scores", "labels"]
+        return portable_images(system, outputs, meta, getattr(model, "strides", None), predict)
+
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Test pictures with what was found, in colours of the classes, and dashed in white what is there."""
         from matplotlib.figure import Figure
@@ -357,6 +387,23 @@ class ObjectDetection(Task):
         for axis in axes:
             axis.set_axis_off()
         return figure
+
+
+class Detector(Standardising):
+    """A detector that looks at each place once, its model a `provenn.nn.detection.dense.DenseDetector`.
+
+    What it gives is not thinned out yet: of the boxes of a class that overlap, the surest is meant.
+
+    Shapes: image (batch, channels, height, width) in 0…1 to boxes (batch, places, 4): left, top, right, bottom in
+        pixels; and for each the score (batch, places) of its likeliest class, and that class (batch, places).
+    """
+
+    def forward(self, image: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores, _ = self.model.scored(self.standard(image))
+        score, label = scores.max(dim=2)
+        height, width = image.shape[-2:]
+        inside = [side.clamp(0, (width, height)[axis % 2]) for axis, side in enumerate(boxes.unbind(dim=-1))]
+        return torch.stack(inside, dim=-1), score, label
 
 
 def _looked_at(
@@ -412,7 +459,7 @@ def _column(values: Sequence[float]) -> Float[Tensor, "3 1 1"]:
 
 
 def _standard(image: UInt8[Tensor, "3 h w"], meta: dict[str, Any]) -> Float[Tensor, "3 h w"]:
-    return (image.float() / 255 - _column(meta["mean"])) / _column(meta["std"])
+    return standardise(image.float() / 255, meta)
 
 
 def _seen(image: UInt8[Tensor, "3 height width"], size: int) -> UInt8[Tensor, "3 height2 width2"]:
@@ -489,14 +536,21 @@ def _root_of(root: Path) -> Path:
     return root if root.is_dir() else root.parent
 
 
+def _check_objects(what: str, part: CocoSet) -> None:
+    """A crowd is nothing to find: who has no other boxes can neither train nor be judged."""
+    if not any((~image.crowd).any() for image in part.images):
+        crowds = sum(len(image.crowd) for image in part.images)
+        only = f" but {crowds} crowd{'s' * (crowds > 1)} (iscrowd: 1), which nobody is asked to find" if crowds else ""
+        raise UserError(f"{what}, {len(part.images)} images, holds no object{only}: add boxes of single objects")
+
+
 def _folder(root: Path, seed: int, size: int | None, skip_broken: bool, share: float) -> TaskData:
     files = find_coco(root)
     parts = {split: read_coco(file, _root_of(root), skip_broken=skip_broken) for split, file in files.items()}
     parts = _with_splits(root, parts, seed, share)
     first = parts["train"]
     for split, part in parts.items():
-        if not any(len(image.labels) for image in part.images):
-            raise UserError(f"{root}: the {split} split, {len(part.images)} images, holds no object")
+        _check_objects(f"{root}: the {split} split", part)
     everything = [image for part in parts.values() for image in part.images]
     meta = {
         "classes": first.classes,
@@ -589,7 +643,7 @@ def _destinations(files: Sequence[Path], output: Path | None) -> tuple[dict[Path
     """Where each drawn picture goes, and where the results do."""
     if output is None:
         return {}, None
-    if output.suffix.lower() == ".json":
+    if output_suffix(output, ".json") == ".json":
         return {}, output
     if output.suffix and not output.is_dir():
         if output.suffix.lower() not in SUFFIXES:

@@ -23,7 +23,7 @@ from provenn.data.trajectories import (
     reference_returns,
 )
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import is_stream, save_figure
 from provenn.tasks.base import (
     HeldOut,
     Scores,
@@ -461,9 +461,10 @@ class ReinforcementLearning(Task):
         if output is None:
             return text
         write_table(output, ["seed", "target", "return"], [list(row) for row in zip(seeds, targets, returns.tolist())])
-        with whole(output.with_suffix(".png")) as place:
-            _returns_plot(setting, targets, returns).savefig(place, dpi=110)
-        return f"{text}\nwrote {output} and {output.with_suffix('.png')}"
+        written = [output, *([] if is_stream(output) else [output.with_suffix(".png")])]
+        for picture in written[1:]:
+            save_figure(_returns_plot(setting, targets, returns), picture)
+        return f"{text}\nwrote {' and '.join(map(str, written))}"
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
         """What was recorded and what the model reaches; and what it reaches when less is asked for."""

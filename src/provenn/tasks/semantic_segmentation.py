@@ -16,13 +16,26 @@ from torch.utils.data import Dataset, TensorDataset
 from provenn import progress
 from provenn.data.brain import TISSUES, brain_slices
 from provenn.data.images import Picture, images_in, read_image, read_pixels, resize_pixels, size_of, write_image
-from provenn.data.masks import IGNORED, MaskFolder, palette, read_folder, write_mask
+from provenn.data.masks import IGNORED, MaskFolder, Unknown, UnknownPixels, palette, read_folder, write_mask
 from provenn.data.mosaics import BANDS, MEAN, STD, TEXTURES, mosaic
 from provenn.errors import UserError
+from provenn.files import is_stream, output_suffix
 from provenn.nn.segmentation import full_logits
-from provenn.tasks.base import CUT, HeldOut, Scores, Task, TaskData, check_share, device_of, fingerprint, split_indices
+from provenn.tasks.base import (
+    CUT,
+    HeldOut,
+    Portable,
+    Scores,
+    Task,
+    TaskData,
+    check_share,
+    device_of,
+    fingerprint,
+    split_indices,
+)
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.tasks.meta import Masks
+from provenn.tasks.portable import Standardising, portable_images, standardise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +59,7 @@ class SemanticSegmentation(Task):
     higher_is_better = True
     embedded = EMBEDDED
     reads = "a folder with images/ and masks/ of the same names (also as in ADE20K, Pascal VOC, Cityscapes, COCO-stuff)"
+    into_folders = True
 
     def load(  # type: ignore[override]
         self,
@@ -55,6 +69,7 @@ class SemanticSegmentation(Task):
         size: int | None = None,
         val_share: float = CUT,
         skip_broken: bool = False,
+        unknown: Unknown = "refuse",
     ) -> TaskData:
         """The embedded data set of that name, or a folder of images and masks.
 
@@ -65,6 +80,8 @@ class SemanticSegmentation(Task):
             size: side of the mosaics (128), or of the square crops of training (512, or less where images are smaller).
             val_share: of the images of `train`, what is cut from them for each missing split.
             skip_broken: of a folder, name the images that cannot be read and go on without them.
+            unknown: what becomes of colours and numbers in no class. They are not judged, and said; of more than 1 %
+                of the pixels such data are refused, or taken all the same where this is "ignore".
         """
         named = self._named(source)
         if size is not None and size < 16:
@@ -76,7 +93,7 @@ class SemanticSegmentation(Task):
                 raise UserError(f"slices of the brain are 224×192 pixels: leave size out, got {size}")
             return _brain()
         check_share(val_share)
-        return _folder(Path(named), seed, size, skip_broken, val_share)
+        return _folder(Path(named), seed, size, skip_broken, val_share, unknown)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         images, masks = batch
@@ -127,10 +144,21 @@ class SemanticSegmentation(Task):
         return ["class", "pixels", "IoU", "recall", "precision"], rows
 
     def held_out(  # type: ignore[override]
-        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True, size: int | None = None
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        size: int | None = None,
+        val_share: float = CUT,
+        skip_broken: bool = False,
+        unknown: Unknown = "refuse",
     ) -> HeldOut:
-        """As in `Task`; `size` is of the mosaics."""
+        """As in `Task`; `size` is of the mosaics, `val_share`, `skip_broken` and `unknown` are as in `load`."""
         named = self._named(source)
+        if size is not None and size < 1:
+            raise UserError(f"size must be at least 1 pixel, got {size}")
         if named == "textures" or named == "brain":
             data = _mosaics(seed, size or meta["size"]) if named == "textures" else _brain()
             if (data.meta["channels"], data.meta["classes"]) != (meta["channels"], meta["classes"]):
@@ -139,10 +167,15 @@ class SemanticSegmentation(Task):
                     f" these weights take {meta['channels']} and tell {len(meta['classes'])} others"
                 )
             return HeldOut(data.test, f"the test split of {named}")
-        folder = _in_order(named, read_folder(Path(named)), meta["classes"])
-        splits = folder.splits if whole else _with_splits(Path(named), folder.splits, seed)
+        check_share(val_share)
+        folder = _in_order(named, read_folder(Path(named), skip_broken), meta["classes"])
+        splits = folder.splits if whole else _with_splits(Path(named), folder.splits, seed, val_share)
         split = next(name for name in ("test", "val", "train") if name in splits)
         which = "all" if split == "train" else f"the {split} split"
+        strange = UnknownPixels(folder)
+        for _, mask in progress.track(splits[split], "reading masks"):
+            strange.read(mask)
+        strange.check(Path(named), unknown)
         return HeldOut(MaskedImages(splits[split], folder, meta), f"{which} of {named}")
 
     def trivial(self, data: TaskData) -> float:
@@ -185,11 +218,14 @@ class SemanticSegmentation(Task):
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         if overlay and output is None:
             raise UserError("an overlay needs a place: give a file or a folder with -o")
-        many = len(files) > 1 or (output is not None and output.suffix == "")
-        if many and output is not None and output.suffix:
+        ending = "" if output is None else output_suffix(output, ".png")
+        many = len(files) > 1 or (output is not None and ending == "")
+        if many and ending:
             raise UserError(f"{len(files)} images need a folder with -o, got {output}")
-        if output is not None and not many and output.suffix.lower() != ".png":
+        if output is not None and not many and ending != ".png":
             raise UserError(f"a mask is written as .png, got {output.name}")
+        if overlay and output is not None and is_stream(output):
+            raise UserError(f"an overlay goes beside its mask, and nothing can lie beside {output}: give a file")
         colours = meta.get("palette") or palette(len(meta["classes"]))
         places = [output / f"{file.stem}.png" if many else output for file in files] if output is not None else []
         if len(set(places)) < len(places):
@@ -217,6 +253,18 @@ class SemanticSegmentation(Task):
                 write_image(_beside(places[index]), keyed(shown, [(meta["classes"][k], colours[k]) for k in there]))
         wrote = [] if output is None else [f"wrote {output}"]
         return "\n".join([*lines, *wrote])
+
+    def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
+        """From `image` in 0…1 to the `probabilities` of each pixel (batch, classes, height, width)."""
+        system = PixelClassifier(model, meta["mean"], meta["std"])
+        strides = getattr(model, "strides", None)
+        return portable_images(
+            system,
+            ["probabilities"],
+            meta,
+            strides,
+            lambda image: full_logits(model, standardise(image, meta)).softmax(1),
+        )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Test images, what is true, and what the model tells."""
@@ -250,6 +298,18 @@ class SemanticSegmentation(Task):
             ]
             figure.legend(handles=patches, loc="outside right center", frameon=False)
         return figure
+
+
+class PixelClassifier(Standardising):
+    """A segmenter, its model giving logits of any resolution.
+
+    Shapes: image (batch, channels, height, width) in 0…1 to probabilities (batch, classes, height, width).
+    """
+
+    def forward(
+        self, image: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes height width"]:
+        return full_logits(self.model, self.standard(image)).softmax(1)
 
 
 def _beside(mask: Path) -> Path:
@@ -352,7 +412,7 @@ def _column(values: Sequence[float]) -> Float[Tensor, "channels 1 1"]:
 
 
 def _standard(image: UInt8[Tensor, "channels h w"], meta: dict[str, Any]) -> Float[Tensor, "channels h w"]:
-    return (image.float() / 255 - _column(meta["mean"])) / _column(meta["std"])
+    return standardise(image.float() / 255, meta)
 
 
 def _pixels_of_classes(dataset: Dataset, most: int | None = None) -> Int64[Tensor, " 255"]:
@@ -426,7 +486,7 @@ def _in_order(source: str | Path, folder: MaskFolder, classes: Sequence[str]) ->
         raise UserError(f"{source} has {len(folder.classes)} classes, the model tells {len(classes)}")
     nameless = list(classes) == [f"class {index}" for index in range(len(classes))]
     if nameless or folder.classes == list(classes[: len(folder.classes)]):
-        return folder
+        return replace(folder, count=len(classes))
     odd = next((name for name in folder.classes if name not in classes), None)
     if odd is not None:
         some = ", ".join(list(classes)[:10]) + (", …" if len(classes) > 10 else "")
@@ -445,24 +505,18 @@ class MaskedImages(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def mask(self, index: int) -> UInt8[np.ndarray, "height width"]:
-        """The mask alone, in the size of its image.
+    def mask(self, index: int, strange: UnknownPixels | None = None) -> UInt8[np.ndarray, "height width"]:
+        """The mask alone, in the size of its image; what is in no class is not judged, and counted by `strange`.
 
         Raises:
-            UserError: it has another size, or a class that there is not.
+            UserError: it has another size.
         """
         image, file = self.files[index]
-        mask, size = self.folder.read(file), size_of(image)
+        mask, size = (strange or self.folder).read(file), size_of(image)
         if mask.shape != size:
             raise UserError(
                 f"{file} is {mask.shape[1]}×{mask.shape[0]} pixels, its image {image.name} {size[1]}×{size[0]}: "
                 "a mask has the size of its image"
-            )
-        highest = int(np.where(mask == IGNORED, 0, mask).max())
-        if highest >= len(self.meta["classes"]):
-            raise UserError(
-                f"{file} holds the class {highest}; there are {len(self.meta['classes'])}, from 0 on, and {IGNORED} "
-                "for what is not judged"
             )
         return mask
 
@@ -515,7 +569,9 @@ def _with_splits(root: Path, splits: Splits, seed: int, share: float = CUT) -> S
     return splits
 
 
-def _folder(root: Path, seed: int, size: int | None, skip_broken: bool, share: float) -> TaskData:
+def _folder(
+    root: Path, seed: int, size: int | None, skip_broken: bool, share: float, unknown: Unknown = "refuse"
+) -> TaskData:
     folder = read_folder(root, skip_broken)
     splits = _with_splits(root, folder.splits, seed, share)
     everything = sorted(pair for pairs in splits.values() for pair in pairs)
@@ -529,16 +585,19 @@ def _folder(root: Path, seed: int, size: int | None, skip_broken: bool, share: f
         "std": list(IMAGENET_STD),
     }
     sets = {name: MaskedImages(pairs, folder, meta, augment=name == "train") for name, pairs in splits.items()}
-    checksums, pixels = [], np.zeros(IGNORED + 1, np.int64)
+    checksums, pixels, strange = [], np.zeros(IGNORED + 1, np.int64), UnknownPixels(folder)
+    empty = ""
     for split, part in sets.items():  # every mask is held to its image now, not in the middle of training
         before = pixels[:IGNORED].sum()
         for index in progress.track(range(len(part)), "reading masks"):
-            mask = part.mask(index)
+            mask = part.mask(index, strange)
             pixels += np.bincount(mask.ravel(), minlength=IGNORED + 1)
             image = part.files[index][0]
             checksums.append(f"{image.relative_to(root)} {image.stat().st_size} {fingerprint(mask)}")
-        if pixels[:IGNORED].sum() == before:
-            raise UserError(f"{root}: the {split} split's masks hold {IGNORED} alone, which is not judged")
+        empty = empty or (split if pixels[:IGNORED].sum() == before else "")
+    strange.check(root, unknown)
+    if empty:
+        raise UserError(f"{root}: the {empty} split's masks hold {IGNORED} alone, which is not judged")
     there = np.flatnonzero(pixels[:IGNORED])
     if not classes:
         classes = [f"class {k}" for k in range(there[-1] + 1)]

@@ -18,7 +18,8 @@ from provenn.data.numerals import is_hole, is_number
 from provenn.data.series import bundled
 from provenn.data.tables import WRITES, Reading, Style, Table, check_reading, check_table, read_table, write_table
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import is_stream, save_figure
+from provenn.finite import check_answer
 from provenn.tasks.base import (
     HeldOut,
     Scores,
@@ -118,6 +119,7 @@ class SeriesForecasting(Task):
         "a table with a header as .csv, .xlsx or .parquet, a row a step in order of time, numeric columns, and if you "
         "like a date column first"
     )
+    into_folders = True
 
     def load(  # type: ignore[override]  # names its options
         self,
@@ -265,9 +267,10 @@ class SeriesForecasting(Task):
             made.append((outlook.style, header, rows, plot))
         for file, target, (style, names, rows, plot) in zip(inputs, targets, made):
             write_table(target, names, rows, style)
-            with whole(target.with_suffix(".png")) as place:
-                plot.savefig(place, dpi=110)
-            texts.append(f"{file}: {len(rows)} steps, wrote {target} and {target.with_suffix('.png')}")
+            written = [target, *([] if is_stream(target) else [target.with_suffix(".png")])]
+            for picture in written[1:]:
+                save_figure(plot, picture)
+            texts.append(f"{file}: {len(rows)} steps, wrote {' and '.join(map(str, written))}")
         return "\n".join(texts)
 
     def forecast(self, model: nn.Module, meta: dict[str, Any], file: Path, **reading: Unpack[Reading]) -> Outlook:
@@ -281,7 +284,8 @@ class SeriesForecasting(Task):
             raise UserError(f"{file} has {len(past)} rows: the model looks back over {meta['context']}")
         mean, std = np.asarray(meta["mean"]), np.asarray(meta["std"])
         if own_scale:
-            mean, spread = values.mean(0), values.std(0)
+            with np.errstate(over="ignore"):  # what became infinite is refused below
+                mean, spread = values.mean(0), values.std(0)
             std = np.where(spread > 1e-12, spread, 1.0)
             progress.say(
                 f"{file}: {', '.join(columns)} forecast one by one, on their own scale, by what was learned of "
@@ -291,6 +295,7 @@ class SeriesForecasting(Task):
         with torch.no_grad():
             scaled = model(x.T[..., None])[..., 0].T if own_scale else model(x[None])[0]
         ahead = scaled.double().cpu().numpy() * std + mean
+        check_answer(ahead, str(file))
         dates = None if times is None else continue_dates(times[1], len(ahead))
         return Outlook(
             columns=columns,
@@ -363,7 +368,7 @@ def _targets(inputs: Sequence[Path], output: Path | None) -> list[Path]:
     if len(inputs) == 1 and not output.is_dir():
         check_table(output, inputs)
         return [output]
-    if output.is_file() or output.suffix.lower() in WRITES:
+    if output.is_file() or is_stream(output) or output.suffix.lower() in WRITES:
         raise UserError(f"{output} is a name for one file; several forecasts need a folder")
     kinds = [file.suffix.lower() if file.suffix.lower() in WRITES else ".csv" for file in inputs]
     targets = [output / f"{file.stem}_forecast{kind}" for file, kind in zip(inputs, kinds)]

@@ -18,7 +18,10 @@ from provenn.data.images import SUFFIXES, Picture, check_holds, images_in, read_
 from provenn.data.photographs import Photographs, photograph
 from provenn.data.resize import bicubic
 from provenn.errors import UserError
-from provenn.tasks.base import HeldOut, Scores, Task, TaskData, count_examples, fingerprint, split_indices
+from provenn.files import is_stream, output_suffix
+from provenn.nn.padding import PadToMultiple
+from provenn.tasks.base import HeldOut, Portable, Scores, Task, TaskData, count_examples, fingerprint, split_indices
+from provenn.tasks.portable import draw_images
 from provenn.tasks.upscale import OVERLAP, TILE, count_tiles, upscale
 
 if TYPE_CHECKING:
@@ -169,6 +172,7 @@ class SuperResolution(Task):
         "photographs": "nine colour photographs that scikit-image and scikit-learn ship"
     }
     reads = "a folder of photographs"
+    into_folders = True
 
     def load(
         self,
@@ -265,16 +269,22 @@ class SuperResolution(Task):
         return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
     def held_out(  # type: ignore[override]  # names its options
-        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
+        self,
+        source: str | Path,
+        meta: dict[str, Any],
+        *,
+        seed: int = 0,
+        whole: bool = True,
+        skip_broken: bool = False,
     ) -> HeldOut:
         """As in `Task`: photographs in full resolution, which are reduced by bicubic interpolation."""
         place = self._named(source)
         if isinstance(place, str) or not whole:
-            return super().held_out(source, meta, seed=seed)
+            return super().held_out(source, meta, seed=seed, skip_broken=skip_broken)
         if not place.is_dir():
             raise UserError(f"{place} is a file; expected {self.reads}")
-        named = _splits(place)
-        files, which = (named[2], "the test split") if named else (images_in(place), "all")
+        named = _splits(place, skip_broken)
+        files, which = (named[2], "the test split") if named else (images_in(place, skip_broken), "all")
         return HeldOut(Whole(Photographs(files, smallest=PATCH)), f"{which} of {place}")
 
     def trivial(self, data: TaskData) -> float:
@@ -329,9 +339,50 @@ class SuperResolution(Task):
             told.append(f"mean of {len(scores)}: {_scored([sum(c) / len(scores) for c in zip(*scores)])}")
         return "\n".join(told)
 
+    def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
+        """From one `image` in 0…1 to `larger`; padding to the network's multiple is inside the file.
+
+        `predict` takes a large image in tiles, the file takes it whole.
+        """
+        declared = getattr(model, "multiple", None)
+        multiple = int(declared or PATCH)
+        # No side is 1, a multiple or like another, and each has several windows: a tracer would take that for a rule.
+        height, width = 2 * multiple + 5, 3 * multiple + 3
+        traced = [{"height": height, "width": width}]
+        if declared is None:
+            traced.append({"height": height + 18, "width": height - 24})
+        return Portable(
+            Enlarger(model).eval(),
+            {"image": draw_images(1, 3, height, width)},
+            ["larger"],
+            {"image": {2: "height", 3: "width"}},
+            traced=traced,
+            predict=lambda image: torch.stack(
+                [torch.from_numpy(upscale(x.permute(1, 2, 0).numpy(), model)).permute(2, 0, 1) for x in image]
+            ),
+        )
+
     def picture(self, model: nn.Module, data: TaskData) -> "Figure | None":
         """A crop of the first test photograph: input, bicubic, network, original."""
         return before_and_after({"network": model}, data.test[0])
+
+
+class Enlarger(nn.Module):
+    """A super-resolution network for images of any size.
+
+    Args:
+        model: has `scale`, and `multiple` where its sides must be multiples of something.
+
+    Shapes: image (batch, 3, height, width) in 0…1 to the same, `scale` times larger.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.network = PadToMultiple(model, int(getattr(model, "multiple", 1)), int(model.scale))  # type: ignore[arg-type]  # a number
+
+    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height2 width2"]:
+        # Padding is inside the file, so that whoever runs it need not know of multiples.
+        return self.network(image).clamp(0, 1)
 
 
 def reduced(photo: Shaped[Tensor, "3 height width"], scale: int) -> tuple[Tensor, Tensor]:
@@ -413,11 +464,11 @@ def _destinations(inputs: Sequence[Path], output: Path, scale: int) -> list[tupl
     No input is overwritten, and no two go to one place.
     """
     single = len(inputs) == 1 and inputs[0].is_file()
-    if single and not output.is_dir() and output.suffix:
+    if single and not output.is_dir() and output_suffix(output, ".png"):
         jobs = [(inputs[0], output, Path(inputs[0].stem))]
     else:
-        if output.is_file():
-            raise UserError(f"{output} is a file; several images need a folder")
+        if output.is_file() or is_stream(output):
+            raise UserError(f"{output} takes one image; several images need a folder")
         jobs = []
         for given in inputs:
             for source in images_in(given) if given.is_dir() else [given]:

@@ -12,9 +12,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from provenn.data.text import Bytes, parse_json, read_text, text_of
+from provenn.data.text import Bytes, text_of
 from provenn.errors import UserError
 from provenn.files import whole
+from provenn.inputs import parse_json, read_text
 from provenn.tasks.base import (
     HeldOut,
     Scores,
@@ -415,4 +416,6 @@ def _read(path: Path) -> list[tuple[str, str]]:
         if len(parts) != 2 or not all(isinstance(part, str) and part.strip() and "\0" not in part for part in parts):
             raise UserError(f"{path}, line {number}: expected a sentence, a tab and its translation")
         pairs.append((parts[0], parts[1]))
+    if not pairs:
+        raise UserError(f"{path} is empty: expected pairs of sentences")
     return pairs

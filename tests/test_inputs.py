@@ -1,0 +1,130 @@
+"""What a user gives as a file: every reader asks the same questions of it before it looks inside."""
+
+import ast
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+import provenn
+from provenn.errors import UserError
+from provenn.inputs import check_file, encoding_of, parse_json, read_bytes, read_text
+from test_fuzz import READERS
+
+ROOT = Path(provenn.__file__).parent
+TEXT = "größe\tпуть\n漢字\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_is_read_in_any_unicode_with_its_mark(tmp_path, encoding):
+    mark = "\ufeff".encode(encoding) if encoding[-2:] in ("le", "be") else b""
+    (tmp_path / "a.txt").write_bytes(mark + TEXT.encode(encoding))
+    assert read_text(tmp_path / "a.txt") == TEXT
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("eins\nzwei größe\n".encode("latin-1"), r"no text in UTF-8: line 2, byte 13 of the file \(0xf6\)"),
+        ("a\nb".encode("utf-16-le"), "line 1: a zero byte, which no text holds; if it is UTF-16, save it in UTF-8"),
+        (b"\xff\xfea\0\x00\xd8", "no text in UTF-16: line 1"),
+        (b"\xef\xbb\xbf\xff", "no text in UTF-8: line 1, byte 1"),
+    ],
+)
+def test_what_is_no_unicode_is_refused_with_its_place(tmp_path, content, says):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=says) as error:
+        read_text(tmp_path / "a.txt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "no JSON: Exceeds the limit"),
+        ('{\n"a": }', r"no JSON: Expecting value \(line 2, column 6\)"),
+        ('"\\ud800"', "holds half a character"),
+        ("", "no JSON"),
+    ],
+)
+def test_json_is_read_or_refused_in_one_line(text, says):
+    with pytest.raises(UserError, match=f"a file: {says}"):
+        parse_json(text, "a file")
+
+
+def odd_files(folder: Path, suffix: str) -> dict[str, Path]:
+    """Names of things that are no files, or that would be read for ever."""
+    places = {
+        kind: folder / f"{kind}{suffix}" for kind in ("pipe", "socket", "loop", "device", "zeros", "folder", "huge")
+    }
+    os.mkfifo(places["pipe"])
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(places["socket"]))
+    places["loop"].symlink_to(places["loop"])
+    places["device"].symlink_to("/dev/urandom")
+    places["zeros"].symlink_to("/dev/zero")
+    places["folder"].mkdir()
+    with places["huge"].open("wb") as handle:
+        handle.truncate(1 << 40)
+    return places
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in READERS if kind not in ("facts", "evidence", "ledger", "checkpoint")]
+)
+def test_no_reader_opens_what_is_no_file(tmp_path_factory, kind):
+    """A pipe without a writer would wait for ever, /dev/zero never ends, and a terabyte of holes fills the memory."""
+    reader, name, _ = READERS[kind]
+    folder = tmp_path_factory.mktemp("odd")
+    for what, file in odd_files(folder, Path(name).suffix).items():
+        with pytest.raises(UserError) as error:
+            reader(file)
+        assert str(error.value) and "\n" not in str(error.value), what
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    words = {"pipe": "is a pipe", "socket": "is a socket", "loop": "symbolic links", "device": "is a device",
+             "zeros": "is a device", "folder": "is a folder", "huge": "1,099.5 GB"}  # fmt: skip
+    for what, file in odd_files(tmp_path, ".txt").items():
+        for ask in (check_file, read_bytes, read_text):
+            with pytest.raises(UserError, match=words[what]):
+                ask(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        check_file(Path("a\0b"))
+    assert encoding_of(b"") == "utf-8"
+
+
+# Files that open something by themselves, and why they may.
+OPENS = {
+    "data/audio.py": "wavfile.read, behind check_file",
+    "data/frames.py": "pandas, behind check_file",
+    "data/images.py": "Image.open, behind check_file",
+    "data/masks.py": "Image.open, behind check_file",
+    "data/photographs.py": "pictures that ship with scikit-image",
+    "data/prompts.py": "the first line of a file, behind check_file",
+    "data/scenes.py": "pictures that ship with scikit-image",
+    "data/sequences.py": "line by line, behind check_file",
+    "data/text.py": "the standard library's sources, and what it writes",
+    "data/trajectories.py": "NumPy and HDF5, behind check_file",
+    "data/cifar.py": "np.fromfile, behind check_file",
+    "tasks/image_generation.py": "what it writes",
+    "tasks/image_classification.py": "checksums of the images that a folder lists",
+    "tasks/super_resolution.py": "checksums of the images that a folder lists",
+    "weights.py": "safetensors and torch.load, behind check_file",
+}
+READS = {"read_text", "read_bytes", "open", "fromfile", "loadtxt", "genfromtxt"}
+
+
+def test_files_of_the_user_are_read_by_the_shared_functions():
+    """`read_text` and `read_bytes` as methods, `open`, and NumPy's readers stand in no other file that reads data."""
+    found = set()
+    files = [*(ROOT / "data").rglob("*.py"), *(ROOT / "tasks").rglob("*.py"), ROOT / "weights.py"]
+    files += [*(ROOT / "papers").rglob("task.py"), *(ROOT / "papers").rglob("task/*.py")]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name in {"open", "np.load", "torch.load"} or (name.rpartition(".")[2] in READS and "." in name):
+                found.add(str(file.relative_to(ROOT)))
+    assert found <= OPENS.keys(), found - OPENS.keys()
