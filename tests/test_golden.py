@@ -71,6 +71,16 @@ def test_golden_values_vary_and_name_their_source():
             assert values.std() > 1e-3 * np.abs(values).max(), f"{file.name} {case['preset']}"
 
 
+def test_every_official_repository_has_a_case_of_its_newest_commit_with_code():
+    for file in GOLDEN.glob("*.json"):
+        content = json.loads(file.read_text())
+        sources = {case.get("source", content["source"]) for case in content["cases"]} | set(content.get("also", []))
+        newest = dict(entry.split("@") for entry in content["newest"])
+        assert cards()[file.stem].code in newest, file.name
+        assert {source.split("@")[0] for source in sources} == set(newest), file.name
+        assert {f"{repository}@{commit}" for repository, commit in newest.items()} <= sources, file.name
+
+
 def test_every_paper_that_takes_official_weights_has_golden_values():
     official = {slug for slug, card in cards().items() if card.has("official") and card.package.startswith("provenn.")}
     assert official == {file.stem for file in GOLDEN.glob("*.json")}

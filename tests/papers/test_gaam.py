@@ -38,6 +38,7 @@ from provenn.papers.gaam.studies import drifted, one_layer, rank_correlation, sh
 from provenn.papers.gaam.task import TASK
 from provenn.papers.gaam.task.pretraining import RebuiltFrames, stack_data
 from provenn.tasks import get_task
+from provenn.testing import check_mechanism, unchecked
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -638,13 +639,28 @@ def tiny(kind):
     if kind == "beit":
         config = transformers.BeitConfig(image_size=16, patch_size=8, **common)
         return transformers.BeitModel(config), {"pixel_values": torch.randn(3, 3, 16, 16)}
-    config = transformers.WavLMConfig(
-        conv_dim=[8, 8], conv_stride=[5, 4], conv_kernel=[10, 5], num_feat_extract_layers=2, num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True, **common,
-    )  # fmt: skip
+    if kind == "convbert":  # a convolution over tokens
+        common["embedding_size"] = 16
+        config = transformers.ConvBertConfig(vocab_size=50, max_position_embeddings=32, conv_kernel_size=5, **common)
+        tokens, mask = torch.randint(50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+        mask[1, 6:] = 0
+        return transformers.ConvBertModel(config), {"input_ids": tokens, "attention_mask": mask}
+    sound = {
+        "conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 5], "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    }  # fmt: skip
     mask = torch.ones(3, 800, dtype=torch.long)
     mask[2, 400:] = 0
-    return transformers.WavLMModel(config), {"input_values": torch.randn(3, 800), "attention_mask": mask}
+    heard = {"input_values": torch.randn(3, 800), "attention_mask": mask}
+    if kind == "wav2vec2":  # as wav2vec2-base: the first convolution's norm is over time
+        return transformers.Wav2Vec2Model(
+            transformers.Wav2Vec2Config(feat_extract_norm="group", **sound, **common)
+        ), heard
+    if kind == "data2vec":  # convolutions over frames, with norms between
+        config = transformers.Data2VecAudioConfig(conv_pos_kernel_size=5, **sound, **common)
+        return transformers.Data2VecAudioModel(config), heard
+    config = transformers.WavLMConfig(feat_extract_norm="layer", do_stable_layer_norm=True, **sound, **common)
+    return transformers.WavLMModel(config), heard
 
 
 @pytest.mark.parametrize("kind", ["wavlm", "beit", "llama"])
@@ -667,6 +683,24 @@ def test_encoders_are_frozen_and_pooled_over_real_tokens(kind):
         frames = int(encoder._get_feat_extract_output_lengths(torch.tensor(400)))
         assert 0 < frames < states[1].shape[1]
         torch.testing.assert_close(stack[2, 1], states[2][2, :frames].mean(dim=0))
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "wavlm", "data2vec", "llama", "convbert"])
+@pytest.mark.parametrize("left", [False, True])
+def test_an_encoder_hears_and_reads_an_example_alone_as_beside_a_longer_one(kind, left):
+    encoder, inputs = tiny(kind)
+    probe = LayerStackProbe(encoder, 4, heads=3, hidden=8).eval()
+    name, mask = encoder.main_input_name, inputs["attention_mask"].bool()
+    rows = [values[real] for values, real in zip(inputs[name], mask)]
+    if left:
+        moved = [torch.cat([row.new_zeros(mask.shape[1] - len(row)), row]) for row in rows]
+        inputs = {name: torch.stack(moved), "attention_mask": mask.flip(1).long()}
+    together = probe.stack(**inputs)
+    alone = torch.cat([probe.stack(**{name: row[None]}) for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert (alone[0] - alone[1]).abs().max() > 1e-2, "examples differ"
+    with pytest.raises(ValueError, match="nothing real"):
+        probe.stack(**{name: inputs[name], "attention_mask": torch.zeros_like(mask)})
 
 
 def test_stacks_are_kept_on_disk_and_those_of_another_encoder_refused(tmp_path):
@@ -913,3 +947,36 @@ def test_ranks_and_shares():
     assert shares_of(model, data.test) == pytest.approx(expected.tolist(), rel=1e-4)
     part = one_layer(data, 4)
     assert part.options["layers"] == 1 and torch.equal(part.val.tensors[0][:, 0], data.val.tensors[0][:, 4])
+
+
+WEIGHERS = {
+    "gate of three slices": lambda dim: GaussianAdaptiveAttention(dim, 3, uneven=True),
+    "mixture": lambda dim: GaussianMixtureAttention(2, 3),
+    "sum": lambda dim: GaussianMixtureAttention(1, 3, combine="sum"),
+    "GQDAAM": lambda dim: GQDAAM(dim, dim, heads=4),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHERS)
+def test_what_looks_both_ways_keeps_the_common_promises(name: str):
+    """None of them can be causal, so that the catalogue's slot does not list them; they take a mask all the same."""
+
+    def make(dim: int, causal: bool = False):
+        if causal:
+            raise ValueError("these look both ways: causal must be False, got True")
+        return WEIGHERS[name](dim)
+
+    asked = ["keep-examples-apart", "heed-mask", "differentiate-twice", "differentiate-forward", "export-open-sizes"]
+    check_mechanism(make, "token-mixer", cannot={"be-causal": "…"}, only=asked)
+
+
+@pytest.mark.parametrize("name", ["gate of three slices", "mixture"])
+def test_what_looks_both_ways_is_compiled_with_open_tokens(name: str):
+    torch._dynamo.reset()
+    layer = WEIGHERS[name](8)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    with unchecked():
+        for tokens in (9, 13):
+            x = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(compiled(x), layer(x))
+    torch._dynamo.reset()

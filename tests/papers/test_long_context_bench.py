@@ -325,7 +325,7 @@ def test_ranks_compare_the_methods_of_context_parallelism(run, monkeypatch):
         ("--mask", "--mask needs a value"),
         ("--head-dim wide", "--head-dim: "),
         ("--show causal", "unexpected argument: causal"),
-        ("--documents none.txt --mask full_document", "document lengths cannot be read from none.txt"),
+        ("--documents none.txt --mask full_document", "none.txt cannot be read: No such file or directory"),
         ("--ranks 2 --mask block_sparse", "context parallelism takes no mask block_sparse"),
     ],
 )

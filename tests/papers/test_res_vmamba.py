@@ -24,6 +24,7 @@ from provenn.papers.res_vmamba import (
 )
 from provenn.papers.res_vmamba.official import convert
 from provenn.papers.res_vmamba.studies import BANDS, changed_predictions, operations, zoomed_textures
+from provenn.testing import unchecked
 
 
 def count(model: nn.Module) -> int:
@@ -476,3 +477,10 @@ def test_changed_predictions_are_none_unless_weights_are_drawn():
     torch.manual_seed(0)
     still, random = (claims.TEXTURES.arms[arm][1](num_classes=16, in_channels=1).eval() for arm in ("stage", "random"))
     assert changed_predictions(still, data) == 0 < changed_predictions(random, data)
+
+
+def test_a_block_is_exported_with_its_batch_open():
+    block, x = VSSBlock(8, state=2).eval(), torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    with unchecked(), torch.no_grad():
+        exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.testing.assert_close(exported.module()(x[:2]), block(x[:2]))

@@ -602,3 +602,9 @@ def test_foreign_weights_are_refused():
 def test_presets_by_name():
     model = provenn.paper("terminator").build("terminator_cifar10", num_classes=4, branches="paper")
     assert isinstance(model, Terminator2d) and len(model.blocks[0].branches) == 9
+
+
+def test_the_warning_of_a_loss_that_nobody_takes_names_what_it_is():
+    with pytest.warns(UserWarning, match="adds the loss of its slow networks .* slow_weight=0 and l2_reg=0") as caught:
+        terminator_mini().train()(draw(2, 1, 8, 8, dtype=torch.float32))
+    assert "router" not in str(caught[0].message)

@@ -557,7 +557,8 @@ def test_padding_and_the_order_of_nodes_change_nothing_of_a_graph():
 
 def test_inspect_shows_each_table_once():
     model = urpe_graph_tiny(heads=2)
-    rows = inspect(model, torch.zeros(1))
+    nodes, lengths = torch.ones(1, 3, dtype=torch.long), shortest_paths(torch.ones(1, 3, 3, dtype=torch.bool))
+    rows = inspect(model.eval(), (nodes, lengths, torch.zeros(1, 3, 3, 5, dtype=torch.long)))
     assert len(rows) == 2 and all(row.equal(torch.ones(19)) for row in rows.values())
 
 

@@ -201,6 +201,9 @@ class BEVANet(Bilateral):
         hard_share: of a batch's pixels, those that count at least; see `losses.hard_pixel_loss`.
         boundary_losses: whether boundaries are trained: the boundary head, and the main output along them.
 
+    Attributes:
+        strides: pixels of the image that a cell of each map is wide, those of the pooling included.
+
     Shapes: images (batch, in_channels, height, width) to logits (batch, num_classes, ⌈height / 8⌉, ⌈width / 8⌉).
     """
 
@@ -254,6 +257,7 @@ class BEVANet(Bilateral):
             else nn.Sequential(Bottleneck(8 * p, 8 * p, 2), Bottleneck(16 * p, 8 * p))
         )
         self.pooling = POOLINGS[pooling](16 * p, pooling_planes, 4 * p)
+        self.strides = [4, 8, 16, 32, 64, *(64 * stride for stride in self.pooling.strides)]
         self.fusion = FUSIONS[fusion](4 * p)
         self.head = SegmentationHead(4 * p, head_planes, num_classes)
         self.auxiliary_head = SegmentationHead(2 * p, head_planes, num_classes) if training_heads else None

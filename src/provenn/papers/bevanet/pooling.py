@@ -4,8 +4,6 @@ DLKPPM is BEVANet's (arXiv:2508.07300). DAPPM (DDRNet, arXiv:2101.06085) and PAP
 it is held against.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -56,11 +54,15 @@ class DLKPPM(nn.Module):
         branch: of each f and p.
         out: of what is given.
 
+    Attributes:
+        strides: of the pooled maps, in cells of the map.
+
     Shapes: (batch, channels, height, width) to (batch, out, height, width).
     """
 
     def __init__(self, channels: int, branch: int, out: int):
         super().__init__()
+        self.strides = (2, 4)
         self.enter = norm_relu_conv(channels, branch)
         self.norm = nn.BatchNorm2d(branch)
         self.spatial = SpatialAttention(branch, LSKA(branch, 35))
@@ -96,6 +98,7 @@ class DAPPM(nn.Module):
 
     def __init__(self, channels: int, branch: int, out: int):
         super().__init__()
+        self.strides = (2, 4, 8)
         self.enter = norm_relu_conv(channels, branch)
         self.pooled = nn.ModuleList(_four_pools(channels, branch))
         self.process = nn.ModuleList(norm_relu_conv(branch, branch, 3) for _ in range(4))
@@ -117,6 +120,7 @@ class PAPPM(nn.Module):
 
     def __init__(self, channels: int, branch: int, out: int):
         super().__init__()
+        self.strides = (2, 4, 8)
         self.enter = norm_relu_conv(channels, branch)
         self.pooled = nn.ModuleList(_four_pools(channels, branch))
         self.process = norm_relu_conv(4 * branch, 4 * branch, 3, groups=4)
@@ -135,4 +139,4 @@ def _four_pools(channels: int, branch: int) -> list[nn.Module]:
     return [*pools, Pooled(channels, branch, cells=1)]
 
 
-POOLINGS: dict[str, Callable[[int, int, int], nn.Module]] = {"dlkppm": DLKPPM, "dappm": DAPPM, "pappm": PAPPM}
+POOLINGS: dict[str, type[DLKPPM] | type[DAPPM] | type[PAPPM]] = {"dlkppm": DLKPPM, "dappm": DAPPM, "pappm": PAPPM}

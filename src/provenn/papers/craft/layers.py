@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.norms import ChannelNorm
 from provenn.nn.padding import PadToMultiple
+from provenn.ops.softmax_attention import softmax_attention
 
 
 class PositionBias(nn.Module):
@@ -133,7 +134,7 @@ class RectangleWindowAttention(nn.Module):
         if any(shift) and not self.wrap:
             visible = windows_without_wrap(height, width, window, shift, device=q.device).repeat(batch, 1, 1)[:, None]
             mask = visible if mask is None else mask.masked_fill(~visible, -torch.inf)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = softmax_attention(q, k, v, mask=mask)
         to_map = "(b i j) head (r c) d -> b (i r) (j c) (head d)"
         y = rearrange(y, to_map, b=batch, i=height // window[0], j=width // window[1], **window_sides)
         return y.roll(shift, dims=(1, 2)) if any(shift) else y

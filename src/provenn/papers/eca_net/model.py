@@ -127,7 +127,7 @@ def eca_resnet50_retinanet(
 ) -> RetinaNet:
     """RetinaNet on ECA-Net50, as in Table 5. `kernel_size` defaults to the code of the released detector."""
     backbone = eca_resnet50(num_classes=0, in_channels=in_channels, kernel_size=kernel_size)
-    return RetinaNet(backbone, num_classes=num_classes)
+    return RetinaNet(backbone, num_classes=num_classes, matching="mmdetection")
 
 
 def eca_resnet50_faster_rcnn(*, num_classes: int = 80, in_channels: int = 3, kernel_size: KernelSize = 5) -> FasterRCNN:

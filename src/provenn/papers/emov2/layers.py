@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.norms import ChannelNorm
+from provenn.ops.softmax_attention import softmax_attention
 
 Grouping = Literal["close", "remote"]
 Mode = Literal["conv", "remote", "close", "spanning", "none"]
@@ -124,14 +125,14 @@ class SEWMHSA(nn.Module):
         height, width = x.shape[2:]
         window = (self.window or height, self.window or width)
         # Written as a product, which a tracer of open sizes can see to be a multiple.
-        sides = ((height - 1) // window[0] + 1) * window[0], ((width - 1) // window[1] + 1) * window[1]
+        sides = [((side - 1) // w + 1) * w if self.window else side for side, w in zip((height, width), window)]
         x = F.pad(x, (0, sides[1] - width, 0, sides[0] - height))
         q, k = self.qk(x).chunk(2, dim=1)
         values = x if self.attend_first else self.v(x)
         y = torch.zeros_like(values)
         for grouping in GROUPINGS[self.mode]:
             q_g, k_g, v_g = (group_pixels(z, grouping, window, self.heads) for z in (q, k, values))
-            y = y + ungroup_pixels(F.scaled_dot_product_attention(q_g, k_g, v_g), grouping, window, sides)
+            y = y + ungroup_pixels(softmax_attention(q_g, k_g, v_g), grouping, window, (sides[0], sides[1]))
         y = self.v(y) if self.attend_first else y
         return y[..., :height, :width]
 

@@ -302,7 +302,7 @@ def emov2_retinanet(
     They train it with the stem and the first stage frozen and batch norms in eval mode.
     """
     backbone = emov2(variant, num_classes=0, in_channels=in_channels, window=window, layer_scale=layer_scale)
-    return RetinaNet(backbone, num_classes=num_classes)
+    return RetinaNet(backbone, num_classes=num_classes, matching="mmdetection")
 
 
 def emov2_small_retinanet(

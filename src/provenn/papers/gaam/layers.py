@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
-from provenn.nn.attention import check_heads, check_tokens, split_heads
+from provenn.nn.attention import check_heads, check_tokens, hide_tokens, split_heads
 from provenn.ops.autograd import at_least_single
+from provenn.ops.softmax_attention import softmax_attention
 from provenn.papers.gaam.slices import (
     align_mask,
     check_slices,
@@ -246,14 +247,15 @@ class GroupedQueryAttention(nn.Module):
         """`mask` is True where a token may be attended."""
         check_tokens(x, self.dim, mask)
         q = split_heads(self.query(x), self.heads)
-        k, v = (split_heads(linear(x), self.kv_heads) for linear in (self.key, self.value))
+        seen = hide_tokens(x, mask)
+        k, v = (split_heads(linear(seen), self.kv_heads) for linear in (self.key, self.value))
         groups = self.heads // self.kv_heads
         if self.summed:
             # A second √p, and the sum over the queries of a group: heads of one group stand side by side.
             q = q.unflatten(1, (self.kv_heads, groups)).sum(dim=2) / math.sqrt(q.shape[-1])
         else:
             k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+        y = softmax_attention(q, k, v, mask=None if mask is None else mask[:, None, None, :])
         return self.out(self.norm(y.transpose(1, 2).flatten(2)))
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.papers.gaam.model import StackClassifier, pool_tokens
 
 FEATURES, LABELS, SPLITS = "features", "labels", "splits"  # 0 of training, 1 of validation, 2 of the test
@@ -34,7 +34,7 @@ class LayerStackProbe(nn.Module):
     """A frozen encoder, the mean over tokens of each of its layers, and a `StackClassifier` of these.
 
     The encoder gets no gradient and stays in eval mode. Its first hidden state, the embeddings, is left out. With an
-    `attention_mask` the mean is over real tokens (of sound, over real frames); the released scripts take padding along.
+    `attention_mask` the encoder sees each row without its padding; the released scripts take padding along.
 
     Args:
         encoder: a model of transformers with `hidden_states`, such as WavLM, BEiT or Llama.
@@ -110,23 +110,38 @@ class LayerStackProbe(nn.Module):
 
 @torch.no_grad()
 def pooled_layers(encoder: Any, **inputs: Tensor) -> Float[Tensor, "batch layers dim"]:
-    """Of each layer of an encoder of transformers the mean over real tokens; its embeddings are left out.
+    """Of each layer of an encoder of transformers the mean over tokens; its embeddings are left out.
+
+    With an `attention_mask` no padding reaches the encoder: rows with as many real places go together, cut to these.
+    A group norm over time, a convolution or a Fourier transform over tokens would mix padding into what is real.
 
     Raises:
-        ValueError: a mask that fits neither tokens nor samples.
+        ValueError: a mask of another shape than what it masks, or with a row that has nothing real.
     """
+    mask = inputs.pop("attention_mask", None)
+    if mask is None:
+        return _layers(encoder, inputs)
+    mask = mask.bool()
+    masked = {name for name, value in inputs.items() if value.shape[:2] == mask.shape}
+    counts = mask.sum(dim=1)
+    if not masked or int(counts.min()) < 1:
+        shapes = ", ".join(str(tuple(value.shape)) for value in inputs.values())
+        problem = "a row of it has nothing real" if masked else f"the encoder is given {shapes}"
+        raise ValueError(f"attention_mask is {tuple(mask.shape)} and {problem}: leave it out")
+    stacks: list[Tensor] = [torch.empty(0)] * len(mask)
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
+        places = mask[rows].nonzero()[:, 1].view(len(rows), count)
+        index = (rows[:, None], places)
+        pooled = _layers(encoder, {n: v[index] if n in masked else v[rows] for n, v in inputs.items()})
+        for row, stack in zip(rows.tolist(), pooled):
+            stacks[row] = stack
+    return torch.stack(stacks)
+
+
+def _layers(encoder: Any, inputs: Mapping[str, Tensor]) -> Float[Tensor, "batch layers dim"]:
     states = encoder(**inputs, output_hidden_states=True).hidden_states[1:]
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape[1] != states[0].shape[1]:
-        # A mask of samples, where the encoder's frames are fewer.
-        frames: Any = getattr(encoder, "_get_feature_vector_attention_mask", None)
-        if frames is None:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} places and the layers {states[0].shape[1]}: leave it out"
-            )
-        mask = frames(states[0].shape[1], mask)
-    real = None if mask is None else mask.bool()
-    return torch.stack([pool_tokens(state, real) for state in states], dim=1).float()
+    return torch.stack([pool_tokens(state) for state in states], dim=1).float()
 
 
 def load_encoder(folder: Path) -> nn.Module:
@@ -185,13 +200,11 @@ def fingerprint_of_weights(encoder: nn.Module) -> str:
 
 
 def write_stacks(file: Path, content: StackFile) -> None:
-    """Write stacks as `read_stacks` takes them: beside, and then renamed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
+    """Write stacks as `read_stacks` takes them, in one step."""
     label = {"classes": json.dumps(content.classes), **({"encoder": content.encoder} if content.encoder else {})}
     splits = {} if content.splits is None else {SPLITS: content.splits}
-    save_file({FEATURES: content.stacks.contiguous(), LABELS: content.labels, **splits}, part, metadata=label)
-    os.replace(part, file)
+    with whole(file) as place:
+        save_file({FEATURES: content.stacks.contiguous(), LABELS: content.labels, **splits}, place, metadata=label)
 
 
 def read_stacks(file: Path) -> StackFile:

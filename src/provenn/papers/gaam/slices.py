@@ -73,7 +73,7 @@ def moments(
     """
     if seen is None:
         mean = y.mean(dim=-1, keepdim=True)
-        return mean, (y - mean).square().sum(dim=-1, keepdim=True) / max(y.shape[-1] - correction, 1)
+        return mean, (y - mean).square().sum(dim=-1, keepdim=True) / torch.sym_max(y.shape[-1] - correction, 1)
     count = seen.sum(dim=-1, keepdim=True)
     mean = torch.where(seen, y, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
     square = torch.where(seen, y - mean, 0).square().sum(dim=-1, keepdim=True)
@@ -93,10 +93,15 @@ def check_slices(n: int, heads: int) -> None:
         raise ValueError(f"heads must be at most the size of the axis they share, {n}, got {heads}")
 
 
+def _are_even(n: int, heads: int) -> bool:
+    """Whether slices are known to be of one length: a compiler, whose sizes may be open, knows it of one head alone."""
+    return heads == 1 or (not torch.compiler.is_compiling() and n % heads == 0)
+
+
 def split_slices(x: Tensor, heads: int) -> Tensor:
     """(…, n) to (…, heads, longest), shorter slices filled up with zeros at their end."""
-    size, over = divmod(x.shape[-1], heads)
-    if over == 0:
+    size, over = x.shape[-1] // heads, x.shape[-1] % heads
+    if _are_even(x.shape[-1], heads):
         return x.unflatten(-1, (heads, size))
     first, last = x[..., : size * (heads - 1)], x[..., size * (heads - 1) :]
     first = F.pad(first.unflatten(-1, (heads - 1, size)), (0, over))
@@ -105,16 +110,16 @@ def split_slices(x: Tensor, heads: int) -> Tensor:
 
 def join_slices(x: Tensor, n: int) -> Tensor:
     """(…, heads, longest) back to (…, n)."""
-    size, over = divmod(n, x.shape[-2])
-    if over == 0:
+    if _are_even(n, x.shape[-2]):
         return x.flatten(-2)
+    size = n // x.shape[-2]
     return torch.cat([x[..., :-1, :size].flatten(-2), x[..., -1, :]], dim=-1)
 
 
 def seen_slices(mask: Tensor | None, x: Tensor, heads: int) -> Tensor | None:
     """Which places of the slices of `x` (…, n) there are, and may be seen; None where all."""
     n = x.shape[-1]
-    if mask is None and n % heads == 0:
+    if mask is None and _are_even(n, heads):
         return None
     whole = torch.ones((1,) * (x.dim() - 1) + (n,), dtype=torch.bool, device=x.device)
     return split_slices((whole if mask is None else mask).float(), heads) > 0

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import check_heads, check_tokens, split_heads
 from provenn.ops.linear_attention import LinearState, bidirectional_attention, linear_attention_weights
+from provenn.ops.softmax_attention import softmax_attention
 
 FLOOR = 100.0  # the least sum of scores that a row is divided by; below 0.1 the paper's training gives NaN (table 10)
 
@@ -241,7 +242,7 @@ class WindowAttention(nn.Module):
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, columns * w - width, 0, rows * w - height))
         x = x.view(batch, rows, w, columns, w, dim).transpose(2, 3).reshape(batch * rows * columns, w * w, dim)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).split(dim, dim=-1))
-        y = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = self.out(softmax_attention(q, k, v).transpose(1, 2).flatten(2))
         y = y.view(batch, rows, columns, w, w, dim).transpose(2, 3).reshape(batch, rows * w, columns * w, dim)
         return y[:, :height, :width].permute(0, 3, 1, 2)
 

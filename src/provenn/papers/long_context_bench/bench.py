@@ -18,6 +18,7 @@ from provenn.papers.long_context_bench.pictures import draw_masks, draw_rates
 from provenn.papers.long_context_bench.sparse import BlockSparse, block_sparse, variable_block_sparse
 from provenn.papers.long_context_bench.timing import PROTOCOLS, Direction, Judge, Protocol, flops, measure
 
+MOST_DIGITS = 12  # of a length
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # How a block-sparse mask is made, and which of its sizes --block is.
 SPARSE: dict[str, tuple[Callable[..., BlockSparse], str]] = {
@@ -274,8 +275,8 @@ def _tokens(text: str) -> int:
     digits, many = text.strip().lower(), 1
     if digits.endswith("k"):
         digits, many = digits[:-1], 1024
-    if not digits.isdecimal():
-        raise UserError(f"length takes tokens such as 2048, 1k,4k or 1k:48k, got {text!r}")
+    if not digits.isdecimal() or len(digits) > MOST_DIGITS:
+        raise UserError(f"length takes tokens such as 2048, 1k,4k or 1k:48k, got {text[:40]!r}")
     if int(digits) < 1:
         raise UserError(f"a mask has a length of at least 1, got {text}")
     return int(digits) * many

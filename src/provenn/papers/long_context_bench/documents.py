@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from provenn.errors import UserError
+from provenn.inputs import read_text
 
 LONG = (8 * 1024, 30 * 1024)  # documents of the long variant
 SHORT_SHARE = 0.4  # of its tokens are in documents of the histogram
@@ -99,10 +100,7 @@ def read_lengths(file: Path) -> list[int]:
     Raises:
         UserError: it is not there, or holds something else.
     """
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"document lengths cannot be read from {file}: {error}") from None
+    text = read_text(file)
     lengths = []
     for number, line in enumerate(text.splitlines(), 1):
         for word in line.strip("[] \t,").replace(",", " ").split():

@@ -56,7 +56,8 @@ class MixtureFeedForward(nn.Module):
         # Of a token that shares its slow twin's experts the balance is the twin's.
         if self.training and self.balance and (chosen_by is None or chosen_by is z):
             busy, liked = (weights > 0).float().flatten(0, -2), self.router(z).softmax(-1).flatten(0, -2)
-            add_auxiliary(self.balance * weights.shape[-1] * (busy.mean(0) * liked.mean(0)).sum() / self.top)
+            loss = self.balance * weights.shape[-1] * (busy.mean(0) * liked.mean(0)).sum() / self.top
+            add_auxiliary(loss, "the balance of its router's load", "balance=0")
         inner = F.gelu(torch.einsum("...d,edh->...eh", z, self.inner)) * weights.unsqueeze(-1)
         return torch.einsum("...eh,ehd->...d", inner, self.outer)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from provenn.errors import UserError
+from provenn.files import whole
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
@@ -186,7 +187,8 @@ class ExitModel(nn.Module):
 
     def save_added(self, path: str | Path) -> None:
         """Write what was added, and nothing of the base, as safetensors."""
-        save_file({name: p.detach().contiguous() for name, p in self.added()}, path)
+        with whole(Path(path)) as place:
+            save_file({name: p.detach().contiguous() for name, p in self.added()}, place)
 
     def load_added(self, path: str | Path) -> None:
         """Read what `save_added` wrote.

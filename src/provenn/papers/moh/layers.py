@@ -18,11 +18,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_finite, check_whole
-from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens
+from provenn.nn.attention import KVCache, SoftmaxAttention, check_tokens, hide_tokens
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.nn.positions import rotate
 from provenn.ops.autograd import without_autocast
 from provenn.ops.routed_heads import causal_mask, routed_attention, routed_decode, worth_gathering
+from provenn.ops.softmax_attention import softmax_attention
 
 BALANCE = 0.01  # β of the load-balance loss, in all of the paper's systems
 
@@ -80,7 +81,9 @@ def add_balance(routing: Routing, beta: float | int, mask: Bool[Tensor, "batch t
     """Say β times the load-balance loss of a routing to whoever trains, where there is something to balance."""
     if beta and routing.scores is not None:
         chosen = routing.active[..., -routing.scores.shape[-1] :]
-        add_auxiliary(beta * balance_loss(routing.scores, chosen, mask))
+        add_auxiliary(
+            beta * balance_loss(routing.scores, chosen, mask), "the balance of its router's load", "balance=0"
+        )
 
 
 def straight_through(
@@ -315,7 +318,9 @@ class MoHAttention(nn.Module):
     def _project(self, x: Tensor, start: int = 0, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Routing]:
         """Queries, keys and values of tokens that stand from `start` on, by head, and who uses which."""
         check_tokens(x, self.dim, mask)
-        q, k, v = (map(x).unflatten(-1, (self.heads, -1)) for map in (self.query, self.key, self.value))
+        seen = hide_tokens(x, mask)
+        parts = (self.query(x), self.key(seen), self.value(seen))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in parts)
         routing = self.router(x, q)
         q, k, v = (part.transpose(-3, -2) for part in (q, k, v))
         if self.rotary:
@@ -330,12 +335,12 @@ class MoHAttention(nn.Module):
         if self.execute == "gather" or (self.execute == "auto" and worth_gathering(q, k, active, **sizes)):
             y = routed_attention(q, k, v, active, **sizes, mask=mask)
         elif mask is None and (not self.causal or q.shape[2] == 1 or q.shape[2] == k.shape[2]):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and q.shape[2] > 1)
+            y = softmax_attention(q, k, v, causal=bool(self.causal and q.shape[2] > 1))
         else:
             may = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask[:, None, None, :]
             if self.causal:
                 may = may & causal_mask(q.shape[2], k.shape[2], q.device)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=may)
+            y = softmax_attention(q, k, v, mask=may)
         return self._join(y.transpose(1, 2), routing)
 
     def _join(self, y: Tensor, routing: Routing) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from provenn.nn.attention import check_heads, split_heads
 from provenn.nn.backbone import crop_features, pad_to_multiple
 from provenn.ops.routed_heads import active_rows, cannot_count, put_back, routed_attention, take_rows
+from provenn.ops.softmax_attention import softmax_attention
 from provenn.papers.moh.layers import BALANCE, EXECUTIONS, HeadRouter, Routing, add_balance
 
 WINDOW = 9  # tokens of the 3×3 neighbourhood
@@ -125,7 +126,7 @@ class CosineAttention(HeadAttention):
             active, always = routing.active.transpose(1, 2), self.router.shared
             y = routed_attention(q, k, v, active, always=always, bias=bias, scale=1.0)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            y = softmax_attention(q, k, v, mask=bias, scale=1.0)
         return self._join(y, routing)
 
 

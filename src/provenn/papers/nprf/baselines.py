@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from provenn.nn.arguments import check_whole
 from provenn.nn.attention import KVCache, SoftmaxAttention, check_heads, check_tokens, split_heads
+from provenn.ops.softmax_attention import softmax_attention
 from provenn.papers.nprf.layers import make_biases, tokens_on
 
 
@@ -45,8 +46,8 @@ class SoftmaxAttentionRPE(SoftmaxAttention):
             rpe, heads, max_length=max_length, grid=grid, causal=causal, class_token=class_token, beyond=beyond
         )
 
-    def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super()._project(x, start)
+    def _project(self, x: Tensor, start: int = 0, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super()._project(x, start, mask)
         if self.normalize:
             root = math.sqrt(q.shape[-1])  # by which the product is divided afterwards
             q, k = F.normalize(q, dim=-1, eps=1e-6) * root, F.normalize(k, dim=-1, eps=1e-6)
@@ -64,7 +65,7 @@ class SoftmaxAttentionRPE(SoftmaxAttention):
             tokens_on(None, x.shape[1], False, grid)
             return super().forward(x, mask=mask)
         check_tokens(x, self.dim, mask)
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, mask=mask)
         b = self.rpe.matrix(tokens_on(self.grid, x.shape[1], self.rpe.of_class is not None, grid)).to(q.dtype)
         if mask is not None:
             b = b.masked_fill(~mask[:, None, None], -torch.inf)
@@ -91,7 +92,7 @@ class SoftmaxAttentionRPE(SoftmaxAttention):
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
     """Attention with biases on the scores; 0 where all are −∞."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=b.expand(q.shape[0], -1, -1, -1))
+    return softmax_attention(q, k, v, mask=b.expand(q.shape[0], -1, -1, -1))
 
 
 class LinformerAttention(nn.Module):
@@ -144,5 +145,5 @@ class LinformerAttention(nn.Module):
         q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
         if mask is not None:
             k, v = (part.masked_fill(~mask[:, None, :, None], 0) for part in (k, v))
-        y = F.scaled_dot_product_attention(q, self.mix_keys[:, :n] @ k, self.mix_values[:, :n] @ v)
+        y = softmax_attention(q, self.mix_keys[:, :n] @ k, self.mix_values[:, :n] @ v)
         return self.out(y.transpose(1, 2).flatten(2))

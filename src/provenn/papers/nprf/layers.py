@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.nn.arguments import check_finite, check_whole
-from provenn.nn.attention import check_heads, check_tokens, split_heads
+from provenn.nn.attention import check_heads, check_tokens, hide_tokens, split_heads
 from provenn.nn.random_features import elu_features, gaussian, orthogonal_gaussian, positive_exponents, spherical
 from provenn.ops.linear_attention import LinearState, attention_outputs, linear_attention
 from provenn.ops.log_kernel import LogState, log_attention
@@ -226,7 +226,8 @@ class KernelAttentionRPE(nn.Module):
 
     def _project(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         check_tokens(x, self.dim, mask)
-        q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
+        seen = hide_tokens(x, mask)
+        q, k, v = (split_heads(m(y), self.heads) for m, y in ((self.query, x), (self.key, seen), (self.value, seen)))
         return q, k, v
 
     def redraw(self, generator: torch.Generator | None = None) -> None:

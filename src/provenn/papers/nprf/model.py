@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.errors import UserError
-from provenn.nn.attention import SoftmaxAttention, check_heads, check_tokens, split_heads
+from provenn.nn.attention import SoftmaxAttention, check_heads, check_tokens, hide_tokens, split_heads
 from provenn.nn.language import CausalLM, Encoder, FeedForward, PreNormBlock
 from provenn.nn.positions import sinusoidal_encoding
+from provenn.ops.softmax_attention import softmax_attention
 from provenn.papers.nprf.baselines import LinformerAttention, SoftmaxAttentionRPE
 from provenn.papers.nprf.layers import KernelAttentionRPE
 
@@ -330,9 +331,10 @@ class CrossAttention(nn.Module):
         check_tokens(other, self.key.in_features, mask)
         if len(x) != len(other):
             raise ValueError(f"both sequences need one batch, got {len(x)} and {len(other)}")
-        pairs = ((self.query, x), (self.key, other), (self.value, other))
+        seen = hide_tokens(other, mask)
+        pairs = ((self.query, x), (self.key, seen), (self.value, seen))
         q, k, v = (split_heads(m(part), self.heads) for m, part in pairs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        y = softmax_attention(q, k, v, mask=None if mask is None else mask[:, None, None])
         return self.out(y.transpose(1, 2).flatten(2))
 
 

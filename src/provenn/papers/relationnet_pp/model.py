@@ -39,7 +39,7 @@ def bvr_retinanet_r50(
         bvr: further options of `provenn.papers.relationnet_pp.Bridge`.
     """
     backbone = resnet50(num_classes=0, in_channels=in_channels)
-    model = RetinaNet(backbone, num_classes=num_classes, groups=groups, beta=0.0)
+    model = RetinaNet(backbone, num_classes=num_classes, groups=groups, beta=0.0, matching="mmdetection")
     model.neck = make_neck(backbone, 8, 256, coarser=2, by="input", groups=groups, activate=False)
     towers = {"classification": classification, "regression": regression}
     return attach_bvr(model, **{"groups": groups, **towers, **bvr})

@@ -155,7 +155,7 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
         branch = self.op(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + branch * self.drop_path(branch.new_ones(len(x), 1, 1, 1))
+        return x + branch * self.drop_path(branch.new_ones(x.shape[0], 1, 1, 1))
 
 
 class PatchMerging(nn.Module):

@@ -118,6 +118,12 @@ class Mamba(nn.Module):
         zeros = self.A_log.new_zeros
         return MambaState(zeros(batch, inner, kernel - 1), zeros(batch, inner, self.state))
 
+    def prefill(
+        self, x: Float[Tensor, "batch tokens dim"], state: MambaState | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], MambaState]:
+        """Many tokens at once: the outputs, and the state from which `step` goes on."""
+        return self._run(x, state, None)
+
     def step(self, x: Float[Tensor, "batch dim"], state: MambaState) -> tuple[Float[Tensor, "batch dim"], MambaState]:
         """One token more."""
         y, state = self._run(x.unsqueeze(1), state, None)

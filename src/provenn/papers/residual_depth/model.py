@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.errors import UserError
+from provenn.ops.softmax_attention import softmax_attention
 
 from .layers import ResidualTower, make_policy
 
@@ -133,6 +134,8 @@ class CifarResNet(nn.Module):
     Shapes: (batch, in_channels, height, width) to (batch, num_classes).
     """
 
+    strides = (1, 2, 4)  # pixels that a cell of each stage's map is wide
+
     def __init__(
         self,
         blocks: int,
@@ -197,7 +200,7 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = softmax_attention(q, k, v, causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

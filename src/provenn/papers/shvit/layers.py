@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.channel_gates import PooledGate
+from provenn.ops.softmax_attention import softmax_attention
 
 QK_DIM = 16  # of queries and keys, in all of the paper's models
 RATIO = 1 / 4.67  # the share of the channels that attend (section 4.1)
@@ -198,7 +199,7 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch dim height width"]:
         q, k, v = self._heads(x)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
+        mixed = softmax_attention(q, k, v).transpose(2, 3).flatten(1, 2)
         return self.project(mixed.unflatten(2, x.shape[2:]))
 
     def attention(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch heads places places"]:

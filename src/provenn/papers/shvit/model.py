@@ -377,7 +377,7 @@ def shvit_retinanet(variant: str = "s4", *, num_classes: int = 80, in_channels: 
     if variant not in BACKBONES:
         raise ValueError(f"variant must be one of {', '.join(BACKBONES)}, got {variant!r}")
     backbone = BACKBONES[variant](num_classes=0, in_channels=in_channels)
-    return RetinaNet(backbone, num_classes=num_classes, finest=16, beta=0, **NECKS["retinanet"])
+    return RetinaNet(backbone, num_classes=num_classes, finest=16, beta=0, matching="mmdetection", **NECKS["retinanet"])
 
 
 def shvit_small_retinanet(*, num_classes: int = 3, in_channels: int = 3, patch: int = 4, dim: int = 64) -> RetinaNet:

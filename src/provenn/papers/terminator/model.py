@@ -178,7 +178,8 @@ class Terminator2d(nn.Module):
         outputs, kernels = self._encode(x)
         if self.training and (self.slow_weight or self.l2_reg):
             loss = self.slow_weight * slow_neural_loss(kernels, self.slow_form)
-            add_auxiliary(loss + self.l2_reg * self.regulariser() if self.l2_reg else loss)
+            loss = loss + self.l2_reg * self.regulariser() if self.l2_reg else loss
+            add_auxiliary(loss, "the loss of its slow networks", "slow_weight=0 and l2_reg=0")
         pooled = outputs[-1].mean(dim=(2, 3))
         if self.shifts is not None:
             pooled = pooled + self.shifts[-1]

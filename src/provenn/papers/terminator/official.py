@@ -1,4 +1,4 @@
-"""The authors' checkpoints (hyperevolnet/Terminator, July 2024): their parameter names to ours."""
+"""The authors' checkpoints (hyperevolnet/Terminator, June and July 2024): their parameter names to ours."""
 
 import re
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ _NAMES = (
     (r"\.fast_linear_q\.", ".query."),
     (r"\.fast_linear_y\.", ".out."),
     (r"\.channel_mixer_hci\.slow_net_gc\.Kernel\.", ".hci.kernel."),
-    (r"\.hyper_interact\.slow_net_gc\.Kernel\.", ".interaction.by_channel."),
-    (r"\.hyper_interact\.slow_net_gs\.Kernel\.", ".interaction.by_place."),
+    (r"\.hyper_interact\.slow_net_gc(?:_hi)?\.Kernel\.", ".interaction.by_channel."),
+    (r"\.hyper_interact\.slow_net_gs(?:_hi)?\.Kernel\.", ".interaction.by_place."),
     (r"\.filters\.(\d)\.linear\.", r".filters.\1."),
     (r"\.linears\.", ".mixers."),
     (r"\.output_linear\.", ".out."),
@@ -43,7 +43,8 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
     """From the state dict of the authors' model to ours: the preset, its options and what `load_state_dict` takes.
 
     Theirs must have run once before it was saved, as any that was trained has: at the first forward pass the last layer
-    of each slow net is scaled. A `network.` or `module.` before the names is dropped.
+    of each slow net is scaled. A `network.` or `module.` before the names is dropped. The names of every revision
+    are known: the code of July 2024 calls the interaction's slow nets `slow_net_gc_hi` and `slow_net_gs_hi`.
 
     Raises:
         UserError: when the parameters are not those of the authors' model.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
-from provenn.nn.attention import KVCache, check_heads, check_tokens, split_heads
+from provenn.nn.attention import KVCache, check_heads, check_tokens, hide_tokens, split_heads
 from provenn.ops.rescaled_attention import FORMS, explicit, rescaled_attention
 from provenn.ops.rescaled_attention.reference import probabilities
 from provenn.papers.urpe.relations import RELATIONS, LogBuckets, Offsets, Paths, Relations, Window
@@ -96,7 +96,8 @@ class URPEAttention(nn.Module):
 
     def _project(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         check_tokens(x, self.dim, mask)
-        q, k, v = (split_heads(m(x), self.heads) for m in (self.query, self.key, self.value))
+        seen = hide_tokens(x, mask)
+        q, k, v = (split_heads(m(y), self.heads) for m, y in ((self.query, x), (self.key, seen), (self.value, seen)))
         return q, k, v
 
     def _looked_up(self, table: Tensor | None, tokens: int, given: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from provenn import progress
 from provenn.errors import UserError
+from provenn.inputs import parse_json, read_text
 from provenn.papers.gaam.probe import (
     StackFile,
     fingerprint_of_weights,
@@ -77,7 +78,7 @@ class UserEncoder:
         self.read = kinds[self.takes]
         file = folder / "preprocessor_config.json"
         try:
-            self.settings: dict[str, Any] = dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+            self.settings: dict[str, Any] = dict(parse_json(read_text(file), str(file))) if file.is_file() else {}
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,8 +139,8 @@ class UserEncoder:
             given = {name: value.to(self.device) for name, value in inputs(part).items()}
             try:
                 rows.append(pooled_layers(self.model, **given).cpu())
-            except (RuntimeError, ValueError, IndexError) as error:
-                line = str(error).strip().splitlines()[0][:160]
+            except Exception as error:  # of whatever class the encoder raises
+                line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
                 raise UserError(f"{self.folder} cannot read item {start + 1} of the data: {line}") from None
         return torch.cat(rows)
 
@@ -149,10 +150,7 @@ class UserEncoder:
             return self.stacks([file], lambda files: self._heard(files, how))
         if self.takes == "pixel_values":
             return self.stacks([get_task("image-classification").example(file, self._seen({}))[0]], _pixels)
-        try:
-            return self.stacks([file.read_text("utf-8")], self._tokens(how.length))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read as a text: {error}") from None
+        return self.stacks([read_text(file)], self._tokens(how.length))
 
 
 def _audio() -> Any:  # whose `files` and `waveform` other tasks have not
@@ -187,7 +185,8 @@ def extracted(source: Path, folder: Path, how: Reading) -> StackFile:
     encoder = user_encoder(folder.resolve())
     mark = fingerprint_of_weights(encoder.model)
     sizes = [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(_files_of(source, how)) if f.is_file()]
-    asked = [mark, str(source.resolve()), repr(how), json.dumps(encoder.settings, sort_keys=True), *sizes]
+    # "unpadded": stacks that an earlier version read beside padding are not taken for these.
+    asked = ["unpadded", mark, str(source.resolve()), repr(how), json.dumps(encoder.settings, sort_keys=True), *sizes]
     name = hashlib.sha256("\0".join(asked).encode()).hexdigest()[:24]
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "provenn")
     file = root / "stacks" / f"{name}.safetensors"

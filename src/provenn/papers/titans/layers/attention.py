@@ -90,6 +90,8 @@ class PrefixAttention(nn.Module):
         reach = before.seen.shape[1]
         q = self._heads(self.query(x))
         both = torch.stack(list(context), dim=2)
+        if mask is not None:
+            both = both.masked_fill(~mask[..., None], 0)  # padding may hold anything, and 0 times NaN is NaN
         k, v = (m(both).unflatten(-1, (self.heads, -1)).permute(0, 3, 1, 2, 4) for m in (self.key, self.value))
         now = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask
         now = now.expand(-1, -1, self.kinds)
