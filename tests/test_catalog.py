@@ -2,12 +2,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from plugins import FIXTURES, install
 from provenn import api, catalog
 from provenn.cli import doctor, main
+from provenn.cli.app import of_the_paper
 from provenn.compare import comparison, host_for
 from provenn.errors import UserError
 
@@ -149,14 +151,64 @@ def add_paper(site: Path, entry: str, package: str, files: dict[str, str] | None
     """One more package with an entry point, beside `tiny_gate`, whose files are changed or taken away (None)."""
     folder = site / package.replace(".", "/")
     if files is not None:
-        install(FIXTURES / "tiny_gate", site / "elsewhere")
-        (site / "elsewhere" / "tiny_gate").rename(folder)
+        install(FIXTURES / "tiny_gate", site / "elsewhere" / entry)
+        (site / "elsewhere" / entry / "tiny_gate").rename(folder)
         for name, content in files.items():
             (folder / name).write_text(content)
     facts = site / f"{entry.replace('-', '_')}-1.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {entry}\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text(f"[provenn.papers]\n{entry} = {package}\n")
+
+
+@pytest.fixture
+def of_our_names(site, third_party) -> Path:
+    """Two more papers whose facts are tiny_gate's, with mechanisms named as ours and each other's, and ECA's number."""
+    facts = (FIXTURES / "tiny_gate" / "paper.toml").read_text().replace("2401.00001", "1910.03151")
+    gate = '[[mechanisms]]\nname = "{}"\nslot = "channel-gate"\nlayer = "layers:TinyGate"\n'
+    facts += "".join(map(gate.format, ("eca", "eca_net", "se", "tiny_too")))
+    for package in ("one_other", "two_others"):
+        add_paper(site, package, package, {"paper.toml": facts})
+    catalog.cards.cache_clear()
+    return site
+
+
+@pytest.mark.usefixtures("of_our_names")
+def test_a_built_in_mechanism_keeps_its_name_and_a_foreign_one_has_its_package_before_it(capsys):
+    def chosen(*names: str) -> dict[str, str]:
+        chosen = comparison._choose("channel-gate", host_for("channel-gate", "digits"), ["none", *names], print)
+        return {name: slug for name, (_, slug) in chosen.items() if name != "none"}
+
+    assert chosen("eca", "se", "eca-net") == {"eca": "eca_net", "se": ""}, "a slug stands for its first mechanism"
+    for name in ("eca", "eca_net", "se", "tiny", "tiny_too"):
+        assert chosen(f"one_other:{name}", f"two_others:{name}") == {
+            f"one_other:{name}": "one_other", f"two_others:{name}": "two_others"
+        }  # fmt: skip
+    assert chosen("eca_net:eca", "eca_net:se-gc", "two_others") == {
+        "eca": "eca_net", "se-gc": "eca_net", "two_others:tiny": "two_others"
+    }  # fmt: skip
+    with pytest.raises(UserError, match="called 'tiny_too': name one_other:tiny_too or two_others:tiny_too"):
+        chosen("tiny_too")
+    with pytest.raises(UserError, match="no channel-gate is called 'one_other:nobody'"):
+        chosen("one_other:nobody")
+    assert main(["list", "one_other", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in entry["mechanisms"]] == [
+        "one_other:tiny", "one_other:eca", "one_other:eca_net", "one_other:se", "one_other:tiny_too"
+    ]  # fmt: skip
+    assert main(["list", "eca_net", "--json"]) == 0
+    assert "eca" in [each["name"] for each in json.loads(capsys.readouterr().out)[0]["mechanisms"]]
+
+
+@pytest.mark.usefixtures("of_our_names")
+def test_papers_of_one_arxiv_number_are_all_listed_and_showing_it_asks_which(capsys):
+    assert {card.slug for card in catalog.search("arXiv:1910.03151v2")} == {"eca_net", "one_other", "two_others"}
+    assert catalog.slugs_of("1910.03151") == ["eca_net", "one_other", "two_others"], "ours first"
+    assert main(["show", "1910.03151"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the arXiv number 1910.03151 is of several papers: name eca_net or one_other or two_others" in line
+    context = SimpleNamespace(params={"slug": "1910.03151"})
+    assert "eca" in of_the_paper("mechanisms", "name")(context, "e"), "completion asks nothing"
 
 
 RAISES = "raise SystemExit('no licence\\nfound')\n"

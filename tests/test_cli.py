@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from provenn import api, catalog, datasets, progress
 from provenn.cli import app, main
 from provenn.errors import UserError
+from provenn.evidence.record import Evidence
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -214,7 +215,7 @@ BAD = [
     (f"{TRAIN} --data classes --preset tiny_smal", "did you mean 'tiny_small'"),
     (f"{TRAIN} --data classes --task sorting", "no preset for the task 'sorting'"),
     (f"{TRAIN} --data classes --lr -1", "lr must be a positive number, got -1.0"),
-    (f"{TRAIN} --data classes --lr nan", "lr must be a positive number, got nan"),
+    (f"{TRAIN} --data classes --lr nan", "lr must be a finite number, got nan"),
     (f"{TRAIN} --data classes --lr 1e30 --batch-size 2", "a lower lr than 1e+30 may help"),
     (f"{TRAIN} --data classes --epochs 0", "epochs must be a whole number of at least 1, got 0"),
     (f"{TRAIN} --data classes --batch-size 0", "batch_size must be a whole number of at least 1, got 0"),
@@ -355,8 +356,8 @@ BAD = [
     (f"{TALK} hello --set speed=3", "has no 'speed'; what can be set: tokens, temperature, top_k, top_p, seed"),
     (f"{TALK} hello --reference good.png", "a prediction of language-modelling has no 'reference'"),
     (f"{TALK} binary.csv", "binary.csv is no text in UTF-8"),
-    (f"{TALK} prompt.txt -o prompt.txt", "prompt.txt is a prompt: write elsewhere"),
-    (f"{TALK} hello -o empty", "cannot write empty: Is a directory"),
+    (f"{TALK} prompt.txt -o prompt.txt", "prompt.txt: it is the input itself"),
+    (f"{TALK} hello -o empty", "cannot write empty: it is a folder"),
     (f"{TALK} hello -o file/out.txt", "cannot write file/out.txt"),
     (f"{TALK} hello -o /proc/out.txt", "cannot write /proc/out.txt"),
     (f"{TALK} ''", "is empty: was a variable of the shell not set?"),
@@ -372,7 +373,7 @@ BAD = [
     (f"{TRAIN} --task series-forecasting --data good.csv --set horizon=0", "horizon must be at least 1 row, got 0"),
     (f"{TRAIN} --data classes --set size=0", "size must be at least 1 pixel, got 0"),
     (f"{TRAIN} --data some_broken", "broken.png"),
-    (f"{TALK} hello -o .", "cannot write .: Is a directory"),
+    (f"{TALK} hello -o .", "cannot write .: it is a folder"),
     ("predict tiny_gate --weights forecast.safetensors -o . good.csv good.csv", "two forecasts would both be written"),
     ("export tiny_gate --weights upscale.safetensors -o .", "a system is exported as .onnx, got '.'"),
     ("predict tiny_gate good.png -o out.png --weights not_a_number.safetensors", "values that are no finite numbers"),
@@ -728,6 +729,8 @@ def test_a_language_model_is_probed_for_recall(run, here):
 
 
 def test_inspect_shows_a_trained_model_on_a_file(run, props):
+    assert "make that folder first" in run("inspect tiny_gate good.png -o deep/inside.png")[2]
+    Path("deep").mkdir()
     code, out, err = run("inspect tiny_gate good.png --weights classify.safetensors -o deep/inside.png")
     assert (code, err) == (0, "") and "tiny_small (classify.safetensors) on good.png" in out
     assert "How bright each channel is behind each gate." in out and "The suite compares" not in out
@@ -1052,3 +1055,25 @@ def test_bibtex_and_the_settings_of_a_preset(run):
     ):
         code, _, err = run(line)
         assert code == 2 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Expecting value: line 1 column 1"), RecursionError(), PermissionError(13, "no")]
+)
+def test_damaged_evidence_is_named_and_takes_no_other_paper_down(monkeypatch, capsys, error):
+    """It once read as if nobody had measured the paper."""
+    read = Evidence.read
+
+    def damaged(file):
+        if file.parent.name == "eca_net":
+            raise error
+        return read(file)
+
+    monkeypatch.setattr(Evidence, "read", damaged)
+    for verb in (["show", "eca_net"], ["show", "eca_net", "--json"], ["board"], ["list"]):
+        assert main(verb) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+        assert len(lines) == (verb != ["list"]) and all(
+            "eca_net/evidence.json is damaged" in line and "install its package again" in line for line in lines
+        )
+    assert main(["show", "rat"]) == 0 and "damaged" not in capsys.readouterr().err

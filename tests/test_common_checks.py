@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Mean(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         values, weights = self.terms(x)
         if mask is not None:
-            values, weights = values * mask[..., None], weights * mask[..., None]
+            values, weights = (part.masked_fill(~mask[..., None], 0) for part in (values, weights))
         return self.total(values) / (self.total(weights) + 1e-6)
 
     def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ class Lookup(Pull):
     """A cross mixer."""
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(self.value(x), other, other)
+        return (self.value(x) @ other.mT).softmax(dim=-1) @ other
 
 
 class Scaled(nn.Module):
@@ -190,6 +191,36 @@ class LooksBackAlone(Mean):
 class MaskForgotten(Mean):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         return super().forward(x)
+
+
+class MaskOfWeights(Mean):
+    """A weight of 0 times NaN is NaN."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        values, weights = self.terms(x)
+        if mask is not None:
+            values, weights = values * mask[..., None], weights * mask[..., None]
+        return self.total(values) / (self.total(weights) + 1e-6)
+
+
+class LooksAheadInPairs(Mean):
+    """Looking both ways it makes pairs of tokens, as many as there were when it was traced."""
+
+    def total(self, terms: Tensor) -> Tensor:
+        return super().total(terms) if self.causal else super().total(terms) + divmod(terms.shape[1], 2)[1]
+
+
+class FixesTheBatch(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        return super().gate(x) * x.new_ones(len(x), 1)
+
+
+class LookupByKernel(Lookup):
+    """On a CPU the kernel has no second derivatives and no forward mode."""
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        q, k = self.value(x)[:, None], other[:, None]  # of three axes the kernel would not be taken
+        return nn.functional.scaled_dot_product_attention(q, k, k)[:, 0]
 
 
 class WrongStep(Mean):
@@ -451,6 +482,7 @@ BROKEN = [
     (LooksBackAlone, "token-mixer", "see-both-ways"),
     (MixesByRounding, "token-mixer", "see-both-ways"),
     (MaskForgotten, "token-mixer", "heed-mask"),
+    (MaskOfWeights, "token-mixer", "heed-mask"),
     (WrongStep, "token-mixer", "stream"),
     (SharedState, "token-mixer", "stream"),
     (DeadParameter, "channel-gate", "reach-parameters"),
@@ -461,6 +493,8 @@ BROKEN = [
     (WrongBackward, "channel-gate", "pass-gradcheck"),
     (WrongParameterGradient, "channel-gate", "pass-gradcheck"),
     (SilentSecondDerivative, "channel-gate", "differentiate-twice"),
+    (LookupByKernel, "cross-mixer", "differentiate-twice"),
+    (LookupByKernel, "cross-mixer", "differentiate-forward"),
     (ForgetsAutocast, "channel-gate", "train-in-mixed-precision"),
     (NeedsAnExample, "channel-gate", "take-an-empty-batch"),
     (SingleInside, "channel-gate", "run-in-bfloat16"),
@@ -475,6 +509,8 @@ BROKEN = [
     (Unpicklable, "channel-gate", "copy"),
     (BreaksTheGraph, "channel-gate", "compile"),
     (DependsOnData, "channel-gate", "export"),
+    (FixesTheBatch, "channel-gate", "export-open-sizes"),
+    (LooksAheadInPairs, "token-mixer", "export-open-sizes"),
     (PutsThingsOnCpu, "channel-gate", "build-on-meta"),
     (WritesItsInput, "channel-gate", "leave-its-input"),
     (ReadsMemory, "channel-gate", "take-any-layout"),
@@ -693,3 +729,12 @@ def test_a_wrong_fact_is_caught(
     paper = tiny(tmp_path, monkeypatch, FACTS.replace(before, after, 1))
     with pytest.raises(BrokenPromise, match=complaint):
         check_paper(paper)
+
+
+@pytest.mark.parametrize("paper, name", [("gaam", "gaam"), ("moh", "moh"), ("hedgehog", "hedgehog")])
+def test_what_looks_both_ways_is_exported_with_open_sizes(paper: str, name: str):
+    mechanism = next(m for m in cards()[paper].mechanisms if m.name == name)
+    factory = partial(cards()[paper].resolve(mechanism.layer), **{**mechanism.arguments, "causal": False})
+    check_mechanism(
+        lambda dim, causal=False: factory(dim), "token-mixer", cannot={"be-causal": "…"}, only=["export-open-sizes"]
+    )

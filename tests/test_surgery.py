@@ -8,7 +8,14 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from provenn.bench import count_parameters
 from provenn.errors import UserError
@@ -379,3 +386,77 @@ def test_an_output_that_cannot_be_followed_says_so(vit: nn.Module):
     insert_after(vit, "vit", nn.LayerNorm)
     with pytest.raises(TypeError, match="only a tensor"):
         vit(image)
+
+
+class Mean(nn.Module):
+    """Every token's output is the mean of all, so it knows of later ones and of padding."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        return hidden_states.mean(dim=1, keepdim=True).expand_as(hidden_states), None
+
+
+class Forgetful(nn.Module):
+    """A running mean that knows nothing of a cache."""
+
+    def __init__(self, counts_padding: bool = True):
+        super().__init__()
+        self.counts_padding = counts_padding
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **more: object):
+        x = hidden_states
+        real = torch.ones_like(x[..., :1])
+        if attention_mask is not None and not self.counts_padding:
+            real = attention_mask[:, 0, -x.shape[1] :, -x.shape[1] :].diagonal(dim1=-2, dim2=-1)[..., None].to(x)
+        return (x * real).cumsum(1) / real.cumsum(1).clamp_min(1), None
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=2, hidden_size=16, intermediate_size=16, num_attention_heads=4, vocab_size=60,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+TEXT = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("new", "lost"),
+    [
+        (Mean(), "a token moves outputs before it"),
+        (Forgetful(), "padding moves outputs of the text"),
+        (Forgetful(counts_padding=False), "a text read on from a cache gives other outputs"),
+    ],
+)
+def test_an_example_shows_which_layer_loses_what_the_model_kept(new: nn.Module, lost: str):
+    model = tiny_llama()
+    kept = {name: module for name, module in model.named_modules()}
+    before = model(TEXT).logits
+    names = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    from provenn.huggingface import as_attention
+
+    made = iter([as_attention("softmax"), lambda old: new])
+    with pytest.raises(
+        UserError, match=rf"^{names[1]}: with {type(new).__name__} in the place of .*{lost}.*, by .* undone"
+    ):
+        swap(model, names, lambda old: next(made)(old), example={"input_ids": TEXT})
+    assert dict(model.named_modules()) == kept and torch.equal(model(TEXT).logits, before)
+    assert "provenn" not in model.config.to_json_string()
+    # Without an example nothing is tried.
+    swap(model, names[1], lambda old: new)
+
+
+def test_an_example_shows_a_lost_order_in_a_plain_module():
+    from provenn.nn.attention import SoftmaxAttention
+
+    model = nn.Sequential(nn.Linear(8, 8), SoftmaxAttention(8, 2), nn.Linear(8, 8))
+    x = torch.randn(2, 7, 8)
+    with pytest.raises(UserError, match=r"^1: with SoftmaxAttention in the place .* a token moves outputs before it"):
+        swap(model, "1", lambda old: SoftmaxAttention(8, 2, causal=False), example=x)
+    swap(model, "1", lambda old: SoftmaxAttention(8, 4), example=x)
+    both_ways = nn.Sequential(SoftmaxAttention(8, 2, causal=False))
+    swap(both_ways, "0", lambda old: SoftmaxAttention(8, 2, causal=False), example=x)
+    apart = nn.Sequential(nn.Linear(8, 8))  # there was no order that could be lost
+    swap(apart, "0", lambda old: SoftmaxAttention(8, 2, causal=False), example=x)

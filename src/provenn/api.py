@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from provenn import catalog, datasets, progress
 from provenn.errors import UserError
-from provenn.settings import arguments_of, typed
+from provenn.files import check_no_input, check_output
+from provenn.settings import LARGEST, arguments_of, typed
 
 PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
 SIDES = ("size", "image_size")  # what presets call the side of their images, which is that of the data
@@ -244,7 +245,7 @@ def train(
 
     from provenn import __version__, tasks, training, weights
     from provenn.evidence.record import write_atomically
-    from provenn.files import whole
+    from provenn.files import save_figure
     from provenn.reproduce import alone_in, choose_device
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
@@ -346,8 +347,7 @@ def train(
         write_atomically(folder / "run.json", json.dumps(summary, indent=1))
         picture = kind.picture(result.model, loaded)
         if picture is not None:
-            with whole(folder / "picture.png") as place:
-                picture.savefig(place, dpi=110, bbox_inches="tight")
+            save_figure(picture, folder / "picture.png", bbox_inches="tight")
     return folder, result.metrics
 
 
@@ -476,6 +476,7 @@ def predict(
         tell: is given the result piece by piece, by tasks whose result comes so.
     """
     from provenn import weights as files
+    from provenn.finite import finite_outputs
     from provenn.tasks import get_task
 
     chosen, changes = paper(slug), dict(changes or {})
@@ -503,8 +504,18 @@ def predict(
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
     options = {name: typed(name, value, known[name]) for name, value in changes.items()}
     place = None if output is None else Path(output)
-    with _fitting(str(weights or label.preset)):
+    if place is not None:
+        check_output(place, folder=kind.into_folders)
+        check_no_input(place, given)
+    source = _source_of(chosen, label, weights)
+    shown = "the input" if kind.takes_words else ", ".join(map(str, inputs[:3])) + ", …" * (len(inputs) > 3)
+    with _fitting(source), finite_outputs(model, source, shown or "the input"):
         return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]  # words, for a task that takes them
+
+
+def _source_of(paper: Paper, label: "Label", weights: str | Path | None) -> str:
+    """What an error calls the weights: their file, or the preset where there is none."""
+    return str(paper.card.shipped.get(label.preset, label.preset) if weights is None else weights)
 
 
 @contextmanager
@@ -564,20 +575,21 @@ def evaluate(
     """
     from provenn import evaluation
     from provenn import weights as files
+    from provenn.finite import finite_outputs
     from provenn.reproduce import choose_device
     from provenn.tasks import get_task
 
-    if batch_size < 1:
-        raise UserError(f"batch size must be at least 1, got {batch_size}")
+    if not 1 <= batch_size <= LARGEST:
+        raise UserError(f"batch size must be from 1 to {LARGEST}, got {batch_size}")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
     chosen, changes = paper(slug), dict(changes or {})
     of_system: dict[str, Any] = {}
     if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
         of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
     model, label = chosen.load(weights, preset=preset, options=of_system)
     kind = get_task(label.task)
-    known = arguments_of(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
-    if not known:  # what `held_out` passes on to `load`
-        known = arguments_of(kind.load, but=("source", "seed", "options", "_"))
+    known = _held_out_options(kind)
     for name in changes:
         if name not in known:
             there = ", ".join(known) or "nothing"
@@ -585,20 +597,53 @@ def evaluate(
     source = datasets.resolve(data)
     data = source.data
     fixed = {name: value for name, value in source.options.items() if name in known}
-    options = {**fixed, **{name: typed(name, value, known[name]) for name, value in changes.items()}}
+    wanted = {name: typed(name, value, known[name]) for name, value in changes.items()}
+    options = {**_recorded(label, kind, known, wanted), **fixed, **wanted}
     if whole is None:
         whole = not _trained_on(label, kind, data)
     split_seed = label.trained_on.get("seed", 0) if seed is None else seed
     held_out = kind.held_out(data, label.meta, seed=split_seed, whole=whole, **options)
-    return evaluation.evaluate(
-        model.to(choose_device(device)),
-        kind,
-        held_out,
-        meta=label.meta,
-        batch_size=batch_size,
-        title=f"{label.preset} of {chosen.card.slug}",
-        published=evaluation.published_of(chosen.card, chosen.card.preset(label.preset)),
-    )
+    with finite_outputs(model, _source_of(chosen, label, weights), str(data)):
+        return evaluation.evaluate(
+            model.to(choose_device(device)),
+            kind,
+            held_out,
+            meta=label.meta,
+            batch_size=batch_size,
+            title=f"{label.preset} of {chosen.card.slug}",
+            published=evaluation.published_of(chosen.card, chosen.card.preset(label.preset)),
+        )
+
+
+def _held_out_options(kind: "Task") -> dict[str, Any]:
+    """What can be set of the data that weights are tested on, and its types."""
+    import inspect
+
+    known = arguments_of(kind.held_out, but=("source", "meta", "whole", "seed", "options"))
+    parameters = inspect.signature(kind.held_out).parameters.values()
+    if known or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return known
+    return arguments_of(kind.load, but=("source", "seed", "options", "_"))  # to which it passes all on
+
+
+def _recorded(label: "Label", kind: "Task", known: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The options with which a training read its data, for those who test its weights; what differs is said.
+
+    An option of `held_out` whose default is None follows from the weights themselves, such as `length`.
+    """
+    import inspect
+
+    parameters = inspect.signature(kind.held_out).parameters
+    follows = {name for name, parameter in parameters.items() if parameter.default is None}
+    told = {name: value for name, value in label.trained_on.get("options", {}).items() if name in known}
+    recorded = {name: typed(name, value, known[name]) for name, value in told.items() if name not in follows}
+    for name, value in wanted.items():
+        if name in recorded and recorded[name] != value:
+            progress.say(f"{name}={value} where the training had {name}={recorded[name]}")
+    taken = {name: value for name, value in recorded.items() if name not in wanted}
+    if taken:
+        progress.say(f"as in the training: {', '.join(f'{name}={value}' for name, value in taken.items())}")
+    return taken
 
 
 def _trained_on(label: "Label", kind: "Task", data: str | Path) -> bool:
@@ -633,6 +678,7 @@ def inspect(
 
     import torch
 
+    from provenn.finite import DAMAGED, finite_outputs, is_finite
     from provenn.inspection import Inspection
     from provenn.tasks import Task, get_task
 
@@ -649,13 +695,14 @@ def inspect(
             torch.manual_seed(0)
             model = chosen.build(facts.name).eval()
         name, kind, trained = facts.name, get_task(chosen.card.task_of(facts)), "random weights"
-        meta = kind.default_meta(facts.options)
+        origin, meta = f"random weights of {name}", kind.default_meta(facts.options)
     else:
         model, label = chosen.load(weights, preset=preset if weights is None else None)
         if preset not in (None, label.preset):
             raise UserError(f"{weights} holds weights of {label.preset}, not of {preset}: leave --preset out")
         trained = "the weights that ship" if weights is None else str(weights)
         name, kind, meta = label.preset, get_task(label.task), label.meta
+        origin = _source_of(chosen, label, weights)
     if type(kind).example is Task.example:
         able = [
             each.name
@@ -670,8 +717,11 @@ def inspect(
     look = chosen.card.resolve("inspection:inspect")
     draw = getattr(chosen.card.resolve_module("inspection"), "draw", None)
     x = kind.example(source, meta)
-    with torch.no_grad():
+    with torch.no_grad(), finite_outputs(model, origin, str(source)):
         layers = look(model, x)
+    infinite = next((row for row, numbers in layers.items() if not is_finite(numbers)), None)
+    if infinite is not None:
+        raise UserError(f"{origin}: what {infinite} shows is no finite number: {DAMAGED}")
     if not layers:
         raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
     drawn = None if draw is None else partial(draw, model, x, meta)
@@ -691,8 +741,9 @@ def export(
 
     A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`. A classifier
     takes `image`, (batch, channels, height, width) in 0…1, and gives `probabilities`, a segmenter those of each pixel,
-    a detector `boxes`, `scores` and `labels` of every place, before overlapping ones are dropped; of any size where
-    the network takes that, which the returned lines say, and in fused form. A task of a paper's own says itself what
+    a detector `boxes`, `scores` and `labels` of every place, before overlapping ones are dropped; in fused form. The
+    file is run in onnxruntime and held to what `predict` gives at several sizes. The returned lines say which, and
+    the largest difference; where other sizes differ, the file is for one size. A task of a paper's own says itself what
     its system takes and gives (`Task.portable`). The file's metadata hold, under `provenn`, what the weights say of
     themselves, such as class names.
 
@@ -702,7 +753,11 @@ def export(
         output: where it goes, ending in .onnx.
         preset: whose weights, where those of several ship.
         int8: quantise the file with onnxruntime, and tell its metric before and after; of classifiers and segmenters.
-        data: what int8 is calibrated and tested on: an embedded name or a path.
+        data: what int8 is calibrated and tested on: an embedded name or a path. They are read and split as the
+            training of the weights did.
+
+    Raises:
+        UserError: nothing that can be exported, or a file that gives other outputs than `predict`; none is left then.
     """
     import json
     from dataclasses import asdict
@@ -719,9 +774,10 @@ def export(
         raise UserError("--data is what --int8 is calibrated on: give both")
     model, label = paper(slug).load(weights, preset=preset)
     task = get_task(label.task)
-    if int8:
-        onnx.check_int8(task)
-    lines = onnx.portable_system(model, task, label.meta, file, {KEY: json.dumps(asdict(label))})
+    about = {KEY: json.dumps(asdict(label))}
+    calibration = None
     if data is not None:
-        lines += onnx.quantize(file, task, label.meta, data)
+        read, seed = _recorded(label, task, _held_out_options(task), {}), label.trained_on.get("seed", 0)
+        calibration = onnx.read_calibration(task, label.meta, data, seed=seed, options=read)
+    lines = onnx.portable_system(model, task, label.meta, file, about, calibration=calibration)
     return "\n".join([f"{label.preset} of {slug} → {file}", *lines])

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Iterable
 from datetime import date
 from decimal import Decimal
@@ -22,6 +23,7 @@ from provenn.citation import arxiv_number, bibtex
 from provenn.errors import UserError
 
 ENTRY_POINT_GROUP = "provenn.papers"
+OURS = "provenn.papers"  # the package of this package's own papers
 WEIGHTS = "weights"  # the folder of trained weights that come with a paper, a file a preset
 COUNTING_UNITS = {
     "": 1,
@@ -96,7 +98,7 @@ class Mechanism(Facts):
     Each of `variants` is a set of arguments beside the default one; the common checks run over all of them.
     """
 
-    name: str
+    name: str = Field(pattern=r"^[^\s:,]+$")  # commands write `package:name`, and lists between commas
     slot: str
     layer: str
     arguments: dict[str, Any] = {}
@@ -369,6 +371,11 @@ class Card(Facts):
         return entries
 
     @property
+    def built_in(self) -> bool:
+        """Whether it is one of this package's own papers, whose names no other package takes."""
+        return self.package == f"{OURS}.{self.slug}"
+
+    @property
     def tasks(self) -> list[str]:
         """What kinds of work its systems do."""
         named = [self.task, *(preset.task for preset in self.presets)]
@@ -560,7 +567,7 @@ def cards() -> Shelf:
     ours = Path(__file__).parent / "papers"
     shelf, left_out = Shelf(), dict[str, str]()
     for folder in sorted(file.parent for file in ours.glob("*/paper.toml")):
-        shelf[folder.name] = read_card(folder, f"provenn.papers.{folder.name}")
+        shelf[folder.name] = read_card(folder, f"{OURS}.{folder.name}")
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)):
         slug = _slug(entry.name)
         try:
@@ -612,34 +619,78 @@ def slug_of(name: str) -> str:
     >>> slug_of("eca-net"), slug_of("arXiv:1910.03151v4"), slug_of("nobody")
     ('eca_net', 'eca_net', 'nobody')
     """
+    slugs = slugs_of(name)
+    if len(slugs) > 1:
+        raise UserError(f"the arXiv number {arxiv_number(name)} is of several papers: name {' or '.join(slugs)}")
+    return slugs[0]
+
+
+def slugs_of(name: str) -> list[str]:
+    """The slugs of all papers with that arXiv number, this package's own first; else the slug that is named.
+
+    >>> slugs_of("1910.03151"), slugs_of("eca-net")
+    (['eca_net'], ['eca_net'])
+    """
     number = arxiv_number(name)
     having = [c.slug for c in cards().values() if number and c.arxiv and arxiv_number(c.arxiv) == number]
-    if len(having) > 1:
-        raise UserError(f"the arXiv number {number} is of several papers: name {' or '.join(having)}")
-    return having[0] if having else _slug(name)
+    return having or [_slug(name)]
 
 
 def mechanisms_of(slot: str, taken: Iterable[str] = ()) -> dict[str, tuple[Card, Mechanism]]:
-    """Every mechanism of a slot by name, or by `slug:name` where two papers share one or it is among `taken`."""
+    """Every mechanism of a slot by the name that commands take, which is its own wherever it can be.
+
+    A name among `taken`, or that two papers share, has its paper's slug before it: `slug:name`. Names of this package's
+    own mechanisms and papers are never shared so: there the other package's alone has its slug before it.
+    """
     fitting = [
         (card, mechanism) for card in cards().values() for mechanism in card.mechanisms if mechanism.slot == slot
     ]
-    names = [*taken, *(mechanism.name for _, mechanism in fitting)]
-    return {
-        f"{card.slug}:{mechanism.name}" if names.count(mechanism.name) > 1 else mechanism.name: (card, mechanism)
-        for card, mechanism in fitting
-    }
+    ours = Counter([*taken, *(mechanism.name for card, mechanism in fitting if card.built_in)])
+    others = Counter(mechanism.name for card, mechanism in fitting if not card.built_in)
+    ours_or_slug = ours.keys() | {card.slug for card, _ in fitting if card.built_in}
+
+    def name(card: Card, mechanism: Mechanism) -> str:
+        own = mechanism.name
+        shared = ours[own] > 1 if card.built_in else own in ours_or_slug or others[own] > 1
+        return f"{card.slug}:{own}" if shared else own
+
+    return {name(card, mechanism): (card, mechanism) for card, mechanism in fitting}
+
+
+def mechanism_names() -> dict[tuple[str, str], str]:
+    """How commands name each mechanism, by its paper's slug and its own name."""
+    slots = dict.fromkeys(mechanism.slot for card in cards().values() for mechanism in card.mechanisms)
+    named = [(name, found) for slot in slots for name, found in mechanisms_of(slot).items()]
+    return {(card.slug, mechanism.name): name for name, (card, mechanism) in named}
 
 
 def first_mechanism(name: str, known: dict[str, tuple[Card, Mechanism]]) -> str:
-    """The name in `known` of a paper's first mechanism of a slot, for whoever names the paper; else the name itself.
+    """The name in `known` of what is named in full, `slug:name` or `package:name`, or by its paper; else itself.
 
-    >>> first_mechanism("eca_net", mechanisms_of("channel-gate"))
-    'eca'
+    A paper's slug stands for its first mechanism of the slot.
+
+    Raises:
+        UserError: mechanisms of several papers have that name.
+
+    >>> gates = mechanisms_of("channel-gate")
+    >>> first_mechanism("eca_net", gates), first_mechanism("eca_net:se-gc", gates)
+    ('eca', 'se-gc')
     """
     if name in known:
         return name
-    return next((each for each, (card, _) in known.items() if card.slug == slug_of(name)), name)
+    owner, colon, own = name.rpartition(":")
+    if colon:
+        named = [each for each, (card, m) in known.items() if m.name == own and owner in _owners(card)]
+    else:
+        named = [each for each, (card, _) in known.items() if card.slug == slug_of(name)][:1]
+        named = named or [each for each, (_, m) in known.items() if m.name == name]
+    if len(named) > 1:
+        raise UserError(f"several papers have a mechanism called {name!r}: name {' or '.join(named)}")
+    return named[0] if named else name
+
+
+def _owners(card: Card) -> set[str]:
+    return {card.slug, card.package, card.package.partition(".")[0]}
 
 
 def _within_one_edit(word: str, other: str) -> bool:
@@ -674,7 +725,7 @@ def search(query: str = "", task: str | None = None, slot: str | None = None) ->
 
     Case, hyphens and one typo a word are forgiven; every word of the query must be found somewhere.
     """
-    query = slug_of(query) if arxiv_number(query) else query
+    queries = [_normal(each).split() for each in (slugs_of(query) if arxiv_number(query) else [query])]
     ranked = []
     for paper in cards().values():
         if (task and task not in paper.tasks) or (slot and slot not in {m.slot for m in paper.mechanisms}):
@@ -685,7 +736,7 @@ def search(query: str = "", task: str | None = None, slot: str | None = None) ->
             (2.0, " ".join(paper.tags)),
             (1.0, paper.summary),
         ]
-        scores = [max(weight * _match(word, text) for weight, text in fields) for word in _normal(query).split()]
-        if all(scores):
-            ranked.append((sum(scores), paper))
+        scores = [[max(weight * _match(word, text) for weight, text in fields) for word in words] for words in queries]
+        if fitting := [sum(each) for each in scores if all(each)]:
+            ranked.append((max(fitting), paper))
     return [paper for _, paper in sorted(ranked, key=lambda pair: (-pair[0], pair[1].slug))]

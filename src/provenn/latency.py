@@ -1,5 +1,6 @@
 """How long networks take for images: eager, compiled and in ONNX Runtime, in turns, beside a named reference."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from provenn.catalog import Card, Preset, cards, in_a_line, meant
 from provenn.compare.latencies import FORMS, Cost, Latency, LatencyBench
 from provenn.errors import UserError
 from provenn.export import translations
+from provenn.inputs import machine_memory
 from provenn.nn.fusion import fuse
 
+THREADS = 64  # that may be asked for where there are fewer cores
 SHORT = {"eager": "eager", "compile": "torch.compile", "onnx": "ONNX Runtime"}  # as the command line calls them
 Build = Callable[[], nn.Module]
 
@@ -134,6 +137,15 @@ def measure(
     for name, numbers in {"size": [size], "batch": batches, "threads": threads, "rounds": [rounds]}.items():
         if not numbers or min(numbers) < 1:
             raise UserError(f"{name} must be at least 1, got {', '.join(map(str, numbers)) or 'nothing'}")
+    cores = os.cpu_count() or 1
+    if max(threads) > max(cores, THREADS):
+        raise UserError(f"threads must be at most {max(cores, THREADS)}, got {max(threads)}: there are {cores} cores")
+    bytes_needed = 4 * max(batches) * channels * size * size
+    if bytes_needed > machine_memory():
+        raise UserError(
+            f"{max(batches)} images of {size}×{size} pixels do not fit into the memory of this machine: "
+            "give a smaller batch or size"
+        )
     odd = next((form for form in forms if form not in FORMS), None)
     if odd is not None or not forms:
         raise UserError(f"forms are {', '.join(FORMS)}; got {odd or 'none'}")

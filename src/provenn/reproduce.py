@@ -36,6 +36,7 @@ from provenn.evidence.run import Budget, Elsewhere, Run, Waiting
 from provenn.files import Unwritable
 from provenn.settings import typed
 
+MOST_JOBS = 4096  # processes of one machine
 BUDGETS = ("smoke", "small", "paper")
 RUN = "runs/latest"
 MOST_SEEDS = 10_000
@@ -279,6 +280,8 @@ def reproduce_many(
     """
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if jobs > MOST_JOBS:
+        raise UserError(f"--jobs must be at most {MOST_JOBS:,}, got {jobs}")
     if jobs > 1 and cluster is not None:
         raise UserError(f"give --jobs {jobs} or --cluster {cluster}, not both: a cluster counts its machines' CPUs")
     if jobs == 1 and cluster is None:

@@ -9,6 +9,9 @@ from provenn.errors import UserError
 class Slot:
     """One shape contract.
 
+    A batch of no example is one too: it gives an output of none, and gradients of zero. What mixes examples may
+    say in its paper.toml that it cannot.
+
     Args:
         name: as papers and the command line write it.
         contract: what a mechanism of this slot takes and gives, in one line.

@@ -16,13 +16,16 @@ by several of these:
 2 changes, +24 parameters
 """
 
+import inspect
+import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +78,7 @@ def insert_after(
     factory: Callable[[int], nn.Module | None],
     *,
     name: str = "inserted",
+    width: int | None = None,
     example: Example = None,
 ) -> Changes:
     """Let a new module follow each module that `where` names.
@@ -89,6 +93,7 @@ def insert_after(
         factory: makes the new module from the width there (channels or features), as `EfficientChannelAttention` does;
             None leaves this place alone.
         name: what the new child is called; a place that has such a child already gives it a number.
+        width: told to the factory at every place; by default that of the place.
         example: an input of the model (a tensor, a tuple of positional or a dict of keyword arguments). With it the
             widths are those that really pass, and the changed model is run once: if it fails, the change is undone.
             Without it a width is read off the module, or off the last of its children that has one.
@@ -109,9 +114,12 @@ def insert_after(
                 f"{names[0]} and {', '.join(sorted(others))} are one module, so what follows one follows both; "
                 "name them all, or give the model a copy of its own first"
             )
-    widths = (
-        {module: _width(module) for module in modules} if example is None else _observed_widths(model, modules, example)
-    )
+    if width is not None:
+        widths: dict[nn.Module, int | None] = dict.fromkeys(modules, width)
+    elif example is None:
+        widths = {module: _width(module) for module in modules}
+    else:
+        widths = {**_observed_widths(model, modules, example)}
     planned = []
     for module, names in modules.items():
         width = widths.get(module)
@@ -129,8 +137,8 @@ def insert_after(
             child = _free_name(module, name)
             what = f"{_class_name(new)} follows {_class_name(module)}, {width} wide, as .{child}"
             # All modules are made before any is put in: what a factory refuses leaves the model as it was.
-            planned += [(module, child, new, Change(" = ".join(names), what, count_parameters(new)))]
-    undo = [_add_follower(module, child, new) for module, child, new, _ in planned]
+            planned += [(module, child, new, Change(" = ".join(names), what, count_parameters(new)), names, width)]
+    undo = [_add_follower(module, child, new) for module, child, new, *_ in planned]
     if example is not None:
         try:
             _run(model, example, {})
@@ -138,7 +146,9 @@ def insert_after(
             for step in undo:
                 step()
             raise
-    return Changes(tuple(change for *_, change in planned))
+    for _, child, _, _, names, width in planned:
+        _note(model, factory, names, verb="insert_after", child=child, width=width)
+    return Changes(tuple(change for _, _, _, change, *_ in planned))
 
 
 def swap(
@@ -159,11 +169,16 @@ def swap(
         where: a pattern, a type, or a sequence of them.
         factory: makes the new module from the old one, whose weights it may take; None leaves this place alone.
         example: an input of the model (a tensor, a tuple of positional or a dict of keyword arguments). With it the
-            model is run once before and once after: if it then fails, or a new module gives another shape than the old
-            one gave, or is not called where the old one was, the change is undone.
+            model is run before and after. The change is undone if the model then fails, or if a new module gives
+            another shape than the old one gave, or is not called where the old one was. Of tokens, three properties
+            are tried that the model had before: a token moves no output before it, padding moves no output of a text,
+            and a text read on from a cache gives what the whole text gives.
 
     Raises:
         UserError: nothing matches, or a new module does not do in its place with `example`.
+
+    A Hugging Face model notes the change in its config. What `save_pretrained` then writes is loaded again by
+    `provenn.huggingface.load_model`, and refused by transformers' own `from_pretrained`.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> print(swap(model, "1", lambda old: nn.GELU(), example=torch.zeros(1, 2)))
@@ -179,6 +194,7 @@ def swap(
             planned += [(old, names, new)]
             replaced += names
     expected = {} if example is None else _observed_shapes(model, [old for old, _, _ in planned], example)
+    kept = {} if example is None else _text_errors(model, example)
     changes = []
     for old, names, new in planned:
         # Counted on the whole model: a swapped module's weights may be tied to others that stay.
@@ -200,6 +216,8 @@ def swap(
                         f"{names[0]}: {_class_name(old)} gave {_describe_shape(expected.get(old))} for this example, "
                         f"{_class_name(new)} gives {_describe_shape(shapes_after.get(new))}; the change is undone"
                     )
+            if lost := _lost_property(kept, _text_errors(model, example)):
+                raise UserError(f"{_blame(model, planned, example, kept)}{lost}; the change is undone")
         except Exception as error:  # whatever a stranger's module raises
             # From the last to the first, so that a name is resolved in the model that it was found in.
             for old, names, _ in reversed(planned):
@@ -210,7 +228,27 @@ def swap(
             raise UserError(
                 f"the changed model does not run on the example: {type(error).__name__}: {reason}; the change is undone"
             ) from error
+    _note(model, factory, [name for _, names, _ in planned for name in names], verb="swap")
     return Changes(tuple(changes))
+
+
+def _note(model: nn.Module, factory: Callable[..., object], names: Sequence[str], **change: Any) -> None:
+    """Let the Hugging Face models that were changed note it in their configs, so that they can be saved."""
+    library: Any = sys.modules.get("transformers.modeling_utils")
+    if library is None:  # then none of its models is there
+        return
+    hosts: dict[str, nn.Module] = {}
+    for prefix, part in model.named_modules():
+        inside = any(not host or prefix.startswith(f"{host}.") for host in hosts)
+        if isinstance(part, library.PreTrainedModel) and not inside:
+            hosts[prefix] = part
+    for prefix, host in hosts.items():
+        start = f"{prefix}." if prefix else ""
+        changed = [name.removeprefix(start) for name in names if name.startswith(start)]
+        if changed:
+            from provenn.huggingface.saving import describe_factory, note_change
+
+            note_change(cast(Any, host), {**change, "names": changed, "factory": describe_factory(factory)})
 
 
 def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
@@ -221,7 +259,7 @@ def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
     1: Dropout becomes Identity, +0 parameters
     1 change, +0 parameters
     """
-    return swap(model, where, lambda old: nn.Identity())
+    return swap(model, where, nn.Identity)
 
 
 def _set_module(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
@@ -376,6 +414,131 @@ def _add_follower(module: nn.Module, child: str, new: nn.Module) -> Callable[[],
             handle.remove()
 
     return undo
+
+
+# Properties of a model of tokens, and how far outputs may be off, in roundings of the largest of them.
+PROPERTIES = {
+    "causality": ("a token moves outputs before it", 100),
+    "padding": ("padding moves outputs of the text", 10_000),
+    "cache": ("a text read on from a cache gives other outputs than the whole text", 10_000),
+}
+MOST = 0.1  # of the largest output, where roundings are large
+
+
+def _text_errors(model: nn.Module, example: Example) -> dict[str, float]:
+    """By how much a model of tokens breaks each of `PROPERTIES`, as a share of what it may.
+
+    A property that cannot be tried on this model and example is left out.
+    """
+    first = example[0] if isinstance(example, tuple) and example else example
+    x = first.get("input_ids") if isinstance(first, dict) else first
+    if not isinstance(x, Tensor) or (x.dim(), x.is_floating_point()) not in ((2, False), (3, True)) or x.shape[1] < 2:
+        return {}
+    by_name = isinstance(example, dict)
+    takes = inspect.signature(model.forward).parameters
+    given = {name: value for name, value in example.items() if name != "labels"} if by_name else {}
+
+    def outputs(*args: Tensor, **named: Any) -> Any:
+        kept: list[Any] = []
+        _run(model, named or args, {model: lambda module, args, output: kept.append(output)})
+        return kept[0]
+
+    def of_tokens(changed: Tensor) -> Tensor | None:
+        rest = example[1:] if isinstance(example, tuple) else ()
+        return _token_outputs(outputs(changed, *rest) if not by_name else outputs(**{**given, "input_ids": changed}), x)
+
+    whole = of_tokens(x)
+    if whole is None:
+        return {}
+    rounding = torch.finfo(next((p.dtype for p in model.parameters() if p.is_floating_point()), whole.dtype)).eps
+
+    def share(name: str, error: Tensor) -> float:
+        most = min(PROPERTIES[name][1] * rounding, MOST) * whole.abs().max().clamp_min(torch.finfo(whole.dtype).tiny)
+        return float(error.abs().max() / most) if error.isfinite().all() else math.inf
+
+    errors: dict[str, list[float]] = {}
+    mixes = False
+    for t in {1, x.shape[1] // 2, x.shape[1] - 1}:
+        changed = x.clone()
+        # Another token that the model knows: the vocabulary reaches up to the largest at least.
+        changed[:, t] = changed[:, t] + 1 if x.is_floating_point() else (changed[:, t] + 1) % max(2, int(x.max()) + 1)
+        moved = cast(Tensor, of_tokens(changed)) - whole
+        mixes = mixes or bool(moved[:, t + 1 :].any()) or bool(moved[:, :t].any())
+        errors.setdefault("causality", []).append(share("causality", moved[:, :t]))
+    if not mixes:  # each token keeps to itself, which says nothing of an order
+        errors.clear()
+    if by_name and hasattr(model, "config") and whole.shape[1] == x.shape[1]:
+        for name, attempt in (("padding", _padded_outputs), ("cache", _cached_outputs)):
+            try:
+                plain = _token_outputs(outputs(input_ids=x), x)
+                told = attempt(outputs, x, takes)
+            except UserError:  # refused in one line: nothing goes wrong in silence
+                continue
+            except Exception:  # whatever a stranger's module raises
+                errors[name] = [math.inf]
+                continue
+            errors |= {name: [share(name, one - plain) for one in told]} if told and plain is not None else {}
+    return {name: max(each) for name, each in errors.items()}
+
+
+def _token_outputs(output: Any, x: Tensor) -> Tensor | None:
+    """The outputs of each token, where a model gives any."""
+    for name in ("logits", "last_hidden_state"):
+        output = getattr(output, name, output)
+    output = output[0] if isinstance(output, tuple) and output else output
+    return (
+        output.float() if isinstance(output, Tensor) and output.dim() > 2 and output.shape[:2] == x.shape[:2] else None
+    )
+
+
+def _padded_outputs(outputs: Callable[..., Any], x: Tensor, takes: Mapping[str, Any]) -> list[Tensor]:
+    """The outputs of a text with padding before it, and with padding behind it."""
+    if "attention_mask" not in takes:
+        return []
+    told, room, tokens = [], 3, x.shape[1]
+    for start in (room, 0) if "position_ids" in takes else (0,):
+        wide, mask = x[:, :1].repeat(1, tokens + room), torch.zeros_like(x[:, :1]).repeat(1, tokens + room)
+        wide[:, start : start + tokens], mask[:, start : start + tokens] = x, 1
+        places = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if start else {}
+        output = _token_outputs(outputs(input_ids=wide, attention_mask=mask, **places), wide)
+        told += [] if output is None else [output[:, start : start + tokens]]
+    return told
+
+
+def _cached_outputs(outputs: Callable[..., Any], x: Tensor, takes: Mapping[str, Any]) -> list[Tensor]:
+    """The outputs of a text that is read in three parts, the second of one token."""
+    if "past_key_values" not in takes or "use_cache" not in takes:
+        return []
+    middle, past, told = x.shape[1] // 2, None, []
+    for part in x.split([middle, 1, x.shape[1] - middle - 1], dim=1):
+        if part.shape[1]:
+            output = outputs(input_ids=part, use_cache=True, **({} if past is None else {"past_key_values": past}))
+            past, one = getattr(output, "past_key_values", None), _token_outputs(output, part)
+            if past is None or one is None:
+                return []
+            told.append(one)
+    return [torch.cat(told, dim=1)]
+
+
+def _lost_property(before: dict[str, float], after: dict[str, float]) -> str | None:
+    """What a model kept before and breaks now, and by how much; None where nothing."""
+    for name, (broken, roundings) in PROPERTIES.items():
+        if before.get(name, math.inf) <= 1 < after.get(name, 0):
+            return f"{broken}, by {after[name]:.2g} times what {roundings:,} roundings allow"
+    return None
+
+
+def _blame(model: nn.Module, planned: Sequence[Any], example: Example, kept: dict[str, float]) -> str:
+    """The first of the new modules that breaks a property by itself, with the old ones everywhere else."""
+    for old, names, _ in reversed(planned):
+        _set_module(model, names, old)
+    for old, names, new in planned:
+        _set_module(model, names, new)
+        lost = _lost_property(kept, _text_errors(model, example))
+        _set_module(model, names, old)
+        if lost:
+            return f"{names[0]}: with {_class_name(new)} in the place of {_class_name(old)}, "
+    return f"{planned[0][1][0]} and the others together: "
 
 
 def _run(model: nn.Module, example: Example, hooks: dict[nn.Module, Callable]) -> None:

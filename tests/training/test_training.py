@@ -194,7 +194,7 @@ def test_training_learns_and_leaves_torch_as_it_was():
 def test_the_mean_of_what_layers_add_is_learned_too():
     class Adding(nn.Linear):
         def forward(self, x):
-            add_auxiliary(self.weight.sum())
+            add_auxiliary(self.weight.sum(), "a loss", "loss=0")
             return super().forward(x)
 
     def trained(layer):
@@ -301,7 +301,7 @@ def test_who_leaves_a_group_ends_its_threads_whatever_still_holds_the_model():
         ({"patience": 0}, "patience must be a whole number"),
         ({"max_steps": -1}, "max_steps must be a whole number"),
         ({"lr": 0.0}, "lr must be a positive number"),
-        ({"lr": math.nan}, "lr must be a positive number"),
+        ({"lr": math.nan}, "lr must be a finite number, got nan"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
         ({"clip": 0.0}, "clip must be a positive number"),
         ({"gamma": -1.0}, "gamma must be a positive number"),

@@ -27,7 +27,9 @@ app = typer.Typer(
 
 # typer carries its own click from some version on; what a usage error is, both tell by this class.
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
-FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+# What the system says of a place that the user chose: a full disk, rights, and names that no file can have.
+OF_A_PLACE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+LONGEST_ERROR = 600  # characters: what came may have thousands of digits
 INTERRUPTED, TERMINATED = 130, 143
 _typed: list[str] = []
 
@@ -42,7 +44,7 @@ def of_the_paper(attribute: str, key: str) -> Callable[[Any, str], list[str]]:
 
     def complete(ctx: Any, incomplete: str) -> list[str]:
         named = ctx.params.get("slug") or ctx.params.get("slugs") or ()
-        named = {catalog.slug_of(name) for name in ([named] if isinstance(named, str) else named)}
+        named = {slug for name in ([named] if isinstance(named, str) else named) for slug in catalog.slugs_of(name)}
         papers = [card for slug, card in catalog.cards().items() if not named or slug in named]
         known = {getattr(entry, key) for card in papers for entry in getattr(card, attribute)}
         return sorted(name for name in known if name.startswith(incomplete))
@@ -81,7 +83,7 @@ Budget = Annotated[
 ]
 Seeds = Annotated[str, typer.Option(help="How many, or which: 3, 7,9,11 or 10-12. A verdict on quality needs 3.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps or a torch device.", autocompletion=devices)]
-Out = Annotated[Path, typer.Option(help="Folder of the records and the report.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the records and the report.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run in the same folder stopped.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 if a claim is not reproduced.")]
 Json = Annotated[bool, typer.Option("--json", help="For machines, on stdout.")]
@@ -157,8 +159,13 @@ def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 done, 1 a claim is not reproduced, 2 bad input, 130 interrupted."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8":
+        # Under LC_ALL=C without UTF-8 mode, names of files that hold an ü could be read and not be written.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "provenn", *sys.argv[1:]])
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _typed[:] = given
+    _open_closed_streams()
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files: no window system, and no name of one, may stand in the way
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without ✔ shows a question mark
@@ -175,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _closed_pipe()
     except OSError as error:
-        if error.errno not in FULL_OR_READ_ONLY:
+        if error.errno not in OF_A_PLACE:
             raise
         return _refuse(f"{error.filename or 'writing'}: {error.strerror}")
     except SystemExit as error:
@@ -183,6 +190,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """Give standard streams that were closed (`provenn list >&-`) to /dev/null, so that no file of ours takes a place
+    that others write to."""
+    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, flags)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8"))
 
 
 def _tell_left_out(given: Sequence[str]) -> None:
@@ -193,7 +212,13 @@ def _tell_left_out(given: Sequence[str]) -> None:
 
 
 def _refuse(message: str) -> int:
-    tell("provenn: " + " ".join(message.split()))
+    """Print an error as one line; of a very long one the beginning, which says what came, and the end."""
+    line = "provenn: " + " ".join(message.split())
+    if len(line) > LONGEST_ERROR:
+        left_out = len(line) - LONGEST_ERROR
+        half = LONGEST_ERROR // 2
+        line = f"{line[:half]} … ({left_out:,} characters left out) … {line[-half:]}"
+    tell(line)
     return 2
 
 

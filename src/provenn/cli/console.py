@@ -1,7 +1,5 @@
 """Tables and colours of the terminal."""
 
-import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from provenn.evidence.measurement import Table as Numbers
 from provenn.evidence.record import Finding
 from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import NO_VERDICT, Verdict
+from provenn.files import strict_json
 from provenn.progress import without_controls
 
 if TYPE_CHECKING:  # timings are torch's, and `list` does without
@@ -57,16 +56,8 @@ def escape(text: str) -> str:
 
 
 def machine(value: Any) -> None:
-    """JSON on stdout; what JSON has no number for (infinity, not a number) is null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON on stdout."""
+    print(strict_json(value))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

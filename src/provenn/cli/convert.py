@@ -1,6 +1,5 @@
 """The verb that puts a mechanism into a pretrained model: convert."""
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from provenn import catalog, progress
 from provenn.cli.app import Device, Json, Slug, app
 from provenn.cli.work import pairs
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import strict_json, whole
 
 if TYPE_CHECKING:
     from provenn.huggingface import Material, Source
@@ -106,7 +105,7 @@ def convert(
     host.save_pretrained(out)
     save_reader(out)
     with whole(out / REPORT) as place:
-        place.write_text(json.dumps(recovery.json(), indent=2) + "\n", encoding="utf-8")
+        place.write_text(strict_json(recovery.json()) + "\n", encoding="utf-8")
     if as_json:
         console.machine(recovery.json())
         return
@@ -125,7 +124,7 @@ def convert(
         terminal.print(f"note     {note}", soft_wrap=True)
     terminal.print(f"written  {out}, with {REPORT}", soft_wrap=True)
     terminal.print(
-        f"next     import provenn.huggingface, and load it with from_pretrained({str(out)!r})",
+        f"next     load it in Python by provenn.huggingface.load_model({str(out)!r})",
         markup=False,
         soft_wrap=True,
     )

@@ -32,9 +32,9 @@ def list_papers(
     _known("task", task, {name for card in known for name in card.tasks})
     _known("slot", slot, {mechanism.slot for card in known for mechanism in card.mechanisms})
     words = " ".join(query or [])
-    fitting = catalog.search(words, task, slot)
+    fitting, called = catalog.search(words, task, slot), catalog.mechanism_names()
     if json:
-        console.machine([_entry(card) for card in fitting])
+        console.machine([_entry(card, called) for card in fitting])
         return
     if not fitting:
         tell(f"no paper fits {words!r}; `provenn list` names all {len(known)}")
@@ -42,7 +42,7 @@ def list_papers(
     rows = [
         (
             f"[bold]{card.slug}[/]",
-            "\n".join([console.escape(card.title), f"[dim]{', '.join(card.tasks)}[/]", *_slots(card)]),
+            "\n".join([console.escape(card.title), f"[dim]{', '.join(card.tasks)}[/]", *_slots(card, called)]),
         )
         for card in fitting
     ]
@@ -52,10 +52,10 @@ def list_papers(
     terminal.print(f"provenn show {name}        what its abstract says, what of it holds, and what to do with it")
 
 
-def _slots(card: Card) -> list[str]:
+def _slots(card: Card, called: dict[tuple[str, str], str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for mechanism in card.mechanisms:
-        names.setdefault(mechanism.slot, []).append(mechanism.name)
+        names.setdefault(mechanism.slot, []).append(called[card.slug, mechanism.name])
     return [f"[dim]{slot}:[/] {', '.join(inside)}" for slot, inside in names.items()]
 
 
@@ -65,11 +65,11 @@ def _known(what: str, name: str | None, names: set[str]) -> None:
         raise UserError(f"no paper has the {what} {name!r}{catalog.meant(name, names)}; there are: {there}")
 
 
-def _entry(card: Card) -> dict:
+def _entry(card: Card, called: dict[tuple[str, str], str]) -> dict:
     return {
         **card.model_dump(mode="json", include={"slug", "title", "arxiv", "date", "tags", "summary"}),
         "tasks": card.tasks,
-        "mechanisms": [{"name": m.name, "slot": m.slot} for m in card.mechanisms],
+        "mechanisms": [{"name": called[card.slug, m.name], "slot": m.slot} for m in card.mechanisms],
         "presets": [preset.name for preset in card.presets],
     }
 
@@ -107,7 +107,7 @@ def show(
     if bibtex and not json:
         print(without_controls(card.bibtex()))
         return
-    evidence = view.committed(card)
+    evidence = view.committed(card, tell)
     statements = view.judged(card, evidence)
     findings = evidence.findings(card.claims) if evidence else [Finding(card.slug, claim) for claim in card.claims]
     if json:
@@ -195,7 +195,11 @@ def _everything(card: Card, findings: list[Finding], elsewhere: list[Finding]) -
 
     out = console.console()
     if card.mechanisms:
-        rows = [(f"[bold]{m.name}[/]", m.slot, f"{card.package}.{m.layer.replace(':', '.')}") for m in card.mechanisms]
+        called = catalog.mechanism_names()
+        rows = [
+            (f"[bold]{called[card.slug, m.name]}[/]", m.slot, f"{card.package}.{m.layer.replace(':', '.')}")
+            for m in card.mechanisms
+        ]
         out.print("", console.table(("mechanism", "slot", "layer"), rows))
     if card.presets:
         rows = [
@@ -241,7 +245,7 @@ def board(
     from provenn.evidence.statement import Standing
 
     if source is None:
-        known = {card.slug: evidence for card in catalog.cards().values() if (evidence := view.committed(card))}
+        known = {card.slug: evidence for card in catalog.cards().values() if (evidence := view.committed(card, tell))}
     else:
         if not source.is_dir():
             raise UserError(f"no folder at {source}: give --from the folder of a `provenn reproduce`")

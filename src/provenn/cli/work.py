@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from provenn import catalog, progress
 from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, resumable, tell
 from provenn.errors import UserError
+from provenn.files import is_stdout
 from provenn.progress import without_controls
 
 if TYPE_CHECKING:
@@ -86,7 +88,9 @@ def train(
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Name images that cannot be read, and go on.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/SLUG by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run. Default: runs/SLUG.", show_default=False)
+    ] = None,
 ) -> None:
     """Train a paper's system on data.
 
@@ -195,7 +199,7 @@ def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=2
             )
         try:
             pairs[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON; or a number of more digits, or lists deeper, than are read
             pairs[key] = value
     return pairs
 
@@ -241,7 +245,9 @@ def predict(
     ] = None,
     weights: Weights = None,
     preset: Preset = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", "-o", help="File or folder for the result.")
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(help="Of super-resolution: the images in full resolution; prints PSNR and SSIM."),
@@ -271,17 +277,20 @@ def predict(
     options |= {"overlay": True} if overlay else {}
     streamed = False
 
+    # Where the result itself goes to stdout, what is said of it goes elsewhere: a pipe gets the result alone.
+    said = sys.stderr if output is not None and is_stdout(output) else sys.stdout
+
     def tell_piece(piece: str) -> None:
         nonlocal streamed
         streamed = True
-        print(without_controls(piece), end="", flush=True)
+        print(without_controls(piece), end="", flush=True, file=said)
 
     with progress.shown():
         _say_what_ships(slug, weights, preset)
         text = api.predict(
             slug, inputs or [], weights=weights, preset=preset, output=output, changes=options, tell=tell_piece
         )
-    print("" if streamed else without_controls(text))
+    print("" if streamed else without_controls(text), file=said)
 
 
 @app.command()
@@ -309,7 +318,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 256,
     device: Device = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="A folder for the metrics, and of classes a table and a picture.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the metrics, and for classes a table and a picture."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -358,7 +368,9 @@ def inspect(
     file: Annotated[Path, typer.Argument(metavar="INPUT", help="What the system is given, such as an image.")],
     weights: Weights = None,
     preset: Preset = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PNG", help="Where a picture goes.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", "-o", metavar="PNG", help="File for a picture.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """What goes on inside a paper's system on an input of yours, such as the gates of its layers.
@@ -394,7 +406,7 @@ def inspect(
 @app.command()
 def export(
     slug: Slug,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where it goes: a file ending in .onnx.")],
+    output: Annotated[Path, typer.Option("--output", "--out", "-o", help="File to write, ending in .onnx.")],
     weights: Weights = None,
     preset: Preset = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise it, and show what that costs.")] = False,

@@ -11,7 +11,7 @@ from torch import nn
 
 from provenn.catalog import Card, Mechanism, Preset, card, in_a_line
 from provenn.errors import UserError
-from provenn.slots import slot
+from provenn.slots import Slot, slot
 from provenn.testing.promises import PROMISES, parameters_on_meta
 from provenn.testing.shipped import check_weights, files_of
 from provenn.testing.subject import Subject
@@ -19,7 +19,14 @@ from provenn.testing.subject import Subject
 OF_EVERY_PRESET = ("match-published-counts", "reach-parameters", "build-on-meta", "feed-heads")
 OF_BACKBONES = ("feed-heads", "tell-classes")
 OF_LARGE_PRESETS = ("match-published-counts", "build-on-meta")
-TRACED = ("compile", "export")
+# What another direction of looking may change. How weights are kept, and what is refused, is the same in both.
+OF_BOTH_WAYS = (
+    "keep-shape", "keep-examples-apart", "mix", "heed-mask", "reach-parameters", "keep-gradients-finite",
+    "pass-gradcheck", "differentiate-twice", "differentiate-forward", "train-in-mixed-precision",
+    "take-an-empty-batch", "run-in-bfloat16", "build-on-meta",
+)  # fmt: skip
+OPEN = "export-open-sizes"  # asked where it is named: a loop that is unrolled over tokens cannot keep it
+TRACED = ("compile", "export", OPEN)
 LARGE = 2**28  # parameters; beyond, weights and gradients are more than a test should hold
 
 
@@ -36,17 +43,22 @@ def check_mechanism(
 ) -> None:
     """Hold a mechanism to every promise of its slot.
 
+    A token mixer that takes `causal=False` too is held to those of them that this may change once more.
+
     Args:
         factory: makes it, as the slot says: `factory(dim)`, `factory(channels)`, ...
         slot_name: one of `provenn.slots.SLOTS`.
         cannot: promises that it cannot keep, each with the reason. One that it does keep is reported as well.
-        only: names of the promises to ask for; by default all.
+        only: names of the promises to ask for; by default all but "export-open-sizes".
 
     Raises:
         BrokenPromise: one or more promises are broken; a line for each.
     """
-    of = slot(slot_name)
-    _ask(Subject.mechanism(factory, of, f"{_called(factory)} as {of.name}"), of.name, cannot or {}, only)
+    of, cannot = slot(slot_name), cannot or {}
+    name = f"{_called(factory)} as {of.name}"
+    _ask(Subject.mechanism(factory, of, name), of.name, cannot, only)
+    if _looks_both_ways(of.name, cannot):
+        _ask_both_ways(factory, of, name, cannot, only)
 
 
 def check_paper(paper: str | Card) -> None:
@@ -72,12 +84,17 @@ def check_paper(paper: str | Card) -> None:
 
 
 def checks_of(paper: Card) -> dict[str, Callable[[], None]]:
-    """One check for each mechanism, each of its variants, each preset and each weight file of a paper, by name."""
-    checks: dict[str, Callable[[], None]] = {
-        f"{paper.slug} {m.name}{_options(variant)}": partial(_check_mechanism, paper, m, variant)
-        for m in paper.mechanisms
-        for variant in ({}, *m.variants)
-    }
+    """One check for each mechanism, each of its variants, each preset and each weight file of a paper, by name.
+
+    A token mixer that is causal or not, as it is built, has one for each of the two.
+    """
+    checks: dict[str, Callable[[], None]] = {}
+    for m in paper.mechanisms:
+        for variant in ({}, *m.variants):
+            checks[f"{paper.slug} {m.name}{_options(variant)}"] = partial(_check_mechanism, paper, m, variant)
+            if _looks_both_ways(m.slot, m.cannot):
+                name = f"{paper.slug} {m.name}{_options({**variant, 'causal': False})}"
+                checks[name] = partial(_check_mechanism, paper, m, variant, causal=False)
     checks |= {f"{paper.slug} {p.name}": partial(_check_preset, paper, p) for p in paper.presets}
     checks |= {f"{paper.slug} weights/{file.name}": partial(_check_weights, paper, file) for file in files_of(paper)}
     return checks
@@ -87,7 +104,21 @@ def _options(variant: Mapping[str, Any]) -> str:
     return f" with {', '.join(f'{key}={value!r}' for key, value in variant.items())}" if variant else ""
 
 
-def _check_mechanism(paper: Card, mechanism: Mechanism, variant: Mapping[str, Any]) -> None:
+def _looks_both_ways(slot_name: str, cannot: Mapping[str, str]) -> bool:
+    """Whether a mechanism is causal or not, as it is built."""
+    return slot_name == "token-mixer" and not {"be-causal", "see-both-ways"} & cannot.keys()
+
+
+def _ask_both_ways(
+    factory: Callable[..., Any], of: Slot, name: str, cannot: Mapping[str, str], only: Collection[str] | None = None
+) -> None:
+    """What `causal=False` may change, but what the mechanism is excused from as it is."""
+    ways = (*OF_BOTH_WAYS, OPEN) if only else OF_BOTH_WAYS
+    asked = [promise for promise in ways if promise not in cannot and (only is None or promise in only)]
+    _ask(Subject.mechanism(factory, of, f"{name} with causal=False", causal=False), of.name, {}, asked)
+
+
+def _check_mechanism(paper: Card, mechanism: Mechanism, variant: Mapping[str, Any], *, causal: bool = True) -> None:
     name = f"{paper.slug} {mechanism.name}{_options(variant)}"
     try:
         of, layer = slot(mechanism.slot), paper.resolve(mechanism.layer)
@@ -98,7 +129,11 @@ def _check_mechanism(paper: Card, mechanism: Mechanism, variant: Mapping[str, An
     arguments = {**mechanism.arguments, **variant}
     # A backbone is a preset too, or made as one: what every system promises is asked of that.
     only = {*OF_BACKBONES, *mechanism.cannot} if of.name == "backbone" else None
-    _ask(Subject.mechanism(partial(layer, **arguments), of, name), of.name, mechanism.cannot, only)
+    factory = partial(layer, **arguments)
+    if causal:
+        _ask(Subject.mechanism(factory, of, name), of.name, mechanism.cannot, only)
+    else:
+        _ask_both_ways(factory, of, name, mechanism.cannot)
 
 
 def _check_preset(paper: Card, preset: Preset) -> None:
@@ -181,6 +216,8 @@ def _ask(
     broken: list[tuple[str, Exception | None]] = []
     for name, promise in asked.items():
         if only is not None and name not in only:
+            continue
+        if only is None and name == OPEN:
             continue
         try:
             promise.check(subject)

@@ -4,7 +4,7 @@ import copy
 import inspect
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 import jaxtyping
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +51,10 @@ def _promise(name: str, *where: str) -> Callable[[Callable[[Subject], None]], Ca
     return register
 
 
+# What is traced with open sizes sees several windows and chunks of a mechanism, then others. No window's side divides
+# them: where nothing is filled up, torch.export keeps that as a condition.
+TRACED = {"batch": 3, "tokens": 37, "other": 5, "height": 17, "width": 23}
+OTHER = {"batch": 2, "tokens": 50, "other": 9, "height": 26, "width": 19}
 EQUAL = 1e-6  # of two runs of the same arithmetic: how memory is aligned may change the order of a sum
 KEY_BIASES = ("key.bias", "k_proj.bias")
 MECHANISMS = ("token-mixer", "channel-gate", "map-mixer", "batch-mixer", "cross-mixer", "residual")
@@ -197,17 +202,23 @@ def _see_both_ways(subject: Subject) -> None:
 
 @_promise("heed-mask", "token-mixer")
 def _heed_mask(subject: Subject) -> None:
-    """A token that mask says may not be attended changes no other token's output; a mask of True changes nothing."""
+    """A token that mask says may not be attended changes no other token's output, whatever it holds.
+
+    It may hold other noise, NaN or an infinity. A mask of True changes nothing.
+    """
     module = subject.build()
     (x,) = subject.inputs()
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
     with torch.no_grad():
         _close(module(x, mask=mask), module(x), "a mask that allows everything changes outputs")
         mask[:, 2] = mask[1, 4] = False
-        changed = torch.where(mask[..., None], x, 7 * subject.inputs(seed=1)[0])
-        before, after = module(x, mask=mask), module(changed, mask=mask)
-    _close(after[mask], before[mask], "a token that may not be attended changes other outputs")
-    assert before.isfinite().all(), "a mask gives values that are not finite"
+        before = module(x, mask=mask)
+        assert before.isfinite().all(), "a mask gives values that are not finite"
+        for what, hidden in (("", 7 * subject.inputs(seed=1)[0]), (" of NaN", torch.nan), (" of ∞", torch.inf)):
+            after = module(torch.where(mask[..., None], x, hidden), mask=mask)[mask]
+            message = f"a token{what} that may not be attended changes other outputs"
+            assert after.isfinite().all(), message
+            _close(after, before[mask], message)
 
 
 @_promise("stream", "token-mixer")
@@ -312,7 +323,7 @@ def _follow_the_slope(function: Callable[..., Tensor], given: list[Tensor]) -> N
 
 @_promise("differentiate-twice", *MECHANISMS)
 def _differentiate_twice(subject: Subject) -> None:
-    """In float64 the second derivatives equal finite differences of the gradient, or are refused with a message."""
+    """In float64 the second derivatives equal finite differences of the gradient."""
     module = subject.build().double()
     inputs = [x.double() for x in subject.inputs(batch=2, tokens=4, other=3, height=4, width=5)]
     names = [name for name, _ in module.named_parameters()]
@@ -328,17 +339,38 @@ def _differentiate_twice(subject: Subject) -> None:
         grads = torch.autograd.grad((output * weights).sum(), at, create_graph=again, allow_unused=True)
         return at, [torch.zeros_like(x) if g is None else g for x, g in zip(at, grads)]
 
-    try:
-        at, grads = gradients(0.0, again=True)
-        slope = torch.stack([(g * direction).sum() for g, direction in zip(grads, along)]).sum()
-        second = torch.autograd.grad(slope, at, allow_unused=True) if slope.requires_grad else [None] * len(at)
-    except (RuntimeError, NotImplementedError) as error:
-        assert str(error), "second derivatives are refused without a word"
-        return
+    at, grads = gradients(0.0, again=True)
+    slope = torch.stack([(g * direction).sum() for g, direction in zip(grads, along)]).sum()
+    second = torch.autograd.grad(slope, at, allow_unused=True) if slope.requires_grad else [None] * len(at)
     step = 1e-6
     differences = [(g - h) / (2 * step) for g, h in zip(gradients(step)[1], gradients(-step)[1])]
     actual = [torch.zeros_like(x) if s is None else s for x, s in zip(at, second)]
     _close(actual, differences, "the second derivative is not that of the gradient")
+
+
+@_promise("differentiate-forward", *MECHANISMS)
+def _differentiate_forward(subject: Subject) -> None:
+    """In float64 `torch.func.jvp` and forward mode give the derivative that finite differences give."""
+    module = subject.build().double()
+    inputs = [x.double() for x in subject.inputs(batch=2, tokens=4, other=3, height=4, width=5)]
+    names = [name for name, _ in module.named_parameters()]
+    start = (*inputs, *(p.detach() for p in module.parameters()))
+    generator = torch.Generator().manual_seed(0)
+    along = tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in start)
+
+    def function(*at: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, at[len(inputs) :])), at[: len(inputs)])
+
+    step = 1e-6
+    with torch.no_grad():
+        ends = [function(*(x + s * direction for x, direction in zip(start, along))) for s in (step, -step)]
+    difference = (ends[0] - ends[1]) / (2 * step)
+    _close(torch.func.jvp(function, start, along)[1], difference, "the derivative of torch.func.jvp is another")
+    with forward_ad.dual_level():
+        output = function(*(forward_ad.make_dual(x, direction) for x, direction in zip(start, along)))
+        tangent = forward_ad.unpack_dual(output).tangent
+    assert tangent is not None, "forward mode loses the derivative"
+    _close(tangent, difference, "the derivative of forward mode is another")
 
 
 @_promise("train-in-mixed-precision")
@@ -370,7 +402,10 @@ def _train_in_mixed_precision(subject: Subject) -> None:
 
 @_promise("take-an-empty-batch", *APART)
 def _take_an_empty_batch(subject: Subject) -> None:
-    """A batch of no example gives an output of none, as the last piece of a data set that is divided may be."""
+    """A batch of no example gives an output of none, as the last piece of a data set that is divided may be.
+
+    A mechanism also passes gradients back through it, in training.
+    """
     module, inputs = subject.build(), subject.inputs(batch=0)
     with torch.no_grad():
         empty, one = tree_leaves(module(*inputs)), tree_leaves(module(*subject.inputs(batch=1)))
@@ -379,6 +414,11 @@ def _take_an_empty_batch(subject: Subject) -> None:
             assert y.shape == (0, *expected.shape[1:]), (
                 f"no example gives {tuple(y.shape)}, one {tuple(expected.shape)}"
             )
+    if subject.slot:
+        inputs = _cast(inputs, Tensor.requires_grad_)
+        module.train()(*inputs).sum().backward()
+        bad = [name for name, p in module.named_parameters() if p.grad is not None and p.grad.any()]
+        assert not bad, f"no example gives {', '.join(bad)} a gradient"
 
 
 @_promise("run-in-bfloat16")
@@ -499,6 +539,31 @@ def _export(subject: Subject) -> None:
     with unchecked(), torch.no_grad():
         exported = torch.export.export(module, tuple(inputs))
         _close(exported.module()(*inputs), module(*inputs), "exported, it gives another output")
+
+
+@_promise("export-open-sizes", *MECHANISMS)
+def _export_open_sizes(subject: Subject) -> None:
+    """torch.export takes it with every axis open but its width, and at other sizes it gives the same output.
+
+    It asks more than "export" does. It is asked only where it is named: a loop unrolled over tokens cannot keep it.
+    """
+    assert subject.slot is not None
+    axes = [{i for i, axis in enumerate(of.split()) if axis != subject.slot.width} for of in subject.slot.inputs]
+    module, inputs = subject.build(), subject.inputs(**_open(subject, TRACED))
+    with unchecked(), torch.no_grad():
+        shapes = tuple(dict.fromkeys(of, torch.export.Dim.DYNAMIC) for of in axes)
+        exported = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes).module()
+        for sizes in (TRACED, OTHER):
+            inputs = subject.inputs(**_open(subject, sizes))
+            given = " and ".join(str(tuple(x.shape)) for x in inputs)
+            _close(exported(*inputs), module(*inputs), f"exported, of {given} it gives another output")
+
+
+def _open(subject: Subject, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Those of some sizes that a mechanism's slot has, but its width."""
+    assert subject.slot is not None
+    axes = {axis for shape in subject.slot.inputs for axis in shape.split()} - {subject.slot.width}
+    return {axis: size for axis, size in sizes.items() if axis in axes}
 
 
 @_promise("feed-heads", "preset", "backbone")

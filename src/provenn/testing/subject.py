@@ -37,15 +37,17 @@ class Subject:
     published: tuple[Figure, ...] = ()
 
     @classmethod
-    def mechanism(cls, factory: Callable[..., Any], slot: Slot, name: str = "") -> "Subject":
+    def mechanism(cls, factory: Callable[..., Any], slot: Slot, name: str = "", *, causal: bool = True) -> "Subject":
+        """`causal` is how a token mixer is built where a check does not say: one that cannot look back alone is not."""
+
         def make(dim: int = WIDTH, **options: Any) -> nn.Module:
             if slot.name == "backbone":
                 return factory(**{"in_channels": dim, "num_classes": CLASSES, **options})
             if slot.name != "token-mixer":
                 made = factory(dim, **options)
                 return _Joined(made, dim) if slot.name == "residual" else made
-            if "causal" in options:
-                return factory(dim, **options)
+            if "causal" in options or not causal:
+                return factory(dim, **{"causal": causal, **options})
             try:
                 return factory(dim, causal=True, **options)
             except ValueError:  # one that looks both ways alone; whether it may is asked by the promise be-causal

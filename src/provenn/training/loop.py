@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import math
+import os
 import sys
 import time
 import warnings
@@ -32,6 +33,7 @@ from provenn.training.systems import JointOptimizer, before_saving, make_optimiz
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning")  # its loggers
 STRATEGIES = ("auto", "ddp", "fsdp")
 SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
+PROCESSES = 16  # that may be asked for where there are fewer cores: hundreds would stop the machine
 LOGGERS = ("csv", "tensorboard")
 LOG = "log"  # the folder of what they write
 MAY_CHANGE = ("epochs", "max_steps", "patience")  # of the recipe, in a run that goes on
@@ -178,6 +180,11 @@ def fit(
         raise UserError(f"strategy fsdp takes precision {', '.join(SHARDED_PRECISIONS)}, got {recipe.precision!r}")
     if device.startswith("cuda") and devices > torch.cuda.device_count():
         raise UserError(f"devices must be at most {torch.cuda.device_count()} on this machine, got {devices}")
+    most_processes = max(os.cpu_count() or 1, PROCESSES)
+    if devices > most_processes:
+        raise UserError(f"devices must be at most {most_processes} on this machine, got {devices}")
+    if workers > most_processes:
+        raise UserError(f"workers must be at most {most_processes} on this machine, got {workers}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
     check_recipe(recipe, task)

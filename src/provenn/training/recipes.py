@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from provenn.errors import UserError
+from provenn.settings import check_numbers
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 POLICIES = ("imagenet", "cifar10", "svhn")  # that AutoAugment found
@@ -286,10 +287,11 @@ def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
             merged[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
             if name in WHOLE:
-                continue  # the recipe itself says what it takes there
+                raise UserError(f"{name} must be a whole number of at least 1, got {value!r}") from None
             if name in CHOSEN:
                 known = [word for hint in (hints[name], *get_args(hints[name])) for word in get_args(hint)]
                 words = ", ".join(word for word in known if isinstance(word, str))
                 raise UserError(f"{name} must be one of {words}, got {value!r}") from None
             raise UserError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
+        check_numbers(name, value, merged[name])
     return Recipe(**merged)
