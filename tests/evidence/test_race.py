@@ -106,3 +106,11 @@ def test_changed_code_is_timed_again(tmp_path):
 def test_mistakes_are_told_when_claims_are_read(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_what_needs_a_gpu_says_so_without_one_and_keeps_whether_it_is_the_papers_setting(tmp_path):
+    race = Race("r", COUNT.runners, (2, 4, 8), quantity="count", gpu="a CUDA GPU with 16 GB", at_paper_setting=True)
+    for claim in (race.against("three", "one"), race.grows("one")):
+        assert claim(Run("p", tmp_path)).needs == "a CUDA GPU with 16 GB: --device cuda"
+    assert race.against("three", "one")(Run("p", tmp_path, device="cuda:1")).at_paper_setting
+    assert not COUNT.against("three", "one")(Run("p", tmp_path)).at_paper_setting

@@ -33,6 +33,8 @@ class Race:
         rounds: of a clock.
         setting: what else a reader needs to repeat it.
         note: goes with every measurement.
+        gpu: the GPU that it needs, where it is not to run on anything else, such as "a CUDA GPU with 16 GB".
+        at_paper_setting: whether sizes and device are those of the paper's figure.
 
     Raises:
         ValueError: fewer rounds than an interval of 95 % needs.
@@ -47,6 +49,8 @@ class Race:
     rounds: int = 11
     setting: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    gpu: str = ""
+    at_paper_setting: bool = False
 
     def __post_init__(self) -> None:
         if self.rounds < FEWEST_ROUNDS:
@@ -91,6 +95,10 @@ class Race:
         for name in names:
             if name not in self.runners:
                 raise ValueError(f"{self.name} has no runner {name!r}; it has: {', '.join(self.runners)}")
+
+    def lacking(self, run: Run) -> str:
+        """What it needs and this run does not have, or ""."""
+        return f"{self.gpu}: --device cuda" if self.gpu and not run.device.startswith("cuda") else ""
 
     def facts(self, run: Run) -> dict[str, Any]:
         """All that decides what is measured: the trial's key, and the record's setting."""
@@ -180,6 +188,8 @@ class Ratio:
         return replace(self, race=self.race.varied(**changes))
 
     def __call__(self, run: Run) -> Measurement:
+        if lacking := self.race.lacking(run):
+            return Measurement.not_measured(lacking)
         race, measured = self.race, self.race.measure(run)
         sizes = race.facts(run)[race.unit]
         place = sizes.index(self.at) if self.at in sizes else len(sizes) - 1
@@ -188,6 +198,7 @@ class Ratio:
         shown = race.shown(run, measured)
         shown["setting"] = {**shown["setting"], "at": sizes[place]}
         unit = race.of or UNITS[race.quantity]
+        shown["at_paper_setting"] = race.at_paper_setting
         return Measurement.of(estimator, values, baselines, sides=self.sides, unit=unit, **shown)
 
 
@@ -212,6 +223,8 @@ class Exponent:
         return replace(self, race=race)
 
     def __call__(self, run: Run) -> Measurement:
+        if lacking := self.race.lacking(run):
+            return Measurement.not_measured(lacking)
         race, measured = self.race, self.race.measure(run)
         least = [min(rounds) for rounds in measured[self.system]]
         unit = f"exponent of {race.of or UNITS[race.quantity]} over {race.unit}"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from provenn.bench import interleaved
+from provenn.errors import UserError
 from provenn.evidence import Measurement, Race, Run, Table, measures
+from provenn.evidence.measurement import lacks_memory, lacks_operation
 from provenn.nn.context_parallel import Inputs, Method, Partial, Pattern, Simulation, Spread, attend, simulate
 from provenn.nn.context_parallel.methods import Ring, pack, with_keys
 from provenn.papers.long_context_bench import masks
@@ -31,17 +33,22 @@ from provenn.papers.long_context_bench.context_parallel.bench import Case as Ben
 from provenn.papers.long_context_bench.context_parallel.bench import draw
 from provenn.papers.long_context_bench.kernels import Case, Kernel, kernels, reference
 from provenn.papers.long_context_bench.kernels.blockwise import Blockwise
+from provenn.papers.long_context_bench.kernels.cudnn import CuDNN
 from provenn.papers.long_context_bench.kernels.documents import Documents
+from provenn.papers.long_context_bench.kernels.flex import Flex
 from provenn.papers.long_context_bench.kernels.gathered import Gathered
 from provenn.papers.long_context_bench.kernels.naive import Naive
 from provenn.papers.long_context_bench.kernels.sdpa import SDPA
 from provenn.papers.long_context_bench.masks import MASKS, Mask, Slice, make_mask
 from provenn.papers.long_context_bench.sparse import BlockSparse, block_sparse, variable_block_sparse
 from provenn.papers.long_context_bench.timing import (
+    PROTOCOLS,
     Direction,
+    Judge,
     Protocol,
     Stopwatch,
     flops,
+    measure,
     prepare_call,
     quantiles,
     time_call,
@@ -244,6 +251,63 @@ def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measuremen
 
 def _rate(area: float | int, seconds: float) -> float:
     return 4 * area * LARGE["heads"] * LARGE["head_dim"] / seconds / 1e9
+
+
+# What the authors timed on an H100: 64 heads of queries on 8 of keys, of width 128, in bfloat16.
+
+ON_GPU: dict[str, Any] = {"heads": 64, "kv_heads": 8, "head_dim": 128}
+GPU_KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), CuDNN(), Flex())}
+
+
+def gpu_point(run: Run, kernel: Kernel, name: str, tokens: int, seed: int) -> Mapping[str, Any]:
+    """One kernel on one mask on the run's GPU, forward, by the authors' protocol."""
+    device = torch.device(run.device)
+    mask = make_mask(name, tokens, seed=seed, histogram="pile" if "documents" in _takes(MASKS[name]) else None)
+    case = Case(mask, **ON_GPU, dtype=torch.bfloat16, device=device)
+    protocol = PROTOCOLS["smoke" if run.smoke else "paper"]
+    judge = Judge(lacks_memory, lacks_operation)
+    return run.trial(
+        f"{name}, {kernel.name}",
+        lambda: measure(kernel, case, "forward", protocol, judge=judge, seed=seed),
+        seed=seed,
+        alone=True,
+        **ON_GPU,
+        dtype="bfloat16",
+        tokens=tokens,
+        documents="lengths from the Pile's histogram",
+        protocol=list(protocol),
+    )
+
+
+@measures("sdpa_documents_gpu")
+def sdpa_documents_gpu(run: Run, tokens: int = 32_768) -> Measurement:
+    """SDPA with a dense mask, a packing a seed; beside it the other kernels, and masks that need no dense one."""
+    if not run.device.startswith("cuda"):
+        return Measurement.not_measured("an H100: --device cuda")
+    tokens = 1024 if run.smoke else tokens
+    packed = [gpu_point(run, SDPA(), "causal_document", tokens, seed) for seed in run.seeds]
+    for point in packed:
+        if point["status"] != "ok":
+            raise UserError(f"sdpa on causal_document: {point['status']}, {point['reason']}")
+    first = run.seeds[0]
+    rows: list[list[str | float | int | None]] = []
+    for name in ("full", "causal", "full_document", "causal_document"):
+        points = [gpu_point(run, kernel, name, tokens, first) for kernel in GPU_KERNELS.values()]
+        rows.append([name, *(point["tflops"] if point["status"] == "ok" else point["status"] for point in points)])
+    caption = f"{tokens} tokens, forward, TFLOP/s"
+    return Measurement.mean(
+        [point["tflops"] for point in packed],
+        seeds=run.seeds,
+        unit="TFLOP/s",
+        setting={
+            **ON_GPU,
+            "dtype": "bfloat16",
+            "tokens": tokens,
+            "protocol": "5 calls to warm up, 20 timed, cache flushed",
+        },
+        tables=[Table(caption=caption, columns=["mask", *GPU_KERNELS], rows=rows)],
+        note="Documents are drawn from the Pile's histogram, the authors' page has none longer than a quarter.",
+    )
 
 
 @measures("time_over_area")

@@ -130,6 +130,20 @@ FORWARD = Race(
     setting={**HEAD, "form": "fft", "FFT": "double precision but where said"},
     note="The whole layer, projections and features included, as it is shipped but for the form.",
 )
+GPU_FORWARD = Race(
+    "forward pass of a layer on a GPU",
+    {
+        "softmax": forward_of(explicit_layer),
+        "fused softmax": forward_of(fused_layer),
+        **{f"NPRF + RPE, m={m}": forward_of(partial(nprf_layer, features=m, form="fft")) for m in (2, 16, 32)},
+        "NPRF + RPE, m=32, single": forward_of(partial(nprf_layer, form="fft", precision="single")),
+    },
+    sizes=(8192, 16384, 24576, 32768, 40960),
+    rounds=9,
+    setting={**HEAD, "form": "fft", "FFT": "double precision but where said", "type": "float32"},
+    note="The lengths of Figure 1a, which is of a V100. The whole layer, projections and features included.",
+    gpu="a CUDA GPU with 16 GB",
+)
 OPERATIONS = Race(
     "operations of a layer",
     {
@@ -178,6 +192,8 @@ CLAIMS = {
     "memory": MEMORY.against("NPRF + RPE", "softmax + RPE"),
     "faster_than_softmax": FORWARD.against("NPRF + RPE, m=16", "softmax"),
     "faster_with_many_features": FORWARD.against("NPRF + RPE, m=32", "softmax"),
+    "gpu_time": GPU_FORWARD.against("NPRF + RPE, m=32", "softmax"),
+    "gpu_time_fused": GPU_FORWARD.against("NPRF + RPE, m=32", "fused softmax"),
     "normalisation_alone": COPYING.against("nprf", "softmax"),
     "rpe_restores": COPYING.against("nprf+rpe", "nprf", shown=["softmax"], picture=True),
     "rpe_under_stress": STRESS.against("prf+rpe", "prf", may_guess=FAILS),

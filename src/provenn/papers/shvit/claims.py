@@ -13,6 +13,7 @@ from provenn.papers.shvit import model as presets
 from provenn.papers.shvit.layers import MultiHeadAttention, SingleHeadAttention
 from provenn.papers.shvit.studies import (
     BATCH,
+    GPU_BATCH,
     MIXERS,
     alike_neighbours,
     as_built,
@@ -21,6 +22,7 @@ from provenn.papers.shvit.studies import (
     head_network,
     in_onnxruntime,
     inference,
+    inference_in_half,
     large_patch_data,
     late_less_early,
     left_with_one_head,
@@ -192,6 +194,15 @@ MOBILEVIT_ONNX = Race(
     rounds=11,
     setting={"batch": 1, "form": "both fused", "threads": 1},
 )
+MOBILEVIT_GPU = Race(
+    "inference on a GPU",
+    {"SHViT-S4": inference_in_half(presets.shvit_s4), "MobileViTv2 ×1.0": inference_in_half(mobilevit_v2)},
+    sizes=(256,),
+    unit="pixels a side",
+    rounds=11,
+    setting={"batch": GPU_BATCH, "form": "both fused", "type": "float16 by autocast"},
+    gpu="a CUDA GPU with 16 GB (the paper's is an A100)",
+)
 MOBILEVIT_FLOPS = Race(
     "operations of an image",
     {"SHViT-S4": as_built(presets.shvit_s4), "MobileViTv2 ×1.0": as_built(mobilevit_v2)},
@@ -224,6 +235,7 @@ CLAIMS = {
     "s3_time": S3_TIME.against("SHSA", "MHSA"),
     "mobilevit_time": MOBILEVIT.against("SHViT-S4", "MobileViTv2 ×1.0"),
     "mobilevit_onnx": MOBILEVIT_ONNX.against("SHViT-S4", "MobileViTv2 ×1.0"),
+    "mobilevit_gpu": MOBILEVIT_GPU.against("SHViT-S4", "MobileViTv2 ×1.0"),
     "mobilevit_flops": MOBILEVIT_FLOPS.against("SHViT-S4", "MobileViTv2 ×1.0"),
     "backbone_flops": BACKBONES.against("SHViT-S4", "ResNet-50"),
 }
