@@ -1,9 +1,12 @@
 """What each operation takes on a GPU, its Triton kernel where it has one, against its definition in float64 on a CPU.
 
-The kernels' arithmetic is held to the definitions on any machine, by interpretation; here compiled code is.
+The kernels' arithmetic is held to the definitions on any machine, by interpretation; here compiled code is. Triton
+reads a kernel's own source and names, which run-time checks of types hide:
+`pytest -o addopts= tests/ops/test_on_a_gpu.py`.
 """
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +23,11 @@ from provenn.ops.selective_scan import recurrent as recurrent_scan
 from provenn.ops.selective_scan import selective_scan
 from provenn.ops.softmax_merge import Partial, merge_by_weights, softmax_merge
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CHECKED = any("jaxtyping" in type(finder).__module__ for finder in sys.meta_path)
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(CHECKED, reason="needs -o addopts=, for no run-time checks of types"),
+]
 WITH_KERNELS = [
     "chunk_attention", "linear_attention", "linear_recurrence", "prefix_scan_attention", "selective_scan",
     "softmax_merge",
