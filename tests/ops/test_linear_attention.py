@@ -219,8 +219,10 @@ def test_without_a_gpu_the_kernel_steps_aside():
 @pytest.mark.parametrize("n", [1, 63, 64, 130])
 @pytest.mark.parametrize(("width", "dim"), [(5, 3), (16, 70), (130, 64)])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_kernel_arithmetic_equals_the_chunked_form(n, width, dim, reverse, monkeypatch):
+@pytest.mark.parametrize("span", [256, 30])  # one span, or several of which the last is filled up
+def test_kernel_arithmetic_equals_the_chunked_form(n, width, dim, reverse, span, monkeypatch):
     kernels = interpreted(package.triton.__file__)
+    monkeypatch.setattr(kernels, "SPAN", span)
     q, k, v = (draw(3, n, size, seed=size).float() for size in (width, width, dim))
     start = draw(3, width, dim, seed=9).float()
     with no_cuda_device(monkeypatch):

@@ -215,10 +215,12 @@ def test_without_a_gpu_the_kernel_steps_aside():
     assert not package.triton.available(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("span", [256, 30])  # one span, or several of which the last is filled up
 @pytest.mark.parametrize("n", [1, 63, 64, 200])
 @pytest.mark.parametrize("dim", [5, 16, 130])
-def test_kernel_arithmetic_equals_the_chunked_form(n, dim, monkeypatch):
+def test_kernel_arithmetic_equals_the_chunked_form(n, dim, span, monkeypatch):
     kernels = interpreted(package.triton.__file__)
+    monkeypatch.setattr(kernels, "SPAN", span)
     scores, values, weight = (draw(*shape).float() for shape in [(3, n), (3, n, dim), (3, n, dim)])
     mask = torch.rand(3, n, generator=torch.Generator().manual_seed(n)) > 0.3
     mask[0, : n // 2] = False

@@ -353,3 +353,16 @@ def test_a_sweep_that_is_asked_for_in_python_is_the_same():
     assert [point.facts["mask"] for point in asked.points] == list(MASKS)
     with pytest.raises(UserError, match="density above 0"):
         sweep(mask="block_sparse", density=0.0)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_predicates_of_block_masks_have_their_tables_where_they_are_asked_for(name):
+    """A compiler for a GPU cannot move a table within a kernel; the meta device tells where each lies."""
+    mask = masks.make_mask(name, 64, histogram="pile")
+    asked = mask.block_mask(16, "meta").mask_mod
+    keep = getattr(asked.__closure__[0].cell_contents, "func", asked.__closure__[0].cell_contents)
+    packed = getattr(keep, "__self__", None)
+    assert (packed is None) == (mask.documents is None)
+    assert packed is None or (packed.number.is_meta and packed.start.is_meta)
+    i, j = torch.arange(64)[:, None], torch.arange(64)
+    assert torch.equal(mask.block_mask(16).mask_mod(0, 0, i, j).expand(64, 64), mask.dense())

@@ -1,7 +1,8 @@
-"""The causal product as a GPU kernel: a program walks over the chunks of a row, its part of the state in registers.
+"""The causal product as a GPU kernel: a program walks over the chunks of a span, its part of the state in registers.
 
-y_i = q_i·start + Σ_{j≤i} (q_i·k_j) v_j. A program owns some columns of v, so rows and blocks of columns run side by
-side; the triangle inside a chunk exists only on chip. The backward pass is the same kernel with the roles exchanged.
+y_i = q_i·start + Σ_{j≤i} (q_i·k_j) v_j. A program owns some columns of v in one span of a row's tokens, so rows, blocks
+of columns and spans run side by side: what comes before a span is Σ_j k_j v_jᵀ of the spans before it, summed first.
+The triangle inside a chunk exists only on chip. The backward pass is the same kernel with the roles exchanged.
 Importable where Triton or CUDA is missing: `available` then says no. Before a device's first use, `available` runs the
 kernel on a small draw and holds it against the PyTorch form, gradients included; if they disagree it warns and the
 PyTorch form is used there.
@@ -11,6 +12,7 @@ import functools
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .fast import causal_attention, chunked_product
@@ -22,6 +24,8 @@ except ImportError:
     triton = None
 
 LARGEST = 256  # features or columns of one row that fit on chip
+PROGRAMS = 512  # a few for each multiprocessor of a large GPU
+SPAN = 128  # tokens of a span, at least
 
 if triton is not None:
 
@@ -61,11 +65,32 @@ if triton is not None:
 
 def kernel_product(q: Tensor, k: Tensor, v: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """`chunked_product` as a kernel, in float32. Call it where `available(device)` and no width is above `LARGEST`."""
-    rows, n, features = q.shape
-    dim = v.shape[-1]
+    rows, n, _ = q.shape
+    programs = rows * -(-v.shape[-1] // _width(q))
+    spans = max(1, min(PROGRAMS // programs, n // SPAN))
     q, k, v, start = (x.float().contiguous() for x in (q, k, v, start))
+    if spans == 1:
+        return _launch(q, k, v, start, reverse)
+    length = -(-n // spans)
+    padding = -n % length
+    q, k, v = ((F.pad(x, (0, 0, 0, padding)) if padding else x).unflatten(1, (-1, length)) for x in (q, k, v))
+    totals = k.mT @ v
+    states = torch.cat([start.unsqueeze(1), totals.flip(1) if reverse else totals], dim=1).cumsum(dim=1)
+    before, end = states[:, :-1], states[:, -1]
+    before = (before.flip(1) if reverse else before).flatten(0, 1).contiguous()
+    y, _ = _launch(*(x.flatten(0, 1) for x in (q, k, v)), before, reverse)
+    return y.view(rows, -1, y.shape[-1])[:, :n].contiguous(), end
+
+
+def _width(q: Tensor) -> int:
+    """Columns of v that a program owns."""
+    return 32 if q.shape[-1] > 64 else 64
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    rows, n, features = q.shape
+    dim, width = v.shape[-1], _width(q)
     y, end = torch.empty_like(v), torch.empty_like(start)
-    width = 32 if features > 64 else 64
     blocks = -(-dim // width)
     sizes = {
         "CHUNK": 32 if features > 128 else 64,

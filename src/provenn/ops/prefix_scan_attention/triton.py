@@ -1,6 +1,7 @@
-"""The chunked scan as one GPU kernel each way: a program walks over the chunks of a row with the state in registers.
+"""The chunked scan as one GPU kernel each way: a program walks over the chunks of a span with the state in registers.
 
-Values are read once and outputs written once; the small matrices exist only on chip. Importable where Triton or CUDA is
+Long rows are cut into spans that run side by side: each begins with what the spans before it amount to, which is summed
+first. The small matrices exist only on chip. Importable where Triton or CUDA is
 missing: `available` then says no. Before a device's first use, `available` runs the kernels on a small draw and holds
 them against the PyTorch form, gradients included; if they disagree it warns and the PyTorch form is used there.
 """
@@ -9,6 +10,7 @@ import functools
 import warnings
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -24,6 +26,8 @@ except ImportError:
     triton = None
 
 LARGEST_DIM = 256
+PROGRAMS = 512  # a few for each multiprocessor of a large GPU
+SPAN = 256  # tokens of a span, at least
 LOWEST = torch.finfo(torch.float32).min
 
 if triton is not None:
@@ -159,9 +163,39 @@ def triton_attention(
     if mask is not None:
         s, v = s.masked_fill(~mask, -torch.inf), v.masked_fill(~mask.unsqueeze(-1), 0)
     s, v = s.reshape(-1, n).contiguous(), v.reshape(-1, n, dim).contiguous()
-    m0, u0, w0 = (t.float().contiguous() for t in (state.m.detach(), state.u, state.w))
-    outputs, m, u, w = _TritonScan.apply(s, v, m0.view(-1), u0.view(-1), w0.view(-1, dim))
-    return outputs.view(values.shape).to(values.dtype), PrefixState(m.view(batch), u.view(batch), w.view(*batch, dim))
+    before = [t.float().contiguous() for t in (state.m.detach(), state.u, state.w)]
+    before = [before[0].view(-1), before[1].view(-1), before[2].view(-1, dim)]
+    rows = len(s)
+    spans = max(1, min(PROGRAMS // max(rows, 1), n // SPAN))
+    if spans > 1:
+        length = -(-n // spans)
+        if padding := -n % length:
+            s, v = F.pad(s, (0, padding), value=-torch.inf), F.pad(v, (0, 0, 0, padding))
+        s, v = s.unflatten(1, (-1, length)), v.unflatten(1, (-1, length))
+        before = _before_spans(s, v, *before)
+        s, v = s.flatten(0, 1), v.flatten(0, 1)
+    outputs, m, u, w = _TritonScan.apply(s, v, *before)
+    if spans > 1:
+        outputs = outputs.view(rows, -1, dim)[:, :n]
+        m, u, w = m.view(rows, -1)[:, -1], u.view(rows, -1)[:, -1], w.view(rows, -1, dim)[:, -1]
+    return outputs.reshape(values.shape).to(values.dtype), PrefixState(
+        m.view(batch), u.view(batch), w.view(*batch, dim)
+    )
+
+
+def _before_spans(s: Tensor, v: Tensor, m0: Tensor, u0: Tensor, w0: Tensor) -> list[Tensor]:
+    """The state before each span of (rows, spans, tokens) scores, as rows: m, u = Σ e^(s−m) and w = Σ e^(s−m) v.
+
+    Gradients go through u and w: of what a sum is divided by and multiplied with again, m, nothing depends.
+    """
+    m = s.detach().amax(dim=-1).clamp(min=LOWEST)
+    weights = (s - m.unsqueeze(-1)).exp()
+    m = torch.cat([m0.clamp(min=LOWEST).unsqueeze(1), m[:, :-1]], dim=1)
+    u = torch.cat([u0.unsqueeze(1), weights.sum(dim=-1)[:, :-1]], dim=1)
+    w = torch.cat([w0.unsqueeze(1), (weights.unsqueeze(-2) @ v).squeeze(-2)[:, :-1]], dim=1)
+    largest = m.cummax(dim=1).values
+    share = (m.unsqueeze(-2) - largest.unsqueeze(-1)).tril().exp().tril()  # of span j in what stands before span i
+    return [largest.flatten(), (share @ u.unsqueeze(-1)).flatten(), (share @ w).flatten(0, 1)]
 
 
 @functools.cache

@@ -193,7 +193,7 @@ class Mask:
 
         kept = self.tiles(block)
         whole = kept == block * block
-        keep = self.keep
+        keep = _placed(self.keep, torch.device(device or "cpu"))
         return BlockMask.from_kv_blocks(
             *_listed((kept > 0) & ~whole, device),
             *_listed(whole, device),
@@ -323,6 +323,10 @@ class Packed:
         number = torch.repeat_interleave(torch.arange(len(documents)), lengths)
         return cls(number, torch.tensor(_starts(documents)[:-1])[number], len(documents))
 
+    def to(self, device: torch.device) -> "Packed":
+        """The same with its tables on a device: a compiler for a GPU cannot move them."""
+        return Packed(self.number.to(device), self.start.to(device), self.count)
+
     def _pair(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         number = self.number.to(i.device)
         return number[i], number[j]
@@ -350,6 +354,14 @@ class Packed:
 
     def block_causal(self, i: Tensor, j: Tensor, *, block: int) -> Tensor:
         return self.full(i, j) & (self._local(j) // block <= self._local(i) // block)
+
+
+def _placed(keep: Keep, device: torch.device) -> Keep:
+    """A predicate whose tables, if it has any, lie on a device."""
+    if isinstance(keep, partial):
+        return partial(_placed(keep.func, device), *keep.args, **keep.keywords)
+    packed = getattr(keep, "__self__", None)
+    return getattr(packed.to(device), keep.__name__) if isinstance(packed, Packed) else keep
 
 
 # The twelve masks
