@@ -2,7 +2,7 @@
 
 y_i = q_i·start + Σ_{j≤i} (q_i·k_j) v_j. A program owns some columns of v in one span of a row's tokens, so rows, blocks
 of columns and spans run side by side: what comes before a span is Σ_j k_j v_jᵀ of the spans before it, summed first.
-The triangle inside a chunk exists only on chip. The backward pass is the same kernel with the roles exchanged.
+The triangle inside a chunk exists only on chip. Float32 is kept (three products of tensor cores for one). The backward pass is the same kernel with the roles exchanged.
 Importable where Triton or CUDA is missing: `available` then says no. Before a device's first use, `available` runs the
 kernel on a small draw and holds it against the PyTorch form, gradients included; if they disagree it warns and the
 PyTorch form is used there.
@@ -24,7 +24,7 @@ except ImportError:
     triton = None
 
 LARGEST = 256  # features or columns of one row that fit on chip
-PROGRAMS = 512  # a few for each multiprocessor of a large GPU
+PROGRAMS = 4096  # some for each multiprocessor of a large GPU
 SPAN = 128  # tokens of a span, at least
 
 if triton is not None:
@@ -56,10 +56,10 @@ if triton is not None:
             whole = inside[:, None] & in_dim[None, :]
             v = tl.load(v_ptr + v_at, mask=whole, other=0.0)
             seen = token[None, :] >= token[:, None] if REVERSE else token[None, :] <= token[:, None]
-            weights = tl.where(seen, tl.dot(q, k, input_precision="ieee"), 0.0)
-            y = tl.dot(weights, v, input_precision="ieee") + tl.dot(q, state, input_precision="ieee")
+            weights = tl.where(seen, tl.dot(q, k, input_precision="tf32x3"), 0.0)
+            y = tl.dot(weights, v, input_precision="tf32x3") + tl.dot(q, state, input_precision="ieee")
             tl.store(y_ptr + v_at, y, mask=whole)
-            state += tl.dot(k, v, input_precision="ieee")
+            state += tl.dot(k, v, input_precision="tf32x3")
         tl.store(end_ptr + state_at, state, mask=in_state)
 
 

@@ -1,7 +1,7 @@
 """The chunked scan as one GPU kernel each way: a program walks over the chunks of a span with the state in registers.
 
 Long rows are cut into spans that run side by side: each begins with what the spans before it amount to, which is summed
-first. The small matrices exist only on chip. Importable where Triton or CUDA is
+first. The small matrices exist only on chip. Float32 is kept (three products of tensor cores for one). Importable where Triton or CUDA is
 missing: `available` then says no. Before a device's first use, `available` runs the kernels on a small draw and holds
 them against the PyTorch form, gradients included; if they disagree it warns and the PyTorch form is used there.
 """
@@ -26,7 +26,7 @@ except ImportError:
     triton = None
 
 LARGEST_DIM = 256
-PROGRAMS = 512  # a few for each multiprocessor of a large GPU
+PROGRAMS = 4096  # some for each multiprocessor of a large GPU
 SPAN = 256  # tokens of a span, at least
 LOWEST = torch.finfo(torch.float32).min
 
@@ -56,7 +56,7 @@ if triton is not None:
             weights = tl.exp(seen - m[:, None])
             before = tl.exp(m_end - m)
             u = tl.sum(weights, axis=1) + before * u_end
-            w = tl.dot(weights, v, input_precision="ieee") + before[:, None] * w_end[None, :]
+            w = tl.dot(weights, v, input_precision="tf32x3") + before[:, None] * w_end[None, :]
             per_u = tl.where(u > 0, 1.0 / tl.where(u > 0, u, 1.0), 0.0)
             tl.store(o_ptr + v_at, w * per_u[:, None], mask=inside[:, None] & in_dim[None, :])
             tl.store(m_ptr + row * n + i, m, mask=inside)
@@ -98,7 +98,7 @@ if triton is not None:
             causal = (token[:, None] <= token[None, :]) & inside[None, :]
             weights = tl.exp(tl.where(causal, s[:, None] - m[None, :], float("-inf"))) * per_u[None, :]
             share = tl.exp(s - m_end)
-            grad_v = tl.dot(weights, g, input_precision="ieee") + share[:, None] * later[None, :]
+            grad_v = tl.dot(weights, g, input_precision="tf32x3") + share[:, None] * later[None, :]
             taken = tl.sum(weights * along[None, :], axis=1) + share * later_along
             tl.store(gv_ptr + v_at, grad_v, mask=whole)
             tl.store(gs_ptr + row * n + i, tl.sum(v * grad_v, axis=1) - taken, mask=inside)
