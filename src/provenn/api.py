@@ -289,6 +289,12 @@ def train(
     built_with = {**sides, **loaded.options, **of_system}
     options = {**chosen.options, **built_with}
     examples = len(loaded.train)  # type: ignore[arg-type]
+    if examples < recipe_changes.get("batch_size", 0):
+        # A preset's batch may be larger than a few examples of the user's own; one that is typed was meant as it is.
+        raise UserError(
+            f"batch_size={recipe_changes['batch_size']} is more than the {examples:,} examples to train on: "
+            f"give at most {examples}"
+        )
     if "epochs" not in recipe_changes:
         steps = recipe_changes.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
         final = _long_enough(final, steps, examples)
