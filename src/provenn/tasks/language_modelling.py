@@ -314,7 +314,7 @@ class LanguageModelling(Task):
             eval_tokens: how many tokens are read, in windows spread evenly over the text.
             prompt_length: tokens of a prompt and its answer at most, by default as many as a window has.
         """
-        length = length or meta["length"]
+        length = meta["length"] if length is None else length
         if length < 2:
             raise UserError(f"length must be at least 2 tokens, got {length}")
         if eval_tokens < length:
@@ -333,7 +333,7 @@ class LanguageModelling(Task):
             return HeldOut(Choices(asked, tokens, length), f"{len(asked.questions):,} questions of {asked.name}")
         prompts = read_prompts(Path(source)) if self.asks and not str(source).startswith(HUB) else None
         if prompts is not None:
-            written = Written(prompts, tokens, prompt_length or length)
+            written = Written(prompts, tokens, length if prompt_length is None else prompt_length)
             return HeldOut(written, f"{len(written):,} prompts of {prompts.name}")
         parts = self.documents(source, seed)
         whole = whole and source not in self.embedded and read_splits(Path(source)) is None
