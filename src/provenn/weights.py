@@ -85,6 +85,7 @@ def locate(path: str | Path) -> Path:
             raise UserError(
                 f"{location} holds no {FILE}: give the folder of a finished `provenn train`, or a weight file"
             )
+        check_file(inside)
         return inside
     if not location.exists():
         raise UserError(f"no weights at {location}: give a weight file, or the folder of a finished `provenn train`")

@@ -231,6 +231,12 @@ def test_a_request_for_another_host_is_refused(tmp_path, host, status):
             assert answer.status_code == 400 and "PROVENN_HOSTS" in answer.text
 
 
+@pytest.mark.parametrize("second", ["evil.example", "127.0.0.1:8000"])
+def test_a_request_that_names_two_hosts_is_refused(served, second):
+    answer = served.get("/suggestions", headers=[("host", "127.0.0.1:8000"), ("host", second)])
+    assert answer.status_code == 400 and "names one host, and this one names 2" in answer.text
+
+
 def test_a_demo_of_a_page_whose_name_was_led_here_is_refused(tmp_path):
     """It needs no cookie: all that keeps other sites out is that a browser says where the form stood."""
     settings = Settings(home=tmp_path, secret="x")
