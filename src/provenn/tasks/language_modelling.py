@@ -421,7 +421,7 @@ class LanguageModelling(Task):
             for prompt in prompts:
                 draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
                 draw["generator"] = torch.Generator(device).manual_seed(seed)
-                start = _last_tokens(tokenizer.encode(prompt), meta["length"], context)
+                start = _last_tokens(tokenizer.encode(prompt), meta.get("length", 256), context)
                 if tell is not None and texts:
                     tell("\n\n")
                 try:
