@@ -3,18 +3,26 @@
 Each row is a command line that must be refused, and a word of it that the error must hold.
 """
 
+import json
+import math
 import os
 import shlex
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
+from provenn import weights
 from provenn.cli import main
 from provenn.cli.app import LONGEST_ERROR
 
@@ -54,6 +62,14 @@ def alarm() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, **__: object) -> None:
+        pytest.fail("a server was started")
+
+    monkeypatch.setattr("uvicorn.run", run)
 
 
 def places() -> set[tuple[Path, int]]:
@@ -125,6 +141,7 @@ VALUES = [
             ("--precision", LONG), ("--patience", "-1"), ("--seed", DIGITS), ("--device", "cuda:99"),
             ("--devices", "99"), ("--devices", DIGITS), ("--workers", "1000"), ("--strategy", "zero"),
             ("--logger", "wandb"), ("--preset", "nosuch"), ("--task", "nosuch"), ("--recipe", "nosuch=1"),
+            ("--batch-size", str(10**12)), ("--recipe", "batch_size=1e12"),
         )
     ],
     ("train eca_net --data nosuch -o run", "nosuch"),
@@ -142,11 +159,199 @@ VALUES = [
     (f"bench --backbones shvit_s1 --size 32 --forms eager --batch {DIGITS} -o run", DIGITS),
     ("bench --backbones shvit_s1 --size 1000000000 --batch 1 -o run", "1000000000"),
     ("bench long_context_bench --length nosuch -o run", "nosuch"),
+    ("convert nosuch gpt2 --data stdlib -o run", "nosuch"),
+    ("convert eca_net folder.png --data stdlib -o run", "eca_net"),
+    ("convert rat folder.png --data stdlib -o run", "folder.png"),
+    ("convert rat pipe.png --data stdlib -o run", "pipe.png"),
+    ("convert rat good.png --data stdlib -o run", "good.png"),
+    ("convert rat ./nosuch --data stdlib -o run", "./nosuch cannot be loaded as a model: there is no such folder"),
+    ("convert rat folder.png --data nosuch -o run", "nosuch"),
+    ("convert rat folder.png --data stdlib -o good.png", "good.png"),
+    ("convert rat folder.png --data stdlib -o good.png/run", "good.png"),
+    ("convert rat folder.png --data stdlib -o run --tune nosuch", "nosuch"),
+    ("convert rat folder.png --data stdlib -o run --lr nan", "--lr"),
+    ("convert rat folder.png --data stdlib -o run --prepare-lr -1", "--prepare-lr"),
+    ("convert rat folder.png --data stdlib -o run --length 1", "length"),
+    ("convert rat folder.png --data stdlib -o run --batch-size 0", "batch-size"),
+    ("convert rat folder.png --data stdlib -o run --steps -1", "steps"),
+    ("convert rat folder.png --data stdlib -o run --device tpu", "tpu"),
+    ("convert rat folder.png --data stdlib -o run --set chunk", "chunk"),
+    ("evaluate rat --data text.csv --set length=0", "length"),
+    ("evaluate rat --data text.csv --set length=1000000000000", "1000000000000"),
+    ("predict rat words --set context=0", "context"),
+    ("predict rat 'a\udcffb'", "0xff"),
+    ("predict rat loop.png", "loop.png"),
     ("serve --port 99999", "port"),
+    *[
+        (f"serve --home {place}", place)
+        for place in ("good.png", "pipe.png", "good.png/home", "loop.png", "terabyte.png")
+    ],
+    *[
+        (f"serve --home home --url {url}", url)
+        for url in ("nosuch", "ftp://x", "http://x:99999", "http://x:port", "http://user@x", "http://:80", "http://[x")
+    ],
+    ("serve --home home --workers 0", "workers"),
+    ("serve --home home --connections 0", "connections"),
+    ("serve --home home --least-rate -1", "least-rate"),
+    ("serve --home home --export good.png", "good.png"),
+    ("page list nosuch", "nosuch"),
+    ("page list people --home nosuch", "nosuch"),
+    ("page list people --home good.png", "good.png"),
+    ("page mails --home pipe.png", "pipe.png"),
+    ("page export folder.png --home nosuch", "folder.png"),
+    ("page delete somebody --home folder.png --yes", "folder.png"),
+    ("digest --home good.png", "good.png"),
     ("digest --date 2024-13-01", "2024-13-01"),
     (f"page hide {LONG}", "number"),
 ]  # fmt: skip
 ROWS = FILES + VALUES
+
+
+def test_what_is_named_as_a_home_by_mistake_keeps_its_rights(here, capsys):
+    for name in ("good.png", "pipe.png"):
+        Path(name).chmod(0o666)
+        refusal(["serve", "--home", name], capsys)
+        assert Path(name).stat().st_mode & 0o777 == 0o666
+
+
+def test_a_server_that_cannot_listen_says_so_in_a_line(here, capsys, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr("uvicorn.run", fail)
+    assert main(["serve", "--home", "home", "--host", "999.999.999.999"]) == 2
+    assert "provenn: cannot listen at 999.999.999.999, port 8000" in capsys.readouterr().err
+
+
+# Runs that are damaged
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert (
+        main(["train", "residual_depth", "--data", "digits", "--steps", "1", "--device", "cpu", "-o", str(folder)]) == 0
+    )
+    return folder
+
+
+def write_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def write_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def write_link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+def relabelled(**changes: object) -> Callable[[Path], None]:
+    def write(file: Path) -> None:
+        state, label = weights.read(file)
+        assert label is not None
+        save_file(state, file, {weights.KEY: json.dumps({**asdict(label), **changes})})
+
+    return write
+
+
+def of_tensors(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def write(file: Path) -> None:
+        state, label = weights.read(file)
+        assert label is not None
+        first = next(iter(state))
+        save_file({**state, first: change(state[first])}, file, {weights.KEY: json.dumps(asdict(label))})
+
+    return write
+
+
+def of_checkpoint(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def write(file: Path) -> None:
+        saved = torch.load(file, weights_only=True)
+        change(saved)
+        torch.save(saved, file)
+
+    return write
+
+
+def cast_first(saved: dict[str, Any]) -> None:
+    name = next(iter(saved["state_dict"]))
+    saved["state_dict"][name] = saved["state_dict"][name].bool()
+
+
+def spoil_first(saved: dict[str, Any]) -> None:
+    next(iter(saved["state_dict"].values())).fill_(float("nan"))
+
+
+DAMAGE = {
+    "empty": (lambda file: file.write_bytes(b""), ""),
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), ""),
+    "its head alone": (lambda file: file.write_bytes(file.read_bytes()[:100]), ""),
+    "words": (lambda file: file.write_text("I am no such thing.\n"), ""),
+    "gone": (Path.unlink, ""),
+    "a pipe": (write_pipe, ""),
+    "a folder": (write_folder, ""),
+    "a link to nothing": (write_link, ""),
+}  # fmt: skip
+WEIGHTS = {
+    **DAMAGE,
+    "NaN": (of_tensors(lambda tensor: tensor * math.nan), "finite"),
+    "yes and no": (of_tensors(torch.Tensor.bool), "bool"),
+    "a tensor of another shape": (of_tensors(lambda tensor: tensor[:1].clone()), "does not fit"),
+    "another preset's": (relabelled(preset="nosuch"), "nosuch"),
+    "another paper's": (relabelled(paper="eca_net"), "eca_net"),
+    "another task's": (relabelled(task="super-resolution"), "super-resolution"),
+    "nothing said of the data": (relabelled(meta={"classes": []}), "meta"),
+    "an absurd size": (relabelled(options={"num_classes": 10**12}), "num_classes"),
+    "a size in words": (relabelled(options={"num_classes": "ten"}), "num_classes"),
+}  # fmt: skip
+CHECKPOINTS = {
+    **DAMAGE,
+    "NaN": (of_checkpoint(spoil_first), "nan"),
+    "yes and no": (of_checkpoint(cast_first), "bool"),
+    "no optimizer": (of_checkpoint(lambda saved: saved.pop("optimizer_states")), "optimizer"),
+    "an empty optimizer": (of_checkpoint(lambda saved: saved.update(optimizer_states=[{}])), "optimizer"),
+    "no loop": (of_checkpoint(lambda saved: saved.pop("loops")), "loop"),
+    "others' tensors": (of_checkpoint(lambda saved: saved.update(state_dict={"a": torch.ones(2)})), "another preset"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", WEIGHTS)
+def test_weights_of_a_run_that_are_damaged_are_refused_by_every_verb(damage, run, here, capsys):
+    spoil, name = WEIGHTS[damage]
+    shutil.copytree(run, "damaged")
+    spoil(Path("damaged/weights.safetensors"))
+    for line in (
+        "predict residual_depth good.png --weights damaged",
+        "evaluate residual_depth --data digits --weights damaged",
+        "export residual_depth -o model.onnx --weights damaged",
+        "predict damaged good.png",
+    ):
+        said = refusal(line.split(), capsys)
+        assert name in said, (line, said)
+
+
+@pytest.mark.parametrize("damage", CHECKPOINTS)
+def test_a_checkpoint_that_is_damaged_is_refused_by_resume(damage, run, here, capsys):
+    spoil, name = CHECKPOINTS[damage]
+    shutil.copytree(run, "damaged")
+    spoil(Path("damaged/last.ckpt"))
+    said = refusal(
+        ["train", "residual_depth", "--data", "digits", "--steps", "3", "--device", "cpu", "--resume", "-o", "damaged"],
+        capsys,
+    )
+    assert name in said, said
+
+
+@pytest.mark.parametrize("name", ["run.json", "picture.png", "weights.safetensors"])
+def test_a_folder_in_the_place_of_a_runs_file_is_refused_before_the_work(name, here, capsys):
+    Path("run", name).mkdir(parents=True)
+    said = refusal(["train", "residual_depth", "--data", "digits", "-o", "run"], capsys)
+    assert f"run/{name} is a folder" in said
 
 
 @pytest.mark.parametrize("verb", sorted({line.split()[0] for line, _ in ROWS}))

@@ -139,6 +139,12 @@ class Paper:
         if preset not in (None, label.preset):
             raise UserError(f"{file} holds weights of {label.preset}, not of {preset}")
         if label.meta:  # of weights that were saved for Python alone there may be none
+            work = get_task(self.card.task_of(self.card.preset(label.preset))).name
+            if label.task not in (work, *PROBES):
+                raise UserError(
+                    f"{file} says that {label.preset} was trained for {label.task!r}, and it is for {work!r}: "
+                    "give other weights, these are damaged"
+                )
             get_task(label.task).check_meta(label.meta, str(file))
         model = self.build(label.preset, **label.options)
         files.load_into(model, state, str(file))
@@ -256,6 +262,11 @@ def train(
     folder = Path(out) if out is not None else Path("runs") / card.slug
     if resume and not begun(folder):
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
+    for name in ("run.json", weights.FILE, "picture.png"):
+        if (folder / name).is_dir():
+            raise UserError(
+                f"{folder / name} is a folder, and a file of that name is to be written: choose another --out"
+            )
     if not resume and begun(folder) and not (folder / weights.FILE).exists():
         with alone_in(folder) if progress.first_process() else nullcontext():  # else another process is at it
             pass
@@ -289,6 +300,12 @@ def train(
     built_with = {**sides, **loaded.options, **of_system}
     options = {**chosen.options, **built_with}
     examples = len(loaded.train)  # type: ignore[arg-type]
+    if examples < recipe_changes.get("batch_size", 0):
+        # A preset's batch may be larger than a few examples of the user's own; one that is typed was meant as it is.
+        raise UserError(
+            f"batch_size={recipe_changes['batch_size']} is more than the {examples:,} examples to train on: "
+            f"give at most {examples}"
+        )
     if "epochs" not in recipe_changes:
         steps = recipe_changes.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
         final = _long_enough(final, steps, examples)

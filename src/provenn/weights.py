@@ -85,6 +85,7 @@ def locate(path: str | Path) -> Path:
             raise UserError(
                 f"{location} holds no {FILE}: give the folder of a finished `provenn train`, or a weight file"
             )
+        check_file(inside)
         return inside
     if not location.exists():
         raise UserError(f"no weights at {location}: give a weight file, or the folder of a finished `provenn train`")
@@ -245,25 +246,28 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
         raise UserError(f"{source} does not fit this model: {'; '.join(problems)}")
     for name, tensor in state.items():
         expected = model_state[name]
-        if not _fits(tensor, expected):
-            raise UserError(
-                f"{source}: {name} is of type {_typed(tensor)} where the model has {_typed(expected)}: "
-                "give weights of floating-point numbers"
-            )
+        check_type(name, tensor, expected, source)
         wrong = impossible_value(name, tensor, expected)
         if wrong is not None:
             raise UserError(f"{source}: {wrong}: {DAMAGED}")
     model.load_state_dict(state, strict=False)
 
 
-def _fits(tensor: Tensor, expected: Tensor) -> bool:
-    """Whether a type can stand for another: any floats for floats, no whole numbers, and no codes of a quantised file.
+def check_type(name: str, tensor: Tensor, expected: Tensor, source: str) -> None:
+    """Can a stored tensor's type stand for the model's: any floats for floats, no whole numbers, no quantised codes?
 
     Counters, which averaging makes floats, are taken as they come.
+
+    Raises:
+        UserError: it cannot, with the name of the tensor.
     """
     if tensor.dtype == expected.dtype or tensor.is_floating_point():
-        return True
-    return not (expected.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+        return
+    if expected.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+        raise UserError(
+            f"{source}: {name} is of type {_typed(tensor)} where the model has {_typed(expected)}: "
+            "give weights of floating-point numbers"
+        )
 
 
 def _typed(tensor: Tensor) -> str:

@@ -221,13 +221,32 @@ def test_weights_that_are_not_all_there_or_too_many_are_told(tmp_path):
     save_file({**weights, "model.more": torch.ones(1)}, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"have no place in the model for 1 parameters, model\.more among them"):
         load_model(tmp_path)
-    with pytest.raises(UserError, match="cannot be loaded as a model"):
-        load_model(tmp_path / "nothing")
+    for place in (tmp_path / "nothing", "/nothing", "./nothing"):
+        with pytest.raises(UserError, match=f"{place} cannot be loaded as a model: there is no such folder$"):
+            load_model(place)
     config = json.loads((tmp_path / "config.json").read_text())
     config["provenn_changes"][0]["factory"] = {"class": "os:system", "arguments": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="'os:system', which is no layer"):
         load_model(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
+def test_weights_of_no_floating_point_numbers_are_refused_by_name(tmp_path, dtype):
+    gpt2().save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "transformer.h.1.ln_1.bias"
+    weights = load_file(file)
+    message = f"model.safetensors: {name} is of type {str(dtype)[6:]} where the model has float32: give weights of fl"
+    for stored in (name, name.removeprefix("transformer.")):  # as a body alone has it
+        state = {n.removeprefix("transformer.") if stored != name else n: value for n, value in weights.items()}
+        save_file({**state, stored: state[stored].to(dtype)}, file, {"format": "pt"})
+        for load in (load_model, lambda folder: Source.of(folder).weights()):
+            with pytest.raises(UserError, match=message.replace(name, stored)):
+                load(tmp_path)
+    halves = {name: value.bfloat16() for name, value in weights.items()}
+    save_file(halves, file, {"format": "pt"})
+    assert load_model(tmp_path).transformer.wte.weight.dtype == torch.bfloat16
 
 
 def test_weights_without_a_place_in_the_model_are_told_of(tmp_path):

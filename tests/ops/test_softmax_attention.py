@@ -57,7 +57,7 @@ def test_the_kernel_of_the_ordinary_path_is_torchs():
 
 
 def test_a_mask_goes_with_no_causality_in_any_form():
-    """PyTorch's kernels would join the two; the definition would see one."""
+    """Of PyTorch's kernels some would join the two, and others refuse."""
     inputs = [x.detach() for x in drawn(5)]
 
     def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,3 +66,15 @@ def test_a_mask_goes_with_no_causality_in_any_form():
     for run in (both, torch.func.vmap(both)):
         with pytest.raises(ValueError, match="got a mask and causal=True"):
             run(*inputs)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_definition_joins_a_mask_with_causality(biased: bool):
+    q, k, v = drawn()
+    mask = torch.rand(2, 1, 5, 6, generator=torch.Generator().manual_seed(1)) > 0.4
+    both = mask & torch.ones(5, 6, dtype=torch.bool).tril()
+    given = [torch.where(m, 0.3, -torch.inf).to(q.dtype) if biased else m for m in (mask, both)]
+    joined = explicit(q, k, v, mask=given[0], causal=True)
+    assert torch.equal(joined, explicit(q, k, v, mask=given[1]))
+    assert not torch.allclose(joined, explicit(q, k, v, mask=given[0])), "the mask hides less than both"
+    assert not torch.allclose(joined, explicit(q, k, v, causal=True)), "and so does causality"

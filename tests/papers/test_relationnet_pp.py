@@ -185,6 +185,17 @@ def test_keys_twice_are_keys_once_and_a_mask_removes_them():
     assert not torch.allclose(masked, once)
 
 
+def test_what_a_mask_hides_may_be_nan_and_all_keys_may_be_hidden():
+    attention = KeyAttention(16, 4).double()
+    queries, keys = torch.randn(2, 9, 16).double(), torch.randn(2, 6, 16).double()
+    mask = torch.tensor([[True, True, False, True, False, True], [False] * 6])
+    hidden = torch.where(mask[..., None], keys, torch.nan)
+    outputs = [attention(queries, given, mask=mask) for given in (hidden, keys)]
+    assert torch.equal(*outputs) and torch.equal(outputs[0][1], attention.output.bias.expand(9, 16))
+    outputs[0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in attention.parameters())
+
+
 def test_parameters_are_those_of_the_release():
     with torch.device("meta"):
         model = bvr_retinanet_r50()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.io import wavfile
 
+from provenn import api, catalog, evaluation, weights
 from provenn.data.audio import FORMANTS, VOWEL_RATE, Frames, LogMel, draw_vowel, log_mel, mel_bank, read_sound, resample
 from provenn.errors import UserError
 from provenn.papers.gaam import AudioClassifier
@@ -239,3 +240,19 @@ def test_a_folder_is_tested_on_and_those_beside_it_are_trained_on(tmp_path):
     assert {file.parent.parent.name for file, _ in (*parts[0], *parts[1])} == {"one", "three"}
     with pytest.raises(UserError, match="no folders beside it to train on"):
         TASK.load(folder_of_tones(tmp_path / "one" / "alone" / "a"), siblings=True)
+
+
+def test_a_session_that_a_training_left_out_is_tested_whole_by_its_weights(tmp_path, monkeypatch):
+    for session in ("one", "two", "three"):
+        folder_of_tones(tmp_path / session, count=3)
+    data = TASK.load(tmp_path / "two", siblings=True)
+    told = {"options": {"siblings": True}, "seed": 0, "fingerprint": data.fingerprint}
+    label = weights.Label("gaam", "any", TASK.name, meta=data.meta, trained_on=told)
+    monkeypatch.setattr(api.Paper, "load", lambda *_, **__: (torch.nn.Identity(), label))
+    monkeypatch.setattr(weights, "label_of", lambda _: label)
+    monkeypatch.setattr(type(catalog.card("gaam")), "preset", lambda *_: None)
+    monkeypatch.setattr(evaluation, "published_of", lambda *_: [])
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, kind, held_out, **_: held_out.dataset.tensors)
+    with pytest.warns(UserWarning, match="as in the training: siblings=True"):
+        tested = api.evaluate("gaam", tmp_path / "two", weights="run", device="cpu")
+    assert all(torch.equal(*pair) for pair in zip(tested, data.test.tensors, strict=True))

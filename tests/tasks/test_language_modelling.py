@@ -95,6 +95,33 @@ def test_text_streams_as_it_is_generated(tmp_path):
     assert TASK.predict(model, meta, ["def f("], None, seed=1) != TASK.predict(model, meta, ["def f("], None, seed=2)
 
 
+def test_of_a_long_prompt_a_window_is_read_and_that_is_said_once_and_at_once():
+    model, meta = small().eval(), {"tokenizer": "bytes", "length": 8}
+    long, seen = "def f(x): " * 10_000, []
+    whole = model.generate
+    model.generate = lambda prompt, *given, **draw: seen.append(prompt.shape[1]) or whole(prompt, *given, **draw)
+    with pytest.warns(UserWarning, match="has 100,000 tokens: the last 8 are read") as said:
+        text = TASK.predict(model, meta, [long, "short"], None, tokens=3)
+    assert len(said) == 1 and text.startswith(long)
+    for prompt, context in (("def f(x): return", 12), ("def", 12)):
+        TASK.predict(model, meta, [prompt], None, tokens=3, context=context)
+    assert seen == [8, 5, 12, 3]
+    with pytest.raises(UserError, match="context must be at least 1 token, got 0"):
+        TASK.predict(model, meta, ["a"], None, context=0)
+
+
+@pytest.mark.parametrize(("words", "what"), [("a\udcff", "the byte 0xff"), ("\ud83d", "half a character")])
+def test_words_in_bytes_that_are_no_text_are_refused(words, what):
+    with pytest.raises(UserError, match=f"holds {what}, which is no text: give words in UTF-8"):
+        TASK.predict(small(), TASK.default_meta({}), [words], None)
+
+
+def test_a_link_to_nothing_is_no_prompt(tmp_path):
+    (tmp_path / "prompt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="prompt cannot be read: No such file"):
+        TASK.predict(small(), TASK.default_meta({}), [tmp_path / "prompt"], None)
+
+
 def test_a_prompt_may_be_a_file(tmp_path):
     (tmp_path / "prompt.txt").write_text("import os")
     text = TASK.predict(small().eval(), TASK.default_meta({}), [tmp_path / "prompt.txt"], None, tokens=3)

@@ -14,10 +14,12 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.requests import ClientDisconnect
 
+from provenn import catalog
 from provenn.cli import main
 from provenn.errors import UserError
 from provenn.files import Unwritable
 from provenn.web import Settings, create_app, failures
+from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.headers import HEADERS
 
 FULL = OperationalError(
@@ -183,6 +185,27 @@ def test_every_refusal_has_the_headers_of_all_pages(served, caplog, method, path
     assert answer.status_code == status and set(answer.json()) == {"error"}
 
 
+@pytest.mark.parametrize("content", ["cut", "", "[]", "[" * 100_000, "folder"])
+def test_damaged_records_of_a_paper_leave_its_page_and_one_line(settings, tmp_path, monkeypatch, caplog, content):
+    card = catalog.card("eca_net")
+    file = tmp_path / "paper" / "evidence.json"
+    if content == "folder":
+        file.mkdir(parents=True)
+    else:
+        file.parent.mkdir()
+        file.write_text((card.folder / "evidence.json").read_text()[:5000] if content == "cut" else content)
+    read = {**Catalogue(), "eca_net": Entry.of(card.model_copy(update={"folder": file.parent}))}
+    monkeypatch.setattr(Catalogue, "__init__", lambda self: vars(self).update(_entries=read))
+    with TestClient(create_app(settings), base_url=settings.url, raise_server_exceptions=False) as client:
+        for path in ("/", "/papers/eca_net"):
+            assert client.get(path).status_code == 200
+        page, records = client.get("/papers/eca_net").text, client.get("/papers/eca_net/evidence.json")
+    assert "its evidence.json is damaged" in page and str(tmp_path) not in page
+    assert records.status_code == 200 and not records.json()["records"]
+    (line,) = lines(caplog)
+    assert line.startswith(f"{file} is damaged, and its records of eca_net are left out: ") and "\n" not in line
+
+
 # Hosts
 
 
@@ -206,6 +229,12 @@ def test_a_request_for_another_host_is_refused(tmp_path, host, status):
         if status == 400:
             answer = client.get("/api", headers={"host": host})
             assert answer.status_code == 400 and "PROVENN_HOSTS" in answer.text
+
+
+@pytest.mark.parametrize("second", ["evil.example", "127.0.0.1:8000"])
+def test_a_request_that_names_two_hosts_is_refused(served, second):
+    answer = served.get("/suggestions", headers=[("host", "127.0.0.1:8000"), ("host", second)])
+    assert answer.status_code == 400 and "names one host, and this one names 2" in answer.text
 
 
 def test_a_demo_of_a_page_whose_name_was_led_here_is_refused(tmp_path):

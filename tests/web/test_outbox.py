@@ -204,6 +204,8 @@ INJECTED = "=?utf-8?q?a=0d=0abcc=3a=20z=40evil.org?="
         {"subject": INJECTED},
         {"subject": "a\r\nBcc: eve@example.org"},
         {"sender": Address(INJECTED, "a", "example.org")},
+        {"subject": "=?utf-8?q?Your_bank?="},  # no line more, but another text than is meant
+        {"sender": Address("=?utf-8?q?Your_bank?=", "a", "example.org")},
         {"more": {"List-Id": INJECTED}},
         {"more": {"Bcc ": "eve@example.org"}},
         {"text": "a\rb\n"},
@@ -527,6 +529,17 @@ def test_an_address_that_is_refused_for_good_is_dropped(site):
         tally = outbox.deliver(at(site, server.port))
     assert server.recipients == ["ada@example.org"] and not rows(site)
     assert len(tally.troubles) == 2 and "550" in tally.troubles[0] and "beyond ASCII" in tally.troubles[1]
+
+
+@pytest.mark.parametrize(("answer", "waits"), [("554 no such mail here", 0), ("451 not now", 1)])
+def test_the_link_of_a_mail_that_is_refused_at_its_end_is_deleted(site, answer, waits):
+    ask(site, "ada@example.org")
+    with mail_server() as server:
+        server.at_data = lambda message: answer
+        tally = outbox.deliver(at(site, server.port))
+    assert len(rows(site)) == waits and answer[:3] in tally.troubles[0]
+    with site.database.reading() as session:
+        assert not session.scalars(select(SignInLink)).all(), "nobody has it"
 
 
 def test_a_mail_that_cannot_be_written_ends_no_other(settings, sending, monkeypatch, caplog):

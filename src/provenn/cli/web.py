@@ -131,7 +131,12 @@ def serve(
         "server_header": False,
     }
     if workers == 1:
-        uvicorn.run(create_app(settings), **options)  # type: ignore[arg-type]  # a mapping has one type of value
+        application = create_app(settings)
+        try:
+            uvicorn.run(application, **options)  # type: ignore[arg-type]  # a mapping has one type of value
+        except SystemExit as error:
+            if error.code:
+                raise UserError(f"cannot listen at {host}, port {port}: the line above says why") from None
         return
     from uvicorn.supervisors import Multiprocess
 

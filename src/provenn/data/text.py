@@ -86,12 +86,25 @@ def read_splits(folder: Path) -> list[list[Document]] | None:
 
 
 def text_of(given: str | Path) -> str:
-    """What a user gave to a model: the text of a file, where there is one of that name, or the words themselves."""
+    """What a user gave to a model: the text of a file, where there is one of that name, or the words themselves.
+
+    Raises:
+        UserError: a file that cannot be read, or words in bytes that are no text.
+    """
     try:
-        is_there = Path(given).exists() and not Path(given).is_dir()
+        is_there = (Path(given).exists() and not Path(given).is_dir()) or (
+            Path(given).is_symlink() and not Path(given).exists()
+        )
     except (OSError, ValueError):  # too long for a name, or with a zero byte
         is_there = False
-    return read_text(Path(given)) if is_there else str(given)
+    if is_there:
+        return read_text(Path(given))
+    words = str(given)
+    if (stray := next((letter for letter in words if "\ud800" <= letter <= "\udfff"), None)) is not None:
+        # Python has a byte of the command line that is no UTF-8 as U+DC00 and the byte.
+        byte = f"the byte {ord(stray) - 0xDC00:#04x}" if "\udc80" <= stray <= "\udcff" else "half a character"
+        raise UserError(f"{words[:40]!r} holds {byte}, which is no text: give words in UTF-8, or a file of them")
+    return words
 
 
 def _read(file: Path) -> list[Document]:

@@ -35,7 +35,7 @@ from provenn.huggingface.families import (
     Tokenizer,
     why_not,
 )
-from provenn.huggingface.saving import check_keys, first_line
+from provenn.huggingface.saving import check_folder, check_keys, check_stored_types, first_line
 
 # Models of masked tokens, and those of the same body that tell classes; HEAD is new in them.
 CLASSIFIERS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
@@ -98,6 +98,12 @@ class Source:
     def pictures(self) -> bool:
         """Whether it tells classes of pictures, and not tokens of a text."""
         return issubclass(self.kind, tuple(PICTURE_MODELS))
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie: the folder itself, or the copy of the hub's that was made of it."""
+        config: Any = transformers.utils.cached_file(self.name, "config.json", local_files_only=True)
+        return Path(config).parent
 
     @cached_property
     def outline(self) -> Host:
@@ -176,6 +182,7 @@ class Source:
         except Exception as error:
             raise UserError(f"the weights of {self.name} cannot be loaded: {first_line(error)}") from None
         check_keys(self.name, loading_info)
+        check_stored_types(model, self.folder)
         if unused := sorted(loading_info["unexpected_keys"]):
             warnings.warn(
                 f"{len(unused)} parameters of {self.name} have no place in a {self.kind.__name__} and are left out, "
@@ -203,6 +210,7 @@ class Source:
         except Exception as error:
             raise UserError(f"the weights of {self.name} cannot be loaded: {first_line(error)}") from None
         check_keys(self.name, loading_info, expected=HEAD)
+        check_stored_types(model, self.folder)
         return model
 
 
@@ -227,9 +235,8 @@ def _is_here(name: str | Path) -> bool:
     """
     if Path(name).exists():
         return True
+    check_folder(name)
     words = str(name)
-    if words.count("/") > 1 or words.startswith((".", "~", "/")):
-        raise UserError(f"{name} cannot be loaded as a model: there is no such folder")
     try:
         copied = isinstance(huggingface_hub.try_to_load_from_cache(words, "config.json"), str)
         huggingface_hub.HfApi().model_info(words, timeout=PATIENCE)

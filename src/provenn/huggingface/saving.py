@@ -23,9 +23,11 @@ import provenn
 from provenn import surgery
 from provenn.errors import UserError
 from provenn.huggingface.families import Host
+from provenn.weights import check_type
 
 CALL = "provenn changed this model: load it by provenn.huggingface.load_model(folder)"
 TRUSTED = ("provenn.", "torch.nn")  # a checkpoint names classes of these alone: importing others could run anything
+STORED = "model*.safetensors"
 # Options of `from_pretrained` that say which files are meant.
 WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 Values = dict[str, Any]  # what config.json holds
@@ -157,6 +159,7 @@ def load_model(name: str | Path, *, rebuild: Callable[[Host], object] | None = N
         UserError: nothing there, changes that no file can hold and no `rebuild`, or weights that are not all there.
     """
     where = {option: value for option, value in options.items() if option in WHERE}
+    check_folder(name)
     try:
         values, _ = PreTrainedConfig.get_config_dict(str(name), **where)
         if not values:
@@ -193,12 +196,14 @@ def load_model(name: str | Path, *, rebuild: Callable[[Host], object] | None = N
     check_keys(str(name), found)
     if found["unexpected_keys"]:
         raise UserError(_keys_line(str(name), "have no place in the model for", found["unexpected_keys"]))
+    folder = Path(cast(str, config_file)).parent
+    check_stored_types(model, folder)
     model.__class__ = kind
     for buffer, value in kept.items():
         parent, _, child = buffer.rpartition(".")
         place = model.get_submodule(parent)
         place._buffers[child] = value.to(place._buffers[child].device)
-    for file in sorted(Path(cast(str, config_file)).parent.glob("model*.safetensors")):
+    for file in sorted(folder.glob(STORED)):
         _copy_exactly(model, file)
     return model
 
@@ -260,6 +265,36 @@ def _copy_exactly(model: nn.Module, file: Path) -> None:
             value = stored.get_tensor(name).to(tensor.device)
             if value.dtype != tensor.dtype or not torch.equal(value, tensor):
                 tensor.data = value
+
+
+def check_folder(name: str | Path) -> None:
+    """Is what is written as a folder there? The hub would be asked for it, and answers in words of its own.
+
+    Raises:
+        UserError: it is not.
+    """
+    words = str(name)
+    if (words.count("/") > 1 or words.startswith((".", "~", "/"))) and not Path(words).exists():
+        raise UserError(f"{name} cannot be loaded as a model: there is no such folder")
+
+
+def check_stored_types(model: nn.Module, folder: Path) -> None:
+    """Are the weights in a folder's files numbers that can stand for the model's? transformers casts whatever it finds.
+
+    Raises:
+        UserError: some are of whole or complex numbers, or of yes and no, with the name of the first.
+    """
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a file of the body alone has names without it
+    for file in sorted(folder.glob(STORED)):
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  # no mapping
+                named = (name, prefix + name, name.removeprefix(prefix))
+                expected = next((tensors[key] for key in named if key in tensors), None)
+                if expected is not None:
+                    part = stored.get_slice(name)
+                    tensor = part[:0] if part.get_shape() else stored.get_tensor(name)  # its type is all that counts
+                    check_type(name, tensor, expected, str(file))
 
 
 def check_keys(name: str, found: dict[str, Any], *, expected: Sequence[str] = ()) -> None:

@@ -162,10 +162,15 @@ class AudioClassification(Task):
         *,
         seed: int = 0,
         whole: bool = True,
+        siblings: bool = False,
         examples: int = 1500,
         test_examples: int = 600,
     ) -> HeldOut:
-        """As in `Task`; sounds are resampled to the rate that the model was trained at, and cut to its length."""
+        """As in `Task`; sounds are resampled to the rate that the model was trained at, and cut to its length.
+
+        Args:
+            siblings: as in `load`: nothing of the folder was trained on, so all of it is tested on.
+        """
         place, frames = self._named(source), _frames(meta)
         if isinstance(place, str):
             names = list(FORMANTS)
@@ -173,7 +178,7 @@ class AudioClassification(Task):
             which = f"the test split of {place}"
         else:
             splits = given_splits(place, sounds_in, "WAV files")
-            if not whole:
+            if not (whole or siblings):
                 splits = _with_splits(place, splits, seed)
             split = next(name for name in ("test", "val", "train") if name in splits)
             names = list(splits[split])

@@ -1,7 +1,7 @@
 """Language modelling: the next token of a text."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -314,7 +314,7 @@ class LanguageModelling(Task):
             eval_tokens: how many tokens are read, in windows spread evenly over the text.
             prompt_length: tokens of a prompt and its answer at most, by default as many as a window has.
         """
-        length = length or meta["length"]
+        length = meta["length"] if length is None else length
         if length < 2:
             raise UserError(f"length must be at least 2 tokens, got {length}")
         if eval_tokens < length:
@@ -333,7 +333,7 @@ class LanguageModelling(Task):
             return HeldOut(Choices(asked, tokens, length), f"{len(asked.questions):,} questions of {asked.name}")
         prompts = read_prompts(Path(source)) if self.asks and not str(source).startswith(HUB) else None
         if prompts is not None:
-            written = Written(prompts, tokens, prompt_length or length)
+            written = Written(prompts, tokens, length if prompt_length is None else prompt_length)
             return HeldOut(written, f"{len(written):,} prompts of {prompts.name}")
         parts = self.documents(source, seed)
         whole = whole and source not in self.embedded and read_splits(Path(source)) is None
@@ -389,6 +389,7 @@ class LanguageModelling(Task):
         top_k: int | None = None,
         top_p: float | int | None = None,
         seed: int = 0,
+        context: int | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> str:
         """Goes on with each prompt.
@@ -399,6 +400,8 @@ class LanguageModelling(Task):
             tokens: how many to write for each.
             temperature, top_k, top_p: as in `CausalLM.generate`.
             seed: of the draws.
+            context: how many tokens of a prompt are read, its last ones; by default as many as a window of training
+                had, which is said where a prompt has more.
             tell: is given the text piece by piece as it comes.
         """
         if output is not None:
@@ -407,6 +410,8 @@ class LanguageModelling(Task):
             raise UserError(f"tokens must be at least 1, got {tokens}")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+        if context is not None and context < 1:
+            raise UserError(f"context must be at least 1 token, got {context}")
         if not hasattr(model, "generate"):
             raise UserError(f"{type(model).__name__} cannot generate text")
         tokenizer, device = read_tokenizer(meta["tokenizer"]), device_of(model)
@@ -416,10 +421,12 @@ class LanguageModelling(Task):
             for prompt in prompts:
                 draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
                 draw["generator"] = torch.Generator(device).manual_seed(seed)
+                start = _last_tokens(tokenizer.encode(prompt), meta.get("length", 256), context)
                 if tell is not None and texts:
                     tell("\n\n")
                 try:
-                    texts.append(_continued(model, tokenizer, prompt, tokens, draw, tell or (lambda piece: None)))
+                    following = model.generate(_batched(start, tokenizer).to(device), tokens, **draw)
+                    texts.append(_continued(prompt, following, tokenizer, tell or (lambda piece: None)))
                 except ValueError as error:
                     raise UserError(str(error)) from None
             if file is not None:
@@ -538,15 +545,28 @@ def _tokenizer(name: str, train: Sequence[Document], vocab_size: int) -> Tokeniz
     return tokenizer
 
 
-def _continued(
-    model: Any, tokenizer: Tokenizer, prompt: str, count: int, draw: dict[str, Any], tell: Callable[[str], None]
-) -> str:
+def _last_tokens(encoded: Int64[np.ndarray, " _"], window: int, context: int | None) -> Int64[np.ndarray, " _"]:
+    """What is read of a prompt; that it is not all is said, where nobody asked for so much."""
+    # A model gains little by what lies further back than any of its training did, and may take minutes to read it.
+    kept = window if context is None else context
+    if context is None and len(encoded) > window:
+        progress.say(
+            f"the prompt has {len(encoded):,} tokens: the last {window:,} are read, as many as a window of training "
+            f"had; context={len(encoded)} reads them all"
+        )
+    return encoded[-kept:]
+
+
+def _batched(encoded: Int64[np.ndarray, " _"], tokenizer: Tokenizer) -> Int64[Tensor, "1 _"]:
+    """A prompt as models read it; where there is none, a document begins."""
+    return torch.from_numpy(np.array([tokenizer.end]) if len(encoded) == 0 else encoded)[None]
+
+
+def _continued(prompt: str, told: Iterator[Tensor], tokenizer: Tokenizer, tell: Callable[[str], None]) -> str:
     """The prompt and what follows it, told as it comes; the prompt with the first token, when all is in order."""
-    encoded = tokenizer.encode(prompt)
-    start = torch.from_numpy(np.array([tokenizer.end]) if len(encoded) == 0 else encoded)[None]
     pieces: list[int] = []
     printed = 0
-    for token in model.generate(start.to(device_of(model)), count, **draw):
+    for token in told:
         if int(token) == tokenizer.end:
             break
         pieces.append(int(token))

@@ -66,6 +66,8 @@ def newest(folder: Path) -> Path | None:
 
 def read(file: Path) -> dict[str, Any] | None:
     """A checkpoint without the numbers in its tensors; None of what is none."""
+    if not file.is_file():  # a FIFO would be waited for
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

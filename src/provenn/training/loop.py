@@ -29,6 +29,7 @@ from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_write
 from provenn.training.context import TokenShare, check_divides_tokens
 from provenn.training.recipes import Recipe
 from provenn.training.systems import JointOptimizer, before_saving, make_optimizer, training_loss
+from provenn.weights import check_type
 
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning")  # its loggers
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -339,6 +340,14 @@ def _check_fits(checkpoint: Path, module: Any, processes: int) -> None:
         raise UserError(
             f"{checkpoint} is of another preset or of other data: resume with what it was started with, "
             "or train in another folder"
+        )
+    for name, value in saved["state_dict"].items():
+        check_type(name, value, module.state_dict()[name], str(checkpoint))
+    states = saved.get("optimizer_states")
+    groups = [isinstance(state, dict) and "param_groups" in state for state in states or [None]]
+    if not (all(groups) and isinstance(saved.get("loops"), dict) and isinstance(saved.get("lr_schedulers"), list)):
+        raise UserError(
+            f"{checkpoint} is damaged: it lacks the state of the optimizer or of the loop; train again without --resume"
         )
     began, now = saved.get("began", {}), module.began()
     if saved.get("within_epoch"):

@@ -1,5 +1,6 @@
 """The papers as the pages show them: cards and committed evidence, read once when the catalogue starts."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
-from provenn import catalog, progress, sizes
+from provenn import catalog, sizes
 from provenn.evidence import view
 from provenn.evidence.record import Evidence, Finding
 from provenn.evidence.statement import Standing
@@ -16,6 +17,7 @@ from provenn.evidence.verdict import Verdict
 from provenn.sizes import Sizes
 from provenn.web import usage
 
+LOG = logging.getLogger("provenn.web")
 HOLDING = (Standing.REPRODUCED, Standing.HOLDS_HERE)
 
 
@@ -35,7 +37,7 @@ class Entry:
         troubles: list[str] = []
         evidence = view.committed(card, troubles.append) or Evidence(paper=card.slug)
         for trouble in troubles:
-            progress.say(trouble)  # to who runs the server: it names a place of this machine
+            LOG.warning(trouble)  # to who runs the server: it names a place of this machine
         return cls(card, evidence, view.judged(card, evidence), evidence.findings(card.claims), "".join(troubles))
 
     @property

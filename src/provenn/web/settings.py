@@ -70,6 +70,13 @@ class Settings(BaseModel):
         """An http address without the slash at its end, in letters that the headers of mails take."""
         if not re.fullmatch(r"https?://[!-.0-~][!-~]*", url):
             raise ValueError(f"url must start with http:// or https:// and be plain ASCII (xn--…, %C3%A9), got {url!r}")
+        try:
+            parts = urlsplit(url)
+            named = bool(parts.hostname) and "@" not in parts.netloc and (parts.port or 0) >= 0
+        except ValueError:  # of brackets, or a port that is none
+            named = False
+        if not named:
+            raise ValueError(f"url must name a host, and a port from 0 to 65535 where it names one, got {url!r}")
         return url.rstrip("/")
 
     @field_validator("hosts", mode="before")
@@ -151,8 +158,12 @@ class Settings(BaseModel):
         """Keep the home and what lies in it from all but its owner: addresses, links that sign in, and the secret.
 
         Raises:
-            UserError: its owner is somebody else.
+            UserError: its owner is somebody else, or it is no folder.
         """
+        # A file or a device that somebody named by mistake keeps its rights: /dev/null is everybody's.
+        if os.path.lexists(self.home) and not self.home.is_dir():
+            raise UserError(f"the home {self.home} is no folder: give one, or a name where there is nothing")
+        make_home(self.home)
         for place in (self.home, self.home / "secret", self.home / "mails"):
             keep_private(place)
 

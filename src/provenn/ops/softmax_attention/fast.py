@@ -23,17 +23,14 @@ def softmax_attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> Float[Tensor, "*batch queries width"]:
-    """y_i = Σ_j softmax_j(s q_i·k_j + b_ij) v_j, by PyTorch's fused attention, with every derivative on a CPU.
+    """`explicit` by PyTorch's fused attention, with every derivative on a CPU.
 
     The CPU's kernel has neither second derivatives nor a forward mode. Under a transform the definition runs in its
     place. A backward pass that is itself recorded is that of the definition.
 
     Args:
-        q, k, v: queries, keys and values of each head.
-        mask: True where a query may attend to a key, or b, numbers on the scores; −∞ hides as False does. A query that
-            may attend to no key gets 0.
-        causal: whether query i sees keys 1..i alone; without a mask only.
-        scale: s; by default 1/√head_dim.
+        q, k, v, mask, scale: as in `explicit`.
+        causal: likewise; without a mask only, since the kernel takes one of the two.
 
     Raises:
         ValueError: both a mask and `causal`.

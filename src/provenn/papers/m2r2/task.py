@@ -73,13 +73,15 @@ class AcceleratedModelling(LanguageModelling):
         top_k: int | None = None,
         top_p: float | int | None = None,
         seed: int = 0,
+        context: int | None = None,
         rounds: int = 5,
         tell: Callable[[str], None] | None = None,
     ) -> str:
         """Goes on with each prompt, and says how fast.
 
         Args:
-            model, meta, inputs, output, tokens, temperature, top_k, top_p, seed, tell: as of language modelling.
+            model, meta, inputs, output, tokens, temperature, top_k, top_p, seed, context, tell: as of language
+                modelling.
             mode: full (all layers for every token), exit (a token leaves where the router is sure), speculative
                 (drafts by the first gate, checked by all layers: what full may write, sooner; with temperature=0 the
                 same text), two-model (drafts by the second model that ships, of bytes) or compare (the text of full,
@@ -103,7 +105,8 @@ class AcceleratedModelling(LanguageModelling):
             options = {"mode": mode, **of_ways, **({"draft": draft} if mode == "two-model" else {})}
         writer = _Decoding(model, {**options, "statistics": statistics})
         draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        text = super().predict(writer, meta, inputs, output, tokens=tokens, seed=seed, tell=tell, **draw)
+        how: dict[str, Any] = {"tokens": tokens, "seed": seed, "context": context, "tell": tell}
+        text = super().predict(writer, meta, inputs, output, **how, **draw)
         depth = model.depth
         if mode == "compare":
             try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.nn.arguments import check_finite, check_whole
+from provenn.nn.attention import hide_tokens
 from provenn.ops.autograd import at_least_single, without_autocast
 
 KEY_TYPES = ("top_left", "bottom_right", "centre")
@@ -192,7 +193,14 @@ class KeyAttention(nn.Module):
         *,
         mask: Bool[Tensor, "batch keys"] | None = None,
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """How much each query takes of each key, in single precision; `mask` says which keys count."""
+        """How much each query takes of each key, in single precision.
+
+        Args:
+            queries, keys: as in `forward`.
+            geometry: S^G of every pair.
+            mask: True where a key counts. The others may hold anything; a query takes nothing where no key counts.
+        """
+        keys = hide_tokens(keys, mask)
         if not self.appearance and geometry is None:
             raise ValueError("an attention without appearance needs the geometry")
         logits: Tensor | float = 0.0 if geometry is None else geometry.transpose(-1, -2)
@@ -200,9 +208,12 @@ class KeyAttention(nn.Module):
             alike = self._by_head(self.key(keys)) @ self._by_head(self.query(queries)).transpose(-1, -2)
             logits = at_least_single(alike) * (self.channels // self.heads) ** -0.5 + logits
         assert isinstance(logits, Tensor)
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, :, None], -torch.inf)
-        return logits.softmax(dim=-2).transpose(-1, -2)
+        if mask is None:
+            return logits.softmax(dim=-2).transpose(-1, -2)
+        hidden = ~mask[:, None, :, None]
+        # The least finite number and not −∞, of which a softmax over no key at all would be 0/0.
+        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+        return logits.softmax(dim=-2).masked_fill(hidden, 0).transpose(-1, -2)
 
     def forward(
         self,
@@ -212,7 +223,7 @@ class KeyAttention(nn.Module):
         *,
         mask: Bool[Tensor, "batch keys"] | None = None,
     ) -> Float[Tensor, "batch queries channels"]:
-        values = self._by_head(self.value(keys))
+        values = self._by_head(self.value(hide_tokens(keys, mask)))
         mixed = self.weights(queries, keys, geometry, mask=mask).to(values.dtype) @ values
         return self.output(mixed.transpose(1, 2).flatten(2))
 
