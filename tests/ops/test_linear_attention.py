@@ -231,6 +231,12 @@ def test_kernel_arithmetic_equals_the_chunked_form(n, width, dim, reverse, span,
         torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-3)
 
 
+def test_the_kernel_is_taken_where_it_was_timed_to_be_quicker():
+    quicker = package.triton.is_quicker
+    assert quicker(8 * 32_768, 64, 64) and quicker(128 * 512, 64, 64)
+    assert not quicker(128 * 4096, 64, 64) and not quicker(64 * 512, 128, 64) and not quicker(64 * 512, 64, 128)
+
+
 def test_kernel_differentiates_as_the_chunked_form(monkeypatch):
     kernels = interpreted(package.triton.__file__)
     q, k, v = (features(2, 100, 6, seed=s).float() for s in range(3))

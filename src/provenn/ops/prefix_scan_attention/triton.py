@@ -1,9 +1,10 @@
 """The chunked scan as one GPU kernel each way: a program walks over the chunks of a span with the state in registers.
 
 Long rows are cut into spans that run side by side: each begins with what the spans before it amount to, which is summed
-first. The small matrices exist only on chip. Float32 is kept (three products of tensor cores for one). Importable where Triton or CUDA is
-missing: `available` then says no. Before a device's first use, `available` runs the kernels on a small draw and holds
-them against the PyTorch form, gradients included; if they disagree it warns and the PyTorch form is used there.
+first. The small matrices exist only on chip. Float32 is kept: a product is three of the tensor cores. Importable where
+Triton or CUDA is missing: `available` then says no. Before a device's first use, `available` runs the kernels on a
+small draw and holds them against the PyTorch form, gradients included; if they disagree it warns and the PyTorch form
+is used there.
 """
 
 import functools
@@ -28,6 +29,7 @@ except ImportError:
 LARGEST_DIM = 256
 PROGRAMS = 4096  # some for each multiprocessor of a large GPU
 SPAN = 256  # tokens of a span, at least
+QUICK = 2**25  # numbers up to which it is the quicker one, forward and in training; an NVIDIA H100 was timed
 LOWEST = torch.finfo(torch.float32).min
 
 if triton is not None:
