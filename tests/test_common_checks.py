@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,31 @@ class LooksAheadInPairs(Mean):
 class FixesTheBatch(Gate):
     def gate(self, x: Tensor) -> Tensor:
         return super().gate(x) * x.new_ones(len(x), 1)
+
+
+class RemembersTheTracedHeight(Gate):
+    """Exported, it divides by the height that it was traced at, and no condition says so."""
+
+    def gate(self, x: Tensor) -> Tensor:
+        height = x.shape[2].node.hint if isinstance(x.shape[2], torch.SymInt) else x.shape[2]
+        return (self.scale * x.mean(3).sum(2) / height).sigmoid()
+
+
+class ForksByParity(Gate):
+    """Exported of an odd height, it refuses even ones."""
+
+    def gate(self, x: Tensor) -> Tensor:
+        return super().gate(x if x.shape[2] % 2 else x.flip(2))
+
+
+class DoublesWhenTraced(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if torch.compiler.is_compiling() else 1)
+
+
+class FailsWhenTraced(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[()][len(x)] if torch.compiler.is_compiling() else x)
 
 
 class LookupByKernel(Lookup):
@@ -509,7 +535,11 @@ BROKEN = [
     (Unpicklable, "channel-gate", "copy"),
     (BreaksTheGraph, "channel-gate", "compile"),
     (DependsOnData, "channel-gate", "export"),
+    (DoublesWhenTraced, "channel-gate", "compile"),
+    (DoublesWhenTraced, "channel-gate", "export"),
     (FixesTheBatch, "channel-gate", "export-open-sizes"),
+    (RemembersTheTracedHeight, "channel-gate", "export-open-sizes"),
+    (DependsOnData, "channel-gate", "export-open-sizes"),
     (LooksAheadInPairs, "token-mixer", "export-open-sizes"),
     (PutsThingsOnCpu, "channel-gate", "build-on-meta"),
     (WritesItsInput, "channel-gate", "leave-its-input"),
@@ -552,6 +582,42 @@ def test_an_accident_is_no_refusal():
     check_mechanism(CancelsInBfloat16, "channel-gate", cannot=excuse, only=excuse)
     with pytest.raises(BrokenPromise, match="run-in-bfloat16: cannot names it, but this is an accident"):
         check_mechanism(FailsInHalf, "channel-gate", cannot=excuse, only=excuse)
+
+
+@pytest.mark.parametrize("factory", [FixesTheBatch, ForksByParity, DependsOnData])
+def test_what_a_tracer_refuses_is_a_refusal(factory: Any):
+    excuse = {"export-open-sizes": "what is traced is of one size"}
+    check_mechanism(factory, "channel-gate", cannot=excuse, only=excuse)
+
+
+@pytest.mark.parametrize("factory", [RemembersTheTracedHeight, DoublesWhenTraced, FailsWhenTraced])
+def test_neither_another_output_nor_an_accident_of_what_is_traced_is_excused(factory: Any):
+    excuse = {"export-open-sizes": "what is traced is of one size"}
+    with pytest.raises(BrokenPromise, match="export-open-sizes: cannot names it, but this is an accident"):
+        check_mechanism(factory, "channel-gate", cannot=excuse, only=excuse)
+
+
+def test_open_sizes_are_asked_for_by_default():
+    with pytest.raises(BrokenPromise, match="\n  export-open-sizes: ") as error:
+        check_mechanism(FixesTheBatch, "channel-gate")
+    assert "\n  export: " not in str(error.value), "what is traced at one size is right"
+
+
+def test_the_form_that_looks_both_ways_is_asked_for_open_sizes():
+    with pytest.raises(BrokenPromise, match="with causal=False\n  export-open-sizes: "):
+        check_mechanism(LooksAheadInPairs, "token-mixer", only=["export-open-sizes", "export"])
+
+
+def test_what_follows_from_a_promise_that_is_kept_is_not_asked(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    for name in ("export-open-sizes", "export"):
+        check = partial(lambda name, subject: asked.append(name), name)
+        monkeypatch.setitem(PROMISES, name, replace(PROMISES[name], check=check))
+    both = ["export", "export-open-sizes"]
+    check_mechanism(Gate, "channel-gate", only=both)
+    assert asked == ["export-open-sizes"]
+    with pytest.raises(BrokenPromise, match="export: is kept"):
+        check_mechanism(Gate, "channel-gate", cannot={"export": "thought so"}, only=both)
 
 
 def test_every_promise_is_seen_broken():
@@ -731,10 +797,17 @@ def test_a_wrong_fact_is_caught(
         check_paper(paper)
 
 
-@pytest.mark.parametrize("paper, name", [("gaam", "gaam"), ("moh", "moh"), ("hedgehog", "hedgehog")])
-def test_what_looks_both_ways_is_exported_with_open_sizes(paper: str, name: str):
-    mechanism = next(m for m in cards()[paper].mechanisms if m.name == name)
-    factory = partial(cards()[paper].resolve(mechanism.layer), **{**mechanism.arguments, "causal": False})
-    check_mechanism(
-        lambda dim, causal=False: factory(dim), "token-mixer", cannot={"be-causal": "…"}, only=["export-open-sizes"]
-    )
+@pytest.mark.parametrize("batch", ["len(x)", "-1"])
+def test_a_preset_is_exported_for_any_batch(batch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flat = f"""
+
+class Flat(nn.Module):
+    def forward(self, x):
+        return x.reshape({batch}, x.shape[1])
+"""
+    paper = tiny(tmp_path, monkeypatch, model=MODEL.replace("nn.Flatten()", "Flat()") + flat)
+    if batch == "-1":
+        check_paper(paper)
+    else:
+        with pytest.raises(BrokenPromise, match=r"tiny_paper tiny\n  export: .*Constraints violated"):
+            check_paper(paper)

@@ -72,3 +72,11 @@ def plain_gradients(
         grads: the incoming gradient of each output.
     """
     return torch.func.vjp(plain, *inputs)[1](grads)
+
+
+def check_fixed_length(tokens: int, loop: str) -> None:
+    """Refuse to be exported for any number of tokens, before a `loop` over them is unrolled for one of them."""
+    if isinstance(tokens, torch.SymInt):
+        raise NotImplementedError(
+            f"{loop} is unrolled where it is exported, which an open number of tokens cannot be: leave it fixed"
+        )

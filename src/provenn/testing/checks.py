@@ -23,10 +23,11 @@ OF_LARGE_PRESETS = ("match-published-counts", "build-on-meta")
 OF_BOTH_WAYS = (
     "keep-shape", "keep-examples-apart", "mix", "heed-mask", "reach-parameters", "keep-gradients-finite",
     "pass-gradcheck", "differentiate-twice", "differentiate-forward", "train-in-mixed-precision",
-    "take-an-empty-batch", "run-in-bfloat16", "build-on-meta",
+    "take-an-empty-batch", "run-in-bfloat16", "build-on-meta", "be-deterministic", "train-as-it-evaluates",
+    "leave-its-input", "take-any-layout", "export-open-sizes", "export",
 )  # fmt: skip
-OPEN = "export-open-sizes"  # asked where it is named: a loop that is unrolled over tokens cannot keep it
-TRACED = ("compile", "export", OPEN)
+FOLLOWS = {"export": "export-open-sizes"}  # what need not be asked where another, asked before it, was kept
+TRACED = ("compile", "export", "export-open-sizes")
 LARGE = 2**28  # parameters; beyond, weights and gradients are more than a test should hold
 
 
@@ -49,7 +50,7 @@ def check_mechanism(
         factory: makes it, as the slot says: `factory(dim)`, `factory(channels)`, ...
         slot_name: one of `provenn.slots.SLOTS`.
         cannot: promises that it cannot keep, each with the reason. One that it does keep is reported as well.
-        only: names of the promises to ask for; by default all but "export-open-sizes".
+        only: names of the promises to ask for; by default all.
 
     Raises:
         BrokenPromise: one or more promises are broken; a line for each.
@@ -113,8 +114,7 @@ def _ask_both_ways(
     factory: Callable[..., Any], of: Slot, name: str, cannot: Mapping[str, str], only: Collection[str] | None = None
 ) -> None:
     """What `causal=False` may change, but what the mechanism is excused from as it is."""
-    ways = (*OF_BOTH_WAYS, OPEN) if only else OF_BOTH_WAYS
-    asked = [promise for promise in ways if promise not in cannot and (only is None or promise in only)]
+    asked = [promise for promise in OF_BOTH_WAYS if promise not in cannot and (only is None or promise in only)]
     _ask(Subject.mechanism(factory, of, f"{name} with causal=False", causal=False), of.name, {}, asked)
 
 
@@ -186,10 +186,13 @@ def _size(paper: Card, preset: Preset) -> int | float:
 def _refuses(error: Exception, promise: str) -> bool:
     """Whether a promise was seen not to be kept, or refused in words, rather than missed by an accident on the way.
 
-    A refusal is a `raise` with a message, not an operation that went wrong. Of torch's own only a tracer's counts.
+    A refusal is a `raise` with a message, not an operation that went wrong. Of torch's own only a tracer's counts. Of
+    what is traced, another output is never excused.
     """
-    if isinstance(error, AssertionError):
+    if promise in TRACED and _is_of_tracer(error):
         return True
+    if isinstance(error, AssertionError):
+        return promise not in TRACED
     if not isinstance(error, ValueError | TypeError | NotImplementedError | RuntimeError) or not str(error):
         return False
     place = error.__traceback__
@@ -198,7 +201,18 @@ def _refuses(error: Exception, promise: str) -> bool:
     assert place is not None
     code, module = place.tb_frame.f_code, place.tb_frame.f_globals.get("__name__", "")
     raised = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
-    return raised and (promise in TRACED or not module.startswith("torch."))
+    return raised and not module.startswith("torch.")
+
+
+def _is_of_tracer(error: Exception) -> bool:
+    """Whether torch says that it cannot trace this code, or that what it traced is not for this size."""
+    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.exc import UserError as TracerError
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+
+    if isinstance(error, AssertionError):
+        return str(error).startswith("Guard failed: ")  # what an exported module says of a size outside its conditions
+    return isinstance(error, Unsupported | TracerError | ConstraintViolationError | GuardOnDataDependentSymNode)
 
 
 def _called(factory: Callable[..., Any]) -> str:
@@ -214,10 +228,11 @@ def _ask(
     if unknown:
         raise BrokenPromise(f"{subject.name}: there is no promise {unknown[0]!r} here; there are: {', '.join(asked)}")
     broken: list[tuple[str, Exception | None]] = []
+    kept: set[str] = set()
     for name, promise in asked.items():
         if only is not None and name not in only:
             continue
-        if only is None and name == OPEN:
+        if name not in cannot and FOLLOWS.get(name) in kept:
             continue
         try:
             promise.check(subject)
@@ -228,6 +243,7 @@ def _ask(
             elif not _refuses(error, name):
                 broken.append((f"  {name}: cannot names it, but this is an accident, no refusal: {reason}", error))
         else:
+            kept.add(name)
             if name in cannot:
                 broken.append((f"  {name}: is kept, so cannot need not name it ({cannot[name]})", None))
     if broken:

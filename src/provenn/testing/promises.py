@@ -532,20 +532,12 @@ def _compile(subject: Subject) -> None:
     _close(results[1][1], results[0][1], "compiled, it gives another gradient", 1e-3)
 
 
-@_promise("export")
-def _export(subject: Subject) -> None:
-    """torch.export takes it and gives the same output."""
-    module, inputs = subject.build(), subject.inputs()
-    with unchecked(), torch.no_grad():
-        exported = torch.export.export(module, tuple(inputs))
-        _close(exported.module()(*inputs), module(*inputs), "exported, it gives another output")
-
-
 @_promise("export-open-sizes", *MECHANISMS)
 def _export_open_sizes(subject: Subject) -> None:
     """torch.export takes it with every axis open but its width, and at other sizes it gives the same output.
 
-    It asks more than "export" does. It is asked only where it is named: a loop unrolled over tokens cannot keep it.
+    It asks more than "export" does, which is left out where this one is kept. A loop that is unrolled over tokens
+    cannot keep it, nor can what refuses an open number of them.
     """
     assert subject.slot is not None
     axes = [{i for i, axis in enumerate(of.split()) if axis != subject.slot.width} for of in subject.slot.inputs]
@@ -557,6 +549,24 @@ def _export_open_sizes(subject: Subject) -> None:
             inputs = subject.inputs(**_open(subject, sizes))
             given = " and ".join(str(tuple(x.shape)) for x in inputs)
             _close(exported(*inputs), module(*inputs), f"exported, of {given} it gives another output")
+
+
+@_promise("export")
+def _export(subject: Subject) -> None:
+    """torch.export takes it and gives the same output: a network with its batch open, and of another batch."""
+    module, inputs = subject.build(), subject.inputs()
+    with unchecked(), torch.no_grad():
+        if subject.slot is not None and subject.slot.name != "backbone":
+            exported = torch.export.export(module, tuple(inputs)).module()
+            _close(exported(*inputs), module(*inputs), "exported, it gives another output")
+            return
+        shapes: Any = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+        takes = inspect.signature(module.forward).parameters.values()
+        shapes = (shapes,) if any(each.kind == each.VAR_POSITIONAL for each in takes) else shapes
+        exported = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes).module()
+        other = subject.inputs(batch=len(inputs[0]) - 1)
+        message = f"exported of a batch of {len(inputs[0])}, of one of {len(other[0])} it gives another output"
+        _close(exported(*other), module(*other), message)
 
 
 def _open(subject: Subject, sizes: Mapping[str, int]) -> dict[str, int]:

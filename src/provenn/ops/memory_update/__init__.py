@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from provenn.ops.autograd import without_autocast
+from provenn.ops.autograd import check_fixed_length, without_autocast
 
 from .fast import chunked_memory
 from .reference import MemoryState, Surprise, read_memory, recurrent_memory
@@ -71,6 +71,7 @@ def memory_update(
             "queries and keys must be (batch, heads, tokens, dim) and values (batch, heads, tokens, width) with at "
             f"least one token, got {tuple(queries.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}"
         )
+    check_fixed_length(keys.shape[2], "the memory's loop over chunks")
     if mask is not None and mask.shape != (keys.shape[0], keys.shape[2]):
         raise ValueError(f"mask must be (batch, tokens) = {(keys.shape[0], keys.shape[2])}, got {tuple(mask.shape)}")
     if chunk < 1:
@@ -81,7 +82,7 @@ def memory_update(
         raise ValueError(f"limit must be above 0, got {limit}")
     if not isinstance(state, MemoryState):
         dtype = torch.promote_types(values.dtype, torch.float32)
-        state = MemoryState.start([w.to(dtype) for w in state], len(keys), momentum=momentum is not None)
+        state = MemoryState.start([w.to(dtype) for w in state], keys.shape[0], momentum=momentum is not None)
     if bool(state.momentum) != (momentum is not None):
         given = "a" if state.momentum else "no"
         raise ValueError(f"the state has {given} momentum, and the tokens bring the opposite")

@@ -401,7 +401,8 @@ def chunked_memory(
         keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
     shown = torch.ones_like(step[0, :, :1], dtype=torch.bool) if mask is None else mask[:, None]
     channels = max(gate.shape[-1] for gate in forget)
-    most = max(1, ROOM // max(1, groups * chunk * channels * (BLOCK if channels > 1 else chunk)))
+    rows = 1 if torch.compiler.is_compiling() else groups  # what is traced serves any batch
+    most = max(1, ROOM // max(1, rows * chunk * channels * (BLOCK if channels > 1 else chunk)))
     outputs, surprises = [], []
     for start, count, size in _pieces(tokens, position, chunk, most):
         # Blocks are full: the last one of a chunk with tokens that nobody has seen.

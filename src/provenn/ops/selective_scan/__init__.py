@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from provenn.ops.autograd import is_transformed, without_autocast
+from provenn.ops.autograd import check_fixed_length, is_transformed, without_autocast
 
 from . import triton
 from .fast import chunked
@@ -48,6 +48,7 @@ def selective_scan(
     >>> [round(value, 3) for value in y.flatten().tolist()], last.shape
     ([1.0, 1.5, 1.75], torch.Size([1, 1, 1]))
     """
+    check_fixed_length(u.shape[-1], "the scan over tokens")
     if B.dim() == 3:
         B = B.unsqueeze(1)
     if C.dim() == 3:

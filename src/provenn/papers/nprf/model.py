@@ -282,7 +282,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
         x, grid = self._patches(x)
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.positions is not None:
             x = x + self.positions
         given = {"grid": grid} if self.any_size else {}
@@ -329,8 +329,8 @@ class CrossAttention(nn.Module):
         """`mask` is True where a token of the other sequence may be attended."""
         check_tokens(x, self.query.in_features, None)
         check_tokens(other, self.key.in_features, mask)
-        if len(x) != len(other):
-            raise ValueError(f"both sequences need one batch, got {len(x)} and {len(other)}")
+        if x.shape[0] != other.shape[0]:
+            raise ValueError(f"both sequences need one batch, got {x.shape[0]} and {other.shape[0]}")
         seen = hide_tokens(other, mask)
         pairs = ((self.query, x), (self.key, seen), (self.value, seen))
         q, k, v = (split_heads(m(part), self.heads) for m, part in pairs)

@@ -256,10 +256,12 @@ class RATMixer(nn.Module):
     def _whole(self, g: Tensor, v: Tensor, k: Tensor, q: Tensor) -> tuple[Tensor, RATState]:
         """A sequence from its first token on; g, v and k come in the type that is summed in, q in that of the layer."""
         batch, n, _ = q.shape
+        # Exported for any number of tokens, always filled up: whether that is needed would be a condition on n.
+        open_size = isinstance(n, torch.SymInt)
         # A sequence within one chunk needs no padding up to L.
-        chunk = min(self.chunk, n)
+        chunk = self.chunk if open_size else min(self.chunk, n)
         # A gate of 1 and nothing to add carry the last state on to the end of its chunk.
-        padding = (0, 0, 0, -n % chunk)
+        padding = (0, 0, 0, (n // chunk + 1) * chunk - n if open_size else -n % chunk)
         g, v, k, q = F.pad(g, padding, value=1), F.pad(v, padding), F.pad(k, padding), F.pad(q, padding)
         v, k = self._recur(g, v, chunk), self._recur(g, k, chunk)
         token = torch.arange(q.shape[1], device=q.device)
@@ -268,10 +270,11 @@ class RATMixer(nn.Module):
         values = split_heads(v.to(q.dtype), self.heads)
         y = chunk_attention(queries, keys, values, chunk=chunk)[:, :, :n]
         # Copies: a view would keep every token's keys alive for as long as the state lives.
-        ends = slice(chunk - 1, None, chunk)
-        cache = KVCache(keys[:, :, ends].clone(), values[:, :, ends].clone(), -(-n // chunk))
+        count = -(-n // chunk)
+        ends = slice(chunk - 1, count * chunk, chunk)
+        cache = KVCache(keys[:, :, ends].clone(), values[:, :, ends].clone(), count)
         position = torch.full((batch,), n, device=q.device)
-        return y.transpose(1, 2).flatten(2), RATState(cache, k[:, -1].clone(), v[:, -1].clone(), position, n)
+        return y.transpose(1, 2).flatten(2), RATState(cache, k[:, n - 1].clone(), v[:, n - 1].clone(), position, n)
 
     def _resumed(
         self, g: Tensor, v: Tensor, k: Tensor, q: Tensor, *, state: RATState, mask: Tensor | None

@@ -86,7 +86,7 @@ class Mamba(nn.Module):
             delta, B, C = self.x_proj(u.mT).mT.split([self.rank, self.state, self.state], dim=1)
             delta = self.dt_proj(delta.mT).mT
         else:
-            B, C = self.read_and_write[:, :, None].expand(-1, -1, u.shape[2]).expand(len(u), -1, -1, -1).unbind(1)
+            B, C = self.read_and_write[:, :, None].expand(-1, -1, u.shape[2]).expand(u.shape[0], -1, -1, -1).unbind(1)
             delta = torch.zeros_like(u)
         wide = torch.promote_types(delta.dtype, torch.float32)
         step = F.softplus(delta.to(wide) + self.dt_bias.to(wide)[:, None])

@@ -61,7 +61,7 @@ class ConvertedMAG(Companion):
 
     def widen(self, x: Tensor) -> Tensor:
         """P ‖ x: the host's own maps make keys and values of P, too."""
-        return torch.cat([self.persistent.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([self.persistent.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention to P, which stands nowhere, and to the last `window` tokens, turned; P itself asks for nothing."""
@@ -95,7 +95,7 @@ class ConvertedMAG(Companion):
 
     def _remember(self, x: Tensor, state: NeuralState | None) -> tuple[Tensor, NeuralState]:
         """What the memory recalls of the next tokens, after P at first."""
-        return self.memory.prefill(x, self.memory.primed(self.persistent, len(x))[1] if state is None else state)
+        return self.memory.prefill(x, self.memory.primed(self.persistent, x.shape[0])[1] if state is None else state)
 
     def finish(self, y: Tensor) -> Tensor:
         """o = y ⊗ M(x̃), without the outputs at P."""

@@ -143,7 +143,7 @@ class GraphRegressor(nn.Module):
             relations = self.paths.of(lengths)
         else:
             relations = self.paths.with_virtual_node(lengths)
-            x = torch.cat([self.virtual.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.virtual.expand(x.shape[0], -1, -1), x], dim=1)
             mask = nn.functional.pad(mask, (1, 0), value=True)
             extra = None if extra is None else nn.functional.pad(extra, (1, 0, 1, 0))
         x = self.dropout(x)

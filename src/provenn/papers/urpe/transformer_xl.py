@@ -186,7 +186,7 @@ class TransformerXL(nn.Module):
         self, tokens: Int[Tensor, "batch tokens"], state: Memory | None = None
     ) -> tuple[Float[Tensor, "batch tokens vocab"], Memory]:
         """A segment's logits, and the memory after it."""
-        x, state = self._read(tokens, self.init_state(len(tokens)) if state is None else state)
+        x, state = self._read(tokens, self.init_state(tokens.shape[0]) if state is None else state)
         return self.logits(x), state
 
     def step(self, token: Int[Tensor, " batch"], state: Memory) -> tuple[Float[Tensor, "batch vocab"], Memory]:
@@ -202,7 +202,7 @@ class TransformerXL(nn.Module):
 
     def hidden_states(self, tokens: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens dim"]:
         """What the last layer gives for each token, segment by segment, with the memory between them."""
-        state, outputs = self.init_state(len(tokens)), []
+        state, outputs = self.init_state(tokens.shape[0]), []
         for piece in tokens.split(self.segment, dim=1):
             x, state = self._read(piece, state)
             outputs.append(x)

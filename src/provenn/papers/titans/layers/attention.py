@@ -84,7 +84,7 @@ class PrefixAttention(nn.Module):
         tokens, window = x.shape[1], self.window
         block = min(tokens, window)
         blocks = -(-tokens // block)
-        before = self.init_state(len(x)) if cache is None else cache
+        before = self.init_state(x.shape[0]) if cache is None else cache
         if cache is None and blocks == 1:
             before = _last(before, 0)  # no need to look at room for what never came
         reach = before.seen.shape[1]

@@ -292,7 +292,7 @@ class NeuralMemory(Mixer):
             return self._merged(read_memory(q.to(weights[0].dtype), weights, residual=self.residual).to(dtype))
 
     def _read(self, x: Tensor, state: NeuralState | None, mask: Tensor | None) -> tuple[Tensor, NeuralState]:
-        state = self.init_state(len(x)) if state is None else state
+        state = self.init_state(x.shape[0]) if state is None else state
         if not self.writing:
             (q, *_), tail = self._projected(x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0), state.tail)
             return self._asked(q, state.memory.weights, x.dtype), NeuralState(state.memory, tail)

@@ -74,7 +74,7 @@ class LongTermMemory(Mixer):
         return self.memory.primed(self.persistent, batch)[1]
 
     def _read(self, x: Tensor, state: NeuralState | None, mask: Tensor | None) -> tuple[Tensor, NeuralState]:
-        recalled, state = self.memory.prefill(x, self.init_state(len(x)) if state is None else state, mask=mask)
+        recalled, state = self.memory.prefill(x, self.init_state(x.shape[0]) if state is None else state, mask=mask)
         return self._read_off(x, recalled), state
 
 
@@ -149,8 +149,8 @@ class MemoryAsContext(Mixer):
         return ContextState(memory, memory.memory.weights, memory.tail[..., : self.dim], cache, 0)
 
     def _read(self, x: Tensor, state: ContextState | None, mask: Tensor | None) -> tuple[Tensor, ContextState]:
-        memory, base, tail, cache, position = self._start(len(x)) if state is None else state
-        prefix = self.persistent.expand(len(x), *self.persistent.shape)
+        memory, base, tail, cache, position = self._start(x.shape[0]) if state is None else state
+        prefix = self.persistent.expand(x.shape[0], *self.persistent.shape)
         outputs, start = [], 0
         while start < x.shape[1]:
             end = min(start + self.segment - position, x.shape[1])
@@ -235,9 +235,9 @@ class MemoryAsGate(WindowedMixer):
         return GateState(self.memory.primed(self.persistent, batch)[1], self.attention.init_state(batch))
 
     def _read(self, x: Tensor, state: GateState | None, mask: Tensor | None) -> tuple[Tensor, GateState]:
-        memory, cache = (self.memory.primed(self.persistent, len(x))[1], None) if state is None else state
+        memory, cache = (self.memory.primed(self.persistent, x.shape[0])[1], None) if state is None else state
         m, memory = self.memory.prefill(x, memory, mask=mask)
-        prefix = self.persistent.expand(len(x), *self.persistent.shape)
+        prefix = self.persistent.expand(x.shape[0], *self.persistent.shape)
         y, cache = self.attention(x, [x], prefix, cache, mask=None if mask is None else mask.unsqueeze(-1))
         return self.join(y, m), GateState(memory, cache)
 
@@ -271,7 +271,7 @@ class MemoryAsLayer(WindowedMixer):
         return LayerState(memory, prefix, self.attention.init_state(batch))
 
     def _read(self, x: Tensor, state: LayerState | None, mask: Tensor | None) -> tuple[Tensor, LayerState]:
-        memory, prefix, cache = (*self.memory.primed(len(x))[::-1], None) if state is None else state
+        memory, prefix, cache = (*self.memory.primed(x.shape[0])[::-1], None) if state is None else state
         y, memory = self.memory.prefill(x, memory, mask=mask)
         y = self.norm(y)
         o, cache = self.attention(y, [y], self.norm(prefix), cache, mask=None if mask is None else mask.unsqueeze(-1))
