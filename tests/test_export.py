@@ -487,7 +487,17 @@ EXPORTED = {
     "audio-classification",
     "layer-stacks",
 }
-QUICK = ("bevanet_tiny", "eca_resnet20", "gaam_small", "nprf_vit_tiny", "residual_mlp")
+QUICK = (
+    "bevanet_tiny",
+    "eca_resnet20",
+    "gaam_small",
+    "hedgehog_vit",
+    "l2vit_mini",
+    "moh_vit_digits",
+    "nprf_vit_tiny",
+    "residual_mlp",
+    "shvit_small",
+)
 
 
 def presets():
