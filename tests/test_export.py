@@ -206,8 +206,8 @@ IMAGE_SYSTEMS = {
         heads=2,
         point_convs=0,
         deeper=0,
-        keys=3,
-        keys_a_level=1,  # a level's highest: of further keys many score 0 alike, and onnxruntime takes others of them
+        keys=6,
+        keys_a_level=3,  # more than have peaks: of cells that score 0 alike the file is to take those of predict
         map_size=8,
     ),
     "object-detection SSDLite": lambda: SSDLite(small_backbone(3), num_classes=2, finest=4),
