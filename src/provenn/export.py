@@ -335,6 +335,7 @@ def relative_difference(given: np.ndarray, expected: np.ndarray) -> float:
 
 
 CALIBRATED_BY = 128  # training examples, at most
+OF_ONE_SIZE = ("digits", "brain")  # embedded data that come at no other
 
 
 class Calibration(NamedTuple):
@@ -366,9 +367,9 @@ def read_calibration(
         UserError: another task, onnxruntime is missing, or data that do not fit.
     """
     check_int8(task)
-    # Images that are all of one size where the file wants that; a folder's own sizes else.
-    own_size = {} if task.name == "semantic-segmentation" or str(source) in task.embedded else {"size": meta["size"]}
-    loaded = task.load(source, seed=seed, **own_size, **(options or {}))
+    # Ranges are those of the training's size: at another one a network sees other patterns.
+    size = {} if str(source) in OF_ONE_SIZE else {"size": meta["size"]}
+    loaded = task.load(source, seed=seed, **size, **(options or {}))
     if loaded.meta["channels"] != meta["channels"] or loaded.meta["classes"] != meta["classes"]:
         raise UserError(
             f"{source} has {loaded.meta['channels']} channel(s) and {len(loaded.meta['classes'])} classes; these "
@@ -397,7 +398,7 @@ def quantize(
         task, meta: as there.
         calibration: the data.
         images: in 0…1, of several sizes, at which both files are compared.
-        seed: of the choice of examples.
+        seed: of the choice of examples, and of how they are cut and mirrored.
 
     Returns:
         The metrics of both files on the held-out part beside each other, their sizes, and how far apart they are, a
@@ -423,7 +424,8 @@ def quantize(
                 return None
             return {"image": _unstandardised(loaded.train[index][0][None], loaded.meta).numpy()}
 
-    with TemporaryDirectory() as folder, quiet_loggers("root"):
+    with TemporaryDirectory() as folder, quiet_loggers("root"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         plain, prepared, small = (Path(folder) / part for part in ("float.onnx", "prepared.onnx", "int8.onnx"))
         shutil.copyfile(file, plain)
         try:

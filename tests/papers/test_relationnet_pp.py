@@ -330,6 +330,15 @@ def maps(sizes=((6, 8), (3, 4)), classes=3, seed=0):
     return PointMaps(logits, offsets), features
 
 
+def test_of_equal_scores_the_first_cells_are_keys():
+    logits, offsets = torch.zeros(1, 2, 40, 30), torch.zeros(1, 2, 40, 30)
+    points = PointMaps([logits], [offsets])
+    keys = select_keys(points, [torch.zeros(1, 4, 40, 30)], (8,), most=9, most_a_level=12)
+    assert keys.positions[0, :, 0].sub(4).div(8).tolist() == [*range(9)] and (keys.positions[..., 1] == 4).all()
+    with pytest.raises(ValueError, match="ties must be one of first, topk, got 'last'"):
+        select_keys(points, [torch.zeros(1, 4, 40, 30)], (8,), ties="last")
+
+
 def test_keys_are_the_surest_peaks_of_all_levels():
     points, features = maps()
     chosen = select_keys(points, features, STRIDES, most=8, most_a_level=6)

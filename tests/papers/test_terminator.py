@@ -13,6 +13,7 @@ from provenn.bench import count_parameters
 from provenn.errors import UserError
 from provenn.inspection import Inspection
 from provenn.nn.auxiliary import collect_auxiliary
+from provenn.nn.fusion import fuse
 from provenn.papers.terminator import (
     GIBS,
     RGU,
@@ -64,6 +65,21 @@ def test_a_kernel_is_the_function_of_coordinates_that_the_paper_writes():
         for g, u in zip(net.filters[1:], net.mixers):
             h = g(c).sin() * u(h) + net.plane[row, column]
         torch.testing.assert_close(kernel[0, :, row, column], net.out(h), atol=1e-6, rtol=1e-6)
+
+
+def test_a_fused_slow_net_depends_on_no_angle_of_thousands_any_more():
+    """An exported file whose program rounds such an angle otherwise would give other kernels."""
+    torch.manual_seed(0)
+    net, x = HyperZZWLocal(12).eval(), torch.randn(2, 12, 6, 6)
+    gate = HyperChannelInteraction(12).eval()
+    for layer, kernel in ((net, net.kernel), (gate, gate.kernel)):
+        fused, before = fuse(layer, x), layer(x)
+        for module in (kernel, fused.kernel):
+            for angle in module.filters:
+                angle.weight.data.mul_(1 + 1e-4)
+        assert torch.equal(fused(x), before) and (layer(x) - before).abs().max() > 1e-4
+    fused.kernel.resize(20)
+    assert fused.kernel().shape == (1, 1, 20)
 
 
 def test_slow_nets_start_as_the_code_has_it():

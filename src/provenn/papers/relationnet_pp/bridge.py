@@ -15,6 +15,7 @@ from provenn.ops.autograd import at_least_single
 from provenn.papers.relationnet_pp.layers import (
     BVR,
     KEY_TYPES,
+    TIES,
     Keys,
     PointHead,
     PointMaps,
@@ -37,6 +38,7 @@ class Bridge(nn.Module):
         heads: of the attentions.
         point_head: "release" or "paper": see `PointHead`; with its `groups`, `convs` (here `point_convs`) and `deeper`.
         keys, keys_a_level: K, and how many of each level are looked at.
+        ties: of keys with equal scores, see `select_keys`.
         share_map: one geometry for both towers, as the release's ATSS has it.
         preserve: start from output layers of zeros, so that a trained detector still says what it said.
         options: of both `BVR`s: geometry, appearance, dim, hidden, log_scale, map_size, align_corners, unit, by_level.
@@ -57,6 +59,7 @@ class Bridge(nn.Module):
         deeper: int = 1,
         keys: int = 50,
         keys_a_level: int = 20,
+        ties: str = "first",
         share_map: bool = False,
         preserve: bool = False,
         **options: Any,
@@ -65,7 +68,9 @@ class Bridge(nn.Module):
         check_whole(keys=keys, keys_a_level=keys_a_level)
         if min(keys, keys_a_level) < 1:
             raise ValueError(f"keys and keys_a_level must be at least 1, got {keys} and {keys_a_level}")
-        self.keys, self.keys_a_level, self.strides = keys, keys_a_level, tuple(strides)
+        if ties not in TIES:
+            raise ValueError(f"ties must be one of {', '.join(TIES)}, got {ties!r}")
+        self.keys, self.keys_a_level, self.ties, self.strides = keys, keys_a_level, ties, tuple(strides)
         self.point_head = PointHead(
             channels, num_classes, form=point_head, groups=groups, convs=point_convs, deeper=deeper
         )
@@ -100,6 +105,7 @@ class Bridge(nn.Module):
                 most=self.keys,
                 most_a_level=self.keys_a_level,
                 reference=self.point_head.reference,
+                ties=self.ties,
             )
             for name in bvr.key_types
         }

@@ -70,7 +70,8 @@ def keys_of(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> di
 
 def _levels(detector: Any, x: Tensor) -> dict[str, Keys]:
     bridge, levels = detector.head.bridge, detector.levels(x)
-    limits = {"most": bridge.keys, "most_a_level": bridge.keys_a_level, "reference": bridge.point_head.reference}
+    limits = {"most": bridge.keys, "most_a_level": bridge.keys_a_level, "ties": bridge.ties}
+    limits["reference"] = bridge.point_head.reference
     said = bridge.point_head(levels)
     return {name: select_keys(points, levels, detector.strides, **limits) for name, points in said.items()}
 

@@ -98,7 +98,7 @@ class BVRRetinaHead(nn.Module):
         num_classes: how many.
         groups: of the group norms.
         strides: of the levels.
-        bvr: options of `Bridge`.
+        bvr: options of `Bridge`; of equal scores it leaves the order to torch, as the release does.
 
     Shapes: a level each, (batch, channels, h_i, w_i), to what is said of each of 9 anchors a cell, in the order of
     levels, cells and anchors: logits of the classes and four offsets, (batch, places, num_classes + 4).
@@ -117,7 +117,7 @@ class BVRRetinaHead(nn.Module):
         super().__init__()
         self.strides = tuple(strides)
         self.head = DenseHead(channels, num_classes, anchors=9, convs=convs, groups=groups, levels=len(self.strides))
-        self.head.bridge = Bridge(channels, num_classes, self.strides, **{"groups": groups, **bvr})
+        self.head.bridge = Bridge(channels, num_classes, self.strides, **{"groups": groups, "ties": "topk", **bvr})
 
     def forward(self, *levels: Tensor) -> Tensor:
         if len(levels) != len(self.strides):

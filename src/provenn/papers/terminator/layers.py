@@ -1,5 +1,6 @@
 """The HyperZ·Z·W operator and the SFNE block (Zhang, 2024, arXiv:2401.17948), as in the code of July 2024."""
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -58,6 +59,8 @@ class HyperKernel(nn.Module):
     Shapes: nothing to (1, channels, size, …), `dims` times size.
     """
 
+    waves: Tensor | None
+
     def __init__(
         self,
         channels: int,
@@ -76,6 +79,7 @@ class HyperKernel(nn.Module):
         self.mixers = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.out = nn.Linear(hidden, channels)
         self.plane = nn.Parameter(torch.zeros((size,) * dims))
+        self.register_buffer("waves", None, persistent=False)  # of the fused form
         with torch.no_grad():
             for i, layer in enumerate(self.filters):
                 weight: Tensor = layer.weight  # type: ignore[assignment]  # a Linear
@@ -107,11 +111,27 @@ class HyperKernel(nn.Module):
     def _hidden(self, context: Tensor | None) -> Float[Tensor, "points hidden"]:
         points = self.coordinates()
         plane = self.plane.to(points.dtype).flatten()[:, None]
-        h = _apply(self.filters[0], points).sin()  # type: ignore[arg-type]
+        waves = self._waves(points) if self.waves is None else self.waves.to(points.dtype)
+        h = waves[0]
         for i, mixer in enumerate(self.mixers):
-            h = _apply(self.filters[i + 1], points).sin() * _apply(mixer, h) + plane  # type: ignore[arg-type]
+            h = waves[i + 1] * _apply(mixer, h) + plane  # type: ignore[arg-type]
             h = self._bent(h, i, context)
         return h
+
+    def _waves(self, points: Float[Tensor, "points dims"]) -> Float[Tensor, "waves points hidden"]:
+        """g_i(c) of each layer."""
+        return torch.stack([_apply(layer, points).sin() for layer in self.filters])  # type: ignore[arg-type]
+
+    def fused(self) -> "HyperKernel":
+        """A copy that keeps g_i(c) as numbers, which no input changes.
+
+        Its angles are thousands of radians, where float32 has three decimals: a program that sums or rounds otherwise,
+        as onnxruntime does, gives other sines, and an exported network's outputs were off by 1e-4 of their range.
+        """
+        fused = copy.deepcopy(self)
+        with torch.no_grad(), without_autocast(self.out.weight):
+            fused.waves = self._waves(self.coordinates())
+        return fused
 
     def _bent(self, h: Tensor, i: int, context: Tensor | None) -> Tensor:
         return h
@@ -124,6 +144,7 @@ class HyperKernel(nn.Module):
             mode = "bilinear" if self.dims == 2 else "linear"
             plane = F.interpolate(plane, size=(size,) * self.dims, mode=mode, align_corners=True)
         self.size, self.plane = size, nn.Parameter(plane[0, 0], requires_grad=self.plane.requires_grad)
+        self.waves = None
 
 
 def _start_as_factor(layer: nn.Linear) -> None:
