@@ -35,10 +35,12 @@ def test_our_model_with_the_authors_weights_gives_the_authors_values(slug: str, 
     gradient = case.get("gradient")
     with torch.set_grad_enabled(gradient is not None):
         output = model(*(x.requires_grad_(gradient is not None and x.is_floating_point()) for x in inputs))
-    assert_values(output, case["output"])
+    tolerance = case.get("tolerance", 1e-4)  # a case with its own says why
+    assert tolerance <= 1e-4 or case["why"]
+    assert_values(output, case["output"], tolerance)
     if gradient is not None:
         weight = torch.from_numpy(seeded_array(output.shape, "gradient", case["seed"]).astype(np.float32))
-        assert_values(torch.autograd.grad((output * weight).sum(), inputs[0])[0], gradient)
+        assert_values(torch.autograd.grad((output * weight).sum(), inputs[0])[0], gradient, tolerance)
 
 
 def drawn(spec: dict, seed: int) -> torch.Tensor:
@@ -49,14 +51,14 @@ def drawn(spec: dict, seed: int) -> torch.Tensor:
     return torch.from_numpy(noise.astype(np.float32))
 
 
-def assert_values(tensor: torch.Tensor, golden: dict):
+def assert_values(tensor: torch.Tensor, golden: dict, tolerance: float = 1e-4):
     assert list(tensor.shape) == golden["shape"]
     expected = np.asarray(golden["value"])
     actual = tensor.detach().flatten()[golden["index"]].double().numpy()
     # Relative to the size of the tensor: single values may lie near zero by chance.
     size = float(np.sqrt(np.mean(expected**2)))
     assert len(expected) >= 20 and size > 0
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * size)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * size)
 
 
 def test_golden_values_vary_and_name_their_source():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -425,7 +425,7 @@ class LanguageModelling(Task):
                 if tell is not None and texts:
                     tell("\n\n")
                 try:
-                    following = model.generate(_batched(start, tokenizer).to(device), tokens, **draw)
+                    following = cast(Any, model).generate(_batched(start, tokenizer).to(device), tokens, **draw)
                     texts.append(_continued(prompt, following, tokenizer, tell or (lambda piece: None)))
                 except ValueError as error:
                     raise UserError(str(error)) from None

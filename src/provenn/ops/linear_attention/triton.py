@@ -1,11 +1,11 @@
 """The causal product as a GPU kernel: a program walks over the chunks of a span, its part of the state in registers.
 
-y_i = q_i·start + Σ_{j≤i} (q_i·k_j) v_j. A program owns some columns of v in one span of a row's tokens, so rows, blocks
-of columns and spans run side by side: what comes before a span is Σ_j k_j v_jᵀ of the spans before it, summed first.
-The triangle inside a chunk exists only on chip. Float32 is kept: a product is three of the tensor cores. The backward
-pass is the same kernel with the roles exchanged. Importable where Triton or CUDA is missing: `available` then says no.
-Before a device's first use, `available` runs the kernel on a small draw and holds it against the PyTorch form,
-gradients included; if they disagree it warns and the PyTorch form is used there.
+y_i = q_i·start + Σ_{j≤i} (q_i·k_j) v_j. A program owns some columns of v in one span of a row's tokens, so rows,
+blocks of columns and spans run side by side: what comes before a span is Σ_j k_j v_jᵀ of the spans before it, summed
+first. The triangle inside a chunk exists only on chip. Float32 is kept: products of a chunk are three of the tensor
+cores'. The backward pass is the same kernel with the roles exchanged. Importable where Triton or CUDA is missing:
+`available` then says no. Before a device's first use, `available` runs the kernel on a small draw and holds it
+against the PyTorch form, gradients included; if they disagree it warns and the PyTorch form is used there.
 """
 
 import functools
@@ -80,7 +80,8 @@ def kernel_product(q: Tensor, k: Tensor, v: Tensor, start: Tensor, reverse: bool
     states = torch.cat([start.unsqueeze(1), totals.flip(1) if reverse else totals], dim=1).cumsum(dim=1)
     before, end = states[:, :-1], states[:, -1]
     before = (before.flip(1) if reverse else before).flatten(0, 1).contiguous()
-    y, _ = _launch(*(x.flatten(0, 1) for x in (q, k, v)), before, reverse)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    y, _ = _launch(q, k, v, before, reverse)
     return y.view(rows, -1, y.shape[-1])[:, :n].contiguous(), end
 
 

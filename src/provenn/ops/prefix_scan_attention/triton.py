@@ -1,7 +1,7 @@
 """The chunked scan as one GPU kernel each way: a program walks over the chunks of a span with the state in registers.
 
 Long rows are cut into spans that run side by side: each begins with what the spans before it amount to, which is summed
-first. The small matrices exist only on chip. Float32 is kept: a product is three of the tensor cores. Importable where
+first. The small matrices exist only on chip. Float32 is kept: a product is three of the tensor cores'. Importable where
 Triton or CUDA is missing: `available` then says no. Before a device's first use, `available` runs the kernels on a
 small draw and holds them against the PyTorch form, gradients included; if they disagree it warns and the PyTorch form
 is used there.
