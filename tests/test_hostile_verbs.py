@@ -191,6 +191,7 @@ VALUES = [
         for url in ("nosuch", "ftp://x", "http://x:99999", "http://x:port", "http://user@x", "http://:80", "http://[x")
     ],
     ("serve --home home --workers 0", "workers"),
+    *[(f"serve --home home --proxies {proxies}", "10.0.0.0/8") for proxies in ("nosuch", "10.0.0.1/8", "127.0.0.1,x")],
     ("serve --home home --connections 0", "connections"),
     ("serve --home home --least-rate -1", "least-rate"),
     ("serve --home home --export good.png", "good.png"),

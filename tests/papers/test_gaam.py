@@ -854,6 +854,8 @@ def test_a_session_is_tested_on_and_the_others_are_trained_on(tmp_path, cache):
     options = {"encoder": str(tmp_path / "wavlm"), "seconds": 0.1, "siblings": True}
     data = TASK.load(source / "Session2", **options)
     assert [len(part) for part in (data.train, data.val, data.test)] == [14, 2, 8]
+    for whole in (True, False):  # the session that was left out, and none that was trained on
+        assert len(TASK.held_out(source / "Session2", data.meta, whole=whole, siblings=True).dataset) == 8
     joined = TASK.load(source / "Session2", validate_on_test=True, **options)
     assert len(joined.train) == 16 and torch.equal(joined.val.tensors[1], joined.test.tensors[1])
     few = TASK.load(source / "Session2", examples=5, **options)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,6 +103,7 @@ def serve(
     hosts = ",".join([host, os.environ.get("PROVENN_HOSTS", "")])
     environment = {"PROVENN_URL": f"http://{named}:{port}", **os.environ, "PROVENN_HOSTS": hosts}
     settings = Settings.read(environment, home=home, url=url)
+    check_proxies(proxies)
     if export is not None:
         from provenn.web.static_copy import export as write
 
@@ -153,6 +155,22 @@ def serve(
     # A socket that processes share is not set so by asyncio, and each answer would wait 40 ms for an acknowledgement.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     Multiprocess(config, sockets=[listening]).run()
+
+
+def check_proxies(proxies: str) -> None:
+    """Whether each is an address or a network: what is neither would be trusted by nobody, in silence.
+
+    Raises:
+        UserError: one is not.
+    """
+    for proxy in filter(None, (part.strip() for part in proxies.split(","))):
+        try:
+            if proxy != "*":
+                ip_network(proxy)
+        except ValueError:
+            raise UserError(
+                f"proxies must be addresses or networks such as 10.0.0.0/8, with commas between, or *, got {proxy!r}"
+            ) from None
 
 
 @app.command()

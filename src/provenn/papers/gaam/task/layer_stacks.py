@@ -140,7 +140,8 @@ class LayerStacks(Task):
         place = self._named(source)
         if isinstance(place, str):
             return HeldOut(self.load(place, seed=seed).test, f"the test split of {place}")
-        content = _content(place, meta.get("encoder") if place.is_dir() else None, _reading(meta, options))
+        how = _reading(meta, options)
+        content = _content(place, meta.get("encoder") if place.is_dir() else None, how)
         labels, classes = content.labels, content.classes
         known = meta.get("classes", classes)
         unknown = next((name for name in classes if name not in known), None)
@@ -148,7 +149,8 @@ class LayerStacks(Task):
             raise UserError(f"{place}: the model knows no class {unknown!r}; it knows: {', '.join(known[:12])}")
         stacks = _standard(content.stacks, meta, place)
         numbers = torch.tensor([known.index(name) for name in classes])[labels]
-        if whole and (content.splits is None or (place.is_dir() and not _comes_in_splits(place))):
+        apart = how.siblings or _comes_in_splits(place)  # of several folders one is the test
+        if whole and (content.splits is None or (place.is_dir() and not apart)):
             return HeldOut(TensorDataset(stacks, numbers), f"all of {place}")
         part = _splits_of(content, seed)[2]
         return HeldOut(TensorDataset(stacks[part], numbers[part]), f"the test split of {place}")
