@@ -159,6 +159,7 @@ VALUES = [
     (f"bench --backbones shvit_s1 --size 32 --forms eager --batch {DIGITS} -o run", DIGITS),
     ("bench --backbones shvit_s1 --size 1000000000 --batch 1 -o run", "1000000000"),
     ("bench long_context_bench --length nosuch -o run", "nosuch"),
+    *[(f"bench eca_net --{option} -o run", "--backbones") for option in ("batch -1", "size 0", "forms nosuch")],
     ("convert nosuch gpt2 --data stdlib -o run", "nosuch"),
     ("convert eca_net folder.png --data stdlib -o run", "eca_net"),
     ("convert rat folder.png --data stdlib -o run", "folder.png"),

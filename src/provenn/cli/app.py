@@ -212,14 +212,18 @@ def _tell_left_out(given: Sequence[str]) -> None:
 
 
 def _refuse(message: str) -> int:
-    """Print an error as one line; of a very long one the beginning, which says what came, and the end."""
-    line = "provenn: " + " ".join(message.split())
-    if len(line) > LONGEST_ERROR:
-        left_out = len(line) - LONGEST_ERROR
-        half = LONGEST_ERROR // 2
-        line = f"{line[:half]} … ({left_out:,} characters left out) … {line[-half:]}"
-    tell(line)
+    """Print an error as one line."""
+    tell(shortened("provenn: " + " ".join(message.split())))
     return 2
+
+
+def shortened(line: str) -> str:
+    """Of a very long line the beginning, which says what came, and the end."""
+    if len(line) <= LONGEST_ERROR:
+        return line
+    left_out = len(line) - LONGEST_ERROR
+    half = LONGEST_ERROR // 2
+    return f"{line[:half]} … ({left_out:,} characters left out) … {line[-half:]}"
 
 
 def _help(given: Sequence[str]) -> str:

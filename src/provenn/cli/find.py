@@ -7,7 +7,7 @@ import typer
 
 from provenn import catalog
 from provenn.catalog import Card, Preset
-from provenn.cli.app import Json, Slot, Slug, Task, app, of_the_paper, tell
+from provenn.cli.app import Json, Slot, Slug, Task, app, of_the_paper, shortened, tell
 from provenn.errors import UserError
 from provenn.evidence.record import Finding
 from provenn.progress import without_controls
@@ -37,7 +37,7 @@ def list_papers(
         console.machine([_entry(card, called) for card in fitting])
         return
     if not fitting:
-        tell(f"no paper fits {words!r}; `provenn list` names all {len(known)}")
+        tell(shortened(f"no paper fits {words!r}; `provenn list` names all {len(known)}"))
         return
     rows = [
         (

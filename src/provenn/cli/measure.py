@@ -112,6 +112,7 @@ def reproduce(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def bench(
+    ctx: typer.Context,
     slug: Annotated[
         str | None, typer.Argument(help="The paper; by default the speed of all.", autocompletion=slugs)
     ] = None,
@@ -162,6 +163,10 @@ def bench(
         numbers = {"batch": _numbers("batch", batch), "threads": _numbers("threads", threads)}
         _latency(backbones, size, numbers, reference, _forms(forms), ROUNDS[budget], out, json)
         return
+    for name in ("size", "batch", "threads", "reference", "forms"):
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"--{name} is of --backbones: name some as --backbones A,B, or leave --{name} out")
     papers = list(catalog.cards().values()) if slug is None else [catalog.card(slug)]
     costs = [] if slug is None else [claim.id for claim in papers[0].claims if claim.kind == "cost"]
     timings = _time(papers, device, smoke=budget == "smoke")
