@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from provenn.evidence.benchmark import Timing
 
 RUN, BENCH = Path("runs/latest"), Path("runs/bench")
+SIZE, BATCHES, THREADS, FORMS = 224, "1,32", "1,2", "eager,compile,onnx"  # of --backbones
 
 
 @app.command()
@@ -112,7 +113,6 @@ def reproduce(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def bench(
-    ctx: typer.Context,
     slug: Annotated[
         str | None, typer.Argument(help="The paper; by default the speed of all.", autocompletion=slugs)
     ] = None,
@@ -124,13 +124,22 @@ def bench(
         str | None,
         typer.Option(metavar="all|A,B,…", help="Time these classification backbones instead, by preset or paper."),
     ] = None,
-    size: Annotated[int, typer.Option(help="Side of the images, of --backbones.")] = 224,
-    batch: Annotated[str, typer.Option(metavar="N,…", help="Images at a time, of --backbones.")] = "1,32",
-    threads: Annotated[str, typer.Option(metavar="N,…", help="Of the processor, of --backbones.")] = "1,2",
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images, of --backbones.", show_default=str(SIZE))
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,…", help="Images at a time, of --backbones.", show_default=BATCHES)
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,…", help="Of the processor, of --backbones.", show_default=THREADS)
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="Ratios are to this one of --backbones.")] = None,
     forms: Annotated[
-        str, typer.Option(metavar="A,B,…", help="What runs --backbones; compiling takes most of the time.")
-    ] = "eager,compile,onnx",
+        str | None,
+        typer.Option(
+            metavar="A,B,…", help="What runs --backbones; compiling takes most of the time.", show_default=FORMS
+        ),
+    ] = None,
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
@@ -160,12 +169,13 @@ def bench(
     if backbones is not None:
         if slug is not None:
             raise UserError(f"name the paper as --backbones {slug}, or leave --backbones out")
-        numbers = {"batch": _numbers("batch", batch), "threads": _numbers("threads", threads)}
-        _latency(backbones, size, numbers, reference, _forms(forms), ROUNDS[budget], out, json)
+        numbers = {"batch": _numbers("batch", batch or BATCHES), "threads": _numbers("threads", threads or THREADS)}
+        side = SIZE if size is None else size
+        _latency(backbones, side, numbers, reference, _forms(forms or FORMS), ROUNDS[budget], out, json)
         return
-    for name in ("size", "batch", "threads", "reference", "forms"):
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+    theirs = {"size": size, "batch": batch, "threads": threads, "reference": reference, "forms": forms}
+    for name, value in theirs.items():
+        if value is not None:
             raise UserError(f"--{name} is of --backbones: name some as --backbones A,B, or leave --{name} out")
     papers = list(catalog.cards().values()) if slug is None else [catalog.card(slug)]
     costs = [] if slug is None else [claim.id for claim in papers[0].claims if claim.kind == "cost"]
