@@ -268,8 +268,11 @@ class SlidingWindowAttention(SoftmaxAttention):
         """The outputs, and all keys and values: those of `state` before those of x."""
         q, new_k, new_v = self._project(x, state.seen, mask)
         tokens, w = x.shape[1], self.window
-        block = min(tokens, w)
-        blocks = -(-tokens // block)
+        if isinstance(tokens, torch.SymInt):  # an export with open length: whole blocks, and always some to fill up
+            block, blocks = w, tokens // w + 1
+        else:
+            block = min(tokens, w)
+            blocks = -(-tokens // block)
         tail = (0, 0, 0, blocks * block - tokens)
         # Queries of a block see its own keys and the `window` before them: windows that overlap, cut from one row.
         k, v = (
