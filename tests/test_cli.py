@@ -401,7 +401,7 @@ BAD = [
     ("inspect tiny_gate good.png --weights code.pt", "loading it could run code"),
     ("inspect tiny_gate good.png --weights other.safetensors", "weights of another_paper, not of tiny_gate"),
     ("inspect tiny_gate good.png --weights classify.safetensors --preset tiny_large", "weights of tiny_small, not of"),
-    ("inspect tiny_gate good.png --weights gateless.safetensors", "has nothing inside that could be shown"),
+    ("inspect tiny_gate good.png --weights gateless.safetensors", "give other weights, these are damaged"),
     ("inspect tiny_gate good.png -o out.jpg", "the picture is written as .png, got 'out.jpg'"),
     ("inspect tiny_gate good.png -o good.png", "is the input itself"),
     ("inspect tiny_gate good.png -o file/out.png", "cannot write file/out.png"),
@@ -446,6 +446,12 @@ def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says
     assert out == "" and "Traceback" not in err and "─" not in err
     assert everything_in(props) == before, "something was left behind"
     assert not [warning for warning in recwarn if not issubclass(warning.category, DeprecationWarning)]
+
+
+def test_a_system_with_nothing_to_show_says_so(run, props, monkeypatch):
+    monkeypatch.setattr(catalog.card("tiny_gate").resolve_module("inspection"), "inspect", lambda model, x: {})
+    code, out, err = run("inspect tiny_gate good.png --weights classify.safetensors")
+    assert (code, out) == (2, "") and err.startswith("provenn: tiny_small of tiny_gate has nothing inside")
 
 
 def test_without_a_word_it_says_what_there_is(run):
