@@ -749,3 +749,13 @@ TINY = {"dims": (8,), "heads": (2,), "depths": (1,), "shared": (1,), "top_k": (1
 def test_systems_that_cannot_be_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_graph_of_open_length_serves_all(untyped, causal):
+    layer = MoHAttention(24, 4, causal=causal).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for tokens in (7, 12):
+        x = torch.randn(2, tokens, 24)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-6)

@@ -334,8 +334,10 @@ class MoHAttention(nn.Module):
         sizes: dict[str, Any] = {"always": self.shared, "causal": self.causal}
         if self.execute == "gather" or (self.execute == "auto" and worth_gathering(q, k, active, **sizes)):
             y = routed_attention(q, k, v, active, **sizes, mask=mask)
-        elif mask is None and (not self.causal or q.shape[2] == 1 or q.shape[2] == k.shape[2]):
-            y = softmax_attention(q, k, v, causal=bool(self.causal and q.shape[2] > 1))
+        elif mask is None and self.causal and q.shape[2] == k.shape[2]:
+            y = softmax_attention(q, k, v, causal=True)
+        elif mask is None and (not self.causal or q.shape[2] == 1):
+            y = softmax_attention(q, k, v)
         else:
             may = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask[:, None, None, :]
             if self.causal:
