@@ -330,6 +330,14 @@ def _single(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).float() if other else model
 
 
+def _is_optimizer_state(state: Any) -> bool:
+    """Of one optimizer, or of several joined."""
+    if not isinstance(state, dict):
+        return False
+    parts = state.get("parts")
+    return "param_groups" in state or (isinstance(parts, list) and bool(parts) and all(map(_is_optimizer_state, parts)))
+
+
 def _check_fits(checkpoint: Path, module: Any, processes: int) -> None:
     """Is this a checkpoint of the module that is to go on from it, trained in the same way?"""
     saved = read(checkpoint) or {"state_dict": {}}
@@ -343,9 +351,8 @@ def _check_fits(checkpoint: Path, module: Any, processes: int) -> None:
         )
     for name, value in saved["state_dict"].items():
         check_type(name, value, module.state_dict()[name], str(checkpoint))
-    states = saved.get("optimizer_states")
-    groups = [isinstance(state, dict) and "param_groups" in state for state in states or [None]]
-    if not (all(groups) and isinstance(saved.get("loops"), dict) and isinstance(saved.get("lr_schedulers"), list)):
+    states = [_is_optimizer_state(state) for state in saved.get("optimizer_states") or [None]]
+    if not (all(states) and isinstance(saved.get("loops"), dict) and isinstance(saved.get("lr_schedulers"), list)):
         raise UserError(
             f"{checkpoint} is damaged: it lacks the state of the optimizer or of the loop; train again without --resume"
         )
