@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 import shlex
 import shutil
 from inspect import signature
@@ -412,7 +413,8 @@ def test_int8_is_told_beside_what_it_was(tmp_path):
     accuracy = [float(line.split()[1]) for line in said if line.startswith(("float32 ", "int8  "))]
     assert accuracy[0] == pytest.approx(task.evaluate(model, data.test)["accuracy"], abs=1e-4)
     assert accuracy[1] > 0.8 and abs(accuracy[1] - accuracy[0]) < 0.1  # prototypes lie close together
-    assert "int8 beside float32 on patterns of 1×1×8×8, 3×1×8×8: probabilities differ by 0.0" in said[-1]
+    told = re.match(r"int8 beside float32 on patterns of 1×1×8×8, 3×1×8×8: probabilities differ by (0\.\d+)", said[-1])
+    assert told is not None and float(told[1]) < 0.3  # of noise, about which prototypes are certain
     assert b"QuantizeLinear" in file.read_bytes()
 
 

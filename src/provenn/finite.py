@@ -169,3 +169,24 @@ def _numbers_in(values: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
             yield torch.view_as_real(leaf) if leaf.is_complex() else leaf
+
+
+def check_type(name: str, tensor: Tensor, expected: Tensor, source: str) -> None:
+    """Can a stored tensor's type stand for the model's: any floats for floats, no whole numbers, no quantised codes?
+
+    Counters, which averaging makes floats, are taken as they come.
+
+    Raises:
+        UserError: it cannot, with the name of the tensor.
+    """
+    if tensor.dtype == expected.dtype or tensor.is_floating_point():
+        return
+    if expected.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+        raise UserError(
+            f"{source}: {name} is of type {_type_of(tensor)} where the model has {_type_of(expected)}: "
+            "give weights of floating-point numbers"
+        )
+
+
+def _type_of(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from provenn.catalog import Card
 from provenn.errors import UserError
 from provenn.files import whole
-from provenn.finite import DAMAGED, impossible_value
+from provenn.finite import DAMAGED, check_type, impossible_value
 from provenn.inputs import check_file
 
 FILE = "weights.safetensors"
@@ -251,24 +251,3 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
         if wrong is not None:
             raise UserError(f"{source}: {wrong}: {DAMAGED}")
     model.load_state_dict(state, strict=False)
-
-
-def check_type(name: str, tensor: Tensor, expected: Tensor, source: str) -> None:
-    """Can a stored tensor's type stand for the model's: any floats for floats, no whole numbers, no quantised codes?
-
-    Counters, which averaging makes floats, are taken as they come.
-
-    Raises:
-        UserError: it cannot, with the name of the tensor.
-    """
-    if tensor.dtype == expected.dtype or tensor.is_floating_point():
-        return
-    if expected.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
-        raise UserError(
-            f"{source}: {name} is of type {_typed(tensor)} where the model has {_typed(expected)}: "
-            "give weights of floating-point numbers"
-        )
-
-
-def _typed(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -22,8 +22,8 @@ from transformers.utils import cached_file
 import provenn
 from provenn import surgery
 from provenn.errors import UserError
+from provenn.finite import check_type
 from provenn.huggingface.families import Host
-from provenn.weights import check_type
 
 CALL = "provenn changed this model: load it by provenn.huggingface.load_model(folder)"
 TRUSTED = ("provenn.", "torch.nn")  # a checkpoint names classes of these alone: importing others could run anything

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from provenn import progress
 from provenn.errors import UserError
+from provenn.finite import check_type
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.context_parallel import METHODS, rank_lost, speaks_of_lost_rank
 from provenn.tasks.base import Task, TaskData, count_examples
@@ -29,7 +30,6 @@ from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_write
 from provenn.training.context import TokenShare, check_divides_tokens
 from provenn.training.recipes import Recipe
 from provenn.training.systems import JointOptimizer, before_saving, make_optimizer, training_loss
-from provenn.weights import check_type
 
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning")  # its loggers
 STRATEGIES = ("auto", "ddp", "fsdp")

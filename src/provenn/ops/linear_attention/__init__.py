@@ -64,9 +64,10 @@ def linear_attention(
         return bidirectional_attention(queries, keys, values, mask=mask, state=state)
     fits = torch.float64 not in (queries.dtype, keys.dtype, values.dtype)
     fits &= max(keys.shape[-1], values.shape[-1] + 1) <= triton.LARGEST
-    fits &= triton.is_quicker(keys[..., 0].numel(), keys.shape[-1], values.shape[-1])
     # A compiler or an export traces the PyTorch form, which it can fuse and carry elsewhere.
     traced = torch.compiler.is_compiling() or is_transformed()
+    if values.is_cuda and fits and not traced:
+        fits &= triton.is_quicker(keys[..., 0].numel(), keys.shape[-1], values.shape[-1])
     if values.is_cuda and fits and not traced and triton.available(values.device):
         return causal_attention(queries, keys, values, mask=mask, state=state, product=triton.kernel_product)
     return causal_attention(queries, keys, values, mask=mask, state=state)

@@ -51,9 +51,8 @@ def prefix_scan_attention(
             f"got {tuple(scores.shape)} and {tuple(values.shape)}"
         )
     fits = torch.float64 not in (values.dtype, scores.dtype) and values.shape[-1] <= triton.LARGEST_DIM
-    fits = fits and values.numel() <= triton.QUICK
     # A compiler or an export traces the PyTorch form, which it can fuse and carry elsewhere.
     traced = torch.compiler.is_compiling() or is_transformed()
-    if values.is_cuda and fits and not traced and triton.available(values.device):
+    if values.is_cuda and fits and not traced and values.numel() <= triton.QUICK and triton.available(values.device):
         return triton.triton_attention(scores, values, mask=mask, state=state)
     return chunked_attention(scores, values, mask=mask, state=state)
