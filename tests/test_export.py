@@ -215,7 +215,13 @@ IMAGE_SYSTEMS = {
 }
 
 
-@pytest.mark.parametrize("task", IMAGE_SYSTEMS)
+@pytest.mark.parametrize(
+    "task",  # of detectors one is asked always, the others, which take minutes, by `make test-all`
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name[-4:] in ("FCOS", "Lite") else ())
+        for name in IMAGE_SYSTEMS
+    ],
+)
 def test_systems_of_images_are_fused_and_take_any_size(tmp_path, task):
     model = IMAGE_SYSTEMS[task]().eval()
     for module in model.modules():
@@ -494,7 +500,6 @@ QUICK = (
     "eca_resnet20",
     "gaam_small",
     "hedgehog_vit",
-    "l2vit_mini",
     "moh_vit_digits",
     "nprf_vit_tiny",
     "residual_mlp",
