@@ -66,9 +66,10 @@ def linear_attention(
     fits &= max(keys.shape[-1], values.shape[-1] + 1) <= triton.LARGEST
     # A compiler or an export traces the PyTorch form, which it can fuse and carry elsewhere.
     traced = torch.compiler.is_compiling() or is_transformed()
-    if values.is_cuda and fits and not traced:
-        fits &= triton.is_quicker(keys[..., 0].numel(), keys.shape[-1], values.shape[-1])
-    if values.is_cuda and fits and not traced and triton.available(values.device):
+    # Sizes are asked of a GPU's tensors alone: of an export's open ones, a question would be a rule.
+    kernel = values.is_cuda and fits and not traced
+    kernel = kernel and triton.is_quicker(keys[..., 0].numel(), keys.shape[-1], values.shape[-1])
+    if kernel and triton.available(values.device):
         return causal_attention(queries, keys, values, mask=mask, state=state, product=triton.kernel_product)
     return causal_attention(queries, keys, values, mask=mask, state=state)
 
