@@ -2,7 +2,7 @@
 
     python scripts/false_rates.py [--repeats 4000]
 
-prints the table of README's "How a claim is judged".
+prints the table of README's "How an experiment is judged".
 """
 
 import argparse
@@ -11,22 +11,25 @@ from collections.abc import Callable
 
 import numpy as np
 
-from provenn.catalog import Claim, Region
+from provenn.catalog import Experiment, Region
 from provenn.evidence import Measurement, Skill, Verdict, decide
-from provenn.evidence.statement import Outcome, Standing, judge
+from provenn.evidence.claim import Outcome, Standing, judge
 
-BETTER = Claim(id="better", kind="quality", says="A is better than B.", expects=Region(above=0.0))
-ON_PAR = Claim(id="par", kind="quality", says="A and B are on par.", expects=Region(within=(-1.0, 1.0)))
-FASTER = Claim(id="faster", kind="cost", says="A is faster than B.", expects=Region(below=1.0))
+BETTER = Experiment(id="better", kind="quality", says="A is better than B.", expects=Region(above=0.0))
+ON_PAR = Experiment(id="par", kind="quality", says="A and B are on par.", expects=Region(within=(-1.0, 1.0)))
+FASTER = Experiment(id="faster", kind="cost", says="A is faster than B.", expects=Region(below=1.0))
 
 
 def seeds(rng: np.random.Generator, effect: float, count: int, *, guessing: bool = False) -> Measurement:
     """A paired comparison whose differences have a standard deviation of 1 over seeds, of 0.1 where both guess."""
     baseline = rng.normal(0, 2, count)
     difference = rng.normal(effect, 0.1 if guessing else 1, count)
-    values, trivial = (baseline + difference).tolist(), (baseline if guessing else baseline - 20).tolist()
-    arms = (("A", values), ("B", baseline.tolist()))
-    skills = [Skill(arm=arm, values=v, trivial=trivial, higher_is_better=True) for arm, v in arms]
+    values, dummy_baseline = (baseline + difference).tolist(), (baseline if guessing else baseline - 20).tolist()
+    variants = (("A", values), ("B", baseline.tolist()))
+    skills = [
+        Skill(variant=variant, values=v, dummy_baseline=dummy_baseline, higher_is_better=True)
+        for variant, v in variants
+    ]
     return Measurement.paired(values, baseline.tolist(), seeds=range(count), skills=skills)
 
 
@@ -37,12 +40,12 @@ def clocks(rng: np.random.Generator, ratio: float, rounds: int) -> Measurement:
     return Measurement.of("clock ratio", a.tolist(), b.tolist())
 
 
-def rates(claim: Claim, draw: Callable[[np.random.Generator], Measurement], repeats: int) -> Counter:
-    return Counter(decide(claim, draw(np.random.default_rng(i)))[0] for i in range(repeats))
+def rates(experiment: Experiment, draw: Callable[[np.random.Generator], Measurement], repeats: int) -> Counter:
+    return Counter(decide(experiment, draw(np.random.default_rng(i)))[0] for i in range(repeats))
 
 
 def standings(effects: tuple[float, ...], repeats: int) -> Counter:
-    """A statement that several independent claims bear on."""
+    """A claim that several independent experiments bear on."""
     counts: Counter = Counter()
     for i in range(repeats):
         rng = np.random.default_rng(i)
@@ -60,24 +63,32 @@ def main(repeats: int) -> None:
         ("A is better by one, 5 seeds", BETTER, lambda rng: seeds(rng, 1.0, 5)),
         ("A is better by two, 5 seeds", BETTER, lambda rng: seeds(rng, 2.0, 5)),
         ("A is better by two, 3 seeds", BETTER, lambda rng: seeds(rng, 2.0, 3)),
-        ("A and B both guess; the claim is that A is better", BETTER, lambda rng: seeds(rng, 0.0, 5, guessing=True)),
-        ("A and B both guess; the claim is that they are on par", ON_PAR, lambda rng: seeds(rng, 0, 5, guessing=True)),
+        (
+            "A and B both guess; the experiment is that A is better",
+            BETTER,
+            lambda rng: seeds(rng, 0.0, 5, guessing=True),
+        ),
+        (
+            "A and B both guess; the experiment is that they are on par",
+            ON_PAR,
+            lambda rng: seeds(rng, 0, 5, guessing=True),
+        ),
         ("A takes as long as B, 11 rounds of a clock", FASTER, lambda rng: clocks(rng, 1.0, 11)),
         ("A takes 0.9 times as long, 11 rounds", FASTER, lambda rng: clocks(rng, 0.9, 11)),
     ]
     columns = (Verdict.DIRECTION_HOLDS, Verdict.INCONCLUSIVE, Verdict.NOT_REPRODUCED, Verdict.NOT_MEASURED)
-    for words, claim, draw in cases:
-        found = rates(claim, draw, repeats)
+    for words, experiment, draw in cases:
+        found = rates(experiment, draw, repeats)
         print(f"| {words} | " + " | ".join(f"{100 * found[verdict] / repeats:.1f} %" for verdict in columns) + " |")
     columns = (Standing.HOLDS_HERE, Standing.PARTLY, Standing.OPEN, Standing.NOT_HERE)
-    print("\n| a statement with | holds here | partly | open | not here |\n| --- | --- | --- | --- | --- |")
-    statements = [
-        ("one claim without an effect", (0.0,)),
-        ("three claims without an effect", (0.0, 0.0, 0.0)),
-        ("two claims with an effect of two, one without", (2.0, 2.0, 0.0)),
-        ("three claims with an effect of two", (2.0, 2.0, 2.0)),
+    print("\n| a claim with | holds here | partly | open | not here |\n| --- | --- | --- | --- | --- |")
+    claims = [
+        ("one experiment without an effect", (0.0,)),
+        ("three experiments without an effect", (0.0, 0.0, 0.0)),
+        ("two experiments with an effect of two, one without", (2.0, 2.0, 0.0)),
+        ("three experiments with an effect of two", (2.0, 2.0, 2.0)),
     ]
-    for words, effects in statements:
+    for words, effects in claims:
         counts = standings(effects, repeats)
         print(f"| {words} | " + " | ".join(f"{100 * counts[standing] / repeats:.1f} %" for standing in columns) + " |")
 

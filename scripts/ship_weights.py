@@ -34,8 +34,8 @@ def ship(run: Path, half: bool) -> str:
     place = paper.card.folder / WEIGHTS / f"{label.preset}.safetensors"
     place.parent.mkdir(exist_ok=True)
     weights.save(stored.half() if half else stored, place, replace(label, metrics=metrics))
-    changes = ", ".join(f"{name} {value:.5g} ({label.metrics[name]:.5g})" for name, value in metrics.items())
-    return f"{place}: {place.stat().st_size:,} bytes, {changes}; trivial {kind.trivial(data):.5g}"
+    overrides = ", ".join(f"{name} {value:.5g} ({label.metrics[name]:.5g})" for name, value in metrics.items())
+    return f"{place}: {place.stat().st_size:,} bytes, {overrides}; dummy_baseline {kind.dummy_baseline(data):.5g}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ settings.load_profile("untimed")
 @pytest.fixture
 def untyped() -> Iterator[None]:
     """Run-time shape checks cannot be traced, and would refuse bad shapes before we do."""
-    from provenn.testing.promises import unchecked
+    from provenn.testing.common import unchecked
 
     with unchecked():
         yield

@@ -45,7 +45,7 @@ def test_two_trainings_in_one_folder_are_refused_and_name_who_was_first(tmp_path
         alone_in(folder),
         pytest.raises(UserError, match=rf"another process is writing .*\(process {os.getpid()} on .*choose another"),
     ):
-        provenn.train("tiny_gate", "digits", out=folder, changes={"in_channels": 1})
+        provenn.train("tiny_gate", "digits", out=folder, overrides={"in_channels": 1})
     assert not list(folder.iterdir())
     (folder / LOCK).write_text("process 1 on another machine")  # what a killed one leaves behind
     with alone_in(folder):
@@ -82,9 +82,9 @@ def test_a_value_that_nothing_can_be_built_with_is_named(monkeypatch, options, m
     assert "\n" not in str(error.value)
 
 
-def test_claims_are_measured_from_python(tmp_path):
-    found = provenn.paper("tiny_gate").reproduce(claims="parameters", out=tmp_path)
-    assert [(finding.claim.id, str(finding.verdict)) for finding in found] == [("parameters", "reproduced")]
+def test_experiments_are_measured_from_python(tmp_path):
+    found = provenn.paper("tiny_gate").reproduce(experiments="parameters", out=tmp_path)
+    assert [(finding.experiment.id, str(finding.verdict)) for finding in found] == [("parameters", "reproduced")]
 
 
 def test_what_was_trained_is_what_is_loaded(tmp_path):
@@ -215,24 +215,24 @@ def test_a_state_dict_is_found_inside_a_checkpoint(tmp_path, wrapper):
 
 
 def test_changes_reach_the_data_and_the_system_by_name(tmp_path):
-    changes = {"context": 12, "horizon": 3, "dim": 16}
+    overrides = {"context": 12, "horizon": 3, "dim": 16}
     folder, _ = provenn.train(
         "aaren",
         "airline",
         task="series-forecasting",
         out=tmp_path / "run",
         device="cpu",
-        changes=changes,
+        overrides=overrides,
         recipe={"epochs": 1},
     )
     _, label = provenn.paper("aaren").load(folder)
-    assert {name: label.options[name] for name in changes} == changes
+    assert {name: label.options[name] for name in overrides} == overrides
 
 
 def test_a_change_of_what_does_not_exist_says_what_does(tmp_path):
     with pytest.raises(UserError, match=r"nothing here is called 'horizn'.*horizon.*dim"):
         provenn.train(
-            "aaren", "airline", task="series-forecasting", out=tmp_path / "run", changes={"horizn": 3}, device="cpu"
+            "aaren", "airline", task="series-forecasting", out=tmp_path / "run", overrides={"horizn": 3}, device="cpu"
         )
     assert not (tmp_path / "run").exists()
 
@@ -247,7 +247,9 @@ def test_a_change_of_what_does_not_exist_says_what_does(tmp_path):
 )
 def test_a_change_that_cannot_be_is_one_line(tmp_path, change, says):
     with pytest.raises(UserError, match=says):
-        provenn.train("aaren", "airline", task="series-forecasting", out=tmp_path / "run", changes=change, device="cpu")
+        provenn.train(
+            "aaren", "airline", task="series-forecasting", out=tmp_path / "run", overrides=change, device="cpu"
+        )
 
 
 def test_what_can_be_set_of_a_preset_that_is_a_partial_is_what_the_whole_takes():

@@ -1,4 +1,4 @@
-"""Claims at the budget paper, end to end, on miniature sets in the layout of the real ones."""
+"""Experiments at the budget paper, end to end, on miniature sets in the layout of the real ones."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import torch
 import miniature
 import provenn
 from provenn import catalog
-from provenn.catalog import Card, Claim, Figure
+from provenn.catalog import Card, Experiment, Figure
 from provenn.cli import main
 from provenn.errors import UserError
 from provenn.evidence import Verdict
@@ -38,24 +38,24 @@ TINY_TITANS = {
 }
 
 
-def small(slug: str, claim: str, *, recipe: dict, preset: str | None = None, **changes) -> Card:
-    """The paper with one claim, its `at_paper` made small; of presets the one that it names."""
+def small(slug: str, experiment: str, *, recipe: dict, preset: str | None = None, **overrides) -> Card:
+    """The paper with one experiment, its `at_paper` made small; of presets the one that it names."""
     card = catalog.card(slug)
-    asked = card.claim(claim)
-    changed = {**asked.at_paper.changes, **changes.pop("changes", {})}
+    asked = card.experiment(experiment)
+    changed = {**asked.at_paper.overrides, **overrides.pop("overrides", {})}
     how = asked.at_paper.model_copy(
         update={
             "gpu": False,
-            "changes": changed,
+            "overrides": changed,
             "recipe": {**asked.at_paper.recipe, **recipe} if asked.at_paper.recipe else {},
             **({"preset": preset} if preset else {}),
-            **changes,
+            **overrides,
         }
     )
     chosen = card.preset(how.preset)
     return card.model_copy(
         update={
-            "claims": [asked.model_copy(update={"at_paper": how})],
+            "experiments": [asked.model_copy(update={"at_paper": how})],
             "presets": [
                 chosen.model_copy(update={"recipe": {**chosen.recipe, **recipe}}),
                 *([card.preset(how.start)] if how.start not in (None, how.preset) else []),
@@ -65,11 +65,13 @@ def small(slug: str, claim: str, *, recipe: dict, preset: str | None = None, **c
 
 
 def published(card: Card, value: float) -> Card:
-    claim: Claim = card.claims[0]
+    experiment: Experiment = card.experiments[0]
     return card.model_copy(
         update={
-            "claims": [
-                claim.model_copy(update={"published": Figure(value=value, unit=claim.published.unit, source="a test")})
+            "experiments": [
+                experiment.model_copy(
+                    update={"published": Figure(value=value, unit=experiment.published.unit, source="a test")}
+                )
             ]
         }
     )
@@ -88,8 +90,8 @@ def test_the_authors_weights_are_held_to_the_published_figure(data, tmp_path, ca
     miniature.write("imagenet-1k", data)
     authors_mobilenet(tmp_path / "their.pth.tar")
     line = (
-        f"reproduce eca_net --claim imagenet_mobilenet --budget paper --device cpu --json --out {tmp_path / 'run'} "
-        f"--data eca_net:eca_mobilenet_v2={tmp_path / 'their.pth.tar'}"
+        "reproduce eca_net --experiment imagenet_mobilenet --budget paper --device cpu --json "
+        f"--out {tmp_path / 'run'} --data eca_net:eca_mobilenet_v2={tmp_path / 'their.pth.tar'}"
     )
     assert main(shlex.split(line)) == 0
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
@@ -113,7 +115,9 @@ def test_photographs_of_a_benchmark_are_restored_by_the_authors_weights(data, tm
     state = seeded_state({name: tuple(shape) for name, shape in case["shapes"].items()}, case["seed"])
     (data / "weights" / "craft").mkdir(parents=True)
     torch.save({"params_ema": state}, data / "weights" / "craft" / "craft_x2.pth")
-    (finding,) = reproduce(catalog.card("craft"), claims="set5_x2", budget="paper", device="cpu", out=tmp_path / "run")
+    (finding,) = reproduce(
+        catalog.card("craft"), experiments="set5_x2", budget="paper", device="cpu", out=tmp_path / "run"
+    )
     told = provenn.evaluate("craft", data / "set5" / "HR", weights=data / "weights" / "craft" / "craft_x2.pth")
     assert finding.measurement.value == pytest.approx(told.metrics["psnr"]) and told.examples == 2
     assert finding.measurement.data == "all of set5"
@@ -127,7 +131,7 @@ TRAINED = {
         small,
         "aaren",
         "classification_paper",
-        {"changes": TINY, "data": ["uea/Handwriting", "uea/PEMS-SF"]},
+        {"overrides": TINY, "data": ["uea/Handwriting", "uea/PEMS-SF"]},
     ),
     "forecasting": (
         "forecasting",
@@ -135,7 +139,7 @@ TRAINED = {
         "aaren",
         "forecasting_paper",
         {
-            "changes": {**TINY, "context": 12, "horizon": 4},
+            "overrides": {**TINY, "context": 12, "horizon": 4},
             "data": ["forecasting/weather.csv", "forecasting/traffic.csv"],
         },
     ),
@@ -144,19 +148,19 @@ TRAINED = {
         small,
         "aaren",
         "events_paper",
-        {"changes": TINY, "data": ["events/mimic.csv", "events/taxi.csv"]},
+        {"overrides": TINY, "data": ["events/mimic.csv", "events/taxi.csv"]},
     ),
-    "sequences": ("lra", small, "hedgehog", "lra", {"changes": {**TINY, "longest": 24}}),
+    "sequences": ("lra", small, "hedgehog", "lra", {"overrides": {**TINY, "longest": 24}}),
     "depth": ("cifar-10", small, "residual_depth", "cifar10", {"preset": "scaled_resnet20"}),
 }
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_system_and_its_baseline_are_trained_on_the_papers_sets(name, data, tmp_path):
-    where, make, slug, claim, changes = TRAINED[name]
+    where, make, slug, experiment, overrides = TRAINED[name]
     miniature.write(where, data)
-    card = make(slug, claim, recipe={"max_steps": 2, "epochs": 1, "batch_size": 8}, **changes)
-    how = card.claims[0].at_paper
+    card = make(slug, experiment, recipe={"max_steps": 2, "epochs": 1, "batch_size": 8}, **overrides)
+    how = card.experiments[0].at_paper
 
     def measure(**more):
         return reproduce(card, budget="paper", seeds=3, device="cpu", out=tmp_path / "run", **more)[0]
@@ -166,7 +170,7 @@ def test_a_system_and_its_baseline_are_trained_on_the_papers_sets(name, data, tm
     measured = finding.measurement
     assert len(measured.values) == len(measured.baselines) == 3 and measured.values != measured.baselines
     assert measured.sides[0] == how.preset and next(iter(how.against)) in measured.sides[1]
-    assert [skill.arm for skill in measured.skills] == list(measured.sides)
+    assert [skill.variant for skill in measured.skills] == list(measured.sides)
     assert measured.at_paper_setting != bool(how.departs) and measured.setting["at_paper"]["metric"] == how.metric
     ledger = json.loads((tmp_path / "run" / slug / "ledger.json").read_text())
     assert len(ledger["trials"]) == 2 * 3 * len(how.sets)
@@ -191,9 +195,9 @@ def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alon
     from provenn import at_paper
 
     miniature.write("coco-2017", data)
-    changes = {"size": 48, "val_share": 0.25}
+    overrides = {"size": 48, "val_share": 0.25}
     recipe = {"max_steps": 2, "warmup_steps": 0, "batch_size": 2, "lr": 1e-3}
-    card = small("eca_net", "coco_faster_rcnn", recipe=recipe, changes=changes)
+    card = small("eca_net", "coco_faster_rcnn", recipe=recipe, overrides=overrides)
 
     def measure():
         return reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")[0]
@@ -219,8 +223,8 @@ def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alon
     assert "layer2.0.gate.conv.weight is [1, 1, 3] where the model has [1, 1, 5]" in measure().reason
 
 
-@pytest.mark.parametrize(("claim", "trainings"), [("coco_faster_rcnn", 1), ("coco_keys", 2)])
-def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, monkeypatch, claim, trainings):
+@pytest.mark.parametrize(("experiment", "trainings"), [("coco_faster_rcnn", 1), ("coco_keys", 2)])
+def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, monkeypatch, experiment, trainings):
     pytest.importorskip("pycocotools")
     from provenn import at_paper
     from provenn.papers.relationnet_pp import bridge
@@ -232,14 +236,14 @@ def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, mon
     # As torchvision's first files have it: norms do not count their batches.
     torch.save({name: x for name, x in theirs.items() if not name.endswith("num_batches_tracked")}, file)
     recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "lr": 1e-4}
-    card = small("relationnet_pp", claim, recipe=recipe, changes={"size": 48, "val_share": 0.25})
+    card = small("relationnet_pp", experiment, recipe=recipe, overrides={"size": 48, "val_share": 0.25})
     trained = []
     fit = at_paper.fit
     monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
-    assert len(trained) == trainings and not measured.at_paper_setting and measured.sides == card.claims[0].sides
+    assert len(trained) == trainings and not measured.at_paper_setting and measured.sides == card.experiments[0].sides
     for each in trained:
         assert torch.equal(each.model.backbone.state_dict()["layer1.0.conv1.weight"], theirs["layer1.0.conv1.weight"])
         assert not torch.equal(each.model.backbone.state_dict()["layer4.2.bn3.weight"], theirs["layer4.2.bn3.weight"])
@@ -252,10 +256,14 @@ def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, mon
 def test_figures_of_shares_are_published_in_hundredths():
     """A share is measured between 0 and 1, and told in hundredths where the figure's unit begins with a %."""
     for card in catalog.cards().values():
-        for claim in card.claims:
-            if claim.at_paper is not None and claim.at_paper.metric in ("AP", "miou", "accuracy") and claim.published:
-                unit, value = claim.published.unit, claim.published.value
-                assert unit.startswith("%") or value < 1, f"{card.slug} {claim.id}: {value} {unit}"
+        for experiment in card.experiments:
+            if (
+                experiment.at_paper is not None
+                and experiment.at_paper.metric in ("AP", "miou", "accuracy")
+                and experiment.published
+            ):
+                unit, value = experiment.published.unit, experiment.published.value
+                assert unit.startswith("%") or value < 1, f"{card.slug} {experiment.id}: {value} {unit}"
 
 
 def test_a_detector_starts_from_a_backbone_without_a_map_of_stride_4(data, tmp_path):
@@ -272,7 +280,7 @@ def test_a_detector_starts_from_a_backbone_without_a_map_of_stride_4(data, tmp_p
         "coco_retinanet",
         recipe=recipe,
         start="shvit_s1",
-        changes={"variant": "s1", "size": 64, "val_share": 0.25},
+        overrides={"variant": "s1", "size": 64, "val_share": 0.25},
     )
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
@@ -290,7 +298,7 @@ def test_a_segmenter_starts_from_the_authors_backbone_and_trains_all_of_it(data,
     (data / "weights" / "emov2").mkdir(parents=True)
     torch.save(state, data / "weights" / "emov2" / "emov2_5m.pth")
     recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "lr": 1e-3}
-    card = small("emov2", "ade20k_fpn", recipe=recipe, changes={"size": 64, "val_share": 0.25})
+    card = small("emov2", "ade20k_fpn", recipe=recipe, overrides={"size": 64, "val_share": 0.25})
     trained = []
     fit = at_paper.fit
     monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
@@ -305,13 +313,13 @@ def test_a_segmenter_starts_from_the_authors_backbone_and_trains_all_of_it(data,
 
 
 @pytest.mark.parametrize(
-    ("claim", "where", "classes", "file"),
+    ("experiment", "where", "classes", "file"),
     [
         ("cityscapes_s", "cityscapes", 19, "bevanet_s"),
         ("camvid_s", "camvid", 11, "bevanet_s_camvid"),
     ],
 )
-def test_masks_are_told_by_the_authors_weights(claim, where, classes, file, data, tmp_path):
+def test_masks_are_told_by_the_authors_weights(experiment, where, classes, file, data, tmp_path):
     miniature.write(where, data)
     with open("tests/golden/bevanet.json") as golden:
         case = next(case for case in json.load(golden)["cases"] if case["preset"] == "bevanet_s")
@@ -321,14 +329,14 @@ def test_masks_are_told_by_the_authors_weights(claim, where, classes, file, data
     weights = data / "weights" / "bevanet" / f"{file}.pth"
     weights.parent.mkdir(parents=True)
     torch.save(seeded_state(shapes, case["seed"]), weights)
-    card = small("bevanet", claim, recipe={})
+    card = small("bevanet", experiment, recipe={})
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
     told = provenn.evaluate("bevanet", data / where, weights=weights, device="cpu")
     assert measured.value == pytest.approx(100 * told.metrics["miou"]) and told.examples == 2
     assert measured.at_paper_setting and finding.verdict is Verdict.NOT_REPRODUCED
-    figure = catalog.card("bevanet").claim(claim).published.value
+    figure = catalog.card("bevanet").experiment(experiment).published.value
     assert told.published["miou"][0].startswith(f"{figure} %")
     line = f"data --json --data bevanet:{file}={weights}"
     assert main(shlex.split(line)) == 0
@@ -341,9 +349,9 @@ def test_a_policy_plays_in_the_environment_that_the_registry_names(data, tmp_pat
     miniature.write("d4rl", data)
     entry = datasets.get("d4rl").model_copy(update={"options": {"hopper*": {"environment": "Pendulum-v1"}}})
     monkeypatch.setitem(datasets.known(), "d4rl", entry)
-    changes = {**TINY, "test": 1, "validation": 1, "context": 4}
+    overrides = {**TINY, "test": 1, "validation": 1, "context": 4}
     sets = ["d4rl/hopper_medium-v2.hdf5"]
-    card = small("aaren", "d4rl", recipe={"max_steps": 1, "epochs": 1}, changes=changes, data=sets)
+    card = small("aaren", "d4rl", recipe={"max_steps": 1, "epochs": 1}, overrides=overrides, data=sets)
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     assert not finding.measurement.failed and len(finding.measurement.values) == 1
     assert finding.measurement.skills[0].values != finding.measurement.values  # returns, and scores
@@ -353,16 +361,16 @@ def test_a_figure_of_validation_data_is_held_to_validation_data(data, tmp_path):
     miniature.write("wikitext-103", data)
     tiny = {"dim": 8, "heads": 2, "layers": 1, "features": 4, "length": 16}
     recipe = {"max_steps": 3, "warmup_steps": 0, "batch_size": 4}
-    card = small("nprf", "wikitext103", recipe=recipe, changes=tiny)
+    card = small("nprf", "wikitext103", recipe=recipe, overrides=tiny)
     (finding,) = reproduce(card, budget="paper", seeds=3, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed, measured.failed
     assert len(measured.values) == 3 and 1 < min(measured.values) < 60
     other = card.model_copy(
         update={
-            "claims": [
-                card.claims[0].model_copy(
-                    update={"at_paper": card.claims[0].at_paper.model_copy(update={"split": "test"})}
+            "experiments": [
+                card.experiments[0].model_copy(
+                    update={"at_paper": card.experiments[0].at_paper.model_copy(update={"split": "test"})}
                 )
             ]
         }
@@ -382,13 +390,15 @@ def authors_rat(preset, file) -> None:
     torch.save(state, file)
 
 
-@pytest.mark.parametrize(("claim", "preset"), [("perplexity_rat", "rat_small"), ("perplexity_hybrid", "rat_swa_small")])
-def test_language_models_of_the_authors_are_held_to_the_published_perplexity(claim, preset, data, tmp_path):
+@pytest.mark.parametrize(
+    ("experiment", "preset"), [("perplexity_rat", "rat_small"), ("perplexity_hybrid", "rat_swa_small")]
+)
+def test_language_models_of_the_authors_are_held_to_the_published_perplexity(experiment, preset, data, tmp_path):
     pytest.importorskip("tokenizers")
     miniature.write("fineweb-edu", data)
     authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")
-    card = small("rat", claim, recipe={}, preset=preset, changes={"length": 16, "eval_tokens": 64})
-    assert card.claims[0].at_paper.checkpoint == preset
+    card = small("rat", experiment, recipe={}, preset=preset, overrides={"length": 16, "eval_tokens": 64})
+    assert card.experiments[0].at_paper.checkpoint == preset
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -397,9 +407,9 @@ def test_language_models_of_the_authors_are_held_to_the_published_perplexity(cla
         "rat",
         data / "fineweb-edu",
         weights=data / "weights" / "rat" / f"{preset}.pth",
-        changes={
+        overrides={
             **options,
-            **{key: value for key, value in card.claims[0].at_paper.changes.items() if key not in options},
+            **{key: value for key, value in card.experiments[0].at_paper.overrides.items() if key not in options},
         },
     )
     assert measured.value == pytest.approx(told.metrics["perplexity"], rel=1e-4) and measured.at_paper_setting
@@ -409,32 +419,33 @@ QUESTIONS = ("questions/piqa", "questions/hellaswag", "questions/lambada")
 
 
 @pytest.mark.parametrize(
-    ("claim", "preset"), [("commonsense_rat", "rat_small"), ("commonsense_hybrid", "rat_swa_small")]
+    ("experiment", "preset"), [("commonsense_rat", "rat_small"), ("commonsense_hybrid", "rat_swa_small")]
 )
-def test_language_models_of_the_authors_answer_questions(claim, preset, data, tmp_path):
+def test_language_models_of_the_authors_answer_questions(experiment, preset, data, tmp_path):
     pytest.importorskip("tokenizers")
     place = miniature.write("questions", data)
     authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")
-    card = small("rat", claim, recipe={}, preset=preset, changes={"length": 64})
-    assert len(card.claims[0].at_paper.sets) == 6
+    card = small("rat", experiment, recipe={}, preset=preset, overrides={"length": 64})
+    assert len(card.experiments[0].at_paper.sets) == 6
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
-    changes = {**card.claims[0].at_paper.changes, "tokenizer": str(place / "tokenizer.json")}
+    overrides = {**card.experiments[0].at_paper.overrides, "tokenizer": str(place / "tokenizer.json")}
     weights = data / "weights" / "rat" / f"{preset}.pth"
     told = [
-        provenn.evaluate("rat", data / name, weights=weights, changes=changes) for name in card.claims[0].at_paper.sets
+        provenn.evaluate("rat", data / name, weights=weights, overrides=overrides)
+        for name in card.experiments[0].at_paper.sets
     ]
     assert measured.value == pytest.approx(100 * sum(each.metrics["score"] for each in told) / 6)
     assert "questions/hellaswag: score" in measured.note and "accuracy_norm" in measured.note
 
 
-@pytest.mark.parametrize(("claim", "preset"), [("code_rat", "rat_small"), ("code_hybrid", "rat_swa_small")])
-def test_language_models_of_the_authors_complete_code(claim, preset, data, tmp_path):
+@pytest.mark.parametrize(("experiment", "preset"), [("code_rat", "rat_small"), ("code_hybrid", "rat_swa_small")])
+def test_language_models_of_the_authors_complete_code(experiment, preset, data, tmp_path):
     pytest.importorskip("tokenizers")
     miniature.write("longbench", data)
     authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")
-    card = small("rat", claim, recipe={}, preset=preset, changes={"length": 80})
+    card = small("rat", experiment, recipe={}, preset=preset, overrides={"length": 80})
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -442,15 +453,17 @@ def test_language_models_of_the_authors_complete_code(claim, preset, data, tmp_p
     assert "2 prompts of LCC (LongBench); 2 prompts of RepoBench-P (LongBench)" in measured.data
 
 
-@pytest.mark.parametrize(("claim", "preset"), [("summaries_rat", "rat_small"), ("summaries_hybrid", "rat_swa_small")])
-def test_language_models_of_the_authors_are_tuned_and_write_summaries(claim, preset, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("experiment", "preset"), [("summaries_rat", "rat_small"), ("summaries_hybrid", "rat_swa_small")]
+)
+def test_language_models_of_the_authors_are_tuned_and_write_summaries(experiment, preset, data, tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")
     from provenn import at_paper
 
     miniature.write("qmsum", data)
     authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")
     recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "accumulate": 1, "precision": "32-true", "lr": 1e-7}
-    card = small("rat", claim, recipe=recipe, preset=preset, start=preset, changes={"length": 400})
+    card = small("rat", experiment, recipe=recipe, preset=preset, start=preset, overrides={"length": 400})
     trained = []
     fit = at_paper.fit
     monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
@@ -471,8 +484,8 @@ def test_a_language_model_is_trained_and_looks_for_a_needle(data, tmp_path, monk
     miniature.write("fineweb-edu", data)
     miniature.write("ruler", data)
     recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 4, "accumulate": 1, "precision": "32-true"}
-    changes = {**TINY_TITANS, "eval_tokens": 64, "prompt_length": 160}
-    card = small("titans", "needle_16k", recipe=recipe, preset="titans_mac_small", changes=changes)
+    overrides = {**TINY_TITANS, "eval_tokens": 64, "prompt_length": 160}
+    card = small("titans", "needle_16k", recipe=recipe, preset="titans_mac_small", overrides=overrides)
     lengths = []
     ends = prompted._ends
     monkeypatch.setattr(prompted, "_ends", lambda *given: lengths.append(given[1]) or ends(*given))
@@ -488,7 +501,7 @@ def test_a_language_model_is_trained_and_then_asked(data, tmp_path):
     miniature.write("redpajama", data)
     recipe = {"max_steps": 2, "warmup_steps": 0, "batch_size": 4, "accumulate": 1, "precision": "32-true"}
     tiny = {"length": 16, "vocab_size": 300, "eval_tokens": 64, "shared": 2, "top_k": 1}
-    card = small("moh", "language_models", recipe=recipe, preset="moh_small", changes=tiny)
+    card = small("moh", "language_models", recipe=recipe, preset="moh_small", overrides=tiny)
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     assert "Questions with choices" in finding.reason
     miniature.write("questions", data)
@@ -505,7 +518,11 @@ def test_a_language_model_is_tested_on_another_set_by_its_words(data, tmp_path):
     miniature.write("fineweb-edu", data)
     recipe = {"max_steps": 2, "warmup_steps": 0, "batch_size": 4, "accumulate": 1, "precision": "32-true"}
     card = small(
-        "titans", "language_760m", recipe=recipe, preset="titans_mag_small", changes={**TINY_TITANS, "eval_tokens": 320}
+        "titans",
+        "language_760m",
+        recipe=recipe,
+        preset="titans_mag_small",
+        overrides={**TINY_TITANS, "eval_tokens": 320},
     )
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     assert "WikiText-103, raw" in finding.reason, "both sets are asked for"
@@ -524,7 +541,7 @@ def test_translations_are_compared_by_bleu_over_all_languages(data, tmp_path):
     miniature.write("iwslt14", data)
     tiny = {"dim": 8, "heads": 2, "layers": 1, "hidden": 8, "features": 2, "decoder_features": 2, "max_length": 16}
     recipe = {"max_steps": 2, "warmup_steps": 1, "batch_size": 8}
-    card = small("nprf", "iwslt14", recipe=recipe, changes=tiny, data=["iwslt14/de-en", "iwslt14/en-fr"])
+    card = small("nprf", "iwslt14", recipe=recipe, overrides=tiny, data=["iwslt14/de-en", "iwslt14/en-fr"])
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -536,7 +553,7 @@ def test_translations_are_compared_by_bleu_over_all_languages(data, tmp_path):
 def test_nucleotides_are_told_apart(data, tmp_path):
     miniature.write("genomics", data)
     recipe = {"max_steps": 20, "epochs": 20, "batch_size": 4}
-    card = small("titans", "genomics", recipe=recipe, changes={"dim": 16, "layers": 1})
+    card = small("titans", "genomics", recipe=recipe, overrides={"dim": 16, "layers": 1})
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -546,17 +563,17 @@ def test_nucleotides_are_told_apart(data, tmp_path):
 
 def test_where_the_setting_departs_nothing_is_said_to_be_the_papers(data, tmp_path):
     miniature.write("forecasting", data)
-    changes = {"changes": {"dim": 8, "context": 12, "horizon": 4}, "data": "forecasting/weather.csv"}
-    card = small("titans", "forecasting_paper", recipe={"max_steps": 2, "epochs": 1}, **changes)
-    claim = card.claims[0]
-    recipe = claim.at_paper.recipe
+    overrides = {"overrides": {"dim": 8, "context": 12, "horizon": 4}, "data": "forecasting/weather.csv"}
+    card = small("titans", "forecasting_paper", recipe={"max_steps": 2, "epochs": 1}, **overrides)
+    experiment = card.experiments[0]
+    recipe = experiment.at_paper.recipe
     assert recipe["schedule"] == "multistep" and recipe["patience"] == 3, "of the paper's recipes, by name"
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     assert not finding.measurement.failed and finding.measurement.setting["recipe"]["max_steps"] == 2
     assert not finding.measurement.at_paper_setting and "where the paper has SiMBA" in finding.measurement.note
     with pytest.raises(ValueError, match="forecasting_paper: at_paper departs from the paper: say with expects"):
         Card.model_validate(
-            {**card.model_dump(), "claims": [{**claim.model_dump(), "expects": None}], "statements": []}
+            {**card.model_dump(), "experiments": [{**experiment.model_dump(), "expects": None}], "claims": []}
         )
 
 
@@ -566,7 +583,7 @@ def test_a_decoder_of_a_frozen_encoders_layers_is_trained_session_by_session(dat
     miniature.write("iemocap", data)
     recipe = {"max_steps": 2, "epochs": 1, "batch_size": 4, "precision": "32-true"}
     sessions = ["iemocap/Session1", "iemocap/Session4"]
-    card = small("gaam", "iemocap", recipe=recipe, data=sessions, changes={"heads": 2, "hidden": 4, "seconds": 0.1})
+    card = small("gaam", "iemocap", recipe=recipe, data=sessions, overrides={"heads": 2, "hidden": 4, "seconds": 0.1})
 
     def measure():
         return reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")[0]
@@ -590,7 +607,7 @@ def test_a_decoder_of_a_frozen_encoders_layers_is_trained_session_by_session(dat
 def test_a_pretrained_model_is_converted_tuned_and_tested(data, tmp_path):
     transformers = pytest.importorskip("transformers")
     miniature.write("wikitext-103-raw", data)
-    card = small("hedgehog", "gpt2_wikitext103", recipe={}, changes={"length": 16, "prepare_steps": 2, "steps": 2})
+    card = small("hedgehog", "gpt2_wikitext103", recipe={}, overrides={"length": 16, "prepare_steps": 2, "steps": 2})
 
     def measure():
         return reproduce(card, budget="paper", seeds=3, device="cpu", out=tmp_path / "run")[0]
@@ -637,13 +654,13 @@ def pretrained_bert(folder, vocab=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 GLUE = ("glue/STS-B", "glue/MNLI")
 
 
-@pytest.mark.parametrize(("claim", "sides"), [("bert_glue_kept", 1), ("bert_glue", 2)])
-def test_a_pretrained_model_is_fine_tuned_on_sentences_and_then_converted(claim, sides, data, tmp_path):
+@pytest.mark.parametrize(("experiment", "sides"), [("bert_glue_kept", 1), ("bert_glue", 2)])
+def test_a_pretrained_model_is_fine_tuned_on_sentences_and_then_converted(experiment, sides, data, tmp_path):
     pytest.importorskip("transformers")
     miniature.write("glue", data)
     pretrained_bert(data / "weights" / "hedgehog" / "bert-base-uncased")
-    changes = {"length": 32, "batch_size": 8, "passes": 8, "lr": 1e-2}
-    card = small("hedgehog", claim, recipe={}, data=list(GLUE), changes=changes)
+    overrides = {"length": 32, "batch_size": 8, "passes": 8, "lr": 1e-2}
+    card = small("hedgehog", experiment, recipe={}, data=list(GLUE), overrides=overrides)
     (finding,) = reproduce(card, budget="paper", seeds=3, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -702,8 +719,8 @@ def test_a_converted_model_writes_summaries_that_are_scored(data, tmp_path):
     torch.manual_seed(0)
     miniature.write("samsum", data)
     pretrained_llama(data / "weights" / "hedgehog" / "llama-2-7b")
-    changes = {"length": 48, "written": 6, "passes": 20, "batch_size": 8, "tuning": "full", "lr": 1e-2}
-    card = small("hedgehog", "llama_samsum", recipe={}, changes=changes)
+    overrides = {"length": 48, "written": 6, "passes": 20, "batch_size": 8, "tuning": "full", "lr": 1e-2}
+    card = small("hedgehog", "llama_samsum", recipe={}, overrides=overrides)
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -714,8 +731,8 @@ def test_a_converted_model_writes_summaries_that_are_scored(data, tmp_path):
 def test_an_image_classifier_is_converted_tuned_and_tested(data, tmp_path):
     transformers = pytest.importorskip("transformers")
     miniature.write("imagenet-1k", data)
-    changes = {"passes": 30, "batch_size": 3, "lr": 1e-3}
-    card = small("hedgehog", "vit_imagenet", recipe={}, changes=changes)
+    overrides = {"passes": 30, "batch_size": 3, "lr": 1e-3}
+    card = small("hedgehog", "vit_imagenet", recipe={}, overrides=overrides)
 
     def measure(**more):
         return reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run", **more)[0]
@@ -742,34 +759,36 @@ def test_an_image_classifier_is_converted_tuned_and_tested(data, tmp_path):
 
 def test_what_is_not_there_is_said_and_nothing_is_run(data, tmp_path):
     card = catalog.card("eca_net")
-    (finding,) = reproduce(card, claims="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path)
+    (finding,) = reproduce(card, experiments="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path)
     assert finding.verdict is Verdict.NOT_MEASURED
     assert "ImageNet-1K" in finding.reason and "the authors' weights of eca_resnet50" in finding.reason
-    (finding,) = reproduce(catalog.card("hedgehog"), claims="bert_glue", budget="paper", device="cpu", out=tmp_path)
+    (finding,) = reproduce(
+        catalog.card("hedgehog"), experiments="bert_glue", budget="paper", device="cpu", out=tmp_path
+    )
     assert finding.reason.count("GLUE, eight tasks") == 1 and "hedgehog:bert-base-uncased=FOLDER" in finding.reason
     miniature.write("imagenet-1k", data)
-    (finding,) = reproduce(catalog.card("nprf"), claims="imagenet", budget="paper", device="cpu", out=tmp_path)
+    (finding,) = reproduce(catalog.card("nprf"), experiments="imagenet", budget="paper", device="cpu", out=tmp_path)
     assert finding.reason == "needs a GPU (the device is cpu)"
-    (finding,) = reproduce(card, claims="imagenet_resnet50", budget="small", device="cpu", out=tmp_path)
+    (finding,) = reproduce(card, experiments="imagenet_resnet50", budget="small", device="cpu", out=tmp_path)
     assert finding.reason == "needs ImageNet-1K, 4 GPUs, about 2 days"
 
 
-def test_weights_of_another_system_fail_that_claim_alone(data, tmp_path):
+def test_weights_of_another_system_fail_that_experiment_alone(data, tmp_path):
     miniature.write("imagenet-1k", data)
     authors_mobilenet(data / "weights" / "eca_net" / "eca_resnet50.pth")
     (finding,) = reproduce(
-        catalog.card("eca_net"), claims="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path
+        catalog.card("eca_net"), experiments="imagenet_resnet50", budget="paper", device="cpu", out=tmp_path
     )
     assert "holds weights of eca_mobilenet_v2, not of eca_resnet50" in finding.reason
 
 
 def test_at_another_setting_it_is_no_figure_of_the_paper(data, tmp_path):
-    where, make, slug, claim, changes = TRAINED["events"]
+    where, make, slug, experiment, overrides = TRAINED["events"]
     miniature.write(where, data)
-    card = make(slug, claim, recipe={"max_steps": 2, "epochs": 1, "batch_size": 8}, **changes)
+    card = make(slug, experiment, recipe={"max_steps": 2, "epochs": 1, "batch_size": 8}, **overrides)
     settings: dict = {"budget": "paper", "seeds": 1, "device": "cpu", "out": tmp_path / "run"}
-    (finding,) = reproduce(card, changes={"max_steps": 1, "dim": 4}, **settings)
-    assert finding.changes == {"max_steps": 1, "dim": 4} and finding.measurement.setting["steps"] == 1
-    assert not finding.measurement.at_paper_setting and finding.measurement.setting["at_paper"]["changes"]["dim"] == 4
+    (finding,) = reproduce(card, overrides={"max_steps": 1, "dim": 4}, **settings)
+    assert finding.overrides == {"max_steps": 1, "dim": 4} and finding.measurement.setting["steps"] == 1
+    assert not finding.measurement.at_paper_setting and finding.measurement.setting["at_paper"]["overrides"]["dim"] == 4
     with pytest.raises(UserError, match="takes 'dims', did you mean 'dim'"):
-        reproduce(card, changes={"dims": 4}, **settings)
+        reproduce(card, overrides={"dims": 4}, **settings)

@@ -25,28 +25,38 @@ def card_with(tmp_path: Path, text: str) -> catalog.Card:
 @pytest.mark.parametrize(
     "old, new, key, reason",
     [
-        ('kind = "cost"', 'kind = "speed"', "claims.2.kind", "'exact', 'cost' or 'quality'"),
+        ('kind = "cost"', 'kind = "speed"', "experiments.2.kind", "'exact', 'cost' or 'quality'"),
         ("authors = 2", 'authors = "two"', "authors", "integer"),
         ("authors = 2", "autors = 2", "authors", "required"),
         ('tags = ["', 'tagss = ["', "tagss", "not permitted"),
-        ('id = "linear"', 'id = "Linear growth"', "claims.2.id", "pattern"),
-        ('id = "linear"', 'id = "better"', "claims", "named twice: better"),
+        ('id = "linear"', 'id = "Linear growth"', "experiments.2.id", "pattern"),
+        ('id = "linear"', 'id = "better"', "experiments", "named twice: better"),
         ('name = "tiny_large"', 'name = "tiny_small"', "presets", "named twice: tiny_small"),
-        ("within = [0.99, 1.01]", "within = [1.01, 0.99]", "claims.2.expects", "[low, high]"),
-        ("within = [0.99, 1.01]", "above = 1, below = 2", "claims.2.expects", "exactly one of above, below, within"),
+        ("within = [0.99, 1.01]", "within = [1.01, 0.99]", "experiments.2.expects", "[low, high]"),
+        (
+            "within = [0.99, 1.01]",
+            "above = 1, below = 2",
+            "experiments.2.expects",
+            "exactly one of above, below, within",
+        ),
         ("date = 2024-01-01", 'date = "long ago"', "date", "date"),
         (
             'needs = "ImageNet-1K',
             'package = "a-peer"\nneeds = "ImageNet-1K',
-            "claims.5",
+            "experiments.5",
             "give needs (never measured here) or package",
         ),
-        ('needs = "ImageNet-1K and eight GPUs"', 'package = "a peer"', "claims.5.package", "pattern"),
-        ('source = "Table 3"', "page = 3", "claims.3.published.source", "required"),
-        ('claims = ["better", "imagenet"]', 'claims = ["bettr"]', "(whole file)", "no claim of this paper: bettr"),
-        ("headline = true", "headline = false", "(whole file)", "one statement is the headline, got 0"),
-        ('needs = "users"', 'figure = "most"', "statements.2", "names the claims that bear on it, or what it needs"),
-        ('kind = "use"', 'kind = "taste"', "statements.2.kind", "'exact', 'cost', 'quality' or 'use'"),
+        ('needs = "ImageNet-1K and eight GPUs"', 'package = "a peer"', "experiments.5.package", "pattern"),
+        ('source = "Table 3"', "page = 3", "experiments.3.published.source", "required"),
+        (
+            'experiments = ["better", "imagenet"]',
+            'experiments = ["bettr"]',
+            "(whole file)",
+            "no experiment of this paper: bettr",
+        ),
+        ("headline = true", "headline = false", "(whole file)", "one claim is the headline, got 0"),
+        ('needs = "users"', 'figure = "most"', "claims.2", "names the experiments that bear on it, or what it needs"),
+        ('kind = "use"', 'kind = "taste"', "claims.2.kind", "'exact', 'cost', 'quality' or 'use'"),
         ("[presets.recipe]\nepochs = 1\nlr", "recipe = 'imagenet'\n#", "(whole file)", "no recipe 'imagenet'"),
         ("authors = 2", 'authors = 2\nslug = "other"', "slug", ""),
         ("authors = 2", "authors = ", "not valid TOML", "line 4"),
@@ -140,7 +150,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(third_party):
     with pytest.raises(UserError, match="did you mean 'tiny_gate'"):
         catalog.card("tiny_gait")
     card = catalog.card("tiny_gate")
-    for lookup, near, meant in ((card.claim, "beter", "better"), (card.preset, "tiny_smal", "tiny_small")):
+    for lookup, near, meant in ((card.experiment, "beter", "better"), (card.preset, "tiny_smal", "tiny_small")):
         with pytest.raises(UserError, match=f"did you mean '{meant}'"):
             lookup(near)
     with pytest.raises(UserError, match="no preset for the task 'sorting'"):
@@ -252,7 +262,7 @@ def test_a_broken_paper_is_left_out_and_costs_no_other(site, capsys, case):
 @pytest.mark.usefixtures("third_party")
 def test_a_paper_that_raises_on_import_is_explained_by_doctor(site, capsys, monkeypatch, tmp_path):
     needs = "import a_package_that_is_missing\n"
-    add_paper(site, "raising", "raising_paper", {"layers.py": RAISES, "__init__.py": "", "claims.py": needs})
+    add_paper(site, "raising", "raising_paper", {"layers.py": RAISES, "__init__.py": "", "experiments.py": needs})
     catalog.cards.cache_clear()
     assert "raising" in catalog.cards()
     said = "raising_paper.layers cannot be imported: SystemExit: no licence found"
@@ -319,18 +329,22 @@ def every_paper() -> list[str]:
 
 @pytest.mark.parametrize("slug", every_paper())
 def test_facts_and_functions_agree(slug):
-    """Each claim has exactly one function or says what it needs, and no function measures what nobody claims."""
-    from provenn.evidence.claim import measuring_functions
+    """Each experiment has exactly one function or says what it needs, and no function measures what nobody
+    experiments.
+    """
+    from provenn.evidence.experiment import measuring_functions
 
     card = catalog.card(slug)
-    functions = measuring_functions(card.resolve_module("claims")) if card.has("claims") else {}
-    assert set(functions) == {claim.id for claim in card.claims if claim.needs is None}
+    functions = measuring_functions(card.resolve_module("experiments")) if card.has("experiments") else {}
+    assert set(functions) == {experiment.id for experiment in card.experiments if experiment.needs is None}
 
 
 @pytest.mark.parametrize("slug", every_paper())
-def test_every_measured_claim_can_get_a_verdict(slug):
-    """A claim about cost or quality names the region that would prove it, or a figure to meet."""
-    lost = [c.id for c in catalog.card(slug).claims if not (c.needs or c.expects or c.published or c.kind == "exact")]
+def test_every_measured_experiment_can_get_a_verdict(slug):
+    """An experiment about cost or quality names the region that would prove it, or a figure to meet."""
+    lost = [
+        c.id for c in catalog.card(slug).experiments if not (c.needs or c.expects or c.published or c.kind == "exact")
+    ]
     assert not lost
 
 

@@ -195,7 +195,7 @@ BAD = [
     ("reproduce tiny_gate --seeds 1,1,2", "seeds must differ, got 1,1,2"),
     ("reproduce tiny_gate --seeds 5-3", "seeds must be at least 1, got 5-3"),
     ("reproduce tiny_gate --budget tiny", "budget must be one of smoke, small, paper, got 'tiny'"),
-    ("reproduce tiny_gate --claim beter", "did you mean 'better'"),
+    ("reproduce tiny_gate --experiment beter", "did you mean 'better'"),
     ("reproduce tiny_gate --device abacus", "no device 'abacus' on this machine"),
     ("reproduce tiny_gate --device cuda:99", "no device 'cuda:99' on this machine"),
     ("reproduce tiny_gate --out file", "cannot write to file"),
@@ -474,7 +474,7 @@ def test_without_a_word_it_says_what_there_is(run):
         assert f" {verb} " in out
 
 
-def test_a_narrow_terminal_puts_a_claim_above_its_figures(run, monkeypatch):
+def test_a_narrow_terminal_puts_a_experiment_above_its_figures(run, monkeypatch):
     from provenn.cli import console
 
     monkeypatch.setattr(console, "PIPED_WIDTH", 50)
@@ -506,7 +506,9 @@ def test_list_and_show_for_people_and_machines(run):
     ):
         assert word in out
     shown = json.loads(run("show tiny_gate --json")[1])
-    assert [claim["id"] for claim in shown["claims"]][:2] == ["parameters", "identity"] and shown["evidence"] is None
+    assert [experiment["id"] for experiment in shown["experiments"]][:2] == ["parameters", "identity"] and shown[
+        "evidence"
+    ] is None
     assert shown["verdicts"][2] == {"says": "Users like it.", "verdict": "not measured: needs users"}
 
 
@@ -516,13 +518,13 @@ def test_a_search_that_finds_nothing_says_so(run):
     assert json.loads(run("list zebra --json")[1]) == []
 
 
-def test_reproduce_ends_with_the_claims_and_says_where_everything_lies(run, here):
+def test_reproduce_ends_with_the_experiments_and_says_where_everything_lies(run, here):
     code, out, err = run("reproduce tiny_gate --out run")
     assert code == 0
     for words in ("✔ reproduced", "▲ holds here", "– not measured", "+2.4 [2.01, 2.79] points"):
         assert words in out
     assert out.index("A gate of 35 parameters") < out.index("two points better") < out.index("Users like it")
-    assert "6 claims: 1 holds, 1 reproduced, 2 direction holds, 1 not reproduced, 1 not measured" in out
+    assert "6 experiments: 1 holds, 1 reproduced, 2 direction holds, 1 not reproduced, 1 not measured" in out
     assert "run/report.html" in out and "run/tiny_gate/evidence.json" in out
     assert "repeat   provenn reproduce tiny_gate --out run\n" in out
     assert [line.split()[2] for line in err.splitlines()] == [
@@ -534,14 +536,14 @@ def test_reproduce_ends_with_the_claims_and_says_where_everything_lies(run, here
 
 def test_the_headline_alone_is_the_quick_answer(run, here):
     code, out, _ = run("reproduce tiny_gate --headline --out run")
-    assert code == 0 and "two points better" in out and "2 claims: 1 direction holds, 1 not measured" in out
-    assert "A gate of 35 parameters" not in out and "2 more statements without --headline" in out
-    assert "not both" in run("reproduce tiny_gate --headline --claim better --out run")[2]
+    assert code == 0 and "two points better" in out and "2 experiments: 1 direction holds, 1 not measured" in out
+    assert "A gate of 35 parameters" not in out and "2 more claims without --headline" in out
+    assert "not both" in run("reproduce tiny_gate --headline --experiment better --out run")[2]
 
 
-def test_strict_exits_1_where_a_claim_is_not_reproduced(run, here):
+def test_strict_exits_1_where_a_experiment_is_not_reproduced(run, here):
     assert run("reproduce tiny_gate --out run --strict")[0] == 1
-    assert run("reproduce tiny_gate --out run --strict --claim parameters --claim better")[0] == 0
+    assert run("reproduce tiny_gate --out run --strict --experiment parameters --experiment better")[0] == 0
 
 
 def test_a_measurement_that_fails_is_said_in_the_end(run, here, monkeypatch):
@@ -549,7 +551,7 @@ def test_a_measurement_that_fails_is_said_in_the_end(run, here, monkeypatch):
     code, out, err = run("reproduce tiny_gate --out run")
     assert code == 1 and "the measurement failed: RuntimeError: the clock stopped" in err
     assert err.endswith("provenn: the measurement of linear of tiny_gate failed; see run/tiny_gate/errors.txt\n")
-    assert "▲ holds here" in out, "the other claims' work was lost"
+    assert "▲ holds here" in out, "the other experiments' work was lost"
 
 
 def test_reproduce_for_machines(run, here):
@@ -571,22 +573,22 @@ def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
 
 @pytest.fixture
 def benchmarks(third_party, monkeypatch):
-    """The tiny paper with a race, beside a paper whose claims cannot be read, and no other."""
-    import tiny_gate.claims
+    """The tiny paper with a timing, beside a paper whose experiments cannot be read, and no other."""
+    import tiny_gate.experiments
 
-    from provenn.evidence import Benchmark, Race
+    from provenn.evidence import Benchmark, Timing
 
     calls = {label: lambda size, device: lambda: sum(range(1000)) for label in ("gate", "no gate", "peer")}
-    race = Race("a pass", calls, sizes=(7, 9), unit="channels", rounds=6, setting={"batch": 2})
-    larger = dataclasses.replace(race, setting={"batch": 4})
+    timing = Timing("a pass", calls, sizes=(7, 9), unit="channels", rounds=6, setting={"batch": 2})
+    larger = dataclasses.replace(timing, setting={"batch": 4})
     listed = [
-        Benchmark(race, "gate", "no gate", within=1e9),
+        Benchmark(timing, "gate", "no gate", within=1e9),
         Benchmark(larger, "gate", "peer", package="no-such-gate"),
     ]
-    monkeypatch.setattr(tiny_gate.claims, "BENCHMARKS", listed, raising=False)
+    monkeypatch.setattr(tiny_gate.experiments, "BENCHMARKS", listed, raising=False)
     tiny = catalog.card("tiny_gate")
     (third_party / "broken").mkdir(exist_ok=True)
-    (third_party / "broken" / "claims.py").write_text("import no_such_module\n")
+    (third_party / "broken" / "experiments.py").write_text("import no_such_module\n")
     broken = tiny.model_copy(update={"slug": "broken", "package": "broken", "folder": third_party / "broken"})
     shelf = catalog.Shelf(broken=broken, tiny_gate=tiny)
     shelf.left_out = {}
@@ -596,7 +598,7 @@ def benchmarks(third_party, monkeypatch):
 
 def test_bench_shows_the_speed_of_all_papers(run, here, benchmarks):
     code, out, err = run("bench")
-    assert code == 0 and "left out broken: broken.claims cannot be imported" in err
+    assert code == 0 and "left out broken: broken.experiments cannot be imported" in err
     assert out.index("tiny_gate: a pass (batch 2)") < out.index("tiny_gate: a pass (batch 4)")
     assert "no-such-gate is not installed: pip install no-such-gate" in out
     rows = [line.split() for line in out.splitlines() if line.startswith(("7 ", "9 "))]
@@ -605,7 +607,7 @@ def test_bench_shows_the_speed_of_all_papers(run, here, benchmarks):
     assert err.count("a pass: gate at") == 2 and not list(here.iterdir())
 
 
-def test_bench_of_a_paper_has_its_speed_and_its_claims_about_cost(run, here, benchmarks):
+def test_bench_of_a_paper_has_its_speed_and_its_experiments_about_cost(run, here, benchmarks):
     code, out, _ = run("bench tiny_gate --out run --budget smoke")
     assert code == 0 and out.index("tiny_gate: a pass") < out.index("linear") and "(50 %)" in out
     summary = json.loads(run("bench tiny_gate --out run --budget smoke --json")[1])
@@ -614,14 +616,14 @@ def test_bench_of_a_paper_has_its_speed_and_its_claims_about_cost(run, here, ben
 
 
 def test_bench_exits_1_where_a_ratio_misses_what_is_asked_or_a_runner_fails(run, here, benchmarks, monkeypatch):
-    import tiny_gate.claims
+    import tiny_gate.experiments
 
     replace = dataclasses.replace
-    race = replace(benchmarks[0].race, sizes=(7,))
-    monkeypatch.setattr(tiny_gate.claims, "BENCHMARKS", [replace(benchmarks[0], race=race, within=1e-9)])
+    timing = replace(benchmarks[0].timing, sizes=(7,))
+    monkeypatch.setattr(tiny_gate.experiments, "BENCHMARKS", [replace(benchmarks[0], timing=timing, within=1e-9)])
     assert run("bench")[0] == 0 and run("bench --strict")[0] == 1
-    fails = replace(race, runners={**race.runners, "gate": lambda size, device: lambda: 1 / 0})
-    monkeypatch.setattr(tiny_gate.claims, "BENCHMARKS", [replace(benchmarks[0], race=fails)])
+    fails = replace(timing, runners={**timing.runners, "gate": lambda size, device: lambda: 1 / 0})
+    monkeypatch.setattr(tiny_gate.experiments, "BENCHMARKS", [replace(benchmarks[0], timing=fails)])
     code, out, _ = run("bench")
     assert code == 1 and "gate failed: ZeroDivisionError: division by zero" in out
 
@@ -631,12 +633,12 @@ def test_board(run, here):
     (here / "run" / "other").mkdir()
     (here / "run" / "other" / "evidence.json").write_text("{}")
     code, out, err = run("board --from run")
-    assert code == 0 and "left out run/other/evidence.json" in err and "statements, [headline]" in out
+    assert code == 0 and "left out run/other/evidence.json" in err and "claims, [headline]" in out
     (line,) = [line for line in out.splitlines() if line.startswith("tiny_gate")]
     assert "✔ [▲] –" in line and "1 reproduced, 1 holds here, 1 not measured" in line
-    assert "3 statements: 1 reproduced, 1 holds here, 1 not measured" in out
+    assert "3 claims: 1 reproduced, 1 holds here, 1 not measured" in out
     (paper,) = json.loads(run("board --from run --json")[1])
-    assert [each["verdict"] for each in paper["statements"]][:2] == ["reproduced", "holds here"]
+    assert [each["verdict"] for each in paper["claims"]][:2] == ["reproduced", "holds here"]
 
 
 def test_the_evidence_that_comes_with_a_paper_is_shown(run, here, third_party):
@@ -673,9 +675,9 @@ def test_a_training_ends_with_what_it_reached_beside_who_learned_nothing(reached
     from provenn.cli.work import _in_words
     from provenn.tasks import get_task
 
-    summary = {"metrics": {"accuracy": reached}, "trivial": 0.5, "tested_on": count, "steps": 1}
+    summary = {"metrics": {"accuracy": reached}, "dummy_baseline": 0.5, "tested_on": count, "steps": 1}
     assert says in _in_words(get_task("image-classification"), summary)
-    summary = {"metrics": {"mse": 0.9}, "trivial": 1.0, "tested_on": 5, "steps": 1}
+    summary = {"metrics": {"mse": 0.9}, "dummy_baseline": 1.0, "tested_on": 5, "steps": 1}
     assert _in_words(get_task("series-forecasting"), summary) == (
         "mse 0.9 on 5 test examples, beside the 1 of who has learned nothing"
     )
@@ -692,7 +694,7 @@ def test_few_examples_of_ones_own_are_passed_over_more_often(run, props):
 
 def test_who_has_no_figures_about_speed_says_so(run, here):
     code, _, err = run("bench residual_depth")
-    assert code == 2 and err.startswith("provenn: residual_depth has neither benchmarks nor claims about cost; ")
+    assert code == 2 and err.startswith("provenn: residual_depth has neither benchmarks nor experiments about cost; ")
 
 
 def wheels(folder: Path) -> None:
@@ -951,7 +953,7 @@ def test_a_reader_that_leaves_is_no_trouble(third_party, here):
     "typed, offered",
     [
         ("show tiny", "tiny_gate"),
-        ("reproduce tiny_gate --claim be", "better"),
+        ("reproduce tiny_gate --experiment be", "better"),
         ("reproduce tiny_gate --budget sm", "smoke small"),
         ("train tiny_gate --preset tiny_", "tiny_small tiny_large tiny_forecast tiny_upscale tiny_talk"),
         ("list --slot channel", "channel-gate"),
@@ -974,8 +976,11 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
     import importlib.util
 
     tiny = catalog.card("tiny_gate")
-    against = [claim.model_copy(update={"package": name}) for claim, name in zip(tiny.claims, ("a-peer", "torch"))]
-    monkeypatch.setitem(catalog.cards(), "tiny_gate", tiny.model_copy(update={"claims": against}))
+    against = [
+        experiment.model_copy(update={"package": name})
+        for experiment, name in zip(tiny.experiments, ("a-peer", "torch"))
+    ]
+    monkeypatch.setitem(catalog.cards(), "tiny_gate", tiny.model_copy(update={"experiments": against}))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aeon" else find(name, *rest))
     code, out, err = run("doctor")
@@ -990,13 +995,13 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
 
 def test_a_device_that_holds_too_little_is_one_line_and_no_failure(run, here, monkeypatch):
     monkeypatch.setenv("TINY_GATE_BREAKS", "memory")
-    code, out, err = run("reproduce tiny_gate --out run --strict --claim linear --claim identity")
+    code, out, err = run("reproduce tiny_gate --out run --strict --experiment linear --experiment identity")
     assert code == 0 and "1 holds, 1 out of memory" in out
     (line,) = (line for line in err.splitlines() if "linear" in line)
     assert line.startswith("⊠ tiny_gate linear: out of memory; on cpu: DefaultCPUAllocator: can't allocate memory")
     page = (here / "run" / "report.html").read_text()
     assert 'v-out-of-memory"><span aria-hidden="true">⊠</span> out of memory' in page
-    found = json.loads(run("reproduce tiny_gate --out run --claim linear --json")[1])["findings"][0]
+    found = json.loads(run("reproduce tiny_gate --out run --experiment linear --json")[1])["findings"][0]
     assert found["record"]["verdict"] == "out of memory" and found["record"]["measurement"]["out_of_memory"]
     assert run("board --from run")[0] == 0
 
@@ -1031,8 +1036,8 @@ def test_a_paper_by_its_arxiv_number_in_every_verb(run, here):
     assert code == 2 and "no paper here has the arXiv number 9999.99999; `provenn list` names them all" in err
     code, _, err = run("train 1910.03151 --data nowhere")
     assert code == 2 and "no data at 'nowhere'" in err
-    code, _, err = run("reproduce 1910.03151 eca_net --claim nobody")
-    assert code == 2 and "eca_net has no claim 'nobody'" in err, "one paper, named twice"
+    code, _, err = run("reproduce 1910.03151 eca_net --experiment nobody")
+    assert code == 2 and "eca_net has no experiment 'nobody'" in err, "one paper, named twice"
     with pytest.raises(UserError, match="--data craft:craft_x2: nothing at"):
         datasets.given_places(["2308.05022:craft_x2=nowhere"])
 

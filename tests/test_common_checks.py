@@ -1,4 +1,4 @@
-"""Every paper keeps the promises; and for each promise a mechanism that breaks it is caught, by that promise's name."""
+"""Every paper keeps the checks; and for each check a mechanism that breaks it is caught, by that check's name."""
 
 import sys
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from provenn.catalog import Card, cards, read_card
 from provenn.slots import SLOTS
-from provenn.testing import PROMISES, BrokenPromise, check_mechanism, check_paper, checks_of
+from provenn.testing import CHECKS, FailedCheck, check_mechanism, check_paper, checks_of
 
 
 class Gate(nn.Module):
-    """A channel gate that keeps every promise; the broken ones below change one thing each."""
+    """A channel gate that keeps every check; the broken ones below change one thing each."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -33,7 +33,7 @@ class Gate(nn.Module):
 
 
 class Mean(nn.Module):
-    """A token mixer that keeps every promise: each head weighs the tokens by a sigmoid and takes their mean so far."""
+    """A token mixer that keeps every check: each head weighs the tokens by a sigmoid and takes their mean so far."""
 
     def __init__(self, dim: int, heads: int = 2, causal: bool = True):
         super().__init__()
@@ -144,7 +144,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize("slot", SLOTS)
-def test_a_sound_mechanism_of_each_slot_keeps_every_promise(slot: str):
+def test_a_sound_mechanism_of_each_slot_keeps_every_check(slot: str):
     check_mechanism(SOUND[slot], slot)
 
 
@@ -553,15 +553,15 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("factory, slot, promise", BROKEN, ids=lambda part: getattr(part, "__name__", part))
-def test_a_broken_promise_is_caught_by_its_name(factory: Any, slot: str, promise: str):
-    with pytest.raises(BrokenPromise, match=f"\n  {promise}: "):
-        check_mechanism(factory, slot, only=[promise])
+@pytest.mark.parametrize("factory, slot, check", BROKEN, ids=lambda part: getattr(part, "__name__", part))
+def test_a_broken_check_is_caught_by_its_name(factory: Any, slot: str, check: str):
+    with pytest.raises(FailedCheck, match=f"\n  {check}: "):
+        check_mechanism(factory, slot, only=[check])
 
 
-@pytest.mark.parametrize("promise", ["mix", "see-both-ways"])
-def test_tokens_that_are_normalised_first_are_seen_to_mix(promise: str):
-    check_mechanism(SeesAConstantAlone, "token-mixer", only=[promise])
+@pytest.mark.parametrize("check", ["mix", "see-both-ways"])
+def test_tokens_that_are_normalised_first_are_seen_to_mix(check: str):
+    check_mechanism(SeesAConstantAlone, "token-mixer", only=[check])
 
 
 class RefusesHalf(Gate):
@@ -578,70 +578,72 @@ class FailsInHalf(Gate):
 
 def test_an_accident_is_no_refusal():
     excuse = {"run-in-bfloat16": "sums in half precision"}
-    check_mechanism(RefusesHalf, "channel-gate", cannot=excuse, only=excuse)
-    check_mechanism(CancelsInBfloat16, "channel-gate", cannot=excuse, only=excuse)
-    with pytest.raises(BrokenPromise, match="run-in-bfloat16: cannot names it, but this is an accident"):
-        check_mechanism(FailsInHalf, "channel-gate", cannot=excuse, only=excuse)
+    check_mechanism(RefusesHalf, "channel-gate", expected_failures=excuse, only=excuse)
+    check_mechanism(CancelsInBfloat16, "channel-gate", expected_failures=excuse, only=excuse)
+    with pytest.raises(FailedCheck, match="run-in-bfloat16: listed in expected_failures, but this is an accident"):
+        check_mechanism(FailsInHalf, "channel-gate", expected_failures=excuse, only=excuse)
 
 
 @pytest.mark.parametrize("factory", [FixesTheBatch, ForksByParity, DependsOnData])
 def test_what_a_tracer_refuses_is_a_refusal(factory: Any):
     excuse = {"export-open-sizes": "what is traced is of one size"}
-    check_mechanism(factory, "channel-gate", cannot=excuse, only=excuse)
+    check_mechanism(factory, "channel-gate", expected_failures=excuse, only=excuse)
 
 
 @pytest.mark.parametrize("factory", [RemembersTheTracedHeight, DoublesWhenTraced, FailsWhenTraced])
 def test_neither_another_output_nor_an_accident_of_what_is_traced_is_excused(factory: Any):
     excuse = {"export-open-sizes": "what is traced is of one size"}
-    with pytest.raises(BrokenPromise, match="export-open-sizes: cannot names it, but this is an accident"):
-        check_mechanism(factory, "channel-gate", cannot=excuse, only=excuse)
+    with pytest.raises(FailedCheck, match="export-open-sizes: listed in expected_failures, but this is an accident"):
+        check_mechanism(factory, "channel-gate", expected_failures=excuse, only=excuse)
 
 
 def test_open_sizes_are_asked_for_by_default():
-    with pytest.raises(BrokenPromise, match="\n  export-open-sizes: ") as error:
+    with pytest.raises(FailedCheck, match="\n  export-open-sizes: ") as error:
         check_mechanism(FixesTheBatch, "channel-gate")
     assert "\n  export: " not in str(error.value), "what is traced at one size is right"
 
 
 def test_the_form_that_looks_both_ways_is_asked_for_open_sizes():
-    with pytest.raises(BrokenPromise, match="with causal=False\n  export-open-sizes: "):
+    with pytest.raises(FailedCheck, match="with causal=False\n  export-open-sizes: "):
         check_mechanism(LooksAheadInPairs, "token-mixer", only=["export-open-sizes", "export"])
 
 
-def test_what_follows_from_a_promise_that_is_kept_is_not_asked(monkeypatch: pytest.MonkeyPatch):
+def test_what_follows_from_a_check_that_is_kept_is_not_asked(monkeypatch: pytest.MonkeyPatch):
     asked = []
     for name in ("export-open-sizes", "export"):
         check = partial(lambda name, subject: asked.append(name), name)
-        monkeypatch.setitem(PROMISES, name, replace(PROMISES[name], check=check))
+        monkeypatch.setitem(CHECKS, name, replace(CHECKS[name], check=check))
     both = ["export", "export-open-sizes"]
     check_mechanism(Gate, "channel-gate", only=both)
     assert asked == ["export-open-sizes"]
-    with pytest.raises(BrokenPromise, match="export: is kept"):
-        check_mechanism(Gate, "channel-gate", cannot={"export": "thought so"}, only=both)
+    with pytest.raises(FailedCheck, match="export: passes: take it out"):
+        check_mechanism(Gate, "channel-gate", expected_failures={"export": "thought so"}, only=both)
 
 
-def test_every_promise_is_seen_broken():
-    assert {promise for _, _, promise in BROKEN} | {"match-published-counts"} == set(PROMISES)
+def test_every_check_is_seen_broken():
+    assert {check for _, _, check in BROKEN} | {"match-published-counts"} == set(CHECKS)
 
 
 def test_what_cannot_be_kept_is_excused_with_a_reason():
-    check_mechanism(CausalLeak, "token-mixer", cannot={"be-causal": "…", "stream": "…"}, only=["be-causal", "stream"])
+    check_mechanism(
+        CausalLeak, "token-mixer", expected_failures={"be-causal": "…", "stream": "…"}, only=["be-causal", "stream"]
+    )
 
 
 def test_an_excuse_that_is_not_needed_is_reported():
-    with pytest.raises(BrokenPromise, match="be-causal: is kept, so cannot need not name it"):
-        check_mechanism(Mean, "token-mixer", cannot={"be-causal": "thought so"}, only=["be-causal"])
+    with pytest.raises(FailedCheck, match="be-causal: passes: take it out of expected_failures"):
+        check_mechanism(Mean, "token-mixer", expected_failures={"be-causal": "thought so"}, only=["be-causal"])
 
 
-def test_a_promise_that_does_not_exist_is_refused():
-    with pytest.raises(BrokenPromise, match="no promise 'be-casual' here; there are: keep-shape"):
-        check_mechanism(Mean, "token-mixer", cannot={"be-casual": "a typo"})
-    with pytest.raises(BrokenPromise, match="no promise 'be-causal'"):
+def test_a_check_that_does_not_exist_is_refused():
+    with pytest.raises(FailedCheck, match="no check 'be-casual' here; there are: keep-shape"):
+        check_mechanism(Mean, "token-mixer", expected_failures={"be-casual": "a typo"})
+    with pytest.raises(FailedCheck, match="no check 'be-causal'"):
         check_mechanism(Gate, "channel-gate", only=["be-causal"])
 
 
-def test_all_broken_promises_are_listed_at_once():
-    with pytest.raises(BrokenPromise) as error:
+def test_all_broken_checks_are_listed_at_once():
+    with pytest.raises(FailedCheck) as error:
         check_mechanism(MixesTheBatch, "channel-gate", only=["keep-examples-apart", "keep-shape", "repeat"])
     assert str(error.value).splitlines()[0] == "MixesTheBatch as channel-gate"
     assert len(str(error.value).splitlines()) == 2
@@ -656,7 +658,7 @@ FOUND = {name: check for card in cards().values() for name, check in checks_of(c
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_every_mechanism_and_preset_of_every_paper_keeps_its_promises(name: str):
+def test_every_mechanism_and_preset_of_every_paper_keeps_its_checks(name: str):
     FOUND[name]()
 
 
@@ -681,7 +683,7 @@ class Lookup(nn.Module):
         return self.table(index)[..., 0] * weight
 """
     check_paper(tiny(tmp_path, monkeypatch, facts, MODEL + lookup))
-    with pytest.raises(BrokenPromise, match="index out of range"):
+    with pytest.raises(FailedCheck, match="index out of range"):
         check_paper(tiny(tmp_path / "again", monkeypatch, facts.replace("below = 4", "below = 40"), MODEL + lookup))
 
 
@@ -750,7 +752,7 @@ def tiny(
     return read_card(package, "tiny_paper")
 
 
-def test_a_sound_paper_keeps_every_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_sound_paper_keeps_every_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check_paper(tiny(tmp_path, monkeypatch))
 
 
@@ -762,7 +764,7 @@ def test_every_variant_of_a_mechanism_is_asked(tmp_path: Path, monkeypatch: pyte
     assert [name for name in checks_of(paper) if "gate" in name] == [
         "tiny_paper gate", "tiny_paper gate with power=2", "tiny_paper gate with power=0.5"
     ]  # fmt: skip
-    with pytest.raises(BrokenPromise, match=r"tiny_paper gate with power=0\.5\n  keep-shape: ") as error:
+    with pytest.raises(FailedCheck, match=r"tiny_paper gate with power=0\.5\n  keep-shape: ") as error:
         check_paper(paper)
     assert "power=2" not in str(error.value)
 
@@ -785,15 +787,19 @@ def test_every_variant_of_a_mechanism_is_asked(tmp_path: Path, monkeypatch: pyte
         ),
         ('"channel-gate"', '"gate"', "tiny_paper gate\n  no slot is called 'gate'; there are: token-mixer"),
         ('"channel-gate"', '"map-mixer"', "tiny_paper gate\n  mix: "),
-        ('"layers:Gate"', '"layers:Gate"\ncannot = { export = "?" }', "export: is kept"),
-        ('build = "model:network"', 'build = "model:network"\ncannot = { stream = "?" }', "no promise 'stream' here"),
+        ('"layers:Gate"', '"layers:Gate"\nexpected_failures = { export = "?" }', "export: passes: take it out"),
+        (
+            'build = "model:network"',
+            'build = "model:network"\nexpected_failures = { stream = "?" }',
+            "no check 'stream' here",
+        ),
     ],
 )
 def test_a_wrong_fact_is_caught(
     before: str, after: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     paper = tiny(tmp_path, monkeypatch, FACTS.replace(before, after, 1))
-    with pytest.raises(BrokenPromise, match=complaint):
+    with pytest.raises(FailedCheck, match=complaint):
         check_paper(paper)
 
 
@@ -809,5 +815,5 @@ class Flat(nn.Module):
     if batch == "-1":
         check_paper(paper)
     else:
-        with pytest.raises(BrokenPromise, match=r"tiny_paper tiny\n  export: .*Constraints violated"):
+        with pytest.raises(FailedCheck, match=r"tiny_paper tiny\n  export: .*Constraints violated"):
             check_paper(paper)

@@ -51,9 +51,9 @@ def fitted(value: float) -> Any:
 def test_all_get_the_same_recipe_data_seeds_and_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
 
-    def fit(self: Study, run: Any, arm: str, data: Any, lr: float, seed: int) -> Any:
-        calls.append((arm, data.fingerprint, self.recipe_for(run), lr, seed))
-        if seed == TUNING_SEED and arm == "se" and lr == 0.1:
+    def fit(self: Study, run: Any, variant: str, data: Any, lr: float, seed: int) -> Any:
+        calls.append((variant, data.fingerprint, self.recipe_for(run), lr, seed))
+        if seed == TUNING_SEED and variant == "se" and lr == 0.1:
             raise Diverged("the loss became nan")
         return fitted(0.5)
 
@@ -71,7 +71,7 @@ def test_all_get_the_same_recipe_data_seeds_and_tuning(tmp_path: Path, monkeypat
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
 
-    def fit(self: Study, run: Any, arm: str, data: Any, lr: float, seed: int) -> Any:
+    def fit(self: Study, run: Any, variant: str, data: Any, lr: float, seed: int) -> Any:
         if len(calls) == 3:
             raise RuntimeError("killed")
         calls.append(seed)
@@ -92,18 +92,18 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, monk
 def test_a_candidate_that_diverges_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fit, told = Study._fit, []
 
-    def breaking(self: Study, run: Any, arm: str, data: Any, lr: float, seed: int) -> Any:
-        if arm == "se" and seed == 1:
+    def breaking(self: Study, run: Any, variant: str, data: Any, lr: float, seed: int) -> Any:
+        if variant == "se" and seed == 1:
             raise Diverged("the loss became nan at step 56")
-        return fit(self, run, arm, data, lr, seed)
+        return fit(self, run, variant, data, lr, seed)
 
     monkeypatch.setattr(Study, "_fit", breaking)
     result = compare(
-        "channel-gate", ["se", "none"], data="digits", budget="smoke", seeds=2, out=tmp_path, tell=told.append
+        "channel-gate", ["se", "none"], data="digits", budget="smoke", seeds=2, out=tmp_path, log=told.append
     )
-    assert told == ["se, seed 1: the training diverged; it counts as the trivial predictor"]
+    assert told == ["se, seed 1: the training diverged; it counts as the dummy baseline"]
     task = get_task("image-classification")
-    assert result.candidates[1].quality[1] == task.trivial(task.load("digits"))
+    assert result.candidates[1].quality[1] == task.dummy_baseline(task.load("digits"))
 
 
 def test_the_result_is_written_as_numbers_table_and_plot(tmp_path: Path):
@@ -297,7 +297,7 @@ def test_a_record_that_cannot_be_read_is_moved_aside_and_said(tmp_path: Path):
     (tmp_path / "compare-channel-gate" / "ledger.json").write_text("{")
     said: list[str] = []
     arguments: dict[str, Any] = {"data": "digits", "budget": "smoke", "seeds": 1, "device": "cpu", "out": tmp_path}
-    compare("channel-gate", ["none", "se"], tell=said.append, **arguments)
+    compare("channel-gate", ["none", "se"], log=said.append, **arguments)
     assert len(said) == 1 and "moved" in said[0]
 
 

@@ -30,7 +30,7 @@ def package(tmp_path: Path) -> Path:
     folder = tmp_path / "site" / "tinygate"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
-    for name, language in (("layers.py", "python"), ("paper.toml", "toml"), ("claims.py", "python")):
+    for name, language in (("layers.py", "python"), ("paper.toml", "toml"), ("experiments.py", "python")):
         (folder / name).write_text(block(f"`{name}`", language))
     (tmp_path / "test_tinygate.py").write_text(block("`tests/test_tinygate.py`", "python"))
     points = tomllib.loads(block("`pyproject.toml`", "toml"))["project"]["entry-points"]

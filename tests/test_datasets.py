@@ -20,7 +20,9 @@ from provenn.training import check_recipe
 from provenn.training.recipes import recipe_of
 
 READ = [name for name, entry in datasets.known().items() if entry.task is not None]
-AT_PAPER = [(card, claim) for card in catalog.cards().values() for claim in card.claims if claim.at_paper]
+AT_PAPER = [
+    (card, experiment) for card in catalog.cards().values() for experiment in card.experiments if experiment.at_paper
+]
 
 
 @pytest.fixture
@@ -199,10 +201,12 @@ def test_the_authors_weights_are_looked_for_beside_the_data(data):
     assert datasets.find_weights(card, "craft_x2").place == file
 
 
-@pytest.mark.parametrize(("card", "claim"), AT_PAPER, ids=lambda each: getattr(each, "slug", getattr(each, "id", "")))
-def test_what_papers_ask_for_is_there(card, claim):
+@pytest.mark.parametrize(
+    ("card", "experiment"), AT_PAPER, ids=lambda each: getattr(each, "slug", getattr(each, "id", ""))
+)
+def test_what_papers_ask_for_is_there(card, experiment):
     """Known sets of the preset's task, a metric that it measures, and changes that something takes."""
-    how = claim.at_paper
+    how = experiment.at_paper
     preset = card.preset(how.preset)
     task = get_task(card.task_of(preset))
     # Dialogues with summaries are read for a conversion alone: no task scores what is written.
@@ -231,12 +235,16 @@ def test_what_papers_ask_for_is_there(card, claim):
     if how.weights == "authors" and card.has("official"):
         reads.append(card.resolve(preset.build))
     takes = {name for each in reads for name in inspect.signature(each).parameters}
-    assert {*how.changes, *(how.against or {})} <= takes
+    assert {*how.overrides, *(how.against or {})} <= takes
     assert how.weights != "authors" or card.has("official")
     recipe_of(how.recipe or preset.recipe)  # what it asks for is a recipe, and one for this task
     check_recipe(recipe_of(how.recipe or preset.recipe, rand_augment=0, random_erasing=0.0), task)
-    assert claim.needs, "what it needs, for whoever has not got it"
-    assert (claim.expects is not None) if how.against or claim.published is None else claim.published is not None
+    assert experiment.needs, "what it needs, for whoever has not got it"
+    assert (
+        (experiment.expects is not None)
+        if how.against or experiment.published is None
+        else experiment.published is not None
+    )
     measured = {
         "image-classification": {"accuracy"},
         "object-detection": {"AP"},
@@ -259,11 +267,15 @@ def test_the_command_line_lists_what_is_found_and_what_it_unlocks(data, capsys):
     assert main(["data", "--json"]) == 0
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert set(datasets.known()) < set(entries) and "eca_net:eca_resnet50" in entries
-    assert entries["set5"]["found"] and entries["set5"]["claims"] == ["craft set5_x2", "craft set5_x3", "craft set5_x4"]
+    assert entries["set5"]["found"] and entries["set5"]["experiments"] == [
+        "craft set5_x2",
+        "craft set5_x3",
+        "craft set5_x4",
+    ]
     assert [name for name, entry in entries.items() if entry["found"]] == ["set5"]
-    unlocking = {claim for entry in entries.values() for claim in entry["claims"]}
-    assert unlocking == {f"{card.slug} {claim.id}" for card, claim in AT_PAPER}
-    idle = [name for name, entry in entries.items() if not (entry["claims"] or entry["lacks"] or entry["task"])]
+    unlocking = {experiment for entry in entries.values() for experiment in entry["experiments"]}
+    assert unlocking == {f"{card.slug} {experiment.id}" for card, experiment in AT_PAPER}
+    idle = [name for name, entry in entries.items() if not (entry["experiments"] or entry["lacks"] or entry["task"])]
     assert not idle, "neither unlocks anything nor says what is missing"
     assert main(["data"]) == 0
     text = capsys.readouterr().out

@@ -257,6 +257,6 @@ def test_options_of_the_training_hold_in_the_evaluation(monkeypatch):
     assert tokens.shape == (40, 16) and tokens.max() < 111
     with pytest.warns(UserWarning, match="test_examples=20 where the training had test_examples=40"):
         tokens = api.evaluate(
-            "urpe", "position-identification", weights="run", device="cpu", changes={"test_examples": 20}
+            "urpe", "position-identification", weights="run", device="cpu", overrides={"test_examples": 20}
         )
     assert tokens.shape == (20, 16)

@@ -33,7 +33,7 @@ from provenn.tasks import Portable, get_task
 from provenn.tasks.base import HeldOut
 from provenn.tasks.portable import draw_images
 from provenn.testing import seeded_state
-from provenn.testing.promises import unchecked
+from provenn.testing.common import unchecked
 
 
 @pytest.fixture(autouse=True)

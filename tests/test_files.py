@@ -28,7 +28,7 @@ from provenn.data.images import Picture, write_image
 from provenn.data.tables import write_table
 from provenn.data.text import written
 from provenn.evidence.record import write_atomically
-from provenn.files import Unwritable, check_no_input, check_output, save_figure, whole
+from provenn.files import Unwritable, atomic_write, check_no_input, check_output, save_figure
 from provenn.training.checkpoints import CHECKPOINT, PREVIOUS, begun, checkpoint_writer, newest, read
 
 resource = pytest.importorskip("resource")  # limits of a process, which Windows has none of
@@ -83,10 +83,10 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one_alone(tmp_path, full_
 
 
 def test_what_fails_for_another_reason_leaves_nothing_either(tmp_path):
-    with pytest.raises(ZeroDivisionError), whole(tmp_path / "a.txt") as place:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a.txt") as place:
         place.write_text(str(1 / 0))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(BrokenPipeError), whole(tmp_path / "a.txt"):
+    with pytest.raises(BrokenPipeError), atomic_write(tmp_path / "a.txt"):
         raise BrokenPipeError(errno.EPIPE, "the reader went")
 
 
@@ -158,9 +158,9 @@ WRITES = {
     *("to_csv", "to_json", "to_excel", "to_parquet", "copyfile", "copy2", "copytree", "copyfileobj", "move"),
     *("replace", "rename", "renames", "fdopen", "open", "NamedTemporaryFile", "mkstemp", "FileHandler"),
 }
-WITHIN = {"whole", "written"}
+WITHIN = {"atomic_write", "written"}
 ELSEWHERE = {
-    # Calls of our own methods, which write through `whole`.
+    # Calls of our own methods, which write through `atomic_write`.
     "api.py:train": "weights.save",
     "cli/measure.py:_own": "wanted.save",
     "cli/measure.py:_latency": "told.save",
@@ -174,15 +174,15 @@ ELSEWHERE = {
     "evidence/record.py:read_or_set_aside": "a damaged record gets another name",
     "evidence/report.py:svg": "to memory",
     "evidence/run.py:picture": "to memory",
-    "export.py:_write": "to the place that portable_system and step have of `whole`",
-    "export.py:quantize": "to a temporary folder, and to the place that portable_system has of `whole`",
+    "export.py:_write": "to the place that portable_system and step have of `atomic_write`",
+    "export.py:quantize": "to a temporary folder, and to the place that portable_system has of `atomic_write`",
     "files.py:_write_through": "the function itself",
-    "files.py:whole": "the function itself",
+    "files.py:atomic_write": "the function itself",
     "latency.py:_onnx": "to a temporary folder",
     "papers/emov2/studies.py:saved_bytes": "to memory",
     "reproduce.py:_measure": "a log grows by lines",
     "reproduce.py:alone_in": "a lock says who holds it",
-    "testing/promises.py:_load_safetensors": "to a temporary folder",
+    "testing/common.py:_load_safetensors": "to a temporary folder",
     "web/demos.py:_keep_files": "from a worker's own folder to the server's",
     "web/demos.py:_try": "to a worker's own folder",
     "web/static_copy.py:_write": "a folder beside, which takes its name when all pages are there",
@@ -213,7 +213,7 @@ def writes(call: ast.Call) -> bool:
 
 
 def places() -> Iterator[tuple[str, str]]:
-    """Each write outside of `whole`: its file and function, and the line."""
+    """Each write outside of `atomic_write`: its file and function, and the line."""
     for file in sorted(PACKAGE.rglob("*.py")):
         name = str(file.relative_to(PACKAGE))
 
@@ -296,7 +296,7 @@ def test_a_link_stays_a_link_and_another_name_of_the_input_is_the_input(tmp_path
 def test_a_place_beside_that_somebody_else_laid_is_not_followed(tmp_path):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / f".a.{os.getpid()}.part.txt").symlink_to("victim")
-    with whole(tmp_path / "a.txt") as place:
+    with atomic_write(tmp_path / "a.txt") as place:
         place.write_text("new")
     assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "a.txt").read_text() == "new"
 

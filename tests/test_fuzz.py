@@ -122,7 +122,7 @@ PIECES = [
     "[", "]", "[[", "null", "true", "1" * 5000, "[" * 3000, '{"text": "', '"}', "\n", "\r\n", "\r", "\u2028", "\0",
     "2024-01-01", "9999-12-31", "0000-00-00", "24:00", "@data", "@classLabel true x", "text", "label",
     "source", "target",
-    "series", "time", "observations", "actions", "rewards", "sequence", "mark", "[[claims]]", "id = ", "= {}",
+    "series", "time", "observations", "actions", "rewards", "sequence", "mark", "[[experiments]]", "id = ", "= {}",
 ]  # fmt: skip
 
 
@@ -228,9 +228,9 @@ def test_a_forged_label_is_refused_in_one_line(preset, data):
         (folder / "a.csv").write_text("a\n" + "1\n2\n" * 12)
         save_file(state, folder / "weights.safetensors", {weights.KEY: json.dumps(label)})
         given_one = given_file if " " in given_file else folder / given_file
-        changes = {"tokens": 2} if task == "language-modelling" else {}
+        overrides = {"tokens": 2} if task == "language-modelling" else {}
         try:
-            api.predict("tiny_gate", [given_one], weights=folder, changes=changes)
+            api.predict("tiny_gate", [given_one], weights=folder, overrides=overrides)
         except UserError as error:
             assert str(error) and "\n" not in str(error), repr(str(error))
 

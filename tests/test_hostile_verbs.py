@@ -153,7 +153,7 @@ VALUES = [
     (f"reproduce eca_net --budget smoke --seeds {LONG} -o run", "999"),
     ("reproduce eca_net --budget smoke --seeds 5-1 -o run", "5-1"),
     ("reproduce eca_net --budget nosuch -o run", "nosuch"),
-    ("reproduce eca_net --claim nosuch -o run", "nosuch"),
+    ("reproduce eca_net --experiment nosuch -o run", "nosuch"),
     ("compare --slot nosuch --data digits -o run", "nosuch"),
     (f"bench --backbones shvit_s1 --size 32 --forms eager --batch 1 --threads {DIGITS} -o run", DIGITS),
     (f"bench --backbones shvit_s1 --size 32 --forms eager --batch {DIGITS} -o run", DIGITS),
@@ -252,11 +252,11 @@ def write_link(file: Path) -> None:
     file.symlink_to("nowhere")
 
 
-def relabelled(**changes: object) -> Callable[[Path], None]:
+def relabelled(**overrides: object) -> Callable[[Path], None]:
     def write(file: Path) -> None:
         state, label = weights.read(file)
         assert label is not None
-        save_file(state, file, {weights.KEY: json.dumps({**asdict(label), **changes})})
+        save_file(state, file, {weights.KEY: json.dumps({**asdict(label), **overrides})})
 
     return write
 

@@ -33,7 +33,7 @@ ORDER = [
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 PAPERS_MAY = {"nn", "ops", "errors", "files", "inputs", "progress"}
 CONVERT_MAY = PAPERS_MAY | {"huggingface"}
-CLAIMS_MAY = PAPERS_MAY | {"catalog", "evidence", "bench", "surgery", "tasks", "testing", "training"}
+EXPERIMENTS_MAY = PAPERS_MAY | {"catalog", "evidence", "bench", "surgery", "tasks", "testing", "training"}
 NOT_IN_PAPERS = {"lightning", "pytorch_lightning", "typer", "rich", "fastapi", "click"}
 
 
@@ -42,7 +42,7 @@ def rule() -> str:
     levels = [" ".join(sorted(part for part in parts if "__" not in part)) for parts in ORDER]
     lines = [*levels, "", "layers, model, official, inspection of a paper: " + " ".join(sorted(PAPERS_MAY))]
     lines += ["its convert: these and " + " ".join(sorted(CONVERT_MAY - PAPERS_MAY))]
-    lines += ["its claims, studies, task and bench: these and " + " ".join(sorted(CLAIMS_MAY - PAPERS_MAY))]
+    lines += ["its experiments, studies, task and bench: these and " + " ".join(sorted(EXPERIMENTS_MAY - PAPERS_MAY))]
     lines += ["data: used by tasks alone"]
     return "\n".join(lines)
 
@@ -108,10 +108,10 @@ def test_a_paper_keeps_to_itself(file: str):
             assert parts[2] == slug, f"{file} imports another paper: {name}"
     own = parts_imported(file) - {"papers"}
     allowed = {
-        "claims": CLAIMS_MAY,
-        "studies": CLAIMS_MAY,
-        "task": CLAIMS_MAY,
-        "bench": CLAIMS_MAY,
+        "experiments": EXPERIMENTS_MAY,
+        "studies": EXPERIMENTS_MAY,
+        "task": EXPERIMENTS_MAY,
+        "bench": EXPERIMENTS_MAY,
         "convert": CONVERT_MAY,
     }.get(file.split("/")[2].removesuffix(".py"), PAPERS_MAY)
     assert own <= allowed, f"{file} imports {own - allowed}"

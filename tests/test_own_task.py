@@ -16,7 +16,7 @@ from provenn.cli import main
 from provenn.errors import UserError
 from provenn.evidence import Evidence, Verdict, view
 from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
-from provenn.testing import BrokenPromise, check_paper
+from provenn.testing import FailedCheck, check_paper
 from provenn.testing.checks import checks_of
 
 pytestmark = pytest.mark.usefixtures("pair_rating")
@@ -60,7 +60,7 @@ def test_it_is_found_by_its_kind_of_work(run):
 
 def test_it_trains_by_its_own_loss_and_optimizers(trained):
     summary = json.loads((trained / "run.json").read_text())
-    assert summary["metrics"]["error"] < 0.5 * tasks.get_task("pair-rating").trivial(
+    assert summary["metrics"]["error"] < 0.5 * tasks.get_task("pair-rating").dummy_baseline(
         tasks.get_task("pair-rating").load("pairs")
     )
     checkpoint = torch.load(trained / "last.ckpt", weights_only=True)
@@ -109,7 +109,7 @@ def test_a_promise_is_asked_of_inputs_by_name(monkeypatch):
     told = model.Product.forward
     mixed = lambda self, *, left, right: told(self, left=left + left.mean(0), right=right)  # noqa: E731
     monkeypatch.setattr(model.Product, "forward", mixed)
-    with pytest.raises(BrokenPromise, match="keep-examples-apart"):
+    with pytest.raises(FailedCheck, match="keep-examples-apart"):
         checks_of(catalog.card("pair_rating"))["pair_rating pair_product"]()
 
 
@@ -132,10 +132,10 @@ def test_a_promise_is_asked_of_inputs_by_name(monkeypatch):
         ("reproduce pair_rating --set epoch=3", "takes 'epoch', did you mean 'epochs'?; what can be set: dim, epochs"),
         ("reproduce pair_rating --set epochs=many", "epochs: Input should be a valid integer"),
         ("reproduce pair_rating --set epochs=0", "two_heads: epochs must be a whole number of at least 1, got 0"),
-        ("reproduce pair_rating --claim two_heads --set lrs=[0.1,0.2]", "a rate is chosen from at least 3"),
-        ("reproduce pair_rating --claim parameters --set epochs=3", "what can be set: dim"),
+        ("reproduce pair_rating --experiment two_heads --set lrs=[0.1,0.2]", "a rate is chosen from at least 3"),
+        ("reproduce pair_rating --experiment parameters --set epochs=3", "what can be set: dim"),
         (
-            "reproduce pair_rating --claim parameters --claim two_heads --set epochs=3",
+            "reproduce pair_rating --experiment parameters --experiment two_heads --set epochs=3",
             "parameters takes none of epochs; what can be set of it: dim",
         ),
     ],
@@ -162,61 +162,61 @@ def test_a_task_without_a_prediction_says_so(run):
     assert "can be exported" in run("export pair_rating --weights run -o out.onnx")[2]
 
 
-def test_its_claims_are_measured_and_shown(run, tmp_path, monkeypatch):
+def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
     code, out, _ = run("reproduce pair_rating --seeds 3 --out run")
     assert code == 0 and "nothing was learned" not in out
     own = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
-    assert {r.claim: str(r.verdict) for r in own.records} | {"two_heads": ""} == {
+    assert {r.experiment: str(r.verdict) for r in own.records} | {"two_heads": ""} == {
         "parameters": "reproduced",
         "operations": "direction holds",
         "two_heads": "",
     }
-    strip = [(s["says"], s["verdict"]) for s in json.loads(run("board --from run --json")[1])[0]["statements"]]
+    strip = [(s["says"], s["verdict"]) for s in json.loads(run("board --from run --json")[1])[0]["claims"]]
     assert strip[0][1] == "holds here"
 
-    # At another setting: beside what was measured, of keys of its own, and bearing on no statement.
+    # At another setting: beside what was measured, of keys of its own, and bearing on no claim.
     trials = len(Ledger.read(tmp_path / "run" / "pair_rating" / LEDGER).trials)
     words = "reproduce pair_rating --seeds 3 --out run --set epochs=1 --set noise=0.5"
     code, out, err = run(words)
-    assert code == 0 and "at epochs = 1, noise = 0.5, which is not the claim's own setting" in out
+    assert code == 0 and "at epochs = 1, noise = 0.5, which is not the experiment's own setting" in out
     assert "left out, as they take none of epochs, noise: parameters, operations" in err
     both = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
-    assert [both.record(r.claim) for r in own.records] == own.records
+    assert [both.record(r.experiment) for r in own.records] == own.records
     changed = both.record("two_heads", {"epochs": 1, "noise": 0.5})
     assert changed.measurement.setting["recipe"]["epochs"] == 1 and changed != both.record("two_heads")
     assert changed.measurement.values != both.record("two_heads").measurement.values
     assert len(Ledger.read(tmp_path / "run" / "pair_rating" / LEDGER).trials) > trials
-    assert json.loads(run("board --from run --json")[1])[0]["statements"] == [
+    assert json.loads(run("board --from run --json")[1])[0]["claims"] == [
         {"says": says, "headline": i == 1, "verdict": verdict} for i, (says, verdict) in enumerate(strip)
     ]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "and 1 at other settings, which bear on no statement" in page and "at epochs = 1, noise = 0.5" in page
+    assert "and 1 at other settings, which bear on no claim" in page and "at epochs = 1, noise = 0.5" in page
 
     assert run(f"{words} --resume")[0] == 0
-    assert Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE).record("two_heads", changed.changes) == changed
+    assert Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE).record("two_heads", changed.overrides) == changed
 
     # Where a package brings such evidence, `show` tells the two apart.
     monkeypatch.setattr(view, "committed", lambda card, *_: both)
     shown = run("show pair_rating --all")[1]
-    assert "At other settings, which bear on no statement" in shown and "epochs = 1" in shown
+    assert "At other settings, which bear on no claim" in shown and "epochs = 1" in shown
     assert "holds here" in run("show pair_rating")[1]
     told = json.loads(run("show pair_rating --json")[1])
-    assert [r.get("changes") for r in told["evidence"]["records"]] == [None, None, None, changed.changes]
+    assert [r.get("overrides") for r in told["evidence"]["records"]] == [None, None, None, changed.overrides]
 
 
 def test_a_count_at_another_setting_is_not_held_to_the_published_figure(run, tmp_path):
     """46 parameters at dim=4 say nothing of the 178 that were published at dim=16."""
-    code, out, _ = run("reproduce pair_rating --claim parameters --set dim=4 --out run --json --strict")
+    code, out, _ = run("reproduce pair_rating --experiment parameters --set dim=4 --out run --json --strict")
     (found,) = json.loads(out)["findings"]
-    assert code == 0 and found["record"]["measurement"]["value"] == 46 and found["record"]["changes"] == {"dim": 4}
+    assert code == 0 and found["record"]["measurement"]["value"] == 46 and found["record"]["overrides"] == {"dim": 4}
     assert found["record"]["verdict"] == "not measured" and "of another setting" in found["record"]["reason"]
-    code, out, _ = run("reproduce pair_rating --claim operations --set dim=4 --out run --json")
+    code, out, _ = run("reproduce pair_rating --experiment operations --set dim=4 --out run --json")
     (found,) = json.loads(out)["findings"]
     assert (
         found["record"]["verdict"] == Verdict.DIRECTION_HOLDS and not found["record"]["measurement"]["at_paper_setting"]
     )
     records = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
-    assert all(record.changes for record in records.records) and records.record("operations") is None
+    assert all(record.overrides for record in records.records) and records.record("operations") is None
 
 
 def other_package(site: Path, points: dict[str, dict[str, str]], **files: str) -> None:

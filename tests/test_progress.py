@@ -7,7 +7,7 @@ from provenn import progress
 
 def work() -> list[int]:
     with progress.bar("outer", 2) as advance:
-        advance(1, "claim one")
+        advance(1, "experiment one")
         if progress._display is not None:
             progress._display.refresh()
     return list(progress.track(iter([1, 2]), "inner", total=2))
@@ -20,7 +20,7 @@ def test_bars_go_to_stderr_and_to_terminals_alone(capsys, monkeypatch, terminal)
     with progress.shown():
         assert work() == [1, 2]
     captured = capsys.readouterr()
-    assert captured.out == "" and ("claim one" in captured.err and "inner" in captured.err) == terminal
+    assert captured.out == "" and ("experiment one" in captured.err and "inner" in captured.err) == terminal
 
 
 def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
@@ -31,7 +31,7 @@ def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
         assert capsys.readouterr().err == "", "nothing that takes less than half a minute says so"
         monkeypatch.setattr(progress, "EVERY", 0.0)
         work()
-    assert capsys.readouterr().err == "claim one: 1 of 2\ninner: 1 of 2\ninner: 2 of 2\n"
+    assert capsys.readouterr().err == "experiment one: 1 of 2\ninner: 1 of 2\ninner: 2 of 2\n"
 
 
 def test_nested_displays_are_one_and_an_error_leaves_none(capsys, monkeypatch):

@@ -14,7 +14,7 @@ from provenn.api import train
 from provenn.catalog import cards, read_card
 from provenn.cli import main
 from provenn.errors import UserError
-from provenn.testing import BrokenPromise, checks_of
+from provenn.testing import FailedCheck, checks_of
 
 # That each file keeps its metric, tests/test_common_checks.py asks.
 SHIPPED = [(slug, preset) for slug, card in cards().items() for preset in card.shipped]
@@ -95,7 +95,7 @@ def test_the_other_verbs_take_them_too(tmp_path, capsys):
 
 def test_a_run_says_how_it_was_trained_and_the_command_trains_the_same_weights(tmp_path):
     given = {"recipe": {"max_steps": 2, "batch_size": 8, "lr": 0.01, "ema": 0.9}, "seed": 3, "out": tmp_path / "first"}
-    folder, metrics = train("aaren", "airline", preset="aaren_forecaster", changes={"horizon": 3, "dim": 8}, **given)
+    folder, metrics = train("aaren", "airline", preset="aaren_forecaster", overrides={"horizon": 3, "dim": 8}, **given)
     state, label = weights.read(folder)
     assert label is not None and label.metrics == metrics and label.trained_on["recipe"]["max_steps"] == 2
     assert main([*shlex.split(label.trained_on["command"])[1:], "--out", str(tmp_path / "again")]) == 0
@@ -134,7 +134,7 @@ def test_a_label_that_is_not_so_is_caught(gallery, spoil, complaint):
     check = checks_of(card)["eca_net weights/eca_resnet20.safetensors"]
     if not complaint:
         return check()
-    with pytest.raises(BrokenPromise, match=rf"eca_net weights/eca_resnet20\.safetensors\n  {complaint}"):
+    with pytest.raises(FailedCheck, match=rf"eca_net weights/eca_resnet20\.safetensors\n  {complaint}"):
         check()
 
 
@@ -146,11 +146,11 @@ def test_weights_that_learned_nothing_or_lie_wrongly_are_caught(gallery):
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
     weights.save(model, file, replace(label, trained_on=wrong))
-    with pytest.raises(BrokenPromise, match="without having learned anything"):
+    with pytest.raises(FailedCheck, match="without having learned anything"):
         checks_of(card)["eca_net weights/eca_resnet20.safetensors"]()
     file.rename(file.with_stem("eca_resnet21"))
-    with pytest.raises(BrokenPromise, match="is not called PRESET"):
+    with pytest.raises(FailedCheck, match="is not called PRESET"):
         checks_of(card)["eca_net weights/eca_resnet21.safetensors"]()
     (file.parent / "large.bin").write_bytes(bytes(2 * 10**6 + 1))
-    with pytest.raises(BrokenPromise, match="2,000,001 bytes; at most 2,000,000"):
+    with pytest.raises(FailedCheck, match="2,000,001 bytes; at most 2,000,000"):
         checks_of(card)["eca_net weights/large.bin"]()

@@ -64,14 +64,25 @@ def contents(out: Path, slug: str) -> dict:
     for record in facts["records"]:
         for key in ("wall_seconds", "peak_memory_bytes", "code"):
             record.pop(key, None)
-    for occasion in facts["occasions"]:
-        occasion.pop("date")
+    for run in facts["runs"]:
+        run.pop("date")
     return facts
 
 
 def test_a_cluster_gives_the_evidence_that_this_process_gives(two_workers, tmp_path):
-    """Of a study, with its arms and its picture, from the command line."""
-    words = ["reproduce", "eca_net", "--claim", "clear_gain", "--budget", "smoke", "--seeds", "2", "--device", "cpu"]
+    """Of a study, with its variants and its picture, from the command line."""
+    words = [
+        "reproduce",
+        "eca_net",
+        "--experiment",
+        "clear_gain",
+        "--budget",
+        "smoke",
+        "--seeds",
+        "2",
+        "--device",
+        "cpu",
+    ]
     words += ["--out"]
     address = two_workers.get_runtime_context().gcs_address
     there = subprocess.run(
@@ -101,14 +112,18 @@ def test_a_worker_killed_in_the_middle_loses_no_record_and_repeats_no_trial_that
 ):
     (folder / "calls").unlink(missing_ok=True)
     (folder / "dies").touch()
-    (finding,) = reproduce_many([catalog.card("tiny_gate")], claims=["better"], seeds=4, cluster="auto", out=tmp_path)
+    (finding,) = reproduce_many(
+        [catalog.card("tiny_gate")], experiments=["better"], seeds=4, cluster="auto", out=tmp_path
+    )
     assert not (folder / "dies").exists(), "nobody was killed"
     calls = Counter((folder / "calls").read_text().splitlines())
     assert len(calls) == 8 and sorted(calls.values()) == [1] * 7 + [2]
-    (alone,) = reproduce(catalog.card("tiny_gate"), claims=["better"], seeds=4, out=tmp_path / "here")
+    (alone,) = reproduce(catalog.card("tiny_gate"), experiments=["better"], seeds=4, out=tmp_path / "here")
     assert finding.measurement == alone.measurement and not finding.measurement.failed
     before = (folder / "calls").read_text()
-    reproduce_many([catalog.card("tiny_gate")], claims=["better"], seeds=4, cluster="auto", out=tmp_path, resume=True)
+    reproduce_many(
+        [catalog.card("tiny_gate")], experiments=["better"], seeds=4, cluster="auto", out=tmp_path, resume=True
+    )
     assert (folder / "calls").read_text() == before
 
 
@@ -141,7 +156,7 @@ def test_a_clock_runs_when_nothing_else_does(two_workers, tmp_path):
         assert all(end <= begun or ended <= start for name, (begun, ended) in times.items() if name != clock)
 
 
-def test_an_error_in_a_trial_is_the_claims_and_says_where_it_happened(two_workers, tmp_path, monkeypatch):
+def test_an_error_in_a_trial_is_the_experiments_and_says_where_it_happened(two_workers, tmp_path, monkeypatch):
     def fails() -> None:
         raise ValueError("no such thing")
 

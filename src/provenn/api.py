@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper: its card, its systems, its claims.
+    """One paper: its card, its systems, its experiments.
 
     >>> paper("eca_net").card.arxiv
     '1910.03151'
@@ -88,7 +88,7 @@ class Paper:
             raise UserError(f"{chosen.name} of {self.card.slug}: {_blame(error, arguments)}") from error
 
     def reproduce(self, **arguments: Any) -> "list[Finding]":
-        """Measure the paper's claims; the arguments are those of `provenn.reproduce.reproduce`."""
+        """Measure the paper's experiments; the arguments are those of `provenn.reproduce.reproduce`."""
         from provenn.reproduce import reproduce
 
         return reproduce(self.card, **arguments)
@@ -225,7 +225,7 @@ def train(
     save_every: int | None = None,
     keep_best: int = 0,
     logger: str | None = None,
-    changes: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> "tuple[Path, dict[str, float]]":
     """Train a paper's system on data and save its weights; returns the folder and the test metrics.
@@ -243,7 +243,7 @@ def train(
         save_every: a checkpoint after every so many steps, besides each epoch's.
         keep_best: how many epochs' weights, the best on validation data, are kept as `best-EPOCH.safetensors`.
         logger: "csv" or "tensorboard"; both write under the folder's `log`.
-        changes: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
+        overrides: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
         recipe: changes to the preset's recipe, such as {"epochs": 20}.
     """
     import json
@@ -282,7 +282,7 @@ def train(
     final = recipe_of(facts, **recipe_changes)
     training.check_recipe(final, kind)
     device = choose_device(device)
-    of_data, of_system = _divided(changes or {}, kind.load, card.resolve(chosen.build))
+    of_data, of_system = _divided(overrides or {}, kind.load, card.resolve(chosen.build))
     source, given = datasets.resolve(data), data
     data, of_data = source.data, {**source.options, **of_data}
     users_own = data not in kind.embedded
@@ -351,7 +351,7 @@ def train(
         weights.save(result.model, folder / weights.FILE, label)
         summary = {
             **asdict(label),
-            "trivial": kind.trivial(loaded),
+            "dummy_baseline": kind.dummy_baseline(loaded),
             "tested_on": len(loaded.test),  # type: ignore[arg-type]
             "data": loaded.name,
             "fingerprint": loaded.fingerprint,
@@ -393,7 +393,7 @@ OPTIONS = {"preset": "preset", "task": "task", "epochs": "epochs", "max_steps": 
 OPTIONS |= {"batch_size": "batch-size", "seed": "seed"}
 
 
-def _command(slug: str, data: str | Path, options: dict[str, Any], changes: dict[str, Any]) -> str:
+def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: dict[str, Any]) -> str:
     """The command that trains so again."""
     import json
     import shlex
@@ -406,7 +406,7 @@ def _command(slug: str, data: str | Path, options: dict[str, Any], changes: dict
         words += [] if options.get(name) is None else [f"--{option}", str(options[name])]
     for name in sorted(options.keys() - OPTIONS.keys()):
         words += ["--recipe", f"{name}={told(options[name])}"]
-    for name, value in sorted(changes.items()):
+    for name, value in sorted(overrides.items()):
         words += ["--set", f"{name}={told(value)}"]
     return shlex.join(words)
 
@@ -451,18 +451,18 @@ def _folder_for(folder: Path) -> Iterator[None]:
         raise
 
 
-def _divided(changes: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
+def _divided(overrides: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
     """The changes that each of the functions takes; one that both take goes to the first, which tells the second."""
     known = [arguments_of(taker, but=("source", "seed")) for taker in takers]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
-    for name in changes:
+    for name in overrides:
         if name not in there:
             raise UserError(f"nothing here is called {name!r}{catalog.meant(name, there)}; {_what_can_be_set(there)}")
-    changes = {name: typed(name, value, there[name]) for name, value in changes.items()}
+    overrides = {name: typed(name, value, there[name]) for name, value in overrides.items()}
     taken: list[dict[str, Any]] = []
     for position, arguments in enumerate(known):
         before = {name for earlier in known[:position] for name in earlier}
-        taken.append({name: v for name, v in changes.items() if name in arguments and name not in before})
+        taken.append({name: v for name, v in overrides.items() if name in arguments and name not in before})
     return taken
 
 
@@ -477,8 +477,8 @@ def predict(
     weights: str | Path | None = None,
     preset: str | None = None,
     output: str | Path | None = None,
-    changes: dict[str, Any] | None = None,
-    tell: Callable[[str], None] | None = None,
+    overrides: dict[str, Any] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> str:
     """Apply trained weights to files; returns what the terminal shows.
 
@@ -488,18 +488,18 @@ def predict(
         weights: a weight file, or the folder of a run; by default what ships with the package.
         preset: whose weights, where those of several ship; or of an author's file that does not tell.
         output: where the result goes.
-        changes: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100};
+        overrides: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100};
             of an author's file also what it does not tell, as in `from_official`, such as {"chunk": 64}.
-        tell: is given the result piece by piece, by tasks whose result comes so.
+        log: is given the result piece by piece, by tasks whose result comes so.
     """
     from provenn import weights as files
     from provenn.finite import finite_outputs
     from provenn.tasks import get_task
 
-    chosen, changes = paper(slug), dict(changes or {})
+    chosen, overrides = paper(slug), dict(overrides or {})
     of_system: dict[str, Any] = {}
     if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
-        of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes)}
+        of_system = {name: overrides.pop(name) for name in _unasked(chosen.card, overrides)}
     model, label = chosen.load(weights, preset=of_system.pop("preset", preset), options=of_system)
     kind = get_task(label.task)
     if not kind.takes_words:
@@ -514,12 +514,12 @@ def predict(
         )
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
     known = arguments_of(kind.predict, but=("model", "meta", "inputs", "output"))
-    telling = {} if known.pop("tell", None) is None or tell is None else {"tell": tell}
-    for name in changes:
+    telling = {} if known.pop("log", None) is None or log is None else {"log": log}
+    for name in overrides:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
-    options = {name: typed(name, value, known[name]) for name, value in changes.items()}
+    options = {name: typed(name, value, known[name]) for name, value in overrides.items()}
     place = None if output is None else Path(output)
     if place is not None:
         check_output(place, folder=kind.into_folders)
@@ -549,12 +549,12 @@ def _fitting(weights: str) -> Iterator[None]:
         raise UserError(f"{weights}: the model does not fit its label or this input: {words}") from error
 
 
-def _unasked(card: catalog.Card, changes: dict[str, Any], method: str = "predict") -> list[str]:
+def _unasked(card: catalog.Card, overrides: dict[str, Any], method: str = "predict") -> list[str]:
     """Names that no prediction of the paper takes: what is left is said of the system."""
     from provenn.tasks import get_task
 
     takers = [arguments_of(getattr(get_task(name), method), but=()) for name in card.tasks]
-    return [name for name in changes if not any(name in taker for taker in takers)]
+    return [name for name in overrides if not any(name in taker for taker in takers)]
 
 
 def evaluate(
@@ -567,7 +567,7 @@ def evaluate(
     seed: int | None = None,
     device: str = "auto",
     batch_size: int = 256,
-    changes: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
 ) -> "Evaluation":
     """The metrics of trained weights on data, each with a 95 % interval over the examples.
 
@@ -584,7 +584,7 @@ def evaluate(
         seed: of the split; by default the training's.
         device: auto, cpu, cuda, mps or a torch device.
         batch_size: examples at a time.
-        changes: how the data are read, such as {"length": 512}; of an author's file also what it does not tell, as in
+        overrides: how the data are read, such as {"length": 512}; of an author's file also what it does not tell, as in
             `from_official`, such as {"chunk": 64}.
 
     Raises:
@@ -600,21 +600,21 @@ def evaluate(
         raise UserError(f"batch size must be from 1 to {LARGEST}, got {batch_size}")
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
-    chosen, changes = paper(slug), dict(changes or {})
+    chosen, overrides = paper(slug), dict(overrides or {})
     of_system: dict[str, Any] = {}
     if chosen.is_parameter_free(preset) if weights is None else files.label_of(weights) is None:
-        of_system = {name: changes.pop(name) for name in _unasked(chosen.card, changes, "held_out")}
+        of_system = {name: overrides.pop(name) for name in _unasked(chosen.card, overrides, "held_out")}
     model, label = chosen.load(weights, preset=preset, options=of_system)
     kind = get_task(label.task)
     known = _held_out_options(kind)
-    for name in changes:
+    for name in overrides:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"an evaluation of {label.task} has no {name!r}; what can be set: {there}")
     source = datasets.resolve(data)
     data = source.data
     fixed = {name: value for name, value in source.options.items() if name in known}
-    wanted = {name: typed(name, value, known[name]) for name, value in changes.items()}
+    wanted = {name: typed(name, value, known[name]) for name, value in overrides.items()}
     options = {**_recorded(label, kind, known, wanted), **fixed, **wanted}
     if whole is None:
         whole = not _trained_on(label, kind, data)

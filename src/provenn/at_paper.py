@@ -1,4 +1,4 @@
-"""Measures a claim on the paper's own data: one function for all papers, told by `at_paper` in `paper.toml`.
+"""Measures an experiment on the paper's own data: one function for all papers, told by `at_paper` in `paper.toml`.
 
 The authors' weights are evaluated, the preset is trained by its recipe, or a pretrained model is converted, wherever
 the data set is found.
@@ -19,7 +19,7 @@ from torch import nn
 
 from provenn import datasets
 from provenn import weights as files
-from provenn.catalog import AtPaper, Card, Claim, Preset
+from provenn.catalog import AtPaper, Card, Experiment, Preset
 from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Skill
@@ -35,16 +35,18 @@ TRAININGS = "trainings"  # the folder of those that have not ended
 
 @dataclass(frozen=True)
 class AtPaperScale:
-    """A claim as its `at_paper` says, or with `changes` to the recipe, to how data are read or to the system."""
+    """An experiment as its `at_paper` says, or with `overrides` to the recipe, to how data are read or to the
+    system.
+    """
 
     card: Card
-    claim: Claim
+    experiment: Experiment
     places: datasets.Places | None = None
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
-    def settable(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:
         """What `--set` may change, and its type."""
-        how: Any = self.claim.at_paper
+        how: Any = self.experiment.at_paper
         preset = self.card.preset(how.preset)
         kind = get_task(self.card.task_of(preset))
         read = arguments_of(kind.load, but=("source", "seed", "options", "_"))
@@ -52,37 +54,37 @@ class AtPaperScale:
             return read
         return {**arguments_of(self.card.resolve(preset.build)), **read, **get_type_hints(Recipe)}
 
-    def varied(self, **changes: Any) -> "AtPaperScale":
-        return replace(self, changes={**self.changes, **changes})
+    def with_overrides(self, **overrides: Any) -> "AtPaperScale":
+        return replace(self, overrides={**self.overrides, **overrides})
 
     def __call__(self, run: Run) -> Measurement:
-        return measure_at_paper(run, self.card, self.claim, self.places, self.changes)
+        return measure_at_paper(run, self.card, self.experiment, self.places, self.overrides)
 
 
 def measure_at_paper(
     run: Run,
     card: Card,
-    claim: Claim,
+    experiment: Experiment,
     places: datasets.Places | None = None,
-    changes: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Measurement:
-    """Measure a claim as its `at_paper` says; not measured, with what it needs, where that is not here.
+    """Measure an experiment as its `at_paper` says; not measured, with what it needs, where that is not here.
 
     Args:
         run: at the budget paper.
-        card, claim: of the paper; the claim has an `at_paper`.
+        card, experiment: of the paper; the experiment has an `at_paper`.
         places: where data sets and checkpoints lie, as far as PROVENN_DATA does not tell.
-        changes: to the recipe, to how data are read, or to the system.
+        overrides: to the recipe, to how data are read, or to the system.
 
     Raises:
         UserError: data or weights that are there and cannot be read.
     """
-    how = claim.at_paper
+    how = experiment.at_paper
     if how is None:
-        raise ValueError(f"{claim.id} has no at_paper")
-    of_recipe = {name: value for name, value in (changes or {}).items() if name in get_type_hints(Recipe)}
-    others = {name: value for name, value in (changes or {}).items() if name not in of_recipe}
-    how = how.model_copy(update={"changes": {**how.changes, **others}}) if others else how
+        raise ValueError(f"{experiment.id} has no at_paper")
+    of_recipe = {name: value for name, value in (overrides or {}).items() if name in get_type_hints(Recipe)}
+    others = {name: value for name, value in (overrides or {}).items() if name not in of_recipe}
+    how = how.model_copy(update={"overrides": {**how.overrides, **others}}) if others else how
     preset = card.preset(how.preset)
     found = {name: datasets.find(name, places) for name in how.sets}
     tested = {name: datasets.find(name, places) for name in how.tests}
@@ -94,22 +96,22 @@ def measure_at_paper(
         return Measurement.not_measured("; ".join(dict.fromkeys(lacking)))
     if how.gpu and not run.device.startswith("cuda"):
         return Measurement.not_measured(f"a GPU (the device is {run.device})")
-    scale = 100.0 if claim.published is not None and claim.published.unit.startswith("%") else 1.0
+    scale = 100.0 if experiment.published is not None and experiment.published.unit.startswith("%") else 1.0
     where = {name: each.place for name, each in found.items()}
     if how.weights == "converted" and checkpoint is not None:
-        return _converted(run, card, how, claim, checkpoint.place, where, scale)
+        return _converted(run, card, how, experiment, checkpoint.place, where, scale)
     if how.weights == "authors" and checkpoint is not None:
         return _of_authors(run, card, how, checkpoint.place, where, scale)
     begun = None if checkpoint is None else checkpoint.place
     tests = [each.place for each in tested.values()]
-    return _trained(run, card, claim, how, preset, where, scale, of_recipe, tests, begun)
+    return _trained(run, card, experiment, how, preset, where, scale, of_recipe, tests, begun)
 
 
 def _of_authors(
     run: Run, card: Card, how: AtPaper, checkpoint: Path, where: Mapping[str, Path], scale: float
 ) -> Measurement:
     kind = get_task(card.task_of(card.preset(how.preset)))
-    of_data, of_system = _divided(how.changes, kind.held_out)
+    of_data, of_system = _divided(how.overrides, kind.held_out)
 
     def one() -> dict[str, Any]:
         model, label = files.read_official(card, checkpoint, preset=how.preset, options=of_system)
@@ -142,7 +144,7 @@ def _of_authors(
 
 
 def _converted(
-    run: Run, card: Card, how: AtPaper, claim: Claim, host: Path, where: Mapping[str, Path], scale: float
+    run: Run, card: Card, how: AtPaper, experiment: Experiment, host: Path, where: Mapping[str, Path], scale: float
 ) -> Measurement:
     """What a pretrained model can do after it was converted and tuned; of several sets the mean."""
     from provenn import huggingface
@@ -163,7 +165,7 @@ def _converted(
     def one(side: str, name: str, seed: int) -> dict[str, Any]:
         pictures = material is huggingface.Pictures
         source = huggingface.Source.of(host, pictures=pictures)
-        of_data, of_tuning = _divided({**how.changes, **sides[side]}, material.of)
+        of_data, of_tuning = _divided({**how.overrides, **sides[side]}, material.of)
         reader = source.processor() if pictures else source.tokenizer()
         examples = material.of(where[name], reader, source.outline, **of_data)
         of_tuning = {"batch_size": 8, **of_tuning}
@@ -181,7 +183,7 @@ def _converted(
             told: dict[str, dict[str, float]] = {}
             for name in where:
                 told[name] = run.trial(
-                    f"{claim.id}, {how.host} on {name}" + (f", {side}" if several else ""),
+                    f"{experiment.id}, {how.host} on {name}" + (f", {side}" if several else ""),
                     lambda side=side, name=name, seed=seed: one(side, name, seed),  # type: ignore[misc]
                     seed=seed,
                     **({**setting, "side": side} if several else setting),
@@ -207,13 +209,13 @@ def _converted(
     if how.against is None:
         return Measurement.mean(reached[card.slug], **facts)
     system, baseline = sides
-    return Measurement.paired(reached[system], reached[baseline], sides=claim.sides or (system, baseline), **facts)
+    return Measurement.paired(reached[system], reached[baseline], sides=experiment.sides or (system, baseline), **facts)
 
 
 def _trained(
     run: Run,
     card: Card,
-    claim: Claim,
+    experiment: Experiment,
     how: AtPaper,
     preset: Preset,
     where: Mapping[str, Path],
@@ -226,8 +228,8 @@ def _trained(
     asked = how.recipe or preset.recipe
     # A recipe of so many steps means them, whatever passes over the data they are.
     passes = sys.maxsize if "max_steps" in asked and "epochs" not in asked else None
-    changes: dict[str, Any] = {"epochs": passes, **of_recipe}
-    recipe = recipe_of(asked, **changes)
+    overrides: dict[str, Any] = {"epochs": passes, **of_recipe}
+    recipe = recipe_of(asked, **overrides)
     build = card.resolve(preset.build)
     sides: dict[str, dict[str, Any]] = {preset.name: {}}
     if how.against is not None:
@@ -245,13 +247,13 @@ def _trained(
     steps = 0
 
     def train(label: str, name: str, seed: int) -> dict[str, Any]:
-        changes = {**how.changes, **sides[label]}
-        of_test = {name: value for name, value in changes.items() if name in _only(kind.held_out, kind.load, build)}
-        changes = {name: value for name, value in changes.items() if name not in of_test}
-        of_data, of_system = _divided(changes, kind.load, build)
+        overrides = {**how.overrides, **sides[label]}
+        of_test = {name: value for name, value in overrides.items() if name in _only(kind.held_out, kind.load, build)}
+        overrides = {name: value for name, value in overrides.items() if name not in of_test}
+        of_data, of_system = _divided(overrides, kind.load, build)
         options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data, **frozen}
         data = kind.load(where[name], seed=seed, **options)
-        folder = run.folder / TRAININGS / _contents_of(claim.id, label, name, str(seed))
+        folder = run.folder / TRAININGS / _contents_of(experiment.id, label, name, str(seed))
         if not run.reuse:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +267,7 @@ def _trained(
             device=run.device,
             out=folder,
             resume=True,
-            title=f"{claim.id}: {label} on {name}",
+            title=f"{experiment.id}: {label} on {name}",
         )
         shutil.rmtree(folder, ignore_errors=True)
         metrics = done.metrics
@@ -282,7 +284,7 @@ def _trained(
         elif how.split == "val":
             with torch.no_grad():
                 metrics = kind.evaluate(done.model, data.val)
-        return {**metrics, "trivial": float(kind.trivial(data)), "steps": done.steps, "about": data.about}
+        return {**metrics, "dummy_baseline": float(kind.dummy_baseline(data)), "steps": done.steps, "about": data.about}
 
     told: dict[str, Any] = {}
     for label in sides:
@@ -290,7 +292,7 @@ def _trained(
             for name in where:
                 question = {**setting, "side": label}
                 told[name] = run.trial(
-                    f"{claim.id}, {label} on {name}",
+                    f"{experiment.id}, {label} on {name}",
                     lambda label=label, name=name, seed=seed: train(label, name, seed),  # type: ignore[misc]
                     seed=seed,
                     **question,
@@ -298,9 +300,9 @@ def _trained(
                 _check_metric(how.metric, told[name], kind)
                 steps = max(steps, told[name]["steps"])
             reached[label].append(scale * sum(told[name][how.metric] for name in where) / len(where))
-            ours, trivial = skills[label]
+            ours, dummy_baseline = skills[label]
             ours.append(sum(told[name][kind.metric] for name in where) / len(where))
-            trivial.append(sum(told[name]["trivial"] for name in where) / len(where))
+            dummy_baseline.append(sum(told[name]["dummy_baseline"] for name in where) / len(where))
     facts: dict[str, Any] = {
         "seeds": run.seeds,
         "unit": how.metric.replace("_", " "),
@@ -310,19 +312,19 @@ def _trained(
         "at_paper_setting": not how.departs,
         "note": how.departs,
         "skills": [
-            Skill(arm=label, values=ours, trivial=trivial, higher_is_better=kind.higher_is_better)
-            for label, (ours, trivial) in skills.items()
+            Skill(variant=label, values=ours, dummy_baseline=dummy_baseline, higher_is_better=kind.higher_is_better)
+            for label, (ours, dummy_baseline) in skills.items()
         ],
     }
     if how.against is None:
         return Measurement.mean(reached[preset.name], **facts)
     system, baseline = sides
-    return Measurement.paired(reached[system], reached[baseline], sides=claim.sides or (system, baseline), **facts)
+    return Measurement.paired(reached[system], reached[baseline], sides=experiment.sides or (system, baseline), **facts)
 
 
-def _changed(name: str, changes: Mapping[str, Any]) -> str:
+def _changed(name: str, overrides: Mapping[str, Any]) -> str:
     """What the baseline is called."""
-    return f"{name}, {', '.join(f'{key}={value}' for key, value in changes.items())}"
+    return f"{name}, {', '.join(f'{key}={value}' for key, value in overrides.items())}"
 
 
 def _build(build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
@@ -350,15 +352,15 @@ def _begun(card: Card, how: AtPaper, checkpoint: Path, build: Callable[[], nn.Mo
     return model
 
 
-def _divided(changes: Mapping[str, Any], reads: Callable, build: Callable | None = None) -> list[dict[str, Any]]:
+def _divided(overrides: Mapping[str, Any], reads: Callable, build: Callable | None = None) -> list[dict[str, Any]]:
     """Changes to how data are read and to the system: by the names that `reads` takes, or that `build` does not."""
     takes = inspect.signature(reads).parameters
     open_to_all = any(each.kind is each.VAR_KEYWORD for each in takes.values())
     built = set() if build is None else set(inspect.signature(build).parameters)
-    of_data = {name for name in changes if name in takes or (open_to_all and build is not None and name not in built)}
+    of_data = {name for name in overrides if name in takes or (open_to_all and build is not None and name not in built)}
     return [
-        {name: value for name, value in changes.items() if name in of_data},
-        {name: value for name, value in changes.items() if name not in of_data},
+        {name: value for name, value in overrides.items() if name in of_data},
+        {name: value for name, value in overrides.items() if name not in of_data},
     ]
 
 
@@ -369,10 +371,10 @@ def _only(function: Callable, *others: Callable) -> set[str]:
     )
 
 
-def _known(reads: Callable, changes: Mapping[str, Any]) -> dict[str, Any]:
+def _known(reads: Callable, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What of the changes says how much is read, and how long a window is: all that tokens do not fix."""
     takes = inspect.signature(reads).parameters.keys() - {"tokenizer"}
-    return {name: value for name, value in changes.items() if name in takes}
+    return {name: value for name, value in overrides.items() if name in takes}
 
 
 def _check_metric(name: str, metrics: Mapping[str, Any], kind: Task) -> None:

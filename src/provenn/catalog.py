@@ -71,7 +71,7 @@ class Figure(Facts):
 
 
 class Region(Facts):
-    """The set of effects that prove a claim: open above or below a bound, or closed within two."""
+    """The set of effects that prove an experiment: open above or below a bound, or closed within two."""
 
     above: float | None = None
     below: float | None = None
@@ -103,7 +103,7 @@ class Mechanism(Facts):
     layer: str
     arguments: dict[str, Any] = {}
     variants: list[dict[str, Any]] = []
-    cannot: dict[str, str] = {}
+    expected_failures: dict[str, str] = {}
     summary: str = ""
 
 
@@ -132,7 +132,7 @@ class Preset(Facts):
     input: list[Example] = []
     published: list[Figure] = []
     recipe: dict[str, Any] = {}
-    cannot: dict[str, str] = {}
+    expected_failures: dict[str, str] = {}
     data: str | None = None
     reads: dict[str, Any] = {}
     summary: str = ""
@@ -145,33 +145,33 @@ class Preset(Facts):
         return [{"shape": given}] if plain and given else given
 
 
-class Statement(Facts):
-    """One assertion of the abstract, in our words, and the claims that bear on it.
+class Claim(Facts):
+    """One assertion of the abstract, in our words, and the experiments that bear on it.
 
-    `needs` says what the paper's own setting takes; a statement without claims must say it.
+    `needs` says what the paper's own setting takes; a claim without experiments must say it.
     """
 
     says: str
     kind: Literal["exact", "cost", "quality", "use"]
     figure: str = ""
     headline: bool = False
-    claims: list[str] = []
+    experiments: list[str] = []
     needs: str = ""
 
     @model_validator(mode="after")
-    def bears_something(self) -> "Statement":
-        """A statement without claims says what it needs."""
-        if not self.claims and not self.needs:
-            raise ValueError("a statement names the claims that bear on it, or what it needs")
+    def bears_something(self) -> "Claim":
+        """A claim without experiments says what it needs."""
+        if not self.experiments and not self.needs:
+            raise ValueError("a claim names the experiments that bear on it, or what it needs")
         return self
 
 
 class AtPaper(Facts):
-    """How a claim is measured on the paper's own data, at the budget paper.
+    """How an experiment is measured on the paper's own data, at the budget paper.
 
     The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, or by `recipe`
-    (one of the paper's by name, or a table with `base`), with `changes` to how the data are read and the system is
-    built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `changes` to how
+    (one of the paper's by name, or a table with `base`), with `overrides` to how the data are read and the system is
+    built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `overrides` to how
     (`provenn.huggingface.recover`); on sentences it is fine-tuned first. The metric `kept` is the share of what it
     could do before. Of a system that is trained, `host` is the frozen encoder whose layers it decodes; its task's
     `load` takes the folder as `encoder`. With `against`, changes that make the paper's baseline, both are trained and
@@ -191,7 +191,7 @@ class AtPaper(Facts):
     weights: Literal["authors", "train", "converted"]
     host: str | None = None
     recipe: dict[str, Any] = {}
-    changes: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     against: dict[str, Any] | None = None
     tested_on: str | list[str] | None = None
     split: Literal["test", "val"] = "test"
@@ -239,10 +239,11 @@ class AtPaper(Facts):
         return self.host or self.start
 
 
-class Claim(Facts):
+class Experiment(Facts):
     """What the paper, or we, say; and which effects would prove it.
 
-    `sides` names the two that are compared, as the study's arms or the race's runners are labelled: it is written here
+    `sides` names the two that are compared, as the study's variants or the timing's runners are labelled: it is
+    written here
     independently of the code that measures, so that exchanged sides are noticed. `why` is the reason for the region.
     """
 
@@ -260,7 +261,7 @@ class Claim(Facts):
     at_paper: AtPaper | None = None
 
     @model_validator(mode="after")
-    def one_lack(self) -> "Claim":
+    def one_lack(self) -> "Experiment":
         """`needs` or `package`, not both."""
         if self.needs is not None and self.package is not None:
             raise ValueError("give needs (never measured here) or package (measured where it is installed), not both")
@@ -268,7 +269,7 @@ class Claim(Facts):
 
     @property
     def lacks(self) -> str | None:
-        """What keeps this claim from being measured here, where something does."""
+        """What keeps this experiment from being measured here, where something does."""
         if self.package is not None and installed(self.package) is None:
             return f"the package {self.package} (pip install {self.package})"
         return self.needs
@@ -293,13 +294,13 @@ def _key(facts: Any, name: str) -> Any:
 def _spelled_out(place: str, facts: Any, recipes: dict[str, dict[str, Any]]) -> Any:
     """The same facts, their recipe with all that its base says."""
     recipe = _key(facts, "recipe") or {}
-    changes = {"base": recipe} if isinstance(recipe, str) else recipe
-    if not isinstance(changes, dict) or "base" not in changes:
+    overrides = {"base": recipe} if isinstance(recipe, str) else recipe
+    if not isinstance(overrides, dict) or "base" not in overrides:
         return facts
-    name = changes["base"]
+    name = overrides["base"]
     if name not in recipes:
         raise ValueError(f"{place}: no recipe {name!r}; there are: {_listed(recipes)}")
-    return {**facts, "recipe": {**recipes[name], **{key: value for key, value in changes.items() if key != "base"}}}
+    return {**facts, "recipe": {**recipes[name], **{key: value for key, value in overrides.items() if key != "base"}}}
 
 
 class Card(Facts):
@@ -319,8 +320,8 @@ class Card(Facts):
     mechanisms: list[Mechanism] = []
     recipes: dict[str, dict[str, Any]] = {}
     presets: list[Preset] = []
-    statements: list[Statement] = []
     claims: list[Claim] = []
+    experiments: list[Experiment] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -331,41 +332,46 @@ class Card(Facts):
         """
         recipes = facts.get("recipes", {})
         presets = [_spelled_out(f"preset {_key(each, 'name')!r}", each, recipes) for each in facts.get("presets", [])]
-        claims = []
-        for claim in facts.get("claims", []):
-            how = claim.get("at_paper") if isinstance(claim, dict) else None
+        experiments = []
+        for experiment in facts.get("experiments", []):
+            how = experiment.get("at_paper") if isinstance(experiment, dict) else None
             if isinstance(how, dict):
-                claim = {**claim, "at_paper": _spelled_out(f"claim {_key(claim, 'id')!r}", how, recipes)}
-            claims.append(claim)
-        return {**facts, "presets": presets, "claims": claims}
+                experiment = {
+                    **experiment,
+                    "at_paper": _spelled_out(f"experiment {_key(experiment, 'id')!r}", how, recipes),
+                }
+            experiments.append(experiment)
+        return {**facts, "presets": presets, "experiments": experiments}
 
     @model_validator(mode="after")
-    def statements_fit_claims(self) -> "Card":
-        """Statements name claims of this paper, `at_paper` its presets, and one statement is the headline."""
-        known = {claim.id for claim in self.claims}
-        for statement in self.statements:
-            unknown = [name for name in statement.claims if name not in known]
-            if unknown:
-                raise ValueError(f"the statement {statement.says!r} names no claim of this paper: {_listed(unknown)}")
-        presets = {preset.name for preset in self.presets}
+    def claims_fit_experiments(self) -> "Card":
+        """Claims name experiments of this paper, `at_paper` its presets, and one claim is the headline."""
+        known = {experiment.id for experiment in self.experiments}
         for claim in self.claims:
-            how = claim.at_paper
+            unknown = [name for name in claim.experiments if name not in known]
+            if unknown:
+                raise ValueError(f"the claim {claim.says!r} names no experiment of this paper: {_listed(unknown)}")
+        presets = {preset.name for preset in self.presets}
+        for experiment in self.experiments:
+            how = experiment.at_paper
             if how is not None and how.preset not in presets:
-                raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {how.preset}")
+                raise ValueError(f"{experiment.id}: at_paper names no preset of this paper: {how.preset}")
             if how is not None and how.start is not None and how.start not in presets:
-                raise ValueError(f"{claim.id}: at_paper names no preset of this paper: {how.start}")
-            if how is not None and how.departs and claim.expects is None:
-                raise ValueError(f"{claim.id}: at_paper departs from the paper: say with expects what shows the claim")
-        headlines = sum(statement.headline for statement in self.statements)
-        if self.statements and headlines != 1:
-            raise ValueError(f"one statement is the headline, got {headlines}")
+                raise ValueError(f"{experiment.id}: at_paper names no preset of this paper: {how.start}")
+            if how is not None and how.departs and experiment.expects is None:
+                raise ValueError(
+                    f"{experiment.id}: at_paper departs from the paper: say with expects what shows the experiment"
+                )
+        headlines = sum(claim.headline for claim in self.claims)
+        if self.claims and headlines != 1:
+            raise ValueError(f"one claim is the headline, got {headlines}")
         return self
 
-    @field_validator("mechanisms", "presets", "claims")
+    @field_validator("mechanisms", "presets", "experiments")
     @classmethod
     def distinct(cls, entries: list) -> list:
-        """No two mechanisms, presets or claims share a name."""
-        names = [entry.id if isinstance(entry, Claim) else entry.name for entry in entries]
+        """No two mechanisms, presets or experiments share a name."""
+        names = [entry.id if isinstance(entry, Experiment) else entry.name for entry in entries]
         if len(set(names)) < len(names):
             raise ValueError(f"named twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
         return entries
@@ -386,9 +392,9 @@ class Card(Facts):
         names = self.authors if isinstance(self.authors, list) else []
         return bibtex(self.slug, self.title, names, self.date, self.arxiv)
 
-    def claim(self, name: str) -> Claim:
-        """The claim of that id; an unknown one is a `UserError` with the nearest."""
-        return _named(self.claims, name, "claim", self.slug, "id")
+    def experiment(self, name: str) -> Experiment:
+        """The experiment of that id; an unknown one is a `UserError` with the nearest."""
+        return _named(self.experiments, name, "experiment", self.slug, "id")
 
     def preset(self, name: str | None = None, task: str | None = None) -> Preset:
         """The preset of that name; without one, the first (of that task, where one is given)."""
@@ -477,7 +483,7 @@ class Card(Facts):
             raise UserError(f"{self.slug}: {name} cannot be imported: {in_a_line(error)}") from error
 
     def has(self, module: str) -> bool:
-        """Whether the paper's folder holds this module, such as `claims`."""
+        """Whether the paper's folder holds this module, such as `experiments`."""
         return (self.folder / f"{module}.py").exists() or (self.folder / module).is_dir()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from provenn import catalog
-from provenn.catalog import Card, Claim, Facts
+from provenn.catalog import Card, Experiment, Facts
 from provenn.errors import UserError
 
 VARIABLE = "PROVENN_DATA"
@@ -103,7 +103,9 @@ def given_places(texts: Sequence[str]) -> dict[str, Path]:
         if ":" in name:
             slug, _, preset = name.partition(":")
             card = catalog.card(slug)
-            named = {claim.at_paper.checkpoint for claim in card.claims if claim.at_paper is not None}
+            named = {
+                experiment.at_paper.checkpoint for experiment in card.experiments if experiment.at_paper is not None
+            }
             name = f"{card.slug}:{preset if preset in named else card.preset(preset).name}"
         else:
             get(name)
@@ -156,7 +158,9 @@ def find_weights(card: Card, preset: str, places: Places | None = None) -> Found
     name = f"{card.slug}:{preset}"
     said = (places or {}).get(name)
     folders = [root / WEIGHTS / card.slug for root in roots()]
-    host = any(claim.at_paper is not None and claim.at_paper.host == preset for claim in card.claims)
+    host = any(
+        experiment.at_paper is not None and experiment.at_paper.host == preset for experiment in card.experiments
+    )
     expected = (folders or [Path(f"${VARIABLE}") / WEIGHTS / card.slug])[0] / (preset if host else f"{preset}.pth")
     if said is not None:
         candidates = [Path(said)]
@@ -188,27 +192,32 @@ def resolve(data: str | Path, places: Places | None = None) -> Source:
     return Source(located.place, get(name).options_of(name.partition("/")[2]))
 
 
-def unlocked_by(name: str) -> list[tuple[Card, Claim]]:
-    """The claims that are measured on a data set, or with a checkpoint, at the budget paper."""
+def unlocked_by(name: str) -> list[tuple[Card, Experiment]]:
+    """The experiments that are measured on a data set, or with a checkpoint, at the budget paper."""
     return [
-        (card, claim)
+        (card, experiment)
         for card in catalog.cards().values()
-        for claim in card.claims
-        if claim.at_paper is not None and name in needed_by(card, claim)
+        for experiment in card.experiments
+        if experiment.at_paper is not None and name in needed_by(card, experiment)
     ]
 
 
-def needed_by(card: Card, claim: Claim) -> list[str]:
-    """Names of the sets, and of the checkpoint, that a claim needs at the budget paper."""
-    if claim.at_paper is None:
+def needed_by(card: Card, experiment: Experiment) -> list[str]:
+    """Names of the sets, and of the checkpoint, that an experiment needs at the budget paper."""
+    if experiment.at_paper is None:
         return []
-    how = claim.at_paper
+    how = experiment.at_paper
     names = [data.partition("/")[0] for data in (*how.sets, *how.tests)]
     weights = [f"{card.slug}:{how.checkpoint}"] if how.checkpoint else []
     return list(dict.fromkeys([*names, *weights]))
 
 
 def checkpoints() -> list[str]:
-    """Every checkpoint of authors that some claim is measured with, as `SLUG:PRESET`."""
-    named = (name for card in catalog.cards().values() for claim in card.claims for name in needed_by(card, claim))
+    """Every checkpoint of authors that some experiment is measured with, as `SLUG:PRESET`."""
+    named = (
+        name
+        for card in catalog.cards().values()
+        for experiment in card.experiments
+        for name in needed_by(card, experiment)
+    )
     return list(dict.fromkeys(name for name in named if ":" in name))

@@ -237,12 +237,12 @@ def _confusion(scores: Scores, classes: int) -> Int[np.ndarray, "classes classes
 
 
 def published_of(card: Card, preset: Preset) -> dict[str, list[str]]:
-    """What the paper says of a preset's metrics: at claims that name the data, and at the preset."""
+    """What the paper says of a preset's metrics: at experiments that name the data, and at the preset."""
     said: dict[str, list[str]] = {}
-    for claim in card.claims:
-        how = claim.at_paper
-        if how is not None and how.preset == preset.name and how.against is None and claim.published is not None:
-            said.setdefault(how.metric, []).append(f"{claim.published} on {', '.join(how.sets)}")
+    for experiment in card.experiments:
+        how = experiment.at_paper
+        if how is not None and how.preset == preset.name and how.against is None and experiment.published is not None:
+            said.setdefault(how.metric, []).append(f"{experiment.published} on {', '.join(how.sets)}")
     for figure in preset.published:
         name = PUBLISHED.get(figure.what)
         if name is not None and not any(text.startswith(f"{figure.value:,.15g} ") for text in said.get(name, [])):

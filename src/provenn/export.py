@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.nn.fusion import fuse
 from provenn.progress import quiet_loggers
 from provenn.tasks import Portable, Task, TaskData
@@ -79,7 +79,7 @@ def portable_system(
     """
     check_place(file)
     form = task.portable(model, meta)
-    with whole(file) as place:
+    with atomic_write(file) as place:
         place.touch()  # tracing takes a while: say now that it cannot be kept
         system, notes = _fused(form)
         lines, trials = _write_compared(form, system, place, about)
@@ -539,7 +539,7 @@ def step(layer: Any, dim: int, file: str | Path) -> str:
     names = [f"state_{k}" for k in range(len(state))]
     example = [AT_POSITION if isinstance(leaf, int) else leaf for leaf in state]
     open_sizes = tuple(torch.export.Dim.DYNAMIC if isinstance(leaf, int) else {0: batch} for leaf in state)
-    with whole(Path(file)) as place:
+    with atomic_write(Path(file)) as place:
         place.touch()
         try:
             _write(

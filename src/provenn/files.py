@@ -27,7 +27,9 @@ class Unwritable(UserError):
 
 
 @contextmanager
-def whole(file: Path, keep: Path | None = None, *, suffix: str | None = None, mode: int = 0o666) -> Iterator[Path]:
+def atomic_write(
+    file: Path, keep: Path | None = None, *, suffix: str | None = None, mode: int = 0o666
+) -> Iterator[Path]:
     """A place to write to. Where the block ends well, what lies there is brought to disk and takes the name of `file`;
     where it does not, nothing is left of it.
 
@@ -45,7 +47,7 @@ def whole(file: Path, keep: Path | None = None, *, suffix: str | None = None, mo
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "a.txt"
-    >>> with whole(file) as place:
+    >>> with atomic_write(file) as place:
     ...     _ = place.write_text("all of it")
     >>> file.read_text(), [other.name for other in file.parent.iterdir()]
     ('all of it', ['a.txt'])
@@ -91,7 +93,7 @@ def save_figure(figure: "Figure", file: Path, **options: Any) -> None:
 
     Args:
         figure: whose texts are changed where they hold either.
-        file: where it goes; see `whole`.
+        file: where it goes; see `atomic_write`.
         options: of `Figure.savefig`; by default 110 dots an inch.
     """
     from matplotlib.text import Text
@@ -101,7 +103,7 @@ def save_figure(figure: "Figure", file: Path, **options: Any) -> None:
         if "$" in words and "\\mathdefault" not in words:  # which is a power of ten, of Matplotlib's own
             text.set_parse_math(False)
         text.set_text(words.encode("utf-8", "backslashreplace").decode("utf-8"))
-    with whole(file, suffix=".png") as place:
+    with atomic_write(file, suffix=".png") as place:
         figure.savefig(place, **{"dpi": 110, "format": "png", **options})
 
 

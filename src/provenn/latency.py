@@ -118,7 +118,7 @@ def measure(
     rounds: int = 15,
     reference: str | None = None,
     forms: Sequence[str] = FORMS,
-    tell: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> LatencyBench:
     """Time every network on the CPU in every form: all in turns, so that what else the machine does meets all alike.
 
@@ -129,7 +129,7 @@ def measure(
         rounds: how often each is timed; 6 is the fewest that give a 95 % interval.
         reference: whose time ratios are to; the first by default.
         forms: some of `FORMS`; compiling takes most of the time, a minute and more for a large network.
-        tell: is given a line for each form that fails; the others go on.
+        log: is given a line for each form that fails; the others go on.
 
     Raises:
         UserError: a number below 1, a form or a reference that is not there, or no network that runs.
@@ -160,7 +160,7 @@ def measure(
                 models[name], costs[name] = _prepare(build, torch.zeros(2, channels, size, size))
             except Exception as error:  # one network's trouble costs no other
                 troubles[name] = _trouble(error)
-                tell(f"{name}: left out: {troubles[name]}")
+                log(f"{name}: left out: {troubles[name]}")
             advance(1, name)
     if not models:
         raise UserError(f"none of the networks runs: {'; '.join(f'{n}: {t}' for n, t in troubles.items())}")
@@ -172,7 +172,7 @@ def measure(
     with progress.bar("latency", len(cells) * len(models) * len(forms) * (rounds + 1)) as advance:
         for batch, count in cells:
             image = torch.rand(batch, channels, size, size)
-            latencies += _time(models, image, count, rounds, first, forms, tell, advance)
+            latencies += _time(models, image, count, rounds, first, forms, log, advance)
     return LatencyBench(first, size, costs, tuple(latencies), troubles)
 
 
@@ -195,7 +195,7 @@ def _time(
     rounds: int,
     reference: str,
     forms: Sequence[str],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     advance: Callable[..., None],
 ) -> Iterator[Latency]:
     """Each network in each form, at one batch and number of threads."""
@@ -211,7 +211,7 @@ def _time(
                     call()
                 except Exception as error:  # one form's trouble costs no other
                     troubles[name, form] = _trouble(error)
-                    tell(f"{name}, {form}, batch {len(image)}: {troubles[name, form]}")
+                    log(f"{name}, {form}, batch {len(image)}: {troubles[name, form]}")
                     advance(rounds + 1, f"{name}: {form}")
                     continue
                 calls[name, form] = _counted(call, partial(advance, 1, f"{name}: {form}"))

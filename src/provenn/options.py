@@ -53,7 +53,7 @@ def settings_of(paper: "Paper", preset: str | None = None, task: str | None = No
         kind, recipe = get_task(name_of_task), asdict(recipe_of(facts.recipe))
         takers.append(("data", kind.load, ("source", "seed", "options", "_"), facts.reads))
         takers.append(system)
-        takers.append(("prediction", kind.predict, ("model", "meta", "inputs", "output", "tell"), {}))
+        takers.append(("prediction", kind.predict, ("model", "meta", "inputs", "output", "log"), {}))
         takers.append(("recipe", Recipe, (), recipe))
     settings: dict[str, Setting] = {}
     for part, taker, but, known in takers:

@@ -1,6 +1,6 @@
 """Progress on stderr: bars on a terminal, and elsewhere (a log file) a line now and then.
 
-One display is shared by whoever is working: bars of claims, seeds and epochs stack below each other.
+One display is shared by whoever is working: bars of experiments, seeds and epochs stack below each other.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Measures a paper's claims, one record each, written as each ends."""
+"""Measures a paper's experiments, one record each, written as each ends."""
 
 import gc
 import os
@@ -14,11 +14,11 @@ from typing import Any, TypedDict, Unpack, cast
 
 from provenn import progress, workers
 from provenn.at_paper import AtPaperScale
-from provenn.catalog import Card, Claim, installed, meant
+from provenn.catalog import Card, Experiment, installed, meant
 from provenn.datasets import Places
 from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
-from provenn.evidence.claim import Measure, measuring_functions, settable, varied
+from provenn.evidence.experiment import Measure, measuring_functions, parameters_of, with_overrides
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.record import (
     EVIDENCE,
@@ -26,8 +26,8 @@ from provenn.evidence.record import (
     Evidence,
     Finding,
     Ledger,
-    Occasion,
     Record,
+    RecordedRun,
     here,
     peak_memory,
     read_or_set_aside,
@@ -47,7 +47,7 @@ LOCK, ERRORS = ".lock", "errors.txt"
 class Options(TypedDict, total=False):
     """What may be said of a reproduction; `reproduce` tells what each means."""
 
-    claims: str | Sequence[str] | None
+    experiments: str | Sequence[str] | None
     headline: bool
     budget: str
     seeds: int | str | Sequence[int]
@@ -55,19 +55,19 @@ class Options(TypedDict, total=False):
     out: str | Path
     resume: bool
     data: Places | None
-    changes: dict[str, Any] | None
-    tell: Callable[[str], None]
+    overrides: dict[str, Any] | None
+    log: Callable[[str], None]
 
 
 def reproduce(
     card: Card, *, done: Callable[[Finding], None] = lambda finding: None, **options: Unpack[Options]
 ) -> list[Finding]:
-    """Measure a paper's claims and return what was found, which also lies in `out/<slug>/evidence.json`.
+    """Measure a paper's experiments and return what was found, which also lies in `out/<slug>/evidence.json`.
 
     Args:
         card: the paper.
         done: is given each finding as it is written.
-        claims: ids of the claims to measure, or the one; by default all.
+        experiments: ids of the experiments to measure, or the one; by default all.
         headline: only what the headline of the abstract rests on.
         budget: smoke, small (the default) or paper.
         seeds: how many, or which: see `choose_seeds`; by default 5.
@@ -75,64 +75,64 @@ def reproduce(
         out: folder of the records, by default runs/latest.
         resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
         data: where data sets and checkpoints lie that `provenn data` lists, by name; for the budget paper.
-        changes: measure at another setting, such as {"epochs": 3}: of a study its recipe and what its data and networks
-            take by name, of a race its sizes and rounds, of a function its arguments. Claims that take none of these
-            are left out. What comes of it is kept beside what was measured at the claims' own setting.
-        tell: is given messages for the user.
+        overrides: another setting to measure at, such as {"epochs": 3}. A study takes those of its recipe and the
+            arguments of its data and networks, a timing its sizes and rounds, a function its arguments. Experiments
+            that take none of them are left out. The outcome is kept beside that of the experiments' own setting.
+        log: is given messages for the user.
 
     Raises:
-        UserError: a change that no claim takes, an unknown claim, budget or device, no seeds, or a folder in which
-        another process measures this paper.
+        UserError: a change that no experiment takes, an unknown experiment, budget or device, no seeds, or a folder
+        in which another process measures this paper.
     """
     with _reproduction(card, **options) as work:
         with progress.bar(card.slug, len(work.wanted)) as advance:
-            for claim in work.wanted:
-                advance(0, f"{card.slug}: {claim.id}")
-                done(work.measure(claim))
+            for experiment in work.wanted:
+                advance(0, f"{card.slug}: {experiment.id}")
+                done(work.measure(experiment))
                 advance()
         return work.findings
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A paper whose claims are measured, in a folder that no other process writes."""
+    """A paper whose experiments are measured, in a folder that no other process writes."""
 
     card: Card
-    wanted: list[Claim]
+    wanted: list[Experiment]
     run: Run
     evidence: Evidence
-    occasion: Occasion
+    recorded: RecordedRun
     data: Places | None
-    settings: dict[str, dict[str, Any]]  # by claim, what is changed of its own setting
+    settings: dict[str, dict[str, Any]]  # by experiment, what is changed of its own setting
 
     @property
     def findings(self) -> list[Finding]:
         """What was found of all, at the setting at which they were measured now."""
-        return [self.evidence.finding(claim, self.settings[claim.id]) for claim in self.wanted]
+        return [self.evidence.finding(experiment, self.settings[experiment.id]) for experiment in self.wanted]
 
-    def measure(self, claim: Claim) -> Finding:
-        """Measure a claim, unless an earlier record still stands for it, and write it.
+    def measure(self, experiment: Experiment) -> Finding:
+        """Measure an experiment, unless an earlier record still stands for it, and write it.
 
         Raises:
             Waiting: for trials that run elsewhere.
         """
         run, evidence = self.run, self.evidence
-        run.changes = self.settings[claim.id]
-        kept = evidence.record(claim.id, run.changes) if run.reuse else None
-        find = partial(_function, run, self.card, claim, self.data)
-        earlier = None if kept is None else evidence.occasions[kept.occasion]
-        if kept is None or not _still_good(kept, earlier, run, find, claim, self.occasion):
-            evidence.put(_measure(run, find, claim), self.occasion)
-            evidence.keep_claims([claim.id for claim in self.card.claims])
+        run.overrides = self.settings[experiment.id]
+        kept = evidence.record(experiment.id, run.overrides) if run.reuse else None
+        find = partial(_function, run, self.card, experiment, self.data)
+        earlier = None if kept is None else evidence.runs[kept.run]
+        if kept is None or not _still_good(kept, earlier, run, find, experiment, self.recorded):
+            evidence.put(_measure(run, find, experiment), self.recorded)
+            evidence.keep_experiments([experiment.id for experiment in self.card.experiments])
             evidence.write(run.file)
-        return evidence.finding(claim, run.changes)
+        return evidence.finding(experiment, run.overrides)
 
 
 @contextmanager
 def _reproduction(
     card: Card,
     *,
-    claims: str | Sequence[str] | None = None,
+    experiments: str | Sequence[str] | None = None,
     headline: bool = False,
     budget: str = "small",
     seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
@@ -140,28 +140,28 @@ def _reproduction(
     out: str | Path = RUN,
     resume: bool = False,
     data: Places | None = None,
-    changes: dict[str, Any] | None = None,
-    tell: Callable[[str], None] = lambda message: None,
+    overrides: dict[str, Any] | None = None,
+    log: Callable[[str], None] = lambda message: None,
     elsewhere: Elsewhere | None = None,
 ) -> Iterator[_Work]:
     """What `reproduce` measures with; the folder is this process's as long as the block runs."""
     chosen_seeds = choose_seeds(seeds)
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-    claims = [claims] if isinstance(claims, str) else claims
+    experiments = [experiments] if isinstance(experiments, str) else experiments
     if headline:
-        claims = next((statement.claims for statement in card.statements if statement.headline), None)
-    wanted = [card.claim(name) for name in claims] if claims else card.claims
+        experiments = next((claim.experiments for claim in card.claims if claim.headline), None)
+    wanted = [card.experiment(name) for name in experiments] if experiments else card.experiments
     device = choose_device(device)
-    settings = _settings(budget, card, wanted, data, changes or {}, tell, named=bool(claims) and not headline)
-    wanted = [claim for claim in wanted if claim.id in settings]
+    settings = _settings(budget, card, wanted, data, overrides or {}, log, named=bool(experiments) and not headline)
+    wanted = [experiment for experiment in wanted if experiment.id in settings]
     folder = Path(out) / card.slug
     check_writable(folder)
     with alone_in(folder):
         evidence, trouble = read_or_set_aside(Evidence, folder / EVIDENCE, card.slug)
         ledger, more_trouble = read_or_set_aside(Ledger, folder / LEDGER, card.slug)
         for message in filter(None, (trouble, more_trouble)):
-            tell(message)
+            log(message)
         run = Run(
             card.slug,
             Path(out),
@@ -172,49 +172,49 @@ def _reproduction(
             reuse=resume,
             elsewhere=elsewhere,
         )
-        occasion = Occasion(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
-        yield _Work(card, wanted, run, evidence, occasion, data, settings)
+        recorded = RecordedRun(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
+        yield _Work(card, wanted, run, evidence, recorded, data, settings)
 
 
 def _settings(
     budget: str,
     card: Card,
-    claims: Sequence[Claim],
+    experiments: Sequence[Experiment],
     data: Places | None,
-    changes: dict[str, Any],
-    tell: Callable[[str], None],
+    overrides: dict[str, Any],
+    log: Callable[[str], None],
     *,
     named: bool,
 ) -> dict[str, dict[str, Any]]:
-    """The changes that each claim takes, of the right types; claims that take none are told and left out.
+    """The changes that each experiment takes, of the right types; experiments that take none are told and left out.
 
     Raises:
-        UserError: what no claim takes, a value that cannot be, or a named claim that takes none.
+        UserError: what no experiment takes, a value that cannot be, or a named experiment that takes none.
     """
-    if not changes:
-        return {claim.id: {} for claim in claims}
-    measures = {claim.id: _own_measure(budget, card, claim, data) for claim in claims}
-    known = {name: {} if measure is None else settable(measure) for name, measure in measures.items()}
+    if not overrides:
+        return {experiment.id: {} for experiment in experiments}
+    measures = {experiment.id: _own_measure(budget, card, experiment, data) for experiment in experiments}
+    known = {name: {} if measure is None else parameters_of(measure) for name, measure in measures.items()}
     there = list(dict.fromkeys(name for names in known.values() for name in names))
-    for name in changes:
+    for name in overrides:
         if name not in there:
             words = f"what can be set: {', '.join(there)}" if there else "they take nothing"
-            raise UserError(f"no claim that is to be measured takes {name!r}{meant(name, there)}; {words}")
+            raise UserError(f"no experiment that is to be measured takes {name!r}{meant(name, there)}; {words}")
     settings = {}
     for name, measure in measures.items():
-        mine = {key: typed(key, value, known[name][key]) for key, value in changes.items() if key in known[name]}
+        mine = {key: typed(key, value, known[name][key]) for key, value in overrides.items() if key in known[name]}
         if mine and measure is not None:
             try:
-                varied(measure, mine)
+                with_overrides(measure, mine)
             except (ValueError, TypeError) as error:
                 raise UserError(f"{name}: {error}") from None
             settings[name] = mine
     left_out = [name for name in known if name not in settings]
     if left_out and named:
         takes = ", ".join(known[left_out[0]]) or "nothing"
-        raise UserError(f"{left_out[0]} takes none of {', '.join(changes)}; what can be set of it: {takes}")
+        raise UserError(f"{left_out[0]} takes none of {', '.join(overrides)}; what can be set of it: {takes}")
     if left_out:
-        tell(f"{card.slug}: left out, as they take none of {', '.join(changes)}: {', '.join(left_out)}")
+        log(f"{card.slug}: left out, as they take none of {', '.join(overrides)}: {', '.join(left_out)}")
     return settings
 
 
@@ -262,10 +262,10 @@ def reproduce_many(
     done: Callable[[Finding], None] = lambda finding: None,
     **options: Unpack[Options],
 ) -> list[Finding]:
-    """Measure several papers' claims, one after the other, or the trials of all of them side by side.
+    """Measure several papers' experiments, one after the other, or the trials of all of them side by side.
 
     Values and records are those of one after the other, and lie in the same files, which this process alone writes.
-    What times something runs after all else, alone on its machine. Claims without trials are measured here.
+    What times something runs after all else, alone on its machine. Experiments without trials are measured here.
 
     Args:
         cards: the papers.
@@ -286,7 +286,7 @@ def reproduce_many(
         raise UserError(f"give --jobs {jobs} or --cluster {cluster}, not both: a cluster counts its machines' CPUs")
     if jobs == 1 and cluster is None:
         return [finding for card in cards for finding in reproduce(card, done=done, **options)]
-    device, tell = choose_device(options.get("device", "auto")), options.get("tell", lambda message: None)
+    device, log = choose_device(options.get("device", "auto")), options.get("log", lambda message: None)
     packages = {"provenn", *(card.package.partition(".")[0] for card in cards)}
     # The other processes may have begun in other folders.
     options["out"] = Path(options.get("out", RUN)).absolute()
@@ -295,7 +295,7 @@ def reproduce_many(
     where = (
         workers.processes(jobs)
         if cluster is None
-        else workers.cluster(cluster, packages=sorted(packages), device=device, tell=tell)
+        else workers.cluster(cluster, packages=sorted(packages), device=device, log=log)
     )
     with where as machines, ExitStack() as stack:
         works = [stack.enter_context(_reproduction(card, elsewhere=machines, **options)) for card in cards]
@@ -304,26 +304,26 @@ def reproduce_many(
 
 
 def _side_by_side(works: Sequence[_Work], machines: workers.Workers, done: Callable[[Finding], None]) -> None:
-    """Measure every claim, coming back to those that wait for trials once these have ended."""
-    ready = [(work, claim) for work in works for claim in work.wanted]
-    waiting: list[tuple[_Work, Claim, set[str]]] = []
+    """Measure every experiment, coming back to those that wait for trials once these have ended."""
+    ready = [(work, experiment) for work in works for experiment in work.wanted]
+    waiting: list[tuple[_Work, Experiment, set[str]]] = []
     with ExitStack() as bars:
         advance = {w.card.slug: bars.enter_context(progress.bar(w.card.slug, len(w.wanted))) for w in works}
         while ready or waiting:
-            for work, claim in ready:
+            for work, experiment in ready:
                 try:
-                    done(work.measure(claim))
+                    done(work.measure(experiment))
                     advance[work.card.slug]()
                 except Waiting as wait:
-                    waiting.append((work, claim, wait.questions))
+                    waiting.append((work, experiment, wait.questions))
                 machines.keep_ended()
             if waiting:
                 machines.wait()
-            ready = [(work, claim) for work, claim, needs in waiting if not needs & work.run.pending]
+            ready = [(work, experiment) for work, experiment, needs in waiting if not needs & work.run.pending]
             waiting = [entry for entry in waiting if entry[2] & entry[0].run.pending]
 
 
-def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Record:
+def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experiment) -> Record:
     import torch
 
     start, spared = time.perf_counter(), run.spared
@@ -331,62 +331,69 @@ def _measure(run: Run, find: Callable[[], Measure | None], claim: Claim) -> Reco
     code = ""
     try:
         function = find()
-        needs = claim.lacks or "a function that measures it"
+        needs = experiment.lacks or "a function that measures it"
         # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
         with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
             measurement = Measurement.not_measured(needs) if function is None else function(run)
         code = checksum(function) if function is not None else ""
-        if claim.package is not None and function is not None:
-            setting = {**measurement.setting, claim.package: installed(claim.package)}
+        if experiment.package is not None and function is not None:
+            setting = {**measurement.setting, experiment.package: installed(experiment.package)}
             measurement = measurement.model_copy(update={"setting": setting})
         if run.machines:
             setting = {**measurement.setting, "measured on": sorted(run.machines)}
             measurement = measurement.model_copy(update={"setting": setting})
-    except Unwritable:  # the next claim could not be written either
+    except Unwritable:  # the next experiment could not be written either
         raise
-    except Exception as error:  # one claim's trouble must not cost the others their work
+    except Exception as error:  # one experiment's trouble must not cost the others their work
         measurement = Measurement.failure(error, run.device)
         with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
-            file.write(f"{claim.id}\n{traceback.format_exc()}\n")
-    if measurement.out_of_memory:  # of the error nothing is left now that held tensors: the other claims get the room
+            file.write(f"{experiment.id}\n{traceback.format_exc()}\n")
+    if (
+        measurement.out_of_memory
+    ):  # of the error nothing is left now that held tensors: the other experiments get the room
         gc.collect()
         if run.device.startswith("cuda"):
             torch.cuda.empty_cache()
     return Record.of(
-        claim,
+        experiment,
         measurement,
         budget=run.budget,
-        changes=run.changes,
+        overrides=run.overrides,
         code=code,
         wall_seconds=round(time.perf_counter() - start + run.spared - spared, 3),
         peak_memory_bytes=max(peak_memory(run.device), run.peak),
     )
 
 
-def _function(run: Run, card: Card, claim: Claim, data: Places | None) -> Measure | None:
-    """What measures a claim at this run's budget and setting; None where nothing can."""
-    measure = _own_measure(run.budget, card, claim, data)
-    if measure is None or not run.changes:
+def _function(run: Run, card: Card, experiment: Experiment, data: Places | None) -> Measure | None:
+    """What measures an experiment at this run's budget and setting; None where nothing can."""
+    measure = _own_measure(run.budget, card, experiment, data)
+    if measure is None or not run.overrides:
         return measure
-    key = ("varied", claim.id)
+    key = ("overrides", experiment.id)
     if key not in run.memory:  # which holds on to it: a run knows experiments by what they are, not by their names
-        run.memory[key] = varied(measure, run.changes)
+        run.memory[key] = with_overrides(measure, run.overrides)
     return run.memory[key]
 
 
-def _own_measure(budget: str, card: Card, claim: Claim, data: Places | None) -> Measure | None:
-    """What measures a claim at this budget and its own setting; None where nothing can."""
-    if budget == "paper" and claim.at_paper is not None:
-        return AtPaperScale(card, claim, data)
-    if claim.lacks is not None or not card.has("claims"):
+def _own_measure(budget: str, card: Card, experiment: Experiment, data: Places | None) -> Measure | None:
+    """What measures an experiment at this budget and its own setting; None where nothing can."""
+    if budget == "paper" and experiment.at_paper is not None:
+        return AtPaperScale(card, experiment, data)
+    if experiment.lacks is not None or not card.has("experiments"):
         return None
-    return measuring_functions(card.resolve_module("claims")).get(claim.id)
+    return measuring_functions(card.resolve_module("experiments")).get(experiment.id)
 
 
 def _still_good(
-    record: Record, earlier: Occasion | None, run: Run, find: Callable[[], Measure | None], claim: Claim, now: Occasion
+    record: Record,
+    earlier: RecordedRun | None,
+    run: Run,
+    find: Callable[[], Measure | None],
+    experiment: Experiment,
+    now: RecordedRun,
 ) -> bool:
-    """A record may stand for a new measurement only where claim, code, budget, seeds, machine and versions are the
+    """A record may stand for a new measurement only where experiment, code, budget, seeds, machine and versions are the
     same.
 
     What was not measured is tried again: what it needed may be there by now.
@@ -399,10 +406,12 @@ def _still_good(
         return False
     if earlier is None or function is None or record.code != checksum(function):
         return False
-    if claim.package is not None and installed(claim.package) != record.measurement.setting.get(claim.package):
+    if experiment.package is not None and installed(experiment.package) != record.measurement.setting.get(
+        experiment.package
+    ):
         return False
     seeds = record.measurement.seeds
-    again = Record.of(claim, record.measurement, budget=run.budget, changes=run.changes)
+    again = Record.of(experiment, record.measurement, budget=run.budget, overrides=run.overrides)
     return (
         (not seeds or tuple(seeds) == run.seeds)
         and (record.verdict, record.expects) == (again.verdict, again.expects)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from provenn import progress
 from provenn.catalog import Card, Facts, Preset, in_a_line
-from provenn.files import whole
+from provenn.files import atomic_write
 
 FILE = "sizes.json"
 LARGE = 2**26  # parameters beyond which a preset is counted without its weights, on the meta device
@@ -64,7 +64,7 @@ def write(card: Card, sizes: Sizes) -> Path:
     for name, entries in sizes.model_dump(exclude_defaults=True).items():
         lines = [f"    {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
         parts.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")
-    with whole(card.folder / FILE) as place:
+    with atomic_write(card.folder / FILE) as place:
         place.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     return card.folder / FILE
 

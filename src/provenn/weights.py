@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from provenn.catalog import Card
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.finite import DAMAGED, check_type, impossible_value
 from provenn.inputs import check_file
 
@@ -69,7 +69,7 @@ def save(model: nn.Module, file: Path, label: Label) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_model
 
-    with whole(file) as place:
+    with atomic_write(file) as place:
         try:
             save_model(model, str(place), metadata={KEY: json.dumps(asdict(label))})
         except SafetensorError as error:  # which is how it tells of a full disk

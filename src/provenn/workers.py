@@ -366,7 +366,7 @@ def _last(error: Exception) -> str:
 
 @contextmanager
 def cluster(
-    address: str, *, packages: Sequence[str], device: str, tell: Callable[[str], None] = lambda message: None
+    address: str, *, packages: Sequence[str], device: str, log: Callable[[str], None] = lambda message: None
 ) -> Iterator[Workers]:
     """The machines of a Ray cluster.
 
@@ -375,7 +375,7 @@ def cluster(
             runs on this machine, else one is started here for as long as it is needed.
         packages: whose code has to be the same everywhere.
         device: of the trials.
-        tell: is given a line about what there is.
+        log: is given a line about what there is.
 
     Raises:
         UserError: ray is not installed, there is no cluster at that address, or a machine has other versions or code.
@@ -393,7 +393,7 @@ def cluster(
         workers.compare()
         nodes, cpus = workers.nodes(), workers.share["num_cpus"]
         side_by_side = sum(workers.size(node) // cpus for node in nodes)
-        tell(
+        log(
             f"cluster: {len(nodes)} machine{'s' * (len(nodes) > 1)}, {side_by_side} trials side by side, "
             f"{workers.threads} thread{'s' * (workers.threads > 1)} each (OMP_NUM_THREADS sets how many)"
         )

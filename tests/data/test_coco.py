@@ -25,8 +25,8 @@ def write(folder, name="a.json", images=None, annotations=None, categories=None)
     return folder / name
 
 
-def note(**changes):
-    return {"id": 1, "image_id": 5, "category_id": 7, "bbox": [2, 3, 10, 20], "area": 150.0, "iscrowd": 0, **changes}
+def note(**overrides):
+    return {"id": 1, "image_id": 5, "category_id": 7, "bbox": [2, 3, 10, 20], "area": 150.0, "iscrowd": 0, **overrides}
 
 
 def test_what_a_file_says_is_read(tmp_path):
@@ -56,7 +56,7 @@ def test_boxes_that_nobody_can_find_are_left_out_and_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("overrides", "message"),
     [
         ({"annotations": [note(image_id=6)]}, "annotation 1 is of image 6, which the file does not list"),
         ({"annotations": [note(category_id=1)]}, "annotation 1 is of category 1, which the file does not list"),
@@ -78,9 +78,9 @@ def test_boxes_that_nobody_can_find_are_left_out_and_said(tmp_path):
         ({"categories": [{"name": "a"}]}, "a category needs an id"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path, changes, message):
+def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message) as error:
-        read_coco(write(tmp_path, **changes))
+        read_coco(write(tmp_path, **overrides))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
@@ -205,7 +205,7 @@ HUGE = 10**400
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("overrides", "message"),
     [
         ({"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, HUGE, 1]}]}, "bbox must be four numbers"),
         ({"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, float("nan"), 1]}]}, "bbox must be four"),
@@ -219,9 +219,9 @@ HUGE = 10**400
         ({"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "./a.png"}]}, "are the same file"),
     ],
 )  # fmt: skip
-def test_numbers_names_and_places_that_no_data_set_has(tmp_path, changes, message):
+def test_numbers_names_and_places_that_no_data_set_has(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message) as error:
-        read_coco(write(tmp_path, **changes))
+        read_coco(write(tmp_path, **overrides))
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 

@@ -48,7 +48,7 @@ def test_the_task_takes_them(monkeypatch):
         monkeypatch.setattr("provenn.tasks.image_classification.PATCHES", counts)
         data = TASK.load("patches", size=16)
     assert [len(part) for part in (data.train, data.val, data.test)] == [64, 32, 48]
-    assert data.options == {"num_classes": 16, "in_channels": 1} and TASK.trivial(data) == pytest.approx(1 / 16)
+    assert data.options == {"num_classes": 16, "in_channels": 1} and TASK.dummy_baseline(data) == pytest.approx(1 / 16)
     assert TASK.held_out("patches", data.meta).dataset[5][0].shape == (1, 16, 16)
     with pytest.raises(UserError, match="grey images of 16 photographs"):
         TASK.held_out("patches", {**data.meta, "classes": ["a"] * 16})

@@ -93,7 +93,7 @@ def test_a_token_is_a_channel_of_its_own(arena):
     x, count, _ = texts.train[0]
     assert bool((x[int(count) :] == 0).all()) and x.shape == (14, 256)
     assert [len(part) for part in (texts.train, texts.val, texts.test)] == [10, 2, 4]
-    assert TASK.trivial(texts) == 0.5
+    assert TASK.dummy_baseline(texts) == 0.5
     held_out = TASK.held_out(arena / "text", texts.meta).dataset
     torch.testing.assert_close(held_out[2][0], texts.test[2][0])
     with pytest.raises(UserError, match="has 5 kinds of tokens, the model was trained on 256"):

@@ -1,4 +1,4 @@
-"""Trajectories: the collected ones are of the quality that they claim, files are read or refused."""
+"""Trajectories: the collected ones are of the quality that they experiment, files are read or refused."""
 
 import json
 
@@ -44,9 +44,9 @@ def test_collected_once_and_the_same_for_a_seed():
     assert all(np.array_equal(a.observations, b.observations) for a, b in zip(first, again))
 
 
-def episode(steps=3, **changes):
+def episode(steps=3, **overrides):
     good = {"observations": [[0.5, 1.0]] * steps, "actions": [0, 1, 1][:steps], "rewards": [1.0] * steps}
-    return json.dumps({**good, **changes})
+    return json.dumps({**good, **overrides})
 
 
 def test_jsonl(tmp_path):

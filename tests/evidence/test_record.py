@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provenn.catalog import Claim, Figure, Region
+from provenn.catalog import Experiment, Figure, Region
 from provenn.errors import UserError
 from provenn.evidence import Evidence, Measurement, Picture, Record, Series, Skill, Table, Verdict
 from provenn.evidence.measurement import MOST_POINTS
 from provenn.evidence.record import (
+    SCHEMA_VERSION,
     Environment,
     Ledger,
-    Occasion,
+    RecordedRun,
     Trial,
     compact,
     plain,
@@ -25,14 +26,14 @@ from provenn.evidence.record import (
 )
 
 HERE = Environment(provenn="0", torch="2", python="3", device="cpu: x", threads=1, system="Linux")
-CLAIM = Claim(id="c", kind="exact", says="It is three.", published=Figure(value=3, source="Table 1"))
+EXPERIMENT = Experiment(id="c", kind="exact", says="It is three.", published=Figure(value=3, source="Table 1"))
 
 
-TODAY = Occasion(budget="small", environment=HERE, date=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+TODAY = RecordedRun(budget="small", environment=HERE, date=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
 
 
-def record(measurement: Measurement | None = None, claim: Claim = CLAIM) -> Record:
-    return Record.of(claim, measurement or Measurement.exact(3), budget="small")
+def record(measurement: Measurement | None = None, experiment: Experiment = EXPERIMENT) -> Record:
+    return Record.of(experiment, measurement or Measurement.exact(3), budget="small")
 
 
 def full() -> Measurement:
@@ -49,7 +50,7 @@ def full() -> Measurement:
         tables=[Table(caption="t", columns=["a", "b"], rows=[["x", None], [1, 2.5]])],
         pictures=[Picture(file="p/a.png", caption="a")],
         sides=("a", "b"),
-        skills=[Skill(arm="a", values=[1.0, 2.0, nan], trivial=[0.5, 0.5, 0.5], higher_is_better=True)],
+        skills=[Skill(variant="a", values=[1.0, 2.0, nan], dummy_baseline=[0.5, 0.5, 0.5], higher_is_better=True)],
     )
 
 
@@ -92,27 +93,27 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     assert (line.x[0], line.x[-1]) == (0.0, 999.0) and line.x == line.y == line.low
 
 
-def test_a_new_record_takes_the_place_of_the_old_one_and_occasions_without_records_go():
+def test_a_new_record_takes_the_place_of_the_old_one_and_runs_without_records_go():
     evidence = Evidence(paper="p")
     later = TODAY.model_copy(update={"budget": "paper"})
     for name in ("a", "b", "c"):
-        evidence.put(record(claim=CLAIM.model_copy(update={"id": name})), TODAY)
-    evidence.put(record(Measurement.exact(4), CLAIM.model_copy(update={"id": "b"})), later)
-    assert [r.claim for r in evidence.records] == ["a", "b", "c"]
-    assert [evidence.occasions[r.occasion].budget for r in evidence.records] == ["small", "paper", "small"]
+        evidence.put(record(experiment=EXPERIMENT.model_copy(update={"id": name})), TODAY)
+    evidence.put(record(Measurement.exact(4), EXPERIMENT.model_copy(update={"id": "b"})), later)
+    assert [r.experiment for r in evidence.records] == ["a", "b", "c"]
+    assert [evidence.runs[r.run].budget for r in evidence.records] == ["small", "paper", "small"]
     assert evidence.record("b").measurement.value == 4 and evidence.record("z") is None
-    evidence.keep_claims(["b"])
-    assert [r.claim for r in evidence.records] == ["b"] and evidence.occasions == [later]
-    (found, missing) = evidence.findings([CLAIM.model_copy(update={"id": name}) for name in ("b", "z")])
-    assert found.occasion == later and missing.record is None and "provenn reproduce p" in missing.reason
+    evidence.keep_experiments(["b"])
+    assert [r.experiment for r in evidence.records] == ["b"] and evidence.runs == [later]
+    (found, missing) = evidence.findings([EXPERIMENT.model_copy(update={"id": name}) for name in ("b", "z")])
+    assert found.run == later and missing.record is None and "provenn reproduce p" in missing.reason
 
 
-def test_what_claims_share_is_written_once_and_drawings_are_rounded(tmp_path):
+def test_what_experiments_share_is_written_once_and_drawings_are_rounded(tmp_path):
     line = Series(name="s", x=[1.0, 2.0], y=[0.123456, 2.0])
     evidence = Evidence(paper="p")
     for name in ("a", "b"):
         made = Measurement.exact(0.123456, series=[line], tables=[Table(caption=name, columns=["x"], rows=[[1]])])
-        evidence.put(record(made, CLAIM.model_copy(update={"id": name})), TODAY)
+        evidence.put(record(made, EXPERIMENT.model_copy(update={"id": name})), TODAY)
     evidence.write(tmp_path / "p.json")
     first, second = (each.measurement for each in Evidence.read(tmp_path / "p.json").records)
     assert first.series[0].y == [0.1235, 2.0] and second.series == [] and second.tables[0].caption == "b"
@@ -144,10 +145,12 @@ def test_lists_of_plain_values_stand_on_one_line():
         (b"[]", "valid dictionary"),
         (b"[" * 100000, "recursion"),
         (b'{"records": []}', "paper: Field required"),
-        (b'{"paper": "p", "records": [{}]}', "records.0.claim: Field required"),
+        (b'{"paper": "p", "records": [{}]}', "records.0.experiment: Field required"),
         (b'{"paper": "p", "colour": 1}', "colour: Extra inputs"),
         (b'{"paper": "p", "schema_version": 99}', "written by a newer provenn (schema 99)"),
-        (b'{"paper": "p", "records": [{"claim": "c", "verdict": "holds", "measurement": {}}]}', "names an occasion"),
+        (b'{"paper": "p", "occasions": []}', "written by provenn 0.1 (schema 2): rewrite it with scripts/migrate"),
+        (b'{"paper": "p", "schema_version": 3}', "written by provenn 0.1 (schema 3): rewrite it with scripts/migrate"),
+        (b'{"paper": "p", "records": [{"experiment": "c", "verdict": "holds", "measurement": {}}]}', "names a run"),
     ],
 )
 def test_a_file_that_is_no_record_is_moved_aside_and_said(tmp_path, content, reason):
@@ -234,12 +237,13 @@ def test_arrays_become_lists():
     assert plain({"a": np.arange(3), "b": np.array([[1.5]])}) == {"a": [0, 1, 2], "b": [[1.5]]}
 
 
-def test_another_setting_stands_beside_the_claim_s_own_and_is_never_reproduced(tmp_path):
-    claim = Claim(
+def test_another_setting_stands_beside_the_experiment_s_own_and_is_never_reproduced(tmp_path):
+    experiment = Experiment(
         id="demo", kind="cost", says="It is so.", published=Figure(value=2, source="t"), expects=Region(above=1)
     )
     own, changed = (
-        Record.of(claim, Measurement.exact(2), budget="small", changes=changes) for changes in ({}, {"sizes": (1, 2)})
+        Record.of(experiment, Measurement.exact(2), budget="small", overrides=overrides)
+        for overrides in ({}, {"sizes": (1, 2)})
     )
     assert (own.verdict, changed.verdict) == (Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS)
     evidence = Evidence(paper="demo")
@@ -247,7 +251,7 @@ def test_another_setting_stands_beside_the_claim_s_own_and_is_never_reproduced(t
         evidence.put(each, TODAY)
     evidence.write(tmp_path / "evidence.json")
     again = Evidence.read(tmp_path / "evidence.json")
-    assert again.schema_version == 3 and len(again.records) == 2
-    assert again.record("demo") == own and again.record("demo", {"sizes": [1, 2]}).changes == {"sizes": [1, 2]}
-    assert [found.record for found in again.findings([claim])] == [own]
-    assert [found.changes for found in again.at_other_settings([claim])] == [{"sizes": [1, 2]}]
+    assert again.schema_version == SCHEMA_VERSION and len(again.records) == 2
+    assert again.record("demo") == own and again.record("demo", {"sizes": [1, 2]}).overrides == {"sizes": [1, 2]}
+    assert [found.record for found in again.findings([experiment])] == [own]
+    assert [found.overrides for found in again.at_other_settings([experiment])] == [{"sizes": [1, 2]}]

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from provenn import catalog
-from provenn.catalog import Claim
+from provenn.catalog import Experiment
 from provenn.evidence import Evidence, Measurement, Record, Run, Series, Table, Verdict, report, view
-from provenn.evidence.record import EVIDENCE, PICTURES, Environment, Occasion
-from provenn.evidence.statement import Standing
+from provenn.evidence.claim import Standing
+from provenn.evidence.record import EVIDENCE, PICTURES, Environment, RecordedRun
 from provenn.reproduce import choose_seeds
 
 HERE = Environment(provenn="0", torch="2", python="3", device="cpu: x", threads=1, system="Linux")
@@ -50,35 +50,35 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag in names]
 
 
-TODAY = Occasion(budget="small", environment=HERE, date=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+TODAY = RecordedRun(budget="small", environment=HERE, date=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
 
 
-def claim(name: str, kind: str = "quality", **more) -> Claim:
+def experiment(name: str, kind: str = "quality", **more) -> Experiment:
     facts = {"id": name, "kind": kind, "says": "It is <b>so</b> & more.", "expects": {"above": 0.0}, **more}
-    return Claim(**facts)
+    return Experiment(**facts)
 
 
-CLAIMS = [
-    claim("everything", why="zero is no difference"),
-    claim("exact", "exact", published={"value": 3, "source": "Table 1"}, expects=None),
-    claim("identity", "exact", expects=None),
-    claim("fails"),
-    claim("open"),
-    claim("absent"),
+EXPERIMENTS = [
+    experiment("everything", why="zero is no difference"),
+    experiment("exact", "exact", published={"value": 3, "source": "Table 1"}, expects=None),
+    experiment("identity", "exact", expects=None),
+    experiment("fails"),
+    experiment("open"),
+    experiment("absent"),
 ]
-STATEMENTS = [
+CLAIMS = [
     {
         "says": "It is <i>better</i>.",
         "kind": "quality",
-        "claims": ["everything"],
+        "experiments": ["everything"],
         "headline": True,
         "figure": "2 points",
     },
-    {"says": "It is three.", "kind": "exact", "claims": ["exact"]},
-    {"says": "It holds in parts.", "kind": "quality", "claims": ["everything", "fails"]},
-    {"says": "It fails.", "kind": "quality", "claims": ["fails"]},
-    {"says": "Who knows.", "kind": "quality", "claims": ["open"]},
-    {"says": "It needs more.", "kind": "quality", "claims": ["absent"], "needs": "a <GPU>"},
+    {"says": "It is three.", "kind": "exact", "experiments": ["exact"]},
+    {"says": "It holds in parts.", "kind": "quality", "experiments": ["everything", "fails"]},
+    {"says": "It fails.", "kind": "quality", "experiments": ["fails"]},
+    {"says": "Who knows.", "kind": "quality", "experiments": ["open"]},
+    {"says": "It needs more.", "kind": "quality", "experiments": ["absent"], "needs": "a <GPU>"},
 ]
 CARD = catalog.Card(
     slug="a_paper",
@@ -89,8 +89,8 @@ CARD = catalog.Card(
     authors=1,
     arxiv="2401.00001",
     summary="Its summary.",
+    experiments=EXPERIMENTS,
     claims=CLAIMS,
-    statements=STATEMENTS,
 )
 
 
@@ -104,7 +104,7 @@ def catalogued(monkeypatch):
 def evidence(*records: tuple[str, Measurement]) -> Evidence:
     made = Evidence(paper="a_paper")
     for name, measurement in records:
-        made.put(Record.of(CARD.claim(name), measurement, budget="small"), TODAY)
+        made.put(Record.of(CARD.experiment(name), measurement, budget="small"), TODAY)
     return made
 
 
@@ -176,9 +176,9 @@ def test_every_verdict_is_told_in_words_beside_its_symbol(page):
         assert f"{view.STANDINGS[standing]} {standing}" in page.words
 
 
-def test_the_abstract_s_statements_come_first_and_claims_are_folded(folder):
+def test_the_abstract_s_claims_come_first_and_experiments_are_folded(folder):
     text = report.write(folder).read_text()
-    table, folded = text.index("What the abstract says"), text.index("Claims of a_paper")
+    table, folded = text.index("What the abstract says"), text.index("Experiments of a_paper")
     assert table < text.index("<details") < folded and "<details open" not in text
     page = Page(text)
     for words in ("◐ partly, 1 of 2", "✘ not here", "– not measured: needs a <GPU>", "▲ holds here", "2 points"):
@@ -255,7 +255,7 @@ def test_everything_needed_to_repeat_it_is_there(page):
         assert words in page.words, words
 
 
-def test_a_view_decides_nothing_about_claims(folder):
+def test_a_view_decides_nothing_about_experiments(folder):
     """The page says what the record says, though another verdict would follow from its numbers."""
     known = view.in_folder(folder)["a_paper"]
     known.records = [known.records[3].model_copy(update={"verdict": Verdict.REPRODUCED, "reason": "because"})]

@@ -16,7 +16,7 @@ import torch
 from provenn import catalog
 from provenn.errors import UserError
 from provenn.evidence import Evidence, Record, Run, Verdict
-from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
+from provenn.evidence.record import EVIDENCE, LEDGER, SCHEMA_VERSION, Ledger
 from provenn.reproduce import alone_in, reproduce
 
 
@@ -44,7 +44,7 @@ def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
         "TINY_GATE_SECONDS": "0.25",
         "TINY_GATE_CALLS": str(calls),
     }
-    words = ["reproduce", "tiny_gate", "--claim", "better", "--seeds", "4", "--out", str(run)]
+    words = ["reproduce", "tiny_gate", "--experiment", "better", "--seeds", "4", "--out", str(run)]
 
     def start(*more: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, "-m", "provenn", *words, *more], env=environment)
@@ -98,7 +98,7 @@ def test_papers_side_by_side_give_what_they_give_in_turn(two_papers, tmp_path):
         )
         for paper in ("tiny_gate", "tiny_twin"):
             kept = kept_records(tmp_path / jobs, paper)
-            assert [r.claim for r in kept] == [claim for own, claim, *_ in facts[-1] if own == paper]
+            assert [r.experiment for r in kept] == [experiment for own, experiment, *_ in facts[-1] if own == paper]
             assert f"{paper} better" in ended.stderr
     assert facts[0] == facts[1] and {paper for paper, *_ in facts[0]} == {"tiny_gate", "tiny_twin"}
 
@@ -109,7 +109,7 @@ def test_a_process_that_is_killed_beside_another_is_one_line_and_resumes(two_pap
     assert killed.returncode == 2 and "Traceback" not in killed.stderr
     assert "a process that measured was killed" in killed.stderr.splitlines()[-1]
     kept = kept_records(tmp_path, "tiny_twin")
-    assert [record.claim for record in kept][:2] == ["parameters", "identity"]
+    assert [record.experiment for record in kept][:2] == ["parameters", "identity"]
     assert both(tmp_path, two_papers, "--jobs", "2", "--resume").returncode == 0
 
 
@@ -182,7 +182,7 @@ def card(third_party, monkeypatch, tmp_path) -> catalog.Card:
 
 
 def verdicts(findings) -> dict[str, str]:
-    return {finding.claim.id: str(finding.verdict) for finding in findings}
+    return {finding.experiment.id: str(finding.verdict) for finding in findings}
 
 
 def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_path, monkeypatch):
@@ -197,13 +197,13 @@ def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_pat
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    reproduce(card, claims=["parameters", "identity"], out=tmp_path)
+    reproduce(card, experiments=["parameters", "identity"], out=tmp_path)
     assert len(drawn) == 2 and torch.equal(torch.rand(4), expected)
 
 
-def test_every_claim_gets_a_record_and_a_verdict(card, tmp_path):
+def test_every_experiment_gets_a_record_and_a_verdict(card, tmp_path):
     told: list[str] = []
-    findings = reproduce(card, out=tmp_path, done=lambda finding: told.append(finding.claim.id))
+    findings = reproduce(card, out=tmp_path, done=lambda finding: told.append(finding.experiment.id))
     assert verdicts(findings) == {
         "parameters": "reproduced",
         "identity": "holds",
@@ -212,69 +212,73 @@ def test_every_claim_gets_a_record_and_a_verdict(card, tmp_path):
         "overstated": "not reproduced",
         "imagenet": "not measured",
     }
-    assert told == [claim.id for claim in card.claims]
+    assert told == [experiment.id for experiment in card.experiments]
     assert kept_records(tmp_path) == [finding.record for finding in findings]
 
 
 def test_resuming_measures_nothing_again(card, tmp_path, monkeypatch):
     first = reproduce(card, out=tmp_path)
     again = reproduce(card, out=tmp_path, resume=True)
-    done = [finding for finding in again if finding.claim.id != "imagenet"]
-    assert done == [finding for finding in first if finding.claim.id != "imagenet"]
+    done = [finding for finding in again if finding.experiment.id != "imagenet"]
+    assert done == [finding for finding in first if finding.experiment.id != "imagenet"]
     assert called(tmp_path / "calls").total() == 10
 
 
 def test_without_resume_everything_is_measured_again(card, tmp_path):
-    first = reproduce(card, claims=["better"], out=tmp_path)
-    again = reproduce(card, claims=["better"], out=tmp_path)
-    assert called(tmp_path / "calls").total() == 20 and again[0].occasion.date >= first[0].occasion.date
+    first = reproduce(card, experiments=["better"], out=tmp_path)
+    again = reproduce(card, experiments=["better"], out=tmp_path)
+    assert called(tmp_path / "calls").total() == 20 and again[0].run.date >= first[0].run.date
 
 
 @pytest.mark.parametrize("change", [{"seeds": 6}, {"budget": "smoke"}])
 def test_resuming_with_another_setting_measures_what_is_new(card, tmp_path, change):
-    reproduce(card, claims=["better"], out=tmp_path)
-    (found,) = reproduce(card, claims=["better"], out=tmp_path, resume=True, **change)
-    assert found.occasion.budget == change.get("budget", "small")
+    reproduce(card, experiments=["better"], out=tmp_path)
+    (found,) = reproduce(card, experiments=["better"], out=tmp_path, resume=True, **change)
+    assert found.run.budget == change.get("budget", "small")
     assert len(found.measurement.seeds) == change.get("seeds", 5)
     assert called(tmp_path / "calls").total() == 10 + (2 if "seeds" in change else 10)
 
 
-def test_a_changed_claim_is_judged_again_from_kept_seeds(card, tmp_path):
-    reproduce(card, claims=["better"], out=tmp_path)
+def test_a_changed_experiment_is_judged_again_from_kept_seeds(card, tmp_path):
+    reproduce(card, experiments=["better"], out=tmp_path)
     harder = [
-        claim.model_copy(update={"expects": catalog.Region(above=50.0)}) if claim.id == "better" else claim
-        for claim in card.claims
+        experiment.model_copy(update={"expects": catalog.Region(above=50.0)})
+        if experiment.id == "better"
+        else experiment
+        for experiment in card.experiments
     ]
-    changed = card.model_copy(update={"claims": harder})
-    (found,) = reproduce(changed, claims=["better"], out=tmp_path, resume=True)
+    changed = card.model_copy(update={"experiments": harder})
+    (found,) = reproduce(changed, experiments=["better"], out=tmp_path, resume=True)
     assert found.verdict is Verdict.NOT_REPRODUCED and found.record.expects == "above 50"
     assert called(tmp_path / "calls").total() == 10
 
 
-def test_measuring_one_claim_keeps_the_records_of_the_others(card, tmp_path):
+def test_measuring_one_experiment_keeps_the_records_of_the_others(card, tmp_path):
     reproduce(card, out=tmp_path)
-    reproduce(card, claims=["parameters"], out=tmp_path)
-    assert [record.claim for record in kept_records(tmp_path)] == [claim.id for claim in card.claims]
+    reproduce(card, experiments=["parameters"], out=tmp_path)
+    assert [record.experiment for record in kept_records(tmp_path)] == [
+        experiment.id for experiment in card.experiments
+    ]
 
 
-def test_a_claim_that_is_no_longer_made_leaves_the_file(card, tmp_path):
+def test_a_experiment_that_is_no_longer_made_leaves_the_file(card, tmp_path):
     reproduce(card, out=tmp_path)
-    fewer = card.model_copy(update={"claims": card.claims[:2]})
+    fewer = card.model_copy(update={"experiments": card.experiments[:2]})
     reproduce(fewer, out=tmp_path)
     assert len(kept_records(tmp_path)) == 2
 
 
-def test_one_claim_s_trouble_does_not_cost_the_others_their_work(card, tmp_path, monkeypatch):
+def test_one_experiment_s_trouble_does_not_cost_the_others_their_work(card, tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_GATE_BREAKS", "1")
-    records = {found.claim.id: found for found in reproduce(card, out=tmp_path)}
+    records = {found.experiment.id: found for found in reproduce(card, out=tmp_path)}
     failed = records["linear"]
     assert failed.verdict is Verdict.NOT_MEASURED
     assert failed.reason == "the measurement failed: RuntimeError: the clock stopped"
     assert records["better"].verdict is Verdict.DIRECTION_HOLDS
     errors = (tmp_path / "tiny_gate" / "errors.txt").read_text()
-    assert errors.startswith("linear\n") and "claims.py" in errors and "the clock\nstopped" in errors
+    assert errors.startswith("linear\n") and "experiments.py" in errors and "the clock\nstopped" in errors
     monkeypatch.delenv("TINY_GATE_BREAKS")
-    mended = {found.claim.id: found for found in reproduce(card, out=tmp_path, resume=True)}
+    mended = {found.experiment.id: found for found in reproduce(card, out=tmp_path, resume=True)}
     assert mended["linear"].verdict is Verdict.DIRECTION_HOLDS and mended["better"] == records["better"]
 
 
@@ -289,21 +293,22 @@ def test_what_the_device_cannot_do_or_hold_is_an_outcome_of_its_own(
     card, tmp_path, monkeypatch, breaks, verdict, words
 ):
     monkeypatch.setenv("TINY_GATE_BREAKS", breaks)
-    found = {one.claim.id: one for one in reproduce(card, out=tmp_path)}
+    found = {one.experiment.id: one for one in reproduce(card, out=tmp_path)}
     assert found["linear"].verdict is verdict and re.match(words, found["linear"].reason)
     assert "\n" not in found["linear"].reason and not found["linear"].measurement.failed
-    assert found["better"].verdict is Verdict.DIRECTION_HOLDS, "the other claims go on"
+    assert found["better"].verdict is Verdict.DIRECTION_HOLDS, "the other experiments go on"
     file = tmp_path / "tiny_gate" / EVIDENCE
-    assert json.loads(file.read_text())["schema_version"] == 3, "an older provenn says why it cannot read this"
+    assert json.loads(file.read_text())["schema_version"] == SCHEMA_VERSION, (
+        "an older provenn says why it cannot read this"
+    )
     assert Evidence.read(file).record("linear") == found["linear"].record
     monkeypatch.delenv("TINY_GATE_BREAKS")
-    again = {one.claim.id: one for one in reproduce(card, out=tmp_path, resume=True)}
+    again = {one.experiment.id: one for one in reproduce(card, out=tmp_path, resume=True)}
     assert again["linear"].verdict is Verdict.DIRECTION_HOLDS and again["better"] == found["better"]
-    assert "schema_version" not in json.loads(file.read_text()), "and reads what holds nothing new"
 
 
-def test_claims_that_cannot_be_imported_fail_one_by_one(card, site, tmp_path):
-    (site / "tiny_gate" / "claims.py").write_text("import a_package_that_is_not_there\n")
+def test_experiments_that_cannot_be_imported_fail_one_by_one(card, site, tmp_path):
+    (site / "tiny_gate" / "experiments.py").write_text("import a_package_that_is_not_there\n")
     records = reproduce(card, out=tmp_path)
     assert [found.verdict for found in records] == [Verdict.NOT_MEASURED] * 6
     assert "a_package_that_is_not_there" in records[0].reason
@@ -311,7 +316,7 @@ def test_claims_that_cannot_be_imported_fail_one_by_one(card, site, tmp_path):
 
 
 def peer(site: Path, version: str) -> None:
-    """Install the package that a claim is measured against."""
+    """Install the package that an experiment is measured against."""
     for old in site.glob("a_peer-*"):
         shutil.rmtree(old)
     (site / f"a_peer-{version}.dist-info").mkdir()
@@ -320,12 +325,12 @@ def peer(site: Path, version: str) -> None:
     importlib.invalidate_caches()
 
 
-def test_a_claim_about_a_package_is_measured_where_the_package_is(card, site, tmp_path):
-    claims = [c.model_copy(update={"package": "a-peer"}) if c.id == "better" else c for c in card.claims]
-    against = card.model_copy(update={"claims": claims})
+def test_a_experiment_about_a_package_is_measured_where_the_package_is(card, site, tmp_path):
+    experiments = [c.model_copy(update={"package": "a-peer"}) if c.id == "better" else c for c in card.experiments]
+    against = card.model_copy(update={"experiments": experiments})
 
     def measured(**more):
-        (found,) = reproduce(against, claims="better", out=tmp_path, **more)
+        (found,) = reproduce(against, experiments="better", out=tmp_path, **more)
         return found.verdict, found.reason, found.measurement.setting.get("a-peer")
 
     assert measured() == (Verdict.NOT_MEASURED, "needs the package a-peer (pip install a-peer)", None)
@@ -341,9 +346,9 @@ def test_a_claim_about_a_package_is_measured_where_the_package_is(card, site, tm
 
 def test_a_record_s_time_is_what_its_measurement_took_resumed_or_not(card, tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_GATE_SECONDS", "0.05")
-    reproduce(card, claims=["better"], out=tmp_path)
+    reproduce(card, experiments=["better"], out=tmp_path)
     (tmp_path / "tiny_gate" / EVIDENCE).unlink()
-    (found,) = reproduce(card, claims=["better"], out=tmp_path, resume=True)
+    (found,) = reproduce(card, experiments=["better"], out=tmp_path, resume=True)
     assert called(tmp_path / "calls").total() == 10 and found.record.wall_seconds >= 0.5
 
 
@@ -352,30 +357,30 @@ def test_a_corrupt_file_is_said_and_kept_aside(card, tmp_path, name):
     (tmp_path / "tiny_gate").mkdir()
     (tmp_path / "tiny_gate" / name).write_text("{")
     told: list[str] = []
-    reproduce(card, claims=["parameters"], out=tmp_path, resume=True, tell=told.append)
+    reproduce(card, experiments=["parameters"], out=tmp_path, resume=True, log=told.append)
     assert len(told) == 1 and f"moved to {name}.corrupt-" in told[0]
     assert len(list(tmp_path.glob("*/*.corrupt-*"))) == 1
 
 
 def test_two_processes_in_one_folder_are_refused_and_lose_nothing(card, tmp_path):
     with alone_in(tmp_path / "tiny_gate"), pytest.raises(UserError, match="another process is writing"):
-        reproduce(card, claims=["parameters"], out=tmp_path)
+        reproduce(card, experiments=["parameters"], out=tmp_path)
     assert not (tmp_path / "tiny_gate" / EVIDENCE).exists()
-    reproduce(card, claims=["parameters"], out=tmp_path)  # a lock that was given up keeps nobody out
+    reproduce(card, experiments=["parameters"], out=tmp_path)  # a lock that was given up keeps nobody out
 
 
 def test_only_what_the_headline_rests_on(card, tmp_path):
     found = reproduce(card, headline=True, out=tmp_path)
-    assert [finding.claim.id for finding in found] == ["better", "imagenet"]
+    assert [finding.experiment.id for finding in found] == ["better", "imagenet"]
 
 
 def test_code_that_changed_is_measured_again(card, site, tmp_path):
-    reproduce(card, claims=["parameters"], out=tmp_path)
+    reproduce(card, experiments=["parameters"], out=tmp_path)
     before = kept_records(tmp_path)[0].code
-    file = site / "tiny_gate" / "claims.py"
+    file = site / "tiny_gate" / "experiments.py"
     file.write_text(file.read_text().replace("tiny_small().parameters()", "tiny_large().parameters()"))
-    sys.modules.pop("tiny_gate.claims")
-    (found,) = reproduce(card, claims=["parameters"], out=tmp_path, resume=True)
+    sys.modules.pop("tiny_gate.experiments")
+    (found,) = reproduce(card, experiments=["parameters"], out=tmp_path, resume=True)
     assert found.verdict is Verdict.NOT_REPRODUCED and found.record.code != before
 
 
@@ -385,7 +390,7 @@ def test_code_that_changed_is_measured_again(card, site, tmp_path):
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"seeds": [-1]}, "seeds"),
         ({"budget": "huge"}, "budget must be one of smoke, small, paper, got 'huge'"),
-        ({"claims": ["beter"]}, "did you mean 'better'"),
+        ({"experiments": ["beter"]}, "did you mean 'better'"),
         ({"device": "abacus"}, "no device 'abacus'"),
     ],
 )

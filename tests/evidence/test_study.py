@@ -1,4 +1,4 @@
-"""Equal budget: a study gives all its arms the same data, steps, seeds and tuning, and reads the test split."""
+"""Equal budget: a study gives all its variants the same data, steps, seeds and tuning, and reads the test split."""
 
 from collections import deque
 from dataclasses import replace
@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from provenn.catalog import Claim, Region
+from provenn.catalog import Experiment, Region
 from provenn.errors import UserError
 from provenn.evidence import Run, Study, Verdict, decide
-from provenn.evidence.claim import settable, varied
+from provenn.evidence.experiment import parameters_of, with_overrides
 from provenn.evidence.record import LEDGER, Ledger
 from provenn.evidence.study import TUNING_SEED
 from provenn.tasks import Task, TaskData
 from provenn.training import Diverged, Fit, Recipe
 
-BEST = {"a": 0.01, "b": 0.1}  # the rate with which each arm does best on validation data
+BEST = {"a": 0.01, "b": 0.1}  # the rate with which each variant does best on validation data
 SKILL = {"a": 0.9, "b": 0.7}
 
 
@@ -47,7 +47,7 @@ class Guessing(Task):
         noise = 0.001 * (model.seed % 7) * (2 if model.part == "a" else 1)
         return {"score": SKILL[model.part] + noise + (0.05 if split == "train" else 0.0)}
 
-    def trivial(self, data):
+    def dummy_baseline(self, data):
         return 0.5
 
 
@@ -78,7 +78,7 @@ STUDY = Study(
     "guesses",
     Guessing(),
     data=data,
-    arms={"a": ("arm A", "a"), "b": ("arm B", "b")},
+    variants={"a": ("variant A", "a"), "b": ("variant B", "b")},
     build=build,
     recipe=Recipe(epochs=2, batch_size=4),
     lrs=(0.01, 0.03, 0.1),
@@ -98,7 +98,7 @@ def run_in(tmp_path, **more) -> Run:
     return Run("p", tmp_path, **{"seeds": (0, 1, 2, 3, 4), **more})
 
 
-def test_every_arm_has_the_same_data_steps_seeds_and_tuning(tmp_path):
+def test_every_variant_has_the_same_data_steps_seeds_and_tuning(tmp_path):
     STUDY.against("a", "b")(run_in(tmp_path))
     by_part = {part: [call for call in CALLS if call["part"] == part] for part in "ab"}
     for calls in by_part.values():
@@ -109,25 +109,25 @@ def test_every_arm_has_the_same_data_steps_seeds_and_tuning(tmp_path):
     assert plain[0] == plain[1]
 
 
-def test_each_arm_s_rate_is_the_best_on_validation_data_and_its_figure_is_the_test_split_s(tmp_path):
+def test_each_variant_s_rate_is_the_best_on_validation_data_and_its_figure_is_the_test_split_s(tmp_path):
     measurement = STUDY.against("a", "b")(run_in(tmp_path))
-    assert measurement.setting["lr"] == {"arm A": 0.01, "arm B": 0.1}
-    assert measurement.setting["tuned"]["validation score"]["arm B"] == {"0.01": 0.5, "0.03": 0.5, "0.1": 1.0}
+    assert measurement.setting["lr"] == {"variant A": 0.01, "variant B": 0.1}
+    assert measurement.setting["tuned"]["validation score"]["variant B"] == {"0.01": 0.5, "0.03": 0.5, "0.1": 1.0}
     assert measurement.values == [pytest.approx(0.9 + 0.002 * seed) for seed in range(5)]
-    assert measurement.effect == pytest.approx(0.202) and measurement.sides == ("arm A", "arm B")
-    assert "At the edge of the rates that were tried: arm A, arm B." in measurement.note
+    assert measurement.effect == pytest.approx(0.202) and measurement.sides == ("variant A", "variant B")
+    assert "At the edge of the rates that were tried: variant A, variant B." in measurement.note
 
 
-def test_an_arm_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_path, monkeypatch):
+def test_an_variant_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_path, monkeypatch):
     monkeypatch.setitem(BEST, "b", None)  # all rates are alike
     measurement = STUDY.against("a", "b")(run_in(tmp_path))
-    assert set(measurement.setting["tuned"]["validation score"]["arm B"].values()) == {0.5}
-    assert "At the edge of the rates that were tried: arm A." in measurement.note
+    assert set(measurement.setting["tuned"]["validation score"]["variant B"].values()) == {0.5}
+    assert "At the edge of the rates that were tried: variant A." in measurement.note
 
 
 def test_what_stands_beside_a_figure_is_shown(tmp_path):
     alone, beside = (STUDY.figure("a", shown=shown)(run_in(tmp_path)) for shown in ((), ("b",)))
-    assert alone.tables == [] and [row[0] for row in beside.tables[0].rows] == ["arm A", "arm B"]
+    assert alone.tables == [] and [row[0] for row in beside.tables[0].rows] == ["variant A", "variant B"]
     assert STUDY.against("a", "b")(run_in(tmp_path)).tables == [], "both sides are told with the effect"
 
 
@@ -136,13 +136,15 @@ def test_all_that_decides_the_values_is_in_the_record(tmp_path):
     assert measurement.fingerprint == "f0" and measurement.seeds == [0, 1, 2, 3, 4]
     assert measurement.setting["recipe"] == {"epochs": 2, "batch_size": 4, "optimizer": "adamw"}
     assert {key: measurement.setting[key] for key in ("train", "val", "test")} == {"train": 1, "val": 2, "test": 3}
-    assert [skill.trivial for skill in measurement.skills] == [[0.5] * 5] * 2
+    assert [skill.dummy_baseline for skill in measurement.skills] == [[0.5] * 5] * 2
 
 
-def test_exchanged_arms_are_noticed(tmp_path):
-    claim = Claim(id="c", kind="quality", says="A.", expects=Region(above=0), sides=("arm A", "arm B"))
-    assert decide(claim, STUDY.against("a", "b")(run_in(tmp_path)))[0] is Verdict.DIRECTION_HOLDS
-    assert decide(claim, STUDY.against("b", "a")(run_in(tmp_path)))[0] is Verdict.NOT_MEASURED
+def test_exchanged_variants_are_noticed(tmp_path):
+    experiment = Experiment(
+        id="c", kind="quality", says="A.", expects=Region(above=0), sides=("variant A", "variant B")
+    )
+    assert decide(experiment, STUDY.against("a", "b")(run_in(tmp_path)))[0] is Verdict.DIRECTION_HOLDS
+    assert decide(experiment, STUDY.against("b", "a")(run_in(tmp_path)))[0] is Verdict.NOT_MEASURED
 
 
 def changed_build(part: str) -> nn.Module:
@@ -156,7 +158,7 @@ def changed_build(part: str) -> nn.Module:
     [
         {"recipe": Recipe(epochs=3, batch_size=4)},
         {"build": changed_build},
-        {"arms": {"a": ("arm A", "b"), "b": ("arm B", "a")}},
+        {"variants": {"a": ("variant A", "b"), "b": ("variant B", "a")}},
         {"probes": {"depth": lambda model, data: 2.0}},
         {"setting": {"more": 1}},
         {"data": lambda seed, smoke: replace(data(seed, smoke), fingerprint="another")},
@@ -179,12 +181,12 @@ def test_two_studies_of_one_name_are_not_taken_for_each_other(tmp_path):
     assert recipes == [2, 3]
 
 
-def test_another_arm_costs_the_others_nothing(tmp_path):
+def test_another_variant_costs_the_others_nothing(tmp_path):
     run = run_in(tmp_path)
     STUDY.against("a", "b")(run)
     count = len(CALLS)
     run = run_in(tmp_path, ledger=Ledger.read(run.folder / LEDGER), reuse=True)
-    replace(STUDY, arms={**STUDY.arms, "c": ("arm C", "b")}).against("a", "b", shown=["c"])(run)
+    replace(STUDY, variants={**STUDY.variants, "c": ("variant C", "b")}).against("a", "b", shown=["c"])(run)
     assert len(CALLS) == count + 3 + 5
 
 
@@ -199,25 +201,25 @@ def test_another_rate_is_tried_and_the_others_are_kept(tmp_path):
     assert len(CALLS) == count + 2 + 5 * chosen, "more was trained than a new rate needs"
 
 
-def test_a_diverged_training_counts_as_the_trivial_predictor(tmp_path):
+def test_a_diverged_training_counts_as_the_dummy_baseline(tmp_path):
     DIVERGES.update({("b", 1), ("b", 2)})
     measurement = STUDY.against("a", "b")(run_in(tmp_path))
-    assert measurement.baselines[1:3] == [0.5, 0.5] and "2 of 5 trainings of arm B diverged" in measurement.note
+    assert measurement.baselines[1:3] == [0.5, 0.5] and "2 of 5 trainings of variant B diverged" in measurement.note
 
 
 def test_a_rate_that_diverges_is_not_chosen(tmp_path):
     DIVERGES.add(("a", TUNING_SEED))
     measurement = STUDY.against("a", "b")(run_in(tmp_path))
-    assert measurement.setting["tuned"]["validation score"]["arm A"] == {"0.01": None, "0.03": None, "0.1": None}
-    assert measurement.setting["lr"]["arm A"] == 0.01
+    assert measurement.setting["tuned"]["validation score"]["variant A"] == {"0.01": None, "0.03": None, "0.1": None}
+    assert measurement.setting["lr"]["variant A"] == 0.01
 
 
 def test_of_several_systems_the_worst_counts(tmp_path):
     measurement = STUDY.against(("a", "b"), "b")(run_in(tmp_path))
-    assert measurement.values == measurement.baselines and measurement.sides[0] == "worst of arm A, arm B"
+    assert measurement.values == measurement.baselines and measurement.sides[0] == "worst of variant A, variant B"
 
 
-def test_probes_and_single_arms(tmp_path):
+def test_probes_and_single_variants(tmp_path):
     assert STUDY.against("a", "b", metric="depth")(run_in(tmp_path)).values == [3.0] * 5
     figure = STUDY.figure("a")(run_in(tmp_path))
     assert figure.effect == pytest.approx(0.904) and figure.estimator == "mean" and figure.sides is None
@@ -231,25 +233,25 @@ def test_a_smoke_run_neither_tunes_nor_trains_in_full(tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (lambda: STUDY.against("a", "c"), "no arm 'c'; it has: a, b"),
+        (lambda: STUDY.against("a", "c"), "no variant 'c'; it has: a, b"),
         (lambda: STUDY.against("a", "b", metric="depht"), "no metric 'depht'"),
-        (lambda: STUDY.figure("c"), "no arm 'c'"),
+        (lambda: STUDY.figure("c"), "no variant 'c'"),
         (lambda: replace(STUDY, lrs=(0.1,)), "at least 3"),
-        (lambda: replace(STUDY, arms={"a": ("x", 1), "b": ("x", 2)}), "share a label"),
+        (lambda: replace(STUDY, variants={"a": ("x", 1), "b": ("x", 2)}), "share a label"),
     ],
 )
-def test_mistakes_are_told_when_claims_are_read(wrong, message):
+def test_mistakes_are_told_when_experiments_are_read(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
 
 
-def test_one_rate_for_all_arms_is_tuned_for_none(tmp_path):
+def test_one_rate_for_all_variants_is_tuned_for_none(tmp_path):
     CALLS.clear()
-    changed = varied(STUDY.against("a", "b"), {"lr": 0.01, "epochs": 2})
+    changed = with_overrides(STUDY.against("a", "b"), {"lr": 0.01, "epochs": 2})
     measured = changed(Run("p", tmp_path, seeds=(0, 1, 2)))
     assert {call["recipe"].lr for call in CALLS} == {0.01} and {call["recipe"].epochs for call in CALLS} == {2}
     assert TUNING_SEED not in {call["seed"] for call in CALLS}
-    assert measured.setting["lr"] == {"arm A": 0.01, "arm B": 0.01} and "tuned" not in measured.setting
+    assert measured.setting["lr"] == {"variant A": 0.01, "variant B": 0.01} and "tuned" not in measured.setting
 
 
 def test_what_follows_from_the_data_cannot_be_set(tmp_path):
@@ -259,9 +261,9 @@ def test_what_follows_from_the_data_cannot_be_set(tmp_path):
     def with_classes(part: str, classes: int = 2, width: int = 4) -> nn.Module:
         return Answer(part)
 
-    claim = replace(STUDY, data=sized, build=with_classes).figure("a")
-    assert {"classes", "width", "epochs", "lrs"} <= settable(claim).keys()
+    experiment = replace(STUDY, data=sized, build=with_classes).figure("a")
+    assert {"classes", "width", "epochs", "lrs"} <= parameters_of(experiment).keys()
     run = Run("p", tmp_path, seeds=(0, 1, 2))
-    varied(claim, {"width": 8})(run)
+    with_overrides(experiment, {"width": 8})(run)
     with pytest.raises(UserError, match="classes follows from the data, where it is 3, got 5"):
-        varied(claim, {"classes": 5})(run)
+        with_overrides(experiment, {"classes": 5})(run)

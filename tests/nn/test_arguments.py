@@ -31,7 +31,9 @@ def test_booleans_and_what_is_no_number_are_refused_by_name(card, mechanism):
     factory = card.resolve(mechanism.layer)
     fixed = {**mechanism.arguments}
     if mechanism.slot == "token-mixer":
-        fixed["causal"] = not any("causal" in reason for reason in mechanism.cannot) and mechanism.name != "linformer"
+        fixed["causal"] = (
+            not any("causal" in reason for reason in mechanism.expected_failures) and mechanism.name != "linformer"
+        )
     names = numbers_of(factory)
     first, parameter = next(iter(inspect.signature(factory).parameters.items()))
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -63,7 +65,7 @@ def test_booleans_and_what_is_no_number_are_refused_by_name(card, mechanism):
     ids=["float", "whole numbers", "turned", "of one example", "of four axes", "a list"],
 )
 def test_a_mask_of_another_kind_is_refused_by_name(card, mechanism, mask):
-    causal = mechanism.name != "linformer" and not any("causal" in reason for reason in mechanism.cannot)
+    causal = mechanism.name != "linformer" and not any("causal" in reason for reason in mechanism.expected_failures)
     layer = card.resolve(mechanism.layer)(WIDTH, causal=causal, **mechanism.arguments)
     with pytest.raises(ValueError, match=r"mask must be .*\(3, 5\)"):
         layer(torch.randn(3, 5, WIDTH), mask=mask)

@@ -89,8 +89,8 @@ def test_baselines_keep_the_slots_promises(factory):
     def made(dim, **options):
         return factory(dim, **{"heads": 4, "rotary": True, **options})
 
-    cannot = {"see-both-ways": "a window looks back alone"} if factory is SlidingWindowAttention else {}
-    check_mechanism(made, "token-mixer", cannot=cannot)
+    expected_failures = {"see-both-ways": "a window looks back alone"} if factory is SlidingWindowAttention else {}
+    check_mechanism(made, "token-mixer", expected_failures=expected_failures)
 
 
 def test_rotation_keeps_lengths_and_shows_differences_alone(draw):

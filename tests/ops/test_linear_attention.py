@@ -349,13 +349,13 @@ def test_slices_of_rows_give_the_chunked_product(n, reverse, monkeypatch):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_auto_changes_form_once_and_later_for_wider_heads(causal):
-    sizes, changes = range(8, 2048, 8), []
+    sizes, overrides = range(8, 2048, 8), []
     for dim in (16, 24, 64):
         forms = [resolved("auto", n, features=2 * dim, dim=dim, causal=causal, rows=16) for n in sizes]
         first = forms.index("linear")
         assert set(forms[:first]) == {"quadratic"} and set(forms[first:]) == {"linear"}
-        changes.append(sizes[first])
-    assert changes == sorted(changes) and changes[0] < changes[-1] < 512
+        overrides.append(sizes[first])
+    assert overrides == sorted(overrides) and overrides[0] < overrides[-1] < 512
     with pytest.raises(ValueError, match="form must be one of"):
         resolved("fast", 8, features=4, dim=4, causal=causal, rows=1)
 

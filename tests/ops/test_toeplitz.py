@@ -200,15 +200,15 @@ def test_forms_by_name():
 @pytest.mark.parametrize("precision", ["single", "double"])
 def test_auto_changes_form_once_and_later_with_more_to_transform(backward, precision):
     """The more features and channels, the more transforms: n² weights stay the cheaper for longer."""
-    sizes, changes = [2**power for power in range(3, 21)], []
+    sizes, overrides = [2**power for power in range(3, 21)], []
     for features, channels in ((2, 17), (8, 17), (8, 65), (32, 65)):
         options = {"features": features, "channels": channels, "precision": precision, "backward": backward}
         forms = [resolved("auto", [n], **options) for n in sizes]
         first = forms.index("fft")
         assert set(forms[:first]) == {"quadratic"} and set(forms[first:]) == {"fft"}
-        changes.append(sizes[first])
+        overrides.append(sizes[first])
         assert resolved("auto", [sizes[first]], **options, causal=True) in ("fft", "quadratic")
-    assert changes == sorted(changes) and changes[0] < changes[-1]
+    assert overrides == sorted(overrides) and overrides[0] < overrides[-1]
 
 
 @pytest.mark.parametrize("features", [8, 32, 64])

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from provenn.bench import count_parameters, flops, growth
-from provenn.catalog import Claim
+from provenn.catalog import Experiment
 from provenn.errors import UserError
 from provenn.evidence import Run
 from provenn.evidence.verdict import decide
@@ -33,7 +33,7 @@ from provenn.papers.aaren import (
     SeriesClassifier,
     aaren_d512,
     attention_rnn,
-    claims,
+    experiments,
     transformer_d512,
 )
 from provenn.papers.aaren.model import MIXERS, causal_encoder
@@ -543,7 +543,7 @@ def test_the_sides_of_a_study_differ_in_their_attention_alone(tmp_path):
 def test_several_data_sets_are_one_mean_a_seed_and_each_must_be_learned(tmp_path):
     """On the second set Aaren guesses: the mean looks fine and is not to be trusted."""
     one, _ = stand_in("hawkes", "hawkes", lambda label, seed: 1.0 + seed / 100 + (label == "Aaren") / 10)
-    guess = one.of_task.trivial(events_of("sine")(0, False))
+    guess = one.of_task.dummy_baseline(events_of("sine")(0, False))
     two, _ = stand_in("sine", "sine", lambda label, seed: guess + seed / 1000 if label == "Aaren" else 0.5)
     run = Run("aaren", tmp_path, budget="small", seeds=(1, 2, 3))
     found, scaled = together([one, two])(run), together([one, two], ratio=True)(run)
@@ -551,7 +551,7 @@ def test_several_data_sets_are_one_mean_a_seed_and_each_must_be_learned(tmp_path
     assert found.baselines == pytest.approx([(1.0 + s / 100 + 0.5) / 2 for s in (1, 2, 3)])
     assert scaled.values == pytest.approx([math.sqrt((1.1 + s / 100) * (guess + s / 1000)) for s in (1, 2, 3)])
     assert scaled.kind_of_effect == "ratio" and [row[0] for row in found.tables[0].rows] == ["hawkes", "sine"]
-    said = Claim(id="x", kind="quality", says="", expects={"within": (-9, 9)}, why="any", sides=found.sides)
+    said = Experiment(id="x", kind="quality", says="", expects={"within": (-9, 9)}, why="any", sides=found.sides)
     assert set(found.setting["lr"]) == {f"{label} on {name}" for label in found.sides for name in ("hawkes", "sine")}
     assert found.setting["train"] == {"hawkes": 400, "sine": 400}
     verdict, reason = decide(said, found)
@@ -562,18 +562,18 @@ def test_several_data_sets_are_one_mean_a_seed_and_each_must_be_learned(tmp_path
 
 
 def test_a_policy_is_played_from_windows_with_the_same_weights(monkeypatch):
-    data = claims.PENDULUM.data(0, True)
-    model = claims.PENDULUM.build("aaren", **data.options)
+    data = experiments.PENDULUM.data(0, True)
+    model = experiments.PENDULUM.build("aaren", **data.options)
     with torch.no_grad():
         nn.init.normal_(model.head.weight, std=5)
         played = []
-        evaluate = type(claims.PENDULUM.of_task).evaluate
+        evaluate = type(experiments.PENDULUM.of_task).evaluate
 
         def spy(self, model, episodes, batch_size=256):
             played.append((episodes.setting.streaming, episodes.setting.context, episodes.seeds, episodes.targets))
             return evaluate(self, model, episodes)
 
-        monkeypatch.setattr(type(claims.PENDULUM.of_task), "evaluate", spy)
+        monkeypatch.setattr(type(experiments.PENDULUM.of_task), "evaluate", spy)
         assert from_windows(model.eval(), data) < 0
     assert played == [(False, 20, data.test.seeds, data.test.targets)] and data.test.setting.streaming
 
@@ -581,8 +581,8 @@ def test_a_policy_is_played_from_windows_with_the_same_weights(monkeypatch):
 @pytest.mark.parametrize("tokens", [512, 4096])
 def test_the_states_whose_cost_is_counted_are_those_of_streams(tokens):
     x = torch.randn(1, tokens, 64)
-    for label, mixer in claims.STREAMS.items():
-        counted = claims.STEP_BYTES.runners[label](tokens, "cpu")()
+    for label, mixer in experiments.STREAMS.items():
+        counted = experiments.STEP_BYTES.runners[label](tokens, "cpu")()
         if mixer == "lstm":
             assert counted == 2 * 64 * 4
             continue

@@ -28,8 +28,8 @@ from provenn.papers.bevanet import (
     BEVANetClassifier,
     TrainingLogits,
     boundaries,
-    claims,
     class_weights,
+    experiments,
     hard_pixel_loss,
     pretrained,
     reach,
@@ -535,7 +535,7 @@ def test_bad_numbers_are_refused():
 # The authors' weights
 
 
-def theirs(**changes) -> dict[str, torch.Tensor]:
+def theirs(**overrides) -> dict[str, torch.Tensor]:
     """Names and shapes of the authors' BEVANet-S, on the meta device."""
     import json
     from pathlib import Path
@@ -577,8 +577,8 @@ def test_pretrained_weights_start_a_segmentation_model():
 # The experiments
 
 
-def test_arms_have_as_many_parameters():
-    sizes = {name: studies.count(part) for name, (_, part) in claims.PARTS.arms.items()}
+def test_variants_have_as_many_parameters():
+    sizes = {name: studies.count(part) for name, (_, part) in experiments.PARTS.variants.items()}
     assert abs(sizes["none"] / sizes["full"] - 1) < 0.05
     assert sizes["unguided"] == sizes["full"] > sizes["sum"] and sizes["bag"] < sizes["full"] > sizes["dappm"]
 

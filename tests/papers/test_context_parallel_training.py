@@ -218,7 +218,7 @@ def test_a_process_that_dies_ends_the_training_in_one_line_and_it_goes_on_from_i
 
 
 @pytest.mark.parametrize(
-    ("changes", "mixer", "says"),
+    ("overrides", "mixer", "says"),
     [
         ({}, "rat", "RATMixer is no plain softmax attention"),
         ({}, "softmax,window", "cannot serve layer 2: SlidingWindowAttention is no plain softmax"),
@@ -229,8 +229,8 @@ def test_a_process_that_dies_ends_the_training_in_one_line_and_it_goes_on_from_i
         ({"context_parallel": 0}, "softmax", "at least 1, got 0"),
     ],
 )
-def test_what_cannot_is_refused_with_its_reason(changes, mixer, says):
-    options = {"context_parallel": 2, **changes}
+def test_what_cannot_is_refused_with_its_reason(overrides, mixer, says):
+    options = {"context_parallel": 2, **overrides}
     with pytest.raises(UserError, match=says) as refusal:
         fit(lambda: build(mixer), get_task("language-modelling"), rows_of(1), RECIPE, **options)
     assert "\n" not in str(refusal.value)

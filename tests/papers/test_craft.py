@@ -1,4 +1,4 @@
-"""What the blocks of CRAFT promise, and its exact claims."""
+"""What the blocks of CRAFT promise, and its exact experiments."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from provenn.errors import UserError
 from provenn.evidence import Run
 from provenn.nn.padding import PadToMultiple
 from provenn.papers import craft
-from provenn.papers.craft import HFB, HFERB, SRWAB, PositionBias, claims, official, studies
+from provenn.papers.craft import HFB, HFERB, SRWAB, PositionBias, experiments, official, studies
 from provenn.papers.craft.layers import windows_without_wrap
 from provenn.tasks import TaskData
 from provenn.tasks.super_resolution import Whole
@@ -294,18 +294,18 @@ def test_multiplications_are_linear_in_the_area():
     assert macs(small, 64, 96) == 6 * macs(small, 32, 32)
 
 
-def network(arm: str) -> craft.CRAFT:
-    return studies.small_network(claims.NETWORKS.arms[arm][1])
+def network(variant: str) -> craft.CRAFT:
+    return studies.small_network(experiments.NETWORKS.variants[variant][1])
 
 
 def test_networks_that_are_compared_are_of_equal_size():
     full = parameters(network("craft"))
-    for arm in claims.NETWORKS.arms:
-        assert parameters(network(arm)) == pytest.approx(full, rel=0.03), arm
+    for variant in experiments.NETWORKS.variants:
+        assert parameters(network(variant)) == pytest.approx(full, rel=0.03), variant
 
 
 @pytest.mark.parametrize(
-    ("arm", "has", "lacks"),
+    ("variant", "has", "lacks"),
     [
         ("craft", {SRWAB, HFERB, HFB, nn.MaxPool2d}, {studies.SumFusion}),
         ("no_hferb", {SRWAB, HFB}, {HFERB}),
@@ -316,16 +316,16 @@ def test_networks_that_are_compared_are_of_equal_size():
         ("short", {SRWAB}, {HFERB, HFB, studies.ConvPair}),
     ],
 )
-def test_networks_that_are_compared_lack_what_they_are_said_to_lack(arm, has, lacks):
-    kinds = {type(module) for module in network(arm).modules()}
+def test_networks_that_are_compared_lack_what_they_are_said_to_lack(variant, has, lacks):
+    kinds = {type(module) for module in network(variant).modules()}
     assert has <= kinds and not lacks & kinds
-    shifted = [any(map(any, m.attention.shifts)) for m in network(arm).modules() if isinstance(m, SRWAB)]
+    shifted = [any(map(any, m.attention.shifts)) for m in network(variant).modules() if isinstance(m, SRWAB)]
     assert shifted == [False, True] * (len(shifted) // 2)
 
 
 def test_attention_alone_knows_positions_from_a_bias_and_has_no_convolution_in_its_blocks():
-    for arm, side in (("attention", 8), ("short", 4)):
-        blocks = [m for m in network(arm).modules() if isinstance(m, SRWAB)]
+    for variant, side in (("attention", 8), ("short", 4)):
+        blocks = [m for m in network(variant).modules() if isinstance(m, SRWAB)]
         assert len(blocks) == 8 and {b.attention.windows for b in blocks} == {((side, side), (side, side))}
         for block in blocks:
             assert not any(isinstance(m, nn.Conv2d) for m in block.modules())
@@ -356,7 +356,7 @@ def test_a_training_step_sees_32_pixels_and_the_photographs_are_apart(smoke):
             sides.extend(x.shape[-2:])
             return nn.functional.interpolate(x, scale_factor=2)
 
-    claims.NETWORKS.of_task.loss(Spy(), torch.stack([data.train[0], data.train[1]]))
+    experiments.NETWORKS.of_task.loss(Spy(), torch.stack([data.train[0], data.train[1]]))
     assert sides == [32, 32] and data.meta == {"scale": studies.SCALE}
     pieces = [data.val[0], *(data.test[i] for i in range(len(data.test)))]
     assert all(piece.shape == (3, *2 * [64 if smoke else 256]) for piece in pieces)
@@ -455,7 +455,7 @@ def test_one_pixel_reaches_two_windows_or_its_neighbours():
     assert studies.reach(block, 32) == 112
 
 
-@pytest.mark.parametrize("measure", [claims.position_bias_is_dead, claims.windows_wrap_around])
+@pytest.mark.parametrize("measure", [experiments.position_bias_is_dead, experiments.windows_wrap_around])
 def test_what_the_authors_code_does_is_found(measure, tmp_path):
     assert measure(Run("craft", tmp_path)).effect == 1
 
@@ -463,9 +463,11 @@ def test_what_the_authors_code_does_is_found(measure, tmp_path):
 def test_with_a_living_bias_it_is_not_said_to_be_dead(monkeypatch, tmp_path):
     real = craft.RectangleWindowAttention
     monkeypatch.setattr(
-        claims, "RectangleWindowAttention", lambda dim, position_dim=None: real(dim, position_dim=position_dim or 2)
+        experiments,
+        "RectangleWindowAttention",
+        lambda dim, position_dim=None: real(dim, position_dim=position_dim or 2),
     )
-    assert claims.position_bias_is_dead(Run("craft", tmp_path)).effect == 0
+    assert experiments.position_bias_is_dead(Run("craft", tmp_path)).effect == 0
 
 
 def test_the_authors_two_ways_to_pad_give_two_images_where_nothing_is_missing():

@@ -26,7 +26,7 @@ from provenn.papers.eca_net import (
     UnsharedChannelAttention,
     adaptive_kernel_size,
     add_eca,
-    claims,
+    experiments,
 )
 from provenn.papers.eca_net.bands import BANDS, bad_bands
 from provenn.papers.eca_net.model import kernel_sizes
@@ -537,7 +537,7 @@ def test_inspection_shows_the_gates_of_a_picture(tmp_path):
     assert all(row.min() > 0 and row.max() < 1 for row in found.layers.values())
 
 
-# The claims
+# The experiments
 
 
 def test_gates_that_are_compared_are_what_they_are_called():
@@ -545,7 +545,7 @@ def test_gates_that_are_compared_are_what_they_are_called():
         "no gate": 0, "SE-Var1": 0, "SE-Var2": 64, "SE-Var3": 4096, "SE r=16": 512, "SE r=4": 2048,
         "ECA k=3": 3, "ECA k=5": 5, "ECA k=9": 9,
     }  # fmt: skip
-    compared = {label: gate for label, gate in claims.FAILING.arms.values()}
+    compared = {label: gate for label, gate in experiments.FAILING.variants.values()}
     assert {label: sum(p.numel() for p in gate(BANDS).parameters()) for label, gate in compared.items()} == expected
 
 

@@ -22,7 +22,6 @@ from provenn.papers.emov2 import (
     DEMOv2,
     EMOv2,
     ModulatedI2RMB,
-    claims,
     emo,
     emov2,
     emov2_baseline,
@@ -33,6 +32,7 @@ from provenn.papers.emov2 import (
     emov2_small,
     emov2_small_segmenter,
     emov2_ssdlite,
+    experiments,
     group_pixels,
     studies,
     ungroup_pixels,
@@ -762,12 +762,15 @@ def test_target_needs_both_groupings():
 def test_networks_that_are_compared_are_what_they_are_called():
     counts = {
         label: bench.count_parameters(studies.small_network(part, num_classes=16))
-        for label, part in claims.PATCHES.arms.values()
+        for label, part in experiments.PATCHES.variants.values()
     }
     assert counts["remote"] == counts["close"] == counts["spanning"] == counts["spanning, γ = 1e-6"]
     assert abs(counts["depth-wise only, wider"] / counts["spanning"] - 1) < 0.02
     assert abs(counts["MobileNetV2 blocks"] / counts["spanning"] - 1) < 0.1
-    fields = {label: bench.count_parameters(studies.field_network(part)) for label, part in claims.FIELDS.arms.values()}
+    fields = {
+        label: bench.count_parameters(studies.field_network(part))
+        for label, part in experiments.FIELDS.variants.values()
+    }
     assert fields["remote"] == fields["close"] == fields["spanning"] < fields["close, two blocks"]
 
 

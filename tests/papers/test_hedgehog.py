@@ -27,11 +27,11 @@ from provenn.papers.hedgehog import (
     HedgehogFeatureMap,
     LinearAttention,
     attention_entropy,
-    claims,
     cross_entropy,
     distill,
     distillation_loss,
     divergence,
+    experiments,
     inverted_pairs,
     linearise,
     rank_correlation,
@@ -663,13 +663,13 @@ def test_the_tie_of_properties_to_quality_is_that_of_the_weaker_property(monkeyp
     }
 
     class Measured:
-        arms = "abcd"
+        variants = "abcd"
 
-        def measure(self, run, arms, metric=None):
+        def measure(self, run, variants, metric=None):
             return figures[metric], {"seeds": (0, 1), "unit": "bits"}
 
-    monkeypatch.setattr(claims, "WHOLE", Measured())
-    measured = claims.properties_tied(Run("hedgehog", tmp_path, budget="smoke", seeds=(0, 1)))
+    monkeypatch.setattr(experiments, "WHOLE", Measured())
+    measured = experiments.properties_tied(Run("hedgehog", tmp_path, budget="smoke", seeds=(0, 1)))
     assert measured.values == pytest.approx([0.8, 0.8])  # of rank with seed 0, of spikiness with seed 1
     assert measured.unit == "rank correlation"
 
@@ -686,10 +686,10 @@ def test_the_teacher_takes_the_scale_of_its_host(scale):
 SHORT = Recipe(epochs=1, batch_size=64, max_steps=2, lr=1e-2)
 
 
-def convert(study, arm, **changes):
-    """One training of an arm as the study does it, in two steps a stage."""
-    data, (label, part) = study.data(0, True), study.arms[arm]
-    trained = replace(study.trained, **changes)
+def convert(study, variant, **overrides):
+    """One training of a variant as the study does it, in two steps a stage."""
+    data, (label, part) = study.data(0, True), study.variants[variant]
+    trained = replace(study.trained, **overrides)
     build = lambda: study.build(part, **data.options)  # noqa: E731
     return trained(build, study.of_task, data, SHORT, seed=0, device="cpu", title=label).model
 
@@ -701,11 +701,11 @@ def kept(monkeypatch):
     return fresh
 
 
-def test_every_arm_starts_from_one_host_which_frozen_arms_keep(kept):
-    base = convert(claims.LORA, "base")
+def test_every_variant_starts_from_one_host_which_frozen_variants_keep(kept):
+    base = convert(experiments.LORA, "base")
     (host,) = kept.values.values()
     assert all(torch.equal(host[name], value) for name, value in base.state_dict().items())
-    model = convert(claims.LORA, "hedgehog")
+    model = convert(experiments.LORA, "hedgehog")
     assert len(kept.values) == 2  # the maps, and no second host
     for name, value in model.state_dict().items():
         name = name.replace(".linear.weight", ".weight") if "map_" not in name else name
@@ -713,9 +713,9 @@ def test_every_arm_starts_from_one_host_which_frozen_arms_keep(kept):
 
 
 def test_tuning_does_not_reach_what_is_kept_of_the_host_and_its_maps(kept):
-    convert(claims.WHOLE, "hedgehog")
+    convert(experiments.WHOLE, "hedgehog")
     before = copy.deepcopy(kept.values)
-    tuned = convert(claims.WHOLE, "hedgehog")
+    tuned = convert(experiments.WHOLE, "hedgehog")
     for place, state in kept.values.items():
         assert all(torch.equal(value, before[place][name]) for name, value in state.items())
     host, maps = before.values()
@@ -724,7 +724,7 @@ def test_tuning_does_not_reach_what_is_kept_of_the_host_and_its_maps(kept):
 
 
 def test_swapped_in_maps_are_distilled_but_for_the_frozen(kept):
-    model, raw = convert(claims.SWAPPED, "hedgehog"), convert(claims.SWAPPED, "raw")
+    model, raw = convert(experiments.SWAPPED, "hedgehog"), convert(experiments.SWAPPED, "raw")
     assert len(kept.values) == 1
     learned, fixed = (part.state_dict() for part in (model, raw))
     assert {name for name in learned if not torch.equal(learned[name], fixed[name])} == {
@@ -740,7 +740,7 @@ def test_distillation_as_a_task_has_the_mean_loss_of_the_layers_and_the_metric_o
     with teaching(model) as losses:
         model(batch[0])
     torch.testing.assert_close(task.loss(model, batch), sum(losses) / 2)
-    assert task.metric == of.metric and task.trivial(data) == of.trivial(data)
+    assert task.metric == of.metric and task.dummy_baseline(data) == of.dummy_baseline(data)
     assert task.evaluate(model.eval(), data.val) == of.evaluate(model, data.val)
 
 

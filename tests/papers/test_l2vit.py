@@ -1,4 +1,4 @@
-"""L²ViT: what the brief calls exact, its traps, the authors' names, tiles, counts, and what the claims compare."""
+"""L²ViT: what the brief calls exact, its traps, the authors' names, tiles, counts, and what the experiments compare."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ from provenn.papers.l2vit import (
     LocalConcentration,
     LWABlock,
     WindowAttention,
-    claims,
+    experiments,
 )
 from provenn.papers.l2vit.concentration import entropies, local_share, row_entropy, softmax_weights, top_share
 from provenn.papers.l2vit.official import convert
@@ -479,18 +479,18 @@ def test_what_comes_from_nearby_is_told():
 def test_networks_that_are_compared_are_what_they_are_called():
     def counts(study, build, classes):
         options = {"num_classes": classes, "in_channels": 1}
-        return {a: bench.count_parameters(on_meta(build, part=p, **options)) for a, (_, p) in study.arms.items()}
+        return {a: bench.count_parameters(on_meta(build, part=p, **options)) for a, (_, p) in study.variants.items()}
 
-    plain = counts(claims.LCM, plain_network, 16)
+    plain = counts(experiments.LCM, plain_network, 16)
     assert abs(plain["linear_wide"] / plain["linear_lcm"] - 1) < 0.01
     module = 4 * (32 * 50 * 2 + 4 * 32)
     assert plain["linear_lcm"] - plain["linear"] == module == plain["softmax_lcm"] - plain["softmax"]
     assert plain["linear"] - plain["softmax"] == 4  # a scale each
-    turns = counts(claims.TURNS, two_stages, 16)
+    turns = counts(experiments.TURNS, two_stages, 16)
     assert turns["swin"] >= turns["l2vit"] and max(turns.values()) < 1.1 * turns["l2vit"]
     windows = on_meta(two_stages, part={"blocks": ("window",)}, num_classes=2)
     assert {type(block) for stage in windows.stages for block in stage} == {LWABlock}
-    heads = counts(claims.MOSAICS, segmenter, 5).values()
+    heads = counts(experiments.MOSAICS, segmenter, 5).values()
     assert max(heads) / min(heads) < 1.3
 
 

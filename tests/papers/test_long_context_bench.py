@@ -15,8 +15,8 @@ from provenn.evidence.measurement import lacks_memory, lacks_operation
 from provenn.nn.context_parallel import simulate
 from provenn.papers.long_context_bench import masks
 from provenn.papers.long_context_bench.bench import _lengths, sweep
-from provenn.papers.long_context_bench.claims import global_slices_of_the_authors
 from provenn.papers.long_context_bench.context_parallel import bench as compare
+from provenn.papers.long_context_bench.experiments import global_slices_of_the_authors
 from provenn.papers.long_context_bench.kernels import Case, Kernel, kernels
 from provenn.papers.long_context_bench.masks import MASKS
 from provenn.papers.long_context_bench.pictures import shares

@@ -44,7 +44,7 @@ from provenn.papers.m2r2.experts import (
 from provenn.papers.m2r2.inspection import inspect
 from provenn.papers.m2r2.streams import run_both, run_fast, run_slow
 from provenn.papers.m2r2.task import TASK, account, shipped
-from provenn.testing.promises import PROMISES
+from provenn.testing.common import CHECKS
 from provenn.testing.subject import Subject
 
 VOCAB = 19
@@ -259,7 +259,7 @@ def test_alignment_is_to_the_slow_state_at_the_rate_s_layer():
 
 
 class Both(nn.Module):
-    """Exits and scores as outputs, so that the catalogue's promises can be asked of the streams."""
+    """Exits and scores as outputs, so that the catalogue's checks can be asked of the streams."""
 
     def __init__(self, **options):
         super().__init__()
@@ -278,10 +278,10 @@ KEPT = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("promise", KEPT)
-def test_the_streams_keep_the_catalogue_s_promises(promise):
+@pytest.mark.parametrize("check", KEPT)
+def test_the_streams_keep_the_catalogue_s_checks(check):
     subject = Subject("streams", Both, lambda batch=3: [(batch, 7)], below=(VOCAB,))
-    PROMISES[promise].check(subject)
+    CHECKS[check].check(subject)
 
 
 def test_the_streams_are_compiled_as_one_graph():
@@ -289,11 +289,11 @@ def test_the_streams_are_compiled_as_one_graph():
     code = f"""
 from torch import nn
 from provenn.papers.m2r2.model import M2R2Model, plain_decoder
-from provenn.testing.promises import PROMISES
+from provenn.testing.common import CHECKS
 from provenn.testing.subject import Subject
 VOCAB = {VOCAB}
 {getsource(Both)}
-PROMISES["compile"].check(Subject("streams", Both, lambda batch=3: [(batch, 7)], below=(VOCAB,)))
+CHECKS["compile"].check(Subject("streams", Both, lambda batch=3: [(batch, 7)], below=(VOCAB,)))
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -551,7 +551,7 @@ def test_higher_thresholds_take_more_layers():
     assert depth[0] < depth[-1] and depth == sorted(depth)
 
 
-def test_calibration_keeps_its_promise_on_what_it_saw():
+def test_calibration_keeps_its_word_on_what_it_saw():
     model = model_of(base=decoder(dtype=torch.float32), dtype=torch.float32)
     tokens = prompts(batch=8, tokens=20)
     model.fit([tokens] * 12, lr=2e-2)
@@ -918,7 +918,7 @@ def test_the_task_reads_the_first_gate_and_says_how_fast_it_went():
     pieces = []
     texts = {
         mode: TASK.predict(
-            model, data.meta, ["def f("], None, mode=mode, stop=0.0, temperature=0, tokens=12, tell=pieces.append
+            model, data.meta, ["def f("], None, mode=mode, stop=0.0, temperature=0, tokens=12, log=pieces.append
         )
         for mode in ("full", "speculative", "exit")
     }

@@ -26,9 +26,9 @@ from provenn.papers.nprf import (
     SoftmaxAttentionRPE,
     attention_called,
     attention_rows,
-    claims,
     diagnose,
     diagnose_model,
+    experiments,
     kernelized,
     nprf_encoder_base,
     nprf_encoder_tiny,
@@ -633,33 +633,33 @@ def test_the_translator_has_absolute_positions_where_it_has_no_others():
 
 def test_failures_are_counted_over_all_rates_and_seeds(monkeypatch, tmp_path):
     class Trained:
-        def __init__(self, name, arms, higher, reached):
-            self.name, self.arms, self.reached = name, arms, reached
+        def __init__(self, name, variants, higher, reached):
+            self.name, self.variants, self.reached = name, variants, reached
             self.of_task = types.SimpleNamespace(metric="metric", higher_is_better=higher)
 
-        def label(self, arm):
-            return arm
+        def label(self, variant):
+            return variant
 
-        def trivial(self, run):
+        def dummy_baseline(self, run):
             return [0.4, 0.6]
 
-        def trials(self, run, arm):
-            return [{"metric": value} for value in self.reached[arm][:2]]
+        def trials(self, run, variant):
+            return [{"metric": value} for value in self.reached[variant][:2]]
 
-        def rate(self, run, arm):
-            return 0.0, dict(zip("ab", self.reached[arm][2:]))
+        def rate(self, run, variant):
+            return 0.0, dict(zip("ab", self.reached[variant][2:]))
 
     fine = Trained("fine", ["nprf+rpe"], True, {"nprf+rpe": [0.9, 0.8, 0.7, 0.6]})
     poor = {"nprf+rpe": [0.5, 0.9, None, 0.4], "prf": [0.3, math.nan, 0.9, 0.9]}  # 0.5 is trivial
     for name in ("COPYING", "TEXT", "DIGITS"):
-        monkeypatch.setattr(claims, name, fine)
-    monkeypatch.setattr(claims, "STRESS", Trained("poor", list(poor), True, poor))
+        monkeypatch.setattr(experiments, name, fine)
+    monkeypatch.setattr(experiments, "STRESS", Trained("poor", list(poor), True, poor))
     run = Run("nprf", tmp_path, budget="smoke", seeds=(0, 1))
-    measured = claims.no_failures(run)
+    measured = experiments.no_failures(run)
     assert measured.value == 3 and measured.unit == "failed of 16 trainings"
     assert measured.tables[0].rows[1:3] == [["poor", "nprf+rpe", 3, 4], ["poor", "prf", 2, 4]]
-    monkeypatch.setattr(claims, "STRESS", Trained("bits", ["nprf+rpe"], False, {"nprf+rpe": [0.4, 0.3, 0.5, 0.1]}))
-    assert claims.no_failures(run).value == 1
+    monkeypatch.setattr(experiments, "STRESS", Trained("bits", ["nprf+rpe"], False, {"nprf+rpe": [0.4, 0.3, 0.5, 0.1]}))
+    assert experiments.no_failures(run).value == 1
 
 
 def test_an_autograd_step_through_fft_and_through_weights_are_one():

@@ -29,7 +29,7 @@ from provenn.papers.rat import (
     attention_small,
     attention_swa_small,
     attention_swa_xl,
-    claims,
+    experiments,
     rat_small,
     rat_swa_small,
     rat_swa_xl,
@@ -689,9 +689,9 @@ def test_a_config_with_code_in_it_is_refused_and_runs_nothing(tmp_path, monkeypa
 def test_what_the_weights_do_not_tell_is_given_to_a_prediction(tmp_path):
     torch.save(theirs(["rat"], vocab=257), tmp_path / "plain.pth")
     with pytest.raises(UserError, match="do not tell chunk"):
-        provenn.predict("rat", ["de"], weights=tmp_path / "plain.pth", changes={"tokens": 3})
+        provenn.predict("rat", ["de"], weights=tmp_path / "plain.pth", overrides={"tokens": 3})
     texts = [
-        provenn.predict("rat", ["def f"], weights=tmp_path / "plain.pth", changes={"tokens": 3, "chunk": chunk})
+        provenn.predict("rat", ["def f"], weights=tmp_path / "plain.pth", overrides={"tokens": 3, "chunk": chunk})
         for chunk in (2, 64)
     ]
     assert all(text.startswith("def f") for text in texts)
@@ -785,21 +785,23 @@ def differences(models):
     return {name for some in shapes for name, _ in some ^ shapes[0]}
 
 
-def test_the_arms_of_a_study_differ_in_their_mixers_alone():
-    for study, options in ((claims.TEXT, {"vocab": 257}), (claims.RECALL, {"vocab": 576})):
-        models = {arm: study.build(part, **options) for arm, (_, part) in study.arms.items()}
+def test_the_variants_of_a_study_differ_in_their_mixers_alone():
+    for study, options in ((experiments.TEXT, {"vocab": 257}), (experiments.RECALL, {"vocab": 576})):
+        models = {variant: study.build(part, **options) for variant, (_, part) in study.variants.items()}
         assert differences(models.values()) and all(".mixer." in name for name in differences(models.values()))
-        kinds = {arm: [type(block.mixer).__name__ for block in model.blocks] for arm, model in models.items()}
+        kinds = {variant: [type(block.mixer).__name__ for block in model.blocks] for variant, model in models.items()}
         assert kinds["attention"] == ["SoftmaxAttention"] * 2 and kinds["rnn"] == ["RNNMixer"] * 2
-        assert {block.mixer.chunk for block in models["rat" if study is claims.TEXT else "rat16"].blocks} == {16}
-    assert [type(b.mixer).__name__ for b in claims.TEXT.build(claims.TEXT.arms["hybrid"][1], vocab=257).blocks] == [
+        assert {block.mixer.chunk for block in models["rat" if study is experiments.TEXT else "rat16"].blocks} == {16}
+    assert [
+        type(b.mixer).__name__ for b in experiments.TEXT.build(experiments.TEXT.variants["hybrid"][1], vocab=257).blocks
+    ] == [
         "RATMixer",
         "SlidingWindowAttention",
     ]
 
 
-def test_every_arm_chooses_from_the_same_rates():
-    for study in (claims.TEXT, claims.RECALL):
+def test_every_variant_chooses_from_the_same_rates():
+    for study in (experiments.TEXT, experiments.RECALL):
         assert len(study.lrs) >= 3 and max(study.lrs) / min(study.lrs) >= 8
 
 

@@ -26,7 +26,7 @@ from provenn.papers.rcmha import (
     HeadConvolution,
     RelativeConvAttention,
     SegmentMemory,
-    claims,
+    experiments,
     mdha_char,
     mha_char,
     mha_small,
@@ -38,7 +38,6 @@ from provenn.papers.rcmha.bench import sweep
 from provenn.papers.rcmha.inspection import inspect
 from provenn.papers.rcmha.official import convert
 from provenn.papers.rcmha.studies import (
-    ARMS,
     BACK,
     KINDS,
     LENGTH,
@@ -46,6 +45,7 @@ from provenn.papers.rcmha.studies import (
     PARTS,
     SEGMENT,
     SYMBOLS,
+    VARIANTS,
     bits_by_segments,
     chunking_cost,
     copy_data,
@@ -491,9 +491,9 @@ def test_authors_weights_that_are_not_are_refused():
 # The experiments.
 
 
-def test_arms_are_of_one_size():
-    for arms, vocab in ((ARMS, 256), (PARTS, 256), (MEMORIES, SYMBOLS)):
-        sizes = [count_parameters(reader(build, vocab=vocab)) for _, build in arms.values()]
+def test_variants_are_of_one_size():
+    for variants, vocab in ((VARIANTS, 256), (PARTS, 256), (MEMORIES, SYMBOLS)):
+        sizes = [count_parameters(reader(build, vocab=vocab)) for _, build in variants.values()]
         assert max(sizes) / min(sizes) < 1.005
 
 
@@ -514,15 +514,15 @@ def test_convolutions_keep_three_projections_more():
 
 def test_segments_of_a_text_are_read_with_their_memory():
     data = text(64, True)
-    model = reader(ARMS["rcmha"][1], vocab=256).eval()
+    model = reader(VARIANTS["rcmha"][1], vocab=256).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     whole = provenn.tasks.get_task("language-modelling").evaluate(model, data.test)["bits_per_byte"]
     assert bits_by_segments(model, data) == pytest.approx(whole, rel=1e-5)
     assert bits_by_segments(model, data, carried=False) != pytest.approx(whole, rel=1e-5)
     assert memory_gain(model, data) != 0 and chunking_cost(model, data) != 0 and model.chunking == "exact"
-    assert loss_rise(reader(ARMS["mha"][1], vocab=256), data) is None
-    assert memory_gain(reader(ARMS["mha"][1], vocab=256), data) == 0
+    assert loss_rise(reader(VARIANTS["mha"][1], vocab=256), data) is None
+    assert memory_gain(reader(VARIANTS["mha"][1], vocab=256), data) == 0
 
 
 def test_what_is_to_be_copied_is_in_reach_of_one_memory_alone():
@@ -534,9 +534,9 @@ def test_what_is_to_be_copied_is_in_reach_of_one_memory_alone():
     other = tokens.clone()
     other[:, 0] = (other[:, 0] + 1) % SYMBOLS
     moved = {}
-    for arm, (_, build) in MEMORIES.items():
+    for variant, (_, build) in MEMORIES.items():
         model = stirred(reader(build, **data.options))
-        moved[arm] = (model(other) - model(tokens))[:, BACK].abs().max().item()
+        moved[variant] = (model(other) - model(tokens))[:, BACK].abs().max().item()
         # Trained in segments, read out in one pass: the two are one.
         assert model.segment == SEGMENT and tokens.shape[1] == LENGTH
         read, _ = in_segments(model, tokens, SEGMENT)
@@ -547,10 +547,10 @@ def test_what_is_to_be_copied_is_in_reach_of_one_memory_alone():
 
 
 def test_memory_on_a_gpu_is_that_of_a_training_step_at_the_size_that_is_claimed(monkeypatch, tmp_path):
-    small, asked = claims.peak_ratio("cpu", batch=1, segment=4), []
+    small, asked = experiments.peak_ratio("cpu", batch=1, segment=4), []
     assert small.effect > 1 and small.setting == {"batch": 1, "segment": 4, "memory": 4, "type": "float32"}
-    monkeypatch.setattr(claims, "peak_ratio", lambda device, **sizes: asked.append((device, sizes)) or small)
-    here, there = (claims.memory_gpu(Run("rcmha", tmp_path, device=device)) for device in ("cpu", "cuda:1"))
+    monkeypatch.setattr(experiments, "peak_ratio", lambda device, **sizes: asked.append((device, sizes)) or small)
+    here, there = (experiments.memory_gpu(Run("rcmha", tmp_path, device=device)) for device in ("cpu", "cuda:1"))
     assert here.effect is None and "GPU" in here.needs
     assert there is small and asked == [("cuda:1", {"batch": 32, "segment": 256})]
 

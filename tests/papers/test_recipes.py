@@ -18,17 +18,17 @@ def rates_by_epoch(recipe: Recipe, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("steps", [1, 7, 266])
-@pytest.mark.parametrize("slug, claim", [("aaren", "forecasting_paper"), ("titans", "forecasting_paper")])
-def test_forecasters_halve_the_rate_as_their_library_does(slug, claim, steps):
+@pytest.mark.parametrize("slug, experiment", [("aaren", "forecasting_paper"), ("titans", "forecasting_paper")])
+def test_forecasters_halve_the_rate_as_their_library_does(slug, experiment, steps):
     """It sets the rate of the next epoch after each: 1 · 0.5^(n − 1) after the n-th."""
-    (found,) = [one for one in cards()[slug].claims if one.id == claim]
+    (found,) = [one for one in cards()[slug].experiments if one.id == experiment]
     assert found.at_paper is not None
     rates = rates_by_epoch(recipe_of(found.at_paper.recipe), steps)
     assert rates == [1.0, *(0.5 ** (n - 1) for n in range(1, 10))]
 
 
 def test_classifiers_lower_the_rate_every_five_epochs():
-    (found,) = [one for one in cards()["aaren"].claims if one.id == "classification_paper"]
+    (found,) = [one for one in cards()["aaren"].experiments if one.id == "classification_paper"]
     assert found.at_paper is not None
     rates = rates_by_epoch(recipe_of(found.at_paper.recipe), 3)
     assert rates[:6] == 5 * [1.0] + [1 / 16] and rates[10] <= 1 / 256

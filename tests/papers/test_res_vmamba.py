@@ -17,9 +17,9 @@ from provenn.papers.res_vmamba import (
     ResidualProjection,
     ResVMamba,
     VSSBlock,
-    claims,
     cross_merge,
     cross_scan,
+    experiments,
     res_vmamba_mini,
 )
 from provenn.papers.res_vmamba.official import convert
@@ -428,7 +428,7 @@ def test_a_stream_keeps_a_state_of_constant_size():
         Mamba(4, causal=False)
 
 
-# The claims
+# The experiments
 
 
 def test_operations_are_those_that_vmambas_authors_print():
@@ -447,11 +447,13 @@ def test_operations_are_those_that_vmambas_authors_print():
     assert operations(deeper, 224) - operations(small, 224) == 196 * (products + scan + 5 * (dim + inner))
 
 
-def test_arms_have_as_many_parameters():
-    sizes = {name: count(build(num_classes=16, in_channels=1)) for name, (_, build) in claims.TEXTURES.arms.items()}
+def test_variants_have_as_many_parameters():
+    sizes = {
+        name: count(build(num_classes=16, in_channels=1)) for name, (_, build) in experiments.TEXTURES.variants.items()
+    }
     assert sizes["none"] == sizes["random"] and sizes["stage"] == sizes["stem"]
     assert all(abs(sizes[name] / sizes["stage"] - 1) < 0.01 for name in ("wide", "cnn", "vit"))
-    copying = [count(model(vocab=10)) for _, model in claims.COPYING.arms.values()]
+    copying = [count(model(vocab=10)) for _, model in experiments.COPYING.variants.values()]
     assert abs(copying[2] / copying[0] - 1) < 0.01
 
 
@@ -473,9 +475,12 @@ def test_zoomed_textures_are_what_they_say():
 
 
 def test_changed_predictions_are_none_unless_weights_are_drawn():
-    data = claims.texture_data(0, True)
+    data = experiments.texture_data(0, True)
     torch.manual_seed(0)
-    still, random = (claims.TEXTURES.arms[arm][1](num_classes=16, in_channels=1).eval() for arm in ("stage", "random"))
+    still, random = (
+        experiments.TEXTURES.variants[variant][1](num_classes=16, in_channels=1).eval()
+        for variant in ("stage", "random")
+    )
     assert changed_predictions(still, data) == 0 < changed_predictions(random, data)
 
 

@@ -1,4 +1,4 @@
-"""The neural memory and the three ways to build it in: what the layers promise, and every exact claim."""
+"""The neural memory and the three ways to build it in: what the layers promise, and every exact experiment."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from provenn.papers.titans import (
     MemoryAsLayer,
     NeuralMemory,
     SequenceClassifier,
-    claims,
+    experiments,
     frozen_memory,
     observe_surprise,
     studies,
@@ -609,10 +609,10 @@ def test_a_run_of_one_variant_does_not_go_on_as_another_though_their_weights_hav
     assert run(f"{train} --preset titans_mag_small --steps 3 --resume")[0] == 0
 
 
-@pytest.mark.parametrize("study", [claims.RECALL, claims.TEXT], ids=lambda study: study.name)
-def test_arms_are_of_one_size_and_start_alike(study):
+@pytest.mark.parametrize("study", [experiments.RECALL, experiments.TEXT], ids=lambda study: study.name)
+def test_variants_are_of_one_size_and_start_alike(study):
     counts, spreads = [], []
-    for _, part in study.arms.values():
+    for _, part in study.variants.values():
         torch.manual_seed(0)
         model = study.build(part, **study.data(0, True).options)
         counts.append(count_parameters(model))
@@ -638,7 +638,7 @@ def test_the_linear_rnn_is_its_recurrence():
 @pytest.mark.parametrize("switch", [studies.narrow_attention, studies.without_momentum, frozen_memory])
 def test_what_is_switched_off_changes_a_model_and_comes_back(switch):
     model, tokens = (
-        claims.RECALL.build(claims.RECALL.arms["mag"][1], vocab=0).eval(),
+        experiments.RECALL.build(experiments.RECALL.variants["mag"][1], vocab=0).eval(),
         studies.pairs_data(0, True).test[:][0],
     )
     with torch.no_grad():
@@ -694,7 +694,7 @@ def test_a_long_text_is_probed_late_and_the_inner_loss_against_its_start(monkeyp
 
 
 def test_a_long_text_is_read_in_bits_and_with_the_surprise_of_every_token():
-    model = claims.TEXT.build(claims.TEXT.arms["lmm"][1], vocab=256)
+    model = experiments.TEXT.build(experiments.TEXT.variants["lmm"][1], vocab=256)
     data = studies.text_data(0, True)
     torch.nn.init.zeros_(model.head.weight)
     bits, inner = studies.long_reading(model, data)
@@ -703,7 +703,7 @@ def test_a_long_text_is_read_in_bits_and_with_the_surprise_of_every_token():
 
 
 @pytest.mark.parametrize(
-    ("claim", "study", "figures", "effect"),
+    ("experiment", "study", "figures", "effect"),
     [
         ("writing_recalls", "RECALL", {"accuracy": 0.9, "unwritten": 0.2}, 0.7),
         ("writing_reads", "TEXT", {"late": 2.0, "late, unwritten": 2.5}, -0.5),
@@ -713,29 +713,29 @@ def test_a_long_text_is_read_in_bits_and_with_the_surprise_of_every_token():
                                           "beyond, narrow": 0.85}, 0.35),
     ],
 )  # fmt: skip
-def test_what_is_switched_off_is_set_against_what_is_left_on(claim, study, figures, effect, monkeypatch, tmp_path):
-    study = getattr(claims, study)
+def test_what_is_switched_off_is_set_against_what_is_left_on(experiment, study, figures, effect, monkeypatch, tmp_path):
+    study = getattr(experiments, study)
     assert set(figures) <= {*study.probes, study.of_task.metric}
 
-    def trials(self, run, arm):
-        assert self is study and arm == ("lmm" if "writing" in claim else "mag")
+    def trials(self, run, variant):
+        assert self is study and variant == ("lmm" if "writing" in experiment else "mag")
         return [{name: value + seed / 1000 for name, value in figures.items()} for seed in run.seeds]
 
     monkeypatch.setattr(Study, "trials", trials)
-    monkeypatch.setattr(Study, "measure", lambda self, run, arms: ({}, {"seeds": run.seeds, "unit": ""}))
-    found = getattr(claims, claim)(Run("titans", tmp_path, budget="small", seeds=(1, 2, 3)))
+    monkeypatch.setattr(Study, "measure", lambda self, run, variants: ({}, {"seeds": run.seeds, "unit": ""}))
+    found = getattr(experiments, experiment)(Run("titans", tmp_path, budget="small", seeds=(1, 2, 3)))
     assert found.effect == pytest.approx(effect)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_both_forms_of_the_memory_run_beside_the_port(training):
-    race = claims.beside_the_port(4, training, 2, 10, (8,))
-    for form in claims.FORMS:
-        found = race.runners[form](8, "cpu")()
+    timing = experiments.beside_the_port(4, training, 2, 10, (8,))
+    for form in experiments.FORMS:
+        found = timing.runners[form](8, "cpu")()
         assert len(found) > 4 and found[0].shape == (2, 10, 8) if training else found.shape == (2, 10, 8)
-    asked = {(one.system, one.baseline) for one in claims.BENCHMARKS if one.within == 0.8}
-    assert asked == {(form, "titans-pytorch") for form in claims.FORMS}
-    assert {one.package for one in claims.BENCHMARKS} == {"titans-pytorch"}
+    asked = {(one.system, one.baseline) for one in experiments.BENCHMARKS if one.within == 0.8}
+    assert asked == {(form, "titans-pytorch") for form in experiments.FORMS}
+    assert {one.package for one in experiments.BENCHMARKS} == {"titans-pytorch"}
 
 
 def test_the_convolution_of_many_numbers_is_the_sum_of_shifted_ones(monkeypatch):

@@ -280,7 +280,7 @@ def test_equal_tokens_stay_equal_but_for_the_multiplier(encoding, causal):
 
 
 def test_the_table_of_the_readme_is_what_its_command_prints(tmp_path, capsys):
-    assert main(["reproduce", "urpe", "--claim", "equal_tokens_stay_equal", "--out", str(tmp_path)]) == 0
+    assert main(["reproduce", "urpe", "--experiment", "equal_tokens_stay_equal", "--out", str(tmp_path)]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     readme = (catalog.card("urpe").folder / "README.md").read_text()
     rows = [
@@ -570,11 +570,11 @@ def test_the_tasks_are_those_of_the_authors():
     tokens, targets = data.train.tensors
     assert (targets == torch.arange(1, 7)).all() and data.options == {"vocab": 111, "max_length": 6, "tied": False}
     assert set(tokens.flatten().tolist()) == set(range(11, 91))
-    assert TASK.trivial(data) == pytest.approx(1 / 6)
+    assert TASK.dummy_baseline(data) == pytest.approx(1 / 6)
     even = TASK.load(EVEN, length=8, vocabulary=100, examples=50, test_examples=10)
     tokens, targets = even.train.tensors
     assert targets[:, :4].equal(tokens[:, [1, 3, 5, 7]]) and (targets[:, 4:] == 98).all()
-    assert TASK.trivial(even) == 0.5 and even.options["tied"]
+    assert TASK.dummy_baseline(even) == 0.5 and even.options["tied"]
     assert targets_of(tokens, EVEN, 100).equal(targets)
 
 

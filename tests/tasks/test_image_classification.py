@@ -122,7 +122,7 @@ def test_a_small_preset_learns_from_a_folder_of_large_photographs(tmp_path, pape
     assert label.meta["size"] == side
     assert TASK.predict(model, label.meta, [tmp_path / "photos" / "red" / "0.png"], None).count("%") == 2
     if preset != "eca_resnet20":  # which takes any size; a Transformer and an MLP are built for one
-        api.train(paper, tmp_path / "photos", changes={"size": 12 if preset != "nprf_vit_tiny" else 4}, **words)
+        api.train(paper, tmp_path / "photos", overrides={"size": 12 if preset != "nprf_vit_tiny" else 4}, **words)
 
 
 @pytest.mark.parametrize("level, told", [(255, "brighter"), (90, None), (0, None)])

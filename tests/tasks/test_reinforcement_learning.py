@@ -186,10 +186,10 @@ class Swinging(Counting):
         return self.head(total / (count + 1)), (total, before, count + 1)
 
 
-def test_the_trivial_policy_of_continuous_control_sees_nothing(pendulum, tmp_path):
+def test_the_dummy_policy_of_continuous_control_sees_nothing(pendulum, tmp_path):
     setting = dataclasses.replace(pendulum.test.setting, length=40)
     data = dataclasses.replace(pendulum, test=reinforcement_learning.Episodes(setting, range(6), [0.0] * 6))
-    best = TASK.trivial(data)
+    best = TASK.dummy_baseline(data)
     for answer in (-1.0, 0.0, 1.0):
         model = Reflex(**data.options)
         with torch.no_grad():
@@ -198,7 +198,7 @@ def test_the_trivial_policy_of_continuous_control_sees_nothing(pendulum, tmp_pat
     assert TASK.evaluate(Swinging(), data.test)["return"] < 0 > best
     recorded_only = TASK.load(steered(tmp_path / "mine.jsonl"))
     parts = [part.tensors[2][part.tensors[4]] for part in (recorded_only.train, recorded_only.test)]
-    assert TASK.trivial(recorded_only) == pytest.approx(((parts[1] - parts[0].mean(0)) ** 2).mean().item())
+    assert TASK.dummy_baseline(recorded_only) == pytest.approx(((parts[1] - parts[0].mean(0)) ** 2).mean().item())
 
 
 def test_continuous_streams_play_as_a_window_over_everything_does(pendulum):
@@ -222,14 +222,14 @@ def test_learns_continuous_actions_by_their_squared_error(pendulum):
     assert TASK.picture(result.model, pendulum).axes
 
 
-def steered(file, count=6, environment=None, **changes):
+def steered(file, count=6, environment=None, **overrides):
     """Episodes with actions of two numbers, the first within −3 … 1."""
     rng = np.random.default_rng(0)
     lines = []
     for i in range(count):
         actions = [[-3.0, 0.0], [1.0, 5.0], *rng.uniform((-3, 0), (1, 5), (3 + i, 2)).tolist()]
         parts = {"observations": rng.normal(size=(5 + i, 4)).tolist(), "actions": actions, "rewards": [1.0] * (5 + i)}
-        lines.append(json.dumps({**parts, **({"environment": environment} if environment else {}), **changes}))
+        lines.append(json.dumps({**parts, **({"environment": environment} if environment else {}), **overrides}))
     file.write_text("\n".join(lines))
     return file
 

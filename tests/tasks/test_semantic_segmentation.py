@@ -140,17 +140,17 @@ def test_a_folder_is_split_and_trained_on(squares, tmp_path):
     assert image.shape == (3, 32, 32) and mask.shape == (32, 32)
     done = fit(Threshold, TASK, data, Recipe(epochs=40, batch_size=6, lr=0.1, schedule="constant"), seed=0)
     metrics = TASK.evaluate(done.model.eval(), data.test)
-    assert metrics["miou"] > 0.8 > TASK.trivial(data)
+    assert metrics["miou"] > 0.8 > TASK.dummy_baseline(data)
 
 
-def test_the_trivial_predictor_says_the_commonest_class(squares):
+def test_the_dummy_baseline_says_the_commonest_class(squares):
     data = TASK.load(squares)
 
     class Dark(nn.Module):
         def forward(self, x):
             return torch.tensor([1.0, 0.0])[None, :, None, None].expand(len(x), 2, 4, 4)
 
-    assert TASK.trivial(data) == pytest.approx(TASK.evaluate(Dark(), data.test)["miou"])
+    assert TASK.dummy_baseline(data) == pytest.approx(TASK.evaluate(Dark(), data.test)["miou"])
 
 
 def test_crops_keep_image_and_mask_together():
@@ -333,7 +333,7 @@ def test_no_prediction_is_written_over_an_input(squares, tmp_path):
 def test_embedded_scenes():
     data = TASK.load("textures", size=32)
     assert [len(part) for part in (data.train, data.val, data.test)] == [320, 40, 60]
-    assert TASK.trivial(data) < 0.1
+    assert TASK.dummy_baseline(data) < 0.1
     assert TASK.load("textures", size=32).fingerprint == data.fingerprint
     assert TASK.load("textures", size=32, seed=1).fingerprint != data.fingerprint
     image, mask = data.test[0]

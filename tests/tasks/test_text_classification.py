@@ -78,7 +78,7 @@ def test_a_score_is_one_number_and_its_loss_the_squared_error(place):
             return torch.full((len(input_ids), 1), 0.5)
 
     assert TASK.loss(Half(), batch) == pytest.approx(((batch[3] - 0.5) ** 2).mean())
-    assert TASK.trivial(data) == 0 and TASK.evaluate(Half(), data.test)["score"] == 0
+    assert TASK.dummy_baseline(data) == 0 and TASK.evaluate(Half(), data.test)["score"] == 0
     with pytest.raises(UserError, match="tells classes, the model was trained on scores"):
         TASK.held_out(place / "CoLA", data.meta)
     with pytest.raises(UserError, match="knows no class 'contradiction'; it knows: entailment, not_entailment"):
@@ -87,8 +87,8 @@ def test_a_score_is_one_number_and_its_loss_the_squared_error(place):
 
 def test_a_task_of_glue_is_trained_on_evaluated_and_predicted(place, tmp_path):
     settings = {"preset": "hedgehog_text", "recipe": {"max_steps": 30, "epochs": 30, "warmup_steps": 0, "lr": 3e-3}}
-    changes = {"dim": 16, "layers": 1, "length": 64, "dropout": 0.0}
-    _, metrics = provenn.train("hedgehog", place / "SST-2", out=tmp_path / "run", changes=changes, **settings)
+    overrides = {"dim": 16, "layers": 1, "length": 64, "dropout": 0.0}
+    _, metrics = provenn.train("hedgehog", place / "SST-2", out=tmp_path / "run", overrides=overrides, **settings)
     assert metrics["score"] == metrics["accuracy"] == 1
     told = provenn.evaluate("hedgehog", place / "SST-2", weights=tmp_path / "run")
     assert told.metrics["score"] == 1 and told.classes == ["0", "1"] and told.confusion.tolist() == [[6, 0], [0, 6]]

@@ -39,7 +39,7 @@ class Line(Task):
         assert not model.training and not torch.is_grad_enabled()
         return {"error": self.loss(model, dataset.tensors).item()}
 
-    def trivial(self, data):
+    def dummy_baseline(self, data):
         return (data.test.tensors[1] - data.train.tensors[1].mean()).square().mean().item()
 
     def predict(self, model, meta, inputs, output):

@@ -167,7 +167,7 @@ def test_crops_take_as_little_as_the_recipe_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "changes", "says"),
+    ("task", "overrides", "says"),
     [
         ("language-modelling", {"mixup": 0.8}, "mixup is of images with classes; language-modelling has none"),
         ("super-resolution", {"rand_augment": 9}, "rand_augment is of images with classes; super-resolution has none"),
@@ -178,9 +178,9 @@ def test_crops_take_as_little_as_the_recipe_says(tmp_path):
         ),
     ],
 )
-def test_what_a_task_cannot_do_is_refused(task, changes, says):
+def test_what_a_task_cannot_do_is_refused(task, overrides, says):
     with pytest.raises(UserError, match=says):
-        check_recipe(Recipe(**changes), get_task(task))
+        check_recipe(Recipe(**overrides), get_task(task))
     check_recipe(Recipe(), get_task(task))
 
 

@@ -67,10 +67,10 @@ class Broken(Line):
         return super().loss(model, batch)
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "batch_size": 4}, {"ema": 0.9, "optimizer": "adamw"}])
+@pytest.mark.parametrize("overrides", [{}, {"accumulate": 2, "batch_size": 4}, {"ema": 0.9, "optimizer": "adamw"}])
 @pytest.mark.parametrize("batches", [5, 13, 23])
-def test_a_run_that_broke_off_in_an_epoch_goes_on_from_its_last_step_bit_for_bit(tmp_path, changes, batches):
-    recipe = replace(RECIPE, schedule="onecycle", **changes)
+def test_a_run_that_broke_off_in_an_epoch_goes_on_from_its_last_step_bit_for_bit(tmp_path, overrides, batches):
+    recipe = replace(RECIPE, schedule="onecycle", **overrides)
     whole = fit(with_dropout, TASK, DATA, recipe, seed=6)
     batches *= recipe.accumulate
     with pytest.raises(RuntimeError, match="the machine went down"):
@@ -169,7 +169,7 @@ def test_cosine_ends_at_the_final_rate():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("overrides", "says"),
     [
         ({"accumulate": 0}, "accumulate must be a whole number of at least 1, got 0"),
         ({"precision": "fp8"}, "precision must be one of 32-true, .*, got 'fp8'"),
@@ -193,10 +193,10 @@ def test_cosine_ends_at_the_final_rate():
         ({"mix_up": 1}, "a recipe has no field 'mix_up'; it has: epochs, .*mixup"),
     ],
 )
-def test_bad_recipes_are_refused_in_one_line(changes, says, monkeypatch):
+def test_bad_recipes_are_refused_in_one_line(overrides, says, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # or the suite's own checks would come first
     with pytest.raises(UserError, match=says):
-        recipe_of({}, **changes)
+        recipe_of({}, **overrides)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_a_run_with_workers_that_broke_off_in_an_epoch_draws_on_as_if_it_had_not
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("overrides", "says"),
     [
         ({"optimizer": "adam"}, "optimizer 'sgd' .now 'adam'."),
         ({"lr": 0.01}, "lr 0.05 .now 0.01."),
@@ -312,11 +312,11 @@ def test_a_run_with_workers_that_broke_off_in_an_epoch_draws_on_as_if_it_had_not
         ({"data": "other"}, "data '' .now 'other'."),
     ],
 )
-def test_what_was_started_in_one_way_does_not_go_on_in_another(tmp_path, started, changes, says):
-    recipe = replace(RECIPE, **{name: v for name, v in changes.items() if name not in ("seed", "data")})
-    data = replace(DATA, fingerprint=changes.get("data", ""))
+def test_what_was_started_in_one_way_does_not_go_on_in_another(tmp_path, started, overrides, says):
+    recipe = replace(RECIPE, **{name: v for name, v in overrides.items() if name not in ("seed", "data")})
+    data = replace(DATA, fingerprint=overrides.get("data", ""))
     with pytest.raises(UserError, match=f"last.ckpt was started with {says}: resume with the same, or train in"):
-        fit(build, TASK, data, replace(recipe, epochs=2), seed=changes.get("seed", 0), out=started, resume=True)
+        fit(build, TASK, data, replace(recipe, epochs=2), seed=overrides.get("seed", 0), out=started, resume=True)
 
 
 @pytest.fixture(scope="module")

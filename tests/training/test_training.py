@@ -294,7 +294,7 @@ def test_who_leaves_a_group_ends_its_threads_whatever_still_holds_the_model():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("overrides", "says"),
     [
         ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be a whole number"),
@@ -317,10 +317,10 @@ def test_who_leaves_a_group_ends_its_threads_whatever_still_holds_the_model():
         ({"learning_rate": 0.1}, "a recipe has no field 'learning_rate'; it has: epochs"),
     ],
 )
-def test_bad_recipes_are_refused_in_one_line(changes, says, monkeypatch):
+def test_bad_recipes_are_refused_in_one_line(overrides, says, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # or the suite's own checks would come first
     with pytest.raises(UserError, match=says):
-        recipe_of({}, **changes)
+        recipe_of({}, **overrides)
 
 
 def test_a_recipe_takes_what_toml_writes():
@@ -364,6 +364,6 @@ def test_milestones_are_shares_of_all_steps():
     recipe = recipe_of({"schedule": "multistep", "milestones": [0.5, 0.8, 0.9, 0.95], "gamma": 0.5, "lr": 1.0})
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     factor = recipe.make_schedule(optimizer, steps=500_000, steps_per_epoch=200).lr_lambdas[0]
-    changes = [step for step in range(0, 500_000, 1000) if factor(step) != factor(max(0, step - 1))]
-    assert changes == [250_000, 400_000, 450_000, 475_000]
+    overrides = [step for step in range(0, 500_000, 1000) if factor(step) != factor(max(0, step - 1))]
+    assert overrides == [250_000, 400_000, 450_000, 475_000]
     assert factor(0) == 1 and factor(499_999) == 0.5**4

@@ -45,7 +45,7 @@ def test_the_strips_are_those_of_the_command_line(client):
     assert rows == list(client.app.state.site.catalogue)
     text = client.get("/boards").text
     for entry in client.app.state.site.catalogue.values():
-        assert view.tally_of_statements(entry.statements) in text
+        assert view.tally_of_claims(entry.claims) in text
 
 
 def test_a_slot_shows_every_candidate_with_its_numbers(client, mixers):
@@ -118,16 +118,16 @@ def test_a_task_compares_figures_of_the_same_data_and_metric(client):
     for on, group in board.published.items():
         assert {row.on for row in group} == {on}
     page = client.get("/boards/image-classification").text
-    assert all(row.claim.published.source.split("'")[0] in page for row in rows)
+    assert all(row.experiment.published.source.split("'")[0] in page for row in rows)
 
 
 def test_what_did_not_hold_is_all_there_with_its_setting(client):
     page = client.get("/not-held").text
     rows = client.app.state.site.catalogue.not_held()
-    assert f"{len(rows)} claims" in page
+    assert f"{len(rows)} experiments" in page
     for entry, finding in rows:
         assert finding.verdict is Verdict.NOT_REPRODUCED
-        assert f'id="{entry.slug}-{finding.claim.id}"' in page
+        assert f'id="{entry.slug}-{finding.experiment.id}"' in page
         if finding.measurement.data:
             assert finding.measurement.data.split("'")[0] in page
 

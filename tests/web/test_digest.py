@@ -14,13 +14,13 @@ import mail_runs
 import pytest
 from mail_runs import CATALOGUE
 from mail_server import mail_server
+from provenn.evidence.statement import Judgement, Standing
 from readers import subscribed
 from sqlalchemy import func, select, update
 from typer.testing import CliRunner
 
 from provenn.cli import app as command_line
 from provenn.errors import UserError
-from provenn.evidence.statement import Judgement, Standing
 from provenn.web import accounts, digest, mail, news, outbox, subscriptions
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database

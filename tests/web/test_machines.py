@@ -95,7 +95,7 @@ def test_the_client_searches_and_reads_one_paper(hub):
     card = catalog.card("eca_net")
     assert (paper.title, paper.summary) == (card.title, card.summary.strip())
     assert paper.github_repo == "https://github.com/BangguWu/ECANet" and paper.published_at.date() == card.date
-    assert len(paper.statements) == len(card.statements)
+    assert len(paper.claims) == len(card.claims)
     from huggingface_hub.errors import HfHubHTTPError
 
     with pytest.raises(HfHubHTTPError, match="404"):
@@ -115,14 +115,14 @@ def test_votes_and_comments_are_told(client, monkeypatch):
 @pytest.mark.parametrize("slug", ["eca_net", "relationnet_pp"])
 def test_a_paper_as_json_says_what_its_evidence_says(client, slug):
     paper, entry = client.get(f"/api/papers/{slug}").json(), client.app.state.site.catalogue[slug]
-    assert [each["verdict"] for each in paper["statements"]] == [str(s.judgement.standing) for s in entry.statements]
-    claims = {claim["id"]: claim for claim in paper["claims"]}
-    assert set(claims) == {claim.id for claim in entry.card.claims}
+    assert [each["verdict"] for each in paper["claims"]] == [str(s.judgement.standing) for s in entry.claims]
+    experiments = {experiment["id"]: experiment for experiment in paper["experiments"]}
+    assert set(experiments) == {experiment.id for experiment in entry.card.experiments}
     for finding in entry.findings:
-        told, measurement = claims[finding.claim.id], finding.measurement
+        told, measurement = experiments[finding.experiment.id], finding.measurement
         assert (told["verdict"], told["effect"]) == (finding.verdict, measurement.effect)
         assert (told["interval"] and tuple(told["interval"])) == measurement.interval
-    assert sum(paper["verdicts"].values()) == len(entry.statements)
+    assert sum(paper["verdicts"].values()) == len(entry.claims)
 
 
 def test_filters_are_those_of_the_list(client):
@@ -132,7 +132,7 @@ def test_filters_are_those_of_the_list(client):
     assert slugs("slot=channel-gate&q=eca") == ["eca_net"] and slugs("task=super-resolution") == ["craft"]
     assert slugs("task=nonsense") == [] and sorted(slugs("sort=share")) == sorted(catalog.cards())
     held = client.get("/api/not_held").json()
-    assert held and {row["claim"]["verdict"] for row in held} == {Verdict.NOT_REPRODUCED}
+    assert held and {row["experiment"]["verdict"] for row in held} == {Verdict.NOT_REPRODUCED}
 
 
 def test_weeks_and_months_end_where_they_end():
@@ -220,7 +220,7 @@ def test_the_newest_measurements_come_first_with_their_verdicts(client):
     moment = max(e.measured for e in catalogue.values() if e.measured)
     newest = [e for e in catalogue.values() if e.measured == moment]  # several, where runs began in the same second
     assert dates == sorted(dates, reverse=True) and dates[0][:10] == moment.date().isoformat()
-    last = {e.card.title: [f for f in e.findings if f.occasion and f.occasion.date == moment] for e in newest}
+    last = {e.card.title: [f for f in e.findings if f.run and f.run.date == moment] for e in newest}
     shown = {entry.find("a:title", ATOM).text: entry for entry in entries[: len(newest)]}
     assert set(shown) == {f"{title}: {view.tally(findings)}" for title, findings in last.items()}
     for title, findings in last.items():

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from provenn import catalog
-from provenn.evidence.statement import Standing
+from provenn.evidence.claim import Standing
 from provenn.web import create_app
 from provenn.web.catalogue import Entry
 from provenn.web.listing import Listing
@@ -62,14 +62,14 @@ def test_a_paper_has_a_page_whose_links_lead_somewhere(client, slug):
     page = outline(answer.text)
     assert len(page.ids) == len(set(page.ids))
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
-    for statement in catalog.card(slug).statements:
-        assert statement.says.split("'")[0][:40] in answer.text
+    for claim in catalog.card(slug).claims:
+        assert claim.says.split("'")[0][:40] in answer.text
 
 
 def test_the_strip_says_what_the_board_says(client):
     text = client.get("/?q=eca_net").text
     shown = re.findall(r'<span class="s-([a-z-]+)(?: headline)?" title=', text)
-    assert len(shown) == len(catalog.card("eca_net").statements)
+    assert len(shown) == len(catalog.card("eca_net").claims)
     assert set(shown) <= {str(standing).replace(" ", "-") for standing in Standing}
 
 

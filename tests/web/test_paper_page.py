@@ -74,8 +74,8 @@ def test_the_headline_and_its_verdict_come_before_all_else(client, slug):
     page = client.get(f"/papers/{slug}").text
     entry = client.app.state.site.catalogue[slug]
     top = unescape(page[: page.index('<nav class="contents"')])
-    assert entry.headline.statement.says in top and str(entry.headline.judgement) in top
-    assert 'href="#use"' in top and view.tally_of_statements(entry.statements) in top
+    assert entry.headline.claim.says in top and str(entry.headline.judgement) in top
+    assert 'href="#use"' in top and view.tally_of_claims(entry.claims) in top
 
 
 def test_pages_are_light_without_their_pictures(client):
@@ -144,8 +144,8 @@ def test_a_record_cannot_name_a_file_elsewhere(tmp_path):
     (tmp_path / "paper" / "text.png").write_text("no picture")
     files = ["../secret.png", str(tmp_path / "secret.png"), "text.png", "missing.png", "\0"]
     measurement = Measurement(pictures=[Picture(file=file, caption="a") for file in files])
-    record = Record(claim="a", verdict=Verdict.HOLDS, measurement=measurement)
-    finding = Finding("p", catalog.Claim(id="a", kind="exact", says="a"), record)
+    record = Record(experiment="a", verdict=Verdict.HOLDS, measurement=measurement)
+    finding = Finding("p", catalog.Experiment(id="a", kind="exact", says="a"), record)
     assert drawing.pictures(tmp_path / "paper", finding) == []
 
 
@@ -164,11 +164,13 @@ def test_related_mechanisms_fit_the_slot_and_are_few(client):
 
 
 def test_a_lone_count_has_no_bar_and_a_spread_one_has():
-    claim = catalog.Claim(id="a", kind="exact", says="a", published=catalog.Figure(value=80, source="abstract"))
+    experiment = catalog.Experiment(
+        id="a", kind="exact", says="a", published=catalog.Figure(value=80, source="abstract")
+    )
 
     def bar(**measured) -> str:
-        record = Record(claim="a", verdict=Verdict.HOLDS, measurement=Measurement(**measured))
-        return str(drawing.interval(Finding("p", claim, record)))
+        record = Record(experiment="a", verdict=Verdict.HOLDS, measurement=Measurement(**measured))
+        return str(drawing.interval(Finding("p", experiment, record)))
 
     assert bar(effect=80.0, interval=(80.0, 80.0)) == ""
     assert bar(effect=81.0, interval=(81.0, 81.0)) == ""

@@ -127,7 +127,7 @@ def test_programs_find_files(copy):
     for paper in papers:
         page = urlsplit(paper["projectPage"])
         assert (copy / page.path.removeprefix("/some/")).is_file()
-    assert json.loads((copy / "api" / "papers" / "craft.json").read_text())["claims"]
+    assert json.loads((copy / "api" / "papers" / "craft.json").read_text())["experiments"]
     for feed in ("papers", "verdicts"):
         assert "https://papers.example.org/some/papers/" in (copy / "feeds" / f"{feed}.atom").read_text()
 

@@ -85,7 +85,7 @@ Seeds = Annotated[str, typer.Option(help="How many, or which: 3, 7,9,11 or 10-12
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps or a torch device.", autocompletion=devices)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the records and the report.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run in the same folder stopped.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 if a claim is not reproduced.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 if an experiment is not reproduced.")]
 Json = Annotated[bool, typer.Option("--json", help="For machines, on stdout.")]
 
 
@@ -113,7 +113,7 @@ def command(resume: bool = False) -> str:
     return shlex.join(["provenn", *words, *(["--resume"] if resume else [])])
 
 
-def tell(message: str) -> None:
+def log(message: str) -> None:
     """A message beside the output proper: on stderr, so that stdout can be piped."""
     print(without_controls(message), file=sys.stderr, flush=True)
 
@@ -140,9 +140,9 @@ def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if kept():
-            tell(f"provenn: interrupted; what has ended is kept. Go on with: {command(resume)}")
+            log(f"provenn: interrupted; what has ended is kept. Go on with: {command(resume)}")
         else:
-            tell("provenn: interrupted before anything had ended; there is nothing to resume")
+            log("provenn: interrupted before anything had ended; there is nothing to resume")
         raise typer.Exit(code) from None
     except Unwritable as error:
         if not kept():
@@ -158,7 +158,7 @@ def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 a claim is not reproduced, 2 bad input, 130 interrupted."""
+    """Run the command line; returns 0 done, 1 an experiment is not reproduced, 2 bad input, 130 interrupted."""
     if arguments is None and sys.getfilesystemencoding() != "utf-8":
         # Under LC_ALL=C without UTF-8 mode, names of files that hold an ü could be read and not be written.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "provenn", *sys.argv[1:]])
@@ -208,12 +208,12 @@ def _tell_left_out(given: Sequence[str]) -> None:
     """One line for each paper of another package that cannot be used, where papers were looked for at all."""
     if catalog.cards.cache_info().currsize and given[0] != "doctor":  # which tells more of them
         for name, reason in catalog.cards().left_out.items():
-            tell(f"provenn: the paper {name} is left out: {reason}; see provenn doctor")
+            log(f"provenn: the paper {name} is left out: {reason}; see provenn doctor")
 
 
 def _refuse(message: str) -> int:
     """Print an error as one line."""
-    tell(shortened("provenn: " + " ".join(message.split())))
+    log(shortened("provenn: " + " ".join(message.split())))
     return 2
 
 

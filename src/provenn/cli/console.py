@@ -9,20 +9,20 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from provenn.evidence import view
+from provenn.evidence.claim import Standing
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.measurement import Table as Numbers
 from provenn.evidence.record import Finding
-from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import NO_VERDICT, Verdict
 from provenn.files import strict_json
 from provenn.progress import without_controls
 
-if TYPE_CHECKING:  # timings are torch's, and `list` does without
-    from provenn.evidence.benchmark import Timing
+if TYPE_CHECKING:  # speeds are torch's, and `list` does without
+    from provenn.evidence.benchmark import Speed
 
 PIPED_WIDTH, NARROW = 200, 100
-MOST_FINDINGS = 2  # beside a statement
-SHARES = (3, 10, 4, 6)  # of a statement's columns in the width
+MOST_FINDINGS = 2  # beside a claim
+SHARES = (3, 10, 4, 6)  # of a claim's columns in the width
 MANY = 5  # columns, more of which a narrow terminal has no room for
 STANDING_COLOURS = {
     Standing.REPRODUCED: "green",
@@ -75,17 +75,17 @@ def verdict(which: Verdict) -> str:
 
 
 def standing(judged: view.Judged) -> str:
-    """The verdict on a statement, without its reason."""
+    """The verdict on a claim, without its reason."""
     which = judged.judgement
     words = str(which) if which.standing is Standing.PARTLY else str(which.standing)
     return f"[{STANDING_COLOURS[which.standing]}]{judged.symbol} {words}[/]"
 
 
-def statements(judged: Iterable[view.Judged]) -> Table:
-    """What the abstract says: the verdict, the statement, the paper's figure, and what was measured first."""
+def claims(judged: Iterable[view.Judged]) -> Table:
+    """What the abstract says: the verdict, the claim, the paper's figure, and what was measured first."""
     rows = []
     for each in judged:
-        says = escape(each.statement.says)
+        says = escape(each.claim.says)
         measured = [f for f in each.findings if f.verdict not in NO_VERDICT]
         reason = each.judgement.reason or next((f.reason for f in each.findings if f.reason), "")
         ours = "; ".join(f"{view.SYMBOLS[f.verdict]} {view.shortly(f)}" for f in measured[:MOST_FINDINGS]) or reason
@@ -93,12 +93,12 @@ def statements(judged: Iterable[view.Judged]) -> Table:
         rows.append(
             (
                 standing(each),
-                f"[bold]{says}[/]" if each.statement.headline else says,
-                escape(each.statement.figure),
+                f"[bold]{says}[/]" if each.claim.headline else says,
+                escape(each.claim.figure),
                 escape(ours + more),
             )
         )
-    grid = claim_table(("the verdict", "what the abstract says", "its figure", "measured here"), rows)
+    grid = experiment_table(("the verdict", "what the abstract says", "its figure", "measured here"), rows)
     grid.padding = (0, 2, 0, 0)
     if len(grid.columns) == len(SHARES):
         grid.expand = True
@@ -107,28 +107,28 @@ def statements(judged: Iterable[view.Judged]) -> Table:
     return grid
 
 
-def claims(findings: Iterable[Finding]) -> Table:
+def experiments(findings: Iterable[Finding]) -> Table:
     """What is claimed, what the paper published, what we ask for, what we measured, and the verdict."""
     rows = []
     for finding in findings:
-        origin = "" if finding.claim.origin == "paper" else " [dim](ours)[/]"
+        origin = "" if finding.experiment.origin == "paper" else " [dim](ours)[/]"
         ours = "\n".join(filter(None, (view.ours(finding.measurement), view.when(finding), view.at_setting(finding))))
         reason = f"\n[dim]{escape(finding.reason)}[/]" if finding.reason else ""
         rows.append(
             (
-                f"[bold]{finding.claim.id}[/]{origin}\n{escape(finding.claim.says)}",
-                escape(view.published(finding.claim)),
+                f"[bold]{finding.experiment.id}[/]{origin}\n{escape(finding.experiment.says)}",
+                escape(view.published(finding.experiment)),
                 escape(view.asked(finding)),
                 escape(ours),
                 verdict(finding.verdict) + reason,
             )
         )
-    columns = ("claim", "published", "we ask for, and why", "ours, with its interval", "verdict")
-    return claim_table(columns, rows)
+    columns = ("experiment", "published", "we ask for, and why", "ours, with its interval", "verdict")
+    return experiment_table(columns, rows)
 
 
-def claim_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Claims side by side with what belongs to them; below them where the terminal is too narrow for that."""
+def experiment_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Experiments side by side with what belongs to them; below them where the terminal is too narrow for that."""
     grid = _stacked(columns, rows) if console().width < NARROW else table(columns, rows)
     grid.padding = (0, 3, 1, 0)
     return grid
@@ -154,28 +154,28 @@ def _cells(numbers: Numbers) -> set[str]:
     return {view.cell(value) for row in numbers.rows for value in row}
 
 
-def speed(timings: "Iterable[tuple[str, Timing]]") -> Iterator[Group]:
-    """A table for each race of each paper: whose time over whose, its interval, and what is asked for."""
-    races: dict[tuple[str, int], list[Timing]] = {}
-    for paper, timing in timings:
-        races.setdefault((paper, id(timing.benchmark.race)), []).append(timing)
-    for (paper, _), rows in races.items():
-        race = rows[0].benchmark.race
-        setting = ", ".join(f"{key} {value}" for key, value in race.setting.items())
-        caption = f"[bold]{escape(f'{paper}: {race.name}')}[/]" + (f" [dim]({escape(setting)})[/]" if setting else "")
-        columns = (race.unit, "time of", "over that of", "ratio [95 %]", "at most", "")
-        yield Group(caption, table([escape(column) for column in columns], [_timing(row) for row in rows]))
+def speed(speeds: "Iterable[tuple[str, Speed]]") -> Iterator[Group]:
+    """A table for each timing of each paper: whose time over whose, its interval, and what is asked for."""
+    timings: dict[tuple[str, int], list[Speed]] = {}
+    for paper, speed in speeds:
+        timings.setdefault((paper, id(speed.benchmark.timing)), []).append(speed)
+    for (paper, _), rows in timings.items():
+        timing = rows[0].benchmark.timing
+        setting = ", ".join(f"{key} {value}" for key, value in timing.setting.items())
+        caption = f"[bold]{escape(f'{paper}: {timing.name}')}[/]" + (f" [dim]({escape(setting)})[/]" if setting else "")
+        columns = (timing.unit, "time of", "over that of", "ratio [95 %]", "at most", "")
+        yield Group(caption, table([escape(column) for column in columns], [_speed_row(row) for row in rows]))
 
 
-def _timing(timing: "Timing") -> tuple[str, ...]:
-    benchmark, comparison = timing.benchmark, timing.comparison
+def _speed_row(speed: "Speed") -> tuple[str, ...]:
+    benchmark, comparison = speed.benchmark, speed.comparison
     if comparison is None:
-        ratio = escape(timing.trouble)
+        ratio = escape(speed.trouble)
     else:
         low, high = comparison.interval
         width = "" if comparison.confidence >= 0.95 else f" ({100 * comparison.confidence:.0f} %)"
         ratio = f"{comparison.ratio:.2f} \\[{low:.2f}, {high:.2f}]{width}"
     asked = "" if benchmark.within is None else f"{benchmark.within:g}"
-    mark = "" if benchmark.within is None or comparison is None else MET[timing.met]
-    size = "" if timing.size is None else view.number(timing.size)
-    return size, escape(benchmark.system), escape(timing.baseline), ratio, asked, mark
+    mark = "" if benchmark.within is None or comparison is None else MET[speed.met]
+    size = "" if speed.size is None else view.number(speed.size)
+    return size, escape(benchmark.system), escape(speed.baseline), ratio, asked, mark

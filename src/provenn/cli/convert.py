@@ -12,7 +12,7 @@ from provenn import catalog, progress
 from provenn.cli.app import Device, Json, Slug, app
 from provenn.cli.work import pairs
 from provenn.errors import UserError
-from provenn.files import strict_json, whole
+from provenn.files import atomic_write, strict_json
 
 if TYPE_CHECKING:
     from provenn.huggingface import Material, Source
@@ -47,7 +47,7 @@ def convert(
     length: Annotated[int | None, typer.Option(min=2, help="Tokens a row of text, by default 256.")] = None,
     lr: Annotated[float | None, typer.Option(help="Of tuning; by default 6e-4 for full and 1e-4 for lora.")] = None,
     prepare_lr: Annotated[float | None, typer.Option(help="Of the new parts; by default the paper's.")] = None,
-    changes: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Of the mechanism, such as feature_map=t2r; repeatable."),
     ] = None,
@@ -75,7 +75,7 @@ def convert(
     # Whatever can be wrong is looked at before the weights, which may be many gigabytes, are fetched and read.
     huggingface.quiet()
     huggingface.conversion_of(card.slug)
-    options, where = pairs(changes or []), choose_device(device)
+    options, where = pairs(overrides or []), choose_device(device)
     huggingface.check_tuning(tune)
     for name, rate in (("--lr", lr), ("--prepare-lr", prepare_lr)):
         if rate is not None and not 0 < rate < math.inf:
@@ -104,7 +104,7 @@ def convert(
     recovery.setting.update(model=model, data=data)
     host.save_pretrained(out)
     save_reader(out)
-    with whole(out / REPORT) as place:
+    with atomic_write(out / REPORT) as place:
         place.write_text(strict_json(recovery.json()) + "\n", encoding="utf-8")
     if as_json:
         console.machine(recovery.json())

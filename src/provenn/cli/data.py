@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from provenn import catalog, datasets
-from provenn.cli.app import Json, app, tell
+from provenn.cli.app import Json, app, log
 
 Places = Annotated[
     list[str] | None,
@@ -23,7 +23,7 @@ def data(
     places: Places = None,
     json: Json = False,
 ) -> None:
-    """Data sets that the papers name: found or not, where each is expected, and which claims it unlocks.
+    """Data sets that the papers name: found or not, where each is expected, and which experiments it unlocks.
 
     \b
     provenn data
@@ -60,7 +60,7 @@ def data(
         f"provenn reproduce SLUG --budget paper --data NAME=PATH   or once for all {datasets.VARIABLE}=FOLDER"
     )
     if not datasets.roots():
-        tell(f"{datasets.VARIABLE} is not set: it names the folders that hold data sets by their names")
+        log(f"{datasets.VARIABLE} is not set: it names the folders that hold data sets by their names")
 
 
 def _checkpoint(name: str, places: datasets.Places) -> datasets.Found:
@@ -78,7 +78,7 @@ def _entry(name: str, located: datasets.Found, known: datasets.DataSet | None = 
         "task": known.task if known else None,
         "layout": known.layout if known else "the checkpoint as the authors published it",
         "lacks": known.lacks if known else "",
-        "claims": [f"{card.slug} {claim.id}" for card, claim in datasets.unlocked_by(name)],
+        "experiments": [f"{card.slug} {experiment.id}" for card, experiment in datasets.unlocked_by(name)],
     }
 
 
@@ -89,13 +89,13 @@ def _lacking(entry: dict[str, Any]) -> str:
 
 def _unlocks(entry: dict[str, Any]) -> str:
     by_paper: dict[str, list[str]] = {}
-    for claim in entry["claims"]:
-        slug, _, which = claim.partition(" ")
+    for experiment in entry["experiments"]:
+        slug, _, which = experiment.partition(" ")
         by_paper.setdefault(slug, []).append(which)
-    claims = "; ".join(f"{slug} {', '.join(which)}" for slug, which in by_paper.items())
+    experiments = "; ".join(f"{slug} {', '.join(which)}" for slug, which in by_paper.items())
     trains = f"train, evaluate: {entry['task']}" if entry["task"] else ""
-    no_claim = f"no claim yet: needs {entry['lacks']}" if entry["lacks"] else ""
-    return "; ".join(part for part in (claims, no_claim, trains if not claims else "") if part)
+    no_experiment = f"no experiment yet: needs {entry['lacks']}" if entry["lacks"] else ""
+    return "; ".join(part for part in (experiments, no_experiment, trains if not experiments else "") if part)
 
 
 def _in_full(entry: dict[str, Any]) -> None:
@@ -109,9 +109,9 @@ def _in_full(entry: dict[str, Any]) -> None:
         "missing": ", ".join(entry["missing"]),
         "task": entry["task"] or "",
         "lacks": entry["lacks"],
-        "unlocks": ", ".join(entry["claims"]),
+        "unlocks": ", ".join(entry["experiments"]),
     }
     rows = [(f"[bold]{key}[/]", console.escape(value)) for key, value in lines.items() if value]
     console.console().print(console.table((entry["name"], ""), rows))
     if not entry["found"]:
-        tell(f"give --data {entry['name']}=PATH, or put it in a folder of {datasets.VARIABLE}")
+        log(f"give --data {entry['name']}=PATH, or put it in a folder of {datasets.VARIABLE}")

@@ -99,7 +99,7 @@ def _machine() -> dict[str, Any]:
         gpu = torch.cuda.get_device_properties(index)
         machine[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB"
     if best == "cpu":
-        machine["without a GPU"] = "all at budget small runs; claims that need a GPU are not measured"
+        machine["without a GPU"] = "all at budget small runs; experiments that need a GPU are not measured"
     return machine
 
 
@@ -112,10 +112,10 @@ def _extras() -> dict[str, str]:
 
 
 def _peers() -> dict[str, str]:
-    """Each package that some claim is measured against, and who needs it where it is missing."""
+    """Each package that some experiment is measured against, and who needs it where it is missing."""
     users: dict[str, list[str]] = {}
     for slug, card in catalog.cards().items():
-        for package in {claim.package for claim in card.claims if claim.package}:
+        for package in {experiment.package for experiment in card.experiments if experiment.package}:
             users.setdefault(package, []).append(slug)
     return {
         package: "" if catalog.installed(package) else f"missing: pip install {package} (for {', '.join(slugs)})"
@@ -134,7 +134,7 @@ def _trouble(card: catalog.Card) -> str:
     try:
         for target in (*(m.layer for m in card.mechanisms), *(preset.build for preset in card.presets)):
             card.resolve(target)
-        for module in ("claims", "official", "inspection", "convert", "task"):
+        for module in ("experiments", "official", "inspection", "convert", "task"):
             if card.has(module):
                 card.resolve_module(module)
     except UserError as error:

@@ -7,7 +7,7 @@ import typer
 
 from provenn import catalog
 from provenn.catalog import Card, Preset
-from provenn.cli.app import Json, Slot, Slug, Task, app, of_the_paper, shortened, tell
+from provenn.cli.app import Json, Slot, Slug, Task, app, log, of_the_paper, shortened
 from provenn.errors import UserError
 from provenn.evidence.record import Finding
 from provenn.progress import without_controls
@@ -37,7 +37,7 @@ def list_papers(
         console.machine([_entry(card, called) for card in fitting])
         return
     if not fitting:
-        tell(shortened(f"no paper fits {words!r}; `provenn list` names all {len(known)}"))
+        log(shortened(f"no paper fits {words!r}; `provenn list` names all {len(known)}"))
         return
     rows = [
         (
@@ -77,7 +77,7 @@ def _entry(card: Card, called: dict[tuple[str, str], str]) -> dict:
 @app.command()
 def show(
     slug: Slug,
-    everything: Annotated[bool, typer.Option("--all", help="Every claim, mechanism and preset too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every experiment, mechanism and preset too.")] = False,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -107,16 +107,20 @@ def show(
     if bibtex and not json:
         print(without_controls(card.bibtex()))
         return
-    evidence = view.committed(card, tell)
-    statements = view.judged(card, evidence)
-    findings = evidence.findings(card.claims) if evidence else [Finding(card.slug, claim) for claim in card.claims]
+    evidence = view.committed(card, log)
+    claims = view.judged(card, evidence)
+    findings = (
+        evidence.findings(card.experiments)
+        if evidence
+        else [Finding(card.slug, experiment) for experiment in card.experiments]
+    )
     if json:
         console.machine(
             {
                 **card.model_dump(mode="json", exclude={"folder"}),
                 "bibtex": card.bibtex(),
                 "weights": {name: catalog.label_of_shipped(file) for name, file in card.shipped.items()},
-                "verdicts": [{"says": s.statement.says, "verdict": str(s.judgement)} for s in statements],
+                "verdicts": [{"says": s.claim.says, "verdict": str(s.judgement)} for s in claims],
                 "evidence": evidence.model_dump(mode="json", exclude_defaults=True) if evidence else None,
             }
         )
@@ -128,18 +132,18 @@ def show(
     out.print("[dim]" + console.escape(" · ".join(part for part in links if part)) + "[/]")
     if everything:
         out.print("\n" + console.escape(card.summary))
-    if statements:
-        out.print("", console.statements(statements))
-        out.print(f"\n[bold]{view.tally_of_statements(statements)}[/] of {len(statements)} statements", highlight=False)
+    if claims:
+        out.print("", console.claims(claims))
+        out.print(f"\n[bold]{view.tally_of_claims(claims)}[/] of {len(claims)} claims", highlight=False)
     if evidence:
-        out.print("[dim]measured " + console.escape("; ".join(dict.fromkeys(view.where(evidence.occasions)))) + "[/]")
-    elsewhere = evidence.at_other_settings(card.claims) if evidence else []
+        out.print("[dim]measured " + console.escape("; ".join(dict.fromkeys(view.where(evidence.runs)))) + "[/]")
+    elsewhere = evidence.at_other_settings(card.experiments) if evidence else []
     if everything:
         _everything(card, findings, elsewhere)
     out.print()
     if not everything:
-        out.print(f"provenn show {card.slug} --all       {len(card.claims)} claims, mechanisms, presets")
-    if card.claims:
+        out.print(f"provenn show {card.slug} --all       {len(card.experiments)} experiments, mechanisms, presets")
+    if card.experiments:
         out.print(f"provenn reproduce {card.slug}        measure them here")
     if card.tasks and card.presets:
         name = card.preset().name
@@ -190,7 +194,7 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
 
 
 def _everything(card: Card, findings: list[Finding], elsewhere: list[Finding]) -> None:
-    """Mechanisms, presets and every claim: under statements, the body's, ours; then what other settings gave."""
+    """Mechanisms, presets and every experiment: under claims, the body's, ours; then what other settings gave."""
     from provenn.cli import console
 
     out = console.console()
@@ -207,10 +211,10 @@ def _everything(card: Card, findings: list[Finding], elsewhere: list[Finding]) -
             for p in card.presets
         ]
         out.print("", console.table(("preset", "task", "published"), rows))
-    tables = by_origin(card, findings) | {"At other settings, which bear on no statement": elsewhere}
+    tables = by_origin(card, findings) | {"At other settings, which bear on no claim": elsewhere}
     for title, chosen in tables.items():
         if chosen:
-            out.print(f"\n[bold]{title}[/]", console.claims(chosen))
+            out.print(f"\n[bold]{title}[/]", console.experiments(chosen))
 
 
 def _no_task(preset: Preset) -> str:
@@ -218,12 +222,14 @@ def _no_task(preset: Preset) -> str:
 
 
 def by_origin(card: Card, findings: list[Finding]) -> dict[str, list[Finding]]:
-    """Claims under the abstract's statements, the others of the paper, and ours."""
-    under = {name for statement in card.statements for name in statement.claims}
+    """Experiments under the abstract's claims, the others of the paper, and ours."""
+    under = {name for claim in card.claims for name in claim.experiments}
     return {
-        "Under the abstract": [f for f in findings if f.claim.id in under],
-        "From the body of the paper": [f for f in findings if f.claim.id not in under and f.claim.origin == "paper"],
-        "Ours": [f for f in findings if f.claim.id not in under and f.claim.origin == "ours"],
+        "Under the abstract": [f for f in findings if f.experiment.id in under],
+        "From the body of the paper": [
+            f for f in findings if f.experiment.id not in under and f.experiment.origin == "paper"
+        ],
+        "Ours": [f for f in findings if f.experiment.id not in under and f.experiment.origin == "ours"],
     }
 
 
@@ -234,7 +240,7 @@ def board(
     ] = None,
     json: Json = False,
 ) -> None:
-    """All evidence at a glance: a strip of the abstract's statements a paper.
+    """All evidence at a glance: a strip of the abstract's claims a paper.
 
     \b
     provenn board
@@ -242,10 +248,10 @@ def board(
     """
     from provenn.cli import console
     from provenn.evidence import view
-    from provenn.evidence.statement import Standing
+    from provenn.evidence.claim import Standing
 
     if source is None:
-        known = {card.slug: evidence for card in catalog.cards().values() if (evidence := view.committed(card, tell))}
+        known = {card.slug: evidence for card in catalog.cards().values() if (evidence := view.committed(card, log))}
     else:
         if not source.is_dir():
             raise UserError(f"no folder at {source}: give --from the folder of a `provenn reproduce`")
@@ -256,7 +262,7 @@ def board(
                 f"{source} holds no evidence that can be read: `provenn reproduce SLUG --out {source}` writes some"
             )
         for message in unread:
-            tell(message)
+            log(message)
     cards = [card for card in catalog.cards().values() if source is None or card.slug in known]
     strips = {card.slug: view.judged(card, known.get(card.slug)) for card in cards}
     if json:
@@ -264,9 +270,8 @@ def board(
             [
                 {
                     "paper": slug,
-                    "statements": [
-                        {"says": s.statement.says, "headline": s.statement.headline, "verdict": str(s.judgement)}
-                        for s in strip
+                    "claims": [
+                        {"says": s.claim.says, "headline": s.claim.headline, "verdict": str(s.judgement)} for s in strip
                     ],
                 }
                 for slug, strip in strips.items()
@@ -277,15 +282,13 @@ def board(
         (
             f"[bold]{card.slug}[/]",
             console.escape(view.strip(strips[card.slug])),
-            console.escape(view.tally_of_statements(strips[card.slug])),
-            f"{known[card.slug].occasions[-1].date:%Y-%m-%d}"
-            if card.slug in known and known[card.slug].occasions
-            else "",
+            console.escape(view.tally_of_claims(strips[card.slug])),
+            f"{known[card.slug].runs[-1].date:%Y-%m-%d}" if card.slug in known and known[card.slug].runs else "",
         )
         for card in cards
     ]
     out = console.console()
-    out.print(console.table(("paper", console.escape("statements, [headline]"), "", "measured"), rows))
+    out.print(console.table(("paper", console.escape("claims, [headline]"), "", "measured"), rows))
     every = [each for strip in strips.values() for each in strip]
-    out.print(f"\n[bold]{len(every)} statements: {view.tally_of_statements(every)}[/]")
+    out.print(f"\n[bold]{len(every)} claims: {view.tally_of_claims(every)}[/]")
     out.print("[dim]" + ", ".join(f"{view.STANDINGS[which]} {which}" for which in Standing) + "[/]")

@@ -18,10 +18,10 @@ from provenn.cli.app import (
     Strict,
     app,
     command,
+    log,
     of_the_paper,
     resumable,
     slugs,
-    tell,
 )
 from provenn.cli.data import Places
 from provenn.cli.work import pairs
@@ -30,7 +30,7 @@ from provenn.progress import without_controls
 
 if TYPE_CHECKING:
     from provenn.evidence import Table
-    from provenn.evidence.benchmark import Timing
+    from provenn.evidence.benchmark import Speed
 
 RUN, BENCH = Path("runs/latest"), Path("runs/bench")
 SIZE, BATCHES, THREADS, FORMS = 224, "1,32", "1,2", "eager,compile,onnx"  # of --backbones
@@ -40,9 +40,11 @@ SIZE, BATCHES, THREADS, FORMS = 224, "1,32", "1,2", "eager,compile,onnx"  # of -
 def reproduce(
     slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG…", help="Papers.", autocompletion=slugs)] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every paper.")] = False,
-    claim: Annotated[
+    experiment: Annotated[
         list[str] | None,
-        typer.Option(help="Only this claim; may be given again.", autocompletion=of_the_paper("claims", "id")),
+        typer.Option(
+            help="Only this experiment; may be given again.", autocompletion=of_the_paper("experiments", "id")
+        ),
     ] = None,
     headline: Annotated[bool, typer.Option("--headline", help="Only what the abstract's headline rests on.")] = False,
     budget: Budget = "small",
@@ -57,12 +59,12 @@ def reproduce(
         ),
     ] = None,
     places: Places = None,
-    changes: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Measure at another setting, such as epochs=3 or sizes=[64,128], kept beside the claims' own; "
+            help="Measure at another setting, such as epochs=3 or sizes=[64,128], kept beside the experiments' own; "
             "repeatable.",
         ),
     ] = None,
@@ -71,11 +73,11 @@ def reproduce(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Measure papers' claims, and give each a verdict.
+    """Measure papers' experiments, and give each a verdict.
 
     \b
     provenn reproduce eca_net --headline
-    provenn reproduce craft --claim set5_x2 --budget paper --data set5=photos/Set5
+    provenn reproduce craft --experiment set5_x2 --budget paper --data set5=photos/Set5
     """
     if everything == bool(slugs):
         raise UserError("name the papers to reproduce, or give --all; `provenn list` names them")
@@ -84,13 +86,13 @@ def reproduce(
         if everything
         else [catalog.card(s) for s in dict.fromkeys(map(catalog.slug_of, slugs or []))]
     )
-    if claim and len(chosen) > 1:
-        raise UserError(f"--claim is for one paper, and {len(chosen)} were named")
-    if claim and headline:
-        raise UserError("give --claim or --headline, not both")
+    if experiment and len(chosen) > 1:
+        raise UserError(f"--experiment is for one paper, and {len(chosen)} were named")
+    if experiment and headline:
+        raise UserError("give --experiment or --headline, not both")
     if places and budget != "paper":
         raise UserError(f"--data is for --budget paper; at {budget} the data are embedded")
-    if changes and len(chosen) > 1:
+    if overrides and len(chosen) > 1:
         raise UserError(f"--set is for one paper, and {len(chosen)} were named")
     given = datasets.given_places(places or [])
     _measure(
@@ -99,7 +101,7 @@ def reproduce(
         json=json,
         jobs=jobs,
         cluster=cluster,
-        claims=claim,
+        experiments=experiment,
         headline=headline,
         budget=budget,
         seeds=seeds,
@@ -107,7 +109,7 @@ def reproduce(
         out=out,
         resume=resume,
         data=given,
-        changes=pairs(changes or [], example="epochs=3"),
+        overrides=pairs(overrides or [], example="epochs=3"),
     )
 
 
@@ -178,25 +180,25 @@ def bench(
         if value is not None:
             raise UserError(f"--{name} is of --backbones: name some as --backbones A,B, or leave --{name} out")
     papers = list(catalog.cards().values()) if slug is None else [catalog.card(slug)]
-    costs = [] if slug is None else [claim.id for claim in papers[0].claims if claim.kind == "cost"]
-    timings = _time(papers, device, smoke=budget == "smoke")
-    if not timings and not costs:
+    costs = [] if slug is None else [experiment.id for experiment in papers[0].experiments if experiment.kind == "cost"]
+    speeds = _time(papers, device, smoke=budget == "smoke")
+    if not speeds and not costs:
         who = "no paper has benchmarks or" if slug is None else f"{papers[0].slug} has neither benchmarks nor"
         raise UserError(f"{who} claims about cost; `provenn bench` without a paper times all that have benchmarks")
-    rows = [_row(paper, timing) for paper, timing in timings]
-    if timings and not json:
+    rows = [_row(paper, speed) for paper, speed in speeds]
+    if speeds and not json:
         terminal = console.console()
-        for part in console.speed(timings):
+        for part in console.speed(speeds):
             terminal.print(part, "")
         if not costs:
             terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)
     if costs:
         options: dict[str, Any] = {"budget": budget, "seeds": seeds, "device": device, "out": out, "resume": resume}
-        _measure(papers, strict=strict, json=json, speed=rows, claims=costs, **options)
+        _measure(papers, strict=strict, json=json, speed=rows, experiments=costs, **options)
     elif json:
         console.machine({"repeat": command(), "speed": rows})
-    failed = any(timing.trouble and timing.benchmark.package is None for _, timing in timings)
-    if failed or (strict and any(timing.met is False for _, timing in timings)):
+    failed = any(speed.trouble and speed.benchmark.package is None for _, speed in speeds)
+    if failed or (strict and any(speed.met is False for _, speed in speeds)):
         raise typer.Exit(1)
 
 
@@ -234,7 +236,7 @@ def _own(
     for points in kept:
         points.unlink()
     with resumable((folder / POINTS).exists), progress.shown(), alone_in(folder):
-        rows = wanted.run(folder, resume=resume, tell=tell)
+        rows = wanted.run(folder, resume=resume, log=log)
     files = [str(file) for file in wanted.save(rows, folder)]
     if json:
         console.machine({"repeat": command(), "title": wanted.title, "points": rows, "files": files})
@@ -344,7 +346,7 @@ def _latency(
             rounds=rounds,
             reference=reference,
             forms=forms,
-            tell=tell,
+            log=log,
         )
     files = [str(file) for file in told.save(out)]
     if json:
@@ -358,7 +360,7 @@ def _latency(
     terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)
 
 
-def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[str, Timing]]":
+def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[str, Speed]]":
     """Each paper's benchmarks, in the order in which the paper lists them; each is told as it ends."""
     from provenn.evidence.benchmark import benchmarks, time_benchmarks
     from provenn.reproduce import choose_device
@@ -366,44 +368,42 @@ def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[st
     device, chosen = choose_device(device), {}
     for card in papers:
         try:
-            chosen[card.slug] = benchmarks(card.resolve_module("claims")) if card.has("claims") else ()
+            chosen[card.slug] = benchmarks(card.resolve_module("experiments")) if card.has("experiments") else ()
         except UserError as error:
             if len(papers) == 1:
                 raise
-            tell(f"provenn: left out {error}")
-    count = sum(1 if smoke else len(each.race.sizes) for mine in chosen.values() for each in mine)
-    done: list[tuple[str, Timing]] = []
+            log(f"provenn: left out {error}")
+    count = sum(1 if smoke else len(each.timing.sizes) for mine in chosen.values() for each in mine)
+    done: list[tuple[str, Speed]] = []
     with progress.shown(), progress.bar("speed", count) as advance:
         for slug, mine in chosen.items():
-            timings = []
-            for timing in time_benchmarks(mine, device=device, smoke=smoke):
-                system, race = timing.benchmark.system, timing.benchmark.race
-                at = "" if timing.size is None else f" at {timing.size} {race.unit}"
-                tell(
-                    f"{slug} {race.name}: {system}{at}: {timing.trouble or f'{timing.comparison} of {timing.baseline}'}"
-                )
-                advance(1, f"{slug}: {race.name}")
-                timings.append(timing)
-            done += [(slug, timing) for each in mine for timing in timings if timing.benchmark is each]
+            speeds = []
+            for speed in time_benchmarks(mine, device=device, smoke=smoke):
+                system, timing = speed.benchmark.system, speed.benchmark.timing
+                at = "" if speed.size is None else f" at {speed.size} {timing.unit}"
+                log(f"{slug} {timing.name}: {system}{at}: {speed.trouble or f'{speed.comparison} of {speed.baseline}'}")
+                advance(1, f"{slug}: {timing.name}")
+                speeds.append(speed)
+            done += [(slug, speed) for each in mine for speed in speeds if speed.benchmark is each]
     return done
 
 
-def _row(paper: str, timing: "Timing") -> dict[str, Any]:
-    benchmark, comparison = timing.benchmark, timing.comparison
+def _row(paper: str, speed: "Speed") -> dict[str, Any]:
+    benchmark, comparison = speed.benchmark, speed.comparison
     return {
         "paper": paper,
-        "race": benchmark.race.name,
-        "setting": dict(benchmark.race.setting),
-        "unit": benchmark.race.unit,
-        "size": timing.size,
+        "timing": benchmark.timing.name,
+        "setting": dict(benchmark.timing.setting),
+        "unit": benchmark.timing.unit,
+        "size": speed.size,
         "system": benchmark.system,
-        "baseline": timing.baseline,
+        "baseline": speed.baseline,
         "ratio": None if comparison is None else comparison.ratio,
         "interval": None if comparison is None else list(comparison.interval),
         "confidence": None if comparison is None else comparison.confidence,
         "within": benchmark.within,
-        "met": timing.met,
-        "trouble": timing.trouble,
+        "met": speed.met,
+        "trouble": speed.trouble,
     }
 
 
@@ -416,7 +416,8 @@ def _measure(
     speed: Sequence[dict[str, Any]] | None = None,
     **options: Any,
 ) -> None:
-    """Measure claims, telling each as it ends, and show them; with `speed` or named claims, all tables of each.
+    """Measure experiments, telling each as it ends, and show them; with `speed` or named experiments, all tables of
+    each.
 
     `options` are those of `reproduce_many`.
     """
@@ -426,20 +427,20 @@ def _measure(
     from provenn.evidence.verdict import Verdict
     from provenn.reproduce import ERRORS, reproduce_many
 
-    for name in options.get("claims") or ():
-        papers[0].claim(name)
+    for name in options.get("experiments") or ():
+        papers[0].experiment(name)
 
     def done(finding: Finding) -> None:
         figure = finding.reason or view.ours(finding.measurement)
         setting = view.at_setting(finding)
-        line = f"{view.SYMBOLS[finding.verdict]} {finding.paper} {finding.claim.id}: {finding.verdict}; {figure}"
-        tell(f"{line}; {setting}" if setting else line)
+        line = f"{view.SYMBOLS[finding.verdict]} {finding.paper} {finding.experiment.id}: {finding.verdict}; {figure}"
+        log(f"{line}; {setting}" if setting else line)
 
     def kept() -> bool:
         return any((out / card.slug / name).exists() for card in papers for name in (EVIDENCE, LEDGER))
 
     with resumable(kept), progress.shown():
-        findings = reproduce_many(papers, out=out, tell=tell, done=done, **options)
+        findings = reproduce_many(papers, out=out, log=log, done=done, **options)
     page = report.write(out)
     failed = [finding for finding in findings if finding.measurement.failed]
     if json:
@@ -452,23 +453,23 @@ def _measure(
         for card in papers:
             mine = [finding for finding in findings if finding.paper == card.slug]
             terminal.print(f"\n[bold]{console.escape(card.title)}[/]")
-            if options.get("claims") is None and not options.get("changes"):
-                statements = view.judged(card, Evidence.read(out / card.slug / EVIDENCE))
-                measured = [each for each in statements if any(finding.record for finding in each.findings)]
-                shown = measured if options.get("headline") else statements
-                terminal.print(console.statements(shown), "")
-                if len(shown) < len(statements):
-                    rest = len(statements) - len(shown)
-                    terminal.print(f"[dim]{rest} more statements without --headline: provenn reproduce {card.slug}[/]")
+            if options.get("experiments") is None and not options.get("overrides"):
+                claims = view.judged(card, Evidence.read(out / card.slug / EVIDENCE))
+                measured = [each for each in claims if any(finding.record for finding in each.findings)]
+                shown = measured if options.get("headline") else claims
+                terminal.print(console.claims(shown), "")
+                if len(shown) < len(claims):
+                    rest = len(claims) - len(shown)
+                    terminal.print(f"[dim]{rest} more claims without --headline: provenn reproduce {card.slug}[/]")
             else:
-                terminal.print(console.claims(mine))
-            terminal.print(f"[bold]{len(mine)} claim{'s' * (len(mine) != 1)}: {view.tally(mine)}[/]")
-            if speed is not None or options.get("claims"):
+                terminal.print(console.experiments(mine))
+            terminal.print(f"[bold]{len(mine)} experiment{'s' * (len(mine) != 1)}: {view.tally(mine)}[/]")
+            if speed is not None or options.get("experiments"):
                 for finding in mine:
                     grids = list(console.details(finding.measurement))
                     if grids or finding.measurement.note:
                         note = console.escape(finding.measurement.note)
-                        terminal.print(f"[bold]{finding.claim.id}[/]  {note}\n")
+                        terminal.print(f"[bold]{finding.experiment.id}[/]  {note}\n")
                     for grid in grids:
                         terminal.print(grid, "")
         terminal.print(without_controls(f"report   {page}"), soft_wrap=True, markup=False)
@@ -476,15 +477,15 @@ def _measure(
         terminal.print(without_controls(f"records  {records}"), soft_wrap=True, markup=False)
         terminal.print(without_controls(f"repeat   {command()}"), soft_wrap=True, markup=False)
     for slug in dict.fromkeys(finding.paper for finding in failed):
-        names = ", ".join(finding.claim.id for finding in failed if finding.paper == slug)
-        tell(f"provenn: the measurement of {names} of {slug} failed; see {out / slug / ERRORS}")
+        names = ", ".join(finding.experiment.id for finding in failed if finding.paper == slug)
+        log(f"provenn: the measurement of {names} of {slug} failed; see {out / slug / ERRORS}")
     if failed or (strict and any(finding.verdict is Verdict.NOT_REPRODUCED for finding in findings)):
         raise typer.Exit(1)
 
 
 def _machine(finding: Any) -> dict[str, Any]:
     record = finding.record.model_dump(mode="json") if finding.record else None
-    return {"paper": finding.paper, **finding.claim.model_dump(mode="json"), "record": record}
+    return {"paper": finding.paper, **finding.experiment.model_dump(mode="json"), "record": record}
 
 
 @app.command()
@@ -510,7 +511,7 @@ def compare(
 
     names = [name.strip() for name in candidates.split(",") if name.strip()] if candidates is not None else None
     with resumable(lambda: out.is_dir() and any(out.iterdir()), resume=False), progress.shown():
-        result = measure(slot, names, data=data, budget=budget, seeds=seeds, device=device, out=out, tell=tell)
+        result = measure(slot, names, data=data, budget=budget, seeds=seeds, device=device, out=out, log=log)
     files = [str(file) for file in result.save(out)]
     if json:
         console.machine({"tables": [view.model_dump(mode="json") for view in result.tables], "files": files})

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from provenn import catalog
-from provenn.cli.app import app, slugs, tell
+from provenn.cli.app import app, log, slugs
 from provenn.errors import UserError
 
 
@@ -32,4 +32,4 @@ def sizes(
             counted = measure(card)
         lacking = [name for name, size in counted.presets.items() if size.uncounted]
         told = f"; not counted in full: {', '.join(lacking)}" if lacking else ""
-        tell(f"{write(card, counted)}: {len(counted.presets)} presets{told}")
+        log(f"{write(card, counted)}: {len(counted.presets)} presets{told}")

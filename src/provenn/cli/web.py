@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from provenn.cli.app import Json, app, tell
+from provenn.cli.app import Json, app, log
 from provenn.errors import UserError
-from provenn.files import check_output, whole
+from provenn.files import atomic_write, check_output
 
 if TYPE_CHECKING:  # slow to import, and not there without the extra
     from provenn.web.database import Database
@@ -108,17 +108,17 @@ def serve(
         from provenn.web.static_copy import export as write
 
         count = write(export, settings)
-        tell(f"provenn: {count} files are in {export}; feeds and JSON say that they are at {settings.url}")
+        log(f"provenn: {count} files are in {export}; feeds and JSON say that they are at {settings.url}")
         return
     settings.keep_private()
-    tell(f"provenn: the catalogue is at {settings.url} (Ctrl-C ends it)")
+    log(f"provenn: the catalogue is at {settings.url} (Ctrl-C ends it)")
     at = f"; the digest goes at {settings.digest_at} UTC" if settings.digest_at else ""
-    tell(f"provenn: {mail.route(settings)}{at}")
+    log(f"provenn: {mail.route(settings)}{at}")
     limits = ConnectionLimits(
         connections, client_connections, header_seconds, body_seconds, stall_seconds, least_rate, idle_seconds
     ).fitting()
     if limits.connections < connections:
-        tell(f"provenn: at most {limits.connections} connections at once, by the limit on open files (`ulimit -n`)")
+        log(f"provenn: at most {limits.connections} connections at once, by the limit on open files (`ulimit -n`)")
     options = {
         "host": host,
         "port": port,
@@ -145,8 +145,8 @@ def serve(
     # Each process makes its own application, from the environment. A demo is kept by one of them, and the next request
     # about it would come to another.
     if settings.demos:
-        tell("provenn: several processes cannot share demos, so papers cannot be tried here; --workers 1 has them")
-    tell(f"provenn: limits count in each process by itself, so that they are up to {workers} times as high")
+        log("provenn: several processes cannot share demos, so papers cannot be tried here; --workers 1 has them")
+    log(f"provenn: limits count in each process by itself, so that they are up to {workers} times as high")
     os.environ |= {"PROVENN_HOME": str(settings.home), "PROVENN_URL": settings.url, "PROVENN_DEMOS": "false"}
     os.environ["PROVENN_HOSTS"] = hosts
     settings.signing_key()  # drawn once, before two of them would
@@ -206,7 +206,7 @@ def digest(
             return
         tally = mails.run(site, day, frequencies)
     for trouble in tally.troubles:
-        tell(f"provenn: {trouble}")
+        log(f"provenn: {trouble}")
     if tally.down:
         raise UserError(f"digest of {day}: {tally}: {tally.down}")
     typer.echo(f"digest of {day}: {tally}")
@@ -242,7 +242,7 @@ def list_rows(what: What, home: Home = None, json: Json = False) -> None:
         cells = [[console.escape(_cell(value)) for value in row.values()] for row in rows]
         console.console().print(console.table([name.replace("_", " ") for name in rows[0]], cells))
     else:
-        tell(f"there are no {what.value}")
+        log(f"there are no {what.value}")
 
 
 @page.command()
@@ -292,12 +292,12 @@ def export(
         count = 0
         with (
             database.reading() as session,
-            whole(file, mode=0o600) as place,
+            atomic_write(file, mode=0o600) as place,
             place.open("w", encoding="utf-8") as lines,
         ):
             for count, row in enumerate(accounts.every_row(session), start=1):  # noqa: B007
                 lines.write(text_of.dumps(row, ensure_ascii=False) + "\n")
-    tell(f"{count} rows are in {file}")
+    log(f"{count} rows are in {file}")
 
 
 @page.command()
@@ -326,7 +326,7 @@ def delete(
         count += mail.forget(Settings.read(home=home), email)  # after the rows of mails that would become files
     if not count:
         raise UserError(f"nobody is known by {who!r}; `provenn page list people` names them all")
-    tell(f"{email} is deleted, with everything that was theirs")
+    log(f"{email} is deleted, with everything that was theirs")
 
 
 @contextmanager
@@ -359,7 +359,7 @@ def _set_hidden(number: int, home: Path | None, hidden: bool) -> None:
         with database.session() as session:
             if not 0 < number <= models.MOST or not opinions.hide(session, number, hidden):
                 raise UserError(f"there is no comment {number}; `provenn page list comments` names them all")
-    tell(f"comment {number} is {'hidden' if hidden else 'shown'}")
+    log(f"comment {number} is {'hidden' if hidden else 'shown'}")
 
 
 def _decide(arxiv: str, home: Path | None, approved: bool) -> None:
@@ -370,4 +370,4 @@ def _decide(arxiv: str, home: Path | None, approved: bool) -> None:
         with database.session() as session:
             if not opinions.decide(session, number, approved):
                 raise UserError(f"nobody suggested {number}; `provenn page list suggestions` names them all")
-    tell(f"arXiv:{number} is {'approved' if approved else 'declined'}")
+    log(f"arXiv:{number} is {'approved' if approved else 'declined'}")

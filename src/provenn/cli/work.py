@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from provenn import catalog, progress
-from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, resumable, tell
+from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, log, resumable
 from provenn.errors import UserError
 from provenn.files import is_stdout
 from provenn.progress import without_controls
@@ -55,7 +55,7 @@ def train(
             "weight_decay=0.05, decay_vectors=false, mixup=0.8, rand_augment=9, layer_decay=0.65; repeatable.",
         ),
     ] = None,
-    changes: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
@@ -140,7 +140,7 @@ def train(
             save_every=save_every,
             keep_best=keep_best,
             logger=logger,
-            changes={**pairs(changes or []), **({"skip_broken": True} if skip_broken else {})},
+            overrides={**pairs(overrides or []), **({"skip_broken": True} if skip_broken else {})},
             recipe={
                 **pairs(recipe or [], "--recipe", "ema=0.999"),
                 **{name: value for name, value in named.items() if value is not None},
@@ -174,15 +174,15 @@ def _in_words(work: "Kind", summary: dict[str, Any]) -> str:
     """What a training reached beside who has learned nothing, and what to do where that is no less."""
     from provenn.evidence.view import number
 
-    reached, trivial = summary["metrics"][work.metric], summary["trivial"]
+    reached, dummy_baseline = summary["metrics"][work.metric], summary["dummy_baseline"]
     name, count = work.metric.replace("_", " "), summary["tested_on"]
     says = f"{name} {number(reached)} on {count:,} test example{'s' * (count != 1)}"
-    guess = f"{number(trivial)} of who has learned nothing"
-    if not (reached > trivial if work.higher_is_better else reached < trivial):
+    guess = f"{number(dummy_baseline)} of who has learned nothing"
+    if not (reached > dummy_baseline if work.higher_is_better else reached < dummy_baseline):
         steps = summary["steps"]
         more = f"train longer than {steps:,} step{'s' * (steps != 1)}, on more data, or with another --lr"
         return f"{says}, no better than the {guess}: {more}"
-    if name == "accuracy" and reached - trivial < 2 * (trivial * (1 - trivial) / count) ** 0.5:
+    if name == "accuracy" and reached - dummy_baseline < 2 * (dummy_baseline * (1 - dummy_baseline) / count) ** 0.5:
         return f"{says}, too few to tell it from the {guess}: train on more data"
     return f"{says}, beside the {guess}"
 
@@ -227,10 +227,10 @@ def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed:
         from provenn.api import Paper
 
         if Paper(card).is_parameter_free(preset):
-            tell(f"{card.preset(preset).name} has no parameters: it is used as it is built")
+            log(f"{card.preset(preset).name} has no parameters: it is used as it is built")
             return True
     file = card.shipped_weights(preset)
-    tell(f"with the weights that ship: {file.stem}, {catalog.shipped_in_words(file)}")
+    log(f"with the weights that ship: {file.stem}, {catalog.shipped_in_words(file)}")
     return True
 
 
@@ -255,7 +255,7 @@ def predict(
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Of segmentation: beside each mask the image with its classes in colour.")
     ] = False,
-    changes: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
@@ -273,7 +273,7 @@ def predict(
     from provenn import api
 
     slug, weights = _named(slug, weights)
-    options = {**pairs(changes or []), **({} if reference is None else {"reference": reference})}
+    options = {**pairs(overrides or []), **({} if reference is None else {"reference": reference})}
     options |= {"overlay": True} if overlay else {}
     streamed = False
 
@@ -288,7 +288,7 @@ def predict(
     with progress.shown():
         _say_what_ships(slug, weights, preset)
         text = api.predict(
-            slug, inputs or [], weights=weights, preset=preset, output=output, changes=options, tell=tell_piece
+            slug, inputs or [], weights=weights, preset=preset, output=output, overrides=options, log=tell_piece
         )
     print("" if streamed else without_controls(text), file=said)
 
@@ -307,7 +307,7 @@ def evaluate(
         ),
     ] = "auto",
     seed: Annotated[int | None, typer.Option(min=0, help="Of the split; by default the training's.")] = None,
-    changes: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
@@ -347,7 +347,7 @@ def evaluate(
             seed=seed,
             device=device,
             batch_size=batch_size,
-            changes=pairs(changes or []),
+            overrides=pairs(overrides or []),
         )
     files = evaluation.save(out) if out is not None else []
     if json:
@@ -390,7 +390,7 @@ def inspect(
         if output is not None:
             inspected.save(output)
     if weights is None and not _say_what_ships(slug, weights, preset, needed=False):
-        tell("the weights are random, nothing was learned: give some with --weights")
+        log("the weights are random, nothing was learned: give some with --weights")
     if json:
         layers = {name: row.tolist() for name, row in inspected.layers.items()}
         console.machine({"title": inspected.title, "caption": inspected.caption, "layers": layers})

@@ -34,7 +34,7 @@ def compare(
     seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
     device: str = "auto",
     out: str | Path = "runs/compare",
-    tell: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> SlotComparison:
     """Train each candidate of a slot in the same host, with the same recipe, data, seeds and tuning of the rate.
 
@@ -51,7 +51,7 @@ def compare(
         seeds: how many, or which.
         device: auto, cpu, cuda, mps or a torch device.
         out: folder of the finished trainings.
-        tell: is given messages for the user.
+        log: is given messages for the user.
 
     Raises:
         UserError: an unknown slot, candidate, budget, device or data set, or a candidate that does not fit the host.
@@ -61,7 +61,7 @@ def compare(
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     chosen_seeds = choose_seeds(seeds)
-    chosen = _choose(slot, host, candidates, tell)
+    chosen = _choose(slot, host, candidates, log)
     device = choose_device(device)
     task = get_task(host.task)
     loaded = task.load(data, **host.sizes)
@@ -77,14 +77,14 @@ def compare(
     with alone_in(folder / topic):
         ledger, trouble = read_or_set_aside(Ledger, folder / topic / LEDGER, topic)
         if trouble:
-            tell(trouble)
+            log(trouble)
         size = cast(Budget, budget)
         run = Run(topic, folder, budget=size, seeds=chosen_seeds, device=device, ledger=ledger, reuse=True)
         study = Study(
             f"{slot} on {data}",
             task,
             data=lambda seed, smoke: loaded,
-            arms={name: (name, factory) for name, (factory, _) in chosen.items()},
+            variants={name: (name, factory) for name, (factory, _) in chosen.items()},
             build=partial(_build_model, host),
             recipe=recipe,
             smoke=host.recipe["smoke"],
@@ -99,7 +99,7 @@ def compare(
             for name, (factory, _) in chosen.items():
                 trials = study.trials(run, name)
                 qualities[name] = [trial[task.metric] for trial in trials]
-                _tell_diverged(trials, name, run, tell)
+                _tell_diverged(trials, name, run, log)
                 build = partial(host.build, factory, loaded.options)
                 build_reference = (
                     None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
@@ -113,7 +113,7 @@ def compare(
                 if host.more:
                     reference_mixer = (reference, chosen[reference][0])
                     recalled = recall.trials(run, name)
-                    _tell_diverged(recalled, f"{name}, recall", run, tell)
+                    _tell_diverged(recalled, f"{name}, recall", run, log)
                     context[name] = {
                         "recall": [{"by_distance": [], **trial, "curve": None} for trial in recalled],
                         **language.context_costs(run, name, factory, reference=reference_mixer, options=loaded.options),
@@ -154,7 +154,7 @@ def compare(
 
 
 def _choose(
-    slot: str, host: Host, names: Sequence[str] | None, tell: Callable[[str], None]
+    slot: str, host: Host, names: Sequence[str] | None, log: Callable[[str], None]
 ) -> dict[str, tuple[Factory, str]]:
     """Each candidate's factory, and the slug of its paper (none for a baseline)."""
     baselines = host.baselines()
@@ -169,7 +169,7 @@ def _choose(
             broken[name] = error
     if names is None:
         for name, trouble in broken.items():
-            tell(f"{name} is left out: {trouble}")
+            log(f"{name} is left out: {trouble}")
     requested = known if names is None else [n if n in known else first_mechanism(n, mechanisms) for n in names]
     chosen = list(dict.fromkeys(requested))
     chosen.sort(key=lambda name: name != next(iter(baselines)))  # the reference comes first
@@ -189,10 +189,10 @@ def _build_model(host: Host, factory: Factory, **options: Any) -> nn.Module:
     return host.build(factory, options)
 
 
-def _tell_diverged(trials: Sequence[dict[str, Any]], name: str, run: Run, tell: Callable[[str], None]) -> None:
+def _tell_diverged(trials: Sequence[dict[str, Any]], name: str, run: Run, log: Callable[[str], None]) -> None:
     for trial, seed in zip(trials, run.seeds):
         if trial.get("diverged"):
-            tell(f"{name}, seed {seed}: the training diverged; it counts as the trivial predictor")
+            log(f"{name}, seed {seed}: the training diverged; it counts as the dummy baseline")
 
 
 def _cost(

@@ -81,7 +81,7 @@ def recall_study(candidates: Mapping[str, Factory], budget: str) -> Study:
         "recall",
         "recall",
         data=recall_data,
-        arms={name: (name, factory) for name, factory in candidates.items()},
+        variants={name: (name, factory) for name, factory in candidates.items()},
         build=lookup_model,
         recipe=replace(_ADAMW, max_steps=RECALL_STEPS[budget]),
         lrs=LRS,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from provenn import progress
 from provenn.errors import UserError
-from provenn.files import output_suffix, whole
+from provenn.files import atomic_write, output_suffix
 from provenn.inputs import check_file
 
 UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg", ".ico", ".tga", ".exr", ".dng")
@@ -161,7 +161,7 @@ def write_image(file: Path, picture: Picture) -> None:
     channels = picture.colour[..., :1] if picture.grey else picture.colour
     if picture.alpha is not None:
         channels = np.concatenate([channels, picture.alpha[..., None]], axis=-1)
-    with whole(file, suffix=output_suffix(file, ".png")) as place:
+    with atomic_write(file, suffix=output_suffix(file, ".png")) as place:
         if not picture.deep:
             image = Image.fromarray(channels.squeeze(-1) if channels.shape[-1] == 1 else channels)
             options: dict[str, Any] = {"quality": 95} if place.suffix in (".jpg", ".jpeg", ".webp") else {}

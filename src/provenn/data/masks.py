@@ -16,7 +16,7 @@ from PIL import Image, ImageColor
 from provenn import progress
 from provenn.data.images import SUFFIXES, images_in
 from provenn.errors import UserError
-from provenn.files import output_suffix, whole
+from provenn.files import atomic_write, output_suffix
 from provenn.inputs import check_file, read_text
 
 IGNORED = 255  # of a mask: not trained on and not judged
@@ -304,7 +304,7 @@ def write_mask(file: Path, mask: UInt8[np.ndarray, "height width"], colours: Seq
     image = Image.fromarray(mask)
     # All 256: of a shorter palette a PNG keeps fewer bits a pixel, in which 255 does not fit.
     image.putpalette([value for colour in [*colours, *[(0, 0, 0)] * 256][:256] for value in colour])
-    with whole(file, suffix=".png") as place:
+    with atomic_write(file, suffix=".png") as place:
         image.save(place)
 
 

@@ -20,7 +20,7 @@ from provenn.data.dates import is_date
 from provenn.data.frames import ENGINES, check_engines, read_frame, write_frame
 from provenn.data.numerals import Decimal, decimal_of, fill_holes, is_hole, is_number, parse
 from provenn.errors import UserError
-from provenn.files import output_suffix, whole
+from provenn.files import atomic_write, output_suffix
 from provenn.inputs import encoding_of, read_bytes
 
 Separator = Literal[",", ";", "|", "tab", "space"]
@@ -357,7 +357,7 @@ def write_table(
     names, cells = [str(_harmless(name)) for name in columns], [[_harmless(c) for c in row] for row in rows]
     kind = output_suffix(file, ".csv")
     if kind in ENGINES:
-        with whole(file) as place:
+        with atomic_write(file) as place:
             write_frame(place, names, cells)
         return
     style = style or Style()
@@ -371,7 +371,7 @@ def write_table(
         content = text.getvalue().encode(style.encoding)
     except UnicodeEncodeError:
         content = text.getvalue().encode("utf-8", "replace")  # a file's name may be of bytes that are no letters
-    with whole(file) as place:
+    with atomic_write(file) as place:
         place.write_bytes(content)
 
 

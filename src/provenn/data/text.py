@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.inputs import parse_json, read_text
 from provenn.progress import quiet_loggers
 
@@ -157,7 +157,7 @@ def written(file: Path) -> Iterator[TextIO]:
     Raises:
         UserError: a folder of that name, or no place for a file.
     """
-    with whole(file) as place, place.open("w", encoding="utf-8") as handle:
+    with atomic_write(file) as place, place.open("w", encoding="utf-8") as handle:
         yield handle
 
 

@@ -1,4 +1,4 @@
-"""Claims become measurements, measurements become records, and one function gives each verdict.
+"""Experiments become measurements, measurements become records, and one function gives each verdict.
 
 Names are loaded when they are asked for: records are read without torch.
 """
@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from provenn.evidence.benchmark import Benchmark
-    from provenn.evidence.claim import measures
+    from provenn.evidence.claim import judge
+    from provenn.evidence.experiment import measures
     from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
-    from provenn.evidence.race import Race
     from provenn.evidence.record import Evidence, Finding, Record
     from provenn.evidence.run import Run
-    from provenn.evidence.statement import judge
     from provenn.evidence.study import Drawing, Study
     from provenn.evidence.sweep import Point, Sweep
+    from provenn.evidence.timing import Timing
     from provenn.evidence.verdict import Verdict, decide
 
 HOMES = {
     "benchmark": ("Benchmark",),
-    "claim": ("measures",),
+    "experiment": ("measures",),
     "measurement": ("Measurement", "Picture", "Series", "Skill", "Table"),
-    "race": ("Race",),
+    "timing": ("Timing",),
     "record": ("Evidence", "Finding", "Record"),
     "run": ("Run",),
-    "statement": ("judge",),
+    "claim": ("judge",),
     "study": ("Drawing", "Study"),
     "sweep": ("Point", "Sweep"),
     "verdict": ("Verdict", "decide"),
@@ -39,7 +39,6 @@ __all__ = [
     "Measurement",
     "Picture",
     "Point",
-    "Race",
     "Record",
     "Run",
     "Series",
@@ -47,6 +46,7 @@ __all__ = [
     "Study",
     "Sweep",
     "Table",
+    "Timing",
     "Verdict",
     "decide",
     "judge",

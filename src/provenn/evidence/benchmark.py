@@ -1,4 +1,4 @@
-"""Speed as `provenn bench` prints it: a race's runner beside what it is to keep up with, at every size."""
+"""Speed as `provenn bench` prints it: a timing's runner beside what it is to keep up with, at every size."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,37 +8,37 @@ from types import ModuleType
 from provenn.bench import Comparison, interleaved
 from provenn.catalog import installed
 from provenn.errors import UserError
-from provenn.evidence.race import SECONDS, Race
+from provenn.evidence.timing import SECONDS, Timing
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One runner's time over another's, at every size of a race; no claim, and nothing is recorded.
+    """One runner's time over another's, at every size of a timing; no experiment, and nothing is recorded.
 
     Args:
-        race: of quantity "time".
+        timing: of quantity "time".
         system: the label of the runner that is looked at.
         baseline: the label of the runner that it is held against; of several, the quickest at each size.
         within: the ratio that is asked for, at most; None where none is.
         package: somebody else's, that the baseline imports, as pip names it; without it nothing is timed.
 
     Raises:
-        ValueError: a race of another quantity, a runner that does not exist, or `within` not above 0.
+        ValueError: a timing of another quantity, a runner that does not exist, or `within` not above 0.
     """
 
-    race: Race
+    timing: Timing
     system: str
     baseline: str | tuple[str, ...]
     within: float | None = None
     package: str | None = None
 
     def __post_init__(self) -> None:
-        if self.race.quantity != "time":
-            raise ValueError(f"{self.race.name}: a benchmark is of time, got a race of {self.race.quantity}")
+        if self.timing.quantity != "time":
+            raise ValueError(f"{self.timing.name}: a benchmark is of time, got a timing of {self.timing.quantity}")
         for label in self.baselines:
-            self.race.against(self.system, label)  # which refuses a label that no runner has
+            self.timing.against(self.system, label)  # which refuses a label that no runner has
         if self.within is not None and not self.within > 0:
-            raise ValueError(f"{self.race.name}: within must be above 0, got {self.within}")
+            raise ValueError(f"{self.timing.name}: within must be above 0, got {self.within}")
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -52,11 +52,11 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Timing:
+class Speed:
     """What a benchmark gave at one size.
 
     Args:
-        size: of the race; None where nothing could be timed at any.
+        size: of the timing; None where nothing could be timed at any.
         baseline: the runner that it was held against there.
         comparison: the system's time over the baseline's; None where there is none.
         trouble: why there is none.
@@ -79,7 +79,7 @@ class Timing:
 
 
 def benchmarks(module: ModuleType) -> tuple[Benchmark, ...]:
-    """The `BENCHMARKS` of a paper's `claims.py`; none where it has no such list.
+    """The `BENCHMARKS` of a paper's `experiments.py`; none where it has no such list.
 
     Raises:
         UserError: something else stands among them.
@@ -91,41 +91,41 @@ def benchmarks(module: ModuleType) -> tuple[Benchmark, ...]:
     return listed
 
 
-def time_benchmarks(chosen: Sequence[Benchmark], *, device: str = "cpu", smoke: bool = False) -> Iterator[Timing]:
-    """Time benchmarks, race by race and size by size: in CPU time of one thread, or by the clock of a GPU.
+def time_benchmarks(chosen: Sequence[Benchmark], *, device: str = "cpu", smoke: bool = False) -> Iterator[Speed]:
+    """Time benchmarks, timing by timing and size by size: in CPU time of one thread, or by the clock of a GPU.
 
-    The runners of a race take turns, and each runs once for all benchmarks that name it. One that fails ends those that
-    name it, and no others.
+    The runners of a timing take turns, and each runs once for all benchmarks that name it. One that fails ends those
+    that name it, and no others.
 
     Args:
-        chosen: what to time; one whose package is not installed gives a single timing that says so.
+        chosen: what to time; one whose package is not installed gives a single speed that says so.
         device: where.
         smoke: two rounds of the first size: the path works, and nothing is decided.
     """
-    for race in {id(each.race): each.race for each in chosen}.values():
-        waiting = [each for each in chosen if each.race is race]
+    for timing in {id(each.timing): each.timing for each in chosen}.values():
+        waiting = [each for each in chosen if each.timing is timing]
         for each in [each for each in waiting if each.lacks is not None]:
             words = f"{each.lacks} is not installed: pip install {each.lacks}"
-            yield Timing(each, None, " or ".join(each.baselines), None, words)
+            yield Speed(each, None, " or ".join(each.baselines), None, words)
             waiting.remove(each)
-        for size in race.sizes[:1] if smoke else race.sizes:
+        for size in timing.sizes[:1] if smoke else timing.sizes:
             calls: dict[str, Callable[[], object]] = {}
             for each in list(waiting):
                 for label in (each.system, *each.baselines):
                     try:
                         if label not in calls:
-                            call = race.runners[label](size, device)
+                            call = timing.runners[label](size, device)
                             call()
                             calls[label] = call
                     except Exception as error:  # of somebody else's package, as a rule
                         words = f"{label} failed: {type(error).__name__}: {' '.join(str(error).split())}"
-                        yield Timing(each, size, " or ".join(each.baselines), None, words)
+                        yield Speed(each, size, " or ".join(each.baselines), None, words)
                         waiting.remove(each)
                         break
             if not calls:
                 break
-            rounds, shortest = (2, 0.0) if smoke else (race.rounds, SECONDS)
+            rounds, shortest = (2, 0.0) if smoke else (timing.rounds, SECONDS)
             seconds = interleaved(calls, rounds=rounds, device=device, min_time=shortest)
             for each in waiting:
                 quickest = min(each.baselines, key=lambda label: median(seconds[label]))
-                yield Timing(each, size, quickest, Comparison.of(seconds[each.system], seconds[quickest]))
+                yield Speed(each, size, quickest, Comparison.of(seconds[each.system], seconds[quickest]))

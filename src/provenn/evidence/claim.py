@@ -1,53 +1,77 @@
-"""Ties what measures, in a paper's `claims.py`, to the claims in its `paper.toml`."""
+"""What a claim of the abstract comes to: a pure function of the verdicts of the experiments that bear on it."""
 
-from collections.abc import Callable
-from functools import partial
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple
 
-from provenn.settings import defaults_of
+from provenn.evidence.verdict import NO_VERDICT, Verdict
 
-if TYPE_CHECKING:
-    from provenn.evidence.measurement import Measurement
-    from provenn.evidence.run import Run
-
-Measure = Callable[["Run"], "Measurement"]
-F = TypeVar("F", bound=Callable)
+PROVED = {Verdict.HOLDS, Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS}
 
 
-def measures(claim: str) -> Callable[[F], F]:
-    """Mark a function `(run: Run) -> Measurement` as the one that measures `claim`."""
+class Standing(StrEnum):
+    """The verdict of a claim, from those of its experiments."""
 
-    def mark(function: F) -> F:
-        function.measures = claim  # type: ignore[attr-defined]  # functions take attributes, their type does not say so
-        return function
-
-    return mark
-
-
-def measuring_functions(module: ModuleType) -> dict[str, Measure]:
-    """What measures each claim: the module's `CLAIMS`, read off studies and races, and its marked functions."""
-    functions: dict[str, Measure] = dict(getattr(module, "CLAIMS", {}))
-    for function in vars(module).values():
-        claim = getattr(function, "measures", None)
-        if not isinstance(claim, str) or getattr(function, "__module__", None) != module.__name__:
-            continue
-        if claim in functions:
-            raise ValueError(f"{module.__name__}: the claim {claim!r} is measured by two functions")
-        functions[claim] = function
-    return functions
+    REPRODUCED = "reproduced"
+    HOLDS_HERE = "holds here"
+    PARTLY = "partly"
+    OPEN = "open"
+    NOT_HERE = "not here"
+    NOT_MEASURED = "not measured"
 
 
-def settable(measure: Measure) -> dict[str, Any]:
-    """What `provenn reproduce --set` may change of what measures a claim, by name, and its type.
+class Outcome(NamedTuple):
+    """An experiment's kind and verdict, whether it was measured at the paper's setting, and why there is no verdict."""
 
-    Of a function these are its arguments that have a default; a claim that is read off an experiment asks that.
+    kind: str
+    verdict: Verdict
+    at_paper_setting: bool = False
+    reason: str = ""
+
+
+class Judgement(NamedTuple):
+    """A claim's standing; of `asked` experiments that were measured, `held` hold; or what is missing."""
+
+    standing: Standing
+    held: int = 0
+    asked: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.standing is Standing.PARTLY:
+            return f"partly, {self.held} of {self.asked}"
+        if self.standing is Standing.NOT_MEASURED and self.reason:
+            return f"not measured: {self.reason}"
+        return str(self.standing)
+
+
+def judge(kind: str, needs: str, outcomes: Sequence[Outcome]) -> Judgement:
+    """The standing of a claim of that kind.
+
+    Only what was measured counts, and what was measured at the paper's setting beats what was measured smaller. A
+    claim about quality is not settled by counts and identities alone: they can speak against it, not for it. Then:
+
+    - all experiments hold: reproduced where each does at the paper's setting, else holds here;
+    - some hold: partly; none holds and some interval lies wholly elsewhere: not here; none decides: open.
     """
-    ask_experiment: Callable[[], dict[str, Any]] | None = getattr(measure, "settable", None)
-    return defaults_of(measure) if ask_experiment is None else ask_experiment()
+    measured = [outcome for outcome in outcomes if outcome.verdict not in NO_VERDICT]
+    deciding = [outcome for outcome in measured if kind != "quality" or outcome.kind == "quality"]
+    if not deciding:
+        reasons = [_why(outcome) for outcome in outcomes if outcome.reason]
+        return Judgement(Standing.NOT_MEASURED, reason=f"needs {needs}" if needs else next(iter(reasons), ""))
+    at_paper = [o for o in deciding if o.kind != "exact" and o.at_paper_setting]
+    if at_paper:
+        measured = [o for o in measured if o.at_paper_setting or o.kind == "exact"]
+    holding = sum(outcome.verdict in PROVED for outcome in measured)
+    against = sum(outcome.verdict is Verdict.NOT_REPRODUCED for outcome in measured)
+    if holding == len(measured):
+        full = all(o.verdict in (Verdict.HOLDS, Verdict.REPRODUCED) for o in measured)
+        return Judgement(Standing.REPRODUCED if full else Standing.HOLDS_HERE, holding, holding)
+    if holding:
+        return Judgement(Standing.PARTLY, holding, len(measured))
+    return Judgement(Standing.NOT_HERE if against else Standing.OPEN, 0, len(measured))
 
 
-def varied(measure: Measure, changes: dict[str, Any]) -> Measure:
-    """The same measurement at another setting."""
-    vary_experiment: Callable[..., Measure] | None = getattr(measure, "varied", None)
-    return partial(measure, **changes) if vary_experiment is None else vary_experiment(**changes)
+def _why(outcome: Outcome) -> str:
+    """Why there is no verdict; what device or build lack is named."""
+    return outcome.reason if outcome.verdict is Verdict.NOT_MEASURED else f"{outcome.verdict} {outcome.reason}"

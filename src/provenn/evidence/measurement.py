@@ -88,15 +88,15 @@ class Picture(Part):
 
 
 class Skill(Part):
-    """What an arm reached, seed by seed, beside what the trivial predictor reaches on the same data.
+    """What a variant reached, seed by seed, beside what the dummy baseline reaches on the same data.
 
-    `may_guess` is the paper's reason why this arm cannot learn the task; without one, an arm that does not beat the
-    trivial predictor shows nothing.
+    `may_guess` is the paper's reason why this variant cannot learn the task; without one, a variant that does not
+    beat the dummy baseline shows nothing.
     """
 
-    arm: str
+    variant: str
     values: list[float]
-    trivial: list[float]
+    dummy_baseline: list[float]
     higher_is_better: bool
     may_guess: str = ""
 
@@ -104,7 +104,8 @@ class Skill(Part):
 class Measurement(Part):
     """An effect, its interval, and all that is needed to repeat it. Build it with one of the class methods.
 
-    The effect is what a claim's region is about: a difference, a ratio or a value. A missing interval means that the
+    The effect is what an experiment's region is about: a difference, a ratio or a value. A missing interval means
+    that the
     data cannot give one, and then there is no verdict. `estimator` names how effect and interval follow from `values`
     and `baselines`, so that both can be computed again; `sides` are the labels of the two.
     """
@@ -157,7 +158,7 @@ class Measurement(Part):
 
     @classmethod
     def holds(cls, truth: bool, detail: str = "", **more: Any) -> "Measurement":
-        """A statement that was checked and is true or false."""
+        """A claim that was checked and is true or false."""
         number = float(bool(truth))
         more = {"at_paper_setting": True, "note": detail, **more}
         return cls(
@@ -207,7 +208,7 @@ class Measurement(Part):
 
     @classmethod
     def ratio(cls, system: Sequence[Number], baseline: Sequence[Number], **more: Any) -> "Measurement":
-        """System against baseline, pair by pair: the median ratio. Of clocks see `Race`."""
+        """System against baseline, pair by pair: the median ratio. Of clocks see `Timing`."""
         return cls.of("ratio", system, baseline, **more)
 
     @classmethod

@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from provenn.catalog import Claim
+from provenn.catalog import Experiment
 from provenn.errors import UserError
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
-from provenn.files import whole
+from provenn.files import atomic_write
 
-SCHEMA_VERSION = 3
-PLAIN_VERSION = 2  # of a file without what came with version 3: outcomes of a device, and changed settings
+SCHEMA_VERSION = 4  # since provenn 0.2; older files are rewritten by scripts/migrate_records.py
+OLDEST_VERSION = 2  # of provenn 0.1's files that do not name theirs
 WIDEST = 200  # characters of a mapping that stands on one line
 EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"
 
@@ -39,8 +39,8 @@ class Environment(BaseModel):
     commit: str = ""
 
 
-class Occasion(BaseModel):
-    """What all claims that were measured together share."""
+class RecordedRun(BaseModel):
+    """What all experiments that were measured together share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,19 +50,19 @@ class Occasion(BaseModel):
 
 
 class Record(BaseModel):
-    """A measurement with its verdict. What the claim says stands in `paper.toml`; `expects` is the region it was held
-    to.
+    """A measurement with its verdict. What the experiment says stands in `paper.toml`; `expects` is the region it was
+    held to.
 
-    `code` is a checksum of what measured it, `occasion` the place in the evidence's list. `changes` is what was set
-    otherwise than the claim's own setting: such a record stands beside the claim's, never for it, and bears on no
-    statement.
+    `code` is a checksum of what measured it, `run` the place in the evidence's list. `overrides` is what was set
+    otherwise than the experiment's own setting: such a record stands beside the experiment's, never for it, and bears
+    on no claim.
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    claim: str
-    occasion: int = 0
-    changes: dict[str, Any] = {}
+    experiment: str
+    run: int = 0
+    overrides: dict[str, Any] = {}
     verdict: Verdict
     reason: str = ""
     expects: str = ""
@@ -74,22 +74,22 @@ class Record(BaseModel):
     @classmethod
     def of(
         cls,
-        claim: Claim,
+        experiment: Experiment,
         measurement: Measurement,
         *,
         budget: str,
-        changes: dict[str, Any] | None = None,
+        overrides: dict[str, Any] | None = None,
         **more: Any,
     ) -> "Record":
         """A measurement with its verdict, its curves thinned; at a changed setting it is not at the paper's."""
-        if changes:
+        if overrides:
             measurement = measurement.model_copy(update={"at_paper_setting": False})
-        verdict, reason = decide(claim, measurement, budget=budget, changed=bool(changes))
-        region = region_of(claim, measurement)
+        verdict, reason = decide(experiment, measurement, budget=budget, changed=bool(overrides))
+        region = region_of(experiment, measurement)
         thinned = [line.thinned() for line in measurement.series]
         return cls(
-            claim=claim.id,
-            changes=plain(changes or {}),
+            experiment=experiment.id,
+            overrides=plain(overrides or {}),
             verdict=verdict,
             reason=reason,
             expects="" if region is None else str(region),
@@ -97,20 +97,15 @@ class Record(BaseModel):
             **more,
         )
 
-    @property
-    def needs_version_3(self) -> bool:
-        """Whether an older provenn could not read it."""
-        return bool(self.changes) or self.verdict in (Verdict.UNSUPPORTED, Verdict.OUT_OF_MEMORY)
-
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim of a paper and what came of it: what views show. Without a record, nobody has measured it."""
+    """An experiment of a paper and what came of it: what views show. Without a record, nobody has measured it."""
 
     paper: str
-    claim: Claim
+    experiment: Experiment
     record: Record | None = None
-    occasion: Occasion | None = None
+    run: RecordedRun | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -122,12 +117,16 @@ class Finding:
         """Why there is no verdict."""
         if self.record is not None:
             return self.record.reason
-        return f"needs {self.claim.lacks}" if self.claim.lacks else f"needs a run: provenn reproduce {self.paper}"
+        return (
+            f"needs {self.experiment.lacks}"
+            if self.experiment.lacks
+            else f"needs a run: provenn reproduce {self.paper}"
+        )
 
     @property
-    def changes(self) -> dict[str, Any]:
-        """What was set otherwise than the claim's own setting."""
-        return {} if self.record is None else self.record.changes
+    def overrides(self) -> dict[str, Any]:
+        """What was set otherwise than the experiment's own setting."""
+        return {} if self.record is None else self.record.overrides
 
     @property
     def measurement(self) -> Measurement:
@@ -136,13 +135,13 @@ class Finding:
 
 
 class Evidence(BaseModel):
-    """What was measured of one paper, in one folder; written whole, atomically, after each claim."""
+    """What was measured of one paper, in one folder; written whole, atomically, after each experiment."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    schema_version: int = PLAIN_VERSION
+    schema_version: int = SCHEMA_VERSION
     paper: str
-    occasions: list[Occasion] = []
+    runs: list[RecordedRun] = []
     records: list[Record] = []
 
     @classmethod
@@ -153,19 +152,15 @@ class Evidence(BaseModel):
             ValueError: it is none, with the place and the reason.
         """
         evidence = _parsed(cls, file.read_bytes())
-        if any(not 0 <= record.occasion < len(evidence.occasions) for record in evidence.records):
-            raise ValueError("a record names an occasion that is not there")
+        if any(not 0 <= record.run < len(evidence.runs) for record in evidence.records):
+            raise ValueError("a record names a run that is not there")
         return evidence
 
     def write(self, file: Path) -> None:
-        """Small: defaults are left out, drawings keep four digits, and what claims share is with the first of them.
-
-        A file that an older provenn can read says nothing of its version; another names it, so that the older one
-        tells its user what is wrong.
+        """Small: defaults are left out, drawings keep four digits, and what experiments share is with the first of
+        them.
         """
-        newer = any(record.needs_version_3 for record in self.records)
-        self.schema_version = SCHEMA_VERSION if newer else PLAIN_VERSION
-        facts = self.model_dump(mode="json", exclude_defaults=True)
+        facts = {"schema_version": SCHEMA_VERSION, **self.model_dump(mode="json", exclude_defaults=True)}
         seen: set[str] = set()
         for record in facts.get("records", []):
             measurement = record["measurement"]
@@ -178,50 +173,50 @@ class Evidence(BaseModel):
                 measurement.update({kind: fresh} if fresh else {})
         write_atomically(file, compact(facts))
 
-    def put(self, record: Record, occasion: Occasion) -> None:
-        """Add a record in the place of an older one of the same claim and setting; occasions that no record is left of
+    def put(self, record: Record, run: RecordedRun) -> None:
+        """Add a record in the place of an older one of the same experiment and setting; runs that no record is left of
         go.
         """
-        if occasion not in self.occasions:
-            self.occasions.append(occasion)
-        record = record.model_copy(update={"occasion": self.occasions.index(occasion)})
-        same = [r.claim == record.claim and r.changes == record.changes for r in self.records]
+        if run not in self.runs:
+            self.runs.append(run)
+        record = record.model_copy(update={"run": self.runs.index(run)})
+        same = [r.experiment == record.experiment and r.overrides == record.overrides for r in self.records]
         others = [r for r, is_same in zip(self.records, same) if not is_same]
         place = same.index(True) if any(same) else len(others)
         self._keep([*others[:place], record, *others[place:]])
 
-    def keep_claims(self, claims: Sequence[str]) -> None:
-        """Drop the records of claims that are no more, and bring the others in this order."""
-        order = {claim: place for place, claim in enumerate(claims)}
-        known = [record for record in self.records if record.claim in order]
-        self._keep(sorted(known, key=lambda record: order[record.claim]))
+    def keep_experiments(self, experiments: Sequence[str]) -> None:
+        """Drop the records of experiments that are no more, and bring the others in this order."""
+        order = {experiment: place for place, experiment in enumerate(experiments)}
+        known = [record for record in self.records if record.experiment in order]
+        self._keep(sorted(known, key=lambda record: order[record.experiment]))
 
     def _keep(self, records: list[Record]) -> None:
-        used = sorted({record.occasion for record in records})
-        self.records = [r.model_copy(update={"occasion": used.index(r.occasion)}) for r in records]
-        self.occasions = [self.occasions[i] for i in used]
+        used = sorted({record.run for record in records})
+        self.records = [r.model_copy(update={"run": used.index(r.run)}) for r in records]
+        self.runs = [self.runs[i] for i in used]
 
-    def record(self, claim: str, changes: dict[str, Any] | None = None) -> Record | None:
-        """What was measured of a claim at its own setting, or at the one that these changes make of it."""
-        wanted = plain(changes or {})
-        return next((r for r in self.records if r.claim == claim and r.changes == wanted), None)
+    def record(self, experiment: str, overrides: dict[str, Any] | None = None) -> Record | None:
+        """What was measured of an experiment at its own setting, or at the one that these changes make of it."""
+        wanted = plain(overrides or {})
+        return next((r for r in self.records if r.experiment == experiment and r.overrides == wanted), None)
 
-    def finding(self, claim: Claim, changes: dict[str, Any] | None = None) -> Finding:
-        """A claim with what was measured of it at its own setting, or at a changed one."""
-        record = self.record(claim.id, changes)
-        return Finding(self.paper, claim, record, None if record is None else self.occasions[record.occasion])
+    def finding(self, experiment: Experiment, overrides: dict[str, Any] | None = None) -> Finding:
+        """An experiment with what was measured of it at its own setting, or at a changed one."""
+        record = self.record(experiment.id, overrides)
+        return Finding(self.paper, experiment, record, None if record is None else self.runs[record.run])
 
-    def findings(self, claims: list[Claim]) -> list[Finding]:
-        """Every claim with what was measured of it at its own setting."""
-        return [self.finding(claim) for claim in claims]
+    def findings(self, experiments: list[Experiment]) -> list[Finding]:
+        """Every experiment with what was measured of it at its own setting."""
+        return [self.finding(experiment) for experiment in experiments]
 
-    def at_other_settings(self, claims: list[Claim]) -> list[Finding]:
-        """What was measured of these claims at settings that a user has changed."""
+    def at_other_settings(self, experiments: list[Experiment]) -> list[Finding]:
+        """What was measured of these experiments at settings that a user has changed."""
         return [
-            Finding(self.paper, claim, record, self.occasions[record.occasion])
-            for claim in claims
+            Finding(self.paper, experiment, record, self.runs[record.run])
+            for experiment in experiments
             for record in self.records
-            if record.claim == claim.id and record.changes
+            if record.experiment == experiment.id and record.overrides
         ]
 
 
@@ -251,7 +246,7 @@ class Ledger(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    schema_version: int = PLAIN_VERSION
+    schema_version: int = SCHEMA_VERSION
     paper: str
     trials: list[Trial] = []
 
@@ -274,8 +269,12 @@ Kept = TypeVar("Kept", Evidence, Ledger)
 
 def _parsed(kind: type[Kept], content: bytes) -> Kept:
     facts = json.loads(content)
-    if isinstance(facts, dict) and facts.get("schema_version", PLAIN_VERSION) > SCHEMA_VERSION:
-        raise ValueError(f"written by a newer provenn (schema {facts['schema_version']})")
+    if isinstance(facts, dict):
+        version = facts.get("schema_version", OLDEST_VERSION if "occasions" in facts else SCHEMA_VERSION)
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise ValueError(f"written by a newer provenn (schema {version})")
+        if isinstance(version, int) and version < SCHEMA_VERSION:
+            raise ValueError(f"written by provenn 0.1 (schema {version}): rewrite it with scripts/migrate_records.py")
     return kind.model_validate(facts)
 
 
@@ -334,7 +333,7 @@ def why_unread(error: Exception) -> str:
 
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file's content in one step: a reader or a crash sees the old text or the new, never a part."""
-    with whole(file) as place:
+    with atomic_write(file) as place:
         place.write_text(text, encoding="utf-8")
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from provenn import catalog
 from provenn.evidence import view
+from provenn.evidence.claim import Standing
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.record import Evidence, Finding, write_atomically
-from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import Verdict
 
 FILE = "report.html"
@@ -29,19 +29,19 @@ COLOURS = tuple(f"#0101{10 + i}" for i in range(6))  # stand for --c0 to --c5
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = "os^Dvx"
 STANDINGS = {
-    Standing.REPRODUCED: "every claim is met at the paper’s setting, or exactly so",
-    Standing.HOLDS_HERE: "every claim that was measured holds, at a smaller setting",
-    Standing.PARTLY: "some claims hold, others do not or are open",
+    Standing.REPRODUCED: "every experiment is met at the paper’s setting, or exactly so",
+    Standing.HOLDS_HERE: "every experiment that was measured holds, at a smaller setting",
+    Standing.PARTLY: "some experiments hold, others do not or are open",
     Standing.OPEN: "no interval decides",
-    Standing.NOT_HERE: "no claim holds, and some interval lies wholly elsewhere",
+    Standing.NOT_HERE: "no experiment holds, and some interval lies wholly elsewhere",
     Standing.NOT_MEASURED: "says what it needs",
 }
 MEANINGS = {
     Verdict.HOLDS: "an identity or a count is exactly so",
     Verdict.REPRODUCED: "the published figure is met at the paper’s setting",
-    Verdict.DIRECTION_HOLDS: "at a smaller setting, the interval lies wholly where the claim says",
+    Verdict.DIRECTION_HOLDS: "at a smaller setting, the interval lies wholly where the experiment says",
     Verdict.INCONCLUSIVE: "the interval straddles no effect",
-    Verdict.NOT_REPRODUCED: "the interval lies wholly elsewhere, or an exact claim is false",
+    Verdict.NOT_REPRODUCED: "the interval lies wholly elsewhere, or an exact experiment is false",
     Verdict.NOT_MEASURED: "says what it needs",
     Verdict.UNSUPPORTED: "the device or this build of torch lacks an operation",
     Verdict.OUT_OF_MEMORY: "the device has less memory than it takes",
@@ -78,36 +78,41 @@ def html(every: Mapping[str, Evidence], folder: Path) -> str:
 
 
 def _paper(card: catalog.Card, evidence: Evidence, folder: Path) -> dict[str, Any]:
-    measured = [finding for finding in evidence.findings(card.claims) if finding.record is not None]
-    elsewhere = evidence.at_other_settings(card.claims)
-    statements = view.judged(card, evidence)
+    measured = [finding for finding in evidence.findings(card.experiments) if finding.record is not None]
+    elsewhere = evidence.at_other_settings(card.experiments)
+    claims = view.judged(card, evidence)
     return {
         "slug": card.slug,
         "title": card.title,
         "summary": card.summary,
         "arxiv": card.arxiv,
-        "counts": view.tally_of_statements(statements),
-        "claim_counts": view.tally(measured),
+        "counts": view.tally_of_claims(claims),
+        "experiment_counts": view.tally(measured),
         "repeat": view.repeat(card.slug, evidence),
-        "where": "; ".join(view.where(evidence.occasions)),
-        "statements": [_statement(each) for each in statements],
+        "where": "; ".join(view.where(evidence.runs)),
+        "claims": [_claim(each) for each in claims],
         "count": len(measured),
         "elsewhere": len(elsewhere),
         "findings": [_finding(finding, folder) for finding in (*measured, *elsewhere)],
     }
 
 
-def _statement(judged: view.Judged) -> dict[str, Any]:
-    statement = judged.statement
+def _claim(judged: view.Judged) -> dict[str, Any]:
+    claim = judged.claim
     return {
-        "says": statement.says,
-        "headline": statement.headline,
-        "figure": statement.figure,
+        "says": claim.says,
+        "headline": claim.headline,
+        "figure": claim.figure,
         "standing": judged.judgement.standing,
         "verdict": str(judged.judgement),
         "symbol": judged.symbol,
         "measured": [
-            {"claim": f.claim.id, "anchor": _anchor(f), "symbol": view.SYMBOLS[f.verdict], "words": view.shortly(f)}
+            {
+                "experiment": f.experiment.id,
+                "anchor": _anchor(f),
+                "symbol": view.SYMBOLS[f.verdict],
+                "words": view.shortly(f),
+            }
             for f in judged.findings
             if f.record is not None and f.measurement.effect is not None
         ],
@@ -115,26 +120,26 @@ def _statement(judged: view.Judged) -> dict[str, Any]:
 
 
 def _anchor(finding: Finding) -> str:
-    setting = re.sub(r"[^A-Za-z0-9.]+", "-", json.dumps(finding.changes)).rstrip("-") if finding.changes else ""
-    return f"{finding.paper}-{finding.claim.id}{setting}"
+    setting = re.sub(r"[^A-Za-z0-9.]+", "-", json.dumps(finding.overrides)).rstrip("-") if finding.overrides else ""
+    return f"{finding.paper}-{finding.experiment.id}{setting}"
 
 
 def _finding(finding: Finding, folder: Path) -> dict[str, Any]:
-    measurement, claim = finding.measurement, finding.claim
+    measurement, experiment = finding.measurement, finding.experiment
     drawn = bool(measurement.tables or measurement.series or measurement.pictures)
     return {
-        "claim": claim.id,
-        "says": claim.says,
-        "origin": claim.origin,
+        "experiment": experiment.id,
+        "says": experiment.says,
+        "origin": experiment.origin,
         "verdict": finding.verdict,
         "reason": finding.reason,
         "symbol": view.SYMBOLS[finding.verdict],
-        "published": view.published(claim),
+        "published": view.published(experiment),
         "asked": view.asked(finding),
         "ours": view.ours(measurement),
         "when": "; ".join(filter(None, (view.when(finding), view.at_setting(finding)))),
         "anchor": _anchor(finding),
-        "detailed": drawn or (measurement.effect is not None and claim.kind != "exact"),
+        "detailed": drawn or (measurement.effect is not None and experiment.kind != "exact"),
         "note": measurement.note,
         "plots": _plots(finding),
         "pictures": [{**p.model_dump(), "data": _inlined(folder, p.file)} for p in measurement.pictures],
@@ -147,29 +152,29 @@ def _facts(finding: Finding, measurement: Measurement) -> list[tuple[str, str]]:
     def several(values: Sequence[float]) -> str:
         return ", ".join(view.number(value) for value in values)
 
-    record, occasion = finding.record, finding.occasion
-    if record is None or occasion is None:
+    record, run = finding.record, finding.run
+    if record is None or run is None:
         return []
     system, baseline = measurement.sides or ("", "the baseline")
-    trivial = [f"{skill.arm}: {several(skill.trivial)}" for skill in measurement.skills[:1]]
+    dummy_baseline = [f"{skill.variant}: {several(skill.dummy_baseline)}" for skill in measurement.skills[:1]]
     return [
-        ("What was asked", f"{finding.claim.kind} claim, effect {record.expects}" if record.expects else ""),
+        ("What was asked", f"{finding.experiment.kind} experiment, effect {record.expects}" if record.expects else ""),
         ("Effect", f"{view.number(measurement.effect)} ({measurement.kind_of_effect})"),
         ("Interval", measurement.method),
         ("Seeds", ", ".join(str(seed) for seed in measurement.seeds)),
         (f"Values of {system}" if system else "Values", several(measurement.values)),
         (f"Values of {baseline}", several(measurement.baselines)),
-        ("The trivial predictor", "".join(trivial).partition(": ")[2]),
+        ("The dummy baseline", "".join(dummy_baseline).partition(": ")[2]),
         (
             "Need not learn",
-            "; ".join(f"{skill.arm}: {skill.may_guess}" for skill in measurement.skills if skill.may_guess),
+            "; ".join(f"{skill.variant}: {skill.may_guess}" for skill in measurement.skills if skill.may_guess),
         ),
         ("Data", measurement.data + (f" (checksum {measurement.fingerprint})" if measurement.fingerprint else "")),
         ("Changed by --set", view.at_setting(finding)),
         ("Setting", "; ".join(f"{key} = {_setting(value)}" for key, value in measurement.setting.items())),
-        ("Budget", occasion.budget + (", the paper’s setting" if measurement.at_paper_setting else "")),
+        ("Budget", run.budget + (", the paper’s setting" if measurement.at_paper_setting else "")),
         ("Time and memory", f"{record.wall_seconds:.3g} s, peak {record.peak_memory_bytes / 2**20:.0f} MiB"),
-        ("Where and when", "".join(view.where([occasion]))),
+        ("Where and when", "".join(view.where([run]))),
     ]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from provenn import progress
 from provenn.evidence.measurement import Picture
 from provenn.evidence.record import EVIDENCE, LEDGER, PICTURES, Ledger, Trial, plain
-from provenn.files import whole
+from provenn.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ class Elsewhere(ABC):
 
 
 class Run:
-    """One run of one paper's claims.
+    """One run of one paper's experiments.
 
     Args:
         paper: the slug.
@@ -75,10 +75,10 @@ class Run:
         self.folder = Path(out) / paper
         self.ledger = ledger or Ledger(paper=paper)
         self._known = {trial.key: trial for trial in self.ledger.trials} if reuse else {}
-        self.changes: dict[
+        self.overrides: dict[
             str, Any
-        ] = {}  # what `--set` changes of the claim that is measured now: of every trial's key
-        self.memory: dict[Any, Any] = {}  # for what several claims of this run would compute alike
+        ] = {}  # what `--set` changes of the experiment that is measured now: of every trial's key
+        self.memory: dict[Any, Any] = {}  # for what several experiments of this run would compute alike
         self.spared = 0.0  # seconds that known trials took when they were run
         self.elsewhere = elsewhere
         self.pending: set[str] = set()  # questions that were asked elsewhere and are not answered
@@ -105,8 +105,9 @@ class Run:
     def trials(self, name: str, function: Callable[[int], Any], **setting: Any) -> list[Any]:
         """`function(seed)` for each seed, each result saved as it ends; what is known already is not run again.
 
-        The same name and setting in another claim give the same results, so the setting is to hold all that decides the
-        value; a `Study` and a `Race` see to that, checksum of the code included. `function` returns plain JSON.
+        The same name and setting in another experiment give the same results, so the setting is to hold all that
+        decides the
+        value; a `Study` and a `Timing` see to that, checksum of the code included. `function` returns plain JSON.
         """
         calls = [partial(self.trial, name, partial(function, seed), seed=seed, **setting) for seed in self.seeds]
         with progress.bar(name, len(calls)) as advance:
@@ -143,7 +144,7 @@ class Run:
         Raises:
             Waiting: it runs elsewhere and has not ended. What ended it there is raised as it is.
         """
-        setting = {**setting, "set": self.changes} if self.changes else setting
+        setting = {**setting, "set": self.overrides} if self.overrides else setting
         question = Trial.question(name, seed, f"{self.budget} on {self.device}", plain(setting))
         if (known := self._known.get(question)) is not None:
             self.spared += known.seconds
@@ -187,5 +188,5 @@ class Run:
 
     def keep_picture(self, name: str, content: bytes) -> None:
         """Write a PNG beside the evidence."""
-        with whole(self.folder / PICTURES / f"{name}.png") as place:
+        with atomic_write(self.folder / PICTURES / f"{name}.png") as place:
             place.write_bytes(content)

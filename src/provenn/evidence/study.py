@@ -31,9 +31,9 @@ Probe = Callable[[nn.Module, TaskData], Any]
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture that one arm's training of the first seed leaves behind: `draw(fit, data, seed)`."""
+    """A picture that one variant's training of the first seed leaves behind: `draw(fit, data, seed)`."""
 
-    arm: str
+    variant: str
     file: str
     caption: str
     draw: Callable[[Fit, TaskData, int], "Figure | None"]
@@ -41,37 +41,38 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Study:
-    """One training for each arm and seed, kept in the run; `against` reads a claim off two arms.
+    """One training for each variant and seed, kept in the run; `against` reads an experiment off two variants.
 
-    Every arm gets the same data, steps, seeds and tuning: its learning rate is the one of `lrs` that does best on the
+    Every variant gets the same data, steps, seeds and tuning: its learning rate is the one of `lrs` that does best on
+    the
     validation split of a seed that is never measured. Metrics are the test split's. A training that diverges counts as
-    the trivial predictor.
+    the dummy baseline.
 
     Args:
         name: of the trials and of the plot.
         task: as `get_task` names it, or one of the paper's own; its metric is the effect.
         data: `data(seed, smoke)`, the data of a seed; the flag asks for the shortest.
-        arms: by name, a label and the part in which the networks differ.
+        variants: by name, a label and the part in which the networks differ.
         build: `build(part, **data.options)` makes the network.
         recipe: how all of them are trained.
-        lrs: the learning rates that each arm may choose from, at least three; none takes the recipe's for all, and is
-            only for arms that have nothing to tune.
+        lrs: the learning rates that each variant may choose from, at least three; none takes the recipe's for all,
+            and is only for variants that have nothing to tune.
         smoke: the recipe that only shows that the path works; by default two steps.
         probes: further figures of a trained network by name, `probe(model, data)`, to be read off the test split; those
             that `against` compares are numbers.
         trained: takes the arguments of `fit` and returns a `Fit`, where a training has more than one stage.
         about: the data, in words.
-        kind: what the arms are, over their column.
-        columns: of the table besides label and mean metric, from an arm's part.
+        kind: what the variants are, over their column.
+        columns: of the table besides label and mean metric, from a variant's part.
         setting: what else a reader needs to repeat it; recipe, rates, sizes, fingerprint and code are noted anyway.
         note: goes with every measurement.
-        drawing: a picture of one arm.
+        drawing: a picture of one variant.
     """
 
     name: str
     task: str | Task
     data: Callable[[int, bool], TaskData]
-    arms: Mapping[str, tuple[str, Any]]
+    variants: Mapping[str, tuple[str, Any]]
     build: Callable[..., nn.Module]
     recipe: Recipe
     lrs: Sequence[float] = ()
@@ -88,9 +89,9 @@ class Study:
     def __post_init__(self) -> None:
         if self.lrs and len(set(self.lrs)) < FEWEST_RATES:
             raise ValueError(f"{self.name}: a rate is chosen from at least {FEWEST_RATES}, got {list(self.lrs)}")
-        labels = [label for label, _ in self.arms.values()]
+        labels = [label for label, _ in self.variants.values()]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"{self.name}: two arms share a label: {labels}")
+            raise ValueError(f"{self.name}: two variants share a label: {labels}")
 
     def against(
         self,
@@ -103,18 +104,18 @@ class Study:
         picture: bool = False,
         may_guess: str = "",
     ) -> "Contrast":
-        """A claim on one arm against another, seed by seed; of several systems the worst of each seed counts.
+        """An experiment on one variant against another, seed by seed; of several systems the worst of each seed counts.
 
         Args:
-            system, baseline: names of arms.
+            system, baseline: names of variants.
             metric: the task's, or a probe's name.
             ratio: of the two instead of their difference.
-            shown: further arms of the table.
+            shown: further variants of the table.
             picture: whether the study's drawing goes with it.
             may_guess: the paper's reason why the baseline cannot learn this task at all.
 
         Raises:
-            ValueError: an arm or a metric that does not exist, when `claims.py` is read and not after hours of
+            ValueError: a variant or a metric that does not exist, when `experiments.py` is read and not after hours of
             training.
         """
         systems = (system,) if isinstance(system, str) else tuple(system)
@@ -122,35 +123,37 @@ class Study:
         return Contrast(self, systems, baseline, metric, ratio, tuple(shown), picture, may_guess)
 
     def figure(
-        self, arm: str, *, metric: str | None = None, shown: Iterable[str] = (), picture: bool = False
+        self, variant: str, *, metric: str | None = None, shown: Iterable[str] = (), picture: bool = False
     ) -> "Reading":
-        """A claim on one arm's own figure, the mean over seeds."""
-        self._check(metric, arm, *shown)
-        return Reading(self, arm, metric, tuple(shown), picture)
+        """An experiment on one variant's own figure, the mean over seeds."""
+        self._check(metric, variant, *shown)
+        return Reading(self, variant, metric, tuple(shown), picture)
 
-    def settable(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:
         """What `--set` may change, and its type: the recipe, and what `data` and `build` take by a default."""
         rates = {"lrs": tuple[float, ...]} if self.lrs else {}
         return {**get_type_hints(Recipe), **rates, **defaults_of(self.build), **defaults_of(self.data)}
 
-    def varied(self, **changes: Any) -> "Study":
-        """The same comparison at another setting; `lr` sets one rate for all arms, and nothing is tuned then."""
-        of_data = {name: changes.pop(name) for name in defaults_of(self.data) if name in changes}
-        of_build = {name: changes.pop(name) for name in defaults_of(self.build) if name in changes}
-        lrs = () if "lr" in changes else changes.pop("lrs", self.lrs)
+    def with_overrides(self, **overrides: Any) -> "Study":
+        """The same comparison at another setting; `lr` sets one rate for all variants, and nothing is tuned then."""
+        of_data = {name: overrides.pop(name) for name in defaults_of(self.data) if name in overrides}
+        of_build = {name: overrides.pop(name) for name in defaults_of(self.build) if name in overrides}
+        lrs = () if "lr" in overrides else overrides.pop("lrs", self.lrs)
         smoke = self.smoke or replace(self.recipe, epochs=1, max_steps=2)
         return replace(
             self,
             data=partial(self.data, **of_data) if of_data else self.data,
             build=partial(_build_with, self.build, of_build) if of_build else self.build,
             lrs=lrs,
-            recipe=replace(self.recipe, **changes),
-            smoke=replace(smoke, **changes),
+            recipe=replace(self.recipe, **overrides),
+            smoke=replace(smoke, **overrides),
         )
 
-    def _check(self, metric: str | None, *arms: str) -> None:
+    def _check(self, metric: str | None, *variants: str) -> None:
         metrics = [self.of_task.metric, *self.probes]
-        asked = [("arm", arm, list(self.arms)) for arm in arms] + [("metric", metric or metrics[0], metrics)]
+        asked = [("variant", variant, list(self.variants)) for variant in variants] + [
+            ("metric", metric or metrics[0], metrics)
+        ]
         for what, name, known in asked:
             if name not in known:
                 raise ValueError(f"{self.name} has no {what} {name!r}; it has: {', '.join(known)}")
@@ -160,9 +163,9 @@ class Study:
         """The task itself, where it was named."""
         return get_task(self.task) if isinstance(self.task, str) else self.task
 
-    def label(self, arm: str) -> str:
-        """What readers call an arm."""
-        return self.arms[arm][0]
+    def label(self, variant: str) -> str:
+        """What readers call a variant."""
+        return self.variants[variant][0]
 
     def recipe_for(self, run: Run) -> Recipe:
         """The recipe, or the shortest run of it that touches all the code."""
@@ -174,7 +177,7 @@ class Study:
         return replace(data, val=_few(data.val), test=_few(data.test)) if run.smoke else data
 
     def facts(self, run: Run) -> dict[str, Any]:
-        """How, on what, and with what steps every arm is trained: the record's setting."""
+        """How, on what, and with what steps every variant is trained: the record's setting."""
         key = ("facts", id(self))
         if key not in run.memory:
             data, recipe = self.data(run.seeds[0], run.smoke), _spoken(self.recipe_for(run))
@@ -183,24 +186,24 @@ class Study:
             run.memory[key] = {"recipe": recipe, **rates, **sizes, "fingerprint": data.fingerprint, **self.setting}
         return dict(run.memory[key])
 
-    def question(self, run: Run, arm: str | None = None) -> dict[str, Any]:
+    def question(self, run: Run, variant: str | None = None) -> dict[str, Any]:
         """All that decides a trial's value besides rate and seed, a checksum of the code included: the trial's key."""
-        key = ("code", id(self), arm)
+        key = ("code", id(self), variant)
         if key not in run.memory:  # once a run: what code keeps in its globals may change
             task, drawing = type(self.of_task), self.drawing
             code: list[Any] = [self.data]
-            if arm is None:
-                code.append(task.trivial)
+            if variant is None:
+                code.append(task.dummy_baseline)
             else:
-                code += [self.build, self.arms[arm][1], self.probes, self.trained, task.loss, task.evaluate]
-                code += [drawing.draw] if drawing is not None and drawing.arm == arm else []
+                code += [self.build, self.variants[variant][1], self.probes, self.trained, task.loss, task.evaluate]
+                code += [drawing.draw] if drawing is not None and drawing.variant == variant else []
             run.memory[key] = checksum(*code)
         facts = self.facts(run)
         facts.pop("lrs", None)  # a trial has a rate of its own
         return {**facts, "code": run.memory[key]}
 
-    def rate(self, run: Run, arm: str) -> tuple[float, dict[str, float | None]]:
-        """The arm's learning rate, and what each of `lrs` reached on validation data; None where it diverged."""
+    def rate(self, run: Run, variant: str) -> tuple[float, dict[str, float | None]]:
+        """The variant's learning rate, and what each of `lrs` reached on validation data; None where it diverged."""
         recipe, task = self.recipe_for(run), self.of_task
         if not self.lrs or run.smoke:
             return float(self.lrs[0] if self.lrs else recipe.lr), {}
@@ -208,7 +211,7 @@ class Study:
         def score(lr: float) -> float | None:
             data = self.data(TUNING_SEED, False)
             try:
-                model = self._fit(run, arm, data, lr, TUNING_SEED).model
+                model = self._fit(run, variant, data, lr, TUNING_SEED).model
             except Diverged:
                 return None
             with torch.no_grad():
@@ -216,8 +219,8 @@ class Study:
             return value if math.isfinite(value) else None
 
         def ask(lr: float) -> float | None:
-            name = f"{self.name}, {self.label(arm)}, rate {lr:g}"
-            return run.trial(name, partial(score, lr), seed=TUNING_SEED, lr=lr, **self.question(run, arm))
+            name = f"{self.name}, {self.label(variant)}, rate {lr:g}"
+            return run.trial(name, partial(score, lr), seed=TUNING_SEED, lr=lr, **self.question(run, variant))
 
         names = [f"{lr:g}" for lr in self.lrs]
         reached = dict(zip(names, run.together(partial(ask, lr) for lr in self.lrs), strict=True))
@@ -226,18 +229,18 @@ class Study:
         best = max(self.lrs, key=lambda lr: worst if (value := reached[f"{lr:g}"]) is None else sign * value)
         return float(best), reached
 
-    def trials(self, run: Run, arm: str) -> list[dict[str, Any]]:
+    def trials(self, run: Run, variant: str) -> list[dict[str, Any]]:
         """Of each seed the test metric, the probes' figures, the validation curve, and whether it diverged."""
-        lr, _ = self.rate(run, arm)
+        lr, _ = self.rate(run, variant)
         task = self.of_task
 
         def one(seed: int) -> dict[str, Any]:
             data = self.data_for(run, seed)
             try:
-                done = self._fit(run, arm, data, lr, seed)
+                done = self._fit(run, variant, data, lr, seed)
             except Diverged:
                 return {"diverged": True}
-            if self.drawing is not None and (arm, seed) == (self.drawing.arm, run.seeds[0]):
+            if self.drawing is not None and (variant, seed) == (self.drawing.variant, run.seeds[0]):
                 figure = self.drawing.draw(done, data, seed)
                 if figure is not None:
                     run.picture(self.drawing.file, figure, self.drawing.caption)
@@ -247,26 +250,26 @@ class Study:
             return {**done.metrics, **probed, "curve": curve, "steps": done.steps}
 
         def asked() -> list[dict[str, Any]]:
-            return run.trials(f"{self.name}, {self.label(arm)}", one, lr=lr, **self.question(run, arm))
+            return run.trials(f"{self.name}, {self.label(variant)}", one, lr=lr, **self.question(run, variant))
 
         # Both are asked for before either is waited for. What diverged has learned nothing: it counts as guessing.
-        trials, guesses = run.together((asked, partial(self.trivial, run)))
+        trials, guesses = run.together((asked, partial(self.dummy_baseline, run)))
         return [
             {task.metric: guess, "curve": None, **trial} if trial.get("diverged") else trial
             for trial, guess in zip(trials, guesses, strict=True)
         ]
 
-    def trivial(self, run: Run) -> list[float]:
-        """What the trivial predictor reaches on the test data of each seed."""
+    def dummy_baseline(self, run: Run) -> list[float]:
+        """What the dummy baseline reaches on the test data of each seed."""
         task = self.of_task
 
         def one(seed: int) -> float:
-            return float(task.trivial(self.data_for(run, seed)))
+            return float(task.dummy_baseline(self.data_for(run, seed)))
 
-        return run.trials(f"{self.name}, trivial predictor", one, **self.question(run))
+        return run.trials(f"{self.name}, dummy baseline", one, **self.question(run))
 
-    def _fit(self, run: Run, arm: str, data: TaskData, lr: float, seed: int) -> Fit:
-        label, part = self.arms[arm]
+    def _fit(self, run: Run, variant: str, data: TaskData, lr: float, seed: int) -> Fit:
+        label, part = self.variants[variant]
         return self.trained(
             lambda: self.build(part, **data.options),
             self.of_task,
@@ -280,44 +283,44 @@ class Study:
     def measure(
         self,
         run: Run,
-        arms: Sequence[str],
+        variants: Sequence[str],
         *,
         shown: Iterable[str] = (),
         metric: str | None = None,
         may_guess: Mapping[str, str] | None = None,
         picture: bool = False,
     ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-        """Each arm's figure seed by seed, and what goes with every measurement of them.
+        """Each variant's figure seed by seed, and what goes with every measurement of them.
 
         Args:
             run: its seeds, device and ledger.
-            arms: those that the claim is about; each must have learned something.
-            shown: further arms, for the table and the picture.
+            variants: those that the experiment is about; each must have learned something.
+            shown: further variants, for the table and the picture.
             metric: by default the task's.
-            may_guess: of an arm that may do no better than the trivial predictor, why.
+            may_guess: of a variant that may do no better than the dummy baseline, why.
             picture: whether the study's drawing goes with it.
 
         Raises:
-            ValueError: a training of one of `arms` diverged.
+            ValueError: a training of one of `variants` diverged.
         """
         task, facts = self.of_task, self.facts(run)
-        every = list(dict.fromkeys((*arms, *shown)))
-        trials = dict(zip(every, run.together(partial(self.trials, run, arm) for arm in every), strict=True))
+        every = list(dict.fromkeys((*variants, *shown)))
+        trials = dict(zip(every, run.together(partial(self.trials, run, variant) for variant in every), strict=True))
         name = metric or task.metric
-        missing = [self.label(arm) for arm in arms if any(name not in trial for trial in trials[arm])]
+        missing = [self.label(variant) for variant in variants if any(name not in trial for trial in trials[variant])]
         if missing:
             raise ValueError(f"a training of {', '.join(missing)} diverged, so that there is no {name!r} of it")
-        reached = {arm: [trial[name] for trial in trials[arm] if name in trial] for arm in every}
-        rates = {self.label(arm): self.rate(run, arm) for arm in every}
+        reached = {variant: [trial[name] for trial in trials[variant] if name in trial] for variant in every}
+        rates = {self.label(variant): self.rate(run, variant) for variant in every}
         skills = [
             Skill(
-                arm=self.label(arm),
-                values=[trial[task.metric] for trial in trials[arm]],
-                trivial=self.trivial(run),
+                variant=self.label(variant),
+                values=[trial[task.metric] for trial in trials[variant]],
+                dummy_baseline=self.dummy_baseline(run),
                 higher_is_better=task.higher_is_better,
-                may_guess=(may_guess or {}).get(arm, ""),
+                may_guess=(may_guess or {}).get(variant, ""),
             )
-            for arm in dict.fromkeys(arms)
+            for variant in dict.fromkeys(variants)
         ]
         setting = {**facts, "lr": {label: lr for label, (lr, _) in rates.items()}}
         fingerprint = setting.pop("fingerprint")
@@ -331,17 +334,21 @@ class Study:
             "setting": setting,
             "skills": skills,
             "note": " ".join(part for part in (self.note, *self._remarks(trials, rates)) if part),
-            "tables": [self._table(name, reached)] if len(every) > len({*arms}) or self.columns else [],
-            "series": [line for arm in dict.fromkeys(arms) if (line := self._curve(arm, trials[arm])) is not None],
+            "tables": [self._table(name, reached)] if len(every) > len({*variants}) or self.columns else [],
+            "series": [
+                line
+                for variant in dict.fromkeys(variants)
+                if (line := self._curve(variant, trials[variant])) is not None
+            ],
             "pictures": self._pictures(run) if picture else [],
         }
 
     def _remarks(self, trials: Mapping[str, list[dict[str, Any]]], rates: Mapping[str, Any]) -> Iterable[str]:
-        for arm, done in trials.items():
+        for variant, done in trials.items():
             if count := sum(bool(trial.get("diverged")) for trial in done):
-                yield f"{count} of {len(done)} trainings of {self.label(arm)} diverged: as the trivial predictor."
+                yield f"{count} of {len(done)} trainings of {self.label(variant)} diverged: as the dummy baseline."
         ends = {f"{lr:g}" for lr in (min(self.lrs), max(self.lrs))} if self.lrs else set()
-        # Of an arm that has nothing to learn all rates are alike, and none is at an edge.
+        # Of a variant that has nothing to learn all rates are alike, and none is at an edge.
         edge = [label for label, (lr, tried) in rates.items() if len({*tried.values()}) > 1 and f"{lr:g}" in ends]
         if edge:
             yield f"At the edge of the rates that were tried: {', '.join(edge)}."
@@ -349,24 +356,24 @@ class Study:
     def _table(self, metric: str, reached: Mapping[str, list[float]]) -> Table:
         rows: list[list[str | float | int | None]] = [
             [
-                self.label(arm),
-                *(column(self.arms[arm][1]) for column in self.columns.values()),
+                self.label(variant),
+                *(column(self.variants[variant][1]) for column in self.columns.values()),
                 sum(values) / len(values),
             ]
-            for arm, values in reached.items()
+            for variant, values in reached.items()
             if values
         ]
         columns = [self.kind, *self.columns, metric.replace("_", " ")]
         return Table(caption=self.name[:1].upper() + self.name[1:], columns=columns, rows=rows)
 
-    def _curve(self, arm: str, trials: list[dict[str, Any]]) -> Series | None:
+    def _curve(self, variant: str, trials: list[dict[str, Any]]) -> Series | None:
         """The task's metric on validation data over epochs: the mean over seeds in the range that they span."""
         metric = self.of_task.metric
         curves = [trial["curve"] for trial in trials if trial.get("curve") and trial["curve"][metric]]
         if not curves or any(curve["epoch"] != curves[0]["epoch"] for curve in curves) or len(curves[0]["epoch"]) < 2:
             return None
         labels = {"plot": self.name, "x_label": "epoch", "y_label": f"validation {metric}"}
-        return Series.over_seeds(self.label(arm), curves[0]["epoch"], [curve[metric] for curve in curves], **labels)
+        return Series.over_seeds(self.label(variant), curves[0]["epoch"], [curve[metric] for curve in curves], **labels)
 
     def _pictures(self, run: Run) -> list[Picture]:
         """What a trial has drawn, in this run or in the one that it resumes."""
@@ -396,7 +403,7 @@ def _spoken(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A claim read off a study: one arm, or the worst of several, against another."""
+    """An experiment read off a study: one variant, or the worst of several, against another."""
 
     study: Study
     systems: tuple[str, ...]
@@ -410,16 +417,16 @@ class Contrast:
     @property
     def sides(self) -> tuple[str, str]:
         """What readers call the system and the baseline."""
-        labels = [self.study.label(arm) for arm in self.systems]
+        labels = [self.study.label(variant) for variant in self.systems]
         return labels[0] if len(labels) == 1 else f"worst of {', '.join(labels)}", self.study.label(self.baseline)
 
-    def settable(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:
         """As `Study.settable`."""
-        return self.study.settable()
+        return self.study.parameters()
 
-    def varied(self, **changes: Any) -> "Contrast":
+    def with_overrides(self, **overrides: Any) -> "Contrast":
         """As `Study.varied`."""
-        return replace(self, study=self.study.varied(**changes))
+        return replace(self, study=self.study.with_overrides(**overrides))
 
     def __call__(self, run: Run) -> Measurement:
         study = self.study
@@ -432,7 +439,7 @@ class Contrast:
             picture=self.picture,
         )
         worst = min if study.of_task.higher_is_better else max
-        system = [worst(values) for values in zip(*(reached[arm] for arm in self.systems), strict=True)]
+        system = [worst(values) for values in zip(*(reached[variant] for variant in self.systems), strict=True)]
         return Measurement.of(
             "ratio" if self.ratio else "difference", system, reached[self.baseline], sides=self.sides, **facts
         )
@@ -440,29 +447,29 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Reading:
-    """A claim read off a study: the mean of one arm."""
+    """An experiment read off a study: the mean of one variant."""
 
     study: Study
-    arm: str
+    variant: str
     metric: str | None = None
     shown: tuple[str, ...] = ()
     picture: bool = False
 
     sides = None
 
-    def settable(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:
         """As `Study.settable`."""
-        return self.study.settable()
+        return self.study.parameters()
 
-    def varied(self, **changes: Any) -> "Reading":
+    def with_overrides(self, **overrides: Any) -> "Reading":
         """As `Study.varied`."""
-        return replace(self, study=self.study.varied(**changes))
+        return replace(self, study=self.study.with_overrides(**overrides))
 
     def __call__(self, run: Run) -> Measurement:
         reached, facts = self.study.measure(
-            run, (self.arm,), shown=self.shown, metric=self.metric, picture=self.picture
+            run, (self.variant,), shown=self.shown, metric=self.metric, picture=self.picture
         )
-        return Measurement.mean(reached[self.arm], **facts)
+        return Measurement.mean(reached[self.variant], **facts)
 
 
 def _few(examples: Any) -> Any:

@@ -1,7 +1,7 @@
 """A paper's own benchmark, at the settings that a user asks for: points measured one by one, each kept as it ends.
 
 `bench.py` of a paper defines `sweep`, a function whose keyword arguments are the options of `provenn bench SLUG`; it
-checks them and returns a `Sweep`. What it is asked for is no claim: nothing of it goes into the paper's record.
+checks them and returns a `Sweep`. What it is asked for is no experiment: nothing of it goes into the paper's record.
 """
 
 import json
@@ -56,13 +56,13 @@ class Sweep:
     tables: Callable[[Sequence[Row]], list[Table]]
     picture: "Callable[[Sequence[Row]], Figure | None] | None" = None
 
-    def run(self, out: Path, *, resume: bool = False, tell: Callable[[str], None] = lambda message: None) -> list[Row]:
+    def run(self, out: Path, *, resume: bool = False, log: Callable[[str], None] = lambda message: None) -> list[Row]:
         """Measure every point that is not there yet, and keep each as it ends.
 
         Args:
             out: the folder, of this run alone.
             resume: keep the points of an earlier run that have the same facts.
-            tell: is given a line for each point.
+            log: is given a line for each point.
         """
         file = out / POINTS
         before = _read(file) if resume and file.exists() else []
@@ -76,7 +76,7 @@ class Sweep:
                 if row is None:
                     advance(0, point.label)
                     row = {**facts, **plain(dict(point.measure()))}
-                    tell(f"{point.label}: {row.get('told', row.get('status', 'measured'))}")
+                    log(f"{point.label}: {row.get('told', row.get('status', 'measured'))}")
                 rows.append(row)
                 write_atomically(file, json.dumps({"title": self.title, "points": rows}, indent=1))
                 advance(1, point.label)

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from math import inf, isnan
 
-from provenn.catalog import Claim, Region
+from provenn.catalog import Experiment, Region
 from provenn.evidence.interval import CONFIDENCE, Interval, student
 from provenn.evidence.measurement import Measurement, Skill
 
@@ -12,7 +12,7 @@ ROUNDING = 1e-9
 
 
 class Verdict(StrEnum):
-    """What a measurement says of a claim, from its numbers alone."""
+    """What a measurement says of an experiment, from its numbers alone."""
 
     HOLDS = "holds"
     REPRODUCED = "reproduced"
@@ -24,7 +24,11 @@ class Verdict(StrEnum):
     OUT_OF_MEMORY = "out of memory"
 
 
-NO_VERDICT = {Verdict.NOT_MEASURED, Verdict.UNSUPPORTED, Verdict.OUT_OF_MEMORY}  # on the claim: there are no numbers
+NO_VERDICT = {
+    Verdict.NOT_MEASURED,
+    Verdict.UNSUPPORTED,
+    Verdict.OUT_OF_MEMORY,
+}  # on the experiment: there are no numbers
 
 
 def place(interval: Interval, region: Region) -> Verdict:
@@ -47,28 +51,29 @@ def place(interval: Interval, region: Region) -> Verdict:
     return Verdict.NOT_REPRODUCED if high < first or low > last else Verdict.INCONCLUSIVE
 
 
-def region_of(claim: Claim, measurement: Measurement) -> Region | None:
-    """What the claim asks for: its own region, a true statement, or the published figure within the tolerance."""
-    if claim.expects is not None:
-        return claim.expects
+def region_of(experiment: Experiment, measurement: Measurement) -> Region | None:
+    """What the experiment asks for: its own region, a true claim, or the published figure within the tolerance."""
+    if experiment.expects is not None:
+        return experiment.expects
     if measurement.kind_of_effect == "truth":
         return Region(within=(1.0, 1.0))
-    if claim.published is not None:
-        figure = claim.published.value
-        return Region(within=(figure - claim.tolerance, figure + claim.tolerance))
+    if experiment.published is not None:
+        figure = experiment.published.value
+        return Region(within=(figure - experiment.tolerance, figure + experiment.tolerance))
     return None
 
 
 def decide(
-    claim: Claim, measurement: Measurement, *, budget: str = "small", changed: bool = False
+    experiment: Experiment, measurement: Measurement, *, budget: str = "small", changed: bool = False
 ) -> tuple[Verdict, str]:
     """The verdict and, where there is none, the reason.
 
     holds: an identity or a count is exactly so; reproduced: the published figure is met within its tolerance at the
-    paper's setting; direction holds: the interval lies wholly where the claim says; not reproduced: wholly elsewhere;
-    inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from arms that have
+    paper's setting; direction holds: the interval lies wholly where the experiment says; not reproduced: wholly
+    elsewhere;
+    inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from variants that have
     learned nothing. unsupported and out of memory: what device and build cannot do, or hold; they say nothing of the
-    claim. Of a setting that is not the claim's own (`changed`) no published figure speaks.
+    experiment. Of a setting that is not the experiment's own (`changed`) no published figure speaks.
     """
     if measurement.unsupported:
         return Verdict.UNSUPPORTED, measurement.unsupported
@@ -78,51 +83,57 @@ def decide(
         return Verdict.NOT_MEASURED, f"the measurement failed: {measurement.failed}"
     if measurement.needs:
         return Verdict.NOT_MEASURED, f"needs {measurement.needs}"
-    if claim.kind != "exact" and budget == "smoke":
+    if experiment.kind != "exact" and budget == "smoke":
         return Verdict.NOT_MEASURED, "a smoke run only shows that the path works; needs the budget small"
     drawn = measurement.estimator != "test set"  # given weights on a given test set give one figure
-    if claim.kind == "quality" and drawn and len(set(measurement.seeds)) < FEWEST_SEEDS:
+    if experiment.kind == "quality" and drawn and len(set(measurement.seeds)) < FEWEST_SEEDS:
         return Verdict.NOT_MEASURED, f"needs at least {FEWEST_SEEDS} seeds, got {len(set(measurement.seeds))}"
-    if changed and claim.expects is None and measurement.kind_of_effect != "truth":
+    if changed and experiment.expects is None and measurement.kind_of_effect != "truth":
         return Verdict.NOT_MEASURED, "the published figure is of another setting"
-    region = region_of(claim, measurement)
+    region = region_of(experiment, measurement)
     if region is None or measurement.interval is None:
         missing = "a region in paper.toml" if region is None else "more than one value"
         return Verdict.NOT_MEASURED, f"needs {missing}"
     if measurement.confidence < CONFIDENCE - ROUNDING:
         return Verdict.NOT_MEASURED, f"needs an interval of 95 %, this one has {100 * measurement.confidence:.1f} %"
-    if claim.sides is not None and measurement.sides is not None and claim.sides != measurement.sides:
+    if experiment.sides is not None and measurement.sides is not None and experiment.sides != measurement.sides:
         both = " against ".join(measurement.sides)
-        return Verdict.NOT_MEASURED, f"needs {' against '.join(claim.sides)}; what was measured is {both}"
-    guessing = [skill for skill in measurement.skills if not skill.may_guess and not beats_the_trivial(skill)]
+        return Verdict.NOT_MEASURED, f"needs {' against '.join(experiment.sides)}; what was measured is {both}"
+    guessing = [skill for skill in measurement.skills if not skill.may_guess and not beats_dummy(skill)]
     if guessing:
-        return Verdict.NOT_MEASURED, f"nothing was learned: {'; '.join(map(_beside_the_trivial, guessing))}"
+        return Verdict.NOT_MEASURED, f"nothing was learned: {'; '.join(map(_beside_the_dummy, guessing))}"
     verdict = place(measurement.interval, region)
-    if claim.kind == "exact" and verdict is Verdict.INCONCLUSIVE and measurement.interval[0] == measurement.interval[1]:
+    if (
+        experiment.kind == "exact"
+        and verdict is Verdict.INCONCLUSIVE
+        and measurement.interval[0] == measurement.interval[1]
+    ):
         verdict = Verdict.NOT_REPRODUCED  # on the bound of an open region: without uncertainty that is outside
     if verdict is not Verdict.DIRECTION_HOLDS:
         return verdict, ""
-    if measurement.at_paper_setting and _met(claim, measurement):
+    if measurement.at_paper_setting and _met(experiment, measurement):
         return Verdict.REPRODUCED, ""
-    return (Verdict.HOLDS if claim.kind == "exact" else verdict), ""
+    return (Verdict.HOLDS if experiment.kind == "exact" else verdict), ""
 
 
-def beats_the_trivial(skill: Skill) -> bool:
-    """Does the arm's lead over the trivial predictor, seed by seed, lie above zero with its whole interval?"""
+def beats_dummy(skill: Skill) -> bool:
+    """Does the variant's lead over the dummy baseline, seed by seed, lie above zero with its whole interval?"""
     sign = 1 if skill.higher_is_better else -1
-    interval, _ = student([sign * (ours - guess) for ours, guess in zip(skill.values, skill.trivial, strict=True)])
+    interval, _ = student(
+        [sign * (ours - guess) for ours, guess in zip(skill.values, skill.dummy_baseline, strict=True)]
+    )
     return interval is not None and interval[0] > 0
 
 
-def _beside_the_trivial(skill: Skill) -> str:
-    reached, guessed = (sum(side) / len(side) for side in (skill.values, skill.trivial))
-    return f"{skill.arm} reaches {reached:.4g}, the trivial predictor {guessed:.4g}"
+def _beside_the_dummy(skill: Skill) -> str:
+    reached, guessed = (sum(side) / len(side) for side in (skill.values, skill.dummy_baseline))
+    return f"{skill.variant} reaches {reached:.4g}, the dummy baseline {guessed:.4g}"
 
 
-def _met(claim: Claim, measurement: Measurement) -> bool:
+def _met(experiment: Experiment, measurement: Measurement) -> bool:
     """Is the published figure met? It is the system's own, unless it is said to be a difference or a ratio."""
-    figure = claim.published
+    figure = experiment.published
     if figure is None:
         return False
     measured = measurement.effect if figure.what in ("difference", "ratio") else measurement.value
-    return measured is not None and abs(measured - figure.value) <= claim.tolerance
+    return measured is not None and abs(measured - figure.value) <= experiment.tolerance

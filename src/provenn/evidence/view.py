@@ -11,11 +11,11 @@ from math import isfinite, isinf
 from pathlib import Path
 
 from provenn import catalog
-from provenn.catalog import Card, Claim, Statement
+from provenn.catalog import Card, Claim, Experiment
+from provenn.evidence.claim import Judgement, Outcome, Standing, judge
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Series, Table
-from provenn.evidence.record import EVIDENCE, Evidence, Finding, Occasion, why_unread
-from provenn.evidence.statement import Judgement, Outcome, Standing, judge
+from provenn.evidence.record import EVIDENCE, Evidence, Finding, RecordedRun, why_unread
 from provenn.evidence.verdict import Verdict
 
 SYMBOLS = {
@@ -40,9 +40,9 @@ STANDINGS = {
 
 @dataclass(frozen=True)
 class Judged:
-    """A statement of an abstract, what it comes to, and the findings that bear on it."""
+    """A claim of an abstract, what it comes to, and the findings that bear on it."""
 
-    statement: Statement
+    claim: Claim
     judgement: Judgement
     findings: list[Finding]
 
@@ -53,32 +53,32 @@ class Judged:
 
 
 def judged(card: Card, evidence: Evidence | None) -> list[Judged]:
-    """The statements of a paper's abstract in its order, each with its verdict."""
-    every = (evidence or Evidence(paper=card.slug)).findings(card.claims)
-    by_claim = {finding.claim.id: finding for finding in every}
+    """The claims of a paper's abstract in its order, each with its verdict."""
+    every = (evidence or Evidence(paper=card.slug)).findings(card.experiments)
+    by_experiment = {finding.experiment.id: finding for finding in every}
     result = []
-    for statement in card.statements:
-        bearing = [by_claim[name] for name in statement.claims]
-        waiting = any(finding.record is None and finding.claim.lacks is None for finding in bearing)
+    for claim in card.claims:
+        bearing = [by_experiment[name] for name in claim.experiments]
+        waiting = any(finding.record is None and finding.experiment.lacks is None for finding in bearing)
         outcomes = [
-            Outcome(f.claim.kind, f.verdict, f.measurement.at_paper_setting, f.reason)
+            Outcome(f.experiment.kind, f.verdict, f.measurement.at_paper_setting, f.reason)
             for f in sorted(bearing, key=_waits)
         ]
-        result.append(Judged(statement, judge(statement.kind, "" if waiting else statement.needs, outcomes), bearing))
+        result.append(Judged(claim, judge(claim.kind, "" if waiting else claim.needs, outcomes), bearing))
     return result
 
 
 def _waits(finding: Finding) -> bool:
     """Those that only want a run come first: theirs is the reason that a reader can do something about."""
-    return finding.claim.lacks is not None
+    return finding.experiment.lacks is not None
 
 
-def committed(card: Card, tell: Callable[[str], None]) -> Evidence | None:
+def committed(card: Card, log: Callable[[str], None]) -> Evidence | None:
     """The evidence that came with the paper's package; None where there is none that can be read.
 
     Args:
         card: the paper.
-        tell: is given a line where there is a file and it is damaged.
+        log: is given a line where there is a file and it is damaged.
     """
     file = card.folder / EVIDENCE
     try:
@@ -86,7 +86,7 @@ def committed(card: Card, tell: Callable[[str], None]) -> Evidence | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        tell(
+        log(
             f"{file} is damaged, and its records of {card.slug} are left out: {why_unread(error)}; "
             "install its package again to restore it"
         )
@@ -151,57 +151,58 @@ def shortly(finding: Finding) -> str:
     return f"{sign}{number(effect(measurement), digits)}{spread}{unit}"
 
 
-def published(claim: Claim) -> str:
+def published(experiment: Experiment) -> str:
     """The figure that the paper published; nothing else."""
-    return str(claim.published or "")
+    return str(experiment.published or "")
 
 
 def at_setting(finding: Finding) -> str:
-    """What was set otherwise than the claim's own setting, in words; "" where nothing was."""
-    changes = (
-        f"{name} = {value if isinstance(value, str) else json.dumps(value)}" for name, value in finding.changes.items()
+    """What was set otherwise than the experiment's own setting, in words; "" where nothing was."""
+    overrides = (
+        f"{name} = {value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in finding.overrides.items()
     )
-    return f"at {', '.join(changes)}, which is not the claim's own setting" if finding.changes else ""
+    return f"at {', '.join(overrides)}, which is not the experiment's own setting" if finding.overrides else ""
 
 
 def asked(finding: Finding) -> str:
     """The region that the effect is held to, and why that one."""
-    claim = finding.claim
-    if claim.expects is not None:
-        region = str(claim.expects)
-    elif claim.published is not None and finding.measurement.kind_of_effect != "truth":
-        region = f"the figure within {claim.tolerance:g}" if claim.tolerance else "the figure itself"
+    experiment = finding.experiment
+    if experiment.expects is not None:
+        region = str(experiment.expects)
+    elif experiment.published is not None and finding.measurement.kind_of_effect != "truth":
+        region = f"the figure within {experiment.tolerance:g}" if experiment.tolerance else "the figure itself"
     else:
-        region = "that it is so" if claim.needs is None else ""
-    return f"{region}: {claim.why}" if claim.why else region
+        region = "that it is so" if experiment.needs is None else ""
+    return f"{region}: {experiment.why}" if experiment.why else region
 
 
 def when(finding: Finding) -> str:
     """Seeds and date of a measurement."""
-    if finding.occasion is None:
+    if finding.run is None:
         return ""
     seeds = finding.measurement.seeds
-    return ", ".join([f"{len(seeds)} seeds"] * bool(seeds) + [f"{finding.occasion.date:%Y-%m-%d}"])
+    return ", ".join([f"{len(seeds)} seeds"] * bool(seeds) + [f"{finding.run.date:%Y-%m-%d}"])
 
 
-def where(occasions: Iterable[Occasion]) -> list[str]:
+def where(runs: Iterable[RecordedRun]) -> list[str]:
     """Where and when measurements were made, a line each."""
     return [
         f"{s.date:%Y-%m-%d}, budget {s.budget}, {s.environment.device}, {s.environment.threads} thread(s), "
         f"{s.environment.system}, provenn {s.environment.provenn}"
         + (f" at {s.environment.commit}" if s.environment.commit else "")
         + f", torch {s.environment.torch}, Python {s.environment.python}"
-        for s in occasions
+        for s in runs
     ]
 
 
-def strip(statements: Iterable[Judged]) -> str:
-    """A sign a statement, the headline's in brackets."""
-    return "".join(f"[{each.symbol}]" if each.statement.headline else f" {each.symbol} " for each in statements)
+def strip(claims: Iterable[Judged]) -> str:
+    """A sign a claim, the headline's in brackets."""
+    return "".join(f"[{each.symbol}]" if each.claim.headline else f" {each.symbol} " for each in claims)
 
 
 def tally(findings: Iterable[Finding]) -> str:
-    """How many claims got which verdict.
+    """How many experiments got which verdict.
 
     >>> tally([])
     ''
@@ -210,9 +211,9 @@ def tally(findings: Iterable[Finding]) -> str:
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
 
 
-def tally_of_statements(statements: Iterable[Judged]) -> str:
-    """How many statements got which verdict."""
-    counts = Counter(each.judgement.standing for each in statements)
+def tally_of_claims(claims: Iterable[Judged]) -> str:
+    """How many claims got which verdict."""
+    counts = Counter(each.judgement.standing for each in claims)
     return ", ".join(f"{counts[standing]} {standing}" for standing in Standing if counts[standing])
 
 
@@ -227,7 +228,7 @@ def plots(measurement: Measurement) -> dict[str, list[Series]]:
 def titled_plots(finding: Finding) -> list[tuple[str, list[Series]]]:
     """The plots of a finding, each with its title and its lines."""
     plotted = plots(finding.measurement).items()
-    return [(name or lines[0].y_label or finding.claim.id, lines) for name, lines in plotted]
+    return [(name or lines[0].y_label or finding.experiment.id, lines) for name, lines in plotted]
 
 
 def table_of(caption: str, lines: Sequence[Series]) -> Table:
@@ -245,11 +246,11 @@ def cell(value: str | float | int | None) -> str:
 def repeat(paper: str, evidence: Evidence) -> str:
     """The command that measures this evidence again."""
     seeds = max((record.measurement.seeds for record in evidence.records), key=len, default=[])
-    last = evidence.occasions[-1]
+    last = evidence.runs[-1]
     words = ["provenn", "reproduce", paper, "--budget", last.budget]
     words += ["--seeds", seeds_as_given(seeds)] if seeds else []
-    if all(record.changes for record in evidence.records):  # which one command repeats where they are alike
-        for name, value in evidence.records[-1].changes.items():
+    if all(record.overrides for record in evidence.records):  # which one command repeats where they are alike
+        for name, value in evidence.records[-1].overrides.items():
             words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return shlex.join([*words, "--device", last.environment.device.partition(":")[0]])
 
@@ -263,17 +264,17 @@ def seeds_as_given(seeds: Sequence[int]) -> str:
     return ",".join(map(str, seeds))
 
 
-def in_folder(folder: Path, tell: Callable[[str], None] = lambda message: None) -> dict[str, Evidence]:
+def in_folder(folder: Path, log: Callable[[str], None] = lambda message: None) -> dict[str, Evidence]:
     """The evidence of a run's folder by paper; a file that holds none is told of and left where it is."""
     readable = {}
     for file in sorted(folder.glob(f"*/{EVIDENCE}")):
         try:
             evidence = Evidence.read(file)
         except (OSError, ValueError, RecursionError):
-            tell(f"left out {file}: it holds no records that can be read")
+            log(f"left out {file}: it holds no records that can be read")
             continue
         if evidence.paper in catalog.cards():
             readable[evidence.paper] = evidence
         else:
-            tell(f"left out {file}: no paper here is called {evidence.paper!r}")
+            log(f"left out {file}: no paper here is called {evidence.paper!r}")
     return readable

@@ -24,7 +24,7 @@ from transformers.image_processing_base import IMAGE_PROCESSOR_NAME, ImageProces
 from transformers.initialization import no_init_weights
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.huggingface.conversion import CONVERTED, convert
 from provenn.huggingface.families import (
     FAMILIES,
@@ -165,7 +165,7 @@ class Source:
     def save_processor(self, folder: Path) -> None:
         """Write what `processor` reads beside a converted model."""
         if settings := self.processor():
-            with whole(folder / IMAGE_PROCESSOR_NAME) as place:
+            with atomic_write(folder / IMAGE_PROCESSOR_NAME) as place:
                 place.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def weights(self) -> Host:

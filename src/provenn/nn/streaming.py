@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 
 State = TypeVar("State")
 MixerState = Any  # of each mixer a class of its own, or a tuple
@@ -188,7 +188,7 @@ def _named(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def save_state(state: tuple, path: str | Path) -> None:
     """Write a state as safetensors, to go on later or elsewhere with `load_state`."""
     # Copies: safetensors refuses tensors that share memory.
-    with whole(Path(path)) as place:
+    with atomic_write(Path(path)) as place:
         save_file({name: tensor.clone() for name, tensor in _named(state)}, place)
 
 

@@ -193,7 +193,7 @@ class AudioClassification(Task):
         x, lengths = _padded(part[0], meta)
         return HeldOut(TensorDataset(x, lengths, numbers[part[1]]), which)
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Accuracy without listening: the commonest class, or a guess."""
         train, test = (part.tensors[2] for part in (data.train, data.test))  # type: ignore[attr-defined]  # TensorDatasets
         return blind_accuracy(train, test)

@@ -163,7 +163,7 @@ class Task(ABC):
         return HeldOut(data.test, f"the test split of {data.name}")
 
     @abstractmethod
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """`self.metric` on the test split, of the best predictor that looks at nothing that would have to be learned.
 
         It is fitted on the training split: the commonest class, the frequencies of tokens, the last value. A model

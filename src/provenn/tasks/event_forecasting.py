@@ -159,7 +159,7 @@ class EventForecasting(Task):
         numbers = [np.array([meta["marks"].index(mark) for mark in names]) for _, names in sequences]
         return HeldOut(Histories([gap for gap, _ in sequences], numbers, meta["scale"]), which)
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Of a Poisson process of constant rate, with marks drawn by their shares in training."""
         return _constant_rate_nll(data.train, data.test, data.options["marks"])
 

@@ -276,7 +276,7 @@ class GraphRegression(Task):
             which = f"the test split of {source}"
         return HeldOut(GraphSet(items, meta), which)
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """The error of who always tells the median of training."""
         train, test = (np.stack([np.asarray(g.target) for g in part.graphs]) for part in (data.train, data.test))  # type: ignore[attr-defined]  # a GraphSet
         return float(np.abs(test - np.median(train, axis=0)).mean())

@@ -154,7 +154,7 @@ class ImageClassification(Task):
         which = "all" if split == "train" else f"the {split} split"
         return HeldOut(ImageFiles(files, meta), f"{which} of {root}, at {meta['size']}×{meta['size']} pixels")
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Accuracy without a look at the image: the commonest class, or a guess."""
         return blind_accuracy(_labels(data.train), _labels(data.test))
 

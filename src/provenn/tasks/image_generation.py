@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from provenn.data.images import SUFFIXES, Picture, write_image
 from provenn.errors import UserError
-from provenn.files import output_suffix, whole
+from provenn.files import atomic_write, output_suffix
 from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, noise_schedule, sample
 from provenn.tasks import image_classification
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, count_examples, device_of, join_scores
@@ -103,7 +103,7 @@ class ImageGeneration(Task):
         """As in `Task`."""
         return image_classification.TASK.held_out(source, meta, seed=seed, whole=whole, skip_broken=skip_broken)
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Of images whose pixels are independent and normal, with the training images' mean and variance of each."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # some are mirrored at random
@@ -164,7 +164,7 @@ class ImageGeneration(Task):
         labels = [classes.index(word) for word in inputs] or list(range(min(SHOWN, len(classes))))
         drawn = _drawn(model, meta, torch.tensor(labels), guidance=guidance, steps=steps, seed=seed, by=by)
         if bare:
-            with whole(output) as place, place.open("wb") as handle:
+            with atomic_write(output) as place, place.open("wb") as handle:
                 np.save(handle, drawn.numpy())
         else:
             pixels = (_colours(drawn, meta) * 255).round().byte().numpy()

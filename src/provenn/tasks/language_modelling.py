@@ -352,7 +352,7 @@ class LanguageModelling(Task):
         """What is asked of windows of text: here the token after each."""
         return windows
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Bits a byte of telling every token by its share of the training text alone."""
         bytes_of: Tensor = data.test.bytes_of  # type: ignore[attr-defined]
         train, test = (_counts(part, len(bytes_of)) for part in (data.train, data.test))
@@ -390,7 +390,7 @@ class LanguageModelling(Task):
         top_p: float | int | None = None,
         seed: int = 0,
         context: int | None = None,
-        tell: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> str:
         """Goes on with each prompt.
 
@@ -402,7 +402,7 @@ class LanguageModelling(Task):
             seed: of the draws.
             context: how many tokens of a prompt are read, its last ones; by default as many as a window of training
                 had, which is said where a prompt has more.
-            tell: is given the text piece by piece as it comes.
+            log: is given the text piece by piece as it comes.
         """
         if output is not None:
             check_no_input(output, inputs)
@@ -422,18 +422,18 @@ class LanguageModelling(Task):
                 draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
                 draw["generator"] = torch.Generator(device).manual_seed(seed)
                 start = _last_tokens(tokenizer.encode(prompt), meta.get("length", 256), context)
-                if tell is not None and texts:
-                    tell("\n\n")
+                if log is not None and texts:
+                    log("\n\n")
                 try:
                     following = cast(Any, model).generate(_batched(start, tokenizer).to(device), tokens, **draw)
-                    texts.append(_continued(prompt, following, tokenizer, tell or (lambda piece: None)))
+                    texts.append(_continued(prompt, following, tokenizer, log or (lambda piece: None)))
                 except ValueError as error:
                     raise UserError(str(error)) from None
             if file is not None:
                 file.write("\n\n".join(texts))
         written_to = f"\nwrote {output}" if output else ""
-        if tell is not None and written_to:
-            tell(written_to)
+        if log is not None and written_to:
+            log(written_to)
         return "\n\n".join(texts) + written_to
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
@@ -562,7 +562,7 @@ def _batched(encoded: Int64[np.ndarray, " _"], tokenizer: Tokenizer) -> Int64[Te
     return torch.from_numpy(np.array([tokenizer.end]) if len(encoded) == 0 else encoded)[None]
 
 
-def _continued(prompt: str, told: Iterator[Tensor], tokenizer: Tokenizer, tell: Callable[[str], None]) -> str:
+def _continued(prompt: str, told: Iterator[Tensor], tokenizer: Tokenizer, log: Callable[[str], None]) -> str:
     """The prompt and what follows it, told as it comes; the prompt with the first token, when all is in order."""
     pieces: list[int] = []
     printed = 0
@@ -571,8 +571,8 @@ def _continued(prompt: str, told: Iterator[Tensor], tokenizer: Tokenizer, tell: 
             break
         pieces.append(int(token))
         whole = (prompt + tokenizer.decode(pieces)).rstrip("\ufffd")  # a character may take several tokens
-        tell(whole[printed:])
+        log(whole[printed:])
         printed = max(printed, len(whole))
     text = prompt + tokenizer.decode(pieces)
-    tell(text[printed:])
+    log(text[printed:])
     return text

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from provenn.data.text import read_tokenizer, text_of
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.tasks.base import Scores, TaskData, batches, count_examples, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
 from provenn.tasks.meta import Blanked
@@ -105,7 +105,7 @@ class MaskedLanguageModelling(LanguageModelling):
         meta = super().default_meta(options)
         return {**meta, "blank": meta["vocab"] - 1} if "vocab" in meta else meta
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Accuracy of always saying the commonest token of the training text."""
         train: Any = data.train
         commonest = train.windows.stream.bincount(minlength=train.vocab).argmax()
@@ -129,7 +129,7 @@ class MaskedLanguageModelling(LanguageModelling):
             texts.append(tokenizer.decode(torch.where(x[0] == meta["blank"], predicted, x[0]).tolist()))
         joined = "\n".join(texts)
         if output is not None:
-            with whole(output) as place:
+            with atomic_write(output) as place:
                 place.write_text(joined + "\n", "utf-8")
             return f"{joined}\nwrote {output}"
         return joined

@@ -19,7 +19,7 @@ from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels,
 from provenn.data.rectangles import RECTANGLE_CLASSES, RECTANGLE_SIDE, rectangles
 from provenn.data.scenes import CLASSES, SIZE, Scene, scenes
 from provenn.errors import UserError
-from provenn.files import output_suffix, whole
+from provenn.files import atomic_write, output_suffix
 from provenn.nn.detection import DetectionBatch, Detections, pad_batch
 from provenn.nn.detection.boxes import clip
 from provenn.tasks.average_precision import ALL, Found, Truth, average_precision, check_installed, curves, match
@@ -265,7 +265,7 @@ class ObjectDetection(Task):
         which = "all" if split == "train" else f"the {split} split"
         return HeldOut(Pictures(images, meta), f"{which} of {root}, at a short side of {meta['size']} pixels")
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """AP of the mean box of each class, as shares of the picture, at the share of pictures that hold the class."""
         classes = len(data.meta["classes"])
         boxes: list[list[np.ndarray]] = [[] for _ in range(classes)]
@@ -335,7 +335,7 @@ class ObjectDetection(Task):
                 f"and {len(lines) - SHOWN} more{'' if output else '; -o FOLDER draws and writes them all'}"
             ]
         if results is not None:
-            with whole(results) as place:
+            with atomic_write(results) as place:
                 place.write_text(json.dumps(rows))
         if output is not None:
             lines.append(f"wrote {output}")
@@ -710,7 +710,7 @@ def _draw(file: Path, found: Found, said: Sequence[str], place: Path) -> None:
         x, y = max(0, min(box[0], picture.width - right)), max(0, box[1] - bottom - line)
         draw.rectangle((x, y, x + right, y + bottom + line), fill=colour)
         draw.text((x, y), text, fill=_legible_on(colour), font=font)
-    with whole(place) as temporary:
+    with atomic_write(place) as temporary:
         picture.save(temporary)
 
 

@@ -104,7 +104,7 @@ def selective_copy(
     keys: int = 1,
     values: int = 16,
 ) -> Examples:
-    """Selective copying (Gu and Dao, 2023, Mamba): `pairs` symbols scattered in blanks, to be told in their order.
+    """Selective copying (Gu and Dao, 2023, Mamba): `pairs` symbols scattered in blanks, to be predicted in their order.
 
     Tokens: 0 is blank, 1 asks for the next symbol, the symbols follow; `keys` is not used.
     """
@@ -277,7 +277,7 @@ class Recall(Task):
             )
         return HeldOut(data.test, data.about)
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Accuracy of always saying that answer which stands most often in the sequence, or of guessing evenly.
 
         It knows what answers look like, and not which of them belongs where. Where a sequence has but one, to find it

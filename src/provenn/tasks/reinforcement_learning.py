@@ -404,7 +404,7 @@ class ReinforcementLearning(Task):
         which = "all" if whole else "the test split"
         return HeldOut(Windows(trajectories, setting, seed), f"recorded steps of {which} of {source}")
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """The best return of random actions and of each action taken all the time, in the episodes of the test.
 
         Of recorded steps: the accuracy of the commonest action of training, or of a guess. Of continuous actions,

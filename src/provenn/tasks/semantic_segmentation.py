@@ -178,7 +178,7 @@ class SemanticSegmentation(Task):
         strange.check(Path(named), unknown)
         return HeldOut(MaskedImages(splits[split], folder, meta), f"{which} of {named}")
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Mean IoU of the commonest class everywhere."""
         trained, tested = _pixels_of_classes(data.train, most=200), _pixels_of_classes(data.test)
         commonest = int(trained.argmax())

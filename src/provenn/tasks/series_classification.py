@@ -193,7 +193,7 @@ class SeriesClassification(Task):
             return [bundled(f"{stem}/{stem}_{split}.ts") for split in ("TRAIN", "TEST")]
         return _files(Path(place))
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Accuracy without a look at the series: the commonest class, or a guess."""
         cpu = torch.device("cpu")
         labels = (

@@ -221,7 +221,7 @@ class SeriesForecasting(Task):
         # Forecasts of windows that are fewer than `horizon` rows apart are judged by some of the same rows.
         return HeldOut(Windows(scaled, context, horizon, first, stop), f"{which} of {source}", overlap=horizon)
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Squared error of the better of two: repeating the last value, and the mean of what came in training."""
         cpu = torch.device("cpu")
         sums = [future.double().mean(1).sum(0) for _, future in batches(data.train, 256, cpu)]

@@ -287,7 +287,7 @@ class SuperResolution(Task):
         files, which = (named[2], "the test split") if named else (images_in(place, skip_broken), "all")
         return HeldOut(Whole(Photographs(files, smallest=PATCH)), f"{which} of {place}")
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """PSNR of bicubic interpolation, at the `scale` of the data's meta, 2 where it names none."""
         scale = int(data.meta.get("scale", 2))
         pairs = [reduced(data.test[index], scale) for index in range(count_examples(data.test))]

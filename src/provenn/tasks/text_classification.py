@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from provenn.data.sentences import Example, Labelled, docstrings, read_sentences
 from provenn.data.text import BytePairs, Bytes, Document, Tokenizer, read_tokenizer, text_of
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.tasks.base import (
     LABEL,
     TOLD,
@@ -212,7 +212,7 @@ class TextClassification(Task):
         dataset = self._encoded(content.test, judged, read_tokenizer(meta["tokenizer"]))
         return HeldOut(dataset, f"the test split of {source}")
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Of always telling the class that is best so in training, or of guessing evenly; 0 of a correlation."""
         train, test = (np.asarray([int(part[i][3]) for i in range(len(part))]) for part in (data.train, data.test))  # type: ignore[arg-type]
         official = data.test.official  # type: ignore[attr-defined]
@@ -258,7 +258,7 @@ class TextClassification(Task):
         text = "\n".join(rows)
         if output is None:
             return text
-        with whole(output) as place:
+        with atomic_write(output) as place:
             place.write_text(text + "\n", "utf-8")
         return f"{text}\nwrote {output}"
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from provenn.data.text import Bytes, text_of
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.inputs import parse_json, read_text
 from provenn.tasks.base import (
     HeldOut,
@@ -233,7 +233,7 @@ class Translation(Task):
         sides = [_padded([pair[side] for pair in pairs]) for side in (0, 1)]
         return HeldOut(TensorDataset(*sides), f"all of {source}")
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """The share of test sentences that are the commonest translation of training."""
         (_, train), (_, test) = (part.tensors for part in (data.train, data.test))  # type: ignore[attr-defined]  # a TensorDataset
         kinds, counts = train.unique(dim=0, return_counts=True)
@@ -260,7 +260,7 @@ class Translation(Task):
             texts.append(tokens.decode(written[0, 1:].tolist()))
         joined = "\n".join(texts)
         if output is not None:
-            with whole(output) as place:
+            with atomic_write(output) as place:
                 place.write_text(joined + "\n", "utf-8")
             return f"{joined}\nwrote {output}"
         return joined

@@ -1,4 +1,4 @@
-"""The promises that every paper keeps, as functions anyone can call on their own mechanism.
+"""The checks that every paper keeps, as functions anyone can call on their own mechanism.
 
 >>> import torch
 >>> from torch import nn
@@ -15,17 +15,17 @@
 >>> check_mechanism(nn.BatchNorm2d, "channel-gate", only=["refuse-bad-arguments"])
 Traceback (most recent call last):
 ...
-provenn.testing.checks.BrokenPromise: BatchNorm2d as channel-gate
+provenn.testing.checks.FailedCheck: BatchNorm2d as channel-gate
   refuse-bad-arguments: channels=0 must raise ValueError that names it, nothing was raised
 """
 
-from provenn.testing.checks import BrokenPromise, check_mechanism, check_paper, checks_of
-from provenn.testing.promises import PROMISES, unchecked
+from provenn.testing.checks import FailedCheck, check_mechanism, check_paper, checks_of
+from provenn.testing.common import CHECKS, unchecked
 from provenn.testing.seeded import seeded_array, seeded_state
 
 __all__ = [
-    "PROMISES",
-    "BrokenPromise",
+    "CHECKS",
+    "FailedCheck",
     "check_mechanism",
     "check_paper",
     "checks_of",

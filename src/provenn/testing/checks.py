@@ -1,4 +1,4 @@
-"""Hold a mechanism or a paper to the promises."""
+"""Hold a mechanism or a paper to the checks."""
 
 import dis
 import math
@@ -12,7 +12,7 @@ from torch import nn
 from provenn.catalog import Card, Mechanism, Preset, card, in_a_line
 from provenn.errors import UserError
 from provenn.slots import Slot, slot
-from provenn.testing.promises import PROMISES, parameters_on_meta
+from provenn.testing.common import CHECKS, parameters_on_meta
 from provenn.testing.shipped import check_weights, files_of
 from provenn.testing.subject import Subject
 
@@ -31,39 +31,39 @@ TRACED = ("compile", "export", "export-open-sizes")
 LARGE = 2**28  # parameters; beyond, weights and gradients are more than a test should hold
 
 
-class BrokenPromise(AssertionError):
-    """One or more promises that a mechanism or a preset does not keep, a line for each."""
+class FailedCheck(AssertionError):
+    """One or more checks that a mechanism or a preset does not keep, a line for each."""
 
 
 def check_mechanism(
     factory: Callable[..., Any],
     slot_name: str,
     *,
-    cannot: Mapping[str, str] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
     only: Collection[str] | None = None,
 ) -> None:
-    """Hold a mechanism to every promise of its slot.
+    """Hold a mechanism to every check of its slot.
 
     A token mixer that takes `causal=False` too is held to those of them that this may change once more.
 
     Args:
         factory: makes it, as the slot says: `factory(dim)`, `factory(channels)`, ...
         slot_name: one of `provenn.slots.SLOTS`.
-        cannot: promises that it cannot keep, each with the reason. One that it does keep is reported as well.
-        only: names of the promises to ask for; by default all.
+        cannot: checks that it cannot keep, each with the reason. One that it does keep is reported as well.
+        only: names of the checks to ask for; by default all.
 
     Raises:
-        BrokenPromise: one or more promises are broken; a line for each.
+        FailedCheck: one or more checks are broken; a line for each.
     """
-    of, cannot = slot(slot_name), cannot or {}
+    of, expected_failures = slot(slot_name), expected_failures or {}
     name = f"{_called(factory)} as {of.name}"
-    _ask(Subject.mechanism(factory, of, name), of.name, cannot, only)
-    if _looks_both_ways(of.name, cannot):
-        _ask_both_ways(factory, of, name, cannot, only)
+    _ask(Subject.mechanism(factory, of, name), of.name, expected_failures, only)
+    if _looks_both_ways(of.name, expected_failures):
+        _ask_both_ways(factory, of, name, expected_failures, only)
 
 
 def check_paper(paper: str | Card) -> None:
-    """Hold every mechanism and every preset of a paper to its promises, and the weights that ship to their metrics.
+    """Hold every mechanism and every preset of a paper to its checks, and the weights that ship to their metrics.
 
     The smallest preset of each task is asked for all of them; the others, being the same code, for a few, and those
     with more than 2^28 parameters for what the meta device can show.
@@ -72,16 +72,16 @@ def check_paper(paper: str | Card) -> None:
         paper: a slug, or the card of a paper that is not installed (`provenn.catalog.read_card`).
 
     Raises:
-        BrokenPromise: one or more promises are broken; a line for each.
+        FailedCheck: one or more checks are broken; a line for each.
     """
     broken = []
     for check in checks_of(card(paper) if isinstance(paper, str) else paper).values():
         try:
             check()
-        except BrokenPromise as error:
+        except FailedCheck as error:
             broken.append(str(error))
     if broken:
-        raise BrokenPromise("\n".join(broken))
+        raise FailedCheck("\n".join(broken))
 
 
 def checks_of(paper: Card) -> dict[str, Callable[[], None]]:
@@ -93,7 +93,7 @@ def checks_of(paper: Card) -> dict[str, Callable[[], None]]:
     for m in paper.mechanisms:
         for variant in ({}, *m.variants):
             checks[f"{paper.slug} {m.name}{_options(variant)}"] = partial(_check_mechanism, paper, m, variant)
-            if _looks_both_ways(m.slot, m.cannot):
+            if _looks_both_ways(m.slot, m.expected_failures):
                 name = f"{paper.slug} {m.name}{_options({**variant, 'causal': False})}"
                 checks[name] = partial(_check_mechanism, paper, m, variant, causal=False)
     checks |= {f"{paper.slug} {p.name}": partial(_check_preset, paper, p) for p in paper.presets}
@@ -105,16 +105,20 @@ def _options(variant: Mapping[str, Any]) -> str:
     return f" with {', '.join(f'{key}={value!r}' for key, value in variant.items())}" if variant else ""
 
 
-def _looks_both_ways(slot_name: str, cannot: Mapping[str, str]) -> bool:
+def _looks_both_ways(slot_name: str, expected_failures: Mapping[str, str]) -> bool:
     """Whether a mechanism is causal or not, as it is built."""
-    return slot_name == "token-mixer" and not {"be-causal", "see-both-ways"} & cannot.keys()
+    return slot_name == "token-mixer" and not {"be-causal", "see-both-ways"} & expected_failures.keys()
 
 
 def _ask_both_ways(
-    factory: Callable[..., Any], of: Slot, name: str, cannot: Mapping[str, str], only: Collection[str] | None = None
+    factory: Callable[..., Any],
+    of: Slot,
+    name: str,
+    expected_failures: Mapping[str, str],
+    only: Collection[str] | None = None,
 ) -> None:
     """What `causal=False` may change, but what the mechanism is excused from as it is."""
-    asked = [promise for promise in OF_BOTH_WAYS if promise not in cannot and (only is None or promise in only)]
+    asked = [check for check in OF_BOTH_WAYS if check not in expected_failures and (only is None or check in only)]
     _ask(Subject.mechanism(factory, of, f"{name} with causal=False", causal=False), of.name, {}, asked)
 
 
@@ -123,34 +127,34 @@ def _check_mechanism(paper: Card, mechanism: Mechanism, variant: Mapping[str, An
     try:
         of, layer = slot(mechanism.slot), paper.resolve(mechanism.layer)
     except UserError as error:
-        raise BrokenPromise(f"{name}\n  {error}") from None
+        raise FailedCheck(f"{name}\n  {error}") from None
     except (ImportError, AttributeError) as error:
-        raise BrokenPromise(f"{name}\n  {mechanism.layer} cannot be imported: {error}") from error
+        raise FailedCheck(f"{name}\n  {mechanism.layer} cannot be imported: {error}") from error
     arguments = {**mechanism.arguments, **variant}
-    # A backbone is a preset too, or made as one: what every system promises is asked of that.
-    only = {*OF_BACKBONES, *mechanism.cannot} if of.name == "backbone" else None
+    # A backbone is a preset too, or made as one: what every system checks is asked of that.
+    only = {*OF_BACKBONES, *mechanism.expected_failures} if of.name == "backbone" else None
     factory = partial(layer, **arguments)
     if causal:
-        _ask(Subject.mechanism(factory, of, name), of.name, mechanism.cannot, only)
+        _ask(Subject.mechanism(factory, of, name), of.name, mechanism.expected_failures, only)
     else:
-        _ask_both_ways(factory, of, name, mechanism.cannot)
+        _ask_both_ways(factory, of, name, mechanism.expected_failures)
 
 
 def _check_preset(paper: Card, preset: Preset) -> None:
     if paper.work_of(preset) is None and not _is_module(paper, preset):
         return  # a procedure that is called, with no weights, modes or devices
     few = OF_LARGE_PRESETS if LARGE < _size(paper, preset) < math.inf else OF_EVERY_PRESET
-    asked = None if preset in smallest_presets(paper) else {*few, *preset.cannot}
-    _ask(Subject.preset(paper, preset), None, preset.cannot, asked)
+    asked = None if preset in smallest_presets(paper) else {*few, *preset.expected_failures}
+    _ask(Subject.preset(paper, preset), None, preset.expected_failures, asked)
 
 
 def _is_module(paper: Card, preset: Preset) -> bool:
     try:
         made = paper.resolve(preset.build)(**preset.options)
     except Exception as error:
-        raise BrokenPromise(f"{paper.slug} {preset.name}\n  cannot be built: {in_a_line(error)}") from error
+        raise FailedCheck(f"{paper.slug} {preset.name}\n  cannot be built: {in_a_line(error)}") from error
     if not callable(made):
-        raise BrokenPromise(f"{paper.slug} {preset.name}\n  is no module and nothing that can be called: {made!r}")
+        raise FailedCheck(f"{paper.slug} {preset.name}\n  is no module and nothing that can be called: {made!r}")
     return isinstance(made, nn.Module)
 
 
@@ -158,7 +162,7 @@ def _check_weights(paper: Card, file: Path) -> None:
     try:
         check_weights(paper, file)
     except (AssertionError, UserError) as error:
-        raise BrokenPromise(f"{paper.slug} weights/{file.name}\n  {error}") from error
+        raise FailedCheck(f"{paper.slug} weights/{file.name}\n  {error}") from error
 
 
 def smallest_presets(paper: Card) -> list[Preset]:
@@ -183,16 +187,16 @@ def _size(paper: Card, preset: Preset) -> int | float:
     return _SIZES[key]
 
 
-def _refuses(error: Exception, promise: str) -> bool:
-    """Whether a promise was seen not to be kept, or refused in words, rather than missed by an accident on the way.
+def _refuses(error: Exception, check: str) -> bool:
+    """Whether a check was seen not to be kept, or refused in words, rather than missed by an accident on the way.
 
     A refusal is a `raise` with a message, not an operation that went wrong. Of torch's own only a tracer's counts. Of
     what is traced, another output is never excused.
     """
-    if promise in TRACED and _is_of_tracer(error):
+    if check in TRACED and _is_of_tracer(error):
         return True
     if isinstance(error, AssertionError):
-        return promise not in TRACED
+        return check not in TRACED
     if not isinstance(error, ValueError | TypeError | NotImplementedError | RuntimeError) or not str(error):
         return False
     place = error.__traceback__
@@ -205,7 +209,7 @@ def _refuses(error: Exception, promise: str) -> bool:
 
 
 def _is_of_tracer(error: Exception) -> bool:
-    """Whether torch says that it cannot trace this code, or that what it traced is not for this size."""
+    """Whether torch says that it expected_failures trace this code, or that what it traced is not for this size."""
     from torch._dynamo.exc import Unsupported
     from torch._dynamo.exc import UserError as TracerError
     from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
@@ -221,30 +225,32 @@ def _called(factory: Callable[..., Any]) -> str:
 
 
 def _ask(
-    subject: Subject, slot_name: str | None, cannot: Mapping[str, str], only: Collection[str] | None = None
+    subject: Subject, slot_name: str | None, expected_failures: Mapping[str, str], only: Collection[str] | None = None
 ) -> None:
-    asked = {name: promise for name, promise in PROMISES.items() if promise.concerns(slot_name)}
-    unknown = [name for name in (*cannot, *(only or ())) if name not in asked]
+    asked = {name: check for name, check in CHECKS.items() if check.concerns(slot_name)}
+    unknown = [name for name in (*expected_failures, *(only or ())) if name not in asked]
     if unknown:
-        raise BrokenPromise(f"{subject.name}: there is no promise {unknown[0]!r} here; there are: {', '.join(asked)}")
+        raise FailedCheck(f"{subject.name}: there is no check {unknown[0]!r} here; there are: {', '.join(asked)}")
     broken: list[tuple[str, Exception | None]] = []
     kept: set[str] = set()
-    for name, promise in asked.items():
+    for name, check in asked.items():
         if only is not None and name not in only:
             continue
-        if name not in cannot and FOLLOWS.get(name) in kept:
+        if name not in expected_failures and FOLLOWS.get(name) in kept:
             continue
         try:
-            promise.check(subject)
+            check.check(subject)
         except Exception as error:
             reason = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-            if name not in cannot:
+            if name not in expected_failures:
                 broken.append((f"  {name}: {reason.strip() or 'broken'}", error))
             elif not _refuses(error, name):
-                broken.append((f"  {name}: cannot names it, but this is an accident, no refusal: {reason}", error))
+                broken.append(
+                    (f"  {name}: listed in expected_failures, but this is an accident, no refusal: {reason}", error)
+                )
         else:
             kept.add(name)
-            if name in cannot:
-                broken.append((f"  {name}: is kept, so cannot need not name it ({cannot[name]})", None))
+            if name in expected_failures:
+                broken.append((f"  {name}: passes: take it out of expected_failures ({expected_failures[name]})", None))
     if broken:
-        raise BrokenPromise("\n".join([subject.name, *(line for line, _ in broken)])) from broken[0][1]
+        raise FailedCheck("\n".join([subject.name, *(line for line, _ in broken)])) from broken[0][1]

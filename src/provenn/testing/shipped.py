@@ -23,7 +23,7 @@ def check_weights(paper: Card, file: Path) -> None:
     """Hold a weight file to its metadata: size, preset, command, and the metrics of the test split.
 
     The metrics may differ by what rounding on another processor can change. Where the data here are others than those
-    of the training, as the source of another Python is, the model has to beat the trivial predictor all the same.
+    of the training, as the source of another Python is, the model has to beat the dummy baseline all the same.
 
     Raises:
         AssertionError: one of them is not so.
@@ -52,6 +52,6 @@ def check_weights(paper: Card, file: Path) -> None:
         for name, stated in label.metrics.items():
             bound = ROUNDING * abs(stated) + allowed
             assert abs(metrics[name] - stated) <= bound, f"{name} is {metrics[name]:.6g}, it says {stated:.6g}"
-    value, trivial = metrics[kind.metric], kind.trivial(data)
-    better = value > trivial if kind.higher_is_better else value < trivial
-    assert better, f"{kind.metric} is {value:.6g}, and {trivial:.6g} without having learned anything"
+    value, dummy_baseline = metrics[kind.metric], kind.dummy_baseline(data)
+    better = value > dummy_baseline if kind.higher_is_better else value < dummy_baseline
+    assert better, f"{kind.metric} is {value:.6g}, and {dummy_baseline:.6g} without having learned anything"

@@ -1,4 +1,4 @@
-"""What is asked to keep a promise: a mechanism or a preset, with inputs that fit it."""
+"""What is asked to keep a check: a mechanism or a preset, with inputs that fit it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DEPTH = 10  # the number of branches that a residual mechanism is told of
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked to keep a promise.
+    """What is asked to keep a check.
 
     Args:
         name: for messages.
@@ -50,7 +50,7 @@ class Subject:
                 return factory(dim, **{"causal": causal, **options})
             try:
                 return factory(dim, causal=True, **options)
-            except ValueError:  # one that looks both ways alone; whether it may is asked by the promise be-causal
+            except ValueError:  # one that looks both ways alone; whether it may is asked by the check be-causal
                 return factory(dim, causal=False, **options)
 
         def shapes(dim: int = WIDTH, **sizes: int) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 
 CHECKPOINT, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -26,7 +26,7 @@ def checkpoint_writer() -> Any:
             keep = file.with_name(PREVIOUS) if file.name == CHECKPOINT else None
             for stray in file.parent.glob(f".{file.stem}.*.part{file.suffix}"):  # of a run that was killed
                 stray.unlink(missing_ok=True)
-            with whole(file, keep) as place, place.open("wb") as handle:
+            with atomic_write(file, keep) as place, place.open("wb") as handle:
                 try:
                     torch.save(checkpoint, handle)
                 except RuntimeError as error:  # torch's words for a write that failed

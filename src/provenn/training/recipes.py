@@ -268,7 +268,7 @@ def _in_rows(name: str, module: nn.Module) -> list[tuple[str, type]]:
     return children
 
 
-def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
+def recipe_of(facts: dict[str, Any], **overrides: Any) -> Recipe:
     """A recipe from a preset's facts and the user's changes.
 
     Raises:
@@ -276,7 +276,7 @@ def recipe_of(facts: dict[str, Any], **changes: Any) -> Recipe:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    merged = {**facts, **{key: value for key, value in changes.items() if value is not None}}
+    merged = {**facts, **{key: value for key, value in overrides.items() if value is not None}}
     hints = get_type_hints(Recipe)
     for name, value in merged.items():
         if name not in hints:

@@ -10,8 +10,8 @@ from provenn.catalog import Region, mechanism_names
 from provenn.compare.latencies import LatencyBench
 from provenn.compare.outcome import SlotComparison
 from provenn.evidence import view
+from provenn.evidence.claim import Standing
 from provenn.evidence.record import Finding
-from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import Verdict, region_of
 from provenn.web.boards import TaskBoard
 from provenn.web.catalogue import Entry
@@ -37,7 +37,7 @@ class Published(BaseModel):
     source: str
 
 
-class Statement(BaseModel):
+class Claim(BaseModel):
     """An assertion of the abstract, in our words, and what it comes to."""
 
     says: str
@@ -45,29 +45,29 @@ class Statement(BaseModel):
     headline: bool
     figure: str = Field(description="The paper's figure, in words.")
     verdict: Standing
-    held: int = Field(description="How many of the claims that were measured hold.")
+    held: int = Field(description="How many of the experiments that were measured hold.")
     asked: int
     reason: str = Field(description="What a measurement needs, where there is none.")
-    claims: list[str] = Field(description="The claims that bear on it.")
+    experiments: list[str] = Field(description="The experiments that bear on it.")
 
     @classmethod
-    def of(cls, judged: view.Judged) -> "Statement":
+    def of(cls, judged: view.Judged) -> "Claim":
         """With its verdict."""
-        statement, judgement = judged.statement, judged.judgement
+        claim, judgement = judged.claim, judged.judgement
         return cls(
-            says=statement.says,
-            kind=statement.kind,
-            headline=statement.headline,
-            figure=statement.figure,
+            says=claim.says,
+            kind=claim.kind,
+            headline=claim.headline,
+            figure=claim.figure,
             verdict=judgement.standing,
             held=judgement.held,
             asked=judgement.asked,
             reason=judgement.reason,
-            claims=statement.claims,
+            experiments=claim.experiments,
         )
 
 
-class Claim(BaseModel):
+class Experiment(BaseModel):
     """A measurable assertion, what was measured, and the verdict."""
 
     id: str
@@ -75,7 +75,7 @@ class Claim(BaseModel):
     origin: str = Field(description="paper, or ours: what building the paper brought to light.")
     says: str
     published: Published | None
-    asked: Region | None = Field(description="The effects that prove the claim.")
+    asked: Region | None = Field(description="The effects that prove the experiment.")
     why: str = Field(description="The reason for that region.")
     verdict: Verdict
     reason: str = Field(description="Why there is no verdict, where there is none.")
@@ -93,22 +93,22 @@ class Claim(BaseModel):
     measured: datetime | None
 
     @classmethod
-    def of(cls, finding: Finding) -> "Claim":
+    def of(cls, finding: Finding) -> "Experiment":
         """With what was measured of it."""
-        claim, measurement = finding.claim, finding.measurement
-        figure = claim.published
+        experiment, measurement = finding.experiment, finding.measurement
+        figure = experiment.published
         known = measurement.effect is not None
         interval = measurement.interval
         return cls(
-            id=claim.id,
-            kind=claim.kind,
-            origin=claim.origin,
-            says=claim.says,
+            id=experiment.id,
+            kind=experiment.kind,
+            origin=experiment.origin,
+            says=experiment.says,
             published=None
             if figure is None
             else Published(value=figure.value, unit=figure.unit or figure.what, source=figure.source),
-            asked=region_of(claim, measurement),
-            why=claim.why,
+            asked=region_of(experiment, measurement),
+            why=experiment.why,
             verdict=finding.verdict,
             reason=finding.reason,
             effect=_finite(measurement.effect),
@@ -122,7 +122,7 @@ class Claim(BaseModel):
             seeds=measurement.seeds,
             data=measurement.data,
             at_paper_setting=measurement.at_paper_setting,
-            measured=None if finding.occasion is None else finding.occasion.date,
+            measured=None if finding.run is None else finding.run.date,
         )
 
 
@@ -151,20 +151,20 @@ class Summary(BaseModel):
     slots: list[str]
     tags: list[str]
     demo: bool = Field(description="Whether weights ship that predict something.")
-    headline: str = Field(description="The statement that a newspaper would quote; empty where there is none.")
+    headline: str = Field(description="The claim that a newspaper would quote; empty where there is none.")
     headline_verdict: Standing | None
-    verdicts: dict[Standing, int] = Field(description="How many statements of the abstract came to what.")
-    share: float = Field(description="The share of the abstract's statements that hold.")
+    verdicts: dict[Standing, int] = Field(description="How many claims of the abstract came to what.")
+    share: float = Field(description="The share of the abstract's claims that hold.")
     measured: datetime | None = Field(description="When it was measured last.")
 
 
 class Paper(Summary):
-    """A paper with every statement of its abstract and every claim."""
+    """A paper with every claim of its abstract and every experiment."""
 
     mechanisms: list[Mechanism]
     presets: list[str]
-    statements: list[Statement]
     claims: list[Claim]
+    experiments: list[Experiment]
 
 
 class Daily(BaseModel):
@@ -187,10 +187,10 @@ class Daily(BaseModel):
 
 
 class NotHeld(BaseModel):
-    """A claim that did not hold, and whose it is."""
+    """An experiment that did not hold, and whose it is."""
 
     paper: str
-    claim: Claim
+    experiment: Experiment
 
 
 class BoardLink(BaseModel):
@@ -311,7 +311,7 @@ class Figure(BaseModel):
 
     paper: str
     preset: str
-    claim: Claim
+    experiment: Experiment
 
 
 class Work(BaseModel):
@@ -329,7 +329,7 @@ class Work(BaseModel):
             name=board.task,
             papers=[entry.slug for entry in board.papers],
             published={
-                on: [Figure(paper=r.entry.slug, preset=r.how.preset, claim=Claim.of(r.finding)) for r in rows]
+                on: [Figure(paper=r.entry.slug, preset=r.how.preset, experiment=Experiment.of(r.finding)) for r in rows]
                 for on, rows in board.published.items()
             },
         )
@@ -359,7 +359,7 @@ def summary_of(entry: Entry, page: str, votes: Mapping[str, int], comments: Mapp
         "slots": entry.slots,
         "tags": card.tags,
         "demo": entry.has_demo,
-        "headline": headline.statement.says if headline else "",
+        "headline": headline.claim.says if headline else "",
         "headline_verdict": headline.judgement.standing if headline else None,
         "verdicts": {standing: entry.counts[standing] for standing in Standing},
         "share": entry.share,
@@ -376,8 +376,8 @@ def paper_of(entry: Entry, facts: dict) -> Paper:
             Mechanism(name=called[entry.slug, m.name], slot=m.slot, summary=m.summary) for m in entry.card.mechanisms
         ],
         presets=[preset.name for preset in entry.card.presets],
-        statements=[Statement.of(judged) for judged in entry.statements],
-        claims=[Claim.of(finding) for finding in entry.findings],
+        claims=[Claim.of(judged) for judged in entry.claims],
+        experiments=[Experiment.of(finding) for finding in entry.findings],
     )
 
 

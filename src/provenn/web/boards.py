@@ -9,12 +9,12 @@ from fastapi import APIRouter, HTTPException, Request, Response
 
 import provenn
 from provenn import catalog
-from provenn.catalog import AtPaper, Claim
+from provenn.catalog import AtPaper, Experiment
 from provenn.compare.latencies import LatencyBench
 from provenn.compare.outcome import SlotComparison
 from provenn.evidence import view
+from provenn.evidence.claim import Standing
 from provenn.evidence.record import Finding
-from provenn.evidence.statement import Standing
 from provenn.slots import SLOTS
 from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.site import page, site_of
@@ -32,15 +32,15 @@ class Published:
     how: AtPaper
 
     @property
-    def claim(self) -> Claim:
-        """The claim that holds the figure."""
-        return self.finding.claim
+    def experiment(self) -> Experiment:
+        """The experiment that holds the figure."""
+        return self.finding.experiment
 
     @property
     def figure(self) -> float:
         """What the paper says."""
-        assert self.claim.published is not None
-        return self.claim.published.value
+        assert self.experiment.published is not None
+        return self.experiment.published.value
 
     @property
     def on(self) -> str:
@@ -63,8 +63,8 @@ class TaskBoard:
         for entry in self.papers:
             presets = {p.name for p in entry.card.presets if entry.card.work_of(p) == self.task}
             for finding in entry.findings:
-                how = finding.claim.at_paper
-                if how is not None and how.preset in presets and finding.claim.published is not None:
+                how = finding.experiment.at_paper
+                if how is not None and how.preset in presets and finding.experiment.published is not None:
                     row = Published(entry, finding, how)
                     groups.setdefault(row.on, []).append(row)
         ordered = sorted(groups, key=lambda on: (-len({r.entry.slug for r in groups[on]}), -len(groups[on]), on))
@@ -110,7 +110,7 @@ def names(catalogue: Catalogue) -> list[str]:
 def boards(request: Request) -> Response:
     """All boards, and the strip of every paper."""
     site = site_of(request)
-    every = [statement for entry in site.catalogue.values() for statement in entry.statements]
+    every = [claim for entry in site.catalogue.values() for claim in entry.claims]
     return page(
         request,
         "boards.html",
@@ -120,7 +120,7 @@ def boards(request: Request) -> Response:
         slots=SLOTS,
         every=every,
         standings=list(Standing),
-        tally=view.tally_of_statements(every),
+        tally=view.tally_of_claims(every),
     )
 
 

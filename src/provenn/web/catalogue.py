@@ -11,8 +11,8 @@ from typing import Any
 
 from provenn import catalog, sizes
 from provenn.evidence import view
+from provenn.evidence.claim import Standing
 from provenn.evidence.record import Evidence, Finding
-from provenn.evidence.statement import Standing
 from provenn.evidence.verdict import Verdict
 from provenn.sizes import Sizes
 from provenn.web import usage
@@ -23,11 +23,11 @@ HOLDING = (Standing.REPRODUCED, Standing.HOLDS_HERE)
 
 @dataclass(frozen=True)
 class Entry:
-    """A paper, the statements of its abstract with their verdicts, and every claim that bears on them."""
+    """A paper, the claims of its abstract with their verdicts, and every experiment that bears on them."""
 
     card: catalog.Card
     evidence: Evidence
-    statements: list[view.Judged]
+    claims: list[view.Judged]
     findings: list[Finding]
     trouble: str = ""  # with its evidence
 
@@ -38,7 +38,7 @@ class Entry:
         evidence = view.committed(card, troubles.append) or Evidence(paper=card.slug)
         for trouble in troubles:
             LOG.warning(trouble)  # to who runs the server: it names a place of this machine
-        return cls(card, evidence, view.judged(card, evidence), evidence.findings(card.claims), "".join(troubles))
+        return cls(card, evidence, view.judged(card, evidence), evidence.findings(card.experiments), "".join(troubles))
 
     @property
     def slug(self) -> str:
@@ -47,18 +47,18 @@ class Entry:
 
     @cached_property
     def counts(self) -> Counter[Standing]:
-        """How many statements came to what."""
-        return Counter(each.judgement.standing for each in self.statements)
+        """How many claims came to what."""
+        return Counter(each.judgement.standing for each in self.claims)
 
     @property
     def share(self) -> float:
-        """The share of the abstract's statements that hold, of all that it makes."""
-        return sum(self.counts[standing] for standing in HOLDING) / max(1, len(self.statements))
+        """The share of the abstract's claims that hold, of all that it makes."""
+        return sum(self.counts[standing] for standing in HOLDING) / max(1, len(self.claims))
 
     @property
     def headline(self) -> view.Judged | None:
-        """The statement that a newspaper would quote."""
-        return next((each for each in self.statements if each.statement.headline), None)
+        """The claim that a newspaper would quote."""
+        return next((each for each in self.claims if each.claim.headline), None)
 
     @property
     def slots(self) -> list[str]:
@@ -113,13 +113,13 @@ class Entry:
 
     @cached_property
     def drawn(self) -> dict[tuple[str, int], bytes]:
-        """The plots that were asked for so far, by claim and number: drawing one takes a tenth of a second."""
+        """The plots that were asked for so far, by experiment and number: drawing one takes a tenth of a second."""
         return {}
 
     @property
     def measured(self) -> datetime | None:
         """When it was measured last."""
-        return max((occasion.date for occasion in self.evidence.occasions), default=None)
+        return max((run.date for run in self.evidence.runs), default=None)
 
     @property
     def found_by(self) -> dict[str, Any]:
@@ -139,13 +139,13 @@ class Entry:
     @cached_property
     def own(self) -> list[Finding]:
         """What building it brought to light."""
-        return [finding for finding in self.findings if finding.claim.origin == "ours"]
+        return [finding for finding in self.findings if finding.experiment.origin == "ours"]
 
     @cached_property
     def body(self) -> list[Finding]:
         """What the paper says beyond its abstract."""
-        stated = {name for statement in self.card.statements for name in statement.claims}
-        return [f for f in self.findings if f.claim.origin == "paper" and f.claim.id not in stated]
+        stated = {name for claim in self.card.claims for name in claim.experiments}
+        return [f for f in self.findings if f.experiment.origin == "paper" and f.experiment.id not in stated]
 
 
 class Catalogue(Mapping[str, Entry]):
@@ -204,5 +204,5 @@ class Catalogue(Mapping[str, Entry]):
         return by_slot
 
     def not_held(self) -> list[tuple[Entry, Finding]]:
-        """Every claim of a paper whose interval lies wholly elsewhere, or that is false."""
+        """Every experiment of a paper whose interval lies wholly elsewhere, or that is false."""
         return [(e, f) for e in self.values() for f in e.findings if f.verdict is Verdict.NOT_REPRODUCED]

@@ -24,7 +24,7 @@ def interval(finding: Finding) -> Markup:
     if measurement.effect is None or measurement.interval is None or measurement.kind_of_effect == "truth":
         return Markup("")
     low, high = measurement.interval
-    region = region_of(finding.claim, measurement)
+    region = region_of(finding.experiment, measurement)
     neutral = {"ratio": 1.0, "difference": 0.0}.get(measurement.kind_of_effect)
     bounds = [] if region is None else [region.above, region.below, *(region.within or ())]
     values = [v for v in (low, high, measurement.effect, neutral, *bounds) if v is not None]

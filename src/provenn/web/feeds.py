@@ -35,18 +35,16 @@ def of_papers(site: Site) -> str:
 
 
 def of_verdicts(site: Site) -> str:
-    """What was measured together is one entry, the newest first: each claim with its verdict."""
-    news = [each for entry in site.catalogue.values() for each in _occasions(entry)]
+    """What was measured together is one entry, the newest first: each experiment with its verdict."""
+    news = [each for entry in site.catalogue.values() for each in _runs(entry)]
     news.sort(key=lambda each: (each.updated, each.name), reverse=True)
     return _feed(site, "verdicts", "What was measured", news[:MOST])
 
 
 def _paper(entry: Entry) -> News:
     published = datetime.combine(entry.card.date, time(), UTC)
-    statements = (
-        f"<li>{escape(each.statement.says)} <b>{escape(str(each.judgement))}</b></li>" for each in entry.statements
-    )
-    html = f"<p>{escape(entry.card.summary.strip())}</p><ol>{''.join(statements)}</ol>"
+    claims = (f"<li>{escape(each.claim.says)} <b>{escape(str(each.judgement))}</b></li>" for each in entry.claims)
+    html = f"<p>{escape(entry.card.summary.strip())}</p><ol>{''.join(claims)}</ol>"
     names = entry.card.authors if isinstance(entry.card.authors, list) else []
     updated = max(published, entry.measured or published)
     return News(
@@ -54,15 +52,15 @@ def _paper(entry: Entry) -> News:
     )
 
 
-def _occasions(entry: Entry) -> Iterable[News]:
+def _runs(entry: Entry) -> Iterable[News]:
     together: dict[datetime, list[Finding]] = {}
     for finding in entry.findings:
-        if finding.occasion is not None:
-            together.setdefault(finding.occasion.date, []).append(finding)
+        if finding.run is not None:
+            together.setdefault(finding.run.date, []).append(finding)
     for when, findings in together.items():
         title = f"{entry.card.title}: {view.tally(findings)}"
         rows = (
-            f"<li>{escape(f.claim.says)} <b>{escape(str(f.verdict))}</b> {escape(view.shortly(f))}</li>"
+            f"<li>{escape(f.experiment.says)} <b>{escape(str(f.verdict))}</b> {escape(view.shortly(f))}</li>"
             for f in findings
         )
         name = f"verdicts/{entry.slug}/{when.isoformat()}"

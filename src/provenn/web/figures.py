@@ -20,19 +20,19 @@ ALONE = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inlin
 _drawing = threading.Lock()  # matplotlib keeps its settings for all threads
 
 
-@router.get("/papers/{name}/plots/{claim}/{number}.svg")
-def plot(request: Request, name: str, claim: str, number: int) -> Response:
-    """A plot of a claim's record, counted from 0, in the page's colours, light or dark as the reader's are."""
+@router.get("/papers/{name}/plots/{experiment}/{number}.svg")
+def plot(request: Request, name: str, experiment: str, number: int) -> Response:
+    """A plot of an experiment's record, counted from 0, in the page's colours, light or dark as the reader's are."""
     entry = found(request, name)
-    finding = next((each for each in entry.findings if each.claim.id == claim), None)
+    finding = next((each for each in entry.findings if each.experiment.id == experiment), None)
     plots = [] if finding is None else view.titled_plots(finding)
     if not 0 <= number < len(plots):
-        raise HTTPException(404, f"The record of {claim[:100]!r} has no plot {number}")
-    if (claim, number) not in entry.drawn:
+        raise HTTPException(404, f"The record of {experiment[:100]!r} has no plot {number}")
+    if (experiment, number) not in entry.drawn:
         title, lines = plots[number]
         with _drawing:
-            entry.drawn[claim, number] = _standing_alone(str(report.svg(title, lines, claim)))
-    drawn = Response(entry.drawn[claim, number], media_type="image/svg+xml")
+            entry.drawn[experiment, number] = _standing_alone(str(report.svg(title, lines, experiment)))
+    drawn = Response(entry.drawn[experiment, number], media_type="image/svg+xml")
     answer = tagged(request, drawn, PUBLIC)
     answer.headers.update(ALONE)
     return answer

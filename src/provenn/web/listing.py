@@ -6,7 +6,7 @@ from itertools import groupby
 from urllib.parse import urlencode
 
 from provenn import catalog
-from provenn.evidence.statement import Standing
+from provenn.evidence.claim import Standing
 from provenn.web.catalogue import Catalogue, Entry
 
 SORTS = {"": "best fit, then newest", "date": "newest", "votes": "most votes", "share": "most holds"}
@@ -22,7 +22,7 @@ class Listing:
         sort: date, votes, or the share of the abstract that holds; "" is how well the words fit, or date without any.
         task, slot, tag: of the paper, of one of its mechanisms, of its tags.
         has: code of the authors, or a demo.
-        verdict: of some statement of its abstract.
+        verdict: of some claim of its abstract.
     """
 
     q: str = ""

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter
 
 from provenn import catalog
-from provenn.evidence.statement import Standing
+from provenn.evidence.claim import Standing
 from provenn.web import answers, boards, feeds
 from provenn.web.catalogue import Entry
 from provenn.web.listing import Listing
@@ -71,7 +71,7 @@ def papers(
     slot: Slot = "",
     tag: Tag = "",
     has: Annotated[Has | None, Query(description="The authors' code, or weights that can be tried.")] = None,
-    verdict: Annotated[Standing | None, Query(description="Of some statement of the abstract.")] = None,
+    verdict: Annotated[Standing | None, Query(description="Of some claim of the abstract.")] = None,
 ) -> Response:
     """All papers, searched, filtered and ordered as the list is."""
     site = site_of(request)
@@ -98,7 +98,7 @@ def search(request: Request, q: Words = "", limit: Annotated[int, Query(ge=1, le
 
 @router.get("/api/papers/{name}", response_model=answers.Paper, tags=["papers", "huggingface_hub"], responses=absent)
 def paper(request: Request, name: str) -> Response:
-    """A paper by its arXiv number or slug, with statements, verdicts and claims; `HfApi.paper_info` reads it too."""
+    """A paper by its arXiv number or slug, with claims, verdicts and experiments; `HfApi.paper_info` reads it too."""
     site, entry = site_of(request), found(request, name)
     facts = answers.summary_of(entry, site.address(f"/papers/{entry.slug}"), *site.counts())
     return _json(request, answers.Paper, answers.paper_of(entry, facts))
@@ -134,9 +134,9 @@ def daily_papers(
 
 @router.get("/api/not_held", response_model=list[answers.NotHeld], tags=["papers"])
 def not_held(request: Request) -> Response:
-    """Every claim of a paper that did not hold here."""
+    """Every experiment of a paper that did not hold here."""
     rows = site_of(request).catalogue.not_held()
-    told = [answers.NotHeld(paper=entry.slug, claim=answers.Claim.of(finding)) for entry, finding in rows]
+    told = [answers.NotHeld(paper=entry.slug, experiment=answers.Experiment.of(finding)) for entry, finding in rows]
     return _json(request, list[answers.NotHeld], told)
 
 

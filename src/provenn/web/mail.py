@@ -25,7 +25,7 @@ from threading import Event, Timer
 from urllib.parse import unquote, urlsplit
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.web.letters import Letter, host_name
 from provenn.web.settings import Settings, make_home
 
@@ -159,7 +159,7 @@ class Transport:
         name = re.sub(r"[^\w.-]", "", letter.identifier.replace("@", ".at."))
         try:
             make_home(folder)  # links that sign people in lie here
-            with whole(folder / f"{letter.made:%Y-%m-%dT%H%M%S}_{name}.eml", mode=0o600) as place:
+            with atomic_write(folder / f"{letter.made:%Y-%m-%dT%H%M%S}_{name}.eml", mode=0o600) as place:
                 Path(place).write_bytes(data)
         except UserError as error:  # a full disk among others
             raise Down(str(error)) from None

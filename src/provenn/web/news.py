@@ -1,4 +1,4 @@
-"""What is new since a reader last heard: papers that came, statements whose verdict changed, what was voted for.
+"""What is new since a reader last heard: papers that came, claims whose verdict changed, what was voted for.
 
 The catalogue's own state is in the packages and says nothing of yesterday. `observe` compares it with the standings as
 they were seen last and writes each difference down once, numbered; a digest then is what lies between two numbers.
@@ -10,35 +10,35 @@ from datetime import datetime, timedelta
 from sqlalchemy import String, func, select, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from provenn.evidence.statement import Standing
+from provenn.evidence.claim import Standing
 from provenn.evidence.view import STANDINGS
 from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.models import PAPER, Base, Moment, Vote, now
 
-SAYS, STANDING = 500, 20  # the longest statement and the longest standing that are kept, in characters
+SAYS, STANDING = 500, 20  # the longest claim and the longest standing that are kept, in characters
 MOST_VOTED = 5
 VOTES_OF = timedelta(days=7)
 
 
 class Seen(Base):
-    """A statement and its standing as last seen; of a paper as such, the row whose statement is ""."""
+    """A claim and its standing as last seen; of a paper as such, the row whose claim is ""."""
 
     __tablename__ = "standings"
 
     paper: Mapped[str] = mapped_column(String(PAPER), primary_key=True)
-    statement: Mapped[str] = mapped_column(String(SAYS), primary_key=True)
+    claim: Mapped[str] = mapped_column(String(SAYS), primary_key=True)
     standing: Mapped[str] = mapped_column(String(STANDING))
 
 
 class Change(Base):
-    """That a paper came (no statement), or that a statement's standing became another."""
+    """That a paper came (no claim), or that a claim's standing became another."""
 
     __tablename__ = "changes"
     __table_args__ = ({"sqlite_autoincrement": True},)  # a number is never given again
 
     id: Mapped[int] = mapped_column(primary_key=True)
     paper: Mapped[str] = mapped_column(String(PAPER))
-    statement: Mapped[str] = mapped_column(String(SAYS))
+    claim: Mapped[str] = mapped_column(String(SAYS))
     before: Mapped[str] = mapped_column(String(STANDING))
     after: Mapped[str] = mapped_column(String(STANDING))
     made: Mapped[datetime] = mapped_column(Moment, default=now)
@@ -46,7 +46,7 @@ class Change(Base):
 
 @dataclass(frozen=True)
 class Changed:
-    """A statement's standing before and now."""
+    """A claim's standing before and now."""
 
     entry: Entry
     says: str
@@ -84,18 +84,18 @@ def observe(session: Session, catalogue: Catalogue) -> None:
     """Write down what changed since the last look; the first look of all finds nothing new."""
     if session.get_bind().dialect.name == "postgresql":  # two that look at once would both write the same
         session.execute(text("LOCK TABLE standings IN SHARE ROW EXCLUSIVE MODE"))
-    seen = {(row.paper, row.statement): row for row in session.scalars(select(Seen))}
+    seen = {(row.paper, row.claim): row for row in session.scalars(select(Seen))}
     shown = {(entry.slug, ""): "" for entry in catalogue.values()}
     for entry in catalogue.values():
-        shown |= {(entry.slug, e.statement.says[:SAYS]): str(e.judgement.standing) for e in entry.statements}
-    for (paper, statement), standing in shown.items():
-        row = seen.get((paper, statement))
+        shown |= {(entry.slug, e.claim.says[:SAYS]): str(e.judgement.standing) for e in entry.claims}
+    for (paper, claim), standing in shown.items():
+        row = seen.get((paper, claim))
         if row is None:
-            session.add(Seen(paper=paper, statement=statement, standing=standing))
-            if seen and not statement:
-                session.add(Change(paper=paper, statement="", before="", after=""))
+            session.add(Seen(paper=paper, claim=claim, standing=standing))
+            if seen and not claim:
+                session.add(Change(paper=paper, claim="", before="", after=""))
         elif row.standing != standing:
-            session.add(Change(paper=paper, statement=statement, before=row.standing, after=standing))
+            session.add(Change(paper=paper, claim=claim, before=row.standing, after=standing))
             row.standing = standing
     for key in seen.keys() - shown.keys():
         if key[1]:  # a paper that goes and comes back is not new
@@ -111,13 +111,13 @@ def latest(session: Session) -> int:
 def between(session: Session, catalogue: Catalogue, since: int, upto: int) -> News:
     """What changed after one number up to another, taken together: what came back to where it was is not told."""
     rows = session.scalars(select(Change).where(Change.id > since, Change.id <= upto).order_by(Change.id)).all()
-    papers = [catalogue[row.paper] for row in rows if not row.statement and row.paper in catalogue]
+    papers = [catalogue[row.paper] for row in rows if not row.claim and row.paper in catalogue]
     first: dict[tuple[str, str], str] = {}
     last: dict[tuple[str, str], str] = {}
     for row in rows:
-        if row.statement and row.paper in catalogue:
-            first.setdefault((row.paper, row.statement), row.before)
-            last[row.paper, row.statement] = row.after
+        if row.claim and row.paper in catalogue:
+            first.setdefault((row.paper, row.claim), row.before)
+            last[row.paper, row.claim] = row.after
     new = {entry.slug for entry in papers}
     changed = [
         Changed(catalogue[paper], says, Standing(first[paper, says]), Standing(after))

@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 
 from provenn import catalog
 from provenn.evidence import view
-from provenn.evidence.statement import Standing
+from provenn.evidence.claim import Standing
 from provenn.evidence.verdict import NO_VERDICT
 from provenn.web import opinions
 from provenn.web.catalogue import Catalogue, Entry
@@ -66,7 +66,7 @@ def paper(request: Request, name: str, before: Annotated[int | None, Query(ge=1,
         related=site_of(request).catalogue.related(entry),
         most_related=MOST_RELATED,
         repeat=view.repeat(entry.slug, entry.evidence) if entry.evidence.records else "",
-        where=view.where(entry.evidence.occasions),
+        where=view.where(entry.evidence.runs),
         counts=counts,
         voted=voted,
         comments=comments[: opinions.SHOWN],
@@ -83,7 +83,7 @@ def evidence(request: Request, name: str) -> Response:
 
 @router.get("/not-held", include_in_schema=False)
 def not_held(request: Request) -> Response:
-    """Every claim of a paper that did not hold here."""
+    """Every experiment of a paper that did not hold here."""
     catalogue = site_of(request).catalogue
     findings = catalogue.not_held()
     return page(

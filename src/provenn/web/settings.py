@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.web.addresses import mailbox
 
 LOG = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class Settings(BaseModel):
         file = self.home / "secret"
         if not file.exists():
             make_home(self.home)
-            with whole(file, mode=0o600) as place:
+            with atomic_write(file, mode=0o600) as place:
                 place.write_text(secrets.token_urlsafe(32), encoding="ascii")
         return file.read_text(encoding="ascii").strip()
 

@@ -46,7 +46,7 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.dup2(2, 1)  # what a library prints is no answer
 
-    def tell(answer: dict[str, Any]) -> None:
+    def log(answer: dict[str, Any]) -> None:
         print(json.dumps(answer, allow_nan=False), file=answers, flush=True)
 
     os.umask(0o077)
@@ -57,11 +57,11 @@ def main() -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (value, value))
     try:
         work = _ready(folder, pixels)
-        tell({"ready": True})
+        log({"ready": True})
         waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(jobs, waiting), daemon=True).start()
         while True:
-            work(json.loads(waiting.get()), tell)
+            work(json.loads(waiting.get()), log)
     except MemoryError:
         os._exit(SPENT)
 
@@ -188,7 +188,7 @@ def _confine(readable: list[str], folder: Path) -> None:
     os.close(rules)
 
 
-def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], tell: Tell) -> None:
+def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], log: Tell) -> None:
     """Do a job and tell what came of it: {"done": …}, or {"failed": one line}."""
     from provenn import api
     from provenn.errors import UserError
@@ -203,22 +203,22 @@ def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], tell: Tell) -
             model, label = models[slug, preset]
             given, start = Path(job["file"]) if job.get("file") else None, time.perf_counter()
             with finite_outputs(model, f"the weights of {preset}", given.name if given else "the input"):
-                done = WORKS[label.task](model, label, given, job["options"], tell)
+                done = WORKS[label.task](model, label, given, job["options"], log)
             done["seconds"] = time.perf_counter() - start
             if given is not None and api.paper(slug).card.has("inspection"):
                 done["inside"] = _inside(slug, preset, given)
         done["notes"] = [_of_a_reader(str(each.message)) for each in said if str(each.message).startswith(NAME)]
-        tell({"done": done})
+        log({"done": done})
     except MemoryError:
         raise
     except UserError as error:
-        tell({"failed": _of_a_reader(str(error))})
+        log({"failed": _of_a_reader(str(error))})
     except Exception as error:
         if "allocate memory" in str(error):  # torch's own
             raise MemoryError from None
         traceback.print_exc()
         words = " ".join(str(error).split())[:200]
-        tell({"failed": f"{preset} could not be applied to this ({type(error).__name__}: {words})"})
+        log({"failed": f"{preset} could not be applied to this ({type(error).__name__}: {words})"})
 
 
 def _of_a_reader(words: str) -> str:
@@ -252,7 +252,7 @@ def _predict(model: Any, label: "Label", inputs: Any, output: Path | None, **opt
     return get_task(label.task).predict(model, label.meta, inputs, output, **options)
 
 
-def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     from PIL import Image
 
     assert given is not None
@@ -263,12 +263,12 @@ def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, 
     return {"kind": "enlarged", "from": before.size, "size": after.size}
 
 
-def _classify(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _classify(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     assert given is not None
-    return {**_hear(model, label, given, options, tell), "size": _shown(given)}
+    return {**_hear(model, label, given, options, log), "size": _shown(given)}
 
 
-def _hear(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _hear(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     _predict(model, label, [given], Path("classes.csv"))
     with open("classes.csv", encoding="utf-8", newline="") as file:
         _, row = csv.reader(file)
@@ -276,7 +276,7 @@ def _hear(model: Any, label: "Label", given: Path | None, options: dict[str, Any
     return {"kind": "classes", "shares": shares[:10], "of": len(shares)}
 
 
-def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     assert given is not None
     _predict(model, label, [given], Path("boxes.json"))
     names = dict(zip(label.meta["ids"], label.meta["classes"]))
@@ -287,7 +287,7 @@ def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, A
     return {"kind": "boxes", "size": _shown(given), "boxes": boxes[:100], "classes": label.meta["classes"]}
 
 
-def _segment(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _segment(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
@@ -311,14 +311,14 @@ def _shown(given: Path) -> tuple[int, int]:
     return image.size
 
 
-def _write(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _write(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     from provenn.progress import without_controls
 
-    text = _predict(model, label, [given], None, **options, tell=lambda piece: tell({"piece": without_controls(piece)}))
+    text = _predict(model, label, [given], None, **options, log=lambda piece: log({"piece": without_controls(piece)}))
     return {"kind": "text", "text": without_controls(text)}
 
 
-def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     from provenn.tasks.series_forecasting import TASK
 
     assert given is not None
@@ -332,7 +332,7 @@ def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str,
     return {"kind": "forecast", "labels": outlook.labels, "header": outlook.header, "columns": columns, "left": left}
 
 
-def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     from provenn.tasks.graph_regression import TASK
 
     assert given is not None
@@ -342,7 +342,7 @@ def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, 
     return {"kind": "numbers", "columns": columns, "rows": rows, "left": len(told) - len(rows)}
 
 
-def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
     classes = options.pop("classes")
     _predict(model, label, classes, Path("drawing.png"), **options)
     return {"kind": "drawing", "size": _seen(Path("drawing.png")).size, "classes": classes}

@@ -249,7 +249,7 @@ def test_bad_arguments_are_refused():
         shapes_of((8,), (1,), (0,))
 
 
-def test_an_anchor_that_two_boxes_want_goes_to_the_one_that_claims_it_where_asked():
+def test_an_anchor_that_two_boxes_want_goes_to_the_one_that_experiments_it_where_asked():
     """The rule of MMDetection's MaxIoUAssigner: its loop over the boxes, written out for one image."""
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [100, 100, 110, 110]])
     boxes = torch.tensor([[[0.0, 0, 10, 9], [0, 0, 10, 7], [22, 22, 36, 36], [0, 0, 0, 0]]])

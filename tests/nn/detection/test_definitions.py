@@ -152,11 +152,11 @@ def test_detectors_of_ones_own_say_what_they_lack():
 # Faster R-CNN
 
 
-def rcnn(**changes):
+def rcnn(**overrides):
     """All anchors and regions count: nothing is drawn at random."""
     model = build("faster_rcnn")
     model.sampled = (100_000, 100_000)
-    for name, value in changes.items():
+    for name, value in overrides.items():
         setattr(model, name, value)
     return model
 

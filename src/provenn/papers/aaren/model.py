@@ -25,7 +25,7 @@ def causal_encoder(
     """The stack that all systems share, with "aaren" or "softmax" attention."""
     if mixer not in MIXERS:
         raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
-    # All that differs between the arms of the paper's tables: same stack, same hyper-parameters, same data.
+    # All that differs between the variants of the paper's tables: same stack, same hyper-parameters, same data.
     factory = partial(MIXERS[mixer], heads=heads)
     options: dict[str, Any] = {"feedforward": feedforward, "dropout": dropout, "activation": activation}
     return TransformerEncoder(dim, factory, layers=layers, **options)

@@ -1,4 +1,4 @@
-"""Data and calls of Aaren's experiments: the arms are the mixers, by the names that `model.MIXERS` knows."""
+"""Data and calls of Aaren's experiments: the variants are the mixers, by the names that `model.MIXERS` knows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from provenn.tasks.reinforcement_learning import Episodes
 from provenn.training import Fit, Recipe, fit
 
 Runner = Callable[[int, str], Callable[[], object]]
-ARMS = {"aaren": ("Aaren", "aaren"), "softmax": ("Transformer", "softmax")}
+VARIANTS = {"aaren": ("Aaren", "aaren"), "softmax": ("Transformer", "softmax")}
 SIZE: dict[str, int] = {"dim": 32, "heads": 4, "layers": 2, "feedforward": 64}
 STEP = {"dim": 64, "heads": 4, "layers": 1, "feedforward": 128}  # of a stream whose cost is measured
 TOKENS = 24  # of a long series, several steps being one token
@@ -42,7 +42,7 @@ def study(
     name: str, task: str, model: Callable[..., nn.Module], data: Callable[[int, bool], TaskData], **more: Any
 ) -> Study:
     """The same system, data, recipe and tuning with one and the other attention."""
-    return Study(name, task, data=data, arms=ARMS, build=partial(system, model), setting=SIZE, **more)
+    return Study(name, task, data=data, variants=VARIANTS, build=partial(system, model), setting=SIZE, **more)
 
 
 # Data. The splits are fixed; what a seed decides is the weights, the order of the batches and the validation share.
@@ -102,22 +102,23 @@ def fit_unwatched(build: Callable[[], nn.Module], task: Any, data: TaskData, rec
 def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run], Measurement]:
     """Aaren against the Transformer over several data sets: each seed's mean of all, geometric for a ratio.
 
-    Every arm has to beat the trivial predictor on every data set.
+    Every variant has to beat the dummy baseline on every data set.
     """
 
     def measure(run: Run) -> Measurement:
-        reached: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
+        reached: dict[str, list[list[float]]] = {variant: [] for variant in VARIANTS}
         skills, notes = [], []
         setting: dict[str, Any] = {key: {} for key in ("recipe", "train", "test", "lr", "tuned")}
         rows: list[list[str | float | int | None]] = []
         for experiment in studies:
-            figures, facts = experiment.measure(run, tuple(ARMS))
-            for arm in ARMS:
-                reached[arm].append(figures[arm])
+            figures, facts = experiment.measure(run, tuple(VARIANTS))
+            for variant in VARIANTS:
+                reached[variant].append(figures[variant])
             skills += [
-                skill.model_copy(update={"arm": f"{skill.arm} on {experiment.name}"}) for skill in facts["skills"]
+                skill.model_copy(update={"variant": f"{skill.variant} on {experiment.name}"})
+                for skill in facts["skills"]
             ]
-            guess = float(np.mean(experiment.trivial(run)))
+            guess = float(np.mean(experiment.dummy_baseline(run)))
             rows.append(
                 [
                     experiment.name,
@@ -135,8 +136,8 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
                     rates_by_set.update({f"{label} on {experiment.name}": rates for label, rates in tried.items()})
             notes += [f"{experiment.name}: {facts['note']}"] if facts["note"] else []
         mean = (lambda values: math.exp(np.mean(np.log(values)))) if ratio else (lambda values: float(np.mean(values)))
-        joint = {arm: [mean(values) for values in zip(*reached[arm], strict=True)] for arm in ARMS}
-        labels = [label for label, _ in ARMS.values()]
+        joint = {variant: [mean(values) for values in zip(*reached[variant], strict=True)] for variant in VARIANTS}
+        labels = [label for label, _ in VARIANTS.values()]
         return Measurement.of(
             "ratio" if ratio else "difference",
             joint["aaren"],
@@ -151,13 +152,13 @@ def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run]
             tables=[
                 Table(
                     caption=f"Test {facts['unit']}: mean and range over seeds",
-                    columns=["data set", *labels, "trivial predictor"],
+                    columns=["data set", *labels, "dummy baseline"],
                     rows=rows,
                 )
             ],
         )
 
-    measure.sides = tuple(label for label, _ in ARMS.values())  # type: ignore[attr-defined]
+    measure.sides = tuple(label for label, _ in VARIANTS.values())  # type: ignore[attr-defined]
     return measure
 
 

@@ -41,7 +41,7 @@ def network(part: dict[str, Any], **options: Any) -> BEVANet:
 
 
 def count(part: dict[str, Any]) -> int:
-    """Parameters of an arm, without training heads."""
+    """Parameters of a variant, without training heads."""
     with torch.device("meta"):
         return bench.count_parameters(network(part, num_classes=5, in_channels=1).without_training_heads())
 

@@ -177,7 +177,7 @@ def drop(model: nn.Module, data: TaskData) -> float:
 
 def gain(model: nn.Module, data: TaskData) -> float:
     """PSNR above bicubic interpolation, in dB."""
-    return TASK.evaluate(model, data.test)[TASK.metric] - TASK.trivial(data)
+    return TASK.evaluate(model, data.test)[TASK.metric] - TASK.dummy_baseline(data)
 
 
 def sharpness(model: nn.Module, data: TaskData) -> float:

@@ -54,7 +54,7 @@ class Fields(Task):
     def summary(self, scores: Scores) -> dict[str, float]:
         return {"explained": 1 - float(scores["error"].sum() / scores["power"].sum())}
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Of the mean, which is 0."""
         return 0.0
 

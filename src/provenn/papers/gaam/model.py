@@ -25,7 +25,7 @@ FOCAL_SHARE = 0.25  # α of the authors' focal loss
 
 
 class NoAttention(nn.Identity):
-    """What goes in as it is: the arm that the paper lacks."""
+    """What goes in as it is: the variant that the paper lacks."""
 
     def forward(self, x: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch n dim"]:
         return x

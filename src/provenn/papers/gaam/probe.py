@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.papers.gaam.model import StackClassifier, pool_tokens
 
 FEATURES, LABELS, SPLITS = "features", "labels", "splits"  # 0 of training, 1 of validation, 2 of the test
@@ -203,7 +203,7 @@ def write_stacks(file: Path, content: StackFile) -> None:
     """Write stacks as `read_stacks` takes them, in one step."""
     label = {"classes": json.dumps(content.classes), **({"encoder": content.encoder} if content.encoder else {})}
     splits = {} if content.splits is None else {SPLITS: content.splits}
-    with whole(file) as place:
+    with atomic_write(file) as place:
         save_file({FEATURES: content.stacks.contiguous(), LABELS: content.labels, **splits}, place, metadata=label)
 
 

@@ -24,7 +24,7 @@ STEPS = 24  # that a series is brought to
 DRIFT = 1.0  # standard deviations of a channel that drift moves it by
 
 # By name, the label and what stands between stack and decoder.
-LAYER_ARMS: dict[str, tuple[str, str]] = {
+LAYER_VARIANTS: dict[str, tuple[str, str]] = {
     "none": ("none", "none"),
     "mha": ("MHA", "mha"),
     "mha_released": ("MHA, as released", "mha_released"),
@@ -37,13 +37,13 @@ LAYER_ARMS: dict[str, tuple[str, str]] = {
 }
 
 
-def stack_network(arm: str, num_classes: int, layers: int = 6, dim: int = 64) -> StackClassifier:
+def stack_network(variant: str, num_classes: int, layers: int = 6, dim: int = 64) -> StackClassifier:
     """The decoder of six layers: heads of the gate have three layers each, as the paper's have; v2 has one head."""
-    module = arm.removesuffix("_v2").removesuffix("_released")
-    heads = {"gaam": 2, "gaam_v2": 1, "gqdaam": 1, "mixture": 2}.get(arm, 4)
+    module = variant.removesuffix("_v2").removesuffix("_released")
+    heads = {"gaam": 2, "gaam_v2": 1, "gqdaam": 1, "mixture": 2}.get(variant, 4)
     return StackClassifier(
         num_classes, layers, dim, module=module, heads=heads, hidden=32, width=dim, query_heads=4, kv_heads=2,
-        across_batch=arm.endswith("_released"),
+        across_batch=variant.endswith("_released"),
     )  # fmt: skip
 
 
@@ -65,17 +65,17 @@ def text_stacks(seed: int, smoke: bool) -> TaskData:
 class SeriesNetwork(nn.Module):
     """A linear map of every step, and the decoder with steps in the place of layers."""
 
-    def __init__(self, arm: str, num_classes: int, layers: int, dim: int):
+    def __init__(self, variant: str, num_classes: int, layers: int, dim: int):
         super().__init__()
         self.embed = nn.Linear(dim, 64)
-        self.decoder = StackClassifier(num_classes, layers, 64, module=arm, heads=HEADS, hidden=64)
+        self.decoder = StackClassifier(num_classes, layers, 64, module=variant, heads=HEADS, hidden=64)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.embed(x))
 
 
-def series_network(arm: str, num_classes: int, layers: int = STEPS, dim: int = 12) -> SeriesNetwork:
-    return SeriesNetwork(arm, num_classes, layers, dim)
+def series_network(variant: str, num_classes: int, layers: int = STEPS, dim: int = 12) -> SeriesNetwork:
+    return SeriesNetwork(variant, num_classes, layers, dim)
 
 
 @cache
@@ -266,7 +266,7 @@ class LayersAlone:
                 "after": after,
                 "accuracy": accuracy,
                 "alone": alone,
-                "trivial": TASK.trivial(data),
+                "dummy_baseline": TASK.dummy_baseline(data),
             }
 
         return run.trials("layers alone", one, lr=self.rate, **self.study.question(run, "gaam"))
@@ -283,9 +283,9 @@ class LayersAlone:
             for layer in range(len(mean["after"]))
         ]
         skill = Skill(
-            arm="GAAM",
+            variant="GAAM",
             values=[trial["accuracy"] for trial in done],
-            trivial=[trial["trivial"] for trial in done],
+            dummy_baseline=[trial["dummy_baseline"] for trial in done],
             higher_is_better=True,
         )
         facts = self.study.facts(run)

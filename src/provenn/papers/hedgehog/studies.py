@@ -126,19 +126,19 @@ def digit_data(seed: int, smoke: bool) -> TaskData:
 # Networks, by the map that takes softmax's place
 
 
-class Arm(NamedTuple):
+class Variant(NamedTuple):
     """The map in softmax's place; frozen, the network is left as the host's weights make it."""
 
     feature_map: str
     frozen: bool = False
 
 
-def digit_network(arm: Arm, **options: Any) -> nn.Module:
-    return hedgehog_vit(feature_map=arm.feature_map, **options).requires_grad_(not arm.frozen)
+def digit_network(variant: Variant, **options: Any) -> nn.Module:
+    return hedgehog_vit(feature_map=variant.feature_map, **options).requires_grad_(not variant.frozen)
 
 
-def text_network(arm: Arm, vocab: int) -> nn.Module:
-    return hedgehog_small(vocab, dim=64, layers=2, feature_map=arm.feature_map).requires_grad_(not arm.frozen)
+def text_network(variant: Variant, vocab: int) -> nn.Module:
+    return hedgehog_small(vocab, dim=64, layers=2, feature_map=variant.feature_map).requires_grad_(not variant.frozen)
 
 
 class LowRank(nn.Module):
@@ -185,10 +185,10 @@ KEPT = Kept()
 class Conversion:
     """`fit` with what comes before it: a `Study`'s `trained`.
 
-    The softmax host of a seed is the same for every arm, and an arm's distilled maps for every rate of tuning.
+    The softmax host of a seed is the same for every variant, and a variant's distilled maps for every rate of tuning.
 
     Args:
-        host: makes the softmax Transformer from the data's options; an arm is built with the same names.
+        host: makes the softmax Transformer from the data's options; a variant is built with the same names.
         source: what the host is trained on, `source(seed, smoke)`.
         pretraining: how.
         distillation: how the maps learn before the study's recipe tunes; None where that recipe distils.

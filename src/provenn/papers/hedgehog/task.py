@@ -39,8 +39,8 @@ class Distillation(Task):
     def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
         return self.of.evaluate(model, dataset, batch_size)
 
-    def trivial(self, data: TaskData) -> float:
-        return self.of.trivial(data)
+    def dummy_baseline(self, data: TaskData) -> float:
+        return self.of.dummy_baseline(data)
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         return self.of.predict(model, meta, inputs, output)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from provenn.errors import UserError
-from provenn.files import whole
+from provenn.files import atomic_write
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
@@ -187,7 +187,7 @@ class ExitModel(nn.Module):
 
     def save_added(self, path: str | Path) -> None:
         """Write what was added, and nothing of the base, as safetensors."""
-        with whole(Path(path)) as place:
+        with atomic_write(Path(path)) as place:
             save_file({name: p.detach().contiguous() for name, p in self.added()}, place)
 
     def load_added(self, path: str | Path) -> None:

@@ -53,7 +53,7 @@ def is_smoke(data: TaskData) -> bool:
 
 @cache
 def trained_decoder(seed: int, smoke: bool, layers: int = LAYERS, experts: bool = False) -> CausalLM:
-    """A decoder that learned the text; the arms of a seed are put around copies of the same one."""
+    """A decoder that learned the text; the variants of a seed are put around copies of the same one."""
     build: Callable[[], nn.Module] = (
         partial(expert_decoder, dim=DIM, layers=layers) if experts else partial(plain_decoder, dim=DIM, layers=layers)
     )
@@ -63,7 +63,7 @@ def trained_decoder(seed: int, smoke: bool, layers: int = LAYERS, experts: bool 
     return done.model
 
 
-# Arms: each is put around a trained decoder.
+# Variants: each is put around a trained decoder.
 
 
 class SecondModel(ExitModel):
@@ -140,7 +140,7 @@ class MixtureOfDepths(ExitModel):
         return F.cross_entropy(self(tokens).transpose(1, 2), following)
 
 
-Arm = Callable[[CausalLM], ExitModel]
+Variant = Callable[[CausalLM], ExitModel]
 
 
 def raw(base: CausalLM, *, gates: list[int] | None = None) -> ExitModel:
@@ -177,14 +177,14 @@ def every(base: CausalLM) -> ExitModel:
     return ExitModel(base, list(range(1, LAYERS)), router="none")
 
 
-def around_a_decoder(arm: Arm, vocab: int) -> ExitModel:
-    """A study's `build`: the arm around a decoder, whose trained weights `learn_around` puts in."""
-    return arm(plain_decoder(vocab, dim=DIM, layers=LAYERS))
+def around_a_decoder(variant: Variant, vocab: int) -> ExitModel:
+    """A study's `build`: the variant around a decoder, whose trained weights `learn_around` puts in."""
+    return variant(plain_decoder(vocab, dim=DIM, layers=LAYERS))
 
 
-def around_experts(arm: Arm, vocab: int) -> ExitModel:
+def around_experts(variant: Variant, vocab: int) -> ExitModel:
     """Likewise, around a decoder with experts."""
-    return arm(expert_decoder(vocab, dim=DIM, layers=LAYERS))
+    return variant(expert_decoder(vocab, dim=DIM, layers=LAYERS))
 
 
 def learn_around(
@@ -198,7 +198,7 @@ def learn_around(
     title: str,
     experts: bool = False,
 ) -> Fit:
-    """A study's `trained`: the weights of the decoder of the seed, and then what the arm has to learn."""
+    """A study's `trained`: the weights of the decoder of the seed, and then what the variant has to learn."""
     smoke = is_smoke(data)
     weights = trained_decoder(seed, smoke, experts=experts).state_dict()
 
@@ -218,7 +218,7 @@ def learn_around(
     return fit(put_around, task, data, recipe, seed=seed, device=device, title=title)
 
 
-# How arms are read.
+# How variants are read.
 
 
 def _windows(data: TaskData) -> tuple[Tensor, Tensor]:
@@ -315,7 +315,7 @@ def drafted(model: Any, data: TaskData) -> Statistics:
         return model.drafted  # two figures are read off the same texts
     model.drafted = statistics = Statistics()
     if isinstance(model, MixtureOfDepths) or list(model.gates) != GATES:
-        return statistics  # of those no claim is about drafts
+        return statistics  # of those no experiment is about drafts
     x, _ = _windows(data)
     options: dict[str, Any] = (
         {"mode": "two-model", "draft": model.draft} if isinstance(model, SecondModel) else {"mode": "speculative"}
@@ -445,7 +445,7 @@ class NoResidual(nn.Module):
 
 
 def tower(layers: int, residual: bool, vocab: int) -> CausalLM:
-    """A decoder with residual sums or without; maps keep the size of what they are given, in all arms alike."""
+    """A decoder with residual sums or without; maps keep the size of what they are given, in all variants alike."""
     model = CausalLM(vocab, 48, layers, partial(SoftmaxAttention, heads=4, bias=False, rotary=True))
     for part in model.modules():
         if isinstance(part, nn.Linear):

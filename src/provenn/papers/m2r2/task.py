@@ -75,12 +75,12 @@ class AcceleratedModelling(LanguageModelling):
         seed: int = 0,
         context: int | None = None,
         rounds: int = 5,
-        tell: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> str:
         """Goes on with each prompt, and says how fast.
 
         Args:
-            model, meta, inputs, output, tokens, temperature, top_k, top_p, seed, context, tell: as of language
+            model, meta, inputs, output, tokens, temperature, top_k, top_p, seed, context, log: as of language
                 modelling.
             mode: full (all layers for every token), exit (a token leaves where the router is sure), speculative
                 (drafts by the first gate, checked by all layers: what full may write, sooner; with temperature=0 the
@@ -105,7 +105,7 @@ class AcceleratedModelling(LanguageModelling):
             options = {"mode": mode, **of_ways, **({"draft": draft} if mode == "two-model" else {})}
         writer = _Decoding(model, {**options, "statistics": statistics})
         draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        how: dict[str, Any] = {"tokens": tokens, "seed": seed, "context": context, "tell": tell}
+        how: dict[str, Any] = {"tokens": tokens, "seed": seed, "context": context, "log": log}
         text = super().predict(writer, meta, inputs, output, **how, **draw)
         depth = model.depth
         if mode == "compare":
@@ -118,8 +118,8 @@ class AcceleratedModelling(LanguageModelling):
             lines = describe_ways(ways, drawn=temperature > 0, depth=depth)
         else:
             lines = account(mode, statistics, depth)
-        if tell is not None:
-            tell(f"\n\n{lines}")
+        if log is not None:
+            log(f"\n\n{lines}")
         return f"{text}\n\n{lines}"
 
 

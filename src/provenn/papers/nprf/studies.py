@@ -37,7 +37,7 @@ def copy_data(seed: int, smoke: bool) -> TaskData:
         tokens = torch.randint(SYMBOLS, (count, LENGTH), generator=generator)
         targets = F.pad(tokens[:, :-BACK], (BACK, 0), value=IGNORED)
         parts.append(Examples(tokens, targets, (targets != IGNORED).long() * BACK))
-    return recall_data("copy", parts, SYMBOLS, "random symbols; the one that stood 7 before is told")
+    return recall_data("copy", parts, SYMBOLS, "random symbols; the one that stood 7 before is to be predicted")
 
 
 def copier(name: str, *, vocab: int, stress: float = 1.0) -> CausalLM:

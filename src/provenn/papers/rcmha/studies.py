@@ -22,7 +22,7 @@ SEGMENT = 16
 
 SIZE: dict[str, Any] = {"dim": 64, "layers": 2, "heads": 4, "max_distance": LENGTH, "future_rows": False}
 LEARNED: dict[str, Any] = {"relative": False, "positions": "learned", "max_length": LENGTH}
-ARMS: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
+VARIANTS: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
     "mha": ("MHA", partial(CharacterLM, conv="", hidden=147, **LEARNED)),
     "mdha": ("MDHA", partial(CharacterLM, hidden=145, **LEARNED)),
     "rmha": ("RMHA", partial(CharacterLM, conv="", hidden=130)),

@@ -69,7 +69,7 @@ def detector(part: dict[str, Any], *, num_classes: int = 2, width: int = 32) -> 
 
 
 def count(part: dict[str, Any]) -> int:
-    """Parameters of an arm."""
+    """Parameters of a variant."""
     with torch.device("meta"):
         return bench.count_parameters(detector(part))
 
@@ -118,7 +118,7 @@ def host(part: dict[str, Any], *, num_classes: int = 2) -> nn.Module:
 
 
 def count_host(part: dict[str, Any]) -> int:
-    """Parameters of an arm of `host`."""
+    """Parameters of a variant of `host`."""
     with torch.device("meta"):
         return bench.count_parameters(host(part))
 

@@ -41,9 +41,9 @@ def wrong_digits(seed: int, smoke: bool) -> TaskData:
     )  # fmt: skip
 
 
-def tower(arm: tuple[str, int, int], most: int) -> nn.Module:
+def tower(variant: tuple[str, int, int], most: int) -> nn.Module:
     """An MLP of modules that join by a policy: (policy, modules, width)."""
-    policy, depth, width = arm
+    policy, depth, width = variant
     return ResidualMLP(64, 10, dim=width, depth=min(depth, most), policy=policy)
 
 

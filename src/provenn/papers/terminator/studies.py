@@ -71,10 +71,10 @@ class KarResNet(ResNet):
         return Kar3(self.parameters(), recipe.lr)
 
 
-def terminator(**changes: Any) -> Callable[..., nn.Module]:
+def terminator(**overrides: Any) -> Callable[..., nn.Module]:
     def build(num_classes: int, in_channels: int) -> nn.Module:
-        kind = changes.get("kind", Terminator2d)
-        rest = {name: value for name, value in changes.items() if name != "kind"}
+        kind = overrides.get("kind", Terminator2d)
+        rest = {name: value for name, value in overrides.items() if name != "kind"}
         return kind(**{**MINI, "num_classes": num_classes, "in_channels": in_channels, **rest})
 
     return build

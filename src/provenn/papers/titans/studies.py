@@ -1,4 +1,4 @@
-"""Small tasks that ask one question each, and the models that the claims train on them."""
+"""Small tasks that ask one question each, and the models that the experiments train on them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -68,7 +68,9 @@ class GatedRecurrence(nn.Module):
 
 
 def start_by_width(model: nn.Module) -> None:
-    """Every linear map keeps the size of what it is given, in all arms alike; memories start as they do everywhere."""
+    """Every linear map keeps the size of what it is given, in all variants alike; memories start as they do
+    everywhere.
+    """
     for part in model.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=part.in_features**-0.5)

@@ -105,7 +105,7 @@ class PositionTasks(Task):
             rows.append([right.mean(dim=1), right[:, : tokens.shape[1] // 2].mean(dim=1)])
         return join_scores(["accuracy", "first_half"], rows)
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Accuracy of one answer for all places: any number of a place, or the end symbol."""
         train, test = (part.tensors[1] for part in (data.train, data.test))  # type: ignore[attr-defined]  # TensorDatasets
         return (test == train.flatten().bincount().argmax()).double().mean().item()

@@ -189,7 +189,7 @@ class LayerStacks(Task):
         example = {"stacks": torch.randn(2, *system.mean.shape)}
         return Portable(system, example, ["probabilities"], {"stacks": {0: "batch"}})
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """Accuracy of the commonest class, or of a guess."""
         return blind_accuracy(*(_labels(part) for part in (data.train, data.test)))
 

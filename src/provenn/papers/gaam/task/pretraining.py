@@ -75,7 +75,7 @@ class RebuiltFrames(Task):
             rows.append([error / count.clamp(min=1)])
         return join_scores(["error"], rows)
 
-    def trivial(self, data: TaskData) -> float:
+    def dummy_baseline(self, data: TaskData) -> float:
         """The mean square of standardised frames; of bytes the evenest guess."""
         frames = data.test.tensors[0]  # type: ignore[attr-defined]  # a TensorDataset
         return float(torch.tensor(float(frames.shape[-1])).log() if self.discrete else frames.square().mean())
@@ -136,7 +136,7 @@ SOURCES: dict[str, tuple[Callable[[int, bool], tuple[list[Sequences], list[str]]
 }
 
 
-@lru_cache(maxsize=8)  # every arm of a study asks for the same
+@lru_cache(maxsize=8)  # every variant of a study asks for the same
 def pretrained_stacks(source: str, seed: int, smoke: bool = False) -> TaskData:
     """Stacks of a small Transformer that learned to rebuild the training sequences' frames, and then is frozen.
 

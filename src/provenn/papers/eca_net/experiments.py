@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from provenn.bench import count_parameters
-from provenn.evidence import Benchmark, Drawing, Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Benchmark, Drawing, Measurement, Run, Study, Table, Timing, measures
 from provenn.nn import resnet
 from provenn.nn.channel_gates import CBAM, Gate, SqueezeExcitation
 from provenn.nn.mobilenet import SETTINGS
@@ -42,7 +42,7 @@ FAILING = Study(
     "failing bands",
     "image-classification",
     data=band_data,
-    arms={
+    variants={
         "none": ("no gate", lambda channels: nn.Identity()),
         "var1": ("SE-Var1", SEVar1),
         "var2": ("SE-Var2", SEVar2),
@@ -70,7 +70,7 @@ DIGITS = Study(
     "digits",
     "image-classification",
     data=digit_data,
-    arms={
+    variants={
         "none": ("ResNet-8", None),
         "se": ("SE-ResNet-8", SqueezeExcitation),
         "eca": ("ECA-ResNet-8", EfficientChannelAttention),
@@ -97,7 +97,7 @@ ECA_RESNETS: dict[int, Callable[..., nn.Module]] = {
     101: presets.eca_resnet101,
     152: presets.eca_resnet152,
 }
-ADDED = Race(
+ADDED = Timing(
     "parameters added to a ResNet",
     {
         "ECA": added_parameters(lambda layers: ECA_RESNETS[layers]()),
@@ -111,7 +111,7 @@ ADDED = Race(
 )
 
 GATES = {"ECA": EfficientChannelAttention, "SE": SqueezeExcitation, "no gate": None}
-INFERENCE = Race(
+INFERENCE = Timing(
     "inference of ResNet-50",
     {label: runner(gate, training=False) for label, gate in GATES.items()},
     sizes=(64, 128),
@@ -119,7 +119,7 @@ INFERENCE = Race(
     rounds=15,
     setting={"batch": 1},
 )
-TRAINING = Race(
+TRAINING = Timing(
     "training step of ResNet-50",
     {label: runner(gate, training=True) for label, gate in GATES.items()},
     sizes=(64,),
@@ -128,7 +128,7 @@ TRAINING = Race(
     setting={"batch": 2},
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "added_parameters": ADDED.against("ECA", "SE r=16", at=50),
     "no_reduction": FAILING.against("eca", "se"),
     "diagonal_beats_bottleneck": FAILING.against("var2", "se"),
@@ -137,7 +137,7 @@ CLAIMS = {
     "local_is_enough": FAILING.against("eca", "var3"),
     "clear_gain": FAILING.against("eca", "none", picture=True),
     "without_weights": FAILING.against("var1", "none"),
-    "every_kernel": FAILING.against(("eca", "eca5", "eca9"), "se", shown=FAILING.arms),
+    "every_kernel": FAILING.against(("eca", "eca5", "eca9"), "se", shown=FAILING.variants),
     "adaptive_accuracy": FAILING.against("eca", "eca9", shown=["eca5"]),
     "few_weights": FAILING.against("eca", "se4"),
     "digits_gain": DIGITS.against("eca", "none", picture=True),
@@ -153,9 +153,9 @@ MAPS = {"ResNet-50": {256: 56, 512: 28, 1024: 14, 2048: 7}, "MobileNetV2": {96: 
 ALONE: dict[str, Gate] = {"ECA": EfficientChannelAttention, "as written": AsWritten, "timm": timm_gate}
 
 
-def alone(network: str, batch: int, training: bool, channels_last: bool = False) -> Race:
+def alone(network: str, batch: int, training: bool, channels_last: bool = False) -> Timing:
     options: dict[str, Any] = {"batch": batch, "training": training, "channels_last": channels_last}
-    return Race(
+    return Timing(
         f"a gate on {network}'s maps, {'forward and backward' if training else 'forward'}",
         {label: gate_alone(gate, MAPS[network], **options) for label, gate in ALONE.items()},
         sizes=tuple(MAPS[network]),
@@ -165,8 +165,8 @@ def alone(network: str, batch: int, training: bool, channels_last: bool = False)
 
 
 BENCHMARKS = tuple(
-    Benchmark(race, "ECA", baseline, within=1.0, package=package)
-    for race in (
+    Benchmark(timing, "ECA", baseline, within=1.0, package=package)
+    for timing in (
         *(alone("ResNet-50", batch, training) for batch in (1, 8) for training in (False, True)),
         *(alone("ResNet-50", 8, training, channels_last=True) for training in (False, True)),
         *(alone("MobileNetV2", batch, training) for batch, training in ((1, False), (8, True))),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from provenn.evidence import Benchmark, Drawing, Measurement, Race, Run, Series, Study, Table, measures
+from provenn.evidence import Benchmark, Drawing, Measurement, Run, Series, Study, Table, Timing, measures
 from provenn.ops.toeplitz import dense_sums, fft_sums
 from provenn.papers.nprf.baselines import SoftmaxAttentionRPE
 from provenn.papers.nprf.studies import (
@@ -50,7 +50,7 @@ COPY: dict[str, Any] = {
 COPYING = Study(
     "copying",
     "recall",
-    arms={
+    variants={
         "softmax": ("softmax", "softmax"),
         "nprf": ("NPRF", "nprf"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
@@ -66,7 +66,7 @@ COPYING = Study(
 STRESS = Study(
     "copying from large maps",
     "recall",
-    arms={
+    variants={
         "prf": ("PRF", "prf"),
         "prf+rpe": ("PRF + RPE", "prf+rpe"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
@@ -81,7 +81,7 @@ TEXT = Study(
     "text",
     "language-modelling",
     data=text_data,
-    arms={
+    variants={
         "softmax+rpe": ("softmax + RPE", "softmax+rpe"),
         "softmax-norm+rpe": ("normalised softmax + RPE", "softmax-norm+rpe"),
         "elu": ("linear (elu)", "elu"),
@@ -102,7 +102,7 @@ DIGITS = Study(
     "digits",
     "image-classification",
     data=digit_data,
-    arms={
+    variants={
         "softmax+rpe": ("softmax + RPE", "softmax+rpe"),
         "linformer": ("Linformer", "linformer"),
         "nprf+rpe": ("NPRF + RPE", "nprf+rpe"),
@@ -122,7 +122,7 @@ LAYERS: dict[str, Layer] = {
     **{f"NPRF + RPE, m={m}": partial(nprf_layer, features=m, form="fft") for m in (8, 16, 32)},
     "NPRF + RPE, m=32, single": partial(nprf_layer, form="fft", precision="single"),
 }
-FORWARD = Race(
+FORWARD = Timing(
     "forward pass of a layer",
     {label: forward_of(layer) for label, layer in LAYERS.items()},
     sizes=(1024, 2048, 4096, 8192, 16384),
@@ -130,7 +130,7 @@ FORWARD = Race(
     setting={**HEAD, "form": "fft", "FFT": "double precision but where said"},
     note="The whole layer, projections and features included, as it is shipped but for the form.",
 )
-GPU_FORWARD = Race(
+GPU_FORWARD = Timing(
     "forward pass of a layer on a GPU",
     {
         "softmax": forward_of(explicit_layer),
@@ -144,7 +144,7 @@ GPU_FORWARD = Race(
     note="The lengths of Figure 1a, which is of a V100. The whole layer, projections and features included.",
     gpu="a CUDA GPU with 16 GB",
 )
-OPERATIONS = Race(
+OPERATIONS = Timing(
     "operations of a layer",
     {
         "softmax": operations_of(explicit_layer),
@@ -156,7 +156,7 @@ OPERATIONS = Race(
     setting={**HEAD, "features": 8},
     note="Forward; an FFT of n real numbers counts 2.5 n log₂ n.",
 )
-MEMORY = Race(
+MEMORY = Timing(
     "memory of a layer",
     {"softmax + RPE": there_and_back(biased_layer), "NPRF + RPE": there_and_back(partial(nprf_layer, form="fft"))},
     sizes=(1024, 2048, 4096),
@@ -166,7 +166,7 @@ MEMORY = Race(
 
 IN_FORM = {"auto": "auto", "FFT": "fft", "quadratic": "quadratic", "fused softmax": "softmax"}
 FORMS = [
-    Race(
+    Timing(
         f"forms of a layer, {'forward and backward' if call is there_and_back else 'forward'}, {features} features, "
         f"{'causal' if causal else 'both ways'}",
         {
@@ -181,12 +181,12 @@ FORMS = [
     for call in (forward_of, there_and_back)
 ]
 BENCHMARKS = [
-    Benchmark(race, "auto", baseline, within)
-    for race in FORMS
+    Benchmark(timing, "auto", baseline, within)
+    for timing in FORMS
     for baseline, within in ((("FFT", "quadratic"), 1.1), ("fused softmax", None))
 ]
 
-CLAIMS = {
+EXPERIMENTS = {
     "softmax_operations": OPERATIONS.grows("softmax"),
     "operations": OPERATIONS.grows("NPRF + RPE"),
     "memory": MEMORY.against("NPRF + RPE", "softmax + RPE"),
@@ -307,32 +307,34 @@ def error_grows_with_norm(run: Run) -> Measurement:
 
 @measures("no_failures")
 def no_failures(run: Run) -> Measurement:
-    """Of each study's arms, over all rates of the tuning and all seeds: diverged, or no better than the trivial."""
+    """Of each study's variants, over all rates of the tuning and all seeds: diverged, or no better than the
+    dummy_baseline.
+    """
     rows: list[list[str | float | int | None]] = []
     failed, count = 0, 0
     for study in (COPYING, STRESS, TEXT, DIGITS):
-        for arm in (arm for arm in ("nprf+rpe", "prf") if arm in study.arms):
+        for variant in (variant for variant in ("nprf+rpe", "prf") if variant in study.variants):
             metric, sign = study.of_task.metric, 1 if study.of_task.higher_is_better else -1
-            bar = sign * sum(study.trivial(run)) / len(run.seeds)
-            reached = [trial[metric] for trial in study.trials(run, arm)]
-            reached += list(study.rate(run, arm)[1].values())
+            bar = sign * sum(study.dummy_baseline(run)) / len(run.seeds)
+            reached = [trial[metric] for trial in study.trials(run, variant)]
+            reached += list(study.rate(run, variant)[1].values())
             bad = sum(value is None or not sign * value > bar for value in reached)
-            rows.append([study.name, study.label(arm), bad, len(reached)])
-            if arm == "nprf+rpe":
+            rows.append([study.name, study.label(variant), bad, len(reached)])
+            if variant == "nprf+rpe":
                 failed, count = failed + bad, count + len(reached)
     return Measurement.exact(
         failed,
         f"failed of {count} trainings",
         at_paper_setting=False,
         seeds=run.seeds,
-        note="Failed: the loss is no number, or the result no better than the trivial predictor's.",
+        note="Failed: the loss is no number, or the result no better than the dummy baseline's.",
         tables=[Table(caption="Trainings that failed", columns=["study", "attention", "failed", "of"], rows=rows)],
     )
 
 
 @measures("faster_than_fused_softmax")
 def faster_than_fused_softmax(run: Run) -> Measurement:
-    """With the lengths from which on each layer by FFT is faster than softmax, read off the same race."""
+    """With the lengths from which on each layer by FFT is faster than softmax, read off the same timing."""
     measured, sizes = FORWARD.measure(run), FORWARD.facts(run)[FORWARD.unit]
     quickest = {label: [min(rounds) for rounds in own] for label, own in measured.items()}
     rows: list[list[str | float | int | None]] = []
@@ -340,7 +342,7 @@ def faster_than_fused_softmax(run: Run) -> Measurement:
         if label.startswith("NPRF"):
             meets = [crossing(sizes, quickest[label], quickest[other]) for other in ("softmax", "fused softmax")]
             rows.append([label, *(None if at is None else round(at, -2) for at in meets)])
-    claim = FORWARD.against("NPRF + RPE, m=16", "fused softmax")(run)
+    experiment = FORWARD.against("NPRF + RPE, m=16", "fused softmax")(run)
     caption = f"Tokens from which on it is faster, between {sizes[0]:,} and {sizes[-1]:,}"
     meeting = Table(caption=caption, columns=["", "softmax", "fused softmax"], rows=rows)
-    return claim.model_copy(update={"tables": [*claim.tables, meeting]})
+    return experiment.model_copy(update={"tables": [*experiment.tables, meeting]})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.bench import count_parameters
-from provenn.evidence import Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.attention import SoftmaxAttention
 from provenn.papers.gaam.layers import GaussianAdaptiveAttention, GroupedQueryAttention
 from provenn.papers.gaam.mixture import GaussianMixtureAttention, equal_gaussian
@@ -18,7 +18,7 @@ from provenn.papers.gaam.studies import (
     DENSITIES,
     DRIFT,
     HEADS,
-    LAYER_ARMS,
+    LAYER_VARIANTS,
     LayersAlone,
     closest,
     drifting_speakers,
@@ -42,21 +42,21 @@ TRAINING = Recipe(
 )
 RATES = (1e-3, 3e-3, 1e-2)
 
-# Frozen stacks: each seed has an encoder of its own, which every arm shares.
+# Frozen stacks: each seed has an encoder of its own, which every variant shares.
 
 
-def stack_study(name: str, data: Any, arms: tuple[str, ...], about: str) -> Study:
+def stack_study(name: str, data: Any, variants: tuple[str, ...], about: str) -> Study:
     return Study(
         name,
         TASK,
         data=data,
-        arms={arm: LAYER_ARMS[arm] for arm in arms},
+        variants={variant: LAYER_VARIANTS[variant] for variant in variants},
         build=stack_network,
         recipe=TRAINING,
         lrs=RATES,
         about=about,
         kind="between stack and decoder",
-        columns={"its parameters": lambda arm: count_parameters(stack_network(arm, num_classes=2).attention)},
+        columns={"its parameters": lambda variant: count_parameters(stack_network(variant, num_classes=2).attention)},
         setting={"layers": 6, "dim": 64, "decoder's hidden channels": 32},
         note="The encoder was pre-trained on frames alone, without classes, and is frozen; another for each seed.",
     )
@@ -87,7 +87,7 @@ SPEAKERS = Study(
     "JapaneseVowels",
     TASK,
     data=speakers,
-    arms={arm: LAYER_ARMS[arm] for arm in ("none", "mha", "gaam", "mixture")},
+    variants={variant: LAYER_VARIANTS[variant] for variant in ("none", "mha", "gaam", "mixture")},
     build=series_network,
     recipe=replace(TRAINING, max_steps=360),
     lrs=RATES,
@@ -99,7 +99,7 @@ DRIFTING = replace(
     SPEAKERS,
     name="JapaneseVowels, drifting",
     data=drifting_speakers,
-    arms={arm: LAYER_ARMS[arm] for arm in ("none", "mha", "gaam")},
+    variants={variant: LAYER_VARIANTS[variant] for variant in ("none", "mha", "gaam")},
     about="the same with a slow random drift of gain and offset in every series and channel",
 )
 
@@ -115,7 +115,7 @@ def parameters_of(build: Callable[[int], nn.Module]) -> Callable[[int, str], Cal
     return make
 
 
-PARAMETERS = Race(
+PARAMETERS = Timing(
     "parameters",
     {
         "GAAM, 8 heads": parameters_of(partial(GaussianAdaptiveAttention, heads=8)),
@@ -131,7 +131,7 @@ PARAMETERS = Race(
     note="LoRA is on queries and keys of 24 layers, as the paper's; the others stand once, behind the encoder.",
 )
 
-CLAIMS: dict[str, Callable[[Run], Measurement]] = {
+EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
     "layers_mha": PATCHES.against("gaam", "mha", shown=("none", "mha_bn", "mixture")),
     "layers_none": PATCHES.against("gaam", "none", shown=("mha",)),
     "layers_released": PATCHES.against("mha", "mha_released", shown=("none", "gaam")),
@@ -148,10 +148,10 @@ CLAIMS: dict[str, Callable[[Run], Measurement]] = {
 @measures("drift_mha")
 def drift_mha(run: Run) -> Measurement:
     """What each loses to drift, seed by seed: accuracy without it less accuracy with it."""
-    arms = ("gaam", "mha")
-    steady, facts = SPEAKERS.measure(run, arms, shown=("none",))
-    drifting, moved = DRIFTING.measure(run, arms, shown=("none",))
-    lost = {arm: [a - b for a, b in zip(steady[arm], drifting[arm], strict=True)] for arm in arms}
+    variants = ("gaam", "mha")
+    steady, facts = SPEAKERS.measure(run, variants, shown=("none",))
+    drifting, moved = DRIFTING.measure(run, variants, shown=("none",))
+    lost = {variant: [a - b for a, b in zip(steady[variant], drifting[variant], strict=True)] for variant in variants}
     moved["skills"] = [*facts["skills"], *moved["skills"]]
     moved["setting"] = {**moved["setting"], "drift": DRIFT}
     moved["tables"] = [*facts["tables"], *moved["tables"]]
@@ -235,10 +235,10 @@ def one_gaussian(run: Run) -> Measurement:
 @measures("batch_leak")
 def batch_leak(run: Run) -> Measurement:
     """The largest change of the first example's answer, when another of its batch is exchanged."""
-    arms: dict[str, dict[str, Any]] = {name: {"module": name} for name in MODULES}
-    arms |= {f"{name}, as released": {"module": name, "across_batch": True} for name in ("mha", "mha_bn")}
+    variants: dict[str, dict[str, Any]] = {name: {"module": name} for name in MODULES}
+    variants |= {f"{name}, as released": {"module": name, "across_batch": True} for name in ("mha", "mha_bn")}
     rows: list[list[Any]] = []
-    for label, options in arms.items():
+    for label, options in variants.items():
         torch.manual_seed(0)
         # Batch norm in eval mode: what it learned of others is not of this batch.
         system = StackClassifier(4, 24, 64, hidden=8, width=64, **options).double().eval()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from provenn.bench import interleaved
 from provenn.errors import UserError
-from provenn.evidence import Measurement, Race, Run, Table, measures
+from provenn.evidence import Measurement, Run, Table, Timing, measures
 from provenn.evidence.measurement import lacks_memory, lacks_operation
 from provenn.nn.context_parallel import Inputs, Method, Partial, Pattern, Simulation, Spread, attend, simulate
 from provenn.nn.context_parallel.methods import Ring, pack, with_keys
@@ -61,7 +61,7 @@ BOTH: Direction = "both"
 
 
 def called(kernel: Kernel, build: Callable[[int], Mask | BlockSparse], direction: Direction) -> Callable:
-    """A race's runner: the kernel on the mask of each size; on `meta` where only counts are asked for."""
+    """A timing's runner: the kernel on the mask of each size; on `meta` where only counts are asked for."""
 
     def make(tokens: int, device: str) -> Callable[[], object]:
         case = Case(build(tokens), **SMALL, device=torch.device(device), backward=direction != "forward")
@@ -96,40 +96,40 @@ def fifth(tokens: int) -> BlockSparse:
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384)
-OPERATIONS = Race(
+OPERATIONS = Timing(
     "operations of explicit attention", {"naive": counted(Naive())}, LENGTHS, quantity="flops", setting=SMALL
 )
-BYTES = Race(
+BYTES = Timing(
     "memory of attention, forward and backward",
     {"naive": counted(Naive()), "blockwise": counted(Blockwise(rows=64, keys=256))},
     (1024, 2048, 4096, 8192),
     quantity="memory",
     setting={**SMALL, "block": "64 × 256"},
 )
-EXPLICIT_BYTES = Race(
+EXPLICIT_BYTES = Timing(
     "memory of explicit attention", {"naive": counted(Naive())}, LENGTHS, quantity="memory", setting=SMALL
 )
 SIZES = (256, 512, 1024, 4096)
 CLOCK: dict[str, Any] = {"setting": {**SMALL, "dtype": "float32", "seed": SEED}, "rounds": 7}
-WINDOW = Race(
+WINDOW = Timing(
     "a causal window of 256, forward and backward",
     {name: called(kernel, windowed, BOTH) for name, kernel in (("blockwise", Blockwise()), ("naive", Naive()))},
     SIZES,
     **CLOCK,
 )
-GATHERED = Race(
+GATHERED = Timing(
     "block-sparse attention, forward",
     {name: called(kernel, fifth, "forward") for name, kernel in (("gathered", Gathered()), ("sdpa", SDPA()))},
     SIZES,
     **CLOCK,
 )
-FULL = Race(
+FULL = Timing(
     "a full mask, forward",
     {name: called(kernel, masks.full, "forward") for name, kernel in (("sdpa", SDPA()), ("blockwise", Blockwise()))},
     SIZES,
     **CLOCK,
 )
-DOCUMENTS = Race(
+DOCUMENTS = Timing(
     "packed causal documents, forward",
     {
         name: called(kernel, packed, "forward")
@@ -139,7 +139,7 @@ DOCUMENTS = Race(
     **CLOCK,
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "flops_over_length": OPERATIONS.grows("naive"),
     "memory_over_length": EXPLICIT_BYTES.grows("naive"),
     "blockwise_memory": BYTES.grows("blockwise"),
@@ -327,7 +327,7 @@ def same_cases(run: Run, tokens: int = 8192) -> Measurement:
     """How many of the twelve masks another process draws alike, tensors and counts included."""
     ours = fingerprints(tokens)
     code = (
-        "import json; from provenn.papers.long_context_bench.claims import fingerprints; "
+        "import json; from provenn.papers.long_context_bench.experiments import fingerprints; "
         f"print(json.dumps(fingerprints({tokens})))"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

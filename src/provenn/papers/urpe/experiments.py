@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.bench import count_parameters
-from provenn.evidence import Drawing, Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Drawing, Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.urpe.graphs import urpe_graph_tiny
 from provenn.papers.urpe.layers import URPEAttention
 from provenn.papers.urpe.model import urpe_synthetic, urpe_synthetic_tiny
@@ -46,7 +46,7 @@ PLACES = Study(
     "position identification",
     TASK,
     data=places_data,
-    arms={
+    variants={
         "none": ("no positions", "none"),
         "ape": ("absolute positions", "ape"),
         "rpe": ("RPE", "rpe"),
@@ -60,7 +60,7 @@ PLACES = Study(
     build=encoder,
     recipe=Recipe(optimizer="adam", batch_size=32, max_steps=500, warmup_steps=50, schedule="linear"),
     lrs=(7e-4, 2e-3, 5e-3),
-    about=f"random tokens of 50 kinds, {TOKENS} a row; at each place its number is told",
+    about=f"random tokens of 50 kinds, {TOKENS} a row; at each position its number is to be predicted",
     kind="positions",
     probes={f"first_places_at_{times}x": partial(places_at, times=times) for times in (2, LONGER)},
     setting={**HOST, "larger": "dim 128, 4 layers", "deeper": "dim 64, 6 layers"},
@@ -72,7 +72,7 @@ EVEN = Study(
     "even-token prediction",
     TASK,
     data=even_data,
-    arms={
+    variants={
         "rpe": ("RPE", "rpe"),
         "urpe": ("URPE", "urpe"),
     },
@@ -80,7 +80,7 @@ EVEN = Study(
     recipe=Recipe(optimizer="adam", batch_size=64, max_steps=1500, warmup_steps=50, schedule="linear"),
     lrs=(1e-3, 3e-3, 7e-3),
     probes={"first_half": first_half},
-    about=f"random tokens of 10 kinds, {TOKENS} a row; every second is told first, then an end symbol",
+    about=f"random tokens of 10 kinds, {TOKENS} a row; every second is to be predicted first, then an end symbol",
     kind="positions",
     setting=HOST,
 )
@@ -89,7 +89,7 @@ TEXT = Study(
     "text",
     "language-modelling",
     data=text_data,
-    arms={
+    variants={
         "none": ("no positions", "none"),
         "ape": ("absolute positions", "ape"),
         "sinusoidal": ("sinusoids", "sinusoidal"),
@@ -115,20 +115,20 @@ REGULAR = Study(
     "regular graphs",
     "graph-regression",
     data=regular_data,
-    arms={
+    variants={
         "rpe": ("RPE", ("rpe", "mean")),
         "urpe": ("URPE", ("urpe", "mean")),
         "rpe-virtual": ("RPE, virtual node", ("rpe", "virtual")),
         "urpe-virtual": ("URPE, virtual node", ("urpe", "virtual")),
     },
-    about="drawn graphs of 8 to 16 nodes with three neighbours each; the mean length of the paths is told",
+    about="drawn graphs of 8 to 16 nodes with three neighbours each; the mean length of the paths is to be predicted",
     **GRAPHS,
 )
 COUNTS = Study(
     "distance counts",
     "graph-regression",
     data=counts_data,
-    arms={"rpe": ("RPE", ("rpe", "virtual")), "urpe": ("URPE", ("urpe", "virtual"))},
+    variants={"rpe": ("RPE", ("rpe", "virtual")), "urpe": ("URPE", ("urpe", "virtual"))},
     about="drawn skeletons of molecules with a marked node; the nodes 1, 2 and 3 steps from it are counted",
     **GRAPHS,
 )
@@ -136,7 +136,7 @@ DIGITS = Study(
     "digits",
     "image-classification",
     data=digit_data,
-    arms={
+    variants={
         "none": ("no positions", "none"),
         "ape": ("absolute positions", "ape"),
         "rpe": ("RPE", "rpe"),
@@ -151,13 +151,13 @@ DIGITS = Study(
 )
 
 LAYER = {"dim": WIDTH, "heads": HEADS, "batch": 1, "form": "explicit"}
-TIME = Race(
+TIME = Timing(
     "forward pass of attention",
     {"RPE": layer_call("rpe", back=False), "URPE": layer_call("urpe", back=False)},
     sizes=(128, 256, 512),
     setting=LAYER,
 )
-MEMORY = Race(
+MEMORY = Timing(
     "memory of attention",
     {"RPE": layer_call("rpe", back=True), "URPE": layer_call("urpe", back=True)},
     sizes=(128, 256, 512),
@@ -165,7 +165,7 @@ MEMORY = Race(
     setting={**LAYER, "pass": "forward and backward"},
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "text_rpe_none": TEXT.against("rpe", "none", shown=["ape", "sinusoidal", "urpe"]),
     "longer_text": TEXT.against("rpe", "ape", metric=BEYOND, shown=["none", "sinusoidal", "urpe"]),
     "places": PLACES.against("urpe", "rpe", shown=["none", "ape"], may_guess=CANNOT, picture=True),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.evidence import Benchmark, Measurement, Race, Run, Study, measures
+from provenn.evidence import Benchmark, Measurement, Run, Study, Timing, measures
 from provenn.papers.m2r2.decoding import decode
 from provenn.papers.m2r2.model import ExitModel, M2R2Model, plain_decoder
 from provenn.papers.m2r2.studies import (
@@ -50,7 +50,7 @@ EXITS = Study(
     "exits",
     "accelerated-language-modelling",
     data=text_data,
-    arms={
+    variants={
         "raw": ("raw exit", raw),
         "deeper": ("raw exit, gates half as deep again", partial(raw, gates=[3, 6, 7])),
         "every": ("one depth for all tokens", every),
@@ -80,7 +80,7 @@ EXPERTS = Study(
     "experts",
     "accelerated-language-modelling",
     data=text_data,
-    arms={"fast": ("accelerated stream", aligned), "slow": ("slow stream", unaligned)},
+    variants={"fast": ("accelerated stream", aligned), "slow": ("slow stream", unaligned)},
     build=around_experts,
     recipe=AROUND,
     lrs=EXITS.lrs,
@@ -101,7 +101,7 @@ DEPTH = Study(
     "depth",
     "language-modelling",
     data=text_data,
-    arms={
+    variants={
         "2": ("2 layers", (2, True)),
         "8": ("8 layers", (8, True)),
         "8 without": ("8 layers without residuals", (8, False)),
@@ -116,7 +116,7 @@ DEPTH = Study(
     kind="decoder",
     setting={"tokens": LENGTH, "dim": 48},
 )  # fmt: skip
-WITHOUT = "Without residuals, deep decoders may not learn at all: that is what the statement says."
+WITHOUT = "Without residuals, deep decoders may not learn at all: that is what the claim says."
 
 # Speed, with the weights that ship.
 
@@ -149,7 +149,7 @@ def generates(mode: str, **options: Any) -> Callable[[int, str], Callable[[], ob
     return make
 
 
-SPEED = Race(
+SPEED = Timing(
     "generation by the weights that ship",
     {
         "all layers": generates("full"),
@@ -177,7 +177,7 @@ BENCHMARKS = [
     Benchmark(SPEED, "early exit", "all layers"),
 ]
 
-CLAIMS: dict[str, Callable[[Run], Measurement]] = {
+EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
     "depth_helps": DEPTH.against("8", "2"),
     "residuals_carry_depth": DEPTH.against("8", "8 without", may_guess=WITHOUT),
     "settled_early": EXITS.figure("every", metric="settled"),

@@ -1,4 +1,4 @@
-"""The promises, one function each."""
+"""The checks, one function each."""
 
 import copy
 import inspect
@@ -25,7 +25,7 @@ from provenn.testing.subject import WIDTH, Subject
 
 
 @dataclass(frozen=True)
-class Promise:
+class Check:
     """A property that can be asked of a mechanism or a preset: `check` raises AssertionError where it does not hold."""
 
     name: str
@@ -38,14 +38,14 @@ class Promise:
         return self.slots is None or (slot or "preset") in self.slots
 
 
-PROMISES: dict[str, Promise] = {}
+CHECKS: dict[str, Check] = {}
 
 
-def _promise(name: str, *where: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+def _check(name: str, *where: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Register a check under a name that reads well after "cannot"; `where` limits it to some slots, or to "preset"."""
 
     def register(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        PROMISES[name] = Promise(name, inspect.getdoc(check) or "", check, frozenset(where) or None)
+        CHECKS[name] = Check(name, inspect.getdoc(check) or "", check, frozenset(where) or None)
         return check
 
     return register
@@ -113,7 +113,7 @@ def _stacked_steps(module: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-@_promise("keep-shape", *MECHANISMS)
+@_check("keep-shape", *MECHANISMS)
 def _keep_shape(subject: Subject) -> None:
     """At odd sizes and for a batch of one, the output has the shape and type of the first input, and is finite."""
     assert subject.slot is not None
@@ -130,7 +130,7 @@ def _keep_shape(subject: Subject) -> None:
             assert output.isfinite().all(), f"{shapes} gives values that are not finite"
 
 
-@_promise("keep-examples-apart", *APART)
+@_check("keep-examples-apart", *APART)
 def _keep_examples_apart(subject: Subject) -> None:
     """The order and the size of the batch change no example's output, in training too (batch norms put aside)."""
     for mode in ("evaluating", "training"):
@@ -145,7 +145,7 @@ def _keep_examples_apart(subject: Subject) -> None:
         _close(alone, [y[1:2] for y in together], f"{mode}, an example's company changes its output")
 
 
-@_promise("mix", *MIXERS)
+@_check("mix", *MIXERS)
 def _mix(subject: Subject) -> None:
     """What the slot mixes is mixed: other noise at one position reaches another."""
     assert subject.slot is not None
@@ -179,7 +179,7 @@ def _reaches(
     return bool((after - before).abs().max() > 1e-9 * before.abs().max())
 
 
-@_promise("be-causal", "token-mixer")
+@_check("be-causal", "token-mixer")
 def _be_causal(subject: Subject) -> None:
     """With causal=True a change at token t moves no output before t."""
     module = subject.build(causal=True)
@@ -192,7 +192,7 @@ def _be_causal(subject: Subject) -> None:
             _close(module(changed)[:, :t], before[:, :t], f"tokens from {t} on change outputs before {t}", 1e-5)
 
 
-@_promise("see-both-ways", "token-mixer")
+@_check("see-both-ways", "token-mixer")
 def _see_both_ways(subject: Subject) -> None:
     """With causal=False the last token reaches the first output."""
     module = subject.build(causal=False)
@@ -200,7 +200,7 @@ def _see_both_ways(subject: Subject) -> None:
     assert reaches, "the first output does not see the last token"
 
 
-@_promise("heed-mask", "token-mixer")
+@_check("heed-mask", "token-mixer")
 def _heed_mask(subject: Subject) -> None:
     """A token that mask says may not be attended changes no other token's output, whatever it holds.
 
@@ -221,7 +221,7 @@ def _heed_mask(subject: Subject) -> None:
             _close(after, before[mask], message)
 
 
-@_promise("stream", "token-mixer")
+@_check("stream", "token-mixer")
 def _stream(subject: Subject) -> None:
     """Where there is a step, forward is the fold of step, and each example's state is its own."""
     module: Any = subject.build()
@@ -234,7 +234,7 @@ def _stream(subject: Subject) -> None:
         _close(_stacked_steps(module, x[1:2]), streamed[1:2], "an example's company changes how it streams")
 
 
-@_promise("reach-parameters")
+@_check("reach-parameters")
 def _reach_parameters(subject: Subject) -> None:
     """A gradient well above rounding reaches every parameter that is trained, but the biases of keys, and the input.
 
@@ -254,7 +254,7 @@ def _reach_parameters(subject: Subject) -> None:
     assert not missed, f"no gradient reaches {', '.join(missed[:6])}{' and others' if len(missed) > 6 else ''}"
 
 
-@_promise("keep-gradients-finite")
+@_check("keep-gradients-finite")
 def _keep_gradients_finite(subject: Subject) -> None:
     """Output and gradients are finite for usual, for zero and (of a mechanism) for large inputs."""
     for scale in (1.0, 0.0, *([1e3] if subject.slot else [])):
@@ -283,7 +283,7 @@ def _weighted_sum(output: Any) -> Tensor:
     return torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in outputs]).sum()
 
 
-@_promise("pass-gradcheck", *MECHANISMS)
+@_check("pass-gradcheck", *MECHANISMS)
 def _pass_gradcheck(subject: Subject) -> None:
     """In float64 the gradients of input and parameters equal finite differences."""
     module = subject.build().double()
@@ -321,7 +321,7 @@ def _follow_the_slope(function: Callable[..., Tensor], given: list[Tensor]) -> N
     assert not far, f"along one direction the gradient gives {slope:.6g}, finite differences {difference:.6g}"
 
 
-@_promise("differentiate-twice", *MECHANISMS)
+@_check("differentiate-twice", *MECHANISMS)
 def _differentiate_twice(subject: Subject) -> None:
     """In float64 the second derivatives equal finite differences of the gradient."""
     module = subject.build().double()
@@ -348,7 +348,7 @@ def _differentiate_twice(subject: Subject) -> None:
     _close(actual, differences, "the second derivative is not that of the gradient")
 
 
-@_promise("differentiate-forward", *MECHANISMS)
+@_check("differentiate-forward", *MECHANISMS)
 def _differentiate_forward(subject: Subject) -> None:
     """In float64 `torch.func.jvp` and forward mode give the derivative that finite differences give."""
     module = subject.build().double()
@@ -373,7 +373,7 @@ def _differentiate_forward(subject: Subject) -> None:
     _close(tangent, difference, "the derivative of forward mode is another")
 
 
-@_promise("train-in-mixed-precision")
+@_check("train-in-mixed-precision")
 def _train_in_mixed_precision(subject: Subject) -> None:
     """Forward under autocast and backward outside, as trainers do it, gives gradients within half of float32's.
 
@@ -400,7 +400,7 @@ def _train_in_mixed_precision(subject: Subject) -> None:
         assert error <= 0.5, f"under autocast to {name} the gradient is off by {100 * error:.1f} %"
 
 
-@_promise("take-an-empty-batch", *APART)
+@_check("take-an-empty-batch", *APART)
 def _take_an_empty_batch(subject: Subject) -> None:
     """A batch of no example gives an output of none, as the last piece of a data set that is divided may be.
 
@@ -421,7 +421,7 @@ def _take_an_empty_batch(subject: Subject) -> None:
         assert not bad, f"no example gives {', '.join(bad)} a gradient"
 
 
-@_promise("run-in-bfloat16")
+@_check("run-in-bfloat16")
 def _run_in_bfloat16(subject: Subject) -> None:
     """In bfloat16 the output stays within 15 % of float32's, of which choosing another head takes the most."""
     module, inputs = subject.build(), subject.inputs()
@@ -435,7 +435,7 @@ def _run_in_bfloat16(subject: Subject) -> None:
     assert error <= 0.15, f"the output is off by {100 * error:.1f} %"
 
 
-@_promise("repeat")
+@_check("repeat")
 def _repeat(subject: Subject) -> None:
     """The same seed gives the same weights, and building does not touch the seed."""
     first, again = subject.build(stir=False).state_dict(), subject.build(stir=False).state_dict()
@@ -444,7 +444,7 @@ def _repeat(subject: Subject) -> None:
     assert torch.initial_seed() == 0, "building it sets torch's seed"
 
 
-@_promise("be-deterministic")
+@_check("be-deterministic")
 def _be_deterministic(subject: Subject) -> None:
     """In eval mode the same input gives the same output twice, and nothing in the module changes."""
     module, inputs = subject.build(), subject.inputs()
@@ -456,7 +456,7 @@ def _be_deterministic(subject: Subject) -> None:
     assert not moved, f"evaluating changes {', '.join(moved)}"
 
 
-@_promise("train-as-it-evaluates")
+@_check("train-as-it-evaluates")
 def _train_as_it_evaluates(subject: Subject) -> None:
     """Training and evaluating differ by dropout and batch norm layers alone."""
     module, inputs = subject.build(), subject.inputs()
@@ -465,7 +465,7 @@ def _train_as_it_evaluates(subject: Subject) -> None:
         _close(_silence(module)(*inputs), evaluated, "training differs from evaluating, dropout and batch norm aside")
 
 
-@_promise("load-state")
+@_check("load-state")
 def _load_state(subject: Subject) -> None:
     """After training steps, the state dict carries all that another instance needs to give the same output."""
     module, inputs = _trained(subject), subject.inputs()
@@ -475,7 +475,7 @@ def _load_state(subject: Subject) -> None:
         _close(other(*inputs), module(*inputs), "with the state loaded, another instance differs", EQUAL)
 
 
-@_promise("load-safetensors")
+@_check("load-safetensors")
 def _load_safetensors(subject: Subject) -> None:
     """The same through a safetensors file."""
     from safetensors.torch import load_model, save_model
@@ -499,7 +499,7 @@ def _trained(subject: Subject) -> nn.Module:
     return module.eval()
 
 
-@_promise("copy")
+@_check("copy")
 def _copy(subject: Subject) -> None:
     """A deep copy and an unpickled one give the same output, and share nothing with the original."""
     module, inputs = subject.build(), subject.inputs()
@@ -511,7 +511,7 @@ def _copy(subject: Subject) -> None:
             assert not any(p.data_ptr() in own for p in twin.parameters()), f"{way} shares weights with the original"
 
 
-@_promise("compile")
+@_check("compile")
 def _compile(subject: Subject) -> None:
     """torch.compile takes it whole, as one graph, and gives the same output and gradients.
 
@@ -532,7 +532,7 @@ def _compile(subject: Subject) -> None:
     _close(results[1][1], results[0][1], "compiled, it gives another gradient", 1e-3)
 
 
-@_promise("export-open-sizes", *MECHANISMS)
+@_check("export-open-sizes", *MECHANISMS)
 def _export_open_sizes(subject: Subject) -> None:
     """torch.export takes it with every axis open but its width, and at other sizes it gives the same output.
 
@@ -551,7 +551,7 @@ def _export_open_sizes(subject: Subject) -> None:
             _close(exported(*inputs), module(*inputs), f"exported, of {given} it gives another output")
 
 
-@_promise("export")
+@_check("export")
 def _export(subject: Subject) -> None:
     """torch.export takes it and gives the same output: a network with its batch open, and of another batch."""
     module, inputs = subject.build(), subject.inputs()
@@ -576,7 +576,7 @@ def _open(subject: Subject, sizes: Mapping[str, int]) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if axis in axes}
 
 
-@_promise("feed-heads", "preset", "backbone")
+@_check("feed-heads", "preset", "backbone")
 def _feed_heads(subject: Subject) -> None:
     """A network that has `features` gives its pyramid as `provenn.nn.backbone.Backbone` says, at odd sizes too."""
     module = subject.build()
@@ -587,7 +587,7 @@ def _feed_heads(subject: Subject) -> None:
     check_backbone(module, channels, [(2 * largest, 3 * largest), (2 * largest - 3, largest + 5)])
 
 
-@_promise("tell-classes", "backbone")
+@_check("tell-classes", "backbone")
 def _tell_classes(subject: Subject) -> None:
     """It has as many logits as it is asked for, of images with any channels; asked for none, it has no classifier."""
     assert subject.slot is not None
@@ -601,7 +601,7 @@ def _tell_classes(subject: Subject) -> None:
     assert bare < count, f"num_classes=0 has {bare} parameters, num_classes=7 has {count}: the classifier is left in"
 
 
-@_promise("build-on-meta")
+@_check("build-on-meta")
 def _build_on_meta(subject: Subject) -> None:
     """It can be built and called on the meta device, where nothing is computed, and gives the true shape there."""
     with torch.device("meta"):
@@ -613,7 +613,7 @@ def _build_on_meta(subject: Subject) -> None:
     assert output.is_meta, "gives a real tensor on the meta device"
 
 
-@_promise("leave-its-input")
+@_check("leave-its-input")
 def _leave_its_input(subject: Subject) -> None:
     """What it is given is not changed."""
     module, inputs = subject.build(), subject.inputs()
@@ -623,7 +623,7 @@ def _leave_its_input(subject: Subject) -> None:
     assert all(torch.equal(x, y) for x, y in zip(inputs, before)), "the input is changed in place"
 
 
-@_promise("take-any-layout", *MECHANISMS)
+@_check("take-any-layout", *MECHANISMS)
 def _take_any_layout(subject: Subject) -> None:
     """How the input lies in memory (transposed, channels last) does not matter."""
     module, inputs = subject.build(), subject.inputs()
@@ -636,7 +636,7 @@ def _take_any_layout(subject: Subject) -> None:
             _close(module(*last), expected, "an input with its channels last gives another output")
 
 
-@_promise("refuse-bad-arguments", *MECHANISMS)
+@_check("refuse-bad-arguments", *MECHANISMS)
 def _refuse_bad_arguments(subject: Subject) -> None:
     """Impossible arguments raise a ValueError that says what came."""
     assert subject.slot is not None
@@ -675,7 +675,7 @@ def parameters_on_meta(subject: Subject) -> int:
         return count_parameters(subject.make())
 
 
-@_promise("match-published-counts", "preset")
+@_check("match-published-counts", "preset")
 def _match_published_counts(subject: Subject) -> None:
     """Its parameters number what was published, to the last digit printed."""
     figures = [figure for figure in subject.published if figure.what == "parameters"]

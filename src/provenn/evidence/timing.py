@@ -18,7 +18,7 @@ UNITS = {"time": "milliseconds", "flops": "operations", "memory": "bytes", "coun
 
 
 @dataclass(frozen=True)
-class Race:
+class Timing:
     """Calls that do the same work at each size: `runners[label](size, device)` makes what is measured.
 
     Args:
@@ -74,22 +74,22 @@ class Race:
             raise ValueError(f"{self.name}: growth needs at least three sizes, got {len(self.sizes)}")
         return Exponent(self, system)
 
-    def settable(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:
         """What `--set` may change, and its type."""
         return {"sizes": tuple[int, ...], **({"rounds": int} if self.quantity == "time" else {})}
 
-    def varied(self, **changes: Any) -> "Race":
-        """The same race at another setting.
+    def with_overrides(self, **overrides: Any) -> "Timing":
+        """The same timing at another setting.
 
         Raises:
             UserError: sizes that do not grow from 1 on, or fewer rounds than an interval takes.
         """
-        sizes = changes.get("sizes", self.sizes)
+        sizes = overrides.get("sizes", self.sizes)
         if not sizes or min(sizes) < 1 or sorted(set(sizes)) != list(sizes):
             raise UserError(f"sizes must be whole numbers of at least 1 that grow, got {list(sizes)}")
-        if changes.get("rounds", FEWEST_ROUNDS) < FEWEST_ROUNDS:
-            raise UserError(f"rounds must be at least {FEWEST_ROUNDS}, got {changes['rounds']}")
-        return replace(self, **changes)
+        if overrides.get("rounds", FEWEST_ROUNDS) < FEWEST_ROUNDS:
+            raise UserError(f"rounds must be at least {FEWEST_ROUNDS}, got {overrides['rounds']}")
+        return replace(self, **overrides)
 
     def _known(self, *names: str) -> None:
         for name in names:
@@ -136,7 +136,7 @@ class Race:
         return float(function())
 
     def shown(self, run: Run, measured: Mapping[str, list[list[float]]]) -> dict[str, Any]:
-        """What goes with every measurement of the race."""
+        """What goes with every measurement of the timing."""
         facts = self.facts(run)
         sizes = facts[self.unit]
         rows: list[list[Any]] = [[n, *(median(measured[label][i]) for label in measured)] for i, n in enumerate(sizes)]
@@ -167,9 +167,9 @@ class Race:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A claim read off a race: one runner against another at one size."""
+    """An experiment read off a timing: one runner against another at one size."""
 
-    race: Race
+    timing: Timing
     system: str
     baseline: str
     at: int | None = None
@@ -179,53 +179,53 @@ class Ratio:
         """What readers call the system and the baseline."""
         return self.system, self.baseline
 
-    def settable(self) -> dict[str, Any]:
-        """As `Race.settable`."""
-        return self.race.settable()
+    def parameters(self) -> dict[str, Any]:
+        """As `Timing.settable`."""
+        return self.timing.parameters()
 
-    def varied(self, **changes: Any) -> "Ratio":
-        """As `Race.varied`."""
-        return replace(self, race=self.race.varied(**changes))
+    def with_overrides(self, **overrides: Any) -> "Ratio":
+        """As `Timing.varied`."""
+        return replace(self, timing=self.timing.with_overrides(**overrides))
 
     def __call__(self, run: Run) -> Measurement:
-        if lacking := self.race.lacking(run):
+        if lacking := self.timing.lacking(run):
             return Measurement.not_measured(lacking)
-        race, measured = self.race, self.race.measure(run)
-        sizes = race.facts(run)[race.unit]
+        timing, measured = self.timing, self.timing.measure(run)
+        sizes = timing.facts(run)[timing.unit]
         place = sizes.index(self.at) if self.at in sizes else len(sizes) - 1
         values, baselines = measured[self.system][place], measured[self.baseline][place]
-        estimator: Literal["clock ratio", "exact ratio"] = "clock ratio" if race.quantity == "time" else "exact ratio"
-        shown = race.shown(run, measured)
+        estimator: Literal["clock ratio", "exact ratio"] = "clock ratio" if timing.quantity == "time" else "exact ratio"
+        shown = timing.shown(run, measured)
         shown["setting"] = {**shown["setting"], "at": sizes[place]}
-        unit = race.of or UNITS[race.quantity]
-        shown["at_paper_setting"] = race.at_paper_setting
+        unit = timing.of or UNITS[timing.quantity]
+        shown["at_paper_setting"] = timing.at_paper_setting
         return Measurement.of(estimator, values, baselines, sides=self.sides, unit=unit, **shown)
 
 
 @dataclass(frozen=True)
 class Exponent:
-    """A claim read off a race: how one runner's quantity grows with the size."""
+    """An experiment read off a timing: how one runner's quantity grows with the size."""
 
-    race: Race
+    timing: Timing
     system: str
 
     sides = None
 
-    def settable(self) -> dict[str, Any]:
-        """As `Race.settable`."""
-        return self.race.settable()
+    def parameters(self) -> dict[str, Any]:
+        """As `Timing.settable`."""
+        return self.timing.parameters()
 
-    def varied(self, **changes: Any) -> "Exponent":
-        """As `Race.varied`."""
-        race = self.race.varied(**changes)
-        if len(race.sizes) < 3:
-            raise UserError(f"sizes: growth needs at least three, got {len(race.sizes)}")
-        return replace(self, race=race)
+    def with_overrides(self, **overrides: Any) -> "Exponent":
+        """As `Timing.varied`."""
+        timing = self.timing.with_overrides(**overrides)
+        if len(timing.sizes) < 3:
+            raise UserError(f"sizes: growth needs at least three, got {len(timing.sizes)}")
+        return replace(self, timing=timing)
 
     def __call__(self, run: Run) -> Measurement:
-        if lacking := self.race.lacking(run):
+        if lacking := self.timing.lacking(run):
             return Measurement.not_measured(lacking)
-        race, measured = self.race, self.race.measure(run)
+        timing, measured = self.timing, self.timing.measure(run)
         least = [min(rounds) for rounds in measured[self.system]]
-        unit = f"exponent of {race.of or UNITS[race.quantity]} over {race.unit}"
-        return Measurement.of("growth", least, race.facts(run)[race.unit], unit=unit, **race.shown(run, measured))
+        unit = f"exponent of {timing.of or UNITS[timing.quantity]} over {timing.unit}"
+        return Measurement.of("growth", least, timing.facts(run)[timing.unit], unit=unit, **timing.shown(run, measured))

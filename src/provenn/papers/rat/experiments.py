@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from provenn.bench import count_parameters
-from provenn.evidence import Measurement, Race, Run, Study, measures
+from provenn.evidence import Measurement, Run, Study, Timing, measures
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.positions import rotate
 from provenn.papers.rat.layers import RATMixer, RNNMixer
@@ -42,7 +42,7 @@ TEXT = Study(
     "text",
     "language-modelling",
     data=text_data,
-    arms={
+    variants={
         "attention": ("attention", partial(attention_small, heads=4)),
         "rat": ("RAT, chunks of 16", partial(rat_small, heads=4, chunk=16)),
         "rnn": ("RNN", partial(rnn_small, length=LENGTH)),
@@ -67,7 +67,7 @@ RECALL = Study(
     "needles",
     "recall",
     data=lambda seed, smoke: needles(seed, smoke, RETRIEVAL.batch_size * (RETRIEVAL.max_steps or 0)),
-    arms={
+    variants={
         "attention": ("attention", partial(SoftmaxAttention, heads=4, bias=False, rotary=True)),
         "rat4": ("RAT, chunks of 4", partial(RATMixer, heads=4, chunk=4)),
         "rat16": ("RAT, chunks of 16", partial(RATMixer, heads=4, chunk=16)),
@@ -85,14 +85,14 @@ FORGETS = "One state for all that was read forgets, says the paper: that is why 
 
 # Cost.
 
-OPERATIONS = Race(
+OPERATIONS = Timing(
     "operations of a decoder block of width 2048",
     {"softmax attention": softmax_alone(2048, 16), "whole block": decoder_block(2048, 16)},
     sizes=(4096, 16_384, 65_536, 98_304),
     quantity="flops",
     note="On both sides the half of the square that a causal kernel leaves out is counted as if it were done.",
 )
-TRAINING_OPERATIONS = Race(
+TRAINING_OPERATIONS = Timing(
     "operations of training a layer of width 2048",
     {
         "attention": counted(attention, 2048, 16),
@@ -104,7 +104,7 @@ TRAINING_OPERATIONS = Race(
     quantity="flops",
     note=OPERATIONS.note,
 )
-TRAINING = Race(
+TRAINING = Timing(
     "forward and backward of a layer",
     {
         "attention": trained(attention, 16, 1),
@@ -116,7 +116,7 @@ TRAINING = Race(
     setting={"dim": 16, "heads": 1, "batch": 1},
 )
 STREAMS: dict[str, Any] = {"dim": 256, "heads": 8, "slots": 2**16}  # `streamed` takes a dtype too
-GENERATION = Race(
+GENERATION = Timing(
     "a token more in two layers",
     {
         "attention": streamed(attention, attention, **STREAMS),
@@ -130,7 +130,7 @@ GENERATION = Race(
     note="The longer the streams, the fewer of them: 65,536 tokens are held in all.",
 )
 XL: dict[str, Any] = {"dim": 2048, "heads": 16}
-CACHE = Race(
+CACHE = Timing(
     "what a stream holds in two layers of width 2048",
     {
         "attention": count_stream_bytes(attention, attention, **XL),
@@ -151,7 +151,7 @@ CACHE = Race(
 
 ON_GPU: dict[str, Any] = {"dtype": torch.bfloat16, **XL}
 GPU: dict[str, Any] = {"gpu": "a CUDA GPU with 40 GB (the paper's is a GH200)", "at_paper_setting": True}
-GPU_TRAINING = Race(
+GPU_TRAINING = Timing(
     "forward and backward of a layer of width 2048",
     {
         "attention": trained(attention, tokens=2**18, **ON_GPU),
@@ -162,7 +162,7 @@ GPU_TRAINING = Race(
     setting={**XL, "type": "bfloat16", "tokens in all": 2**18},
     **GPU,
 )
-GPU_GENERATION = Race(
+GPU_GENERATION = Timing(
     "a token more in a layer of width 2048",
     {
         "attention": streamed(attention, slots=2**21, **ON_GPU),
@@ -174,7 +174,7 @@ GPU_GENERATION = Race(
     **GPU,
 )
 
-CLAIMS: dict[str, Callable[[Run], Measurement]] = {
+EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
     "softmax_share": OPERATIONS.against("softmax attention", "whole block"),
     "training_operations": TRAINING_OPERATIONS.against("attention", "RAT, chunks of 16"),
     "training_speed": TRAINING.against("attention", "RAT, chunks of 16"),
@@ -187,8 +187,8 @@ CLAIMS: dict[str, Callable[[Run], Measurement]] = {
     "text_on_par": TEXT.against("rat", "attention", shown=["rnn"]),
     "text_rnn": TEXT.against("rat", "rnn"),
     "text_hybrid": TEXT.against("hybrid", "attention"),
-    "longer_than_trained": TEXT.against("hybrid", "attention", metric="rise", shown=TEXT.arms),
-    "needles_on_par": RECALL.against("rat16", "attention", shown=RECALL.arms),
+    "longer_than_trained": TEXT.against("hybrid", "attention", metric="rise", shown=TEXT.variants),
+    "needles_on_par": RECALL.against("rat16", "attention", shown=RECALL.variants),
     "needles_chunks": RECALL.against("rat4", "rat16"),
     "needles_rnn": RECALL.against("rat16", "rnn", may_guess=FORGETS),
     "gates_select": RECALL.figure("rat16", metric="selection"),

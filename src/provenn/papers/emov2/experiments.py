@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from provenn.bench import count_parameters
-from provenn.evidence import Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.mobilenet import MobileNetV2
 from provenn.papers.emov2.model import SIZES, emov2, emov2_baseline
 from provenn.papers.emov2.studies import (
@@ -38,7 +38,7 @@ FIELDS = Study(
     "reach of attention",
     Fields(),
     data=field_data,
-    arms={
+    variants={
         "conv": ("no attention", ("conv", 1)),
         "remote": ("remote", ("remote", 1)),
         "close": ("close", ("close", 1)),
@@ -60,7 +60,7 @@ PATCHES = Study(
     "patches",
     "image-classification",
     data=patch_data,
-    arms={
+    variants={
         "neither": ("neither", {"mode": "conv", "kernel_sizes": 0}),
         "attention": ("attention only", {"kernel_sizes": 0}),
         "conv": ("depth-wise only", {"mode": "conv"}),
@@ -76,14 +76,14 @@ PATCHES = Study(
     lrs=(1e-3, 3e-3, 1e-2),
     about="patches of 16×16 pixels from 16 photographs: which photograph?",
     columns={"parameters": lambda part: count_parameters(small_network(part, num_classes=16))},
-    note="γ starts at 1 but for one arm; the paper's 1e-6 is for hundreds of epochs.",
+    note="γ starts at 1 but for one variant; the paper's 1e-6 is for hundreds of epochs.",
 )
 
 MOSAICS = Study(
     "mosaics",
     "semantic-segmentation",
     data=mosaic_data,
-    arms={
+    variants={
         "conv": ("no attention", {"mode": "conv"}),
         "remote": ("remote", {"mode": "remote"}),
         "close": ("close", {"mode": "close"}),
@@ -102,7 +102,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "remote": {"mode": "remote"},
     "no attention": {"mode": "conv"},
 }
-NETWORKS = Race(
+NETWORKS = Timing(
     "multiply-adds of EMOv2-5M",
     {label: counter(emov2, variant="5m", **options) for label, options in MODES.items()},
     sizes=(224, 448),
@@ -110,7 +110,7 @@ NETWORKS = Race(
     unit="pixels a side",
     of="multiply-adds",
 )
-INFERENCE = Race(
+INFERENCE = Timing(
     "inference of one image",
     {
         "EMOv2-5M": forward_pass(lambda: emov2("5m")),
@@ -124,7 +124,7 @@ INFERENCE = Race(
     setting={"batch": 1},
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "spanning_reaches": FIELDS.figure("spanning", shown=["conv", "remote", "close"]),
     "beyond_close": FIELDS.against("spanning", "close", shown=["remote", "conv"]),
     "beyond_remote": FIELDS.against("spanning", "remote", shown=["close", "conv"]),

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from provenn.bench import count_parameters, peak_activation_bytes
 from provenn.errors import UserError
-from provenn.evidence import Measurement, Race, Run, Study, measures
+from provenn.evidence import Measurement, Run, Study, Timing, measures
 from provenn.papers.rcmha.layers import RelativeConvAttention
 from provenn.papers.rcmha.model import rcmha_char, rmha_char
 from provenn.papers.rcmha.studies import (
-    ARMS,
     BACK,
     FUSED,
     KINDS,
@@ -24,6 +23,7 @@ from provenn.papers.rcmha.studies import (
     PARTS,
     SEGMENT,
     SIZE,
+    VARIANTS,
     accuracy,
     chunking_cost,
     copy_data,
@@ -43,7 +43,7 @@ TEXT = Study(
     "text",
     "language-modelling",
     data=text_data,
-    arms=ARMS,
+    variants=VARIANTS,
     build=reader,
     recipe=Recipe(
         betas=(0.9, 0.95), weight_decay=0.1, schedule="cosine", warmup_steps=40, clip=1.0, batch_size=32, epochs=1,
@@ -61,7 +61,7 @@ TEXT = Study(
 CONVOLUTIONS = replace(
     TEXT,
     name="convolutions",
-    arms=PARTS,
+    variants=PARTS,
     recipe=replace(TEXT.recipe, batch_size=16, max_steps=200),
     probes={},
     kind="convolution",
@@ -73,7 +73,7 @@ COPY = Study(
     "copy",
     "recall",
     data=copy_data,
-    arms=MEMORIES,
+    variants=MEMORIES,
     build=reader,
     recipe=Recipe(schedule="cosine", warmup_steps=20, clip=1.0, batch_size=32, epochs=1, max_steps=100),
     lrs=(3e-3, 9e-3, 2e-2),
@@ -86,7 +86,7 @@ FOUR = ("mha", "mdha", "rmha", "rcmha")
 
 # Memory: what a layer keeps for its backward pass, and the most that it holds.
 
-SAVED = Race(
+SAVED = Timing(
     "what a layer keeps for its backward pass",
     {name: kept(kind) for name, kind in {**KINDS, **FUSED}.items()},
     sizes=(64, 128, 256, 512, 1024),
@@ -95,7 +95,7 @@ SAVED = Race(
     setting={**LAYER, "batch": 1, "type": "float32"},
     note="Scores are laid out in all but the fused kernel, as in the authors' code.",
 )
-PEAK = Race(
+PEAK = Timing(
     "the most that a layer holds, forward and backward",
     {name: there_and_back(kind) for name, kind in {**KINDS, **FUSED}.items()},
     sizes=(64, 128, 256, 512, 1024),
@@ -103,7 +103,7 @@ PEAK = Race(
     setting=SAVED.setting,
 )
 
-CLAIMS: dict[str, Callable[[Run], Measurement]] = {
+EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
     "longer_sinusoids": TEXT.figure("sinusoids", metric="rise"),
     "longer_rcmha": TEXT.against("rcmha", "sinusoids", metric="rise", shown=["rmha"]),
     "mha_grows": SAVED.grows("MHA"),
@@ -174,16 +174,16 @@ def randomise(module: Any) -> Any:  # the module itself, of whatever class
 def learned_positions_end(run: Run) -> Measurement:
     """The longest of some texts that each of the two reads."""
     longest = {}
-    for arm in ("mha", "rcmha"):
-        model = reader(ARMS[arm][1], vocab=256).eval()
-        longest[arm] = 0
+    for variant in ("mha", "rcmha"):
+        model = reader(VARIANTS[variant][1], vocab=256).eval()
+        longest[variant] = 0
         for length in (LENGTH // 2, LENGTH, LENGTH + 1, LONG):
             try:
                 with torch.no_grad():
                     finite = bool(model(torch.zeros(1, length, dtype=torch.long)).isfinite().all())
             except UserError:
                 finite = False
-            longest[arm] = length if finite else longest[arm]
+            longest[variant] = length if finite else longest[variant]
     return Measurement.holds(longest == {"mha": LENGTH, "rcmha": LONG}, f"the longest that ran: {longest}")
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from provenn.bench import count_parameters
-from provenn.evidence import Drawing, Measurement, Race, Run, Study, measures
+from provenn.evidence import Drawing, Measurement, Run, Study, Timing, measures
 from provenn.papers.craft.layers import HFERB, SRWAB, RectangleWindowAttention
 from provenn.papers.craft.model import craft_x4
 from provenn.papers.craft.studies import (
@@ -39,7 +39,7 @@ NETWORKS = Study(
     "small networks",
     "super-resolution",
     data=photographs,
-    arms={
+    variants={
         "craft": ("CRAFT", full),
         "conv": ("convolutions only", convolutions),
         "attention": ("attention only", attention),
@@ -66,7 +66,7 @@ NETWORKS = Study(
     drawing=Drawing("craft", "after", "A piece of a test photograph: input, bicubic, CRAFT, original.", draw),
 )
 
-SIZES = Race(
+SIZES = Timing(
     "parameters",
     {"CRAFT": parameters(lambda scale: PRESETS[scale]()), "SwinIR-light": parameters(swinir_light)},
     sizes=(2, 3, 4),
@@ -75,14 +75,14 @@ SIZES = Race(
     of="parameters",
     note="SwinIR prints 878K, 886K and 897K: without its tables of position biases, which are learnt too.",
 )
-WORK = Race(
+WORK = Timing(
     "operations",
     {"CRAFT ×4": on_maps(craft_x4, [3]), "SRWAB": on_maps(partial(SRWAB, 48), [48])},
     sizes=(32**2, 64**2, 128**2),
     quantity="flops",
     unit="pixels",
 )
-REACH = Race(
+REACH = Timing(
     "reach of one pixel",
     {
         "SRWAB": lambda side, device: partial(reach, SRWAB(DIM, HEADS), side),
@@ -94,17 +94,17 @@ REACH = Race(
     of="positions",
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "attention_restores": NETWORKS.figure("attention", metric="gain"),
     "long_range": NETWORKS.against("attention", "short"),
     "high_frequency_prior": NETWORKS.against("craft", "no_hferb"),
     "transformers_miss_high_band": NETWORKS.against("attention", "conv", metric="high_band"),
     "transformers_keep_low_band": NETWORKS.against("attention", "conv", metric="low_band"),
     "transformers_rely_less_on_high_frequencies": NETWORKS.against("attention", "conv", metric="drop"),
-    "beats_convolution": NETWORKS.against("craft", "conv", shown=NETWORKS.arms, picture=True),
+    "beats_convolution": NETWORKS.against("craft", "conv", shown=NETWORKS.variants, picture=True),
     "beats_attention": NETWORKS.against("craft", "attention"),
-    "better_high_band": NETWORKS.against("craft", "attention", metric="high_band", shown=NETWORKS.arms),
-    "better_low_band": NETWORKS.against("craft", "conv", metric="low_band", shown=NETWORKS.arms),
+    "better_high_band": NETWORKS.against("craft", "attention", metric="high_band", shown=NETWORKS.variants),
+    "better_low_band": NETWORKS.against("craft", "conv", metric="low_band", shown=NETWORKS.variants),
     "window_reach": REACH.against("SRWAB", "HFERB"),
     "sharper_branch": NETWORKS.figure("craft", metric="sharpness"),
     "prior_in_high_band": NETWORKS.against("craft", "no_hferb", metric="high_band"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from provenn.bench import count_parameters, macs
-from provenn.evidence import Benchmark, Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Benchmark, Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.shvit import model as presets
 from provenn.papers.shvit.layers import MultiHeadAttention, SingleHeadAttention
 from provenn.papers.shvit.studies import (
@@ -42,7 +42,7 @@ from provenn.training import Recipe
 
 # The macro design: a stem of stride 16 and three stages against one of stride 4 and four.
 
-TRAFFIC = Race(
+TRAFFIC = Timing(
     "bytes moved for an image",
     {"stride 16, three stages": traffic(three_stages), "stride 4, four stages": traffic(four_stages)},
     sizes=(96, 160, 224),
@@ -52,7 +52,7 @@ TRAFFIC = Race(
     setting={"widths": "64, 128, 160 against 32, 64, 128, 160", "blocks": 6},
     note="What each operator reads and writes, weights included; unfused.",
 )
-MACRO_TIME = Race(
+MACRO_TIME = Timing(
     "inference by macro design",
     {"stride 16, three stages": inference(three_stages), "stride 4, four stages": inference(four_stages)},
     sizes=(224,),
@@ -64,7 +64,7 @@ MACRO = Study(
     "macro design",
     "image-classification",
     data=large_patch_data,
-    arms={
+    variants={
         "four": ("stride 4, four stages", four_stages),
         "three": ("stride 16, three stages", three_stages),
     },
@@ -80,7 +80,7 @@ STAGES = Study(
     "stages that attend",
     "image-classification",
     data=large_patch_data,
-    arms={
+    variants={
         "none": ("no attention", attending(False, False, False)),
         "late": ("attention in the last two stages", attending(False, True, True)),
         "all": ("attention in all stages", attending(True, True, True)),
@@ -92,7 +92,7 @@ STAGES = Study(
     about=MACRO.about,
     note="The stem has a stride of 8 here, so that there are 5×5, 3×3 and 2×2 places to attend to.",
 )
-STAGES_FLOPS = Race(
+STAGES_FLOPS = Timing(
     "operations by stages that attend",
     {
         "attention in the last two stages": as_built(presets.shvit_s1),
@@ -109,7 +109,7 @@ HEADS = Study(
     "heads of a small vision Transformer",
     "image-classification",
     data=patch_data,
-    arms={"mhsa": ("MHSA, 4 heads", 4)},
+    variants={"mhsa": ("MHSA, 4 heads", 4)},
     build=head_network,
     recipe=Recipe(epochs=10, batch_size=64, optimizer="adamw", weight_decay=0.05, schedule="onecycle"),
     lrs=(1e-3, 3e-3, 1e-2),
@@ -126,7 +126,7 @@ RECALL = Study(
     "glyph recall",
     "image-classification",
     data=recall_data,
-    arms={
+    variants={
         "none": ("no attention", MIXERS["none"]),
         "eighth": ("SHSA, 1/8 of the channels", MIXERS["eighth"]),
         "shsa": ("SHSA", MIXERS["shsa"]),
@@ -159,7 +159,7 @@ def module(build: type[nn.Module], **options: Any) -> Callable[[int, str], Calla
     return make
 
 
-MIXING = Race(
+MIXING = Timing(
     "a mixer alone",
     {"SHSA": module(SingleHeadAttention, pdim=75), "MHSA": module(MultiHeadAttention)},
     sizes=(7, 14, 28),
@@ -167,7 +167,7 @@ MIXING = Race(
     rounds=11,
     setting={"batch": BATCH, "channels": 352},
 )
-S3_TIME = Race(
+S3_TIME = Timing(
     "inference of S3 by mixer",
     {"SHSA": inference(presets.shvit_s3), "MHSA": inference(s3_mhsa)},
     sizes=(224,),
@@ -178,7 +178,7 @@ S3_TIME = Race(
 
 # Whole models.
 
-MOBILEVIT = Race(
+MOBILEVIT = Timing(
     "inference by torch",
     {"SHViT-S4": inference(presets.shvit_s4), "MobileViTv2 ×1.0": inference(mobilevit_v2)},
     sizes=(256,),
@@ -186,7 +186,7 @@ MOBILEVIT = Race(
     rounds=7,
     setting={"batch": BATCH, "form": "both fused"},
 )
-MOBILEVIT_ONNX = Race(
+MOBILEVIT_ONNX = Timing(
     "inference by ONNX Runtime",
     {"SHViT-S4": in_onnxruntime(presets.shvit_s4), "MobileViTv2 ×1.0": in_onnxruntime(mobilevit_v2)},
     sizes=(256,),
@@ -194,7 +194,7 @@ MOBILEVIT_ONNX = Race(
     rounds=11,
     setting={"batch": 1, "form": "both fused", "threads": 1},
 )
-MOBILEVIT_GPU = Race(
+MOBILEVIT_GPU = Timing(
     "inference on a GPU",
     {"SHViT-S4": inference_in_half(presets.shvit_s4), "MobileViTv2 ×1.0": inference_in_half(mobilevit_v2)},
     sizes=(256,),
@@ -203,14 +203,14 @@ MOBILEVIT_GPU = Race(
     setting={"batch": GPU_BATCH, "form": "both fused", "type": "float16 by autocast"},
     gpu="a CUDA GPU with 16 GB (the paper's is an A100)",
 )
-MOBILEVIT_FLOPS = Race(
+MOBILEVIT_FLOPS = Timing(
     "operations of an image",
     {"SHViT-S4": as_built(presets.shvit_s4), "MobileViTv2 ×1.0": as_built(mobilevit_v2)},
     sizes=(256,),
     quantity="flops",
     unit="pixels a side",
 )
-BACKBONES = Race(
+BACKBONES = Timing(
     "operations of a backbone at a detector's size",
     {"SHViT-S4": as_built(s4_pyramid), "ResNet-50": as_built(resnet50_pyramid)},
     sizes=(512,),
@@ -218,7 +218,7 @@ BACKBONES = Race(
     unit="pixels a side",
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "stem_traffic": TRAFFIC.against("stride 16, three stages", "stride 4, four stages"),
     "stem_time": MACRO_TIME.against("stride 16, three stages", "stride 4, four stages"),
     "macro_accuracy": MACRO.against("three", "four"),
@@ -227,7 +227,7 @@ CLAIMS = {
     "early_attention_flops": STAGES_FLOPS.against("attention in the last two stages", "attention in all stages"),
     "late_heads_alike": HEADS.figure("mhsa", metric="late less early cosine"),
     "one_head_left": HEADS.figure("mhsa", metric="lost with one head, last layer"),
-    "shsa_against_none": RECALL.against("shsa", "none", shown=RECALL.arms),
+    "shsa_against_none": RECALL.against("shsa", "none", shown=RECALL.variants),
     "shsa_against_mhsa": RECALL.against("shsa", "mhsa"),
     "shsa_against_bottleneck": RECALL.against("shsa", "bottleneck"),
     "shsa_against_eighth": RECALL.against("shsa", "eighth"),

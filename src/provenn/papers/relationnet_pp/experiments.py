@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from provenn.bench import count_parameters
-from provenn.evidence import Drawing, Measurement, Race, Run, Study, measures
+from provenn.evidence import Drawing, Measurement, Run, Study, Timing, measures
 from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet
 from provenn.nn.resnet import BasicBlock, ResNet, resnet50
 from provenn.papers.relationnet_pp.bridge import attach_bvr
@@ -33,14 +33,15 @@ from provenn.training import Recipe
 CORNERS = ("top_left", "bottom_right")
 UNUSED = {"classification": (), "regression": ()}
 
-# Frozen before a record was made: one recipe and three rates for every arm, settled on seeds that are never measured.
+# Frozen before a record was made: one recipe and three rates for every variant, settled on seeds that are never
+# measured.
 RECIPE = Recipe(epochs=5, batch_size=8, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", clip=5.0)
 PARTS = Study(
     "parts on texture rectangles",
     "object-detection",
     data=rectangles,
     build=detector,
-    arms={
+    variants={
         "bvr": ("BVR", {"bridge": {}}),
         "unused": ("points unused", {"bridge": UNUSED}),
         "plain": ("plain", {}),
@@ -65,10 +66,10 @@ HOSTS = Study(
     "object-detection",
     data=rectangles,
     build=host,
-    arms={
-        f"{name}{arm}": (f"{label}{beside}", {"host": name, "bridge": options})
+    variants={
+        f"{name}{variant}": (f"{label}{beside}", {"host": name, "bridge": options})
         for name, label in (("retinanet", "RetinaNet"), ("atss", "ATSS"), ("faster_rcnn", "Faster R-CNN"))
-        for arm, beside, options in (("", " with BVR", {}), ("_unused", ", points unused", UNUSED))
+        for variant, beside, options in (("", " with BVR", {}), ("_unused", ", points unused", UNUSED))
     },
     recipe=RECIPE,
     lrs=(2.5e-3, 5e-3, 1e-2, 2e-2),
@@ -86,9 +87,9 @@ GEOMETRIES = {
     "direct as released": geometry(partial(DirectGeometry, 8)),
 }
 SETTING = {"keys": 50, "heads": 8, "d0 = d1": 512, "map": "401×401", "as released": "d0 = 256, one layer"}
-FLOPS = Race("operations of the geometry", GEOMETRIES, (32, 64, 128), "flops", unit="cells a side", setting=SETTING)
-MEMORY = Race("bytes of the geometry", GEOMETRIES, (32, 64, 128), "memory", unit="cells a side", setting=SETTING)
-KEYS = Race(
+FLOPS = Timing("operations of the geometry", GEOMETRIES, (32, 64, 128), "flops", unit="cells a side", setting=SETTING)
+MEMORY = Timing("bytes of the geometry", GEOMETRIES, (32, 64, 128), "memory", unit="cells a side", setting=SETTING)
+KEYS = Timing(
     "operations with keys sampled",
     {"50 keys": attention(50), "every cell a key": attention(None)},
     (16, 32, 64, 128),
@@ -97,7 +98,7 @@ KEYS = Race(
     setting={"channels": 256, "heads": 8, "geometry": "shared map as released"},
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "geometry_flops": FLOPS.against("shared map", "direct"),
     "geometry_memory": MEMORY.against("shared map", "direct"),
     "sampled_keys": KEYS.against("50 keys", "every cell a key"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from provenn.bench import count_parameters
-from provenn.evidence import Benchmark, Drawing, Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Benchmark, Drawing, Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.attention import SoftmaxAttention
 from provenn.ops.routed_heads import dense_masked_attention, routed_attention, worth_gathering
 from provenn.papers.moh import dit, vit
@@ -42,7 +42,7 @@ IMAGES = Study(
     "digits by heads",
     "image-classification",
     data=digit_data,
-    arms={
+    variants={
         "all": ("all heads", Heads()),
         "weighed": ("all heads, weighed", Heads(8, 0)),
         "75": ("75 % of the heads", Heads(3, 3)),
@@ -66,7 +66,7 @@ NOISE = Study(
     "denoising of digits",
     "image-generation",
     data=noise_data,
-    arms={
+    variants={
         "all": ("all heads", Heads()),
         "90": ("90 % of the heads", Heads(4, 3)),
         "75": ("75 % of the heads", Heads(3, 3)),
@@ -85,7 +85,7 @@ LANGUAGE = Study(
     "bytes by heads",
     "language-modelling",
     data=text_data,
-    arms={
+    variants={
         "all": ("all heads", Heads()),
         "weighed": ("all heads, weighed", Heads(8, 0)),
         "75": ("75 % of the heads", Heads(4, 2)),
@@ -106,7 +106,7 @@ CONVERSION = Study(
     "a trained model converted",
     "language-modelling",
     data=text_data,
-    arms={
+    variants={
         "original": ("the original", Way("none", False)),
         "original on": ("the original, tuned on", Way("none", True)),
         "norm at once": ("by query size, not tuned", Way("query-norm", False)),
@@ -149,7 +149,7 @@ def gathered(percent: int) -> Callable[[int, str], Callable[[], object]]:
     return make
 
 
-KERNEL = Race(
+KERNEL = Timing(
     "attention of the heads in use",
     {
         "all heads, fused": fused,
@@ -161,7 +161,7 @@ KERNEL = Race(
     note="Gathering is ours; the authors' code masks.",
 )
 
-TABLE_7 = Race(
+TABLE_7 = Timing(
     "Table 7's benchmark",
     {"half of the heads": among_themselves(16), "all heads": among_themselves(32)},
     sizes=(256, 512),
@@ -180,7 +180,7 @@ def whole_network(build: Callable[..., nn.Module]) -> Callable[[int, str], Calla
     return make
 
 
-RELEASED = Race(
+RELEASED = Timing(
     "operations of MoH-ViT-B as released",
     {"50 % of the heads": whole_network(vit.moh_vit_base_50), "75 % of the heads": whole_network(vit.moh_vit_base_75)},
     sizes=(224,),
@@ -189,20 +189,20 @@ RELEASED = Race(
     note="The released code computes every head for every token and multiplies by zeros.",
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "heads_differ": IMAGES.figure("all", metric="gap between heads"),
-    "vit_50_keeps": IMAGES.against("50", "all", shown=IMAGES.arms),
+    "vit_50_keeps": IMAGES.against("50", "all", shown=IMAGES.variants),
     "vit_weighed": IMAGES.against("weighed", "all"),
     "vit_75": IMAGES.against("75", "all"),
     "vit_50": IMAGES.against("50", "all"),
     "vit_shared": IMAGES.against("50", "50 routed"),
     "balance_least_used": IMAGES.against("75", "75 unbalanced", metric="least used head"),
     "dit_90": NOISE.against("90", "all", ratio=True),
-    "dit_75": NOISE.against("75", "all", ratio=True, shown=NOISE.arms, picture=True),
-    "lm_weighed": LANGUAGE.against("weighed", "all", shown=LANGUAGE.arms),
+    "dit_75": NOISE.against("75", "all", ratio=True, shown=NOISE.variants, picture=True),
+    "lm_weighed": LANGUAGE.against("weighed", "all", shown=LANGUAGE.variants),
     "lm_75": LANGUAGE.against("75", "all"),
     "lm_50": LANGUAGE.against("50", "all"),
-    "conversion_keeps": CONVERSION.against("norm", "original", ratio=True, shown=CONVERSION.arms),
+    "conversion_keeps": CONVERSION.against("norm", "original", ratio=True, shown=CONVERSION.variants),
     "conversion_gain": CONVERSION.against("norm", "original"),
     "conversion_gain_is_its_own": CONVERSION.against("norm", "original on"),
     "released_code_saves": RELEASED.against("50 % of the heads", "75 % of the heads"),
@@ -234,8 +234,8 @@ def chosen_form(
     return make
 
 
-def forms(percent: int, width: int, training: bool) -> Race:
-    return Race(
+def forms(percent: int, width: int, training: bool) -> Timing:
+    return Timing(
         f"attention with {percent} % of the heads, {'forward and backward' if training else 'forward'}",
         {form: chosen_form(form, *SHARES[percent], width, training) for form in ("auto", "dense", "gather")},
         sizes=(128, 512, 1024, 2048),
@@ -247,11 +247,11 @@ def forms(percent: int, width: int, training: bool) -> Race:
 BENCHMARKS = tuple(
     benchmark
     for percent, width, training in ((50, 64, False), (75, 64, False), (50, 16, False), (50, 64, True))
-    for race in [forms(percent, width, training)]
+    for timing in [forms(percent, width, training)]
     for benchmark in (
-        Benchmark(race, "gather", "dense"),
-        Benchmark(race, "auto", ("dense", "gather")),
-        Benchmark(race, "auto", "dense", within=1.1),
+        Benchmark(timing, "gather", "dense"),
+        Benchmark(timing, "auto", ("dense", "gather")),
+        Benchmark(timing, "auto", "dense", within=1.1),
     )
 )
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from provenn.bench import count_parameters
-from provenn.evidence import Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.l2vit import model as presets
 from provenn.papers.l2vit.layers import LinearGlobalAttention, WindowAttention
 from provenn.papers.l2vit.studies import (
@@ -30,10 +30,10 @@ from provenn.training import Recipe
 
 TOKENS = (196, 784, 3136)
 STAGE_ONE = {"heads": 3, "head width": 32, "projections": "left out"}
-OPERATIONS = Race("operations of attention", ATTENTIONS, sizes=TOKENS, quantity="flops", setting=STAGE_ONE)
-MEMORY = Race("memory of attention", ATTENTIONS, sizes=TOKENS, quantity="memory", setting=STAGE_ONE)
-TIME = Race("time of attention", ATTENTIONS, sizes=TOKENS, rounds=11, setting=STAGE_ONE)
-WHOLE = Race(
+OPERATIONS = Timing("operations of attention", ATTENTIONS, sizes=TOKENS, quantity="flops", setting=STAGE_ONE)
+MEMORY = Timing("memory of attention", ATTENTIONS, sizes=TOKENS, quantity="memory", setting=STAGE_ONE)
+TIME = Timing("time of attention", ATTENTIONS, sizes=TOKENS, rounds=11, setting=STAGE_ONE)
+WHOLE = Timing(
     "multiply-adds of Tiny",
     {
         "L2ViT": macs_of_pixels(),
@@ -45,7 +45,7 @@ WHOLE = Race(
     unit="pixels",
     of="multiply-adds",
 )
-TILES = Race(
+TILES = Timing(
     "memory of Tiny on a large image",
     {"tiles of 224": tiny_on(224), "whole": tiny_on(None)},
     sizes=(448, 896),
@@ -58,7 +58,7 @@ LCM = Study(
     "plain towers on photo patches",
     "image-classification",
     data=patch_data(24),
-    arms={
+    variants={
         "linear": ("linear", {"kernel_size": None}),
         "linear_wide": ("linear, wider MLP", {"kernel_size": None, "mlp_ratio": 115 / 32}),
         "linear_lcm": ("linear + LCM", {}),
@@ -72,14 +72,14 @@ LCM = Study(
     about="patches of 24×24 pixels from 16 photographs, half of the training split",
     kind="attention",
     columns={"parameters": lambda part: count_parameters(plain_network(part, num_classes=16, in_channels=1))},
-    note="Four blocks of width 32 on 144 tokens. Convolutional positions are in every arm.",
+    note="Four blocks of width 32 on 144 tokens. Convolutional positions are in every variant.",
 )
 
 TURNS = Study(
     "two stages on photo patches",
     "image-classification",
     data=patch_data(32),
-    arms={
+    variants={
         "l2vit": ("L2ViT", {}),
         "windows": ("windows alone", {"blocks": ("window",)}),
         "global": ("linear alone", {"blocks": ("global",)}),
@@ -97,7 +97,7 @@ MOSAICS = Study(
     "segmentation of texture mosaics",
     "semantic-segmentation",
     data=mosaic_data,
-    arms={
+    variants={
         "l2vit": ("L2ViT", {}),
         "resnet": ("ResNet-10", None),
     },
@@ -110,7 +110,7 @@ MOSAICS = Study(
     note="All under the semantic head of Panoptic FPN.",
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "softmax_operations": OPERATIONS.grows("softmax"),
     "linear_operations": OPERATIONS.grows("linear"),
     "softmax_memory": MEMORY.grows("softmax"),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from provenn.bench import count_parameters
-from provenn.evidence import Measurement, Race, Run, Study, measures
+from provenn.evidence import Measurement, Run, Study, Timing, measures
 from provenn.ops.prefix_scan_attention import (
     chunked_attention,
     log_depth_attention,
@@ -98,7 +98,7 @@ PENDULUM = study(
 
 SO_FAR = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 STREAMS = {"Aaren": "aaren", "Transformer": "softmax", "LSTM": "lstm"}
-STEP_OPERATIONS = Race(
+STEP_OPERATIONS = Timing(
     "operations of one more token",
     {label: stream_after(mixer) for label, mixer in STREAMS.items()},
     sizes=SO_FAR,
@@ -107,7 +107,7 @@ STEP_OPERATIONS = Race(
     setting=STEP,
     note="The Transformer keeps its keys and values.",
 )
-STEP_BYTES = Race(
+STEP_BYTES = Timing(
     "state of a stream",
     {label: stream_after(mixer, nbytes=True) for label, mixer in STREAMS.items()},
     sizes=SO_FAR,
@@ -115,21 +115,21 @@ STEP_BYTES = Race(
     of="bytes",
     setting=STEP,
 )
-STEP_TIME = Race(
+STEP_TIME = Timing(
     "time of one more token",
     {label: stream_after(mixer) for label, mixer in STREAMS.items()},
     sizes=SO_FAR[1::2],
     unit="tokens before",
     setting=STEP,
 )
-STREAM_TIME = Race(
+STREAM_TIME = Timing(
     "time of a stream",
     {label: whole_stream(STREAMS[label]) for label in ("Aaren", "Transformer")},
     sizes=(50, 200, 1000, 5000),
     rounds=6,
     setting=STEP,
 )
-PREFIXES = Race(
+PREFIXES = Timing(
     "operations of attention over every prefix",
     {
         "chunked scan": there_and_back(chunked_attention),
@@ -140,7 +140,7 @@ PREFIXES = Race(
     quantity="flops",
     setting={"heads": HEADS, "head features": HEAD, "pass": "forward and backward"},
 )
-PREFIX_TIME = Race(
+PREFIX_TIME = Timing(
     "time of attention over every prefix",
     {
         "chunked scan": there_and_back(prefix_scan_attention),
@@ -150,7 +150,7 @@ PREFIX_TIME = Race(
     sizes=(256, 1024, 4096),
     setting={"heads": HEADS, "head features": HEAD, "pass": "forward and backward"},
 )
-TRAINING = Race(
+TRAINING = Timing(
     "training pass",
     {
         "Aaren in parallel": training_pass("parallel"),
@@ -161,7 +161,7 @@ TRAINING = Race(
     setting={"dim": STEP["dim"], "heads": STEP["heads"], "layers": 1, "batch": 1},
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "step_operations_transformer": STEP_OPERATIONS.grows("Transformer"),
     "step_operations": STEP_OPERATIONS.grows("Aaren"),
     "step_operations_lstm": STEP_OPERATIONS.grows("LSTM"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from provenn.bench import count_parameters
-from provenn.evidence import Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.terminator import model as presets
 from provenn.papers.terminator.layers import GIBS, HyperKernel, HyperZZWGlobal, LocalHyperKernel, global_product
 from provenn.papers.terminator.studies import (
@@ -42,7 +42,7 @@ PARTS = Study(
     "parts of Terminator after two epochs",
     "image-classification",
     data=digit_data,
-    arms={
+    variants={
         "all": KAR3,
         "no global": ("without global branches", terminator(branches=WITHOUT_GLOBAL)),
         "no local": ("without local branches", terminator(branches=WITHOUT_LOCAL)),
@@ -67,7 +67,7 @@ FIRST = Study(
     "after one epoch",
     "image-classification",
     data=digit_data,
-    arms={"all": KAR3, "resnet": ("ResNet, AdamW", resnet()), "resnet kar3": ("ResNet, Kar3", resnet(KarResNet))},
+    variants={"all": KAR3, "resnet": ("ResNet, AdamW", resnet()), "resnet kar3": ("ResNet, Kar3", resnet(KarResNet))},
     build=built,
     recipe=Recipe(epochs=1, batch_size=50, betas=(0.5, 0.95)),
     lrs=LRS,
@@ -79,7 +79,7 @@ LONGER = Study(
     "after six epochs",
     "image-classification",
     data=digit_data,
-    arms={"all": KAR3, "resnet": ("ResNet, AdamW", resnet())},
+    variants={"all": KAR3, "resnet": ("ResNet, AdamW", resnet())},
     build=built,
     recipe=Recipe(epochs=6, batch_size=50, betas=(0.5, 0.95), schedule="cosine"),
     lrs=LRS,
@@ -89,7 +89,7 @@ LONGER = Study(
     columns=PARAMETERS,
 )
 
-WEIGHTS = Race(
+WEIGHTS = Timing(
     "weights that depend on the input",
     {"Ŵ of the third block": weights_of_block, "one head of attention": weights_of_attention},
     sizes=(64, 256, 1024),
@@ -97,14 +97,14 @@ WEIGHTS = Race(
     unit="places",
     of="weights",
 )
-SLOW = Race(
+SLOW = Timing(
     "operations of slow nets",
     {"slow nets": slow_nets, "the forward pass": forward_pass},
     sizes=(1, 8, 64),
     quantity="flops",
     unit="images",
 )
-PRODUCT = Race(
+PRODUCT = Timing(
     "operations of a global product",
     {"global product": product_of(36)},
     sizes=(256, 1024, 4096),
@@ -112,7 +112,7 @@ PRODUCT = Race(
     unit="places",
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "implicit_weights": WEIGHTS.against("Ŵ of the third block", "one head of attention"),
     "shortcuts_not_missed": PARTS.against("shortcuts", "all"),
     "slow_cost": SLOW.against("slow nets", "the forward pass"),
@@ -124,7 +124,7 @@ CLAIMS = {
     "zero_mean_blocks": PARTS.against("all", "resnet", metric="distance of means from zero"),
     "slow_loss": PARTS.against("all", "no slow loss"),
     "first_epoch": FIRST.against("all", "resnet", shown=["resnet kar3"]),
-    "second_epoch": PARTS.against("all", "resnet", shown=PARTS.arms),
+    "second_epoch": PARTS.against("all", "resnet", shown=PARTS.variants),
     "after_training": LONGER.against("all", "resnet"),
     "alone": LONGER.figure("all", metric="accuracy lost alone"),
     "kar3_adamw": PARTS.against("all", "adamw", shown=["kar2"]),

@@ -331,14 +331,14 @@ def evaluated(task, model, dataset):
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_the_trivial_predictor_is_a_model_that_sees_nothing_fitted_on_train_and_judged_on_test(name):
+def test_the_dummy_baseline_is_a_model_that_sees_nothing_fitted_on_train_and_judged_on_test(name):
     """Models of this file's own, fitted to the training split by it, go through `evaluate`."""
     task, (data, models, guess) = get_task(name), UNMOVED.get(name, lambda: CASE(name))()
     scores = [evaluated(task, model, data.test)[task.metric] for model in models]
     best = (max if task.higher_is_better else min)([*scores, *([] if guess is None else [guess])])
-    trivial = task.trivial(replace(data, val=Shut()))
-    assert trivial == pytest.approx(best, rel=1e-4)
-    assert trivial == task.trivial(data), "nothing of it is drawn anew"
+    dummy_baseline = task.dummy_baseline(replace(data, val=Shut()))
+    assert dummy_baseline == pytest.approx(best, rel=1e-4)
+    assert dummy_baseline == task.dummy_baseline(data), "nothing of it is drawn anew"
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -357,8 +357,8 @@ def test_what_is_rare_in_the_test_does_not_lower_the_bar_below_a_guess():
     task = get_task("image-classification")
     train = TensorDataset(torch.zeros(6, 1, 2, 2), torch.tensor([0, 0, 0, 1, 1, 2]))
     data = TaskData("odd", train, train, Subset(train, [3, 4, 5]), "")
-    assert task.trivial(data) == pytest.approx(1 / 3)
-    assert task.trivial(replace(data, test=Subset(train, [0, 1, 3]))) == pytest.approx(2 / 3)
+    assert task.dummy_baseline(data) == pytest.approx(1 / 3)
+    assert task.dummy_baseline(replace(data, test=Subset(train, [0, 1, 3]))) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(("kind", "guess"), [("needle", 1 / 6), ("selective-copy", None), ("lookup", None)])
@@ -370,18 +370,18 @@ def test_recall_is_more_than_to_know_which_answers_there_are(kind, guess):
     asked = [targets[targets != IGNORED] for targets in data.test.tensors[1]]
     loudest = float(np.mean([answers.bincount().max() / len(answers) for answers in asked]))
     if guess is None:
-        assert task.trivial(data) == pytest.approx(loudest)
+        assert task.dummy_baseline(data) == pytest.approx(loudest)
     else:
-        assert guess <= task.trivial(data) < 2 * guess
+        assert guess <= task.dummy_baseline(data) < 2 * guess
 
 
 def test_the_scale_of_photographs_is_that_of_their_meta():
     task, (data, _, _) = get_task("super-resolution"), CASE("super-resolution")
-    assert task.trivial(replace(data, meta={"scale": 4})) < task.trivial(data) - 1
+    assert task.dummy_baseline(replace(data, meta={"scale": 4})) < task.dummy_baseline(data) - 1
 
 
 def test_random_actions_count_where_none_taken_all_the_time_does_better():
     task = get_task("reinforcement-learning")
     data = task.load("cartpole-medium", episodes=3, validation=1, test=8)
     constant = [evaluated(task, Constant(logits, places=True), data.test)["return"] for logits in torch.eye(2)]
-    assert task.trivial(data) > max(constant) + 5
+    assert task.dummy_baseline(data) > max(constant) + 5

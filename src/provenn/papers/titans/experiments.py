@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from provenn.evidence import Benchmark, Drawing, Measurement, Race, Run, Study, measures
+from provenn.evidence import Benchmark, Drawing, Measurement, Run, Study, Timing, measures
 from provenn.nn.mixers import NoMixer
 from provenn.papers.titans.layers import frozen_memory
 from provenn.papers.titans.studies import (
@@ -45,7 +45,7 @@ RECALL = Study(
     "recall",
     "recall",
     data=pairs_data,
-    arms={
+    variants={
         "lmm": ("LMM", memory("lmm")),
         "mac": ("MAC", memory("mac")),
         "mag": ("MAG", memory("mag")),
@@ -69,14 +69,14 @@ RECALL = Study(
     },
     about="4 pairs of a key and a value in noise, then the keys: 16 tokens; generated",
     setting={"dim": 32, "blocks": 1, "window": WINDOW, "segment": SEGMENT, **MEMORY},
-    note="All arms have 24,000 parameters, by the width of the feed-forward part.",
+    note="All variants have 24,000 parameters, by the width of the feed-forward part.",
 )
 
 TEXT = Study(
     "reading text",
     "language-modelling",
     data=text_data,
-    arms={"lmm": ("LMM", text_memory("lmm")), **BASELINES},
+    variants={"lmm": ("LMM", text_memory("lmm")), **BASELINES},
     build=reading,
     recipe=replace(ONE_PASS, max_steps=1000),
     lrs=(3e-3, 1e-2, 3e-2),
@@ -87,7 +87,7 @@ TEXT = Study(
     },
     about="the standard library's source, bytes, windows of 64",
     setting={"dim": 32, "blocks": 1, "chunk": 16, "heads": 2, "probed at": 1024, **TEXT_MEMORY},
-    note="All arms have 50,000 parameters, by the width of the feed-forward part.",
+    note="All variants have 50,000 parameters, by the width of the feed-forward part.",
     drawing=Drawing(
         "lmm",
         "reading",
@@ -100,7 +100,7 @@ SERIES = Study(
     "forecasting",
     "series-forecasting",
     data=series_data,
-    arms={"lmm": ("LMM", memory("lmm")), **BASELINES, "none": ("no mixer", NoMixer)},
+    variants={"lmm": ("LMM", memory("lmm")), **BASELINES, "none": ("no mixer", NoMixer)},
     build=forecasting,
     recipe=Recipe(epochs=30, batch_size=16, optimizer="adam", schedule="onecycle", clip=1.0),
     lrs=(1e-3, 3e-3, 1e-2),
@@ -110,7 +110,7 @@ SERIES = Study(
 )
 
 LAYERS = ("LMM", "attention", "linear RNN")
-OPERATIONS = Race(
+OPERATIONS = Timing(
     "operations of a training pass",
     {name: training_pass(name) for name in LAYERS},
     sizes=(128, 256, 512, 1024, 2048),
@@ -118,7 +118,7 @@ OPERATIONS = Race(
     setting={"dim": 64, "chunk": 16},
     note="The linear RNN trains in its parallel form here, a product of tokens × tokens; token by token it is linear.",
 )
-STEP = Race(
+STEP = Timing(
     "operations of one token more",
     {name: next_token(name) for name in ("LMM", "attention")},
     sizes=(1024, 4096, 16_384),
@@ -126,7 +126,7 @@ STEP = Race(
     unit="tokens before",
     setting={"dim": 64},
 )
-STATE = Race(
+STATE = Timing(
     "bytes of a stream's state",
     {name: bytes_held(name) for name in ("LMM", "attention")},
     sizes=(2**10, 2**12, 2**14, 2**21),
@@ -134,7 +134,7 @@ STATE = Race(
     of="bytes",
     setting={"dim": 8, "chunk": 64},
 )
-CHUNKS = Race(
+CHUNKS = Timing(
     "time of a training pass",
     {"chunks of 16": small_chunks(16), "token by token": small_chunks(1)},
     sizes=(16, 32, 64),
@@ -143,7 +143,7 @@ CHUNKS = Race(
 )
 
 OUTSIDE = "what lies outside the window it cannot see"
-CLAIMS = {
+EXPERIMENTS = {
     "attention_recalls": RECALL.against("attention", "rnn"),
     "attention_operations": OPERATIONS.grows("attention"),
     "inner_loss_falls": TEXT.figure("lmm", metric="late share of the inner loss", picture=True),
@@ -171,8 +171,8 @@ PORT = "titans-pytorch"
 FORMS = {"one gate": "token", "gates by channel": "layer"}
 
 
-def beside_the_port(chunk: int, training: bool, batch: int, tokens: int, widths: tuple[int, ...] = WIDTHS) -> Race:
-    return Race(
+def beside_the_port(chunk: int, training: bool, batch: int, tokens: int, widths: tuple[int, ...] = WIDTHS) -> Timing:
+    return Timing(
         f"a neural memory in chunks of {chunk}, {'forward and backward' if training else 'forward'}",
         {
             label: memory_pass(side, chunk=chunk, batch=batch, tokens=tokens, training=training)
@@ -186,8 +186,8 @@ def beside_the_port(chunk: int, training: bool, batch: int, tokens: int, widths:
 
 
 BENCHMARKS = tuple(
-    Benchmark(race, form, PORT, within=0.8, package=PORT)
-    for race in (
+    Benchmark(timing, form, PORT, within=0.8, package=PORT)
+    for timing in (
         beside_the_port(chunk, training, *setting)
         for chunk in (16, 64)
         for training in (False, True)
@@ -198,11 +198,11 @@ BENCHMARKS = tuple(
 
 
 def switched_off(
-    run: Run, study: Study, arm: str, lost: tuple[str, str], elsewhere: tuple[str, str] | None = None
+    run: Run, study: Study, variant: str, lost: tuple[str, str], elsewhere: tuple[str, str] | None = None
 ) -> Measurement:
-    """A trained arm's figure as it is and with something switched off; or what it so loses in two places."""
-    _, facts = study.measure(run, [arm])
-    trials = study.trials(run, arm)
+    """A trained variant's figure as it is and with something switched off; or what it so loses in two places."""
+    _, facts = study.measure(run, [variant])
+    trials = study.trials(run, variant)
     facts["unit"] = study.of_task.metric.replace("_", " ")
     as_it_is, off = ([trial[name] for trial in trials] for name in lost)
     if elsewhere is None:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from provenn.bench import count_parameters
-from provenn.evidence import Drawing, Measurement, Race, Run, Study, measures
+from provenn.evidence import Drawing, Measurement, Run, Study, Timing, measures
 from provenn.papers.bevanet.layers import CKS, LSKA, SDLSKA, reach
 from provenn.papers.bevanet.model import BEVANet, BEVANetClassifier
 from provenn.papers.bevanet.studies import (
@@ -31,12 +31,13 @@ camvid = partial(BEVANet, 11, planes=32, blocks=(2, 2, 3, 3))
 base = partial(BEVANet, 19, planes=64, blocks=(2, 2, 4, 4))
 twin = partial(small, kernel_size=0, detail_kernel_size=0, pooling="pappm", fusion="bag")
 
-# Frozen before a record was made: one recipe and three rates for every arm, chosen on a seed that is never measured.
+# Frozen before a record was made: one recipe and three rates for every variant, chosen on a seed that is never
+# measured.
 PARTS = Study(
     "parts on mosaics",
     "semantic-segmentation",
     data=mosaics,
-    arms={
+    variants={
         "full": ("BEVANet", {}),
         "7": ("kernels of 7", {"kernel_size": 7, "detail_kernel_size": 7}),
         "none": ("no large kernels", PLAIN),
@@ -62,7 +63,7 @@ MIXERS = {
     "LSKA": on_map(LSKA),
     "dense 35×35": on_map(Dense),
 }
-FLOPS = Race(
+FLOPS = Timing(
     "operations of a mixer",
     MIXERS,
     sizes=(32, 64, 128),
@@ -70,14 +71,14 @@ FLOPS = Race(
     unit="cells a side",
     setting={"channels": 64},
 )
-TIME = Race(
+TIME = Timing(
     "a mixer, forward",
     {"SDLSKA": on_map(SDLSKA, 256), "LSKA": on_map(LSKA, 256)},
     sizes=(16, 32, 64),
     unit="cells a side",
     setting={"channels": 256, "batch": 1},
 )
-STREET = Race(
+STREET = Timing(
     "segmentation, forward",
     {"BEVANet-S": on_street(small), "BEVANet": on_street(base), "plain twin of S": on_street(twin)},
     sizes=(64, 128, 256),
@@ -86,7 +87,7 @@ STREET = Race(
     setting={"batch": 1, "form": "without training heads", "width": "twice the height"},
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "attention_costs": FLOPS.against("SDLSKA", "global attention"),
     "dense_costs": FLOPS.against("SDLSKA", "dense 35×35"),
     "sdlska_grows": FLOPS.grows("SDLSKA"),

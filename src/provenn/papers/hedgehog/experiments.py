@@ -1,4 +1,4 @@
-"""What the paper says of Hedgehog, and what building it brought to light, as studies and races."""
+"""What the paper says of Hedgehog, and what building it brought to light, as studies and timings."""
 
 from functools import partial
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from provenn.evidence import Benchmark, Measurement, Race, Run, Study, measures
+from provenn.evidence import Benchmark, Measurement, Run, Study, Timing, measures
 from provenn.papers.hedgehog.model import hedgehog_small, hedgehog_vit
 from provenn.papers.hedgehog.studies import (
     DIVERGENCE,
     RANK,
     SPIKINESS,
-    Arm,
     Conversion,
     Mixer,
     RecallHost,
+    Variant,
     adapted,
     code_text,
     digit_data,
@@ -38,7 +38,7 @@ RECALL = Study(
     "recall from scratch",
     "recall",
     data=recall_data,
-    arms={
+    variants={
         "softmax": ("softmax", Mixer("softmax")),
         "hedgehog": ("Hedgehog", Mixer("hedgehog")),
         "elu": ("1+ELU", Mixer("elu")),
@@ -58,10 +58,10 @@ SCRATCH = Study(
     "text from scratch",
     "language-modelling",
     data=whole_text,
-    arms={
-        "softmax": ("softmax", Arm("softmax")),
-        "hedgehog": ("Hedgehog", Arm("hedgehog")),
-        "performer": ("Performer", Arm("performer")),
+    variants={
+        "softmax": ("softmax", Variant("softmax")),
+        "hedgehog": ("Hedgehog", Variant("hedgehog")),
+        "performer": ("Performer", Variant("performer")),
     },
     build=text_network,
     recipe=Recipe(epochs=1, batch_size=16, max_steps=200, schedule="cosine", warmup_steps=20, clip=1.0),
@@ -88,12 +88,12 @@ DIGITS: dict[str, Any] = {
 SWAPPED = Study(
     "digits, maps swapped in without tuning",
     Distillation("image-classification"),
-    arms={
-        "softmax": ("softmax", Arm("softmax")),
-        "hedgehog": ("Hedgehog, distilled", Arm("hedgehog")),
-        "raw": ("Hedgehog, not distilled", Arm("hedgehog", frozen=True)),
-        "t2r": ("T2R, distilled", Arm("t2r")),
-        "elu": ("1+ELU", Arm("elu")),
+    variants={
+        "softmax": ("softmax", Variant("softmax")),
+        "hedgehog": ("Hedgehog, distilled", Variant("hedgehog")),
+        "raw": ("Hedgehog, not distilled", Variant("hedgehog", frozen=True)),
+        "t2r": ("T2R, distilled", Variant("t2r")),
+        "elu": ("1+ELU", Variant("elu")),
     },
     trained=VIT,
     recipe=Recipe(epochs=16, batch_size=64, schedule="cosine"),
@@ -105,10 +105,10 @@ SWAPPED = Study(
 TUNED = Study(
     "digits, converted and tuned",
     "image-classification",
-    arms={
-        "softmax": ("softmax", Arm("softmax")),
-        "hedgehog": ("Hedgehog", Arm("hedgehog")),
-        "elu": ("1+ELU", Arm("elu")),
+    variants={
+        "softmax": ("softmax", Variant("softmax")),
+        "hedgehog": ("Hedgehog", Variant("hedgehog")),
+        "elu": ("1+ELU", Variant("elu")),
     },
     trained=Conversion(
         VIT.host, VIT.source, VIT.pretraining, distillation=Recipe(epochs=16, batch_size=64, lr=1e-2, schedule="cosine")
@@ -136,13 +136,13 @@ TEXT: dict[str, Any] = {
 WHOLE = Study(
     "prose, converted and tuned",
     "language-modelling",
-    arms={
-        "softmax": ("softmax", Arm("softmax")),
-        "hedgehog": ("Hedgehog", Arm("hedgehog")),
-        "t2r": ("T2R", Arm("t2r")),
-        "elu": ("1+ELU", Arm("elu")),
-        "performer": ("Performer", Arm("performer")),
-        "taylor": ("Taylor", Arm("taylor")),
+    variants={
+        "softmax": ("softmax", Variant("softmax")),
+        "hedgehog": ("Hedgehog", Variant("hedgehog")),
+        "t2r": ("T2R", Variant("t2r")),
+        "elu": ("1+ELU", Variant("elu")),
+        "performer": ("Performer", Variant("performer")),
+        "taylor": ("Taylor", Variant("taylor")),
     },
     trained=LM,
     recipe=Recipe(epochs=1, batch_size=16, max_steps=60, schedule="cosine", clip=1.0),
@@ -153,11 +153,11 @@ WHOLE = Study(
 LORA = Study(
     "prose, converted and tuned by LoRA",
     "language-modelling",
-    arms={
-        "base": ("softmax, not tuned", Arm("softmax", frozen=True)),
-        "softmax": ("softmax", Arm("softmax")),
-        "hedgehog": ("Hedgehog", Arm("hedgehog")),
-        "t2r": ("T2R", Arm("t2r")),
+    variants={
+        "base": ("softmax, not tuned", Variant("softmax", frozen=True)),
+        "softmax": ("softmax", Variant("softmax")),
+        "hedgehog": ("Hedgehog", Variant("hedgehog")),
+        "t2r": ("T2R", Variant("t2r")),
     },
     trained=Conversion(LM.host, LM.source, LM.pretraining, LM.distillation, prepare=adapted),
     recipe=Recipe(epochs=1, batch_size=16, max_steps=60, schedule="cosine", clip=1.0),
@@ -169,7 +169,7 @@ LORA = Study(
 # Cost
 
 HEAD = {"dim": 64, "heads": 1}
-OPERATIONS = Race(
+OPERATIONS = Timing(
     "operations of a layer, forward and backward",
     {
         label: runner(name, **HEAD, where="meta")
@@ -189,10 +189,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def times(sizes: tuple[int, ...], name: str = "") -> list[Race]:
+def times(sizes: tuple[int, ...], name: str = "") -> list[Timing]:
     """Of each preset's layer, forward and in training."""
     return [
-        Race(
+        Timing(
             f"{preset}'s layer, {'forward and backward' if train else 'forward'}{name}",
             {label: layer_call(form, train=train, **setting) for label, form in EXECUTED.items()},
             sizes=sizes,
@@ -205,46 +205,51 @@ def times(sizes: tuple[int, ...], name: str = "") -> list[Race]:
 
 
 BENCHMARKS = [
-    *(Benchmark(race, "Hedgehog", "fused softmax", within=1.2) for race in times((128,), ", where it is asked for")),
     *(
-        Benchmark(race, "Hedgehog", baseline, within)
-        for race in times((16, 128, 256, 512, 2048))
+        Benchmark(timing, "Hedgehog", "fused softmax", within=1.2)
+        for timing in times((128,), ", where it is asked for")
+    ),
+    *(
+        Benchmark(timing, "Hedgehog", baseline, within)
+        for timing in times((16, 128, 256, 512, 2048))
         for baseline, within in (("fused softmax", None), (("linear form", "quadratic form"), 1.1))
     ),
 ]
 
 UNTUNED = "fixed maps are not expected to take softmax's place without tuning"
 EARLIER = ("elu", "t2r", "performer")
-CLAIMS = {
+EXPERIMENTS = {
     "linear_operations": OPERATIONS.grows("Hedgehog"),
     "taylor_operations": OPERATIONS.against("Taylor", "softmax", at=4096),
-    "recall_against_softmax": RECALL.against("hedgehog", "softmax", ratio=True, shown=RECALL.arms),
+    "recall_against_softmax": RECALL.against("hedgehog", "softmax", ratio=True, shown=RECALL.variants),
     "elu_falls_short": RECALL.against("elu", "softmax"),
     "taylor_recall": RECALL.against("taylor", "softmax", ratio=True),
-    "scratch_against_performer": SCRATCH.against("hedgehog", "performer", shown=SCRATCH.arms),
+    "scratch_against_performer": SCRATCH.against("hedgehog", "performer", shown=SCRATCH.variants),
     "scratch_against_softmax": SCRATCH.against("hedgehog", "softmax", ratio=True),
-    "finetuned_conversion": TUNED.against("hedgehog", "softmax", ratio=True, shown=TUNED.arms),
+    "finetuned_conversion": TUNED.against("hedgehog", "softmax", ratio=True, shown=TUNED.variants),
     "converted_against_elu": TUNED.against("hedgehog", "elu"),
     "distillation_matters": SWAPPED.against("hedgehog", "raw", may_guess=UNTUNED),
-    "mimicry": SWAPPED.against("hedgehog", "t2r", metric="divergence", shown=SWAPPED.arms),
-    "entropy_after_distillation": SWAPPED.against("hedgehog", "softmax", metric="spikiness", shown=SWAPPED.arms),
-    "monotonicity": SWAPPED.against("hedgehog", "elu", metric="rank", shown=SWAPPED.arms, may_guess=UNTUNED),
-    "earlier_not_spiky": WHOLE.against(EARLIER, "softmax", metric="spikiness", shown=WHOLE.arms),
-    "earlier_not_monotone": WHOLE.against(EARLIER, "softmax", metric="rank", shown=WHOLE.arms),
+    "mimicry": SWAPPED.against("hedgehog", "t2r", metric="divergence", shown=SWAPPED.variants),
+    "entropy_after_distillation": SWAPPED.against("hedgehog", "softmax", metric="spikiness", shown=SWAPPED.variants),
+    "monotonicity": SWAPPED.against("hedgehog", "elu", metric="rank", shown=SWAPPED.variants, may_guess=UNTUNED),
+    "earlier_not_spiky": WHOLE.against(EARLIER, "softmax", metric="spikiness", shown=WHOLE.variants),
+    "earlier_not_monotone": WHOLE.against(EARLIER, "softmax", metric="rank", shown=WHOLE.variants),
     "taylor_is_monotone": WHOLE.against("taylor", "softmax", metric="rank"),
-    "pretrained_against_t2r": WHOLE.against("hedgehog", "t2r", metric="perplexity", ratio=True, shown=WHOLE.arms),
+    "pretrained_against_t2r": WHOLE.against("hedgehog", "t2r", metric="perplexity", ratio=True, shown=WHOLE.variants),
     "pretrained_against_softmax": WHOLE.against("hedgehog", "softmax", metric="perplexity", ratio=True),
-    "lora_against_base": LORA.against("hedgehog", "base", metric="perplexity", ratio=True, shown=LORA.arms),
+    "lora_against_base": LORA.against("hedgehog", "base", metric="perplexity", ratio=True, shown=LORA.variants),
     "lora_t2r_against_base": LORA.against("t2r", "base", metric="perplexity", ratio=True),
 }
 
 
 @measures("properties_tied")
 def properties_tied(run: Run) -> Measurement:
-    """Of each seed the rank correlation, over the arms, of fewer bits a byte with either property: the smaller one."""
-    bits, facts = WHOLE.measure(run, tuple(WHOLE.arms))
+    """Of each seed the rank correlation, over the variants, of fewer bits a byte with either property: the smaller
+    one.
+    """
+    bits, facts = WHOLE.measure(run, tuple(WHOLE.variants))
     ties = []
     for name in ("spikiness", "rank"):
-        has, _ = WHOLE.measure(run, tuple(WHOLE.arms), metric=name)
+        has, _ = WHOLE.measure(run, tuple(WHOLE.variants), metric=name)
         ties.append([-spearmanr(*seed).statistic for seed in zip(zip(*has.values()), zip(*bits.values()))])
     return Measurement.mean(np.min(ties, axis=0).tolist(), **{**facts, "unit": "rank correlation", "series": []})

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from provenn.bench import count_parameters
-from provenn.evidence import Measurement, Race, Run, Study, Table, measures
+from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.res_vmamba import model as presets
 from provenn.papers.res_vmamba.studies import (
     LAYERS,
@@ -28,7 +28,7 @@ TEXTURES = Study(
     "zoomed textures",
     "image-classification",
     data=texture_data,
-    arms={
+    variants={
         "none": ("VMamba", vmamba("none")),
         "stage": ("residual from each stage", vmamba("stage")),
         "stem": ("residual from the stem", vmamba("stem")),
@@ -59,7 +59,7 @@ COPYING = Study(
     "selective copying",
     "recall",
     data=copy_data,
-    arms={
+    variants={
         "mamba": ("Mamba", partial(mamba_model, True)),
         "fixed": ("the same without selection", partial(mamba_model, False)),
         "attention": ("Transformer", transformer),
@@ -67,12 +67,12 @@ COPYING = Study(
     build=built,
     recipe=Recipe(epochs=3, batch_size=64, optimizer="adamw", schedule="cosine", warmup_steps=50, clip=1.0),
     lrs=(2e-3, 5e-3, 1e-2),
-    about="4 of 8 symbols scattered among 16 tokens of blanks, to be told in their order at the end",
+    about="4 of 8 symbols scattered among 16 tokens of blanks, to be predicted in their order at the end",
     columns={"parameters": lambda build: count_parameters(build(vocab=10))},
     setting={"host": "width 32: two layers of Mamba, or two of attention with SwiGLU"},
 )
 
-OPERATIONS = Race(
+OPERATIONS = Timing(
     "operations of a layer on a map",
     {label: on_maps(make, MAP) for label, make in LAYERS.items()},
     sizes=(14, 28, 56, 112),
@@ -80,7 +80,7 @@ OPERATIONS = Race(
     unit="pixels a side",
     setting={"channels": MAP},
 )
-MEMORY = Race(
+MEMORY = Timing(
     "memory of a training step of a layer",
     {label: on_maps(make, MAP, training=True) for label, make in LAYERS.items()},
     sizes=(14, 28, 56),
@@ -88,7 +88,7 @@ MEMORY = Race(
     unit="pixels a side",
     setting={"channels": MAP},
 )
-TIME = Race(
+TIME = Timing(
     "time of a layer on a map",
     {label: on_maps(LAYERS[label], MAP) for label in ("selective scan", "attention")},
     sizes=(28, 56, 112),
@@ -98,7 +98,7 @@ TIME = Race(
     note="The scan is PyTorch's operations on a processor; the authors' is one kernel on a GPU.",
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "residual_gain": TEXTURES.against("stage", "none"),
     "residual_is_no_loss": TEXTURES.against("stage", "none"),
     "residual_against_width": TEXTURES.against("stage", "wide"),

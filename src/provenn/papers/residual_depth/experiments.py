@@ -33,7 +33,7 @@ TOWERS = Study(
     "towers on digits",
     "image-classification",
     data=digits,
-    arms={
+    variants={
         "one": ("unscaled", ("one", 50, 32)),
         "inverse": ("1/n", ("inv_depth", 50, 32)),
         "sqrt": ("1/√n", ("inv_sqrt_depth", 50, 32)),
@@ -61,7 +61,7 @@ THOUSAND = Study(
     "a thousand modules on digits",
     "image-classification",
     data=digits,
-    arms={
+    variants={
         "one": ("unscaled", ("one", 1000, 16)),
         "inverse": ("1/n", ("inv_depth", 1000, 16)),
     },
@@ -77,7 +77,7 @@ CONVOLUTIONS = Study(
     "ResNet-110 on digits",
     "image-classification",
     data=digits,
-    arms={"one": ("unscaled", "one"), "sqrt": ("1/√n", "inv_sqrt_depth")},
+    variants={"one": ("unscaled", "one"), "sqrt": ("1/√n", "inv_sqrt_depth")},
     build=resnet,
     recipe=Recipe(epochs=3, batch_size=100, optimizer="sgd", schedule="cosine"),
     lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
@@ -90,7 +90,7 @@ WRONG_LABELS = Study(
     "wrong labels",
     "image-classification",
     data=wrong_digits,
-    arms={"inverse": ("1/n", ("inv_depth", 50, 32)), "sqrt": ("1/√n", ("inv_sqrt_depth", 50, 32))},
+    variants={"inverse": ("1/n", ("inv_depth", 50, 32)), "sqrt": ("1/√n", ("inv_sqrt_depth", 50, 32))},
     build=tower,
     recipe=Recipe(epochs=30, batch_size=100, optimizer="sgd", schedule="cosine"),
     lrs=(0.01, 0.03, 0.1, 0.3),
@@ -101,9 +101,9 @@ WRONG_LABELS = Study(
     note="The rate of each join is the one that fits the training labels best.",
 )
 
-CLAIMS = {
+EXPERIMENTS = {
     "norm_needed": TOWERS.against("batchnorm", "one", may_guess=EXPLODES),
-    "mlp_without_norm": TOWERS.against("sqrt", "one", may_guess=EXPLODES, shown=TOWERS.arms),
+    "mlp_without_norm": TOWERS.against("sqrt", "one", may_guess=EXPLODES, shown=TOWERS.variants),
     "skipinit_trains": TOWERS.against("skipinit", "one", may_guess=EXPLODES),
     "fixup_trains": TOWERS.against("fixup", "one", may_guess=EXPLODES),
     "learned_scale": TOWERS.against("skipinit", "shallow", metric="learned_scale", ratio=True),
