@@ -58,6 +58,12 @@ def card_with(tmp_path: Path, text: str) -> catalog.Card:
         ('needs = "users"', 'figure = "most"', "claims.2", "names the experiments that bear on it, or what it needs"),
         ('kind = "use"', 'kind = "taste"', "claims.2.kind", "'exact', 'cost', 'quality' or 'use'"),
         ("[presets.recipe]\nepochs = 1\nlr", "recipe = 'imagenet'\n#", "(whole file)", "no recipe 'imagenet'"),
+        (
+            "[[claims]]",
+            "[[statements]]",
+            "(whole file)",
+            "written for provenn 0.1: rename [[claims]] to [[experiments]]",
+        ),
         ("authors = 2", 'authors = 2\nslug = "other"', "slug", ""),
         ("authors = 2", "authors = ", "not valid TOML", "line 4"),
     ],

@@ -182,29 +182,29 @@ VALUES = [
     ("predict rat words --set context=0", "context"),
     ("predict rat 'a\udcffb'", "0xff"),
     ("predict rat loop.png", "loop.png"),
-    ("serve --port 99999", "port"),
+    ("web serve --port 99999", "port"),
     *[
-        (f"serve --home {place}", place)
+        (f"web serve --home {place}", place)
         for place in ("good.png", "pipe.png", "good.png/home", "loop.png", "terabyte.png")
     ],
     *[
-        (f"serve --home home --url {url}", url)
+        (f"web serve --home home --url {url}", url)
         for url in ("nosuch", "ftp://x", "http://x:99999", "http://x:port", "http://user@x", "http://:80", "http://[x")
     ],
-    ("serve --home home --workers 0", "workers"),
-    *[(f"serve --home home --proxies {proxies}", "10.0.0.0/8") for proxies in ("nosuch", "10.0.0.1/8", "127.0.0.1,x")],
-    ("serve --home home --connections 0", "connections"),
-    ("serve --home home --least-rate -1", "least-rate"),
-    ("serve --home home --export good.png", "good.png"),
-    ("page list nosuch", "nosuch"),
-    ("page list people --home nosuch", "nosuch"),
-    ("page list people --home good.png", "good.png"),
-    ("page mails --home pipe.png", "pipe.png"),
-    ("page export folder.png --home nosuch", "folder.png"),
-    ("page delete somebody --home folder.png --yes", "folder.png"),
-    ("digest --home good.png", "good.png"),
-    ("digest --date 2024-13-01", "2024-13-01"),
-    (f"page hide {LONG}", "number"),
+    ("web serve --home home --workers 0", "workers"),
+    *[(f"web serve --home home --proxies {bad}", "10.0.0.0/8") for bad in ("nosuch", "10.0.0.1/8", "127.0.0.1,x")],
+    ("web serve --home home --connections 0", "connections"),
+    ("web serve --home home --least-rate -1", "least-rate"),
+    ("web export good.png", "good.png"),
+    ("web admin list nosuch", "nosuch"),
+    ("web admin list people --home nosuch", "nosuch"),
+    ("web admin list people --home good.png", "good.png"),
+    ("web admin mails --home pipe.png", "pipe.png"),
+    ("web admin export folder.png --home nosuch", "folder.png"),
+    ("web admin delete somebody --home folder.png --yes", "folder.png"),
+    ("web mail --home good.png", "good.png"),
+    ("web mail --date 2024-13-01", "2024-13-01"),
+    (f"web admin hide {LONG}", "number"),
 ]  # fmt: skip
 ROWS = FILES + VALUES
 
@@ -212,7 +212,7 @@ ROWS = FILES + VALUES
 def test_what_is_named_as_a_home_by_mistake_keeps_its_rights(here, capsys):
     for name in ("good.png", "pipe.png"):
         Path(name).chmod(0o666)
-        refusal(["serve", "--home", name], capsys)
+        refusal(["web", "serve", "--home", name], capsys)
         assert Path(name).stat().st_mode & 0o777 == 0o666
 
 
@@ -221,7 +221,7 @@ def test_a_server_that_cannot_listen_says_so_in_a_line(here, capsys, monkeypatch
         raise SystemExit(1)
 
     monkeypatch.setattr("uvicorn.run", fail)
-    assert main(["serve", "--home", "home", "--host", "999.999.999.999"]) == 2
+    assert main(["web", "serve", "--home", "home", "--host", "999.999.999.999"]) == 2
     assert "provenn: cannot listen at 999.999.999.999, port 8000" in capsys.readouterr().err
 
 

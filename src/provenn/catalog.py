@@ -71,7 +71,7 @@ class Figure(Facts):
 
 
 class Region(Facts):
-    """The set of effects that prove an experiment: open above or below a bound, or closed within two."""
+    """The effects that support an experiment: open above or below a bound, or closed within two."""
 
     above: float | None = None
     below: float | None = None
@@ -240,11 +240,11 @@ class AtPaper(Facts):
 
 
 class Experiment(Facts):
-    """What the paper, or we, say; and which effects would prove it.
+    """A measurement that is evidence for or against a claim, with the effects that would support it.
 
-    `sides` names the two that are compared, as the study's variants or the timing's runners are labelled: it is
-    written here
-    independently of the code that measures, so that exchanged sides are noticed. `why` is the reason for the region.
+    `sides` names the two that are compared, as the study's variants or the timing's runners are labelled. It is written
+    here independently of the code that measures, so that exchanged sides are noticed. `why` is the reason for the
+    region.
     """
 
     id: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -330,6 +330,11 @@ class Card(Facts):
 
         So may that of an `at_paper`.
         """
+        if "statements" in facts:
+            raise ValueError(
+                "written for provenn 0.1: rename [[claims]] to [[experiments]], then [[statements]] to [[claims]] and "
+                "its key `claims` to `experiments`"
+            )
         recipes = facts.get("recipes", {})
         presets = [_spelled_out(f"preset {_key(each, 'name')!r}", each, recipes) for each in facts.get("presets", [])]
         experiments = []

@@ -315,7 +315,7 @@ def _side_by_side(works: Sequence[_Work], machines: workers.Workers, done: Calla
                     done(work.measure(experiment))
                     advance[work.card.slug]()
                 except Waiting as wait:
-                    waiting.append((work, experiment, wait.questions))
+                    waiting.append((work, experiment, wait.keys))
                 machines.keep_ended()
             if waiting:
                 machines.wait()

@@ -59,7 +59,7 @@ class Job:
     """A trial that was asked for."""
 
     run: Run
-    question: str
+    key: str
     content: bytes  # of the pickle of run and function
     tries: int = 1
 
@@ -105,9 +105,9 @@ class Workers(Elsewhere):
         self.running: dict[Any, Job] = {}
         self.clocks: list[Job] = []
 
-    def ask(self, run: Run, question: str, function: Callable[[], Any], alone: bool) -> None:
+    def ask(self, run: Run, key: str, function: Callable[[], Any], alone: bool) -> None:
         """Have a trial run; its value is given to `run.keep` by `wait`."""
-        job = Job(run, question, cloudpickle.dumps((run, function)))
+        job = Job(run, key, cloudpickle.dumps((run, function)))
         if alone:
             self.clocks.append(job)
         else:
@@ -136,10 +136,10 @@ class Workers(Elsewhere):
                 job.run.keep_picture(name, content)
             job.run.peak = max(job.run.peak, outcome.peak)
             if outcome.error is not None:
-                job.run.keep_failure(job.question, outcome.error)
+                job.run.keep_failure(job.key, outcome.error)
                 continue
             elsewhere = "" if outcome.machine == machine(job.run.device) else outcome.machine
-            job.run.keep(job.question, outcome.value, outcome.seconds, elsewhere)
+            job.run.keep(job.key, outcome.value, outcome.seconds, elsewhere)
         return bool(ended)
 
     @abstractmethod
@@ -305,7 +305,7 @@ class Cluster(Workers):
             return self.ray.get(handle)
         except (errors.TaskUnschedulableError, errors.NodeDiedError, errors.WorkerCrashedError) as error:
             if isinstance(error, errors.TaskUnschedulableError) and job.tries < TRIES:  # its machine has gone
-                again = Job(job.run, job.question, job.content, job.tries + 1)
+                again = Job(job.run, job.key, job.content, job.tries + 1)
                 self.begin_alone([again])
                 return None
             return Outcome(error=RuntimeError(f"its worker was lost {TRIES} times: {_last(error)}"))

@@ -1,4 +1,4 @@
-"""Simulated events have the likelihood that they experiment; files of events are read or refused."""
+"""Simulated events have the likelihood that they claim; files of events are read or refused."""
 
 import numpy as np
 import pytest

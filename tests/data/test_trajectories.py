@@ -1,4 +1,4 @@
-"""Trajectories: the collected ones are of the quality that they experiment, files are read or refused."""
+"""Trajectories: the collected ones are of the quality that they claim, files are read or refused."""
 
 import json
 

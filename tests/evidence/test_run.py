@@ -190,8 +190,8 @@ def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_pat
     module = sys.modules["provenn.reproduce"]
     measured = module._function
 
-    def drawing(*question):
-        return lambda run: (torch.manual_seed(1), drawn.append(torch.rand(1)), measured(*question)(run))[-1]
+    def drawing(*key):
+        return lambda run: (torch.manual_seed(1), drawn.append(torch.rand(1)), measured(*key)(run))[-1]
 
     monkeypatch.setattr(module, "_function", drawing)
     torch.manual_seed(5)

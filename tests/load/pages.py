@@ -93,7 +93,7 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as home:
-        words = ["serve", "--port", str(port), "--home", home, "--workers", str(given.workers)]
+        words = ["web", "serve", "--port", str(port), "--home", home, "--workers", str(given.workers)]
         command = [sys.executable, "-c", "from provenn.cli import main; main()", *words]
         server = subprocess.Popen(command, env={**os.environ, "PROVENN_DEMOS": "false"}, stderr=subprocess.DEVNULL)
         try:

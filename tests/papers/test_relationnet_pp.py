@@ -503,11 +503,11 @@ def test_bvr_goes_into_a_detector_and_a_trained_one_still_says_the_same(name):
     torch.manual_seed(0)
     model = HOSTS[name]().eval()
     images = torch.randn(2, 3, 64, 96)
-    before, found = model(images), model.detect(images, least=0.0, most=20)
+    before, found = model(images), model.detect(images, score_threshold=0.0, max_detections=20)
     attach_bvr(model, heads=4, preserve=True, **({} if name == "faster_rcnn" else SMALL))
     after = model(images)
     assert torch.equal(before.logits, after.logits)
-    for a, b in zip(model.detect(images, least=0.0, most=20), found):
+    for a, b in zip(model.detect(images, score_threshold=0.0, max_detections=20), found):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
     with pytest.raises(ValueError, match="has a bridge already"):
         attach_bvr(model)
@@ -593,7 +593,8 @@ def test_odd_boxes_and_tiny_images_do_no_harm(name):
         loss.backward()
         assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
         assert all(
-            found.boxes.isfinite().all() for found in model.eval().detect(torch.randn(1, 3, side, side), least=0.0)
+            found.boxes.isfinite().all()
+            for found in model.eval().detect(torch.randn(1, 3, side, side), score_threshold=0.0)
         )
 
 
@@ -622,9 +623,9 @@ def test_a_batch_without_objects_has_no_points(name):
 def test_detections_do_not_depend_on_the_batch(name):
     model = with_bvr(name).eval()
     images = torch.randn(3, 3, 70, 61)
-    together = model.detect(images, least=0.0, most=10)
+    together = model.detect(images, score_threshold=0.0, max_detections=10)
     for i, image in enumerate(images):
-        alone = model.detect(image[None], least=0.0, most=10)[0]
+        alone = model.detect(image[None], score_threshold=0.0, max_detections=10)[0]
         torch.testing.assert_close(together[i].scores, alone.scores, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together[i].boxes, alone.boxes, atol=1e-3, rtol=1e-4)
 

@@ -238,7 +238,7 @@ class Expected(nn.Module):
     def training_loss(self, batch):
         return self.boxes.square().mean()
 
-    def detect(self, images, least=0.0):
+    def detect(self, images, score_threshold=0.0):
         corner = torch.tensor([images.shape[3], images.shape[2]] * 2)
         return [Detections(self.boxes.detach() * corner, self.scores, self.labels) for _ in images]
 

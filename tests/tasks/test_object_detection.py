@@ -111,7 +111,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
 
-    def detect(self, images, *, least=0.05):
+    def detect(self, images, *, score_threshold=0.05):
         found = []
         for image in images:
             boxes, labels = [], []
@@ -281,8 +281,8 @@ def test_bad_data_and_models_are_refused_in_one_line(folder, tmp_path):
         TASK.load(folder, size=0)
     with pytest.raises(UserError, match="Linear is no detector"):
         TASK.loss(nn.Linear(1, 1), None)
-    with pytest.raises(UserError, match="least must be a score"):
-        TASK.predict(Oracle(), META, [], None, least=3.0)
+    with pytest.raises(UserError, match="score_threshold must be"):
+        TASK.predict(Oracle(), META, [], None, score_threshold=3.0)
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:900])
     with pytest.raises(UserError, match=r"003\.png is damaged"):
         TASK.load(folder)
@@ -301,7 +301,7 @@ def test_bad_data_and_models_are_refused_in_one_line(folder, tmp_path):
 def test_a_picture_smaller_than_a_stride_goes_through():
     torch.manual_seed(0)
     model = RetinaNet(ResNet(BasicBlock, (1, 1, 1), widths=(4, 4, 4), num_classes=0), num_classes=2, dim=8).eval()
-    assert all(len(found) == 3 for found in model.detect(torch.randn(2, 3, 3, 5), least=0.0))
+    assert all(len(found) == 3 for found in model.detect(torch.randn(2, 3, 3, 5), score_threshold=0.0))
 
 
 def test_the_picture_of_a_training_shows_what_was_found(folder):

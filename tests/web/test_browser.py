@@ -59,6 +59,7 @@ def url(home: Path) -> Iterator[str]:
         sys.executable,
         "-c",
         "from provenn.cli import main; main()",
+        "web",
         "serve",
         "--port",
         str(port),

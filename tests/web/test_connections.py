@@ -291,13 +291,13 @@ def test_options_change_the_limits_and_help_names_them(settings, monkeypatch, ca
     monkeypatch.setattr("uvicorn.run", lambda app, **options: given.update(options))
     options = ["--connections", "7", "--client-connections", "3", "--header-seconds", "2", "--body-seconds", "9"]
     options += ["--least-rate", "50", "--stall-seconds", "4", "--idle-seconds", "6", "--proxies", "10.0.0.0/8"]
-    assert main(["serve", "--home", str(settings.home), *options]) == 0
+    assert main(["web", "serve", "--home", str(settings.home), *options]) == 0
     assert given["http"].limits == ConnectionLimits(7, 3, 2.0, 9.0, 4.0, 50.0, 6)
     assert given["timeout_keep_alive"] == 6 and given["ws"] == "none" and given["backlog"] == BACKLOG
     assert given["forwarded_allow_ips"] == "10.0.0.0/8"
     capsys.readouterr()
     monkeypatch.setenv("COLUMNS", "200")
-    main(["serve", "--help"])
+    main(["web", "serve", "--help"])
     said = capsys.readouterr().out
     for words in (*options[::2], "FORWARDED_ALLOW_IPS", "PROVENN_HOSTS", "default: 1000", "default: 100", "10.0"):
         assert words in said, words
@@ -309,7 +309,7 @@ def test_a_server_with_few_descriptors_serves_beside_half_open_connections(tmp_p
         port = free.getsockname()[1]
     starts = "import sys, resource; resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300)); "
     starts += "from provenn.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", starts, "serve", "--home", str(tmp_path), "--port", str(port)]
+    command = [sys.executable, "-c", starts, "web", "serve", "--home", str(tmp_path), "--port", str(port)]
     environment = os.environ | {"PROVENN_DEMOS": "false"}
     with (tmp_path / "log").open("w") as log, ExitStack() as opened:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

@@ -14,13 +14,13 @@ import mail_runs
 import pytest
 from mail_runs import CATALOGUE
 from mail_server import mail_server
-from provenn.evidence.statement import Judgement, Standing
 from readers import subscribed
 from sqlalchemy import func, select, update
 from typer.testing import CliRunner
 
 from provenn.cli import app as command_line
 from provenn.errors import UserError
+from provenn.evidence.claim import Judgement, Standing
 from provenn.web import accounts, digest, mail, news, outbox, subscriptions
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database
@@ -36,19 +36,17 @@ PEOPLE = [f"{name}@example.org" for name in ("ada", "grace", "emmy", "mary")]
 
 
 def catalogue(without: str = "", **standings: Standing) -> Catalogue:
-    """The real one, but for a paper, or with the first statement of some papers come to something else."""
+    """The real one, but for a paper, or with the first claim of some papers come to something else."""
     made = Catalogue.__new__(Catalogue)
     made._entries = {slug: entry for slug, entry in CATALOGUE.items() if slug != without}
     for slug, standing in standings.items():
-        first, *rest = CATALOGUE[slug].statements
-        made._entries[slug] = replace(
-            CATALOGUE[slug], statements=[replace(first, judgement=Judgement(standing)), *rest]
-        )
+        first, *rest = CATALOGUE[slug].claims
+        made._entries[slug] = replace(CATALOGUE[slug], claims=[replace(first, judgement=Judgement(standing)), *rest])
     return made
 
 
 def other_than(slug: str, *more: Standing) -> Standing:
-    return next(s for s in Standing if s not in (CATALOGUE[slug].statements[0].judgement.standing, *more))
+    return next(s for s in Standing if s not in (CATALOGUE[slug].claims[0].judgement.standing, *more))
 
 
 both = pytest.mark.parametrize("settings", ["sqlite", "postgresql"], indirect=True)
@@ -113,7 +111,7 @@ def test_a_digest_tells_of_papers_verdicts_and_votes(site):
         session.add_all(Vote(person_id=person.id, paper="craft") for person in voters)
         session.add(Vote(person_id=voters[0].id, paper="moh"))
         session.add(Vote(person_id=voters[0].id, paper="aaren", made=now() - timedelta(days=30)))
-    first = CATALOGUE["eca_net"].statements[0]
+    first = CATALOGUE["eca_net"].claims[0]
     with mail_server() as server:
         tally = digest.run(at(site, server.port, CHANGED), MONDAY)
     assert tally.counts[SENT] == 1
@@ -123,7 +121,7 @@ def test_a_digest_tells_of_papers_verdicts_and_votes(site):
     flat = " ".join(text.split())
     for told in (CATALOGUE["rat"].card.title, CATALOGUE["eca_net"].card.title, "4 votes:", "1 vote:"):
         assert told in flat
-    assert " ".join(first.statement.says.split()) in flat
+    assert " ".join(first.claim.says.split()) in flat
     assert f"{first.judgement.standing} → " in flat and f" {other_than('eca_net')}" in flat
     assert CATALOGUE["aaren"].card.title not in flat, "votes of a month ago are not of this week"
     assert max(map(len, text.splitlines())) <= 78
@@ -417,9 +415,9 @@ def test_the_command_shows_first_and_sends_when_told_to(site, monkeypatch):
     subscribe(site, *PEOPLE)
     with site.database.session() as session:
         session.execute(
-            update(news.Seen).where(news.Seen.paper == "rat", news.Seen.statement != "").values(standing="open")
+            update(news.Seen).where(news.Seen.paper == "rat", news.Seen.claim != "").values(standing="open")
         )
-    words = ["digest", "--home", str(site.settings.home), "--date", f"{TODAY + timedelta(days=1)}"]
+    words = ["web", "mail", "--home", str(site.settings.home), "--date", f"{TODAY + timedelta(days=1)}"]
     shown = CliRunner().invoke(command_line, words)
     assert shown.exit_code == 0 and shown.output.startswith("4 daily mails: provenn: "), shown.output
     assert "/subscription/…" in shown.output and not states(site)
@@ -437,7 +435,7 @@ def test_the_command_shows_first_and_sends_when_told_to(site, monkeypatch):
 def test_a_day_by_mistake_is_refused(site, day):
     """Whoever was considered for a day to come would get nothing until then."""
     subscribe(site, "ada@example.org")
-    told = CliRunner().invoke(command_line, ["digest", "--home", str(site.settings.home), "--date", day, "--send"])
+    told = CliRunner().invoke(command_line, ["web", "mail", "--home", str(site.settings.home), "--date", day, "--send"])
     assert isinstance(told.exception, UserError) and f"got {day}" in str(told.exception)
     with site.database.reading() as session:
         assert session.scalars(select(Subscription.considered)).one() == TODAY

@@ -267,7 +267,7 @@ def test_the_host_that_it_listens_at_is_one_of_its_own(settings, monkeypatch, ho
     given = []
     monkeypatch.setattr("uvicorn.run", lambda app, **options: given.append(app))
     monkeypatch.setenv("PROVENN_HOSTS", "papers.example.org")
-    assert main(["serve", "--home", str(settings.home), "--host", host, "--port", "8"]) == 0
+    assert main(["web", "serve", "--home", str(settings.home), "--host", host, "--port", "8"]) == 0
     found = given[0].state.site.settings
     assert found.url == url and set(found.hosts) == {host, "papers.example.org"}
 

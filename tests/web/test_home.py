@@ -73,7 +73,7 @@ def test_a_home_of_somebody_else_is_refused_in_one_line(settings, monkeypatch, c
     with pytest.raises(UserError, match="belongs to user"):
         Database(settings.database)
     capsys.readouterr()
-    assert main(["serve", "--home", str(settings.home)]) == 2
+    assert main(["web", "serve", "--home", str(settings.home)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -90,7 +90,7 @@ def test_a_deleted_account_is_in_no_file_while_the_server_runs(client, settings,
     if by == "the page":
         assert ada.form("/me/delete", confirm="yes").headers["location"] == "/sign-in?said=deleted"
     else:
-        assert main(["page", "delete", "ada@example.org", "--yes", "--home", str(settings.home)]) == 0
+        assert main(["web", "admin", "delete", "ada@example.org", "--yes", "--home", str(settings.home)]) == 0
     for word in ("unmistakable", "Unmistakable L.", "ada@example.org"):
         assert kept(settings.home, word) == [], word
     assert kept(settings.home, "bob@example.org") and kept(settings.home, "of Bob's")

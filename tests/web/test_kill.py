@@ -32,7 +32,7 @@ signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     child = os.fork()
     if not child:
-        os._exit(main(["serve", *sys.argv[1:]]))
+        os._exit(main(["web", "serve", *sys.argv[1:]]))
     print(child, flush=True)
 """
 

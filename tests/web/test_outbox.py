@@ -153,7 +153,7 @@ def test_what_is_more_than_an_address_is_refused_at_every_entry(client, site, ca
             letters.compose(site, written, "subscribe", "x", address="x", often="daily", days=2)
         if "\0" not in written:
             capsys.readouterr()
-            assert main(["page", "delete", written, "--yes", "--home", str(site.settings.home)]) == 2
+            assert main(["web", "admin", "delete", written, "--yes", "--home", str(site.settings.home)]) == 2
             assert capsys.readouterr().err.count("\n") == 1
     assert not rows(site)
 
@@ -561,7 +561,7 @@ def test_a_mail_that_cannot_be_written_ends_no_other(settings, sending, monkeypa
 
 
 def test_the_operator_sees_what_waits(site, capsys):
-    words = ["page", "mails", "--home", str(site.settings.home)]
+    words = ["web", "admin", "mails", "--home", str(site.settings.home)]
     assert main(words) == 0 and capsys.readouterr().out == "no mail waits\n"
     ask(site, "ada@example.org", "bob@example.org")
     ask(site, "eve@example.org", kind=CONFIRM, about="daily")

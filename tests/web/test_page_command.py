@@ -20,14 +20,14 @@ def ada(client) -> Reader:
 
 @pytest.fixture
 def page(settings, capsys, monkeypatch):
-    """Runs `provenn page …`; its exit status, what it printed, and what it said beside."""
+    """Runs `provenn web admin …`; its exit status, what it printed, and what it said beside."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
     if settings.database_url:
         monkeypatch.setenv("DATABASE_URL", settings.database_url)
 
     def run(*words: str):
         capsys.readouterr()
-        status = main(["page", *words, "--home", str(settings.home)])
+        status = main(["web", "admin", *words, "--home", str(settings.home)])
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 
@@ -145,5 +145,5 @@ def test_a_server_that_is_told_to_end_does_not_wait_for_every_demo(settings, mon
     """Somebody who follows one keeps the connection open until all before it are done."""
     given = {}
     monkeypatch.setattr("uvicorn.run", lambda app, **options: given.update(options))
-    assert main(["serve", "--home", str(settings.home)]) == 0
+    assert main(["web", "serve", "--home", str(settings.home)]) == 0
     assert 0 < given["timeout_graceful_shutdown"] < 10

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from provenn import catalog
+from provenn.cli.renamed import modern
 from provenn.errors import RankLost, UserError
 from provenn.files import Unwritable
 from provenn.progress import without_controls
@@ -163,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Under LC_ALL=C without UTF-8 mode, names of files that hold an ü could be read and not be written.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "provenn", *sys.argv[1:]])
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    _typed[:] = given
     _open_closed_streams()
     os.environ["MPLBACKEND"] = "agg"  # pictures go to files: no window system, and no name of one, may stand in the way
     for stream in (sys.stdout, sys.stderr):
@@ -171,6 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a console without ✔ shows a question mark
     if "" in given:
         return _refuse(f"argument {given.index('') + 1} is empty: was a variable of the shell not set?")
+    given, renamed = modern(given)
+    _typed[:] = given
+    for line in renamed:
+        log(f"provenn: {line}")
     try:
         code: Any = app(given, prog_name="provenn", standalone_mode=False)
         sys.stdout.flush()

@@ -184,7 +184,7 @@ def bench(
     speeds = _time(papers, device, smoke=budget == "smoke")
     if not speeds and not costs:
         who = "no paper has benchmarks or" if slug is None else f"{papers[0].slug} has neither benchmarks nor"
-        raise UserError(f"{who} claims about cost; `provenn bench` without a paper times all that have benchmarks")
+        raise UserError(f"{who} experiments about cost; `provenn bench` without a paper times all that have benchmarks")
     rows = [_row(paper, speed) for paper, speed in speeds]
     if speeds and not json:
         terminal = console.console()

@@ -1,4 +1,4 @@
-"""Verbs of the web catalogue: serve, digest, and the operator's page."""
+"""Verbs of the web catalogue: `provenn web serve`, `mail`, `admin` and `export`."""
 
 import json as text_of
 import os
@@ -25,18 +25,27 @@ NEEDED = "the web catalogue needs more packages: pip install 'provenn[web]'"
 LEAVE_SECONDS = 5  # that a server which is told to end waits for answers: one that streams a demo may take minutes
 LIMITS = "Limits on clients"
 Home = Annotated[Path | None, typer.Option(help="Folder of the embedded database; by default ~/.local/share/provenn.")]
-page = typer.Typer(
+web = typer.Typer(
+    help="""The web catalogue: serve it, mail its digest, administer it, write it as files.
+
+    \b
+    provenn web serve
+    provenn web mail
+    """
+)
+admin = typer.Typer(
     help="""What the operator of a catalogue does: list, hide, approve, export, delete.
 
     \b
-    provenn page list reports
-    provenn page hide 17
+    provenn web admin list reports
+    provenn web admin hide 17
     """
 )
-app.add_typer(page, name="page")
+app.add_typer(web, name="web")
+web.add_typer(admin, name="admin")
 
 
-@app.command()
+@web.command()
 def serve(
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for everybody.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port.", min=0, max=65535)] = 8000,
@@ -48,9 +57,6 @@ def serve(
             help="Processes that answer; of several, none tries papers, and each has limits of its own.", min=1, max=64
         ),
     ] = 1,
-    export: Annotated[
-        Path | None, typer.Option(help="Write it as files that any host serves, without people and demos.")
-    ] = None,
     proxies: Annotated[
         str,
         typer.Option(
@@ -87,9 +93,8 @@ def serve(
     64,000 bytes; PROVENN_UPLOAD_MEGABYTES limits what is tried.
 
     \b
-    provenn serve
-    DATABASE_URL=postgresql://me@localhost/provenn provenn serve --host 0.0.0.0 --url https://papers.example.org
-    provenn serve --export site/ --url https://me.example.org/papers
+    provenn web serve
+    DATABASE_URL=postgresql://me@localhost/provenn provenn web serve --host 0.0.0.0 --url https://papers.example.org
     """
     try:
         import uvicorn
@@ -104,12 +109,6 @@ def serve(
     environment = {"PROVENN_URL": f"http://{named}:{port}", **os.environ, "PROVENN_HOSTS": hosts}
     settings = Settings.read(environment, home=home, url=url)
     check_proxies(proxies)
-    if export is not None:
-        from provenn.web.static_copy import export as write
-
-        count = write(export, settings)
-        log(f"provenn: {count} files are in {export}; feeds and JSON say that they are at {settings.url}")
-        return
     settings.keep_private()
     log(f"provenn: the catalogue is at {settings.url} (Ctrl-C ends it)")
     at = f"; the digest goes at {settings.digest_at} UTC" if settings.digest_at else ""
@@ -173,8 +172,30 @@ def check_proxies(proxies: str) -> None:
             ) from None
 
 
-@app.command()
-def digest(
+@web.command("export")
+def export_site(
+    folder: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    url: Annotated[
+        str | None, typer.Option(help="Where readers will reach the files, for links in feeds and JSON.")
+    ] = None,
+) -> None:
+    """Write the catalogue as files that any host serves, without accounts, votes and demos.
+
+    \b
+    provenn web export site/ --url https://me.example.org/papers
+    """
+    try:
+        from provenn.web import Settings
+        from provenn.web.static_copy import export
+    except ModuleNotFoundError as error:
+        raise UserError(f"{NEEDED} (there is no {error.name})") from None
+    settings = Settings.read({"PROVENN_URL": "http://127.0.0.1:8000", **os.environ}, url=url)
+    count = export(folder, settings)
+    log(f"provenn: {count} files are in {folder}; feeds and JSON say that they are at {settings.url}")
+
+
+@web.command()
+def mail(
     send: Annotated[
         bool, typer.Option("--send", help="Send it; else what would go is printed, and nothing kept.")
     ] = False,
@@ -190,8 +211,8 @@ def digest(
     along: give both the same settings.
 
     \b
-    provenn digest
-    PROVENN_SMTP=smtp://me:password@mail.example.org:587 provenn digest --send --url https://papers.example.org
+    provenn web mail
+    PROVENN_SMTP=smtp://me:password@mail.example.org:587 provenn web mail --send --url https://papers.example.org
     """
     with _database(home) as database:
         from provenn.web import Settings
@@ -221,13 +242,13 @@ class What(StrEnum):
     PEOPLE = "people"
 
 
-@page.command("list")
+@admin.command("list")
 def list_rows(what: What, home: Home = None, json: Json = False) -> None:
     """Comments, reports, suggestions or people, the newest first.
 
     \b
-    provenn page list reports
-    provenn page list comments --json
+    provenn web admin list reports
+    provenn web admin list comments --json
     """
     from provenn.cli import console
 
@@ -245,9 +266,13 @@ def list_rows(what: What, home: Home = None, json: Json = False) -> None:
         log(f"there are no {what.value}")
 
 
-@page.command()
+@admin.command()
 def mails(home: Home = None) -> None:
-    """How many mails wait to be sent, of which kinds, for how long, and the last trouble, on one line."""
+    """How many mails wait to be sent, of which kinds, for how long, and the last trouble, on one line.
+
+    \b
+    provenn web admin mails
+    """
     with _database(home) as database:
         from provenn.web import outbox
 
@@ -255,36 +280,56 @@ def mails(home: Home = None) -> None:
             typer.echo(outbox.summary(session))
 
 
-@page.command()
+@admin.command()
 def hide(number: Annotated[int, typer.Argument(help="The comment's number.")], home: Home = None) -> None:
-    """Hide a comment: readers see that the operator hid it."""
+    """Hide a comment: readers see that the operator hid it.
+
+    \b
+    provenn web admin hide 17
+    """
     _set_hidden(number, home, True)
 
 
-@page.command()
+@admin.command()
 def show(number: Annotated[int, typer.Argument(help="The comment's number.")], home: Home = None) -> None:
-    """Show a comment again that was hidden."""
+    """Show a comment again that was hidden.
+
+    \b
+    provenn web admin show 17
+    """
     _set_hidden(number, home, False)
 
 
-@page.command()
+@admin.command()
 def approve(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv number.")], home: Home = None) -> None:
-    """Say that a suggested paper will come."""
+    """Say that a suggested paper will come.
+
+    \b
+    provenn web admin approve 2502.02040
+    """
     _decide(arxiv, home, True)
 
 
-@page.command()
+@admin.command()
 def decline(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv number.")], home: Home = None) -> None:
-    """Say that a suggested paper will not come."""
+    """Say that a suggested paper will not come.
+
+    \b
+    provenn web admin decline 2502.02040
+    """
     _decide(arxiv, home, False)
 
 
-@page.command()
+@admin.command()
 def export(
     file: Annotated[Path, typer.Argument(help="A file of JSON lines; what it held is replaced once all is written.")],
     home: Home = None,
 ) -> None:
-    """Everything that people wrote, one row a line: the whole file, or none."""
+    """Everything that people wrote, one row a line: the whole file, or none.
+
+    \b
+    provenn web admin export rows.jsonl
+    """
     check_output(file)
     with _database(home) as database:
         from provenn.web import accounts
@@ -300,7 +345,7 @@ def export(
     log(f"{count} rows are in {file}")
 
 
-@page.command()
+@admin.command()
 def delete(
     who: Annotated[str, typer.Argument(help="A mail address, or a person's number.")],
     home: Home = None,
@@ -309,6 +354,9 @@ def delete(
     """Delete a person with everything that is theirs, for good.
 
     SQLite's files keep nothing of it. PostgreSQL keeps deleted rows until its next vacuum, and its backups longer.
+
+    \b
+    provenn web admin delete ada@example.org
     """
     with _database(home) as database:
         from provenn.web import Settings, accounts, mail
@@ -325,7 +373,7 @@ def delete(
             count = accounts.delete_person(session, email)
         count += mail.forget(Settings.read(home=home), email)  # after the rows of mails that would become files
     if not count:
-        raise UserError(f"nobody is known by {who!r}; `provenn page list people` names them all")
+        raise UserError(f"nobody is known by {who!r}; `provenn web admin list people` names them all")
     log(f"{email} is deleted, with everything that was theirs")
 
 
@@ -339,7 +387,7 @@ def _database(home: Path | None) -> "Iterator[Database]":
         raise UserError(f"{NEEDED} (there is no {error.name})") from None
     settings = Settings.read(home=home)
     if not settings.database_url and not (settings.home / "catalogue.db").is_file():
-        raise UserError(f"no catalogue in {settings.home}: give --home or DATABASE_URL, as for provenn serve")
+        raise UserError(f"no catalogue in {settings.home}: give --home or DATABASE_URL, as for `provenn web serve`")
     database = Database(settings.database)
     try:
         database.migrate()
@@ -358,7 +406,7 @@ def _set_hidden(number: int, home: Path | None, hidden: bool) -> None:
 
         with database.session() as session:
             if not 0 < number <= models.MOST or not opinions.hide(session, number, hidden):
-                raise UserError(f"there is no comment {number}; `provenn page list comments` names them all")
+                raise UserError(f"there is no comment {number}; `provenn web admin list comments` names them all")
     log(f"comment {number} is {'hidden' if hidden else 'shown'}")
 
 
@@ -369,5 +417,5 @@ def _decide(arxiv: str, home: Path | None, approved: bool) -> None:
         number = opinions.canonical_number(arxiv)
         with database.session() as session:
             if not opinions.decide(session, number, approved):
-                raise UserError(f"nobody suggested {number}; `provenn page list suggestions` names them all")
+                raise UserError(f"nobody suggested {number}; `provenn web admin list suggestions` names them all")
     log(f"arXiv:{number} is {'approved' if approved else 'declined'}")

@@ -231,8 +231,8 @@ class Trial(BaseModel):
     machine: str = ""
 
     @staticmethod
-    def question(name: str, seed: int | None, where: str, setting: dict[str, Any]) -> str:
-        """What the trial answers, versions included: another provenn or torch is another question."""
+    def key_of(name: str, seed: int | None, where: str, setting: dict[str, Any]) -> str:
+        """The key of a trial. It holds the versions, so that a value of another provenn or torch is not taken."""
         import torch
 
         import provenn

@@ -29,18 +29,18 @@ class Waiting(BaseException):
     No `Exception`, since what measures may catch those.
 
     Args:
-        questions: the trials that it needs.
+        keys: the trials that it needs.
     """
 
-    def __init__(self, questions: set[str]):
-        self.questions = questions
+    def __init__(self, keys: set[str]):
+        self.keys = keys
 
 
 class Elsewhere(ABC):
     """Where trials run that do not run here."""
 
     @abstractmethod
-    def ask(self, run: "Run", question: str, function: Callable[[], Any], alone: bool) -> None:
+    def ask(self, run: "Run", key: str, function: Callable[[], Any], alone: bool) -> None:
         """Have `function()` called on another process or machine, and its outcome given to `run.keep`."""
 
 
@@ -81,7 +81,7 @@ class Run:
         self.memory: dict[Any, Any] = {}  # for what several experiments of this run would compute alike
         self.spared = 0.0  # seconds that known trials took when they were run
         self.elsewhere = elsewhere
-        self.pending: set[str] = set()  # questions that were asked elsewhere and are not answered
+        self.pending: set[str] = set()  # keys of trials that run elsewhere
         self._failed: dict[str, Exception] = {}
         self.machines: set[str] = set()  # other than this one, on which trials that were asked for had run
         self.peak = 0  # bytes of memory that a trial has taken elsewhere
@@ -126,7 +126,7 @@ class Run:
             try:
                 results.append(call())
             except Waiting as wait:
-                needed |= wait.questions
+                needed |= wait.keys
         if needed:
             raise Waiting(needed)
         return results
@@ -145,36 +145,36 @@ class Run:
             Waiting: it runs elsewhere and has not ended. What ended it there is raised as it is.
         """
         setting = {**setting, "set": self.overrides} if self.overrides else setting
-        question = Trial.question(name, seed, f"{self.budget} on {self.device}", plain(setting))
-        if (known := self._known.get(question)) is not None:
+        key = Trial.key_of(name, seed, f"{self.budget} on {self.device}", plain(setting))
+        if (known := self._known.get(key)) is not None:
             self.spared += known.seconds
             self.machines |= {known.machine} - {""}
             return known.value
-        if question in self._failed:
-            raise self._failed[question]
+        if key in self._failed:
+            raise self._failed[key]
         if self.elsewhere is not None:
-            if question not in self.pending:
-                self.elsewhere.ask(self, question, function, alone)
-                self.pending.add(question)
-            raise Waiting({question})
+            if key not in self.pending:
+                self.elsewhere.ask(self, key, function, alone)
+                self.pending.add(key)
+            raise Waiting({key})
         start = time.perf_counter()
         value = plain(function())
-        self.keep(question, value, time.perf_counter() - start)
+        self.keep(key, value, time.perf_counter() - start)
         return value
 
-    def keep(self, question: str, value: Any, seconds: float, machine: str = "") -> None:
+    def keep(self, key: str, value: Any, seconds: float, machine: str = "") -> None:
         """Save a trial's value; `machine` is named where it was not this one."""
-        trial = Trial(key=question, value=value, seconds=round(seconds, 3), machine=machine)
-        self._known[question] = trial
-        self.pending.discard(question)
-        self.ledger.trials = [t for t in self.ledger.trials if t.key != question] + [trial]
+        trial = Trial(key=key, value=value, seconds=round(seconds, 3), machine=machine)
+        self._known[key] = trial
+        self.pending.discard(key)
+        self.ledger.trials = [t for t in self.ledger.trials if t.key != key] + [trial]
         if self.drawn is None:
             self.ledger.write(self.folder / LEDGER)
 
-    def keep_failure(self, question: str, error: Exception) -> None:
+    def keep_failure(self, key: str, error: Exception) -> None:
         """Let whoever asks for a trial again get the error that ended it."""
-        self._failed[question] = error
-        self.pending.discard(question)
+        self._failed[key] = error
+        self.pending.discard(key)
 
     def picture(self, name: str, figure: "Figure", caption: str) -> Picture:
         """Save a matplotlib figure as a PNG beside the evidence; the caption says what is to be seen."""

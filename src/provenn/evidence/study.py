@@ -186,7 +186,7 @@ class Study:
             run.memory[key] = {"recipe": recipe, **rates, **sizes, "fingerprint": data.fingerprint, **self.setting}
         return dict(run.memory[key])
 
-    def question(self, run: Run, variant: str | None = None) -> dict[str, Any]:
+    def trial_setting(self, run: Run, variant: str | None = None) -> dict[str, Any]:
         """All that decides a trial's value besides rate and seed, a checksum of the code included: the trial's key."""
         key = ("code", id(self), variant)
         if key not in run.memory:  # once a run: what code keeps in its globals may change
@@ -220,7 +220,7 @@ class Study:
 
         def ask(lr: float) -> float | None:
             name = f"{self.name}, {self.label(variant)}, rate {lr:g}"
-            return run.trial(name, partial(score, lr), seed=TUNING_SEED, lr=lr, **self.question(run, variant))
+            return run.trial(name, partial(score, lr), seed=TUNING_SEED, lr=lr, **self.trial_setting(run, variant))
 
         names = [f"{lr:g}" for lr in self.lrs]
         reached = dict(zip(names, run.together(partial(ask, lr) for lr in self.lrs), strict=True))
@@ -250,7 +250,7 @@ class Study:
             return {**done.metrics, **probed, "curve": curve, "steps": done.steps}
 
         def asked() -> list[dict[str, Any]]:
-            return run.trials(f"{self.name}, {self.label(variant)}", one, lr=lr, **self.question(run, variant))
+            return run.trials(f"{self.name}, {self.label(variant)}", one, lr=lr, **self.trial_setting(run, variant))
 
         # Both are asked for before either is waited for. What diverged has learned nothing: it counts as guessing.
         trials, guesses = run.together((asked, partial(self.dummy_baseline, run)))
@@ -266,7 +266,7 @@ class Study:
         def one(seed: int) -> float:
             return float(task.dummy_baseline(self.data_for(run, seed)))
 
-        return run.trials(f"{self.name}, dummy baseline", one, **self.question(run))
+        return run.trials(f"{self.name}, dummy baseline", one, **self.trial_setting(run))
 
     def _fit(self, run: Run, variant: str, data: TaskData, lr: float, seed: int) -> Fit:
         label, part = self.variants[variant]

@@ -46,7 +46,7 @@ SHORT, LONGEST = 800, 1333 / 800  # the field's short side, and the longest that
 MEMORY = 2**30  # bytes of decoded images that are kept
 LARGEST_CHECKED = 20_000  # images; a larger set is read as training goes
 TOGETHER = 16  # images that are looked at at once, at most, when a model is tested
-LEAST = 0.001  # the score from which a detection counts in average precision, as the field has it
+SCORE_THRESHOLD = 0.001  # the score from which a detection counts in average precision, as the field has it
 SHOWN = 20  # lines of predictions in the terminal
 MATCHES = "matches"
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4")
@@ -303,7 +303,7 @@ class ObjectDetection(Task):
         inputs: Sequence[Path],
         output: Path | None,
         *,
-        least: float = 0.3,
+        score_threshold: float = 0.3,
     ) -> str:
         """Name what is in pictures; draw it, or write it as COCO does.
 
@@ -312,10 +312,10 @@ class ObjectDetection(Task):
             output: an image, for a single input, gets the boxes drawn on it; a folder a drawn image for each input, and
                 `detections.json`; a `.json` file gets COCO results: `image_id` (a file's name where that is a number,
                 else its place in the order), `category_id`, `bbox`, `score` and, besides, `file_name`.
-            least: the score from which a box is shown and written.
+            score_threshold: boxes of at least this score are shown and written.
         """
-        if not 0 <= least <= 1:
-            raise UserError(f"least must be a score from 0 to 1, got {least}")
+        if not 0 <= score_threshold <= 1:
+            raise UserError(f"score_threshold must be from 0 to 1, got {score_threshold}")
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         drawn, results = _destinations(files, output)
         lines, rows = [], []
@@ -324,7 +324,7 @@ class ObjectDetection(Task):
             height, width = size_of(file)
             scale = np.array([width / image.shape[3], height / image.shape[2]] * 2)
             with torch.no_grad():
-                found = _found(model.detect(image.to(device_of(model)), least=least)[0], scale)  # type: ignore[operator]
+                found = _found(model.detect(image.to(device_of(model)), score_threshold=score_threshold)[0], scale)  # type: ignore[operator]
             said = [f"{meta['classes'][label]} {score:.0%}" for label, score in zip(found.labels, found.scores)]
             lines.append(f"{file}: {', '.join(said) or 'nothing'}")
             rows += _results(file, int(file.stem) if file.stem.isdecimal() else number, found, meta["ids"])
@@ -371,7 +371,7 @@ class ObjectDetection(Task):
         figure = Figure(figsize=(14, 3.2 * math.ceil(count / 4)), layout="constrained")
         axes = figure.subplots(math.ceil(count / 4), 4, squeeze=False).ravel()
         examples = (data.test[index] for index in range(count))
-        for axis, (example, found) in zip(axes, _looked_at(model, examples, TOGETHER, least=0.3)):
+        for axis, (example, found) in zip(axes, _looked_at(model, examples, TOGETHER, score_threshold=0.3)):
             shown = example.image * _column(data.meta["std"]) + _column(data.meta["mean"])
             axis.imshow(shown.clamp(0, 1).permute(1, 2, 0).numpy())
             for left, top, right, bottom in example.boxes.tolist():
@@ -407,7 +407,7 @@ class Detector(Standardising):
 
 
 def _looked_at(
-    model: nn.Module, examples: Iterator[Example], batch_size: int, least: float = LEAST
+    model: nn.Module, examples: Iterator[Example], batch_size: int, score_threshold: float = SCORE_THRESHOLD
 ) -> Iterator[tuple[Example, Detections]]:
     """Each picture with what a model finds in it, in order.
 
@@ -419,7 +419,7 @@ def _looked_at(
     def look() -> Iterator[tuple[Example, Detections]]:
         images = torch.stack([each.image for each in waiting]).to(device)
         with torch.no_grad():
-            found = model.detect(images, least=least)  # type: ignore[operator]
+            found = model.detect(images, score_threshold=score_threshold)  # type: ignore[operator]
         yield from zip(waiting, (Detections(*(part.cpu() for part in each)) for each in found))
         waiting.clear()
 

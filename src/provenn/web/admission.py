@@ -57,7 +57,7 @@ class Admission:
             return refusal(request, 400, f"A request names one host, and this one names {len(hosts)}.")
         if not self._is_ours(hosts[0], request.scope.get("server")):
             words = f"This catalogue is not at {hosts[0][:SHOWN]!r}."
-            hint = " Its operator names other hosts by provenn serve --url or PROVENN_HOSTS."
+            hint = " Its operator names other hosts by provenn web serve --url or PROVENN_HOSTS."
             return refusal(request, 400, words + hint)
         return None
 

@@ -75,7 +75,7 @@ class Experiment(BaseModel):
     origin: str = Field(description="paper, or ours: what building the paper brought to light.")
     says: str
     published: Published | None
-    asked: Region | None = Field(description="The effects that prove the experiment.")
+    asked: Region | None = Field(description="The effects that support the experiment.")
     why: str = Field(description="The reason for that region.")
     verdict: Verdict
     reason: str = Field(description="Why there is no verdict, where there is none.")

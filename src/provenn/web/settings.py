@@ -34,7 +34,7 @@ class Settings(BaseModel):
             without. Both verify the certificate (of one's own authority, by the variable `SSL_CERT_FILE`). `unverified`
             requires TLS and takes any certificate.
         mail_from: the sender of every mail, with or without a name: `provenn <digest@example.org>`.
-        digest_at: when the server sends digests, as `07:00` in UTC; "" where cron runs `provenn digest --send`.
+        digest_at: when the server sends digests, as `07:00` in UTC; "" where cron runs `provenn web mail --send`.
         demos: whether papers can be tried.
         demo_workers: demos that run at once; by default one a core.
         demo_seconds, demo_megabytes: what one demo may take.

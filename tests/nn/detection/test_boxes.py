@@ -102,7 +102,7 @@ def test_nms_is_the_greedy_one_ties_and_blocks_included(seed, count, threshold, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("provenn.nn.detection.nms.BLOCK", block)
         assert nms(boxes, scores, labels, threshold).tolist() == expected
-        assert nms(boxes, scores, labels, threshold, most=3).tolist() == expected[:3]
+        assert nms(boxes, scores, labels, threshold, max_detections=3).tolist() == expected[:3]
 
 
 def test_a_long_chain_of_boxes_is_told_right():

@@ -46,7 +46,7 @@ def test_what_is_found_is_its_definition(name):
     model = build(name)
     output, places, images = said(model)
     model.forward = lambda images: output
-    found = model.detect(images, SIZES, least=0.4, overlap=0.3, most=12, candidates=9)
+    found = model.detect(images, SIZES, score_threshold=0.4, iou_threshold=0.3, max_detections=12, candidates=9)
     sure = output.logits.sigmoid()
     if name != "retinanet":
         sure = (sure * output.centreness.sigmoid()[..., None]).sqrt()
@@ -256,7 +256,7 @@ def test_what_faster_rcnn_finds_is_its_definition():
     proposals = model.proposals(model.levels(images), images, SIZES)._replace(regions=regions, valid=valid)
     model.proposals = lambda *given: proposals
     model.look = lambda *given: RegionOutput(proposals, logits, deltas)
-    found = model.detect(images, SIZES, least=0.1, overlap=0.4, most=5)
+    found = model.detect(images, SIZES, score_threshold=0.1, iou_threshold=0.4, max_detections=5)
     for i, (height, width) in enumerate(SIZES.tolist()):
         boxes, scores, labels = [], [], []
         for region in valid[i].nonzero().flatten().tolist():
@@ -276,5 +276,5 @@ def test_what_faster_rcnn_finds_is_its_definition():
 def test_a_score_that_is_the_least_does_not_count(name):
     """Above the least, as the documentation says: at 1 nothing is found, at the best score neither."""
     model, images = build(name), torch.randn(1, 3, 64, 96)
-    best = model.detect(images, least=0.0)[0].scores.max().item()
-    assert not len(model.detect(images, least=best)[0].scores)
+    best = model.detect(images, score_threshold=0.0)[0].scores.max().item()
+    assert not len(model.detect(images, score_threshold=best)[0].scores)

@@ -104,9 +104,9 @@ def test_a_batch_without_objects_is_all_background(name):
 def test_order_and_size_of_the_batch_change_no_detection(name):
     model = build(name)
     images = torch.randn(4, 3, 70, 61)
-    together = model.detect(images, least=0.0, most=20)
-    shuffled = model.detect(images[[2, 0, 3, 1]], least=0.0, most=20)
-    alone = [model.detect(image[None], least=0.0, most=20)[0] for image in images]
+    together = model.detect(images, score_threshold=0.0, max_detections=20)
+    shuffled = model.detect(images[[2, 0, 3, 1]], score_threshold=0.0, max_detections=20)
+    alone = [model.detect(image[None], score_threshold=0.0, max_detections=20)[0] for image in images]
     assert len(together[0].scores) == 20 and not torch.equal(together[0].boxes, together[1].boxes)
     for i in range(4):
         for other in (shuffled[[1, 3, 0, 2][i]], alone[i]):
@@ -119,11 +119,13 @@ def test_order_and_size_of_the_batch_change_no_detection(name):
 def test_detections_lie_in_the_image_and_fall_in_score(name):
     model = build(name)
     sizes = torch.tensor([[64, 96], [40, 50]])
-    for size, (boxes, scores, labels) in zip(sizes, model.detect(torch.randn(2, 3, 64, 96), sizes, least=0.0)):
+    for size, (boxes, scores, labels) in zip(
+        sizes, model.detect(torch.randn(2, 3, 64, 96), sizes, score_threshold=0.0)
+    ):
         assert len(boxes) and (scores.diff() <= 0).all() and {*labels.tolist()} <= {0, 1, 2}
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= size[1]).all() and (boxes[:, 3] <= size[0]).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
-    assert all(not len(found.boxes) for found in model.detect(torch.randn(2, 3, 64, 96), least=1.0))
+    assert all(not len(found.boxes) for found in model.detect(torch.randn(2, 3, 64, 96), score_threshold=1.0))
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -142,7 +144,7 @@ def test_an_object_is_learned_and_found_again(name):
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
     # Norms as in training: after so few steps their running means lag behind.
-    for i, found in enumerate(model.detect(images, least=0.0, most=1)):
+    for i, found in enumerate(model.detect(images, score_threshold=0.0, max_detections=1)):
         assert found.labels.tolist() == [what[i]]
         assert (found.boxes[0] - where[i]).abs().max() < 6
 

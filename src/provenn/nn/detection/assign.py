@@ -33,8 +33,8 @@ def by_iou(
         low, high: of the IoU.
         rescue: an anchor that overlaps some box as much as any anchor does, and by more than this, is given the box
             that it overlaps most too, however little that is; so every box is sought by some anchor. None does not.
-        claimed: give such an anchor the box that experiments it instead, and of several the last, as MMDetection
-            does. There a box without any overlap experiments all anchors without any; here it has none.
+        claimed: give such an anchor the box that claims it instead, and of several the last, as MMDetection
+            does. There a box without any overlap claims all anchors without any; here it has none.
     """
     if not low <= high:
         raise ValueError(f"low must be at most high, got {low} and {high}")
@@ -45,11 +45,11 @@ def by_iou(
     positive = best >= high
     if rescue is not None:
         most = overlap.amax(dim=1, keepdim=True)
-        experiments = (overlap == most) & (most > rescue)
-        rescued = experiments.any(dim=2)
+        wanted = (overlap == most) & (most > rescue)
+        rescued = wanted.any(dim=2)
         positive = positive | rescued
         if claimed:
-            which = torch.where(rescued, experiments.shape[2] - 1 - experiments.flip(2).int().argmax(dim=2), which)
+            which = torch.where(rescued, wanted.shape[2] - 1 - wanted.flip(2).int().argmax(dim=2), which)
     assigned = torch.where(best < low, BACKGROUND, IGNORED)
     return torch.where(positive, which, assigned)
 

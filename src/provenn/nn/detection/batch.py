@@ -49,9 +49,9 @@ def pad_batch(images: Sequence[Tensor], boxes: Sequence[Tensor], labels: Sequenc
     stacked = torch.stack(
         [nn.functional.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
     )
-    most = max(len(given) for given in labels)
-    padded = [nn.functional.pad(given.float(), (0, 0, 0, most - len(given))) for given in boxes]
-    named = [nn.functional.pad(given, (0, most - len(given)), value=NO_OBJECT) for given in labels]
+    longest = max(len(given) for given in labels)
+    padded = [nn.functional.pad(given.float(), (0, 0, 0, longest - len(given))) for given in boxes]
+    named = [nn.functional.pad(given, (0, longest - len(given)), value=NO_OBJECT) for given in labels]
     return DetectionBatch(stacked, sizes, torch.stack(padded), torch.stack(named))
 
 
@@ -61,20 +61,20 @@ def select(
     labels: Int[Tensor, " candidates"],
     size: Int[Tensor, "2"],
     *,
-    least: float | int,
-    overlap: float | int,
-    most: int,
+    score_threshold: float | int,
+    iou_threshold: float | int,
+    max_detections: int,
 ) -> Detections:
     """Of one image's candidates those that are sure enough, hold something and say nothing twice.
 
     Args:
         size: height and width of the image, to which boxes are cut.
-        least: the score above which a candidate counts.
-        overlap: the IoU above which of two of a class the less sure one goes.
-        most: so many stay.
+        score_threshold: candidates count with a score above it.
+        iou_threshold: of two boxes of a class with a larger IoU, the one of lower score goes.
+        max_detections: how many are kept, those of the highest scores.
     """
     boxes = clip(boxes, size)
-    sure = (scores > least) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    sure = (scores > score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     boxes, scores, labels = boxes[sure], scores[sure], labels[sure]
-    kept = nms(boxes, scores, labels, overlap, most)
+    kept = nms(boxes, scores, labels, iou_threshold, max_detections)
     return Detections(boxes[kept], scores[kept], labels[kept])

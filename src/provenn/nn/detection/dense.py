@@ -245,9 +245,9 @@ class DenseDetector(nn.Module, ABC):
         images: Float[Tensor, "batch channels height width"],
         sizes: Int[Tensor, "batch 2"] | None = None,
         *,
-        least: float | int = 0.05,
-        overlap: float | int = 0.5,
-        most: int = 100,
+        score_threshold: float | int = 0.05,
+        iou_threshold: float | int = 0.5,
+        max_detections: int = 100,
         candidates: int = 1000,
     ) -> list[Detections]:
         """What is in each image.
@@ -256,9 +256,9 @@ class DenseDetector(nn.Module, ABC):
             images: standardised as in training; smaller ones padded with zeros below and to the right.
             sizes: height and width without the padding. An image that is padded is seen with a border of zeros, which
                 may move its scores a little: what must not depend on its company is given images of one size.
-            least: the score above which something counts.
-            overlap: the IoU above which, of two boxes of a class, the less sure one goes.
-            most: detections an image.
+            score_threshold: detections have a score above it.
+            iou_threshold: of two boxes of a class with a larger IoU, the one of lower score goes.
+            max_detections: the largest number of detections in an image.
             candidates: pairs of a place and a class that are looked at on each level, before any goes.
         """
         boxes, scores, counts = self.scored(images, sizes)
@@ -274,7 +274,15 @@ class DenseDetector(nn.Module, ABC):
         surest, pair = torch.cat(best, dim=1), torch.cat(where, dim=1)
         place, label = pair // self.num_classes, pair % self.num_classes
         return [
-            select(boxes[i, place[i]], surest[i], label[i], sizes[i], least=least, overlap=overlap, most=most)
+            select(
+                boxes[i, place[i]],
+                surest[i],
+                label[i],
+                sizes[i],
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
+            )
             for i in range(len(images))
         ]
 

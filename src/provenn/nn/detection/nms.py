@@ -14,7 +14,7 @@ def nms(
     scores: Float[Tensor, " boxes"],
     labels: Int[Tensor, " boxes"] | None = None,
     threshold: float | int = 0.5,
-    most: int | None = None,
+    max_detections: int | None = None,
 ) -> Int[Tensor, " kept"]:
     """The boxes that no surer kept box of their class overlaps by more than `threshold`, the surest first.
 
@@ -28,7 +28,7 @@ def nms(
         boxes, scores: of one image. Equal scores go by place.
         labels: a class each; without, all are of one.
         threshold: of the IoU.
-        most: stop after so many.
+        max_detections: stop after so many.
 
     Returns:
         Indices into `boxes`.
@@ -44,9 +44,9 @@ def nms(
         free = ~_overlaps(boxes, labels, kept, block, threshold).any(dim=0)
         block = block[free]
         kept = torch.cat([kept, block[_settle(_overlaps(boxes, labels, block, block, threshold))]])
-        if most is not None and len(kept) >= most:
+        if max_detections is not None and len(kept) >= max_detections:
             break
-    return order[kept[:most]]
+    return order[kept[:max_detections]]
 
 
 def _overlaps(boxes: Tensor, labels: Tensor, first: Tensor, second: Tensor, threshold: float) -> Bool[Tensor, "n m"]:

@@ -263,10 +263,17 @@ class SSDLite(DenseDetector):
         images: Float[Tensor, "batch channels height width"],
         sizes: Int[Tensor, "batch 2"] | None = None,
         *,
-        least: float | int = 0.02,
-        overlap: float | int = 0.45,
-        most: int = 200,
+        score_threshold: float | int = 0.02,
+        iou_threshold: float | int = 0.45,
+        max_detections: int = 200,
         candidates: int = 1000,
     ) -> list[Detections]:
         """What is in each image: see `DenseDetector.detect`, with SSD's thresholds."""
-        return super().detect(images, sizes, least=least, overlap=overlap, most=most, candidates=candidates)
+        return super().detect(
+            images,
+            sizes,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+            candidates=candidates,
+        )

@@ -332,9 +332,9 @@ class FasterRCNN(nn.Module):
         images: Float[Tensor, "batch channels height width"],
         sizes: Int[Tensor, "batch 2"] | None = None,
         *,
-        least: float | int = 0.05,
-        overlap: float | int = 0.5,
-        most: int = 100,
+        score_threshold: float | int = 0.05,
+        iou_threshold: float | int = 0.5,
+        max_detections: int = 100,
     ) -> list[Detections]:
         """What is in each image; the arguments are those of `DenseDetector.detect`."""
         levels = self.levels(images)
@@ -347,7 +347,13 @@ class FasterRCNN(nn.Module):
         labels = torch.arange(self.num_classes, device=images.device).expand(scores.shape[1:]).flatten()
         return [
             select(
-                boxes[i].flatten(0, 1), scores[i].flatten(), labels, sizes[i], least=least, overlap=overlap, most=most
+                boxes[i].flatten(0, 1),
+                scores[i].flatten(),
+                labels,
+                sizes[i],
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
             )
             for i in range(len(images))
         ]
@@ -365,7 +371,7 @@ def sample(assigned: Int[Tensor, "batch places"], count: int, share: float) -> I
 
 
 def _random_few(
-    members: Bool[Tensor, "batch places"], noise: Tensor, most: Int[Tensor, "batch 1"]
+    members: Bool[Tensor, "batch places"], noise: Tensor, count: Int[Tensor, "batch 1"]
 ) -> Bool[Tensor, "batch places"]:
     rank = noise.masked_fill(~members, 2.0).argsort(dim=1).argsort(dim=1)
-    return members & (rank < most)
+    return members & (rank < count)

@@ -269,7 +269,7 @@ class LayersAlone:
                 "dummy_baseline": TASK.dummy_baseline(data),
             }
 
-        return run.trials("layers alone", one, lr=self.rate, **self.study.question(run, "gaam"))
+        return run.trials("layers alone", one, lr=self.rate, **self.study.trial_setting(run, "gaam"))
 
     def measure(self, run: Run, which: str) -> Measurement:
         """The rank correlation of each seed, and a table of layers."""

@@ -41,7 +41,7 @@ def draw(model: nn.Module, x: Float[Tensor, "1 channels height width"], meta: di
     # Corners of pixels are whole numbers in boxes and points, as in the detector, and not halves.
     axes.imshow((x[0].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
     with torch.no_grad():
-        keys, found = keys_of(model, x), detector.detect(x, least=0.3)[0]
+        keys, found = keys_of(model, x), detector.detect(x, score_threshold=0.3)[0]
     for left, top, right, bottom in found.boxes.tolist():
         axes.add_patch(
             Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white", linestyle="--")
