@@ -495,15 +495,21 @@ EXPORTED = {
     "audio-classification",
     "layer-stacks",
 }
-QUICK = (
+QUICK = (  # one preset of every model family
     "bevanet_tiny",
+    "bvr_retinanet_tiny",
+    "craft_small",
     "eca_resnet20",
+    "emov2_small",
     "gaam_small",
     "hedgehog_vit",
+    "l2vit_mini",
     "moh_vit_digits",
     "nprf_vit_tiny",
+    "res_vmamba_mini",
     "residual_mlp",
     "shvit_small",
+    "terminator_mini",
 )
 
 
@@ -514,6 +520,14 @@ def presets():
             if card.work_of(preset) in EXPORTED and preset.name != "bevanet_tiny":
                 marks = () if preset.name in QUICK else pytest.mark.exhaustive
                 yield pytest.param(card.slug, preset.name, marks=marks, id=preset.name)
+
+
+def test_one_preset_of_every_model_family_is_exported_in_the_suite():
+    exported = {
+        card.slug for card in catalog.cards().values() if any(card.work_of(p) in EXPORTED for p in card.presets)
+    }
+    quick = {card.slug for card in catalog.cards().values() for p in card.presets if p.name in QUICK}
+    assert quick == exported
 
 
 def system_of(slug, name):
