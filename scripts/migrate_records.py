@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from provenn.evidence.record import SCHEMA_VERSION, Evidence, compact, write_atomically
+from provenn.core.files import write_atomically
+from provenn.evidence.record import SCHEMA_VERSION, Evidence, compact
 
 KEYS = {
     "occasions": "runs",

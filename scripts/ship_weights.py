@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from provenn import api, weights
 from provenn.catalog import WEIGHTS
+from provenn.inference import api
 from provenn.tasks import get_task
+from provenn.training import weights
 
 
 def ship(run: Path, half: bool) -> str:

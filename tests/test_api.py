@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import provenn
-from provenn import api, catalog, weights
-from provenn.errors import UserError
-from provenn.settings import arguments_of
+from provenn import catalog
+from provenn.core.errors import UserError
+from provenn.core.settings import arguments_of
+from provenn.inference import api
+from provenn.training import weights
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -38,7 +40,7 @@ def test_a_training_that_did_not_end_is_not_overwritten(tmp_path):
 
 
 def test_two_trainings_in_one_folder_are_refused_and_name_who_was_first(tmp_path):
-    from provenn.reproduce import LOCK, alone_in
+    from provenn.core.files import LOCK, alone_in
 
     folder = tmp_path / "run"
     with (
@@ -53,7 +55,7 @@ def test_two_trainings_in_one_folder_are_refused_and_name_who_was_first(tmp_path
 
 
 def test_a_training_that_another_process_is_at_is_not_called_broken_off(tmp_path):
-    from provenn.reproduce import alone_in
+    from provenn.core.files import alone_in
 
     (tmp_path / "last.ckpt").write_bytes(b"hours of work")
     with alone_in(tmp_path), pytest.raises(UserError, match="another process is writing"):
@@ -83,7 +85,7 @@ def test_a_value_that_nothing_can_be_built_with_is_named(monkeypatch, options, m
 
 
 def test_experiments_are_measured_from_python(tmp_path):
-    found = provenn.paper("tiny_gate").reproduce(experiments="parameters", out=tmp_path)
+    found = provenn.reproduce("tiny_gate", experiments="parameters", out=tmp_path)
     assert [(finding.experiment.id, str(finding.verdict)) for finding in found] == [("parameters", "reproduced")]
 
 
@@ -132,7 +134,7 @@ def test_inspecting_leaves_the_generator_alone(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 3, 5, 16])
 def test_an_inspection_draws_every_layer(count):
-    from provenn.inspection import Inspection
+    from provenn.inference.inspection import Inspection
 
     figure = Inspection("title", "caption", {f"layer{i}": torch.rand(4 + i) for i in range(count)}).picture()
     drawn = [axes for axes in figure.axes if axes.lines]

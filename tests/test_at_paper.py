@@ -12,9 +12,9 @@ import provenn
 from provenn import catalog
 from provenn.catalog import Card, Experiment, Figure
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.evidence import Verdict
-from provenn.reproduce import reproduce
+from provenn.experiments.reproduce import reproduce
 from provenn.testing.seeded import seeded_state
 
 
@@ -192,7 +192,7 @@ def authors(slug: str, preset: str, file, rename=lambda name: name, **options) -
 
 def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alone(data, tmp_path, monkeypatch):
     pytest.importorskip("pycocotools")
-    from provenn import at_paper
+    from provenn.experiments import at_paper
 
     miniature.write("coco-2017", data)
     overrides = {"size": 48, "val_share": 0.25}
@@ -226,7 +226,7 @@ def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alon
 @pytest.mark.parametrize(("experiment", "trainings"), [("coco_faster_rcnn", 1), ("coco_keys", 2)])
 def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, monkeypatch, experiment, trainings):
     pytest.importorskip("pycocotools")
-    from provenn import at_paper
+    from provenn.experiments import at_paper
     from provenn.papers.relationnet_pp import bridge
 
     monkeypatch.setattr(bridge, "POINTED", 3)  # of a hundred regions, which take a minute
@@ -289,7 +289,7 @@ def test_a_detector_starts_from_a_backbone_without_a_map_of_stride_4(data, tmp_p
 
 
 def test_a_segmenter_starts_from_the_authors_backbone_and_trains_all_of_it(data, tmp_path, monkeypatch):
-    from provenn import at_paper
+    from provenn.experiments import at_paper
 
     miniature.write("ade20k", data)
     with open("tests/golden/emov2.json") as file:
@@ -344,7 +344,7 @@ def test_masks_are_told_by_the_authors_weights(experiment, where, classes, file,
 
 def test_a_policy_plays_in_the_environment_that_the_registry_names(data, tmp_path, monkeypatch):
     pytest.importorskip("h5py")
-    from provenn import datasets
+    from provenn.catalog import datasets
 
     miniature.write("d4rl", data)
     entry = datasets.get("d4rl").model_copy(update={"options": {"hopper*": {"environment": "Pendulum-v1"}}})
@@ -458,7 +458,7 @@ def test_language_models_of_the_authors_complete_code(experiment, preset, data, 
 )
 def test_language_models_of_the_authors_are_tuned_and_write_summaries(experiment, preset, data, tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")
-    from provenn import at_paper
+    from provenn.experiments import at_paper
 
     miniature.write("qmsum", data)
     authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")

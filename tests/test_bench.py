@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from provenn.bench import Comparison, compare, count_parameters, flops, growth, interleaved, macs, peak_activation_bytes
+from provenn.core.cost import (
+    Comparison,
+    compare,
+    count_parameters,
+    flops,
+    growth,
+    interleaved,
+    macs,
+    peak_activation_bytes,
+)
 
 times = st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=40)
 
@@ -158,7 +167,7 @@ def test_compare_calls_the_two_in_turns():
 def test_a_quick_function_is_called_until_the_clock_can_see_it(monkeypatch):
     """Each call takes a tick of a clock of our own; a measurement lasts five."""
     clock = iter(range(10**6))
-    monkeypatch.setattr("provenn.bench.time.process_time", lambda: next(clock))
+    monkeypatch.setattr("provenn.core.cost.time.process_time", lambda: next(clock))
     calls: list[int] = []
     times = interleaved({"a": lambda: calls.append(next(clock))}, rounds=2, min_time=10.0)
     assert len(calls) == 1 + 5 + 5 and [round(t, 1) for t in times["a"]] == [1.2, 1.2]

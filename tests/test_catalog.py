@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from plugins import FIXTURES, install
-from provenn import api, catalog
+from provenn import catalog
 from provenn.cli import doctor, main
 from provenn.cli.app import of_the_paper
-from provenn.compare import comparison, host_for
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.experiments.compare import comparison, host_for
+from provenn.inference import api
 
 CARD = (FIXTURES / "tiny_gate" / "paper.toml").read_text()
 

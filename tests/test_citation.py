@@ -7,8 +7,8 @@ from datetime import date
 import pytest
 
 from provenn import catalog
-from provenn.citation import arxiv_number, bibtex
-from provenn.errors import UserError
+from provenn.catalog.citation import arxiv_number, bibtex
+from provenn.core.errors import UserError
 
 
 def parse(entry: str) -> tuple[str, dict[str, str]]:

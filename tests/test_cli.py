@@ -20,10 +20,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from provenn import api, catalog, datasets, progress
+from provenn import catalog
+from provenn.catalog import datasets
 from provenn.cli import app, main
-from provenn.errors import UserError
+from provenn.core import progress
+from provenn.core.errors import UserError
 from provenn.evidence.record import Evidence
+from provenn.inference import api
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -120,7 +123,7 @@ def props(here) -> Path:
     (here / "untitled.jsonl").write_text('{"body": "round and"}\n' * 30)
     (here / "broken.jsonl").write_text('{"text": "round and"}\n{"text": \n')
     (here / "file").touch()
-    from provenn import weights
+    from provenn.training import weights
 
     def labelled(
         name: str, preset: str, task: str, paper: str = "tiny_gate", state: dict | None = None, **more
@@ -860,7 +863,7 @@ def test_ctrl_c_in_a_measurement_says_how_to_go_on(third_party, here):
 
 
 def test_a_scheduler_that_ends_a_run_is_answered_like_ctrl_c(run, here, monkeypatch):
-    from provenn import reproduce
+    from provenn.experiments import reproduce
 
     def measured(*args, **kwargs):
         (here / "run" / "tiny_gate").mkdir(parents=True)
@@ -878,8 +881,8 @@ def test_a_scheduler_that_ends_a_run_is_answered_like_ctrl_c(run, here, monkeypa
 
 @pytest.mark.parametrize("kept", ["evidence.json", "ledger.json", None])
 def test_whatever_ends_a_measurement_says_whether_there_is_something_to_go_on_with(run, here, monkeypatch, kept):
-    from provenn import reproduce
-    from provenn.files import Unwritable
+    from provenn.core.files import Unwritable
+    from provenn.experiments import reproduce
 
     def ended(error):
         def measured(*args, **kwargs):

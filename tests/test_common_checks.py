@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.catalog import Card, cards, read_card
-from provenn.slots import SLOTS
+from provenn.catalog.slots import SLOTS
 from provenn.testing import CHECKS, FailedCheck, check_mechanism, check_paper, checks_of
 
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provenn.bench import count_parameters
 from provenn.catalog import cards
-from provenn.compare import COSTS, HOSTS, Candidate, SlotComparison, compare, host_for
-from provenn.compare.language import settled
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters
+from provenn.core.errors import UserError
 from provenn.evidence import Study
 from provenn.evidence.study import TUNING_SEED
+from provenn.experiments.compare import COSTS, HOSTS, Candidate, SlotComparison, compare, host_for
+from provenn.experiments.compare.language import settled
 from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.nn.resnet import resnet20
 from provenn.tasks import get_task

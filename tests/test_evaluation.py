@@ -12,14 +12,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import provenn
-from provenn import api, catalog, evaluation, weights
+from provenn import catalog
 from provenn.cli import main
-from provenn.errors import UserError
-from provenn.evaluation import evaluate
+from provenn.core.errors import UserError
 from provenn.evidence.interval import resampled, student
+from provenn.inference import api, evaluation
+from provenn.inference.evaluation import evaluate
 from provenn.tasks import get_task
 from provenn.tasks.base import HeldOut
 from provenn.tasks.discovery import SHARED
+from provenn.training import weights
 
 RNG = np.random.default_rng(5)
 

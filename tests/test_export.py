@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from provenn import api, catalog, export, weights
+from provenn import catalog
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.inference import api
+from provenn.inference import onnx as export
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.detection import FCOS, RetinaNet, SSDLite
 from provenn.nn.resnet import BasicBlock, ResNet
@@ -34,6 +36,7 @@ from provenn.tasks.base import HeldOut
 from provenn.tasks.portable import draw_images
 from provenn.testing import seeded_state
 from provenn.testing.common import unchecked
+from provenn.training import weights
 
 
 @pytest.fixture(autouse=True)

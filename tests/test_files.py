@@ -23,12 +23,12 @@ from PIL import Image
 from torch import nn
 
 import provenn
-from provenn import cli, weights
+from provenn import cli
+from provenn.core.files import Unwritable, atomic_write, check_no_input, check_output, save_figure, write_atomically
 from provenn.data.images import Picture, write_image
 from provenn.data.tables import write_table
 from provenn.data.text import written
-from provenn.evidence.record import write_atomically
-from provenn.files import Unwritable, atomic_write, check_no_input, check_output, save_figure
+from provenn.training import weights
 from provenn.training.checkpoints import CHECKPOINT, PREVIOUS, begun, checkpoint_writer, newest, read
 
 resource = pytest.importorskip("resource")  # limits of a process, which Windows has none of
@@ -161,7 +161,7 @@ WRITES = {
 WITHIN = {"atomic_write", "written"}
 ELSEWHERE = {
     # Calls of our own methods, which write through `atomic_write`.
-    "api.py:train": "weights.save",
+    "inference/api.py:train": "weights.save",
     "cli/measure.py:_own": "wanted.save",
     "cli/measure.py:_latency": "told.save",
     "cli/measure.py:compare": "result.save",
@@ -174,14 +174,14 @@ ELSEWHERE = {
     "evidence/record.py:read_or_set_aside": "a damaged record gets another name",
     "evidence/report.py:svg": "to memory",
     "evidence/run.py:picture": "to memory",
-    "export.py:_write": "to the place that portable_system and step have of `atomic_write`",
-    "export.py:quantize": "to a temporary folder, and to the place that portable_system has of `atomic_write`",
-    "files.py:_write_through": "the function itself",
-    "files.py:atomic_write": "the function itself",
-    "latency.py:_onnx": "to a temporary folder",
+    "inference/onnx.py:_write": "to the place that portable_system and step have of `atomic_write`",
+    "inference/onnx.py:quantize": "to a temporary folder, and to the place that portable_system has of `atomic_write`",
+    "core/files.py:_write_through": "the function itself",
+    "core/files.py:atomic_write": "the function itself",
+    "experiments/latency.py:_onnx": "to a temporary folder",
     "papers/emov2/studies.py:saved_bytes": "to memory",
-    "reproduce.py:_measure": "a log grows by lines",
-    "reproduce.py:alone_in": "a lock says who holds it",
+    "experiments/reproduce.py:_measure": "a log grows by lines",
+    "core/files.py:alone_in": "a lock says who holds it",
     "testing/common.py:_load_safetensors": "to a temporary folder",
     "web/demos.py:_keep_files": "from a worker's own folder to the server's",
     "web/demos.py:_try": "to a worker's own folder",

@@ -14,11 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from provenn import api, catalog, weights
+from provenn import catalog
 from provenn.cli import main
-from provenn.errors import UserError
-from provenn.evaluation import Evaluation
-from provenn.finite import check_answer, finite_outputs, is_finite
+from provenn.core.errors import UserError
+from provenn.core.finite import check_answer, finite_outputs, is_finite
+from provenn.inference import api
+from provenn.inference.evaluation import Evaluation
+from provenn.training import weights
 from provenn.web import worker
 
 SHIPPED = [(slug, preset) for slug, card in catalog.cards().items() for preset in card.shipped]

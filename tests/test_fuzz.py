@@ -19,14 +19,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from plugins import FIXTURES
-from provenn import api, catalog, weights
+from provenn import catalog
+from provenn.core.errors import UserError
 from provenn.data import images, series, tables, text, trajectories
 from provenn.data.events import read_histories
-from provenn.errors import UserError
 from provenn.evidence.record import Evidence, Ledger, read_or_set_aside
+from provenn.inference import api
 from provenn.tasks import get_task, translation
 from provenn.tasks.discovery import SHARED
-from provenn.training import checkpoints
+from provenn.training import checkpoints, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what is said of a file's holes and encoding
 EXAMPLES = settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)

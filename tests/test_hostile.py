@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from provenn.core.errors import UserError
 from provenn.data import audio, graphs, images, sentences, series, tables
 from provenn.data.class_folders import given_splits
 from provenn.data.events import read_histories
-from provenn.errors import UserError
 from test_fuzz import READERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what is said of holes and encodings

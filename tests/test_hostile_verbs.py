@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from provenn import weights
 from provenn.cli import main
 from provenn.cli.app import LONGEST_ERROR
+from provenn.training import weights
 
 SECONDS = 60  # of one command line; none takes more than a few
 LONG, DIGITS = "9" * 5000, "9" * 20

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import provenn
-from provenn.errors import UserError
-from provenn.inputs import check_file, encoding_of, parse_json, read_bytes, read_text
+from provenn.core.errors import UserError
+from provenn.core.inputs import check_file, encoding_of, parse_json, read_bytes, read_text
 from test_fuzz import READERS
 
 ROOT = Path(provenn.__file__).parent

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from provenn import bench, latency
 from provenn.cli.measure import _forms
-from provenn.errors import UserError
+from provenn.core import cost
+from provenn.core.errors import UserError
+from provenn.experiments import latency
 
 
 def tiny(width: int = 2) -> nn.Module:
@@ -63,7 +64,7 @@ def test_each_form_is_timed_beside_the_reference_and_trouble_costs_no_other(tmp_
 def test_more_threads_are_timed_by_the_wall_and_told_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(latency, "_onnx", latency._eager)
     seen = []
-    monkeypatch.setattr(bench.time, "process_time", lambda: seen.append("cpu") or 0.0)
+    monkeypatch.setattr(cost.time, "process_time", lambda: seen.append("cpu") or 0.0)
     result = latency.measure({"one": tiny}, size=8, batches=[1], threads=[2], rounds=1)
     assert not seen and "wall clock" in result.tables[0].caption
     assert result.latencies[0].interval is None  # one round tells none

@@ -11,13 +11,15 @@ import torch
 
 import provenn
 from plugins import FIXTURES, importable, install
-from provenn import catalog, progress, tasks, weights
+from provenn import catalog, tasks
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core import progress
+from provenn.core.errors import UserError
 from provenn.evidence import Evidence, Verdict, view
 from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
 from provenn.testing import FailedCheck, check_paper
 from provenn.testing.checks import checks_of
+from provenn.training import weights
 
 pytestmark = pytest.mark.usefixtures("pair_rating")
 ROWS = "left_1,left_2,left_3,left_4,right_1,right_2,right_3\n1,0,0,0,1,0,0\n1,0,0,0,-1,0,0\n"
@@ -88,7 +90,7 @@ def test_it_predicts_both_heads(run, trained, tmp_path):
 
 def test_it_is_exported_by_its_task(trained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    provenn.api.export("pair_rating", trained, tmp_path / "out.onnx")
+    provenn.inference.api.export("pair_rating", trained, tmp_path / "out.onnx")
     model = provenn.paper("pair_rating").load(trained)[0]
     parts = {"left": torch.randn(5, 4), "right": torch.randn(5, 3)}
     session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"))

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from provenn import progress
+from provenn.core import progress
 
 
 def work() -> list[int]:

@@ -7,8 +7,8 @@ import pytest
 
 from provenn.cli import main
 from provenn.cli.work import pairs
-from provenn.errors import UserError
-from provenn.settings import typed
+from provenn.core.errors import UserError
+from provenn.core.settings import typed
 from provenn.training.recipes import recipe_of
 
 LONG = "9" * 20

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import provenn
-from provenn import weights
-from provenn.api import train
 from provenn.catalog import cards, read_card
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.inference.api import train
 from provenn.testing import FailedCheck, checks_of
+from provenn.training import weights
 
 # That each file keeps its metric, tests/test_common_checks.py asks.
 SHIPPED = [(slug, preset) for slug, card in cards().items() for preset in card.shipped]

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from provenn.errors import UserError
-from provenn.slots import SLOTS, Slot, slot
+from provenn.catalog.slots import SLOTS, Slot, slot
+from provenn.core.errors import UserError
 
 
 def test_the_table_reads_without_torch():
-    script = "import sys, provenn; provenn.slots.SLOTS; assert 'torch' not in sys.modules"
+    script = "import sys, provenn; provenn.catalog.slots.SLOTS; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 

@@ -17,8 +17,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from provenn.bench import count_parameters
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters
+from provenn.core.errors import UserError
 from provenn.surgery import insert_after, remove, swap
 
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from provenn import weights
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.training import weights
 
 LABEL = weights.Label(
     "aaren", "classifier", "series-classification", {"channels": 2}, {"classes": ["a", "ß"], "mean": [0.1, 1e-9]}, "0.1"

@@ -15,13 +15,14 @@ import pytest
 
 import provenn
 from plugins import FIXTURES, install
-from provenn import catalog, workers
+from provenn import catalog
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.evidence import Run
 from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
 from provenn.evidence.run import Waiting
-from provenn.reproduce import reproduce, reproduce_many
+from provenn.experiments import workers
+from provenn.experiments.reproduce import reproduce, reproduce_many
 
 # The workers know this package's modules, and not those of its tests.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -11,29 +11,44 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from provenn import bench, export, papers, slots, surgery, testing
-    from provenn.api import evaluate, from_official, inspect, paper, predict, train
+    from provenn import papers, surgery, testing
+    from provenn.catalog import slots
+    from provenn.core import cost
+    from provenn.experiments.reproduce import reproduce
+    from provenn.inference import onnx
+    from provenn.inference.api import evaluate, export, from_official, inspect, paper, predict, train
     from provenn.nn.fusion import fuse
     from provenn.surgery import insert_after, swap
 
+_API = ("evaluate", "export", "from_official", "inspect", "paper", "predict", "train")
 _HOMES = {
-    **dict.fromkeys(("evaluate", "from_official", "inspect", "paper", "predict", "train"), "provenn.api"),
+    **dict.fromkeys(_API, "provenn.inference.api"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
     "fuse": "provenn.nn.fusion",
+    "reproduce": "provenn.experiments.reproduce",
 }
-_MODULES = ("bench", "export", "papers", "slots", "surgery", "testing")
+_MODULES = {
+    "cost": "provenn.core.cost",
+    "onnx": "provenn.inference.onnx",
+    "papers": "provenn.papers",
+    "slots": "provenn.catalog.slots",
+    "surgery": "provenn.surgery",
+    "testing": "provenn.testing",
+}
 __all__ = [
     "__version__",
-    "bench",
+    "cost",
     "evaluate",
     "export",
     "from_official",
     "fuse",
     "insert_after",
     "inspect",
+    "onnx",
     "paper",
     "papers",
     "predict",
+    "reproduce",
     "slots",
     "surgery",
     "swap",
@@ -45,7 +60,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import on first use: `import provenn` alone imports no torch."""
     if name in _MODULES:
-        return importlib.import_module(f"provenn.{name}")
+        return importlib.import_module(_MODULES[name])
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'provenn' has no attribute {name!r}")

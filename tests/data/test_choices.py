@@ -3,8 +3,8 @@
 import pytest
 
 import miniature
+from provenn.core.errors import UserError
 from provenn.data.choices import FORMS, read_questions
-from provenn.errors import UserError
 
 # The first question of each set: what stands before its first choice, that choice, how many there are, which is right.
 FIRST = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from provenn.core.errors import UserError
 from provenn.data.coco import find_coco, read_coco
 from provenn.data.scenes import BACKGROUNDS, COUNTS, SHARES, SIZE, _stock, scenes
-from provenn.errors import UserError
 
 
 def write(folder, name="a.json", images=None, annotations=None, categories=None):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from provenn.core.errors import UserError
 from provenn.data.events import PROCESSES, Hawkes, read_histories
-from provenn.errors import UserError
 
 
 @pytest.mark.parametrize("name", PROCESSES)

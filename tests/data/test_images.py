@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from provenn.core.errors import UserError
 from provenn.data.images import Picture, images_in, read_image, size_of, write_image
 from provenn.data.photographs import NAMES, Photographs, photograph
-from provenn.errors import UserError
 
 
 def noise(channels: int, deep: bool) -> Picture:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from provenn.core.errors import UserError
 from provenn.data.brain import HEIGHTS
 from provenn.data.masks import (
     CAMVID,
@@ -20,7 +21,6 @@ from provenn.data.masks import (
     write_mask,
 )
 from provenn.data.mosaics import BANDS, mosaic
-from provenn.errors import UserError
 
 NUMBERS = np.array([[0, 1, 2], [2, 255, 0]], np.uint8)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from provenn.core.errors import UserError
 from provenn.data import patches
 from provenn.data.patches import BANDS, SOURCES, photo_patches
-from provenn.errors import UserError
 from provenn.tasks import get_task
 
 TASK = get_task("image-classification")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import miniature
+from provenn.core.errors import UserError
 from provenn.data.prompts import edit_similarity, read_prompts, share_named
 from provenn.data.text import Bytes
-from provenn.errors import UserError
 from provenn.tasks import get_task
 from provenn.tasks.prompted import UNTOLD, Answers, Written
 

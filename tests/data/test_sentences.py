@@ -5,8 +5,8 @@ import textwrap
 import pytest
 
 import miniature
+from provenn.core.errors import UserError
 from provenn.data.sentences import docstrings, read_sentences
-from provenn.errors import UserError
 
 SAME, OTHER = "the cat sat on a mat", "which was good"
 # What each task's first training example is, and by what it is judged.

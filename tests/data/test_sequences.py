@@ -6,8 +6,8 @@ import torch
 
 import miniature
 import provenn
+from provenn.core.errors import UserError
 from provenn.data.sequences import read_corpus
-from provenn.errors import UserError
 from provenn.tasks import get_task
 
 TASK = get_task("series-classification")

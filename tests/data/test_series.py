@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from provenn.core.errors import UserError
 from provenn.data.series import bundled, read_series
-from provenn.errors import UserError
 
 
 @pytest.mark.parametrize("stem", ["JapaneseVowels", "BasicMotions", "GunPoint"])

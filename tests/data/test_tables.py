@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from provenn.core.errors import UserError
 from provenn.data import frames
 from provenn.data.tables import Style, check_table, read_table, write_table
-from provenn.errors import UserError
 
 
 def test_round_trip(tmp_path):

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from provenn.core.errors import UserError
 from provenn.data.text import (
     BytePairs,
     Bytes,
@@ -16,7 +17,6 @@ from provenn.data.text import (
     standard_library,
     written,
 )
-from provenn.errors import UserError
 
 TEXTS = [Document(f"{i}.txt", f"text {i}: naïve café, the the the theatre\n" * 20) for i in range(40)]
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from provenn.core.errors import UserError
 from provenn.data.trajectories import SCRIPTS, collect, make_environment, read_trajectories
-from provenn.errors import UserError
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -4,8 +4,8 @@ from types import ModuleType
 
 import pytest
 
-from provenn.bench import Comparison
-from provenn.errors import UserError
+from provenn.core.cost import Comparison
+from provenn.core.errors import UserError
 from provenn.evidence import Benchmark, Timing
 from provenn.evidence.benchmark import Speed, benchmarks, time_benchmarks
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from provenn import progress
+from provenn.core import progress
 from provenn.evidence.checksum import checksum
 from provenn.training import fit
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provenn.catalog import Experiment, Figure, Region
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.core.files import write_atomically
 from provenn.evidence import Evidence, Measurement, Picture, Record, Series, Skill, Table, Verdict
 from provenn.evidence.measurement import MOST_POINTS
 from provenn.evidence.record import (
@@ -22,7 +23,6 @@ from provenn.evidence.record import (
     compact,
     plain,
     read_or_set_aside,
-    write_atomically,
 )
 
 HERE = Environment(provenn="0", torch="2", python="3", device="cpu: x", threads=1, system="Linux")

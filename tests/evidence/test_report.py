@@ -13,7 +13,7 @@ from provenn.catalog import Experiment
 from provenn.evidence import Evidence, Measurement, Record, Run, Series, Table, Verdict, report, view
 from provenn.evidence.claim import Standing
 from provenn.evidence.record import EVIDENCE, PICTURES, Environment, RecordedRun
-from provenn.reproduce import choose_seeds
+from provenn.experiments.reproduce import choose_seeds
 
 HERE = Environment(provenn="0", torch="2", python="3", device="cpu: x", threads=1, system="Linux")
 VOID = {"meta", "link", "img", "br", "hr", "input"}

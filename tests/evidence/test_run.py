@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from provenn import catalog
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.core.files import alone_in
 from provenn.evidence import Evidence, Record, Run, Verdict
 from provenn.evidence.record import EVIDENCE, LEDGER, SCHEMA_VERSION, Ledger
-from provenn.reproduce import alone_in, reproduce
+from provenn.experiments.reproduce import reproduce
 
 
 def ended(run: Path) -> set[tuple[str, int]]:
@@ -187,7 +188,7 @@ def verdicts(findings) -> dict[str, str]:
 
 def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_path, monkeypatch):
     drawn = []
-    module = sys.modules["provenn.reproduce"]
+    module = sys.modules["provenn.experiments.reproduce"]
     measured = module._function
 
     def drawing(*key):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from provenn.catalog import Experiment, Region
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.evidence import Run, Study, Verdict, decide
 from provenn.evidence.experiment import parameters_of, with_overrides
 from provenn.evidence.record import LEDGER, Ledger

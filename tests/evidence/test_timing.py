@@ -1,8 +1,8 @@
 import pytest
 
-from provenn import bench
 from provenn.catalog import Experiment, Region
-from provenn.errors import UserError
+from provenn.core import cost
+from provenn.core.errors import UserError
 from provenn.evidence import Run, Timing, decide
 from provenn.evidence.experiment import parameters_of, with_overrides
 from provenn.evidence.record import LEDGER, Ledger
@@ -74,7 +74,7 @@ def test_few_rounds_are_refused_for_no_interval_of_theirs_has_95_percent():
         Timing("clock", {}, sizes=(1,), rounds=5)
     for rounds in range(FEWEST_ROUNDS, 30):
         times = [float(i + 1) for i in range(rounds)]
-        assert bench.Comparison.of(times, [1.0] * rounds).confidence >= 0.95
+        assert cost.Comparison.of(times, [1.0] * rounds).confidence >= 0.95
 
 
 @pytest.mark.parametrize("rounds, confidence", [(3, 0.75), (5, 0.9375)])

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.distributed import ContextParallel, simulate
 from provenn.huggingface.context import context_parallel
-from provenn.nn.context_parallel import ContextParallel, simulate
 
 SIZES = {
     "vocab_size": 31,

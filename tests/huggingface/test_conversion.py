@@ -30,7 +30,7 @@ from transformers import (
 
 from provenn import huggingface
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import Text, attentions, conversion_of, convert, perplexity, recover, revert, tune
 from provenn.papers.hedgehog.convert import StateCache, distil, report, teaching
 from provenn.testing import seeded_array, seeded_state

@@ -25,7 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import (
     FAMILIES,
     StateCache,

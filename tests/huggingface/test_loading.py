@@ -34,7 +34,7 @@ from transformers import (
 
 from provenn import huggingface
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import Source, Text, load
 from provenn.huggingface.tuning import Spans
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from provenn import swap
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import MixerAttention, StateCache, StateLayer, as_attention
 from provenn.huggingface.mixers import padding_of
 from provenn.papers.rat import RATMixer

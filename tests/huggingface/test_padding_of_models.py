@@ -27,7 +27,7 @@ from transformers import BertForMaskedLM as BertLM
 
 from provenn import catalog, swap
 from provenn.catalog import mechanisms_of
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import as_attention, conversion_of, convert
 from provenn.huggingface.families import family_of
 from provenn.huggingface.mixers import padding_of

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from provenn import insert_after, swap
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import Source, as_attention, convert, load_model, revert
 from provenn.papers.rat import RATMixer
 from provenn.surgery import remove

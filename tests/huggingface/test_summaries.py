@@ -8,7 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from provenn.errors import UserError  # noqa: E402
+from provenn.core.errors import UserError  # noqa: E402
 from provenn.huggingface import Summaries, convert  # noqa: E402
 
 WORDS = ["Summarize", "this", "dialog", ":", "---", "Summary", "Anna", "Ben", "Dora", "hello", "hi", "meets", "."]

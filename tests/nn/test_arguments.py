@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from provenn import catalog
-from provenn.slots import SLOTS
+from provenn.catalog.slots import SLOTS
 
 MECHANISMS = [(card, mechanism) for card in catalog.cards().values() for mechanism in card.mechanisms]
 NAMES = [f"{card.slug}:{mechanism.name}" for card, mechanism in MECHANISMS]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.bench import flops
+from provenn.core.cost import flops
 from provenn.nn.channel_gates import CBAM, SqueezeExcitation, record_gates, spatial_mean
 
 

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.auxiliary import add_auxiliary, collect_auxiliary
 from provenn.nn.language import CausalLM, Encoder, SwiGLU, sample

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.compare.hosts import Sum
+from provenn.experiments.compare.hosts import Sum
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.hosts import ResidualHost, SeriesHost
 

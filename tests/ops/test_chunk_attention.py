@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted_triton import interpreted, no_cuda_device
 
-from provenn.bench import flops
+from provenn.core.cost import flops
 from provenn.ops import chunk_attention as package
 from provenn.ops.chunk_attention import Earlier, chunk_attention, joint_softmax, merged_attention
 

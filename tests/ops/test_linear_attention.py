@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted_triton import interpreted, no_cuda_device
 
-from provenn.bench import flops, growth
+from provenn.core.cost import flops, growth
 from provenn.ops import linear_attention as package
 from provenn.ops.linear_attention import (
     LinearState,

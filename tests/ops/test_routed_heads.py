@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from provenn.bench import flops
+from provenn.core.cost import flops
 from provenn.ops.routed_heads import (
     dense_masked_attention,
     gathering_pays,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provenn.bench import peak_activation_bytes
+from provenn.core.cost import peak_activation_bytes
 from provenn.ops.toeplitz import (
     dense_matmul,
     dense_matrix,

@@ -13,9 +13,9 @@ from streams import fold
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from provenn.bench import count_parameters, flops, growth
 from provenn.catalog import Experiment
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters, flops, growth
+from provenn.core.errors import UserError
 from provenn.evidence import Run
 from provenn.evidence.verdict import decide
 from provenn.nn.attention import SoftmaxAttention

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import provenn
 from provenn.catalog import cards
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.backbone import check_backbone
 from provenn.papers.bevanet import (
     BGAF,
@@ -130,7 +130,7 @@ def test_logits_are_an_eighth_of_the_image(size):
 
 
 def test_cost_grows_with_area():
-    from provenn.bench import macs
+    from provenn.core.cost import macs
 
     with torch.device("meta"):
         model = BEVANet(5, **{**TINY, "pooling": "dappm"}).eval()

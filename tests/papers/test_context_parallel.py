@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provenn.bench import growth, peak_activation_bytes
-from provenn.errors import UserError
-from provenn.nn.context_parallel import (
+from provenn.core.cost import growth, peak_activation_bytes
+from provenn.core.errors import UserError
+from provenn.distributed import (
     LAYOUTS,
     METHODS,
     Communicator,
@@ -29,10 +29,10 @@ from provenn.nn.context_parallel import (
     register,
     simulate,
 )
-from provenn.nn.context_parallel import slices as slices_module
-from provenn.nn.context_parallel.communicator import Transport
-from provenn.nn.context_parallel.methods import Ring, windows_of
-from provenn.nn.context_parallel.slices import attend, attend_backward
+from provenn.distributed import slices as slices_module
+from provenn.distributed.communicator import Transport
+from provenn.distributed.methods import Ring, windows_of
+from provenn.distributed.slices import attend, attend_backward
 from provenn.papers.long_context_bench.context_parallel import (
     Heads,
     Machine,

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from provenn.errors import RankLost, UserError
-from provenn.nn.context_parallel import (
+from provenn.core.errors import RankLost, UserError
+from provenn.distributed import (
     Pattern,
     Simulation,
     Spread,

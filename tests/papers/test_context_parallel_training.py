@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from provenn.errors import RankLost, UserError
+from provenn.core.errors import RankLost, UserError
+from provenn.distributed import ContextParallel, simulate, switch_on
 from provenn.nn.attention import SoftmaxAttention
-from provenn.nn.context_parallel import ContextParallel, simulate, switch_on
 from provenn.nn.language import CausalLM, Encoder, spread_over
 from provenn.papers.long_context_bench.context_parallel import launch
 from provenn.tasks import get_task

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, max_pool2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from provenn.core.errors import UserError
 from provenn.data.resize import bicubic
-from provenn.errors import UserError
 from provenn.evidence import Run
 from provenn.nn.padding import PadToMultiple
 from provenn.papers import craft

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 import provenn
-from provenn import bench
 from provenn.cli import main
+from provenn.core import cost
 from provenn.nn.fusion import fuse
 from provenn.nn.segmentation import HEADS
 from provenn.papers.emov2 import (
@@ -318,7 +318,7 @@ def on_meta(build, **options) -> nn.Module:
 
 
 def macs(network: nn.Module, side: int) -> float:
-    return bench.macs(lambda: network(torch.empty(1, 3, side, side, device="meta")))
+    return cost.macs(lambda: network(torch.empty(1, 3, side, side, device="meta")))
 
 
 def norm_operations(network: nn.Module, side: int) -> int:
@@ -352,16 +352,16 @@ def norm_operations(network: nn.Module, side: int) -> int:
 )
 def test_published_counts(build, variant, total, flops):
     network = on_meta(build, variant=variant)
-    assert bench.count_parameters(network) == total
+    assert cost.count_parameters(network) == total
     assert (macs(network, 224) + norm_operations(network, 224)) / 1e6 == pytest.approx(flops, abs=0.06)
 
 
 def test_parameters_of_the_5m_stages():
     network = on_meta(emov2, variant="5m")
-    assert bench.count_parameters(network.stem) == 1_560
-    assert [bench.count_parameters(s) for s in network.stages] == [33_792, 117_528, 2_347_824, 2_336_160]
-    assert bench.count_parameters(network.stages[2][1]) == 274_720
-    assert bench.count_parameters(network.stages[2][1].operator) == 154_560
+    assert cost.count_parameters(network.stem) == 1_560
+    assert [cost.count_parameters(s) for s in network.stages] == [33_792, 117_528, 2_347_824, 2_336_160]
+    assert cost.count_parameters(network.stages[2][1]) == 274_720
+    assert cost.count_parameters(network.stages[2][1].operator) == 154_560
 
 
 def test_cost_grows_with_the_area():
@@ -394,7 +394,7 @@ def test_window_follows_the_image_size():
     ],
 )
 def test_published_ablations_can_be_built(options, published):
-    total = bench.count_parameters(on_meta(emov2, variant="5m", **options)) / 1e6
+    total = cost.count_parameters(on_meta(emov2, variant="5m", **options)) / 1e6
     assert total == pytest.approx(published, abs=0.1)
 
 
@@ -461,14 +461,14 @@ def test_segmentation_heads_fit(head):
 
 @pytest.mark.parametrize("variant, millions", [("1m", 10.5), ("2m", 11.5), ("5m", 14.4), ("20m", 29.8)])
 def test_parameters_of_the_detectors(variant, millions):
-    total = bench.count_parameters(on_meta(emov2_retinanet, variant=variant))
+    total = cost.count_parameters(on_meta(emov2_retinanet, variant=variant))
     assert int(total / 1e5) == round(10 * millions)
 
 
 @pytest.mark.parametrize("variant, millions", [("1m", 2.4), ("2m", 3.3), ("5m", 6.0), ("20m", 21.2)])
 def test_parameters_of_ssdlite_are_those_printed(variant, millions):
     """Cut off after a decimal, as the authors' other counts are."""
-    total = bench.count_parameters(on_meta(emov2_ssdlite, variant=variant))
+    total = cost.count_parameters(on_meta(emov2_ssdlite, variant=variant))
     assert int(total / 1e5) == round(10 * millions)
 
 
@@ -478,7 +478,7 @@ def test_parameters_of_ssdlite_are_those_printed(variant, millions):
 )
 def test_parameters_of_the_segmenters(head, millions):
     for variant, printed in zip(("1m", "20m"), millions, strict=True):
-        total = bench.count_parameters(on_meta(emov2_segmenter, variant=variant, head=head))
+        total = cost.count_parameters(on_meta(emov2_segmenter, variant=variant, head=head))
         assert total / 1e6 == pytest.approx(printed, abs=0.11), (variant, total)
 
 
@@ -557,7 +557,7 @@ def test_flops_of_the_diffusion_models_are_those_printed(variant, giga):
         if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
             module.register_forward_hook(count)
     example = [torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)]
-    products = bench.macs(lambda: network(*(part.to("meta") for part in example)))
+    products = cost.macs(lambda: network(*(part.to("meta") for part in example)))
     assert round((products + total) / 1e9, 1) == giga
 
 
@@ -761,14 +761,14 @@ def test_target_needs_both_groupings():
 
 def test_networks_that_are_compared_are_what_they_are_called():
     counts = {
-        label: bench.count_parameters(studies.small_network(part, num_classes=16))
+        label: cost.count_parameters(studies.small_network(part, num_classes=16))
         for label, part in experiments.PATCHES.variants.values()
     }
     assert counts["remote"] == counts["close"] == counts["spanning"] == counts["spanning, γ = 1e-6"]
     assert abs(counts["depth-wise only, wider"] / counts["spanning"] - 1) < 0.02
     assert abs(counts["MobileNetV2 blocks"] / counts["spanning"] - 1) < 0.1
     fields = {
-        label: bench.count_parameters(studies.field_network(part))
+        label: cost.count_parameters(studies.field_network(part))
         for label, part in experiments.FIELDS.variants.values()
     }
     assert fields["remote"] == fields["close"] == fields["spanning"] < fields["close, two blocks"]

@@ -95,7 +95,7 @@ def test_exact_experiments_hold_but_those_that_are_known_not_to(slug: str, tmp_p
         if experiment.kind == "exact" and experiment.lacks is None
     ]
     if exact:
-        found = provenn.paper(slug).reproduce(experiments=exact, budget="small", out=tmp_path, device="cpu")
+        found = provenn.reproduce(slug, experiments=exact, budget="small", out=tmp_path, device="cpu")
         wrong = {each.experiment.id: each.reason for each in found if str(each.verdict) not in ("holds", "reproduced")}
         assert set(wrong) == FALSE.get(slug, set()), wrong
 
@@ -107,7 +107,7 @@ def test_other_experiments_take_their_paths(slug: str, tmp_path: Path) -> None:
         for experiment in cards()[slug].experiments
         if experiment.kind != "exact" and experiment.needs is None
     ]
-    found = provenn.paper(slug).reproduce(experiments=others, budget="smoke", seeds=1, out=tmp_path, device="cpu")
+    found = provenn.reproduce(slug, experiments=others, budget="smoke", seeds=1, out=tmp_path, device="cpu")
     assert [each.experiment.id for each in found] == others
     assert {str(each.verdict) for each in found} == {"not measured"}, "a smoke run gives no verdict"
     assert not {each.experiment.id: each.measurement.failed for each in found if each.measurement.failed}

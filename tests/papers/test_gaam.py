@@ -9,8 +9,8 @@ from scipy.io import wavfile
 from torch import nn
 from torch.nn import functional as F
 
+from provenn.core.errors import UserError
 from provenn.data.audio import read_sound, resample
-from provenn.errors import UserError
 from provenn.papers.gaam import (
     GQDAAM,
     AudioClassifier,
@@ -901,7 +901,7 @@ def test_a_decoder_of_stacks_runs_outside_of_python(tmp_path):
     pytest.importorskip("onnxruntime")
     import onnxruntime
 
-    from provenn.export import portable_system
+    from provenn.inference.onnx import portable_system
 
     model = gaam_small(num_classes=3, heads=3, hidden=4).eval()
     meta = {"mean": normal(6, 64).tolist(), "std": (1 + normal(6, 64).abs()).tolist()}

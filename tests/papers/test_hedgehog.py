@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
-from provenn.bench import count_parameters, flops, growth
+from provenn.core.cost import count_parameters, flops, growth
 from provenn.evidence import Run
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.feature_maps import FeatureMap

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import provenn
-from provenn import bench
+from provenn.core import cost
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.backbone import check_backbone
 from provenn.nn.fusion import fuse
@@ -284,13 +284,13 @@ COUNTS = [
 
 
 def macs(model, side):
-    return bench.macs(lambda: model(torch.empty(1, 3, side, side, device="meta")))
+    return cost.macs(lambda: model(torch.empty(1, 3, side, side, device="meta")))
 
 
 @pytest.mark.parametrize("build, parameters, side, published", COUNTS)
 def test_counts_of_the_released_models(build, parameters, side, published):
     model = on_meta(build)
-    assert bench.count_parameters(model) == parameters
+    assert cost.count_parameters(model) == parameters
     # Operations of norms and activations are counted too: see below.
     assert round(printed_operations(model, side) / 1e9, 1) == published
     assert {stage[1].attention.dim // stage[1].attention.heads for stage in model.stages} == {32}
@@ -307,7 +307,7 @@ def test_operations_as_the_authors_tool_counts_them(build, side, told):
 
 def test_parts_of_tiny_have_the_authors_parameters():
     model = on_meta(l2vit.l2vit_tiny)
-    count = bench.count_parameters
+    count = cost.count_parameters
     assert [count(stage) for stage in model.stages] == [236_547, 915_462, 10_801_188, 14_278_680]
     assert [count(embed) for embed in model.embeds] == [43_392, 74_112, 295_680, 1_181_184]
     assert count(model.norms) + count(model.head) == 770_536
@@ -364,7 +364,7 @@ def test_tiles_hold_less():
     def held(tile):
         model.tile = tile
         with torch.no_grad():
-            return bench.peak_activation_bytes(lambda: model(image))
+            return cost.peak_activation_bytes(lambda: model(image))
 
     assert held(64) < 0.5 * held(None)
 
@@ -435,10 +435,10 @@ def test_windows_that_leave_no_trace_are_told():
 
 
 def test_foreign_weights_are_refused():
-    with pytest.raises(provenn.errors.UserError, match="expected a state dict of L2ViT's Tiny, Small or Base"):
+    with pytest.raises(provenn.core.errors.UserError, match="expected a state dict of L2ViT's Tiny, Small or Base"):
         convert({"head.weight": torch.zeros(10, 4)})
     narrow = official_names(on_meta(l2vit.L2ViT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), heads=(2, 4, 8, 16)))
-    with pytest.raises(provenn.errors.UserError, match="the names, but not the sizes, of one of l2vit_tiny"):
+    with pytest.raises(provenn.core.errors.UserError, match="the names, but not the sizes, of one of l2vit_tiny"):
         convert(narrow)
 
 
@@ -479,7 +479,7 @@ def test_what_comes_from_nearby_is_told():
 def test_networks_that_are_compared_are_what_they_are_called():
     def counts(study, build, classes):
         options = {"num_classes": classes, "in_channels": 1}
-        return {a: bench.count_parameters(on_meta(build, part=p, **options)) for a, (_, p) in study.variants.items()}
+        return {a: cost.count_parameters(on_meta(build, part=p, **options)) for a, (_, p) in study.variants.items()}
 
     plain = counts(experiments.LCM, plain_network, 16)
     assert abs(plain["linear_wide"] / plain["linear_lcm"] - 1) < 0.01

@@ -10,9 +10,9 @@ import torch
 
 from provenn import catalog
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.distributed import simulate
 from provenn.evidence.measurement import lacks_memory, lacks_operation
-from provenn.nn.context_parallel import simulate
 from provenn.papers.long_context_bench import masks
 from provenn.papers.long_context_bench.bench import _lengths, sweep
 from provenn.papers.long_context_bench.context_parallel import bench as compare

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from plugins import importable, install
-from provenn.bench import growth, peak_activation_bytes
-from provenn.errors import UserError
+from provenn.core.cost import growth, peak_activation_bytes
+from provenn.core.errors import UserError
 from provenn.papers.long_context_bench import masks, sparse
 from provenn.papers.long_context_bench.kernels import Case, Unsupported, kernels, pick, reference
 from provenn.papers.long_context_bench.kernels.blockwise import Blockwise, attend_backward, attend_forward, plan

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.long_context_bench import documents
 from provenn.papers.long_context_bench.masks import KINDS, MASKS, Mask, NotRepresentable, Slice, from_slices, make_mask
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.language import CausalLM, probabilities, sample

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import provenn
-from provenn.bench import count_parameters, flops
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters, flops
+from provenn.core.errors import UserError
 from provenn.nn.attention import SoftmaxAttention, split_heads
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.diffusion import noise_loss, sample

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import attentions, convert, revert, tune
 from provenn.papers.moh import moh_small, watch_routing
 from provenn.papers.moh.convert import report

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from provenn.bench import count_parameters, flops
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters, flops
+from provenn.core.errors import UserError
 from provenn.evidence import Run
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM

@@ -16,9 +16,8 @@ from streams import fold
 from torch import nn
 
 import provenn
-from provenn import weights
-from provenn.bench import count_parameters, flops, growth
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters, flops, growth
+from provenn.core.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.nn.positions import rotate
@@ -57,6 +56,7 @@ from provenn.papers.rat.studies import (
     window,
 )
 from provenn.testing import seeded_state
+from provenn.training import weights
 
 MIXERS = {
     "rat": lambda dim=24, **options: RATMixer(dim, 4, **{"chunk": 4, **options}),

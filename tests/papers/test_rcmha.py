@@ -13,8 +13,8 @@ from streams import fold
 from torch import nn
 
 import provenn
-from provenn.bench import count_parameters
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters
+from provenn.core.errors import UserError
 from provenn.evidence import Run
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import StateCache, attentions, convert, revert
 from provenn.papers.rcmha import RelativeConvAttention
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from provenn.bench import count_parameters, macs
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters, macs
+from provenn.core.errors import UserError
 from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet, SSDLite, pad_batch
 from provenn.nn.detection.anchors import places_of, shapes_of
 from provenn.nn.detection.boxes import decode

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import provenn
-from provenn.bench import count_parameters, macs
-from provenn.compare.hosts import _backbones
+from provenn.core.cost import count_parameters, macs
+from provenn.experiments.compare.hosts import _backbones
 from provenn.nn.backbone import check_backbone
 from provenn.nn.detection import pad_batch
 from provenn.nn.fusion import fuse

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 
 import provenn
-from provenn.bench import count_parameters
-from provenn.errors import UserError
-from provenn.inspection import Inspection
+from provenn.core.cost import count_parameters
+from provenn.core.errors import UserError
+from provenn.inference.inspection import Inspection
 from provenn.nn.auxiliary import collect_auxiliary
 from provenn.nn.fusion import fuse
 from provenn.papers.terminator import (

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provenn.bench import count_parameters, flops, growth
 from provenn.cli import main
+from provenn.core.cost import count_parameters, flops, growth
 from provenn.evidence import Run, Study
 from provenn.nn.positions import rotate
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes

@@ -24,9 +24,9 @@ from transformers import (
 
 import provenn.huggingface
 from provenn import catalog
-from provenn.bench import count_parameters
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters
+from provenn.core.errors import UserError
 from provenn.huggingface import revert
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.graphs import shortest_paths

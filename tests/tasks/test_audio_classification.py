@@ -8,11 +8,13 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from provenn import api, catalog, evaluation, weights
+from provenn import catalog
+from provenn.core.errors import UserError
 from provenn.data.audio import FORMANTS, VOWEL_RATE, Frames, LogMel, draw_vowel, log_mel, mel_bank, read_sound, resample
-from provenn.errors import UserError
+from provenn.inference import api, evaluation
 from provenn.papers.gaam import AudioClassifier
 from provenn.tasks import get_task
+from provenn.training import weights
 
 TASK = get_task("audio-classification")
 SMALL = {"examples": 30, "test_examples": 20}
@@ -217,7 +219,7 @@ def test_a_classifier_of_sounds_runs_outside_of_python_at_any_length(tmp_path):
     pytest.importorskip("onnxruntime")
     import onnxruntime
 
-    from provenn.export import portable_system
+    from provenn.inference.onnx import portable_system
 
     data = TASK.load("vowels", mels=8, **SMALL)
     torch.manual_seed(0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from provenn.core.errors import UserError
 from provenn.data.events import PROCESSES
-from provenn.errors import UserError
 from provenn.tasks import get_task
 from provenn.tasks.event_forecasting import Histories
 from provenn.training import Recipe, fit

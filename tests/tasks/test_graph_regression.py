@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.sparse.csgraph import shortest_path
 
+from provenn.core.errors import UserError
 from provenn.data.graphs import draw_regular, draw_tree_with_rings, path_lengths, read_graphs
-from provenn.errors import UserError
 from provenn.papers.urpe import urpe_graph_tiny
 from provenn.tasks import get_task
 from provenn.tasks.graph_regression import hops_along, join

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from provenn import api
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.inference import api
 from provenn.tasks import get_task
 from provenn.tasks.image_classification import random_crop, shrink
 from provenn.training import Recipe, fit

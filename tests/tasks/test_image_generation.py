@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.diffusion import noise_schedule
 from provenn.tasks import get_task
 from provenn.training import Recipe, fit

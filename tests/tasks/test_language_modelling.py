@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.language import CausalLM
 from provenn.tasks import get_task
 from provenn.training import Recipe, fit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.nprf import nprf_encoder_tiny
 from provenn.tasks import get_task
 from provenn.tasks.recall import IGNORED

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from provenn.errors import UserError
-from provenn.evaluation import evaluate
+from provenn.core.errors import UserError
+from provenn.inference.evaluation import evaluate
 from provenn.nn.detection import Detections, RetinaNet
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.tasks import get_task

@@ -9,7 +9,7 @@ import miniature
 import provenn
 from provenn.data.choices import Question, Questions
 from provenn.data.text import Bytes
-from provenn.evaluation import evaluate
+from provenn.inference.evaluation import evaluate
 from provenn.tasks import get_task
 from provenn.tasks.language_modelling import Choices, continuation_nats
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.language import CausalLM
 from provenn.tasks import get_task
 from provenn.tasks.recall import IGNORED, PairEmbedding

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from provenn.core.errors import UserError
 from provenn.data.trajectories import make_environment
-from provenn.errors import UserError
 from provenn.tasks import get_task, reinforcement_learning
 from provenn.tasks.reinforcement_learning import Setting, rollouts
 from provenn.training import Recipe, fit

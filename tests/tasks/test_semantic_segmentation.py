@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from provenn.core.errors import UserError
 from provenn.data.images import Picture
 from provenn.data.masks import IGNORED, palette, read_mask
-from provenn.errors import UserError
-from provenn.evaluation import evaluate
+from provenn.inference.evaluation import evaluate
 from provenn.tasks import get_task
 from provenn.tasks.semantic_segmentation import TASK, boundary_f_score, keyed, random_scaled_crop
 from provenn.training import Recipe, fit

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from provenn.core.errors import UserError
 from provenn.data.tables import read_table
-from provenn.errors import UserError
 from provenn.tasks import get_task
 from provenn.training import Recipe, fit
 

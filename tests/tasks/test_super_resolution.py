@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from provenn.core.errors import UserError
 from provenn.data.images import Picture, read_image, write_image
 from provenn.data.photographs import photograph
 from provenn.data.resize import bicubic
-from provenn.errors import UserError
 from provenn.tasks import get_task
 from provenn.tasks import super_resolution as sr
 from provenn.tasks.upscale import count_tiles, cuts, upscale

@@ -9,7 +9,7 @@ from torch import nn
 
 import miniature
 import provenn
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.tasks import get_task
 from provenn.tasks.base import LABEL, TOLD
 from provenn.tasks.text_classification import OFFICIAL, _encoder

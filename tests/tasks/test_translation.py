@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.nprf import nprf_translator_tiny
 from provenn.tasks import get_task
 from provenn.tasks.translation import END, english, german, translate

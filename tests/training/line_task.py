@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.tasks import Task, TaskData
 from provenn.training import Recipe, fit
 

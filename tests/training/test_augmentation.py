@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 import miniature
 from provenn import catalog
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.tasks import TaskData, get_task
 from provenn.training import Recipe, check_recipe, fit
 from provenn.training.augmentation import AugmentedImages, augmented, mixed

@@ -13,8 +13,8 @@ from line_task import RECIPE, Line, build
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from provenn import progress
-from provenn.errors import UserError
+from provenn.core import progress
+from provenn.core.errors import UserError
 from provenn.training import Recipe, fit, loop
 from provenn.training.checkpoints import CHECKPOINT
 from provenn.training.loop import _Best

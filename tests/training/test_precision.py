@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from provenn import tasks, training
-from provenn.api import Paper
 from provenn.catalog import cards
+from provenn.inference.api import Paper
 from provenn.tasks import TaskData
 from provenn.testing.checks import smallest_presets
 from provenn.training import Recipe

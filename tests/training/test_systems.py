@@ -7,7 +7,7 @@ import torch
 from line_task import RECIPE, Line, build
 from torch import nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.training import fit
 
 TASK, DATA = Line(), Line().load()

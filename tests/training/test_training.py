@@ -13,7 +13,7 @@ import torch
 from line_task import RECIPE, SINGLE, Line, build, build_single
 from torch import nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.training import Recipe, fit
 from provenn.training.checkpoints import CHECKPOINT

@@ -16,7 +16,7 @@ from sqlalchemy import Boolean, Date, DateTime, Integer, MetaData, insert, selec
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import Settings, accounts, create_app
 from provenn.web.database import MIGRATIONS, Database
 from provenn.web.models import Base, Person

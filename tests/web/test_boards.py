@@ -12,9 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from provenn import catalog
-from provenn.compare.outcome import SlotComparison
 from provenn.evidence import view
 from provenn.evidence.verdict import Verdict
+from provenn.experiments.compare.outcome import SlotComparison
 from provenn.web import Settings, boards, create_app, plots
 
 
@@ -135,7 +135,7 @@ def test_what_did_not_hold_is_all_there_with_its_setting(client):
 def test_comparisons_are_read_without_torch():
     words = "from provenn.web import boards; boards.comparisons(); boards.timings(); import sys; print(sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stdout
-    assert "'provenn.compare.outcome'" in loaded and "'torch'" not in loaded
+    assert "'provenn.experiments.compare.outcome'" in loaded and "'torch'" not in loaded
 
 
 def test_what_was_saved_is_what_is_read(mixers, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import create_app
 from provenn.web.connections import BACKLOG, KEPT_FREE, ConnectionLimits, Gate
 

@@ -19,7 +19,7 @@ from sqlalchemy import func, select, update
 from typer.testing import CliRunner
 
 from provenn.cli import app as command_line
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.evidence.claim import Judgement, Standing
 from provenn.web import accounts, digest, mail, news, outbox, subscriptions
 from provenn.web.catalogue import Catalogue

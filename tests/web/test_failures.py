@@ -16,8 +16,8 @@ from starlette.requests import ClientDisconnect
 
 from provenn import catalog
 from provenn.cli import main
-from provenn.errors import UserError
-from provenn.files import Unwritable
+from provenn.core.errors import UserError
+from provenn.core.files import Unwritable
 from provenn.web import Settings, create_app, failures
 from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.headers import HEADERS

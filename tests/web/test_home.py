@@ -10,7 +10,7 @@ from readers import Reader
 from test_people import leave_traces
 
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import create_app, opinions
 from provenn.web.database import Database
 

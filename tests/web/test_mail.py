@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from mail_server import PASSWORD, USER, mail_server, self_signed, served_with
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import Settings, mail
 from provenn.web.addresses import address, mailbox
 from provenn.web.letters import Letter

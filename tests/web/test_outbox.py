@@ -19,7 +19,7 @@ from readers import Reader, link_in, mails, subscribed
 from sqlalchemy import select, update
 
 from provenn.cli import main
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import Settings, accounts, create_app, digest, letters, mail, outbox
 from provenn.web.addresses import address, mailbox
 from provenn.web.database import Database

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from provenn import catalog, sizes
+from provenn import catalog
 from provenn.cli import main
+from provenn.inference import sizes
 from provenn.web import words
 
 

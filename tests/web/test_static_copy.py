@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import pytest
 
 from provenn import catalog
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import Settings, static_copy
 from provenn.web.listing import Listing
 

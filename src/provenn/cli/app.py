@@ -15,9 +15,9 @@ import typer
 
 from provenn import catalog
 from provenn.cli.renamed import modern
-from provenn.errors import RankLost, UserError
-from provenn.files import Unwritable
-from provenn.progress import without_controls
+from provenn.core.errors import RankLost, UserError
+from provenn.core.files import Unwritable
+from provenn.core.progress import without_controls
 
 app = typer.Typer(
     help="Papers that run, claims that are checked.",

@@ -8,14 +8,14 @@ from rich.console import Console, Group
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from provenn.core.files import strict_json
+from provenn.core.progress import without_controls
 from provenn.evidence import view
 from provenn.evidence.claim import Standing
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.measurement import Table as Numbers
 from provenn.evidence.record import Finding
 from provenn.evidence.verdict import NO_VERDICT, Verdict
-from provenn.files import strict_json
-from provenn.progress import without_controls
 
 if TYPE_CHECKING:  # speeds are torch's, and `list` does without
     from provenn.evidence.benchmark import Speed

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from provenn import catalog, progress
+from provenn import catalog
 from provenn.cli.app import Device, Json, Slug, app
 from provenn.cli.work import pairs
-from provenn.errors import UserError
-from provenn.files import atomic_write, strict_json
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write, strict_json
 
 if TYPE_CHECKING:
     from provenn.huggingface import Material, Source
@@ -69,8 +70,8 @@ def convert(
         raise UserError(f"{out} cannot be made: {file} is a file; name another folder for the converted model")
     from provenn import huggingface
     from provenn.cli import console
+    from provenn.core.device import choose_device
     from provenn.evidence.view import number
-    from provenn.reproduce import choose_device
 
     # Whatever can be wrong is looked at before the weights, which may be many gigabytes, are fetched and read.
     huggingface.quiet()

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from provenn import catalog, datasets
+from provenn import catalog
+from provenn.catalog import datasets
 from provenn.cli.app import Json, app, log
 
 Places = Annotated[

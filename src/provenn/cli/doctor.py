@@ -3,9 +3,10 @@
 import importlib.util
 from typing import Any
 
-from provenn import catalog, progress
+from provenn import catalog
 from provenn.cli.app import Json, app
-from provenn.errors import UserError
+from provenn.core import progress
+from provenn.core.errors import UserError
 
 EXTRAS = {
     "aeon": "series",
@@ -84,8 +85,8 @@ def _machine() -> dict[str, Any]:
 
     import torch
 
+    from provenn.core.device import choose_device
     from provenn.evidence.record import here
-    from provenn.reproduce import choose_device
 
     best = choose_device("auto")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0

@@ -8,9 +8,9 @@ import typer
 from provenn import catalog
 from provenn.catalog import Card, Preset
 from provenn.cli.app import Json, Slot, Slug, Task, app, log, of_the_paper, shortened
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.core.progress import without_controls
 from provenn.evidence.record import Finding
-from provenn.progress import without_controls
 
 
 @app.command("list")
@@ -163,9 +163,9 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
     """One preset, and what can be set of it."""
     from dataclasses import asdict
 
-    from provenn.api import Paper
     from provenn.cli import console
-    from provenn.options import settings_of
+    from provenn.inference.api import Paper
+    from provenn.inference.options import settings_of
 
     task, settings = card.work_of(preset), settings_of(Paper(card), preset.name)
     if json:

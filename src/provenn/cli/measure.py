@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from provenn import catalog, datasets, progress
-from provenn.catalog import Card
+from provenn import catalog
+from provenn.catalog import Card, datasets
 from provenn.cli.app import (
     Budget,
     Device,
@@ -25,8 +25,9 @@ from provenn.cli.app import (
 )
 from provenn.cli.data import Places
 from provenn.cli.work import pairs
-from provenn.errors import UserError
-from provenn.progress import without_controls
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.progress import without_controls
 
 if TYPE_CHECKING:
     from provenn.evidence import Table
@@ -161,7 +162,7 @@ def bench(
     provenn bench long_context_bench --mask causal_document --length 1k:8k
     """
     from provenn.cli import console
-    from provenn.reproduce import BUDGETS
+    from provenn.experiments.reproduce import BUDGETS
 
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
@@ -211,10 +212,11 @@ def _own(
 ) -> None:
     """A paper's own benchmark, at the options that only it knows."""
     from provenn.cli import console
+    from provenn.core.device import choose_device
+    from provenn.core.files import alone_in, check_writable
+    from provenn.core.settings import arguments_of
     from provenn.evidence import Measurement, Table
     from provenn.evidence.sweep import POINTS
-    from provenn.reproduce import alone_in, check_writable, choose_device
-    from provenn.settings import arguments_of
 
     if slug is None or slug.startswith("-"):
         raise UserError(f"no such option: {slug or words[0]}; a paper's own options follow its name")
@@ -260,7 +262,7 @@ def own_options(words: Sequence[str], takes: Mapping[str, Any], slug: str) -> di
         takes: arguments by name, and their types.
         slug: whose options they are, for what an error says.
     """
-    from provenn.settings import typed
+    from provenn.core.settings import typed
 
     given: dict[str, Any] = {}
     rest = list(words)
@@ -284,7 +286,7 @@ def _options_of(slug: str, sweep: Any, takes: Mapping[str, Any]) -> "Table":
     import inspect
 
     from provenn.evidence import Table
-    from provenn.options import in_words
+    from provenn.inference.options import in_words
 
     said = dict(line.strip().split(": ", 1) for line in (sweep.__doc__ or "").splitlines() if ": " in line)
     defaults = inspect.signature(sweep).parameters
@@ -308,7 +310,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def _forms(text: str) -> list[str]:
-    from provenn.latency import SHORT
+    from provenn.experiments.latency import SHORT
 
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names or not set(names) <= SHORT.keys():
@@ -328,10 +330,10 @@ def _latency(
 ) -> None:
     from dataclasses import asdict
 
-    from provenn import latency
     from provenn.cli import console
+    from provenn.core.files import check_writable
     from provenn.evidence import Measurement
-    from provenn.reproduce import check_writable
+    from provenn.experiments import latency
 
     if size < 1:
         raise UserError(f"size must be at least 1, got {size}")
@@ -362,8 +364,8 @@ def _latency(
 
 def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[str, Speed]]":
     """Each paper's benchmarks, in the order in which the paper lists them; each is told as it ends."""
+    from provenn.core.device import choose_device
     from provenn.evidence.benchmark import benchmarks, time_benchmarks
-    from provenn.reproduce import choose_device
 
     device, chosen = choose_device(device), {}
     for card in papers:
@@ -425,7 +427,7 @@ def _measure(
     from provenn.evidence import report, view
     from provenn.evidence.record import EVIDENCE, LEDGER, Evidence, Finding
     from provenn.evidence.verdict import Verdict
-    from provenn.reproduce import ERRORS, reproduce_many
+    from provenn.experiments.reproduce import ERRORS, reproduce_many
 
     for name in options.get("experiments") or ():
         papers[0].experiment(name)
@@ -506,8 +508,8 @@ def compare(
     provenn compare --slot token-mixer --with softmax,rat --data stdlib --seeds 5
     """
     from provenn.cli import console
-    from provenn.compare import compare as measure
     from provenn.evidence import Measurement
+    from provenn.experiments.compare import compare as measure
 
     names = [name.strip() for name in candidates.split(",") if name.strip()] if candidates is not None else None
     with resumable(lambda: out.is_dir() and any(out.iterdir()), resume=False), progress.shown():

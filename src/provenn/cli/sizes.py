@@ -6,7 +6,7 @@ import typer
 
 from provenn import catalog
 from provenn.cli.app import app, log, slugs
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 
 @app.command()
@@ -22,8 +22,8 @@ def sizes(
     \b
     provenn sizes eca_net titans
     """
-    from provenn import progress
-    from provenn.sizes import measure, write
+    from provenn.core import progress
+    from provenn.inference.sizes import measure, write
 
     if bool(slugs) == everything:
         raise UserError("name the papers to count, or give --all; `provenn list` names them")

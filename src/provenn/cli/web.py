@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from provenn.cli.app import Json, app, log
-from provenn.errors import UserError
-from provenn.files import atomic_write, check_output
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write, check_output
 
 if TYPE_CHECKING:  # slow to import, and not there without the extra
     from provenn.web.database import Database

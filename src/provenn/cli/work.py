@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from provenn import catalog, progress
+from provenn import catalog
 from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, log, resumable
-from provenn.errors import UserError
-from provenn.files import is_stdout
-from provenn.progress import without_controls
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import is_stdout
+from provenn.core.progress import without_controls
 
 if TYPE_CHECKING:
     from provenn.tasks import Task as Kind
@@ -100,9 +101,9 @@ def train(
     """
     card = catalog.card(slug)
     folder = out if out is not None else Path("runs") / card.slug
-    from provenn import api
     from provenn.cli import console
     from provenn.evidence.view import number
+    from provenn.inference import api
     from provenn.tasks import Task as Kind
     from provenn.tasks import get_task
     from provenn.training.checkpoints import CHECKPOINT
@@ -208,7 +209,7 @@ def _named(slug: str, weights: Path | None) -> tuple[str, Path | None]:
     """The paper and its weights; a run's folder or a weight file of ours in the paper's place names both."""
     if weights is not None or catalog.slug_of(slug) in catalog.cards() or not Path(slug).exists():
         return slug, weights
-    from provenn.weights import label_of
+    from provenn.training.weights import label_of
 
     label = label_of(slug)
     if label is None:
@@ -224,7 +225,7 @@ def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed:
     if weights is not None or not (needed or (preset in card.shipped if preset else card.shipped)):
         return weights is not None
     if not (preset in card.shipped if preset else card.shipped):
-        from provenn.api import Paper
+        from provenn.inference.api import Paper
 
         if Paper(card).is_parameter_free(preset):
             log(f"{card.preset(preset).name} has no parameters: it is used as it is built")
@@ -270,7 +271,7 @@ def predict(
     provenn predict craft photo.png -o photo_x2.png
     provenn predict rat 'def main(' --set tokens=200
     """
-    from provenn import api
+    from provenn.inference import api
 
     slug, weights = _named(slug, weights)
     options = {**pairs(overrides or []), **({} if reference is None else {"reference": reference})}
@@ -329,9 +330,9 @@ def evaluate(
     provenn evaluate eca_net --data digits
     provenn evaluate aaren --weights runs/aaren --data series.csv --out metrics
     """
-    from provenn import api
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
+    from provenn.inference import api
 
     slug, weights = _named(slug, weights)
     if split not in SPLITS:
@@ -378,9 +379,9 @@ def inspect(
     \b
     provenn inspect eca_net cat.png -o gates.png
     """
-    from provenn import api, inspection
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
+    from provenn.inference import api, inspection
 
     slug, weights = _named(slug, weights)
     if output is not None:
@@ -418,7 +419,7 @@ def export(
     provenn export craft -o craft.onnx
     provenn export eca_net -o eca.onnx --int8 --data digits
     """
-    from provenn import api
+    from provenn.inference import api
 
     slug, weights = _named(slug, weights)
     _say_what_ships(slug, weights, preset)

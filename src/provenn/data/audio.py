@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from provenn.errors import UserError
-from provenn.inputs import check_file
+from provenn.core.errors import UserError
+from provenn.core.inputs import check_file
 
 SUFFIXES = (".wav", ".wave")
 UNREAD = (".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".wma", ".aif", ".aiff")

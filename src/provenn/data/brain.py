@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 TISSUES = ("background", "other", "grey matter", "white matter")
 # Heights of the slices, in mm from the lowest; 6 mm and more lie between splits, so that no neighbour is in two.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from provenn.errors import UserError
-from provenn.inputs import parse_json, read_text
+from provenn.core.errors import UserError
+from provenn.core.inputs import parse_json, read_text
 
 
 class Question(NamedTuple):

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from provenn.errors import UserError
-from provenn.inputs import check_file, read_text
+from provenn.core.errors import UserError
+from provenn.core.inputs import check_file, read_text
 
 SIDE = 32
 

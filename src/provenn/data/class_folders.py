@@ -4,8 +4,8 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-from provenn import progress
-from provenn.errors import UserError
+from provenn.core import progress
+from provenn.core.errors import UserError
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # and the folders' names
 Splits = dict[str, dict[str, list[Path]]]  # the files of each class of each split

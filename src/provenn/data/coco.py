@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.inputs import parse_json, read_text
 from provenn.data.images import SUFFIXES, size_of
-from provenn.errors import UserError
-from provenn.inputs import parse_json, read_text
 
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 

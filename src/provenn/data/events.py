@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from provenn.core.errors import UserError
 from provenn.data.tables import read_table
-from provenn.errors import UserError
 
 
 @dataclass(frozen=True)

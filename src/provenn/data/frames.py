@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from provenn.errors import UserError
-from provenn.inputs import check_file
+from provenn.core.errors import UserError
+from provenn.core.inputs import check_file
 
 ENGINES = {".xlsx": "openpyxl", ".parquet": "pyarrow"}
 EXTRA = "pip install 'provenn[tables]'"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from provenn.errors import UserError
-from provenn.inputs import parse_json, read_text
+from provenn.core.errors import UserError
+from provenn.core.inputs import parse_json, read_text
 from provenn.nn.graphs import shortest_paths
 
 FORMATS = (

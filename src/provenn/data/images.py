@@ -15,10 +15,10 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.nn import functional as F
 
-from provenn import progress
-from provenn.errors import UserError
-from provenn.files import atomic_write, output_suffix
-from provenn.inputs import check_file
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write, output_suffix
+from provenn.core.inputs import check_file
 
 UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg", ".ico", ".tga", ".exr", ".dng")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")

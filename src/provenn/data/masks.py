@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageColor
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write, output_suffix
+from provenn.core.inputs import check_file, read_text
 from provenn.data.images import SUFFIXES, images_in
-from provenn.errors import UserError
-from provenn.files import atomic_write, output_suffix
-from provenn.inputs import check_file, read_text
 
 IGNORED = 255  # of a mask: not trained on and not judged
 MOST_UNKNOWN = 0.01  # of all pixels, that may be in no class without a word from the user

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 Decimal = Literal[".", ","]
 HOLES = frozenset({"", "-", "--", "?", "na", "n/a", "#n/a", "nan", "-nan", "nat", "null", "none", "<na>"})

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from provenn.core.errors import UserError
 from provenn.data.images import images_in, read_image, size_of
-from provenn.errors import UserError
 
 # Where each photograph lies inside the installed packages: nothing is downloaded.
 _PLACES = {

@@ -13,8 +13,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from provenn.errors import UserError
-from provenn.inputs import check_file, parse_json, read_text
+from provenn.core.errors import UserError
+from provenn.core.inputs import check_file, parse_json, read_text
 
 RULER = "validation.jsonl"
 MEETING = "meeting_transcripts"

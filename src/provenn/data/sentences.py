@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from provenn.core.errors import UserError
+from provenn.core.inputs import read_text
 from provenn.data.text import Document, split_documents, standard_library
-from provenn.errors import UserError
-from provenn.inputs import read_text
 
 DEV = ("dev.tsv", "dev_matched.tsv")
 DOCSTRING = re.compile(r'^ *def (\w+\([^()\n]*\)):\n +"""([^"\n]{20,160})', re.MULTILINE)

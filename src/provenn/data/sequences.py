@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.inputs import check_file, read_text
 from provenn.data.cifar import files_in, read_cifar
 from provenn.data.images import read_image
-from provenn.errors import UserError
-from provenn.inputs import check_file, read_text
 
 NUCLEOTIDES = "ACGT"
 UNSUPERVISED = "unsup"  # IMDB's reviews without a class

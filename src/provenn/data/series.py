@@ -10,11 +10,11 @@ from typing import Unpack
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
 from provenn.data.frames import ENGINES
 from provenn.data.numerals import fill_holes, is_hole, is_number
 from provenn.data.tables import Reading, Table, check_reading, parse_numbers, read_lines, read_table, say_filled
-from provenn.errors import UserError
 
 FORMATS = (
     "a .ts file; a .tsv file of the UCR archive (a line a series: label, then values); a table with a header as .csv, "

@@ -15,13 +15,13 @@ from typing import Literal, TypedDict, Unpack, get_args
 import numpy as np
 from jaxtyping import Float64
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write, output_suffix
+from provenn.core.inputs import encoding_of, read_bytes
 from provenn.data.dates import is_date
 from provenn.data.frames import ENGINES, check_engines, read_frame, write_frame
 from provenn.data.numerals import Decimal, decimal_of, fill_holes, is_hole, is_number, parse
-from provenn.errors import UserError
-from provenn.files import atomic_write, output_suffix
-from provenn.inputs import encoding_of, read_bytes
 
 Separator = Literal[",", ";", "|", "tab", "space"]
 Holes = Literal["interpolate", "extend", "refuse"]

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from jaxtyping import Int64
 
-from provenn.errors import UserError
-from provenn.files import atomic_write
-from provenn.inputs import parse_json, read_text
-from provenn.progress import quiet_loggers
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
+from provenn.core.inputs import parse_json, read_text
+from provenn.core.progress import quiet_loggers
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".tokens", ".raw")
 NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo"}

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from provenn import progress
-from provenn.errors import UserError
-from provenn.inputs import check_file, parse_json, read_text
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.inputs import check_file, parse_json, read_text
 
 HDF5 = (".hdf5", ".h5")
 QUALITIES = ("medium", "medium-replay", "medium-expert")

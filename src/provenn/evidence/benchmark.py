@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from statistics import median
 from types import ModuleType
 
-from provenn.bench import Comparison, interleaved
 from provenn.catalog import installed
-from provenn.errors import UserError
+from provenn.core.cost import Comparison, interleaved
+from provenn.core.errors import UserError
 from provenn.evidence.timing import SECONDS, Timing
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from provenn.settings import defaults_of
+from provenn.core.settings import defaults_of
 
 if TYPE_CHECKING:
     from provenn.evidence.measurement import Measurement

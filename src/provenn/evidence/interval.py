@@ -49,14 +49,14 @@ def _difference(values: Sequence[Number], baselines: Sequence[Number]) -> Estima
 
 
 def _clock_ratio(values: Sequence[Number], baselines: Sequence[Number]) -> Estimate:
-    from provenn.bench import Comparison  # imports torch, which reading records does not need
+    from provenn.core.cost import Comparison  # imports torch, which reading records does not need
 
     compared = Comparison.of(values, baselines)
     return Estimate(compared.ratio, compared.interval, compared.method, compared.confidence)
 
 
 def _growth(values: Sequence[Number], sizes: Sequence[Number]) -> Estimate:
-    from provenn.bench import growth
+    from provenn.core.cost import growth
 
     fitted = growth(sizes, values)
     return Estimate(fitted.exponent, fitted.interval, fitted.method)

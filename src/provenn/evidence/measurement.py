@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.evidence.interval import CONFIDENCE, Estimator, Interval, Number, estimate
 
 MOST_POINTS = 50  # of a curve in a record

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from provenn.catalog import Experiment
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.core.files import write_atomically
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
-from provenn.files import atomic_write
 
 SCHEMA_VERSION = 4  # since provenn 0.2; older files are rewritten by scripts/migrate_records.py
 OLDEST_VERSION = 2  # of provenn 0.1's files that do not name theirs
@@ -329,12 +329,6 @@ def why_unread(error: Exception) -> str:
         return (str(error).splitlines() or [type(error).__name__])[0]
     first = error.errors()[0]
     return ": ".join([*([".".join(str(part) for part in first["loc"])] if first["loc"] else []), first["msg"]])
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's content in one step: a reader or a crash sees the old text or the new, never a part."""
-    with atomic_write(file) as place:
-        place.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

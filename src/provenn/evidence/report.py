@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from provenn import catalog
+from provenn.core.files import write_atomically
 from provenn.evidence import view
 from provenn.evidence.claim import Standing
 from provenn.evidence.measurement import Measurement, Series, Table
-from provenn.evidence.record import Evidence, Finding, write_atomically
+from provenn.evidence.record import Evidence, Finding
 from provenn.evidence.verdict import Verdict
 
 FILE = "report.html"

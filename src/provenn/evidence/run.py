@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.files import atomic_write
 from provenn.evidence.measurement import Picture
 from provenn.evidence.record import EVIDENCE, LEDGER, PICTURES, Ledger, Trial, plain
-from provenn.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

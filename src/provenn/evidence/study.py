@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.core.settings import defaults_of
 from provenn.evidence.checksum import checksum
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
 from provenn.evidence.record import PICTURES
 from provenn.evidence.run import Run
-from provenn.settings import defaults_of
 from provenn.tasks import Task, TaskData, get_task
 from provenn.training import Diverged, Fit, Recipe, fit
 

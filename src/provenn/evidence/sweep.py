@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from provenn import progress
-from provenn.errors import UserError
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import save_figure, write_atomically
 from provenn.evidence.measurement import Table
-from provenn.evidence.record import plain, write_atomically
-from provenn.files import save_figure
+from provenn.evidence.record import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
 
-from provenn.bench import flops, interleaved, peak_activation_bytes
-from provenn.errors import UserError
+from provenn.core.cost import flops, interleaved, peak_activation_bytes
+from provenn.core.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.run import Run

@@ -278,3 +278,15 @@ def in_folder(folder: Path, log: Callable[[str], None] = lambda message: None) -
         else:
             log(f"left out {file}: no paper here is called {evidence.paper!r}")
     return readable
+
+
+def bytes_of(size: int) -> str:
+    """A size in the unit that fits.
+
+    >>> bytes_of(640), bytes_of(4096), bytes_of(3 * 2**20)
+    ('640 B', '4.0 KiB', '3.0 MiB')
+    """
+    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"

@@ -14,7 +14,7 @@ Any token mixer can take the place of an attention, too, in any model of Hugging
     swap(model, "model.layers.*.self_attn", as_attention("rat", chunk=16), example={"input_ids": tokens})
 """
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 try:
     import transformers as _transformers  # noqa: F401

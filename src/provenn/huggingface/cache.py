@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.streaming import count_streams, map_state, select_state, state_bytes
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from provenn.errors import UserError
-from provenn.nn.context_parallel import ContextParallel
+from provenn.core.errors import UserError
+from provenn.distributed import ContextParallel
 
 NAME = "provenn_context_parallel"
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import flash_attention_mask
 
 from provenn import catalog
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface.families import (
     MODELS,
     PREFIX,
@@ -23,7 +23,7 @@ from provenn.huggingface.families import (
     restore_window,
     why_not,
 )
-from provenn.huggingface.saving import ChangedConfig, changes_of
+from provenn.surgery.notes import ChangedConfig, changes_of
 
 Batch = dict[str, Tensor]
 

@@ -28,7 +28,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 Host = Any  # a model or a module of transformers: its attributes differ by family, and no type of theirs names them
 Tokenizer = Any  # any of transformers' classes, which are called alike and typed apart

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.image_processing_base import IMAGE_PROCESSOR_NAME, ImageProcessingMixin
 from transformers.initialization import no_init_weights
 
-from provenn.errors import UserError
-from provenn.files import atomic_write
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 from provenn.huggingface.conversion import CONVERTED, convert
 from provenn.huggingface.families import (
     FAMILIES,

@@ -9,13 +9,13 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import Cache
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface.cache import state_layer
 from provenn.huggingface.families import Host
-from provenn.huggingface.saving import describe_factory, is_json
 from provenn.nn.attention import pack, packed_places, unpack
 from provenn.nn.mixers import mixers_called
 from provenn.nn.streaming import MixerState, read_ragged
+from provenn.surgery.notes import describe_factory, is_json
 
 
 class MixerAttention(nn.Module):

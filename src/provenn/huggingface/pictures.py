@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface.conversion import Batch
 from provenn.huggingface.examples import Examples
 from provenn.huggingface.families import Host

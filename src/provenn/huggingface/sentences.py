@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel
 
-from provenn import progress
-from provenn.errors import UserError
+from provenn.core import progress
+from provenn.core.errors import UserError
 from provenn.huggingface.conversion import Batch
 from provenn.huggingface.examples import Examples
 from provenn.huggingface.families import Host, Tokenizer, max_tokens

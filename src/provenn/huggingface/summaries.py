@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from provenn import progress
-from provenn.errors import UserError
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.inputs import parse_json, read_text
 from provenn.huggingface.conversion import Batch
 from provenn.huggingface.examples import Examples
 from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.huggingface.loading import Source
 from provenn.huggingface.tuning import training_mode
-from provenn.inputs import parse_json, read_text
 
 PROMPT = "Summarize this dialog:\n{}\n---\nSummary:\n"  # as llama-recipes has it
 UNPREDICTED = -100  # a label that no loss counts

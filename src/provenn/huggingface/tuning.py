@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from provenn import progress
-from provenn.errors import UserError
-from provenn.finite import finite_outputs
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.finite import finite_outputs
 from provenn.huggingface.conversion import Batch, conversion_of, convert
 from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.huggingface.loading import Source

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from provenn.distributed.switch import ContextParallel, spread
 from provenn.nn.arguments import check_whole
-from provenn.nn.context_parallel.switch import ContextParallel, spread
 from provenn.nn.positions import rotation, turn
 from provenn.ops.softmax_attention import softmax_attention
 
@@ -127,7 +127,7 @@ class SoftmaxAttention(nn.Module):
         rotary: turn queries and keys by their position (`provenn.nn.positions.rotate`).
 
     Shapes: (batch, tokens, dim) to the same. Parameters: 4·D², and 4·D with biases. Slot: token-mixer. Streams with a
-    key-value cache. Where sequences are spread over processes (`provenn.nn.context_parallel`), it attends to all.
+    key-value cache. Where sequences are spread over processes (`provenn.distributed`), it attends to all.
     """
 
     context_parallel: ContextParallel | None = None

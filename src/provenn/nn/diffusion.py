@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from provenn import progress
+from provenn.core import progress
 
 STEPS = 1000
 FREQUENCIES = 256  # features of a noise level before its two linear maps

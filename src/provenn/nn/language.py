@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
+from provenn.distributed.switch import ContextParallel, spread, switch_on, why_not
 from provenn.nn.attention import check_mask, pack, packed_places, unpack
-from provenn.nn.context_parallel.switch import ContextParallel, spread, switch_on, why_not
 from provenn.nn.mixers import Mixers, layer_mixers
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.streaming import MixerState, state_bytes

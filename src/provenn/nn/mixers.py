@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from provenn.catalog import first_mechanism, meant, mechanisms_of
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 
 Factory = Callable[..., nn.Module]

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from provenn.errors import UserError
-from provenn.files import atomic_write
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 
 State = TypeVar("State")
 MixerState = Any  # of each mixer a class of its own, or a tuple

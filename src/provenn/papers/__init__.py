@@ -9,14 +9,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from provenn.api import Paper
+    from provenn.inference.api import Paper
 
 
 class _Papers(ModuleType):
     """A package that can be called, since `provenn.papers` is both the folder and the question what is in it."""
 
     def __call__(self) -> "Iterator[Paper]":
-        from provenn import api
+        from provenn.inference import api
 
         return api.papers()
 

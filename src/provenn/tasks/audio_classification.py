@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
 from provenn.data.audio import (
     FORMANTS,
     RATES,
@@ -26,7 +27,6 @@ from provenn.data.audio import (
     sounds_in,
 )
 from provenn.data.class_folders import SPLITS, Splits, check_splits, given_splits, sibling_splits
-from provenn.errors import UserError
 from provenn.tasks.base import (
     CUT,
     LABEL,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU
 RECALLS = np.linspace(0, 1, 101)

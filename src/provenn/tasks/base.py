@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
+from provenn.core.errors import UserError
 from provenn.data.tables import check_table, write_table
-from provenn.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ import importlib
 from importlib.metadata import EntryPoint, entry_points
 
 from provenn import catalog
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.tasks.base import Task
 
 ENTRY_POINT_GROUP = "provenn.tasks"

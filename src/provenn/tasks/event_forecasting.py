@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from provenn.core.errors import UserError
+from provenn.core.finite import check_answer
 from provenn.data.events import PROCESSES, read_histories
 from provenn.data.tables import check_table, write_table
-from provenn.errors import UserError
-from provenn.finite import check_answer
 from provenn.tasks.base import (
     HeldOut,
     Scores,

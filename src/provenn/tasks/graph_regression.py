@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from provenn.core.errors import UserError
 from provenn.data.graphs import (
     FORMATS,
     PLAIN,
@@ -21,7 +22,6 @@ from provenn.data.graphs import (
     read_graphs,
 )
 from provenn.data.tables import check_table, write_table
-from provenn.errors import UserError
 from provenn.tasks.base import (
     HeldOut,
     Scores,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
 from provenn.data.cifar import SIDE, files_in, read_cifar
 from provenn.data.class_folders import Splits, check_splits, given_splits
 from provenn.data.images import images_in, read_pixels, resize_pixels, size_of
 from provenn.data.patches import SOURCES, photo_patches
-from provenn.errors import UserError
 from provenn.tasks.base import (
     LABEL,
     TOLD,

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write, output_suffix
 from provenn.data.images import SUFFIXES, Picture, write_image
-from provenn.errors import UserError
-from provenn.files import atomic_write, output_suffix
 from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, noise_schedule, sample
 from provenn.tasks import image_classification
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, count_examples, device_of, join_scores

@@ -14,7 +14,10 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import check_no_input
+from provenn.core.inputs import read_text
 from provenn.data.choices import Questions, read_questions
 from provenn.data.prompts import read_prompts
 from provenn.data.text import (
@@ -33,9 +36,6 @@ from provenn.data.text import (
     text_of,
     written,
 )
-from provenn.errors import UserError
-from provenn.files import check_no_input
-from provenn.inputs import read_text
 from provenn.tasks.base import (
     HeldOut,
     Scores,

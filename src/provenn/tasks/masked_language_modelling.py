@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 from provenn.data.text import read_tokenizer, text_of
-from provenn.errors import UserError
-from provenn.files import atomic_write
 from provenn.tasks.base import Scores, TaskData, batches, count_examples, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
 from provenn.tasks.meta import Blanked

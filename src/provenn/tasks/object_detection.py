@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write, output_suffix
 from provenn.data.coco import CocoSet, Labelled, find_coco, read_coco
 from provenn.data.images import SUFFIXES, images_in, read_pixels, resize_pixels, size_of
 from provenn.data.rectangles import RECTANGLE_CLASSES, RECTANGLE_SIDE, rectangles
 from provenn.data.scenes import CLASSES, SIZE, Scene, scenes
-from provenn.errors import UserError
-from provenn.files import atomic_write, output_suffix
 from provenn.nn.detection import DetectionBatch, Detections, pad_batch
 from provenn.nn.detection.boxes import clip
 from provenn.tasks.average_precision import ALL, Found, Truth, average_precision, check_installed, curves, match

@@ -8,10 +8,10 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
 from provenn.data.prompts import Prompts
 from provenn.data.text import Tokenizer
-from provenn.errors import UserError
 from provenn.tasks.base import Scores, device_of
 
 UNTOLD = -100  # a target that no loss counts

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, batches, device_of, fingerprint
 
 if TYPE_CHECKING:

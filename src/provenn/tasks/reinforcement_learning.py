@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from provenn.core.errors import UserError
+from provenn.core.files import is_stream, save_figure
 from provenn.data.tables import check_table, read_table, write_table
 from provenn.data.trajectories import (
     QUALITIES,
@@ -22,8 +24,6 @@ from provenn.data.trajectories import (
     read_trajectories,
     reference_returns,
 )
-from provenn.errors import UserError
-from provenn.files import is_stream, save_figure
 from provenn.tasks.base import (
     HeldOut,
     Scores,

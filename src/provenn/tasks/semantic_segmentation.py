@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import is_stream, output_suffix
 from provenn.data.brain import TISSUES, brain_slices
 from provenn.data.images import Picture, images_in, read_image, read_pixels, resize_pixels, size_of, write_image
 from provenn.data.masks import IGNORED, MaskFolder, Unknown, UnknownPixels, palette, read_folder, write_mask
 from provenn.data.mosaics import BANDS, MEAN, STD, TEXTURES, mosaic
-from provenn.errors import UserError
-from provenn.files import is_stream, output_suffix
 from provenn.nn.segmentation import full_logits
 from provenn.tasks.base import (
     CUT,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from provenn.core.errors import UserError
 from provenn.data.frames import ENGINES
 from provenn.data.sequences import Corpus, Sequences, read_corpus
 from provenn.data.series import FORMATS, Collection, bundled, read_series
 from provenn.data.tables import Reading, check_reading, check_table, write_table
-from provenn.errors import UserError
 from provenn.tasks.base import (
     LABEL,
     TOLD,

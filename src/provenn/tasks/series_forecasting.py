@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import is_stream, save_figure
+from provenn.core.finite import check_answer
 from provenn.data.dates import continue_dates, first_disorder, gaps
 from provenn.data.numerals import is_hole, is_number
 from provenn.data.series import bundled
 from provenn.data.tables import WRITES, Reading, Style, Table, check_reading, check_table, read_table, write_table
-from provenn.errors import UserError
-from provenn.files import is_stream, save_figure
-from provenn.finite import check_answer
 from provenn.tasks.base import (
     HeldOut,
     Scores,

@@ -13,12 +13,12 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from provenn import progress
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.files import is_stream, output_suffix
 from provenn.data.images import SUFFIXES, Picture, check_holds, images_in, read_image, size_of, write_image
 from provenn.data.photographs import Photographs, photograph
 from provenn.data.resize import bicubic
-from provenn.errors import UserError
-from provenn.files import is_stream, output_suffix
 from provenn.nn.padding import PadToMultiple
 from provenn.tasks.base import HeldOut, Portable, Scores, Task, TaskData, count_examples, fingerprint, split_indices
 from provenn.tasks.portable import draw_images

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 from provenn.data.sentences import Example, Labelled, docstrings, read_sentences
 from provenn.data.text import BytePairs, Bytes, Document, Tokenizer, read_tokenizer, text_of
-from provenn.errors import UserError
-from provenn.files import atomic_write
 from provenn.tasks.base import (
     LABEL,
     TOLD,

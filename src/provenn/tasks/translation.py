@@ -12,10 +12,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
+from provenn.core.inputs import parse_json, read_text
 from provenn.data.text import Bytes, text_of
-from provenn.errors import UserError
-from provenn.files import atomic_write
-from provenn.inputs import parse_json, read_text
 from provenn.tasks.base import (
     HeldOut,
     Scores,

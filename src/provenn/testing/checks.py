@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from provenn.catalog import Card, Mechanism, Preset, card, in_a_line
-from provenn.errors import UserError
-from provenn.slots import Slot, slot
+from provenn.catalog.slots import Slot, slot
+from provenn.core.errors import UserError
 from provenn.testing.common import CHECKS, parameters_on_meta
 from provenn.testing.shipped import check_weights, files_of
 from provenn.testing.subject import Subject
@@ -48,7 +48,7 @@ def check_mechanism(
 
     Args:
         factory: makes it, as the slot says: `factory(dim)`, `factory(channels)`, ...
-        slot_name: one of `provenn.slots.SLOTS`.
+        slot_name: one of `provenn.catalog.slots.SLOTS`.
         cannot: checks that it cannot keep, each with the reason. One that it does keep is reported as well.
         only: names of the checks to ask for; by default all.
 

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils._pytree import tree_leaves
 
-from provenn.bench import count_parameters
 from provenn.catalog import COUNTING_UNITS
+from provenn.core.cost import count_parameters
 from provenn.nn.backbone import check_backbone
 from provenn.testing.subject import WIDTH, Subject
 

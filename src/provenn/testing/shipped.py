@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from provenn import weights
 from provenn.catalog import WEIGHTS, Card
 from provenn.tasks import get_task
 from provenn.tasks.base import LABEL, Task
+from provenn.training import weights
 
 LARGEST = 2 * 10**6  # bytes
 ROUNDING = 2e-3  # of a metric, relative: sums in another order, the nearest of two 8-bit values

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.catalog import Card, Figure, Preset
-from provenn.slots import Slot
+from provenn.catalog.slots import Slot
 
 WIDTH = 24  # of the mechanisms that are checked: small, and divisible by the usual numbers of heads
 SIZES = {"batch": 3, "tokens": 7, "other": 5, "height": 6, "width": 9}

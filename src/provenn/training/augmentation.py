@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.tasks.base import Task, TaskData, count_examples
 from provenn.training.recipes import Recipe
 

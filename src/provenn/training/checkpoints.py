@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from provenn.errors import UserError
-from provenn.files import atomic_write
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 
 CHECKPOINT, PREVIOUS = "last.ckpt", "previous.ckpt"
 

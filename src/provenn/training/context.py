@@ -6,9 +6,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from provenn.errors import UserError
-from provenn.nn.attention import SoftmaxAttention
-from provenn.nn.context_parallel import (
+from provenn.core.errors import UserError
+from provenn.distributed import (
     Communicator,
     ContextParallel,
     Pattern,
@@ -16,6 +15,7 @@ from provenn.nn.context_parallel import (
     method_called,
     switch_on,
 )
+from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import spread_over
 from provenn.tasks.base import IGNORED, Task
 
@@ -49,7 +49,7 @@ class TokenShare:
 
     Args:
         size: how many processes share a sequence; a divisor of all.
-        method: of `provenn.nn.context_parallel.METHODS`.
+        method: of `provenn.distributed.METHODS`.
     """
 
     def __init__(self, size: int, method: str = "ring"):

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from provenn import progress
-from provenn.errors import UserError
-from provenn.finite import check_type
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.finite import check_type
+from provenn.distributed import METHODS, rank_lost, speaks_of_lost_rank
 from provenn.nn.auxiliary import collect_auxiliary
-from provenn.nn.context_parallel import METHODS, rank_lost, speaks_of_lost_rank
 from provenn.tasks.base import Task, TaskData, count_examples
 from provenn.training.augmentation import augmented, check_recipe, mixed
 from provenn.training.checkpoints import CHECKPOINT, best_file, checkpoint_writer, clear_best, newest, read
@@ -137,7 +137,7 @@ def fit(
             examples and nothing draws or mixes the batch. Lightning starts those of a machine by running the program
             again (or torchrun has); only the first of all returns, the others leave the program.
         context_parallel, context_method: how many of these processes share each sequence, and by which method of
-            `provenn.nn.context_parallel.METHODS`: of language models of softmax attention. Where `devices` is 1 there
+            `provenn.distributed.METHODS`: of language models of softmax attention. Where `devices` is 1 there
             are so many. The weights are those of one process, to rounding, where nothing draws.
         workers: processes that read the data; 0 reads in this one. Augmentation draws otherwise with them than without.
         out: a folder for checkpoints after every epoch; None keeps none.

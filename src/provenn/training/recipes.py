@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from torch import nn
 
-from provenn.errors import UserError
-from provenn.settings import check_numbers
+from provenn.core.errors import UserError
+from provenn.core.settings import check_numbers
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 POLICIES = ("imagenet", "cifar10", "svhn")  # that AutoAugment found

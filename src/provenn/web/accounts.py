@@ -20,7 +20,7 @@ from sqlalchemy import Table, delete, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, joinedload
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web.addresses import spelled
 from provenn.web.models import NAME, Base, Person, SignedIn, SignInLink, now
 

@@ -15,7 +15,7 @@ from email.headerregistry import Address
 
 import idna
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 ATOM = re.compile(r"[a-z0-9#$&'*+/=?^_`{|}~-]*")  # RFC 5322, 3.2.3, without the signs of a route
 HOST = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")

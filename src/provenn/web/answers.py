@@ -7,12 +7,12 @@ from datetime import UTC, datetime, time
 from pydantic import BaseModel, Field
 
 from provenn.catalog import Region, mechanism_names
-from provenn.compare.latencies import LatencyBench
-from provenn.compare.outcome import SlotComparison
 from provenn.evidence import view
 from provenn.evidence.claim import Standing
 from provenn.evidence.record import Finding
 from provenn.evidence.verdict import Verdict, region_of
+from provenn.experiments.compare.latencies import LatencyBench
+from provenn.experiments.compare.outcome import SlotComparison
 from provenn.web.boards import TaskBoard
 from provenn.web.catalogue import Entry
 

@@ -20,8 +20,9 @@ from provenn.web.digest import Clock
 from provenn.web.failures import TITLES, Failures, Receive, Scope, Send, cause_of, failed, refusal, wants_json
 from provenn.web.headers import headers
 from provenn.web.outbox import Sender
+from provenn.web.rendering import page
 from provenn.web.settings import Settings
-from provenn.web.site import HERE, Site, page
+from provenn.web.site import HERE, Site
 
 ROUTERS = (
     pages.router,

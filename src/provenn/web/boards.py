@@ -10,14 +10,15 @@ from fastapi import APIRouter, HTTPException, Request, Response
 import provenn
 from provenn import catalog
 from provenn.catalog import AtPaper, Experiment
-from provenn.compare.latencies import LatencyBench
-from provenn.compare.outcome import SlotComparison
+from provenn.catalog.slots import SLOTS
 from provenn.evidence import view
 from provenn.evidence.claim import Standing
 from provenn.evidence.record import Finding
-from provenn.slots import SLOTS
+from provenn.experiments.compare.latencies import LatencyBench
+from provenn.experiments.compare.outcome import SlotComparison
 from provenn.web.catalogue import Catalogue, Entry
-from provenn.web.site import page, site_of
+from provenn.web.rendering import page
+from provenn.web.site import site_of
 
 RESULTS = Path(provenn.__file__).parent / "results"
 router = APIRouter(default_response_class=Response)

@@ -9,12 +9,13 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
-from provenn import catalog, sizes
+from provenn import catalog
 from provenn.evidence import view
 from provenn.evidence.claim import Standing
 from provenn.evidence.record import Evidence, Finding
 from provenn.evidence.verdict import Verdict
-from provenn.sizes import Sizes
+from provenn.inference import sizes
+from provenn.inference.sizes import Sizes
 from provenn.web import usage
 
 LOG = logging.getLogger("provenn.web")

@@ -17,7 +17,7 @@ import h11
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web.failures import TITLES, bare
 from provenn.web.headers import headers
 from provenn.web.visitors import network_of

@@ -16,7 +16,7 @@ from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web.settings import keep_private, make_home
 
 LOG = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from threading import Event, Thread
 from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import letters, news, outbox
 from provenn.web.letters import Letter
 from provenn.web.models import now

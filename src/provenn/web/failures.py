@@ -17,7 +17,7 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.requests import ClientDisconnect
 
 import provenn
-from provenn.files import Unwritable
+from provenn.core.files import Unwritable
 from provenn.web.site import asset, site_of
 
 LOG = logging.getLogger("provenn.web")

@@ -17,7 +17,7 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web.addresses import ENCODED, address, has_unseen, mailbox
 from provenn.web.models import now
 from provenn.web.settings import Settings

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 MOST_NAMES = 20_000  # that a rate remembers; those that did nothing for longest are forgotten first
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0

@@ -14,7 +14,8 @@ from provenn.web import answers, boards, feeds
 from provenn.web.catalogue import Entry
 from provenn.web.listing import Listing
 from provenn.web.pages import found
-from provenn.web.site import Site, page, site_of, tagged
+from provenn.web.rendering import page
+from provenn.web.site import Site, site_of, tagged
 
 KEEP = "public, max-age=60"
 MOST = 100  # papers in one answer

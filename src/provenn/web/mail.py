@@ -24,8 +24,8 @@ from pathlib import Path
 from threading import Event, Timer
 from urllib.parse import unquote, urlsplit
 
-from provenn.errors import UserError
-from provenn.files import atomic_write
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 from provenn.web.letters import Letter, host_name
 from provenn.web.settings import Settings, make_home
 

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session, joinedload
 
-from provenn.citation import arxiv_number
-from provenn.errors import UserError
+from provenn.catalog.citation import arxiv_number
+from provenn.core.errors import UserError
 from provenn.web.accounts import added, plain
 from provenn.web.models import ARXIV, REASON, Comment, Decision, Report, Suggestion, Vote, now
 

@@ -35,7 +35,7 @@ from sqlalchemy import Date, ForeignKey, Index, String, UniqueConstraint, delete
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import mail
 from provenn.web.letters import Letter, Unsound
 from provenn.web.mail import Down, Later, Lost, Refused, Transport, Unknown

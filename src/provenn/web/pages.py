@@ -13,7 +13,8 @@ from provenn.web import opinions
 from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.listing import HAS, SORTS, Listing
 from provenn.web.models import MOST
-from provenn.web.site import page, site_of, tagged
+from provenn.web.rendering import page
+from provenn.web.site import site_of, tagged
 from provenn.web.visitors import visitor_of
 
 router = APIRouter(default_response_class=Response)

@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from sqlalchemy.orm import Session
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import accounts, letters, mail, opinions, outbox, visitors
 from provenn.web.addresses import address
 from provenn.web.limits import TooOften
@@ -19,8 +19,9 @@ from provenn.web.listing import Listing
 from provenn.web.models import MOST, Comment, Person
 from provenn.web.outbox import Draft, Kind, Mailing
 from provenn.web.pages import found
+from provenn.web.rendering import page
 from provenn.web.signing import signed, unsigned
-from provenn.web.site import Site, page, site_of
+from provenn.web.site import Site, site_of
 from provenn.web.visitors import Field, Visitor, client_of, posted, posted_by_person, visitor_of, written
 
 LARGEST_FORM = 64_000  # bytes

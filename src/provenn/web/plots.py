@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from provenn.compare.latencies import LatencyBench
-from provenn.compare.outcome import SlotComparison
 from provenn.evidence.view import number
+from provenn.experiments.compare.latencies import LatencyBench
+from provenn.experiments.compare.outcome import SlotComparison
 
 WIDTH, HEIGHT = 600, 400
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 50  # margins in which the axes are written
@@ -97,7 +97,7 @@ class Axis:
 
 
 def pareto(board: SlotComparison, cost: str) -> Markup:
-    """Quality against one of `provenn.compare.outcome.COSTS`, the front filled and joined by a line."""
+    """Quality against one of `provenn.experiments.compare.outcome.COSTS`, the front filled and joined by a line."""
     scale, words = COSTS[cost]
     points = [
         Point(one.name, one.cost(cost) / scale, one.mean, *(one.interval or (one.mean, one.mean)))

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from provenn.errors import UserError
-from provenn.files import atomic_write
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 from provenn.web.addresses import mailbox
 
 LOG = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import jinja2
 from fastapi import Request, Response
-from fastapi.responses import HTMLResponse
 from jinja2.runtime import Context
 from markupsafe import Markup
 
@@ -142,17 +141,6 @@ def _digest(content: bytes) -> str:
 def site_of(request: Request) -> Site:
     """The site that a request came to."""
     return cast(Site, request.app.state.site)
-
-
-def page(request: Request, template: str, /, *, status: int = 200, **context: Any) -> Response:
-    """A page for this visitor; unchanged since they last had it, its name alone (304)."""
-    from provenn.web.visitors import keep, visitor_of
-
-    site = site_of(request)
-    text = site.render(template, request=request, visitor=None if site.copied else visitor_of(request), **context)
-    response = tagged(request, HTMLResponse(text, status))
-    keep(request, response)
-    return response
 
 
 def tagged(request: Request, response: Response, keep: str = "private, no-cache") -> Response:

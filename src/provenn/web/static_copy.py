@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from fastapi import FastAPI
 
 from provenn import __version__
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import boards
 from provenn.web.app import create_app
 from provenn.web.places import file_of

@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse
 from sqlalchemy import Date, String, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.web import letters, news, outbox
 from provenn.web.accounts import added, digest, next_lasts
 from provenn.web.addresses import address

@@ -14,7 +14,8 @@ from provenn.web import uploads
 from provenn.web.demos import PIXELS, Demo, Demos, Full, Job, State, TooOften
 from provenn.web.offers import LONGEST_PROMPT, MOST_CLASSES, MOST_TOKENS, Offer, offers_of
 from provenn.web.pages import found
-from provenn.web.site import page, site_of
+from provenn.web.rendering import page
+from provenn.web.site import site_of
 from provenn.web.visitors import check_origin, client_of
 
 router = APIRouter(default_response_class=Response)

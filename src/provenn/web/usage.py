@@ -3,7 +3,7 @@
 from typing import Any
 
 from provenn.catalog import Card, Example, Mechanism, Preset, label_of_shipped
-from provenn.slots import SLOTS
+from provenn.catalog.slots import SLOTS
 
 WIDTH = 64  # of the layers shown: the usual numbers of heads divide it
 SIZES = {"batch": 2, "tokens": 10, "other": 5, "height": 16, "width": 16}

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-    from provenn.weights import Label
+    from provenn.training.weights import Label
 
 NAME = "input"  # of what a reader gave, whatever it was called
 LARGEST_FILE = 64 * 2**20
@@ -87,7 +87,8 @@ def _ready(folder: Path, pixels: int) -> Callable[[dict[str, Any], Tell], None]:
     import torch
     from PIL import Image
 
-    from provenn import api, catalog
+    from provenn import catalog
+    from provenn.inference import api
     from provenn.tasks import get_task
 
     torch.set_num_threads(1)
@@ -190,9 +191,9 @@ def _confine(readable: list[str], folder: Path) -> None:
 
 def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], log: Tell) -> None:
     """Do a job and tell what came of it: {"done": …}, or {"failed": one line}."""
-    from provenn import api
-    from provenn.errors import UserError
-    from provenn.finite import finite_outputs
+    from provenn.core.errors import UserError
+    from provenn.core.finite import finite_outputs
+    from provenn.inference import api
 
     slug, preset = job["paper"], job["preset"]
     try:
@@ -227,7 +228,7 @@ def _of_a_reader(words: str) -> str:
 
 
 def _inside(slug: str, preset: str, given: Path) -> dict[str, Any]:
-    from provenn import api
+    from provenn.inference import api
 
     inspected = api.inspect(slug, given, preset=preset)
     inspected.save(Path("inside.png"))
@@ -312,7 +313,7 @@ def _shown(given: Path) -> tuple[int, int]:
 
 
 def _write(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
-    from provenn.progress import without_controls
+    from provenn.core.progress import without_controls
 
     text = _predict(model, label, [given], None, **options, log=lambda piece: log({"piece": without_controls(piece)}))
     return {"kind": "text", "text": without_controls(text)}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet, SSDLite, pad_batch, roi_align
 from provenn.nn.detection.assign import BACKGROUND, IGNORED
 from provenn.nn.detection.boxes import encode

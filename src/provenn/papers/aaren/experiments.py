@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Timing, measures
 from provenn.ops.prefix_scan_attention import (
     chunked_attention,

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Drawing, Measurement, Run, Study, Timing, measures
 from provenn.papers.bevanet.layers import CKS, LSKA, SDLSKA, reach
 from provenn.papers.bevanet.model import BEVANet, BEVANetClassifier

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 EXPECTED = "expected a state dict of BEVANet, for segmentation or ImageNet, found other parameters"
 # Planes and basic blocks of layer1, layer2 and semantic 3; the last number of `blocks` has no effect on these networks.

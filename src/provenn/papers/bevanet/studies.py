@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from provenn import bench
+from provenn.core import cost
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.segmentation import full_logits
 from provenn.papers.bevanet.layers import CKS
@@ -43,7 +43,7 @@ def network(part: dict[str, Any], **options: Any) -> BEVANet:
 def count(part: dict[str, Any]) -> int:
     """Parameters of a variant, without training heads."""
     with torch.device("meta"):
-        return bench.count_parameters(network(part, num_classes=5, in_channels=1).without_training_heads())
+        return cost.count_parameters(network(part, num_classes=5, in_channels=1).without_training_heads())
 
 
 def near_boundaries(model: nn.Module, data: TaskData) -> float:
@@ -149,4 +149,4 @@ def gigamacs(build: Callable[[], BEVANet], size: tuple[int, int]) -> float:
     """Multiply-adds of the deployed form, in 10⁹."""
     with torch.device("meta"):
         model = build().without_training_heads()
-        return bench.macs(lambda: model(torch.empty(1, 3, *size))) / 1e9
+        return cost.macs(lambda: model(torch.empty(1, 3, *size))) / 1e9

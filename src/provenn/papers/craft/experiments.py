@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Drawing, Measurement, Run, Study, Timing, measures
 from provenn.papers.craft.layers import HFERB, SRWAB, RectangleWindowAttention
 from provenn.papers.craft.model import craft_x4

@@ -5,7 +5,7 @@ import re
 
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 # Offsets and indices of the position bias, which follow from the window and are not learnt.
 _BUFFERS = {"relative_position_index_h", "relative_position_index_v", "biases_h", "biases_v"}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from provenn import bench
+from provenn.core import cost
 from provenn.nn.norms import ChannelNorm
 from provenn.papers.craft.layers import GDFN, HFB, HFERB, SRWAB
 from provenn.papers.craft.model import CRAFT, CRFB, craft_x2, craft_x3, craft_x4
@@ -78,7 +78,7 @@ class SumFusion(nn.Module):
 
 def match_parameters(dim: int, low: nn.Module, high: nn.Module, fuse: HFB | SumFusion) -> CRFB:
     """A block that lacks a part; what it lacks in parameters, its gated feed-forward gets."""
-    missing = bench.count_parameters(full(dim)) - sum(map(bench.count_parameters, (low, high, fuse)))
+    missing = cost.count_parameters(full(dim)) - sum(map(cost.count_parameters, (low, high, fuse)))
     hidden = fuse.feed.project.in_channels + round(missing / (3 * dim + 18))  # a hidden channel has 3·dim + 2·9 weights
     fuse.feed = GDFN(dim, (hidden + 0.5) / dim)
     return CRFB(low, high, fuse)
@@ -239,7 +239,7 @@ PRESETS = {2: craft_x2, 3: craft_x3, 4: craft_x4}
 def parameters(build: Callable[[int], nn.Module]) -> Callable[[int, str], Callable[[], int]]:
     def make(scale: int, device: str) -> Callable[[], int]:
         with torch.device("meta"):
-            return partial(bench.count_parameters, build(scale))
+            return partial(cost.count_parameters, build(scale))
 
     return make
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Benchmark, Drawing, Measurement, Run, Study, Table, Timing, measures
 from provenn.nn import resnet
 from provenn.nn.channel_gates import CBAM, Gate, SqueezeExcitation

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 # Blocks of each stage, and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from provenn import bench
+from provenn.core import cost
 from provenn.nn import resnet
 from provenn.nn.channel_gates import Gate, record_gates
 from provenn.papers.eca_net.bands import BANDS, MATERIALS, bad_bands
@@ -39,7 +39,7 @@ def on_meta(build: Callable[..., nn.Module], **options: Any) -> nn.Module:
 
 def macs_at_224(network: nn.Module) -> int:
     with PassOver():
-        return bench.macs(lambda: network(torch.empty(1, 3, 224, 224, device="meta")))
+        return cost.macs(lambda: network(torch.empty(1, 3, 224, 224, device="meta")))
 
 
 def band_data(seed: int, smoke: bool) -> TaskData:

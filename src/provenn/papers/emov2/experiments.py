@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.mobilenet import MobileNetV2
 from provenn.papers.emov2.model import SIZES, emov2, emov2_baseline

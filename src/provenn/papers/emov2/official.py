@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.emov2.emo import EMO_SIZES
 from provenn.papers.emov2.model import SIZES
 

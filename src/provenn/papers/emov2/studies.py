@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from provenn import bench
-from provenn.errors import UserError
+from provenn.core import cost
+from provenn.core.errors import UserError
 from provenn.nn.mobilenet import InvertedResidual
 from provenn.nn.segmentation import Segmenter
 from provenn.papers.emov2.layers import I2RMB, SEWMHSA, group_pixels, ungroup_pixels
@@ -134,7 +134,7 @@ def on_meta(build: Callable[..., nn.Module], **options: Any) -> nn.Module:
 
 
 def macs_at(network: nn.Module, side: int) -> int:
-    return bench.macs(lambda: network(torch.empty(1, 3, side, side, device="meta")))
+    return cost.macs(lambda: network(torch.empty(1, 3, side, side, device="meta")))
 
 
 def norm_operations(network: nn.Module, side: int) -> int:

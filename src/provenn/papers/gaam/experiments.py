@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.attention import SoftmaxAttention
 from provenn.papers.gaam.layers import GaussianAdaptiveAttention, GroupedQueryAttention

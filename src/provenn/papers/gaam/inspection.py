@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.gaam.layers import importance_factor, layer_shares
 from provenn.papers.gaam.model import AudioClassifier, StackClassifier
 

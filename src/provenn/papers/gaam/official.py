@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 HEADS = 8  # of the attentions, which their weights do not tell
 HEIGHT = {24: 8, 40: 64}  # rows of the map that GQDAAM's 512 features are laid out on, by layers

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from provenn.errors import UserError
-from provenn.files import atomic_write
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 from provenn.papers.gaam.model import StackClassifier, pool_tokens
 
 FEATURES, LABELS, SPLITS = "features", "labels", "splits"  # 0 of training, 1 of validation, 2 of the test

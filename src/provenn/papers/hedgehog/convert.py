@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import Batch, Conversion, StateCache, StateLayer, attentions
 from provenn.ops.linear_attention import LinearState, linear_attention, linear_attention_weights
 from provenn.papers.hedgehog.diagnostics import (

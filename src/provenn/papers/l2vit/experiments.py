@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.l2vit import model as presets
 from provenn.papers.l2vit.layers import LinearGlobalAttention, WindowAttention

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.l2vit import model
 
 # Ours for theirs, tried from the top; `\1` and the like are the numbers of stages and blocks.

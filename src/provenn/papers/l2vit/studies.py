@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Subset
 
-from provenn import bench
+from provenn.core import cost
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.nn.segmentation import Segmenter
 from provenn.ops.linear_attention import bidirectional_attention
@@ -70,7 +70,7 @@ def on_meta(build: Callable[..., Network], **options: Any) -> Network:
 
 def multiply_adds(network: nn.Module, side: int) -> int:
     """Of a network without weights, on one square image."""
-    return bench.macs(lambda: network(torch.empty(1, 3, side, side, device="meta")))
+    return cost.macs(lambda: network(torch.empty(1, 3, side, side, device="meta")))
 
 
 def macs_of_pixels(**options: Any) -> Callable[[int, str], Callable[[], int]]:

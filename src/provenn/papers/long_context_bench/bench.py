@@ -7,8 +7,8 @@ from typing import Any, cast, get_args
 
 import torch
 
-from provenn.bench import peak_activation_bytes
-from provenn.errors import UserError
+from provenn.core.cost import peak_activation_bytes
+from provenn.core.errors import UserError
 from provenn.evidence.measurement import Table, lacks_memory, lacks_operation
 from provenn.evidence.sweep import Point, Row, Sweep
 from provenn.papers.long_context_bench import documents as lengths_of

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
-from provenn.inputs import read_text
+from provenn.core.errors import UserError
+from provenn.core.inputs import read_text
 
 LONG = (8 * 1024, 30 * 1024)  # documents of the long variant
 SHORT_SHARE = 0.4  # of its tokens are in documents of the histogram

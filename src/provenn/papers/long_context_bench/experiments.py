@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.bench import interleaved
-from provenn.errors import UserError
+from provenn.core.cost import interleaved
+from provenn.core.errors import UserError
+from provenn.distributed import Inputs, Method, Partial, Pattern, Sharing, Simulation, attend, simulate
+from provenn.distributed.methods import Ring, pack, with_keys
 from provenn.evidence import Measurement, Run, Table, Timing, measures
 from provenn.evidence.measurement import lacks_memory, lacks_operation
-from provenn.nn.context_parallel import Inputs, Method, Partial, Pattern, Simulation, Spread, attend, simulate
-from provenn.nn.context_parallel.methods import Ring, pack, with_keys
 from provenn.papers.long_context_bench import masks
 from provenn.papers.long_context_bench.context_parallel import (
     METHODS,
@@ -425,7 +425,7 @@ class Rounded(Ring):
 
     name = "rounded"
 
-    def forward(self, spread: Spread, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, spread: Sharing, inputs: Inputs) -> tuple[Tensor, Tensor]:
         total = Partial(inputs.q, inputs.v.shape[-1])
 
         def visit(source: int, kv: Tensor) -> None:

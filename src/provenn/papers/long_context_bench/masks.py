@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.long_context_bench import documents as lengths_of
 
 KINDS = ("full", "causal", "inverse_causal", "bi_causal")  # the authors' types 0 to 3

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.long_context_bench.masks import Mask, Slice, from_slices
 
 

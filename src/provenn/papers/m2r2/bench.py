@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.evidence.measurement import Table
 from provenn.evidence.sweep import Point, Row, Sweep, parse_numbers
 from provenn.papers.m2r2.experts import ExpertTrace, Memory, simulate

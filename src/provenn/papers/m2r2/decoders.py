@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention, split_heads
 from provenn.nn.language import CausalLM, PreNormBlock
 from provenn.nn.positions import rotation, sinusoidal_encoding, turn

@@ -9,23 +9,37 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.language import probabilities
-from provenn.papers.m2r2.decoders import Cache, Decoder, take_apart
+from provenn.papers.m2r2.decoders import Cache, Decoder, Places, take_apart
 from provenn.papers.m2r2.streams import run_slow
-
-if TYPE_CHECKING:
-    from provenn.papers.m2r2.model import ExitModel
 
 MODES = ("full", "exit", "speculative", "two-model")
 CONFIDENCES = ("router", "probability", "margin")
+
+
+@runtime_checkable
+class Exits(Protocol):
+    """What decoding asks of a model with gates; see `model.ExitModel`."""
+
+    gates: tuple[int, ...]
+    routers: nn.ModuleList
+
+    def decoder(self, *, fixed: bool = False) -> Decoder:
+        """The base in parts."""
+
+    def run_gate(self, decoder: Decoder, gate: int, h: Tensor, places: Places, cache: Cache) -> Any:
+        """From the gate before to this one, for one token: h there, and the states that lead there."""
+
+    def catch_up(self, decoder: Decoder, gate: int, pending: Tensor, places: Places, last: Places, cache: Cache) -> Any:
+        """As `run_gate`, for tokens of which the last is new and the others had left before."""
 
 
 @dataclass
@@ -104,7 +118,7 @@ class Work:
         statistics: what is counted.
     """
 
-    model: "ExitModel"
+    model: Exits
     decoder: Decoder
     cache: Cache
     draw: Draw
@@ -138,7 +152,7 @@ class Piece(NamedTuple):
 
 @torch.no_grad()
 def decode(
-    model: "ExitModel",
+    model: Exits,
     prompt: Int[Tensor, "batch tokens"],
     count: int,
     *,
@@ -494,7 +508,7 @@ def _exit(work: Work, thresholds: list[float], confidence: str, fill: str) -> Ge
 
 
 def _confidence(
-    model: "ExitModel", decoder: Decoder, gate: int, path: list[Tensor], confidence: str, threshold: float
+    model: Exits, decoder: Decoder, gate: int, path: list[Tensor], confidence: str, threshold: float
 ) -> tuple[Tensor, Tensor | None]:
     """Which texts leave at a gate, and the gate's logits where they had to be computed."""
     if confidence == "router":

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from provenn.errors import UserError
-from provenn.files import atomic_write
+from provenn.core.errors import UserError
+from provenn.core.files import atomic_write
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from provenn import catalog
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.m2r2.comparison import WAYS, Way, compare_ways
 from provenn.papers.m2r2.decoding import MODES, Statistics
 from provenn.papers.m2r2.model import ExitModel, draft_tiny, m2r2_tiny

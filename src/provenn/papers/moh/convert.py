@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import Batch, Conversion, attentions
 from provenn.ops.routed_heads import dense_masked_attention, routed_attention, routed_decode, worth_gathering
 from provenn.papers.moh.layers import BALANCE, EXECUTIONS, QueryNormRouter, add_balance, watch_routing

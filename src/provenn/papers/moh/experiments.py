@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Benchmark, Drawing, Measurement, Run, Study, Table, Timing, measures
 from provenn.nn.attention import SoftmaxAttention
 from provenn.ops.routed_heads import dense_masked_attention, routed_attention, worth_gathering

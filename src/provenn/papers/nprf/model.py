@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.attention import SoftmaxAttention, check_heads, check_tokens, hide_tokens, split_heads
 from provenn.nn.language import CausalLM, Encoder, FeedForward, PreNormBlock
 from provenn.nn.positions import sinusoidal_encoding

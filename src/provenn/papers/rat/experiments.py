@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Timing, measures
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.positions import rotate

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 GROUPS = 2  # queries and keys that heads share, in all of the authors' models
 XL = 2048

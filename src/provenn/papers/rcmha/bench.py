@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.bench import count_parameters, flops, interleaved, peak_activation_bytes
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters, flops, interleaved, peak_activation_bytes
+from provenn.core.errors import UserError
 from provenn.evidence.measurement import Table, lacks_memory
 from provenn.evidence.sweep import Point, Row, Sweep, parse_numbers
 from provenn.nn.streaming import state_bytes

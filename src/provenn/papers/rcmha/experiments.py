@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.bench import count_parameters, peak_activation_bytes
-from provenn.errors import UserError
+from provenn.core.cost import count_parameters, peak_activation_bytes
+from provenn.core.errors import UserError
 from provenn.evidence import Measurement, Run, Study, Timing, measures
 from provenn.papers.rcmha.layers import RelativeConvAttention
 from provenn.papers.rcmha.model import rcmha_char, rmha_char

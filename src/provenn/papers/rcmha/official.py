@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 PRESETS = {  # by convolutions and tables
     (True, True): "rcmha_char",

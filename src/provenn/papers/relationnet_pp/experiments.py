@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Drawing, Measurement, Run, Study, Timing, measures
 from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet
 from provenn.nn.resnet import BasicBlock, ResNet, resnet50

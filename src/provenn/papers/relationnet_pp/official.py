@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.detection.anchors import shapes_of
 
 _TYPES = {"top_left_corner": "top_left", "bottom_right_corner": "bottom_right", "center": "centre"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from provenn import bench
+from provenn.core import cost
 from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet
 from provenn.papers.relationnet_pp.bridge import attach_bvr
 from provenn.papers.relationnet_pp.layers import (
@@ -71,7 +71,7 @@ def detector(part: dict[str, Any], *, num_classes: int = 2, width: int = 32) -> 
 def count(part: dict[str, Any]) -> int:
     """Parameters of a variant."""
     with torch.device("meta"):
-        return bench.count_parameters(detector(part))
+        return cost.count_parameters(detector(part))
 
 
 LOOKED_AT = 16  # regions of an image in the second stage of the small Faster R-CNN, in training and after
@@ -120,7 +120,7 @@ def host(part: dict[str, Any], *, num_classes: int = 2) -> nn.Module:
 def count_host(part: dict[str, Any]) -> int:
     """Parameters of a variant of `host`."""
     with torch.device("meta"):
-        return bench.count_parameters(host(part))
+        return cost.count_parameters(host(part))
 
 
 def rectangles(seed: int, smoke: bool) -> TaskData:
@@ -193,7 +193,7 @@ def gigamacs_of_points(form: str) -> float:
     """Multiply-adds of a point head without norms on an image of 800×1280, in 10⁹."""
     with torch.device("meta"):
         head, levels = PointHead(256, 80, form=form), [torch.empty(1, 256, *size) for size in LEVELS]
-        return bench.macs(lambda: head(levels)) / 1e9
+        return cost.macs(lambda: head(levels)) / 1e9
 
 
 def gigamacs_of_attention() -> float:
@@ -208,7 +208,7 @@ def gigamacs_of_attention() -> float:
                 for layer in attentions:
                     layer(torch.empty(1, height * width, 256), torch.empty(1, 50, 256))
 
-        return bench.macs(call) / 1e9
+        return cost.macs(call) / 1e9
 
 
 def map_errors(align_corners: bool) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.res_vmamba.model import DEEP, NARROW, SHALLOW, SOURCES, WIDE
 
 PRESETS: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {

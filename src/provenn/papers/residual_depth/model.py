@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.ops.softmax_attention import softmax_attention
 
 from .layers import ResidualTower, make_policy

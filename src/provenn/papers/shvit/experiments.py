@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from provenn.bench import count_parameters, macs
+from provenn.core.cost import count_parameters, macs
 from provenn.evidence import Benchmark, Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.shvit import model as presets
 from provenn.papers.shvit.layers import MultiHeadAttention, SingleHeadAttention

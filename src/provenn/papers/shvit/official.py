@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 _PRESETS: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {  # by the widths of the stages and the blocks in each
     ((128, 224, 320), (2, 4, 5)): "shvit_s1",

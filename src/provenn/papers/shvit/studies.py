@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from provenn.core.progress import quiet_loggers
 from provenn.nn.fusion import fuse
 from provenn.nn.resnet import resnet50
 from provenn.papers.shvit import model as presets
 from provenn.papers.shvit.layers import MultiHeadAttention, SHViTBlock, SingleHeadAttention
 from provenn.papers.shvit.model import SHViT, four_stage_baseline
-from provenn.progress import quiet_loggers
 from provenn.tasks import TaskData, fingerprint, get_task
 
 # Which glyph is it, and where is it once more? Nine cells; the first asks.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.terminator import model as presets
 from provenn.papers.terminator.layers import GIBS, HyperKernel, HyperZZWGlobal, LocalHyperKernel, global_product

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 WIDTHS = (3, 12, 36, 72, 144)
 _LOCAL = {"1": "local3", "2": "local9", "3": "local5", "4": "local7"}

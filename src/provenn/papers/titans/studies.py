@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.language import PreNormBlock, SwiGLU
 from provenn.nn.streaming import state_bytes

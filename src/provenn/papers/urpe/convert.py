@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.huggingface import Conversion, attentions, family_of, train_alone
 from provenn.huggingface.families import Host
 from provenn.ops.rescaled_attention import rescaled_attention

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from provenn.bench import count_parameters
+from provenn.core.cost import count_parameters
 from provenn.evidence import Drawing, Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.urpe.graphs import urpe_graph_tiny
 from provenn.papers.urpe.layers import URPEAttention

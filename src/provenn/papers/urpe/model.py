@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.nn.attention import check_mask
 from provenn.nn.language import CausalLM
 from provenn.nn.positions import sinusoidal_encoding

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 
 PRESET = "urpe_synthetic"
 TRUNK = "sentence_encoder."

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.tasks import Task, TaskData, batches, device_of, fingerprint, join_scores
 
 SPECIAL = 11  # numbers below the first token, and rows of the embedding besides the nominal vocabulary

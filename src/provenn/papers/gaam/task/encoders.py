@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from provenn import progress
-from provenn.errors import UserError
-from provenn.inputs import parse_json, read_text
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.inputs import parse_json, read_text
 from provenn.papers.gaam.probe import (
     StackFile,
     fingerprint_of_weights,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.gaam.probe import StackFile, fingerprint_of_weights, read_stacks
 from provenn.papers.gaam.task.encoders import CUT, Reading, UserEncoder, extracted, user_encoder
 from provenn.papers.gaam.task.pretraining import pretrained_stacks, stack_data

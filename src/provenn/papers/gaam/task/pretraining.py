@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.gaam.model import StackEncoder
 from provenn.tasks import Task, TaskData, batches, count_examples, device_of, fingerprint, get_task, join_scores
 from provenn.training import Recipe, fit

@@ -1,9 +1,9 @@
-"""Context parallelism, measured: the methods of `provenn.nn.context_parallel` on the benchmark's masks.
+"""Context parallelism, measured: the methods of `provenn.distributed` on the benchmark's masks.
 
-The methods themselves, and how a new one joins, are in `provenn.nn.context_parallel`; language models use them too.
+The methods themselves, and how a new one joins, are in `provenn.distributed`; language models use them too.
 """
 
-from provenn.nn.context_parallel import METHODS, Method, Pattern, Placement, Simulation, Slice, Spread, register
+from provenn.distributed import METHODS, Method, Pattern, Placement, Simulation, Slice, Spread, register
 from provenn.papers.long_context_bench.context_parallel.bench import Report, Row, bench
 from provenn.papers.long_context_bench.context_parallel.costs import (
     Choice,

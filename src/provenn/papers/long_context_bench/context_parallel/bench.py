@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from provenn.errors import UserError
-from provenn.nn.context_parallel import METHODS, Communicator, Pattern, Sent, Spread, method_called, simulate
-from provenn.nn.context_parallel.slices import area as area_of
+from provenn.core.errors import UserError
+from provenn.distributed import METHODS, Communicator, Pattern, Sent, Spread, method_called, simulate
+from provenn.distributed.slices import area as area_of
 from provenn.papers.long_context_bench.context_parallel.costs import Heads, volume
 from provenn.papers.long_context_bench.context_parallel.patterns import pattern_of
 from provenn.papers.long_context_bench.context_parallel.processes import launch

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from provenn.errors import UserError
-from provenn.nn.context_parallel import METHODS, Method, Pattern, Placement, method_called
-from provenn.nn.context_parallel.methods import AllGather, LoongTrain, windows_of
+from provenn.core.errors import UserError
+from provenn.distributed import METHODS, Method, Pattern, Placement, method_called
+from provenn.distributed.methods import AllGather, LoongTrain, windows_of
 
 BACKWARD = Fraction(5, 2)  # of the forward pass's FLOPs: four products, and the scores computed again
 

@@ -1,6 +1,6 @@
 """The benchmark's masks, as what is spread over processes."""
 
-from provenn.nn.context_parallel import Pattern, Slice
+from provenn.distributed import Pattern, Slice
 from provenn.papers.long_context_bench.masks import Mask
 
 

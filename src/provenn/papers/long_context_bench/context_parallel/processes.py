@@ -15,8 +15,8 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from provenn.errors import RankLost, UserError
-from provenn.nn.context_parallel import Communicator, ProcessTransport, rank_lost, speaks_of_lost_rank
+from provenn.core.errors import RankLost, UserError
+from provenn.distributed import Communicator, ProcessTransport, rank_lost, speaks_of_lost_rank
 
 ANSWER = 300.0  # seconds that a process waits for another that lives and says nothing
 LEAVE = 5.0  # seconds that the others have to end by themselves once one has died

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel, Unsupported, reference
 
 __all__ = ["Attend", "Case", "Kernel", "Unsupported", "kernels", "load_kernel", "pick", "reference"]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from provenn.errors import UserError
+from provenn.core.errors import UserError
 from provenn.papers.long_context_bench.masks import Mask
 from provenn.papers.long_context_bench.sparse import BlockSparse
 

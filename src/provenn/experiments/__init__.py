@@ -1,0 +1,1 @@
+"""What runs experiments: trials here and on other machines, at the paper's scale, and comparisons."""

@@ -1,0 +1,417 @@
+"""Measures a paper's experiments, one record each, written as each ends."""
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, cast
+
+from provenn import catalog
+from provenn.catalog import Card, Experiment, installed, meant
+from provenn.catalog.datasets import Places
+from provenn.core import progress
+from provenn.core.device import choose_device
+from provenn.core.errors import UserError
+from provenn.core.files import Unwritable, alone_in, check_writable
+from provenn.core.settings import typed
+from provenn.evidence.checksum import checksum
+from provenn.evidence.experiment import Measure, measuring_functions, parameters_of, with_overrides
+from provenn.evidence.measurement import Measurement
+from provenn.evidence.record import (
+    EVIDENCE,
+    LEDGER,
+    Evidence,
+    Finding,
+    Ledger,
+    Record,
+    RecordedRun,
+    here,
+    peak_memory,
+    read_or_set_aside,
+)
+from provenn.evidence.run import Budget, Elsewhere, Run, Waiting
+from provenn.experiments import workers
+from provenn.experiments.at_paper import AtPaperScale
+
+MOST_JOBS = 4096  # processes of one machine
+BUDGETS = ("smoke", "small", "paper")
+RUN = "runs/latest"
+MOST_SEEDS = 10_000
+DEFAULT_SEEDS = 5
+ERRORS = "errors.txt"
+
+
+class Options(TypedDict, total=False):
+    """What may be said of a reproduction; `reproduce` tells what each means."""
+
+    experiments: str | Sequence[str] | None
+    headline: bool
+    budget: str
+    seeds: int | str | Sequence[int]
+    device: str
+    out: str | Path
+    resume: bool
+    data: Places | None
+    overrides: dict[str, Any] | None
+    log: Callable[[str], None]
+
+
+def reproduce(
+    paper: str | Card, *, done: Callable[[Finding], None] = lambda finding: None, **options: Unpack[Options]
+) -> list[Finding]:
+    """Measure a paper's experiments and return what was found, which also lies in `out/<slug>/evidence.json`.
+
+    Args:
+        paper: its slug or arXiv number, or its card.
+        done: is given each finding as it is written.
+        experiments: ids of the experiments to measure, or the one; by default all.
+        headline: only what the headline of the abstract rests on.
+        budget: smoke, small (the default) or paper.
+        seeds: how many, or which: see `choose_seeds`; by default 5.
+        device: auto (the default), cpu, cuda, mps or a torch device.
+        out: folder of the records, by default runs/latest.
+        resume: keep what an earlier run in the same folder has measured at the same budget and seeds.
+        data: where data sets and checkpoints lie that `provenn data` lists, by name; for the budget paper.
+        overrides: another setting to measure at, such as {"epochs": 3}. A study takes those of its recipe and the
+            arguments of its data and networks, a timing its sizes and rounds, a function its arguments. Experiments
+            that take none of them are left out. The outcome is kept beside that of the experiments' own setting.
+        log: is given messages for the user.
+
+    Raises:
+        UserError: a change that no experiment takes, an unknown experiment, budget or device, no seeds, or a folder
+        in which another process measures this paper.
+    """
+    card = catalog.card(catalog.slug_of(paper)) if isinstance(paper, str) else paper
+    with _reproduction(card, **options) as work:
+        with progress.bar(card.slug, len(work.wanted)) as advance:
+            for experiment in work.wanted:
+                advance(0, f"{card.slug}: {experiment.id}")
+                done(work.measure(experiment))
+                advance()
+        return work.findings
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A paper whose experiments are measured, in a folder that no other process writes."""
+
+    card: Card
+    wanted: list[Experiment]
+    run: Run
+    evidence: Evidence
+    recorded: RecordedRun
+    data: Places | None
+    settings: dict[str, dict[str, Any]]  # by experiment, what is changed of its own setting
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found of all, at the setting at which they were measured now."""
+        return [self.evidence.finding(experiment, self.settings[experiment.id]) for experiment in self.wanted]
+
+    def measure(self, experiment: Experiment) -> Finding:
+        """Measure an experiment, unless an earlier record still stands for it, and write it.
+
+        Raises:
+            Waiting: for trials that run elsewhere.
+        """
+        run, evidence = self.run, self.evidence
+        run.overrides = self.settings[experiment.id]
+        kept = evidence.record(experiment.id, run.overrides) if run.reuse else None
+        find = partial(_function, run, self.card, experiment, self.data)
+        earlier = None if kept is None else evidence.runs[kept.run]
+        if kept is None or not _still_good(kept, earlier, run, find, experiment, self.recorded):
+            evidence.put(_measure(run, find, experiment), self.recorded)
+            evidence.keep_experiments([experiment.id for experiment in self.card.experiments])
+            evidence.write(run.file)
+        return evidence.finding(experiment, run.overrides)
+
+
+@contextmanager
+def _reproduction(
+    card: Card,
+    *,
+    experiments: str | Sequence[str] | None = None,
+    headline: bool = False,
+    budget: str = "small",
+    seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
+    device: str = "auto",
+    out: str | Path = RUN,
+    resume: bool = False,
+    data: Places | None = None,
+    overrides: dict[str, Any] | None = None,
+    log: Callable[[str], None] = lambda message: None,
+    elsewhere: Elsewhere | None = None,
+) -> Iterator[_Work]:
+    """What `reproduce` measures with; the folder is this process's as long as the block runs."""
+    chosen_seeds = choose_seeds(seeds)
+    if budget not in BUDGETS:
+        raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    experiments = [experiments] if isinstance(experiments, str) else experiments
+    if headline:
+        experiments = next((claim.experiments for claim in card.claims if claim.headline), None)
+    wanted = [card.experiment(name) for name in experiments] if experiments else card.experiments
+    device = choose_device(device)
+    settings = _settings(budget, card, wanted, data, overrides or {}, log, named=bool(experiments) and not headline)
+    wanted = [experiment for experiment in wanted if experiment.id in settings]
+    folder = Path(out) / card.slug
+    check_writable(folder)
+    with alone_in(folder):
+        evidence, trouble = read_or_set_aside(Evidence, folder / EVIDENCE, card.slug)
+        ledger, more_trouble = read_or_set_aside(Ledger, folder / LEDGER, card.slug)
+        for message in filter(None, (trouble, more_trouble)):
+            log(message)
+        run = Run(
+            card.slug,
+            Path(out),
+            budget=cast(Budget, budget),
+            seeds=chosen_seeds,
+            device=device,
+            ledger=ledger,
+            reuse=resume,
+            elsewhere=elsewhere,
+        )
+        recorded = RecordedRun(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
+        yield _Work(card, wanted, run, evidence, recorded, data, settings)
+
+
+def _settings(
+    budget: str,
+    card: Card,
+    experiments: Sequence[Experiment],
+    data: Places | None,
+    overrides: dict[str, Any],
+    log: Callable[[str], None],
+    *,
+    named: bool,
+) -> dict[str, dict[str, Any]]:
+    """The changes that each experiment takes, of the right types; experiments that take none are told and left out.
+
+    Raises:
+        UserError: what no experiment takes, a value that cannot be, or a named experiment that takes none.
+    """
+    if not overrides:
+        return {experiment.id: {} for experiment in experiments}
+    measures = {experiment.id: _own_measure(budget, card, experiment, data) for experiment in experiments}
+    known = {name: {} if measure is None else parameters_of(measure) for name, measure in measures.items()}
+    there = list(dict.fromkeys(name for names in known.values() for name in names))
+    for name in overrides:
+        if name not in there:
+            words = f"what can be set: {', '.join(there)}" if there else "they take nothing"
+            raise UserError(f"no experiment that is to be measured takes {name!r}{meant(name, there)}; {words}")
+    settings = {}
+    for name, measure in measures.items():
+        mine = {key: typed(key, value, known[name][key]) for key, value in overrides.items() if key in known[name]}
+        if mine and measure is not None:
+            try:
+                with_overrides(measure, mine)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{name}: {error}") from None
+            settings[name] = mine
+    left_out = [name for name in known if name not in settings]
+    if left_out and named:
+        takes = ", ".join(known[left_out[0]]) or "nothing"
+        raise UserError(f"{left_out[0]} takes none of {', '.join(overrides)}; what can be set of it: {takes}")
+    if left_out:
+        log(f"{card.slug}: left out, as they take none of {', '.join(overrides)}: {', '.join(left_out)}")
+    return settings
+
+
+def reproduce_many(
+    cards: Sequence[Card],
+    *,
+    jobs: int = 1,
+    cluster: str | None = None,
+    done: Callable[[Finding], None] = lambda finding: None,
+    **options: Unpack[Options],
+) -> list[Finding]:
+    """Measure several papers' experiments, one after the other, or the trials of all of them side by side.
+
+    Values and records are those of one after the other, and lie in the same files, which this process alone writes.
+    What times something runs after all else, alone on its machine. Experiments without trials are measured here.
+
+    Args:
+        cards: the papers.
+        jobs: processes of this machine that run trials; they share its cores.
+        cluster: address of a Ray cluster whose machines run the trials, or "auto": see
+        `provenn.experiments.workers.cluster`. A
+            trial whose machine is lost runs again on another. Data sets and checkpoints of the budget paper have to
+            lie at the same place on every machine.
+        done, options: as for `reproduce`.
+
+    Raises:
+        UserError: what `reproduce` refuses, a process that was killed, or a cluster that cannot be used.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if jobs > MOST_JOBS:
+        raise UserError(f"--jobs must be at most {MOST_JOBS:,}, got {jobs}")
+    if jobs > 1 and cluster is not None:
+        raise UserError(f"give --jobs {jobs} or --cluster {cluster}, not both: a cluster counts its machines' CPUs")
+    if jobs == 1 and cluster is None:
+        return [finding for card in cards for finding in reproduce(card, done=done, **options)]
+    device, log = choose_device(options.get("device", "auto")), options.get("log", lambda message: None)
+    packages = {"provenn", *(card.package.partition(".")[0] for card in cards)}
+    # The other processes may have begun in other folders.
+    options["out"] = Path(options.get("out", RUN)).absolute()
+    if options.get("data"):
+        options["data"] = {name: Path(place).absolute() for name, place in (options["data"] or {}).items()}
+    where = (
+        workers.processes(jobs)
+        if cluster is None
+        else workers.cluster(cluster, packages=sorted(packages), device=device, log=log)
+    )
+    with where as machines, ExitStack() as stack:
+        works = [stack.enter_context(_reproduction(card, elsewhere=machines, **options)) for card in cards]
+        _side_by_side(works, machines, done)
+        return [finding for work in works for finding in work.findings]
+
+
+def _side_by_side(works: Sequence[_Work], machines: workers.Workers, done: Callable[[Finding], None]) -> None:
+    """Measure every experiment, coming back to those that wait for trials once these have ended."""
+    ready = [(work, experiment) for work in works for experiment in work.wanted]
+    waiting: list[tuple[_Work, Experiment, set[str]]] = []
+    with ExitStack() as bars:
+        advance = {w.card.slug: bars.enter_context(progress.bar(w.card.slug, len(w.wanted))) for w in works}
+        while ready or waiting:
+            for work, experiment in ready:
+                try:
+                    done(work.measure(experiment))
+                    advance[work.card.slug]()
+                except Waiting as wait:
+                    waiting.append((work, experiment, wait.keys))
+                machines.keep_ended()
+            if waiting:
+                machines.wait()
+            ready = [(work, experiment) for work, experiment, needs in waiting if not needs & work.run.pending]
+            waiting = [entry for entry in waiting if entry[2] & entry[0].run.pending]
+
+
+def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experiment) -> Record:
+    import torch
+
+    start, spared = time.perf_counter(), run.spared
+    run.machines.clear()
+    code = ""
+    try:
+        function = find()
+        needs = experiment.lacks or "a function that measures it"
+        # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
+        with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
+            measurement = Measurement.not_measured(needs) if function is None else function(run)
+        code = checksum(function) if function is not None else ""
+        if experiment.package is not None and function is not None:
+            setting = {**measurement.setting, experiment.package: installed(experiment.package)}
+            measurement = measurement.model_copy(update={"setting": setting})
+        if run.machines:
+            setting = {**measurement.setting, "measured on": sorted(run.machines)}
+            measurement = measurement.model_copy(update={"setting": setting})
+    except Unwritable:  # the next experiment could not be written either
+        raise
+    except Exception as error:  # one experiment's trouble must not cost the others their work
+        measurement = Measurement.failure(error, run.device)
+        with (run.folder / ERRORS).open("a", encoding="utf-8") as file:
+            file.write(f"{experiment.id}\n{traceback.format_exc()}\n")
+    if (
+        measurement.out_of_memory
+    ):  # of the error nothing is left now that held tensors: the other experiments get the room
+        gc.collect()
+        if run.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    return Record.of(
+        experiment,
+        measurement,
+        budget=run.budget,
+        overrides=run.overrides,
+        code=code,
+        wall_seconds=round(time.perf_counter() - start + run.spared - spared, 3),
+        peak_memory_bytes=max(peak_memory(run.device), run.peak),
+    )
+
+
+def _function(run: Run, card: Card, experiment: Experiment, data: Places | None) -> Measure | None:
+    """What measures an experiment at this run's budget and setting; None where nothing can."""
+    measure = _own_measure(run.budget, card, experiment, data)
+    if measure is None or not run.overrides:
+        return measure
+    key = ("overrides", experiment.id)
+    if key not in run.memory:  # which holds on to it: a run knows experiments by what they are, not by their names
+        run.memory[key] = with_overrides(measure, run.overrides)
+    return run.memory[key]
+
+
+def _own_measure(budget: str, card: Card, experiment: Experiment, data: Places | None) -> Measure | None:
+    """What measures an experiment at this budget and its own setting; None where nothing can."""
+    if budget == "paper" and experiment.at_paper is not None:
+        return AtPaperScale(card, experiment, data)
+    if experiment.lacks is not None or not card.has("experiments"):
+        return None
+    return measuring_functions(card.resolve_module("experiments")).get(experiment.id)
+
+
+def _still_good(
+    record: Record,
+    earlier: RecordedRun | None,
+    run: Run,
+    find: Callable[[], Measure | None],
+    experiment: Experiment,
+    now: RecordedRun,
+) -> bool:
+    """A record may stand for a new measurement only where experiment, code, budget, seeds, machine and versions are the
+    same.
+
+    What was not measured is tried again: what it needed may be there by now.
+    """
+    if record.measurement.missed:
+        return False
+    try:
+        function = find()
+    except UserError:  # what is wrong with it is told where it is measured
+        return False
+    if earlier is None or function is None or record.code != checksum(function):
+        return False
+    if experiment.package is not None and installed(experiment.package) != record.measurement.setting.get(
+        experiment.package
+    ):
+        return False
+    seeds = record.measurement.seeds
+    again = Record.of(experiment, record.measurement, budget=run.budget, overrides=run.overrides)
+    return (
+        (not seeds or tuple(seeds) == run.seeds)
+        and (record.verdict, record.expects) == (again.verdict, again.expects)
+        and earlier.budget == now.budget
+        and earlier.environment.model_copy(update={"commit": ""}) == now.environment.model_copy(update={"commit": ""})
+    )
+
+
+def choose_seeds(seeds: int | str | Sequence[int]) -> tuple[int, ...]:
+    """The seeds meant: a count starts at 0; a list or a range names them, so that a finding can be held to fresh ones.
+
+    >>> choose_seeds(3), choose_seeds("3"), choose_seeds("10-12"), choose_seeds("7,9,11")
+    ((0, 1, 2), (0, 1, 2), (10, 11, 12), (7, 9, 11))
+    """
+    meant = _parsed(seeds) if isinstance(seeds, str) else range(seeds) if isinstance(seeds, int) else seeds
+    if meant[MOST_SEEDS:]:
+        raise UserError(f"seeds must be at most {MOST_SEEDS}, got {seeds}")
+    chosen = tuple(meant)
+    if not chosen or min(chosen) < 0:
+        raise UserError(f"seeds must be at least 1, got {seeds}")
+    if max(chosen) >= 2**32:
+        raise UserError(f"each seed must be below {2**32}, got {max(chosen)}")
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"seeds must differ, got {seeds}")
+    return chosen
+
+
+def _parsed(text: str) -> Sequence[int]:
+    try:
+        if "," in text:
+            return tuple(int(part) for part in text.split(","))
+        first, dash, last = text.strip().partition("-")
+        return range(int(first), int(last) + 1) if dash and first else range(int(text))
+    except ValueError:
+        raise UserError(f"--seeds takes a count (3), a list (7,9,11) or a range (10-12), got {text!r}") from None
