@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from provenn.experiments.reproduce import reproduce
     from provenn.inference import onnx
     from provenn.inference.api import evaluate, export, from_official, inspect, paper, predict, train
+    from provenn.inference.presets import create, list_presets
     from provenn.nn.fusion import fuse
     from provenn.surgery import insert_after, swap
 
 _API = ("evaluate", "export", "from_official", "inspect", "paper", "predict", "train")
 _HOMES = {
     **dict.fromkeys(_API, "provenn.inference.api"),
+    **dict.fromkeys(("create", "list_presets"), "provenn.inference.presets"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
     "fuse": "provenn.nn.fusion",
     "reproduce": "provenn.experiments.reproduce",
@@ -38,12 +40,14 @@ _MODULES = {
 __all__ = [
     "__version__",
     "cost",
+    "create",
     "evaluate",
     "export",
     "from_official",
     "fuse",
     "insert_after",
     "inspect",
+    "list_presets",
     "onnx",
     "paper",
     "papers",
