@@ -10,7 +10,7 @@ from provenn.core.errors import UserError
 
 
 def test_the_table_reads_without_torch():
-    script = "import sys, provenn; provenn.catalog.slots.SLOTS; assert 'torch' not in sys.modules"
+    script = "import sys, provenn; provenn.slots.SLOTS; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 
