@@ -124,7 +124,7 @@ class RectangleWindowAttention(nn.Module):
         batch, height, width = qkv.shape[:3]
         window_sides = dict(zip("rc", window))
         if any(shift):
-            # Cyclic: the authors' code takes a mask and always passes None, so that opposite borders attend to each other.
+            # Cyclic: the authors' code takes a mask and always passes None, so opposite borders attend to each other.
             qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
         heads = self.heads // 2
         to_windows = "b (i r) (j c) three (head d) -> three (b i j) head (r c) d"
