@@ -1,4 +1,4 @@
-"""What Hedgehog promises: maps that learn softmax's weights, in linear time, on a host's own projections."""
+"""Properties of Hedgehog: maps that learn softmax's weights, in linear time, on a host's own projections."""
 
 import copy
 import math
