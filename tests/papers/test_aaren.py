@@ -1,4 +1,4 @@
-"""What Aaren promises: attention over prefixes, streamed in constant memory, with D parameters more."""
+"""Properties of Aaren: attention over prefixes, streamed in constant memory, with D parameters more."""
 
 import copy
 import io

@@ -164,7 +164,7 @@ def test_the_selection_does_not_move_the_reach_of_the_strips():
     _, taps, dilation = KERNELS[23]
     layer = SDLSKA(2, 23)
     assert layer.spread.horizontal.kernel_size == (1, taps) and layer.spread.vertical.dilation == (dilation, dilation)
-    # Through the pooled gates every place has a faint part in the centre.
+    # Through the pooled gates every position has a faint part in the centre.
     assert (reach(stirred(layer).spread, 2, 31) > 0).all()
 
 
@@ -322,10 +322,10 @@ def test_the_classifier_is_a_backbone(size):
 
 def test_segment_takes_any_size():
     model, image = tiny(), drawn((2, 1, 75, 91))
-    told = model.segment(image)
-    assert told.shape == (2, 75, 91) and told.dtype == torch.int64
+    predicted = model.segment(image)
+    assert predicted.shape == (2, 75, 91) and predicted.dtype == torch.int64
     full = F.interpolate(model(image), (75, 91), mode="bilinear", align_corners=True).argmax(1)
-    assert torch.equal(told, full)
+    assert torch.equal(predicted, full)
 
 
 # Losses
@@ -583,12 +583,12 @@ def test_variants_have_as_many_parameters():
     assert sizes["unguided"] == sizes["full"] > sizes["sum"] and sizes["bag"] < sizes["full"] > sizes["dappm"]
 
 
-def test_what_is_told_near_boundaries_is_counted_alone():
+def test_predictions_near_boundaries_alone_are_counted():
     mask = torch.zeros(1, 64, 64, dtype=torch.int64)
     mask[:, :, 32:] = 1
     far = (torch.arange(64) - 31.5).abs() > 8
 
-    class Told(nn.Module):
+    class Answers(nn.Module):
         align_corners = False
 
         def __init__(self, wrong):
@@ -596,13 +596,13 @@ def test_what_is_told_near_boundaries_is_counted_alone():
             self.wrong, self.weight = wrong, nn.Parameter(torch.zeros(1))
 
         def forward(self, x):
-            told = torch.where(self.wrong, 1 - mask, mask)
-            return F.one_hot(told, 2).permute(0, 3, 1, 2).float() + self.weight
+            predicted = torch.where(self.wrong, 1 - mask, mask)
+            return F.one_hot(predicted, 2).permute(0, 3, 1, 2).float() + self.weight
 
     scene = TensorDataset(torch.zeros(1, 1, 64, 64), mask)
     data = TaskData("two halves", scene, scene, scene, "")
     for wrong, share in ((far & False, 1.0), (far, 1.0), (~far, 0.0)):
-        assert studies.near_boundaries(Told(wrong.expand(64, 64)), data) == share
+        assert studies.near_boundaries(Answers(wrong.expand(64, 64)), data) == share
 
 
 def test_the_spread_of_gates_is_none_where_they_are_the_same():

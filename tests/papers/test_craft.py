@@ -1,4 +1,4 @@
-"""What the blocks of CRAFT promise, and its exact experiments."""
+"""Properties of the blocks of CRAFT, and its exact experiments."""
 
 import numpy as np
 import pytest

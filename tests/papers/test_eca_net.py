@@ -392,7 +392,7 @@ def test_official_names_come_back_with_their_preset(build, code):
 
 
 def official_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The authors' names: `eca` in a ResNet's block; the last place of a MobileNetV2 block's sequence."""
+    """The authors' names: `eca` in a ResNet's block; the last index of a MobileNetV2 block's sequence."""
     names = {}
     for name, value in model.state_dict().items():
         if isinstance(model, MobileNetV2) and ".gate." in name:

@@ -74,16 +74,16 @@ def by_hand(layer: SEWMHSA, x: torch.Tensor, grouping: str) -> torch.Tensor:
     q, k, v = (z.unflatten(1, (layer.heads, -1)) for z in (q, k, v))
     n1, n2 = rows // w, columns // w
 
-    def company(place: int, n: int) -> list[int]:
+    def company(position: int, n: int) -> list[int]:
         if grouping == "close":
-            return [place // w * w + i for i in range(w)]
-        return [i * n + place % n for i in range(w)]
+            return [position // w * w + i for i in range(w)]
+        return [i * n + position % n for i in range(w)]
 
     y = torch.zeros(batch, layer.heads, v.shape[2], height, width, dtype=x.dtype)
     for r, c in itertools.product(range(height), range(width)):
-        places = list(itertools.product(company(r, n1), company(c, n2)))
-        keys = torch.stack([k[..., a, b] for a, b in places], dim=-1)
-        values = torch.stack([v[..., a, b] for a, b in places], dim=-1)
+        positions = list(itertools.product(company(r, n1), company(c, n2)))
+        keys = torch.stack([k[..., a, b] for a, b in positions], dim=-1)
+        values = torch.stack([v[..., a, b] for a, b in positions], dim=-1)
         scores = torch.einsum("bhd,bhdt->bht", q[..., r, c], keys) / q.shape[2] ** 0.5
         y[..., r, c] = torch.einsum("bht,bhdt->bhd", scores.softmax(-1), values)
     return y.flatten(1, 2)
@@ -101,10 +101,10 @@ def test_ungrouping_undoes_grouping(grouping, w1, w2, n1, n2, heads):
 
 
 def test_groups_of_a_pixel():
-    place = torch.arange(14.0 * 14).view(1, 1, 14, 14)
+    index = torch.arange(14.0 * 14).view(1, 1, 14, 14)
 
     def company(grouping: str) -> set[tuple[int, int]]:
-        groups = group_pixels(place, grouping, (7, 7))[:, 0, :, 0].long()
+        groups = group_pixels(index, grouping, (7, 7))[:, 0, :, 0].long()
         (mine,) = [group for group in groups.tolist() if 3 * 14 + 5 in group]
         return {divmod(p, 14) for p in mine}
 
@@ -113,8 +113,8 @@ def test_groups_of_a_pixel():
 
 
 def test_remote_rows_of_a_larger_map_are_congruent():
-    place = torch.arange(28.0)[:, None].expand(28, 28)[None, None]
-    groups = group_pixels(place, "remote", (7, 7))[:, 0, :, 0]
+    index = torch.arange(28.0)[:, None].expand(28, 28)[None, None]
+    groups = group_pixels(index, "remote", (7, 7))[:, 0, :, 0]
     assert all(len({int(row) % 4 for row in group}) == 1 for group in groups)
 
 
@@ -604,7 +604,7 @@ def test_level_and_class_change_what_is_found():
     torch.testing.assert_close(network(x[1:], t[1:], y[1:]), found[1:])
 
 
-def test_patches_come_back_to_their_place():
+def test_patches_come_back_to_their_position():
     """Of a network whose blocks mix nothing, a pixel's output depends on its own patch alone."""
     network = DEMOv2(dim=8, layers=1, head_dim=4, window=1, mode="close", kernel_size=0, size=6, in_channels=1).eval()
     nn.init.normal_(network.head.weight)

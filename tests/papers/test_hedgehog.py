@@ -1,4 +1,4 @@
-"""What Hedgehog promises: maps that learn softmax's weights, in linear time, on a host's own projections."""
+"""Properties of Hedgehog: maps that learn softmax's weights, in linear time, on a host's own projections."""
 
 import copy
 import math
@@ -606,9 +606,9 @@ def test_every_pair_of_recall_is_asked_for_once():
     pairs, base = studies.PAIRS, studies.VALUES + 1
     keys, values = tokens // base, tokens % base
     for row in range(5):
-        told = dict(zip(keys[row, :pairs].tolist(), values[row, :pairs].tolist()))
-        assert len(told) == pairs
-        assert [told[key] for key in keys[row, pairs:].tolist()] == answers[row, pairs:].tolist()
+        values_of = dict(zip(keys[row, :pairs].tolist(), values[row, :pairs].tolist()))
+        assert len(values_of) == pairs
+        assert [values_of[key] for key in keys[row, pairs:].tolist()] == answers[row, pairs:].tolist()
 
 
 def test_code_and_prose_share_nothing():
@@ -716,8 +716,8 @@ def test_tuning_does_not_reach_what_is_kept_of_the_host_and_its_maps(kept):
     convert(experiments.WHOLE, "hedgehog")
     before = copy.deepcopy(kept.values)
     tuned = convert(experiments.WHOLE, "hedgehog")
-    for place, state in kept.values.items():
-        assert all(torch.equal(value, before[place][name]) for name, value in state.items())
+    for key, state in kept.values.items():
+        assert all(torch.equal(value, before[key][name]) for name, value in state.items())
     host, maps = before.values()
     assert all(torch.equal(maps[name], value) for name, value in host.items())  # distillation leaves the host
     assert not all(torch.equal(maps[name], value) for name, value in tuned.state_dict().items())

@@ -87,7 +87,7 @@ def test_the_scale_starts_at_one_over_the_root_of_the_head():
     assert layer.floor == 100.0
 
 
-def test_tokens_have_no_places():
+def test_tokens_have_no_positions():
     layer, x, order = attention(), draw(2, 50, 64), torch.randperm(50)
     torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order])
 
@@ -297,12 +297,12 @@ def test_counts_of_the_released_models(build, parameters, side, published):
 
 
 @pytest.mark.parametrize(
-    "build, side, told",
+    "build, side, printed",
     [(l2vit.l2vit_tiny, 224, 4_713_614_632), (l2vit.l2vit_base_384, 384, 47_470_758_632)],
 )
-def test_operations_as_the_authors_tool_counts_them(build, side, told):
+def test_operations_as_the_authors_tool_counts_them(build, side, printed):
     """The figures are what their counter said of their models."""
-    assert printed_operations(on_meta(build), side) == told
+    assert printed_operations(on_meta(build), side) == printed
 
 
 def test_parts_of_tiny_have_the_authors_parameters():
@@ -462,10 +462,10 @@ def test_maps_that_are_measured_are_those_that_attend():
     y = softmax_weights(softmax, x) @ softmax.value(x).unflatten(-1, (3, 8)).transpose(1, 2)
     torch.testing.assert_close(softmax.out(y.transpose(1, 2).flatten(2)), softmax(x))
     layer = attention(24, 3)
-    told = entropies(nn.Sequential(layer, softmax), x)
-    assert list(told) == ["0", "1"] and told["1"].shape == (2, 3, 300)
-    torch.testing.assert_close(told["0"], row_entropy(layer.weights(x)))  # made of 256 rows at a time
-    torch.testing.assert_close(told["1"], row_entropy(softmax_weights(softmax, layer(x))))
+    found = entropies(nn.Sequential(layer, softmax), x)
+    assert list(found) == ["0", "1"] and found["1"].shape == (2, 3, 300)
+    torch.testing.assert_close(found["0"], row_entropy(layer.weights(x)))  # made of 256 rows at a time
+    torch.testing.assert_close(found["1"], row_entropy(softmax_weights(softmax, layer(x))))
 
 
 def test_what_comes_from_nearby_is_told():
@@ -494,13 +494,13 @@ def test_networks_that_are_compared_are_what_they_are_called():
     assert max(heads) / min(heads) < 1.3
 
 
-def test_inspection_tells_how_far_each_token_spreads(tmp_path):
+def test_inspection_says_how_far_each_token_spreads(tmp_path):
     from PIL import Image
 
     Image.fromarray((torch.rand(30, 40, 3) * 255).byte().numpy()).save(tmp_path / "a.png")
-    told = provenn.inspect("l2vit", tmp_path / "a.png", preset="l2vit_tiny")
-    assert [row.numel() for row in told.layers.values()] == [3136, 784, 196, 196, 196, 49]
-    assert all(row.min() >= 0 and row.max() <= 1 + 1e-5 for row in told.layers.values())
+    inspection = provenn.inspect("l2vit", tmp_path / "a.png", preset="l2vit_tiny")
+    assert [row.numel() for row in inspection.layers.values()] == [3136, 784, 196, 196, 196, 49]
+    assert all(row.min() >= 0 and row.max() <= 1 + 1e-5 for row in inspection.layers.values())
 
 
 @pytest.mark.parametrize(

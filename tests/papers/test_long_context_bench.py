@@ -76,7 +76,7 @@ def test_work_is_counted_by_the_mask_and_by_no_kernel():
 
 
 class Sleeper(Kernel):
-    """Takes as long as it is told, by a clock of its own."""
+    """Takes as long as it is asked to, by a clock of its own."""
 
     name, about = "sleeper", "for tests"
 
@@ -172,7 +172,7 @@ def test_what_cannot_run_is_an_outcome(error, status):
     assert row["status"] == status and "\n" not in row["reason"] and row["again"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what is free")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone reports what is free")
 def test_memory_that_is_not_there_is_refused_before_the_system_ends_the_process():
     with bounded_memory(CPU), pytest.raises(RuntimeError) as refusal:
         torch.empty(1 << 46, dtype=torch.int8)
@@ -287,7 +287,7 @@ def test_a_users_kernel_runs_beside_ours(run, tmp_path):
 
 
 def test_ranks_compare_the_methods_of_context_parallelism(run, monkeypatch):
-    """The same with threads in the place of processes, which tests of their own start."""
+    """The same with threads instead of processes, which tests of their own start."""
     from functools import partial
 
     from provenn.papers.long_context_bench import context_parallel
@@ -357,7 +357,7 @@ def test_a_sweep_that_is_asked_for_in_python_is_the_same():
 
 @pytest.mark.parametrize("name", MASKS)
 def test_predicates_of_block_masks_have_their_tables_where_they_are_asked_for(name):
-    """A compiler for a GPU cannot move a table within a kernel; the meta device tells where each lies."""
+    """A compiler for a GPU cannot move a table within a kernel; the meta device says where each lies."""
     mask = masks.make_mask(name, 64, histogram="pile")
     asked = mask.block_mask(16, "meta").mask_mod
     keep = getattr(asked.__closure__[0].cell_contents, "func", asked.__closure__[0].cell_contents)

@@ -109,7 +109,7 @@ class AarenAttention(nn.Module):
     def _scores(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch heads"]:
         # q·(W_k x + b_k) = (W_kᵀq)·x + q·b_k: with one query for all tokens, no token needs a key of its own.
         q = self.query(self.token).view(self.heads, -1) / math.sqrt(self.dim // self.heads)
-        # (heads, dim): a matrix of as many rows as heads in place of W_k, so scores cost D·heads a token and not D².
+        # (heads, dim): a matrix of as many rows as heads instead of W_k, so scores cost D·heads a token and not D².
         weight = torch.einsum("hp,hpd->hd", q, self.key.weight.unflatten(0, (self.heads, -1)))
         bias = (q * self.key.bias.view(self.heads, -1)).sum(dim=-1)
         return F.linear(x, weight, bias)
@@ -156,7 +156,7 @@ class AarenAttention(nn.Module):
 
 
 class AarenEncoderLayer(EncoderLayer):
-    """A Transformer encoder layer with Aaren in the place of its attention.
+    """A Transformer encoder layer with Aaren instead of its attention.
 
     x ← norm(x + aaren(x)); x ← norm(x + W₂ φ(W₁ x)).
 
@@ -222,7 +222,7 @@ def _from_stock(stock: nn.TransformerEncoderLayer) -> EncoderLayer:
     attention = AarenAttention.from_softmax(stock.self_attn)
     feedforward, dropout = stock.linear1.out_features, stock.dropout1.p
     layer = EncoderLayer(
-        # The factory ignores the width that it is told: the attention is made already, in the stock one's precision.
+        # The factory ignores the width that it is given: the attention exists already, in the stock one's precision.
         attention.dim,
         lambda dim: attention,
         feedforward=feedforward,

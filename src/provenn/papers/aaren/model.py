@@ -1,4 +1,4 @@
-"""The four systems of the paper (section 4): only the token mixer tells Aaren from the Transformer.
+"""The four systems of the paper (section 4): Aaren and the Transformer differ in the token mixer alone.
 
 Every model reads a whole sequence in `forward`, and one token after another in `step`. With Aaren a stream's memory
 does not grow; with softmax attention it is a key-value cache.
@@ -393,7 +393,7 @@ class DecisionTransformer(nn.Module):
         timesteps: Int[Tensor, " batch"],
         state: EncoderState,
     ) -> tuple[Float[Tensor, "batch actions"], EncoderState]:
-        """The action now, as logits or numbers; tell which one was taken with `act` before the next step."""
+        """The action now, as logits or numbers. Before the next step report the action that was taken with `act`."""
         time = self.embed_timestep(timesteps)
         _, state = self.encoder.step(self.dropout(self.norm(self.embed_return(returns_to_go) + time)), state)
         hidden, state = self.encoder.step(self.dropout(self.norm(self.embed_state(states) + time)), state)

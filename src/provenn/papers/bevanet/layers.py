@@ -144,7 +144,7 @@ class SelectedStrips(nn.Module):
 
         a₀ = dw(x), a₁ = dw strip 1×t(a₀), a₂ = dw strip t×1(a₀), output = CKS(a₀, a₁, a₂)
 
-    It spans K×K, of which it reaches a cross: 325 of 1,225 places for K = 35.
+    It spans K×K, of which it reaches a cross: 325 of 1,225 positions for K = 35.
 
     Args:
         channels: C.
@@ -206,7 +206,7 @@ class SDLSKA(Gated):
 class LSKA(Gated):
     """Large separable kernel attention (Lau et al., 2024, arXiv:2309.01439): small and dilated strips in series.
 
-    Args, shapes: as for `SDLSKA`. It reaches all K² places. Slot: map-mixer.
+    Args, shapes: as for `SDLSKA`. It reaches all K² positions. Slot: map-mixer.
     """
 
     def __init__(self, channels: int, kernel_size: int = 35):
@@ -360,7 +360,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def reach(mixer: nn.Module, channels: int, size: int) -> Float[Tensor, "size size"]:
-    """How strongly each place of a map of zeros moves the centre of a depthwise part, summed over channels.
+    """How strongly each position of a map of zeros moves the centre of a depthwise part, summed over channels.
 
     Args:
         mixer: (1, channels, size, size) to the same, such as the `spread` of an attention.

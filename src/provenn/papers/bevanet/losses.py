@@ -36,8 +36,8 @@ def hard_pixel_loss(
         probability = logits.float().softmax(1).gather(1, truth)[:, 0][judged]
     if not len(probability):
         return losses.sum()  # zero, and still a function of the logits
-    place = min(max(1, round(share * target.numel())), len(probability) - 1)
-    threshold = probability.kthvalue(place + 1).values.clamp_min(THRESHOLD)
+    index = min(max(1, round(share * target.numel())), len(probability) - 1)
+    threshold = probability.kthvalue(index + 1).values.clamp_min(THRESHOLD)
     hard = losses[judged][probability < threshold]
     return hard.sum() / max(1, len(hard))
 
@@ -70,7 +70,7 @@ def boundaries(mask: Int64[Tensor, "batch height width"], width: int = 4) -> Boo
 
 
 def canny(mask: Int64[Tensor, "batch height width"]) -> Bool[Tensor, "batch height width"]:
-    """Places whose gradient |dx| + |dy| is above zero and largest along its direction, as OpenCV rounds directions."""
+    """Pixels whose gradient |dx| + |dy| is above zero and largest along its direction, as OpenCV rounds directions."""
     if mask.numel() == 0:
         return torch.zeros_like(mask, dtype=torch.bool)
     image = F.pad(mask.float().unsqueeze(1), (1, 1, 1, 1), mode="replicate")[:, 0].long()

@@ -95,7 +95,7 @@ class Bilateral(nn.Module):
     Args:
         planes: p, the width of the stem; later stages have 2p to 16p.
         blocks: n₀ to n₃, basic blocks of layer1 and detail 3, layer2, semantic 3 and semantic 4. Where semantic 4 has a
-            large kernel, one basic block and two EVA blocks stand in the place of its n₃.
+            large kernel, it has one basic block and two EVA blocks instead of its n₃.
         in_channels: of the image.
         kernel_size: K of the semantic branch's EVA blocks; 0 for basic blocks instead.
         detail_kernel_size: K of the detail branch's; 0 for basic blocks instead.

@@ -168,12 +168,12 @@ def _merge_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The selection's three heads of each attention as one, in the order small, horizontal, vertical."""
     merged: dict[str, Tensor] = {}
     for name, value in state.items():
-        place, head, rest = name.partition(".fc_expand_small.")
+        prefix, head, rest = name.partition(".fc_expand_small.")
         if head:
-            parts = [state.get(f"{place}.fc_expand_{which}.{rest}") for which in HEADS]
+            parts = [state.get(f"{prefix}.fc_expand_{which}.{rest}") for which in HEADS]
             if any(part is None for part in parts):
                 raise UserError(EXPECTED)
-            merged[f"{place}.expand.{rest}"] = value if value.ndim == 0 else torch.cat(parts)  # type: ignore[arg-type]
+            merged[f"{prefix}.expand.{rest}"] = value if value.ndim == 0 else torch.cat(parts)  # type: ignore[arg-type]
         elif ".fc_expand_big_" not in name:
             merged[name] = value
     return merged

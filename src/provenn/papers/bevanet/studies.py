@@ -47,13 +47,13 @@ def count(part: dict[str, Any]) -> int:
 
 
 def near_boundaries(model: nn.Module, data: TaskData) -> float:
-    """The share of pixels told right among those within 4 pixels of a true boundary."""
+    """The share of pixels predicted right among those within 4 pixels of a true boundary."""
     right = judged = 0
     for image, mask in _pairs(data):
-        told = full_logits(model, image.to(next(model.parameters()))).argmax(1).cpu()
+        predicted = full_logits(model, image.to(next(model.parameters()))).argmax(1).cpu()
         edges = canny(mask).float().unsqueeze(1)
         near = (F.max_pool2d(edges, 2 * NEAR + 1, 1, NEAR)[:, 0] > 0) & (mask != IGNORED)
-        right += int((told == mask)[near].sum())
+        right += int((predicted == mask)[near].sum())
         judged += int(near.sum())
     return right / max(judged, 1)
 
@@ -106,7 +106,7 @@ def on_map(build: Callable[[int], nn.Module], channels: int = 64) -> Callable[[i
 
 
 class GlobalAttention(nn.Module):
-    """Softmax attention among all places of a map."""
+    """Softmax attention among all positions of a map."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -118,7 +118,7 @@ class GlobalAttention(nn.Module):
 
 
 class Dense(nn.Module):
-    """A dense depthwise kernel in the place of the strips: x ⊙ conv1×1(dw K×K(x))."""
+    """A dense depthwise kernel instead of the strips: x ⊙ conv1×1(dw K×K(x))."""
 
     def __init__(self, channels: int, kernel_size: int = 35):
         super().__init__()

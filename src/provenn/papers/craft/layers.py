@@ -124,7 +124,7 @@ class RectangleWindowAttention(nn.Module):
         batch, height, width = qkv.shape[:3]
         window_sides = dict(zip("rc", window))
         if any(shift):
-            # Cyclic: the authors' code has places for a mask and always hands None, so that opposite borders attend.
+            # Cyclic: the authors' code takes a mask and always passes None, so opposite borders attend to each other.
             qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
         heads = self.heads // 2
         to_windows = "b (i r) (j c) three (head d) -> three (b i j) head (r c) d"
@@ -195,7 +195,7 @@ class SRWAB(nn.Module):
         self.attention = RectangleWindowAttention(
             dim, heads, window=window, shifted=shifted, wrap=wrap, position_dim=position_dim
         )
-        # As published the position bias is constant, so this convolution alone tells the tokens of a window apart.
+        # As published the position bias is constant, so this convolution alone distinguishes the tokens of a window.
         self.locality = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.project = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)

@@ -48,12 +48,12 @@ def full(dim: int) -> CRFB:
 
 
 def without_hferb(dim: int) -> CRFB:
-    """The features themselves take the place of the high-frequency prior."""
+    """The features themselves replace the high-frequency prior."""
     return match_parameters(dim, windows(dim), nn.Identity(), HFB(dim, HEADS))
 
 
 def without_srwab(dim: int) -> CRFB:
-    """The features themselves take the place of the global representation."""
+    """The features themselves replace the global representation."""
     return match_parameters(dim, nn.Identity(), HFERB(dim), HFB(dim, HEADS))
 
 

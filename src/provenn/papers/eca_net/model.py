@@ -169,16 +169,16 @@ def add_eca(model: nn.Module, kernel_size: KernelSize = "adaptive", *, preserve:
     """
     if any(isinstance(module, EfficientChannelAttention) for module in model.modules()):
         raise ValueError("the model has ECA modules already")
-    places = [(name, block, end) for name, block in model.named_modules() if (end := _end_of_branch(block))]
-    if not places:
+    branches = [(name, block, end) for name, block in model.named_modules() if (end := _end_of_branch(block))]
+    if not branches:
         raise ValueError(
             f"{type(model).__name__} has no residual branch of a known kind; "
             "provenn.surgery.insert_after(model, pattern, EfficientChannelAttention) inserts where you say"
         )
-    widths = [_width(block) for _, block, _ in places]
+    widths = [_width(block) for _, block, _ in branches]
     sizes = kernel_sizes(kernel_size, widths)
     inserted = {}
-    for (name, block, end), width in zip(places, widths, strict=True):
+    for (name, block, end), width in zip(branches, widths, strict=True):
         eca = EfficientChannelAttention(width, sizes[width], scale=2.0 if preserve else 1.0)
         if preserve:
             nn.init.zeros_(eca.conv.weight)

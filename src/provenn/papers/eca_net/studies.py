@@ -70,11 +70,11 @@ def draw_gates(done: Fit, data: TaskData, seed: int) -> "Figure":
     x, _, failed = bad_bands(3, seed=3 * seed + 2, materials=seed)
     (gates,) = record_gates(done.model, x).values()
     figure = Figure(figsize=(9, 2.6), layout="constrained")
-    for place, (gate, bands) in enumerate(zip(gates.cpu(), failed, strict=True)):
-        axes = figure.add_subplot(1, 3, place + 1)
+    for column, (gate, bands) in enumerate(zip(gates.cpu(), failed, strict=True)):
+        axes = figure.add_subplot(1, 3, column + 1)
         axes.fill_between(range(BANDS), 0, 1, where=bands.numpy(), color="#b00020", alpha=0.15, step="mid")
         axes.plot(gate.numpy(), color="#1a5fb4")
-        axes.set(xlabel="band", ylim=(0, 1), ylabel="gate" if place == 0 else "")
+        axes.set(xlabel="band", ylim=(0, 1), ylabel="gate" if column == 0 else "")
     return figure
 
 

@@ -1,7 +1,7 @@
 """D-EMOv2 (Table 14): a diffusion model of i2RMBs, in the frame of DiT (Peebles and Xie, 2023, arXiv:2212.09748).
 
 Its code is not public. The authors' training logs print the parameters of all four sizes, and the paper their FLOPs;
-this form has both (see the README). One modulated block takes the place of DiT's attention and feed-forward part.
+this form has both (see the README). One modulated block replaces DiT's attention and feed-forward part.
 """
 
 from typing import Any, NamedTuple

@@ -57,7 +57,7 @@ def group_pixels(
 def ungroup_pixels(
     x: Float[Tensor, "groups heads tokens width"], grouping: Grouping, window: tuple[int, int], sides: tuple[int, int]
 ) -> Float[Tensor, "batch channels _ _"]:
-    """Every pixel back to its place: the inverse of `group_pixels`, for a map whose sides are `sides`."""
+    """Every pixel back to its position: the inverse of `group_pixels`, for a map whose sides are `sides`."""
     (w1, w2), (heads, depth) = window, (x.shape[1], x.shape[3])
     n1, n2 = sides[0] // w1, sides[1] // w2
     batch = x.shape[0] // (n1 * n2)

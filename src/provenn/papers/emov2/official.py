@@ -40,7 +40,7 @@ def convert(
     Args:
         state: as saved, with or without data-parallel training's `module.`.
         mode: of EMO2's stages with attention.
-        options: of the preset that the weights do not tell: `window`, and `image_size` of EMO2.
+        options: of the preset, where the weights do not show them: `window`, and `image_size` of EMO2.
 
     Raises:
         UserError: when the parameters are not those of one of the authors' models.
@@ -87,8 +87,8 @@ def _convert_emo(plain: Mapping[str, Tensor], options: dict[str, Any]) -> tuple[
 def _ours_of_emo(name: str, plain: Mapping[str, Tensor]) -> str:
     """As EMO2's but for the stem, and for v, which is the whole operator where there are no queries."""
     if name.startswith("stage0."):
-        place, _, leaf = name.removeprefix("stage0.").rpartition(".")
-        return f"stem.{EMO_STEM[place]}.{leaf}"
+        module, _, leaf = name.removeprefix("stage0.").rpartition(".")
+        return f"stem.{EMO_STEM[module]}.{leaf}"
     if block := re.match(r"stage\d\.\d+\.(?=(qk|v)\.)", name):
         attends = f"{block[0]}qk.conv.weight" in plain
         operator = "eops.0." if attends else "eops.0.net."
@@ -98,8 +98,8 @@ def _ours_of_emo(name: str, plain: Mapping[str, Tensor]) -> str:
 
 def _ours(name: str) -> str:
     if name.startswith("stage0."):
-        place, _, leaf = name.removeprefix("stage0.").rpartition(".")
-        return f"stem.{STEM[place]}.{leaf}"
+        module, _, leaf = name.removeprefix("stage0.").rpartition(".")
+        return f"stem.{STEM[module]}.{leaf}"
     if block := re.match(r"stage(\d)\.(\d+)\.", name):
         rest = name[block.end() :]
         for theirs, ours in INSIDE:

@@ -81,7 +81,7 @@ TEXTS = stack_study(
     "six frozen layers of a small Transformer of 12 bytes: head of a function, or docstring?",
 )
 
-# A series of 24 steps in the place of 24 layers, with drift and without.
+# A series of 24 steps instead of 24 layers, with drift and without.
 
 SPEAKERS = Study(
     "JapaneseVowels",

@@ -104,7 +104,7 @@ class GaussianAdaptiveAttention(nn.Module):
         scale = at_least_single(self.scale)
         return F.softplus(scale) if self.positive else scale
 
-    def _place(self, x: Tensor) -> int:
+    def _checked_axis(self, x: Tensor) -> int:
         """The axis, counted from the end."""
         if x.dim() < 2 or x.shape[-1] != self.dim:
             raise ValueError(f"expected at least two axes, the last of {self.dim} features, got {tuple(x.shape)}")
@@ -118,8 +118,8 @@ class GaussianAdaptiveAttention(nn.Module):
     def weights(
         self, x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*mask"] | None = None
     ) -> Float[Tensor, "*weights"]:
-        """G, of the shape of `x`, but for a pooled axis, which has one place; in float32 at least."""
-        axis = self._place(x)
+        """G, of the shape of `x`, but for a pooled axis, which has one position; in float32 at least."""
+        axis = self._checked_axis(x)
         y, mask = at_least_single(x), align_mask(mask, x, axis)
         if self.pool is not None:
             pool = count_from_end(self.pool, x)

@@ -240,7 +240,7 @@ class StackEncoder(nn.Module):
         return states
 
     def rebuild(self, x: Tensor, mask: Tensor, hide: Tensor) -> Float[Tensor, "batch tokens channels"]:
-        """Frames as the last layer tells them, those that were hidden among them."""
+        """Frames as predicted from the last layer, the hidden ones among them."""
         return self.head(self.hidden_states(x, mask, hide)[-1])
 
     def forward(

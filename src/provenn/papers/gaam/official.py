@@ -9,7 +9,7 @@ from torch import Tensor
 
 from provenn.core.errors import UserError
 
-HEADS = 8  # of the attentions, which their weights do not tell
+HEADS = 8  # of the attentions, which their weights do not show
 HEIGHT = {24: 8, 40: 64}  # rows of the map that GQDAAM's 512 features are laid out on, by layers
 DECODER = {"conv1": "conv1", "conv2": "conv2", "fc": "classifier"}
 GROUPED = {
@@ -35,7 +35,7 @@ def convert(
         state: of a decoder of the experiments, or of the library's `GaussianBlock`.
         config: unused: their scripts note none.
         preset: what the user takes it for; must be what the weights say.
-        options: beside those that the weights tell. Of a `GaussianBlock` its `axes` must be given, a number a layer.
+        options: beside those that the weights show. Of a `GaussianBlock` its `axes` must be given, a number a layer.
 
     Raises:
         UserError: other parameters, or an option that they contradict.
@@ -77,7 +77,7 @@ def _block(state: dict[str, Tensor], options: Mapping[str, Any]) -> tuple[str, d
         raise KeyError("more parameters than heads have")
     axes = options.get("axes")
     if axes is None:
-        raise UserError(f"the weights do not tell along which axes the {layers} layers work: give axes, such as [1]")
+        raise UserError(f"the weights do not show along which axes the {layers} layers work: give axes, such as [1]")
     if len(axes) != layers:
         raise UserError(f"axes must be {layers}, one a layer, got {list(axes)}")
     return "gaam_block", {"heads": heads, "gaussians": gaussians, "official": True}, ours

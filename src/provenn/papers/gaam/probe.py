@@ -112,7 +112,7 @@ class LayerStackProbe(nn.Module):
 def pooled_layers(encoder: Any, **inputs: Tensor) -> Float[Tensor, "batch layers dim"]:
     """Of each layer of an encoder of transformers the mean over tokens; its embeddings are left out.
 
-    With an `attention_mask` no padding reaches the encoder: rows with as many real places go together, cut to these.
+    With an `attention_mask` no padding reaches the encoder: rows with as many real positions go together, cut to these.
     A group norm over time, a convolution or a Fourier transform over tokens would mix padding into what is real.
 
     Raises:
@@ -131,8 +131,8 @@ def pooled_layers(encoder: Any, **inputs: Tensor) -> Float[Tensor, "batch layers
     stacks: list[Tensor] = [torch.empty(0)] * len(mask)
     for count in counts.unique().tolist():
         rows = (counts == count).nonzero()[:, 0]
-        places = mask[rows].nonzero()[:, 1].view(len(rows), count)
-        index = (rows[:, None], places)
+        positions = mask[rows].nonzero()[:, 1].view(len(rows), count)
+        index = (rows[:, None], positions)
         pooled = _layers(encoder, {n: v[index] if n in masked else v[rows] for n, v in inputs.items()})
         for row, stack in zip(rows.tolist(), pooled):
             stacks[row] = stack
@@ -166,8 +166,8 @@ def load_encoder(folder: Path) -> nn.Module:
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder} cannot be loaded as an encoder: {line}") from None
-    encoder, told = loaded
-    missing = sorted(name for name in told["missing_keys"] if not name.startswith(OPTIONAL))
+    encoder, report = loaded
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(OPTIONAL))
     if missing:
         raise UserError(f"the weights of {folder} lack {len(missing)} parameters, {missing[0]} among them")
     return encoder.requires_grad_(False).eval()
@@ -203,12 +203,12 @@ def write_stacks(file: Path, content: StackFile) -> None:
     """Write stacks as `read_stacks` takes them, in one step."""
     label = {"classes": json.dumps(content.classes), **({"encoder": content.encoder} if content.encoder else {})}
     splits = {} if content.splits is None else {SPLITS: content.splits}
-    with atomic_write(file) as place:
-        save_file({FEATURES: content.stacks.contiguous(), LABELS: content.labels, **splits}, place, metadata=label)
+    with atomic_write(file) as path:
+        save_file({FEATURES: content.stacks.contiguous(), LABELS: content.labels, **splits}, path, metadata=label)
 
 
 def read_stacks(file: Path) -> StackFile:
-    """Stacks with their classes, and their splits where the file tells them.
+    """Stacks with their classes, and their splits where the file holds them.
 
     Raises:
         UserError: no such file, or another kind of content.
@@ -219,8 +219,8 @@ def read_stacks(file: Path) -> StackFile:
         with safe_open(file, framework="pt") as content:
             stacks, labels = content.get_tensor(FEATURES), content.get_tensor(LABELS)
             splits = content.get_tensor(SPLITS) if SPLITS in content.keys() else None  # noqa: SIM118  # no mapping
-            told = content.metadata() or {}
-            classes = json.loads(told["classes"])
+            metadata = content.metadata() or {}
+            classes = json.loads(metadata["classes"])
     except FileNotFoundError:
         raise UserError(f"no stacks at {str(file)!r}") from None
     except (SafetensorError, KeyError, ValueError):
@@ -234,4 +234,4 @@ def read_stacks(file: Path) -> StackFile:
     if not bool(stacks.isfinite().all()):
         raise UserError(f"{file} holds features that are no finite numbers")
     names = [str(name) for name in classes]
-    return StackFile(stacks.float(), labels.long(), names, splits, told.get("encoder"))
+    return StackFile(stacks.float(), labels.long(), names, splits, metadata.get("encoder"))

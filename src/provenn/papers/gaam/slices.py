@@ -49,7 +49,7 @@ def align_mask(mask: Tensor | None, x: Tensor, axis: int, *, whole: bool = False
     if whole and mask.shape == x.shape:
         aligned = mask
     elif mask.shape == x.shape[:-1]:
-        # Of features that are weighed themselves, all of a place are hidden.
+        # Of features that are weighed themselves, all of a position are hidden.
         aligned = mask.unsqueeze(-1).expand(*mask.shape, x.shape[-1] if axis == -1 else 1)
     else:
         sizes = [1] * x.dim()
@@ -117,7 +117,7 @@ def join_slices(x: Tensor, n: int) -> Tensor:
 
 
 def seen_slices(mask: Tensor | None, x: Tensor, heads: int) -> Tensor | None:
-    """Which places of the slices of `x` (…, n) there are, and may be seen; None where all."""
+    """Which positions of the slices of `x` (…, n) exist and may be seen; None where all."""
     n = x.shape[-1]
     if mask is None and _are_even(n, heads):
         return None

@@ -63,7 +63,7 @@ def text_stacks(seed: int, smoke: bool) -> TaskData:
 
 
 class SeriesNetwork(nn.Module):
-    """A linear map of every step, and the decoder with steps in the place of layers."""
+    """A linear map of every step, and the decoder with steps instead of layers."""
 
     def __init__(self, variant: str, num_classes: int, layers: int, dim: int):
         super().__init__()
@@ -129,9 +129,9 @@ def lora(dim: int, *, rank: int, layers: int) -> nn.Module:
     )
 
 
-# Densities that a gate is fitted to, as weights of 161 places.
+# Densities that a gate is fitted to, as weights of 161 points.
 
-PLACES = torch.linspace(-4, 4, 161, dtype=torch.float64)
+GRID = torch.linspace(-4, 4, 161, dtype=torch.float64)
 
 
 def _density(values: Tensor) -> Tensor:
@@ -139,23 +139,23 @@ def _density(values: Tensor) -> Tensor:
 
 
 DENSITIES: dict[str, Tensor] = {
-    "skewed": _density((PLACES + 3).clamp(min=0) * torch.exp(-(PLACES + 3).clamp(min=0))),
-    "bimodal": _density(torch.exp(-(PLACES + 1.5).square() / 0.5) + torch.exp(-(PLACES - 1.5).square() / 0.5)),
-    "uniform": _density((PLACES.abs() <= 1.5).double()),
+    "skewed": _density((GRID + 3).clamp(min=0) * torch.exp(-(GRID + 3).clamp(min=0))),
+    "bimodal": _density(torch.exp(-(GRID + 1.5).square() / 0.5) + torch.exp(-(GRID - 1.5).square() / 0.5)),
+    "uniform": _density((GRID.abs() <= 1.5).double()),
 }
 
 
 def total_variation(weights: Tensor, target: Tensor) -> float:
-    """Half the sum of absolute differences: the mass in the wrong place."""
+    """Half the sum of absolute differences: the mass at wrong points."""
     return (weights - target).abs().sum().item() / 2
 
 
 def closest(gate: nn.Module, target: Tensor) -> Tensor:
-    """The weights of a gate over the places, once its cross-entropy to the target is as low as L-BFGS takes it.
+    """The weights of a gate over the points, once its cross-entropy to the target is as low as L-BFGS takes it.
 
     They are scaled to sum to one.
     """
-    x, lowest, best = PLACES[None, :, None], torch.inf, torch.zeros_like(target)
+    x, lowest, best = GRID[None, :, None], torch.inf, torch.zeros_like(target)
     optimizer = torch.optim.LBFGS(gate.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def entropy() -> Tensor:
@@ -178,14 +178,14 @@ def side_by_side(combine: str, gaussians: int) -> nn.Module:
     """One head of so many Gaussians, side by side and narrow enough to leave no gap."""
     gate = GaussianMixtureAttention(1, gaussians, combine=combine).double()
     with torch.no_grad():
-        # In units of the places, and of their deviation.
+        # In units of the points, and of their deviation.
         gate.offset.copy_(torch.linspace(-2.5, 2.5, gaussians)[None] if gaussians > 1 else torch.zeros(1, 1))
         gate.width.fill_(2 / gaussians if combine == "sum" else 0.5 * gaussians**0.5)
     return gate
 
 
 def library_heads(heads: int) -> nn.Module:
-    """Heads of one Gaussian, each on its slice of the places, as wide as that."""
+    """Heads of one Gaussian, each on its slice of the points, as wide as that."""
     gate = GaussianMixtureAttention(heads, 1).double()
     with torch.no_grad():
         gate.width.fill_(1.0)
@@ -193,11 +193,11 @@ def library_heads(heads: int) -> nn.Module:
 
 
 def experiment_heads(heads: int) -> nn.Module:
-    """The gate of the experiments, each head on its slice of the places."""
+    """The gate of the experiments, each head on its slice of the points."""
     return GaussianAdaptiveAttention(1, heads, uneven=True, positive=True).double()
 
 
-# The Importance Factor against what layers tell alone.
+# The Importance Factor against what layers predict alone.
 
 
 def ranks(values: list[float]) -> np.ndarray:

@@ -60,7 +60,7 @@ def distillation_loss(
 
 
 class _Teaching(nn.Module):
-    """In the place of a linear attention while it learns: gives the host's softmax output, and notes the loss."""
+    """Replaces a linear attention while it learns: gives the host's softmax output, and notes the loss."""
 
     def __init__(self, student: LinearAttention, losses: list[Tensor]):
         super().__init__()
@@ -76,33 +76,33 @@ class _Teaching(nn.Module):
 
 
 def _exchange(model: nn.Module, fits: Callable[[nn.Module], bool], new: Callable[[Any], nn.Module]) -> list[str]:
-    places = [(name, module) for name, module in model.named_modules() if fits(module)]
-    for name, module in places:
+    matches = [(name, module) for name, module in model.named_modules() if fits(module)]
+    for name, module in matches:
         model.set_submodule(name, new(module))
-    return [name for name, _ in places]
+    return [name for name, _ in matches]
 
 
 def linearise(model: nn.Module, feature_map: str | MapMaker = "hedgehog") -> list[str]:
-    """Put linear attention in the place of every `SoftmaxAttention` of a model, on the same projections.
+    """Replace every `SoftmaxAttention` of a model by linear attention on the same projections.
 
     No weight changes, and `restore` undoes it. Attention of another kind (a sliding window) stays. Returns the names of
-    the places.
+    the replaced modules.
 
     Raises:
         ValueError: the model has no `SoftmaxAttention`.
     """
-    places = _exchange(
+    names = _exchange(
         model,
         lambda module: type(module) is SoftmaxAttention,
         lambda old: LinearAttention.from_softmax(old, feature_map),
     )
-    if not places:
+    if not names:
         raise ValueError(f"this {type(model).__name__} has no SoftmaxAttention to convert")
-    return places
+    return names
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Put softmax attention back in the place of every `LinearAttention`; the maps are dropped. Returns the places."""
+    """Put softmax attention back for every `LinearAttention` and drop the maps. Returns the modules' names."""
     return _exchange(model, lambda module: isinstance(module, LinearAttention), lambda old: old.to_softmax())
 
 
@@ -114,13 +114,13 @@ def teaching(model: nn.Module) -> Iterator[list[Tensor]]:
     one a layer for each call of the model.
     """
     losses: list[Tensor] = []
-    places = [(name, module) for name, module in model.named_modules() if isinstance(module, LinearAttention)]
-    for name, module in places:
+    students = [(name, module) for name, module in model.named_modules() if isinstance(module, LinearAttention)]
+    for name, module in students:
         model.set_submodule(name, _Teaching(module, losses).train(module.training))
     try:
         yield losses
     finally:
-        for name, module in places:
+        for name, module in students:
             model.set_submodule(name, module)
 
 

@@ -134,7 +134,7 @@ class Projected(NamedTuple):
 
 
 class LinearAttention(nn.Module):
-    """Multi-head attention with φ_q(q)·φ_k(k) in the place of exp(q·k/√d) (section 2).
+    """Multi-head attention with φ_q(q)·φ_k(k) instead of exp(q·k/√d) (section 2).
 
     y_i = W_o [Σ_{j≤i} φ_q(q_i)·φ_k(k_j) v_j / Σ_{j≤i} φ_q(q_i)·φ_k(k_j)], in time linear in the tokens. Queries and
     keys have a map each, and each head its own. Rotation comes before φ, so the kernel is that of the rotated vectors.

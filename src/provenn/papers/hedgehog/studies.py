@@ -37,7 +37,7 @@ PAIRS, KEYS, VALUES = 16, 32, 16
 
 
 def recall_data(seed: int, smoke: bool) -> TaskData:
-    """Sequences of pairs, then each key once: nothing between them, so all places of the second half are asked for."""
+    """Sequences of pairs, then each key once. Nothing lies between them: the whole second half has targets."""
     sizes = {"length": 2 * PAIRS, "pairs": PAIRS, "keys": KEYS, "values": VALUES}
     counts = {"examples": 64, "test_examples": 32} if smoke else {"examples": 8192, "test_examples": 512}
     return get_task("recall").load("lookup", seed=seed, **sizes, **counts)
@@ -123,11 +123,11 @@ def digit_data(seed: int, smoke: bool) -> TaskData:
     return replace(data, train=kept, test=ConcatDataset([data.test, moved]))
 
 
-# Networks, by the map that takes softmax's place
+# Networks, by the map that replaces softmax
 
 
 class Variant(NamedTuple):
-    """The map in softmax's place; frozen, the network is left as the host's weights make it."""
+    """The map that replaces softmax. A frozen network stays as the host's weights make it."""
 
     feature_map: str
     frozen: bool = False
@@ -232,11 +232,11 @@ class Conversion:
         torch.manual_seed(seed)
         model = build()
         trained = any(parameter.requires_grad for parameter in model.parameters())
-        place = (task.name, source.fingerprint, self.pretraining, seed, device, smoke)
-        model.load_state_dict(KEPT.get(place, host), strict=False)  # a host has no maps
+        key = (task.name, source.fingerprint, self.pretraining, seed, device, smoke)
+        model.load_state_dict(KEPT.get(key, host), strict=False)  # a host has no maps
         if self.distillation is not None and trained and map_parameters(model):
             lessons = learned(self.distillation)
-            model.load_state_dict(KEPT.get((*place, lessons, title), distilled))
+            model.load_state_dict(KEPT.get((*key, lessons, title), distilled))
         if not trained or (isinstance(task, Distillation) and not map_parameters(model)):
             model = model.to(device).eval()
             with torch.no_grad():

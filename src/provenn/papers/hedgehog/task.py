@@ -1,4 +1,4 @@
-"""Distillation as a kind of work: another task's data and metric, and the maps' loss in the place of its own."""
+"""Distillation as a kind of work: another task's data and metric, and the maps' loss instead of its own."""
 
 from collections.abc import Sequence
 from pathlib import Path

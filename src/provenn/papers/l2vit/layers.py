@@ -282,7 +282,7 @@ class LGABlock(_Block):
 
     Args:
         dim, heads: of the attention.
-        attention: made of (dim, heads); another token mixer may take the place of linear attention.
+        attention: made of (dim, heads); another token mixer may replace linear attention.
         kernel_size: of the LCM; None leaves the module out.
         mlp_ratio, drop_path: hidden width over `dim`; rate of stochastic depth.
 

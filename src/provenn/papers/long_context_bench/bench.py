@@ -75,7 +75,7 @@ def sweep(
         device: where it runs.
         budget: smoke, small or paper (5 warm-ups and 20 repetitions).
     """
-    place = torch.device(device)
+    chosen_device = torch.device(device)
     if dtype and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     directions = cast("list[Direction]", _names("direction", direction, get_args(Direction)))
@@ -98,7 +98,7 @@ def sweep(
     masks = {(name, tokens): build(name, tokens) for name in names for tokens in _lengths(length)}
     if show:
         return _shown(masks, query_heads, head_dim)
-    chosen_dtype = dtype or ("bf16" if place.type == "cuda" else "fp32")
+    chosen_dtype = dtype or ("bf16" if chosen_device.type == "cuda" else "fp32")
     facts: dict[str, Any] = {
         "heads": heads,
         "head_dim": head_dim,
@@ -112,9 +112,11 @@ def sweep(
     points = []
     for of in masks.values():
         for way in directions:
-            case = Case(of, query_heads, key_heads, head_dim, DTYPES[chosen_dtype], place, backward=way != "forward")
+            case = Case(
+                of, query_heads, key_heads, head_dim, DTYPES[chosen_dtype], chosen_device, backward=way != "forward"
+            )
             for kernel in pick(_split(kernels)).values():
-                points.append(_point(kernel, case, way, protocol, {**facts, "device": _device(place)}))
+                points.append(_point(kernel, case, way, protocol, {**facts, "device": _device(chosen_device)}))
     title = f"attention, heads {heads}, width {head_dim}, {chosen_dtype}"
     return Sweep(title, points, _tables, partial(draw_rates, title=title))
 
@@ -126,7 +128,7 @@ def _point(kernel: Kernel, case: Case, direction: Direction, protocol: Protocol,
         "length": mask.length,
         "direction": direction,
         "kernel": kernel.name,
-        "area": mask.area,  # which tells masks of one name apart
+        "area": mask.area,  # which distinguishes masks of one name
         "factors": dict(mask.factors) if isinstance(mask, Mask) else {"density": mask.density},
         "documents": len(mask.documents) if isinstance(mask, Mask) and mask.documents else 0,
         **more,

@@ -85,7 +85,7 @@ def draw_long(
     ends = torch.tensor(LONG).expand(16, 2)
     many = _fill(length - short, lambda: _between(ends[:, 0], ends[:, 1] + 1, generator), longest)
     both = few + many
-    return [both[place] for place in torch.randperm(len(both), generator=generator).tolist()]
+    return [both[index] for index in torch.randperm(len(both), generator=generator).tolist()]
 
 
 def draw_blocks(length: int, block: int, *, most: int = 8, generator: torch.Generator) -> list[int]:

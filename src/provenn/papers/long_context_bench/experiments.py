@@ -330,8 +330,8 @@ def same_cases(run: Run, tokens: int = 8192) -> Measurement:
         "import json; from provenn.papers.long_context_bench.experiments import fingerprints; "
         f"print(json.dumps(fingerprints({tokens})))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    theirs = json.loads(told.splitlines()[-1])
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    theirs = json.loads(output.splitlines()[-1])
     alike = sum(ours[name] == theirs.get(name) for name in ours)
     rows: list[list[str | float | int | None]] = [[name, ours[name]] for name in ours]
     table = Table(caption="Checksums of slices, work and queries", columns=["mask", "checksum"], rows=rows)

@@ -158,8 +158,8 @@ class Mask:
         # An empty interval at either end, so that what lies between neighbours of one key is all that is masked.
         keys = torch.cat([everywhere, key[seen], everywhere])
         firsts, lasts = torch.cat([start, first[seen], stop]), torch.cat([start, last[seen], stop])
-        place = torch.cat([start - 1, first[seen], stop + self.length])  # the ends stay first and last of their key
-        order = torch.argsort(keys * (3 * self.length + 2) + place, stable=True)
+        position = torch.cat([start - 1, first[seen], stop + self.length])  # the ends stay first and last of their key
+        order = torch.argsort(keys * (3 * self.length + 2) + position, stable=True)
         keys, firsts, lasts = keys[order], firsts[order], lasts[order]
         open_ = (keys[1:] == keys[:-1]) & (firsts[1:] > lasts[:-1])
         column = keys[1:][open_]

@@ -111,7 +111,7 @@ def block_sparse(length: int, heads: int, *, block: int = 64, density: float = 0
 def variable_block_sparse(
     length: int, heads: int, *, average: int = 256, least: int = 128, density: float = 0.5, seed: int = 0
 ) -> BlockSparse:
-    """Blocks of at least `least` tokens that average about `average`, at random places."""
+    """Blocks of at least `least` tokens that average about `average`, at random positions."""
     if not 1 <= least <= min(average, length):
         raise UserError(f"blocks have at least 1 token and at most {min(average, length)}, got least={least}")
     generator = torch.Generator().manual_seed(seed)

@@ -125,7 +125,7 @@ def prepare_call(kernel: Kernel, case: Case, direction: Direction, seed: int = 0
 
 @dataclass(frozen=True)
 class Judge:
-    """Tells what an error means, from what those who know this machine say.
+    """Decides what an error means, by functions that know this machine.
 
     Args:
         lacks_memory: whether an error says that memory is short.
@@ -175,8 +175,8 @@ def measure(
             torch.cuda.empty_cache()
     median, low, high = quantiles(seconds)
     rate = {name: work / max(s, 1e-12) / 1e12 for name, s in (("tflops", median), ("low", high), ("high", low))}
-    told = f"{rate['tflops']:.3g} TFLOP/s, {1e3 * median:.3g} ms"
-    return {**facts, "status": "ok", "seconds": seconds, "peak_bytes": max(peaks, default=None), **rate, "told": told}
+    line = f"{rate['tflops']:.3g} TFLOP/s, {1e3 * median:.3g} ms"
+    return {**facts, "status": "ok", "seconds": seconds, "peak_bytes": max(peaks, default=None), **rate, "told": line}
 
 
 @contextmanager
@@ -200,7 +200,7 @@ def bounded_memory(device: torch.device) -> Iterator[None]:
 
 
 def _limit() -> int | None:
-    """Addresses that this process has, and nine tenths of what memory is free, where Linux tells."""
+    """Addresses that this process has, and nine tenths of what memory is free, where Linux reports it."""
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

@@ -78,7 +78,7 @@ class UserEncoder:
         self.read = kinds[self.takes]
         file = folder / "preprocessor_config.json"
         try:
-            self.settings: dict[str, Any] = dict(parse_json(read_text(file), str(file))) if file.is_file() else {}
+            self.preprocessor: dict[str, Any] = dict(parse_json(read_text(file), str(file))) if file.is_file() else {}
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,9 +88,9 @@ class UserEncoder:
         return Readings(classes, parts, lambda files: self._heard(files, how))
 
     def _heard(self, files: list[Path], how: Reading) -> dict[str, Tensor]:
-        rate = int(self.settings.get("sampling_rate", 16_000))
+        rate = int(self.preprocessor.get("sampling_rate", 16_000))
         waves = [_audio().waveform(file, rate, how.seconds) for file in files]
-        if self.settings.get("do_normalize", True):
+        if self.preprocessor.get("do_normalize", True):
             waves = [(wave - wave.mean()) / (wave.var(correction=0) + 1e-7).sqrt() for wave in waves]
         return {"input_values": nn.utils.rnn.pad_sequence(waves, batch_first=True), "attention_mask": _real(waves)}
 
@@ -104,13 +104,13 @@ class UserEncoder:
     def _seen(self, meta: dict[str, Any]) -> dict[str, Any]:
         config: Any = self.model.config
         half = [0.5] * 3
-        scale = {"mean": self.settings.get("image_mean") or half, "std": self.settings.get("image_std") or half}
+        scale = {"mean": self.preprocessor.get("image_mean") or half, "std": self.preprocessor.get("image_std") or half}
         return {**meta, **scale, "size": int(config.image_size), "channels": 3}
 
     def _texts(self, source: Path, seed: int, how: Reading) -> Readings:
         content = get_task("text-classification").sentences(source)  # type: ignore[attr-defined]  # that task's own
         if content.scored:
-            raise UserError(f"{source} tells scores: expected classes")
+            raise UserError(f"{source} has scores: expected classes")
         classes = sorted({str(example.label) for example in (*content.train, *content.test)})
         rows = [
             [("\n".join(filter(None, (e.first, e.second))), classes.index(str(e.label))) for e in part]
@@ -135,7 +135,7 @@ class UserEncoder:
         rows = []
         starts = range(0, len(items), BATCH)
         for start in progress.track(starts, "reading layers", total=len(starts)):
-            part = [items[place] for place in range(start, min(start + BATCH, len(items)))]
+            part = [items[index] for index in range(start, min(start + BATCH, len(items)))]
             given = {name: value.to(self.device) for name, value in inputs(part).items()}
             try:
                 rows.append(pooled_layers(self.model, **given).cpu())
@@ -186,7 +186,14 @@ def extracted(source: Path, folder: Path, how: Reading) -> StackFile:
     mark = fingerprint_of_weights(encoder.model)
     sizes = [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(_files_of(source, how)) if f.is_file()]
     # "unpadded": stacks that an earlier version read beside padding are not taken for these.
-    asked = ["unpadded", mark, str(source.resolve()), repr(how), json.dumps(encoder.settings, sort_keys=True), *sizes]
+    asked = [
+        "unpadded",
+        mark,
+        str(source.resolve()),
+        repr(how),
+        json.dumps(encoder.preprocessor, sort_keys=True),
+        *sizes,
+    ]
     name = hashlib.sha256("\0".join(asked).encode()).hexdigest()[:24]
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "provenn")
     file = root / "stacks" / f"{name}.safetensors"
@@ -209,8 +216,8 @@ def extracted(source: Path, folder: Path, how: Reading) -> StackFile:
 
 
 def _files_of(source: Path, how: Reading) -> list[Path]:
-    place = source.resolve().parent if how.siblings else source
-    return [place] if place.is_file() else [*place.rglob("*")]
+    path = source.resolve().parent if how.siblings else source
+    return [path] if path.is_file() else [*path.rglob("*")]
 
 
 class _Picked(Sequence):
@@ -222,6 +229,6 @@ class _Picked(Sequence):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: Any) -> Any:
-        what, self.labels[place] = self.part[self.order[place]]
+    def __getitem__(self, index: Any) -> Any:
+        what, self.labels[index] = self.part[self.order[index]]
         return what

@@ -83,7 +83,7 @@ class LayerStacks(Task):
         """Stacks of an encoder that is pre-trained first, which takes a minute, or the user's own.
 
         Args:
-            source: "vowels", "patches" or "docstrings"; a file of stacks, cut into 70, 15 and 15 % where it tells no
+            source: "vowels", "patches" or "docstrings"; a file of stacks, cut into 70, 15 and 15 % where it has no
                 splits; or what `encoder` reads, in the splits that the task of sounds, images or texts makes.
             seed: of what is drawn, or of a file's split.
             encoder: a folder of Hugging Face: WavLM and its like for sounds, BEiT for images, Llama for texts.
@@ -97,22 +97,22 @@ class LayerStacks(Task):
             UserError: no such data, a file that holds no stacks, one class or too few, or an encoder that cannot be
                 read.
         """
-        place = self._named(source)
-        if isinstance(place, str):
+        origin = self._named(source)
+        if isinstance(origin, str):
             if encoder is not None:
-                raise UserError(f"{place} come with an encoder of their own: leave encoder out, or give files")
-            return pretrained_stacks(place, seed)
+                raise UserError(f"{origin} come with an encoder of their own: leave encoder out, or give files")
+            return pretrained_stacks(origin, seed)
         how = Reading(seconds, length, siblings, examples)
-        content = _content(place, encoder, how)
+        content = _content(origin, encoder, how)
         stacks, labels, classes = content.stacks, content.labels, content.classes
         if len(classes) < 2:
-            raise UserError(f"{place} holds one class, {classes[0]!r}: a classifier needs two or more")
+            raise UserError(f"{origin} holds one class, {classes[0]!r}: a classifier needs two or more")
         if len(stacks) < 10:
-            raise UserError(f"{place} holds {len(stacks)} stacks: too few for a split, expected at least 10")
+            raise UserError(f"{origin} holds {len(stacks)} stacks: too few for a split, expected at least 10")
         chosen = _splits_of(content, seed)
         if validate_on_test:
             chosen = [[*chosen[0], *chosen[1]], chosen[2], chosen[2]]
-        data = stack_data(str(place), [(stacks[part], labels[part]) for part in chosen], classes, "the user's own")
+        data = stack_data(str(origin), [(stacks[part], labels[part]) for part in chosen], classes, "the user's own")
         if encoder is not None:
             whose = {"encoder": str(Path(encoder).resolve()), "encoder_mark": content.encoder}
             data.meta.update(whose, seconds=seconds, length=length)
@@ -128,32 +128,32 @@ class LayerStacks(Task):
         rows = []
         for stacks, labels in batches(dataset, batch_size, device_of(model)):
             logits = model(stacks).float()
-            told = logits.argmax(-1)
+            predicted = logits.argmax(-1)
             entropy = F.cross_entropy(logits, labels, reduction="none")
-            rows.append([(told == labels).double(), entropy.double(), labels, told])
+            rows.append([(predicted == labels).double(), entropy.double(), labels, predicted])
         return join_scores(("accuracy", "cross_entropy", LABEL, TOLD), rows)
 
     def held_out(
         self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True, **options: Any
     ) -> HeldOut:
         """As in `Task`; stacks are standardised as the weights say, and read of files by the encoder that they name."""
-        place = self._named(source)
-        if isinstance(place, str):
-            return HeldOut(self.load(place, seed=seed).test, f"the test split of {place}")
+        origin = self._named(source)
+        if isinstance(origin, str):
+            return HeldOut(self.load(origin, seed=seed).test, f"the test split of {origin}")
         how = _reading(meta, options)
-        content = _content(place, meta.get("encoder") if place.is_dir() else None, how)
+        content = _content(origin, meta.get("encoder") if origin.is_dir() else None, how)
         labels, classes = content.labels, content.classes
         known = meta.get("classes", classes)
         unknown = next((name for name in classes if name not in known), None)
         if unknown is not None:
-            raise UserError(f"{place}: the model knows no class {unknown!r}; it knows: {', '.join(known[:12])}")
-        stacks = _standard(content.stacks, meta, place)
+            raise UserError(f"{origin}: the model knows no class {unknown!r}; it knows: {', '.join(known[:12])}")
+        stacks = _standard(content.stacks, meta, origin)
         numbers = torch.tensor([known.index(name) for name in classes])[labels]
-        apart = how.siblings or _comes_in_splits(place)  # of several folders one is the test
-        if whole and (content.splits is None or (place.is_dir() and not apart)):
-            return HeldOut(TensorDataset(stacks, numbers), f"all of {place}")
+        apart = how.siblings or _comes_in_splits(origin)  # of several folders one is the test
+        if whole and (content.splits is None or (origin.is_dir() and not apart)):
+            return HeldOut(TensorDataset(stacks, numbers), f"all of {origin}")
         part = _splits_of(content, seed)[2]
-        return HeldOut(TensorDataset(stacks[part], numbers[part]), f"the test split of {place}")
+        return HeldOut(TensorDataset(stacks[part], numbers[part]), f"the test split of {origin}")
 
     def example(self, file: Path, meta: dict[str, Any]) -> Float[Tensor, "stacks layers dim"]:
         """All stacks of a file, standardised as the weights say, or the one of a sound, an image or a text."""
@@ -194,15 +194,15 @@ class LayerStacks(Task):
         return blind_accuracy(*(_labels(part) for part in (data.train, data.test)))
 
 
-def _content(place: Path, encoder: str | None, how: Reading) -> StackFile:
+def _content(path: Path, encoder: str | None, how: Reading) -> StackFile:
     """The stacks of a file, or of what an encoder reads."""
     if encoder is None:
-        if place.is_dir():
-            raise UserError(f"{place} is a folder: say whose layers are to be read of it, with encoder=FOLDER")
-        return read_stacks(place)
-    if place.suffix == ".safetensors":
-        raise UserError(f"{place} holds stacks already: leave encoder out")
-    return extracted(place, Path(encoder), how)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: say whose layers are to be read of it, with encoder=FOLDER")
+        return read_stacks(path)
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} holds stacks already: leave encoder out")
+    return extracted(path, Path(encoder), how)
 
 
 def _reading(meta: dict[str, Any], options: dict[str, Any]) -> Reading:
@@ -226,16 +226,16 @@ def _comes_in_splits(folder: Path) -> bool:
 
 
 def _splits_of(content: StackFile, seed: int) -> list[list[int]]:
-    """Places of training, validation and test: as the file tells them, or drawn."""
+    """Indices of training, validation and test: as the file has them, or drawn."""
     if content.splits is None:
         return split_indices(len(content.stacks), CUT, seed)
     return [(content.splits == number).nonzero()[:, 0].tolist() for number in range(3)]
 
 
-def _standard(stacks: Tensor, meta: dict[str, Any], place: Path) -> Tensor:
+def _standard(stacks: Tensor, meta: dict[str, Any], path: Path) -> Tensor:
     mean, std = torch.tensor(meta["mean"]), torch.tensor(meta["std"])
     if mean.shape != stacks.shape[1:]:
-        raise UserError(f"{place} has stacks of {tuple(stacks.shape[1:])}, the weights are of {tuple(mean.shape)}")
+        raise UserError(f"{path} has stacks of {tuple(stacks.shape[1:])}, the weights are of {tuple(mean.shape)}")
     return (stacks - mean) / std
 
 

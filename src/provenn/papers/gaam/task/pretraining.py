@@ -35,7 +35,7 @@ class RebuiltFrames(Task):
     """A `StackEncoder` rebuilds frames that are hidden from it: items are (frames, count of frames).
 
     Args:
-        discrete: whether a frame is one of so many, as a byte is; it is told by cross-entropy then, else in squares.
+        discrete: whether a frame is one of so many, as a byte is. The error is a cross-entropy then, else a square.
     """
 
     name = "rebuilt-frames"
@@ -53,11 +53,11 @@ class RebuiltFrames(Task):
     def _errors(self, model: Any, batch: Any, hide: Tensor) -> tuple[Tensor, Tensor]:
         x, lengths = batch
         mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        told, hide = model.rebuild(x, mask, hide & mask), hide & mask
+        rebuilt, hide = model.rebuild(x, mask, hide & mask), hide & mask
         if self.discrete:
-            error = F.cross_entropy(told.flatten(0, 1), x.argmax(-1).flatten(), reduction="none").view(hide.shape)
+            error = F.cross_entropy(rebuilt.flatten(0, 1), x.argmax(-1).flatten(), reduction="none").view(hide.shape)
         else:
-            error = (told - x).square().mean(dim=-1)
+            error = (rebuilt - x).square().mean(dim=-1)
         return torch.where(hide, error, 0).sum(dim=1), hide.sum(dim=1)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

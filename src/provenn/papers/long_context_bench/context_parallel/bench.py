@@ -65,7 +65,7 @@ class Row:
         sent: elements that a process sends, by phase and operator.
         bytes: that it sends in all.
         as_formula: whether the elements are those of the formulas.
-        padding: the share of places without a token.
+        padding: the share of positions without a token.
         imbalance: the largest number of scores that a process computes, over the mean.
         forward, backward: seconds of the slowest process, the median of the rounds.
     """

@@ -70,7 +70,7 @@ def held(placement: Placement) -> np.ndarray:
     ring, rank = placement.ring, np.arange(placement.ring)[None]
     if placement.layout.name == "zigzag" and ring > 1:
         chunk = padded // (2 * ring)
-        return np.stack([(lengths - place * chunk).clip(0, chunk) for place in (rank, 2 * ring - 1 - rank)], -1)
+        return np.stack([(lengths - index * chunk).clip(0, chunk) for index in (rank, 2 * ring - 1 - rank)], -1)
     if placement.layout.name == "striped":
         first = (lengths - rank + ring - 1) // ring
     else:
@@ -147,7 +147,7 @@ class Cost:
 
     Args:
         method, ranks, ring, ulysses: which, and the mesh that it makes.
-        padding: the share of places without a token.
+        padding: the share of positions without a token.
         area: scores of the mask; `most` and `mean` those of the busiest process and of the mean, over all heads' share.
         imbalance: most / mean.
         volume: elements that a process sends.

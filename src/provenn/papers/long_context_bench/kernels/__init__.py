@@ -31,7 +31,7 @@ def kernels() -> dict[str, Kernel]:
     """
     modules = (importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__))
     ours = [module.KERNEL for module in modules if hasattr(module, "KERNEL")]
-    known = {kernel.name: kernel for kernel in sorted(ours, key=_place)}
+    known = {kernel.name: kernel for kernel in sorted(ours, key=_table_order)}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
         try:
             brought = entry.load()
@@ -84,7 +84,7 @@ def pick(names: Sequence[str]) -> dict[str, Kernel]:
     return chosen
 
 
-def _place(kernel: Kernel) -> tuple[int, str]:
+def _table_order(kernel: Kernel) -> tuple[int, str]:
     return (FIRST.index(kernel.name) if kernel.name in FIRST else len(FIRST), kernel.name)
 
 

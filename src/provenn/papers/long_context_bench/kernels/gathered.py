@@ -29,9 +29,9 @@ class Gathered(Kernel):
             outputs = []
             for row, tokens in enumerate(kept):
                 queries = q[:, :, edges[row] : edges[row + 1]] * q.shape[-1] ** -0.5
-                place, missing = tokens.clamp(min=0), (tokens < 0).unsqueeze(1)
-                scores = (queries @ k[:, whose, place].mT).masked_fill(missing, -torch.inf)
-                outputs.append(scores.softmax(dim=-1) @ v[:, whose, place])
+                index, missing = tokens.clamp(min=0), (tokens < 0).unsqueeze(1)
+                scores = (queries @ k[:, whose, index].mT).masked_fill(missing, -torch.inf)
+                outputs.append(scores.softmax(dim=-1) @ v[:, whose, index])
             return torch.cat(outputs, dim=2)
 
         return attend
