@@ -118,7 +118,7 @@ def test_bvr_is_its_equation():
     """One query after the other, with sums over keys, heads and types written out."""
     levels, keys = scene()
     bvr = make_bvr(geometry="direct", unit=8.0)
-    told = bvr(levels, STRIDES, keys)
+    enhanced = bvr(levels, STRIDES, keys)
     for image, level, row, column in ((0, 0, 0, 0), (1, 0, 4, 6), (0, 1, 2, 1)):
         f = levels[level][image, :, row, column]
         place = torch.tensor([(column + 0.5) * STRIDES[level], (row + 0.5) * STRIDES[level]])
@@ -137,7 +137,7 @@ def test_bvr_is_its_equation():
                 for j, share in enumerate(torch.stack(logits).softmax(0)):
                     mixed[part] += share * attention.value(keys[name].features[image, j])[part]
             total = total + attention.output(mixed)
-        torch.testing.assert_close(told[level][image, :, row, column], total.relu(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(enhanced[level][image, :, row, column], total.relu(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("geometry", ["shared", "direct"])
@@ -273,9 +273,9 @@ def test_units_are_pixels_for_all_levels_or_shares_of_each_stride(by_level, unit
     levels, keys = scene()
     bvr = make_bvr(by_level=by_level, unit=unit, geometry="direct")
     together = bvr(levels, STRIDES, keys)
-    for level, stride, told in zip(levels, STRIDES, together):
+    for level, stride, expected in zip(levels, STRIDES, together):
         pixels = make_bvr(unit=unit * stride if by_level else unit, geometry="direct")
-        assert torch.equal(pixels([level], [stride], keys)[0], told)
+        assert torch.equal(pixels([level], [stride], keys)[0], expected)
 
 
 def test_direct_geometry_costs_by_pairs_and_the_shared_one_by_its_map():
@@ -472,8 +472,8 @@ def test_the_losses_are_their_definitions():
         there = targets.heat == 1
         focal -= ((1 - p[there]) ** 2 * p[there].log()).sum()
         focal -= (p[~there] ** 2 * (1 - targets.heat[~there]) ** 4 * (1 - p[~there]).log()).sum()
-        told = torch.cat([x.flatten(2) for x in offsets], 2).transpose(1, 2)
-        near += F.smooth_l1_loss(told[targets.nearest], targets.offsets[targets.nearest], reduction="sum")
+        predicted = torch.cat([x.flatten(2) for x in offsets], 2).transpose(1, 2)
+        near += F.smooth_l1_loss(predicted[targets.nearest], targets.offsets[targets.nearest], reduction="sum")
         count += int(targets.nearest.sum())
     assert count == 12
     torch.testing.assert_close(losses["points"].double(), 0.25 * focal / count)

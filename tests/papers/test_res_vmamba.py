@@ -37,7 +37,7 @@ def mini(**options) -> ResVMamba:
 
 
 def lively(dim: int = 6, **options) -> SS2D:
-    """With steps and projections so large that every pixel tells at every other."""
+    """With steps and projections so large that every pixel changes every other."""
     torch.manual_seed(0)
     layer = SS2D(dim, state=3, **options).double()
     with torch.no_grad():
@@ -465,7 +465,7 @@ def test_zoomed_textures_are_what_they_say():
     ends = [end for band in BANDS.values() for end in band]
     assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 1)  # no pixel is in two splits
     assert x.shape == (400, 1, 32, 32) and set(labels.tolist()) == set(range(16))
-    # Neither mean nor contrast tells the class.
+    # Neither mean nor contrast shows the class.
     for figure in (x.mean((1, 2, 3)), x.std((1, 2, 3))):
         classes = torch.stack([figure[labels == k].mean() for k in range(16)])
         assert classes.std() < 0.5 * figure.std()

@@ -324,8 +324,8 @@ def test_surprise_is_observed_in_the_order_of_the_memories_and_is_that_of_autogr
     for t in range(9):
         (_, k, v), _ = first._projected(x[:, t : t + 1], state.tail)
         weights = [w.detach().requires_grad_() for w in state.memory.weights]
-        told = k + torch.nn.functional.layer_norm(torch.nn.functional.gelu(k @ weights[0]) @ weights[1], (8,))
-        gradients = torch.autograd.grad((told - v).square().sum(), weights)
+        recalled = k + torch.nn.functional.layer_norm(torch.nn.functional.gelu(k @ weights[0]) @ weights[1], (8,))
+        gradients = torch.autograd.grad((recalled - v).square().sum(), weights)
         norms.append(sum(u.square().sum((1, 2, 3)) for u in gradients).sqrt())
         _, state = first.prefill(x[:, t : t + 1], state)
     torch.testing.assert_close(found[0].norm[:, 0], torch.stack(norms, dim=1))
@@ -566,16 +566,16 @@ def test_every_variant_is_trained_and_goes_on_with_words(run, variant, options, 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "output"),
     [
         ("--preset titans_recall --data lookup --set examples=64 --set test_examples=16 --set variant=mac", "accuracy"),
         ("--preset titans_forecaster --data airline --set depth=3 --set persistent=0", "mse"),
         ("--preset titans_classifier --data japanese-vowels --set depth=1 --set dim=8 --set layers=1", "accuracy"),
     ],
 )
-def test_recall_forecasting_and_classification_are_trained(run, words, told):
+def test_recall_forecasting_and_classification_are_trained(run, words, output):
     code, out, err = run(f"train titans {words} --steps 2 --out run")
-    assert code == 0 and told in out, err
+    assert code == 0 and output in out, err
 
 
 @pytest.mark.parametrize(
