@@ -96,8 +96,8 @@ def by_definition(layer, x):
             key, value = 0, 0
         key = (1 - g[:, t]) * k[:, t] + g[:, t] * key
         value = (1 - g[:, t]) * v[:, t] + g[:, t] * value
-        place = torch.tensor([{"chunk": c, "token": t, "none": 0}[layer.positions]])
-        turned, query = (rotate(part.view(-1, heads, 1, p), place).squeeze(2) for part in (key, q[:, t]))
+        position = torch.tensor([{"chunk": c, "token": t, "none": 0}[layer.positions]])
+        turned, query = (rotate(part.view(-1, heads, 1, p), position).squeeze(2) for part in (key, q[:, t]))
         seen = [*finished, (turned, value.view(-1, heads, p))]
         scores = torch.stack([(query * past).sum(-1) / p**0.5 for past, _ in seen], dim=-1)
         mixed = torch.einsum("bhc,bhcp->bhp", scores.softmax(-1), torch.stack([past for _, past in seen], dim=2))

@@ -116,7 +116,7 @@ def test_tied_routes_turn_with_the_image():
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(layer(x.mT), layer(x).mT)
     torch.testing.assert_close(layer(x.flip(2, 3)), layer(x).flip(2, 3))
-    # A constant image has equal outputs at places that the turns exchange.
+    # A constant image has equal outputs at pixels that the turns exchange.
     flat = layer(torch.ones(1, 6, 5, 5, dtype=torch.float64))
     torch.testing.assert_close(flat, flat.mT)
     torch.testing.assert_close(flat, flat.flip(2, 3))

@@ -661,7 +661,7 @@ def test_heads_that_attend_alike():
         for layer in layers:
             layer.qkv.conv.weight *= 10  # maps that differ
         for layer in layers[2:]:
-            layer.qkv.conv.weight.zero_()  # every head of the later half attends to all places
+            layer.qkv.conv.weight.zero_()  # every head of the later half attends to all positions
         assert studies.late_less_early(network, images_of(8)) > 0.2
 
 

@@ -203,7 +203,7 @@ def decode(
         raise ValueError("mode='two-model' drafts with a second model, draft=…; no other mode takes one")
     if mode == "exit" and confidence == "router" and not model.routers:
         raise ValueError("this model has no router: give confidence='probability' or 'margin'")
-    # Where nothing is drawn, a wrong setting of a draw would not be noticed later.
+    # Where nothing is drawn, a wrong option of the draw would not be noticed later.
     probabilities(torch.zeros(1), temperature=temperature, top_k=top_k, top_p=top_p)
     if lengths is not None and (
         lengths.shape != prompt.shape[:1] or lengths.min() < 1 or lengths.max() > prompt.shape[1]

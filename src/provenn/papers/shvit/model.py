@@ -368,7 +368,7 @@ BACKBONES = {"s1": shvit_s1, "s2": shvit_s2, "s3": shvit_s3, "s4": shvit_s4}
 
 
 def shvit_retinanet(variant: str = "s4", *, num_classes: int = 80, in_channels: int = 3) -> RetinaNet:
-    """RetinaNet on SHViT (Table 5), with a pyramid at strides 8 to 128 and the plain L1 loss of the authors' settings.
+    """RetinaNet on SHViT (Table 5), with a pyramid at strides 8 to 128 and the plain L1 loss of the authors' recipe.
 
     They train it with batch norms in eval mode.
 

@@ -127,7 +127,7 @@ def recalling(mixer: Mixer, vocab: int) -> Reader:
 
 
 def memory(variant: str, **options: Any) -> Mixer:
-    """A variant at the settings of recall; a window leaves out most pairs, and a segment is twice as long."""
+    """A variant with the options of recall; a window leaves out most pairs, and a segment is twice as long."""
     window = SEGMENT if variant == "mac" else WINDOW
     return titans_mixer(variant, **{**MEMORY, "window": window, **options})
 
