@@ -154,10 +154,10 @@ def test_token_by_token_with_a_cache_it_is_what_it_is_over_the_whole_text(attent
     model, tokens = model_of(attention=attention), prompts()
     whole, parts, cache = model.streams(tokens), model.decoder(), Cache(6)
     for t in range(tokens.shape[1]):
-        places = parts.places(1, t)
-        h = parts.embed(tokens[:, t : t + 1], places)
+        positions = parts.positions(1, t)
+        h = parts.embed(tokens[:, t : t + 1], positions)
         for gate, expected in enumerate(whole.fast):
-            h, states = model.run_gate(parts, gate, h, places, cache)
+            h, states = model.run_gate(parts, gate, h, positions, cache)
             torch.testing.assert_close(torch.stack(states), expected[:, :, t : t + 1], rtol=0, atol=1e-10)
     # The fast stream leaves nothing in the cache: what is there is the slow stream's, in the layers that it passed.
     assert cache.nbytes(8) == 4 * 2 * 3 * 8 * 16 * 8 and cache.keys[4] is None
@@ -344,8 +344,8 @@ def test_a_second_model_has_read_what_was_written(monkeypatch):
     assert statistics.accepted < statistics.drafted
     text = torch.cat([prompt, written], dim=1)[:, :-5]  # the last round's drafts are not read anew
     parts, fresh = take_apart(draft), Cache(1)
-    places = parts.places(text.shape[1])
-    run_slow(parts, parts.embed(text, places), range(1), places, fresh)
+    positions = parts.positions(text.shape[1])
+    run_slow(parts, parts.embed(text, positions), range(1), positions, fresh)
     for stored, expected in zip(made[1].read(0, text.shape[1]), fresh.read(0, text.shape[1])):
         torch.testing.assert_close(stored, expected, rtol=0, atol=1e-10)
 
@@ -374,7 +374,7 @@ def test_positions_that_are_added(positions):
     base = decoder(positions=positions, max_length=39)
     model, prompt = model_of(base=base), prompts()
     assert torch.equal(model.decode(prompt, 32)[0], alone(base, prompt, 32))
-    with pytest.raises(UserError, match="longer than the 39"):
+    with pytest.raises(UserError, match="positions for 39"):
         model.decode(prompt, 33)
 
 
@@ -427,8 +427,8 @@ def test_after_refusals_the_cache_is_that_of_a_fresh_reading():
     text = torch.cat([prompt, written], dim=1)[:, :-1]
     fresh = Cache(6)
     parts = model.decoder()
-    places = parts.places(text.shape[1])
-    run_slow(parts, parts.embed(text, places), range(6), places, fresh)
+    positions = parts.positions(text.shape[1])
+    run_slow(parts, parts.embed(text, positions), range(6), positions, fresh)
     cache = kept["work"].cache
     for i in range(6):
         for a, b in zip(cache.read(i, text.shape[1]), fresh.read(i, text.shape[1])):
@@ -519,7 +519,7 @@ def test_a_token_that_left_is_propagated_as_it_left(monkeypatch):
     for i in range(2, 6):
         layer = parts.layers[i]
         for stored, expected in zip(
-            kept["work"].cache.read(i, 1), layer.keys_and_values(layer.norm1(left), parts.places(1))
+            kept["work"].cache.read(i, 1), layer.keys_and_values(layer.norm1(left), parts.positions(1))
         ):
             torch.testing.assert_close(stored, expected, rtol=0, atol=1e-10)
 
@@ -633,12 +633,12 @@ def test_one_text_of_one_token_and_one_far_longer_than_a_window(kind, tokens):
 
 
 def test_a_host_s_last_place_is_used_and_none_behind_it():
-    base, prompt = host("gpt2"), prompts(3, batch=1, tokens=40)  # 64 places
+    base, prompt = host("gpt2"), prompts(3, batch=1, tokens=40)  # 64 positions
     model = model_of(base=base, gates=(1, 2))
     written, _ = model.decode(prompt, 25, gamma=9)
     last = base(torch.cat([prompt, written[:, :-1]], dim=1)).logits[:, -1]
     assert torch.equal(written[:, -1], last.argmax(-1))
-    with pytest.raises(UserError, match="40 tokens and 26 more are longer than the 64"):
+    with pytest.raises(UserError, match="40 tokens and 26 are to follow, but the model has positions for 64"):
         model.decode(prompt, 26)
 
 
@@ -651,8 +651,8 @@ def test_their_caches_are_exact(kind):
     base(tokens, past_key_values=theirs, use_cache=True)
     parts, ours = accelerate(base, [1]).decoder(), Cache(4)
     for start, stop in ((0, 7), (7, 8), (8, 12)):
-        places = parts.places(stop - start, start)
-        run_slow(parts, parts.embed(tokens[:, start:stop], places), range(4), places, ours)
+        positions = parts.positions(stop - start, start)
+        run_slow(parts, parts.embed(tokens[:, start:stop], positions), range(4), positions, ours)
     for i, layer in enumerate(theirs.layers):
         keys, values = ours.read(i, 12)
         torch.testing.assert_close(keys, layer.keys, rtol=0, atol=1e-10)
@@ -725,8 +725,8 @@ def test_a_fast_token_has_the_experts_of_its_slow_twin():
     # So it is token by token, where both are rows of one product.
     whole, parts, cache = model.streams(tokens).fast[0], model.decoder(), Cache(6)
     for t in range(tokens.shape[1]):
-        places = parts.places(1, t)
-        _, states = model.run_gate(parts, 0, parts.embed(tokens[:, t : t + 1], places), places, cache)
+        positions = parts.positions(1, t)
+        _, states = model.run_gate(parts, 0, parts.embed(tokens[:, t : t + 1], positions), positions, cache)
         torch.testing.assert_close(torch.stack(states), whole[:, :, t : t + 1], rtol=0, atol=1e-10)
 
 
@@ -823,7 +823,7 @@ def test_the_channel_by_hand():
     # The fast stream runs up to the last layer before which something is foretold, here layer 1, and costs time there.
     late = one_token(5, 5, 5, known=[-1, -1, 1], foretold=[-1, -1, 5])
     assert simulate(late, Memory(slots=9, load=0.0, fast=0.5), "fast").total == 3.5
-    # With a single place nothing can come while a layer computes with what is there.
+    # With a single slot nothing can come while a layer computes with what is there.
     only = simulate(trace, Memory(slots=1, load=2.0), "fast")
     assert (only.total, only.loads) == (9.0, 3)
     # What was foretold wrongly and is not under way when its layer begins does not come any more. Layer 1 ends at 6,
@@ -1029,7 +1029,7 @@ def test_what_cannot_be_accelerated_is_refused():
     with pytest.raises(UserError, match="tokens, the model"):
         model_of().decode(prompts(), 4, mode="two-model", draft=CausalLM(5, 16, 1, partial(SoftmaxAttention, heads=2)))
     short = decoder(positions="learned", max_length=9)
-    with pytest.raises(UserError, match="8 tokens and 4 more are longer than the 9 that the draft model"):
+    with pytest.raises(UserError, match="8 tokens and 4 are to follow, but the draft model has positions for 9"):
         model_of().decode(prompts(), 4, mode="two-model", draft=short)
     for wrong in (prompts() + VOCAB, prompts() - 1):
         with pytest.raises(ValueError, match="tokens from 0 to 18"):
@@ -1081,11 +1081,11 @@ def test_probabilities_are_what_samples_are_drawn_with():
 def test_run_both_is_run_slow_and_run_fast():
     model, tokens = model_of(), prompts(tokens=1)
     parts, first, then = model.decoder(), Cache(6), Cache(6)
-    places = parts.places(1)
-    h = parts.embed(tokens, places)
+    positions = parts.positions(1)
+    h = parts.embed(tokens, positions)
     adapters, traces = list(model.adapters[:2]), []
-    both = run_both(parts, h, h, range(2), places, first, adapters, attention="full")
-    slow = run_slow(parts, h, range(2), places, then, traces=traces)
-    fast = run_fast(parts, h, range(2), places, traces, adapters, attention="full")
+    both = run_both(parts, h, h, range(2), positions, first, adapters, attention="full")
+    slow = run_slow(parts, h, range(2), positions, then, traces=traces)
+    fast = run_fast(parts, h, range(2), positions, traces, adapters, attention="full")
     torch.testing.assert_close(both[0], slow, rtol=0, atol=1e-12)
     torch.testing.assert_close(both[1][-1], fast[-1], rtol=0, atol=1e-12)

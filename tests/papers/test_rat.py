@@ -96,8 +96,8 @@ def by_definition(layer, x):
             key, value = 0, 0
         key = (1 - g[:, t]) * k[:, t] + g[:, t] * key
         value = (1 - g[:, t]) * v[:, t] + g[:, t] * value
-        place = torch.tensor([{"chunk": c, "token": t, "none": 0}[layer.positions]])
-        turned, query = (rotate(part.view(-1, heads, 1, p), place).squeeze(2) for part in (key, q[:, t]))
+        position = torch.tensor([{"chunk": c, "token": t, "none": 0}[layer.positions]])
+        turned, query = (rotate(part.view(-1, heads, 1, p), position).squeeze(2) for part in (key, q[:, t]))
         seen = [*finished, (turned, value.view(-1, heads, p))]
         scores = torch.stack([(query * past).sum(-1) / p**0.5 for past, _ in seen], dim=-1)
         mixed = torch.einsum("bhc,bhcp->bhp", scores.softmax(-1), torch.stack([past for _, past in seen], dim=2))
@@ -129,7 +129,7 @@ def test_every_option_is_what_its_equations_say_and_so_is_its_gradient(groups, p
 
 
 def test_the_1_3b_models_are_those_of_the_authors_code():
-    """What no count of parameters tells: windows of 1,025 with the own token, chunks of 16, two groups, wide heads."""
+    """What no count of parameters shows: windows of 1,025 with the own token, chunks of 16, two groups, wide heads."""
     with torch.device("meta"):
         models = [build(layers=4) for build in (rat_swa_xl, attention_swa_xl, rat_xl, rnn_xl)]
     hybrid, windowed, rat, rnn_model = ([block.mixer for block in model.blocks] for model in models)
@@ -587,10 +587,10 @@ def test_official_weights_tell_their_preset(kinds, preset, options):
 @pytest.mark.parametrize(
     ("kinds", "options", "message"),
     [
-        (["rat"], {}, "do not tell chunk, .* give chunk=16"),
-        (["rat", "attention"], {"chunk": 16}, "do not tell window, .* give window=1025"),
-        (["attention"], {}, "do not tell full attention from a window"),
-        (["attention"], {"preset": "attention_small"}, "do not tell heads"),
+        (["rat"], {}, "do not show chunk, .* give chunk=16"),
+        (["rat", "attention"], {"chunk": 16}, "do not show window, .* give window=1025"),
+        (["attention"], {}, "do not distinguish full attention from a window"),
+        (["attention"], {"preset": "attention_small"}, "do not show heads"),
         (["rat"], {"chunk": 16, "heads": 4}, "the checkpoint has heads=2, got heads=4"),
     ],
     ids=str,
@@ -688,7 +688,7 @@ def test_a_config_with_code_in_it_is_refused_and_runs_nothing(tmp_path, monkeypa
 
 def test_what_the_weights_do_not_tell_is_given_to_a_prediction(tmp_path):
     torch.save(theirs(["rat"], vocab=257), tmp_path / "plain.pth")
-    with pytest.raises(UserError, match="do not tell chunk"):
+    with pytest.raises(UserError, match="do not show chunk"):
         provenn.predict("rat", ["de"], weights=tmp_path / "plain.pth", overrides={"tokens": 3})
     texts = [
         provenn.predict("rat", ["def f"], weights=tmp_path / "plain.pth", overrides={"tokens": 3, "chunk": chunk})
@@ -873,11 +873,11 @@ def test_selection_is_of_needles_against_filler():
     assert selection(model, data) == pytest.approx(0, abs=1e-6)
     with torch.no_grad():  # z and v come before g: filler closes the gates
         first.project.weight[128:192] = model.embed.key.weight[NEEDLES["keys"]].expand(64, -1)
-    told = selection(model, data)
-    assert told > 0.1
+    selected = selection(model, data)
+    assert selected > 0.1
     with torch.no_grad():  # questions close them too, and do not count
         first.project.weight[128:192] += model.embed.value.weight[NEEDLES["values"]]
-    assert selection(model, data) > 0.75 * told
+    assert selection(model, data) > 0.75 * selected
     assert selection(read_needles(partial(SoftmaxAttention, heads=4)), data) == 0
 
 

@@ -419,7 +419,7 @@ def test_how_far_heads_look_is_shown_by_distance():
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ({"conv": "qx"}, "letters q, k and v"),
         ({"conv": "qq"}, "at most once"),
@@ -431,21 +431,21 @@ def test_how_far_heads_look_is_shown_by_distance():
         ({"causal": False}, "causal must be True"),
     ],
 )
-def test_bad_arguments_are_refused(options, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         RelativeConvAttention(24, **{"heads": 4, **options})
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ({"hidden": 0}, "hidden must be at least 1"),
         ({"segment": 0}, "segment must be at least 1"),
         ({"chunking": "none"}, "chunking must be one of exact, official"),
     ],
 )
-def test_bad_models_are_refused(options, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_models_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         CharacterLM(**options)
 
 
@@ -478,7 +478,7 @@ def authors_state(preset):
 def test_authors_weights_that_are_not_are_refused():
     with pytest.raises(UserError, match="found other parameters"):
         convert({"weight": torch.zeros(3)})
-    with pytest.raises(UserError, match="do not tell its heads"):
+    with pytest.raises(UserError, match="do not say how many heads"):
         convert(authors_state("mha_char"))
     with pytest.raises(UserError, match="has heads=4, got heads=8"):
         convert(authors_state("rcmha_char"), heads=8)
@@ -541,8 +541,10 @@ def test_what_is_to_be_copied_is_in_reach_of_one_memory_alone():
         assert model.segment == SEGMENT and tokens.shape[1] == LENGTH
         read, _ = in_segments(model, tokens, SEGMENT)
         torch.testing.assert_close(read, model(tokens), rtol=0, atol=1e-9)
-        told = F.cross_entropy(read[asked], targets[asked])
-        torch.testing.assert_close(model.training_loss((tokens, targets, distances)).double(), told, rtol=1e-5, atol=0)
+        expected = F.cross_entropy(read[asked], targets[asked])
+        torch.testing.assert_close(
+            model.training_loss((tokens, targets, distances)).double(), expected, rtol=1e-5, atol=0
+        )
     assert moved["long"] > 1e-3 and moved["short"] == 0
 
 
@@ -582,7 +584,7 @@ def test_the_readme_has_the_table_that_the_command_prints(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ({"length": "x"}, "length must be whole numbers"),
         ({"length": "64,0"}, "length must be at least 1"),
@@ -592,8 +594,8 @@ def test_the_readme_has_the_table_that_the_command_prints(tmp_path):
         ({"kernel": 0}, "kernel must be at least 1"),
     ],
 )
-def test_a_benchmark_that_cannot_be_is_refused(options, told):
-    with pytest.raises(UserError, match=told):
+def test_a_benchmark_that_cannot_be_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
         sweep(**options)
 
 

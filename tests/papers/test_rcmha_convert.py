@@ -116,7 +116,7 @@ def test_what_cannot_be_converted_is_refused():
     )
     with pytest.raises(UserError, match="its convolutions look back"):
         convert(bert, "rcmha")
-    for options, told in (
+    for options, message in (
         ({"conv": "x"}, "letters q, k and v"),
         ({"kernel": 0}, "kernel must be at least 1"),
         ({"max_distance": 0}, "max_distance must be at least 1"),
@@ -124,6 +124,6 @@ def test_what_cannot_be_converted_is_refused():
     ):
         model = gpt2(layers=1)
         kept = copy.deepcopy(model.state_dict())
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             convert(model, "rcmha", **options)
         assert model.state_dict().keys() == kept.keys()

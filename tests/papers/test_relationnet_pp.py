@@ -118,10 +118,10 @@ def test_bvr_is_its_equation():
     """One query after the other, with sums over keys, heads and types written out."""
     levels, keys = scene()
     bvr = make_bvr(geometry="direct", unit=8.0)
-    told = bvr(levels, STRIDES, keys)
+    enhanced = bvr(levels, STRIDES, keys)
     for image, level, row, column in ((0, 0, 0, 0), (1, 0, 4, 6), (0, 1, 2, 1)):
         f = levels[level][image, :, row, column]
-        place = torch.tensor([(column + 0.5) * STRIDES[level], (row + 0.5) * STRIDES[level]])
+        centre = torch.tensor([(column + 0.5) * STRIDES[level], (row + 0.5) * STRIDES[level]])
         total = f.clone()
         for name, attention in bvr.attention.items():
             mixed = torch.zeros(16)
@@ -130,14 +130,14 @@ def test_bvr_is_its_equation():
                 part = slice(4 * head, 4 * head + 4)
                 logits = []
                 for j in range(6):
-                    wave = sine_embedding((keys[name].positions[image, j] - place) / 8, 16)
+                    wave = sine_embedding((keys[name].positions[image, j] - centre) / 8, 16)
                     gate = max(float(weights[head] @ wave + bias[head]), 1e-6)
                     alike = attention.query(f)[part] @ attention.key(keys[name].features[image, j])[part] / 2
                     logits.append(alike + math.log(gate))
                 for j, share in enumerate(torch.stack(logits).softmax(0)):
                     mixed[part] += share * attention.value(keys[name].features[image, j])[part]
             total = total + attention.output(mixed)
-        torch.testing.assert_close(told[level][image, :, row, column], total.relu(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(enhanced[level][image, :, row, column], total.relu(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("geometry", ["shared", "direct"])
@@ -149,10 +149,10 @@ def test_the_order_of_keys_and_where_the_image_begins_change_nothing(geometry):
     shuffled = {name: Keys(*(part[:, order] for part in each)) for name, each in keys.items()}
     for a, b in zip(bvr(levels, STRIDES, shuffled), before):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
-    queries, places = levels[0].flatten(2).transpose(1, 2), torch.rand(2, 35, 2) * 40
+    queries, centres = levels[0].flatten(2).transpose(1, 2), torch.rand(2, 35, 2) * 40
     shift = torch.tensor([512.0, -256.0])
     moved = {name: each._replace(positions=each.positions + shift) for name, each in keys.items()}
-    a, b = bvr.attend(queries, places, keys, 8.0), bvr.attend(queries, places + shift, moved, 8.0)
+    a, b = bvr.attend(queries, centres, keys, 8.0), bvr.attend(queries, centres + shift, moved, 8.0)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -273,9 +273,9 @@ def test_units_are_pixels_for_all_levels_or_shares_of_each_stride(by_level, unit
     levels, keys = scene()
     bvr = make_bvr(by_level=by_level, unit=unit, geometry="direct")
     together = bvr(levels, STRIDES, keys)
-    for level, stride, told in zip(levels, STRIDES, together):
+    for level, stride, expected in zip(levels, STRIDES, together):
         pixels = make_bvr(unit=unit * stride if by_level else unit, geometry="direct")
-        assert torch.equal(pixels([level], [stride], keys)[0], told)
+        assert torch.equal(pixels([level], [stride], keys)[0], expected)
 
 
 def test_direct_geometry_costs_by_pairs_and_the_shared_one_by_its_map():
@@ -386,7 +386,7 @@ def test_each_tower_s_keys_have_its_own_features():
     levels, classes, boxes = ([torch.full(shape, value) for shape in shapes] for value in (0.1, 0.2, 0.3))
     seen = []
     for bvr in (bridge.classification, bridge.regression):
-        bvr.attend = lambda queries, places, keys, *rest: seen.append(keys) or queries
+        bvr.attend = lambda queries, centres, keys, *rest: seen.append(keys) or queries
     bridge(levels, classes, boxes, STRIDES)
     values = [{round(x, 4) for keys in each.values() for x in keys.features.flatten().tolist()} for each in seen]
     assert values == [{0.2}, {0.2}, {0.3}, {0.3}]
@@ -416,7 +416,7 @@ def test_all_levels_attend_to_the_same_keys():
     seen = []
     bridge = Bridge(16, 3, STRIDES, heads=4, **SMALL)
     relation = bridge.regression.relation
-    bridge.regression.relation = lambda places, keys, *rest: seen.append(keys) or relation(places, keys, *rest)
+    bridge.regression.relation = lambda centres, keys, *rest: seen.append(keys) or relation(centres, keys, *rest)
     levels = [torch.rand(2, 16, 6, 8), torch.rand(2, 16, 3, 4)]
     bridge(levels, levels, levels, STRIDES)
     assert len(seen) == 4 and seen[0] is seen[2] and seen[1] is seen[3] and seen[0] is not seen[1]
@@ -472,8 +472,8 @@ def test_the_losses_are_their_definitions():
         there = targets.heat == 1
         focal -= ((1 - p[there]) ** 2 * p[there].log()).sum()
         focal -= (p[~there] ** 2 * (1 - targets.heat[~there]) ** 4 * (1 - p[~there]).log()).sum()
-        told = torch.cat([x.flatten(2) for x in offsets], 2).transpose(1, 2)
-        near += F.smooth_l1_loss(told[targets.nearest], targets.offsets[targets.nearest], reduction="sum")
+        predicted = torch.cat([x.flatten(2) for x in offsets], 2).transpose(1, 2)
+        near += F.smooth_l1_loss(predicted[targets.nearest], targets.offsets[targets.nearest], reduction="sum")
         count += int(targets.nearest.sum())
     assert count == 12
     torch.testing.assert_close(losses["points"].double(), 0.25 * focal / count)
@@ -801,12 +801,12 @@ def test_torchvision_s_resnet_is_what_the_detectors_start_from():
 
 def test_anchors_at_corners_of_cells_become_those_in_the_middle():
     scales = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))
-    places = places_of((32, 48), (8, 16), shapes_of((8, 16), (0.5, 1.0, 2.0), scales))
+    anchors = places_of((32, 48), (8, 16), shapes_of((8, 16), (0.5, 1.0, 2.0), scales))
     bias = torch.randn(36) * 0.1
-    theirs = places.boxes - places.strides[:, None] / 2  # MMDetection 2 puts anchors at multiples of the stride
-    cells = len(places.boxes) // 9
+    theirs = anchors.boxes - anchors.strides[:, None] / 2  # MMDetection 2 puts anchors at multiples of the stride
+    cells = len(anchors.boxes) // 9
     there = decode(bias.view(9, 4).repeat(cells, 1), theirs)
-    here = decode(_from_middle(bias).view(9, 4).repeat(cells, 1), places.boxes)
+    here = decode(_from_middle(bias).view(9, 4).repeat(cells, 1), anchors.boxes)
     torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-5)
 
 
@@ -817,7 +817,7 @@ def test_an_inspection_tells_the_keys_that_the_detector_reads(name, options):
     model, seen = with_bvr(name, **options).eval(), {}
     bvr = bridge_of(model).regression
     attend = bvr.attend
-    bvr.attend = lambda queries, places, keys, *rest: seen.update(keys) or attend(queries, places, keys, *rest)
+    bvr.attend = lambda queries, centres, keys, *rest: seen.update(keys) or attend(queries, centres, keys, *rest)
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         model(image)
@@ -843,11 +843,11 @@ def test_the_keys_are_drawn_where_they_lie(name):
     assert [axes.get_xlim(), axes.get_ylim()] == [(0, 96), (64, 0)]
     top_left, bottom_right, centre = (torch.as_tensor(np.array(x.get_segments())) for x in axes.collections)
     for kind, strokes, towards in (("top_left", top_left, 1), ("bottom_right", bottom_right, -1)):
-        places = torch.stack([rows[f"{kind} x"], rows[f"{kind} y"]], 1).double()
-        torch.testing.assert_close(strokes[::2, 0], places)
+        points = torch.stack([rows[f"{kind} x"], rows[f"{kind} y"]], 1).double()
+        torch.testing.assert_close(strokes[::2, 0], points)
         assert ((strokes[::2, 1] - strokes[::2, 0])[:, 0] * towards > 0).all()  # along the object's upper or lower side
-    places = torch.stack([rows["centre x"], rows["centre y"]], 1).double()
-    torch.testing.assert_close(centre.mean(1)[::2], places)
+    points = torch.stack([rows["centre x"], rows["centre y"]], 1).double()
+    torch.testing.assert_close(centre.mean(1)[::2], points)
 
 
 def test_the_heat_falls_off_as_the_radius_says():
@@ -966,7 +966,7 @@ def test_regions_ask_from_their_middles_in_the_unit_and_points_are_sought_in_a_h
     bridge = bridge_of(with_bvr("faster_rcnn", unit=4.0))
     seen = []
     for bvr in (bridge.classification, bridge.regression):
-        bvr.attend = lambda features, places, keys, unit, shared: seen.append((places, unit)) or features
+        bvr.attend = lambda features, centres, keys, unit, shared: seen.append((centres, unit)) or features
     regions = torch.rand(1, 120, 2) * 20
     regions = torch.cat([regions, regions + 10 + torch.rand(1, 120, 2)], dim=2)
     valid, features = torch.ones(1, 120, dtype=torch.bool), torch.randn(1, 120, 24)
@@ -974,7 +974,7 @@ def test_regions_ask_from_their_middles_in_the_unit_and_points_are_sought_in_a_h
         regions, valid, lambda boxes, size: torch.randn(1, boxes.shape[1], 16, size, size), features, features
     )[2]
     assert said.regions.shape == (1, 100, 4) and torch.equal(said.regions, regions[:, :100])
-    for places, unit in seen:
+    for centres, unit in seen:
         assert unit == 4.0
-        torch.testing.assert_close(places, (regions[..., :2] + regions[..., 2:]) / 2)
+        torch.testing.assert_close(centres, (regions[..., :2] + regions[..., 2:]) / 2)
     assert len(seen) == 2

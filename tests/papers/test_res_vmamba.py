@@ -37,7 +37,7 @@ def mini(**options) -> ResVMamba:
 
 
 def lively(dim: int = 6, **options) -> SS2D:
-    """With steps and projections so large that every pixel tells at every other."""
+    """With steps and projections so large that every pixel changes every other."""
     torch.manual_seed(0)
     layer = SS2D(dim, state=3, **options).double()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_tied_routes_turn_with_the_image():
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(layer(x.mT), layer(x).mT)
     torch.testing.assert_close(layer(x.flip(2, 3)), layer(x).flip(2, 3))
-    # A constant image has equal outputs at places that the turns exchange.
+    # A constant image has equal outputs at pixels that the turns exchange.
     flat = layer(torch.ones(1, 6, 5, 5, dtype=torch.float64))
     torch.testing.assert_close(flat, flat.mT)
     torch.testing.assert_close(flat, flat.flip(2, 3))
@@ -465,7 +465,7 @@ def test_zoomed_textures_are_what_they_say():
     ends = [end for band in BANDS.values() for end in band]
     assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 1)  # no pixel is in two splits
     assert x.shape == (400, 1, 32, 32) and set(labels.tolist()) == set(range(16))
-    # Neither mean nor contrast tells the class.
+    # Neither mean nor contrast shows the class.
     for figure in (x.mean((1, 2, 3)), x.std((1, 2, 3))):
         classes = torch.stack([figure[labels == k].mean() for k in range(16)])
         assert classes.std() < 0.5 * figure.std()

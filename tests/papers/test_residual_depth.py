@@ -572,7 +572,7 @@ def test_a_byte_transformer_is_causal() -> None:
 
 
 def test_a_byte_transformer_knows_the_order_of_its_bytes() -> None:
-    """One layer of attention alone does not: only the positions tell two orders of the same bytes apart."""
+    """One layer of attention alone does not: only the positions distinguish two orders of the same bytes."""
     model, tokens = ByteTransformer(dim=8, heads=2, layers=1, max_tokens=4), torch.tensor([[5, 9, 7], [9, 5, 7]])
     one, other = model(tokens)[:, -1]
     assert (one - other).abs().max() > 1e-3

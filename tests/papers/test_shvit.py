@@ -510,9 +510,9 @@ def test_a_teacher_teaches_the_second_classifier_alone_and_is_not_saved():
     model.training_loss(batch).backward()
     assert not teacher.training and all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    told = teacher(batch[0]).argmax(1)
+    predicted = teacher(batch[0]).argmax(1)
     heads = model(batch[0])
-    expected = (F.cross_entropy(heads[0], batch[1]) + F.cross_entropy(heads[1], told)) / 2
+    expected = (F.cross_entropy(heads[0], batch[1]) + F.cross_entropy(heads[1], predicted)) / 2
     torch.testing.assert_close(model.training_loss(batch), expected, rtol=1e-3, atol=1e-3)
     model.before_saving()
     assert not any(name.startswith("teacher") for name in model.state_dict())
@@ -661,7 +661,7 @@ def test_heads_that_attend_alike():
         for layer in layers:
             layer.qkv.conv.weight *= 10  # maps that differ
         for layer in layers[2:]:
-            layer.qkv.conv.weight.zero_()  # every head of the later half attends to all places
+            layer.qkv.conv.weight.zero_()  # every head of the later half attends to all positions
         assert studies.late_less_early(network, images_of(8)) > 0.2
 
 

@@ -461,24 +461,24 @@ def test_resize_keeps_the_weights_and_takes_another_square():
 def test_kar3_by_hand():
     p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = Kar3([p], lr=0.1, betas=(0.5, 0.9))
-    places = []
+    values = []
     for grad in ([1.0, -2.0], [-4.0, 1.0], [1.0, 1.0]):
         p.grad = torch.tensor(grad)
         optimizer.step()
-        places.append(p.tolist())
+        values.append(p.tolist())
     # averages before each step: (0, 0), then (0.5, −1) and (0.1, −0.2), then (−1.75, 0) and (−0.31, −0.08)
-    assert places == [pytest.approx(place) for place in ([0.9, 1.1], [0.8, 1.2], [0.9, 1.2])]
+    assert values == [pytest.approx(value) for value in ([0.9, 1.1], [0.8, 1.2], [0.9, 1.2])]
 
 
 def test_kar2_by_hand():
     p = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = Kar2([p], lr=0.1, beta=0.5)
-    places = []
+    values = []
     for grad in (1.0, 1.0, -4.0):
         p.grad = torch.tensor([grad])
         optimizer.step()
-        places.append(p.item())
-    assert places == pytest.approx([0.9, 0.7, 0.7])
+        values.append(p.item())
+    assert values == pytest.approx([0.9, 0.7, 0.7])
 
 
 @pytest.mark.parametrize("kind", [Kar2, Kar3])

@@ -221,9 +221,9 @@ def test_window_attention_is_a_masked_softmax_with_distances_and_a_free_prefix()
     x, prefix = draw(2, 13, 8), draw(2, 2, 8, seed=1)
     q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (attention.query, attention.key, attention.value))
     pk, pv = (m(prefix).unflatten(-1, (2, 4)).transpose(1, 2) for m in (attention.key, attention.value))
-    place = torch.arange(13)
-    distance = place[:, None] - place
-    scores = (rotate(q, place) @ rotate(k, place).mT).masked_fill((distance < 0) | (distance >= 5), -torch.inf)
+    position = torch.arange(13)
+    distance = position[:, None] - position
+    scores = (rotate(q, position) @ rotate(k, position).mT).masked_fill((distance < 0) | (distance >= 5), -torch.inf)
     weights = (torch.cat([q @ pk.mT, scores], dim=-1) / 2).softmax(dim=-1)
     y = weights @ torch.cat([pv, v], dim=2)
     torch.testing.assert_close(attention(x, [x], prefix)[0], attention.out(y.transpose(1, 2).flatten(2)))
@@ -236,9 +236,9 @@ def test_attention_to_two_kinds_sees_what_it_should_of_a_segment(ahead):
     s, h, prefix = draw(2, 6, 8), draw(2, 6, 8, seed=1), draw(2, 2, 8, seed=2)
     q, *keys = (attention._heads(attention.query(s)), *(attention._heads(attention.key(x)) for x in (h, s, prefix)))
     values = torch.cat([attention._heads(attention.value(x)) for x in (prefix, h, s)], dim=2)
-    place = torch.arange(6)
-    later = place > place[:, None]
-    turned = [rotate(q, place) @ rotate(k, place).mT for k in keys[:2]]
+    position = torch.arange(6)
+    later = position > position[:, None]
+    turned = [rotate(q, position) @ rotate(k, position).mT for k in keys[:2]]
     turned[0] = turned[0] if ahead else turned[0].masked_fill(later, -torch.inf)
     scores = torch.cat([q @ keys[2].mT, turned[0], turned[1].masked_fill(later, -torch.inf)], dim=-1) / 2
     y = attention.out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
@@ -324,8 +324,8 @@ def test_surprise_is_observed_in_the_order_of_the_memories_and_is_that_of_autogr
     for t in range(9):
         (_, k, v), _ = first._projected(x[:, t : t + 1], state.tail)
         weights = [w.detach().requires_grad_() for w in state.memory.weights]
-        told = k + torch.nn.functional.layer_norm(torch.nn.functional.gelu(k @ weights[0]) @ weights[1], (8,))
-        gradients = torch.autograd.grad((told - v).square().sum(), weights)
+        recalled = k + torch.nn.functional.layer_norm(torch.nn.functional.gelu(k @ weights[0]) @ weights[1], (8,))
+        gradients = torch.autograd.grad((recalled - v).square().sum(), weights)
         norms.append(sum(u.square().sum((1, 2, 3)) for u in gradients).sqrt())
         _, state = first.prefill(x[:, t : t + 1], state)
     torch.testing.assert_close(found[0].norm[:, 0], torch.stack(norms, dim=1))
@@ -566,16 +566,16 @@ def test_every_variant_is_trained_and_goes_on_with_words(run, variant, options, 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "output"),
     [
         ("--preset titans_recall --data lookup --set examples=64 --set test_examples=16 --set variant=mac", "accuracy"),
         ("--preset titans_forecaster --data airline --set depth=3 --set persistent=0", "mse"),
         ("--preset titans_classifier --data japanese-vowels --set depth=1 --set dim=8 --set layers=1", "accuracy"),
     ],
 )
-def test_recall_forecasting_and_classification_are_trained(run, words, told):
+def test_recall_forecasting_and_classification_are_trained(run, words, output):
     code, out, err = run(f"train titans {words} --steps 2 --out run")
-    assert code == 0 and told in out, err
+    assert code == 0 and output in out, err
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ from provenn.papers.urpe.graphs import GraphRegressor
 from provenn.papers.urpe.inspection import inspect
 from provenn.papers.urpe.layers import gather
 from provenn.papers.urpe.official import convert
-from provenn.papers.urpe.studies import bits_beyond, encoder, places_at, text_model
-from provenn.papers.urpe.task import EVEN, PLACES, TASK, targets_of
+from provenn.papers.urpe.studies import bits_beyond, encoder, identified_at, text_model
+from provenn.papers.urpe.task import EVEN, IDENTIFICATION, TASK, targets_of
 from provenn.papers.urpe.transformer_xl import sinusoid
 from provenn.tasks import TaskData
 from provenn.tasks.language_modelling import Windows
@@ -90,8 +90,8 @@ def test_the_layer_is_its_formula_with_gradients(options):
     layer = stirred(URPEAttention(8, 2, **{"max_length": 20, **options}))
     x = noise(2, 9, 8).requires_grad_()
     q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (layer.query, layer.key, layer.value))
-    places = torch.arange(9)
-    index = layer.relations.index(places, places)
+    positions = torch.arange(9)
+    index = layer.relations.index(positions, positions)
     scores = q @ k.mT / 2 + layer.rel_bias[index].permute(2, 0, 1)
     if layer.causal:
         scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
@@ -189,8 +189,8 @@ def test_dropout_is_of_the_multiplied_weights():
 
 def test_offsets_are_toeplitz_and_clipped():
     table = torch.randn(7, 2)
-    relations, places = Offsets(4), torch.arange(9)
-    looked_up = gather(table, relations.index(places, places))[0]
+    relations, positions = Offsets(4), torch.arange(9)
+    looked_up = gather(table, relations.index(positions, positions))[0]
     assert looked_up.equal(relations.matrix(table, 9))
     for offset in range(-8, 9):
         assert (looked_up.diagonal(offset, 1, 2) == table[min(max(offset, -3), 3) + 3, :, None]).all()
@@ -198,8 +198,8 @@ def test_offsets_are_toeplitz_and_clipped():
 
 def test_buckets_are_those_of_the_authors():
     """For 128 tokens 0 to 64 without 31 and 32; offset 0 is 33."""
-    places = torch.arange(128)
-    index = LogBuckets().index(places, places)
+    positions = torch.arange(128)
+    index = LogBuckets().index(positions, positions)
     assert set(index.flatten().tolist()) == set(range(65)) - {31, 32}
     assert index[0, :2].tolist() == [33, 34] and index[:3, 0].tolist() == [33, 30, 29]
     assert index[0].diff().min() >= 0 and index[0, -1] == 64 and index[-1, 0] == 0
@@ -261,7 +261,7 @@ def test_bad_relations_are_refused():
         layer(x, relations=torch.full((3, 3), 7))
     with pytest.raises(ValueError, match="cannot stream"):
         layer.prefill(x)
-    with pytest.raises(ValueError, match="grid of 1×2 has 2 places, got 3 tokens"):
+    with pytest.raises(ValueError, match="grid of 1×2 has 2 cells, got 3 tokens"):
         URPEAttention(8, 2, index="grid", grid=(1, 2), causal=False)(x)
 
 
@@ -318,7 +318,7 @@ def test_the_conditions_by_construction():
 
 
 def test_sums_of_one_are_the_reason():
-    """Renormalised, URPE's equal tokens are equal again; without the sum, relative biases alone tell them apart."""
+    """Renormalised, URPE's equal tokens are equal again; without the sum, relative biases alone distinguish them."""
     tokens = torch.full((1, 16), 12)
     spreads = {}
     for name in ("rpe", "urpe", "unnormalised", "renormalised"):
@@ -397,7 +397,7 @@ def test_transformer_xl_is_its_definition_over_segments():
         for parameter in (model.head_bias, model.content, model.position):
             parameter.normal_()
     tokens = torch.randint(256, (1, 7))
-    memory, told = [noise(1, 0, 8)] * 2, []
+    memory, outputs = [noise(1, 0, 8)] * 2, []
     for piece in tokens.split(3, 1):
         x, kept = model.embed(piece) * 8**0.5, []
         for block, before in zip(model.blocks, memory):
@@ -412,8 +412,8 @@ def test_transformer_xl_is_its_definition_over_segments():
             x = block.norm1(x + block.mixer(x, before, dropout=nn.Identity(), **shared))
             x = block.norm2(x + block.linear2(block.linear1(x).relu()))
         memory = kept
-        told.append(x @ model.embed.weight.mT + model.head_bias)
-    torch.testing.assert_close(model(tokens), torch.cat(told, 1))
+        outputs.append(x @ model.embed.weight.mT + model.head_bias)
+    torch.testing.assert_close(model(tokens), torch.cat(outputs, 1))
 
 
 def test_no_gradient_goes_through_the_memory():
@@ -457,9 +457,9 @@ def test_layers_share_their_tables_through_copies_and_files(tmp_path):
 
 def test_sinusoids_are_as_large_as_learned_positions_and_stay():
     for model in (urpe_lm_tiny(encoding="sinusoidal"), urpe_synthetic_tiny(encoding="sinusoidal")):
-        places = model.place.weight
-        assert not places.requires_grad and places.square().mean().sqrt().item() == pytest.approx(0.02)
-        torch.testing.assert_close(places[3, :2], 0.02 * 2**0.5 * torch.tensor([3.0, 3.0 + torch.pi / 2]).sin())
+        table = model.place.weight
+        assert not table.requires_grad and table.square().mean().sqrt().item() == pytest.approx(0.02)
+        torch.testing.assert_close(table[3, :2], 0.02 * 2**0.5 * torch.tensor([3.0, 3.0 + torch.pi / 2]).sin())
         assert row_spread(model.eval()(torch.full((1, 9), 12))) > 1e-3
     assert urpe_lm_tiny(encoding="ape").place.weight.requires_grad
 
@@ -481,8 +481,10 @@ def test_regular_graphs_look_alike_without_multiplier_and_virtual_node():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
-        told = [model(torch.ones(1, n, dtype=torch.long), regular(n, s)).item() for n, s in ((8, 2), (8, 3), (13, 5))]
-        assert (max(told) - min(told) > 1e-6) == apart and (apart or max(told) - min(told) < 1e-12)
+        outputs = [
+            model(torch.ones(1, n, dtype=torch.long), regular(n, s)).item() for n, s in ((8, 2), (8, 3), (13, 5))
+        ]
+        assert (max(outputs) - min(outputs) > 1e-6) == apart and (apart or max(outputs) - min(outputs) < 1e-12)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -502,7 +504,7 @@ def test_graphormer_is_its_definition(share):
     assert lengths.max() == 4
     for k in range(2):
         hops[..., k][lengths <= k] = 0  # no edge there
-    degrees = torch.tensor([2, 1, 1, 2, 2, 1])  # the first has three, of which two are told
+    degrees = torch.tensor([2, 1, 1, 2, 2, 1])  # the first has three, of which two are given
     x = model.embed(nodes) + model.degree_in(degrees) + model.degree_out(degrees)
     x = torch.cat([model.virtual, x], 1)
     for block in model.blocks:
@@ -529,14 +531,14 @@ def test_padding_and_the_order_of_nodes_change_nothing_of_a_graph():
     edges = (torch.rand(1, 7, 7) < 0.4).triu(1)
     lengths = shortest_paths(edges | edges.mT)
     nodes, hops = torch.randint(1, 4, (1, 7)), torch.randint(5, (1, 7, 7, 5))
-    told = model(nodes, lengths, hops)
+    output = model(nodes, lengths, hops)
     pad = nn.functional.pad
     wide = model(pad(nodes, (0, 3)), pad(lengths, (0, 3, 0, 3), value=-1), pad(hops, (0, 0, 0, 3, 0, 3)))
-    torch.testing.assert_close(wide, told, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(wide, output, rtol=1e-10, atol=1e-12)
     order = torch.randperm(7)
     moved = model(nodes[:, order], lengths[:, order][:, :, order], hops[:, order][:, :, order])
-    torch.testing.assert_close(moved, told, rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(model(nodes, lengths, hops.roll(1, 3)), told)
+    torch.testing.assert_close(moved, output, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(model(nodes, lengths, hops.roll(1, 3)), output)
     with pytest.raises(ValueError, match="third argument"):
         model(nodes, lengths)
     # As users run it, without the tests' own checks of shapes.
@@ -566,7 +568,7 @@ def test_inspect_shows_each_table_once():
 
 
 def test_the_tasks_are_those_of_the_authors():
-    data = TASK.load(PLACES, length=6, vocabulary=100, examples=2000, test_examples=10)
+    data = TASK.load(IDENTIFICATION, length=6, vocabulary=100, examples=2000, test_examples=10)
     tokens, targets = data.train.tensors
     assert (targets == torch.arange(1, 7)).all() and data.options == {"vocab": 111, "max_length": 6, "tied": False}
     assert set(tokens.flatten().tolist()) == set(range(11, 91))
@@ -585,20 +587,20 @@ def test_scores_are_of_all_places_and_of_the_first_half():
     class Half(nn.Module):
         def forward(self, x):
             right = nn.functional.one_hot(targets, 111).float()
-            right[:, 4:] = 0  # the first token is told there, and nothing is the first token
+            right[:, 4:] = 0  # the first token is predicted there, and nothing is the first token
             return right
 
     model = Half()
     model.register_parameter("any", nn.Parameter(torch.zeros(())))
-    told = TASK.evaluate(model, data.test)
-    assert (told["accuracy"], told["first_half"]) == (0.5, 1.0)
+    metrics = TASK.evaluate(model, data.test)
+    assert (metrics["accuracy"], metrics["first_half"]) == (0.5, 1.0)
 
 
 def test_weights_of_places_alone_see_no_token():
     model = stirred(encoder("unattentive", vocab=81, max_length=16, tied=True))
     mixer, x, y = model.blocks[0].mixer, noise(1, 9, 64), noise(1, 9, 64)
     torch.testing.assert_close(mixer(x) + mixer(y), mixer(x + y) + mixer(0 * x))
-    # Each output sees every token, and places differ.
+    # Each output sees every token, and positions differ.
     assert row_spread(mixer(x[:, :1].expand(-1, 9, -1))) > 1e-3
 
 
@@ -608,7 +610,7 @@ def test_bits_beyond_are_those_past_the_length_of_training():
     data = TaskData("text", windows, windows, windows, "", {})
 
     class Knowing(nn.Module):
-        """Tells the next byte in the first 128 places, and then says nothing of it."""
+        """Predicts the next byte at the first 128 positions, and no byte after them."""
 
         def forward(self, x):
             logits = 50 * nn.functional.one_hot((x + 1) % 256, 256).float()
@@ -625,27 +627,27 @@ def test_bits_beyond_are_those_past_the_length_of_training():
 
 @pytest.mark.parametrize("name", ["ape", "urpe"])
 def test_places_are_asked_for_in_longer_sequences(name):
-    data = TASK.load(PLACES, length=16, vocabulary=70, examples=1, test_examples=1)
+    data = TASK.load(IDENTIFICATION, length=16, vocabulary=70, examples=1, test_examples=1)
     model = encoder(name, **data.options)
     with torch.no_grad():
         for times in (2, 4):
-            assert 0 <= places_at(model, data, times) < 0.5
+            assert 0 <= identified_at(model, data, times) < 0.5
 
-        def told(tokens):
+        def predict(tokens):
             return nn.functional.one_hot(torch.arange(1, tokens.shape[1] + 1), 81).expand(len(tokens), -1, -1)
 
-        model.forward = told
-        assert places_at(model, data, 4) == 1
+        model.forward = predict
+        assert identified_at(model, data, 4) == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"length": 7}, "even"), ({"vocabulary": 20}, "more than 20"), ({"length": 400, "vocabulary": 100}, "no names"),
+    [({"length": 7}, "even"), ({"vocabulary": 20}, "more than 20"), ({"length": 400, "vocabulary": 100}, "at most 110"),
      ({"examples": 0}, "examples")],
 )  # fmt: skip
 def test_tasks_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        TASK.load(PLACES, **options)
+        TASK.load(IDENTIFICATION, **options)
 
 
 # Hugging Face's models

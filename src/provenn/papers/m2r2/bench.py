@@ -40,14 +40,14 @@ def sweep(
     """
     if most < 1:
         raise UserError(f"--most must be at least 1, got {most}")
-    places = parse_numbers("--slots", slots, int)
+    sizes = parse_numbers("--slots", slots, int)
     loads = parse_numbers("--load", load, float)
     try:
-        memories = [Memory(slots=place, load=each, fast=fast) for place in places for each in loads]
+        memories = [Memory(slots=size, load=each, fast=fast) for size in sizes for each in loads]
     except ValueError as error:
         raise UserError(str(error)) from None
-    if min(places) < 2:
-        raise UserError(f"--slots: a layer needs two experts at once, got {min(places)}")
+    if min(sizes) < 2:
+        raise UserError(f"--slots: a layer needs two experts at once, got {min(sizes)}")
     trace = cache(partial(_trace, seed, budget == "smoke", device))
     facts = {"most": most, "fast": fast, "seed": seed, "budget": budget}
     points = [

@@ -96,4 +96,4 @@ def compare_ways(
 
 
 def _alike(text: list[int], plain: list[int]) -> int:
-    return next((place for place, (a, b) in enumerate(zip(text, plain)) if a != b), len(plain))
+    return next((i for i, (a, b) in enumerate(zip(text, plain)) if a != b), len(plain))

@@ -39,14 +39,14 @@ def as_it_is(module: nn.Module) -> Map:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where tokens stand in their texts, and how queries and keys are turned there.
+class Positions:
+    """The positions of tokens in their texts, and how queries and keys are turned there.
 
     Args:
         start, count: the tokens stand at start, …, start + count − 1 in every text.
         index: (batch, tokens), where texts differ; `start` is then not used.
-        end: one more than the last place.
-        turns: cosines and sines of the places, of rotary positions.
+        end: one more than the last position.
+        turns: cosines and sines of these positions, for rotary embeddings.
     """
 
     start: int
@@ -56,11 +56,11 @@ class Places:
     turns: tuple[Tensor, Tensor] | None = None
 
     def numbers(self, device: torch.device) -> Tensor:
-        """The places, (tokens,), or (batch, tokens) where texts differ."""
+        """The positions, (tokens,), or (batch, tokens) where texts differ."""
         return torch.arange(self.start, self.start + self.count, device=device) if self.index is None else self.index
 
     def visible(self, window: int | None, device: torch.device) -> Tensor:
-        """True where the token at a place may see a key, of keys 0 to end − 1."""
+        """True where the token at a position may see a key, of keys 0 to end − 1."""
         rows = self.numbers(device)[..., None]
         rows = rows if self.index is None else rows[:, None]
         keys = torch.arange(self.end, device=device)
@@ -71,45 +71,45 @@ class Places:
 class Cache:
     """Keys and values of the slow stream, a pair a layer, each where its token stands.
 
-    A token's place decides where its entries lie, and a query sees the places up to its own. So nothing has to be
-    undone when drafts are refused: what they left lies behind the last token, is seen by nobody, and is written over.
-    Written in place: for inference.
+    Entries are indexed by the token's position, and a query sees the positions up to its own. So nothing has to be
+    undone when drafts are refused. Their entries lie behind the last token, are seen by nobody and are overwritten.
+    Tensors are written in place: for inference only.
     """
 
     def __init__(self, layers: int):
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """Put the entries of new tokens to their places; gives those of all places up to the last of them."""
+    def write(self, layer: int, keys: Tensor, values: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Write the entries of new tokens at their positions; returns those of all positions up to the last one."""
         stored, stored_values = self.keys[layer], self.values[layer]
         capacity = 0 if stored is None else stored.shape[2]
-        if stored is None or stored_values is None or places.end > capacity:
+        if stored is None or stored_values is None or positions.end > capacity:
             # Doubling copies each token about once in all.
-            size = max(places.end, 2 * capacity, 16)
+            size = max(positions.end, 2 * capacity, 16)
             grown = keys.new_zeros(*keys.shape[:2], size, keys.shape[3])
             grown_values = torch.zeros_like(grown)
             if stored is not None and stored_values is not None:
                 grown[:, :, :capacity], grown_values[:, :, :capacity] = stored, stored_values
             self.keys[layer], self.values[layer] = stored, stored_values = grown, grown_values
-        if places.index is None:
-            stop = places.start + keys.shape[2]
-            stored[:, :, places.start : stop] = keys
-            stored_values[:, :, places.start : stop] = values
+        if positions.index is None:
+            stop = positions.start + keys.shape[2]
+            stored[:, :, positions.start : stop] = keys
+            stored_values[:, :, positions.start : stop] = values
         else:
             rows = torch.arange(len(keys), device=keys.device)[:, None]
-            stored[rows, :, places.index] = keys.transpose(1, 2)
-            stored_values[rows, :, places.index] = values.transpose(1, 2)
-        return stored[:, :, : places.end], stored_values[:, :, : places.end]
+            stored[rows, :, positions.index] = keys.transpose(1, 2)
+            stored_values[rows, :, positions.index] = values.transpose(1, 2)
+        return stored[:, :, : positions.end], stored_values[:, :, : positions.end]
 
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the places before `end`."""
+        """Keys and values of the positions before `end`."""
         keys, values = self.keys[layer], self.values[layer]
         assert keys is not None and values is not None
         return keys[:, :, :end], values[:, :, :end]
 
     def nbytes(self, tokens: int) -> int:
-        """Bytes of the first `tokens` places, without the room to grow."""
+        """Bytes of the first `tokens` positions, without the room to grow."""
         return sum(2 * keys[:, :, :tokens].numel() * keys.element_size() for keys in self.keys if keys is not None)
 
 
@@ -137,31 +137,31 @@ class Layer:
     scale: float | None = None
     window: int | None = None
 
-    def queries(self, z: Tensor, places: Places) -> Tensor:
+    def queries(self, z: Tensor, positions: Positions) -> Tensor:
         """(batch, heads, tokens, head_dim), turned."""
         q = split_heads(self.query(z), self.heads)
-        if places.turns is None:
+        if positions.turns is None:
             return q
-        # Two streams of one token are two rows at one place.
-        return turn(q, *(part.expand(*part.shape[:-2], q.shape[2], -1) for part in places.turns))
+        # Two streams of one token are two rows at one position.
+        return turn(q, *(part.expand(*part.shape[:-2], q.shape[2], -1) for part in positions.turns))
 
-    def keys_and_values(self, z: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, z: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """(batch, kv_heads, tokens, head_dim) each, keys turned."""
         k, v = split_heads(self.key(z), self.kv_heads), split_heads(self.value(z), self.kv_heads)
-        return (k if places.turns is None else turn(k, *places.turns)), v
+        return (k if positions.turns is None else turn(k, *positions.turns)), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        """softmax(q·k · scale) v over the keys that each place may see, before the map `out`."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
+        """softmax(q·k · scale) v over the keys that each position may see, before the map `out`."""
         shared: dict[str, Any] = {"scale": self.scale, "enable_gqa": self.kv_heads != self.heads}
-        if places.index is None and places.count == 1:
-            if self.window is not None and places.end > self.window:
+        if positions.index is None and positions.count == 1:
+            if self.window is not None and positions.end > self.window:
                 k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-            # All rows stand at one place, which sees everything that is left: no mask, so fused kernels serve.
+            # All rows are at one position, which sees every remaining key: no mask, so fused kernels serve.
             y = F.scaled_dot_product_attention(q, k, v, **shared)
-        elif places.index is None and places.start == 0 and (self.window is None or places.end <= self.window):
+        elif positions.index is None and positions.start == 0 and (self.window is None or positions.end <= self.window):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **shared)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.visible(self.window, q.device), **shared)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=positions.visible(self.window, q.device), **shared)
         return y.transpose(1, 2).flatten(2)
 
 
@@ -170,15 +170,15 @@ class Decoder:
     """A decoder in parts: embedding, layers, last norm, logits.
 
     Args:
-        embed: tokens (batch, tokens) and their places to (batch, tokens, dim).
+        embed: tokens (batch, tokens) and their positions to (batch, tokens, dim).
         layers: its layers.
         norm, head: what makes logits of the last state.
         dim, vocab: widths of the stream and of the logits.
-        max_length: how many places there are, where that is bounded.
-        table: cosines and sines of the places 0 to n − 1, of rotary positions.
+        max_length: the number of positions, where that is bounded.
+        table: cosines and sines of the positions 0 to n − 1, for rotary embeddings.
     """
 
-    embed: Callable[[Tensor, Places], Tensor]
+    embed: Callable[[Tensor, Positions], Tensor]
     layers: tuple[Layer, ...]
     norm: Map
     head: Map
@@ -192,11 +192,11 @@ class Decoder:
         """Of a state of either stream: the last norm and the head."""
         return self.head(self.norm(x))
 
-    def places(self, count: int, start: int | Tensor = 0) -> Places:
-        """The places of `count` tokens from `start` on, one for all texts or (batch,) one for each.
+    def positions(self, count: int, start: int | Tensor = 0) -> Positions:
+        """The positions of `count` tokens from `start` on. `start` is one number, or (batch,) with one for each text.
 
         Raises:
-            UserError: more places than the decoder has.
+            UserError: these are more positions than the decoder has.
         """
         index = None
         if isinstance(start, Tensor):
@@ -210,7 +210,7 @@ class Decoder:
             end = start + count
         if self.max_length is not None and end > self.max_length:
             raise UserError(
-                f"the text has {end} tokens, more than the {self.max_length} that the model has places for: shorten it"
+                f"the text has {end} tokens, but the model has positions for {self.max_length}: shorten the text"
             )
         turns = None
         if self.table is not None:
@@ -224,7 +224,7 @@ class Decoder:
                 turns = cos[start:end], sin[start:end]
             else:
                 turns = cos[index].unsqueeze(1), sin[index].unsqueeze(1)
-        return Places(0 if isinstance(start, Tensor) else start, count, end, index, turns)
+        return Positions(0 if isinstance(start, Tensor) else start, count, end, index, turns)
 
 
 def take_apart(base: nn.Module, *, fixed: bool = False) -> Decoder:
@@ -289,11 +289,11 @@ def _library(base: CausalLM, fixed: bool) -> Decoder:
         raise UserError("layers of several kinds of positions or head widths cannot be accelerated")
     weight = base.embed.weight if base.head is None else base.head.weight
 
-    def embed(tokens: Tensor, places: Places) -> Tensor:
+    def embed(tokens: Tensor, positions: Positions) -> Tensor:
         x = base.embed(tokens)
         if base.positions == "none":
             return x
-        index = places.numbers(x.device)
+        index = positions.numbers(x.device)
         return x + (base.place(index) if base.place is not None else sinusoidal_encoding(index, base.dim).to(x))
 
     def table(size: int) -> tuple[Tensor, Tensor]:
@@ -357,7 +357,7 @@ def _llama(host: Host, fixed: bool) -> Decoder:
         return cos[0, :, :half], sin[0, :, :half]
 
     return Decoder(
-        lambda tokens, places: inner.embed_tokens(tokens),
+        lambda tokens, positions: inner.embed_tokens(tokens),
         layers,
         part(inner.norm),
         part(host.lm_head),
@@ -397,8 +397,8 @@ def _gpt2(host: Host, fixed: bool) -> Decoder:
         for block in inner.h
     )
 
-    def embed(tokens: Tensor, places: Places) -> Tensor:
-        return inner.wte(tokens) + inner.wpe(places.numbers(tokens.device))
+    def embed(tokens: Tensor, positions: Positions) -> Tensor:
+        return inner.wte(tokens) + inner.wpe(positions.numbers(tokens.device))
 
     return Decoder(
         embed,

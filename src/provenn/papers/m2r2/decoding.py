@@ -113,7 +113,7 @@ class Work:
         model: what generates.
         decoder, cache: its base in parts, and what that keeps.
         draw: how tokens are chosen.
-        start: where the last token of each text stands, which is not read yet: one place for all, or (batch,).
+        start: the position of each text's last token, which is not read yet: one number for all, or (batch,).
         token: that token, (batch,).
         statistics: what is counted.
     """
@@ -138,9 +138,9 @@ class Work:
         self.statistics.fast_evaluations += fast * len(self.token)
 
     def embedded(self, tokens: Int[Tensor, "batch tokens"], ahead: int = 0) -> tuple[Tensor, Any]:
-        """Tokens that stand from `start` + `ahead` on, and their places."""
-        places = self.decoder.places(tokens.shape[1], self.start + ahead)
-        return self.decoder.embed(tokens, places), places
+        """Embeddings of the tokens from `start` + `ahead` on, and their positions."""
+        positions = self.decoder.positions(tokens.shape[1], self.start + ahead)
+        return self.decoder.embed(tokens, positions), positions
 
 
 class Piece(NamedTuple):
@@ -195,7 +195,7 @@ def decode(
 
     Raises:
         ValueError: an option that is out of range.
-        UserError: more tokens than the decoder has places for, or models that do not share their tokens.
+        UserError: the decoder has fewer positions than tokens, or the two models do not share their tokens.
     """
     check_whole(count=count, gamma=gamma)
     check_finite(stop=stop)
@@ -217,7 +217,7 @@ def decode(
         raise ValueError("mode='two-model' drafts with a second model, draft=…; no other mode takes one")
     if mode == "exit" and confidence == "router" and not model.routers:
         raise ValueError("this model has no router: give confidence='probability' or 'margin'")
-    # Where nothing is drawn, a wrong setting of a draw would not be noticed later.
+    # Where nothing is drawn, a wrong option of the draw would not be noticed later.
     probabilities(torch.zeros(1), temperature=temperature, top_k=top_k, top_p=top_p)
     if lengths is not None and (
         lengths.shape != prompt.shape[:1] or lengths.min() < 1 or lengths.max() > prompt.shape[1]
@@ -240,8 +240,8 @@ def decode(
     for who, parts in (("model", decoder), ("draft model", small)):
         if parts is not None and parts.max_length is not None and longest + count - 1 > parts.max_length:
             raise UserError(
-                f"the prompt's {longest} tokens and {count} more are longer than the {parts.max_length} that the {who} "
-                "has places for"
+                f"the prompt has {longest} tokens and {count} are to follow, but the {who} has positions for "
+                f"{parts.max_length}: shorten the prompt or ask for fewer tokens"
             )
     last = prompt[:, -1] if lengths is None else prompt.gather(1, lengths[:, None] - 1).squeeze(1)
     draw = Draw(temperature, top_k, top_p, generator)
@@ -268,14 +268,14 @@ def decode(
 
 def read_prompt(decoder: Decoder, cache: Cache, tokens: Int[Tensor, "batch tokens"]) -> None:
     """Keys and values of a text's beginning, in all layers."""
-    places = decoder.places(tokens.shape[1])
-    run_slow(decoder, decoder.embed(tokens, places), range(len(decoder.layers)), places, cache)
+    positions = decoder.positions(tokens.shape[1])
+    run_slow(decoder, decoder.embed(tokens, positions), range(len(decoder.layers)), positions, cache)
 
 
 def _columns(
     work: Work, pieces: "Generator", count: int, end: int | None, began: float
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """The pieces of all texts, a column at a time; tells the generation how many tokens each text lacks."""
+    """The pieces of all texts, a column at a time; sends the generation how many tokens each text lacks."""
     batch = len(work.token)
     texts: list[list[int]] = [[] for _ in range(batch)]
     ended = [False] * batch
@@ -321,8 +321,8 @@ def _advance(work: Work, kept: Tensor, token: Tensor, left: Tensor) -> None:
 def _full(work: Work) -> Generator:
     one = torch.ones(len(work.token), dtype=torch.long)
     while True:
-        h, places = work.embedded(work.token[:, None])
-        h = run_slow(work.decoder, h, range(work.layers), places, work.cache)
+        h, positions = work.embedded(work.token[:, None])
+        h = run_slow(work.decoder, h, range(work.layers), positions, work.cache)
         work.count(work.layers, 1)
         token = work.draw(work.decoder.logits(h)[:, 0])
         yield Piece(token[:, None], one)
@@ -345,8 +345,8 @@ def _speculative(work: Work, gamma: int, stop: float, count: int) -> Generator:
         token = work.token
         # The check gives one token more than was drafted.
         for s in range(min(gamma, _shortest(left, count) - 1)):
-            h, places = work.embedded(token[:, None], s)
-            h, path = model.run_gate(decoder, 0, h, places, work.cache)
+            h, positions = work.embedded(token[:, None], s)
+            h, path = model.run_gate(decoder, 0, h, positions, work.cache)
             work.count(e, 1, fast)
             states.append(h)
             logits = decoder.logits(path[-1])[:, 0]
@@ -355,11 +355,11 @@ def _speculative(work: Work, gamma: int, stop: float, count: int) -> Generator:
             token = _draft(work, logits, chances)
             drafts.append(token)
         if len(states) == len(drafts):
-            h, places = work.embedded(token[:, None], len(drafts))
-            states.append(run_slow(decoder, h, range(e), places, work.cache))
+            h, positions = work.embedded(token[:, None], len(drafts))
+            states.append(run_slow(decoder, h, range(e), positions, work.cache))
             work.count(e, 1)
-        places = decoder.places(len(states), work.start)
-        h = run_slow(decoder, torch.cat(states, dim=1), range(e, work.layers), places, work.cache)
+        positions = decoder.positions(len(states), work.start)
+        h = run_slow(decoder, torch.cat(states, dim=1), range(e, work.layers), positions, work.cache)
         work.count(work.layers - e, len(states))
         left = yield from _check(work, decoder.logits(h), drafts, chances)
 
@@ -417,11 +417,11 @@ def judge(
     uniform = torch.rand(batch, k, generator=generator, device=p.device, dtype=p.dtype)
     right = (uniform * q < p).long().cumprod(1).sum(1)
     # Behind the last draft nothing was drafted: q is 0 there.
-    place = right[:, None, None].expand(-1, 1, target.shape[2])
+    index = right[:, None, None].expand(-1, 1, target.shape[2])
     padded = torch.cat([chances, torch.zeros_like(target[:, :1])], dim=1)
-    rest = (target.gather(1, place) - padded.gather(1, place)).squeeze(1).clamp_min(0)
+    rest = (target.gather(1, index) - padded.gather(1, index)).squeeze(1).clamp_min(0)
     # By rounding nothing may be left where p and q are the same.
-    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, target.gather(1, place).squeeze(1))
+    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, target.gather(1, index).squeeze(1))
     return right, torch.multinomial(rest, 1, generator=generator).squeeze(1)
 
 
@@ -438,8 +438,8 @@ def _two_model(work: Work, small: Decoder, prompt: Tensor, gamma: int, stop: flo
         token = work.token
         for s in range(min(gamma, _shortest(left, count) - 1)):
             given = token[:, None] if s or before is None else torch.stack([before, token], dim=1)
-            places = small.places(given.shape[1], work.start + s + 1 - given.shape[1])
-            h = run_slow(small, small.embed(given, places), layers, places, cache)
+            positions = small.positions(given.shape[1], work.start + s + 1 - given.shape[1])
+            h = run_slow(small, small.embed(given, positions), layers, positions, cache)
             work.statistics.draft_passes += len(layers)
             logits = small.logits(h[:, -1])
             if stop and bool((logits.float().softmax(-1).amax(-1) < stop).all()):
@@ -447,8 +447,8 @@ def _two_model(work: Work, small: Decoder, prompt: Tensor, gamma: int, stop: flo
             token = _draft(work, logits, chances)
             drafts.append(token)
         tokens = torch.stack([work.token, *drafts], dim=1)
-        h, places = work.embedded(tokens)
-        h = run_slow(decoder, h, range(work.layers), places, work.cache)
+        h, positions = work.embedded(tokens)
+        h = run_slow(decoder, h, range(work.layers), positions, work.cache)
         work.count(work.layers, tokens.shape[1])
         started = work.start
         left = yield from _check(work, decoder.logits(h), drafts, chances)
@@ -462,27 +462,27 @@ def _exit(work: Work, thresholds: list[float], confidence: str, fill: str) -> Ge
     model, decoder, gates = work.model, work.decoder, work.model.gates
     bounds = (*gates, work.layers)
     fast = hasattr(model, "adapters")
-    # For each part between gates the slow states of tokens that have come up to it and not through: the place of the
-    # first, and they, one after the other. A part is done for all of them when the first token needs it.
+    # For each part between gates: the slow states of the tokens that have reached it but not passed it, as the first
+    # one's position and the states in order. A part runs for all of them when the first token needs it.
     waiting: list[tuple[int | Tensor, list[Tensor]]] = [(0, []) for _ in bounds]
     one = torch.ones(len(work.token), dtype=torch.long)
     while True:
         token = torch.zeros_like(work.token)
         inside = torch.ones(len(token), dtype=torch.bool, device=token.device)
-        h, places = work.embedded(work.token[:, None])
+        h, positions = work.embedded(work.token[:, None])
         waiting[0] = (work.start, [h])
         for part, bound in enumerate(bounds):
             layers = range(bounds[part - 1] if part else 0, bound)
             (begin, states), waiting[part] = waiting[part], (0, [])
-            spread = places if len(states) == 1 else decoder.places(len(states), begin)
+            spread = positions if len(states) == 1 else decoder.positions(len(states), begin)
             path: list[Tensor] = []
             logits: Tensor | None
             if part == len(gates):
                 h = run_slow(decoder, torch.cat(states, dim=1), layers, spread, work.cache)
             elif len(states) == 1:
-                h, path = model.run_gate(decoder, part, states[0], places, work.cache)
+                h, path = model.run_gate(decoder, part, states[0], positions, work.cache)
             else:
-                h, path = model.catch_up(decoder, part, torch.cat(states, dim=1), spread, places, work.cache)
+                h, path = model.catch_up(decoder, part, torch.cat(states, dim=1), spread, positions, work.cache)
             work.count(len(layers), len(states), len(layers) if fast and path else 0)
             if part == len(gates):
                 leaves, logits = inside, decoder.logits(h[:, -1])
@@ -497,7 +497,7 @@ def _exit(work: Work, thresholds: list[float], confidence: str, fill: str) -> Ge
             if part < len(gates) and fill == "propagate" and not bool(inside.any()):
                 for i in range(bound, work.layers):
                     layer = decoder.layers[i]
-                    work.cache.write(i, *layer.keys_and_values(layer.norm1(path[-1]), places), places)
+                    work.cache.write(i, *layer.keys_and_values(layer.norm1(path[-1]), positions), positions)
             elif part < len(gates):
                 first, held = waiting[part + 1]
                 waiting[part + 1] = (first if held else begin, [*held, *h.split(1, dim=1)])

@@ -135,12 +135,12 @@ def trace_experts(
         needed.append(block.feedforward.router(normed).topk(block.feedforward.top, dim=-1).indices.flatten(0, 1))
     foretold, known = {}, {}
     for source in sources:
-        places = [-1] + [layer - 1 if source == "before" else at[layer] for layer in range(1, count)]
+        read_at = [-1] + [layer - 1 if source == "before" else at[layer] for layer in range(1, count)]
         guesses = [torch.full_like(needed[0][:, :1], -1).expand(-1, k)]
         for layer in range(1, count):
-            guess = mixtures[layer].router(layers[layer].norm2(states[source][places[layer]]))
+            guess = mixtures[layer].router(layers[layer].norm2(states[source][read_at[layer]]))
             guesses.append(guess.topk(k, dim=-1).indices.flatten(0, 1))
-        foretold[source], known[source] = torch.stack(guesses, dim=1), places
+        foretold[source], known[source] = torch.stack(guesses, dim=1), read_at
     return ExpertTrace(torch.stack(needed, dim=1), foretold, known)
 
 
@@ -187,8 +187,8 @@ class Timeline:
 class _Channel:
     """One transfer at a time, to the end; what is needed now goes before what is foretold.
 
-    An expert keeps its place while the layer that needs it waits and computes, and a foretold one until its layer
-    begins: what is foretold further waits for a place, and only what is needed now takes one of what was foretold.
+    A needed expert keeps its slot while its layer waits and computes. A foretold expert keeps its slot until its layer
+    begins. Further foretold experts wait for a free slot; only experts needed now may take a foretold one's slot.
     """
 
     def __init__(self, memory: Memory):
@@ -209,14 +209,14 @@ class _Channel:
             self.asked.add(expert)
 
     def advance(self, now: float) -> None:
-        """Start the foretold transfers that there was time and a place for before `now`."""
+        """Start the foretold transfers for which there was time and a slot before `now`."""
         while self.queue:
             since, _, expert = self.queue[0]
             if expert in self.asked:
                 if max(self.free, since) >= now:
                     return
                 if len(self.ready) >= self.memory.slots and self.wanted.issuperset(self.ready):
-                    self.free = max(self.free, now)  # no place before then
+                    self.free = max(self.free, now)  # no free slot before then
                     return
                 self.asked.discard(expert)
                 self._load(expert, since)
@@ -229,7 +229,7 @@ class _Channel:
         missing = [expert for expert in experts if expert not in self.ready]
         for expert in experts:
             if expert in self.ready:
-                self.ready.move_to_end(expert)  # before others are loaded, which take the place of what was used first
+                self.ready.move_to_end(expert)  # before others are loaded and evict the least recently used
         for expert in missing:
             self._load(expert, now)
         self.used.update(experts)
@@ -264,7 +264,7 @@ def simulate(trace: ExpertTrace, memory: Memory, by: str = "demand", *, most: in
     Args:
         trace: what is needed and foretold.
         memory: the rates.
-        by: "demand" (loaded when needed), a source of the trace, or "oracle" (told rightly when the fast stream would).
+        by: "demand" (loaded when needed), a source of the trace, or "oracle" (right, at the time of "fast").
         most: of the foretold experts of a layer so many are loaded; by default all.
 
     Raises:

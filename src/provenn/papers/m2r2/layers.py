@@ -5,7 +5,7 @@ Beside the residual stream h of a decoder runs a second one, p, that is to reach
     h ← h + attention(norm(h));                        h ← h + F(norm(h))
     p ← p + attention(norm(p); keys and values of h) + A(norm(p));   p ← p + F(norm(p)) + B(norm(p))
 
-The abstract says as much in words; these formulas are this package's own, as the README tells.
+The abstract says as much in words; these formulas are this package's own, as the README says.
 """
 
 import math
@@ -81,7 +81,7 @@ class LatentRouter(nn.Module):
         self.score = nn.Linear(2 * latent, 1)
 
     def forward(self, states: Float[Tensor, "states *batch dim"]) -> Float[Tensor, "*batch"]:
-        # The size of a stream grows with depth and differs between models; its direction is what tells.
+        # The size of a stream grows with depth and differs between models; its direction carries the information.
         u = self.latent(F.rms_norm(states, states.shape[-1:]))
         scores = (u * u[-1]).sum(-1) / math.sqrt(u.shape[-1])
         s = (scores.softmax(0).unsqueeze(-1) * u).sum(0)

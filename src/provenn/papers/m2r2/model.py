@@ -18,7 +18,7 @@ from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.ops.autograd import at_least_single
-from provenn.papers.m2r2.decoders import Cache, Decoder, Places, take_apart
+from provenn.papers.m2r2.decoders import Cache, Decoder, Positions, take_apart
 from provenn.papers.m2r2.decoding import Statistics, decode
 from provenn.papers.m2r2.layers import LatentRouter, LayerAdapters, LinearRouter, RateAdapter
 from provenn.papers.m2r2.streams import Trace, run_both, run_fast, run_slow
@@ -69,7 +69,7 @@ class ExitModel(nn.Module):
         decoder = take_apart(base)
         count = len(decoder.layers)
         gates = default_gates(count) if gates is None else tuple(gates)
-        check_whole(**{f"gate {place + 1}": gate for place, gate in enumerate(gates)})
+        check_whole(**{f"gate {number}": gate for number, gate in enumerate(gates, 1)})
         if not gates or list(gates) != sorted(set(gates)) or gates[0] < 1 or gates[-1] >= count:
             raise ValueError(f"gates must grow and lie between 1 and {count - 1} of {count} layers, got {list(gates)}")
         if router not in (*ROUTERS, "none"):
@@ -120,16 +120,16 @@ class ExitModel(nn.Module):
         decoder = self.decoder()
         traces: list[Trace] = []
         with torch.set_grad_enabled(training and self.train_base):
-            places = decoder.places(tokens.shape[1])
-            h = decoder.embed(tokens, places)
+            positions = decoder.positions(tokens.shape[1])
+            h = decoder.embed(tokens, positions)
             slow = [h]
-            h = run_slow(decoder, h, range(len(decoder.layers)), places, states=slow, traces=traces)
+            h = run_slow(decoder, h, range(len(decoder.layers)), positions, states=slow, traces=traces)
             logits = decoder.logits(h)
         fixed = self.decoder(fixed=True) if training else decoder
         kept = [Trace(*(part.detach() for part in trace)) for trace in traces]
-        return Streams(slow, self._fast(fixed, [state.detach() for state in slow], places, kept), logits)
+        return Streams(slow, self._fast(fixed, [state.detach() for state in slow], positions, kept), logits)
 
-    def _fast(self, decoder: Decoder, slow: list[Tensor], places: Places, traces: list[Trace]) -> list[Tensor]:
+    def _fast(self, decoder: Decoder, slow: list[Tensor], positions: Positions, traces: list[Trace]) -> list[Tensor]:
         starts = (0, *self.gates)
         return [torch.stack(slow[start : gate + 1]) for start, gate in zip(starts, self.gates)]
 
@@ -187,8 +187,8 @@ class ExitModel(nn.Module):
 
     def save_added(self, path: str | Path) -> None:
         """Write what was added, and nothing of the base, as safetensors."""
-        with atomic_write(Path(path)) as place:
-            save_file({name: p.detach().contiguous() for name, p in self.added()}, place)
+        with atomic_write(Path(path)) as part:
+            save_file({name: p.detach().contiguous() for name, p in self.added()}, part)
 
     def load_added(self, path: str | Path) -> None:
         """Read what `save_added` wrote.
@@ -208,21 +208,21 @@ class ExitModel(nn.Module):
     # Token by token: see `provenn.papers.m2r2.decoding`.
 
     def run_gate(
-        self, decoder: Decoder, gate: int, h: Tensor, places: Places, cache: Cache
+        self, decoder: Decoder, gate: int, h: Tensor, positions: Positions, cache: Cache
     ) -> tuple[Tensor, list[Tensor]]:
         """From the gate before to this one, for one token: h there, and the states that lead there."""
         start = self.gates[gate - 1] if gate else 0
         states = [h]
-        h = run_slow(decoder, h, range(start, self.gates[gate]), places, cache, states=states)
+        h = run_slow(decoder, h, range(start, self.gates[gate]), positions, cache, states=states)
         return h, states
 
     def catch_up(
-        self, decoder: Decoder, gate: int, pending: Tensor, places: Places, last: Places, cache: Cache
+        self, decoder: Decoder, gate: int, pending: Tensor, positions: Positions, last: Positions, cache: Cache
     ) -> tuple[Tensor, list[Tensor]]:
         """As `run_gate`, for tokens of which the last is new and the others had left before."""
         start = self.gates[gate - 1] if gate else 0
         states = [pending]
-        h = run_slow(decoder, pending, range(start, self.gates[gate]), places, cache, states=states)
+        h = run_slow(decoder, pending, range(start, self.gates[gate]), positions, cache, states=states)
         return h, [state[:, -1:] for state in states]
 
     def decode(self, prompt: Int[Tensor, "batch tokens"], count: int, **options: Any) -> tuple[Tensor, Statistics]:
@@ -282,19 +282,21 @@ class HeadExit(ExitModel):
     def _adapted(self, gate: int, h: Tensor) -> Tensor:
         return h + self.heads[gate](F.rms_norm(h, h.shape[-1:]))
 
-    def _fast(self, decoder: Decoder, slow: list[Tensor], places: Places, traces: list[Trace]) -> list[Tensor]:
-        raw = super()._fast(decoder, slow, places, traces)
+    def _fast(self, decoder: Decoder, slow: list[Tensor], positions: Positions, traces: list[Trace]) -> list[Tensor]:
+        raw = super()._fast(decoder, slow, positions, traces)
         return [torch.cat([states[:-1], self._adapted(j, states[-1])[None]]) for j, states in enumerate(raw)]
 
     def _exit_loss(self, streams: Streams, exits: list[Tensor], teacher: Tensor) -> Tensor:
         return divergence(exits, teacher)
 
-    def run_gate(self, decoder: Decoder, gate: int, h: Tensor, places: Places, cache: Cache) -> Any:
-        h, states = super().run_gate(decoder, gate, h, places, cache)
+    def run_gate(self, decoder: Decoder, gate: int, h: Tensor, positions: Positions, cache: Cache) -> Any:
+        h, states = super().run_gate(decoder, gate, h, positions, cache)
         return h, [*states[:-1], self._adapted(gate, states[-1])]
 
-    def catch_up(self, decoder: Decoder, gate: int, pending: Tensor, places: Places, last: Places, cache: Cache) -> Any:
-        h, states = super().catch_up(decoder, gate, pending, places, last, cache)
+    def catch_up(
+        self, decoder: Decoder, gate: int, pending: Tensor, positions: Positions, last: Positions, cache: Cache
+    ) -> Any:
+        h, states = super().catch_up(decoder, gate, pending, positions, last, cache)
         return h, [*states[:-1], self._adapted(gate, states[-1])]
 
 
@@ -348,13 +350,13 @@ class M2R2Model(ExitModel):
         layers = range(self.gates[gate - 1] if gate else 0, self.gates[gate])
         return layers, [self.adapters[i] for i in layers]  # type: ignore[misc]  # a ModuleList forgets what it holds
 
-    def _fast(self, decoder: Decoder, slow: list[Tensor], places: Places, traces: list[Trace]) -> list[Tensor]:
+    def _fast(self, decoder: Decoder, slow: list[Tensor], positions: Positions, traces: list[Trace]) -> list[Tensor]:
         fast = []
         for gate in range(len(self.gates)):
             layers, adapters = self._between(gate)
             part = [traces[i] for i in layers]
             options: dict[str, Any] = {"attention": self.attention, "own_keys": self.keys == "own"}
-            fast.append(torch.stack(run_fast(decoder, slow[layers[0]], layers, places, part, adapters, **options)))
+            fast.append(torch.stack(run_fast(decoder, slow[layers[0]], layers, positions, part, adapters, **options)))
         return fast
 
     def target_layer(self, layer: int) -> int:
@@ -375,16 +377,18 @@ class M2R2Model(ExitModel):
                 errors.append(((p - target).square().sum(-1) / target.square().sum(-1)).mean())
         return torch.stack(errors).mean()
 
-    def run_gate(self, decoder: Decoder, gate: int, h: Tensor, places: Places, cache: Cache) -> Any:
+    def run_gate(self, decoder: Decoder, gate: int, h: Tensor, positions: Positions, cache: Cache) -> Any:
         self._check_keys()
         layers, adapters = self._between(gate)
-        return run_both(decoder, h, h, layers, places, cache, adapters, attention=self.attention)
+        return run_both(decoder, h, h, layers, positions, cache, adapters, attention=self.attention)
 
-    def catch_up(self, decoder: Decoder, gate: int, pending: Tensor, places: Places, last: Places, cache: Cache) -> Any:
+    def catch_up(
+        self, decoder: Decoder, gate: int, pending: Tensor, positions: Positions, last: Positions, cache: Cache
+    ) -> Any:
         self._check_keys()
         layers, adapters = self._between(gate)
         traces: list[Trace] = []
-        h = run_slow(decoder, pending, layers, places, cache, traces=traces)
+        h = run_slow(decoder, pending, layers, positions, cache, traces=traces)
         states = run_fast(decoder, pending[:, -1:], layers, last, traces, adapters, attention=self.attention)
         return h, states
 

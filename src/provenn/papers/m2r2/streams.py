@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from provenn.papers.m2r2.decoders import Cache, Decoder, Layer, Places
+from provenn.papers.m2r2.decoders import Cache, Decoder, Layer, Positions
 from provenn.papers.m2r2.layers import LayerAdapters
 
 
@@ -29,7 +29,7 @@ def run_slow(
     decoder: Decoder,
     h: Tensor,
     layers: range,
-    places: Places,
+    positions: Positions,
     cache: Cache | None = None,
     *,
     states: list[Tensor] | None = None,
@@ -38,7 +38,7 @@ def run_slow(
     """The slow stream through some layers: what the decoder itself computes.
 
     Args:
-        decoder, h, places: the decoder, (batch, tokens, dim) and where the tokens stand.
+        decoder, h, positions: the decoder, (batch, tokens, dim) and where the tokens stand.
         layers: which.
         cache: where keys and values of these layers are kept; without one the tokens are the whole text.
         states, traces: are given what each layer leaves, where they are lists.
@@ -46,10 +46,10 @@ def run_slow(
     for i in layers:
         layer = decoder.layers[i]
         z = layer.norm1(h)
-        k, v = layer.keys_and_values(z, places)
+        k, v = layer.keys_and_values(z, positions)
         if cache is not None:
-            k, v = cache.write(i, k, v, places)
-        attended = layer.out(layer.attend(layer.queries(z, places), k, v, places))
+            k, v = cache.write(i, k, v, positions)
+        attended = layer.out(layer.attend(layer.queries(z, positions), k, v, positions))
         h = h + attended
         normed = layer.norm2(h)
         h = h + layer.feedforward(normed, normed)
@@ -64,7 +64,7 @@ def run_fast(
     decoder: Decoder,
     p: Tensor,
     layers: range,
-    places: Places,
+    positions: Positions,
     traces: Sequence[Trace],
     adapters: Sequence[LayerAdapters],
     *,
@@ -74,7 +74,7 @@ def run_fast(
     """The fast stream through some layers that the slow one has passed: p before them and after each.
 
     Args:
-        decoder, p, places: the decoder, (batch, tokens, dim) and where the tokens stand.
+        decoder, p, positions: the decoder, (batch, tokens, dim) and where the tokens stand.
         layers: which.
         traces, adapters: of these layers, in order.
         attention: "full", or "shared", where the slow attention's output stands for the fast one's.
@@ -87,8 +87,8 @@ def run_fast(
         if attention == "shared":
             attended = trace.attended[:, -p.shape[1] :]
         else:
-            k, v = layer.keys_and_values(z, places) if own_keys else (trace.keys, trace.values)
-            attended = layer.out(layer.attend(layer.queries(z, places), k, v, places))
+            k, v = layer.keys_and_values(z, positions) if own_keys else (trace.keys, trace.values)
+            attended = layer.out(layer.attend(layer.queries(z, positions), k, v, positions))
         p = p + attended + adapter.attention(z)
         normed = layer.norm2(p)
         # A fast token is handled by the experts of its slow twin, whose weights are in fast memory then.
@@ -102,7 +102,7 @@ def run_both(
     h: Tensor,
     p: Tensor,
     layers: range,
-    places: Places,
+    positions: Positions,
     cache: Cache,
     adapters: Sequence[LayerAdapters],
     *,
@@ -117,11 +117,11 @@ def run_both(
     for i, adapter in zip(layers, adapters, strict=True):
         layer: Layer = decoder.layers[i]
         z = layer.norm1(x)
-        k, v = cache.write(i, *layer.keys_and_values(z[:, :1], places), places)
+        k, v = cache.write(i, *layer.keys_and_values(z[:, :1], positions), positions)
         if attention == "shared":
-            attended = layer.out(layer.attend(layer.queries(z[:, :1], places), k, v, places)).repeat(1, 2, 1)
+            attended = layer.out(layer.attend(layer.queries(z[:, :1], positions), k, v, positions)).repeat(1, 2, 1)
         else:
-            attended = layer.out(layer.attend(layer.queries(z, places), k, v, places))
+            attended = layer.out(layer.attend(layer.queries(z, positions), k, v, positions))
         attended[:, 1:] += adapter.attention(z[:, 1:])
         x = x + attended
         normed = layer.norm2(x)

@@ -67,7 +67,7 @@ def trained_decoder(seed: int, smoke: bool, layers: int = LAYERS, experts: bool 
 
 
 class SecondModel(ExitModel):
-    """A second, smaller decoder in the place of a gate: what two-model speculation drafts with.
+    """A second, smaller decoder instead of a gate: what two-model speculation drafts with.
 
     Args:
         base: what checks its drafts.
@@ -93,7 +93,7 @@ class SecondModel(ExitModel):
 class MixtureOfDepths(ExitModel):
     """Every second layer takes half of the tokens, which a router picks (Raposo et al., 2024, arXiv:2404.02258).
 
-    The decoder itself learns on, as there; a token's place is decided with the whole window in view, which favours it.
+    The decoder itself goes on learning, as there. The router sees the whole window when it picks, which favours it.
     """
 
     def __init__(self, base: Any, share: float = 0.5):
@@ -164,7 +164,7 @@ def second(base: CausalLM) -> ExitModel:
 
 
 class Scheduled(ExitModel):
-    """Raw exits after every layer whose depth follows from a token's place (Del Corro et al., 2023, SkipDecode)."""
+    """Raw exits after every layer whose depth follows from a token's position (Del Corro et al., 2023, SkipDecode)."""
 
 
 def scheduled(base: CausalLM) -> ExitModel:
@@ -227,7 +227,7 @@ def _windows(data: TaskData) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def told(model: ExitModel, data: TaskData) -> dict[str, Tensor]:
+def exit_predictions(model: ExitModel, data: TaskData) -> dict[str, Tensor]:
     """Of each gate and of all layers, (gates + 1, windows, tokens): bits, the likeliest token, how likely it is."""
     x, y = _windows(data)
     x, y = x.to(next(model.parameters()).device), y.to(next(model.parameters()).device)
@@ -244,27 +244,27 @@ def told(model: ExitModel, data: TaskData) -> dict[str, Tensor]:
 
 def agreement(model: Any, data: TaskData) -> float | None:
     """How often the second gate names what all layers name; None of a model that has no second gate."""
-    token = told(model, data)["token"]
+    token = exit_predictions(model, data)["token"]
     return (token[1] == token[-1]).double().mean().item() if len(token) > 2 else None
 
 
 def settled(model: Any, data: TaskData) -> float:
     """The share of tokens that all gates from the middle on name as all layers do."""
-    token = told(model, data)["token"]
+    token = exit_predictions(model, data)["token"]
     return (token[len(token) // 2 - 1 :] == token[-1]).all(0).double().mean().item()
 
 
 def trade_off(model: Any, data: TaskData) -> tuple[list[float], list[float]]:
     """Mean depths, growing, and the bits a byte there."""
-    parts = told(model, data)
+    parts = exit_predictions(model, data)
     bits, sure = parts["bits"], parts["sure"]
     ends = torch.tensor([*model.gates, LAYERS], dtype=torch.double)
     points = []
     if isinstance(model, Scheduled):
-        place = torch.linspace(0, 1, bits.shape[-1])
+        position = torch.linspace(0, 1, bits.shape[-1])
         for mean in np.linspace(GATES[0], LAYERS, 13):
             spread = min(LAYERS - mean, mean - GATES[0])
-            depth = (mean + spread * (1 - 2 * place)).round().long().clamp(GATES[0], LAYERS)
+            depth = (mean + spread * (1 - 2 * position)).round().long().clamp(GATES[0], LAYERS)
             leaves = (depth - 1).expand(bits.shape[1:])
             points.append((ends[leaves].mean().item(), bits.gather(0, leaves[None]).mean().item()))
     elif list(model.gates) == list(range(1, LAYERS)):
@@ -288,7 +288,7 @@ def area(model: Any, data: TaskData) -> float | None:
 def at_six(model: Any, data: TaskData) -> float | None:
     """Bits a byte at a mean depth of six of eight layers."""
     if isinstance(model, MixtureOfDepths):
-        return told(model, data)["bits"][-1].mean().item()  # four layers, and half of four
+        return exit_predictions(model, data)["bits"][-1].mean().item()  # four layers, and half of four
     return None if isinstance(model, SecondModel) else float(np.interp(6, *trade_off(model, data)))
 
 
@@ -364,7 +364,7 @@ def aligned(base: CausalLM) -> ExitModel:
 
 
 def unaligned(base: CausalLM) -> ExitModel:
-    """The slow stream in its place."""
+    """The slow stream instead."""
     return ExitModel(base, [HALF], router="none")
 
 

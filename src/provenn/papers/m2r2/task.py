@@ -1,4 +1,4 @@
-"""Language modelling by a decoder that may leave early: how well its first gate tells what all layers would."""
+"""Language modelling by a decoder that may leave early: how well its first gate predicts what all layers would."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,9 +41,9 @@ class AcceleratedModelling(LanguageModelling):
             nats, early_nats = (
                 F.cross_entropy(each.transpose(1, 2).float(), y, reduction="none") for each in (logits, early)
             )
-            told = logits.argmax(-1)
+            predicted = logits.argmax(-1)
             sizes = dataset.bytes_of.to(y.device)[y]
-            parts = (nats, told == y, sizes > -1, sizes, early_nats, early.argmax(-1) == told)
+            parts = (nats, predicted == y, sizes > -1, sizes, early_nats, early.argmax(-1) == predicted)
             rows.append([part.double().sum(1) for part in parts])
         return join_scores(("nats", "right", "tokens", "bytes", "exit_nats", "agreed"), rows)
 
@@ -132,7 +132,7 @@ def shipped(preset: str) -> Any:
 
 
 def _second_model(model: ExitModel, meta: dict[str, Any]) -> nn.Module | None:
-    """What drafts in the first gate's place; None where the tokens are others than its bytes."""
+    """The model that drafts instead of the first gate; None where the tokens are not its bytes."""
     return shipped("draft_tiny").to(device_of(model)) if meta["tokenizer"] == "bytes" else None
 
 

@@ -37,7 +37,7 @@ class Heads(NamedTuple):
 
 
 def digits(seed: int, task: str, validating: int) -> TaskData:
-    """Images that the task would train on go to the test, so that it can tell a point, and some to the validation."""
+    """Moves training images of the task to the test, so that it resolves a point, and some to the validation."""
     data = get_task(task).load("digits", seed=seed)
     count = count_examples(data.train)
     cuts = (0, KEPT, KEPT + validating, count)

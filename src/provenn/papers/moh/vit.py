@@ -37,19 +37,19 @@ def relative_coordinates(
         trained: side of the map at the size of image that the weights were trained at.
         like: a tensor of the dtype and device of the coordinates.
     """
-    axes, places, counts = [], [], []
+    axes, offsets, counts = [], [], []
     for side in (height, width):
         pooled = side // ratio
         # A token q and a pooled one j are q − (ratio · j + (ratio − 1) / 2) apart; counted from the least, an integer.
         least = ratio * (pooled - 1)
         token, other = torch.arange(side, device=like.device), torch.arange(pooled, device=like.device)
-        places.append(token[:, None] - ratio * other + least)
+        offsets.append(token[:, None] - ratio * other + least)
         counts.append(side + least)
         offset = torch.arange(side + least, device=like.device) - least - (ratio - 1) / 2
         offset = offset.to(like.dtype) / max(trained - 1, 1) * 8
         axes.append(offset.sign() * (offset.abs() + 1).log2() / 3)
     table = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-    index = places[0][:, None, :, None] * counts[1] + places[1][None, :, None, :]
+    index = offsets[0][:, None, :, None] * counts[1] + offsets[1][None, :, None, :]
     return table, index.flatten(2, 3).flatten(0, 1)
 
 
@@ -184,8 +184,8 @@ class AggregatedAttention(HeadAttention):
             parts.append(self._attend(q[:, first], scaled[:, first], near_k, near_v, *far, bias[first], inside, first))
         order, real = active_rows(routing.active[..., rest].transpose(1, 2))
         # The 9 neighbours of each row's token; beyond the border token 0 stands in, whose weight and value become 0.
-        places = torch.arange(height * width, dtype=torch.float32, device=x.device).view(1, 1, height, width)
-        around = F.unfold(places, 3, padding=1)[0].T.long()[order].flatten(2)
+        positions = torch.arange(height * width, dtype=torch.float32, device=x.device).view(1, 1, height, width)
+        around = F.unfold(positions, 3, padding=1)[0].T.long()[order].flatten(2)
         within = inside[order]
         near_k, near_v = (take_rows(part[:, rest], around).unflatten(2, (-1, WINDOW)).mT for part in (k, v))
         near_v = near_v * within.unsqueeze(-2)

@@ -101,7 +101,7 @@ def share_biases(blocks: Iterable[Any]) -> None:
 def kernelized(
     model: nn.Module, features: int = 32, *, generator: torch.Generator | None = None, **kernel: Any
 ) -> nn.Module:
-    """A copy of a model with random features in the place of e^{q·k} in its softmax attention, not trained (Figure 2).
+    """A copy of a model with random features instead of e^{q·k} in its softmax attention, not trained (Figure 2).
 
     Normalised softmax becomes NPRF, plain softmax PRF; maps and biases stay what they are.
 

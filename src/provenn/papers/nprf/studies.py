@@ -30,7 +30,7 @@ WIDTH = 64  # of the one head that is timed (Figure 1a)
 
 
 def copy_data(seed: int, smoke: bool) -> TaskData:
-    """Random symbols; at each place the one that stood 7 before is to be told."""
+    """Random symbols; at each position the symbol 7 tokens before is to be predicted."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for count in (32, 8, 8) if smoke else (6400, 128, 256):
@@ -78,7 +78,7 @@ def text_model(name: str, **options: Any) -> CausalLM:
 
 
 def bits_lost(model: nn.Module, data: TaskData) -> float:
-    """What a softmax model loses on test text by 32 random features in the place of e^{q·k}, without training.
+    """What a softmax model loses on test text by 32 random features instead of e^{q·k}, without training.
 
     The mean over three draws; 0 of a model that has no softmax to replace.
     """

@@ -236,8 +236,8 @@ class RATMixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch tokens dim"], RATState]:
         """Many tokens at once: the outputs, and the state from which `step` or another `prefill` goes on.
 
-        Prompts of different lengths are padded on either side and told apart by `mask`: a token that it hides is left
-        out, as if its sequence were shorter, so its place counts for no chunk.
+        Prompts of different lengths are padded on either side, and `mask` marks their tokens. A token that it hides is
+        left out, as if its sequence were shorter, so its position counts for no chunk.
         """
         check_tokens(x, self.dim, mask)
         if state is not None:
@@ -245,7 +245,7 @@ class RATMixer(nn.Module):
         z, v, g, q, k = self._project(x)
         # Key and value share the gate, so that a chunk's key weighs its tokens as its value does.
         v, k = (1 - g) * v, (1 - g) * k
-        # Without a past and without holes, tokens lie in chunks as they come: no copy to their places is needed.
+        # Without a past and without holes, tokens lie in chunks as they come: no copy to their positions is needed.
         if state is None and mask is None:
             y, final = self._whole(g, v, k, q)
         else:

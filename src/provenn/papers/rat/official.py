@@ -27,8 +27,8 @@ def convert(
     The fused projection of attention is split, `v, q, k`; those of RAT and the RNN are fused here too. What compiling
     puts before a name (`_orig_mod.`) is dropped.
 
-    Weights do not tell the length of a chunk, whether an attention layer sees all or a window, nor how many heads it
-    has. The config that the authors' trainer saves beside them does.
+    Weights do not say how long a chunk is, whether an attention layer sees all or a window, nor how many heads it has.
+    The config that the authors' trainer saves beside them does.
 
     Args:
         state: the authors' state dict.
@@ -36,7 +36,7 @@ def convert(
         preset, options: what the user knows besides: `preset` of attention alone, `chunk`, `heads`, `window`.
 
     Raises:
-        UserError: parameters of another model; something that neither weights, config nor options tell; or options
+        UserError: parameters of another model; something that neither weights, config nor options say; or options
             that contradict what is there.
     """
     plain = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
@@ -82,7 +82,7 @@ def convert(
     unknown = [name for name, needed in wanted.items() if needed and name not in {**known, **options}]
     if unknown:
         raise UserError(
-            f"the weights do not tell {' and '.join(unknown)}, and the file holds no config of the authors' trainer: "
+            f"the weights do not show {' and '.join(unknown)}, and the file holds no config of the authors' trainer: "
             f"give {', '.join(f'{name}={EXAMPLES[name]}' for name in unknown)}, or what they were trained with"
         )
     return f"{system}_{'xl' if dim >= XL else 'small'}", {**known, **options}, ours
@@ -103,7 +103,7 @@ def _mixer(plain: Mapping[str, Tensor], at: str, dim: int) -> tuple[str, dict[st
 
 
 def _kinds(layers: list[str], preset: str | None) -> tuple[str, ...]:
-    """The mixers that the layers take in turn, as far as weights tell: a window looks like full attention."""
+    """The mixers that the layers take in turn, as far as weights show them: a window looks like full attention."""
     if len(layers) > 1 and layers == ["attention" if i % 2 else "rat" for i in range(len(layers))]:
         return "rat", "window"
     if len(set(layers)) != 1:
@@ -112,7 +112,7 @@ def _kinds(layers: list[str], preset: str | None) -> tuple[str, ...]:
         return (layers[0],)
     if preset is None:
         raise UserError(
-            "the weights do not tell full attention from a window, and the file holds no config of the authors' "
+            "the weights do not distinguish full attention from a window, and the file holds no config of the authors' "
             "trainer: give preset=attention_xl or preset=attention_swa_xl (or _small)"
         )
     return ("attention", "window") if "swa" in preset else ("attention",)

@@ -2,7 +2,7 @@
 
 The host's maps give queries, keys and values; convolutions begin as identities and tables at zero, so that a converted
 model is the model that it was until they are trained. Departures: the host's biases and rotations stay. Rotations come
-after the convolutions, and q + u is turned and not q alone, so that scores see distances and no places.
+after the convolutions, and q + u is turned and not q alone, so that scores see distances and no positions.
 """
 
 from typing import Any, NamedTuple, cast

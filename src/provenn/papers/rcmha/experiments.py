@@ -68,7 +68,7 @@ CONVOLUTIONS = replace(
     note="",
 )
 
-# The memory at work: what stood 40 places before, in segments of 16.
+# The memory at work: the symbol 40 tokens before, in segments of 16.
 COPY = Study(
     "copy",
     "recall",

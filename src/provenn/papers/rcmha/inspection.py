@@ -8,7 +8,7 @@ from provenn.papers.rcmha.layers import RelativeConvAttention
 
 @no_grad()
 def inspect(model: nn.Module, x: Tensor) -> dict[str, Float[Tensor, " distances"]]:
-    """The weight of the token so many places before, from 0 on, the mean over those that have one; a row a head.
+    """The weight of the token at each distance back, from 0 on: the mean over the queries that have one; a row a head.
 
     Weights are of tokens after the convolution, of which each holds those before it too.
     """
@@ -33,8 +33,8 @@ def inspect(model: nn.Module, x: Tensor) -> dict[str, Float[Tensor, " distances"
 
 def by_distance(weights: Float[Tensor, "heads queries keys"]) -> Float[Tensor, "heads distances"]:
     """The mean of w[i, i − r] over the queries i ≥ r, for each distance r."""
-    places = arange(weights.shape[-1], device=weights.device)
-    source = places[:, None] - places  # of a query i and a distance r: the key i − r
+    positions = arange(weights.shape[-1], device=weights.device)
+    source = positions[:, None] - positions  # of a query i and a distance r: the key i − r
     there = source >= 0
     picked = weights.gather(2, source.clamp(min=0).expand(len(weights), -1, -1))
     return picked.where(there, 0).sum(dim=1) / there.sum(dim=0)

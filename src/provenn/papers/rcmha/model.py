@@ -162,8 +162,8 @@ class CharacterLM(CausalLM):
         return everything[:, max(0, everything.shape[1] - kept) :]
 
     def training_loss(self, batch: Any) -> Tensor:
-        """Cross-entropy in nats of what is to be told, the window read in segments where `segment` says so."""
-        tokens, targets = batch[:2]  # a third part is how far back what is to be told stands
+        """Cross-entropy of the targets in nats; with `segment` the window is read in segments of so many tokens."""
+        tokens, targets = batch[:2]  # a third part is how far back the target symbol stands
         pieces = tokens.split(self.segment or tokens.shape[1], dim=1)
         if len(pieces) == 1:
             logits = self(tokens)
@@ -185,8 +185,8 @@ mha_char = partial(CharacterLM, conv="", relative=False)
 # have no tables positions that are learned.
 SMALL: dict[str, Any] = {"vocab": 256, "dim": 96, "layers": 4, "heads": 4, "hidden": 384}
 TABLES: dict[str, Any] = {"max_distance": 128, "future_rows": False}
-PLACES: dict[str, Any] = {"relative": False, "positions": "learned", "max_length": 1024}
+ABSOLUTE: dict[str, Any] = {"relative": False, "positions": "learned", "max_length": 1024}
 rcmha_small = partial(CharacterLM, **SMALL, **TABLES)
 rmha_small = partial(CharacterLM, conv="", **SMALL, **TABLES)
-mdha_small = partial(CharacterLM, **SMALL, **PLACES)
-mha_small = partial(CharacterLM, conv="", **SMALL, **PLACES)
+mdha_small = partial(CharacterLM, **SMALL, **ABSOLUTE)
+mha_small = partial(CharacterLM, conv="", **SMALL, **ABSOLUTE)

@@ -33,14 +33,14 @@ def convert(
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """From the state dict of the authors' model to ours: the preset, its options and what `load_state_dict` takes.
 
-    Which of the four attentions it has is told by the weights, and so are all sizes; only plain attention's heads are
-    not, which `heads` gives.
+    The weights say which of the four attentions the model has, and all sizes. They do not say how many heads plain
+    attention has: `heads` gives that.
 
     Args:
         state: the authors' state dict.
         config: unused: their trainer notes none.
         preset: what the user takes it for; must be what the weights say.
-        options: options of the model beside those that the weights tell, such as `memory`.
+        options: options of the model beside those that follow from the weights, such as `memory`.
 
     Raises:
         UserError: parameters of another model, an option that contradicts them, or heads that are not known.
@@ -79,7 +79,7 @@ def convert(
             raise UserError(f"the checkpoint has {name}={known[name]}, got {name}={options[name]}")
     if "heads" not in {**known, **options}:
         raise UserError(
-            "the weights of plain attention do not tell its heads: give heads=8, or what it was trained with"
+            "the weights of plain attention do not say how many heads it has: give heads=8, or what it was trained with"
         )
     return system, {**known, **options}, renamed
 

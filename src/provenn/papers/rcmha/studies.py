@@ -42,12 +42,12 @@ PARTS: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
     "wide": ("all three, 5 tokens", partial(CharacterLM, kernel=5, hidden=127)),
     "own": ("all three, each head its own", partial(CharacterLM, shared=False, hidden=124)),
 }
-# RCMHA over segments, trained and read with a memory that reaches what is to be told, or not.
+# RCMHA over segments, trained and read with a memory that reaches the target symbol, or not.
 MEMORIES: dict[str, tuple[str, Callable[..., CharacterLM]]] = {
     "long": ("a memory of 48", partial(CharacterLM, hidden=128, segment=SEGMENT, memory=48)),
     "short": ("a memory of 16", partial(CharacterLM, hidden=128, segment=SEGMENT, memory=16)),
 }
-SYMBOLS, BACK = 32, 40  # two layers with a memory of 16 and kernels of 3 reach 2 · (16 + 2) places back
+SYMBOLS, BACK = 32, 40  # two layers with a memory of 16 and kernels of 3 reach 2 · (16 + 2) tokens back
 
 
 def reader(model: Callable[..., CharacterLM], **options: Any) -> CharacterLM:
@@ -65,7 +65,7 @@ def text_data(seed: int, smoke: bool) -> TaskData:
 
 
 def copy_data(seed: int, smoke: bool) -> TaskData:
-    """Random symbols; at each place the one that stood 40 before is to be told."""
+    """Random symbols; at each position the symbol 40 tokens before is to be predicted."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for count in (32, 8, 8) if smoke else (6400, 64, 128):
@@ -76,7 +76,7 @@ def copy_data(seed: int, smoke: bool) -> TaskData:
 
 
 def accuracy(model: nn.Module, data: TaskData) -> float:
-    """The share of bytes that are told right."""
+    """The share of bytes that are predicted correctly."""
     return get_task("language-modelling").evaluate(model, data.test)["accuracy"]
 
 
@@ -105,7 +105,7 @@ def bits_by_segments(model: CharacterLM, data: TaskData, *, chunking: str = "exa
 
 
 def memory_gain(model: Any, data: TaskData) -> float:
-    """Bits a byte that the memory of earlier segments saves; 0 of models that know places by number."""
+    """Bits a byte that the memory of earlier segments saves; 0 of models with absolute positions."""
     if not model.blocks[0].mixer.relative:
         return 0.0
     return bits_by_segments(model, data, carried=False) - bits_by_segments(model, data)
@@ -137,14 +137,14 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[nn.Parameter
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # The tensor is kept with its address, or another might take its place in memory.
+        # The tensor is kept with its address, or another might be stored at the same address.
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    total = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
     del output
     return total
 

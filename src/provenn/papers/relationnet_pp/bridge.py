@@ -32,7 +32,7 @@ class Bridge(nn.Module):
     """A point head on the pyramid, and a BVR for each tower: centres for the class, corners for the box.
 
     Args:
-        channels, num_classes, strides: of the detector's levels; how many it tells apart; of the levels.
+        channels, num_classes, strides: of the detector's levels; how many it distinguishes; of the levels.
         classification, regression: key types of each tower; () leaves a tower as it is. With both empty the point head
             learns beside the detector and nothing reads it.
         heads: of the attentions.
@@ -141,7 +141,7 @@ class RegionBridge(nn.Module):
 
     Args:
         channels: of the pyramid.
-        width: of the features that class and box are told from.
+        width: of the features that class and box are predicted from.
         classification, regression, heads, keys, preserve, options: as of `Bridge`.
         point_convs: before the transposed convolution.
         grid: cells a side of a region, before they are doubled.
@@ -229,11 +229,11 @@ class RegionBridge(nn.Module):
             scores, index = heat.reshape(batch, count * cells).topk(min(self.keys, count * cells), dim=1)
         where = index[..., None]
         table = features.flatten(2).transpose(1, 2).reshape(batch, count * cells, features.shape[1])
-        places = self._places(said.regions, logits.shape[2]) + (
+        points = self._centres(said.regions, logits.shape[2]) + (
             at_least_single(offsets).flatten(2).transpose(1, 2).reshape(batch, count, cells, 2)
             * self._cell(said, logits)
         )
-        positions = places.reshape(batch, count * cells, 2).gather(1, where.expand(-1, -1, 2))
+        positions = points.reshape(batch, count * cells, 2).gather(1, where.expand(-1, -1, 2))
         return Keys(table.gather(1, where.expand(-1, -1, table.shape[2])), positions, scores, torch.zeros_like(index))
 
     @staticmethod
@@ -242,7 +242,7 @@ class RegionBridge(nn.Module):
         return ((said.regions[..., 2:] - said.regions[..., :2]) / logits.shape[2])[:, :, None]
 
     @staticmethod
-    def _places(regions: Regions, side: int) -> Float[Tensor, "batch regions cells 2"]:
+    def _centres(regions: Regions, side: int) -> Float[Tensor, "batch regions cells 2"]:
         line = (torch.arange(side, device=regions.device) + 0.5) / side
         share = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).reshape(-1, 2)
         return regions[:, :, None, :2] + share * (regions[..., 2:] - regions[..., :2])[:, :, None]

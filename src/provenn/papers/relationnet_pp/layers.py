@@ -314,8 +314,8 @@ class BVR(nn.Module):
             cells = cell_centres(height, width, stride, level.device)
             unit = self.unit * (stride if self.by_level else 1)
             queries = level.flatten(2).transpose(1, 2)
-            told = self.attend(queries, cells.expand(level.shape[0], -1, -1), keys, unit, shared)
-            given.append(told.transpose(1, 2).unflatten(2, (height, width)))
+            enhanced = self.attend(queries, cells.expand(level.shape[0], -1, -1), keys, unit, shared)
+            given.append(enhanced.transpose(1, 2).unflatten(2, (height, width)))
         return given
 
     def attend(
@@ -370,7 +370,7 @@ class PointHead(nn.Module):
 
     Args:
         channels: of the levels.
-        num_classes: that "release" tells apart.
+        num_classes: that "release" distinguishes.
         form: "release" or "paper".
         key_types: which points.
         groups: of group norms, of "release"; None has none.

@@ -130,9 +130,9 @@ def point_losses(
     for name, (logits, offsets) in said.items():
         sizes = [(level.shape[2], level.shape[3]) for level in logits]
         targets = point_targets(batch, name, sizes, strides, logits[0].shape[1], reference)
-        told = torch.cat([level.flatten(2) for level in logits], dim=2).transpose(1, 2).float()
+        predicted = torch.cat([level.flatten(2) for level in logits], dim=2).transpose(1, 2).float()
         moved = torch.cat([level.flatten(2) for level in offsets], dim=2).transpose(1, 2).float()
-        heat.append(gaussian_focal_loss(told, targets.heat).sum())
+        heat.append(gaussian_focal_loss(predicted, targets.heat).sum())
         error = F.smooth_l1_loss(moved, targets.offsets, reduction="none")
         near.append((error * targets.nearest[..., None]).sum())
         positives.append(targets.nearest.sum())

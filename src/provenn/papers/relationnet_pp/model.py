@@ -101,7 +101,7 @@ class BVRRetinaHead(nn.Module):
         bvr: options of `Bridge`; of equal scores it leaves the order to torch, as the release does.
 
     Shapes: a level each, (batch, channels, h_i, w_i), to what is said of each of 9 anchors a cell, in the order of
-    levels, cells and anchors: logits of the classes and four offsets, (batch, places, num_classes + 4).
+    levels, cells and anchors: logits of the classes and four offsets, (batch, anchors, num_classes + 4).
     """
 
     def __init__(

@@ -116,7 +116,7 @@ def _renamed(name: str, normed: bool) -> str | None:
 
 
 def _layer(index: int, rest: str, normed: bool) -> str:
-    """The place in a flat sequence of a part of convolution number `index`, or of the prediction after them."""
+    """The index in a flat sequence of a part of convolution number `index`, or of the prediction after them."""
     start = index * (3 if normed else 2)
     return f"{start + rest.startswith('gn.')}.{rest.removeprefix('conv.').removeprefix('gn.')}"
 
@@ -137,8 +137,8 @@ def _neck(name: str) -> str:
         raise UserError(f"{EXPECTED} {name} in the neck")
     index = int(found[2])
     list_name = "laterals" if found[1] == "lateral" else "outputs" if index < 3 else "extra"
-    place = index if index < 3 or found[1] == "lateral" else index - 3
-    return f"{list_name}.{place}.{'0' if found[3] == 'conv' else '1'}.{found[4]}"
+    position = index if index < 3 or found[1] == "lateral" else index - 3
+    return f"{list_name}.{position}.{'0' if found[3] == 'conv' else '1'}.{found[4]}"
 
 
 def _from_middle(bias: Tensor) -> Tensor:

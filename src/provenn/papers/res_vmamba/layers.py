@@ -205,7 +205,7 @@ class ResidualProjection(nn.Conv2d):
 
 
 class RandomProjection(nn.Module):
-    """What the released code has in place of `ResidualProjection`: a new convolution at every call. For comparison.
+    """What the released code has instead of `ResidualProjection`: a new convolution at every call. For comparison.
 
     Its weights are drawn from the framework's default initialisation, in evaluation too; none is kept, and none learns.
 

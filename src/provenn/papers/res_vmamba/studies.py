@@ -40,7 +40,7 @@ def _band(name: str, split: str) -> Tensor:
 def zoomed_textures(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Squares of 32 pixels from photographs of a texture at one of four zooms; the class is the pair.
 
-    Each is lit from a side, by a strength of its own, and has sensor noise: its mean and its contrast tell nothing.
+    Each is lit from a side, by a strength of its own, and has sensor noise. So mean and contrast do not show the class.
     """
     rng = np.random.default_rng([seed, list(BANDS).index(split)])
     images, labels = torch.empty(count, 1, SIDE, SIDE), torch.from_numpy(rng.integers(len(TEXTURES) * 4, size=count))
@@ -119,11 +119,11 @@ def changed_predictions(model: nn.Module, data: TaskData) -> float:
     """The share of test images whose predicted class differs between two evaluations."""
     device = next(model.parameters()).device
 
-    def told() -> Tensor:
+    def predicted() -> Tensor:
         images = (batch[0] for batch in DataLoader(data.test, batch_size=256))
         return torch.cat([model(x.to(device)).argmax(1) for x in images])
 
-    return (told() != told()).float().mean().item()
+    return (predicted() != predicted()).float().mean().item()
 
 
 # Selective copying

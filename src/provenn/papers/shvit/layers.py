@@ -61,7 +61,7 @@ class Residual(nn.Module):
         return x + y
 
     def fused(self) -> nn.Module:
-        """One convolution in place of x + BN(depth-wise conv(x)): the input is one more tap at the filter's centre.
+        """One convolution instead of x + BN(depth-wise conv(x)): the input is one more tap at the filter's centre.
 
         Around anything else the sum stays.
         """
@@ -116,7 +116,7 @@ class SingleHeadAttention(nn.Module):
         Y = BN(conv1×1(ReLU([softmax(Q Kᵀ / √d) V, X_res])))   (equations 2 to 5)
 
     The paper calls the first norm a layer norm; the authors' code has a group norm of one group, whose mean and
-    deviation are of all channels and places of an image together. No positions, no mask.
+    deviation are of all channels and pixels of an image together. No positional encoding, no mask.
 
     Args:
         dim: C, channels of the map.
@@ -154,8 +154,8 @@ class SingleHeadAttention(nn.Module):
         mixed = v @ scores.transpose(1, 2)
         return self.project(torch.cat([mixed.unflatten(2, x.shape[2:]), rest], dim=1))
 
-    def attention(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch places places"]:
-        """How much each place (row) attends to each other, places row by row; rows sum to 1."""
+    def attention(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch positions positions"]:
+        """How much each position (row) attends to each other, positions row by row; rows sum to 1."""
         return self._scores(self._split(x)[0])[0]
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ class SingleHeadAttention(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention on all channels, as Table 6 puts it in SHSA's place; norm and projection are SHSA's.
+    """Multi-head attention on all channels, which replaces SHSA in Table 6; norm and projection are SHSA's.
 
     The authors' code does not have it, so heads, norm and the ReLU before the projection are inferred.
 
@@ -202,13 +202,13 @@ class MultiHeadAttention(nn.Module):
         mixed = softmax_attention(q, k, v).transpose(2, 3).flatten(1, 2)
         return self.project(mixed.unflatten(2, x.shape[2:]))
 
-    def attention(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch heads places places"]:
-        """How much each place (row) attends to each other, in every head."""
+    def attention(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch heads positions positions"]:
+        """How much each position (row) attends to each other, in every head."""
         q, k, _ = self._heads(x)
         return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (batch, heads, places, channels of a head)."""
+        """Each (batch, heads, positions, channels of a head)."""
         q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
         return q, k, v
 

@@ -186,8 +186,10 @@ class DistilledSHViT(SHViT):
         if self.teacher is None:
             return (F.cross_entropy(outputs[0], labels) + F.cross_entropy(outputs[1], labels)) / 2
         with torch.no_grad():
-            told = self.teacher(images)
-        return distillation_loss(outputs, labels, told, kind=self.kind, share=self.share, temperature=self.temperature)
+            teacher = self.teacher(images)
+        return distillation_loss(
+            outputs, labels, teacher, kind=self.kind, share=self.share, temperature=self.temperature
+        )
 
     def before_saving(self) -> None:
         """The teacher is not part of the network."""
@@ -220,16 +222,16 @@ def distillation_loss(
         raise ValueError(f"kind must be 'hard' or 'soft', got {kind!r}")
     first, second = outputs
     if kind == "hard":
-        told = F.cross_entropy(second, teacher.argmax(dim=1))
+        distillation = F.cross_entropy(second, teacher.argmax(dim=1))
     else:
         t = temperature
         logs = (F.log_softmax(second / t, dim=1), F.log_softmax(teacher / t, dim=1))
-        told = F.kl_div(*logs, reduction="sum", log_target=True) * t**2 / second.numel()
-    return (1 - share) * F.cross_entropy(first, labels) + share * told
+        distillation = F.kl_div(*logs, reduction="sum", log_target=True) * t**2 / second.numel()
+    return (1 - share) * F.cross_entropy(first, labels) + share * distillation
 
 
 def _build(widths: Sequence[int], depths: Sequence[int], pdims: Sequence[int], options: dict[str, Any]) -> SHViT:
-    """A preset; a ratio that is given takes the place of the paper's hand-set numbers."""
+    """A preset; a ratio that is given replaces the paper's hand-set numbers."""
     ratio, distillation = options.pop("ratio"), options.pop("distillation")
     shares = {"pdims": pdims} if ratio is None else {"ratio": ratio}
     system = DistilledSHViT if distillation else SHViT
@@ -366,7 +368,7 @@ BACKBONES = {"s1": shvit_s1, "s2": shvit_s2, "s3": shvit_s3, "s4": shvit_s4}
 
 
 def shvit_retinanet(variant: str = "s4", *, num_classes: int = 80, in_channels: int = 3) -> RetinaNet:
-    """RetinaNet on SHViT (Table 5), with a pyramid at strides 8 to 128 and the plain L1 loss of the authors' settings.
+    """RetinaNet on SHViT (Table 5), with a pyramid at strides 8 to 128 and the plain L1 loss of the authors' recipe.
 
     They train it with batch norms in eval mode.
 

@@ -66,7 +66,7 @@ def convert(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str,
 
 
 def _placed(name: str) -> str:
-    """The name with the place of its block as ours counts them."""
+    """The name with the index of its block as ours counts them."""
     match = re.match(r"blocks(\d)\.(\d+)\.(.*)", name)
     if match is None:
         return name

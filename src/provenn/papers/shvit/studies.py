@@ -46,10 +46,10 @@ def recall_scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     shows one of them, without a tint.
     """
     generator = torch.Generator().manual_seed(seed)
-    places = torch.rand(count, GLYPHS, generator=generator).argsort(1)
+    order = torch.rand(count, GLYPHS, generator=generator).argsort(1)
     tints = torch.randint(TINTS, (count, GLYPHS), generator=generator)
     asked = torch.randint(GLYPHS, (count,), generator=generator)
-    shown = torch.cat([places.gather(1, asked[:, None]), places], 1)
+    shown = torch.cat([order.gather(1, asked[:, None]), order], 1)
     shapes = _glyphs()[shown]
     levels = torch.cat([torch.ones(count, 1), tints.float()], 1)[..., None, None].expand_as(shapes) / 2
     cells = torch.stack([shapes, levels], 2) + 0.1 * torch.randn(count, 9, 2, CELL, CELL, generator=generator)
@@ -59,8 +59,8 @@ def recall_scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def recall_data(seed: int, smoke: bool) -> TaskData:
     parts = {
-        split: recall_scenes(200 if smoke else count, 3 * seed + place)
-        for place, (split, count) in enumerate(RECALL_COUNTS.items())
+        split: recall_scenes(200 if smoke else count, 3 * seed + i)
+        for i, (split, count) in enumerate(RECALL_COUNTS.items())
     }
     train, val, test = (TensorDataset(*part) for part in parts.values())
     return TaskData("glyph recall", train, val, test, fingerprint=fingerprint(*parts["test"]))
@@ -116,7 +116,7 @@ def three_stages(**options: Any) -> SHViT:
 
 
 def attending(*stages: bool) -> Callable[..., SHViT]:
-    """The three stages at half the stride, so that there are places to attend to: 5×5, 3×3 and 2×2."""
+    """The three stages at half the stride, so that there are positions to attend to: 5×5, 3×3 and 2×2."""
     return lambda **options: SHViT(**THREE, patch=8, attention=stages, **options)
 
 
@@ -146,7 +146,7 @@ def head_network(heads: int, dim: int = 64, blocks: int = 6, **options: Any) -> 
 
 
 def head_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What each layer's heads attend to, (images, heads, places, places)."""
+    """What each layer's heads attend to, (images, heads, positions, positions)."""
     maps: list[Tensor] = []
     layers = [part for part in model.modules() if isinstance(part, MultiHeadAttention)]
     handles = [
@@ -358,7 +358,7 @@ MIXERS: dict[str, Callable[[int], nn.Module | None]] = {
 
 
 def s3_mhsa() -> nn.Module:
-    """SHViT-S3 with multi-head attention in SHSA's place."""
+    """SHViT-S3 with multi-head attention instead of SHSA."""
     return presets.shvit_s3(mixer="mhsa")
 
 

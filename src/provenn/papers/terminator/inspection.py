@@ -9,7 +9,7 @@ from provenn.papers.terminator.layers import HyperInteraction, HyperKernel
 
 
 def inspect(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> dict[str, Float[Tensor, "height width"]]:
-    """Of each block the hyper-kernel W, mean size over its channels, and the scores by place of its interaction."""
+    """Of each block the hyper-kernel W, mean size over its channels, and the scores by position of its interaction."""
     seen: dict[str, Tensor] = {}
     hooks = []
     for name, module in model.named_modules():

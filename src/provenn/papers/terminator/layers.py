@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.ops.autograd import without_autocast
 
-OMEGA = 2000.0  # ω₀: far above what a grid of 32 points can tell apart, so a fresh kernel looks like noise
+OMEGA = 2000.0  # ω₀: far above what a grid of 32 points can resolve, so a fresh kernel looks like noise
 GROUPS = 12  # of G-IBS
 MOMENTUM = 0.1  # of running statistics, which are ours
 STATS = ("batch", "running")
@@ -241,7 +241,7 @@ class LocalHyperKernel(HyperKernel):
 def instance_standardize(
     x: Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """IS: each channel of each example to mean 0 and deviation 1 over its places; nothing is learned."""
+    """IS: each channel of each example to mean 0 and deviation 1 over its positions; nothing is learned."""
     # In float32 at least: where a map is flat, half precision overflows in the gradient of 1/√(variance + 1e-5).
     full = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(full, dim=(2, 3), correction=0, keepdim=True)
@@ -249,7 +249,7 @@ def instance_standardize(
 
 
 class BatchStandardization(nn.BatchNorm2d):
-    """BS: each channel to mean 0 and deviation 1 over batch and places; nothing is learned.
+    """BS: each channel to mean 0 and deviation 1 over batch and positions; nothing is learned.
 
     Args:
         stats: "batch" takes the batch at hand in training and evaluation alike, as the authors do, so that a prediction
@@ -324,7 +324,7 @@ def global_product(
 ) -> Float[Tensor, "batch channels size size"]:
     """The global HyperZ·Z·W: Ŵ = Z ⊙ W, applied to a map by a matrix product in each channel.
 
-    Place (h, w) reads row h of Ŵ and column w of the map: a cross, not all places.
+    Position (h, w) reads row h of Ŵ and column w of the map: a cross, not all positions.
     """
     return weights @ z
 
@@ -392,7 +392,7 @@ class HyperChannelInteraction(nn.Module):
 
 
 class HyperInteraction(nn.Module):
-    """HI: x ⊙ σ(s_s · s_c), a score for each value: by channel κ_c ⊙ pool(y)², by place κ_s ⊙ mean_c(y)²."""
+    """HI: x ⊙ σ(s_s · s_c), a score for each value: by channel κ_c ⊙ pool(y)², by position κ_s ⊙ mean_c(y)²."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
@@ -529,8 +529,8 @@ class SFNEBlock(nn.Module):
             else:
                 parts.append(fast if name == "fast" else out)
         tiled = [y.repeat(1, self.channels // y.shape[1], 1, 1) for y in before]
-        for place, y in zip((2, -1), tiled):
-            parts.insert(place, y)
+        for index, y in zip((2, -1), tiled):
+            parts.insert(index, y)
         return torch.cat(parts, dim=1), kernel
 
     def forward(

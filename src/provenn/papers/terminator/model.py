@@ -39,7 +39,7 @@ def slow_neural_loss(kernels: Sequence[Tensor], form: str = "channel-sum") -> Te
 
 
 class Terminator2d(nn.Module):
-    """SFNE blocks at the image's full size, the mean over places, a linear classifier.
+    """SFNE blocks at the image's full size, the mean over pixels, a linear classifier.
 
     While it trains, each forward pass adds the slow neural loss and the regulariser to its task's loss, through
     `provenn.nn.auxiliary`; Kar3 is its optimizer, with rate and betas of the recipe.
@@ -221,7 +221,7 @@ class Terminator2d(nn.Module):
     def resize(self, size: int) -> None:
         """Take square images of another side, with the same slow nets on a finer or coarser grid.
 
-        The filters oscillate far above what a grid tells apart, so the new kernels are no interpolation of the old: it
+        The filters oscillate far above what a grid resolves, so the new kernels are no interpolation of the old: it
         needs training afterwards.
         """
         check_whole(size=size)

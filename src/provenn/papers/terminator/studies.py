@@ -42,7 +42,7 @@ def _add_shortcut(block: nn.Module, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 class FreeKernel(HyperKernel):
-    """A kernel of plain parameters in the place of a slow net, started as that net starts; as little regularised."""
+    """A kernel of plain parameters instead of a slow net, started as that net starts; as little regularised."""
 
     def __init__(self, start: HyperKernel, context: bool):
         nn.Module.__init__(self)
@@ -133,10 +133,10 @@ def lost_alone(model: nn.Module, data: TaskData) -> float:
 
 
 def product_of(channels: int) -> Callable[[int, str], Callable[[], object]]:
-    """A global product on maps of so many places, a square number."""
+    """A global product on maps of so many positions, a square number."""
 
-    def make(places: int, device: str) -> Callable[[], object]:
-        side = round(places**0.5)
+    def make(positions: int, device: str) -> Callable[[], object]:
+        side = round(positions**0.5)
         x = torch.empty(1, channels, side, side, device="meta")
         return lambda: global_product(x, x)
 
@@ -163,14 +163,14 @@ def slow_nets(batch: int, device: str) -> Callable[[], object]:
     return run
 
 
-def weights_of_block(places: int, device: str) -> Callable[[], int]:
-    """Numbers in Ŵ of the third block, on a square map of so many places."""
+def weights_of_block(positions: int, device: str) -> Callable[[], int]:
+    """Numbers in Ŵ of the third block, on a square map of so many positions."""
     with torch.device("meta"):
-        block = presets.terminator_cifar10(size=round(places**0.5)).blocks[2]
+        block = presets.terminator_cifar10(size=round(positions**0.5)).blocks[2]
     return lambda: block.kernel().numel()  # type: ignore[operator]  # an SFNEBlock's
 
 
-def weights_of_attention(places: int, device: str) -> Callable[[], int]:
+def weights_of_attention(positions: int, device: str) -> Callable[[], int]:
     """Numbers in the weights of one head, counted on the weights themselves."""
-    q = torch.empty(places, 1, device="meta")
+    q = torch.empty(positions, 1, device="meta")
     return lambda: (q @ q.T).numel()

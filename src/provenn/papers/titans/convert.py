@@ -76,8 +76,8 @@ class ConvertedMAG(Companion):
             before: ConvertedState = self.past.state
             k, v = torch.cat([before.keys, k], 2), torch.cat([before.values, v], 2)
             now = torch.cat([before.seen, now], 1)
-        place = torch.arange(k.shape[2], device=k.device)
-        distance = place[-tokens:, None] - place
+        position = torch.arange(k.shape[2], device=k.device)
+        distance = position[-tokens:, None] - position
         near = (distance >= 0) & (distance < self.window) & now[:, None, None, :]
         groups = queries.shape[1] // keys.shape[1]
         # Queries are turned for the window and not for P, so the two scores are made apart and weighed together.

@@ -200,7 +200,7 @@ BENCHMARKS = tuple(
 def switched_off(
     run: Run, study: Study, variant: str, lost: tuple[str, str], elsewhere: tuple[str, str] | None = None
 ) -> Measurement:
-    """A trained variant's figure as it is and with something switched off; or what it so loses in two places."""
+    """A trained variant's figure with something on and switched off; or what it so loses by two metrics."""
     _, facts = study.measure(run, [variant])
     trials = study.trials(run, variant)
     facts["unit"] = study.of_task.metric.replace("_", " ")

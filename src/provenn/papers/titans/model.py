@@ -1,6 +1,6 @@
 """The systems of the paper: language models of four variants, a forecaster and a classifier of sequences.
 
-Blocks are Llama's with a Titans mixer in the place of attention (camera-ready, section 3.3). Depth, width and heads are
+Blocks are Llama's with a Titans mixer instead of attention (camera-ready, section 3.3). Depth, width and heads are
 those of its Table 5; what it leaves open, such as tied embeddings, is ours, and its names are not counts to the digit.
 """
 

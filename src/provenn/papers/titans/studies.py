@@ -112,7 +112,7 @@ MEMORY: dict[str, Any] = {"heads": 2, "memory_heads": 2, "persistent": 0, "chunk
 
 
 def pairs_data(seed: int, smoke: bool = False) -> TaskData:
-    """Pairs of a key and its value scattered in noise, then every key once more, where its value is to be told."""
+    """Pairs of a key and its value scattered in noise, then every key once more, where its value is the target."""
     sizes = {"examples": 64 if smoke else 32_000, "test_examples": 16 if smoke else 256}
     return lookup(seed, LENGTH, **sizes)
 
@@ -127,7 +127,7 @@ def recalling(mixer: Mixer, vocab: int) -> Reader:
 
 
 def memory(variant: str, **options: Any) -> Mixer:
-    """A variant at the settings of recall; a window leaves out most pairs, and a segment is twice as long."""
+    """A variant with the options of recall; a window leaves out most pairs, and a segment is twice as long."""
     window = SEGMENT if variant == "mac" else WINDOW
     return titans_mixer(variant, **{**MEMORY, "window": window, **options})
 
@@ -162,8 +162,8 @@ def right_beyond(model: nn.Module, data: TaskData) -> float:
 
 def _right_at(model: nn.Module, data: TaskData, *, within: bool) -> float:
     tokens, targets, distances = data.test[:]
-    right, place = model(tokens).argmax(-1) == targets, (distances < WINDOW) == within
-    return right[(targets != IGNORED) & place].double().mean().item()
+    right, chosen = model(tokens).argmax(-1) == targets, (distances < WINDOW) == within
+    return right[(targets != IGNORED) & chosen].double().mean().item()
 
 
 def switched(probe: Probe, switch: Callable[[nn.Module], AbstractContextManager]) -> Probe:
@@ -269,10 +269,10 @@ def draw_reading(done: Fit, data: TaskData, seed: int) -> "Figure":
     ):
         with switch(done.model):
             bits, inner = long_reading(done.model, data)
-        places = torch.arange(len(bits)).view(32, -1).double().mean(1)
-        left.plot(places, bits.view(32, -1).mean(1), label=name)
+        positions = torch.arange(len(bits)).view(32, -1).double().mean(1)
+        left.plot(positions, bits.view(32, -1).mean(1), label=name)
         if inner.any():
-            right_axes.plot(places, inner.view(32, -1).mean(1), label=name)
+            right_axes.plot(positions, inner.view(32, -1).mean(1), label=name)
     left.set(xlabel="position", ylabel="bits a byte")
     right_axes.set(xlabel="position", ylabel="‖M(k) − v‖² before the write")
     left.legend()

@@ -42,11 +42,11 @@ class Multiplier(nn.Module):
         device = self.rel_scale.device
         if hasattr(host, "relative_position_bias"):  # Swin's
             return gather(self.rel_scale, host.relative_position_bias.relative_position_index.view(queries, keys))
-        places = torch.arange(keys, device=device)
+        positions = torch.arange(keys, device=device)
         if self.offsets is not None:
-            return gather(self.rel_scale, self.offsets.index(places[keys - queries :], places))
+            return gather(self.rel_scale, self.offsets.index(positions[keys - queries :], positions))
         index = host._relative_position_bucket(
-            places - places[keys - queries :, None],
+            positions - positions[keys - queries :, None],
             bidirectional=not host.is_decoder,
             num_buckets=host.relative_attention_num_buckets,
             max_distance=host.relative_attention_max_distance,

@@ -27,9 +27,9 @@ from provenn.papers.urpe.studies import (
     even_data,
     first_half,
     graph_model,
+    identification_data,
+    identified_at,
     layer_call,
-    places_at,
-    places_data,
     regular_data,
     text_data,
     text_model,
@@ -42,10 +42,10 @@ from provenn.training import Recipe
 
 BEYOND = f"bits_per_byte_beyond_{LONGER}x"
 HOST: dict[str, Any] = {"dim": 64, "heads": 4, "layers": 2}
-PLACES = Study(
+IDENTIFICATION = Study(
     "position identification",
     TASK,
-    data=places_data,
+    data=identification_data,
     variants={
         "none": ("no positions", "none"),
         "ape": ("absolute positions", "ape"),
@@ -62,7 +62,7 @@ PLACES = Study(
     lrs=(7e-4, 2e-3, 5e-3),
     about=f"random tokens of 50 kinds, {TOKENS} a row; at each position its number is to be predicted",
     kind="positions",
-    probes={f"first_places_at_{times}x": partial(places_at, times=times) for times in (2, LONGER)},
+    probes={f"first_places_at_{times}x": partial(identified_at, times=times) for times in (2, LONGER)},
     setting={**HOST, "larger": "dim 128, 4 layers", "deeper": "dim 64, 6 layers"},
     drawing=Drawing(
         "urpe", "tables", "B and C that an encoder has learned places with, mean of its heads.", draw_tables
@@ -168,12 +168,14 @@ MEMORY = Timing(
 EXPERIMENTS = {
     "text_rpe_none": TEXT.against("rpe", "none", shown=["ape", "sinusoidal", "urpe"]),
     "longer_text": TEXT.against("rpe", "ape", metric=BEYOND, shown=["none", "sinusoidal", "urpe"]),
-    "places": PLACES.against("urpe", "rpe", shown=["none", "ape"], may_guess=CANNOT, picture=True),
-    "places_larger_rpe": PLACES.against("urpe", "rpe-large", shown=["rpe", "rpe-deep"], may_guess=CANNOT),
-    "places_aware_alone": PLACES.against("unattentive", "rpe", may_guess=CANNOT),
-    "places_of_one_length": PLACES.figure("urpe", metric="first_places_at_2x", shown=["rpe", "ape", "unattentive"]),
-    "places_unnormalised": PLACES.against("unnormalised", "rpe", may_guess=CANNOT),
-    "places_renormalised": PLACES.against("urpe", "renormalised", may_guess=CANNOT),
+    "places": IDENTIFICATION.against("urpe", "rpe", shown=["none", "ape"], may_guess=CANNOT, picture=True),
+    "places_larger_rpe": IDENTIFICATION.against("urpe", "rpe-large", shown=["rpe", "rpe-deep"], may_guess=CANNOT),
+    "places_aware_alone": IDENTIFICATION.against("unattentive", "rpe", may_guess=CANNOT),
+    "places_of_one_length": IDENTIFICATION.figure(
+        "urpe", metric="first_places_at_2x", shown=["rpe", "ape", "unattentive"]
+    ),
+    "places_unnormalised": IDENTIFICATION.against("unnormalised", "rpe", may_guess=CANNOT),
+    "places_renormalised": IDENTIFICATION.against("urpe", "renormalised", may_guess=CANNOT),
     "even_tokens": EVEN.against("urpe", "rpe", metric="first_half"),
     "time": TIME.against("URPE", "RPE"),
     "memory": MEMORY.against("URPE", "RPE"),
@@ -302,12 +304,12 @@ def conditions(run: Run) -> Measurement:
 
 @measures("constructed")
 def constructed(run: Run) -> Measurement:
-    """The proof's first step: on equal tokens one layer's row sums are (n − i)/n, from which places are read."""
+    """The proof's first step: on equal tokens one layer's row sums are (n − i)/n, from which positions are read."""
     worst = 0.0
     for tokens in (2, 16, 128):
         layer = position_aware(URPEAttention(16, 4, max_length=tokens, causal=False).double())
-        places = tokens * (1 - row_sums(layer, tokens)) + 1
-        worst = max(worst, (places - torch.arange(1, tokens + 1)).abs().max().item())
+        positions = tokens * (1 - row_sums(layer, tokens)) + 1
+        worst = max(worst, (positions - torch.arange(1, tokens + 1)).abs().max().item())
     return Measurement.exact(worst, "largest error of a place, float64", note="2, 16 and 128 equal tokens.")
 
 
@@ -344,8 +346,10 @@ def regular_graphs_look_alike(run: Run) -> Measurement:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.3 * torch.randn_like(parameter))
-                told = torch.cat([model(torch.ones(1, n, dtype=torch.int64), lengths[None]) for n, lengths in graphs])
-            spread[encoding, readout] = ((told.max() - told.min()) / told.abs().max()).item()
+                outputs = torch.cat(
+                    [model(torch.ones(1, n, dtype=torch.int64), lengths[None]) for n, lengths in graphs]
+                )
+            spread[encoding, readout] = ((outputs.max() - outputs.min()) / outputs.abs().max()).item()
             rows.append([label, readout, spread[encoding, readout]])
     return Measurement.exact(
         spread["rpe", "mean"],

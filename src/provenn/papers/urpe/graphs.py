@@ -33,11 +33,11 @@ class GraphRegressor(nn.Module):
     """Numbers of a graph: Graphormer's encodings of degrees, paths and edges, pre-norm blocks, and a virtual node.
 
     Bias and multiplier are looked up by the length of the shortest path between two nodes; the bias has the mean over
-    the path's edges added to it, each by a map of its place on the path.
+    the path's edges added to it, each by a map of its index on the path.
 
     Args:
         labels: kinds of nodes.
-        targets: numbers to tell.
+        targets: how many numbers to predict.
         edge_labels: kinds of edges; 0 where all are alike.
         dim, heads, layers, hidden: of the host.
         encoding: "urpe", "rpe" (Graphormer as it was) or "none".
@@ -160,8 +160,8 @@ class GraphRegressor(nn.Module):
 def _check_pairs(nodes: Tensor, lengths: Tensor, hops: Tensor | None) -> None:
     pairs = (*nodes.shape, nodes.shape[-1])
     if lengths.shape != pairs or (hops is not None and hops.shape[:-1] != pairs):
-        told = " and hops ".join(str(tuple(part.shape)) for part in (lengths, hops) if part is not None)
-        raise ValueError(f"expected lengths and hops of all pairs of {nodes.shape[-1]} nodes, got lengths {told}")
+        shapes = " and hops ".join(str(tuple(part.shape)) for part in (lengths, hops) if part is not None)
+        raise ValueError(f"expected lengths and hops of all pairs of {nodes.shape[-1]} nodes, got lengths {shapes}")
 
 
 urpe_graphormer_slim = GraphRegressor

@@ -107,8 +107,8 @@ class URPEAttention(nn.Module):
         if given is None and isinstance(self.relations, Offsets):
             return self.relations.matrix(table, tokens)[None]
         if given is None:
-            places = torch.arange(tokens, device=table.device)
-            given = self.relations.index(places, places)
+            positions = torch.arange(tokens, device=table.device)
+            given = self.relations.index(positions, positions)
         return gather(table, given)
 
     def tables(
@@ -135,7 +135,7 @@ class URPEAttention(nn.Module):
         relations: Int[Tensor, "*batch tokens tokens"] | None = None,
         tables: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """`mask` is True where a token may be attended; `relations` are r(i, j), where they do not follow from places.
+        """`mask` is True where a token may be attended; `relations` are r(i, j) where positions do not give them.
 
         `tables` are B and C of all pairs where they are at hand, as of layers that share them; else the layer's own. A
         token that may attend to nothing gets W_o's bias.
@@ -224,7 +224,7 @@ def _relations(
         if causal and isinstance(index, Window | Paths):
             raise ValueError(f"{index} has no order: causal must be False, got True")
         if not causal and isinstance(index, Offsets) and index.causal:
-            raise ValueError(f"{index} tells no later tokens apart: causal must be True, got False")
+            raise ValueError(f"{index} does not distinguish later tokens: causal must be True, got False")
         return index
     if index not in RELATIONS:
         raise ValueError(f"index must be one of {', '.join(RELATIONS)}, got {index!r}")

@@ -33,13 +33,13 @@ def attention_called(
     return partial(URPEAttention, heads=heads, max_length=max_length, index=index, encoding=inner, **options)
 
 
-def fix_sinusoids(places: nn.Embedding) -> None:
-    """Sinusoids in the place of learned positions, as large as those start; they do not learn."""
-    waves = sinusoidal_encoding(torch.arange(places.num_embeddings), places.embedding_dim)
+def fix_sinusoids(table: nn.Embedding) -> None:
+    """Sinusoids instead of learned positions, as large as those start; they do not learn."""
+    waves = sinusoidal_encoding(torch.arange(table.num_embeddings), table.embedding_dim)
     with torch.no_grad():
         # √2, as the mean square of a sinusoid is a half.
-        places.weight.copy_(2**0.5 * SPREAD * waves)
-    places.weight.requires_grad_(False)
+        table.weight.copy_(2**0.5 * SPREAD * waves)
+    table.weight.requires_grad_(False)
 
 
 class SequenceEncoder(nn.Module):

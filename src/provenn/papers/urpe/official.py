@@ -18,7 +18,7 @@ def convert(state: Mapping[str, Tensor], **options: Any) -> tuple[str, dict[str,
 
     Args:
         state: the authors' state dict, of an encoder without positions, with biases, or with both tables.
-        options: what weights do not tell: `heads`, by default 12; `max_distance` of buckets.
+        options: what the weights do not show: `heads`, by default 12; `max_distance` of buckets.
 
     Raises:
         UserError: parameters of another model.

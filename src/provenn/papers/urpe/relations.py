@@ -22,7 +22,7 @@ class Relations(Protocol):
         """How many relations there are."""
 
     def index(self, queries: Int[Tensor, " queries"], keys: Int[Tensor, " keys"]) -> Int[Tensor, "queries keys"]:
-        """r(i, j) of tokens at these places."""
+        """r(i, j) of tokens at these positions."""
 
 
 def check_sizes(**sizes: int) -> None:
@@ -126,10 +126,10 @@ class Window:
         return (2 * self.height - 1) * (2 * self.width - 1)
 
     def index(self, queries: Int[Tensor, " queries"], keys: Int[Tensor, " keys"]) -> Int[Tensor, "queries keys"]:
-        places = self.height * self.width
-        if max(len(queries), len(keys)) > places:
+        cells = self.height * self.width
+        if max(len(queries), len(keys)) > cells:
             grid = f"{self.height}×{self.width}"
-            raise ValueError(f"a grid of {grid} has {places} places, got {max(len(queries), len(keys))} tokens")
+            raise ValueError(f"a grid of {grid} has {cells} cells, got {max(len(queries), len(keys))} tokens")
         rows = keys // self.width - (queries // self.width)[:, None]
         columns = keys % self.width - (queries % self.width)[:, None]
         rows = rows.clamp(1 - self.height, self.height - 1) + self.height - 1
@@ -165,7 +165,7 @@ class Paths:
         return torch.nn.functional.pad(self.of(lengths), (1, 0, 1, 0), value=self.farthest + 2)
 
     def index(self, queries: Int[Tensor, " queries"], keys: Int[Tensor, " keys"]) -> Int[Tensor, "queries keys"]:
-        raise ValueError("path lengths follow from no places in a sequence: call the layer with relations=")
+        raise ValueError("positions in a sequence do not give path lengths: call the layer with relations=")
 
 
 RELATIONS: dict[str, Callable[..., Relations]] = {

@@ -16,7 +16,7 @@ from provenn.papers.urpe.graphs import GraphRegressor, urpe_graph_tiny
 from provenn.papers.urpe.layers import URPEAttention
 from provenn.papers.urpe.model import ABSOLUTE, SequenceEncoder, attention_called, urpe_lm_tiny
 from provenn.papers.urpe.model import share as share_tables
-from provenn.papers.urpe.task import EVEN, PLACES, TASK
+from provenn.papers.urpe.task import EVEN, IDENTIFICATION, TASK
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.language_modelling import TASK as LANGUAGE
 from provenn.tasks.language_modelling import Windows
@@ -31,9 +31,9 @@ TEXT_LENGTH = 128
 LONGER = 4  # times the length of training, at the most, that is tested
 
 
-def places_data(seed: int, smoke: bool) -> TaskData:
+def identification_data(seed: int, smoke: bool) -> TaskData:
     return TASK.load(
-        PLACES, seed=seed, length=TOKENS, vocabulary=KINDS, examples=64 if smoke else 16_000, test_examples=256
+        IDENTIFICATION, seed=seed, length=TOKENS, vocabulary=KINDS, examples=64 if smoke else 16_000, test_examples=256
     )
 
 
@@ -44,16 +44,16 @@ def even_data(seed: int, smoke: bool) -> TaskData:
 
 
 def first_half(model: nn.Module, data: TaskData) -> float:
-    """The share told right in the first half of the places, where nothing is constant."""
+    """Accuracy in the first half of the positions, where no target is constant."""
     return TASK.evaluate(model, data.test)["first_half"]
 
 
-def places_at(model: nn.Module, data: TaskData, times: int) -> float:
-    """The share of the places learned that is told right in sequences so many times as long."""
-    longer = TASK.load(PLACES, seed=0, length=times * TOKENS, vocabulary=KINDS, examples=1, test_examples=64)
+def identified_at(model: nn.Module, data: TaskData, times: int) -> float:
+    """Accuracy at the positions seen in training, in sequences so many times as long."""
+    longer = TASK.load(IDENTIFICATION, seed=0, length=times * TOKENS, vocabulary=KINDS, examples=1, test_examples=64)
     tokens = longer.test[:][0].to(next(model.parameters()).device)
-    told = model(tokens)[:, :TOKENS].argmax(dim=-1).cpu()
-    return (told == torch.arange(1, TOKENS + 1)).double().mean().item()
+    predicted = model(tokens)[:, :TOKENS].argmax(dim=-1).cpu()
+    return (predicted == torch.arange(1, TOKENS + 1)).double().mean().item()
 
 
 def bits_beyond(model: nn.Module, data: TaskData, times: int) -> float:
@@ -89,7 +89,7 @@ class Renormalised(URPEAttention):
 
 
 class Unattentive(URPEAttention):
-    """softmax(B) ⊙ C: weights that depend on places alone, and see no token."""
+    """softmax(B) ⊙ C: weights that depend on positions alone, and see no token."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]  # what the studies call
         v = split_heads(self.value(x), self.heads)

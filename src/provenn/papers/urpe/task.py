@@ -1,4 +1,4 @@
-"""The paper's two synthetic tasks, drawn as the authors draw them: where a token stands, and every second token."""
+"""The paper's two synthetic tasks, drawn as the authors draw them: a token's position, and every second token."""
 
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,19 @@ from provenn.tasks import Task, TaskData, batches, device_of, fingerprint, join_
 SPECIAL = 11  # numbers below the first token, and rows of the embedding besides the nominal vocabulary
 UNUSED = 20  # of the nominal vocabulary, that are never drawn
 END_BELOW = 2  # the end symbol is the nominal vocabulary less this
-PLACES, EVEN = "position-identification", "even-token-prediction"
+IDENTIFICATION, EVEN = "position-identification", "even-token-prediction"
 
 
 def targets_of(tokens: Int[Tensor, "examples tokens"], kind: str, vocabulary: int) -> Int[Tensor, "examples tokens"]:
-    """What is to be told at each place.
+    """The target at each position.
 
-    Position identification: p at the p-th place, from 1. Even-token prediction: the 2nd, 4th, … token in the first half
-    of the places, and the end symbol in the second.
+    Position identification: p at the p-th position, from 1. Even-token prediction: the 2nd, 4th, … token in the first
+    half of the positions, and the end symbol in the second.
 
     >>> targets_of(torch.tensor([[11, 12, 13, 14]]), EVEN, 100).tolist()
     [[12, 14, 98, 98]]
     """
-    if kind == PLACES:
+    if kind == IDENTIFICATION:
         return torch.arange(1, tokens.shape[1] + 1).expand_as(tokens).contiguous()
     targets = torch.full_like(tokens, vocabulary - END_BELOW)
     targets[:, : tokens.shape[1] // 2] = tokens[:, 1::2]
@@ -35,13 +35,14 @@ def targets_of(tokens: Int[Tensor, "examples tokens"], kind: str, vocabulary: in
 
 
 class PositionTasks(Task):
-    """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab) of what is to be told at each place."""
+    """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab) of the target at each position."""
 
     name = "position-tasks"
     metric = "accuracy"
     higher_is_better = True
     embedded = {  # noqa: RUF012
-        PLACES: "random tokens; at each place the number of the place is told, whatever the tokens are; generated",
+        IDENTIFICATION: "random tokens; at each place the number of the place is told, whatever the tokens are; "
+        "generated",
         EVEN: "random tokens; every second is told in the first half of the places, an end symbol in the other; "
         "generated",
     }
@@ -76,8 +77,11 @@ class PositionTasks(Task):
             raise UserError(f"length must be even and at least 2, got {length}")
         if vocabulary <= UNUSED:
             raise UserError(f"vocabulary must be more than {UNUSED}, which are never drawn, got {vocabulary}")
-        if kind == PLACES and length >= vocabulary + SPECIAL:
-            raise UserError(f"{length} places have no names in a vocabulary of {vocabulary}: take a larger one")
+        if kind == IDENTIFICATION and length >= vocabulary + SPECIAL:
+            raise UserError(
+                f"length must be at most {vocabulary + SPECIAL - 1} with a vocabulary of {vocabulary}, got {length}: "
+                "lower length or raise vocabulary"
+            )
         for name, size in (("examples", examples), ("test_examples", test_examples)):
             if size < 1:
                 raise UserError(f"{name} must be at least 1, got {size}")
@@ -93,12 +97,12 @@ class PositionTasks(Task):
         return TaskData(kind, train, val, test, fingerprint(*marks), options, {"length": length}, about=about)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Cross-entropy over all places, in nats. The authors leave the first place of identification out."""
+        """Cross-entropy over all positions, in nats. The authors leave out the first position of identification."""
         tokens, targets = batch
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Any:
-        """Of each sequence the share of places told right, and of those in the first half, which is never constant."""
+        """The accuracy of each sequence over all positions, and over the first half, whose target is never constant."""
         rows = []
         for tokens, targets in batches(dataset, batch_size, device_of(model)):
             right = (model(tokens).argmax(dim=-1) == targets).double()
@@ -106,7 +110,7 @@ class PositionTasks(Task):
         return join_scores(["accuracy", "first_half"], rows)
 
     def dummy_baseline(self, data: TaskData) -> float:
-        """Accuracy of one answer for all places: any number of a place, or the end symbol."""
+        """Accuracy of one answer for all positions: any position's number, or the end symbol."""
         train, test = (part.tensors[1] for part in (data.train, data.test))  # type: ignore[attr-defined]  # TensorDatasets
         return (test == train.flatten().bincount().argmax()).double().mean().item()
 

@@ -63,7 +63,7 @@ class XLAttention(nn.Module):
             m(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for m, part in ((self.query, x), (self.key, everything), (self.value, everything))
         )
-        # r of the distances keys − 1 down to 0; entry (i, j) of the query i at place keys − tokens + i is its distance.
+        # r of the distances keys − 1 down to 0; entry (i, j) of the query i, at keys − tokens + i, is its distance.
         distances = torch.arange(keys - 1, -1, -1, device=x.device)
         r = self.place(sinusoid(distances, x.shape[-1]).to(x)).unflatten(-1, (self.heads, -1)).transpose(0, 1)
         scale = q.shape[-1] ** -0.5
@@ -169,8 +169,8 @@ class TransformerXL(nn.Module):
             raise ValueError("the sequence has no token: expected at least one")
         x = self.dropout(self.embed(tokens) * math.sqrt(self.dim))
         seen, keys = memory.layers[0].shape[1], memory.layers[0].shape[1] + tokens.shape[1]
-        places = torch.arange(keys, device=tokens.device)
-        index = self.relations.index(places[seen:], places)
+        positions = torch.arange(keys, device=tokens.device)
+        index = self.relations.index(positions[seen:], positions)
         factors = None if self.rel_scale is None else gather(self.rel_scale, index)
         after = []
         for block, before in zip(self.blocks, memory.layers):

@@ -67,7 +67,7 @@ def residual_expansion(tower: ResidualTower, x: Float[Tensor, "..."], order: int
         if order:
             # G_n^(m) = G_{n−1}^(m) + [λ^{m−1}] F_n(…): a module's series to one order less, since its scale gives one.
             added = taylor(f, levels[:order])
-            # O(n m²) in place of C(n, m) chains, and without the noise of finite differences in λ.
+            # O(n m²) instead of C(n, m) chains, and without the noise of finite differences in λ.
             levels = [x, *(level + term for level, term in zip(levels[1:], added))]
     with torch.no_grad():
         return Expansion(levels, tower(x))

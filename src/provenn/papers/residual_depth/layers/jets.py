@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 aten = torch.ops.aten
 Operation = Any  # an overload packet of `aten`, which torch does not type
-Series = Any  # a `Jet`, or a tensor or a number that does not depend on t: a rule tells them apart at run time
+Series = Any  # a `Jet`, or a tensor or a number that does not depend on t: a rule distinguishes them at run time
 
 
 class NoRuleError(NotImplementedError):

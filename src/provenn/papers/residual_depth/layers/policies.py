@@ -178,7 +178,7 @@ class Fixup(ScalePolicy):
                 # Rule 1: every branch starts at 0.
                 parameter.zero_()
         if isinstance(branch, nn.Sequential):
-            # Rule 3, from the last place to the first, so that none moves; before the first is the policy's own bias.
+            # Rule 3, from the last index to the first, so that none shifts; before the first is the policy's own bias.
             for position in range(len(branch) - 1, 0, -1):
                 branch.insert(position, ScalarBias())
 

@@ -103,16 +103,16 @@ class PrefixAttention(nn.Module):
         wide_k, wide_v = (
             F.pad(part, (0, 0, 0, 0, 0, room)).unfold(2, reach + block, block).movedim(-1, 3) for part in (k, v)
         )
-        places = torch.arange(reach + block, device=x.device)
-        distance = places[reach:, None] - places
+        positions = torch.arange(reach + block, device=x.device)
+        distance = positions[reach:, None] - positions
         near = (distance < window).unsqueeze(-1) & (
             (distance >= 0).unsqueeze(-1) | (torch.arange(self.kinds, device=x.device) < ahead)
         )
         # (batch, 1, blocks, 1, reach + block, kinds), and which of them lie in the window of each query.
         may = F.pad(seen, (0, 0, 0, room)).unfold(1, reach + block, block).mT[:, None, :, None] & near
 
-        turned_q = rotate(wide_q, places[reach:])
-        turned_k = rotate(wide_k.transpose(3, 4), places).transpose(3, 4).flatten(3, 4)
+        turned_q = rotate(wide_q, positions[reach:])
+        turned_k = rotate(wide_k.transpose(3, 4), positions).transpose(3, 4).flatten(3, 4)
         scores = turned_q @ turned_k.mT
         scores = scores.masked_fill(~may.flatten(-2), torch.finfo(scores.dtype).min)
         fixed_k, fixed_v = (self._heads(m(prefix)).unsqueeze(2) for m in (self.key, self.value))
