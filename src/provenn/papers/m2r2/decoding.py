@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from provenn.core.errors import UserError
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.language import probabilities
-from provenn.papers.m2r2.decoders import Cache, Decoder, Places, take_apart
+from provenn.papers.m2r2.decoders import Cache, Decoder, Positions, take_apart
 from provenn.papers.m2r2.streams import run_slow
 
 MODES = ("full", "exit", "speculative", "two-model")
@@ -35,10 +35,12 @@ class Exits(Protocol):
     def decoder(self, *, fixed: bool = False) -> Decoder:
         """The base in parts."""
 
-    def run_gate(self, decoder: Decoder, gate: int, h: Tensor, places: Places, cache: Cache) -> Any:
+    def run_gate(self, decoder: Decoder, gate: int, h: Tensor, positions: Positions, cache: Cache) -> Any:
         """From the gate before to this one, for one token: h there, and the states that lead there."""
 
-    def catch_up(self, decoder: Decoder, gate: int, pending: Tensor, places: Places, last: Places, cache: Cache) -> Any:
+    def catch_up(
+        self, decoder: Decoder, gate: int, pending: Tensor, positions: Positions, last: Positions, cache: Cache
+    ) -> Any:
         """As `run_gate`, for tokens of which the last is new and the others had left before."""
 
 
