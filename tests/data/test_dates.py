@@ -75,4 +75,4 @@ def test_disorder_is_found_whatever_the_spelling(dates, row):
 )
 def test_gaps_are_steps_wider_than_usual(dates, count):
     gap = gaps(dates)
-    assert (0 if gap is None else gap.places) == count
+    assert (0 if gap is None else gap.skips) == count

@@ -10,7 +10,7 @@ from provenn.data.prompts import edit_similarity, read_prompts, share_named
 from provenn.data.text import Bytes
 from provenn.errors import UserError
 from provenn.tasks import get_task
-from provenn.tasks.prompted import UNTOLD, Answers, Written
+from provenn.tasks.prompted import NO_TARGET, Answers, Written
 
 
 class Says(torch.nn.Module):
@@ -60,7 +60,7 @@ def test_of_an_answer_only_its_own_tokens_are_learned(tmp_path):
     place = miniature.write("qmsum", tmp_path)
     train = Answers(read_prompts(place, "train"), Bytes(), 384 + 60)
     x, y = train[2]
-    told = y != UNTOLD
+    told = y != NO_TARGET
     assert len(train) == 3 and bytes(y[told].tolist()) == b" a mat 1\x00"
     assert bytes(x[: int(told.nonzero()[0]) + 1].tolist()).endswith(b"Query: What saw 1?\nAnswer:")
     assert torch.equal(x[1:][told[:-1]][:-1], y[told][:-1]), "each is read after it was told"

@@ -158,7 +158,9 @@ def test_a_folder_is_cut_class_by_class_and_predicted_at_its_own_rate(tmp_path):
     x, mask = TASK.example(other, data.meta)
     assert x.shape == (1, data.meta["length"], 12) and mask.all()
     with torch.no_grad():
-        assert TASK.told(model, data.meta, other) == pytest.approx(model(x, mask).softmax(-1)[0].tolist())
+        assert TASK.class_probabilities(model, data.meta, other) == pytest.approx(
+            model(x, mask).softmax(-1)[0].tolist()
+        )
         assert set(TASK.evaluate(model, data.test)) == {"accuracy", "cross_entropy"}
     assert TASK.picture(model, data) is not None
     held = TASK.held_out(root, data.meta)
@@ -228,7 +230,7 @@ def test_a_classifier_of_sounds_runs_outside_of_python_at_any_length(tmp_path):
         sound = tone(500, VOWEL_RATE, seconds)
         wavfile.write(tmp_path / "a.wav", VOWEL_RATE, sound)
         (told,) = session.run(None, {"samples": sound[None]})
-        assert told[0] == pytest.approx(TASK.told(model, data.meta, tmp_path / "a.wav"), abs=1e-4)
+        assert told[0] == pytest.approx(TASK.class_probabilities(model, data.meta, tmp_path / "a.wav"), abs=1e-4)
 
 
 def test_a_folder_is_tested_on_and_those_beside_it_are_trained_on(tmp_path):

@@ -186,7 +186,7 @@ def test_predictions_are_masks_and_overlays(squares, tmp_path):
     assert len(list((tmp_path / "all").glob("*.png"))) == 10
     for output, overlay, message in (
         (tmp_path / "mask.jpg", False, r"written as \.png"),
-        (None, True, "an overlay needs a place"),
+        (None, True, "an overlay needs a path"),
     ):
         with pytest.raises(UserError, match=message):
             TASK.predict(model, data.meta, [picture], output, overlay=overlay)
@@ -269,7 +269,7 @@ def test_other_refusals(squares, tmp_path):
     with pytest.raises(UserError, match="leave size out"):
         TASK.load("brain", size=64)
     data = TASK.load(squares)
-    with pytest.raises(UserError, match="the model tells 1"):
+    with pytest.raises(UserError, match="the model knows 1"):
         TASK.scores(Threshold(1), data.test)
     with pytest.raises(UserError, match="textures has 1 channel"):
         TASK.held_out("textures", data.meta)

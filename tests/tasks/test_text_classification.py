@@ -11,7 +11,7 @@ import miniature
 import provenn
 from provenn.errors import UserError
 from provenn.tasks import get_task
-from provenn.tasks.base import LABEL, TOLD
+from provenn.tasks.base import LABEL, PREDICTED
 from provenn.tasks.text_classification import OFFICIAL, _encoder
 
 TASK = get_task("text-classification")
@@ -24,7 +24,7 @@ def place(tmp_path_factory):
 
 def judged(official, wanted, given):
     wanted, given = np.asarray(wanted), np.asarray(given)
-    names = ("wanted", "given") if official == OFFICIAL[3] else (LABEL, TOLD)
+    names = ("wanted", "given") if official == OFFICIAL[3] else (LABEL, PREDICTED)
     by = np.full(len(wanted), OFFICIAL.index(official))
     return TASK.summary({names[0]: wanted, names[1]: given, "official": by})
 
@@ -59,7 +59,7 @@ def test_padding_changes_nothing(place):
     model = provenn.paper("hedgehog").build("hedgehog_text", **data.options, dim=8).eval()
     with torch.no_grad():
         one, many = (TASK.scores(model, data.test, size) for size in (1, 12))
-    np.testing.assert_array_equal(one[TOLD], many[TOLD])
+    np.testing.assert_array_equal(one[PREDICTED], many[PREDICTED])
     inputs = torch.randint(1, 256, (2, 9))
     mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
     other = inputs.masked_fill(mask == 0, 7)
@@ -79,7 +79,7 @@ def test_a_score_is_one_number_and_its_loss_the_squared_error(place):
 
     assert TASK.loss(Half(), batch) == pytest.approx(((batch[3] - 0.5) ** 2).mean())
     assert TASK.dummy_baseline(data) == 0 and TASK.evaluate(Half(), data.test)["score"] == 0
-    with pytest.raises(UserError, match="tells classes, the model was trained on scores"):
+    with pytest.raises(UserError, match="has classes, the model was trained on scores"):
         TASK.held_out(place / "CoLA", data.meta)
     with pytest.raises(UserError, match="knows no class 'contradiction'; it knows: entailment, not_entailment"):
         TASK.held_out(place / "MNLI", TASK.load(place / "RTE").meta)
