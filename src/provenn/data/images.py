@@ -214,7 +214,7 @@ def _deep(image: Image.Image, file: Path) -> np.ndarray | None:
         return None
     if raw == "LA;16B":
         raise UserError(f"{file} is a grey image of 16 bits with alpha, which cannot be read; save it as RGBA first")
-    # Pillow keeps the high byte of each number. Read as little-endian, the low byte takes its place.
+    # Pillow keeps the high byte of each number. Read as little-endian, the low byte replaces it.
     high = np.asarray(image).astype(np.uint16)
     with Image.open(file) as again:
         tile = again.tile[0]

@@ -193,13 +193,15 @@ class UnknownPixels:
             return
         share, value = self.unknown / self.pixels, self.values.most_common(1)[0][0]
         where = f"{self.files} file{'s' * (self.files > 1)} such as {self.first.name}"
-        facts = (
+        message = (
             f"{root}: {100 * share:.2g} % of the masks' pixels, in {where}, "
             f"are in no class: most often {' '.join(map(str, value))}, nearest to {self.folder.nearest(value)}"
         )
         if share > MOST_UNKNOWN and unknown != "ignore":
-            raise UserError(f"{facts}; correct classes.txt or the masks, or add --set unknown=ignore to leave them out")
-        progress.say(f"{facts}; they are not judged")
+            raise UserError(
+                f"{message}; correct classes.txt or the masks, or add --set unknown=ignore to leave them out"
+            )
+        progress.say(f"{message}; they are not judged")
 
 
 def read_mask(file: Path, colours: Sequence[Colour] = ()) -> UInt8[np.ndarray, "height width"]:

@@ -105,7 +105,7 @@ def test_nms_is_the_greedy_one_ties_and_blocks_included(seed, count, threshold, 
         assert nms(boxes, scores, labels, threshold, max_detections=3).tolist() == expected[:3]
 
 
-def test_a_long_chain_of_boxes_is_told_right():
+def test_a_long_chain_of_boxes_is_suppressed_right():
     """Each overlaps the next alone: every other one is kept, which takes as many rounds as there are boxes."""
     left = torch.arange(700.0) * 4
     boxes = torch.stack([left, left * 0, left + 6, left * 0 + 1], dim=1)
