@@ -71,7 +71,7 @@ for word in ("heed", "had", "hod", "heard"):
     for _ in range(10):
         sound = draw_vowel(rng, word)
         write_wav(PLACE / f"{word}.wav", sound)
-        share = hearing.told(model, label.meta, PLACE / f"{word}.wav")[label.meta["classes"].index(word)]
+        share = hearing.class_probabilities(model, label.meta, PLACE / f"{word}.wav")[label.meta["classes"].index(word)]
         best, most = (sound, share) if share > most else (best, most)
     print(f"{word}: {most:.2f}")
     write_wav(PLACE / f"{word}.wav", best)

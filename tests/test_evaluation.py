@@ -120,7 +120,7 @@ def test_classes_are_the_models_own_whatever_order_the_folder_has(photos):
     assert [label for _, label in task.held_out(photos, nameless).dataset.files] == [0] * 12 + [1] * 12
     with pytest.raises(UserError, match="knows no class 'dark'; it knows: light, grey"):
         task.held_out(photos, {**META, "classes": ["light", "grey"]})
-    with pytest.raises(UserError, match="has 2 classes; these weights tell 3 and know no names"):
+    with pytest.raises(UserError, match="has 2 classes; these weights know 3, which have no names"):
         task.held_out(photos, {**META, "classes": ["class 0", "class 1", "class 2"]})
 
 

@@ -245,11 +245,11 @@ def test_systems_of_images_are_fused_and_take_any_size(tmp_path, task):
             assert export.relative_difference(ours, theirs.numpy()) < 1e-4
 
 
-def test_a_place_beyond_the_image_scores_nothing(tmp_path):
+def test_an_anchor_beyond_the_image_scores_nothing(tmp_path):
     model = IMAGE_SYSTEMS["object-detection"]().eval()
     image = torch.rand(1, 3, 33, 65)
     _, scores, _ = export_detector(model)(image)
-    beyond = model.outside(model.places(image), torch.tensor([[33, 65]]))
+    beyond = model.outside(model.anchors(image), torch.tensor([[33, 65]]))
     assert beyond.any() and (scores[beyond] == 0).all() and (scores[~beyond] > 0).all()
 
 

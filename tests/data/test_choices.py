@@ -27,12 +27,12 @@ FIRST = {
 
 
 @pytest.fixture
-def place(tmp_path):
+def folder(tmp_path):
     return miniature.write("questions", tmp_path)
 
 
-def test_every_set_is_asked_as_usual(place):
-    read = {name: read_questions(place / name) for name in FIRST}
+def test_every_set_is_asked_as_usual(folder):
+    read = {name: read_questions(folder / name) for name in FIRST}
     assert sorted(each.name for each in read.values()) == sorted(FORMS), "each by its own file and keys"
     for name, each in read.items():
         first = each.questions[0]
@@ -61,8 +61,8 @@ def test_text_and_other_folders_are_no_questions(tmp_path):
         ("sciq/test.json", '{"distractor1": 1}', "expected a list of questions"),
     ],
 )
-def test_what_cannot_be_asked_is_told_in_a_line(place, file, text, says):
-    (place / file).write_text(text)
+def test_what_cannot_be_asked_is_refused_in_a_line(folder, file, text, says):
+    (folder / file).write_text(text)
     with pytest.raises(UserError, match=says) as caught:
-        read_questions((place / file).parent)
+        read_questions((folder / file).parent)
     assert "\n" not in str(caught.value)

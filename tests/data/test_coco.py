@@ -17,8 +17,8 @@ def write(folder, name="a.json", images=None, annotations=None, categories=None)
     images = [{"id": 5, "file_name": "a.png", "width": 40, "height": 30}] if images is None else images
     for image in images:
         if isinstance(image, dict) and "file_name" in image and "width" in image:
-            place = folder / image["file_name"]
-            Image.new("RGB", (image["width"], image["height"])).save(place)
+            path = folder / image["file_name"]
+            Image.new("RGB", (image["width"], image["height"])).save(path)
     categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}] if categories is None else categories
     content = {"images": images, "categories": categories, "annotations": annotations or []}
     (folder / name).write_text(json.dumps(content))

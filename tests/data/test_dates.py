@@ -8,7 +8,7 @@ from provenn.data.dates import continue_dates, first_disorder, gaps
 @pytest.mark.parametrize(
     ("dates", "following"),
     [
-        (["2024-01-31", "2024-02-29", "2024-03-31"], None),  # ends of months: no even days, no one place in the month
+        (["2024-01-31", "2024-02-29", "2024-03-31"], None),  # ends of months: no even days, no one day of the month
         (["2023-01-15", "2023-02-15", "2023-03-15"], ["2023-04-15"]),
         (["2024-02-26", "2024-02-27", "2024-02-28"], ["2024-02-29"]),
         (["2023-10-01", "2023-11-01", "2023-12-01"], ["2024-01-01"]),
@@ -75,4 +75,4 @@ def test_disorder_is_found_whatever_the_spelling(dates, row):
 )
 def test_gaps_are_steps_wider_than_usual(dates, count):
     gap = gaps(dates)
-    assert (0 if gap is None else gap.places) == count
+    assert (0 if gap is None else gap.skips) == count

@@ -10,7 +10,7 @@ from provenn.core.errors import UserError
 from provenn.data.prompts import edit_similarity, read_prompts, share_named
 from provenn.data.text import Bytes
 from provenn.tasks import get_task
-from provenn.tasks.prompted import UNTOLD, Answers, Written
+from provenn.tasks.prompted import NO_TARGET, Answers, Written
 
 
 class Says(torch.nn.Module):
@@ -29,17 +29,17 @@ class Says(torch.nn.Module):
 
 
 def test_code_is_completed_line_by_line(tmp_path):
-    place = miniature.write("longbench", tmp_path)
+    folder = miniature.write("longbench", tmp_path)
     kind = get_task("language-modelling")
-    held_out = kind.held_out(place / "repobench-p.jsonl", {"tokenizer": "bytes", "length": 4096})
+    held_out = kind.held_out(folder / "repobench-p.jsonl", {"tokenizer": "bytes", "length": 4096})
     model = Says("// says nothing\nx = 1\nx = 0")
     assert kind.summary(kind.scores(model, held_out.dataset)) == {"score": pytest.approx((0.8 + 1) / 2)}
     assert model.given[0].endswith("x = 0\ny = 1\nNext line of code:\n")
 
 
 def test_a_needle_is_found_where_it_is_named(tmp_path):
-    place = miniature.write("ruler", tmp_path) / "niah_word_16k"
-    prompts = read_prompts(place)
+    folder = miniature.write("ruler", tmp_path) / "niah_word_16k"
+    prompts = read_prompts(folder)
     assert prompts.prompts[0].text.endswith("? The special magic word for cat is") and prompts.tokens == 128
     for said, score in ((" Mat.", 1.0), (" hat.", 0.0)):
         scores = Written(prompts, Bytes(), 4096).scores(Says(said))
@@ -57,22 +57,22 @@ def test_a_prompt_that_is_too_long_loses_its_middle(tmp_path):
 
 
 def test_of_an_answer_only_its_own_tokens_are_learned(tmp_path):
-    place = miniature.write("qmsum", tmp_path)
-    train = Answers(read_prompts(place, "train"), Bytes(), 384 + 60)
+    folder = miniature.write("qmsum", tmp_path)
+    train = Answers(read_prompts(folder, "train"), Bytes(), 384 + 60)
     x, y = train[2]
-    told = y != UNTOLD
-    assert len(train) == 3 and bytes(y[told].tolist()) == b" a mat 1\x00"
-    assert bytes(x[: int(told.nonzero()[0]) + 1].tolist()).endswith(b"Query: What saw 1?\nAnswer:")
-    assert torch.equal(x[1:][told[:-1]][:-1], y[told][:-1]), "each is read after it was told"
+    is_target = y != NO_TARGET
+    assert len(train) == 3 and bytes(y[is_target].tolist()) == b" a mat 1\x00"
+    assert bytes(x[: int(is_target.nonzero()[0]) + 1].tolist()).endswith(b"Query: What saw 1?\nAnswer:")
+    assert torch.equal(x[1:][is_target[:-1]][:-1], y[is_target][:-1]), "each token is read after it was a target"
     kind = get_task("language-modelling")
     model = torch.nn.Embedding(256, 256)
     batch = x[None], y[None]
-    by_hand = torch.nn.functional.cross_entropy(model(x)[told], y[told])
+    by_hand = torch.nn.functional.cross_entropy(model(x)[is_target], y[is_target])
     assert torch.allclose(kind.loss(model, batch), by_hand)
     scores = kind.scores(model, train)
     assert scores["tokens"].tolist() == [21, 9, 9] and scores["bytes"].tolist() == [21, 9, 9]
     assert scores["nats"][2] == pytest.approx(9 * by_hand.item(), rel=1e-5)
-    held_out = kind.held_out(place, {"tokenizer": "bytes", "length": 444})
+    held_out = kind.held_out(folder, {"tokenizer": "bytes", "length": 444})
     assert held_out.about == "2 prompts of QMSum"
     assert kind.summary(kind.scores(Says(" a mat 0"), held_out.dataset))["score"] > 0.5
 

@@ -23,13 +23,13 @@ FIRST = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     return miniature.write("glue", tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_each_task_is_known_by_its_columns(place, name):
-    content = read_sentences(place / name)
+def test_each_task_is_known_by_its_columns(folder, name):
+    content = read_sentences(folder / name)
     assert (content.train[0], content.official) == FIRST[name]
     assert len(content.train) == 24 and len(content.test) == 12 and content.about.startswith(name)
     assert ("2 lines with too few columns left out" in content.about) == (name == "QQP"), "one in each file"

@@ -131,7 +131,7 @@ def _umlaut(folder):
         ("x y\n1  2\n", None, {"separator": "space"}, [[1, 2]]),
     ],
 )
-def test_what_can_be_read_in_two_ways_is_refused_with_both_and_can_be_told(tmp_path, content, says, reading, values):
+def test_what_can_be_read_in_two_ways_is_refused_with_both_and_can_be_set(tmp_path, content, says, reading, values):
     (tmp_path / "a.csv").write_text(content)
 
     def numbers(**reading):
@@ -248,7 +248,7 @@ def test_a_table_is_written_as_another_was(tmp_path):
     assert (tmp_path / "a.tsv").read_text() == "a\tb\n1\t2\n"
 
 
-def test_cells_may_hold_line_ends_and_excel_be_told_the_separator(tmp_path):
+def test_cells_may_hold_line_ends_and_excel_name_the_separator(tmp_path):
     file = tmp_path / "a.csv"
     file.write_bytes(b'x,"of\r\ntwo lines"\r\n1,2\r\n3,4\r\n')
     assert read_table(file).columns == ["x", "of\r\ntwo lines"]

@@ -48,7 +48,7 @@ def test_without_a_classifier_every_parameter_is_of_the_pyramid(build):
     assert model.eval()(x).shape == (2, model.widths[-1])
 
 
-def test_what_is_no_backbone_is_told_so():
+def test_what_is_no_backbone_is_refused():
     class Short(nn.Module):
         strides, widths = (4, 8), (3, 3)
 
@@ -124,11 +124,11 @@ def test_a_fixed_backbone_keeps_its_statistics_and_its_first_stage():
     torch.manual_seed(0)
     backbone = resnet18(num_classes=0).eval()
     image = torch.randn(2, 3, 64, 64)
-    told = backbone.features(image)
+    expected = backbone.features(image)
     fix(backbone)
     again = copy.deepcopy(backbone).train()
     before = copy.deepcopy(again.state_dict())
-    for x, y in zip(again.features(image), told, strict=True):  # in training as in eval mode
+    for x, y in zip(again.features(image), expected, strict=True):  # in training as in eval mode
         torch.testing.assert_close(x, y)
     assert again.state_dict().keys() == before.keys() and again.training
     assert all(torch.equal(x, before[name]) for name, x in again.state_dict().items())

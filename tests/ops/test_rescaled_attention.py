@@ -115,7 +115,7 @@ def test_a_form_that_is_not_there_is_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["explicit", "fused"])
 def test_half_precision_stays_near(form, dtype):
-    """Biases and factors may be larger than half a precision can tell apart; outputs are off by no more than inputs."""
+    """Biases and factors may exceed what half precision distinguishes; outputs are off by no more than inputs."""
     q, k, v = (draw(1, 2, 9, 8, seed=s).to(dtype) for s in range(3))
     bias, factors = 8 * draw(1, 2, 9, 9, seed=3), 4 * draw(1, 2, 9, 9, seed=4)
     exact = explicit(q.double(), k.double(), v.double(), bias=bias, factors=factors)

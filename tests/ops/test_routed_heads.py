@@ -37,8 +37,8 @@ def by_hand(q, k, v, active, causal=False, mask=None):
     if mask is not None:
         hidden = hidden | ~mask[:, None, None]
     if causal:
-        place = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
-        hidden = hidden | (torch.arange(k.shape[2]) > place)
+        position = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        hidden = hidden | (torch.arange(k.shape[2]) > position)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
     return weights @ v * active[..., None]
 
@@ -213,7 +213,7 @@ def test_gathering_pays_for_long_inputs_and_few_pairs_alone(heads, queries, more
         assert gathering_pays(heads, always, 2 * queries, 2 * (queries + more), 2 * longest, causal=causal)
 
 
-def test_whether_it_is_worth_it_is_told_by_the_busiest_head():
+def test_whether_it_is_worth_it_depends_on_the_busiest_head():
     q = k = draw(1, 8, 1024, 4)
     even = torch.arange(1024)[None, None] % 4 == torch.arange(8)[None, :, None] % 4
     even[:, :2] = True

@@ -284,7 +284,7 @@ def test_tokens_are_where_the_authors_code_puts_them(case):
     assert len(ours) == len(theirs) and sum(alike) > len(documents)
     assert all(int(a) == b for a, b, counts in zip(ours, theirs, alike, strict=True) if counts)
     earlier = sum(documents[: -1 if extra else None])
-    assert placement.places.tolist()[:earlier] == case["undispatch"][:earlier]
+    assert placement.row_positions.tolist()[:earlier] == case["undispatch"][:earlier]
 
 
 def test_padding_is_a_multiple_of_2r_of_every_document_and_of_2ru_of_all():

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from provenn.core.cost import count_parameters, macs
 from provenn.core.errors import UserError
 from provenn.nn.detection import ATSS, FCOS, FasterRCNN, RetinaNet, SSDLite, pad_batch
-from provenn.nn.detection.anchors import places_of, shapes_of
+from provenn.nn.detection.anchors import anchors_of, shapes_of
 from provenn.nn.detection.boxes import decode
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.papers.relationnet_pp import (
@@ -801,7 +801,7 @@ def test_torchvision_s_resnet_is_what_the_detectors_start_from():
 
 def test_anchors_at_corners_of_cells_become_those_in_the_middle():
     scales = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))
-    anchors = places_of((32, 48), (8, 16), shapes_of((8, 16), (0.5, 1.0, 2.0), scales))
+    anchors = anchors_of((32, 48), (8, 16), shapes_of((8, 16), (0.5, 1.0, 2.0), scales))
     bias = torch.randn(36) * 0.1
     theirs = anchors.boxes - anchors.strides[:, None] / 2  # MMDetection 2 puts anchors at multiples of the stride
     cells = len(anchors.boxes) // 9

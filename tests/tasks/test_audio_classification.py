@@ -153,14 +153,16 @@ def test_a_folder_is_cut_class_by_class_and_predicted_at_its_own_rate(tmp_path):
     model = AudioClassifier(**data.options, dim=16, encoder_heads=2, hidden=4).eval()
     other = tmp_path / "slow.wav"
     wavfile.write(other, 22_050, tone(300, 22_050, 0.5))  # longer than any that was trained on
-    out = tmp_path / "told.csv"
+    out = tmp_path / "predictions.csv"
     text = TASK.predict(model, data.meta, [root / "low", other], out)
     rows = out.read_text().splitlines()
     assert rows[0] == "file,label,high,low" and len(rows) == 10 and f"wrote {out}" in text
     x, mask = TASK.example(other, data.meta)
     assert x.shape == (1, data.meta["length"], 12) and mask.all()
     with torch.no_grad():
-        assert TASK.told(model, data.meta, other) == pytest.approx(model(x, mask).softmax(-1)[0].tolist())
+        assert TASK.class_probabilities(model, data.meta, other) == pytest.approx(
+            model(x, mask).softmax(-1)[0].tolist()
+        )
         assert set(TASK.evaluate(model, data.test)) == {"accuracy", "cross_entropy"}
     assert TASK.picture(model, data) is not None
     held = TASK.held_out(root, data.meta)
@@ -229,8 +231,10 @@ def test_a_classifier_of_sounds_runs_outside_of_python_at_any_length(tmp_path):
     for seconds in (0.016, 0.21, 1.0):  # the last is cut
         sound = tone(500, VOWEL_RATE, seconds)
         wavfile.write(tmp_path / "a.wav", VOWEL_RATE, sound)
-        (told,) = session.run(None, {"samples": sound[None]})
-        assert told[0] == pytest.approx(TASK.told(model, data.meta, tmp_path / "a.wav"), abs=1e-4)
+        (probabilities,) = session.run(None, {"samples": sound[None]})
+        assert probabilities[0] == pytest.approx(
+            TASK.class_probabilities(model, data.meta, tmp_path / "a.wav"), abs=1e-4
+        )
 
 
 def test_a_folder_is_tested_on_and_those_beside_it_are_trained_on(tmp_path):
@@ -248,8 +252,8 @@ def test_a_session_that_a_training_left_out_is_tested_whole_by_its_weights(tmp_p
     for session in ("one", "two", "three"):
         folder_of_tones(tmp_path / session, count=3)
     data = TASK.load(tmp_path / "two", siblings=True)
-    told = {"options": {"siblings": True}, "seed": 0, "fingerprint": data.fingerprint}
-    label = weights.Label("gaam", "any", TASK.name, meta=data.meta, trained_on=told)
+    trained_on = {"options": {"siblings": True}, "seed": 0, "fingerprint": data.fingerprint}
+    label = weights.Label("gaam", "any", TASK.name, meta=data.meta, trained_on=trained_on)
     monkeypatch.setattr(api.Paper, "load", lambda *_, **__: (torch.nn.Identity(), label))
     monkeypatch.setattr(weights, "label_of", lambda _: label)
     monkeypatch.setattr(type(catalog.card("gaam")), "preset", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Every task knows what a predictor gets that has learned nothing, and `fit` reports the test split."""
+"""Every task has a dummy baseline, and `fit` reports the test split."""
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,14 +24,14 @@ from provenn.training import Recipe, fit
 
 
 class Constant(nn.Module):
-    """Gives the same numbers whatever it is shown, for each example or each place."""
+    """Gives the same numbers whatever it is shown, for each example or each position."""
 
-    def __init__(self, values, places=False):
+    def __init__(self, values, positions=False):
         super().__init__()
-        self.values, self.places = nn.Parameter(torch.as_tensor(values).float()), places
+        self.values, self.positions = nn.Parameter(torch.as_tensor(values).float()), positions
 
     def forward(self, x, *_):
-        return self.values.expand(*x.shape[: 1 + self.places], *self.values.shape)
+        return self.values.expand(*x.shape[: 1 + self.positions], *self.values.shape)
 
 
 class Persistence(nn.Module):
@@ -93,7 +93,7 @@ class Bicubic(nn.Module):
 
 
 class Loudest(nn.Module):
-    """Says at every place what stands in the sequence most often, of some tokens."""
+    """Says at every position what stands in the sequence most often, of some tokens."""
 
     def __init__(self, vocab, first):
         super().__init__()
@@ -119,7 +119,7 @@ def classification(name, source, classes):
 
 
 class Deaf(nn.Module):
-    """Tells the classes by their shares, whatever text is read."""
+    """Predicts the classes by their shares, whatever text is read."""
 
     def __init__(self, shares):
         super().__init__()
@@ -153,7 +153,7 @@ def events():
 
 def decisions(source="cartpole-medium"):
     data = get_task("reinforcement-learning").load(source, episodes=3, validation=2, test=4)
-    return data, [Constant(logits, places=True) for logits in torch.eye(data.options["actions"])], None
+    return data, [Constant(logits, positions=True) for logits in torch.eye(data.options["actions"])], None
 
 
 def photographs():
@@ -170,7 +170,7 @@ def text():
     parts = [rng.choice(5, 401, p=p) for p in ([0.4, 0.3, 0.2, 0.1, 0], [0.2] * 5, [0.3, 0.4, 0.1, 0.1, 0.1])]
     train, val, test = (Windows(part, 8, np.array([1, 2, 1, 3, 1])) for part in parts)
     data = TaskData("dice", train, val, test, "", {"vocab": 5})
-    return data, [Constant(shares(parts[0][1:], 5).log(), places=True)], None
+    return data, [Constant(shares(parts[0][1:], 5).log(), positions=True)], None
 
 
 def pairs():
@@ -185,7 +185,7 @@ def blanks():
     ]
     train, val, test = (Blanks(Windows(part, 8, np.ones(5, dtype=np.int64)), 5) for part in parts)
     data = TaskData("dice", train, val, test, "", {"vocab": 6})
-    return data, [Constant(shares(parts[0], 6).add(1e-9).log(), places=True)], None
+    return data, [Constant(shares(parts[0], 6).add(1e-9).log(), positions=True)], None
 
 
 class Parrot(nn.Module):
@@ -211,7 +211,7 @@ def sentences():
 
 
 class Uniform(nn.Module):
-    """Says the same of every place."""
+    """Says the same of every position."""
 
     def __init__(self, shares):
         super().__init__()
@@ -244,7 +244,7 @@ class Expected(nn.Module):
 
 
 def objects():
-    """Two classes, each near a place of its own in pictures of two sizes, more or less often."""
+    """Two classes, each near a position of its own in pictures of two sizes, more or less often."""
     rng, parts = np.random.default_rng(0), []
     meta = {"classes": ["a", "b"], "ids": [1, 2], "size": 20, "mean": [0.5] * 3, "std": [0.5] * 3}
     for count, often in ((30, 0.8), (20, 0.6), (24, 0.4)):
@@ -268,7 +268,7 @@ def objects():
 
 
 class OneRow(nn.Module):
-    """Tells one row of numbers of every graph."""
+    """Predicts one row of numbers for every graph."""
 
     def __init__(self, row):
         super().__init__()
@@ -350,7 +350,7 @@ def test_fit_reports_the_metrics_of_the_test_split(name):
     assert done.curve[-1] == {**done.curve[-1], **evaluated(task, done.model, data.val)}
     for other in (data.train, data.val):
         if name != "super-resolution" or other is data.val:  # of random crops
-            assert done.metrics != evaluated(task, done.model, other), "the splits would not be told apart"
+            assert done.metrics != evaluated(task, done.model, other), "the splits would not be distinguished"
 
 
 def test_what_is_rare_in_the_test_does_not_lower_the_bar_below_a_guess():
@@ -383,5 +383,5 @@ def test_the_scale_of_photographs_is_that_of_their_meta():
 def test_random_actions_count_where_none_taken_all_the_time_does_better():
     task = get_task("reinforcement-learning")
     data = task.load("cartpole-medium", episodes=3, validation=1, test=8)
-    constant = [evaluated(task, Constant(logits, places=True), data.test)["return"] for logits in torch.eye(2)]
+    constant = [evaluated(task, Constant(logits, positions=True), data.test)["return"] for logits in torch.eye(2)]
     assert task.dummy_baseline(data) > max(constant) + 5

@@ -104,13 +104,13 @@ def test_bad_lines_are_refused_in_one_line(tmp_path, content, message):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "g.txt").write_text("x")
-    for place, message in (
+    for path, message in (
         (tmp_path / "g.txt", "no file of graphs"),
         (tmp_path, "0 files NAME_A"),
         (tmp_path / "no", "no graphs at"),
     ):
         with pytest.raises(UserError, match=message):
-            read_graphs(place)
+            read_graphs(path)
 
 
 def test_graphs_in_parts_are_refused_unless_they_may_be(tmp_path):
@@ -184,16 +184,16 @@ def test_a_batch_is_padded_and_scores_are_in_the_targets_units(tmp_path):
     model = urpe_graph_tiny(**data.options).eval()
     with torch.no_grad():
         metrics = TASK.evaluate(model, data.test)
-        told = model(nodes, lengths) * data.meta["std"][0] + data.meta["mean"][0]
+        predicted = model(nodes, lengths) * data.meta["std"][0] + data.meta["mean"][0]
     true = torch.tensor([graph.target for graph in data.test.graphs])
-    assert metrics["mae"] == pytest.approx((told - true).abs().mean().item(), rel=1e-4)
+    assert metrics["mae"] == pytest.approx((predicted - true).abs().mean().item(), rel=1e-4)
     assert metrics["rmse"] >= metrics["mae"]
     same = TASK.held_out("regular", data.meta, examples=12, test_examples=7).dataset
     assert same[3].target.equal(data.test[3].target)
 
 
 def test_predictions_are_written_for_each_graph_of_the_user_s(tmp_path):
-    file, out = tmp_path / "g.jsonl", tmp_path / "told.csv"
+    file, out = tmp_path / "g.jsonl", tmp_path / "predictions.csv"
     file.write_text(lines([ring(n, name=f"ring {n}") for n in range(3, 15)]))
     data = TASK.load(file)
     model = urpe_graph_tiny(**data.options).eval()

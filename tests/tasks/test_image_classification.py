@@ -28,7 +28,7 @@ def save(
 
 @pytest.fixture
 def reds_and_blues(tmp_path: Path) -> Path:
-    """Two classes that their colour tells apart, eight images each, of several sizes."""
+    """Two classes that differ in colour, eight images each, of several sizes."""
     rng = np.random.default_rng(0)
     for index in range(8):
         size = (int(rng.integers(16, 30)), int(rng.integers(16, 30)))
@@ -125,13 +125,13 @@ def test_a_small_preset_learns_from_a_folder_of_large_photographs(tmp_path, pape
         api.train(paper, tmp_path / "photos", overrides={"size": 12 if preset != "nprf_vit_tiny" else 4}, **words)
 
 
-@pytest.mark.parametrize("level, told", [(255, "brighter"), (90, None), (0, None)])
-def test_ink_on_paper_is_told_from_light_on_dark(tmp_path, level, told, recwarn):
+@pytest.mark.parametrize("level, word", [(255, "brighter"), (90, None), (0, None)])
+def test_ink_on_paper_is_distinguished_from_light_on_dark(tmp_path, level, word, recwarn):
     meta = TASK.load("digits").meta
     save(tmp_path / "7.png", level, (8, 8), "L")
     TASK.predict(Colour(10, 1), meta, [tmp_path / "7.png"], None)
     says = [str(warning.message) for warning in recwarn if "7.png is" in str(warning.message)]
-    assert len(says) == (told is not None) and all(told in line and "invert it" in line for line in says)
+    assert len(says) == (word is not None) and all(word in line and "invert it" in line for line in says)
 
 
 def test_missing_splits_are_cut_class_by_class(reds_and_blues):

@@ -79,10 +79,10 @@ def test_a_system_learns_from_it_and_a_better_one_has_less_error(digits):
 
 
 def test_the_classes_that_are_named_are_drawn_side_by_side(digits, model, tmp_path):
-    place = tmp_path / "new" / "drawn.png"
-    said = TASK.predict(model, digits.meta, ["3", "7", "3"], place, guidance=1, steps=4)
-    assert said == f"drew 3, 7, 3\nwrote {place}"
-    pixels = np.asarray(Image.open(place))
+    path = tmp_path / "new" / "drawn.png"
+    said = TASK.predict(model, digits.meta, ["3", "7", "3"], path, guidance=1, steps=4)
+    assert said == f"drew 3, 7, 3\nwrote {path}"
+    pixels = np.asarray(Image.open(path))
     assert pixels.shape == (64, 192)
     assert [int(pixels[0, 64 * i]) for i in range(3)] == pytest.approx(
         [255 * shade for shade in (0.3, 0.7, 0.3)], abs=1
@@ -102,7 +102,7 @@ def test_without_a_name_the_first_classes_are_drawn(digits, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "place", "options", "message"),
+    ("words", "output", "options", "message"),
     [
         (["cat"], "a.png", {}, "no class is called 'cat'; there are: 0, 1, 2"),
         (["1"], None, {}, "add -o FILE.png"),
@@ -110,9 +110,9 @@ def test_without_a_name_the_first_classes_are_drawn(digits, model, tmp_path):
         (["1"], "a.png", {"steps": 0}, "steps must lie between 1 and 1000, got 0"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(digits, model, tmp_path, words, place, options, message):
+def test_what_cannot_be_drawn_is_said(digits, model, tmp_path, words, output, options, message):
     with pytest.raises(UserError, match=message):
-        TASK.predict(model, digits.meta, words, place and tmp_path / place, **options)
+        TASK.predict(model, digits.meta, words, output and tmp_path / output, **options)
 
 
 def test_latents_are_written_as_numbers(tmp_path):

@@ -85,11 +85,11 @@ def test_a_small_model_learns(library):
 
 
 def test_text_streams_as_it_is_generated(tmp_path):
-    model, told = small().eval(), []
+    model, pieces = small().eval(), []
     meta = {"tokenizer": "bytes", "length": 32}
-    text = TASK.predict(model, meta, ["def né//é(", ""], tmp_path / "out.txt", tokens=20, log=told.append)
-    assert "".join(told).replace("�", "") == text.replace("�", "")
-    assert text.startswith("def né//é(") and len(told) > 5
+    text = TASK.predict(model, meta, ["def né//é(", ""], tmp_path / "out.txt", tokens=20, log=pieces.append)
+    assert "".join(pieces).replace("�", "") == text.replace("�", "")
+    assert text.startswith("def né//é(") and len(pieces) > 5
     assert (tmp_path / "out.txt").read_text() == text.rsplit("\nwrote", 1)[0]
     assert TASK.predict(model, meta, ["def f("], None, seed=1) == TASK.predict(model, meta, ["def f("], None, seed=1)
     assert TASK.predict(model, meta, ["def f("], None, seed=1) != TASK.predict(model, meta, ["def f("], None, seed=2)
@@ -158,14 +158,14 @@ def test_bad_draws_are_one_line(options, says):
         TASK.predict(small().eval(), TASK.default_meta({}), ["a"], None, **options)
 
 
-def test_what_is_longer_than_the_positions_is_refused_before_a_word_is_told():
+def test_what_is_longer_than_the_positions_is_refused_before_a_word_is_written():
     model = CausalLM(256, 32, 1, "softmax", positions="learned", max_length=16).eval()
-    told: list[str] = []
+    pieces: list[str] = []
     with pytest.raises(UserError, match="the prompt's 12 tokens and 6 more are longer than max_length=16"):
-        TASK.predict(model, TASK.default_meta({}), ["twelve bytes"], None, tokens=6, log=told.append)
-    assert told == []
-    TASK.predict(model, TASK.default_meta({}), ["twelve bytes"], None, tokens=5, log=told.append)
-    assert "".join(told).startswith("twelve bytes")
+        TASK.predict(model, TASK.default_meta({}), ["twelve bytes"], None, tokens=6, log=pieces.append)
+    assert pieces == []
+    TASK.predict(model, TASK.default_meta({}), ["twelve bytes"], None, tokens=5, log=pieces.append)
+    assert "".join(pieces).startswith("twelve bytes")
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])

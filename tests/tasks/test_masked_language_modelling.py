@@ -1,4 +1,4 @@
-"""Blanks are told from what stands around them."""
+"""Blanks are predicted from the tokens around them."""
 
 import pytest
 import torch

@@ -50,13 +50,13 @@ def pycocotools_says(truths, found, classes=3):
 
     images = [{"id": i + 1} for i in range(len(truths))]
     categories = [{"id": i + 1} for i in range(classes)]
-    truth, told = COCO(), COCO()
+    truth, predicted = COCO(), COCO()
     truth.dataset = {"images": images, "categories": categories, "annotations": _annotations(truths)}
-    told.dataset = {"images": images, "categories": categories, "annotations": _annotations(found)}
+    predicted.dataset = {"images": images, "categories": categories, "annotations": _annotations(found)}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        told.createIndex()
-        judge = COCOeval(truth, told, "bbox")
+        predicted.createIndex()
+        judge = COCOeval(truth, predicted, "bbox")
         judge.evaluate()
         judge.accumulate()
         judge.summarize()

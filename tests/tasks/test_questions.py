@@ -51,7 +51,7 @@ def test_padding_and_neighbours_change_no_likelihood(slug, preset):
     assert not greedy.any()
 
 
-def test_the_likeliest_choice_is_told_and_the_likeliest_for_each_letter():
+def test_the_likeliest_choice_is_predicted_and_the_likeliest_for_each_letter():
     asked = [Question.asked("Which?", ["a", "bb"], 1), Question.asked("Which?", ["a", "bb"], 0)]
     model = Fixed(a=2.0, b=1.5)  # one a is likelier than two b, a letter at a time with the blank b is
     dataset = Choices(Questions("two", asked, True), Bytes(), 64)
@@ -76,15 +76,15 @@ def test_a_single_choice_must_be_what_the_model_writes():
 def test_a_long_question_loses_its_beginning_and_an_empty_one_is_asked_after_an_end():
     asked = Question.asked("x" * 100, ["yes", "no"], 0)
     ((tokens, start), _) = Choices(Questions("long", [asked], False), Bytes(), 16)[0]
-    assert bytes(tokens.tolist()) == b"x" * 13 + b" yes" and start == 13, "16 are read and 17 told"
+    assert bytes(tokens.tolist()) == b"x" * 13 + b" yes" and start == 13, "16 are read and 17 predicted"
     ((tokens, start), _) = Choices(Questions("none", [Question.asked("", ["yes", "no"], 0)], False), Bytes(), 16)[0]
     assert bytes(tokens.tolist()) == b"\0yes" and start == 1
 
 
 def test_questions_are_evaluated_on_as_text_is(tmp_path):
-    place = miniature.write("questions", tmp_path)
+    folder = miniature.write("questions", tmp_path)
     model = Fixed(a=1.0)
-    held_out = TASK.held_out(place / "sciq", META)
+    held_out = TASK.held_out(folder / "sciq", META)
     assert held_out.about == "2 questions of SciQ"
     found = evaluate(model, TASK, held_out)
     assert list(found.metrics) == ["score", "accuracy", "accuracy_norm"] and found.examples == 2

@@ -48,11 +48,11 @@ def test_every_answer_stands_in_the_sequence(kind):
     assert TASK.evaluate(Oracle(data), data.test) == {"accuracy": 1.0, "exact": 1.0}
     tokens, targets, distances = data.test.tensors
     assert tokens.max() < data.options["vocab"] and tokens.min() >= 0
-    rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-    back = places - distances[rows, places]
+    rows, positions = (targets != IGNORED).nonzero(as_tuple=True)
+    back = positions - distances[rows, positions]
     follows = 1 if kind in ("mqar", "needle") else 0
     found = tokens[rows, back + follows]
-    assert torch.equal(found % 7 if kind == "lookup" else found, targets[rows, places])
+    assert torch.equal(found % 7 if kind == "lookup" else found, targets[rows, positions])
     assert {"mqar": 4, "needle": 1, "selective-copy": 4, "lookup": 4}[kind] == (targets[0] != IGNORED).sum()
 
 
@@ -65,8 +65,8 @@ def test_a_seed_fixes_the_sequences_and_the_splits_differ(kind):
 
 def test_most_questions_come_soon_after_the_pairs():
     _, targets, _ = load("mqar", length=200).test.tensors
-    places = (targets != IGNORED).nonzero(as_tuple=True)[1]
-    assert (places < 60).double().mean() > 0.5 and places.max() > 150
+    positions = (targets != IGNORED).nonzero(as_tuple=True)[1]
+    assert (positions < 60).double().mean() > 0.5 and positions.max() > 150
 
 
 def test_who_forgets_is_right_near_by_alone():

@@ -47,8 +47,8 @@ def squares(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class Told(nn.Module):
-    """Gives the masks that it is told, as logits."""
+class Fixed(nn.Module):
+    """Gives the masks that it was made with, as logits."""
 
     def __init__(self, masks, classes):
         super().__init__()
@@ -71,8 +71,8 @@ def pairs(masks):
 
 def test_mean_intersection_over_union_is_of_the_whole_set():
     true = torch.tensor([[[0, 0, 1, 1]], [[2, 255, 1, 1]]])
-    told = torch.tensor([[[0, 1, 1, 1]], [[2, 2, 2, 1]]])
-    scores = TASK.scores(Told(told, 4), pairs(true), 1)
+    predicted = torch.tensor([[[0, 1, 1, 1]], [[2, 2, 2, 1]]])
+    scores = TASK.scores(Fixed(predicted, 4), pairs(true), 1)
     metrics = TASK.summary(scores)
     # Class 0: 1 of 2; class 1: 3 of 5; class 2: 1 of 2 (what is not judged counts nowhere); class 3 is nowhere.
     assert metrics["miou"] == pytest.approx((1 / 2 + 3 / 5 + 1 / 2) / 3)
@@ -86,11 +86,11 @@ def test_the_metric_is_torchmetrics():
     from torchmetrics.segmentation import MeanIoU
 
     generator = torch.Generator().manual_seed(0)
-    true, told = (torch.randint(5, (6, 7, 8), generator=generator) for _ in range(2))
-    scores = TASK.scores(Told(told, 5), pairs(true), 4)
+    true, predicted = (torch.randint(5, (6, 7, 8), generator=generator) for _ in range(2))
+    scores = TASK.scores(Fixed(predicted, 5), pairs(true), 4)
     judge = MeanIoU(5, input_format="index", per_class=False)
     # One picture of all the pixels: torchmetrics takes the mean over pictures, the field's benchmarks do not.
-    judge.update(told.reshape(1, 6, 56), true.reshape(1, 6, 56))
+    judge.update(predicted.reshape(1, 6, 56), true.reshape(1, 6, 56))
     assert TASK.summary(scores)["miou"] == pytest.approx(judge.compute().item(), rel=1e-6)
 
 
@@ -102,12 +102,12 @@ def test_boundaries_may_be_off_by_a_little():
     flat = torch.zeros_like(true)
     assert boundary_f_score(flat, flat).item() == 1 and boundary_f_score(flat, true).item() == 0
     half = true.clone()
-    half[:, :20] = 0  # finds half of the boundary, and tells one along the middle that is none
+    half[:, :20] = 0  # finds half of the boundary, and predicts one along the middle that is none
     precision, recall = (21 + 1) / (20 + 20), 21 / 40
     assert boundary_f_score(half, true).item() == pytest.approx(2 * precision * recall / (precision + recall), abs=0.05)
 
 
-def test_what_an_image_is_told_does_not_depend_on_its_company(squares):
+def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(squares):
     torch.manual_seed(0)
     data, model = TASK.load(squares), Threshold().eval()
     test = TASK.scores(model, data.test, 8)
@@ -186,7 +186,7 @@ def test_predictions_are_masks_and_overlays(squares, tmp_path):
     assert len(list((tmp_path / "all").glob("*.png"))) == 10
     for output, overlay, message in (
         (tmp_path / "mask.jpg", False, r"written as \.png"),
-        (None, True, "an overlay needs a place"),
+        (None, True, "an overlay needs a path"),
     ):
         with pytest.raises(UserError, match=message):
             TASK.predict(model, data.meta, [picture], output, overlay=overlay)
@@ -269,7 +269,7 @@ def test_other_refusals(squares, tmp_path):
     with pytest.raises(UserError, match="leave size out"):
         TASK.load("brain", size=64)
     data = TASK.load(squares)
-    with pytest.raises(UserError, match="the model tells 1"):
+    with pytest.raises(UserError, match="the model knows 1"):
         TASK.scores(Threshold(1), data.test)
     with pytest.raises(UserError, match="textures has 1 channel"):
         TASK.held_out("textures", data.meta)

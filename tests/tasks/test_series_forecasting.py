@@ -16,7 +16,7 @@ TASK = get_task("series-forecasting")
 
 
 class Squares(nn.Linear):
-    """The squares of the last two values, which tell where zero is and what is one."""
+    """The squares of the last two values, which show where zero is and what is one."""
 
     def forward(self, x):
         return x[:, -2:].square()

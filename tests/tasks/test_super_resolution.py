@@ -245,11 +245,11 @@ def test_folders_that_cannot_be_trained_on(task, tmp_path):
 def test_prediction_keeps_the_kind_of_image(task, tmp_path, mode):
     source = Image.fromarray(photograph("flower")[100:137, 200:251]).convert(mode)
     source.save(tmp_path / "a.png")
-    told = task.predict(Enlarge(), {}, [tmp_path / "a.png"], tmp_path / "b.png")
+    output = task.predict(Enlarge(), {}, [tmp_path / "a.png"], tmp_path / "b.png")
     with Image.open(tmp_path / "b.png") as larger:
         assert larger.size == (102, 74)
         assert larger.mode == {"1": "L", "P": "RGB"}.get(mode, mode)
-    assert "51×37" in told and "102×74" in told
+    assert "51×37" in output and "102×74" in output
     if mode in ("L", "RGB"):
         assert np.array_equal(read_image(tmp_path / "b.png").colour[::2, ::2], read_image(tmp_path / "a.png").colour)
 
@@ -294,15 +294,15 @@ def test_results_are_compared_with_the_images_in_full_resolution(task, tmp_path)
             tmp_path / "lr" / f"{name}x2.png",
             Picture(np.ascontiguousarray(lr.permute(1, 2, 0).numpy().astype(np.uint8))),
         )
-    told = task.predict(Enlarge(), {}, [tmp_path / "lr"], tmp_path / "sr", reference=tmp_path / "hr").splitlines()
+    output = task.predict(Enlarge(), {}, [tmp_path / "lr"], tmp_path / "sr", reference=tmp_path / "hr").splitlines()
     photos = sr.Whole([photograph("flower")[:61, :81], photograph("chelsea")[:61, :81]])
     expected = task.evaluate(Enlarge(), photos)
     mean = f"{expected['psnr']:.2f} dB PSNR, {expected['ssim']:.4f} SSIM; bicubic {expected['psnr_bicubic']:.2f} dB"
-    assert len(told) == 3 and told[-1] == f"mean of 2: on Y {mean}, {expected['ssim_bicubic']:.4f}"
+    assert len(output) == 3 and output[-1] == f"mean of 2: on Y {mean}, {expected['ssim_bicubic']:.4f}"
     single = task.predict(
         Enlarge(), {}, [tmp_path / "lr" / "ax2.png"], tmp_path / "one.png", reference=tmp_path / "hr" / "a.png"
     )
-    assert single.partition(" s; ")[2] == told[0].partition(" s; ")[2] != ""
+    assert single.partition(" s; ")[2] == output[0].partition(" s; ")[2] != ""
 
 
 def test_bad_places_are_refused_before_anything_is_written(task, tmp_path):

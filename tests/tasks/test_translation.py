@@ -44,11 +44,11 @@ class Echo(nn.Module):
     def forward(self, source, written, mask):
         assert torch.equal(mask, source != END) and (written[:, 0] == END).all()
         letters = F.pad(source, (0, written.shape[1]))[:, : written.shape[1]]
-        assert torch.equal(written[:, 1:], letters[:, :-1])  # what was told before
+        assert torch.equal(written[:, 1:], letters[:, :-1])  # the targets before
         return self.sure * F.one_hot(letters, 256).float()
 
 
-def test_what_is_told_right_given_all_before_it_is_what_is_written(tmp_path):
+def test_what_is_predicted_right_given_all_before_it_is_what_is_written(tmp_path):
     file = tmp_path / "pairs.tsv"
     file.write_text("".join(f"{word}\t{word}\n" for word in ("a", "bc", "día", "nine of ten") * 10))
     data, model = TASK.load(file), Echo()
@@ -86,7 +86,7 @@ def test_files_that_hold_no_pairs_are_refused(tmp_path, name, text, says):
         TASK.load(tmp_path / name)
 
 
-class Told(nn.Module):
+class Fixed(nn.Module):
     """Words with given chances: what comes next follows from the word before alone."""
 
     def __init__(self, chances):
@@ -100,7 +100,7 @@ class Told(nn.Module):
 def test_a_beam_finds_what_greed_misses():
     # From the start 1 is likelier than 2, but what follows 2 is certain.
     chances = [[1e-9, 0.6, 0.4, 1e-9], [0.3, 0.35, 1e-9, 0.35], [1e-9, 1e-9, 1e-9, 1.0], [1.0, 1e-9, 1e-9, 1e-9]]
-    model, source = Told(chances), torch.tensor([[1, 0], [2, 0]])
+    model, source = Fixed(chances), torch.tensor([[1, 0], [2, 0]])
     assert translate(model, source, 5, beam=4, penalty=0.0) == [[2, 3]] * 2
     assert translate(model, source, 5, beam=1, penalty=0.0)[0][0] == 1
     assert translate(model, source, 1, beam=4, penalty=0.0) == [[1]] * 2, "cut at the length"
@@ -108,7 +108,7 @@ def test_a_beam_finds_what_greed_misses():
 
 def test_every_translation_is_weighed_where_the_beam_is_wide_enough():
     torch.manual_seed(0)
-    model = Told(torch.rand(4, 4).softmax(-1).tolist())
+    model = Fixed(torch.rand(4, 4).softmax(-1).tolist())
     log = model.log.log_softmax(-1).tolist()
     length, penalty = 3, 1.2
     scored = {}

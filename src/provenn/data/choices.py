@@ -2,7 +2,7 @@
 
 piqa/: valid.jsonl and valid-labels.lst (or dev…). hellaswag/: hellaswag_val.jsonl. winogrande/: dev.jsonl.
 arc_easy/, arc_challenge/: ARC-Easy-Test.jsonl, ARC-Challenge-Test.jsonl. openbookqa/: test.jsonl. sciq/: test.json.
-logiqa/: Test.txt. truthfulqa/: mc_task.json. lambada/: lambada_test_en.jsonl, where the last word is to be told.
+logiqa/: Test.txt. truthfulqa/: mc_task.json. lambada/: lambada_test_en.jsonl, where the last word is the target.
 """
 
 import json
@@ -166,13 +166,13 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         numbered = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         entries = [(where, parse_json(line, where)) for where, line in numbered]
     labels = file.with_name(f"{file.stem}-labels.lst")
-    told = read_text(labels).split() if labels.is_file() else None
-    if told is not None and len(told) != len(entries):
-        raise UserError(f"{labels} has {len(told)} labels for {len(entries)} questions")
+    answers = read_text(labels).split() if labels.is_file() else None
+    if answers is not None and len(answers) != len(entries):
+        raise UserError(f"{labels} has {len(answers)} labels for {len(entries)} questions")
     for number, (where, entry) in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{where}: expected an object with keys")
-        yield where, entry if told is None else {**entry, "label": told[number]}
+        yield where, entry if answers is None else {**entry, "label": answers[number]}
 
 
 def _array(file: Path, text: str) -> list[Any]:

@@ -249,7 +249,7 @@ def _images(listed: list[Any], file: Path) -> dict[Any, dict[str, Any]]:
 
 
 def _folder_of(file: Path, root: Path, names: Sequence[str]) -> Path:
-    """Where most of the images lie of the places where they may."""
+    """The folder that holds most of the images, of all in which they may lie."""
     words = [word for word in file.stem.split("_") if _split_of(word)]
     split = _split_of(file.stem)
     words += [word for word in SPLITS.get(split or "", ()) if word not in words]

@@ -66,9 +66,9 @@ def _as_people_write(dates: Sequence[str], count: int) -> list[str] | None:
 
 
 class Gap(NamedTuple):
-    """Rows between which time is skipped: how many times, the first of them from 0, and the steps there and usually."""
+    """Steps in time that are too long: their number, the row before the first, the first step and the usual one."""
 
-    places: int
+    skips: int
     first: int
     step: float
     usual: float
@@ -121,17 +121,17 @@ def gaps(dates: Sequence[str]) -> Gap | None:
     """Where a series in order of time skips some: steps of more than one and a half times the usual one.
 
     >>> gaps(["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-06"])
-    Gap(places=1, first=2, step=259200.0, usual=86400.0)
+    Gap(skips=1, first=2, step=259200.0, usual=86400.0)
     """
     increasing = [reading for reading in (readings(dates) if len(dates) > 2 else []) if (np.diff(reading) > 0).all()]
     if not increasing:
         return None
     wide = [np.flatnonzero(np.diff(reading) > 1.5 * np.median(np.diff(reading))) for reading in increasing]
-    place = min(range(len(increasing)), key=lambda i: len(wide[i]))
-    if not len(wide[place]):
+    index = min(range(len(increasing)), key=lambda i: len(wide[i]))
+    if not len(wide[index]):
         return None
-    steps, first = np.diff(increasing[place]), int(wide[place][0])
-    return Gap(len(wide[place]), first, float(steps[first]), float(np.median(steps)))
+    steps, first = np.diff(increasing[index]), int(wide[index][0])
+    return Gap(len(wide[index]), first, float(steps[first]), float(np.median(steps)))
 
 
 def is_date(cell: str) -> bool:
@@ -184,13 +184,13 @@ def _evenly(values: np.ndarray, count: int) -> np.ndarray | None:
 
 
 def _by_month(stamps: np.ndarray, count: int) -> np.ndarray | None:
-    """Days whose months are evenly spaced and whose place in the month is one."""
+    """Days whose months are evenly spaced and that lie on one day of the month."""
     months = stamps.astype("datetime64[M]")
-    places = stamps - months.astype(stamps.dtype)
+    days = stamps - months.astype(stamps.dtype)
     following = _evenly(months, count)
-    if following is None or (places != places[0]).any():
+    if following is None or (days != days[0]).any():
         return None
-    dates = following.astype(stamps.dtype) + places[0]
+    dates = following.astype(stamps.dtype) + days[0]
     return dates if (dates.astype("datetime64[M]") == following).all() else None
 
 

@@ -122,7 +122,7 @@ class SinePoisson:
 
 
 PROCESSES: dict[str, Hawkes | SinePoisson] = {
-    # Each mark sets off the other: about two marks of three can be told from the last.
+    # Each mark sets off the other: about two marks of three can be predicted from the last.
     "hawkes": Hawkes(base=(0.1, 0.05), excitation=((0.0, 0.8), (0.8, 0.0)), decay=2.0),
     "sine": SinePoisson(rate=0.64, depth=0.9, period=4 * np.pi),
 }

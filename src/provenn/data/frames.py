@@ -86,7 +86,7 @@ def _sheet(file: Path, names: Sequence[str], wanted: str | None) -> str:
 
 
 def _cells(frame: Any) -> list[list[str]]:
-    columns = [_column(list(frame.iloc[:, place])) for place in range(frame.shape[1])]
+    columns = [_column(list(frame.iloc[:, index])) for index in range(frame.shape[1])]
     return [list(row) for row in zip(*columns)]
 
 

@@ -25,7 +25,7 @@ PLAIN = "node"  # the label of nodes, or of edges, that have none
 
 @dataclass(frozen=True)
 class Graph:
-    """An undirected graph with labels on its nodes and edges, and numbers to be told of it.
+    """An undirected graph with labels on its nodes and edges, and its target numbers.
 
     Args:
         name: for messages and tables.
@@ -60,38 +60,38 @@ class Graphs:
     targets: tuple[str, ...]
 
 
-def read_graphs(place: Path, *, target: str | None = None) -> Graphs:
+def read_graphs(path: Path, *, target: str | None = None) -> Graphs:
     """The graphs of a file or a folder.
 
     Args:
-        place: one of `FORMATS`.
-        target: of an SDF file the property to tell; of the other kinds there is nothing to choose.
+        path: one of `FORMATS`.
+        target: of an SDF file the property to predict. Other kinds of file have no choice.
 
     Raises:
         UserError: another kind of file, or what is wrong in it, and where.
     """
-    if not place.exists():
-        raise UserError(f"no graphs at {str(place)!r}: expected {FORMATS}")
-    suffix = place.suffix.lower()
+    if not path.exists():
+        raise UserError(f"no graphs at {str(path)!r}: expected {FORMATS}")
+    suffix = path.suffix.lower()
     if target is not None and suffix != ".sdf":
-        raise UserError(f"target names a property of an SDF file; {place} is none: leave it out")
-    if place.is_dir():
-        graphs = _folder(place)
+        raise UserError(f"target names a property of an SDF file; {path} is none: leave it out")
+    if path.is_dir():
+        graphs = _folder(path)
     elif suffix in (".jsonl", ".json"):
-        graphs = _json_lines(place)
+        graphs = _json_lines(path)
     elif suffix in (".sdf", ".mol"):
-        graphs = _molecules(place, target)
+        graphs = _molecules(path, target)
     else:
-        raise UserError(f"{place} is no file of graphs: expected {FORMATS}")
+        raise UserError(f"{path} is no file of graphs: expected {FORMATS}")
     if not graphs.items:
-        raise UserError(f"{place} holds no graph")
+        raise UserError(f"{path} holds no graph")
     for graph in graphs.items:
-        _check(graph, place)
+        _check(graph, path)
     return graphs
 
 
-def _check(graph: Graph, place: Path) -> None:
-    where = f"{place}: {graph.name}"
+def _check(graph: Graph, path: Path) -> None:
+    where = f"{path}: {graph.name}"
     if not graph.nodes:
         raise UserError(f"{where} has no node")
     if len(graph.nodes) > MOST_NODES:
@@ -104,13 +104,13 @@ def _check(graph: Graph, place: Path) -> None:
         raise UserError(f"{where} has the target {bad}: expected a finite number")
 
 
-def _json_lines(place: Path) -> Graphs:
+def _json_lines(path: Path) -> Graphs:
     items: list[Graph] = []
     targets: tuple[str, ...] | None = None
-    for number, line in enumerate(read_text(place).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
-        where = f"{place}, line {number}"
+        where = f"{path}, line {number}"
         row = parse_json(line, where)
         if (
             not isinstance(row, dict)
@@ -163,7 +163,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _once(edges: Sequence[tuple[int, int, str]]) -> tuple[tuple[int, int, str], ...]:
-    """Each edge in one direction, whose label is the first that was told; no loop at a node."""
+    """Each edge in one direction, with the first label that is given; no loop at a node."""
     kept: dict[tuple[int, int], str] = {}
     for i, j, label in edges:
         if i != j:
@@ -171,21 +171,19 @@ def _once(edges: Sequence[tuple[int, int, str]]) -> tuple[tuple[int, int, str], 
     return tuple((i, j, label) for (i, j), label in kept.items())
 
 
-def _molecules(place: Path, target: str | None) -> Graphs:
+def _molecules(path: Path, target: str | None) -> Graphs:
     items: list[Graph] = []
     known: dict[str, None] = {}
-    for number, record in enumerate(_records(read_text(place)), start=1):
-        graph, properties = _molecule(record, f"{place}, molecule {number}", number)
+    for number, record in enumerate(_records(read_text(path)), start=1):
+        graph, properties = _molecule(record, f"{path}, molecule {number}", number)
         known |= dict.fromkeys(properties)
         if target is not None:
             if target not in properties:
-                raise UserError(
-                    f"{place}: {graph.name} has no property {target!r}; it has: {_listed(list(properties))}"
-                )
+                raise UserError(f"{path}: {graph.name} has no property {target!r}; it has: {_listed(list(properties))}")
             try:
                 graph = replace(graph, target=(float(properties[target]),))
             except ValueError:
-                raise UserError(f"{place}: {graph.name}: {target} is {properties[target]!r}, no number") from None
+                raise UserError(f"{path}: {graph.name}: {target} is {properties[target]!r}, no number") from None
         items.append(graph)
     return Graphs(tuple(items), () if target is None else (target,))
 
@@ -228,15 +226,15 @@ def _molecule(lines: list[str], where: str, number: int) -> tuple[Graph, dict[st
     return Graph(lines[0].strip() or f"molecule {number}", nodes, _once(edges)), properties
 
 
-def _folder(place: Path) -> Graphs:
+def _folder(path: Path) -> Graphs:
     """NAME_A.txt has a line an edge, nodes of all graphs counted from 1; NAME_graph_indicator.txt a graph a node."""
-    found = sorted(place.glob("*_A.txt"))
+    found = sorted(path.glob("*_A.txt"))
     if len(found) != 1:
-        raise UserError(f"{place} holds {len(found)} files NAME_A.txt: expected one, and {FORMATS}")
+        raise UserError(f"{path} holds {len(found)} files NAME_A.txt: expected one, and {FORMATS}")
     stem = found[0].name.removesuffix("_A.txt")
 
     def numbers(what: str, kind: type) -> list[list[Any]] | None:
-        file = place / f"{stem}_{what}.txt"
+        file = path / f"{stem}_{what}.txt"
         if not file.exists():
             return None
         rows = []
@@ -253,21 +251,21 @@ def _folder(place: Path) -> Graphs:
     indicator = numbers("graph_indicator", int)
     pairs = numbers("A", int)
     if indicator is None or pairs is None:
-        raise UserError(f"{place} has no {stem}_graph_indicator.txt, which says whose graph a node is of")
+        raise UserError(f"{path} has no {stem}_graph_indicator.txt, which says whose graph a node is of")
     labels, kinds = numbers("node_labels", int), numbers("edge_labels", int)
     values = numbers("graph_attributes", float) or numbers("graph_labels", float)
     for what, rows, expected in (("node_labels", labels, len(indicator)), ("edge_labels", kinds, len(pairs))):
         if rows is not None and len(rows) != expected:
-            raise UserError(f"{place}/{stem}_{what}.txt has {len(rows)} lines: expected {expected}")
+            raise UserError(f"{path}/{stem}_{what}.txt has {len(rows)} lines: expected {expected}")
     count = max((row[0] for row in indicator), default=0)
     if values is not None and len(values) != count:
-        raise UserError(f"{place}: {len(values)} graphs have attributes, the indicator names {count}")
+        raise UserError(f"{path}: {len(values)} graphs have attributes, the indicator names {count}")
     members: list[list[int]] = [[] for _ in range(count)]
     local: list[tuple[int, int]] = []
     for node, (graph, *_) in enumerate(indicator):
         if graph < 1:
             raise UserError(
-                f"{place}/{stem}_graph_indicator.txt, line {node + 1}: graphs are counted from 1, got {graph}"
+                f"{path}/{stem}_graph_indicator.txt, line {node + 1}: graphs are counted from 1, got {graph}"
             )
         local.append((graph - 1, len(members[graph - 1])))
         members[graph - 1].append(node)
@@ -291,7 +289,7 @@ def _folder(place: Path) -> Graphs:
     width = len(values[0]) if values else 0
     names = tuple(f"attribute {i + 1}" for i in range(width)) if width > 1 else ("attribute",) * width
     if any(len(graph.target) != width for graph in items):
-        raise UserError(f"{place}: graphs have different numbers of attributes")
+        raise UserError(f"{path}: graphs have different numbers of attributes")
     return Graphs(items, names)
 
 

@@ -155,23 +155,23 @@ def write_image(file: Path, picture: Picture) -> None:
     """Write an image in the format of the file's ending, in one step.
 
     Raises:
-        UserError: the format cannot hold alpha or 16 bits, or the place cannot be written.
+        UserError: the format cannot hold alpha or 16 bits, or the file cannot be written.
     """
     check_holds(file, picture)
     channels = picture.colour[..., :1] if picture.grey else picture.colour
     if picture.alpha is not None:
         channels = np.concatenate([channels, picture.alpha[..., None]], axis=-1)
-    with atomic_write(file, suffix=output_suffix(file, ".png")) as place:
+    with atomic_write(file, suffix=output_suffix(file, ".png")) as temporary:
         if not picture.deep:
             image = Image.fromarray(channels.squeeze(-1) if channels.shape[-1] == 1 else channels)
-            options: dict[str, Any] = {"quality": 95} if place.suffix in (".jpg", ".jpeg", ".webp") else {}
-            image.save(place, icc_profile=picture.profile, **options)
-        elif place.suffix == ".png":
-            place.write_bytes(_png16(channels, picture.profile))
+            options: dict[str, Any] = {"quality": 95} if temporary.suffix in (".jpg", ".jpeg", ".webp") else {}
+            image.save(temporary, icc_profile=picture.profile, **options)
+        elif temporary.suffix == ".png":
+            temporary.write_bytes(_png16(channels, picture.profile))
         else:
             from skimage.io import imsave
 
-            imsave(place, channels.squeeze(-1) if channels.shape[-1] == 1 else channels, check_contrast=False)
+            imsave(temporary, channels.squeeze(-1) if channels.shape[-1] == 1 else channels, check_contrast=False)
 
 
 def check_holds(file: Path, picture: Picture) -> None:
@@ -214,7 +214,7 @@ def _deep(image: Image.Image, file: Path) -> np.ndarray | None:
         return None
     if raw == "LA;16B":
         raise UserError(f"{file} is a grey image of 16 bits with alpha, which cannot be read; save it as RGBA first")
-    # Pillow keeps the high byte of each number. Read as little-endian, the low byte takes its place.
+    # Pillow keeps the high byte of each number. Read as little-endian, the low byte replaces it.
     high = np.asarray(image).astype(np.uint16)
     with Image.open(file) as again:
         tile = again.tile[0]

@@ -193,17 +193,19 @@ class UnknownPixels:
             return
         share, value = self.unknown / self.pixels, self.values.most_common(1)[0][0]
         where = f"{self.files} file{'s' * (self.files > 1)} such as {self.first.name}"
-        facts = (
+        message = (
             f"{root}: {100 * share:.2g} % of the masks' pixels, in {where}, "
             f"are in no class: most often {' '.join(map(str, value))}, nearest to {self.folder.nearest(value)}"
         )
         if share > MOST_UNKNOWN and unknown != "ignore":
-            raise UserError(f"{facts}; correct classes.txt or the masks, or add --set unknown=ignore to leave them out")
-        progress.say(f"{facts}; they are not judged")
+            raise UserError(
+                f"{message}; correct classes.txt or the masks, or add --set unknown=ignore to leave them out"
+            )
+        progress.say(f"{message}; they are not judged")
 
 
 def read_mask(file: Path, colours: Sequence[Colour] = ()) -> UInt8[np.ndarray, "height width"]:
-    """The class number of each pixel: the place in a palette, a grey value, or the class of a colour.
+    """The class number of each pixel: an index into a palette, a grey value, or the class of a colour.
 
     Args:
         file: PNG, TIFF or BMP: of 8 or 16 bits, with a palette, of 1 bit, or coloured.
@@ -257,11 +259,11 @@ def _read(
     key = np.array([1 << 16, 1 << 8, 1])
     codes, known = values.astype(np.int64) @ key, np.array(colours, np.int64) @ key
     order = known.argsort()
-    place = np.minimum(np.searchsorted(known[order], codes), len(known) - 1)
-    is_known = known[order][place] == codes
+    index = np.minimum(np.searchsorted(known[order], codes), len(known) - 1)
+    is_known = known[order][index] == codes
     strange, pixels = np.unique(codes[~is_known], return_counts=True)
     unknown = {(code >> 16, code >> 8 & 255, code & 255): n for code, n in zip(strange.tolist(), pixels.tolist())}
-    return np.where(is_known, order[place], IGNORED).astype(np.uint8), Counter(unknown)
+    return np.where(is_known, order[index], IGNORED).astype(np.uint8), Counter(unknown)
 
 
 def _of_numbers(
@@ -297,19 +299,19 @@ def write_mask(file: Path, mask: UInt8[np.ndarray, "height width"], colours: Seq
     """Write class numbers as a PNG whose palette shows them.
 
     Raises:
-        UserError: another ending, or a place that cannot be written.
+        UserError: another ending, or a path that cannot be written.
     """
     if output_suffix(file, ".png") != ".png":
         raise UserError(f"a mask is written as .png, got {file.name}")
     image = Image.fromarray(mask)
     # All 256: of a shorter palette a PNG keeps fewer bits a pixel, in which 255 does not fit.
     image.putpalette([value for colour in [*colours, *[(0, 0, 0)] * 256][:256] for value in colour])
-    with atomic_write(file, suffix=".png") as place:
-        image.save(place)
+    with atomic_write(file, suffix=".png") as temporary:
+        image.save(temporary)
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
-    """Colours that are told apart: hues by the golden angle, in three turns of lightness.
+    """Colours that the eye can distinguish: hues by the golden angle, in three turns of lightness.
 
     >>> len(set(palette(150)))
     150
@@ -334,22 +336,22 @@ def read_folder(root: Path, skip_broken: bool = False) -> MaskFolder:
         raise UserError(f"{root} is a file: give a folder that holds images/ and masks/")
     classes, colours = _classes(root)
     images, masks = (_first_folder(root, names) for names in (IMAGE_FOLDERS, MASK_FOLDERS))
-    places: dict[str, tuple[Path, Path]] = {}
+    folders: dict[str, tuple[Path, Path]] = {}
     for split, names in SPLITS.items():
         for name in names:
             if images is not None and masks is not None and (images / name).is_dir() and (masks / name).is_dir():
-                places[split] = (images / name, masks / name)
+                folders[split] = (images / name, masks / name)
             within = [_first_folder(root / name, kinds) for kinds in (IMAGE_FOLDERS, MASK_FOLDERS)]
             if within[0] is not None and within[1] is not None:
-                places[split] = (within[0], within[1])
-    if not places:
+                folders[split] = (within[0], within[1])
+    if not folders:
         if images is None or masks is None:
             missing = "images/" if images is None else "masks/"
             raise UserError(
                 f"{root} holds no {missing}: give a folder with images/ and masks/, files of the same names"
             )
-        places["train"] = (images, masks)
-    splits = {split: _pairs(*folders, skip_broken) for split, folders in places.items()}
+        folders["train"] = (images, masks)
+    splits = {split: _pairs(*both, skip_broken) for split, both in folders.items()}
     splits = {split: pairs for split, pairs in splits.items() if pairs}
     if images is not None and images.name == "leftImg8bit":
         if len(splits) > 1:

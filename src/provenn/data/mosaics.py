@@ -31,7 +31,7 @@ def mosaic(
     """One mosaic, in 0…1, and its mask: random Voronoi cells, each filled with a texture.
 
     A cell's texture is scaled by 0.6 to 1.4, the whole is lit from a side, and sensor noise is added: the mean grey of
-    a cell tells nothing, its texture all.
+    a cell says nothing about its class, its texture everything.
 
     Args:
         split: "train", "val" or "test": from other columns of the photographs.

@@ -62,8 +62,8 @@ def decimal_of(cells: Iterable[str], where: str, *, points: bool = True) -> Deci
     Args:
         cells: as they are written.
         where: the file, for the refusal.
-        points: take 1.234 for one and a bit where nothing speaks for a thousand. Where a comma separates cells that is
-            so; where a semicolon does, whoever wrote the file may have meant a thousand.
+        points: read 1.234 as one and a bit where there is no evidence for a thousand. True where commas separate the
+            cells. Where semicolons do, the author of the file may have meant a thousand.
 
     Raises:
         UserError: some cells have a decimal point and others a comma, or cells may be read in two ways.
@@ -91,7 +91,7 @@ def decimal_of(cells: Iterable[str], where: str, *, points: bool = True) -> Deci
     if comma or point or not either:
         return "," if comma else "."
     raise UserError(
-        f"{where}: {either!r} may be {parse(either, '.'):.10g} or {parse(either, ','):.10g}, and no other number tells "
+        f"{where}: {either!r} may be {parse(either, '.'):.10g} or {parse(either, ','):.10g}, and no other number shows "
         "which: add --set decimal=. or --set decimal=,"
     )
 
@@ -115,16 +115,16 @@ def fill_holes(
     """
     filled = values.copy()
     rows = np.arange(len(values))
-    for place in np.flatnonzero(np.isnan(values).any(0)):
-        known = ~np.isnan(values[:, place])
+    for column in np.flatnonzero(np.isnan(values).any(0)):
+        known = ~np.isnan(values[:, column])
         if not known.any():
-            raise UserError(f"{where}: every value of {names[place]!r} is missing: leave it out")
+            raise UserError(f"{where}: every value of {names[column]!r} is missing: leave it out")
         first, last = int(known.argmax()), len(known) - 1 - int(known[::-1].argmax())
         if not ends and (first > 0 or last < len(known) - 1):
             what = f"first {first}" if first else f"last {len(known) - 1 - last}"
             raise UserError(
-                f"{where}: the {what} of {len(known)} values of {names[place]!r} are missing, with no value beyond to "
+                f"{where}: the {what} of {len(known)} values of {names[column]!r} are missing, with no value beyond to "
                 "draw a line to: drop these rows, or repeat the nearest value by --set holes=extend"
             )
-        filled[~known, place] = np.interp(rows[~known], rows[known], values[known, place])
+        filled[~known, column] = np.interp(rows[~known], rows[known], values[known, column])
     return filled

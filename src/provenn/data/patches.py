@@ -1,4 +1,4 @@
-"""Patches of photographs, of which the photograph is to be told: a small set of real images that is no digits."""
+"""Patches of photographs, whose class is the photograph: a small set of real images other than digits."""
 
 from functools import cache
 
@@ -32,7 +32,7 @@ def photo_patches(
 ) -> tuple[Float[Tensor, "patches 1 side side"], Int64[Tensor, " patches"]]:
     """Grey patches of every photograph, each scaled, turned, mirrored, brought to mean 0 and deviation 1, with noise.
 
-    What is flat is drawn again, so that a patch shows something. Colour and brightness tell nothing.
+    What is flat is drawn again, so that a patch shows something. Colour and brightness say nothing about the class.
 
     Args:
         split: "train", "val" or "test": from other columns of the photographs.

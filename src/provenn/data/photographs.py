@@ -11,7 +11,7 @@ from provenn.core.errors import UserError
 from provenn.data.images import images_in, read_image, size_of
 
 # Where each photograph lies inside the installed packages: nothing is downloaded.
-_PLACES = {
+_FILES = {
     "astronaut": ("skimage.data", "astronaut.png"),
     "coffee": ("skimage.data", "coffee.png"),
     "rocket": ("skimage.data", "rocket.jpg"),
@@ -22,7 +22,7 @@ _PLACES = {
     "china": ("sklearn.datasets.images", "china.jpg"),
     "flower": ("sklearn.datasets.images", "flower.jpg"),
 }
-NAMES = tuple(_PLACES)
+NAMES = tuple(_FILES)
 GREY = ("brick", "grass", "gravel", "page", "camera", "moon", "coins", "cell")
 
 
@@ -33,9 +33,9 @@ def photograph(name: str) -> np.ndarray:
     >>> photograph("chelsea").shape
     (300, 451, 3)
     """
-    if name not in _PLACES:
+    if name not in _FILES:
         raise ValueError(f"no photograph is called {name!r}; there are: {', '.join(NAMES)}")
-    package, file = _PLACES[name]
+    package, file = _FILES[name]
     with (files(package) / file).open("rb") as handle, Image.open(handle) as image:
         pixels = np.array(image.convert("RGB"))
     pixels.flags.writeable = False
@@ -49,7 +49,7 @@ def grey_photograph(name: str) -> np.ndarray:
     >>> grey_photograph("brick").shape
     (512, 512)
     """
-    if name in _PLACES:
+    if name in _FILES:
         pixels = np.rint(photograph(name) @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
     elif name in GREY:
         with (files("skimage.data") / f"{name}.png").open("rb") as handle, Image.open(handle) as image:

@@ -48,27 +48,27 @@ class Prompts:
     judge: Judge
 
 
-def edit_similarity(told: str, answers: Sequence[str]) -> float:
+def edit_similarity(output: str, answers: Sequence[str]) -> float:
     """How like the first line of code is to the likest answer: twice the common letters, over the letters of both.
 
     >>> edit_similarity("# a comment\\nx = 1\\ny = 2", ["x = 2"])
     0.8
     """
-    lines = told.lstrip("\n").split("\n")
+    lines = output.lstrip("\n").split("\n")
     first = next((line for line in lines if not any(mark in line for mark in COMMENTS)), "")
     return max(SequenceMatcher(None, first, answer).ratio() for answer in answers)
 
 
-def share_named(told: str, answers: Sequence[str]) -> float:
-    """The share of the answers that what was written holds, in whatever case.
+def share_named(output: str, answers: Sequence[str]) -> float:
+    """The share of the answers that the output contains, in upper or lower case.
 
     >>> share_named("They are 12 and 7.", ["12", "9"])
     0.5
     """
-    return sum(answer.lower() in told.lower() for answer in answers) / len(answers)
+    return sum(answer.lower() in output.lower() for answer in answers) / len(answers)
 
 
-def rouge_l(told: str, answers: Sequence[str]) -> float:
+def rouge_l(output: str, answers: Sequence[str]) -> float:
     """F-score of the longest common sequence of words, with the answer that is closest by it.
 
     >>> round(rouge_l("The cat sat.", ["the cat sat on a mat"]), 3)
@@ -76,7 +76,7 @@ def rouge_l(told: str, answers: Sequence[str]) -> float:
     """
     from torchmetrics.functional.text import rouge_score
 
-    scores = [rouge_score(told, answer, rouge_keys="rougeL")["rougeL_fmeasure"] for answer in answers]
+    scores = [rouge_score(output, answer, rouge_keys="rougeL")["rougeL_fmeasure"] for answer in answers]
     return max(float(score) for score in scores)
 
 
@@ -122,17 +122,17 @@ FORMS = {
 MEETINGS = Form("QMSum", _meeting, 384, rouge_l)  # as many tokens as RAT's authors let a model write
 
 
-def read_prompts(place: Path, split: str = "test") -> Prompts | None:
+def read_prompts(path: Path, split: str = "test") -> Prompts | None:
     """The prompts of a file, or of a folder of RULER or QMSum; None where it is none of the sets.
 
     Args:
-        place: the file or the folder.
+        path: the file or the folder.
         split: "train", "val" or "test"; only QMSum has other prompts than those to test on.
 
     Raises:
         UserError: one of the sets, with something in it that cannot be read.
     """
-    file, form = _recognised(place, split)
+    file, form = _recognised(path, split)
     if form is None:
         return None
     prompts = []
@@ -154,13 +154,13 @@ def read_prompts(place: Path, split: str = "test") -> Prompts | None:
     return Prompts(form.name, prompts, form.tokens, form.judge)
 
 
-def _recognised(place: Path, split: str) -> tuple[Path, Form | None]:
+def _recognised(path: Path, split: str) -> tuple[Path, Form | None]:
     """The file of a split, and what it is, by its name or by its first line."""
     if split == "test":
-        file = place / RULER if place.is_dir() else place
+        file = path / RULER if path.is_dir() else path
         if file.name in FORMS and file.is_file():
             return file, FORMS[file.name]
-    file = place / f"{split}.jsonl"
+    file = path / f"{split}.jsonl"
     if not file.is_file():
         return file, None
     # The same name as any text has: of that the first line is read alone, whatever its size.

@@ -35,16 +35,16 @@ def _along(x: Tensor, dim: int, length: int) -> Tensor:
     reach = 4 / min(scale, 1.0)
     centre = (torch.arange(length, dtype=torch.float64) + 0.5) / scale - 0.5
     taps = torch.arange(math.ceil(reach) + 2)
-    place = (centre - reach / 2).floor().long()[:, None] + taps
-    weight = _cubic((centre[:, None] - place) * min(scale, 1.0))
+    index = (centre - reach / 2).floor().long()[:, None] + taps
+    weight = _cubic((centre[:, None] - index) * min(scale, 1.0))
     weight = weight / weight.sum(dim=1, keepdim=True)
-    place = place % (2 * count)
-    place = torch.where(place < count, place, 2 * count - 1 - place).to(x.device)
+    index = index % (2 * count)
+    index = torch.where(index < count, index, 2 * count - 1 - index).to(x.device)
     column = [1] * x.dim()
     column[dim] = length
     result = torch.zeros((), dtype=x.dtype, device=x.device)
     for tap in taps[weight.abs().amax(dim=0) > 0].tolist():
-        result = result + weight[:, tap].to(x).view(column) * x.index_select(dim, place[:, tap])
+        result = result + weight[:, tap].to(x).view(column) * x.index_select(dim, index[:, tap])
     return result
 
 

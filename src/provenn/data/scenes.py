@@ -3,7 +3,7 @@
 Coins from a museum's photograph (each cut out along its rim), handwritten digits in ink, and faces from Labeled Faces
 in the Wild; among them, to be left alone, ovals of what is no face and discs of brick, grass and gravel. The pictures
 are scikit-image's and scikit-learn's. No coin, digit, face or distractor, and no background photograph, is in two
-splits. Light, size, place and noise are drawn. Nothing casts a shadow, all is seen from the front, and little covers
+splits. Light, size, position and noise are drawn. Nothing casts a shadow, all is seen from the front, and little covers
 another: real pixels, but no real scenes.
 """
 
@@ -77,17 +77,17 @@ def _scene(split: str, rng: np.random.Generator) -> Scene:
         tall, wide = cut.cover.shape
         for _ in range(20):
             top, left = int(rng.integers(0, height - tall + 1)), int(rng.integers(0, width - wide + 1))
-            place = (left, top, left + wide, top + tall)
-            if all(_share(place, other) < 0.1 for other in taken):
+            box = (left, top, left + wide, top + tall)
+            if all(_share(box, other) < 0.1 for other in taken):
                 break
         else:
             continue
         cover = cut.cover[..., None]
         region = canvas[top : top + tall, left : left + wide]
         region[:] = region * (1 - cover) + cut.colour * cover
-        taken.append(place)
+        taken.append(box)
         if label is not None:
-            boxes.append(place)
+            boxes.append(box)
             labels.append(label)
     noisy = canvas * rng.uniform(0.8, 1.1) + rng.normal(0, rng.uniform(0, 8), canvas.shape)
     pixels = noisy.round().clip(0, 255).astype(np.uint8)

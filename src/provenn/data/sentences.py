@@ -23,7 +23,7 @@ DOCSTRING = re.compile(r'^ *def (\w+\([^()\n]*\)):\n +"""([^"\n]{20,160})', re.M
 
 
 class Example(NamedTuple):
-    """One text or two, and what is told of them: the name of a class, or a score."""
+    """One text or two, and their target: the name of a class, or a score."""
 
     first: str
     second: str | None
@@ -68,7 +68,7 @@ class Labelled:
 
     @property
     def scored(self) -> bool:
-        """Whether numbers are told, and no classes."""
+        """Whether the targets are scores and not classes."""
         return "pearson" in self.official
 
 
@@ -114,22 +114,22 @@ def _read(file: Path) -> tuple[list[Example], int, str, Form]:
         if len(header) != 4 or header[1] not in ("0", "1"):
             raise UserError(f"{file} is of none of GLUE's tasks ({', '.join(FORMS)}, CoLA): it begins {header[:6]}")
         header, lines, start = ["0", "1", "2", "3"], [header, *lines], 0
-    places = [header.index(column) for column in (form.first, form.second or form.first, form.label)]
+    columns = [header.index(name) for name in (form.first, form.second or form.first, form.label)]
     examples, left_out = [], 0
     for number, parts in enumerate(lines[1:], start):
-        if len(parts) <= max(places):
+        if len(parts) <= max(columns):
             left_out += 1
             continue
-        first, second, label = (parts[place].strip() for place in places)
-        told: str | float = label
+        first, second, label = (parts[column].strip() for column in columns)
+        target: str | float = label
         if "pearson" in form.official:
             try:
-                told = float(label)
+                target = float(label)
             except ValueError:
                 raise UserError(f"{file}, line {number}: expected a score, got {label[:40]!r}") from None
         elif not re.fullmatch(r"[a-z_01]{1,20}", label):
             raise UserError(f"{file}, line {number}: expected a class, got {label[:40]!r}")
-        examples.append(Example(first, second if form.second else None, told))
+        examples.append(Example(first, second if form.second else None, target))
     if not examples:
         raise UserError(f"{file} holds no examples")
     return examples, left_out, name, form
@@ -147,11 +147,11 @@ def _read_table(file: Path) -> list[Example]:
     for number, row in enumerate(rows[1:] if named else rows, 2 if named else 1):
         if len(row) != len(rows[0]) or len(row) < 2:
             raise UserError(f"{file}, row {number}: expected {max(2, len(rows[0]))} columns, got {len(row)}")
-        told = row[header.index("text")] if named else " ".join(row[1:])
+        text = row[header.index("text")] if named else " ".join(row[1:])
         label = (row[header.index("label")] if named else row[0]).strip()
-        if not label or not told.strip():
-            raise UserError(f"{file}, row {number}: expected a class and a text, got {label[:40]!r} and {told[:40]!r}")
-        examples.append(Example(told.strip(), None, label))
+        if not label or not text.strip():
+            raise UserError(f"{file}, row {number}: expected a class and a text, got {label[:40]!r} and {text[:40]!r}")
+        examples.append(Example(text.strip(), None, label))
     if not examples:
         raise UserError(f"{file} holds no examples")
     return examples

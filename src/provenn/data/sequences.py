@@ -42,10 +42,10 @@ class Sequences:
     labels: list[str]
     others: list[UInt8[np.ndarray, " _"]] = field(default_factory=list)
 
-    def pick(self, places: Sequence[int]) -> "Sequences":
-        """Those at these places."""
-        others = [self.others[i] for i in places] if self.others else []
-        return Sequences([self.tokens[i] for i in places], [self.labels[i] for i in places], others)
+    def pick(self, indices: Sequence[int]) -> "Sequences":
+        """The sequences with these indices."""
+        others = [self.others[i] for i in indices] if self.others else []
+        return Sequences([self.tokens[i] for i in indices], [self.labels[i] for i in indices], others)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _numbered(text: str, kinds: str, most: int | None) -> UInt8[np.ndarray, " _"
 
 
 def _listops(folder: Path, most: int | None) -> Corpus:
-    """Nested operations on digits. Brackets around arguments tell nothing and are left out, as the authors do."""
+    """Nested operations on digits, without the brackets around arguments, which the authors leave out too."""
     words: dict[str, int] = {}
     splits = {}
     for split in ("train", "val", "test"):

@@ -52,14 +52,14 @@ def read_series(file: Path, **reading: Unpack[Reading]) -> Collection:
     """Labelled or unlabelled series in any of `FORMATS`.
 
     A missing value lies on the line between its neighbours in its series, as `reading` says; where a row holds a
-    series, what is missing at its end makes it shorter. The user is told of both.
+    series, what is missing at its end makes it shorter. Both are reported to the user.
 
     Args:
         file: its ending says which format.
-        reading: what the file does not tell, or tells wrong.
+        reading: options for what the file does not say, or says wrong.
 
     Raises:
-        UserError: another format, or a cell, a line or a series that breaks the format's promise, with its place.
+        UserError: another format, or a cell, a line or a series that breaks the format. The message says where.
     """
     check_reading(file, reading)
     kind = file.suffix.lower()

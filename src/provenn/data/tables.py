@@ -29,11 +29,11 @@ SEPARATORS: dict[str, str] = {",": ",", ";": ";", "|": "|", "tab": "\t", "space"
 NAMES = {",": "commas", ";": "semicolons", "|": "bars", "\t": "tabs", " ": "spaces"}
 WRITES = (".csv", ".tsv", *ENGINES)
 KIND = ".csv, .tsv, .xlsx or .parquet"
-LOOKED_AT = 20  # rows, to tell a separator by what it leaves between
+LOOKED_AT = 20  # rows, from which a separator is recognised
 
 
 class Reading(TypedDict, total=False):
-    """How a file is to be read, where it does not tell or tells wrong.
+    """Options for reading a file, for what it does not say or says wrong.
 
     `holes`: interpolate (the default: a missing value lies on the line between its neighbours), extend (at the ends of
     a column it is the nearest value too) or refuse.
@@ -76,11 +76,11 @@ class Table:
 
     def column(self, name: str) -> list[str]:
         """One column as text; an empty cell is refused."""
-        place = self.columns.index(name)
+        index = self.columns.index(name)
         for number, row in enumerate(self.rows, start=2):
-            if not row[place]:
+            if not row[index]:
                 raise UserError(f"{self.file}, row {number}, column {name!r} is empty: fill the hole or drop the row")
-        return [row[place] for row in self.rows]
+        return [row[index] for row in self.rows]
 
     def decimal_of(self, names: Sequence[str]) -> Decimal:
         """The decimal mark of these columns."""
@@ -98,28 +98,28 @@ class Table:
         Raises:
             UserError: a cell that is missing, text or infinite, with its row and column; no one decimal mark.
         """
-        places = [self.columns.index(name) for name in names]
+        indices = [self.columns.index(name) for name in names]
         # Where a comma separates cells most files hold plain numbers, and `float` is many times as fast as looking at
         # the marks of each cell. What it refuses is read again below, which can say where it stands.
         if self.decimal != "," and self.style.separator == ",":
             try:
-                values = np.array([[float(row[place]) for place in places] for row in self.rows])
+                values = np.array([[float(row[index]) for index in indices] for row in self.rows])
                 # Python's float takes 1_000, which no table means.
-                if np.isfinite(values).all() and not any("_" in row[place] for row in self.rows for place in places):
+                if np.isfinite(values).all() and not any("_" in row[index] for row in self.rows for index in indices):
                     return values
             except ValueError:
                 pass
         decimal = self.decimal_of(names)
 
-        def number(row: int, place: int, cell: str) -> float:
+        def number(row: int, index: int, cell: str) -> float:
             if holes and is_hole(cell):
                 return math.nan
-            return parse_number(cell, f"{self.file}, row {row}, column {self.columns[place]!r}", decimal)
+            return parse_number(cell, f"{self.file}, row {row}, column {self.columns[index]!r}", decimal)
 
-        return np.array([[number(n, place, row[place]) for place in places] for n, row in enumerate(self.rows, 2)])
+        return np.array([[number(n, index, row[index]) for index in indices] for n, row in enumerate(self.rows, 2)])
 
     def filled(self, names: Sequence[str]) -> Float64[np.ndarray, "rows columns"]:
-        """Columns as numbers over evenly spaced rows; of what was missing the reader is told how much.
+        """Columns as numbers over evenly spaced rows. The user is told how many values were missing.
 
         Raises:
             UserError: as in `numbers` and `fill_holes`; anything is missing where that is to be refused.
@@ -128,13 +128,13 @@ class Table:
         missing = np.isnan(values)
         if missing.any():
             values = fill_holes(values, names, str(self.file), ends=self.missing == "extend")
-            row, place = np.argwhere(missing)[0]
-            say_filled(self.file, int(missing.sum()), values.size, f"row {row + 2}, column {names[place]!r}")
+            row, index = np.argwhere(missing)[0]
+            say_filled(self.file, int(missing.sum()), values.size, f"row {row + 2}, column {names[index]!r}")
         return values
 
     def _cells(self, names: Sequence[str]) -> Iterator[str]:
-        places = [self.columns.index(name) for name in names]
-        return (row[place] for row in self.rows for place in places)
+        indices = [self.columns.index(name) for name in names]
+        return (row[index] for row in self.rows for index in indices)
 
 
 def check_reading(who: object, reading: Reading, *others: str) -> None:
@@ -149,7 +149,7 @@ def check_reading(who: object, reading: Reading, *others: str) -> None:
 
 
 def say_filled(file: Path, missing: int, values: int, first: str) -> None:
-    """Tell what was put where nothing was: how many of how many values were missing, and where the first."""
+    """Report what was filled in: how many of how many values were missing, and where the first."""
     progress.say(
         f"{file}: {missing} of {values} values missing, the first in {first}; put on the line between their neighbours "
         "(--set holes=refuse refuses such a file)"
@@ -170,7 +170,7 @@ def parse_number(cell: str, where: str, decimal: Decimal = ".") -> float:
 
 
 def parse_numbers(cells: Sequence[str], where: str, *, holes: bool = False) -> list[float]:
-    """Finite numbers, or a refusal that names `where` and the place of the first cell that is none, from 1.
+    """Finite numbers, or a refusal that names `where` and the number of the first bad cell, from 1.
 
     Args:
         cells: with a decimal point.
@@ -237,7 +237,7 @@ def read_table(file: Path, **reading: Unpack[Reading]) -> Table:
 
     Args:
         file: text may be separated by commas, semicolons, tabs or bars, and encoded as in `read_lines`.
-        reading: what the file does not tell, or tells wrong.
+        reading: options for what the file does not say, or says wrong.
 
     Raises:
         UserError: it cannot be read; no header, no rows, a row with more or fewer cells than the header; or separators
@@ -286,10 +286,10 @@ def _cells_of(file: Path, reading: Reading) -> tuple[list[list[str]], Style]:
         text, encoding = _decoded(file, reading.get("encoding"))
         lines = list(io.StringIO(text, newline=""))  # cells may hold line ends
         # Excel reads the separator there, and does not count the line.
-        told = re.fullmatch(r'"?sep=(.)"?', lines[0].rstrip("\r\n"), re.IGNORECASE)
-        lines = lines[1:] if told else lines
+        mark = re.fullmatch(r'"?sep=(.)"?', lines[0].rstrip("\r\n"), re.IGNORECASE)
+        lines = lines[1:] if mark else lines
         named = reading.get("separator")
-        separator = SEPARATORS[named] if named else told[1] if told else _separator(file, lines, reading.get("decimal"))
+        separator = SEPARATORS[named] if named else mark[1] if mark else _separator(file, lines, reading.get("decimal"))
         try:
             cells = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=separator == " ")
             rows = [[cell.strip() for cell in row] for row in cells]
@@ -316,7 +316,7 @@ def _separator(file: Path, lines: Sequence[str], decimal: Decimal | None) -> str
         return even[0]
     if not even:
         return max(candidates, key=lambda mark: len(_split(lines[:1], mark)[0]))
-    parsed = {mark: _told(_split(lines[1 : 1 + LOOKED_AT], mark)) for mark in even}
+    parsed = {mark: _readable(_split(lines[1 : 1 + LOOKED_AT], mark)) for mark in even}
     best = [mark for mark in even if parsed[mark] == max(parsed.values())]
     if len(best) > 1:
         seen = " or ".join(f"{len(_split(lines[:1], mark)[0])} by {NAMES[mark]}" for mark in best)
@@ -332,7 +332,7 @@ def _split(lines: Sequence[str], mark: str) -> list[list[str]]:
         return [[]]
 
 
-def _told(rows: Sequence[Sequence[str]]) -> float:
+def _readable(rows: Sequence[Sequence[str]]) -> float:
     """The share of cells that are a number, a date or a hole."""
     cells = [cell.strip() for row in rows for cell in row]
     return sum(is_number(cell) or is_hole(cell) or is_date(cell) for cell in cells) / max(1, len(cells))
@@ -357,8 +357,8 @@ def write_table(
     names, cells = [str(_harmless(name)) for name in columns], [[_harmless(c) for c in row] for row in rows]
     kind = output_suffix(file, ".csv")
     if kind in ENGINES:
-        with atomic_write(file) as place:
-            write_frame(place, names, cells)
+        with atomic_write(file) as temporary:
+            write_frame(temporary, names, cells)
         return
     style = style or Style()
     text = io.StringIO()
@@ -371,8 +371,8 @@ def write_table(
         content = text.getvalue().encode(style.encoding)
     except UnicodeEncodeError:
         content = text.getvalue().encode("utf-8", "replace")  # a file's name may be of bytes that are no letters
-    with atomic_write(file) as place:
-        place.write_bytes(content)
+    with atomic_write(file) as temporary:
+        temporary.write_bytes(content)
 
 
 def _harmless(cell: str | int | float) -> str | int | float:
@@ -389,4 +389,4 @@ def check_table(output: Path | None, inputs: Iterable[Path]) -> None:
     if output.suffix.lower() in ENGINES:
         check_engines(output)
     if output.resolve() in {file.resolve() for file in inputs}:
-        raise UserError(f"{output} is the input itself; choose another place with -o")
+        raise UserError(f"{output} is the input itself; choose another path with -o")

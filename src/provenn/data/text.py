@@ -139,7 +139,7 @@ def read_hub(name: str) -> list[Document]:
     if not path:
         raise UserError("a data set of the hub is named after hf:, such as hf:Salesforce/wikitext:wikitext-2-raw-v1")
     try:
-        with quiet_loggers("datasets", "huggingface_hub"):  # which tell of every attempt
+        with quiet_loggers("datasets", "huggingface_hub"):  # which report every attempt
             rows: Any = load_dataset(path, configuration or None, split="train")
     except Exception as error:
         raise UserError(f"the data set {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}") from None
@@ -155,9 +155,9 @@ def written(file: Path) -> Iterator[TextIO]:
     """A text file to write to, which takes its name once all is written; where none can be made is said before.
 
     Raises:
-        UserError: a folder of that name, or no place for a file.
+        UserError: a folder of that name, or a file that cannot be written.
     """
-    with atomic_write(file) as place, place.open("w", encoding="utf-8") as handle:
+    with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8") as handle:
         yield handle
 
 
@@ -175,8 +175,8 @@ def split_documents(documents: Sequence[Document], seed: int = 0) -> list[list[D
         return parts
     order = np.random.default_rng(seed).permutation(len(documents))
     twentieth = max(1, round(0.05 * len(documents)))
-    places = [order[2 * twentieth :], order[:twentieth], order[twentieth : 2 * twentieth]]
-    return [[documents[i] for i in sorted(part)] for part in places]
+    splits = [order[2 * twentieth :], order[:twentieth], order[twentieth : 2 * twentieth]]
+    return [[documents[i] for i in sorted(part)] for part in splits]
 
 
 class Bytes:

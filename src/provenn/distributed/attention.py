@@ -46,9 +46,9 @@ class Spread:
             raise UserError(f"the rows of a batch have one length, got {sorted(set(pattern.documents))[:8]}")
         self.placement = self.method.place(pattern, comm.size, rows=rows) if placement is None else placement
         ring, ulysses = self.placement.ring, self.placement.ulysses
-        own_ring, own_place = divmod(comm.rank, ulysses)
+        own_ring, own_index = divmod(comm.rank, ulysses)
         self.ulysses = comm.of(range(own_ring * ulysses, (own_ring + 1) * ulysses))
-        self.ring = comm.of(range(own_place, ring * ulysses, ulysses))
+        self.ring = comm.of(range(own_index, ring * ulysses, ulysses))
         self._on: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -68,7 +68,7 @@ class Spread:
         """
 
         def make() -> Tensor:
-            # Where the ring is one process, documents are not told apart by the placement.
+            # Where the ring is one process, the placement does not distinguish documents.
             starts = torch.tensor([0, *self.pattern.documents]).cumsum(0)
             tokens = self.placement.tokens(self.comm.rank)
             document = torch.searchsorted(starts, tokens.clamp_min(0), right=True) - 1
@@ -116,9 +116,9 @@ class Spread:
         """What this process's queries see of the whole row."""
         return self.placement.seen(self.ring.rank, self.pattern.slices)
 
-    def row_places(self, device: torch.device) -> Int[Tensor, " tokens"]:
+    def row_positions(self, device: torch.device) -> Int[Tensor, " tokens"]:
         """Where each token of the row is in what the processes of the ring hold, one after another."""
-        return self._index("places", lambda: self.placement.places, device)
+        return self._index("row_positions", lambda: self.placement.row_positions, device)
 
     # How heads are exchanged for tokens.
 

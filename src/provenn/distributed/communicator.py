@@ -31,7 +31,7 @@ def speaks_of_lost_rank(error: RuntimeError) -> bool:
 def rank_lost(error: RuntimeError, rank: int, size: int) -> RankLost:
     """That error in one line of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    # gloo's message begins with a place in its source, and ends with advice to whoever maintains it.
+    # gloo's message begins with a line of its source, and ends with advice to its maintainers.
     reason = lines[0].split("] ", 1)[-1].split(". ")[0][:160]
     return RankLost(f"rank {rank} of {size}: another process has ended or does not answer ({reason})")
 

@@ -36,7 +36,7 @@ class Sharing(Protocol):
     def seen(self) -> tuple[Slice, ...]:
         """What this process's queries see of the whole row."""
 
-    def row_places(self, device: torch.device) -> Int[Tensor, " tokens"]:
+    def row_positions(self, device: torch.device) -> Int[Tensor, " tokens"]:
         """Where each token of the row is in what the processes of the ring hold, one after another."""
 
     def gather_tokens(self, x: Tensor) -> Tensor:
@@ -267,14 +267,14 @@ class AllGather(Method):
     def _everything(self, spread: Sharing, inputs: Inputs) -> Inputs:
         """One's own queries with keys and values of all tokens, in the order of the row and without padding."""
         gathered = spread.ring.all_gather(pack(inputs.k, inputs.v)).flatten(0, 1)
-        return with_keys(inputs, gathered[spread.row_places(gathered.device)])
+        return with_keys(inputs, gathered[spread.row_positions(gathered.device)])
 
     def backward(self, spread: Sharing, inputs: Inputs, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         grad_q = torch.zeros_like(inputs.q, dtype=rows.lse.dtype)
         parts = pack(*attend_backward(self._everything(spread, inputs), rows, spread.seen, grad_q))
         ring = spread.ring.size
         to_all = parts.new_zeros(ring * len(inputs.k), *parts.shape[1:])
-        to_all[spread.row_places(parts.device)] = parts
+        to_all[spread.row_positions(parts.device)] = parts
         return grad_q, *unpack(spread.ring.reduce_scatter(to_all.unflatten(0, (ring, -1))), inputs)
 
 
@@ -351,14 +351,14 @@ class LoongTrain(USP):
     def _rings(self, ring: Communicator) -> tuple[Communicator, Communicator]:
         """The ring between windows, and that within one's own."""
         size = ring.size // (windows_of(ring.size) if self.windows is None else self.windows)
-        window, place = divmod(ring.rank, size)
-        return ring.of(range(place, ring.size, size)), ring.of(range(window * size, (window + 1) * size))
+        window, index = divmod(ring.rank, size)
+        return ring.of(range(index, ring.size, size)), ring.of(range(window * size, (window + 1) * size))
 
     def go_round(self, spread: Sharing, kv: Tensor, visit: Visit) -> None:
         between, within = self._rings(spread.ring)
 
         def window(number: int, kv: Tensor) -> None:
-            go_round(within, kv, lambda place, kv: visit(number * within.size + place, kv))
+            go_round(within, kv, lambda index, kv: visit(number * within.size + index, kv))
 
         go_round(between, kv, window)
 
@@ -366,6 +366,6 @@ class LoongTrain(USP):
         between, within = self._rings(spread.ring)
 
         def window(number: int, kv: Tensor) -> Tensor:
-            return go_back(within, kv, lambda place, kv: visit(number * within.size + place, kv))
+            return go_back(within, kv, lambda index, kv: visit(number * within.size + index, kv))
 
         return go_back(between, own, window)

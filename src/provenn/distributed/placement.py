@@ -111,7 +111,7 @@ class Layout(ABC):
 
     @abstractmethod
     def pair(self, own: int, other: int, ring: int, padded: int, length: int) -> list[Slice]:
-        """What queries of one process see of the keys of another, causally, in places of what each holds."""
+        """What queries of one process see of the keys of another, causally, by positions in what each holds."""
 
 
 class Zigzag(Layout):
@@ -137,7 +137,7 @@ class Zigzag(Layout):
         if ring == 1:
             return length
         chunk = padded // (2 * ring)
-        return sum(min(max(length - place * chunk, 0), chunk) for place in (rank, 2 * ring - 1 - rank))
+        return sum(min(max(length - index * chunk, 0), chunk) for index in (rank, 2 * ring - 1 - rank))
 
     def pair(self, own: int, other: int, ring: int, padded: int, length: int) -> list[Slice]:
         rows, columns = (self.real(rank, ring, padded, length) for rank in (own, other))
@@ -235,18 +235,18 @@ class Placement:
 
     @property
     def padding(self) -> float:
-        """The share of all places that hold no token."""
+        """The share of all positions that hold no token."""
         return 1 - sum(self.documents) / (self.ring_tokens * self.ring)
 
     def of_ring(self, rank: int) -> Int[Tensor, " tokens"]:
-        """The tokens of a process of the ring, by their places in the row; −1 for padding."""
-        places = torch.full((self.ring_tokens,), -1)
+        """The tokens of a process of the ring, by their positions in the row; −1 for padding."""
+        tokens = torch.full((self.ring_tokens,), -1)
         begin = 0
         for length, padded, start in zip(self.documents, self.padded, self.starts):
             positions = self.layout.positions(rank, self.ring, padded)
-            places[start : start + len(positions)] = torch.where(positions < length, positions + begin, -1)
+            tokens[start : start + len(positions)] = torch.where(positions < length, positions + begin, -1)
             begin += length
-        return places
+        return tokens
 
     @cached_property
     def order(self) -> Int[Tensor, " tokens"] | None:
@@ -257,21 +257,21 @@ class Placement:
         return torch.arange(self.ring_tokens).view(shape).transpose(0, 1).flatten()
 
     def tokens(self, rank: int) -> Int[Tensor, " tokens"]:
-        """The tokens of a process, by their places in the row; −1 for padding."""
-        places = self.of_ring(rank // self.ulysses)
+        """The tokens of a process, by their positions in the row; −1 for padding."""
+        tokens = self.of_ring(rank // self.ulysses)
         if self.order is not None:
-            places = torch.empty_like(places).index_copy_(0, self.order, places)
+            tokens = torch.empty_like(tokens).index_copy_(0, self.order, tokens)
         start = rank % self.ulysses * self.local_tokens
-        return places[start : start + self.local_tokens]
+        return tokens[start : start + self.local_tokens]
 
     @cached_property
-    def places(self) -> Int[Tensor, " tokens"]:
+    def row_positions(self) -> Int[Tensor, " tokens"]:
         """Where, in what the processes of the ring have one after another, each token of the row is."""
         held = torch.cat([self.of_ring(rank) for rank in range(self.ring)])
         real = held >= 0
-        places = torch.empty(sum(self.documents), dtype=torch.long)
-        places[held[real]] = torch.arange(len(held))[real]
-        return places
+        index = torch.empty(sum(self.documents), dtype=torch.long)
+        index[held[real]] = torch.arange(len(held))[real]
+        return index
 
     def dispatch(
         self, x: Shaped[Tensor, " tokens *rest"], rank: int, fill: float | int = 0
@@ -286,9 +286,9 @@ class Placement:
         """The row, of what all processes hold."""
         held = torch.cat([self.tokens(rank) for rank in range(self.ring * self.ulysses)])
         real = held >= 0
-        places = torch.empty(sum(self.documents), dtype=torch.long)
-        places[held[real]] = torch.arange(len(held))[real]
-        return torch.cat(list(parts))[places.to(parts[0].device)]
+        index = torch.empty(sum(self.documents), dtype=torch.long)
+        index[held[real]] = torch.arange(len(held))[real]
+        return torch.cat(list(parts))[index.to(parts[0].device)]
 
     def pair(self, own: int, other: int, causal: Sequence[bool]) -> tuple[Slice, ...]:
         """What queries of a process of the ring see of the keys of another, without padding."""
@@ -312,7 +312,7 @@ class Placement:
         return tuple(part for part in slices if part is not None)
 
     def seen(self, rank: int, slices: Sequence[Slice]) -> tuple[Slice, ...]:
-        """What the queries of a process of the ring see of the whole row: rows are places of its own."""
+        """What the queries of a process of the ring see of the whole row: rows are its own positions."""
         key = (rank, tuple(slices))
         if key not in self._found:
             self._found[key] = self._seen(rank, slices)
@@ -323,7 +323,7 @@ class Placement:
         # Runs of tokens that follow each other: where they begin here, in the row, and where they end in the row.
         new = torch.ones(len(held), dtype=torch.bool)
         new[1:] = (held[1:] != held[:-1] + 1) | (held[1:] < 0)
-        heres = [int(place) for place in new.nonzero().flatten() if held[place] >= 0]
+        heres = [int(index) for index in new.nonzero().flatten() if held[index] >= 0]
         ends = [*new.nonzero().flatten().tolist(), len(held)]
         follows = dict(pairwise(ends))
         runs = sorted((int(held[here]), here, follows[here] - here) for here in heres)

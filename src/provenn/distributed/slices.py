@@ -116,7 +116,7 @@ def _hidden(tile: Tile, device: torch.device) -> Tensor | None:
     return {CAUSAL: late, INVERSE_CAUSAL: early, BI_CAUSAL: late | early}[tile.kind]
 
 
-def _places(starts: tuple[int, ...], size: int, device: torch.device) -> slice | Tensor:
+def _row_index(starts: tuple[int, ...], size: int, device: torch.device) -> slice | Tensor:
     """Rows from each start on: a slice where there is one, which gives views, else indices (starts · size)."""
     if len(starts) == 1:
         return slice(starts[0], starts[0] + size)
@@ -158,13 +158,13 @@ class Partial:
         self.output = q.new_zeros(*q.shape[:2], width, dtype=accurate)
         self.lse = q.new_full(q.shape[:2], -torch.inf, dtype=accurate)
 
-    def join(self, places: "slice | Tensor", output: Tensor, lse: Tensor) -> None:
+    def join(self, index: "slice | Tensor", output: Tensor, lse: Tensor) -> None:
         """ℓ ← ℓ − log σ(ℓ − ℓ'), o ← o − σ(ℓ' − ℓ) (o − o'), in some rows; −∞ on both sides stays −∞."""
-        before = self.output[places]  # a view of a slice, a copy of indexed rows
-        after = merge_(before, self.lse[places], output, lse)
-        if isinstance(places, Tensor):
-            self.output[places] = before
-        self.lse[places] = after
+        before = self.output[index]  # a view of a slice, a copy of indexed rows
+        after = merge_(before, self.lse[index], output, lse)
+        if isinstance(index, Tensor):
+            self.output[index] = before
+        self.lse[index] = after
 
 
 def attend(inputs: Inputs, slices: Sequence[Slice], into: Partial | None = None) -> Partial:
@@ -179,7 +179,10 @@ def attend(inputs: Inputs, slices: Sequence[Slice], into: Partial | None = None)
     heads, kv_heads = q.shape[1], k.shape[1]
     for tile in tiles(tuple(slices), MOST_SCORES // heads):
         count = len(tile.q_starts)
-        here, columns = _places(tile.q_starts, tile.rows, q.device), _places(tile.k_starts, tile.columns, k.device)
+        here, columns = (
+            _row_index(tile.q_starts, tile.rows, q.device),
+            _row_index(tile.k_starts, tile.columns, k.device),
+        )
         queries = at_least_single(q[here]).unflatten(1, (kv_heads, -1)).unflatten(0, (count, -1))
         keys, values = (at_least_single(x[columns]).unflatten(0, (count, -1)) for x in (k, v))
         scores = torch.einsum("nahgd,nbhd->nhgab", queries * scale, keys)
@@ -209,7 +212,10 @@ def attend_backward(
     heads, kv_heads = q.shape[1], k.shape[1]
     for tile in tiles(tuple(slices), MOST_SCORES // heads):
         count = len(tile.q_starts)
-        here, columns = _places(tile.q_starts, tile.rows, q.device), _places(tile.k_starts, tile.columns, k.device)
+        here, columns = (
+            _row_index(tile.q_starts, tile.rows, q.device),
+            _row_index(tile.k_starts, tile.columns, k.device),
+        )
         queries, grads = (
             at_least_single(x[here]).unflatten(1, (kv_heads, -1)).unflatten(0, (count, -1)) for x in (q, grad)
         )
@@ -233,11 +239,11 @@ def attend_backward(
     return grad_k, grad_v
 
 
-def _add(total: Tensor, places: "slice | Tensor", part: Tensor) -> None:
-    if isinstance(places, Tensor):
-        total.index_add_(0, places, part)
+def _add(total: Tensor, index: "slice | Tensor", part: Tensor) -> None:
+    if isinstance(index, Tensor):
+        total.index_add_(0, index, part)
     else:
-        total[places] += part
+        total[index] += part
 
 
 def area(slices: Iterable[Slice]) -> int:

@@ -12,7 +12,7 @@ from transformers import Cache
 from provenn.core.errors import UserError
 from provenn.huggingface.cache import state_layer
 from provenn.huggingface.families import Host
-from provenn.nn.attention import pack, packed_places, unpack
+from provenn.nn.attention import pack, packed_positions, unpack
 from provenn.nn.mixers import mixers_called
 from provenn.nn.streaming import MixerState, read_ragged
 from provenn.surgery.notes import describe_factory, is_json
@@ -92,7 +92,7 @@ class MixerAttention(nn.Module):
             # A mixer may share out the length of what it reads, so texts of different lengths are read apart.
             return read_ragged(lambda texts, _: (self.mixer(texts), None), x, mask=mask)[0]
         # In one call, as nothing that comes after a text's last token can move it.
-        places = packed_places(mask)
+        places = packed_positions(mask)
         return unpack(self.mixer(pack(x, places), mask=pack(mask, places)), places)
 
     def _read(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:

@@ -16,7 +16,7 @@ from provenn.core.errors import UserError
 from provenn.core.files import save_figure, strict_json, write_atomically
 from provenn.evidence.interval import Interval, resampled
 from provenn.evidence.measurement import Table
-from provenn.tasks.base import LABEL, TOLD, HeldOut, Scores, Task, count_examples
+from provenn.tasks.base import LABEL, PREDICTED, HeldOut, Scores, Task, count_examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,9 +229,9 @@ def evaluate(
 
 
 def _confusion(scores: Scores, classes: int) -> Int[np.ndarray, "classes classes"]:
-    size = max(classes, int(scores[LABEL].max()) + 1, int(scores[TOLD].max()) + 1)
+    size = max(classes, int(scores[LABEL].max()) + 1, int(scores[PREDICTED].max()) + 1)
     # A pair of classes as one number: a count of each is the matrix, row by row, without a loop.
-    flat = scores[LABEL].astype(np.int64) * size + scores[TOLD].astype(np.int64)
+    flat = scores[LABEL].astype(np.int64) * size + scores[PREDICTED].astype(np.int64)
     return np.bincount(flat, minlength=size * size).reshape(size, size)
 
 

@@ -30,25 +30,25 @@ def check_mask(mask: Tensor | None, x: Shaped[Tensor, "batch tokens *rest"]) -> 
     )
 
 
-def packed_places(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+def packed_positions(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
     """Where each token stands once its row's padding has moved behind its last token.
 
-    >>> packed_places(torch.tensor([[False, True, False, True]])).tolist()
+    >>> packed_positions(torch.tensor([[False, True, False, True]])).tolist()
     [[2, 0, 3, 1]]
     """
     tokens, padding = mask.cumsum(dim=1), (~mask).cumsum(dim=1)
     return torch.where(mask, tokens, tokens[:, -1:] + padding) - 1
 
 
-def pack(x: Shaped[Tensor, "batch tokens *rest"], places: Int[Tensor, "batch tokens"]) -> Tensor:
-    """Tokens moved to their `packed_places`."""
-    index = places.view(*places.shape, *[1] * (x.dim() - 2)).expand_as(x)
+def pack(x: Shaped[Tensor, "batch tokens *rest"], positions: Int[Tensor, "batch tokens"]) -> Tensor:
+    """Tokens moved to their `packed_positions`."""
+    index = positions.view(*positions.shape, *[1] * (x.dim() - 2)).expand_as(x)
     return torch.zeros_like(x).scatter(1, index, x)
 
 
-def unpack(x: Shaped[Tensor, "batch tokens *rest"], places: Int[Tensor, "batch tokens"]) -> Tensor:
-    """Tokens moved back from their `packed_places`."""
-    return x.gather(1, places.view(*places.shape, *[1] * (x.dim() - 2)).expand_as(x))
+def unpack(x: Shaped[Tensor, "batch tokens *rest"], positions: Int[Tensor, "batch tokens"]) -> Tensor:
+    """Tokens moved back from their `packed_positions`."""
+    return x.gather(1, positions.view(*positions.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
 
 def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
@@ -213,7 +213,7 @@ class SoftmaxAttention(nn.Module):
 class WindowState(NamedTuple):
     """Keys and values of the last tokens, and how many there were in all. Written in place: for inference.
 
-    A ring: what token t left stands at t mod window, until token t + window takes its place.
+    A ring: what token t left stands at t mod window, until token t + window replaces it.
     """
 
     keys: Float[Tensor, "batch heads window head_dim"]
@@ -276,7 +276,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         tail = (0, 0, 0, blocks * block - tokens)
         # Queries of a block see its own keys and the `window` before them: windows that overlap, cut from one row.
         k, v = (
-            # The ring, oldest first: place seen mod window holds the oldest token.
+            # The ring, oldest first: the oldest token is at index seen mod window.
             torch.cat([past.roll(-(state.seen % w), 2), new], dim=2)
             for past, new in ((state.keys, new_k), (state.values, new_v))
         )
@@ -286,7 +286,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         row, column = (torch.arange(size, device=x.device) for size in (block, w + block))
         in_window = (column > row[:, None]) & (column <= row[:, None] + w)
         position = torch.arange(blocks, device=x.device)[:, None, None] * block + column
-        # Before the stream's first token the ring is empty: those places are zeros that no query may see.
+        # Before the stream's first token the ring is empty: those positions are zeros that no query may see.
         visible = in_window & (position >= w - min(state.seen, w))
         if mask is not None:
             real = F.pad(F.pad(mask, (w, 0), value=True), (0, blocks * block - tokens), value=False)

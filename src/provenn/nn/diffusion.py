@@ -120,7 +120,7 @@ def noise_losses(
     least = _expand_levels(posterior.least, t)
     squared_distance = (posterior.mean(x, noisy, t) - mean).square() * torch.exp(-log_variance)
     divergence = 0.5 * (log_variance - least - 1 + torch.exp(least - log_variance) + squared_distance)
-    # At t = 0 there is no step before: the likelihood of the pixels takes the divergence's place.
+    # At t = 0 there is no step before: the likelihood of the pixels replaces the divergence.
     bound = torch.where(t[:, None, None, None] == 0, _pixel_surprise(x, mean, log_variance), divergence)
     return error, bound.mean() / math.log(2)
 

@@ -1,4 +1,4 @@
-"""Feature maps of linear attention: φ with φ(q)·φ(k) in the place of exp(q·k/√d), each query and key by itself.
+"""Feature maps of linear attention: φ with φ(q)·φ(k) instead of exp(q·k/√d), each query and key by itself.
 
 A map takes (batch, heads, tokens, head_dim), and `start`, the position of the first token, which only cosFormer reads.
 It gives (batch, heads, tokens, features) in float32 at least, since sums over tokens are taken of it. `features` says

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from provenn.nn.attention import pack, packed_places
+from provenn.nn.attention import pack, packed_positions
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.transformer import TransformerEncoder
 
@@ -45,8 +45,8 @@ class SeriesHost(nn.Module):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         else:
-            places = packed_places(mask)  # positions begin at a series' first token
-            x, mask = pack(x, places), pack(mask, places)
+            packed = packed_positions(mask)  # positions begin at a series' first token
+            x, mask = pack(x, packed), pack(mask, packed)
         # Padding may be NaN, which would pass a mask of attention: 0 · NaN is NaN.
         embedded = self.embed(x.masked_fill(~mask[..., None], 0))
         positions = torch.arange(x.shape[1], device=x.device)

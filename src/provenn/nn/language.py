@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from provenn.core.errors import UserError
 from provenn.distributed.switch import ContextParallel, spread, switch_on, why_not
-from provenn.nn.attention import check_mask, pack, packed_places, unpack
+from provenn.nn.attention import check_mask, pack, packed_positions, unpack
 from provenn.nn.mixers import Mixers, layer_mixers
 from provenn.nn.positions import sinusoidal_encoding
 from provenn.nn.streaming import MixerState, state_bytes
@@ -180,7 +180,7 @@ class TokenStack(nn.Module):
             raise ValueError("the sequence has no token: expected at least one")
         x = self.embed(tokens)
         sharing = spread(self.context_parallel)
-        # What is spread over processes keeps the places that it has in the whole sequence.
+        # Tokens that are spread over processes keep their positions in the whole sequence.
         end = start + tokens.shape[1] if sharing is None else sharing.length
         if self.max_length is not None and end > self.max_length:
             raise UserError(
@@ -189,8 +189,8 @@ class TokenStack(nn.Module):
         if self.place is not None:
             x = x + self.place.weight[slice(start, end) if sharing is None else sharing.positions(x.device)]
         elif self.positions == "sinusoidal":
-            places = torch.arange(start, end, device=x.device) if sharing is None else sharing.positions(x.device)
-            x = x + sinusoidal_encoding(places, self.dim).to(x)
+            positions = torch.arange(start, end, device=x.device) if sharing is None else sharing.positions(x.device)
+            x = x + sinusoidal_encoding(positions, self.dim).to(x)
         return self.dropout(x)
 
     def hidden_states(
@@ -201,14 +201,14 @@ class TokenStack(nn.Module):
         Padding changes no vector of a token, wherever it stands: positions and chunks begin at a row's first token.
         """
         check_mask(mask, tokens)
-        places = None if mask is None else packed_places(mask)
-        if mask is not None and places is not None:
-            tokens, mask = pack(tokens, places), pack(mask, places)
+        positions = None if mask is None else packed_positions(mask)
+        if mask is not None and positions is not None:
+            tokens, mask = pack(tokens, positions), pack(mask, positions)
         x = self._embed(tokens)
         for block in self.blocks:
             x = block(x, mask=mask)
         x = self.norm(x)
-        return x if places is None else unpack(x, places)
+        return x if positions is None else unpack(x, positions)
 
 
 def spread_over(model: nn.Module, sharing: ContextParallel) -> None:

@@ -92,7 +92,7 @@ class MobileNetV2(nn.Module):
             ends[reached] = len(layers) - 1, channels
         ends = {stride: end for stride, end in ends.items() if stem_stride == 1 or stride > stem_stride}
         self.strides, self.widths = tuple(ends), tuple(width for _, width in ends.values())
-        self.ends = [place for place, _ in ends.values()]
+        self.ends = [index for index, _ in ends.values()]
         self.layers = nn.Sequential(*layers)
         self.classifier = nn.Sequential()
         if num_classes:
@@ -112,8 +112,8 @@ class MobileNetV2(nn.Module):
     def features(self, x: Float[Tensor, "batch in_channels height width"]) -> list[Tensor]:
         """The last map at each stride from 4 on, from fine to coarse, the coarsest before the convolution of `last`."""
         maps = []
-        for place, layer in enumerate(list(self.layers)[: self.ends[-1] + 1]):
+        for index, layer in enumerate(list(self.layers)[: self.ends[-1] + 1]):
             x = layer(x)
-            if place in self.ends:
+            if index in self.ends:
                 maps.append(x)
         return maps

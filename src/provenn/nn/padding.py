@@ -26,9 +26,9 @@ def mirror_pad(
         size = x.shape[dim]
         period = 2 * size if mode == "symmetric" else max(1, 2 * size - 2)
         # A tensor, since ONNX divides by no size that is still open; nor is there a way past this where `extra` is 0.
-        place = torch.arange(size + extra, device=x.device) % torch.full((), period, device=x.device)
-        back = period - 1 - place if mode == "symmetric" else period - place
-        x = x.index_select(dim, torch.where(place < size, place, back))
+        index = torch.arange(size + extra, device=x.device) % torch.full((), period, device=x.device)
+        back = period - 1 - index if mode == "symmetric" else period - index
+        x = x.index_select(dim, torch.where(index < size, index, back))
     return x
 
 

@@ -21,14 +21,14 @@ def sinusoidal_encoding(positions: Shaped[Tensor, "*shape"], dim: int) -> Float[
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be even, got {dim}")
     rates = torch.exp(torch.arange(0, dim, 2, device=positions.device) * (-math.log(10_000) / dim))
-    # Long streams reach positions at which float32 no longer tells neighbouring angles apart.
+    # Long streams reach positions at which float32 no longer distinguishes neighbouring angles.
     angles = (positions.double().unsqueeze(-1) * rates.double()).remainder(2 * math.pi).float()
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def rotation(
-    positions: Shaped[Tensor, "*places tokens"], dim: int, dtype: torch.dtype, base: float | int = 10_000
-) -> tuple[Float[Tensor, "*places tokens half"], Float[Tensor, "*places tokens half"]]:
+    positions: Shaped[Tensor, "*leading tokens"], dim: int, dtype: torch.dtype, base: float | int = 10_000
+) -> tuple[Float[Tensor, "*leading tokens half"], Float[Tensor, "*leading tokens half"]]:
     """The cosines and sines of `rotate`, in float32 at least: what queries and keys of the same positions share.
 
     Args:
@@ -50,8 +50,8 @@ def rotation(
 
 def turn(
     x: Float[Tensor, "*batch tokens dim"],
-    cos: Float[Tensor, "*places tokens half"],
-    sin: Float[Tensor, "*places tokens half"],
+    cos: Float[Tensor, "*leading tokens half"],
+    sin: Float[Tensor, "*leading tokens half"],
 ) -> Float[Tensor, "*batch tokens dim"]:
     """`rotate` by cosines and sines as `rotation` gives them."""
     # Partners are half a head apart, as in Llama and RAT's code; RoFormer itself pairs neighbours.
@@ -60,7 +60,7 @@ def turn(
 
 
 def rotate(
-    x: Float[Tensor, "*batch tokens dim"], positions: Shaped[Tensor, "*places tokens"], base: float | int = 10_000
+    x: Float[Tensor, "*batch tokens dim"], positions: Shaped[Tensor, "*leading tokens"], base: float | int = 10_000
 ) -> Float[Tensor, "*batch tokens dim"]:
     """Turn the pair (x_j, x_{j + dim/2}) by position · base^(−2j/dim): rotary positions (Su et al., 2021, RoFormer).
 
@@ -82,9 +82,9 @@ def shift_distances(
 ) -> Float[Tensor, "*batch queries keys"]:
     """From scores by distance, keys − 1 first and 0 last, to scores by key, without an index (Dai et al., 2019, B).
 
-    Queries are the last of the keys. Row i moves to the left by queries − 1 − i places: a column of zeros in front, and
-    the matrix read in rows that are one shorter. What stands above the diagonal afterwards is of no use; a causal mask
-    hides it.
+    Queries are the last of the keys. Row i moves to the left by queries − 1 − i columns: a column of zeros goes in
+    front, and the matrix is read in rows that are one shorter. What then stands above the diagonal is of no use: a
+    causal mask hides it.
 
     >>> shift_distances(torch.tensor([[2, 1, 0], [2, 1, 0], [2, 1, 0]]).float()).tril().tolist()
     [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [2.0, 1.0, 0.0]]

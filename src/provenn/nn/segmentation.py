@@ -1,4 +1,4 @@
-"""Segmentation heads: from a backbone's maps to logits of every class at every place."""
+"""Segmentation heads: from a backbone's maps to logits of every class at every pixel."""
 
 from collections.abc import Callable, Sequence
 
@@ -42,7 +42,7 @@ class SemanticFPNHead(nn.Module):
 
     Args:
         widths, strides: of the backbone's maps, from fine to coarse.
-        num_classes: logits a place.
+        num_classes: logits a pixel.
         dim: channels of the pyramid; the branches have half as many.
         dropout: before the last map.
 
@@ -180,7 +180,7 @@ class Segmenter(nn.Module):
 
     Args:
         backbone: gives its pyramid; see `provenn.nn.backbone.Backbone`.
-        num_classes: logits a place.
+        num_classes: logits a pixel.
         head: "semantic_fpn", "segformer", "deeplabv3" or "pspnet".
         options: of the head, such as `dim`.
 

@@ -110,8 +110,8 @@ class StreamsState(NamedTuple):
 class RaggedState(tuple[StreamsState, ...]):
     """The state of a batch whose streams have read different numbers of tokens, by these numbers.
 
-    A mixer's own state may count tokens for the whole batch, as a chunk's place does. Streams that padding has set
-    apart therefore have states of their own.
+    A mixer's own state may count tokens for the whole batch, as a position in a chunk does. Therefore streams that
+    padding has set apart have states of their own.
     """
 
     __slots__ = ()
@@ -127,10 +127,10 @@ class RaggedState(tuple[StreamsState, ...]):
         chosen = torch.arange(self.streams)[index].tolist()
         parts = []
         for streams, state in self:
-            places = [place for place, stream in enumerate(chosen) if stream in streams]
-            if places:
-                rows = [streams.index(chosen[place]) for place in places]
-                parts.append(StreamsState(tuple(places), select_state(state, rows)))
+            members = [number for number, stream in enumerate(chosen) if stream in streams]
+            if members:
+                rows = [streams.index(chosen[member]) for member in members]
+                parts.append(StreamsState(tuple(members), select_state(state, rows)))
         return RaggedState(parts)
 
 
@@ -162,8 +162,8 @@ def read_ragged(
     y, parts = torch.zeros_like(x), []
     for streams, before in state:
         for count in sorted({counts[stream] for stream in streams}):
-            members = [place for place, stream in enumerate(streams) if counts[stream] == count]
-            chosen = [streams[place] for place in members]
+            members = [number for number, stream in enumerate(streams) if counts[stream] == count]
+            chosen = [streams[member] for member in members]
             after = before if len(chosen) == len(streams) else select_state(before, members)
             if count:
                 rows, columns = mask[chosen].nonzero(as_tuple=True)
@@ -188,8 +188,8 @@ def _named(state: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def save_state(state: tuple, path: str | Path) -> None:
     """Write a state as safetensors, to go on later or elsewhere with `load_state`."""
     # Copies: safetensors refuses tensors that share memory.
-    with atomic_write(Path(path)) as place:
-        save_file({name: tensor.clone() for name, tensor in _named(state)}, place)
+    with atomic_write(Path(path)) as temporary:
+        save_file({name: tensor.clone() for name, tensor in _named(state)}, temporary)
 
 
 def load_state(like: State, path: str | Path) -> State:

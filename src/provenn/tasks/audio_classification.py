@@ -30,7 +30,7 @@ from provenn.data.class_folders import SPLITS, Splits, check_splits, given_split
 from provenn.tasks.base import (
     CUT,
     LABEL,
-    TOLD,
+    PREDICTED,
     HeldOut,
     Portable,
     Scores,
@@ -41,8 +41,8 @@ from provenn.tasks.base import (
     device_of,
     fingerprint,
     join_scores,
+    report_classes,
     split_indices,
-    tell_classes,
 )
 from provenn.tasks.meta import Recordings
 
@@ -94,27 +94,29 @@ class AudioClassification(Task):
             examples, test_examples: vowels to train on, and to validate and to test on.
 
         Raises:
-            UserError: no such data, or files that cannot be read, with their place.
+            UserError: no such data, or files that cannot be read, with their paths.
         """
-        place = self._named(source)
+        location = self._named(source)
         for name, value in (("rate", rate), ("mels", mels), ("examples", examples), ("test_examples", test_examples)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if seconds is not None and not 0 < seconds < 3600:
             raise UserError(f"seconds must be more than 0 and less than an hour, got {seconds}")
-        if isinstance(place, str):
+        if isinstance(location, str):
             if rate not in (None, VOWEL_RATE) or seconds is not None:
                 raise UserError(f"vowels have {VOWEL_RATE:,} samples a second and their own length: leave both out")
             frames = Frames.of(VOWEL_RATE, mels or VOWEL_MELS)
             parts = _drawn(seed, examples, test_examples, frames)
-            return _prepare(place, list(FORMANTS), parts, frames, self.embedded[place])
+            return _prepare(location, list(FORMANTS), parts, frames, self.embedded[location])
         frames = Frames.of(rate or RATE, mels or MELS)
         if not RATES[0] <= frames.rate <= RATES[1]:
             raise UserError(f"rate must be from {RATES[0]:,} to {RATES[1]:,} samples a second, got {rate}")
-        classes, listed = self.files(place, seed=seed, siblings=siblings)
+        classes, listed = self.files(location, seed=seed, siblings=siblings)
         parts = [_read(pairs, frames, seconds) for pairs in listed]
         sizes = sum(len(part[0]) for part in parts)
-        return _prepare(str(place), classes, parts, frames, f"{sizes} sounds of {len(classes)} classes, the user's own")
+        return _prepare(
+            str(location), classes, parts, frames, f"{sizes} sounds of {len(classes)} classes, the user's own"
+        )
 
     def files(
         self, source: str | Path, *, seed: int = 0, siblings: bool = False
@@ -124,9 +126,9 @@ class AudioClassification(Task):
         Raises:
             UserError: as `load`.
         """
-        place = Path(source)
-        given = (sibling_splits if siblings else given_splits)(place, sounds_in, "WAV files")
-        splits = _with_splits(place, given, seed)
+        folder = Path(source)
+        given = (sibling_splits if siblings else given_splits)(folder, sounds_in, "WAV files")
+        splits = _with_splits(folder, given, seed)
         classes = list(splits["train"])
         return classes, [_numbered(splits[split], classes) for split in SPLITS]
 
@@ -150,10 +152,10 @@ class AudioClassification(Task):
         rows = []
         for x, lengths, classes in batches(dataset, batch_size, device_of(model)):
             logits = _logits(model, x, lengths).float()
-            told = logits.argmax(-1)
+            predicted = logits.argmax(-1)
             entropy = F.cross_entropy(logits, classes, reduction="none")
-            rows.append([(told == classes).double(), entropy.double(), classes, told])
-        return join_scores(("accuracy", "cross_entropy", LABEL, TOLD), rows)
+            rows.append([(predicted == classes).double(), entropy.double(), classes, predicted])
+        return join_scores(("accuracy", "cross_entropy", LABEL, PREDICTED), rows)
 
     def held_out(  # type: ignore[override]  # names its options
         self,
@@ -171,23 +173,23 @@ class AudioClassification(Task):
         Args:
             siblings: as in `load`: nothing of the folder was trained on, so all of it is tested on.
         """
-        place, frames = self._named(source), _frames(meta)
-        if isinstance(place, str):
+        location, frames = self._named(source), _frames(meta)
+        if isinstance(location, str):
             names = list(FORMANTS)
             part = _drawn(seed, examples, test_examples, frames)[2]
-            which = f"the test split of {place}"
+            which = f"the test split of {location}"
         else:
-            splits = given_splits(place, sounds_in, "WAV files")
+            splits = given_splits(location, sounds_in, "WAV files")
             if not (whole or siblings):
-                splits = _with_splits(place, splits, seed)
+                splits = _with_splits(location, splits, seed)
             split = next(name for name in ("test", "val", "train") if name in splits)
             names = list(splits[split])
             part = _read(_numbered(splits[split], names), frames, None)
-            which = f"all of {place}" if split == "train" else f"the {split} split of {place}"
+            which = f"all of {location}" if split == "train" else f"the {split} split of {location}"
         unknown = sorted(set(names) - set(meta["classes"]))
         if unknown:
             raise UserError(
-                f"{place}: the model knows no class {unknown[0]!r}; it knows: {', '.join(meta['classes'][:12])}"
+                f"{location}: the model knows no class {unknown[0]!r}; it knows: {', '.join(meta['classes'][:12])}"
             )
         numbers = torch.tensor([meta["classes"].index(name) for name in names])
         x, lengths = _padded(part[0], meta)
@@ -219,8 +221,11 @@ class AudioClassification(Task):
         A folder among the inputs stands for the sounds in it.
         """
         files = [file for given in inputs for file in (sounds_in(given) if given.is_dir() else [given])]
-        listened = ((str(f), self.told(model, meta, f)) for f in progress.track(files, "listening", total=len(files)))
-        return tell_classes(listened, meta["classes"], inputs, output)
+        listened = (
+            (str(f), self.class_probabilities(model, meta, f))
+            for f in progress.track(files, "listening", total=len(files))
+        )
+        return report_classes(listened, meta["classes"], inputs, output)
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
         """From one sound's `samples`, at the rate that was trained at, to `probabilities`.
@@ -240,7 +245,7 @@ class AudioClassification(Task):
             predict=lambda samples: _shares(model, *_seen(samples[0], meta)),
         )
 
-    def told(self, model: nn.Module, meta: dict[str, Any], file: Path) -> list[float]:
+    def class_probabilities(self, model: nn.Module, meta: dict[str, Any], file: Path) -> list[float]:
         """The probability of each class of one file."""
         x, mask = self.example(file, meta)
         device = device_of(model)
@@ -256,8 +261,8 @@ class AudioClassification(Task):
         spectra = np.zeros((len(names), data.meta["mels"]))
         with torch.no_grad():
             for x, lengths, classes in batches(data.test, 256, device_of(model)):
-                told = _logits(model, x, lengths).argmax(-1)
-                np.add.at(confused, (classes.cpu().numpy(), told.cpu().numpy()), 1)
+                predicted = _logits(model, x, lengths).argmax(-1)
+                np.add.at(confused, (classes.cpu().numpy(), predicted.cpu().numpy()), 1)
                 means = (x.sum(1) / lengths[:, None]).cpu().numpy()
                 np.add.at(spectra, classes.cpu().numpy(), means)
         count = np.maximum(confused.sum(1, keepdims=True), 1)
@@ -266,7 +271,7 @@ class AudioClassification(Task):
         figure.colorbar(
             left.imshow(confused / count, cmap="Blues", vmin=0, vmax=1), ax=left, label="share of the class"
         )
-        left.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="told", ylabel="true")
+        left.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted", ylabel="true")
         left.set_xticklabels(names, rotation=60, ha="right")
         left.set_yticklabels(names)
         left.set_title(f"{data.name}: {np.trace(confused):.0f} of {confused.sum():.0f} right")

@@ -88,15 +88,15 @@ def match(truths: Sequence[Truth], found: Sequence[Found], classes: int) -> np.n
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth, told = COCO(), COCO()
+    truth, predicted = COCO(), COCO()
     images = [{"id": index + 1} for index in range(len(truths))]
     categories = [{"id": index + 1} for index in range(classes)]
     truth.dataset = {"images": images, "categories": categories, "annotations": _annotations(truths)}
-    told.dataset = {"images": images, "categories": categories, "annotations": _annotations(found)}
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells the terminal what it does
+    predicted.dataset = {"images": images, "categories": categories, "annotations": _annotations(found)}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
         truth.createIndex()
-        told.createIndex()
-        judge = COCOeval(truth, told, "bbox")
+        predicted.createIndex()
+        judge = COCOeval(truth, predicted, "bbox")
         judge.params.maxDets = [1, 10, MOST]
         judge.evaluate()
     objects = np.zeros((len(AREAS), len(truths), classes), int)
@@ -174,9 +174,9 @@ def curves(matches: Sequence[Matches]) -> np.ndarray:
                 continue
             recall = right[area] / objects[area, label]
             for threshold in range(len(THRESHOLDS)):
-                places = np.searchsorted(recall[threshold], RECALLS, side="left")
-                reached = places < recall.shape[-1]
-                precision[area, threshold, label] = best[area, threshold][places[reached]].sum() / len(RECALLS)
+                indices = np.searchsorted(recall[threshold], RECALLS, side="left")
+                reached = indices < recall.shape[-1]
+                precision[area, threshold, label] = best[area, threshold][indices[reached]].sum() / len(RECALLS)
     return precision
 
 

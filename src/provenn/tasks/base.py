@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the target of a token that nothing is asked of; the loss is the mean over all others
 Scores = dict[str, Shaped[np.ndarray, "examples ..."]]  # of each example, by name
-LABEL, TOLD = "label", "told"  # scores of a classifier: the class of each example, and the one that the model says
+# Columns of a classifier's scores: the true and the predicted class of each example.
+LABEL, PREDICTED = "label", "told"
 
 
 @dataclass(frozen=True)
@@ -127,16 +128,16 @@ class Task(ABC):
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """What the metrics follow from, a row an example. The model is in eval mode, without gradients.
 
-        Where examples have classes, `label` and `told` are among the columns.
+        Where examples have classes, the columns include `LABEL` and `PREDICTED`.
         """
         raise TypeError(f"the task {self.name} defines neither scores nor evaluate")
 
     def summary(self, scores: Scores) -> dict[str, float]:
         """Metrics of the examples with these scores, `self.metric` among them: by default the mean of each column."""
-        return {name: float(column.mean()) for name, column in scores.items() if name not in (LABEL, TOLD)}
+        return {name: float(column.mean()) for name, column in scores.items() if name not in (LABEL, PREDICTED)}
 
     def class_scores(self, scores: Scores, classes: Sequence[str]) -> tuple[list[str], list[list[Any]]] | None:
-        """Columns and rows of a table of classes, the worst first, where it does not follow from `label` and `told`."""
+        """Columns and rows of a table of classes, the worst first. None: it follows from `LABEL` and `PREDICTED`."""
         return None
 
     def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
@@ -167,7 +168,7 @@ class Task(ABC):
         """`self.metric` on the test split, of the best predictor that looks at nothing that would have to be learned.
 
         It is fitted on the training split: the commonest class, the frequencies of tokens, the last value. A model
-        that does no better has learned nothing, and nothing is concluded from it.
+        that does no better is below the dummy baseline, and nothing is concluded from it.
         """
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
@@ -176,7 +177,9 @@ class Task(ABC):
         Raises:
             UserError: the task has no prediction, or the files cannot be read.
         """
-        raise UserError(f"{self.name} predicts nothing: `provenn train` and `provenn evaluate` tell how well it does")
+        raise UserError(
+            f"{self.name} predicts nothing: `provenn train` and `provenn evaluate` report how well a model does"
+        )
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
         """The model as `provenn export` writes it, where the task can say.
@@ -201,7 +204,7 @@ class Task(ABC):
         """Hold the meta of a weight file to `meta_schema`.
 
         Raises:
-            UserError: another key or value, with its place and `source`.
+            UserError: a key or a value does not fit. The message names it and `source`.
         """
         if self.meta_schema is None:
             return
@@ -209,8 +212,8 @@ class Task(ABC):
             self.meta_schema.model_validate(meta)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(["meta", *(str(part) for part in first["loc"])])
-            raise UserError(f"{source}: its label cannot be read: {place}: {first['msg']}") from None
+            key = ".".join(["meta", *(str(part) for part in first["loc"])])
+            raise UserError(f"{source}: its label cannot be read: {key}: {first['msg']}") from None
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         """What prediction assumes of weights that carry no meta of their own (an author's checkpoint)."""
@@ -221,7 +224,7 @@ class Task(ABC):
         return None
 
     def _named(self, source: str | Path) -> str | Path:
-        """Tell an embedded name from a path; neither is an error that says what there is."""
+        """An embedded name as it is, anything else as a path. A path that does not exist is an error."""
         if isinstance(source, str) and source in self.embedded:
             return source
         path = Path(source)
@@ -275,10 +278,10 @@ def split_indices(count: int, shares: Sequence[float], seed: int = 0) -> list[li
 
 
 def blind_accuracy(train: Int[Tensor, " examples"], test: Int[Tensor, " others"]) -> float:
-    """The share of test labels told right by who sees no input.
+    """The share of test labels that are predicted right without any input.
 
-    The better of always saying the commonest label of training and of guessing evenly: in a small test split of a
-    balanced set the first may be below the second, which then is what a model gets that has learned nothing.
+    The better of two predictors: one always says the commonest label of training, the other guesses evenly. In a small
+    test split of a balanced set the first may be below the second. Then the second is the dummy baseline.
 
     >>> blind_accuracy(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1, 1]))
     0.75
@@ -292,19 +295,22 @@ def blind_accuracy(train: Int[Tensor, " examples"], test: Int[Tensor, " others"]
 SHOWN = 20  # lines of predictions in the terminal
 
 
-def tell_classes(
-    told: Iterable[tuple[str, Sequence[float]]], classes: Sequence[str], inputs: Iterable[Path], output: Path | None
+def report_classes(
+    predictions: Iterable[tuple[str, Sequence[float]]],
+    classes: Sequence[str],
+    inputs: Iterable[Path],
+    output: Path | None,
 ) -> str:
     """The likeliest classes of each prediction, a line each; a table gets the probability of every class.
 
     Args:
-        told: what was looked at, and the probability of each class.
+        predictions: the name of each input, and the probability of each class.
         classes: what they are called.
         inputs: what was given, which the table must not overwrite.
         output: of the table, a .csv.
     """
     check_table(output, inputs)
-    rows = list(told)
+    rows = list(predictions)
     if output is not None:
         table: list[Sequence[str | float]] = [[name, classes[int(np.argmax(row))], *row] for name, row in rows]
         write_table(output, ["file", "label", *classes], table)

@@ -26,7 +26,7 @@ SHARED = (
     "graph-regression",
     "audio-classification",
 )
-FACTS = ("name", "metric", "higher_is_better", "embedded", "reads")
+ATTRIBUTES = ("name", "metric", "higher_is_better", "embedded", "reads")
 
 
 def get_task(name: str) -> Task:
@@ -107,7 +107,7 @@ def _load(bringer: catalog.Card | EntryPoint, name: str, source: str) -> Task:
         task = getattr(task, "TASK", task)
     if not isinstance(task, Task):
         raise UserError(f"{source}: a task is an object of a subclass of provenn.tasks.Task, got {task!r}")
-    missing = [fact for fact in FACTS if not hasattr(task, fact)]
+    missing = [attribute for attribute in ATTRIBUTES if not hasattr(task, attribute)]
     if missing:
         raise UserError(f"{source}: the task {name!r} does not say its {', '.join(missing)}")
     if task.name != name:

@@ -52,7 +52,7 @@ class Histories(TensorDataset):
 
 
 class EventForecasting(Task):
-    """Events i + 1 are told from events up to i: −log p(gap) − log p(mark), in the data's own unit of time."""
+    """Event i + 1 is predicted from the events up to i: −log p(gap) − log p(mark), in the data's own unit of time."""
 
     name = "event-forecasting"
     meta_schema = Events
@@ -76,10 +76,10 @@ class EventForecasting(Task):
         """
         if options:
             raise UserError(f"{self.name} takes no options, got {', '.join(options)}")
-        place = self._named(source)
-        if place == source and isinstance(source, str):
+        location = self._named(source)
+        if location == source and isinstance(source, str):
             return self._simulated(source)
-        histories = read_histories(Path(place))
+        histories = read_histories(Path(location))
         short = next((h for h in histories if len(h.times) < 2), None)
         if short is not None:
             raise UserError(f"{source}: the sequence {short.name!r} has one event: expected two or more")
@@ -103,7 +103,7 @@ class EventForecasting(Task):
         scale = float(gaps[: cuts[0]].mean())
         sets = [Histories(list(g), list(m), scale) for g, m in zip(np.split(gaps, cuts), np.split(marks, cuts))]
         truth = process.nll(times[cuts[-1] :], marks[cuts[-1] :])
-        # The first event is told by no model: it has no history.
+        # No model predicts the first event: it has no history.
         floor = {"true_nll": float(sum(part[:, 1:].mean() for part in truth))}
         kinds = [str(i) for i in range(int(marks.max()) + 1)]
         return _data(name, sets, kinds, self.embedded[name], floor)
@@ -116,7 +116,7 @@ class EventForecasting(Task):
         return (gap_nll + mark_nll)[valid].mean()
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
-        """Sums over the events of each sequence: nats of gaps and marks, squared error of the gap, marks told right."""
+        """Sums over the events of each sequence: nats of gaps and marks, squared error of the gap, right marks."""
         scale, rows = dataset.scale, []  # type: ignore[attr-defined]  # `Histories` have one
         for gaps, marks, counts in batches(dataset, batch_size, device_of(model)):
             prediction, target_gaps, target_marks, valid = _predicted(model, gaps, marks, counts)
@@ -129,7 +129,7 @@ class EventForecasting(Task):
         return join_scores(names, rows)
 
     def summary(self, scores: Scores) -> dict[str, float]:
-        """Nats an event, the error of the expected gap, and the share of marks told right."""
+        """Nats an event, the error of the expected gap, and the share of marks predicted right."""
         count = scores["events"].sum()
         gap, mark, error, right = (float(scores[name].sum() / count) for name in ("gap", "mark", "error", "right"))
         return {"nll": gap + mark, "nll_gap": gap, "nll_mark": mark, "rmse": error**0.5, "accuracy": right}
@@ -138,15 +138,15 @@ class EventForecasting(Task):
         self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True
     ) -> HeldOut:
         """As in `Task`."""
-        place = self._named(source)
-        if place == source and isinstance(source, str):
+        location = self._named(source)
+        if location == source and isinstance(source, str):
             gaps, marks, _ = self._simulated(source).test.tensors  # type: ignore[attr-defined]  # a TensorDataset
             scale = self._simulated(source).test.scale  # type: ignore[attr-defined]  # as above
             kinds = [[str(int(mark)) for mark in row] for row in marks]
             sequences = [(row.double().numpy() * scale, names) for row, names in zip(gaps, kinds)]
             which = f"the test split of {source}"
         else:
-            histories = read_histories(Path(place))
+            histories = read_histories(Path(location))
             if not whole:
                 histories = [histories[i] for i in split_indices(len(histories), CUT, seed)[2]]
             sequences = [(np.diff(h.times, prepend=h.times[0] - meta["scale"]), list(h.marks)) for h in histories]
@@ -155,7 +155,9 @@ class EventForecasting(Task):
         if unknown:
             raise UserError(f"{source}: the mark {min(unknown)!r} is none of the model's: {', '.join(meta['marks'])}")
         if not any(len(names) > 1 for _, names in sequences):
-            raise UserError(f"{source}: every sequence has one event: nothing is to be told from what came before")
+            raise UserError(
+                f"{source}: every sequence has one event: expected one with two or more, to predict the next"
+            )
         numbers = [np.array([meta["marks"].index(mark) for mark in names]) for _, names in sequences]
         return HeldOut(Histories([gap for gap, _ in sequences], numbers, meta["scale"]), which)
 

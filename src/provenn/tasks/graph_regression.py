@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CUT = (0.8, 0.1, 0.1)  # of the user's graphs, for training, validation and test
-HOPS = 5  # edges of a path whose labels are told, as Graphormer has it
+HOPS = 5  # edges of a path whose labels the model sees, as in Graphormer
 TRIPLES = 2**24  # of nodes that are looked at together
 SHOWN = 20  # lines of predictions in the terminal
 UNREACHABLE = ("refuse", "apart")
@@ -138,7 +138,7 @@ def join(examples: Sequence[Example]) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 def distance_counts(rng: np.random.Generator) -> Graph:
-    """A skeleton with one marked node; told are the nodes at 1, 2 and 3 steps from it."""
+    """A skeleton with one marked node. The targets are the numbers of nodes at 1, 2 and 3 steps from it."""
     size = int(rng.integers(8, 21))
     edges = draw_tree_with_rings(rng, size, int(rng.integers(0, 4)))
     marked = int(rng.integers(size))
@@ -152,7 +152,7 @@ def distance_counts(rng: np.random.Generator) -> Graph:
 
 
 def regular(rng: np.random.Generator) -> Graph:
-    """A graph all of whose nodes are alike and have three neighbours; told is the mean length of its paths."""
+    """A graph whose nodes are all alike and have three neighbours. The target is the mean length of its paths."""
     size = 2 * int(rng.integers(4, 9))
     edges = draw_regular(rng, size)
     lengths = path_lengths(size, edges)
@@ -200,32 +200,34 @@ class GraphRegression(Task):
             source: an embedded name or a path.
             seed: of what is drawn, or of the split.
             examples, test_examples: of drawn graphs how many to train on, and to validate and to test on.
-            target: of an SDF file, the property to tell.
+            target: of an SDF file, the property to predict.
             unreachable: what becomes of graphs in several parts: "refuse", or "apart", "no path" as a relation of its
                 own.
 
         Raises:
             UserError: no such data; graphs without targets, of several parts, or too few of them.
         """
-        place = self._named(source)
+        location = self._named(source)
         for name, count in (("examples", examples), ("test_examples", test_examples)):
             if count < 1:
                 raise UserError(f"{name} must be at least 1, got {count}")
-        if isinstance(place, str):
+        if isinstance(location, str):
             if target is not None:
-                raise UserError(f"{place} has targets of its own: leave target out")
-            make, names = DRAWN[place]
+                raise UserError(f"{location} has targets of its own: leave target out")
+            make, names = DRAWN[location]
             rng = np.random.default_rng(seed)
             parts = [[make(rng) for _ in range(count)] for count in (examples, test_examples, test_examples)]
-            return _prepare(place, parts, names, self.embedded[place])
-        graphs = _read(place, target, unreachable)
+            return _prepare(location, parts, names, self.embedded[location])
+        graphs = _read(location, target, unreachable)
         if not graphs.targets:
             hint = (
-                "name one of its properties with target=NAME" if place.suffix.lower() == ".sdf" else "expected targets"
+                "name one of its properties with target=NAME"
+                if location.suffix.lower() == ".sdf"
+                else "expected targets"
             )
-            raise UserError(f"{place} has graphs without targets: {hint}")
+            raise UserError(f"{location} has graphs without targets: {hint}")
         if len(graphs.items) < 10:
-            raise UserError(f"{place} holds {len(graphs.items)} graphs: too few for a split, expected at least 10")
+            raise UserError(f"{location} holds {len(graphs.items)} graphs: too few for a split, expected at least 10")
         parts = [[graphs.items[i] for i in part] for part in split_indices(len(graphs.items), CUT, seed)]
         return _prepare(str(source), parts, graphs.targets, "the user's own graphs")
 
@@ -259,17 +261,17 @@ class GraphRegression(Task):
         target: str | None = None,
         unreachable: str = "refuse",
     ) -> HeldOut:
-        """As in `Task`; an SDF file's property is the one that the model was trained to tell."""
-        place = self._named(source)
-        if isinstance(place, str):
-            make, _ = DRAWN[place]
+        """As in `Task`; an SDF file's property is the one that the model was trained to predict."""
+        location = self._named(source)
+        if isinstance(location, str):
+            make, _ = DRAWN[location]
             rng = np.random.default_rng(seed)
             drawn = [make(rng) for _ in range(examples + 2 * test_examples)]
-            return HeldOut(GraphSet(drawn[-test_examples:], meta), f"the test split of {place}")
-        wanted = meta["targets"][0] if place.suffix.lower() == ".sdf" and target is None else target
-        graphs = _read(place, wanted, unreachable)
+            return HeldOut(GraphSet(drawn[-test_examples:], meta), f"the test split of {location}")
+        wanted = meta["targets"][0] if location.suffix.lower() == ".sdf" and target is None else target
+        graphs = _read(location, wanted, unreachable)
         if len(graphs.targets) != len(meta["targets"]):
-            raise UserError(f"{place} has {len(graphs.targets)} targets, the model tells {_few(meta['targets'])}")
+            raise UserError(f"{location} has {len(graphs.targets)} targets, the model predicts {_few(meta['targets'])}")
         items, which = list(graphs.items), f"all of {source}"
         if not whole:
             items = [items[i] for i in split_indices(len(items), CUT, seed)[2]]
@@ -277,7 +279,7 @@ class GraphRegression(Task):
         return HeldOut(GraphSet(items, meta), which)
 
     def dummy_baseline(self, data: TaskData) -> float:
-        """The error of who always tells the median of training."""
+        """The error of always predicting the median of training."""
         train, test = (np.stack([np.asarray(g.target) for g in part.graphs]) for part in (data.train, data.test))  # type: ignore[attr-defined]  # a GraphSet
         return float(np.abs(test - np.median(train, axis=0)).mean())
 
@@ -298,19 +300,19 @@ class GraphRegression(Task):
         check_table(output, inputs)
         rows: list[list[str | float]] = []
         for file in inputs:
-            rows += [[str(file), graph.name, *told] for graph, told in self.told(model, meta, file)]
+            rows += [[str(file), graph.name, *numbers] for graph, numbers in self.predictions(model, meta, file)]
         if output is not None:
             write_table(output, ["file", "graph", *meta["targets"]], rows)
         lines = [
-            "  ".join([f"{file}  {name}", *(f"{key} {value:.4g}" for key, value in zip(meta["targets"], told))])
-            for file, name, *told in rows[:SHOWN]
+            "  ".join([f"{file}  {name}", *(f"{key} {value:.4g}" for key, value in zip(meta["targets"], numbers))])
+            for file, name, *numbers in rows[:SHOWN]
         ]
         if len(rows) > SHOWN:
             lines.append(f"and {len(rows) - SHOWN} more{'' if output else '; -o FILE.csv writes them all'}")
         return "\n".join([*lines, *([f"wrote {output}"] if output else [])])
 
-    def told(self, model: nn.Module, meta: dict[str, Any], file: Path) -> list[tuple[Graph, list[float]]]:
-        """What the model tells of each graph of a file, in the targets' own units."""
+    def predictions(self, model: nn.Module, meta: dict[str, Any], file: Path) -> list[tuple[Graph, list[float]]]:
+        """The predictions for each graph of a file, in the targets' own units."""
         graphs = read_graphs(file).items
         dataset = GraphSet([Graph(g.name, g.nodes, g.edges) for g in graphs], meta)
         mean, std = (torch.tensor(meta[key], dtype=torch.float64) for key in ("mean", "std"))
@@ -327,23 +329,23 @@ class GraphRegression(Task):
         return join([GraphSet([Graph(graph.name, graph.nodes, graph.edges)], meta)[0]])[0]
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
-        """What is told over what is true, a target each."""
+        """Predicted against true values, a plot for each target."""
         from matplotlib.figure import Figure
 
         meta = data.meta
-        told, true = [], []
+        predicted, true = [], []
         with torch.no_grad():
             for inputs, target in batches(data.test, 256, device_of(model), join):
-                told.append(call(model, inputs).double().cpu())
+                predicted.append(call(model, inputs).double().cpu())
                 true.append(target.double().cpu())
         mean, std = (torch.tensor(meta[key], dtype=torch.float64) for key in ("mean", "std"))
-        y, x = torch.cat(told) * std + mean, torch.cat(true) * std + mean
+        y, x = torch.cat(predicted) * std + mean, torch.cat(true) * std + mean
         figure = Figure(figsize=(3.6 * x.shape[1] + 0.4, 3.6), layout="constrained")
         for i, axes in enumerate(np.atleast_1d(figure.subplots(1, x.shape[1]))):
             axes.plot(x[:, i], y[:, i], ".", markersize=4, alpha=0.5)
             ends = [float(x[:, i].min()), float(x[:, i].max())]
             axes.plot(ends, ends, color="grey", linewidth=0.8)
-            axes.set(xlabel=f"{meta['targets'][i]}, true", ylabel="told")
+            axes.set(xlabel=f"{meta['targets'][i]}, true", ylabel="predicted")
             axes.grid(alpha=0.3)
         return figure
 
@@ -361,16 +363,16 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
-def _read(place: Path, target: str | None, unreachable: str) -> Graphs:
+def _read(path: Path, target: str | None, unreachable: str) -> Graphs:
     if unreachable not in UNREACHABLE:
         raise UserError(f"unreachable must be one of {', '.join(UNREACHABLE)}, got {unreachable!r}")
-    graphs = read_graphs(place, target=target)
+    graphs = read_graphs(path, target=target)
     for graph in graphs.items if unreachable == "refuse" else ():
         lengths = path_lengths(len(graph.nodes), [(i, j) for i, j, _ in graph.edges])
         if (lengths < 0).any():
             i, j = (int(node) for node in np.argwhere(lengths < 0)[0])
             raise UserError(
-                f"{place}: {graph.name} has no path from node {i} to node {j}: give its parts as graphs of their own, "
+                f"{path}: {graph.name} has no path from node {i} to node {j}: give its parts as graphs of their own, "
                 "or set unreachable=apart"
             )
     return graphs

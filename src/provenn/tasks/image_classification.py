@@ -21,7 +21,7 @@ from provenn.data.images import images_in, read_pixels, resize_pixels, size_of
 from provenn.data.patches import SOURCES, photo_patches
 from provenn.tasks.base import (
     LABEL,
-    TOLD,
+    PREDICTED,
     HeldOut,
     Portable,
     Scores,
@@ -32,8 +32,8 @@ from provenn.tasks.base import (
     device_of,
     fingerprint,
     join_scores,
+    report_classes,
     split_indices,
-    tell_classes,
 )
 from provenn.tasks.meta import Images
 from provenn.tasks.portable import Standardising, portable_images, standardise
@@ -115,7 +115,7 @@ class ImageClassification(Task):
             right = likeliest == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="none")
             rows.append([right[:, 0].double(), loss.double(), right.any(1).double(), labels, likeliest[:, 0]])
-        names = ("accuracy", "loss", "top5", LABEL, TOLD)
+        names = ("accuracy", "loss", "top5", LABEL, PREDICTED)
         scores = join_scores(names, rows)
         return scores if logits.shape[1] > 5 else {name: scores[name] for name in names if name != "top5"}
 
@@ -186,7 +186,7 @@ class ImageClassification(Task):
                     row = _shares(model, image.to(device))[0].tolist()
                 yield str(file), row
 
-        return tell_classes(shares(), meta["classes"], inputs, output)
+        return report_classes(shares(), meta["classes"], inputs, output)
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
         """From `image` in 0…1 to `probabilities` (batch, classes)."""
@@ -208,8 +208,8 @@ class ImageClassification(Task):
             chance, guess = model(images.to(device_of(model))).softmax(1).cpu().max(1)
         order = (guess == labels).long().argsort(stable=True)[:24]
         figure = Figure(figsize=(12, 1.9 * math.ceil(len(order) / 8)), layout="constrained")
-        for place, index in enumerate(order.tolist()):
-            axes = figure.add_subplot(math.ceil(len(order) / 8), 8, place + 1)
+        for cell, index in enumerate(order.tolist()):
+            axes = figure.add_subplot(math.ceil(len(order) / 8), 8, cell + 1)
             axes.imshow((images[index] * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
             right = guess[index] == labels[index]
             said = f"{classes[int(guess[index])]} {chance[index]:.0%}"
@@ -324,7 +324,7 @@ def _patches(seed: int, side: int) -> TaskData:
 def _test_patches(meta: dict[str, Any], seed: int) -> HeldOut:
     if meta["channels"] != 1 or meta["classes"] != list(SOURCES):
         raise UserError(
-            f"patches are grey images of 16 photographs; these weights take {meta['channels']} channel(s) and tell "
+            f"patches are grey images of 16 photographs; these weights take {meta['channels']} channel(s) and know "
             f"{len(meta['classes'])} classes, such as {meta['classes'][0]!r}"
         )
     return HeldOut(_patches(seed, meta["size"]).test, "the test split of patches")
@@ -484,7 +484,7 @@ def _numbers(root: Path, names: list[str], classes: list[str]) -> dict[str, int]
         return {name: index for index, name in enumerate(names)}
     if nameless:
         raise UserError(
-            f"{root} has {len(names)} classes; these weights tell {len(classes)} and know no names of them: give a "
+            f"{root} has {len(names)} classes; these weights know {len(classes)}, which have no names: give a "
             f"folder for each, sorted as they were trained, or call yours 'class 0' to 'class {len(classes) - 1}'"
         )
     odd = next(name for name in names if name not in classes)

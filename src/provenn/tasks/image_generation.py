@@ -151,7 +151,7 @@ class ImageGeneration(Task):
         if not 1 <= steps <= STEPS:
             raise UserError(f"steps must lie between 1 and {STEPS}, got {steps}")
         if output is None:
-            raise UserError("a drawing needs a place: add -o FILE.png")
+            raise UserError("a drawing needs a path: add -o FILE.png")
         ending = output_suffix(output, ".png")
         bare = ending == ".npy"
         if not bare and ending not in SUFFIXES:
@@ -164,7 +164,7 @@ class ImageGeneration(Task):
         labels = [classes.index(word) for word in inputs] or list(range(min(SHOWN, len(classes))))
         drawn = _drawn(model, meta, torch.tensor(labels), guidance=guidance, steps=steps, seed=seed, by=by)
         if bare:
-            with atomic_write(output) as place, place.open("wb") as handle:
+            with atomic_write(output) as temporary, temporary.open("wb") as handle:
                 np.save(handle, drawn.numpy())
         else:
             pixels = (_colours(drawn, meta) * 255).round().byte().numpy()
@@ -184,12 +184,12 @@ class ImageGeneration(Task):
         labels = torch.arange(len(classes)).repeat(rows)
         drawn = _colours(_drawn(model, data.meta, labels, guidance=2.0, steps=20, seed=0, by="ddim"), data.meta)
         figure = Figure(figsize=(1.2 * len(classes), 1.3 * rows), layout="constrained")
-        for place, image in enumerate(drawn):
-            axes = figure.add_subplot(rows, len(classes), place + 1)
+        for index, image in enumerate(drawn):
+            axes = figure.add_subplot(rows, len(classes), index + 1)
             axes.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-            if place < len(classes):
-                axes.set_title(classes[place], fontsize=9)
+            if index < len(classes):
+                axes.set_title(classes[index], fontsize=9)
         return figure
 
 

@@ -91,7 +91,7 @@ class Windows(Dataset):
         return both[:-1], both[1:]
 
     def targets(self) -> Int64[Tensor, "windows tokens"]:
-        """What is to be told in every window, at once: windows lie end to end in the text."""
+        """The targets of all windows at once: windows lie end to end in the text."""
         whole = (len(self.stream) - 1) // self.length * self.length
         return self.stream[1 : whole + 1].view(-1, self.length)[self.starts // self.length]
 
@@ -185,9 +185,9 @@ class LanguageModelling(Task):
             raise UserError(f"eval_tokens must be at least one window of {length}, got {eval_tokens}")
         if vocab_size is not None and tokenizer != "bpe":
             raise UserError(f"vocab_size is of tokenizer=bpe, which learns its tokens; of {tokenizer} leave it out")
-        place = None if str(source).startswith(HUB) or not self.asks else self._named(source)
-        if isinstance(place, Path) and place.is_dir() and read_prompts(place, "train") is not None:
-            return self._answers(place, _tokenizer(_beside(source, tokenizer), (), 0), length)
+        location = None if str(source).startswith(HUB) or not self.asks else self._named(source)
+        if isinstance(location, Path) and location.is_dir() and read_prompts(location, "train") is not None:
+            return self._answers(location, _tokenizer(_beside(source, tokenizer), (), 0), length)
         parts = self.documents(source, seed)
         chosen = _tokenizer(_beside(source, tokenizer), parts[0], 4096 if vocab_size is None else vocab_size)
         streams = [_packed(part, chosen) for part in parts]
@@ -213,14 +213,14 @@ class LanguageModelling(Task):
             about=f"{self.embedded.get(str(source), 'the user’s own text')}; tokens: {sizes}",
         )
 
-    def _answers(self, place: Path, tokenizer: Tokenizer, length: int) -> TaskData:
+    def _answers(self, folder: Path, tokenizer: Tokenizer, length: int) -> TaskData:
         """Prompts with answers, which are tuned on; what stands before an answer is read and not learned."""
-        asked = [read_prompts(place, split) for split in ("train", "val", "test")]
+        asked = [read_prompts(folder, split) for split in ("train", "val", "test")]
         if None in asked:
-            raise UserError(f"{place}: expected train.jsonl, val.jsonl and test.jsonl of one set")
+            raise UserError(f"{folder}: expected train.jsonl, val.jsonl and test.jsonl of one set")
         train, val, test = (Answers(prompts, tokenizer, length) for prompts in asked if prompts is not None)
         return TaskData(
-            str(place),
+            str(folder),
             train,
             val,
             test,
@@ -235,18 +235,18 @@ class LanguageModelling(Task):
         """The texts for training, for validation and for the test, of any source that `load` takes."""
         if isinstance(source, str) and source.startswith(HUB):
             return split_documents(read_hub(source.removeprefix(HUB)), seed)
-        place = self._named(source)
-        if isinstance(place, str):
+        location = self._named(source)
+        if isinstance(location, str):
             return split_documents(standard_library())
-        return read_splits(place) or split_documents(read_documents(place), seed)
+        return read_splits(location) or split_documents(read_documents(location), seed)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Cross-entropy of the token after each, in nats, the mean over those that are to be told."""
+        """Cross-entropy of the token after each, in nats, the mean over those that are targets."""
         x, y = batch
         return F.cross_entropy(model(x).transpose(1, 2).float(), y)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
-        """Of each window, from its start: nats, tokens told right, tokens, and the bytes that they stand for.
+        """Of each window, from its start: nats, tokens predicted right, tokens, and the bytes that they stand for.
 
         Of questions whether the right choice is the likeliest, see `Choices`; of prompts how good an answer is, see
         `Written`.
@@ -261,16 +261,16 @@ class LanguageModelling(Task):
         for x, y in batches(dataset, max(1, min(batch_size, LOGITS // size)), device_of(model)):
             logits = model(x)
             nats = F.cross_entropy(logits.transpose(1, 2).float(), y, reduction="none").double()
-            told = y >= 0  # of an answer that is tuned on, the prompt is not
-            sizes = bytes_of.to(y.device)[y.clamp_min(0)] * told
-            parts = (nats, logits.argmax(-1) == y, told, sizes)
+            counts = y >= 0  # of an answer that is tuned on, the prompt is not
+            sizes = bytes_of.to(y.device)[y.clamp_min(0)] * counts
+            parts = (nats, logits.argmax(-1) == y, counts, sizes)
             rows.append([part.sum(1).double() for part in parts])
         scores = join_scores(("nats", "right", "tokens", "bytes"), rows)
         words: float | None = getattr(dataset, "words", None)
         return scores if words is None else {**scores, "words": scores["bytes"] * words}
 
     def summary(self, scores: Scores) -> dict[str, float]:
-        """Bits a byte, perplexity and nats a token, and the share of tokens told right.
+        """Bits a byte, perplexity and nats a token, and the share of tokens predicted right.
 
         Where the words are counted, perplexity by words too: of other tokens it is the same figure. Of questions the
         share that is answered right by the likelihood of a choice, and by that for each of its letters; `score` is the
@@ -437,13 +437,13 @@ class LanguageModelling(Task):
         return "\n\n".join(texts) + written_to
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
-        """How well a token is told, over how much text stands before it."""
+        """How well a token is predicted, over how much text stands before it."""
         from matplotlib.figure import Figure
 
         nats = self.nll_by_position(model, data.test).double().numpy()
-        places = np.arange(1, len(nats) + 1)
+        positions = np.arange(1, len(nats) + 1)
         edges = np.unique(np.geomspace(1, len(nats) + 1, 25).astype(int))
-        middle = [places[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
+        middle = [positions[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
         height = [nats[a - 1 : b - 1].mean() / math.log(2) for a, b in pairwise(edges)]
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
@@ -459,34 +459,34 @@ TASK = LanguageModelling()
 def continuation_nats(
     model: nn.Module, rows: Sequence[tuple[Int64[Tensor, " _"], int]], vocab: int, batch_size: int
 ) -> tuple[Float64[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
-    """Nats of the last tokens of each row, from a place of its own on, and whether each of them is the likeliest.
+    """Nats of the last tokens of each row, from a position of its own on, and whether each of them is the likeliest.
 
     Rows of like length are read together, padded after their end, where no token before it looks.
 
     Args:
         model: (batch, tokens) to (batch, tokens, vocab), causal.
-        rows: tokens, and the place of the first that counts, at least 1.
+        rows: tokens, and the position of the first that counts, at least 1.
         vocab: how many tokens there are.
         batch_size: rows at a time at most.
     """
     nats, greedy = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place][0]))
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
     device = device_of(model)
     with progress.bar("questions", len(rows)) as advance:
         while order:
             longest = len(rows[order[0]][0])
             size = max(1, min(batch_size, LOGITS // (vocab * longest)))
-            places, order = order[:size], order[size:]
-            tokens = nn.utils.rnn.pad_sequence([rows[place][0] for place in places], batch_first=True).to(device)
-            ends = torch.tensor([len(rows[place][0]) for place in places], device=device)
-            starts = torch.tensor([rows[place][1] for place in places], device=device)
+            chosen, order = order[:size], order[size:]
+            tokens = nn.utils.rnn.pad_sequence([rows[index][0] for index in chosen], batch_first=True).to(device)
+            ends = torch.tensor([len(rows[index][0]) for index in chosen], device=device)
+            starts = torch.tensor([rows[index][1] for index in chosen], device=device)
             logits, targets = model(tokens[:, :-1]).float(), tokens[:, 1:]
             at = torch.arange(1, longest, device=device)
             counts = (at >= starts[:, None]) & (at < ends[:, None])
             each = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double()
-            nats[places] = each.masked_fill(~counts, 0).sum(1).cpu().numpy()
-            greedy[places] = ((logits.argmax(-1) == targets) | ~counts).all(1).cpu().numpy()
-            advance(len(places))
+            nats[chosen] = each.masked_fill(~counts, 0).sum(1).cpu().numpy()
+            greedy[chosen] = ((logits.argmax(-1) == targets) | ~counts).all(1).cpu().numpy()
+            advance(len(chosen))
     return nats, greedy
 
 
@@ -522,8 +522,8 @@ def _packed(documents: Sequence[Document], tokenizer: Tokenizer) -> Int64[np.nda
 def _beside(source: str | Path, tokenizer: str) -> str:
     """The path of a tokenizer that lies with the text."""
     # Of questions, one for all sets in the folder around them.
-    places = [folder / tokenizer for folder in (Path(source), Path(source).parent)]
-    inside = next((place for place in places if place.is_file()), None)
+    paths = [folder / tokenizer for folder in (Path(source), Path(source).parent)]
+    inside = next((path for path in paths if path.is_file()), None)
     return str(inside) if not Path(tokenizer).exists() and inside is not None else tokenizer
 
 
@@ -562,11 +562,11 @@ def _batched(encoded: Int64[np.ndarray, " _"], tokenizer: Tokenizer) -> Int64[Te
     return torch.from_numpy(np.array([tokenizer.end]) if len(encoded) == 0 else encoded)[None]
 
 
-def _continued(prompt: str, told: Iterator[Tensor], tokenizer: Tokenizer, log: Callable[[str], None]) -> str:
-    """The prompt and what follows it, told as it comes; the prompt with the first token, when all is in order."""
+def _continued(prompt: str, tokens: Iterator[Tensor], tokenizer: Tokenizer, log: Callable[[str], None]) -> str:
+    """The prompt and what follows it, logged as it comes. The prompt is logged with the first token."""
     pieces: list[int] = []
     printed = 0
-    for token in told:
+    for token in tokens:
         if int(token) == tokenizer.end:
             break
         pieces.append(int(token))

@@ -22,7 +22,7 @@ SHARE, BLANKED, REPLACED = 0.15, 0.8, 0.1  # of all tokens; of those the blank o
 
 
 class Blanks(Dataset):
-    """Windows of which 15 % of the tokens are to be told: of these 80 % are blank, 10 % others, 10 % left as they are.
+    """Windows of which 15 % of the tokens are targets: of these 80 % are blank, 10 % others, 10 % left as they are.
 
     What is blank is drawn once for each window, from its number.
     """
@@ -80,7 +80,7 @@ class MaskedLanguageModelling(LanguageModelling):
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
-        """Of each window: tokens told right of those asked for, nats, and how many are asked for."""
+        """Of each window: asked tokens that are predicted right, nats, and how many are asked for."""
         first, _ = dataset[0]
         rows = []
         size = max(1, min(batch_size, LOGITS // (256 * len(first))))
@@ -93,7 +93,7 @@ class MaskedLanguageModelling(LanguageModelling):
         return join_scores(names, rows)
 
     def summary(self, scores: Scores) -> dict[str, float]:
-        """The share of tokens told right of those asked for, and nats a token."""
+        """The share of tokens predicted right of those asked for, and nats a token."""
         right, nats, asked = (float(scores[name].sum()) for name in ("right", "nats", "asked"))
         return {"accuracy": right / asked, "nll": nats / asked}
 
@@ -129,8 +129,8 @@ class MaskedLanguageModelling(LanguageModelling):
             texts.append(tokenizer.decode(torch.where(x[0] == meta["blank"], predicted, x[0]).tolist()))
         joined = "\n".join(texts)
         if output is not None:
-            with atomic_write(output) as place:
-                place.write_text(joined + "\n", "utf-8")
+            with atomic_write(output) as temporary:
+                temporary.write_text(joined + "\n", "utf-8")
             return f"{joined}\nwrote {output}"
         return joined
 

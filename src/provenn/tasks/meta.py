@@ -133,7 +133,7 @@ class Blanked(Text):
 
 
 class Sentences(Text):
-    """Of text classification; no classes where a score is told, `official` are the metrics that it is judged by."""
+    """Of text classification. `classes` is empty where a score is predicted; `official` are the metrics to judge by."""
 
     classes: list[str]
     official: Annotated[list[Literal["accuracy", "matthews", "f1", "pearson", "spearman"]], Field(min_length=1)]
@@ -141,7 +141,7 @@ class Sentences(Text):
     @model_validator(mode="after")
     def known(self) -> "Sentences":
         if len(self.classes) == 1:
-            raise ValueError("expected two classes or more, or none where a score is told")
+            raise ValueError("expected two classes or more, or none where a score is predicted")
         return self
 
 

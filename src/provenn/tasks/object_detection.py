@@ -280,8 +280,8 @@ class ObjectDetection(Task):
         mean = np.stack([np.mean(boxes[label], axis=0) for label in known])
         rates = np.array([holding[label] / len(train) for label in known])
         test = _truths(data.test)
-        told = [Found(mean * corner, np.array(known), rates) for _, corner in test]
-        return average_precision(list(match([truth for truth, _ in test], told, classes)))["AP"]
+        constant = [Found(mean * corner, np.array(known), rates) for _, corner in test]
+        return average_precision(list(match([truth for truth, _ in test], constant, classes)))["AP"]
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         classes = options.get("num_classes", 80)
@@ -311,7 +311,7 @@ class ObjectDetection(Task):
             model, meta, inputs: as in `Task.predict`; a folder among the inputs stands for the images in it.
             output: an image, for a single input, gets the boxes drawn on it; a folder a drawn image for each input, and
                 `detections.json`; a `.json` file gets COCO results: `image_id` (a file's name where that is a number,
-                else its place in the order), `category_id`, `bbox`, `score` and, besides, `file_name`.
+                else its number in the order), `category_id`, `bbox`, `score` and, besides, `file_name`.
             score_threshold: boxes of at least this score are shown and written.
         """
         if not 0 <= score_threshold <= 1:
@@ -335,14 +335,14 @@ class ObjectDetection(Task):
                 f"and {len(lines) - SHOWN} more{'' if output else '; -o FOLDER draws and writes them all'}"
             ]
         if results is not None:
-            with atomic_write(results) as place:
-                place.write_text(json.dumps(rows))
+            with atomic_write(results) as temporary:
+                temporary.write_text(json.dumps(rows))
         if output is not None:
             lines.append(f"wrote {output}")
         return "\n".join(lines)
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
-        """From `image` in 0…1 to the `boxes`, `scores` and `labels` of every place; see `Detector`.
+        """From `image` in 0…1 to the `boxes`, `scores` and `labels` of every anchor; see `Detector`.
 
         Raises:
             UserError: a detector that picks regions on the way, which ONNX has no form of.
@@ -350,7 +350,7 @@ class ObjectDetection(Task):
         if not hasattr(model, "scored"):
             raise UserError(
                 f"{type(model).__name__} looks at regions that it picks on the way, which ONNX has no form of: "
-                "detectors that look at every place once can be exported, as RetinaNet, FCOS, ATSS and SSDLite do"
+                "detectors that look at every anchor once can be exported, as RetinaNet, FCOS, ATSS and SSDLite do"
             )
 
         def predict(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -390,12 +390,12 @@ class ObjectDetection(Task):
 
 
 class Detector(Standardising):
-    """A detector that looks at each place once, its model a `provenn.nn.detection.dense.DenseDetector`.
+    """A detector that looks at each anchor once, its model a `provenn.nn.detection.dense.DenseDetector`.
 
     What it gives is not thinned out yet: of the boxes of a class that overlap, the surest is meant.
 
-    Shapes: image (batch, channels, height, width) in 0…1 to boxes (batch, places, 4): left, top, right, bottom in
-        pixels; and for each the score (batch, places) of its likeliest class, and that class (batch, places).
+    Shapes: image (batch, channels, height, width) in 0…1 to boxes (batch, anchors, 4): left, top, right, bottom in
+        pixels; and for each the score (batch, anchors) of its likeliest class, and that class (batch, anchors).
     """
 
     def forward(self, image: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -650,17 +650,17 @@ def _destinations(files: Sequence[Path], output: Path | None) -> tuple[dict[Path
             raise UserError(f"cannot write {output.name}: expected .json, a folder, or one of {', '.join(SUFFIXES)}")
         if len(files) > 1:
             raise UserError(f"{output} is one image, and there are {len(files)} to draw on: give a folder")
-        places = {files[0]: output}
+        paths = {files[0]: output}
     else:
         if output.is_file():
             raise UserError(f"{output} is a file; several images need a folder")
-        places = {file: output / f"{file.stem}.png" for file in files}
-    for file, place in places.items():
-        if place.resolve() == file.resolve():
-            raise UserError(f"{place} is the input itself; choose another place with -o")
-    if len(set(places.values())) < len(places):
-        raise UserError("two images of the same name would be drawn to one place; rename one or give them apart")
-    return places, None if output.suffix and not output.is_dir() else output / "detections.json"
+        paths = {file: output / f"{file.stem}.png" for file in files}
+    for file, path in paths.items():
+        if path.resolve() == file.resolve():
+            raise UserError(f"{path} is the input itself; choose another path with -o")
+    if len(set(paths.values())) < len(paths):
+        raise UserError("two images of the same name would be drawn to one path; rename one or give them apart")
+    return paths, None if output.suffix and not output.is_dir() else output / "detections.json"
 
 
 def _results(file: Path, number: int, found: Found, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -695,7 +695,7 @@ def _legible_on(colour: str) -> str:
     return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
-def _draw(file: Path, found: Found, said: Sequence[str], place: Path) -> None:
+def _draw(file: Path, found: Found, said: Sequence[str], path: Path) -> None:
     """The picture with boxes and what they are, the surest on top."""
     from PIL import Image, ImageDraw
 
@@ -710,7 +710,7 @@ def _draw(file: Path, found: Found, said: Sequence[str], place: Path) -> None:
         x, y = max(0, min(box[0], picture.width - right)), max(0, box[1] - bottom - line)
         draw.rectangle((x, y, x + right, y + bottom + line), fill=colour)
         draw.text((x, y), text, fill=_legible_on(colour), font=font)
-    with atomic_write(place) as temporary:
+    with atomic_write(path) as temporary:
         picture.save(temporary)
 
 

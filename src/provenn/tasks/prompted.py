@@ -14,7 +14,7 @@ from provenn.data.prompts import Prompts
 from provenn.data.text import Tokenizer
 from provenn.tasks.base import Scores, device_of
 
-UNTOLD = -100  # a target that no loss counts
+NO_TARGET = -100  # a target that no loss counts
 
 
 class Written(Dataset):
@@ -41,15 +41,15 @@ class Written(Dataset):
         """Of each prompt how good the likeliest tokens are that follow it, up to the end of the text."""
         if not hasattr(model, "generate"):
             raise UserError(f"{type(model).__name__} cannot generate text, which {self.asked.name} asks for")
-        told, device = [], device_of(model)
+        scores, device = [], device_of(model)
         for prompt, tokens in zip(self.asked.prompts, progress.track(self.items, "writing answers"), strict=True):
             answer: list[int] = []
             for token in model.generate(tokens[None].to(device), self.asked.tokens, temperature=0):
                 if int(token) == self.tokenizer.end:
                     break
                 answer.append(int(token))
-            told.append(self.asked.judge(self.tokenizer.decode(answer), prompt.answers))
-        return {"written": np.array(told)}
+            scores.append(self.asked.judge(self.tokenizer.decode(answer), prompt.answers))
+        return {"written": np.array(scores)}
 
 
 def _ends(tokens: Int64[np.ndarray, " tokens"], room: int) -> Int64[Tensor, " _"]:
@@ -62,7 +62,7 @@ def _ends(tokens: Int64[np.ndarray, " tokens"], room: int) -> Int64[Tensor, " _"
 class Answers(Dataset):
     """Prompts with their first answers in tokens, each in a window with the same one token later.
 
-    Only the tokens of an answer, and the end after it, are to be told; a prompt that leaves no room loses its middle.
+    The targets are the tokens of an answer and the end after it. A prompt that leaves no room loses its middle.
 
     Attributes:
         length: tokens of a window.
@@ -87,10 +87,10 @@ class Answers(Dataset):
 
     def _pair(self, prompt: str, answer: str, tokenizer: Tokenizer, room: int) -> tuple[Tensor, Tensor]:
         before = _ends(tokenizer.encode(prompt), room)
-        told = torch.from_numpy(tokenizer.encode(f" {answer}"))[: self.asked.tokens - 1]
-        row = torch.cat([before, told, torch.tensor([self.end])])
+        written = torch.from_numpy(tokenizer.encode(f" {answer}"))[: self.asked.tokens - 1]
+        row = torch.cat([before, written, torch.tensor([self.end])])
         x = torch.full((self.length,), self.end)
-        y = torch.full((self.length,), UNTOLD)
+        y = torch.full((self.length,), NO_TARGET)
         x[: len(row) - 1] = row[:-1]
         y[len(before) - 1 : len(row) - 1] = row[len(before) :]
         return x, y

@@ -22,7 +22,7 @@ LOGITS = 2**24  # that an evaluation holds at a time
 
 
 class Examples(NamedTuple):
-    """Sequences, what is to be told at each place (`IGNORED` where nothing is), and how far back it stands."""
+    """Sequences, the target at each position (`IGNORED` where there is none), and how far back the answer stands."""
 
     tokens: Int[Tensor, "examples tokens"]
     targets: Int[Tensor, "examples tokens"]
@@ -41,7 +41,7 @@ def associative_recall(
 ) -> Examples:
     """Multi-query associative recall (Arora et al., 2023, Zoology, arXiv:2312.04927): pairs, then each key again.
 
-    k₁ v₁ k₂ v₂ …, then noise in which every key comes once more; there its value is to be told. The place of a
+    k₁ v₁ k₂ v₂ …, then noise in which every key comes once more; there its value is the target. The position of a
     second coming is drawn with weight ∝ gap^(power − 1), so that most come soon, as words of a text do. Tokens: 0 to
     values − 1 are noise, then come the keys, then the values.
     """
@@ -56,11 +56,11 @@ def associative_recall(
     tokens[:, first], tokens[:, first + 1] = values + chosen, values + keys + values_of
     slots = (length - 2 * pairs) // 2
     weights = (power - 1) * torch.arange(1, slots + 1).log()
-    places = 2 * pairs + 2 * _without_replacement(weights.expand(examples, slots), pairs, generator)
+    positions = 2 * pairs + 2 * _without_replacement(weights.expand(examples, slots), pairs, generator)
     targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
-    tokens.scatter_(1, places, values + chosen)
-    targets.scatter_(1, places, values + keys + values_of)
-    distances.scatter_(1, places, places - first)
+    tokens.scatter_(1, positions, values + chosen)
+    targets.scatter_(1, positions, values + keys + values_of)
+    distances.scatter_(1, positions, positions - first)
     return Examples(tokens, targets, distances)
 
 
@@ -85,13 +85,13 @@ def needle(
     chosen = _without_replacement(torch.zeros(examples, keys), pairs, generator)
     values_of = torch.randint(values, (examples, pairs), generator=generator)
     slots = (length - 1) // 2
-    places = 2 * _without_replacement(torch.zeros(examples, slots), pairs, generator)
-    tokens.scatter_(1, places, values + chosen)
-    tokens.scatter_(1, places + 1, values + keys + values_of)
+    positions = 2 * _without_replacement(torch.zeros(examples, slots), pairs, generator)
+    tokens.scatter_(1, positions, values + chosen)
+    tokens.scatter_(1, positions + 1, values + keys + values_of)
     targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
     tokens[:, -1] = values + chosen[:, 0]
     targets[:, -1] = values + keys + values_of[:, 0]
-    distances[:, -1] = length - 1 - places[:, 0]
+    distances[:, -1] = length - 1 - positions[:, 0]
     return Examples(tokens, targets, distances)
 
 
@@ -111,13 +111,13 @@ def selective_copy(
     if length < 2 * pairs:
         raise UserError(f"length must be at least twice the symbols, got {length} and {pairs} symbols")
     tokens = torch.zeros(examples, length, dtype=torch.long)
-    places = _without_replacement(torch.zeros(examples, length - pairs), pairs, generator).sort(dim=1).values
+    positions = _without_replacement(torch.zeros(examples, length - pairs), pairs, generator).sort(dim=1).values
     symbols = 2 + torch.randint(values, (examples, pairs), generator=generator)
-    tokens.scatter_(1, places, symbols)
+    tokens.scatter_(1, positions, symbols)
     targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
     tokens[:, -pairs:] = 1
     targets[:, -pairs:] = symbols
-    distances[:, -pairs:] = torch.arange(length - pairs, length) - places
+    distances[:, -pairs:] = torch.arange(length - pairs, length) - positions
     return Examples(tokens, targets, distances)
 
 
@@ -143,13 +143,13 @@ def lookup(
     tokens = keys * (values + 1) + torch.randint(values, (examples, length), generator=generator)
     chosen = _without_replacement(torch.zeros(examples, keys), pairs, generator)
     values_of = torch.randint(values, (examples, pairs), generator=generator)
-    places = _without_replacement(torch.zeros(examples, length - pairs), pairs, generator)
-    tokens.scatter_(1, places, chosen * (values + 1) + values_of)
+    positions = _without_replacement(torch.zeros(examples, length - pairs), pairs, generator)
+    tokens.scatter_(1, positions, chosen * (values + 1) + values_of)
     order = _without_replacement(torch.zeros(examples, pairs), pairs, generator)
     targets, distances = torch.full_like(tokens, IGNORED), torch.zeros_like(tokens)
     tokens[:, -pairs:] = chosen.gather(1, order) * (values + 1) + values
     targets[:, -pairs:] = values_of.gather(1, order)
-    distances[:, -pairs:] = torch.arange(length - pairs, length) - places.gather(1, order)
+    distances[:, -pairs:] = torch.arange(length - pairs, length) - positions.gather(1, order)
     return Examples(tokens, targets, distances)
 
 
@@ -179,7 +179,7 @@ DEFAULTS = {"mqar": (8, 64), "needle": (1, 64), "selective-copy": (16, 16), "loo
 
 
 class Recall(Task):
-    """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); only the asked places count."""
+    """Models take tokens (batch, tokens) and give logits (batch, tokens, vocab); only the asked positions count."""
 
     name = "recall"
     metric = "accuracy"
@@ -238,12 +238,12 @@ class Recall(Task):
         return recall_data(kind, parts, vocab, f"{self.embedded[kind]}; {setting}")
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Cross-entropy of what is asked for, in nats, the mean over the places that ask."""
+        """Cross-entropy of what is asked for, in nats, the mean over the positions that ask."""
         tokens, targets, _ = batch
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
     def _right(self, model: nn.Module, dataset: Dataset, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether each place is told right, whether it is asked for, and how far back the answer stands."""
+        """Whether each position is predicted right, whether it is asked for, and how far back the answer stands."""
         rows = []
         first: Any = dataset[0][0]
         size = max(1, min(batch_size, LOGITS // (256 * len(first))))
@@ -254,13 +254,13 @@ class Recall(Task):
         return right, asked, distances
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
-        """Of each sequence: asked places told right, asked places, and whether all are right."""
+        """Of each sequence: asked positions predicted right, asked positions, and whether all are right."""
         right, asked, _ = self._right(model, dataset, batch_size)
         parts = {"right": (right & asked).sum(1), "asked": asked.sum(1), "exact": (right | ~asked).all(1)}
         return {name: part.double().numpy() for name, part in parts.items()}
 
     def summary(self, scores: Scores) -> dict[str, float]:
-        """The share of asked places told right, and of sequences told right throughout."""
+        """The share of asked positions predicted right, and of sequences without a mistake."""
         return {
             "accuracy": float(scores["right"].sum() / scores["asked"].sum()),
             "exact": float(scores["exact"].mean()),
@@ -302,17 +302,17 @@ class Recall(Task):
     def accuracy_by_distance(
         self, model: nn.Module, dataset: Dataset, bins: int = 8, batch_size: int = 256
     ) -> list[tuple[float, float, int]]:
-        """Of places whose answer stands about as far back: that distance in tokens, the accuracy, how many they are."""
+        """For positions whose answers stand about as far back: the distance in tokens, the accuracy, their number."""
         with torch.no_grad():
             right, asked, distances = self._right(model, dataset, batch_size)
         right, far = right[asked].double(), distances[asked].double()
         edges = far.quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)).unique()
-        place = torch.bucketize(far, edges[1:-1], right=True)
-        groups = [(far[place == i], right[place == i]) for i in range(max(len(edges) - 1, 1))]
+        group = torch.bucketize(far, edges[1:-1], right=True)
+        groups = [(far[group == i], right[group == i]) for i in range(max(len(edges) - 1, 1))]
         return [(d.mean().item(), r.mean().item(), len(r)) for d, r in groups if len(r)]
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Any], output: Path | None) -> str:
-        raise UserError("recall is a probe of models, with nothing to predict; `provenn train` told their accuracy")
+        raise UserError("recall is a probe of models, with nothing to predict: `provenn train` reports their accuracy")
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """How often the answer is right, over how far back it stands."""
@@ -340,9 +340,9 @@ def recall_data(name: str, parts: Sequence[Examples], vocab: int, about: str) ->
 def _counts(
     symbols: Int[Tensor, "examples tokens"], vocab: int, counted: Bool[Tensor, "examples tokens"] | None = None
 ) -> Int[Tensor, "examples vocab"]:
-    """How often each symbol stands in each sequence, at the places that count."""
-    places = torch.ones_like(symbols) if counted is None else counted.long()
-    return symbols.new_zeros(len(symbols), vocab).scatter_add_(1, symbols.clamp_min(0), places)
+    """How often each symbol stands in each sequence, at the positions that count."""
+    weights = torch.ones_like(symbols) if counted is None else counted.long()
+    return symbols.new_zeros(len(symbols), vocab).scatter_add_(1, symbols.clamp_min(0), weights)
 
 
 def _without_replacement(weights: Tensor, count: int, generator: torch.Generator) -> Int[Tensor, "examples count"]:

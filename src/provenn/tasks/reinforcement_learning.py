@@ -144,7 +144,7 @@ class Episodes(Dataset):
 def rollouts(
     model: nn.Module, setting: Setting, seeds: Sequence[int], targets: Sequence[float]
 ) -> Float64[np.ndarray, " episodes"]:
-    """Play episodes side by side, always taking the likeliest action, or the one told; returns what each received.
+    """Play episodes side by side, with the likeliest or the predicted action; returns what each received.
 
     Args:
         model: takes (returns-to-go, states, actions, timesteps); for streaming it has `init_state`, `step`, `act`.
@@ -177,7 +177,7 @@ def rollouts(
                 history = [*history, (to_go, states)][-setting.context :]
                 first = step + 1 - len(history)
                 timesteps = torch.arange(first, step + 1, device=device).expand(count, -1)
-                # The place of the action to come may hold anything: no prediction looks at it.
+                # The position of the action to come may hold anything: no prediction looks at it.
                 known = torch.cat([taken[:, first:], taken.new_zeros(count, 1, *taken.shape[2:])], dim=1)
                 returns, past = (torch.stack(column, dim=1) for column in zip(*history))
                 outputs = model(returns, past, known, timesteps)[:, -1]
@@ -230,7 +230,7 @@ class ReinforcementLearning(Task):
         """Recorded episodes for training; validation and test are episodes to be played.
 
         Data of the user's that name no environment cannot be played: their episodes are cut 60 : 20 : 20, and the
-        measure is the share of actions foretold, or the squared error of continuous ones. Continuous actions reach the
+        measure is the share of right actions, or the squared error of continuous ones. Continuous actions reach the
         model within −1 … 1, by the environment's bounds, or by the largest that were recorded where there is none.
 
         Args:
@@ -249,15 +249,15 @@ class ReinforcementLearning(Task):
             raise UserError(f"{self.name} takes no option {', '.join(options)}")
         if context < 1:
             raise UserError(f"context must be at least 1 step, got {context}")
-        place = self._named(source)
-        if place == source and isinstance(source, str):
+        location = self._named(source)
+        if location == source and isinstance(source, str):
             name, _, quality = source.partition("-")
             script = SCRIPTS[name]
             trajectories: Sequence[Trajectory] = collect(name, quality, episodes or script.episodes)
             environment = script.environment
             about = self.embedded[source]
         else:
-            trajectories, named = read_trajectories(Path(place))
+            trajectories, named = read_trajectories(Path(location))
             environment = environment or named
             about = "the user's own trajectories"
         width, continuous = trajectories[0].observations.shape[1], trajectories[0].continuous
@@ -325,7 +325,7 @@ class ReinforcementLearning(Task):
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of `Episodes` the return of each, and where it is known the score; of recorded steps sums over each window.
 
-        These are: steps, actions foretold and their cross-entropy in nats, or of continuous actions the squared error.
+        These are: steps, right actions and their cross-entropy in nats, or of continuous actions the squared error.
         """
         if isinstance(dataset, Episodes):
             returns = rollouts(model, dataset.setting, dataset.seeds, dataset.targets)
@@ -349,8 +349,8 @@ class ReinforcementLearning(Task):
     def summary(self, scores: Scores) -> dict[str, float]:
         """Of episodes: mean return, its deviation, and where it is known the score (0 random, 100 the controller).
 
-        Of recorded steps: the share of actions foretold, and the mean cross-entropy in nats; of continuous actions the
-        mean squared error, within −1 … 1.
+        Of recorded steps: the share of actions predicted right, and the mean cross-entropy in nats. Of continuous
+        actions the mean squared error, within −1 … 1.
         """
         if "return" in scores:
             mean = {name: float(column.mean()) for name, column in scores.items()}
@@ -384,12 +384,12 @@ class ReinforcementLearning(Task):
         """
         setting = Setting(**meta)
         setting = setting if target is None else replace(setting, target=float(target))
-        place = self._named(source)
-        if place == source and isinstance(source, str):
+        location = self._named(source)
+        if location == source and isinstance(source, str):
             environment = SCRIPTS[source.partition("-")[0]].environment
             trajectories: Sequence[Trajectory] = ()
         else:
-            trajectories, named = read_trajectories(Path(place))
+            trajectories, named = read_trajectories(Path(location))
             environment = environment or named
         if environment is not None and setting.environment is not None:
             if environment != setting.environment:
@@ -408,7 +408,7 @@ class ReinforcementLearning(Task):
         """The best return of random actions and of each action taken all the time, in the episodes of the test.
 
         Of recorded steps: the accuracy of the commonest action of training, or of a guess. Of continuous actions,
-        those taken all the time are the middle and both bounds, and of recorded steps the mean of training is told.
+        those taken all the time are the middle and both bounds. Of recorded steps the mean of training is predicted.
         """
         count, continuous = data.options["actions"], data.options["continuous"]
         if not isinstance(data.test, Episodes):
@@ -444,7 +444,7 @@ class ReinforcementLearning(Task):
         )
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
-        """Play episodes (no input: 20; a CSV with `seed,target`: these), or tell the next action of trajectories."""
+        """Play episodes (no input: 20; a CSV with `seed,target`: these), or predict the next action of trajectories."""
         check_table(output, inputs)
         setting = Setting(**meta)
         tables = [file for file in inputs if file.suffix == ".csv"]

@@ -103,26 +103,30 @@ class SemanticSegmentation(Task):
         return total / (masks != IGNORED).sum().clamp_min(1)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
-        """Of each image: the pixels of each class that are told and true, told, and true; the boundaries' F-score."""
+        """Of each image and class: pixels predicted and true, predicted, and true; the boundaries' F-score."""
         device, rows = device_of(model), []
         for images, masks in _alike(dataset, min(batch_size, 8)):
             logits = full_logits(model, images.to(device))
             masks, classes = masks.to(device).long(), logits.shape[1]
             highest = int(torch.where(masks == IGNORED, 0, masks).max())
             if highest >= classes:
-                raise UserError(f"a mask holds the class {highest}; the model tells {classes}, from 0 on")
-            told = torch.where(masks == IGNORED, IGNORED, logits.argmax(1))
-            both, said, true = (_counts(m, classes) for m in (torch.where(told == masks, masks, IGNORED), told, masks))
-            rows.append([part.cpu().numpy() for part in (both, said, true, boundary_f_score(told, masks))])
+                raise UserError(f"a mask holds the class {highest}; the model knows {classes} classes, from 0 on")
+            predicted = torch.where(masks == IGNORED, IGNORED, logits.argmax(1))
+            both, said, true = (
+                _counts(m, classes) for m in (torch.where(predicted == masks, masks, IGNORED), predicted, masks)
+            )
+            rows.append([part.cpu().numpy() for part in (both, said, true, boundary_f_score(predicted, masks))])
         names = ("both", "told_pixels", "true_pixels", "boundary_f")
         if rows and not any(row[2].any() for row in rows):
             raise UserError(f"every pixel of the masks is {IGNORED}: nothing is judged")
         return {name: np.concatenate(column) for name, column in zip(names, zip(*rows))}
 
     def summary(self, scores: Scores) -> dict[str, float]:
-        """Intersections and unions are summed over the images; a class that is neither told nor true is left out."""
-        both, told, true = (scores[name].sum(0, dtype=np.float64) for name in ("both", "told_pixels", "true_pixels"))
-        union = told + true - both
+        """Intersections and unions are summed over the images. A class neither predicted nor true is left out."""
+        both, predicted, true = (
+            scores[name].sum(0, dtype=np.float64) for name in ("both", "told_pixels", "true_pixels")
+        )
+        union = predicted + true - both
         seen = union > 0
         judged = max(true.sum(), 1.0)
         return {
@@ -133,13 +137,15 @@ class SemanticSegmentation(Task):
 
     def class_scores(self, scores: Scores, classes: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
         """Columns and rows of the table of classes, the worst first."""
-        both, told, true = (scores[name].sum(0, dtype=np.float64) for name in ("both", "told_pixels", "true_pixels"))
+        both, predicted, true = (
+            scores[name].sum(0, dtype=np.float64) for name in ("both", "told_pixels", "true_pixels")
+        )
         rows: list[list[Any]] = []
-        for k in np.flatnonzero(told + true).tolist():
+        for k in np.flatnonzero(predicted + true).tolist():
             name = classes[k] if k < len(classes) else f"class {k}"
             recall = both[k] / true[k] if true[k] else None
-            precision = both[k] / told[k] if told[k] else None
-            rows.append([name, int(true[k]), both[k] / (told[k] + true[k] - both[k]), recall, precision])
+            precision = both[k] / predicted[k] if predicted[k] else None
+            rows.append([name, int(true[k]), both[k] / (predicted[k] + true[k] - both[k]), recall, precision])
         rows.sort(key=lambda row: row[2])
         return ["class", "pixels", "IoU", "recall", "precision"], rows
 
@@ -164,7 +170,7 @@ class SemanticSegmentation(Task):
             if (data.meta["channels"], data.meta["classes"]) != (meta["channels"], meta["classes"]):
                 raise UserError(
                     f"{named} has {data.meta['channels']} channel(s) and the classes {', '.join(data.meta['classes'])};"
-                    f" these weights take {meta['channels']} and tell {len(meta['classes'])} others"
+                    f" these weights take {meta['channels']} and know {len(meta['classes'])} others"
                 )
             return HeldOut(data.test, f"the test split of {named}")
         check_share(val_share)
@@ -217,7 +223,7 @@ class SemanticSegmentation(Task):
         """
         files = [file for given in inputs for file in (images_in(given) if given.is_dir() else [given])]
         if overlay and output is None:
-            raise UserError("an overlay needs a place: give a file or a folder with -o")
+            raise UserError("an overlay needs a path: give a file or a folder with -o")
         ending = "" if output is None else output_suffix(output, ".png")
         many = len(files) > 1 or (output is not None and ending == "")
         if many and ending:
@@ -227,30 +233,30 @@ class SemanticSegmentation(Task):
         if overlay and output is not None and is_stream(output):
             raise UserError(f"an overlay goes beside its mask, and nothing can lie beside {output}: give a file")
         colours = meta.get("palette") or palette(len(meta["classes"]))
-        places = [output / f"{file.stem}.png" if many else output for file in files] if output is not None else []
-        if len(set(places)) < len(places):
+        paths = [output / f"{file.stem}.png" if many else output for file in files] if output is not None else []
+        if len(set(paths)) < len(paths):
             raise UserError("two of the images have the same name, and so would their masks: predict them one by one")
-        written = {*places, *(_beside(place) for place in places if overlay)}
-        if len(written) < len(places) * (1 + overlay):
+        written = {*paths, *(_beside(path) for path in paths if overlay)}
+        if len(written) < len(paths) * (1 + overlay):
             raise UserError("an image is called as another one's overlay would be: predict them one by one")
-        over = next((file for file in files if file.resolve() in {place.resolve() for place in written}), None)
+        over = next((file for file in files if file.resolve() in {path.resolve() for path in written}), None)
         if over is not None:
-            raise UserError(f"{over} is an input itself, and would be written over; choose another place with -o")
+            raise UserError(f"{over} is an input itself, and would be written over; choose another path with -o")
         lines = []
         for index, file in enumerate(progress.track(files, "predicting")):
             with torch.no_grad():
                 image = self.example(file, meta).to(device_of(model))
                 mask = full_logits(model, image).argmax(1)[0].cpu().numpy().astype(np.uint8)
             shares = np.bincount(mask.ravel(), minlength=len(colours)) / mask.size
-            told = ", ".join(f"{meta['classes'][k]} {shares[k]:.1%}" for k in np.argsort(-shares)[:5] if shares[k])
-            lines.append(f"{file}: {told}")
+            largest = ", ".join(f"{meta['classes'][k]} {shares[k]:.1%}" for k in np.argsort(-shares)[:5] if shares[k])
+            lines.append(f"{file}: {largest}")
             if output is None:
                 continue
-            write_mask(places[index], mask, [(r, g, b) for r, g, b in colours])
+            write_mask(paths[index], mask, [(r, g, b) for r, g, b in colours])
             if overlay:
                 shown = overlaid(read_image(file), mask, colours)
                 there = [int(k) for k in np.argsort(-shares) if shares[k]]
-                write_image(_beside(places[index]), keyed(shown, [(meta["classes"][k], colours[k]) for k in there]))
+                write_image(_beside(paths[index]), keyed(shown, [(meta["classes"][k], colours[k]) for k in there]))
         wrote = [] if output is None else [f"wrote {output}"]
         return "\n".join([*lines, *wrote])
 
@@ -267,7 +273,7 @@ class SemanticSegmentation(Task):
         )
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
-        """Test images, what is true, and what the model tells."""
+        """Test images, the true masks and the predicted ones."""
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
 
@@ -279,18 +285,18 @@ class SemanticSegmentation(Task):
         for column in range(count):
             image, mask = data.test[column]
             with torch.no_grad():
-                told = full_logits(model, image[None].to(device_of(model))).argmax(1)[0].cpu()
+                predicted = full_logits(model, image[None].to(device_of(model))).argmax(1)[0].cpu()
             shown = (image * _column(data.meta["std"]) + _column(data.meta["mean"])).clamp(0, 1)
             axes[0, column].imshow(shown.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray")
             true = torch.as_tensor(mask).long()
-            for row, picture in ((1, true), (2, told)):
+            for row, picture in ((1, true), (2, predicted)):
                 shown = torch.where(true == IGNORED, len(classes), picture)
                 axes[row, column].imshow(
                     shown, cmap=colours, vmin=-0.5, vmax=len(classes) + 0.5, interpolation="nearest"
                 )
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])
-        for row, label in enumerate(("image", "true", "told")):
+        for row, label in enumerate(("image", "true", "predicted")):
             axes[row, 0].set_ylabel(label)
         if len(classes) <= 24:
             patches = [
@@ -360,16 +366,16 @@ def keyed(picture: Picture, entries: Sequence[tuple[str, Sequence[int]]]) -> Pic
 
 
 def boundary_f_score(
-    told: Int64[Tensor, "batch height width"], true: Int64[Tensor, "batch height width"], near: float = NEAR
+    predicted: Int64[Tensor, "batch height width"], true: Int64[Tensor, "batch height width"], near: float = NEAR
 ) -> Float[Tensor, " batch"]:
     """F-score of the boundaries of a mask: 2PR / (P + R).
 
-    P is the share of told boundary pixels that have a true one within `near` of the diagonal (a square of at least one
-    pixel around), R the share of true ones that have a told one. Of two masks without boundaries it is 1.
+    P is the share of predicted boundary pixels that have a true one within `near` of the diagonal (a square of at least
+    one pixel around). R is the share of true ones that have a predicted one. Of two masks without boundaries it is 1.
     (Csurka et al., 2013, with one boundary map for all classes.)
     """
     reach = max(1, round(near * (true.shape[1] ** 2 + true.shape[2] ** 2) ** 0.5))
-    edges = [_edges(mask) for mask in (told, true)]
+    edges = [_edges(mask) for mask in (predicted, true)]
     wide = [F.max_pool2d(edge[:, None], 2 * reach + 1, 1, reach)[:, 0] for edge in edges]
     precise, recalled = (
         (mine * around).sum((1, 2)) / mine.sum((1, 2)).clamp_min(1) for mine, around in zip(edges, reversed(wide))
@@ -395,7 +401,7 @@ def _counts(masks: Int64[Tensor, "batch height width"], classes: int) -> Int64[T
 
 
 def _alike(dataset: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of neighbours of one size: what an image is told does not depend on its company."""
+    """Batches of neighbours of one size: a prediction does not depend on the other images of the batch."""
     waiting: list[tuple[Tensor, Tensor]] = []
     for index in range(len(dataset)):  # type: ignore[arg-type]
         image, mask = dataset[index]
@@ -483,7 +489,7 @@ class Flipped(Dataset):
 def _in_order(source: str | Path, folder: MaskFolder, classes: Sequence[str]) -> MaskFolder:
     """The folder with its classes as a model numbers them: by name, where both have names."""
     if len(folder.classes) > len(classes):
-        raise UserError(f"{source} has {len(folder.classes)} classes, the model tells {len(classes)}")
+        raise UserError(f"{source} has {len(folder.classes)} classes, the model knows {len(classes)}")
     nameless = list(classes) == [f"class {index}" for index in range(len(classes))]
     if nameless or folder.classes == list(classes[: len(folder.classes)]):
         return replace(folder, count=len(classes))
@@ -609,7 +615,7 @@ def _folder(
             f"{root / 'classes.txt'}, 'background 0 0 0' and 'object 255 255 255'."
         )
         raise UserError(
-            f"{root}: the masks hold one class; segmentation tells two or more apart.{hint if black_and_white else ''}"
+            f"{root}: the masks hold one class; segmentation needs two or more.{hint if black_and_white else ''}"
         )
     if folder.colours:
         meta["palette"] = [list(colour) for colour in folder.colours]

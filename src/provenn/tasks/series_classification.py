@@ -18,7 +18,7 @@ from provenn.data.series import FORMATS, Collection, bundled, read_series
 from provenn.data.tables import Reading, check_reading, check_table, write_table
 from provenn.tasks.base import (
     LABEL,
-    TOLD,
+    PREDICTED,
     HeldOut,
     Scores,
     Task,
@@ -114,7 +114,7 @@ class SeriesClassification(Task):
             seed: of the split.
             validation: share of the archive's training split to hold out; 0 leaves all of it for training.
             longest: of sequences of tokens, cut them after so many.
-            reading: of a file, what it does not tell.
+            reading: options of a file, where it does not show them itself.
 
         Raises:
             UserError: no such data, or data without labels, with one class, or with too few series.
@@ -122,8 +122,8 @@ class SeriesClassification(Task):
         check_reading(self.name, reading, "validation", "longest")
         if longest is not None and longest < 1:
             raise UserError(f"longest must be at least 1 token, got {longest}")
-        place = self._named(source)
-        corpus = read_corpus(place, longest) if isinstance(place, Path) and place.is_dir() else None
+        location = self._named(source)
+        corpus = read_corpus(location, longest) if isinstance(location, Path) and location.is_dir() else None
         if corpus is not None:
             return _of_tokens(str(source), corpus, validation, seed)
         if longest is not None:
@@ -153,7 +153,7 @@ class SeriesClassification(Task):
             predicted = logits.argmax(-1)
             entropy = F.cross_entropy(logits, classes, reduction="none")
             rows.append([(predicted == classes).double(), entropy.double(), classes, predicted])
-        names = ("accuracy", "cross_entropy", LABEL, TOLD)
+        names = ("accuracy", "cross_entropy", LABEL, PREDICTED)
         return join_scores(names, rows)
 
     def held_out(  # type: ignore[override]  # names its options
@@ -166,8 +166,8 @@ class SeriesClassification(Task):
         **reading: Unpack[Reading],
     ) -> HeldOut:
         """As in `Task`; of an archive's pair of files the test file."""
-        place = self._named(source)
-        corpus = read_corpus(place, meta["length"]) if isinstance(place, Path) and place.is_dir() else None
+        location = self._named(source)
+        corpus = read_corpus(location, meta["length"]) if isinstance(location, Path) and location.is_dir() else None
         if corpus is not None:
             return _held_out_tokens(str(source), corpus, meta)
         files = self._files(source)
@@ -187,11 +187,11 @@ class SeriesClassification(Task):
 
     def _files(self, source: str | Path) -> list[Path]:
         """One file, or those of training and of the test."""
-        place = self._named(source)
-        if place == source and isinstance(source, str) and source in ARCHIVE:
+        location = self._named(source)
+        if location == source and isinstance(source, str) and source in ARCHIVE:
             stem = ARCHIVE[source][0]
             return [bundled(f"{stem}/{stem}_{split}.ts") for split in ("TRAIN", "TEST")]
-        return _files(Path(place))
+        return _files(Path(location))
 
     def dummy_baseline(self, data: TaskData) -> float:
         """Accuracy without a look at the series: the commonest class, or a guess."""
@@ -329,18 +329,18 @@ def _held_out_tokens(name: str, corpus: Corpus, meta: dict[str, Any]) -> HeldOut
     return HeldOut(Tokens(test, meta["classes"], meta["length"], corpus.alphabet), f"the test split of {name}")
 
 
-def _files(place: Path) -> list[Path]:
+def _files(path: Path) -> list[Path]:
     """The one file, or the archive's pair in a folder."""
-    if not place.is_dir():
-        return [place]
-    by_split = [sorted(f for f in place.iterdir() if f.stem.upper().endswith(end)) for end in ("_TRAIN", "_TEST")]
+    if not path.is_dir():
+        return [path]
+    by_split = [sorted(f for f in path.iterdir() if f.stem.upper().endswith(end)) for end in ("_TRAIN", "_TEST")]
     # The UCR archive ships each set in several formats: the first that there is a pair of is read.
     for suffix in (".ts", ".tsv", ".csv", *ENGINES):
         pairs = [[f for f in files if f.suffix == suffix] for files in by_split]
         if [len(files) for files in pairs] == [1, 1]:
             return [files[0] for files in pairs]
     raise UserError(
-        f"{place} holds no pair of NAME_TRAIN and NAME_TEST as .ts, .tsv, .csv, .xlsx or .parquet: "
+        f"{path} holds no pair of NAME_TRAIN and NAME_TEST as .ts, .tsv, .csv, .xlsx or .parquet: "
         "give a file, or one pair"
     )
 
@@ -352,15 +352,15 @@ def _labelled(file: Path, reading: Reading) -> Collection:
     return collection
 
 
-def _pick(collection: Collection, places: Sequence[int]) -> Collection:
+def _pick(collection: Collection, indices: Sequence[int]) -> Collection:
     labels = collection.labels or []
     return Collection(
-        [collection.series[i] for i in places], [collection.names[i] for i in places], [labels[i] for i in places]
+        [collection.series[i] for i in indices], [collection.names[i] for i in indices], [labels[i] for i in indices]
     )
 
 
 def _stratified(labels: Sequence[str], shares: Sequence[float], seed: int) -> list[list[int]]:
-    """Places of each part, every class cut by the same shares, in the file's order."""
+    """Indices of each part, every class cut by the same shares, in the file's order."""
     parts: list[list[int]] = [[] for _ in shares]
     for number, label in enumerate(sorted(set(labels))):
         members = [i for i, other in enumerate(labels) if other == label]

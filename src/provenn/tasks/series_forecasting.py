@@ -138,15 +138,15 @@ class SeriesForecasting(Task):
             seed: not used; the split is chronological.
             context, horizon: rows seen and rows to forecast; by default up to 48 and 12, fewer for a short series.
             parts: how much is for training, validation and the test: shares, 60 : 20 : 20, or numbers of rows.
-            reading: of a file, what it does not tell.
+            reading: options of a file, where it does not show them itself.
 
         Raises:
             UserError: no such data, cells that are no numbers, dates out of order, or too few rows for the windows.
         """
         check_reading(self.name, reading, "context", "horizon", "parts")
-        place = self._named(source)
-        known = BUNDLED.get(source) if place == source and isinstance(source, str) else None
-        file = bundled(known.file) if known else Path(place)
+        location = self._named(source)
+        known = BUNDLED.get(source) if location == source and isinstance(source, str) else None
+        file = bundled(known.file) if known else Path(location)
         columns, values, _ = _read(read_table(file, **reading), known.without if known else ())
         rows = len(values)
         fitting = (known.context, known.horizon) if known else (min(48, rows // 5), min(12, max(1, rows // 12)))
@@ -206,9 +206,9 @@ class SeriesForecasting(Task):
         **reading: Unpack[Reading],
     ) -> HeldOut:
         """As in `Task`: windows over all rows, or over the last part, in the columns and on the scale of the model."""
-        place = self._named(source)
-        known = BUNDLED.get(source) if place == source and isinstance(source, str) else None
-        table = read_table(bundled(known.file) if known else Path(place), **reading)
+        location = self._named(source)
+        known = BUNDLED.get(source) if location == source and isinstance(source, str) else None
+        table = read_table(bundled(known.file) if known else Path(location), **reading)
         _, values, _ = _read(table, known.without if known else (), meta["columns"])
         rows, context, horizon = len(values), meta["context"], meta["horizon"]
         whole = whole and known is None
@@ -362,7 +362,7 @@ def _cuts(parts: Sequence[float | int], rows: int, source: str) -> list[int]:
 
 
 def _targets(inputs: Sequence[Path], output: Path | None) -> list[Path]:
-    """Where the forecast of each file goes: no input is overwritten, and no two go to one place."""
+    """Where the forecast of each file goes: no input is overwritten, and no two go to one path."""
     if output is None:
         return []
     if len(inputs) == 1 and not output.is_dir():
@@ -384,8 +384,8 @@ def _read(
 ) -> tuple[list[str], np.ndarray, tuple[str, list[str]] | None]:
     """Names and values of the numeric columns, and the time column's name and cells where there is one."""
     columns = [name for name in table.columns if name not in without]
-    place = table.columns.index(columns[0])
-    first = next((row[place] for row in table.rows if not is_hole(row[place])), "")
+    column = table.columns.index(columns[0])
+    first = next((row[column] for row in table.rows if not is_hole(row[column])), "")
     named_so = columns[0].lower() in TIMES
     has_time = named_so or (len(columns) > 1 and first != "" and not is_number(first))
     times = (columns[0], table.column(columns[0])) if has_time else None
@@ -414,7 +414,7 @@ def _check_times(file: Path, dates: Sequence[str]) -> None:
     gap = gaps(dates)
     if gap is not None:
         progress.say(
-            f"{file}: {gap.places} of {len(dates) - 1} steps skip time, the first from {dates[gap.first]!r} to "
+            f"{file}: {gap.skips} of {len(dates) - 1} steps skip time, the first from {dates[gap.first]!r} to "
             f"{dates[gap.first + 1]!r} in rows {gap.first + 2} and {gap.first + 3}, {gap.step / gap.usual:.3g} times "
             "the usual step; rows are taken as evenly spaced: fill the gaps if that is not meant"
         )

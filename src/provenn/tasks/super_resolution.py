@@ -144,10 +144,10 @@ class Whole(Dataset):
         return torch.from_numpy(np.array(self.photos[index])).permute(2, 0, 1)
 
 
-def _splits(place: Path, skip_broken: bool = False) -> list[list[Path]] | None:
+def _splits(root: Path, skip_broken: bool = False) -> list[list[Path]] | None:
     """The photographs of a folder that names its splits, as DIV2K and DF2K do; None of any other."""
     splits: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
-    for folder in sorted(entry for entry in place.iterdir() if entry.is_dir()):
+    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir()):
         name = folder.name.lower()
         if "lr" in name.split("_"):  # reduced ones, which are made here
             continue
@@ -194,16 +194,16 @@ class SuperResolution(Task):
             crops: crops of each photograph in an epoch.
             skip_broken: of a folder, name the images that cannot be read and go on without them.
         """
-        place = self._named(source)
-        if isinstance(place, str):
+        location = self._named(source)
+        if isinstance(location, str):
             return self._photographs(patch, crops)
-        if not place.is_dir():
-            raise UserError(f"{place} is a file; expected {self.reads}")
-        named = _splits(place, skip_broken)
-        files = [file for part in named for file in part] if named else images_in(place, skip_broken)
+        if not location.is_dir():
+            raise UserError(f"{location} is a file; expected {self.reads}")
+        named = _splits(location, skip_broken)
+        files = [file for part in named for file in part] if named else images_in(location, skip_broken)
         if len(files) < 3:
             raise UserError(
-                f"{place} holds {len(files)} image(s); expected at least 3: to train, to validate and to test"
+                f"{location} holds {len(files)} image(s); expected at least 3: to train, to validate and to test"
             )
         tenth = max(1, round(0.1 * len(files)))
         order = [i for part in split_indices(len(files), (1.0,), seed) for i in part]
@@ -211,13 +211,13 @@ class SuperResolution(Task):
         parts = named or [[files[i] for i in sorted(part)] for part in cut]
         train, val, test = (Photographs(part, smallest=PATCH) for part in parts)
         return TaskData(
-            name=str(place),
+            name=str(location),
             train=Crops(train, patch, crops),
             val=Whole(val),
             test=Whole(test),
             fingerprint=fingerprint(*(part for f in files for part in (f.name, f.read_bytes()))),
-            about=f"{len(files)} photographs of {place.name}, {len(val)} of them to validate and {len(test)} for the "
-            f"test, {'as their folders say' if named else f'split by seed {seed}'}.",
+            about=f"{len(files)} photographs of {location.name}, {len(val)} of them to validate and {len(test)} for "
+            f"the test, {'as their folders say' if named else f'split by seed {seed}'}.",
         )
 
     def _photographs(self, patch: int, crops: int) -> TaskData:
@@ -278,14 +278,14 @@ class SuperResolution(Task):
         skip_broken: bool = False,
     ) -> HeldOut:
         """As in `Task`: photographs in full resolution, which are reduced by bicubic interpolation."""
-        place = self._named(source)
-        if isinstance(place, str) or not whole:
+        location = self._named(source)
+        if isinstance(location, str) or not whole:
             return super().held_out(source, meta, seed=seed, skip_broken=skip_broken)
-        if not place.is_dir():
-            raise UserError(f"{place} is a file; expected {self.reads}")
-        named = _splits(place, skip_broken)
-        files, which = (named[2], "the test split") if named else (images_in(place, skip_broken), "all")
-        return HeldOut(Whole(Photographs(files, smallest=PATCH)), f"{which} of {place}")
+        if not location.is_dir():
+            raise UserError(f"{location} is a file; expected {self.reads}")
+        named = _splits(location, skip_broken)
+        files, which = (named[2], "the test split") if named else (images_in(location, skip_broken), "all")
+        return HeldOut(Whole(Photographs(files, smallest=PATCH)), f"{which} of {location}")
 
     def dummy_baseline(self, data: TaskData) -> float:
         """PSNR of bicubic interpolation, at the `scale` of the data's meta, 2 where it names none."""
@@ -310,13 +310,13 @@ class SuperResolution(Task):
                 on Y with a border of `scale` pixels cut, beside those of bicubic interpolation.
         """
         if output is None:
-            raise UserError("an image needs a place: give a file or a folder with -o")
+            raise UserError("an image needs a path: give a file or a folder with -o")
         scale = int(model.scale)  # type: ignore[arg-type]  # a number
         jobs = _destinations(inputs, output, scale)
         originals = {} if reference is None else _originals(jobs, reference, scale)
         for source, target, _ in jobs:
             check_holds(target, read_image(source))
-        told, scores = [], []
+        lines, scores = [], []
         for source, target, _ in jobs:
             picture = read_image(source)
             height, width = picture.colour.shape[:2]
@@ -334,10 +334,10 @@ class SuperResolution(Task):
                 images = (_in_8_bits(larger), baseline)
                 scores.append([measure(image, hr, border=scale) for image in images for measure in (psnr, ssim)])
                 line += f"; {_scored(scores[-1])}"
-            told.append(line)
+            lines.append(line)
         if len(scores) > 1:
-            told.append(f"mean of {len(scores)}: {_scored([sum(c) / len(scores) for c in zip(*scores)])}")
-        return "\n".join(told)
+            lines.append(f"mean of {len(scores)}: {_scored([sum(c) / len(scores) for c in zip(*scores)])}")
+        return "\n".join(lines)
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
         """From one `image` in 0…1 to `larger`; padding to the network's multiple is inside the file.
@@ -461,7 +461,7 @@ def _scored(scores: Sequence[float]) -> str:
 def _destinations(inputs: Sequence[Path], output: Path, scale: int) -> list[tuple[Path, Path, Path]]:
     """Which file goes where, and its name in the folder that was given, without the ending.
 
-    No input is overwritten, and no two go to one place.
+    No input is overwritten, and no two go to one path.
     """
     single = len(inputs) == 1 and inputs[0].is_file()
     if single and not output.is_dir() and output_suffix(output, ".png"):
@@ -478,7 +478,7 @@ def _destinations(inputs: Sequence[Path], output: Path, scale: int) -> list[tupl
     targets = [target.resolve() for _, target, _ in jobs]
     for source, target, _ in jobs:
         if target.resolve() == source.resolve():
-            raise UserError(f"{target} is the input itself; choose another place with -o")
+            raise UserError(f"{target} is the input itself; choose another path with -o")
         if targets.count(target.resolve()) > 1:
             raise UserError(f"two images would both be written to {target}; rename one or give them apart")
     return jobs
@@ -513,7 +513,7 @@ def _originals(jobs: Sequence[tuple[Path, Path, Path]], reference: Path, scale: 
         if min(h, w) < 11 + 2 * scale:
             raise UserError(f"{original} is {width}×{height} pixels; SSIM needs {11 + 2 * scale} on each side")
         if original.resolve() in targets:
-            raise UserError(f"{original} would be overwritten by the result; choose another place with -o")
+            raise UserError(f"{original} would be overwritten by the result; choose another path with -o")
         read_image(original)
     return originals
 

@@ -18,7 +18,7 @@ from provenn.data.sentences import Example, Labelled, docstrings, read_sentences
 from provenn.data.text import BytePairs, Bytes, Document, Tokenizer, read_tokenizer, text_of
 from provenn.tasks.base import (
     LABEL,
-    TOLD,
+    PREDICTED,
     HeldOut,
     Scores,
     Task,
@@ -81,7 +81,7 @@ class Encoded(Dataset):
 class TextClassification(Task):
     """Systems are called as those of Hugging Face: input_ids and token_type_ids (batch, tokens) and attention_mask.
 
-    They give logits (batch, classes), or (batch, 1) where a score is told.
+    They give logits (batch, classes), or (batch, 1) where a score is predicted.
     """
 
     name = "text-classification"
@@ -149,11 +149,11 @@ class TextClassification(Task):
 
     def sentences(self, source: str | Path) -> Labelled:
         """The examples themselves, of any source that `load` takes."""
-        place = self._named(source)
-        if isinstance(place, str):
+        location = self._named(source)
+        if isinstance(location, str):
             train, _, test = docstrings()
             return Labelled(train, test, ("accuracy",), "")
-        return read_sentences(place)
+        return read_sentences(location)
 
     def _splits(
         self, source: str | Path, seed: int, validation: float
@@ -175,7 +175,7 @@ class TextClassification(Task):
         return F.cross_entropy(logits, labels) if labels.dtype == torch.long else F.mse_loss(logits[:, 0], labels)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 64) -> Scores:
-        """Of each example the class and the one told, or the score and the one told; and by what they are judged."""
+        """The true and the predicted class or score of each example, and the metrics that they are judged by."""
         official = OFFICIAL.index(dataset.official)  # type: ignore[attr-defined]
         rows: list[list[Tensor]] = []
         for batch in batches(dataset, batch_size, device_of(model)):
@@ -183,15 +183,15 @@ class TextClassification(Task):
             by = torch.full(labels.shape, official)
             rows.append([labels, logits.argmax(-1) if labels.dtype == torch.long else logits[:, 0], by])
         scored = dataset.official == OFFICIAL[3]  # type: ignore[attr-defined]
-        return join_scores(("wanted", "given", "official") if scored else (LABEL, TOLD, "official"), rows)
+        return join_scores(("wanted", "given", "official") if scored else (LABEL, PREDICTED, "official"), rows)
 
     def summary(self, scores: Scores) -> dict[str, float]:
         """The official metrics, and as `score` their mean; of classes accuracy too. All are shares, none per cent.
 
-        Where all is told alike, a correlation is 0.
+        Where all predictions are equal, a correlation is 0.
         """
         official = OFFICIAL[int(scores["official"][0])]
-        wanted, given = (scores[name] for name in ((LABEL, TOLD) if LABEL in scores else ("wanted", "given")))
+        wanted, given = (scores[name] for name in ((LABEL, PREDICTED) if LABEL in scores else ("wanted", "given")))
         names = dict.fromkeys([*official, *(["accuracy"] if LABEL in scores else [])])
         metrics = {name: _metric(name, wanted, given) for name in names}
         return {"score": float(np.mean([metrics[name] for name in official])), **metrics}
@@ -203,7 +203,7 @@ class TextClassification(Task):
         content = self.sentences(source)
         if content.scored != (not meta["classes"]):
             one, two = ("scores", "classes") if content.scored else ("classes", "scores")
-            raise UserError(f"{source} tells {one}, the model was trained on {two}")
+            raise UserError(f"{source} has {one}, the model was trained on {two}")
         unknown = {e.label for e in content.test} - set(meta["classes"]) if meta["classes"] else set()
         if unknown:
             known = ", ".join(meta["classes"])
@@ -213,7 +213,7 @@ class TextClassification(Task):
         return HeldOut(dataset, f"the test split of {source}")
 
     def dummy_baseline(self, data: TaskData) -> float:
-        """Of always telling the class that is best so in training, or of guessing evenly; 0 of a correlation."""
+        """Of always predicting the class that is best so in training, or of guessing evenly; 0 of a correlation."""
         train, test = (np.asarray([int(part[i][3]) for i in range(len(part))]) for part in (data.train, data.test))  # type: ignore[arg-type]
         official = data.test.official  # type: ignore[attr-defined]
         if official == ("accuracy",):
@@ -221,11 +221,11 @@ class TextClassification(Task):
         if official != ("accuracy", "f1"):
             return 0.0
 
-        def told(label: int, wanted: np.ndarray) -> float:
-            scores = {LABEL: wanted, TOLD: np.full_like(wanted, label), "official": np.full_like(wanted, 2)}
+        def score_of(label: int, wanted: np.ndarray) -> float:
+            scores = {LABEL: wanted, PREDICTED: np.full_like(wanted, label), "official": np.full_like(wanted, 2)}
             return self.summary(scores)["score"]
 
-        return told(max(np.unique(train).tolist(), key=lambda label: told(label, train)), test)
+        return score_of(max(np.unique(train).tolist(), key=lambda label: score_of(label, train)), test)
 
     def default_meta(self, options: dict[str, Any]) -> dict[str, Any]:
         classes = [str(index) for index in range(options.get("num_classes", 2))]
@@ -253,13 +253,13 @@ class TextClassification(Task):
         rows = []
         for line, row in zip(lines, logits):
             best = int(row.argmax())
-            told = f"{meta['classes'][best]}\t{row.softmax(0)[best]:.3f}" if meta["classes"] else f"{row[0]:.3f}"
-            rows.append(f"{told}\t{line}")
+            answer = f"{meta['classes'][best]}\t{row.softmax(0)[best]:.3f}" if meta["classes"] else f"{row[0]:.3f}"
+            rows.append(f"{answer}\t{line}")
         text = "\n".join(rows)
         if output is None:
             return text
-        with atomic_write(output) as place:
-            place.write_text(text + "\n", "utf-8")
+        with atomic_write(output) as temporary:
+            temporary.write_text(text + "\n", "utf-8")
         return f"{text}\nwrote {output}"
 
 
@@ -267,7 +267,7 @@ TASK = TextClassification()
 
 
 def classes_of(content: Labelled) -> list[str]:
-    """The classes of examples in alphabetical order, so that 1 comes after 0; none where scores are told.
+    """The classes of examples in alphabetical order, so that 1 comes after 0; none where scores are predicted.
 
     Raises:
         UserError: one class alone, or one that occurs in the test alone.
@@ -316,8 +316,8 @@ def inputs_of(batch: Any) -> dict[str, Int[Tensor, "batch tokens"]]:
 
 
 def _logits(model: nn.Module, batch: Any) -> Float[Tensor, "batch classes"]:
-    told = model(**inputs_of(batch))
-    return getattr(told, "logits", told)  # models of Hugging Face give more than these
+    output = model(**inputs_of(batch))
+    return getattr(output, "logits", output)  # models of Hugging Face give more than these
 
 
 def _metric(name: str, wanted: np.ndarray, given: np.ndarray) -> float:

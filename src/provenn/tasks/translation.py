@@ -159,15 +159,15 @@ class Translation(Task):
         Raises:
             UserError: a file without pairs, or with a line that is none.
         """
-        place = self._named(source)
-        if isinstance(place, Path) and place.is_dir():
-            return _corpus(place, languages)
+        location = self._named(source)
+        if isinstance(location, Path) and location.is_dir():
+            return _corpus(location, languages)
         if languages is not None:
             raise UserError(f"languages is of a folder of files for each language; of {source} leave it out")
-        if isinstance(place, str):
+        if isinstance(location, str):
             pairs = [(english(number), german(number)) for number in range(1, LARGEST + 1)]
         else:
-            pairs = _read(place)
+            pairs = _read(location)
         if len(pairs) < 20:
             raise UserError(f"{source}: expected at least 20 pairs of sentences, got {len(pairs)}")
         sides = [_padded([pair[side] for pair in pairs]) for side in (0, 1)]
@@ -179,7 +179,7 @@ class Translation(Task):
         meta = {"length": sides[1].shape[1]}
         return TaskData(str(source), train, val, test, fingerprint(*sides), {"vocab": 256}, meta, about=about)
 
-    def _told(self, model: nn.Module, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, model: nn.Module, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of every letter given those before it, and which count: up to the end, the end included."""
         written = F.pad(target[:, :-1], (1, 0), value=END)
         counts = F.pad(target[:, :-1] != END, (1, 0), value=True)
@@ -187,14 +187,14 @@ class Translation(Task):
 
     def loss(self, model: nn.Module, batch: Any, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy of each piece given those before it, in nats, the mean over pieces that are no padding."""
-        logits, counts = self._told(model, *batch)
+        logits, counts = self._logits(model, *batch)
         return F.cross_entropy(logits[counts].float(), batch[1][counts], label_smoothing=smoothing)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """Of each sentence: whether every letter is right, as greedy writing has it; of letters how many."""
         rows = []
         for source, target in batches(dataset, batch_size, device_of(model)):
-            logits, counts = self._told(model, source, target)
+            logits, counts = self._logits(model, source, target)
             right = (logits.argmax(-1) == target) | ~counts
             rows.append([right.all(1).double(), (right & counts).double().sum(1), counts.double().sum(1)])
         names = ("exact", "right", "letters")
@@ -219,15 +219,15 @@ class Translation(Task):
         languages: str | None = None,
     ) -> HeldOut:
         """As in `Task`; `languages`: of a folder, as in `load`."""
-        place = self._named(source)
-        folder = isinstance(place, Path) and place.is_dir()
+        location = self._named(source)
+        folder = isinstance(location, Path) and location.is_dir()
         if folder != (meta.get("words") is not None):
-            told, given = ("letters", "a folder of words") if folder else ("the words of a folder", str(source))
-            raise UserError(f"these weights translate {told}, got {given}")
+            translated, given = ("letters", "a folder of words") if folder else ("the words of a folder", str(source))
+            raise UserError(f"these weights translate {translated}, got {given}")
         if folder:
-            lines = _lines(Path(place), "test", languages)
+            lines = _lines(Path(location), "test", languages)
             return HeldOut(_benchmark(lines, Pieces(meta["words"]), meta["length"]), f"the test split of {source}")
-        if isinstance(place, str) or not whole:
+        if isinstance(location, str) or not whole:
             return super().held_out(source, meta, seed=seed)
         pairs = _read(Path(source))
         sides = [_padded([pair[side] for pair in pairs]) for side in (0, 1)]
@@ -260,8 +260,8 @@ class Translation(Task):
             texts.append(tokens.decode(written[0, 1:].tolist()))
         joined = "\n".join(texts)
         if output is not None:
-            with atomic_write(output) as place:
-                place.write_text(joined + "\n", "utf-8")
+            with atomic_write(output) as temporary:
+                temporary.write_text(joined + "\n", "utf-8")
             return f"{joined}\nwrote {output}"
         return joined
 
@@ -335,12 +335,12 @@ def translate(
         log = model(source, written, mask=source != END)[:, -1].float().log_softmax(-1)
         vocab = log.shape[-1]
         sums = (scores[..., None] + log.view(batch, beam, vocab)).flatten(1)
-        top, place = sums.topk(min(2 * beam, sums.shape[1]))  # at most half of them end here
+        top, candidates = sums.topk(min(2 * beam, sums.shape[1]))  # at most half of them end here
         chosen = written.view(batch, beam, -1)
         kept = []
         for i in range(batch):
             rows: list[tuple[float, int]] = []
-            for score, at in zip(top[i].tolist(), place[i].tolist()):
+            for score, at in zip(top[i].tolist(), candidates[i].tolist()):
                 if score == -torch.inf:
                     continue
                 ended = at % vocab == END
@@ -366,12 +366,12 @@ def _matches(model: nn.Module, dataset: Benchmark) -> Scores:
     """Of each translation, in whole words: what BLEU adds up over sentences."""
     from torchmetrics.text import BLEUScore
 
-    told, meter = dataset.tokens, BLEUScore()
+    tokens, meter = dataset.tokens, BLEUScore()
     matched: list[list[Any]] = []
     for source, target in batches(dataset, AT_ONCE, device_of(model)):
         for ours, theirs in zip(translate(model, source, dataset.length), target.tolist()):
             meter.reset()
-            meter.update([told.decode(ours)], [[told.decode(theirs[: theirs.index(END)])]])
+            meter.update([tokens.decode(ours)], [[tokens.decode(theirs[: theirs.index(END)])]])
             matched.append([*meter.numerator.tolist(), *meter.denominator.tolist(), meter.preds_len, meter.target_len])
     names = [f"{kind}{n}" for kind in ("matches", "grams") for n in range(1, 5)] + ["written", "asked"]
     return {name: torch.tensor([float(row[i]) for row in matched]).numpy() for i, name in enumerate(names)}

@@ -337,10 +337,10 @@ def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, 
     from provenn.tasks.graph_regression import TASK
 
     assert given is not None
-    told = TASK.told(model, label.meta, given)
-    rows = [[graph.name, len(graph.nodes), len(graph.edges), *numbers] for graph, numbers in told[:50]]
+    predictions = TASK.predictions(model, label.meta, given)
+    rows = [[graph.name, len(graph.nodes), len(graph.edges), *numbers] for graph, numbers in predictions[:50]]
     columns = ["graph", "nodes", "edges", *label.meta["targets"]]
-    return {"kind": "numbers", "columns": columns, "rows": rows, "left": len(told) - len(rows)}
+    return {"kind": "numbers", "columns": columns, "rows": rows, "left": len(predictions) - len(rows)}
 
 
 def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:

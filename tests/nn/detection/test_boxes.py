@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from provenn.nn.detection import boxes as b
-from provenn.nn.detection.anchors import places_of, shapes_of
+from provenn.nn.detection.anchors import anchors_of, shapes_of
 from provenn.nn.detection.assign import BACKGROUND, IGNORED, by_atss, by_iou, by_range
 from provenn.nn.detection.boxes import iou as overlaps_of
 from provenn.nn.detection.losses import centreness, focal_loss, giou_loss
@@ -105,22 +105,22 @@ def test_nms_is_the_greedy_one_ties_and_blocks_included(seed, count, threshold, 
         assert nms(boxes, scores, labels, threshold, max_detections=3).tolist() == expected[:3]
 
 
-def test_a_long_chain_of_boxes_is_told_right():
+def test_a_long_chain_of_boxes_is_suppressed_right():
     """Each overlaps the next alone: every other one is kept, which takes as many rounds as there are boxes."""
     left = torch.arange(700.0) * 4
     boxes = torch.stack([left, left * 0, left + 6, left * 0 + 1], dim=1)
     assert nms(boxes, -left, threshold=0.1).tolist() == list(range(0, 700, 2))
 
 
-def test_places_of_all_levels():
-    places = places_of((20, 33), (8, 16), shapes_of((8, 16), (0.5, 2), (1, 2)))
-    assert places.counts == [3 * 5 * 4, 2 * 3 * 4] and places.levels.tolist() == [0] * 60 + [1] * 24
-    assert places.centres[[0, 4, 20, 60]].tolist() == [[4, 4], [12, 4], [4, 12], [8, 8]]
-    assert places.strides[[0, 60]].tolist() == [8, 16]
-    size = b.xywh_of(places.boxes)[:, 2:]
+def test_anchors_of_all_levels():
+    anchors = anchors_of((20, 33), (8, 16), shapes_of((8, 16), (0.5, 2), (1, 2)))
+    assert anchors.counts == [3 * 5 * 4, 2 * 3 * 4] and anchors.levels.tolist() == [0] * 60 + [1] * 24
+    assert anchors.centres[[0, 4, 20, 60]].tolist() == [[4, 4], [12, 4], [4, 12], [8, 8]]
+    assert anchors.strides[[0, 60]].tolist() == [8, 16]
+    size = b.xywh_of(anchors.boxes)[:, 2:]
     torch.testing.assert_close(size[:4, 1] / size[:4, 0], torch.tensor([0.5, 0.5, 2, 2]))
-    torch.testing.assert_close(b.areas_of(places.boxes)[:4], torch.tensor([64.0, 256, 64, 256]))
-    cells = places_of((20, 33), (8,))
+    torch.testing.assert_close(b.areas_of(anchors.boxes)[:4], torch.tensor([64.0, 256, 64, 256]))
+    cells = anchors_of((20, 33), (8,))
     assert cells.boxes[1].tolist() == [8, 0, 16, 8]
 
 
@@ -133,86 +133,86 @@ def padded(seed, counts=(3, 0, 5)):
 @settings(max_examples=25, deadline=None)
 def test_assignment_by_iou_is_its_definition(seed, rule):
     low, high, rescue = rule
-    places = places_of((64, 96), (16, 32), shapes_of((24, 48), (0.5, 1), (1,)))
+    anchors = anchors_of((64, 96), (16, 32), shapes_of((24, 48), (0.5, 1), (1,)))
     boxes, valid = padded(seed)
-    given_to = by_iou(places.boxes, boxes, valid, low=low, high=high, rescue=rescue)
+    given_to = by_iou(anchors.boxes, boxes, valid, low=low, high=high, rescue=rescue)
     for image in range(3):
         own = boxes[image][valid[image]]
         if not len(own):
             assert (given_to[image] == BACKGROUND).all()
             continue
-        overlap = b.iou(places.boxes, own)
-        for place in range(len(places.boxes)):
-            best = overlap[place].max().item()
+        overlap = b.iou(anchors.boxes, own)
+        for anchor in range(len(anchors.boxes)):
+            best = overlap[anchor].max().item()
             expected = BACKGROUND if best < low else IGNORED
             saved = rescue is not None and any(
-                overlap[place, j] == overlap[:, j].max() and overlap[place, j] > rescue for j in range(len(own))
+                overlap[anchor, j] == overlap[:, j].max() and overlap[anchor, j] > rescue for j in range(len(own))
             )
             if best >= high or saved:
-                expected = int(overlap[place].argmax())
-            assert given_to[image, place] == expected
+                expected = int(overlap[anchor].argmax())
+            assert given_to[image, anchor] == expected
 
 
 @given(SEEDS, st.sampled_from([1, 4, 9]))
 @settings(max_examples=25, deadline=None)
 def test_atss_is_the_algorithm_of_the_paper(seed, k):
-    places = places_of((64, 96), (16, 32, 64), shapes_of((32, 64, 128), (1,), (1,)))
+    anchors = anchors_of((64, 96), (16, 32, 64), shapes_of((32, 64, 128), (1,), (1,)))
     boxes, valid = padded(seed)
     # Off the grid's diagonals, where two centres are equally far and rounding decides which is nearer.
     boxes = boxes * torch.tensor([1.0, 1.0137, 1.0, 1.0137])
-    given_to = by_atss(places, boxes, valid, candidates=k)
+    given_to = by_atss(anchors, boxes, valid, candidates=k)
     for image in range(3):
-        expected = torch.full((len(places.boxes),), BACKGROUND)
-        best = torch.zeros(len(places.boxes))
+        expected = torch.full((len(anchors.boxes),), BACKGROUND)
+        best = torch.zeros(len(anchors.boxes))
         for number, box in enumerate(boxes[image][valid[image]]):
             candidates = []
             for level in range(3):
-                members = (places.levels == level).nonzero()[:, 0]
-                distance = (places.centres[members] - b.centres_of(box)).norm(dim=1)
+                members = (anchors.levels == level).nonzero()[:, 0]
+                distance = (anchors.centres[members] - b.centres_of(box)).norm(dim=1)
                 candidates += members[distance.argsort(stable=True)[:k]].tolist()
-            overlaps = b.iou(places.boxes[candidates], box[None])[:, 0]
+            overlaps = b.iou(anchors.boxes[candidates], box[None])[:, 0]
             threshold = overlaps.mean() + overlaps.std()
-            for place, overlap in zip(candidates, overlaps):
-                x, y = places.centres[place]
+            for anchor, overlap in zip(candidates, overlaps):
+                x, y = anchors.centres[anchor]
                 inside = box[0] < x < box[2] and box[1] < y < box[3]
-                if overlap >= threshold - 1e-6 and inside and overlap > best[place]:
-                    expected[place], best[place] = number, overlap
+                if overlap >= threshold - 1e-6 and inside and overlap > best[anchor]:
+                    expected[anchor], best[anchor] = number, overlap
         assert (given_to[image] != expected).sum() == 0
 
 
 @given(SEEDS, st.sampled_from([None, 1.5]))
 @settings(max_examples=25, deadline=None)
 def test_assignment_by_range_is_its_definition(seed, radius):
-    places, ranges = places_of((64, 96), (8, 16)), [(0.0, 20.0), (20.0, math.inf)]
+    anchors, ranges = anchors_of((64, 96), (8, 16)), [(0.0, 20.0), (20.0, math.inf)]
     boxes, valid = padded(seed)
-    given_to = by_range(places, boxes, valid, ranges=ranges, radius=radius)
+    given_to = by_range(anchors, boxes, valid, ranges=ranges, radius=radius)
     for image in range(3):
-        for place in range(0, len(places.boxes), 7):
-            (x, y), stride = places.centres[place].tolist(), places.strides[place].item()
+        for anchor in range(0, len(anchors.boxes), 7):
+            (x, y), stride = anchors.centres[anchor].tolist(), anchors.strides[anchor].item()
             best, expected = math.inf, BACKGROUND
             for number, (left, top, right, bottom) in enumerate(boxes[image][valid[image]].tolist()):
                 distances = x - left, y - top, right - x, bottom - y
-                low, high = ranges[places.levels[place]]
+                low, high = ranges[anchors.levels[anchor]]
                 central = radius is None or (
                     abs(x - (left + right) / 2) < radius * stride and abs(y - (top + bottom) / 2) < radius * stride
                 )
                 area = (right - left) * (bottom - top)
                 if min(distances) > 0 and central and low <= max(distances) <= high and area < best:
                     best, expected = area, number
-            assert given_to[image, place] == expected
+            assert given_to[image, anchor] == expected
 
 
 def test_what_is_padding_is_assigned_to_nobody_and_no_boxes_are_no_trouble():
-    places = places_of((32, 32), (8,), shapes_of((16,), (1,), (1,)))
+    anchors = anchors_of((32, 32), (8,), shapes_of((16,), (1,), (1,)))
     none, nothing = torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool)
     everywhere = [(0.0, math.inf)]
-    assert (by_iou(places.boxes, none, nothing, low=0.4, high=0.5) == BACKGROUND).all()
-    assert (by_atss(places, none, nothing) == BACKGROUND).all()
-    assert (by_range(places, none, nothing, ranges=everywhere) == BACKGROUND).all()
+    assert (by_iou(anchors.boxes, none, nothing, low=0.4, high=0.5) == BACKGROUND).all()
+    assert (by_atss(anchors, none, nothing) == BACKGROUND).all()
+    assert (by_range(anchors, none, nothing, ranges=everywhere) == BACKGROUND).all()
     box, unseen = torch.tensor([[[0.0, 0.0, 16.0, 16.0]]]), torch.zeros(1, 1, dtype=torch.bool)
-    assert (by_iou(places.boxes, box, unseen, low=0.4, high=0.5) == BACKGROUND).all()
-    assert (by_atss(places, box, unseen) == BACKGROUND).all()
-    assert (by_range(places, box, unseen, ranges=everywhere) == BACKGROUND).all()
+    assert (by_iou(anchors.boxes, box, unseen, low=0.4, high=0.5) == BACKGROUND).all()
+    assert (by_atss(anchors, box, unseen) == BACKGROUND).all()
+    assert (by_range(anchors, box, unseen, ranges=everywhere) == BACKGROUND).all()
 
 
 def test_the_focal_loss_is_its_equation():

@@ -1,4 +1,4 @@
-"""What detectors find, and their losses, against their definitions: places, thresholds, units and weights by hand."""
+"""What detectors find, and their losses, against their definitions: anchors, thresholds, units and weights by hand."""
 
 import pytest
 import torch
@@ -17,18 +17,18 @@ SIZES = torch.tensor([[64, 96], [40, 50]])
 
 
 def said(model, size=(64, 96), count=2, seed=3):
-    """A wild head's output of images of a size, with its places."""
+    """A wild head's output of images of a size, with its anchors."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.zeros(count, 3, *size)
-    places = model.places(images)
-    draw = lambda *shape: torch.randn(count, len(places.boxes), *shape, generator=generator)  # noqa: E731
+    anchors = model.anchors(images)
+    draw = lambda *shape: torch.randn(count, len(anchors.boxes), *shape, generator=generator)  # noqa: E731
     centred = draw() if getattr(model.head, "centre", None) is not None else ()
-    return DenseOutput(draw(3) * 2, draw(4), centred), places, images
+    return DenseOutput(draw(3) * 2, draw(4), centred), anchors, images
 
 
-def box_of(name, offsets, place, stride):
+def box_of(name, offsets, anchor, stride):
     """The box that a detector's four numbers stand for, by the papers' formulas."""
-    left, top, right, bottom = place.tolist()
+    left, top, right, bottom = anchor.tolist()
     x, y, width, height = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
     if name == "fcos":
         le, up, ri, lo = (offsets.clamp(min=0) * stride).tolist()
@@ -44,7 +44,7 @@ def box_of(name, offsets, place, stride):
 def test_what_is_found_is_its_definition(name):
     """The surest pairs of each level outside the padding, cut to the image; of overlapping ones of a class the best."""
     model = build(name)
-    output, places, images = said(model)
+    output, anchors, images = said(model)
     model.forward = lambda images: output
     found = model.detect(images, SIZES, score_threshold=0.4, iou_threshold=0.3, max_detections=12, candidates=9)
     sure = output.logits.sigmoid()
@@ -52,17 +52,17 @@ def test_what_is_found_is_its_definition(name):
         sure = (sure * output.centreness.sigmoid()[..., None]).sqrt()
     for i, (height, width) in enumerate(SIZES.tolist()):
         pairs, start = [], 0
-        for count in places.counts:
+        for count in anchors.counts:
             level = []
-            for place in range(start, start + count):
-                x, y = places.centres[place].tolist()
+            for anchor in range(start, start + count):
+                x, y = anchors.centres[anchor].tolist()
                 if x >= width or y >= height:
                     continue
-                level += [(score, place, label) for label, score in enumerate(sure[i, place].tolist())]
+                level += [(score, anchor, label) for label, score in enumerate(sure[i, anchor].tolist())]
             pairs += sorted(level, key=lambda pair: -pair[0])[:9]
             start += count
         boxes = torch.stack(
-            [box_of(name, output.offsets[i, p], places.boxes[p], places.strides[p].item()) for _, p, _ in pairs]
+            [box_of(name, output.offsets[i, p], anchors.boxes[p], anchors.strides[p].item()) for _, p, _ in pairs]
         )
         boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
         scores, labels = torch.tensor([s for s, _, _ in pairs]), torch.tensor([label for _, _, label in pairs])
@@ -79,28 +79,28 @@ def test_what_is_found_is_its_definition(name):
 def test_the_losses_of_centred_detectors_are_their_definitions(name):
     """Focal over the number of positives; 1 − GIoU by centreness over its sum, in ATSS twice; entropy of centreness."""
     model, given = build(name), batch()
-    output, places, _ = said(model, count=3)
+    output, anchors, _ = said(model, count=3)
     model.forward = lambda images: output
-    assigned = model.assign(places, given)
-    x, y = places.centres.unbind(1)
+    assigned = model.assign(anchors, given)
+    x, y = anchors.centres.unbind(1)
     near, entropy, focal, total, positives = 0.0, 0.0, 0.0, 0.0, 0
     for i, (height, width) in enumerate(given.sizes.tolist()):
         inside = (x < width) & (y < height)
-        for place in inside.nonzero().flatten().tolist():
-            thing = int(assigned[i, place])
+        for anchor in inside.nonzero().flatten().tolist():
+            thing = int(assigned[i, anchor])
             target = torch.zeros(3)
             if thing >= 0:
                 positives += 1
                 target[given.labels[i, thing]] = 1.0
                 box = given.boxes[i, thing]
-                sides = [x[place] - box[0], y[place] - box[1], box[2] - x[place], box[3] - y[place]]
+                sides = [x[anchor] - box[0], y[anchor] - box[1], box[2] - x[anchor], box[3] - y[anchor]]
                 across, down = sorted([sides[0], sides[2]]), sorted([sides[1], sides[3]])
                 central = (across[0] / across[1] * down[0] / down[1]) ** 0.5
-                guess = box_of(name, output.offsets[i, place], places.boxes[place], places.strides[place].item())
+                guess = box_of(name, output.offsets[i, anchor], anchors.boxes[anchor], anchors.strides[anchor].item())
                 near += central * (1 - b.giou(guess, box))
                 total += central
-                entropy += F.binary_cross_entropy_with_logits(output.centreness[i, place], central)
-            focal += focal_loss(output.logits[i, place], target).sum()
+                entropy += F.binary_cross_entropy_with_logits(output.centreness[i, anchor], central)
+            focal += focal_loss(output.logits[i, anchor], target).sum()
     losses = model.losses(given)
     assert positives > 3
     torch.testing.assert_close(losses["classification"], focal / positives)
@@ -127,7 +127,7 @@ def test_each_level_has_a_factor_of_its_own():
     with torch.no_grad():
         factors = torch.arange(2.0, 2 + len(model.head.scales))
         model.head.scales.mul_(factors)
-    expected = before * factors[model.places(images).levels][:, None]
+    expected = before * factors[model.anchors(images).levels][:, None]
     torch.testing.assert_close(model(images).offsets, expected)
 
 
@@ -164,46 +164,46 @@ def rcnn(**overrides):
 def test_proposals_are_their_definition():
     """The surest of each level, where no padding is, cut to the image; of overlapping ones of a level the best."""
     model, images = rcnn(candidates=25, regions=12), torch.zeros(2, 3, 64, 96)
-    places = model.places(images)
+    anchors = model.anchors(images)
     generator = torch.Generator().manual_seed(5)
-    objectness = torch.randn(2, len(places.boxes), generator=generator)
-    deltas = torch.randn(2, len(places.boxes), 4, generator=generator) * 0.2
+    objectness = torch.randn(2, len(anchors.boxes), generator=generator)
+    deltas = torch.randn(2, len(anchors.boxes), 4, generator=generator) * 0.2
     regions, valid = model._best(objectness, deltas, images, SIZES)
     for i, (height, width) in enumerate(SIZES.tolist()):
-        boxes = b.decode(deltas[i], places.boxes)
+        boxes = b.decode(deltas[i], anchors.boxes)
         boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
         chosen, start = [], 0
-        for count in places.counts:
+        for count in anchors.counts:
             inside = [
-                p for p in range(start, start + count) if (places.centres[p] < torch.tensor([width, height])).all()
+                p for p in range(start, start + count) if (anchors.centres[p] < torch.tensor([width, height])).all()
             ]
             chosen += sorted(inside, key=lambda p: -objectness[i, p])[:25]
             start += count
         chosen = torch.tensor([p for p in chosen if b.areas_of(boxes[p]) > 0])
-        kept = greedy(boxes[chosen], objectness[i, chosen], places.levels[chosen], 0.7)[:12]
+        kept = greedy(boxes[chosen], objectness[i, chosen], anchors.levels[chosen], 0.7)[:12]
         assert valid[i].sum() == len(kept) > 5
         torch.testing.assert_close(regions[i, : len(kept)], boxes[chosen[kept]])
 
 
 def test_the_losses_of_faster_rcnn_are_their_definitions():
     model, given = rcnn(), batch()
-    levels, places = model.levels(given.images), model.places(given.images)
+    levels, anchors = model.levels(given.images), model.anchors(given.images)
     proposals = model.proposals(levels, given.images, given.sizes)
     losses = model.losses(given)
 
-    x, y = places.centres.unbind(1)
-    wanted = by_iou(places.boxes, given.boxes, given.valid, low=0.3, high=0.7, rescue=0.3)
+    x, y = anchors.centres.unbind(1)
+    wanted = by_iou(anchors.boxes, given.boxes, given.valid, low=0.3, high=0.7, rescue=0.3)
     entropy, near, counted = 0.0, 0.0, 0
     for i, (height, width) in enumerate(given.sizes.tolist()):
-        for place in ((x < width) & (y < height)).nonzero().flatten().tolist():
-            thing = int(wanted[i, place])
+        for anchor in ((x < width) & (y < height)).nonzero().flatten().tolist():
+            thing = int(wanted[i, anchor])
             if thing == IGNORED:
                 continue
             counted += 1
-            entropy += F.softplus(proposals.objectness[i, place] * (1 if thing == BACKGROUND else -1))
+            entropy += F.softplus(proposals.objectness[i, anchor] * (1 if thing == BACKGROUND else -1))
             if thing >= 0:
-                code = b.encode(given.boxes[i, thing], places.boxes[place])
-                near += F.smooth_l1_loss(proposals.deltas[i, place], code, reduction="sum", beta=1 / 9)
+                code = b.encode(given.boxes[i, thing], anchors.boxes[anchor])
+                near += F.smooth_l1_loss(proposals.deltas[i, anchor], code, reduction="sum", beta=1 / 9)
     assert {IGNORED, 0, 1} <= set(wanted.unique().tolist()) and near > 0
     torch.testing.assert_close(losses["objectness"], entropy / counted)
     torch.testing.assert_close(losses["proposals"], near / counted)

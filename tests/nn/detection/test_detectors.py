@@ -156,22 +156,22 @@ def test_a_fresh_head_expects_little_everywhere():
 
 def test_the_loss_of_retinanet_is_focal_over_all_anchors_and_smooth_l1_over_the_positive():
     model, given = build("retinanet"), batch(sizes=((64, 96),) * 3)
-    output, places = model(given.images), model.places(given.images)
-    assigned = model.assign(places, given)
+    output, anchors = model(given.images), model.anchors(given.images)
+    assigned = model.assign(anchors, given)
     focal, boxes, positives = 0.0, 0.0, 0
     for i in range(3):
-        for place in range(len(places.boxes)):
-            thing = int(assigned[i, place])
+        for anchor in range(len(anchors.boxes)):
+            thing = int(assigned[i, anchor])
             if thing == IGNORED:
                 continue
             target = torch.zeros(3)
             if thing != BACKGROUND:
                 target[given.labels[i, thing]] = 1.0
                 positives += 1
-                code = encode(given.boxes[i, thing], places.boxes[place])
-                error = (output.offsets[i, place] - code).abs()
+                code = encode(given.boxes[i, thing], anchors.boxes[anchor])
+                error = (output.offsets[i, anchor] - code).abs()
                 boxes += torch.where(error < 0.1, error**2 / 0.2, error - 0.05).sum()
-            focal += focal_loss(output.logits[i, place], target).sum()
+            focal += focal_loss(output.logits[i, anchor], target).sum()
     losses = model.losses(given)
     assert positives > 3 and set(assigned.unique().tolist()) >= {IGNORED, BACKGROUND, 0, 1}
     torch.testing.assert_close(losses["classification"], focal / positives)
@@ -181,8 +181,8 @@ def test_the_loss_of_retinanet_is_focal_over_all_anchors_and_smooth_l1_over_the_
 def test_the_padding_of_a_smaller_image_counts_in_no_loss():
     model, given = build("retinanet"), batch()
     output = model(given.images)
-    places = model.places(given.images)
-    outside = (places.centres[:, 1] >= 50) | (places.centres[:, 0] >= 61)
+    anchors = model.anchors(given.images)
+    outside = (anchors.centres[:, 1] >= 50) | (anchors.centres[:, 0] >= 61)
     model.forward = lambda images: output._replace(logits=logits)
     logits = output.logits
     before = model.losses(given)["classification"]

@@ -37,26 +37,26 @@ def given(sizes=((64, 96), (50, 61), (64, 96))):
 def test_boxes_of_320_pixels_are_the_usual_ones():
     """MMDetection's SSDLite has sides of 48, 100, 150, 202, 253 and 304 pixels, on grids of 20 to 1 cells."""
     shapes = default_shapes(6, (0.15, 0.95), (2, 3))
-    places = default_boxes((320, 320), [16 * 2**k for k in range(6)], shapes)
-    assert [count // 6 for count in places.counts] == [400, 100, 25, 9, 4, 1]
+    anchors = default_boxes((320, 320), [16 * 2**k for k in range(6)], shapes)
+    assert [count // 6 for count in anchors.counts] == [400, 100, 25, 9, 4, 1]
     sides = [320 * level[0][0] for level in shapes]
     assert all(abs(a - b) < 1 for a, b in zip(sides, (48, 100, 150, 202, 253, 304)))
     starts = [0]
-    for count in places.counts[:-1]:
+    for count in anchors.counts[:-1]:
         starts.append(starts[-1] + count)
-    assert places.boxes[0].tolist() == pytest.approx([8 - 24, 8 - 24, 8 + 24, 8 + 24])
+    assert anchors.boxes[0].tolist() == pytest.approx([8 - 24, 8 - 24, 8 + 24, 8 + 24])
     grid = torch.tensor([[320 * (i + 0.5) / 3, 320 * (j + 0.5) / 3] for j in range(3) for i in range(3)])
-    torch.testing.assert_close(places.centres[starts[3] : starts[4] : 6], grid)
-    areas = (places.boxes[:, 2:] - places.boxes[:, :2]).prod(dim=1)[:6]
+    torch.testing.assert_close(anchors.centres[starts[3] : starts[4] : 6], grid)
+    areas = (anchors.boxes[:, 2:] - anchors.boxes[:, :2]).prod(dim=1)[:6]
     torch.testing.assert_close(areas[[2, 3, 4, 5]], areas[:1].expand(4))  # a ratio changes no area
-    first = (places.boxes[:6, 2:] - places.boxes[:6, :2]).prod(dim=1)[1].sqrt()
+    first = (anchors.boxes[:6, 2:] - anchors.boxes[:6, :2]).prod(dim=1)[1].sqrt()
     assert first.item() == pytest.approx(math.sqrt(320 * 0.15 * 320 * 0.31), rel=1e-4)
 
 
 def test_boxes_stretch_with_the_image_and_lie_over_all_of_it():
     shapes = default_shapes(3, (0.2, 0.9), (2,))
     square, wide = (default_boxes(size, (8, 16, 32), shapes) for size in ((64, 64), (64, 128)))
-    across = [places.boxes[:4, 2] - places.boxes[:4, 0] for places in (square, wide)]
+    across = [anchors.boxes[:4, 2] - anchors.boxes[:4, 0] for anchors in (square, wide)]
     torch.testing.assert_close(across[1], 2 * across[0])
     odd = default_boxes((61, 37), (8, 16, 32), shapes)
     assert odd.counts == [4 * math.ceil(61 / s) * math.ceil(37 / s) for s in (8, 16, 32)]
@@ -123,17 +123,17 @@ def test_the_hardest_negatives_are_mined_three_for_each_positive():
 def test_the_loss_is_cross_entropy_of_positives_and_mined_negatives_and_smooth_l1():
     model, batch = small(), given(sizes=((64, 96),) * 3)
     said, offsets = model.head.predict(model.levels(batch.images))
-    places = model.places(batch.images)
-    assigned = model.assign(places, batch)
+    anchors = model.anchors(batch.images)
+    assigned = model.assign(anchors, batch)
     positives = int((assigned >= 0).sum())
     entropy, distance = 0.0, 0.0
     for i in range(3):
         loss = -said[i].log_softmax(dim=-1)
-        mine = [a for a in range(len(places.boxes)) if assigned[i, a] >= 0]
+        mine = [a for a in range(len(anchors.boxes)) if assigned[i, a] >= 0]
         for a in mine:
             thing = assigned[i, a]
             entropy += loss[a, batch.labels[i, thing]]
-            code = encode(batch.boxes[i, thing], places.boxes[a], (0.1, 0.1, 0.2, 0.2))
+            code = encode(batch.boxes[i, thing], anchors.boxes[a], (0.1, 0.1, 0.2, 0.2))
             distance += F.smooth_l1_loss(offsets[i, a], code, reduction="sum")
         nothing = loss[assigned[i] == BACKGROUND, 3].sort(descending=True).values
         entropy += nothing[: 3 * max(1, len(mine))].sum()
@@ -148,7 +148,7 @@ def test_scores_are_the_softmax_of_the_classes_with_nothing_among_them():
     said, offsets = model.head.predict(model.levels(images))
     output = model(images)
     torch.testing.assert_close(output.logits.sigmoid(), said.softmax(dim=-1)[..., :3])
-    assert output.offsets.equal(offsets) and output.logits.shape[1] == len(model.places(images).boxes)
+    assert output.offsets.equal(offsets) and output.logits.shape[1] == len(model.anchors(images).boxes)
     # Certain and impossible classes keep finite odds.
     model.head.predict = lambda levels: (said * 1e4, offsets)
     assert model(images).logits.isfinite().all()
@@ -156,11 +156,11 @@ def test_scores_are_the_softmax_of_the_classes_with_nothing_among_them():
 
 def test_boxes_are_what_offsets_of_a_tenth_and_a_fifth_make_of_them():
     model = small()
-    places = model.places(torch.zeros(1, 3, 64, 64))
-    offsets = torch.tensor([1.0, -1.0, 1.0, 0.0]).expand(len(places.boxes), 4)
-    moved = model.boxes_at(offsets, places)
-    side = places.boxes[:, 2:] - places.boxes[:, :2]
-    torch.testing.assert_close((moved[:, :2] + moved[:, 2:]) / 2, places.centres + side * torch.tensor([0.1, -0.1]))
+    anchors = model.anchors(torch.zeros(1, 3, 64, 64))
+    offsets = torch.tensor([1.0, -1.0, 1.0, 0.0]).expand(len(anchors.boxes), 4)
+    moved = model.boxes_at(offsets, anchors)
+    side = anchors.boxes[:, 2:] - anchors.boxes[:, :2]
+    torch.testing.assert_close((moved[:, :2] + moved[:, 2:]) / 2, anchors.centres + side * torch.tensor([0.1, -0.1]))
     torch.testing.assert_close(moved[:, 2:] - moved[:, :2], side * torch.tensor([math.exp(0.2), 1.0]))
 
 
@@ -171,7 +171,7 @@ def test_levels_have_a_cell_for_each_box_at_any_size(size):
     images = torch.randn(2, 3, *size)
     levels = model.levels(images)
     assert [x.shape[-2:] for x in levels] == [tuple(math.ceil(n / s) for n in size) for s in model.strides]
-    assert model(images).logits.shape == (2, len(model.places(images).boxes), 3)
+    assert model(images).logits.shape == (2, len(model.anchors(images).boxes), 3)
 
 
 def test_a_levels_cells_and_boxes_are_in_one_order():

@@ -1,4 +1,4 @@
-"""Anchor boxes and anchor points: the places of a pyramid at which a detector looks for objects."""
+"""Anchor boxes and anchor points: where on a pyramid a detector looks for objects."""
 
 import math
 from collections.abc import Sequence
@@ -13,27 +13,27 @@ from provenn.nn.backbone import ceil_div
 Number = float | int
 
 
-class Places(NamedTuple):
+class Anchors(NamedTuple):
     """Where the cells of all levels lie, from fine to coarse, row by row; several anchors of a cell in a row.
 
     Args:
-        boxes: left, top, right, bottom of the anchors, in pixels of the image. Of points, the cells themselves.
-        strides: pixels between neighbours, of each place.
-        counts: how many places each level has.
+        boxes: left, top, right, bottom of the anchors, in pixels of the image. Of anchor points, the cells themselves.
+        strides: pixels between neighbours, of each anchor.
+        counts: how many anchors each level has.
     """
 
-    boxes: Float[Tensor, "places 4"]
-    strides: Float[Tensor, " places"]
+    boxes: Float[Tensor, "anchors 4"]
+    strides: Float[Tensor, " anchors"]
     counts: list[int]
 
     @property
-    def centres(self) -> Float[Tensor, "places 2"]:
-        """x and y of each place."""
+    def centres(self) -> Float[Tensor, "anchors 2"]:
+        """x and y of each anchor."""
         return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
 
     @property
-    def levels(self) -> Int[Tensor, " places"]:
-        """The level of each place."""
+    def levels(self) -> Int[Tensor, " anchors"]:
+        """The level of each anchor."""
         counts = torch.tensor(self.counts, device=self.boxes.device)
         return torch.repeat_interleave(torch.arange(len(self.counts), device=counts.device), counts)
 
@@ -52,20 +52,20 @@ def shapes_of(sizes: Sequence[Number], ratios: Sequence[Number], scales: Sequenc
     return [[(s * c / math.sqrt(r), s * c * math.sqrt(r)) for r in ratios for c in scales] for s in sizes]
 
 
-def places_of(
+def anchors_of(
     size: tuple[int, int],
     strides: Sequence[int],
     shapes: Sequence[Sequence[Shape]] | None = None,
     device: torch.device | None = None,
-) -> Places:
-    """The places of an image.
+) -> Anchors:
+    """Anchors of an image of this size.
 
     Anchors stand at the middle of their cell, which is stride · (i + ½) for cell i.
 
     Args:
         size: height and width of the image, in pixels. A level has ⌈side / stride⌉ cells.
         strides: of the levels, from fine to coarse.
-        shapes: width and height of each level's anchors; without, the cells are the places.
+        shapes: width and height of each level's anchors. Without them the cells are the anchors.
     """
     boxes, spacing = [], []
     for level, stride in enumerate(strides):
@@ -77,4 +77,4 @@ def places_of(
         boxes.append(torch.cat([centre - shape / 2, centre + shape / 2], dim=-1).reshape(-1, 4))
         # A tensor's len() would make a rule of the size when this is exported.
         spacing.append(torch.full((boxes[-1].shape[0],), float(stride), device=device))
-    return Places(torch.cat(boxes), torch.cat(spacing), [level.shape[0] for level in boxes])
+    return Anchors(torch.cat(boxes), torch.cat(spacing), [level.shape[0] for level in boxes])

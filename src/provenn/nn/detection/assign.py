@@ -1,4 +1,4 @@
-"""Which object each place of a detector is to find: an index into the image's boxes, or one of two that are none."""
+"""The object that each anchor is to find: an index into the image's boxes, or `BACKGROUND` or `IGNORED`."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from provenn.nn.detection.anchors import Places
+from provenn.nn.detection.anchors import Anchors
 from provenn.nn.detection.boxes import areas_of, centres_of, distances_of, iou
 
 BACKGROUND, IGNORED = -1, -2
 Boxes = Float[Tensor, "batch boxes 4"]
 Valid = Bool[Tensor, "batch boxes"]
-Assigned = Int[Tensor, "batch places"]
+Assigned = Int[Tensor, "batch anchors"]
 
 
 def by_iou(
-    anchors: Float[Tensor, "*batch places 4"],
+    anchors: Float[Tensor, "*batch anchors 4"],
     boxes: Boxes,
     valid: Valid,
     *,
@@ -28,7 +28,7 @@ def by_iou(
     """The box that each anchor overlaps most, if by `high` or more; below `low` it is background, between ignored.
 
     Args:
-        anchors: (places, 4), or (batch, places, 4) of each image.
+        anchors: (anchors, 4), or (batch, anchors, 4) of each image.
         boxes, valid: of each image, padded; and which are no padding.
         low, high: of the IoU.
         rescue: an anchor that overlaps some box as much as any anchor does, and by more than this, is given the box
@@ -54,7 +54,7 @@ def by_iou(
     return torch.where(positive, which, assigned)
 
 
-def by_best(anchors: Float[Tensor, "places 4"], boxes: Boxes, valid: Valid, *, high: float | int) -> Assigned:
+def by_best(anchors: Float[Tensor, "anchors 4"], boxes: Boxes, valid: Valid, *, high: float | int) -> Assigned:
     """SSD's matching (Liu et al., 2016, arXiv:1512.02325, section 2.2): each box's best anchor is given to that box.
 
     The other anchors are given the box that they overlap most, if by `high` or more, and are background below. Unlike
@@ -72,7 +72,7 @@ def by_best(anchors: Float[Tensor, "places 4"], boxes: Boxes, valid: Valid, *, h
     return torch.where(claimed > 0, claimant, torch.where(best >= high, which, BACKGROUND))
 
 
-def by_atss(places: Places, boxes: Boxes, valid: Valid, *, candidates: int = 9) -> Assigned:
+def by_atss(anchors: Anchors, boxes: Boxes, valid: Valid, *, candidates: int = 9) -> Assigned:
     """Adaptive training sample selection (Zhang et al., 2020, arXiv:1912.02424, algorithm 1).
 
     Of each level the `candidates` anchors nearest to a box's centre are its candidates. Those are positive that
@@ -80,28 +80,28 @@ def by_atss(places: Places, boxes: Boxes, valid: Valid, *, candidates: int = 9) 
     An anchor that is positive for several goes to the one that it overlaps most.
     """
     if boxes.shape[1] == 0:
-        return torch.full((len(boxes), len(places.boxes)), BACKGROUND, device=boxes.device)
-    distance = (places.centres[:, None] - centres_of(boxes)[:, None]).square().sum(dim=-1)
+        return torch.full((len(boxes), len(anchors.boxes)), BACKGROUND, device=boxes.device)
+    distance = (anchors.centres[:, None] - centres_of(boxes)[:, None]).square().sum(dim=-1)
     near, start = [], 0
-    for count in places.counts:
+    for count in anchors.counts:
         level = distance[:, start : start + count]
         near.append(level.topk(min(candidates, count), dim=1, largest=False).indices + start)
         start += count
     chosen = torch.cat(near, dim=1)
-    overlap = iou(places.boxes.expand(len(boxes), -1, -1), boxes)
+    overlap = iou(anchors.boxes.expand(len(boxes), -1, -1), boxes)
     of_chosen = overlap.gather(1, chosen)
     # Of a single candidate there is no deviation.
     spread = of_chosen.std(dim=1, keepdim=True) if chosen.shape[1] > 1 else 0.0
-    inside = distances_of(boxes[:, None], places.centres[:, None]).amin(dim=-1) > 0
+    inside = distances_of(boxes[:, None], anchors.centres[:, None]).amin(dim=-1) > 0
     positive = (of_chosen >= of_chosen.mean(dim=1, keepdim=True) + spread) & inside.gather(1, chosen)
-    # Back from candidates to places: −1 wherever an anchor is not positive for a box.
+    # Back from candidates to anchors: −1 wherever an anchor is not positive for a box.
     scored = torch.full_like(overlap, -1.0).scatter(1, chosen, torch.where(positive, of_chosen, -1.0))
     best, which = scored.masked_fill(~valid[:, None], -1.0).max(dim=2)
     return torch.where(best >= 0, which, BACKGROUND)
 
 
 def by_range(
-    places: Places,
+    anchors: Anchors,
     boxes: Boxes,
     valid: Valid,
     *,
@@ -111,15 +111,15 @@ def by_range(
     """FCOS's assignment (Tian et al., 2019, arXiv:1904.01355, section 3.2): the smallest box around each point.
 
     Args:
-        places: points.
+        anchors: anchor points.
         boxes, valid: of each image, padded; and which are no padding.
         ranges: of each level, between which the largest distance from the point to the box's sides must lie, in pixels;
             both ends count.
         radius: of the square round a box's centre, in strides, in which its points must lie; None takes the box whole.
     """
     if boxes.shape[1] == 0:
-        return torch.full((len(boxes), len(places.boxes)), BACKGROUND, device=boxes.device)
-    points, spacing = places.centres[:, None], places.strides[:, None, None]
+        return torch.full((len(boxes), len(anchors.boxes)), BACKGROUND, device=boxes.device)
+    points, spacing = anchors.centres[:, None], anchors.strides[:, None, None]
     distances = distances_of(boxes[:, None], points)
     region = boxes[:, None]
     if radius is not None:
@@ -129,7 +129,7 @@ def by_range(
             [torch.maximum(square[..., :2], region[..., :2]), torch.minimum(square[..., 2:], region[..., 2:])], dim=-1
         )
     inside = distances_of(region, points).amin(dim=-1) > 0
-    bounds = boxes.new_tensor(ranges)[places.levels]
+    bounds = boxes.new_tensor(ranges)[anchors.levels]
     far = distances.amax(dim=-1)
     fits = inside & (far >= bounds[:, None, 0]) & (far <= bounds[:, None, 1]) & valid[:, None]
     smallest, which = torch.where(fits, areas_of(boxes)[:, None], torch.inf).min(dim=2)

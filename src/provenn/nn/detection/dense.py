@@ -1,8 +1,8 @@
 """Detectors that look at every cell of a pyramid once: RetinaNet, FCOS and ATSS, on any backbone.
 
-All three are a backbone, a feature pyramid, and a head of two towers that the levels share; they differ in what a place
-is (nine anchors, a point, one anchor), in which object it is to find, and in the loss. What changes the features of a
-head, as the paper RelationNet++ does, is a `Bridge` and goes between towers and predictions of any of them.
+All three are a backbone, a feature pyramid, and a head of two towers that the levels share. They differ in what an
+anchor is (nine boxes a cell, a point, one box a cell), in which object it is to find, and in the loss. What changes
+the features of a head, as the paper RelationNet++ does, is a `Bridge`. It goes between the towers and the predictions.
 """
 
 import math
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.nn.backbone import Backbone, FeaturePyramid, crop_features
-from provenn.nn.detection.anchors import Places, Shape, places_of, shapes_of
+from provenn.nn.detection.anchors import Anchors, Shape, anchors_of, shapes_of
 from provenn.nn.detection.assign import IGNORED, by_atss, by_iou, by_range
 from provenn.nn.detection.batch import DetectionBatch, Detections, select
 from provenn.nn.detection.boxes import around, decode, distances_of, encode
 from provenn.nn.detection.losses import centreness, focal_loss, giou_loss
 
-PRIOR = 0.01  # the probability of an object that a fresh head gives to every place
+PRIOR = 0.01  # the probability of an object that a fresh head gives to every anchor
 
 
 class Bridge(Protocol):
@@ -45,32 +45,32 @@ class Bridge(Protocol):
 
 
 class DenseOutput(NamedTuple):
-    """What a head says of every place; places are those of `DenseDetector.places`, in their order.
+    """What a head says of every anchor, in the order of `DenseDetector.anchors`.
 
     Args:
         logits: of each class.
-        offsets: from the place to the box, in the detector's code.
-        centreness: logits of how central the place is to its object; () of detectors without.
+        offsets: from the anchor to the box, in the detector's code.
+        centreness: logits of how central the anchor is to its object; () of detectors without.
         said: by the bridge; () without one.
     """
 
-    logits: Float[Tensor, "batch places classes"]
-    offsets: Float[Tensor, "batch places 4"]
-    centreness: Float[Tensor, "batch places"] | tuple[()] = ()
+    logits: Float[Tensor, "batch anchors classes"]
+    offsets: Float[Tensor, "batch anchors 4"]
+    centreness: Float[Tensor, "batch anchors"] | tuple[()] = ()
     said: Any = ()
 
 
 class Scored(NamedTuple):
-    """What a detector makes of every place.
+    """What a detector makes of every anchor.
 
     Args:
         boxes: left, top, right, bottom in pixels; they may reach beyond the image.
         scores: of each class, in 0…1.
-        counts: places of each level.
+        counts: anchors of each level.
     """
 
-    boxes: Float[Tensor, "batch places 4"]
-    scores: Float[Tensor, "batch places classes"]
+    boxes: Float[Tensor, "batch anchors 4"]
+    scores: Float[Tensor, "batch anchors classes"]
     counts: list[int]
 
 
@@ -92,11 +92,11 @@ class DenseHead(nn.Module):
     Args:
         dim: channels of the levels and of the towers.
         num_classes: how many.
-        anchors: places a cell.
+        anchors: number of anchors a cell.
         convs: of each tower.
         groups: of the towers' group norms; None has none.
         levels: how many; with `centred` each has a factor of its own on its offsets, which starts at 1.
-        centred: whether it says how central a place is, from the regression tower.
+        centred: whether it says how central an anchor is, from the regression tower.
 
     Attributes:
         bridge: what changes the features between towers and predictions; None passes them on.
@@ -127,7 +127,7 @@ class DenseHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # Of places nearly all are background: at p = ½ their loss would drown the rest (Lin et al., section 3.3).
+        # Nearly all anchors are background: at p = ½ their loss would drown the rest (Lin et al., section 3.3).
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
 
     def forward(self, levels: list[Tensor], strides: Sequence[int]) -> DenseOutput:
@@ -136,16 +136,16 @@ class DenseHead(nn.Module):
         said: Any = ()
         if self.bridge is not None:
             classification, regression, said = self.bridge(levels, classification, regression, strides)
-        logits = torch.cat([by_place(self.classify(x), self.num_classes) for x in classification], dim=1)
-        offsets = [by_place(self.regress(x), 4) for x in regression]
+        logits = torch.cat([by_anchor(self.classify(x), self.num_classes) for x in classification], dim=1)
+        offsets = [by_anchor(self.regress(x), 4) for x in regression]
         if self.scales is not None:
             offsets = [x * scale for x, scale in zip(offsets, self.scales, strict=True)]
         centre = () if self.centre is None else torch.cat([self.centre(x).flatten(1) for x in regression], dim=1)
         return DenseOutput(logits, torch.cat(offsets, dim=1), centre, said)
 
 
-def by_place(x: Float[Tensor, "batch channels height width"], numbers: int) -> Float[Tensor, "batch places numbers"]:
-    """From maps of (anchors · numbers) channels to a row a place."""
+def by_anchor(x: Float[Tensor, "batch channels height width"], numbers: int) -> Float[Tensor, "batch anchors numbers"]:
+    """From maps of (anchors · numbers) channels to one row for each anchor."""
     batch, channels, height, width = x.shape  # said in full: of an empty batch no size can be left open
     return x.permute(0, 2, 3, 1).reshape(batch, height * width * channels // numbers, numbers)
 
@@ -191,9 +191,9 @@ class DenseDetector(nn.Module, ABC):
         # A level that is made by doubling a coarser one may reach beyond the image.
         return crop_features(self.neck([maps[index] for index in self.used]), self.strides, size_of(images))
 
-    def places(self, images: Float[Tensor, "batch channels height width"]) -> Places:
+    def anchors(self, images: Float[Tensor, "batch channels height width"]) -> Anchors:
         """Where the detector looks, on images of this size."""
-        return places_of(size_of(images), self.strides, self.shapes, images.device)
+        return anchors_of(size_of(images), self.strides, self.shapes, images.device)
 
     def training_loss(self, batch: DetectionBatch) -> Tensor:
         """The sum of `losses`."""
@@ -204,40 +204,40 @@ class DenseDetector(nn.Module, ABC):
         """Each loss of a batch by name, already weighted."""
 
     @staticmethod
-    def outside(places: Places, sizes: Int[Tensor, "batch 2"]) -> Bool[Tensor, "batch places"]:
-        """Which places lie in the padding of each image, whose height and width are `sizes`."""
-        x, y = places.centres.unbind(dim=1)
+    def outside(anchors: Anchors, sizes: Int[Tensor, "batch 2"]) -> Bool[Tensor, "batch anchors"]:
+        """Which anchors lie in the padding of each image, whose height and width are `sizes`."""
+        x, y = anchors.centres.unbind(dim=1)
         return (y >= sizes[:, :1]) | (x >= sizes[:, 1:])
 
     @abstractmethod
-    def assign(self, places: Places, batch: DetectionBatch) -> Int[Tensor, "batch places"]:
-        """The object that each place is to find."""
+    def assign(self, anchors: Anchors, batch: DetectionBatch) -> Int[Tensor, "batch anchors"]:
+        """The object that each anchor is to find."""
 
     @abstractmethod
-    def boxes_at(self, offsets: Float[Tensor, "... places 4"], places: Places) -> Float[Tensor, "... places 4"]:
+    def boxes_at(self, offsets: Float[Tensor, "... anchors 4"], anchors: Anchors) -> Float[Tensor, "... anchors 4"]:
         """The boxes that the offsets stand for."""
 
     def scored(
         self, images: Float[Tensor, "batch channels height width"], sizes: Int[Tensor, "batch 2"] | None = None
     ) -> Scored:
-        """The box and the scores of every place, before any of them goes.
+        """The box and the scores of every anchor, before any of them goes.
 
         Args:
-            images, sizes: as in `detect`. A place outside of its image scores 0.
+            images, sizes: as in `detect`. An anchor outside of its image scores 0.
         """
-        output, places = self(images), self.places(images)
+        output, anchors = self(images), self.anchors(images)
         scores = output.logits.float().sigmoid()
         if isinstance(output.centreness, Tensor):
             scores = (scores * output.centreness.float().sigmoid()[..., None]).sqrt()
         if sizes is None:
             # Whole numbers, not a tensor of them: a tracer of open sizes follows these.
             height, width = size_of(images)
-            x, y = places.centres.unbind(dim=1)
+            x, y = anchors.centres.unbind(dim=1)
             outside = ((y >= height) | (x >= width))[None]
         else:
-            outside = self.outside(places, sizes)
-        boxes = self.boxes_at(output.offsets.float(), places)
-        return Scored(boxes, scores.masked_fill(outside[..., None], 0.0), places.counts)
+            outside = self.outside(anchors, sizes)
+        boxes = self.boxes_at(output.offsets.float(), anchors)
+        return Scored(boxes, scores.masked_fill(outside[..., None], 0.0), anchors.counts)
 
     @torch.no_grad()
     def detect(
@@ -259,7 +259,7 @@ class DenseDetector(nn.Module, ABC):
             score_threshold: detections have a score above it.
             iou_threshold: of two boxes of a class with a larger IoU, the one of lower score goes.
             max_detections: the largest number of detections in an image.
-            candidates: pairs of a place and a class that are looked at on each level, before any goes.
+            candidates: pairs of an anchor and a class that are looked at on each level, before any goes.
         """
         boxes, scores, counts = self.scored(images, sizes)
         if sizes is None:
@@ -272,10 +272,10 @@ class DenseDetector(nn.Module, ABC):
             where.append(index + start * self.num_classes)
             start += count
         surest, pair = torch.cat(best, dim=1), torch.cat(where, dim=1)
-        place, label = pair // self.num_classes, pair % self.num_classes
+        anchor, label = pair // self.num_classes, pair % self.num_classes
         return [
             select(
-                boxes[i, place[i]],
+                boxes[i, anchor[i]],
                 surest[i],
                 label[i],
                 sizes[i],
@@ -288,25 +288,25 @@ class DenseDetector(nn.Module, ABC):
 
 
 class FocalDetector(DenseDetector):
-    """What RetinaNet, FCOS and ATSS have in common: the focal loss of all places, and a head that takes a `Bridge`."""
+    """What RetinaNet, FCOS and ATSS have in common: the focal loss of all anchors, and a head that takes a `Bridge`."""
 
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         """Each loss of a batch by name, already weighted; the bridge's begin with "bridge"."""
-        output, places = self(batch.images), self.places(batch.images)
-        assigned = self.assign(places, batch)
+        output, anchors = self(batch.images), self.anchors(batch.images)
+        assigned = self.assign(anchors, batch)
         # What lies in the padding of a smaller image is nobody's to judge.
-        assigned = assigned.masked_fill(self.outside(places, batch.sizes), IGNORED)
+        assigned = assigned.masked_fill(self.outside(anchors, batch.sizes), IGNORED)
         positive = assigned >= 0
         targets = torch.zeros_like(output.logits, dtype=torch.float32)
-        image, place = positive.nonzero(as_tuple=True)
-        thing = assigned[image, place]
-        targets[image, place, batch.labels[image, thing]] = 1.0
+        image, anchor = positive.nonzero(as_tuple=True)
+        thing = assigned[image, anchor]
+        targets[image, anchor, batch.labels[image, thing]] = 1.0
         counted = (assigned != IGNORED)[..., None]
         focal = (focal_loss(output.logits.float(), targets) * counted).sum() / positive.sum().clamp(min=1)
         boxes = self.box_losses(
-            output.offsets.float()[image, place],
-            output.centreness.float()[image, place] if isinstance(output.centreness, Tensor) else None,
-            Places(places.boxes[place], places.strides[place], []),
+            output.offsets.float()[image, anchor],
+            output.centreness.float()[image, anchor] if isinstance(output.centreness, Tensor) else None,
+            Anchors(anchors.boxes[anchor], anchors.strides[anchor], []),
             batch.boxes[image, thing],
         )
         own = {} if self.head.bridge is None else self.head.bridge.losses(output.said, batch)
@@ -317,18 +317,18 @@ class FocalDetector(DenseDetector):
         self,
         offsets: Float[Tensor, "positives 4"],
         centre: Float[Tensor, " positives"] | None,
-        places: Places,
+        anchors: Anchors,
         boxes: Float[Tensor, "positives 4"],
     ) -> dict[str, Tensor]:
-        """Losses of the places that are to find `boxes`."""
+        """Losses of the anchors that are to find `boxes`."""
 
 
 def _centred_losses(
-    predicted: Tensor, centre: Tensor | None, places: Places, boxes: Tensor, weight: float = 1.0
+    predicted: Tensor, centre: Tensor | None, anchors: Anchors, boxes: Tensor, weight: float = 1.0
 ) -> dict[str, Tensor]:
-    """1 − GIoU, weighted by how central each place is to its box, and the cross-entropy of what is said of that."""
+    """1 − GIoU, weighted by how central each anchor is to its box, and the cross-entropy of what is said of that."""
     assert centre is not None
-    target = centreness(distances_of(boxes, places.centres))
+    target = centreness(distances_of(boxes, anchors.centres))
     weighted = (target * giou_loss(predicted, boxes)).sum()
     entropy = F.binary_cross_entropy_with_logits(centre, target, reduction="sum")
     return {"boxes": weight * weighted / target.sum().clamp(min=1e-6), "centreness": entropy / max(1, len(boxes))}
@@ -403,27 +403,27 @@ class RetinaNet(FocalDetector):
         self.beta, self.matching = beta, matching
 
     @torch.no_grad()
-    def assign(self, places: Places, batch: DetectionBatch) -> Int[Tensor, "batch places"]:
+    def assign(self, anchors: Anchors, batch: DetectionBatch) -> Int[Tensor, "batch anchors"]:
         claimed = self.matching == "mmdetection"
-        return by_iou(places.boxes, batch.boxes, batch.valid, low=0.4, high=0.5, claimed=claimed)
+        return by_iou(anchors.boxes, batch.boxes, batch.valid, low=0.4, high=0.5, claimed=claimed)
 
-    def box_losses(self, offsets: Tensor, centre: Tensor | None, places: Places, boxes: Tensor) -> dict[str, Tensor]:
-        loss = F.smooth_l1_loss(offsets, encode(boxes, places.boxes), reduction="sum", beta=self.beta)
+    def box_losses(self, offsets: Tensor, centre: Tensor | None, anchors: Anchors, boxes: Tensor) -> dict[str, Tensor]:
+        loss = F.smooth_l1_loss(offsets, encode(boxes, anchors.boxes), reduction="sum", beta=self.beta)
         return {"boxes": loss / max(1, len(boxes))}
 
-    def boxes_at(self, offsets: Float[Tensor, "... places 4"], places: Places) -> Float[Tensor, "... places 4"]:
-        return decode(offsets, places.boxes)
+    def boxes_at(self, offsets: Float[Tensor, "... anchors 4"], anchors: Anchors) -> Float[Tensor, "... anchors 4"]:
+        return decode(offsets, anchors.boxes)
 
 
 class FCOS(FocalDetector):
-    """FCOS (Tian et al., 2019, arXiv:1904.01355): no anchors; each point inside an object tells how far its sides are.
+    """FCOS (Tian et al., 2019, arXiv:1904.01355): no anchor boxes. Each point in an object predicts its sides.
 
     A point is to find the smallest box around it whose farthest side lies in the range of its level and whose centre is
     at most `radius` strides away on either axis. Loss: focal; 1 − GIoU, weighted by the target's centreness; binary
     cross-entropy of the centreness. Scores are √(class · centreness).
 
     The improvements of the paper's last version are the defaults: centre sampling, GIoU, centreness from the regression
-    tower, and distances in strides through a ReLU in the place of an exponential.
+    tower, and distances in strides through a ReLU instead of an exponential.
 
     Args:
         backbone, num_classes, dim, convs, groups, finest, coarser, finer, by: as of `RetinaNet`. Convolutions before a
@@ -457,14 +457,14 @@ class FCOS(FocalDetector):
         self.radius = radius
 
     @torch.no_grad()
-    def assign(self, places: Places, batch: DetectionBatch) -> Int[Tensor, "batch places"]:
-        return by_range(places, batch.boxes, batch.valid, ranges=self.ranges, radius=self.radius)
+    def assign(self, anchors: Anchors, batch: DetectionBatch) -> Int[Tensor, "batch anchors"]:
+        return by_range(anchors, batch.boxes, batch.valid, ranges=self.ranges, radius=self.radius)
 
-    def box_losses(self, offsets: Tensor, centre: Tensor | None, places: Places, boxes: Tensor) -> dict[str, Tensor]:
-        return _centred_losses(self.boxes_at(offsets, places), centre, places, boxes)
+    def box_losses(self, offsets: Tensor, centre: Tensor | None, anchors: Anchors, boxes: Tensor) -> dict[str, Tensor]:
+        return _centred_losses(self.boxes_at(offsets, anchors), centre, anchors, boxes)
 
-    def boxes_at(self, offsets: Float[Tensor, "... places 4"], places: Places) -> Float[Tensor, "... places 4"]:
-        return around(places.centres, offsets.relu() * places.strides[:, None])
+    def boxes_at(self, offsets: Float[Tensor, "... anchors 4"], anchors: Anchors) -> Float[Tensor, "... anchors 4"]:
+        return around(anchors.centres, offsets.relu() * anchors.strides[:, None])
 
 
 class ATSS(FocalDetector):
@@ -504,11 +504,11 @@ class ATSS(FocalDetector):
         self.candidates = candidates
 
     @torch.no_grad()
-    def assign(self, places: Places, batch: DetectionBatch) -> Int[Tensor, "batch places"]:
-        return by_atss(places, batch.boxes, batch.valid, candidates=self.candidates)
+    def assign(self, anchors: Anchors, batch: DetectionBatch) -> Int[Tensor, "batch anchors"]:
+        return by_atss(anchors, batch.boxes, batch.valid, candidates=self.candidates)
 
-    def box_losses(self, offsets: Tensor, centre: Tensor | None, places: Places, boxes: Tensor) -> dict[str, Tensor]:
-        return _centred_losses(self.boxes_at(offsets, places), centre, places, boxes, weight=2.0)
+    def box_losses(self, offsets: Tensor, centre: Tensor | None, anchors: Anchors, boxes: Tensor) -> dict[str, Tensor]:
+        return _centred_losses(self.boxes_at(offsets, anchors), centre, anchors, boxes, weight=2.0)
 
-    def boxes_at(self, offsets: Float[Tensor, "... places 4"], places: Places) -> Float[Tensor, "... places 4"]:
-        return decode(offsets, places.boxes, self.STDS)
+    def boxes_at(self, offsets: Float[Tensor, "... anchors 4"], anchors: Anchors) -> Float[Tensor, "... anchors 4"]:
+        return decode(offsets, anchors.boxes, self.STDS)

@@ -11,7 +11,7 @@ from provenn.nn.detection.boxes import giou
 def focal_loss(
     logits: Float[Tensor, "*batch"], targets: Float[Tensor, "*batch"], alpha: float = 0.25, gamma: float = 2.0
 ) -> Float[Tensor, "*batch"]:
-    """Cross-entropy that counts what is told well less (Lin et al., 2017, arXiv:1708.02002, equation 5).
+    """Cross-entropy that counts what is predicted well less (Lin et al., 2017, arXiv:1708.02002, equation 5).
 
     −α_t (1 − p_t)^γ log p_t, with p_t = σ(logit) and α_t = α at targets of 1, their complements at 0.
     """

@@ -25,7 +25,7 @@ def nms(
     that suppress each other are short, and a few rounds do.
 
     Args:
-        boxes, scores: of one image. Equal scores go by place.
+        boxes, scores: of one image. Boxes of equal score keep their order.
         labels: a class each; without, all are of one.
         threshold: of the IoU.
         max_detections: stop after so many.

@@ -1,7 +1,7 @@
 """SSDLite (Sandler et al., 2018, arXiv:1801.04381): SSD's default boxes under depth-wise separable layers.
 
 SSD (Liu et al., 2016, arXiv:1512.02325) predicts on maps as they are, without a pyramid's way back, one predictor a
-level; the levels beyond the backbone's are made by strides of 2. A place is one box of a cell, and "nothing" a class.
+level; the levels beyond the backbone's are made by strides of 2. An anchor is one box of a cell, and "nothing" a class.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.nn.backbone import Backbone, ceil_div
-from provenn.nn.detection.anchors import Places
+from provenn.nn.detection.anchors import Anchors
 from provenn.nn.detection.assign import BACKGROUND, IGNORED, by_best
 from provenn.nn.detection.batch import DetectionBatch, Detections
 from provenn.nn.detection.boxes import decode, encode
-from provenn.nn.detection.dense import DenseDetector, DenseOutput, by_place, size_of, used_maps
+from provenn.nn.detection.dense import DenseDetector, DenseOutput, by_anchor, size_of, used_maps
 
 EPS, MOMENTUM = 1e-3, 0.03  # of the batch norms
 NEAR_ZERO = 1e-7  # the least probability of a complement, so that odds are finite
@@ -55,7 +55,7 @@ def default_boxes(
     strides: Sequence[int],
     shapes: Sequence[Sequence[tuple[float, float]]],
     device: torch.device | None = None,
-) -> Places:
+) -> Anchors:
     """SSD's boxes of an image: those of cell i of n stand at (i + ½) / n of its side.
 
     Unlike anchors that stand at multiples of the stride they are spread over the whole image and no farther, also where
@@ -77,19 +77,19 @@ def default_boxes(
         half = torch.stack([across * width, down * height], dim=-1) / 2
         boxes.append(torch.cat([centre - half, centre + half], dim=-1).reshape(-1, 4))
         spacing.append(torch.full((boxes[-1].shape[0],), float(stride), device=device))
-    return Places(torch.cat(boxes), torch.cat(spacing), [level.shape[0] for level in boxes])
+    return Anchors(torch.cat(boxes), torch.cat(spacing), [level.shape[0] for level in boxes])
 
 
 def mine_negatives(
-    losses: Float[Tensor, "batch places"], assigned: Int[Tensor, "batch places"], ratio: float | int
-) -> Bool[Tensor, "batch places"]:
-    """Of each image's background the places of the greatest loss, `ratio` times as many as it has positives.
+    losses: Float[Tensor, "batch anchors"], assigned: Int[Tensor, "batch anchors"], ratio: float | int
+) -> Bool[Tensor, "batch anchors"]:
+    """Of each image's background the anchors of the greatest loss, `ratio` times as many as it has positives.
 
     An image without positives counts as one with one. SSD leaves it out; then a batch of empty images has no loss.
     """
     background = assigned == BACKGROUND
     wanted = (ratio * (assigned >= 0).sum(dim=1).clamp(min=1)).long()
-    # The rank of each place in falling order of losses; whatever is no background comes last.
+    # The rank of each anchor in falling order of losses; whatever is no background comes last.
     order = losses.detach().masked_fill(~background, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
     return background & (rank < wanted[:, None])
@@ -171,10 +171,10 @@ class SeparableHead(nn.Module):
 
     def predict(
         self, levels: Sequence[Tensor]
-    ) -> tuple[Float[Tensor, "batch places classes_and_nothing"], Float[Tensor, "batch places 4"]]:
+    ) -> tuple[Float[Tensor, "batch anchors classes_and_nothing"], Float[Tensor, "batch anchors 4"]]:
         """What the softmax is of, and the offsets."""
-        said = [by_place(f(x), self.num_classes + 1) for f, x in zip(self.classify, levels, strict=True)]
-        offsets = [by_place(f(x), 4) for f, x in zip(self.regress, levels, strict=True)]
+        said = [by_anchor(f(x), self.num_classes + 1) for f, x in zip(self.classify, levels, strict=True)]
+        offsets = [by_anchor(f(x), 4) for f, x in zip(self.regress, levels, strict=True)]
         return torch.cat(said, dim=1), torch.cat(offsets, dim=1)
 
     def forward(self, levels: list[Tensor], strides: Sequence[int]) -> DenseOutput:
@@ -232,31 +232,31 @@ class SSDLite(DenseDetector):
         super().__init__(backbone, neck, head, shapes=shapes, finest=finest)
         self.negatives = negatives
 
-    def places(self, images: Float[Tensor, "batch channels height width"]) -> Places:
+    def anchors(self, images: Float[Tensor, "batch channels height width"]) -> Anchors:
         shapes = cast(list[list[tuple[float, float]]], self.shapes)
         return default_boxes(size_of(images), self.strides, shapes, images.device)
 
     @torch.no_grad()
-    def assign(self, places: Places, batch: DetectionBatch) -> Int[Tensor, "batch places"]:
-        return by_best(places.boxes, batch.boxes, batch.valid, high=0.5)
+    def assign(self, anchors: Anchors, batch: DetectionBatch) -> Int[Tensor, "batch anchors"]:
+        return by_best(anchors.boxes, batch.boxes, batch.valid, high=0.5)
 
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         said, offsets = self.head.predict(self.levels(batch.images))
-        places = self.places(batch.images)
-        assigned = self.assign(places, batch).masked_fill(self.outside(places, batch.sizes), IGNORED)
-        image, place = (assigned >= 0).nonzero(as_tuple=True)
-        thing = assigned[image, place]
+        anchors = self.anchors(batch.images)
+        assigned = self.assign(anchors, batch).masked_fill(self.outside(anchors, batch.sizes), IGNORED)
+        image, anchor = (assigned >= 0).nonzero(as_tuple=True)
+        thing = assigned[image, anchor]
         targets = torch.full_like(assigned, self.num_classes)
-        targets[image, place] = batch.labels[image, thing]
+        targets[image, anchor] = batch.labels[image, thing]
         entropy = F.cross_entropy(said.float().transpose(1, 2), targets, reduction="none")
         counted = (assigned >= 0) | mine_negatives(entropy, assigned, self.negatives)
-        wanted = encode(batch.boxes[image, thing], places.boxes[place], self.STDS)
-        distance = F.smooth_l1_loss(offsets.float()[image, place], wanted, reduction="sum")
+        wanted = encode(batch.boxes[image, thing], anchors.boxes[anchor], self.STDS)
+        distance = F.smooth_l1_loss(offsets.float()[image, anchor], wanted, reduction="sum")
         positives = max(1, len(image))
         return {"classification": (entropy * counted).sum() / positives, "boxes": distance / positives}
 
-    def boxes_at(self, offsets: Float[Tensor, "... places 4"], places: Places) -> Float[Tensor, "... places 4"]:
-        return decode(offsets, places.boxes, self.STDS)
+    def boxes_at(self, offsets: Float[Tensor, "... anchors 4"], anchors: Anchors) -> Float[Tensor, "... anchors 4"]:
+        return decode(offsets, anchors.boxes, self.STDS)
 
     def detect(
         self,

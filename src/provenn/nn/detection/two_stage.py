@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.nn.backbone import Backbone, crop_features
-from provenn.nn.detection.anchors import Places, places_of, shapes_of
+from provenn.nn.detection.anchors import Anchors, anchors_of, shapes_of
 from provenn.nn.detection.assign import BACKGROUND, IGNORED, by_iou
 from provenn.nn.detection.batch import DetectionBatch, Detections, select
 from provenn.nn.detection.boxes import areas_of, clip, decode, encode
@@ -31,7 +31,7 @@ class RegionBridge(Protocol):
     """An `nn.Module` between the layers and the predictions of the second stage.
 
     It is given the regions, in pixels of the image, which of them are no padding, `pool(regions, size)`, which gives
-    the features inside regions on a grid of size × size, and the features that class and box are told from.
+    the features inside regions on a grid of size × size, and the features that class and box are predicted from.
     """
 
     def __call__(
@@ -60,8 +60,8 @@ class Proposals(NamedTuple):
         valid: which are no such padding.
     """
 
-    objectness: Float[Tensor, "batch places"]
-    deltas: Float[Tensor, "batch places 4"]
+    objectness: Float[Tensor, "batch anchors"]
+    deltas: Float[Tensor, "batch anchors 4"]
     regions: Regions
     valid: Bool[Tensor, "batch regions"]
 
@@ -135,12 +135,12 @@ def roi_align(
     return pooled.view(batch, count, size, size, dim).permute(0, 1, 4, 2, 3)
 
 
-def _between(place: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """The two neighbours of each place on an axis, in [0, length), and the weight of each: (…, points, 2)."""
+def _between(position: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The two neighbours of each position on an axis, in [0, length), and the weight of each: (…, points, 2)."""
     last = length[..., None] - 1
-    place = torch.minimum(place.clamp(min=0), last.to(place))
-    low = place.floor().long()
-    share = place - low
+    position = torch.minimum(position.clamp(min=0), last.to(position))
+    low = position.floor().long()
+    share = position - low
     return torch.stack([low, torch.minimum(low + 1, last)], dim=-1), torch.stack([1 - share, share], dim=-1)
 
 
@@ -222,9 +222,9 @@ class FasterRCNN(nn.Module):
         maps = self.backbone.features(images)
         return crop_features(self.neck([maps[index] for index in self.used]), self.strides, size_of(images))
 
-    def places(self, images: Float[Tensor, "batch channels height width"]) -> Places:
+    def anchors(self, images: Float[Tensor, "batch channels height width"]) -> Anchors:
         """The anchors of images of this size."""
-        return places_of(size_of(images), self.strides, self.shapes, images.device)
+        return anchors_of(size_of(images), self.strides, self.shapes, images.device)
 
     def proposals(self, levels: list[Tensor], images: Tensor, sizes: Tensor | None = None) -> Proposals:
         """The first stage; of each image the best boxes that overlap by no more than an IoU of 0.7."""
@@ -237,14 +237,14 @@ class FasterRCNN(nn.Module):
 
     @torch.no_grad()
     def _best(self, objectness: Tensor, deltas: Tensor, images: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        places = self.places(images)
+        anchors = self.anchors(images)
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
-        x, y = places.centres.unbind(dim=1)
+        x, y = anchors.centres.unbind(dim=1)
         objectness = objectness.masked_fill((y >= sizes[:, :1]) | (x >= sizes[:, 1:]), -torch.inf)
-        boxes = clip(decode(deltas, places.boxes), sizes)
+        boxes = clip(decode(deltas, anchors.boxes), sizes)
         chosen, start = [], 0
-        for count in places.counts:
+        for count in anchors.counts:
             level = objectness[:, start : start + count]
             chosen.append(level.topk(min(self.candidates, count), dim=1).indices + start)
             start += count
@@ -254,7 +254,7 @@ class FasterRCNN(nn.Module):
         for i, row in enumerate(best):
             # Boxes of different levels are of different sizes and do not suppress each other.
             row = row[(areas_of(boxes[i, row]) > 0) & objectness[i, row].isfinite()]
-            row = row[nms(boxes[i, row], objectness[i, row], places.levels[row], 0.7, regions.shape[1])]
+            row = row[nms(boxes[i, row], objectness[i, row], anchors.levels[row], 0.7, regions.shape[1])]
             regions[i, : len(row)], valid[i, : len(row)] = boxes[i, row], True
         return regions, valid
 
@@ -278,11 +278,11 @@ class FasterRCNN(nn.Module):
 
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         """Each loss of a batch by name; the bridge's begin with "bridge". Draws from torch's global generator."""
-        levels, places = self.levels(batch.images), self.places(batch.images)
+        levels, anchors = self.levels(batch.images), self.anchors(batch.images)
         proposals = self.proposals(levels, batch.images, batch.sizes)
         with torch.no_grad():
-            assigned = by_iou(places.boxes, batch.boxes, batch.valid, low=0.3, high=0.7, rescue=0.3)
-            x, y = places.centres.unbind(dim=1)
+            assigned = by_iou(anchors.boxes, batch.boxes, batch.valid, low=0.3, high=0.7, rescue=0.3)
+            x, y = anchors.centres.unbind(dim=1)
             assigned = assigned.masked_fill((y >= batch.sizes[:, :1]) | (x >= batch.sizes[:, 1:]), IGNORED)
             assigned = sample(assigned, self.sampled[0], 0.5)
             # The objects themselves are regions too, so that there are positives from the start.
@@ -295,14 +295,14 @@ class FasterRCNN(nn.Module):
             looked_at = looked_at.gather(1, order)
             regions = regions.gather(1, order[..., None].expand(-1, -1, 4))
         positive, counted = assigned >= 0, assigned != IGNORED
-        image, place = positive.nonzero(as_tuple=True)
-        boxes = batch.boxes[image, assigned[image, place]]
+        image, anchor = positive.nonzero(as_tuple=True)
+        boxes = batch.boxes[image, assigned[image, anchor]]
         count = counted.sum().clamp(min=1)
         first = F.binary_cross_entropy_with_logits(
             proposals.objectness.float()[counted], positive[counted].float(), reduction="sum"
         )
-        wanted = encode(boxes, places.boxes[place])
-        near = F.smooth_l1_loss(proposals.deltas.float()[image, place], wanted, reduction="sum", beta=1 / 9)
+        wanted = encode(boxes, anchors.boxes[anchor])
+        near = F.smooth_l1_loss(proposals.deltas.float()[image, anchor], wanted, reduction="sum", beta=1 / 9)
 
         output = self.look(levels, proposals, regions, looked_at != IGNORED)
         image, region = (looked_at >= 0).nonzero(as_tuple=True)
@@ -359,8 +359,8 @@ class FasterRCNN(nn.Module):
         ]
 
 
-def sample(assigned: Int[Tensor, "batch places"], count: int, share: float) -> Int[Tensor, "batch places"]:
-    """Ignore all but a random `count` of the places of each image, of which at most `share` are positive.
+def sample(assigned: Int[Tensor, "batch anchors"], count: int, share: float) -> Int[Tensor, "batch anchors"]:
+    """Ignore all but a random `count` of the anchors of each image, of which at most `share` are positive.
 
     What is missing of positives is made up by background.
     """
@@ -371,7 +371,7 @@ def sample(assigned: Int[Tensor, "batch places"], count: int, share: float) -> I
 
 
 def _random_few(
-    members: Bool[Tensor, "batch places"], noise: Tensor, count: Int[Tensor, "batch 1"]
-) -> Bool[Tensor, "batch places"]:
+    members: Bool[Tensor, "batch anchors"], noise: Tensor, count: Int[Tensor, "batch 1"]
+) -> Bool[Tensor, "batch anchors"]:
     rank = noise.masked_fill(~members, 2.0).argsort(dim=1).argsort(dim=1)
     return members & (rank < count)

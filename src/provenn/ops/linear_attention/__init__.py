@@ -1,4 +1,4 @@
-"""Linear attention: a product of features in the place of exp(q·k), in linear time, with a state of constant size."""
+"""Linear attention: a product of features instead of exp(q·k), in linear time, with a state of constant size."""
 
 import math
 from typing import NamedTuple

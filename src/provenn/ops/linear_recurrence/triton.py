@@ -103,7 +103,7 @@ class _TritonRecurrence(torch.autograd.Function):
         if is_differentiated():  # r obeys the same recurrence from the other end, which can be differentiated again
             r = _TritonRecurrence.apply(F.pad(a.flip(1), (0, 0, 1, -1)), grad.flip(1)).flip(1)
         else:
-            # Gates one place to the left: a_{t+1} carries r_{t+1} to r_t.
+            # Gates one position to the left: a_{t+1} carries r_{t+1} to r_t.
             r = _scan(F.pad(a, (0, 0, -1, 1)), grad.contiguous(), reverse=True)
         return F.pad(r[:, 1:] * h[:, :-1], (0, 0, 1, 0)), r
 

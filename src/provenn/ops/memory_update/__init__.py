@@ -87,7 +87,7 @@ def memory_update(
         given = "a" if state.momentum else "no"
         raise ValueError(f"the state has {given} momentum, and the tokens bring the opposite")
     if state.position >= chunk:
-        raise ValueError(f"the state is at token {state.position} of its chunk, which is no place in one of {chunk}")
+        raise ValueError(f"the state is at token {state.position} of its chunk, which has {chunk} tokens")
     first, last = state.weights[0], state.weights[-1]
     if (first.shape[2], last.shape[3]) != (keys.shape[3], values.shape[3]) or first.shape[:2] != keys.shape[:2]:
         raise ValueError(

@@ -93,7 +93,7 @@ def put_back(
     real: Bool[Tensor, "batch heads rows"],
     queries: int,
 ) -> Float[Tensor, "batch heads {queries} dim"]:
-    """Rows at the places that they were taken from, zeros at all others."""
+    """Rows at the positions from which they were taken, zeros at all others."""
     y = y.masked_fill(~real.unsqueeze(-1), 0)
     out = y.new_zeros(*y.shape[:2], queries, y.shape[-1])
     return out.scatter(2, order.unsqueeze(-1).expand_as(y), y)
@@ -118,15 +118,15 @@ def _gathered(
     return put_back(y, order, real, q.shape[2])
 
 
-def _in_runs(rows: Tensor, k: Tensor, v: Tensor, places: Tensor, real: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of rows of queries that stand at `places`, to the keys up to there."""
-    last = torch.where(real, places, -1).amax(dim=(0, 1)).cummax(dim=0).values.tolist()
+def _in_runs(rows: Tensor, k: Tensor, v: Tensor, positions: Tensor, real: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of rows of queries that stand at `positions`, to the keys up to there."""
+    last = torch.where(real, positions, -1).amax(dim=(0, 1)).cummax(dim=0).values.tolist()
     run = max(-(-len(last) // RUNS), SHORTEST_RUN)
     outputs = []
     for start in range(0, len(last), run):
         part = slice(start, start + run)
         keys = last[min(start + run, len(last)) - 1] + 1
-        may = torch.arange(keys, device=rows.device) <= places[:, :, part, None]
+        may = torch.arange(keys, device=rows.device) <= positions[:, :, part, None]
         if mask is not None:
             may = may & mask[:, None, None, :keys]
         outputs.append(softmax_attention(rows[:, :, part], k[:, :, :keys], v[:, :, :keys], mask=may))

@@ -33,7 +33,8 @@ def selective_scan(
 
     Args:
         u: u_t, the input.
-        delta: Δ_t, how far a token moves the state: at 0 it is passed over, large it takes the state's place.
+        delta: Δ_t, how far a token moves the state: at 0 the state ignores the token, at large values the token
+            replaces it.
         A: of the decay, as a rule negative.
         B, C: what is written and read; one for all channels, or one for each group of as many channels.
         D: of the path around the state; none by default.

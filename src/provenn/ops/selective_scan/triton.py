@@ -41,20 +41,20 @@ if triton is not None:
     ):  # fmt: skip
         """What a span leaves behind, started from nothing."""
         program = tl.program_id(0).to(tl.int64)
-        place, column = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
+        index, column = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
         n = tl.arange(0, STATES)
         in_dim, in_state = column < dim, n < states
         inside = in_state[:, None] & in_dim[None, :]
         tile = n[:, None] * dim + column[None, :]
-        a = tl.load(a_ptr + (place // spans * states * dim + tile), mask=inside, other=0.0)
+        a = tl.load(a_ptr + (index // spans * states * dim + tile), mask=inside, other=0.0)
         h = a * 0.0
         for step in range(0, span):
-            t = place * span + step
+            t = index * span + step
             delta = tl.load(delta_ptr + (t * dim + column), mask=in_dim, other=0.0)
             u = tl.load(u_ptr + (t * dim + column), mask=in_dim, other=0.0)
             b = tl.load(b_ptr + (t * states + n), mask=in_state, other=0.0)
             h = tl.exp(delta[None, :] * a) * h + (delta * u)[None, :] * b[:, None]
-        tl.store(end_ptr + (place * states * dim + tile), h, mask=inside)
+        tl.store(end_ptr + (index * states * dim + tile), h, mask=inside)
 
     @triton.jit
     def _walk(
@@ -63,15 +63,15 @@ if triton is not None:
     ):  # fmt: skip
         """The outputs of a span, or (KEEP) its states."""
         program = tl.program_id(0).to(tl.int64)
-        place, column = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
+        index, column = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
         n = tl.arange(0, STATES)
         in_dim, in_state = column < dim, n < states
         inside = in_state[:, None] & in_dim[None, :]
         tile = n[:, None] * dim + column[None, :]
-        a = tl.load(a_ptr + (place // spans * states * dim + tile), mask=inside, other=0.0)
-        h = tl.load(start_ptr + (place * states * dim + tile), mask=inside, other=0.0)
+        a = tl.load(a_ptr + (index // spans * states * dim + tile), mask=inside, other=0.0)
+        h = tl.load(start_ptr + (index * states * dim + tile), mask=inside, other=0.0)
         for step in range(0, span):
-            t = place * span + step
+            t = index * span + step
             delta = tl.load(delta_ptr + (t * dim + column), mask=in_dim, other=0.0)
             u = tl.load(u_ptr + (t * dim + column), mask=in_dim, other=0.0)
             b = tl.load(b_ptr + (t * states + n), mask=in_state, other=0.0)
@@ -89,20 +89,20 @@ if triton is not None:
     ):  # fmt: skip
         """What a span's outputs send to the state before it."""
         program = tl.program_id(0).to(tl.int64)
-        place, column = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
+        index, column = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
         n = tl.arange(0, STATES)
         in_dim, in_state = column < dim, n < states
         inside = in_state[:, None] & in_dim[None, :]
         tile = n[:, None] * dim + column[None, :]
-        a = tl.load(a_ptr + (place // spans * states * dim + tile), mask=inside, other=0.0)
+        a = tl.load(a_ptr + (index // spans * states * dim + tile), mask=inside, other=0.0)
         r = a * 0.0
         for step in range(0, span):
-            t = place * span + (span - 1 - step)
+            t = index * span + (span - 1 - step)
             delta = tl.load(delta_ptr + (t * dim + column), mask=in_dim, other=0.0)
             g = tl.load(g_ptr + (t * dim + column), mask=in_dim, other=0.0)
             c = tl.load(c_ptr + (t * states + n), mask=in_state, other=0.0)
             r = tl.exp(delta[None, :] * a) * (r + g[None, :] * c[:, None])
-        tl.store(end_ptr + (place * states * dim + tile), r, mask=inside)
+        tl.store(end_ptr + (index * states * dim + tile), r, mask=inside)
 
     @triton.jit
     def _walk_back(
@@ -112,17 +112,17 @@ if triton is not None:
     ):  # fmt: skip
         """All gradients of a span; those of A for each span, those of B and C for each block of channels."""
         program = tl.program_id(0).to(tl.int64)
-        place, block = program // blocks, program % blocks
+        index, block = program // blocks, program % blocks
         column, n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
         in_dim, in_state = column < dim, n < states
         inside = in_state[:, None] & in_dim[None, :]
         tile = n[:, None] * dim + column[None, :]
-        a = tl.load(a_ptr + (place // spans * states * dim + tile), mask=inside, other=0.0)
-        first = tl.load(start_ptr + (place * states * dim + tile), mask=inside, other=0.0)
-        r = tl.load(sent_ptr + (place * states * dim + tile), mask=inside, other=0.0)
+        a = tl.load(a_ptr + (index // spans * states * dim + tile), mask=inside, other=0.0)
+        first = tl.load(start_ptr + (index * states * dim + tile), mask=inside, other=0.0)
+        r = tl.load(sent_ptr + (index * states * dim + tile), mask=inside, other=0.0)
         grad_a = a * 0.0
         for step in range(0, span):
-            t = place * span + (span - 1 - step)
+            t = index * span + (span - 1 - step)
             delta = tl.load(delta_ptr + (t * dim + column), mask=in_dim, other=0.0)
             u = tl.load(u_ptr + (t * dim + column), mask=in_dim, other=0.0)
             g = tl.load(g_ptr + (t * dim + column), mask=in_dim, other=0.0)
@@ -144,7 +144,7 @@ if triton is not None:
             tl.store(gu_ptr + (t * dim + column), delta * along, mask=in_dim)
             tl.store(gdelta_ptr + (t * dim + column), u * along + tl.sum(k * a, axis=0), mask=in_dim)
             grad_a += k * delta[None, :]
-        tl.store(ga_ptr + (place * states * dim + tile), grad_a, mask=inside)
+        tl.store(ga_ptr + (index * states * dim + tile), grad_a, mask=inside)
 
 
 def _sizes(dim: int, states: int) -> tuple[int, dict[str, int]]:

@@ -25,8 +25,8 @@ def softmax_attention(
 ) -> Float[Tensor, "*batch queries width"]:
     """`explicit` by PyTorch's fused attention, with every derivative on a CPU.
 
-    The CPU's kernel has neither second derivatives nor a forward mode. Under a transform the definition runs in its
-    place. A backward pass that is itself recorded is that of the definition.
+    The CPU's kernel has neither second derivatives nor a forward mode. Under a transform the definition runs
+    instead. A backward pass that is itself recorded is that of the definition.
 
     Args:
         q, k, v, mask, scale: as in `explicit`.

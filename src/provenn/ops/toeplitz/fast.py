@@ -252,10 +252,10 @@ class _Windows:
 
 
 def _unskewed(x: Float[Tensor, "*rest rows n"]) -> Float[Tensor, "*rest offsets"]:
-    """Sums of x over all (t, j) with the same t + j: each row is shifted by one more place, then all are added."""
+    """Sums of x over all (t, j) with the same t + j: each row is shifted by one more column, then all are added."""
     rows, n = x.shape[-2:]
     wide = x.new_zeros(*x.shape[:-1], n + rows - 1)
-    # Row t of a view that steps one place more than a row is long begins at place t of row t.
+    # Row t of a view with steps one longer than a row begins at column t of row t.
     wide.as_strided(x.shape, (*wide.stride()[:-2], n + rows, 1)).copy_(x)
     return wide.sum(dim=-2)
 

@@ -16,7 +16,7 @@ def toeplitz_matrix(c: Float[Tensor, "#heads *offsets"], *, causal: bool = False
     if causal:
         c = torch.cat([c, torch.zeros_like(c[:, 1:])], dim=1)
     sides = [(size + 1) // 2 for size in c.shape[1:]]
-    places = list(itertools.product(*(range(side) for side in sides)))
+    positions = list(itertools.product(*(range(side) for side in sides)))
 
     def entry(i: tuple[int, ...], j: tuple[int, ...]) -> int:
         flat = 0
@@ -24,7 +24,7 @@ def toeplitz_matrix(c: Float[Tensor, "#heads *offsets"], *, causal: bool = False
             flat = flat * (2 * side - 1) + b - a + side - 1
         return flat
 
-    return c.flatten(1)[:, torch.tensor([[entry(i, j) for j in places] for i in places])]
+    return c.flatten(1)[:, torch.tensor([[entry(i, j) for j in positions] for i in positions])]
 
 
 def dense_matmul(

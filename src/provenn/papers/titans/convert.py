@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from provenn.core.errors import UserError
 from provenn.huggingface import Companion, attentions, companion_conversion
 from provenn.huggingface.companion import turn
-from provenn.nn.attention import pack, packed_places, unpack
+from provenn.nn.attention import pack, packed_positions, unpack
 from provenn.nn.streaming import RaggedState, read_ragged
 from provenn.papers.titans.layers.memory import NeuralMemory, NeuralState
 from provenn.papers.titans.layers.variants import Join, persistent_tokens
@@ -104,7 +104,7 @@ class ConvertedMAG(Companion):
         state = None if past is None else past.state.memory
         if past is None and mask is not None:
             # The same as below in one call: chunks begin at each text's first token, and padding comes after its last.
-            places = packed_places(mask)
+            places = packed_positions(mask)
             m = unpack(self._remember(pack(x, places), None)[0], places)
         else:
             m, state = read_ragged(self._remember, x, state, mask=mask)

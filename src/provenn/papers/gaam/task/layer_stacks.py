@@ -15,7 +15,7 @@ from provenn.papers.gaam.probe import StackFile, fingerprint_of_weights, read_st
 from provenn.papers.gaam.task.encoders import CUT, Reading, UserEncoder, extracted, user_encoder
 from provenn.papers.gaam.task.pretraining import pretrained_stacks, stack_data
 from provenn.tasks import Task, TaskData, batches, device_of, join_scores, split_indices
-from provenn.tasks.base import LABEL, TOLD, HeldOut, Portable, blind_accuracy, tell_classes
+from provenn.tasks.base import LABEL, PREDICTED, HeldOut, Portable, blind_accuracy, report_classes
 from provenn.tasks.meta import Finite, Meta, Names, Positive
 
 
@@ -131,7 +131,7 @@ class LayerStacks(Task):
             predicted = logits.argmax(-1)
             entropy = F.cross_entropy(logits, labels, reduction="none")
             rows.append([(predicted == labels).double(), entropy.double(), labels, predicted])
-        return join_scores(("accuracy", "cross_entropy", LABEL, TOLD), rows)
+        return join_scores(("accuracy", "cross_entropy", LABEL, PREDICTED), rows)
 
     def held_out(
         self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, whole: bool = True, **options: Any
@@ -181,7 +181,7 @@ class LayerStacks(Task):
                 several = len(rows) > 1
                 yield from ((f"{file} {number}" if several else str(file), row) for number, row in enumerate(rows, 1))
 
-        return tell_classes(shares(), meta["classes"], inputs, output)
+        return report_classes(shares(), meta["classes"], inputs, output)
 
     def portable(self, model: nn.Module, meta: dict[str, Any]) -> Portable:
         """From `stacks`, as the encoder gives them, to `probabilities`; the batch stays open."""
