@@ -103,8 +103,8 @@ def test_the_authors_weights_are_held_to_the_published_figure(data, tmp_path, ca
     assert finding["record"]["verdict"] == "not reproduced"  # of a figure of 72.56 %
 
     card = published(small("eca_net", "imagenet_mobilenet", recipe={}), measured["value"] + 0.1)
-    places = {"eca_net:eca_mobilenet_v2": tmp_path / "their.pth.tar"}
-    (finding,) = reproduce(card, budget="paper", device="cpu", out=tmp_path / "other", data=places)
+    paths = {"eca_net:eca_mobilenet_v2": tmp_path / "their.pth.tar"}
+    (finding,) = reproduce(card, budget="paper", device="cpu", out=tmp_path / "other", data=paths)
     assert finding.verdict is Verdict.REPRODUCED
 
 

@@ -1046,7 +1046,7 @@ def test_a_paper_by_its_arxiv_number_in_every_verb(run, here):
     code, _, err = run("reproduce 1910.03151 eca_net --experiment nobody")
     assert code == 2 and "eca_net has no experiment 'nobody'" in err, "one paper, named twice"
     with pytest.raises(UserError, match="--data craft:craft_x2: nothing at"):
-        datasets.given_places(["2308.05022:craft_x2=nowhere"])
+        datasets.given_paths(["2308.05022:craft_x2=nowhere"])
 
 
 def test_bibtex_and_the_settings_of_a_preset(run):

@@ -179,9 +179,9 @@ def test_where_a_set_is_looked_for(data, tmp_path):
     assert "--data cifar-10=PATH, or PROVENN_DATA" in datasets.find("cifar-10").needs
     (data / "cifar10").mkdir()  # another name that it goes by
     part = datasets.find("cifar-10")
-    assert part.place == data / "cifar10" and len(part.missing) == 6 and "lacks data_batch_1.bin" in part.needs
+    assert part.path == data / "cifar10" and len(part.missing) == 6 and "lacks data_batch_1.bin" in part.needs
     whole = miniature.write("cifar-10", tmp_path / "else")
-    assert datasets.find("cifar-10", {"cifar-10": whole}).place == whole
+    assert datasets.find("cifar-10", {"cifar-10": whole}).path == whole
     assert datasets.resolve(f"cifar-10={whole}").data == whole
     assert not datasets.find("cifar-10", {"cifar-10": tmp_path / "empty"}).there  # what is said outright is believed
     with pytest.raises(UserError, match=r"no cifar-10: needs CIFAR-10, .* lacks data_batch_1.bin"):
@@ -198,7 +198,7 @@ def test_the_authors_weights_are_looked_for_beside_the_data(data):
     file = data / "weights" / "craft" / "craft_x2.pth.tar"
     file.parent.mkdir(parents=True)
     file.touch()
-    assert datasets.find_weights(card, "craft_x2").place == file
+    assert datasets.find_weights(card, "craft_x2").path == file
 
 
 @pytest.mark.parametrize(

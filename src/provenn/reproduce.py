@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack, cast
 from provenn import progress, workers
 from provenn.at_paper import AtPaperScale
 from provenn.catalog import Card, Experiment, installed, meant
-from provenn.datasets import Places
+from provenn.datasets import DataPaths
 from provenn.errors import UserError
 from provenn.evidence.checksum import checksum
 from provenn.evidence.experiment import Measure, measuring_functions, parameters_of, with_overrides
@@ -54,7 +54,7 @@ class Options(TypedDict, total=False):
     device: str
     out: str | Path
     resume: bool
-    data: Places | None
+    data: DataPaths | None
     overrides: dict[str, Any] | None
     log: Callable[[str], None]
 
@@ -102,7 +102,7 @@ class _Work:
     run: Run
     evidence: Evidence
     recorded: RecordedRun
-    data: Places | None
+    data: DataPaths | None
     settings: dict[str, dict[str, Any]]  # by experiment, what is changed of its own setting
 
     @property
@@ -139,7 +139,7 @@ def _reproduction(
     device: str = "auto",
     out: str | Path = RUN,
     resume: bool = False,
-    data: Places | None = None,
+    data: DataPaths | None = None,
     overrides: dict[str, Any] | None = None,
     log: Callable[[str], None] = lambda message: None,
     elsewhere: Elsewhere | None = None,
@@ -180,7 +180,7 @@ def _settings(
     budget: str,
     card: Card,
     experiments: Sequence[Experiment],
-    data: Places | None,
+    data: DataPaths | None,
     overrides: dict[str, Any],
     log: Callable[[str], None],
     *,
@@ -365,7 +365,7 @@ def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experimen
     )
 
 
-def _function(run: Run, card: Card, experiment: Experiment, data: Places | None) -> Measure | None:
+def _function(run: Run, card: Card, experiment: Experiment, data: DataPaths | None) -> Measure | None:
     """What measures an experiment at this run's budget and setting; None where nothing can."""
     measure = _own_measure(run.budget, card, experiment, data)
     if measure is None or not run.overrides:
@@ -376,7 +376,7 @@ def _function(run: Run, card: Card, experiment: Experiment, data: Places | None)
     return run.memory[key]
 
 
-def _own_measure(budget: str, card: Card, experiment: Experiment, data: Places | None) -> Measure | None:
+def _own_measure(budget: str, card: Card, experiment: Experiment, data: DataPaths | None) -> Measure | None:
     """What measures an experiment at this budget and its own setting; None where nothing can."""
     if budget == "paper" and experiment.at_paper is not None:
         return AtPaperScale(card, experiment, data)

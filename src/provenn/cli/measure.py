@@ -23,7 +23,7 @@ from provenn.cli.app import (
     resumable,
     slugs,
 )
-from provenn.cli.data import Places
+from provenn.cli.data import DataPaths
 from provenn.cli.work import pairs
 from provenn.errors import UserError
 from provenn.progress import without_controls
@@ -58,7 +58,7 @@ def reproduce(
             help="Trials on the machines of a Ray cluster; auto takes the one that runs here, or begins one.",
         ),
     ] = None,
-    places: Places = None,
+    paths: DataPaths = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,11 +90,11 @@ def reproduce(
         raise UserError(f"--experiment is for one paper, and {len(chosen)} were named")
     if experiment and headline:
         raise UserError("give --experiment or --headline, not both")
-    if places and budget != "paper":
+    if paths and budget != "paper":
         raise UserError(f"--data is for --budget paper; at {budget} the data are embedded")
     if overrides and len(chosen) > 1:
         raise UserError(f"--set is for one paper, and {len(chosen)} were named")
-    given = datasets.given_places(places or [])
+    given = datasets.given_paths(paths or [])
     _measure(
         chosen,
         strict=strict,
