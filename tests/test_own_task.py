@@ -164,7 +164,7 @@ def test_a_task_without_a_prediction_says_so(run):
 
 def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
     code, out, _ = run("reproduce pair_rating --seeds 3 --out run")
-    assert code == 0 and "nothing was learned" not in out
+    assert code == 0 and "untrained" not in out
     own = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
     assert {r.experiment: str(r.verdict) for r in own.records} | {"two_heads": ""} == {
         "parameters": "reproduced",
@@ -190,7 +190,7 @@ def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
         {"says": says, "headline": i == 1, "verdict": verdict} for i, (says, verdict) in enumerate(strip)
     ]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "and 1 at other settings, which bear on no claim" in page and "at epochs = 1, noise = 0.5" in page
+    assert "and 1 at other options, which are evidence for no claim" in page and "at epochs = 1, noise = 0.5" in page
 
     assert run(f"{words} --resume")[0] == 0
     assert Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE).record("two_heads", changed.overrides) == changed
@@ -198,7 +198,7 @@ def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
     # Where a package brings such evidence, `show` tells the two apart.
     monkeypatch.setattr(view, "committed", lambda card, *_: both)
     shown = run("show pair_rating --all")[1]
-    assert "At other settings, which bear on no claim" in shown and "epochs = 1" in shown
+    assert "At other options, which are evidence for no claim" in shown and "epochs = 1" in shown
     assert "holds here" in run("show pair_rating")[1]
     told = json.loads(run("show pair_rating --json")[1])
     assert [r.get("overrides") for r in told["evidence"]["records"]] == [None, None, None, changed.overrides]

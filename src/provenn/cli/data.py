@@ -1,4 +1,4 @@
-"""The verb that tells which data sets are there, and what each unlocks."""
+"""The verb that lists data sets: which are found, and what each unlocks."""
 
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ from provenn.cli.app import Json, app, log
 
 DataPaths = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="NAME=PATH", help="Where a known data set lies; repeatable. See `provenn data`."),
+    typer.Option("--data", metavar="NAME=PATH", help="Path of a data set that `provenn data` lists. Repeatable."),
 ]
 
 
@@ -19,7 +19,9 @@ def names(incomplete: str) -> list[str]:
 
 @app.command()
 def data(
-    name: Annotated[str | None, typer.Argument(help="One of them, in full.", autocompletion=names)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this data set in full. Default: list all.", autocompletion=names)
+    ] = None,
     paths: DataPaths = None,
     json: Json = False,
 ) -> None:

@@ -11,8 +11,10 @@ from provenn.errors import UserError
 
 @app.command()
 def sizes(
-    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG…", help="Papers.", autocompletion=slugs)] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every paper.")] = False,
+    slugs: Annotated[
+        list[str] | None, typer.Argument(metavar="SLUG…", help="Papers to count.", autocompletion=slugs)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Count every paper.")] = False,
 ) -> None:
     """Parameters, FLOPs and memory of every preset, and signatures of the layers, kept beside each paper.
 
@@ -31,5 +33,5 @@ def sizes(
         with progress.shown():
             counted = measure(card)
         lacking = [name for name, size in counted.presets.items() if size.uncounted]
-        told = f"; not counted in full: {', '.join(lacking)}" if lacking else ""
-        log(f"{write(card, counted)}: {len(counted.presets)} presets{told}")
+        note = f"; not counted in full: {', '.join(lacking)}" if lacking else ""
+        log(f"{write(card, counted)}: {len(counted.presets)} presets{note}")
