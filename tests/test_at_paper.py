@@ -743,7 +743,7 @@ def test_an_image_classifier_is_converted_tuned_and_tested(data, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=4)
     transformers.ViTForImageClassification(config).save_pretrained(folder)
-    assert "has 3 classes, the model tells 4" in measure().reason
+    assert "has 3 classes, the model predicts 4" in measure().reason
     config.num_labels = 3
     transformers.ViTForImageClassification(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.3] * 3}))

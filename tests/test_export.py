@@ -185,7 +185,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     with pytest.raises(UserError, match=r"pip install 'provenn\[onnx\]'"):
-        export.check_place(tmp_path / "a.onnx")
+        export.check_path(tmp_path / "a.onnx")
 
 
 def small_backbone(channels: int) -> ResNet:

@@ -98,7 +98,7 @@ class Paper:
 
         Args:
             file: the checkpoint.
-            preset, options: what neither its shapes nor its config tell, such as `chunk=64` for RAT.
+            preset, options: what follows from neither its shapes nor its config, such as `chunk=64` for RAT.
 
         Raises:
             UserError: weights of no preset, options that contradict the file, or a file that leaves something open.
@@ -398,16 +398,16 @@ def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: di
     import json
     import shlex
 
-    def told(value: Any) -> str:
+    def spelled(value: Any) -> str:
         return value if isinstance(value, str) else json.dumps(value)
 
     words = ["provenn", "train", slug, "--data", str(data)]
     for name, option in OPTIONS.items():
         words += [] if options.get(name) is None else [f"--{option}", str(options[name])]
     for name in sorted(options.keys() - OPTIONS.keys()):
-        words += ["--recipe", f"{name}={told(options[name])}"]
+        words += ["--recipe", f"{name}={spelled(options[name])}"]
     for name, value in sorted(overrides.items()):
-        words += ["--set", f"{name}={told(value)}"]
+        words += ["--set", f"{name}={spelled(value)}"]
     return shlex.join(words)
 
 
@@ -430,7 +430,7 @@ def _can_read(kind: "Task", data: str | Path) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kind.load(data)
-    except (UserError, TypeError):  # not that, or needs to be told more
+    except (UserError, TypeError):  # not that, or it needs more arguments
         return False
     return True
 
@@ -452,7 +452,7 @@ def _folder_for(folder: Path) -> Iterator[None]:
 
 
 def _divided(overrides: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
-    """The changes that each of the functions takes; one that both take goes to the first, which tells the second."""
+    """The overrides that each of the functions takes; one that both take goes to the first, which informs the other."""
     known = [arguments_of(taker, but=("source", "seed")) for taker in takers]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
     for name in overrides:
@@ -486,10 +486,10 @@ def predict(
         slug: the paper.
         inputs: files, or folders of them; of a language model, words; of what draws, classes.
         weights: a weight file, or the folder of a run; by default what ships with the package.
-        preset: whose weights, where those of several ship; or of an author's file that does not tell.
+        preset: whose weights, where those of several ship; or of an author's file that does not name it.
         output: where the result goes.
         overrides: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100};
-            of an author's file also what it does not tell, as in `from_official`, such as {"chunk": 64}.
+            of an author's file also what it does not say, as in `from_official`, such as {"chunk": 64}.
         log: is given the result piece by piece, by tasks whose result comes so.
     """
     from provenn import weights as files
@@ -514,20 +514,20 @@ def predict(
         )
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
     known = arguments_of(kind.predict, but=("model", "meta", "inputs", "output"))
-    telling = {} if known.pop("log", None) is None or log is None else {"log": log}
+    logging = {} if known.pop("log", None) is None or log is None else {"log": log}
     for name in overrides:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
     options = {name: typed(name, value, known[name]) for name, value in overrides.items()}
-    place = None if output is None else Path(output)
-    if place is not None:
-        check_output(place, folder=kind.into_folders)
-        check_no_input(place, given)
+    path = None if output is None else Path(output)
+    if path is not None:
+        check_output(path, folder=kind.into_folders)
+        check_no_input(path, given)
     source = _source_of(chosen, label, weights)
     shown = "the input" if kind.takes_words else ", ".join(map(str, inputs[:3])) + ", …" * (len(inputs) > 3)
     with _fitting(source), finite_outputs(model, source, shown or "the input"):
-        return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]  # words, for a task that takes them
+        return kind.predict(model, label.meta, given, path, **options, **logging)  # type: ignore[arg-type]  # words, for a task that takes them
 
 
 def _source_of(paper: Paper, label: "Label", weights: str | Path | None) -> str:
@@ -537,7 +537,7 @@ def _source_of(paper: Paper, label: "Label", weights: str | Path | None) -> str:
 
 @contextmanager
 def _fitting(weights: str) -> Iterator[None]:
-    """A model that does not fit what its weight file says of its data is the file's fault, told in one line."""
+    """A model that does not fit what its weight file says of its data is the file's fault, reported in one line."""
     import torch
 
     try:
@@ -577,14 +577,14 @@ def evaluate(
         slug: the paper.
         data: an embedded data set's name, or a path, in the formats that `train` reads.
         weights: a weight file, ours or the authors', or the folder of a run; by default what ships with the package.
-        preset: whose weights, where those of several ship; or of an author's file that does not tell.
+        preset: whose weights, where those of several ship; or of an author's file that does not name it.
         whole: test on all of the data, or on the part that a training with this seed holds out. By default on all,
             but on what was held out where these weights were trained on the same data; data that come with a test
             split are tested on it.
         seed: of the split; by default the training's.
         device: auto, cpu, cuda, mps or a torch device.
         batch_size: examples at a time.
-        overrides: how the data are read, such as {"length": 512}; of an author's file also what it does not tell, as in
+        overrides: how the data are read, such as {"length": 512}; of an author's file also what it does not say, as in
             `from_official`, such as {"chunk": 64}.
 
     Raises:
@@ -652,8 +652,10 @@ def _recorded(label: "Label", kind: "Task", known: dict[str, Any], wanted: dict[
 
     parameters = inspect.signature(kind.held_out).parameters
     follows = {name for name, parameter in parameters.items() if parameter.default is None}
-    told = {name: value for name, value in label.trained_on.get("options", {}).items() if name in known}
-    recorded = {name: typed(name, value, known[name]) for name, value in told.items() if name not in follows}
+    recorded_options = {name: value for name, value in label.trained_on.get("options", {}).items() if name in known}
+    recorded = {
+        name: typed(name, value, known[name]) for name, value in recorded_options.items() if name not in follows
+    }
     for name, value in wanted.items():
         if name in recorded and recorded[name] != value:
             progress.say(f"{name}={value} where the training had {name}={recorded[name]}")
@@ -758,7 +760,7 @@ def export(
 
     A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`. A classifier
     takes `image`, (batch, channels, height, width) in 0…1, and gives `probabilities`, a segmenter those of each pixel,
-    a detector `boxes`, `scores` and `labels` of every place, before overlapping ones are dropped; in fused form. The
+    a detector `boxes`, `scores` and `labels` of every anchor, before overlapping ones are dropped; in fused form. The
     file is run in onnxruntime and held to what `predict` gives at several sizes. The returned lines say which, and
     the largest difference; where other sizes differ, the file is for one size. A task of a paper's own says itself what
     its system takes and gives (`Task.portable`). The file's metadata hold, under `provenn`, what the weights say of
@@ -769,7 +771,7 @@ def export(
         weights: a weight file, or the folder of a run; None takes what ships with the package.
         output: where it goes, ending in .onnx.
         preset: whose weights, where those of several ship.
-        int8: quantise the file with onnxruntime, and tell its metric before and after; of classifiers and segmenters.
+        int8: quantise the file with onnxruntime, and report its metric before and after; of classifiers and segmenters.
         data: what int8 is calibrated and tested on: an embedded name or a path. They are read and split as the
             training of the weights did.
 
@@ -784,7 +786,7 @@ def export(
     from provenn.weights import KEY
 
     file = Path(output)
-    onnx.check_place(file)
+    onnx.check_path(file)
     if int8 and data is None:
         raise UserError("int8 is calibrated on data: give --data, an embedded name or a path")
     if data is not None and not int8:

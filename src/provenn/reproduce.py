@@ -45,7 +45,7 @@ LOCK, ERRORS = ".lock", "errors.txt"
 
 
 class Options(TypedDict, total=False):
-    """What may be said of a reproduction; `reproduce` tells what each means."""
+    """What may be said of a reproduction; `reproduce` explains each."""
 
     experiments: str | Sequence[str] | None
     headline: bool
@@ -186,7 +186,7 @@ def _settings(
     *,
     named: bool,
 ) -> dict[str, dict[str, Any]]:
-    """The changes that each experiment takes, of the right types; experiments that take none are told and left out.
+    """The overrides that each experiment takes, of the right types; experiments that take none are logged and left out.
 
     Raises:
         UserError: what no experiment takes, a value that cannot be, or a named experiment that takes none.
@@ -272,7 +272,7 @@ def reproduce_many(
         jobs: processes of this machine that run trials; they share its cores.
         cluster: address of a Ray cluster whose machines run the trials, or "auto": see `provenn.workers.cluster`. A
             trial whose machine is lost runs again on another. Data sets and checkpoints of the budget paper have to
-            lie at the same place on every machine.
+            lie at the same path on every machine.
         done, options: as for `reproduce`.
 
     Raises:
@@ -291,7 +291,7 @@ def reproduce_many(
     # The other processes may have begun in other folders.
     options["out"] = Path(options.get("out", RUN)).absolute()
     if options.get("data"):
-        options["data"] = {name: Path(place).absolute() for name, place in (options["data"] or {}).items()}
+        options["data"] = {name: Path(path).absolute() for name, path in (options["data"] or {}).items()}
     where = (
         workers.processes(jobs)
         if cluster is None
@@ -402,7 +402,7 @@ def _still_good(
         return False
     try:
         function = find()
-    except UserError:  # what is wrong with it is told where it is measured
+    except UserError:  # its measurement reports what is wrong
         return False
     if earlier is None or function is None or record.code != checksum(function):
         return False

@@ -177,8 +177,8 @@ def test_spans_that_a_source_lacks_are_what_is_to_be_told(folder):
     [
         ("swin", "urpe {host} --data stdlib", "sees pictures: --data is to be a folder of images for each class"),
         ("swin", "urpe {host} --data {photos} --length 8", "--length is of rows of text"),
-        ("swin", "hedgehog {host} --data {photos}", "hedgehog cannot serve Swin: it has no place for biases"),
-        ("t5", "moh {host} --data {story}", "moh cannot serve T5: it has no place for biases"),
+        ("swin", "hedgehog {host} --data {photos}", "hedgehog cannot serve Swin: it takes no biases"),
+        ("t5", "moh {host} --data {story}", "moh cannot serve T5: it takes no biases"),
         ("t5", "urpe {host} --data {story} --set max_length=0", "max_length must be a whole number of at least 1"),
         ("llama", "aaren {host} --data {story}", "aaren cannot serve Llama: its one query weighs a token once for all"),
         (

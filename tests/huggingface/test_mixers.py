@@ -1,4 +1,4 @@
-"""Token mixers in the place of the attentions of Hugging Face's models: masks, caches, generation."""
+"""Token mixers instead of the attentions of Hugging Face's models: masks, caches, generation."""
 
 import copy
 
@@ -121,7 +121,7 @@ def test_states_and_keys_and_values_stand_side_by_side_in_one_cache():
 def test_an_encoders_attention_is_one_of_both_directions(model, place, implementation):
     model = copy.deepcopy(model).eval()
     model.set_attn_implementation(implementation)
-    with pytest.raises(UserError, match=r"cannot take the place of this attention: .* causal must be True"):
+    with pytest.raises(UserError, match=r"cannot replace this attention: .* causal must be True"):
         swap(model, place, as_attention("rat"))
     with pytest.raises(UserError, match="RATMixer looks back alone, and this attention sees the whole text"):
         swap(model, place, as_attention(lambda dim: RATMixer(dim, 4)))
@@ -138,7 +138,7 @@ def test_an_encoders_attention_is_one_of_both_directions(model, place, implement
 def test_what_cannot_be_is_refused_in_one_line():
     attention = MixerAttention(RATMixer(16, 4), layer_idx=0)
     x = torch.randn(1, 3, 16)
-    with pytest.raises(UserError, match="cannot take the place of cross-attention"):
+    with pytest.raises(UserError, match="cannot replace cross-attention"):
         attention(x, encoder_hidden_states=x)
     full = DynamicCache()
     full.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0)

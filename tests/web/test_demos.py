@@ -211,7 +211,7 @@ def test_what_is_new_is_told_each_time(monkeypatch):
 
     async def listen() -> list[str]:
         queue = SimpleNamespace(place=lambda demo: 0)
-        return [event async for event in tries._told(queue, Written("def ", "f", "(x)"))]
+        return [event async for event in tries._events(queue, Written("def ", "f", "(x)"))]
 
     told = [re.match(r"event: (\w+)\ndata: (.*)\n\n", event).groups() for event in asyncio.run(listen())]
     assert [json.loads(data) for name, data in told if name == "text"] == ["def ", "f", "(x)"]

@@ -70,7 +70,7 @@ class SlotComparison:
         """The numbers that `save` wrote.
 
         Raises:
-            ValueError: they are none, with the place and the reason.
+            ValueError: they are none, with the line and the reason.
         """
         return TypeAdapter(cls).validate_json(file.read_bytes())
 
@@ -93,7 +93,7 @@ class SlotComparison:
 
     @property
     def telling(self) -> list[str]:
-        """The costs that tell candidates apart: not those that are the same for all, to a hundredth."""
+        """The costs that distinguish candidates: not those that are the same for all, to a hundredth."""
         ranges = {cost: [candidate.cost(cost) for candidate in self.candidates] for cost in COSTS}
         return [cost for cost, costs in ranges.items() if max(costs) > 1.01 * min(costs)] or ["latency"]
 
@@ -149,11 +149,11 @@ class SlotComparison:
         )
 
     def _uncertainty(self) -> str:
-        told = any(candidate.interval or candidate.latency_interval for candidate in self.candidates)
-        return "95 % intervals" if told else "no intervals, since nothing is measured"
+        measured = any(candidate.interval or candidate.latency_interval for candidate in self.candidates)
+        return "95 % intervals" if measured else "no intervals, since nothing is measured"
 
     def figure(self) -> "Figure":
-        """Quality against each cost that tells candidates apart, the front joined by a line."""
+        """Quality against each cost that distinguishes candidates, the front joined by a line."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(2.5 + 4 * len(self.telling), 4.4), layout="constrained")
