@@ -51,7 +51,7 @@ def test_a_set_in_its_layout_is_found_and_read(name, data, monkeypatch):
     if name == "d4rl":
         pytest.importorskip("h5py")
     assert not datasets.find(name).there
-    place = miniature.write(name, data)
+    path = miniature.write(name, data)
     found = datasets.find(name)
     assert found.there, found.missing
     files = {
@@ -67,17 +67,15 @@ def test_a_set_in_its_layout_is_found_and_read(name, data, monkeypatch):
     task = get_task(datasets.get(name).task)
     if name in ("set5", "set14", "bsd100", "urban100", "manga109"):  # there is nothing in them to train on
         dataset = task.held_out(source.data, {}).dataset
-        assert source.data == place / "HR" and [photo.shape for photo in dataset] == [(3, 64, 64)] * 2
+        assert source.data == path / "HR" and [photo.shape for photo in dataset] == [(3, 64, 64)] * 2
         return
     if name == "questions":  # nor here
-        meta = {"tokenizer": (place / "tokenizer.json").read_text(), "length": 64}
-        counts = {part.name: len(task.held_out(part, meta).dataset) for part in place.iterdir() if part.is_dir()}
+        meta = {"tokenizer": (path / "tokenizer.json").read_text(), "length": 64}
+        counts = {part.name: len(task.held_out(part, meta).dataset) for part in path.iterdir() if part.is_dir()}
         assert counts == {pattern.partition("/")[0]: 2 for pattern in datasets.get(name).holds} | {"truthfulqa": 1}
         return
     if name in ("longbench", "ruler"):  # nor here
-        inside = (
-            [place / "lcc.jsonl", place / "repobench-p.jsonl"] if name == "longbench" else [place / "niah_word_16k"]
-        )
+        inside = [path / "lcc.jsonl", path / "repobench-p.jsonl"] if name == "longbench" else [path / "niah_word_16k"]
         for part in inside:
             assert len(task.held_out(part, {"tokenizer": "bytes", "length": 4096}).dataset) == 2
         return
@@ -122,10 +120,10 @@ def test_masks_of_the_fields_own_sets_are_read_as_their_authors_wrote_them(data)
 
 def test_how_much_is_cut_off_for_validation_is_the_users_to_say(data):
     kind = get_task("object-detection")
-    place = miniature.write("coco-2017", data)
-    sizes = {share: len(kind.load(place, size=48, val_share=share).val) for share in (0.01, 0.25)}
+    path = miniature.write("coco-2017", data)
+    sizes = {share: len(kind.load(path, size=48, val_share=share).val) for share in (0.01, 0.25)}
     assert sizes == {0.01: 1, 0.25: 2}
-    for task, source in ((kind, place), (get_task("semantic-segmentation"), miniature.write("ade20k", data))):
+    for task, source in ((kind, path), (get_task("semantic-segmentation"), miniature.write("ade20k", data))):
         with pytest.raises(UserError, match=r"val_share must be more than 0 and at most 0\.25, got 0\.5"):
             task.load(source, val_share=0.5)
 
@@ -310,6 +308,6 @@ def test_a_known_set_is_trained_on_by_its_name(data, tmp_path, monkeypatch):
     miniature.write("cifar-10", data)
     _, metrics = provenn.train("residual_depth", "cifar-10", preset="scaled_resnet20", recipe={"max_steps": 2})
     assert set(metrics) >= {"accuracy", "top5"}
-    told = provenn.evaluate("residual_depth", "cifar-10", weights="runs/residual_depth")
-    assert told.metrics == pytest.approx(metrics, rel=1e-4) and told.examples == 20
-    assert told.classes[3] == "class_3" and torch.tensor(told.confusion).sum() == 20
+    evaluation = provenn.evaluate("residual_depth", "cifar-10", weights="runs/residual_depth")
+    assert evaluation.metrics == pytest.approx(metrics, rel=1e-4) and evaluation.examples == 20
+    assert evaluation.classes[3] == "class_3" and torch.tensor(evaluation.confusion).sum() == 20

@@ -89,9 +89,9 @@ def test_a_gate_goes_into_every_branch_of_a_resnet(resnet: nn.Module):
 
 
 def test_a_neutral_insertion_changes_no_output_and_old_weights_load(resnet: nn.Module, vit: nn.Module):
-    for model, place in ((resnet, BRANCHES), (vit, "vit.layers.*.attention"), (vit, "vit.layers.*.mlp")):
+    for model, where in ((resnet, BRANCHES), (vit, "vit.layers.*.attention"), (vit, "vit.layers.*.mlp")):
         plain, weights = model(image).logits, copy.deepcopy(model.state_dict())
-        insert_after(model, place, ChannelScale, example=image)
+        insert_after(model, where, ChannelScale, example=image)
         for parameter in model.parameters():
             nn.init.zeros_(parameter)
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -197,9 +197,9 @@ def test_the_result_compiles_and_exports():
     assert "1.up.inserted.scale" in exported.state_dict
 
 
-@pytest.mark.parametrize("place", [nn.Sequential(nn.Identity()), nn.Identity()])
-def test_an_inserted_module_runs_once(place: nn.Module):
-    model = nn.Sequential(nn.Linear(4, 4), place)
+@pytest.mark.parametrize("last", [nn.Sequential(nn.Identity()), nn.Identity()])
+def test_an_inserted_module_runs_once(last: nn.Module):
+    model = nn.Sequential(nn.Linear(4, 4), last)
     insert_after(model, "1", lambda width: ChannelScale(width, 0.5), example=torch.randn(1, 4))
     x = torch.randn(2, 4)
     torch.testing.assert_close(model(x), model[0](x) / 2)
@@ -451,7 +451,7 @@ def test_an_example_shows_a_lost_order_in_a_plain_module():
 
     model = nn.Sequential(nn.Linear(8, 8), SoftmaxAttention(8, 2), nn.Linear(8, 8))
     x = torch.randn(2, 7, 8)
-    with pytest.raises(UserError, match=r"^1: with SoftmaxAttention in the place .* a token moves outputs before it"):
+    with pytest.raises(UserError, match=r"^1: with SoftmaxAttention instead .* a token moves outputs before it"):
         swap(model, "1", lambda old: SoftmaxAttention(8, 2, causal=False), example=x)
     swap(model, "1", lambda old: SoftmaxAttention(8, 4), example=x)
     both_ways = nn.Sequential(SoftmaxAttention(8, 2, causal=False))
