@@ -25,7 +25,7 @@ def data(
     paths: DataPaths = None,
     json: Json = False,
 ) -> None:
-    """Data sets that the papers name: found or not, where each is expected, and which experiments it unlocks.
+    """List the data sets that the papers name: found or not, the expected path, and the experiments that each unlocks.
 
     \b
     provenn data

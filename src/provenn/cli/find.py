@@ -92,7 +92,7 @@ def show(
     bibtex: Annotated[bool, typer.Option("--bibtex", help="Print only the BibTeX entry.")] = False,
     json: Json = False,
 ) -> None:
-    """What a paper's abstract says, and which of its claims are supported.
+    """Show what a paper's abstract says, and which of its claims are supported.
 
     \b
     provenn show eca_net --all
@@ -244,7 +244,7 @@ def board(
     ] = None,
     json: Json = False,
 ) -> None:
-    """All evidence at a glance: a strip of the abstract's claims a paper.
+    """Show all evidence at a glance: one strip of claims for each paper.
 
     \b
     provenn board

@@ -140,16 +140,17 @@ def bench(
     ] = None,
     threads: Annotated[
         str | None,
-        typer.Option(metavar="N,…", help="With --backbones: threads of the processor.", show_default=THREADS),
+        typer.Option(metavar="N,…", help="With --backbones: number of processor threads.", show_default=THREADS),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="With --backbones: the backbone that the others are compared with.")
+        str | None,
+        typer.Option(help="With --backbones: the backbone that the others are compared with. Default: the first."),
     ] = None,
     forms: Annotated[
         str | None,
         typer.Option(
             metavar="A,B,…",
-            help="With --backbones: eager, compile or onnx. Compiling takes most of the time.",
+            help="With --backbones: forms to time. Compiling takes most of the time.",
             show_default=FORMS,
         ),
     ] = None,
@@ -161,10 +162,10 @@ def bench(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Speed beside baselines and installed peers; of one paper also what it claims about time, memory and FLOPs.
+    """Measure speed beside baselines and installed peers; of one paper also its claims of time, memory and FLOPs.
 
-    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. A paper with a benchmark of its own
-    takes options of its own, which run that one; --options lists them.
+    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. Some papers have a benchmark of their
+    own. Its options run that benchmark; --options lists them.
 
     \b
     provenn bench aaren --budget smoke
@@ -515,7 +516,7 @@ def compare(
     out: Out = Path("runs/compare"),
     json: Json = False,
 ) -> None:
-    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped.
+    """Compare mechanisms of one slot in the same host, trained at equal budget. Run it again to continue a stopped run.
 
     \b
     provenn compare --slot channel-gate --with eca,se,none --data digits

@@ -16,10 +16,10 @@ def sizes(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Count every paper.")] = False,
 ) -> None:
-    """Parameters, FLOPs and memory of every preset, and signatures of the layers, kept beside each paper.
+    """Count parameters, FLOPs and memory of every preset, and keep them with the layers' signatures beside each paper.
 
-    The file, sizes.json in the paper's folder, is what the web catalogue shows; a paper of your own has one by this
-    verb too. FLOPs and memory are of one example at the preset's input in paper.toml.
+    They are written to sizes.json in the paper's folder, for your own papers too. The web catalogue shows them. FLOPs
+    and memory are of one example at the preset's input in paper.toml.
 
     \b
     provenn sizes eca_net titans

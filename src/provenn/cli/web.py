@@ -219,10 +219,10 @@ def mail(
     home: Home = None,
     url: Annotated[str | None, typer.Option(help="Public address of the catalogue, for links in the mails.")] = None,
 ) -> None:
-    """Mail what is new to those who asked for it, for cron. Nobody gets it twice on a day, however often this runs.
+    """Mail the digest to its subscribers. Made for cron: nobody gets it twice on a day, however often this runs.
 
-    A weekly digest goes on the first run of a week, Monday being its first day. A server on the same database sends
-    along: give both the same settings.
+    A weekly digest goes on the first run of a week, which begins on Monday. A server on the same database sends these
+    mails too: give both the same options.
 
     \b
     provenn web mail
@@ -258,7 +258,7 @@ class What(StrEnum):
 
 @admin.command("list")
 def list_rows(what: What, home: Home = None, json: Json = False) -> None:
-    """Comments, reports, suggestions or people, the newest first.
+    """List comments, reports, suggestions or people, the newest first.
 
     \b
     provenn web admin list reports
@@ -282,7 +282,7 @@ def list_rows(what: What, home: Home = None, json: Json = False) -> None:
 
 @admin.command()
 def mails(home: Home = None) -> None:
-    """How many mails wait to be sent, of which kinds, for how long, and the last trouble, on one line.
+    """Print one line on the mails that wait: how many, of which kinds, for how long, and the last error.
 
     \b
     provenn web admin mails
@@ -306,7 +306,7 @@ def hide(number: Annotated[int, typer.Argument(help="The comment's number.")], h
 
 @admin.command()
 def show(number: Annotated[int, typer.Argument(help="The comment's number.")], home: Home = None) -> None:
-    """Show a comment again that was hidden.
+    """Show a hidden comment again.
 
     \b
     provenn web admin show 17
@@ -316,7 +316,7 @@ def show(number: Annotated[int, typer.Argument(help="The comment's number.")], h
 
 @admin.command()
 def approve(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv number.")], home: Home = None) -> None:
-    """Say that a suggested paper will come.
+    """Announce that a suggested paper will come.
 
     \b
     provenn web admin approve 2502.02040
@@ -326,7 +326,7 @@ def approve(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv nu
 
 @admin.command()
 def decline(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv number.")], home: Home = None) -> None:
-    """Say that a suggested paper will not come.
+    """Announce that a suggested paper will not come.
 
     \b
     provenn web admin decline 2502.02040
@@ -341,7 +341,7 @@ def export(
     ],
     home: Home = None,
 ) -> None:
-    """Everything that people wrote, one row a line: the whole file, or none.
+    """Write everything that people wrote to a file, one row a line. The file is written whole or not at all.
 
     \b
     provenn web admin export rows.jsonl

@@ -56,7 +56,10 @@ def train(
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="Stop after this many epochs without a better validation metric, and keep the best weights."),
+        typer.Option(
+            help="Stop after this many epochs without a better validation metric, and keep the best weights. "
+            "Default: the preset's."
+        ),
     ] = None,
     recipe: Annotated[
         list[str] | None,
@@ -88,7 +91,8 @@ def train(
         ),
     ] = 1,
     strategy: Annotated[
-        str, typer.Option(help="auto, ddp or fsdp. fsdp divides weights and optimizer state among devices.")
+        str,
+        typer.Option(help="How devices share a training: auto, ddp or fsdp. fsdp divides weights and optimizer state."),
     ] = "auto",
     context_parallel: Annotated[
         int,
@@ -115,7 +119,7 @@ def train(
         int, typer.Option(min=0, help="Number of epochs whose weights are kept: the best on validation data.")
     ] = 0,
     logger: Annotated[
-        str | None, typer.Option(help="Write curves to OUT/log: csv or tensorboard. Default: none.")
+        str | None, typer.Option(help="Write curves to OUT/log, in the format csv or tensorboard. Default: no curves.")
     ] = None,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Skip images that cannot be read, and name them.")
@@ -125,7 +129,7 @@ def train(
         typer.Option("--out", "-o", help="Folder to write the run to. Default: runs/SLUG.", show_default=False),
     ] = None,
 ) -> None:
-    """Train a paper's system on data.
+    """Train a paper's model on data.
 
     \b
     provenn train craft --data photos/ --precision bf16-mixed --workers 4 --patience 5
@@ -360,7 +364,7 @@ def evaluate(
         typer.Option(
             "--out",
             "-o",
-            help="Folder to write the metrics to, and where there are classes a table and a picture of them.",
+            help="Folder to write the metrics to, with a table and a picture of the classes if there are any.",
         ),
     ] = None,
     json: Json = False,
@@ -452,7 +456,7 @@ def export(
     weights: Weights = None,
     preset: Preset = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Quantise the weights to int8, and show the change of the metric.")
+        bool, typer.Option("--int8", help="Quantise the model to int8, and show how much its metric changes.")
     ] = False,
     data: Annotated[
         str | None, typer.Option(help="Data that --int8 is calibrated on: the name of a data set, or a path.")
