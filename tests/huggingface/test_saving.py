@@ -219,7 +219,7 @@ def test_weights_that_are_not_all_there_or_too_many_are_told(tmp_path):
     with pytest.raises(UserError, match=f"lack 1 parameters, {lost} among them"):
         load_model(tmp_path)
     save_file({**weights, "model.more": torch.ones(1)}, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"have no place in the model for 1 parameters, model\.more among them"):
+    with pytest.raises(UserError, match=r"do not fit: the model lacks 1 parameters, model\.more among them"):
         load_model(tmp_path)
     for path in (tmp_path / "nothing", "/nothing", "./nothing"):
         with pytest.raises(UserError, match=f"{path} cannot be loaded as a model: there is no such folder$"):

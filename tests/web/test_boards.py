@@ -76,7 +76,7 @@ def test_the_plot_has_every_point_and_interval_inside(mixers, cost):
 
 
 def test_names_cover_no_point_and_no_other_name(mixers):
-    for cost in mixers.telling:
+    for cost in mixers.distinguishing:
         plot = ET.fromstring(str(plots.pareto(mixers, cost)))
         boxes = []
         for name in (text for text in plot.findall("text") if text.get("class") == "name"):

@@ -164,8 +164,8 @@ def bench(
 ) -> None:
     """Measure speed beside baselines and installed peers; of one paper also its claims of time, memory and FLOPs.
 
-    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. Some papers have a benchmark of their
-    own. Its options run that benchmark; --options lists them.
+    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. Some papers have a benchmark of
+    their own. Its options run that benchmark; --options lists them.
 
     \b
     provenn bench aaren --budget smoke

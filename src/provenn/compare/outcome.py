@@ -92,7 +92,7 @@ class SlotComparison:
         )
 
     @property
-    def telling(self) -> list[str]:
+    def distinguishing(self) -> list[str]:
         """The costs that distinguish candidates: not those that are the same for all, to a hundredth."""
         ranges = {cost: [candidate.cost(cost) for candidate in self.candidates] for cost in COSTS}
         return [cost for cost, costs in ranges.items() if max(costs) > 1.01 * min(costs)] or ["latency"]
@@ -109,7 +109,7 @@ class SlotComparison:
     def table(self) -> Table:
         """A row for each candidate."""
         reference = self.candidates[0]
-        fronts = {cost: self.front(cost) for cost in self.telling}
+        fronts = {cost: self.front(cost) for cost in self.distinguishing}
         rows: list[list[str | float | int | None]] = []
         for candidate in self.candidates:
             added = candidate.parameters - reference.parameters
@@ -156,15 +156,15 @@ class SlotComparison:
         """Quality against each cost that distinguishes candidates, the front joined by a line."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(2.5 + 4 * len(self.telling), 4.4), layout="constrained")
+        figure = Figure(figsize=(2.5 + 4 * len(self.distinguishing), 4.4), layout="constrained")
         scale = {"parameters": 1e3, "FLOPs": 1e6, "latency": 1.0}
         labels = {
             "parameters": "parameters, thousands",
             "FLOPs": "operations on one example, millions",
             "latency": f"time of one example, × {self.candidates[0].name}",
         }
-        panels = figure.subplots(1, len(self.telling), sharey=True, squeeze=False)[0]
-        for axes, cost in zip(panels, self.telling):
+        panels = figure.subplots(1, len(self.distinguishing), sharey=True, squeeze=False)[0]
+        for axes, cost in zip(panels, self.distinguishing):
             costs = {candidate.name: candidate.cost(cost) / scale[cost] for candidate in self.candidates}
             front = self.front(cost)
             line = [costs[candidate.name] for candidate in front], [candidate.mean for candidate in front]

@@ -195,7 +195,7 @@ def load_model(name: str | Path, *, rebuild: Callable[[Host], object] | None = N
         raise UserError(f"the weights of {name} cannot be loaded: {first_line(error)}") from None
     check_keys(str(name), found)
     if found["unexpected_keys"]:
-        raise UserError(_keys_line(str(name), "have no place in the model for", found["unexpected_keys"]))
+        raise UserError(_keys_line(str(name), "do not fit: the model lacks", found["unexpected_keys"]))
     folder = Path(cast(str, config_file)).parent
     check_stored_types(model, folder)
     model.__class__ = kind

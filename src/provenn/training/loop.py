@@ -241,7 +241,7 @@ def fit(
         if going_on is not None:
             _check_fits(going_on, module, devices * num_nodes)
         try:
-            with _plain_interrupt(trainer), _lost_ranks_told(trainer):
+            with _plain_interrupt(trainer), _lost_ranks_reported(trainer):
                 trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
         except Diverged:  # all processes stop at the same step, and the first one says so
             if joined_here:
@@ -402,7 +402,7 @@ def _plain_interrupt(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _lost_ranks_told(trainer: Any) -> Iterator[None]:
+def _lost_ranks_reported(trainer: Any) -> Iterator[None]:
     """An error of torch.distributed that the end of another process causes says so, in one line."""
     try:
         yield

@@ -235,7 +235,7 @@ class SlotBoard(BaseModel):
     @classmethod
     def of(cls, name: str, board: SlotComparison) -> "SlotBoard":
         """From a committed comparison."""
-        fronts = {cost: board.front(cost) for cost in board.telling}
+        fronts = {cost: board.front(cost) for cost in board.distinguishing}
         return cls(
             name=name,
             host=board.host,
