@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from provenn.evaluation import Evaluation
     from provenn.evidence.record import Finding
     from provenn.inspection import Inspection
-    from provenn.options import Setting
+    from provenn.options import Option
     from provenn.tasks.base import Task
     from provenn.training import Recipe
     from provenn.weights import Label
@@ -46,11 +46,11 @@ class Paper:
         """The paper's BibTeX entry, under its slug."""
         return self.card.bibtex()
 
-    def settings(self, preset: str | None = None, *, task: str | None = None) -> "list[Setting]":
+    def options(self, preset: str | None = None, *, task: str | None = None) -> "list[Option]":
         """What `train`, `evaluate` and `predict` take by name for a preset, with types and defaults."""
-        from provenn.options import settings_of
+        from provenn.options import options_of
 
-        return settings_of(self, preset, task)
+        return options_of(self, preset, task)
 
     def build(self, preset: str | None = None, *, pretrained: bool = False, **overrides: Any) -> "nn.Module":
         """A system of the paper, with fresh weights, or with those that ship with the package.
@@ -244,7 +244,7 @@ def train(
         keep_best: how many epochs' weights, the best on validation data, are kept as `best-EPOCH.safetensors`.
         logger: "csv" or "tensorboard"; both write under the folder's `log`.
         overrides: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
-        recipe: changes to the preset's recipe, such as {"epochs": 20}.
+        recipe: overrides of the preset's recipe, such as {"epochs": 20}.
     """
     import json
     from dataclasses import asdict, replace
@@ -274,12 +274,12 @@ def train(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
-    recipe_changes = {name: value for name, value in (recipe or {}).items() if value is not None}
+    recipe_overrides = {name: value for name, value in (recipe or {}).items() if value is not None}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
     facts = {
-        name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in recipe_changes
+        name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in recipe_overrides
     }
-    final = recipe_of(facts, **recipe_changes)
+    final = recipe_of(facts, **recipe_overrides)
     training.check_recipe(final, kind)
     device = choose_device(device)
     of_data, of_system = _divided(overrides or {}, kind.load, card.resolve(chosen.build))
@@ -300,14 +300,14 @@ def train(
     built_with = {**sides, **loaded.options, **of_system}
     options = {**chosen.options, **built_with}
     examples = len(loaded.train)  # type: ignore[arg-type]
-    if examples < recipe_changes.get("batch_size", 0):
+    if examples < recipe_overrides.get("batch_size", 0):
         # A preset's batch may be larger than a few examples of the user's own; one that is typed was meant as it is.
         raise UserError(
-            f"batch_size={recipe_changes['batch_size']} is more than the {examples:,} examples to train on: "
+            f"batch_size={recipe_overrides['batch_size']} is more than the {examples:,} examples to train on: "
             f"give at most {examples}"
         )
-    if "epochs" not in recipe_changes:
-        steps = recipe_changes.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
+    if "epochs" not in recipe_overrides:
+        steps = recipe_overrides.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
         final = _long_enough(final, steps, examples)
     system = {"preset": chosen.name, "task": task}
     trained_on = {
@@ -316,7 +316,7 @@ def train(
         "seed": seed,
         "options": of_data,
         "recipe": asdict(final),
-        "command": _command(card.slug, given, {**system, **recipe_changes, "seed": seed}, {**of_data, **of_system}),
+        "command": _command(card.slug, given, {**system, **recipe_overrides, "seed": seed}, {**of_data, **of_system}),
     }
     label = weights.Label(card.slug, chosen.name, kind.name, options, loaded.meta, __version__, trained_on)
     with _folder_for(folder), _taken_by(chosen.name, str(given)):
@@ -342,7 +342,7 @@ def train(
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
         usual = recipe_of(facts).epochs
-        if final.epochs > usual and not recipe_changes.keys() & {"epochs", "max_steps"}:
+        if final.epochs > usual and not recipe_overrides.keys() & {"epochs", "max_steps"}:
             progress.say(
                 f"{examples} examples to train on: {final.epochs} epochs instead of {usual}, which made "
                 f"{result.steps} steps; --epochs or --steps says otherwise"

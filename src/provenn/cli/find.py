@@ -169,12 +169,12 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
 
     from provenn.api import Paper
     from provenn.cli import console
-    from provenn.options import settings_of
+    from provenn.options import options_of
 
-    task, settings = card.work_of(preset), settings_of(Paper(card), preset.name)
+    task, options = card.work_of(preset), options_of(Paper(card), preset.name)
     if json:
         console.machine(
-            {**preset.model_dump(mode="json"), "task": task, "settings": [asdict(each) for each in settings]}
+            {**preset.model_dump(mode="json"), "task": task, "settings": [asdict(each) for each in options]}
         )
         return
     out = console.console()
@@ -185,7 +185,7 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
     for option, kinds in (("--set", ("data", "system", "prediction")), ("--recipe", ("recipe",))):
         rows = [
             list(map(console.escape, (s.name, s.type, s.default, s.of)))
-            for s in settings
+            for s in options
             if s.of.partition(",")[0] in kinds
         ]
         if rows:
