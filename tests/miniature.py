@@ -34,11 +34,11 @@ def rng() -> np.random.Generator:
 
 
 def write(name: str, folder: Path) -> Path:
-    """Write a set below `folder` under its name; returns its place."""
-    place = folder / name
-    place.mkdir(parents=True)
-    WRITERS[name](place)
-    return place
+    """Write a set below `folder` under its name; returns its path."""
+    root = folder / name
+    root.mkdir(parents=True)
+    WRITERS[name](root)
+    return root
 
 
 def photo(file: Path, side: int, level: int = 128) -> None:
@@ -48,27 +48,27 @@ def photo(file: Path, side: int, level: int = 128) -> None:
     Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(file)
 
 
-def imagenet(place: Path) -> None:
+def imagenet(root: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         for number, name in enumerate(("n01440764", "n01443537", "n01484850")):
             for i in range(count):
-                photo(place / split / name / f"{name}_{i}.JPEG", 40 + 8 * i, level=50 + 70 * number)
+                photo(root / split / name / f"{name}_{i}.JPEG", 40 + 8 * i, level=50 + 70 * number)
 
 
-def coco(place: Path) -> None:
+def coco(root: Path) -> None:
     """Bright squares of two kinds, ids with a gap as COCO's have; one crowd, and a picture with nothing."""
     number = 0
     for split, count in (("train2017", 6), ("val2017", 3)):
         images, notes = [], []
         for i in range(count):
-            photo(place / split / f"{i:012}.jpg", 48, level=60)
+            photo(root / split / f"{i:012}.jpg", 48, level=60)
             images.append({"id": i, "file_name": f"{i:012}.jpg", "width": 48, "height": 48})
             for category in (1, 90) if i else ():
                 number += 1
                 box = [4.0 + i, 6.0, 20.0, 20.0 + category // 10]
                 note = {"id": number, "image_id": i, "category_id": category, "bbox": box, "area": box[2] * box[3]}
                 notes.append({**note, "iscrowd": int(i == 1 and category == 90)})
-        file = place / "annotations" / f"instances_{split}.json"
+        file = root / "annotations" / f"instances_{split}.json"
         file.parent.mkdir(exist_ok=True)
         categories = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
         file.write_text(json.dumps({"images": images, "categories": categories, "annotations": notes}))
@@ -83,70 +83,70 @@ def halves(left: int, right: int, side: int) -> np.ndarray:
     return np.where(np.arange(side) < side // 2, left, right)[None].repeat(side, 0)
 
 
-def ade20k(place: Path) -> None:
+def ade20k(root: Path) -> None:
     """0 is no class, and so is left out."""
     for split, count in (("training", 4), ("validation", 2)):
         for i in range(count):
-            photo(place / "images" / split / f"ADE_{split[:5]}_{i:08}.jpg", 64)
+            photo(root / "images" / split / f"ADE_{split[:5]}_{i:08}.jpg", 64)
             numbers = halves(1 + i % 2, 3, 64)
             numbers[:8] = 0
-            mask(place / "annotations" / split / f"ADE_{split[:5]}_{i:08}.png", numbers)
+            mask(root / "annotations" / split / f"ADE_{split[:5]}_{i:08}.png", numbers)
 
 
-def cityscapes(place: Path) -> None:
+def cityscapes(root: Path) -> None:
     """Roads (label 7, class 0) and cars (26, class 13), and what is not judged (1)."""
     for split, city, count in (("train", "aachen", 4), ("val", "munster", 2)):
         for i in range(count):
             name = f"{city}_{i:06}_000019"
-            photo(place / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", 64)
+            photo(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", 64)
             numbers = halves(7, 26, 64)
             numbers[:8] = 1
-            mask(place / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", numbers)
-            mask(place / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", numbers)
+            mask(root / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", numbers)
+            mask(root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", numbers)
 
 
-def camvid(place: Path) -> None:
+def camvid(root: Path) -> None:
     """Colours; black is not judged."""
     for split, count in (("train", 4), ("val", 2)):
         for i in range(count):
-            photo(place / "images" / split / f"0001TP_{i:06}.png", 64)
+            photo(root / "images" / split / f"0001TP_{i:06}.png", 64)
             colours = np.array([(0, 0, 0), (128, 64, 128), (128, 128, 128)])[halves(1, 2, 64)]
             colours[:8] = 0
-            mask(place / "labels" / split / f"0001TP_{i:06}_L.png", colours)
+            mask(root / "labels" / split / f"0001TP_{i:06}_L.png", colours)
 
 
-def cnfood(place: Path) -> None:
+def cnfood(root: Path) -> None:
     for split, count in (("train", 3), ("val", 2), ("test", 2)):
         for number, name in enumerate(("000", "001", "240")):
             for i in range(count):
-                photo(place / split / name / f"{number:03}{i:03}.jpg", 40 + 8 * i, level=50 + 70 * number)
+                photo(root / split / name / f"{number:03}{i:03}.jpg", 40 + 8 * i, level=50 + 70 * number)
 
 
-def cifar(place: Path, files: dict[str, int], labels: int, classes: int, names: str) -> None:
+def cifar(root: Path, files: dict[str, int], labels: int, classes: int, names: str) -> None:
     for file, count in files.items():
         rows = rng().integers(0, 256, (count, labels + 3072), dtype=np.uint8)
         rows[:, labels - 1] = np.arange(count) % classes
         rows[:, labels:] = rows[:, labels - 1 : labels] * (200 // classes) + rows[:, labels:] // 8
-        rows.tofile(place / file)
-    (place / names).write_text("\n".join(f"class_{i}" for i in range(classes)) + "\n")
+        rows.tofile(root / file)
+    (root / names).write_text("\n".join(f"class_{i}" for i in range(classes)) + "\n")
 
 
-def cifar10(place: Path) -> None:
+def cifar10(root: Path) -> None:
     files = {f"data_batch_{i}.bin": 20 for i in range(1, 6)} | {"test_batch.bin": 20}
-    cifar(place, files, 1, 10, "batches.meta.txt")
+    cifar(root, files, 1, 10, "batches.meta.txt")
 
 
-def div2k(place: Path) -> None:
+def div2k(root: Path) -> None:
     for split, count in (("train", 2), ("valid", 2)):
         for i in range(count):
-            photo(place / f"DIV2K_{split}_HR" / f"{i:04}.png", 80)
-            photo(place / f"DIV2K_{split}_LR_bicubic" / "X2" / f"{i:04}x2.png", 40)
+            photo(root / f"DIV2K_{split}_HR" / f"{i:04}.png", 80)
+            photo(root / f"DIV2K_{split}_LR_bicubic" / "X2" / f"{i:04}x2.png", 40)
 
 
-def benchmark(place: Path) -> None:
+def benchmark(root: Path) -> None:
     for name in ("baby", "bird"):
-        photo(place / "HR" / f"{name}.png", 64)
-        photo(place / "LR_bicubic" / "X2" / f"{name}x2.png", 32)
+        photo(root / "HR" / f"{name}.png", 64)
+        photo(root / "LR_bicubic" / "X2" / f"{name}x2.png", 32)
 
 
 def prose(lines: int) -> str:
@@ -154,17 +154,17 @@ def prose(lines: int) -> str:
     return "".join(" " + " ".join(drawn.permutation(WORDS)[: 4 + i % 7]) + " \n" for i in range(lines))
 
 
-def wikitext(place: Path, ending: str = "tokens") -> None:
+def wikitext(root: Path, ending: str = "tokens") -> None:
     for split, lines in (("train", 200), ("valid", 40), ("test", 50)):
-        (place / f"wiki.{split}.{ending}").write_text(prose(lines))
+        (root / f"wiki.{split}.{ending}").write_text(prose(lines))
 
 
-def wikitext_raw(place: Path) -> None:
-    wikitext(place, "raw")
-    byte_pairs(place)
+def wikitext_raw(root: Path) -> None:
+    wikitext(root, "raw")
+    byte_pairs(root)
 
 
-def byte_pairs(place: Path) -> None:
+def byte_pairs(root: Path) -> None:
     import tokenizers
     import tokenizers.models
     import tokenizers.pre_tokenizers
@@ -177,17 +177,17 @@ def byte_pairs(place: Path) -> None:
         vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(level.alphabet()), show_progress=False
     )
     inner.train_from_iterator([prose(200)], trainer)
-    inner.save(str(place / "tokenizer.json"))
+    inner.save(str(root / "tokenizer.json"))
 
 
-def jsonl(place: Path) -> None:
+def jsonl(root: Path) -> None:
     for split in ("train", "val", "test"):
-        (place / f"{split}.jsonl").write_text("".join(json.dumps({"text": prose(9)}) + "\n" for _ in range(4)))
+        (root / f"{split}.jsonl").write_text("".join(json.dumps({"text": prose(9)}) + "\n" for _ in range(4)))
 
 
-def fineweb(place: Path) -> None:
-    jsonl(place)
-    byte_pairs(place)
+def fineweb(root: Path) -> None:
+    jsonl(root)
+    byte_pairs(root)
 
 
 def table(file: Path, rows: int, columns: int = 1) -> None:
@@ -201,14 +201,14 @@ def table(file: Path, rows: int, columns: int = 1) -> None:
     file.write_text("\n".join([header, *lines]) + "\n")
 
 
-def ett(place: Path) -> None:
+def ett(root: Path) -> None:
     for name, rows in (("ETTh1", 14_500), ("ETTh2", 14_500), ("ETTm1", 57_700), ("ETTm2", 57_700)):
-        table(place / f"{name}.csv", rows)
+        table(root / f"{name}.csv", rows)
 
 
-def forecasting(place: Path) -> None:
+def forecasting(root: Path) -> None:
     for name in ("weather", "exchange_rate", "traffic", "electricity"):
-        table(place / f"{name}.csv", 400, 3)
+        table(root / f"{name}.csv", 400, 3)
 
 
 UEA = (
@@ -225,33 +225,33 @@ UEA = (
 )
 
 
-def uea(place: Path) -> None:
+def uea(root: Path) -> None:
     for name in UEA:
-        (place / name).mkdir()
+        (root / name).mkdir()
         for split in ("TRAIN", "TEST"):
             lines = ["@problemName x", "@timeStamps false", "@univariate false", "@classLabel true a b", "@data"]
             for i in range(20):
                 channels = rng().normal(size=(2, 8)) + 3 * (i % 2)
                 lines.append(":".join([*(",".join(f"{v:.3f}" for v in channel) for channel in channels), "ab"[i % 2]]))
-            (place / name / f"{name}_{split}.ts").write_text("\n".join(lines) + "\n")
+            (root / name / f"{name}_{split}.ts").write_text("\n".join(lines) + "\n")
 
 
-def events(place: Path) -> None:
+def events(root: Path) -> None:
     for name in ("mimic", "wiki", "reddit", "mooc", "stackoverflow", "sin", "uber", "taxi"):
         rows = ["sequence,time,mark"]
         for sequence in range(12):
             times = rng().exponential(size=8).cumsum()
             rows += [f"{sequence},{time:.4f},{'ab'[(i + sequence) % 2]}" for i, time in enumerate(times)]
-        (place / f"{name}.csv").write_text("\n".join(rows) + "\n")
+        (root / f"{name}.csv").write_text("\n".join(rows) + "\n")
 
 
-def d4rl(place: Path, width: int = 3, actions: int = 1) -> None:
+def d4rl(root: Path, width: int = 3, actions: int = 1) -> None:
     """Three episodes of ten steps each: one that ends, two that are cut off."""
     import h5py
 
     for body in ("halfcheetah", "ant", "hopper", "walker2d"):
         for quality in ("medium", "medium_replay", "medium_expert"):
-            with h5py.File(place / f"{body}_{quality}-v2.hdf5", "w") as file:
+            with h5py.File(root / f"{body}_{quality}-v2.hdf5", "w") as file:
                 file["observations"] = rng().normal(size=(30, width)).astype(np.float32)
                 file["actions"] = rng().uniform(-1, 1, size=(30, actions)).astype(np.float32)
                 file["rewards"] = rng().normal(size=30).astype(np.float32)
@@ -260,35 +260,35 @@ def d4rl(place: Path, width: int = 3, actions: int = 1) -> None:
                 file["metadata/algorithm"] = np.bytes_("SAC")
 
 
-def iwslt14(place: Path) -> None:
+def iwslt14(root: Path) -> None:
     words = {"de": ("eins", "zw@@ ei", "drei"), "fr": ("un", "d@@ eux", "trois"), "en": ("one", "tw@@ o", "three")}
     for folder in ("de-en", "en-de", "fr-en", "en-fr"):
-        (place / folder).mkdir()
+        (root / folder).mkdir()
         for split, count in (("train", 40), ("valid", 6), ("test", 8)):
             drawn = np.random.default_rng(count).integers(0, 3, (count, 4))
             for language in folder.split("-"):
                 lines = "".join(" ".join(words[language][i] for i in row) + " .\n" for row in drawn)
-                (place / folder / f"{split}.{language}").write_text(lines)
+                (root / folder / f"{split}.{language}").write_text(lines)
 
 
-def labelled_texts(place: Path, kinds: dict[str, str]) -> None:
+def labelled_texts(root: Path, kinds: dict[str, str]) -> None:
     for split, count in (("train", 6), ("test", 2)):
         for label, alphabet in kinds.items():
-            (place / split / label).mkdir(parents=True)
+            (root / split / label).mkdir(parents=True)
             for i in range(count):
                 text = "".join(np.random.default_rng(i).choice(list(alphabet), 12 + i))
-                (place / split / label / f"{i}_7.txt").write_text(text)
+                (root / split / label / f"{i}_7.txt").write_text(text)
 
 
-def lra(place: Path) -> None:
-    listops, image, pathfinder, retrieval = (place / name for name in ("listops", "image", "pathfinder", "retrieval"))
+def lra(root: Path) -> None:
+    listops, image, pathfinder, retrieval = (root / name for name in ("listops", "image", "pathfinder", "retrieval"))
     listops.mkdir()
     for split, count in (("train", 12), ("val", 4), ("test", 4)):
         rows = "".join(f"( ( ( [MAX {i % 3} ) {i % 2} ) ] )\t{max(i % 3, i % 2)}\n" for i in range(count))
         (listops / f"basic_{split}.tsv").write_text("Source\tTarget\n" + rows)
-    labelled_texts(place / "text", {"pos": "good ", "neg": "bad "})
-    (place / "text" / "train" / "unsup").mkdir()
-    (place / "text" / "train" / "unsup" / "0_0.txt").write_text("neither")
+    labelled_texts(root / "text", {"pos": "good ", "neg": "bad "})
+    (root / "text" / "train" / "unsup").mkdir()
+    (root / "text" / "train" / "unsup" / "0_0.txt").write_text("neither")
     retrieval.mkdir()
     for split, count in (("train", 12), ("eval", 4), ("test", 4)):
         words = [("attention is", "recurrence was")[i % 2] for i in range(count)]
@@ -308,21 +308,21 @@ def tsv(file: Path, rows: list) -> None:
     file.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
 
 
-def glue(place: Path) -> None:
+def glue(root: Path) -> None:
     """The columns of each task as they are published; a class is told by one word, a score by how many words agree."""
     same, other = "the cat sat on a mat", "which was good"
     for split, count in (("train", 24), ("dev", 12)):
         kinds = [i % 2 for i in range(count)]
         tsv(
-            place / "CoLA" / f"{split}.tsv",
+            root / "CoLA" / f"{split}.tsv",
             [["gj04", k, "*" if k else "", f"{[other, same][k]} {i}"] for i, k in enumerate(kinds)],
         )
-        tsv(place / "SST-2" / f"{split}.tsv", [["sentence", "label"], *([f"{[other, same][k]} ", k] for k in kinds)])
+        tsv(root / "SST-2" / f"{split}.tsv", [["sentence", "label"], *([f"{[other, same][k]} ", k] for k in kinds)])
         head = ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-        tsv(place / "MRPC" / f"{split}.tsv", [head, *([k, 70, 71, f'"{same}', [other, same][k]] for k in kinds)])
+        tsv(root / "MRPC" / f"{split}.tsv", [head, *([k, 70, 71, f'"{same}', [other, same][k]] for k in kinds)])
         head = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
         rows = [[i, 1, 2, same, [other, same][k], k] for i, k in enumerate(kinds)]
-        tsv(place / "QQP" / f"{split}.tsv", [head, *rows, [99, 1, 2, "a line that ends early"]])
+        tsv(root / "QQP" / f"{split}.tsv", [head, *rows, [99, 1, 2, "a line that ends early"]])
         head = [
             "index",
             "genre",
@@ -338,7 +338,7 @@ def glue(place: Path) -> None:
         rows = [
             [i, "g", "f", 2012, 1, "n", "n", same, " ".join(["cat"] * (i % 6)), f"{i % 6}.000"] for i in range(count)
         ]
-        tsv(place / "STS-B" / f"{split}.tsv", [head, *rows])
+        tsv(root / "STS-B" / f"{split}.tsv", [head, *rows])
         head = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"]
         head += ["sentence1_parse", "sentence2_parse", "sentence1", "sentence2"]
         labels, three = (
@@ -350,33 +350,33 @@ def glue(place: Path) -> None:
             for i in range(count)
         ]
         tsv(
-            place / "MNLI" / f"{'dev_matched' if split == 'dev' else split}.tsv",
+            root / "MNLI" / f"{'dev_matched' if split == 'dev' else split}.tsv",
             [[*head, *labels, "gold_label"], *rows],
         )
         two = ["not_entailment", "entailment"]
         for name, columns in (("QNLI", ["question", "sentence"]), ("RTE", ["sentence1", "sentence2"])):
             rows = [[i, same, [other, same][k], two[k]] for i, k in enumerate(kinds)]
-            tsv(place / name / f"{split}.tsv", [["index", *columns, "label"], *rows])
+            tsv(root / name / f"{split}.tsv", [["index", *columns, "label"], *rows])
 
 
-def ag_news(place: Path) -> None:
+def ag_news(root: Path) -> None:
     for split, count in (("train", 40), ("test", 12)):
         rows = [f'"{1 + k % 4}","{WORDS[k % 4]}","{WORDS[k % 4]} it is, {k}"\n' for k in range(count)]
-        (place / f"{split}.csv").write_text("".join(rows))
+        (root / f"{split}.csv").write_text("".join(rows))
 
 
-def iemocap(place: Path) -> None:
+def iemocap(root: Path) -> None:
     from scipy.io import wavfile
 
     for session in range(1, 6):
         for kind, name in enumerate(("angry", "happy", "neutral", "sad")):
-            (place / f"Session{session}" / name).mkdir(parents=True)
+            (root / f"Session{session}" / name).mkdir(parents=True)
             for k in range(2):
                 wave = np.sin(np.arange(1600) * (0.05 + 0.1 * kind + 0.01 * k)).astype(np.float32)
-                wavfile.write(place / f"Session{session}" / name / f"{k}.wav", 16_000, wave)
+                wavfile.write(root / f"Session{session}" / name / f"{k}.wav", 16_000, wave)
 
 
-def samsum(place: Path) -> None:
+def samsum(root: Path) -> None:
     """Dialogues of a few words; a summary says again who is met."""
     for name, count in (("train", 24), ("val", 4), ("test", 6)):
         people = [["Anna", "Ben", "Carl"][i % 3] for i in range(count)]
@@ -384,8 +384,8 @@ def samsum(place: Path) -> None:
             {"id": str(i), "dialogue": f"{who}: hello\r\nDora: hi {who}", "summary": f"Dora meets {who}."}
             for i, who in enumerate(people)
         ]
-        place.mkdir(exist_ok=True)
-        (place / f"{name}.json").write_text(json.dumps(entries))
+        root.mkdir(exist_ok=True)
+        (root / f"{name}.json").write_text(json.dumps(entries))
 
 
 def jsonlines(file: Path, entries: list) -> None:
@@ -393,7 +393,7 @@ def jsonlines(file: Path, entries: list) -> None:
     file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def questions(place: Path) -> None:
+def questions(root: Path) -> None:
     """Two questions a set, with the keys that each has as published."""
     choice = lambda texts: [{"text": text, "label": letter} for text, letter in zip(texts, "ABCD")]  # noqa: E731
     stems = [
@@ -408,43 +408,43 @@ def questions(place: Path) -> None:
             "answerKey": "D",
         },
     ]
-    jsonlines(place / "arc_easy" / "ARC-Easy-Test.jsonl", stems)
-    jsonlines(place / "arc_challenge" / "ARC-Challenge-Test.jsonl", stems)
-    jsonlines(place / "openbookqa" / "test.jsonl", stems)
+    jsonlines(root / "arc_easy" / "ARC-Easy-Test.jsonl", stems)
+    jsonlines(root / "arc_challenge" / "ARC-Challenge-Test.jsonl", stems)
+    jsonlines(root / "openbookqa" / "test.jsonl", stems)
     jsonlines(
-        place / "piqa" / "valid.jsonl",
+        root / "piqa" / "valid.jsonl",
         [{"goal": "sit", "sol1": "a mat", "sol2": "a cat"}, {"goal": "see", "sol1": "as", "sol2": "saw"}],
     )
-    (place / "piqa" / "valid-labels.lst").write_text("0\n1\n")
+    (root / "piqa" / "valid-labels.lst").write_text("0\n1\n")
     ending = {"activity_label": "Cat", "ctx_a": "The cat sat.", "ctx_b": "it", "ctx": "", "split": "val"}
     endings = ["saw [title] a mat.", "was [step] good", "and", "which"]
-    jsonlines(place / "hellaswag" / "hellaswag_val.jsonl", [{**ending, "endings": endings, "label": k} for k in (0, 1)])
+    jsonlines(root / "hellaswag" / "hellaswag_val.jsonl", [{**ending, "endings": endings, "label": k} for k in (0, 1)])
     sentence = {"sentence": "The cat saw the mat and _ was good.", "option1": "the cat", "option2": "the mat"}
-    jsonlines(place / "winogrande" / "dev.jsonl", [{**sentence, "answer": answer} for answer in "12"])
+    jsonlines(root / "winogrande" / "dev.jsonl", [{**sentence, "answer": answer} for answer in "12"])
     jsonlines(
-        place / "lambada" / "lambada_test_en.jsonl", [{"text": "the cat sat on a mat"}, {"text": "which was good"}]
+        root / "lambada" / "lambada_test_en.jsonl", [{"text": "the cat sat on a mat"}, {"text": "which was good"}]
     )
     for folder in ("sciq", "logiqa", "truthfulqa"):
-        (place / folder).mkdir()
+        (root / folder).mkdir()
     sciq = {f"distractor{i}": f"{word}" for i, word in enumerate(("as", "and", "which"), 1)}
     sciq |= {"question": "Where?", "correct_answer": "on a mat", "support": " The cat sat."}
-    (place / "sciq" / "test.json").write_text(json.dumps([sciq, sciq]))
+    (root / "sciq" / "test.json").write_text(json.dumps([sciq, sciq]))
     block = "\nb\nThe cat sat.On a mat.\nWhere?\nA.a cat\nB.a mat\nC.as\nD.and\n"
-    (place / "logiqa" / "Test.txt").write_text(block + block)
+    (root / "logiqa" / "Test.txt").write_text(block + block)
     truth = {"question": "Where?", "mc1_targets": {"a mat": 1, "a cat": 0}, "mc2_targets": {"a mat": 1, "a cat": 0}}
-    (place / "truthfulqa" / "mc_task.json").write_text(json.dumps([truth]))
-    byte_pairs(place)
+    (root / "truthfulqa" / "mc_task.json").write_text(json.dumps([truth]))
+    byte_pairs(root)
 
 
-def longbench(place: Path) -> None:
+def longbench(root: Path) -> None:
     keys = {"length": 9, "dataset": "lcc", "language": "python", "all_classes": None, "_id": "0"}
     entries = [{**keys, "input": "", "context": f"{prose(9)} x = {i}\n", "answers": [f"x = {i}"]} for i in range(2)]
-    jsonlines(place / "lcc.jsonl", entries)
-    jsonlines(place / "repobench-p.jsonl", [{**entry, "input": "y = 1\n"} for entry in entries])
-    byte_pairs(place)
+    jsonlines(root / "lcc.jsonl", entries)
+    jsonlines(root / "repobench-p.jsonl", [{**entry, "input": "y = 1\n"} for entry in entries])
+    byte_pairs(root)
 
 
-def qmsum(place: Path) -> None:
+def qmsum(root: Path) -> None:
     """A meeting with three queries to learn from, one with two in the other splits."""
     for split, count in (("train", 2), ("val", 1), ("test", 1)):
         turns = [{"speaker": "Anna", "content": prose(20)}, {"speaker": "Ben", "content": "a mat , which was good"}]
@@ -452,20 +452,20 @@ def qmsum(place: Path) -> None:
         span = {"relevant_text_span": [["0", "1"]]}
         specific = [{"query": f"What saw {i}?", "answer": f"a mat {i}", **span} for i in range(count)]
         queries = {"general_query_list": general, "specific_query_list": specific}
-        jsonlines(place / f"{split}.jsonl", [{"topic_list": [], **queries, "meeting_transcripts": turns}])
-    byte_pairs(place)
+        jsonlines(root / f"{split}.jsonl", [{"topic_list": [], **queries, "meeting_transcripts": turns}])
+    byte_pairs(root)
 
 
-def ruler(place: Path) -> None:
+def ruler(root: Path) -> None:
     text = "A special magic word is hidden within the following text.\n{}\nWhat is the special magic word for cat?"
     needle = "One of the special magic words for cat is: mat."
     entry = {"outputs": ["mat"], "length": 90, "answer_prefix": " The special magic word for cat is"}
     entries = [{"index": i, "input": text.format(prose(5) + needle + prose(i + 1)), **entry} for i in range(2)]
-    jsonlines(place / "niah_word_16k" / "validation.jsonl", entries)
+    jsonlines(root / "niah_word_16k" / "validation.jsonl", entries)
 
 
-def genomics(place: Path) -> None:
-    labelled_texts(place / "human_nontata_promoters", {"positive": "ACG", "negative": "GTN"})
+def genomics(root: Path) -> None:
+    labelled_texts(root / "human_nontata_promoters", {"positive": "ACG", "negative": "GTN"})
 
 
 WRITERS = {
@@ -473,7 +473,7 @@ WRITERS = {
     "cnfood-241": cnfood,
     "coco-2017": coco,
     "cifar-10": cifar10,
-    "cifar-100": lambda place: cifar(place, {"train.bin": 200, "test.bin": 100}, 2, 100, "fine_label_names.txt"),
+    "cifar-100": lambda root: cifar(root, {"train.bin": 200, "test.bin": 100}, 2, 100, "fine_label_names.txt"),
     "cityscapes": cityscapes,
     "camvid": camvid,
     "ade20k": ade20k,

@@ -96,15 +96,15 @@ def test_the_authors_weights_are_held_to_the_published_figure(data, tmp_path, ca
     assert main(shlex.split(line)) == 0
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     measured = finding["record"]["measurement"]
-    told = provenn.evaluate("eca_net", data / "imagenet-1k", weights=tmp_path / "their.pth.tar", device="cpu")
-    assert measured["value"] == pytest.approx(100 * told.metrics["accuracy"]) and told.examples == 6
+    evaluation = provenn.evaluate("eca_net", data / "imagenet-1k", weights=tmp_path / "their.pth.tar", device="cpu")
+    assert measured["value"] == pytest.approx(100 * evaluation.metrics["accuracy"]) and evaluation.examples == 6
     assert measured["at_paper_setting"] and measured["method"] == "the published test set, whole"
     assert str(tmp_path) not in json.dumps(finding["record"])
     assert finding["record"]["verdict"] == "not reproduced"  # of a figure of 72.56 %
 
     card = published(small("eca_net", "imagenet_mobilenet", recipe={}), measured["value"] + 0.1)
-    places = {"eca_net:eca_mobilenet_v2": tmp_path / "their.pth.tar"}
-    (finding,) = reproduce(card, budget="paper", device="cpu", out=tmp_path / "other", data=places)
+    paths = {"eca_net:eca_mobilenet_v2": tmp_path / "their.pth.tar"}
+    (finding,) = reproduce(card, budget="paper", device="cpu", out=tmp_path / "other", data=paths)
     assert finding.verdict is Verdict.REPRODUCED
 
 
@@ -118,10 +118,10 @@ def test_photographs_of_a_benchmark_are_restored_by_the_authors_weights(data, tm
     (finding,) = reproduce(
         catalog.card("craft"), experiments="set5_x2", budget="paper", device="cpu", out=tmp_path / "run"
     )
-    told = provenn.evaluate("craft", data / "set5" / "HR", weights=data / "weights" / "craft" / "craft_x2.pth")
-    assert finding.measurement.value == pytest.approx(told.metrics["psnr"]) and told.examples == 2
+    evaluation = provenn.evaluate("craft", data / "set5" / "HR", weights=data / "weights" / "craft" / "craft_x2.pth")
+    assert finding.measurement.value == pytest.approx(evaluation.metrics["psnr"]) and evaluation.examples == 2
     assert finding.measurement.data == "all of set5"
-    assert told.published["psnr"][0] == "38.23 dB PSNR-Y (the authors' README) on set5"
+    assert evaluation.published["psnr"][0] == "38.23 dB PSNR-Y (the authors' README) on set5"
 
 
 TINY = {"dim": 8, "heads": 2, "layers": 1, "feedforward": 8}
@@ -254,7 +254,7 @@ def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, mon
 
 
 def test_figures_of_shares_are_published_in_hundredths():
-    """A share is measured between 0 and 1, and told in hundredths where the figure's unit begins with a %."""
+    """A share is measured between 0 and 1, and reported in hundredths where the figure's unit begins with a %."""
     for card in catalog.cards().values():
         for experiment in card.experiments:
             if (
@@ -333,11 +333,11 @@ def test_masks_are_told_by_the_authors_weights(experiment, where, classes, file,
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
-    told = provenn.evaluate("bevanet", data / where, weights=weights, device="cpu")
-    assert measured.value == pytest.approx(100 * told.metrics["miou"]) and told.examples == 2
+    evaluation = provenn.evaluate("bevanet", data / where, weights=weights, device="cpu")
+    assert measured.value == pytest.approx(100 * evaluation.metrics["miou"]) and evaluation.examples == 2
     assert measured.at_paper_setting and finding.verdict is Verdict.NOT_REPRODUCED
     figure = catalog.card("bevanet").experiment(experiment).published.value
-    assert told.published["miou"][0].startswith(f"{figure} %")
+    assert evaluation.published["miou"][0].startswith(f"{figure} %")
     line = f"data --json --data bevanet:{file}={weights}"
     assert main(shlex.split(line)) == 0
 
@@ -403,7 +403,7 @@ def test_language_models_of_the_authors_are_held_to_the_published_perplexity(exp
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
     options = {"tokenizer": "tokenizer.json", "length": 16, "eval_tokens": 64}
-    told = provenn.evaluate(
+    evaluation = provenn.evaluate(
         "rat",
         data / "fineweb-edu",
         weights=data / "weights" / "rat" / f"{preset}.pth",
@@ -412,7 +412,7 @@ def test_language_models_of_the_authors_are_held_to_the_published_perplexity(exp
             **{key: value for key, value in card.experiments[0].at_paper.overrides.items() if key not in options},
         },
     )
-    assert measured.value == pytest.approx(told.metrics["perplexity"], rel=1e-4) and measured.at_paper_setting
+    assert measured.value == pytest.approx(evaluation.metrics["perplexity"], rel=1e-4) and measured.at_paper_setting
 
 
 QUESTIONS = ("questions/piqa", "questions/hellaswag", "questions/lambada")
@@ -432,11 +432,11 @@ def test_language_models_of_the_authors_answer_questions(experiment, preset, dat
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
     overrides = {**card.experiments[0].at_paper.overrides, "tokenizer": str(place / "tokenizer.json")}
     weights = data / "weights" / "rat" / f"{preset}.pth"
-    told = [
+    evaluation = [
         provenn.evaluate("rat", data / name, weights=weights, overrides=overrides)
         for name in card.experiments[0].at_paper.sets
     ]
-    assert measured.value == pytest.approx(100 * sum(each.metrics["score"] for each in told) / 6)
+    assert measured.value == pytest.approx(100 * sum(each.metrics["score"] for each in evaluation) / 6)
     assert "questions/hellaswag: score" in measured.note and "accuracy_norm" in measured.note
 
 
@@ -629,7 +629,7 @@ def test_a_pretrained_model_is_converted_tuned_and_tested(data, tmp_path):
 
 
 def pretrained_bert(folder, vocab=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), positions=48) -> None:
-    """A small BERT that tells masked tokens, with WordPiece tokens and random weights."""
+    """A small BERT that predicts masked tokens, with WordPiece tokens and random weights."""
     import transformers
 
     words = [*vocab, *dict.fromkeys(word.lower() for word in miniature.WORDS if word.isalpha()), *"0123456789"]
@@ -670,7 +670,7 @@ def test_a_pretrained_model_is_fine_tuned_on_sentences_and_then_converted(experi
     first = [trial["value"] for trial in trials[: len(GLUE)]]  # side by side, seed by seed, set by set
     before, after = (sum(stages[name] for stages in first) / len(GLUE) for name in ("before", "tuned"))
     assert measured.values[0] == pytest.approx(100 * (after / before if sides == 1 else after))
-    assert before > 0.4, "fine-tuned: a word tells"
+    assert before > 0.4, "fine-tuned: a word decides"
     if sides == 2:
         assert measured.sides == ("hedgehog", "hedgehog, feature_map=elu") and measured.values != measured.baselines
 
@@ -696,7 +696,7 @@ def pretrained_llama(folder) -> None:
         "meets",
         ".",
     ]
-    vocabulary = {word: place for place, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *words])}
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -743,7 +743,7 @@ def test_an_image_classifier_is_converted_tuned_and_tested(data, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=4)
     transformers.ViTForImageClassification(config).save_pretrained(folder)
-    assert "has 3 classes, the model tells 4" in measure().reason
+    assert "has 3 classes, the model predicts 4" in measure().reason
     config.num_labels = 3
     transformers.ViTForImageClassification(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.3] * 3}))
@@ -752,7 +752,7 @@ def test_an_image_classifier_is_converted_tuned_and_tested(data, tmp_path):
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
     (trial,) = json.loads((tmp_path / "run" / "hedgehog" / "ledger.json").read_text())["trials"]
     assert set(trial["value"]) == {"before", "converted", "prepared", "tuned"}
-    assert measured.values == [100 * trial["value"]["tuned"]] == [100.0], "brightness tells the three apart"
+    assert measured.values == [100 * trial["value"]["tuned"]] == [100.0], "brightness distinguishes the three"
     assert trial["value"]["before"] < 1 and not measured.at_paper_setting
     assert measured.note.startswith("passes and rate of the tuning are ours")
 

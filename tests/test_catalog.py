@@ -56,7 +56,12 @@ def card_with(tmp_path: Path, text: str) -> catalog.Card:
             "no experiment of this paper: bettr",
         ),
         ("headline = true", "headline = false", "(whole file)", "one claim is the headline, got 0"),
-        ('needs = "users"', 'figure = "most"', "claims.2", "names the experiments that bear on it, or what it needs"),
+        (
+            'needs = "users"',
+            'figure = "most"',
+            "claims.2",
+            "must name the experiments that are evidence for it, or what it needs",
+        ),
         ('kind = "use"', 'kind = "taste"', "claims.2.kind", "'exact', 'cost', 'quality' or 'use'"),
         ("[presets.recipe]\nepochs = 1\nlr", "recipe = 'imagenet'\n#", "(whole file)", "no recipe 'imagenet'"),
         (

@@ -659,7 +659,7 @@ def test_train_then_predict(run, props):
     code, out, err = run("train tiny_gate --data classes --out run --epochs 2")
     assert (code, err) == (0, "") and "accuracy" in out
     assert "next     provenn predict tiny_gate INPUT… --weights run -o OUTPUT" in out
-    assert "on 2 test examples" in out and "of who has learned nothing" in out
+    assert "on 2 test examples" in out and "the dummy baseline (" in out
     assert (props / "run" / "weights.safetensors").exists() and (props / "run" / "run.json").exists()
     code, out, err = run("predict tiny_gate classes/a/0.png classes/b/0.png --weights run -o out.csv")
     assert (code, err) == (0, "") and out.count("%") == 4
@@ -669,12 +669,12 @@ def test_train_then_predict(run, props):
 @pytest.mark.parametrize(
     "reached, count, says",
     [
-        (0.9, 300, "accuracy 0.9 on 300 test examples, beside the 0.5 of who has learned nothing"),
-        (0.5, 300, "no better than the 0.5 of who has learned nothing: train longer than 1 step, on more data"),
-        (0.625, 8, "accuracy 0.625 on 8 test examples, too few to tell it from the 0.5 of who has learned nothing"),
+        (0.9, 300, "accuracy 0.9 on 300 test examples, beside the dummy baseline (0.5)"),
+        (0.5, 300, "no better than the dummy baseline (0.5): train longer than 1 step, on more data"),
+        (0.625, 8, "accuracy 0.625 on 8 test examples, too few to distinguish it from the dummy baseline (0.5)"),
     ],
 )
-def test_a_training_ends_with_what_it_reached_beside_who_learned_nothing(reached, count, says):
+def test_a_training_ends_with_what_it_reached_beside_the_dummy_baseline(reached, count, says):
     from provenn.cli.work import _in_words
     from provenn.tasks import get_task
 
@@ -682,7 +682,7 @@ def test_a_training_ends_with_what_it_reached_beside_who_learned_nothing(reached
     assert says in _in_words(get_task("image-classification"), summary)
     summary = {"metrics": {"mse": 0.9}, "dummy_baseline": 1.0, "tested_on": 5, "steps": 1}
     assert _in_words(get_task("series-forecasting"), summary) == (
-        "mse 0.9 on 5 test examples, beside the 1 of who has learned nothing"
+        "mse 0.9 on 5 test examples, beside the dummy baseline (1)"
     )
 
 
@@ -758,7 +758,7 @@ def test_inspect_shows_a_trained_model_on_a_file(run, props):
 def test_inspect_says_that_weights_are_random(run, props):
     code, out, err = run("inspect tiny_gate good.png --preset tiny_large")
     assert code == 0 and "tiny_large (random weights) on good.png" in out
-    assert err == "the weights are random, nothing was learned: give some with --weights\n"
+    assert err == "the weights are random and untrained: give trained ones with --weights\n"
     assert (
         run("inspect tiny_gate good.png --preset tiny_large --json")[1]
         == run("inspect tiny_gate good.png --preset tiny_large --json")[1]
@@ -1049,7 +1049,7 @@ def test_a_paper_by_its_arxiv_number_in_every_verb(run, here):
     code, _, err = run("reproduce 1910.03151 eca_net --experiment nobody")
     assert code == 2 and "eca_net has no experiment 'nobody'" in err, "one paper, named twice"
     with pytest.raises(UserError, match="--data craft:craft_x2: nothing at"):
-        datasets.given_places(["2308.05022:craft_x2=nowhere"])
+        datasets.given_paths(["2308.05022:craft_x2=nowhere"])
 
 
 def test_bibtex_and_the_settings_of_a_preset(run):

@@ -197,11 +197,11 @@ def test_times_follow_from_ratios_of_interleaved_runs():
 
 def test_a_cost_that_all_share_is_neither_drawn_nor_ranked():
     result = ranked([(0.9, 1000), (0.8, 1009)])
-    assert result.telling == ["latency"]
-    assert ranked([(0.9, 5), (0.8, 6)]).telling == list(COSTS)
+    assert result.distinguishing == ["latency"]
+    assert ranked([(0.9, 5), (0.8, 6)]).distinguishing == list(COSTS)
     same = [replace(one, latency=10.0 * i + 1) for i, one in enumerate(result.candidates)]
     drawn = replace(result, candidates=tuple(same))
-    assert drawn.telling == ["latency"] and len(drawn.figure().axes) == 1
+    assert drawn.distinguishing == ["latency"] and len(drawn.figure().axes) == 1
     assert [row[-1] for row in drawn.table.rows] == ["time", ""]
 
 

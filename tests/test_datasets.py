@@ -52,7 +52,7 @@ def test_a_set_in_its_layout_is_found_and_read(name, data, monkeypatch):
     if name == "d4rl":
         pytest.importorskip("h5py")
     assert not datasets.find(name).there
-    place = miniature.write(name, data)
+    path = miniature.write(name, data)
     found = datasets.find(name)
     assert found.there, found.missing
     files = {
@@ -68,17 +68,15 @@ def test_a_set_in_its_layout_is_found_and_read(name, data, monkeypatch):
     task = get_task(datasets.get(name).task)
     if name in ("set5", "set14", "bsd100", "urban100", "manga109"):  # there is nothing in them to train on
         dataset = task.held_out(source.data, {}).dataset
-        assert source.data == place / "HR" and [photo.shape for photo in dataset] == [(3, 64, 64)] * 2
+        assert source.data == path / "HR" and [photo.shape for photo in dataset] == [(3, 64, 64)] * 2
         return
     if name == "questions":  # nor here
-        meta = {"tokenizer": (place / "tokenizer.json").read_text(), "length": 64}
-        counts = {part.name: len(task.held_out(part, meta).dataset) for part in place.iterdir() if part.is_dir()}
+        meta = {"tokenizer": (path / "tokenizer.json").read_text(), "length": 64}
+        counts = {part.name: len(task.held_out(part, meta).dataset) for part in path.iterdir() if part.is_dir()}
         assert counts == {pattern.partition("/")[0]: 2 for pattern in datasets.get(name).holds} | {"truthfulqa": 1}
         return
     if name in ("longbench", "ruler"):  # nor here
-        inside = (
-            [place / "lcc.jsonl", place / "repobench-p.jsonl"] if name == "longbench" else [place / "niah_word_16k"]
-        )
+        inside = [path / "lcc.jsonl", path / "repobench-p.jsonl"] if name == "longbench" else [path / "niah_word_16k"]
         for part in inside:
             assert len(task.held_out(part, {"tokenizer": "bytes", "length": 4096}).dataset) == 2
         return
@@ -123,10 +121,10 @@ def test_masks_of_the_fields_own_sets_are_read_as_their_authors_wrote_them(data)
 
 def test_how_much_is_cut_off_for_validation_is_the_users_to_say(data):
     kind = get_task("object-detection")
-    place = miniature.write("coco-2017", data)
-    sizes = {share: len(kind.load(place, size=48, val_share=share).val) for share in (0.01, 0.25)}
+    path = miniature.write("coco-2017", data)
+    sizes = {share: len(kind.load(path, size=48, val_share=share).val) for share in (0.01, 0.25)}
     assert sizes == {0.01: 1, 0.25: 2}
-    for task, source in ((kind, place), (get_task("semantic-segmentation"), miniature.write("ade20k", data))):
+    for task, source in ((kind, path), (get_task("semantic-segmentation"), miniature.write("ade20k", data))):
         with pytest.raises(UserError, match=r"val_share must be more than 0 and at most 0\.25, got 0\.5"):
             task.load(source, val_share=0.5)
 
@@ -180,9 +178,9 @@ def test_where_a_set_is_looked_for(data, tmp_path):
     assert "--data cifar-10=PATH, or PROVENN_DATA" in datasets.find("cifar-10").needs
     (data / "cifar10").mkdir()  # another name that it goes by
     part = datasets.find("cifar-10")
-    assert part.place == data / "cifar10" and len(part.missing) == 6 and "lacks data_batch_1.bin" in part.needs
+    assert part.path == data / "cifar10" and len(part.missing) == 6 and "lacks data_batch_1.bin" in part.needs
     whole = miniature.write("cifar-10", tmp_path / "else")
-    assert datasets.find("cifar-10", {"cifar-10": whole}).place == whole
+    assert datasets.find("cifar-10", {"cifar-10": whole}).path == whole
     assert datasets.resolve(f"cifar-10={whole}").data == whole
     assert not datasets.find("cifar-10", {"cifar-10": tmp_path / "empty"}).there  # what is said outright is believed
     with pytest.raises(UserError, match=r"no cifar-10: needs CIFAR-10, .* lacks data_batch_1.bin"):
@@ -199,7 +197,7 @@ def test_the_authors_weights_are_looked_for_beside_the_data(data):
     file = data / "weights" / "craft" / "craft_x2.pth.tar"
     file.parent.mkdir(parents=True)
     file.touch()
-    assert datasets.find_weights(card, "craft_x2").place == file
+    assert datasets.find_weights(card, "craft_x2").path == file
 
 
 @pytest.mark.parametrize(
@@ -311,6 +309,6 @@ def test_a_known_set_is_trained_on_by_its_name(data, tmp_path, monkeypatch):
     miniature.write("cifar-10", data)
     _, metrics = provenn.train("residual_depth", "cifar-10", preset="scaled_resnet20", recipe={"max_steps": 2})
     assert set(metrics) >= {"accuracy", "top5"}
-    told = provenn.evaluate("residual_depth", "cifar-10", weights="runs/residual_depth")
-    assert told.metrics == pytest.approx(metrics, rel=1e-4) and told.examples == 20
-    assert told.classes[3] == "class_3" and torch.tensor(told.confusion).sum() == 20
+    evaluation = provenn.evaluate("residual_depth", "cifar-10", weights="runs/residual_depth")
+    assert evaluation.metrics == pytest.approx(metrics, rel=1e-4) and evaluation.examples == 20
+    assert evaluation.classes[3] == "class_3" and torch.tensor(evaluation.confusion).sum() == 20

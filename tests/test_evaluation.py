@@ -240,7 +240,7 @@ def test_data_that_do_not_fit_and_weights_that_are_no_numbers_are_refused(run):
         evaluate(model, task, wide)
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match="is no finite number"):
+    with pytest.raises(UserError, match="is not a finite number"):
         evaluate(model, task, HeldOut(data.test, "digits"))
 
 

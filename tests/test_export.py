@@ -188,7 +188,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     with pytest.raises(UserError, match=r"pip install 'provenn\[onnx\]'"):
-        export.check_place(tmp_path / "a.onnx")
+        export.check_path(tmp_path / "a.onnx")
 
 
 def small_backbone(channels: int) -> ResNet:
@@ -301,7 +301,7 @@ class Pools(torch.nn.Module):
 def test_adaptive_pooling_is_right_at_sizes_that_were_not_traced(tmp_path):
     sizes = ({2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)},)
     file, image = tmp_path / "a.onnx", torch.rand(2, 1, 8, 12)
-    export._write(Pools(), (image,), sizes, inputs=["image"], outputs=["cells"], place=file, about={})
+    export._write(Pools(), (image,), sizes, inputs=["image"], outputs=["cells"], path=file, about={})
     session = onnxruntime.InferenceSession(file)
     for height, width in ((8, 12), (9, 13), (2, 2), (31, 17)):
         image = torch.rand(2, 1, height, width)
@@ -381,7 +381,7 @@ def test_equal_scores_are_sorted_as_torch_does(tmp_path):
     image = torch.tensor([[[[0.0, 2.0, 1.0, 2.0, 2.0]], [[1.0, 1.0, 1.0, 1.0, 1.0]]]]).repeat(3, 1, 1, 1)
     file = tmp_path / "a.onnx"
     dynamic = ({0: torch.export.Dim("batch")},)
-    export._write(Routed(), (image,), dynamic, inputs=["image"], outputs=["kept"], place=file, about={})
+    export._write(Routed(), (image,), dynamic, inputs=["image"], outputs=["kept"], path=file, about={})
     (kept,) = onnxruntime.InferenceSession(file).run(None, {"image": image[:2].numpy()})
     assert (kept > 0).tolist() == [[[False, True, False, True, False], [True, True, False, False, False]]] * 2
 

@@ -56,19 +56,19 @@ def test_json_is_read_or_refused_in_one_line(text, says):
 
 def odd_files(folder: Path, suffix: str) -> dict[str, Path]:
     """Names of things that are no files, or that would be read for ever."""
-    places = {
+    paths = {
         kind: folder / f"{kind}{suffix}" for kind in ("pipe", "socket", "loop", "device", "zeros", "folder", "huge")
     }
-    os.mkfifo(places["pipe"])
+    os.mkfifo(paths["pipe"])
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(places["socket"]))
-    places["loop"].symlink_to(places["loop"])
-    places["device"].symlink_to("/dev/urandom")
-    places["zeros"].symlink_to("/dev/zero")
-    places["folder"].mkdir()
-    with places["huge"].open("wb") as handle:
+        server.bind(str(paths["socket"]))
+    paths["loop"].symlink_to(paths["loop"])
+    paths["device"].symlink_to("/dev/urandom")
+    paths["zeros"].symlink_to("/dev/zero")
+    paths["folder"].mkdir()
+    with paths["huge"].open("wb") as handle:
         handle.truncate(1 << 40)
-    return places
+    return paths
 
 
 @pytest.mark.parametrize(

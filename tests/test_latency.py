@@ -1,4 +1,4 @@
-"""Networks are timed in every form beside a reference; what fails is told and costs no other."""
+"""Networks are timed in every form beside a reference; what fails is reported and costs no other."""
 
 import json
 from functools import partial
@@ -38,10 +38,10 @@ def test_each_form_is_timed_beside_the_reference_and_trouble_costs_no_other(tmp_
     def broken() -> nn.Module:
         raise ValueError("heads must divide dim")
 
-    told: list[str] = []
+    lines: list[str] = []
     networks = {"small": tiny, "wide": partial(tiny, 5), "fussy": Fussy, "broken": broken}
     options = {"size": 8, "batches": [1, 3], "threads": [1], "rounds": 6}
-    result = latency.measure(networks, **options, reference="small", log=told.append)
+    result = latency.measure(networks, **options, reference="small", log=lines.append)
     by = {(each.network, each.form, each.batch): each for each in result.latencies}
     for batch in (1, 3):
         for form in ("eager", "ONNX Runtime"):
@@ -52,8 +52,8 @@ def test_each_form_is_timed_beside_the_reference_and_trouble_costs_no_other(tmp_
         assert by["wide", "torch.compile", batch].trouble.startswith("no compiler: RuntimeError: No working C++")
     assert set(result.costs) == {"small", "wide", "fussy"} and "broken" in result.troubles
     assert result.costs["wide"] == latency.Cost(5 * 27 + 10, 5 * 27 * 36, True) and not result.costs["fussy"].fused
-    assert any("broken: left out: ValueError: heads must divide dim" in line for line in told)
-    assert all("\n" not in line for line in told)
+    assert any("broken: left out: ValueError: heads must divide dim" in line for line in lines)
+    assert all("\n" not in line for line in lines)
     files = result.save(tmp_path)
     assert [file.suffix for file in files] == [".md", ".png", ".json"] and all(file.stat().st_size for file in files)
     assert len(json.loads(files[2].read_text())["latencies"]) == 2 * 3 * 3
@@ -67,7 +67,7 @@ def test_more_threads_are_timed_by_the_wall_and_told_so(monkeypatch: pytest.Monk
     monkeypatch.setattr(cost.time, "process_time", lambda: seen.append("cpu") or 0.0)
     result = latency.measure({"one": tiny}, size=8, batches=[1], threads=[2], rounds=1)
     assert not seen and "wall clock" in result.tables[0].caption
-    assert result.latencies[0].interval is None  # one round tells none
+    assert result.latencies[0].interval is None  # one round gives none
     latency.measure({"one": tiny}, size=8, batches=[1], threads=[1], rounds=1)
     assert seen and torch.get_num_threads() >= 1
 

@@ -95,9 +95,9 @@ def test_it_is_exported_by_its_task(trained, tmp_path):
     parts = {"left": torch.randn(5, 4), "right": torch.randn(5, 3)}
     session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"))
     liked, rating = session.run(["liked", "rating"], {name: part.numpy() for name, part in parts.items()})
-    told = model(**parts)
-    torch.testing.assert_close(told["liked"], torch.from_numpy(liked))
-    torch.testing.assert_close(told["rating"], torch.from_numpy(rating))
+    predicted = model(**parts)
+    torch.testing.assert_close(predicted["liked"], torch.from_numpy(liked))
+    torch.testing.assert_close(predicted["rating"], torch.from_numpy(rating))
 
 
 def test_it_keeps_every_promise():
@@ -108,8 +108,8 @@ def test_a_promise_is_asked_of_inputs_by_name(monkeypatch):
     """An example whose company changes its output is noticed."""
     from pair_rating import model
 
-    told = model.Product.forward
-    mixed = lambda self, *, left, right: told(self, left=left + left.mean(0), right=right)  # noqa: E731
+    forward = model.Product.forward
+    mixed = lambda self, *, left, right: forward(self, left=left + left.mean(0), right=right)  # noqa: E731
     monkeypatch.setattr(model.Product, "forward", mixed)
     with pytest.raises(FailedCheck, match="keep-examples-apart"):
         checks_of(catalog.card("pair_rating"))["pair_rating pair_product"]()
@@ -166,7 +166,7 @@ def test_a_task_without_a_prediction_says_so(run):
 
 def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
     code, out, _ = run("reproduce pair_rating --seeds 3 --out run")
-    assert code == 0 and "nothing was learned" not in out
+    assert code == 0 and "untrained" not in out
     own = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
     assert {r.experiment: str(r.verdict) for r in own.records} | {"two_heads": ""} == {
         "parameters": "reproduced",
@@ -192,18 +192,18 @@ def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
         {"says": says, "headline": i == 1, "verdict": verdict} for i, (says, verdict) in enumerate(strip)
     ]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "and 1 at other settings, which bear on no claim" in page and "at epochs = 1, noise = 0.5" in page
+    assert "and 1 at other options, which are evidence for no claim" in page and "at epochs = 1, noise = 0.5" in page
 
     assert run(f"{words} --resume")[0] == 0
     assert Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE).record("two_heads", changed.overrides) == changed
 
-    # Where a package brings such evidence, `show` tells the two apart.
+    # Where a package brings such evidence, `show` distinguishes the two.
     monkeypatch.setattr(view, "committed", lambda card, *_: both)
     shown = run("show pair_rating --all")[1]
-    assert "At other settings, which bear on no claim" in shown and "epochs = 1" in shown
+    assert "At other options, which are evidence for no claim" in shown and "epochs = 1" in shown
     assert "holds here" in run("show pair_rating")[1]
-    told = json.loads(run("show pair_rating --json")[1])
-    assert [r.get("overrides") for r in told["evidence"]["records"]] == [None, None, None, changed.overrides]
+    shown = json.loads(run("show pair_rating --json")[1])
+    assert [r.get("overrides") for r in shown["evidence"]["records"]] == [None, None, None, changed.overrides]
 
 
 def test_a_count_at_another_setting_is_not_held_to_the_published_figure(run, tmp_path):

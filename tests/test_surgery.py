@@ -89,9 +89,9 @@ def test_a_gate_goes_into_every_branch_of_a_resnet(resnet: nn.Module):
 
 
 def test_a_neutral_insertion_changes_no_output_and_old_weights_load(resnet: nn.Module, vit: nn.Module):
-    for model, place in ((resnet, BRANCHES), (vit, "vit.layers.*.attention"), (vit, "vit.layers.*.mlp")):
+    for model, where in ((resnet, BRANCHES), (vit, "vit.layers.*.attention"), (vit, "vit.layers.*.mlp")):
         plain, weights = model(image).logits, copy.deepcopy(model.state_dict())
-        insert_after(model, place, ChannelScale, example=image)
+        insert_after(model, where, ChannelScale, example=image)
         for parameter in model.parameters():
             nn.init.zeros_(parameter)
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -197,9 +197,9 @@ def test_the_result_compiles_and_exports():
     assert "1.up.inserted.scale" in exported.state_dict
 
 
-@pytest.mark.parametrize("place", [nn.Sequential(nn.Identity()), nn.Identity()])
-def test_an_inserted_module_runs_once(place: nn.Module):
-    model = nn.Sequential(nn.Linear(4, 4), place)
+@pytest.mark.parametrize("last", [nn.Sequential(nn.Identity()), nn.Identity()])
+def test_an_inserted_module_runs_once(last: nn.Module):
+    model = nn.Sequential(nn.Linear(4, 4), last)
     insert_after(model, "1", lambda width: ChannelScale(width, 0.5), example=torch.randn(1, 4))
     x = torch.randn(2, 4)
     torch.testing.assert_close(model(x), model[0](x) / 2)
@@ -293,7 +293,7 @@ def test_stars_stand_for_one_name_and_double_stars_for_any_number(resnet: nn.Mod
         ("backbone", "there are classifier, "),
         (nn.Conv3d, r"no Conv3d in this ResNetForImageClassification; it has .*ReLU \(7\)"),
         ([nn.ReLU, "nowhere.*"], "nowhere"),
-        ([], "no place was named"),
+        ([], "`where` is empty: name a module"),
     ],
 )
 def test_a_place_that_does_not_exist_says_what_does(resnet: nn.Module, where, message: str):
@@ -319,7 +319,7 @@ def test_widths_come_from_the_last_layer_inside_or_from_an_example():
 
     assert widths("0") == [5]
     assert widths("**", example=torch.randn(1, 3, 2, 2)) == [5, 5, 5, 10]
-    with pytest.raises(UserError, match="cannot tell how wide 1"):
+    with pytest.raises(UserError, match=r"the width of 1 .* is unknown"):
         widths("1")
 
 
@@ -438,9 +438,7 @@ def test_an_example_shows_which_layer_loses_what_the_model_kept(new: nn.Module, 
     from provenn.huggingface import as_attention
 
     made = iter([as_attention("softmax"), lambda old: new])
-    with pytest.raises(
-        UserError, match=rf"^{names[1]}: with {type(new).__name__} in the place of .*{lost}.*, by .* undone"
-    ):
+    with pytest.raises(UserError, match=rf"^{names[1]}: with {type(new).__name__} instead of .*{lost}.*, by .* undone"):
         swap(model, names, lambda old: next(made)(old), example={"input_ids": TEXT})
     assert dict(model.named_modules()) == kept and torch.equal(model(TEXT).logits, before)
     assert "provenn" not in model.config.to_json_string()
@@ -453,7 +451,7 @@ def test_an_example_shows_a_lost_order_in_a_plain_module():
 
     model = nn.Sequential(nn.Linear(8, 8), SoftmaxAttention(8, 2), nn.Linear(8, 8))
     x = torch.randn(2, 7, 8)
-    with pytest.raises(UserError, match=r"^1: with SoftmaxAttention in the place .* a token moves outputs before it"):
+    with pytest.raises(UserError, match=r"^1: with SoftmaxAttention instead .* a token moves outputs before it"):
         swap(model, "1", lambda old: SoftmaxAttention(8, 2, causal=False), example=x)
     swap(model, "1", lambda old: SoftmaxAttention(8, 4), example=x)
     both_ways = nn.Sequential(SoftmaxAttention(8, 2, causal=False))

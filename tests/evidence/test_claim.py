@@ -38,12 +38,12 @@ def test_what_was_not_measured_neither_helps_nor_harms(kind, every):
 
 @given(st.sampled_from(CLAIMS), outcomes, st.data())
 def test_a_better_experiment_never_makes_a_claim_worse(kind, every, data):
-    places = [
+    indices = [
         i for i, outcome in enumerate(every) if outcome.verdict in EXPERIMENTS[:-1] and not outcome.at_paper_setting
     ]
-    if not places:
+    if not indices:
         return
-    i = data.draw(st.sampled_from(places))
+    i = data.draw(st.sampled_from(indices))
     better = data.draw(st.sampled_from(EXPERIMENTS[EXPERIMENTS.index(every[i].verdict) + 1 :]))
     before = judge(kind, "x", every).standing
     after = judge(kind, "x", [*every[:i], every[i]._replace(verdict=better), *every[i + 1 :]]).standing

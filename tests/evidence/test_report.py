@@ -302,9 +302,9 @@ def test_evidence_of_papers_that_nobody_knows_is_left_out_and_said(folder):
     Evidence(paper="elsewhere").write(folder / "elsewhere" / EVIDENCE)
     (folder / "broken").mkdir()
     (folder / "broken" / EVIDENCE).write_text("{")
-    told: list[str] = []
-    assert list(view.in_folder(folder, told.append)) == ["a_paper"]
-    assert len(told) == 2 and "no paper here is called 'elsewhere'" in " ".join(told)
+    logged: list[str] = []
+    assert list(view.in_folder(folder, logged.append)) == ["a_paper"]
+    assert len(logged) == 2 and "no paper here is called 'elsewhere'" in " ".join(logged)
 
 
 @pytest.mark.parametrize(

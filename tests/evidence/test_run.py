@@ -203,8 +203,8 @@ def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_pat
 
 
 def test_every_experiment_gets_a_record_and_a_verdict(card, tmp_path):
-    told: list[str] = []
-    findings = reproduce(card, out=tmp_path, done=lambda finding: told.append(finding.experiment.id))
+    logged: list[str] = []
+    findings = reproduce(card, out=tmp_path, done=lambda finding: logged.append(finding.experiment.id))
     assert verdicts(findings) == {
         "parameters": "reproduced",
         "identity": "holds",
@@ -213,7 +213,7 @@ def test_every_experiment_gets_a_record_and_a_verdict(card, tmp_path):
         "overstated": "not reproduced",
         "imagenet": "not measured",
     }
-    assert told == [experiment.id for experiment in card.experiments]
+    assert logged == [experiment.id for experiment in card.experiments]
     assert kept_records(tmp_path) == [finding.record for finding in findings]
 
 
@@ -357,9 +357,9 @@ def test_a_record_s_time_is_what_its_measurement_took_resumed_or_not(card, tmp_p
 def test_a_corrupt_file_is_said_and_kept_aside(card, tmp_path, name):
     (tmp_path / "tiny_gate").mkdir()
     (tmp_path / "tiny_gate" / name).write_text("{")
-    told: list[str] = []
-    reproduce(card, experiments=["parameters"], out=tmp_path, resume=True, log=told.append)
-    assert len(told) == 1 and f"moved to {name}.corrupt-" in told[0]
+    logged: list[str] = []
+    reproduce(card, experiments=["parameters"], out=tmp_path, resume=True, log=logged.append)
+    assert len(logged) == 1 and f"moved to {name}.corrupt-" in logged[0]
     assert len(list(tmp_path.glob("*/*.corrupt-*"))) == 1
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from provenn.catalog import Experiment, Figure, Region
 from provenn.evidence import Measurement, Skill, Verdict, decide
-from provenn.evidence.verdict import beats_dummy, place
+from provenn.evidence.verdict import beats_dummy, locate
 
 numbers = st.floats(-1e6, 1e6)
 intervals = st.tuples(numbers, numbers).map(lambda pair: (min(pair), max(pair)))
@@ -36,42 +36,42 @@ def mirrored(region: Region) -> Region:
 
 @given(intervals, regions)
 def test_what_is_said_of_an_effect_is_said_of_its_mirror_image(interval, region):
-    assert place(interval, region) == place((-interval[1], -interval[0]), mirrored(region))
+    assert locate(interval, region) == locate((-interval[1], -interval[0]), mirrored(region))
 
 
 @given(intervals, numbers, st.floats(0, 1e6))
 def test_a_larger_effect_never_proves_less_of_a_experiment_that_it_is_large(interval, bound, more):
     larger = (interval[0] + more, interval[1] + more)
     above = Region(above=bound)
-    assert BETTER.index(place(larger, above)) >= BETTER.index(place(interval, above))
+    assert BETTER.index(locate(larger, above)) >= BETTER.index(locate(interval, above))
     below = Region(below=bound)
-    assert BETTER.index(place(larger, below)) <= BETTER.index(place(interval, below))
+    assert BETTER.index(locate(larger, below)) <= BETTER.index(locate(interval, below))
 
 
 @given(intervals, regions, st.floats(0, 1e3))
 def test_a_wider_interval_never_turns_a_verdict_round(interval, region, more):
-    wide, narrow = place((interval[0] - more, interval[1] + more), region), place(interval, region)
+    wide, narrow = locate((interval[0] - more, interval[1] + more), region), locate(interval, region)
     assert wide in (narrow, Verdict.INCONCLUSIVE)
 
 
 @given(intervals, numbers)
 def test_a_experiment_and_its_opposite_are_never_both_proven(interval, bound):
-    verdicts = [place(interval, Region(above=bound)), place(interval, Region(below=bound))]
+    verdicts = [locate(interval, Region(above=bound)), locate(interval, Region(below=bound))]
     assert verdicts.count(Verdict.DIRECTION_HOLDS) <= 1
     assert (verdicts[0] is Verdict.DIRECTION_HOLDS) == (verdicts[1] is Verdict.NOT_REPRODUCED and interval[0] > bound)
 
 
 @given(numbers)
 def test_an_effect_of_exactly_the_bound_proves_nothing(bound):
-    assert place((bound, bound), Region(above=bound)) is Verdict.INCONCLUSIVE
-    assert place((bound, bound), Region(below=bound)) is Verdict.INCONCLUSIVE
-    assert place((bound, bound), Region(within=(bound, bound))) is Verdict.DIRECTION_HOLDS
+    assert locate((bound, bound), Region(above=bound)) is Verdict.INCONCLUSIVE
+    assert locate((bound, bound), Region(below=bound)) is Verdict.INCONCLUSIVE
+    assert locate((bound, bound), Region(within=(bound, bound))) is Verdict.DIRECTION_HOLDS
 
 
 @given(regions)
 def test_what_is_not_a_number_proves_nothing(region):
-    assert place((nan, nan), region) is Verdict.INCONCLUSIVE
-    assert place((-inf, inf), region) is Verdict.INCONCLUSIVE
+    assert locate((nan, nan), region) is Verdict.INCONCLUSIVE
+    assert locate((-inf, inf), region) is Verdict.INCONCLUSIVE
 
 
 @given(intervals, regions, seeds, st.booleans())
@@ -98,12 +98,12 @@ def test_a_smoke_run_gives_no_verdict(interval, region, kind):
 def test_reproduced_is_for_the_paper_s_own_setting_alone(interval, region, kind):
     smaller, _ = decide(experiment(kind, expects=region), measured(interval))
     if kind != "exact":
-        assert smaller is place(interval, region)
+        assert smaller is locate(interval, region)
     full = decide(
         experiment(kind, expects=region, published=Figure(value=sum(interval) / 2, source="Table 1")),
         measured(interval, at_paper_setting=True),
     )[0]
-    assert (full is Verdict.REPRODUCED) == (place(interval, region) is Verdict.DIRECTION_HOLDS)
+    assert (full is Verdict.REPRODUCED) == (locate(interval, region) is Verdict.DIRECTION_HOLDS)
 
 
 @given(numbers, st.floats(0.01, 1e3), st.floats(-3, 3))

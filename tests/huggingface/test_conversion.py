@@ -281,7 +281,7 @@ def test_generate_keeps_a_state_of_constant_size_and_says_what_a_full_cache_says
 @decoders_only
 @pytest.mark.parametrize("cache", [StateCache, DynamicCache])
 def test_positions_go_on_where_the_cache_ends(build, cache):
-    """cosFormer's map knows its tokens' places, and with 24 of them weights change from place to place."""
+    """cosFormer's map knows its tokens' positions, and with 24 of them weights change from position to position."""
     model = convert(build().eval(), "hedgehog", feature_map="cosformer", length=24)
     tokens, past = torch.randint(1, VOCAB, (2, 20)), cache()
     with torch.no_grad():
@@ -439,9 +439,13 @@ def test_the_command_line_converts_a_folder(tokenizer, story, tmp_path, capsys):
     out = tmp_path / "converted"
     line = f"convert hedgehog {host} --data {story} -o {out} --tune lora --steps 3 --prepare-steps 3 --length 16 --json"
     assert main(shlex.split(line)) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == json.loads((out / "conversion.json").read_text())
-    assert told["setting"]["tuning"] == "lora" and len(told["losses"]["prepare"]) == 3 and len(told["layers"]) == 2
+    written = json.loads(capsys.readouterr().out)
+    assert written == json.loads((out / "conversion.json").read_text())
+    assert (
+        written["setting"]["tuning"] == "lora"
+        and len(written["losses"]["prepare"]) == 3
+        and len(written["layers"]) == 2
+    )
     assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "ConvertedGPT2LMHeadModel"
     assert main(shlex.split(line)) == 2 and "is not empty" in capsys.readouterr().err
     again = f"convert hedgehog {out} --data {story} -o {tmp_path / 'twice'} --length 16"
@@ -474,16 +478,16 @@ def test_the_command_line_converts_a_folder(tokenizer, story, tmp_path, capsys):
 def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    places = {"story": story}
+    paths = {"story": story}
     for name in ("host", "bare", "small"):
-        places[name] = tmp_path / name
-        gpt2(**({"vocab_size": 10} if name == "small" else {})).save_pretrained(places[name])
+        paths[name] = tmp_path / name
+        gpt2(**({"vocab_size": 10} if name == "small" else {})).save_pretrained(paths[name])
     for name in ("host", "small"):
-        tokenizer.save_pretrained(places[name])
+        tokenizer.save_pretrained(paths[name])
     for name, text in (("empty", ""), ("short", "the cat")):
-        places[name] = tmp_path / f"{name}.txt"
-        places[name].write_text(text)
-    assert main(shlex.split(f"convert {words.format(**places)} -o {tmp_path / 'out'} --steps 1 --prepare-steps 1")) == 2
+        paths[name] = tmp_path / f"{name}.txt"
+        paths[name].write_text(text)
+    assert main(shlex.split(f"convert {words.format(**paths)} -o {tmp_path / 'out'} --steps 1 --prepare-steps 1")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and not (tmp_path / "out").exists()
 
@@ -504,7 +508,7 @@ def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, t
         (gpt2, "config.json", "host cannot be loaded as a model"),
         (gpt2, "model.safetensors", "the weights of host cannot be loaded"),
         (gpt2, None, "host cannot be loaded as a model"),
-        (text_classifier, {}, "host holds a BertForSequenceClassification, which predicts no tokens of a text"),
+        (text_classifier, {}, "host holds a BertForSequenceClassification, which does not predict tokens of a text"),
         (image_classifier, {}, "--length is of rows of text; host sees pictures of its own size"),
     ],
 )

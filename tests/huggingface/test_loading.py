@@ -117,10 +117,10 @@ def test_the_command_line_converts_t5_on_the_task_that_it_was_trained_on(folder,
         f"convert urpe {host} --data {tmp_path / 'story.txt'} -o {out} --steps 1 --prepare-steps 1 --length 16 --json"
     )
     assert main(shlex.split(line)) == 0
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     # Ones leave the model what it was; then they are trained.
-    assert told["converted"] == pytest.approx(told["before"], rel=1e-6) and told["tuned"] != told["converted"]
-    assert told["parameters"] == 2 * 8 * 4
+    assert report["converted"] == pytest.approx(report["before"], rel=1e-6) and report["tuned"] != report["converted"]
+    assert report["parameters"] == 2 * 8 * 4
     model, tokenizer = load(out)
     assert model.config.conversion == {"paper": "urpe", "options": {}}
     tables = [value for name, value in model.named_parameters() if "urpe" in name]
@@ -153,14 +153,14 @@ def test_spans_that_a_source_lacks_are_what_is_to_be_told(folder):
     assert batch["decoder_input_ids"][:, 0].eq(7).all()
     assert batch["decoder_input_ids"][:, 1:].equal(batch["labels"][:, :-1])
     starts = set()
-    for row, source, told in zip(rows.tolist(), batch["input_ids"].tolist(), batch["labels"].tolist()):
-        assert source[-1] == told[-1] == 99 and len(told) == 6 + 2 + 1  # 15 % of 40, in spans of about 3
+    for row, source, target in zip(rows.tolist(), batch["input_ids"].tolist(), batch["labels"].tolist()):
+        assert source[-1] == target[-1] == 99 and len(target) == 6 + 2 + 1  # 15 % of 40, in spans of about 3
         whole = []
         for token in source[:-1]:
             if token < 90:
                 whole.append(token)
                 continue
-            rest = told[told.index(token) + 1 :]
+            rest = target[target.index(token) + 1 :]
             span = rest[: next(i for i, other in enumerate(rest) if other >= 90)]
             assert span
             whole += span
@@ -177,8 +177,8 @@ def test_spans_that_a_source_lacks_are_what_is_to_be_told(folder):
     [
         ("swin", "urpe {host} --data stdlib", "sees pictures: --data is to be a folder of images for each class"),
         ("swin", "urpe {host} --data {photos} --length 8", "--length is of rows of text"),
-        ("swin", "hedgehog {host} --data {photos}", "hedgehog cannot serve Swin: it has no place for biases"),
-        ("t5", "moh {host} --data {story}", "moh cannot serve T5: it has no place for biases"),
+        ("swin", "hedgehog {host} --data {photos}", "hedgehog cannot serve Swin: it takes no biases"),
+        ("t5", "moh {host} --data {story}", "moh cannot serve T5: it takes no biases"),
         ("t5", "urpe {host} --data {story} --set max_length=0", "max_length must be a whole number of at least 1"),
         ("llama", "aaren {host} --data {story}", "aaren cannot serve Llama: its one query weighs a token once for all"),
         (
@@ -242,9 +242,9 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         load("nobody/nothing")
     assert [name for name, _ in asked] == ["nobody/nothing"] and 0 < asked[0][1]["timeout"] <= 10
-    for place in ("./nothing", "/no/such/folder", "a/b/c"):
+    for path in ("./nothing", "/no/such/folder", "a/b/c"):
         with pytest.raises(UserError, match="there is no such folder"):
-            load(place)
+            load(path)
     assert len(asked) == 1
 
 

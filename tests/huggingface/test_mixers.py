@@ -1,4 +1,4 @@
-"""Token mixers in the place of the attentions of Hugging Face's models: masks, caches, generation."""
+"""Token mixers instead of the attentions of Hugging Face's models: masks, caches, generation."""
 
 import copy
 
@@ -53,7 +53,7 @@ def gpt2():
     ).eval()  # fmt: skip
 
 
-PLACES = {llama: "model.layers.*.self_attn", gpt2: "transformer.h.*.attn"}
+ATTENTIONS = {llama: "model.layers.*.self_attn", gpt2: "transformer.h.*.attn"}
 
 
 def batch(padding=0, tokens=12):
@@ -62,11 +62,11 @@ def batch(padding=0, tokens=12):
     return {"input_ids": torch.randint(1, VOCAB, (2, tokens)), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("build", PLACES, ids=["llama", "gpt2"])
+@pytest.mark.parametrize("build", ATTENTIONS, ids=["llama", "gpt2"])
 @mixers
 def test_a_mixer_takes_the_place_of_every_attention_and_generates(build, mixer):
     model, given = build(), batch()
-    changes = swap(model, PLACES[build], as_attention(mixer, **OPTIONS[mixer]), example=given)
+    changes = swap(model, ATTENTIONS[build], as_attention(mixer, **OPTIONS[mixer]), example=given)
     assert len(changes) == model.config.num_hidden_layers
     alone = {**GENERATE, "use_cache": False}
     assert torch.equal(model.generate(**given, **GENERATE), model.generate(**given, **alone))
@@ -96,15 +96,15 @@ def test_states_and_keys_and_values_stand_side_by_side_in_one_cache():
     model, given = llama(), batch(padding=3)
     swap(model, ["model.layers.0.self_attn", "model.layers.2.self_attn"], as_attention("rat", chunk=4))
     for cache in (DynamicCache(), DynamicCache(config=model.config)):
-        told = model.generate(**given, **GENERATE, past_key_values=cache)
+        generated = model.generate(**given, **GENERATE, past_key_values=cache)
         kinds = [type(layer) for layer in cache.layers]
         assert kinds[0] is kinds[2] is StateLayer and kinds[1] is not StateLayer
         assert cache.get_seq_length() == cache.get_seq_length(1) == 12 + 7 - 1
-        assert torch.equal(told, model.generate(**given, **GENERATE, use_cache=False))
+        assert torch.equal(generated, model.generate(**given, **GENERATE, use_cache=False))
 
 
 @pytest.mark.parametrize(
-    ("model", "place"),
+    ("model", "where"),
     [
         (
             BertModel(BertConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=8, num_attention_heads=4)),
@@ -118,14 +118,14 @@ def test_states_and_keys_and_values_stand_side_by_side_in_one_cache():
     ids=["bert", "distilbert"],
 )
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_an_encoders_attention_is_one_of_both_directions(model, place, implementation):
+def test_an_encoders_attention_is_one_of_both_directions(model, where, implementation):
     model = copy.deepcopy(model).eval()
     model.set_attn_implementation(implementation)
-    with pytest.raises(UserError, match=r"cannot take the place of this attention: .* causal must be True"):
-        swap(model, place, as_attention("rat"))
+    with pytest.raises(UserError, match=r"cannot replace this attention: .* causal must be True"):
+        swap(model, where, as_attention("rat"))
     with pytest.raises(UserError, match="RATMixer looks back alone, and this attention sees the whole text"):
-        swap(model, place, as_attention(lambda dim: RATMixer(dim, 4)))
-    swap(model, place, as_attention("softmax"), example={"input_ids": torch.ones(1, 4, dtype=torch.long)})
+        swap(model, where, as_attention(lambda dim: RATMixer(dim, 4)))
+    swap(model, where, as_attention("softmax"), example={"input_ids": torch.ones(1, 4, dtype=torch.long)})
     given = batch(padding=0, tokens=9)
     given["attention_mask"][0, 6:] = 0
     out = model(**given).last_hidden_state
@@ -138,7 +138,7 @@ def test_an_encoders_attention_is_one_of_both_directions(model, place, implement
 def test_what_cannot_be_is_refused_in_one_line():
     attention = MixerAttention(RATMixer(16, 4), layer_idx=0)
     x = torch.randn(1, 3, 16)
-    with pytest.raises(UserError, match="cannot take the place of cross-attention"):
+    with pytest.raises(UserError, match="cannot replace cross-attention"):
         attention(x, encoder_hidden_states=x)
     full = DynamicCache()
     full.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0)

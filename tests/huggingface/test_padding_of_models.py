@@ -79,7 +79,7 @@ def texts(lengths=LENGTHS):
 
 
 def padded(rows, mask):
-    """The texts at the places of a mask, with tokens of every kind as padding, and the positions of the texts."""
+    """The texts at the positions of a mask, with tokens of every kind as padding, and the positions of the texts."""
     tokens = torch.randint(VOCAB, mask.shape)
     tokens[mask.bool()] = torch.cat(rows, dim=1)[0]
     return tokens, (mask.cumsum(dim=1) - 1).clamp_min(0)
@@ -97,13 +97,13 @@ def stir(model):
     return model
 
 
-def streamed(model, tokens, mask, places, cache, first):
+def streamed(model, tokens, mask, positions, cache, first):
     """Logits of a text that is read in two goes and then token by token."""
     bounds = [0, first, first + 2, *range(first + 3, tokens.shape[1] + 1)]
     return torch.cat(
         [
             model(
-                tokens[:, start:end], attention_mask=mask[:, :end], position_ids=places[:, start:end],
+                tokens[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
                 past_key_values=cache, use_cache=True,
             ).logits
             for start, end in pairwise(bounds)
@@ -122,7 +122,7 @@ def swapped_llama(mixer):
     try:
         swap(model, "model.layers.*.self_attn", as_attention(MIXERS[mixer]))
     except UserError as error:
-        assert "cannot take the place of this attention" in str(error)
+        assert "cannot replace this attention" in str(error)
         pytest.skip(f"no mixer for a decoder: {error}")
     return stir(model)
 
@@ -134,10 +134,10 @@ def test_padding_moves_no_logit_of_a_decoder_with_any_mixer(mixer):
     alone = [model(row, use_cache=False).logits for row in rows]
     streams = hasattr(model.model.layers[0].self_attn.mixer, "init_state")
     for mask in masks().values():
-        tokens, places = padded(rows, mask)
-        same(model(tokens, attention_mask=mask, position_ids=places, use_cache=False).logits, mask, alone)
+        tokens, positions = padded(rows, mask)
+        same(model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits, mask, alone)
         if streams:
-            same(streamed(model, tokens, mask, places, DynamicCache(), 17), mask, alone)
+            same(streamed(model, tokens, mask, positions, DynamicCache(), 17), mask, alone)
 
 
 @mixers
@@ -147,10 +147,10 @@ def test_padded_texts_go_on_as_they_would_alone(mixer):
     mask = masks((9, 1))["left"]
     tokens, _ = padded(rows, mask)
     cached = {"use_cache": hasattr(model.model.layers[0].self_attn.mixer, "init_state")}
-    told = model.generate(tokens, attention_mask=mask, **GENERATE, **cached)
+    generated = model.generate(tokens, attention_mask=mask, **GENERATE, **cached)
     for row, text in enumerate(rows):
         alone = model.generate(text, **GENERATE, **cached)
-        assert torch.equal(told[row, tokens.shape[1] :], alone[0, text.shape[1] :])
+        assert torch.equal(generated[row, tokens.shape[1] :], alone[0, text.shape[1] :])
 
 
 @mixers
@@ -160,14 +160,14 @@ def test_padding_moves_no_output_of_an_encoder_with_any_mixer(mixer):
     try:
         swap(model, "encoder.layer.*.attention.self", as_attention(MIXERS[mixer]))
     except UserError as error:
-        assert "cannot take the place of this attention" in str(error) or "looks back alone" in str(error)
+        assert "cannot replace this attention" in str(error) or "looks back alone" in str(error)
         pytest.skip(f"no mixer for an encoder: {error}")
     rows = texts()
     stir(model)
     alone = [model(row).last_hidden_state for row in rows]
     for mask in masks().values():
-        tokens, places = padded(rows, mask)
-        same(model(tokens, attention_mask=mask, position_ids=places).last_hidden_state, mask, alone)
+        tokens, positions = padded(rows, mask)
+        same(model(tokens, attention_mask=mask, position_ids=positions).last_hidden_state, mask, alone)
 
 
 @mixers
@@ -189,9 +189,9 @@ def test_padding_has_no_gradient():
     model, rows = tiny_llama(), texts((5, 2))
     swap(model, "model.layers.*.self_attn", as_attention("titans"))
     for mask in masks((5, 2)).values():
-        tokens, places = padded(rows, mask)
+        tokens, positions = padded(rows, mask)
         x = model.get_input_embeddings()(tokens).detach().requires_grad_()
-        logits = model(inputs_embeds=x, attention_mask=mask, position_ids=places, use_cache=False).logits
+        logits = model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits[mask.bool()].square().sum(), x)
         alone = []
         for row in rows:
@@ -235,10 +235,10 @@ def test_padding_moves_no_logit_of_a_converted_model_or_is_refused(slug, family)
     rows = texts((7, 10, 2))
     alone = [model(row).logits for row in rows]
     for name, mask in masks((7, 10, 2)).items():
-        tokens, places = padded(rows, mask)
+        tokens, positions = padded(rows, mask)
         if family == "distilbert" and name != "right":
             continue  # a host that takes no positions counts padding among them
-        given = {"position_ids": places + (2 if family == "roberta" else 0)} if family != "distilbert" else {}
+        given = {"position_ids": positions + (2 if family == "roberta" else 0)} if family != "distilbert" else {}
         if name == "inside" and not conversion_of(slug).gaps:
             with pytest.raises(UserError, match="padding stands between two tokens of one text"):
                 model(tokens, attention_mask=mask, **given)
@@ -247,7 +247,7 @@ def test_padding_moves_no_logit_of_a_converted_model_or_is_refused(slug, family)
         if family_of(model.config).causal:
             make = conversion_of(slug).cache
             for cache in (DynamicCache(), *([make(model)] if make else [])):
-                same(streamed(model, tokens, mask, places, cache, 9), mask, alone)
+                same(streamed(model, tokens, mask, positions, cache, 9), mask, alone)
 
 
 @torch.no_grad()
@@ -255,10 +255,10 @@ def test_a_batch_whose_texts_differ_in_length_can_be_chosen_from_repeated_and_co
     model, mask = tiny_llama(), masks((6, 4, 1))["left"]
     swap(model, "model.layers.*.self_attn", as_attention("window"))
     rows = texts((6, 4, 1))
-    tokens, places = padded(rows, mask)
+    tokens, positions = padded(rows, mask)
     cache = DynamicCache()
     given = {"use_cache": True, "past_key_values": cache}
-    model(tokens, attention_mask=mask, position_ids=places, **given)
+    model(tokens, attention_mask=mask, position_ids=positions, **given)
     chosen = torch.tensor([2, 2, 0])
     other = copy.deepcopy(cache)
     cache.reorder_cache(chosen)

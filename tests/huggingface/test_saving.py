@@ -93,8 +93,8 @@ def test_a_changed_model_is_given_back_to_the_bit_and_by_nothing_else(change, tm
     refused(tmp_path, LlamaForCausalLM, AutoModelForCausalLM, AutoModel)
     # What was loaded is saved again with the same note.
     load_model(tmp_path).save_pretrained(tmp_path / "again")
-    told, again = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "again"))
-    assert told["provenn_changes"] == again["provenn_changes"] and told["provenn"] == again["provenn"]
+    first, again = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "again"))
+    assert first["provenn_changes"] == again["provenn_changes"] and first["provenn"] == again["provenn"]
 
 
 def test_a_folder_within_a_folder_is_loaded_as_transformers_does(tmp_path):
@@ -107,8 +107,8 @@ def test_a_folder_within_a_folder_is_loaded_as_transformers_does(tmp_path):
 
 def test_precision_shards_and_tied_embeddings_are_kept(tmp_path):
     for model in (llama(tie_word_embeddings=True).to(torch.bfloat16), gpt2()):
-        place = "model.layers.0.self_attn" if isinstance(model, LlamaForCausalLM) else "transformer.h.*.attn"
-        swap(model, place, as_attention("rat", chunk=4))
+        where = "model.layers.0.self_attn" if isinstance(model, LlamaForCausalLM) else "transformer.h.*.attn"
+        swap(model, where, as_attention("rat", chunk=4))
         folder = tmp_path / type(model).__name__
         trained(model).save_pretrained(folder, max_shard_size="2KB")
         assert len(list(folder.glob("*.safetensors"))) > 1
@@ -132,11 +132,11 @@ def test_a_fresh_process_gives_the_same(tmp_path):
     CHANGES["several"](model)
     trained(model).save_pretrained(tmp_path)
     with torch.no_grad():
-        save_file({"tokens": TOKENS, "logits": model(TOKENS).logits}, tmp_path / "told.safetensors")
+        save_file({"tokens": TOKENS, "logits": model(TOKENS).logits}, tmp_path / "saved.safetensors")
     script = (
         "import sys, torch; from safetensors.torch import load_file; from provenn.huggingface import load_model;"
-        "told = load_file(sys.argv[1] + '/told.safetensors');"
-        "assert torch.equal(load_model(sys.argv[1])(told['tokens']).logits, told['logits'])"
+        "saved = load_file(sys.argv[1] + '/saved.safetensors');"
+        "assert torch.equal(load_model(sys.argv[1])(saved['tokens']).logits, saved['logits'])"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
 
@@ -219,11 +219,11 @@ def test_weights_that_are_not_all_there_or_too_many_are_told(tmp_path):
     with pytest.raises(UserError, match=f"lack 1 parameters, {lost} among them"):
         load_model(tmp_path)
     save_file({**weights, "model.more": torch.ones(1)}, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"have no place in the model for 1 parameters, model\.more among them"):
+    with pytest.raises(UserError, match=r"do not fit: the model lacks 1 parameters, model\.more among them"):
         load_model(tmp_path)
-    for place in (tmp_path / "nothing", "/nothing", "./nothing"):
-        with pytest.raises(UserError, match=f"{place} cannot be loaded as a model: there is no such folder$"):
-            load_model(place)
+    for path in (tmp_path / "nothing", "/nothing", "./nothing"):
+        with pytest.raises(UserError, match=f"{path} cannot be loaded as a model: there is no such folder$"):
+            load_model(path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["provenn_changes"][0]["factory"] = {"class": "os:system", "arguments": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -731,7 +731,7 @@ def test_hosts_without_relative_biases_get_offsets_and_others_a_reason():
     )
     with pytest.raises(UserError, match="inside a module of its own"):
         provenn.huggingface.convert(deberta, "urpe")
-    with pytest.raises(UserError, match="no place for biases"):
+    with pytest.raises(UserError, match="takes no biases"):
         provenn.huggingface.convert(t5(), "hedgehog")
     with pytest.raises(UserError, match="max_length must be"):
         provenn.huggingface.convert(t5(), "urpe", max_length=0)

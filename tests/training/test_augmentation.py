@@ -186,7 +186,7 @@ def test_what_a_task_cannot_do_is_refused(task, overrides, says):
 
 def test_what_data_or_systems_cannot_do_is_refused(monkeypatch):
     data = images()
-    with pytest.raises(UserError, match="mixup needs the number of classes, which made does not tell"):
+    with pytest.raises(UserError, match="mixup needs the number of classes, which made does not say"):
         mixed(list(data.train.tensors), replace(RECIPE, mixup=1.0), replace(data, options={}))
 
     class Own(nn.Linear):

@@ -258,8 +258,8 @@ class Noisy(Dataset):
     def __len__(self):
         return 64
 
-    def __getitem__(self, place):
-        x, y = DATA.train[place]
+    def __getitem__(self, index):
+        x, y = DATA.train[index]
         return x + 0.1 * torch.randn(4, dtype=torch.float64), y
 
 
@@ -335,6 +335,6 @@ def test_the_live_line_tells_loss_rate_and_time_left(capsys, monkeypatch):
         fit(build, TASK, DATA, RECIPE, title="line")
     lines = capsys.readouterr().err.splitlines()
     pattern = r"line: loss \d\S*, [\d.]+ steps/s: \d+ of 24(, 0:\d\d:\d\d left)?"
-    told = [line for line in lines if "loss" in line]
-    assert len(told) > 10 and all(re.fullmatch(pattern, line) for line in told)
-    assert "left" in told[5] and "left" not in told[-1]
+    shown = [line for line in lines if "loss" in line]
+    assert len(shown) > 10 and all(re.fullmatch(pattern, line) for line in shown)
+    assert "left" in shown[5] and "left" not in shown[-1]

@@ -212,11 +212,11 @@ def test_the_mean_of_what_layers_add_is_learned_too():
 def test_processes_share_an_epoch(processes):
     samplers = [EpochSampler(10, 7, rank, processes) for rank in range(processes)]
     parts = [list(sampler) for sampler in samplers]
-    assert {len(part) for part in parts} == {len(samplers[0])} and {place for part in parts for place in part} == set(
+    assert {len(part) for part in parts} == {len(samplers[0])} and {index for part in parts for index in part} == set(
         range(10)
     )
     alone = list(EpochSampler(10, 7))
-    assert [place for row in zip(*parts) for place in row][:10] == alone, "in turns they take what one takes"
+    assert [index for row in zip(*parts) for index in row][:10] == alone, "in turns they take what one takes"
     samplers[0].set_epoch(1)
     assert list(samplers[0]) != parts[0]
 
@@ -279,7 +279,7 @@ def test_a_loss_that_explodes_in_one_of_two_processes_ends_both_with_one_line(tm
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux, which tells the names of threads")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux, which reports the names of threads")
 def test_who_leaves_a_group_ends_its_threads_whatever_still_holds_the_model():
     def threads() -> list[str]:
         return sorted(file.read_text() for file in Path("/proc/self/task").glob("*/comm"))

@@ -65,11 +65,11 @@ def postgresql():
     if not installed:
         pytest.skip("no PostgreSQL is installed here (Debian's `postgresql`)")
     binaries = installed[-1].parent
-    place = Path(tempfile.mkdtemp(prefix="provenn-pg-"))
+    root = Path(tempfile.mkdtemp(prefix="provenn-pg-"))
     # The server refuses to run as root.
     other = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
     if other:
-        shutil.chown(place, "postgres", "postgres")
+        shutil.chown(root, "postgres", "postgres")
     make = [
         binaries / "initdb",
         "--auth=trust",
@@ -77,15 +77,15 @@ def postgresql():
         "--no-sync",
         "--encoding=UTF8",
         "-D",
-        place / "d",
+        root / "d",
     ]
-    subprocess.run(make, check=True, stdout=subprocess.DEVNULL, cwd=place, **other)
+    subprocess.run(make, check=True, stdout=subprocess.DEVNULL, cwd=root, **other)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    set_to = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": place, "fsync": "off"}
+    set_to = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": root, "fsync": "off"}
     options = [word for name, value in set_to.items() for word in ("-c", f"{name}={value}")]
-    with (place / "log").open("w") as log:
-        server = subprocess.Popen([binaries / "postgres", "-D", place / "d", *options], stderr=log, cwd=place, **other)
+    with (root / "log").open("w") as log:
+        server = subprocess.Popen([binaries / "postgres", "-D", root / "d", *options], stderr=log, cwd=root, **other)
     address = f"postgresql://postgres@127.0.0.1:{port}/postgres"
 
     def database() -> str:
@@ -100,10 +100,10 @@ def postgresql():
                 psycopg.connect(address).close()
                 break
             except psycopg.OperationalError:
-                assert server.poll() is None, (place / "log").read_text()
+                assert server.poll() is None, (root / "log").read_text()
                 time.sleep(0.05)
         yield database
     finally:
         server.kill()
         server.wait()
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)

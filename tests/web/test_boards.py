@@ -52,10 +52,10 @@ def test_a_slot_shows_every_candidate_with_its_numbers(client, mixers):
     page = client.get("/boards/token-mixer").text
     for candidate, row in zip(mixers.candidates, mixers.table.rows, strict=True):
         assert f'<th scope="row">{candidate.name}</th>' in page and str(row[2]) in page
-    told = {each["name"]: each for each in client.get("/api/boards/token-mixer").json()["candidates"]}
+    answers = {each["name"]: each for each in client.get("/api/boards/token-mixer").json()["candidates"]}
     for candidate in mixers.candidates:
-        assert told[candidate.name]["interval"] == list(candidate.interval)
-        assert told[candidate.name]["quality"] == list(candidate.quality)
+        assert answers[candidate.name]["interval"] == list(candidate.interval)
+        assert answers[candidate.name]["quality"] == list(candidate.quality)
 
 
 @pytest.mark.parametrize("cost", ["parameters", "FLOPs", "latency"])
@@ -76,7 +76,7 @@ def test_the_plot_has_every_point_and_interval_inside(mixers, cost):
 
 
 def test_names_cover_no_point_and_no_other_name(mixers):
-    for cost in mixers.telling:
+    for cost in mixers.distinguishing:
         plot = ET.fromstring(str(plots.pareto(mixers, cost)))
         boxes = []
         for name in (text for text in plot.findall("text") if text.get("class") == "name"):

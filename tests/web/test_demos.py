@@ -35,13 +35,13 @@ ENOUGH = 120.0  # seconds for a demo on a busy machine
 OBEDIENT = """
 import json, os, sys, time
 os.chdir(sys.argv[1])
-def tell(answer): print(json.dumps(answer), flush=True)
-tell({"ready": True})
+def send(answer): print(json.dumps(answer), flush=True)
+send({"ready": True})
 for line in sys.stdin:
     job = json.loads(line)
     do = job["options"]
-    if do.get("read"): tell({"done": {"read": open(job["file"]).read(), "name": job["file"], "there": os.listdir()}})
-    elif do.get("secrets"): tell({"done": {"names": sorted(os.environ)}})
+    if do.get("read"): send({"done": {"read": open(job["file"]).read(), "name": job["file"], "there": os.listdir()}})
+    elif do.get("secrets"): send({"done": {"names": sorted(os.environ)}})
     elif do.get("eat"):
         eaten = bytearray(do["eat"] * 2**20)
         eaten[::4096] = b"x" * len(eaten[::4096])
@@ -50,17 +50,17 @@ for line in sys.stdin:
     elif do.get("say"): print(do["say"], flush=True)
     elif do.get("link"):
         os.symlink(do["link"], "after.png"); open("before.png", "w").close()
-        tell({"done": {}})
+        send({"done": {}})
     else:
-        tell({"piece": "begun"})
+        send({"piece": "begun"})
         while not os.path.exists(do.get("until", "never")): time.sleep(0.01)
-        tell({"done": {"pid": os.getpid()}})
+        send({"done": {"pid": os.getpid()}})
 """
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory) -> Iterator[TestClient]:
-    """A catalogue with one worker, which all tests that look at what models tell share."""
+    """A catalogue with one worker, which all tests that look at what models predict share."""
     home = tmp_path_factory.mktemp("home")
     app = create_app(Settings(home=home, secret="of the tests", demo_workers=1, demo_seconds=ENOUGH))
     app.state.demos.rate = Rate(1000, MINUTE)
@@ -136,9 +136,9 @@ def test_without_demos_there_is_no_form_and_nothing_to_ask(tmp_path):
 
 
 def test_a_picture_is_enlarged_whatever_its_file_is_called(client):
-    told, page, _ = answer(client, "craft", picture(11, 7), name="../../../etc/passwd.png", preset="craft_small")
-    assert (told["state"], told["result"]["size"]) == ("done", [22, 14])
-    assert {sized(client, file) for file in told["files"]} == {(22, 14)}
+    outcome, page, _ = answer(client, "craft", picture(11, 7), name="../../../etc/passwd.png", preset="craft_small")
+    assert (outcome["state"], outcome["result"]["size"]) == ("done", [22, 14])
+    assert {sized(client, file) for file in outcome["files"]} == {(22, 14)}
     assert "data-compare" in page and "passwd" not in page
     pool = client.app.state.demos
     assert not any("passwd" in str(file) for file in pool.home.rglob("*"))
@@ -146,22 +146,22 @@ def test_a_picture_is_enlarged_whatever_its_file_is_called(client):
 
 @pytest.mark.parametrize("form, mode", [("JPEG", "RGB"), ("WEBP", "RGBA"), ("BMP", "L"), ("PNG", "P"), ("PNG", "LA")])
 def test_pictures_of_every_type_are_enlarged(client, form, mode):
-    told, _, _ = answer(client, "craft", picture(8, 6, form, mode))
-    assert (told["words"], told["result"]["size"]) == ("", [16, 12])
+    outcome, _, _ = answer(client, "craft", picture(8, 6, form, mode))
+    assert (outcome["words"], outcome["result"]["size"]) == ("", [16, 12])
 
 
 @pytest.mark.parametrize("paper", ["moh", "shvit"])
 def test_a_sample_is_classified(client, paper):
-    told, page, _ = answer(client, paper, sample="digit-4.png")
-    shares = told["result"]["shares"]
+    outcome, page, _ = answer(client, paper, sample="digit-4.png")
+    shares = outcome["result"]["shares"]
     assert shares[0][0] == "4" and sum(share for _, share in shares) == pytest.approx(1, abs=1e-4)
     assert page.count('class="share-bar"') == 10
-    assert ("inside" in told["result"]) == catalog.card(paper).has("inspection")
+    assert ("inside" in outcome["result"]) == catalog.card(paper).has("inspection")
 
 
 def test_what_is_unlike_all_that_was_learned_from_is_said_to_be(client):
-    told, page, _ = answer(client, "shvit", white())
-    assert "brighter" in told["result"]["notes"][0] and "brighter" in page
+    outcome, page, _ = answer(client, "shvit", white())
+    assert "brighter" in outcome["result"]["notes"][0] and "brighter" in page
 
 
 def white() -> bytes:
@@ -171,25 +171,25 @@ def white() -> bytes:
 
 
 def test_what_is_in_a_picture_is_found_and_drawn(client):
-    told, page, at = answer(client, "relationnet_pp", sample="scene-1.png")
-    found = {box["class"] for box in told["result"]["boxes"]}
-    assert found == {"coin", "digit", "face"} and page.count('class="case"') == len(told["result"]["boxes"])
+    outcome, page, at = answer(client, "relationnet_pp", sample="scene-1.png")
+    found = {box["class"] for box in outcome["result"]["boxes"]}
+    assert found == {"coin", "digit", "face"} and page.count('class="case"') == len(outcome["result"]["boxes"])
     assert f'href="{at}/shown.png"' in page
 
 
 def test_a_picture_is_divided(client):
-    told, _, at = answer(client, "bevanet", picture(64, 40, "JPEG"))
-    assert sum(share for _, share, _ in told["result"]["shares"]) == pytest.approx(1)
+    outcome, _, at = answer(client, "bevanet", picture(64, 40, "JPEG"))
+    assert sum(share for _, share, _ in outcome["result"]["shares"]) == pytest.approx(1)
     assert sized(client, f"{at}/overlay.png") == sized(client, f"{at}/shown.png") == (64, 40)
 
 
 def test_text_is_gone_on_with_as_it_comes(client):
     posted = post(client, "rat", words="import os\n", tokens="40")
     at = posted.headers["location"]
-    told = re.findall(r"event: (\w+)\ndata: (.*)\n\n", client.get(f"{at}/events").text)
-    pieces = [json.loads(data) for name, data in told if name == "text"]
+    outcome = re.findall(r"event: (\w+)\ndata: (.*)\n\n", client.get(f"{at}/events").text)
+    pieces = [json.loads(data) for name, data in outcome if name == "text"]
     result = client.get(f"/api{at}").json()["result"]
-    assert pieces and "".join(pieces) == result["text"] and told[-1] == ("end", '"done"')
+    assert pieces and "".join(pieces) == result["text"] and outcome[-1] == ("end", '"done"')
     assert result["text"].startswith("import os\n") and len(result["text"]) > 20
     assert client.get(at).text.count("import os") == 1
 
@@ -211,22 +211,22 @@ def test_what_is_new_is_told_each_time(monkeypatch):
 
     async def listen() -> list[str]:
         queue = SimpleNamespace(place=lambda demo: 0)
-        return [event async for event in tries._told(queue, Written("def ", "f", "(x)"))]
+        return [event async for event in tries._events(queue, Written("def ", "f", "(x)"))]
 
-    told = [re.match(r"event: (\w+)\ndata: (.*)\n\n", event).groups() for event in asyncio.run(listen())]
-    assert [json.loads(data) for name, data in told if name == "text"] == ["def ", "f", "(x)"]
-    assert told[-1][0] == "end"
+    outcome = [re.match(r"event: (\w+)\ndata: (.*)\n\n", event).groups() for event in asyncio.run(listen())]
+    assert [json.loads(data) for name, data in outcome if name == "text"] == ["def ", "f", "(x)"]
+    assert outcome[-1][0] == "end"
 
 
 def test_words_that_name_a_file_are_words(client):
-    told, _, _ = answer(client, "titans", words="/etc/hostname", tokens="2")
-    assert told["result"]["text"].startswith("/etc/hostname")
+    outcome, _, _ = answer(client, "titans", words="/etc/hostname", tokens="2")
+    assert outcome["result"]["text"].startswith("/etc/hostname")
 
 
 def test_a_forecast_is_drawn(client):
     rows = "\n".join(f"{2 * k % 7}" for k in range(30))
-    told, page, _ = answer(client, "aaren", f"sold <b>\n{rows}\n".encode(), name="s.csv")
-    assert len(told["result"]["columns"][0]["ahead"]) == 12
+    outcome, page, _ = answer(client, "aaren", f"sold <b>\n{rows}\n".encode(), name="s.csv")
+    assert len(outcome["result"]["columns"][0]["ahead"]) == 12
     assert page.count("<polyline") == 2 and "sold <b>" not in page and "sold &lt;b&gt;" in page
     short, page, _ = answer(client, "aaren", b"sold\n1\n2\n")
     assert short["state"] == "failed" and "Your file has 2 rows" in page
@@ -235,10 +235,10 @@ def test_a_forecast_is_drawn(client):
 
 
 def test_a_sound_is_classified(client):
-    told, page, _ = answer(client, "gaam", sample="heed.wav")
-    shares = told["result"]["shares"]
+    outcome, page, _ = answer(client, "gaam", sample="heed.wav")
+    shares = outcome["result"]["shares"]
     assert shares[0][0] == "heed" and sum(share for _, share in shares) == pytest.approx(1, abs=1e-4)
-    assert page.count('class="share-bar"') == 10 and "shown.png" not in page and "inside" in told["result"]
+    assert page.count('class="share-bar"') == 10 and "shown.png" not in page and "inside" in outcome["result"]
     cut = b"RIFF\x24\0\0\0WAVEfmt "
     failed, page, _ = answer(client, "gaam", cut, name="a.wav")
     assert failed["state"] == "failed" and "cannot be read as a WAV file" in page
@@ -246,16 +246,16 @@ def test_a_sound_is_classified(client):
 
 def test_numbers_are_told_of_graphs(client):
     lines = '{"name": "a <b>", "nodes": ["node", "node"], "edges": [[0, 1]]}\n{"nodes": ["node"], "edges": []}\n'
-    told, page, _ = answer(client, "urpe", lines.encode(), name="graphs.csv", preset="urpe_graph_tiny")
-    assert [row[:3] for row in told["result"]["rows"]] == [["a <b>", 2, 1], ["graph 2", 1, 0]]
+    outcome, page, _ = answer(client, "urpe", lines.encode(), name="graphs.csv", preset="urpe_graph_tiny")
+    assert [row[:3] for row in outcome["result"]["rows"]] == [["a <b>", 2, 1], ["graph 2", 1, 0]]
     assert "mean path" in page and "a <b>" not in page and "a &lt;b&gt;" in page
     refused, page, _ = answer(client, "urpe", b'{"nodes": ["gold"], "edges": []}', preset="urpe_graph_tiny")
     assert refused["state"] == "failed" and "knows no nodes called" in page
 
 
 def test_what_is_named_is_drawn(client):
-    told, _, at = answer(client, "emov2", preset="emov2_diffusion_digits", **{"class": ["3", "7"]}, seed="5")
-    assert told["result"]["classes"] == ["3", "7"] and sized(client, f"{at}/drawing.png") == (128, 64)
+    outcome, _, at = answer(client, "emov2", preset="emov2_diffusion_digits", **{"class": ["3", "7"]}, seed="5")
+    assert outcome["result"]["classes"] == ["3", "7"] and sized(client, f"{at}/drawing.png") == (128, 64)
     refused = post(client, "emov2", preset="emov2_diffusion_digits", **{"class": "x"})
     assert refused.status_code == 422 and "there are: 0, 1" in refused.text
 
@@ -263,9 +263,9 @@ def test_what_is_named_is_drawn(client):
 def test_damaged_pictures_fail_in_one_line_and_the_worker_goes_on(client):
     before = client.app.state.demos.keepers[0].worker.pid if client.app.state.demos.keepers else None
     for content in (picture(30, 20)[:200], header(5, 5), picture(30, 20, "JPEG")[:600], picture(30, 20, "WEBP")[:60]):
-        told, page, _ = answer(client, "craft", content)
-        assert told["state"] == "failed" and 'role="alert"' in page and "Traceback" not in told["words"]
-        assert str(client.app.state.demos.home) not in told["words"] and "\n" not in told["words"]
+        outcome, page, _ = answer(client, "craft", content)
+        assert outcome["state"] == "failed" and 'role="alert"' in page and "Traceback" not in outcome["words"]
+        assert str(client.app.state.demos.home) not in outcome["words"] and "\n" not in outcome["words"]
     assert before in (None, client.app.state.demos.keepers[0].worker.pid)
 
 
@@ -521,8 +521,8 @@ def has_landlock() -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are looked at as Linux shows them")
 def test_a_worker_that_runs_has_closed_its_doors(client):
     """Both of them, and its limits: all that is tested above is of no use where nobody calls it."""
-    told, _, _ = answer(client, "titans", words="a", tokens="1")
-    assert told["state"] == "done"
+    outcome, _, _ = answer(client, "titans", words="a", tokens="1")
+    assert outcome["state"] == "done"
     pool = client.app.state.demos
     keeper = pool.keepers[0]
     limits, status = (Path(f"/proc/{keeper.worker.pid}/{name}").read_text() for name in ("limits", "status"))

@@ -1,4 +1,4 @@
-"""The digest tells what is new, goes once a person and day whatever is killed, and ends with one click."""
+"""The digest says what is new, goes once a person and day whatever is killed, and ends with one click."""
 
 import os
 import re
@@ -119,8 +119,8 @@ def test_a_digest_tells_of_papers_verdicts_and_votes(site):
     text, html = text_of(message), message.get_body(("html",)).get_content()
     assert message["Subject"] == "provenn: 1 new paper and 1 verdict changed"
     flat = " ".join(text.split())
-    for told in (CATALOGUE["rat"].card.title, CATALOGUE["eca_net"].card.title, "4 votes:", "1 vote:"):
-        assert told in flat
+    for words in (CATALOGUE["rat"].card.title, CATALOGUE["eca_net"].card.title, "4 votes:", "1 vote:"):
+        assert words in flat
     assert " ".join(first.claim.says.split()) in flat
     assert f"{first.judgement.standing} → " in flat and f" {other_than('eca_net')}" in flat
     assert CATALOGUE["aaren"].card.title not in flat, "votes of a month ago are not of this week"
@@ -435,8 +435,8 @@ def test_the_command_shows_first_and_sends_when_told_to(site, monkeypatch):
 def test_a_day_by_mistake_is_refused(site, day):
     """Whoever was considered for a day to come would get nothing until then."""
     subscribe(site, "ada@example.org")
-    told = CliRunner().invoke(command_line, ["web", "mail", "--home", str(site.settings.home), "--date", day, "--send"])
-    assert isinstance(told.exception, UserError) and f"got {day}" in str(told.exception)
+    ran = CliRunner().invoke(command_line, ["web", "mail", "--home", str(site.settings.home), "--date", day, "--send"])
+    assert isinstance(ran.exception, UserError) and f"got {day}" in str(ran.exception)
     with site.database.reading() as session:
         assert session.scalars(select(Subscription.considered)).one() == TODAY
 

@@ -15,8 +15,8 @@ from provenn.web import create_app, opinions
 from provenn.web.database import Database
 
 
-def rights(place: Path) -> int:
-    return stat.S_IMODE(place.stat().st_mode)
+def rights(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def kept(home: Path, word: str) -> list[str]:
@@ -34,7 +34,7 @@ def open_to_all():
 def test_all_files_of_a_new_home_are_its_owners_alone(settings, open_to_all):
     with TestClient(create_app(settings.model_copy(update={"secret": ""})), base_url=settings.url) as client:
         Reader(client.app).sign_in("ada@example.org")
-        names = {place.name: rights(place) for place in (settings.home, *settings.home.iterdir())}
+        names = {path.name: rights(path) for path in (settings.home, *settings.home.iterdir())}
         assert {"catalogue.db", "catalogue.db-wal", "catalogue.db-shm", "secret", "mails"} < names.keys()
         assert not {name: oct(mode) for name, mode in names.items() if mode & 0o077}
 
@@ -45,12 +45,12 @@ def test_rights_of_a_home_are_mended_at_the_start(settings, caplog):
     for name in ("-wal", "-shm"):
         (settings.home / f"catalogue.db{name}").touch()
     folders = {settings.home, settings.home / "mails"}
-    for place in (settings.home, *settings.home.iterdir()):
-        place.chmod(0o755 if place in folders else 0o664)
+    for path in (settings.home, *settings.home.iterdir()):
+        path.chmod(0o755 if path in folders else 0o664)
     caplog.clear()
     create_app(settings).state.site.database.close()
-    for place in (settings.home, *settings.home.iterdir()):
-        assert rights(place) == (0o700 if place in folders else 0o600), place
+    for path in (settings.home, *settings.home.iterdir()):
+        assert rights(path) == (0o700 if path in folders else 0o600), path
     said = [message for message in caplog.messages if "open to others" in message]
     assert len(said) >= 4 and any(f"{settings.home} was open to others (755)" in message for message in said)
     caplog.clear()

@@ -119,9 +119,9 @@ def test_a_paper_as_json_says_what_its_evidence_says(client, slug):
     experiments = {experiment["id"]: experiment for experiment in paper["experiments"]}
     assert set(experiments) == {experiment.id for experiment in entry.card.experiments}
     for finding in entry.findings:
-        told, measurement = experiments[finding.experiment.id], finding.measurement
-        assert (told["verdict"], told["effect"]) == (finding.verdict, measurement.effect)
-        assert (told["interval"] and tuple(told["interval"])) == measurement.interval
+        shown, measurement = experiments[finding.experiment.id], finding.measurement
+        assert (shown["verdict"], shown["effect"]) == (finding.verdict, measurement.effect)
+        assert (shown["interval"] and tuple(shown["interval"])) == measurement.interval
     assert sum(paper["verdicts"].values()) == len(entry.claims)
 
 
@@ -245,8 +245,8 @@ def test_what_a_card_says_is_text_in_feeds(client, monkeypatch):
     evil = entry.card.model_copy(update={"title": "<script>x</script> & ]]>", "summary": "<img src=x onerror=y>"})
     monkeypatch.setitem(vars(entry), "card", evil)
     feed = ET.fromstring(client.get("/feeds/papers.atom").content)
-    (told,) = [e for e in feed.findall("a:entry", ATOM) if e.find("a:title", ATOM).text == evil.title]
-    assert "&lt;img" in told.find("a:content", ATOM).text and "<img" not in told.find("a:content", ATOM).text
+    (shown,) = [e for e in feed.findall("a:entry", ATOM) if e.find("a:title", ATOM).text == evil.title]
+    assert "&lt;img" in shown.find("a:content", ATOM).text and "<img" not in shown.find("a:content", ATOM).text
 
 
 @pytest.fixture(scope="module")

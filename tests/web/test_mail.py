@@ -304,5 +304,5 @@ def test_without_a_server_mails_are_files_in_order(settings):
 
 def test_the_operator_is_told_where_mails_go_without_the_password(settings):
     assert str(settings.home / "mails") in mail.route(settings)
-    told = mail.route(by(587, login=LOGIN))
-    assert "smtp://127.0.0.1:587" in told and "word" not in told
+    route = mail.route(by(587, login=LOGIN))
+    assert "smtp://127.0.0.1:587" in route and "word" not in route

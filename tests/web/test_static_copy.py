@@ -190,7 +190,7 @@ def test_what_a_link_leads_to_is_replaced_and_not_the_link(settings, tmp_path, m
 
 
 def test_every_state_of_the_list_has_one_file():
-    from provenn.web.places import file_of
+    from provenn.web.links import file_of
 
     states = [Listing(tag=tag).query for tag in {tag for card in catalog.cards().values() for tag in card.tags}]
     assert len({file_of(f"/{state}") for state in states}) == len(states)

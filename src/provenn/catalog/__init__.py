@@ -146,7 +146,7 @@ class Preset(Facts):
 
 
 class Claim(Facts):
-    """One assertion of the abstract, in our words, and the experiments that bear on it.
+    """One assertion of the abstract, in our words, and the experiments that are evidence for it.
 
     `needs` says what the paper's own setting takes; a claim without experiments must say it.
     """
@@ -159,10 +159,10 @@ class Claim(Facts):
     needs: str = ""
 
     @model_validator(mode="after")
-    def bears_something(self) -> "Claim":
+    def has_evidence(self) -> "Claim":
         """A claim without experiments says what it needs."""
         if not self.experiments and not self.needs:
-            raise ValueError("a claim names the experiments that bear on it, or what it needs")
+            raise ValueError("a claim must name the experiments that are evidence for it, or what it needs")
         return self
 
 
@@ -291,7 +291,7 @@ def _key(facts: Any, name: str) -> Any:
     return facts.get(name) if isinstance(facts, dict) else None
 
 
-def _spelled_out(place: str, facts: Any, recipes: dict[str, dict[str, Any]]) -> Any:
+def _spelled_out(where: str, facts: Any, recipes: dict[str, dict[str, Any]]) -> Any:
     """The same facts, their recipe with all that its base says."""
     recipe = _key(facts, "recipe") or {}
     overrides = {"base": recipe} if isinstance(recipe, str) else recipe
@@ -299,7 +299,7 @@ def _spelled_out(place: str, facts: Any, recipes: dict[str, dict[str, Any]]) -> 
         return facts
     name = overrides["base"]
     if name not in recipes:
-        raise ValueError(f"{place}: no recipe {name!r}; there are: {_listed(recipes)}")
+        raise ValueError(f"{where}: no recipe {name!r}; there are: {_listed(recipes)}")
     return {**facts, "recipe": {**recipes[name], **{key: value for key, value in overrides.items() if key != "base"}}}
 
 
@@ -444,8 +444,8 @@ class Card(Facts):
     @property
     def shipped(self) -> dict[str, Path]:
         """The weight files that come with the paper, by preset, in the order of the presets."""
-        places = {preset.name: self.folder / WEIGHTS / f"{preset.name}.safetensors" for preset in self.presets}
-        return {name: file for name, file in places.items() if file.is_file()}
+        files = {preset.name: self.folder / WEIGHTS / f"{preset.name}.safetensors" for preset in self.presets}
+        return {name: file for name, file in files.items() if file.is_file()}
 
     def shipped_weights(self, preset: str | None = None) -> Path:
         """The weight file that comes with a preset; without one, the first that comes with any.
@@ -501,7 +501,7 @@ def label_of_shipped(file: Path) -> dict[str, Any]:
     try:
         with safe_open(str(file), framework="numpy") as handle:
             label = json.loads((handle.metadata() or {})["provenn"])
-    except (SafetensorError, OSError, ValueError, KeyError):  # which loading it will tell
+    except (SafetensorError, OSError, ValueError, KeyError):  # which loading it will report
         return {}
     return label if isinstance(label, dict) else {}
 
@@ -510,8 +510,10 @@ def shipped_in_words(file: Path) -> str:
     """What the weights that come with a paper were trained on, and how well they do: "trained on digits, …"."""
     label = label_of_shipped(file)
     trained, metrics = label.get("trained_on", {}), label.get("metrics", {})
-    told = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()]
-    return f"trained on {trained.get('data', 'data that it does not name')}" + (f" ({', '.join(told)})" if told else "")
+    reached = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()]
+    return f"trained on {trained.get('data', 'data that it does not name')}" + (
+        f" ({', '.join(reached)})" if reached else ""
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

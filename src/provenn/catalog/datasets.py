@@ -22,7 +22,7 @@ from provenn.core.errors import UserError
 VARIABLE = "PROVENN_DATA"
 WEIGHTS = "weights"  # the folder of the authors' checkpoints
 ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".tar", ".bin")
-Places = Mapping[str, str | Path]
+DataPaths = Mapping[str, str | Path]
 
 
 class DataSet(Facts):
@@ -50,13 +50,13 @@ class Found:
 
     Args:
         name: of the set, or `SLUG:PRESET` of a checkpoint.
-        place: where it lies, or would have to lie.
-        missing: of what it should hold; all of it where there is no such place.
+        path: where it lies, or would have to lie.
+        missing: of what it should hold; all of it where there is no such path.
         needs: what to do about it, where something is missing.
     """
 
     name: str
-    place: Path
+    path: Path
     missing: tuple[str, ...] = ()
     needs: str = ""
 
@@ -89,13 +89,13 @@ def get(name: str) -> DataSet:
     return known()[plain]
 
 
-def given_places(texts: Sequence[str]) -> dict[str, Path]:
+def given_paths(texts: Sequence[str]) -> dict[str, Path]:
     """`NAME=PATH` as given on the command line.
 
     Raises:
-        UserError: another form, an unknown name, or no such place.
+        UserError: another form, an unknown name, or no such path.
     """
-    places: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not name or not path:
@@ -111,8 +111,8 @@ def given_places(texts: Sequence[str]) -> dict[str, Path]:
             get(name)
         if not Path(path).exists():
             raise UserError(f"--data {name}: nothing at {path}")
-        places[name] = Path(path)
-    return places
+        paths[name] = Path(path)
+    return paths
 
 
 def roots() -> list[Path]:
@@ -120,21 +120,21 @@ def roots() -> list[Path]:
     return [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
 
 
-def find(name: str, places: Places | None = None) -> Found:
+def find(name: str, paths: DataPaths | None = None) -> Found:
     """Where a data set lies: said outright, or below the folders of PROVENN_DATA; `NAME/FILE` is one of its files."""
     entry, member = get(name), name.partition("/")[2]
-    said = (places or {}).get(entry.name)
+    said = (paths or {}).get(entry.name)
     candidates = [Path(said)] if said is not None else list(_below_roots(entry))
     expected = Path(said) if said is not None else (roots() or [Path(f"${VARIABLE}")])[0] / entry.name
-    checked = [Found(name, place, _missing(place, entry, member)) for place in candidates]
+    checked = [Found(name, path, _missing(path, entry, member)) for path in candidates]
     best = min(checked, key=lambda candidate: len(candidate.missing), default=Found(name, expected, ("everything",)))
     if not best.there:
         lacking = "" if best.missing == ("everything",) else f" lacks {', '.join(best.missing)};"
         needs = (
-            f"{entry.title} at {best.place}:{lacking} expected {entry.layout} (--data {entry.name}=PATH, or {VARIABLE})"
+            f"{entry.title} at {best.path}:{lacking} expected {entry.layout} (--data {entry.name}=PATH, or {VARIABLE})"
         )
-        return Found(name, best.place, best.missing, needs)
-    inside = next((best.place / sub for sub in entry.inside if (best.place / sub).is_dir()), best.place)
+        return Found(name, best.path, best.missing, needs)
+    inside = next((best.path / sub for sub in entry.inside if (best.path / sub).is_dir()), best.path)
     return Found(name, inside / member if member else inside)
 
 
@@ -143,20 +143,20 @@ def _below_roots(entry: DataSet) -> Iterator[Path]:
         yield from (root / name for name in (entry.name, *entry.also) if (root / name).is_dir())
 
 
-def _missing(place: Path, entry: DataSet, member: str) -> tuple[str, ...]:
-    if not place.exists():
+def _missing(path: Path, entry: DataSet, member: str) -> tuple[str, ...]:
+    if not path.exists():
         return ("everything",)
     wanted = [member] if member else entry.holds
-    return tuple(pattern for pattern in wanted if next(place.glob(pattern), None) is None)
+    return tuple(pattern for pattern in wanted if next(path.glob(pattern), None) is None)
 
 
-def find_weights(card: Card, preset: str, places: Places | None = None) -> Found:
+def find_weights(card: Card, preset: str, paths: DataPaths | None = None) -> Found:
     """Where the authors' checkpoint of a preset lies: `--data SLUG:PRESET=FILE`, or below PROVENN_DATA.
 
     Of a pretrained model that is converted, its folder: `--data SLUG:HOST=FOLDER`.
     """
     name = f"{card.slug}:{preset}"
-    said = (places or {}).get(name)
+    said = (paths or {}).get(name)
     folders = [root / WEIGHTS / card.slug for root in roots()]
     host = any(
         experiment.at_paper is not None and experiment.at_paper.host == preset for experiment in card.experiments
@@ -166,16 +166,16 @@ def find_weights(card: Card, preset: str, places: Places | None = None) -> Found
         candidates = [Path(said)]
     else:
         candidates = [folder / f"{preset}{ending}" for folder in folders for ending in (("",) if host else ENDINGS)]
-    place = next((file for file in candidates if (file.is_dir() if host else file.is_file())), None)
-    if place is not None:
-        return Found(name, place)
+    path = next((file for file in candidates if (file.is_dir() if host else file.is_file())), None)
+    if path is not None:
+        return Found(name, path)
     whose, kind = ("the folder of the pretrained model", "FOLDER") if host else ("the authors' weights of", "FILE")
     needs = f"{whose} {preset} at {expected} (--data {name}={kind}, or {VARIABLE})"
     return Found(name, expected, ("everything",), needs)
 
 
-def resolve(data: str | Path, places: Places | None = None) -> Source:
-    """What a user calls data: a path or an embedded name as it is, a known set's name as the place where it lies.
+def resolve(data: str | Path, paths: DataPaths | None = None) -> Source:
+    """What a user calls data: a path or an embedded name as it is, a known set's name as the path where it lies.
 
     `NAME=PATH` says where a known set lies.
 
@@ -186,10 +186,10 @@ def resolve(data: str | Path, places: Places | None = None) -> Source:
     name, equals, path = text.partition("=")
     if isinstance(data, Path) or name.partition("/")[0] not in known() or (not equals and Path(text).exists()):
         return Source(data, {})
-    located = find(name, {**(places or {}), **({get(name).name: path} if equals else {})})
+    located = find(name, {**(paths or {}), **({get(name).name: path} if equals else {})})
     if not located.there:
         raise UserError(f"no {name}: needs {located.needs}")
-    return Source(located.place, get(name).options_of(name.partition("/")[2]))
+    return Source(located.path, get(name).options_of(name.partition("/")[2]))
 
 
 def unlocked_by(name: str) -> list[tuple[Card, Experiment]]:

@@ -17,7 +17,7 @@ class Slot:
         contract: what a mechanism of this slot takes and gives, in one line.
         factory: how such a mechanism is made.
         inputs: the axes of each tensor it takes, by name; what it gives has the shape of the first.
-        width: the axis whose size the factory is told.
+        width: the axis whose size the factory takes.
         mixes: the axis along which one position may change another; none where each keeps to itself.
         sizes: sizes of the other axes, odd ones too, that every mechanism must take.
     """

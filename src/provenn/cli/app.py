@@ -26,10 +26,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# typer carries its own click from some version on; what a usage error is, both tell by this class.
+# Newer versions of typer carry their own click. This class is the usage error of both.
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
-# What the system says of a place that the user chose: a full disk, rights, and names that no file can have.
-OF_A_PLACE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+# What the system says of a path that the user chose: a full disk, rights, and names that no file can have.
+OF_A_PATH = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 LONGEST_ERROR = 600  # characters: what came may have thousands of digits
 INTERRUPTED, TERMINATED = 130, 143
 _typed: list[str] = []
@@ -72,22 +72,41 @@ def devices(incomplete: str) -> list[str]:
 
 
 Slug = Annotated[
-    str, typer.Argument(help="The paper, as `provenn list` calls it, or its arXiv number.", autocompletion=slugs)
+    str, typer.Argument(help="The paper: its name in `provenn list`, or its arXiv number.", autocompletion=slugs)
 ]
 Preset = Annotated[
-    str | None, typer.Option(help="The system; by default the first.", autocompletion=of_the_paper("presets", "name"))
+    str | None,
+    typer.Option(help="The paper's preset to use. Default: its first.", autocompletion=of_the_paper("presets", "name")),
 ]
-Task = Annotated[str | None, typer.Option(help="Only this kind of work.", autocompletion=tasks)]
-Slot = Annotated[str | None, typer.Option(help="Only this slot.", autocompletion=of_the_paper("mechanisms", "slot"))]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="Only papers and mechanisms for this kind of work, such as image-classification.",
+        autocompletion=tasks,
+    ),
+]
+Slot = Annotated[
+    str | None, typer.Option(help="Only mechanisms of this slot.", autocompletion=of_the_paper("mechanisms", "slot"))
+]
 Budget = Annotated[
-    str, typer.Option(help="smoke (seconds), small (minutes) or paper (its own size).", autocompletion=budgets)
+    str,
+    typer.Option(
+        help="smoke (seconds), small (minutes) or paper (the paper's own data and size).", autocompletion=budgets
+    ),
 ]
-Seeds = Annotated[str, typer.Option(help="How many, or which: 3, 7,9,11 or 10-12. A verdict on quality needs 3.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps or a torch device.", autocompletion=devices)]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the records and the report.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run in the same folder stopped.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 if an experiment is not reproduced.")]
-Json = Annotated[bool, typer.Option("--json", help="For machines, on stdout.")]
+Seeds = Annotated[
+    str,
+    typer.Option(
+        help="Number of seeds, such as 3, or the seeds themselves: 7,9,11 or 10-12. A verdict on quality needs 3."
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="Device to run on: auto, cpu, cuda, mps or any torch device.", autocompletion=devices)
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write the records and the report to.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an earlier run in the same folder.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if an experiment is not reproduced.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 def _version(wanted: bool) -> bool:
@@ -178,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: Any = app(given, prog_name="provenn", standalone_mode=False)
         sys.stdout.flush()
-        _tell_left_out(given)
+        _log_left_out(given)
     except UserError as error:
         return _refuse(str(error))
     except UsageProblem as error:
@@ -186,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _closed_pipe()
     except OSError as error:
-        if error.errno not in OF_A_PLACE:
+        if error.errno not in OF_A_PATH:
             raise
         return _refuse(f"{error.filename or 'writing'}: {error.strerror}")
     except SystemExit as error:
@@ -197,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Give standard streams that were closed (`provenn list >&-`) to /dev/null, so that no file of ours takes a place
-    that others write to."""
+    """Give standard streams that were closed (`provenn list >&-`) to /dev/null, so that no file of ours takes a
+    descriptor that others write to."""
     for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, flags)
@@ -208,9 +227,9 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8"))
 
 
-def _tell_left_out(given: Sequence[str]) -> None:
+def _log_left_out(given: Sequence[str]) -> None:
     """One line for each paper of another package that cannot be used, where papers were looked for at all."""
-    if catalog.cards.cache_info().currsize and given[0] != "doctor":  # which tells more of them
+    if catalog.cards.cache_info().currsize and given[0] != "doctor":  # which reports more of them
         for name, reason in catalog.cards().left_out.items():
             log(f"provenn: the paper {name} is left out: {reason}; see provenn doctor")
 

@@ -29,34 +29,42 @@ def convert(
     model: Annotated[
         str,
         typer.Argument(
-            help="GPT-2, Llama, Qwen2, Mistral, BERT, RoBERTa, DistilBERT or T5, of pictures ViT or Swin: "
-            "a folder, or a name on the hub."
+            help="The pretrained model: a folder, or a name on the hub. Text: GPT-2, Llama, Qwen2, Mistral, BERT, "
+            "RoBERTa, DistilBERT or T5. Images: ViT or Swin."
         ),
     ],
     data: Annotated[
         str,
         typer.Option(
-            help="Text: stdlib, a file, a folder, or hf:NAME for a data set of the hub. Of a model of pictures: "
-            "a folder of images for each class."
+            help="Data to tune on. Text: stdlib, a file, a folder, or hf:NAME for a data set of the hub. Images: a "
+            "folder with one folder of images for each class."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the converted model.")],
-    tune: Annotated[str, typer.Option(help="full, lora or none.")] = "full",
-    steps: Annotated[int, typer.Option(min=0, help="Batches of tuning.")] = 200,
-    prepare_steps: Annotated[int, typer.Option(min=0, help="Batches for the new parts alone, before tuning.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows, or images, a batch.")] = 8,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens a row of text, by default 256.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Of tuning; by default 6e-4 for full and 1e-4 for lora.")] = None,
-    prepare_lr: Annotated[float | None, typer.Option(help="Of the new parts; by default the paper's.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder to write the converted model to.")],
+    tune: Annotated[str, typer.Option(help="What to tune: full (every weight), lora or none.")] = "full",
+    steps: Annotated[int, typer.Option(min=0, help="Number of tuning steps, one batch each.")] = 200,
+    prepare_steps: Annotated[
+        int, typer.Option(min=0, help="Number of steps that train the new parts alone, before tuning.")
+    ] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of text, or images, in a batch.")] = 8,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens in a row of text. Default: 256.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of tuning. Default: 6e-4 for full, 1e-4 for lora.")
+    ] = None,
+    prepare_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the new parts. Default: the paper's.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Of the mechanism, such as feature_map=t2r; repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="An option of the mechanism, such as feature_map=t2r. Repeatable."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Fixes everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Convert a pretrained model, train what is new, tune it, and say what was kept of its quality.
+    """Convert a pretrained model, train its new parts, tune it, and report how much of its quality is kept.
 
     \b
     provenn convert hedgehog gpt2 --data stdlib -o converted
@@ -66,7 +74,7 @@ def convert(
     card = catalog.card(slug)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out} is not empty; name a new folder for the converted model")
-    if file := next((place for place in out.parents if place.is_file()), None):
+    if file := next((parent for parent in out.parents if parent.is_file()), None):
         raise UserError(f"{out} cannot be made: {file} is a file; name another folder for the converted model")
     from provenn import huggingface
     from provenn.cli import console
@@ -84,7 +92,7 @@ def convert(
     if not (data in EMBEDDED or data.startswith(HUB) or Path(data).exists()):
         raise UserError(f"no data at {data!r}: give {', '.join(EMBEDDED)}, a file or a folder of text, or hf:NAME")
     with progress.shown(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", huggingface.WindowLifted)  # told with the result
+        warnings.simplefilter("ignore", huggingface.WindowLifted)  # reported with the result
         source = huggingface.Source.of(model, pictures=None)
         source.rehearse(card.slug, options)
         material, save_reader = _material(source, data, length)
@@ -105,8 +113,8 @@ def convert(
     recovery.setting.update(model=model, data=data)
     host.save_pretrained(out)
     save_reader(out)
-    with atomic_write(out / REPORT) as place:
-        place.write_text(strict_json(recovery.json()) + "\n", encoding="utf-8")
+    with atomic_write(out / REPORT) as file:
+        file.write_text(strict_json(recovery.json()) + "\n", encoding="utf-8")
     if as_json:
         console.machine(recovery.json())
         return

@@ -1,4 +1,4 @@
-"""The verb that tells which data sets are there, and what each unlocks."""
+"""The verb that lists data sets: which are found, and what each unlocks."""
 
 from typing import Annotated, Any
 
@@ -8,9 +8,9 @@ from provenn import catalog
 from provenn.catalog import datasets
 from provenn.cli.app import Json, app, log
 
-Places = Annotated[
+DataPaths = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="NAME=PATH", help="Where a known data set lies; repeatable. See `provenn data`."),
+    typer.Option("--data", metavar="NAME=PATH", help="Path of a data set that `provenn data` lists. Repeatable."),
 ]
 
 
@@ -20,11 +20,13 @@ def names(incomplete: str) -> list[str]:
 
 @app.command()
 def data(
-    name: Annotated[str | None, typer.Argument(help="One of them, in full.", autocompletion=names)] = None,
-    places: Places = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this data set in full. Default: list all.", autocompletion=names)
+    ] = None,
+    paths: DataPaths = None,
     json: Json = False,
 ) -> None:
-    """Data sets that the papers name: found or not, where each is expected, and which experiments it unlocks.
+    """List the data sets that the papers name: found or not, the expected path, and the experiments that each unlocks.
 
     \b
     provenn data
@@ -32,7 +34,7 @@ def data(
     """
     from provenn.cli import console
 
-    given = datasets.given_places(places or [])
+    given = datasets.given_paths(paths or [])
     known = datasets.known() if name is None else {name: datasets.get(name)}
     entries = [_entry(each, datasets.find(each, given), known[each]) for each in known]
     entries += [_entry(each, _checkpoint(each, given)) for each in datasets.checkpoints() if name is None]
@@ -64,9 +66,9 @@ def data(
         log(f"{datasets.VARIABLE} is not set: it names the folders that hold data sets by their names")
 
 
-def _checkpoint(name: str, places: datasets.Places) -> datasets.Found:
+def _checkpoint(name: str, paths: datasets.DataPaths) -> datasets.Found:
     slug, _, preset = name.partition(":")
-    return datasets.find_weights(catalog.card(slug), preset, places)
+    return datasets.find_weights(catalog.card(slug), preset, paths)
 
 
 def _entry(name: str, located: datasets.Found, known: datasets.DataSet | None = None) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _entry(name: str, located: datasets.Found, known: datasets.DataSet | None = 
         "name": name,
         "title": known.title if known else f"weights of {name.partition(':')[2]}, by its authors",
         "found": located.there,
-        "place": str(located.place),
+        "place": str(located.path),
         "missing": list(located.missing),
         "task": known.task if known else None,
         "layout": known.layout if known else "the checkpoint as the authors published it",

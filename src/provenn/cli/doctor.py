@@ -26,7 +26,7 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "scipy", "sklearn", "
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """What this machine can run, and what is missing.
+    """Show what this machine can run, and what is missing.
 
     \b
     provenn doctor

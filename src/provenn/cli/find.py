@@ -15,7 +15,9 @@ from provenn.evidence.record import Finding
 
 @app.command("list")
 def list_papers(
-    query: Annotated[list[str] | None, typer.Argument(help="Words to find; one typo a word is forgiven.")] = None,
+    query: Annotated[
+        list[str] | None, typer.Argument(help="Words to search for; one typo in each word is forgiven.")
+    ] = None,
     task: Task = None,
     slot: Slot = None,
     json: Json = False,
@@ -77,18 +79,20 @@ def _entry(card: Card, called: dict[tuple[str, str], str]) -> dict:
 @app.command()
 def show(
     slug: Slug,
-    everything: Annotated[bool, typer.Option("--all", help="Every experiment, mechanism and preset too.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also show every experiment, mechanism and preset.")
+    ] = False,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="One system: what --set and --recipe take, with types and defaults.",
+            help="Show one preset: what --set and --recipe take, with types and defaults.",
             autocompletion=of_the_paper("presets", "name"),
         ),
     ] = None,
-    bibtex: Annotated[bool, typer.Option("--bibtex", help="The entry for a bibliography, and nothing else.")] = False,
+    bibtex: Annotated[bool, typer.Option("--bibtex", help="Print only the BibTeX entry.")] = False,
     json: Json = False,
 ) -> None:
-    """What a paper's abstract says, and what of it holds.
+    """Show what a paper's abstract says, and which of its claims are supported.
 
     \b
     provenn show eca_net --all
@@ -165,12 +169,12 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
 
     from provenn.cli import console
     from provenn.inference.api import Paper
-    from provenn.inference.options import settings_of
+    from provenn.inference.options import options_of
 
-    task, settings = card.work_of(preset), settings_of(Paper(card), preset.name)
+    task, options = card.work_of(preset), options_of(Paper(card), preset.name)
     if json:
         console.machine(
-            {**preset.model_dump(mode="json"), "task": task, "settings": [asdict(each) for each in settings]}
+            {**preset.model_dump(mode="json"), "task": task, "settings": [asdict(each) for each in options]}
         )
         return
     out = console.console()
@@ -181,7 +185,7 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
     for option, kinds in (("--set", ("data", "system", "prediction")), ("--recipe", ("recipe",))):
         rows = [
             list(map(console.escape, (s.name, s.type, s.default, s.of)))
-            for s in settings
+            for s in options
             if s.of.partition(",")[0] in kinds
         ]
         if rows:
@@ -211,7 +215,7 @@ def _everything(card: Card, findings: list[Finding], elsewhere: list[Finding]) -
             for p in card.presets
         ]
         out.print("", console.table(("preset", "task", "published"), rows))
-    tables = by_origin(card, findings) | {"At other settings, which bear on no claim": elsewhere}
+    tables = by_origin(card, findings) | {"At other options, which are evidence for no claim": elsewhere}
     for title, chosen in tables.items():
         if chosen:
             out.print(f"\n[bold]{title}[/]", console.experiments(chosen))
@@ -236,11 +240,11 @@ def by_origin(card: Card, findings: list[Finding]) -> dict[str, list[Finding]]:
 @app.command()
 def board(
     source: Annotated[
-        Path | None, typer.Option("--from", help="Folder of a run; by default the evidence that comes with the papers.")
+        Path | None, typer.Option("--from", help="Folder of a run. Default: the evidence that comes with the papers.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """All evidence at a glance: a strip of the abstract's claims a paper.
+    """Show all evidence at a glance: one strip of claims for each paper.
 
     \b
     provenn board

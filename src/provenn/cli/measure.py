@@ -23,7 +23,7 @@ from provenn.cli.app import (
     resumable,
     slugs,
 )
-from provenn.cli.data import Places
+from provenn.cli.data import DataPaths
 from provenn.cli.work import pairs
 from provenn.core import progress
 from provenn.core.errors import UserError
@@ -39,34 +39,40 @@ SIZE, BATCHES, THREADS, FORMS = 224, "1,32", "1,2", "eager,compile,onnx"  # of -
 
 @app.command()
 def reproduce(
-    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG…", help="Papers.", autocompletion=slugs)] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every paper.")] = False,
+    slugs: Annotated[
+        list[str] | None, typer.Argument(metavar="SLUG…", help="Papers to measure.", autocompletion=slugs)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Measure every paper.")] = False,
     experiment: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this experiment; may be given again.", autocompletion=of_the_paper("experiments", "id")
+            help="Measure only this experiment. Repeatable.", autocompletion=of_the_paper("experiments", "id")
         ),
     ] = None,
-    headline: Annotated[bool, typer.Option("--headline", help="Only what the abstract's headline rests on.")] = False,
+    headline: Annotated[
+        bool, typer.Option("--headline", help="Measure only the experiments of the headline claims.")
+    ] = False,
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
-    jobs: Annotated[int, typer.Option(help="Trials side by side, each in a process; they share the cores.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Trials to run in parallel, each in its own process; they share the cores.")
+    ] = 1,
     cluster: Annotated[
         str | None,
         typer.Option(
             metavar="auto|HOST:PORT",
-            help="Trials on the machines of a Ray cluster; auto takes the one that runs here, or begins one.",
+            help="Run the trials on a Ray cluster. auto uses the cluster on this machine, or starts one.",
         ),
     ] = None,
-    places: Places = None,
+    paths: DataPaths = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Measure at another setting, such as epochs=3 or sizes=[64,128], kept beside the experiments' own; "
-            "repeatable.",
+            help="Measure with another option, such as epochs=3 or sizes=[64,128]. The result is kept beside the "
+            "experiment's own. Repeatable.",
         ),
     ] = None,
     out: Out = RUN,
@@ -91,11 +97,11 @@ def reproduce(
         raise UserError(f"--experiment is for one paper, and {len(chosen)} were named")
     if experiment and headline:
         raise UserError("give --experiment or --headline, not both")
-    if places and budget != "paper":
+    if paths and budget != "paper":
         raise UserError(f"--data is for --budget paper; at {budget} the data are embedded")
     if overrides and len(chosen) > 1:
         raise UserError(f"--set is for one paper, and {len(chosen)} were named")
-    given = datasets.given_places(places or [])
+    given = datasets.given_paths(paths or [])
     _measure(
         chosen,
         strict=strict,
@@ -117,30 +123,36 @@ def reproduce(
 @app.command(context_settings={"ignore_unknown_options": True})
 def bench(
     slug: Annotated[
-        str | None, typer.Argument(help="The paper; by default the speed of all.", autocompletion=slugs)
+        str | None, typer.Argument(help="The paper. Default: the speed of all papers.", autocompletion=slugs)
     ] = None,
     own: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[--ITS OPTIONS]", help="Of a paper with a benchmark of its own; --options lists them."),
+        typer.Argument(metavar="[--ITS OPTIONS]", help="Options of a paper's own benchmark; --options lists them."),
     ] = None,
     backbones: Annotated[
         str | None,
-        typer.Option(metavar="all|A,B,…", help="Time these classification backbones instead, by preset or paper."),
+        typer.Option(metavar="all|A,B,…", help="Time these image classification backbones instead: presets or papers."),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Side of the images, of --backbones.", show_default=str(SIZE))
+        int | None, typer.Option(help="With --backbones: side of the images, in pixels.", show_default=str(SIZE))
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(metavar="N,…", help="Images at a time, of --backbones.", show_default=BATCHES)
+        str | None, typer.Option(metavar="N,…", help="With --backbones: images in a batch.", show_default=BATCHES)
     ] = None,
     threads: Annotated[
-        str | None, typer.Option(metavar="N,…", help="Of the processor, of --backbones.", show_default=THREADS)
+        str | None,
+        typer.Option(metavar="N,…", help="With --backbones: number of processor threads.", show_default=THREADS),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="Ratios are to this one of --backbones.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="With --backbones: the backbone that the others are compared with. Default: the first."),
+    ] = None,
     forms: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B,…", help="What runs --backbones; compiling takes most of the time.", show_default=FORMS
+            metavar="A,B,…",
+            help="With --backbones: forms to time. Compiling takes most of the time.",
+            show_default=FORMS,
         ),
     ] = None,
     budget: Budget = "small",
@@ -151,10 +163,10 @@ def bench(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Speed beside baselines and installed peers; of one paper also what it claims about time, memory and FLOPs.
+    """Measure speed beside baselines and installed peers; of one paper also its claims of time, memory and FLOPs.
 
-    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. A paper with a benchmark of its own
-    takes options of its own, which run that one; --options lists them.
+    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. Some papers have a benchmark of
+    their own. Its options run that benchmark; --options lists them.
 
     \b
     provenn bench aaren --budget smoke
@@ -340,7 +352,7 @@ def _latency(
     chosen = latency.choose([name.strip() for name in names.split(",") if name.strip()], size)
     check_writable(out)
     with progress.shown():
-        told = latency.measure(
+        latencies = latency.measure(
             chosen,
             size=size,
             batches=numbers["batch"],
@@ -350,12 +362,12 @@ def _latency(
             forms=forms,
             log=log,
         )
-    files = [str(file) for file in told.save(out)]
+    files = [str(file) for file in latencies.save(out)]
     if json:
-        console.machine({"repeat": command(), **asdict(told), "files": files})
+        console.machine({"repeat": command(), **asdict(latencies), "files": files})
         return
     terminal = console.console()
-    for grid in console.details(Measurement(tables=told.tables)):
+    for grid in console.details(Measurement(tables=latencies.tables)):
         terminal.print(grid, "")
     for file in files:
         terminal.print(without_controls(f"written  {file}"), soft_wrap=True, markup=False)
@@ -363,7 +375,7 @@ def _latency(
 
 
 def _time(papers: Sequence[Card], device: str, *, smoke: bool) -> "list[tuple[str, Speed]]":
-    """Each paper's benchmarks, in the order in which the paper lists them; each is told as it ends."""
+    """Each paper's benchmarks, in the order in which the paper lists them; each is reported as it ends."""
     from provenn.core.device import choose_device
     from provenn.evidence.benchmark import benchmarks, time_benchmarks
 
@@ -418,7 +430,7 @@ def _measure(
     speed: Sequence[dict[str, Any]] | None = None,
     **options: Any,
 ) -> None:
-    """Measure experiments, telling each as it ends, and show them; with `speed` or named experiments, all tables of
+    """Measure experiments, log each as it ends, and show them; with `speed` or named experiments, all tables of
     each.
 
     `options` are those of `reproduce_many`.
@@ -492,16 +504,21 @@ def _machine(finding: Any) -> dict[str, Any]:
 
 @app.command()
 def compare(
-    slot: Annotated[str, typer.Option(help="The slot to fill.", autocompletion=of_the_paper("mechanisms", "slot"))],
-    data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
-    candidates: Annotated[str | None, typer.Option("--with", metavar="A,B,…", help="By default all.")] = None,
+    slot: Annotated[
+        str,
+        typer.Option(help="The slot to fill, such as channel-gate.", autocompletion=of_the_paper("mechanisms", "slot")),
+    ],
+    data: Annotated[str, typer.Option(help="Name of an embedded data set, or a path.")],
+    candidates: Annotated[
+        str | None, typer.Option("--with", metavar="A,B,…", help="Mechanisms to compare. Default: all of the slot.")
+    ] = None,
     budget: Budget = "small",
     seeds: Seeds = "3",
     device: Device = "auto",
     out: Out = Path("runs/compare"),
     json: Json = False,
 ) -> None:
-    """Mechanisms of one slot in the same host, trained at equal budget. Run again, it goes on where it stopped.
+    """Compare mechanisms of one slot in the same host, trained at equal budget. Run it again to continue a stopped run.
 
     \b
     provenn compare --slot channel-gate --with eca,se,none --data digits

@@ -22,15 +22,15 @@ def modern(words: Sequence[str]) -> tuple[list[str], list[str]]:
         changed.append(("serve --export", first))
     elif first != verb:
         changed.append((verb, first))
-    for place, word in enumerate(rest):
+    for index, word in enumerate(rest):
         name, equals, value = word.partition("=")
         if (verb, name) in OPTIONS:
-            rest[place] = OPTIONS[verb, name] + equals + value
+            rest[index] = OPTIONS[verb, name] + equals + value
             changed.append((name, OPTIONS[verb, name]))
-        setting = value if name == "--set" else word if place and rest[place - 1] == "--set" else ""
+        setting = value if name == "--set" else word if index and rest[index - 1] == "--set" else ""
         key = setting.partition("=")[0]
         if (verb, key) in SETTINGS:
-            rest[place] = word.replace(key, SETTINGS[verb, key], 1)
+            rest[index] = word.replace(key, SETTINGS[verb, key], 1)
             changed.append((f"--set {key}", f"--set {SETTINGS[verb, key]}"))
     lines = [f"`{old}` is now `{new}`; {GONE_IN} drops the old name" for old, new in dict.fromkeys(changed)]
     return [*first.split(), *rest], lines
@@ -38,7 +38,7 @@ def modern(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _without_option(words: list[str], option: str) -> list[str]:
     """The words with an option's value in front, as an argument."""
-    place = next(i for i, word in enumerate(words) if word.partition("=")[0] == option)
-    _, equals, value = words[place].partition("=")
-    values, after = ([value], place + 1) if equals else (words[place + 1 : place + 2], place + 2)
-    return [*values, *words[:place], *words[after:]]
+    index = next(i for i, word in enumerate(words) if word.partition("=")[0] == option)
+    _, equals, value = words[index].partition("=")
+    values, after = ([value], index + 1) if equals else (words[index + 1 : index + 2], index + 2)
+    return [*values, *words[:index], *words[after:]]

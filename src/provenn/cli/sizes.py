@@ -11,13 +11,15 @@ from provenn.core.errors import UserError
 
 @app.command()
 def sizes(
-    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG…", help="Papers.", autocompletion=slugs)] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every paper.")] = False,
+    slugs: Annotated[
+        list[str] | None, typer.Argument(metavar="SLUG…", help="Papers to count.", autocompletion=slugs)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Count every paper.")] = False,
 ) -> None:
-    """Parameters, FLOPs and memory of every preset, and signatures of the layers, kept beside each paper.
+    """Count parameters, FLOPs and memory of every preset, and keep them with the layers' signatures beside each paper.
 
-    The file, sizes.json in the paper's folder, is what the web catalogue shows; a paper of your own has one by this
-    verb too. FLOPs and memory are of one example at the preset's input in paper.toml.
+    They are written to sizes.json in the paper's folder, for your own papers too. The web catalogue shows them. FLOPs
+    and memory are of one example at the preset's input in paper.toml.
 
     \b
     provenn sizes eca_net titans
@@ -31,5 +33,5 @@ def sizes(
         with progress.shown():
             counted = measure(card)
         lacking = [name for name, size in counted.presets.items() if size.uncounted]
-        told = f"; not counted in full: {', '.join(lacking)}" if lacking else ""
-        log(f"{write(card, counted)}: {len(counted.presets)} presets{told}")
+        note = f"; not counted in full: {', '.join(lacking)}" if lacking else ""
+        log(f"{write(card, counted)}: {len(counted.presets)} presets{note}")

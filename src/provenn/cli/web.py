@@ -22,9 +22,9 @@ if TYPE_CHECKING:  # slow to import, and not there without the extra
     from provenn.web.database import Database
 
 NEEDED = "the web catalogue needs more packages: pip install 'provenn[web]'"
-LEAVE_SECONDS = 5  # that a server which is told to end waits for answers: one that streams a demo may take minutes
+LEAVE_SECONDS = 5  # that an ending server waits for answers: one that streams a demo may take minutes
 LIMITS = "Limits on clients"
-Home = Annotated[Path | None, typer.Option(help="Folder of the embedded database; by default ~/.local/share/provenn.")]
+Home = Annotated[Path | None, typer.Option(help="Folder of the embedded database. Default: ~/.local/share/provenn.")]
 web = typer.Typer(
     help="""The web catalogue: serve it, mail its digest, administer it, write it as files.
 
@@ -47,50 +47,64 @@ web.add_typer(admin, name="admin")
 
 @web.command()
 def serve(
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for everybody.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port.", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     home: Home = None,
-    url: Annotated[str | None, typer.Option(help="Where readers reach it, for links in mails and feeds.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Public address of the catalogue, for links in mails and feeds. Default: http://HOST:PORT."),
+    ] = None,
     workers: Annotated[
         int,
         typer.Option(
-            help="Processes that answer; of several, none tries papers, and each has limits of its own.", min=1, max=64
+            help="Number of processes that answer. With several, papers cannot be tried and each has its own limits.",
+            min=1,
+            max=64,
         ),
     ] = 1,
     proxies: Annotated[
         str,
         typer.Option(
-            help="Addresses or networks of proxies, with commas between. From these, X-Forwarded-For tells who asks, "
-            "so that each reader has limits of their own; from others it is ignored.",
+            help="Addresses or networks of trusted proxies, separated by commas. From these, X-Forwarded-For names "
+            "the client, so that limits count for each reader. From others it is ignored.",
             envvar="FORWARDED_ALLOW_IPS",
         ),
     ] = "127.0.0.1",
     connections: Annotated[
-        int, typer.Option(help="Connections open at once, of all clients.", min=1, rich_help_panel=LIMITS)
+        int, typer.Option(help="Open connections of all clients together.", min=1, rich_help_panel=LIMITS)
     ] = 1000,
     client_connections: Annotated[
-        int, typer.Option(help="Connections of one client; a proxy may have more.", min=1, rich_help_panel=LIMITS)
+        int, typer.Option(help="Open connections of one client; a proxy may have more.", min=1, rich_help_panel=LIMITS)
     ] = 100,
     header_seconds: Annotated[
-        float, typer.Option(help="Seconds for the header of a request.", min=0.1, rich_help_panel=LIMITS)
+        float,
+        typer.Option(help="Longest time for the header of a request, in seconds.", min=0.1, rich_help_panel=LIMITS),
     ] = 10.0,
-    body_seconds: Annotated[float, typer.Option(help="Seconds for its body.", min=0.1, rich_help_panel=LIMITS)] = 300.0,
+    body_seconds: Annotated[
+        float, typer.Option(help="Longest time for the body of a request, in seconds.", min=0.1, rich_help_panel=LIMITS)
+    ] = 300.0,
     least_rate: Annotated[
         float,
-        typer.Option(help="Bytes a second that a client sends or takes at least.", min=0, rich_help_panel=LIMITS),
+        typer.Option(
+            help="Lowest rate at which a client may send or receive, in bytes a second.", min=0, rich_help_panel=LIMITS
+        ),
     ] = 500.0,
     stall_seconds: Annotated[
-        float, typer.Option(help="Seconds over which that is counted.", min=0.1, rich_help_panel=LIMITS)
+        float,
+        typer.Option(help="Time over which --least-rate is measured, in seconds.", min=0.1, rich_help_panel=LIMITS),
     ] = 20.0,
     idle_seconds: Annotated[
-        int, typer.Option(help="Seconds between two requests of a connection.", min=1, rich_help_panel=LIMITS)
+        int,
+        typer.Option(
+            help="Longest time between two requests of a connection, in seconds.", min=1, rich_help_panel=LIMITS
+        ),
     ] = 5,
 ) -> None:
-    """The web catalogue: every paper, what holds of it, and a try, in a browser.
+    """Serve the web catalogue: every paper, its claims with their evidence, and demos to try.
 
-    Only requests for the host of --url, of --host or of this machine are answered; PROVENN_HOSTS adds others, with
-    commas between. The header of a request has at most 16,000 bytes and 100 fields, its address 8,000 bytes, a form
-    64,000 bytes; PROVENN_UPLOAD_MEGABYTES limits what is tried.
+    Only requests for the host of --url, of --host or of this machine are answered. PROVENN_HOSTS adds other hosts,
+    separated by commas. A request may have a header of 16,000 bytes with 100 fields, an address of 8,000 bytes and a
+    form of 64,000 bytes. PROVENN_UPLOAD_MEGABYTES limits the files that readers try.
 
     \b
     provenn web serve
@@ -174,10 +188,8 @@ def check_proxies(proxies: str) -> None:
 
 @web.command("export")
 def export_site(
-    folder: Annotated[Path, typer.Argument(help="Folder for the files.")],
-    url: Annotated[
-        str | None, typer.Option(help="Where readers will reach the files, for links in feeds and JSON.")
-    ] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder to write the files to.")],
+    url: Annotated[str | None, typer.Option(help="Public address of the files, for links in feeds and JSON.")] = None,
 ) -> None:
     """Write the catalogue as files that any host serves, without accounts, votes and demos.
 
@@ -197,18 +209,20 @@ def export_site(
 @web.command()
 def mail(
     send: Annotated[
-        bool, typer.Option("--send", help="Send it; else what would go is printed, and nothing kept.")
+        bool, typer.Option("--send", help="Send the mails. Default: print them, and record nothing.")
     ] = False,
-    daily: Annotated[bool, typer.Option("--daily", help="Only to those who have it daily.")] = False,
-    weekly: Annotated[bool, typer.Option("--weekly", help="Only to those who have it weekly.")] = False,
-    date: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The day; by default today, UTC.")] = None,
+    daily: Annotated[bool, typer.Option("--daily", help="Only to daily subscribers.")] = False,
+    weekly: Annotated[bool, typer.Option("--weekly", help="Only to weekly subscribers.")] = False,
+    date: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Day of the digest. Default: today in UTC.")
+    ] = None,
     home: Home = None,
-    url: Annotated[str | None, typer.Option(help="Where readers reach the catalogue, for links in the mails.")] = None,
+    url: Annotated[str | None, typer.Option(help="Public address of the catalogue, for links in the mails.")] = None,
 ) -> None:
-    """Mail what is new to those who asked for it, for cron. Nobody gets it twice on a day, however often this runs.
+    """Mail the digest to its subscribers. Made for cron: nobody gets it twice on a day, however often this runs.
 
-    A weekly digest goes on the first run of a week, Monday being its first day. A server on the same database sends
-    along: give both the same settings.
+    A weekly digest goes on the first run of a week, which begins on Monday. A server on the same database sends these
+    mails too: give both the same options.
 
     \b
     provenn web mail
@@ -244,7 +258,7 @@ class What(StrEnum):
 
 @admin.command("list")
 def list_rows(what: What, home: Home = None, json: Json = False) -> None:
-    """Comments, reports, suggestions or people, the newest first.
+    """List comments, reports, suggestions or people, the newest first.
 
     \b
     provenn web admin list reports
@@ -268,7 +282,7 @@ def list_rows(what: What, home: Home = None, json: Json = False) -> None:
 
 @admin.command()
 def mails(home: Home = None) -> None:
-    """How many mails wait to be sent, of which kinds, for how long, and the last trouble, on one line.
+    """Print one line on the mails that wait: how many, of which kinds, for how long, and the last error.
 
     \b
     provenn web admin mails
@@ -292,7 +306,7 @@ def hide(number: Annotated[int, typer.Argument(help="The comment's number.")], h
 
 @admin.command()
 def show(number: Annotated[int, typer.Argument(help="The comment's number.")], home: Home = None) -> None:
-    """Show a comment again that was hidden.
+    """Show a hidden comment again.
 
     \b
     provenn web admin show 17
@@ -302,7 +316,7 @@ def show(number: Annotated[int, typer.Argument(help="The comment's number.")], h
 
 @admin.command()
 def approve(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv number.")], home: Home = None) -> None:
-    """Say that a suggested paper will come.
+    """Announce that a suggested paper will come.
 
     \b
     provenn web admin approve 2502.02040
@@ -312,7 +326,7 @@ def approve(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv nu
 
 @admin.command()
 def decline(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv number.")], home: Home = None) -> None:
-    """Say that a suggested paper will not come.
+    """Announce that a suggested paper will not come.
 
     \b
     provenn web admin decline 2502.02040
@@ -322,10 +336,12 @@ def decline(arxiv: Annotated[str, typer.Argument(help="The suggestion's arXiv nu
 
 @admin.command()
 def export(
-    file: Annotated[Path, typer.Argument(help="A file of JSON lines; what it held is replaced once all is written.")],
+    file: Annotated[
+        Path, typer.Argument(help="File of JSON lines to write. An existing file is replaced once all is written.")
+    ],
     home: Home = None,
 ) -> None:
-    """Everything that people wrote, one row a line: the whole file, or none.
+    """Write everything that people wrote to a file, one row a line. The file is written whole or not at all.
 
     \b
     provenn web admin export rows.jsonl
@@ -337,8 +353,8 @@ def export(
         count = 0
         with (
             database.reading() as session,
-            atomic_write(file, mode=0o600) as place,
-            place.open("w", encoding="utf-8") as lines,
+            atomic_write(file, mode=0o600) as path,
+            path.open("w", encoding="utf-8") as lines,
         ):
             for count, row in enumerate(accounts.every_row(session), start=1):  # noqa: B007
                 lines.write(text_of.dumps(row, ensure_ascii=False) + "\n")
@@ -347,9 +363,9 @@ def export(
 
 @admin.command()
 def delete(
-    who: Annotated[str, typer.Argument(help="A mail address, or a person's number.")],
+    who: Annotated[str, typer.Argument(help="Mail address or number of a person.")],
     home: Home = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
 ) -> None:
     """Delete a person with everything that is theirs, for good.
 

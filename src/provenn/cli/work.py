@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from provenn import catalog
-from provenn.cli.app import Device, Json, Preset, Resume, Slug, Task, app, log, resumable
+from provenn.cli.app import Device, Json, Preset, Resume, Slug, app, log, resumable, tasks
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.files import is_stdout
@@ -25,8 +25,8 @@ CLASSES_SHOWN = 20
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="A weight file, ours or the authors', or the folder of a run, which may stand in the paper's place too; "
-        "by default what ships."
+        help="A weight file, ours or the authors', or the folder of a run. Default: the weights that ship. A run's "
+        "folder may also be given instead of the paper."
     ),
 ]
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -35,25 +35,40 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 @app.command()
 def train(
     slug: Slug,
-    data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
+    data: Annotated[
+        str, typer.Option(help="A path, the name of an embedded data set, or one that `provenn data` lists.")
+    ],
     preset: Preset = None,
-    task: Task = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default the preset's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="So many, whatever the epochs; by default the preset's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; by default the preset's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step and device; by default the preset's.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
-    precision: Annotated[str | None, typer.Option(help=f"{', '.join(PRECISIONS)}; by default the preset's.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Kind of work to train for. Default: that of the preset.", autocompletion=tasks),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Number of passes over the data. Default: the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of training steps. Default: the preset's epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: the preset's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples in a batch on each device. Default: the preset's.")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Number of batches whose gradients make one step. Default: the preset's.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}. Default: the preset's.")
+    ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs without a better validation metric; keep the best.")
+        int | None,
+        typer.Option(
+            help="Stop after this many epochs without a better validation metric, and keep the best weights. "
+            "Default: the preset's."
+        ),
     ] = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
             "--recipe",
             metavar="KEY=VALUE",
-            help="Of the training, such as ema=0.999, schedule=cosine, final_lr=1e-5, warmup_steps=100, "
-            "weight_decay=0.05, decay_vectors=false, mixup=0.8, rand_augment=9, layer_decay=0.65; repeatable.",
+            help="An option of the training, such as ema=0.999, schedule=cosine, final_lr=1e-5, warmup_steps=100, "
+            "weight_decay=0.05, decay_vectors=false, mixup=0.8, rand_augment=9 or layer_decay=0.65. Repeatable.",
         ),
     ] = None,
     overrides: Annotated[
@@ -61,39 +76,61 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Of the data or the system, such as horizon=24, repeatable; `provenn show SLUG --preset P` lists all.",
+            help="An option of the data or the model, such as horizon=24. Repeatable. `provenn show SLUG --preset P` "
+            "lists all.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Fixes everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="How many on each machine; each takes its batch.")] = 1,
-    num_nodes: Annotated[
-        int, typer.Option(min=1, help="Machines: run the same command on each, by torchrun or with NODE_RANK set.")
+    devices: Annotated[
+        int, typer.Option(min=1, help="Number of devices on each machine; each takes its own batch.")
     ] = 1,
-    strategy: Annotated[str, typer.Option(help="auto, ddp, or fsdp, which divides weights and their state.")] = "auto",
+    num_nodes: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Number of machines. Run the same command on each, by torchrun or with NODE_RANK set."
+        ),
+    ] = 1,
+    strategy: Annotated[
+        str,
+        typer.Option(help="How devices share a training: auto, ddp or fsdp. fsdp divides weights and optimizer state."),
+    ] = "auto",
     context_parallel: Annotated[
-        int, typer.Option(min=1, help="Processes that share each sequence, of language models with softmax attention.")
+        int,
+        typer.Option(
+            min=1, help="Number of processes that share each sequence. For language models with softmax attention."
+        ),
     ] = 1,
     context_method: Annotated[
-        str, typer.Option(help="How they do: ring, all_gather, ulysses, usp or loongtrain.")
+        str, typer.Option(help="How processes share a sequence: ring, all_gather, ulysses, usp or loongtrain.")
     ] = "ring",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read the data.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Number of processes that read the data; 0 reads in the main process.")
+    ] = 0,
     resume: Resume = False,
     save_every: Annotated[
-        int | None, typer.Option(min=1, metavar="STEPS", help="A checkpoint so often, besides each epoch's.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            help="Steps between two checkpoints, besides the one after each epoch. Default: epochs only.",
+        ),
     ] = None,
     keep_best: Annotated[
-        int, typer.Option(min=0, help="Keep the weights of so many epochs, the best on validation data.")
+        int, typer.Option(min=0, help="Number of epochs whose weights are kept: the best on validation data.")
     ] = 0,
-    logger: Annotated[str | None, typer.Option(help="csv or tensorboard: curves under OUT/log.")] = None,
+    logger: Annotated[
+        str | None, typer.Option(help="Write curves to OUT/log, in the format csv or tensorboard. Default: no curves.")
+    ] = None,
     skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Name images that cannot be read, and go on.")
+        bool, typer.Option("--skip-broken", help="Skip images that cannot be read, and name them.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the run. Default: runs/SLUG.", show_default=False)
+        Path | None,
+        typer.Option("--out", "-o", help="Folder to write the run to. Default: runs/SLUG.", show_default=False),
     ] = None,
 ) -> None:
-    """Train a paper's system on data.
+    """Train a paper's model on data.
 
     \b
     provenn train craft --data photos/ --precision bf16-mixed --workers 4 --patience 5
@@ -163,29 +200,29 @@ def train(
     if work.name not in api.PROBES and type(work).predict is not Kind.predict:
         given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
         out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
-        place = without_controls(shlex.quote(str(folder)))
+        quoted = without_controls(shlex.quote(str(folder)))
         terminal.print(
-            f"next     provenn predict {card.slug}{given} --weights {place}{out_option}",
+            f"next     provenn predict {card.slug}{given} --weights {quoted}{out_option}",
             markup=False,
             soft_wrap=True,
         )
 
 
 def _in_words(work: "Kind", summary: dict[str, Any]) -> str:
-    """What a training reached beside who has learned nothing, and what to do where that is no less."""
+    """The metric that a training reached beside the dummy baseline's, and what to do where it is no better."""
     from provenn.evidence.view import number
 
     reached, dummy_baseline = summary["metrics"][work.metric], summary["dummy_baseline"]
     name, count = work.metric.replace("_", " "), summary["tested_on"]
     says = f"{name} {number(reached)} on {count:,} test example{'s' * (count != 1)}"
-    guess = f"{number(dummy_baseline)} of who has learned nothing"
+    baseline = f"the dummy baseline ({number(dummy_baseline)})"
     if not (reached > dummy_baseline if work.higher_is_better else reached < dummy_baseline):
         steps = summary["steps"]
         more = f"train longer than {steps:,} step{'s' * (steps != 1)}, on more data, or with another --lr"
-        return f"{says}, no better than the {guess}: {more}"
+        return f"{says}, no better than {baseline}: {more}"
     if name == "accuracy" and reached - dummy_baseline < 2 * (dummy_baseline * (1 - dummy_baseline) / count) ** 0.5:
-        return f"{says}, too few to tell it from the {guess}: train on more data"
-    return f"{says}, beside the {guess}"
+        return f"{says}, too few to distinguish it from {baseline}: train on more data"
+    return f"{says}, beside {baseline}"
 
 
 def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=24") -> dict[str, Any]:
@@ -206,7 +243,7 @@ def pairs(texts: Sequence[str], option: str = "--set", example: str = "horizon=2
 
 
 def _named(slug: str, weights: Path | None) -> tuple[str, Path | None]:
-    """The paper and its weights; a run's folder or a weight file of ours in the paper's place names both."""
+    """The paper and its weights; a run's folder or a weight file of ours, given instead of the paper, names both."""
     if weights is not None or catalog.slug_of(slug) in catalog.cards() or not Path(slug).exists():
         return slug, weights
     from provenn.training.weights import label_of
@@ -241,31 +278,33 @@ def predict(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="INPUT…", help="Files; words for a language model; classes to draw; an agent plays without."
+            metavar="INPUT…",
+            help="Input files. For a language model: words. For image generation: classes. An agent needs none.",
         ),
     ] = None,
     weights: Weights = None,
     preset: Preset = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "--out", "-o", help="File or folder for the result.")
+        Path | None, typer.Option("--output", "--out", "-o", help="File or folder to write the result to.")
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Of super-resolution: the images in full resolution; prints PSNR and SSIM."),
+        typer.Option(help="For super-resolution: the images in full resolution. Prints PSNR and SSIM."),
     ] = None,
     overlay: Annotated[
-        bool, typer.Option("--overlay", help="Of segmentation: beside each mask the image with its classes in colour.")
+        bool, typer.Option("--overlay", help="For segmentation: also write the image with its classes in colour.")
     ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Of the prediction, such as tokens=100; or what authors' weights do not tell, such as chunk=64.",
+            help="An option of the prediction, such as tokens=100, or of the model where the authors' weights do not "
+            "say it, such as chunk=64. Repeatable.",
         ),
     ] = None,
 ) -> None:
-    """Apply trained weights to files; a language model's text comes as it is written.
+    """Apply trained weights to files. The text of a language model is printed as it is generated.
 
     \b
     provenn predict craft photo.png -o photo_x2.png
@@ -281,7 +320,7 @@ def predict(
     # Where the result itself goes to stdout, what is said of it goes elsewhere: a pipe gets the result alone.
     said = sys.stderr if output is not None and is_stdout(output) else sys.stdout
 
-    def tell_piece(piece: str) -> None:
+    def print_piece(piece: str) -> None:
         nonlocal streamed
         streamed = True
         print(without_controls(piece), end="", flush=True, file=said)
@@ -289,7 +328,7 @@ def predict(
     with progress.shown():
         _say_what_ships(slug, weights, preset)
         text = api.predict(
-            slug, inputs or [], weights=weights, preset=preset, output=output, overrides=options, log=tell_piece
+            slug, inputs or [], weights=weights, preset=preset, output=output, overrides=options, log=print_piece
         )
     print("" if streamed else without_controls(text), file=said)
 
@@ -297,34 +336,41 @@ def predict(
 @app.command()
 def evaluate(
     slug: Slug,
-    data: Annotated[str, typer.Option(help="An embedded data set's name, or a path.")],
+    data: Annotated[
+        str, typer.Option(help="A path, the name of an embedded data set, or one that `provenn data` lists.")
+    ],
     weights: Weights = None,
     preset: Preset = None,
     split: Annotated[
         str,
         typer.Option(
-            help="auto, all or test: all of the data, or what a training on them holds out. auto takes test where "
-            "these weights were trained on them. A test split that comes with the data is what is tested on.",
+            help="all: all of the data. test: the part that a training on the data holds out. auto: test if these "
+            "weights were trained on the data, else all. If the data come with a test split, that split is used.",
         ),
     ] = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the split; by default the training's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the split. Default: the training's.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Of the data, such as length=512; or what authors' weights do not tell, such as chunk=64.",
+            help="An option of the data, such as length=512, or of the model where the authors' weights do not say it, "
+            "such as chunk=64. Repeatable.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 256,
     device: Device = "auto",
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder for the metrics, and for classes a table and a picture."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder to write the metrics to, with a table and a picture of the classes if there are any.",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Metrics of trained weights on data, with intervals over the examples, beside the published figures.
+    """Measure trained weights on data: metrics with intervals over the examples, beside the published figures.
 
     \b
     provenn evaluate eca_net --data digits
@@ -366,15 +412,15 @@ def evaluate(
 @app.command()
 def inspect(
     slug: Slug,
-    file: Annotated[Path, typer.Argument(metavar="INPUT", help="What the system is given, such as an image.")],
+    file: Annotated[Path, typer.Argument(metavar="INPUT", help="Input file of the model, such as an image.")],
     weights: Weights = None,
     preset: Preset = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "--out", "-o", metavar="PNG", help="File for a picture.")
+        Path | None, typer.Option("--output", "--out", "-o", metavar="PNG", help="PNG file to write a picture to.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """What goes on inside a paper's system on an input of yours, such as the gates of its layers.
+    """Show what happens inside a model on your input, such as the gates of its layers.
 
     \b
     provenn inspect eca_net cat.png -o gates.png
@@ -391,7 +437,7 @@ def inspect(
         if output is not None:
             inspected.save(output)
     if weights is None and not _say_what_ships(slug, weights, preset, needed=False):
-        log("the weights are random, nothing was learned: give some with --weights")
+        log("the weights are random and untrained: give trained ones with --weights")
     if json:
         layers = {name: row.tolist() for name, row in inspected.layers.items()}
         console.machine({"title": inspected.title, "caption": inspected.caption, "layers": layers})
@@ -407,13 +453,17 @@ def inspect(
 @app.command()
 def export(
     slug: Slug,
-    output: Annotated[Path, typer.Option("--output", "--out", "-o", help="File to write, ending in .onnx.")],
+    output: Annotated[Path, typer.Option("--output", "--out", "-o", help="File to write; its name ends in .onnx.")],
     weights: Weights = None,
     preset: Preset = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise it, and show what that costs.")] = False,
-    data: Annotated[str | None, typer.Option(help="What --int8 is calibrated on: a name or a path.")] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantise the model to int8, and show how much its metric changes.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Data that --int8 is calibrated on: the name of a data set, or a path.")
+    ] = None,
 ) -> None:
-    """Trained weights with their system as an ONNX file.
+    """Write a model with its trained weights as an ONNX file.
 
     \b
     provenn export craft -o craft.onnx

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOCK = ".lock"
-LONGEST_STEM = 40  # characters of the name of a place: a name of 255 bytes leaves none for what is put around it
+LONGEST_STEM = 40  # characters of a name: one of 255 bytes leaves no room for what is put around it
 DESCRIPTOR = re.compile(r"/dev/std(?P<stream>out|err)|/(?:dev|proc/(?:self|\d+))/fd/(?P<number>\d+)")
 
 
@@ -32,16 +32,16 @@ class Unwritable(UserError):
 def atomic_write(
     file: Path, keep: Path | None = None, *, suffix: str | None = None, mode: int = 0o666
 ) -> Iterator[Path]:
-    """A place to write to. Where the block ends well, what lies there is brought to disk and takes the name of `file`;
-    where it does not, nothing is left of it.
+    """A temporary path to write to. If the block ends well, its file is brought to disk and takes the name of `file`;
+    if not, it is removed.
 
-    The place is beside `file`, never in the folder for temporary files: a name can only be taken in one step on one
-    file system. What cannot be replaced, a device, a pipe or a terminal, is written through when all is there.
+    The temporary file is beside `file`, never in the folder for temporary files: a name can only be taken in one step
+    on one file system. What cannot be replaced, a device, a pipe or a terminal, is written through when all is there.
 
     Args:
         file: what is written; folders on the way to it are made. Where it is a link, what that points to is written.
         keep: where the file that is replaced goes.
-        suffix: ending of the place, by which some writers choose a format; by default that of `file`.
+        suffix: ending of the temporary path, by which some writers choose a format; by default that of `file`.
         mode: rights of a new file, less those that the umask takes. A file that is replaced gets no wider ones.
 
     Raises:
@@ -49,8 +49,8 @@ def atomic_write(
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "a.txt"
-    >>> with atomic_write(file) as place:
-    ...     _ = place.write_text("all of it")
+    >>> with atomic_write(file) as path:
+    ...     _ = path.write_text("all of it")
     >>> file.read_text(), [other.name for other in file.parent.iterdir()]
     ('all of it', ['a.txt'])
     """
@@ -58,29 +58,29 @@ def atomic_write(
         _check_kind(file, folder=False)
         if is_stream(file):
             with tempfile.TemporaryDirectory(prefix="provenn-") as folder:
-                place = Path(folder) / f"whole{suffix or file.suffix}"
-                place.touch()
-                yield place
-                _write_through(place, file)
+                path = Path(folder) / f"whole{suffix or file.suffix}"
+                path.touch()
+                yield path
+                _write_through(path, file)
             return
         target = Path(os.path.realpath(file))  # a link stays one
-        place = target.with_name(f".{target.stem[:LONGEST_STEM]}.{os.getpid()}.part{suffix or target.suffix}")
+        path = target.with_name(f".{target.stem[:LONGEST_STEM]}.{os.getpid()}.part{suffix or target.suffix}")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            rights = _create(place, mode)
+            rights = _create(path, mode)
             if target.exists():
                 rights &= stat.S_IMODE(target.stat().st_mode)
-            yield place
-            os.chmod(place, rights)  # some writers make a file of their own, with rights of their own
-            with place.open("rb") as handle:
+            yield path
+            os.chmod(path, rights)  # some writers make a file of their own, with rights of their own
+            with path.open("rb") as handle:
                 os.fsync(handle.fileno())
             if keep is not None and target.exists():
                 os.replace(target, keep)
-            os.replace(place, target)
+            os.replace(path, target)
             _sync_folder(target.parent)
         finally:
             with suppress(OSError):
-                place.unlink()
+                path.unlink()
     except BrokenPipeError:  # of somebody else, who read along
         raise
     except OSError as error:
@@ -105,8 +105,8 @@ def save_figure(figure: "Figure", file: Path, **options: Any) -> None:
         if "$" in words and "\\mathdefault" not in words:  # which is a power of ten, of Matplotlib's own
             text.set_parse_math(False)
         text.set_text(words.encode("utf-8", "backslashreplace").decode("utf-8"))
-    with atomic_write(file, suffix=".png") as place:
-        figure.savefig(place, **{"dpi": 110, "format": "png", **options})
+    with atomic_write(file, suffix=".png") as path:
+        figure.savefig(path, **{"dpi": 110, "format": "png", **options})
 
 
 def check_output(file: Path, folder: bool = False) -> None:
@@ -163,7 +163,7 @@ def check_no_input(file: Path, inputs: Iterable[str | Path]) -> None:
         with suppress(OSError, ValueError):  # there is nothing yet, or words are no name
             same = os.path.samefile(file, given)
         if same:
-            raise Unwritable(f"cannot write {file}: it is the input itself; choose another place with -o")
+            raise Unwritable(f"cannot write {file}: it is the input itself; choose another file with -o")
 
 
 def is_stream(file: Path) -> bool:
@@ -198,25 +198,25 @@ def output_suffix(file: Path, default: str) -> str:
     return default if is_stream(file) and not file.suffix else file.suffix.lower()
 
 
-def _create(place: Path, mode: int) -> int:
+def _create(path: Path, mode: int) -> int:
     """A new empty file, and nobody's link; returns its rights, from which the system has taken what the umask says."""
     with suppress(FileNotFoundError):
-        place.unlink()
-    handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), mode)
+        path.unlink()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), mode)
     try:
         return stat.S_IMODE(os.fstat(handle).st_mode)
     finally:
         os.close(handle)
 
 
-def _write_through(place: Path, file: Path) -> None:
+def _write_through(path: Path, file: Path) -> None:
     """Copy a file into a stream; into an open file of this process where that stands, as `>>` asks."""
     named = DESCRIPTOR.fullmatch(str(file))
     if named is None:
         handle = os.open(file, os.O_WRONLY)
     else:
         handle = os.dup(int(named["number"] or {"out": 1, "err": 2}[named["stream"]]))
-    with place.open("rb") as source, os.fdopen(handle, "wb") as sink:
+    with path.open("rb") as source, os.fdopen(handle, "wb") as sink:
         shutil.copyfileobj(source, sink)
 
 

@@ -84,8 +84,8 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         name = encoding.upper().removesuffix("-SIG")
         line = content.count(b"\n", 0, error.start) + 1
-        place = f"line {line}, byte {error.start + 1} of the file (0x{content[error.start]:02x})"
-        raise UserError(f"{file} is no text in {name}: {place}; save it in UTF-8") from None
+        position = f"line {line}, byte {error.start + 1} of the file (0x{content[error.start]:02x})"
+        raise UserError(f"{file} is no text in {name}: {position}; save it in UTF-8") from None
     check_zeros(text, file)
     return text.removeprefix("\ufeff")
 
@@ -124,8 +124,8 @@ def parse_json(text: str, where: str) -> Any:
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
     except json.JSONDecodeError as error:
-        place = f" (line {error.lineno}, column {error.colno})" if error.lineno > 1 else ""
-        raise UserError(f"{where}: no JSON: {error.msg}{place}") from None
+        position = f" (line {error.lineno}, column {error.colno})" if error.lineno > 1 else ""
+        raise UserError(f"{where}: no JSON: {error.msg}{position}") from None
     except ValueError as error:  # a number of more than 4,300 digits
         raise UserError(f"{where}: no JSON: {' '.join(str(error).split())[:100]}") from None
     return value

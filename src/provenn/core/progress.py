@@ -135,7 +135,7 @@ def _commands(character: str) -> bool:
 
 @contextmanager
 def unsaid() -> Iterator[None]:
-    """Keep back what `say` would tell: of data that are read a second time."""
+    """Keep back what `say` would print: of data that are read a second time."""
     global _silent
     before, _silent = _silent, True
     try:

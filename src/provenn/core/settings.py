@@ -61,7 +61,7 @@ def check_numbers(name: str, value: Any, converted: Any) -> None:
     """Refuse what pydantic takes for a number and nobody means as one, in nested values too.
 
     Raises:
-        UserError: true or false in a number's place; a number that is not finite, or too long for a computer's.
+        UserError: true or false instead of a number; a number that is not finite, or too long for a computer's.
     """
     if isinstance(converted, dict) and isinstance(value, dict):
         value, converted = list(value.values()), list(converted.values())

@@ -1,4 +1,4 @@
-"""What a claim of the abstract comes to: a pure function of the verdicts of the experiments that bear on it."""
+"""The standing of a claim of the abstract: a pure function of the verdicts of its experiments."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -49,7 +49,8 @@ def judge(kind: str, needs: str, outcomes: Sequence[Outcome]) -> Judgement:
     """The standing of a claim of that kind.
 
     Only what was measured counts, and what was measured at the paper's setting beats what was measured smaller. A
-    claim about quality is not settled by counts and identities alone: they can speak against it, not for it. Then:
+    claim about quality is not settled by counts and identities alone, which can be evidence against it, never for it.
+    Then:
 
     - all experiments hold: reproduced where each does at the paper's setting, else holds here;
     - some hold: partly; none holds and some interval lies wholly elsewhere: not here; none decides: open.

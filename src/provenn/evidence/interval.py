@@ -148,13 +148,13 @@ def resampled(
     """The interval of each metric over the examples that it follows from, and the method.
 
     The expanded bootstrap; of fewer than 8 blocks Student's t on the jackknife, which for a mean is Student's t on the
-    examples. Both take the examples as drawn from many, and block by block where neighbours tell alike.
+    examples. Both take the examples as drawn from many, and block by block where neighbours are predicted alike.
 
     Args:
         scores: a number an example, by name.
         summary: metrics from scores of any choice of examples.
-        overlap: how many in a row may tell alike. Blocks of four times as many stay together, which takes less than
-            a tenth off the variance (Künsch, 1989; circular, so that all are drawn equally often).
+        overlap: how many in a row may be predicted alike. Blocks of four times as many stay together, which takes less
+            than a tenth off the variance (Künsch, 1989; circular, so that all are drawn equally often).
         draws: of the bootstrap.
         advance: is called after each.
     """

@@ -58,9 +58,9 @@ class Series(Part):
         count = len(self.x)
         if count <= most:
             return self
-        places = sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+        indices = sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
         kept = {
-            name: [values[i] for i in places]
+            name: [values[i] for i in indices]
             for name in ("x", "y", "low", "high")
             if (values := getattr(self, name)) is not None
         }

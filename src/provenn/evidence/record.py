@@ -53,9 +53,9 @@ class Record(BaseModel):
     """A measurement with its verdict. What the experiment says stands in `paper.toml`; `expects` is the region it was
     held to.
 
-    `code` is a checksum of what measured it, `run` the place in the evidence's list. `overrides` is what was set
-    otherwise than the experiment's own setting: such a record stands beside the experiment's, never for it, and bears
-    on no claim.
+    `code` is a checksum of what measured it, `run` the index in the evidence's list. `overrides` is what was set
+    otherwise than the experiment's own setting: such a record stands beside the experiment's, never for it, and is
+    evidence for no claim.
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
@@ -149,7 +149,7 @@ class Evidence(BaseModel):
         """The evidence in `file`.
 
         Raises:
-            ValueError: it is none, with the place and the reason.
+            ValueError: it is none, with the line and the reason.
         """
         evidence = _parsed(cls, file.read_bytes())
         if any(not 0 <= record.run < len(evidence.runs) for record in evidence.records):
@@ -174,7 +174,7 @@ class Evidence(BaseModel):
         write_atomically(file, compact(facts))
 
     def put(self, record: Record, run: RecordedRun) -> None:
-        """Add a record in the place of an older one of the same experiment and setting; runs that no record is left of
+        """Add a record instead of an older one of the same experiment and setting; runs that no record is left of
         go.
         """
         if run not in self.runs:
@@ -182,12 +182,12 @@ class Evidence(BaseModel):
         record = record.model_copy(update={"run": self.runs.index(run)})
         same = [r.experiment == record.experiment and r.overrides == record.overrides for r in self.records]
         others = [r for r, is_same in zip(self.records, same) if not is_same]
-        place = same.index(True) if any(same) else len(others)
-        self._keep([*others[:place], record, *others[place:]])
+        index = same.index(True) if any(same) else len(others)
+        self._keep([*others[:index], record, *others[index:]])
 
     def keep_experiments(self, experiments: Sequence[str]) -> None:
         """Drop the records of experiments that are no more, and bring the others in this order."""
-        order = {experiment: place for place, experiment in enumerate(experiments)}
+        order = {experiment: index for index, experiment in enumerate(experiments)}
         known = [record for record in self.records if record.experiment in order]
         self._keep(sorted(known, key=lambda record: order[record.experiment]))
 

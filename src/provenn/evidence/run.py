@@ -188,5 +188,5 @@ class Run:
 
     def keep_picture(self, name: str, content: bytes) -> None:
         """Write a PNG beside the evidence."""
-        with atomic_write(self.folder / PICTURES / f"{name}.png") as place:
-            place.write_bytes(content)
+        with atomic_write(self.folder / PICTURES / f"{name}.png") as path:
+            path.write_bytes(content)

@@ -252,7 +252,7 @@ class Study:
         def asked() -> list[dict[str, Any]]:
             return run.trials(f"{self.name}, {self.label(variant)}", one, lr=lr, **self.trial_setting(run, variant))
 
-        # Both are asked for before either is waited for. What diverged has learned nothing: it counts as guessing.
+        # Both are asked for before either is waited for. What diverged counts as the dummy baseline.
         trials, guesses = run.together((asked, partial(self.dummy_baseline, run)))
         return [
             {task.metric: guess, "curve": None, **trial} if trial.get("diverged") else trial

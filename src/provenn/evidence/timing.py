@@ -192,11 +192,11 @@ class Ratio:
             return Measurement.not_measured(lacking)
         timing, measured = self.timing, self.timing.measure(run)
         sizes = timing.facts(run)[timing.unit]
-        place = sizes.index(self.at) if self.at in sizes else len(sizes) - 1
-        values, baselines = measured[self.system][place], measured[self.baseline][place]
+        index = sizes.index(self.at) if self.at in sizes else len(sizes) - 1
+        values, baselines = measured[self.system][index], measured[self.baseline][index]
         estimator: Literal["clock ratio", "exact ratio"] = "clock ratio" if timing.quantity == "time" else "exact ratio"
         shown = timing.shown(run, measured)
-        shown["setting"] = {**shown["setting"], "at": sizes[place]}
+        shown["setting"] = {**shown["setting"], "at": sizes[index]}
         unit = timing.of or UNITS[timing.quantity]
         shown["at_paper_setting"] = timing.at_paper_setting
         return Measurement.of(estimator, values, baselines, sides=self.sides, unit=unit, **shown)

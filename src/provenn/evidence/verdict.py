@@ -31,7 +31,7 @@ NO_VERDICT = {
 }  # on the experiment: there are no numbers
 
 
-def place(interval: Interval, region: Region) -> Verdict:
+def locate(interval: Interval, region: Region) -> Verdict:
     """Where an interval lies: inside the region, outside, or across its edge.
 
     A region above or below a bound is open, so an effect of exactly the bound is across; one within two is closed.
@@ -70,10 +70,9 @@ def decide(
 
     holds: an identity or a count is exactly so; reproduced: the published figure is met within its tolerance at the
     paper's setting; direction holds: the interval lies wholly where the experiment says; not reproduced: wholly
-    elsewhere;
-    inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from variants that have
-    learned nothing. unsupported and out of memory: what device and build cannot do, or hold; they say nothing of the
-    experiment. Of a setting that is not the experiment's own (`changed`) no published figure speaks.
+    elsewhere; inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from variants
+    below the dummy baseline. unsupported and out of memory: what device and build cannot do, or hold; they say nothing
+    of the experiment. Of a setting that is not the experiment's own (`changed`) no published figure speaks.
     """
     if measurement.unsupported:
         return Verdict.UNSUPPORTED, measurement.unsupported
@@ -102,7 +101,7 @@ def decide(
     guessing = [skill for skill in measurement.skills if not skill.may_guess and not beats_dummy(skill)]
     if guessing:
         return Verdict.NOT_MEASURED, f"nothing was learned: {'; '.join(map(_beside_the_dummy, guessing))}"
-    verdict = place(measurement.interval, region)
+    verdict = locate(measurement.interval, region)
     if (
         experiment.kind == "exact"
         and verdict is Verdict.INCONCLUSIVE

@@ -40,7 +40,7 @@ STANDINGS = {
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim of an abstract, what it comes to, and the findings that bear on it."""
+    """A claim of an abstract, what it comes to, and the findings that are evidence for it."""
 
     claim: Claim
     judgement: Judgement
@@ -232,7 +232,7 @@ def titled_plots(finding: Finding) -> list[tuple[str, list[Series]]]:
 
 
 def table_of(caption: str, lines: Sequence[Series]) -> Table:
-    """The numbers of a plot: one row a place on its horizontal axis."""
+    """The numbers of a plot: one row for each point on its horizontal axis."""
     known = [dict(zip(line.x, line.y)) for line in lines]
     rows = [[number(x), *(values.get(x) for values in known)] for x in sorted({x for line in lines for x in line.x})]
     return Table(caption=caption, columns=[lines[0].x_label or "x", *(line.name for line in lines)], rows=rows)
@@ -265,7 +265,7 @@ def seeds_as_given(seeds: Sequence[int]) -> str:
 
 
 def in_folder(folder: Path, log: Callable[[str], None] = lambda message: None) -> dict[str, Evidence]:
-    """The evidence of a run's folder by paper; a file that holds none is told of and left where it is."""
+    """The evidence of a run's folder by paper; a file that holds none is logged and left where it is."""
     readable = {}
     for file in sorted(folder.glob(f"*/{EVIDENCE}")):
         try:

@@ -1,4 +1,4 @@
-"""Measures an experiment on the paper's own data: one function for all papers, told by `at_paper` in `paper.toml`.
+"""Measures an experiment on the paper's own data: one function for all papers, described by `at_paper` in `paper.toml`.
 
 The authors' weights are evaluated, the preset is trained by its recipe, or a pretrained model is converted, wherever
 the data set is found.
@@ -40,7 +40,7 @@ class AtPaperScale:
 
     card: Card
     experiment: Experiment
-    places: datasets.Places | None = None
+    paths: datasets.DataPaths | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, Any]:
@@ -57,14 +57,14 @@ class AtPaperScale:
         return replace(self, overrides={**self.overrides, **overrides})
 
     def __call__(self, run: Run) -> Measurement:
-        return measure_at_paper(run, self.card, self.experiment, self.places, self.overrides)
+        return measure_at_paper(run, self.card, self.experiment, self.paths, self.overrides)
 
 
 def measure_at_paper(
     run: Run,
     card: Card,
     experiment: Experiment,
-    places: datasets.Places | None = None,
+    paths: datasets.DataPaths | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Measurement:
     """Measure an experiment as its `at_paper` says; not measured, with what it needs, where that is not here.
@@ -72,7 +72,7 @@ def measure_at_paper(
     Args:
         run: at the budget paper.
         card, experiment: of the paper; the experiment has an `at_paper`.
-        places: where data sets and checkpoints lie, as far as PROVENN_DATA does not tell.
+        paths: of data sets and checkpoints, by name. Those left out are looked for below PROVENN_DATA.
         overrides: to the recipe, to how data are read, or to the system.
 
     Raises:
@@ -85,10 +85,10 @@ def measure_at_paper(
     others = {name: value for name, value in (overrides or {}).items() if name not in of_recipe}
     how = how.model_copy(update={"overrides": {**how.overrides, **others}}) if others else how
     preset = card.preset(how.preset)
-    found = {name: datasets.find(name, places) for name in how.sets}
-    tested = {name: datasets.find(name, places) for name in how.tests}
+    found = {name: datasets.find(name, paths) for name in how.sets}
+    tested = {name: datasets.find(name, paths) for name in how.tests}
     lacking = [each.needs for each in (*found.values(), *tested.values()) if not each.there]
-    checkpoint = datasets.find_weights(card, how.checkpoint, places) if how.checkpoint is not None else None
+    checkpoint = datasets.find_weights(card, how.checkpoint, paths) if how.checkpoint is not None else None
     if checkpoint is not None and not checkpoint.there:
         lacking.append(checkpoint.needs)
     if lacking:
@@ -96,13 +96,13 @@ def measure_at_paper(
     if how.gpu and not run.device.startswith("cuda"):
         return Measurement.not_measured(f"a GPU (the device is {run.device})")
     scale = 100.0 if experiment.published is not None and experiment.published.unit.startswith("%") else 1.0
-    where = {name: each.place for name, each in found.items()}
+    where = {name: each.path for name, each in found.items()}
     if how.weights == "converted" and checkpoint is not None:
-        return _converted(run, card, how, experiment, checkpoint.place, where, scale)
+        return _converted(run, card, how, experiment, checkpoint.path, where, scale)
     if how.weights == "authors" and checkpoint is not None:
-        return _of_authors(run, card, how, checkpoint.place, where, scale)
-    begun = None if checkpoint is None else checkpoint.place
-    tests = [each.place for each in tested.values()]
+        return _of_authors(run, card, how, checkpoint.path, where, scale)
+    begun = None if checkpoint is None else checkpoint.path
+    tests = [each.path for each in tested.values()]
     return _trained(run, card, experiment, how, preset, where, scale, of_recipe, tests, begun)
 
 
@@ -115,29 +115,29 @@ def _of_authors(
     def one() -> dict[str, Any]:
         model, label = files.read_official(card, checkpoint, preset=how.preset, options=of_system)
         model.to(run.device)
-        told = {}
-        for name, place in where.items():
+        measured = {}
+        for name, path in where.items():
             options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data}
-            held_out = kind.held_out(place, label.meta, whole=True, **options)
+            held_out = kind.held_out(path, label.meta, whole=True, **options)
             with torch.no_grad():
                 metrics = kind.evaluate(model, held_out.dataset)
-            told[name] = {"about": f"{held_out.about.replace(str(place), name)}", **metrics}
-        return told
+            measured[name] = {"about": f"{held_out.about.replace(str(path), name)}", **metrics}
+        return measured
 
     setting = _setting(card, how, where, weights=_contents(checkpoint))
-    told = run.trial(f"{how.preset}, the authors' weights on {', '.join(where)}", one, **setting)
-    _check_metric(how.metric, next(iter(told.values())), kind)
-    value = scale * sum(metrics[how.metric] for metrics in told.values()) / len(told)
+    measured = run.trial(f"{how.preset}, the authors' weights on {', '.join(where)}", one, **setting)
+    _check_metric(how.metric, next(iter(measured.values())), kind)
+    value = scale * sum(metrics[how.metric] for metrics in measured.values()) / len(measured)
     return Measurement.of(
         "test set",
         [value],
         unit=how.metric.replace("_", " "),
-        data="; ".join(str(metrics["about"]) for metrics in told.values()),
+        data="; ".join(str(metrics["about"]) for metrics in measured.values()),
         fingerprint=setting["data"],
         setting={key: entry for key, entry in setting.items() if key != "code"},
         at_paper_setting=not how.departs,
         note="; ".join(
-            [*([how.departs] if how.departs else []), *(_spoken(n, metrics) for n, metrics in told.items())]
+            [*([how.departs] if how.departs else []), *(_spoken(n, metrics) for n, metrics in measured.items())]
         ),
     )
 
@@ -179,15 +179,15 @@ def _converted(
     notes = [how.departs] if how.departs else []
     for side in sides:
         for seed in run.seeds:
-            told: dict[str, dict[str, float]] = {}
+            measured: dict[str, dict[str, float]] = {}
             for name in where:
-                told[name] = run.trial(
+                measured[name] = run.trial(
                     f"{experiment.id}, {how.host} on {name}" + (f", {side}" if several else ""),
                     lambda side=side, name=name, seed=seed: one(side, name, seed),  # type: ignore[misc]
                     seed=seed,
                     **({**setting, "side": side} if several else setting),
                 )
-            stages = {stage: sum(each[stage] for each in told.values()) / len(told) for stage in told[name]}
+            stages = {stage: sum(each[stage] for each in measured.values()) / len(measured) for stage in measured[name]}
             before, last = stages["before"], list(stages.values())[-1]
             kept = last / before if material.higher_is_better else before / last
             metrics = {material.metric: last, "kept": kept, "gained": last - before, **stages}
@@ -195,7 +195,7 @@ def _converted(
                 raise UserError(f"at_paper asks for {how.metric!r}; a conversion measures {', '.join(metrics)}")
             reached[side].append(scale * metrics[how.metric])
             if seed == run.seeds[0]:
-                notes += [_spoken(f"the first seed, {side} on {name}", values) for name, values in told.items()]
+                notes += [_spoken(f"the first seed, {side} on {name}", values) for name, values in measured.items()]
     facts: dict[str, Any] = {
         "seeds": run.seeds,
         "unit": how.metric,
@@ -273,10 +273,10 @@ def _trained(
         if tested:
             # Tokens and scales are the training's: other ways to read are not for the test.
             known = {**_known(kind.held_out, of_data), **of_test}
-            parts = [kind.held_out(place, data.meta, **known).dataset for place in tested]
+            parts = [kind.held_out(path, data.meta, **known).dataset for path in tested]
             with torch.no_grad():
                 each = [kind.evaluate(done.model, part) for part in parts]
-            # What questions do not tell, such as bits a byte, is of the training's own test.
+            # What test questions do not report, such as bits a byte, is of the training's own test.
             metrics = {**metrics, **{key: sum(one[key] for one in each) / len(each) for key in each[0]}}
             if kind.metric in each[0]:
                 data = replace(data, test=parts[0])
@@ -285,27 +285,27 @@ def _trained(
                 metrics = kind.evaluate(done.model, data.val)
         return {**metrics, "dummy_baseline": float(kind.dummy_baseline(data)), "steps": done.steps, "about": data.about}
 
-    told: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for label in sides:
         for seed in run.seeds:
             for name in where:
-                question = {**setting, "side": label}
-                told[name] = run.trial(
+                key = {**setting, "side": label}
+                measured[name] = run.trial(
                     f"{experiment.id}, {label} on {name}",
                     lambda label=label, name=name, seed=seed: train(label, name, seed),  # type: ignore[misc]
                     seed=seed,
-                    **question,
+                    **key,
                 )
-                _check_metric(how.metric, told[name], kind)
-                steps = max(steps, told[name]["steps"])
-            reached[label].append(scale * sum(told[name][how.metric] for name in where) / len(where))
+                _check_metric(how.metric, measured[name], kind)
+                steps = max(steps, measured[name]["steps"])
+            reached[label].append(scale * sum(measured[name][how.metric] for name in where) / len(where))
             ours, dummy_baseline = skills[label]
-            ours.append(sum(told[name][kind.metric] for name in where) / len(where))
-            dummy_baseline.append(sum(told[name]["dummy_baseline"] for name in where) / len(where))
+            ours.append(sum(measured[name][kind.metric] for name in where) / len(where))
+            dummy_baseline.append(sum(measured[name]["dummy_baseline"] for name in where) / len(where))
     facts: dict[str, Any] = {
         "seeds": run.seeds,
         "unit": how.metric.replace("_", " "),
-        "data": "; ".join(f"{name}: {metrics['about']}" for name, metrics in told.items()),
+        "data": "; ".join(f"{name}: {metrics['about']}" for name, metrics in measured.items()),
         "fingerprint": setting["data"],
         "setting": {**{key: entry for key, entry in setting.items() if key != "code"}, "steps": steps},
         "at_paper_setting": not how.departs,
@@ -387,16 +387,16 @@ def _setting(card: Card, how: AtPaper, where: Mapping[str, Path], **more: str) -
     kind = get_task(card.task_of(card.preset(how.preset)))
     return {
         "at_paper": how.model_dump(exclude_defaults=True),
-        "data": _contents_of(*(_listing(place) for place in where.values())),
+        "data": _contents_of(*(_listing(path) for path in where.values())),
         "code": checksum(card.resolve(card.preset(how.preset).build), kind, fit, files.read_official),
         **more,
     }
 
 
-def _listing(place: Path) -> str:
+def _listing(path: Path) -> str:
     """Names and sizes of a data set's files: to read all of ImageNet would take an hour."""
-    every = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    return "\n".join(f"{file.relative_to(place.parent)} {file.stat().st_size}" for file in every)
+    every = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return "\n".join(f"{file.relative_to(path.parent)} {file.stat().st_size}" for file in every)
 
 
 def _contents(file: Path) -> str:
@@ -409,5 +409,5 @@ def _contents_of(*texts: str) -> str:
 
 
 def _spoken(name: str, metrics: Mapping[str, Any]) -> str:
-    told = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if not isinstance(value, str))
-    return f"{name}: {told}"
+    values = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if not isinstance(value, str))
+    return f"{name}: {values}"

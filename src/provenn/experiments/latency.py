@@ -31,7 +31,7 @@ def ours(names: Sequence[str] | None = None, *, size: int = 224, channels: int =
     """Classification backbones of the papers: by preset or by slug; by default all with published figures.
 
     A classifier without `features`, which is no backbone, is taken where its preset is named. Each is built for images
-    of `size` and `channels`, where it can be told: small presets take grey ones by default, and some a single size.
+    of `size` and `channels`, where it takes them: small presets take grey ones by default, and some a single size.
     """
     known = {
         preset.name: (card, preset)
@@ -219,13 +219,13 @@ def _time(
     torch.compiler.reset()
     for name in models:
         for form in forms:
-            told = Latency(name, form, len(image), threads, trouble=troubles.get((name, form), ""))
+            latency = Latency(name, form, len(image), threads, trouble=troubles.get((name, form), ""))
             if (name, form) in times:
-                told = replace(told, seconds=tuple(times[name, form]))
+                latency = replace(latency, seconds=tuple(times[name, form]))
                 if (reference, form) in times:
                     ratio = cost.Comparison.of(times[name, form], times[reference, form])
-                    told = replace(told, ratio=ratio.ratio, interval=ratio.interval if rounds >= 6 else None)
-            yield told
+                    latency = replace(latency, ratio=ratio.ratio, interval=ratio.interval if rounds >= 6 else None)
+            yield latency
 
 
 def _counted(call: Callable[[], object], advance: Callable[[], None]) -> Callable[[], object]:

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack, cast
 
 from provenn import catalog
 from provenn.catalog import Card, Experiment, installed, meant
-from provenn.catalog.datasets import Places
+from provenn.catalog.datasets import DataPaths
 from provenn.core import progress
 from provenn.core.device import choose_device
 from provenn.core.errors import UserError
@@ -47,7 +47,7 @@ ERRORS = "errors.txt"
 
 
 class Options(TypedDict, total=False):
-    """What may be said of a reproduction; `reproduce` tells what each means."""
+    """What may be said of a reproduction; `reproduce` explains each."""
 
     experiments: str | Sequence[str] | None
     headline: bool
@@ -56,7 +56,7 @@ class Options(TypedDict, total=False):
     device: str
     out: str | Path
     resume: bool
-    data: Places | None
+    data: DataPaths | None
     overrides: dict[str, Any] | None
     log: Callable[[str], None]
 
@@ -105,7 +105,7 @@ class _Work:
     run: Run
     evidence: Evidence
     recorded: RecordedRun
-    data: Places | None
+    data: DataPaths | None
     settings: dict[str, dict[str, Any]]  # by experiment, what is changed of its own setting
 
     @property
@@ -142,7 +142,7 @@ def _reproduction(
     device: str = "auto",
     out: str | Path = RUN,
     resume: bool = False,
-    data: Places | None = None,
+    data: DataPaths | None = None,
     overrides: dict[str, Any] | None = None,
     log: Callable[[str], None] = lambda message: None,
     elsewhere: Elsewhere | None = None,
@@ -183,13 +183,13 @@ def _settings(
     budget: str,
     card: Card,
     experiments: Sequence[Experiment],
-    data: Places | None,
+    data: DataPaths | None,
     overrides: dict[str, Any],
     log: Callable[[str], None],
     *,
     named: bool,
 ) -> dict[str, dict[str, Any]]:
-    """The changes that each experiment takes, of the right types; experiments that take none are told and left out.
+    """The overrides that each experiment takes, of the right types; experiments that take none are logged and left out.
 
     Raises:
         UserError: what no experiment takes, a value that cannot be, or a named experiment that takes none.
@@ -240,7 +240,7 @@ def reproduce_many(
         cluster: address of a Ray cluster whose machines run the trials, or "auto": see
         `provenn.experiments.workers.cluster`. A
             trial whose machine is lost runs again on another. Data sets and checkpoints of the budget paper have to
-            lie at the same place on every machine.
+            lie at the same path on every machine.
         done, options: as for `reproduce`.
 
     Raises:
@@ -259,7 +259,7 @@ def reproduce_many(
     # The other processes may have begun in other folders.
     options["out"] = Path(options.get("out", RUN)).absolute()
     if options.get("data"):
-        options["data"] = {name: Path(place).absolute() for name, place in (options["data"] or {}).items()}
+        options["data"] = {name: Path(path).absolute() for name, path in (options["data"] or {}).items()}
     where = (
         workers.processes(jobs)
         if cluster is None
@@ -333,7 +333,7 @@ def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experimen
     )
 
 
-def _function(run: Run, card: Card, experiment: Experiment, data: Places | None) -> Measure | None:
+def _function(run: Run, card: Card, experiment: Experiment, data: DataPaths | None) -> Measure | None:
     """What measures an experiment at this run's budget and setting; None where nothing can."""
     measure = _own_measure(run.budget, card, experiment, data)
     if measure is None or not run.overrides:
@@ -344,7 +344,7 @@ def _function(run: Run, card: Card, experiment: Experiment, data: Places | None)
     return run.memory[key]
 
 
-def _own_measure(budget: str, card: Card, experiment: Experiment, data: Places | None) -> Measure | None:
+def _own_measure(budget: str, card: Card, experiment: Experiment, data: DataPaths | None) -> Measure | None:
     """What measures an experiment at this budget and its own setting; None where nothing can."""
     if budget == "paper" and experiment.at_paper is not None:
         return AtPaperScale(card, experiment, data)
@@ -370,7 +370,7 @@ def _still_good(
         return False
     try:
         function = find()
-    except UserError:  # what is wrong with it is told where it is measured
+    except UserError:  # its measurement reports what is wrong
         return False
     if earlier is None or function is None or record.code != checksum(function):
         return False

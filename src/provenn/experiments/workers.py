@@ -81,7 +81,7 @@ def perform(content: bytes, threads: int) -> Outcome:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that can be sent, with the place where it happened as a note."""
+    """An error that can be sent, with its traceback as a note."""
     error.add_note(f"on {platform.node()}:\n{traceback.format_exc()}")
     try:
         cloudpickle.loads(cloudpickle.dumps(error))

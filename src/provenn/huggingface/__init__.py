@@ -9,7 +9,7 @@ package has been imported, and how quality is measured on the way.
     model.save_pretrained("converted")
     model = load_model("converted")
 
-Any token mixer can take the place of an attention, too, in any model of Hugging Face:
+Any token mixer can also replace an attention, in any model of Hugging Face:
 
     swap(model, "model.layers.*.self_attn", as_attention("rat", chunk=16), example={"input_ids": tokens})
 """

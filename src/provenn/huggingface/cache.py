@@ -1,4 +1,4 @@
-"""The past of a model in states: what a mechanism that streams keeps in the place of keys and values."""
+"""The past of a model in states: what a mechanism that streams keeps instead of keys and values."""
 
 from typing import Any, cast
 
@@ -104,7 +104,7 @@ def state_layer(cache: Cache | None, index: int | None, prefix: int = 0) -> Stat
         return None
     cache = getattr(cache, "self_attention_cache", cache)
     if index is None:
-        raise UserError("a layer that keeps a state must know its place in the model: give it its layer_idx")
+        raise UserError("a layer that keeps a state must know its index in the model: give it its layer_idx")
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[index]  # `is_compileable` is typed for some layers alone

@@ -38,11 +38,11 @@ class Companion(nn.Module):
         return 0
 
     def widen(self, x: Tensor) -> Tensor:
-        """What the host reads in the place of its tokens."""
+        """What the host reads instead of its tokens."""
         return x
 
     def finish(self, y: Tensor) -> Tensor:
-        """What the host gives in the place of its outputs."""
+        """What the host gives instead of its outputs."""
         return y
 
     def attach(self, host: nn.Module) -> None:

@@ -18,7 +18,7 @@ NAME = "provenn_context_parallel"
 def context_parallel(model: PreTrainedModel, sharing: ContextParallel, *, batch: int, tokens: int) -> Iterator[Tensor]:
     """Inside, a causal language model's tokens are this process's part of so many sequences of one length.
 
-    Gives the positions of these tokens, which the model has to be told:
+    Gives the positions of these tokens, which the model takes as an argument:
 
         sharing = ContextParallel(Communicator(ProcessTransport()), "ring")
         with context_parallel(model, sharing, batch=8, tokens=4096) as positions:

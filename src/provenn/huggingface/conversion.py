@@ -30,7 +30,7 @@ Batch = dict[str, Tensor]
 
 @runtime_checkable
 class Attend(Protocol):
-    """The attention of a converted model, in the place of softmax's.
+    """The attention of a converted model, instead of softmax's.
 
     Args:
         host: the module that attends, with whatever `install` gave it.
@@ -74,7 +74,7 @@ class Conversion:
         prepare: what is trained after conversion and before tuning, if anything: (model, batches, lr) → losses.
         lr: of `prepare`, by default.
         cache: makes what `generate` keeps of the past, where that is no key-value cache.
-        report: one row a layer of whatever tells how well a converted model does on a batch, before or after tuning.
+        report: one row a layer of whatever measures how well a converted model does on a batch, before or after tuning.
         refuse: why the mechanism cannot serve a family of models, where it cannot; None where it can.
         relative: whether `attend` also takes `bias`, what is added to the scores of a family with relative biases, or
             None; such a family is refused otherwise.
@@ -116,7 +116,7 @@ def _install(model: Host, paper: str, options: dict[str, Any]) -> None:
     if reason := conversion.refuse(family):
         raise UserError(f"{paper} cannot serve {family.label}: {reason}")
     if family.relative and not conversion.relative:
-        raise UserError(f"{paper} cannot serve {family.label}: it has no place for biases of the tokens' relation")
+        raise UserError(f"{paper} cannot serve {family.label}: it takes no biases of the tokens' relation")
     parameters = inspect.signature(conversion.install).parameters.values()
     names = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
     if not any(option.kind is option.VAR_KEYWORD for option in parameters):
@@ -158,7 +158,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out."""
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    # T5 hands its biases on by a name, Swin in the place of the mask and summed with it.
+    # T5 hands its biases on by a name, Swin instead of the mask and summed with it.
     bias = kwargs.get("position_bias")
     if conversion.relative and attention_mask is not None and attention_mask.is_floating_point():
         bias, attention_mask = attention_mask, None
@@ -170,7 +170,7 @@ def _attend(
     # Of the keys at hand: a state's cache hands on the new ones alone, while the mask is of all tokens so far.
     mask = None if attention_mask is None else attention_mask[:, -key.shape[-2] :].bool()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # No weights: what takes softmax's place here forms no matrix of them.
+    # No weights: what replaces softmax here forms no matrix of them.
     run: Any = conversion.attend  # `bias` is for those alone that say so, which a protocol cannot
     return run(module, query, key, value, causal=causal, mask=mask, scale=scale, **more).transpose(1, 2), None
 

@@ -22,7 +22,7 @@ class Examples:
         steps = max(1, math.ceil(self.passes * len(self.train) / batch_size))
         return {"steps": steps, "prepare_steps": steps}
 
-    def places(self, steps: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    def indices(self, steps: int, batch_size: int, seed: int) -> Iterator[list[int]]:
         """Which examples are in each of so many random batches; the same for the same seed."""
         generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
         for _ in range(steps):

@@ -45,7 +45,7 @@ class Family:
         lora: which of its maps LoRA adapts (q, k, v, o).
         causal: whether a token sees those before it alone.
         rotary: whether queries and keys are turned by their positions.
-        relative: whether scores have biases of the tokens' relation, which most mechanisms have no place for.
+        relative: whether scores have biases of the tokens' relation, which most mechanisms do not take.
     """
 
     label: str

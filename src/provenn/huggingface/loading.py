@@ -37,7 +37,7 @@ from provenn.huggingface.families import (
 )
 from provenn.huggingface.saving import check_folder, check_keys, check_stored_types, first_line
 
-# Models of masked tokens, and those of the same body that tell classes; HEAD is new in them.
+# Models of masked tokens, and those of the same body that predict classes; HEAD is new in them.
 CLASSIFIERS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     BertForMaskedLM: BertForSequenceClassification,
     RobertaForMaskedLM: RobertaForSequenceClassification,
@@ -68,7 +68,7 @@ class Source:
 
         Args:
             name: of its folder or on the hub.
-            pictures: whether a model is wanted that tells classes of pictures; else one that predicts tokens; None
+            pictures: whether a model is wanted that classifies pictures; else one that predicts tokens; None
                 takes either.
 
         Raises:
@@ -88,15 +88,15 @@ class Source:
         kinds_able = [*([] if pictures else LANGUAGE_MODELS), *([] if pictures is False else PICTURE_MODELS)]
         names_able = [kind.__name__ for kind in kinds_able]
         if architecture.removeprefix("Converted") not in names_able:
-            cannot = "tells no classes of pictures" if pictures else "predicts no tokens of a text"
+            cannot = "does not classify pictures" if pictures else "does not predict tokens of a text"
             if pictures is None:
-                cannot += " and tells no classes of pictures"
+                cannot += " and does not classify pictures"
             raise UserError(f"{name} holds a {architecture}, which {cannot}; these do: {', '.join(names_able)}")
         return cls(str(name), config, kinds[architecture], local)
 
     @property
     def pictures(self) -> bool:
-        """Whether it tells classes of pictures, and not tokens of a text."""
+        """Whether it predicts classes of pictures, and not tokens of a text."""
         return issubclass(self.kind, tuple(PICTURE_MODELS))
 
     @property
@@ -165,8 +165,8 @@ class Source:
     def save_processor(self, folder: Path) -> None:
         """Write what `processor` reads beside a converted model."""
         if settings := self.processor():
-            with atomic_write(folder / IMAGE_PROCESSOR_NAME) as place:
-                place.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            with atomic_write(folder / IMAGE_PROCESSOR_NAME) as path:
+                path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def weights(self) -> Host:
         """The model itself.
@@ -175,7 +175,7 @@ class Source:
             UserError: weights that cannot be read, or are not all there.
         """
         try:
-            # Sizes that differ are told below: of these, transformers raises an error that names none.
+            # Sizes that differ are reported below: of these, transformers raises an error that names none.
             model, loading_info = cast(Host, self.kind).from_pretrained(
                 self.name, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=self.local
             )
@@ -185,7 +185,7 @@ class Source:
         check_stored_types(model, self.folder)
         if unused := sorted(loading_info["unexpected_keys"]):
             warnings.warn(
-                f"{len(unused)} parameters of {self.name} have no place in a {self.kind.__name__} and are left out, "
+                f"{len(unused)} parameters of {self.name} are not in a {self.kind.__name__} and are left out, "
                 f"{unused[0]} among them",
                 stacklevel=2,
             )

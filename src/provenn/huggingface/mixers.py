@@ -28,7 +28,7 @@ class MixerAttention(nn.Module):
 
     Args:
         mixer: of the slot token-mixer, (batch, tokens, dim) to the same.
-        layer_idx: its place among the layers of the model, under which a cache keeps its state; None where no cache is.
+        layer_idx: its index among the layers of the model, under which a cache keeps its state; None where no cache is.
 
     Shapes: (batch, tokens, dim) to the same.
 
@@ -68,7 +68,7 @@ class MixerAttention(nn.Module):
                 stream.
         """
         if encoder_hidden_states is not None:
-            raise UserError("a token mixer reads one text: it cannot take the place of cross-attention")
+            raise UserError("a token mixer reads one text: it cannot replace cross-attention")
         mask = padding_of(attention_mask, hidden_states.shape[1], causal=self.is_causal)
         mask = None if mask is None else mask.expand(hidden_states.shape[:2])
         past = state_layer(past_key_values, self.layer_idx)
@@ -92,8 +92,8 @@ class MixerAttention(nn.Module):
             # A mixer may share out the length of what it reads, so texts of different lengths are read apart.
             return read_ragged(lambda texts, _: (self.mixer(texts), None), x, mask=mask)[0]
         # In one call, as nothing that comes after a text's last token can move it.
-        places = packed_positions(mask)
-        return unpack(self.mixer(pack(x, places), mask=pack(mask, places)), places)
+        order = packed_positions(mask)
+        return unpack(self.mixer(pack(x, order), mask=pack(mask, order)), order)
 
     def _read(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """The mixer on the next tokens of streams without padding."""
@@ -161,7 +161,7 @@ def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Calla
 
     Raises:
         UserError: no such mixer or option; when called, a module that is no self-attention, or a mixer that looks back
-            alone in the place of an attention that sees the whole text.
+            alone instead of an attention that sees the whole text.
     """
     factory = mixers_called(mixer, **options)[0] if isinstance(mixer, str) else mixer
     parameters = inspect.signature(factory).parameters
@@ -180,9 +180,7 @@ def as_attention(mixer: str | Callable[..., nn.Module], **options: Any) -> Calla
         try:
             built = factory(config.hidden_size, **mixer_options, **attention_options)
         except ValueError as error:
-            raise UserError(
-                f"{getattr(mixer, '__name__', mixer)} cannot take the place of this attention: {error}"
-            ) from None
+            raise UserError(f"{getattr(mixer, '__name__', mixer)} cannot replace this attention: {error}") from None
         if not causal and getattr(built, "causal", True):
             raise UserError(f"{type(built).__name__} looks back alone, and this attention sees the whole text")
         return MixerAttention(built, getattr(attention, "layer_idx", None))

@@ -67,18 +67,18 @@ class Pictures(Examples):
         data: Any = TASK.load(Path(source), size=config.image_size)
         classes = data.meta["classes"]
         if len(classes) != config.num_labels:
-            raise UserError(f"{source} has {len(classes)} classes, the model tells {config.num_labels}")
+            raise UserError(f"{source} has {len(classes)} classes, the model predicts {config.num_labels}")
         seen = {"mean": list(processor.get("image_mean") or HALF), "std": list(processor.get("image_std") or HALF)}
         meta = {**data.meta, **seen, "channels": config.num_channels}
         files = data.test.files
         if tested is not None and tested < len(files):
-            files = [files[place * len(files) // tested] for place in range(tested)]
+            files = [files[index * len(files) // tested] for index in range(tested)]
         return cls(ImageFiles(data.train.files, meta, augment=True), ImageFiles(files, meta), passes)
 
     def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """So many random batches of the examples to learn from; the same for the same seed."""
-        for places in self.places(steps, batch_size, seed):
-            yield self._batch(self.train, places)
+        for indices in self.indices(steps, batch_size, seed):
+            yield self._batch(self.train, indices)
 
     def tests(self, batch_size: int) -> Iterator[Batch]:
         """The examples to test on, in their order."""
@@ -86,12 +86,12 @@ class Pictures(Examples):
             yield self._batch(self.test, range(start, min(start + batch_size, len(self.test))))
 
     @staticmethod
-    def _batch(dataset: ImageFiles, places: Iterable[int]) -> Batch:
-        pixels, labels = default_collate([dataset[place] for place in places])
+    def _batch(dataset: ImageFiles, indices: Iterable[int]) -> Batch:
+        pixels, labels = default_collate([dataset[index] for index in indices])
         return {"pixel_values": pixels, "labels": labels}
 
     def quality(self, model: PreTrainedModel, batch_size: int) -> float:
-        """The share of the pictures to test on that are told right; higher is better."""
+        """The share of the pictures to test on that are predicted right; higher is better."""
         right = 0
         with training_mode(model, training=False), torch.no_grad():
             host: Host = model

@@ -2,7 +2,7 @@
 
 `provenn.swap` and `provenn.insert_after` note in the config of a Hugging Face model what they did. `save_pretrained`
 writes the note with the weights. transformers alone would load such a folder with new random weights in the changed
-places; so the config is written with one entry that it cannot read, which names `load_model`.
+modules; so the config is written with one entry that it cannot read, which names `load_model`.
 """
 
 import importlib
@@ -110,14 +110,14 @@ def load_model(name: str | Path, *, rebuild: Callable[[Host], object] | None = N
         raise UserError(f"the weights of {name} cannot be loaded: {first_line(error)}") from None
     check_keys(str(name), found)
     if found["unexpected_keys"]:
-        raise UserError(_keys_line(str(name), "have no place in the model for", found["unexpected_keys"]))
+        raise UserError(_keys_line(str(name), "do not fit: the model lacks", found["unexpected_keys"]))
     folder = Path(cast(str, config_file)).parent
     check_stored_types(model, folder)
     model.__class__ = kind
     for buffer, value in kept.items():
         parent, _, child = buffer.rpartition(".")
-        place = model.get_submodule(parent)
-        place._buffers[child] = value.to(place._buffers[child].device)
+        module = model.get_submodule(parent)
+        module._buffers[child] = value.to(module._buffers[child].device)
     for file in sorted(folder.glob(STORED)):
         _copy_exactly(model, file)
     return model
@@ -131,7 +131,7 @@ def _noted_changes(values: Values) -> Iterator[Values]:
 
 
 def _builder(kind: Host, remake: Callable[[Host], object], kept: dict[str, torch.Tensor]) -> Host:
-    """A class that is built with the changes, so that transformers finds a place for all weights."""
+    """A class that is built with the changes, so that transformers can load all weights."""
 
     class Builder(kind):
         def __init__(self, config: Host, *args: Any, **options: Any):
@@ -160,7 +160,7 @@ def _repeat(model: nn.Module, changes: Sequence[Values]) -> None:
     for change in changes:
         named = [module for module in model.modules() if type(module).__name__ == change["model"]]
         if not named:
-            raise UserError(f"the config tells of changes to a {change['model']}, and the model has none")
+            raise UserError(f"the config notes changes to a {change['model']}, and the model has none")
         factory = restore_factory(change["factory"])
         if change["verb"] == "swap":
             surgery.swap(named[0], change["names"], factory)
@@ -217,7 +217,7 @@ def check_keys(name: str, found: dict[str, Any], *, expected: Sequence[str] = ()
 
     Args:
         name: of the checkpoint.
-        found: what transformers' `from_pretrained` tells of it.
+        found: what transformers' `from_pretrained` reports of it.
         expected: parts of names that may be lacking, as a new head's are.
 
     Raises:

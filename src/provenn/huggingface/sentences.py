@@ -24,7 +24,7 @@ class Sentences(Examples):
 
     Args:
         train, test: (tokens, whose they are, how many, class or score), as the task text-classification has them.
-        classes: how many there are; 1 where a score is told.
+        classes: how many there are; 1 where a score is predicted.
         length: tokens of an example at most.
         passes: over the training examples, in each stage of a training.
     """
@@ -66,9 +66,9 @@ class Sentences(Examples):
         classes = classes_of(content)
 
         def encode(first: str, second: str | None) -> tuple[list[int], list[int]]:
-            told = tokenizer(first, second, truncation=True, max_length=length)
-            tokens = told["input_ids"]
-            return tokens, told.get("token_type_ids", [0] * len(tokens))  # RoBERTa tells none apart
+            encoded = tokenizer(first, second, truncation=True, max_length=length)
+            tokens = encoded["input_ids"]
+            return tokens, encoded.get("token_type_ids", [0] * len(tokens))  # RoBERTa distinguishes none
 
         train, test = (
             Encoded(part, encode, length, classes, content.official) for part in (content.train, content.test)
@@ -77,8 +77,8 @@ class Sentences(Examples):
 
     def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """So many random batches of the examples to learn from; the same for the same seed."""
-        for places in self.places(steps, batch_size, seed):
-            yield self._batch(self.train, places)
+        for indices in self.indices(steps, batch_size, seed):
+            yield self._batch(self.train, indices)
 
     def tests(self, batch_size: int) -> Iterator[Batch]:
         """The examples to test on, in their order."""
@@ -86,8 +86,8 @@ class Sentences(Examples):
             yield self._batch(self.test, range(start, min(start + batch_size, len(self.test))))
 
     @staticmethod
-    def _batch(dataset: Encoded, places: Iterable[int]) -> Batch:
-        batch = default_collate([dataset[place] for place in places])
+    def _batch(dataset: Encoded, indices: Iterable[int]) -> Batch:
+        batch = default_collate([dataset[index] for index in indices])
         return {**inputs_of(batch), "labels": batch[3]}
 
     def quality(self, model: PreTrainedModel, batch_size: int) -> float:

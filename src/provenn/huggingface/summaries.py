@@ -100,8 +100,8 @@ class Summaries(Examples):
 
     def batches(self, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """So many random batches of the examples to learn from; the same for the same seed."""
-        for places in self.places(steps, batch_size, seed):
-            yield self._batch([self.train[place] for place in places])
+        for indices in self.indices(steps, batch_size, seed):
+            yield self._batch([self.train[index] for index in indices])
 
     def tests(self, batch_size: int) -> Iterator[Batch]:
         """The examples to test on with their own summaries, in their order."""
@@ -132,23 +132,23 @@ class Summaries(Examples):
         """The mean ROUGE-1 of the summaries that the model writes, greedily, in points of 100; higher is better."""
         from torchmetrics.functional.text import rouge_score
 
-        told = self.write(model, batch_size)
-        scores = rouge_score(told, [summary for _, summary in self.test], rouge_keys="rouge1")
+        summaries = self.write(model, batch_size)
+        scores = rouge_score(summaries, [summary for _, summary in self.test], rouge_keys="rouge1")
         return 100 * float(scores["rouge1_fmeasure"])
 
     def write(self, model: PreTrainedModel, batch_size: int) -> list[str]:
         """A summary of each dialogue to test on."""
         # Alike ones together: the less is padded.
-        order = sorted(range(len(self.test)), key=lambda place: len(self.test[place][0]))
+        order = sorted(range(len(self.test)), key=lambda index: len(self.test[index][0]))
         written: dict[int, str] = {}
         starts = range(0, len(order), batch_size)
         with training_mode(model, training=False), torch.no_grad():
             for first in progress.track(starts, "writing summaries"):
                 chosen = order[first : first + batch_size]
-                prompts = [self.test[place][0] for place in chosen]
-                for place, tokens in zip(chosen, self._continued(model, prompts), strict=True):
-                    written[place] = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        return [written[place] for place in range(len(self.test))]
+                prompts = [self.test[index][0] for index in chosen]
+                for index, tokens in zip(chosen, self._continued(model, prompts), strict=True):
+                    written[index] = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return [written[index] for index in range(len(self.test))]
 
     def _continued(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> Tensor:
         """(prompts, tokens): padded before the prompt, so that each goes on where it ends."""
@@ -157,14 +157,14 @@ class Summaries(Examples):
         sizes = torch.tensor([len(prompt) for prompt in prompts])
         mask = (torch.arange(longest) >= longest - sizes[:, None]).long()
         host: Host = model
-        told: Tensor = host.generate(
+        tokens: Tensor = host.generate(
             rows.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=self.written,
             do_sample=False,
             pad_token_id=self._padding,
         )
-        return told[:, longest:]
+        return tokens[:, longest:]
 
     def host(self, source: Source, *, device: str, **training: Any) -> Host:
         """The pretrained model as it is."""
@@ -177,11 +177,11 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _read(file: Path) -> list[tuple[str, str]]:
     try:
-        told = [(entry["dialogue"], entry["summary"]) for entry in parse_json(read_text(file), str(file))]
+        pairs = [(entry["dialogue"], entry["summary"]) for entry in parse_json(read_text(file), str(file))]
     except (TypeError, KeyError):
         raise UserError(
             f"{file}: expected a list of objects with 'dialogue' and 'summary', as SAMSum has them"
         ) from None
-    if not told or not all(isinstance(part, str) for pair in told for part in pair):
+    if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
         raise UserError(f"{file}: expected one or more dialogues with a summary, both of text")
-    return told
+    return pairs

@@ -48,7 +48,7 @@ SPAN, CORRUPTED = 3, 0.15  # tokens a span that is left out, and their share of 
 
 @dataclass(frozen=True)
 class Spans:
-    """T5's own task: spans are left out of the source, a mark in the place of each, and told after their marks.
+    """T5's own task: spans are left out of the source, a mark instead of each, and predicted after their marks.
 
     Args:
         marks: tokens that stand for a span each, `<extra_id_0>` and so on.
@@ -77,7 +77,7 @@ class Spans:
         return cls(torch.tensor(marks), start, tokenizer.eos_token_id)
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
-        """Source, what the decoder reads, and what it is to tell; as many spans in each row, at random places."""
+        """Source, what the decoder reads, and what it is to predict; as many spans in each row, at random positions."""
         number, length = rows.shape
         hidden = max(1, round(CORRUPTED * length))
         spans = min(max(1, round(hidden / SPAN)), len(self.marks))
@@ -246,7 +246,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """exp of the mean loss over all predicted tokens; lower is better."""
     training = model.training
     model.eval()
-    total = told = 0.0
+    total = predicted = 0.0
     try:
         for batch in batches:
             inputs = to_device(batch, model)
@@ -257,11 +257,11 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
             loss = nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
             )
-            total, told = total + loss.item(), told + (labels != -100).sum().item()
+            total, predicted = total + loss.item(), predicted + (labels != -100).sum().item()
     finally:
         model.train(training)
     # A model that has come apart would overflow; no text has a loss near 80.
-    return math.exp(min(total / told, 80))
+    return math.exp(min(total / predicted, 80))
 
 
 def _causal(model: PreTrainedModel) -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from provenn.inference.evaluation import Evaluation
     from provenn.inference.inspection import Inspection
-    from provenn.inference.options import Setting
+    from provenn.inference.options import Option
     from provenn.tasks.base import Task
     from provenn.training import Recipe
     from provenn.training.weights import Label
@@ -47,11 +47,11 @@ class Paper:
         """The paper's BibTeX entry, under its slug."""
         return self.card.bibtex()
 
-    def settings(self, preset: str | None = None, *, task: str | None = None) -> "list[Setting]":
+    def options(self, preset: str | None = None, *, task: str | None = None) -> "list[Option]":
         """What `train`, `evaluate` and `predict` take by name for a preset, with types and defaults."""
-        from provenn.inference.options import settings_of
+        from provenn.inference.options import options_of
 
-        return settings_of(self, preset, task)
+        return options_of(self, preset, task)
 
     def build(self, preset: str | None = None, *, pretrained: bool = False, **overrides: Any) -> "nn.Module":
         """A system of the paper, with fresh weights, or with those that ship with the package.
@@ -93,7 +93,7 @@ class Paper:
 
         Args:
             file: the checkpoint.
-            preset, options: what neither its shapes nor its config tell, such as `chunk=64` for RAT.
+            preset, options: what follows from neither its shapes nor its config, such as `chunk=64` for RAT.
 
         Raises:
             UserError: weights of no preset, options that contradict the file, or a file that leaves something open.
@@ -239,7 +239,7 @@ def train(
         keep_best: how many epochs' weights, the best on validation data, are kept as `best-EPOCH.safetensors`.
         logger: "csv" or "tensorboard"; both write under the folder's `log`.
         overrides: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
-        recipe: changes to the preset's recipe, such as {"epochs": 20}.
+        recipe: overrides of the preset's recipe, such as {"epochs": 20}.
     """
     import json
     from dataclasses import asdict, replace
@@ -269,12 +269,12 @@ def train(
             f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
             f"or delete {folder / CHECKPOINT}"
         )
-    recipe_changes = {name: value for name, value in (recipe or {}).items() if value is not None}
+    recipe_overrides = {name: value for name, value in (recipe or {}).items() if value is not None}
     # Who asks for passes over the data means them, whatever number of steps the preset stops at.
     facts = {
-        name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in recipe_changes
+        name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in recipe_overrides
     }
-    final = recipe_of(facts, **recipe_changes)
+    final = recipe_of(facts, **recipe_overrides)
     training.check_recipe(final, kind)
     device = choose_device(device)
     of_data, of_system = _divided(overrides or {}, kind.load, card.resolve(chosen.build))
@@ -295,14 +295,14 @@ def train(
     built_with = {**sides, **loaded.options, **of_system}
     options = {**chosen.options, **built_with}
     examples = len(loaded.train)  # type: ignore[arg-type]
-    if examples < recipe_changes.get("batch_size", 0):
+    if examples < recipe_overrides.get("batch_size", 0):
         # A preset's batch may be larger than a few examples of the user's own; one that is typed was meant as it is.
         raise UserError(
-            f"batch_size={recipe_changes['batch_size']} is more than the {examples:,} examples to train on: "
+            f"batch_size={recipe_overrides['batch_size']} is more than the {examples:,} examples to train on: "
             f"give at most {examples}"
         )
-    if "epochs" not in recipe_changes:
-        steps = recipe_changes.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
+    if "epochs" not in recipe_overrides:
+        steps = recipe_overrides.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
         final = _long_enough(final, steps, examples)
     system = {"preset": chosen.name, "task": task}
     trained_on = {
@@ -311,7 +311,7 @@ def train(
         "seed": seed,
         "options": of_data,
         "recipe": asdict(final),
-        "command": _command(card.slug, given, {**system, **recipe_changes, "seed": seed}, {**of_data, **of_system}),
+        "command": _command(card.slug, given, {**system, **recipe_overrides, "seed": seed}, {**of_data, **of_system}),
     }
     label = weights.Label(card.slug, chosen.name, kind.name, options, loaded.meta, __version__, trained_on)
     with _folder_for(folder), _taken_by(chosen.name, str(given)):
@@ -337,7 +337,7 @@ def train(
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
         usual = recipe_of(facts).epochs
-        if final.epochs > usual and not recipe_changes.keys() & {"epochs", "max_steps"}:
+        if final.epochs > usual and not recipe_overrides.keys() & {"epochs", "max_steps"}:
             progress.say(
                 f"{examples} examples to train on: {final.epochs} epochs instead of {usual}, which made "
                 f"{result.steps} steps; --epochs or --steps says otherwise"
@@ -393,16 +393,16 @@ def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: di
     import json
     import shlex
 
-    def told(value: Any) -> str:
+    def spelled(value: Any) -> str:
         return value if isinstance(value, str) else json.dumps(value)
 
     words = ["provenn", "train", slug, "--data", str(data)]
     for name, option in OPTIONS.items():
         words += [] if options.get(name) is None else [f"--{option}", str(options[name])]
     for name in sorted(options.keys() - OPTIONS.keys()):
-        words += ["--recipe", f"{name}={told(options[name])}"]
+        words += ["--recipe", f"{name}={spelled(options[name])}"]
     for name, value in sorted(overrides.items()):
-        words += ["--set", f"{name}={told(value)}"]
+        words += ["--set", f"{name}={spelled(value)}"]
     return shlex.join(words)
 
 
@@ -425,7 +425,7 @@ def _can_read(kind: "Task", data: str | Path) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kind.load(data)
-    except (UserError, TypeError):  # not that, or needs to be told more
+    except (UserError, TypeError):  # not that, or it needs more arguments
         return False
     return True
 
@@ -447,7 +447,7 @@ def _folder_for(folder: Path) -> Iterator[None]:
 
 
 def _divided(overrides: dict[str, Any], *takers: Callable) -> list[dict[str, Any]]:
-    """The changes that each of the functions takes; one that both take goes to the first, which tells the second."""
+    """The overrides that each of the functions takes; one that both take goes to the first, which informs the other."""
     known = [arguments_of(taker, but=("source", "seed")) for taker in takers]
     there = {name: hint for arguments in reversed(known) for name, hint in arguments.items()}
     for name in overrides:
@@ -481,10 +481,10 @@ def predict(
         slug: the paper.
         inputs: files, or folders of them; of a language model, words; of what draws, classes.
         weights: a weight file, or the folder of a run; by default what ships with the package.
-        preset: whose weights, where those of several ship; or of an author's file that does not tell.
+        preset: whose weights, where those of several ship; or of an author's file that does not name it.
         output: where the result goes.
         overrides: what the task's `predict` takes by name, such as {"reference": Path("sharp.png")} or {"tokens": 100};
-            of an author's file also what it does not tell, as in `from_official`, such as {"chunk": 64}.
+            of an author's file also what it does not say, as in `from_official`, such as {"chunk": 64}.
         log: is given the result piece by piece, by tasks whose result comes so.
     """
     from provenn.core.finite import finite_outputs
@@ -509,20 +509,20 @@ def predict(
         )
     given = [str(each) for each in inputs] if kind.takes_words else [Path(each) for each in inputs]
     known = arguments_of(kind.predict, but=("model", "meta", "inputs", "output"))
-    telling = {} if known.pop("log", None) is None or log is None else {"log": log}
+    logging = {} if known.pop("log", None) is None or log is None else {"log": log}
     for name in overrides:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise UserError(f"a prediction of {label.task} has no {name!r}; what can be set: {there}")
     options = {name: typed(name, value, known[name]) for name, value in overrides.items()}
-    place = None if output is None else Path(output)
-    if place is not None:
-        check_output(place, folder=kind.into_folders)
-        check_no_input(place, given)
+    path = None if output is None else Path(output)
+    if path is not None:
+        check_output(path, folder=kind.into_folders)
+        check_no_input(path, given)
     source = _source_of(chosen, label, weights)
     shown = "the input" if kind.takes_words else ", ".join(map(str, inputs[:3])) + ", …" * (len(inputs) > 3)
     with _fitting(source), finite_outputs(model, source, shown or "the input"):
-        return kind.predict(model, label.meta, given, place, **options, **telling)  # type: ignore[arg-type]  # words, for a task that takes them
+        return kind.predict(model, label.meta, given, path, **options, **logging)  # type: ignore[arg-type]  # words, for a task that takes them
 
 
 def _source_of(paper: Paper, label: "Label", weights: str | Path | None) -> str:
@@ -532,7 +532,7 @@ def _source_of(paper: Paper, label: "Label", weights: str | Path | None) -> str:
 
 @contextmanager
 def _fitting(weights: str) -> Iterator[None]:
-    """A model that does not fit what its weight file says of its data is the file's fault, told in one line."""
+    """A model that does not fit what its weight file says of its data is the file's fault, reported in one line."""
     import torch
 
     try:
@@ -572,14 +572,14 @@ def evaluate(
         slug: the paper.
         data: an embedded data set's name, or a path, in the formats that `train` reads.
         weights: a weight file, ours or the authors', or the folder of a run; by default what ships with the package.
-        preset: whose weights, where those of several ship; or of an author's file that does not tell.
+        preset: whose weights, where those of several ship; or of an author's file that does not name it.
         whole: test on all of the data, or on the part that a training with this seed holds out. By default on all,
             but on what was held out where these weights were trained on the same data; data that come with a test
             split are tested on it.
         seed: of the split; by default the training's.
         device: auto, cpu, cuda, mps or a torch device.
         batch_size: examples at a time.
-        overrides: how the data are read, such as {"length": 512}; of an author's file also what it does not tell, as in
+        overrides: how the data are read, such as {"length": 512}; of an author's file also what it does not say, as in
             `from_official`, such as {"chunk": 64}.
 
     Raises:
@@ -647,8 +647,10 @@ def _recorded(label: "Label", kind: "Task", known: dict[str, Any], wanted: dict[
 
     parameters = inspect.signature(kind.held_out).parameters
     follows = {name for name, parameter in parameters.items() if parameter.default is None}
-    told = {name: value for name, value in label.trained_on.get("options", {}).items() if name in known}
-    recorded = {name: typed(name, value, known[name]) for name, value in told.items() if name not in follows}
+    recorded_options = {name: value for name, value in label.trained_on.get("options", {}).items() if name in known}
+    recorded = {
+        name: typed(name, value, known[name]) for name, value in recorded_options.items() if name not in follows
+    }
     for name, value in wanted.items():
         if name in recorded and recorded[name] != value:
             progress.say(f"{name}={value} where the training had {name}={recorded[name]}")
@@ -753,7 +755,7 @@ def export(
 
     A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`. A classifier
     takes `image`, (batch, channels, height, width) in 0…1, and gives `probabilities`, a segmenter those of each pixel,
-    a detector `boxes`, `scores` and `labels` of every place, before overlapping ones are dropped; in fused form. The
+    a detector `boxes`, `scores` and `labels` of every anchor, before overlapping ones are dropped; in fused form. The
     file is run in onnxruntime and held to what `predict` gives at several sizes. The returned lines say which, and
     the largest difference; where other sizes differ, the file is for one size. A task of a paper's own says itself what
     its system takes and gives (`Task.portable`). The file's metadata hold, under `provenn`, what the weights say of
@@ -764,7 +766,7 @@ def export(
         weights: a weight file, or the folder of a run; None takes what ships with the package.
         output: where it goes, ending in .onnx.
         preset: whose weights, where those of several ship.
-        int8: quantise the file with onnxruntime, and tell its metric before and after; of classifiers and segmenters.
+        int8: quantise the file with onnxruntime, and report its metric before and after; of classifiers and segmenters.
         data: what int8 is calibrated and tested on: an embedded name or a path. They are read and split as the
             training of the weights did.
 
@@ -779,7 +781,7 @@ def export(
     from provenn.training.weights import KEY
 
     file = Path(output)
-    onnx.check_place(file)
+    onnx.check_path(file)
     if int8 and data is None:
         raise UserError("int8 is calibrated on data: give --data, an embedded name or a path")
     if data is not None and not int8:

@@ -76,7 +76,7 @@ class Evaluation:
         return Table(caption=f"{self.title}: {self.about}, {self.examples:,} examples", columns=columns, rows=rows)
 
     def class_table(self, most: int | None = None) -> Table | None:
-        """A row a class, the worst first: how many are told, how many of what is told is right, what it is taken for.
+        """One row for each class, the worst first: its recall, its precision, and what it is most often taken for.
 
         Args:
             most: so many rows at most.
@@ -125,7 +125,7 @@ class Evaluation:
             turn = 60 if max(map(len, self.classes)) > 3 else 0
             axes.set_xticklabels(self.classes, rotation=turn, ha="right" if turn else "center")
             axes.set_yticklabels(self.classes)
-        axes.set(xlabel="told", ylabel="true")
+        axes.set(xlabel="predicted", ylabel="true")
         axes.set_title(f"{self.title}\n{self.about}: {self.confusion.trace()} of {self.examples} right", fontsize=10)
         return figure
 
@@ -206,13 +206,13 @@ def evaluate(
         reason = " ".join(str(error).split())
         raise UserError(f"{held_out.about}: the data do not fit the model: {reason}") from None
     metrics = {task.metric: metrics[task.metric], **metrics} if task.metric in metrics else metrics
-    # Of an image that is told to the last bit the ratio of signal to noise is infinite; an error never is.
+    # Of an image that is predicted to the last bit the ratio of signal to noise is infinite; an error never is.
     worst = -math.inf if task.higher_is_better else math.inf
     bad = next((name for name, value in metrics.items() if math.isnan(value) or value == worst), None)
     if bad is not None:
         raise UserError(
-            f"{held_out.about}: {bad} is no finite number: the weights tell values too large, or these data leave it "
-            "undefined"
+            f"{held_out.about}: {bad} is not a finite number: the weights predict values too large, or these data "
+            "leave it undefined"
         )
     intervals: dict[str, Interval | None] = dict.fromkeys(metrics)
     method = f"the task {task.name} gives no score of single examples, and so no interval"

@@ -28,7 +28,7 @@ class Inspection:
         title: which model was given what.
         caption: what the numbers are.
         layers: a row of numbers for each layer, or a map, by its name, in the order in which the model computes them.
-        draw: draws it on the input itself, where that tells more than lines.
+        draw: draws it on the input itself, where that shows more than lines.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Inspection:
                 axes.plot(row.float().cpu().numpy(), color="#1a5fb4", linewidth=0.7)
             axes.set_title(f"{name}: mean {row.mean():.3g}", fontsize=8)
             axes.tick_params(labelsize=7)
-        # The grid's last row may have more places than layers.
+        # The grid's last row may have more cells than layers.
         for axes in panels[len(self.layers) :]:
             axes.set_axis_off()
         return figure
@@ -84,5 +84,5 @@ def check_png(output: Path, source: Path) -> None:
     if output_suffix(output, ".png") != ".png":
         raise UserError(f"the picture is written as .png, got {str(output)!r}")
     if output.resolve() == source.resolve():
-        raise UserError(f"{output} is the input itself; choose another place with -o")
+        raise UserError(f"{output} is the input itself; choose another file with -o")
     check_output(output)

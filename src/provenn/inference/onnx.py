@@ -77,14 +77,14 @@ def portable_system(
     Raises:
         UserError: a system that ONNX has no form of, or whose file gives other outputs. No file is left then.
     """
-    check_place(file)
+    check_path(file)
     form = task.portable(model, meta)
-    with atomic_write(file) as place:
-        place.touch()  # tracing takes a while: say now that it cannot be kept
+    with atomic_write(file) as path:
+        path.touch()  # tracing takes a while: say now that it cannot be kept
         system, notes = _fused(form)
-        lines, trials = _write_compared(form, system, place, about)
+        lines, trials = _write_compared(form, system, path, about)
         if calibration is not None:
-            lines += quantize(place, task, meta, calibration, [_inputs(form, sizes)["image"] for sizes in trials])
+            lines += quantize(path, task, meta, calibration, [_inputs(form, sizes)["image"] for sizes in trials])
     return [*notes, *lines]
 
 
@@ -165,7 +165,7 @@ def _trials(form: Portable, attempt: _Attempt) -> list[Sizes]:
 
 
 def _write_compared(
-    form: Portable, system: nn.Module, place: Path, about: dict[str, str]
+    form: Portable, system: nn.Module, path: Path, about: dict[str, str]
 ) -> tuple[list[str], list[Sizes]]:
     """Write the system with as many sizes open as hold; what is to be said of them, and the sizes compared."""
     given = _sizes(form)
@@ -183,14 +183,14 @@ def _write_compared(
                 inputs = _inputs(form, sizes)
                 with torch.no_grad():
                     system(**inputs)
-                _write(system, inputs, open_sizes, inputs=list(inputs), outputs=form.outputs, place=place, about=about)
+                _write(system, inputs, open_sizes, inputs=list(inputs), outputs=form.outputs, path=path, about=about)
                 if importlib.util.find_spec("onnxruntime") is None:
                     words = [
-                        f"not compared with predict, onnxruntime is missing: traced at {_told([sizes])}, and other "
+                        f"not compared with predict, onnxruntime is missing: traced at {_listed([sizes])}, and other "
                         "sizes are untried; pip install 'provenn[onnx]'"
                     ]
                     break
-                compared = _compare_sizes(form, place, _trials(form, attempt))
+                compared = _compare_sizes(form, path, _trials(form, attempt))
             else:
                 words += compared
         except OSError:  # of the disk: other sizes need as much room
@@ -223,7 +223,7 @@ def _joined(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _told(trials: Sequence[Sizes]) -> str:
+def _listed(trials: Sequence[Sizes]) -> str:
     """Sizes in a few words: their names once, then the numbers."""
     if not trials[0]:
         return "its one size"
@@ -257,14 +257,14 @@ def _compare_sizes(form: Portable, file: Path, trials: Sequence[Sizes]) -> list[
         except Exception:  # a network refuses sizes as it likes
             refused.append(sizes)
             continue
-        largest = max(largest, _compare(sessions, inputs, pytree.tree_leaves(expected), f"at {_told([sizes])}"))
+        largest = max(largest, _compare(sessions, inputs, pytree.tree_leaves(expected), f"at {_listed([sizes])}"))
         compared.append(sizes)
     if not compared:
-        raise _Differs(f"cannot be compared: the network takes none of {_told(trials)}")
+        raise _Differs(f"cannot be compared: the network takes none of {_listed(trials)}")
     return [
-        f"as predict in onnxruntime, without and with optimisation, at {_told(compared)}: "
+        f"as predict in onnxruntime, without and with optimisation, at {_listed(compared)}: "
         f"largest difference {largest:.1e} of the output's range (at most {TOLERANCE:.0e})",
-        *([f"the network itself takes no {_told(refused)}"] if refused else []),
+        *([f"the network itself takes no {_listed(refused)}"] if refused else []),
     ]
 
 
@@ -344,7 +344,7 @@ class Calibration(NamedTuple):
     Args:
         source: an embedded name or a path.
         train: the examples that the ranges are taken from, and their meta.
-        held_out: the examples that tell the loss.
+        held_out: the examples that measure the loss of accuracy.
     """
 
     source: str
@@ -355,7 +355,7 @@ class Calibration(NamedTuple):
 def read_calibration(
     task: Task, meta: dict[str, Any], source: str | Path, *, seed: int = 0, options: dict[str, Any] | None = None
 ) -> Calibration:
-    """Data to quantise by: the training part calibrates; what the task holds out tells the loss.
+    """Data to quantise by: the training part calibrates; what the task holds out measures the loss of accuracy.
 
     Args:
         task, meta: as in `portable_system`.
@@ -373,7 +373,7 @@ def read_calibration(
     if loaded.meta["channels"] != meta["channels"] or loaded.meta["classes"] != meta["classes"]:
         raise UserError(
             f"{source} has {loaded.meta['channels']} channel(s) and {len(loaded.meta['classes'])} classes; these "
-            f"weights take {meta['channels']} and tell {len(meta['classes'])}, or others: calibrate on their own data"
+            f"weights take {meta['channels']} and predict {len(meta['classes'])}, or others: calibrate on theirs"
         )
     held_out = task.held_out(source, meta, seed=seed, whole=False, **(options or {}))
     return Calibration(str(source), loaded, held_out)
@@ -528,7 +528,7 @@ def step(layer: Any, dim: int, file: str | Path) -> str:
             cache grows, of which an ONNX file holds one alone; or with an operation that ONNX has not. A file that
             gives other steps than the layer.
     """
-    check_place(Path(file))
+    check_path(Path(file))
     if not (hasattr(layer, "init_state") and hasattr(layer, "step")):
         raise UserError(f"{type(layer).__name__} has no init_state and step: it cannot stream")
     system = Step(layer).eval()
@@ -539,8 +539,8 @@ def step(layer: Any, dim: int, file: str | Path) -> str:
     names = [f"state_{k}" for k in range(len(state))]
     example = [AT_POSITION if isinstance(leaf, int) else leaf for leaf in state]
     open_sizes = tuple(torch.export.Dim.DYNAMIC if isinstance(leaf, int) else {0: batch} for leaf in state)
-    with atomic_write(Path(file)) as place:
-        place.touch()
+    with atomic_write(Path(file)) as path:
+        path.touch()
         try:
             _write(
                 system,
@@ -548,7 +548,7 @@ def step(layer: Any, dim: int, file: str | Path) -> str:
                 ({0: batch}, open_sizes),
                 inputs=["token", *names],
                 outputs=["output", *(f"new_{name}" for name in names)],
-                place=place,
+                path=path,
                 about={},
             )
         except (RuntimeError, torch.onnx.OnnxExporterError) as error:
@@ -556,7 +556,7 @@ def step(layer: Any, dim: int, file: str | Path) -> str:
         if importlib.util.find_spec("onnxruntime") is None:
             return "not compared with the layer, onnxruntime is missing: pip install 'provenn[onnx]'"
         try:
-            largest = max(_compare_steps(place, layer, tokens[:, :count]) for count in (1, 3))
+            largest = max(_compare_steps(path, layer, tokens[:, :count]) for count in (1, 3))
         except _Differs as error:
             raise UserError(f"{type(layer).__name__}: the file {error}; no file was written") from error
     return (
@@ -586,7 +586,7 @@ def _compare_steps(file: Path, layer: Any, tokens: Float[Tensor, "steps batch di
 
 
 class _Position(int):
-    """A whole number of a state that notes where something is counted round by it: a place in a ring, a chunk's end."""
+    """A whole number of a state that notes where something is counted round by it: of a ring, or of a chunk."""
 
     rounds = False
 
@@ -632,7 +632,7 @@ def _check_every_step_alike(system: Step, token: Tensor, state: list[Tensor | in
             sequences.append((operations.seen, [getattr(leaf, "shape", ()) for leaf in after]))
         alike = not _Position.rounds and all(sequence == sequences[0] for sequence in sequences)
         alike = alike and sequences[0][1] == [getattr(leaf, "shape", ()) for leaf in state]
-    except (RuntimeError, IndexError, ValueError):  # no place is left in a cache, or no such place in a chunk
+    except (RuntimeError, IndexError, ValueError):  # a cache is full, or a chunk has no such position
         alike = False
     if not alike:
         raise UserError(
@@ -642,7 +642,7 @@ def _check_every_step_alike(system: Step, token: Tensor, state: list[Tensor | in
         )
 
 
-def check_place(file: Path) -> None:
+def check_path(file: Path) -> None:
     """Is this the name of an ONNX file, and can one be made here?
 
     Raises:
@@ -661,7 +661,7 @@ def _write(
     *,
     inputs: list[str],
     outputs: list[str],
-    place: Path,
+    path: Path,
     about: dict[str, str],
 ) -> None:
     with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):  # which name packages that nothing here needs
@@ -679,7 +679,7 @@ def _write(
         )
     assert program is not None
     program.model.metadata_props.update(about)
-    program.save(str(place))
+    program.save(str(path))
 
 
 def translations() -> dict[Any, Any]:
@@ -706,7 +706,7 @@ def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descendin
 def _adaptive_average(self: Any, output_size: Sequence[int]) -> Any:
     """`aten.adaptive_avg_pool2d`, whose form by torch is right at the size alone that was traced.
 
-    Cell i of n over a side of s is the mean of places ⌊i s / n⌋ to ⌈(i + 1) s / n⌉: a matrix from the side to the
+    Cell i of n over a side of s is the mean of positions ⌊i s / n⌋ to ⌈(i + 1) s / n⌉: a matrix from the side to the
     cells, made of the side as it comes. Any: as in `_stable_sort`.
     """
     from onnxscript import opset18
@@ -722,8 +722,8 @@ def _adaptive_average(self: Any, output_size: Sequence[int]) -> Any:
         end = op.Div(op.Add(op.Mul(after, side), op.Constant(value_int=count - 1)), counts)
         last = op.Constant(value_ints=[-1])
         start, end = op.Unsqueeze(start, last), op.Unsqueeze(end, last)
-        place = op.Range(op.Constant(value_int=0), side, op.Constant(value_int=1))
-        inside = op.And(op.GreaterOrEqual(place, start), op.Less(place, end))
+        position = op.Range(op.Constant(value_int=0), side, op.Constant(value_int=1))
+        inside = op.And(op.GreaterOrEqual(position, start), op.Less(position, end))
         return op.Div(op.CastLike(inside, self), op.CastLike(op.Sub(end, start), self))  # (cells, side)
 
     rows, columns = cells(-2, output_size[0]), cells(-1, output_size[1])

@@ -16,8 +16,8 @@ WORDS: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One thing that can be set.
+class Option:
+    """One option that a user can set.
 
     Args:
         of: data, system, prediction (all `--set`) or recipe (`--recipe`); what data and system both take, data decide.
@@ -32,7 +32,7 @@ class Setting:
     default: str = ""
 
 
-def settings_of(paper: "Paper", preset: str | None = None, task: str | None = None) -> list[Setting]:
+def options_of(paper: "Paper", preset: str | None = None, task: str | None = None) -> list[Option]:
     """All that `train`, `evaluate` and `predict` take by name for a preset.
 
     Args:
@@ -55,18 +55,18 @@ def settings_of(paper: "Paper", preset: str | None = None, task: str | None = No
         takers.append(system)
         takers.append(("prediction", kind.predict, ("model", "meta", "inputs", "output", "log"), {}))
         takers.append(("recipe", Recipe, (), recipe))
-    settings: dict[str, Setting] = {}
+    options: dict[str, Option] = {}
     for part, taker, but, known in takers:
         parameters = inspect.signature(taker).parameters
         for name, hint in arguments_of(taker, but=but).items():
             signature_default = parameters[name].default if name in parameters else inspect.Parameter.empty
             value = known.get(name, signature_default)
             default = "" if value is inspect.Parameter.empty else _typed_so(value)
-            if name not in settings:
-                settings[name] = Setting(part, name, in_words(hint), default)
+            if name not in options:
+                options[name] = Option(part, name, in_words(hint), default)
             elif part == "prediction":
-                settings[name] = replace(settings[name], of=f"{settings[name].of}, {part}")
-    return list(settings.values())
+                options[name] = replace(options[name], of=f"{options[name].of}, {part}")
+    return list(options.values())
 
 
 def in_words(hint: Any) -> str:

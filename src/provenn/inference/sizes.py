@@ -64,8 +64,8 @@ def write(card: Card, sizes: Sizes) -> Path:
     for name, entries in sizes.model_dump(exclude_defaults=True).items():
         lines = [f"    {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
         parts.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")
-    with atomic_write(card.folder / FILE) as place:
-        place.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    with atomic_write(card.folder / FILE) as path:
+        path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     return card.folder / FILE
 
 
@@ -77,7 +77,7 @@ def measure(card: Card) -> Sizes:
 
 
 def size_of(card: Card, preset: Preset) -> Size:
-    """One preset's size; of a large one, and of no other, what the meta device can tell.
+    """One preset's size; of a large one, and of no other, what the meta device counts.
 
     The meta device takes other paths through attention than a processor does, and counts a little more.
     """

@@ -1,7 +1,7 @@
-"""Put layers into a model that already exists: after a module, or in place of one.
+"""Put layers into a model that already exists: after a module, or instead of one.
 
-Models are changed in place, and any `nn.Module` will do. Places are named by a pattern over module names, by a type, or
-by several of these:
+Models are changed in place, and any `nn.Module` will do. The modules to change are named by a pattern over their names,
+by a type, or by several of these:
 
 - `"resnet.encoder.stages.*.layers.*.layer"`: `*` stands for one name or a part of it, `**` for any number of names;
 - `nn.ReLU`: every module of this type or of one derived from it.
@@ -35,13 +35,13 @@ from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.surgery.notes import describe_factory, note_change
 
-Place = str | type[nn.Module]
+Target = str | type[nn.Module]
 Example = Any  # a tensor, a tuple of positional or a dict of keyword arguments: whatever the model takes
 
 
 @dataclass(frozen=True)
 class Change:
-    """One place that surgery changed: what happened there, and how many parameters came or went."""
+    """One module that surgery changed: what happened there, and how many parameters came or went."""
 
     name: str
     what: str
@@ -53,20 +53,20 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """All that one call changed; printing it gives a line for each place and the sum."""
+    """All that one call changed; printing it gives a line for each module and the sum."""
 
-    places: tuple[Change, ...]
+    changes: tuple[Change, ...]
 
     @property
     def parameters(self) -> int:
         """How many parameters the model gained, or lost where negative."""
-        return sum(change.parameters for change in self.places)
+        return sum(change.parameters for change in self.changes)
 
     def __iter__(self) -> Iterator[Change]:
-        return iter(self.places)
+        return iter(self.changes)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.changes)
 
     def __str__(self) -> str:
         total = f"{len(self)} change{'s' if len(self) != 1 else ''}, {self.parameters:+,} parameters"
@@ -75,7 +75,7 @@ class Changes:
 
 def insert_after(
     model: nn.Module,
-    where: Place | Sequence[Place],
+    where: Target | Sequence[Target],
     factory: Callable[[int], nn.Module | None],
     *,
     name: str = "inserted",
@@ -85,22 +85,22 @@ def insert_after(
     """Let a new module follow each module that `where` names.
 
     The new module becomes a child of the one that it follows, so no existing key of the state dict changes: pretrained
-    weights load into the changed model with `strict=False`, and the new keys are `<place>.<name>.…`. It takes what the
+    weights load into the changed model with `strict=False`, and the new keys are `<module>.<name>.…`. It takes what the
     module gives; of a tuple, the first. Copying, pickling, `torch.compile` and `torch.export` keep it.
 
     Args:
         model: changed in place.
         where: a pattern, a type, or a sequence of them.
         factory: makes the new module from the width there (channels or features), as `EfficientChannelAttention` does;
-            None leaves this place alone.
-        name: what the new child is called; a place that has such a child already gives it a number.
-        width: told to the factory at every place; by default that of the place.
+            None leaves this module alone.
+        name: what the new child is called; a module that has such a child already gives it a number.
+        width: passed to the factory at every module; by default that of the module.
         example: an input of the model (a tensor, a tuple of positional or a dict of keyword arguments). With it the
             widths are those that really pass, and the changed model is run once: if it fails, the change is undone.
             Without it a width is read off the module, or off the last of its children that has one.
 
     Raises:
-        UserError: nothing matches, a width cannot be told, the example does not reach a place, or a module is in use
+        UserError: nothing matches, a width is unknown, the example does not reach a module, or a module is in use
             where `where` does not name it, too.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
@@ -127,7 +127,7 @@ def insert_after(
         if width is None:
             if example is None:
                 raise UserError(
-                    f"cannot tell how wide {names[0]} ({_class_name(module)}) is; "
+                    f"the width of {names[0]} ({_class_name(module)}) is unknown; "
                     "pass an input of the model as example="
                 )
             raise UserError(
@@ -154,21 +154,21 @@ def insert_after(
 
 def swap(
     model: nn.Module,
-    where: Place | Sequence[Place],
+    where: Target | Sequence[Target],
     factory: Callable[[Any], nn.Module | None],  # Any: it may ask for the class that `where` names
     *,
     example: Example = None,
 ) -> Changes:
-    """Put a new module in place of each one that `where` names.
+    """Replace each module that `where` names by a new one.
 
-    A module in use at several places becomes one new module at all of those that are named. Where a match lies inside
+    A module in use under several names becomes one new module under all of those that match. Where a match lies inside
     another, the outer is swapped. Parameters that were tied to those of a module now gone are no longer tied, and the
     report says so.
 
     Args:
         model: changed in place.
         where: a pattern, a type, or a sequence of them.
-        factory: makes the new module from the old one, whose weights it may take; None leaves this place alone.
+        factory: makes the new module from the old one, whose weights it may take; None leaves this module alone.
         example: an input of the model (a tensor, a tuple of positional or a dict of keyword arguments). With it the
             model is run before and after. The change is undone if the model then fails, or if a new module gives
             another shape than the old one gave, or is not called where the old one was. Of tokens, three properties
@@ -176,7 +176,7 @@ def swap(
             and a text read on from a cache gives what the whole text gives.
 
     Raises:
-        UserError: nothing matches, or a new module does not do in its place with `example`.
+        UserError: nothing matches, or a new module does not work there with `example`.
 
     A Hugging Face model notes the change in its config. What `save_pretrained` then writes is loaded again by
     `provenn.huggingface.load_model`, and refused by transformers' own `from_pretrained`.
@@ -250,7 +250,7 @@ def _note(model: nn.Module, factory: Callable[..., object], names: Sequence[str]
             note_change(cast(Any, host), {**change, "names": changed, "factory": describe_factory(factory)})
 
 
-def remove(model: nn.Module, where: Place | Sequence[Place]) -> Changes:
+def remove(model: nn.Module, where: Target | Sequence[Target]) -> Changes:
     """Let each module that `where` names pass its input on unchanged. It must take one input and return one output.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
@@ -287,26 +287,26 @@ def _parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
-def _find(model: nn.Module, where: Place | Sequence[Place]) -> dict[nn.Module, list[str]]:
+def _find(model: nn.Module, where: Target | Sequence[Target]) -> dict[nn.Module, list[str]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    places = [where] if isinstance(where, str | type) else list(where) if isinstance(where, Sequence) else [where]
-    if not all(isinstance(place, str | type) for place in places):
+    targets = [where] if isinstance(where, str | type) else list(where) if isinstance(where, Sequence) else [where]
+    if not all(isinstance(target, str | type) for target in targets):
         raise TypeError(f"where must be a name pattern, a module class, or a list of them, got {where!r}")
     names = _names(model)
     modules: dict[nn.Module, list[str]] = {}
-    unmatched = list(places)
+    unmatched = list(targets)
     for module, module_names in names.items():
-        for place in places:
-            if isinstance(place, str):
-                hits = [name for name in module_names if _matches(name.split("."), place.split("."))]
+        for target in targets:
+            if isinstance(target, str):
+                hits = [name for name in module_names if _matches(name.split("."), target.split("."))]
             else:
-                hits = module_names if isinstance(module, place) else []
+                hits = module_names if isinstance(module, target) else []
             if hits:
-                unmatched = [other for other in unmatched if other != place]
+                unmatched = [other for other in unmatched if other != target]
                 modules[module] = [name for name in module_names if name in hits or name in modules.get(module, [])]
-    if unmatched or not places:
-        raise UserError(_nothing_matches(model, unmatched[0]) if unmatched else "no place was named")
+    if unmatched or not targets:
+        raise UserError(_nothing_matches(model, unmatched[0]) if unmatched else "`where` is empty: name a module")
     return modules
 
 
@@ -319,16 +319,16 @@ def _matches(name: list[str], pattern: list[str]) -> bool:
     return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
 
 
-def _nothing_matches(model: nn.Module, place: Place) -> str:
-    if not isinstance(place, str):
+def _nothing_matches(model: nn.Module, target: Target) -> str:
+    if not isinstance(target, str):
         kinds = Counter(_class_name(module) for module in _names(model))
         listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(12))
-        return f"no {place.__name__} in this {_class_name(model)}; it has {listed or 'no modules inside'}"
+        return f"no {target.__name__} in this {_class_name(model)}; it has {listed or 'no modules inside'}"
     # Names that differ in their numbers alone are one choice: layers.0.norm and layers.1.norm read layers.*.norm.
     names = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for called in _names(model).values() for name in called})
-    close = get_close_matches(re.sub(r"(?<![^.])\d+(?![^.])", "*", place), names, n=5, cutoff=0.5)
+    close = get_close_matches(re.sub(r"(?<![^.])\d+(?![^.])", "*", target), names, n=5, cutoff=0.5)
     hint = f"close to it are {', '.join(close)}" if close else f"there are {', '.join(names[:12]) or 'none'}"
-    return f"no module of this {_class_name(model)} is called {place!r}; {hint}"
+    return f"no module of this {_class_name(model)} is called {target!r}; {hint}"
 
 
 def _class_name(module: nn.Module) -> str:
@@ -347,7 +347,7 @@ def _adapt_module(new: object, *, like: nn.Module, model: nn.Module) -> nn.Modul
         return None
     if not isinstance(new, nn.Module):
         raise TypeError(
-            f"the factory must return an nn.Module (or None to leave a place alone), got {type(new).__name__}"
+            f"the factory must return an nn.Module (or None to leave a module alone), got {type(new).__name__}"
         )
     reference = next(iter(like.parameters()), None)
     reference = next(iter(model.parameters()), None) if reference is None else reference
@@ -470,13 +470,13 @@ def _text_errors(model: nn.Module, example: Example) -> dict[str, float]:
         for name, attempt in (("padding", _padded_outputs), ("cache", _cached_outputs)):
             try:
                 plain = _token_outputs(outputs(input_ids=x), x)
-                told = attempt(outputs, x, takes)
+                tried = attempt(outputs, x, takes)
             except UserError:  # refused in one line: nothing goes wrong in silence
                 continue
             except Exception:  # whatever a stranger's module raises
                 errors[name] = [math.inf]
                 continue
-            errors |= {name: [share(name, one - plain) for one in told]} if told and plain is not None else {}
+            errors |= {name: [share(name, one - plain) for one in tried]} if tried and plain is not None else {}
     return {name: max(each) for name, each in errors.items()}
 
 
@@ -494,29 +494,29 @@ def _padded_outputs(outputs: Callable[..., Any], x: Tensor, takes: Mapping[str, 
     """The outputs of a text with padding before it, and with padding behind it."""
     if "attention_mask" not in takes:
         return []
-    told, room, tokens = [], 3, x.shape[1]
+    parts, room, tokens = [], 3, x.shape[1]
     for start in (room, 0) if "position_ids" in takes else (0,):
         wide, mask = x[:, :1].repeat(1, tokens + room), torch.zeros_like(x[:, :1]).repeat(1, tokens + room)
         wide[:, start : start + tokens], mask[:, start : start + tokens] = x, 1
-        places = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if start else {}
-        output = _token_outputs(outputs(input_ids=wide, attention_mask=mask, **places), wide)
-        told += [] if output is None else [output[:, start : start + tokens]]
-    return told
+        positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if start else {}
+        output = _token_outputs(outputs(input_ids=wide, attention_mask=mask, **positions), wide)
+        parts += [] if output is None else [output[:, start : start + tokens]]
+    return parts
 
 
 def _cached_outputs(outputs: Callable[..., Any], x: Tensor, takes: Mapping[str, Any]) -> list[Tensor]:
     """The outputs of a text that is read in three parts, the second of one token."""
     if "past_key_values" not in takes or "use_cache" not in takes:
         return []
-    middle, past, told = x.shape[1] // 2, None, []
+    middle, past, parts = x.shape[1] // 2, None, []
     for part in x.split([middle, 1, x.shape[1] - middle - 1], dim=1):
         if part.shape[1]:
             output = outputs(input_ids=part, use_cache=True, **({} if past is None else {"past_key_values": past}))
             past, one = getattr(output, "past_key_values", None), _token_outputs(output, part)
             if past is None or one is None:
                 return []
-            told.append(one)
-    return [torch.cat(told, dim=1)]
+            parts.append(one)
+    return [torch.cat(parts, dim=1)]
 
 
 def _lost_property(before: dict[str, float], after: dict[str, float]) -> str | None:
@@ -536,7 +536,7 @@ def _blame(model: nn.Module, planned: Sequence[Any], example: Example, kept: dic
         lost = _lost_property(kept, _text_errors(model, example))
         _set_module(model, names, old)
         if lost:
-            return f"{names[0]}: with {_class_name(new)} in the place of {_class_name(old)}, "
+            return f"{names[0]}: with {_class_name(new)} instead of {_class_name(old)}, "
     return f"{planned[0][1][0]} and the others together: "
 
 

@@ -199,12 +199,12 @@ def _refuses(error: Exception, check: str) -> bool:
         return check not in TRACED
     if not isinstance(error, ValueError | TypeError | NotImplementedError | RuntimeError) or not str(error):
         return False
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    assert place is not None
-    code, module = place.tb_frame.f_code, place.tb_frame.f_globals.get("__name__", "")
-    raised = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    assert frame is not None
+    code, module = frame.tb_frame.f_code, frame.tb_frame.f_globals.get("__name__", "")
+    raised = dis.opname[code.co_code[frame.tb_lasti]] == "RAISE_VARARGS"
     return raised and not module.startswith("torch.")
 
 

@@ -11,7 +11,7 @@ from provenn.training import weights
 
 LARGEST = 2 * 10**6  # bytes
 ROUNDING = 2e-3  # of a metric, relative: sums in another order, the nearest of two 8-bit values
-FLIPS = 2  # examples whose class two processors may tell apart
+FLIPS = 2  # examples whose class two processors may predict differently
 
 
 def files_of(paper: Card) -> list[Path]:

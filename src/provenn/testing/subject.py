@@ -13,7 +13,7 @@ from provenn.catalog.slots import Slot
 WIDTH = 24  # of the mechanisms that are checked: small, and divisible by the usual numbers of heads
 SIZES = {"batch": 3, "tokens": 7, "other": 5, "height": 6, "width": 9}
 CLASSES = 3  # of the backbones that are checked
-DEPTH = 10  # the number of branches that a residual mechanism is told of
+DEPTH = 10  # the number of branches that a residual mechanism takes
 
 
 @dataclass(frozen=True)

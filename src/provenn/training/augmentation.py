@@ -60,8 +60,8 @@ class Seeded(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         with torch.random.fork_rng(devices=[]):
-            place = (self.seed * 1_000_003 + self.sampler.epoch) * 1_000_003 + index  # type: ignore[attr-defined]
-            torch.default_generator.manual_seed(place % 2**63)  # torch.manual_seed would seed the GPU's dropout too
+            seed = (self.seed * 1_000_003 + self.sampler.epoch) * 1_000_003 + index  # type: ignore[attr-defined]
+            torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would seed the GPU's dropout too
             return self.examples[index]
 
 
@@ -83,7 +83,7 @@ class AugmentedImages(Dataset):
             self.images.least_area = recipe.crop  # type: ignore[attr-defined]  # it has one, as asked above
         if any(getattr(recipe, name) for name in BY_KORNIA):
             if not {"mean", "std"} <= data.meta.keys():
-                raise UserError(f"augmentation needs the mean and std of the images, which {data.name} does not tell")
+                raise UserError(f"augmentation needs the mean and std of the images, which {data.name} does not say")
             self.mean, self.std = (torch.tensor(data.meta[name])[:, None, None] for name in ("mean", "std"))
             self.policy, self.erasing = _made(recipe)
 
@@ -138,13 +138,13 @@ def mixed(batch: Any, recipe: Recipe, data: TaskData) -> Any:
     mixup draws λ evenly, and recipes name α.
 
     Raises:
-        UserError: data that do not tell how many classes there are.
+        UserError: data that do not say how many classes there are.
     """
     kinds = [name for name in OF_BATCHES if getattr(recipe, name)]
     if not kinds:
         return batch
     if "num_classes" not in data.options:
-        raise UserError(f"{kinds[0]} needs the number of classes, which {data.name} does not tell")
+        raise UserError(f"{kinds[0]} needs the number of classes, which {data.name} does not say")
     images, labels = batch
     kind = kinds[int(torch.randint(len(kinds), ()))]
     alpha = torch.tensor(float(getattr(recipe, kind)))

@@ -26,7 +26,7 @@ def checkpoint_writer() -> Any:
             keep = file.with_name(PREVIOUS) if file.name == CHECKPOINT else None
             for stray in file.parent.glob(f".{file.stem}.*.part{file.suffix}"):  # of a run that was killed
                 stray.unlink(missing_ok=True)
-            with atomic_write(file, keep) as place, place.open("wb") as handle:
+            with atomic_write(file, keep) as temporary, temporary.open("wb") as handle:
                 try:
                     torch.save(checkpoint, handle)
                 except RuntimeError as error:  # torch's words for a write that failed
@@ -41,7 +41,7 @@ def best_file(folder: Path, epoch: int) -> Path:
 
 
 def clear_best(folder: Path) -> None:
-    """Remove the best models of a training that another one takes the place of."""
+    """Remove the best models of a training that another one replaces."""
     for file in folder.glob("best-*.safetensors"):
         file.unlink(missing_ok=True)
 

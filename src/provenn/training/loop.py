@@ -93,8 +93,8 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.count, generator=generator)
-        places = torch.arange(self.rank, self.processes * len(self), self.processes) % self.count
-        return iter(order[places].tolist()[self.start :])
+        indices = torch.arange(self.rank, self.processes * len(self), self.processes) % self.count
+        return iter(order[indices].tolist()[self.start :])
 
     def __len__(self) -> int:
         return math.ceil(self.count / self.processes)
@@ -241,7 +241,7 @@ def fit(
         if going_on is not None:
             _check_fits(going_on, module, devices * num_nodes)
         try:
-            with _plain_interrupt(trainer), _lost_ranks_told(trainer):
+            with _plain_interrupt(trainer), _lost_ranks_reported(trainer):
                 trainer.fit(module, ckpt_path=None if going_on is None else str(going_on), weights_only=True)
         except Diverged:  # all processes stop at the same step, and the first one says so
             if joined_here:
@@ -402,7 +402,7 @@ def _plain_interrupt(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _lost_ranks_told(trainer: Any) -> Iterator[None]:
+def _lost_ranks_reported(trainer: Any) -> Iterator[None]:
     """An error of torch.distributed that the end of another process causes says so, in one line."""
     try:
         yield
@@ -617,7 +617,7 @@ def _history_class() -> type:
             self.advance = self.context.__enter__()
             self.advance(trainer.global_step)
             self.steps = self.first_step = trainer.global_step
-            self.started = self.told = self.saved = time.monotonic()
+            self.started = self.shown = self.saved = time.monotonic()
             if self.batches_done:
                 self._set_random(trainer, module)
             if self.recipe.patience is not None and self.waited >= self.recipe.patience:
@@ -662,9 +662,9 @@ def _history_class() -> type:
         def _line(self) -> str | None:
             """Loss and rate, now and then."""
             now = time.monotonic()
-            if now - self.told < OFTEN:
+            if now - self.shown < OFTEN:
                 return None
-            self.told = now
+            self.shown = now
             speed = (self.steps - self.first_step) / (now - self.started)
             return f"{self.title}: loss {self.loss.item():.4g}, {speed:.3g} steps/s"
 
@@ -676,7 +676,7 @@ def _history_class() -> type:
                 torch.cuda.set_rng_state(random["cuda"].cpu(), module.device)
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-            # A loss tells of the weights before its step: those after the last one are seen by no loss.
+            # A loss is of the weights before its step: those after the last one are seen by no loss.
             parts = (p.to_local() if hasattr(p, "to_local") else p for p in module.model.parameters())
             if not module.everywhere(all(bool(torch.isfinite(part).all()) for part in parts)):
                 raise Diverged(f"the weights are no longer finite after step {trainer.global_step}; {_help(module)}")

@@ -59,7 +59,7 @@ class Recipe:
         random_erasing: the probability with which a rectangle of an image is put to its mean; by kornia.
 
     Augmentation is of images with classes, and of training alone. What is drawn for an image follows from the seed, the
-    epoch and the image's place in the data; what is drawn for a batch, from the seed and the step.
+    epoch and the image's index in the data; what is drawn for a batch, from the seed and the step.
     """
 
     epochs: int = 10
@@ -260,11 +260,11 @@ def _in_rows(name: str, module: nn.Module) -> list[tuple[str, type]]:
     rows = (nn.ModuleList, nn.Sequential)
     children = []
     for key, child in module.named_children():
-        place = f"{name}.{key}" if name else key
+        path = f"{name}.{key}" if name else key
         if isinstance(child, rows) or not isinstance(module, rows):
-            children += _in_rows(place, child)
+            children += _in_rows(path, child)
         elif next(child.parameters(), None) is not None:
-            children.append((place, type(child)))
+            children.append((path, type(child)))
     return children
 
 

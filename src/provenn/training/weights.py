@@ -69,10 +69,10 @@ def save(model: nn.Module, file: Path, label: Label) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_model
 
-    with atomic_write(file) as place:
+    with atomic_write(file) as path:
         try:
-            save_model(model, str(place), metadata={KEY: json.dumps(asdict(label))})
-        except SafetensorError as error:  # which is how it tells of a full disk
+            save_model(model, str(path), metadata={KEY: json.dumps(asdict(label))})
+        except SafetensorError as error:  # which is how it reports a full disk
             raise OSError(str(error)) from None
 
 
@@ -150,7 +150,7 @@ def read_official(
     Args:
         card: the paper.
         path: the checkpoint.
-        preset, options: what neither its shapes nor its config tell.
+        preset, options: what follows from neither its shapes nor its config.
         build: makes a preset of that name with those options; by default the preset's function does.
 
     Raises:
@@ -163,7 +163,7 @@ def read_official(
         raise UserError(f"{path} carries no provenn label, and {card.slug} has no public checkpoints to compare")
     contents = read_contents(path)
     convert = card.resolve("official:convert")
-    # Of some papers the shapes do not tell all: their `convert` asks for what the file and its user know besides.
+    # Of some papers the shapes do not say all: their `convert` asks for what the file and its user know besides.
     takes_config = "config" in inspect.signature(convert).parameters
     arguments = {"config": contents.config, "preset": preset, **options} if takes_config else {}
     name, official_options, converted = convert(contents.state, **arguments)
@@ -211,8 +211,8 @@ def _label(text: str, file: Path) -> Label:
         return TypeAdapter(Label).validate_python(json.loads(text))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(key) for key in first["loc"]) or "the whole"
-        raise UserError(f"{file}: its label cannot be read: {place}: {first['msg']}") from None
+        key = ".".join(str(key) for key in first["loc"]) or "the whole"
+        raise UserError(f"{file}: its label cannot be read: {key}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: its label is no JSON: {error}") from None
 

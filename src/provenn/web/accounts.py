@@ -29,7 +29,7 @@ FREE = 3  # links to an address that nobody used, before another must wait
 SESSION_LASTS = timedelta(days=90)
 LINK_KEPT = timedelta(days=1)  # as a row, used or not
 SHORT_LIVED = ("sign_in_links", "sessions", "subscription_links")  # nothing that anybody wrote
-SECRET = ("digest", "name_key")  # columns that tell nobody anything
+SECRET = ("digest", "name_key")  # columns that mean nothing to anybody
 CONTROLS = {"Cc", "Cs"}  # as Unicode's categories: controls, halves of characters
 UNSEEN = {"Cf", "Co"}  # marks of direction and joints of letters, characters of nobody's
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing

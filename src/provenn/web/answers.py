@@ -48,7 +48,7 @@ class Claim(BaseModel):
     held: int = Field(description="How many of the experiments that were measured hold.")
     asked: int
     reason: str = Field(description="What a measurement needs, where there is none.")
-    experiments: list[str] = Field(description="The experiments that bear on it.")
+    experiments: list[str] = Field(description="The experiments that are evidence for it.")
 
     @classmethod
     def of(cls, judged: view.Judged) -> "Claim":
@@ -235,7 +235,7 @@ class SlotBoard(BaseModel):
     @classmethod
     def of(cls, name: str, board: SlotComparison) -> "SlotBoard":
         """From a committed comparison."""
-        fronts = {cost: board.front(cost) for cost in board.telling}
+        fronts = {cost: board.front(cost) for cost in board.distinguishing}
         return cls(
             name=name,
             host=board.host,

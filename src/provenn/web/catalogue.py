@@ -24,7 +24,7 @@ HOLDING = (Standing.REPRODUCED, Standing.HOLDS_HERE)
 
 @dataclass(frozen=True)
 class Entry:
-    """A paper, the claims of its abstract with their verdicts, and every experiment that bears on them."""
+    """A paper, the claims of its abstract with their verdicts, and every experiment that is evidence for them."""
 
     card: catalog.Card
     evidence: Evidence
@@ -38,7 +38,7 @@ class Entry:
         troubles: list[str] = []
         evidence = view.committed(card, troubles.append) or Evidence(paper=card.slug)
         for trouble in troubles:
-            LOG.warning(trouble)  # to who runs the server: it names a place of this machine
+            LOG.warning(trouble)  # to who runs the server: it names a path of this machine
         return cls(card, evidence, view.judged(card, evidence), evidence.findings(card.experiments), "".join(troubles))
 
     @property

@@ -21,7 +21,7 @@ from provenn.web.settings import keep_private, make_home
 
 LOG = logging.getLogger(__name__)
 MIGRATIONS = Path(__file__).with_name("migrations")
-WRITES = "writes"  # the option of a connection that tells `_immediate` what its transaction is for
+WRITES = "writes"  # the option of a connection that says to `_immediate` what its transaction is for
 MIGRATING = 1910_03151  # the lock that servers which start at the same moment take in turns
 BUSY_MS = 10_000  # that a writer waits for another before it gives up
 SCRUB_MS = 2_000  # that readers are waited for before the write-ahead log is emptied later

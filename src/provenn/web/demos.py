@@ -79,7 +79,7 @@ class Demo:
         token: what its address ends with; who knows it may see the answer.
         reader: who asked, to count what waits.
         text: what was written so far.
-        result: what the worker told at the end.
+        result: what the worker answered at the end.
         words: why there is no result, in one line.
     """
 
@@ -100,12 +100,12 @@ class Demo:
 
     def files(self) -> list[Path]:
         """The pictures of the result."""
-        return [place for name in FILES if (place := self.file(name)) is not None]
+        return [path for name in FILES if (path := self.file(name)) is not None]
 
     def file(self, name: str) -> Path | None:
         """A picture of the result; None where there is none of that name."""
-        place = self.folder / name
-        return place if name in FILES and place.is_file() else None
+        path = self.folder / name
+        return path if name in FILES and path.is_file() else None
 
 
 class Lost(Exception):
@@ -308,12 +308,12 @@ class Keeper:
         raise AssertionError("a worker's answers end with an error")
 
     def _keep_files(self, demo: Demo) -> None:
-        """Pictures go where no worker reaches them. A link in their place is none."""
+        """Pictures go where no worker reaches them. A link instead of one is left out."""
         demo.folder.mkdir(mode=0o700)
         for name in FILES:
-            place = self.folder / name
-            if place.is_file() and not place.is_symlink():
-                os.replace(place, demo.folder / name)
+            path = self.folder / name
+            if path.is_file() and not path.is_symlink():
+                os.replace(path, demo.folder / name)
 
     def _start(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -373,7 +373,7 @@ class Keeper:
         assert self.worker is not None
         if self.worker.wait() == SPENT:
             return _too_much(self.demos.settings.demo_megabytes)
-        return "the demo's worker was lost in the middle of it; another takes its place: try again"
+        return "the demo's worker was lost in the middle of it; another one has started: try again"
 
 
 SPENT = 3  # what worker.py exits with when its memory is used up
@@ -384,7 +384,7 @@ def _too_much(megabytes: int) -> str:
 
 
 def _resident_megabytes(pid: int) -> float:
-    """Memory that a process holds, where the system tells it as Linux does."""
+    """Memory that a process holds, where the system reports it as Linux does."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):

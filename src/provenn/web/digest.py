@@ -2,7 +2,7 @@
 
 A digest is a row of the outbox, unique by subscription and day, which stays when it has gone. It goes at most once:
 where a server was killed between the claim and the mail server's answer, or the mail server gave none, nobody can know
-whether it went, and it is not sent again. What was in it is told again in the person's next digest, since
+whether it went, and it is not sent again. What was in it is repeated in the person's next digest, since
 `Subscription.seen` moves on with a digest that went, and with nothing else: no news is lost.
 
 A day whose mails could not go (the mail server is down) is not lost either: the rows wait, and on a later day the new
@@ -30,7 +30,7 @@ from provenn.web.subscriptions import FREQUENCIES, Subscription, address_of
 
 LOG = logging.getLogger(__name__)
 KEPT = timedelta(days=90)  # for which rows of digests stay
-LASTS = timedelta(days=4)  # within which a digest goes; then the next one tells its news
+LASTS = timedelta(days=4)  # within which a digest goes; then the next one has its news
 AGAIN = timedelta(minutes=10)  # after which the server's own clock looks again
 LEAVE_SECONDS = 2.0  # that a plan which is under way gets when the server ends
 
@@ -99,12 +99,12 @@ def write(session: Session, site: Site, mailing: Mailing) -> Draft | None:
     subscription = session.get(Subscription, mailing.subscription_id)
     if subscription is None:
         return None
-    told = news.between(session, site.catalogue, mailing.since or 0, mailing.upto or 0)
-    return Draft(letter(site, subscription, mailing, told))
+    changes = news.between(session, site.catalogue, mailing.since or 0, mailing.upto or 0)
+    return Draft(letter(site, subscription, mailing, changes))
 
 
 def was_sent(session: Session, mailing: Mailing) -> None:
-    """Write down what a person has been told."""
+    """Note the changes that a person has been sent."""
     heard = update(Subscription).where(Subscription.id == mailing.subscription_id)
     session.execute(heard.where(Subscription.seen < mailing.upto).values(seen=mailing.upto))
 
@@ -112,11 +112,11 @@ def was_sent(session: Session, mailing: Mailing) -> None:
 DIGEST = outbox.register(Kind("digest", 2, LASTS, write, kept=True, sent=was_sent))
 
 
-def letter(site: Site, subscription: Subscription, mailing: Mailing, told: News) -> Letter:
+def letter(site: Site, subscription: Subscription, mailing: Mailing, changes: News) -> Letter:
     """A digest as a mail, whose identifier and date are the same however often it is made."""
     page = address_of(site, subscription)
     assert mailing.day is not None  # every digest has one
-    context = {"news": told, "often": subscription.often, "day": mailing.day, "page": page, "url": site.settings.url}
+    context = {"news": changes, "often": subscription.often, "day": mailing.day, "page": page, "url": site.settings.url}
     key = signed(site.settings, "mailing", f"{mailing.day:%Y%m%d}.{subscription.id}").rpartition(".")[2]
     more = {
         "List-Id": f"<digest.{letters.host_of(site.settings)}>",

@@ -86,7 +86,7 @@ class Failures:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application's answer; in its place, where it fails before it begins, a page that says so."""
+        """The application's answer; instead, where it fails before it begins, a page that says so."""
         begun = False
 
         async def sent(message: Any) -> None:
@@ -110,7 +110,7 @@ class Failures:
 
 
 def answer_to(request: Request, error: Exception) -> Response:
-    """What is answered in place of a page that could not be made."""
+    """What is answered instead of a page that could not be made."""
     if isinstance(error, OperationalError | NoConnection):
         return failed(request, 503, "The database does not answer: try again in a moment.", cause_of(error))
     if isinstance(error, Unwritable) or (isinstance(error, OSError) and error.errno in FOR_A_WHILE):
@@ -179,8 +179,8 @@ def cause_of(error: BaseException) -> str:
         if PACKAGE in Path(frame.filename).parents and frame.name != "__call__"  # every request comes through those
     ]
     last = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in trace[-1:]]  # of another package, it may be
-    places = ", ".join(dict.fromkeys([*last, *reversed(ours[-FRAMES:])]))
-    return f"{type(said).__name__}: {words}" + (f" (at {places})" if places else "")
+    lines = ", ".join(dict.fromkeys([*last, *reversed(ours[-FRAMES:])]))
+    return f"{type(said).__name__}: {words}" + (f" (at {lines})" if lines else "")
 
 
 def unsaid() -> Callable[[logging.LogRecord], bool]:

@@ -23,15 +23,15 @@ class Keep(Extension):
         line = next(parser.stream).lineno
         key = parser.parse_tuple()
         inside = parser.parse_statements(("name:endkeep",), drop_needle=True)
-        place = nodes.Const(f"{parser.name}:{line}")
-        call = self.call_method("_kept", [place, key, nodes.ContextReference()])
+        position = nodes.Const(f"{parser.name}:{line}")
+        call = self.call_method("_kept", [position, key, nodes.ContextReference()])
         return nodes.CallBlock(call, [], [], inside).set_lineno(line)
 
-    def _kept(self, place: str, key: object, context: Context, caller: Callable[[], str]) -> str:
+    def _kept(self, position: str, key: object, context: Context, caller: Callable[[], str]) -> str:
         if context["site"].copied:  # whose links depend on the page
             return caller()
         pieces = context["site"].pieces
-        name = (place, key)
+        name = (position, key)
         text = pieces.get(name)
         if text is None:
             if len(pieces) >= MOST:

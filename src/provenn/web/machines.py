@@ -137,8 +137,8 @@ def daily_papers(
 def not_held(request: Request) -> Response:
     """Every experiment of a paper that did not hold here."""
     rows = site_of(request).catalogue.not_held()
-    told = [answers.NotHeld(paper=entry.slug, experiment=answers.Experiment.of(finding)) for entry, finding in rows]
-    return _json(request, list[answers.NotHeld], told)
+    answer = [answers.NotHeld(paper=entry.slug, experiment=answers.Experiment.of(finding)) for entry, finding in rows]
+    return _json(request, list[answers.NotHeld], answer)
 
 
 @router.get("/api/boards", response_model=list[answers.BoardLink], tags=["boards"])
@@ -169,14 +169,14 @@ def board(request: Request, name: str) -> Response:
     """A board: the candidates of a slot, timed networks, or the papers of a task."""
     catalogue = site_of(request).catalogue
     if name in boards.comparisons():
-        told: Board = answers.SlotBoard.of(name, boards.comparisons()[name])
+        answer: Board = answers.SlotBoard.of(name, boards.comparisons()[name])
     elif name in boards.timings():
-        told = answers.NetworkBoard.of(name, boards.timings()[name])
+        answer = answers.NetworkBoard.of(name, boards.timings()[name])
     elif name in catalogue.tasks:
-        told = answers.Work.of(boards.tasks(catalogue)[name])
+        answer = answers.Work.of(boards.tasks(catalogue)[name])
     else:
         raise boards.no_board(catalogue, name)
-    return _json(request, Board, told)
+    return _json(request, Board, answer)
 
 
 FEED: dict[int | str, dict[str, Any]] = {200: {"content": {feeds.TYPE: {}}, "description": "An Atom feed."}}

@@ -3,7 +3,7 @@
 Whether a server has a mail is decided by its answer to the end of the data, the dot on a line of its own. Before that
 dot it has nothing, whatever becomes of the connection; after its answer it has the mail. Between the two nobody can
 know: RFC 5321 leaves that open. `Transport` therefore sends all of a mail but the dot, asks `decide` once more, and
-then sends the dot. The errors tell what is known: `Refused`, `Later` and `Down` mean that the server does not have the
+then sends the dot. The errors say what is known: `Refused`, `Later` and `Down` mean that the server does not have the
 mail, `Unknown` that it may.
 
 Each step has a limit on its whole time, since a server that sends a byte a second would keep within any limit on a
@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 from email import policy
 from email.parser import BytesParser
 from ipaddress import ip_address
-from pathlib import Path
 from threading import Event, Timer
 from urllib.parse import unquote, urlsplit
 
@@ -159,8 +158,8 @@ class Transport:
         name = re.sub(r"[^\w.-]", "", letter.identifier.replace("@", ".at."))
         try:
             make_home(folder)  # links that sign people in lie here
-            with atomic_write(folder / f"{letter.made:%Y-%m-%dT%H%M%S}_{name}.eml", mode=0o600) as place:
-                Path(place).write_bytes(data)
+            with atomic_write(folder / f"{letter.made:%Y-%m-%dT%H%M%S}_{name}.eml", mode=0o600) as path:
+                path.write_bytes(data)
         except UserError as error:  # a full disk among others
             raise Down(str(error)) from None
 

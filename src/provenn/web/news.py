@@ -109,7 +109,7 @@ def latest(session: Session) -> int:
 
 
 def between(session: Session, catalogue: Catalogue, since: int, upto: int) -> News:
-    """What changed after one number up to another, taken together: what came back to where it was is not told."""
+    """What changed after one number up to another, taken together: what came back to where it was is left out."""
     rows = session.scalars(select(Change).where(Change.id > since, Change.id <= upto).order_by(Change.id)).all()
     papers = [catalogue[row.paper] for row in rows if not row.claim and row.paper in catalogue]
     first: dict[tuple[str, str], str] = {}

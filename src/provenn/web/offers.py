@@ -60,7 +60,7 @@ KINDS = {
     "object-detection": Kind("picture", "a picture", "Find what is in it"),
     "semantic-segmentation": Kind("picture", "a picture", "Divide it"),
     "series-forecasting": Kind("table", "a table, a row a step, the oldest first", "Forecast it"),
-    "graph-regression": Kind("graphs", "graphs, as lines of JSON or as molecules", "Tell their numbers"),
+    "graph-regression": Kind("graphs", "graphs, as lines of JSON or as molecules", "Predict their numbers"),
     "audio-classification": Kind("sound", "a sound of a few seconds", "Classify it"),
     "language-modelling": Kind("words", "how a text begins", "Go on with it", streams=True),
     "accelerated-language-modelling": Kind("words", "how a text begins", "Go on with it", streams=True),
@@ -111,7 +111,7 @@ class Offer:
 
     @property
     def classes(self) -> list[str]:
-        """What can be drawn, or told apart."""
+        """What can be drawn or predicted."""
         return [str(name) for name in self.meta.get("classes", [])][:MOST_CLASSES]
 
     def sample(self, name: str) -> Sample | None:

@@ -123,7 +123,7 @@ def remove(session: Session, person_id: int, number: int) -> Comment | None:
 
 
 def report(session: Session, person_id: int, number: int, reason: str) -> Comment | None:
-    """Tell the operator of somebody else's comment, once; None where it is one's own, hidden or gone."""
+    """Report to the operator somebody else's comment, once; None where it is one's own, hidden or gone."""
     row = session.get(Comment, number)
     if row is None or row.hidden or row.person_id == person_id:
         return None

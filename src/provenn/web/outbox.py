@@ -64,7 +64,7 @@ class Mailing(Base):
         email: whom it goes to.
         about: what its kind needs to write it, which is no secret.
         subscription_id, day: of a digest, whose it is and for which day: one a subscription and day.
-        since, upto: of a digest, the numbers of the changes between which it tells.
+        since, upto: of a digest, the numbers of the changes that it covers.
         rank: mails of a smaller one go first.
         due: it is not sent before; whoever takes it moves that ahead.
         until: it is not sent after.

@@ -319,7 +319,7 @@ def remove(request: Request, number: Number, person: Someone) -> Response:
 
 @router.post("/comments/{number}/report")
 def report(request: Request, number: Number, person: Someone, reason: Field = "") -> Response:
-    """Tell the operator of somebody else's comment."""
+    """Report to the operator somebody else's comment."""
     site = site_of(request)
     try:
         site.limits.reports.spend(person.id, "reports")

@@ -55,7 +55,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Axis:
-    """Where values lie between two places; logarithmic where the largest is more than thrice the smallest."""
+    """Where values lie between two positions; logarithmic where the largest is more than thrice the smallest."""
 
     values: Sequence[float]
     start: float | int
@@ -77,7 +77,7 @@ class Axis:
         return least - room, most + room
 
     def at(self, value: float) -> float:
-        """The place of a value."""
+        """The position of a value."""
         least, most = self._range
         return round(self.start + (self._scale(value) - least) / (most - least) * (self.end - self.start), 1)
 
@@ -106,10 +106,10 @@ def pareto(board: SlotComparison, cost: str) -> Markup:
     front = [one.name for one in board.front(cost)]
     quality = f"{board.metric.replace('_', ' ')} ({'higher' if board.higher_is_better else 'lower'} is better)"
     x_label = words.format(reference=board.candidates[0].name)
-    told = (
+    description = (
         f"{quality} against {x_label}. Nobody is better for less than {', '.join(front)}. The table has every number."
     )
-    return _plot(points, front, x_label, quality, told)
+    return _plot(points, front, x_label, quality, description)
 
 
 def latencies(board: LatencyBench, batch: int, threads: int) -> Markup:
@@ -129,7 +129,7 @@ def latencies(board: LatencyBench, batch: int, threads: int) -> Markup:
     return _plot(points, [], x_label, y_label, f"{y_label} against {x_label}. The table has every number.")
 
 
-def _plot(points: Sequence[Point], front: Sequence[str], x_label: str, y_label: str, told: str) -> Markup:
+def _plot(points: Sequence[Point], front: Sequence[str], x_label: str, y_label: str, description: str) -> Markup:
     across = Axis([point.x for point in points], LEFT, WIDTH - RIGHT)
     up = Axis([value for point in points for value in point[2:]], HEIGHT - BOTTOM, TOP)
     parts = [*_grid(across, up, x_label, y_label)]
@@ -145,7 +145,7 @@ def _plot(points: Sequence[Point], front: Sequence[str], x_label: str, y_label: 
     whiskers = [Box(placed[p.name][0] - 3, up.at(p.high), placed[p.name][0] + 3, up.at(p.low)) for p in points]
     parts += _labels(placed, whiskers + [box for pair in pairwise(line) for box in _along(*pair)])
     box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
-    return Markup(f'<svg class="plot" {box} role="img" aria-label="{escape(told)}">{"".join(parts)}</svg>')
+    return Markup(f'<svg class="plot" {box} role="img" aria-label="{escape(description)}">{"".join(parts)}</svg>')
 
 
 def _grid(across: Axis, up: Axis, x_label: str, y_label: str) -> Iterable[str]:

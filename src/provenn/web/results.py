@@ -38,19 +38,19 @@ def boxes(result: dict[str, Any], address: str) -> Markup:
     for found in reversed(result["boxes"]):  # the surest on top
         left, top, wide, high = (f"{value:.1f}" for value in found["box"])
         colour = result["classes"].index(found["class"]) % COLOURS
-        place = f'x="{left}" y="{top}" width="{wide}" height="{high}"'
+        corners = f'x="{left}" y="{top}" width="{wide}" height="{high}"'
         words = escape(f"{found['class']} {found['score']:.0%}")
         x = min(max(0.0, found["box"][0]), max(0.0, width - 0.55 * size * len(words)))
         y = max(size, found["box"][1] - size / 4)
-        parts.append(f'<rect class="case" {place} stroke-width="{size / 3:.2f}"/>')
-        parts.append(f'<rect class="box k{colour}" {place} stroke-width="{size / 6:.2f}"/>')
+        parts.append(f'<rect class="case" {corners} stroke-width="{size / 3:.2f}"/>')
+        parts.append(f'<rect class="box k{colour}" {corners} stroke-width="{size / 6:.2f}"/>')
         text = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:.1f}" stroke-width="{size / 4:.2f}"'
         parts.append(f'<text class="k{colour}" {text}>{words}</text>')
     pixelated = " pixelated" if max(width, height) <= 64 else ""
-    told = ", ".join(found["class"] for found in result["boxes"]) or "nothing"
+    names = ", ".join(found["class"] for found in result["boxes"]) or "nothing"
     return Markup(
         f'<svg class="boxes{pixelated}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(f"The picture with boxes: {told}")}">{"".join(parts)}</svg>'
+        f'aria-label="{escape(f"The picture with boxes: {names}")}">{"".join(parts)}</svg>'
     )
 
 
@@ -63,13 +63,13 @@ def forecast(column: dict[str, Any], labels: Sequence[str]) -> Markup:
     ticks = _ticks(min(values), max(values))
     low, high = min(*ticks, *values), max(*ticks, *values)
 
-    def point(place: int, value: float) -> str:
-        x = LEFT + place / max(1, len(values) - 1) * (WIDTH - LEFT - RIGHT)
+    def point(row: int, value: float) -> str:
+        x = LEFT + row / max(1, len(values) - 1) * (WIDTH - LEFT - RIGHT)
         return f"{x:.1f},{_height(value, low, high):.1f}"
 
     given = " ".join(point(k, value) for k, value in enumerate(past))
     joined = [past[-1], *ahead]
-    told = " ".join(point(len(past) - 1 + k, value) for k, value in enumerate(joined))
+    predicted = " ".join(point(len(past) - 1 + k, value) for k, value in enumerate(joined))
     now = point(len(past) - 1, low).partition(",")[0]
     parts = []
     for tick in ticks:
@@ -77,7 +77,7 @@ def forecast(column: dict[str, Any], labels: Sequence[str]) -> Markup:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{y}" dy="0.35em" text-anchor="end">{number(tick, 3)}</text>')
     parts.append(f'<line class="now" x1="{now}" x2="{now}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    parts.append(f'<polyline class="past" points="{given}"/><polyline class="ahead" points="{told}"/>')
+    parts.append(f'<polyline class="past" points="{given}"/><polyline class="ahead" points="{predicted}"/>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">{len(past)} rows given</text>')
     parts.append(f'<text class="ahead" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{_until(labels)}</text>')
     ends = f"from {number(ahead[0])} to {number(ahead[-1])}"

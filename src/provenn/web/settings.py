@@ -164,8 +164,8 @@ class Settings(BaseModel):
         if os.path.lexists(self.home) and not self.home.is_dir():
             raise UserError(f"the home {self.home} is no folder: give one, or a name where there is nothing")
         make_home(self.home)
-        for place in (self.home, self.home / "secret", self.home / "mails"):
-            keep_private(place)
+        for path in (self.home, self.home / "secret", self.home / "mails"):
+            keep_private(path)
 
     def signing_key(self) -> str:
         """The secret; drawn at the first call and kept beside the database, readable to its owner alone."""
@@ -174,8 +174,8 @@ class Settings(BaseModel):
         file = self.home / "secret"
         if not file.exists():
             make_home(self.home)
-            with atomic_write(file, mode=0o600) as place:
-                place.write_text(secrets.token_urlsafe(32), encoding="ascii")
+            with atomic_write(file, mode=0o600) as path:
+                path.write_text(secrets.token_urlsafe(32), encoding="ascii")
         return file.read_text(encoding="ascii").strip()
 
 
@@ -191,22 +191,22 @@ def make_home(folder: Path) -> None:
         raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from None
 
 
-def keep_private(place: Path) -> None:
+def keep_private(path: Path) -> None:
     """Take a file or folder from all but its owner, where it is there.
 
     Raises:
         UserError: its owner is somebody else, who could read and change what lies there.
     """
     try:
-        status = place.stat()
+        status = path.stat()
         if status.st_uid != os.geteuid():
-            whose = f"{place} belongs to user {status.st_uid}, and this process to user {os.geteuid()}"
+            whose = f"{path} belongs to user {status.st_uid}, and this process to user {os.geteuid()}"
             raise UserError(f"{whose}: run it as the owner, or give all of the folder to this user by chown")
         mode = stat.S_IMODE(status.st_mode)
         if mode & 0o077:
-            place.chmod(mode & 0o700)
-            LOG.warning("%s was open to others (%03o): from now on it is its owner's alone", place, mode)
+            path.chmod(mode & 0o700)
+            LOG.warning("%s was open to others (%03o): from now on it is its owner's alone", path, mode)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise UserError(f"{place} cannot be kept from others: {error.strerror}") from None
+        raise UserError(f"{path} cannot be kept from others: {error.strerror}") from None

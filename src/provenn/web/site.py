@@ -20,8 +20,8 @@ from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.database import Database
 from provenn.web.keeping import Keep
 from provenn.web.limits import Limits
+from provenn.web.links import beside, file_of
 from provenn.web.offers import offers_of
-from provenn.web.places import beside, file_of
 from provenn.web.settings import Settings
 
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ class Site:
             return opinions.counts(session)
 
     def address(self, path: str) -> str:
-        """The whole address of a page, for feeds and other places that are no page."""
+        """The whole address of a page, for feeds and whatever else is no page."""
         return f"{self.settings.url}/{file_of(path)}" if self.copied else self.settings.url + path
 
     @cached_property

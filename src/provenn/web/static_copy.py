@@ -14,7 +14,7 @@ from provenn import __version__
 from provenn.core.errors import UserError
 from provenn.web import boards
 from provenn.web.app import create_app
-from provenn.web.places import file_of
+from provenn.web.links import file_of
 from provenn.web.settings import Settings
 from provenn.web.site import Site
 
@@ -81,9 +81,9 @@ async def _write(app: FastAPI, folder: Path) -> int:
         if not waiting:
             return len(written)
         for file, address in sorted(waiting.items()):
-            place = folder / file
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(await _answer(app, address))
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(await _answer(app, address))
             written.add(file)
 
 
@@ -123,5 +123,5 @@ async def _answer(app: FastAPI, address: str) -> bytes:
 
     await app(scope, receive, send)  # type: ignore[arg-type]  # whose own types are mappings that may change
     if status != [200]:
-        raise RuntimeError(f"a page links to {address}, which answers {status}: it has no place in a copy as files")
+        raise RuntimeError(f"a page links to {address}, which answers {status}: a copy as files cannot hold it")
     return b"".join(content)

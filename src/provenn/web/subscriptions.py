@@ -2,7 +2,7 @@
 
 No answer here depends on whether an address is known: who asks for a digest that they have gets the same mail, whose
 link then changes how often it comes. Two kinds of links go out, both signed. The one that confirms works once, within
-two days; the one that every digest carries does not expire, and speaks for that one subscription alone.
+two days; the one that every digest carries does not expire, and is valid for that one subscription alone.
 """
 
 import secrets
@@ -36,10 +36,10 @@ class Subscription(Base):
     """Somebody who gets the digest.
 
     Args:
-        id: drawn, so that the links of one that has ended never speak for another.
+        id: drawn, so that the links of one that has ended are never valid for another.
         often: daily or weekly.
         considered: the last day on which it was decided whether they get one.
-        seen: the number of the last change that they were told of.
+        seen: the number of the last change that they were sent.
     """
 
     __tablename__ = "subscriptions"

@@ -102,12 +102,12 @@ def progress(request: Request, token: str) -> Response:
 @router.get("/tries/{token}/events", include_in_schema=False)
 def events(request: Request, token: str) -> Response:
     """The same as server-sent events, each time that something changed: `place`, `text` (what is new) and `end`."""
-    told = _told(demos_of(request), _demo(request, token))
+    events = _events(demos_of(request), _demo(request, token))
     headers = PRIVATE | {"X-Accel-Buffering": "no"}
-    return StreamingResponse(told, headers=headers, media_type="text/event-stream")
+    return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
 
-async def _told(demos: Demos, demo: Demo) -> AsyncIterator[str]:
+async def _events(demos: Demos, demo: Demo) -> AsyncIterator[str]:
     place, length, over = -1, 0, False
     while not over:
         over = demo.over  # before the text is looked at, which is then the whole

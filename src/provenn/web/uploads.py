@@ -1,4 +1,4 @@
-"""What a reader gave: its type told from its bytes, and its size from its header, before anything decodes it."""
+"""What a reader gave: its type read from its bytes, and its size from its header, before anything decodes it."""
 
 import struct
 
@@ -87,9 +87,9 @@ def _picture(content: bytes) -> tuple[str | None, tuple[int, int] | None]:
     return None, None
 
 
-def _unpacked(form: str, content: bytes, place: int) -> tuple[int, int] | None:
+def _unpacked(form: str, content: bytes, offset: int) -> tuple[int, int] | None:
     try:
-        first, second = struct.unpack_from(form, content, place)
+        first, second = struct.unpack_from(form, content, offset)
     except struct.error:
         return None
     return first, second
@@ -97,20 +97,20 @@ def _unpacked(form: str, content: bytes, place: int) -> tuple[int, int] | None:
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
     """The size in the frame's header; the largest where there are several."""
-    place, sizes = 2, []
+    offset, sizes = 2, []
     for _ in range(MOST_SEGMENTS):
-        if place + 9 > len(content) or content[place] != 0xFF:
+        if offset + 9 > len(content) or content[offset] != 0xFF:
             break
-        marker = content[place + 1]
+        marker = content[offset + 1]
         if marker == 0xFF:
-            place += 1
+            offset += 1
             continue
         if marker == 0xDA:  # the picture itself
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", content, place + 5)
+            height, width = struct.unpack_from(">HH", content, offset + 5)
             sizes.append((width, height))
-        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+        offset += 2 + int.from_bytes(content[offset + 2 : offset + 4], "big")
     return max(sizes, key=lambda size: size[0] * size[1], default=None)
 
 

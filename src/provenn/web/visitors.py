@@ -72,7 +72,7 @@ def _visitor(request: Request) -> Visitor:
 
 
 def client_of(request: Request) -> str:
-    """Who asks, as far as their network tells."""
+    """Who asks, as far as their network says."""
     return network_of(request.client.host if request.client else "")
 
 

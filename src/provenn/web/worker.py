@@ -35,7 +35,7 @@ LARGEST_FILE = 64 * 2**20
 OPEN_FILES = 256
 NICE = 5  # pages go before demos
 SPENT = 3  # exit status of a worker whose memory is used up
-Tell = Callable[[dict[str, Any]], None]
+Log = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def _read(jobs: Any, waiting: "queue.SimpleQueue[str]") -> None:
     os._exit(0)
 
 
-def _ready(folder: Path, pixels: int) -> Callable[[dict[str, Any], Tell], None]:
+def _ready(folder: Path, pixels: int) -> Callable[[dict[str, Any], Log], None]:
     """Everything that a demo needs is imported; then doors are closed."""
     import matplotlib.font_manager
     import torch
@@ -106,13 +106,13 @@ def _readable(papers: list[Path]) -> list[str]:
     """Where Python, its packages, the papers and the system's libraries lie."""
     import provenn
 
-    paths = sysconfig.get_paths()
-    places = [sys.prefix, sys.base_prefix, *(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))]
-    places += [str(Path(provenn.__file__).parent), *map(str, papers)]
-    places += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    places += ["/usr", "/lib", "/lib64", "/etc/localtime", "/sys/devices/system", "/proc/cpuinfo", "/proc/meminfo"]
-    places += [os.devnull, "/dev/urandom", "/proc/self/"]
-    return sorted({os.path.realpath(place) for place in places if os.path.exists(place)} - {os.sep})
+    folders = sysconfig.get_paths()
+    roots = [sys.prefix, sys.base_prefix, *(folders[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))]
+    roots += [str(Path(provenn.__file__).parent), *map(str, papers)]
+    roots += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    roots += ["/usr", "/lib", "/lib64", "/etc/localtime", "/sys/devices/system", "/proc/cpuinfo", "/proc/meminfo"]
+    roots += [os.devnull, "/dev/urandom", "/proc/self/"]
+    return sorted({os.path.realpath(root) for root in roots if os.path.exists(root)} - {os.sep})
 
 
 def _watch(readable: list[str], folder: Path) -> None:
@@ -122,12 +122,10 @@ def _watch(readable: list[str], folder: Path) -> None:
     def check(path: Any, writes: bool) -> None:
         if isinstance(path, int) or path is None:
             return
-        place = os.path.realpath(os.fsdecode(path))
-        inside = any(
-            place == root or place.startswith(root + os.sep) for root in ([own] if writes else [own, *readable])
-        )
-        if not inside and place != os.devnull:
-            raise PermissionError(f"a demo may not {'write' if writes else 'read'} {place}")
+        path = os.path.realpath(os.fsdecode(path))
+        inside = any(path == root or path.startswith(root + os.sep) for root in ([own] if writes else [own, *readable]))
+        if not inside and path != os.devnull:
+            raise PermissionError(f"a demo may not {'write' if writes else 'read'} {path}")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -157,7 +155,7 @@ FORBIDDEN = (
 
 
 def _confine(readable: list[str], folder: Path) -> None:
-    """Where the kernel has Landlock, it holds the whole process to the same places, compiled code too, and to no TCP.
+    """Where the kernel has Landlock, it holds the whole process to the same paths, compiled code too, and to no TCP.
 
     The numbers are those of linux/landlock.h; a right that the kernel does not know yet is not asked of it.
     """
@@ -177,10 +175,10 @@ def _confine(readable: list[str], folder: Path) -> None:
     if rules < 0:
         return
     whole_folder = every & ~1  # nothing in it is executed
-    for place, allowed in [*((place, read_file | read_folder) for place in readable), (str(folder), whole_folder)]:
-        allowed |= 1 << 1 if place == os.devnull else 0
-        allowed &= every if os.path.isdir(place) else read_file | 1 << 1
-        handle = os.open(place, os.O_PATH | os.O_CLOEXEC)
+    for path, allowed in [*((path, read_file | read_folder) for path in readable), (str(folder), whole_folder)]:
+        allowed |= 1 << 1 if path == os.devnull else 0
+        allowed &= every if os.path.isdir(path) else read_file | 1 << 1
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
         libc.syscall(add, rules, 1, struct.pack("=Qi", allowed, handle), 0)
         os.close(handle)
     no_new_privileges = 38
@@ -189,8 +187,8 @@ def _confine(readable: list[str], folder: Path) -> None:
     os.close(rules)
 
 
-def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], log: Tell) -> None:
-    """Do a job and tell what came of it: {"done": …}, or {"failed": one line}."""
+def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], log: Log) -> None:
+    """Do a job and log what came of it: {"done": …}, or {"failed": one line}."""
     from provenn.core.errors import UserError
     from provenn.core.finite import finite_outputs
     from provenn.inference import api
@@ -253,7 +251,7 @@ def _predict(model: Any, label: "Label", inputs: Any, output: Path | None, **opt
     return get_task(label.task).predict(model, label.meta, inputs, output, **options)
 
 
-def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     from PIL import Image
 
     assert given is not None
@@ -264,12 +262,12 @@ def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, 
     return {"kind": "enlarged", "from": before.size, "size": after.size}
 
 
-def _classify(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _classify(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     assert given is not None
     return {**_hear(model, label, given, options, log), "size": _shown(given)}
 
 
-def _hear(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _hear(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     _predict(model, label, [given], Path("classes.csv"))
     with open("classes.csv", encoding="utf-8", newline="") as file:
         _, row = csv.reader(file)
@@ -277,7 +275,7 @@ def _hear(model: Any, label: "Label", given: Path | None, options: dict[str, Any
     return {"kind": "classes", "shares": shares[:10], "of": len(shares)}
 
 
-def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     assert given is not None
     _predict(model, label, [given], Path("boxes.json"))
     names = dict(zip(label.meta["ids"], label.meta["classes"]))
@@ -288,7 +286,7 @@ def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, A
     return {"kind": "boxes", "size": _shown(given), "boxes": boxes[:100], "classes": label.meta["classes"]}
 
 
-def _segment(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _segment(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
@@ -302,8 +300,8 @@ def _segment(model: Any, label: "Label", given: Path | None, options: dict[str, 
         colours = np.reshape(opened.getpalette() or [], (-1, 3)).tolist()
     classes = label.meta["classes"]
     shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
-    told = [(classes[k], float(shares[k]), colours[k]) for k in np.argsort(-shares) if shares[k]]
-    return {"kind": "mask", "size": size, "shares": told}
+    found = [(classes[k], float(shares[k]), colours[k]) for k in np.argsort(-shares) if shares[k]]
+    return {"kind": "mask", "size": size, "shares": found}
 
 
 def _shown(given: Path) -> tuple[int, int]:
@@ -312,14 +310,14 @@ def _shown(given: Path) -> tuple[int, int]:
     return image.size
 
 
-def _write(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _write(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     from provenn.core.progress import without_controls
 
     text = _predict(model, label, [given], None, **options, log=lambda piece: log({"piece": without_controls(piece)}))
     return {"kind": "text", "text": without_controls(text)}
 
 
-def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     from provenn.tasks.series_forecasting import TASK
 
     assert given is not None
@@ -333,7 +331,7 @@ def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str,
     return {"kind": "forecast", "labels": outlook.labels, "header": outlook.header, "columns": columns, "left": left}
 
 
-def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     from provenn.tasks.graph_regression import TASK
 
     assert given is not None
@@ -343,13 +341,13 @@ def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, 
     return {"kind": "numbers", "columns": columns, "rows": rows, "left": len(predictions) - len(rows)}
 
 
-def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Tell) -> dict[str, Any]:
+def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
     classes = options.pop("classes")
     _predict(model, label, classes, Path("drawing.png"), **options)
     return {"kind": "drawing", "size": _seen(Path("drawing.png")).size, "classes": classes}
 
 
-WORKS: dict[str, Callable[[Any, "Label", Path | None, dict[str, Any], Tell], dict[str, Any]]] = {
+WORKS: dict[str, Callable[[Any, "Label", Path | None, dict[str, Any], Log], dict[str, Any]]] = {
     "super-resolution": _enlarge,
     "image-classification": _classify,
     "audio-classification": _hear,

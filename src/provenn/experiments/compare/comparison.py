@@ -101,7 +101,7 @@ def compare(
             for name, (factory, _) in chosen.items():
                 trials = study.trials(run, name)
                 qualities[name] = [trial[task.metric] for trial in trials]
-                _tell_diverged(trials, name, run, log)
+                _log_diverged(trials, name, run, log)
                 build = partial(host.build, factory, loaded.options)
                 build_reference = (
                     None if name == reference else partial(host.build, chosen[reference][0], loaded.options)
@@ -115,7 +115,7 @@ def compare(
                 if host.more:
                     reference_mixer = (reference, chosen[reference][0])
                     recalled = recall.trials(run, name)
-                    _tell_diverged(recalled, f"{name}, recall", run, log)
+                    _log_diverged(recalled, f"{name}, recall", run, log)
                     context[name] = {
                         "recall": [{"by_distance": [], **trial, "curve": None} for trial in recalled],
                         **language.context_costs(run, name, factory, reference=reference_mixer, options=loaded.options),
@@ -191,7 +191,7 @@ def _build_model(host: Host, factory: Factory, **options: Any) -> nn.Module:
     return host.build(factory, options)
 
 
-def _tell_diverged(trials: Sequence[dict[str, Any]], name: str, run: Run, log: Callable[[str], None]) -> None:
+def _log_diverged(trials: Sequence[dict[str, Any]], name: str, run: Run, log: Callable[[str], None]) -> None:
     for trial, seed in zip(trials, run.seeds):
         if trial.get("diverged"):
             log(f"{name}, seed {seed}: the training diverged; it counts as the dummy baseline")

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def mark(number: int) -> dict[str, Any]:
-    """Colour and shape of the candidate of that number, so that neither has to be told alone."""
+    """Colour and shape of the candidate of that number, so that neither has to distinguish it alone."""
     return {"color": f"C{number % 10}", "marker": "o^sDvPX*"[number % 8]}
 
 

@@ -1,4 +1,4 @@
-"""The hosts of slots: networks with one open place, and how they are trained."""
+"""The hosts of slots: networks with one open slot, and how they are trained."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

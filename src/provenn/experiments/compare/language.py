@@ -61,7 +61,7 @@ def language_model(mixer: Factory, options: dict[str, Any], *, tied: bool = True
 def lookup_model(mixer: Factory, **options: object) -> CausalLM:
     """The same for the task of looking values up, whose tokens are pairs."""
     model = language_model(mixer, {"vocab": RECALL["values"]}, tied=False)
-    model.embed = PairEmbedding(RECALL["keys"], RECALL["values"], DIM)  # type: ignore[assignment]  # in place of nn.Embedding
+    model.embed = PairEmbedding(RECALL["keys"], RECALL["values"], DIM)  # type: ignore[assignment]  # instead of nn.Embedding
     return model
 
 
@@ -70,7 +70,7 @@ def recall_data(seed: int, smoke: bool) -> TaskData:
 
 
 def by_distance(model: nn.Module, data: TaskData) -> list[tuple[float, float, int]]:
-    """How far back the answer stands, and the share told right."""
+    """How far back the answer stands, and the share that is predicted right."""
     task: Any = get_task("recall")  # `accuracy_by_distance` is this task's alone
     return task.accuracy_by_distance(model, data.test)
 
@@ -180,16 +180,16 @@ def figure(names: Sequence[str], more: dict[str, Any], quality: Mapping[str, Seq
         )  # of those that ended
         distances = [sum(p[0] for p in point) / len(point) for point in points]
         accuracy = [sum(p[1] for p in point) / len(point) for point in points]
-        # Curves that lie on each other are told apart where each is drawn a little narrower than the one below.
+        # Curves that lie on each other stay visible where each is drawn a little narrower than the one below.
         thin = {"linewidth": 3.2 - 2.4 * number / max(len(names) - 1, 1)}
         recall_axes.plot(distances, accuracy, **thin, **style)
         time_axes.plot(costs["contexts"], [1e3 * seconds for seconds in costs["token_seconds"]], **thin, **style)
-        if any(costs["state_bytes"]):  # nothing has no place on a logarithmic axis
+        if any(costs["state_bytes"]):  # zero cannot stand on a logarithmic axis
             memory_axes.plot(costs["contexts"], costs["state_bytes"], **thin, **style)
     quality_axes.set(xlabel=f"time of a training step, × {names[0]}", ylabel=f"test {label}, range over seeds")
     quality_axes.set_title("Quality against the cost of training (to the left and below is better)")
     plain_axis(quality_axes, "x", [more[name]["step"] for name in names])
-    recall_axes.set(xlabel="tokens back", ylabel="share told right", ylim=(-0.03, 1.03))
+    recall_axes.set(xlabel="tokens back", ylabel="share predicted right", ylim=(-0.03, 1.03))
     recall_axes.set_title("What is recalled, over how far back it stands (higher is better)")
     contexts = more[names[0]]["contexts"]
     time_axes.set(xlabel="tokens before", ylabel="milliseconds", title="Time of one token more (lower is better)")

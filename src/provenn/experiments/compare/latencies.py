@@ -19,7 +19,7 @@ FORMS = ("eager", "torch.compile", "ONNX Runtime")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network is, whatever runs it: `fused` tells whether its batch norms are folded into its maps.
+    """What a network is, whatever runs it: `fused` says whether its batch norms are folded into its maps.
 
     `macs` are multiply-adds of one image.
     """
@@ -51,7 +51,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class LatencyBench:
-    """All that was timed. A ratio of a few rounds is told without an interval: fewer than six give no 95 %."""
+    """All that was timed. A ratio of a few rounds is reported without an interval: fewer than six give no 95 %."""
 
     reference: str
     size: int
@@ -64,7 +64,7 @@ class LatencyBench:
         """The numbers that `save` wrote.
 
         Raises:
-            ValueError: they are none, with the place and the reason.
+            ValueError: they are none, with the line and the reason.
         """
         return TypeAdapter(cls).validate_json(file.read_bytes())
 

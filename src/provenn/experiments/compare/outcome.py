@@ -70,7 +70,7 @@ class SlotComparison:
         """The numbers that `save` wrote.
 
         Raises:
-            ValueError: they are none, with the place and the reason.
+            ValueError: they are none, with the line and the reason.
         """
         return TypeAdapter(cls).validate_json(file.read_bytes())
 
@@ -92,8 +92,8 @@ class SlotComparison:
         )
 
     @property
-    def telling(self) -> list[str]:
-        """The costs that tell candidates apart: not those that are the same for all, to a hundredth."""
+    def distinguishing(self) -> list[str]:
+        """The costs that distinguish candidates: not those that are the same for all, to a hundredth."""
         ranges = {cost: [candidate.cost(cost) for candidate in self.candidates] for cost in COSTS}
         return [cost for cost, costs in ranges.items() if max(costs) > 1.01 * min(costs)] or ["latency"]
 
@@ -109,7 +109,7 @@ class SlotComparison:
     def table(self) -> Table:
         """A row for each candidate."""
         reference = self.candidates[0]
-        fronts = {cost: self.front(cost) for cost in self.telling}
+        fronts = {cost: self.front(cost) for cost in self.distinguishing}
         rows: list[list[str | float | int | None]] = []
         for candidate in self.candidates:
             added = candidate.parameters - reference.parameters
@@ -149,22 +149,22 @@ class SlotComparison:
         )
 
     def _uncertainty(self) -> str:
-        told = any(candidate.interval or candidate.latency_interval for candidate in self.candidates)
-        return "95 % intervals" if told else "no intervals, since nothing is measured"
+        measured = any(candidate.interval or candidate.latency_interval for candidate in self.candidates)
+        return "95 % intervals" if measured else "no intervals, since nothing is measured"
 
     def figure(self) -> "Figure":
-        """Quality against each cost that tells candidates apart, the front joined by a line."""
+        """Quality against each cost that distinguishes candidates, the front joined by a line."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(2.5 + 4 * len(self.telling), 4.4), layout="constrained")
+        figure = Figure(figsize=(2.5 + 4 * len(self.distinguishing), 4.4), layout="constrained")
         scale = {"parameters": 1e3, "FLOPs": 1e6, "latency": 1.0}
         labels = {
             "parameters": "parameters, thousands",
             "FLOPs": "operations on one example, millions",
             "latency": f"time of one example, × {self.candidates[0].name}",
         }
-        panels = figure.subplots(1, len(self.telling), sharey=True, squeeze=False)[0]
-        for axes, cost in zip(panels, self.telling):
+        panels = figure.subplots(1, len(self.distinguishing), sharey=True, squeeze=False)[0]
+        for axes, cost in zip(panels, self.distinguishing):
             costs = {candidate.name: candidate.cost(cost) / scale[cost] for candidate in self.candidates}
             front = self.front(cost)
             line = [costs[candidate.name] for candidate in front], [candidate.mean for candidate in front]

@@ -38,9 +38,9 @@ document.addEventListener("submit", async (event) => {
 
 // A fold opens where a link leads into it.
 const unfold = () => {
-  const place = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  for (let fold = place && place.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
-  if (place) place.scrollIntoView();
+  const linked = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let fold = linked && linked.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  if (linked) linked.scrollIntoView();
 };
 addEventListener("hashchange", unfold);
 unfold();

@@ -2,8 +2,8 @@
 "use strict";
 (() => {
   // Two pictures of one size become one, and a range says how much of which is seen.
-  const slide = (place) => {
-    for (const pair of place.querySelectorAll("[data-compare]:not(.slid)")) {
+  const slide = (outcome) => {
+    for (const pair of outcome.querySelectorAll("[data-compare]:not(.slid)")) {
       const label = document.createElement("label"), range = document.createElement("input");
       range.type = "range"; range.min = 0; range.max = 100; range.value = 50;
       const names = [...pair.querySelectorAll("figcaption")].map((each) => each.firstChild.textContent.trim().replace(/ \($/, ""));
@@ -18,24 +18,24 @@
   };
   const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
-  const load = async (address, place) => {
+  const load = async (address, outcome) => {
     const answer = await fetch(address, {headers: {Accept: "text/html"}});
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const tried = page.querySelector("#tried");
-    if (tried) place.replaceChildren(tried);
-    else refuse(place, page.querySelector("main .lead")?.textContent || "The server did not answer.");
-    slide(place);
+    if (tried) outcome.replaceChildren(tried);
+    else refuse(outcome, page.querySelector("main .lead")?.textContent || "The server did not answer.");
+    slide(outcome);
     return tried;
   };
-  const refuse = (place, words) => {
+  const refuse = (outcome, words) => {
     const line = document.createElement("p");
     line.className = "refused"; line.setAttribute("role", "alert"); line.textContent = words;
-    place.replaceChildren(line);
+    outcome.replaceChildren(line);
   };
 
-  // Follow a demo that is not over: text as it comes, else its place in the queue, and in the end the answer.
-  const follow = async (place) => {
-    let tried = place.querySelector("#tried");
+  // Follow a demo that is not over: text as it comes, else its position in the queue, and in the end the answer.
+  const follow = async (outcome) => {
+    let tried = outcome.querySelector("#tried");
     while (tried && !["done", "failed"].includes(tried.dataset.state)) {
       const line = tried.querySelector(".place"), code = tried.querySelector(".written code");
       const turn = (at) => { const words = at ? `Place ${at} in the queue.` : "It runs."; if (line.textContent !== words) line.textContent = words; };
@@ -58,17 +58,17 @@
         }
       }
       await pause(100);
-      tried = await load(tried.dataset.at, place);
+      tried = await load(tried.dataset.at, outcome);
     }
   };
 
   for (const form of document.querySelectorAll("form[data-try]")) {
-    const place = form.parentElement.querySelector(".outcome"), button = form.querySelector("button");
+    const outcome = form.parentElement.querySelector(".outcome"), button = form.querySelector("button");
     form.addEventListener("submit", async (event) => {
       event.preventDefault();
       const file = form.querySelector("input[type=file]")?.files[0];
       if (file && file.size > Number(form.dataset.most)) {
-        refuse(place, `The file is larger than ${form.dataset.most / 1048576} MB: give a smaller one.`);
+        refuse(outcome, `The file is larger than ${form.dataset.most / 1048576} MB: give a smaller one.`);
         return;
       }
       button.disabled = true;
@@ -76,10 +76,10 @@
         const answer = await fetch(form.action, {method: "POST", body: new FormData(form), headers: {Accept: "text/html"}});
         const page = new DOMParser().parseFromString(await answer.text(), "text/html");
         const tried = page.querySelector("#tried");
-        if (tried) { place.replaceChildren(tried); slide(place); await follow(place); }
-        else refuse(place, page.querySelector("main .lead")?.textContent || "The server did not answer.");
+        if (tried) { outcome.replaceChildren(tried); slide(outcome); await follow(outcome); }
+        else refuse(outcome, page.querySelector("main .lead")?.textContent || "The server did not answer.");
       } catch (error) {
-        refuse(place, "The server could not be reached: try again.");
+        refuse(outcome, "The server could not be reached: try again.");
       } finally {
         button.disabled = false;
       }
@@ -92,5 +92,5 @@
     words?.addEventListener("input", () => unpick(words.value.trim()));
     for (const each of picked) each.addEventListener("change", () => { if (file) file.value = ""; if (words) words.value = ""; });
   }
-  for (const place of document.querySelectorAll("main > .outcome")) { slide(place); follow(place); }
+  for (const outcome of document.querySelectorAll("main > .outcome")) { slide(outcome); follow(outcome); }
 })();

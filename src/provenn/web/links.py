@@ -1,4 +1,4 @@
-"""Where the addresses of the catalogue lie in its static copy, and how its files link to each other."""
+"""The files of the catalogue's addresses in its static copy, and how they link to each other."""
 
 import posixpath
 from urllib.parse import parse_qsl, urlsplit
@@ -47,5 +47,5 @@ def beside(page: str, address: str) -> str:
     if not address.startswith("/") or address.startswith("//"):
         return address
     here, there = file_of(page), file_of(address)
-    place, sign, rest = there.partition("#" if "?" not in there else "?")
-    return posixpath.relpath(place, posixpath.dirname(here) or ".") + sign + rest
+    file, sign, rest = there.partition("#" if "?" not in there else "?")
+    return posixpath.relpath(file, posixpath.dirname(here) or ".") + sign + rest
