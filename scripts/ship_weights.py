@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+import provenn
 from provenn.catalog import WEIGHTS
-from provenn.inference import api
 from provenn.tasks import get_task
 from provenn.training import weights
 
@@ -22,7 +22,7 @@ def ship(run: Path, half: bool) -> str:
     """Write the file; returns what changed in its metrics."""
     label = weights.label_of(run)
     assert label is not None and label.trained_on, f"{run} is no run of `provenn train`"
-    paper = api.paper(label.paper)
+    paper = provenn.paper(label.paper)
     model, _ = paper.load(run)
     if hasattr(model, "without_training_heads"):
         model = model.without_training_heads()

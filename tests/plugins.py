@@ -3,11 +3,13 @@
 import importlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from provenn import catalog
+from provenn.catalog import query, shelf
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -37,3 +39,9 @@ def importable(site: Path, *packages: str) -> Iterator[None]:
         catalog.cards.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
             del sys.modules[name]
+
+
+def put_on_shelf(monkeypatch: Any, cards: Callable[[], dict[str, Any]]) -> None:
+    """Let the catalogue hold these papers, whichever of its modules is asked."""
+    for module in (catalog, shelf, query):
+        monkeypatch.setattr(module, "cards", cards)

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+import provenn
 from plugins import FIXTURES
 from provenn import catalog
 from provenn.core.errors import UserError
 from provenn.data import images, series, tables, text, trajectories
 from provenn.data.events import read_histories
 from provenn.evidence.record import Evidence, Ledger, read_or_set_aside
-from provenn.inference import api
 from provenn.tasks import get_task, translation
 from provenn.tasks.discovery import SHARED
 from provenn.training import checkpoints, weights
@@ -112,7 +112,7 @@ READERS: dict[str, tuple[Callable[[Path], object], str, list[str | bytes]]] = {
     "facts": (lambda f: catalog.read_card(f.parent, "x", "some_paper"), "paper.toml",
               [(FIXTURES / "tiny_gate" / "paper.toml").read_bytes()]),
     "evidence": (lambda f: read_or_set_aside(Evidence, f, "eca_net"), "evidence.json",
-                 [(Path(catalog.__file__).parent / "papers" / "eca_net" / "evidence.json").read_bytes()[:4000]]),
+                 [(Path(catalog.__file__).parents[1] / "papers" / "eca_net" / "evidence.json").read_bytes()[:4000]]),
     "ledger": (lambda f: read_or_set_aside(Ledger, f, "a"), "ledger.json",
                ['{"paper": "a", "trials": [{"key": "k", "value": 1, "seconds": 2}]}']),
     "checkpoint": (lambda f: checkpoints.read(f), "last.ckpt", []),
@@ -212,7 +212,7 @@ LABELS = {
 def test_a_forged_label_is_refused_in_one_line(preset, data):
     """One value of the label of good weights, at any depth, becomes another; prediction works or is refused."""
     task, options, meta, given_file = LABELS[preset]
-    state = {k: v.contiguous() for k, v in api.paper("tiny_gate").build(preset, **options).state_dict().items()}
+    state = {k: v.contiguous() for k, v in provenn.paper("tiny_gate").build(preset, **options).state_dict().items()}
     label = {"paper": "tiny_gate", "preset": preset, "task": task, "options": options, "meta": meta, "version": "1"}
     label = json.loads(json.dumps(label))
     place = data.draw(st.sampled_from([("options",), ("meta",), *((key,) for key in label)]))
@@ -231,7 +231,7 @@ def test_a_forged_label_is_refused_in_one_line(preset, data):
         given_one = given_file if " " in given_file else folder / given_file
         overrides = {"tokens": 2} if task == "language-modelling" else {}
         try:
-            api.predict("tiny_gate", [given_one], weights=folder, overrides=overrides)
+            provenn.predict("tiny_gate", [given_one], weights=folder, overrides=overrides)
         except UserError as error:
             assert str(error) and "\n" not in str(error), repr(str(error))
 

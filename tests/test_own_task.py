@@ -90,7 +90,7 @@ def test_it_predicts_both_heads(run, trained, tmp_path):
 
 def test_it_is_exported_by_its_task(trained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    provenn.inference.api.export("pair_rating", trained, tmp_path / "out.onnx")
+    provenn.export("pair_rating", trained, tmp_path / "out.onnx")
     model = provenn.paper("pair_rating").load(trained)[0]
     parts = {"left": torch.randn(5, 4), "right": torch.randn(5, 3)}
     session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"))

@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     from provenn.core import cost
     from provenn.experiments.reproduce import reproduce
     from provenn.inference import onnx
-    from provenn.inference.api import evaluate, export, from_official, inspect, paper, predict, train
+    from provenn.inference.evaluate import evaluate
+    from provenn.inference.export import export
+    from provenn.inference.inspect import inspect
+    from provenn.inference.paper import from_official, paper
+    from provenn.inference.predict import predict
     from provenn.inference.presets import create, list_presets
+    from provenn.inference.train import train
     from provenn.nn.fusion import fuse
     from provenn.surgery import insert_after, swap
 
-_API = ("evaluate", "export", "from_official", "inspect", "paper", "predict", "train")
 _HOMES = {
-    **dict.fromkeys(_API, "provenn.inference.api"),
+    **{name: f"provenn.inference.{name}" for name in ("evaluate", "export", "inspect", "predict", "train")},
+    **dict.fromkeys(("from_official", "paper"), "provenn.inference.paper"),
     **dict.fromkeys(("create", "list_presets"), "provenn.inference.presets"),
     **dict.fromkeys(("insert_after", "swap"), "provenn.surgery"),
     "fuse": "provenn.nn.fusion",

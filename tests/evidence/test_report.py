@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from plugins import put_on_shelf
 from provenn import catalog
 from provenn.catalog import Experiment
 from provenn.evidence import Evidence, Measurement, Record, Run, Series, Table, Verdict, report, view
@@ -98,7 +99,7 @@ CARD = catalog.Card(
 def catalogued(monkeypatch):
     """The catalogue has one more paper."""
     known = {**catalog.cards(), "a_paper": CARD}
-    monkeypatch.setattr(catalog, "cards", lambda: known)
+    put_on_shelf(monkeypatch, lambda: known)
 
 
 def evidence(*records: tuple[str, Measurement]) -> Evidence:

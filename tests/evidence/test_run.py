@@ -37,7 +37,7 @@ def called(calls: Path) -> Counter:
 
 
 def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
-    source, run, calls = Path(catalog.__file__).parents[1], tmp_path / "run", tmp_path / "calls"
+    source, run, calls = Path(catalog.__file__).parents[2], tmp_path / "run", tmp_path / "calls"
     environment = {
         "PYTHONPATH": f"{source}:{site}",
         "PATH": "",
@@ -77,7 +77,7 @@ def two_papers(site) -> dict[str, str]:
         twin = shutil.copytree(folder, site / folder.name.replace("gate", "twin"))
         for file in twin.iterdir():
             file.write_text(file.read_text().replace("tiny_gate", "tiny_twin"))
-    source = Path(catalog.__file__).parents[1]
+    source = Path(catalog.__file__).parents[2]
     return {"PYTHONPATH": f"{source}:{site}", "PATH": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 

@@ -36,7 +36,7 @@ from provenn.papers.hedgehog.convert import StateCache, distil, report, teaching
 from provenn.testing import seeded_array, seeded_state
 
 VOCAB = 60
-LOLCATS = json.loads((Path(__file__).parents[1] / "golden" / "functions" / "hedgehog_lolcats.json").read_text())
+LOLCATS = json.loads((Path(__file__).parents[1] / "papers" / "hedgehog" / "lolcats.json").read_text())
 
 
 def gpt2(**options):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import provenn
+from plugins import put_on_shelf
 from provenn import catalog
 from provenn.core.errors import UserError
 from provenn.inference import presets
@@ -52,6 +53,6 @@ def test_what_cannot_be_created_is_said_in_one_line(name, options, words):
 def test_a_name_that_two_papers_use_belongs_to_ours(monkeypatch):
     ours = catalog.card("eca_net")
     theirs = ours.model_copy(update={"slug": "theirs", "package": "elsewhere"})
-    monkeypatch.setattr(catalog, "cards", lambda: {"theirs": theirs, "eca_net": ours})
+    put_on_shelf(monkeypatch, lambda: {"theirs": theirs, "eca_net": ours})
     assert {"eca_resnet50", "theirs:eca_resnet50"} <= set(presets.list_presets("*eca_resnet50"))
     assert presets._by_name()["eca_resnet50"] is ours and presets._by_name()["theirs:eca_resnet50"] is theirs

@@ -18,7 +18,7 @@ from provenn.evidence.timing import Exponent, Ratio
 from provenn.testing import seeded_array
 
 PAPERS = [slug for slug, card in cards().items() if card.has("experiments")]
-VARIANTS = Path(__file__).parents[1] / "golden" / "variants"
+HERE = Path(__file__).parent
 # Exact experiments that are not so, as the papers' READMEs say.
 FALSE = {
     "eca_net": {"module_flops"},
@@ -166,7 +166,7 @@ def all_held(card: Card, folder: Path) -> dict[str, dict[str, list[float]]]:
 
 def test_every_variant_is_held_by_value(card: Card, tmp_path: Path) -> None:
     """A baseline that changes, a scale or an activation, changes these numbers. `PROVENN_HOLD=1` writes them anew."""
-    file, values = VARIANTS / f"{card.slug}.json", all_held(card, tmp_path)
+    file, values = HERE / card.slug / "variants.json", all_held(card, tmp_path)
     if os.environ.get("PROVENN_HOLD"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(values, indent=1) + "\n")

@@ -8,10 +8,12 @@ import pytest
 import torch
 from scipy.io import wavfile
 
+import provenn
 from provenn import catalog
 from provenn.core.errors import UserError
 from provenn.data.audio import FORMANTS, VOWEL_RATE, Frames, LogMel, draw_vowel, log_mel, mel_bank, read_sound, resample
-from provenn.inference import api, evaluation
+from provenn.inference import evaluation
+from provenn.inference.paper import Paper
 from provenn.papers.gaam import AudioClassifier
 from provenn.tasks import get_task
 from provenn.training import weights
@@ -254,11 +256,11 @@ def test_a_session_that_a_training_left_out_is_tested_whole_by_its_weights(tmp_p
     data = TASK.load(tmp_path / "two", siblings=True)
     trained_on = {"options": {"siblings": True}, "seed": 0, "fingerprint": data.fingerprint}
     label = weights.Label("gaam", "any", TASK.name, meta=data.meta, trained_on=trained_on)
-    monkeypatch.setattr(api.Paper, "load", lambda *_, **__: (torch.nn.Identity(), label))
+    monkeypatch.setattr(Paper, "load", lambda *_, **__: (torch.nn.Identity(), label))
     monkeypatch.setattr(weights, "label_of", lambda _: label)
     monkeypatch.setattr(type(catalog.card("gaam")), "preset", lambda *_: None)
     monkeypatch.setattr(evaluation, "published_of", lambda *_: [])
     monkeypatch.setattr(evaluation, "evaluate", lambda model, kind, held_out, **_: held_out.dataset.tensors)
     with pytest.warns(UserWarning, match="as in the training: siblings=True"):
-        tested = api.evaluate("gaam", tmp_path / "two", weights="run", device="cpu")
+        tested = provenn.evaluate("gaam", tmp_path / "two", weights="run", device="cpu")
     assert all(torch.equal(*pair) for pair in zip(tested, data.test.tensors, strict=True))

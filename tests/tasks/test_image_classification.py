@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import provenn
 from provenn.core.errors import UserError
-from provenn.inference import api
 from provenn.tasks import get_task
 from provenn.tasks.image_classification import random_crop, shrink
 from provenn.training import Recipe, fit
@@ -117,12 +117,12 @@ def test_a_small_preset_learns_from_a_folder_of_large_photographs(tmp_path, pape
         save(tmp_path / "photos" / "blue" / f"{index}.png", (20, 20, 200), (400, 300))
     run = tmp_path / "run"
     words = {"preset": preset, "out": run, "device": "cpu", "recipe": {"max_steps": 1}}
-    api.train(paper, tmp_path / "photos", **words)
-    model, label = api.paper(paper).load(run)
+    provenn.train(paper, tmp_path / "photos", **words)
+    model, label = provenn.paper(paper).load(run)
     assert label.meta["size"] == side
     assert TASK.predict(model, label.meta, [tmp_path / "photos" / "red" / "0.png"], None).count("%") == 2
     if preset != "eca_resnet20":  # which takes any size; a Transformer and an MLP are built for one
-        api.train(paper, tmp_path / "photos", overrides={"size": 12 if preset != "nprf_vit_tiny" else 4}, **words)
+        provenn.train(paper, tmp_path / "photos", overrides={"size": 12 if preset != "nprf_vit_tiny" else 4}, **words)
 
 
 @pytest.mark.parametrize("level, word", [(255, "brighter"), (90, None), (0, None)])

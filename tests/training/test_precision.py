@@ -10,7 +10,7 @@ from torch import nn
 
 from provenn import tasks, training
 from provenn.catalog import cards
-from provenn.inference.api import Paper
+from provenn.inference.paper import Paper
 from provenn.tasks import TaskData
 from provenn.testing.checks import smallest_presets
 from provenn.training import Recipe

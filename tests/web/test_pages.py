@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from fastapi.testclient import TestClient
 
+from plugins import put_on_shelf
 from provenn import catalog
 from provenn.evidence.claim import Standing
 from provenn.web import create_app
@@ -118,7 +119,7 @@ def test_of_papers_of_one_arxiv_number_ours_is_shown_with_the_way_to_the_others(
     ours = catalog.card("eca_net")
     other = ours.model_copy(update={"slug": "another_eca", "package": "another", "title": "Another ECA"})
     shelf = {**catalog.cards(), "another_eca": other}
-    monkeypatch.setattr(catalog, "cards", lambda: shelf)
+    put_on_shelf(monkeypatch, lambda: shelf)
     entries = client.app.state.site.catalogue._entries
     monkeypatch.setitem(entries, "another_eca", Entry.of(other))
     answer = client.get("/papers/1910.03151", follow_redirects=False)

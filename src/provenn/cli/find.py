@@ -168,10 +168,9 @@ def _system(card: Card, preset: Preset, json: bool) -> None:
     from dataclasses import asdict
 
     from provenn.cli import console
-    from provenn.inference.api import Paper
     from provenn.inference.options import options_of
 
-    task, options = card.work_of(preset), options_of(Paper(card), preset.name)
+    task, options = card.work_of(preset), options_of(card, preset.name)
     if json:
         console.machine(
             {**preset.model_dump(mode="json"), "task": task, "settings": [asdict(each) for each in options]}

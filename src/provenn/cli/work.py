@@ -138,9 +138,9 @@ def train(
     """
     card = catalog.card(slug)
     folder = out if out is not None else Path("runs") / card.slug
+    import provenn
     from provenn.cli import console
     from provenn.evidence.view import number
-    from provenn.inference import api
     from provenn.tasks import Task as Kind
     from provenn.tasks import get_task
     from provenn.training.checkpoints import CHECKPOINT
@@ -160,7 +160,7 @@ def train(
         "patience": patience,
     }
     with resumable(kept), progress.shown():
-        folder, metrics = api.train(
+        folder, metrics = provenn.train(
             card.slug,
             data,
             preset=preset,
@@ -197,7 +197,9 @@ def train(
         terminal.print(f"written  {console.escape(str(file))}", soft_wrap=True)
     if logger is not None:
         terminal.print(f"written  {console.escape(str(folder / 'log'))}", soft_wrap=True)
-    if work.name not in api.PROBES and type(work).predict is not Kind.predict:
+    from provenn.inference.paper import PROBES
+
+    if work.name not in PROBES and type(work).predict is not Kind.predict:
         given = "" if not work.needs_inputs else " 'some words'" if work.takes_words else " INPUT…"
         out_option = " -o OUTPUT" if not (work.takes_words and work.needs_inputs) else ""
         quoted = without_controls(shlex.quote(str(folder)))
@@ -262,7 +264,7 @@ def _say_what_ships(slug: str, weights: Path | None, preset: str | None, needed:
     if weights is not None or not (needed or (preset in card.shipped if preset else card.shipped)):
         return weights is not None
     if not (preset in card.shipped if preset else card.shipped):
-        from provenn.inference.api import Paper
+        from provenn.inference.paper import Paper
 
         if Paper(card).is_parameter_free(preset):
             log(f"{card.preset(preset).name} has no parameters: it is used as it is built")
@@ -310,7 +312,7 @@ def predict(
     provenn predict craft photo.png -o photo_x2.png
     provenn predict rat 'def main(' --set tokens=200
     """
-    from provenn.inference import api
+    import provenn
 
     slug, weights = _named(slug, weights)
     options = {**pairs(overrides or []), **({} if reference is None else {"reference": reference})}
@@ -327,7 +329,7 @@ def predict(
 
     with progress.shown():
         _say_what_ships(slug, weights, preset)
-        text = api.predict(
+        text = provenn.predict(
             slug, inputs or [], weights=weights, preset=preset, output=output, overrides=options, log=print_piece
         )
     print("" if streamed else without_controls(text), file=said)
@@ -376,16 +378,16 @@ def evaluate(
     provenn evaluate eca_net --data digits
     provenn evaluate aaren --weights runs/aaren --data series.csv --out metrics
     """
+    import provenn
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
-    from provenn.inference import api
 
     slug, weights = _named(slug, weights)
     if split not in SPLITS:
         raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
     _say_what_ships(slug, weights, preset)
     with progress.shown():
-        evaluation = api.evaluate(
+        evaluation = provenn.evaluate(
             slug,
             data,
             weights=weights,
@@ -425,15 +427,16 @@ def inspect(
     \b
     provenn inspect eca_net cat.png -o gates.png
     """
+    import provenn
     from provenn.cli import console
     from provenn.evidence.measurement import Measurement
-    from provenn.inference import api, inspection
+    from provenn.inference import inspection
 
     slug, weights = _named(slug, weights)
     if output is not None:
         inspection.check_png(output, file)
     with progress.shown():
-        inspected = api.inspect(slug, file, preset=preset, weights=weights)
+        inspected = provenn.inspect(slug, file, preset=preset, weights=weights)
         if output is not None:
             inspected.save(output)
     if weights is None and not _say_what_ships(slug, weights, preset, needed=False):
@@ -469,11 +472,11 @@ def export(
     provenn export craft -o craft.onnx
     provenn export eca_net -o eca.onnx --int8 --data digits
     """
-    from provenn.inference import api
+    import provenn
 
     slug, weights = _named(slug, weights)
     _say_what_ships(slug, weights, preset)
     with progress.shown(), progress.bar(f"{slug}: tracing", 1) as advance:
-        text = api.export(slug, weights, output, preset=preset, int8=int8, data=data)
+        text = provenn.export(slug, weights, output, preset=preset, int8=int8, data=data)
         advance()
     print(text)

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
+from provenn.catalog import Card
 from provenn.core.settings import arguments_of
 
 if TYPE_CHECKING:
-    from provenn.inference.api import Paper
+    pass
 
 WORDS: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path"}
 
@@ -32,21 +33,21 @@ class Option:
     default: str = ""
 
 
-def options_of(paper: "Paper", preset: str | None = None, task: str | None = None) -> list[Option]:
+def options_of(card: Card, preset: str | None = None, task: str | None = None) -> list[Option]:
     """All that `train`, `evaluate` and `predict` take by name for a preset.
 
     Args:
-        paper: whose.
+        card: the paper's.
         preset: its name; by default the paper's first.
         task: the kind of work, where it is not the preset's.
     """
     from provenn.tasks import get_task
     from provenn.training.recipes import Recipe, recipe_of
 
-    facts = paper.card.preset(preset)
-    name_of_task = task or paper.card.work_of(facts)
+    facts = card.preset(preset)
+    name_of_task = task or card.work_of(facts)
     takers: list[tuple[str, Callable, tuple[str, ...], dict[str, Any]]] = []
-    system = ("system", paper.card.resolve(facts.build), (), facts.options)
+    system = ("system", card.resolve(facts.build), (), facts.options)
     if name_of_task is None:  # for Python alone
         takers.append(system)
     else:

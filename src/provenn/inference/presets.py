@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from provenn import catalog
 from provenn.core.errors import UserError
-from provenn.inference.api import Paper
+from provenn.inference.paper import Paper
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,16 +9,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from provenn.inference.api import Paper
+    from provenn.inference.paper import Paper
 
 
 class _Papers(ModuleType):
     """A package that can be called, since `provenn.papers` is both the folder and the question what is in it."""
 
     def __call__(self) -> "Iterator[Paper]":
-        from provenn.inference import api
+        from provenn.inference.paper import papers
 
-        return api.papers()
+        return papers()
 
 
 sys.modules[__name__].__class__ = _Papers

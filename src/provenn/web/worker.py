@@ -87,15 +87,15 @@ def _ready(folder: Path, pixels: int) -> Callable[[dict[str, Any], Log], None]:
     import torch
     from PIL import Image
 
+    import provenn
     from provenn import catalog
-    from provenn.inference import api
     from provenn.tasks import get_task
 
     torch.set_num_threads(1)
     Image.MAX_IMAGE_PIXELS = pixels
     for name in WORKS:
         get_task(name)
-    assert api and matplotlib  # imported for what comes
+    assert callable(provenn.predict) and callable(provenn.inspect) and matplotlib  # imported for what comes
     readable = _readable([card.folder for card in catalog.cards().values()])
     _confine(readable, folder)
     _watch(readable, folder)
@@ -189,22 +189,22 @@ def _confine(readable: list[str], folder: Path) -> None:
 
 def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], log: Log) -> None:
     """Do a job and log what came of it: {"done": …}, or {"failed": one line}."""
+    import provenn
     from provenn.core.errors import UserError
     from provenn.core.finite import finite_outputs
-    from provenn.inference import api
 
     slug, preset = job["paper"], job["preset"]
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             if (slug, preset) not in models:
-                models[slug, preset] = api.paper(slug).load(preset=preset)
+                models[slug, preset] = provenn.paper(slug).load(preset=preset)
             model, label = models[slug, preset]
             given, start = Path(job["file"]) if job.get("file") else None, time.perf_counter()
             with finite_outputs(model, f"the weights of {preset}", given.name if given else "the input"):
                 done = WORKS[label.task](model, label, given, job["options"], log)
             done["seconds"] = time.perf_counter() - start
-            if given is not None and api.paper(slug).card.has("inspection"):
+            if given is not None and provenn.paper(slug).card.has("inspection"):
                 done["inside"] = _inside(slug, preset, given)
         done["notes"] = [_of_a_reader(str(each.message)) for each in said if str(each.message).startswith(NAME)]
         log({"done": done})
@@ -226,9 +226,9 @@ def _of_a_reader(words: str) -> str:
 
 
 def _inside(slug: str, preset: str, given: Path) -> dict[str, Any]:
-    from provenn.inference import api
+    import provenn
 
-    inspected = api.inspect(slug, given, preset=preset)
+    inspected = provenn.inspect(slug, given, preset=preset)
     inspected.save(Path("inside.png"))
     table = inspected.table()
     return {"picture": "inside.png", "caption": table.caption, "columns": table.columns, "rows": table.rows}

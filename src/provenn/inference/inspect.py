@@ -1,0 +1,82 @@
+"""What goes on inside a trained system."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from provenn import catalog
+from provenn.core.errors import UserError
+
+if TYPE_CHECKING:
+    from provenn.inference.inspection import Inspection
+from provenn.inference.paper import paper
+from provenn.inference.predict import source_of
+
+
+def inspect(
+    slug: str, file: str | Path, *, preset: str | None = None, weights: str | Path | None = None
+) -> "Inspection":
+    """What goes on inside a paper's system that is given one file, such as ECA's gates on an image.
+
+    Args:
+        slug: the paper; it must have an `inspection.py`.
+        file: what the system is given.
+        preset: the system; by default the first whose weights ship with the package, or the paper's first.
+        weights: a weight file, ours or the authors', or the folder of a run; these say which preset they are of. By
+            default those that ship, or random ones where none do.
+
+    Raises:
+        UserError: the paper shows nothing, or the file or the weights cannot be read.
+    """
+    from inspect import getdoc
+
+    import torch
+
+    from provenn.core.finite import DAMAGED, finite_outputs, is_finite
+    from provenn.inference.inspection import Inspection
+    from provenn.tasks import Task, get_task
+
+    chosen, source = paper(slug), Path(file)
+    if not chosen.card.has("inspection"):
+        able = [card.slug for card in catalog.cards().values() if card.has("inspection")]
+        raise UserError(f"{chosen.card.slug} shows nothing of its inside; what can be inspected: {', '.join(able)}")
+    if not source.is_file():
+        raise UserError(f"{source} is a folder: give one file" if source.is_dir() else f"no file at {source}")
+    shipped = chosen.card.shipped
+    if weights is None and (preset not in shipped if preset else not shipped):
+        facts = chosen.card.preset(preset)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = chosen.build(facts.name).eval()
+        name, kind, trained = facts.name, get_task(chosen.card.task_of(facts)), "random weights"
+        origin, meta = f"random weights of {name}", kind.default_meta(facts.options)
+    else:
+        model, label = chosen.load(weights, preset=preset if weights is None else None)
+        if preset not in (None, label.preset):
+            raise UserError(f"{weights} holds weights of {label.preset}, not of {preset}: leave --preset out")
+        trained = "the weights that ship" if weights is None else str(weights)
+        name, kind, meta = label.preset, get_task(label.task), label.meta
+        origin = source_of(chosen, label, weights)
+    if type(kind).example is Task.example:
+        able = [
+            each.name
+            for each in chosen.card.presets
+            if chosen.card.work_of(each)
+            if type(get_task(chosen.card.task_of(each))).example is not Task.example
+        ]
+        raise UserError(
+            f"{name}: {kind.name} makes no input of a single file that could be inspected"
+            + (f"; of {slug} take --preset {' or '.join(able)}" if able else "")
+        )
+    look = chosen.card.resolve("inspection:inspect")
+    draw = getattr(chosen.card.resolve_module("inspection"), "draw", None)
+    x = kind.example(source, meta)
+    with torch.no_grad(), finite_outputs(model, origin, str(source)):
+        layers = look(model, x)
+    infinite = next((row for row, numbers in layers.items() if not is_finite(numbers)), None)
+    if infinite is not None:
+        raise UserError(f"{origin}: what {infinite} shows is no finite number: {DAMAGED}")
+    if not layers:
+        raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
+    drawn = None if draw is None else partial(draw, model, x, meta)
+    return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers, drawn)

@@ -1,0 +1,267 @@
+"""Train a system of a paper on data."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from provenn import catalog
+from provenn.catalog import datasets
+from provenn.core import progress
+from provenn.core.errors import UserError
+from provenn.core.settings import arguments_of
+
+if TYPE_CHECKING:
+    from provenn.tasks.base import Task
+    from provenn.training import Recipe
+from provenn.inference.overrides import divided
+from provenn.inference.paper import PROBES, Paper
+
+SIDES = ("size", "image_size")  # what presets call the side of their images, which is that of the data
+FEWEST_STEPS = 200  # of a training on the user's own data, where nobody says how long
+
+
+def train(
+    slug: str,
+    data: str | Path,
+    *,
+    preset: str | None = None,
+    task: str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    context_parallel: int = 1,
+    context_method: str = "ring",
+    workers: int = 0,
+    resume: bool = False,
+    save_every: int | None = None,
+    keep_best: int = 0,
+    logger: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> "tuple[Path, dict[str, float]]":
+    """Train a paper's system on data and save its weights; returns the folder and the test metrics.
+
+    Args:
+        slug: the paper.
+        data: an embedded data set's name, or a path.
+        preset, task: which system; by default the paper's first (for that task). `recall` takes language models.
+        out: the run's folder; `runs/<slug>` by default.
+        seed: fixes everything random.
+        device, devices, num_nodes, strategy: where to train; the recipe's batch size is each process's: see `fit`.
+        context_parallel, context_method: processes that share each sequence, and how: see `fit`.
+        workers: processes that read the data.
+        resume: go on from the folder's checkpoint.
+        save_every: a checkpoint after every so many steps, besides each epoch's.
+        keep_best: how many epochs' weights, the best on validation data, are kept as `best-EPOCH.safetensors`.
+        logger: "csv" or "tensorboard"; both write under the folder's `log`.
+        overrides: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
+        recipe: overrides of the preset's recipe, such as {"epochs": 20}.
+    """
+    import json
+    from dataclasses import asdict, replace
+
+    from provenn import __version__, tasks, training
+    from provenn.core.device import choose_device
+    from provenn.core.files import alone_in, save_figure, write_atomically
+    from provenn.training import weights
+    from provenn.training.checkpoints import CHECKPOINT, begun
+    from provenn.training.recipes import recipe_of
+
+    card = catalog.card(slug)
+    chosen = card.preset(preset, PROBES.get(task or "", task))
+    kind = tasks.get_task(task if task in PROBES else card.task_of(chosen))
+    folder = Path(out) if out is not None else Path("runs") / card.slug
+    if resume and not begun(folder):
+        raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
+    for name in ("run.json", weights.FILE, "picture.png"):
+        if (folder / name).is_dir():
+            raise UserError(
+                f"{folder / name} is a folder, and a file of that name is to be written: choose another --out"
+            )
+    if not resume and begun(folder) and not (folder / weights.FILE).exists():
+        with alone_in(folder) if progress.first_process() else nullcontext():  # else another process is at it
+            pass
+        raise UserError(
+            f"{folder} holds a training that did not end: go on with --resume, choose another --out, "
+            f"or delete {folder / CHECKPOINT}"
+        )
+    recipe_overrides = {name: value for name, value in (recipe or {}).items() if value is not None}
+    # Who asks for passes over the data means them, whatever number of steps the preset stops at.
+    facts = {
+        name: value for name, value in chosen.recipe.items() if name != "max_steps" or "epochs" not in recipe_overrides
+    }
+    final = recipe_of(facts, **recipe_overrides)
+    training.check_recipe(final, kind)
+    device = choose_device(device)
+    of_data, of_system = divided(overrides or {}, kind.load, card.resolve(chosen.build))
+    source, given = datasets.resolve(data), data
+    data, of_data = source.data, {**source.options, **of_data}
+    users_own = data not in kind.embedded
+    try:
+        loaded = kind.load(data, seed=seed, **{**(chosen.reads if users_own else {}), **of_data})
+    except UserError as error:
+        if preset or task:
+            raise
+        raise UserError(f"{error}{_other_work(card, kind, data)}") from None
+    takes = arguments_of(card.resolve(chosen.build))
+    for name in of_system.keys() & loaded.options.keys():
+        if of_system[name] != loaded.options[name]:
+            raise UserError(f"{name} follows from the data, where it is {loaded.options[name]}, got {of_system[name]}")
+    sides = {name: loaded.meta["size"] for name in SIDES if "size" in loaded.meta and name in takes}
+    built_with = {**sides, **loaded.options, **of_system}
+    options = {**chosen.options, **built_with}
+    examples = len(loaded.train)  # type: ignore[arg-type]
+    if examples < recipe_overrides.get("batch_size", 0):
+        # A preset's batch may be larger than a few examples of the user's own; one that is typed was meant as it is.
+        raise UserError(
+            f"batch_size={recipe_overrides['batch_size']} is more than the {examples:,} examples to train on: "
+            f"give at most {examples}"
+        )
+    if "epochs" not in recipe_overrides:
+        steps = recipe_overrides.get("max_steps") or (FEWEST_STEPS if users_own and final.max_steps is None else 0)
+        final = _long_enough(final, steps, examples)
+    system = {"preset": chosen.name, "task": task}
+    trained_on = {
+        "data": str(given),
+        "fingerprint": loaded.fingerprint,
+        "seed": seed,
+        "options": of_data,
+        "recipe": asdict(final),
+        "command": _command(card.slug, given, {**system, **recipe_overrides, "seed": seed}, {**of_data, **of_system}),
+    }
+    label = weights.Label(card.slug, chosen.name, kind.name, options, loaded.meta, __version__, trained_on)
+    with _folder_for(folder), _taken_by(chosen.name, str(given)):
+        result = training.fit(
+            lambda: Paper(card).build(chosen.name, **built_with),
+            kind,
+            loaded,
+            final,
+            seed=seed,
+            device=device,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            context_parallel=context_parallel,
+            context_method=context_method,
+            workers=workers,
+            out=folder,
+            resume=resume,
+            save_every=save_every,
+            keep_best=keep_best,
+            save=lambda model, file: weights.save(model, file, label),
+            logger=logger,
+            title=f"{card.slug}: {chosen.name} on {loaded.name}",
+        )
+        usual = recipe_of(facts).epochs
+        if final.epochs > usual and not recipe_overrides.keys() & {"epochs", "max_steps"}:
+            progress.say(
+                f"{examples} examples to train on: {final.epochs} epochs instead of {usual}, which made "
+                f"{result.steps} steps; --epochs or --steps says otherwise"
+            )
+        label = replace(label, metrics=result.metrics)
+        weights.save(result.model, folder / weights.FILE, label)
+        summary = {
+            **asdict(label),
+            "dummy_baseline": kind.dummy_baseline(loaded),
+            "tested_on": len(loaded.test),  # type: ignore[arg-type]
+            "data": loaded.name,
+            "fingerprint": loaded.fingerprint,
+            "seed": seed,
+            "recipe": asdict(final),
+            "curve": result.curve,
+            "seconds": result.seconds,
+            "steps": result.steps,
+        }
+        write_atomically(folder / "run.json", json.dumps(summary, indent=1))
+        picture = kind.picture(result.model, loaded)
+        if picture is not None:
+            save_figure(picture, folder / "picture.png", bbox_inches="tight")
+    return folder, result.metrics
+
+
+def _long_enough(recipe: "Recipe", least: int, examples: int) -> "Recipe":
+    """As many epochs as give `least` steps, where the preset's, which are for other data, give fewer."""
+    import math
+    from dataclasses import replace
+
+    steps = math.ceil(math.ceil(examples / recipe.batch_size) / recipe.accumulate)  # an epoch
+    return replace(recipe, epochs=max(recipe.epochs, math.ceil(least / max(1, steps))))
+
+
+@contextmanager
+def _taken_by(preset: str, data: str) -> Iterator[None]:
+    """What a system says of data that it does not take, in one line with both names."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{preset} does not take {data}: {error}") from error
+
+
+# What `provenn train` takes, and how it is called there.
+OPTIONS = {"preset": "preset", "task": "task", "epochs": "epochs", "max_steps": "steps", "lr": "lr"}
+OPTIONS |= {"batch_size": "batch-size", "seed": "seed"}
+
+
+def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: dict[str, Any]) -> str:
+    """The command that trains so again."""
+    import json
+    import shlex
+
+    def spelled(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    words = ["provenn", "train", slug, "--data", str(data)]
+    for name, option in OPTIONS.items():
+        words += [] if options.get(name) is None else [f"--{option}", str(options[name])]
+    for name in sorted(options.keys() - OPTIONS.keys()):
+        words += ["--recipe", f"{name}={spelled(options[name])}"]
+    for name, value in sorted(overrides.items()):
+        words += ["--set", f"{name}={spelled(value)}"]
+    return shlex.join(words)
+
+
+def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
+    """A hint for those who gave data of one task to a paper whose first preset is for another."""
+    from provenn.tasks import get_task
+
+    probes = [name for name, of in PROBES.items() if of in card.tasks]
+    others = [name for name in card.tasks if name != kind.name and data not in kind.embedded]
+    fitting = [name for name in (*others, *probes) if data in get_task(name).embedded]
+    fitting = fitting or [name for name in others if _can_read(get_task(name), data)]
+    return f" (read for {kind.name}; for other work add --task {' or '.join(fitting or others)})" if others else ""
+
+
+def _can_read(kind: "Task", data: str | Path) -> bool:
+    """Whether a file of the user's own is such data. A folder is not looked through for a hint."""
+    if not Path(data).is_file():
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kind.load(data)
+    except (UserError, TypeError):  # not that, or it needs more arguments
+        return False
+    return True
+
+
+@contextmanager
+def _folder_for(folder: Path) -> Iterator[None]:
+    """Make a folder to work in, alone; where the work fails before it has written anything, nothing is left behind."""
+    from provenn.core.files import alone_in, check_writable
+
+    made = not folder.exists()
+    check_writable(folder)
+    try:
+        with alone_in(folder) if progress.first_process() else nullcontext():
+            yield
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
