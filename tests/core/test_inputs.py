@@ -112,7 +112,7 @@ OPENS = {
     "tasks/image_generation.py": "what it writes",
     "tasks/image_classification.py": "checksums of the images that a folder lists",
     "tasks/super_resolution.py": "checksums of the images that a folder lists",
-    "weights.py": "safetensors and torch.load, behind check_file",
+    "training/weights.py": "safetensors and torch.load, behind check_file",
 }
 READS = {"read_text", "read_bytes", "open", "fromfile", "loadtxt", "genfromtxt"}
 
@@ -120,7 +120,7 @@ READS = {"read_text", "read_bytes", "open", "fromfile", "loadtxt", "genfromtxt"}
 def test_files_of_the_user_are_read_by_the_shared_functions():
     """`read_text` and `read_bytes` as methods, `open`, and NumPy's readers stand in no other file that reads data."""
     found = set()
-    files = [*(ROOT / "data").rglob("*.py"), *(ROOT / "tasks").rglob("*.py"), ROOT / "weights.py"]
+    files = [*(ROOT / "data").rglob("*.py"), *(ROOT / "tasks").rglob("*.py"), ROOT / "training" / "weights.py"]
     files += [*(ROOT / "papers").rglob("task.py"), *(ROOT / "papers").rglob("task/*.py")]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
