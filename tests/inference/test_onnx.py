@@ -543,16 +543,16 @@ def system_of(slug, name):
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     with torch.no_grad():
-        if norms:  # statistics of images first: drawn ones alone let 152 layers end in probabilities of 0 and 1
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * float(parameter.square().mean().sqrt()) or 0.02)
+        if norms:  # statistics of images, moved a little: with drawn ones 152 layers double a rounding again and again
             for norm in norms:
                 norm.train().momentum = None
             model(torch.randn(max(2, preset.input[0].shape[0]), *preset.input[0].shape[1:]))
         for norm in norms:
-            norm.eval()
+            norm.eval().running_var.clamp_(min=1e-2)
             norm.running_mean += 0.3 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
             norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.5, 1.5)
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1 * float(parameter.square().mean().sqrt()) or 0.02)
     defaults = {key: p.default for key, p in signature(build).parameters.items() if p.default is not p.empty}
     meta = task.default_meta({**defaults, **preset.options})
     shape = preset.input[0].shape
