@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
 from provenn.distributed.communicator import Communicator
 from provenn.distributed.placement import Contiguous, Layout, Pattern, Placement, Zigzag
@@ -138,6 +139,7 @@ def register(method: type[Method]) -> type[Method]:
     return method
 
 
+@looks_up(lambda: METHODS)
 def method_called(name: str, **options: Any) -> Method:
     """The method of that name.
 

@@ -53,7 +53,7 @@ class Record(BaseModel):
     """A measurement with its verdict. What the experiment says stands in `paper.toml`; `expects` is the region it was
     held to.
 
-    `code` is a checksum of what measured it, `run` the index in the evidence's list. `overrides` is what was set
+    `code` is the digest of what measured it, `run` the index in the evidence's list. `overrides` is what was set
     otherwise than the experiment's own setting: such a record stands beside the experiment's, never for it, and is
     evidence for no claim.
     """

@@ -107,7 +107,7 @@ class Run:
 
         The same name and setting in another experiment give the same results, so the setting is to hold all that
         decides the
-        value; a `Study` and a `Timing` see to that, checksum of the code included. `function` returns plain JSON.
+        value; a `Study` and a `Timing` see to that, digest of the code included. `function` returns plain JSON.
         """
         calls = [partial(self.trial, name, partial(function, seed), seed=seed, **setting) for seed in self.seeds]
         with progress.bar(name, len(calls)) as advance:

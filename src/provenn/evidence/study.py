@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.settings import defaults_of
-from provenn.evidence.checksum import checksum
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Table
 from provenn.evidence.record import PICTURES
@@ -187,7 +187,7 @@ class Study:
         return dict(run.memory[key])
 
     def trial_setting(self, run: Run, variant: str | None = None) -> dict[str, Any]:
-        """All that decides a trial's value besides rate and seed, a checksum of the code included: the trial's key."""
+        """All that decides a trial's value besides rate and seed, the digest of the code included: the trial's key."""
         key = ("code", id(self), variant)
         if key not in run.memory:  # once a run: what code keeps in its globals may change
             task, drawing = type(self.of_task), self.drawing
@@ -197,7 +197,7 @@ class Study:
             else:
                 code += [self.build, self.variants[variant][1], self.probes, self.trained, task.loss, task.evaluate]
                 code += [drawing.draw] if drawing is not None and drawing.variant == variant else []
-            run.memory[key] = checksum(*code)
+            run.memory[key] = digest(*code)
         facts = self.facts(run)
         facts.pop("lrs", None)  # a trial has a rate of its own
         return {**facts, "code": run.memory[key]}

@@ -6,8 +6,8 @@ from statistics import median
 from typing import Any, Literal
 
 from provenn.core.cost import flops, interleaved, peak_activation_bytes
+from provenn.core.digest import digest
 from provenn.core.errors import UserError
-from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.run import Run
 
@@ -109,7 +109,7 @@ class Timing:
             "quantity": self.quantity,
             **clock,
             **self.setting,
-            "code": checksum(self.runners),
+            "code": digest(self.runners),
         }
 
     def measure(self, run: Run) -> dict[str, list[list[float]]]:

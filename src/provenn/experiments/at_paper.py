@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from provenn.catalog import AtPaper, Card, Experiment, Preset, datasets
+from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.settings import arguments_of
-from provenn.evidence.checksum import checksum
 from provenn.evidence.measurement import Measurement, Skill
 from provenn.evidence.run import Run
 from provenn.nn.backbone import fix
@@ -240,7 +240,7 @@ def _trained(
         setting |= {"weights": _contents_of(_listing(begun))}
         begun = None
     elif begun is not None:
-        setting |= {"weights": _contents(begun), "code": f"{setting['code']} {checksum(_begun, fix)}"}
+        setting |= {"weights": _contents(begun), "code": f"{setting['code']} {digest(_begun, fix)}"}
     reached: dict[str, list[float]] = {label: [] for label in sides}
     skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}
     steps = 0
@@ -388,7 +388,7 @@ def _setting(card: Card, how: AtPaper, where: Mapping[str, Path], **more: str) -
     return {
         "at_paper": how.model_dump(exclude_defaults=True),
         "data": _contents_of(*(_listing(path) for path in where.values())),
-        "code": checksum(card.resolve(card.preset(how.preset).build), kind, fit, files.read_official),
+        "code": digest(card.resolve(card.preset(how.preset).build), kind, fit, files.read_official),
         **more,
     }
 

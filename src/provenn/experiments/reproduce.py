@@ -16,10 +16,10 @@ from provenn.catalog import Card, Experiment, installed, meant
 from provenn.catalog.datasets import DataPaths
 from provenn.core import progress
 from provenn.core.device import choose_device
+from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.files import Unwritable, alone_in, check_writable
 from provenn.core.settings import typed
-from provenn.evidence.checksum import checksum
 from provenn.evidence.experiment import Measure, measuring_functions, parameters_of, with_overrides
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.record import (
@@ -300,10 +300,10 @@ def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experimen
     try:
         function = find()
         needs = experiment.lacks or "a function that measures it"
+        code = digest(function) if function is not None else ""
         # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
         with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
             measurement = Measurement.not_measured(needs) if function is None else function(run)
-        code = checksum(function) if function is not None else ""
         if experiment.package is not None and function is not None:
             setting = {**measurement.setting, experiment.package: installed(experiment.package)}
             measurement = measurement.model_copy(update={"setting": setting})
@@ -370,9 +370,10 @@ def _still_good(
         return False
     try:
         function = find()
+        code = digest(function) if function is not None else ""
     except UserError:  # its measurement reports what is wrong
         return False
-    if earlier is None or function is None or record.code != checksum(function):
+    if earlier is None or function is None or record.code != code:
         return False
     if experiment.package is not None and installed(experiment.package) != record.measurement.setting.get(
         experiment.package

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from provenn.catalog import first_mechanism, meant, mechanisms_of
+from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 
@@ -43,6 +44,13 @@ BASELINES: dict[str, Factory] = {
 }
 
 
+def mixer_names() -> set[str]:
+    """Every name that a token mixer goes by."""
+    known = mechanisms_of("token-mixer", taken=BASELINES)
+    return {*BASELINES, *known, *(card.slug for card, _ in known.values())}
+
+
+@looks_up(mixer_names)
 def mixer_called(name: str) -> Factory:
     """The factory of one token mixer: a baseline (`softmax`, `window`, `none`), or a mechanism of the catalogue.
 

@@ -51,6 +51,10 @@ class TaskData:
     collate: Callable | None = None
     about: str = ""
 
+    def __digest__(self) -> tuple[Any, ...]:
+        """What stands for the data in a digest: the checksum of its content, not every number again."""
+        return self.fingerprint, self.options, self.meta, self.collate
+
 
 @dataclass(frozen=True)
 class HeldOut:

@@ -4,6 +4,7 @@ import importlib
 from importlib.metadata import EntryPoint, entry_points
 
 from provenn import catalog
+from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
 from provenn.tasks.base import Task
 
@@ -29,6 +30,12 @@ SHARED = (
 ATTRIBUTES = ("name", "metric", "higher_is_better", "embedded", "reads")
 
 
+def task_names() -> list[str]:
+    """Every task that papers or packages name, the shared ones first; none is imported."""
+    return [*SHARED, *_bringers()]
+
+
+@looks_up(task_names)
 def get_task(name: str) -> Task:
     """The task of that name, such as `image-classification`.
 
@@ -57,11 +64,6 @@ def get_task(name: str) -> Task:
     if len({id(task) for task in usable.values()}) > 1:
         raise UserError(f"several tasks are called {name!r}: {', '.join(usable)}; one of them needs another name")
     return next(iter(usable.values()))
-
-
-def task_names() -> list[str]:
-    """Every task that papers or packages name, the shared ones first; none is imported."""
-    return [*SHARED, *_bringers()]
 
 
 def shadowed() -> dict[str, str]:

@@ -13,10 +13,10 @@ from provenn.catalog import first_mechanism, meant, mechanisms_of
 from provenn.catalog.slots import slot as slot_called
 from provenn.core import cost, progress
 from provenn.core.device import choose_device
+from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.files import alone_in, check_writable
 from provenn.evidence import Run, Study
-from provenn.evidence.checksum import checksum
 from provenn.evidence.interval import paired_difference, student
 from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside
 from provenn.evidence.run import Budget
@@ -109,8 +109,8 @@ def compare(
                 cost = partial(
                     _cost, build, build_reference, task=task, data=loaded, device=device, rounds=3 if run.smoke else 15
                 )
-                code = checksum(_cost, host.build, factory, chosen[reference][0])
-                # Kept under the checksum of all code that it times, so that a changed mechanism is timed anew.
+                code = digest(_cost, host.build, factory, chosen[reference][0])
+                # Kept under the digest of all code that it times, so that a changed mechanism is timed anew.
                 costs[name] = run.trial(f"{name}: cost", cost, reference=reference, code=code, **study.facts(run))
                 if host.more:
                     reference_mixer = (reference, chosen[reference][0])

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from provenn.core import cost
+from provenn.core.digest import digest
 from provenn.evidence import Run, Study
-from provenn.evidence.checksum import checksum
 from provenn.evidence.view import bytes_of
 from provenn.experiments.compare.drawing import mark, plain_axis
 from provenn.nn.language import CausalLM
@@ -97,7 +97,7 @@ def context_costs(
     """What a training step of a candidate takes, and what a long context costs."""
     setting = {**_HOST, **options, **SIZES, "contexts": list(CONTEXTS[run.budget]), "reference": reference[0]}
     costs = partial(_costs, factory, reference[1], options, run)
-    return run.trial(f"{name}: context", costs, **setting, code=checksum(_costs, factory, reference[1]))
+    return run.trial(f"{name}: context", costs, **setting, code=digest(_costs, factory, reference[1]))
 
 
 def _costs(factory: Factory, reference: Factory, options: dict[str, Any], run: Run) -> dict[str, Any]:

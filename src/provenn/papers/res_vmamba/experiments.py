@@ -1,5 +1,6 @@
 """What Res-VMamba's authors say, and what building it brought to light, as measurements."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -118,16 +119,20 @@ EXPERIMENTS = {
 }
 
 
-def on_meta(name: str, **options: object) -> presets.ResVMamba:
+PLAIN = {"tiny": presets.vmamba_tiny, "small": presets.vmamba_small, "base": presets.vmamba_base}
+RESIDUAL = {"tiny": presets.res_vmamba_tiny, "small": presets.res_vmamba_small, "base": presets.res_vmamba_base}
+
+
+def on_meta(build: Callable[..., presets.ResVMamba], **options: object) -> presets.ResVMamba:
     """A preset without its weights."""
     with torch.device("meta"):
-        return getattr(presets, name)(**options)
+        return build(**options)
 
 
 @measures("released_parameters")
 def released_parameters(run: Run) -> Measurement:
-    released = on_meta("res_vmamba_small", source="official_random", num_classes=1000)
-    plain = on_meta("vmamba_small", num_classes=1000)
+    released = on_meta(presets.res_vmamba_small, source="official_random", num_classes=1000)
+    plain = on_meta(presets.vmamba_small, num_classes=1000)
     return Measurement.exact(count_parameters(released) - count_parameters(plain), unit="parameters")
 
 
@@ -136,8 +141,8 @@ def added_parameters(run: Run) -> Measurement:
     rows: list[list[str | float | int | None]] = []
     added = {}
     for size in ("tiny", "small", "base"):
-        plain = count_parameters(on_meta(f"vmamba_{size}", num_classes=presets.CNFOOD))
-        added[size] = count_parameters(on_meta(f"res_vmamba_{size}")) - plain
+        plain = count_parameters(on_meta(PLAIN[size], num_classes=presets.CNFOOD))
+        added[size] = count_parameters(on_meta(RESIDUAL[size])) - plain
         rows.append([f"VMamba-{size[0].upper()}", plain, added[size], 100 * added[size] / plain])
     return Measurement.exact(
         added["small"],
@@ -157,7 +162,7 @@ def flops(run: Run) -> Measurement:
     rows: list[list[str | float | int | None]] = []
     total = {}
     for size in ("tiny", "small", "base"):
-        total[size], ours = (operations(on_meta(f"{kind}_{size}"), 224) / 1e9 for kind in ("vmamba", "res_vmamba"))
+        total[size], ours = (operations(on_meta(kind[size]), 224) / 1e9 for kind in (PLAIN, RESIDUAL))
         rows.append([f"VMamba-{size[0].upper()}", total[size], ours - total[size]])
     return Measurement.exact(
         total["small"],

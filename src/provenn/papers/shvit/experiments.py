@@ -244,21 +244,21 @@ BENCHMARKS = (
     Benchmark(MIXING, "SHSA", "MHSA"),
     Benchmark(MOBILEVIT_ONNX, "SHViT-S4", "MobileViTv2 ×1.0", package="onnxruntime"),
 )
-RELEASED = {"shvit_s1": 224, "shvit_s2": 224, "shvit_s3": 224, "shvit_s4": 256}
+RELEASED = {presets.shvit_s1: 224, presets.shvit_s2: 224, presets.shvit_s3: 224, presets.shvit_s4: 256}
 
 
-def on_meta(name: str) -> nn.Module:
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        return getattr(presets, name)().eval()
+        return build().eval()
 
 
 @measures("flops")
 def flops(run: Run) -> Measurement:
     rows: list[list[str | float | int | None]] = []
-    for name, side in RELEASED.items():
-        network = on_meta(name)
+    for build, side in RELEASED.items():
+        network = on_meta(build)
         x = torch.empty(1, 3, side, side, device="meta")
-        rows.append([name, side, count_parameters(network), macs(partial(network, x)) / 1e6])
+        rows.append([build.__name__, side, count_parameters(network), macs(partial(network, x)) / 1e6])
     columns = ["model", "pixels a side", "parameters", "multiply-adds, M"]
     return Measurement.exact(
         float(rows[-1][-1] or 0),
@@ -270,7 +270,7 @@ def flops(run: Run) -> Measurement:
 
 @measures("parameters")
 def parameters(run: Run) -> Measurement:
-    return Measurement.exact(count_parameters(on_meta("shvit_s4")) / 1e6, unit="M parameters")
+    return Measurement.exact(count_parameters(on_meta(presets.shvit_s4)) / 1e6, unit="M parameters")
 
 
 @measures("biases_at_rest")
