@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,26 @@ def test_a_file_imports_nothing_above_it(file: str):
     assert part in LEVEL, f"{part} has no place in ORDER: say where it stands"
     above = {other for other in parts_imported(file) if LEVEL[other] > LEVEL[part]}
     assert not above, f"{file} imports {above}, which stand above {part}"
+
+
+def file_of(name: str) -> str | None:
+    """The file that a dotted name lies in; None for the package's own face, which loads what it names on first use."""
+    parts = name.split(".")[1:]
+    while parts:
+        for file in ("/".join(parts) + ".py", "/".join([*parts, "__init__.py"])):
+            if (ROOT / file).is_file():
+                return file
+        parts.pop()
+    return None
+
+
+def test_no_files_import_each_other_in_a_circle_for_types_either():
+    graph = {
+        file: {other for name in imported(file) if name.startswith("provenn.") and (other := file_of(name))} - {file}
+        for file in files()
+        if file != "__init__.py"
+    }
+    TopologicalSorter(graph).prepare()  # a CycleError names the files
 
 
 def test_data_is_read_by_tasks_alone():
