@@ -40,3 +40,8 @@ def test_the_line_goes_to_stderr_and_the_verb_runs(capsys):
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "provenn: `--claim` is now `--experiment`; 0.3 drops the old name"
     assert "nothing_of_that_name" in said[1] and len(said) == 2
+
+
+def test_a_usage_error_of_a_verb_within_a_group_names_its_help(capsys):
+    assert main(["serve", "--export"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("(see: provenn web export --help)")

@@ -250,9 +250,14 @@ def shortened(line: str) -> str:
 
 
 def _help(given: Sequence[str]) -> str:
-    verbs = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
-    verbs |= {group.name for group in app.registered_groups if group.name}
-    return " ".join(["provenn", *(word for word in given[:1] if word in verbs), "--help"])
+    command: Any = typer.main.get_command(app)
+    verbs: list[str] = []
+    for word in given:
+        if word not in getattr(command, "commands", {}):
+            break
+        command = command.commands[word]
+        verbs.append(word)
+    return " ".join(["provenn", *verbs, "--help"])
 
 
 def _closed_pipe() -> int:
