@@ -548,7 +548,8 @@ def test_one_click_of_a_mail_program_ends_a_subscription_and_no_other(client):
         assert kept(client) == {"grace@example.org": "daily"}
     assert client.get(leave).status_code == 410
     token = leave.split("/")[2]
-    for wrong in (f"{token[:-1]}x", token.split(".")[0], "x", "é"):
+    other = "y" if token.endswith("x") else "x"
+    for wrong in (f"{token[:-1]}{other}", token.split(".")[0], "x", "é"):
         assert client.post(f"/subscription/{wrong}/leave", **one_click).status_code == 404
     confirm(client, "ada@example.org")
     assert client.post(leave, **one_click).status_code == 200
