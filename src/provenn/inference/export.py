@@ -45,7 +45,7 @@ def export(
     import json
     from dataclasses import asdict
 
-    from provenn.inference import onnx as onnx
+    from provenn.inference import onnx
     from provenn.tasks import get_task
     from provenn.training.weights import KEY
 

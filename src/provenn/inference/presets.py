@@ -24,10 +24,10 @@ def list_presets(pattern: str = "*", *, task: str | None = None, pretrained: boo
     """
     return sorted(
         name
-        for name, card in _by_name().items()
+        for name, (card, preset) in _by_name().items()
         if fnmatch(name, pattern)
-        and (task is None or card.work_of(card.preset(name.rpartition(":")[2])) == task)
-        and (not pretrained or name.rpartition(":")[2] in card.shipped)
+        and (task is None or card.work_of(preset) == task)
+        and (not pretrained or preset.name in card.shipped)
     )
 
 
@@ -49,16 +49,17 @@ def create(name: str, *, pretrained: bool = False, **overrides: Any) -> "nn.Modu
     if name not in presets:
         near = catalog.meant(name, presets)
         raise UserError(f"no preset is called {name!r}{near}; `provenn.list_presets()` names all {len(presets)}")
-    return Paper(presets[name]).build(name.rpartition(":")[2], pretrained=pretrained, **overrides)
+    card, preset = presets[name]
+    return Paper(card).build(preset.name, pretrained=pretrained, **overrides)
 
 
-def _by_name() -> dict[str, catalog.Card]:
-    """Each preset's card. A name that another paper's preset had first is `slug:name`; this package's papers come
+def _by_name() -> dict[str, tuple[catalog.Card, catalog.Preset]]:
+    """Each preset and its card. A name that another paper's preset had first is `slug:name`; this package's papers come
     first.
     """
     shelf = sorted(catalog.cards().values(), key=lambda card: not card.built_in)
-    presets: dict[str, catalog.Card] = {}
+    presets: dict[str, tuple[catalog.Card, catalog.Preset]] = {}
     for card in shelf:
         for preset in card.presets:
-            presets[preset.name if preset.name not in presets else f"{card.slug}:{preset.name}"] = card
+            presets[preset.name if preset.name not in presets else f"{card.slug}:{preset.name}"] = card, preset
     return presets
