@@ -337,3 +337,14 @@ def test_another_process_gives_the_same_digests(slug):
         check=True,
     )
     assert done.stdout.splitlines() == expected
+
+
+def test_an_object_that_is_replaced_within_a_process_counts(monkeypatch):
+    """As in a notebook, where a study is defined once more."""
+
+    def reads():
+        return ONE
+
+    before = digest(reads, packages=(__name__,))
+    monkeypatch.setitem(globals(), "ONE", 7)
+    assert digest(reads, packages=(__name__,)) != before

@@ -11,7 +11,6 @@ with a method `__digest__` counts by what that gives. Code of other
 packages counts by its name; their versions stand beside the digest wherever it is kept.
 """
 
-import ast
 import enum
 import hashlib
 import inspect
@@ -49,7 +48,6 @@ BY_NAME = (
 )
 # Whose versions say what their code is.
 LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "skimage", "transformers", "lightning", "kornia", "onnxruntime"}
-_KNOWN: dict[Any, Any] = {}  # canonical functions of this process
 
 
 class Unfollowable(UserError):
@@ -205,7 +203,7 @@ class _Walk:
             known = function.__globals__
             text, reads = "", [(name, known[name]) for name in function.__code__.co_names if name in known]
         else:
-            text, reads, strings = self.canonical(function, node, closed)
+            text, reads, strings = Canonical(function, closed, self.follows).of(node)
             self.strings |= strings
         self.each("defaults", function.__defaults__ or (), path)
         self.mapping(function.__kwdefaults__ or {}, path)
@@ -213,15 +211,6 @@ class _Walk:
         for name, read in reads:
             self.add(read, f"{path}.{name}" if not path.endswith(name) else path)
         return text
-
-    def canonical(self, function: types.FunctionType, node: ast.AST, closed: Mapping[str, Any]) -> Any:
-        """A function's text and reads. Of one without a closure they are found once."""
-        if closed:
-            return Canonical(function, closed, self.follows).of(node)
-        key = (id(function.__code__), frozenset(self.packages))
-        if key not in _KNOWN:
-            _KNOWN[key] = (function, Canonical(function, closed, self.follows).of(node))
-        return _KNOWN[key][1]
 
     def type(self, kind: type, path: str) -> None:
         if not self.ours(kind):
