@@ -538,28 +538,30 @@ def system_of(slug, name):
     card = catalog.card(slug)
     preset = card.preset(name)
     task, build = get_task(card.task_of(preset)), card.resolve(preset.build)
+    defaults = {key: p.default for key, p in signature(build).parameters.items() if p.default is not p.empty}
+    meta = task.default_meta({**defaults, **preset.options})
+    shape = preset.input[0].shape
     torch.manual_seed(0)
+    inputs = torch.randn(16, *shape[1:])
+    if task.name == "layer-stacks":
+        meta |= {"mean": torch.zeros(shape[1:]).tolist(), "std": torch.ones(shape[1:]).tolist()}
+    elif len(shape) == 4:
+        meta |= {"size": shape[2], "channels": shape[1], "mean": [0.3] * shape[1], "std": [0.5] * shape[1]}
+        inputs = (draw_images(16, *shape[1:]) - 0.3) / 0.5 + 0.02 * inputs
     model = build(**preset.options).eval()
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1 * float(parameter.square().mean().sqrt()) or 0.02)
-        if norms:  # statistics of images, moved a little: with drawn ones 152 layers double a rounding again and again
+        if norms:  # statistics of such images, moved a little: with others 152 layers double a rounding again and again
             for norm in norms:
                 norm.train().momentum = None
-            model(torch.randn(16, *preset.input[0].shape[1:]))
+            model(inputs)
         for norm in norms:
             norm.eval().running_var.clamp_(min=1e-2)
             norm.running_mean += 0.05 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
             norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.9, 1.1)
-    defaults = {key: p.default for key, p in signature(build).parameters.items() if p.default is not p.empty}
-    meta = task.default_meta({**defaults, **preset.options})
-    shape = preset.input[0].shape
-    if task.name == "layer-stacks":
-        meta |= {"mean": torch.zeros(shape[1:]).tolist(), "std": torch.ones(shape[1:]).tolist()}
-    elif len(shape) == 4:
-        meta |= {"size": shape[2], "channels": shape[1], "mean": [0.3] * shape[1], "std": [0.5] * shape[1]}
     return task, model, meta
 
 
