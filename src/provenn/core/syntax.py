@@ -66,13 +66,14 @@ class _Meaning:
     """What a name means outside its function: `text` as such, or a value that is read, with attributes after it."""
 
     text: str = ""
-    read: tuple[()] | tuple[str, Any] = ()
+    name: str = ""
+    value: Any = None
     rest: tuple[str, ...] = ()
 
     def same(self, other: "_Meaning") -> bool:
         """Whether both are one: values by identity, since arrays have no equality of their own."""
-        alike = (self.text, self.rest, self.read[:1]) == (other.text, other.rest, other.read[:1])
-        return alike and (not self.read or self.read[1] is other.read[1])
+        facts, others = (self.text, self.name, self.rest), (other.text, other.name, other.rest)
+        return facts == others and self.value is other.value
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class _Names:
             return _Meaning(value.__name__)
         if name in self.state and not isinstance(value, (types.FunctionType, type)):
             return _Meaning("state")  # what the module itself writes while it runs
-        return _Meaning(read=(name, value))
+        return _Meaning(name=name, value=value)
 
     def of_chain(self, chain: tuple[str, ...]) -> _Meaning | None:
         """What `module.name.attribute` reads of a module that is followed."""
@@ -159,7 +160,7 @@ class _Names:
             if name in _state_of(vars(value)) and not callable(getattr(value, name)):
                 return _Meaning("state")
             value = getattr(value, name)
-        return _Meaning(read=(name, value), rest=tuple(names))
+        return _Meaning(name=name, value=value, rest=tuple(names))
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,11 @@ def _mentions(node: ast.AST) -> _Mentions:
         chains = frozenset(chain for inner in nodes if isinstance(inner, ast.Attribute) and (chain := _chain(inner)))
         imports = {}
         for inner in nodes:
+            module = inner.module if isinstance(inner, ast.ImportFrom) else None
             for alias in inner.names if isinstance(inner, (ast.Import, ast.ImportFrom)) else ():
-                plain = isinstance(inner, ast.Import)
-                target = f"{inner.module}.{alias.name}" if not plain and inner.module else alias.name
+                target = f"{module}.{alias.name}" if module else alias.name
                 name = (alias.asname or alias.name).partition(".")[0]
-                imports[name] = target if alias.asname or not plain else name
+                imports[name] = target if alias.asname or isinstance(inner, ast.ImportFrom) else name
         _mentioned[id(node)] = _Mentions(names, frozenset(_bound(node)), chains, imports)
     return _mentioned[id(node)]
 
@@ -225,13 +226,12 @@ class _Transformer(ast.NodeTransformer):
         return self.numbers.setdefault(name, f"v{len(self.numbers)}")
 
     def put(self, meaning: _Meaning, context: ast.expr_context) -> ast.expr:
-        if not meaning.read:
+        if not meaning.name:
             return ast.Name(meaning.text, context)
-        name, value = meaning.read
-        if id(value) not in self.places:
-            self.places[id(value)] = f"g{len(self.places)}"
-            self.reads.append((name, value))
-        result: ast.expr = ast.Name(self.places[id(value)], context)
+        place = self.places.setdefault(id(meaning.value), f"g{len(self.places)}")
+        if len(self.places) > len(self.reads):
+            self.reads.append((meaning.name, meaning.value))
+        result: ast.expr = ast.Name(place, context)
         for attribute in meaning.rest:
             result = ast.Attribute(result, attribute, ast.Load())
         return result

@@ -178,7 +178,7 @@ class Study:
 
     def facts(self, run: Run) -> dict[str, Any]:
         """How, on what, and with what steps every variant is trained: the record's setting."""
-        key = ("facts", id(self))
+        key = ("facts", id(self), run.seeds[0])
         if key not in run.memory:
             data, recipe = self.data(run.seeds[0], run.smoke), _spoken(self.recipe_for(run))
             sizes = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
@@ -207,6 +207,8 @@ class Study:
         recipe, task = self.recipe_for(run), self.of_task
         if not self.lrs or run.smoke:
             return float(self.lrs[0] if self.lrs else recipe.lr), {}
+        if (known := run.rates.get(self.label(variant))) is not None:
+            return float(min(self.lrs, key=lambda lr: abs(lr - known))), {}  # a record rounds it
 
         def score(lr: float) -> float | None:
             data = self.data(TUNING_SEED, False)
