@@ -17,7 +17,7 @@ def script():
     return module
 
 
-@pytest.mark.parametrize("kind", ["help", "page"])
+@pytest.mark.parametrize("kind", ["documents", "help", "page"])
 def test_sentences_are_short(script, kind):
     for name, paragraphs in script.KINDS[kind]().items():
         number, mean, too_long = script.count(paragraphs)
