@@ -39,3 +39,19 @@ def test_one_version_everywhere():
 def test_the_glossary_has_every_slot():
     glossary = (ROOT / "docs" / "glossary.md").read_text()
     assert set(re.findall(r"^\| `([a-z-]+)` \|", glossary, re.M)) == set(slots.SLOTS)
+
+
+def test_every_task_has_a_page_whose_commands_have_their_options(monkeypatch):
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import docs_pages
+    from test_blocks import BLOCK, commands, parse
+
+    from provenn.tasks import get_task, task_names
+
+    for name in task_names():
+        page = docs_pages.task_page(get_task(name))
+        assert page.startswith("# ") and "**Metric:**" in page
+        for block in BLOCK.finditer(page):
+            for words in commands(block[3]):
+                parse(words[1:])
