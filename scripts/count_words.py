@@ -161,7 +161,7 @@ def docstrings() -> Texts:
 
 KINDS = {
     "documents": documents,
-    "the papers' READMEs": stories,
+    "stories": stories,
     "help": command_help,
     "page": page,
     "errors": errors,
