@@ -389,7 +389,7 @@ def delete(
             count = accounts.delete_person(session, email)
         count += mail.forget(Settings.read(home=home), email)  # after the rows of mails that would become files
     if not count:
-        raise UserError(f"nobody is known by {who!r}; `provenn web admin list people` names them all")
+        raise UserError(f"no person has the address or number {who!r}; `provenn web admin list people` names them all")
     log(f"{email} is deleted, with everything that was theirs")
 
 

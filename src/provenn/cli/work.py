@@ -253,7 +253,7 @@ def _named(slug: str, weights: Path | None) -> tuple[str, Path | None]:
     label = label_of(slug)
     if label is None:
         raise UserError(
-            f"no paper is called {slug!r}; weights that do not name their paper go with it: SLUG … --weights {slug}"
+            f"no paper is called {slug!r}; a weight file that names no paper needs one: SLUG … --weights {slug}"
         )
     return label.paper, Path(slug)
 
