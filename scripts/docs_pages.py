@@ -8,15 +8,16 @@ import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
-
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+from typing import TYPE_CHECKING
 
 from provenn import catalog
 from provenn.tasks import Task, get_task, task_names
 from provenn.web.readme import equation
+
+if TYPE_CHECKING:  # the suite runs without mkdocs
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "provenn"
@@ -27,7 +28,7 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 ELSEWHERE = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^\"'> ]*")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
+def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
     """Append the generated pages to the navigation."""
     modules: dict[str, list[dict[str, str]]] = {}
     for module in public_modules():
@@ -41,8 +42,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     return config
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Add the generated pages and the pictures that they show."""
+    from mkdocs.structure.files import File
+
     for source, target in FRONT.items():
         files.append(File.generated(config, target, content=linked((ROOT / source).read_text())))
     for picture in PICTURES:
@@ -60,13 +63,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_content(content: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
     """Draw the equations."""
     return EQUATION.sub(lambda found: equation(html.unescape(found[2]), display=found[1] == "div"), content)
 
 
-def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+def on_post_page(output: str, page: "Page", config: "MkDocsConfig") -> str:
     """Refuse what would be loaded from elsewhere."""
+    from mkdocs.exceptions import PluginError
+
     if found := ELSEWHERE.search(output):
         raise PluginError(f"{page.file.src_uri} loads something from elsewhere: {found[0]}")
     return output

@@ -455,7 +455,7 @@ def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says
 def test_a_system_with_nothing_to_show_says_so(run, props, monkeypatch):
     monkeypatch.setattr(catalog.card("tiny_gate").resolve_module("inspection"), "inspect", lambda model, x: {})
     code, out, err = run("inspect tiny_gate good.png --weights classify.safetensors")
-    assert (code, out) == (2, "") and err.startswith("provenn: tiny_small of tiny_gate has nothing inside")
+    assert (code, out) == (2, "") and err.startswith("provenn: tiny_small of tiny_gate has nothing to inspect")
 
 
 def test_without_a_word_it_says_what_there_is(run):

@@ -24,6 +24,7 @@ from provenn.cli import app, main
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (installs|needs: [^>]+) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = typer.main.get_command(app)
 SAMPLES = Path(provenn.__file__).parent / "web" / "static" / "samples"
 ELSEWHERE = (
     "CONTRIBUTING.md"  # its Python and TOML are the files of one package, which test_contributing builds and runs
@@ -117,7 +118,7 @@ def test_commands_that_need_more_have_their_options(block: Block):
 
 def parse(words: Sequence[str]) -> None:
     """As the command line does, but nothing is run."""
-    command, rest = typer.main.get_command(app), list(words)
+    command, rest = COMMAND, list(words)
     while rest and rest[0] in getattr(command, "commands", {}):
         command = command.commands[rest.pop(0)]
     command.make_context("provenn", rest)

@@ -42,7 +42,6 @@ def test_the_glossary_has_every_slot():
 
 
 def test_every_task_has_a_page_whose_commands_have_their_options(monkeypatch):
-    pytest.importorskip("mkdocs")
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import docs_pages
     from test_blocks import BLOCK, commands, parse

@@ -163,10 +163,11 @@ def bench(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Measure speed beside baselines and installed peers; of one paper also its claims of time, memory and FLOPs.
+    """Measure the speed of layers beside baselines and installed peers. For one paper, also measure what it claims of
+    time, memory and FLOPs.
 
-    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. Some papers have a benchmark of
-    their own. Its options run that benchmark; --options lists them.
+    A ratio compares CPU time on one thread, or a GPU's clock, with both sides measured in turns. Some papers have a
+    benchmark of their own. Its options run that benchmark; --options lists them.
 
     \b
     provenn bench aaren --budget smoke
