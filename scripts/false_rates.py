@@ -2,7 +2,7 @@
 
     python scripts/false_rates.py [--repeats 4000]
 
-prints the table of README's "How an experiment is judged".
+prints the tables of docs/judging.md.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import provenn
 from provenn.evidence.record import EVIDENCE
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-EXAMPLE = TEXT[: TEXT.index("# Reference")]
+EXAMPLE = TEXT[: TEXT.index("## The rules")]
 
 
 def block(before: str, language: str) -> str:
@@ -31,7 +31,7 @@ def package(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
     for name, language in (("layers.py", "python"), ("paper.toml", "toml"), ("experiments.py", "python")):
-        (folder / name).write_text(block(f"`{name}`", language))
+        (folder / name).write_text(block(f"`tinygate/{name}`", language))
     (tmp_path / "test_tinygate.py").write_text(block("`tests/test_tinygate.py`", "python"))
     points = tomllib.loads(block("`pyproject.toml`", "toml"))["project"]["entry-points"]
     facts = tmp_path / "site" / "tinygate-0.1.0.dist-info"

@@ -138,7 +138,7 @@ def test_a_promise_is_asked_of_inputs_by_name(monkeypatch):
         ("reproduce pair_rating --experiment parameters --set epochs=3", "what can be set: dim"),
         (
             "reproduce pair_rating --experiment parameters --experiment two_heads --set epochs=3",
-            "parameters takes none of epochs; what can be set of it: dim",
+            "parameters has no option epochs; it takes: dim",
         ),
     ],
 )

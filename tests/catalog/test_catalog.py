@@ -54,7 +54,7 @@ def card_with(tmp_path: Path, text: str) -> catalog.Card:
             "(whole file)",
             "no experiment of this paper: bettr",
         ),
-        ("headline = true", "headline = false", "(whole file)", "one claim is the headline, got 0"),
+        ("headline = true", "headline = false", "(whole file)", "exactly one claim must be the headline, got 0"),
         (
             'needs = "users"',
             'figure = "most"',
@@ -227,7 +227,7 @@ def test_papers_of_one_arxiv_number_are_all_listed_and_showing_it_asks_which(cap
     assert catalog.slugs_of("1910.03151") == ["eca_net", "one_other", "two_others"], "ours first"
     assert main(["show", "1910.03151"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the arXiv number 1910.03151 is of several papers: name eca_net or one_other or two_others" in line
+    assert "several papers have the arXiv number 1910.03151: name eca_net or one_other or two_others" in line
     context = SimpleNamespace(params={"slug": "1910.03151"})
     assert "eca" in of_the_paper("mechanisms", "name")(context, "e"), "completion asks nothing"
 

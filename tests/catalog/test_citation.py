@@ -67,5 +67,5 @@ def test_a_number_of_two_papers_asks_for_the_slug(monkeypatch):
     shelf = catalog.Shelf(eca_net=card, other=card.model_copy(update={"slug": "other"}))
     shelf.left_out = {}
     put_on_shelf(monkeypatch, lambda: shelf)
-    with pytest.raises(UserError, match=r"the arXiv number 1910.03151 is of several papers: name eca_net or other"):
+    with pytest.raises(UserError, match=r"several papers have the arXiv number 1910.03151: name eca_net or other"):
         catalog.card("1910.03151v1")

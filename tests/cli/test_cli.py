@@ -178,7 +178,7 @@ BAD = [
     ("show tiny_gait", "did you mean 'tiny_gate'"),
     ("show nothing_like_it", "`provenn list` names them all"),
     ("predict classes good.png", "holds no weights.safetensors"),
-    ("predict good.png good.png", "no paper is called 'good.png'; weights that do not name their paper"),
+    ("predict good.png good.png", "no paper is called 'good.png'; a weight file that names no paper"),
     ("list --task sorting", "no paper has the task 'sorting'"),
     ("list --slot chanel-gate", "did you mean 'channel-gate'"),
     ("list --colour", "No such option: --colour"),
@@ -388,19 +388,19 @@ BAD = [
     (f"{CONVERT} --device abacus", "no device 'abacus' on this machine"),
     ("inspect tiny_gate", "Missing argument"),
     ("inspect tiny_gait good.png", "did you mean 'tiny_gate'"),
-    ("inspect craft good.png", "craft shows nothing of its inside; what can be inspected: eca_net,"),
+    ("inspect craft good.png", "craft cannot be inspected; these can: eca_net,"),
     (
         "inspect nprf good.png --preset nprf_translator_tiny",
         "that could be inspected; of nprf take --preset nprf_lm_tiny or",
     ),
-    ("inspect m2r2 good.csv --preset draft_tiny", "draft_tiny of m2r2 has nothing inside that could be shown"),
+    ("inspect m2r2 good.csv --preset draft_tiny", "draft_tiny of m2r2 has nothing to inspect"),
     ("inspect tiny_gate nowhere.png", "no file at nowhere.png"),
     ("inspect tiny_gate empty", "empty is a folder: give one file"),
     ("inspect tiny_gate text.png -o out.png", "text.png is no image"),
     ("inspect tiny_gate truncated.png -o out.png", "truncated.png"),
     ("inspect tiny_gate good.csv", "good.csv is no image"),
     ("inspect tiny_gate good.png --preset tiny_smal", "did you mean 'tiny_small'"),
-    ("inspect tiny_gate good.csv --preset tiny_forecast", "series-forecasting makes no input of a single file"),
+    ("inspect tiny_gate good.csv --preset tiny_forecast", "series-forecasting reads no input from a single file"),
     ("inspect tiny_gate good.png --weights nowhere.pt", "no weights at nowhere.pt"),
     ("inspect tiny_gate good.png --weights code.pt", "loading it could run code"),
     ("inspect tiny_gate good.png --weights other.safetensors", "weights of another_paper, not of tiny_gate"),
@@ -455,7 +455,7 @@ def test_bad_input_is_answered_in_one_clear_line(run, props, recwarn, line, says
 def test_a_system_with_nothing_to_show_says_so(run, props, monkeypatch):
     monkeypatch.setattr(catalog.card("tiny_gate").resolve_module("inspection"), "inspect", lambda model, x: {})
     code, out, err = run("inspect tiny_gate good.png --weights classify.safetensors")
-    assert (code, out) == (2, "") and err.startswith("provenn: tiny_small of tiny_gate has nothing inside")
+    assert (code, out) == (2, "") and err.startswith("provenn: tiny_small of tiny_gate has nothing to inspect")
 
 
 def test_without_a_word_it_says_what_there_is(run):

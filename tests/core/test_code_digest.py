@@ -260,7 +260,7 @@ def test_code_of_others_counts_by_its_name():
     "line, words",
     [
         ("def what(x): return helpers.HANDLE.read()", "cannot tell what decides a _io"),
-        ("def what(x): return getattr(helpers, x)", "the module sample_code.helpers is handed on whole"),
+        ("def what(x): return getattr(helpers, x)", "the module sample_code.helpers is passed as a whole"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_and_not_skipped(sample, line, words):

@@ -1,4 +1,4 @@
-"""The simulated false rates of README hold: no effect is told for one more often than an interval of 95 % allows."""
+"""The simulated rates of docs/judging.md: no effect is taken for one more often than an interval of 95 % allows."""
 
 import importlib.util
 from pathlib import Path

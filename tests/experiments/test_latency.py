@@ -88,7 +88,7 @@ def test_bad_numbers_and_names_are_refused(options: dict, says: str):
 def test_forms_are_chosen():
     result = latency.measure({"one": tiny}, size=8, batches=[1], threads=[1], rounds=1, forms=["eager"])
     assert [each.form for each in result.latencies] == ["eager"] and result.tables[0].columns[-1] == "eager"
-    with pytest.raises(UserError, match="--forms takes some of eager, compile, onnx; got 'lazy'"):
+    with pytest.raises(UserError, match="--forms must name some of eager, compile, onnx, got 'lazy'"):
         _forms("lazy")
     assert _forms("onnx, eager") == ["eager", "ONNX Runtime"]
 

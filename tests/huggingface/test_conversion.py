@@ -509,7 +509,7 @@ def test_bad_input_is_answered_with_one_line(words, message, tokenizer, story, t
         (gpt2, "model.safetensors", "the weights of host cannot be loaded"),
         (gpt2, None, "host cannot be loaded as a model"),
         (text_classifier, {}, "host holds a BertForSequenceClassification, which does not predict tokens of a text"),
-        (image_classifier, {}, "--length is of rows of text; host sees pictures of its own size"),
+        (image_classifier, {}, "--length sets rows of text, and host takes images: leave it out"),
     ],
 )
 def test_a_damaged_model_is_answered_with_one_line(

@@ -175,8 +175,8 @@ def test_spans_that_a_source_lacks_are_what_is_to_be_told(folder):
 @pytest.mark.parametrize(
     ("family", "words", "message"),
     [
-        ("swin", "urpe {host} --data stdlib", "sees pictures: --data is to be a folder of images for each class"),
-        ("swin", "urpe {host} --data {photos} --length 8", "--length is of rows of text"),
+        ("swin", "urpe {host} --data stdlib", "takes images: --data must be a folder of class folders"),
+        ("swin", "urpe {host} --data {photos} --length 8", "--length sets rows of text"),
         ("swin", "hedgehog {host} --data {photos}", "hedgehog cannot serve Swin: it takes no biases"),
         ("t5", "moh {host} --data {story}", "moh cannot serve T5: it takes no biases"),
         ("t5", "urpe {host} --data {story} --set max_length=0", "max_length must be a whole number of at least 1"),

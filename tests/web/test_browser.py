@@ -196,7 +196,7 @@ def sign_in(tab: Page, look: Callable[[Page], None], home: Path, email: str) -> 
     """By the link in the mail that arrived."""
     tab.get_by_label("Mail address").fill(email)
     tab.get_by_role("button", name="Send me a link").click()
-    expect(tab.get_by_role("heading", name="Look into your mail")).to_be_visible()
+    expect(tab.get_by_role("heading", name="Check your mail")).to_be_visible()
     look(tab)
     tab.goto(link_to(home, email))
     look(tab)
@@ -250,7 +250,7 @@ def test_a_reader_subscribes_by_the_mail_that_arrived_and_leaves(browser, url, h
     tab.get_by_label("Mail address").fill("grace@example.org")
     tab.get_by_label("weekly").check()
     tab.get_by_role("button", name="Send me a link").click()
-    expect(tab.get_by_role("heading", name="Look into your mail")).to_be_visible()
+    expect(tab.get_by_role("heading", name="Check your mail")).to_be_visible()
     tab.goto(link_to(home, "grace@example.org"))
     tab.get_by_role("button", name="Subscribe").click()
     expect(tab.locator("main")).to_contain_text("grace@example.org, weekly")

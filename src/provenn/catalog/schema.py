@@ -207,11 +207,11 @@ class AtPaper(Facts):
         if self.host is not None and self.start is not None:
             raise ValueError("a system that decodes an encoder's layers starts from no weights: give host or start")
         if (self.recipe or self.tested_on or self.start) and self.weights != "train":
-            raise ValueError("recipe, tested_on and start are of a training: weights must be 'train'")
+            raise ValueError("recipe, tested_on and start belong to a training: weights must be 'train'")
         if self.file is not None and self.weights != "authors":
             raise ValueError("file names the authors' weights: weights must be 'authors'")
         if self.fixed and self.start in (None, self.preset):
-            raise ValueError("fixed is of a backbone that starts from weights: name their preset with start")
+            raise ValueError("fixed needs a backbone that starts from weights: name their preset with start")
         return self
 
     @property
@@ -362,7 +362,7 @@ class Card(Facts):
                 )
         headlines = sum(claim.headline for claim in self.claims)
         if self.claims and headlines != 1:
-            raise ValueError(f"one claim is the headline, got {headlines}")
+            raise ValueError(f"exactly one claim must be the headline, got {headlines}")
         return self
 
     @field_validator("mechanisms", "presets", "experiments")

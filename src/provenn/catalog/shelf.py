@@ -112,7 +112,7 @@ def slug_of(name: str) -> str:
     """
     slugs = slugs_of(name)
     if len(slugs) > 1:
-        raise UserError(f"the arXiv number {arxiv_number(name)} is of several papers: name {' or '.join(slugs)}")
+        raise UserError(f"several papers have the arXiv number {arxiv_number(name)}: name {' or '.join(slugs)}")
     return slugs[0]
 
 

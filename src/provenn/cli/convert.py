@@ -148,7 +148,7 @@ def _material(source: "Source", data: str, length: int | None) -> "tuple[Materia
         text = huggingface.Text.of(data, tokenizer, source.outline, length=TOKENS if length is None else length)
         return text, tokenizer.save_pretrained
     if length is not None:
-        raise UserError(f"--length is of rows of text; {source.name} sees pictures of its own size")
+        raise UserError(f"--length sets rows of text, and {source.name} takes images: leave it out")
     if not Path(data).is_dir():
-        raise UserError(f"{source.name} sees pictures: --data is to be a folder of images for each class, got {data!r}")
+        raise UserError(f"{source.name} takes images: --data must be a folder of class folders, got {data!r}")
     return huggingface.Pictures.of(data, source.processor(), source.outline), source.save_processor

@@ -157,10 +157,11 @@ def bench(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Measure speed beside baselines and installed peers; of one paper also its claims of time, memory and FLOPs.
+    """Measure the speed of layers beside baselines and installed peers. For one paper, also measure what it claims of
+    time, memory and FLOPs.
 
-    A ratio is of CPU time on one thread, or of a GPU's clock, both sides in turns. Some papers have a benchmark of
-    their own. Its options run that benchmark; --options lists them.
+    A ratio compares CPU time on one thread, or a GPU's clock, with both sides measured in turns. Some papers have a
+    benchmark of their own. Its options run that benchmark; --options lists them.
 
     \b
     provenn bench aaren --budget smoke
@@ -185,7 +186,7 @@ def bench(
     theirs = {"size": size, "batch": batch, "threads": threads, "reference": reference, "forms": forms}
     for name, value in theirs.items():
         if value is not None:
-            raise UserError(f"--{name} is of --backbones: name some as --backbones A,B, or leave --{name} out")
+            raise UserError(f"--{name} needs --backbones, such as --backbones A,B: add it, or leave --{name} out")
     papers = list(catalog.cards().values()) if slug is None else [catalog.card(slug)]
     costs = [] if slug is None else [experiment.id for experiment in papers[0].experiments if experiment.kind == "cost"]
     speeds = _time(papers, device, smoke=budget == "smoke")
@@ -228,7 +229,7 @@ def _own(
         raise UserError(f"no such option: {slug or words[0]}; a paper's own options follow its name")
     card = catalog.card(slug)
     if not card.has("bench"):
-        raise UserError(f"no such option: {words[0]}; {card.slug} has no benchmark of its own, which would take some")
+        raise UserError(f"no such option: {words[0]}; {card.slug} has no benchmark of its own")
     sweep = card.resolve("bench:sweep")
     takes = arguments_of(sweep, but=SHARED)
     if list(words) == ["--options"]:
@@ -320,7 +321,7 @@ def _forms(text: str) -> list[str]:
 
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names or not set(names) <= SHORT.keys():
-        raise UserError(f"--forms takes some of {', '.join(SHORT)}; got {text!r}")
+        raise UserError(f"--forms must name some of {', '.join(SHORT)}, got {text!r}")
     return [full for short, full in SHORT.items() if short in names]
 
 

@@ -16,10 +16,10 @@ def sizes(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Count every paper.")] = False,
 ) -> None:
-    """Count parameters, FLOPs and memory of every preset, and keep them with the layers' signatures beside each paper.
+    """Count parameters, FLOPs and memory of every preset, and write them to sizes.json in the paper's folder.
 
-    They are written to sizes.json in the paper's folder, for your own papers too. The web catalogue shows them. FLOPs
-    and memory are of one example at the preset's input in paper.toml.
+    The file also holds the signatures of the layers, and the web catalogue shows it. FLOPs and memory are those of one
+    example, of the input shape in paper.toml.
 
     \b
     provenn sizes eca_net titans

@@ -34,7 +34,7 @@ web = typer.Typer(
     """
 )
 admin = typer.Typer(
-    help="""What the operator of a catalogue does: list, hide, approve, export, delete.
+    help="""Administer a catalogue: list, hide, approve, export, delete.
 
     \b
     provenn web admin list reports
@@ -219,7 +219,7 @@ def mail(
     home: Home = None,
     url: Annotated[str | None, typer.Option(help="Public address of the catalogue, for links in the mails.")] = None,
 ) -> None:
-    """Mail the digest to its subscribers. Made for cron: nobody gets it twice on a day, however often this runs.
+    """Mail the digest to its subscribers. Made for cron: a subscriber gets at most one digest a day.
 
     A weekly digest goes on the first run of a week, which begins on Monday. A server on the same database sends these
     mails too: give both the same options.
@@ -341,7 +341,7 @@ def export(
     ],
     home: Home = None,
 ) -> None:
-    """Write everything that people wrote to a file, one row a line. The file is written whole or not at all.
+    """Write all data of people to a file, one row in each line. The file is written completely or not at all.
 
     \b
     provenn web admin export rows.jsonl
@@ -367,9 +367,9 @@ def delete(
     home: Home = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
 ) -> None:
-    """Delete a person with everything that is theirs, for good.
+    """Delete a person and all their data, for good.
 
-    SQLite's files keep nothing of it. PostgreSQL keeps deleted rows until its next vacuum, and its backups longer.
+    SQLite's files keep none of it. PostgreSQL keeps deleted rows until its next vacuum, and its backups longer.
 
     \b
     provenn web admin delete ada@example.org
@@ -389,7 +389,7 @@ def delete(
             count = accounts.delete_person(session, email)
         count += mail.forget(Settings.read(home=home), email)  # after the rows of mails that would become files
     if not count:
-        raise UserError(f"nobody is known by {who!r}; `provenn web admin list people` names them all")
+        raise UserError(f"no person has the address or number {who!r}; `provenn web admin list people` names them all")
     log(f"{email} is deleted, with everything that was theirs")
 
 

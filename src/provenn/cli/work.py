@@ -253,7 +253,7 @@ def _named(slug: str, weights: Path | None) -> tuple[str, Path | None]:
     label = label_of(slug)
     if label is None:
         raise UserError(
-            f"no paper is called {slug!r}; weights that do not name their paper go with it: SLUG … --weights {slug}"
+            f"no paper is called {slug!r}; a weight file that names no paper needs one: SLUG … --weights {slug}"
         )
     return label.paper, Path(slug)
 
@@ -301,8 +301,8 @@ def predict(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="An option of the prediction, such as tokens=100, or of the model where the authors' weights do not "
-            "say it, such as chunk=64. Repeatable.",
+            help="An option of the prediction, such as tokens=100. Also an option of the model that the authors' "
+            "weights do not state, such as chunk=64. Repeatable.",
         ),
     ] = None,
 ) -> None:
@@ -356,8 +356,8 @@ def evaluate(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="An option of the data, such as length=512, or of the model where the authors' weights do not say it, "
-            "such as chunk=64. Repeatable.",
+            help="An option of the data, such as length=512. Also an option of the model that the authors' weights do "
+            "not state, such as chunk=64. Repeatable.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 256,

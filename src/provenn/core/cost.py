@@ -277,7 +277,7 @@ def peak_activation_bytes(fn: Callable[[], object], *, device: str | torch.devic
     """The most memory that one call of `fn` holds at any moment, beyond what was there before it.
 
     Counted, not sampled. On CPU every tensor's storage is followed from the operator that makes it until nothing refers
-    to it: what autograd saves for the backward pass is held, and gradients count once they exist; what one operator
+    to it. What autograd saves for the backward pass is held, and gradients count once they exist. What one operator
     allocates and frees within itself is not seen. On CUDA the allocator is asked.
 
     Args:

@@ -229,7 +229,7 @@ class _Walk:
     def module(self, module: types.ModuleType, path: str) -> None:
         if not self.follows(module.__name__.partition(".")[0]) or module.__name__.startswith(INERT):
             return self.put(module.__name__)
-        raise Unfollowable(f"{path}: the module {module.__name__} is handed on whole; name what is used of it")
+        raise Unfollowable(f"{path}: the module {module.__name__} is passed as a whole; name the parts that are used")
 
     def mapping(self, values: Mapping[Any, Any], path: str) -> None:
         self.put(f"mapping of {len(values)}")

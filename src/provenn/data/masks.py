@@ -324,7 +324,7 @@ def read_folder(root: Path, skip_broken: bool = False) -> MaskFolder:
     """Find images and their masks in a folder.
 
     Understood are `images/` and `masks/` with files of the same name, either split into `train`, `val` and `test`
-    within or under these; ADE20K (`images/training`, `annotations/training`), Pascal VOC (`JPEGImages`,
+    within or under these. So are ADE20K (`images/training`, `annotations/training`), Pascal VOC (`JPEGImages`,
     `SegmentationClass`), Cityscapes (`leftImg8bit`, `gtFine`), CamVid (masks `…_L.png`) and COCO-stuff
     (`images/train2017`, `annotations/train2017` or `stuffthingmaps`). `classes.txt` names the classes, a line each,
     with a colour where masks are coloured.

@@ -10,8 +10,8 @@ from torch import Tensor
 def bicubic(x: Float[Tensor, "*batch height width"], size: tuple[int, int]) -> Float[Tensor, "*batch height2 width2"]:
     """Resize by the cubic kernel with a = −1/2 (Keys, 1981), stretched by the factor of reduction when shrinking.
 
-    y(i) = Σ_j w(i, j) x(j), w(i, j) ∝ k(r·(u_i − j)), u_i = (i + 1/2)/scale − 1/2, r = min(1, scale), Σ_j w(i, j) = 1;
-    beyond the border the image continues by its mirror image, the last row and column repeated.
+    y(i) = Σ_j w(i, j) x(j), w(i, j) ∝ k(r·(u_i − j)), u_i = (i + 1/2)/scale − 1/2, r = min(1, scale), Σ_j w(i, j) = 1.
+    Beyond the border the image continues by its mirror image, the last row and column repeated.
 
     `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` agrees away from the borders; there it leaves the
     missing neighbours out. Without `antialias` it takes another kernel, and no antialiasing.

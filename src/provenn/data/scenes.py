@@ -1,7 +1,7 @@
 """Scenes with exact boxes: cut-outs of embedded pictures, pasted on embedded photographs.
 
 Coins from a museum's photograph (each cut out along its rim), handwritten digits in ink, and faces from Labeled Faces
-in the Wild; among them, to be left alone, ovals of what is no face and discs of brick, grass and gravel. The pictures
+in the Wild. Among them, to be left alone, ovals of what is no face and discs of brick, grass and gravel. The pictures
 are scikit-image's and scikit-learn's. No coin, digit, face or distractor, and no background photograph, is in two
 splits. Light, size, position and noise are drawn. Nothing casts a shadow, all is seen from the front, and little covers
 another: real pixels, but no real scenes.

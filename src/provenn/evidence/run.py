@@ -106,9 +106,8 @@ class Run:
     def trials(self, name: str, function: Callable[[int], Any], **setting: Any) -> list[Any]:
         """`function(seed)` for each seed, each result saved as it ends; what is known already is not run again.
 
-        The same name and setting in another experiment give the same results, so the setting is to hold all that
-        decides the
-        value; a `Study` and a `Timing` see to that, digest of the code included. `function` returns plain JSON.
+        The same name and setting in another experiment give the same results. So the setting must hold all that decides
+        the value; a `Study` and a `Timing` see to that, digest of the code included. `function` returns plain JSON.
         """
         calls = [partial(self.trial, name, partial(function, seed), seed=seed, **setting) for seed in self.seeds]
         with progress.bar(name, len(calls)) as advance:

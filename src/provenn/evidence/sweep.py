@@ -121,5 +121,5 @@ def _read(file: Path) -> list[Row]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["points"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be gone on from ({error}): move it away, or leave --resume out") from None
+        raise UserError(f"cannot resume from {file} ({error}): move it away, or leave --resume out") from None
     return [row for row in rows if isinstance(row, dict)]

@@ -201,7 +201,7 @@ def _settings(
     for name in overrides:
         if name not in there:
             words = f"what can be set: {', '.join(there)}" if there else "they take nothing"
-            raise UserError(f"no experiment that is to be measured takes {name!r}{meant(name, there)}; {words}")
+            raise UserError(f"none of the chosen experiments has the option {name!r}{meant(name, there)}; {words}")
     settings = {}
     for name, measure in measures.items():
         mine = {key: typed(key, value, known[name][key]) for key, value in overrides.items() if key in known[name]}
@@ -214,7 +214,7 @@ def _settings(
     left_out = [name for name in known if name not in settings]
     if left_out and named:
         takes = ", ".join(known[left_out[0]]) or "nothing"
-        raise UserError(f"{left_out[0]} takes none of {', '.join(overrides)}; what can be set of it: {takes}")
+        raise UserError(f"{left_out[0]} has no option {', '.join(overrides)}; it takes: {takes}")
     if left_out:
         log(f"{card.slug}: left out, as they take none of {', '.join(overrides)}: {', '.join(left_out)}")
     return settings

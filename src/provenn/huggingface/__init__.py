@@ -1,8 +1,8 @@
 """Mechanisms of the catalogue inside Hugging Face's models: convert, tune, save, load, generate, and undo.
 
 A paper that can convert a pretrained Transformer says how in its `convert.py`, as a `Conversion`. Here is what all of
-them share: which models there are, how a converted one is saved and found again by transformers' Auto classes once this
-package has been imported, and how quality is measured on the way.
+them share. It says which models there are, how a converted one is saved and found again by transformers' Auto classes
+once this package has been imported, and how quality is measured on the way.
 
     model = convert(AutoModelForCausalLM.from_pretrained("gpt2"), "hedgehog")
     recovery = recover(model, "hedgehog", Text.of("my_text/", tokenizer, model))    # or with all its training

@@ -2,7 +2,7 @@
 
 `provenn.swap` and `provenn.insert_after` note in the config of a Hugging Face model what they did. `save_pretrained`
 writes the note with the weights. transformers alone would load such a folder with new random weights in the changed
-modules; so the config is written with one entry that it cannot read, which names `load_model`.
+modules. So the config is written with one entry that it cannot read, which names `load_model`.
 """
 
 import importlib

@@ -39,7 +39,7 @@ def inspect(
     chosen, source = paper(slug), Path(file)
     if not chosen.card.has("inspection"):
         able = [card.slug for card in catalog.cards().values() if card.has("inspection")]
-        raise UserError(f"{chosen.card.slug} shows nothing of its inside; what can be inspected: {', '.join(able)}")
+        raise UserError(f"{chosen.card.slug} cannot be inspected; these can: {', '.join(able)}")
     if not source.is_file():
         raise UserError(f"{source} is a folder: give one file" if source.is_dir() else f"no file at {source}")
     shipped = chosen.card.shipped
@@ -65,7 +65,7 @@ def inspect(
             if type(get_task(chosen.card.task_of(each))).example is not Task.example
         ]
         raise UserError(
-            f"{name}: {kind.name} makes no input of a single file that could be inspected"
+            f"{name}: {kind.name} reads no input from a single file, which inspection needs"
             + (f"; of {slug} take --preset {' or '.join(able)}" if able else "")
         )
     look = chosen.card.resolve("inspection:inspect")
@@ -75,8 +75,8 @@ def inspect(
         layers = look(model, x)
     infinite = next((row for row, numbers in layers.items() if not is_finite(numbers)), None)
     if infinite is not None:
-        raise UserError(f"{origin}: what {infinite} shows is no finite number: {DAMAGED}")
+        raise UserError(f"{origin}: {infinite} is not a finite number: {DAMAGED}")
     if not layers:
-        raise UserError(f"{name} of {chosen.card.slug} has nothing inside that could be shown")
+        raise UserError(f"{name} of {chosen.card.slug} has nothing to inspect")
     drawn = None if draw is None else partial(draw, model, x, meta)
     return Inspection(f"{name} ({trained}) on {source.name}", (getdoc(look) or "").partition("\n")[0], layers, drawn)

@@ -373,7 +373,7 @@ def read_calibration(
     if loaded.meta["channels"] != meta["channels"] or loaded.meta["classes"] != meta["classes"]:
         raise UserError(
             f"{source} has {loaded.meta['channels']} channel(s) and {len(loaded.meta['classes'])} classes; these "
-            f"weights take {meta['channels']} and predict {len(meta['classes'])}, or others: calibrate on theirs"
+            f"weights take {meta['channels']} and predict {len(meta['classes'])}, or other ones: calibrate on theirs"
         )
     held_out = task.held_out(source, meta, seed=seed, whole=False, **(options or {}))
     return Calibration(str(source), loaded, held_out)
@@ -524,8 +524,8 @@ def step(layer: Any, dim: int, file: str | Path) -> str:
         How far the file is from the layer over several steps, in a line.
 
     Raises:
-        UserError: a layer that cannot stream; whose step is another one at some positions, as where a chunk ends or a
-            cache grows, of which an ONNX file holds one alone; or with an operation that ONNX has not. A file that
+        UserError: a layer that cannot stream, that has an operation that ONNX lacks, or whose step changes with the
+            position, such as at the end of a chunk. A file that
             gives other steps than the layer.
     """
     check_path(Path(file))
@@ -636,9 +636,8 @@ def _check_every_step_alike(system: Step, token: Tensor, state: list[Tensor | in
         alike = False
     if not alike:
         raise UserError(
-            f"a step of {type(system.layer).__name__} is another one at some positions, as where a chunk ends or a "
-            "cache grows, and an ONNX file holds one alone; what can be exported keeps a state of one size, as Aaren "
-            "and Hedgehog do"
+            f"the step of {type(system.layer).__name__} changes with the position, such as at the end of a chunk, and "
+            "an ONNX file holds one step; layers whose state keeps one size can be exported, such as Aaren and Hedgehog"
         )
 
 

@@ -119,7 +119,7 @@ class Paper:
         if label.paper != self.card.slug:
             raise UserError(f"{file} holds weights of {label.paper}, not of {self.card.slug}")
         if options:
-            raise UserError(f"{file} says itself what it was built with: leave {', '.join(options)} out")
+            raise UserError(f"{file} names its own options: leave {', '.join(options)} out")
         if preset not in (None, label.preset):
             raise UserError(f"{file} holds weights of {label.preset}, not of {preset}")
         if label.meta:  # of weights that were saved for Python alone there may be none

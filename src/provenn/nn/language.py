@@ -105,12 +105,12 @@ class PreNormBlock(nn.Module):
 class TokenStack(nn.Module):
     """Embedding, positions, blocks and a last norm: what `CausalLM` and `Encoder` share.
 
-    The weight of every linear map and embedding, those of the mixers too, starts as N(0, 0.02²) and every bias of a
-    linear map at 0, as in GPT-2 but without its smaller start of the last map of a branch. A mixer that must start
-    otherwise has a method `reset_parameters`, called after that. All else keeps what its layer gave it: norms, filters,
-    decays, and the head of `Encoder`'s classes, which is torch's own.
+    The weight of every linear map and embedding, those of the mixers too, starts as N(0, 0.02²). Every bias of a
+    linear map starts at 0, as in GPT-2 but without its smaller start of the last map of a branch. A mixer that must
+    start otherwise has a method `reset_parameters`, called after that. All else keeps what its layer gave it: norms,
+    filters, decays, and the head of `Encoder`'s classes, which is torch's own.
 
-    At a width of 833 that is the spread of torch's own start, 1/√(3 · dim); a narrower model starts with smaller maps,
+    At a width of 833 that is the spread of torch's own start, 1/√(3 · dim). A narrower model starts with smaller maps,
     at a width of 64 with scores of attention that are 170 times smaller. See `CausalLM` for what to do about it.
 
     Args:
@@ -272,7 +272,7 @@ class CausalLM(TokenStack):
 
     The start (`TokenStack`) is made for widths of several hundred; 64 wide, maps start 3.6 times smaller than torch's
     own. Softmax attention of that width learned associative recall (2 and 4 pairs, 400 and 600 steps) no better from
-    torch's; a mixer that does need larger maps gives them in `reset_parameters`, and anybody may after building:
+    torch's. A mixer that does need larger maps gives them in `reset_parameters`, and anybody may after building:
 
         for part in model.modules():
             if isinstance(part, nn.Linear):

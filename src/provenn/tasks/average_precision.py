@@ -152,7 +152,7 @@ def _joined(rows: list[tuple[int, list[dict[str, Any]]]], objects: np.ndarray, g
 def curves(matches: Sequence[Matches]) -> np.ndarray:
     """Average precision of each area, threshold and class; NaN where there is nothing to find.
 
-    Detections of all images by falling score give precision and recall after each; precision is made to fall with
+    Detections of all images by falling score give precision and recall after each. Precision is made to fall with
     recall by taking the best that any larger recall has, and its mean over 101 recalls is taken.
     """
     objects = np.sum([each.objects for each in matches], axis=0)  # (areas, classes)

@@ -102,8 +102,8 @@ def hops_along(
 ) -> Int64[Tensor, "nodes nodes hops"]:
     """The labels of the first edges of a shortest path between all nodes; of several paths one.
 
-    The path to j is that to the first neighbour k of j which is a step nearer, and the edge from k to j: one step of
-    the length at a time for all pairs at once, of large graphs for some rows of i after the others.
+    The path to j is that to the first neighbour k of j which is a step nearer, and the edge from k to j. It goes one
+    step of the length at a time for all pairs at once, of large graphs for some rows of i after the others.
     """
     rows = max(1, TRIPLES // max(1, lengths.shape[1] ** 2))
     return torch.cat([_hops_from(edges, part, most) for part in lengths.split(rows)])

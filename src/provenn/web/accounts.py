@@ -1,11 +1,12 @@
 """Who people are: links to sign in by, sessions, names, and all that is somebody's. Nothing here knows of HTTP.
 
-Anybody may ask for a link to any address, so that two things are guarded against: a stranger who floods a mailbox, and
-a stranger who locks its owner out by asking until no link is sent any more. `link_lasts` keeps to one rule for both. A
-mail is left out only while a link that went before still works for half its time or longer, and nobody has used it. So
-the owner has a link at every moment, or gets one by asking. After `FREE` links that nobody used, each lasts twice as
-long as the one before, up to `LONGEST_LASTS`: a mailbox gets some dozen mails a day, however many ask. Whoever uses a
-link uses up all of them, and the count begins anew. Nobody who asks learns any of this: the answer is always the same.
+Anybody may ask for a link to any address, so that two things are guarded against. They are a stranger who floods a
+mailbox, and a stranger who locks its owner out by asking until no link is sent any more. `link_lasts` keeps to one rule
+for both. A mail is left out only while a link that went before still works for half its time or longer, and nobody has
+used it. So the owner has a link at every moment, or gets one by asking. After `FREE` links that nobody used, each lasts
+twice as long as the one before, up to `LONGEST_LASTS`: a mailbox gets some dozen mails a day, however many ask. Whoever
+uses a link uses up all of them, and the count begins anew. Nobody who asks learns any of this: the answer is always the
+same.
 """
 
 import hashlib

@@ -194,11 +194,9 @@ class Demos:
         if len(self.queue) >= WAITING:
             raise Full(f"{WAITING} demos wait already: try again in a minute")
         if sum(demo.reader == reader for demo in self.queue) >= EACH:
-            raise TooOften(f"{EACH} demos of yours wait already: see what comes of them first")
+            raise TooOften(f"{EACH} of your demos are waiting: wait for their results first")
         if not self.rate.allows(reader):
-            raise TooOften(
-                f"more than {self.rate.count} demos a minute were asked for from your address: wait a little"
-            )
+            raise TooOften(f"more than {self.rate.count} demos a minute came from your address: wait a little")
 
     def _forget(self) -> None:
         over = [demo for demo in self.demos.values() if demo.over]

@@ -1,11 +1,11 @@
 """The digest: who gets one is planned in one transaction, and `provenn.web.outbox` sends it once a person and day.
 
-A digest is a row of the outbox, unique by subscription and day, which stays when it has gone. It goes at most once:
-where a server was killed between the claim and the mail server's answer, or the mail server gave none, nobody can know
+A digest is a row of the outbox, unique by subscription and day, which stays when it has gone. It goes at most once.
+Where a server was killed between the claim and the mail server's answer, or the mail server gave none, nobody can know
 whether it went, and it is not sent again. What was in it is repeated in the person's next digest, since
 `Subscription.seen` moves on with a digest that went, and with nothing else: no news is lost.
 
-A day whose mails could not go (the mail server is down) is not lost either: the rows wait, and on a later day the new
+A day whose mails could not go (the mail server is down) is not lost either. The rows wait, and on a later day the new
 mail takes over (`LATE`), with all since the last that went.
 """
 

@@ -44,14 +44,18 @@ WORD = re.compile(rf"<mrow>(?:{UPRIGHT.pattern}){{2,}}</mrow>")
 def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     parser.use(anchors_plugin, max_level=3)
-    parser.use(dollarmath_plugin, renderer=_equation, allow_digits=False)
+    parser.use(
+        dollarmath_plugin,
+        renderer=lambda content, options: equation(content, display=options["display_mode"]),
+        allow_digits=False,
+    )
     return parser
 
 
-def _equation(content: str, options: dict) -> str:
-    """An equation as MathML; one that cannot be read as it was written."""
+def equation(content: str, *, display: bool) -> str:
+    """An equation as MathML, in a line of its own if `display`; one that cannot be read stays as it was written."""
     try:
-        drawn = convert(content, display="block" if options["display_mode"] else "inline")
+        drawn = convert(content, display="block" if display else "inline")
     except Exception:  # latex2mathml raises its own errors and whatever its parser stumbles into
         return f"<code>{escape(content)}</code>"
     return WORD.sub(lambda word: f"<mi>{''.join(UPRIGHT.findall(word[0]))}</mi>", drawn)

@@ -703,7 +703,7 @@ def test_our_own_weights_say_what_they_are(tmp_path):
     assert weights.label_of(tmp_path / "ours.safetensors") == label
     model, _ = provenn.paper("rat").load(tmp_path / "ours.safetensors")
     assert model.blocks[0].mixer.chunk == 4
-    with pytest.raises(UserError, match="says itself what it was built with: leave chunk out"):
+    with pytest.raises(UserError, match="names its own options: leave chunk out"):
         provenn.paper("rat").load(tmp_path / "ours.safetensors", options={"chunk": 8})
     with pytest.raises(UserError, match="holds weights of rat_small, not of rnn_small"):
         provenn.paper("rat").load(tmp_path / "ours.safetensors", preset="rnn_small")

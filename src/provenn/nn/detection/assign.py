@@ -32,7 +32,7 @@ def by_iou(
         boxes, valid: of each image, padded; and which are no padding.
         low, high: of the IoU.
         rescue: an anchor that overlaps some box as much as any anchor does, and by more than this, is given the box
-            that it overlaps most too, however little that is; so every box is sought by some anchor. None does not.
+            that it overlaps most too, however little that is. So every box is sought by some anchor. None does not.
         claimed: give such an anchor the box that claims it instead, and of several the last, as MMDetection
             does. There a box without any overlap claims all anchors without any; here it has none.
     """

@@ -59,7 +59,7 @@ def default_boxes(
     """SSD's boxes of an image: those of cell i of n stand at (i + ½) / n of its side.
 
     Unlike anchors that stand at multiples of the stride they are spread over the whole image and no farther, also where
-    the stride divides no side; and they stretch with it, as SSD stretches images to a square.
+    the stride divides no side. They stretch with it, as SSD stretches images to a square.
 
     Args:
         size: height and width of the image. A level has ⌈side / stride⌉ cells.
@@ -190,7 +190,7 @@ class SSDLite(DenseDetector):
 
     A default box is to find the object that it overlaps by an IoU of 0.5 or more; and the box that an object overlaps
     most finds it in any case. Loss: cross-entropy of a softmax over the classes and nothing, of the positives and of
-    three times as many negatives, the hardest of each image; smooth L1 of offsets in units of 0.1 (centre) and 0.2
+    three times as many negatives, the hardest of each image. Also smooth L1 of offsets in units of 0.1 (centre) and 0.2
     (log size); both over the number of positives.
 
     The defaults are those of images of 320 pixels over maps of strides 16 and 32: six levels.

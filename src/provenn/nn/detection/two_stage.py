@@ -30,8 +30,9 @@ Pool = Callable[[Regions, int], Float[Tensor, "batch regions dim size size"]]
 class RegionBridge(Protocol):
     """An `nn.Module` between the layers and the predictions of the second stage.
 
-    It is given the regions, in pixels of the image, which of them are no padding, `pool(regions, size)`, which gives
-    the features inside regions on a grid of size × size, and the features that class and box are predicted from.
+    It is given the regions, in pixels of the image, and which of them are no padding. Further come `pool(regions,
+    size)`, which gives the features inside regions on a grid of size × size, and the features that class and box are
+    predicted from.
     """
 
     def __call__(
@@ -96,7 +97,7 @@ def roi_align(
     or the nearest that there is (Lin et al., equation 1).
 
     The maps of all levels and images become one table with a row a cell, and a sum of weighted rows gives each mean at
-    once: no loop over regions or levels, and nothing of the size of all points is ever held.
+    once. There is no loop over regions or levels, and nothing of the size of all points is ever held.
 
     Args:
         levels: the pyramid's, each stride twice the last.
@@ -154,7 +155,7 @@ def _by_cell(x: Tensor, size: int, samples: int) -> Tensor:
 class FasterRCNN(nn.Module):
     """A region proposal network, and a head of two layers on the features that RoIAlign reads inside its proposals.
 
-    First stage: three anchors a cell, positive at an IoU of 0.7 (or the best of a box), negative below 0.3; of 256
+    First stage: three anchors a cell, positive at an IoU of 0.7 (or the best of a box), negative below 0.3. Of 256
     anchors an image, half of them positive at most, binary cross-entropy and smooth L1. Second stage: a region is
     positive at an IoU of 0.5; of 512 regions an image, a quarter of them positive at most, cross-entropy and smooth L1.
 

@@ -1,7 +1,7 @@
 """The causal product as a GPU kernel: a program walks over the chunks of a span, its part of the state in registers.
 
 y_i = q_i·start + Σ_{j≤i} (q_i·k_j) v_j. A program owns some columns of v in one span of a row's tokens, so rows,
-blocks of columns and spans run side by side: what comes before a span is Σ_j k_j v_jᵀ of the spans before it, summed
+blocks of columns and spans run side by side. What comes before a span is Σ_j k_j v_jᵀ of the spans before it, summed
 first. The triangle inside a chunk exists only on chip. Float32 is kept: products of a chunk are three of the tensor
 cores'. The backward pass is the same kernel with the roles exchanged. Importable where Triton or CUDA is missing:
 `available` then says no. Before a device's first use, `available` runs the kernel on a small draw and holds it

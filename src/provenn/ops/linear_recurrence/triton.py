@@ -1,7 +1,7 @@
 """The gated linear recurrence as a GPU kernel: a program walks over the tokens of some channels, state in registers.
 
-Long sequences are cut into spans that are walked side by side: one kernel reduces each span to its product of gates and
-its own last state, the states between spans follow by the same recurrence, and a second kernel walks every span from
+Long sequences are cut into spans that are walked side by side. One kernel reduces each span to its product of gates and
+its own last state. The states between spans follow by the same recurrence, and a second kernel walks every span from
 the state before it. Gates and inputs are read at most twice, states written once. Importable where Triton or CUDA is
 missing: `available` then says no. Before a device's first use, `available` runs the kernels on a small draw and holds
 them against the PyTorch form, gradients included; if they disagree it warns and the PyTorch form is used there.

@@ -7,10 +7,10 @@ Within a chunk of b tokens, with W_0 and S_0 at its start, E_tj = ∏_{j<i≤t} 
 
 A layer's gradient is rank one, u_j = h_jᵀ δ_j, with h_j the layer's input and δ_j the error sent back to its output. So
 a read needs no W_t: z_t W_t = a_t z_t W_0 + f_t z_t S_0 − Σ_j K_tj θ_j (z_t·h_j) δ_j, which has the form of attention.
-Where α differs by channel, a, f and K have the channels too: of the input in the first layer, where they go with z and
-h, of the output in the others, where they go with the result and δ. There K is never written out: see `_Blocks`.
-What follows from the gates alone is computed for many chunks at once; the loop goes over chunks, since the gradients of
-one are taken at the weights that the one before has left.
+Where α differs by channel, a, f and K have the channels too. They are of the input in the first layer, where they go
+with z and h, and of the output in the others, where they go with the result and δ. There K is never written out: see
+`_Blocks`. What follows from the gates alone is computed for many chunks at once; the loop goes over chunks, since the
+gradients of one are taken at the weights that the one before has left.
 """
 
 import math

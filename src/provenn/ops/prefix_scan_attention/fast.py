@@ -1,9 +1,9 @@
 """Prefix-scan attention in PyTorch, for any device: a chunked scan with linear work, and the paper's log-depth scan.
 
 The chunked scan rests on the running maximum m_k = max_{i≤k} s_i, which costs one scalar a token. With it,
-w_k = Σ_{i≤k} exp(s_i − m_k) v_i needs no rescaling: inside a chunk it is a small lower-triangular matrix product whose
+w_k = Σ_{i≤k} exp(s_i − m_k) v_i needs no rescaling. Inside a chunk it is a small lower-triangular matrix product whose
 exponents are all ≤ 0, and what came before enters as exp(m_end − m_k) times the state at the end of the last chunk.
-Those states are themselves such a sum over chunks, so the same step is applied to them, and so on: the work is
+Those states are themselves such a sum over chunks, so the same step is applied to them, and so on. The work is
 linear in the number of tokens, the depth logarithmic, and every product is batched.
 """
 

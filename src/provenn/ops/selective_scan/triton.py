@@ -1,6 +1,6 @@
 """The selective scan as GPU kernels: a program walks over a span of tokens of some channels, their states in registers.
 
-Spans are walked side by side, as the chunks of the PyTorch form: one kernel finds what each leaves behind, the states
+Spans are walked side by side, as the chunks of the PyTorch form. One kernel finds what each leaves behind, the states
 between spans follow, and a second kernel walks every span from the state before it. The forward pass stores no other
 state. The backward pass finds them again, for as many rows at a time as have room, and walks against the tokens.
 Importable where Triton or CUDA is missing: `available` then says no. Before a device's first use, `available` runs the

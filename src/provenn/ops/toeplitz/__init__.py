@@ -84,9 +84,9 @@ def toeplitz_sums(
 class Cost(NamedTuple):
     """Nanoseconds, of which only the ratios matter: what was timed on one thread of an Intel Xeon.
 
-    Of an FFT in single and in double precision, for each number and binary logarithm of its length, there and back; of
+    Of an FFT in single and in double precision, for each number and binary logarithm of its length, there and back. Of
     a weight of the n × n, and of each feature and channel that it is made from and multiplied with. Fitted to both
-    forms at 245 shapes of 128 to 16,384 tokens, 8 to 32 features, 17 and 65 channels, 1 and 8 rows, causal or not: the
+    forms at 245 shapes of 128 to 16,384 tokens, 8 to 32 features, 17 and 65 channels, 1 and 8 rows, causal or not. The
     form that they choose was within a tenth of the faster one but for 3 of these forward and 1 in training, within a
     fifth there.
     """

@@ -5,7 +5,7 @@ With s_t = c_t for t ≥ 0 and s_{L−t} = c_{−t}, y_i = Σ_j c_{j−i} x_j is
     y = F⁻¹(F̄(s) F(x)),   ∂x = F⁻¹(F(s) F(∂y)),   ∂s = F⁻¹(F̄(∂y) F(x))
 
 and the same on a grid, with an FFT over both axes. The sums of kernelized attention are such products of n × m·d
-numbers. Of these a slice exists at a time, small enough for a processor's cache: both passes keep memory of
+numbers. Of these a slice exists at a time, small enough for a processor's cache. Both passes keep memory of
 O(n (m + d)), which is also faster than all at once where the whole outgrows the caches. The quadratic form is cut for
 the same reasons: it takes O(n²) time, and no more memory than the other.
 """

@@ -29,7 +29,7 @@ def group_pixels(
 ) -> Float[Tensor, "groups heads tokens width"]:
     """The pixels of a map, in groups of one window's size.
 
-    Of sides n₁w₁ and n₂w₂, pixel (a·w₁ + i, b·w₂ + j) belongs to the close group (a, b), a window of neighbours; pixel
+    Of sides n₁w₁ and n₂w₂, pixel (a·w₁ + i, b·w₂ + j) belongs to the close group (a, b), a window of neighbours. Pixel
     (i·n₁ + a, j·n₂ + b) to the remote group (a, b), every n₁-th row and n₂-th column of the whole map.
 
     Args:
@@ -146,7 +146,7 @@ class I2RMB(nn.Module):
         e = operator(norm(x)),   t = e + l(e),   l = SiLU(BN(depth-wise k×k)),   y = x + γ ⊙ W_p t
 
     Where the block changes the shape, or `skip` is off, both residuals are left out: y = γ ⊙ W_p l(e). γ stays, as in
-    the authors' code; with their 1e-6 a fresh network's signal is 1e-6 after each such block (see the README).
+    the authors' code. With their 1e-6 a fresh network's signal is 1e-6 after each such block (see the README).
 
     Args:
         dim: C, channels of the input.

@@ -71,7 +71,7 @@ class SequenceClassifier(nn.Module):
         length: of the longest sequence.
         dim, heads, layers, feedforward, dropout: of the blocks.
         feature_map: "softmax", or a name in `MAPS`.
-        pairs: the class is of two sequences, read by the same blocks: their means a and b, a · b and a − b go through
+        pairs: the class is of two sequences, read by the same blocks. Their means a and b, a · b and a − b go through
             one hidden layer, as Long Range Arena's Retrieval has it (Tay et al., 2020, arXiv:2011.04006).
 
     Shapes: (batch, tokens, channels) to (batch, num_classes); of pairs (batch, 2, tokens, channels).

@@ -87,8 +87,8 @@ def macs_of_pixels(**options: Any) -> Callable[[int, str], Callable[[], int]]:
 def printed_operations(network: presets.L2ViT, side: int) -> int:
     """Operations as the authors' tool counts them.
 
-    Multiply-adds of products and convolutions; one for each bias that a convolution adds, once for each linear layer's;
-    one for each element of an activation and of the pooled map; two for each element of a norm.
+    Multiply-adds of products and convolutions; one for each bias that a convolution adds, once for each linear layer's.
+    One for each element of an activation and of the pooled map; two for each element of a norm.
     """
     total = 0
 

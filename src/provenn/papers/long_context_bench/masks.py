@@ -1,7 +1,7 @@
 """Attention masks as slices, as predicates and in the forms that kernels take, all of one definition.
 
 A mask over S × S scores is a list of slices that share no pair: a range of queries, a range of keys and a kind. The
-predicate says the same of a pair (query, key), and is the definition; slices are what block-skipping kernels, FLOP
+predicate says the same of a pair (query, key), and is the definition. Slices are what block-skipping kernels, FLOP
 counts and context parallelism work on, and a mask whose slices and predicate disagree fails the tests.
 """
 

@@ -1,6 +1,6 @@
 """Ways to generate: all layers for every token, early exit, self-speculation, and speculation with a second model.
 
-Speculation drafts a few tokens cheaply and has the whole decoder check all of them in one pass: what it keeps is what
+Speculation drafts a few tokens cheaply and has the whole decoder check all of them in one pass. What it keeps is what
 the decoder alone would have written, token for token where the likeliest is taken, in distribution where it is drawn.
 """
 

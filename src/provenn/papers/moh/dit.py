@@ -1,7 +1,7 @@
 """MoH-DiT: a diffusion Transformer (Peebles and Xie, 2023, arXiv:2212.09748) with routed heads (section 4.2).
 
-Each block is modulated by the noise level and the class: y = x + γ ⊙ f(norm(x) ⊙ (1 + σ) + δ) with (δ, σ, γ) from a
-linear map that starts at zero, so that every block starts as the identity (adaLN-Zero).
+Each block is modulated by the noise level and the class. It is y = x + γ ⊙ f(norm(x) ⊙ (1 + σ) + δ) with (δ, σ, γ) from
+a linear map that starts at zero, so that every block starts as the identity (adaLN-Zero).
 """
 
 from collections.abc import Sequence

@@ -283,8 +283,8 @@ class RelativeConvAttention(nn.Module):
             x: the segment.
             remembered: what this layer read before, the newest last: `memory` tokens and `context` more, where the
                 text has so many. None at all is a text's beginning.
-            official: as the authors cut a text: queries are convolved as if nothing came before the segment, the
-                memory's keys and values as if nothing came before it, and a token sees the segment and all of the
+            official: as the authors cut a text: queries are convolved as if nothing came before the segment, and
+                the memory's keys and values as if nothing came before it. A token sees the segment and all of the
                 memory. Otherwise the outputs are those of one pass over the whole text.
 
         Raises:

@@ -122,7 +122,7 @@ class CifarResNet(nn.Module):
 
     Three stages of k basic blocks at 16, 32 and 64 channels, shortcuts without parameters. With `batchnorm` the counts
     of parameters are those of the published nets; with fixed scales every norm is gone. λ sees n = 3k, all modules of
-    the network; the first block of stages two and three changes the resolution, so that its skip is no identity.
+    the network. The first block of stages two and three changes the resolution, so that its skip is no identity.
 
     Args:
         blocks: k.

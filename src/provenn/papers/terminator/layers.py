@@ -125,8 +125,8 @@ class HyperKernel(nn.Module):
     def fused(self) -> "HyperKernel":
         """A copy that keeps g_i(c) as numbers, which no input changes.
 
-        Its angles are thousands of radians, where float32 has three decimals: a program that sums or rounds otherwise,
-        as onnxruntime does, gives other sines, and an exported network's outputs were off by 1e-4 of their range.
+        Its angles are thousands of radians, where float32 has three decimals. A program that sums or rounds otherwise,
+        as onnxruntime does, gives other sines. An exported network's outputs were off by 1e-4 of their range.
         """
         fused = copy.deepcopy(self)
         with torch.no_grad(), without_autocast(self.out.weight):

@@ -2,7 +2,7 @@
 
 x̃ = P ‖ x,  y = SW-Attn*(x̃),  o = y ⊗ M(x̃): the host's maps and rotations make the sliding-window attention, the memory,
 the persistent tokens P and the join ⊗ are new. Of the four ways to build a memory in this is the one that leaves the
-host's attention what it reads and adds to what it gives; the others feed it with what the memory recalls, or have none.
+host's attention what it reads and adds to what it gives. The others feed it with what the memory recalls, or have none.
 The join norms y, so a converted model has much to learn again before it is what it was.
 """
 

@@ -3,7 +3,7 @@
 T5 has a table of biases by buckets of the offset, Swin one of a window's offsets: the multiplier is looked up by the
 same indices, after the softmax. Hosts without relative biases get a multiplier of the plain offsets. With all ones a
 converted model is the model that it was. Departures: each layer has a table of its own, since `save_pretrained` wants
-no parameter twice; dropout of attention weights is left out, as in all conversions; T5's attention to its source has no
+no parameter twice. Dropout of attention weights is left out, as in all conversions; T5's attention to its source has no
 relative positions, and stays.
 """
 

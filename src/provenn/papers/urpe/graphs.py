@@ -32,7 +32,7 @@ class GraphBlock(nn.Module):
 class GraphRegressor(nn.Module):
     """Numbers of a graph: Graphormer's encodings of degrees, paths and edges, pre-norm blocks, and a virtual node.
 
-    Bias and multiplier are looked up by the length of the shortest path between two nodes; the bias has the mean over
+    Bias and multiplier are looked up by the length of the shortest path between two nodes. The bias has the mean over
     the path's edges added to it, each by a map of its index on the path.
 
     Args:

@@ -112,7 +112,7 @@ class TransformerXL(nn.Module):
 
     Shapes: tokens (batch, tokens) to logits (batch, tokens, vocab); with cutoffs, log-probabilities. One table
     of the multiplier, of `segment + memory` distances a head, serves all layers; farther ones have the farthest's.
-    Streams: a step reads the memory before its token, where `forward` reads that before a segment, so that both are the
+    Streams: a step reads the memory before its token, where `forward` reads that before a segment. So both are the
     same up to `memory` tokens, and a step has fewer before it from there on.
     """
 

@@ -1,8 +1,8 @@
 """How a branch joins its stream: the scale policies that the paper derives and those that it compares with.
 
 Dherin & Munn, 2025, arXiv:2510.03470. Credits: SkipInit (De & Smith, 2020), ReZero (Bachlechner et al., 2020), Fixup
-(Zhang et al., 2019), LayerScale (Touvron et al., 2021), 1/√n as in Stable ResNet (Hayou et al., 2021), τ-ResNet (Zhang
-et al., 2019), Marion et al. (2022) and Depth-μP (Yang et al., 2023).
+(Zhang et al., 2019), and LayerScale (Touvron et al., 2021). Further 1/√n as in Stable ResNet (Hayou et al., 2021),
+τ-ResNet (Zhang et al., 2019), Marion et al. (2022) and Depth-μP (Yang et al., 2023).
 """
 
 import math

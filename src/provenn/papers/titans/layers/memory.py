@@ -150,7 +150,7 @@ class NeuralMemory(Mixer):
 
     In chunks the gradient is taken at the weights of the chunk's start (section 3.2). The memory's form, a gate of each
     kind for each of its layers, and forgetting by channel are the camera-ready's; the first version has one scalar of
-    each kind and leaves the form open. W of LN, which channels forget, and how the gates start are ours: α goes by the
+    each kind and leaves the form open. W of LN, which channels forget, and how the gates start are ours. α goes by the
     input's channels in the first layer and the output's in the others, so that it is as wide as the memory's x and y.
 
     Args:
@@ -234,7 +234,7 @@ class NeuralMemory(Mixer):
     def reset_memory(self) -> None:
         """Start the gates where a memory trains, and the memory where one step of θ moves it by about θ.
 
-        With a residual all weights are N(0, 1): behind a norm the size of the last matrix divides its gradient, and at
+        With a residual all weights are N(0, 1). Behind a norm the size of the last matrix divides its gradient, and at
         this size both layers answer to a step as a matrix does to one on a key of unit length. A last matrix of zeros,
         which is where a memory without a norm starts, has no norm at all.
         """

@@ -103,7 +103,7 @@ class MemoryAsContext(Mixer):
         segment: C, tokens of a segment.
         persistent: N_p, learned tokens that attention sees before each segment.
         stride: every so many tokens of a segment ask the memory, so that C / stride of its tokens stand beside the
-            segment; the paper's sizes have 256 for 512 tokens and do not say how (every second is ours).
+            segment. The paper's sizes have 256 for 512 tokens and do not say how (every second is ours).
         memory_heads: heads of the memory.
         memory: other options of `NeuralMemory`.
 

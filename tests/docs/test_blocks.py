@@ -1,0 +1,135 @@
+"""Every block of code in README, CONTRIBUTING and the guides runs alone, in a folder with the files that they name.
+
+A comment before a block says what the suite has not: `<!-- needs: four GPUs -->`, `<!-- installs -->`. The commands of
+such a block are still held to the options that exist.
+"""
+
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+import provenn
+from provenn.catalog import Card
+from provenn.cli import app, main
+
+ROOT = Path(__file__).parents[2]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- (installs|needs: [^>]+) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = typer.main.get_command(app)
+SAMPLES = Path(provenn.__file__).parent / "web" / "static" / "samples"
+ELSEWHERE = (
+    "CONTRIBUTING.md"  # its Python and TOML are the files of one package, which test_contributing builds and runs
+)
+
+
+class Block(NamedTuple):
+    name: str
+    language: str
+    text: str
+    needs: str
+
+
+def blocks() -> list[Block]:
+    found = []
+    for file in FILES:
+        for number, block in enumerate(BLOCK.finditer(file.read_text()), 1):
+            needs, language, text = block.groups()
+            found.append(Block(f"{file.relative_to(ROOT)}:{number}", language, text, needs or ""))
+    return found
+
+
+def of(language: str, *, needs: bool = False) -> list:
+    chosen = [block for block in blocks() if block.language == language and bool(block.needs) is needs]
+    return [pytest.param(block, id=block.name) for block in chosen if language == "sh" or ELSEWHERE not in block.name]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each line, without comments and without variables in front."""
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [line[next(i for i, word in enumerate(line) if "=" not in word) :] for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> Path:
+    """The files that the guides name: photographs of two classes, images with masks, a series and a text."""
+    folder = tmp_path_factory.mktemp("samples")
+    names = {
+        "cat.png": "cat.png",
+        "digit-3.png": "digit.png",
+        "scene-1.png": "scene.png",
+        "textures-1.png": "textures.png",
+    }
+    for sample, name in {**names, "airline.csv": "series.csv"}.items():
+        shutil.copy(SAMPLES / sample, folder / name)
+    rng = np.random.default_rng(0)
+    for name in ("photos/cats", "photos/flowers", "masks/images", "masks/masks", "text"):
+        (folder / name).mkdir(parents=True)
+    for number in range(16):
+        for kind, sample in (("cats", "cat.png"), ("flowers", "flower.png")):
+            x, y = rng.integers(0, 64, 2)
+            Image.open(SAMPLES / sample).crop((x, y, x + 64, y + 64)).save(folder / f"photos/{kind}/{number}.png")
+        mask = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
+        Image.fromarray(np.stack([mask * 80 + 20] * 3, 2)).save(folder / f"masks/images/{number}.png")
+        Image.fromarray(mask).save(folder / f"masks/masks/{number}.png")
+    for number in range(4):
+        (folder / f"text/{number}.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    return folder
+
+
+@pytest.fixture
+def here(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "here"
+    shutil.copytree(samples, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PROVENN_HOME", str(tmp_path / "home"))
+    return folder
+
+
+@pytest.mark.parametrize("block", of("python"))
+def test_python_runs_alone(block: Block, here: Path):
+    exec(compile(block.text, block.name, "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("block", of("sh"))
+def test_commands_run_alone(block: Block, here: Path, capfd):
+    for words in commands(block.text):
+        assert words[0] == "provenn", f"{block.name}: say what it needs, by a comment before the block"
+        assert main(words[1:]) == 0, f"{' '.join(words)}: {capfd.readouterr().err}"
+
+
+@pytest.mark.parametrize("block", of("sh", needs=True))
+def test_commands_that_need_more_have_their_options(block: Block):
+    for words in commands(block.text):
+        if "provenn" in words:
+            parse(words[words.index("provenn") + 1 :])
+        for word in words:
+            if re.match(r"(scripts|tests)/", word):
+                assert (ROOT / word).exists(), f"{block.name}: {word}"
+
+
+def parse(words: Sequence[str]) -> None:
+    """As the command line does, but nothing is run."""
+    command, rest = COMMAND, list(words)
+    while rest and rest[0] in getattr(command, "commands", {}):
+        command = command.commands[rest.pop(0)]
+    command.make_context("provenn", rest)
+
+
+@pytest.mark.parametrize("block", of("toml"))
+def test_toml_is_what_the_schema_takes(block: Block, tmp_path: Path):
+    Card.model_validate({**tomllib.loads(block.text), "slug": "block", "folder": tmp_path, "package": "block"})
+
+
+def test_no_block_has_a_language_that_nothing_runs():
+    assert {block.language for block in blocks()} <= {"python", "sh", "toml", ""}
+    assert not [block.name for block in blocks() if not block.language and "provenn " in block.text]
+    assert len(blocks()) > 30

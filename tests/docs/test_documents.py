@@ -1,0 +1,56 @@
+"""The documents agree with the code and with each other, and README and CONTRIBUTING stay short."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import provenn
+from provenn.catalog import slots
+
+ROOT = Path(__file__).parents[2]
+MOST_BYTES = 8 * 1024
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_the_first_documents_are_short(name):
+    assert len((ROOT / name).read_bytes()) <= MOST_BYTES
+
+
+def test_the_table_of_papers_is_todays():
+    """`make readme` writes it."""
+    spec = importlib.util.spec_from_file_location("papers_table", ROOT / "scripts" / "papers_table.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    readme = (ROOT / "README.md").read_text()
+    assert script.with_table(readme) == readme
+
+
+def test_one_version_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    version, date = re.search(r"^## (\S+) \((\d{4}-\d{2}-\d{2})\)$", (ROOT / "CHANGELOG.md").read_text(), re.M).groups()
+    assert project["version"] == provenn.__version__ == version
+    assert f"\nversion: {version}\n" in citation and f"\ndate-released: {date}\n" in citation
+
+
+def test_the_glossary_has_every_slot():
+    glossary = (ROOT / "docs" / "glossary.md").read_text()
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", glossary, re.M)) == set(slots.SLOTS)
+
+
+def test_every_task_has_a_page_whose_commands_have_their_options(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import docs_pages
+    from test_blocks import BLOCK, commands, parse
+
+    from provenn.tasks import get_task, task_names
+
+    for name in task_names():
+        page = docs_pages.task_page(get_task(name))
+        assert page.startswith("# ") and "**Metric:**" in page
+        for block in BLOCK.finditer(page):
+            for words in commands(block[3]):
+                parse(words[1:])

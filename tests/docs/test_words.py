@@ -1,0 +1,53 @@
+"""What people read is plain: under 18 words a sentence on average, and none over 35."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "scripts" / "count_words.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("count_words", FILE)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["documents", "stories", "help", "page"])
+def test_sentences_are_short(script, kind):
+    texts = script.KINDS[kind]()
+    assert script.count([paragraph for text in texts.values() for paragraph in text])[1] < 18
+    for name, paragraphs in texts.items():
+        too_long = script.count(paragraphs)[2]
+        assert not too_long, f"{name}: {too_long}"
+
+
+def test_markdown_is_read_as_sentences(script):
+    text = (
+        "# Title of the page here\n\nOne `a b c` has **six words**. It\nruns.\n\n```\nno code\n```\n- An item of four\n"
+    )
+    text += "\n| a | cell of four words |\n| --- | --- |\n\nSee [the long guide](a/b.md), or $x + y$.<!-- not\nthis -->"
+    found = [sentence for paragraph in script.of_markdown(text) for sentence in script.sentences(paragraph)]
+    assert found == [
+        "One CODE has six words.",
+        "An item of four",
+        "cell of four words",
+        "See the long guide, or CODE.",
+    ]
+
+
+def test_templates_are_read_as_a_reader_sees_them(script):
+    text = '{% set a %}<p class="b c d e">It is <b>{{ a(b) }}</b> of {# no #}two.</p><script>var a b c d</script>'
+    text += "{% if x %}This is one way.{% else %}This is the other.{% endif %}"
+    found = [sentence for paragraph in script.of_template(text) for sentence in script.sentences(paragraph)]
+    assert found == ["It is VALUE of two.", "This is one way.", "This is the other."]
+
+
+def test_errors_are_found_where_they_are_raised(script):
+    said = script.errors()["src/provenn/cli/measure.py"]
+    assert "give --experiment or --headline, not both" in said
+    assert any("VALUE" in text for text in said)
