@@ -165,7 +165,8 @@ class _Verifying:
         """
         record = self.recorded(experiment)
         measure = measuring_functions(self.card.resolve_module("experiments"))[experiment.id]
-        reason = _unrepeatable(measure, record, self.evidence.runs[record.run].environment.device)
+        self.run.device = self.evidence.runs[record.run].environment.device.partition(":")[0]
+        reason = _unrepeatable(measure, record, self.run.device)
         if reason or not self.repeats:
             self.reasons[experiment.id] = reason
             return self.outcome(experiment)
@@ -198,7 +199,7 @@ class _Verifying:
             run.rates = dict(recorded.setting.get("lr", {}))
             measure = replace(measure, shown=(), picture=False)
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[run.device] if run.device == "cuda" else []):
                 fresh = measure(run)
         except Exception as error:
             fresh = Measurement.failure(error, run.device)
@@ -266,9 +267,8 @@ def _unrepeatable(measure: Measure, record: Record, device: str) -> str:
     timing = measure.timing if isinstance(measure, (Ratio, Exponent)) else None
     if recorded.estimator == "clock ratio" or (timing is not None and timing.quantity == "time"):
         return CLOCK
-    kind = device.partition(":")[0]
     try:
-        choose_device(kind)
+        choose_device(device)
     except UserError:
         return f"it was measured on {device}"
     return ""
@@ -298,6 +298,8 @@ def _verifying(
                 log(trouble)
             if resume and (folder / EVIDENCE).exists():
                 evidence = _with_outcomes(evidence, Evidence.read(folder / EVIDENCE))
+                if record:
+                    evidence.write(card.folder / EVIDENCE)
         run = Run(card.slug, out, device="cpu", ledger=ledger, reuse=resume, elsewhere=elsewhere)
         of_card = [experiment for experiment in card.experiments if experiment.id in (experiments or digests)]
         recorded = {one.id: kept for one in of_card if one.id in digests and (kept := _own(evidence, one))}
