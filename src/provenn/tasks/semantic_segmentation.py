@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -33,6 +34,7 @@ from provenn.tasks.base import (
     fingerprint,
     split_indices,
 )
+from provenn.tasks.demos import Trial, save_shown
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.tasks.meta import Masks
 from provenn.tasks.portable import Standardising, portable_images, standardise
@@ -632,3 +634,18 @@ def _folder(
 
 
 TASK = SemanticSegmentation()
+
+
+def answer(trial: Trial) -> dict[str, Any]:
+    """A demo: the classes of a picture's pixels laid over it, and how much each covers."""
+    trial.predict(Path("mask.png"), overlay=True)
+    size = save_shown(trial.file)
+    with Image.open("mask_overlay.png") as overlay:  # its key is under it
+        overlay.crop((0, 0, *size)).save("overlay.png")
+    with Image.open("mask.png") as opened:
+        mask: np.ndarray = np.asarray(opened)
+        colours = np.reshape(opened.getpalette() or [], (-1, 3)).tolist()
+    classes = trial.meta["classes"]
+    shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
+    found = [(classes[k], float(shares[k]), colours[k]) for k in np.argsort(-shares) if shares[k]]
+    return {"kind": "mask", "size": size, "shares": found}
