@@ -90,15 +90,15 @@ class Face(_Strict):
         package: where its targets are looked up.
         demo: its form in the browser.
         hosts: by slot, the network in which mechanisms are compared: see `provenn.tasks.hosts`.
-        material: what a pretrained model of Hugging Face is converted and tuned on, a class as
-            `provenn.huggingface.Text`.
+        materials: what a pretrained model of Hugging Face is converted and tuned on, classes as
+            `provenn.huggingface.Text`; of several, a metric chooses.
         presets_of: another task, whose presets are trained for this one, which has none of its own.
     """
 
     package: str
     demo: Demo | None = None
     hosts: dict[str, Target] = Field(default_factory=dict)
-    material: Target | None = None
+    materials: tuple[Target, ...] = ()
     presets_of: str | None = None
 
     def resolve(self, target: str) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from provenn.core import cost
 from provenn.core.digest import digest
 from provenn.evidence import Run, Study
+from provenn.nn.language import CausalLM
 from provenn.nn.streaming import state_bytes
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.hosts import Factory, Host, Probe
@@ -55,7 +56,10 @@ def context_costs(
 def _costs(host: Host, factory: Factory, reference: Factory, options: dict[str, Any], run: Run) -> dict[str, Any]:
     """A training step and one token more after a context, as multiples of the reference's time; the state's bytes."""
     torch.manual_seed(0)
-    model, reference_model = (host.build(mixer, options).to(run.device) for mixer in (factory, reference))
+    # A host with contexts builds a model that streams.
+    model, reference_model = (
+        cast(CausalLM, host.build(mixer, options)).to(run.device) for mixer in (factory, reference)
+    )
     tokens = torch.randint(options["vocab"], (BATCH, host.sizes["length"]), device=run.device)
     step = cost.compare(
         partial(_train, host.task, model, tokens),
