@@ -37,7 +37,7 @@ from provenn.tasks.base import (
 from provenn.tasks.demos import Trial, save_shown
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.tasks.meta import Masks
-from provenn.tasks.portable import Standardising, portable_images, standardise
+from provenn.tasks.portable import Standardising, calibration_images, portable_images, standardise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -273,6 +273,11 @@ class SemanticSegmentation(Task):
             strides,
             lambda image: full_logits(model, standardise(image, meta)).softmax(1),
         )
+
+    def calibration(
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, options: dict[str, Any] | None = None
+    ) -> TaskData:
+        return calibration_images(self, source, meta, seed=seed, options=options, of_one_size=("brain",))
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Test images, the true masks and the predicted ones."""
