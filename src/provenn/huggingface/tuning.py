@@ -21,7 +21,7 @@ from provenn.huggingface.conversion import Batch, conversion_of, convert
 from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.huggingface.loading import Source
 from provenn.nn.auxiliary import collect_auxiliary
-from provenn.tasks import get_task
+from provenn.tasks.language_modelling import TASK
 
 TUNINGS = ("full", "lora", "none")
 LEARNING_RATES = {"full": 6e-4, "lora": 1e-4}  # arXiv:2402.04347, section 5.4, and its group's later code
@@ -161,7 +161,7 @@ class Text:
             masked = tokenizer.mask_token_id
             if masked is None:
                 raise UserError("this model predicts masked tokens, but its tokenizer has no mask token")
-        train, _, test = cast(Any, get_task("language-modelling")).documents(source)
+        train, _, test = TASK.documents(source)
         rows = _pack_rows(test, tokenizer, length, "of test text")
         row_count = min(len(rows), max(1, tested // length))
         chosen = torch.arange(row_count) * len(rows) // row_count

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from provenn.tasks.base import Task
     from provenn.training import Recipe
 from provenn.inference.overrides import divided
-from provenn.inference.paper import PROBES, Paper
+from provenn.inference.paper import Paper
 
 SIDES = ("size", "image_size")  # what presets call the side of their images, which is that of the data
 FEWEST_STEPS = 200  # of a training on the user's own data, where nobody says how long
@@ -73,8 +73,9 @@ def train(
     from provenn.training.recipes import recipe_of
 
     card = catalog.card(slug)
-    chosen = card.preset(preset, PROBES.get(task or "", task))
-    kind = tasks.get_task(task if task in PROBES else card.task_of(chosen))
+    presets_of = None if task is None else tasks.face_of(task).presets_of
+    chosen = card.preset(preset, presets_of or task)
+    kind = tasks.get_task(card.task_of(chosen) if task is None or presets_of is None else task)
     folder = Path(out) if out is not None else Path("runs") / card.slug
     if resume and not begun(folder):
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
@@ -229,9 +230,9 @@ def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: di
 
 def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
     """A hint for those who gave data of one task to a paper whose first preset is for another."""
-    from provenn.tasks import get_task
+    from provenn.tasks import face_of, get_task, task_names
 
-    probes = [name for name, of in PROBES.items() if of in card.tasks]
+    probes = [name for name in task_names() if face_of(name).presets_of in card.tasks]
     others = [name for name in card.tasks if name != kind.name and data not in kind.embedded]
     fitting = [name for name in (*others, *probes) if data in get_task(name).embedded]
     fitting = fitting or [name for name in others if _can_read(get_task(name), data)]

@@ -196,6 +196,22 @@ class Task(ABC):
             f"{self.name}"
         )
 
+    def calibration(
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, options: dict[str, Any] | None = None
+    ) -> TaskData:
+        """Data whose training examples say which range each activation of an int8 file has.
+
+        The first entry of an example is an image, standardised as `meta` says: what `portable` calls `image`.
+
+        Args:
+            source, seed, options: as in `load`.
+            meta: what was saved with the weights.
+
+        Raises:
+            UserError: no file of this task can be quantised, or data that the model does not fit.
+        """
+        raise UserError(f"--int8 is for classifiers and segmenters of images; these weights are for {self.name}")
+
     def example(self, file: Path, meta: dict[str, Any]) -> Any:
         """What a model sees of one file, as a batch of one, where the task can say.
 
