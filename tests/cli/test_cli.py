@@ -391,7 +391,7 @@ BAD = [
     ("inspect craft good.png", "craft cannot be inspected; these can: eca_net,"),
     (
         "inspect nprf good.png --preset nprf_translator_tiny",
-        "that could be inspected; of nprf take --preset nprf_lm_tiny or",
+        "which inspection needs; of nprf take --preset nprf_lm_tiny or",
     ),
     ("inspect m2r2 good.csv --preset draft_tiny", "draft_tiny of m2r2 has nothing to inspect"),
     ("inspect tiny_gate nowhere.png", "no file at nowhere.png"),
