@@ -14,7 +14,7 @@ from provenn.core.errors import UserError
 from provenn.tasks import TaskData, get_task
 from provenn.training import Recipe, check_recipe, fit
 from provenn.training.augmentation import AugmentedImages, augmented, mixed
-from provenn.training.loop import EpochSampler
+from provenn.training.order import EpochSampler
 from provenn.training.recipes import block_depths, recipe_of
 
 TASK = get_task("image-classification")

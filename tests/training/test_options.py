@@ -15,9 +15,9 @@ from torch.utils.data import Dataset, Subset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.training import Recipe, fit, loop
+from provenn.training import Recipe, fit, history
 from provenn.training.checkpoints import CHECKPOINT
-from provenn.training.loop import _Best
+from provenn.training.history import BestModels
 from provenn.training.recipes import recipe_of
 
 TASK, DATA = Line(), Line().load()
@@ -83,7 +83,7 @@ def test_a_run_that_broke_off_in_an_epoch_goes_on_from_its_last_step_bit_for_bit
 
 
 def test_a_long_epoch_is_saved_before_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MOST_LOST", 0.0)
+    monkeypatch.setattr(history, "MOST_LOST", 0.0)
     whole = fit(with_dropout, TASK, DATA, RECIPE, seed=6)
     with pytest.raises(RuntimeError, match="the machine went down"):
         fit(with_dropout, Broken(4), DATA, RECIPE, seed=6, out=tmp_path)
@@ -128,7 +128,7 @@ def test_the_best_are_known_again_after_a_break(tmp_path):
 
 
 def test_of_equal_epochs_the_earlier_is_kept(tmp_path):
-    best = _Best(tmp_path, 1, lambda model, file: file.write_text("a model"))
+    best = BestModels(tmp_path, 1, lambda model, file: file.write_text("a model"))
     for epoch in (1, 2):
         best.offer(nn.Linear(1, 1), 0.5, epoch)
     assert [file.name for file in tmp_path.iterdir()] == ["best-1.safetensors"]

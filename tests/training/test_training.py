@@ -17,7 +17,8 @@ from provenn.core.errors import UserError
 from provenn.nn.auxiliary import add_auxiliary
 from provenn.training import Recipe, fit
 from provenn.training.checkpoints import CHECKPOINT
-from provenn.training.loop import EpochSampler, leave_group
+from provenn.training.order import EpochSampler
+from provenn.training.processes import leave_group
 from provenn.training.recipes import SCHEDULES, recipe_of
 
 TASK, DATA = Line(), Line().load()
