@@ -8,8 +8,9 @@ import hashlib
 import inspect
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,7 +26,7 @@ from provenn.evidence.measurement import Measurement, Skill
 from provenn.evidence.run import Run
 from provenn.nn.backbone import fix
 from provenn.tasks import Task, get_task
-from provenn.training import Recipe, fit
+from provenn.training import Hardware, Recipe, Saving, fit
 from provenn.training import weights as files
 from provenn.training.recipes import recipe_of
 
@@ -167,11 +168,15 @@ def _converted(
         of_data, of_tuning = _divided({**how.overrides, **sides[side]}, material.of)
         reader = source.processor() if pictures else source.tokenizer()
         examples = material.of(where[name], reader, source.outline, **of_data)
-        of_tuning = {"batch_size": 8, **of_tuning}
-        of_host = {"batch_size": of_tuning["batch_size"], "lr": of_tuning.get("lr"), "seed": seed}
-        model = examples.host(source, device=run.device, **of_host)
-        of_tuning = {**examples.stages(of_tuning["batch_size"]), **of_tuning}
-        recovery = huggingface.recover(model, card.slug, examples, seed=seed, **of_tuning)
+        known = {field.name for field in fields(huggingface.Tuning)}
+        of_mechanism = {key: value for key, value in of_tuning.items() if key not in known | {"tuning"}}
+        how_tuned = {"method": of_tuning.get("tuning", "full")} | {k: v for k, v in of_tuning.items() if k in known}
+        batch_size = how_tuned.get("batch_size", 8)
+        model = examples.host(source, device=run.device, batch_size=batch_size, lr=how_tuned.get("lr"), seed=seed)
+        tuning = huggingface.Tuning(**{**examples.stages(batch_size), **how_tuned})
+        with _folder_of(run, experiment.id, side, name, str(seed)) as folder:
+            saving = Saving(folder, resume=True)
+            recovery = huggingface.recover(model, card.slug, examples, tuning, seed=seed, saving=saving, **of_mechanism)
         return {stage: value for stage, value, _ in recovery.stages()}
 
     several = how.against is not None
@@ -252,23 +257,18 @@ def _trained(
         of_data, of_system = _divided(overrides, kind.load, build)
         options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data, **frozen}
         data = kind.load(where[name], seed=seed, **options)
-        folder = run.folder / TRAININGS / _contents_of(experiment.id, label, name, str(seed))
-        if not run.reuse:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
         built = partial(_build, build, {**preset.options, **data.options, **of_system})
-        done = fit(
-            built if begun is None else partial(_begun, card, how, begun, built, of_system),
-            kind,
-            data,
-            recipe,
-            seed=seed,
-            device=run.device,
-            out=folder,
-            resume=True,
-            title=f"{experiment.id}: {label} on {name}",
-        )
-        shutil.rmtree(folder, ignore_errors=True)
+        with _folder_of(run, experiment.id, label, name, str(seed)) as folder:
+            done = fit(
+                built if begun is None else partial(_begun, card, how, begun, built, of_system),
+                kind,
+                data,
+                recipe,
+                seed=seed,
+                hardware=Hardware(run.device),
+                saving=Saving(folder, resume=True),
+                title=f"{experiment.id}: {label} on {name}",
+            )
         metrics = done.metrics
         if tested:
             # Tokens and scales are the training's: other ways to read are not for the test.
@@ -319,6 +319,17 @@ def _trained(
         return Measurement.mean(reached[preset.name], **facts)
     system, baseline = sides
     return Measurement.paired(reached[system], reached[baseline], sides=experiment.sides or (system, baseline), **facts)
+
+
+@contextmanager
+def _folder_of(run: Run, *names: str) -> Iterator[Path]:
+    """Where a training keeps its checkpoints until it has ended, so that one that was killed goes on."""
+    folder = run.folder / TRAININGS / _contents_of(*names)
+    if not run.reuse:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _changed(name: str, overrides: Mapping[str, Any]) -> str:

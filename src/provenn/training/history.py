@@ -18,6 +18,7 @@ from provenn.core.errors import UserError
 from provenn.tasks.base import Task, TaskData, count_examples
 from provenn.training.checkpoints import CHECKPOINT, best_file
 from provenn.training.module import Diverged, what_may_help
+from provenn.training.options import Saving
 from provenn.training.processes import gathered, random_states, whole_state
 from provenn.training.recipes import Recipe
 from provenn.training.systems import before_saving
@@ -60,18 +61,11 @@ def history_class() -> type:
     class History(Callback):
         """Keeps the learning curve, shows the bar, and stops early where the recipe says so."""
 
-        def __init__(
-            self,
-            task: Task,
-            data: TaskData,
-            title: str,
-            recipe: Recipe,
-            out: Path | None,
-            save_every: int | None,
-            keeper: BestModels | None,
-        ):
+        def __init__(self, task: Task, data: TaskData, title: str, recipe: Recipe, saving: Saving | None):
             self.task, self.data, self.title, self.recipe = task, data, title, recipe
-            self.out, self.save_every, self.keeper = out, save_every, keeper
+            self.saving, self.keeper = saving, None
+            if saving is not None and saving.save is not None and saving.keep_best:
+                self.keeper = BestModels(saving.folder, saving.keep_best, saving.save)
             self.loss = torch.zeros(())  # of the last batch
             self.batches_done = 0  # of an epoch that a checkpoint breaks off
             self.wrapper: nn.Module | None = None  # what several processes train the model in
@@ -116,22 +110,21 @@ def history_class() -> type:
                 each.log_metrics({"train_loss": self.loss.item(), "lr": rate}, step=self.steps)
             self.advance(1, self._line())
             # The last batch of an epoch is followed by the epoch's own checkpoint.
-            if self._due(trainer) and index + 1 < trainer.num_training_batches:
+            if self.saving and self._due(trainer, self.saving) and index + 1 < trainer.num_training_batches:
                 self.saved = time.monotonic()
                 self.batches_done = index + 1
                 self.random = random_states(module.device)
                 self.losses = list(trainer.strategy.reduce(torch.stack(self.losses), reduce_op="mean"))
-                trainer.save_checkpoint(Path(str(self.out)) / CHECKPOINT)
+                trainer.save_checkpoint(self.saving.folder / CHECKPOINT)
 
-        def _due(self, trainer: Any) -> bool:
+        def _due(self, trainer: Any, saving: Saving) -> bool:
             """Whether to save within an epoch: at the steps asked for, and before long epochs cost a kill much work.
 
             Clocks of several processes disagree, and all have to save together: there only steps count.
             """
-            if self.save_every and self.steps % self.save_every == 0:
+            if saving.save_every and self.steps % saving.save_every == 0:
                 return True
-            alone = self.out is not None and trainer.world_size == 1
-            return alone and time.monotonic() - self.saved > MOST_LOST
+            return trainer.world_size == 1 and time.monotonic() - self.saved > MOST_LOST
 
         def _line(self) -> str | None:
             """Loss and rate, now and then."""
@@ -199,8 +192,9 @@ def history_class() -> type:
             state["best_state"] = self.best_state
             if self.keeper is not None:
                 state["kept"] = list(self.keeper.kept)
+            state["losses"] = torch.stack(self.losses) if self.losses else []
             if self.batches_done:
-                state |= {"batches_done": self.batches_done, "random": self.random, "losses": list(self.losses)}
+                state |= {"batches_done": self.batches_done, "random": self.random}
             return state
 
         def load_state_dict(self, state: dict[str, Any]) -> None:

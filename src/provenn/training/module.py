@@ -15,7 +15,7 @@ from provenn.tasks.base import Task, TaskData, count_examples
 from provenn.training.augmentation import augmented, mixed
 from provenn.training.checkpoints import kinds_of_parts
 from provenn.training.context import TokenShare
-from provenn.training.order import EpochSampler
+from provenn.training.order import Batches, EpochSampler
 from provenn.training.recipes import Recipe
 from provenn.training.systems import JointOptimizer, make_optimizer, training_loss
 from provenn.training.trainer import load_lightning
@@ -82,6 +82,9 @@ def module_class() -> type:
             return self.trainer.strategy.reduce(bad, reduce_op="sum").item() == 0
 
         def train_dataloader(self) -> DataLoader:
+            if isinstance(self.data.train, Batches):
+                rest = self.data.train.after(self.history.batches_done)
+                return DataLoader(rest, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
             count = count_examples(self.data.train)
             # Of a run that goes on after an epoch, `current_epoch` still is the one that has ended.
             processes, epoch = self.trainer.world_size, self.trainer.fit_loop.epoch_progress.current.processed
@@ -122,14 +125,19 @@ def module_class() -> type:
             Lightning divides each loss by `accumulate`, but an epoch's last step may have fewer batches, the last of
             them fewer examples.
             """
-            size, many = self.recipe.batch_size, self.recipe.accumulate
-            count = len(self.trainer.train_dataloader.sampler)
+            many = self.recipe.accumulate
+            if isinstance(self.data.train, Batches):
+                size, count = 1, len(self.data.train)
+            else:
+                size, count = self.recipe.batch_size, len(self.trainer.train_dataloader.sampler)
             first = index - index % many
             examples = min((first + many) * size, count) - first * size
             return many * min(size, count - index * size) / examples
 
         def on_train_epoch_start(self) -> None:
             # Dropout and augmentation draw from here on: a resumed epoch draws what an uninterrupted one would.
+            if isinstance(self.data.train, Batches) and not self.current_epoch:
+                return  # the first one draws on from the seed of the run
             torch.manual_seed(self.seed * 1_000_003 + self.current_epoch * 101 + self.global_rank)
 
         def configure_optimizers(self) -> Any:
@@ -142,6 +150,10 @@ def module_class() -> type:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     return Module
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def what_may_help(module: Any) -> str:

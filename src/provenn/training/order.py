@@ -1,10 +1,12 @@
 """The order in which a training sees its examples: fixed by the seed, the same again for a run that goes on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 
 
 class EpochSampler(Sampler[int]):
@@ -36,3 +38,36 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return math.ceil(self.count / self.processes)
+
+
+class Batches(IterableDataset):
+    """Whole batches in the order in which they are made: training data that are counted by steps, not by passes.
+
+    A run that goes on makes them again, and leaves out those that it has had.
+
+    Args:
+        make: begins them anew, the same each time.
+        count: how many there are.
+        start: how many are left out.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[Any]], count: int, start: int = 0):
+        self.make, self.count, self.start = make, count, start
+
+    @classmethod
+    def of(cls, batches: Iterable[Any]) -> "Batches":
+        """Batches that are there already, or others, which are held."""
+        if isinstance(batches, Batches):
+            return batches
+        held = list(batches)
+        return cls(lambda: held, len(held))
+
+    def after(self, done: int) -> "Batches":
+        """All but the first."""
+        return Batches(self.make, self.count, done)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.make(), self.start, self.count)
+
+    def __len__(self) -> int:
+        return self.count
