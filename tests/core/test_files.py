@@ -168,7 +168,7 @@ ELSEWHERE = {
     "cli/work.py:evaluate": "evaluation.save",
     "cli/work.py:inspect": "inspected.save",
     "data/frames.py:write_frame": "is given a place by write_table",
-    "training/loop.py:offer": "weights.save",
+    "training/history.py:offer": "weights.save",
     # What takes no name of a user's in one go.
     "cli/convert.py:convert": "transformers writes the folder of a model in its own way",
     "evidence/record.py:read_or_set_aside": "a damaged record gets another name",

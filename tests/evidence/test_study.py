@@ -64,7 +64,7 @@ CALLS: deque[dict] = deque()
 DIVERGES: set[tuple[str, int]] = set()
 
 
-def trained(build, task, data, recipe, *, seed, device, title):
+def trained(build, task, data, recipe, *, seed, hardware, title):
     model = build()
     CALLS.append({"part": model.part, "recipe": recipe, "seed": seed, "data": data.name, "title": title})
     if (model.part, seed) in DIVERGES:

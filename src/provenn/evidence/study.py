@@ -18,7 +18,7 @@ from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Ta
 from provenn.evidence.record import PICTURES
 from provenn.evidence.run import Run
 from provenn.tasks import Task, TaskData, get_task
-from provenn.training import Diverged, Fit, Recipe, fit
+from provenn.training import Diverged, Fit, Hardware, Recipe, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -278,7 +278,7 @@ class Study:
             data,
             replace(self.recipe_for(run), lr=lr),
             seed=seed,
-            device=run.device,
+            hardware=Hardware(run.device),
             title=label,
         )
 

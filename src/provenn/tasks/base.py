@@ -111,6 +111,7 @@ class Task(ABC):
     takes_words: bool = False  # whether `predict` takes words besides files
     meta_schema: type[BaseModel] | None = None  # what the meta of its data must be
     augments: bool = False  # whether its batches are images and their classes, which a recipe may augment and mix
+    overrules: bool = False  # whether its loss is taken even where a system brings its own
     smooths: bool = False  # whether `loss` takes the share of label smoothing as a third argument
     divides_tokens: bool = False  # whether its batches are tokens and targets, each token's loss by itself: see IGNORED
     needs_inputs: bool = True  # whether `predict` has nothing to do without any

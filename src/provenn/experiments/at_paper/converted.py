@@ -1,12 +1,23 @@
 """An experiment at the paper's scale by a pretrained model of Hugging Face, converted and tuned."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from provenn.core.errors import UserError
 from provenn.evidence.measurement import Measurement
-from provenn.experiments.at_paper.job import Job, changed_name, checksum, divided, listing, setting_of, spoken
+from provenn.experiments.at_paper.job import (
+    Job,
+    changed_name,
+    checksum,
+    divided,
+    folder_of_training,
+    listing,
+    setting_of,
+    spoken,
+)
 from provenn.tasks import face_of
+from provenn.training import Saving
 
 
 def of_converted(job: Job, host: Path) -> Measurement:
@@ -27,11 +38,15 @@ def of_converted(job: Job, host: Path) -> Measurement:
         of_data, of_tuning = divided({**how.overrides, **sides[side]}, material.of)
         reader = source.processor() if pictures else source.tokenizer()
         examples = material.of(where[name], reader, source.outline, **of_data)
-        of_tuning = {"batch_size": 8, **of_tuning}
-        of_host = {"batch_size": of_tuning["batch_size"], "lr": of_tuning.get("lr"), "seed": seed}
-        model = examples.host(source, device=run.device, **of_host)
-        of_tuning = {**examples.stages(of_tuning["batch_size"]), **of_tuning}
-        recovery = huggingface.recover(model, card.slug, examples, seed=seed, **of_tuning)
+        known = {field.name for field in fields(huggingface.Tuning)}
+        of_mechanism = {key: value for key, value in of_tuning.items() if key not in known | {"tuning"}}
+        how_tuned = {"method": of_tuning.get("tuning", "full")} | {k: v for k, v in of_tuning.items() if k in known}
+        batch_size = how_tuned.get("batch_size", 8)
+        model = examples.host(source, device=run.device, batch_size=batch_size, lr=how_tuned.get("lr"), seed=seed)
+        tuning = huggingface.Tuning(**{**examples.stages(batch_size), **how_tuned})
+        with folder_of_training(run, job.experiment.id, side, name, str(seed)) as folder:
+            saving = Saving(folder, resume=True)
+            recovery = huggingface.recover(model, card.slug, examples, tuning, seed=seed, saving=saving, **of_mechanism)
         return {stage: value for stage, value, _ in recovery.stages()}
 
     several = how.against is not None

@@ -2,7 +2,9 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from provenn.evidence.run import Run
 from provenn.tasks import Task, get_task
 from provenn.training import fit
 from provenn.training import weights as files
+
+TRAININGS = "trainings"  # the folder of those that have not ended
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,17 @@ class Job:
         """What a share is multiplied by, where figures are published in per cent."""
         published = self.experiment.published
         return 100.0 if published is not None and published.unit.startswith("%") else 1.0
+
+
+@contextmanager
+def folder_of_training(run: Run, *names: str) -> Iterator[Path]:
+    """Where a training keeps its checkpoints until it has ended, so that one that was killed goes on."""
+    folder = run.folder / TRAININGS / checksum(*names)
+    if not run.reuse:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def setting_of(job: Job, *others: Path, **more: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """An experiment at the paper's scale by a training."""
 
 import inspect
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -23,15 +22,14 @@ from provenn.experiments.at_paper.job import (
     checksum,
     checksum_of_file,
     divided,
+    folder_of_training,
     listing,
     setting_of,
 )
 from provenn.nn.backbone import fix
-from provenn.training import fit
+from provenn.training import Hardware, Saving, fit
 from provenn.training import weights as files
 from provenn.training.recipes import recipe_of
-
-TRAININGS = "trainings"  # the folder of those that have not ended
 
 
 def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: Path | None = None) -> Measurement:
@@ -72,23 +70,18 @@ def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: P
         of_data, of_system = divided(overrides, kind.load, build)
         options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data, **frozen}
         data = kind.load(where[name], seed=seed, **options)
-        folder = run.folder / TRAININGS / checksum(experiment.id, label, name, str(seed))
-        if not run.reuse:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
         built = partial(_build, build, {**preset.options, **data.options, **of_system})
-        done = fit(
-            built if begun is None else partial(_begun, card, how, begun, built, of_system),
-            kind,
-            data,
-            recipe,
-            seed=seed,
-            device=run.device,
-            out=folder,
-            resume=True,
-            title=f"{experiment.id}: {label} on {name}",
-        )
-        shutil.rmtree(folder, ignore_errors=True)
+        with folder_of_training(run, experiment.id, label, name, str(seed)) as folder:
+            done = fit(
+                built if begun is None else partial(_begun, card, how, begun, built, of_system),
+                kind,
+                data,
+                recipe,
+                seed=seed,
+                hardware=Hardware(run.device),
+                saving=Saving(folder, resume=True),
+                title=f"{experiment.id}: {label} on {name}",
+            )
         metrics = done.metrics
         if tested:
             # Tokens and scales are the training's: other ways to read are not for the test.
