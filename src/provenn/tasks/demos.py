@@ -2,11 +2,11 @@
 
 The `answer` of a task's form (`provenn.tasks.faces.Demo`) is a function from a `Trial` to one of these, by `kind`:
 
-- `classes`: `shares`, the likeliest classes with their probabilities, and `of`, how many there are; with the `size` of
-  what was classified where it is a picture
-- `table`: `columns` and `rows`, of which each begins with a name; `each`, what a row is; `left`, rows left out
-- `text`: `text`
-- `enlarged`, `mask`, `boxes`, `drawing`, `forecast`: as their tasks write them
+- `classes`: `shares` holds the likeliest classes with their probabilities, and `of` says how many there are. There is
+  a `size` where a picture was classified.
+- `table`: `columns` and `rows`, each of which begins with a name. `each` says what a row is; `left` rows are left out.
+- `text`: `text`.
+- `enlarged`, `mask`, `boxes`, `drawing` and `forecast`: as their tasks write them.
 """
 
 import csv
