@@ -136,6 +136,17 @@ def test_it_is_tried_in_the_browser(pair_rating, tmp_path, monkeypatch):
         assert refused.status_code == 422 and "from 1 to 20" in refused.text
 
 
+def test_mechanisms_are_compared_in_its_host(tmp_path):
+    from provenn.experiments.compare import compare
+
+    result = compare(
+        "batch-mixer", ["none", "linear"], data="pairs", budget="smoke", seeds=1, device="cpu", out=tmp_path
+    )
+    none, linear = result.candidates
+    assert (result.host, result.metric) == ("two towers and a head", "error")
+    assert linear.parameters == none.parameters + 8 * 8 + 8 and linear.flops > none.flops
+
+
 @pytest.mark.usefixtures("shipping")
 def test_a_form_that_is_broken_costs_itself_alone(pair_rating):
     offers = pytest.importorskip("provenn.web.offers")
