@@ -131,7 +131,7 @@ def test_a_promise_is_asked_of_inputs_by_name(monkeypatch):
         ("reproduce pair_rating tiny_gate --set epochs=3", "no paper is called 'tiny_gate'"),
         ("reproduce pair_rating eca_net --set epochs=3", "--set is for one paper, and 2 were named"),
         ("reproduce pair_rating --set epochs", "--set takes KEY=VALUE, such as epochs=3"),
-        ("reproduce pair_rating --set epoch=3", "takes 'epoch', did you mean 'epochs'?; what can be set: dim, epochs"),
+        ("reproduce pair_rating --set epoch=3", "the option 'epoch', did you mean 'epochs'?; what can be set: dim, epochs"),
         ("reproduce pair_rating --set epochs=many", "epochs: Input should be a valid integer"),
         ("reproduce pair_rating --set epochs=0", "two_heads: epochs must be a whole number of at least 1, got 0"),
         ("reproduce pair_rating --experiment two_heads --set lrs=[0.1,0.2]", "a rate is chosen from at least 3"),
