@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # without bytecode every worker would compile every file anew
 
 .PHONY: install reproduce test test-all lint format docs readme
 
@@ -17,10 +18,10 @@ reproduce: install
 	$(BIN)/provenn reproduce eca_net residual_depth --headline --jobs 2 --budget small --out runs/first
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --skip-passed --durations=20
 
 test-all: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" --record-passed --durations=50
 
 lint: install
 	$(BIN)/ruff format --check src tests scripts

@@ -14,6 +14,8 @@ from hypothesis import settings
 
 from plugins import FIXTURES, importable, install
 
+pytest_plugins = ["suite"]
+
 settings.register_profile("untimed", deadline=None)  # a busy machine is no reason to fail
 settings.load_profile("untimed")
 

@@ -3,7 +3,8 @@ optimizer each, presets that nobody trains, and a second task by an entry point.
 
 import json
 import shlex
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,14 +91,68 @@ def test_it_predicts_both_heads(run, trained, tmp_path):
 
 def test_it_is_exported_by_its_task(trained, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    provenn.export("pair_rating", trained, tmp_path / "out.onnx")
     model = provenn.paper("pair_rating").load(trained)[0]
     parts = {"left": torch.randn(5, 4), "right": torch.randn(5, 3)}
+    said = provenn.export("pair_rating", trained, tmp_path / "out.onnx")
+    assert "any batch" in said and "as predict in onnxruntime" in said
     session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"))
     liked, rating = session.run(["liked", "rating"], {name: part.numpy() for name, part in parts.items()})
     predicted = model(**parts)
     torch.testing.assert_close(predicted["liked"], torch.from_numpy(liked))
     torch.testing.assert_close(predicted["rating"], torch.from_numpy(rating))
+
+
+@pytest.fixture
+def shipping(pair_rating, trained) -> Iterator[None]:
+    """The package with its weights, as the author ships them."""
+    folder = pair_rating / "pair_rating" / "weights"
+    folder.mkdir()
+    shutil.copy(weights.locate(trained), folder / "pair_small.safetensors")
+    yield
+    shutil.rmtree(folder)
+
+
+@pytest.mark.usefixtures("shipping")
+def test_it_is_tried_in_the_browser(pair_rating, tmp_path, monkeypatch):
+    """By a form of its own, in a process of its own that reaches the package by its path alone."""
+    testclient, web = pytest.importorskip("fastapi.testclient"), pytest.importorskip("provenn.web")
+    monkeypatch.setenv("PYTHONPATH", str(pair_rating))
+    app = web.create_app(web.Settings(home=tmp_path, secret="of the test", demo_workers=1, demo_seconds=100))
+    with testclient.TestClient(app) as client:
+        page = client.get("/papers/pair_rating").text
+        assert "Rate them" in page and "Pairs to rate" in page and "two pairs" in page
+        results = []
+        for given in ({"sample": "two"}, {"sample": "two", "most": "1"}, {"file": ("a.csv", ROWS)}):
+            form = {name: value if name == "file" else (None, value) for name, value in given.items()}
+            at = client.post("/papers/pair_rating/try", files=form, follow_redirects=False).headers["location"]
+            assert app.state.demos.wait(app.state.demos.find(at.rpartition("/")[2]), 100.0)
+            results.append(client.get(f"/api{at}").json())
+        assert [done["state"] for done in results] == 3 * ["done"], results
+        (first, liked), (second, disliked) = (row[1:] for row in results[0]["result"]["rows"])
+        assert first > 0 > second and (liked, disliked) == (1, 0)
+        assert [len(done["result"]["rows"]) for done in results] == [2, 1, 2]
+        assert "<td>1</td>" in client.get(at).text
+        refused = client.post("/papers/pair_rating/try", files={"sample": (None, "two"), "most": (None, "21")})
+        assert refused.status_code == 422 and "from 1 to 20" in refused.text
+
+
+@pytest.mark.usefixtures("shipping")
+def test_a_form_that_is_broken_costs_itself_alone(pair_rating):
+    offers = pytest.importorskip("provenn.web.offers")
+
+    card, file = catalog.card("pair_rating"), pair_rating / "pair_rating" / "task.toml"
+    before = file.read_text()
+    try:
+        for text, words in ((before.replace('"table"', '"cloud"'), r"demo\.takes"), ("[demo", "not valid TOML")):
+            file.write_text(text)
+            with pytest.raises(UserError, match=rf"task\.toml: {words}[^\n]*$"):
+                tasks.face_of("pair-rating")
+            offers._offer.cache_clear()
+            assert offers.offers_of(card) == ()
+    finally:
+        file.write_text(before)
+        offers._offer.cache_clear()
+    assert [offer.preset for offer in offers.offers_of(card)] == ["pair_small"]
 
 
 def test_it_keeps_every_promise():

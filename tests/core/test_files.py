@@ -168,14 +168,14 @@ ELSEWHERE = {
     "cli/work.py:evaluate": "evaluation.save",
     "cli/work.py:inspect": "inspected.save",
     "data/frames.py:write_frame": "is given a place by write_table",
-    "training/loop.py:offer": "weights.save",
+    "training/history.py:offer": "weights.save",
     # What takes no name of a user's in one go.
     "cli/convert.py:convert": "transformers writes the folder of a model in its own way",
     "evidence/record.py:read_or_set_aside": "a damaged record gets another name",
     "evidence/report.py:svg": "to memory",
     "evidence/run.py:picture": "to memory",
-    "inference/onnx.py:_write": "to the place that portable_system and step have of `atomic_write`",
-    "inference/onnx.py:quantize": "to a temporary folder, and to the place that portable_system has of `atomic_write`",
+    "inference/onnx/files.py:write": "to the place that portable_system and step have of `atomic_write`",
+    "inference/onnx/quantising.py:quantize": "to a temporary folder, and to the place of portable_system",
     "core/files.py:_write_through": "the function itself",
     "core/files.py:atomic_write": "the function itself",
     "experiments/latency.py:_onnx": "to a temporary folder",
@@ -188,7 +188,10 @@ ELSEWHERE = {
     "web/static_copy.py:_write": "a folder beside, which takes its name when all pages are there",
     "web/static_copy.py:export": "the same",
     **dict.fromkeys(
-        [f"web/worker.py:{name}" for name in ("main", "_inside", "_enlarge", "_segment", "_shown")],
+        [
+            *("web/worker.py:main", "web/worker.py:_inside", "tasks/demos.py:save_shown"),
+            *("tasks/super_resolution.py:answer", "tasks/semantic_segmentation.py:answer"),
+        ],
         "in a worker's own folder",
     ),
 }

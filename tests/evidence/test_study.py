@@ -64,7 +64,7 @@ CALLS: deque[dict] = deque()
 DIVERGES: set[tuple[str, int]] = set()
 
 
-def trained(build, task, data, recipe, *, seed, device, title):
+def trained(build, task, data, recipe, *, seed, hardware, title):
     model = build()
     CALLS.append({"part": model.part, "recipe": recipe, "seed": seed, "data": data.name, "title": title})
     if (model.part, seed) in DIVERGES:
@@ -267,3 +267,12 @@ def test_what_follows_from_the_data_cannot_be_set(tmp_path):
     with_overrides(experiment, {"width": 8})(run)
     with pytest.raises(UserError, match="classes follows from the data, where it is 3, got 5"):
         with_overrides(experiment, {"classes": 5})(run)
+
+
+def test_recorded_rates_are_taken_without_choosing_again(tmp_path):
+    CALLS.clear()
+    run = Run("paper", tmp_path, seeds=(4,))
+    run.rates = {"variant A": 0.0100000001, "variant B": 0.03}  # a record rounds
+    STUDY.against("a", "b")(run)
+    rates = {(call["part"], call["seed"]): call["recipe"].lr for call in CALLS}
+    assert rates == {("a", 4): 0.01, ("b", 4): 0.03}

@@ -192,7 +192,7 @@ def authors(slug: str, preset: str, file, rename=lambda name: name, **options) -
 
 def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alone(data, tmp_path, monkeypatch):
     pytest.importorskip("pycocotools")
-    from provenn.experiments import at_paper
+    from provenn.experiments.at_paper import trained as training
 
     miniature.write("coco-2017", data)
     overrides = {"size": 48, "val_share": 0.25}
@@ -206,8 +206,8 @@ def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alon
     file = data / "weights" / "eca_net" / "eca_resnet50.pth"
     theirs = authors("eca_net", "eca_resnet50", file, lambda name: name.replace(".gate.", ".eca."), num_classes=5)
     trained = []
-    fit = at_paper.fit
-    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
     finding = measure()
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -226,7 +226,7 @@ def test_a_detector_starts_from_the_authors_backbone_and_leaves_parts_of_it_alon
 @pytest.mark.parametrize(("experiment", "trainings"), [("coco_faster_rcnn", 1), ("coco_keys", 2)])
 def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, monkeypatch, experiment, trainings):
     pytest.importorskip("pycocotools")
-    from provenn.experiments import at_paper
+    from provenn.experiments.at_paper import trained as training
     from provenn.papers.relationnet_pp import bridge
 
     monkeypatch.setattr(bridge, "POINTED", 3)  # of a hundred regions, which take a minute
@@ -238,8 +238,8 @@ def test_a_detector_with_bvr_starts_from_weights_of_imagenet(data, tmp_path, mon
     recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "lr": 1e-4}
     card = small("relationnet_pp", experiment, recipe=recipe, overrides={"size": 48, "val_share": 0.25})
     trained = []
-    fit = at_paper.fit
-    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -289,7 +289,7 @@ def test_a_detector_starts_from_a_backbone_without_a_map_of_stride_4(data, tmp_p
 
 
 def test_a_segmenter_starts_from_the_authors_backbone_and_trains_all_of_it(data, tmp_path, monkeypatch):
-    from provenn.experiments import at_paper
+    from provenn.experiments.at_paper import trained as training
 
     miniature.write("ade20k", data)
     with open("tests/papers/emov2/golden.json") as file:
@@ -300,8 +300,8 @@ def test_a_segmenter_starts_from_the_authors_backbone_and_trains_all_of_it(data,
     recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "lr": 1e-3}
     card = small("emov2", "ade20k_fpn", recipe=recipe, overrides={"size": 64, "val_share": 0.25})
     trained = []
-    fit = at_paper.fit
-    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
@@ -458,15 +458,15 @@ def test_language_models_of_the_authors_complete_code(experiment, preset, data, 
 )
 def test_language_models_of_the_authors_are_tuned_and_write_summaries(experiment, preset, data, tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")
-    from provenn.experiments import at_paper
+    from provenn.experiments.at_paper import trained as training
 
     miniature.write("qmsum", data)
     authors_rat(preset, data / "weights" / "rat" / f"{preset}.pth")
     recipe = {"max_steps": 1, "warmup_steps": 0, "batch_size": 2, "accumulate": 1, "precision": "32-true", "lr": 1e-7}
     card = small("rat", experiment, recipe=recipe, preset=preset, start=preset, overrides={"length": 400})
     trained = []
-    fit = at_paper.fit
-    monkeypatch.setattr(at_paper, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *given, **named: trained.append(fit(*given, **named)) or trained[-1])
     (finding,) = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / "run")
     measured = finding.measurement
     assert not measured.failed and not measured.needs, measured.failed or measured.needs

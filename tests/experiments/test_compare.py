@@ -16,8 +16,8 @@ from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.evidence import Study
 from provenn.evidence.study import TUNING_SEED
-from provenn.experiments.compare import COSTS, HOSTS, Candidate, SlotComparison, compare, host_for
-from provenn.experiments.compare.language import settled
+from provenn.experiments.compare import COSTS, Candidate, SlotComparison, compare, host_for, hosts_of
+from provenn.experiments.compare.context import settled
 from provenn.nn.channel_gates import SqueezeExcitation
 from provenn.nn.resnet import resnet20
 from provenn.tasks import get_task
@@ -165,7 +165,7 @@ def test_token_mixers_are_compared_in_a_language_model_of_one_size(tmp_path: Pat
     assert (
         state["window"][1] == state["window"][0] and state["aaren"][1] == state["aaren"][0] and state["none"] == [0, 0]
     )
-    assert all(len(of["recall"]) == 2 and len(of["token_seconds"]) == 2 for of in result.more.values())
+    assert all(len(of["probe"]) == 2 and len(of["token_seconds"]) == 2 for of in result.more.values())
     files = [file.name for file in result.save(tmp_path / "saved")]
     assert files == ["token-mixer.md", "token-mixer.png", "token-mixer-context.png", "token-mixer.json"]
     assert "after 64 tokens" in (tmp_path / "saved" / "token-mixer.md").read_text()
@@ -189,7 +189,7 @@ def test_times_follow_from_ratios_of_interleaved_runs():
             "token_seconds": [8.0],
         },
     }
-    found = settled(measured, "softmax")
+    found = settled(measured, "softmax", 2048)
     assert (found["softmax"]["step"], found["softmax"]["token_seconds"]) == (1.0, [3.0])
     assert (found["window"]["step_seconds"], found["window"]["token_seconds"]) == (1.0, [6.0])
     assert found["window"]["tokens_per_second"] == 2 * found["softmax"]["tokens_per_second"]
@@ -224,7 +224,7 @@ def test_the_data_choose_the_host(data: str, task: str, tmp_path: Path, monkeypa
 
 def test_a_mixer_too_large_for_the_host_is_refused():
     with pytest.raises(ValueError, match="more than the 65,536 of a layer"):
-        HOSTS["token-mixer"][0].build(lambda dim: torch.nn.Linear(dim, 1100), {"vocab": 256})
+        host_for("token-mixer", "stdlib").build(lambda dim: torch.nn.Linear(dim, 1100), {"vocab": 256})
 
 
 def test_joins_of_residual_branches_are_compared_in_a_tower(tmp_path: Path):
@@ -321,7 +321,7 @@ def test_backbones_of_papers_have_about_as_many_parameters_as_the_baselines():
         if mechanism.slot == "backbone"
     }
     assert {"eca_resnet14", "l2vit_mini", "res_vmamba_mini"} <= set(makes)
-    makes |= HOSTS["backbone"][0].baselines()
+    makes |= hosts_of("backbone")[0].baselines()
     with torch.device("meta"):
         sizes = {name: count_parameters(make(**options)) for name, make in makes.items()}
     assert all(0.5 < size / sizes["resnet14"] < 2 for size in sizes.values()), sizes

@@ -31,8 +31,8 @@ from transformers import (
 from provenn import huggingface
 from provenn.cli import main
 from provenn.core.errors import UserError
-from provenn.huggingface import Text, attentions, conversion_of, convert, perplexity, recover, revert, tune
-from provenn.papers.hedgehog.convert import StateCache, distil, report, teaching
+from provenn.huggingface import Text, Tuning, attentions, conversion_of, convert, perplexity, recover, revert, tune
+from provenn.papers.hedgehog.convert import StateCache, distil, distillation, report, teaching
 from provenn.testing import seeded_array, seeded_state
 
 VOCAB = 60
@@ -408,7 +408,7 @@ def test_recovery_measures_each_stage(tokenizer, story):
     model = gpt2()
     text = Text.of(story, tokenizer, model, length=16)
     tune(model, text.batches(40, 4, 0), lr=3e-3)
-    recovery = recover(model, "hedgehog", text, steps=20, prepare_steps=20, batch_size=4, lr=1e-3)
+    recovery = recover(model, "hedgehog", text, Tuning(steps=20, prepare_steps=20, batch_size=4, lr=1e-3))
     names = [name for name, *_ in recovery.stages()]
     assert names == ["before", "converted", "prepared", "tuned"]
     assert recovery.before == pytest.approx(recovery.stages()[0][1]) and recovery.stages()[0][2] == 1
@@ -553,4 +553,4 @@ def test_models_of_another_kind_are_refused():
         model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
     with teaching(model), pytest.raises(UserError, match="whole sequences"):
         model(torch.ones(1, 4, dtype=torch.long), past_key_values=StateCache(), use_cache=True)
-    assert conversion_of("hedgehog").prepare is distil
+    assert conversion_of("hedgehog").prepare is distillation

@@ -35,6 +35,7 @@ from provenn.huggingface import (
     conversion_of,
     convert,
     family_of,
+    learn,
     revert,
     tune,
 )
@@ -288,7 +289,8 @@ def test_what_is_new_is_trained_alone():
         model = convert(gpt2(), slug, **OPTIONS[slug])
         before = copy.deepcopy(model.state_dict())
         given = batch()
-        losses = conversion_of(slug).prepare(model, 5 * [{**given, "labels": given["input_ids"]}], 1e-2)
+        stage = conversion_of(slug).prepare(model, 5 * [{**given, "labels": given["input_ids"]}], 1e-2)
+        losses = learn(model, stage)
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert len(losses) == 5 and changed and all(part in name for name in changed)
         assert all(parameter.requires_grad for parameter in model.parameters())

@@ -20,6 +20,8 @@ from provenn import catalog
 from provenn.cli import main
 from provenn.core.errors import UserError
 from provenn.inference import onnx as export
+from provenn.inference.onnx import files, systems
+from provenn.inference.onnx.comparing import open_sessions
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.detection import FCOS, RetinaNet, SSDLite
 from provenn.nn.resnet import BasicBlock, ResNet
@@ -301,7 +303,7 @@ class Pools(torch.nn.Module):
 def test_adaptive_pooling_is_right_at_sizes_that_were_not_traced(tmp_path):
     sizes = ({2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)},)
     file, image = tmp_path / "a.onnx", torch.rand(2, 1, 8, 12)
-    export._write(Pools(), (image,), sizes, inputs=["image"], outputs=["cells"], path=file, about={})
+    files.write(Pools(), (image,), sizes, inputs=["image"], outputs=["cells"], path=file, about={})
     session = onnxruntime.InferenceSession(file)
     for height, width in ((8, 12), (9, 13), (2, 2), (31, 17)):
         image = torch.rand(2, 1, height, width)
@@ -365,13 +367,13 @@ def test_a_network_that_declares_no_strides_is_traced_at_two_sizes(tmp_path, mon
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, 2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     if strides is not None:
         model.strides = strides
-    shapes, write = [], export._write
+    shapes, write = [], files.write
 
     def noted(system, example, *rest, **options):
         shapes.append(tuple(example["image"].shape))
         write(system, example, *rest, **options)
 
-    monkeypatch.setattr(export, "_write", noted)
+    monkeypatch.setattr(systems, "write", noted)
     meta = {"size": 16, "channels": 1, "mean": [0.5], "std": [0.5]}
     said = export.portable_system(model.eval(), get_task("image-classification"), meta, tmp_path / "a.onnx", {})
     assert said[0].startswith("any batch") and len(set(shapes)) == traces
@@ -381,7 +383,7 @@ def test_equal_scores_are_sorted_as_torch_does(tmp_path):
     image = torch.tensor([[[[0.0, 2.0, 1.0, 2.0, 2.0]], [[1.0, 1.0, 1.0, 1.0, 1.0]]]]).repeat(3, 1, 1, 1)
     file = tmp_path / "a.onnx"
     dynamic = ({0: torch.export.Dim("batch")},)
-    export._write(Routed(), (image,), dynamic, inputs=["image"], outputs=["kept"], path=file, about={})
+    files.write(Routed(), (image,), dynamic, inputs=["image"], outputs=["kept"], path=file, about={})
     (kept,) = onnxruntime.InferenceSession(file).run(None, {"image": image[:2].numpy()})
     assert (kept > 0).tolist() == [[[False, True, False, True, False], [True, True, False, False, False]]] * 2
 
@@ -398,7 +400,7 @@ def test_what_cannot_be_fused_is_written_as_it_is_and_says_so(tmp_path, monkeypa
     def fuse(model, example):
         raise ValueError("no graph\nhere")
 
-    monkeypatch.setattr(export, "fuse", fuse)
+    monkeypatch.setattr(systems, "fuse", fuse)
     meta = {"size": 16, "channels": 1, "mean": [0.5], "std": [0.5]}
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), OneSize()).eval()
     said = export.portable_system(model, get_task("image-classification"), meta, tmp_path / "a.onnx", {})
@@ -429,7 +431,7 @@ def test_int8_is_told_beside_what_it_was(tmp_path):
 
 def test_int8_is_refused_where_it_is_not_known(tmp_path):
     with pytest.raises(UserError, match="--int8 is for classifiers and segmenters of images; these weights are for su"):
-        export.check_int8(get_task("super-resolution"))
+        export.read_calibration(get_task("super-resolution"), {}, "photographs")
 
 
 @pytest.fixture(scope="module")
@@ -448,7 +450,7 @@ def test_the_file_of_bevanet_gives_the_masks_of_predict(tmp_path, bevanet):
     task, model, meta, file, said = bevanet
     classes = set()
     assert "any batch, height from 16 on and width from 16 on" in said
-    for session in export._sessions(file):
+    for session in open_sessions(file):
         for height, width in ((113, 160), (65, 200), (19, 23)):
             pixels = (255 * draw_images(1, 1, height, width)[0, 0].numpy()).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -578,14 +580,14 @@ def test_the_file_of_a_preset_gives_what_predict_gives(tmp_path, slug, name):
     form = task.portable(model, meta)
     predict, taken = form.predict or form.system, onnxruntime.InferenceSession(file).get_inputs()[0].shape
     for number, free in ((3, {"height": 41, "width": 67, "length": 3000}), (1, {"height": 67, "width": 33})):
-        sizes = {**export._sizes(form), "batch": number, **free}
+        sizes = {**systems._sizes(form), "batch": number, **free}
         (label,) = form.open_sizes
         fixed = {name: taken[axis] for axis, name in form.open_sizes[label].items() if isinstance(taken[axis], int)}
-        inputs = export._inputs(form, {**sizes, **fixed})
+        inputs = systems._inputs(form, {**sizes, **fixed})
         with torch.no_grad():
             expected = predict(**inputs)
         expected = expected if isinstance(expected, (tuple, list)) else (expected,)
-        for session in export._sessions(file):
+        for session in open_sessions(file):
             given = session.run(None, {key: x.numpy() for key, x in inputs.items()})
             assert all(
                 export.relative_difference(a, b.numpy()) < export.TOLERANCE

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import fields
 
 import jaxtyping
 import pytest
@@ -9,7 +10,8 @@ import provenn
 from provenn import catalog
 from provenn.core.errors import UserError
 from provenn.core.settings import arguments_of
-from provenn.training import weights
+from provenn.inference.train import TrainOptions
+from provenn.training import Hardware, Saving, weights
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -257,3 +259,14 @@ def test_what_can_be_set_of_a_preset_that_is_a_partial_is_what_the_whole_takes()
     vit, translator = (catalog.card("nprf").resolve(f"model:{name}") for name in ("nprf_vit_tiny", "Translator"))
     assert {"dropout", "num_classes"} <= arguments_of(vit, but=()).keys()
     assert arguments_of(vit, but=())["dim"] is arguments_of(translator, but=())["dim"] is int
+
+
+def test_train_takes_every_option_of_hardware_and_saving_and_no_other(tmp_path):
+    """So that none is lost on the way; the folder is called `out`, and what saves a model is train's own."""
+    taken = {field.name for options in (Hardware, Saving) for field in fields(options)} - {"folder", "save"}
+    assert set(TrainOptions.__annotations__) == taken | {"out"}
+    with pytest.raises(UserError, match=r"train has no option 'devces', did you mean 'devices'\?; it has: device, "):
+        provenn.train("tiny_gate", "digits", out=tmp_path, devces=2)
+    with pytest.raises(UserError, match="strategy must be one of auto, ddp, fsdp, got 'dp'"):
+        provenn.train("tiny_gate", "digits", out=tmp_path, strategy="dp")
+    assert not list(tmp_path.iterdir())

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.experiments.compare.hosts import Sum
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.hosts import ResidualHost, SeriesHost
+from provenn.tasks.image_hosts import Sum
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every paper keeps the checks; and for each check a mechanism that breaks it is caught, by that check's name."""
+"""For each common check a mechanism that breaks it is caught, by that check's name."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from provenn.catalog import Card, cards, read_card
+from provenn.catalog import Card, read_card
 from provenn.catalog.slots import SLOTS
 from provenn.testing import CHECKS, FailedCheck, check_mechanism, check_paper, checks_of
 
@@ -652,14 +652,6 @@ def test_all_broken_checks_are_listed_at_once():
 def test_an_unknown_slot_names_those_there_are():
     with pytest.raises(ValueError, match="no slot is called 'channel-gates'; there are: token-mixer"):
         check_mechanism(Gate, "channel-gates")
-
-
-FOUND = {name: check for card in cards().values() for name, check in checks_of(card).items()}
-
-
-@pytest.mark.parametrize("name", FOUND)
-def test_every_mechanism_and_preset_of_every_paper_keeps_its_checks(name: str):
-    FOUND[name]()
 
 
 def test_integers_are_inputs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

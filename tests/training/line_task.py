@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from provenn.core.errors import UserError
 from provenn.tasks import Task, TaskData
-from provenn.training import Recipe, fit
+from provenn.training import Hardware, Recipe, Saving, fit
 
 
 class Line(Task):
@@ -95,13 +95,23 @@ def with_dropout():
 def resumed_within_an_epoch(out):
     """Two processes run through, break off within an epoch, and go on."""
     recipe = replace(RECIPE, epochs=2, ema=0.5, accumulate=2, batch_size=4, patience=5)
-    saving = {"out": out, "save_every": 1}
+    first, second = Saving(out, save_every=1), Saving(out, save_every=1, resume=True)
     torch.distributed.init_process_group("gloo")
     results = []
-    for task, options in ((Line(), {}), (Stops(), saving), (Line(), {**saving, "resume": True})):
+    for task, saving in ((Line(), None), (Stops(), first), (Line(), second)):
         with suppress(ZeroDivisionError, SystemExit):  # it breaks off; of two processes the second leaves
             data = task.load()
-            results.append(fit(with_dropout, task, data, recipe, seed=3, devices=2, strategy="ddp", **options))
+            results.append(
+                fit(
+                    with_dropout,
+                    task,
+                    data,
+                    recipe,
+                    seed=3,
+                    hardware=Hardware(devices=2, strategy="ddp"),
+                    saving=saving,
+                )
+            )
     if results:
         torch.save([[result.model.state_dict(), result.curve] for result in results], out / "result.pt")
     torch.distributed.destroy_process_group()
@@ -116,7 +126,12 @@ if __name__ == "__main__":
     maker, recipe = (build_single, SINGLE) if strategy == "fsdp" else (build, RECIPE)
     try:
         result = fit(
-            maker, task, Line().load(), recipe, devices=2, strategy=strategy, out=out, resume=kind == "resumes"
+            maker,
+            task,
+            Line().load(),
+            recipe,
+            hardware=Hardware(devices=2, strategy=strategy),
+            saving=Saving(out, resume=kind == "resumes"),
         )
     except UserError as error:
         sys.exit(f"refused: {error}")

@@ -12,9 +12,9 @@ import miniature
 from provenn import catalog
 from provenn.core.errors import UserError
 from provenn.tasks import TaskData, get_task
-from provenn.training import Recipe, check_recipe, fit
+from provenn.training import Hardware, Recipe, Saving, check_recipe, fit
 from provenn.training.augmentation import AugmentedImages, augmented, mixed
-from provenn.training.loop import EpochSampler
+from provenn.training.order import EpochSampler
 from provenn.training.recipes import block_depths, recipe_of
 
 TASK = get_task("image-classification")
@@ -152,8 +152,16 @@ def test_a_run_that_broke_off_within_an_epoch_goes_on_bit_for_bit(tmp_path, work
     task = Broken()
     task.left = 4  # of three steps an epoch
     with pytest.raises(KeyboardInterrupt):
-        fit(net, task, data, recipe, seed=4, out=tmp_path, save_every=1, workers=workers)
-    resumed = fit(net, TASK, data, recipe, seed=4, out=tmp_path, save_every=1, resume=True, workers=workers)
+        fit(net, task, data, recipe, seed=4, hardware=Hardware(workers=workers), saving=Saving(tmp_path, save_every=1))
+    resumed = fit(
+        net,
+        TASK,
+        data,
+        recipe,
+        seed=4,
+        hardware=Hardware(workers=workers),
+        saving=Saving(tmp_path, save_every=1, resume=True),
+    )
     assert resumed.steps == whole.steps == 6 and same(resumed.model, whole.model)
 
 

@@ -18,7 +18,7 @@ from provenn.nn.language import CausalLM, Encoder, spread_over
 from provenn.papers.long_context_bench.context_parallel import launch
 from provenn.tasks import get_task
 from provenn.tasks.base import TaskData
-from provenn.training import Recipe, fit
+from provenn.training import Hardware, Recipe, Saving, fit
 from provenn.training.context import TokenShare
 
 VOCAB, LENGTH = 11, 9
@@ -123,7 +123,7 @@ def rows_of(count: int) -> TaskData:
 def train(devices: int, context_parallel: int, recipe: Recipe):
     data = rows_of(12)
     task = Told()
-    return fit(build, task, data, recipe, devices=devices, context_parallel=context_parallel)
+    return fit(build, task, data, recipe, hardware=Hardware(devices=devices, context_parallel=context_parallel))
 
 
 class Told(type(get_task("language-modelling"))):
@@ -190,9 +190,9 @@ class Dying(Told):
 def go(comm, folder, moment: str, resume: bool):
     """A training that keeps a checkpoint of every step; who is left when another dies writes down what it is told."""
     begin_as(comm)
-    options = {"devices": 2, "context_parallel": 2, "out": folder, "save_every": 1, "resume": resume}
+    hardware, saving = Hardware(devices=2, context_parallel=2), Saving(folder, save_every=1, resume=resume)
     try:
-        result = fit(build, Dying(comm.rank, moment, folder), rows_of(20), RECIPE, **options)
+        result = fit(build, Dying(comm.rank, moment, folder), rows_of(20), RECIPE, hardware=hardware, saving=saving)
     except SystemExit:
         return None
     except RankLost as error:
@@ -232,7 +232,7 @@ def test_a_process_that_dies_ends_the_training_in_one_line_and_it_goes_on_from_i
 def test_what_cannot_is_refused_with_its_reason(overrides, mixer, says):
     options = {"context_parallel": 2, **overrides}
     with pytest.raises(UserError, match=says) as refusal:
-        fit(lambda: build(mixer), get_task("language-modelling"), rows_of(1), RECIPE, **options)
+        fit(lambda: build(mixer), get_task("language-modelling"), rows_of(1), RECIPE, hardware=Hardware(**options))
     assert "\n" not in str(refusal.value)
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -15,9 +16,9 @@ from torch.utils.data import Dataset, Subset
 
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.training import Recipe, fit, loop
+from provenn.training import Hardware, Recipe, Saving, fit, history
 from provenn.training.checkpoints import CHECKPOINT
-from provenn.training.loop import _Best
+from provenn.training.history import BestModels
 from provenn.training.recipes import recipe_of
 
 TASK, DATA = Line(), Line().load()
@@ -74,21 +75,21 @@ def test_a_run_that_broke_off_in_an_epoch_goes_on_from_its_last_step_bit_for_bit
     whole = fit(with_dropout, TASK, DATA, recipe, seed=6)
     batches *= recipe.accumulate
     with pytest.raises(RuntimeError, match="the machine went down"):
-        fit(with_dropout, Broken(batches), DATA, recipe, seed=6, out=tmp_path, save_every=2)
+        fit(with_dropout, Broken(batches), DATA, recipe, seed=6, saving=Saving(tmp_path, save_every=2))
     again = Broken(1000)
-    resumed = fit(with_dropout, again, DATA, recipe, seed=6, out=tmp_path, resume=True, save_every=2)
+    resumed = fit(with_dropout, again, DATA, recipe, seed=6, saving=Saving(tmp_path, resume=True, save_every=2))
     assert same(whole.model, resumed.model) and resumed.curve == whole.curve and resumed.steps == whole.steps == 24
     repeated = 1000 - again.left - (24 * recipe.accumulate - batches)
     assert 0 <= repeated < 2 * recipe.accumulate, "what came after the last checkpoint"
 
 
 def test_a_long_epoch_is_saved_before_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MOST_LOST", 0.0)
+    monkeypatch.setattr(history, "MOST_LOST", 0.0)
     whole = fit(with_dropout, TASK, DATA, RECIPE, seed=6)
     with pytest.raises(RuntimeError, match="the machine went down"):
-        fit(with_dropout, Broken(4), DATA, RECIPE, seed=6, out=tmp_path)
+        fit(with_dropout, Broken(4), DATA, RECIPE, seed=6, saving=Saving(tmp_path))
     again = Broken(1000)
-    resumed = fit(with_dropout, again, DATA, RECIPE, seed=6, out=tmp_path, resume=True)
+    resumed = fit(with_dropout, again, DATA, RECIPE, seed=6, saving=Saving(tmp_path, resume=True))
     assert same(whole.model, resumed.model) and resumed.curve == whole.curve
     assert 1000 - again.left < whole.steps, "nothing of the epoch was kept"
 
@@ -109,7 +110,7 @@ def test_the_best_epochs_are_kept_and_no_others(tmp_path):
 
     recipe = replace(RECIPE, epochs=5, schedule="constant")
     (tmp_path / "best-9.safetensors").write_text("of another training")
-    fit(with_dropout, Scripted(), DATA, recipe, out=tmp_path, save=save, keep_best=2)
+    fit(with_dropout, Scripted(), DATA, recipe, saving=Saving(tmp_path, save=save, keep_best=2))
     assert sorted(file.name for file in tmp_path.glob("best*")) == ["best-2.safetensors", "best-4.safetensors"]
     second = fit(with_dropout, TASK, DATA, replace(recipe, epochs=2))
     assert same(models["best-2.safetensors"], second.model) and not models["best-2.safetensors"].training
@@ -120,15 +121,17 @@ def test_the_best_are_known_again_after_a_break(tmp_path):
         file.write_text("a model")
 
     recipe = replace(RECIPE, epochs=2, schedule="constant", lr=1e-9)
-    fit(build, TASK, DATA, recipe, out=tmp_path, save=save, keep_best=2)
-    done = fit(build, TASK, DATA, replace(recipe, epochs=5), out=tmp_path, save=save, keep_best=2, resume=True)
+    fit(build, TASK, DATA, recipe, saving=Saving(tmp_path, save=save, keep_best=2))
+    done = fit(
+        build, TASK, DATA, replace(recipe, epochs=5), saving=Saving(tmp_path, save=save, keep_best=2, resume=True)
+    )
     errors = done.series("error")
     best = sorted(sorted(range(5), key=lambda epoch: errors[epoch])[:2])
     assert sorted(file.name for file in tmp_path.glob("best*")) == [f"best-{epoch + 1}.safetensors" for epoch in best]
 
 
 def test_of_equal_epochs_the_earlier_is_kept(tmp_path):
-    best = _Best(tmp_path, 1, lambda model, file: file.write_text("a model"))
+    best = BestModels(tmp_path, 1, lambda model, file: file.write_text("a model"))
     for epoch in (1, 2):
         best.offer(nn.Linear(1, 1), 0.5, epoch)
     assert [file.name for file in tmp_path.iterdir()] == ["best-1.safetensors"]
@@ -200,20 +203,21 @@ def test_bad_recipes_are_refused_in_one_line(overrides, says, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "given", "says"),
     [
-        ({"workers": -1}, "workers must be a whole number of at least 0, got -1"),
-        ({"save_every": 0}, "save_every must be a whole number of at least 1, got 0"),
-        ({"keep_best": 1}, "write to a folder: give out"),
-        ({"logger": "wandb", "out": True}, "logger must be one of csv, tensorboard, got 'wandb'"),
-        ({"keep_best": 1, "out": True}, "keep_best needs `save`"),
+        (Hardware, {"workers": -1}, "workers must be a whole number of at least 0, got -1"),
+        (Hardware, {"workers": 10_000}, "workers must be at most .* on this machine, got 10000"),
+        (Hardware, {"num_nodes": 0}, "num_nodes must be a whole number of at least 1, got 0"),
+        (Hardware, {"context_parallel": 2, "strategy": "fsdp"}, "context_parallel needs whole weights"),
+        (Hardware, {"context_parallel": 2, "devices": 3}, "context_parallel=2 does not divide 3 processes"),
+        (Saving, {"save_every": 0}, "save_every must be a whole number of at least 1, got 0"),
+        (Saving, {"logger": "wandb"}, "logger must be one of csv, tensorboard, got 'wandb'"),
+        (Saving, {"keep_best": 1}, "keep_best needs `save`"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(tmp_path, options, says):
-    if options.pop("out", False):
-        options["out"] = tmp_path
+def test_options_that_do_not_go_together_are_refused(options, given, says):
     with pytest.raises(UserError, match=says):
-        fit(build, TASK, DATA, RECIPE, **options)
+        options(*([Path("run")] if options is Saving else []), **given)
 
 
 def test_keep_best_without_its_metric_is_refused(tmp_path):
@@ -222,7 +226,7 @@ def test_keep_best_without_its_metric_is_refused(tmp_path):
             return {}
 
     with pytest.raises(UserError, match="keep_best watches 'error'"):
-        fit(build, Mute(), DATA, RECIPE, out=tmp_path, keep_best=1, save=lambda model, file: None)
+        fit(build, Mute(), DATA, RECIPE, saving=Saving(tmp_path, keep_best=1, save=lambda model, file: None))
 
 
 def rows(file) -> list[dict[str, str]]:
@@ -231,25 +235,25 @@ def rows(file) -> list[dict[str, str]]:
 
 
 def test_the_csv_logger_writes_steps_and_epochs_and_a_resumed_run_leaves_them(tmp_path):
-    done = fit(build, TASK, DATA, replace(RECIPE, epochs=1), out=tmp_path, logger="csv")
+    done = fit(build, TASK, DATA, replace(RECIPE, epochs=1), saving=Saving(tmp_path, logger="csv"))
     first = tmp_path / "log" / "version_0" / "metrics.csv"
     logged = rows(first)
     losses = [float(row["train_loss"]) for row in logged if row["train_loss"]]
     assert len(losses) == 8 and sum(losses) / 8 == pytest.approx(done.curve[0]["train_loss"])
     assert [float(row["error"]) for row in logged if row["error"]] == pytest.approx(done.series("error"))
     assert float(logged[0]["lr"]) <= RECIPE.lr
-    fit(build, TASK, DATA, replace(RECIPE, epochs=2), out=tmp_path, logger="csv", resume=True)
+    fit(build, TASK, DATA, replace(RECIPE, epochs=2), saving=Saving(tmp_path, logger="csv", resume=True))
     assert rows(first) == logged
     assert len([row for row in rows(tmp_path / "log" / "version_1" / "metrics.csv") if row["train_loss"]]) == 8
 
 
 def test_tensorboard_writes_events_or_says_what_to_install(tmp_path, monkeypatch):
     if importlib.util.find_spec("tensorboard") is not None:
-        fit(build, TASK, DATA, replace(RECIPE, epochs=1), out=tmp_path, logger="tensorboard")
+        fit(build, TASK, DATA, replace(RECIPE, epochs=1), saving=Saving(tmp_path, logger="tensorboard"))
         assert list((tmp_path / "log" / "version_0").glob("events.*"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs a package: pip install 'provenn\[tensorboard\]'; or take csv"):
-        fit(build, TASK, DATA, RECIPE, out=tmp_path / "other", logger="tensorboard")
+        fit(build, TASK, DATA, RECIPE, saving=Saving(tmp_path / "other", logger="tensorboard"))
 
 
 class Noisy(Dataset):
@@ -265,7 +269,9 @@ class Noisy(Dataset):
 
 def test_workers_read_the_same_examples_in_the_same_order():
     recipe = replace(RECIPE, epochs=2)
-    assert same(fit(build, TASK, DATA, recipe, workers=2).model, fit(build, TASK, DATA, recipe).model)
+    assert same(
+        fit(build, TASK, DATA, recipe, hardware=Hardware(workers=2)).model, fit(build, TASK, DATA, recipe).model
+    )
 
 
 def test_what_workers_draw_follows_from_the_seed_and_differs_by_epoch():
@@ -280,24 +286,29 @@ def test_what_workers_draw_follows_from_the_seed_and_differs_by_epoch():
     noisy = replace(DATA, train=Noisy())
     recipe = replace(RECIPE, epochs=2, batch_size=64)
     for seed in (1, 1, 2):
-        fit(build, Seen(), noisy, recipe, seed=seed, workers=1)
+        fit(build, Seen(), noisy, recipe, seed=seed, hardware=Hardware(workers=1))
     assert drawn[:2] == drawn[2:4] and drawn[0] != drawn[1] and drawn[0] != drawn[4]
 
 
 def test_a_run_with_workers_is_resumed_in_the_order_of_its_epoch(tmp_path):
     recipe = replace(RECIPE, epochs=2, schedule="constant")
-    whole = fit(build, TASK, DATA, recipe, workers=1)
-    fit(build, TASK, DATA, replace(recipe, epochs=1), workers=1, out=tmp_path)
+    whole = fit(build, TASK, DATA, recipe, hardware=Hardware(workers=1))
+    fit(build, TASK, DATA, replace(recipe, epochs=1), hardware=Hardware(workers=1), saving=Saving(tmp_path))
     assert (tmp_path / CHECKPOINT).exists()
-    assert same(whole.model, fit(build, TASK, DATA, recipe, workers=1, out=tmp_path, resume=True).model)
+    assert same(
+        whole.model,
+        fit(build, TASK, DATA, recipe, hardware=Hardware(workers=1), saving=Saving(tmp_path, resume=True)).model,
+    )
 
 
 def test_a_run_with_workers_that_broke_off_in_an_epoch_draws_on_as_if_it_had_not(tmp_path):
     noisy, recipe = replace(DATA, train=Noisy()), replace(RECIPE, epochs=1)
-    whole = fit(build, TASK, noisy, recipe, workers=2)
+    whole = fit(build, TASK, noisy, recipe, hardware=Hardware(workers=2))
     with pytest.raises(RuntimeError, match="the machine went down"):
-        fit(build, Broken(5), noisy, recipe, workers=2, out=tmp_path, save_every=1)
-    resumed = fit(build, TASK, noisy, recipe, workers=2, out=tmp_path, save_every=1, resume=True)
+        fit(build, Broken(5), noisy, recipe, hardware=Hardware(workers=2), saving=Saving(tmp_path, save_every=1))
+    resumed = fit(
+        build, TASK, noisy, recipe, hardware=Hardware(workers=2), saving=Saving(tmp_path, save_every=1, resume=True)
+    )
     assert same(whole.model, resumed.model)
 
 
@@ -316,14 +327,21 @@ def test_what_was_started_in_one_way_does_not_go_on_in_another(tmp_path, started
     recipe = replace(RECIPE, **{name: v for name, v in overrides.items() if name not in ("seed", "data")})
     data = replace(DATA, fingerprint=overrides.get("data", ""))
     with pytest.raises(UserError, match=f"last.ckpt was started with {says}: resume with the same, or train in"):
-        fit(build, TASK, data, replace(recipe, epochs=2), seed=overrides.get("seed", 0), out=started, resume=True)
+        fit(
+            build,
+            TASK,
+            data,
+            replace(recipe, epochs=2),
+            seed=overrides.get("seed", 0),
+            saving=Saving(started, resume=True),
+        )
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """The folder of a run of one epoch."""
     folder = tmp_path_factory.mktemp("started")
-    fit(build, TASK, DATA, replace(RECIPE, epochs=1), out=folder)
+    fit(build, TASK, DATA, replace(RECIPE, epochs=1), saving=Saving(folder))
     return folder
 
 

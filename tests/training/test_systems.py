@@ -8,7 +8,7 @@ from line_task import RECIPE, Line, build
 from torch import nn
 
 from provenn.core.errors import UserError
-from provenn.training import fit
+from provenn.training import Saving, fit
 
 TASK, DATA = Line(), Line().load()
 PLAIN = replace(RECIPE, clip=None, schedule="constant", epochs=2)
@@ -73,8 +73,8 @@ def test_two_optimizers_step_as_in_a_loop_of_one_s_own():
 
 def test_two_optimizers_are_resumed_bit_for_bit(tmp_path):
     whole = fit(TwoRates, TASK, DATA, PLAIN)
-    fit(TwoRates, TASK, DATA, replace(PLAIN, epochs=1), out=tmp_path)
-    assert same(whole.model, fit(TwoRates, TASK, DATA, PLAIN, out=tmp_path, resume=True).model)
+    fit(TwoRates, TASK, DATA, replace(PLAIN, epochs=1), saving=Saving(tmp_path))
+    assert same(whole.model, fit(TwoRates, TASK, DATA, PLAIN, saving=Saving(tmp_path, resume=True)).model)
 
 
 def left_out(model, recipe):
@@ -116,7 +116,7 @@ def test_before_saving_comes_after_the_last_step_and_before_test_and_file(tmp_pa
         files[file.name] = model
         file.write_text("a model")
 
-    done = fit(Ready, TASK, DATA, PLAIN, out=tmp_path, save=save, keep_best=2)
+    done = fit(Ready, TASK, DATA, PLAIN, saving=Saving(tmp_path, save=save, keep_best=2))
     for model in (done.model, *files.values()):
         torch.testing.assert_close(
             model.table, model[0].weight.sum(0), msg="called once, on the weights that are saved"

@@ -15,9 +15,10 @@ from torch import nn
 
 from provenn.core.errors import UserError
 from provenn.nn.auxiliary import add_auxiliary
-from provenn.training import Recipe, fit
+from provenn.training import Hardware, Recipe, Saving, fit
 from provenn.training.checkpoints import CHECKPOINT
-from provenn.training.loop import EpochSampler, leave_group
+from provenn.training.order import EpochSampler
+from provenn.training.processes import leave_group
 from provenn.training.recipes import SCHEDULES, recipe_of
 
 TASK, DATA = Line(), Line().load()
@@ -65,8 +66,8 @@ class Crash(Line):
 def test_one_epoch_and_one_resumed_are_two_bit_for_bit(tmp_path, optimizer):
     recipe = replace(RECIPE, optimizer=optimizer, schedule="constant", warmup_steps=3, epochs=2)
     whole = fit(with_dropout, TASK, DATA, recipe, seed=5)
-    fit(with_dropout, TASK, DATA, replace(recipe, epochs=1), seed=5, out=tmp_path)
-    resumed = fit(with_dropout, TASK, DATA, recipe, seed=5, out=tmp_path, resume=True)
+    fit(with_dropout, TASK, DATA, replace(recipe, epochs=1), seed=5, saving=Saving(tmp_path))
+    resumed = fit(with_dropout, TASK, DATA, recipe, seed=5, saving=Saving(tmp_path, resume=True))
     assert same(whole.model, resumed.model)
     assert (whole.curve, whole.metrics, whole.steps) == (resumed.curve, resumed.metrics, resumed.steps)
 
@@ -76,15 +77,15 @@ def test_a_run_that_broke_off_goes_on_bit_for_bit(tmp_path, reason):
     recipe = replace(RECIPE, schedule="onecycle", epochs=4, patience=4)
     whole = fit(with_dropout, TASK, DATA, recipe, seed=6)
     with pytest.raises(type(reason)):
-        fit(with_dropout, Crash(reason), DATA, recipe, seed=6, out=tmp_path)
+        fit(with_dropout, Crash(reason), DATA, recipe, seed=6, saving=Saving(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
-    resumed = fit(with_dropout, TASK, DATA, recipe, seed=6, out=tmp_path, resume=True)
+    resumed = fit(with_dropout, TASK, DATA, recipe, seed=6, saving=Saving(tmp_path, resume=True))
     assert same(whole.model, resumed.model) and whole.curve == resumed.curve
 
 
 def test_without_resume_a_run_starts_anew(tmp_path):
-    first = fit(with_dropout, TASK, DATA, RECIPE, out=tmp_path)
-    assert same(first.model, fit(with_dropout, TASK, DATA, RECIPE, out=tmp_path).model)
+    first = fit(with_dropout, TASK, DATA, RECIPE, saving=Saving(tmp_path))
+    assert same(first.model, fit(with_dropout, TASK, DATA, RECIPE, saving=Saving(tmp_path)).model)
 
 
 class Scripted(Line):
@@ -100,11 +101,11 @@ class Scripted(Line):
 def test_early_stopping_waits_and_returns_to_the_best(tmp_path):
     recipe = replace(RECIPE, epochs=9, patience=2, schedule="constant")
     errors = [3.0, 1.0, 2.0, 1.0, 9.0, 9.0]
-    stopped = fit(with_dropout, Scripted(errors), DATA, recipe, out=tmp_path)
+    stopped = fit(with_dropout, Scripted(errors), DATA, recipe, saving=Saving(tmp_path))
     assert stopped.series("error") == [3.0, 1.0, 2.0, 1.0], "two epochs without a better one: an equal one is none"
     best = fit(with_dropout, TASK, DATA, replace(recipe, epochs=2, patience=None))
     assert same(stopped.model, best.model)
-    again = fit(with_dropout, Scripted(errors), DATA, recipe, out=tmp_path, resume=True)
+    again = fit(with_dropout, Scripted(errors), DATA, recipe, saving=Saving(tmp_path, resume=True))
     assert same(again.model, best.model) and again.curve == stopped.curve, "a run that has stopped stays so"
 
 
@@ -118,7 +119,9 @@ def test_a_metric_that_is_no_number_is_worse_than_any(tmp_path):
     def save(model, file):
         file.touch()
 
-    done = fit(build, Blind(), DATA, replace(RECIPE, epochs=5, patience=2), out=tmp_path, keep_best=1, save=save)
+    done = fit(
+        build, Blind(), DATA, replace(RECIPE, epochs=5, patience=2), saving=Saving(tmp_path, keep_best=1, save=save)
+    )
     assert len(done.curve) == 5, "it gets better each time"
     assert [file.name for file in tmp_path.glob("best*")] == ["best-4.safetensors"]
 
@@ -331,7 +334,7 @@ def test_a_recipe_takes_what_toml_writes():
 
 def test_bad_strategies_are_refused():
     with pytest.raises(UserError, match="strategy must be one of auto, ddp, fsdp, got 'ddp_spawn'"):
-        fit(build, TASK, DATA, RECIPE, devices=2, strategy="ddp_spawn")
+        fit(build, TASK, DATA, RECIPE, hardware=Hardware(devices=2, strategy="ddp_spawn"))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -124,8 +124,8 @@ def test_every_paper_with_weights_can_be_tried(client):
     for card in catalog.cards().values():
         assert [offer.preset for offer in offers_of(card)] == list(card.shipped)
         for offer in offers_of(card):
-            assert offer.samples or offer.kind.takes == "classes"
-            assert all(sample.content() for sample in offer.samples)
+            assert offer.samples or offer.demo.takes == "classes"
+            assert all(offer.content(sample)[0] for sample in offer.samples)
 
 
 def test_without_demos_there_is_no_form_and_nothing_to_ask(tmp_path):

@@ -106,6 +106,14 @@ Device = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write the records and the report to.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an earlier run in the same folder.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if an experiment is not reproduced.")]
+Jobs = Annotated[int, typer.Option(help="Trials to run in parallel, each in its own process; they share the cores.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|HOST:PORT",
+        help="Run the trials on a Ray cluster. auto uses the cluster on this machine, or starts one.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

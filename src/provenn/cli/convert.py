@@ -101,12 +101,7 @@ def convert(
             host,
             card.slug,
             material,
-            tuning=tune,
-            steps=steps,
-            prepare_steps=prepare_steps,
-            batch_size=batch_size,
-            lr=lr,
-            prepare_lr=prepare_lr,
+            huggingface.Tuning(tune, steps, prepare_steps, batch_size, lr, prepare_lr),
             seed=seed,
             **options,
         )

@@ -100,7 +100,7 @@ def show(
     provenn show craft --preset craft_small
     """
     from provenn.cli import console
-    from provenn.evidence import view
+    from provenn.evidence import provenance, view
 
     card = catalog.card(slug)
     if preset is not None and (everything or bibtex):
@@ -139,6 +139,8 @@ def show(
     if claims:
         out.print("", console.claims(claims))
         out.print(f"\n[bold]{view.tally_of_claims(claims)}[/] of {len(claims)} claims", highlight=False)
+        if records := provenance.tally(findings):
+            out.print(f"[dim]records: {records}[/]", highlight=False)
     if evidence:
         out.print("[dim]measured " + console.escape("; ".join(dict.fromkeys(view.where(evidence.runs)))) + "[/]")
     elsewhere = evidence.at_other_settings(card.experiments) if evidence else []
@@ -294,4 +296,8 @@ def board(
     out.print(console.table(("paper", console.escape("claims, [headline]"), "", "measured"), rows))
     every = [each for strip in strips.values() for each in strip]
     out.print(f"\n[bold]{len(every)} claims: {view.tally_of_claims(every)}[/]")
+    records = [
+        finding for card in cards if card.slug in known for finding in known[card.slug].findings(card.experiments)
+    ]
+    out.print(f"[dim]records: {view.provenance.tally(records) or 'none'}[/]", highlight=False)
     out.print("[dim]" + ", ".join(f"{view.STANDINGS[which]} {which}" for which in Standing) + "[/]")

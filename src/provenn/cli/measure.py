@@ -10,7 +10,9 @@ from provenn import catalog
 from provenn.catalog import Card, datasets
 from provenn.cli.app import (
     Budget,
+    Cluster,
     Device,
+    Jobs,
     Json,
     Out,
     Resume,
@@ -55,16 +57,8 @@ def reproduce(
     budget: Budget = "small",
     seeds: Seeds = "5",
     device: Device = "auto",
-    jobs: Annotated[
-        int, typer.Option(help="Trials to run in parallel, each in its own process; they share the cores.")
-    ] = 1,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|HOST:PORT",
-            help="Run the trials on a Ray cluster. auto uses the cluster on this machine, or starts one.",
-        ),
-    ] = None,
+    jobs: Jobs = 1,
+    cluster: Cluster = None,
     paths: DataPaths = None,
     overrides: Annotated[
         list[str] | None,

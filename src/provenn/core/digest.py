@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from provenn.core.errors import UserError
-from provenn.core.syntax import Canonical, node_of
+from provenn.core.syntax import canonical, node_of
 
 F = TypeVar("F", bound=Callable)
 # Modules that only talk to people: nothing in them decides a value.
@@ -203,7 +203,7 @@ class _Walk:
             known = function.__globals__
             text, reads = "", [(name, known[name]) for name in function.__code__.co_names if name in known]
         else:
-            text, reads, strings = Canonical(function, closed, self.follows).of(node)
+            text, reads, strings = canonical(function, node, closed, self.follows)
             self.strings |= strings
         self.each("defaults", function.__defaults__ or (), path)
         self.mapping(function.__kwdefaults__ or {}, path)

@@ -7,7 +7,8 @@ import dis
 import importlib
 import linecache
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -57,39 +58,74 @@ def _spans(node: Any, spot: tuple[Any, Any]) -> bool:
     return (node.lineno, node.col_offset) <= spot <= (node.end_lineno, node.end_col_offset)
 
 
-class Canonical(ast.NodeTransformer):
-    """A function's tree with numbers for the names of variables, and the list of what it reads from outside."""
+Read = tuple[str, Any]  # a name, and what it means
 
-    def __init__(self, function: types.FunctionType, closed: Mapping[str, Any], follows: Callable[[str], bool]):
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What a name means outside its function: `text` as such, or a value that is read, with attributes after it."""
+
+    text: str = ""
+    name: str = ""
+    value: Any = None
+    rest: tuple[str, ...] = ()
+
+    def same(self, other: "_Meaning") -> bool:
+        """Whether both are one: values by identity, since arrays have no equality of their own."""
+        facts, others = (self.text, self.name, self.rest), (other.text, other.name, other.rest)
+        return facts == others and self.value is other.value
+
+
+@dataclass(frozen=True)
+class _Canonical:
+    """A function's text, what it reads, and its strings, as long as its names mean what they meant."""
+
+    meanings: dict[str, _Meaning | None]
+    text: str
+    reads: list[Read]
+    strings: frozenset[str]
+
+
+_known: dict[int, _Canonical] = {}  # by a node, which `_parsed` keeps
+
+
+def canonical(
+    function: types.FunctionType, node: ast.AST, closed: Mapping[str, Any], follows: Callable[[str], bool]
+) -> tuple[str, list[Read], frozenset[str]]:
+    """A function's tree with numbers for names, what it reads from outside, and the strings in it.
+
+    What each name means is found anew at every call; the tree is transformed again only where one means another thing.
+    """
+    meanings = _Names(function, node, closed, follows).meanings()
+    known = _known.get(id(node))
+    same = known is not None and all(_alike(meaning, known.meanings[name]) for name, meaning in meanings.items())
+    if known is None or not same:
+        known = _known[id(node)] = _Transformer(meanings).of(node)
+    return known.text, known.reads, known.strings
+
+
+def _alike(one: _Meaning | None, other: _Meaning | None) -> bool:
+    return one is other if one is None or other is None else one.same(other)
+
+
+class _Names:
+    """Finds what the names of a function mean that it does not bind itself."""
+
+    def __init__(
+        self, function: types.FunctionType, node: ast.AST, closed: Mapping[str, Any], follows: Callable[[str], bool]
+    ):
+        self.mentions = _mentions(node)
         self.globals, self.closed, self.follows = function.__globals__, closed, follows
-        self.numbers: dict[str, str] = {}
-        self.imported: dict[str, Any] = {}
-        self.reads: list[tuple[str, Any]] = []
-        self.places: dict[int, str] = {}
+        self.imported = {name: self.importing(target) for name, target in self.mentions.imports.items()}
         self.state = _state_of(self.globals)
 
-    def of(self, node: ast.AST) -> tuple[str, list[tuple[str, Any]], set[str]]:
-        node = copy.deepcopy(node)
-        self.bound = {name for name in _bound(node) if name not in self.closed}
-        for inner in ast.walk(node):
-            if isinstance(inner, (ast.Import, ast.ImportFrom)):
-                self.take_imports(inner)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            node.name = ""
-            node.decorator_list = [mark for mark in node.decorator_list if not _only_marks(mark)]
-        tree = self.visit(node)
-        constants = (part.value for part in ast.walk(tree) if isinstance(part, ast.Constant))
-        return ast.dump(tree), self.reads, {value for value in constants if isinstance(value, str)}
+    def meanings(self) -> dict[str, _Meaning | None]:
+        """Of every name and every chain of attributes; None where the function binds it, or nothing does."""
+        names: dict[str, _Meaning | None] = {name: self.of_name(name) for name in self.mentions.names}
+        return names | {".".join(chain): self.of_chain(chain) for chain in self.mentions.chains}
 
-    def take_imports(self, node: ast.Import | ast.ImportFrom) -> None:
-        for alias in node.names:
-            target = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) and node.module else alias.name
-            name = (alias.asname or alias.name).partition(".")[0]
-            if not self.follows(target.partition(".")[0]):
-                module = target if alias.asname or isinstance(node, ast.ImportFrom) else name
-                self.imported[name] = _Library(module)
-            else:
-                self.imported[name] = _resolved(target if alias.asname or isinstance(node, ast.ImportFrom) else name)
+    def importing(self, target: str) -> Any:
+        return _resolved(target) if self.follows(target.partition(".")[0]) else _Library(target)
 
     def outside(self, name: str) -> Any:
         """What a name means that the function does not bind, or `_MISSING`."""
@@ -97,20 +133,108 @@ class Canonical(ast.NodeTransformer):
             return self.imported[name]
         if name in self.closed:
             return self.closed[name]
-        if name in self.bound:
-            return _MISSING
-        if name in self.globals:
-            return self.globals[name]
-        return _MISSING
+        return _MISSING if name in self.mentions.bound else self.globals.get(name, _MISSING)
+
+    def of_name(self, name: str) -> _Meaning | None:
+        value = self.outside(name)
+        if value is _MISSING:
+            return None
+        if isinstance(value, _Library):
+            return _Meaning(value.name)
+        if isinstance(value, types.ModuleType) and not self.follows(value.__name__.partition(".")[0]):
+            return _Meaning(value.__name__)
+        if name in self.state and not isinstance(value, (types.FunctionType, type)):
+            return _Meaning("state")  # what the module itself writes while it runs
+        return _Meaning(name=name, value=value)
+
+    def of_chain(self, chain: tuple[str, ...]) -> _Meaning | None:
+        """What `module.name.attribute` reads of a module that is followed."""
+        value, names = self.outside(chain[0]), list(chain[1:])
+        if not isinstance(value, types.ModuleType) or not self.follows(value.__name__.partition(".")[0]):
+            return None
+        name = chain[0]
+        while names and isinstance(value, types.ModuleType):
+            name = names.pop(0)
+            if not hasattr(value, name):
+                return _Meaning(f"{value.__name__}.{name}")
+            if name in _state_of(vars(value)) and not callable(getattr(value, name)):
+                return _Meaning("state")
+            value = getattr(value, name)
+        return _Meaning(name=name, value=value, rest=tuple(names))
+
+
+@dataclass(frozen=True)
+class _Mentions:
+    """The names in a function: all of them, those it binds, chains of attributes of one, and imports within."""
+
+    names: frozenset[str]
+    bound: frozenset[str]
+    chains: frozenset[tuple[str, ...]]
+    imports: dict[str, str]
+
+
+_mentioned: dict[int, _Mentions] = {}  # by a node, which `_parsed` keeps
+
+
+def _mentions(node: ast.AST) -> _Mentions:
+    if id(node) not in _mentioned:
+        nodes = list(ast.walk(node))
+        names = frozenset(inner.id for inner in nodes if isinstance(inner, ast.Name))
+        chains = frozenset(chain for inner in nodes if isinstance(inner, ast.Attribute) and (chain := _chain(inner)))
+        imports = {}
+        for inner in nodes:
+            module = inner.module if isinstance(inner, ast.ImportFrom) else None
+            for alias in inner.names if isinstance(inner, (ast.Import, ast.ImportFrom)) else ():
+                target = f"{module}.{alias.name}" if module else alias.name
+                name = (alias.asname or alias.name).partition(".")[0]
+                imports[name] = target if alias.asname or isinstance(inner, ast.ImportFrom) else name
+        _mentioned[id(node)] = _Mentions(names, frozenset(_bound(node)), chains, imports)
+    return _mentioned[id(node)]
+
+
+def _chain(node: ast.Attribute) -> tuple[str, ...]:
+    """A name and the attributes after it; () where it begins with no name."""
+    attributes = [node.attr]
+    base: ast.expr = node.value
+    while isinstance(base, ast.Attribute):
+        attributes.append(base.attr)
+        base = base.value
+    return (base.id, *reversed(attributes)) if isinstance(base, ast.Name) else ()
+
+
+class _Transformer(ast.NodeTransformer):
+    """Puts numbers for the names of variables, and for what is read from outside."""
+
+    def __init__(self, meanings: dict[str, _Meaning | None]):
+        self.meanings = meanings
+        self.numbers: dict[str, str] = {}
+        self.reads: list[Read] = []
+        self.places: dict[int, str] = {}
+
+    def of(self, node: ast.AST) -> _Canonical:
+        self.bound = _mentions(node).bound
+        node = copy.deepcopy(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.name = ""
+            node.decorator_list = [mark for mark in node.decorator_list if not _only_marks(mark)]
+        tree = self.visit(node)
+        constants = (part.value for part in ast.walk(tree) if isinstance(part, ast.Constant))
+        strings = frozenset(value for value in constants if isinstance(value, str))
+        return _Canonical(self.meanings, ast.dump(tree), self.reads, strings)
 
     def number(self, name: str) -> str:
         return self.numbers.setdefault(name, f"v{len(self.numbers)}")
 
-    def read(self, name: str, value: Any) -> str:
-        if id(value) not in self.places:
-            self.places[id(value)] = f"g{len(self.places)}"
-            self.reads.append((name, value))
-        return self.places[id(value)]
+    def put(self, meaning: _Meaning, context: ast.expr_context) -> ast.expr:
+        if not meaning.name:
+            return ast.Name(meaning.text, context)
+        place = self.places.setdefault(id(meaning.value), f"g{len(self.places)}")
+        if len(self.places) > len(self.reads):
+            self.reads.append((meaning.name, meaning.value))
+        result: ast.expr = ast.Name(place, context)
+        for attribute in meaning.rest:
+            result = ast.Attribute(result, attribute, ast.Load())
+        return result
 
     def visit_Import(self, node: ast.Import | ast.ImportFrom) -> Any:
         return ast.Pass()
@@ -118,39 +242,15 @@ class Canonical(ast.NodeTransformer):
     visit_ImportFrom = visit_Import
 
     def visit_Name(self, node: ast.Name) -> Any:
-        value = self.outside(node.id)
-        if value is _MISSING:
+        meaning = self.meanings[node.id]
+        if meaning is None:
             known = hasattr(builtins, node.id) and node.id not in self.bound
             return ast.Name(node.id if known or node.id not in self.bound else self.number(node.id), node.ctx)
-        if isinstance(value, _Library):
-            return ast.Name(value.name, node.ctx)
-        if isinstance(value, types.ModuleType) and not self.follows(value.__name__.partition(".")[0]):
-            return ast.Name(value.__name__, node.ctx)
-        if node.id in self.state and not isinstance(value, (types.FunctionType, type)):
-            return ast.Name("state", node.ctx)  # what the module itself writes while it runs
-        return ast.Name(self.read(node.id, value), node.ctx)
+        return self.put(meaning, node.ctx)
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
-        chain = [node.attr]
-        base: Any = node.value
-        while isinstance(base, ast.Attribute):
-            chain.append(base.attr)
-            base = base.value
-        value = self.outside(base.id) if isinstance(base, ast.Name) else _MISSING
-        if isinstance(value, types.ModuleType) and self.follows(value.__name__.partition(".")[0]):
-            names = chain[::-1]
-            while names and isinstance(value, types.ModuleType):
-                name = names.pop(0)
-                if not hasattr(value, name):
-                    return ast.Name(f"{value.__name__}.{name}", ast.Load())
-                if name in _state_of(vars(value)) and not callable(getattr(value, name)):
-                    return ast.Name("state", ast.Load())
-                value = getattr(value, name)
-            result: Any = ast.Name(self.read(chain[-1] if not names else name, value), ast.Load())
-            for name in names:
-                result = ast.Attribute(result, name, ast.Load())
-            return result
-        return self.generic_visit(node)
+        meaning = self.meanings.get(".".join(_chain(node)))
+        return self.generic_visit(node) if meaning is None else self.put(meaning, ast.Load())
 
     def visit_arg(self, node: ast.arg) -> Any:
         return ast.arg(self.number(node.arg))
@@ -250,15 +350,25 @@ def _state_of(module: Mapping[str, Any]) -> frozenset[str]:
 @cache
 def _written(text: str) -> frozenset[str]:
     names: set[str] = set()
-    functions = (node for node in ast.walk(_parsed(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
-    for node in (inner for function in functions for inner in ast.walk(function)):
-        if isinstance(node, ast.Global):
-            names.update(node.names)
-        filled: Any = None
-        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
-            filled = node.value
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FILLING:
-            filled = node.func.value
-        if isinstance(filled, ast.Name):
-            names.add(filled.id)
+    for function in _outermost(_parsed(text)):
+        bound = _bound(function)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Global):
+                names.update(node.names)
+            filled: Any = None
+            if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+                filled = node.value
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FILLING:
+                filled = node.func.value
+            if isinstance(filled, ast.Name) and filled.id not in bound:
+                names.add(filled.id)
     return frozenset(names)
+
+
+def _outermost(node: ast.AST) -> Iterator[ast.AST]:
+    """The functions of a module and of its classes, without those within a function."""
+    for inner in ast.iter_child_nodes(node):
+        if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield inner
+        else:
+            yield from _outermost(inner)

@@ -45,6 +45,24 @@ class Slice(NamedTuple):
         rows = min(a, b)
         return rows * (2 * b - rows + 1) // 2
 
+    def bounds(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """For queries of it, the first key that each sees and the one after its last; equal where it sees none."""
+        first, last = torch.full_like(rows, self.k_start), torch.full_like(rows, self.k_end)
+        if self.kind in (INVERSE_CAUSAL, BI_CAUSAL):
+            first = (first + rows - self.q_start).clamp(max=self.k_end)
+        if self.kind in (CAUSAL, BI_CAUSAL):
+            last = last - (self.q_end - 1 - rows)
+        return first, torch.maximum(last, first)
+
+    def columns(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """For keys of it, the first query that sees each and the one after the last; equal where none does."""
+        first, last = torch.full_like(keys, self.q_start), torch.full_like(keys, self.q_end)
+        if self.kind in (CAUSAL, BI_CAUSAL):
+            first = (keys - self.k_end + self.q_end).clamp(self.q_start, self.q_end)
+        if self.kind in (INVERSE_CAUSAL, BI_CAUSAL):
+            last = (keys - self.k_start + self.q_start + 1).clamp(max=self.q_end)
+        return first, torch.maximum(last, first)
+
     def rows(self, start: int, end: int) -> "Slice | None":
         """The part in rows [start, end), with no column that none of these sees; None where nothing is left."""
         q_start, q_end, k_start, k_end, kind = self

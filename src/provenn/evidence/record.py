@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,11 +50,41 @@ class RecordedRun(BaseModel):
     date: datetime
 
 
+class Repeated(StrEnum):
+    """What came of repeating a recorded trial with the code that stands."""
+
+    EXACT = "repeated exactly"
+    SCATTER = "within the scatter of its seeds"
+    ROUNDING = "the same verdict, other rounding"
+    DIFFERS = "differs"
+
+
+class Verification(BaseModel):
+    """A recorded trial, repeated with later code.
+
+    Args:
+        outcome: what came of it.
+        code: the digest of what measured it again.
+        commit, date, device: where and when.
+        repeated: what was repeated, what came out, and what the record has, in words.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    outcome: Repeated
+    code: str
+    commit: str = ""
+    date: datetime
+    device: str
+    repeated: str
+
+
 class Record(BaseModel):
     """A measurement with its verdict. What the experiment says stands in `paper.toml`; `expects` is the region it was
     held to.
 
-    `code` is the digest of what measured it, `run` the index in the evidence's list. `overrides` is what was set
+    `code` is the digest of what measured it, `verified` what came of repeating it with later code, `run` the index in
+    the evidence's list. `overrides` is what was set
     otherwise than the experiment's own setting: such a record stands beside the experiment's, never for it, and is
     evidence for no claim.
     """
@@ -68,6 +99,7 @@ class Record(BaseModel):
     expects: str = ""
     measurement: Measurement
     code: str = ""
+    verified: Verification | None = None
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
 
@@ -109,14 +141,22 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """The record's; not measured without one."""
-        return Verdict.NOT_MEASURED if self.record is None else self.record.verdict
+        """The record's; not measured without one, or where the code that stands gives another value."""
+        return Verdict.NOT_MEASURED if self.record is None or self.withdrawn else self.record.verdict
+
+    @property
+    def withdrawn(self) -> str:
+        """What withdraws the record's verdict until it is measured again, or ""."""
+        verified = None if self.record is None else self.record.verified
+        if verified is None or verified.outcome is not Repeated.DIFFERS:
+            return ""
+        return f"{verified.repeated}: measure it again with provenn reproduce {self.paper}"
 
     @property
     def reason(self) -> str:
         """Why there is no verdict."""
         if self.record is not None:
-            return self.record.reason
+            return self.withdrawn or self.record.reason
         return (
             f"needs {self.experiment.lacks}"
             if self.experiment.lacks

@@ -15,7 +15,7 @@ from typing import Any
 
 from provenn import catalog
 from provenn.core.files import write_atomically
-from provenn.evidence import view
+from provenn.evidence import provenance, view
 from provenn.evidence.claim import Standing
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.record import Evidence, Finding
@@ -91,6 +91,7 @@ def _paper(card: catalog.Card, evidence: Evidence, folder: Path) -> dict[str, An
         "experiment_counts": view.tally(measured),
         "repeat": view.repeat(card.slug, evidence),
         "where": "; ".join(view.where(evidence.runs)),
+        "code": provenance.tally(measured),
         "claims": [_claim(each) for each in claims],
         "count": len(measured),
         "elsewhere": len(elsewhere),

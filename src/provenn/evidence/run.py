@@ -78,6 +78,7 @@ class Run:
         self.overrides: dict[
             str, Any
         ] = {}  # what `--set` changes of the experiment that is measured now: of every trial's key
+        self.rates: dict[str, float] = {}  # learning rates of variants by label, where none is to be chosen
         self.memory: dict[Any, Any] = {}  # for what several experiments of this run would compute alike
         self.spared = 0.0  # seconds that known trials took when they were run
         self.elsewhere = elsewhere

@@ -18,7 +18,7 @@ from provenn.evidence.measurement import Measurement, Picture, Series, Skill, Ta
 from provenn.evidence.record import PICTURES
 from provenn.evidence.run import Run
 from provenn.tasks import Task, TaskData, get_task
-from provenn.training import Diverged, Fit, Recipe, fit
+from provenn.training import Diverged, Fit, Hardware, Recipe, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,7 +178,7 @@ class Study:
 
     def facts(self, run: Run) -> dict[str, Any]:
         """How, on what, and with what steps every variant is trained: the record's setting."""
-        key = ("facts", id(self))
+        key = ("facts", id(self), run.seeds[0])
         if key not in run.memory:
             data, recipe = self.data(run.seeds[0], run.smoke), _spoken(self.recipe_for(run))
             sizes = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
@@ -207,6 +207,8 @@ class Study:
         recipe, task = self.recipe_for(run), self.of_task
         if not self.lrs or run.smoke:
             return float(self.lrs[0] if self.lrs else recipe.lr), {}
+        if (known := run.rates.get(self.label(variant))) is not None:
+            return float(min(self.lrs, key=lambda lr: abs(lr - known))), {}  # a record rounds it
 
         def score(lr: float) -> float | None:
             data = self.data(TUNING_SEED, False)
@@ -276,7 +278,7 @@ class Study:
             data,
             replace(self.recipe_for(run), lr=lr),
             seed=seed,
-            device=run.device,
+            hardware=Hardware(run.device),
             title=label,
         )
 

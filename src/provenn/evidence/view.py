@@ -12,6 +12,7 @@ from pathlib import Path
 
 from provenn import catalog
 from provenn.catalog import Card, Claim, Experiment
+from provenn.evidence import provenance
 from provenn.evidence.claim import Judgement, Outcome, Standing, judge
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Series, Table
@@ -178,11 +179,12 @@ def asked(finding: Finding) -> str:
 
 
 def when(finding: Finding) -> str:
-    """Seeds and date of a measurement."""
+    """Seeds and date of a measurement, and which code it is of."""
     if finding.run is None:
         return ""
     seeds = finding.measurement.seeds
-    return ", ".join([f"{len(seeds)} seeds"] * bool(seeds) + [f"{finding.run.date:%Y-%m-%d}"])
+    words = [f"{len(seeds)} seeds"] * bool(seeds) + [f"{finding.run.date:%Y-%m-%d}", provenance.in_words(finding)]
+    return ", ".join(filter(None, words))
 
 
 def where(runs: Iterable[RecordedRun]) -> list[str]:

@@ -21,6 +21,7 @@ from provenn.core.inputs import machine_memory
 from provenn.experiments.compare.latencies import FORMS, Cost, Latency, LatencyBench
 from provenn.inference.onnx import translations
 from provenn.nn.fusion import fuse
+from provenn.tasks import get_task
 
 THREADS = 64  # that may be asked for where there are fewer cores
 SHORT = {"eager": "eager", "compile": "torch.compile", "onnx": "ONNX Runtime"}  # as the command line calls them
@@ -37,7 +38,7 @@ def ours(names: Sequence[str] | None = None, *, size: int = 224, channels: int =
         preset.name: (card, preset)
         for card in cards().values()
         for preset in card.presets
-        if card.work_of(preset) == "image-classification"
+        if _classifies_images(card.work_of(preset))
     }
     images = {"size": size, "in_channels": channels}
     if names is None:
@@ -52,6 +53,13 @@ def ours(names: Sequence[str] | None = None, *, size: int = 224, channels: int =
         chosen = {each: known[each] for each in mine if name == each or _is_backbone(*known[each])}
         builds |= {each: partial(_preset, *pair, images) for each, pair in chosen.items()}
     return builds
+
+
+def _classifies_images(task: str | None) -> bool:
+    try:
+        return task is not None and get_task(task).augments
+    except UserError:  # of another package
+        return False
 
 
 def _preset(card: Card, preset: Preset, images: Mapping[str, int]) -> nn.Module:

@@ -34,11 +34,10 @@ from provenn.evidence.record import (
     peak_memory,
     read_or_set_aside,
 )
-from provenn.evidence.run import Budget, Elsewhere, Run, Waiting
-from provenn.experiments import workers
+from provenn.evidence.run import Budget, Elsewhere, Run
 from provenn.experiments.at_paper import AtPaperScale
+from provenn.experiments.side_by_side import check_jobs, measure_all, where_trials_run
 
-MOST_JOBS = 4096  # processes of one machine
 BUDGETS = ("smoke", "small", "paper")
 RUN = "runs/latest"
 MOST_SEEDS = 10_000
@@ -246,49 +245,18 @@ def reproduce_many(
     Raises:
         UserError: what `reproduce` refuses, a process that was killed, or a cluster that cannot be used.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {jobs}")
-    if jobs > MOST_JOBS:
-        raise UserError(f"--jobs must be at most {MOST_JOBS:,}, got {jobs}")
-    if jobs > 1 and cluster is not None:
-        raise UserError(f"give --jobs {jobs} or --cluster {cluster}, not both: a cluster counts its machines' CPUs")
+    check_jobs(jobs, cluster)
     if jobs == 1 and cluster is None:
         return [finding for card in cards for finding in reproduce(card, done=done, **options)]
     device, log = choose_device(options.get("device", "auto")), options.get("log", lambda message: None)
-    packages = {"provenn", *(card.package.partition(".")[0] for card in cards)}
     # The other processes may have begun in other folders.
     options["out"] = Path(options.get("out", RUN)).absolute()
     if options.get("data"):
         options["data"] = {name: Path(path).absolute() for name, path in (options["data"] or {}).items()}
-    where = (
-        workers.processes(jobs)
-        if cluster is None
-        else workers.cluster(cluster, packages=sorted(packages), device=device, log=log)
-    )
-    with where as machines, ExitStack() as stack:
+    with where_trials_run(jobs, cluster, cards, device, log) as machines, ExitStack() as stack:
         works = [stack.enter_context(_reproduction(card, elsewhere=machines, **options)) for card in cards]
-        _side_by_side(works, machines, done)
+        measure_all(works, machines, done)
         return [finding for work in works for finding in work.findings]
-
-
-def _side_by_side(works: Sequence[_Work], machines: workers.Workers, done: Callable[[Finding], None]) -> None:
-    """Measure every experiment, coming back to those that wait for trials once these have ended."""
-    ready = [(work, experiment) for work in works for experiment in work.wanted]
-    waiting: list[tuple[_Work, Experiment, set[str]]] = []
-    with ExitStack() as bars:
-        advance = {w.card.slug: bars.enter_context(progress.bar(w.card.slug, len(w.wanted))) for w in works}
-        while ready or waiting:
-            for work, experiment in ready:
-                try:
-                    done(work.measure(experiment))
-                    advance[work.card.slug]()
-                except Waiting as wait:
-                    waiting.append((work, experiment, wait.keys))
-                machines.keep_ended()
-            if waiting:
-                machines.wait()
-            ready = [(work, experiment) for work, experiment, needs in waiting if not needs & work.run.pending]
-            waiting = [entry for entry in waiting if entry[2] & entry[0].run.pending]
 
 
 def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experiment) -> Record:

@@ -24,6 +24,7 @@ from provenn.huggingface.families import (
     why_not,
 )
 from provenn.surgery.notes import ChangedConfig, changes_of
+from provenn.training import Stage
 
 Batch = dict[str, Tensor]
 
@@ -71,7 +72,7 @@ class Conversion:
             that JSON can hold. It runs at conversion, and again when a converted model is loaded, before its weights,
             possibly on the meta device; so whatever it adds must be a parameter or buffer of the model.
         uninstall: takes out again what `install` put in.
-        prepare: what is trained after conversion and before tuning, if anything: (model, batches, lr) → losses.
+        prepare: the stage of training after conversion and before tuning, if any: (model, batches, lr) → `Stage`.
         lr: of `prepare`, by default.
         cache: makes what `generate` keeps of the past, where that is no key-value cache.
         report: one row a layer of whatever measures how well a converted model does on a batch, before or after tuning.
@@ -85,7 +86,7 @@ class Conversion:
     attend: Attend
     install: Callable[..., None]
     uninstall: Callable[[PreTrainedModel], None]
-    prepare: Callable[[PreTrainedModel, Iterable[Batch], float], list[float]] | None = None
+    prepare: Callable[[PreTrainedModel, Iterable[Batch], float], Stage] | None = None
     lr: float = 1e-2
     cache: Callable[[PreTrainedModel], Any] | None = None
     report: Callable[[PreTrainedModel, Batch], list[dict[str, Any]]] | None = None

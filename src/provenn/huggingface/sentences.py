@@ -8,14 +8,14 @@ import torch
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel
 
-from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.huggingface.conversion import Batch
 from provenn.huggingface.examples import Examples
 from provenn.huggingface.families import Host, Tokenizer, max_tokens
 from provenn.huggingface.loading import Source
-from provenn.huggingface.tuning import to_device, training_mode, tune
+from provenn.huggingface.tuning import training_mode, tune
 from provenn.tasks.text_classification import TASK, Encoded, classes_of, inputs_of
+from provenn.training import Batches
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,6 @@ class Sentences(Examples):
         torch.manual_seed(seed)  # of the head
         model = source.classifier(self.classes).to(device)
         steps = self.stages(batch_size)["steps"]
-        batches = (to_device(batch, model) for batch in self.batches(steps, batch_size, seed + 2))
-        tune(model, progress.track(batches, "fine-tuning", steps), "full", lr=lr)
+        batches = Batches(lambda: self.batches(steps, batch_size, seed + 2), steps)
+        tune(model, batches, "full", lr=lr, seed=seed)
         return model

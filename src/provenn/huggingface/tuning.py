@@ -3,9 +3,10 @@
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.finite import finite_outputs
 from provenn.huggingface.conversion import Batch, conversion_of, convert
 from provenn.huggingface.families import Host, Tokenizer, family_of, max_tokens
 from provenn.huggingface.loading import Source
-from provenn.nn.auxiliary import collect_auxiliary
-from provenn.tasks import get_task
+from provenn.tasks.language_modelling import TASK
+from provenn.training import Batches, Fit, Hardware, Saving, Stage, only, run_stages
 
 TUNINGS = ("full", "lora", "none")
+TUNING = "tuning"  # the stage of that name
 LEARNING_RATES = {"full": 6e-4, "lora": 1e-4}  # arXiv:2402.04347, section 5.4, and its group's later code
 
 
@@ -161,7 +162,7 @@ class Text:
             masked = tokenizer.mask_token_id
             if masked is None:
                 raise UserError("this model predicts masked tokens, but its tokenizer has no mask token")
-        train, _, test = cast(Any, get_task("language-modelling")).documents(source)
+        train, _, test = TASK.documents(source)
         rows = _pack_rows(test, tokenizer, length, "of test text")
         row_count = min(len(rows), max(1, tested // length))
         chosen = torch.arange(row_count) * len(rows) // row_count
@@ -301,6 +302,7 @@ def tune(
     rank: int = 8,
     alpha: int = 16,
     clip: float = 1.0,
+    seed: int = 0,
 ) -> list[float]:
     """Fine-tune a model in place on its own task, with AdamW; returns the loss of every step.
 
@@ -312,72 +314,83 @@ def tune(
         lr: by default 6e-4 for full and 1e-4 for lora.
         rank, alpha: of lora.
         clip: largest norm of the gradient.
+        seed: of dropout, and of what lora begins with.
     """
     check_tuning(how)
     if how == "none":
         return []
-    lr = LEARNING_RATES[how] if lr is None else lr
-    if how == "full":
-        return _train(model, model, batches, lr=lr, clip=clip)
-    from peft import LoraConfig, get_peft_model
-
-    with _keeping_gradients(model):
-        lora = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            target_modules=list(family_of(model.config).lora),
-            fan_in_fan_out=isinstance(model, GPT2LMHeadModel),
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers
-            trained = get_peft_model(cast(Host, model), lora)
-        try:
-            return _train(model, trained, batches, lr=lr, clip=clip)
-        finally:
-            trained.merge_and_unload()
+    return learn(model, _tuning_stage(model, batches, how, lr, clip, rank=rank, alpha=alpha), seed)
 
 
-def train_alone(part: str, model: PreTrainedModel, batches: Iterable[Batch], lr: float) -> list[float]:
-    """Train the parameters that have `part` in their names on a model's own task, all others frozen.
+def train_alone(part: str, model: PreTrainedModel, batches: Iterable[Batch], lr: float) -> Stage:
+    """The stage in which the parameters that have `part` in their names learn a model's own task, all others frozen.
 
     What a conversion adds is trained so before the whole is tuned: `Conversion(prepare=partial(train_alone, "gates"))`.
-
-    Returns the loss of every step.
     """
-    with _keeping_gradients(model):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part in name.split("."))
-        return _train(model, model, batches, lr=lr, clip=1.0)
+
+    def named(model: nn.Module) -> list[nn.Parameter]:
+        return [parameter for name, parameter in model.named_parameters() if part in name.split(".")]
+
+    return _own_stage("new-parts", model, batches, partial(only, named), lr, 1.0)
+
+
+def learn(model: PreTrainedModel, stage: Stage, seed: int = 0) -> list[float]:
+    """Train a model in place in one stage, where it is; returns the loss of every step."""
+    return run_stages(model, [stage], seed=seed, hardware=Hardware(str(model.device)))[0].losses
+
+
+def _tuning_stage(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    how: str,
+    lr: float | None,
+    clip: float = 1.0,
+    rank: int = 8,
+    alpha: int = 16,
+) -> Stage:
+    """The stage in which the whole learns, or low-rank additions to its attention."""
+    learning = partial(_low_rank, rank=rank, alpha=alpha) if how == "lora" else nullcontext
+    return _own_stage(TUNING, model, batches, learning, LEARNING_RATES[how] if lr is None else lr, clip)
+
+
+def _own_stage(
+    name: str,
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    learning: Callable[[Any], AbstractContextManager[nn.Module]],
+    lr: float,
+    clip: float,
+) -> Stage:
+    """Steps of AdamW on the model's own loss."""
+    options = {"use_cache": False} if _causal(model) else {}
+
+    def own_loss(model: Host, batch: Batch) -> Tensor:
+        return model(**batch, **options).loss
+
+    return Stage.of_batches(name, own_loss, batches, learning, lr=lr, clip=clip)
 
 
 @contextmanager
-def _keeping_gradients(model: nn.Module) -> Iterator[None]:
-    """Afterwards, the same parameters ask for gradients as before."""
+def _low_rank(model: PreTrainedModel, *, rank: int, alpha: int) -> Iterator[nn.Module]:
+    """Inside, low-rank additions by peft are what learns; afterwards they are part of the weights."""
+    from peft import LoraConfig, get_peft_model
+
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(family_of(model.config).lora),
+        fan_in_fan_out=isinstance(model, GPT2LMHeadModel),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers
+        trained = get_peft_model(cast(Host, model), lora)
     try:
-        yield
+        yield trained
     finally:
+        trained.merge_and_unload()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(asked[name])
-
-
-def _train(model: PreTrainedModel, trained: Host, batches: Iterable[Batch], *, lr: float, clip: float) -> list[float]:
-    """Steps of AdamW on the parameters of `trained` that ask for a gradient; `trained` is the model or holds it."""
-    losses = []
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    # A fresh one for each stage, whose parameters differ.
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    with training_mode(model, training=True):
-        for batch in batches:
-            inputs = to_device(batch, model)
-            with collect_auxiliary() as added:
-                loss = trained(**inputs, **({"use_cache": False} if _causal(model) else {})).loss
-            optimizer.zero_grad()
-            (loss + torch.stack(added).mean() if added else loss).backward()
-            nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer.step()
-            losses.append(loss.item())
-    return losses
 
 
 @dataclass
@@ -428,18 +441,33 @@ class Recovery:
         return {**asdict(self), "recovered": shares}
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """How a converted model is trained.
+
+    Args:
+        method: of the whole: "full", "lora" or "none".
+        steps, prepare_steps: batches of tuning, and of the stage before, in which only what is new learns.
+        batch_size: rows a batch.
+        lr, prepare_lr: by default those of `tune` and of the conversion.
+    """
+
+    method: str = "full"
+    steps: int = 200
+    prepare_steps: int = 200
+    batch_size: int = 8
+    lr: float | None = None
+    prepare_lr: float | None = None
+
+
 def recover(
     model: PreTrainedModel,
     paper: str,
     text: Material,
+    tuning: Tuning = Tuning(),  # it is frozen
     *,
-    tuning: str = "full",
-    steps: int = 200,
-    prepare_steps: int = 200,
-    batch_size: int = 8,
-    lr: float | None = None,
-    prepare_lr: float | None = None,
     seed: int = 0,
+    saving: Saving | None = None,
     **options: Any,
 ) -> Recovery:
     """Convert a model, train what is new, tune the whole, and measure its quality before and after each stage.
@@ -448,11 +476,9 @@ def recover(
         model: as for `convert`; converted in place.
         paper: the slug.
         text: to learn from and to test on; a `Text`, or `Sentences` for a model that classifies them.
-        tuning: "full", "lora" or "none".
-        steps, prepare_steps: batches of tuning, and of the stage before.
-        batch_size: rows a batch.
-        lr, prepare_lr: by default those of `tune` and of the conversion.
-        seed: of the batches, and of whatever the mechanism draws.
+        tuning: how it is trained.
+        seed: of the batches, of dropout, and of whatever the mechanism draws.
+        saving: where to keep checkpoints of both stages, so that a run that was killed goes on.
         options: of the mechanism.
 
     Raises:
@@ -461,8 +487,12 @@ def recover(
 
     def measured(stage: str) -> float:
         with finite_outputs(model, f"the model {stage}", "what is tested on"):
-            return text.quality(model, batch_size)
+            return text.quality(model, tuning.batch_size)
 
+    def batches(steps: int, seed: int) -> Batches:
+        return Batches(lambda: text.batches(steps, tuning.batch_size, seed), steps)
+
+    check_tuning(tuning.method)
     conversion = conversion_of(paper)
     torch.manual_seed(seed)
     before = measured("as it came")
@@ -470,24 +500,29 @@ def recover(
     convert(model, paper, **options)
     recovery = Recovery(before, measured("converted"), higher_is_better=text.higher_is_better)
     recovery.parameters = sum(parameter.numel() for parameter in model.parameters()) - parameters_before
-    if conversion.prepare is not None and prepare_steps:
-        batches = (to_device(batch, model) for batch in text.batches(prepare_steps, batch_size, seed))
-        tracked = progress.track(batches, "new parts", prepare_steps)
-        recovery.losses["prepare"] = conversion.prepare(model, tracked, prepare_lr or conversion.lr)
-        recovery.prepared = measured("with its new parts trained")
-    if tuning != "none" and steps:
-        tracked = progress.track(text.batches(steps, batch_size, seed + 1), "tuning", steps)
-        recovery.losses["tune"] = tune(model, tracked, tuning, lr=lr)
-        recovery.tuned = measured("tuned")
+    stages = []
+    if conversion.prepare is not None and tuning.prepare_steps:
+        given = batches(tuning.prepare_steps, seed)
+        stages.append(conversion.prepare(model, given, tuning.prepare_lr or conversion.lr))
+    if tuning.method != "none" and tuning.steps:
+        stages.append(_tuning_stage(model, batches(tuning.steps, seed + 1), tuning.method, tuning.lr))
+
+    def note(stage: Stage, done: Fit) -> None:
+        if stage.name == TUNING:
+            recovery.losses["tune"], recovery.tuned = done.losses, measured("tuned")
+        else:
+            recovery.losses["prepare"], recovery.prepared = done.losses, measured("with its new parts trained")
+
+    run_stages(model, stages, seed=seed, hardware=Hardware(str(model.device)), saving=saving, after=note)
     if conversion.report is not None:
-        recovery.layers = conversion.report(model, to_device(next(text.tests(batch_size)), model))
+        recovery.layers = conversion.report(model, to_device(next(text.tests(tuning.batch_size)), model))
     recovery.setting = {
         "paper": paper,
         "options": options,
-        "tuning": tuning,
-        "steps": steps,
-        "prepare_steps": prepare_steps,
-        "batch_size": batch_size,
+        "tuning": tuning.method,
+        "steps": tuning.steps,
+        "prepare_steps": tuning.prepare_steps,
+        "batch_size": tuning.batch_size,
         "length": text.length,
         "seed": seed,
     }

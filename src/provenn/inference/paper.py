@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from provenn.training.weights import Label
 
 
-PROBES = {"recall": "language-modelling"}  # a task without presets of its own, and whose presets it takes
-
-
 @dataclass(frozen=True)
 class Paper:
     """One paper: its card, its systems, its experiments.
@@ -103,7 +100,7 @@ class Paper:
         Raises:
             UserError: weights of another paper, or of none.
         """
-        from provenn.tasks import get_task
+        from provenn.tasks import face_of, get_task
         from provenn.training import weights as files
 
         if weights is None and self.is_parameter_free(preset):
@@ -124,7 +121,7 @@ class Paper:
             raise UserError(f"{file} holds weights of {label.preset}, not of {preset}")
         if label.meta:  # of weights that were saved for Python alone there may be none
             work = get_task(self.card.task_of(self.card.preset(label.preset))).name
-            if label.task not in (work, *PROBES):
+            if work not in (label.task, face_of(label.task).presets_of):
                 raise UserError(
                     f"{file} says that {label.preset} was trained for {label.task!r}, and it is for {work!r}: "
                     "give other weights, these are damaged"

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from provenn import catalog
 from provenn.catalog import datasets
@@ -16,10 +16,30 @@ if TYPE_CHECKING:
     from provenn.tasks.base import Task
     from provenn.training import Recipe
 from provenn.inference.overrides import divided
-from provenn.inference.paper import PROBES, Paper
+from provenn.inference.paper import Paper
 
 SIDES = ("size", "image_size")  # what presets call the side of their images, which is that of the data
 FEWEST_STEPS = 200  # of a training on the user's own data, where nobody says how long
+
+
+class TrainOptions(TypedDict, total=False):
+    """Where `train` runs, and what it writes: as `provenn.training.Hardware` and `Saving` say, with their defaults.
+
+    The run's folder is `out`, by default `runs/<slug>`; `device` may be auto, which is the default.
+    """
+
+    device: str
+    devices: int
+    num_nodes: int
+    strategy: str
+    context_parallel: int
+    context_method: str
+    workers: int
+    out: str | Path | None
+    resume: bool
+    save_every: int | None
+    keep_best: int
+    logger: str | None
 
 
 def train(
@@ -28,21 +48,10 @@ def train(
     *,
     preset: str | None = None,
     task: str | None = None,
-    out: str | Path | None = None,
     seed: int = 0,
-    device: str = "auto",
-    devices: int = 1,
-    num_nodes: int = 1,
-    strategy: str = "auto",
-    context_parallel: int = 1,
-    context_method: str = "ring",
-    workers: int = 0,
-    resume: bool = False,
-    save_every: int | None = None,
-    keep_best: int = 0,
-    logger: str | None = None,
     overrides: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
+    **options: Unpack[TrainOptions],
 ) -> "tuple[Path, dict[str, float]]":
     """Train a paper's system on data and save its weights; returns the folder and the test metrics.
 
@@ -50,20 +59,13 @@ def train(
         slug: the paper.
         data: an embedded data set's name, or a path.
         preset, task: which system; by default the paper's first (for that task). `recall` takes language models.
-        out: the run's folder; `runs/<slug>` by default.
         seed: fixes everything random.
-        device, devices, num_nodes, strategy: where to train; the recipe's batch size is each process's: see `fit`.
-        context_parallel, context_method: processes that share each sequence, and how: see `fit`.
-        workers: processes that read the data.
-        resume: go on from the folder's checkpoint.
-        save_every: a checkpoint after every so many steps, besides each epoch's.
-        keep_best: how many epochs' weights, the best on validation data, are kept as `best-EPOCH.safetensors`.
-        logger: "csv" or "tensorboard"; both write under the folder's `log`.
         overrides: to how the data is read or the preset is built, such as {"horizon": 24, "dim": 128}.
         recipe: overrides of the preset's recipe, such as {"epochs": 20}.
+        options: where it runs, and what it writes: see `TrainOptions`.
     """
     import json
-    from dataclasses import asdict, replace
+    from dataclasses import asdict, fields, replace
 
     from provenn import __version__, tasks, training
     from provenn.core.device import choose_device
@@ -72,18 +74,27 @@ def train(
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
 
+    for name in options:
+        if name not in TrainOptions.__annotations__:
+            known = list(TrainOptions.__annotations__)
+            raise UserError(f"train has no option {name!r}{catalog.meant(name, known)}; it has: {', '.join(known)}")
     card = catalog.card(slug)
-    chosen = card.preset(preset, PROBES.get(task or "", task))
-    kind = tasks.get_task(task if task in PROBES else card.task_of(chosen))
-    folder = Path(out) if out is not None else Path("runs") / card.slug
-    if resume and not begun(folder):
+    presets_of = None if task is None else tasks.face_of(task).presets_of
+    chosen = card.preset(preset, presets_of or task)
+    kind = tasks.get_task(card.task_of(chosen) if task is None or presets_of is None else task)
+    given: dict[str, Any] = {**options}
+    folder = Path(given.pop("out", None) or Path("runs") / card.slug)
+    on = {each.name: given.pop(each.name) for each in fields(training.Hardware) if each.name in given}
+    hardware = training.Hardware(**{**on, "device": choose_device(on.get("device", "auto"))})
+    saving = training.Saving(folder, save=lambda model, file: weights.save(model, file, label), **given)
+    if saving.resume and not begun(folder):
         raise UserError(f"nothing to resume in {folder}: it holds no {CHECKPOINT}")
     for name in ("run.json", weights.FILE, "picture.png"):
         if (folder / name).is_dir():
             raise UserError(
                 f"{folder / name} is a folder, and a file of that name is to be written: choose another --out"
             )
-    if not resume and begun(folder) and not (folder / weights.FILE).exists():
+    if not saving.resume and begun(folder) and not (folder / weights.FILE).exists():
         with alone_in(folder) if progress.first_process() else nullcontext():  # else another process is at it
             pass
         raise UserError(
@@ -97,9 +108,8 @@ def train(
     }
     final = recipe_of(facts, **recipe_overrides)
     training.check_recipe(final, kind)
-    device = choose_device(device)
     of_data, of_system = divided(overrides or {}, kind.load, card.resolve(chosen.build))
-    source, given = datasets.resolve(data), data
+    source, named = datasets.resolve(data), data
     data, of_data = source.data, {**source.options, **of_data}
     users_own = data not in kind.embedded
     try:
@@ -114,7 +124,6 @@ def train(
             raise UserError(f"{name} follows from the data, where it is {loaded.options[name]}, got {of_system[name]}")
     sides = {name: loaded.meta["size"] for name in SIDES if "size" in loaded.meta and name in takes}
     built_with = {**sides, **loaded.options, **of_system}
-    options = {**chosen.options, **built_with}
     examples = len(loaded.train)  # type: ignore[arg-type]
     if examples < recipe_overrides.get("batch_size", 0):
         # A preset's batch may be larger than a few examples of the user's own; one that is typed was meant as it is.
@@ -127,34 +136,25 @@ def train(
         final = _long_enough(final, steps, examples)
     system = {"preset": chosen.name, "task": task}
     trained_on = {
-        "data": str(given),
+        "data": str(named),
         "fingerprint": loaded.fingerprint,
         "seed": seed,
         "options": of_data,
         "recipe": asdict(final),
-        "command": _command(card.slug, given, {**system, **recipe_overrides, "seed": seed}, {**of_data, **of_system}),
+        "command": _command(card.slug, named, {**system, **recipe_overrides, "seed": seed}, {**of_data, **of_system}),
     }
-    label = weights.Label(card.slug, chosen.name, kind.name, options, loaded.meta, __version__, trained_on)
-    with _folder_for(folder), _taken_by(chosen.name, str(given)):
+    label = weights.Label(
+        card.slug, chosen.name, kind.name, {**chosen.options, **built_with}, loaded.meta, __version__, trained_on
+    )
+    with _folder_for(folder), _taken_by(chosen.name, str(named)):
         result = training.fit(
             lambda: Paper(card).build(chosen.name, **built_with),
             kind,
             loaded,
             final,
             seed=seed,
-            device=device,
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy=strategy,
-            context_parallel=context_parallel,
-            context_method=context_method,
-            workers=workers,
-            out=folder,
-            resume=resume,
-            save_every=save_every,
-            keep_best=keep_best,
-            save=lambda model, file: weights.save(model, file, label),
-            logger=logger,
+            hardware=hardware,
+            saving=saving,
             title=f"{card.slug}: {chosen.name} on {loaded.name}",
         )
         usual = recipe_of(facts).epochs
@@ -229,9 +229,9 @@ def _command(slug: str, data: str | Path, options: dict[str, Any], overrides: di
 
 def _other_work(card: catalog.Card, kind: "Task", data: str | Path) -> str:
     """A hint for those who gave data of one task to a paper whose first preset is for another."""
-    from provenn.tasks import get_task
+    from provenn.tasks import face_of, get_task, task_names
 
-    probes = [name for name, of in PROBES.items() if of in card.tasks]
+    probes = [name for name in task_names() if face_of(name).presets_of in card.tasks]
     others = [name for name in card.tasks if name != kind.name and data not in kind.embedded]
     fitting = [name for name in (*others, *probes) if data in get_task(name).embedded]
     fitting = fitting or [name for name in others if _can_read(get_task(name), data)]

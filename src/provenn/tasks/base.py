@@ -111,6 +111,7 @@ class Task(ABC):
     takes_words: bool = False  # whether `predict` takes words besides files
     meta_schema: type[BaseModel] | None = None  # what the meta of its data must be
     augments: bool = False  # whether its batches are images and their classes, which a recipe may augment and mix
+    overrules: bool = False  # whether its loss is taken even where a system brings its own
     smooths: bool = False  # whether `loss` takes the share of label smoothing as a third argument
     divides_tokens: bool = False  # whether its batches are tokens and targets, each token's loss by itself: see IGNORED
     needs_inputs: bool = True  # whether `predict` has nothing to do without any
@@ -195,6 +196,22 @@ class Task(ABC):
             "only systems that take images, sounds or stacks of layers can be exported; these weights are for "
             f"{self.name}"
         )
+
+    def calibration(
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, options: dict[str, Any] | None = None
+    ) -> TaskData:
+        """Data whose training examples say which range each activation of an int8 file has.
+
+        The first entry of an example is an image, standardised as `meta` says: what `portable` calls `image`.
+
+        Args:
+            source, seed, options: as in `load`.
+            meta: what was saved with the weights.
+
+        Raises:
+            UserError: no file of this task can be quantised, or data that the model does not fit.
+        """
+        raise UserError(f"--int8 is for classifiers and segmenters of images; these weights are for {self.name}")
 
     def example(self, file: Path, meta: dict[str, Any]) -> Any:
         """What a model sees of one file, as a batch of one, where the task can say.

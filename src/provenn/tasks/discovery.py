@@ -1,12 +1,18 @@
 """Finds tasks by name: the shared ones, a paper's own, and those that another package brings by an entry point."""
 
 import importlib
+import importlib.util
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from provenn import catalog
 from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
-from provenn.tasks.base import Task
+
+if TYPE_CHECKING:
+    from provenn.tasks.base import Task
 
 ENTRY_POINT_GROUP = "provenn.tasks"
 SHARED = (
@@ -36,7 +42,7 @@ def task_names() -> list[str]:
 
 
 @looks_up(task_names)
-def get_task(name: str) -> Task:
+def get_task(name: str) -> "Task":
     """The task of that name, such as `image-classification`.
 
     A shared one; else the `TASK` in the `task.py` of a paper whose `paper.toml` names it; else what an entry point of
@@ -64,6 +70,23 @@ def get_task(name: str) -> Task:
     if len({id(task) for task in usable.values()}) > 1:
         raise UserError(f"several tasks are called {name!r}: {', '.join(usable)}; one of them needs another name")
     return next(iter(usable.values()))
+
+
+def sources_of(name: str) -> Iterator[tuple[str, Path]]:
+    """Modules that hold the task of that name, and for each the place of its faces; no task is imported."""
+    if name in SHARED:
+        module = name.replace("-", "_")
+        yield f"{__package__}.{module}", Path(__file__).with_name(f"{module}.toml")
+    for bringer in _bringers().get(name, []):
+        if isinstance(bringer, catalog.Card):
+            yield f"{bringer.package}.task", bringer.folder / "task.toml"
+            continue
+        try:
+            found = importlib.util.find_spec(bringer.module)
+        except (Exception, SystemExit):  # parents are imported, which are somebody else's; `get_task` reports it
+            continue
+        if found is not None and found.origin is not None:
+            yield bringer.module, Path(found.origin).with_suffix(".toml")
 
 
 def shadowed() -> dict[str, str]:
@@ -98,7 +121,9 @@ def _bringers() -> dict[str, list[catalog.Card | EntryPoint]]:
     return {name: brought_by for name, brought_by in bringers.items() if name not in SHARED}
 
 
-def _load(bringer: catalog.Card | EntryPoint, name: str, source: str) -> Task:
+def _load(bringer: catalog.Card | EntryPoint, name: str, source: str) -> "Task":
+    from provenn.tasks.base import Task
+
     if isinstance(bringer, catalog.Card):
         task = bringer.resolve("task:TASK")
     else:

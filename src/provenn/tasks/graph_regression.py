@@ -34,6 +34,7 @@ from provenn.tasks.base import (
     join_scores,
     split_indices,
 )
+from provenn.tasks.demos import Trial, table
 from provenn.tasks.meta import Molecules
 
 if TYPE_CHECKING:
@@ -351,6 +352,13 @@ class GraphRegression(Task):
 
 
 TASK = GraphRegression()
+
+
+def answer(trial: Trial) -> dict[str, Any]:
+    """A demo: the numbers of each graph."""
+    predictions = TASK.predictions(trial.model, trial.meta, trial.file)
+    rows = [[graph.name, len(graph.nodes), len(graph.edges), *numbers] for graph, numbers in predictions]
+    return table(["graph", "nodes", "edges", *trial.meta["targets"]], rows, each="graph")
 
 
 def _std_of(dataset: Any) -> list[float]:

@@ -36,7 +36,7 @@ from provenn.tasks.base import (
     split_indices,
 )
 from provenn.tasks.meta import Images
-from provenn.tasks.portable import Standardising, portable_images, standardise
+from provenn.tasks.portable import Standardising, calibration_images, portable_images, standardise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -195,6 +195,11 @@ class ImageClassification(Task):
         return portable_images(
             system, ["probabilities"], meta, strides, lambda image: _shares(model, standardise(image, meta))
         )
+
+    def calibration(
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, options: dict[str, Any] | None = None
+    ) -> TaskData:
+        return calibration_images(self, source, meta, seed=seed, options=options, of_one_size=("digits",))
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Test images with what the model says, mistakes first."""

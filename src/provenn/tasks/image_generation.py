@@ -16,6 +16,7 @@ from provenn.data.images import SUFFIXES, Picture, write_image
 from provenn.nn.diffusion import STEPS, noise_loss, noise_losses, noise_schedule, sample
 from provenn.tasks import image_classification
 from provenn.tasks.base import HeldOut, Scores, Task, TaskData, count_examples, device_of, join_scores
+from provenn.tasks.demos import Trial, as_shown
 from provenn.tasks.meta import Images
 
 if TYPE_CHECKING:
@@ -243,3 +244,10 @@ def _colours(drawn: Tensor, meta: dict[str, Any]) -> Float[Tensor, "images size 
 
 
 TASK = ImageGeneration()
+
+
+def answer(trial: Trial) -> dict[str, Any]:
+    """A demo: an image of each class that was picked."""
+    classes, seed = trial.options["classes"], trial.options["seed"]
+    TASK.predict(trial.model, trial.meta, classes, Path("drawing.png"), seed=seed)
+    return {"kind": "drawing", "size": as_shown(Path("drawing.png")).size, "classes": classes}

@@ -35,6 +35,7 @@ from provenn.tasks.base import (
     fingerprint,
     split_indices,
 )
+from provenn.tasks.demos import Trial, save_shown
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.tasks.meta import Boxes
 from provenn.tasks.portable import Standardising, portable_images, standardise
@@ -715,3 +716,15 @@ def _draw(file: Path, found: Found, said: Sequence[str], path: Path) -> None:
 
 
 TASK = ObjectDetection()
+SHOWN_BOXES = 100  # of a demo
+
+
+def answer(trial: Trial) -> dict[str, Any]:
+    """A demo: the boxes that were found in a picture."""
+    trial.predict(Path("boxes.json"))
+    names = dict(zip(trial.meta["ids"], trial.meta["classes"]))
+    boxes = [
+        {"class": names[row["category_id"]], "box": row["bbox"], "score": row["score"]}
+        for row in json.loads(Path("boxes.json").read_text())[:SHOWN_BOXES]
+    ]
+    return {"kind": "boxes", "size": save_shown(trial.file), "boxes": boxes, "classes": trial.meta["classes"]}

@@ -1,6 +1,7 @@
 """Systems of images as `provenn export` writes them: standardisation inside, and sizes to trace them at."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from provenn.tasks.base import Portable
+from provenn.core.errors import UserError
+from provenn.tasks.base import Portable, Task, TaskData
 
 SMALLEST = 16  # pixels of a side, of an image that a file is to take
 
@@ -78,3 +80,32 @@ def draw_images(batch: int, channels: int, height: int, width: int) -> Float[Ten
     generator = torch.Generator().manual_seed(0)
     coarse = F.interpolate(torch.rand(batch, channels, 5, 4, generator=generator), (height, width), mode="bilinear")
     return 0.7 * coarse + 0.3 * torch.rand(batch, channels, height, width, generator=generator)
+
+
+def calibration_images(
+    task: Task,
+    source: str | Path,
+    meta: dict[str, Any],
+    *,
+    seed: int,
+    options: dict[str, Any] | None,
+    of_one_size: Sequence[str] = (),
+) -> TaskData:
+    """Images with classes as `Task.calibration` gives them, at the size of the training.
+
+    Args:
+        task, source, meta, seed, options: as there.
+        of_one_size: embedded data that come at no other.
+
+    Raises:
+        UserError: data of other channels or classes than the weights'.
+    """
+    # Ranges are those of the training's size: at another one a network sees other patterns.
+    size = {} if str(source) in of_one_size else {"size": meta["size"]}
+    data = task.load(source, seed=seed, **size, **(options or {}))
+    if data.meta["channels"] != meta["channels"] or data.meta["classes"] != meta["classes"]:
+        raise UserError(
+            f"{source} has {data.meta['channels']} channel(s) and {len(data.meta['classes'])} classes; these "
+            f"weights take {meta['channels']} and predict {len(meta['classes'])}, or other ones: calibrate on theirs"
+        )
+    return data

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -33,9 +34,10 @@ from provenn.tasks.base import (
     fingerprint,
     split_indices,
 )
+from provenn.tasks.demos import Trial, save_shown
 from provenn.tasks.image_classification import IMAGENET_MEAN, IMAGENET_STD
 from provenn.tasks.meta import Masks
-from provenn.tasks.portable import Standardising, portable_images, standardise
+from provenn.tasks.portable import Standardising, calibration_images, portable_images, standardise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -271,6 +273,11 @@ class SemanticSegmentation(Task):
             strides,
             lambda image: full_logits(model, standardise(image, meta)).softmax(1),
         )
+
+    def calibration(
+        self, source: str | Path, meta: dict[str, Any], *, seed: int = 0, options: dict[str, Any] | None = None
+    ) -> TaskData:
+        return calibration_images(self, source, meta, seed=seed, options=options, of_one_size=("brain",))
 
     def picture(self, model: nn.Module, data: TaskData) -> "Figure":
         """Test images, the true masks and the predicted ones."""
@@ -632,3 +639,18 @@ def _folder(
 
 
 TASK = SemanticSegmentation()
+
+
+def answer(trial: Trial) -> dict[str, Any]:
+    """A demo: the classes of a picture's pixels laid over it, and how much each covers."""
+    trial.predict(Path("mask.png"), overlay=True)
+    size = save_shown(trial.file)
+    with Image.open("mask_overlay.png") as overlay:  # its key is under it
+        overlay.crop((0, 0, *size)).save("overlay.png")
+    with Image.open("mask.png") as opened:
+        mask: np.ndarray = np.asarray(opened)
+        colours = np.reshape(opened.getpalette() or [], (-1, 3)).tolist()
+    classes = trial.meta["classes"]
+    shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
+    found = [(classes[k], float(shares[k]), colours[k]) for k in np.argsort(-shares) if shares[k]]
+    return {"kind": "mask", "size": size, "shares": found}

@@ -31,6 +31,7 @@ from provenn.tasks.base import (
     fingerprint,
     join_scores,
 )
+from provenn.tasks.demos import Trial
 from provenn.tasks.meta import Forecast
 
 if TYPE_CHECKING:
@@ -345,6 +346,19 @@ class SeriesForecasting(Task):
 
 
 TASK = SeriesForecasting()
+SHOWN_COLUMNS = 8  # of a demo
+
+
+def answer(trial: Trial) -> dict[str, Any]:
+    """A demo: the end of each column, and what follows it."""
+    outlook = TASK.forecast(trial.model, trial.meta, trial.file)
+    past = outlook.past[-4 * trial.meta["context"] :]
+    columns = [
+        {"name": name, "past": past[:, k].tolist(), "ahead": outlook.values[:, k].tolist()}
+        for k, name in enumerate(outlook.columns[:SHOWN_COLUMNS])
+    ]
+    left = len(outlook.columns) - len(columns)
+    return {"kind": "forecast", "labels": outlook.labels, "header": outlook.header, "columns": columns, "left": left}
 
 
 def _cuts(parts: Sequence[float | int], rows: int, source: str) -> list[int]:

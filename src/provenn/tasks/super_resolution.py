@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,6 +22,7 @@ from provenn.data.photographs import Photographs, photograph
 from provenn.data.resize import bicubic
 from provenn.nn.padding import PadToMultiple
 from provenn.tasks.base import HeldOut, Portable, Scores, Task, TaskData, count_examples, fingerprint, split_indices
+from provenn.tasks.demos import Trial, as_shown
 from provenn.tasks.portable import draw_images
 from provenn.tasks.upscale import OVERLAP, TILE, count_tiles, upscale
 
@@ -519,3 +521,12 @@ def _originals(jobs: Sequence[tuple[Path, Path, Path]], reference: Path, scale: 
 
 
 TASK = SuperResolution()
+
+
+def answer(trial: Trial) -> dict[str, Any]:
+    """A demo: the picture enlarged, beside bicubic interpolation."""
+    trial.predict(Path("after.png"))
+    before, after = as_shown(trial.file), as_shown(Path("after.png"))
+    after.save("after.png")  # of 16 bits too, as a browser shows it
+    before.resize(after.size, Image.Resampling.BICUBIC).save("before.png")
+    return {"kind": "enlarged", "from": before.size, "size": after.size}

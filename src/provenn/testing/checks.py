@@ -2,7 +2,7 @@
 
 import dis
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from provenn.catalog import Card, Mechanism, Preset, card, in_a_line
 from provenn.catalog.slots import Slot, slot
 from provenn.core.errors import UserError
 from provenn.testing.common import CHECKS, parameters_on_meta
+from provenn.testing.evidence import faults_of_claims, faults_of_evidence, faults_of_experiments
+from provenn.testing.golden import GOLDEN, check_case, read_cases
 from provenn.testing.shipped import check_weights, files_of
 from provenn.testing.subject import Subject
 
@@ -26,6 +28,7 @@ OF_BOTH_WAYS = (
     "take-an-empty-batch", "run-in-bfloat16", "build-on-meta", "be-deterministic", "train-as-it-evaluates",
     "leave-its-input", "take-any-layout", "export-open-sizes", "export",
 )  # fmt: skip
+FAULTS = {"claims": faults_of_claims, "experiments": faults_of_experiments, "evidence": faults_of_evidence}
 FOLLOWS = {"export": "export-open-sizes"}  # what need not be asked where another, asked before it, was kept
 TRACED = ("compile", "export", "export-open-sizes")
 LARGE = 2**28  # parameters; beyond, weights and gradients are more than a test should hold
@@ -62,20 +65,26 @@ def check_mechanism(
         _ask_both_ways(factory, of, name, expected_failures, only)
 
 
-def check_paper(paper: str | Card) -> None:
-    """Hold every mechanism and every preset of a paper to its checks, and the weights that ship to their metrics.
+def check_paper(paper: str | Card, *, golden: str | Path | None = None) -> None:
+    """Hold all that a paper says of itself to what it is.
 
-    The smallest preset of each task is asked for all of them; the others, being the same code, for a few, and those
-    with more than 2^28 parameters for what the meta device can show.
+    - Every mechanism and every preset keeps its checks. The smallest preset of each task is asked for all of them. The
+      others, being the same code, are asked for a few, those with more than 2^28 parameters for what the meta device
+      can show.
+    - The weights that ship have the metrics that they state.
+    - Claims, experiments and what measures them name each other.
+    - Effects, intervals and verdicts of the record that ships follow from its values.
+    - With the authors' weights our models give the authors' values.
 
     Args:
         paper: a slug, or the card of a paper that is not installed (`provenn.catalog.read_card`).
+        golden: a file of golden values; by default `golden.json` in the paper's folder, where there is one.
 
     Raises:
         FailedCheck: one or more checks are broken; a line for each.
     """
     broken = []
-    for check in checks_of(card(paper) if isinstance(paper, str) else paper).values():
+    for check in checks_of(card(paper) if isinstance(paper, str) else paper, golden=golden).values():
         try:
             check()
         except FailedCheck as error:
@@ -84,21 +93,31 @@ def check_paper(paper: str | Card) -> None:
         raise FailedCheck("\n".join(broken))
 
 
-def checks_of(paper: Card) -> dict[str, Callable[[], None]]:
-    """One check for each mechanism, each of its variants, each preset and each weight file of a paper, by name.
+def checks_of(paper: Card, *, golden: str | Path | None = None) -> dict[str, Callable[[], None]]:
+    """One check for each mechanism, each of its variants, each preset and each weight file of a paper, by name; and
+    for its claims, its experiments, its record and each of its golden values.
 
     A token mixer that is causal or not, as it is built, has one for each of the two.
     """
+    slug = paper.slug
     checks: dict[str, Callable[[], None]] = {}
     for m in paper.mechanisms:
         for variant in ({}, *m.variants):
-            checks[f"{paper.slug} {m.name}{_options(variant)}"] = partial(_check_mechanism, paper, m, variant)
+            checks[f"{slug} {m.name}{_options(variant)}"] = partial(_check_mechanism, paper, m, variant)
             if _looks_both_ways(m.slot, m.expected_failures):
-                name = f"{paper.slug} {m.name}{_options({**variant, 'causal': False})}"
+                name = f"{slug} {m.name}{_options({**variant, 'causal': False})}"
                 checks[name] = partial(_check_mechanism, paper, m, variant, causal=False)
-    checks |= {f"{paper.slug} {p.name}": partial(_check_preset, paper, p) for p in paper.presets}
-    checks |= {f"{paper.slug} weights/{file.name}": partial(_check_weights, paper, file) for file in files_of(paper)}
-    return checks
+    checks |= {f"{slug} {p.name}": partial(_check_preset, paper, p) for p in paper.presets}
+    for what, faults in FAULTS.items():
+        checks[f"{slug} {what}"] = partial(_check_faults, paper, f"{slug} {what}", faults)
+    files = {f"{slug} weights/{file.name}": partial(check_weights, paper, file) for file in files_of(paper)}
+    cases = {f"{slug} golden/{name}": partial(check_case, paper, case) for name, case in _cases(paper, golden).items()}
+    return checks | {name: partial(_check_file, name, check) for name, check in (files | cases).items()}
+
+
+def _cases(paper: Card, golden: str | Path | None) -> dict[str, dict[str, Any]]:
+    file = paper.folder / GOLDEN if golden is None else Path(golden)
+    return read_cases(file) if golden is not None or file.exists() else {}
 
 
 def _options(variant: Mapping[str, Any]) -> str:
@@ -158,11 +177,19 @@ def _is_module(paper: Card, preset: Preset) -> bool:
     return isinstance(made, nn.Module)
 
 
-def _check_weights(paper: Card, file: Path) -> None:
+def _check_faults(paper: Card, name: str, faults: Callable[[Card], Iterator[str]]) -> None:
+    lines = list(faults(paper))
+    if lines:
+        raise FailedCheck("\n  ".join([name, *lines]))
+
+
+def _check_file(name: str, check: Callable[[], None]) -> None:
     try:
-        check_weights(paper, file)
+        check()
     except (AssertionError, UserError) as error:
-        raise FailedCheck(f"{paper.slug} weights/{file.name}\n  {error}") from error
+        raise FailedCheck(f"{name}\n  {error}") from error
+    except (KeyError, TypeError, IndexError, ValueError, RuntimeError) as error:
+        raise FailedCheck(f"{name}\n  {in_a_line(error)}") from error
 
 
 def smallest_presets(paper: Card) -> list[Preset]:

@@ -1,7 +1,23 @@
 """Recipes and the training itself, on Lightning."""
 
 from provenn.training.augmentation import check_recipe
-from provenn.training.loop import Diverged, Fit, fit
+from provenn.training.loop import Fit, fit
+from provenn.training.module import Diverged
+from provenn.training.options import Hardware, Saving
+from provenn.training.order import Batches
 from provenn.training.recipes import Recipe
+from provenn.training.stages import Stage, only, run_stages
 
-__all__ = ["Diverged", "Fit", "Recipe", "check_recipe", "fit"]
+__all__ = [
+    "Batches",
+    "Diverged",
+    "Fit",
+    "Hardware",
+    "Recipe",
+    "Saving",
+    "Stage",
+    "check_recipe",
+    "fit",
+    "only",
+    "run_stages",
+]

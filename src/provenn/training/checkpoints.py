@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from provenn.core.errors import UserError
 from provenn.core.files import atomic_write
+from provenn.core.finite import check_type
 
 CHECKPOINT, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -75,3 +77,44 @@ def read(file: Path) -> dict[str, Any] | None:
         return saved if isinstance(saved, dict) and isinstance(saved.get("state_dict"), dict) else None
     except Exception:  # whatever torch makes of damaged bytes
         return None
+
+
+def check_fits(checkpoint: Path, module: Any, processes: int) -> None:
+    """Is this a checkpoint of the module that is to go on from it, trained in the same way?"""
+    saved = read(checkpoint) or {"state_dict": {}}
+    shapes = {name: getattr(value, "shape", None) for name, value in saved["state_dict"].items()}
+    if saved.get("parts", kinds_of_parts(module)) != kinds_of_parts(module) or shapes != {
+        name: value.shape for name, value in module.state_dict().items()
+    }:
+        raise UserError(
+            f"{checkpoint} is of another preset or of other data: resume with what it was started with, "
+            "or train in another folder"
+        )
+    for name, value in saved["state_dict"].items():
+        check_type(name, value, module.state_dict()[name], str(checkpoint))
+    states = [_is_optimizer_state(state) for state in saved.get("optimizer_states") or [None]]
+    if not (all(states) and isinstance(saved.get("loops"), dict) and isinstance(saved.get("lr_schedulers"), list)):
+        raise UserError(
+            f"{checkpoint} is damaged: it lacks the state of the optimizer or of the loop; train again without --resume"
+        )
+    began, now = saved.get("began", {}), module.began()
+    if saved.get("within_epoch"):
+        began, now = {**began, "processes": saved["processes"]}, {**now, "processes": processes}
+    other = [f"{name} {began[name]!r} (now {now[name]!r})" for name in began if began[name] != now.get(name)]
+    if other:
+        raise UserError(
+            f"{checkpoint} was started with {', '.join(other)}: resume with the same, or train in another folder"
+        )
+
+
+def _is_optimizer_state(state: Any) -> bool:
+    """Of one optimizer, or of several joined."""
+    if not isinstance(state, dict):
+        return False
+    parts = state.get("parts")
+    return "param_groups" in state or (isinstance(parts, list) and bool(parts) and all(map(_is_optimizer_state, parts)))
+
+
+def kinds_of_parts(module: nn.Module) -> list[str]:
+    """The kinds of a module's parts: two systems may have weights of the same names and shapes."""
+    return [type(part).__name__ for part in module.modules()]

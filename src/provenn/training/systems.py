@@ -51,7 +51,7 @@ class JointOptimizer(torch.optim.Optimizer):
 
 def training_loss(model: nn.Module, task: Task, batch: Any, smoothing: float = 0.0) -> Tensor:
     """The system's own loss of a batch, or the task's, with its targets smoothed."""
-    system_loss: Callable[[Any], Tensor] | None = getattr(model, "training_loss", None)
+    system_loss: Callable[[Any], Tensor] | None = None if task.overrules else getattr(model, "training_loss", None)
     if system_loss is not None:
         return system_loss(batch)
     return task.loss(model, batch, smoothing) if smoothing else task.loss(model, batch)  # type: ignore[call-arg]  # one that `smooths`

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, time
 from pydantic import BaseModel, Field
 
 from provenn.catalog import Region, mechanism_names
-from provenn.evidence import view
+from provenn.evidence import provenance, view
 from provenn.evidence.claim import Standing
 from provenn.evidence.record import Finding
 from provenn.evidence.verdict import Verdict, region_of
@@ -91,6 +91,7 @@ class Experiment(BaseModel):
     data: str
     at_paper_setting: bool
     measured: datetime | None
+    code: str = Field(description="Whether the record is of the code that stands; empty without a record.")
 
     @classmethod
     def of(cls, finding: Finding) -> "Experiment":
@@ -123,6 +124,7 @@ class Experiment(BaseModel):
             data=measurement.data,
             at_paper_setting=measurement.at_paper_setting,
             measured=None if finding.run is None else finding.run.date,
+            code=provenance.in_words(finding),
         )
 
 

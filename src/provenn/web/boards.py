@@ -122,6 +122,7 @@ def boards(request: Request) -> Response:
         every=every,
         standings=list(Standing),
         tally=view.tally_of_claims(every),
+        records=view.provenance.tally(finding for entry in site.catalogue.values() for finding in entry.findings),
     )
 
 

@@ -17,6 +17,7 @@ from provenn.evidence.verdict import Verdict
 from provenn.inference import sizes
 from provenn.inference.sizes import Sizes
 from provenn.web import usage
+from provenn.web.offers import offers_of
 
 LOG = logging.getLogger("provenn.web")
 HOLDING = (Standing.REPRODUCED, Standing.HOLDS_HERE)
@@ -69,7 +70,7 @@ class Entry:
     @property
     def has_demo(self) -> bool:
         """Whether weights ship that predict something."""
-        return bool(self.shipped)
+        return bool(offers_of(self.card))
 
     @property
     def authors(self) -> str:

@@ -23,11 +23,11 @@ from typing import Any
 import provenn
 from provenn.web.limits import MINUTE, Rate
 from provenn.web.settings import Settings
+from provenn.web.uploads import PIXELS
 
 logger = logging.getLogger(__name__)
 WORKER = Path(__file__).with_name("worker.py")
 PREFIX = "provenn-demos-"
-PIXELS = 4_000_000  # of a picture that is given
 WAITING = 16  # demos that wait at most
 EACH = 3  # of them one reader's at most
 A_MINUTE = 20  # demos that one reader may ask for in a minute

@@ -21,8 +21,9 @@ from provenn.web.database import Database
 from provenn.web.keeping import Keep
 from provenn.web.limits import Limits
 from provenn.web.links import beside, file_of
-from provenn.web.offers import offers_of
+from provenn.web.offers import LONGEST_PROMPT, offers_of
 from provenn.web.settings import Settings
+from provenn.web.uploads import UPLOADS
 
 HERE = Path(__file__).parent
 COLUMNS = 78  # of a plain mail
@@ -90,6 +91,8 @@ class Site:
             "plots": plots,
             "results": results,
             "offers_of": offers_of,
+            "uploads": UPLOADS,
+            "longest_prompt": LONGEST_PROMPT,
             "asset": jinja2.pass_context(lambda context, name: _link(context, asset(name))),
             "link": jinja2.pass_context(_link),
             "readme_of": jinja2.pass_context(_readme),

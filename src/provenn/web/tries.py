@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from starlette.datastructures import FormData, UploadFile
 
 from provenn.web import uploads
-from provenn.web.demos import PIXELS, Demo, Demos, Full, Job, State, TooOften
-from provenn.web.offers import LONGEST_PROMPT, MOST_CLASSES, MOST_TOKENS, Offer, offers_of
+from provenn.web.demos import Demo, Demos, Full, Job, State, TooOften
+from provenn.web.offers import LONGEST_PROMPT, MOST_CLASSES, Offer, offers_of
 from provenn.web.pages import found
 from provenn.web.rendering import page
 from provenn.web.site import site_of
@@ -163,41 +163,39 @@ def _job(offer: Offer, form: FormData) -> Job:
     Raises:
         Refused: the file is not what the weights take, or a value is out of its bounds.
     """
-    takes = offer.kind.takes
+    takes = offer.demo.takes
+    options: dict[str, Any] = {
+        number.name: _number(form, number.name, number.default, number.least, number.most)
+        for number in offer.demo.options
+    }
     if takes == "classes":
         classes = [str(name) for name in form.getlist("class")][:MOST_CLASSES] or offer.classes
         unknown = next((name for name in classes if name not in offer.meta["classes"]), None)
         if unknown is not None:
             raise uploads.Refused(422, f"no class is called {unknown[:40]!r}; there are: {', '.join(offer.classes)}")
-        return Job(offer.paper, offer.preset, {"classes": classes, "seed": _number(form, "seed", 0, 0, 10**6)})
+        return Job(offer.paper, offer.preset, {**options, "classes": classes})
     given = form.get("file")
     content = given.file.read() if isinstance(given, UploadFile) else b""
     if isinstance(given, UploadFile):
         given.file.close()
     if takes == "words":
-        options = {"tokens": _number(form, "tokens", 200, 1, MOST_TOKENS), "seed": _number(form, "seed", 0, 0, 10**6)}
         words = _text(form, "words").replace("\r\n", "\n")
         sample = None if words.strip() else offer.sample(_text(form, "sample"))
         if sample is not None:
-            words = sample.words
+            words = sample.text
         if not words.strip():
             raise uploads.Refused(422, "there are no words to go on from: type some, or pick a sample")
         if len(words) > LONGEST_PROMPT:
             raise uploads.Refused(413, f"the text has {len(words):,} characters: at most {LONGEST_PROMPT:,} are read")
-        return Job(offer.paper, offer.preset, options, words.encode(errors="replace"), ".txt")
+        return Job(offer.paper, offer.preset, options, words.encode(errors="replace"), uploads.TEXT)
     if isinstance(given, UploadFile) and (given.filename or content):
         if not content:
             raise uploads.Refused(422, "the file is empty: choose another")
-        if takes == "picture":
-            suffix = uploads.picture_suffix(content, PIXELS)
-        else:
-            kinds = {"graphs": uploads.graphs_suffix, "sound": uploads.sound_suffix}
-            suffix = kinds.get(takes, uploads.table_suffix)(content)
-        return Job(offer.paper, offer.preset, {}, content, suffix)
+        return Job(offer.paper, offer.preset, options, content, uploads.UPLOADS[takes].suffix(content))
     sample = offer.sample(_text(form, "sample"))
     if sample is None:
-        raise uploads.Refused(422, f"nothing was given: choose {offer.kind.asks}, or pick a sample")
-    return Job(offer.paper, offer.preset, {}, sample.content(), sample.suffix)
+        raise uploads.Refused(422, f"nothing was given: choose {offer.demo.asks}, or pick a sample")
+    return Job(offer.paper, offer.preset, options, *offer.content(sample))
 
 
 def _text(form: FormData, name: str) -> str:

@@ -1,12 +1,15 @@
 """What a reader gave: its type read from its bytes, and its size from its header, before anything decodes it."""
 
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 PICTURES = "PNG, JPEG, WebP or BMP"
+PIXELS = 4_000_000  # of a picture that is given
 LEAST_SIDE = 2
 MOST_SEGMENTS = 5000  # of a JPEG's header that are looked at, bytes that fill it up counted, too
 MOST_ROWS, MOST_COLUMNS, LONGEST_CELL = 20_000, 64, 10_000
@@ -52,7 +55,7 @@ async def read_form(request: Request, most: int) -> FormData:
         raise Refused(400, f"the form cannot be read: {words}") from None
 
 
-def picture_suffix(content: bytes, most_pixels: int) -> str:
+def picture_suffix(content: bytes, most_pixels: int = PIXELS) -> str:
     """The ending for a picture of the type that its bytes say.
 
     Raises:
@@ -172,3 +175,29 @@ def table_suffix(content: bytes) -> str:
     if max(map(len, lines), default=0) > LONGEST_CELL:
         raise Refused(413, f"a row of the table is longer than {LONGEST_CELL:,} characters")
     return ".csv"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A kind of file that forms take.
+
+    Args:
+        formats: as a form names them.
+        accept: what a browser's choice of files is narrowed to.
+        link: how the page calls a sample of it.
+        suffix: the ending for a content of this kind; refuses all else.
+    """
+
+    formats: str
+    accept: str
+    link: str
+    suffix: Callable[[bytes], str]
+
+
+TEXT = ".txt"  # of words, which come without a file
+UPLOADS = {
+    "picture": Upload(PICTURES, ".png,.jpg,.jpeg,.webp,.bmp", "picture", picture_suffix),
+    "sound": Upload("WAV", ".wav,audio/wav", "WAV", sound_suffix),
+    "table": Upload("CSV", ".csv,.tsv,.txt,text/csv", "CSV", table_suffix),
+    "graphs": Upload("JSON lines or SDF", ".jsonl,.sdf,.mol,.json", "file", graphs_suffix),
+}

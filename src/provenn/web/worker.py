@@ -5,7 +5,7 @@ its standard input and answers go by its standard output; when its input closes,
 is it.
 """
 
-import csv
+import contextlib
 import ctypes
 import json
 import os
@@ -23,12 +23,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from provenn.training.weights import Label
+from typing import Any
 
 NAME = "input"  # of what a reader gave, whatever it was called
 LARGEST_FILE = 64 * 2**20
@@ -89,12 +84,16 @@ def _ready(folder: Path, pixels: int) -> Callable[[dict[str, Any], Log], None]:
 
     import provenn
     from provenn import catalog
+    from provenn.core.errors import UserError
     from provenn.tasks import get_task
 
     torch.set_num_threads(1)
     Image.MAX_IMAGE_PIXELS = pixels
-    for name in WORKS:
-        get_task(name)
+    files = [file for card in catalog.cards().values() for file in card.shipped.values()]
+    for name in {str(catalog.label_of_shipped(file).get("task", "")) for file in files}:
+        with contextlib.suppress(UserError):  # a task of another package may be broken: it costs its own demos
+            get_task(name)
+            _answer_of(name)
     assert callable(provenn.predict) and callable(provenn.inspect) and matplotlib  # imported for what comes
     readable = _readable([card.folder for card in catalog.cards().values()])
     _confine(readable, folder)
@@ -109,7 +108,7 @@ def _readable(papers: list[Path]) -> list[str]:
     folders = sysconfig.get_paths()
     roots = [sys.prefix, sys.base_prefix, *(folders[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))]
     roots += [str(Path(provenn.__file__).parent), *map(str, papers)]
-    roots += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    roots += filter(None, sys.path)  # what is installed in place lies anywhere
     roots += ["/usr", "/lib", "/lib64", "/etc/localtime", "/sys/devices/system", "/proc/cpuinfo", "/proc/meminfo"]
     roots += [os.devnull, "/dev/urandom", "/proc/self/"]
     return sorted({os.path.realpath(root) for root in roots if os.path.exists(root)} - {os.sep})
@@ -192,6 +191,9 @@ def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], log: Log) -> 
     import provenn
     from provenn.core.errors import UserError
     from provenn.core.finite import finite_outputs
+    from provenn.core.progress import without_controls
+    from provenn.tasks import get_task
+    from provenn.tasks.demos import Trial
 
     slug, preset = job["paper"], job["preset"]
     try:
@@ -202,7 +204,9 @@ def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], log: Log) -> 
             model, label = models[slug, preset]
             given, start = Path(job["file"]) if job.get("file") else None, time.perf_counter()
             with finite_outputs(model, f"the weights of {preset}", given.name if given else "the input"):
-                done = WORKS[label.task](model, label, given, job["options"], log)
+                options, write = job["options"], lambda piece: log({"piece": without_controls(piece)})
+                trial = Trial(get_task(label.task), model, label.meta, given, options, write)
+                done = _answer_of(label.task)(trial)
             done["seconds"] = time.perf_counter() - start
             if given is not None and provenn.paper(slug).card.has("inspection"):
                 done["inside"] = _inside(slug, preset, given)
@@ -220,6 +224,21 @@ def _work(models: dict[tuple[str, str], Any], job: dict[str, Any], log: Log) -> 
         log({"failed": f"{preset} could not be applied to this ({type(error).__name__}: {words})"})
 
 
+def _answer_of(task: str) -> Any:
+    """The function of a task that does a demo; see `provenn.tasks.demos`.
+
+    Raises:
+        UserError: the task has no form, or code of another package that cannot be imported.
+    """
+    from provenn.core.errors import UserError
+    from provenn.tasks import face_of
+
+    face = face_of(task)
+    if face.demo is None:
+        raise UserError(f"the task {task!r} has no form to be tried by")
+    return face.resolve(face.demo.answer)
+
+
 def _of_a_reader(words: str) -> str:
     """A message that calls a file as its reader would."""
     return re.sub(rf"\b{NAME}\.\w+", "your file", words)
@@ -233,132 +252,6 @@ def _inside(slug: str, preset: str, given: Path) -> dict[str, Any]:
     table = inspected.table()
     return {"picture": "inside.png", "caption": table.caption, "columns": table.columns, "rows": table.rows}
 
-
-def _seen(file: Path) -> "Image.Image":
-    """A picture as a browser shows it: turned as its EXIF says, 8 bits, in colour."""
-    from PIL import Image, ImageOps
-
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):
-            image = image.point(lambda value: value / 257).convert("L")
-        return image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
-
-
-def _predict(model: Any, label: "Label", inputs: Any, output: Path | None, **options: Any) -> str:
-    from provenn.tasks import get_task
-
-    return get_task(label.task).predict(model, label.meta, inputs, output, **options)
-
-
-def _enlarge(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    from PIL import Image
-
-    assert given is not None
-    _predict(model, label, [given], Path("after.png"))
-    before, after = _seen(given), _seen(Path("after.png"))
-    after.save("after.png")  # of 16 bits too, as a browser shows it
-    before.resize(after.size, Image.Resampling.BICUBIC).save("before.png")
-    return {"kind": "enlarged", "from": before.size, "size": after.size}
-
-
-def _classify(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    assert given is not None
-    return {**_hear(model, label, given, options, log), "size": _shown(given)}
-
-
-def _hear(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    _predict(model, label, [given], Path("classes.csv"))
-    with open("classes.csv", encoding="utf-8", newline="") as file:
-        _, row = csv.reader(file)
-    shares = sorted(zip(label.meta["classes"], map(float, row[2:])), key=lambda pair: -pair[1])
-    return {"kind": "classes", "shares": shares[:10], "of": len(shares)}
-
-
-def _detect(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    assert given is not None
-    _predict(model, label, [given], Path("boxes.json"))
-    names = dict(zip(label.meta["ids"], label.meta["classes"]))
-    boxes = [
-        {"class": names[row["category_id"]], "box": row["bbox"], "score": row["score"]}
-        for row in json.loads(Path("boxes.json").read_text())
-    ]
-    return {"kind": "boxes", "size": _shown(given), "boxes": boxes[:100], "classes": label.meta["classes"]}
-
-
-def _segment(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    import numpy as np
-    from PIL import Image
-
-    assert given is not None
-    _predict(model, label, [given], Path("mask.png"), overlay=True)
-    size = _shown(given)
-    with Image.open("mask_overlay.png") as overlaid:  # its key is under it
-        overlaid.crop((0, 0, *size)).save("overlay.png")
-    with Image.open("mask.png") as opened:
-        mask: np.ndarray = np.asarray(opened)
-        colours = np.reshape(opened.getpalette() or [], (-1, 3)).tolist()
-    classes = label.meta["classes"]
-    shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
-    found = [(classes[k], float(shares[k]), colours[k]) for k in np.argsort(-shares) if shares[k]]
-    return {"kind": "mask", "size": size, "shares": found}
-
-
-def _shown(given: Path) -> tuple[int, int]:
-    image = _seen(given)
-    image.save("shown.png")
-    return image.size
-
-
-def _write(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    from provenn.core.progress import without_controls
-
-    text = _predict(model, label, [given], None, **options, log=lambda piece: log({"piece": without_controls(piece)}))
-    return {"kind": "text", "text": without_controls(text)}
-
-
-def _forecast(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    from provenn.tasks.series_forecasting import TASK
-
-    assert given is not None
-    outlook = TASK.forecast(model, label.meta, given)
-    past = outlook.past[-4 * label.meta["context"] :]
-    columns = [
-        {"name": name, "past": past[:, k].tolist(), "ahead": outlook.values[:, k].tolist()}
-        for k, name in enumerate(outlook.columns[:8])
-    ]
-    left = len(outlook.columns) - len(columns)
-    return {"kind": "forecast", "labels": outlook.labels, "header": outlook.header, "columns": columns, "left": left}
-
-
-def _measure(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    from provenn.tasks.graph_regression import TASK
-
-    assert given is not None
-    predictions = TASK.predictions(model, label.meta, given)
-    rows = [[graph.name, len(graph.nodes), len(graph.edges), *numbers] for graph, numbers in predictions[:50]]
-    columns = ["graph", "nodes", "edges", *label.meta["targets"]]
-    return {"kind": "numbers", "columns": columns, "rows": rows, "left": len(predictions) - len(rows)}
-
-
-def _draw(model: Any, label: "Label", given: Path | None, options: dict[str, Any], log: Log) -> dict[str, Any]:
-    classes = options.pop("classes")
-    _predict(model, label, classes, Path("drawing.png"), **options)
-    return {"kind": "drawing", "size": _seen(Path("drawing.png")).size, "classes": classes}
-
-
-WORKS: dict[str, Callable[[Any, "Label", Path | None, dict[str, Any], Log], dict[str, Any]]] = {
-    "super-resolution": _enlarge,
-    "image-classification": _classify,
-    "audio-classification": _hear,
-    "object-detection": _detect,
-    "semantic-segmentation": _segment,
-    "language-modelling": _write,
-    "accelerated-language-modelling": _write,
-    "series-forecasting": _forecast,
-    "image-generation": _draw,
-    "graph-regression": _measure,
-}
 
 if __name__ == "__main__":
     main()

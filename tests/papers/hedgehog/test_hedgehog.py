@@ -47,7 +47,7 @@ from provenn.papers.hedgehog.mirrored import mirrored_softmax, plain_mirrored_so
 from provenn.papers.hedgehog.model import hedgehog_gpt2, hedgehog_small, hedgehog_vit
 from provenn.papers.hedgehog.task import Distillation
 from provenn.tasks import get_task
-from provenn.training import Recipe
+from provenn.training import Hardware, Recipe
 
 STABLE = [form for form in FORMS if form != "plain"]
 
@@ -691,7 +691,7 @@ def convert(study, variant, **overrides):
     data, (label, part) = study.data(0, True), study.variants[variant]
     trained = replace(study.trained, **overrides)
     build = lambda: study.build(part, **data.options)  # noqa: E731
-    return trained(build, study.of_task, data, SHORT, seed=0, device="cpu", title=label).model
+    return trained(build, study.of_task, data, SHORT, seed=0, hardware=Hardware(), title=label).model
 
 
 @pytest.fixture

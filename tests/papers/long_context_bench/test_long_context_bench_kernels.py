@@ -11,11 +11,12 @@ from torch import Tensor
 from plugins import importable, install
 from provenn.core.cost import growth, peak_activation_bytes
 from provenn.core.errors import UserError
+from provenn.distributed.slices import Slice
 from provenn.papers.long_context_bench import masks, sparse
 from provenn.papers.long_context_bench.kernels import Case, Unsupported, kernels, pick, reference
 from provenn.papers.long_context_bench.kernels.blockwise import Blockwise, attend_backward, attend_forward, plan
 from provenn.papers.long_context_bench.kernels.flex import Flex
-from provenn.papers.long_context_bench.masks import MASKS, Slice, from_slices, make_mask
+from provenn.papers.long_context_bench.masks import MASKS, from_slices, make_mask
 from provenn.papers.long_context_bench.sparse import block_sparse, variable_block_sparse
 
 LENGTH = 90
@@ -93,7 +94,7 @@ def test_blockwise_is_as_near_as_its_precision(name, dtype):
 
 
 def test_queries_that_see_nothing_get_zero_and_no_gradient():
-    mask = from_slices(40, [Slice((8, 30), (3, 17), "causal"), Slice((25, 30), (20, 40))])
+    mask = from_slices(40, [Slice(8, 30, 3, 17, "causal"), Slice(25, 30, 20, 40)])
     case = Case(mask, 2, 2, 8, torch.float64, backward=True)
     ours = run(Blockwise(8, 8), case)
     for mine, theirs in zip(ours, expected(case), strict=True):
@@ -130,7 +131,7 @@ def test_a_shard_of_the_keys_and_the_final_sums_give_its_part_of_the_gradients()
     """What context parallelism builds on: blocks of a part of the keys, with the output and lse over all."""
     mask = ALL["causal_document"]
     q, k, v, grad = Case(mask, 4, 2, 16, torch.float64).tensors()
-    halves = [[Slice((0, LENGTH), (0, 45)), Slice((60, LENGTH), (45, 60))], [Slice((0, LENGTH), (60, LENGTH))]]
+    halves = [[Slice(0, LENGTH, 0, 45), Slice(60, LENGTH, 45, 60)], [Slice(0, LENGTH, 60, LENGTH)]]
     whole = [each for half in halves for each in half]
     output, lse = attend_forward(q, k, v, plan(whole, LENGTH))
     every = attend_backward(q, k, v, output, lse, grad, plan(whole, LENGTH))

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provenn.core.errors import UserError
+from provenn.distributed.slices import KINDS, Slice
 from provenn.papers.long_context_bench import documents
-from provenn.papers.long_context_bench.masks import KINDS, MASKS, Mask, NotRepresentable, Slice, from_slices, make_mask
+from provenn.papers.long_context_bench.masks import MASKS, Mask, NotRepresentable, from_slices, make_mask
 
 SIZES = st.integers(1, 70)
 
@@ -36,7 +37,7 @@ def painted(mask: Mask) -> torch.Tensor:
     """How many slices keep each pair, from the ranges alone."""
     count = torch.zeros(mask.length, mask.length, dtype=torch.int64)
     for each in mask.slices:
-        (q0, q1), (k0, k1) = each.q, each.k
+        q0, q1, k0, k1, _ = each
         part = torch.ones(q1 - q0, k1 - k0, dtype=torch.int64)
         if each.kind in ("causal", "bi_causal"):
             part = part.tril(k1 - k0 - (q1 - q0))
@@ -97,21 +98,21 @@ def test_areas_at_2048_are_the_known_ones(name, factors, area):
 
 @given(st.sampled_from(KINDS), SIZES, SIZES, st.integers(0, 9), st.integers(0, 9))
 def test_a_slice_knows_its_area_rows_and_columns(kind, rows, keys, down, right):
-    one = Slice((down, down + rows), (right, right + keys), kind)
+    one = Slice(down, down + rows, right, right + keys, kind)
     dense = painted(Mask(80, (one,), lambda i, j: i == j))
-    query = torch.arange(*one.q)
+    query = torch.arange(one.q_start, one.q_end)
     first, last = one.bounds(query)
     j = torch.arange(80)
-    assert torch.equal(dense[one.q[0] : one.q[1]].bool(), (j >= first[:, None]) & (j < last[:, None]))
-    first, last = one.columns(torch.arange(*one.k))
-    assert torch.equal(dense[:, one.k[0] : one.k[1]].bool(), (j[:, None] >= first) & (j[:, None] < last))
+    assert torch.equal(dense[one.q_start : one.q_end].bool(), (j >= first[:, None]) & (j < last[:, None]))
+    first, last = one.columns(torch.arange(one.k_start, one.k_end))
+    assert torch.equal(dense[:, one.k_start : one.k_end].bool(), (j[:, None] >= first) & (j[:, None] < last))
     assert int(dense.sum()) == one.area == from_slices(80, [one]).area
     assert torch.equal(from_slices(80, [one]).dense(), dense.bool())
 
 
 @given(st.lists(st.tuples(SIZES, SIZES, SIZES, SIZES, st.sampled_from(KINDS)), min_size=2, max_size=4))
 def test_slices_that_share_a_pair_are_refused_and_no_others(parts):
-    slices = [Slice((min(a, b), max(a, b)), (min(c, d), max(c, d)), kind) for a, b, c, d, kind in parts]
+    slices = [Slice(min(a, b), max(a, b), min(c, d), max(c, d), kind) for a, b, c, d, kind in parts]
     shared = torch.stack([painted(from_slices(70, [each])) for each in slices]).sum(0)
     if int(shared.max()) > 1:
         with pytest.raises(UserError, match=r"slices overlap: .* both keep query"):
@@ -122,7 +123,7 @@ def test_slices_that_share_a_pair_are_refused_and_no_others(parts):
 
 def test_columns_with_two_gaps_cannot_be_said_to_flashmask():
     with pytest.raises(NotRepresentable, match="more than one interval"):
-        from_slices(8, [Slice((1, 2), (0, 1)), Slice((4, 5), (0, 1))]).flash_columns()
+        from_slices(8, [Slice(1, 2, 0, 1), Slice(4, 5, 0, 1)]).flash_columns()
 
 
 def test_masks_go_to_other_processes():
@@ -147,9 +148,9 @@ def test_the_same_seed_draws_the_same_mask_and_another_seed_another():
         (lambda: make_mask("full_document", 8, documents=[3, 4]), "sum to 7 tokens, and the mask has 8"),
         (lambda: make_mask("full_document", 8, documents=[8, 0]), "at least 1 token, got one of 0"),
         (lambda: make_mask("global_sliding", 8, window=0), "window must be at least 1"),
-        (lambda: from_slices(8, [Slice((0, 9), (0, 2))]), "outside of a mask of length 8"),
-        (lambda: Slice((3, 2), (0, 1)), "a stop that is not before it, got 3:2"),
-        (lambda: Slice((0, 2), (0, 1), "diagonal"), "got 'diagonal'"),
+        (lambda: from_slices(8, [Slice(0, 9, 0, 2)]), "outside of a mask of length 8"),
+        (lambda: from_slices(8, [Slice(3, 2, 0, 1)]), "not before them, got full 3:2"),
+        (lambda: from_slices(8, [Slice(0, 2, 0, 1, "diagonal")]), "got 'diagonal'"),
         (lambda: make_mask("full_document", 8, histogram="pil"), "did you mean pile"),
         (lambda: documents.take([3, 4], 8), "sum to 7 tokens, fewer than a length of 8"),
     ],

@@ -43,7 +43,7 @@ from provenn.papers.m2r2.experts import (
 )
 from provenn.papers.m2r2.inspection import inspect
 from provenn.papers.m2r2.streams import run_both, run_fast, run_slow
-from provenn.papers.m2r2.task import TASK, account, shipped
+from provenn.papers.m2r2.task import TASK, account, fit_added, shipped
 from provenn.testing.common import CHECKS
 from provenn.testing.subject import Subject
 
@@ -200,7 +200,7 @@ def test_adapters_and_routers_are_their_formulas():
 def test_nothing_that_is_learned_moves_a_frozen_base():
     model, tokens = m2r2_frozen(), prompts(batch=4, tokens=12)
     before = {name: value.clone() for name, value in model.base.state_dict().items()}
-    losses = model.fit([tokens] * 12, lr=2e-2)
+    losses = fit_added(model, [tokens] * 12, lr=2e-2)
     assert all(torch.equal(value, before[name]) for name, value in model.base.state_dict().items())
     assert all(p.grad is None for p in model.base.parameters())
     assert losses[-1] < 0.9 * losses[0]
@@ -554,7 +554,7 @@ def test_higher_thresholds_take_more_layers():
 def test_calibration_keeps_its_word_on_what_it_saw():
     model = model_of(base=decoder(dtype=torch.float32), dtype=torch.float32)
     tokens = prompts(batch=8, tokens=20)
-    model.fit([tokens] * 12, lr=2e-2)
+    fit_added(model, [tokens] * 12, lr=2e-2)
     streams = model.streams(tokens)
     teacher = streams.logits.argmax(-1)
     for agreement in (0.5, 0.9):
@@ -663,7 +663,7 @@ def test_a_host_learns_and_stays_as_it_is():
     base = host("llama").float()
     model = accelerate(base, [1, 2], rank=4)
     before = copy.deepcopy(base.state_dict())
-    losses = model.fit([{"input_ids": prompts(batch=4, tokens=12)}] * 8, lr=1e-2)
+    losses = fit_added(model, [{"input_ids": prompts(batch=4, tokens=12)}] * 8, lr=1e-2)
     assert losses[-1] < losses[0]
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 

@@ -28,7 +28,7 @@ from provenn.papers.moh.studies import (
 )
 from provenn.tasks import TaskData, get_task
 from provenn.tasks.language_modelling import Windows
-from provenn.training import Recipe
+from provenn.training import Hardware, Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +124,14 @@ def test_a_conversion_keeps_the_trained_weights_and_three_quarters_of_the_heads(
     data, task = text(), get_task("language-modelling")
     build = partial(converted, Way(router, False), **data.options)
     recipe = Recipe(epochs=1, batch_size=8, max_steps=1)
-    done = continued(build, task, data, recipe, seed=3, device="cpu", title="")
+    done = continued(build, task, data, recipe, seed=3, title="", hardware=Hardware())
     weights = pretrained(task, data, 10, 3, "cpu")
     state = done.model.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in weights.items())
     loads = head_load(done.model, torch.randint(32, (2, 9)))
     assert all(load.sum().item() == pytest.approx(used) for load in loads.values())
     assert bool(loads) == (router != "none") and done.steps == 0
-    again = continued(build, task, data, recipe, seed=3, device="cpu", title="")
+    again = continued(build, task, data, recipe, seed=3, title="", hardware=Hardware())
     assert again.metrics == done.metrics
     if router == "none":
         original = language_model(Heads(), **data.options)
@@ -143,7 +143,15 @@ def test_a_conversion_keeps_the_trained_weights_and_three_quarters_of_the_heads(
 def test_a_conversion_is_tuned_where_that_is_asked():
     data, task = text(), get_task("language-modelling")
     build = partial(converted, Way("query-norm", True), **data.options)
-    done = continued(build, task, data, Recipe(epochs=1, batch_size=8, max_steps=1), seed=3, device="cpu", title="")
+    done = continued(
+        build,
+        task,
+        data,
+        Recipe(epochs=1, batch_size=8, max_steps=1),
+        seed=3,
+        title="",
+        hardware=Hardware(),
+    )
     weights = pretrained(task, data, 10, 3, "cpu")
     assert done.steps == 1 and any((done.model.state_dict()[n] - w).abs().max() > 0 for n, w in weights.items())
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import provenn
-from golden_values import assert_values, drawn
 from provenn.core.cost import count_parameters
 from provenn.core.errors import UserError
 from provenn.evidence import Run
@@ -58,6 +57,7 @@ from provenn.papers.rcmha.studies import (
 )
 from provenn.tasks.recall import IGNORED
 from provenn.testing import seeded_array, seeded_state
+from provenn.testing.golden import assert_values, drawn
 from streams import fold
 
 KIND_OPTIONS = {

@@ -10,7 +10,6 @@ from torch.utils.data import TensorDataset
 
 import provenn
 from provenn.core.cost import count_parameters, macs
-from provenn.experiments.compare.hosts import _backbones
 from provenn.nn.backbone import check_backbone
 from provenn.nn.detection import pad_batch
 from provenn.nn.fusion import fuse
@@ -32,6 +31,7 @@ from provenn.papers.shvit import (
 from provenn.papers.shvit.layers import ConvBN, Downsampling, FeedForward, PatchMerging, Residual, SqueezeExcite
 from provenn.papers.shvit.official import convert
 from provenn.tasks import TaskData
+from provenn.tasks.image_hosts import BACKBONE
 
 PRESETS = {"s1": 224, "s2": 224, "s3": 224, "s4": 256}
 
@@ -418,7 +418,7 @@ def test_detectors():
 
 
 def test_the_network_that_is_compared_has_the_size_of_its_baseline():
-    _, baseline = next(iter(_backbones().items()))
+    _, baseline = next(iter(BACKBONE.baselines().items()))
     count, other = (count_parameters(build(num_classes=10, in_channels=1)) for build in (shvit.shvit_narrow, baseline))
     assert abs(count / other - 1) < 0.1
     model = shvit.shvit_narrow(in_channels=1)

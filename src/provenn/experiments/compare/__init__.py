@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from provenn.experiments.compare.comparison import compare
-    from provenn.experiments.compare.hosts import HOSTS, Host, host_for
+    from provenn.experiments.compare.hosts import host_for, hosts_of
     from provenn.experiments.compare.outcome import COSTS, Candidate, SlotComparison
 
 _HOMES = {
     "compare": "comparison",
-    **dict.fromkeys(("HOSTS", "Host", "host_for"), "hosts"),
+    **dict.fromkeys(("host_for", "hosts_of"), "hosts"),
     **dict.fromkeys(("COSTS", "Candidate", "SlotComparison"), "outcome"),
 }
-__all__ = ["COSTS", "HOSTS", "Candidate", "Host", "SlotComparison", "compare", "host_for"]
+__all__ = ["COSTS", "Candidate", "SlotComparison", "compare", "host_for", "hosts_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,11 +20,13 @@ from provenn.evidence import Run, Study
 from provenn.evidence.interval import paired_difference, student
 from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside
 from provenn.evidence.run import Budget
-from provenn.experiments.compare import language
-from provenn.experiments.compare.hosts import Factory, Host, host_for
+from provenn.experiments.compare.context import BATCH, context_costs, probe_study, settled
+from provenn.experiments.compare.hosts import host_for
 from provenn.experiments.compare.outcome import Candidate, SlotComparison
 from provenn.experiments.reproduce import BUDGETS, DEFAULT_SEEDS, choose_seeds
 from provenn.tasks import Task, TaskData, get_task
+from provenn.tasks.hosts import Factory, Host
+from provenn.training import Recipe
 
 
 def compare(
@@ -44,7 +46,7 @@ def compare(
     where it stopped.
 
     Args:
-        slot: one that has a host: see `HOSTS`.
+        slot: one that a task has a host for: see `provenn.tasks.hosts`.
         candidates: names of mechanisms in the catalogue (`slug:name` where two papers share a name), slugs, which
             stand for their first one, and baselines; by default all that fit the slot. They are measured against the
             host's first baseline (`none`, of language models `softmax`), or without it against the first named.
@@ -67,7 +69,7 @@ def compare(
     device = choose_device(device)
     task = get_task(host.task)
     loaded = task.load(data, **host.sizes)
-    recipe = host.recipe[budget]
+    recipe = Recipe(**host.recipe[budget])
     for name, (factory, _) in chosen.items():
         try:
             host.build(factory, loaded.options)
@@ -89,14 +91,16 @@ def compare(
             variants={name: (name, factory) for name, (factory, _) in chosen.items()},
             build=partial(_build_model, host),
             recipe=recipe,
-            smoke=host.recipe["smoke"],
+            smoke=Recipe(**host.recipe["smoke"]),
             lrs=host.lrs,
             about=str(data),
             setting={"host": host.about},
         )
         reference = next(iter(chosen))
         qualities, costs, context = {}, {}, {}
-        recall = language.recall_study({name: factory for name, (factory, _) in chosen.items()}, budget)
+        probe = host.probe
+        factories = {name: factory for name, (factory, _) in chosen.items()}
+        probing = None if probe is None else probe_study(host, probe, factories, budget)
         with progress.bar(f"compare {slot}", len(chosen)) as advance:
             for name, (factory, _) in chosen.items():
                 trials = study.trials(run, name)
@@ -112,20 +116,26 @@ def compare(
                 code = digest(_cost, host.build, factory, chosen[reference][0])
                 # Kept under the digest of all code that it times, so that a changed mechanism is timed anew.
                 costs[name] = run.trial(f"{name}: cost", cost, reference=reference, code=code, **study.facts(run))
-                if host.more:
+                if probing is not None:
                     reference_mixer = (reference, chosen[reference][0])
-                    recalled = recall.trials(run, name)
-                    _log_diverged(recalled, f"{name}, recall", run, log)
+                    probed = probing.trials(run, name)
+                    _log_diverged(probed, f"{name}, {probing.name}", run, log)
                     context[name] = {
-                        "recall": [{"by_distance": [], **trial, "curve": None} for trial in recalled],
-                        **language.context_costs(run, name, factory, reference=reference_mixer, options=loaded.options),
+                        "probe": [{"by_distance": [], **trial, "curve": None} for trial in probed],
+                        **context_costs(run, name, host, factory, reference=reference_mixer, options=loaded.options),
                     }
                 advance()
         rates = {name: study.rate(run, name)[0] for name in chosen}
         setting = {**study.facts(run), "lr": rates}
-        if host.more:
-            setting["recall"] = {"steps": recall.recipe_for(run).max_steps, **language.RECALL}
-            setting["recall"]["lr"] = {name: recall.rate(run, name)[0] for name in chosen}
+        if probe is not None and probing is not None:
+            setting["probe"] = {
+                "task": probe.task,
+                "about": probe.about,
+                "chance": probe.chance,
+                "steps": probe.steps[budget],
+                **probe.sizes,
+                "lr": {name: probing.rate(run, name)[0] for name in chosen},
+            }
 
     # Seeds are paired: both sides of a difference saw the same batches in the same order.
     base, smoke = qualities[reference], budget == "smoke"  # which shows that the path works, and measures nothing
@@ -151,7 +161,7 @@ def compare(
             for name, (_, paper) in chosen.items()
         ),
         setting={"budget": budget, "seeds": list(chosen_seeds), "device": device, **setting},
-        more=language.settled(context, reference) if context else {},
+        more=settled(context, reference, BATCH * host.sizes["length"]) if context else {},
     )
 
 

@@ -12,7 +12,7 @@ from provenn.core.files import save_figure, write_atomically
 from provenn.evidence.interval import Interval
 from provenn.evidence.measurement import Table
 from provenn.evidence.view import bytes_of
-from provenn.experiments.compare.drawing import mark, plain_axis
+from provenn.experiments.compare.drawing import context_figure, mark, plain_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ class SlotComparison:
         candidates: the first is the reference of differences and ratios.
         metric, higher_is_better: the quality.
         setting: all that is needed to repeat it.
-        more: what else the host measures of each candidate, by name; see `provenn.experiments.compare.language`.
+        more: what else the host measures of each candidate, by name; see `provenn.experiments.compare.context`.
     """
 
     slot: str
@@ -102,7 +102,7 @@ class SlotComparison:
         """Quality against cost, and what else the host measures."""
         names = [candidate.name for candidate in self.candidates]
         seeds = len(self.candidates[0].quality)
-        more = [_context_table(names, self.more, seeds, self.setting["recall"])] if self.more else []
+        more = [_context_table(names, self.more, seeds, self.setting["probe"])] if self.more else []
         return [self.table, *more]
 
     @property
@@ -202,7 +202,6 @@ class SlotComparison:
     def save(self, out: str | Path) -> list[Path]:
         """Write the numbers, the table and the plot into a folder; returns the files."""
         from provenn.core.files import check_writable
-        from provenn.experiments.compare import language
 
         folder = Path(out)
         check_writable(folder)
@@ -215,7 +214,8 @@ class SlotComparison:
             names = [candidate.name for candidate in self.candidates]
             qualities = {candidate.name: candidate.quality for candidate in self.candidates}
             files.insert(2, folder / f"{self.slot}-context.png")
-            figure = language.figure(names, self.more, qualities, self.metric.replace("_", " "))
+            label, chance = self.metric.replace("_", " "), self.setting["probe"]["chance"]
+            figure = context_figure(names, self.more, qualities, label, chance)
             save_figure(figure, files[2])
         return files
 
@@ -226,19 +226,19 @@ def _with_interval(value: float, interval: Interval | None, style: str) -> str:
     return f"{value:{style}} ({interval[0]:{style}} to {interval[1]:{style}})"
 
 
-def _context_table(names: Sequence[str], more: dict[str, Any], seeds: int, recall: dict[str, Any]) -> Table:
-    """What each candidate recalls, and what a long context costs."""
+def _context_table(names: Sequence[str], more: dict[str, Any], seeds: int, probe: dict[str, Any]) -> Table:
+    """What each candidate predicts right in a second task, and what a long context costs."""
     contexts = more[names[0]]["contexts"]
     rows: list[list[str | float | int | None]] = []
     for name in names:
         costs = more[name]
-        recalled = [trial["accuracy"] for trial in costs["recall"]]
+        right = [trial["accuracy"] for trial in costs["probe"]]
         low, high = costs["step_interval"]
         rows.append(
             [
                 name,
-                f"{sum(recalled) / len(recalled):.3f} ({min(recalled):.3f} to {max(recalled):.3f})"
-                + _describe_diverged(costs["recall"]),
+                f"{sum(right) / len(right):.3f} ({min(right):.3f} to {max(right):.3f})"
+                + _describe_diverged(costs["probe"]),
                 "1" if name == names[0] else f"{costs['step']:.2f} ({low:.2f} to {high:.2f})",
                 f"{costs['tokens_per_second']:,.0f}",
                 *(
@@ -249,13 +249,13 @@ def _context_table(names: Sequence[str], more: dict[str, Any], seeds: int, recal
         )
     return Table(
         caption=(
-            f"Recall of {recall['pairs']} pairs over {recall['length']} tokens ({seeds} seed{'s' * (seeds != 1)}, "
-            f"mean and range; chance is {1 / recall['values']:.3f}), and what a long context costs: the time of one "
+            f"{probe['about']} ({seeds} seed{'s' * (seeds != 1)}, "
+            f"mean and range; chance is {probe['chance']:.3f}), and what a long context costs: the time of one "
             "token more, and the bytes kept of the context"
         ),
         columns=[
             "candidate",
-            "recall",
+            probe["task"],
             f"training step × {names[0]}",
             "training tokens a second",
             *(f"after {context:,} tokens" for context in contexts),
@@ -264,7 +264,7 @@ def _context_table(names: Sequence[str], more: dict[str, Any], seeds: int, recal
     )
 
 
-def _describe_diverged(recall: Sequence[Mapping[str, Any]]) -> str:
+def _describe_diverged(trials: Sequence[Mapping[str, Any]]) -> str:
     """How many trainings diverged, where any did."""
-    diverged = sum(trial.get("diverged", False) for trial in recall)
-    return f", {diverged} of {len(recall)} diverged" if diverged else ""
+    diverged = sum(trial.get("diverged", False) for trial in trials)
+    return f", {diverged} of {len(trials)} diverged" if diverged else ""

@@ -17,7 +17,7 @@ from provenn.papers.gaam.model import StackClassifier
 from provenn.papers.gaam.task import TASK
 from provenn.papers.gaam.task.pretraining import pretrained_stacks, stack_data
 from provenn.tasks import TaskData, batches, get_task
-from provenn.training import fit
+from provenn.training import Hardware, fit
 
 HEADS = 8  # of the paper's first form, three layers each
 STEPS = 24  # that a series is brought to
@@ -252,13 +252,14 @@ class LayersAlone:
             torch.manual_seed(seed)
             build = partial(stack_network, "gaam", **data.options)
             before = shares_of(build(), data.val)
-            whole = fit(build, TASK, data, recipe, seed=seed, device=run.device, title="all layers")
+            whole = fit(build, TASK, data, recipe, seed=seed, hardware=Hardware(run.device), title="all layers")
             after = shares_of(whole.model, data.val)  # type: ignore[arg-type]  # what `build` made
             alone = []
             for layer in range(data.options["layers"]):
                 part = one_layer(data, layer)
                 make = partial(stack_network, "none", **part.options)
-                done = fit(make, TASK, part, recipe, seed=seed, device=run.device, title=f"layer {layer + 1} alone")
+                title = f"layer {layer + 1} alone"
+                done = fit(make, TASK, part, recipe, seed=seed, hardware=Hardware(run.device), title=title)
                 alone.append(done.metrics["accuracy"])
             accuracy = whole.metrics["accuracy"]
             return {

@@ -8,8 +8,9 @@ from provenn.papers.hedgehog.diagnostics import (
     rank_correlation,
     softmax_weights,
 )
-from provenn.papers.hedgehog.distillation import distill, distillation_loss, linearise, restore, teaching
+from provenn.papers.hedgehog.distillation import distillation_loss, linearise, restore, teaching
 from provenn.papers.hedgehog.layers import MAPS, HedgehogAttention, HedgehogFeatureMap, LinearAttention
+from provenn.papers.hedgehog.task import distill
 
 __all__ = [
     "MAPS",

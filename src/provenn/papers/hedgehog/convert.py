@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from provenn.core.errors import UserError
-from provenn.huggingface import Batch, Conversion, StateCache, StateLayer, attentions
+from provenn.huggingface import Batch, Conversion, Stage, StateCache, StateLayer, attentions, learn, only
 from provenn.ops.linear_attention import LinearState, linear_attention, linear_attention_weights
 from provenn.papers.hedgehog.diagnostics import (
     attention_entropy,
@@ -22,7 +22,7 @@ from provenn.papers.hedgehog.diagnostics import (
     rank_correlation,
     softmax_weights,
 )
-from provenn.papers.hedgehog.distillation import distillation_loss, learn
+from provenn.papers.hedgehog.distillation import distillation_loss, without_dropout
 from provenn.papers.hedgehog.layers import MAPS, HedgehogFeatureMap, MapMaker
 
 LOOKED_AT = 64  # tokens of a text that the report looks at: rank correlation takes their cube
@@ -153,15 +153,25 @@ def teaching(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 def distil(model: PreTrainedModel, batches: Iterable[Batch], lr: float) -> list[float]:
     """Attention weight distillation of a converted model's maps; returns the loss of every step."""
-    every = [cast(Any, attention.module).attention_maps for attention in attentions(model)]
-    parameters = [parameter for maps in every for parameter in maps.parameters()]
+    return learn(model, distillation(model, batches, lr))
 
-    def run(batch: Batch) -> None:
+
+def distillation(model: PreTrainedModel, batches: Iterable[Batch], lr: float) -> Stage:
+    """The stage in which a converted model's maps learn its softmax weights, by Adam, with dropout off."""
+
+    def maps_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         given = {name: part for name, part in batch.items() if name != "labels"}
-        # The body alone: what the head would do with the outputs teaches the maps nothing.
-        model.base_model(**given, **({"use_cache": False} if _streams(model) else {}))
+        with teaching(model) as losses, without_dropout(model):
+            # The body alone: what the head would do with the outputs teaches the maps nothing.
+            model.base_model(**given, **({"use_cache": False} if _streams(model) else {}))
+        return torch.stack(losses).mean()
 
-    return learn(model, parameters, teaching(model), batches, lr=lr, run=run)
+    return Stage.of_batches("new-parts", maps_loss, batches, partial(only, _map_parameters), optimizer="adam", lr=lr)
+
+
+def _map_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    every = [cast(Any, attention.module).attention_maps for attention in attentions(model)]
+    return [parameter for maps in every for parameter in maps.parameters()]
 
 
 def _streams(model: PreTrainedModel) -> bool:
@@ -207,9 +217,9 @@ CONVERSION = Conversion(
     attend=attend,
     install=install,
     uninstall=uninstall,
-    prepare=distil,
+    prepare=distillation,
     cache=lambda model: StateCache(),
     report=report,
 )
 
-__all__ = ["CONVERSION", "HedgehogFeatureMap", "StateCache", "distil", "report", "teaching"]
+__all__ = ["CONVERSION", "HedgehogFeatureMap", "StateCache", "distil", "distillation", "report", "teaching"]

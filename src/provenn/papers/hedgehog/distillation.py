@@ -1,7 +1,7 @@
 """Attention weight distillation (section 4.2): maps learn a frozen model's softmax weights, all layers at once."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -140,53 +140,3 @@ def map_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What distillation trains: the parameters of the feature maps."""
     linear = [module for module in model.modules() if isinstance(module, LinearAttention)]
     return [p for module in linear for m in (module.map_query, module.map_key) for p in m.parameters()]
-
-
-def learn(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    lesson: AbstractContextManager[list[Tensor]],
-    batches: Iterable[Any],
-    *,
-    lr: float,
-    run: Callable[[Any], object],
-) -> list[float]:
-    """One step of Adam a batch on the mean loss over layers, with dropout off; the model keeps its mode.
-
-    Args:
-        model: whose maps learn.
-        parameters: of the maps. Without any there is nothing to learn, and nothing is run.
-        lesson: opens the list in which each layer notes its loss.
-        batches: what the model reads.
-        lr: of Adam.
-        run: gives a batch to the model.
-
-    Returns the loss of every step.
-    """
-    if not parameters:
-        return []
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    history = []
-    with lesson as losses, without_dropout(model), torch.enable_grad():
-        for batch in batches:
-            losses.clear()
-            run(batch)
-            loss = torch.stack(losses).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            history.append(loss.item())
-    return history
-
-
-def distill(model: nn.Module, batches: Iterable[Any], *, lr: float = 1e-2) -> list[float]:
-    """Train the feature maps of a converted model on its own softmax weights; nothing else in it changes.
-
-    Args:
-        model: as `linearise` left it.
-        batches: what the model reads; targets are not needed.
-        lr: of Adam.
-
-    Returns the loss of every step; [] where the maps have no parameters.
-    """
-    return learn(model, map_parameters(model), teaching(model), batches, lr=lr, run=model)

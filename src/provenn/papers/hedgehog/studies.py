@@ -29,7 +29,7 @@ from provenn.papers.hedgehog.task import Distillation
 from provenn.tasks import Task, TaskData, fingerprint, get_task
 from provenn.tasks.language_modelling import Windows
 from provenn.tasks.recall import PairEmbedding
-from provenn.training import Fit, Recipe, fit
+from provenn.training import Fit, Hardware, Recipe, fit
 
 # Associative recall, from scratch
 
@@ -209,13 +209,13 @@ class Conversion:
         recipe: Recipe,
         *,
         seed: int,
-        device: str,
+        hardware: Hardware,
         title: str,
     ) -> Fit:
         smoke = recipe.max_steps == 2
         source = self.source(seed, smoke)
         of = get_task(task.name)
-        start: dict[str, Any] = {"seed": seed, "device": device}
+        start: dict[str, Any] = {"seed": seed, "hardware": hardware}
 
         def learned(stage: Recipe) -> Recipe:
             return replace(stage, epochs=1, max_steps=2) if smoke else stage
@@ -232,13 +232,13 @@ class Conversion:
         torch.manual_seed(seed)
         model = build()
         trained = any(parameter.requires_grad for parameter in model.parameters())
-        key = (task.name, source.fingerprint, self.pretraining, seed, device, smoke)
+        key = (task.name, source.fingerprint, self.pretraining, seed, hardware, smoke)
         model.load_state_dict(KEPT.get(key, host), strict=False)  # a host has no maps
         if self.distillation is not None and trained and map_parameters(model):
             lessons = learned(self.distillation)
             model.load_state_dict(KEPT.get((*key, lessons, title), distilled))
         if not trained or (isinstance(task, Distillation) and not map_parameters(model)):
-            model = model.to(device).eval()
+            model = model.to(hardware.device).eval()
             with torch.no_grad():
                 return Fit(model, task.evaluate(model, data.test))
         model = model if self.prepare is None else self.prepare(model)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from provenn.core.cost import interleaved
 from provenn.core.errors import UserError
-from provenn.distributed import Inputs, Method, Partial, Pattern, Sharing, Simulation, attend, simulate
+from provenn.distributed import Inputs, Method, Partial, Pattern, Sharing, Simulation, Slice, attend, simulate
 from provenn.distributed.methods import Ring, pack, with_keys
 from provenn.evidence import Measurement, Run, Table, Timing, measures
 from provenn.evidence.measurement import lacks_memory, lacks_operation
@@ -39,7 +39,7 @@ from provenn.papers.long_context_bench.kernels.flex import Flex
 from provenn.papers.long_context_bench.kernels.gathered import Gathered
 from provenn.papers.long_context_bench.kernels.naive import Naive
 from provenn.papers.long_context_bench.kernels.sdpa import SDPA
-from provenn.papers.long_context_bench.masks import MASKS, Mask, Slice, make_mask
+from provenn.papers.long_context_bench.masks import MASKS, Mask, make_mask
 from provenn.papers.long_context_bench.sparse import BlockSparse, block_sparse, variable_block_sparse
 from provenn.papers.long_context_bench.timing import (
     PROTOCOLS,
@@ -575,11 +575,11 @@ def global_slices_of_the_authors(tokens: int, window: int) -> list[Slice]:
     """What `generate_global_sliding_window_mask` of their code lists."""
     band = masks.full_sliding_window(tokens - window, window=window).slices
     shifted = [
-        Slice((each.q[0] + window, each.q[1] + window), (each.k[0] + window, each.k[1] + window), each.kind)
+        Slice(each.q_start + window, each.q_end + window, each.k_start + window, each.k_end + window, each.kind)
         for each in band
     ]
     columns = [
-        Slice((0, tokens), (0, window), "causal"),
-        Slice((0, window), (window, tokens), "causal"),
+        Slice(0, tokens, 0, window, "causal"),
+        Slice(0, window, window, tokens, "causal"),
     ]
     return [*columns, *shifted]

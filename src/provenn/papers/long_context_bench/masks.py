@@ -17,65 +17,14 @@ import torch
 from torch import Tensor
 
 from provenn.core.errors import UserError
+from provenn.distributed.slices import KINDS, Slice
 from provenn.papers.long_context_bench import documents as lengths_of
 
-KINDS = ("full", "causal", "inverse_causal", "bi_causal")  # the authors' types 0 to 3
 Keep = Callable[[Tensor, Tensor], Tensor]
 
 
 class NotRepresentable(UserError):
     """A form of mask cannot say what this mask says."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Queries q[0] … q[1] − 1 and keys k[0] … k[1] − 1, and which of their pairs are kept.
-
-    `full`: all; `causal`: below the diagonal that ends in the bottom right corner, which is kept; `inverse_causal`:
-    above the diagonal that begins in the top left corner, which is kept; `bi_causal`: both.
-    """
-
-    q: tuple[int, int]
-    k: tuple[int, int]
-    kind: str = "full"
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"a slice is one of {', '.join(KINDS)}; got {self.kind!r}")
-        for axis, (start, stop) in (("q", self.q), ("k", self.k)):
-            if not 0 <= start <= stop:
-                raise UserError(
-                    f"a slice's {axis} goes from a start to a stop that is not before it, got {start}:{stop}"
-                )
-
-    @property
-    def area(self) -> int:
-        """How many pairs it keeps."""
-        rows, keys = self.q[1] - self.q[0], self.k[1] - self.k[0]
-        if self.kind == "full":
-            return rows * keys
-        if self.kind == "bi_causal":
-            return max(0, keys - rows + 1) * rows
-        visible = min(rows, keys)
-        return visible * (2 * keys - visible + 1) // 2
-
-    def bounds(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """For queries of it, the first key that each sees and the one after its last; equal where it sees none."""
-        first, last = torch.full_like(rows, self.k[0]), torch.full_like(rows, self.k[1])
-        if self.kind in ("inverse_causal", "bi_causal"):
-            first = (first + rows - self.q[0]).clamp(max=self.k[1])
-        if self.kind in ("causal", "bi_causal"):
-            last = last - (self.q[1] - 1 - rows)
-        return first, torch.maximum(last, first)
-
-    def columns(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """For keys of it, the first query that sees each and the one after the last; equal where none does."""
-        first, last = torch.full_like(keys, self.q[0]), torch.full_like(keys, self.q[1])
-        if self.kind in ("causal", "bi_causal"):
-            first = (keys - self.k[1] + self.q[1]).clamp(self.q[0], self.q[1])
-        if self.kind in ("inverse_causal", "bi_causal"):
-            last = (keys - self.k[0] + self.q[0] + 1).clamp(max=self.q[1])
-        return first, torch.maximum(last, first)
 
 
 class Columns(NamedTuple):
@@ -118,7 +67,11 @@ class Mask:
         if self.length < 1:
             raise UserError(f"a mask has a length of at least 1, got {self.length}")
         for each in self.slices:
-            if max(each.q[1], each.k[1]) > self.length:
+            if each.kind not in KINDS:
+                raise UserError(f"a slice is one of {', '.join(KINDS)}; got {each.kind!r}")
+            if not (0 <= each.q_start <= each.q_end and 0 <= each.k_start <= each.k_end):
+                raise UserError(f"a slice goes from starts to stops that are not before them, got {_told(each)}")
+            if max(each.q_end, each.k_end) > self.length:
                 raise UserError(f"the slice {_told(each)} is outside of a mask of length {self.length}")
         if self.documents is not None:
             check_documents(self.documents, self.length)
@@ -135,7 +88,11 @@ class Mask:
 
     def intervals(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query, first key and key after the last of each query of each slice, in the order of queries and keys."""
-        parts = [(rows, *each.bounds(rows)) for each in self.slices if (rows := torch.arange(*each.q)).numel()]
+        parts = [
+            (rows, *each.bounds(rows))
+            for each in self.slices
+            if (rows := torch.arange(each.q_start, each.q_end)).numel()
+        ]
         return _sorted(parts)
 
     def flash_columns(self) -> Columns:
@@ -144,7 +101,11 @@ class Mask:
         Raises:
             NotRepresentable: a key whose masked rows on one side are more than one interval.
         """
-        parts = [(keys, *each.columns(keys)) for each in self.slices if (keys := torch.arange(*each.k)).numel()]
+        parts = [
+            (keys, *each.columns(keys))
+            for each in self.slices
+            if (keys := torch.arange(each.k_start, each.k_end)).numel()
+        ]
         key, first, last = _sorted(parts)
         everywhere = torch.arange(self.length)
         below = self._gap(key, torch.maximum(first, key), last, everywhere, torch.full_like(everywhere, self.length))
@@ -177,11 +138,11 @@ class Mask:
         for each in self.slices:
             if each.area == 0:
                 continue
-            across = slice(each.k[0] // block, (each.k[1] + block - 1) // block)
+            across = slice(each.k_start // block, (each.k_end + block - 1) // block)
             start, stop = edges[:-1][across], edges[1:][across]
             # Rows in pieces, so that what is held at once stays small for long slices.
-            for begin in range(each.q[0], each.q[1], 64 * block):
-                rows = torch.arange(begin, min(begin + 64 * block, each.q[1]))
+            for begin in range(each.q_start, each.q_end, 64 * block):
+                rows = torch.arange(begin, min(begin + 64 * block, each.q_end))
                 first, last = each.bounds(rows)
                 kept = (torch.minimum(last[:, None], stop) - torch.maximum(first[:, None], start)).clamp(min=0)
                 table[:, across].index_add_(0, rows // block, kept)
@@ -211,7 +172,7 @@ class Mask:
 def from_slices(length: int, slices: Iterable[Slice], name: str = "slices") -> Mask:
     """A mask of the user's own; slices that share a pair are refused.
 
-    >>> from_slices(4, [Slice((0, 2), (0, 2), "causal"), Slice((2, 4), (0, 4))]).area
+    >>> from_slices(4, [Slice(0, 2, 0, 2, "causal"), Slice(2, 4, 0, 4)]).area
     11
     """
     kept = tuple(slices)
@@ -231,7 +192,7 @@ def check_documents(documents: Sequence[int], length: int) -> None:
 
 
 def _told(each: Slice) -> str:
-    return f"{each.kind} {each.q[0]}:{each.q[1]} × {each.k[0]}:{each.k[1]}"
+    return f"{each.kind} {each.q_start}:{each.q_end} × {each.k_start}:{each.k_end}"
 
 
 def _grid(length: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -256,11 +217,11 @@ def _listed(table: Tensor, device: torch.device | str | None) -> tuple[Tensor, T
 
 def _check_disjoint(slices: Sequence[Slice]) -> None:
     """No pair is in two slices: each query's intervals of keys, in order, end before the next begins."""
-    inside = sorted((each for each in slices if each.area), key=lambda each: each.q)
-    if all(one.q[1] <= other.q[0] for one, other in pairwise(inside)):
+    inside = sorted((each for each in slices if each.area), key=lambda each: (each.q_start, each.q_end))
+    if all(one.q_end <= other.q_start for one, other in pairwise(inside)):
         return  # no query is in two slices
     parts = [(rows, *each.bounds(rows), torch.full_like(rows, n)) for n, each in enumerate(inside)
-             if (rows := torch.arange(*each.q)).numel()]  # fmt: skip
+             if (rows := torch.arange(each.q_start, each.q_end)).numel()]  # fmt: skip
     row, first, last, whose = (torch.cat(column) for column in zip(*parts, strict=True))
     seen = last > first
     row, first, last, whose = row[seen], first[seen], last[seen], whose[seen]
@@ -300,11 +261,11 @@ def _global(i: Tensor, j: Tensor, *, window: int) -> Tensor:
 def _in_slices(i: Tensor, j: Tensor, *, slices: Sequence[Slice]) -> Tensor:
     kept = (i < 0) & (j < 0)
     for each in slices:
-        inside = (i >= each.q[0]) & (i < each.q[1]) & (j >= each.k[0]) & (j < each.k[1])
+        inside = (i >= each.q_start) & (i < each.q_end) & (j >= each.k_start) & (j < each.k_end)
         if each.kind in ("causal", "bi_causal"):
-            inside = inside & (each.q[1] - i <= each.k[1] - j)
+            inside = inside & (each.q_end - i <= each.k_end - j)
         if each.kind in ("inverse_causal", "bi_causal"):
-            inside = inside & (i - each.q[0] <= j - each.k[0])
+            inside = inside & (i - each.q_start <= j - each.k_start)
         kept = kept | inside
     return kept
 
@@ -369,25 +330,25 @@ def _placed(keep: Keep, device: torch.device) -> Keep:
 
 def full(length: int) -> Mask:
     """Every query sees every key."""
-    return Mask(length, (Slice((0, length), (0, length)),), _full, "full")
+    return Mask(length, (Slice(0, length, 0, length),), _full, "full")
 
 
 def causal(length: int) -> Mask:
     """j ≤ i."""
-    return Mask(length, (Slice((0, length), (0, length), "causal"),), _causal, "causal")
+    return Mask(length, (Slice(0, length, 0, length, "causal"),), _causal, "causal")
 
 
 def full_document(length: int, *, documents: Sequence[int]) -> Mask:
     """The same document."""
     check_documents(documents, length)
-    slices = tuple(Slice(each, each) for each in _ranges(documents))
+    slices = tuple(Slice(*each, *each) for each in _ranges(documents))
     return Mask(length, slices, Packed.of(documents).full, "full_document", tuple(documents))
 
 
 def causal_document(length: int, *, documents: Sequence[int]) -> Mask:
     """The same document, and j ≤ i."""
     check_documents(documents, length)
-    slices = tuple(Slice(each, each, "causal") for each in _ranges(documents))
+    slices = tuple(Slice(*each, *each, "causal") for each in _ranges(documents))
     return Mask(length, slices, Packed.of(documents).causal, "causal_document", tuple(documents))
 
 
@@ -401,8 +362,8 @@ def causal_sliding_window(length: int, *, window: int = 1024) -> Mask:
     """0 ≤ i − j ≤ w."""
     keep = partial(_window, behind=_whole("window", window, 0), ahead=0)
     top = min(window, length)
-    slices = [Slice((0, top), (0, top), "causal")] if top else []
-    slices += [Slice((top, length), (0, length), "bi_causal")] if top < length else []
+    slices = [Slice(0, top, 0, top, "causal")] if top else []
+    slices += [Slice(top, length, 0, length, "bi_causal")] if top < length else []
     return Mask(length, tuple(slices), keep, "causal_sliding_window", factors={"window": window})
 
 
@@ -411,10 +372,10 @@ def shared_question(length: int, *, documents: Sequence[int]) -> Mask:
     check_documents(documents, length)
     starts, ranges = _starts(documents), _ranges(documents)
     first = starts[min(2, len(documents))]
-    slices = [Slice((0, first), (0, first), "causal")]
+    slices = [Slice(0, first, 0, first, "causal")]
     if len(documents) > 2:
-        slices += [Slice((first, length), (0, starts[1]))]
-    slices += [Slice(each, each, "causal") for each in ranges[2:]]
+        slices += [Slice(first, length, 0, starts[1])]
+    slices += [Slice(*each, *each, "causal") for each in ranges[2:]]
     return Mask(length, tuple(slices), Packed.of(documents).shared_question, "shared_question", tuple(documents))
 
 
@@ -422,7 +383,7 @@ def causal_blockwise(length: int, *, documents: Sequence[int]) -> Mask:
     """Causal inside a document; the last one sees everything before it."""
     check_documents(documents, length)
     ranges = _ranges(documents)
-    slices = [Slice(each, each, "causal") for each in ranges[:-1]] + [Slice(ranges[-1], (0, length), "causal")]
+    slices = [Slice(*each, *each, "causal") for each in ranges[:-1]] + [Slice(*ranges[-1], 0, length, "causal")]
     return Mask(length, tuple(slices), Packed.of(documents).causal_blockwise, "causal_blockwise", tuple(documents))
 
 
@@ -443,9 +404,9 @@ def prefix_lm_document(length: int, *, documents: Sequence[int], prefix: int) ->
 def global_sliding(length: int, *, window: int) -> Mask:
     """|i − j| ≤ w, and the first g = 2w tokens see all and are seen by all."""
     edge = min(2 * _whole("window", window, 1), length)
-    slices = [Slice((0, edge), (0, length))]
+    slices = [Slice(0, edge, 0, length)]
     if edge < length:
-        slices += [Slice((edge, length), (0, edge)), *_band(edge, length, window)]
+        slices += [Slice(edge, length, 0, edge), *_band(edge, length, window)]
     return Mask(length, tuple(slices), partial(_global, window=window), "global_sliding", factors={"window": window})
 
 
@@ -454,7 +415,7 @@ def block_causal_document(length: int, *, documents: Sequence[int], block: int =
     check_documents(documents, length)
     _whole("block", block, 1)
     slices = tuple(
-        Slice((begin, end), (start, end))
+        Slice(begin, end, start, end)
         for start, stop in _ranges(documents)
         for begin in range(start, stop, block)
         for end in (min(begin + block, stop),)
@@ -562,20 +523,20 @@ def _ranges(documents: Sequence[int]) -> list[tuple[int, int]]:
 def _prefixed(start: int, stop: int, prefix: int) -> tuple[Slice, ...]:
     """Full in the first `prefix` tokens of a range, causal after them."""
     edge = min(start + prefix, stop)
-    slices = [Slice((start, edge), (start, edge))] if edge > start else []
-    return (*slices, Slice((edge, stop), (start, stop), "causal")) if edge < stop else tuple(slices)
+    slices = [Slice(start, edge, start, edge)] if edge > start else []
+    return (*slices, Slice(edge, stop, start, stop, "causal")) if edge < stop else tuple(slices)
 
 
 def _band(start: int, stop: int, window: int) -> tuple[Slice, ...]:
     """|i − j| ≤ w inside a range: a triangle at the top, a band or all of it, a triangle at the bottom."""
     size = stop - start
     if window >= size - 1:
-        return (Slice((start, stop), (start, stop)),)
+        return (Slice(start, stop, start, stop),)
     top, bottom = start + min(window, size - window), start + max(window, size - window)
     middle = "bi_causal" if 2 * window <= size else "full"
     slices = (
-        Slice((start, top), (start, top + window), "causal"),
-        Slice((top, bottom), (start, stop), middle),
-        Slice((bottom, stop), (bottom - window, stop), "inverse_causal"),
+        Slice(start, top, start, top + window, "causal"),
+        Slice(top, bottom, start, stop, middle),
+        Slice(bottom, stop, bottom - window, stop, "inverse_causal"),
     )
-    return tuple(each for each in slices if each.q[0] < each.q[1])
+    return tuple(each for each in slices if each.q_start < each.q_end)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from provenn.core.errors import UserError
-from provenn.papers.long_context_bench.masks import Mask, Slice, from_slices
+from provenn.distributed.slices import Slice
+from provenn.papers.long_context_bench.masks import Mask, from_slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,8 @@ class BlockSparse:
                 if is_kept and start is None:
                     start = column
                 elif not is_kept and start is not None:
-                    q, k = (self.edges[row], self.edges[row + 1]), (self.edges[start], self.edges[column])
-                    slices.append(Slice(q, k))
+                    edges = (self.edges[row], self.edges[row + 1], self.edges[start], self.edges[column])
+                    slices.append(Slice(*edges))
                     start = None
         return from_slices(self.length, slices, f"{self.name}, head {head}")
 

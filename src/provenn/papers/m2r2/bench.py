@@ -11,6 +11,7 @@ from provenn.evidence.sweep import Point, Row, Sweep, parse_numbers
 from provenn.papers.m2r2.experts import ExpertTrace, Memory, simulate
 from provenn.papers.m2r2.studies import AROUND, LAYERS, aligned, around_experts, foretell, learn_around, text_data
 from provenn.tasks import get_task
+from provenn.training import Hardware
 
 SOURCES = {"before": "the layer before", "slow": "slow stream", "fast": "accelerated stream", "oracle": "oracle"}
 EXPERTS = 8  # a layer
@@ -66,7 +67,8 @@ def _trace(seed: int, smoke: bool, device: str) -> ExpertTrace:
     recipe = replace(AROUND, lr=RATE, max_steps=2 if smoke else AROUND.max_steps)
     task = get_task("accelerated-language-modelling")
     build = partial(around_experts, aligned, **data.options)
-    fit = learn_around(build, task, data, recipe, seed=seed, device=device, title="stream", experts=True)
+    hardware = Hardware(device)
+    fit = learn_around(build, task, data, recipe, seed=seed, hardware=hardware, title="stream", experts=True)
     return foretell(fit.model, data, ("before", "slow", "fast"))
 
 

@@ -1,7 +1,7 @@
 """M2R2 around a decoder: gates, accelerated streams, routers, what they are trained by; its baselines, and presets."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,27 +163,6 @@ class ExitModel(nn.Module):
 
     def _exit_loss(self, streams: Streams, exits: list[Tensor], teacher: Tensor) -> Tensor:
         return torch.zeros((), device=teacher.device)  # a raw exit has nothing to learn
-
-    def fit(self, batches: Iterable[Any], *, lr: float = 3e-3) -> list[float]:
-        """Train what was added, a step of AdamW a batch of tokens (batch, tokens); gives the loss of every step.
-
-        For a base that is trained already; `provenn train` trains one together with it.
-        """
-        parameters = [p for _, p in self.added()]
-        if not parameters:
-            raise UserError(f"{type(self).__name__} without a router has nothing to train")
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-        losses = []
-        self.train()
-        for batch in batches:
-            tokens = batch if isinstance(batch, Tensor) else batch["input_ids"]
-            loss = self.training_loss((tokens[:, :-1], tokens[:, 1:]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        self.eval()
-        return losses
 
     def save_added(self, path: str | Path) -> None:
         """Write what was added, and nothing of the base, as safetensors."""

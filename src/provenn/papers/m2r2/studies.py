@@ -25,7 +25,7 @@ from provenn.papers.m2r2.model import (
     plain_decoder,
 )
 from provenn.tasks import Task, TaskData, count_examples, get_task
-from provenn.training import Fit, Recipe, fit
+from provenn.training import Fit, Hardware, Recipe, fit
 
 LENGTH, DIM, LAYERS, RANK = 64, 64, 8, 8
 GATES = [2, 4, 6]
@@ -194,7 +194,7 @@ def learn_around(
     recipe: Recipe,
     *,
     seed: int,
-    device: str,
+    hardware: Hardware,
     title: str,
     experts: bool = False,
 ) -> Fit:
@@ -212,10 +212,10 @@ def learn_around(
     small = trained_decoder(seed, smoke, layers=GATES[0]).state_dict() if isinstance(build(), SecondModel) else {}
     model = put_around()
     if not any(p.requires_grad for p in model.parameters()):
-        model = model.to(device).eval()
+        model = model.to(hardware.device).eval()
         with torch.no_grad():
             return Fit(model, task.evaluate(model, data.test))
-    return fit(put_around, task, data, recipe, seed=seed, device=device, title=title)
+    return fit(put_around, task, data, recipe, seed=seed, hardware=hardware, title=title)
 
 
 # How variants are read.

@@ -1,7 +1,8 @@
 """Language modelling by a decoder that may leave early: how well its first gate predicts what all layers would."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,29 @@ from provenn.papers.m2r2.decoding import MODES, Statistics
 from provenn.papers.m2r2.model import ExitModel, draft_tiny, m2r2_tiny
 from provenn.tasks.base import Scores, batches, device_of, join_scores
 from provenn.tasks.language_modelling import LOGITS, LanguageModelling, Windows
+from provenn.training import Hardware, Stage, only, run_stages
+
+
+def fit_added(model: ExitModel, batches: Iterable[Any], *, lr: float = 3e-3) -> list[float]:
+    """Train what was added to a trained base, a step of AdamW a batch of tokens (batch, tokens).
+
+    `provenn train` trains a base together with it. Returns the loss of every step.
+
+    Raises:
+        UserError: nothing was added that could learn.
+    """
+    if not model.added():
+        raise UserError(f"{type(model).__name__} without a router has nothing to train")
+
+    def exit_loss(model: ExitModel, batch: Any) -> Tensor:
+        tokens = batch if isinstance(batch, Tensor) else batch["input_ids"]
+        return model.training_loss((tokens[:, :-1], tokens[:, 1:]))
+
+    learning = partial(only, lambda model: [parameter for _, parameter in model.added()])
+    stage = Stage.of_batches("exits", exit_loss, batches, learning, lr=lr)
+    losses = run_stages(model, [stage], hardware=Hardware(str(device_of(model))))[0].losses
+    model.eval()
+    return losses
 
 
 class AcceleratedModelling(LanguageModelling):

@@ -16,7 +16,7 @@ from provenn.papers.moh.dit import DiT, moh_dit_digits
 from provenn.papers.moh.layers import HeadRouter, MoHAttention, Routing, choose, head_load
 from provenn.papers.moh.model import moh_small, moh_vit_digits
 from provenn.tasks import Task, TaskData, count_examples, get_task
-from provenn.training import Fit, Recipe, fit
+from provenn.training import Fit, Hardware, Recipe, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -161,32 +161,39 @@ def converted(way: Way, **options: Any) -> nn.Module:
 _trained: dict[tuple[Any, ...], dict[str, Tensor]] = {}  # of each seed, for all ways of converting it
 
 
-def pretrained(task: Task, data: TaskData, steps: int, seed: int, device: str) -> dict[str, Tensor]:
+def pretrained(task: Task, data: TaskData, steps: int, seed: int, hardware: Hardware) -> dict[str, Tensor]:
     """The weights of a multi-head model of this seed, trained once."""
-    key = (data.fingerprint, steps, seed, device)
+    key = (data.fingerprint, steps, seed, hardware)
     if key not in _trained:
         build = partial(language_model, Heads(), **data.options)
         recipe = replace(PRETRAINING, max_steps=steps)
-        done = fit(build, task, data, recipe, seed=seed, device=device, title="the model to convert")
+        done = fit(build, task, data, recipe, seed=seed, hardware=hardware, title="the model to convert")
         _trained[key] = done.model.state_dict()
     return _trained[key]
 
 
 def continued(
-    build: Callable[[], nn.Module], task: Task, data: TaskData, recipe: Recipe, *, seed: int, device: str, title: str
+    build: Callable[[], nn.Module],
+    task: Task,
+    data: TaskData,
+    recipe: Recipe,
+    *,
+    seed: int,
+    hardware: Hardware,
+    title: str,
 ) -> Fit:
     """Train a multi-head model, put its weights into what `build` makes, and train that further unless it is frozen."""
-    weights = pretrained(task, data, SHORTER * (recipe.max_steps or 1), seed, device)
+    weights = pretrained(task, data, SHORTER * (recipe.max_steps or 1), seed, hardware)
 
     def start() -> nn.Module:
-        model = build().to(device)
+        model = build().to(hardware.device)
         model.load_state_dict(weights, strict=False)  # a router of its own starts fresh
         return model
 
     torch.manual_seed(seed)
     model = start().eval()
     if any(weight.requires_grad for weight in model.parameters()):
-        return fit(start, task, data, recipe, seed=seed, device=device, title=title)
+        return fit(start, task, data, recipe, seed=seed, hardware=hardware, title=title)
     with torch.no_grad():
         return Fit(model, task.evaluate(model, data.test))
 

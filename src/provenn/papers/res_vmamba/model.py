@@ -3,6 +3,7 @@
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -144,54 +145,17 @@ class ResVMamba(nn.Module):
         return [m.permute(0, 3, 1, 2) for m in self._maps(x)]
 
 
-# Drop path is the system's, as the authors train: `drop_path=` 0.2 of tiny, 0.3 of small, 0.5 of base.
+# Presets, by widths and depths. Drop path is the system's, as the authors train: `drop_path=` 0.2 of tiny, 0.3 of
+# small, 0.5 of base. The paper has small alone; the authors' code fixes its widths.
 NARROW, WIDE = (96, 192, 384, 768), (128, 256, 512, 1024)
 SHALLOW, DEEP = (2, 2, 9, 2), (2, 2, 27, 2)
-
-
-def res_vmamba_tiny(
-    *, num_classes: int = CNFOOD, in_channels: int = 3, source: str = "stage", init: str = "kaiming",
-    drop_path: float | int = 0.0,
-) -> ResVMamba:  # fmt: skip
-    """VMamba-T with residual paths. The paper has none of this size. Trained with `drop_path=0.2`."""
-    given: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "drop_path": drop_path}
-    return ResVMamba(NARROW, SHALLOW, source=source, init=init, **given)
-
-
-def res_vmamba_small(
-    *, num_classes: int = CNFOOD, in_channels: int = 3, source: str = "stage", init: str = "kaiming",
-    drop_path: float | int = 0.0,
-) -> ResVMamba:  # fmt: skip
-    """Res-VMamba, the paper's: VMamba-S with residual paths. Trained with `drop_path=0.3`."""
-    given: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "drop_path": drop_path}
-    return ResVMamba(NARROW, DEEP, source=source, init=init, **given)
-
-
-def res_vmamba_base(
-    *, num_classes: int = CNFOOD, in_channels: int = 3, source: str = "stage", init: str = "kaiming",
-    drop_path: float | int = 0.0,
-) -> ResVMamba:  # fmt: skip
-    """VMamba-B with residual paths. The paper has none of this size; the authors' code fixes S's widths."""
-    given: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "drop_path": drop_path}
-    return ResVMamba(WIDE, DEEP, source=source, init=init, **given)
-
-
-def vmamba_tiny(*, num_classes: int = 1000, in_channels: int = 3, drop_path: float | int = 0.0) -> ResVMamba:
-    """VMamba-T of its first version, without residual paths: the baseline."""
-    given: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "drop_path": drop_path}
-    return ResVMamba(NARROW, SHALLOW, source="none", **given)
-
-
-def vmamba_small(*, num_classes: int = 1000, in_channels: int = 3, drop_path: float | int = 0.0) -> ResVMamba:
-    """VMamba-S of its first version, without residual paths: the baseline."""
-    given: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "drop_path": drop_path}
-    return ResVMamba(NARROW, DEEP, source="none", **given)
-
-
-def vmamba_base(*, num_classes: int = 1000, in_channels: int = 3, drop_path: float | int = 0.0) -> ResVMamba:
-    """VMamba-B of its first version, without residual paths: the baseline."""
-    given: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "drop_path": drop_path}
-    return ResVMamba(WIDE, DEEP, source="none", **given)
+res_vmamba_tiny = partial(ResVMamba, NARROW, SHALLOW)
+res_vmamba_small = partial(ResVMamba, NARROW, DEEP)
+res_vmamba_base = partial(ResVMamba, WIDE, DEEP)
+# VMamba of its first version, without residual paths: the baselines.
+vmamba_tiny = partial(ResVMamba, NARROW, SHALLOW, num_classes=1000, source="none")
+vmamba_small = partial(ResVMamba, NARROW, DEEP, num_classes=1000, source="none")
+vmamba_base = partial(ResVMamba, WIDE, DEEP, num_classes=1000, source="none")
 
 
 def res_vmamba_mini(

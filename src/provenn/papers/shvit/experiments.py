@@ -244,7 +244,12 @@ BENCHMARKS = (
     Benchmark(MIXING, "SHSA", "MHSA"),
     Benchmark(MOBILEVIT_ONNX, "SHViT-S4", "MobileViTv2 ×1.0", package="onnxruntime"),
 )
-RELEASED = {presets.shvit_s1: 224, presets.shvit_s2: 224, presets.shvit_s3: 224, presets.shvit_s4: 256}
+RELEASED = {
+    "shvit_s1": (presets.shvit_s1, 224),
+    "shvit_s2": (presets.shvit_s2, 224),
+    "shvit_s3": (presets.shvit_s3, 224),
+    "shvit_s4": (presets.shvit_s4, 256),
+}
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -255,10 +260,10 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 @measures("flops")
 def flops(run: Run) -> Measurement:
     rows: list[list[str | float | int | None]] = []
-    for build, side in RELEASED.items():
+    for name, (build, side) in RELEASED.items():
         network = on_meta(build)
         x = torch.empty(1, 3, side, side, device="meta")
-        rows.append([build.__name__, side, count_parameters(network), macs(partial(network, x)) / 1e6])
+        rows.append([name, side, count_parameters(network), macs(partial(network, x)) / 1e6])
     columns = ["model", "pixels a side", "parameters", "multiply-adds, M"]
     return Measurement.exact(
         float(rows[-1][-1] or 0),

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,64 +231,30 @@ def distillation_loss(
     return (1 - share) * F.cross_entropy(first, labels) + share * distillation
 
 
-def _build(widths: Sequence[int], depths: Sequence[int], pdims: Sequence[int], options: dict[str, Any]) -> SHViT:
-    """A preset; a ratio that is given replaces the paper's hand-set numbers."""
-    ratio, distillation = options.pop("ratio"), options.pop("distillation")
-    shares = {"pdims": pdims} if ratio is None else {"ratio": ratio}
+def _variant(
+    widths: Sequence[int],
+    depths: Sequence[int],
+    pdims: Sequence[int],
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    distillation: bool = False,
+    mixer: str = "shsa",
+    ratio: float | int | None = None,
+    drop_path: float | int = 0.0,
+) -> SHViT:
+    """A released model. Options: as of `SHViT`; `ratio` replaces the channels that the authors set by hand."""
+    shares: dict[str, Any] = {"pdims": pdims} if ratio is None else {"ratio": ratio}
+    options: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     system = DistilledSHViT if distillation else SHViT
-    return system(widths=widths, depths=depths, **shares, **options)
+    return system(widths=widths, depths=depths, mixer=mixer, drop_path=drop_path, **shares, **options)
 
 
-def shvit_s1(
-    *,
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    distillation: bool = False,
-    mixer: str = "shsa",
-    ratio: float | int | None = None,
-    drop_path: float | int = 0.0,
-) -> SHViT:
-    """SHViT-S1, for images of 224 pixels. Options: as of `SHViT`; `ratio` by default the released model's channels."""
-    return _build((128, 224, 320), (2, 4, 5), (32, 48, 68), locals())
-
-
-def shvit_s2(
-    *,
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    distillation: bool = False,
-    mixer: str = "shsa",
-    ratio: float | int | None = None,
-    drop_path: float | int = 0.0,
-) -> SHViT:
-    """SHViT-S2, for images of 224 pixels. Options: as of `shvit_s1`."""
-    return _build((128, 308, 448), (2, 4, 5), (32, 66, 96), locals())
-
-
-def shvit_s3(
-    *,
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    distillation: bool = False,
-    mixer: str = "shsa",
-    ratio: float | int | None = None,
-    drop_path: float | int = 0.0,
-) -> SHViT:
-    """SHViT-S3, for images of 224 pixels. Options: as of `shvit_s1`."""
-    return _build((192, 352, 448), (3, 5, 5), (48, 75, 96), locals())
-
-
-def shvit_s4(
-    *,
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    distillation: bool = False,
-    mixer: str = "shsa",
-    ratio: float | int | None = None,
-    drop_path: float | int = 0.0,
-) -> SHViT:
-    """SHViT-S4, for images of 256 pixels. Options: as of `shvit_s1`."""
-    return _build((224, 336, 448), (4, 7, 6), (48, 72, 96), locals())
+# Widths, depths and attended channels of the paper's models (Table 1), S4 for images of 256 pixels, the others of 224.
+shvit_s1 = partial(_variant, (128, 224, 320), (2, 4, 5), (32, 48, 68))
+shvit_s2 = partial(_variant, (128, 308, 448), (2, 4, 5), (32, 66, 96))
+shvit_s3 = partial(_variant, (192, 352, 448), (3, 5, 5), (48, 75, 96))
+shvit_s4 = partial(_variant, (224, 336, 448), (4, 7, 6), (48, 72, 96))
 
 
 def shvit_small(

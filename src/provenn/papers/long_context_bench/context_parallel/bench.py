@@ -16,7 +16,7 @@ from provenn.papers.long_context_bench.context_parallel.costs import Heads, volu
 from provenn.papers.long_context_bench.context_parallel.patterns import pattern_of
 from provenn.papers.long_context_bench.context_parallel.processes import launch
 from provenn.papers.long_context_bench.kernels.blockwise import attend_backward, attend_forward, plan
-from provenn.papers.long_context_bench.masks import Mask, Slice
+from provenn.papers.long_context_bench.masks import Mask
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 NAMES = ("output", "grad_q", "grad_k", "grad_v")
@@ -229,8 +229,7 @@ def alone(case: Case, rounds: int = 1) -> Part:
 def exact(case: Case) -> tuple[Tensor, ...]:
     """Output and gradients of the same numbers in float64, by the blockwise kernel: none of its code is a method's."""
     q, k, v, grad = (x.double().transpose(0, 1).unsqueeze(0) for x in draw(case))
-    slices = [Slice((part.q_start, part.q_end), (part.k_start, part.k_end), part.kind) for part in case.pattern.slices]
-    blocks = plan(slices, case.pattern.length)
+    blocks = plan(case.pattern.slices, case.pattern.length)
     output, lse = attend_forward(q, k, v, blocks)
     results = (output, *attend_backward(q, k, v, output, lse, grad, blocks))
     return tuple(x.squeeze(0).transpose(0, 1) for x in results)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from provenn.distributed.slices import Slice
 from provenn.ops.autograd import (
     at_least_single,
     backward_without_autocast,
@@ -26,7 +27,7 @@ from provenn.ops.autograd import (
 )
 from provenn.ops.softmax_merge import merge_
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel, reference
-from provenn.papers.long_context_bench.masks import Mask, Slice
+from provenn.papers.long_context_bench.masks import Mask
 
 ROWS, KEYS = 256, 1024  # of one block of scores
 
@@ -57,8 +58,8 @@ def plan(slices: Sequence[Slice], length: int, rows: int = ROWS, keys: int = KEY
     seen = torch.zeros(length, dtype=torch.bool)
     blocks = []
     for each in slices:
-        for start in range(each.q[0], each.q[1], rows):
-            query = torch.arange(start, min(start + rows, each.q[1]))
+        for start in range(each.q_start, each.q_end, rows):
+            query = torch.arange(start, min(start + rows, each.q_end))
             first, last = each.bounds(query)
             query, first, last = (x[last > first] for x in (query, first, last))
             if len(query):

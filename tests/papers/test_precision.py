@@ -15,12 +15,12 @@ from provenn.tasks import TaskData
 from provenn.testing.checks import smallest_presets
 from provenn.training import Recipe
 
-SYSTEMS = {
-    f"{card.slug} {preset.name}": (card, preset)
-    for card in cards().values()
-    for preset in smallest_presets(card)
-    if card.work_of(preset)
-}
+WORK = [
+    (slug, work)
+    for slug, card in cards().items()
+    for work in dict.fromkeys(card.work_of(preset) for preset in card.presets)
+    if work
+]
 
 
 @cache
@@ -29,12 +29,12 @@ def embedded(task: str, name: str | None) -> TaskData:
     return kind.load(name or next(iter(kind.embedded)))
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("slug, work", WORK)
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
 @pytest.mark.filterwarnings("ignore:.*fp16 is not supported on CPU")
-def test_a_system_trains_in_half_precision(name: str, precision: str, monkeypatch: pytest.MonkeyPatch):
-    card, preset = SYSTEMS[name]
-    task = tasks.get_task(card.task_of(preset))
+def test_a_system_trains_in_half_precision(slug: str, work: str, precision: str, monkeypatch: pytest.MonkeyPatch):
+    card, task = cards()[slug], tasks.get_task(work)
+    (preset,) = (preset for preset in smallest_presets(card) if card.work_of(preset) == work)
     data = embedded(task.name, preset.data)
     evaluated = []
 

@@ -1,0 +1,137 @@
+"""The faces of a task, read as data without torch: its form in the browser, its hosts in a comparison, and others.
+
+They stand in a TOML file beside the module that holds the task, under the same name: `image_classification.toml`, a
+paper's `task.toml`. A task without the file has no faces. What a file names as `module:name` is looked up beside it,
+or anywhere by a dotted name.
+"""
+
+import importlib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from provenn.catalog import in_a_line
+from provenn.core.errors import UserError
+from provenn.tasks.discovery import sources_of
+
+
+def _is_target(target: str) -> str:
+    module, _, name = target.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"expected module:name, got {target!r}")
+    return target
+
+
+Target = Annotated[str, AfterValidator(_is_target)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sample(_Strict):
+    """Something to try.
+
+    Args:
+        name: of the file among the samples of the web catalogue; of a sample with text, what it is called.
+        about: what it shows.
+        text: the content itself.
+    """
+
+    name: str
+    about: str
+    text: str = ""
+
+
+class Number(_Strict):
+    """A whole number of a form, an option of the prediction by the same name."""
+
+    name: str
+    label: str
+    default: int
+    least: int
+    most: int
+
+    @model_validator(mode="after")
+    def _in_bounds(self) -> "Number":
+        if not 0 <= self.least <= self.default <= self.most:
+            raise ValueError(f"{self.name}: expected 0 <= least <= default <= most")
+        return self
+
+
+class Demo(_Strict):
+    """How a task is tried in the browser.
+
+    Args:
+        takes: what a reader gives. Of `classes` the reader picks some of those that the weights know.
+        asks: the same in the words of the form.
+        does: what its button says.
+        answer: the function that applies a model and says what came of it, see `provenn.tasks.demos`.
+        streams: whether the answer comes piece by piece.
+        options: numbers that the reader may change.
+        samples: by the data that weights were trained on, what they do best.
+    """
+
+    takes: Literal["picture", "sound", "table", "graphs", "words", "classes"]
+    asks: str
+    does: str
+    answer: Target
+    streams: bool = False
+    options: tuple[Number, ...] = ()
+    samples: dict[str, tuple[Sample, ...]] = Field(default_factory=dict)
+
+
+class Face(_Strict):
+    """What other parts ask of a task.
+
+    Args:
+        package: where its targets are looked up.
+        demo: its form in the browser.
+        hosts: by slot, the network in which mechanisms are compared: see `provenn.tasks.hosts`.
+        materials: what a pretrained model of Hugging Face is converted and tuned on, classes as
+            `provenn.huggingface.Text`; of several, a metric chooses.
+        presets_of: another task, whose presets are trained for this one, which has none of its own.
+    """
+
+    package: str
+    demo: Demo | None = None
+    hosts: dict[str, Target] = Field(default_factory=dict)
+    materials: tuple[Target, ...] = ()
+    presets_of: str | None = None
+
+    def resolve(self, target: str) -> Any:
+        """The object that a target names.
+
+        Raises:
+            UserError: the module cannot be imported, or has no such name.
+        """
+        module, _, name = target.partition(":")
+        full = module if "." in module else f"{self.package}.{module}"
+        try:
+            return getattr(importlib.import_module(full), name)
+        except (Exception, SystemExit) as error:  # code of other packages
+            raise UserError(f"the face {target} of a task cannot be imported: {in_a_line(error)}") from error
+
+
+def face_of(task: str) -> Face:
+    """The faces of the task of that name; of an unknown one, none.
+
+    Raises:
+        UserError: a file that is no TOML or does not follow `Face`, in one line with the key.
+    """
+    for module, file in sources_of(task):
+        if file.is_file():
+            return _read(file, module.rpartition(".")[0])
+    return Face(package="")
+
+
+def _read(file: Path, package: str) -> Face:
+    try:
+        return Face(package=package, **tomllib.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: not valid TOML: {in_a_line(error)}") from None

@@ -1,0 +1,78 @@
+"""What a training over several processes needs besides Lightning: whole weights, random states, a clean end."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed.nn.functional  # before there is a group: its functions' defaults would hold that for good
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from provenn.distributed import rank_lost, speaks_of_lost_rank
+
+
+def leave_group(wrapper: nn.Module | None) -> None:
+    """Leave the group of processes that train together, where there is one; all of them have to, at the same point.
+
+    Left standing, its threads outlive the interpreter and abort it. Who lets go of it last waits for those threads, and
+    one of them may wait for the interpreter to let go of the tensor that was reduced last. Python's hold of the group
+    frees the interpreter meanwhile, DDP's does not and waits for ever: so DDP's goes first.
+
+    Args:
+        wrapper: what the model was trained in.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    group = torch.distributed.group.WORLD
+    torch.distributed.barrier()
+    for part in ("logger", "reducer", "process_group") if isinstance(wrapper, DistributedDataParallel) else ():
+        delattr(wrapper, part)
+    torch.distributed.destroy_process_group()
+    del group
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model, of which each process may hold a part; all of them have to ask."""
+    from torch.distributed.tensor import DTensor
+
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    return {name: v.full_tensor() if isinstance(v, DTensor) else v.clone() for name, v in state.items()}
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Every process holds all weights inside, so that more than `forward` may be called."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+def random_states(device: torch.device) -> list[dict[str, Tensor]]:
+    """Where the random numbers of each process stand; all of them have to ask."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if not torch.distributed.is_initialized():
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+@contextmanager
+def lost_ranks_reported(trainer: Any) -> Iterator[None]:
+    """An error of torch.distributed that the end of another process causes says so, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if trainer.world_size > 1 and speaks_of_lost_rank(error):
+            raise rank_lost(error, trainer.global_rank, trainer.world_size) from None
+        raise

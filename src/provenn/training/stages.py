@@ -1,0 +1,150 @@
+"""Trainings of several stages: what learns in each, on what data, with which loss and recipe."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from provenn.core.errors import UserError
+from provenn.tasks.base import Task, TaskData
+from provenn.training.loop import ONE_CPU, Fit, NothingToTrain, fit
+from provenn.training.options import Hardware, Saving
+from provenn.training.order import Batches
+from provenn.training.recipes import Recipe
+
+
+class Lesson(Task):
+    """A loss and nothing else: the work of a stage that brings its own batches and is judged elsewhere.
+
+    Args:
+        batch_loss: the loss of a model on a batch; it is taken even where the model brings one of its own.
+    """
+
+    name, metric, higher_is_better, reads = "lesson", "loss", False, "nothing"
+    embedded: dict[str, str] = {}  # noqa: RUF012
+    overrules = True
+
+    def __init__(self, batch_loss: Callable[[Any, Any], Tensor]):
+        self.batch_loss = batch_loss
+
+    def load(self, source: str | Path, *, seed: int = 0, **options: Any) -> TaskData:
+        raise UserError(f"a stage that brings its own batches reads no data, got {str(source)!r}")
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.batch_loss(model, batch)
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> dict[str, float]:
+        return {}
+
+    def dummy_baseline(self, data: TaskData) -> float:
+        raise UserError("a stage that brings its own batches has no dummy baseline: it is judged elsewhere")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a training.
+
+    Args:
+        name: of the progress bar, and of the folder with the stage's checkpoints.
+        task: loss and metrics.
+        data: what it learns from.
+        recipe: how.
+        learning: opens the model for the stage and gives what is trained: see `only`. By default all of it learns.
+    """
+
+    name: str
+    task: Task
+    data: TaskData
+    recipe: Recipe
+    learning: Callable[[Any], AbstractContextManager[nn.Module]] = nullcontext
+
+    @classmethod
+    def of_batches(
+        cls,
+        name: str,
+        batch_loss: Callable[[Any, Any], Tensor],
+        batches: Iterable[Any],
+        learning: Callable[[Any], AbstractContextManager[nn.Module]] = nullcontext,
+        **recipe: Any,
+    ) -> "Stage":
+        """A step on each of some batches, in their order, at a constant rate.
+
+        Args:
+            name, learning: as of the stage.
+            batch_loss: of a model and a batch.
+            batches: `Batches`, which are made as they are needed, or others, which are held.
+            recipe: how: fields of `Recipe`, such as lr and clip.
+        """
+        data = TaskData(name, Batches.of(batches), Batches.of([]), Batches.of([]), fingerprint="")
+        return cls(name, Lesson(batch_loss), data, Recipe(epochs=1, batch_size=1, **recipe), learning)
+
+
+@contextmanager
+def only(learns: Callable[[Any], Iterable[nn.Parameter]], model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the parameters that `learns` gives ask for gradients, and no others; for `Stage.learning`."""
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    learning = set(learns(model))
+    for parameter in asked:
+        parameter.requires_grad_(parameter in learning)
+    try:
+        yield model
+    finally:
+        for parameter, before in asked.items():
+            parameter.requires_grad_(before)
+
+
+def run_stages(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    *,
+    seed: int = 0,
+    hardware: Hardware = ONE_CPU,
+    saving: Saving | None = None,
+    after: Callable[[Stage, Fit], None] = lambda stage, done: None,
+) -> list[Fit]:
+    """Train a model in place, stage after stage; each of its modules then is in the mode in which it was before.
+
+    A run that was killed goes on in the stage in which it stopped, with the weights that the ended stages left. A stage
+    in which no parameter asks for a gradient is passed over.
+
+    Args:
+        model: to train.
+        stages: in their order, each of another name.
+        seed: of order and dropout in each stage.
+        hardware: one process.
+        saving: where to keep checkpoints; each stage has a folder of its name there.
+        after: called when a stage has ended, such as to measure.
+
+    Raises:
+        UserError: several processes, two stages of one name, or what `fit` refuses.
+    """
+    if hardware.processes > 1:
+        raise UserError(f"a training of several stages runs in one process, got {hardware.processes}")
+    if len({stage.name for stage in stages}) < len(stages):
+        raise UserError(f"stages need different names, got {', '.join(stage.name for stage in stages)}")
+    results = []
+    modes = {module: module.training for module in model.modules()}
+    for stage in stages:
+        model.train()
+        done = Fit(model, {})
+        with ExitStack() as opened, suppress(NothingToTrain):
+            done = fit(
+                partial(opened.enter_context, stage.learning(model)),  # which may draw, from the seed
+                stage.task,
+                stage.data,
+                stage.recipe,
+                seed=seed,
+                hardware=hardware,
+                saving=None if saving is None else replace(saving, folder=saving.folder / stage.name),
+                title=stage.name,
+            )
+        for module, training in modes.items():
+            module.training = training
+        results.append(done)
+        after(stage, done)
+    return results
