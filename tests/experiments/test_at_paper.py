@@ -790,5 +790,5 @@ def test_at_another_setting_it_is_no_figure_of_the_paper(data, tmp_path):
     (finding,) = reproduce(card, overrides={"max_steps": 1, "dim": 4}, **settings)
     assert finding.overrides == {"max_steps": 1, "dim": 4} and finding.measurement.setting["steps"] == 1
     assert not finding.measurement.at_paper_setting and finding.measurement.setting["at_paper"]["overrides"]["dim"] == 4
-    with pytest.raises(UserError, match="takes 'dims', did you mean 'dim'"):
+    with pytest.raises(UserError, match="has the option 'dims', did you mean 'dim'"):
         reproduce(card, overrides={"dims": 4}, **settings)
