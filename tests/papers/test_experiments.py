@@ -93,13 +93,17 @@ def test_benchmarks_take_their_paths(card: Card) -> None:
 
 
 # Variants, baselines among them, are held by value: loss and gradient of each network at seeded weights on the same
-# data.
+# training examples, and its loss on test examples.
 
 
 def held(study: Study, run: Run) -> dict[str, list[float]]:
     data, task = study.data(0, True), study.of_task
     torch.manual_seed(0)  # crops are drawn at random
-    batch = next(iter(DataLoader(data.train, batch_size=4, collate_fn=data.collate)))  # type: ignore[arg-type]
+    batch, tested = (
+        next(iter(DataLoader(split, batch_size=4, collate_fn=data.collate)))  # type: ignore[arg-type]
+        # What tests reinforcement learning is episodes that are played.
+        for split in (data.train, data.train if task.name == "reinforcement-learning" else data.test)
+    )
     values = {}
     for label, part in study.variants.values():
         torch.manual_seed(0)
@@ -116,7 +120,10 @@ def held(study: Study, run: Run) -> dict[str, list[float]]:
         trainable = [p for p in model.parameters() if p.requires_grad]
         slopes = torch.autograd.grad(loss, trainable, allow_unused=True) if trainable and loss.requires_grad else ()
         square = sum(float(slope.square().sum()) for slope in slopes if slope is not None)
-        values[label] = [float(sum(p.numel() for p in model.parameters())), loss.item(), square**0.5]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            unseen = task.loss(model, tested).item()
+        values[label] = [float(sum(p.numel() for p in model.parameters())), loss.item(), square**0.5, unseen]
     return values
 
 
@@ -136,9 +143,12 @@ def test_every_variant_is_held_by_value(card: Card, tmp_path: Path) -> None:
         name: set(variants) for name, variants in expected.items()
     }
     for study, variants in expected.items():
-        for variant, (count, loss, slope) in variants.items():
+        for variant, (count, loss, slope, unseen) in variants.items():
             assert values[study][variant][0] == count, f"{study}, {variant}: parameters"
             assert values[study][variant][1] == pytest.approx(loss, rel=1e-3, abs=1e-5), f"{study}, {variant}: loss"
             assert values[study][variant][2] == pytest.approx(slope, rel=1e-2, abs=1e-4), (
                 f"{study}, {variant}: gradient"
+            )
+            assert values[study][variant][3] == pytest.approx(unseen, rel=1e-3, abs=1e-5), (
+                f"{study}, {variant}: loss of a test batch"
             )

@@ -740,6 +740,13 @@ def test_checkpoints_of_emos_trainer_are_read(tmp_path):
 # The experiments
 
 
+def test_no_split_of_the_fields_is_drawn_as_another():
+    splits = [split for seed in range(3) for data in [studies.field_data(seed, True)]
+              for split in (data.train, data.val, data.test)]  # fmt: skip
+    first = {split.tensors[0][0].numpy().tobytes() for split in splits}
+    assert len(first) == len(splits) == 9
+
+
 def test_target_needs_both_groupings():
     """What one grouping can explain of the target is two thirds of it, and a pixel alone nearly nothing."""
     x, target = studies.field_data(0, False).train.tensors

@@ -34,7 +34,15 @@ from provenn.papers.gaam import (
 from provenn.papers.gaam.inspection import draw, inspect
 from provenn.papers.gaam.official import convert
 from provenn.papers.gaam.slices import join_slices, moments, seen_slices, split_slices
-from provenn.papers.gaam.studies import drifted, one_layer, rank_correlation, shares_of, stack_network
+from provenn.papers.gaam.studies import (
+    drifted,
+    drifting_speakers,
+    one_layer,
+    rank_correlation,
+    shares_of,
+    speakers,
+    stack_network,
+)
 from provenn.papers.gaam.task import TASK
 from provenn.papers.gaam.task.pretraining import RebuiltFrames, stack_data
 from provenn.tasks import get_task
@@ -935,6 +943,16 @@ def test_drift_is_slow_and_of_the_strength_that_is_asked_for():
     moved = drifted(x, 1.0, generator)
     assert 0.7 < moved.std() < 1.3 and (moved.diff(dim=1).std() / moved.std()) < 0.4
     assert torch.equal(drifted(normal(2, 24, 3).float(), 0.0, generator), normal(2, 24, 3).float())
+
+
+def test_series_of_every_split_drift():
+    plain, moved = speakers(0, True), drifting_speakers(0, True)
+    for split in ("train", "val", "test"):
+        before, after = (getattr(data, split).tensors for data in (plain, moved))
+        pairs = zip(before[0].flatten(0, -2).T, after[0].flatten(0, -2).T)
+        # Standardised otherwise, a channel that does not drift would be the same but for a factor.
+        alike = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs]
+        assert torch.equal(after[1], before[1]) and max(alike) < 0.9, split
 
 
 def test_ranks_and_shares():

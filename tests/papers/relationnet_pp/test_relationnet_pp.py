@@ -704,6 +704,19 @@ def test_each_tower_of_regions_is_strengthened_by_itself():
     assert all(abs(logits.sigmoid().mean() - 0.01) < 5e-3 for logits, _ in said.maps.values())
 
 
+def test_regions_are_moved_by_their_own_losses_alone():
+    """Boxes that are proposed get no gradient through what the bridge looks at."""
+    torch.manual_seed(0)
+    bridge = bridge_of(with_bvr("faster_rcnn"))
+    regions = torch.tensor([[[8.0, 4.0, 36.0, 32.0], [10.0, 20.0, 50.0, 60.0]]], requires_grad=True)
+    pool = lambda boxes, size: boxes.mean() * torch.ones(1, boxes.shape[1], 16, size, size)  # noqa: E731
+    towers = torch.rand(2, 1, 2, 24, requires_grad=True)
+    classes, boxes, said = bridge(regions, torch.ones(1, 2, dtype=torch.bool), pool, *towers)
+    total = classes.sum() + boxes.sum() + sum(part.sum() for maps in said.maps.values() for part in maps)
+    reached, through = torch.autograd.grad(total, [towers, regions], allow_unused=True)
+    assert reached.abs().sum() > 0 and through is None and not said.regions.requires_grad
+
+
 def test_bad_settings_are_refused():
     ssdlite = SSDLite(backbone(), num_classes=2, finest=8, extra=())  # whose levels have no width in common
     for other in (nn.Linear(2, 2), backbone(), HOSTS["fcos"]().head, ssdlite):

@@ -484,6 +484,19 @@ def test_changed_predictions_are_none_unless_weights_are_drawn():
     assert changed_predictions(still, data) == 0 < changed_predictions(random, data)
 
 
+def test_predictions_are_of_test_images():
+    class Watch(nn.Linear):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x.flatten(1))
+
+    data, seen = experiments.texture_data(0, True), []
+    changed_predictions(Watch(32 * 32, 16), data)
+    images = data.test.tensors[0]
+    assert torch.equal(torch.cat(seen), torch.cat([images, images]))
+    assert not torch.equal(images, data.train.tensors[0][: len(images)])
+
+
 def test_a_block_is_exported_with_its_batch_open():
     block, x = VSSBlock(8, state=2).eval(), torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     with unchecked(), torch.no_grad():
