@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import nn
 
-from provenn.catalog import AtPaper, Card, Experiment, Preset, datasets
+from provenn.catalog import AtPaper, Card, Experiment, datasets
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.core.settings import arguments_of
@@ -85,7 +85,6 @@ def measure_at_paper(
     of_recipe = {name: value for name, value in (overrides or {}).items() if name in get_type_hints(Recipe)}
     others = {name: value for name, value in (overrides or {}).items() if name not in of_recipe}
     how = how.model_copy(update={"overrides": {**how.overrides, **others}}) if others else how
-    preset = card.preset(how.preset)
     found = {name: datasets.find(name, paths) for name in how.sets}
     tested = {name: datasets.find(name, paths) for name in how.tests}
     lacking = [each.needs for each in (*found.values(), *tested.values()) if not each.there]
@@ -96,7 +95,7 @@ def measure_at_paper(
         return Measurement.not_measured("; ".join(dict.fromkeys(lacking)))
     if how.gpu and not run.device.startswith("cuda"):
         return Measurement.not_measured(f"a GPU (the device is {run.device})")
-    scale = 100.0 if experiment.published is not None and experiment.published.unit.startswith("%") else 1.0
+    scale = _scale(experiment)
     where = {name: each.path for name, each in found.items()}
     if how.weights == "converted" and checkpoint is not None:
         return _converted(run, card, how, experiment, checkpoint.path, where, scale)
@@ -104,7 +103,7 @@ def measure_at_paper(
         return _of_authors(run, card, how, checkpoint.path, where, scale)
     begun = None if checkpoint is None else checkpoint.path
     tests = [each.path for each in tested.values()]
-    return _trained(run, card, experiment, how, preset, where, scale, of_recipe, tests, begun)
+    return _trained(run, card, experiment, how, where, of_recipe, tests, begun)
 
 
 def _of_authors(
@@ -221,13 +220,12 @@ def _trained(
     card: Card,
     experiment: Experiment,
     how: AtPaper,
-    preset: Preset,
     where: Mapping[str, Path],
-    scale: float,
     of_recipe: dict[str, Any],
     tested: list[Path],
     begun: Path | None = None,
 ) -> Measurement:
+    preset, scale = card.preset(how.preset), _scale(experiment)
     kind = get_task(card.task_of(preset))
     asked = how.recipe or preset.recipe
     # A recipe of so many steps means them, whatever passes over the data they are.
@@ -319,6 +317,11 @@ def _trained(
         return Measurement.mean(reached[preset.name], **facts)
     system, baseline = sides
     return Measurement.paired(reached[system], reached[baseline], sides=experiment.sides or (system, baseline), **facts)
+
+
+def _scale(experiment: Experiment) -> float:
+    """100 where the published figure is a percentage, which our metrics are not."""
+    return 100.0 if experiment.published is not None and experiment.published.unit.startswith("%") else 1.0
 
 
 @contextmanager

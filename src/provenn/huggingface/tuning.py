@@ -340,10 +340,16 @@ def learn(model: PreTrainedModel, stage: Stage, seed: int = 0) -> list[float]:
 
 
 def _tuning_stage(
-    model: PreTrainedModel, batches: Iterable[Batch], how: str, lr: float | None, clip: float = 1.0, **lora: int
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    how: str,
+    lr: float | None,
+    clip: float = 1.0,
+    rank: int = 8,
+    alpha: int = 16,
 ) -> Stage:
     """The stage in which the whole learns, or low-rank additions to its attention."""
-    learning = partial(_low_rank, **{"rank": 8, "alpha": 16, **lora}) if how == "lora" else nullcontext
+    learning = partial(_low_rank, rank=rank, alpha=alpha) if how == "lora" else nullcontext
     return _own_stage(TUNING, model, batches, learning, LEARNING_RATES[how] if lr is None else lr, clip)
 
 
