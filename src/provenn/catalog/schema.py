@@ -529,6 +529,18 @@ def meant(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def check_options(verb: str, given: Iterable[str], options: type) -> None:
+    """Refuse keywords that a function does not take, which are `options`, a typed dictionary.
+
+    Raises:
+        UserError: one of them, with the nearest that there is.
+    """
+    known = list(options.__annotations__)
+    for name in given:
+        if name not in known:
+            raise UserError(f"{verb} has no option {name!r}{meant(name, known)}; it has: {', '.join(known)}")
+
+
 def in_a_line(error: BaseException) -> str:
     """An error's class and words."""
     words = " ".join(str(error).split())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
 from provenn import catalog
-from provenn.catalog import Card, Experiment, installed, meant
+from provenn.catalog import Card, Experiment, check_options, installed, meant
 from provenn.catalog.datasets import DataPaths
 from provenn.core import progress
 from provenn.core.device import choose_device
@@ -60,6 +60,20 @@ class Options(TypedDict, total=False):
     log: Callable[[str], None]
 
 
+DEFAULTS: Options = {
+    "experiments": None,
+    "headline": False,
+    "budget": "small",
+    "seeds": DEFAULT_SEEDS,
+    "device": "auto",
+    "out": RUN,
+    "resume": False,
+    "data": None,
+    "overrides": None,
+    "log": lambda message: None,
+}
+
+
 def reproduce(
     paper: str | Card, *, done: Callable[[Finding], None] = lambda finding: None, **options: Unpack[Options]
 ) -> list[Finding]:
@@ -86,7 +100,7 @@ def reproduce(
         in which another process measures this paper.
     """
     card = catalog.card(catalog.slug_of(paper)) if isinstance(paper, str) else paper
-    with _reproduction(card, **options) as work:
+    with _reproduction(card, options) as work:
         with progress.bar(card.slug, len(work.wanted)) as advance:
             for experiment in work.wanted:
                 advance(0, f"{card.slug}: {experiment.id}")
@@ -131,33 +145,24 @@ class _Work:
 
 
 @contextmanager
-def _reproduction(
-    card: Card,
-    *,
-    experiments: str | Sequence[str] | None = None,
-    headline: bool = False,
-    budget: str = "small",
-    seeds: int | str | Sequence[int] = DEFAULT_SEEDS,
-    device: str = "auto",
-    out: str | Path = RUN,
-    resume: bool = False,
-    data: DataPaths | None = None,
-    overrides: dict[str, Any] | None = None,
-    log: Callable[[str], None] = lambda message: None,
-    elsewhere: Elsewhere | None = None,
-) -> Iterator[_Work]:
+def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = None) -> Iterator[_Work]:
     """What `reproduce` measures with; the folder is this process's as long as the block runs."""
-    chosen_seeds = choose_seeds(seeds)
+    check_options("reproduce", options, Options)
+    asked: Options = {**DEFAULTS, **options}
+    budget, log, data = asked["budget"], asked["log"], asked["data"]
+    seeds = choose_seeds(asked["seeds"])
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-    experiments = [experiments] if isinstance(experiments, str) else experiments
-    if headline:
-        experiments = next((claim.experiments for claim in card.claims if claim.headline), None)
-    wanted = [card.experiment(name) for name in experiments] if experiments else card.experiments
-    device = choose_device(device)
-    settings = _settings(budget, card, wanted, data, overrides or {}, log, named=bool(experiments) and not headline)
+    experiments = asked["experiments"]
+    names = [experiments] if isinstance(experiments, str) else experiments
+    if asked["headline"]:
+        names = next((claim.experiments for claim in card.claims if claim.headline), None)
+    wanted = [card.experiment(name) for name in names] if names else card.experiments
+    device, out = choose_device(asked["device"]), Path(asked["out"])
+    named = bool(names) and not asked["headline"]
+    settings = _settings(budget, card, wanted, data, asked["overrides"] or {}, log, named=named)
     wanted = [experiment for experiment in wanted if experiment.id in settings]
-    folder = Path(out) / card.slug
+    folder = out / card.slug
     check_writable(folder)
     with alone_in(folder):
         evidence, trouble = read_or_set_aside(Evidence, folder / EVIDENCE, card.slug)
@@ -166,12 +171,12 @@ def _reproduction(
             log(message)
         run = Run(
             card.slug,
-            Path(out),
+            out,
             budget=cast(Budget, budget),
-            seeds=chosen_seeds,
+            seeds=seeds,
             device=device,
             ledger=ledger,
-            reuse=resume,
+            reuse=asked["resume"],
             elsewhere=elsewhere,
         )
         recorded = RecordedRun(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
@@ -254,7 +259,7 @@ def reproduce_many(
     if options.get("data"):
         options["data"] = {name: Path(path).absolute() for name, path in (options["data"] or {}).items()}
     with where_trials_run(jobs, cluster, cards, device, log) as machines, ExitStack() as stack:
-        works = [stack.enter_context(_reproduction(card, elsewhere=machines, **options)) for card in cards]
+        works = [stack.enter_context(_reproduction(card, options, machines)) for card in cards]
         measure_all(works, machines, done)
         return [finding for work in works for finding in work.findings]
 

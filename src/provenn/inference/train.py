@@ -74,10 +74,7 @@ def train(
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
 
-    for name in options:
-        if name not in TrainOptions.__annotations__:
-            known = list(TrainOptions.__annotations__)
-            raise UserError(f"train has no option {name!r}{catalog.meant(name, known)}; it has: {', '.join(known)}")
+    catalog.check_options("train", options, TrainOptions)
     card = catalog.card(slug)
     presets_of = None if task is None else tasks.face_of(task).presets_of
     chosen = card.preset(preset, presets_of or task)

@@ -173,7 +173,7 @@ class AggregatedAttention(HeadAttention):
         routing, every = self.router(x), slice(None)
         if not self.gathers or cannot_count(x):
             near_k, near_v = self._neighbours(k, height, width), self._neighbours(v, height, width)
-            return self._join(self._attend(q, scaled, near_k, near_v, far_k, far_v, bias, inside, every), routing)
+            return self._join(self._attend(q, scaled, (near_k, near_v), (far_k, far_v), bias, inside, every), routing)
 
         # The same for the shared heads, and for the rows of queries that use each of the others.
         first, rest = slice(self.router.shared), slice(self.router.shared, None)
@@ -181,7 +181,7 @@ class AggregatedAttention(HeadAttention):
         if self.router.shared:
             near_k, near_v = self._neighbours(k[:, first], height, width), self._neighbours(v[:, first], height, width)
             far = far_k[:, first], far_v[:, first]
-            parts.append(self._attend(q[:, first], scaled[:, first], near_k, near_v, *far, bias[first], inside, first))
+            parts.append(self._attend(q[:, first], scaled[:, first], (near_k, near_v), far, bias[first], inside, first))
         order, real = active_rows(routing.active[..., rest].transpose(1, 2))
         # The 9 neighbours of each row's token; beyond the border token 0 stands in, whose weight and value become 0.
         positions = torch.arange(height * width, dtype=torch.float32, device=x.device).view(1, 1, height, width)
@@ -191,29 +191,29 @@ class AggregatedAttention(HeadAttention):
         near_v = near_v * within.unsqueeze(-2)
         q, scaled = take_rows(q[:, rest], order), take_rows(scaled[:, rest], order)
         bias = take_rows(bias[rest].expand(len(x), -1, -1, -1), order)
-        y = self._attend(q, scaled, near_k, near_v, far_k[:, rest], far_v[:, rest], bias, within, rest)
+        far = far_k[:, rest], far_v[:, rest]
+        y = self._attend(q, scaled, (near_k, near_v), far, bias, within, rest)
         return self._join(torch.cat([*parts, put_back(y, order, real, x.shape[1])], dim=1), routing)
 
     def _attend(
         self,
         q: Float[Tensor, "batch heads rows dim"],
         scaled: Float[Tensor, "batch heads rows dim"],
-        near_k: Float[Tensor, "batch heads rows dim 9"],
-        near_v: Float[Tensor, "batch heads rows dim 9"],
-        far_k: Float[Tensor, "batch heads pooled dim"],
-        far_v: Float[Tensor, "batch heads pooled dim"],
+        near: tuple[Float[Tensor, "batch heads rows dim 9"], Float[Tensor, "batch heads rows dim 9"]],
+        far: tuple[Float[Tensor, "batch heads pooled dim"], Float[Tensor, "batch heads pooled dim"]],
         bias: Float[Tensor, "*batch_heads rows pooled"],
         inside: Float[Tensor, "*batch_heads_too rows 9"],
         heads: slice,
     ) -> Float[Tensor, "batch heads rows dim"]:
-        """Of some heads, for some queries: one softmax over 9 neighbours and the pooled map."""
-        near = (scaled.unsqueeze(-2) @ near_k).squeeze(-2) + self.local_bias[heads].unsqueeze(1)
-        near = near.masked_fill(inside == 0, -torch.inf)
-        far = scaled @ far_k.mT + bias
-        weights = torch.cat([near, far], dim=-1).softmax(dim=-1)
-        near, far = weights.split([WINDOW, far.shape[-1]], dim=-1)
-        near = near + q @ self.local_tokens[heads] + self.local_shift[heads]
-        return (near.unsqueeze(-2) @ near_v.mT).squeeze(-2) + far @ far_v
+        """Of some heads, for some queries: one softmax over 9 neighbours and the pooled map, (k, v) of each."""
+        (near_k, near_v), (far_k, far_v) = near, far
+        neighbours = (scaled.unsqueeze(-2) @ near_k).squeeze(-2) + self.local_bias[heads].unsqueeze(1)
+        neighbours = neighbours.masked_fill(inside == 0, -torch.inf)
+        pooled = scaled @ far_k.mT + bias
+        weights = torch.cat([neighbours, pooled], dim=-1).softmax(dim=-1)
+        neighbours, pooled = weights.split([WINDOW, pooled.shape[-1]], dim=-1)
+        neighbours = neighbours + q @ self.local_tokens[heads] + self.local_shift[heads]
+        return (neighbours.unsqueeze(-2) @ near_v.mT).squeeze(-2) + pooled @ far_v
 
 
 class ConvGLU(nn.Module):
