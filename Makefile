@@ -37,7 +37,7 @@ $(VENV)/docs: $(VENV)/installed
 	touch $@
 
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 readme: install
 	$(BIN)/python scripts/papers_table.py

@@ -5,6 +5,7 @@ Equations become MathML, as on the web catalogue, so nothing is loaded from else
 """
 
 import html
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:  # the suite runs without mkdocs
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
+
+# Lists in the examples of docstrings, such as [1, 2][0], look like references by name, of which there are none.
+logging.getLogger("mkdocs.plugins.mkdocs_autorefs").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "provenn"
