@@ -230,10 +230,11 @@ def test_what_papers_ask_for_is_there(card, experiment):
             "image-classification": huggingface.Pictures,
         }.get(task.name, huggingface.Text)
         material = huggingface.Summaries if how.metric == "rouge1" else material
-        reads = [huggingface.recover, material.of, card.resolve("convert:CONVERSION").install]
+        reads = [huggingface.recover, huggingface.Tuning, material.of, card.resolve("convert:CONVERSION").install]
     if how.weights == "authors" and card.has("official"):
         reads.append(card.resolve(preset.build))
     takes = {name for each in reads for name in inspect.signature(each).parameters}
+    takes |= {"tuning"} if how.weights == "converted" else set()  # `Tuning.method`
     assert {*how.overrides, *(how.against or {})} <= takes
     assert how.weights != "authors" or card.has("official")
     recipe_of(how.recipe or preset.recipe)  # what it asks for is a recipe, and one for this task

@@ -179,6 +179,7 @@ ELSEWHERE = {
     "core/files.py:_write_through": "the function itself",
     "core/files.py:atomic_write": "the function itself",
     "experiments/latency.py:_onnx": "to a temporary folder",
+    "testing/golden.py:check_case": "to a temporary folder",
     "papers/emov2/studies.py:saved_bytes": "to memory",
     "experiments/reproduce.py:_measure": "a log grows by lines",
     "core/files.py:alone_in": "a lock says who holds it",

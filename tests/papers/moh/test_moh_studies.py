@@ -98,7 +98,7 @@ def test_images_that_are_learned_from_choose_no_rate_and_are_not_tested_on(load,
 
 def test_the_model_to_convert_is_one_of_each_seed():
     data, task = text(), get_task("language-modelling")
-    first, other, again = (pretrained(task, data, 1, seed, "cpu") for seed in (5, 6, 5))
+    first, other, again = (pretrained(task, data, 1, seed, Hardware()) for seed in (5, 6, 5))
     assert first is again and any(not torch.equal(first[name], other[name]) for name in first)
 
 
@@ -125,7 +125,7 @@ def test_a_conversion_keeps_the_trained_weights_and_three_quarters_of_the_heads(
     build = partial(converted, Way(router, False), **data.options)
     recipe = Recipe(epochs=1, batch_size=8, max_steps=1)
     done = continued(build, task, data, recipe, seed=3, title="", hardware=Hardware())
-    weights = pretrained(task, data, 10, 3, "cpu")
+    weights = pretrained(task, data, 10, 3, Hardware())
     state = done.model.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in weights.items())
     loads = head_load(done.model, torch.randint(32, (2, 9)))
@@ -152,7 +152,7 @@ def test_a_conversion_is_tuned_where_that_is_asked():
         title="",
         hardware=Hardware(),
     )
-    weights = pretrained(task, data, 10, 3, "cpu")
+    weights = pretrained(task, data, 10, 3, Hardware())
     assert done.steps == 1 and any((done.model.state_dict()[n] - w).abs().max() > 0 for n, w in weights.items())
 
 
