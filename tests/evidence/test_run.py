@@ -188,8 +188,8 @@ def verdicts(findings) -> dict[str, str]:
 
 def test_an_option_that_reproduce_does_not_have_is_refused(card, tmp_path):
     with pytest.raises(UserError, match="reproduce has no option 'bugdet', did you mean 'budget'"):
-        reproduce(card, bugdet="smoke", out=tmp_path)
-    assert not list(tmp_path.iterdir())
+        reproduce(card, bugdet="smoke", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_measuring_leaves_the_caller_s_random_numbers_as_they_were(card, tmp_path, monkeypatch):
