@@ -266,7 +266,7 @@ def test_train_takes_every_option_of_hardware_and_saving_and_no_other(tmp_path):
     taken = {field.name for options in (Hardware, Saving) for field in fields(options)} - {"folder", "save"}
     assert set(TrainOptions.__annotations__) == taken | {"out"}
     with pytest.raises(UserError, match=r"train has no option 'devces', did you mean 'devices'\?; it has: device, "):
-        provenn.train("tiny_gate", "digits", out=tmp_path, devces=2)
+        provenn.train("tiny_gate", "digits", out=tmp_path / "run", devces=2)
     with pytest.raises(UserError, match="strategy must be one of auto, ddp, fsdp, got 'dp'"):
-        provenn.train("tiny_gate", "digits", out=tmp_path, strategy="dp")
-    assert not list(tmp_path.iterdir())
+        provenn.train("tiny_gate", "digits", out=tmp_path / "run", strategy="dp")
+    assert not (tmp_path / "run").exists()
