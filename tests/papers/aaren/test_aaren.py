@@ -510,7 +510,7 @@ def taught(value):
     """Trainings are not run: what one would have found is `value` of the mixer, the rate and the seed."""
     seen = []
 
-    def trained(build, task, data, recipe, *, seed, device, title):
+    def trained(build, task, data, recipe, *, seed, hardware, title):
         model = build()
         kind = type(model.encoder.layers[0].mixer)
         seen.append(
