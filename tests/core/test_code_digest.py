@@ -101,6 +101,9 @@ def count():
     _counted += 1
     _SEEN[_counted] = FILLED["a"]
     return _counted, _SEEN
+
+def place():
+    return __file__, __name__, __package__
 '''
 CODE = '''
 from functools import cache, partial
@@ -144,6 +147,7 @@ def point(x): return Point()
 def module(x): return helpers.MODULE(x)
 def an_object(x): return helpers.OBJECT.forward(x)
 def counts(x): return helpers.count()
+def placed(x): return helpers.place()
 
 wrapped = partial(outer, x=1)
 made_here = closing(2)
@@ -153,7 +157,7 @@ two = (lambda x: x + 61), (lambda x: x + 62)
 '''
 READS = (
     *("outer", "by_module", "by_child", "imports_inside", "study", "rates", "options", "weights", "table", "names"),
-    *("word", "kind", "point", "module", "an_object", "counts", "wrapped", "made_here", "two", "nested"),
+    *("word", "kind", "point", "module", "an_object", "counts", "placed", "wrapped", "made_here", "two", "nested"),
 )
 LAYER = {"by_module", "by_child", "an_object"}
 

@@ -13,6 +13,13 @@ from functools import cache
 from typing import Any
 
 FILLING = ("append", "add", "setdefault", "update", "pop", "clear", "extend", "popitem", "move_to_end")
+WHERE = (
+    "__file__",
+    "__path__",
+    "__name__",
+    "__package__",
+    "__spec__",
+)  # of a module: where it lives, what it is called
 PROLOGUE = ("RESUME", "COPY_FREE_VARS", "MAKE_CELL", "RETURN_GENERATOR", "POP_TOP")
 
 
@@ -139,6 +146,8 @@ class _Names:
         value = self.outside(name)
         if value is _MISSING:
             return None
+        if name in WHERE:
+            return _Meaning(name)
         if isinstance(value, _Library):
             return _Meaning(value.name)
         if isinstance(value, types.ModuleType) and not self.follows(value.__name__.partition(".")[0]):

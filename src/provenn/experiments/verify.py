@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from provenn import catalog
 from provenn.catalog import Card, Experiment
@@ -59,18 +60,24 @@ class Verified:
     reason: str = ""
 
 
+class Options(TypedDict, total=False):
+    """What may be said of a verification; `verify` explains each."""
+
+    experiments: Sequence[str]
+    only_list: bool
+    out: str | Path
+    resume: bool
+    record: bool
+    log: Callable[[str], None]
+
+
 def verify(
     papers: Sequence[str | Card] = (),
     *,
-    experiments: Sequence[str] = (),
-    only_list: bool = False,
     jobs: int = 1,
     cluster: str | None = None,
-    out: str | Path = RUN,
-    resume: bool = False,
-    record: bool = False,
     done: Callable[[Verified], None] = lambda verified: None,
-    log: Callable[[str], None] = lambda message: None,
+    **options: Unpack[Options],
 ) -> list[Verified]:
     """Whether the code that stands gives the values of the records that ship.
 
@@ -80,18 +87,20 @@ def verify(
 
     Args:
         papers: slugs, arXiv numbers or cards; by default all.
+        jobs, cluster: as for `reproduce_many`.
+        done: is given each experiment as it ends.
         experiments: ids, of one paper; by default all.
         only_list: repeat nothing.
-        jobs, cluster: as for `reproduce_many`.
-        out: folder of the outcomes.
+        out: folder of the outcomes, by default runs/verify.
         resume: keep what an earlier run in the same folder has repeated.
         record: write the outcomes into the records that ship, too.
-        done: is given each experiment as it ends.
         log: is given messages for the user.
 
     Raises:
         UserError: an unknown paper or experiment, or a folder in which another process verifies.
     """
+    catalog.check_options("verify", options, Options)
+    experiments, log = options.get("experiments", ()), options.get("log", lambda message: None)
     chosen = [catalog.card(catalog.slug_of(one)) if isinstance(one, str) else one for one in papers]
     chosen = chosen or list(catalog.cards().values())
     if experiments and len(chosen) > 1:
@@ -99,10 +108,7 @@ def verify(
     for name in experiments:
         chosen[0].experiment(name)
     with where_trials_run(jobs, cluster, chosen, "cpu", log) as elsewhere, ExitStack() as stack:
-        works = [
-            stack.enter_context(_verifying(card, experiments, only_list, Path(out), resume, record, elsewhere, log))
-            for card in chosen
-        ]
+        works = [stack.enter_context(_verifying(card, elsewhere, **options)) for card in chosen]
         measure_all(works, elsewhere, done)
         return [verified for work in works for verified in work.outcomes()]
 
@@ -277,17 +283,18 @@ def _unrepeatable(measure: Measure, record: Record, device: str) -> str:
 @contextmanager
 def _verifying(
     card: Card,
-    experiments: Sequence[str],
-    only_list: bool,
-    out: Path,
-    resume: bool,
-    record: bool,
     elsewhere: Workers | None,
-    log: Callable[[str], None],
+    *,
+    experiments: Sequence[str] = (),
+    only_list: bool = False,
+    out: str | Path = RUN,
+    resume: bool = False,
+    record: bool = False,
+    log: Callable[[str], None] = lambda message: None,
 ) -> Iterator[_Verifying]:
     evidence = view.committed(card, log) or Evidence(paper=card.slug)
     digests = current_digests(card, log) if evidence.records else {}
-    folder = out / card.slug
+    folder = Path(out) / card.slug
     with ExitStack() as stack:
         ledger = Ledger(paper=card.slug)
         if not only_list and evidence.records:
@@ -300,7 +307,7 @@ def _verifying(
                 evidence = _with_outcomes(evidence, Evidence.read(folder / EVIDENCE))
                 if record:
                     evidence.write(card.folder / EVIDENCE)
-        run = Run(card.slug, out, device="cpu", ledger=ledger, reuse=resume, elsewhere=elsewhere)
+        run = Run(card.slug, Path(out), device="cpu", ledger=ledger, reuse=resume, elsewhere=elsewhere)
         of_card = [experiment for experiment in card.experiments if experiment.id in (experiments or digests)]
         recorded = {one.id: kept for one in of_card if one.id in digests and (kept := _own(evidence, one))}
         every = [one for one in of_card if one.id in recorded]
