@@ -28,17 +28,21 @@ def install(package: Path, site: Path, points: dict[str, dict[str, str]] | None 
 
 @contextmanager
 def importable(site: Path, *packages: str) -> Iterator[None]:
-    """A site directory on the path, and its packages forgotten afterwards."""
+    """A site directory on the path, and its packages forgotten afterwards; before, those that lie elsewhere."""
+
+    def forget() -> None:
+        catalog.cards.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+            del sys.modules[name]
+
+    forget()  # collecting the suite imports the fixtures where they lie
     sys.path.insert(0, str(site))
     importlib.invalidate_caches()
-    catalog.cards.cache_clear()
     try:
         yield
     finally:
         sys.path.remove(str(site))
-        catalog.cards.cache_clear()
-        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
-            del sys.modules[name]
+        forget()
 
 
 def put_on_shelf(monkeypatch: Any, cards: Callable[[], dict[str, Any]]) -> None:
