@@ -65,6 +65,7 @@ def test_seeds_that_all_agree_leave_no_scatter():
         (ERROR, 3.1e-7, 2.9e-7, Repeated.ROUNDING),
         (ERROR, 3.1e-7, 2.9e-4, Repeated.DIFFERS),
         (PAIR, 0.5, 0.5 + 1e-9, Repeated.ROUNDING),
+        (PAIR, 0.5, 0.6, Repeated.DIFFERS),  # the verdict is the same, the count is not
     ],
 )
 def test_counts_are_the_same_and_errors_of_rounding_keep_their_verdict(experiment, before, now, outcome):
