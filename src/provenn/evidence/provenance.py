@@ -66,6 +66,12 @@ def tally(findings: Iterable[Finding]) -> str:
     return ", ".join(f"{counts[stands]} {stands}" for stands in Provenance if counts[stands])
 
 
+def all_alike(findings: Iterable[Finding]) -> bool:
+    """Whether all records are of the same code, so that one line says it of them; those that name a commit are not."""
+    found = {*filter(None, map(provenance, findings))}
+    return len(found) <= 1 and Provenance.VERIFIED not in found
+
+
 def digests_of(card: Card) -> dict[str, str]:
     """The digest of what measures each experiment of a paper; {} where none ship that can be read."""
     file = card.folder / DIGESTS

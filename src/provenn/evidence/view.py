@@ -178,12 +178,15 @@ def asked(finding: Finding) -> str:
     return f"{region}: {experiment.why}" if experiment.why else region
 
 
-def when(finding: Finding) -> str:
-    """Seeds and date of a measurement, and which code it is of."""
+def when(finding: Finding, *, code: bool = True) -> str:
+    """Seeds and date of a measurement, and which code it is of, unless that is said of all at once."""
     if finding.run is None:
         return ""
     seeds = finding.measurement.seeds
-    words = [f"{len(seeds)} seeds"] * bool(seeds) + [f"{finding.run.date:%Y-%m-%d}", provenance.in_words(finding)]
+    words = [f"{len(seeds)} seeds"] * bool(seeds) + [
+        f"{finding.run.date:%Y-%m-%d}",
+        provenance.in_words(finding) if code else "",
+    ]
     return ", ".join(filter(None, words))
 
 
