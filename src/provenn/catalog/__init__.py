@@ -1,27 +1,9 @@
 """The catalogue of papers: facts, the shelf that they stand on, and search. Reading it imports no torch."""
 
+from provenn.catalog.claims import AtPaper, Claim, Experiment, installed
+from provenn.catalog.figures import COUNTING_UNITS, Facts, Figure, Region
 from provenn.catalog.query import search
-from provenn.catalog.schema import (
-    COUNTING_UNITS,
-    OURS,
-    WEIGHTS,
-    AtPaper,
-    Card,
-    Claim,
-    Example,
-    Experiment,
-    Facts,
-    Figure,
-    Mechanism,
-    Preset,
-    Region,
-    check_options,
-    in_a_line,
-    installed,
-    label_of_shipped,
-    meant,
-    shipped_in_words,
-)
+from provenn.catalog.schema import OURS, WEIGHTS, Card, Example, Mechanism, Preset
 from provenn.catalog.shelf import (
     ENTRY_POINT_GROUP,
     Shelf,
@@ -34,6 +16,8 @@ from provenn.catalog.shelf import (
     slug_of,
     slugs_of,
 )
+from provenn.catalog.shipped import label_of_shipped, shipped_in_words
+from provenn.core.names import check_options, in_a_line, meant
 
 __all__ = [
     "COUNTING_UNITS",

@@ -12,8 +12,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from provenn.catalog.citation import arxiv_number
-from provenn.catalog.schema import OURS, Card, Mechanism, in_a_line, meant
+from provenn.catalog.schema import OURS, Card, Mechanism
 from provenn.core.errors import UserError
+from provenn.core.names import in_a_line, meant
 
 ENTRY_POINT_GROUP = "provenn.papers"
 

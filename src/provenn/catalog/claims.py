@@ -1,0 +1,150 @@
+"""What an abstract asserts, and the experiments that are evidence for it."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from provenn.catalog.figures import Facts, Figure, Region
+
+
+class Claim(Facts):
+    """One assertion of the abstract, in our words, and the experiments that are evidence for it.
+
+    `needs` says what the paper's own setting takes; a claim without experiments must say it.
+    """
+
+    says: str
+    kind: Literal["exact", "cost", "quality", "use"]
+    figure: str = ""
+    headline: bool = False
+    experiments: list[str] = []
+    needs: str = ""
+
+    @model_validator(mode="after")
+    def has_evidence(self) -> "Claim":
+        """A claim without experiments says what it needs."""
+        if not self.experiments and not self.needs:
+            raise ValueError("a claim must name the experiments that are evidence for it, or what it needs")
+        return self
+
+
+class AtPaper(Facts):
+    """How an experiment is measured on the paper's own data, at the budget paper.
+
+    The preset's authors' weights are evaluated on `data`, or the preset is trained on it by its recipe, or by `recipe`
+    (one of the paper's by name, or a table with `base`), with `overrides` to how the data are read and the system is
+    built. Or the pretrained model `host` is converted, tuned on `data` and tested, with `overrides` to how
+    (`provenn.huggingface.recover`); on sentences it is fine-tuned first. The metric `kept` is the share of what it
+    could do before. Of a system that is trained, `host` is the frozen encoder whose layers it decodes; its task's
+    `load` takes the folder as `encoder`. With `against`, changes that make the paper's baseline, both are trained and
+    the effect is their difference. `data` are names of `provenn data`, or of their files (`ett/ETTh1.csv`); of several
+    the metric's mean is taken. `tested_on` names other sets for the test; `split`: where the figure is of validation
+    data.
+    `departs`: what is not as in the paper, so that the published figure cannot be reproduced, only the direction be
+    seen. `gpu`: without one it would take weeks. `start`: the preset whose authors' weights the training starts from,
+    all of the system where it is the same preset, else its backbone; with `fixed` the backbone's batch norms and what
+    its map of stride 4 is made of stay as they came.
+    `file`: what the authors' weights are called where these are not the preset's only ones.
+    """
+
+    preset: str
+    data: str | list[str]
+    metric: str
+    weights: Literal["authors", "train", "converted"]
+    host: str | None = None
+    recipe: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+    against: dict[str, Any] | None = None
+    tested_on: str | list[str] | None = None
+    split: Literal["test", "val"] = "test"
+    departs: str = ""
+    gpu: bool = False
+    start: str | None = None
+    fixed: bool = False
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def fits_together(self) -> "AtPaper":
+        """What is of a training goes with weights that are trained, a host with those or converted ones."""
+        if self.against is not None and self.weights == "authors":
+            raise ValueError("a baseline is trained beside the system: weights must be 'train' or 'converted'")
+        if self.weights != "train" and (self.host is not None) != (self.weights == "converted"):
+            raise ValueError(
+                "host names the pretrained model that is converted, or the encoder of what is trained: weights must be "
+                "'converted' or 'train'"
+            )
+        if self.host is not None and self.start is not None:
+            raise ValueError("a system that decodes an encoder's layers starts from no weights: give host or start")
+        if (self.recipe or self.tested_on or self.start) and self.weights != "train":
+            raise ValueError("recipe, tested_on and start belong to a training: weights must be 'train'")
+        if self.file is not None and self.weights != "authors":
+            raise ValueError("file names the authors' weights: weights must be 'authors'")
+        if self.fixed and self.start in (None, self.preset):
+            raise ValueError("fixed needs a backbone that starts from weights: name their preset with start")
+        return self
+
+    @property
+    def sets(self) -> list[str]:
+        """The names of its data sets; of several the metric's mean is taken."""
+        return [self.data] if isinstance(self.data, str) else self.data
+
+    @property
+    def tests(self) -> list[str]:
+        """The sets of `tested_on`."""
+        return [self.tested_on] if isinstance(self.tested_on, str) else self.tested_on or []
+
+    @property
+    def checkpoint(self) -> str | None:
+        """What lies with the weights of others, where it takes some: the authors' of a preset, or the host."""
+        if self.weights == "authors":
+            return self.file or self.preset
+        return self.host or self.start
+
+
+class Experiment(Facts):
+    """A measurement that is evidence for or against a claim, with the effects that would support it.
+
+    `sides` names the two that are compared, as the study's variants or the timing's runners are labelled. It is written
+    here independently of the code that measures, so that exchanged sides are noticed. `why` is the reason for the
+    region.
+    """
+
+    id: str = Field(pattern=r"^[a-z0-9_]+$")
+    kind: Literal["exact", "cost", "quality"]
+    says: str
+    origin: Literal["paper", "ours"] = "paper"
+    published: Figure | None = None
+    expects: Region | None = None
+    why: str = ""
+    sides: tuple[str, str] | None = None
+    tolerance: float = 0.0
+    needs: str | None = None
+    package: str | None = Field(None, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
+    at_paper: AtPaper | None = None
+
+    @model_validator(mode="after")
+    def one_lack(self) -> "Experiment":
+        """`needs` or `package`, not both."""
+        if self.needs is not None and self.package is not None:
+            raise ValueError("give needs (never measured here) or package (measured where it is installed), not both")
+        return self
+
+    @property
+    def lacks(self) -> str | None:
+        """What keeps this experiment from being measured here, where something does."""
+        if self.package is not None and installed(self.package) is None:
+            return f"the package {self.package} (pip install {self.package})"
+        return self.needs
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, named as pip names it, or None where it is not installed.
+
+    >>> installed("provenn-no-such-package") is None
+    True
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
