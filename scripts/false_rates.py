@@ -13,7 +13,7 @@ import numpy as np
 
 from provenn.catalog import Experiment, Region
 from provenn.evidence import Measurement, Skill, Verdict, decide
-from provenn.evidence.claim import Outcome, Standing, judge
+from provenn.evidence.claim import ClaimVerdict, Outcome, judge
 
 BETTER = Experiment(id="better", kind="quality", says="A is better than B.", expects=Region(above=0.0))
 ON_PAR = Experiment(id="par", kind="quality", says="A and B are on par.", expects=Region(within=(-1.0, 1.0)))
@@ -44,18 +44,18 @@ def rates(experiment: Experiment, draw: Callable[[np.random.Generator], Measurem
     return Counter(decide(experiment, draw(np.random.default_rng(i)))[0] for i in range(repeats))
 
 
-def standings(effects: tuple[float, ...], repeats: int) -> Counter:
-    """A claim that several independent experiments bear on."""
+def verdicts_of_claims(effects: tuple[float, ...], repeats: int) -> Counter:
+    """A claim that several independent experiments decide."""
     counts: Counter = Counter()
     for i in range(repeats):
         rng = np.random.default_rng(i)
         outcomes = [Outcome("quality", decide(BETTER, seeds(rng, effect, 5))[0]) for effect in effects]
-        counts[judge("quality", "", outcomes).standing] += 1
+        counts[judge("quality", "", outcomes).verdict] += 1
     return counts
 
 
 def main(repeats: int) -> None:
-    print("| the truth | direction holds | inconclusive | not reproduced | not measured |")
+    print("| the truth | supported | inconclusive | contradicted | not measured |")
     print("| --- | --- | --- | --- | --- |")
     cases = [
         ("A is no better than B, 5 seeds", BETTER, lambda rng: seeds(rng, 0.0, 5)),
@@ -76,12 +76,12 @@ def main(repeats: int) -> None:
         ("A takes as long as B, 11 rounds of a clock", FASTER, lambda rng: clocks(rng, 1.0, 11)),
         ("A takes 0.9 times as long, 11 rounds", FASTER, lambda rng: clocks(rng, 0.9, 11)),
     ]
-    columns = (Verdict.DIRECTION_HOLDS, Verdict.INCONCLUSIVE, Verdict.NOT_REPRODUCED, Verdict.NOT_MEASURED)
+    columns = (Verdict.SUPPORTED, Verdict.INCONCLUSIVE, Verdict.CONTRADICTED, Verdict.NOT_MEASURED)
     for words, experiment, draw in cases:
         found = rates(experiment, draw, repeats)
         print(f"| {words} | " + " | ".join(f"{100 * found[verdict] / repeats:.1f} %" for verdict in columns) + " |")
-    columns = (Standing.HOLDS_HERE, Standing.PARTLY, Standing.OPEN, Standing.NOT_HERE)
-    print("\n| a claim with | holds here | partly | open | not here |\n| --- | --- | --- | --- | --- |")
+    columns = (ClaimVerdict.SUPPORTED, ClaimVerdict.MIXED, ClaimVerdict.INCONCLUSIVE, ClaimVerdict.CONTRADICTED)
+    print("\n| a claim with | supported | mixed | inconclusive | contradicted |\n| --- | --- | --- | --- | --- |")
     claims = [
         ("one experiment without an effect", (0.0,)),
         ("three experiments without an effect", (0.0, 0.0, 0.0)),
@@ -89,8 +89,8 @@ def main(repeats: int) -> None:
         ("three experiments with an effect of two", (2.0, 2.0, 2.0)),
     ]
     for words, effects in claims:
-        counts = standings(effects, repeats)
-        print(f"| {words} | " + " | ".join(f"{100 * counts[standing] / repeats:.1f} %" for standing in columns) + " |")
+        counts = verdicts_of_claims(effects, repeats)
+        print(f"| {words} | " + " | ".join(f"{100 * counts[verdict] / repeats:.1f} %" for verdict in columns) + " |")
 
 
 if __name__ == "__main__":

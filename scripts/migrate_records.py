@@ -1,10 +1,13 @@
-"""Rewrite records of provenn 0.1 with the words of 0.2, and show that no value has changed.
+"""Rewrite records with the words of today, and show that no value has changed.
 
     python scripts/migrate_records.py run/*/evidence.json
+    python scripts/migrate_records.py --judge src/provenn/papers/*/evidence.json
     python scripts/migrate_records.py --compare ba0d8cf src/provenn/papers/*/evidence.json
 
-The first line renames keys (`claim` to `experiment`, `occasion` to `run`, and so on) and words in notes. The second
-compares each file with what it was at a commit: every number and every verdict in order.
+The first line renames keys (`claim` to `experiment`, `occasion` to `run`, and so on), words in notes, and verdicts
+(`holds` to `verified`, `direction holds` to `supported`, `not reproduced` to `contradicted`). The second
+judges each record by its numbers and the region that stands in paper.toml, which says with `amended` what moved. The
+third compares each file with what it was at a commit: every number in order, and every verdict by today's word.
 """
 
 import argparse
@@ -15,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from provenn import catalog
 from provenn.core.files import write_atomically
-from provenn.evidence.record import SCHEMA_VERSION, Evidence, compact
+from provenn.evidence.record import SCHEMA_VERSION, Evidence, Record, compact
 
 KEYS = {
     "occasions": "runs",
@@ -42,6 +46,7 @@ WORDS = [
     (r"; the mean length of the paths is told\b", "; the mean length of the paths is to be predicted"),
     (r", to be told in their order at the end\b", ", to be predicted in their order at the end"),
 ]
+VERDICTS = {"holds": "verified", "direction holds": "supported", "not reproduced": "contradicted"}
 MEASURED = ("setting", "values", "baselines", "series", "tables", "pictures")  # whose own keys are not renamed
 
 
@@ -66,17 +71,31 @@ def migrate(file: Path) -> bool:
     facts = json.loads(file.read_text(encoding="utf-8"))
     if facts.get("schema_version", 2) >= SCHEMA_VERSION:
         return False
-    facts.pop("schema_version", None)
-    write_atomically(file, compact({"schema_version": SCHEMA_VERSION, **renamed(facts)}))
+    if facts.pop("schema_version", 2) < 4:
+        facts = renamed(facts)
+    for record in facts["records"]:
+        record["verdict"] = verdict_of(record)
+        if "reason" in record:
+            record["reason"] = record["reason"].replace("nothing was learned:", "below the dummy baseline:")
+    write_atomically(file, compact({"schema_version": SCHEMA_VERSION, **facts}))
     Evidence.read(file)
     return True
+
+
+def verdict_of(record: dict[str, Any]) -> str:
+    """A record's verdict by today's word; an identity or a count that is exactly so is verified, never reproduced."""
+    exact = record["measurement"].get("method") == "exact"
+    word = record["verdict"]
+    return "verified" if exact and word == "reproduced" else VERDICTS.get(word, word)
 
 
 def values(facts: Any) -> Iterator[Any]:
     """Every number and truth value in order, and the verdicts."""
     if isinstance(facts, dict):
         for key, item in facts.items():
-            if key in ("verdict", "expects"):
+            if key == "verdict":
+                yield verdict_of(facts)
+            elif key == "expects":
                 yield item
             elif key != "schema_version":
                 yield from values(item)
@@ -96,11 +115,31 @@ def differences(file: Path, revision: str) -> int:
     return sum(repr(a) != repr(b) for a, b in zip(old, now, strict=False)) + abs(len(old) - len(now))
 
 
+def judge(file: Path) -> int:
+    """Judge each record by its numbers and today's region; returns how many verdicts or regions are others."""
+    evidence = Evidence.read(file)
+    card, count = catalog.card(evidence.paper), 0
+    for i, record in enumerate(evidence.records):
+        budget = evidence.runs[record.run].budget
+        again = Record.of(
+            card.experiment(record.experiment), record.measurement, budget=budget, overrides=record.overrides
+        )
+        told = {"verdict": again.verdict, "reason": again.reason, "expects": again.expects}
+        if any(getattr(record, name) != value for name, value in told.items()):
+            print(f"{evidence.paper} {record.experiment}: {record.verdict}, {record.expects} → {told}")
+            evidence.records[i] = record.model_copy(update=told)
+            count += 1
+    if count:
+        evidence.write(file)
+    return count
+
+
 def main() -> int:
     """Exit code 1 where a value differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--compare", metavar="REVISION")
+    parser.add_argument("--judge", action="store_true")
     given = parser.parse_args()
     total = 0
     for file in given.files:
@@ -108,6 +147,8 @@ def main() -> int:
             count = differences(file, given.compare)
             total += count
             print(f"{file}: {count} values differ")
+        elif given.judge:
+            print(f"{file}: {judge(file)} judged otherwise")
         else:
             print(f"{file}: {'rewritten' if migrate(file) else 'of today already'}")
     return int(total > 0)

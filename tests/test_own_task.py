@@ -235,12 +235,12 @@ def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
     assert code == 0 and "untrained" not in out
     own = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
     assert {r.experiment: str(r.verdict) for r in own.records} | {"two_heads": ""} == {
-        "parameters": "reproduced",
-        "operations": "direction holds",
+        "parameters": "verified",
+        "operations": "supported",
         "two_heads": "",
     }
-    strip = [(s["says"], s["verdict"]) for s in json.loads(run("board --from run --json")[1])[0]["claims"]]
-    assert strip[0][1] == "holds here"
+    strip = [(s["says"], s["verdict"], s["scale"]) for s in json.loads(run("board --from run --json")[1])[0]["claims"]]
+    assert strip[0][1] == "supported"
 
     # At another setting: beside what was measured, of keys of its own, and bearing on no claim.
     trials = len(Ledger.read(tmp_path / "run" / "pair_rating" / LEDGER).trials)
@@ -255,7 +255,8 @@ def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
     assert changed.measurement.values != both.record("two_heads").measurement.values
     assert len(Ledger.read(tmp_path / "run" / "pair_rating" / LEDGER).trials) > trials
     assert json.loads(run("board --from run --json")[1])[0]["claims"] == [
-        {"says": says, "headline": i == 1, "verdict": verdict} for i, (says, verdict) in enumerate(strip)
+        {"says": says, "headline": i == 1, "verdict": verdict, "scale": scale}
+        for i, (says, verdict, scale) in enumerate(strip)
     ]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "and 1 at other options, which are evidence for no claim" in page and "at epochs = 1, noise = 0.5" in page
@@ -267,7 +268,7 @@ def test_its_experiments_are_measured_and_shown(run, tmp_path, monkeypatch):
     monkeypatch.setattr(view, "committed", lambda card, *_: both)
     shown = run("show pair_rating --all")[1]
     assert "At other options, which are evidence for no claim" in shown and "epochs = 1" in shown
-    assert "holds here" in run("show pair_rating")[1]
+    assert "▲ supported" in run("show pair_rating")[1]
     shown = json.loads(run("show pair_rating --json")[1])
     assert [r.get("overrides") for r in shown["evidence"]["records"]] == [None, None, None, changed.overrides]
 
@@ -280,9 +281,7 @@ def test_a_count_at_another_setting_is_not_held_to_the_published_figure(run, tmp
     assert found["record"]["verdict"] == "not measured" and "of another setting" in found["record"]["reason"]
     code, out, _ = run("reproduce pair_rating --experiment operations --set dim=4 --out run --json")
     (found,) = json.loads(out)["findings"]
-    assert (
-        found["record"]["verdict"] == Verdict.DIRECTION_HOLDS and not found["record"]["measurement"]["at_paper_setting"]
-    )
+    assert found["record"]["verdict"] == Verdict.SUPPORTED and not found["record"]["measurement"]["at_paper_setting"]
     records = Evidence.read(tmp_path / "run" / "pair_rating" / EVIDENCE)
     assert all(record.overrides for record in records.records) and records.record("operations") is None
 

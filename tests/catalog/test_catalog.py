@@ -49,8 +49,8 @@ def card_with(tmp_path: Path, text: str) -> catalog.Card:
         ('needs = "ImageNet-1K and eight GPUs"', 'package = "a peer"', "experiments.5.package", "pattern"),
         ('source = "Table 3"', "page = 3", "experiments.3.published.source", "required"),
         (
-            'experiments = ["better", "imagenet"]',
-            'experiments = ["bettr"]',
+            'decides = ["better", "imagenet"]',
+            'decides = ["bettr"]',
             "(whole file)",
             "no experiment of this paper: bettr",
         ),
@@ -59,7 +59,7 @@ def card_with(tmp_path: Path, text: str) -> catalog.Card:
             'needs = "users"',
             'figure = "most"',
             "claims.2",
-            "must name the experiments that are evidence for it, or what it needs",
+            "must name the experiments that decide it, or what it needs",
         ),
         ('kind = "use"', 'kind = "taste"', "claims.2.kind", "'exact', 'cost', 'quality' or 'use'"),
         ("[presets.recipe]\nepochs = 1\nlr", "recipe = 'imagenet'\n#", "(whole file)", "no recipe 'imagenet'"),
@@ -315,7 +315,7 @@ def test_a_paper_of_another_package_is_listed_shown_and_reproduced(site, tmp_pat
     assert "Tiny Gates" in shown.stdout and "two points better" in shown.stdout
     reproduced = provenn(site, "reproduce", "tiny_gate", "--out", "run", cwd=tmp_path)
     assert reproduced.returncode == 0, reproduced.stderr
-    assert "holds here" in reproduced.stdout and (tmp_path / "run" / "report.html").exists()
+    assert "▲ supported in" in reproduced.stdout and (tmp_path / "run" / "report.html").exists()
 
 
 def test_looking_for_a_paper_imports_no_torch(site):

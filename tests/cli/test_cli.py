@@ -513,7 +513,11 @@ def test_list_and_show_for_people_and_machines(run):
     assert [experiment["id"] for experiment in shown["experiments"]][:2] == ["parameters", "identity"] and shown[
         "evidence"
     ] is None
-    assert shown["verdicts"][2] == {"says": "Users like it.", "verdict": "not measured: needs users"}
+    assert shown["verdicts"][2] == {
+        "says": "Users like it.",
+        "verdict": "not measured: needs users",
+        "scale": "",
+    }
 
 
 def test_a_search_that_finds_nothing_says_so(run):
@@ -525,27 +529,27 @@ def test_a_search_that_finds_nothing_says_so(run):
 def test_reproduce_ends_with_the_experiments_and_says_where_everything_lies(run, here):
     code, out, err = run("reproduce tiny_gate --out run")
     assert code == 0
-    for words in ("✔ reproduced", "▲ holds here", "– not measured", "+2.4 [2.01, 2.79] points"):
+    for words in ("✔ verified", "▲ supported in", "– not measured", "+2.4 [2.01, 2.79] points"):
         assert words in out
     assert out.index("A gate of 35 parameters") < out.index("two points better") < out.index("Users like it")
-    assert "6 experiments: 1 holds, 1 reproduced, 2 direction holds, 1 not reproduced, 1 not measured" in out
+    assert "6 experiments: 2 verified, 2 supported, 1 contradicted, 1 not measured" in out
     assert "run/report.html" in out and "run/tiny_gate/evidence.json" in out
     assert "repeat   provenn reproduce tiny_gate --out run\n" in out
     assert [line.split()[2] for line in err.splitlines()] == [
         "parameters:", "identity:", "linear:", "better:", "overstated:", "imagenet:"
     ]  # fmt: skip
     page = (here / "run" / "report.html").read_text()
-    assert page.startswith("<!doctype html>") and page.count("not reproduced") >= 2
+    assert page.startswith("<!doctype html>") and page.count("contradicted") >= 2
 
 
 def test_the_headline_alone_is_the_quick_answer(run, here):
     code, out, _ = run("reproduce tiny_gate --headline --out run")
-    assert code == 0 and "two points better" in out and "2 experiments: 1 direction holds, 1 not measured" in out
+    assert code == 0 and "two points better" in out and "2 experiments: 1 supported, 1 not measured" in out
     assert "A gate of 35 parameters" not in out and "2 more claims without --headline" in out
     assert "not both" in run("reproduce tiny_gate --headline --experiment better --out run")[2]
 
 
-def test_strict_exits_1_where_a_experiment_is_not_reproduced(run, here):
+def test_strict_exits_1_where_an_experiment_is_contradicted(run, here):
     assert run("reproduce tiny_gate --out run --strict")[0] == 1
     assert run("reproduce tiny_gate --out run --strict --experiment parameters --experiment better")[0] == 0
 
@@ -555,7 +559,7 @@ def test_a_measurement_that_fails_is_said_in_the_end(run, here, monkeypatch):
     code, out, err = run("reproduce tiny_gate --out run")
     assert code == 1 and "the measurement failed: RuntimeError: the clock stopped" in err
     assert err.endswith("provenn: the measurement of linear of tiny_gate failed; see run/tiny_gate/errors.txt\n")
-    assert "▲ holds here" in out, "the other experiments' work was lost"
+    assert "▲ supported in" in out, "the other experiments' work was lost"
 
 
 def test_reproduce_for_machines(run, here):
@@ -563,7 +567,7 @@ def test_reproduce_for_machines(run, here):
     assert summary["out"] == "run" and Path(summary["report"]).exists()
     assert summary["repeat"] == "provenn reproduce tiny_gate --out run --budget smoke --json"
     verdicts = {found["record"]["verdict"] for found in summary["findings"]}
-    assert verdicts == {"holds", "reproduced", "not reproduced", "not measured"}
+    assert verdicts == {"verified", "contradicted", "not measured"}
 
 
 def test_bench_measures_what_is_claimed_about_cost_alone(run, here):
@@ -639,10 +643,13 @@ def test_board(run, here):
     code, out, err = run("board --from run")
     assert code == 0 and "left out run/other/evidence.json" in err and "claims, [headline]" in out
     (line,) = [line for line in out.splitlines() if line.startswith("tiny_gate")]
-    assert "✔ [▲] –" in line and "1 reproduced, 1 holds here, 1 not measured" in line
-    assert "3 claims: 1 reproduced, 1 holds here, 1 not measured" in out
+    assert "✔ [▲] –" in line and "1 verified, 1 supported, 1 not measured" in line
+    assert "3 claims: 1 verified, 1 supported, 1 not measured" in out
     (paper,) = json.loads(run("board --from run --json")[1])
-    assert [each["verdict"] for each in paper["claims"]][:2] == ["reproduced", "holds here"]
+    assert [each["verdict"] for each in paper["claims"]][:2] == [
+        "verified",
+        "supported in direction; 2 points not tried",
+    ]
 
 
 def test_the_evidence_that_comes_with_a_paper_is_shown(run, here, third_party):
@@ -650,7 +657,7 @@ def test_the_evidence_that_comes_with_a_paper_is_shown(run, here, third_party):
     run("reproduce tiny_gate --out run")
     shutil.copy(here / "run" / "tiny_gate" / "evidence.json", third_party / "tiny_gate")
     out = run("show tiny_gate")[1]
-    assert "▲ holds here" in out and "+2.4 [2.01, 2.79]" in out and "measured 20" in out
+    assert "▲ supported in" in out and "+2.4 [2.01, 2.79]" in out and "measured 20" in out
     assert len(json.loads(run("show tiny_gate --json")[1])["evidence"]["records"]) == 6
     (line,) = [line for line in run("board")[1].splitlines() if line.startswith("tiny_gate")]
     assert "[▲]" in line
@@ -1000,7 +1007,7 @@ def test_doctor_tells_what_is_there_and_what_is_missing(run, monkeypatch):
 def test_a_device_that_holds_too_little_is_one_line_and_no_failure(run, here, monkeypatch):
     monkeypatch.setenv("TINY_GATE_BREAKS", "memory")
     code, out, err = run("reproduce tiny_gate --out run --strict --experiment linear --experiment identity")
-    assert code == 0 and "1 holds, 1 out of memory" in out
+    assert code == 0 and "1 verified, 1 out of memory" in out
     (line,) = (line for line in err.splitlines() if "linear" in line)
     assert line.startswith("⊠ tiny_gate linear: out of memory; on cpu: DefaultCPUAllocator: can't allocate memory")
     page = (here / "run" / "report.html").read_text()

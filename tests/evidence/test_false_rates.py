@@ -20,11 +20,11 @@ def script():
 
 def test_no_effect_is_seldom_told_for_one(script):
     found = script.rates(script.BETTER, lambda rng: script.seeds(rng, 0.0, 5), 1000)
-    assert found[Verdict.DIRECTION_HOLDS] <= 45 and found[Verdict.NOT_REPRODUCED] <= 45  # 25, and four standard errors
+    assert found[Verdict.SUPPORTED] <= 45 and found[Verdict.CONTRADICTED] <= 45  # 25, and four standard errors
     clocks = script.rates(script.FASTER, lambda rng: script.clocks(rng, 1.0, 11), 500)
-    assert clocks[Verdict.DIRECTION_HOLDS] <= 28
+    assert clocks[Verdict.SUPPORTED] <= 28
 
 
 def test_two_that_guess_are_never_told_to_be_on_par(script):
     found = script.rates(script.ON_PAR, lambda rng: script.seeds(rng, 0.0, 5, guessing=True), 300)
-    assert found[Verdict.DIRECTION_HOLDS] <= 15 and found[Verdict.NOT_MEASURED] >= 285
+    assert found[Verdict.SUPPORTED] <= 15 and found[Verdict.NOT_MEASURED] >= 285

@@ -82,7 +82,7 @@ def test_a_record_holds_what_was_asked_and_measured_and_defaults_take_no_room(tm
     evidence.put(record(), TODAY)
     evidence.write(tmp_path / "p.json")
     (kept,) = json.loads((tmp_path / "p.json").read_text())["records"]
-    assert kept["expects"] == "within [3, 3]" and kept["verdict"] == "reproduced"
+    assert kept["expects"] == "within [3, 3]" and kept["verdict"] == "verified"
     assert "seeds" not in kept["measurement"] and "series" not in kept["measurement"]
 
 
@@ -150,7 +150,7 @@ def test_lists_of_plain_values_stand_on_one_line():
         (b'{"paper": "p", "schema_version": 99}', "written by a newer provenn (schema 99)"),
         (b'{"paper": "p", "occasions": []}', "written by provenn 0.1 (schema 2): rewrite it with scripts/migrate"),
         (b'{"paper": "p", "schema_version": 3}', "written by provenn 0.1 (schema 3): rewrite it with scripts/migrate"),
-        (b'{"paper": "p", "records": [{"experiment": "c", "verdict": "holds", "measurement": {}}]}', "names a run"),
+        (b'{"paper": "p", "records": [{"experiment": "c", "verdict": "verified", "measurement": {}}]}', "names a run"),
     ],
 )
 def test_a_file_that_is_no_record_is_moved_aside_and_said(tmp_path, content, reason):
@@ -245,7 +245,7 @@ def test_another_setting_stands_beside_the_experiment_s_own_and_is_never_reprodu
         Record.of(experiment, Measurement.exact(2), budget="small", overrides=overrides)
         for overrides in ({}, {"sizes": (1, 2)})
     )
-    assert (own.verdict, changed.verdict) == (Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS)
+    assert (own.verdict, changed.verdict) == (Verdict.REPRODUCED, Verdict.SUPPORTED)
     evidence = Evidence(paper="demo")
     for each in (own, changed, changed):
         evidence.put(each, TODAY)

@@ -12,7 +12,7 @@ from plugins import put_on_shelf
 from provenn import catalog
 from provenn.catalog import Experiment
 from provenn.evidence import Evidence, Measurement, Record, Run, Series, Table, Verdict, report, view
-from provenn.evidence.claim import Standing
+from provenn.evidence.claim import ClaimVerdict
 from provenn.evidence.record import EVIDENCE, PICTURES, Environment, RecordedRun
 from provenn.experiments.reproduce import choose_seeds
 
@@ -71,15 +71,15 @@ CLAIMS = [
     {
         "says": "It is <i>better</i>.",
         "kind": "quality",
-        "experiments": ["everything"],
+        "decides": ["everything"],
         "headline": True,
         "figure": "2 points",
     },
-    {"says": "It is three.", "kind": "exact", "experiments": ["exact"]},
-    {"says": "It holds in parts.", "kind": "quality", "experiments": ["everything", "fails"]},
-    {"says": "It fails.", "kind": "quality", "experiments": ["fails"]},
-    {"says": "Who knows.", "kind": "quality", "experiments": ["open"]},
-    {"says": "It needs more.", "kind": "quality", "experiments": ["absent"], "needs": "a <GPU>"},
+    {"says": "It is three.", "kind": "exact", "decides": ["exact"]},
+    {"says": "It holds in parts.", "kind": "quality", "decides": ["everything", "fails"]},
+    {"says": "It fails.", "kind": "quality", "decides": ["fails"]},
+    {"says": "Who knows.", "kind": "quality", "decides": ["open"]},
+    {"says": "It needs more.", "kind": "quality", "decides": ["absent"], "needs": "a <GPU>"},
 ]
 CARD = catalog.Card(
     slug="a_paper",
@@ -173,8 +173,8 @@ def test_nothing_is_loaded_from_elsewhere(folder, page):
 def test_every_verdict_is_told_in_words_beside_its_symbol(page):
     for verdict in Verdict:
         assert f"{view.SYMBOLS[verdict]} {verdict}" in page.words
-    for standing in Standing:
-        assert f"{view.STANDINGS[standing]} {standing}" in page.words
+    for verdict in ClaimVerdict:
+        assert f"{view.CLAIM_SYMBOLS[verdict]} {verdict}" in page.words
 
 
 def test_the_abstract_s_claims_come_first_and_experiments_are_folded(folder):
@@ -182,7 +182,13 @@ def test_the_abstract_s_claims_come_first_and_experiments_are_folded(folder):
     table, folded = text.index("What the abstract says"), text.index("Experiments of a_paper")
     assert table < text.index("<details") < folded and "<details open" not in text
     page = Page(text)
-    for words in ("◐ partly, 1 of 2", "✘ not here", "– not measured: needs a <GPU>", "▲ holds here", "2 points"):
+    for words in (
+        "◐ mixed, 1 of 2",
+        "✘ contradicted",
+        "– not measured: needs a <GPU>",
+        "▲ supported in direction; 2 points not tried",
+        "~ inconclusive",
+    ):
         assert words in page.words, words
 
 
@@ -313,8 +319,8 @@ def test_evidence_of_papers_that_nobody_knows_is_left_out_and_said(folder):
     [
         (Measurement.exact(25557112, unit="parameters"), "25,557,112 parameters"),
         (Measurement.exact(24.37, unit="2^20 parameters"), "24.37 × 2^20 parameters"),
-        (Measurement.holds(True), "holds"),
-        (Measurement.holds(False), "does not hold"),
+        (Measurement.holds(True), "so"),
+        (Measurement.holds(False), "not so"),
         (Measurement.paired([1.0, 2.0], [1.5, 2.6], seeds=[0, 1]), "-0.55 [-1.19, 0.0853] (1.5 against 2.05)"),
         (Measurement.ratio([1.0, 1.0], [2.0, 2.0], unit="ms"), "×0.5 (1 against 2 ms)"),
         (Measurement.figure(2.0, (1.9, 2.1), method="fit"), "2 [1.9, 2.1]"),

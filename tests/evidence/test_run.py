@@ -67,7 +67,7 @@ def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
     assert len(counts) == 8 and all(counts[trial] == taken for trial, taken in kept.items())
     assert counts.total() <= 8 + 2  # each kill may cost the one seed that it met
     (record,) = kept_records(run)
-    assert record.measurement.seeds == [0, 1, 2, 3] and record.verdict is Verdict.DIRECTION_HOLDS
+    assert record.measurement.seeds == [0, 1, 2, 3] and record.verdict is Verdict.SUPPORTED
 
 
 @pytest.fixture
@@ -212,11 +212,11 @@ def test_every_experiment_gets_a_record_and_a_verdict(card, tmp_path):
     logged: list[str] = []
     findings = reproduce(card, out=tmp_path, done=lambda finding: logged.append(finding.experiment.id))
     assert verdicts(findings) == {
-        "parameters": "reproduced",
-        "identity": "holds",
-        "linear": "direction holds",
-        "better": "direction holds",
-        "overstated": "not reproduced",
+        "parameters": "verified",
+        "identity": "verified",
+        "linear": "supported",
+        "better": "supported",
+        "overstated": "contradicted",
         "imagenet": "not measured",
     }
     assert logged == [experiment.id for experiment in card.experiments]
@@ -256,7 +256,7 @@ def test_a_changed_experiment_is_judged_again_from_kept_seeds(card, tmp_path):
     ]
     changed = card.model_copy(update={"experiments": harder})
     (found,) = reproduce(changed, experiments=["better"], out=tmp_path, resume=True)
-    assert found.verdict is Verdict.NOT_REPRODUCED and found.record.expects == "above 50"
+    assert found.verdict is Verdict.CONTRADICTED and found.record.expects == "above 50"
     assert called(tmp_path / "calls").total() == 10
 
 
@@ -281,12 +281,12 @@ def test_one_experiment_s_trouble_does_not_cost_the_others_their_work(card, tmp_
     failed = records["linear"]
     assert failed.verdict is Verdict.NOT_MEASURED
     assert failed.reason == "the measurement failed: RuntimeError: the clock stopped"
-    assert records["better"].verdict is Verdict.DIRECTION_HOLDS
+    assert records["better"].verdict is Verdict.SUPPORTED
     errors = (tmp_path / "tiny_gate" / "errors.txt").read_text()
     assert errors.startswith("linear\n") and "experiments.py" in errors and "the clock\nstopped" in errors
     monkeypatch.delenv("TINY_GATE_BREAKS")
     mended = {found.experiment.id: found for found in reproduce(card, out=tmp_path, resume=True)}
-    assert mended["linear"].verdict is Verdict.DIRECTION_HOLDS and mended["better"] == records["better"]
+    assert mended["linear"].verdict is Verdict.SUPPORTED and mended["better"] == records["better"]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_what_the_device_cannot_do_or_hold_is_an_outcome_of_its_own(
     found = {one.experiment.id: one for one in reproduce(card, out=tmp_path)}
     assert found["linear"].verdict is verdict and re.match(words, found["linear"].reason)
     assert "\n" not in found["linear"].reason and not found["linear"].measurement.failed
-    assert found["better"].verdict is Verdict.DIRECTION_HOLDS, "the other experiments go on"
+    assert found["better"].verdict is Verdict.SUPPORTED, "the other experiments go on"
     file = tmp_path / "tiny_gate" / EVIDENCE
     assert json.loads(file.read_text())["schema_version"] == SCHEMA_VERSION, (
         "an older provenn says why it cannot read this"
@@ -311,7 +311,7 @@ def test_what_the_device_cannot_do_or_hold_is_an_outcome_of_its_own(
     assert Evidence.read(file).record("linear") == found["linear"].record
     monkeypatch.delenv("TINY_GATE_BREAKS")
     again = {one.experiment.id: one for one in reproduce(card, out=tmp_path, resume=True)}
-    assert again["linear"].verdict is Verdict.DIRECTION_HOLDS and again["better"] == found["better"]
+    assert again["linear"].verdict is Verdict.SUPPORTED and again["better"] == found["better"]
 
 
 def test_experiments_that_cannot_be_imported_fail_one_by_one(card, site, tmp_path):
@@ -343,12 +343,12 @@ def test_a_experiment_about_a_package_is_measured_where_the_package_is(card, sit
     assert measured() == (Verdict.NOT_MEASURED, "needs the package a-peer (pip install a-peer)", None)
     assert not (tmp_path / "calls").exists()
     peer(site, "1.0")
-    assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "1.0")
+    assert measured(resume=True) == (Verdict.SUPPORTED, "", "1.0")
     first = kept_records(tmp_path)
-    assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "1.0")
+    assert measured(resume=True) == (Verdict.SUPPORTED, "", "1.0")
     assert kept_records(tmp_path) == first
     peer(site, "2.0")
-    assert measured(resume=True) == (Verdict.DIRECTION_HOLDS, "", "2.0"), "another version is another measurement"
+    assert measured(resume=True) == (Verdict.SUPPORTED, "", "2.0"), "another version is another measurement"
 
 
 def test_a_record_s_time_is_what_its_measurement_took_resumed_or_not(card, tmp_path, monkeypatch):
@@ -388,7 +388,7 @@ def test_code_that_changed_is_measured_again(card, site, tmp_path):
     file.write_text(file.read_text().replace("tiny_small().parameters()", "tiny_large().parameters()"))
     sys.modules.pop("tiny_gate.experiments")
     (found,) = reproduce(card, experiments=["parameters"], out=tmp_path, resume=True)
-    assert found.verdict is Verdict.NOT_REPRODUCED and found.record.code != before
+    assert found.verdict is Verdict.CONTRADICTED and found.record.code != before
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_exchanged_variants_are_noticed(tmp_path):
     experiment = Experiment(
         id="c", kind="quality", says="A.", expects=Region(above=0), sides=("variant A", "variant B")
     )
-    assert decide(experiment, STUDY.against("a", "b")(run_in(tmp_path)))[0] is Verdict.DIRECTION_HOLDS
+    assert decide(experiment, STUDY.against("a", "b")(run_in(tmp_path)))[0] is Verdict.SUPPORTED
     assert decide(experiment, STUDY.against("b", "a")(run_in(tmp_path)))[0] is Verdict.NOT_MEASURED
 
 

@@ -22,7 +22,7 @@ def test_counts_have_no_uncertainty_and_name_their_sides(tmp_path):
     assert measurement.effect == 3.0 and measurement.interval == (3.0, 3.0) and measurement.confidence == 1.0
     assert measurement.sides == ("three", "one") and measurement.value == 3 * 64
     experiment = Experiment(id="c", kind="cost", says="x", expects=Region(above=2), sides=("three", "one"))
-    assert decide(experiment, measurement)[0] is Verdict.DIRECTION_HOLDS
+    assert decide(experiment, measurement)[0] is Verdict.SUPPORTED
 
 
 def test_at_another_size(tmp_path):

@@ -16,7 +16,7 @@ regions = st.one_of(
     intervals.map(lambda pair: Region(within=pair)),
 )
 seeds = st.lists(st.integers(0, 5), max_size=6)
-BETTER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.DIRECTION_HOLDS)
+BETTER = (Verdict.CONTRADICTED, Verdict.INCONCLUSIVE, Verdict.SUPPORTED)
 
 
 def experiment(kind: str = "quality", **more) -> Experiment:
@@ -57,15 +57,15 @@ def test_a_wider_interval_never_turns_a_verdict_round(interval, region, more):
 @given(intervals, numbers)
 def test_a_experiment_and_its_opposite_are_never_both_proven(interval, bound):
     verdicts = [locate(interval, Region(above=bound)), locate(interval, Region(below=bound))]
-    assert verdicts.count(Verdict.DIRECTION_HOLDS) <= 1
-    assert (verdicts[0] is Verdict.DIRECTION_HOLDS) == (verdicts[1] is Verdict.NOT_REPRODUCED and interval[0] > bound)
+    assert verdicts.count(Verdict.SUPPORTED) <= 1
+    assert (verdicts[0] is Verdict.SUPPORTED) == (verdicts[1] is Verdict.CONTRADICTED and interval[0] > bound)
 
 
 @given(numbers)
 def test_an_effect_of_exactly_the_bound_proves_nothing(bound):
     assert locate((bound, bound), Region(above=bound)) is Verdict.INCONCLUSIVE
     assert locate((bound, bound), Region(below=bound)) is Verdict.INCONCLUSIVE
-    assert locate((bound, bound), Region(within=(bound, bound))) is Verdict.DIRECTION_HOLDS
+    assert locate((bound, bound), Region(within=(bound, bound))) is Verdict.SUPPORTED
 
 
 @given(regions)
@@ -103,7 +103,8 @@ def test_reproduced_is_for_the_paper_s_own_setting_alone(interval, region, kind)
         experiment(kind, expects=region, published=Figure(value=sum(interval) / 2, source="Table 1")),
         measured(interval, at_paper_setting=True),
     )[0]
-    assert (full is Verdict.REPRODUCED) == (locate(interval, region) is Verdict.DIRECTION_HOLDS)
+    met = Verdict.VERIFIED if kind == "exact" else Verdict.REPRODUCED
+    assert (full is met) == (locate(interval, region) is Verdict.SUPPORTED)
 
 
 @given(numbers, st.floats(0.01, 1e3), st.floats(-3, 3))
@@ -112,13 +113,13 @@ def test_the_published_figure_is_met_within_its_tolerance_or_not(figure, toleran
     value = figure + away * tolerance
     said = experiment(published=Figure(value=figure, source="Table 1"), tolerance=tolerance, expects=Region(above=-1e9))
     verdict, _ = decide(said, measured((value, value), at_paper_setting=True))
-    assert verdict is (Verdict.REPRODUCED if abs(away) < 1 else Verdict.DIRECTION_HOLDS)
+    assert verdict is (Verdict.REPRODUCED if abs(away) < 1 else Verdict.SUPPORTED)
 
 
-def test_a_figure_that_is_met_at_a_smaller_setting_is_a_direction_that_holds():
+def test_a_figure_that_is_met_at_a_smaller_setting_is_supported():
     said = experiment(published=Figure(value=2.0, source="t"), expects=Region(above=0))
     verdicts = [decide(said, measured((1.9, 2.1), at_paper_setting=at_paper))[0] for at_paper in (False, True)]
-    assert verdicts == [Verdict.DIRECTION_HOLDS, Verdict.REPRODUCED]
+    assert verdicts == [Verdict.SUPPORTED, Verdict.REPRODUCED]
 
 
 def test_a_published_difference_is_held_against_the_effect_and_a_figure_against_the_system():
@@ -128,20 +129,20 @@ def test_a_published_difference_is_held_against_the_effect_and_a_figure_against_
     own = experiment(published=Figure(value=77.4, source="t"), **both)
     assert decide(difference, measurement)[0] is Verdict.REPRODUCED
     assert decide(own, measurement)[0] is Verdict.REPRODUCED
-    assert decide(own, measured((1.9, 2.1), value=2.0, at_paper_setting=True))[0] is Verdict.DIRECTION_HOLDS
+    assert decide(own, measured((1.9, 2.1), value=2.0, at_paper_setting=True))[0] is Verdict.SUPPORTED
 
 
 @given(st.integers(-1000, 1000), st.integers(-1000, 1000))
 def test_an_exact_experiment_holds_or_is_false(value, figure):
     verdict, reason = decide(experiment("exact", published=Figure(value=figure, source="t")), Measurement.exact(value))
-    assert verdict is (Verdict.REPRODUCED if value == figure else Verdict.NOT_REPRODUCED)
+    assert verdict is (Verdict.VERIFIED if value == figure else Verdict.CONTRADICTED)
     assert reason == ""
 
 
 @given(numbers, st.sampled_from(["above", "below"]))
 def test_an_exact_value_on_an_open_bound_is_outside(bound, side):
     verdict, _ = decide(experiment("exact", expects=Region(**{side: bound})), Measurement.exact(bound))
-    assert verdict is Verdict.NOT_REPRODUCED
+    assert verdict is Verdict.CONTRADICTED
 
 
 @given(intervals, regions, st.floats(0.5, 0.9499))
@@ -160,7 +161,7 @@ def test_variants_that_guess_show_nothing_be_they_ahead_behind_or_equal():
         for region in (Region(above=0), Region(within=(-0.05, 0.05))):
             verdict, reason = decide(experiment(expects=region), measured(interval, skills=[guesses]))
             assert verdict is Verdict.NOT_MEASURED
-            assert reason == "nothing was learned: variant reaches 0.5, the dummy baseline 0.5"
+            assert reason == "below the dummy baseline: variant reaches 0.5, the dummy baseline 0.5"
 
 
 @pytest.mark.parametrize("higher", [True, False])
@@ -170,20 +171,20 @@ def test_an_variant_that_beats_dummy_predictor_has_learned_and_one_that_it_beats
     failed = skill(worse, better, higher) if higher else skill(better, worse, higher)
     assert beats_dummy(learned) and not beats_dummy(failed)
     said = experiment(expects=Region(above=0))
-    assert decide(said, measured((0.1, 0.2), skills=[learned]))[0] is Verdict.DIRECTION_HOLDS
+    assert decide(said, measured((0.1, 0.2), skills=[learned]))[0] is Verdict.SUPPORTED
     assert decide(said, measured((0.1, 0.2), skills=[learned, failed]))[0] is Verdict.NOT_MEASURED
     excused = failed.model_copy(update={"may_guess": "it cannot see the answer"})
-    assert decide(said, measured((0.1, 0.2), skills=[learned, excused]))[0] is Verdict.DIRECTION_HOLDS
+    assert decide(said, measured((0.1, 0.2), skills=[learned, excused]))[0] is Verdict.SUPPORTED
 
 
 def test_exchanged_sides_give_no_verdict():
     said = experiment("cost", expects=Region(below=1.0), sides=("ours", "theirs"))
-    assert decide(said, measured((0.4, 0.5), sides=("ours", "theirs")))[0] is Verdict.DIRECTION_HOLDS
+    assert decide(said, measured((0.4, 0.5), sides=("ours", "theirs")))[0] is Verdict.SUPPORTED
     verdict, reason = decide(said, measured((0.4, 0.5), sides=("theirs", "ours")))
     assert verdict is Verdict.NOT_MEASURED and "theirs against ours" in reason
 
 
-@pytest.mark.parametrize("truth, verdict", [(True, Verdict.HOLDS), (False, Verdict.NOT_REPRODUCED)])
+@pytest.mark.parametrize("truth, verdict", [(True, Verdict.VERIFIED), (False, Verdict.CONTRADICTED)])
 def test_a_claim_is_true_or_false(truth, verdict):
     assert decide(experiment("exact"), Measurement.holds(truth))[0] is verdict
 
@@ -202,9 +203,9 @@ def test_without_a_measurement_there_is_a_reason(measurement, reason):
 
 def test_a_published_figure_says_nothing_of_another_setting():
     figure = experiment("exact", published=Figure(value=80, unit="parameters", source="abstract"))
-    assert decide(figure, Measurement.exact(80))[0] is Verdict.REPRODUCED
+    assert decide(figure, Measurement.exact(80))[0] is Verdict.VERIFIED
     assert decide(figure, Measurement.exact(80), changed=True) == (
         Verdict.NOT_MEASURED,
         "the published figure is of another setting",
     )
-    assert decide(experiment("exact"), Measurement.holds(False), changed=True)[0] is Verdict.NOT_REPRODUCED
+    assert decide(experiment("exact"), Measurement.holds(False), changed=True)[0] is Verdict.CONTRADICTED

@@ -335,7 +335,7 @@ def test_masks_are_told_by_the_authors_weights(experiment, where, classes, file,
     assert not measured.failed and not measured.needs, measured.failed or measured.needs
     evaluation = provenn.evaluate("bevanet", data / where, weights=weights, device="cpu")
     assert measured.value == pytest.approx(100 * evaluation.metrics["miou"]) and evaluation.examples == 2
-    assert measured.at_paper_setting and finding.verdict is Verdict.NOT_REPRODUCED
+    assert measured.at_paper_setting and finding.verdict is Verdict.CONTRADICTED
     figure = catalog.card("bevanet").experiment(experiment).published.value
     assert evaluation.published["miou"][0].startswith(f"{figure} %")
     line = f"data --json --data bevanet:{file}={weights}"

@@ -121,18 +121,22 @@ def test_all_faults_are_named_at_once(package: Path, monkeypatch: pytest.MonkeyP
              "No module named 'nothing_of_this_name'"],
         ),
         (
-            "claims", "paper.toml", 'experiments = ["better", "imagenet"]\nneeds = "ImageNet"',
-            'experiments = ["imagenet"]',
-            ["no experiment measures the claim 'The gate is two points better than none.': "
+            "claims", "paper.toml", 'decides = ["better", "imagenet"]\nneeds = "ImageNet"',
+            'decides = ["imagenet"]',
+            ["no experiment decides the claim 'The gate is two points better than none.': "
              "name one, or say what it needs"],
         ),
         (
-            "claims", "paper.toml", 'experiments = ["better", "imagenet"]\nneeds = "ImageNet"',
-            'experiments = ["linear"]',
+            "claims", "paper.toml", 'decides = ["better", "imagenet"]\nneeds = "ImageNet"',
+            'decides = ["linear"]',
             ["the claim 'The gate is two points better than none.' is of quality: "
              "name an experiment of kind quality"],
         ),
         ("claims", "paper.toml", 'why = "one is linear"', "", ["linear: give with `why` the reason of its region"]),
+        (
+            "claims", "paper.toml", 'scale = "drawn"\n', "",
+            ["better: name its data and the size of its models with `scale`, an entry of [scales]"],
+        ),
         (
             "evidence", "paper.toml", 'id = "linear"', 'id = "lines"',
             ["linear: evidence.json has a record of it, paper.toml does not list it, did you mean 'lines'?",
@@ -140,7 +144,7 @@ def test_all_faults_are_named_at_once(package: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             "evidence", "paper.toml", "within = [0.99, 1.01]", "within = [1.99, 2.01]",
-            ["linear: the recorded verdict is 'direction holds', its numbers and paper.toml give 'not reproduced'"],
+            ["linear: the recorded verdict is 'supported', its numbers and paper.toml give 'contradicted'"],
         ),
         ("evidence", "evidence.json", '"paper": "tiny_gate"', '"paper": "craft"',
          ["evidence.json is of the paper 'craft', not of 'tiny_gate'"]),
@@ -155,7 +159,7 @@ def test_a_fault_is_named_in_one_line(
 
 
 def test_a_claim_of_no_experiment_is_named(package: Path):
-    edit(package / "paper.toml", 'experiments = ["better", "imagenet"]', 'experiments = ["bettr", "imagenet"]')
+    edit(package / "paper.toml", 'decides = ["better", "imagenet"]', 'decides = ["bettr", "imagenet"]')
     catalog.cards.cache_clear()
     with pytest.raises(UserError, match="names no experiment of this paper: bettr") as error:
         check_paper("tiny_gate")

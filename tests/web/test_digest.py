@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from provenn.cli import app as command_line
 from provenn.core.errors import UserError
-from provenn.evidence.claim import Judgement, Standing
+from provenn.evidence.claim import ClaimVerdict, Judgement
 from provenn.web import accounts, digest, mail, news, outbox, subscriptions
 from provenn.web.catalogue import Catalogue
 from provenn.web.database import Database
@@ -35,7 +35,7 @@ MONDAY = TODAY + timedelta(days=7 - TODAY.weekday())
 PEOPLE = [f"{name}@example.org" for name in ("ada", "grace", "emmy", "mary")]
 
 
-def catalogue(without: str = "", **standings: Standing) -> Catalogue:
+def catalogue(without: str = "", **standings: ClaimVerdict) -> Catalogue:
     """The real one, but for a paper, or with the first claim of some papers come to something else."""
     made = Catalogue.__new__(Catalogue)
     made._entries = {slug: entry for slug, entry in CATALOGUE.items() if slug != without}
@@ -45,8 +45,8 @@ def catalogue(without: str = "", **standings: Standing) -> Catalogue:
     return made
 
 
-def other_than(slug: str, *more: Standing) -> Standing:
-    return next(s for s in Standing if s not in (CATALOGUE[slug].claims[0].judgement.standing, *more))
+def other_than(slug: str, *more: ClaimVerdict) -> ClaimVerdict:
+    return next(s for s in ClaimVerdict if s not in (CATALOGUE[slug].claims[0].judgement.verdict, *more))
 
 
 both = pytest.mark.parametrize("settings", ["sqlite", "postgresql"], indirect=True)
@@ -122,7 +122,7 @@ def test_a_digest_tells_of_papers_verdicts_and_votes(site):
     for words in (CATALOGUE["rat"].card.title, CATALOGUE["eca_net"].card.title, "4 votes:", "1 vote:"):
         assert words in flat
     assert " ".join(first.claim.says.split()) in flat
-    assert f"{first.judgement.standing} → " in flat and f" {other_than('eca_net')}" in flat
+    assert f"{first.judgement.verdict} → " in flat and f" {other_than('eca_net')}" in flat
     assert CATALOGUE["aaren"].card.title not in flat, "votes of a month ago are not of this week"
     assert max(map(len, text.splitlines())) <= 78
     assert "&#" not in text and "&amp;" not in text
@@ -415,7 +415,7 @@ def test_the_command_shows_first_and_sends_when_told_to(site, monkeypatch):
     subscribe(site, *PEOPLE)
     with site.database.session() as session:
         session.execute(
-            update(news.Seen).where(news.Seen.paper == "rat", news.Seen.claim != "").values(standing="open")
+            update(news.Seen).where(news.Seen.paper == "rat", news.Seen.claim != "").values(standing="mixed")
         )
     words = ["web", "mail", "--home", str(site.settings.home), "--date", f"{TODAY + timedelta(days=1)}"]
     shown = CliRunner().invoke(command_line, words)

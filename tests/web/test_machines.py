@@ -115,7 +115,7 @@ def test_votes_and_comments_are_told(client, monkeypatch):
 @pytest.mark.parametrize("slug", ["eca_net", "relationnet_pp"])
 def test_a_paper_as_json_says_what_its_evidence_says(client, slug):
     paper, entry = client.get(f"/api/papers/{slug}").json(), client.app.state.site.catalogue[slug]
-    assert [each["verdict"] for each in paper["claims"]] == [str(s.judgement.standing) for s in entry.claims]
+    assert [each["verdict"] for each in paper["claims"]] == [str(s.judgement.verdict) for s in entry.claims]
     experiments = {experiment["id"]: experiment for experiment in paper["experiments"]}
     assert set(experiments) == {experiment.id for experiment in entry.card.experiments}
     for finding in entry.findings:
@@ -132,7 +132,7 @@ def test_filters_are_those_of_the_list(client):
     assert slugs("slot=channel-gate&q=eca") == ["eca_net"] and slugs("task=super-resolution") == ["craft"]
     assert slugs("task=nonsense") == [] and sorted(slugs("sort=share")) == sorted(catalog.cards())
     held = client.get("/api/not_held").json()
-    assert held and {row["experiment"]["verdict"] for row in held} == {Verdict.NOT_REPRODUCED}
+    assert held and {row["experiment"]["verdict"] for row in held} == {Verdict.CONTRADICTED}
 
 
 def test_weeks_and_months_end_where_they_end():

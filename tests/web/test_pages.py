@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from plugins import put_on_shelf
 from provenn import catalog
-from provenn.evidence.claim import Standing
+from provenn.evidence.claim import ClaimVerdict
 from provenn.web import create_app
 from provenn.web.catalogue import Entry
 from provenn.web.listing import Listing
@@ -71,7 +71,7 @@ def test_the_strip_says_what_the_board_says(client):
     text = client.get("/?q=eca_net").text
     shown = re.findall(r'<span class="s-([a-z-]+)(?: headline)?" title=', text)
     assert len(shown) == len(catalog.card("eca_net").claims)
-    assert set(shown) <= {str(standing).replace(" ", "-") for standing in Standing}
+    assert set(shown) <= {str(standing).replace(" ", "-") for standing in ClaimVerdict}
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_every_order_shows_the_same_papers(client):
 
 
 def test_a_state_is_its_query_string():
-    state = Listing(q="a b&c", sort="votes", verdict="not here")
+    state = Listing(q="a b&c", sort="votes", verdict="not measured")
     assert Listing.of(dict(pair.split("=") for pair in ["sort=votes"])).sort == "votes"
-    assert state.query == "?q=a+b%26c&sort=votes&verdict=not+here"
+    assert state.query == "?q=a+b%26c&sort=votes&verdict=not+measured"
     assert Listing().query == ""
 
 
@@ -208,8 +208,8 @@ def test_filters_by_what_a_paper_brings_and_came_to(client, monkeypatch):
     kept = {
         "has=code": lambda entry: entry.card.code,
         "has=demo": lambda entry: entry.has_demo,
-        "verdict=not+here": lambda entry: entry.counts[Standing.NOT_HERE],
-        "verdict=reproduced": lambda entry: entry.counts[Standing.REPRODUCED],
+        "verdict=contradicted": lambda entry: entry.counts[ClaimVerdict.CONTRADICTED],
+        "verdict=verified": lambda entry: entry.counts[ClaimVerdict.VERIFIED],
     }
     for query, keeps in kept.items():
         wanted = [slug for slug, entry in catalogue.items() if keeps(entry)]

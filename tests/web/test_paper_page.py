@@ -144,7 +144,7 @@ def test_a_record_cannot_name_a_file_elsewhere(tmp_path):
     (tmp_path / "paper" / "text.png").write_text("no picture")
     files = ["../secret.png", str(tmp_path / "secret.png"), "text.png", "missing.png", "\0"]
     measurement = Measurement(pictures=[Picture(file=file, caption="a") for file in files])
-    record = Record(experiment="a", verdict=Verdict.HOLDS, measurement=measurement)
+    record = Record(experiment="a", verdict=Verdict.VERIFIED, measurement=measurement)
     finding = Finding("p", catalog.Experiment(id="a", kind="exact", says="a"), record)
     assert drawing.pictures(tmp_path / "paper", finding) == []
 
@@ -169,7 +169,7 @@ def test_a_lone_count_has_no_bar_and_a_spread_one_has():
     )
 
     def bar(**measured) -> str:
-        record = Record(experiment="a", verdict=Verdict.HOLDS, measurement=Measurement(**measured))
+        record = Record(experiment="a", verdict=Verdict.VERIFIED, measurement=Measurement(**measured))
         return str(drawing.interval(Finding("p", experiment, record)))
 
     assert bar(effect=80.0, interval=(80.0, 80.0)) == ""

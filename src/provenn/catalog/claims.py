@@ -1,5 +1,6 @@
 """What an abstract asserts, and the experiments that are evidence for it."""
 
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -9,24 +10,63 @@ from provenn.catalog.figures import Facts, Figure, Region
 
 
 class Claim(Facts):
-    """One assertion of the abstract, in our words, and the experiments that are evidence for it.
+    """One assertion of the abstract, in our words, and the experiments that are evidence for or against it.
 
-    `needs` says what the paper's own setting takes; a claim without experiments must say it.
+    Args:
+        says: the claim, in one sentence that can be read alone.
+        kind: exact (an identity or a count), cost, quality, or use (a property in use).
+        figure: the number that the abstract prints, where it prints one.
+        headline: whether the list and the board show this claim; one claim of a paper is it.
+        decides: the experiments closest to the claim, named before anything is measured. The verdict is theirs.
+        also: all else that was measured and bears on the claim. It is shown and changes no verdict.
+        against: those of `also` that are evidence against the claim where their own sentence is so.
+        needs: what verifies the claim at the paper's own setting.
+        wanted: an experiment that would decide the claim better at small scale, and that nobody has built.
     """
 
     says: str
     kind: Literal["exact", "cost", "quality", "use"]
     figure: str = ""
     headline: bool = False
-    experiments: list[str] = []
+    decides: list[str] = []
+    also: list[str] = []
+    against: list[str] = []
     needs: str = ""
+    wanted: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def roles_are_told_apart(cls, facts: Any) -> Any:
+        """Which experiments decide is said, not guessed."""
+        if isinstance(facts, dict) and "experiments" in facts:
+            raise ValueError(
+                "a claim has no key `experiments`: put those that decide it under `decides`, all others under `also`"
+            )
+        return facts
 
     @model_validator(mode="after")
     def has_evidence(self) -> "Claim":
-        """A claim without experiments says what it needs."""
-        if not self.experiments and not self.needs:
-            raise ValueError("a claim must name the experiments that are evidence for it, or what it needs")
+        """A claim that no experiment decides says what it needs; an experiment has one role."""
+        if not self.decides and not self.needs:
+            raise ValueError("a claim must name the experiments that decide it, or what it needs")
+        twice = {name for name in self.experiments if self.experiments.count(name) > 1}
+        if twice:
+            raise ValueError(f"an experiment decides a claim or stands under also, once: {', '.join(sorted(twice))}")
+        if not set(self.against) <= set(self.also):
+            raise ValueError(f"against names experiments of also, got {', '.join(self.against)}")
         return self
+
+    @property
+    def experiments(self) -> list[str]:
+        """All that bear on it, those that decide first."""
+        return [*self.decides, *self.also]
+
+
+class Roles(Facts):
+    """When and how it was chosen which experiments decide, where that was after some had been measured."""
+
+    chosen: date
+    how: str
 
 
 class AtPaper(Facts):
@@ -105,9 +145,12 @@ class AtPaper(Facts):
 class Experiment(Facts):
     """A measurement that is evidence for or against a claim, with the effects that would support it.
 
-    `sides` names the two that are compared, as the study's variants or the timing's runners are labelled. It is written
-    here independently of the code that measures, so that exchanged sides are noticed. `why` is the reason for the
-    region.
+    Args:
+        scale: the setting in one phrase, data and size of the models: a name of the paper's `scales`.
+        amended: what moved after it was measured, when and why.
+        sides: the two that are compared, as the study's variants or the timing's runners are labelled. They are written
+            here independently of the code that measures, so that exchanged sides are noticed.
+        why: the reason for the region.
     """
 
     id: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -117,6 +160,8 @@ class Experiment(Facts):
     published: Figure | None = None
     expects: Region | None = None
     why: str = ""
+    amended: str = ""
+    scale: str = ""
     sides: tuple[str, str] | None = None
     tolerance: float = 0.0
     needs: str | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from provenn.catalog.citation import bibtex
-from provenn.catalog.claims import Claim, Experiment
+from provenn.catalog.claims import Claim, Experiment, Roles
 from provenn.catalog.figures import Facts, Figure
 from provenn.core.errors import UserError
 from provenn.core.names import in_a_line, listed, meant
@@ -103,23 +103,25 @@ class Card(Facts):
     summary: str
     mechanisms: list[Mechanism] = []
     recipes: dict[str, dict[str, Any]] = {}
+    scales: dict[str, str] = {}
+    roles: Roles | None = None
     presets: list[Preset] = []
     claims: list[Claim] = []
     experiments: list[Experiment] = []
 
     @model_validator(mode="before")
     @classmethod
-    def spell_out_recipes(cls, facts: Any) -> Any:
+    def spell_out(cls, facts: Any) -> Any:
         """A preset's recipe may name one of `recipes`, or be one with changes: `{ base = "imagenet", lr = 0.1 }`.
 
-        So may that of an `at_paper`.
+        So may that of an `at_paper`. An experiment's scale is a name of `scales`.
         """
         if "statements" in facts:
             raise ValueError(
                 "written for provenn 0.1: rename [[claims]] to [[experiments]], then [[statements]] to [[claims]] and "
-                "its key `claims` to `experiments`"
+                "its key `claims` to `decides`, and move to `also` what is not closest to the claim"
             )
-        recipes = facts.get("recipes", {})
+        recipes, scales = facts.get("recipes", {}), facts.get("scales", {})
         presets = [_spelled_out(f"preset {_key(each, 'name')!r}", each, recipes) for each in facts.get("presets", [])]
         experiments = []
         for experiment in facts.get("experiments", []):
@@ -129,7 +131,12 @@ class Card(Facts):
                     **experiment,
                     "at_paper": _spelled_out(f"experiment {_key(experiment, 'id')!r}", how, recipes),
                 }
-            experiments.append(experiment)
+            scale = _key(experiment, "scale")
+            if scale is not None and scale not in scales:
+                raise ValueError(
+                    f"experiment {_key(experiment, 'id')!r}: no scale {scale!r}; there are: {listed(scales)}"
+                )
+            experiments.append(experiment if scale is None else {**experiment, "scale": scales[scale]})
         return {**facts, "presets": presets, "experiments": experiments}
 
     @model_validator(mode="after")

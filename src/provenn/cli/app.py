@@ -105,7 +105,7 @@ Device = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write the records and the report to.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an earlier run in the same folder.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if an experiment is not reproduced.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if an experiment is contradicted.")]
 Jobs = Annotated[int, typer.Option(help="Trials to run in parallel, each in its own process; they share the cores.")]
 Cluster = Annotated[
     str | None,
@@ -186,7 +186,7 @@ def resumable(kept: Callable[[], bool], resume: bool = True) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 an experiment is not reproduced, 2 bad input, 130 interrupted."""
+    """Run the command line; returns 0 done, 1 an experiment is contradicted, 2 bad input, 130 interrupted."""
     if arguments is None and sys.getfilesystemencoding() != "utf-8":
         # Under LC_ALL=C without UTF-8 mode, names of files that hold an ü could be read and not be written.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "provenn", *sys.argv[1:]])

@@ -11,11 +11,11 @@ from rich.table import Table
 from provenn.core.files import strict_json
 from provenn.core.progress import without_controls
 from provenn.evidence import view
-from provenn.evidence.claim import Standing
+from provenn.evidence.claim import ClaimVerdict
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.measurement import Table as Numbers
 from provenn.evidence.record import Finding
-from provenn.evidence.verdict import NO_VERDICT, Verdict
+from provenn.evidence.verdict import Verdict
 
 if TYPE_CHECKING:  # speeds are torch's, and `list` does without
     from provenn.evidence.benchmark import Speed
@@ -24,21 +24,22 @@ PIPED_WIDTH, NARROW = 200, 100
 MOST_FINDINGS = 2  # beside a claim
 SHARES = (3, 10, 4, 6)  # of a claim's columns in the width
 MANY = 5  # columns, more of which a narrow terminal has no room for
-STANDING_COLOURS = {
-    Standing.REPRODUCED: "green",
-    Standing.HOLDS_HERE: "cyan",
-    Standing.PARTLY: "yellow",
-    Standing.OPEN: "yellow",
-    Standing.NOT_HERE: "red",
-    Standing.NOT_MEASURED: "bright_black",
+CLAIM_COLOURS = {
+    ClaimVerdict.VERIFIED: "green",
+    ClaimVerdict.REPRODUCED: "green",
+    ClaimVerdict.SUPPORTED: "cyan",
+    ClaimVerdict.MIXED: "yellow",
+    ClaimVerdict.INCONCLUSIVE: "yellow",
+    ClaimVerdict.CONTRADICTED: "red",
+    ClaimVerdict.NOT_MEASURED: "bright_black",
 }
 MET = {True: "[green]✔[/]", False: "[red]✘[/]", None: "[yellow]~[/]"}  # within what is asked, beyond, undecided
 COLOURS = {
-    Verdict.HOLDS: "green",
+    Verdict.VERIFIED: "green",
     Verdict.REPRODUCED: "green",
-    Verdict.DIRECTION_HOLDS: "cyan",
+    Verdict.SUPPORTED: "cyan",
     Verdict.INCONCLUSIVE: "yellow",
-    Verdict.NOT_REPRODUCED: "red",
+    Verdict.CONTRADICTED: "red",
     Verdict.NOT_MEASURED: "bright_black",
     Verdict.UNSUPPORTED: "bright_black",
     Verdict.OUT_OF_MEMORY: "bright_black",
@@ -74,11 +75,17 @@ def verdict(which: Verdict) -> str:
     return f"[{COLOURS[which]}]{view.SYMBOLS[which]} {which}[/]"
 
 
-def standing(judged: view.Judged) -> str:
-    """The verdict on a claim, without its reason."""
+def claim_verdict(judged: view.Judged) -> str:
+    """The verdict on a claim with its scale; why nothing was measured stands beside it."""
     which = judged.judgement
-    words = str(which) if which.standing is Standing.PARTLY else str(which.standing)
-    return f"[{STANDING_COLOURS[which.standing]}]{judged.symbol} {words}[/]"
+    words = escape(str(which.verdict if which.verdict is ClaimVerdict.NOT_MEASURED else which))
+    scale = f"\n[dim]{escape(judged.scale)}[/]" if judged.scale else ""
+    return f"[{CLAIM_COLOURS[which.verdict]}]{judged.symbol} {words}[/]{scale}"
+
+
+def legend() -> str:
+    """What the verdicts of claims mean."""
+    return "[dim]" + "; ".join(f"{symbol} {word}: {meaning}" for symbol, word, meaning in view.legend()) + "[/]"
 
 
 def claims(judged: Iterable[view.Judged]) -> Table:
@@ -86,13 +93,15 @@ def claims(judged: Iterable[view.Judged]) -> Table:
     rows = []
     for each in judged:
         says = escape(each.claim.says)
-        measured = [f for f in each.findings if f.verdict not in NO_VERDICT]
+        measured = each.shown
         reason = each.judgement.reason or next((f.reason for f in each.findings if f.reason), "")
-        ours = "; ".join(f"{view.SYMBOLS[f.verdict]} {view.shortly(f)}" for f in measured[:MOST_FINDINGS]) or reason
+        decided = each.judgement.verdict is not ClaimVerdict.NOT_MEASURED
+        shown = "; ".join(f"{view.SYMBOLS[f.verdict]} {_measured(each, f)}" for f in measured[:MOST_FINDINGS])
+        ours = shown if decided else "; ".join(filter(None, (reason, f"beside it: {shown}" if shown else "")))
         more = f" and {len(measured) - MOST_FINDINGS} more" if len(measured) > MOST_FINDINGS else ""
         rows.append(
             (
-                standing(each),
+                claim_verdict(each),
                 f"[bold]{says}[/]" if each.claim.headline else says,
                 escape(each.claim.figure),
                 escape(ours + more),
@@ -107,13 +116,20 @@ def claims(judged: Iterable[view.Judged]) -> Table:
     return grid
 
 
+def _measured(judged: view.Judged, finding: Finding) -> str:
+    """What an experiment gave, and what it is to the claim unless it decides it."""
+    role = judged.role(finding)
+    return view.shortly(finding) + ("" if role is view.Role.DECIDES else f" ({role})")
+
+
 def experiments(findings: Iterable[Finding]) -> Table:
     """What is claimed, what the paper published, what we ask for, what we measured, and the verdict."""
     rows = []
     for finding in findings:
         origin = "" if finding.experiment.origin == "paper" else " [dim](ours)[/]"
-        ours = "\n".join(filter(None, (view.ours(finding.measurement), view.when(finding), view.at_setting(finding))))
-        reason = f"\n[dim]{escape(finding.reason)}[/]" if finding.reason else ""
+        lines = (view.ours(finding.measurement), view.scale_of(finding), view.when(finding), view.at_setting(finding))
+        ours = "\n".join(filter(None, lines))
+        reason = f"\n[dim]{escape(view.reason(finding))}[/]" if view.reason(finding) else ""
         rows.append(
             (
                 f"[bold]{finding.experiment.id}[/]{origin}\n{escape(finding.experiment.says)}",

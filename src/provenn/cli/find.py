@@ -51,7 +51,9 @@ def list_papers(
     terminal = console.console()
     terminal.print(console.table(("slug", "title, tasks, slot: mechanisms"), rows), "")
     name = fitting[0].slug if len(fitting) == 1 else "SLUG"
-    terminal.print(f"provenn show {name}        what its abstract says, what of it holds, and what to do with it")
+    terminal.print(
+        f"provenn show {name}        what its abstract says, the verdict on each claim, and what to do with it"
+    )
 
 
 def _slots(card: Card, called: dict[tuple[str, str], str]) -> list[str]:
@@ -92,7 +94,7 @@ def show(
     bibtex: Annotated[bool, typer.Option("--bibtex", help="Print only the BibTeX entry.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what a paper's abstract says, and which of its claims are supported.
+    """Show what a paper's abstract says, and the verdict on each of its claims.
 
     \b
     provenn show eca_net --all
@@ -100,7 +102,7 @@ def show(
     provenn show craft --preset craft_small
     """
     from provenn.cli import console
-    from provenn.evidence import provenance, view
+    from provenn.evidence import provenance, registration, view
 
     card = catalog.card(slug)
     if preset is not None and (everything or bibtex):
@@ -124,7 +126,7 @@ def show(
                 **card.model_dump(mode="json", exclude={"folder"}),
                 "bibtex": card.bibtex(),
                 "weights": {name: catalog.label_of_shipped(file) for name, file in card.shipped.items()},
-                "verdicts": [{"says": s.claim.says, "verdict": str(s.judgement)} for s in claims],
+                "verdicts": [{"says": s.claim.says, "verdict": str(s.judgement), "scale": s.scale} for s in claims],
                 "evidence": evidence.model_dump(mode="json", exclude_defaults=True) if evidence else None,
             }
         )
@@ -139,8 +141,9 @@ def show(
     if claims:
         out.print("", console.claims(claims))
         out.print(f"\n[bold]{view.tally_of_claims(claims)}[/] of {len(claims)} claims", highlight=False)
+        out.print(console.legend())
         if records := provenance.tally(findings):
-            out.print(f"[dim]records: {records}[/]", highlight=False)
+            out.print(f"[dim]records: {records}; {registration.tally(card, findings)}[/]", highlight=False)
     if evidence:
         out.print("[dim]measured " + console.escape("; ".join(dict.fromkeys(view.where(evidence.runs)))) + "[/]")
     elsewhere = evidence.at_other_settings(card.experiments) if evidence else []
@@ -253,7 +256,6 @@ def board(
     """
     from provenn.cli import console
     from provenn.evidence import view
-    from provenn.evidence.claim import Standing
 
     if source is None:
         known = {card.slug: evidence for card in catalog.cards().values() if (evidence := view.committed(card, log))}
@@ -276,7 +278,13 @@ def board(
                 {
                     "paper": slug,
                     "claims": [
-                        {"says": s.claim.says, "headline": s.claim.headline, "verdict": str(s.judgement)} for s in strip
+                        {
+                            "says": s.claim.says,
+                            "headline": s.claim.headline,
+                            "verdict": str(s.judgement),
+                            "scale": s.scale,
+                        }
+                        for s in strip
                     ],
                 }
                 for slug, strip in strips.items()
@@ -300,4 +308,4 @@ def board(
         finding for card in cards if card.slug in known for finding in known[card.slug].findings(card.experiments)
     ]
     out.print(f"[dim]records: {view.provenance.tally(records) or 'none'}[/]", highlight=False)
-    out.print("[dim]" + ", ".join(f"{view.STANDINGS[which]} {which}" for which in Standing) + "[/]")
+    out.print(console.legend())

@@ -488,7 +488,7 @@ def _measure(
     for slug in dict.fromkeys(finding.paper for finding in failed):
         names = ", ".join(finding.experiment.id for finding in failed if finding.paper == slug)
         log(f"provenn: the measurement of {names} of {slug} failed; see {out / slug / ERRORS}")
-    if failed or (strict and any(finding.verdict is Verdict.NOT_REPRODUCED for finding in findings)):
+    if failed or (strict and any(finding.verdict is Verdict.CONTRADICTED for finding in findings)):
         raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The standing of a claim of the abstract: a pure function of the verdicts of its experiments."""
+"""The verdict of a claim of the abstract: a pure function of the verdicts of the experiments that decide it."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -6,71 +6,112 @@ from typing import NamedTuple
 
 from provenn.evidence.verdict import NO_VERDICT, Verdict
 
-PROVED = {Verdict.HOLDS, Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS}
+AGREE = {Verdict.VERIFIED, Verdict.REPRODUCED, Verdict.SUPPORTED}
 
 
-class Standing(StrEnum):
-    """The verdict of a claim, from those of its experiments."""
+class ClaimVerdict(StrEnum):
+    """What the deciding experiments say of a claim; `MEANING` has each in a sentence."""
 
+    VERIFIED = "verified"
     REPRODUCED = "reproduced"
-    HOLDS_HERE = "holds here"
-    PARTLY = "partly"
-    OPEN = "open"
-    NOT_HERE = "not here"
+    SUPPORTED = "supported"
+    MIXED = "mixed"
+    INCONCLUSIVE = "inconclusive"
+    CONTRADICTED = "contradicted"
     NOT_MEASURED = "not measured"
 
 
+MEANING = {
+    ClaimVerdict.VERIFIED: "an identity or a count, and exactly so",
+    ClaimVerdict.REPRODUCED: "the published figure is met at the paper's own setting",
+    ClaimVerdict.SUPPORTED: "every deciding experiment that was measured agrees, at the scale named",
+    ClaimVerdict.MIXED: "some deciding experiments agree and some contradict",
+    ClaimVerdict.INCONCLUSIVE: "none contradicts, not all agree",
+    ClaimVerdict.CONTRADICTED: "at least one contradicts and none agrees, at the scale named",
+    ClaimVerdict.NOT_MEASURED: "no deciding experiment was measured; says what it needs",
+}
+
+
 class Outcome(NamedTuple):
-    """An experiment's kind and verdict, whether it was measured at the paper's setting, and why there is no verdict."""
+    """A deciding experiment's kind and verdict, and why there is none.
+
+    `at_paper_setting`: whether it was measured at the paper's own setting or, where it was not measured, would be.
+    `missed_figure` says what was measured at the paper's own setting in place of the published figure.
+    """
 
     kind: str
     verdict: Verdict
     at_paper_setting: bool = False
     reason: str = ""
+    missed_figure: str = ""
 
 
 class Judgement(NamedTuple):
-    """A claim's standing; of `asked` experiments that were measured, `held` hold; or what is missing."""
+    """A claim's verdict; of `asked` deciding experiments that were measured, `agreed` agree; or what is missing.
 
-    standing: Standing
-    held: int = 0
+    `figure` says how the figure that the abstract prints stands to the verdict: not tried, or not met.
+    """
+
+    verdict: ClaimVerdict
+    agreed: int = 0
     asked: int = 0
     reason: str = ""
+    figure: str = ""
 
     def __str__(self) -> str:
-        if self.standing is Standing.PARTLY:
-            return f"partly, {self.held} of {self.asked}"
-        if self.standing is Standing.NOT_MEASURED and self.reason:
-            return f"not measured: {self.reason}"
-        return str(self.standing)
+        if self.verdict is ClaimVerdict.NOT_MEASURED:
+            return f"not measured: {self.reason}" if self.reason else "not measured"
+        words = str(self.verdict)
+        if self.verdict is ClaimVerdict.MIXED:
+            words = f"mixed, {self.agreed} of {self.asked}"
+        if self.verdict is ClaimVerdict.SUPPORTED and self.figure:
+            words = "supported in direction"
+        return "; ".join(filter(None, (words, self.figure)))
 
 
-def judge(kind: str, needs: str, outcomes: Sequence[Outcome]) -> Judgement:
-    """The standing of a claim of that kind.
+def judge(kind: str, needs: str, outcomes: Sequence[Outcome], *, figure: str = "") -> Judgement:
+    """The verdict of a claim of that kind, from the experiments that decide it.
 
-    Only what was measured counts, and what was measured at the paper's setting beats what was measured smaller. A
-    claim about quality is not settled by counts and identities alone, which can be evidence against it, never for it.
-    Then:
+    Only what was measured counts, and what was measured at the paper's own setting beats what was measured smaller.
+    Counts and identities alone decide no claim about quality.
 
-    - all experiments hold: reproduced where each does at the paper's setting, else holds here;
-    - some hold: partly; none holds and some interval lies wholly elsewhere: not here; none decides: open.
+    Args:
+        kind: of the claim.
+        needs: what the claim takes where nothing was measured.
+        outcomes: of all deciding experiments, measured or not.
+        figure: what the abstract prints. It stands beside no verdict as if it had been tried where it was not.
     """
     measured = [outcome for outcome in outcomes if outcome.verdict not in NO_VERDICT]
-    deciding = [outcome for outcome in measured if kind != "quality" or outcome.kind == "quality"]
-    if not deciding:
+    if not any(kind != "quality" or outcome.kind == "quality" for outcome in measured):
         reasons = [_why(outcome) for outcome in outcomes if outcome.reason]
-        return Judgement(Standing.NOT_MEASURED, reason=f"needs {needs}" if needs else next(iter(reasons), ""))
-    at_paper = [o for o in deciding if o.kind != "exact" and o.at_paper_setting]
-    if at_paper:
-        measured = [o for o in measured if o.at_paper_setting or o.kind == "exact"]
-    holding = sum(outcome.verdict in PROVED for outcome in measured)
-    against = sum(outcome.verdict is Verdict.NOT_REPRODUCED for outcome in measured)
-    if holding == len(measured):
-        full = all(o.verdict in (Verdict.HOLDS, Verdict.REPRODUCED) for o in measured)
-        return Judgement(Standing.REPRODUCED if full else Standing.HOLDS_HERE, holding, holding)
-    if holding:
-        return Judgement(Standing.PARTLY, holding, len(measured))
-    return Judgement(Standing.NOT_HERE if against else Standing.OPEN, 0, len(measured))
+        return Judgement(ClaimVerdict.NOT_MEASURED, reason=f"needs {needs}" if needs else next(iter(reasons), ""))
+    if any(outcome.at_paper_setting and outcome.kind != "exact" for outcome in measured):
+        measured = [outcome for outcome in measured if outcome.at_paper_setting or outcome.kind == "exact"]
+    agreed = sum(outcome.verdict in AGREE for outcome in measured)
+    contradicted = sum(outcome.verdict is Verdict.CONTRADICTED for outcome in measured)
+    absent = [outcome for outcome in outcomes if outcome.verdict in NO_VERDICT]
+    verdict = _verdict(measured, absent, agreed, contradicted)
+    missed = [outcome.missed_figure for outcome in measured if outcome.missed_figure]
+    tried = any(outcome.at_paper_setting for outcome in measured)
+    note = "; ".join(missed) if missed else "" if tried else f"{figure} not tried"
+    settled = verdict in (ClaimVerdict.VERIFIED, ClaimVerdict.REPRODUCED)
+    return Judgement(verdict, agreed, len(measured), figure=note if figure and not settled else "")
+
+
+def _verdict(measured: Sequence[Outcome], absent: Sequence[Outcome], agreed: int, contradicted: int) -> ClaimVerdict:
+    """Of experiments that were measured, and of those that were not: without these nothing is verified, and without
+    those of the paper's own setting nothing is reproduced.
+    """
+    if agreed == len(measured):
+        verdicts = {outcome.verdict for outcome in measured}
+        if verdicts == {Verdict.VERIFIED} and not absent:
+            return ClaimVerdict.VERIFIED
+        met = Verdict.REPRODUCED in verdicts and Verdict.SUPPORTED not in verdicts
+        waiting = any(outcome.at_paper_setting for outcome in absent)
+        return ClaimVerdict.REPRODUCED if met and not waiting else ClaimVerdict.SUPPORTED
+    if agreed and contradicted:
+        return ClaimVerdict.MIXED
+    return ClaimVerdict.CONTRADICTED if contradicted else ClaimVerdict.INCONCLUSIVE
 
 
 def _why(outcome: Outcome) -> str:

@@ -20,7 +20,7 @@ from provenn.core.files import write_atomically
 from provenn.evidence.measurement import Measurement
 from provenn.evidence.verdict import Verdict, decide, region_of
 
-SCHEMA_VERSION = 4  # since provenn 0.2; older files are rewritten by scripts/migrate_records.py
+SCHEMA_VERSION = 5  # since provenn 0.2; older files are rewritten by scripts/migrate_records.py
 OLDEST_VERSION = 2  # of provenn 0.1's files that do not name theirs
 WIDEST = 200  # characters of a mapping that stands on one line
 EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"

@@ -15,8 +15,7 @@ from typing import Any
 
 from provenn import catalog
 from provenn.core.files import write_atomically
-from provenn.evidence import provenance, view
-from provenn.evidence.claim import Standing
+from provenn.evidence import provenance, registration, view
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.record import Evidence, Finding
 from provenn.evidence.verdict import Verdict
@@ -29,20 +28,12 @@ INK = "#010101"  # stands for the page's text colour until the plot is drawn
 COLOURS = tuple(f"#0101{10 + i}" for i in range(6))  # stand for --c0 to --c5
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = "os^Dvx"
-STANDINGS = {
-    Standing.REPRODUCED: "every experiment is met at the paper’s setting, or exactly so",
-    Standing.HOLDS_HERE: "every experiment that was measured holds, at a smaller setting",
-    Standing.PARTLY: "some experiments hold, others do not or are open",
-    Standing.OPEN: "no interval decides",
-    Standing.NOT_HERE: "no experiment holds, and some interval lies wholly elsewhere",
-    Standing.NOT_MEASURED: "says what it needs",
-}
 MEANINGS = {
-    Verdict.HOLDS: "an identity or a count is exactly so",
-    Verdict.REPRODUCED: "the published figure is met at the paper’s setting",
-    Verdict.DIRECTION_HOLDS: "at a smaller setting, the interval lies wholly where the experiment says",
-    Verdict.INCONCLUSIVE: "the interval straddles no effect",
-    Verdict.NOT_REPRODUCED: "the interval lies wholly elsewhere, or an exact experiment is false",
+    Verdict.VERIFIED: "an identity or a count, and exactly so",
+    Verdict.REPRODUCED: "the published figure is met at the paper’s own setting",
+    Verdict.SUPPORTED: "at a smaller setting, the interval lies wholly where the experiment asks",
+    Verdict.INCONCLUSIVE: "the interval crosses the edge of what is asked for",
+    Verdict.CONTRADICTED: "the interval lies wholly elsewhere, or an exact experiment is false",
     Verdict.NOT_MEASURED: "says what it needs",
     Verdict.UNSUPPORTED: "the device or this build of torch lacks an operation",
     Verdict.OUT_OF_MEMORY: "the device has less memory than it takes",
@@ -67,14 +58,13 @@ def html(every: Mapping[str, Evidence], folder: Path) -> str:
     papers = [
         _paper(catalog.cards()[slug], evidence, folder / slug) for slug, evidence in every.items() if evidence.records
     ]
-    title = f"{papers[0]['title']}: what holds" if len(papers) == 1 else "What holds"
+    title = f"{papers[0]['title']}: the verdicts" if len(papers) == 1 else "The verdicts"
     return template.render(
         title=title,
         papers=papers,
         symbols=view.SYMBOLS,
         meanings=MEANINGS,
-        standings=view.STANDINGS,
-        readings=STANDINGS,
+        legend=view.legend(),
     )
 
 
@@ -91,7 +81,7 @@ def _paper(card: catalog.Card, evidence: Evidence, folder: Path) -> dict[str, An
         "experiment_counts": view.tally(measured),
         "repeat": view.repeat(card.slug, evidence),
         "where": "; ".join(view.where(evidence.runs)),
-        "code": provenance.tally(measured),
+        "code": "; ".join(filter(None, (provenance.tally(measured), registration.tally(card, measured)))),
         "claims": [_claim(each) for each in claims],
         "count": len(measured),
         "elsewhere": len(elsewhere),
@@ -105,18 +95,20 @@ def _claim(judged: view.Judged) -> dict[str, Any]:
         "says": claim.says,
         "headline": claim.headline,
         "figure": claim.figure,
-        "standing": judged.judgement.standing,
+        "word": judged.judgement.verdict,
         "verdict": str(judged.judgement),
         "symbol": judged.symbol,
+        "scale": judged.scale,
+        "wanted": claim.wanted,
         "measured": [
             {
                 "experiment": f.experiment.id,
                 "anchor": _anchor(f),
                 "symbol": view.SYMBOLS[f.verdict],
                 "words": view.shortly(f),
+                "role": judged.role(f),
             }
-            for f in judged.findings
-            if f.record is not None and f.measurement.effect is not None
+            for f in judged.shown
         ],
     }
 
@@ -134,7 +126,8 @@ def _finding(finding: Finding, folder: Path) -> dict[str, Any]:
         "says": experiment.says,
         "origin": experiment.origin,
         "verdict": finding.verdict,
-        "reason": finding.reason,
+        "reason": view.reason(finding),
+        "scale": view.scale_of(finding),
         "symbol": view.SYMBOLS[finding.verdict],
         "published": view.published(experiment),
         "asked": view.asked(finding),
@@ -176,6 +169,7 @@ def _facts(finding: Finding, measurement: Measurement) -> list[tuple[str, str]]:
         ("Setting", "; ".join(f"{key} = {_setting(value)}" for key, value in measurement.setting.items())),
         ("Budget", run.budget + (", the paper’s setting" if measurement.at_paper_setting else "")),
         ("Time and memory", f"{record.wall_seconds:.3g} s, peak {record.peak_memory_bytes / 2**20:.0f} MiB"),
+        ("Registered", registration.in_words(finding)),
         ("Where and when", "".join(view.where([run]))),
     ]
 

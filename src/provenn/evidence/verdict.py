@@ -14,11 +14,11 @@ ROUNDING = 1e-9
 class Verdict(StrEnum):
     """What a measurement says of an experiment, from its numbers alone."""
 
-    HOLDS = "holds"
+    VERIFIED = "verified"
     REPRODUCED = "reproduced"
-    DIRECTION_HOLDS = "direction holds"
+    SUPPORTED = "supported"
     INCONCLUSIVE = "inconclusive"
-    NOT_REPRODUCED = "not reproduced"
+    CONTRADICTED = "contradicted"
     NOT_MEASURED = "not measured"
     UNSUPPORTED = "unsupported"
     OUT_OF_MEMORY = "out of memory"
@@ -47,8 +47,8 @@ def locate(interval: Interval, region: Region) -> Verdict:
         last = region.below if region.below is not None else inf
         inside = first < low and high < last
     if inside:
-        return Verdict.DIRECTION_HOLDS
-    return Verdict.NOT_REPRODUCED if high < first or low > last else Verdict.INCONCLUSIVE
+        return Verdict.SUPPORTED
+    return Verdict.CONTRADICTED if high < first or low > last else Verdict.INCONCLUSIVE
 
 
 def region_of(experiment: Experiment, measurement: Measurement) -> Region | None:
@@ -68,11 +68,12 @@ def decide(
 ) -> tuple[Verdict, str]:
     """The verdict and, where there is none, the reason.
 
-    holds: an identity or a count is exactly so; reproduced: the published figure is met within its tolerance at the
-    paper's setting; direction holds: the interval lies wholly where the experiment says; not reproduced: wholly
-    elsewhere; inconclusive: across the edge. Nothing is decided from an interval of less than 95 %, nor from variants
-    below the dummy baseline. unsupported and out of memory: what device and build cannot do, or hold; they say nothing
-    of the experiment. Of a setting that is not the experiment's own (`changed`) no published figure speaks.
+    verified: an identity or a count is exactly so. reproduced: the published figure is met within its tolerance at the
+    paper's own setting. supported: at a smaller setting, the interval lies wholly where the experiment asks.
+    contradicted: it lies wholly elsewhere. inconclusive: it crosses the edge. Nothing is decided from an interval of
+    less than 95 %, nor from variants below the dummy baseline. unsupported and out of memory: what device and build
+    cannot do, or hold; they say nothing of the experiment. No published figure is compared with a setting that is not
+    the experiment's own (`changed`).
     """
     if measurement.unsupported:
         return Verdict.UNSUPPORTED, measurement.unsupported
@@ -100,19 +101,20 @@ def decide(
         return Verdict.NOT_MEASURED, f"needs {' against '.join(experiment.sides)}; what was measured is {both}"
     guessing = [skill for skill in measurement.skills if not skill.may_guess and not beats_dummy(skill)]
     if guessing:
-        return Verdict.NOT_MEASURED, f"nothing was learned: {'; '.join(map(_beside_the_dummy, guessing))}"
+        return Verdict.NOT_MEASURED, f"below the dummy baseline: {'; '.join(map(_beside_the_dummy, guessing))}"
     verdict = locate(measurement.interval, region)
     if (
         experiment.kind == "exact"
         and verdict is Verdict.INCONCLUSIVE
         and measurement.interval[0] == measurement.interval[1]
     ):
-        verdict = Verdict.NOT_REPRODUCED  # on the bound of an open region: without uncertainty that is outside
-    if verdict is not Verdict.DIRECTION_HOLDS:
+        verdict = Verdict.CONTRADICTED  # on the bound of an open region: without uncertainty that is outside
+    if verdict is not Verdict.SUPPORTED:
         return verdict, ""
-    if measurement.at_paper_setting and _met(experiment, measurement):
-        return Verdict.REPRODUCED, ""
-    return (Verdict.HOLDS if experiment.kind == "exact" else verdict), ""
+    if experiment.kind == "exact":
+        return Verdict.VERIFIED, ""
+    met = measurement.at_paper_setting and meets_figure(experiment, measurement)
+    return (Verdict.REPRODUCED if met else verdict), ""
 
 
 def beats_dummy(skill: Skill) -> bool:
@@ -129,7 +131,7 @@ def _beside_the_dummy(skill: Skill) -> str:
     return f"{skill.variant} reaches {reached:.4g}, the dummy baseline {guessed:.4g}"
 
 
-def _met(experiment: Experiment, measurement: Measurement) -> bool:
+def meets_figure(experiment: Experiment, measurement: Measurement) -> bool:
     """Is the published figure met? It is the system's own, unless it is said to be a difference or a ratio."""
     figure = experiment.published
     if figure is None:

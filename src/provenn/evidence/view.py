@@ -7,41 +7,54 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from math import isfinite, isinf
 from pathlib import Path
 
 from provenn import catalog
 from provenn.catalog import Card, Claim, Experiment
-from provenn.evidence import provenance
-from provenn.evidence.claim import Judgement, Outcome, Standing, judge
+from provenn.evidence import provenance, registration
+from provenn.evidence.claim import AGREE, MEANING, ClaimVerdict, Judgement, Outcome, judge
 from provenn.evidence.interval import Number
 from provenn.evidence.measurement import Measurement, Series, Table
 from provenn.evidence.record import EVIDENCE, Evidence, Finding, RecordedRun, why_unread
-from provenn.evidence.verdict import Verdict
+from provenn.evidence.scale import scale_of, what_seeds_could_show
+from provenn.evidence.units import region_in, unit_of
+from provenn.evidence.verdict import NO_VERDICT, Verdict, meets_figure
 
 SYMBOLS = {
-    Verdict.HOLDS: "=",
-    Verdict.REPRODUCED: "✔",
-    Verdict.DIRECTION_HOLDS: "▲",
+    Verdict.VERIFIED: "✔",
+    Verdict.REPRODUCED: "★",
+    Verdict.SUPPORTED: "▲",
     Verdict.INCONCLUSIVE: "~",
-    Verdict.NOT_REPRODUCED: "✘",
+    Verdict.CONTRADICTED: "✘",
     Verdict.NOT_MEASURED: "–",
     Verdict.UNSUPPORTED: "⊘",
     Verdict.OUT_OF_MEMORY: "⊠",
 }
-STANDINGS = {
-    Standing.REPRODUCED: "✔",
-    Standing.HOLDS_HERE: "▲",
-    Standing.PARTLY: "◐",
-    Standing.OPEN: "~",
-    Standing.NOT_HERE: "✘",
-    Standing.NOT_MEASURED: "–",
+CLAIM_SYMBOLS = {
+    ClaimVerdict.VERIFIED: "✔",
+    ClaimVerdict.REPRODUCED: "★",
+    ClaimVerdict.SUPPORTED: "▲",
+    ClaimVerdict.MIXED: "◐",
+    ClaimVerdict.INCONCLUSIVE: "~",
+    ClaimVerdict.CONTRADICTED: "✘",
+    ClaimVerdict.NOT_MEASURED: "–",
 }
+MOST_SCALES = 2  # phrases beside a claim's verdict
+
+
+class Role(StrEnum):
+    """What an experiment is to a claim."""
+
+    DECIDES = "decides"
+    ALSO = "also"
+    AGAINST = "evidence against, where it is so"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim of an abstract, what it comes to, and the findings that are evidence for it."""
+    """A claim of an abstract, its verdict, and the findings that bear on it, those that decide it first."""
 
     claim: Claim
     judgement: Judgement
@@ -49,8 +62,32 @@ class Judged:
 
     @property
     def symbol(self) -> str:
-        """The sign of its standing in tables."""
-        return STANDINGS[self.judgement.standing]
+        """The sign of its verdict in tables."""
+        return CLAIM_SYMBOLS[self.judgement.verdict]
+
+    @property
+    def deciding(self) -> list[Finding]:
+        """Those that decide it."""
+        return [finding for finding in self.findings if self.role(finding) is Role.DECIDES]
+
+    @property
+    def shown(self) -> list[Finding]:
+        """What was measured, in the order in which a reader asks: those that decide it first, misses before hits."""
+        measured = [finding for finding in self.findings if finding.verdict not in NO_VERDICT]
+        return sorted(measured, key=lambda finding: (self.role(finding) is not Role.DECIDES, _hits(finding)))
+
+    @property
+    def scale(self) -> str:
+        """At what scale the verdict was decided: the phrases of those that decide it."""
+        phrases = list(dict.fromkeys(filter(None, (scale_of(f) for f in self.shown if self.role(f) is Role.DECIDES))))
+        others = len(phrases) - MOST_SCALES
+        more = [f"{others} other{'s' * (others > 1)}"] if others > 0 else []
+        return "; ".join(phrases[:MOST_SCALES] + more)
+
+    def role(self, finding: Finding) -> Role:
+        """What an experiment is to this claim."""
+        name = finding.experiment.id
+        return Role.DECIDES if name in self.claim.decides else Role.AGAINST if name in self.claim.against else Role.ALSO
 
 
 def judged(card: Card, evidence: Evidence | None) -> list[Judged]:
@@ -59,19 +96,41 @@ def judged(card: Card, evidence: Evidence | None) -> list[Judged]:
     by_experiment = {finding.experiment.id: finding for finding in every}
     result = []
     for claim in card.claims:
-        bearing = [by_experiment[name] for name in claim.experiments]
-        waiting = any(finding.record is None and finding.experiment.lacks is None for finding in bearing)
-        outcomes = [
-            Outcome(f.experiment.kind, f.verdict, f.measurement.at_paper_setting, f.reason)
-            for f in sorted(bearing, key=_waits)
-        ]
-        result.append(Judged(claim, judge(claim.kind, "" if waiting else claim.needs, outcomes), bearing))
+        deciding = [by_experiment[name] for name in claim.decides]
+        waiting = any(finding.record is None and finding.experiment.lacks is None for finding in deciding)
+        outcomes = [_outcome(finding) for finding in sorted(deciding, key=_waits)]
+        judgement = judge(claim.kind, "" if waiting else claim.needs, outcomes, figure=claim.figure)
+        result.append(Judged(claim, judgement, [by_experiment[name] for name in claim.experiments]))
     return result
+
+
+def _outcome(finding: Finding) -> Outcome:
+    measurement, experiment = finding.measurement, finding.experiment
+    missed, figure = "", experiment.published if measurement.at_paper_setting and experiment.kind != "exact" else None
+    if figure is not None and measurement.effect is not None and not meets_figure(experiment, measurement):
+        missed = f"{figure.value:g} {figure.unit} published, {shortly(finding)} here".replace("  ", " ")
+    would_be = experiment.at_paper is not None or experiment.needs is not None
+    at_paper = would_be if finding.verdict in NO_VERDICT else measurement.at_paper_setting
+    return Outcome(experiment.kind, finding.verdict, at_paper, finding.reason, missed)
 
 
 def _waits(finding: Finding) -> bool:
     """Those that only want a run come first: theirs is the reason that a reader can do something about."""
     return finding.experiment.lacks is not None
+
+
+def _hits(finding: Finding) -> bool:
+    return finding.verdict in AGREE
+
+
+def reason(finding: Finding) -> str:
+    """Why there is no verdict; of an inconclusive experiment, what its seeds could have shown."""
+    return finding.reason or what_seeds_could_show(finding)
+
+
+def legend() -> list[tuple[str, str, str]]:
+    """Each verdict of a claim: its sign, its word and its meaning."""
+    return [(CLAIM_SYMBOLS[verdict], str(verdict), meaning) for verdict, meaning in MEANING.items()]
 
 
 def committed(card: Card, log: Callable[[str], None]) -> Evidence | None:
@@ -124,16 +183,18 @@ def ours(measurement: Measurement) -> str:
     if measurement.effect is None:
         return ""
     if measurement.kind_of_effect == "truth":
-        return "holds" if measurement.effect else "does not hold"
-    unit = f" {measurement.unit}" if measurement.unit else ""
-    unit = f" ×{unit}" if measurement.unit[:1].isdigit() else unit  # of 2^20, say
-    low, high = measurement.interval or (None, None)
-    spread = "" if low is None or low == high else f" [{number(low, 3)}, {number(high, 3)}]"
+        return "so" if measurement.effect else "not so"
     if measurement.kind_of_effect == "value":
-        return number(measurement.value) + unit + spread
-    sides = f" ({number(measurement.value)} against {number(measurement.baseline)}{unit})"
-    sign = "×" if measurement.kind_of_effect == "ratio" else "+" if measurement.effect >= 0 else ""
-    return sign + number(effect(measurement)) + spread + sides
+        factor, unit = _unit(measurement)
+        return number(_times(measurement.value, factor)) + unit + _spread(measurement, factor)
+    factor, unit = _unit(measurement)
+    plain, of_sides = unit_of(measurement.unit, "value")
+    of_sides = f" {of_sides}" if of_sides else ""
+    value, baseline = (number(_times(side, plain)) for side in (measurement.value, measurement.baseline))
+    unit = "" if factor == 1 else unit  # that of the two sides stands behind them
+    return (
+        _signed(measurement, factor) + _spread(measurement, factor) + unit + f" ({value} against {baseline}{of_sides})"
+    )
 
 
 def shortly(finding: Finding) -> str:
@@ -142,14 +203,40 @@ def shortly(finding: Finding) -> str:
     if measurement.effect is None:
         return finding.reason
     if measurement.kind_of_effect == "truth":
-        return "holds" if measurement.effect else "does not hold"
-    sign = {"ratio": "×", "difference": "+" if measurement.effect >= 0 else ""}.get(measurement.kind_of_effect, "")
-    low, high = measurement.interval or (None, None)
-    spread = "" if low is None or low == high else f" [{number(low, 3)}, {number(high, 3)}]"
-    unit = f" {measurement.unit}" if measurement.unit and measurement.kind_of_effect != "ratio" else ""
-    unit = f" ×{unit}" if measurement.unit[:1].isdigit() and unit else unit  # of 2^20, say
+        return "so" if measurement.effect else "not so"
+    factor, unit = _unit(measurement)
     digits = 3 if isinstance(measurement.effect, float) and not measurement.effect.is_integer() else 4
-    return f"{sign}{number(effect(measurement), digits)}{spread}{unit}"
+    return _signed(measurement, factor, digits) + _spread(measurement, factor) + unit
+
+
+def _unit(measurement: Measurement) -> tuple[float, str]:
+    """What an effect is multiplied by, and the unit after it; a ratio has none."""
+    if measurement.kind_of_effect == "ratio":
+        return 1.0, ""
+    factor, name = unit_of(measurement.unit, measurement.kind_of_effect)
+    return factor, f" × {name}" if name[:1].isdigit() else f" {name}" if name else ""  # of 2^20, say
+
+
+def _times(value: Number | None, factor: float) -> Number | None:
+    return value if value is None or factor == 1 else value * factor
+
+
+def _signed(measurement: Measurement, factor: float, digits: int = 4) -> str:
+    sign = {"ratio": "×", "difference": "+" if (measurement.effect or 0.0) >= 0 else ""}
+    return sign.get(measurement.kind_of_effect, "") + number(_times(effect(measurement), factor), digits)
+
+
+def _spread(measurement: Measurement, factor: float) -> str:
+    low, high = measurement.interval or (None, None)
+    if low is None or low == high:
+        return ""
+    digits = 4 if _near_one(measurement) else 3
+    return f" [{number(_times(low, factor), digits)}, {number(_times(high, factor), digits)}]"
+
+
+def _near_one(measurement: Measurement) -> bool:
+    """Whether it is a ratio of two sides so alike that it takes one digit more to tell them apart."""
+    return measurement.kind_of_effect == "ratio" and 0.9 < (measurement.effect or 0.0) < 1.1
 
 
 def published(experiment: Experiment) -> str:
@@ -170,12 +257,19 @@ def asked(finding: Finding) -> str:
     """The region that the effect is held to, and why that one."""
     experiment = finding.experiment
     if experiment.expects is not None:
-        region = str(experiment.expects)
+        factor, _ = _unit(finding.measurement)
+        region = str(region_in(experiment.expects, factor)) + _points(finding.measurement)
     elif experiment.published is not None and finding.measurement.kind_of_effect != "truth":
         region = f"the figure within {experiment.tolerance:g}" if experiment.tolerance else "the figure itself"
     else:
         region = "that it is so" if experiment.needs is None else ""
     return f"{region}: {experiment.why}" if experiment.why else region
+
+
+def _points(measurement: Measurement) -> str:
+    """The unit of a region that is not in the metric's own."""
+    factor, unit = _unit(measurement)
+    return "" if factor == 1 else unit
 
 
 def when(finding: Finding, *, code: bool = True) -> str:
@@ -186,6 +280,7 @@ def when(finding: Finding, *, code: bool = True) -> str:
     words = [f"{len(seeds)} seeds"] * bool(seeds) + [
         f"{finding.run.date:%Y-%m-%d}",
         provenance.in_words(finding) if code else "",
+        registration.departs(finding),
     ]
     return ", ".join(filter(None, words))
 
@@ -218,8 +313,8 @@ def tally(findings: Iterable[Finding]) -> str:
 
 def tally_of_claims(claims: Iterable[Judged]) -> str:
     """How many claims got which verdict."""
-    counts = Counter(each.judgement.standing for each in claims)
-    return ", ".join(f"{counts[standing]} {standing}" for standing in Standing if counts[standing])
+    counts = Counter(each.judgement.verdict for each in claims)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ClaimVerdict if counts[verdict])
 
 
 def plots(measurement: Measurement) -> dict[str, list[Series]]:

@@ -83,7 +83,7 @@ def reproduce(
         paper: its slug or arXiv number, or its card.
         done: is given each finding as it is written.
         experiments: ids of the experiments to measure, or the one; by default all.
-        headline: only what the headline of the abstract rests on.
+        headline: only the experiments that decide the headline of the abstract.
         budget: smoke, small (the default) or paper.
         seeds: how many, or which: see `choose_seeds`; by default 5.
         device: auto (the default), cpu, cuda, mps or a torch device.
@@ -156,7 +156,7 @@ def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = No
     experiments = asked["experiments"]
     names = [experiments] if isinstance(experiments, str) else experiments
     if asked["headline"]:
-        names = next((claim.experiments for claim in card.claims if claim.headline), None)
+        names = next((claim.decides for claim in card.claims if claim.headline), None)
     wanted = [card.experiment(name) for name in names] if names else card.experiments
     device, out = choose_device(asked["device"]), Path(asked["out"])
     named = bool(names) and not asked["headline"]

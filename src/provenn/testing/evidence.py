@@ -16,16 +16,16 @@ from provenn.evidence.record import EVIDENCE, PICTURES, Evidence, Record, why_un
 from provenn.evidence.study import Contrast, Reading, Study
 from provenn.evidence.timing import Exponent, Ratio
 
-LARGEST = 60_000  # bytes of a record
+LARGEST = 70_000  # bytes of a record
 EXACT = {"rel_tol": 1e-9, "abs_tol": 1e-12}
 
 
 def faults_of_claims(card: Card) -> Iterator[str]:
     """Every claim can fail or says what it needs, and every region says why."""
     for claim in card.claims:
-        measured = [card.experiment(name) for name in claim.experiments if card.experiment(name).needs is None]
+        measured = [card.experiment(name) for name in claim.decides if card.experiment(name).needs is None]
         if not measured and not claim.needs:
-            yield f"no experiment measures the claim {claim.says!r}: name one, or say what it needs"
+            yield f"no experiment decides the claim {claim.says!r}: name one, or say what it needs"
         elif claim.kind == "quality" and not claim.needs and "quality" not in {one.kind for one in measured}:
             yield f"the claim {claim.says!r} is of quality: name an experiment of kind quality"
     sentences = [experiment.says for experiment in card.experiments]
@@ -34,6 +34,8 @@ def faults_of_claims(card: Card) -> Iterator[str]:
             yield f"{experiment.id}: another experiment says the same: {experiment.says!r}"
         if experiment.expects is not None and not experiment.why:
             yield f"{experiment.id}: give with `why` the reason of its region"
+        if experiment.kind == "quality" and experiment.lacks is None and not experiment.scale:
+            yield f"{experiment.id}: name its data and the size of its models with `scale`, an entry of [scales]"
 
 
 def faults_of_experiments(card: Card) -> Iterator[str]:

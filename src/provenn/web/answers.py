@@ -7,8 +7,8 @@ from datetime import UTC, datetime, time
 from pydantic import BaseModel, Field
 
 from provenn.catalog import Region, mechanism_names
-from provenn.evidence import provenance, view
-from provenn.evidence.claim import Standing
+from provenn.evidence import provenance, registration, view
+from provenn.evidence.claim import ClaimVerdict
 from provenn.evidence.record import Finding
 from provenn.evidence.verdict import Verdict, region_of
 from provenn.experiments.compare.latencies import LatencyBench
@@ -44,11 +44,16 @@ class Claim(BaseModel):
     kind: str
     headline: bool
     figure: str = Field(description="The paper's figure, in words.")
-    verdict: Standing
-    held: int = Field(description="How many of the experiments that were measured hold.")
-    asked: int
+    verdict: ClaimVerdict
+    agreed: int = Field(description="How many of the deciding experiments that were measured agree with it.")
+    asked: int = Field(description="How many deciding experiments were measured.")
+    figure_note: str = Field(description="How the paper's figure stands to the verdict: not tried, or not met.")
+    scale: str = Field(description="At what scale the verdict was decided.")
     reason: str = Field(description="What a measurement needs, where there is none.")
-    experiments: list[str] = Field(description="The experiments that are evidence for it.")
+    decides: list[str] = Field(description="The experiments that decide it, named before anything was measured.")
+    also: list[str] = Field(description="All else that was measured and bears on it, for or against.")
+    against: list[str] = Field(description="Those of also that are evidence against it where they are so.")
+    wanted: str = Field(description="An experiment that would decide it better at small scale and is not built.")
 
     @classmethod
     def of(cls, judged: view.Judged) -> "Claim":
@@ -59,11 +64,16 @@ class Claim(BaseModel):
             kind=claim.kind,
             headline=claim.headline,
             figure=claim.figure,
-            verdict=judgement.standing,
-            held=judgement.held,
+            verdict=judgement.verdict,
+            agreed=judgement.agreed,
             asked=judgement.asked,
+            figure_note=judgement.figure,
+            scale=judged.scale,
             reason=judgement.reason,
-            experiments=claim.experiments,
+            decides=claim.decides,
+            also=claim.also,
+            against=claim.against,
+            wanted=claim.wanted,
         )
 
 
@@ -78,7 +88,8 @@ class Experiment(BaseModel):
     asked: Region | None = Field(description="The effects that support the experiment.")
     why: str = Field(description="The reason for that region.")
     verdict: Verdict
-    reason: str = Field(description="Why there is no verdict, where there is none.")
+    scale: str = Field(description="Data, size of the models and seeds of what was measured.")
+    reason: str = Field(description="Why there is no verdict, or what an inconclusive one could have shown.")
     effect: float | None = Field(description="What was measured; null where nothing was, or where it is infinite.")
     kind_of_effect: str | None = Field(description="value, difference, ratio or truth.")
     interval: tuple[float | None, float | None] | None = Field(description="Of the effect; null for infinity.")
@@ -91,6 +102,7 @@ class Experiment(BaseModel):
     data: str
     at_paper_setting: bool
     measured: datetime | None
+    registered: str = Field(description="Whether what decides it stood in a commit before it was measured.")
     code: str = Field(description="Whether the record is of the code that stands; empty without a record.")
 
     @classmethod
@@ -111,7 +123,8 @@ class Experiment(BaseModel):
             asked=region_of(experiment, measurement),
             why=experiment.why,
             verdict=finding.verdict,
-            reason=finding.reason,
+            scale=view.scale_of(finding),
+            reason=view.reason(finding),
             effect=_finite(measurement.effect),
             kind_of_effect=measurement.kind_of_effect if known else None,
             interval=None if interval is None else (_finite(interval[0]), _finite(interval[1])),
@@ -124,6 +137,7 @@ class Experiment(BaseModel):
             data=measurement.data,
             at_paper_setting=measurement.at_paper_setting,
             measured=None if finding.run is None else finding.run.date,
+            registered=registration.in_words(finding),
             code=provenance.in_words(finding),
         )
 
@@ -154,8 +168,8 @@ class Summary(BaseModel):
     tags: list[str]
     demo: bool = Field(description="Whether weights ship that predict something.")
     headline: str = Field(description="The claim that a newspaper would quote; empty where there is none.")
-    headline_verdict: Standing | None
-    verdicts: dict[Standing, int] = Field(description="How many claims of the abstract came to what.")
+    headline_verdict: ClaimVerdict | None
+    verdicts: dict[ClaimVerdict, int] = Field(description="How many claims of the abstract came to what.")
     share: float = Field(description="The share of the abstract's claims that hold.")
     measured: datetime | None = Field(description="When it was measured last.")
 
@@ -362,8 +376,8 @@ def summary_of(entry: Entry, page: str, votes: Mapping[str, int], comments: Mapp
         "tags": card.tags,
         "demo": entry.has_demo,
         "headline": headline.claim.says if headline else "",
-        "headline_verdict": headline.judgement.standing if headline else None,
-        "verdicts": {standing: entry.counts[standing] for standing in Standing},
+        "headline_verdict": headline.judgement.verdict if headline else None,
+        "verdicts": {verdict: entry.counts[verdict] for verdict in ClaimVerdict},
         "share": entry.share,
         "measured": entry.measured,
     }

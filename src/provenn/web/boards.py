@@ -12,7 +12,6 @@ from provenn import catalog
 from provenn.catalog import AtPaper, Experiment
 from provenn.catalog.slots import SLOTS
 from provenn.evidence import view
-from provenn.evidence.claim import Standing
 from provenn.evidence.record import Finding
 from provenn.experiments.compare.latencies import LatencyBench
 from provenn.experiments.compare.outcome import SlotComparison
@@ -120,7 +119,6 @@ def boards(request: Request) -> Response:
         tasks=tasks(site.catalogue),
         slots=SLOTS,
         every=every,
-        standings=list(Standing),
         tally=view.tally_of_claims(every),
         records=view.provenance.tally(finding for entry in site.catalogue.values() for finding in entry.findings),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from provenn import catalog
 from provenn.evidence import view
-from provenn.evidence.claim import Standing
+from provenn.evidence.claim import ClaimVerdict
 from provenn.evidence.record import Evidence, Finding
 from provenn.evidence.verdict import Verdict
 from provenn.inference import sizes
@@ -20,7 +20,7 @@ from provenn.web import usage
 from provenn.web.offers import offers_of
 
 LOG = logging.getLogger("provenn.web")
-HOLDING = (Standing.REPRODUCED, Standing.HOLDS_HERE)
+AGREEING = (ClaimVerdict.VERIFIED, ClaimVerdict.REPRODUCED, ClaimVerdict.SUPPORTED)
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Entry:
         return self.card.slug
 
     @cached_property
-    def counts(self) -> Counter[Standing]:
+    def counts(self) -> Counter[ClaimVerdict]:
         """How many claims came to what."""
-        return Counter(each.judgement.standing for each in self.claims)
+        return Counter(each.judgement.verdict for each in self.claims)
 
     @property
     def share(self) -> float:
         """The share of the abstract's claims that hold, of all that it makes."""
-        return sum(self.counts[standing] for standing in HOLDING) / max(1, len(self.claims))
+        return sum(self.counts[verdict] for verdict in AGREEING) / max(1, len(self.claims))
 
     @property
     def headline(self) -> view.Judged | None:
@@ -135,7 +135,7 @@ class Entry:
             "slot": self.slots,
             "tag": card.tags,
             "has": ["code"] * bool(card.code) + ["demo"] * self.has_demo,
-            "verdict": [str(standing) for standing, count in self.counts.items() if count],
+            "verdict": [str(verdict) for verdict, count in self.counts.items() if count],
         }
 
     @cached_property
@@ -207,4 +207,4 @@ class Catalogue(Mapping[str, Entry]):
 
     def not_held(self) -> list[tuple[Entry, Finding]]:
         """Every experiment of a paper whose interval lies wholly elsewhere, or that is false."""
-        return [(e, f) for e in self.values() for f in e.findings if f.verdict is Verdict.NOT_REPRODUCED]
+        return [(e, f) for e in self.values() for f in e.findings if f.verdict is Verdict.CONTRADICTED]

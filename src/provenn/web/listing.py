@@ -6,10 +6,10 @@ from itertools import groupby
 from urllib.parse import urlencode
 
 from provenn import catalog
-from provenn.evidence.claim import Standing
+from provenn.evidence.claim import ClaimVerdict
 from provenn.web.catalogue import Catalogue, Entry
 
-SORTS = {"": "best fit, then newest", "date": "newest", "votes": "most votes", "share": "most holds"}
+SORTS = {"": "best fit, then newest", "date": "newest", "votes": "most votes", "share": "most supported"}
 HAS = {"code": "authors’ code", "demo": "can be tried"}
 
 
@@ -19,7 +19,8 @@ class Listing:
 
     Args:
         q: words, as `provenn list` finds them.
-        sort: date, votes, or the share of the abstract that holds; "" is how well the words fit, or date without any.
+        sort: date, votes, or the share of claims that are verified, reproduced or supported; "" is how well the
+            words fit, or date without any.
         task, slot, tag: of the paper, of one of its mechanisms, of its tags.
         has: code of the authors, or a demo.
         verdict: of some claim of its abstract.
@@ -39,7 +40,7 @@ class Listing:
         state = cls(**{field.name: query[field.name].strip()[:200] for field in fields(cls) if field.name in query})
         state = state if state.sort in SORTS else replace(state, sort="")
         state = state if state.has in HAS else replace(state, has="")
-        return state if state.verdict in set(Standing) else replace(state, verdict="")
+        return state if state.verdict in set(ClaimVerdict) else replace(state, verdict="")
 
     @property
     def query(self) -> str:
@@ -84,5 +85,5 @@ class Listing:
             (not self.tag or self.tag in entry.card.tags)
             and (self.has != "code" or entry.card.code is not None)
             and (self.has != "demo" or entry.has_demo)
-            and (not self.verdict or entry.counts[Standing(self.verdict)] > 0)
+            and (not self.verdict or entry.counts[ClaimVerdict(self.verdict)] > 0)
         )

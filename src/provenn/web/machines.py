@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter
 
 from provenn import catalog
-from provenn.evidence.claim import Standing
+from provenn.evidence.claim import ClaimVerdict
 from provenn.web import answers, boards, feeds
 from provenn.web.catalogue import Entry
 from provenn.web.listing import Listing
@@ -72,7 +72,7 @@ def papers(
     slot: Slot = "",
     tag: Tag = "",
     has: Annotated[Has | None, Query(description="The authors' code, or weights that can be tried.")] = None,
-    verdict: Annotated[Standing | None, Query(description="Of some claim of the abstract.")] = None,
+    verdict: Annotated[ClaimVerdict | None, Query(description="Of some claim of the abstract.")] = None,
 ) -> Response:
     """All papers, searched, filtered and ordered as the list is."""
     site = site_of(request)
@@ -135,7 +135,7 @@ def daily_papers(
 
 @router.get("/api/not_held", response_model=list[answers.NotHeld], tags=["papers"])
 def not_held(request: Request) -> Response:
-    """Every experiment of a paper that did not hold here."""
+    """Every experiment of a paper that is contradicted."""
     rows = site_of(request).catalogue.not_held()
     answer = [answers.NotHeld(paper=entry.slug, experiment=answers.Experiment.of(finding)) for entry, finding in rows]
     return _json(request, list[answers.NotHeld], answer)

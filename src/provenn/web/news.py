@@ -10,18 +10,18 @@ from datetime import datetime, timedelta
 from sqlalchemy import String, func, select, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from provenn.evidence.claim import Standing
-from provenn.evidence.view import STANDINGS
+from provenn.evidence.claim import ClaimVerdict
+from provenn.evidence.view import CLAIM_SYMBOLS
 from provenn.web.catalogue import Catalogue, Entry
 from provenn.web.models import PAPER, Base, Moment, Vote, now
 
-SAYS, STANDING = 500, 20  # the longest claim and the longest standing that are kept, in characters
+SAYS, STANDING = 500, 20  # the longest claim and the longest verdict that are kept, in characters
 MOST_VOTED = 5
 VOTES_OF = timedelta(days=7)
 
 
 class Seen(Base):
-    """A claim and its standing as last seen; of a paper as such, the row whose claim is ""."""
+    """A claim and its verdict as last seen; of a paper as such, the row whose claim is ""."""
 
     __tablename__ = "standings"
 
@@ -31,7 +31,7 @@ class Seen(Base):
 
 
 class Change(Base):
-    """That a paper came (no claim), or that a claim's standing became another."""
+    """That a paper came (no claim), or that a claim's verdict became another."""
 
     __tablename__ = "changes"
     __table_args__ = ({"sqlite_autoincrement": True},)  # a number is never given again
@@ -46,17 +46,17 @@ class Change(Base):
 
 @dataclass(frozen=True)
 class Changed:
-    """A claim's standing before and now."""
+    """A claim's verdict before and now."""
 
     entry: Entry
     says: str
-    before: Standing
-    after: Standing
+    before: ClaimVerdict
+    after: ClaimVerdict
 
     @property
     def words(self) -> str:
         """From which sign and word to which."""
-        return f"{STANDINGS[self.before]} {self.before} → {STANDINGS[self.after]} {self.after}"
+        return f"{CLAIM_SYMBOLS[self.before]} {self.before} → {CLAIM_SYMBOLS[self.after]} {self.after}"
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,16 @@ def observe(session: Session, catalogue: Catalogue) -> None:
     seen = {(row.paper, row.claim): row for row in session.scalars(select(Seen))}
     shown = {(entry.slug, ""): "" for entry in catalogue.values()}
     for entry in catalogue.values():
-        shown |= {(entry.slug, e.claim.says[:SAYS]): str(e.judgement.standing) for e in entry.claims}
-    for (paper, claim), standing in shown.items():
+        shown |= {(entry.slug, e.claim.says[:SAYS]): str(e.judgement.verdict) for e in entry.claims}
+    for (paper, claim), verdict in shown.items():
         row = seen.get((paper, claim))
         if row is None:
-            session.add(Seen(paper=paper, claim=claim, standing=standing))
+            session.add(Seen(paper=paper, claim=claim, standing=verdict))
             if seen and not claim:
                 session.add(Change(paper=paper, claim="", before="", after=""))
-        elif row.standing != standing:
-            session.add(Change(paper=paper, claim=claim, before=row.standing, after=standing))
-            row.standing = standing
+        elif row.standing != verdict:
+            session.add(Change(paper=paper, claim=claim, before=row.standing, after=verdict))
+            row.standing = verdict
     for key in seen.keys() - shown.keys():
         if key[1]:  # a paper that goes and comes back is not new
             session.delete(seen[key])
@@ -120,7 +120,7 @@ def between(session: Session, catalogue: Catalogue, since: int, upto: int) -> Ne
             last[row.paper, row.claim] = row.after
     new = {entry.slug for entry in papers}
     changed = [
-        Changed(catalogue[paper], says, Standing(first[paper, says]), Standing(after))
+        Changed(catalogue[paper], says, ClaimVerdict(first[paper, says]), ClaimVerdict(after))
         for (paper, says), after in last.items()
         if first[paper, says] != after and paper not in new
     ]

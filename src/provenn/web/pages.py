@@ -1,4 +1,4 @@
-"""The catalogue's pages for readers: the list, a paper, what did not hold."""
+"""The catalogue's pages for readers: the list, a paper, what is contradicted."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 
 from provenn import catalog
 from provenn.evidence import view
-from provenn.evidence.claim import Standing
+from provenn.evidence.claim import ClaimVerdict
 from provenn.evidence.verdict import NO_VERDICT
 from provenn.web import opinions
 from provenn.web.catalogue import Catalogue, Entry
@@ -41,7 +41,7 @@ def papers(request: Request) -> Response:
         sorts={name: words for name, words in SORTS.items() if not site.copied or name in ("date", "share")},
         lists=_lists(site.catalogue) if site.copied else {},
         has=HAS,
-        standings=list(Standing),
+        verdicts=list(ClaimVerdict),
         tags=site.catalogue.tags[:MOST_TAGS],
         counts=counts,
         voted=voted,
@@ -84,7 +84,7 @@ def evidence(request: Request, name: str) -> Response:
 
 @router.get("/not-held", include_in_schema=False)
 def not_held(request: Request) -> Response:
-    """Every experiment of a paper that did not hold here."""
+    """Every experiment of a paper that is contradicted."""
     catalogue = site_of(request).catalogue
     findings = catalogue.not_held()
     return page(
@@ -103,7 +103,7 @@ def _lists(catalogue: Catalogue) -> dict[str, list[tuple[str, str]]]:
         "Task": [(task, Listing(task=task).query) for task in catalogue.tasks],
         "Slot": [(slot, Listing(slot=slot).query) for slot in catalogue.slots],
         "Tag": [(tag, Listing(tag=tag).query) for tag in catalogue.tags],
-        "Verdict": [(str(standing), Listing(verdict=standing).query) for standing in Standing],
+        "Verdict": [(str(verdict), Listing(verdict=verdict).query) for verdict in ClaimVerdict],
         "Has": [(words, Listing(has=name).query) for name, words in HAS.items()],
     }
 

@@ -131,6 +131,7 @@ TRAINING = Timing(
 EXPERIMENTS = {
     "added_parameters": ADDED.against("ECA", "SE r=16", at=50),
     "no_reduction": FAILING.against("eca", "se"),
+    "wider_bottleneck": FAILING.against("se4", "se"),
     "diagonal_beats_bottleneck": FAILING.against("var2", "se"),
     "full_beats_bottleneck": FAILING.against("var3", "se"),
     "interaction": FAILING.against("eca", "var2"),

@@ -1,0 +1,102 @@
+"""What decides an experiment stood in a commit before it was measured, or its amendment says what moved."""
+
+import subprocess
+import tomllib
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from provenn import catalog
+from provenn.catalog import Card, Experiment
+from provenn.evidence import view
+from provenn.evidence.measurement import Measurement
+from provenn.evidence.record import Environment, Evidence, Finding, Record, RecordedRun
+from provenn.evidence.registration import Registration, in_words, registration, tally
+
+ROOT = Path(catalog.__file__).parents[3]
+MEASURED = Measurement.exact(3)
+
+
+def git(*words: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=60)
+    return done.stdout if done.returncode == 0 else None
+
+
+@cache
+def at_commit(commit: str, slug: str) -> dict | None:
+    """A paper's experiments as they stood at a commit; what is a claim now was a statement then."""
+    text = git("show", f"{commit}:src/provenn/papers/{slug}/paper.toml")
+    facts = tomllib.loads(text) if text is not None else {}
+    return {each["id"]: each for each in facts.get("experiments", facts.get("claims", []))} if text else None
+
+
+@cache
+def decided_at_commit(commit: str, slug: str) -> list[list[str]]:
+    facts = tomllib.loads(git("show", f"{commit}:src/provenn/papers/{slug}/paper.toml") or "")
+    return [claim.get("decides", []) for claim in facts.get("claims", [])]
+
+
+def recorded(card: Card) -> list[Finding]:
+    evidence = view.committed(card, print) or Evidence(paper=card.slug)
+    return [f for f in evidence.findings(card.experiments) if registration(f) is not None]
+
+
+@pytest.mark.parametrize("slug", [slug for slug, card in catalog.cards().items() if card.built_in])
+def test_region_and_role_of_every_record_stood_in_its_commit(slug):
+    """Where the history is here. What was measured before the roles were chosen is held to its region alone."""
+    card = catalog.cards()[slug]
+    if git("rev-parse", "HEAD") is None:
+        pytest.skip("no checkout")
+    missing = []
+    for finding in recorded(card):
+        assert finding.run is not None
+        commit = finding.run.environment.commit
+        if registration(finding) is not Registration.BEFORE:
+            continue
+        before = at_commit(commit, slug)
+        if before is None:
+            missing.append(commit)
+            continue
+        then, now = before.get(finding.experiment.id), finding.experiment
+        assert then is not None, f"{now.id} was not in paper.toml at {commit}: say with `amended` what moved"
+        region = now.expects.model_dump(exclude_none=True) if now.expects is not None else None
+        told = then.get("expects")
+        told = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()} if told else None
+        assert (told, then.get("tolerance", 0.0)) == (region, now.tolerance), f"{now.id} moved since {commit}"
+        if card.roles is not None and finding.run.date.date() > card.roles.chosen:
+            decides = [claim.decides for claim in card.claims]
+            held = [(now.id in a) == (now.id in b) for a, b in zip(decided_at_commit(commit, slug), decides)]
+            assert all(held), f"what {now.id} decides moved since {commit}: say so with `amended`"
+    depth = git("rev-parse", "--is-shallow-repository")
+    assert not missing or (depth or "").strip() == "true", f"no such commits: {sorted(set(missing))}"
+
+
+def finding(commit: str, amended: str = "") -> Finding:
+    asked = Experiment(id="three", kind="exact", says="It is three.", amended=amended)
+    environment = Environment(
+        provenn="0", torch="2", python="3", device="cpu", threads=1, system="Linux", commit=commit
+    )
+    run = RecordedRun(budget="small", environment=environment, date=datetime(2026, 1, 2, tzinfo=UTC))
+    return Finding("a_paper", asked, Record.of(asked, MEASURED, budget="small"), run)
+
+
+def test_a_clean_checkout_registers_and_a_changed_one_does_not():
+    assert in_words(finding("abc123")) == "registered before measuring, at abc123"
+    assert registration(finding("abc123+")) is registration(finding("")) is Registration.NOT
+    assert in_words(finding("abc123", "2026-01-03, wider, as clocks scatter")) == (
+        "amended afterwards: 2026-01-03, wider, as clocks scatter"
+    )
+
+
+def test_what_was_amended_stands_beside_the_measurement_on_every_view():
+    assert "amended afterwards: wider" in view.when(finding("abc123", "wider"), code=False)
+    assert "not registered before measuring" in view.when(finding("abc123+"), code=False)
+    assert "registered" not in view.when(finding("abc123"), code=False)
+
+
+def test_a_paper_says_when_its_roles_were_chosen():
+    card = catalog.card("eca_net")
+    words = tally(card, recorded(card))
+    assert "registered before measuring" in words and "chosen on 2026-11-23" in words
