@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel, Unsupported, reference
 
@@ -21,6 +22,14 @@ __all__ = ["Attend", "Case", "Kernel", "Unsupported", "kernels", "load_kernel", 
 
 ENTRY_POINT_GROUP = "provenn.attention_kernels"
 FIRST = ("naive", "sdpa", "flex", "blockwise")  # in tables; the others follow by name
+# A tuple that a digest reads: what goes through all kernels depends on the code of each.
+FILES = tuple(file.name for file in pkgutil.iter_modules(__path__))
+
+
+@looks_up(lambda: FILES)
+def kernel_of(file: str) -> Kernel | None:
+    """The kernel that a file of this folder holds, by the file's name; None where it holds none."""
+    return getattr(importlib.import_module(f"{__name__}.{file}"), "KERNEL", None)
 
 
 def kernels() -> dict[str, Kernel]:
@@ -29,8 +38,7 @@ def kernels() -> dict[str, Kernel]:
     Raises:
         UserError: an entry point that cannot be imported or holds no kernel, or a name that is taken.
     """
-    modules = (importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__))
-    ours = [module.KERNEL for module in modules if hasattr(module, "KERNEL")]
+    ours = [kernel for file in FILES if (kernel := kernel_of(file)) is not None]
     known = {kernel.name: kernel for kernel in sorted(ours, key=_table_order)}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
         try:
