@@ -22,6 +22,7 @@ from provenn.papers.long_context_bench.kernels import (
     chunked,
     kernel_of,
     kernels,
+    load_kernel,
     pick,
     reference,
 )
@@ -282,6 +283,12 @@ def test_a_file_that_holds_no_kernel_is_refused(tmp_path, text, words):
     file.write_text(text)
     with pytest.raises(UserError, match=words):
         pick([str(file)])
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (file := tmp_path / "kernel.txt").write_text("KERNEL = 3")
+    with pytest.raises(UserError, match=r"kernel.txt cannot be imported: its name does not end in .py"):
+        load_kernel(file)
 
 
 def test_names_and_sizes_that_cannot_be_are_refused():

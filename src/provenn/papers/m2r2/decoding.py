@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.language import probabilities
 from provenn.papers.m2r2.decoders import Cache, Decoder, Positions, take_apart
@@ -263,8 +264,7 @@ def decode(
     elif mode == "speculative":
         pieces = _speculative(work, gamma, stop, count)
     else:
-        assert small is not None
-        pieces = _two_model(work, small, prompt[:, : longest - 1], gamma, stop, count)
+        pieces = _two_model(work, present(small, "small"), prompt[:, : longest - 1], gamma, stop, count)
     yield from _columns(work, pieces, count, end, began)
 
 

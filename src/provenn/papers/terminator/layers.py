@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.ops.autograd import without_autocast
 
@@ -233,9 +234,8 @@ class LocalHyperKernel(HyperKernel):
         self.pooled.lerp_(pooled.to(self.pooled.dtype), torch.clamp(1 / seen, min=MOMENTUM))
 
     def _bent(self, h: Tensor, i: int, context: Tensor | None) -> Tensor:
-        assert context is not None
         h = renormalize(h, self.alpha[i].to(h.dtype), self.beta[i].to(h.dtype))
-        return h * _apply(self.contexts[i], context)  # type: ignore[arg-type]
+        return h * _apply(self.contexts[i], present(context, "context"))  # type: ignore[arg-type]
 
 
 def instance_standardize(
@@ -288,8 +288,7 @@ def _pointwise(channels: int, out: int, init: str) -> nn.Conv2d:
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
     else:
         nn.init.kaiming_normal_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(present(layer.bias, "bias"))
     return layer
 
 

@@ -58,7 +58,8 @@ def load_kernel(file: Path) -> Kernel:
     if not file.is_file():
         raise UserError(f"there is no kernel's file {file}")
     spec = importlib.util.spec_from_file_location(f"provenn_kernel_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"the kernel's file {file} cannot be imported: its name does not end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
