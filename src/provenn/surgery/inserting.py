@@ -25,8 +25,8 @@ def insert_after(
 ) -> Changes:
     """Let a new module follow each module that `where` names.
 
-    The new module becomes a child of the one that it follows, so no existing key of the state dict changes: pretrained
-    weights load into the changed model with `strict=False`, and the new keys are `<module>.<name>.…`. It takes what the
+    The new module becomes a child of the one that it follows, so no existing key of the state dict changes. Pretrained
+    weights load into the changed model with `strict=False`; the new keys are `<module>.<name>.…`. It takes what the
     module gives; of a tuple, the first. Copying, pickling, `torch.compile` and `torch.export` keep it.
 
     Args:

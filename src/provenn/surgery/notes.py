@@ -1,8 +1,8 @@
 """What was changed in a Hugging Face model, noted in its config, so that nothing loads it as another model.
 
 `provenn.swap` and `provenn.insert_after` note what they did; `save_pretrained` writes the note with the weights.
-transformers alone would load such a folder with new random weights in the changed layers; so the config is written with
-one entry that it cannot read, which names `provenn.huggingface.load_model`.
+Without this package, such a folder would be loaded by transformers with new random weights in the changed layers. So
+the config is written with one entry that transformers cannot read, which names `provenn.huggingface.load_model`.
 """
 
 import json

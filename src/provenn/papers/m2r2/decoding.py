@@ -187,8 +187,9 @@ def decode(
         threshold: of the confidence that a token leaves with, one for all gates or one for each.
         confidence: "router" (the router's probability that the gate says what all layers would), "probability" (of the
             gate's likeliest token) or "margin" (by which it is likelier than the next).
-        fill: what later tokens see of one that left, in the layers that it left out: "exact" (these layers are done
-            when the first later token needs them) or "propagate" (keys and values of the state that it left with).
+        fill: what later tokens see of one that left, in the layers that it left out. With "exact", these layers are
+            done when the first later token needs them. With "propagate", keys and values are of the state that it left
+            with.
         draft: a decoder over the same tokens.
         temperature, top_k, top_p, generator: how tokens are chosen; 0 takes the likeliest.
         end: a token after which a text has ended; it is repeated up to the longest text's end, and where all have ended

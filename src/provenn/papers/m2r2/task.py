@@ -106,10 +106,11 @@ class AcceleratedModelling(LanguageModelling):
         Args:
             model, meta, inputs, output, tokens, temperature, top_k, top_p, seed, context, log: as of language
                 modelling.
-            mode: full (all layers for every token), exit (a token leaves where the router is sure), speculative
-                (drafts by the first gate, checked by all layers: what full may write, sooner; with temperature=0 the
-                same text), two-model (drafts by the second model that ships, of bytes) or compare (the text of full,
-                and then all ways in turns).
+            mode: full, exit, speculative, two-model or compare. With full, every token takes all layers. With exit, a
+                token leaves where the router is sure. With speculative, the first gate drafts and all layers check:
+                that writes what full may write, sooner, and with temperature=0 the same text. With two-model, the
+                second model that ships drafts, which is of bytes. Compare writes the text of full, and then times
+                all ways in turns.
             gamma, stop, threshold, confidence, fill: as in `provenn.papers.m2r2.decode`.
             rounds: of mode=compare, how often each way is timed.
         """

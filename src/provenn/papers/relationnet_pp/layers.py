@@ -363,9 +363,11 @@ class PointMaps(NamedTuple):
 class PointHead(nn.Module):
     """Where corners and centres of objects lie: a heat map and sub-pixel offsets on every level (section 3.2).
 
-    "release": each type alone has `convs` convolutions, then `deeper` and the prediction for logits of every class, and
-    as many for the offsets, which start from the middle of a cell. "paper": two convolutions that the types share, then
-    one prediction each; the heat map is of all classes, and offsets start from the upper left corner of a cell.
+    "release": each type alone has `convs` convolutions, then `deeper` and the prediction for logits of every class. It
+    has as many for the offsets, which start from the middle of a cell.
+
+    "paper": two convolutions that the types share, then one prediction each. The heat map is of all classes, and
+    offsets start from the upper left corner of a cell.
 
     Args:
         channels: of the levels.

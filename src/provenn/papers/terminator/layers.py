@@ -435,8 +435,11 @@ class SFNEBlock(nn.Module):
     """The slow-fast neural encoding block: branches side by side, joined and squeezed; nothing is added to x.
 
         Ŵ = x ⊙ W;  f = IS(RGU(Ŵ) + RGU(x));  m = IS(conv1×1(x));  c = IS(HCI(x))
+
         "global" o = Ŵ f · "global mixed" Ŵ m · "global hci" Ŵ c · "fast" f · "gated" σ(o) ⊙ o · "interaction" HI(o, x)
+
         "local3" of c by x · "local9" of x by c · "local5" of x by m · "local7" of m by x
+
         y = dropout(GELU(G-IBS(conv1×1(all of them, and earlier blocks' outputs tiled to C))) + b)
 
     Args:

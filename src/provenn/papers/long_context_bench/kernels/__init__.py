@@ -1,7 +1,10 @@
 """Attention kernels behind one interface: a file of ours, of another package or of the user that holds `KERNEL`.
 
-One joins in three ways. It is a file in this folder; or an entry point of the group `provenn.attention_kernels`, an
-object or a module that holds one as `KERNEL`; or the path of a Python file, wherever names of kernels are given.
+A kernel joins in three ways:
+
+- as a file in this folder;
+- as an entry point of the group `provenn.attention_kernels`: an object, or a module that holds one as `KERNEL`;
+- as the path of a Python file, wherever names of kernels are given.
 """
 
 import importlib
