@@ -154,7 +154,7 @@ def docstrings() -> Texts:
         public = [node for node in nodes if not getattr(node, "name", "").startswith("_")]
         texts = [re.sub(r"^\s*(>>>|\.\.\.).*(\n.+)*", "", ast.get_docstring(n) or "", flags=re.M) for n in public]
         texts = [re.sub(r"^\s*(?:Args|Raises|Returns|Yields|Shapes):$", "", text, flags=re.M) for text in texts]
-        texts = [re.sub(r"^ +(?:[\w*, ]+): ", "\n\n", text, flags=re.MULTILINE) for text in texts]
+        texts = [re.sub(r"^ +(?:[\w*, ]+): |^\s*- ", "\n\n", text, flags=re.MULTILINE) for text in texts]
         found[file] = [part for text in texts for part in re.split(r"\n\s*\n", re.sub(r"`[^`]*`", "CODE", text))]
     return found
 

@@ -192,6 +192,35 @@ def test_comments_docstrings_annotations_and_layout_do_not_count(sample):
     )
 
 
+RAISES = """
+def outer(x):
+    if x > 3:
+        raise ValueError(f"x must be at most {LIMIT}, got {x}", 3)
+    raise KeyError("no such", name="x") from None
+LIMIT = 3
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, counts",
+    [
+        ('f"x must be at most {LIMIT}, got {x}"', '"x is too large"', False),
+        ("LIMIT = 3", "LIMIT = 4", False),
+        ('"no such"', '"nothing of the kind"', False),
+        ('name="x"', 'name=f"{x}"', False),
+        ("ValueError", "TypeError", True),
+        (", 3)", ", 4)", True),
+        ("x > 3", "x > 4", True),
+        ('"no such"', "x", True),
+        ("from None", "from ValueError()", True),
+    ],
+)
+def test_of_an_error_all_counts_but_what_it_says(sample, old, new, counts):
+    before, code = sample(RAISES, names=("outer",)), RAISES.replace(old, new)
+    assert code != RAISES
+    assert (sample(code, names=("outer",)) != before) == counts
+
+
 def test_names_of_functions_classes_variables_and_modules_do_not_count(sample):
     before = sample()
     code = CODE.replace("inner", "scaled").replace("kept", "seventh").replace("Child", "Heir")

@@ -1,8 +1,15 @@
 """Experiments at the budget paper, end to end, on miniature sets in the layout of the real ones."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +21,11 @@ from provenn.catalog import Card, Experiment, Figure
 from provenn.cli import main
 from provenn.core.errors import UserError
 from provenn.evidence import Verdict
+from provenn.experiments.at_paper import TrainingOptions
+from provenn.experiments.at_paper.program import in_own_program
 from provenn.experiments.reproduce import reproduce
 from provenn.testing.seeded import seeded_state
+from provenn.training import Hardware, Recipe
 
 
 @pytest.fixture
@@ -792,3 +802,108 @@ def test_at_another_setting_it_is_no_figure_of_the_paper(data, tmp_path):
     assert not finding.measurement.at_paper_setting and finding.measurement.setting["at_paper"]["overrides"]["dim"] == 4
     with pytest.raises(UserError, match="has the option 'dims', did you mean 'dim'"):
         reproduce(card, overrides={"dims": 4}, **settings)
+
+
+def test_two_processes_train_what_one_does(data, tmp_path, monkeypatch, capfd):
+    """They divide a batch of the recipe, so that a step is the same."""
+    from provenn.experiments.at_paper import job
+
+    monkeypatch.setattr(job.shutil, "rmtree", lambda folder, **options: None)  # so that checkpoints can be looked at
+    miniature.write("genomics", data)
+    recipe = {"max_steps": 3, "epochs": 3, "batch_size": 4, "optimizer": "sgd"}
+    card = small("titans", "genomics", recipe=recipe, overrides={"dim": 16, "layers": 1}, metric="cross_entropy")
+
+    def measure(name: str, **options):
+        finding = reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path / name, **options)[0]
+        assert not finding.measurement.failed, finding.measurement.failed
+        folders = (tmp_path / name / "titans" / "trainings").iterdir()
+        return finding, [torch.load(folder / "last.ckpt", weights_only=True) for folder in folders]
+
+    alone, _ = measure("alone")
+    shared, checkpoints = measure("shared", training=TrainingOptions(Hardware(devices=2)))
+    assert [(saved["processes"], saved["began"]["batch_size"]) for saved in checkpoints] == [(2, 2)]
+    assert shared.measurement.values == pytest.approx(alone.measurement.values, rel=1e-4)
+    assert shared.measurement.setting == {**alone.measurement.setting, "hardware": {"devices": 2}}
+    assert shared.record.code == alone.record.code, "how it was trained is no other code"
+    assert not capfd.readouterr().err
+
+
+def test_trainings_take_every_option_that_says_how(data, tmp_path, monkeypatch):
+    from provenn.experiments.at_paper import trained
+
+    seen = {}
+
+    def fit(build, task, data, recipe, **options):
+        seen.update(options, recipe=recipe)
+        raise UserError("enough was seen")
+
+    monkeypatch.setattr(trained, "fit", fit)
+    miniature.write("genomics", data)
+    card = small("titans", "genomics", recipe={"max_steps": 3, "batch_size": 4}, overrides={"dim": 16, "layers": 1})
+    training = TrainingOptions(Hardware(workers=2), precision="bf16-mixed", save_every=7)
+    reproduce(card, budget="paper", seeds=1, device="cpu", out=tmp_path, training=training)
+    assert seen["hardware"] == Hardware("cpu", workers=2) and seen["recipe"].precision == "bf16-mixed"
+    assert seen["saving"].save_every == 7 and seen["saving"].resume
+
+
+def test_what_a_training_cannot_be_run_with_is_refused(tmp_path, capsys):
+    with pytest.raises(UserError, match="batch of 5 cannot be divided evenly among 2 processes"):
+        TrainingOptions(Hardware(devices=2)).recipe_of_each(Recipe(batch_size=5))
+    assert TrainingOptions(Hardware(devices=2, context_parallel=2)).recipe_of_each(Recipe(batch_size=5)).batch_size == 5
+    for options, message in (({"precision": "8"}, "precision must be"), ({"save_every": 0}, "save_every must be")):
+        with pytest.raises(UserError, match=message):
+            TrainingOptions(**options)
+    with pytest.raises(UserError, match="training is for the budget paper, got the budget smoke"):
+        reproduce("titans", budget="smoke", out=tmp_path, training=TrainingOptions(save_every=3))
+    assert main(["reproduce", "titans", "--save-every", "3", "--out", str(tmp_path)]) == 2
+    said = "provenn: --save-every is for --budget paper, got --budget small: leave it out\n"
+    assert capsys.readouterr().err == said and not any(tmp_path.iterdir())
+
+
+def test_the_command_line_passes_how_trainings_run(tmp_path, monkeypatch):
+    from provenn.experiments import reproduce as module
+
+    seen = {}
+
+    def measure(cards, **options):
+        seen.update(options)
+        raise UserError("enough was seen")
+
+    monkeypatch.setattr(module, "reproduce_many", measure)
+    options = "--devices 2 --strategy ddp --workers 1 --precision bf16-mixed --context-parallel 2 --save-every 9"
+    command = ["reproduce", "titans", "--budget", "paper", "--out", str(tmp_path), *options.split()]
+    assert main([*command, "--context-method", "ulysses"]) == 2
+    hardware = Hardware(devices=2, strategy="ddp", context_parallel=2, context_method="ulysses", workers=1)
+    assert seen["training"] == TrainingOptions(hardware, precision="bf16-mixed", save_every=9)
+
+
+def test_a_program_of_its_own_says_what_ended_it(tmp_path):
+    assert in_own_program(partial(int, "7"), tmp_path) == 7
+    with pytest.raises(RuntimeError, match="ValueError: invalid literal for int"):
+        in_own_program(partial(int, "seven"), tmp_path)
+    with pytest.raises(UserError, match="no paper"):
+        in_own_program(partial(catalog.card, "nothing_of_the_kind"), tmp_path)
+    with pytest.raises(UserError, match="ended with exit code 3; its checkpoints are kept: go on with --resume"):
+        in_own_program(partial(os._exit, 3), tmp_path)
+
+
+def test_a_program_ends_with_the_one_that_started_it(tmp_path):
+    """So a training that goes on with --resume has its folder to itself."""
+    code = "from functools import partial; from pathlib import Path; import sys, time\n"
+    code += "from provenn.experiments.at_paper.program import in_own_program\n"
+    code += "in_own_program(partial(time.sleep, 600), Path(sys.argv[1]))"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    (listing := Path(f"/proc/{parent.pid}/task/{parent.pid}/children")).exists() or pytest.skip("no /proc")
+    wait_until(lambda: listing.read_text().split())
+    child = int(listing.read_text())
+    wait_until(lambda: b"torch" in Path(f"/proc/{child}/maps").read_bytes())
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)

@@ -4,11 +4,15 @@ import copy
 import json
 import math
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -450,6 +454,57 @@ def test_the_command_line_converts_a_folder(tokenizer, story, tmp_path, capsys):
     assert main(shlex.split(line)) == 2 and "is not empty" in capsys.readouterr().err
     again = f"convert hedgehog {out} --data {story} -o {tmp_path / 'twice'} --length 16"
     assert main(shlex.split(again)) == 2 and "already; revert it first" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from provenn.cli import main
+from provenn.huggingface import Text
+
+made = Text.batches
+
+def batches(self, steps, batch_size, seed):
+    for index, batch in enumerate(made(self, steps, batch_size, seed)):
+        if (seed, index) == (1, 5):  # of the second stage
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+Text.batches = batches
+main(sys.argv[1:])
+"""
+
+
+def test_a_conversion_that_is_killed_goes_on_and_ends_as_one_that_is_not(
+    tokenizer, story, tmp_path, capsys, monkeypatch
+):
+    """By SIGKILL, in a process of its own, in the middle of the second stage."""
+    host, whole, out = tmp_path / "host", tmp_path / "whole", tmp_path / "converted"
+    gpt2().save_pretrained(host)
+    tokenizer.save_pretrained(host)
+    line = f"convert hedgehog {host} --data {story} --steps 8 --prepare-steps 4 --length 16 --save-every 2 --json"
+    assert main(shlex.split(f"{line} -o {whole}")) == 0
+    expected = json.loads(capsys.readouterr().out)
+    line = f"{line} -o {out}"
+    killed = subprocess.run([sys.executable, "-c", KILLED, *shlex.split(line)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (out / "conversion.json").exists()
+    for words, message in (
+        (line, f"{out} holds a conversion that did not end: go on with --resume"),
+        (f"{line} --resume --lr 0.01", f"{out} was begun with --lr None (now 0.01): resume with the same options"),
+        (f"{line} --resume -o {whole}", f"nothing to resume in {whole}: it holds no checkpoints of a conversion"),
+    ):
+        assert main(shlex.split(words)) == 2
+        assert message in capsys.readouterr().err
+    learned, backward = [], torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss, *args, **kw: [learned.append(1), backward(loss, *args, **kw)]
+    )
+    assert main(shlex.split(f"{line} --resume")) == 0
+    assert len(learned) == 8 - 4, "of the second stage alone, from its last checkpoint"
+    assert json.loads(capsys.readouterr().out) == expected
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, out)]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in whole.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,6 +249,32 @@ def test_weights_of_no_floating_point_numbers_are_refused_by_name(tmp_path, dtyp
     halves = {name: value.bfloat16() for name, value in weights.items()}
     save_file(halves, file, {"format": "pt"})
     assert load_model(tmp_path).transformer.wte.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64])
+def test_pickled_weights_of_no_floating_point_numbers_are_refused_by_name(tmp_path, dtype):
+    gpt2().save_pretrained(tmp_path)
+    weights, name = load_file(tmp_path / "model.safetensors"), "transformer.h.1.ln_1.bias"
+    torch.save({**weights, name: weights[name].to(dtype)}, tmp_path / "pytorch_model.bin")
+    load_model(tmp_path)  # which reads the other file
+    (tmp_path / "model.safetensors").unlink()
+    message = f"pytorch_model.bin: {name} is of type {str(dtype)[6:]} where the model has float32: give weights of fl"
+    for load in (load_model, lambda folder: Source.of(folder).weights()):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path)
+    torch.save({name: value.bfloat16() for name, value in weights.items()}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(
+        Source.of(tmp_path).weights().transformer.wte.weight, weights["transformer.wte.weight"].bfloat16()
+    )
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch])
+def test_what_is_no_folder_is_refused_in_one_line(tmp_path, make):
+    make(tmp_path / "model")
+    for load in (load_model, Source.of):
+        with pytest.raises(UserError, match="model cannot be loaded as a model: it is no folder; give"):
+            load(tmp_path / "model")
 
 
 def test_weights_without_a_place_in_the_model_are_told_of(tmp_path):

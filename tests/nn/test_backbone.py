@@ -55,10 +55,17 @@ def test_what_is_no_backbone_is_refused():
         def features(self, x):
             return [x[..., ::4, ::4], x[..., ::16, ::16]]
 
-    with pytest.raises(AssertionError, match="features gives"):
-        check_backbone(Short())
-    with pytest.raises(AssertionError, match="lacks features"):
-        check_backbone(nn.Conv2d(3, 3, 1))
+    class Doubled(Short):
+        strides = (4, 4)
+
+    class Uneven(Short):
+        widths = (3,)
+
+    refused = (Short, ValueError, "features gives"), (Doubled, ValueError, r"strides must grow, got \[4, 4\]")
+    refused += ((Uneven, ValueError, "must name the same maps"), (nn.Identity, TypeError, "lacks features"))
+    for build, error, message in refused:
+        with pytest.raises(error, match=message):
+            check_backbone(build())
 
 
 def test_padding_and_cropping_undo_each_other():

@@ -186,5 +186,10 @@ def test_what_is_no_database_is_refused_in_one_line(settings):
     (settings.home / "catalogue.db").write_text("a shopping list, " * 100)
     with pytest.raises(UserError, match=r"no database at sqlite.*: file is not a database"):
         Database(settings.database).migrate()
+    assert [file.name for file in settings.home.iterdir()] == ["catalogue.db"], "nothing is left beside it"
+    (settings.home / "catalogue.db.lock").touch()  # as another server may hold it
+    with pytest.raises(UserError, match="file is not a database"):
+        Database(settings.database).migrate()
+    assert (settings.home / "catalogue.db.lock").exists()
     with pytest.raises(UserError, match="no database at postgresql"):
         Database("postgresql://nobody:hidden@127.0.0.1:1/none").migrate()

@@ -1,24 +1,28 @@
 """The verb that puts a mechanism into a pretrained model: convert."""
 
+import json
 import math
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from provenn import catalog
-from provenn.cli.app import Device, Json, Slug, app
+from provenn.cli.app import Device, Json, Resume, Slug, app, resumable
 from provenn.cli.work import pairs
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.core.files import atomic_write, strict_json
+from provenn.core.files import alone_in, atomic_write, strict_json, work_folder, write_atomically
 
 if TYPE_CHECKING:
     from provenn.huggingface import Material, Source
 
 REPORT = "conversion.json"
+CHECKPOINTS, OPTIONS = "checkpoints", "options.json"  # of a conversion that has not ended: its folder, and a file there
 TOKENS = 256  # of a row of text, by default
 HUB, EMBEDDED = "hf:", ("stdlib",)
 
@@ -62,24 +66,33 @@ def convert(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     device: Device = "auto",
+    resume: Resume = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            help="Steps between two checkpoints, besides the one after each stage. Default: stages only.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert a pretrained model, train its new parts, tune it, and report how much of its quality is kept.
 
     \b
     provenn convert hedgehog gpt2 --data stdlib -o converted
-    provenn convert rat models/llama --data text --tune lora -o converted
+    provenn convert rat models/llama --data text --tune lora --save-every 50 -o converted
     provenn convert urpe models/swin --data photos -o converted
     """
     card = catalog.card(slug)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"{out} is not empty; name a new folder for the converted model")
+    _check_out(out, resume)
     if file := next((parent for parent in out.parents if parent.is_file()), None):
         raise UserError(f"{out} cannot be made: {file} is a file; name another folder for the converted model")
     from provenn import huggingface
     from provenn.cli import console
     from provenn.core.device import choose_device
     from provenn.evidence.view import number
+    from provenn.training import Saving
 
     # Whatever can be wrong is looked at before the weights, which may be many gigabytes, are fetched and read.
     huggingface.quiet()
@@ -91,25 +104,42 @@ def convert(
             raise UserError(f"{name} must be a positive number, got {rate}")
     if not (data in EMBEDDED or data.startswith(HUB) or Path(data).exists()):
         raise UserError(f"no data at {data!r}: give {', '.join(EMBEDDED)}, a file or a folder of text, or hf:NAME")
-    with progress.shown(), warnings.catch_warnings():
+    asked = {
+        "paper": card.slug,
+        "model": model,
+        "--data": data,
+        "--tune": tune,
+        "--steps": steps,
+        "--prepare-steps": prepare_steps,
+        "--batch-size": batch_size,
+        "--length": length,
+        "--lr": lr,
+        "--prepare-lr": prepare_lr,
+        "--set": options,
+        "--seed": seed,
+    }
+    unfinished = out / CHECKPOINTS
+    with resumable((unfinished / OPTIONS).exists), progress.shown(), warnings.catch_warnings():
         warnings.simplefilter("ignore", huggingface.WindowLifted)  # reported with the result
         source = huggingface.Source.of(model, pictures=None)
         source.rehearse(card.slug, options)
         material, save_reader = _material(source, data, length)
         host = source.weights().to(where)
-        recovery = huggingface.recover(
-            host,
-            card.slug,
-            material,
-            huggingface.Tuning(tune, steps, prepare_steps, batch_size, lr, prepare_lr),
-            seed=seed,
-            **options,
-        )
-    recovery.setting.update(model=model, data=data)
-    host.save_pretrained(out)
-    save_reader(out)
-    with atomic_write(out / REPORT) as file:
-        file.write_text(strict_json(recovery.json()) + "\n", encoding="utf-8")
+        with work_folder(out), _checkpoints(unfinished, asked, resume):
+            recovery = huggingface.recover(
+                host,
+                card.slug,
+                material,
+                huggingface.Tuning(tune, steps, prepare_steps, batch_size, lr, prepare_lr),
+                seed=seed,
+                saving=Saving(unfinished, resume=resume, save_every=save_every),
+                **options,
+            )
+            recovery.setting.update(model=model, data=data)
+            host.save_pretrained(out)
+            save_reader(out)
+            with atomic_write(out / REPORT) as file:
+                file.write_text(strict_json(recovery.json()) + "\n", encoding="utf-8")
     if as_json:
         console.machine(recovery.json())
         return
@@ -132,6 +162,51 @@ def convert(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """Refuse a folder that the model cannot be written to, or in which there is nothing to resume."""
+    begun = (out / CHECKPOINTS / OPTIONS).exists()
+    if resume and not begun:
+        raise UserError(f"nothing to resume in {out}: it holds no {CHECKPOINTS} of a conversion; leave --resume out")
+    if not resume and begun:
+        with alone_in(out):  # else another process is at it
+            pass
+        raise UserError(
+            f"{out} holds a conversion that did not end: go on with --resume, name a new folder, "
+            f"or delete {out / CHECKPOINTS}"
+        )
+    if not resume and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"{out} is not empty; name a new folder for the converted model")
+
+
+@contextmanager
+def _checkpoints(folder: Path, asked: Mapping[str, Any], resume: bool) -> Iterator[None]:
+    """A folder for the checkpoints of a conversion, with what was asked for; it goes when the conversion has ended.
+
+    Raises:
+        UserError: the conversion that is to go on was begun with other options.
+    """
+    file = folder / OPTIONS
+    if resume:
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{file} is damaged: delete {folder}, and convert without --resume") from None
+        now = json.loads(json.dumps(asked))
+        other = [f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value]
+        if other:
+            raise UserError(f"{folder.parent} was begun with {', '.join(other)}: resume with the same options")
+    else:
+        folder.mkdir(parents=True)
+        write_atomically(file, json.dumps(asked))
+    try:
+        yield
+    except BaseException:
+        if not any(folder.glob("*/*.ckpt")):  # nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder)
 
 
 def _material(source: "Source", data: str, length: int | None) -> "tuple[Material, Callable[[Path], object]]":

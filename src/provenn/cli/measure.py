@@ -26,7 +26,16 @@ from provenn.cli.app import (
     slugs,
 )
 from provenn.cli.data import DataPaths
-from provenn.cli.work import pairs
+from provenn.cli.work import (
+    ContextMethod,
+    ContextParallel,
+    Devices,
+    Precision,
+    SaveEvery,
+    Strategy,
+    Workers,
+    pairs,
+)
 from provenn.core import progress
 from provenn.core.errors import UserError
 from provenn.core.progress import without_controls
@@ -69,6 +78,13 @@ def reproduce(
             "experiment's own. Repeatable.",
         ),
     ] = None,
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
+    context_parallel: ContextParallel = 1,
+    context_method: ContextMethod = "ring",
+    workers: Workers = 0,
+    precision: Precision = None,
+    save_every: SaveEvery = None,
     out: Out = RUN,
     resume: Resume = False,
     strict: Strict = False,
@@ -76,9 +92,13 @@ def reproduce(
 ) -> None:
     """Measure papers' experiments, and give each a verdict.
 
+    Options of hardware, precision and checkpoints are for the trainings of --budget paper. There, devices divide a
+    batch of the paper's recipe among them.
+
     \b
     provenn reproduce eca_net --headline
     provenn reproduce craft --experiment set5_x2 --budget paper --data set5=photos/Set5
+    provenn reproduce eca_net --budget paper --devices 8 --workers 4 --precision bf16-mixed --save-every 500
     """
     if everything == bool(slugs):
         raise UserError("name the papers to reproduce, or give --all; `provenn list` names them")
@@ -96,6 +116,9 @@ def reproduce(
     if overrides and len(chosen) > 1:
         raise UserError(f"--set is for one paper, and {len(chosen)} were named")
     given = datasets.given_paths(paths or [])
+    hardware: dict[str, Any] = {"devices": devices, "strategy": strategy, "workers": workers}
+    hardware |= {"context_parallel": context_parallel, "context_method": context_method}
+    training = _training(budget, hardware, precision=precision, save_every=save_every)
     _measure(
         chosen,
         strict=strict,
@@ -111,7 +134,23 @@ def reproduce(
         resume=resume,
         data=given,
         overrides=pairs(overrides or [], example="epochs=3"),
+        training=training,
     )
+
+
+def _training(budget: str, hardware: dict[str, Any], *, precision: str | None, save_every: int | None) -> Any:
+    """How trainings at the paper's scale run; at other budgets nothing of it may be given.
+
+    Any: importing its type would import torch before the command line has been read.
+    """
+    from provenn.experiments.at_paper import TrainingOptions
+    from provenn.training import Hardware
+
+    options = TrainingOptions(Hardware(**hardware), precision, save_every)
+    given = {**options.departures, "precision": precision, "save_every": save_every}
+    for name in (name for name, value in given.items() if value is not None and budget != "paper"):
+        raise UserError(f"--{name.replace('_', '-')} is for --budget paper, got --budget {budget}: leave it out")
+    return options
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

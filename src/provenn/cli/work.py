@@ -30,6 +30,37 @@ Weights = Annotated[
     ),
 ]
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+# How a training runs, whatever it trains: of `train`, and of `reproduce` at the budget paper.
+Precision = Annotated[str | None, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}. Default: the preset's.")]
+Devices = Annotated[int, typer.Option(min=1, help="Number of devices on each machine; each takes its own batch.")]
+NumNodes = Annotated[
+    int,
+    typer.Option(min=1, help="Number of machines. Run the same command on each, by torchrun or with NODE_RANK set."),
+]
+Strategy = Annotated[
+    str,
+    typer.Option(help="How devices share a training: auto, ddp or fsdp. fsdp divides weights and optimizer state."),
+]
+ContextParallel = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Number of processes that share each sequence. For language models with softmax attention."
+    ),
+]
+ContextMethod = Annotated[
+    str, typer.Option(help="How processes share a sequence: ring, all_gather, ulysses, usp or loongtrain.")
+]
+Workers = Annotated[
+    int, typer.Option(min=0, help="Number of processes that read the data; 0 reads in the main process.")
+]
+SaveEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="STEPS",
+        help="Steps between two checkpoints, besides the one after each epoch. Default: epochs only.",
+    ),
+]
 
 
 @app.command()
@@ -52,9 +83,7 @@ def train(
     accumulate: Annotated[
         int | None, typer.Option(help="Number of batches whose gradients make one step. Default: the preset's.")
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}. Default: the preset's.")
-    ] = None,
+    precision: Precision = None,
     patience: Annotated[
         int | None,
         typer.Option(
@@ -82,40 +111,14 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     device: Device = "auto",
-    devices: Annotated[
-        int, typer.Option(min=1, help="Number of devices on each machine; each takes its own batch.")
-    ] = 1,
-    num_nodes: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Number of machines. Run the same command on each, by torchrun or with NODE_RANK set."
-        ),
-    ] = 1,
-    strategy: Annotated[
-        str,
-        typer.Option(help="How devices share a training: auto, ddp or fsdp. fsdp divides weights and optimizer state."),
-    ] = "auto",
-    context_parallel: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Number of processes that share each sequence. For language models with softmax attention."
-        ),
-    ] = 1,
-    context_method: Annotated[
-        str, typer.Option(help="How processes share a sequence: ring, all_gather, ulysses, usp or loongtrain.")
-    ] = "ring",
-    workers: Annotated[
-        int, typer.Option(min=0, help="Number of processes that read the data; 0 reads in the main process.")
-    ] = 0,
+    devices: Devices = 1,
+    num_nodes: NumNodes = 1,
+    strategy: Strategy = "auto",
+    context_parallel: ContextParallel = 1,
+    context_method: ContextMethod = "ring",
+    workers: Workers = 0,
     resume: Resume = False,
-    save_every: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="STEPS",
-            help="Steps between two checkpoints, besides the one after each epoch. Default: epochs only.",
-        ),
-    ] = None,
+    save_every: SaveEvery = None,
     keep_best: Annotated[
         int, typer.Option(min=0, help="Number of epochs whose weights are kept: the best on validation data.")
     ] = 0,

@@ -1,14 +1,15 @@
 """One digest of what decides a value: of code, and of everything in our packages that it reaches.
 
-It serves `--resume`, records, checks and their cache. A function counts by its syntax tree, without docstrings,
-comments, annotations, layout and the names of its variables. What it reads from its module counts by content, and so
-on from there: a function or class by its code, an object by its class and fields, a number or a tensor by its value.
-Where things live and what they are called does not count: a function that is moved or renamed keeps its digest. Names
-that are part of an interface count: attributes, methods, fields, and parameters that are given by keyword.
+It serves `--resume`, records, checks and their cache. A function counts by its syntax tree. Left out are docstrings,
+comments, annotations, layout, names of variables, and what the errors say that it raises. What it reads from its module
+counts by content, and so on from there. A function or class counts by its code, an object by its class and fields, a
+number or a tensor by its value. Where things live and what they are called does not count: a function that is moved or
+renamed keeps its digest. Names that are part of an interface count: attributes, methods, fields, and parameters that
+are given by keyword.
 
 What is looked up by name (a task, a mixer) counts where its name stands in what is reached; see `looks_up`. An object
-with a method `__digest__` counts by what that gives. Code of other
-packages counts by its name; their versions stand beside the digest wherever it is kept.
+with a method `__digest__` counts by what that gives. Code of other packages counts by its name; their versions stand
+beside the digest wherever it is kept.
 """
 
 import enum

@@ -9,12 +9,13 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provenn.core.errors import UserError
+from provenn.core.progress import first_process
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -287,6 +288,20 @@ def alone_in(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             file.unlink()  # while it is held: nobody waits for it, so nobody is left with a lock of no name
         lock.release()
+
+
+@contextmanager
+def work_folder(folder: Path) -> Iterator[None]:
+    """Make a folder to work in, alone; where the work fails before it has written anything, nothing is left behind."""
+    made = not folder.exists()
+    check_writable(folder)
+    try:
+        with alone_in(folder) if first_process() else nullcontext():
+            yield
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def check_writable(folder: Path) -> None:

@@ -289,6 +289,13 @@ class _Transformer(ast.NodeTransformer):
         node.name = node.name and self.number(node.name)
         return self.generic_visit(node)
 
+    def visit_Raise(self, node: ast.Raise) -> Any:
+        """What an error says decides no value; which error it is, and what else it is given, may."""
+        if isinstance(node.exc, ast.Call):
+            node.exc.args = [argument for argument in node.exc.args if not _is_text(argument)]
+            node.exc.keywords = [keyword for keyword in node.exc.keywords if not _is_text(keyword.value)]
+        return self.generic_visit(node)
+
     def visit_Global(self, node: ast.Global) -> Any:
         return ast.Pass()
 
@@ -343,7 +350,12 @@ def _only_marks(mark: ast.expr) -> bool:
 
 
 def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and _is_text(node.value)
+
+
+def _is_text(node: ast.expr) -> bool:
+    """Whether it is a string as written, or an f-string."""
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def _state_of(module: Mapping[str, Any]) -> frozenset[str]:

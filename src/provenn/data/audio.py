@@ -192,10 +192,10 @@ class LogMel(nn.Module):
 def draw_vowel(rng: np.random.Generator, word: str) -> Float32[np.ndarray, " samples"]:
     """A vowel: glottal pulses through three resonators at its formants, with breath and noise, 8,000 samples a second.
 
-    Drawn are the speaker's vocal tract (all formants alike by 1 to 1.25), how this one came out (each formant by 6 %,
-    so that neighbours overlap), pitch from 90 to 250 Hz and its slow change. So are loudness, 0.15 to 0.4 seconds of
-    length, silence before and after, and noise 5 to 30 dB below. Formants stand still: there are no consonants, no
-    habits of a speaker and no room.
+    The speaker's vocal tract is drawn: it scales all formants alike, by 1 to 1.25. How this vowel came out is drawn
+    too: each formant moves by 6 %, so that neighbours overlap. So are pitch from 90 to 250 Hz and its slow change,
+    loudness, 0.15 to 0.4 seconds of length, silence before and after, and noise 5 to 30 dB below. Formants stand still:
+    there are no consonants, no habits of a speaker and no room.
     """
     from scipy.signal import lfilter
 

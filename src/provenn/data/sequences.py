@@ -1,10 +1,11 @@
 """Sequences of tokens with a class each, in the layouts of Long Range Arena and of GenomicsBenchmarks.
 
-train/CLASS/*.txt, test/CLASS/*.txt: a text or a sequence of nucleotides a file, as IMDB and GenomicsBenchmarks have it.
-basic_train.tsv, basic_val.tsv, basic_test.tsv: ListOps, the columns Source and Target.
-imgs/*/*.png, metadata/*.npy: Pathfinder, pixels row by row.
-data_batch_1.bin to test_batch.bin: CIFAR-10, grey pixels row by row.
-new_aan_pairs.train.tsv, .eval.tsv, .test.tsv: Retrieval, without a header: class, two names, two texts.
+- train/CLASS/*.txt, test/CLASS/*.txt: a text or a sequence of nucleotides a file, as IMDB and GenomicsBenchmarks have
+  it.
+- basic_train.tsv, basic_val.tsv, basic_test.tsv: ListOps, the columns Source and Target.
+- imgs/*/*.png, metadata/*.npy: Pathfinder, pixels row by row.
+- data_batch_1.bin to test_batch.bin: CIFAR-10, grey pixels row by row.
+- new_aan_pairs.train.tsv, .eval.tsv, .test.tsv: Retrieval, without a header: class, two names, two texts.
 """
 
 from collections.abc import Sequence

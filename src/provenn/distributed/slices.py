@@ -24,8 +24,12 @@ MOST_SCORES = 2**22  # held at a time
 class Slice(NamedTuple):
     """Scores that a mask keeps: rows [q_start, q_end) by columns [k_start, k_end), all of them or a part.
 
-    Row x of a and column y of b are kept, by `kind`: full always; causal where y ≤ x + b − a, a triangle in the lower
-    right corner; inverse_causal where y ≥ x, one in the upper left; bi_causal where both hold, a band.
+    There are a rows x and b columns y. The `kind` says which scores are kept:
+
+    - full: all of them.
+    - causal: those where y ≤ x + b − a, a triangle in the lower right corner.
+    - inverse_causal: those where y ≥ x, a triangle in the upper left corner.
+    - bi_causal: those where both hold, a band.
     """
 
     q_start: int

@@ -18,6 +18,7 @@ from provenn.catalog import Card, Preset, cards, in_a_line, meant
 from provenn.core import cost, progress
 from provenn.core.errors import UserError
 from provenn.core.inputs import machine_memory
+from provenn.core.narrowing import present
 from provenn.experiments.compare.latencies import FORMS, Cost, Latency, LatencyBench
 from provenn.inference.onnx import translations
 from provenn.nn.fusion import fuse
@@ -286,9 +287,8 @@ def _onnx(model: nn.Module, image: Tensor, threads: int) -> Callable[[], object]
         program = torch.onnx.export(
             model, (image,), dynamo=True, verbose=False, custom_translation_table=translations()
         )
-        assert program is not None
         file = Path(folder) / "network.onnx"
-        program.save(str(file))
+        present(program, "program").save(str(file))
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return partial(session.run, None, {session.get_inputs()[0].name: image.numpy()})
 

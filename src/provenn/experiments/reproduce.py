@@ -35,7 +35,7 @@ from provenn.evidence.record import (
     read_or_set_aside,
 )
 from provenn.evidence.run import Budget, Elsewhere, Run
-from provenn.experiments.at_paper import AtPaperScale
+from provenn.experiments.at_paper import AtPaperScale, TrainingOptions
 from provenn.experiments.side_by_side import check_jobs, measure_all, where_trials_run
 
 BUDGETS = ("smoke", "small", "paper")
@@ -57,6 +57,7 @@ class Options(TypedDict, total=False):
     resume: bool
     data: DataPaths | None
     overrides: dict[str, Any] | None
+    training: TrainingOptions
     log: Callable[[str], None]
 
 
@@ -70,6 +71,7 @@ DEFAULTS: Options = {
     "resume": False,
     "data": None,
     "overrides": None,
+    "training": TrainingOptions(),
     "log": lambda message: None,
 }
 
@@ -93,6 +95,7 @@ def reproduce(
         overrides: another setting to measure at, such as {"epochs": 3}. A study takes those of its recipe and the
             arguments of its data and networks, a timing its sizes and rounds, a function its arguments. Experiments
             that take none of them are left out. The outcome is kept beside that of the experiments' own setting.
+        training: how trainings run, on how many processes; for the budget paper.
         log: is given messages for the user.
 
     Raises:
@@ -120,6 +123,7 @@ class _Work:
     recorded: RecordedRun
     data: DataPaths | None
     settings: dict[str, dict[str, Any]]  # by experiment, what is changed of its own setting
+    training: TrainingOptions
 
     @property
     def findings(self) -> list[Finding]:
@@ -135,7 +139,7 @@ class _Work:
         run, evidence = self.run, self.evidence
         run.overrides = self.settings[experiment.id]
         kept = evidence.record(experiment.id, run.overrides) if run.reuse else None
-        find = partial(_function, run, self.card, experiment, self.data)
+        find = partial(_function, run, self.card, experiment, self.data, self.training)
         earlier = None if kept is None else evidence.runs[kept.run]
         if kept is None or not _still_good(kept, earlier, run, find, experiment, self.recorded):
             evidence.put(_measure(run, find, experiment), self.recorded)
@@ -153,6 +157,8 @@ def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = No
     seeds = choose_seeds(asked["seeds"])
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    if budget != "paper" and asked["training"] != TrainingOptions():
+        raise UserError(f"training is for the budget paper, got the budget {budget}")
     experiments = asked["experiments"]
     names = [experiments] if isinstance(experiments, str) else experiments
     if asked["headline"]:
@@ -180,7 +186,7 @@ def _reproduction(card: Card, options: Options, elsewhere: Elsewhere | None = No
             elsewhere=elsewhere,
         )
         recorded = RecordedRun(budget=budget, environment=here(device), date=datetime.now(UTC).replace(microsecond=0))
-        yield _Work(card, wanted, run, evidence, recorded, data, settings)
+        yield _Work(card, wanted, run, evidence, recorded, data, settings, asked["training"])
 
 
 def _settings(
@@ -306,9 +312,11 @@ def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experimen
     )
 
 
-def _function(run: Run, card: Card, experiment: Experiment, data: DataPaths | None) -> Measure | None:
+def _function(
+    run: Run, card: Card, experiment: Experiment, data: DataPaths | None, training: TrainingOptions
+) -> Measure | None:
     """What measures an experiment at this run's budget and setting; None where nothing can."""
-    measure = _own_measure(run.budget, card, experiment, data)
+    measure = _own_measure(run.budget, card, experiment, data, training)
     if measure is None or not run.overrides:
         return measure
     key = ("overrides", experiment.id)
@@ -317,10 +325,16 @@ def _function(run: Run, card: Card, experiment: Experiment, data: DataPaths | No
     return run.memory[key]
 
 
-def _own_measure(budget: str, card: Card, experiment: Experiment, data: DataPaths | None) -> Measure | None:
+def _own_measure(
+    budget: str,
+    card: Card,
+    experiment: Experiment,
+    data: DataPaths | None,
+    training: TrainingOptions = DEFAULTS["training"],
+) -> Measure | None:
     """What measures an experiment at this budget and its own setting; None where nothing can."""
     if budget == "paper" and experiment.at_paper is not None:
-        return AtPaperScale(card, experiment, data)
+        return AtPaperScale(card, experiment, data, training=training)
     if experiment.lacks is not None or not card.has("experiments"):
         return None
     return measuring_functions(card.resolve_module("experiments")).get(experiment.id)

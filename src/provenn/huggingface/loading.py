@@ -233,9 +233,9 @@ def _is_here(name: str | Path) -> bool:
     Raises:
         UserError: neither, and the hub does not know the name, or does not answer.
     """
+    check_folder(name)
     if Path(name).exists():
         return True
-    check_folder(name)
     words = str(name)
     try:
         copied = isinstance(huggingface_hub.try_to_load_from_cache(words, "config.json"), str)

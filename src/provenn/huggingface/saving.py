@@ -24,7 +24,7 @@ from provenn.core.finite import check_type
 from provenn.huggingface.families import Host
 from provenn.surgery.notes import TRUSTED, readable
 
-STORED = "model*.safetensors"
+STORED, PICKLED = "model*.safetensors", "pytorch_model*.bin"  # of the second, transformers reads where no first one is
 # Options of `from_pretrained` that say which files are meant.
 WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 Values = dict[str, Any]  # what config.json holds
@@ -191,6 +191,10 @@ def check_folder(name: str | Path) -> None:
     words = str(name)
     if (words.count("/") > 1 or words.startswith((".", "~", "/"))) and not Path(words).exists():
         raise UserError(f"{name} cannot be loaded as a model: there is no such folder")
+    if Path(words).exists() and not Path(words).is_dir():
+        raise UserError(
+            f"{name} cannot be loaded as a model: it is no folder; give a model's folder, or a name on the hub"
+        )
 
 
 def check_stored_types(model: nn.Module, folder: Path) -> None:
@@ -201,15 +205,25 @@ def check_stored_types(model: nn.Module, folder: Path) -> None:
     """
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a file of the body alone has names without it
-    for file in sorted(folder.glob(STORED)):
+    for file, name, tensor in _stored_types(folder):
+        named = (name, prefix + name, name.removeprefix(prefix))
+        expected = next((tensors[key] for key in named if key in tensors), None)
+        if expected is not None:
+            check_type(name, tensor, expected, str(file))
+
+
+def _stored_types(folder: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """File, name and type of each tensor that transformers reads from a folder; of the numbers as few as can be."""
+    files = sorted(folder.glob(STORED))
+    for file in files:
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118  # no mapping
-                named = (name, prefix + name, name.removeprefix(prefix))
-                expected = next((tensors[key] for key in named if key in tensors), None)
-                if expected is not None:
-                    part = stored.get_slice(name)
-                    tensor = part[:0] if part.get_shape() else stored.get_tensor(name)  # its type is all that counts
-                    check_type(name, tensor, expected, str(file))
+                part = stored.get_slice(name)
+                yield file, name, part[:0] if part.get_shape() else stored.get_tensor(name)
+    for file in [] if files else sorted(folder.glob(PICKLED)):
+        for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
+            if isinstance(tensor, torch.Tensor):
+                yield file, name, tensor
 
 
 def check_keys(name: str, found: dict[str, Any], *, expected: Sequence[str] = ()) -> None:

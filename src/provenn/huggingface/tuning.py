@@ -309,8 +309,8 @@ def tune(
     Args:
         model: converted or not.
         batches: with labels; one step each.
-        how: "full" trains every parameter; "lora" trains low-rank additions to the maps of q, k, v and o by peft, and
-            merges them into the weights at the end, so that what is saved is an ordinary model; "none" does nothing.
+        how: "full" trains every parameter, and "none" does nothing. "lora" trains low-rank additions to the maps of q,
+            k, v and o by peft. It merges them into the weights at the end, so that what is saved is an ordinary model.
         lr: by default 6e-4 for full and 1e-4 for lora.
         rank, alpha: of lora.
         clip: largest norm of the gradient.

@@ -23,12 +23,12 @@ def export(
     """Write trained weights with their system as an ONNX file; returns what the terminal shows.
 
     A super-resolution system takes `image`, (1, 3, height, width) in 0…1 of any size, and gives `larger`. A classifier
-    takes `image`, (batch, channels, height, width) in 0…1, and gives `probabilities`, a segmenter those of each pixel,
-    a detector `boxes`, `scores` and `labels` of every anchor, before overlapping ones are dropped; in fused form. The
-    file is run in onnxruntime and held to what `predict` gives at several sizes. The returned lines say which, and
-    the largest difference; where other sizes differ, the file is for one size. A task of a paper's own says itself what
-    its system takes and gives (`Task.portable`). The file's metadata hold, under `provenn`, what the weights say of
-    themselves, such as class names.
+    takes `image`, (batch, channels, height, width) in 0…1, and gives `probabilities`. A segmenter gives those of each
+    pixel, and a detector `boxes`, `scores` and `labels` of every anchor, before overlapping ones are dropped. The
+    systems are in fused form. The file is run in onnxruntime and held to what `predict` gives at several sizes. The
+    returned lines say which, and the largest difference; where other sizes differ, the file is for one size. A task of
+    a paper's own says itself what its system takes and gives (`Task.portable`). The file's metadata hold, under
+    `provenn`, what the weights say of themselves, such as class names.
 
     Args:
         slug: the paper.

@@ -69,7 +69,7 @@ def train(
 
     from provenn import __version__, tasks, training
     from provenn.core.device import choose_device
-    from provenn.core.files import alone_in, save_figure, write_atomically
+    from provenn.core.files import alone_in, save_figure, work_folder, write_atomically
     from provenn.training import weights
     from provenn.training.checkpoints import CHECKPOINT, begun
     from provenn.training.recipes import recipe_of
@@ -143,7 +143,7 @@ def train(
     label = weights.Label(
         card.slug, chosen.name, kind.name, {**chosen.options, **built_with}, loaded.meta, __version__, trained_on
     )
-    with _folder_for(folder), _taken_by(chosen.name, str(named)):
+    with work_folder(folder), _taken_by(chosen.name, str(named)):
         result = training.fit(
             lambda: Paper(card).build(chosen.name, **built_with),
             kind,
@@ -246,19 +246,3 @@ def _can_read(kind: "Task", data: str | Path) -> bool:
     except (UserError, TypeError):  # not that, or it needs more arguments
         return False
     return True
-
-
-@contextmanager
-def _folder_for(folder: Path) -> Iterator[None]:
-    """Make a folder to work in, alone; where the work fails before it has written anything, nothing is left behind."""
-    from provenn.core.files import alone_in, check_writable
-
-    made = not folder.exists()
-    check_writable(folder)
-    try:
-        with alone_in(folder) if progress.first_process() else nullcontext():
-            yield
-    except BaseException:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
-        raise

@@ -178,14 +178,20 @@ def check_backbone(model: nn.Module, in_channels: int = 3, sizes: Sequence[tuple
     """Hold a network to the contract of `Backbone`.
 
     Raises:
-        AssertionError: says what it gives instead.
+        TypeError: the network has no features, strides or widths.
+        ValueError: they do not fit each other; the message says what came.
     """
-    assert isinstance(model, Backbone), f"{type(model).__name__} lacks features, strides or widths"
-    assert len(model.strides) == len(model.widths) > 0, "strides and widths must name the same maps"
-    assert list(model.strides) == sorted(set(model.strides)), f"strides must grow, got {list(model.strides)}"
+    if not isinstance(model, Backbone):
+        raise TypeError(f"{type(model).__name__} lacks features, strides or widths")
+    strides, widths = list(model.strides), list(model.widths)
+    if not 0 < len(strides) == len(widths):
+        raise ValueError(f"strides and widths must name the same maps, got {strides} and {widths}")
+    if strides != sorted(set(strides)):
+        raise ValueError(f"strides must grow, got {strides}")
     for height, width in sizes:
         with torch.no_grad():
             maps = model.features(torch.zeros(1, in_channels, height, width))
         given = [tuple(m.shape[1:]) for m in maps]
         expected = [(w, -(-height // s), -(-width // s)) for s, w in zip(model.strides, model.widths)]
-        assert given == expected, f"of {height}×{width} pixels, features gives {given}, not {expected}"
+        if given != expected:
+            raise ValueError(f"of {height}×{width} pixels, features gives {given}, not {expected}")

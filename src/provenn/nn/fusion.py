@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from provenn.core.narrowing import of_kind, present
+
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 MAPS = (*CONVOLUTIONS, "linear")
 
@@ -95,20 +97,18 @@ def _fold_batch_norms(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         norm = model.get_submodule(use.module)
         if use.operator != "batch_norm" or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             continue
-        source = use.node.args[0]
-        assert isinstance(source, torch.fx.Node)
+        source = of_kind(use.node.args[0], torch.fx.Node, "what a batch norm reads")
         before = by_node.get(source)
-        after = [by_node.get(user) for user in use.node.users]
+        readers = [by_node.get(user) for user in use.node.users]
+        after = [reader for reader in readers if reader is not None]
         scale, shift = _affine(norm)
         if before is not None and before.operator in MAPS and len(source.users) == 1 and before.module not in folded:
             _scale_outputs(model.get_submodule(before.module), scale, shift)
             folded.add(before.module)
-        elif after and all(
-            reader is not None and reader.module not in folded and _reads_pointwise(model, reader, use.node)
-            for reader in after
+        elif 0 < len(after) == len(readers) and all(
+            reader.module not in folded and _reads_pointwise(model, reader, use.node) for reader in after
         ):
             for reader in after:
-                assert reader is not None
                 _scale_inputs(model.get_submodule(reader.module), scale, shift)
                 folded.add(reader.module)
         else:
@@ -119,11 +119,11 @@ def _fold_batch_norms(model: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 def _affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """s and t of y = s x + t, which a batch norm is in eval mode."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
+    mean, variance = present(norm.running_mean, "running_mean"), present(norm.running_var, "running_var")
+    scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
-    shift = -norm.running_mean * scale
+    shift = -mean * scale
     return scale, shift if norm.bias is None else shift + norm.bias
 
 
@@ -142,22 +142,19 @@ def _reads_pointwise(model: nn.Module, reader: _Use, norm: torch.fx.Node) -> boo
 
 def _bias(module: nn.Module, channels: int) -> Tensor:
     bias = module.bias
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = of_kind(module.weight, Tensor, "weight")
     return bias if isinstance(bias, Tensor) else weight.new_zeros(channels)
 
 
 def _scale_outputs(module: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = of_kind(module.weight, Tensor, "weight")
     bias = _bias(module, len(weight))
     module.weight = nn.Parameter(weight * scale.view(-1, *[1] * (weight.ndim - 1)))
     module.bias = nn.Parameter(bias * scale + shift)
 
 
 def _scale_inputs(module: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = of_kind(module.weight, Tensor, "weight")
     bias = _bias(module, len(weight))
     per_channel = scale.view(1, -1, *[1] * (weight.ndim - 2))
     module.bias = nn.Parameter(bias + (weight * shift.view_as(per_channel)).flatten(1).sum(1))

@@ -1,14 +1,17 @@
 """What was changed in a Hugging Face model, noted in its config, so that nothing loads it as another model.
 
 `provenn.swap` and `provenn.insert_after` note what they did; `save_pretrained` writes the note with the weights.
-transformers alone would load such a folder with new random weights in the changed layers; so the config is written with
-one entry that it cannot read, which names `provenn.huggingface.load_model`.
+Without this package, such a folder would be loaded by transformers with new random weights in the changed layers. So
+the config is written with one entry that transformers cannot read, which names `provenn.huggingface.load_model`.
 """
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
 
 import provenn
 from provenn.core.errors import UserError
@@ -74,6 +77,23 @@ def note_change(model: "PreTrainedModel", change: Values) -> None:
     kind: Host = type(config)
     config.__class__ = changed_config(kind)
     config.provenn_changes = [*changes_of(config), {**change, "model": type(model).__name__}]
+
+
+def note_in_configs(model: nn.Module, factory: Callable[..., object], names: Sequence[str], **change: Any) -> None:
+    """Let the Hugging Face models that were changed note it in their configs, so that they can be saved."""
+    library: Any = sys.modules.get("transformers.modeling_utils")
+    if library is None:  # then none of its models is there
+        return
+    hosts: dict[str, nn.Module] = {}
+    for prefix, part in model.named_modules():
+        inside = any(not host or prefix.startswith(f"{host}.") for host in hosts)
+        if isinstance(part, library.PreTrainedModel) and not inside:
+            hosts[prefix] = part
+    for prefix, host in hosts.items():
+        start = f"{prefix}." if prefix else ""
+        changed = [name.removeprefix(start) for name in names if name.startswith(start)]
+        if changed:
+            note_change(cast(Any, host), {**change, "names": changed, "factory": describe_factory(factory)})
 
 
 def changes_of(config: "PreTrainedConfig") -> list[Values]:

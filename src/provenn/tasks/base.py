@@ -158,8 +158,8 @@ class Task(ABC):
             source: as in `load`.
             meta: what was saved with the weights, or `default_meta`.
             seed: of the split.
-            whole: take all of the user's data where they come without a split of their own; else the part that `load`
-                holds out for the test, which a model that was trained on the same data has not seen.
+            whole: take all of the user's data where they come without a split of their own. Without it, take the part
+                that `load` holds out for the test: a model that was trained on the same data has not seen it.
             options: as in `load`.
 
         Raises:

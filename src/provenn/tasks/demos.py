@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch import nn
 
+from provenn.core.narrowing import present
 from provenn.core.progress import without_controls
 from provenn.tasks.base import Task
 
@@ -46,8 +47,7 @@ class Trial:
     @property
     def file(self) -> Path:
         """What was given, where the form takes something."""
-        assert self.given is not None
-        return self.given
+        return present(self.given, "given")
 
     def predict(self, output: Path | None = None, **options: Any) -> str:
         """The task's prediction of the file that was given."""

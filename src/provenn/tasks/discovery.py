@@ -45,8 +45,8 @@ def task_names() -> list[str]:
 def get_task(name: str) -> "Task":
     """The task of that name, such as `image-classification`.
 
-    A shared one; else the `TASK` in the `task.py` of a paper whose `paper.toml` names it; else what an entry point of
-    the group `provenn.tasks` calls so, an object or a module that holds one as `TASK`.
+    First come the shared tasks, then the `TASK` in the `task.py` of a paper whose `paper.toml` names it. Last comes
+    what an entry point of the group `provenn.tasks` calls so: an object, or a module that holds one as `TASK`.
 
     Raises:
         UserError: no such task, one that cannot be used, or several of this name.

@@ -273,8 +273,8 @@ class LanguageModelling(Task):
         """Bits a byte, perplexity and nats a token, and the share of tokens predicted right.
 
         Where the words are counted, perplexity by words too: of other tokens it is the same figure. Of questions the
-        share that is answered right by the likelihood of a choice, and by that for each of its letters; `score` is the
-        one of the two that the set is usually judged by. Of prompts `score` is the mean of the set's own metric.
+        share that is answered right by the likelihood of a choice, and by that for each of its letters. Of the two,
+        `score` is the one that the set is usually judged by. Of prompts `score` is the mean of the set's own metric.
         """
         if "written" in scores:
             return {"score": float(scores["written"].mean())}

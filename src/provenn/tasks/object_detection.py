@@ -310,9 +310,10 @@ class ObjectDetection(Task):
 
         Args:
             model, meta, inputs: as in `Task.predict`; a folder among the inputs stands for the images in it.
-            output: an image, for a single input, gets the boxes drawn on it; a folder a drawn image for each input, and
-                `detections.json`; a `.json` file gets COCO results: `image_id` (a file's name where that is a number,
-                else its number in the order), `category_id`, `bbox`, `score` and, besides, `file_name`.
+            output: an image, for a single input, gets the boxes drawn on it. A folder gets a drawn image for each
+                input, and `detections.json`. A `.json` file gets COCO results: `image_id`, `category_id`, `bbox`,
+                `score` and, besides, `file_name`. `image_id` is a file's name where that is a number, else its number
+                in the order.
             score_threshold: boxes of at least this score are shown and written.
         """
         if not 0 <= score_threshold <= 1:

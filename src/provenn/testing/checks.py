@@ -69,8 +69,8 @@ def check_paper(paper: str | Card, *, golden: str | Path | None = None) -> None:
     """Hold all that a paper says of itself to what it is.
 
     - Every mechanism and every preset keeps its checks. The smallest preset of each task is asked for all of them. The
-      others, being the same code, are asked for a few, those with more than 2^28 parameters for what the meta device
-      can show.
+      others are the same code, and are asked for a few. Those with more than 2^28 parameters are asked for what the
+      meta device can show.
     - The weights that ship have the metrics that they state.
     - Claims, experiments and what measures them name each other.
     - Effects, intervals and verdicts of the record that ships follow from its values.

@@ -133,9 +133,10 @@ def augmented(data: TaskData, recipe: Recipe, seed: int, sampler: Sampler, worke
 def mixed(batch: Any, recipe: Recipe, data: TaskData) -> Any:
     """A batch of images and classes whose images are mixed with those of the batch in reverse, classes alike.
 
-    x̃ = λx + (1 − λ)x', ỹ = λy + (1 − λ)y', λ ~ Beta(α, α) (mixup, Zhang et al., 2018, equation 1), or x' shows in a
-    rectangle of the share 1 − λ (CutMix, Yun et al., 2019, equation 1). One λ a batch; of both, one is drawn. Kornia's
-    mixup draws λ evenly, and recipes name α.
+    x̃ = λx + (1 − λ)x', ỹ = λy + (1 − λ)y', λ ~ Beta(α, α)   (mixup, Zhang et al., 2018, equation 1)
+
+    Or x' shows in a rectangle of the share 1 − λ (CutMix, Yun et al., 2019, equation 1). One λ a batch; of both, one is
+    drawn. Kornia's mixup draws λ evenly, and recipes name α.
 
     Raises:
         UserError: data that do not say how many classes there are.

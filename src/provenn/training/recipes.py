@@ -36,10 +36,10 @@ class Recipe:
         no_decay: patterns of names of parameters that do not decay, such as ("*temperature", "*embedding*").
         layer_decay: the factor on the rate from each block to the one before it, as BEiT is tuned (such as 0.65);
             what lies before the first block has one more, what lies behind the last none. 1 leaves all alike.
-        schedule: constant, cosine or linear (both to `final_lr`), inverse-sqrt (of the steps, from the end of the
-            warm-up), onecycle, poly (the share of the steps that is left, to the power of 0.9, as segmentation has
-            it), step (by `gamma` every `step_epochs` epochs), multistep (by `gamma` at each of `milestones`) or
-            exponential (by `gamma` each epoch).
+        schedule: constant, cosine, linear, inverse-sqrt, onecycle, poly, step, multistep or exponential. Cosine and
+            linear end at `final_lr`. Inverse-sqrt is of the steps, from the end of the warm-up. Poly is the share of
+            the steps that is left, to the power of 0.9, as segmentation has it. The last three multiply by `gamma`:
+            step every `step_epochs` epochs, multistep at each of `milestones`, exponential each epoch.
         milestones: of multistep, as shares of all steps, such as (0.5, 0.8).
         final_lr: where cosine and linear end.
         warmup_steps: linear, before the schedule.
@@ -226,8 +226,8 @@ SCHEDULES: dict[str, Callable[[Recipe, float, int], float]] = {
 def block_depths(model: nn.Module) -> dict[str, int]:
     """How deep each parameter lies: 0 before the first block, then the blocks one by one, then what lies behind.
 
-    The blocks are the modules of the commonest class that stand in rows (`ModuleList`, `Sequential`), in the order in
-    which the system defines them; what is defined between two of them counts with the one before.
+    The blocks are the modules of the commonest class that stand in rows (`ModuleList`, `Sequential`). Their order is
+    the one in which the system defines them. What is defined between two of them counts with the one before.
 
     Raises:
         UserError: there are no such rows.

@@ -2,9 +2,9 @@
 
 A system is a paper's whole model, an `nn.Module`. It may define
 
-    training_loss(batch)    the mean loss of a batch, instead of the task's: auxiliary heads, pairs, a rate term
-    optimizers(recipe)      one optimizer or several, instead of the recipe's: groups without decay, other rates
-    before_saving()         called on the trained model before it is tested and saved: tables to compute, parts to drop
+- `training_loss(batch)`: the mean loss of a batch, instead of the task's: auxiliary heads, pairs, a rate term;
+- `optimizers(recipe)`: one optimizer or several, instead of the recipe's: groups without decay, other rates;
+- `before_saving()`: called on the trained model before it is tested and saved: tables to compute, parts to drop.
 
 There is one loss and one backward pass. Of several optimizers each steps on the gradients of its own parameters: what
 must not pass from one part's loss to another's parameters is detached in `training_loss`. The recipe's schedule scales

@@ -59,11 +59,13 @@ class Database:
     def migrate(self) -> None:
         """Bring the tables to this version's form; what is in them stays."""
         url = self.engine.url
+        lock = Path(f"{url.database}.lock")
+        locked_before = lock.exists()
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         try:
             if url.get_backend_name() == "sqlite" and url.database:
-                with FileLock(f"{url.database}.lock", mode=0o600), self.engine.begin() as connection:
+                with FileLock(lock, mode=0o600), self.engine.begin() as connection:
                     config.attributes["connection"] = connection
                     command.upgrade(config, "head")
             else:
@@ -74,6 +76,8 @@ class Database:
                     command.upgrade(config, "head")
         except DBAPIError as error:
             said = str(error.orig).partition("\n")[0]
+            if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB and not locked_before:
+                lock.unlink(missing_ok=True)  # somebody else's file is left as it was, and alone
             raise UserError(f"no database at {url.render_as_string(hide_password=True)}: {said}") from None
         except CommandError as error:
             newer = "was it made by a newer provenn? update this one"

@@ -10,10 +10,22 @@ from torch import Tensor
 
 from plugins import importable, install
 from provenn.core.cost import growth, peak_activation_bytes
+from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.distributed.slices import Slice
 from provenn.papers.long_context_bench import masks, sparse
-from provenn.papers.long_context_bench.kernels import Case, Unsupported, kernels, pick, reference
+from provenn.papers.long_context_bench.experiments import kernels_agree
+from provenn.papers.long_context_bench.kernels import (
+    FILES,
+    Case,
+    Unsupported,
+    chunked,
+    kernel_of,
+    kernels,
+    load_kernel,
+    pick,
+    reference,
+)
 from provenn.papers.long_context_bench.kernels.blockwise import Blockwise, attend_backward, attend_forward, plan
 from provenn.papers.long_context_bench.kernels.flex import Flex
 from provenn.papers.long_context_bench.masks import MASKS, from_slices, make_mask
@@ -273,6 +285,12 @@ def test_a_file_that_holds_no_kernel_is_refused(tmp_path, text, words):
         pick([str(file)])
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (file := tmp_path / "kernel.txt").write_text("KERNEL = 3")
+    with pytest.raises(UserError, match=r"kernel.txt cannot be imported: its name does not end in .py"):
+        load_kernel(file)
+
+
 def test_names_and_sizes_that_cannot_be_are_refused():
     for call, words in (
         (lambda: pick(["sdp"]), "did you mean sdpa"),
@@ -298,3 +316,16 @@ def test_block_sparse_masks_keep_what_they_say():
     sizes = torch.tensor(variable.edges).diff()
     assert len(sizes) == 20 and int(sizes.min()) >= 128 and len(set(sizes.tolist())) > 5
     assert variable.density == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if kernel_of(name) is not None])
+def test_a_record_of_all_kernels_is_of_the_code_of_each(name, monkeypatch):
+    before = digest(kernels_agree)
+    monkeypatch.setattr(type(kernel_of(name)), "changed", 1, raising=False)
+    assert digest(kernels_agree) != before
+
+
+def test_what_a_kernel_calls_counts_too(monkeypatch):
+    before = digest(kernels_agree)
+    monkeypatch.setattr(chunked, "chunk_attention", make_mask)
+    assert digest(kernels_agree) != before

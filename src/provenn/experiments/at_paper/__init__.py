@@ -15,6 +15,7 @@ from provenn.evidence.run import Run
 from provenn.experiments.at_paper.authors import of_authors
 from provenn.experiments.at_paper.converted import of_converted
 from provenn.experiments.at_paper.job import Job
+from provenn.experiments.at_paper.options import TrainingOptions
 from provenn.experiments.at_paper.trained import of_trained
 from provenn.tasks import get_task
 from provenn.training import Recipe
@@ -22,14 +23,16 @@ from provenn.training import Recipe
 
 @dataclass(frozen=True)
 class AtPaperScale:
-    """An experiment as its `at_paper` says, or with `overrides` to the recipe, to how data are read or to the
-    system.
+    """An experiment as its `at_paper` says, or with `overrides` to the recipe, to how data are read or to the system.
+
+    `training` says how what is trained runs, on how many processes.
     """
 
     card: Card
     experiment: Experiment
     paths: datasets.DataPaths | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def parameters(self) -> dict[str, Any]:
         """What `--set` may change, and its type."""
@@ -45,7 +48,7 @@ class AtPaperScale:
         return replace(self, overrides={**self.overrides, **overrides})
 
     def __call__(self, run: Run) -> Measurement:
-        return measure_at_paper(run, self.card, self.experiment, self.paths, self.overrides)
+        return measure_at_paper(run, self.card, self.experiment, self.paths, self.overrides, self.training)
 
 
 def measure_at_paper(
@@ -54,6 +57,7 @@ def measure_at_paper(
     experiment: Experiment,
     paths: datasets.DataPaths | None = None,
     overrides: Mapping[str, Any] | None = None,
+    training: TrainingOptions | None = None,
 ) -> Measurement:
     """Measure an experiment as its `at_paper` says; not measured, with what it needs, where that is not here.
 
@@ -62,6 +66,7 @@ def measure_at_paper(
         card, experiment: of the paper; the experiment has an `at_paper`.
         paths: of data sets and checkpoints, by name. Those left out are looked for below PROVENN_DATA.
         overrides: to the recipe, to how data are read, or to the system.
+        training: how what is trained runs.
 
     Raises:
         UserError: data or weights that are there and cannot be read.
@@ -82,7 +87,8 @@ def measure_at_paper(
         return Measurement.not_measured("; ".join(dict.fromkeys(lacking)))
     if how.gpu and not run.device.startswith("cuda"):
         return Measurement.not_measured(f"a GPU (the device is {run.device})")
-    job = Job(run, card, experiment, how, {name: each.path for name, each in found.items()})
+    where = {name: each.path for name, each in found.items()}
+    job = Job(run, card, experiment, how, where, training or TrainingOptions())
     if how.weights == "converted" and checkpoint is not None:
         return of_converted(job, checkpoint.path)
     if how.weights == "authors" and checkpoint is not None:

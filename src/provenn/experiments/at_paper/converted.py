@@ -26,6 +26,11 @@ def of_converted(job: Job, host: Path) -> Measurement:
 
     huggingface.quiet()
     run, card, how, where = job.run, job.card, job.how, job.where
+    if others := [*job.training.departures, *(["precision"] if job.training.precision is not None else [])]:
+        raise UserError(
+            f"{job.experiment.id} converts a pretrained model, in one process: leave out "
+            f"{', '.join('--' + name.replace('_', '-') for name in others)}"
+        )
     material = _material(job)
     setting = setting_of(job, weights=checksum(listing(host)))
     sides: dict[str, dict[str, Any]] = {card.slug: {}}
@@ -45,7 +50,7 @@ def of_converted(job: Job, host: Path) -> Measurement:
         model = examples.host(source, device=run.device, batch_size=batch_size, lr=how_tuned.get("lr"), seed=seed)
         tuning = huggingface.Tuning(**{**examples.stages(batch_size), **how_tuned})
         with folder_of_training(run, job.experiment.id, side, name, str(seed)) as folder:
-            saving = Saving(folder, resume=True)
+            saving = Saving(folder, resume=True, save_every=job.training.save_every)
             recovery = huggingface.recover(model, card.slug, examples, tuning, seed=seed, saving=saving, **of_mechanism)
         return {stage: value for stage, value, _ in recovery.stages()}
 

@@ -5,7 +5,7 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from provenn.catalog import AtPaper, Card, Experiment
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
 from provenn.evidence.run import Run
+from provenn.experiments.at_paper.options import TrainingOptions
 from provenn.tasks import Task, get_task
 from provenn.training import fit
 from provenn.training import weights as files
@@ -29,6 +30,7 @@ class Job:
         card, experiment: of the paper.
         how: its `at_paper`, with what was overridden.
         where: the data sets, by name.
+        training: how what is trained runs.
     """
 
     run: Run
@@ -36,6 +38,7 @@ class Job:
     experiment: Experiment
     how: AtPaper
     where: Mapping[str, Path]
+    training: TrainingOptions = field(default_factory=TrainingOptions)
 
     @property
     def task(self) -> Task:

@@ -2,8 +2,8 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from provenn.experiments.at_paper.job import (
     listing,
     setting_of,
 )
+from provenn.experiments.at_paper.program import in_own_program
 from provenn.nn.backbone import fix
-from provenn.training import Hardware, Saving, fit
+from provenn.training import Recipe, Saving, fit
 from provenn.training import weights as files
 from provenn.training.recipes import recipe_of
 
@@ -46,13 +47,13 @@ def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: P
     asked = how.recipe or preset.recipe
     # A recipe of so many steps means them, whatever passes over the data they are.
     passes = sys.maxsize if "max_steps" in asked and "epochs" not in asked else None
-    overrides: dict[str, Any] = {"epochs": passes, **of_recipe}
+    overrides: dict[str, Any] = {"epochs": passes, "precision": job.training.precision, **of_recipe}
     recipe = recipe_of(asked, **overrides)
-    build = card.resolve(preset.build)
     sides: dict[str, dict[str, Any]] = {preset.name: {}}
     if how.against is not None:
         sides[changed_name(preset.name, how.against)] = how.against
     setting = {**setting_of(job, *tested), "recipe": asdict(recipe)}
+    setting |= {"hardware": job.training.departures} if job.training.departures else {}
     frozen = {} if how.host is None else {"encoder": str(begun)}
     if begun is not None and how.host is not None:
         setting |= {"weights": checksum(listing(begun))}
@@ -63,41 +64,7 @@ def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: P
     skills: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in sides}
     steps = 0
 
-    def train(label: str, name: str, seed: int) -> dict[str, Any]:
-        overrides = {**how.overrides, **sides[label]}
-        of_test = {name: value for name, value in overrides.items() if name in _only(kind.held_out, kind.load, build)}
-        overrides = {name: value for name, value in overrides.items() if name not in of_test}
-        of_data, of_system = divided(overrides, kind.load, build)
-        options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data, **frozen}
-        data = kind.load(where[name], seed=seed, **options)
-        built = partial(_build, build, {**preset.options, **data.options, **of_system})
-        with folder_of_training(run, experiment.id, label, name, str(seed)) as folder:
-            done = fit(
-                built if begun is None else partial(_begun, card, how, begun, built, of_system),
-                kind,
-                data,
-                recipe,
-                seed=seed,
-                hardware=Hardware(run.device),
-                saving=Saving(folder, resume=True),
-                title=f"{experiment.id}: {label} on {name}",
-            )
-        metrics = done.metrics
-        if tested:
-            # Tokens and scales are the training's: other ways to read are not for the test.
-            known = {**_known(kind.held_out, of_data), **of_test}
-            parts = [kind.held_out(path, data.meta, **known).dataset for path in tested]
-            with torch.no_grad():
-                each = [kind.evaluate(done.model, part) for part in parts]
-            # What test questions do not report, such as bits a byte, is of the training's own test.
-            metrics = {**metrics, **{key: sum(one[key] for one in each) / len(each) for key in each[0]}}
-            if kind.metric in each[0]:
-                data = replace(data, test=parts[0])
-        elif how.split == "val":
-            with torch.no_grad():
-                metrics = kind.evaluate(done.model, data.val)
-        return {**metrics, "dummy_baseline": float(kind.dummy_baseline(data)), "steps": done.steps, "about": data.about}
-
+    training = _Training(job, recipe, sides, tested, begun, frozen)
     measured: dict[str, Any] = {}
     for label in sides:
         for seed in run.seeds:
@@ -105,7 +72,7 @@ def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: P
                 key = {**setting, "side": label}
                 measured[name] = run.trial(
                     f"{experiment.id}, {label} on {name}",
-                    lambda label=label, name=name, seed=seed: train(label, name, seed),  # type: ignore[misc]
+                    partial(training, label, name, seed),
                     seed=seed,
                     **key,
                 )
@@ -132,6 +99,71 @@ def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: P
         return Measurement.mean(reached[preset.name], **facts)
     system, baseline = sides
     return Measurement.paired(reached[system], reached[baseline], sides=experiment.sides or (system, baseline), **facts)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """The trainings of an experiment: one for each side, data set and seed.
+
+    Args:
+        job: what is measured.
+        recipe: of them all.
+        sides: overrides of each side, by its label.
+        tested: other data to test on.
+        begun: the weights that a training starts from.
+        frozen: what names the pretrained model that a training decodes.
+    """
+
+    job: Job
+    recipe: Recipe
+    sides: Mapping[str, Mapping[str, Any]]
+    tested: Sequence[Path]
+    begun: Path | None
+    frozen: Mapping[str, Any]
+
+    def __call__(self, label: str, name: str, seed: int) -> dict[str, Any]:
+        job = self.job
+        with folder_of_training(job.run, job.experiment.id, label, name, str(seed)) as folder:
+            function = partial(self.fit_and_test, label, name, seed, folder)
+            return function() if job.training.hardware.processes == 1 else in_own_program(function, folder)
+
+    def fit_and_test(self, label: str, name: str, seed: int, folder: Path) -> dict[str, Any]:
+        """Metrics of one training, which goes on from the folder's checkpoint where there is one."""
+        job, how, kind, begun = self.job, self.job.how, self.job.task, self.begun
+        preset = job.card.preset(how.preset)
+        build = job.card.resolve(preset.build)
+        overrides = {**how.overrides, **self.sides[label]}
+        of_test = {name: value for name, value in overrides.items() if name in _only(kind.held_out, kind.load, build)}
+        overrides = {name: value for name, value in overrides.items() if name not in of_test}
+        of_data, of_system = divided(overrides, kind.load, build)
+        options = {**datasets.get(name).options_of(name.partition("/")[2]), **of_data, **self.frozen}
+        data = kind.load(job.where[name], seed=seed, **options)
+        built = partial(_build, build, {**preset.options, **data.options, **of_system})
+        done = fit(
+            built if begun is None else partial(_begun, job.card, how, begun, built, of_system),
+            kind,
+            data,
+            job.training.recipe_of_each(self.recipe),
+            seed=seed,
+            hardware=job.training.on(job.run.device),
+            saving=Saving(folder, resume=True, save_every=job.training.save_every),
+            title=f"{job.experiment.id}: {label} on {name}",
+        )
+        metrics = done.metrics
+        if self.tested:
+            # Tokens and scales are the training's: other ways to read are not for the test.
+            known = {**_known(kind.held_out, of_data), **of_test}
+            parts = [kind.held_out(path, data.meta, **known).dataset for path in self.tested]
+            with torch.no_grad():
+                each = [kind.evaluate(done.model, part) for part in parts]
+            # What test questions do not report, such as bits a byte, is of the training's own test.
+            metrics = {**metrics, **{key: sum(one[key] for one in each) / len(each) for key in each[0]}}
+            if kind.metric in each[0]:
+                data = replace(data, test=parts[0])
+        elif how.split == "val":
+            with torch.no_grad():
+                metrics = kind.evaluate(done.model, data.val)
+        return {**metrics, "dummy_baseline": float(kind.dummy_baseline(data)), "steps": done.steps, "about": data.about}
 
 
 def _build(build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:

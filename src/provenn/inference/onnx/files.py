@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.core.narrowing import present
 from provenn.core.progress import quiet_loggers
 
 
@@ -47,7 +48,7 @@ def write(
             verbose=False,
             custom_translation_table=translations(),
         )
-    assert program is not None
+    program = present(program, "program")
     program.model.metadata_props.update(about)
     program.save(str(path))
 

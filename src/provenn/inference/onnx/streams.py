@@ -165,6 +165,6 @@ def _check_every_step_alike(system: Step, token: Tensor, state: list[Tensor | in
         alike = False
     if not alike:
         raise UserError(
-            f"the step of {type(system.layer).__name__} changes with the position, such as at the end of a chunk, and "
-            "an ONNX file holds one step; layers whose state keeps one size can be exported, such as Aaren and Hedgehog"
+            f"the step of {type(system.layer).__name__} changes with the position, such as at the end of a chunk. "
+            "An ONNX file holds one step: export a layer whose state keeps one size, such as Aaren or Hedgehog"
         )

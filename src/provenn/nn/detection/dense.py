@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import present
 from provenn.nn.backbone import Backbone, FeaturePyramid, crop_features
 from provenn.nn.detection.anchors import Anchors, Shape, anchors_of, shapes_of
 from provenn.nn.detection.assign import IGNORED, by_atss, by_iou, by_range
@@ -327,10 +328,9 @@ def _centred_losses(
     predicted: Tensor, centre: Tensor | None, anchors: Anchors, boxes: Tensor, weight: float = 1.0
 ) -> dict[str, Tensor]:
     """1 − GIoU, weighted by how central each anchor is to its box, and the cross-entropy of what is said of that."""
-    assert centre is not None
     target = centreness(distances_of(boxes, anchors.centres))
     weighted = (target * giou_loss(predicted, boxes)).sum()
-    entropy = F.binary_cross_entropy_with_logits(centre, target, reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(present(centre, "centre"), target, reduction="sum")
     return {"boxes": weight * weighted / target.sum().clamp(min=1e-6), "centreness": entropy / max(1, len(boxes))}
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from provenn.core.narrowing import present
+
 from .reference import log_attention_weights
 
 BLOCK = 8  # queries: inside a block every pair has its features summed one by one
@@ -89,8 +91,7 @@ def log_attention(
             decayed = state.sums * (peak - last).exp().unsqueeze(-1)
             state = LogState(decayed + (log_keys - last.unsqueeze(-2)).exp().mT @ v, last)
         else:
-            assert factors is not None
-            f = factors[..., start - past : start - past + BLOCK, :]
+            f = present(factors, "factors")[..., start - past : start - past + BLOCK, :]
             earlier = reach @ (keys[..., :start, :] - peak.unsqueeze(-2)).exp().mT
             sums = (earlier * f[..., :start]) @ augmented_values[..., :start, :] + (inside * f[..., block]) @ v
         normalisers = sums[..., -1:]

@@ -25,8 +25,9 @@ EPS = 1e-5  # of the layer norm
 class MemoryState(NamedTuple):
     """A memory between two tokens; its size does not depend on how many were read.
 
-    `weights` is M_t and `momentum` S_t, a matrix for each layer (no momentum: an empty tuple); `anchor` is the weights
-    at the start of the chunk, at which gradients are taken, and `position` how many tokens of the chunk were read.
+    `weights` is M_t and `momentum` S_t, a matrix for each layer; without momentum it is an empty tuple. `anchor` is the
+    weights at the start of the chunk, at which gradients are taken. `position` is how many tokens of the chunk were
+    read.
     """
 
     weights: tuple[Float[Tensor, "batch heads _ _"], ...]

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -89,13 +90,13 @@ class PooledLayer(nn.Module):
     def fused(self) -> nn.Sequential:
         """ReLU(conv1×1(x)): all that is left of it in eval mode."""
         point, depth, norm = self.point, self.depth, self.norm
-        assert norm.running_var is not None and norm.running_mean is not None
-        assert point.bias is not None and depth.bias is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        mean, variance = present(norm.running_mean, "running_mean"), present(norm.running_var, "running_var")
+        before, after = present(point.bias, "point.bias"), present(depth.bias, "depth.bias")
+        scale = norm.weight * (variance + norm.eps).rsqrt()
         centre = depth.weight[:, 0, 1, 1]
         merged = nn.Conv2d(point.in_channels, point.out_channels, 1).to(point.weight)
         merged.weight = nn.Parameter((scale * centre)[:, None, None, None] * point.weight)
-        merged.bias = nn.Parameter(norm.bias + scale * (centre * point.bias + depth.bias - norm.running_mean))
+        merged.bias = nn.Parameter(norm.bias + scale * (centre * before + after - mean))
         return nn.Sequential(merged, nn.ReLU())
 
 
@@ -344,8 +345,7 @@ class EVA(nn.Module):
             if isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(present(module.bias, "bias"))
 
     def forward(self, x: Maps) -> Maps:
         x = x + self.scale1(self.spatial(self.norm1(x)))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 
 from provenn.core import cost
+from provenn.core.narrowing import of_kind
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.segmentation import full_logits
 from provenn.papers.bevanet.layers import CKS
@@ -64,8 +65,7 @@ def gate_spread(model: nn.Module, data: TaskData) -> float:
 
     def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            assert isinstance(module, CKS)
-            seen.setdefault(name, []).append(module.gates(sum(inputs))[0].flatten(1).cpu())
+            seen.setdefault(name, []).append(of_kind(module, CKS, name).gates(sum(inputs))[0].flatten(1).cpu())
 
         return hook
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from provenn.core import cost
 from provenn.core.errors import UserError
+from provenn.core.narrowing import of_kind, present
 from provenn.nn.mobilenet import InvertedResidual
 from provenn.nn.segmentation import Segmenter
 from provenn.papers.emov2.layers import I2RMB, SEWMHSA, group_pixels, ungroup_pixels
@@ -213,13 +214,12 @@ def equals_multihead_attention(width: int = 16, heads: int = 2) -> float:
         layer_scale=None,
     ).double()  # fmt: skip
     host = nn.MultiheadAttention(width, heads, batch_first=True).double()
-    operator, x = block.operator, torch.randn(2, width, 5, 4, dtype=torch.float64)
-    assert isinstance(operator, SEWMHSA)
-    value = operator.v[0]
-    assert isinstance(value, nn.Conv2d) and value.bias is not None and operator.qk.bias is not None
+    operator, x = of_kind(block.operator, SEWMHSA, "operator"), torch.randn(2, width, 5, 4, dtype=torch.float64)
+    value = of_kind(operator.v[0], nn.Conv2d, "v")
+    biases = [present(operator.qk.bias, "qk.bias"), present(value.bias, "v.bias")]
     with torch.no_grad():
         host.in_proj_weight.copy_(torch.cat([operator.qk.weight, value.weight]).flatten(1))
-        host.in_proj_bias.copy_(torch.cat([operator.qk.bias, value.bias]))
+        host.in_proj_bias.copy_(torch.cat(biases))
         host.out_proj.weight.copy_(2 * block.project.weight.flatten(1))  # without a filter, e + l(e) is 2e
         host.out_proj.bias.zero_()
         tokens = block.norm(x).flatten(2).mT

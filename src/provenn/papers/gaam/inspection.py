@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.core.narrowing import present
 from provenn.papers.gaam.layers import importance_factor, layer_shares
 from provenn.papers.gaam.model import AudioClassifier, StackClassifier
 
@@ -41,5 +42,4 @@ def draw(model: nn.Module, x: Any, meta: dict[str, Any], axes: "Axes") -> None:
     image = axes.imshow(factor.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(shares)), [f"layer {k + 1}: {share:.1%}" for k, share in enumerate(shares)])
     axes.set(xlabel="feature")
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, label="Importance Factor")
+    present(axes.figure, "figure").colorbar(image, ax=axes, label="Importance Factor")

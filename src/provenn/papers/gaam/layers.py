@@ -177,7 +177,7 @@ class GaussianAdaptiveAttention(nn.Module):
         Args:
             x: what is gated.
             mask: True where a position may be seen, (examples, positions of the axis) or of the shape of `x` without
-                features; what may not be seen has no part in mean and variance, and is gated all the same.
+                features. What may not be seen has no part in mean and variance, and is gated all the same.
             return_weights: whether the gate is given too.
 
         Raises:

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from provenn.core.cost import count_parameters
+from provenn.core.narrowing import of_kind
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
 from provenn.papers.l2vit import model as presets
 from provenn.papers.l2vit.layers import LinearGlobalAttention, WindowAttention
@@ -176,8 +177,7 @@ def printed_flops(run: Run) -> Measurement:
     columns = ["network", "multiply-adds of products", "as the authors' tool counts"]
     table = Table(caption="Operations at 224², in 10^9", columns=columns, rows=rows)
     note = "Their tool adds two for each element of a norm, one for each of an activation and one for each bias."
-    value = rows[-1][-1]
-    assert isinstance(value, float)
+    value = of_kind(rows[-1][-1], float, "operations")
     return Measurement.exact(value, unit="GFLOPs", note=note, tables=[table])
 
 

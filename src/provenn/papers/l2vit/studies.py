@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import Subset
 
 from provenn.core import cost
+from provenn.core.narrowing import of_kind
 from provenn.nn.resnet import BasicBlock, ResNet
 from provenn.nn.segmentation import Segmenter
 from provenn.ops.linear_attention import bidirectional_attention
@@ -159,8 +160,7 @@ def floored_shares(seed: int, side: int = 224) -> list[float]:
     shares: list[list[float]] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, LinearGlobalAttention)
-        shares[-1].append(module.floored(inputs[0]).double().mean().item())
+        shares[-1].append(of_kind(module, LinearGlobalAttention, "attention").floored(inputs[0]).double().mean().item())
 
     for stage in network.stages:
         for module in stage.modules():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.core.narrowing import present
 from provenn.papers.l2vit.layers import LGABlock, LinearGlobalAttention, LWABlock
 
 
@@ -38,8 +39,7 @@ def tiled(
             if output is None:
                 output = part.new_empty(len(x), height, width, part.shape[1]).permute(0, 3, 1, 2)
             output[..., first:last, start:stop] = part[..., first - top : last - top, start - left : stop - left]
-    assert output is not None
-    return output
+    return present(output, "output")
 
 
 def _spans(length: int, side: int, halo: int) -> Iterator[tuple[int, int, int, int]]:
@@ -73,8 +73,7 @@ def tiled_block(
     for top in range(0, x.shape[2], side):
         for left in range(0, x.shape[3], side):
             state = attention.add(_tokens(norm, x[..., top : top + side, left : left + side]), state)
-    assert state is not None
-    total = state
+    total = present(state, "state")
 
     def attend(part: Tensor) -> Tensor:
         y = attention.read(_tokens(norm, part), total)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from provenn.core.errors import UserError
+from provenn.core.narrowing import present
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention, split_heads
 from provenn.nn.language import CausalLM, PreNormBlock
 from provenn.nn.positions import rotation, sinusoidal_encoding, turn
@@ -104,8 +105,7 @@ class Cache:
 
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the positions before `end`."""
-        keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None and values is not None
+        keys, values = present(self.keys[layer], "keys"), present(self.values[layer], "values")
         return keys[:, :, :end], values[:, :, :end]
 
     def nbytes(self, tokens: int) -> int:
@@ -220,7 +220,8 @@ class Decoder:
                 self._turns[:] = [self.table(size)]
             cos, sin = self._turns[0]
             if index is None:
-                assert not isinstance(start, Tensor)
+                if isinstance(start, Tensor):
+                    raise ValueError("rows that begin at positions of their own need the index of each token")
                 turns = cos[start:end], sin[start:end]
             else:
                 turns = cos[index].unsqueeze(1), sin[index].unsqueeze(1)

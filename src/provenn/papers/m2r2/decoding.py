@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.core.errors import UserError
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.language import probabilities
 from provenn.papers.m2r2.decoders import Cache, Decoder, Positions, take_apart
@@ -186,8 +187,9 @@ def decode(
         threshold: of the confidence that a token leaves with, one for all gates or one for each.
         confidence: "router" (the router's probability that the gate says what all layers would), "probability" (of the
             gate's likeliest token) or "margin" (by which it is likelier than the next).
-        fill: what later tokens see of one that left, in the layers that it left out: "exact" (these layers are done
-            when the first later token needs them) or "propagate" (keys and values of the state that it left with).
+        fill: what later tokens see of one that left, in the layers that it left out. With "exact", these layers are
+            done when the first later token needs them. With "propagate", keys and values are of the state that it left
+            with.
         draft: a decoder over the same tokens.
         temperature, top_k, top_p, generator: how tokens are chosen; 0 takes the likeliest.
         end: a token after which a text has ended; it is repeated up to the longest text's end, and where all have ended
@@ -263,8 +265,7 @@ def decode(
     elif mode == "speculative":
         pieces = _speculative(work, gamma, stop, count)
     else:
-        assert small is not None
-        pieces = _two_model(work, small, prompt[:, : longest - 1], gamma, stop, count)
+        pieces = _two_model(work, present(small, "small"), prompt[:, : longest - 1], gamma, stop, count)
     yield from _columns(work, pieces, count, end, began)
 
 

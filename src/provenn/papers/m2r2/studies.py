@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from provenn.core.narrowing import of_kind
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.papers.m2r2.decoding import Statistics, certainty, decode
@@ -59,8 +60,7 @@ def trained_decoder(seed: int, smoke: bool, layers: int = LAYERS, experts: bool 
     )
     recipe = replace(BASE, max_steps=2) if smoke else BASE
     done = fit(build, get_task("language-modelling"), _text(smoke), recipe, seed=seed, title="decoder")
-    assert isinstance(done.model, CausalLM)
-    return done.model
+    return of_kind(done.model, CausalLM, "the decoder")
 
 
 # Variants: each is put around a trained decoder.
@@ -102,9 +102,8 @@ class MixtureOfDepths(ExitModel):
         self.share = share
         self.pickers = nn.ModuleList(nn.Linear(base.dim, 1) for _ in base.blocks[1::2])
         for picker in self.pickers:
-            assert isinstance(picker, nn.Linear)
-            nn.init.zeros_(picker.bias)
-            nn.init.normal_(picker.weight, std=0.02)
+            nn.init.zeros_(of_kind(picker.bias, Tensor, "bias"))
+            nn.init.normal_(of_kind(picker.weight, Tensor, "weight"), std=0.02)
 
     def picked(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens layer i takes, and the factor of its update."""

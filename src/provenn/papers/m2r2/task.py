@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from provenn import catalog
 from provenn.core.errors import UserError
+from provenn.core.narrowing import of_kind
 from provenn.papers.m2r2.comparison import WAYS, Way, compare_ways
 from provenn.papers.m2r2.decoding import MODES, Statistics
 from provenn.papers.m2r2.model import ExitModel, draft_tiny, m2r2_tiny
@@ -50,8 +51,7 @@ class AcceleratedModelling(LanguageModelling):
     metric = "exit_bits_per_byte"
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        assert isinstance(model, ExitModel)
-        return model.training_loss(batch)
+        return of_kind(model, ExitModel, "the model").training_loss(batch)
 
     def scores(self, model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Scores:
         """As of language modelling, and of the first gate: its nats, and how often it names what all layers name."""
@@ -106,10 +106,11 @@ class AcceleratedModelling(LanguageModelling):
         Args:
             model, meta, inputs, output, tokens, temperature, top_k, top_p, seed, context, log: as of language
                 modelling.
-            mode: full (all layers for every token), exit (a token leaves where the router is sure), speculative
-                (drafts by the first gate, checked by all layers: what full may write, sooner; with temperature=0 the
-                same text), two-model (drafts by the second model that ships, of bytes) or compare (the text of full,
-                and then all ways in turns).
+            mode: full, exit, speculative, two-model or compare. With full, every token takes all layers. With exit, a
+                token leaves where the router is sure. With speculative, the first gate drafts and all layers check:
+                that writes what full may write, sooner, and with temperature=0 the same text. With two-model, the
+                second model that ships drafts, which is of bytes. Compare writes the text of full, and then times
+                all ways in turns.
             gamma, stop, threshold, confidence, fill: as in `provenn.papers.m2r2.decode`.
             rounds: of mode=compare, how often each way is timed.
         """
@@ -117,7 +118,7 @@ class AcceleratedModelling(LanguageModelling):
             raise UserError(f"mode must be one of {', '.join((*MODES, 'compare'))}, got {mode!r}")
         if rounds < 1:
             raise UserError(f"rounds must be at least 1, got {rounds}")
-        assert isinstance(model, ExitModel)
+        model = of_kind(model, ExitModel, "the model")
         statistics = Statistics()
         of_ways = {"gamma": gamma, "stop": stop, "threshold": threshold, "confidence": confidence, "fill": fill}
         draft = _second_model(model, meta) if mode in ("two-model", "compare") else None

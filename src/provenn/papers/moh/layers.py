@@ -248,9 +248,10 @@ class MoHAttention(nn.Module):
         bias: of the four maps.
         rotary: turn queries and keys by their position.
         balance: β; 0 adds no loss.
-        execute: "dense" computes every head and multiplies by the gates, as the authors' code does; "gather" computes
-            the chosen (token, head) pairs alone (`provenn.ops.routed_heads`), except where a compiler traces it; "auto"
-            takes "gather" where sizes say that it is no slower, and "dense" elsewhere and for single tokens.
+        execute: "dense" computes every head and multiplies by the gates, as the authors' code does. "gather" computes
+            the chosen (token, head) pairs alone (`provenn.ops.routed_heads`), except where a compiler traces it.
+            The third choice, "auto", takes "gather" where sizes say that it is no slower. Elsewhere, and for single
+            tokens, it takes "dense".
 
     Shapes: (batch, tokens, dim) to the same. Parameters: 4 · D · h · head_dim, 3 · h · head_dim + D with biases, and
     the router's. Slot: token-mixer. Streams with a key-value cache.

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.nprf.layers import KernelAttentionRPE, tokens_on
 
 LARGEST_NORM = 1.5  # of q and k; beyond, rows of 64 positive features are off by more than 0.4 of at most 2
@@ -120,8 +121,7 @@ def diagnose_model(model: nn.Module, *inputs: Tensor) -> dict[str, Diagnosis]:
 
     def look(name: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict, _: Tensor) -> None:
-            assert isinstance(layer, KernelAttentionRPE)
-            found[name] = diagnose(layer, args[0], kwargs.get("mask"))
+            found[name] = diagnose(of_kind(layer, KernelAttentionRPE, name), args[0], kwargs.get("mask"))
 
         return hook
 

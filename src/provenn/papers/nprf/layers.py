@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import check_heads, check_tokens, hide_tokens, split_heads
 from provenn.nn.random_features import elu_features, gaussian, orthogonal_gaussian, positive_exponents, spherical
@@ -249,8 +250,7 @@ class KernelAttentionRPE(nn.Module):
     def log_features_of(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log φ(q), up to a number for each query, and log φ(k) of positive random features; −∞ where hidden."""
         q, k = self.scaled(q, k)
-        assert self.draws is not None
-        w = self.draws.to(q.dtype)
+        w = present(self.draws, "draws").to(q.dtype)
         exponents = positive_exponents(k, w)
         return q @ w.mT, exponents if mask is None else exponents.masked_fill(~mask[:, None, :, None], -torch.inf)
 
@@ -274,8 +274,7 @@ class KernelAttentionRPE(nn.Module):
 
     def _trigonometric(self, q: Tensor, k: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """sin and cos, the keys' times e^{‖k‖²/2} relative to the longest; the queries' factor cancels."""
-        assert self.draws is not None
-        w = self.draws.to(q.dtype)
+        w = present(self.draws, "draws").to(q.dtype)
         half = k.square().sum(dim=-1, keepdim=True) / 2
         half = half if hidden is None else half.masked_fill(hidden, -torch.inf)
         if not self.normalize:
@@ -334,11 +333,11 @@ class KernelAttentionRPE(nn.Module):
 
     def _with_rpe(self, fq: Tensor, fk: Tensor, v: Tensor, sides: tuple[int, ...]) -> Tensor:
         """Both sums, with a column of ones for the denominator, and their ratio."""
-        assert self.rpe is not None
+        rpe = present(self.rpe, "rpe")
         v = torch.cat([v.to(fk.dtype), torch.ones_like(fk[..., :1])], dim=-1)
-        b = self.rpe(sides).to(fk.dtype)
+        b = rpe(sides).to(fk.dtype)
         form = self.form_for(sides)
-        of_class = self.rpe.of_class
+        of_class = rpe.of_class
         highest = b.detach().flatten(1).amax(dim=1)
         if of_class is not None:
             highest = torch.maximum(highest, of_class.detach().to(b.dtype).amax(dim=1))
@@ -400,8 +399,7 @@ class KernelAttentionRPE(nn.Module):
             fq, fk = self.log_features_of(q, k) if self.in_logs else self.features_of(q, k)
             if isinstance(state, LogState):
                 y, after = self._by_logs(fq, fk, v, state)
-                assert after is not None
-                return self._join(y, x), after
+                return self._join(y, x), present(after, "state")
             if isinstance(state, LinearState):
                 y, state = linear_attention(fq, fk, v.to(fk.dtype), state=state)
                 return self._join(y, x), state
@@ -418,17 +416,16 @@ class KernelAttentionRPE(nn.Module):
         return self._join(y, x), state
 
     def _reaches(self, tokens: int) -> None:
-        assert self.rpe is not None
-        if self.rpe.beyond == "interpolate" and tokens > self.rpe.table.shape[1]:
+        rpe = present(self.rpe, "rpe")
+        if rpe.beyond == "interpolate" and tokens > rpe.table.shape[1]:
             raise ValueError(
                 f"a stream cannot be longer than its biases where beyond='interpolate': they reach "
-                f"{self.rpe.table.shape[1]} tokens, got {tokens}; use beyond='clip'"
+                f"{rpe.table.shape[1]} tokens, got {tokens}; use beyond='clip'"
             )
 
     def _last(self, fq: Tensor, fk: Tensor, v: Tensor) -> Tensor:
         """One query at the end of all keys: a row of the weights."""
-        assert self.rpe is not None
-        b = self.rpe((fk.shape[2],)).to(fk.dtype)
+        b = present(self.rpe, "rpe")((fk.shape[2],)).to(fk.dtype)
         weights = fq @ fk.mT * (b - b.amax(dim=-1, keepdim=True)).exp().unsqueeze(-2)
         ones = torch.ones_like(v[..., :1])
         return self._ratio(weights @ torch.cat([v, ones], dim=-1), fq, fk, "quadratic")

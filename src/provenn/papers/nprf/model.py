@@ -52,9 +52,9 @@ def attention_called(
     """The factory, of a width and `causal=`, of an attention by the paper's name.
 
     Args:
-        name: "softmax", "softmax+rpe"; "softmax-norm" and "softmax-norm+rpe", of q and k of norm 1; "prf" and
-            "prf+rpe", positive random features of q/d^¼ and k/d^¼; "nprf" and "nprf+rpe" (the paper's), of q and k of
-            norm 1; "elu"; "linformer", which is not causal.
+        name: "softmax", "softmax-norm", "prf" or "nprf", each also with "+rpe"; or "elu", or "linformer", which is not
+            causal. In "softmax-norm", q and k have norm 1. In "prf" there are positive random features of q/d^¼ and
+            k/d^¼. The paper's is "nprf": such features of q and k of norm 1.
         heads: attention heads.
         features: m of the random features, and the mixtures of Linformer.
         max_length: how far biases reach, and the longest input of Linformer.

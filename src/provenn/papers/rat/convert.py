@@ -2,8 +2,10 @@
 
 The host's maps give queries, keys, values and outputs; the two gates are new. At chunk=1 with closed gates (a large
 negative gate_bias) a converted model is the model that it was. Departures from the paper: every head has a query and
-keys of its own, as the host's have; biases and rotations are the host's. z is 2σ(W_z x) with W_z = 0 at first, so that
-conversion changes no output by it: the 2 is one that W_o would have taken.
+keys of its own, as the host's have; biases and rotations are the host's.
+
+z is 2σ(W_z x) with W_z = 0 at first, so that conversion changes no output by it: the 2 is one that W_o would have
+taken.
 """
 
 from typing import Any, cast

@@ -145,11 +145,13 @@ class RATState(NamedTuple):
 class RATMixer(nn.Module):
     """Bridge [R]NN and [AT]tention: gated recurrence inside chunks of L tokens, softmax attention across them.
 
-    With token t the l-th of chunk c, and states that start from zero in every chunk:
+    With token t the l-th of chunk c, and states that start from zero in every chunk (section 3):
+
     ṽ_{c,l} = g ⊙ ṽ_{c,l−1} + (1 − g) ⊙ v,  k̃_{c,l} = g ⊙ k̃_{c,l−1} + (1 − g) ⊙ k,
-    y = W_o (z ⊙ softmax([q·K̃_{j,L−1} for j < c, q·k̃_{c,l}] / √p) [Ṽ_{j,L−1}, ṽ_{c,l}])   (section 3)
-    where z = σ(W_z x), g = σ(W_g x + b_g), v are of full width, and `groups` queries and keys are shared by all heads:
-    head h has those of group h mod G. The gates are not shared, so after the recurrence each head has keys of its own.
+    y = W_o (z ⊙ softmax([q·K̃_{j,L−1} for j < c, q·k̃_{c,l}] / √p) [Ṽ_{j,L−1}, ṽ_{c,l}])
+
+    where z = σ(W_z x), g = σ(W_g x + b_g) and v are of full width. All heads share `groups` queries and keys: head h
+    has those of group h mod G. The gates are not shared, so after the recurrence each head has keys of its own.
 
     L = 1 is attention over (1 − g) ⊙ k and (1 − g) ⊙ v, a chunk as long as the sequence is `RNNMixer`.
 

@@ -136,8 +136,8 @@ class RegionBridge(nn.Module):
     Four convolutions on 14×14 cells of each region, one transposed convolution to 28×28, and from there a heat map and
     offsets of each type. The geometry is computed directly: there are few queries, at the regions' middles. The paper
     draws this form (figure 4), its code does not have it; what the figure leaves open is ours. A point belongs to the
-    regions that overlap its object by an IoU of 0.5, one heat map is for all classes, the surest 100 regions are
-    looked at, and a key's feature is its cell's.
+    regions that overlap its object by an IoU of 0.5. One heat map is for all classes. The surest 100 regions are looked
+    at, and a key's feature is its cell's.
 
     Args:
         channels: of the pyramid.

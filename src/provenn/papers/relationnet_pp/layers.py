@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import of_kind, present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.attention import hide_tokens
 from provenn.ops.autograd import at_least_single, without_autocast
@@ -64,8 +65,7 @@ class DirectGeometry(nn.Module):
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.01)
-                assert layer.bias is not None
-                nn.init.zeros_(layer.bias)
+                nn.init.zeros_(present(layer.bias, "bias"))
 
     def weigh(self, waves: Float[Tensor, "height width dim"]) -> Float[Tensor, "heads height width"]:
         """f of the sines of a grid of offsets."""
@@ -130,8 +130,7 @@ class SharedGeometry(DirectGeometry):
             return self.weigh(torch.cat([waves.expand(side, -1, -1), waves[:, None].expand(-1, side, -1)], dim=-1))
         # A single layer takes W_x sine(x) + W_y sine(y) + b: a product for each row and column, not for each point.
         of_x, of_y = weight[:, :, 0, 0].chunk(2, dim=1)
-        bias = self.layers[0].bias
-        assert isinstance(bias, Tensor)
+        bias = of_kind(self.layers[0].bias, Tensor, "bias")
         with without_autocast(waves):
             waves = waves.to(weight.dtype).T
             return (of_x @ waves)[:, None] + (of_y @ waves)[:, :, None] + bias[:, None, None]
@@ -207,7 +206,7 @@ class KeyAttention(nn.Module):
         if self.appearance:
             alike = self._by_head(self.key(keys)) @ self._by_head(self.query(queries)).transpose(-1, -2)
             logits = at_least_single(alike) * (self.channels // self.heads) ** -0.5 + logits
-        assert isinstance(logits, Tensor)
+        logits = of_kind(logits, Tensor, "logits")
         if mask is None:
             return logits.softmax(dim=-2).transpose(-1, -2)
         hidden = ~mask[:, None, :, None]
@@ -364,9 +363,11 @@ class PointMaps(NamedTuple):
 class PointHead(nn.Module):
     """Where corners and centres of objects lie: a heat map and sub-pixel offsets on every level (section 3.2).
 
-    "release": each type alone has `convs` convolutions, then `deeper` and the prediction for logits of every class, and
-    as many for the offsets, which start from the middle of a cell. "paper": two convolutions that the types share, then
-    one prediction each; the heat map is of all classes, and offsets start from the upper left corner of a cell.
+    "release": each type alone has `convs` convolutions, then `deeper` and the prediction for logits of every class. It
+    has as many for the offsets, which start from the middle of a cell.
+
+    "paper": two convolutions that the types share, then one prediction each. The heat map is of all classes, and
+    offsets start from the upper left corner of a cell.
 
     Args:
         channels: of the levels.

@@ -100,8 +100,8 @@ class BVRRetinaHead(nn.Module):
         strides: of the levels.
         bvr: options of `Bridge`; of equal scores it leaves the order to torch, as the release does.
 
-    Shapes: a level each, (batch, channels, h_i, w_i), to what is said of each of 9 anchors a cell, in the order of
-    levels, cells and anchors: logits of the classes and four offsets, (batch, anchors, num_classes + 4).
+    Shapes: a level each, (batch, channels, h_i, w_i), to logits of the classes and four offsets of each anchor, (batch,
+    anchors, num_classes + 4). Each cell has 9 anchors; their order is by levels, cells and anchors.
     """
 
     def __init__(

@@ -55,8 +55,13 @@ def cross_merge(
 class SS2D(nn.Module):
     """Mix a map by selective scans along four routes, each of which every pixel is a step of.
 
-    [u, z] = W_in x;  u ← SiLU(conv3×3 of each channel);  along route k: [δ, B, C] = W^x_k u, Δ = softplus(W^dt_k δ +
-    b_k), h_t = exp(Δ_t A_k) ⊙ h_{t−1} + Δ_t B_t u_t, y_t = ⟨C_t, h_t⟩ + D_k u_t;  W_out (LN(Σ_k y) ⊙ SiLU(z)).
+    [u, z] = W_in x;  u ← SiLU(conv3×3 of each channel).
+
+    Along route k: [δ, B, C] = W^x_k u,  Δ = softplus(W^dt_k δ + b_k),
+
+    h_t = exp(Δ_t A_k) ⊙ h_{t−1} + Δ_t B_t u_t,  y_t = ⟨C_t, h_t⟩ + D_k u_t.
+
+    The output is W_out (LN(Σ_k y) ⊙ SiLU(z)).
 
     The form of VMamba's first version, which Res-VMamba is built on. A is −exp(`A_logs`), −1 to −N at first.
 

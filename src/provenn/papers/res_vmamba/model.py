@@ -33,10 +33,10 @@ class ResVMamba(nn.Module):
         dims, depths: width and blocks of each stage.
         num_classes: logits; 0 leaves the classifier out, and `forward` gives the mean of the last map.
         in_channels: of the image.
-        source: where a residual path starts. "stage": at the input of its own stage, as the authors' code has it.
-            "stem": at the path before it, and the first at the stem's output, as the paper's figure has it. "none":
-            plain VMamba. "official_random": as "stage", with weights that are drawn anew at every call and never
-            learn, evaluation included: what the released code does. For comparison only.
+        source: where a residual path starts. With "stage" it starts at the input of its own stage, as the authors' code
+            has it. With "stem" it starts at the path before it, and the first at the stem's output, as the paper's
+            figure has it. The value "none" gives plain VMamba. As the released code does, "official_random" takes
+            weights that are drawn anew at every call and never learn, evaluation included: for comparison only.
         init: of the residual convolutions, "kaiming" or "zero".
         state: N, states a channel.
         drop_path: of the last block, rising linearly from 0.

@@ -34,9 +34,9 @@ def convert(state: Mapping[str, Tensor], *, source: str | None = None) -> tuple[
 
     Args:
         state: the authors' state dict.
-        source: of the model. By default "stage" where the file holds residual weights, else "none", plain VMamba.
-            "stage" or "stem" of a file without starts them at zero: the output is plain VMamba's, to be trained from.
-            "official_random" does as the released code does.
+        source: of the model. By default "stage" where the file holds residual weights, else "none", plain VMamba. Of a
+            file without them, "stage" and "stem" start at zero: the output is plain VMamba's, to be trained from. The
+            value "official_random" does as the released code does.
 
     Raises:
         UserError: parameters of another model.

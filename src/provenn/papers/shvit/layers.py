@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.nn.channel_gates import PooledGate
 from provenn.ops.softmax_attention import softmax_attention
@@ -71,10 +72,10 @@ class Residual(nn.Module):
         conv, norm = branch.conv, branch.norm
         if conv.stride != (1, 1) or conv.out_channels != conv.in_channels:
             return self
-        assert norm.running_mean is not None and norm.running_var is not None
+        mean, variance = present(norm.running_mean, "running_mean"), present(norm.running_var, "running_var")
         height, width = conv.kernel_size
         with torch.no_grad():
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            scale = norm.weight * (variance + norm.eps).rsqrt()
             merged = nn.Conv2d(
                 conv.in_channels,
                 conv.out_channels,
@@ -84,8 +85,7 @@ class Residual(nn.Module):
             ).to(conv.weight)
             merged.weight.copy_(conv.weight * scale[:, None, None, None])
             merged.weight[:, 0, height // 2, width // 2] += 1
-            assert merged.bias is not None
-            merged.bias.copy_(norm.bias - norm.running_mean * scale)
+            present(merged.bias, "bias").copy_(norm.bias - mean * scale)
         return merged
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from provenn.core.narrowing import present
 from provenn.core.progress import quiet_loggers
 from provenn.nn.fusion import fuse
 from provenn.nn.resnet import resnet50
@@ -314,8 +315,7 @@ def in_onnxruntime(build: Callable[[], nn.Module]) -> Callable[[int, str], Calla
 def _as_onnx(build: Callable[[], nn.Module], side: int) -> bytes:
     with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):
         program = torch.onnx.export(_fused(build), (torch.randn(1, 3, side, side),), dynamo=True, verbose=False)
-    assert program is not None
-    return program.model_proto.SerializeToString()
+    return present(program, "program").model_proto.SerializeToString()
 
 
 class Logits(nn.Module):

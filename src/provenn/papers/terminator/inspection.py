@@ -5,6 +5,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.terminator.layers import HyperInteraction, HyperKernel
 
 
@@ -25,8 +26,7 @@ def inspect(model: nn.Module, x: Float[Tensor, "1 channels height width"]) -> di
 
 def _keep_scores(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, HyperInteraction)
-        seen[f"{name}, scores"] = module.scores(inputs[0])[0].mean(dim=0).detach()
+        seen[f"{name}, scores"] = of_kind(module, HyperInteraction, name).scores(inputs[0])[0].mean(dim=0).detach()
 
     return keep
 

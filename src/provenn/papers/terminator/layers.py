@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from provenn.core.narrowing import present
 from provenn.nn.arguments import check_finite, check_whole
 from provenn.ops.autograd import without_autocast
 
@@ -233,9 +234,8 @@ class LocalHyperKernel(HyperKernel):
         self.pooled.lerp_(pooled.to(self.pooled.dtype), torch.clamp(1 / seen, min=MOMENTUM))
 
     def _bent(self, h: Tensor, i: int, context: Tensor | None) -> Tensor:
-        assert context is not None
         h = renormalize(h, self.alpha[i].to(h.dtype), self.beta[i].to(h.dtype))
-        return h * _apply(self.contexts[i], context)  # type: ignore[arg-type]
+        return h * _apply(self.contexts[i], present(context, "context"))  # type: ignore[arg-type]
 
 
 def instance_standardize(
@@ -288,8 +288,7 @@ def _pointwise(channels: int, out: int, init: str) -> nn.Conv2d:
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
     else:
         nn.init.kaiming_normal_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(present(layer.bias, "bias"))
     return layer
 
 
@@ -436,8 +435,11 @@ class SFNEBlock(nn.Module):
     """The slow-fast neural encoding block: branches side by side, joined and squeezed; nothing is added to x.
 
         Ŵ = x ⊙ W;  f = IS(RGU(Ŵ) + RGU(x));  m = IS(conv1×1(x));  c = IS(HCI(x))
+
         "global" o = Ŵ f · "global mixed" Ŵ m · "global hci" Ŵ c · "fast" f · "gated" σ(o) ⊙ o · "interaction" HI(o, x)
+
         "local3" of c by x · "local9" of x by c · "local5" of x by m · "local7" of m by x
+
         y = dropout(GELU(G-IBS(conv1×1(all of them, and earlier blocks' outputs tiled to C))) + b)
 
     Args:

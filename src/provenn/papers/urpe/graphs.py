@@ -49,9 +49,9 @@ class GraphRegressor(nn.Module):
         share_tables: one pair for all layers, or a pair each.
         dropout: on both branches.
 
-    Shapes: nodes (batch, nodes), numbers of labels from 1, 0 where there is none; lengths (batch, nodes, nodes) of the
-    shortest paths, −1 where there is none; hops (batch, nodes, nodes, hops), numbers of edges' labels along them; to
-    (batch, targets).
+    Shapes: nodes (batch, nodes), lengths (batch, nodes, nodes) and hops (batch, nodes, nodes, hops) to (batch,
+    targets). Nodes are numbers of labels from 1, 0 where there is none. Lengths are of the shortest paths, −1 where
+    there is none. Hops are numbers of edges' labels along them.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from provenn.core.narrowing import present
 from provenn.nn.attention import split_heads
 from provenn.nn.language import PreNormBlock
 from provenn.ops.rescaled_attention.reference import probabilities
@@ -94,8 +95,8 @@ class Unattentive(URPEAttention):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]  # what the studies call
         v = split_heads(self.value(x), self.heads)
         bias, factors = self.tables(x.shape[1])
-        assert bias is not None and factors is not None  # of the encoding with both
-        return self._join(bias.softmax(dim=-1) * factors @ v)
+        weights = present(bias, "bias").softmax(dim=-1) * present(factors, "factors")  # the encoding has both
+        return self._join(weights @ v)
 
 
 MIXERS: dict[str, type[URPEAttention]] = {

@@ -2,9 +2,9 @@
 
 Theorem 2: where all tokens are equal, attention by any right-stochastic matrix gives each of them the same, and so
 does all that is applied to each token alone. Theorem 3: a Transformer of relative positions approximates every
-continuous map of sequences if its attention is *attentive* (it contains softmax attention) and *position-aware* (for
-some parameters no two rows of its weights have the same sum). The paper's own wording of the second was not to be had;
-this is our reading.
+continuous map of sequences if its attention is *attentive* and *position-aware*. It is attentive if it contains softmax
+attention, and position-aware if for some parameters no two rows of its weights have the same sum. The paper's own
+wording of the second was not to be had; this is our reading.
 """
 
 import copy

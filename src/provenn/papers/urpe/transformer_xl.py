@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from provenn.core.narrowing import present
 from provenn.nn.language import sample
 from provenn.nn.positions import shift_distances, sinusoidal_encoding
 from provenn.nn.streaming import state_bytes
@@ -225,11 +226,10 @@ class TransformerXL(nn.Module):
 
     def _parts(self, x: Tensor) -> Iterator[Tensor]:
         """Scores of the commonest tokens and of the clusters, then of each cluster's tokens."""
-        assert self.clusters is not None
         ends = [0, *self.cutoffs, self.vocab]
         for i, (start, end) in enumerate(pairwise(ends)):
             scores = F.linear(x, self.embed.weight[start:end], self.head_bias[start:end])
-            yield torch.cat([scores, self.clusters(x)], dim=-1) if i == 0 else scores
+            yield torch.cat([scores, present(self.clusters, "clusters")(x)], dim=-1) if i == 0 else scores
 
     @torch.no_grad()
     def generate(

@@ -1,7 +1,10 @@
 """Attention kernels behind one interface: a file of ours, of another package or of the user that holds `KERNEL`.
 
-One joins in three ways. It is a file in this folder; or an entry point of the group `provenn.attention_kernels`, an
-object or a module that holds one as `KERNEL`; or the path of a Python file, wherever names of kernels are given.
+A kernel joins in three ways:
+
+- as a file in this folder;
+- as an entry point of the group `provenn.attention_kernels`: an object, or a module that holds one as `KERNEL`;
+- as the path of a Python file, wherever names of kernels are given.
 """
 
 import importlib
@@ -14,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from provenn.core.digest import looks_up
 from provenn.core.errors import UserError
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel, Unsupported, reference
 
@@ -21,6 +25,14 @@ __all__ = ["Attend", "Case", "Kernel", "Unsupported", "kernels", "load_kernel", 
 
 ENTRY_POINT_GROUP = "provenn.attention_kernels"
 FIRST = ("naive", "sdpa", "flex", "blockwise")  # in tables; the others follow by name
+# A tuple that a digest reads: what goes through all kernels depends on the code of each.
+FILES = tuple(file.name for file in pkgutil.iter_modules(__path__))
+
+
+@looks_up(lambda: FILES)
+def kernel_of(file: str) -> Kernel | None:
+    """The kernel that a file of this folder holds, by the file's name; None where it holds none."""
+    return getattr(importlib.import_module(f"{__name__}.{file}"), "KERNEL", None)
 
 
 def kernels() -> dict[str, Kernel]:
@@ -29,8 +41,7 @@ def kernels() -> dict[str, Kernel]:
     Raises:
         UserError: an entry point that cannot be imported or holds no kernel, or a name that is taken.
     """
-    modules = (importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__))
-    ours = [module.KERNEL for module in modules if hasattr(module, "KERNEL")]
+    ours = [kernel for file in FILES if (kernel := kernel_of(file)) is not None]
     known = {kernel.name: kernel for kernel in sorted(ours, key=_table_order)}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
         try:
@@ -50,7 +61,8 @@ def load_kernel(file: Path) -> Kernel:
     if not file.is_file():
         raise UserError(f"there is no kernel's file {file}")
     spec = importlib.util.spec_from_file_location(f"provenn_kernel_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"the kernel's file {file} cannot be imported: its name does not end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

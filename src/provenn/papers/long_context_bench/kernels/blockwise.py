@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from provenn.core.narrowing import of_kind
 from provenn.distributed.slices import Slice
 from provenn.ops.autograd import (
     at_least_single,
@@ -195,8 +196,7 @@ class Blockwise(Kernel):
         self.rows, self.keys = rows, keys
 
     def build(self, case: Case) -> Attend:
-        mask = case.mask
-        assert isinstance(mask, Mask)
+        mask = of_kind(case.mask, Mask, "mask")
         blocks = plan(mask.slices, mask.length, self.rows, self.keys)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel
 from provenn.papers.long_context_bench.masks import Mask
 
@@ -15,8 +16,7 @@ class Documents(Kernel):
     masks = ("full", "causal", "full_document", "causal_document")
 
     def build(self, case: Case) -> Attend:
-        mask = case.mask
-        assert isinstance(mask, Mask)
+        mask = of_kind(case.mask, Mask, "mask")
         causal, lengths = mask.name.startswith("causal"), list(mask.documents or (mask.length,))
         grouped = case.heads != case.kv_heads
 

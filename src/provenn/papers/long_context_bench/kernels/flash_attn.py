@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel
 from provenn.papers.long_context_bench.masks import Mask
 
@@ -44,8 +45,7 @@ class FlashAttention(Kernel):
         return super().refusal(case)
 
     def build(self, case: Case) -> Attend:
-        mask, package = case.mask, import_module(self.package)
-        assert isinstance(mask, Mask)
+        mask, package = of_kind(case.mask, Mask, "mask"), import_module(self.package)
         options: dict[str, Any] = {"causal": mask.name.startswith("causal")}
         if mask.name not in PACKED:
             return self._fixed(package.flash_attn_func, options | {"window_size": window_of(mask)})

@@ -5,6 +5,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel
 from provenn.papers.long_context_bench.sparse import BlockSparse
 
@@ -25,8 +26,7 @@ class FlashInfer(Kernel):
         return f"takes one sequence, and the case has {case.batch}" if case.batch > 1 else super().refusal(case)
 
     def build(self, case: Case) -> Attend:
-        mask = case.mask
-        assert isinstance(mask, BlockSparse)
+        mask = of_kind(case.mask, BlockSparse, "mask")
         package = import_module("flashinfer")
         workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=case.device)
         wrapper = package.sparse.VariableBlockSparseAttentionWrapper(workspace)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel
 from provenn.papers.long_context_bench.masks import Mask, NotRepresentable
 
@@ -46,8 +47,7 @@ class FlashMask(Kernel):
         return ""
 
     def build(self, case: Case) -> Attend:
-        paddle, mask = import_module("paddle"), case.mask
-        assert isinstance(mask, Mask)
+        paddle, mask = import_module("paddle"), of_kind(case.mask, Mask, "mask")
         columns = mask.flash_columns()
         key = torch.arange(mask.length)
         causal = bool(((columns.uts == 0) & (columns.ute == key)).all())

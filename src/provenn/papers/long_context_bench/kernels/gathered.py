@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel
 from provenn.papers.long_context_bench.sparse import BlockSparse
 
@@ -18,8 +19,7 @@ class Gathered(Kernel):
         return super().refusal(case)
 
     def build(self, case: Case) -> Attend:
-        mask = case.mask
-        assert isinstance(mask, BlockSparse)
+        mask = of_kind(case.mask, BlockSparse, "mask")
         edges, group = mask.edges, case.heads // case.kv_heads
         blocks = mask.blocks.expand(case.heads, -1, -1)
         kept = [_tokens(blocks[:, row], mask.number).to(case.device) for row in range(len(edges) - 1)]

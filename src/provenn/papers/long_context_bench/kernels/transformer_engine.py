@@ -5,6 +5,7 @@ from importlib import import_module
 
 from torch import Tensor
 
+from provenn.core.narrowing import of_kind
 from provenn.papers.long_context_bench.kernels.base import Attend, Case, Kernel
 from provenn.papers.long_context_bench.kernels.flash_attn import PACKED, WINDOWS, packing, window_of
 from provenn.papers.long_context_bench.masks import Mask
@@ -20,8 +21,7 @@ class TransformerEngine(Kernel):
     def build(self, case: Case) -> Attend:
         # Read when the module picks a back end: without it FlashAttention may be taken, where that is installed.
         os.environ["NVTE_FLASH_ATTN"] = "0"
-        mask, package = case.mask, import_module("transformer_engine.pytorch")
-        assert isinstance(mask, Mask)
+        mask, package = of_kind(case.mask, Mask, "mask"), import_module("transformer_engine.pytorch")
         starts, longest = packing(mask, case.batch, case.device)
         attention = package.DotProductAttention(
             case.heads,

@@ -3,8 +3,12 @@
 T_n(x) = x + λ Σ_i F_i(x) + λ² Σ_{i<j} F_j'(x)[F_i(x)] + O(λ³)
 
 Our forms for what lies beyond second order: level m of T_n is, by recursion over the modules,
-G_n^(m) = G_{n−1}^(m) + [λ^{m−1}] F_n(Σ_r λ^r G_{n−1}^(r)), and level 3 in full is
-Σ_{i<j<k} F_k' F_j' F_i + ½ Σ_k F_k''[S_{k−1}, S_{k−1}] with S_{k−1} = Σ_{i<k} F_i.
+
+G_n^(m) = G_{n−1}^(m) + [λ^{m−1}] F_n(Σ_r λ^r G_{n−1}^(r)).
+
+Level 3 in full, with S_{k−1} = Σ_{i<k} F_i, is
+
+Σ_{i<j<k} F_k' F_j' F_i + ½ Σ_k F_k''[S_{k−1}, S_{k−1}].
 """
 
 import itertools

@@ -61,8 +61,8 @@ class ScaleOutput:
 def scale_residuals(model: nn.Module, policy: str, example: Example, *, strip_norms: bool = False) -> list[str]:
     """Scale every residual branch of any model in place, and say which modules now carry a scale.
 
-    The model runs once on `example`; wherever two tensors are added and one was computed from the other, the deeper one
-    is a branch, and the last module that made it gets the scale. n is the number of branches found. Where the policy
+    The model runs once on `example`. Wherever two tensors are added and one was computed from the other, the deeper one
+    is a branch. The last module that made it gets the scale. n is the number of branches found. Where the policy
     has no parameters the state dict stays as it was, so checkpoints still load.
 
     Args:

@@ -145,13 +145,16 @@ def _convolved(x: Tensor, taps: Tensor, tokens: int) -> Tensor:
 class NeuralMemory(Mixer):
     """The long-term memory: an MLP that learns, while it reads, to give v_t where it is asked k_t.
 
-    M(x) = x + LN(GELU(x W_1) W_2);  q, k, v = SiLU(conv(x W)), q and k of unit length;  α, η, θ/θ_max = σ(x w + b);
+    M(x) = x + LN(GELU(x W_1) W_2);  q, k, v = SiLU(conv(x W)), q and k of unit length;  α, η, θ/θ_max = σ(x w + b).
+
     S_t = η_t S_{t−1} − θ_t ∇‖M_{t−1}(k_t) − v_t‖²,  M_t = (1 − α_t) M_{t−1} + S_t,  y_t = M_t(q_t)   (equations 8-15)
 
     In chunks the gradient is taken at the weights of the chunk's start (section 3.2). The memory's form, a gate of each
     kind for each of its layers, and forgetting by channel are the camera-ready's; the first version has one scalar of
-    each kind and leaves the form open. W of LN, which channels forget, and how the gates start are ours. α goes by the
-    input's channels in the first layer and the output's in the others, so that it is as wide as the memory's x and y.
+    each kind and leaves the form open. W of LN, which channels forget, and how the gates start are ours.
+
+    α goes by the input's channels in the first layer and by the output's in the others. So it is as wide as the
+    memory's x and y.
 
     Args:
         dim: D, width of a token.
