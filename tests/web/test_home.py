@@ -142,3 +142,24 @@ def test_a_killed_server_left_nothing_that_was_deleted(settings):
     again.migrate()
     assert kept(settings.home, "unmistakable") == []
     again.close()
+
+
+def test_verdicts_as_last_seen_are_put_into_today_s_words(tmp_path):
+    """A verdict that has another name today is no news."""
+    from alembic import command
+    from alembic.config import Config
+
+    from provenn.web.database import MIGRATIONS
+
+    database = Database(f"sqlite:///{tmp_path / 'catalogue.db'}")
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with database.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0004")
+        for claim, verdict in (("a", "holds here"), ("b", "open"), ("c", "not measured")):
+            connection.exec_driver_sql(f"INSERT INTO standings VALUES ('rat', '{claim}', '{verdict}')")
+    database.migrate()
+    with database.engine.begin() as connection:
+        rows = connection.exec_driver_sql("SELECT claim, standing FROM standings ORDER BY claim").all()
+    assert [tuple(row) for row in rows] == [("a", "supported"), ("b", "inconclusive"), ("c", "not measured")]
