@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # speeds are torch's, and `list` does without
 
 PIPED_WIDTH, NARROW = 200, 100
 MOST_FINDINGS = 2  # beside a claim
-SHARES = (3, 10, 4, 6)  # of a claim's columns in the width
+SHARES = (5, 9, 3, 7)  # of a claim's columns in the width
 MANY = 5  # columns, more of which a narrow terminal has no room for
 CLAIM_COLOURS = {
     ClaimVerdict.VERIFIED: "green",
