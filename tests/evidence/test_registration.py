@@ -12,7 +12,7 @@ from provenn import catalog
 from provenn.catalog import Card, Experiment
 from provenn.evidence import view
 from provenn.evidence.measurement import Measurement
-from provenn.evidence.record import Environment, Evidence, Finding, Record, RecordedRun
+from provenn.evidence.record import Environment, Evidence, Finding, Record, RecordedRun, commit
 from provenn.evidence.registration import Registration, in_words, registration, tally
 
 ROOT = Path(catalog.__file__).parents[3]
@@ -100,3 +100,26 @@ def test_a_paper_says_when_its_roles_were_chosen():
     card = catalog.card("eca_net")
     words = tally(card, recorded(card))
     assert "registered before measuring" in words and "chosen on 2026-11-23" in words
+
+
+def test_a_commit_is_marked_where_any_file_of_the_package_differs_but_a_record(tmp_path):
+    package = tmp_path / "package"
+    (package / "papers" / "one").mkdir(parents=True)
+    (package / "evidence").mkdir()
+    facts, record = package / "papers" / "one" / "paper.toml", package / "papers" / "one" / "evidence.json"
+    facts.write_text("a")
+    record.write_text("{}")
+
+    def run(*words: str) -> None:
+        settings = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *settings, *words], check=True, capture_output=True)
+
+    run("init", "-q")
+    run("add", ".")
+    run("commit", "-qm", "first")
+    clean = commit(package)
+    assert len(clean) == 12
+    record.write_text("{1}")
+    assert commit(package) == clean
+    facts.write_text("b")
+    assert commit(package) == f"{clean}+"

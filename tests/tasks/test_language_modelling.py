@@ -1,12 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from provenn.core.errors import UserError
 from provenn.nn.language import CausalLM
-from provenn.tasks import get_task
+from provenn.tasks import TaskData, get_task
+from provenn.tasks.language_modelling import Windows
 from provenn.training import Recipe, fit
 
 TASK = get_task("language-modelling")
@@ -52,11 +54,6 @@ def test_windows_are_the_text_and_the_same_a_token_later(library):
     again, _ = library.train[4]
     assert again[0] == y[-1]
     assert len(library.test) == 32
-
-
-def test_targets_at_once_are_those_of_each_window(library):
-    for part in (library.val, library.test):
-        assert torch.equal(part.targets(), torch.stack([part[i][1] for i in range(len(part))]))
 
 
 def test_who_knows_nothing_pays_eight_bits_a_byte(library):
@@ -182,3 +179,33 @@ def test_a_prompt_is_not_written_over(tmp_path):
     with pytest.raises(UserError, match="it is the input itself"):
         TASK.predict(small(), TASK.default_meta({}), [file], file)
     assert file.read_text() == "keep me"
+
+
+def test_the_dummy_baseline_is_counts_of_pairs_with_back_off():
+    """Against a plain dictionary of counts, with pairs and tokens in the test that were never seen."""
+    rng = np.random.default_rng(0)
+    bytes_of = np.ones(7, dtype=np.int64)
+    train, test = Windows(rng.integers(0, 5, 400), 8, bytes_of), Windows(rng.integers(0, 7, 90), 8, bytes_of)
+    pairs = [(int(a), int(b)) for x, y in train for a, b in zip(x, y, strict=True)]
+    total = {y: 1 + sum(b == y for _, b in pairs) for y in range(7)}
+
+    def share(x: int, y: int) -> float:
+        after = [b for a, b in pairs if a == x]
+        kinds, single = len(set(after)), total[y] / sum(total.values())
+        return (after.count(y) + kinds * single) / (len(after) + kinds) if after else single
+
+    assert all(math.isclose(sum(share(x, y) for y in range(7)), 1) for x in range(7))
+    nats = [-math.log2(share(int(a), int(b))) for x, y in test for a, b in zip(x, y, strict=True)]
+    data = TaskData("pairs", train, test, test, "none")
+    assert get_task("language-modelling").dummy_baseline(data) == pytest.approx(sum(nats) / len(nats), rel=1e-12)
+
+
+def test_a_dummy_baseline_counts_as_many_windows_as_a_training_sees():
+    stream = np.arange(801) % 5
+    train = Windows(stream, 8, np.ones(5, dtype=np.int64))
+    data, task = TaskData("pairs", train, train, train, "none"), get_task("language-modelling")
+    few = task.seen(data, 10, seed=0).train
+    assert len(few) == 10 and len(set(few.starts.tolist())) == 10 and len(train) == 100
+    assert {tuple(x.tolist()) for x, _ in few} <= {tuple(x.tolist()) for x, _ in train}
+    assert not torch.equal(few.starts, task.seen(data, 10, seed=1).train.starts)
+    assert task.seen(data, 100, seed=0).train is train

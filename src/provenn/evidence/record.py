@@ -23,6 +23,7 @@ from provenn.evidence.verdict import Verdict, decide, region_of
 SCHEMA_VERSION = 5  # since provenn 0.2; older files are rewritten by scripts/migrate_records.py
 OLDEST_VERSION = 2  # of provenn 0.1's files that do not name theirs
 WIDEST = 200  # characters of a mapping that stands on one line
+WRITTEN = (":!papers/*/evidence.json", ":!papers/*/pictures")  # by runs; git's words for all but these
 EVIDENCE, LEDGER, PICTURES = "evidence.json", "ledger.json", "pictures"
 
 
@@ -411,19 +412,20 @@ def machine(device: str) -> str:
     return f"{device}: {name}"
 
 
-def commit() -> str:
-    """The commit of the checkout that this code lies in, "+" where files differ from it; "" where it is none."""
+def commit(package: Path = Path(__file__).parents[1]) -> str:
+    """The commit of the checkout that this code lies in, "+" where the package differs from it; "" where it is none.
+
+    Records themselves do not count: a run may write them where they ship.
+    """
     import subprocess
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, timeout=10)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
-        return head + "+" * bool(head and git("status", "--porcelain", "--untracked-files=no", "--", "."))
+        return head + "+" * bool(head and git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN))
     except (OSError, subprocess.SubprocessError):
         return ""
 

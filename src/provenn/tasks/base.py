@@ -172,9 +172,20 @@ class Task(ABC):
     def dummy_baseline(self, data: TaskData) -> float:
         """`self.metric` on the test split, of the best predictor that looks at nothing that would have to be learned.
 
-        It is fitted on the training split: the commonest class, the frequencies of tokens, the last value. A model
+        It is fitted on the training split: the commonest class, counts of pairs of tokens, the last value. A model
         that does no better is below the dummy baseline, and nothing is concluded from it.
         """
+
+    def seen(self, data: TaskData, examples: int, seed: int) -> TaskData:
+        """The data whose training split has as many examples as a training sees, for a dummy baseline that gets better
+        with more; by default all of them.
+
+        Args:
+            data: of the training.
+            examples: steps times the size of a batch.
+            seed: of the choice.
+        """
+        return data
 
     def predict(self, model: nn.Module, meta: dict[str, Any], inputs: Sequence[Path], output: Path | None) -> str:
         """Apply a trained model to files; write `output` where one is given; return text for the terminal.

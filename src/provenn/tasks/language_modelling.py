@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import copy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -89,11 +91,6 @@ class Windows(Dataset):
         start = int(self.starts[index])
         both = self.stream[start : start + self.length + 1]
         return both[:-1], both[1:]
-
-    def targets(self) -> Int64[Tensor, "windows tokens"]:
-        """The targets of all windows at once: windows lie end to end in the text."""
-        whole = (len(self.stream) - 1) // self.length * self.length
-        return self.stream[1 : whole + 1].view(-1, self.length)[self.starts // self.length]
 
 
 class Choices(Dataset):
@@ -353,11 +350,35 @@ class LanguageModelling(Task):
         return windows
 
     def dummy_baseline(self, data: TaskData) -> float:
-        """Bits a byte of telling every token by its share of the training text alone."""
+        """Bits a byte of counts of pairs with back-off: p(y|x) = (c(x,y) + d(x) p(y)) / (c(x) + d(x)).
+
+        d(x) is how many tokens were seen after x (Witten and Bell, 1991), and p(y) the share of y, to which one is
+        added: a token not seen is not impossible. The counts are of the training text.
+        """
         bytes_of: Tensor = data.test.bytes_of  # type: ignore[attr-defined]
-        train, test = (_counts(part, len(bytes_of)) for part in (data.train, data.test))
-        shares = (train + 1) / (train + 1).sum()  # a token not seen is not impossible
-        return (-(test * shares.log2()).sum() / (test * bytes_of).sum()).item()
+        vocab = len(bytes_of)
+        (before, after), (asked, answer) = (_pairs(part) for part in (data.train, data.test))
+        singles = after.bincount(minlength=vocab).double() + 1
+        seen, counts = (before * vocab + after).unique(return_counts=True)
+        kinds = (seen // vocab).bincount(minlength=vocab).double()
+        of_context = before.bincount(minlength=vocab).double()
+        wanted = asked * vocab + answer
+        place = torch.searchsorted(seen, wanted).clamp_max(len(seen) - 1)
+        count = torch.where(seen[place] == wanted, counts[place], 0).double()
+        backed_off = kinds[asked] * singles[answer] / singles.sum()
+        known = of_context[asked] + kinds[asked]
+        shares = torch.where(known > 0, (count + backed_off) / known, singles[answer] / singles.sum())
+        return (-shares.log2().sum() / bytes_of[answer].sum()).item()
+
+    def seen(self, data: TaskData, examples: int, seed: int) -> TaskData:
+        """With as many windows of the training text as a training sees, drawn by the seed."""
+        train = data.train
+        if not isinstance(train, Windows) or examples >= len(train):
+            return data
+        drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:examples].sort().values
+        part = copy(train)
+        part.starts = train.starts[drawn]
+        return replace(data, train=part)
 
     def nll_by_position(self, model: nn.Module, dataset: Dataset) -> Float[Tensor, " tokens"]:
         """Nats of the token at each position of a window, the mean over windows."""
@@ -505,12 +526,10 @@ def _nll(model: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, "batch tokens"
     return F.cross_entropy(model(x).transpose(1, 2).float(), y, reduction="none")
 
 
-def _counts(dataset: Dataset, vocab: int) -> Float64[Tensor, " vocab"]:
-    """How often each token is a target."""
-    if isinstance(dataset, Windows):
-        return dataset.targets().flatten().bincount(minlength=vocab).double()
-    counts = [y[y >= 0].bincount(minlength=vocab) for _, y in batches(dataset, 256, torch.device("cpu"))]
-    return torch.stack(counts).sum(0).double()
+def _pairs(dataset: Dataset) -> tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]:
+    """Each token that is a target, and the one before it."""
+    pairs = [(x[y >= 0], y[y >= 0]) for x, y in batches(dataset, 256, torch.device("cpu"))]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 def _packed(documents: Sequence[Document], tokenizer: Tokenizer) -> Int64[np.ndarray, " tokens"]:
