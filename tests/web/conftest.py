@@ -17,10 +17,15 @@ from provenn.web.catalogue import Catalogue
 from provenn.web.outbox import Sender
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_reading() -> Iterator[None]:
-    """The papers are read once for all tests."""
-    papers = Catalogue()
+@pytest.fixture(scope="session")
+def papers() -> Catalogue:
+    """This package's own, read once."""
+    return Catalogue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_reading(papers: Catalogue) -> Iterator[None]:
+    """The papers are read once for all tests of this folder; other tests read them anew."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Catalogue, "__init__", lambda self: vars(self).update(vars(papers)))
         yield
@@ -29,7 +34,7 @@ def one_reading() -> Iterator[None]:
 START = Sender.start
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def nothing_is_sent_unasked() -> Iterator[None]:
     """The outbox is emptied when a test looks for mails; only tests that ask for `sending` have its thread."""
     with pytest.MonkeyPatch.context() as patch:
