@@ -185,7 +185,7 @@ def test_values_that_differ_are_said_and_kept(site, tmp_path):
     words = "seed 0: 97 against 95 now, 92 against 90 in the record"
     assert Evidence.read(site / "tiny_gate" / EVIDENCE).record("better").verified.repeated == words
     assert words in " ".join(call(site, "show", "tiny_gate", "--all", "--json").stdout.split())
-    edit(site, "    gate = run.trials(", '    raise RuntimeError("no data")\n    gate = run.trials(')
+    edit(site, "    gate = await run.trials(", '    raise RuntimeError("no data")\n    gate = await run.trials(')
     ended = call(site, "verify", "tiny_gate", "--out", str(tmp_path / "fails"), code=1)
     assert "the code that stands fails: RuntimeError: no data" in ended.stderr and "Traceback" not in ended.stderr
 

@@ -34,7 +34,7 @@ from provenn.evidence.record import (
 from provenn.evidence.run import Run
 from provenn.evidence.study import Contrast, Reading
 from provenn.evidence.timing import Exponent, Ratio
-from provenn.experiments.side_by_side import measure_all, where_trials_run
+from provenn.experiments.side_by_side import measure_all, measurement_of, where_trials_run
 from provenn.experiments.workers import Workers
 
 RUN = "runs/verify"
@@ -164,20 +164,16 @@ class _Verifying:
             raise ValueError(f"{experiment.id} has no record")
         return record
 
-    def measure(self, experiment: Experiment) -> Verified:
-        """Repeat a trial of an experiment, and write what came of it.
-
-        Raises:
-            Waiting: for trials that run elsewhere.
-        """
+    async def measure(self, experiment: Experiment) -> Verified:
+        """Repeat a trial of an experiment, and write what came of it."""
         record = self.recorded(experiment)
         measure = measuring_functions(self.card.resolve_module("experiments"))[experiment.id]
-        self.run.device = self.evidence.runs[record.run].environment.device.partition(":")[0]
-        reason = _unrepeatable(measure, record, self.run.device)
+        device = self.evidence.runs[record.run].environment.device.partition(":")[0]
+        reason = _unrepeatable(measure, record, device)
         if reason or not self.repeats:
             self.reasons[experiment.id] = reason
             return self.outcome(experiment)
-        outcome, words = self.repeat(experiment, measure, record)
+        outcome, words = await self.repeat(experiment, measure, record, device)
         if outcome is None:
             self.reasons[experiment.id] = words
             return self.outcome(experiment)
@@ -186,7 +182,7 @@ class _Verifying:
             code=self.digests[experiment.id],
             commit=commit(),
             date=datetime.now(UTC).replace(microsecond=0),
-            device=machine(self.run.device),
+            device=machine(device),
             repeated=words,
         )
         index = self.evidence.records.index(record)
@@ -195,21 +191,20 @@ class _Verifying:
             self.evidence.write(file)
         return self.outcome(experiment)
 
-    def repeat(self, experiment: Experiment, measure: Measure, record: Record) -> tuple[Repeated | None, str]:
+    async def repeat(
+        self, experiment: Experiment, measure: Measure, record: Record, device: str
+    ) -> tuple[Repeated | None, str]:
         """What comes of one trial, in words; None where none can be had here, and why."""
-        import torch
-
-        recorded, run = record.measurement, self.run
-        run.seeds = tuple(recorded.seeds[:1]) or (0,)
-        run.rates = {}
+        recorded = record.measurement
+        rates: dict[str, float] = {}
         if isinstance(measure, (Contrast, Reading)):
-            run.rates = dict(recorded.setting.get("lr", {}))
+            rates = dict(recorded.setting.get("lr", {}))
             measure = replace(measure, shown=(), picture=False)
+        run = self.run.of_experiment(device=device, seeds=tuple(recorded.seeds[:1]) or (0,), rates=rates)
         try:
-            with torch.random.fork_rng(devices=[run.device] if run.device == "cuda" else []):
-                fresh = measure(run)
+            fresh = await measurement_of(measure, run)
         except Exception as error:
-            fresh = Measurement.failure(error, run.device)
+            fresh = Measurement.failure(error, device)
         if fresh.failed:
             return Repeated.DIFFERS, f"the code that stands fails: {fresh.failed}"
         if missing := fresh.needs or fresh.unsupported or fresh.out_of_memory:

@@ -134,7 +134,7 @@ class Workers(Elsewhere):
                 continue
             for name, content in outcome.pictures.items():
                 job.run.keep_picture(name, content)
-            job.run.peak = max(job.run.peak, outcome.peak)
+            job.run.peaks.add(outcome.peak)
             if outcome.error is not None:
                 job.run.keep_failure(job.key, outcome.error)
                 continue

@@ -32,7 +32,7 @@ from provenn.training import weights as files
 from provenn.training.recipes import recipe_of
 
 
-def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: Path | None = None) -> Measurement:
+async def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: Path | None = None) -> Measurement:
     """What the preset reaches, trained by its recipe; of several sets the mean.
 
     Args:
@@ -103,7 +103,7 @@ def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: P
         for seed in run.seeds:
             for name in where:
                 key = {**setting, "side": label}
-                measured[name] = run.trial(
+                measured[name] = await run.trial(
                     f"{experiment.id}, {label} on {name}",
                     lambda label=label, name=name, seed=seed: train(label, name, seed),  # type: ignore[misc]
                     seed=seed,
