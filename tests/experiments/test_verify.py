@@ -272,6 +272,7 @@ def test_every_view_of_the_command_line_says_which_code_a_record_is_of(capsys):
         (("eca_net", "--experiment", "nothing"), "nothing"),
         (("eca_net", "rat", "--experiment", "parameters"), "one paper"),
         (("eca_net", "--list", "--record"), "--list writes nothing"),
+        (("eca_net", "--digests", "--record"), "--digests repeats nothing"),
         (("eca_net", "--jobs", "0"), "--jobs must be at least 1"),
     ],
 )
