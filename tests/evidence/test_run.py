@@ -37,6 +37,21 @@ def called(calls: Path) -> Counter:
     return Counter(("gate" if gain == "2" else "no gate", int(seed)) for gain, seed in lines)
 
 
+def children_of(process: int) -> list[str]:
+    """Linux lists them."""
+    file = Path(f"/proc/{process}/task/{process}/children")
+    return file.read_text().split() if file.exists() else []
+
+
+def runs(process: str) -> bool:
+    """It is there, and not only waits to be buried."""
+    file = Path(f"/proc/{process}/stat")
+    try:
+        return file.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path, jobs):
     source, run, calls = Path(catalog.__file__).parents[2], tmp_path / "run", tmp_path / "calls"
@@ -59,8 +74,12 @@ def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path, job
         while called(calls).total() < until and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(pause)
+        others = children_of(process.pid)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        while any(map(runs, others)):
+            assert time.monotonic() < deadline + 60, "a worker outlives the run"
+            time.sleep(0.01)
         assert kept.keys() <= ended(run)
         kept = {trial: called(calls)[trial] for trial in ended(run)} | kept
     assert 0 < len(kept) < 8
