@@ -18,6 +18,7 @@ from provenn.core.errors import UserError
 from provenn.core.files import alone_in
 from provenn.evidence import Evidence, Record, Run, Verdict
 from provenn.evidence.record import EVIDENCE, LEDGER, SCHEMA_VERSION, Ledger
+from provenn.evidence.run import run_to_end
 from provenn.experiments.reproduce import reproduce
 
 
@@ -36,7 +37,23 @@ def called(calls: Path) -> Counter:
     return Counter(("gate" if gain == "2" else "no gate", int(seed)) for gain, seed in lines)
 
 
-def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
+def children_of(process: int) -> list[str]:
+    """Linux lists them."""
+    file = Path(f"/proc/{process}/task/{process}/children")
+    return file.read_text().split() if file.exists() else []
+
+
+def runs(process: str) -> bool:
+    """It is there, and not only waits to be buried."""
+    file = Path(f"/proc/{process}/stat")
+    try:
+        return file.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path, jobs):
     source, run, calls = Path(catalog.__file__).parents[2], tmp_path / "run", tmp_path / "calls"
     environment = {
         "PYTHONPATH": f"{source}:{site}",
@@ -45,7 +62,7 @@ def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
         "TINY_GATE_SECONDS": "0.25",
         "TINY_GATE_CALLS": str(calls),
     }
-    words = ["reproduce", "tiny_gate", "--experiment", "better", "--seeds", "4", "--out", str(run)]
+    words = ["reproduce", "tiny_gate", "--experiment", "better", "--seeds", "4", "--jobs", jobs, "--out", str(run)]
 
     def start(*more: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, "-m", "provenn", *words, *more], env=environment)
@@ -57,15 +74,19 @@ def test_a_run_killed_at_any_moment_repeats_no_finished_seed(site, tmp_path):
         while called(calls).total() < until and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(pause)
+        others = children_of(process.pid)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        while any(map(runs, others)):
+            assert time.monotonic() < deadline + 60, "a worker outlives the run"
+            time.sleep(0.01)
         assert kept.keys() <= ended(run)
         kept = {trial: called(calls)[trial] for trial in ended(run)} | kept
     assert 0 < len(kept) < 8
     assert start("--resume").wait() == 0
     counts = called(calls)
     assert len(counts) == 8 and all(counts[trial] == taken for trial, taken in kept.items())
-    assert counts.total() <= 8 + 2  # each kill may cost the one seed that it met
+    assert counts.total() <= 8 + 2 * int(jobs)  # each kill may cost the seeds that it met
     (record,) = kept_records(run)
     assert record.measurement.seeds == [0, 1, 2, 3] and record.verdict is Verdict.SUPPORTED
 
@@ -89,9 +110,11 @@ def both(out: Path, environment: dict[str, str], *more: str) -> subprocess.Compl
 
 
 def test_papers_side_by_side_give_what_they_give_in_turn(two_papers, tmp_path):
-    facts = []
+    facts, trials = [], []
     for jobs in ("1", "2"):
-        ended = both(tmp_path / jobs, two_papers, "--jobs", jobs, "--json")
+        entered = tmp_path / f"entered {jobs}"
+        watched = {**two_papers, "TINY_GATE_ENTERED": str(entered)}
+        ended = both(tmp_path / jobs, watched, "--jobs", jobs, "--json")
         assert ended.returncode == 0, ended.stderr
         found = json.loads(ended.stdout)["findings"]
         facts.append(
@@ -101,6 +124,10 @@ def test_papers_side_by_side_give_what_they_give_in_turn(two_papers, tmp_path):
             kept = kept_records(tmp_path / jobs, paper)
             assert [r.experiment for r in kept] == [experiment for own, experiment, *_ in facts[-1] if own == paper]
             assert f"{paper} better" in ended.stderr
+        assert entered.read_text() == 2 * "better\n", "a function is entered once, whoever runs its trials"
+        ledgers = [Ledger.read(tmp_path / jobs / paper / LEDGER) for paper in ("tiny_gate", "tiny_twin")]
+        trials.append([{trial.key: trial.value for trial in ledger.trials} for ledger in ledgers])
+    assert trials[0] == trials[1] and len(trials[0][0]) == 10
     assert facts[0] == facts[1] and {paper for paper, *_ in facts[0]} == {"tiny_gate", "tiny_twin"}
 
 
@@ -135,8 +162,8 @@ def test_each_trial_is_on_disk_before_the_next_begins(tmp_path):
         on_disk.append(len(Ledger.read(file).trials) if file.exists() else 0)
         return float(seed)
 
-    assert run.trials("a", trial) == [0.0, 1.0]
-    assert run.trial("b", lambda: trial(7)) == 7.0
+    assert run_to_end(run.trials("a", trial)) == [0.0, 1.0]
+    assert run_to_end(run.trial("b", lambda: trial(7))) == 7.0
     assert on_disk == [0, 1, 2]
 
 
@@ -144,9 +171,9 @@ def test_the_same_question_is_asked_once(tmp_path):
     calls: list[int] = []
     run = run_with(tmp_path)
     for _ in range(2):
-        run.trials("a", count(calls), epochs=2, widths=(1, 2))
+        run_to_end(run.trials("a", count(calls), epochs=2, widths=(1, 2)))
     assert calls == [0, 1]
-    run_with(tmp_path, Ledger.read(run.folder / LEDGER)).trials("a", count(calls), epochs=2, widths=[1, 2])
+    run_to_end(run_with(tmp_path, Ledger.read(run.folder / LEDGER)).trials("a", count(calls), epochs=2, widths=[1, 2]))
     assert calls == [0, 1]
 
 
@@ -156,13 +183,13 @@ def test_the_same_question_is_asked_once(tmp_path):
 )
 def test_another_question_is_asked_again(tmp_path, monkeypatch, change):
     calls: list[int] = []
-    run_with(tmp_path).trials("a", count(calls), epochs=2)
+    run_to_end(run_with(tmp_path).trials("a", count(calls), epochs=2))
     ledger = Ledger.read(tmp_path / "p" / LEDGER)
     if change.pop("versions", False):
         monkeypatch.setattr("provenn.__version__", "99")
     setting = {"epochs": change.pop("epochs", 2)}
     name = change.pop("name", "a")
-    run_with(tmp_path, ledger, **change).trials(name, count(calls), **setting)
+    run_to_end(run_with(tmp_path, ledger, **change).trials(name, count(calls), **setting))
     assert calls == [0, 1, 0, 1]
 
 
@@ -171,8 +198,8 @@ def test_what_a_trial_returns_is_the_same_the_first_time_and_from_disk(tmp_path)
 
     value = {"curve": np.array([1.0, 2.0]), "pair": (1, 2)}
     run = run_with(tmp_path)
-    first = run.trial("a", lambda: value)
-    again = run_with(tmp_path, Ledger.read(run.folder / LEDGER)).trial("a", lambda: None)
+    first = run_to_end(run.trial("a", lambda: value))
+    again = run_to_end(run_with(tmp_path, Ledger.read(run.folder / LEDGER)).trial("a", lambda: None))
     assert first == again == {"curve": [1.0, 2.0], "pair": [1, 2]}
 
 

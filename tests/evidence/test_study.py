@@ -13,6 +13,7 @@ from provenn.core.errors import UserError
 from provenn.evidence import Run, Study, Verdict, decide
 from provenn.evidence.experiment import parameters_of, with_overrides
 from provenn.evidence.record import LEDGER, Ledger
+from provenn.evidence.run import run_to_end
 from provenn.evidence.study import TUNING_SEED
 from provenn.tasks import Task, TaskData
 from provenn.training import Diverged, Fit, Recipe
@@ -99,7 +100,7 @@ def run_in(tmp_path, **more) -> Run:
 
 
 def test_every_variant_has_the_same_data_steps_seeds_and_tuning(tmp_path):
-    STUDY.against("a", "b")(run_in(tmp_path))
+    run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     by_part = {part: [call for call in CALLS if call["part"] == part] for part in "ab"}
     for calls in by_part.values():
         assert [call["recipe"].lr for call in calls if call["seed"] == TUNING_SEED] == [0.01, 0.03, 0.1]
@@ -110,7 +111,7 @@ def test_every_variant_has_the_same_data_steps_seeds_and_tuning(tmp_path):
 
 
 def test_each_variant_s_rate_is_the_best_on_validation_data_and_its_figure_is_the_test_split_s(tmp_path):
-    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert measurement.setting["lr"] == {"variant A": 0.01, "variant B": 0.1}
     assert measurement.setting["tuned"]["validation score"]["variant B"] == {"0.01": 0.5, "0.03": 0.5, "0.1": 1.0}
     assert measurement.values == [pytest.approx(0.9 + 0.002 * seed) for seed in range(5)]
@@ -120,19 +121,19 @@ def test_each_variant_s_rate_is_the_best_on_validation_data_and_its_figure_is_th
 
 def test_an_variant_that_has_nothing_to_learn_is_at_no_edge_of_the_rates(tmp_path, monkeypatch):
     monkeypatch.setitem(BEST, "b", None)  # all rates are alike
-    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert set(measurement.setting["tuned"]["validation score"]["variant B"].values()) == {0.5}
     assert "At the edge of the rates that were tried: variant A." in measurement.note
 
 
 def test_what_stands_beside_a_figure_is_shown(tmp_path):
-    alone, beside = (STUDY.figure("a", shown=shown)(run_in(tmp_path)) for shown in ((), ("b",)))
+    alone, beside = (run_to_end(STUDY.figure("a", shown=shown)(run_in(tmp_path))) for shown in ((), ("b",)))
     assert alone.tables == [] and [row[0] for row in beside.tables[0].rows] == ["variant A", "variant B"]
-    assert STUDY.against("a", "b")(run_in(tmp_path)).tables == [], "both sides are told with the effect"
+    assert run_to_end(STUDY.against("a", "b")(run_in(tmp_path))).tables == [], "both sides are told with the effect"
 
 
 def test_all_that_decides_the_values_is_in_the_record(tmp_path):
-    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert measurement.fingerprint == "f0" and measurement.seeds == [0, 1, 2, 3, 4]
     assert measurement.setting["recipe"] == {"epochs": 2, "batch_size": 4, "optimizer": "adamw"}
     assert {key: measurement.setting[key] for key in ("train", "val", "test")} == {"train": 1, "val": 2, "test": 3}
@@ -143,8 +144,8 @@ def test_exchanged_variants_are_noticed(tmp_path):
     experiment = Experiment(
         id="c", kind="quality", says="A.", expects=Region(above=0), sides=("variant A", "variant B")
     )
-    assert decide(experiment, STUDY.against("a", "b")(run_in(tmp_path)))[0] is Verdict.SUPPORTED
-    assert decide(experiment, STUDY.against("b", "a")(run_in(tmp_path)))[0] is Verdict.NOT_MEASURED
+    assert decide(experiment, run_to_end(STUDY.against("a", "b")(run_in(tmp_path))))[0] is Verdict.SUPPORTED
+    assert decide(experiment, run_to_end(STUDY.against("b", "a")(run_in(tmp_path))))[0] is Verdict.NOT_MEASURED
 
 
 def changed_build(part: str) -> nn.Module:
@@ -166,36 +167,36 @@ def changed_build(part: str) -> nn.Module:
 )
 def test_nothing_stale_is_kept(tmp_path, change):
     run = run_in(tmp_path)
-    STUDY.against("a", "b")(run)
+    run_to_end(STUDY.against("a", "b")(run))
     count = len(CALLS)
     again = {"ledger": Ledger.read(run.folder / LEDGER), "reuse": True}
-    STUDY.against("a", "b")(run_in(tmp_path, **again))
+    run_to_end(STUDY.against("a", "b")(run_in(tmp_path, **again)))
     assert count == 2 * (3 + 5) == len(CALLS), "the same study was trained again"
-    replace(STUDY, **change).against("a", "b")(run_in(tmp_path, **again))
+    run_to_end(replace(STUDY, **change).against("a", "b")(run_in(tmp_path, **again)))
     assert len(CALLS) == 2 * count, "a changed study kept stale trials"
 
 
 def test_two_studies_of_one_name_are_not_taken_for_each_other(tmp_path):
     run, other = run_in(tmp_path), replace(STUDY, recipe=Recipe(epochs=3, batch_size=4))
-    recipes = [study.against("a", "b")(run).setting["recipe"]["epochs"] for study in (STUDY, other)]
+    recipes = [run_to_end(study.against("a", "b")(run)).setting["recipe"]["epochs"] for study in (STUDY, other)]
     assert recipes == [2, 3]
 
 
 def test_another_variant_costs_the_others_nothing(tmp_path):
     run = run_in(tmp_path)
-    STUDY.against("a", "b")(run)
+    run_to_end(STUDY.against("a", "b")(run))
     count = len(CALLS)
     run = run_in(tmp_path, ledger=Ledger.read(run.folder / LEDGER), reuse=True)
-    replace(STUDY, variants={**STUDY.variants, "c": ("variant C", "b")}).against("a", "b", shown=["c"])(run)
+    run_to_end(replace(STUDY, variants={**STUDY.variants, "c": ("variant C", "b")}).against("a", "b", shown=["c"])(run))
     assert len(CALLS) == count + 3 + 5
 
 
 def test_another_rate_is_tried_and_the_others_are_kept(tmp_path):
     run = run_in(tmp_path)
-    STUDY.against("a", "b")(run)
+    run_to_end(STUDY.against("a", "b")(run))
     count = len(CALLS)
     run = run_in(tmp_path, ledger=Ledger.read(run.folder / LEDGER), reuse=True)
-    wider = replace(STUDY, lrs=(*STUDY.lrs, 0.3)).against("a", "b")(run)
+    wider = run_to_end(replace(STUDY, lrs=(*STUDY.lrs, 0.3)).against("a", "b")(run))
     assert wider.setting["lrs"] == [*STUDY.lrs, 0.3]
     chosen = list(wider.setting["lr"].values()).count(0.3)
     assert len(CALLS) == count + 2 + 5 * chosen, "more was trained than a new rate needs"
@@ -203,30 +204,30 @@ def test_another_rate_is_tried_and_the_others_are_kept(tmp_path):
 
 def test_a_diverged_training_counts_as_the_dummy_baseline(tmp_path):
     DIVERGES.update({("b", 1), ("b", 2)})
-    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert measurement.baselines[1:3] == [0.5, 0.5] and "2 of 5 trainings of variant B diverged" in measurement.note
 
 
 def test_a_rate_that_diverges_is_not_chosen(tmp_path):
     DIVERGES.add(("a", TUNING_SEED))
-    measurement = STUDY.against("a", "b")(run_in(tmp_path))
+    measurement = run_to_end(STUDY.against("a", "b")(run_in(tmp_path)))
     assert measurement.setting["tuned"]["validation score"]["variant A"] == {"0.01": None, "0.03": None, "0.1": None}
     assert measurement.setting["lr"]["variant A"] == 0.01
 
 
 def test_of_several_systems_the_worst_counts(tmp_path):
-    measurement = STUDY.against(("a", "b"), "b")(run_in(tmp_path))
+    measurement = run_to_end(STUDY.against(("a", "b"), "b")(run_in(tmp_path)))
     assert measurement.values == measurement.baselines and measurement.sides[0] == "worst of variant A, variant B"
 
 
 def test_probes_and_single_variants(tmp_path):
-    assert STUDY.against("a", "b", metric="depth")(run_in(tmp_path)).values == [3.0] * 5
-    figure = STUDY.figure("a")(run_in(tmp_path))
+    assert run_to_end(STUDY.against("a", "b", metric="depth")(run_in(tmp_path))).values == [3.0] * 5
+    figure = run_to_end(STUDY.figure("a")(run_in(tmp_path)))
     assert figure.effect == pytest.approx(0.904) and figure.estimator == "mean" and figure.sides is None
 
 
 def test_a_smoke_run_neither_tunes_nor_trains_in_full(tmp_path):
-    STUDY.against("a", "b")(run_in(tmp_path, budget="smoke", seeds=(0,)))
+    run_to_end(STUDY.against("a", "b")(run_in(tmp_path, budget="smoke", seeds=(0,))))
     assert len(CALLS) == 2 and all(call["recipe"].max_steps == 2 for call in CALLS)
 
 
@@ -248,7 +249,7 @@ def test_mistakes_are_told_when_experiments_are_read(wrong, message):
 def test_one_rate_for_all_variants_is_tuned_for_none(tmp_path):
     CALLS.clear()
     changed = with_overrides(STUDY.against("a", "b"), {"lr": 0.01, "epochs": 2})
-    measured = changed(Run("p", tmp_path, seeds=(0, 1, 2)))
+    measured = run_to_end(changed(Run("p", tmp_path, seeds=(0, 1, 2))))
     assert {call["recipe"].lr for call in CALLS} == {0.01} and {call["recipe"].epochs for call in CALLS} == {2}
     assert TUNING_SEED not in {call["seed"] for call in CALLS}
     assert measured.setting["lr"] == {"variant A": 0.01, "variant B": 0.01} and "tuned" not in measured.setting
@@ -264,15 +265,15 @@ def test_what_follows_from_the_data_cannot_be_set(tmp_path):
     experiment = replace(STUDY, data=sized, build=with_classes).figure("a")
     assert {"classes", "width", "epochs", "lrs"} <= parameters_of(experiment).keys()
     run = Run("p", tmp_path, seeds=(0, 1, 2))
-    with_overrides(experiment, {"width": 8})(run)
+    run_to_end(with_overrides(experiment, {"width": 8})(run))
     with pytest.raises(UserError, match="classes follows from the data, where it is 3, got 5"):
-        with_overrides(experiment, {"classes": 5})(run)
+        run_to_end(with_overrides(experiment, {"classes": 5})(run))
 
 
 def test_recorded_rates_are_taken_without_choosing_again(tmp_path):
     CALLS.clear()
     run = Run("paper", tmp_path, seeds=(4,))
     run.rates = {"variant A": 0.0100000001, "variant B": 0.03}  # a record rounds
-    STUDY.against("a", "b")(run)
+    run_to_end(STUDY.against("a", "b")(run))
     rates = {(call["part"], call["seed"]): call["recipe"].lr for call in CALLS}
     assert rates == {("a", 4): 0.01, ("b", 4): 0.03}

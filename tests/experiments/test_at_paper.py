@@ -110,7 +110,7 @@ def test_the_authors_weights_are_held_to_the_published_figure(data, tmp_path, ca
     assert measured["value"] == pytest.approx(100 * evaluation.metrics["accuracy"]) and evaluation.examples == 6
     assert measured["at_paper_setting"] and measured["method"] == "the published test set, whole"
     assert str(tmp_path) not in json.dumps(finding["record"])
-    assert finding["record"]["verdict"] == "not reproduced"  # of a figure of 72.56 %
+    assert finding["record"]["verdict"] == "contradicted"  # of a figure of 72.56 %
 
     card = published(small("eca_net", "imagenet_mobilenet", recipe={}), measured["value"] + 0.1)
     paths = {"eca_net:eca_mobilenet_v2": tmp_path / "their.pth.tar"}

@@ -185,9 +185,57 @@ def test_values_that_differ_are_said_and_kept(site, tmp_path):
     words = "seed 0: 97 against 95 now, 92 against 90 in the record"
     assert Evidence.read(site / "tiny_gate" / EVIDENCE).record("better").verified.repeated == words
     assert words in " ".join(call(site, "show", "tiny_gate", "--all", "--json").stdout.split())
-    edit(site, "    gate = run.trials(", '    raise RuntimeError("no data")\n    gate = run.trials(')
+    edit(site, "    gate = await run.trials(", '    raise RuntimeError("no data")\n    gate = await run.trials(')
     ended = call(site, "verify", "tiny_gate", "--out", str(tmp_path / "fails"), code=1)
     assert "the code that stands fails: RuntimeError: no data" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def spread(body: str) -> tuple[str, str]:
+    """An edit of what `better` does with its trials; the code, and so the digest, is another."""
+    last = '    plain = await run.trials("no gate", lambda seed: score(seed, 0.0), gain=0.0)\n'
+    return last, last + body
+
+
+def test_a_function_of_several_seeds_is_repeated_on_as_many_as_it_takes(site, tmp_path):
+    (site / "calls").unlink()
+    edit(site, *spread("    import statistics\n\n    statistics.stdev(gate)\n"))
+    out = ("--record", "--jobs", "2", "--out", str(tmp_path / "verified"))
+    assert verified(site, *out)["better"] == (Provenance.VERIFIED, Repeated.EXACT)
+    assert calls_of(site) == ["0 0", "0 1", "2 0", "2 1"], "each trial once"
+    words = "seeds 0, 1: 92, 92.3 against 90, 90.1 now, 92, 92.3 against 90, 90.1 in the record"
+    assert Evidence.read(site / "tiny_gate" / EVIDENCE).record("better").verified.repeated == words
+
+
+@pytest.mark.parametrize(
+    "body, outcome, words",
+    [
+        # Its value hangs on all seeds: what differs on fewer than were recorded says nothing.
+        (
+            "    assert len(gate) > 1\n    gate = [x + len(gate) - 4 for x in gate]\n",
+            Repeated.EXACT,
+            "seeds 0, 1, 2, 3: ",
+        ),
+        ("    assert len(gate) > 1\n    gate = [x + 9 for x in gate]\n", Repeated.DIFFERS, "seeds 0, 1, 2, 3: "),
+        ('    raise ValueError("never")\n', Repeated.DIFFERS, "the code that stands fails: ValueError: never"),
+    ],
+)
+def test_a_verdict_is_not_withdrawn_for_want_of_seeds(site, tmp_path, body, outcome, words):
+    (site / "calls").unlink()
+    edit(site, *spread(body))
+    out = ("--record", "--out", str(tmp_path / "verified"))
+    code = 1 if outcome is Repeated.DIFFERS else 0
+    assert verified(site, *out, code=code)["better"][1] == outcome
+    assert Evidence.read(site / "tiny_gate" / EVIDENCE).record("better").verified.repeated.startswith(words)
+    assert len(calls_of(site)) == 8 == len(set(calls_of(site)))
+
+
+def test_a_trial_that_fails_is_no_want_of_seeds(site, tmp_path):
+    (site / "calls").unlink()
+    edit(site, "return 90.0 + gain", 'raise ValueError("no")\n        return 90.0 + gain')
+    for jobs in ("1", "2"):
+        out = ("--jobs", jobs, "--out", str(tmp_path / jobs))
+        assert verified(site, *out, code=1)["better"] == (Provenance.CHANGED, Repeated.DIFFERS)
+    assert calls_of(site) == ["2 0", "2 0"]
 
 
 def test_a_killed_verification_goes_on_where_it_was(site, tmp_path):
@@ -224,6 +272,7 @@ def test_every_view_of_the_command_line_says_which_code_a_record_is_of(capsys):
         (("eca_net", "--experiment", "nothing"), "nothing"),
         (("eca_net", "rat", "--experiment", "parameters"), "one paper"),
         (("eca_net", "--list", "--record"), "--list writes nothing"),
+        (("eca_net", "--digests", "--record"), "--digests repeats nothing"),
         (("eca_net", "--jobs", "0"), "--jobs must be at least 1"),
     ],
 )

@@ -20,7 +20,6 @@ from provenn.cli import main
 from provenn.core.errors import UserError
 from provenn.evidence import Run
 from provenn.evidence.record import EVIDENCE, LEDGER, Ledger
-from provenn.evidence.run import Waiting
 from provenn.experiments import workers
 from provenn.experiments.reproduce import reproduce, reproduce_many
 
@@ -134,12 +133,13 @@ def spans(run: Run) -> dict[str, tuple[float, float]]:
 
 def ask_all(run: Run, machines: workers.Workers, names: dict[str, bool], function) -> None:
     """Ask for trials by name, alone or not, and wait until all have ended."""
+    asking = run.together(run.trial(name, function, alone=names[name]) for name in names)
     while True:
         try:
-            run.together([lambda name=name: run.trial(name, function, alone=names[name]) for name in names])
+            asking.send(None)
+        except StopIteration:
             return
-        except Waiting:
-            machines.wait()
+        machines.wait()
 
 
 def test_a_clock_runs_when_nothing_else_does(two_workers, tmp_path):

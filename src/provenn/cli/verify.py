@@ -61,6 +61,10 @@ def verify(
     cards = cards or list(catalog.cards().values())
     if only_list and (digests or record):
         raise UserError(f"give --list or {'--digests' if digests else '--record'}, not both: --list writes nothing")
+    if digests and record:
+        raise UserError(
+            "give --digests or --record, not both: --digests repeats nothing, so there is no outcome to record"
+        )
     if digests:
         moved = {card.slug: verifying.write_digests(card, log) for card in cards}
         changed = {slug: count for slug, count in moved.items() if count}

@@ -1,6 +1,6 @@
 """Ties what measures, in a paper's `experiments.py`, to the experiments in its `paper.toml`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from provenn.evidence.measurement import Measurement
     from provenn.evidence.run import Run
 
-Measure = Callable[["Run"], "Measurement"]
+# One that asks the run for trials is an `async def`, and awaits them.
+Measure = Callable[["Run"], "Measurement | Coroutine[Any, Any, Measurement]"]
 F = TypeVar("F", bound=Callable)
 
 
 def measures(experiment: str) -> Callable[[F], F]:
-    """Mark a function `(run: Run) -> Measurement` as the one that measures `experiment`."""
+    """Mark a function `(run: Run) -> Measurement`, `async` or not, as the one that measures `experiment`."""
 
     def mark(function: F) -> F:
         function.measures = experiment  # type: ignore[attr-defined]  # functions take attributes, their type does not say so

@@ -1,16 +1,20 @@
 """What a measuring function is given: budget, seeds, device, and a memory of the trials that have ended.
 
-A trial runs here and now, or elsewhere: in other processes, or on the machines of a cluster. Then the measuring
-function is broken off where it asks for a value that is not there yet (`Waiting`), and called again once it is.
+A trial runs here and now, or elsewhere: in other processes, or on the machines of a cluster. A measuring function
+awaits its trials (`await run.trials(...)`): it rests where a value is not there yet, and goes on from there once it is.
+No event loop is needed. `measure_all` of `provenn.experiments.side_by_side` lets each go on whose trials have ended.
 """
 
 import io
+import math
 import time
+import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from provenn.core import progress
 from provenn.core.files import atomic_write
@@ -21,19 +25,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Budget = Literal["smoke", "small", "paper"]
+T = TypeVar("T")
 
 
-class Waiting(BaseException):
-    """A trial was asked for elsewhere, and what measures is called again when it has ended.
+@types.coroutine
+def one_has_ended(keys: set[str]) -> Generator[set[str], None, None]:
+    """Rest until one of these trials, which run elsewhere, has ended."""
+    yield keys
 
-    No `Exception`, since what measures may catch those.
 
-    Args:
-        keys: the trials that it needs.
+def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The outcome of what awaits trials, where all of them run in this process.
+
+    Raises:
+        RuntimeError: one of them runs elsewhere.
     """
-
-    def __init__(self, keys: set[str]):
-        self.keys = keys
+    try:
+        coroutine.send(None)
+    except StopIteration as ended:
+        return ended.value
+    coroutine.close()
+    raise RuntimeError("a trial runs elsewhere: only `measure_all` can wait for it")
 
 
 class Elsewhere(ABC):
@@ -80,18 +92,30 @@ class Run:
         ] = {}  # what `--set` changes of the experiment that is measured now: of every trial's key
         self.rates: dict[str, float] = {}  # learning rates of variants by label, where none is to be chosen
         self.memory: dict[Any, Any] = {}  # for what several experiments of this run would compute alike
-        self.spared = 0.0  # seconds that known trials took when they were run
         self.elsewhere = elsewhere
         self.pending: set[str] = set()  # keys of trials that run elsewhere
         self._failed: dict[str, Exception] = {}
+        self.peaks: set[int] = set()  # bytes of memory that trials have taken elsewhere
+        self.spared = 0.0  # seconds that known trials took when they were run
+        self.waited = 0.0  # seconds that passed here while trials ran elsewhere
         self.machines: set[str] = set()  # other than this one, on which trials that were asked for had run
-        self.peak = 0  # bytes of memory that a trial has taken elsewhere
+        self.broken = False  # whether a trial that was asked for has raised an error
         self.drawn: dict[str, bytes] | None = None  # in a trial that runs elsewhere: its pictures by name
 
     def __getstate__(self) -> dict[str, Any]:
         """What a trial elsewhere needs of its run: neither what has ended nor what was computed on the way."""
         none = {"ledger": Ledger(paper=self.paper), "_known": {}, "_failed": {}, "memory": {}, "pending": set()}
-        return {**vars(self), **none, "elsewhere": None, "machines": set(), "drawn": {}}
+        return {**vars(self), **none, "elsewhere": None, "peaks": set(), "machines": set(), "drawn": {}}
+
+    def of_experiment(self, **changes: Any) -> "Run":
+        """This run for one experiment: all experiments share the trials, and each counts its own seconds and machines.
+
+        Args:
+            changes: what is the experiment's own, by attribute: `overrides`, `seeds`, `rates` or `device`.
+        """
+        run = Run.__new__(Run)  # a copy would leave out what `__getstate__` does
+        vars(run).update({**vars(self), "spared": 0.0, "waited": 0.0, "machines": set(), "broken": False, **changes})
+        return run
 
     @property
     def smoke(self) -> bool:
@@ -103,35 +127,54 @@ class Run:
         """Where the records go."""
         return self.folder / EVIDENCE
 
-    def trials(self, name: str, function: Callable[[int], Any], **setting: Any) -> list[Any]:
+    async def trials(self, name: str, function: Callable[[int], Any], **setting: Any) -> list[Any]:
         """`function(seed)` for each seed, each result saved as it ends; what is known already is not run again.
 
         The same name and setting in another experiment give the same results. So the setting must hold all that decides
         the value; a `Study` and a `Timing` see to that, digest of the code included. `function` returns plain JSON.
         """
-        calls = [partial(self.trial, name, partial(function, seed), seed=seed, **setting) for seed in self.seeds]
-        with progress.bar(name, len(calls)) as advance:
+        bar = progress.bar(name, len(self.seeds)) if self.elsewhere is None else nullcontext(lambda: None)
+        with bar as advance:
 
-            def one(call: Callable[[], Any]) -> Any:
-                value = call()
+            async def one(seed: int) -> Any:
+                value = await self.trial(name, partial(function, seed), seed=seed, **setting)
                 advance()
                 return value
 
-            return self.together(partial(one, call) for call in calls)
+            return await self.together(one(seed) for seed in self.seeds)
 
-    def together(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
-        """The results of calls that need nothing of each other: elsewhere, the trials of all run side by side."""
-        results, needed = [], set[str]()
-        for call in calls:
-            try:
-                results.append(call())
-            except Waiting as wait:
-                needed |= wait.keys
-        if needed:
-            raise Waiting(needed)
-        return results
+    @staticmethod
+    async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+        """The results of coroutines that need nothing of each other: the trials of all run side by side elsewhere.
 
-    def trial(
+        Raises:
+            Exception: that of the first in order that fails, as if each had been awaited in turn.
+        """
+        resting = dict(enumerate(coroutines))
+        results, errors = dict[int, T](), dict[int, Exception]()
+        try:
+            while resting:
+                keys = set[str]()
+                for index, coroutine in list(resting.items()):
+                    try:
+                        keys |= coroutine.send(None)
+                        continue
+                    except StopIteration as ended:
+                        results[index] = ended.value
+                    except Exception as error:
+                        errors[index] = error
+                    del resting[index]
+                    if errors and min(errors) < min(resting, default=math.inf):
+                        raise errors[min(errors)]
+                if resting:
+                    await one_has_ended(keys)
+        finally:
+            errors.clear()  # an error holds this frame, which would hold it: what it took of memory goes at once
+            for coroutine in resting.values():
+                coroutine.close()
+        return [results[index] for index in sorted(results)]
+
+    async def trial(
         self, name: str, function: Callable[[], Any], *, seed: int | None = None, alone: bool = False, **setting: Any
     ) -> Any:
         """`function()` once, its result saved.
@@ -142,23 +185,28 @@ class Run:
             alone: share no machine with other trials: for clocks.
 
         Raises:
-            Waiting: it runs elsewhere and has not ended. What ended it there is raised as it is.
+            Exception: what ended it, here or elsewhere, as it is.
         """
         setting = {**setting, "set": self.overrides} if self.overrides else setting
         key = Trial.key_of(name, seed, f"{self.budget} on {self.device}", plain(setting))
+        asked = key in self._known or key in self._failed or key in self.pending
+        if self.elsewhere is not None and not asked:
+            self.elsewhere.ask(self, key, function, alone)
+            self.pending.add(key)
+        while key in self.pending:
+            await one_has_ended({key})
         if (known := self._known.get(key)) is not None:
             self.spared += known.seconds
             self.machines |= {known.machine} - {""}
             return known.value
-        if key in self._failed:
-            raise self._failed[key]
-        if self.elsewhere is not None:
-            if key not in self.pending:
-                self.elsewhere.ask(self, key, function, alone)
-                self.pending.add(key)
-            raise Waiting({key})
         start = time.perf_counter()
-        value = plain(function())
+        try:
+            if key in self._failed:
+                raise self._failed[key]
+            value = plain(function())
+        except Exception:
+            self.broken = True
+            raise
         self.keep(key, value, time.perf_counter() - start)
         return value
 

@@ -202,7 +202,7 @@ class Study:
         facts.pop("lrs", None)  # a trial has a rate of its own
         return {**facts, "code": run.memory[key]}
 
-    def rate(self, run: Run, variant: str) -> tuple[float, dict[str, float | None]]:
+    async def rate(self, run: Run, variant: str) -> tuple[float, dict[str, float | None]]:
         """The variant's learning rate, and what each of `lrs` reached on validation data; None where it diverged."""
         recipe, task = self.recipe_for(run), self.of_task
         if not self.lrs or run.smoke:
@@ -220,20 +220,18 @@ class Study:
                 value = task.evaluate(model, data.val)[task.metric]
             return value if math.isfinite(value) else None
 
-        def ask(lr: float) -> float | None:
-            name = f"{self.name}, {self.label(variant)}, rate {lr:g}"
-            return run.trial(name, partial(score, lr), seed=TUNING_SEED, lr=lr, **self.trial_setting(run, variant))
-
-        names = [f"{lr:g}" for lr in self.lrs]
-        reached = dict(zip(names, run.together(partial(ask, lr) for lr in self.lrs), strict=True))
+        names = {lr: f"{self.name}, {self.label(variant)}, rate {lr:g}" for lr in self.lrs}
+        setting = {"seed": TUNING_SEED, **self.trial_setting(run, variant)}
+        asked = (run.trial(name, partial(score, lr), lr=lr, **setting) for lr, name in names.items())
+        reached = dict(zip((f"{lr:g}" for lr in names), await run.together(asked), strict=True))
         sign = 1 if task.higher_is_better else -1
         worst = -math.inf
         best = max(self.lrs, key=lambda lr: worst if (value := reached[f"{lr:g}"]) is None else sign * value)
         return float(best), reached
 
-    def trials(self, run: Run, variant: str) -> list[dict[str, Any]]:
+    async def trials(self, run: Run, variant: str) -> list[dict[str, Any]]:
         """Of each seed the test metric, the probes' figures, the validation curve, and whether it diverged."""
-        lr, _ = self.rate(run, variant)
+        lr, _ = await self.rate(run, variant)
         task = self.of_task
 
         def one(seed: int) -> dict[str, Any]:
@@ -251,24 +249,23 @@ class Study:
             curve = {key: done.series(key) for key in ("epoch", task.metric)}
             return {**done.metrics, **probed, "curve": curve, "steps": done.steps}
 
-        def asked() -> list[dict[str, Any]]:
-            return run.trials(f"{self.name}, {self.label(variant)}", one, lr=lr, **self.trial_setting(run, variant))
-
-        # Both are asked for before either is waited for. What diverged counts as the dummy baseline.
-        trials, guesses = run.together((asked, partial(self.dummy_baseline, run)))
+        name, setting = f"{self.name}, {self.label(variant)}", self.trial_setting(run, variant)
+        trained = run.trials(name, one, lr=lr, **setting)
+        trials, guesses = await run.together((trained, self.dummy_baseline(run)))
+        # What diverged counts as the dummy baseline.
         return [
             {task.metric: guess, "curve": None, **trial} if trial.get("diverged") else trial
             for trial, guess in zip(trials, guesses, strict=True)
         ]
 
-    def dummy_baseline(self, run: Run) -> list[float]:
+    async def dummy_baseline(self, run: Run) -> list[float]:
         """What the dummy baseline reaches on the test data of each seed."""
         task = self.of_task
 
         def one(seed: int) -> float:
             return float(task.dummy_baseline(self.data_for(run, seed)))
 
-        return run.trials(f"{self.name}, dummy baseline", one, **self.trial_setting(run))
+        return await run.trials(f"{self.name}, dummy baseline", one, **self.trial_setting(run))
 
     def _fit(self, run: Run, variant: str, data: TaskData, lr: float, seed: int) -> Fit:
         label, part = self.variants[variant]
@@ -282,7 +279,7 @@ class Study:
             title=label,
         )
 
-    def measure(
+    async def measure(
         self,
         run: Run,
         variants: Sequence[str],
@@ -307,18 +304,19 @@ class Study:
         """
         task, facts = self.of_task, self.facts(run)
         every = list(dict.fromkeys((*variants, *shown)))
-        trials = dict(zip(every, run.together(partial(self.trials, run, variant) for variant in every), strict=True))
+        trials = dict(zip(every, await run.together(self.trials(run, variant) for variant in every), strict=True))
         name = metric or task.metric
         missing = [self.label(variant) for variant in variants if any(name not in trial for trial in trials[variant])]
         if missing:
             raise ValueError(f"a training of {', '.join(missing)} diverged, so that there is no {name!r} of it")
         reached = {variant: [trial[name] for trial in trials[variant] if name in trial] for variant in every}
-        rates = {self.label(variant): self.rate(run, variant) for variant in every}
+        rates = {self.label(variant): await self.rate(run, variant) for variant in every}
+        guesses = await self.dummy_baseline(run)
         skills = [
             Skill(
                 variant=self.label(variant),
                 values=[trial[task.metric] for trial in trials[variant]],
-                dummy_baseline=self.dummy_baseline(run),
+                dummy_baseline=guesses,
                 higher_is_better=task.higher_is_better,
                 may_guess=(may_guess or {}).get(variant, ""),
             )
@@ -430,9 +428,9 @@ class Contrast:
         """As `Study.varied`."""
         return replace(self, study=self.study.with_overrides(**overrides))
 
-    def __call__(self, run: Run) -> Measurement:
+    async def __call__(self, run: Run) -> Measurement:
         study = self.study
-        reached, facts = study.measure(
+        reached, facts = await study.measure(
             run,
             (*self.systems, self.baseline),
             shown=self.shown,
@@ -467,8 +465,8 @@ class Reading:
         """As `Study.varied`."""
         return replace(self, study=self.study.with_overrides(**overrides))
 
-    def __call__(self, run: Run) -> Measurement:
-        reached, facts = self.study.measure(
+    async def __call__(self, run: Run) -> Measurement:
+        reached, facts = await self.study.measure(
             run, (self.variant,), shown=self.shown, metric=self.metric, picture=self.picture
         )
         return Measurement.mean(reached[self.variant], **facts)

@@ -112,7 +112,7 @@ class Timing:
             "code": digest(self.runners),
         }
 
-    def measure(self, run: Run) -> dict[str, list[list[float]]]:
+    async def measure(self, run: Run) -> dict[str, list[list[float]]]:
         """By runner, one list a size: its rounds, or its count."""
         facts = self.facts(run)
         sizes = facts[self.unit]
@@ -126,7 +126,7 @@ class Timing:
                 return {label: [[1e3 * s for s in seconds[label, n]] for n in sizes] for label in self.runners}
             return {label: [[self._count(make(n, run.device))] for n in sizes] for label, make in self.runners.items()}
 
-        return run.trial(self.name, measure, alone=self.quantity == "time", **facts)
+        return await run.trial(self.name, measure, alone=self.quantity == "time", **facts)
 
     def _count(self, function: Callable[[], Any]) -> float:
         if self.quantity == "flops":
@@ -187,10 +187,10 @@ class Ratio:
         """As `Timing.varied`."""
         return replace(self, timing=self.timing.with_overrides(**overrides))
 
-    def __call__(self, run: Run) -> Measurement:
+    async def __call__(self, run: Run) -> Measurement:
         if lacking := self.timing.lacking(run):
             return Measurement.not_measured(lacking)
-        timing, measured = self.timing, self.timing.measure(run)
+        timing, measured = self.timing, await self.timing.measure(run)
         sizes = timing.facts(run)[timing.unit]
         index = sizes.index(self.at) if self.at in sizes else len(sizes) - 1
         values, baselines = measured[self.system][index], measured[self.baseline][index]
@@ -222,10 +222,10 @@ class Exponent:
             raise UserError(f"sizes: growth needs at least three, got {len(timing.sizes)}")
         return replace(self, timing=timing)
 
-    def __call__(self, run: Run) -> Measurement:
+    async def __call__(self, run: Run) -> Measurement:
         if lacking := self.timing.lacking(run):
             return Measurement.not_measured(lacking)
-        timing, measured = self.timing, self.timing.measure(run)
+        timing, measured = self.timing, await self.timing.measure(run)
         least = [min(rounds) for rounds in measured[self.system]]
         unit = f"exponent of {timing.of or UNITS[timing.quantity]} over {timing.unit}"
         return Measurement.of("growth", least, timing.facts(run)[timing.unit], unit=unit, **timing.shown(run, measured))

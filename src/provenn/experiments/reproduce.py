@@ -14,7 +14,6 @@ from typing import Any, TypedDict, Unpack, cast
 from provenn import catalog
 from provenn.catalog import Card, Experiment, check_options, installed, meant
 from provenn.catalog.datasets import DataPaths
-from provenn.core import progress
 from provenn.core.device import choose_device
 from provenn.core.digest import digest
 from provenn.core.errors import UserError
@@ -36,7 +35,7 @@ from provenn.evidence.record import (
 )
 from provenn.evidence.run import Budget, Elsewhere, Run
 from provenn.experiments.at_paper import AtPaperScale, TrainingOptions
-from provenn.experiments.side_by_side import check_jobs, measure_all, where_trials_run
+from provenn.experiments.side_by_side import check_jobs, measure_all, measurement_of, where_trials_run
 
 BUDGETS = ("smoke", "small", "paper")
 RUN = "runs/latest"
@@ -104,11 +103,7 @@ def reproduce(
     """
     card = catalog.card(catalog.slug_of(paper)) if isinstance(paper, str) else paper
     with _reproduction(card, options) as work:
-        with progress.bar(card.slug, len(work.wanted)) as advance:
-            for experiment in work.wanted:
-                advance(0, f"{card.slug}: {experiment.id}")
-                done(work.measure(experiment))
-                advance()
+        measure_all([work], None, done)
         return work.findings
 
 
@@ -130,19 +125,14 @@ class _Work:
         """What was found of all, at the setting at which they were measured now."""
         return [self.evidence.finding(experiment, self.settings[experiment.id]) for experiment in self.wanted]
 
-    def measure(self, experiment: Experiment) -> Finding:
-        """Measure an experiment, unless an earlier record still stands for it, and write it.
-
-        Raises:
-            Waiting: for trials that run elsewhere.
-        """
-        run, evidence = self.run, self.evidence
-        run.overrides = self.settings[experiment.id]
+    async def measure(self, experiment: Experiment) -> Finding:
+        """Measure an experiment, unless an earlier record still stands for it, and write it."""
+        run, evidence = self.run.of_experiment(overrides=self.settings[experiment.id]), self.evidence
         kept = evidence.record(experiment.id, run.overrides) if run.reuse else None
         find = partial(_function, run, self.card, experiment, self.data, self.training)
         earlier = None if kept is None else evidence.runs[kept.run]
         if kept is None or not _still_good(kept, earlier, run, find, experiment, self.recorded):
-            evidence.put(_measure(run, find, experiment), self.recorded)
+            evidence.put(await _measure(run, find, experiment), self.recorded)
             evidence.keep_experiments([experiment.id for experiment in self.card.experiments])
             evidence.write(run.file)
         return evidence.finding(experiment, run.overrides)
@@ -270,19 +260,16 @@ def reproduce_many(
         return [finding for work in works for finding in work.findings]
 
 
-def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experiment) -> Record:
+async def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experiment) -> Record:
     import torch
 
-    start, spared = time.perf_counter(), run.spared
-    run.machines.clear()
+    start = time.perf_counter()
     code = ""
     try:
         function = find()
         needs = experiment.lacks or "a function that measures it"
         code = digest(function) if function is not None else ""
-        # Trials seed torch's generators: the caller's own random numbers go on as if nothing had been drawn.
-        with torch.random.fork_rng(devices=[run.device] if run.device.startswith("cuda") else []):
-            measurement = Measurement.not_measured(needs) if function is None else function(run)
+        measurement = Measurement.not_measured(needs) if function is None else await measurement_of(function, run)
         if experiment.package is not None and function is not None:
             setting = {**measurement.setting, experiment.package: installed(experiment.package)}
             measurement = measurement.model_copy(update={"setting": setting})
@@ -307,8 +294,8 @@ def _measure(run: Run, find: Callable[[], Measure | None], experiment: Experimen
         budget=run.budget,
         overrides=run.overrides,
         code=code,
-        wall_seconds=round(time.perf_counter() - start + run.spared - spared, 3),
-        peak_memory_bytes=max(peak_memory(run.device), run.peak),
+        wall_seconds=round(time.perf_counter() - start - run.waited + run.spared, 3),
+        peak_memory_bytes=max({peak_memory(run.device), *run.peaks}),
     )
 
 

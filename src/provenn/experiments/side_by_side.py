@@ -1,25 +1,33 @@
-"""Measures the experiments of several papers, with the trials of all of them side by side where there are workers."""
+"""Measures the experiments of several papers, with the trials of all of them side by side where there are workers.
 
-from collections.abc import Callable, Iterator, Sequence
+There is one walk. Each measurement is a coroutine that begins once, asks for the trials that it needs, and rests until
+they have ended; it then reads their values, asks for what these make it need, and in the end writes its record. Where
+there are no workers, a trial that is asked for runs at once, and nothing rests.
+"""
+
+import time
+import types
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from provenn.catalog import Card, Experiment
 from provenn.core import progress
 from provenn.core.errors import UserError
-from provenn.evidence.run import Run, Waiting
+from provenn.evidence.experiment import Measure
+from provenn.evidence.measurement import Measurement
+from provenn.evidence.run import Run
 from provenn.experiments import workers
 
 MOST_JOBS = 4096  # processes of one machine
 T = TypeVar("T", covariant=True)
+R = TypeVar("R")
 
 
 @runtime_checkable
 class Work(Protocol[T]):
-    """A paper whose experiments are measured.
-
-    `measure` raises `Waiting` for trials that run elsewhere, and is called again when these have ended.
-    """
+    """A paper whose experiments are measured."""
 
     @property
     def card(self) -> Card: ...
@@ -30,7 +38,7 @@ class Work(Protocol[T]):
     @property
     def run(self) -> Run: ...
 
-    def measure(self, experiment: Experiment) -> T: ...
+    async def measure(self, experiment: Experiment) -> T: ...
 
 
 def check_jobs(jobs: int, cluster: str | None) -> None:
@@ -61,22 +69,67 @@ def where_trials_run(
 
 
 def measure_all(works: Sequence[Work[T]], machines: workers.Workers | None, done: Callable[[T], None]) -> None:
-    """Measure every experiment, coming back to those that wait for trials once these have ended."""
-    ready = [(work, experiment) for work in works for experiment in work.wanted]
-    waiting: list[tuple[Work[T], Experiment, set[str]]] = []
+    """Measure every experiment, each as far as it comes, and on from there as the trials that it awaits end."""
+    ready: Iterable[_Measuring[T]]
+    ready = (_Measuring(work, experiment, work.measure(experiment)) for work in works for experiment in work.wanted)
+    resting: list[_Measuring[T]] = []
     with ExitStack() as bars:
         advance = {w.card.slug: bars.enter_context(progress.bar(w.card.slug, len(w.wanted))) for w in works}
-        while ready or waiting:
-            for work, experiment in ready:
+        while True:
+            for one in ready:
+                slug = one.work.card.slug
+                advance[slug](0, f"{slug}: {one.experiment.id}")
                 try:
-                    advance[work.card.slug](0, f"{work.card.slug}: {experiment.id}")
-                    done(work.measure(experiment))
-                    advance[work.card.slug]()
-                except Waiting as wait:
-                    waiting.append((work, experiment, wait.keys))
+                    one.needs = one.coroutine.send(None)
+                    resting.append(one)
+                except StopIteration as ended:
+                    done(ended.value)
+                    advance[slug]()
                 if machines is not None:
                     machines.keep_ended()
-            if waiting and machines is not None:
+            ready = [one for one in resting if not one.needs <= one.work.run.pending]
+            resting = [one for one in resting if one.needs <= one.work.run.pending]
+            if machines is not None and resting and not ready:
                 machines.wait()
-            ready = [(work, experiment) for work, experiment, needs in waiting if not needs & work.run.pending]
-            waiting = [entry for entry in waiting if entry[2] & entry[0].run.pending]
+            elif not ready:
+                return
+
+
+@dataclass
+class _Measuring(Generic[R]):
+    """An experiment whose measurement has begun."""
+
+    work: "Work[R]"
+    experiment: Experiment
+    coroutine: Coroutine[Any, Any, R]
+    needs: set[str] = field(default_factory=set)  # the trials of which one has to end before it can go on
+
+
+@types.coroutine
+def measurement_of(measure: Measure, run: Run) -> Generator[set[str], None, Measurement]:
+    """What a measuring function gives.
+
+    It draws random numbers as if nobody else drew any: the caller's are as they were wherever it rests or ends, and its
+    own go on where it rested.
+    """
+    import torch
+
+    devices = [run.device] if run.device.startswith("cuda") else []
+    coroutine, numbers = _awaited(measure, run), None
+    while True:
+        with torch.random.fork_rng(devices=devices):
+            if numbers is not None:
+                torch.set_rng_state(numbers)  # of a GPU only trials draw any
+            try:
+                keys = coroutine.send(None)
+            except StopIteration as ended:
+                return ended.value
+            numbers = torch.get_rng_state()
+        start = time.perf_counter()
+        yield keys
+        run.waited += time.perf_counter() - start
+
+
+async def _awaited(measure: Measure, run: Run) -> Measurement:
+    outcome = measure(run)
+    return await outcome if isinstance(outcome, Coroutine) else outcome

@@ -34,7 +34,7 @@ from provenn.evidence.record import (
 from provenn.evidence.run import Run
 from provenn.evidence.study import Contrast, Reading
 from provenn.evidence.timing import Exponent, Ratio
-from provenn.experiments.side_by_side import measure_all, where_trials_run
+from provenn.experiments.side_by_side import measure_all, measurement_of, where_trials_run
 from provenn.experiments.workers import Workers
 
 RUN = "runs/verify"
@@ -83,8 +83,9 @@ def verify(
     """Whether the code that stands gives the values of the records that ship.
 
     Of an experiment whose digest is not its record's, one trial is repeated: a count or an identity whole, a training
-    on the first recorded seed at the recorded learning rates. Clocks are not repeated. What comes out is compared with
-    the record's raw values, and the outcome, commit and digest go into `out/<slug>/evidence.json`.
+    on the first recorded seed at the recorded learning rates, a function that fails on one seed on as many as it takes.
+    Clocks are not repeated. What comes out is compared with the record's raw values, and the outcome, commit and digest
+    go into `out/<slug>/evidence.json`.
 
     Args:
         papers: slugs, arXiv numbers or cards; by default all.
@@ -164,20 +165,16 @@ class _Verifying:
             raise ValueError(f"{experiment.id} has no record")
         return record
 
-    def measure(self, experiment: Experiment) -> Verified:
-        """Repeat a trial of an experiment, and write what came of it.
-
-        Raises:
-            Waiting: for trials that run elsewhere.
-        """
+    async def measure(self, experiment: Experiment) -> Verified:
+        """Repeat a trial of an experiment, and write what came of it."""
         record = self.recorded(experiment)
         measure = measuring_functions(self.card.resolve_module("experiments"))[experiment.id]
-        self.run.device = self.evidence.runs[record.run].environment.device.partition(":")[0]
-        reason = _unrepeatable(measure, record, self.run.device)
+        device = self.evidence.runs[record.run].environment.device.partition(":")[0]
+        reason = _unrepeatable(measure, record, device)
         if reason or not self.repeats:
             self.reasons[experiment.id] = reason
             return self.outcome(experiment)
-        outcome, words = self.repeat(experiment, measure, record)
+        outcome, words = await self.repeat(experiment, measure, record, device)
         if outcome is None:
             self.reasons[experiment.id] = words
             return self.outcome(experiment)
@@ -186,7 +183,7 @@ class _Verifying:
             code=self.digests[experiment.id],
             commit=commit(),
             date=datetime.now(UTC).replace(microsecond=0),
-            device=machine(self.run.device),
+            device=machine(device),
             repeated=words,
         )
         index = self.evidence.records.index(record)
@@ -195,32 +192,41 @@ class _Verifying:
             self.evidence.write(file)
         return self.outcome(experiment)
 
-    def repeat(self, experiment: Experiment, measure: Measure, record: Record) -> tuple[Repeated | None, str]:
-        """What comes of one trial, in words; None where none can be had here, and why."""
-        import torch
+    async def repeat(
+        self, experiment: Experiment, measure: Measure, record: Record, device: str
+    ) -> tuple[Repeated | None, str]:
+        """What comes of one seed, in words; None where nothing can be had here, and why.
 
-        recorded, run = record.measurement, self.run
-        run.seeds = tuple(recorded.seeds[:1]) or (0,)
-        run.rates = {}
+        A function that fails on one recorded seed, though its trials do not, is repeated on as many as it takes. What
+        differs then is repeated on all of them before it is said to differ.
+        """
+        recorded, seeds = record.measurement, tuple(record.measurement.seeds) or (0,)
+        rates: dict[str, float] = {}
         if isinstance(measure, (Contrast, Reading)):
-            run.rates = dict(recorded.setting.get("lr", {}))
+            rates = dict(recorded.setting.get("lr", {}))
             measure = replace(measure, shown=(), picture=False)
-        try:
-            with torch.random.fork_rng(devices=[run.device] if run.device == "cuda" else []):
-                fresh = measure(run)
-        except Exception as error:
-            fresh = Measurement.failure(error, run.device)
-        if fresh.failed:
-            return Repeated.DIFFERS, f"the code that stands fails: {fresh.failed}"
-        if missing := fresh.needs or fresh.unsupported or fresh.out_of_memory:
-            return None, missing
-        return compared(experiment, record, fresh)
+        outcome: Repeated | None = None
+        for count in range(1, len(seeds) + 1):
+            run = self.run.of_experiment(device=device, seeds=seeds[:count], rates=rates)
+            try:
+                fresh = await measurement_of(measure, run)
+            except Exception as error:
+                fresh = Measurement.failure(error, device)
+            if missing := fresh.needs or fresh.unsupported or fresh.out_of_memory:
+                return None, missing
+            if fresh.failed:
+                outcome, words = Repeated.DIFFERS, f"the code that stands fails: {fresh.failed}"
+            else:
+                outcome, words = compared(experiment, record, fresh)
+            if outcome is not Repeated.DIFFERS or run.broken or (count == 1 and not fresh.failed):
+                break
+        return outcome, words
 
 
 def compared(experiment: Experiment, record: Record, fresh: Measurement) -> tuple[Repeated | None, str]:
     """A repeated measurement beside the recorded one.
 
-    Of seeds the first is compared, side by side. On another processor its training takes another path, as another seed
+    Each repeated seed is compared, side by side. On another processor its training takes another path, as another seed
     would: it then lies, 95 times in 100, within mean ± t·s·√(1 + 1/n) of the recorded seeds.
     """
     recorded = record.measurement
@@ -240,14 +246,21 @@ def compared(experiment: Experiment, record: Record, fresh: Measurement) -> tupl
         return Repeated.DIFFERS, words
     if not recorded.values or not fresh.values:
         return None, "its record keeps no value of a single seed"
-    sides = [(recorded.values, fresh.values[0])]
-    sides += [(recorded.baselines, fresh.baselines[0])] if recorded.baselines and fresh.baselines else []
-    now = " against ".join(view.number(value) for _, value in sides)
-    before_words = " against ".join(view.number(values[0]) for values, _ in sides)
-    words = f"seed {recorded.seeds[0]}: {now} now, {before_words} in the record"
-    if all(values[0] == value for values, value in sides):
+    seeds = recorded.seeds[: max(1, len(fresh.seeds))]
+    sides = [(recorded.values, fresh.values[: len(seeds)])]
+    if recorded.baselines and fresh.baselines:
+        sides.append((recorded.baselines, fresh.baselines[: len(seeds)]))
+    now = " against ".join(_numbers(repeated) for _, repeated in sides)
+    before_words = " against ".join(_numbers(values[: len(repeated)]) for values, repeated in sides)
+    words = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {now} now, {before_words} in the record"
+    if all(values[: len(repeated)] == repeated for values, repeated in sides):
         return Repeated.EXACT, words
-    return (Repeated.SCATTER if all(_within(values, value) for values, value in sides) else Repeated.DIFFERS), words
+    close = all(_within(values, value) for values, repeated in sides for value in repeated)
+    return (Repeated.SCATTER if close else Repeated.DIFFERS), words
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(map(view.number, values))
 
 
 def _known(value: float | None) -> list[float]:

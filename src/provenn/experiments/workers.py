@@ -5,6 +5,7 @@ and its value is kept here, in the ledger that a run without workers writes. Wha
 on a cluster it takes a whole machine, and meanwhile nothing is computed here.
 """
 
+import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,6 +13,7 @@ import os
 import platform
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -134,7 +136,7 @@ class Workers(Elsewhere):
                 continue
             for name, content in outcome.pictures.items():
                 job.run.keep_picture(name, content)
-            job.run.peak = max(job.run.peak, outcome.peak)
+            job.run.peaks.add(outcome.peak)
             if outcome.error is not None:
                 job.run.keep_failure(job.key, outcome.error)
                 continue
@@ -169,7 +171,7 @@ class Processes(Workers):
     def __init__(self, count: int):
         super().__init__(max(1, (os.cpu_count() or 1) // count))
         # torch's threads do not survive a fork
-        self.pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_leave_interrupts)
+        self.pool = ProcessPoolExecutor(count, get_context("spawn"), _end_with, (os.getpid(),))
 
     def begin(self, job: Job) -> Future:
         try:
@@ -205,8 +207,14 @@ class Processes(Workers):
         self.pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+def _end_with(first: int) -> None:
+    """Ctrl-C reaches every process, and the first one ends the others. If it is killed itself, Linux ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != first:
+            os._exit(0)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from provenn.catalog import Experiment
 from provenn.core.cost import count_parameters, flops, growth
 from provenn.core.errors import UserError
 from provenn.evidence import Run
+from provenn.evidence.run import run_to_end
 from provenn.evidence.verdict import decide
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.positions import sinusoidal_encoding
@@ -530,7 +531,7 @@ def stand_in(name, process, value):
 
 def test_the_sides_of_a_study_differ_in_their_attention_alone(tmp_path):
     events, seen = stand_in("hawkes", "hawkes", lambda label, seed: {"Aaren": 1.0, "Transformer": 1.5}[label] + seed)
-    found = events.against("aaren", "softmax")(Run("aaren", tmp_path, budget="smoke", seeds=(7, 8)))
+    found = run_to_end(events.against("aaren", "softmax")(Run("aaren", tmp_path, budget="smoke", seeds=(7, 8))))
     kinds = [kind for kind, *_ in seen]
     assert kinds == 2 * [AarenAttention] + 2 * [SoftmaxAttention]
     assert [seed for _, _, seed, *_ in seen] == [7, 8, 7, 8]
@@ -546,7 +547,7 @@ def test_several_data_sets_are_one_mean_a_seed_and_each_must_be_learned(tmp_path
     guess = one.of_task.dummy_baseline(events_of("sine")(0, False))
     two, _ = stand_in("sine", "sine", lambda label, seed: guess + seed / 1000 if label == "Aaren" else 0.5)
     run = Run("aaren", tmp_path, budget="small", seeds=(1, 2, 3))
-    found, scaled = together([one, two])(run), together([one, two], ratio=True)(run)
+    found, scaled = run_to_end(together([one, two])(run)), run_to_end(together([one, two], ratio=True)(run))
     assert found.values == pytest.approx([(1.1 + s / 100 + guess + s / 1000) / 2 for s in (1, 2, 3)])
     assert found.baselines == pytest.approx([(1.0 + s / 100 + 0.5) / 2 for s in (1, 2, 3)])
     assert scaled.values == pytest.approx([math.sqrt((1.1 + s / 100) * (guess + s / 1000)) for s in (1, 2, 3)])
@@ -558,7 +559,7 @@ def test_several_data_sets_are_one_mean_a_seed_and_each_must_be_learned(tmp_path
     assert verdict.value == "not measured" and "Aaren on sine" in reason and "hawkes" not in reason
     assert found.note == "hawkes: As told. sine: As told."
     good, _ = stand_in("good", "sine", lambda label, seed: 0.5 + seed / 100)
-    assert decide(said, together([one, good])(run))[0].value == "direction holds"
+    assert decide(said, run_to_end(together([one, good])(run)))[0].value == "supported"
 
 
 def test_a_policy_is_played_from_windows_with_the_same_weights(monkeypatch):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from provenn.core.cost import count_parameters, flops, growth
 from provenn.evidence import Run
+from provenn.evidence.run import run_to_end
 from provenn.nn.attention import SlidingWindowAttention, SoftmaxAttention
 from provenn.nn.feature_maps import FeatureMap
 from provenn.nn.streaming import state_bytes
@@ -665,11 +666,11 @@ def test_the_tie_of_properties_to_quality_is_that_of_the_weaker_property(monkeyp
     class Measured:
         variants = "abcd"
 
-        def measure(self, run, variants, metric=None):
+        async def measure(self, run, variants, metric=None):
             return figures[metric], {"seeds": (0, 1), "unit": "bits"}
 
     monkeypatch.setattr(experiments, "WHOLE", Measured())
-    measured = experiments.properties_tied(Run("hedgehog", tmp_path, budget="smoke", seeds=(0, 1)))
+    measured = run_to_end(experiments.properties_tied(Run("hedgehog", tmp_path, budget="smoke", seeds=(0, 1))))
     assert measured.values == pytest.approx([0.8, 0.8])  # of rank with seed 0, of spikiness with seed 1
     assert measured.unit == "rank correlation"
 

@@ -15,6 +15,7 @@ from torch import nn
 from provenn.core.cost import count_parameters, flops
 from provenn.core.errors import UserError
 from provenn.evidence import Run
+from provenn.evidence.run import run_to_end
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.language import CausalLM
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
@@ -640,13 +641,13 @@ def test_failures_are_counted_over_all_rates_and_seeds(monkeypatch, tmp_path):
         def label(self, variant):
             return variant
 
-        def dummy_baseline(self, run):
+        async def dummy_baseline(self, run):
             return [0.4, 0.6]
 
-        def trials(self, run, variant):
+        async def trials(self, run, variant):
             return [{"metric": value} for value in self.reached[variant][:2]]
 
-        def rate(self, run, variant):
+        async def rate(self, run, variant):
             return 0.0, dict(zip("ab", self.reached[variant][2:]))
 
     fine = Trained("fine", ["nprf+rpe"], True, {"nprf+rpe": [0.9, 0.8, 0.7, 0.6]})
@@ -655,11 +656,11 @@ def test_failures_are_counted_over_all_rates_and_seeds(monkeypatch, tmp_path):
         monkeypatch.setattr(experiments, name, fine)
     monkeypatch.setattr(experiments, "STRESS", Trained("poor", list(poor), True, poor))
     run = Run("nprf", tmp_path, budget="smoke", seeds=(0, 1))
-    measured = experiments.no_failures(run)
+    measured = run_to_end(experiments.no_failures(run))
     assert measured.value == 3 and measured.unit == "failed of 16 trainings"
     assert measured.tables[0].rows[1:3] == [["poor", "nprf+rpe", 3, 4], ["poor", "prf", 2, 4]]
     monkeypatch.setattr(experiments, "STRESS", Trained("bits", ["nprf+rpe"], False, {"nprf+rpe": [0.4, 0.3, 0.5, 0.1]}))
-    assert experiments.no_failures(run).value == 1
+    assert run_to_end(experiments.no_failures(run)).value == 1
 
 
 def test_an_autograd_step_through_fft_and_through_weights_are_one():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from provenn.cli import main
 from provenn.core.cost import count_parameters, flops, growth
 from provenn.evidence import Run, Study
+from provenn.evidence.run import run_to_end
 from provenn.nn.positions import rotate
 from provenn.nn.streaming import load_state, save_state, select_state, state_bytes
 from provenn.ops.memory_update import MemoryState, recurrent_memory
@@ -717,13 +718,16 @@ def test_what_is_switched_off_is_set_against_what_is_left_on(experiment, study, 
     study = getattr(experiments, study)
     assert set(figures) <= {*study.probes, study.of_task.metric}
 
-    def trials(self, run, variant):
+    async def trials(self, run, variant):
         assert self is study and variant == ("lmm" if "writing" in experiment else "mag")
         return [{name: value + seed / 1000 for name, value in figures.items()} for seed in run.seeds]
 
+    async def measure(self, run, variants):
+        return {}, {"seeds": run.seeds, "unit": ""}
+
     monkeypatch.setattr(Study, "trials", trials)
-    monkeypatch.setattr(Study, "measure", lambda self, run, variants: ({}, {"seeds": run.seeds, "unit": ""}))
-    found = getattr(experiments, experiment)(Run("titans", tmp_path, budget="small", seeds=(1, 2, 3)))
+    monkeypatch.setattr(Study, "measure", measure)
+    found = run_to_end(getattr(experiments, experiment)(Run("titans", tmp_path, budget="small", seeds=(1, 2, 3))))
     assert found.effect == pytest.approx(effect)
 
 

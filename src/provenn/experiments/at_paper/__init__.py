@@ -47,11 +47,11 @@ class AtPaperScale:
     def with_overrides(self, **overrides: Any) -> "AtPaperScale":
         return replace(self, overrides={**self.overrides, **overrides})
 
-    def __call__(self, run: Run) -> Measurement:
-        return measure_at_paper(run, self.card, self.experiment, self.paths, self.overrides, self.training)
+    async def __call__(self, run: Run) -> Measurement:
+        return await measure_at_paper(run, self.card, self.experiment, self.paths, self.overrides, self.training)
 
 
-def measure_at_paper(
+async def measure_at_paper(
     run: Run,
     card: Card,
     experiment: Experiment,
@@ -90,8 +90,8 @@ def measure_at_paper(
     where = {name: each.path for name, each in found.items()}
     job = Job(run, card, experiment, how, where, training or TrainingOptions())
     if how.weights == "converted" and checkpoint is not None:
-        return of_converted(job, checkpoint.path)
+        return await of_converted(job, checkpoint.path)
     if how.weights == "authors" and checkpoint is not None:
-        return of_authors(job, checkpoint.path)
+        return await of_authors(job, checkpoint.path)
     begun = None if checkpoint is None else checkpoint.path
-    return of_trained(job, of_recipe, [each.path for each in tested.values()], begun)
+    return await of_trained(job, of_recipe, [each.path for each in tested.values()], begun)

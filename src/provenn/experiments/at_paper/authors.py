@@ -11,7 +11,7 @@ from provenn.experiments.at_paper.job import Job, check_metric, checksum_of_file
 from provenn.training import weights as files
 
 
-def of_authors(job: Job, checkpoint: Path) -> Measurement:
+async def of_authors(job: Job, checkpoint: Path) -> Measurement:
     """What the authors' weights reach; of several sets the mean."""
     card, how, kind, where = job.card, job.how, job.task, job.where
     of_data, of_system = divided(how.overrides, kind.held_out)
@@ -29,7 +29,7 @@ def of_authors(job: Job, checkpoint: Path) -> Measurement:
         return measured
 
     setting = setting_of(job, weights=checksum_of_file(checkpoint))
-    measured = job.run.trial(f"{how.preset}, the authors' weights on {', '.join(where)}", one, **setting)
+    measured = await job.run.trial(f"{how.preset}, the authors' weights on {', '.join(where)}", one, **setting)
     check_metric(how.metric, next(iter(measured.values())), kind)
     value = job.scale * sum(metrics[how.metric] for metrics in measured.values()) / len(measured)
     return Measurement.of(

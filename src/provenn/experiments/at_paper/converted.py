@@ -20,7 +20,7 @@ from provenn.tasks import face_of
 from provenn.training import Saving
 
 
-def of_converted(job: Job, host: Path) -> Measurement:
+async def of_converted(job: Job, host: Path) -> Measurement:
     """What a pretrained model can do after it was converted and tuned; of several sets the mean."""
     from provenn import huggingface
 
@@ -61,7 +61,7 @@ def of_converted(job: Job, host: Path) -> Measurement:
         for seed in run.seeds:
             measured: dict[str, dict[str, float]] = {}
             for name in where:
-                measured[name] = run.trial(
+                measured[name] = await run.trial(
                     f"{job.experiment.id}, {how.host} on {name}" + (f", {side}" if several else ""),
                     lambda side=side, name=name, seed=seed: one(side, name, seed),  # type: ignore[misc]
                     seed=seed,

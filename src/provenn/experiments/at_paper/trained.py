@@ -33,7 +33,7 @@ from provenn.training import weights as files
 from provenn.training.recipes import recipe_of
 
 
-def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: Path | None = None) -> Measurement:
+async def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: Path | None = None) -> Measurement:
     """What the preset reaches, trained by its recipe; of several sets the mean.
 
     Args:
@@ -70,7 +70,7 @@ def of_trained(job: Job, of_recipe: dict[str, Any], tested: list[Path], begun: P
         for seed in run.seeds:
             for name in where:
                 key = {**setting, "side": label}
-                measured[name] = run.trial(
+                measured[name] = await run.trial(
                     f"{experiment.id}, {label} on {name}",
                     partial(training, label, name, seed),
                     seed=seed,

@@ -19,7 +19,7 @@ from provenn.core.files import alone_in, check_writable
 from provenn.evidence import Run, Study
 from provenn.evidence.interval import paired_difference, student
 from provenn.evidence.record import LEDGER, Ledger, read_or_set_aside
-from provenn.evidence.run import Budget
+from provenn.evidence.run import Budget, run_to_end
 from provenn.experiments.compare.context import BATCH, context_costs, probe_study, settled
 from provenn.experiments.compare.hosts import host_for
 from provenn.experiments.compare.outcome import Candidate, SlotComparison
@@ -103,7 +103,7 @@ def compare(
         probing = None if probe is None else probe_study(host, probe, factories, budget)
         with progress.bar(f"compare {slot}", len(chosen)) as advance:
             for name, (factory, _) in chosen.items():
-                trials = study.trials(run, name)
+                trials = run_to_end(study.trials(run, name))
                 qualities[name] = [trial[task.metric] for trial in trials]
                 _log_diverged(trials, name, run, log)
                 build = partial(host.build, factory, loaded.options)
@@ -115,17 +115,18 @@ def compare(
                 )
                 code = digest(_cost, host.build, factory, chosen[reference][0])
                 # Kept under the digest of all code that it times, so that a changed mechanism is timed anew.
-                costs[name] = run.trial(f"{name}: cost", cost, reference=reference, code=code, **study.facts(run))
+                facts = {"reference": reference, "code": code, **study.facts(run)}
+                costs[name] = run_to_end(run.trial(f"{name}: cost", cost, **facts))
                 if probing is not None:
                     reference_mixer = (reference, chosen[reference][0])
-                    probed = probing.trials(run, name)
+                    probed = run_to_end(probing.trials(run, name))
                     _log_diverged(probed, f"{name}, {probing.name}", run, log)
                     context[name] = {
                         "probe": [{"by_distance": [], **trial, "curve": None} for trial in probed],
                         **context_costs(run, name, host, factory, reference=reference_mixer, options=loaded.options),
                     }
                 advance()
-        rates = {name: study.rate(run, name)[0] for name in chosen}
+        rates = {name: run_to_end(study.rate(run, name))[0] for name in chosen}
         setting = {**study.facts(run), "lr": rates}
         if probe is not None and probing is not None:
             setting["probe"] = {
@@ -134,7 +135,7 @@ def compare(
                 "chance": probe.chance,
                 "steps": probe.steps[budget],
                 **probe.sizes,
-                "lr": {name: probing.rate(run, name)[0] for name in chosen},
+                "lr": {name: run_to_end(probing.rate(run, name))[0] for name in chosen},
             }
 
     # Seeds are paired: both sides of a difference saw the same batches in the same order.

@@ -10,6 +10,7 @@ from torch import nn
 from provenn.core import cost
 from provenn.core.digest import digest
 from provenn.evidence import Run, Study
+from provenn.evidence.run import run_to_end
 from provenn.nn.language import CausalLM
 from provenn.nn.streaming import state_bytes
 from provenn.tasks import TaskData, get_task
@@ -50,7 +51,8 @@ def context_costs(
     contexts = list(host.contexts[run.budget])
     setting = {"host": host.about, **options, **host.sizes, "contexts": contexts, "reference": reference[0]}
     costs = partial(_costs, host, factory, reference[1], options, run)
-    return run.trial(f"{name}: context", costs, **setting, code=digest(_costs, host.build, factory, reference[1]))
+    code = digest(_costs, host.build, factory, reference[1])
+    return run_to_end(run.trial(f"{name}: context", costs, **setting, code=code))
 
 
 def _costs(host: Host, factory: Factory, reference: Factory, options: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from provenn.evidence import Measurement, Run, Study, Table
+from provenn.evidence.experiment import Measure
 from provenn.nn.attention import KVCache
 from provenn.nn.streaming import map_state, state_bytes
 from provenn.nn.transformer import EncoderState, TransformerEncoder
@@ -99,26 +100,26 @@ def fit_unwatched(build: Callable[[], nn.Module], task: Any, data: TaskData, rec
     return fit(build, task, replace(data, val=Subset(data.val, [])), recipe, **more)
 
 
-def together(studies: Sequence[Study], *, ratio: bool = False) -> Callable[[Run], Measurement]:
+def together(studies: Sequence[Study], *, ratio: bool = False) -> Measure:
     """Aaren against the Transformer over several data sets: each seed's mean of all, geometric for a ratio.
 
     Every variant has to beat the dummy baseline on every data set.
     """
 
-    def measure(run: Run) -> Measurement:
+    async def measure(run: Run) -> Measurement:
         reached: dict[str, list[list[float]]] = {variant: [] for variant in VARIANTS}
         skills, notes = [], []
         setting: dict[str, Any] = {key: {} for key in ("recipe", "train", "test", "lr", "tuned")}
         rows: list[list[str | float | int | None]] = []
         for experiment in studies:
-            figures, facts = experiment.measure(run, tuple(VARIANTS))
+            figures, facts = await experiment.measure(run, tuple(VARIANTS))
             for variant in VARIANTS:
                 reached[variant].append(figures[variant])
             skills += [
                 skill.model_copy(update={"variant": f"{skill.variant} on {experiment.name}"})
                 for skill in facts["skills"]
             ]
-            guess = float(np.mean(experiment.dummy_baseline(run)))
+            guess = float(np.mean(await experiment.dummy_baseline(run)))
             rows.append(
                 [
                     experiment.name,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Table, Timing, measures
+from provenn.evidence.experiment import Measure
 from provenn.nn.attention import SoftmaxAttention
 from provenn.papers.gaam.layers import GaussianAdaptiveAttention, GroupedQueryAttention
 from provenn.papers.gaam.mixture import GaussianMixtureAttention, equal_gaussian
@@ -131,7 +132,7 @@ PARAMETERS = Timing(
     note="LoRA is on queries and keys of 24 layers, as the paper's; the others stand once, behind the encoder.",
 )
 
-EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
+EXPERIMENTS: dict[str, Measure] = {
     "layers_mha": PATCHES.against("gaam", "mha", shown=("none", "mha_bn", "mixture")),
     "layers_none": PATCHES.against("gaam", "none", shown=("mha",)),
     "layers_released": PATCHES.against("mha", "mha_released", shown=("none", "gaam")),
@@ -146,11 +147,11 @@ EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
 
 
 @measures("drift_mha")
-def drift_mha(run: Run) -> Measurement:
+async def drift_mha(run: Run) -> Measurement:
     """What each loses to drift, seed by seed: accuracy without it less accuracy with it."""
     variants = ("gaam", "mha")
-    steady, facts = SPEAKERS.measure(run, variants, shown=("none",))
-    drifting, moved = DRIFTING.measure(run, variants, shown=("none",))
+    steady, facts = await SPEAKERS.measure(run, variants, shown=("none",))
+    drifting, moved = await DRIFTING.measure(run, variants, shown=("none",))
     lost = {variant: [a - b for a, b in zip(steady[variant], drifting[variant], strict=True)] for variant in variants}
     moved["skills"] = [*facts["skills"], *moved["skills"]]
     moved["setting"] = {**moved["setting"], "drift": DRIFT}
@@ -164,15 +165,15 @@ ALONE = LayersAlone(PATCHES, rate=3e-3)
 
 
 @measures("importance_rank")
-def importance_rank(run: Run) -> Measurement:
+async def importance_rank(run: Run) -> Measurement:
     """Of each seed the rank correlation over layers of their share in the factor and their accuracy alone."""
-    return ALONE.measure(run, "with accuracy alone")
+    return await ALONE.measure(run, "with accuracy alone")
 
 
 @measures("importance_learned")
-def importance_learned(run: Run) -> Measurement:
+async def importance_learned(run: Run) -> Measurement:
     """Of each seed the rank correlation over layers of their shares before and after training."""
-    return ALONE.measure(run, "with the untrained gate")
+    return await ALONE.measure(run, "with the untrained gate")
 
 
 # What is exactly so.

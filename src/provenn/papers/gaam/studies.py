@@ -243,7 +243,7 @@ class LayersAlone:
     study: Study
     rate: float
 
-    def trials(self, run: Run) -> list[dict[str, Any]]:
+    async def trials(self, run: Run) -> list[dict[str, Any]]:
         """Of each seed the shares of layers before and after, the accuracy of all layers and of each alone."""
         recipe = replace(self.study.recipe_for(run), lr=self.rate)
 
@@ -270,11 +270,11 @@ class LayersAlone:
                 "dummy_baseline": TASK.dummy_baseline(data),
             }
 
-        return run.trials("layers alone", one, lr=self.rate, **self.study.trial_setting(run, "gaam"))
+        return await run.trials("layers alone", one, lr=self.rate, **self.study.trial_setting(run, "gaam"))
 
-    def measure(self, run: Run, which: str) -> Measurement:
+    async def measure(self, run: Run, which: str) -> Measurement:
         """The rank correlation of each seed, and a table of layers."""
-        done = self.trials(run)
+        done = await self.trials(run)
         other = {"with accuracy alone": "alone", "with the untrained gate": "before"}[which]
         values = [rank_correlation(trial["after"], trial[other]) for trial in done]
         columns = ["layer", "share", "share before training", "accuracy alone"]

@@ -243,13 +243,13 @@ EXPERIMENTS = {
 
 
 @measures("properties_tied")
-def properties_tied(run: Run) -> Measurement:
+async def properties_tied(run: Run) -> Measurement:
     """Of each seed the rank correlation, over the variants, of fewer bits a byte with either property: the smaller
     one.
     """
-    bits, facts = WHOLE.measure(run, tuple(WHOLE.variants))
+    bits, facts = await WHOLE.measure(run, tuple(WHOLE.variants))
     ties = []
     for name in ("spikiness", "rank"):
-        has, _ = WHOLE.measure(run, tuple(WHOLE.variants), metric=name)
+        has, _ = await WHOLE.measure(run, tuple(WHOLE.variants), metric=name)
         ties.append([-spearmanr(*seed).statistic for seed in zip(zip(*has.values()), zip(*bits.values()))])
     return Measurement.mean(np.min(ties, axis=0).tolist(), **{**facts, "unit": "rank correlation", "series": []})

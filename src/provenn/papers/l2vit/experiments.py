@@ -150,8 +150,8 @@ def views(run: Run) -> Measurement:
 
 
 @measures("disperses_fresh")
-def disperses_fresh(run: Run) -> Measurement:
-    rows = run.trials("concentration of equal queries and keys", fresh_concentration, tokens=196, head_width=32)
+async def disperses_fresh(run: Run) -> Measurement:
+    rows = await run.trials("concentration of equal queries and keys", fresh_concentration, tokens=196, head_width=32)
     columns = ["attention", "entropy / log N", "weight of the top tenth"]
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     table = [[n, mean[f"row_entropy {n}"], mean[f"top_share {n}"]] for n in ("linear", "softmax")]
@@ -182,9 +182,9 @@ def printed_flops(run: Run) -> Measurement:
 
 
 @measures("floor_by_size")
-def floor_by_size(run: Run) -> Measurement:
+async def floor_by_size(run: Run) -> Measurement:
     sides = (224,) if run.smoke else (224, 384)
-    shares = {side: run.trials(f"floor at {side}", partial(floored_shares, side=side)) for side in sides}
+    shares = {side: await run.trials(f"floor at {side}", partial(floored_shares, side=side)) for side in sides}
     rows: list[list[str | float | int | None]] = [
         [side, *(sum(row[stage] for row in rows_of) / len(rows_of) for stage in range(4))]
         for side, rows_of in shares.items()

@@ -208,7 +208,7 @@ def _error(kernel: Kernel, case: Case) -> float:
     return max(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in zip(ours, truth, strict=True))
 
 
-def mask_times(run: Run, kernel: Kernel, tokens: int, rounds: int) -> dict[str, list[float]]:
+async def mask_times(run: Run, kernel: Kernel, tokens: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round on each of the twelve masks, in turns; forward."""
     tokens, rounds = (512, 2) if run.smoke else (tokens, rounds)
 
@@ -217,7 +217,7 @@ def mask_times(run: Run, kernel: Kernel, tokens: int, rounds: int) -> dict[str, 
         return interleaved(calls, rounds=rounds, device="cpu")
 
     facts = {**LARGE, "tokens": tokens, "rounds": rounds, "seed": SEED, "kernel": kernel.name}
-    return run.trial(f"twelve masks, {kernel.name}", measure, alone=True, **facts)
+    return await run.trial(f"twelve masks, {kernel.name}", measure, alone=True, **facts)
 
 
 def _of_twelve(name: str, tokens: int) -> Mask:
@@ -228,8 +228,8 @@ def _of_twelve(name: str, tokens: int) -> Mask:
     return make_mask(name, tokens, seed=SEED, histogram="pile", **given)
 
 
-def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measurement:
-    times = mask_times(run, kernel, tokens, rounds)
+async def _over_area(run: Run, kernel: Kernel, tokens: int, rounds: int) -> Measurement:
+    times = await mask_times(run, kernel, tokens, rounds)
     tokens = 512 if run.smoke else tokens
     areas = {name: _of_twelve(name, tokens).area for name in times}
     names = sorted(times, key=lambda name: areas[name])
@@ -259,14 +259,14 @@ ON_GPU: dict[str, Any] = {"heads": 64, "kv_heads": 8, "head_dim": 128}
 GPU_KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), CuDNN(), Flex())}
 
 
-def gpu_point(run: Run, kernel: Kernel, name: str, tokens: int, seed: int) -> Mapping[str, Any]:
+async def gpu_point(run: Run, kernel: Kernel, name: str, tokens: int, seed: int) -> Mapping[str, Any]:
     """One kernel on one mask on the run's GPU, forward, by the authors' protocol."""
     device = torch.device(run.device)
     mask = make_mask(name, tokens, seed=seed, histogram="pile" if "documents" in _takes(MASKS[name]) else None)
     case = Case(mask, **ON_GPU, dtype=torch.bfloat16, device=device)
     protocol = PROTOCOLS["smoke" if run.smoke else "paper"]
     judge = Judge(lacks_memory, lacks_operation)
-    return run.trial(
+    return await run.trial(
         f"{name}, {kernel.name}",
         lambda: measure(kernel, case, "forward", protocol, judge=judge, seed=seed),
         seed=seed,
@@ -280,19 +280,19 @@ def gpu_point(run: Run, kernel: Kernel, name: str, tokens: int, seed: int) -> Ma
 
 
 @measures("sdpa_documents_gpu")
-def sdpa_documents_gpu(run: Run, tokens: int = 32_768) -> Measurement:
+async def sdpa_documents_gpu(run: Run, tokens: int = 32_768) -> Measurement:
     """SDPA with a dense mask, a packing a seed; beside it the other kernels, and masks that need no dense one."""
     if not run.device.startswith("cuda"):
         return Measurement.not_measured("an H100: --device cuda")
     tokens = 1024 if run.smoke else tokens
-    packed = [gpu_point(run, SDPA(), "causal_document", tokens, seed) for seed in run.seeds]
+    packed = [await gpu_point(run, SDPA(), "causal_document", tokens, seed) for seed in run.seeds]
     for point in packed:
         if point["status"] != "ok":
             raise UserError(f"sdpa on causal_document: {point['status']}, {point['reason']}")
     first = run.seeds[0]
     rows: list[list[str | float | int | None]] = []
     for name in ("full", "causal", "full_document", "causal_document"):
-        points = [gpu_point(run, kernel, name, tokens, first) for kernel in GPU_KERNELS.values()]
+        points = [await gpu_point(run, kernel, name, tokens, first) for kernel in GPU_KERNELS.values()]
         rows.append([name, *(point["tflops"] if point["status"] == "ok" else point["status"] for point in points)])
     caption = f"{tokens} tokens, forward, TFLOP/s"
     return Measurement.mean(
@@ -311,15 +311,15 @@ def sdpa_documents_gpu(run: Run, tokens: int = 32_768) -> Measurement:
 
 
 @measures("time_over_area")
-def time_over_area(run: Run, tokens: int = 4096, rounds: int = 5) -> Measurement:
+async def time_over_area(run: Run, tokens: int = 4096, rounds: int = 5) -> Measurement:
     """Of attention that skips blocks."""
-    return _over_area(run, Blockwise(), tokens, rounds)
+    return await _over_area(run, Blockwise(), tokens, rounds)
 
 
 @measures("explicit_over_area")
-def explicit_over_area(run: Run, tokens: int = 2048, rounds: int = 5) -> Measurement:
+async def explicit_over_area(run: Run, tokens: int = 2048, rounds: int = 5) -> Measurement:
     """Of explicit attention."""
-    return _over_area(run, Naive(), tokens, rounds)
+    return await _over_area(run, Naive(), tokens, rounds)
 
 
 @measures("same_cases")
@@ -350,7 +350,7 @@ def fingerprints(tokens: int) -> dict[str, str]:
 
 
 @measures("spread_of_repeats")
-def spread_of_repeats(run: Run, tokens: int = 2048, repetitions: int = 20) -> Measurement:
+async def spread_of_repeats(run: Run, tokens: int = 2048, repetitions: int = 20) -> Measurement:
     """(80 % − 20 %) / median of the protocol's repetitions, over several runs of it."""
     tokens, repetitions = (512, 4) if run.smoke else (tokens, repetitions)
     protocol = Protocol(2, repetitions)
@@ -363,7 +363,9 @@ def spread_of_repeats(run: Run, tokens: int = 2048, repetitions: int = 20) -> Me
         return (high - low) / median
 
     setting: dict[str, Any] = {**SMALL, "tokens": tokens, "repetitions": repetitions, "warm-ups": protocol.warmups}
-    values = [run.trial("spread", partial(measure, seed), alone=True, of_seed=seed, **setting) for seed in run.seeds]
+    values = [
+        await run.trial("spread", partial(measure, seed), alone=True, of_seed=seed, **setting) for seed in run.seeds
+    ]
     return Measurement.mean(values, seeds=run.seeds, unit="of the median", setting=setting)
 
 
@@ -458,12 +460,12 @@ def ring_error(method: Method, ranks: int, seed: int) -> list[float]:
 
 
 @measures("ring_precision")
-def ring_precision(run: Run) -> Measurement:
+async def ring_precision(run: Run) -> Measurement:
     """The output's error of a ring of 32 that keeps its running output in bfloat16, over that of one that does not."""
     rings = RINGS[:2] if run.smoke else RINGS
     errors = {
         method.name: [
-            run.trials(f"error of {method.name}", partial(ring_error, method, ranks), ranks=ranks, **PRECISE)
+            await run.trials(f"error of {method.name}", partial(ring_error, method, ranks), ranks=ranks, **PRECISE)
             for ranks in rings
         ]
         for method in (Ring(), Rounded())
@@ -516,14 +518,14 @@ def ulysses_volume(run: Run) -> Measurement:
 
 
 @measures("padding_is_small")
-def padding_is_small(run: Run, ranks: int = 64, histogram: str = "prolong64k") -> Measurement:
+async def padding_is_small(run: Run, ranks: int = 64, histogram: str = "prolong64k") -> Measurement:
     """Of the histogram with most short documents in half a million tokens."""
 
     def count(seed: int) -> float:
         mask = make_mask("causal_document", A_SHARE * ranks, histogram=histogram, seed=seed)
         return cost("ring", ranks, pattern_of(mask), GROUPED).padding
 
-    values = run.trials("padding of a ring", count, histogram=histogram, ranks=ranks)
+    values = await run.trials("padding of a ring", count, histogram=histogram, ranks=ranks)
     setting = {"processes": ranks, "tokens": A_SHARE * ranks, "histogram": histogram}
     return Measurement.mean(values, seeds=run.seeds, unit="share of places", setting=setting)
 

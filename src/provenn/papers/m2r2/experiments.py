@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from provenn.evidence import Benchmark, Measurement, Run, Study, Timing, measures
+from provenn.evidence.experiment import Measure
 from provenn.papers.m2r2.decoding import decode
 from provenn.papers.m2r2.model import ExitModel, M2R2Model, plain_decoder
 from provenn.papers.m2r2.studies import (
@@ -177,7 +178,7 @@ BENCHMARKS = [
     Benchmark(SPEED, "early exit", "all layers"),
 ]
 
-EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
+EXPERIMENTS: dict[str, Measure] = {
     "depth_helps": DEPTH.against("8", "2"),
     "residuals_carry_depth": DEPTH.against("8", "8 without", may_guess=WITHOUT),
     "settled_early": EXITS.figure("every", metric="settled"),
@@ -204,7 +205,7 @@ EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
 
 
 @measures("lossless")
-def lossless(run: Run, decoders: int = 12) -> Measurement:
+async def lossless(run: Run, decoders: int = 12) -> Measurement:
     """Greedy text of random decoders with random adapters, in float64, against what the decoders write alone."""
 
     def count() -> list[int]:
@@ -218,7 +219,7 @@ def lossless(run: Run, decoders: int = 12) -> Measurement:
         return different
 
     return Measurement.exact(
-        sum(run.trial("lossless", count, decoders=decoders)), "tokens that differ", setting={"decoders": decoders}
+        sum(await run.trial("lossless", count, decoders=decoders)), "tokens that differ", setting={"decoders": decoders}
     )
 
 

@@ -261,19 +261,19 @@ def fft_is_attention(run: Run) -> Measurement:
 NORMS, FEATURES = (1.0, 2.0, 4.0), (16, 64, 256)
 
 
-def row_errors(run: Run) -> dict[int, list[list[float]]]:
+async def row_errors(run: Run) -> dict[int, list[list[float]]]:
     """For each m the errors at every norm, seed by seed."""
     draws = 2 if run.smoke else 10
 
     def one(m: int, seed: int) -> list[float]:
         return [row_error(norm, m, seed=seed, draws=draws) for norm in NORMS]
 
-    return {m: run.trials(f"rows of {m} features", partial(one, m), features=m, draws=draws) for m in FEATURES}
+    return {m: await run.trials(f"rows of {m} features", partial(one, m), features=m, draws=draws) for m in FEATURES}
 
 
 @measures("error_at_norm_one")
-def error_at_norm_one(run: Run) -> Measurement:
-    errors = row_errors(run)
+async def error_at_norm_one(run: Run) -> Measurement:
+    errors = await row_errors(run)
     rows: list[list[str | float | int | None]] = [
         [m, *(sum(seed[i] for seed in own) / len(own) for i in range(len(NORMS)))] for m, own in errors.items()
     ]
@@ -293,8 +293,8 @@ def error_at_norm_one(run: Run) -> Measurement:
 
 
 @measures("error_grows_with_norm")
-def error_grows_with_norm(run: Run) -> Measurement:
-    errors = row_errors(run)
+async def error_grows_with_norm(run: Run) -> Measurement:
+    errors = await row_errors(run)
     return Measurement.paired(
         [own[0] for own in errors[16]],
         [own[1] for own in errors[256]],
@@ -306,7 +306,7 @@ def error_grows_with_norm(run: Run) -> Measurement:
 
 
 @measures("no_failures")
-def no_failures(run: Run) -> Measurement:
+async def no_failures(run: Run) -> Measurement:
     """Of each study's variants, over all rates of the tuning and all seeds: diverged, or no better than the
     dummy_baseline.
     """
@@ -315,9 +315,9 @@ def no_failures(run: Run) -> Measurement:
     for study in (COPYING, STRESS, TEXT, DIGITS):
         for variant in (variant for variant in ("nprf+rpe", "prf") if variant in study.variants):
             metric, sign = study.of_task.metric, 1 if study.of_task.higher_is_better else -1
-            bar = sign * sum(study.dummy_baseline(run)) / len(run.seeds)
-            reached = [trial[metric] for trial in study.trials(run, variant)]
-            reached += list(study.rate(run, variant)[1].values())
+            bar = sign * sum(await study.dummy_baseline(run)) / len(run.seeds)
+            reached = [trial[metric] for trial in await study.trials(run, variant)]
+            reached += list((await study.rate(run, variant))[1].values())
             bad = sum(value is None or not sign * value > bar for value in reached)
             rows.append([study.name, study.label(variant), bad, len(reached)])
             if variant == "nprf+rpe":
@@ -333,16 +333,16 @@ def no_failures(run: Run) -> Measurement:
 
 
 @measures("faster_than_fused_softmax")
-def faster_than_fused_softmax(run: Run) -> Measurement:
+async def faster_than_fused_softmax(run: Run) -> Measurement:
     """With the lengths from which on each layer by FFT is faster than softmax, read off the same timing."""
-    measured, sizes = FORWARD.measure(run), FORWARD.facts(run)[FORWARD.unit]
+    measured, sizes = await FORWARD.measure(run), FORWARD.facts(run)[FORWARD.unit]
     quickest = {label: [min(rounds) for rounds in own] for label, own in measured.items()}
     rows: list[list[str | float | int | None]] = []
     for label in quickest:
         if label.startswith("NPRF"):
             meets = [crossing(sizes, quickest[label], quickest[other]) for other in ("softmax", "fused softmax")]
             rows.append([label, *(None if at is None else round(at, -2) for at in meets)])
-    experiment = FORWARD.against("NPRF + RPE, m=16", "fused softmax")(run)
+    experiment = await FORWARD.against("NPRF + RPE, m=16", "fused softmax")(run)
     caption = f"Tokens from which on it is faster, between {sizes[0]:,} and {sizes[-1]:,}"
     meeting = Table(caption=caption, columns=["", "softmax", "fused softmax"], rows=rows)
     return experiment.model_copy(update={"tables": [*experiment.tables, meeting]})

@@ -1,6 +1,5 @@
 """What the paper says of RAT, and what building it brought to light, as measurements."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 
 from provenn.core.cost import count_parameters
 from provenn.evidence import Measurement, Run, Study, Timing, measures
+from provenn.evidence.experiment import Measure
 from provenn.nn.attention import SoftmaxAttention
 from provenn.nn.positions import rotate
 from provenn.papers.rat.layers import RATMixer, RNNMixer
@@ -174,7 +174,7 @@ GPU_GENERATION = Timing(
     **GPU,
 )
 
-EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
+EXPERIMENTS: dict[str, Measure] = {
     "softmax_share": OPERATIONS.against("softmax attention", "whole block"),
     "training_operations": TRAINING_OPERATIONS.against("attention", "RAT, chunks of 16"),
     "training_speed": TRAINING.against("attention", "RAT, chunks of 16"),

@@ -1,6 +1,5 @@
 """What the paper says of RCMHA, and what building it brought to light, as measurements."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from provenn.core.cost import count_parameters, peak_activation_bytes
 from provenn.core.errors import UserError
 from provenn.evidence import Measurement, Run, Study, Timing, measures
+from provenn.evidence.experiment import Measure
 from provenn.papers.rcmha.layers import RelativeConvAttention
 from provenn.papers.rcmha.model import rcmha_char, rmha_char
 from provenn.papers.rcmha.studies import (
@@ -103,7 +103,7 @@ PEAK = Timing(
     setting=SAVED.setting,
 )
 
-EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
+EXPERIMENTS: dict[str, Measure] = {
     "longer_sinusoids": TEXT.figure("sinusoids", metric="rise"),
     "longer_rcmha": TEXT.against("rcmha", "sinusoids", metric="rise", shown=["rmha"]),
     "mha_grows": SAVED.grows("MHA"),
@@ -125,9 +125,9 @@ EXPERIMENTS: dict[str, Callable[[Run], Measurement]] = {
 
 
 @measures("interaction")
-def interaction(run: Run) -> Measurement:
+async def interaction(run: Run) -> Measurement:
     """What tables change where there are convolutions, against what they change where there are none."""
-    bits, facts = TEXT.measure(run, FOUR)
+    bits, facts = await TEXT.measure(run, FOUR)
     convolved, plain = (
         [after - before for after, before in zip(bits[system], bits[baseline], strict=True)]
         for system, baseline in (("rcmha", "mdha"), ("rmha", "mha"))

@@ -161,13 +161,13 @@ def ensemble_grows(run: Run) -> Measurement:
     return Measurement.holds(sums, "each level is the sum over its chains, listed one by one", tables=[table])
 
 
-def _norms(run: Run, policy: str) -> tuple[tuple[int, ...], list[list[float]]]:
+async def _norms(run: Run, policy: str) -> tuple[tuple[int, ...], list[list[float]]]:
     depths = (5, 10) if run.smoke else (5, 10, 20, 50, 100, 200)
     question = {"policy": policy, "modules": list(depths), "width": 32}
-    return depths, run.trials(f"norms, {policy}", lambda seed: norms_over_depth(policy, depths, seed), **question)
+    return depths, await run.trials(f"norms, {policy}", lambda seed: norms_over_depth(policy, depths, seed), **question)
 
 
-def _growth_lines(run: Run) -> list[Series]:
+async def _growth_lines(run: Run) -> list[Series]:
     axes: dict[str, Any] = {
         "plot": "norm of the output at the start",
         "x_label": "modules",
@@ -175,37 +175,37 @@ def _growth_lines(run: Run) -> list[Series]:
         "log": "xy",
     }
     lines = {"one": "unscaled", "inv_sqrt_depth": "1/√n", "inv_depth": "1/n"}
-    return [Series.over_seeds(label, *_norms(run, policy), **axes) for policy, label in lines.items()]
+    return [Series.over_seeds(label, *await _norms(run, policy), **axes) for policy, label in lines.items()]
 
 
 @measures("explosion")
-def explosion(run: Run) -> Measurement:
-    depths, norms = _norms(run, "one")
+async def explosion(run: Run) -> Measurement:
+    depths, norms = await _norms(run, "one")
     factors = [math.exp(np.polyfit(depths, 2 * np.log(row), 1)[0]) for row in norms]
     setting = {"modules": list(depths), "width": 32, "branch": "linear, ReLU, linear, He-normal"}
     return Measurement.mean(
-        factors, seeds=run.seeds, unit="× energy a module", setting=setting, series=_growth_lines(run)
+        factors, seeds=run.seeds, unit="× energy a module", setting=setting, series=await _growth_lines(run)
     )
 
 
-def _largest_norm(run: Run, policy: str) -> Measurement:
-    depths, norms = _norms(run, policy)
+async def _largest_norm(run: Run, policy: str) -> Measurement:
+    depths, norms = await _norms(run, policy)
     setting = {"modules": list(depths), "width": 32}
     return Measurement.mean([max(row) for row in norms], seeds=run.seeds, unit="× norm at most", setting=setting)
 
 
 @measures("bounded_inverse")
-def bounded_inverse(run: Run) -> Measurement:
-    return _largest_norm(run, "inv_depth")
+async def bounded_inverse(run: Run) -> Measurement:
+    return await _largest_norm(run, "inv_depth")
 
 
 @measures("bounded_sqrt")
-def bounded_sqrt(run: Run) -> Measurement:
-    return _largest_norm(run, "inv_sqrt_depth")
+async def bounded_sqrt(run: Run) -> Measurement:
+    return await _largest_norm(run, "inv_sqrt_depth")
 
 
 @measures("batchnorm_branch")
-def batchnorm_branch(run: Run) -> Measurement:
+async def batchnorm_branch(run: Run) -> Measurement:
     depth, first = (20, 4) if run.smoke else (100, 4)
 
     def exponent(seed: int) -> float:
@@ -213,5 +213,5 @@ def batchnorm_branch(run: Run) -> Measurement:
         return _slope(range(first + 1, depth + 1), ratios[first:].tolist())
 
     setting = {"modules": depth, "width": 32, "draws": DRAWS, "fitted from module": first + 1}
-    exponents = run.trials("variance of batch-norm branches", exponent, **setting)
+    exponents = await run.trials("variance of batch-norm branches", exponent, **setting)
     return Measurement.mean(exponents, seeds=run.seeds, unit="exponent of l", setting=setting)

@@ -197,12 +197,12 @@ BENCHMARKS = tuple(
 )
 
 
-def switched_off(
+async def switched_off(
     run: Run, study: Study, variant: str, lost: tuple[str, str], elsewhere: tuple[str, str] | None = None
 ) -> Measurement:
     """A trained variant's figure with something on and switched off; or what it so loses by two metrics."""
-    _, facts = study.measure(run, [variant])
-    trials = study.trials(run, variant)
+    _, facts = await study.measure(run, [variant])
+    trials = await study.trials(run, variant)
     facts["unit"] = study.of_task.metric.replace("_", " ")
     as_it_is, off = ([trial[name] for trial in trials] for name in lost)
     if elsewhere is None:
@@ -212,32 +212,32 @@ def switched_off(
 
 
 @measures("writing_recalls")
-def writing_recalls(run: Run) -> Measurement:
-    return switched_off(run, RECALL, "lmm", ("accuracy", "unwritten"))
+async def writing_recalls(run: Run) -> Measurement:
+    return await switched_off(run, RECALL, "lmm", ("accuracy", "unwritten"))
 
 
 @measures("writing_reads")
-def writing_reads(run: Run) -> Measurement:
-    return switched_off(run, TEXT, "lmm", ("late", "late, unwritten"))
+async def writing_reads(run: Run) -> Measurement:
+    return await switched_off(run, TEXT, "lmm", ("late", "late, unwritten"))
 
 
 FAR, NEAR = "beyond the window", "within"
 
 
 @measures("memory_is_long")
-def memory_is_long(run: Run) -> Measurement:
-    return switched_off(run, RECALL, "mag", (FAR, "beyond, unwritten"), (NEAR, "within, unwritten"))
+async def memory_is_long(run: Run) -> Measurement:
+    return await switched_off(run, RECALL, "mag", (FAR, "beyond, unwritten"), (NEAR, "within, unwritten"))
 
 
 @measures("attention_is_short")
-def attention_is_short(run: Run) -> Measurement:
-    return switched_off(run, RECALL, "mag", (NEAR, "within, narrow"), (FAR, "beyond, narrow"))
+async def attention_is_short(run: Run) -> Measurement:
+    return await switched_off(run, RECALL, "mag", (NEAR, "within, narrow"), (FAR, "beyond, narrow"))
 
 
 @measures("state_is_constant")
-def state_is_constant(run: Run) -> Measurement:
+async def state_is_constant(run: Run) -> Measurement:
     """Growth has no interval where nothing grows, so this is a quotient of counts."""
-    held = STATE.measure(run)
+    held = await STATE.measure(run)
     first, *_, last = (count for (count,) in held["LMM"])
     unit = "bytes at the longest / at the shortest"
     return Measurement.of("exact ratio", [last], [first], unit=unit, **STATE.shown(run, held))
